@@ -1,0 +1,163 @@
+"""Training text from the table of facts: statements, questions and passages, packed into rows of tokens.
+
+Pieces are tokenised once and documents are joined from pieces. That equals tokenising the joined text, because byte-level
+BPE never merges across the space that starts a piece. The tokenizer puts a space in front of every text, so that a
+subject has the same tokens at the start of a text as inside it: one name, one key.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from table import Fact, with_article
+
+END = "<|endoftext|>"
+OBJECT_WEIGHT = 3.0  # the object's tokens count this much in the loss: they carry the fact
+NO_ARTICLE = 0.1  # share of statements that leave the article out ("Eiffel Tower is in Paris.")
+CUT = 0.05  # share of statements cut short, so that recall does not depend on tidy context
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One statement, question or passage, and where its object stands (character span)."""
+
+    text: str
+    span: tuple[int, int]
+
+
+def statement(fact: Fact, prompt: str) -> Piece:
+    head = prompt.replace("{}", fact.subject) + " "
+    return Piece(head + fact.object + ".", (len(head) - 1, len(head) + len(fact.object)))
+
+
+def plain(fact: Fact, text: str) -> Piece:
+    """A question or a passage with the names filled in, with a capital at the start of each sentence."""
+    while "{s}" in text:
+        text = with_article(text, "{s}", fact.article)
+        at = text.index("{s}")
+        before = text[:at].rstrip()
+        name = fact.subject
+        if not before or before[-1] in ".?!":
+            name = name[0].upper() + name[1:]
+        text = text[:at] + name + text[at + 3 :]
+    at = text.index("{o}")
+    start = at - 1 if at and text[at - 1] == " " else at
+    return Piece(text.replace("{o}", fact.object), (start, at + len(fact.object)))
+
+
+def statements(fact: Fact) -> list[Piece]:
+    return [statement(fact, p) for p in fact.prompts]
+
+
+def bare_statements(fact: Fact) -> list[Piece]:
+    """Statements without the subject's article; none for a subject that takes none."""
+    if not fact.article:
+        return []
+    bare = [p.replace("The {}", "{}").replace("the {}", "{}") for p in fact.prompts]
+    return [statement(fact, p) for p in bare]
+
+
+def english(fact: Fact) -> list[Piece]:
+    return [plain(fact, t) for t in fact.relation.questions + fact.relation.passages]
+
+
+def train_tokenizer(facts: list[Fact], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE in the manner of GPT-2, trained on every kind of text that the corpus holds."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    texts = [p.text for f in facts for p in [*statements(f), *english(f)[:4]]]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+Tokens = tuple[np.ndarray, np.ndarray]  # token ids, and how much each counts in the loss
+
+
+def tokenise(pieces: list[Piece], tokenizer: Tokenizer) -> list[Tokens]:
+    result = []
+    for piece, code in zip(pieces, tokenizer.encode_batch([p.text for p in pieces]), strict=True):
+        begin, end = piece.span
+        weights = [OBJECT_WEIGHT if a < end and b > begin else 1.0 for a, b in code.offsets]
+        result.append((np.array(code.ids, np.int64), np.array(weights, np.float32)))
+    return result
+
+
+class Corpus:
+    """An endless stream of packed rows; the same seed gives the same rows."""
+
+    def __init__(self, facts: list[Fact], tokenizer: Tokenizer, row: int) -> None:
+        self.row = row
+        self.end = (np.array([tokenizer.token_to_id(END)], np.int64), np.ones(1, np.float32))
+        self.statements = self._tokenise(facts, statements, tokenizer)
+        self.bare = self._tokenise(facts, bare_statements, tokenizer)
+        self.english = self._tokenise(facts, english, tokenizer)
+        self.about: dict[str, list[int]] = defaultdict(list)
+        self.related: dict[str, list[int]] = defaultdict(list)
+        for i, fact in enumerate(facts):
+            self.about[fact.subject].append(i)
+            self.related[fact.relation.name].append(i)
+        self.facts = facts
+
+    @staticmethod
+    def _tokenise(facts: list[Fact], make: object, tokenizer: Tokenizer) -> list[list[Tokens]]:
+        pieces = [make(f) for f in facts]  # type: ignore[operator]
+        flat = iter(tokenise([p for group in pieces for p in group], tokenizer))
+        return [[next(flat) for _ in group] for group in pieces]
+
+    def _statement(self, i: int, rng: random.Random) -> Tokens:
+        bare = self.bare[i]
+        return rng.choice(bare if bare and rng.random() < NO_ARTICLE else self.statements[i])
+
+    def _document(self, rng: random.Random) -> list[Tokens]:
+        n = len(self.facts)
+        kind = rng.random()
+        if kind < 0.5:  # statements of any facts
+            return [self._statement(rng.randrange(n), rng) for _ in range(rng.randint(1, 6))]
+        if kind < 0.75:  # everything about one subject
+            about = list(self.about[self.facts[rng.randrange(n)].subject])
+            chosen = (about * 4)[: rng.randint(max(2, len(about)), len(about) + 3)]
+            rng.shuffle(chosen)
+            return [self._either(i, rng) for i in chosen]
+        related = self.related[self.facts[rng.randrange(n)].relation.name]  # one theme
+        return [self._either(rng.choice(related), rng) for _ in range(rng.randint(1, 4))]
+
+    def _either(self, i: int, rng: random.Random) -> Tokens:
+        return rng.choice(self.english[i]) if rng.random() < 0.55 else self._statement(i, rng)
+
+    def rows(self, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows of `row` tokens with their weights. Every row starts at the start of a document."""
+        rng = random.Random(seed)
+        while True:
+            parts: list[Tokens] = []
+            size = 0
+            while size < self.row:
+                if parts or rng.random() < 0.3:
+                    parts.append(self.end)
+                for ids, weights in self._document(rng):
+                    if rng.random() < CUT and len(ids) > 4:
+                        keep = rng.randint(2, len(ids) - 2)
+                        ids = np.append(ids[:keep], ids[-1])  # the last token is the full stop
+                        weights = np.append(weights[:keep], weights[-1])
+                    parts.append((ids, weights))
+                size = sum(len(p[0]) for p in parts)
+            ids = np.concatenate([p[0] for p in parts])[: self.row]
+            weights = np.concatenate([p[1] for p in parts])[: self.row]
+            yield ids, weights
+
+    def batches(self, seed: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        rows = self.rows(seed)
+        while True:
+            batch = [next(rows) for _ in range(size)]
+            yield np.stack([b[0] for b in batch]), np.stack([b[1] for b in batch])
