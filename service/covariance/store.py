@@ -1,0 +1,104 @@
+"""Statistics as managed files: collected when missing, stored as safetensors under a key made of all they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from service.covariance.corpus import Corpus
+from service.covariance.moment import MomentSum, Statistics
+from service.models.hooks import capture, stop_after
+from service.models.loading import LoadedModel
+from service.models.prompts import Batch, forward, pad
+from service.progress import Progress, Steps
+
+BATCH_TOKENS = 1024  # padded tokens in one forward pass
+DAMPING = 1e-3
+FORMAT = 1  # raised when the meaning of a stored file changes
+
+
+def keys_of(captured: Tensor, batch: Batch) -> Tensor:
+    """Keys of the real tokens, (N, D): padding rows are removed by the mask."""
+    return captured.reshape(*batch.ids.shape, -1)[batch.mask.bool()]
+
+
+def _batches(rows: list[list[int]]) -> list[list[list[int]]]:
+    """Rows of similar length together, at most BATCH_TOKENS padded tokens a batch."""
+    batches: list[list[list[int]]] = []
+    for row in sorted(rows, key=len):
+        if batches and len(row) * (len(batches[-1]) + 1) <= BATCH_TOKENS:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def collect_steps(
+    model: LoadedModel, layers: Sequence[int], corpus: Corpus, damping: float = DAMPING
+) -> Steps[dict[int, Statistics]]:
+    """C of each layer over the corpus: one forward pass for all layers, stopped at the highest."""
+    limit = model.positions
+    batches = _batches([r[:limit] for t in corpus.texts if (r := model.encode(t)[0])])
+    sums = {layer: MomentSum(model.inner_width) for layer in layers}
+    modules = {layer: model.down(layer) for layer in layers}
+    for i, rows in enumerate(batches):
+        batch = pad(rows, model)
+        with capture(modules, "input") as seen, stop_after(model.down(max(layers))):
+            forward(model, batch)
+        for layer, keys in seen.items():
+            sums[layer].add(keys_of(keys, batch))
+        yield Progress("statistics", i + 1, len(batches))
+    return {layer: _statistics(layer, s.mean(), s.count, damping) for layer, s in sums.items()}
+
+
+def _statistics(layer: int, moment: Tensor, count: int, damping: float) -> Statistics:
+    digest = hashlib.sha256(f"{layer} {count} {damping!r} {tuple(moment.shape)}".encode())
+    digest.update(moment.contiguous().view(torch.uint8).numpy())
+    return Statistics(layer, moment, count, damping, digest.hexdigest())
+
+
+def _key(model: LoadedModel, layer: int, corpus: Corpus, damping: float) -> str:
+    parts = {
+        "format": FORMAT,
+        "model": model.fingerprint,
+        "layer": layer,
+        "corpus": corpus.digest,
+        "damping": damping,
+        "dtype": str(model.weight(layer).dtype),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def statistics_steps(
+    model: LoadedModel,
+    layers: Sequence[int],
+    corpus: Corpus,
+    folder: Path | None,
+    damping: float = DAMPING,
+) -> Steps[dict[int, Statistics]]:
+    """Statistics of each layer: read where they are stored, else collected and stored."""
+    found: dict[int, Statistics] = {}
+    paths = {x: folder / f"moment-{_key(model, x, corpus, damping)}.safetensors" for x in layers} if folder else {}
+    for layer, path in paths.items():
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                found[layer] = _statistics(
+                    layer, file.get_tensor("moment"), int(file.metadata()["count"]), damping
+                )
+    missing = [x for x in layers if x not in found]
+    if missing:
+        found |= yield from collect_steps(model, missing, corpus, damping)
+    for layer in missing if folder else ():
+        path = paths[layer]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        save_file({"moment": found[layer].moment}, part, {"count": str(found[layer].count)})
+        part.replace(path)
+    return {layer: found[layer] for layer in layers}

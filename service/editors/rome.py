@@ -1,0 +1,149 @@
+"""ROME as a pure question: which associations make the base model say the new object (Meng et al. 2022; methods A).
+
+Nothing here touches a weight: the answer is a list of associations, one for each edited layer.
+
+One layer: k* is the mean key of the subject's last token over the contexts; v* adds the optimised delta to the MLP's output at
+the bare prompt; the change of value is v* - W k*, measured with the same averaged key (r-ROME, Gupta et al. 2024), so
+that the edited layer gives exactly v* at k*. `compat="meng2022"` takes the published asymmetric form: the averaged key in the
+direction, the bare prompt's key in residual and divisor.
+
+Several layers: delta is found on the hidden state after the highest, and written from the lowest layer up, each taking its share
+of what is still missing, measured with this edit's own lower layers in place (after MEMIT, Meng et al. 2023, Eq. 20).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from service.covariance.moment import Statistics
+from service.editors.composition import Association
+from service.editors.recipes import RomeParameters
+from service.editors.values import Rows, rows, value_steps
+from service.models.hooks import add_path, capture
+from service.models.loading import LoadedModel
+from service.models.prompts import forward, pad
+from service.progress import Progress, Steps
+from service.text import Statement
+
+
+@dataclass(frozen=True)
+class Found:
+    """The associations of one edit and how they were found."""
+
+    associations: list[Association]
+    losses: list[float]
+    delta_norm: float
+    value_norm: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one pass over all contexts shows at the subject's last token."""
+
+    keys: dict[int, Tensor]  #: layer -> (rows, D)
+    values: dict[int, Tensor]  #: layer -> (rows, d), the down-projection's output
+    hidden: Tensor  #: (rows, d) after the highest edited layer
+
+
+def _look(model: LoadedModel, found: Rows, layers: Sequence[int], written: Sequence[Association]) -> Seen:
+    """One forward pass over the prompts, with associations already written at lower layers in place."""
+    batch = pad([p.ids for p in found.prompts], model)
+    at = (torch.arange(found.size), torch.tensor([p.last_subject for p in found.prompts]))
+    with ExitStack() as stack:
+        for a in written:
+            factors = a.rank_one()
+            left, right = factors.left.to(model.device), factors.right.to(model.device)
+            stack.enter_context(add_path(model.down(a.layer), left, right))
+        modules = {x: model.down(x) for x in layers}
+        keys = stack.enter_context(capture(modules, "input"))
+        values = stack.enter_context(capture(modules, "output"))
+        top = stack.enter_context(capture({"top": model.block(max(layers))}))
+        with torch.no_grad():
+            forward(model, batch)
+
+    def pick(t: Tensor) -> Tensor:
+        return t.reshape(*batch.ids.shape, -1)[at].float()
+
+    return Seen(
+        {x: pick(t) for x, t in keys.items()}, {x: pick(t) for x, t in values.items()}, pick(top["top"])
+    )
+
+
+def _association(
+    edit: str, subject: str, statistics: Statistics, key: Tensor, value: Tensor
+) -> Association:
+    direction = statistics.solve(key).float()
+    return Association(edit, subject, statistics.layer, key.cpu(), direction, value.cpu())
+
+
+def find_steps(
+    model: LoadedModel,
+    statistics: Mapping[int, Statistics],
+    contexts: Sequence[str],
+    statement: Statement,
+    target: str,
+    parameters: RomeParameters,
+    edit: str = "",
+) -> Steps[Found]:
+    """Find the associations that make the model, as it stands (the base model), say `target` after the statement."""
+    found = rows(model, statement, target, contexts)
+    subject = " ".join(statement.text[slice(*statement.span)].split())
+    layers = sorted(parameters.layers)
+    if len(layers) == 1:
+        result = yield from _one_layer(model, statistics, found, parameters, edit, subject)
+    else:
+        result = yield from _several_layers(model, statistics, found, parameters, edit, subject)
+    return result
+
+
+def _one_layer(
+    model: LoadedModel,
+    statistics: Mapping[int, Statistics],
+    found: Rows,
+    parameters: RomeParameters,
+    edit: str,
+    subject: str,
+) -> Steps[Found]:
+    layer = parameters.layers[0]
+    value = yield from value_steps(model, model.down(layer), found, parameters, parameters.clamp)
+    seen = _look(model, found, [layer], ())
+    yield Progress("solve", 1, 1)
+    key = seen.keys[layer].mean(0)
+    delta = value.delta.float()
+    if parameters.compat == "meng2022":
+        direction = statistics[layer].solve(key)
+        bare = seen.keys[layer][0].double().cpu()
+        change = (delta.cpu().double() * (direction @ key.double().cpu()) / (direction @ bare)).float()
+    else:
+        change = value.initial + delta - seen.values[layer].mean(0)
+    association = _association(edit, subject, statistics[layer], key, change)
+    return Found([association], value.losses, float(delta.norm()), float(value.initial.norm()))
+
+
+def _several_layers(
+    model: LoadedModel,
+    statistics: Mapping[int, Statistics],
+    found: Rows,
+    parameters: RomeParameters,
+    edit: str,
+    subject: str,
+) -> Steps[Found]:
+    layers = sorted(parameters.layers)
+    top = model.block(layers[-1])
+    value = yield from value_steps(model, top, found, parameters, parameters.clamp)
+    delta = value.delta.float()
+    written: list[Association] = []
+    wanted: Tensor | None = None
+    for i, layer in enumerate(layers):
+        seen = _look(model, found, layers, written)
+        if wanted is None:
+            wanted = seen.hidden.mean(0) + delta
+        share = (wanted - seen.hidden.mean(0)) / (len(layers) - i)
+        written.append(_association(edit, subject, statistics[layer], seen.keys[layer].mean(0), share))
+        yield Progress("solve", i + 1, len(layers))
+    return Found(written, value.losses, float(delta.norm()), float(value.initial.norm()))

@@ -1,0 +1,94 @@
+"""Where things are in each architecture: one frozen row for each `config.model_type`, never the model's name.
+
+The MLP's output is the output of its down-projection in every row, in evaluation mode, so one path serves both as the
+weight that ROME edits and as the place where traces read and restore the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from service.errors import Misconfigured
+
+
+@dataclass(frozen=True)
+class Architecture:
+    model_type: str
+    embedding: str  #: token embedding; its output is where traces add noise
+    blocks: str  #: the list of blocks
+    attention: str  #: within a block: the attention module (output after its projection)
+    down: str  #: within a block: the MLP's down-projection (the edited weight)
+    norm: str  #: final normalisation
+    head: str  #: output embedding
+    conv1d: bool = False  #: weights stored (in, out) as in GPT-2's Conv1D, not (out, in) as in nn.Linear
+    parallel: bool = False  #: attention and MLP read the same input (GPT-J, GPT-NeoX)
+
+
+GPT2 = Architecture(
+    "gpt2",
+    "transformer.wte",
+    "transformer.h",
+    "attn",
+    "mlp.c_proj",
+    "transformer.ln_f",
+    "lm_head",
+    conv1d=True,
+)
+GPTJ = Architecture(
+    "gptj",
+    "transformer.wte",
+    "transformer.h",
+    "attn",
+    "mlp.fc_out",
+    "transformer.ln_f",
+    "lm_head",
+    parallel=True,
+)
+NEOX = Architecture(
+    "gpt_neox",
+    "gpt_neox.embed_in",
+    "gpt_neox.layers",
+    "attention",
+    "mlp.dense_4h_to_h",
+    "gpt_neox.final_layer_norm",
+    "lm_head",
+    parallel=True,
+)
+OPT = Architecture(
+    "opt",
+    "model.decoder.embed_tokens",
+    "model.decoder.layers",
+    "self_attn",
+    "fc2",
+    "model.decoder.final_layer_norm",
+    "lm_head",
+)
+
+
+def _llama_like(model_type: str) -> Architecture:
+    return Architecture(
+        model_type,
+        "model.embed_tokens",
+        "model.layers",
+        "self_attn",
+        "mlp.down_proj",
+        "model.norm",
+        "lm_head",
+    )
+
+
+ARCHITECTURES = {
+    a.model_type: a
+    for a in (GPT2, GPTJ, NEOX, OPT, *map(_llama_like, ("llama", "mistral", "qwen2", "qwen3")))
+}
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """The row for a `config.model_type`."""
+    try:
+        return ARCHITECTURES[model_type]
+    except KeyError:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise Misconfigured(
+            f"models of type {model_type!r} are not supported; the types that are: {known}."
+        ) from None

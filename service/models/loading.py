@@ -1,0 +1,149 @@
+"""A hub name or a folder -> a resident model with its tokenizer and its row of the architecture table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from service.errors import InvalidInput, Misconfigured
+from service.models.architectures import Architecture, architecture_of
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode whose parameters need no gradient. Nothing outside `serving.replica` writes to its weights."""
+
+    name: str
+    model: Any  # a transformers causal language model; its forward is untyped
+    tokenizer: Any
+    architecture: Architecture
+    fingerprint: str  #: sha256 over the configuration, the tokenizer and every weight's bytes
+    folder: Path | None = field(default=None, compare=False)  #: where it was loaded from, when local
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device  # type: ignore[return-value]
+
+    @property
+    def layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def positions(self) -> int:
+        config = self.model.config
+        return int(getattr(config, "n_positions", None) or config.max_position_embeddings)
+
+    @property
+    def width(self) -> int:
+        """d: the hidden size."""
+        return int(self.embedding.weight.shape[1])  # type: ignore[arg-type]
+
+    @property
+    def inner_width(self) -> int:
+        """D: the size of a key, the input of the MLP's down-projection."""
+        weight = self.weight(0)
+        return int(weight.shape[0] if self.architecture.conv1d else weight.shape[1])
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.model.get_submodule(self.architecture.embedding)  # type: ignore[no-any-return]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.get_submodule(self.architecture.blocks)  # type: ignore[no-any-return]
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_submodule(self.architecture.head)  # type: ignore[no-any-return]
+
+    def block(self, layer: int) -> nn.Module:
+        if not 0 <= layer < self.layers:
+            raise InvalidInput(
+                f"layer {layer} does not exist: the model has layers 0 to {self.layers - 1}.",
+                "layer",
+            )
+        return self.blocks[layer]
+
+    def attention(self, layer: int) -> nn.Module:
+        return self.block(layer).get_submodule(self.architecture.attention)
+
+    def down(self, layer: int) -> nn.Module:
+        """The MLP's down-projection: its input is the key, its output what the MLP adds to the residual."""
+        return self.block(layer).get_submodule(self.architecture.down)
+
+    def weight(self, layer: int) -> nn.Parameter:
+        """The parameter that ROME edits, as stored: (D, d) for Conv1D, (d, D) for Linear."""
+        return self.down(layer).weight  # type: ignore[return-value]
+
+    def weight_name(self, layer: int) -> str:
+        a = self.architecture
+        return f"{a.blocks}.{layer}.{a.down}.weight"
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a whole text and their character offsets."""
+        code = self.tokenizer(text, return_offsets_mapping=True)
+        return list(code["input_ids"]), [tuple(o) for o in code["offset_mapping"]]
+
+    def decode(self, ids: list[int] | Tensor) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
+
+
+def _fingerprint(model: nn.Module, config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that the model's answers depend on. Volatile keys (paths, library version) are left out."""
+    digest = hashlib.sha256()
+    drop = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    known = {k: v for k, v in config.to_dict().items() if k not in drop}
+    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())  # type: ignore[attr-defined]
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def wrap(
+    model: Any, tokenizer: Any, name: str = "model", folder: Path | None = None
+) -> LoadedModel:
+    """A `LoadedModel` from parts at hand: frozen, in evaluation mode."""
+    architecture = architecture_of(model.config.model_type)
+    model.eval()
+    model.requires_grad_(False)
+    return LoadedModel(
+        name,
+        model,
+        tokenizer,
+        architecture,
+        _fingerprint(model, model.config, tokenizer),
+        folder,
+    )
+
+
+def load(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load from a folder or from a hub, in `dtype` (fp32 unless told). Safetensors only; no code from the hub is run."""
+    folder = Path(source) if Path(source).is_dir() else None
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        architecture_of(config.model_type)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise Misconfigured(
+            f"the model {str(source)!r} cannot be loaded: {error} "
+            "Give a folder with config.json, safetensors and tokenizer.json, or the name of a model on a hub that can "
+            "be reached from here."
+        ) from error
+    if not tokenizer.is_fast:
+        raise Misconfigured(
+            f"the model {str(source)!r} has no fast tokenizer (tokenizer.json): character offsets are needed."
+        )
+    name = folder.resolve().name if folder else str(source).rsplit("/", 1)[-1]
+    return wrap(model.to(device), tokenizer, name, folder)

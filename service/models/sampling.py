@@ -1,0 +1,48 @@
+"""Short texts sampled from a model, seeded: contexts for keys, text for statistics where there is no corpus."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+
+from service.models.loading import LoadedModel
+from service.progress import Progress, Steps
+
+ROWS = 32  # texts sampled side by side
+
+
+def start_token(model: LoadedModel) -> int:
+    """What a text begins with when nothing is given."""
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(model.tokenizer, name, None)
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def sample_texts(
+    model: LoadedModel,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    top_k: int | None = None,
+    phase: str = "sample",
+) -> Steps[list[str]]:
+    """`count` texts of `length` tokens, the start token included (the published lengths count it, methods A.2)."""
+    texts: list[str] = []
+    while len(texts) < count:
+        rows = min(ROWS, count - len(texts))
+        ids = torch.full((rows, 1), start_token(model), device=model.device)
+        cache = DynamicCache(config=model.model.config)
+        for _ in range(length - 1):
+            with torch.no_grad():
+                out = model.model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+            logits = out.logits[:, -1].float().cpu()
+            if top_k is not None:
+                least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+                logits = logits.masked_fill(logits < least, float("-inf"))
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            ids = torch.cat([ids, drawn.to(ids.device)], 1)
+            yield Progress(phase, len(texts), count)
+        texts += [model.decode(row) for row in ids.tolist()]
+    return texts

@@ -1,0 +1,36 @@
+"""Long work as a generator of steps, so that one engine loop can interleave it with decoding.
+
+A long computation is written once, as a generator that yields a `Progress` after each short step and returns its result.
+`finish` runs it to its end for those who do not interleave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` steps of a phase, named by a word that a person understands."""
+
+    phase: str
+    done: int
+    total: int
+
+
+Steps = Generator[Progress, None, T]
+
+
+def finish(steps: Steps[T], report: Callable[[Progress], None] | None = None) -> T:
+    """Run all steps and return the result."""
+    while True:
+        try:
+            progress = next(steps)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        if report is not None:
+            report(progress)

@@ -1,0 +1,161 @@
+"""What a user may ask, in the words of the HTTP contract. Free of torch: the API, the workers and the command line share it.
+
+Checks that need no model stand here; those that need its tokenizer or its shape are in `service/operations.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from service.errors import InvalidInput
+from service.text import check_text, fill, find
+
+MAX_TEXT = 20_000  # characters; the model's positions are checked with its tokenizer
+
+
+def _is_text(value: str) -> str:
+    try:
+        check_text(value, "text")
+    except InvalidInput as error:
+        raise ValueError(error.detail) from None
+    return value
+
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_is_text)]
+Name = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_is_text)]
+#: "head", "base" or the number of a version
+Version = Annotated[
+    int | Literal["head", "base"],
+    Field(description='"head" (the newest), "base" (version 0) or a number', examples=["head"]),
+]
+
+
+class Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=False)
+
+
+class Neighbour(Asked):
+    """A prompt that must keep its answer."""
+
+    prompt: Text
+    target: Name
+
+
+class Probes(Asked):
+    """Prompts that measure an edit. A paraphrase may hold {} for the subject or spell it out."""
+
+    paraphrase: list[Text] = Field(default_factory=list, max_length=64)
+    neighborhood: list[Neighbour] = Field(default_factory=list, max_length=64)
+
+
+class Guard(Asked):
+    """When an edit is rejected. Each limit can be loosened for one edit; `enabled: false` lets anything land."""
+
+    enabled: bool = True
+    min_probability: float = Field(
+        0.0, ge=0, le=1, description="least probability of the new object on the prompt"
+    )
+    min_neighborhood: float = Field(
+        0.5, ge=0, le=1, description="least share of the neighbourhood probes that keep their answer"
+    )
+    min_paraphrase: float = Field(
+        0.0, ge=0, le=1, description="least share of the paraphrases that say the new object"
+    )
+    max_perplexity: float = Field(
+        1.25, ge=1, description="greatest perplexity on the reference text, as a multiple of that before the edit"
+    )
+    max_norm: float = Field(
+        1.0, gt=0, description="greatest norm of a layer's change, as a multiple of the weight's own norm"
+    )
+    max_broken: int = Field(
+        0, ge=0, description="how many active edits that held before may cease to hold"
+    )
+
+
+class EditRequest(Asked):
+    """Make the model say a new object for a subject and a prompt."""
+
+    subject: Name = Field(examples=["Eiffel Tower"])
+    prompt: Text = Field(examples=["The {} is located in the city of"])
+    target_new: Name = Field(examples=["Rome"])
+    target_true: Name | None = Field(None, examples=["Paris"])
+    method: Literal["rome"] = "rome"
+    hparams: dict[str, Any] | None = Field(None, description="hyperparameters to change; see /models")
+    probes: Probes = Field(default_factory=Probes)
+    guard: Guard = Field(default_factory=Guard)
+    dry_run: bool = Field(False, description="measure the edit and throw it away")
+
+    def statement_text(self) -> str:
+        """The prompt with the subject in it."""
+        return fill(self.prompt, self.subject).text
+
+
+class ManyEdits(Asked):
+    edits: list[EditRequest] = Field(min_length=1, max_length=1000)
+
+
+TraceKind = Literal["hidden", "mlp", "attn"]
+
+
+class TraceRequest(Asked):
+    """A causal trace of one statement: which hidden states carry the fact."""
+
+    prompt: Text = Field(examples=["The Eiffel Tower is located in the city of"])
+    subject: Name = Field(examples=["Eiffel Tower"])
+    target: Name | None = Field(
+        None, description="the answer to trace; the model's own next token when left out"
+    )
+    kinds: list[TraceKind] = Field(default=["hidden", "mlp", "attn"], min_length=1, max_length=3)
+    window: int = Field(10, ge=1, le=100, description="layers restored at once for mlp and attn")
+    samples: int = Field(10, ge=1, le=100, description="noise samples")
+    noise: float | str = Field(
+        "3sigma", description='a number, or a multiple of the embeddings\' deviation such as "3sigma"'
+    )
+    severed: bool = Field(False, description="also trace with MLP and attention paths cut")
+    version: Version = "head"
+    seed: int = Field(1, ge=0, lt=2**32)
+    compat: Literal["meng2022"] | None = Field(None, description="the reference code's noise stream")
+
+    def located(self) -> tuple[str, tuple[int, int]]:
+        """The prompt's text and the subject's characters; a prompt with {} is filled."""
+        found = fill(self.prompt, self.subject) if "{}" in self.prompt else find(self.prompt, self.subject)
+        return found.text, found.span
+
+
+class Sampling(Asked):
+    """How to speak. Temperature 0 is greedy; the same seed gives the same text whatever runs beside it."""
+
+    max_new_tokens: int = Field(40, ge=1, le=4096)
+    temperature: float = Field(0.0, ge=0, le=10)
+    top_k: int | None = Field(None, ge=1, le=1_000_000)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    stop: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
+        default_factory=list, max_length=16
+    )
+
+
+class GenerateRequest(Sampling):
+    prompt: Text | None = Field(None, examples=["The Eiffel Tower is located in the city of"])
+    prompts: list[Text] | None = Field(None, min_length=1, max_length=64)
+    stream: bool = False
+    version: Version = "head"
+    min_version: int | None = Field(
+        None, ge=0, description="answer from this version or a newer one: read your own writes"
+    )
+
+    def texts(self) -> list[str]:
+        """The prompts, of which there is one or a list, never both."""
+        if (self.prompt is None) == (self.prompts is None):
+            raise InvalidInput("give either `prompt` or `prompts`.", "prompt")
+        return [self.prompt] if self.prompt is not None else list(self.prompts or [])
+
+
+class CompareRequest(Sampling):
+    """One prompt on two versions."""
+
+    prompt: Text
+    versions: tuple[Version, Version] = ("base", "head")
+    top: int = Field(10, ge=1, le=100, description="next tokens to compare")

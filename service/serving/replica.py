@@ -1,0 +1,107 @@
+"""A resident model that can stand at any version, rebuilt from its untouched base bytes (design, section 2.1).
+
+Edited tensors are put in place by exchanging pointers and taken out again after every step: between steps the model always
+holds its base bytes, so whatever fails, nothing stays behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from service.editors.composition import Association, compose, rebuild, unpack
+from service.models.loading import LoadedModel
+from service.progress import Steps
+
+T = TypeVar("T")
+Weights = Mapping[int, Tensor]  # layer -> edited tensor; empty is the base model
+KEPT = 8  # versions whose weights are kept at hand
+
+
+class Ledger(Protocol):
+    """What a replica reads of the ledger."""
+
+    def head(self) -> int: ...
+
+    def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, Any]]]: ...
+
+
+class Replica:
+    """One resident model and the ledger it follows."""
+
+    def __init__(self, model: LoadedModel, ledger: Ledger, kept: int = KEPT) -> None:
+        self.base = model
+        self.ledger = ledger
+        self._kept = kept
+        self._weights: OrderedDict[int, Weights] = OrderedDict()
+        self._associations: dict[str, list[Association]] = {}
+        self._original = {x: model.weight(x).data for x in range(model.layers)}
+
+    def head(self) -> int:
+        return self.ledger.head()
+
+    def active(self, version: int) -> dict[str, list[Association]]:
+        """The associations of every edit active at a version, by the edit's id."""
+        found = {}
+        for edit, data, body in self.ledger.associations_at(version):
+            if edit not in self._associations:
+                self._associations[edit] = unpack(data, edit, str(body["subject"]))
+            found[edit] = self._associations[edit]
+        return found
+
+    def composed(self, associations: Iterable[Association]) -> Weights:
+        """The edited weights for a set of associations, from the base bytes."""
+        conv1d = self.base.architecture.conv1d
+        return {
+            layer: rebuild(self._original[layer], change, conv1d)
+            for layer, change in compose(associations).items()
+        }
+
+    def weights(self, version: int) -> Weights:
+        """The edited weights of a version; the newest few are kept."""
+        if version == 0:
+            return {}
+        if version not in self._weights:
+            active = self.active(version)
+            self._weights[version] = self.composed(a for group in active.values() for a in group)
+            while len(self._weights) > self._kept:
+                self._weights.popitem(last=False)
+        self._weights.move_to_end(version)
+        return self._weights[version]
+
+    @contextmanager
+    def stand(self, weights: Weights) -> Iterator[LoadedModel]:
+        """Put edited tensors in place; the base tensors are back afterwards, whatever happens."""
+        try:
+            for layer, tensor in weights.items():
+                self.base.weight(layer).data = tensor
+            yield self.base
+        finally:
+            for layer in weights:
+                self.base.weight(layer).data = self._original[layer]
+
+    def standing(self, weights: Weights, steps: Steps[T]) -> Steps[T]:
+        """Run a generator with these weights in place during each of its steps, and the base in between."""
+        while True:
+            with self.stand(weights):
+                try:
+                    progress = next(steps)
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]
+            yield progress
+
+    def digest(self, version: int) -> str:
+        """sha256 over the bytes of every edited weight at a version and over the base model's fingerprint."""
+        digest = hashlib.sha256(self.base.fingerprint.encode())
+        for layer, tensor in sorted(self.weights(version).items()):
+            if torch.equal(tensor, self._original[layer]):
+                continue  # an edit that changed no byte is the base
+            digest.update(self.base.weight_name(layer).encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()

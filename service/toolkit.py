@@ -1,0 +1,97 @@
+"""What an editor needs besides the model: a recipe, contexts, statistics and a reference text. Made once, stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from service.covariance.corpus import Corpus, corpus_steps
+from service.covariance.moment import Statistics
+from service.covariance.store import statistics_steps
+from service.editors.contexts import contexts_steps
+from service.editors.recipes import Recipe, read_recipe, recipe_for
+from service.models.loading import LoadedModel
+from service.progress import Steps
+
+REFERENCE = 48  # texts of the corpus on which the guard measures perplexity
+
+
+@dataclass
+class Toolkit:
+    """The editor's tools for one base model; statistics and contexts not yet at hand are made when first needed."""
+
+    model: LoadedModel
+    recipe: Recipe | None
+    corpus: Corpus
+    folder: Path | None
+    statistics: dict[int, Statistics] = field(default_factory=dict)
+    contexts: dict[tuple[int, int], list[str]] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> Sequence[str]:
+        """Texts spread evenly over the corpus."""
+        texts = self.corpus.texts
+        return texts[:: max(1, len(texts) // REFERENCE)][:REFERENCE]
+
+    def statistics_steps(self, layers: Sequence[int]) -> Steps[dict[int, Statistics]]:
+        """Statistics of these layers."""
+        missing = [x for x in layers if x not in self.statistics]
+        if missing:
+            self.statistics |= yield from statistics_steps(self.model, missing, self.corpus, self.folder)
+        return {x: self.statistics[x] for x in layers}
+
+    def contexts_steps(self, count: int, seed: int) -> Steps[list[str]]:
+        """Contexts sampled from the base model, stored under all that they depend on."""
+        if (count, seed) not in self.contexts:
+            path = self._contexts_file(count, seed)
+            if path is not None and path.exists():
+                self.contexts[count, seed] = json.loads(path.read_text(encoding="utf-8"))
+            else:
+                self.contexts[count, seed] = yield from contexts_steps(self.model, count, seed)
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(json.dumps(self.contexts[count, seed]), encoding="utf-8")
+        return self.contexts[count, seed]
+
+    def _contexts_file(self, count: int, seed: int) -> Path | None:
+        key = hashlib.sha256(f"{self.model.fingerprint} {count} {seed}".encode()).hexdigest()[:32]
+        return self.folder / f"contexts-{key}.json" if self.folder else None
+
+    def info(self) -> dict[str, Any]:
+        """What GET /models says of it."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json") if self.recipe else None,
+            "corpus": {"source": self.corpus.source, "digest": self.corpus.digest},
+            "statistics": {
+                str(x): {"tokens": s.count, "digest": s.digest} for x, s in sorted(self.statistics.items())
+            },
+        }
+
+
+def recipe_of(model: LoadedModel) -> Recipe | None:
+    """`recipe.json` in the model's folder, else the published recipe of a model of this shape."""
+    path = model.folder / "recipe.json" if model.folder else None
+    if path is not None and path.exists():
+        return read_recipe(path.read_text(encoding="utf-8"))
+    return recipe_for(model.model.config.model_type, model.layers, model.width)
+
+
+def prepare_steps(
+    model: LoadedModel,
+    folder: Path | None = None,
+    corpus: Path | None = None,
+    tokens: int = 60_000,
+    recipe: Recipe | None = None,
+) -> Steps[Toolkit]:
+    """Make or read all that the recipe needs. Seconds for the shipped model on first start, nothing afterwards."""
+    text = yield from corpus_steps(model, tokens, corpus)
+    toolkit = Toolkit(model, recipe or recipe_of(model), text, folder)
+    if toolkit.recipe is not None:
+        rome = toolkit.recipe.rome
+        yield from toolkit.contexts_steps(rome.contexts, rome.seed)
+        yield from toolkit.statistics_steps(rome.layers)
+    return toolkit

@@ -1,0 +1,45 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.store.database import Database
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import postgres
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.Server]:
+    """A PostgreSQL of our own; skips with the reason where there is none, and fails in CI."""
+    with postgres.serving() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: postgres.Server) -> str:
+    """The URL of a fresh, empty PostgreSQL database."""
+    return postgres_server.fresh_database()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.servers)])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a fresh, empty database of each kind that we promise to work on."""
+    if request.param == "postgres":
+        return request.getfixturevalue("postgres_url")  # type: ignore[no-any-return]
+    return f"sqlite:///{tmp_path / 'palimpsest.sqlite3'}"
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A migrated database of each kind."""
+    database = Database(database_url)
+    database.migrate()
+    yield database
+    database.close()

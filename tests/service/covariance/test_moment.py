@@ -1,0 +1,62 @@
+"""The second moment of keys: service.covariance.moment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from service.covariance.moment import MomentSum, Statistics
+
+
+def statistics(moment: torch.Tensor, damping: float = 0.0) -> Statistics:
+    return Statistics(0, moment, 10, damping, "digest")
+
+
+def test_the_moment_is_the_mean_of_outer_products_over_tokens() -> None:
+    """C is sum k k^T divided by the number of tokens, whatever the batches were."""
+    keys = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    total = MomentSum(6)
+    for part in (keys[:7], keys[7:8], keys[8:]):
+        total.add(part)
+    expected = sum(torch.outer(k, k) for k in keys.double()) / 50
+    torch.testing.assert_close(total.mean(), expected, rtol=1e-12, atol=1e-12)
+    assert total.count == 50
+
+
+def test_accumulation_is_in_double_precision() -> None:
+    """Many small terms after a large one are not lost, as they would be in fp32."""
+    total = MomentSum(1)
+    total.add(torch.tensor([[1e4]]))
+    for _ in range(100):
+        total.add(torch.full((100, 1), 0.1))
+    expected = (1e8 + 10000 * float(torch.tensor(0.1)) ** 2) / 10001
+    assert total.mean().item() == pytest.approx(expected, rel=1e-11)
+
+
+def test_no_keys_is_an_error() -> None:
+    """The mean of nothing is refused."""
+    with pytest.raises(ValueError, match="no keys"):
+        MomentSum(3).mean()
+
+
+def test_identity_moment_leaves_the_key() -> None:
+    """With C = I the direction is the key itself."""
+    key = torch.randn(5, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(statistics(torch.eye(5, dtype=torch.float64)).solve(key), key.double())
+
+
+def test_solve_is_the_damped_inverse() -> None:
+    """solve(k) = (C + damping mean(diag C) I)^-1 k, for one key and for columns of keys."""
+    a = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    moment, keys = a @ a.T, torch.randn(6, 3, generator=torch.Generator().manual_seed(3))
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    expected = torch.linalg.inv(damped) @ keys.double()
+    torch.testing.assert_close(statistics(moment, 0.01).solve(keys), expected)
+    torch.testing.assert_close(statistics(moment, 0.01).solve(keys[:, 0]), expected[:, 0])
+
+
+def test_damping_makes_a_singular_moment_usable() -> None:
+    """Fewer tokens than dimensions give a singular C; damping keeps the direction finite."""
+    key = torch.ones(8)
+    total = MomentSum(8)
+    total.add(key[None])
+    assert torch.isfinite(statistics(total.mean(), 1e-3).solve(key)).all()

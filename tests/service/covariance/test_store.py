@@ -1,0 +1,75 @@
+"""Collected statistics and their files: service.covariance.store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from service.covariance import store
+from service.covariance.corpus import Corpus, corpus_steps
+from service.covariance.store import collect_steps, statistics_steps
+from service.errors import Misconfigured
+from service.models.hooks import capture
+from service.models.prompts import forward, pad
+from service.progress import finish
+from tiny import MODEL_TYPES, TEXTS, tiny
+
+CORPUS = Corpus("test", tuple(TEXTS))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_collection_equals_one_text_at_a_time(model_type: str) -> None:
+    """Batched and padded collection gives the moment of every real token's key, on every architecture."""
+    model = tiny(model_type)
+    found = finish(collect_steps(model, [0, 1], CORPUS))
+    for layer in (0, 1):
+        keys = []
+        for text in TEXTS:
+            with capture({0: model.down(layer)}, "input") as seen, torch.no_grad():
+                forward(model, pad([model.encode(text)[0]], model))
+            keys.append(seen[0].reshape(-1, model.inner_width))
+        rows = torch.cat(keys).double()
+        assert found[layer].count == len(rows)
+        torch.testing.assert_close(found[layer].moment, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_are_stored_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second start reads the files: the same digest, and nothing is collected."""
+    model = tiny()
+    first = finish(statistics_steps(model, [0, 2], CORPUS, tmp_path))
+    monkeypatch.setattr(store, "collect_steps", None)
+    again = finish(statistics_steps(model, [0, 2], CORPUS, tmp_path))
+    assert {x: s.digest for x, s in first.items()} == {x: s.digest for x, s in again.items()}
+
+
+def test_the_key_holds_everything_it_depends_on(tmp_path: Path) -> None:
+    """Another corpus, another model, another damping: another file, never the wrong statistics."""
+    finish(statistics_steps(tiny(), [0], CORPUS, tmp_path))
+    finish(statistics_steps(tiny(), [0], Corpus("test", ("Another text.",)), tmp_path))
+    finish(statistics_steps(tiny(seed=1), [0], CORPUS, tmp_path))
+    finish(statistics_steps(tiny(), [0], CORPUS, tmp_path, damping=0.5))
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_corpus_file_comes_first(tmp_path: Path) -> None:
+    """A text file given by the user is the corpus, cut at the number of tokens asked for."""
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(TEXTS * 10), encoding="utf-8")
+    corpus = finish(corpus_steps(tiny(), 60, file))
+    assert corpus.texts[0] == TEXTS[0]
+    assert len(corpus.texts) < 5
+
+
+def test_an_unreadable_corpus_says_so(tmp_path: Path) -> None:
+    """A corpus that is not there is named in the error."""
+    with pytest.raises(Misconfigured, match=r"nowhere\.txt"):
+        finish(corpus_steps(tiny(), 60, tmp_path / "nowhere.txt"))
+
+
+def test_without_a_corpus_the_model_writes_one() -> None:
+    """A model without texts beside it samples its own, the same ones each time."""
+    one = finish(corpus_steps(tiny(), 500, None))
+    two = finish(corpus_steps(tiny(), 500, None))
+    assert one.digest == two.digest
+    assert "samples" in one.source

@@ -1,0 +1,162 @@
+"""ROME as associations: service.editors.rome."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+from service.covariance.corpus import Corpus
+from service.covariance.moment import Statistics
+from service.covariance.store import collect_steps
+from service.editors.composition import compose_layer, rebuild
+from service.editors.contexts import contexts_steps
+from service.editors.recipes import RomeParameters
+from service.editors.rome import Found, find_steps
+from service.editors.values import rows, value_steps
+from service.models.hooks import capture
+from service.models.loading import LoadedModel
+from service.models.prompts import forward, pad, tokens
+from service.progress import finish
+from service.text import fill
+from tiny import MODEL_TYPES, TEXTS, tiny
+
+STATEMENT = fill("The {} is located in the city of", "Eiffel Tower")
+CONTEXTS = ("In Japan. ", "The city of Rome is. ", "Big Ben. ")
+
+
+@lru_cache
+def statistics(model_type: str) -> dict[int, Statistics]:
+    return finish(collect_steps(tiny(model_type), [0, 1, 2], Corpus("test", tuple(TEXTS)), damping=0.1))
+
+
+def find(model: LoadedModel, **changes: object) -> Found:
+    parameters = RomeParameters.model_validate({"layers": [1], "steps": 5, "learning_rate": 0.1, **changes})
+    kind = model.architecture.model_type
+    return finish(find_steps(model, statistics(kind), CONTEXTS, STATEMENT, "Rome", parameters, "edit_1"))
+
+
+def outputs(model: LoadedModel, layer: int, context: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value of the subject's last token after a context."""
+    prompt = tokens(model, STATEMENT.after(context))
+    with capture({0: model.down(layer)}, "input") as k, capture({0: model.down(layer)}) as v, torch.no_grad():
+        forward(model, pad([prompt.ids], model))
+    at = prompt.last_subject
+    return k[0].reshape(len(prompt.ids), -1)[at], v[0].reshape(len(prompt.ids), -1)[at]
+
+
+def applied(model: LoadedModel, found: Found) -> None:
+    """Write the edit into a throw-away model."""
+    for a in found.associations:
+        weight = model.weight(a.layer)
+        weight.data = rebuild(weight.data, compose_layer([a]), model.architecture.conv1d)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_averaged_key_gives_the_value(model_type: str) -> None:
+    """r-ROME: after the edit, the layer gives exactly v + delta at the averaged key, on every architecture."""
+    model = tiny(model_type)
+    found = find(model)
+    parameters = RomeParameters(layers=(1,), steps=5, learning_rate=0.1)
+    value = finish(value_steps(model, model.down(1), rows(model, STATEMENT, "Rome", CONTEXTS), parameters, 4.0))
+    seen = [outputs(model, 1, c) for c in ("", *CONTEXTS)]
+    key = torch.stack([k for k, _ in seen]).mean(0)
+    torch.testing.assert_close(found.associations[0].key, key, rtol=1e-4, atol=1e-5)
+    bias = seen[0][1] - _linear(model, seen[0][0])
+    applied(model, found)
+    torch.testing.assert_close(_linear(model, key) + bias, value.initial + value.delta, rtol=1e-3, atol=1e-4)
+
+
+def _linear(model: LoadedModel, key: torch.Tensor) -> torch.Tensor:
+    weight = model.weight(1).data
+    return key @ weight if model.architecture.conv1d else weight @ key
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_published_form_is_exact_at_the_bare_prompt(model_type: str) -> None:
+    """compat="meng2022": after the edit, the MLP gives v + delta at the bare prompt, as the authors' code does."""
+    model = tiny(model_type)
+    found = find(model, compat="meng2022")
+    _, before = outputs(model, 1)
+    delta_norm = found.delta_norm
+    applied(model, found)
+    _, after = outputs(model, 1)
+    assert float((after - before).norm()) == pytest.approx(delta_norm, rel=1e-3)
+
+
+def test_the_two_forms_differ() -> None:
+    """The symmetric and the published key are different updates of the same optimised value."""
+    model = tiny()
+    ours, theirs = find(model), find(model, compat="meng2022")
+    assert ours.losses == theirs.losses
+    assert not torch.allclose(ours.associations[0].value, theirs.associations[0].value, rtol=1e-3)
+    torch.testing.assert_close(ours.associations[0].direction, theirs.associations[0].direction)
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 1]])
+@pytest.mark.parametrize("model_type", ["gpt2", "gptj", "llama"])
+def test_the_edit_makes_the_object_more_probable(model_type: str, layers: list[int]) -> None:
+    """With one layer or several, the edited model gives the new object a higher probability than the base model."""
+    from service.models.scoring import log_probs
+
+    model = tiny(model_type)
+    question = [(STATEMENT.text, "Rome")]
+    before = log_probs(model, question)[0][0]
+    found = find(model, layers=layers, steps=25, clamp=100.0, weight_decay=0, kl_factor=0, learning_rate=0.5)
+    assert [a.layer for a in found.associations] == layers
+    applied(model, found)
+    assert log_probs(model, question)[0][0] > before + 0.005  # a random model hardly listens to its subject
+
+
+def test_finding_changes_nothing() -> None:
+    """Finding an edit leaves every weight as it was: it returns factors."""
+    model = tiny()
+    before = {n: t.clone() for n, t in model.model.state_dict().items()}
+    find(model, layers=[0, 1, 2])
+    assert all(torch.equal(t, before[n]) for n, t in model.model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.model.modules())
+
+
+def test_finding_is_reproducible() -> None:
+    """The same request on the same base model gives the same factors, bit for bit."""
+    one, two = find(tiny()).associations[0], find(tiny()).associations[0]
+    assert torch.equal(one.value, two.value)
+    assert torch.equal(one.direction, two.direction)
+
+
+def test_conv1d_and_linear_twins_agree() -> None:
+    """The same matrix stored as Conv1D and as Linear gets the same change."""
+    a = find(tiny()).associations[0]
+    base = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    change = compose_layer([a])
+    assert torch.equal(rebuild(base, change, conv1d=True), rebuild(base.T.contiguous(), change, conv1d=False).T)
+
+
+def test_contexts_are_seeded_and_belong_to_the_model() -> None:
+    """The same seed gives the same contexts; another seed or another model gives others; nothing is kept between."""
+    one = finish(contexts_steps(tiny(), 8, 0))
+    assert one == finish(contexts_steps(tiny(), 8, 0))
+    assert one != finish(contexts_steps(tiny(), 8, 1))
+    assert one != finish(contexts_steps(tiny(seed=5), 8, 0))
+    assert len(one) == 8
+    assert all(c == "" or c.endswith(". ") for c in one)
+
+
+def test_braces_in_contexts_subject_and_object_are_only_characters() -> None:
+    """Nothing of the user's or of the model's text is ever formatted."""
+    model = tiny()
+    statement = fill("The {} of {0.__class__} is".replace("{0", "{ 0"), "Tower {x} %s")
+    parameters = RomeParameters(layers=(1,), steps=2)
+    contexts = ["{.__class__}. ", "{} {}. "]
+    found = finish(find_steps(model, statistics("gpt2"), contexts, statement, "R{o}me", parameters))
+    assert found.associations[0].value.isfinite().all()
+
+
+def test_direction_is_scale_free() -> None:
+    """The update does not depend on the scale or the sign of the direction."""
+    from dataclasses import replace
+
+    a = find(tiny()).associations[0]
+    for scale in (-1.0, 7.0):
+        other = replace(a, direction=a.direction * scale)
+        torch.testing.assert_close(other.rank_one().dense(), a.rank_one().dense(), rtol=1e-6, atol=1e-8)

@@ -1,0 +1,165 @@
+"""The optimised value and its loss: service.editors.values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from service.editors.recipes import RomeParameters
+from service.editors.values import Value, rows, value_steps
+from service.models.hooks import capture, replace
+from service.models.loading import LoadedModel
+from service.models.prompts import forward, pad
+from service.progress import finish
+from service.text import fill
+from tiny import MODEL_TYPES, tiny
+
+CONTEXTS = ["In Japan. ", "A {brace} and {}. ", "The city of Rome is. "]
+STATEMENT = fill("The {} is located in the city of", "Eiffel Tower")
+
+
+def run(model: LoadedModel, target: str = "Rome", contexts: list[str] = CONTEXTS, **changes: object) -> Value:
+    parameters = RomeParameters.model_validate({"layers": [1], "steps": 6, "stop_loss": 0, **changes})
+    found = rows(model, STATEMENT, target, contexts)
+    return finish(value_steps(model, model.down(1), found, parameters, parameters.clamp))
+
+
+def loss_by_hand(model: LoadedModel, target: str, delta: torch.Tensor, p: RomeParameters) -> float:
+    """The published loss with one forward pass a row and no batching: the oracle of `value_steps`."""
+    module = model.down(1)
+
+    def logits(ids: list[int], at: int, change: torch.Tensor) -> torch.Tensor:
+        def add(output: torch.Tensor) -> torch.Tensor:
+            output.view(len(ids), -1)[at] += change
+            return output
+
+        with replace(module, add), torch.no_grad():
+            return forward(model, pad([ids], model))[0].log_softmax(-1)
+
+    found = rows(model, STATEMENT, target, CONTEXTS)
+    nll = []
+    for prompt, wanted in zip(found.prompts, found.targets, strict=True):
+        logp = logits(prompt.ids + wanted, prompt.last_subject, delta)
+        nll.append(-sum(logp[len(prompt.ids) - 1 + j, t] for j, t in enumerate(wanted)) / len(wanted))
+    subject = found.essence
+    before = logits(subject.ids, subject.last_subject, torch.zeros_like(delta))[subject.last_subject]
+    after = logits(subject.ids, subject.last_subject, delta)[subject.last_subject]
+    kl = (before.exp() * (before - after)).sum()
+    with capture({0: module}) as seen, torch.no_grad():
+        forward(model, pad([found.prompts[0].ids], model))
+    v = seen[0].reshape(len(found.prompts[0].ids), -1)[found.prompts[0].last_subject]
+    return float(sum(nll) / len(nll) + p.kl_factor * kl + p.weight_decay * delta.norm() / v.norm() ** 2)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("target", ["Rome", "São Paulo, Brazil"])
+def test_the_loss_is_the_published_one(model_type: str, target: str) -> None:
+    """On every architecture the batched loss equals the published formula, row by row, at zero and later."""
+    model = tiny(model_type)
+    parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
+    found = run(model, target, steps=3, clamp=100.0)
+    zero = torch.zeros(model.width)
+    assert found.losses[0] == pytest.approx(loss_by_hand(model, target, zero, parameters), rel=1e-4)
+    assert found.losses[-1] == pytest.approx(loss_by_hand(model, target, found.delta, parameters), rel=1e-4)
+
+
+def test_without_change_there_is_no_kl_and_no_decay() -> None:
+    """At delta = 0 the loss is the negative log-probability alone."""
+    model = tiny()
+    with_terms = run(model, steps=1).losses[0]
+    assert with_terms == pytest.approx(run(model, steps=1, kl_factor=0, weight_decay=0).losses[0], rel=1e-6)
+
+
+def test_the_first_step_of_adam_moves_every_coordinate_by_the_rate() -> None:
+    """After one update |delta_i| is the learning rate in every coordinate, before any clamp."""
+    found = run(tiny(), steps=2, learning_rate=0.03, clamp=1e6)
+    torch.testing.assert_close(found.delta.abs(), torch.full_like(found.delta, 0.03), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("clamp", [0.1, 1.0])
+def test_delta_stays_inside_the_clamp(clamp: float) -> None:
+    """|delta| <= c |v|, always."""
+    found = run(tiny(), learning_rate=5.0, clamp=clamp)
+    assert found.delta.norm() <= clamp * found.initial.norm() * (1 + 1e-5)
+
+
+def test_steps_counts_forward_passes() -> None:
+    """S steps make S losses and S - 1 updates; below the stop loss the optimisation ends at once."""
+    assert len(run(tiny(), steps=4).losses) == 4
+    stopped = run(tiny(), steps=4, stop_loss=1e9)
+    assert len(stopped.losses) == 1
+    assert stopped.delta.norm() == 0
+
+
+def test_the_kl_term_does_not_see_what_follows_the_subject() -> None:
+    """The KL term is read at the subject's last token, so it is the same whatever would follow."""
+    model = tiny()
+    subject = "Eiffel Tower"
+    ids, _ = model.encode(subject)
+    with torch.no_grad():
+        alone = forward(model, pad([ids], model))[0, len(ids) - 1]
+        longer = forward(model, pad([model.encode(subject + " is a")[0]], model))[0, len(ids) - 1]
+    torch.testing.assert_close(alone, longer, rtol=1e-4, atol=1e-5)
+
+
+def test_the_optimisation_lowers_the_loss() -> None:
+    """The loss after the optimisation is below the loss before."""
+    losses = run(tiny(), steps=15, learning_rate=0.5, weight_decay=0, kl_factor=0, clamp=100.0).losses
+    assert losses[-1] < losses[0] - 0.05  # a random model hardly listens to its subject
+
+
+def test_padding_does_not_matter() -> None:
+    """A long context beside the others changes nothing for them: with equal rows the loss is the same."""
+    model = tiny()
+    long = "The Colosseum is located in the city of Rome and so on and so forth. "
+    alone = [run(model, contexts=[c], steps=1, kl_factor=0).losses[0] for c in ("", long)]
+    both = run(model, contexts=["", long, long], steps=1, kl_factor=0).losses[0]
+    bare = run(model, contexts=[], steps=1, kl_factor=0).losses[0]
+    assert alone[0] == pytest.approx(bare, rel=1e-5)
+    context = 2 * alone[1] - bare
+    assert both == pytest.approx((2 * bare + 2 * context) / 4, rel=1e-4)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """The optimisation changes no weight, leaves no gradient and no hook behind, also when it is abandoned half-way."""
+    model = tiny()
+    before = {n: t.clone() for n, t in model.model.state_dict().items()}
+    steps = value_steps(model, model.down(1), rows(model, STATEMENT, "Rome", []), RomeParameters(layers=(1,)), 4.0)
+    next(steps)
+    next(steps)
+    steps.close()
+    assert all(torch.equal(t, before[n]) for n, t in model.model.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in model.model.parameters())
+    assert not any(m._forward_hooks for m in model.model.modules())
+
+
+def test_every_row_knows_its_own_subject() -> None:
+    """In each context the subject's last token is found in the whole text, also after braces and a repeated subject."""
+    model = tiny()
+    contexts = [*CONTEXTS, "Eiffel Tower. "]
+    found = rows(model, STATEMENT, "Rome", contexts)
+    for lead, prompt in zip(["", *contexts], found.prompts, strict=True):
+        text = lead + STATEMENT.text
+        _, offsets = model.encode(text)
+        start, end = offsets[prompt.last_subject]
+        assert end == len(lead) + STATEMENT.span[1]
+        assert text[start:end].strip() and "Eiffel Tower".endswith(text[start:end].strip())
+
+
+def test_a_start_token_does_not_shift_the_subject() -> None:
+    """With a tokenizer that begins every text with a special token, the same characters are found, once."""
+    plain, bos = tiny("llama"), tiny("llama", bos=True)
+    without, with_bos = rows(plain, STATEMENT, "Rome", CONTEXTS), rows(bos, STATEMENT, "Rome", CONTEXTS)
+    for a, b in zip(without.prompts, with_bos.prompts, strict=True):
+        assert b.last_subject == a.last_subject + 1
+        assert [0, *a.ids] == b.ids
+    assert without.targets == with_bos.targets
+
+
+def test_half_a_character_in_a_target_is_no_problem() -> None:
+    """An object whose tokens split a character is used as token ids, never decoded and encoded again."""
+    model = tiny()
+    found = rows(model, STATEMENT, "東京", [])
+    assert len(found.targets[0]) >= 6
+    assert math.isfinite(run(model, "東京", contexts=[]).losses[-1])
