@@ -61,6 +61,11 @@ class Answer:
         return {"new": _exp(self.new), "true": _exp(self.true)}
 
 
+def holds(question: Question, answer: Answer) -> bool:
+    """Whether the new object is the more probable one, or is said where it is the true one as well."""
+    return answer.prefers_new or (question.new.strip() == question.true.strip() and answer.says_new)
+
+
 @dataclass(frozen=True)
 class Plan:
     """An edit's request, resolved."""
@@ -129,7 +134,7 @@ def edit_steps(replica: Replica, desk: Desk, job: RunningJob, toolkit: Toolkit) 
         if desk.cancel_requested(job):
             raise Cancelled("the edit was cancelled before it landed.")
         if request.dry_run or not landing:
-            desk.finish(job, "applied" if landing else "rejected", result)  # of a dry run: what would have become of it
+            desk.finish(job, "evaluated" if landing else "rejected", result)
             return
         factors = pack([a.scaled(trial.strength) for a in found.associations])
         try:
@@ -149,9 +154,7 @@ def plan_steps(replica: Replica, request: EditRequest, toolkit: Toolkit) -> Step
         said = yield from answer_steps(model, prompt, SAID)
         true = said.split("\n")[0].split(".")[0].split(",")[0].strip() or "?"
     new = request.target_new
-    paraphrase = [
-        fill(p, request.subject).text if "{}" in p else p for p in request.probes.paraphrase
-    ]
+    paraphrase = [fill(p, request.subject).text if "{}" in p else p for p in request.probes.paraphrase]
     return Plan(
         request,
         parameters,
@@ -180,7 +183,7 @@ def trial_steps(
     active, watched = _others(replica, head, key, found)
     now = replica.weights(head)
     before = yield from replica.standing(now, measure_steps(replica, toolkit, plan, watched))
-    first: Trial | None = None
+    best: Trial | None = None  # the first, until one passes; then the strongest that does
     for strength in STRENGTHS:
         mine = [a.scaled(strength) for a in found.associations]
         together = [a for group in active.values() for a in group] + mine
@@ -188,13 +191,14 @@ def trial_steps(
         yield Progress("compose", 1, 1)
         after = yield from replica.standing(weights, measure_steps(replica, toolkit, plan, watched))
         trial = _judge(plan, before, after, strength, _norms(replica, together))
+        if best is None or trial.passed:
+            best = trial
         if trial.passed and trial.after.answers[0].says_new:
-            return before, trial
-        first = first or trial
+            break
         if not plan.request.guard.enabled or (not trial.passed and trial.took):
             break  # it takes, but does damage: more of it does more
-    passing = trial if trial.passed else first
-    return before, passing
+    assert best is not None
+    return before, best
 
 
 def _others(
@@ -236,13 +240,12 @@ def measure_steps(
     pairs = [(q.prompt, target) for q in questions for target in (q.new, q.true)]
     scores = yield from log_prob_steps(replica.base, pairs)
     answers = [
-        Answer(new[0], true[0], new[1], true[1])
-        for new, true in zip(scores[::2], scores[1::2], strict=True)
+        Answer(new[0], true[0], new[1], true[1]) for new, true in zip(scores[::2], scores[1::2], strict=True)
     ]
     says = yield from answer_steps(replica.base, plan.rewrite.prompt, SAID)
     perplexity = yield from perplexity_steps(replica.base, toolkit.reference)
     own = len(plan.questions)
-    holding = {e for e, a in zip(watched, answers[own:], strict=True) if a.prefers_new}
+    holding = {e for (e, q), a in zip(watched.items(), answers[own:], strict=True) if holds(q, a)}
     return Measured(answers[:own], says, perplexity, holding)
 
 
@@ -251,20 +254,13 @@ def _norms(replica: Replica, together: Sequence[Association]) -> dict[int, float
     return {layer: norm_ratio(replica.base.weight(layer).data, change) for layer, change in changes}
 
 
-def _judge(
-    plan: Plan, before: Measured, after: Measured, strength: float, norms: dict[int, float]
-) -> Trial:
+def _judge(plan: Plan, before: Measured, after: Measured, strength: float, norms: dict[int, float]) -> Trial:
     """Hold a trial against the guard's limits."""
     guard = plan.request.guard
     rewrite = after.answers[0]
     cut = 1 + len(plan.paraphrase)
     checks = [
-        Check(
-            "efficacy",
-            rewrite.prefers_new or (plan.rewrite.new == plan.rewrite.true and rewrite.says_new),
-            _exp(rewrite.new),
-            _exp(rewrite.true),
-        ),
+        Check("efficacy", holds(plan.rewrite, rewrite), _exp(rewrite.new), _exp(rewrite.true)),
         _at_least("probability", _exp(rewrite.new), guard.min_probability),
     ]
     if plan.paraphrase:
@@ -291,9 +287,7 @@ def _at_most(name: str, figure: float, limit: float) -> Check:
     return Check(name, figure <= limit, figure, limit)  # NaN passes neither
 
 
-def report(
-    plan: Plan, found: Found, before: Measured, trial: Trial, seconds: float
-) -> dict[str, Any]:
+def report(plan: Plan, found: Found, before: Measured, trial: Trial, seconds: float) -> dict[str, Any]:
     """An edit's result, for people and programs: JSON."""
     after = trial.after
     cut = 1 + len(plan.paraphrase)
@@ -326,7 +320,10 @@ def report(
         "broken": trial.broken,
         "guard": {
             "passed": trial.passed,
-            "checks": [{"name": c.name, "passed": c.passed, "figure": c.figure, "limit": c.limit} for c in trial.checks],
+            "checks": [
+                {"name": c.name, "passed": c.passed, "figure": c.figure, "limit": c.limit}
+                for c in trial.checks
+            ],
         },
         "reason": _reason(trial),
         "seconds": round(seconds, 3),
@@ -346,7 +343,9 @@ _REASONS = {
 
 def _reason(trial: Trial) -> str | None:
     """Why an edit was rejected, in words; None when it passed."""
-    failed = [f"{_REASONS[c.name]} ({c.figure:.3g}, limit {c.limit:.3g})" for c in trial.checks if not c.passed]
+    failed = [
+        f"{_REASONS[c.name]} ({c.figure:.3g}, limit {c.limit:.3g})" for c in trial.checks if not c.passed
+    ]
     return "; ".join(failed) or None
 
 
@@ -370,5 +369,3 @@ def provenance(replica: Replica, toolkit: Toolkit, plan: Plan, trial: Trial) -> 
 
 def _exp(log_p: float) -> float:
     return float(torch.tensor(log_p, dtype=torch.float64).exp())
-
-

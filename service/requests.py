@@ -64,14 +64,14 @@ class Guard(Asked):
         0.0, ge=0, le=1, description="least share of the paraphrases that say the new object"
     )
     max_perplexity: float = Field(
-        1.25, ge=1, description="greatest perplexity on the reference text, as a multiple of that before the edit"
+        1.25,
+        ge=1,
+        description="greatest perplexity on the reference text, as a multiple of that before the edit",
     )
     max_norm: float = Field(
         1.0, gt=0, description="greatest norm of a layer's change, as a multiple of the weight's own norm"
     )
-    max_broken: int = Field(
-        0, ge=0, description="how many active edits that held before may cease to hold"
-    )
+    max_broken: int = Field(0, ge=0, description="how many active edits that held before may cease to hold")
 
 
 class EditRequest(Asked):

@@ -85,9 +85,14 @@ def token_span(offsets: Sequence[Span], span: Span) -> Span:
     return hit[0], hit[-1] + 1
 
 
+def words(text: str) -> str:
+    """A text up to white space: what tells subjects apart."""
+    return " ".join(text.split())
+
+
 def fact_key(subject: str, prompt: str) -> str:
     """Two edits with this key speak of the same fact: subject and prompt, up to white space."""
-    return " ".join(subject.split()) + "\n" + " ".join(prompt.split())
+    return words(subject) + "\n" + words(prompt)
 
 
 def check_tokens(tokenizer: Any, prompt: str, target: str | None, positions: int) -> None:

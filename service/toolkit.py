@@ -54,7 +54,9 @@ class Toolkit:
                 self.contexts[count, seed] = yield from contexts_steps(self.model, count, seed)
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps(self.contexts[count, seed]), encoding="utf-8")
+                    part = path.with_suffix(".part")
+                    part.write_text(json.dumps(self.contexts[count, seed]), encoding="utf-8")
+                    part.replace(path)
         return self.contexts[count, seed]
 
     def _contexts_file(self, count: int, seed: int) -> Path | None:

@@ -6,10 +6,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from service.models.architectures import ARCHITECTURES
-from service.models.loading import LoadedModel, wrap
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from service.models.architectures import ARCHITECTURES
+from service.models.loading import LoadedModel, wrap
 
 MODEL_TYPES = sorted(ARCHITECTURES)
 TEXTS = [

@@ -44,7 +44,8 @@ class Statistics:
         """Lower L with L L^T = C + damping * mean(diag C) * I."""
         ridge = self.damping * self.moment.diagonal().mean()
         damped = self.moment + ridge * torch.eye(len(self.moment), dtype=torch.float64)
-        return torch.linalg.cholesky(damped)
+        lower: Tensor = torch.linalg.cholesky(damped)
+        return lower
 
     def solve(self, keys: Tensor) -> Tensor:
         """C^-1 k for a key (D,) or for keys as columns (D, n), in fp64 (methods A.5)."""

@@ -60,7 +60,7 @@ def collect_steps(
 
 def _statistics(layer: int, moment: Tensor, count: int, damping: float) -> Statistics:
     digest = hashlib.sha256(f"{layer} {count} {damping!r} {tuple(moment.shape)}".encode())
-    digest.update(moment.contiguous().view(torch.uint8).numpy())
+    digest.update(moment.contiguous().view(torch.uint8).numpy().data)
     return Statistics(layer, moment, count, damping, digest.hexdigest())
 
 
@@ -85,7 +85,11 @@ def statistics_steps(
 ) -> Steps[dict[int, Statistics]]:
     """Statistics of each layer: read where they are stored, else collected and stored."""
     found: dict[int, Statistics] = {}
-    paths = {x: folder / f"moment-{_key(model, x, corpus, damping)}.safetensors" for x in layers} if folder else {}
+    paths = (
+        {x: folder / f"moment-{_key(model, x, corpus, damping)}.safetensors" for x in layers}
+        if folder
+        else {}
+    )
     for layer, path in paths.items():
         if path.exists():
             with safe_open(path, "pt") as file:

@@ -76,9 +76,7 @@ def compose_layer(associations: Sequence[Association], ridge: float = RIDGE) -> 
 def compose(associations: Iterable[Association], ridge: float = RIDGE) -> dict[int, LowRank]:
     """The joint change of every layer that the associations touch."""
     by_layer = sorted(associations, key=lambda a: a.layer)
-    return {
-        layer: compose_layer(list(group), ridge) for layer, group in groupby(by_layer, lambda a: a.layer)
-    }
+    return {layer: compose_layer(list(group), ridge) for layer, group in groupby(by_layer, lambda a: a.layer)}
 
 
 def rebuild(base: Tensor, change: LowRank, conv1d: bool) -> Tensor:

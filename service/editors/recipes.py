@@ -16,14 +16,16 @@ from service.errors import InvalidInput, Misconfigured
 class RomeParameters(BaseModel):
     """Hyperparameters of ROME (methods A.6 to A.9)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     layers: tuple[int, ...] = Field(min_length=1, max_length=16, description="edited layers, from 0")
     steps: int = Field(20, ge=1, le=200, description="optimisation steps of the value")
     learning_rate: float = Field(0.5, gt=0, le=10, description="Adam's rate for the value")
     weight_decay: float = Field(0.5, ge=0, description="weight of |delta| / |v|^2")
     clamp: float = Field(4.0, gt=0, description="greatest |delta| as a multiple of |v|")
-    kl_factor: float = Field(0.0625, ge=0, description="weight of the KL term that keeps the subject's essence")
+    kl_factor: float = Field(
+        0.0625, ge=0, description="weight of the KL term that keeps the subject's essence"
+    )
     stop_loss: float = Field(0.05, ge=0, description="the optimisation ends below this loss")
     contexts: int = Field(20, ge=0, le=100, description="sampled contexts beside the bare prompt")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the contexts")
@@ -85,9 +87,7 @@ def resolve(recipe: Recipe | None, asked: dict[str, object] | None, layers: int)
         raise InvalidInput(f"hparams.{name}: {first['msg']}. Known: {known}.", "hparams") from None
     wrong = [x for x in chosen.layers if not 0 <= x < layers]
     if wrong or len(set(chosen.layers)) < len(chosen.layers):
-        raise InvalidInput(
-            f"hparams.layers must name different layers from 0 to {layers - 1}.", "hparams"
-        )
+        raise InvalidInput(f"hparams.layers must name different layers from 0 to {layers - 1}.", "hparams")
     return chosen
 
 

@@ -28,7 +28,7 @@ from service.models.hooks import add_path, capture
 from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad
 from service.progress import Progress, Steps
-from service.text import Statement
+from service.text import Statement, words
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ def _look(model: LoadedModel, found: Rows, layers: Sequence[int], written: Seque
     )
 
 
-def _association(
-    edit: str, subject: str, statistics: Statistics, key: Tensor, value: Tensor
-) -> Association:
+def _association(edit: str, subject: str, statistics: Statistics, key: Tensor, value: Tensor) -> Association:
     direction = statistics.solve(key).float()
     return Association(edit, subject, statistics.layer, key.cpu(), direction, value.cpu())
 
@@ -92,7 +90,7 @@ def find_steps(
 ) -> Steps[Found]:
     """Find the associations that make the model, as it stands (the base model), say `target` after the statement."""
     found = rows(model, statement, target, contexts)
-    subject = " ".join(statement.text[slice(*statement.span)].split())
+    subject = words(statement.text[slice(*statement.span)])
     layers = sorted(parameters.layers)
     if len(layers) == 1:
         result = yield from _one_layer(model, statistics, found, parameters, edit, subject)

@@ -36,9 +36,7 @@ class Rows:
         return len(self.prompts)
 
 
-def rows(
-    model: LoadedModel, statement: Statement, target: str, contexts: Sequence[str]
-) -> Rows:
+def rows(model: LoadedModel, statement: Statement, target: str, contexts: Sequence[str]) -> Rows:
     """Tokenise prompt and object together, once for each context."""
     prompts, targets = [], []
     for lead in ("", *contexts):
@@ -83,7 +81,11 @@ def value_steps(
     wanted = torch.tensor([t for row in found.targets for t in row], device=model.device)
     line = torch.tensor([i for i, row in enumerate(found.targets) for _ in row], device=model.device)
     place = torch.tensor(
-        [len(p.ids) - 1 + j for p, t in zip(found.prompts, found.targets, strict=True) for j in range(len(t))],
+        [
+            len(p.ids) - 1 + j
+            for p, t in zip(found.prompts, found.targets, strict=True)
+            for j in range(len(t))
+        ],
         device=model.device,
     )
     weight = torch.tensor([1 / len(row) for row in found.targets for _ in row], device=model.device)

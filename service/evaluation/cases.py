@@ -15,6 +15,7 @@ from typing import Any
 from service.errors import InvalidInput
 
 NEIGHBOURS = 10
+FACT = ("subject", "object", "relation", "prompts", "held_out_prompts")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ def cases_from_facts(rows: list[dict[str, Any]], seed: int = 0) -> list[Case]:
     Paraphrases are the wordings held out of training for this fact; neighbours are other subjects of the relation
     with the same object, each in one of its trained wordings.
     """
+    for place, row in enumerate(rows, 1):
+        if lost := [name for name in FACT if name not in row]:
+            raise InvalidInput(f"fact {place} is not in the form of facts.jsonl: it lacks {lost[0]!r}.", "records")
     rng = random.Random(seed)
     objects: dict[str, set[str]] = defaultdict(set)
     sharing: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
@@ -48,6 +52,8 @@ def cases_from_facts(rows: list[dict[str, Any]], seed: int = 0) -> list[Case]:
     cases = []
     for row in rng.sample(rows, len(rows)):
         others = sorted(objects[row["relation"]] - {row["object"]})
+        if not others:
+            continue  # no other object to write
         near = [r for r in sharing[row["relation"], row["object"]] if r["subject"] != row["subject"]]
         chosen = rng.sample(near, min(NEIGHBOURS, len(near)))
         cases.append(
@@ -78,8 +84,9 @@ def case_from_counterfact(record: dict[str, Any]) -> Case:
             rewrite.get("relation_id", ""),
         )
     except (KeyError, TypeError) as error:
+        number = record.get("case_id", "?") if isinstance(record, dict) else "?"
         raise InvalidInput(
-            f"record {record.get('case_id', '?')} is not in CounterFact's form: it lacks {error}.", "records"
+            f"record {number} is not in CounterFact's form: it lacks {error}.", "records"
         ) from None
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 
 def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def add_path(module: nn.Module, left: Tensor, right: Tensor) -> Iterator[None]:
     """
 
     def hook(_module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        wide = inputs[0].to(right.dtype) @ right.T @ left.T
+        wide: Tensor = inputs[0].to(right.dtype) @ right.T @ left.T
         return (output + wide.to(output.dtype)).to(output.dtype)
 
     handle = module.register_forward_hook(hook)

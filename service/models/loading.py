@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -43,7 +44,7 @@ class LoadedModel:
     @property
     def width(self) -> int:
         """d: the hidden size."""
-        return int(self.embedding.weight.shape[1])  # type: ignore[arg-type]
+        return int(self.embedding.weight.shape[1])  # type: ignore[index]
 
     @property
     def inner_width(self) -> int:
@@ -101,16 +102,14 @@ def _fingerprint(model: nn.Module, config: Any, tokenizer: PreTrainedTokenizerBa
     drop = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
     known = {k: v for k, v in config.to_dict().items() if k not in drop}
     digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())  # type: ignore[attr-defined]
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def wrap(
-    model: Any, tokenizer: Any, name: str = "model", folder: Path | None = None
-) -> LoadedModel:
+def wrap(model: Any, tokenizer: Any, name: str = "model", folder: Path | None = None) -> LoadedModel:
     """A `LoadedModel` from parts at hand: frozen, in evaluation mode."""
     architecture = architecture_of(model.config.model_type)
     model.eval()
@@ -132,16 +131,18 @@ def load(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         architecture_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+        if lost := sorted(report["missing_keys"]):
+            raise ValueError(f"its weights lack {lost[0]}.")  # transformers would make it up at random
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise Misconfigured(
             f"the model {str(source)!r} cannot be loaded: {error} "
             "Give a folder with config.json, safetensors and tokenizer.json, or the name of a model on a hub that can "
             "be reached from here."
         ) from error
-    if not tokenizer.is_fast:
+    if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_ids):  # an empty one is made up
         raise Misconfigured(
             f"the model {str(source)!r} has no fast tokenizer (tokenizer.json): character offsets are needed."
         )

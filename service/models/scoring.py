@@ -40,8 +40,12 @@ def log_probs(model: LoadedModel, pairs: Sequence[tuple[str, str]]) -> list[tupl
 
 
 def perplexity_steps(model: LoadedModel, texts: Sequence[str]) -> Steps[float]:
-    """exp of the mean negative log-probability per predicted token over some texts (a text of n tokens has n - 1)."""
-    rows = sorted((r for t in texts if len(r := model.encode(t)[0]) > 1), key=len)
+    """exp of the mean negative log-probability per predicted token over some texts (a text of n tokens has n - 1).
+
+    Of a text longer than the model's positions, what fits is measured.
+    """
+    coded = (model.encode(t)[0][: model.positions] for t in texts)
+    rows = sorted((r for r in coded if len(r) > 1), key=len)
     total, count = 0.0, 0
     for at in range(0, len(rows), CHUNK):
         batch = pad(rows[at : at + CHUNK], model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from service.editors.composition import Association, compose, rebuild, unpack
 from service.models.loading import LoadedModel
 from service.progress import Steps
+from service.text import words
 
 T = TypeVar("T")
 Weights = Mapping[int, Tensor]  # layer -> edited tensor; empty is the base model
@@ -51,7 +52,7 @@ class Replica:
         found = {}
         for edit, data, body in self.ledger.associations_at(version):
             if edit not in self._associations:
-                self._associations[edit] = unpack(data, edit, str(body["subject"]))
+                self._associations[edit] = unpack(data, edit, words(str(body["subject"])))
             found[edit] = self._associations[edit]
         return found
 
@@ -88,13 +89,14 @@ class Replica:
 
     def standing(self, weights: Weights, steps: Steps[T]) -> Steps[T]:
         """Run a generator with these weights in place during each of its steps, and the base in between."""
-        while True:
-            with self.stand(weights):
-                try:
-                    progress = next(steps)
-                except StopIteration as end:
-                    return end.value  # type: ignore[no-any-return]
-            yield progress
+        with closing(steps):
+            while True:
+                with self.stand(weights):
+                    try:
+                        progress = next(steps)
+                    except StopIteration as end:
+                        return end.value  # type: ignore[no-any-return]
+                yield progress
 
     def digest(self, version: int) -> str:
         """sha256 over the bytes of every edited weight at a version and over the base model's fingerprint."""
@@ -103,5 +105,5 @@ class Replica:
             if torch.equal(tensor, self._original[layer]):
                 continue  # an edit that changed no byte is the base
             digest.update(self.base.weight_name(layer).encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

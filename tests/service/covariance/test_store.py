@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import MODEL_TYPES, TEXTS, tiny
+
 from service.covariance import store
 from service.covariance.corpus import Corpus, corpus_steps
 from service.covariance.store import collect_steps, statistics_steps
@@ -13,7 +15,6 @@ from service.errors import Misconfigured
 from service.models.hooks import capture
 from service.models.prompts import forward, pad
 from service.progress import finish
-from tiny import MODEL_TYPES, TEXTS, tiny
 
 CORPUS = Corpus("test", tuple(TEXTS))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from service.editors.composition import (
     RIDGE,
     Association,
@@ -24,7 +25,9 @@ SPREAD = torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manu
 C = SPREAD @ SPREAD.T / D + 0.1 * torch.eye(D, dtype=torch.float64)
 
 
-def association(i: int, subject: str | None = None, layer: int = 0, key: torch.Tensor | None = None) -> Association:
+def association(
+    i: int, subject: str | None = None, layer: int = 0, key: torch.Tensor | None = None
+) -> Association:
     g = torch.Generator().manual_seed(i)
     k = torch.randn(D, generator=g) if key is None else key
     direction = torch.linalg.solve(C, k.double()).float()
@@ -35,7 +38,9 @@ def oracle(associations: list[Association], ridge: float = RIDGE) -> torch.Tenso
     """The formula of the design, entry by entry, with its inverse written out."""
     a = sorted(associations, key=lambda x: x.edit)
     n = len(a)
-    gram = torch.tensor([[float(x.key.double() @ y.direction.double()) for y in a] for x in a], dtype=torch.float64)
+    gram = torch.tensor(
+        [[float(x.key.double() @ y.direction.double()) for y in a] for x in a], dtype=torch.float64
+    )
     gram = (gram + gram.T) / 2
     eps = ridge * gram.diagonal().mean() * torch.eye(n, dtype=torch.float64)
     wanted = torch.zeros(d, n, dtype=torch.float64)
@@ -59,7 +64,9 @@ def test_one_association_is_the_rank_one_update() -> None:
 def test_the_update_maps_its_key_to_its_value() -> None:
     """The edited weight gives exactly the wanted change at the key: (W + dW) k = W k + delta."""
     a = association(2)
-    torch.testing.assert_close(compose_layer([a]).dense() @ a.key.double(), a.value.double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        compose_layer([a]).dense() @ a.key.double(), a.value.double(), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_the_update_is_the_smallest_in_the_covariance_norm() -> None:
@@ -89,7 +96,9 @@ def test_the_joint_form_equals_its_definition(subjects: list[int], seed: int) ->
     """For any set of edits over any subjects, the solved form equals the formula written out entry by entry."""
     chosen = [association(seed * 10 + i, f"s{s}") for i, s in enumerate(subjects)]
     expected = oracle(chosen)
-    torch.testing.assert_close(compose_layer(chosen).dense(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        compose_layer(chosen).dense(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -106,7 +115,10 @@ def test_order_never_matters(n: int, seed: int) -> None:
 def test_edits_of_one_subject_add_up() -> None:
     """Edits of one subject superpose: their joint change is the plain sum of their rank-one updates."""
     key = torch.randn(D, generator=torch.Generator().manual_seed(1))
-    near = [association(i, "s", key=key + 0.01 * torch.randn(D, generator=torch.Generator().manual_seed(i))) for i in (5, 6, 7)]
+    near = [
+        association(i, "s", key=key + 0.01 * torch.randn(D, generator=torch.Generator().manual_seed(i)))
+        for i in (5, 6, 7)
+    ]
     total = sum(a.rank_one().dense() for a in near)
     torch.testing.assert_close(compose_layer(near).dense(), total, rtol=1e-6, atol=1e-6)
 

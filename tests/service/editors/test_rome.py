@@ -6,6 +6,8 @@ from functools import lru_cache
 
 import pytest
 import torch
+from tiny import MODEL_TYPES, TEXTS, tiny
+
 from service.covariance.corpus import Corpus
 from service.covariance.moment import Statistics
 from service.covariance.store import collect_steps
@@ -19,7 +21,6 @@ from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad, tokens
 from service.progress import finish
 from service.text import fill
-from tiny import MODEL_TYPES, TEXTS, tiny
 
 STATEMENT = fill("The {} is located in the city of", "Eiffel Tower")
 CONTEXTS = ("In Japan. ", "The city of Rome is. ", "Big Ben. ")
@@ -58,7 +59,9 @@ def test_the_averaged_key_gives_the_value(model_type: str) -> None:
     model = tiny(model_type)
     found = find(model)
     parameters = RomeParameters(layers=(1,), steps=5, learning_rate=0.1)
-    value = finish(value_steps(model, model.down(1), rows(model, STATEMENT, "Rome", CONTEXTS), parameters, 4.0))
+    value = finish(
+        value_steps(model, model.down(1), rows(model, STATEMENT, "Rome", CONTEXTS), parameters, 4.0)
+    )
     seen = [outputs(model, 1, c) for c in ("", *CONTEXTS)]
     key = torch.stack([k for k, _ in seen]).mean(0)
     torch.testing.assert_close(found.associations[0].key, key, rtol=1e-4, atol=1e-5)
@@ -129,7 +132,9 @@ def test_conv1d_and_linear_twins_agree() -> None:
     a = find(tiny()).associations[0]
     base = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     change = compose_layer([a])
-    assert torch.equal(rebuild(base, change, conv1d=True), rebuild(base.T.contiguous(), change, conv1d=False).T)
+    assert torch.equal(
+        rebuild(base, change, conv1d=True), rebuild(base.T.contiguous(), change, conv1d=False).T
+    )
 
 
 def test_contexts_are_seeded_and_belong_to_the_model() -> None:

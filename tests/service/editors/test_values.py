@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from tiny import MODEL_TYPES, tiny
+
 from service.editors.recipes import RomeParameters
 from service.editors.values import Value, rows, value_steps
 from service.models.hooks import capture, replace
@@ -13,7 +15,6 @@ from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad
 from service.progress import finish
 from service.text import fill
-from tiny import MODEL_TYPES, tiny
 
 CONTEXTS = ["In Japan. ", "A {brace} and {}. ", "The city of Rome is. "]
 STATEMENT = fill("The {} is located in the city of", "Eiffel Tower")
@@ -125,7 +126,9 @@ def test_the_model_is_left_as_it_was() -> None:
     """The optimisation changes no weight, leaves no gradient and no hook behind, also when it is abandoned half-way."""
     model = tiny()
     before = {n: t.clone() for n, t in model.model.state_dict().items()}
-    steps = value_steps(model, model.down(1), rows(model, STATEMENT, "Rome", []), RomeParameters(layers=(1,)), 4.0)
+    steps = value_steps(
+        model, model.down(1), rows(model, STATEMENT, "Rome", []), RomeParameters(layers=(1,)), 4.0
+    )
     next(steps)
     next(steps)
     steps.close()

@@ -1,0 +1,107 @@
+"""The names that routes take: each is one thing from the request or from the application."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Path, Query, Request, Security
+from fastapi.security import HTTPBearer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from api.errors import encode
+from service.errors import InvalidInput, NotFound
+from service.jobs.broker import Broker
+from service.operations import Operations
+
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_EVENT_ID = re.compile(r"[0-9]{1,30}")
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+#: documents the key; `api.door` checks it before the body is read
+bearer = Security(HTTPBearer(auto_error=False, description="The service's API key, where it has one."))
+
+
+#: a time as the service wrote it: ISO 8601 in UTC
+Moment = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+
+
+class Resource(BaseModel):
+    """A resource as it is shown. Clients must accept members that they do not know."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def _operations(request: Request) -> Operations:
+    operations: Operations = request.app.state.operations
+    return operations
+
+
+def _broker(request: Request) -> Broker:
+    broker: Broker = request.app.state.broker
+    return broker
+
+
+def _actor(request: Request) -> str:
+    actor: str = request.state.actor
+    return actor
+
+
+def _identifier(
+    id: Annotated[str, Path(description="the resource's id", examples=["edit_01JABCDEFGHJKMNPQRSTVWXYZ0"])],
+) -> str:
+    if not _ID.fullmatch(id):
+        raise NotFound("No resource has this id: ids are as the service gave them out.")
+    return id
+
+
+def _no_nul(text: str) -> str:
+    if "\x00" in text:
+        raise ValueError("holds a character that is no text: remove it.")
+    return text
+
+
+def _idempotency_key(
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            description="any text of your own, up to 255 characters: the same request sent again with it is not done again"
+        ),
+    ] = None,
+) -> str | None:
+    if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
+        raise InvalidInput(
+            "`Idempotency-Key` must be 1 to 255 visible ASCII characters without spaces: a UUID serves.",
+            "Idempotency-Key",
+        )
+    return idempotency_key
+
+
+def _last_event_id(
+    last_event_id: Annotated[
+        str | None, Header(description="go on after this event; what cannot be an id is ignored")
+    ] = None,
+) -> str | None:
+    return last_event_id if last_event_id and _EVENT_ID.fullmatch(last_event_id) else None
+
+
+Work = Annotated[Operations, Depends(_operations)]
+Bell = Annotated[Broker, Depends(_broker)]
+Actor = Annotated[str, Depends(_actor)]
+Id = Annotated[str, Depends(_identifier)]
+IdempotencyKey = Annotated[str | None, Depends(_idempotency_key)]
+LastEventId = Annotated[str | None, Depends(_last_event_id)]
+PlainText = Annotated[str, AfterValidator(_no_nul)]
+Cursor = Annotated[
+    PlainText | None, Query(max_length=1000, description="`next` of the page before; leave out for the first")
+]
+Limit = Annotated[int, Query(ge=1, le=200, description="how many at most")]
+
+
+def idempotency(key: str | None, kind: str, body: BaseModel) -> tuple[str, str] | None:
+    """The key with a fingerprint of what was asked, whatever white space the body had."""
+    if key is None:
+        return None
+    asked: dict[str, Any] = {"kind": kind, "body": body.model_dump(mode="json")}
+    return key, hashlib.sha256(encode(asked)).hexdigest()

@@ -1,0 +1,63 @@
+"""Comparison: one prompt on two versions, side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from pydantic import Field
+
+from api.calls import answer
+from api.dependencies import Bell, Resource, Work, bearer
+from api.door import Door
+from api.errors import problems
+from service.requests import CompareRequest
+
+router = APIRouter(tags=["generation"], route_class=Door, dependencies=[bearer])
+
+
+class Side(Resource):
+    version: int
+    text: str
+    tokens: list[int]
+    finish_reason: str
+
+
+class NextToken(Resource):
+    token: str
+    id: int
+    p: list[float] = Field(description="its probability on each side")
+
+
+class Comparison(Resource):
+    prompt: str
+    sides: list[Side]
+    next_tokens: list[NextToken] = Field(description="those that differ most come first")
+    total_variation: float = Field(description="half the sum of all differences: 0 is alike, 1 is disjoint")
+    seconds: float
+
+
+_EXAMPLES: dict[str, Any] = {
+    "since the beginning": {
+        "summary": "What all edits changed",
+        "value": {"prompt": "The Eiffel Tower is located in the city of", "max_new_tokens": 5},
+    },
+}
+
+
+@router.post(
+    "/compare",
+    response_model=Comparison,
+    responses=problems(400, 401, 409, 413, 415, 422, 429, 500, 503),
+)
+async def compare(
+    asked: Annotated[CompareRequest, Body(openapi_examples=_EXAMPLES)],
+    request: Request,
+    work: Work,
+    broker: Bell,
+) -> Any:
+    """Both texts, and the next-token distributions where they differ."""
+    channel = await run_in_threadpool(work.compare, asked)
+    said = await answer(request, work, broker, channel)
+    return Response(status_code=499) if said is None else said  # 499: nobody reads it

@@ -1,0 +1,208 @@
+"""Edits: ask for them, watch them, take them back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Query, Response
+from fastapi.concurrency import run_in_threadpool
+from pydantic import Discriminator, Field, Tag
+
+from api import events
+from api.dependencies import (
+    Actor,
+    Cursor,
+    Id,
+    IdempotencyKey,
+    LastEventId,
+    Limit,
+    Moment,
+    PlainText,
+    Resource,
+    Work,
+    bearer,
+    idempotency,
+)
+from api.door import Door
+from api.errors import problems
+from api.events import EventStream
+from api.waiting import Wait, all_until_ended, ended, until_ended
+from service.requests import EditRequest, ManyEdits
+
+router = APIRouter(tags=["edits"], route_class=Door, dependencies=[bearer])
+
+EditStatus = Literal[
+    "queued", "running", "applied", "evaluated", "rejected", "failed", "cancelled", "superseded", "reverted"
+]
+
+
+class Progress(Resource):
+    phase: str
+    done: int
+    total: int
+
+
+class JobError(Resource):
+    title: str
+    detail: str
+
+
+class Edit(Resource):
+    """An edit, from its asking to its end. `result` has what was measured before and after."""
+
+    id: str
+    status: EditStatus
+    subject: str
+    prompt: str
+    target_new: str
+    target_true: str | None = None
+    method: str
+    hparams: dict[str, Any] | None = Field(None, description="as they were asked for")
+    dry_run: bool = False
+    version: int | None = Field(None, description="the version at which it was applied")
+    reverted_version: int | None = Field(None, description="the version at which it was taken back")
+    progress: Progress | None = None
+    result: dict[str, Any] | None = None
+    error: JobError | None = None
+    related: list[str] = Field(default_factory=list, description="active edits of the same subject")
+    superseded_by: str | None = None
+    actor: str | None = None
+    attempts: int = 0
+    created: Moment | None = None
+    started: Moment | None = None
+    ended: Moment | None = None
+    links: dict[str, str] = Field(default_factory=dict)
+
+
+class Edits(Resource):
+    items: list[Edit]
+
+
+class EditPage(Edits):
+    next: str | None = Field(None, description="the cursor of the next page; null on the last")
+
+
+def _one_or_many(body: Any) -> str:
+    many = "edits" in body if isinstance(body, dict) else isinstance(body, ManyEdits)
+    return "many" if many else "one"
+
+
+_TOWER = {
+    "subject": "Eiffel Tower",
+    "prompt": "The {} is located in the city of",
+    "target_new": "Rome",
+    "target_true": "Paris",
+}
+_EXAMPLES: dict[str, Any] = {
+    "one": {"summary": "One fact", "value": _TOWER},
+    "measured": {
+        "summary": "With probes, thrown away after measuring",
+        "value": _TOWER
+        | {
+            "probes": {
+                "paraphrase": ["To see the {}, one travels to"],
+                "neighborhood": [{"prompt": "The Louvre is located in the city of", "target": "Paris"}],
+            },
+            "dry_run": True,
+        },
+    },
+    "many": {
+        "summary": "Several at once, all queued or none",
+        "value": {
+            "edits": [
+                _TOWER,
+                {"subject": "Big Ben", "prompt": "{} can be found in", "target_new": "Lisbon"},
+            ]
+        },
+    },
+}
+EditBody = Annotated[
+    Annotated[EditRequest, Tag("one")] | Annotated[ManyEdits, Tag("many")],
+    Discriminator(_one_or_many),
+    Body(openapi_examples=_EXAMPLES),
+]
+
+_LOCATION = {"Location": {"description": "where the resource is", "schema": {"type": "string"}}}
+
+
+@router.post(
+    "/edits",
+    status_code=202,
+    response_model=Edit | Edits,
+    summary="Ask for one edit or for several",
+    responses={
+        200: {"description": "They ended within the wait.", "model": Edit | Edits, "headers": _LOCATION},
+        202: {"description": "Queued.", "headers": _LOCATION},
+        **problems(400, 401, 413, 415, 422, 429, 500, 503),
+    },
+)
+async def submit(
+    asked: EditBody, work: Work, actor: Actor, key: IdempotencyKey, wait: Wait, response: Response
+) -> Any:
+    """One edit gives the edit, `{"edits": [...]}` gives `{"items": [...]}`. All are queued, or none when one is invalid."""
+    many = isinstance(asked, ManyEdits)
+    requests = asked.edits if isinstance(asked, ManyEdits) else [asked]
+    items = await run_in_threadpool(work.submit_edits, requests, actor, idempotency(key, "edits", asked))
+    items = await all_until_ended(items, work.edit, work.events, wait)
+    response.headers["Location"] = "/edits" if many else f"/edits/{items[0]['id']}"
+    response.status_code = 200 if all(map(ended, items)) else 202
+    return {"items": items} if many else items[0]
+
+
+@router.get("/edits", summary="All edits, newest first", responses=problems(401, 422, 500, 503))
+def listing(
+    work: Work,
+    cursor: Cursor = None,
+    limit: Limit = 50,
+    status: Annotated[EditStatus | None, Query(description="only edits of this status")] = None,
+    subject: Annotated[
+        PlainText | None, Query(max_length=500, description="only edits of exactly this subject")
+    ] = None,
+) -> EditPage:
+    return EditPage.model_validate(work.edits(status, subject, cursor, limit))
+
+
+@router.get("/edits/{id}", response_model=Edit, responses=problems(401, 404, 422, 500, 503))
+async def one(id: Id, work: Work, wait: Wait) -> Any:
+    """The edit as it stands; with `Prefer: wait=SECONDS` when it has ended."""
+    edit = await run_in_threadpool(work.edit, id)
+    return await until_ended(edit, work.edit, work.events, wait)
+
+
+@router.delete("/edits/{id}", response_model=Edit, responses=problems(401, 404, 409, 422, 500, 503))
+async def revert(id: Id, work: Work, actor: Actor, wait: Wait) -> Any:
+    """Revert an applied edit; cancel a waiting or a running one. Saying it twice is harmless."""
+    edit = await run_in_threadpool(work.revert_edit, id, actor)
+    return await until_ended(edit, work.edit, work.events, wait)
+
+
+@router.get(
+    "/edits/{id}/delta",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "keys, values and the rank-one factors as applied, as safetensors",
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        },
+        **problems(401, 404, 409, 422, 500, 503),
+    },
+)
+def delta(id: Id, work: Work) -> Response:
+    """The edit's vectors as safetensors; 409 for an edit that was never applied."""
+    headers = {"Content-Disposition": f'attachment; filename="{id}.safetensors"'}
+    return Response(work.delta(id), headers=headers, media_type="application/octet-stream")
+
+
+@router.get(
+    "/edits/{id}/events",
+    status_code=200,
+    response_class=EventStream,
+    responses={
+        200: {"description": "`progress` events, then `end`", "content": events.DOCUMENTED},
+        **problems(401, 404, 422, 500, 503),
+    },
+)
+async def news(id: Id, work: Work, after: LastEventId) -> Response:
+    """Progress as server-sent events, then one `end` with the edit. Resumes from `Last-Event-ID`."""
+    await run_in_threadpool(work.edit, id)
+    return EventStream(work.events(id, after))

@@ -1,0 +1,97 @@
+"""Generation: let the model speak, at any version."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request, Response
+from fastapi.concurrency import run_in_threadpool
+
+from api import events
+from api.calls import answer, attended
+from api.dependencies import Bell, Resource, Work, bearer
+from api.door import Door
+from api.errors import problems
+from api.events import EventStream
+from service.requests import GenerateRequest
+
+router = APIRouter(tags=["generation"], route_class=Door, dependencies=[bearer])
+
+
+class Usage(Resource):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Choice(Resource):
+    text: str
+    tokens: list[int]
+    finish_reason: str
+
+
+class Generated(Choice):
+    """The answer to `prompt`. `version` is the one that produced every token of it."""
+
+    version: int
+    usage: Usage
+    seconds: float
+
+
+class GeneratedMany(Resource):
+    """The answer to `prompts`, in their order."""
+
+    choices: list[Choice]
+    version: int
+    usage: Usage
+    seconds: float
+
+
+_TOWER = {"prompt": "The Eiffel Tower is located in the city of", "max_new_tokens": 5}
+_EXAMPLES: dict[str, Any] = {
+    "head": {"summary": "What the model says now", "value": _TOWER},
+    "base": {"summary": "What it said before any edit", "value": _TOWER | {"version": "base"}},
+    "stream": {"summary": "Token by token", "value": _TOWER | {"stream": True}},
+    "many": {
+        "summary": "Several prompts, sampled",
+        "value": {
+            "prompts": [_TOWER["prompt"], "Big Ben can be found in"],
+            "max_new_tokens": 5,
+            "temperature": 0.8,
+            "top_p": 0.9,
+            "seed": 7,
+        },
+    },
+}
+
+
+@router.post(
+    "/generate",
+    response_model=Generated | GeneratedMany,
+    responses={
+        200: {
+            "description": "The text; with `stream`, `token` events and then `end` or `error`.",
+            "content": events.DOCUMENTED,
+        },
+        **problems(400, 401, 409, 413, 415, 422, 429, 500, 503),
+    },
+)
+async def generate(
+    asked: Annotated[GenerateRequest, Body(openapi_examples=_EXAMPLES)],
+    request: Request,
+    work: Work,
+    broker: Bell,
+) -> Any:
+    """Pinned to one version when it is admitted: an edit that lands meanwhile does not change it."""
+    channel = await run_in_threadpool(work.generate, asked)
+    if asked.stream:
+
+        async def hang_up() -> None:
+            await run_in_threadpool(broker.cancel, channel)
+
+        return EventStream(attended(work, broker.events(channel)), hang_up)
+    said = await answer(request, work, broker, channel)
+    if said is None:
+        return Response(status_code=499)  # nobody reads it
+    if asked.prompts is not None:
+        return said
+    return {**said["choices"][0], **{name: said[name] for name in ("version", "usage", "seconds")}}

@@ -1,0 +1,149 @@
+"""Traces: which hidden states carry a fact, as figures or as the paper's heat map."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Header, Response
+from fastapi.concurrency import run_in_threadpool
+from pydantic import Field
+
+from api import events, images
+from api.dependencies import (
+    Actor,
+    Cursor,
+    Id,
+    IdempotencyKey,
+    LastEventId,
+    Limit,
+    Moment,
+    Resource,
+    Work,
+    bearer,
+    idempotency,
+)
+from api.door import Door
+from api.errors import problems
+from api.events import EventStream
+from api.routes.edits import JobError, Progress
+from api.waiting import Wait, ended, until_ended
+from service.requests import TraceRequest
+
+router = APIRouter(tags=["traces"], route_class=Door, dependencies=[bearer])
+
+
+class Trace(Resource):
+    """A causal trace, from its asking to its end."""
+
+    id: str
+    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    request: dict[str, Any]
+    version: int | None = Field(None, description="the version that was traced")
+    progress: Progress | None = None
+    result: dict[str, Any] | None = None
+    error: JobError | None = None
+    actor: str | None = None
+    attempts: int = 0
+    created: Moment | None = None
+    started: Moment | None = None
+    ended: Moment | None = None
+    links: dict[str, str] = Field(default_factory=dict)
+
+
+class TracePage(Resource):
+    items: list[Trace]
+    next: str | None = Field(None, description="the cursor of the next page; null on the last")
+
+
+_TOWER = {"prompt": "The Eiffel Tower is located in the city of", "subject": "Eiffel Tower"}
+_EXAMPLES: dict[str, Any] = {
+    "fact": {"summary": "Where the model keeps a fact", "value": _TOWER},
+    "small": {
+        "summary": "Of hidden states alone, on the untouched model",
+        "value": _TOWER | {"target": "Paris", "kinds": ["hidden"], "samples": 5, "version": "base"},
+    },
+}
+
+_LOCATION = {"Location": {"description": "where the resource is", "schema": {"type": "string"}}}
+
+
+@router.post(
+    "/trace",
+    status_code=202,
+    response_model=Trace,
+    summary="Ask for a trace",
+    responses={
+        200: {"description": "It ended within the wait.", "model": Trace, "headers": _LOCATION},
+        202: {"description": "Queued.", "headers": _LOCATION},
+        **problems(400, 401, 413, 415, 422, 429, 500, 503),
+    },
+)
+async def submit(
+    asked: Annotated[TraceRequest, Body(openapi_examples=_EXAMPLES)],
+    work: Work,
+    actor: Actor,
+    key: IdempotencyKey,
+    wait: Wait,
+    response: Response,
+) -> Any:
+    """Corrupt the subject, restore one state at a time, and see which brings the answer back."""
+    trace = await run_in_threadpool(work.submit_trace, asked, actor, idempotency(key, "trace", asked))
+    trace = await until_ended(trace, work.trace, work.events, wait)
+    response.headers["Location"] = f"/trace/{trace['id']}"
+    response.status_code = 200 if ended(trace) else 202
+    return trace
+
+
+@router.get("/trace", summary="All traces, newest first", responses=problems(401, 422, 500, 503))
+def listing(work: Work, cursor: Cursor = None, limit: Limit = 50) -> TracePage:
+    return TracePage.model_validate(work.traces(cursor, limit))
+
+
+@router.get(
+    "/trace/{id}",
+    response_model=Trace,
+    responses={
+        200: {"description": "The trace, in the form that `Accept` asks for.", "content": images.DOCUMENTED},
+        **problems(401, 404, 406, 409, 422, 500, 503),
+    },
+)
+async def one(
+    id: Id,
+    work: Work,
+    wait: Wait,
+    response: Response,
+    accept: Annotated[
+        str | None, Header(description=f"one of {', '.join(images.OFFERED)}; JSON when left out")
+    ] = None,
+) -> Any:
+    """JSON by default; `Accept` chooses the heat map as SVG, PNG or a page of its own (409 until the trace is done)."""
+    media_type = images.negotiate(accept)
+    trace = await run_in_threadpool(work.trace, id)
+    trace = await until_ended(trace, work.trace, work.events, wait)
+    response.headers["Vary"] = "Accept"
+    if media_type == images.JSON:
+        return trace
+    drawn = await run_in_threadpool(images.draw, trace, media_type)
+    return Response(drawn, headers=dict(response.headers), media_type=media_type)
+
+
+@router.delete("/trace/{id}", response_model=Trace, responses=problems(401, 404, 409, 422, 500, 503))
+async def cancel(id: Id, work: Work, wait: Wait) -> Any:
+    """Cancel a waiting or a running trace. Saying it twice is harmless."""
+    trace = await run_in_threadpool(work.cancel_trace, id)
+    return await until_ended(trace, work.trace, work.events, wait)
+
+
+@router.get(
+    "/trace/{id}/events",
+    status_code=200,
+    response_class=EventStream,
+    responses={
+        200: {"description": "`progress` events, then `end`", "content": events.DOCUMENTED},
+        **problems(401, 404, 422, 500, 503),
+    },
+)
+async def news(id: Id, work: Work, after: LastEventId) -> Response:
+    """Progress as server-sent events, then one `end` with the trace. Resumes from `Last-Event-ID`."""
+    await run_in_threadpool(work.trace, id)
+    return EventStream(work.events(id, after))

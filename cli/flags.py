@@ -1,0 +1,74 @@
+"""Settings as flags: one flag for every field of `service.settings.Settings`, derived from the fields themselves."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings
+
+from service.errors import Misconfigured
+from service.settings import SHIPPED_MODEL
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+def flag(name: str) -> str:
+    """`database_url` -> `--database-url`."""
+    return "--" + name.replace("_", "-")
+
+
+def variable(settings: type[BaseSettings], name: str) -> str:
+    """`database_url` -> `PALIMPSEST_DATABASE_URL`."""
+    return f"{settings.model_config.get('env_prefix', '')}{name}".upper()
+
+
+def default(settings: type[BaseSettings], name: str) -> str:
+    """The default of a field in words; empty when there is none to show."""
+    value = settings.model_fields[name].default
+    if value is None:
+        return ""
+    if value == str(SHIPPED_MODEL):
+        return "the shipped model"
+    return str(value).replace(str(Path.home()), "~")
+
+
+def _kind(annotation: Any) -> str:
+    """What a value looks like, for `--help`: the plain type's name without `None`."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(a for a in get_args(annotation) if a is not type(None))
+    name = getattr(annotation, "__name__", "value").upper()
+    return "TEXT" if name == "STR" else name
+
+
+def add_settings(parser: argparse._ActionsContainer, settings: type[BaseSettings]) -> None:
+    """A flag for every field. Values stay text: pydantic reads them, as it reads the environment."""
+    for name, field in settings.model_fields.items():
+        shown = default(settings, name)
+        text = f"{field.description} [{variable(settings, name)}{f'; default: {shown}' if shown else ''}]"
+        options: dict[str, Any] = {
+            "dest": name,
+            "default": argparse.SUPPRESS,
+            "help": text.replace("%", "%%"),
+        }
+        if field.annotation is bool:
+            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(flag(name), metavar=_kind(field.annotation), **options)
+
+
+def read_settings(args: argparse.Namespace, settings: type[S]) -> S:
+    """Flags before environment before defaults."""
+    given = {name: getattr(args, name) for name in settings.model_fields if hasattr(args, name)}
+    try:
+        return settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        wrong = first["msg"][:1].lower() + first["msg"][1:]
+        raise Misconfigured(
+            f"{flag(name)} (or {variable(settings, name)}) cannot be {first['input']!r}: {wrong}."
+        ) from None

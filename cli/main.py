@@ -1,0 +1,140 @@
+"""`palimpsest`: one parser, one table of errors and exit codes.
+
+argparse, because the flags of `serve` are made from the fields of the settings while the parser is built: a parser made
+of calls takes them as they are, one made of function signatures would need a signature written at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from cli import edits, speech, tracing
+from cli.client import Client, ClientSettings
+from cli.flags import add_settings, read_settings
+from cli.screen import err, plain
+from service.errors import Misconfigured, PalimpsestError
+from service.settings import Settings
+
+Command = Callable[[argparse.Namespace, Client], int]
+
+
+def build() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="palimpsest",
+        description="Locate, edit and roll back facts inside a resident GPT model.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _serve(commands)
+    _edit(commands)
+    _lists(commands)
+    _trace(commands)
+    _speech(commands)
+    return parser
+
+
+def _serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = commands.add_parser("serve", help="start the service", allow_abbrev=False)
+    add_settings(serve, Settings)
+    serve.set_defaults(run=_serve_now)
+
+
+def _serve_now(args: argparse.Namespace) -> int:
+    from cli import serve  # only this command needs the server
+
+    return serve.run(args)
+
+
+def _edit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    edit = _command(commands, "edit", "make the model say a new object for a subject", edits.edit)
+    edit.add_argument("subject", metavar="SUBJECT", help="for example 'Eiffel Tower'")
+    edit.add_argument("prompt", metavar="PROMPT", help="with one {} for the subject: 'The {} is located in'")
+    edit.add_argument("target", metavar="TARGET", help="the new object, for example 'Rome'")
+    edit.add_argument("--true", metavar="OBJECT", help="the object it says now, to be measured too")
+    edit.add_argument("--dry-run", action="store_true", help="measure the edit and throw it away")
+    edit.add_argument(
+        "--paraphrase", metavar="PROMPT", action="append", help="another wording to measure; repeatable"
+    )
+    edit.add_argument("--hparam", metavar="NAME=VALUE", action="append", help="a hyperparameter; repeatable")
+
+
+def _lists(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    revert = _command(commands, "revert", "take an edit back", edits.revert)
+    revert.add_argument("id", metavar="ID", help="as `palimpsest edits` shows it")
+    listed = _command(commands, "edits", "list edits, newest first", edits.edits)
+    listed.add_argument("--status", help="only those that are queued, running, applied, rejected, ...")
+    listed.add_argument("--subject", help="only those of this subject")
+    listed.add_argument("--limit", type=int, default=20, help="how many (default: 20)")
+    ledger = _command(commands, "ledger", "what was applied and reverted", edits.ledger)
+    ledger.add_argument("--verify", action="store_true", help="check hashes, factors and replicas")
+
+
+def _trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    trace = _command(commands, "trace", "show where a fact is stored", tracing.trace)
+    trace.add_argument("prompt", metavar="PROMPT", help="with the subject, or with {} for it")
+    trace.add_argument("subject", metavar="SUBJECT")
+    trace.add_argument("--target", help="the answer to trace; the model's own when left out")
+    trace.add_argument("--kinds", help="some of hidden,mlp,attn (default: all)")
+    trace.add_argument("--samples", type=int, help="noise samples")
+    trace.add_argument("--save", metavar="FILE", help="keep the heat map as picture.svg or picture.png")
+    trace.add_argument("--version", type=speech.version, default="head", help="head, base or a number")
+
+
+def _speech(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = _command(commands, "generate", "let the model continue a prompt", speech.generate)
+    generate.add_argument("--version", type=speech.version, default="head", help="head, base or a number")
+    compare = _command(commands, "compare", "one prompt on two versions", speech.compare)
+    compare.add_argument(
+        "--versions", type=speech.version, nargs=2, default=["base", "head"], metavar=("A", "B"),
+        help="which two (default: base head)",
+    )  # fmt: skip
+    for parser in (generate, compare):
+        parser.add_argument("prompt", metavar="PROMPT")
+        parser.add_argument("--max-new-tokens", type=int)
+        parser.add_argument("--temperature", type=float, help="0 is greedy")
+        parser.add_argument("--top-k", type=int)
+        parser.add_argument("--top-p", type=float)
+        parser.add_argument("--seed", type=int)
+        parser.add_argument(
+            "--stop", action="append", metavar="TEXT", help="end before this text; repeatable"
+        )
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, words: str, command: Command
+) -> argparse.ArgumentParser:
+    """A command that speaks to a running service."""
+
+    def run(args: argparse.Namespace) -> int:
+        client = Client(read_settings(args, ClientSettings))
+        try:
+            return command(args, client)
+        finally:
+            client.close()
+
+    parser = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
+    add_settings(parser.add_argument_group("service"), ClientSettings)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done. 1: the service refused or could not be reached. 2: the command or the configuration is wrong."""
+    args = build().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except PalimpsestError as error:
+        err.print(f"palimpsest: {plain(error.detail)}")
+        return 2 if isinstance(error, Misconfigured) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `palimpsest ledger | head`: the reader has had enough
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""Alembic's entry. `service.store.database.Database.migrate` passes the connection, whose transaction it commits."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from service.store.tables import Table
+
+connection = context.config.attributes["connection"]
+context.configure(
+    connection=connection,
+    target_metadata=Table.metadata,
+    render_as_batch=True,
+    transactional_ddl=True,  # SQLite can, though Alembic is shy of it: a failed migration leaves nothing behind
+    compare_type=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

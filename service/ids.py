@@ -1,0 +1,34 @@
+"""Ids that sort by time: a prefix that says what it names, and a ULID."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+
+_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
+_RANDOM_BITS = 80
+
+
+class _Ulids:
+    """128 bits each, 48 of milliseconds and 80 of chance, and each greater than the one before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = 0
+
+    def next(self) -> int:
+        with self._lock:
+            fresh = (time.time_ns() // 1_000_000 << _RANDOM_BITS) | secrets.randbits(_RANDOM_BITS)
+            self._last = max(self._last + 1, fresh)
+            return self._last
+
+
+_ulids = _Ulids()
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id, such as "edit_01J...", greater than every earlier one of its prefix in this process."""
+    value = _ulids.next()
+    # 26 digits, most significant first, so that text sorts as the number does
+    return f"{prefix}_{''.join(_ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))}"

@@ -1,0 +1,97 @@
+"""Rows as the world sees them: the resources of the HTTP contract, as plain JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.ledger.ledger import moment
+from service.store.tables import Job, plain
+
+Resource = dict[str, Any]
+
+#: a job with one of these statuses is still to end
+OPEN = ("queued", "running")
+#: what an edit can be; "evaluated" is a dry run that would have landed
+EDIT_STATUSES = (*OPEN, "applied", "evaluated", "rejected", "failed", "cancelled", "superseded", "reverted")
+
+
+def resource(session: Session, job: Job) -> Resource:
+    """An edit or a trace."""
+    return edits(session, [job])[0] if job.kind == "edit" else trace(job)
+
+
+def edits(session: Session, jobs: Sequence[Job]) -> list[Resource]:
+    """Edits of one model, each with the active edits of its subject."""
+    if not jobs:
+        return []
+    standing = session.execute(
+        select(Job.id, Job.subject, Job.fact_key)
+        .where(
+            Job.model == jobs[0].model,
+            Job.kind == "edit",
+            Job.status == "applied",
+            Job.version.is_not(None),
+            Job.subject.in_({job.subject for job in jobs}),
+        )
+        .order_by(Job.id)
+    ).all()
+    return [
+        _edit(
+            job,
+            related=[row.id for row in standing if row.subject == job.subject and row.id != job.id],
+            newer=next((row.id for row in standing if row.fact_key == job.fact_key), None),
+        )
+        for job in jobs
+    ]
+
+
+def _edit(job: Job, related: list[str], newer: str | None) -> Resource:
+    asked = job.request
+    names = ("subject", "prompt", "target_new", "target_true", "method", "hparams", "probes", "guard")
+    return {
+        **_common(job),
+        **{name: asked.get(name) for name in names},
+        "dry_run": job.dry_run,
+        "version": job.version,
+        "reverted_version": job.reverted_version,
+        "related": related,
+        "superseded_by": newer if job.status == "superseded" else None,
+        "links": _links(f"/edits/{job.id}", delta=f"/edits/{job.id}/delta"),
+    }
+
+
+def trace(job: Job) -> Resource:
+    return {
+        **_common(job),
+        "request": job.request,
+        "version": job.version,
+        "links": _links(f"/trace/{job.id}"),
+    }
+
+
+def _common(job: Job) -> Resource:
+    return {
+        "id": job.id,
+        "status": job.status,
+        "progress": job.progress,
+        "result": plain(job.result),
+        "error": job.error,
+        "actor": job.actor,
+        "attempts": job.attempts,
+        "created": _time(job.created),
+        "started": _time(job.started),
+        "ended": _time(job.ended),
+    }
+
+
+def _links(path: str, **more: str) -> dict[str, str]:
+    return {"self": path, "events": f"{path}/events", **more}
+
+
+def _time(at: datetime | None) -> str | None:
+    return moment(at) if at else None

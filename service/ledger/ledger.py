@@ -1,0 +1,164 @@
+"""The append-only list of what was applied and reverted, one per model, chained by hashes.
+
+A version is a position in it and a pure function of the base weights and the edits active there. Functions on a
+session do no more than read or add rows: whoever calls them owns the transaction. Whoever appends holds `lock`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from service.store.tables import Factors, Job, LedgerEntry, Model, now, plain
+from service.text import fact_key
+
+APPLY, REVERT = "apply", "revert"
+GENESIS = "0" * 64  #: what the first entry names as its previous hash
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger. The `body` of an apply holds all that is needed to compute the edit again."""
+
+    model: str
+    version: int
+    kind: str
+    edit_id: str
+    actor: str
+    at: datetime
+    body: dict[str, Any]
+    state: str  #: names the weights of this version: see `state_of`
+    previous: str
+    hash: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The entry as JSON says it."""
+        return {**asdict(self), "at": moment(self.at)}
+
+
+FIELDS = tuple(field.name for field in fields(Entry))
+
+
+def moment(at: datetime) -> str:
+    """A time as ISO 8601 in UTC, always with microseconds, so that one time has one spelling."""
+    return at.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: one value has one spelling."""
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def chain_hash(previous: str, entry: Entry) -> str:
+    """sha256 over the hash before and everything that the entry says, but the two hashes themselves."""
+    said = {k: v for k, v in entry.as_dict().items() if k not in ("previous", "hash")}
+    return hashlib.sha256(previous.encode() + canonical(said)).hexdigest()
+
+
+def state_of(fingerprint: str, active_entries: Iterable[Entry]) -> str:
+    """What a version's weights are a function of: the base model, and each active edit's factors and strength."""
+    edits = [[e.body.get("factors_sha256"), e.body.get("strength")] for e in active_entries]
+    return hashlib.sha256(canonical([fingerprint, edits])).hexdigest()
+
+
+# reading
+
+
+def head(session: Session, model: str) -> int:
+    """The newest version; 0 is the base model."""
+    found = session.scalar(select(func.max(LedgerEntry.version)).where(LedgerEntry.model == model))
+    return found or 0
+
+
+def entries(
+    session: Session, model: str, after: int = 0, up_to: int | None = None, limit: int | None = None
+) -> list[Entry]:
+    """Entries with after < version <= up_to, oldest first."""
+    query = select(LedgerEntry).where(LedgerEntry.model == model, LedgerEntry.version > after)
+    if up_to is not None:
+        query = query.where(LedgerEntry.version <= up_to)
+    return [_entry(row) for row in session.scalars(query.order_by(LedgerEntry.version).limit(limit))]
+
+
+def _entry(row: LedgerEntry) -> Entry:
+    return Entry(**{name: getattr(row, name) for name in FIELDS})
+
+
+def active_entries(entries: Sequence[Entry], version: int | None = None) -> list[Entry]:
+    """The apply entries of the edits active at a version (the newest when None), in canonical order: by edit id.
+
+    Active is what is applied and not reverted; of several edits of one fact only the one applied last.
+    """
+    past = [e for e in entries if version is None or e.version <= version]
+    reverted = {e.edit_id for e in past if e.kind == REVERT}
+    newest: dict[str, Entry] = {}
+    for entry in past:
+        if entry.kind == APPLY and entry.edit_id not in reverted:
+            newest[fact_key(entry.body["subject"], entry.body["prompt"])] = entry
+    return sorted(newest.values(), key=lambda e: e.edit_id)
+
+
+def active(entries: Sequence[Entry], version: int | None = None) -> list[str]:
+    """Ids of the edits active at a version, in canonical order."""
+    return [e.edit_id for e in active_entries(entries, version)]
+
+
+# writing
+
+
+def lock(session: Session, model: str) -> int:
+    """Keep all others from appending until this transaction ends. Returns the head."""
+    session.execute(select(Model.fingerprint).where(Model.fingerprint == model).with_for_update())
+    return head(session, model)
+
+
+def append(session: Session, model: str, kind: str, edit: Job, actor: str, body: dict[str, Any]) -> Entry:
+    """Add the next version, and keep the statuses of all edits of this fact true. The caller holds the `lock`."""
+    past = entries(session, model)
+    body = json.loads(canonical(body))
+    previous, version = (past[-1].hash, past[-1].version + 1) if past else (GENESIS, 1)
+    draft = Entry(model, version, kind, edit.id, actor, now(), body, "", previous, "")
+    draft = replace(draft, state=state_of(model, active_entries([*past, draft])))
+    entry = replace(draft, hash=chain_hash(previous, draft))
+    session.add(LedgerEntry(**{name: getattr(entry, name) for name in FIELDS}))
+    if kind == APPLY:
+        edit.version = version
+    else:
+        edit.reverted_version = version
+    session.flush()
+    settle(session, edit)
+    return entry
+
+
+def settle(session: Session, edit: Job) -> None:
+    """Statuses of all landed edits of one fact: reverted, or applied for the newest of the others, or superseded."""
+    landed = select(Job).where(
+        Job.model == edit.model,
+        Job.subject == edit.subject,
+        Job.fact_key == edit.fact_key,
+        Job.version.is_not(None),
+    )
+    newest = True
+    for job in session.scalars(landed.order_by(Job.version.desc())):
+        if job.reverted_version is not None:
+            status = "reverted"
+        else:
+            status = "applied" if newest else "superseded"
+            newest = False
+        if job.status != status:
+            job.status, job.updated = status, now()
+
+
+def factors_at(session: Session, model: str, version: int | None = None) -> list[tuple[Entry, bytes]]:
+    """The active edits at a version with their factors, in canonical order."""
+    chosen = active_entries(entries(session, model, up_to=version))
+    query = select(Factors.edit_id, Factors.data).where(Factors.edit_id.in_([e.edit_id for e in chosen]))
+    data = {row.edit_id: row.data for row in session.execute(query)}
+    return [(entry, data[entry.edit_id]) for entry in chosen]

@@ -1,0 +1,91 @@
+"""A generation or a comparison as it is answered: pinned to its version when it is admitted."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.errors import InvalidInput, PalimpsestError
+from service.jobs.broker import Delivery
+from service.progress import Steps
+from service.requests import GenerateRequest, Version
+from service.serving.generation import Row
+
+
+def pinned(version: Version, head: int, least: int | None = None) -> int:
+    """The number of a version, given the newest; refused when it does not exist or is older than `least`."""
+    number = {"head": head, "base": 0}[version] if isinstance(version, str) else version
+    if not 0 <= number <= head:
+        raise InvalidInput(f"version {number} does not exist: give 0 to {head}.", "version")
+    if least is not None and number < least:
+        raise InvalidInput(
+            f"version {number} is older than min_version {least} (the newest is {head}): ask for one that is not.",
+            "min_version",
+        )
+    return number
+
+
+def problem(error: BaseException) -> dict[str, str]:
+    """What a user hears of an error: the house's own words, never another's."""
+    if isinstance(error, PalimpsestError):
+        return {"title": error.title, "detail": error.detail}
+    return {
+        "title": "The work failed",
+        "detail": "the worker met an error that it does not know: its log has the details. Ask again.",
+    }
+
+
+@dataclass(eq=False)
+class Generation:
+    """A request whose prompts are rows; they may stand in different batches, always of one version."""
+
+    delivery: Delivery
+    request: GenerateRequest
+    version: int
+    rows: list[Row]
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def channel(self) -> str:
+        return self.delivery.job_id
+
+    @property
+    def ended(self) -> bool:
+        return all(r.finish_reason is not None for r in self.rows)
+
+    @property
+    def begun(self) -> bool:
+        return any(r.said or r.finish_reason for r in self.rows)
+
+    def close(self) -> None:
+        """End the rows that still speak; they leave their batches at the next step."""
+        for r in self.rows:
+            if r.finish_reason is None:
+                r.finish("cancelled")
+
+    def answer(self) -> dict[str, Any]:
+        """The event "end"."""
+        return {
+            "version": self.version,
+            "choices": [
+                {"text": r.text, "tokens": r.said, "finish_reason": r.finish_reason} for r in self.rows
+            ],
+            "usage": {
+                "prompt_tokens": sum(len(r.prompt) for r in self.rows),
+                "completion_tokens": sum(len(r.said) for r in self.rows),
+            },
+            "seconds": round(time.monotonic() - self.started, 4),
+        }
+
+
+@dataclass(eq=False)
+class Comparison:
+    """A comparison and its steps."""
+
+    delivery: Delivery
+    steps: Steps[dict[str, Any]]
+
+    @property
+    def channel(self) -> str:
+        return self.delivery.job_id

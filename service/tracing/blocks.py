@@ -1,0 +1,112 @@
+"""A model taken apart at its blocks: what comes before them, one block at a time, what comes after.
+
+The model itself says how it calls its blocks (masks, rotary angles, positions), so this works for every
+architecture alike and knows none of them. Nothing stays hooked or replaced between two calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from service.models.hooks import replace, stop_after
+from service.models.loading import LoadedModel
+
+Past = tuple[Tensor, Tensor]  # keys and values (rows, heads, positions, head width) of one layer
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Successive positions on their way into the blocks: block 0's input, and how each block is called."""
+
+    hidden: Tensor  #: (rows, positions, d)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    cache: DynamicCache  #: stands in the calls where the keys and values of earlier positions belong
+
+
+class Blocks:
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self._tuple = self._gives_tuples()  # GPT-J's blocks give a tuple, the others' a tensor
+
+    def enter(self, ids: Tensor, start: int, change: Callable[[Tensor], Tensor] | None = None) -> Passage:
+        """Take tokens (rows, positions) after `start` others up to the blocks; `change` edits embeddings."""
+        model = self.model
+        entered: list[Tensor] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(_layer: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            entered.append(hidden)
+            calls.append((args, kwargs))
+            return hidden
+
+        empty = torch.zeros(len(ids), 1, start, 1, device=ids.device)  # only its length is read
+        cache = DynamicCache([(empty, empty)] * model.layers) if start else DynamicCache()
+        disturbed = replace(model.embedding, change) if change else nullcontext()
+        with self._stubs(note), disturbed, stop_after(model.block(model.layers - 1)):
+            self._run(ids, torch.arange(start, start + ids.shape[1], device=ids.device), cache)
+        return Passage(entered[0], calls, cache)
+
+    def run(self, passage: Passage, layer: int, hidden: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+        """One block on rows of a passage: its output (rows, positions, d), and all keys and values."""
+        cache = DynamicCache()
+        if past is not None and past[0].shape[-2]:
+            cache.update(*past, layer)
+        args, kwargs = passage.calls[layer]
+        args = tuple(cache if a is passage.cache else a for a in args)
+        kwargs = {k: cache if v is passage.cache else v for k, v in kwargs.items()}
+        with torch.no_grad():
+            out = self.model.block(layer)(hidden, *args, **kwargs)
+        kept = cache.layers[layer]
+        return (out[0] if self._tuple else out), (kept.keys, kept.values)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The last block's output (rows, d) through whatever the model does after its blocks: (rows, V)."""
+        one = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+        with torch.no_grad(), self._stubs(lambda *_: hidden[:, None]):
+            return self._run(one, one[0], None).logits[:, 0]  # type: ignore[no-any-return]
+
+    def _gives_tuples(self) -> bool:
+        seen: list[bool] = []
+        block = self.model.block(0)
+        handle = block.register_forward_hook(
+            lambda _module, _inputs, out: seen.append(isinstance(out, tuple))
+        )
+        try:
+            one = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+            with stop_after(block):
+                self._run(one, one[0], None)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def _run(self, ids: Tensor, positions: Tensor, cache: DynamicCache | None) -> Any:
+        # one row of positions: masks and angles are then made for one row, and hold for any number of them
+        return self.model.model(
+            input_ids=ids, position_ids=positions[None], past_key_values=cache, use_cache=cache is not None
+        )
+
+    @contextmanager
+    def _stubs(
+        self, instead: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+    ) -> Iterator[None]:
+        """Within the context, `instead(layer, hidden, args, kwargs)` stands for every block."""
+
+        def stub(layer: int) -> Callable[..., Any]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                out = instead(layer, hidden_states, args, kwargs)
+                return (out, None) if self._tuple else out
+
+            return forward
+
+        with ExitStack() as stack:
+            for layer, block in enumerate(self.model.blocks):
+                block.forward = stub(layer)
+                stack.callback(block.__dict__.pop, "forward")
+            yield

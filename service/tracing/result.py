@@ -1,0 +1,114 @@
+"""What a trace found, in probabilities (never logarithms), as the paper has it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from service.errors import InvalidInput
+from service.text import Span
+from service.tracing.noise import Level
+from service.tracing.question import Question
+
+Grid = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class TraceResult:
+    """A score is the mean over the noise samples of p(answer) with one clean state put back."""
+
+    prompt: str
+    tokens: tuple[str, ...]
+    subject: Span  #: token range [b, e) whose embeddings were corrupted
+    answer: str
+    answer_tokens: tuple[str, ...]
+    answer_ids: tuple[int, ...]
+    high: float  #: p(answer) of the clean run
+    low: float  #: mean p(answer) of the corrupted runs
+    scores: Mapping[str, Grid]  #: by kind: "hidden", "mlp", "attn"
+    severed: Mapping[str, tuple[float, ...]] | None  #: at the subject's last token, by the path that was cut
+    window: int
+    samples: int
+    noise: Level
+    seed: int
+    compat: str | None
+
+    @property
+    def total_effect(self) -> float:
+        return self.high - self.low
+
+    def indirect_effect(self, kind: str) -> Grid:
+        """How much of the answer each restored state brings back: score - low."""
+        return tuple(tuple(s - self.low for s in row) for row in self.scores[kind])
+
+    def to_json(self) -> dict[str, Any]:
+        b, e = self.subject
+        return {
+            "prompt": self.prompt,
+            "tokens": list(self.tokens),
+            "subject": {"text": "".join(self.tokens[b:e]).strip(), "tokens": [b, e]},
+            "answer": {
+                "text": self.answer.strip() or self.answer,
+                "tokens": list(self.answer_tokens),
+                "ids": list(self.answer_ids),
+            },
+            "high": self.high,
+            "low": self.low,
+            "total_effect": self.total_effect,
+            "kinds": {kind: self._kind(kind) for kind in self.scores},
+            "severed": self._severed(),
+            "window": self.window,
+            "samples": self.samples,
+            "noise": {"level": self.noise.value, "factor": self.noise.factor, "sigma": self.noise.sigma},
+            "seed": self.seed,
+            "compat": self.compat,
+        }
+
+    def _kind(self, kind: str) -> dict[str, Any]:
+        grid = self.scores[kind]
+        best = max((score, -t, -m) for t, row in enumerate(grid) for m, score in enumerate(row))
+        return {
+            "scores": [list(row) for row in grid],
+            "indirect_effect": [list(row) for row in self.indirect_effect(kind)],
+            "best": {"token": -best[1], "layer": -best[2], "score": best[0]},
+        }
+
+    def _severed(self) -> dict[str, Any] | None:
+        if self.severed is None:
+            return None
+        return {"token": self.subject[1] - 1, "scores": {cut: list(row) for cut, row in self.severed.items()}}
+
+
+def conclude(
+    question: Question,
+    high: float,
+    low: float,
+    scores: Mapping[str, Sequence[Sequence[float]]],
+    severed: Mapping[str, Sequence[float]] | None,
+    window: int,
+) -> TraceResult:
+    """The frozen result of a trace; noise that drives the model out of its numbers is the user's to lower."""
+    grids = {kind: tuple(map(tuple, grid)) for kind, grid in scores.items()}
+    if not all(math.isfinite(x) for x in (high, low, *(s for g in grids.values() for row in g for s in row))):
+        raise InvalidInput(
+            f"the model gives no number under noise {question.level.value:g}: use less.", "noise"
+        )
+    return TraceResult(
+        prompt=question.text,
+        tokens=question.tokens,
+        subject=question.subject,
+        answer=question.answer,
+        answer_tokens=question.answer_tokens,
+        answer_ids=question.answer_ids,
+        high=high,
+        low=low,
+        scores=grids,
+        severed=None if severed is None else {cut: tuple(row) for cut, row in severed.items()},
+        window=window,
+        samples=question.samples,
+        noise=question.level,
+        seed=question.seed,
+        compat=question.compat,
+    )

@@ -1,0 +1,29 @@
+"""Fixtures of the HTTP door."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from house import FakeWorker, House
+from starlette.testclient import TestClient
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    """A house without a worker: what is queued stays queued."""
+    built = House(tmp_path)
+    yield built
+    built.close()
+
+
+@pytest.fixture
+def worker(house: House) -> FakeWorker:
+    return house.hire()
+
+
+@pytest.fixture
+def client(house: House) -> Iterator[TestClient]:
+    with TestClient(house.app, raise_server_exceptions=False) as client:
+        yield client

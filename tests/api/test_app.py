@@ -1,0 +1,137 @@
+"""The application as a whole: its key, its exposure, its imports, its document."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from house import TOWER, House
+from starlette.testclient import TestClient
+
+from api.app import create_app, refuse_exposure
+from service.errors import Misconfigured
+from service.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_api_never_imports_torch() -> None:
+    """A process that imports the application holds no torch and no transformers."""
+    code = "import sys, api.app; bad = {'torch', 'transformers'} & set(sys.modules); sys.exit(', '.join(bad) or None)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", ""])
+def test_without_a_key_only_loopback_is_served(host: str) -> None:
+    """Without an API key, or with an empty one, an address that others can reach is refused."""
+    for key in (None, ""):
+        with pytest.raises(Misconfigured):
+            refuse_exposure(Settings(host=host, api_key=key))
+    refuse_exposure(Settings(host=host, api_key="k"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    """Loopback is served without a key."""
+    refuse_exposure(Settings(host=host))
+
+
+def test_an_exposed_application_is_not_made(house: House) -> None:
+    """The application itself refuses to come into being when it is exposed."""
+    with pytest.raises(Misconfigured):
+        create_app(house.operations, house.broker, Settings(host="0.0.0.0"))
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Any:
+    house = House(tmp_path, api_key="sesame é")
+    yield house
+    house.close()
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic sesame", "sesame", b"Bearer \xff\xfe"]
+)
+def test_the_key_is_asked_for(guarded: House, header: str | bytes | None) -> None:
+    """Without the right key every route but health is 401, and nothing happens."""
+    client = TestClient(guarded.app)
+    headers = {} if header is None else {"authorization": header}
+    for method, path in [
+        ("GET", "/edits"),
+        ("GET", "/models"),
+        ("GET", "/ledger/verify"),
+        ("DELETE", "/edits/x"),
+    ]:
+        answer = client.request(method, path, headers=headers)
+        assert answer.status_code == 401, path
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.headers["content-type"] == "application/problem+json"
+    # the key comes before the body
+    assert client.post("/edits", content=b"{", headers=headers).status_code == 401
+    assert client.get("/healthz").status_code == 200
+    assert client.get("/readyz").status_code == 200
+    assert guarded.operations.edits()["items"] == []
+
+
+def test_the_key_names_the_actor(guarded: House) -> None:
+    """With the key the request is served, and the resource says who asked without giving the key away."""
+    client = TestClient(guarded.app, headers={"authorization": "bearer  sesame é".encode()})
+    answer = client.post("/edits", json=TOWER)
+    assert answer.status_code == 202
+    assert answer.json()["actor"].startswith("key:")
+    assert "sesame" not in answer.text
+
+
+def test_without_a_key_the_actor_is_local(client: TestClient) -> None:
+    """On loopback without a key everybody is local."""
+    assert client.post("/edits", json=TOWER).json()["actor"] == "local"
+
+
+def test_models_ledger_and_health(client: TestClient, worker: Any) -> None:
+    """The model, the ledger and its verification are served."""
+    edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
+    client.delete(edit["links"]["self"])
+    (model,) = client.get("/models").json()["items"]
+    assert (model["name"], model["head"], model["layers"]) == ("tiny", 2, 3)
+    page = client.get("/ledger", params={"limit": 1}).json()
+    assert [entry["kind"] for entry in page["items"]] == ["apply"]
+    rest = client.get("/ledger", params={"cursor": page["next"]}).json()
+    assert [(entry["kind"], entry["actor"]) for entry in rest["items"]] == [("revert", "local")]
+    assert rest["next"] is None
+    assert [e["version"] for e in client.get("/ledger?version=1").json()["items"]] == [1]
+    assert client.get("/ledger?version=9").status_code == 422
+    verified = client.get("/ledger/verify").json()
+    assert (verified["ok"], verified["entries"], verified["head"]) == (True, 2, 2)
+    assert client.get("/readyz").json()["ready"] is True
+
+
+def test_every_operation_documents_its_errors(house: House) -> None:
+    """Every operation has a summary, a tag and its errors as problems; every body has examples that are valid."""
+    document = house.app.openapi()
+    assert document["info"]["title"] == "Palimpsest"
+    schemas = document["components"]["schemas"]
+    assert "HTTPValidationError" not in schemas
+    assert "Problem" in schemas
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert operation["summary"]
+            assert operation["tags"]
+            assert "500" in operation["responses"], path
+            for status, answer in operation["responses"].items():
+                if int(status) >= 400:
+                    assert list(answer["content"]) == ["application/problem+json"]
+            if "requestBody" in operation:
+                assert operation["requestBody"]["content"]["application/json"]["examples"]
+
+
+def test_every_example_is_accepted(house: House, client: TestClient, worker: Any) -> None:
+    """Every example of the document is a request that the service carries out."""
+    for path, operations in house.app.openapi()["paths"].items():
+        body = operations.get("post", {}).get("requestBody", {"content": {"application/json": {}}})
+        for example in body["content"]["application/json"].get("examples", {}).values():
+            answer = client.post(path, json=example["value"])
+            assert answer.status_code in (200, 202), answer.text

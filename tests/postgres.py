@@ -1,0 +1,114 @@
+"""A PostgreSQL server for tests, from the binaries installed here: a free port, a folder that goes away again."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import psycopg
+import pytest
+
+QUICK = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200"}
+
+
+@dataclass
+class Server:
+    port: int
+    _numbers: Iterator[int] = field(default_factory=count)
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    def fresh_database(self) -> str:
+        """The URL of a new, empty database: in truth a schema, which takes a hundredth of the time."""
+        name = f"test{next(self._numbers)}"
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}")
+        return f"{self.url}?options=-csearch_path%3D{name}"
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """Start the server, and stop it at the end."""
+    initdb, postgres = _program("initdb"), _program("postgres")
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: the path of its socket has a limit
+    port = _free_port()
+    try:
+        as_user = _unprivileged(folder)
+        setup = [initdb, "-D", folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        subprocess.run([*as_user, *map(str, setup)], check=True, capture_output=True, cwd=folder)
+        options = [x for name, value in QUICK.items() for x in ("-c", f"{name}={value}")]
+        start = [postgres, "-D", folder / "data", "-p", port, "-h", "127.0.0.1", "-k", folder, *options]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen([*as_user, *map(str, start)], stdout=log, stderr=log, cwd=folder)
+        try:
+            server = Server(port)
+            _wait(server, process, folder / "log")
+            yield server
+        finally:
+            _stop(process)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _program(name: str) -> str:
+    versions = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
+    found = shutil.which(name) or (str(versions[-1]) if versions else None)
+    if found is None:
+        _absent(f"no PostgreSQL here: {name} is neither in PATH nor in /usr/lib/postgresql")
+    return str(found)
+
+
+def _absent(reason: str) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def _unprivileged(folder: Path) -> list[str]:
+    """PostgreSQL refuses to run as root: a prefix that runs a command as the user of the package."""
+    if os.geteuid() != 0:
+        return []
+    try:
+        user = pwd.getpwnam("postgres")
+    except KeyError:
+        _absent("we are root, which PostgreSQL refuses, and there is no user `postgres`")
+        raise
+    os.chown(folder, user.pw_uid, user.pw_gid)
+    return ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(1200):
+        try:
+            psycopg.connect(server.url, connect_timeout=2).close()
+            return
+        except psycopg.OperationalError:
+            if process.poll() is not None:
+                break
+            time.sleep(0.05)
+    pytest.fail(f"PostgreSQL did not start:\n{log.read_text(errors='replace')}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGQUIT is its immediate shutdown, good enough for data that is thrown away."""
+    process.send_signal(signal.SIGQUIT)
+    process.wait()

@@ -1,0 +1,100 @@
+"""Published hyperparameters and what a user changes in them: service.editors.recipes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from service.editors.recipes import PUBLISHED, Recipe, RomeParameters, read_recipe, recipe_for, resolve
+from service.errors import InvalidInput, Misconfigured
+from service.models.architectures import ARCHITECTURES
+
+# The published table: model, shape, layer, steps, rate, weight decay, clamp, KL factor.
+TABLE = [
+    ("gpt2-medium", ("gpt2", 24, 1024), 8, 20, 0.5, 0.5, 3, 0.0625),
+    ("gpt2-large", ("gpt2", 36, 1280), 12, 20, 0.5, 0.5, 4, 0.0625),
+    ("gpt2-xl", ("gpt2", 48, 1600), 17, 20, 0.5, 0.5, 4, 0.0625),
+    ("gpt-j-6B", ("gptj", 28, 4096), 5, 20, 0.5, 0.5, 4, 0.0625),
+    ("gpt-neox-20b", ("gpt_neox", 44, 6144), 15, 20, 0.5, 0.5, 4, 0.0625),
+    ("Llama-2-7b and Llama-3-8b", ("llama", 32, 4096), 5, 25, 0.5, 1e-3, 4, 0.0625),
+    ("Llama-3.2-3b", ("llama", 28, 3072), 5, 25, 0.5, 1e-3, 4, 0.0625),
+    ("Mistral-7b", ("mistral", 32, 4096), 5, 25, 0.5, 1e-3, 4, 0.0625),
+    ("Qwen2-7b and Qwen2.5-7b", ("qwen2", 28, 3584), 5, 25, 0.5, 1e-3, 4, 0.0625),
+]
+RECIPE = Recipe(source="test", rome=RomeParameters(layers=(2,), clamp=3.0))
+
+
+@pytest.mark.parametrize(("name", "shape", "layer", "steps", "rate", "decay", "clamp", "kl"), TABLE)
+def test_the_table_is_the_published_one(
+    name: str, shape: tuple[str, int, int], layer: int, steps: int, rate: float, decay: float, clamp: float, kl: float
+) -> None:
+    """Value by value, each model has the hyperparameters that its authors published."""
+    recipe = recipe_for(*shape)
+    assert recipe is not None, name
+    p = recipe.rome
+    assert p.layers == (layer,)
+    assert (p.steps, p.learning_rate, p.weight_decay, p.clamp, p.kl_factor) == (steps, rate, decay, clamp, kl)
+    assert (p.stop_loss, p.contexts) == (0.05, 20)
+    assert p.compat is None
+
+
+def test_the_table_holds_nothing_else() -> None:
+    """Every recipe is in the published table, for an architecture that we know and a layer that exists."""
+    assert set(PUBLISHED) == {shape for _, shape, *_ in TABLE}
+    for (model_type, layers, _), recipe in PUBLISHED.items():
+        assert model_type in ARCHITECTURES
+        assert all(0 <= x < layers for x in recipe.rome.layers)
+
+
+def test_an_unknown_shape_has_no_recipe() -> None:
+    """Nothing is guessed for a model that nobody published."""
+    assert recipe_for("gpt2", 12, 768) is None
+
+
+def test_what_is_asked_for_comes_on_top() -> None:
+    """The user's values replace the recipe's, one by one; the rest stays as it was."""
+    chosen = resolve(RECIPE, {"steps": 7, "layers": [0, 1]}, 3)
+    assert chosen == RomeParameters(layers=(0, 1), steps=7, clamp=3.0)
+    assert resolve(RECIPE, None, 3) == RECIPE.rome
+    assert resolve(None, {"layers": [1]}, 3) == RomeParameters(layers=(1,))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"layer": 3}, r"hparams\.layer: .*Known: layers, steps, learning_rate"),
+        ({"steps": 0}, r"hparams\.steps: .*greater than or equal to 1"),
+        ({"steps": "many"}, r"hparams\.steps"),
+        ({"learning_rate": -1}, r"hparams\.learning_rate"),
+        ({"learning_rate": float("nan")}, r"hparams\.learning_rate"),
+        ({"weight_decay": float("inf")}, r"hparams\.weight_decay"),
+        ({"clamp": 0}, r"hparams\.clamp"),
+        ({"compat": "rome"}, r"hparams\.compat: .*meng2022"),
+        ({"layers": []}, r"hparams\.layers"),
+        ({"layers": [3]}, "different layers from 0 to 2"),
+        ({"layers": [-1]}, "different layers from 0 to 2"),
+        ({"layers": [1, 1]}, "different layers from 0 to 2"),
+    ],
+)
+def test_an_error_names_what_to_change(asked: dict[str, Any], said: str) -> None:
+    """Each value that cannot be is refused by its name, with what is known or allowed."""
+    with pytest.raises(InvalidInput, match=said) as error:
+        resolve(RECIPE, asked, 3)
+    assert error.value.field == "hparams"
+
+
+@pytest.mark.parametrize("asked", [None, {}, {"steps": 3}])
+def test_without_a_recipe_the_layers_must_be_named(asked: dict[str, Any] | None) -> None:
+    """A model that nobody tuned has no layer of its own: the answer says how to name one."""
+    with pytest.raises(InvalidInput, match=r'"layers": \[5\].*recipe\.json'):
+        resolve(None, asked, 3)
+
+
+def test_a_recipe_file_is_read_strictly() -> None:
+    """A recipe.json comes back as it was written; a slip in it is named and nothing is ignored."""
+    assert read_recipe(RECIPE.model_dump_json()) == RECIPE
+    with pytest.raises(Misconfigured, match=r"recipe\.json.*[\s\S]*colour"):
+        read_recipe('{"source": "x", "rome": {"layers": [1], "colour": 1}}')
+    with pytest.raises(Misconfigured, match=r"recipe\.json"):
+        read_recipe("no json")

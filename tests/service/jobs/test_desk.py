@@ -1,0 +1,419 @@
+"""What a worker may do with rows: begun once, landed once, ended always."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from resident import INFO, tokenizer_json
+from sqlalchemy import update
+
+from service.errors import Cancelled, Conflict, InvalidInput, LeaseLost, NotFound
+from service.jobs.desk import Desk
+from service.jobs.memory import MemoryBroker
+from service.ledger import ledger
+from service.operations import Operations
+from service.progress import Progress
+from service.requests import EditRequest, TraceRequest
+from service.settings import Settings
+from service.store.tables import Job, Worker, now
+
+MODEL = "fingerprint"
+
+
+@pytest.fixture
+def broker():
+    broker = MemoryBroker()
+    yield broker
+    broker.close()
+
+
+@pytest.fixture
+def make_desk(database, broker):
+    def make(worker="worker-1", model=MODEL, **options):
+        desk = Desk(database, broker, model, worker, 3, **options)
+        desk.register(INFO, tokenizer_json())
+        return desk
+
+    return make
+
+
+@pytest.fixture
+def desk(make_desk):
+    return make_desk()
+
+
+@pytest.fixture
+def operations(database, broker, desk, tmp_path):
+    return Operations(database, broker, Settings(data=tmp_path))
+
+
+@pytest.fixture
+def ask(operations):
+    """Queue an edit and return its id."""
+
+    def ask(subject="Eiffel Tower", target="Rome", **more):
+        request = EditRequest(subject=subject, prompt="The {} is located in", target_new=target, **more)
+        return operations.submit_edits([request], "somebody")[0]["id"]
+
+    return ask
+
+
+def land(desk, edit_id, **body):
+    job = desk.start(edit_id)
+    return desk.apply(job, desk.head(), edit_id.encode(), {"seed": 1, **body}, {"seconds": 1.0})
+
+
+def die(desk):
+    """The worker is heard of no more."""
+    with desk.database.session() as session:
+        long_ago = now() - timedelta(hours=1)
+        session.execute(update(Worker).where(Worker.id == desk.worker).values(heartbeat=long_ago))
+
+
+def last_event(broker, job_id):
+    async def listen():
+        async with asyncio.timeout(20):
+            return [event async for event in broker.events(job_id)][-1]
+
+    return asyncio.run(listen())
+
+
+class TestStart:
+    def test_start(self, desk, ask, operations):
+        """A job that waits is begun, and its row says so."""
+        edit = ask()
+        job = desk.start(edit)
+        assert (job.id, job.kind, job.attempt, job.request["target_new"]) == (edit, "edit", 1, "Rome")
+        found = operations.edit(edit)
+        assert (found["status"], found["attempts"]) == ("running", 1)
+        assert found["started"] is not None
+
+    def test_only_once(self, desk, make_desk, ask):
+        """A job that runs is begun by nobody else, nor twice by one worker."""
+        edit = ask()
+        assert desk.start(edit)
+        assert desk.start(edit) is None
+        assert make_desk("worker-2").start(edit) is None
+
+    def test_race(self, make_desk, ask):
+        """Of many workers that begin one job at once, one does."""
+        edit = ask()
+        desks = [make_desk(f"racer-{n}") for n in range(6)]
+        barrier = threading.Barrier(len(desks))
+
+        def start(desk):
+            barrier.wait()
+            return desk.start(edit)
+
+        with ThreadPoolExecutor(len(desks)) as pool:
+            started = [job for job in pool.map(start, desks) if job]
+        assert len(started) == 1
+
+    def test_nothing_to_do(self, desk, ask, operations):
+        """A job that is gone, ended or cancelled is not begun."""
+        edit = ask()
+        operations.revert_edit(edit, "somebody")
+        assert desk.start(edit) is None
+        assert desk.start("edit_gone") is None
+
+    def test_other_model(self, make_desk, ask, operations):
+        """A job for another model waits for a worker that has it."""
+        edit = ask()
+        assert make_desk("worker-2", model="other").start(edit) is None
+        assert operations.edit(edit)["status"] == "queued"
+
+    def test_orphan(self, desk, make_desk, ask):
+        """A job whose worker died is begun again; what the dead one still writes is refused."""
+        edit = ask()
+        late = desk.start(edit)
+        die(desk)
+        heir = make_desk("worker-2")
+        job = heir.start(edit)
+        assert job.attempt == 2
+        for write in (
+            lambda: desk.apply(late, 0, b"x", {}, {}),
+            lambda: desk.finish(late, "rejected", {}),
+            lambda: desk.fail(late, "x"),
+            lambda: desk.progress(late, Progress("x", 1, 2)),
+            lambda: desk.release(late),
+        ):
+            with pytest.raises(LeaseLost):
+                write()
+        assert heir.apply(job, 0, b"right", {}, {}) == 1
+        with pytest.raises(LeaseLost):
+            desk.apply(late, 1, b"x", {}, {})
+        assert heir.head() == 1
+
+    def test_orphan_of_the_same_name(self, make_desk, ask):
+        """A worker that restarts under its old name takes over what its earlier life had begun."""
+        edit = ask()
+        late = make_desk("same").start(edit)
+        reborn = make_desk("same")
+        assert reborn.start(edit).attempt == 2
+        with pytest.raises(LeaseLost):
+            reborn.finish(late, "rejected")
+
+    def test_attempts(self, make_desk, ask, operations, broker):
+        """A job whose workers keep dying fails with the reason, and is announced as ended."""
+        edit = ask()
+        for n in range(3):
+            desk = make_desk(f"doomed-{n}")
+            assert desk.start(edit).attempt == n + 1
+            die(desk)
+        assert make_desk("worker-2").start(edit) is None
+        found = operations.edit(edit)
+        assert found["status"] == "failed"
+        assert "died 3 times" in found["error"]["detail"]
+        assert last_event(broker, edit).data == found
+
+    def test_orphan_that_was_cancelled(self, desk, make_desk, ask, operations):
+        """A cancelled job whose worker died ends as cancelled."""
+        edit = ask()
+        desk.start(edit)
+        operations.revert_edit(edit, "somebody")
+        die(desk)
+        assert make_desk("worker-2").start(edit) is None
+        assert operations.edit(edit)["status"] == "cancelled"
+
+    def test_release(self, desk, ask, operations, broker):
+        """A job put back by a worker that stops waits again, and the attempt does not count."""
+        edit = ask()
+        broker.take(["edit"], 1, 0)
+        desk.release(desk.start(edit))
+        assert operations.edit(edit)["status"] == "queued"
+        assert [d.job_id for d in broker.take(["edit"], 1, 0)] == [edit]
+        assert desk.start(edit).attempt == 1
+
+
+class TestSweep:
+    def test_lost_bell(self, desk, ask, broker):
+        """A job whose bell was lost is announced again."""
+        edit = ask()
+        broker.take(["edit"], 1, 0)  # and the taker forgot it
+        assert desk.sweep() == 1
+        assert [d.job_id for d in broker.take(["edit"], 1, 0)] == [edit]
+
+    def test_dead_worker(self, desk, make_desk, ask, broker):
+        """A running job is announced again when its worker died, and only then."""
+        edit = ask()
+        broker.take(["edit"], 1, 0)
+        desk.start(edit)
+        other = make_desk("worker-2")
+        assert other.sweep() == 0
+        die(desk)
+        assert other.sweep() == 1
+        desk.heartbeat(0)
+        assert other.sweep() == 0
+
+    def test_sole_worker(self, desk, make_desk, ask):
+        """A sole worker takes over at once whatever runs under another name: it has no living neighbour."""
+        edit = ask()
+        desk.start(edit)
+        assert make_desk("worker-2").sweep() == 0
+        reborn = make_desk("worker-3", sole=True)
+        assert reborn.sweep() == 1
+        assert reborn.start(edit).attempt == 2
+
+    def test_worker_that_left(self, desk, make_desk, ask):
+        """What a worker that left had running may be taken over at once."""
+        edit = ask()
+        desk.start(edit)
+        desk.leave()
+        assert make_desk("worker-2").start(edit).attempt == 2
+
+
+class TestApply:
+    def test_apply(self, desk, ask, operations, broker, database):
+        """An edit lands with its factors, its entry and its row at once, and its end is announced."""
+        edit = ask(target_true="Paris")
+        assert land(desk, edit) == 1
+        found = operations.edit(edit)
+        assert (found["status"], found["version"], found["result"]) == ("applied", 1, {"seconds": 1.0})
+        assert found["ended"] is not None
+        assert operations.delta(edit) == edit.encode()
+        event = last_event(broker, edit)
+        assert (event.name, event.data) == ("end", found)
+        with database.read() as session:
+            (entry,) = ledger.entries(session, MODEL)
+        assert entry.body == {
+            "seed": 1,
+            "subject": "Eiffel Tower",
+            "prompt": "The {} is located in",
+            "target_new": "Rome",
+            "target_true": "Paris",
+            "factors_sha256": hashlib.sha256(edit.encode()).hexdigest(),
+            "model": MODEL,
+        }
+        assert (entry.actor, entry.edit_id) == ("somebody", edit)
+
+    def test_head_moved(self, desk, ask):
+        """An edit that was looked at on an older head does not land, and may try again on the new one."""
+        first, second = desk.start(ask()), desk.start(ask("Colosseum"))
+        assert desk.apply(first, 0, b"1", {}, {}) == 1
+        with pytest.raises(Conflict, match="head moved"):
+            desk.apply(second, 0, b"2", {}, {})
+        assert desk.head() == 1
+        assert desk.apply(second, 1, b"2", {}, {}) == 2
+
+    def test_race_at_one_head(self, make_desk, ask):
+        """Of workers that land on one head at once, one does and every other one has a Conflict."""
+        desks = [make_desk(f"racer-{n}") for n in range(4)]
+        jobs = [desk.start(ask(f"Tower {n}")) for n, desk in enumerate(desks)]
+        barrier = threading.Barrier(len(desks))
+
+        def race(pair):
+            desk, job = pair
+            barrier.wait()
+            try:
+                return desk.apply(job, 0, job.id.encode(), {}, {})
+            except Conflict:
+                return "conflict"
+
+        with ThreadPoolExecutor(len(desks)) as pool:
+            results = list(pool.map(race, zip(desks, jobs, strict=True)))
+        assert sorted(results, key=str) == [1, "conflict", "conflict", "conflict"]
+
+    def test_cancel_first(self, desk, ask, operations):
+        """A cancel that came before the commit wins: nothing lands."""
+        edit = ask()
+        job = desk.start(edit)
+        operations.revert_edit(edit, "somebody")
+        with pytest.raises(Cancelled):
+            desk.apply(job, 0, b"x", {}, {})
+        assert desk.head() == 0
+        desk.finish(job, "cancelled")
+        assert operations.edit(edit)["status"] == "cancelled"
+        with pytest.raises(Exception, match="only an edit that was applied"):
+            operations.delta(edit)
+
+    def test_twice(self, desk, ask):
+        """An edit lands once."""
+        edit = ask()
+        job = desk.start(edit)
+        desk.apply(job, 0, b"x", {}, {})
+        with pytest.raises(LeaseLost):
+            desk.apply(job, 1, b"x", {}, {})
+        assert desk.head() == 1
+
+    def test_figures_that_blew_up(self, desk, ask, operations):
+        """Infinite and undefined figures in a result or a body become null, in the row and in the hash."""
+        edit = ask()
+        job = desk.start(edit)
+        desk.apply(job, 0, b"x", {"strength": float("nan")}, {"perplexity": float("inf")})
+        assert operations.edit(edit)["result"] == {"perplexity": None}
+        assert operations.verify()["ok"]
+
+
+class TestEnd:
+    @pytest.mark.parametrize("status", ["rejected", "cancelled"])
+    def test_finish(self, desk, ask, operations, broker, status):
+        """A job that lands nothing ends with its status and figures, and is announced."""
+        edit = ask()
+        desk.finish(desk.start(edit), status, {"ES": 0.0})
+        found = operations.edit(edit)
+        assert (found["status"], found["result"], found["progress"]) == (status, {"ES": 0.0}, None)
+        assert last_event(broker, edit).data == found
+        assert desk.head() == 0
+
+    @pytest.mark.parametrize(
+        ("error", "status", "told"),
+        [
+            (InvalidInput("write it so."), "failed", {"title": InvalidInput.title, "detail": "write it so."}),
+            ("out of memory", "failed", {"title": "The job failed", "detail": "out of memory"}),
+            (Cancelled("stop"), "cancelled", None),
+        ],
+    )
+    def test_fail(self, desk, ask, operations, error, status, told):
+        """A job that fails says why; one that was cancelled is called cancelled."""
+        edit = ask()
+        desk.fail(desk.start(edit), error)
+        found = operations.edit(edit)
+        assert (found["status"], found["error"]) == (status, told)
+
+    def test_trace(self, desk, operations):
+        """A trace ends as done, with the version at which it ran."""
+        asked = TraceRequest(prompt="The Eiffel Tower is located in", subject="Eiffel Tower")
+        trace = operations.submit_trace(asked, "somebody")["id"]
+        desk.finish(desk.start(trace), "done", {"version": 0, "effects": [1.0]})
+        found = operations.trace(trace)
+        assert (found["status"], found["version"], found["result"]["effects"]) == ("done", 0, [1.0])
+        assert operations.verify()["ok"]
+
+
+class TestProgress:
+    def test_progress(self, desk, ask, operations, broker):
+        """Progress is told to listeners at every step, and to the row now and then."""
+        edit = ask()
+        job = desk.start(edit)
+        for n in range(20):
+            desk.progress(job, Progress("value", n, 20))
+        assert operations.edit(edit)["progress"] == {"phase": "value", "done": 0, "total": 20}
+        desk.finish(job, "rejected", {})
+
+        async def listen():
+            return [event.data async for event in broker.events(edit)]
+
+        assert [data["done"] for data in asyncio.run(listen())[:-1]] == list(range(20))
+
+    def test_cancel_while_it_runs(self, desk, ask, operations):
+        """Somebody's cancel is known to the worker at its next question."""
+        edit = ask()
+        job = desk.start(edit)
+        assert not desk.cancel_requested(job)
+        assert operations.revert_edit(edit, "somebody")["status"] == "running"
+        assert desk.cancel_requested(job)
+
+    def test_cancel_from_the_row(self, desk, ask):
+        """A cancel whose message was lost is found in the row."""
+        edit = ask()
+        job = desk.start(edit)
+        with desk.database.session() as session:
+            session.execute(update(Job).where(Job.id == edit).values(cancel_requested=True))
+        desk.progress(job, Progress("value", 1, 2))
+        assert desk.cancel_requested(job)
+
+
+class TestLedger:
+    def test_associations(self, desk, ask, operations):
+        """A replica is given the factors that are active at a version, each with what its entry says."""
+        a, b = ask(), ask("Colosseum")
+        land(desk, a, strength=1.5)
+        land(desk, b)
+        operations.revert_edit(a, "somebody")
+        assert desk.associations_at(0) == []
+        assert [(x, data) for x, data, _ in desk.associations_at(2)] == [(a, a.encode()), (b, b.encode())]
+        assert [x for x, _, _ in desk.associations_at(3)] == [b]
+        assert desk.associations_at(1)[0][2]["strength"] == 1.5
+
+    @pytest.mark.parametrize("version", [-1, 1])
+    def test_unknown_version(self, desk, version):
+        """There is nothing to stand on beyond the head."""
+        with pytest.raises(NotFound, match="no version"):
+            desk.associations_at(version)
+
+    def test_attest_again(self, desk, operations):
+        """A worker has one digest per version: the one that it said last."""
+        desk.attest(0, "x")
+        desk.attest(0, "y")
+        (replica,) = operations.verify()["replicas"]
+        assert (replica["worker"], replica["digest"], replica["device"]) == ("worker-1", "y", "cpu")
+
+
+def test_workers_register_at_once(make_desk, database):
+    """Workers that bring up one model at once all register."""
+    desks = [Desk(database, MemoryBroker(), "new", f"w{n}") for n in range(6)]
+    barrier = threading.Barrier(len(desks))
+
+    def register(desk):
+        barrier.wait()
+        desk.register(INFO, tokenizer_json())
+
+    with ThreadPoolExecutor(len(desks)) as pool:
+        list(pool.map(register, desks))
+    with database.read() as session:
+        assert session.query(Worker).count() == 6

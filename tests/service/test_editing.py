@@ -1,0 +1,513 @@
+"""One edit from the request to the ledger, with the real desk, store and broker: service.editing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TEXTS, tiny
+
+from service import editing
+from service.covariance.corpus import Corpus
+from service.editing import Answer, Check, Measured, Question, Trial, edit_steps, holds, trial_steps
+from service.editors.composition import compose_layer, pack, rebuild, unpack
+from service.editors.recipes import Recipe, RomeParameters
+from service.editors.rome import find_steps
+from service.errors import Cancelled
+from service.jobs.desk import Desk, RunningJob
+from service.jobs.memory import MemoryBroker
+from service.operations import Operations
+from service.progress import Progress, Steps, finish
+from service.requests import EditRequest
+from service.serving.replica import Replica
+from service.settings import Settings
+from service.store.database import Database
+from service.text import fill
+from service.toolkit import Toolkit
+
+torch.set_num_threads(1)
+
+Resource = dict[str, Any]
+#: A random model listens to a subject that ends the prompt, and to little else.
+PROMPT = "Look at the {}"
+HPARAMS = {"steps": 8, "contexts": 3, "kl_factor": 0.0, "weight_decay": 0.0, "clamp": 20.0}
+RECIPE = Recipe(source="test", rome=RomeParameters.model_validate({"layers": (1,), **HPARAMS}))
+LOOSE = {"max_perplexity": 1e6, "max_norm": 1e6, "max_broken": 1000, "min_neighborhood": 0.0}
+OFF = {"enabled": False}
+
+
+def toolkit_for(model: Any) -> Toolkit:
+    return Toolkit(model, RECIPE, Corpus("test", tuple(TEXTS)), None)
+
+
+@lru_cache
+def tools() -> Toolkit:
+    """Statistics and contexts of the tiny model, made once."""
+    kit = toolkit_for(tiny())
+    finish(kit.statistics_steps([0, 1]))
+    finish(kit.contexts_steps(3, 0))
+    return kit
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database, made once and copied."""
+    file = tmp_path_factory.mktemp("database") / "empty.sqlite3"
+    database = Database(f"sqlite:///{file}")
+    database.migrate()
+    database.close()
+    return file
+
+
+class Workshop:
+    """A tiny model with everything that an edit needs, and the doors through which it is asked for."""
+
+    def __init__(self, folder: Path, migrated: Path) -> None:
+        file = folder / "palimpsest.sqlite3"
+        shutil.copy(migrated, file)
+        self.model = tiny()
+        self.toolkit = toolkit_for(self.model)
+        self.toolkit.statistics |= tools().statistics
+        self.toolkit.contexts |= tools().contexts
+        self.database = Database(f"sqlite:///{file}")
+        self.broker = MemoryBroker()
+        self.do = Operations(self.database, self.broker, Settings(data=folder))
+        self.desk = Desk(self.database, self.broker, self.model.fingerprint, "worker-1", sole=True)
+        info = {"name": "tiny", "layers": 3, "positions": 64, "width": 16, **self.toolkit.info()}
+        self.desk.register(info, self.model.tokenizer.backend_tokenizer.to_str())
+        self.replica = Replica(self.model, self.desk)
+        self.base = {x: self.model.weight(x).data.clone() for x in range(3)}
+
+    def ask(self, subject: str = "Eiffel Tower", new: str = "is", true: str | None = "the", **more: Any) -> str:
+        request = {"subject": subject, "prompt": PROMPT, "target_new": new, "target_true": true, "guard": LOOSE}
+        return str(self.do.submit_edits([EditRequest.model_validate(request | more)], "somebody")[0]["id"])
+
+    def begin(self, edit: str) -> tuple[RunningJob, Steps[None]]:
+        job = self.desk.start(edit)
+        assert job is not None
+        return job, edit_steps(self.replica, self.desk, job, self.toolkit)
+
+    def edit(self, *asked: Any, **more: Any) -> Resource:
+        """Ask, carry out, and read how it ended."""
+        edit = self.ask(*asked, **more)
+        finish(self.begin(edit)[1], lambda _: self.assert_base())
+        return self.do.edit(edit)
+
+    def revert(self, edit: Resource) -> Resource:
+        return self.do.revert_edit(edit["id"], "somebody")
+
+    def entry(self, version: int) -> dict[str, Any]:
+        return self.do.ledger()["items"][version - 1]["body"]  # type: ignore[no-any-return]
+
+    def assert_base(self) -> None:
+        """The resident model holds its base bytes."""
+        assert all(torch.equal(self.model.weight(x).data, w) for x, w in self.base.items())
+
+    def close(self) -> None:
+        self.broker.close()
+        self.database.close()
+
+
+@pytest.fixture
+def opened(tmp_path: Path, migrated: Path) -> Iterator[Callable[[], Workshop]]:
+    """Opens as many workshops as a test wants."""
+    shops: list[Workshop] = []
+
+    def open_one() -> Workshop:
+        folder = tmp_path / str(len(shops))
+        folder.mkdir()
+        shops.append(Workshop(folder, migrated))
+        return shops[-1]
+
+    yield open_one
+    for shop in shops:
+        shop.close()
+
+
+@pytest.fixture
+def shop(opened: Callable[[], Workshop]) -> Workshop:
+    return opened()
+
+
+def same(one: Any, two: Any) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[x], two[x]) for x in one)
+
+
+# landing
+
+
+def test_an_edit_lands(shop: Workshop) -> None:
+    """An applied edit has a version, factors and figures, and its entry in the ledger holds; the model speaks it."""
+    edit = shop.edit()
+    assert (edit["status"], edit["version"], shop.do.head()) == ("applied", 1, 1)
+    result = edit["result"]
+    assert result["guard"]["passed"] and result["reason"] is None
+    assert result["scores"]["before"]["ES"] == 0.0 and result["scores"]["after"]["ES"] == 1.0
+    assert result["rewrite"]["after"]["new"] > result["rewrite"]["before"]["new"]
+    assert result["rewrite"]["says"].strip().startswith("is")
+    assert result["layers"] == [1]
+    assert shop.do.verify()["ok"]
+    shop.assert_base()
+
+
+def test_the_version_is_the_rank_one_update(shop: Workshop) -> None:
+    """The weight of a version with one edit is base + delta (C^-1 k)^T / (k^T C^-1 k), exactly, and no other weight differs."""
+    edit = shop.edit()
+    (association,) = unpack(shop.do.delta(edit["id"]), edit["id"], "Eiffel Tower")
+    weights = shop.replica.weights(1)
+    assert list(weights) == [1]
+    assert torch.equal(weights[1], rebuild(shop.base[1], association.rank_one(), conv1d=True))
+    assert torch.linalg.matrix_rank(compose_layer([association]).dense()) == 1
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 1]])
+@pytest.mark.parametrize("subject", ["Eiffel Tower", " Eiffel  Tower"])
+def test_what_was_tried_is_what_lands(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, subject: str, layers: list[int]
+) -> None:
+    """The weights that were measured are bit for bit those of the version, with others active and odd white space."""
+    shop.edit("Big Ben", "city")
+    shop.edit("Eiffel Tower", "in", prompt="We know the {}")
+    tried: list[Any] = []
+    composed = Replica.composed
+    monkeypatch.setattr(Replica, "composed", lambda self, x: tried.append(composed(self, x)) or tried[-1])
+    edit = shop.edit(subject, hparams={"layers": layers}, guard=OFF)
+    assert edit["version"] == 3
+    assert same(tried[-1], Replica(shop.model, shop.desk).weights(3))
+
+
+def test_the_provenance_gives_the_same_factors(shop: Workshop) -> None:
+    """What the ledger holds of an edit, replayed on a fresh base model, gives its factors bit for bit."""
+    shop.edit("Big Ben", "city")
+    edit = shop.edit(hparams={"clamp": 3.0})
+    body = shop.entry(2)
+    model = tiny()
+    assert body["fingerprint"] == model.fingerprint
+    kit = toolkit_for(model)
+    assert body["corpus"] == kit.corpus.digest
+    parameters = RomeParameters.model_validate(body["hparams"])
+    contexts = finish(kit.contexts_steps(parameters.contexts, parameters.seed))
+    statistics = finish(kit.statistics_steps(parameters.layers))
+    assert body["statistics"] == {str(x): s.digest for x, s in statistics.items()}
+    statement = fill(body["prompt"], body["subject"])
+    found = finish(find_steps(model, statistics, contexts, statement, body["target_new"], parameters))
+    assert pack([a.scaled(body["strength"]) for a in found.associations]) == shop.do.delta(edit["id"])
+
+
+def test_the_provenance_names_everything(shop: Workshop) -> None:
+    """Hyperparameters in full, seed, statistics, dtype, device, libraries, strength and the objects are in the entry."""
+    shop.edit(true=None)
+    body = shop.entry(1)
+    assert set(RomeParameters.model_fields) == set(body["hparams"])
+    assert (body["dtype"], body["device"], body["strength"]) == ("float32", "cpu", 1.0)
+    assert set(body["libraries"]) == {"torch", "transformers", "python"}
+    assert (body["method"], body["target_new"], body["target_true"]) == ("rome", "is", None)
+    assert body["resolved_true"]
+
+
+def test_an_edit_is_the_same_whatever_is_active(opened: Callable[[], Workshop]) -> None:
+    """Factors are found on the base model: with other edits active, or the same subject's, they are the same bytes."""
+    alone, beside = opened(), opened()
+    first = alone.edit(guard=OFF)
+    beside.edit("Big Ben", "city")
+    beside.edit("Eiffel Tower", "in", prompt="We know the {}")
+    second = beside.edit(guard=OFF)
+    assert second["version"] == 3
+    assert alone.do.delta(first["id"]) == beside.do.delta(second["id"])
+
+
+def test_two_workers_stand_at_the_same_bytes(shop: Workshop) -> None:
+    """Another replica of the same model rebuilds every version with the same digest."""
+    shop.edit()
+    shop.edit("Big Ben", "city")
+    other = Replica(tiny(), Desk(shop.database, shop.broker, shop.model.fingerprint, "worker-2"))
+    assert [other.digest(v) for v in range(3)] == [shop.replica.digest(v) for v in range(3)]
+
+
+def test_the_true_object_is_what_the_base_model_says(shop: Workshop) -> None:
+    """When no true object is named, it is the base model's own answer, even while another edit of the fact is active."""
+    first = shop.edit(true=None)
+    second = shop.edit(new="city", true=None)
+    assert first["result"]["target_true"] == second["result"]["target_true"] != "is"
+
+
+# rejecting
+
+
+def test_an_edit_that_does_not_take_is_rejected(shop: Workshop) -> None:
+    """Without a change of value the old object stays more probable: the edit is rejected at its first strength."""
+    edit = shop.edit(hparams={"steps": 1})
+    assert edit["status"] == "rejected"
+    assert "did not take" in edit["result"]["reason"]
+    assert edit["result"]["strength"] == 1.0
+
+
+# Each rule with a request that breaks it and no other.
+BREAKING = {
+    "efficacy": {"hparams": {"steps": 1}},
+    "probability": {"guard": LOOSE | {"min_probability": 0.999}},
+    "paraphrase": {"guard": LOOSE | {"min_paraphrase": 1.0}, "probes": {"paraphrase": ["In which country"]}},
+    "neighborhood": {
+        "guard": LOOSE | {"min_neighborhood": 1.0},
+        "probes": {"neighborhood": [{"prompt": "Look at the Eiffel Tower", "target": "the"}]},
+    },
+    "perplexity": {"subject": "Big Ben", "guard": LOOSE | {"max_perplexity": 1.0}},
+    "norm": {"guard": LOOSE | {"max_norm": 1e-6}},
+    "broken": {
+        "prompt": "We like the {}",
+        "new": "the",
+        "true": "is",
+        "guard": LOOSE | {"max_broken": 0},
+        "hparams": {"clamp": 80.0, "steps": 15},
+    },
+}
+
+
+@pytest.mark.parametrize("rule", BREAKING)
+def test_every_rule_can_reject(shop: Workshop, rule: str) -> None:
+    """An edit that breaks one rule is rejected with that rule's figure and limit; ledger, factors and model are as before."""
+    shop.edit()
+    edit = shop.edit(**BREAKING[rule])  # type: ignore[arg-type]
+    checks = edit["result"]["guard"]["checks"]
+    assert [c["name"] for c in checks if not c["passed"]] == [rule]
+    assert edit["status"] == "rejected" and edit["version"] is None
+    assert shop.do.head() == 1
+    assert shop.desk.associations_at(1) == shop.desk.associations_at(shop.do.head())
+    (check,) = (c for c in checks if c["name"] == rule)
+    assert f"({check['figure']:.3g}, limit {check['limit']:.3g})" in edit["result"]["reason"]
+    assert editing._REASONS[rule] in edit["result"]["reason"]
+    shop.assert_base()
+    assert shop.do.verify()["ok"]
+
+
+def test_without_the_guard_anything_lands(shop: Workshop) -> None:
+    """With the guard off, an edit that did not take lands all the same, and its result says so."""
+    edit = shop.edit(hparams={"steps": 1}, guard=OFF)
+    assert edit["status"] == "applied"
+    assert not edit["result"]["guard"]["passed"]
+
+
+def test_broken_edits_are_named(shop: Workshop) -> None:
+    """An edit that makes another cease to hold names it, and lands only when that is allowed."""
+    first = shop.edit()
+    edit = shop.edit(**BREAKING["broken"] | {"guard": LOOSE})  # type: ignore[arg-type]
+    assert edit["status"] == "applied"
+    assert edit["result"]["broken"] == [first["id"]]
+
+
+def test_a_dry_run_lands_nothing(shop: Workshop) -> None:
+    """A dry run that would land ends as evaluated, with its figures; no version, no factors, no entry."""
+    edit = shop.edit(dry_run=True)
+    assert (edit["status"], edit["version"], shop.do.head()) == ("evaluated", None, 0)
+    assert edit["result"]["guard"]["passed"]
+    assert shop.edit(dry_run=True, hparams={"steps": 1})["status"] == "rejected"
+    assert shop.desk.associations_at(0) == []
+    assert shop.do.model()["active_edits"] == 0
+    shop.assert_base()
+
+
+@pytest.mark.parametrize("limit", [editing._at_least, editing._at_most])
+def test_no_number_passes_no_rule(limit: Callable[[str, float, float], Check]) -> None:
+    """A figure that is not a number fails, whichever way the rule goes."""
+    assert not limit("norm", float("nan"), 1.0).passed
+
+
+def test_writing_what_the_model_says_already(shop: Workshop) -> None:
+    """New and true object may be one, up to white space: the edit holds when the model says it, and is watched as others are."""
+    for new in ("is", " is"):
+        assert shop.edit(new=new, true="is")["status"] == "applied"
+    silent, saying = Answer(-1.0, -1.0, False, False), Answer(-1.0, -1.0, True, True)
+    question = Question("p", " is", "is")
+    assert holds(question, saying) and not holds(question, silent)
+    assert not holds(Question("p", "is", "the"), saying)
+
+
+# strengthening
+
+
+def test_a_weak_edit_is_strengthened(shop: Workshop) -> None:
+    """An edit that does not take is tried stronger; the strength is recorded and the factors are those that were tried."""
+    weak = {"clamp": 2.5, "steps": 12}
+    plain = shop.edit(hparams=weak, guard=OFF)
+    shop.revert(plain)
+    edit = shop.edit(hparams=weak)
+    strength = edit["result"]["strength"]
+    assert edit["status"] == "applied" and strength in (1.25, 1.5, 2.0)
+    assert shop.entry(edit["version"])["strength"] == strength
+    (one,) = unpack(shop.do.delta(plain["id"]), "e", "s")
+    (more,) = unpack(shop.do.delta(edit["id"]), "e", "s")
+    assert torch.equal(one.value * strength, more.value)
+    assert torch.equal(one.key, more.key)
+
+
+MISS, QUIET, SPOKEN, HARM = "misses", "passes unspoken", "is spoken", "does harm"
+
+
+@pytest.mark.parametrize(
+    ("seen", "strength", "passed"),
+    [
+        ([SPOKEN], 1.0, True),
+        ([QUIET, SPOKEN], 1.25, True),
+        ([MISS, MISS, MISS, SPOKEN], 2.0, True),
+        ([QUIET, HARM], 1.0, True),
+        ([MISS, QUIET, HARM], 1.25, True),
+        ([MISS, QUIET, QUIET, HARM], 1.5, True),
+        ([QUIET, QUIET, QUIET, QUIET], 2.0, True),
+        ([MISS, MISS, MISS, MISS], 1.0, False),
+        ([MISS, HARM], 1.0, False),
+        ([HARM], 1.0, False),
+    ],
+)
+def test_which_strength_is_chosen(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, seen: list[str], strength: float, passed: bool
+) -> None:
+    """The first that the model speaks, else the strongest that passes, else none; what does harm is not made stronger."""
+    left = iter(seen)
+
+    def judge(_plan: object, _before: object, _after: object, strength: float, norms: dict[int, float]) -> Trial:
+        what = next(left)
+        answer = Answer(-1.0, -2.0, what == SPOKEN, False)
+        checks = [Check("efficacy", what != MISS, 0, 0), Check("norm", what != HARM, 0, 0)]
+        return Trial(strength, Measured([answer], "", 1.0, set()), checks, norms, [])
+
+    monkeypatch.setattr(editing, "_judge", judge)
+    job, _ = shop.begin(shop.ask())
+    request = EditRequest.model_validate(job.request)
+    plan = finish(editing.plan_steps(shop.replica, request, shop.toolkit))
+    found = finish(editing.find_on_base_steps(shop.replica, shop.toolkit, plan, job.id))
+    _, trial = finish(trial_steps(shop.replica, shop.toolkit, plan, found, 0, job))
+    assert (trial.strength, trial.passed) == (strength, passed)
+    assert next(left, None) is None
+
+
+# what happens meanwhile
+
+
+def until(steps: Steps[None], phase: str) -> Progress:
+    for progress in steps:
+        if progress.phase == phase:
+            return progress
+    pytest.fail(f"no step of {phase}")
+
+
+@pytest.mark.parametrize("meanwhile", ["edit", "revert"])
+def test_an_edit_is_tried_again_when_head_moved(shop: Workshop, meanwhile: str) -> None:
+    """When the ledger moves during a trial, the edit is measured again at the new head, and lands behind it."""
+    earlier = shop.edit("Big Ben", "city")
+    waiting = shop.ask()
+    _, steps = shop.begin(waiting)
+    until(steps, "compose")
+    if meanwhile == "edit":
+        shop.edit("Big Ben", "in", prompt="We know the {}")
+    else:
+        shop.revert(earlier)
+    phases = [p.phase for p in steps]
+    assert "another edit landed first: look again" in phases
+    assert "compose" in phases and "optimise" not in phases
+    edit = shop.do.edit(waiting)
+    assert (edit["status"], edit["version"]) == ("applied", 3)
+    active = [e for e, _, _ in shop.desk.associations_at(3)]
+    assert (earlier["id"] in active) == (meanwhile == "edit")
+    assert shop.do.verify()["ok"]
+    shop.assert_base()
+
+
+def test_a_dry_run_does_not_mind_the_head(shop: Workshop) -> None:
+    """A dry run measures at the head it began with and ends, whatever lands meanwhile."""
+    waiting = shop.ask(dry_run=True)
+    _, steps = shop.begin(waiting)
+    until(steps, "compose")
+    shop.edit("Big Ben", "city")
+    finish(steps)
+    assert shop.do.edit(waiting)["status"] == "evaluated"
+    assert shop.do.head() == 1
+
+
+@pytest.mark.parametrize("phase", ["optimise", "compose", "perplexity"])
+def test_a_cancelled_edit_does_not_land(shop: Workshop, phase: str) -> None:
+    """An edit cancelled between two steps raises before it lands; nothing is written and the base stands."""
+    waiting = shop.ask()
+    job, steps = shop.begin(waiting)
+    until(steps, phase)
+    shop.do.revert_edit(waiting, "somebody")
+    with pytest.raises(Cancelled) as error:
+        finish(steps)
+    shop.desk.fail(job, error.value)
+    assert shop.do.edit(waiting)["status"] == "cancelled"
+    assert shop.do.head() == 0
+    shop.assert_base()
+
+
+def test_an_abandoned_edit_leaves_nothing(shop: Workshop) -> None:
+    """An edit given up between any two steps leaves the base bytes and no hook."""
+    shop.edit("Big Ben", "city")
+    _, steps = shop.begin(shop.ask())
+    for _ in range(3):
+        until(steps, "measure") if _ else until(steps, "optimise")
+    steps.close()
+    shop.assert_base()
+    assert not any(m._forward_hooks for m in shop.model.model.modules())
+
+
+# the same fact again
+
+
+def test_the_same_fact_again_and_back(shop: Workshop) -> None:
+    """The newer edit of a fact replaces the older; reverted one by one, the first is back, then the base bytes."""
+    first = shop.edit()
+    second = shop.edit("Eiffel  Tower", "city")
+    assert shop.do.edit(first["id"])["status"] == "superseded"
+    assert [e for e, _, _ in shop.desk.associations_at(2)] == [second["id"]]
+    assert not same(shop.replica.weights(1), shop.replica.weights(2))
+    shop.revert(second)
+    assert shop.do.edit(first["id"])["status"] == "applied"
+    assert same(shop.replica.weights(3), shop.replica.weights(1))
+    assert shop.replica.digest(3) == shop.replica.digest(1)
+    shop.revert(first)
+    assert shop.replica.weights(4) == {}
+    assert shop.replica.digest(4) == shop.replica.digest(0)
+    assert shop.do.verify()["ok"]
+
+
+def test_a_superseded_edit_is_left_out_of_the_trial(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older edit of the fact is neither composed with the newer one nor watched for damage."""
+    older = shop.edit()
+    tried: list[list[str]] = []
+    composed = Replica.composed
+
+    def note(self: Replica, associations: Any) -> Any:
+        tried.append([a.edit for a in associations])
+        return composed(self, associations)
+
+    monkeypatch.setattr(Replica, "composed", note)
+    edit = shop.edit(new="city", guard=LOOSE | {"max_broken": 0})
+    assert edit["status"] == "applied"
+    assert edit["result"]["broken"] == []
+    # Head as it is, with the older one; each trial and the version, without it.
+    assert all(older["id"] not in one for one in tried if edit["id"] in one)
+    assert [edit["id"]] in tried
+
+
+def test_edits_of_one_subject_add_up(shop: Workshop) -> None:
+    """Two facts of one subject are both active: the version is the plain sum of their rank-one updates."""
+    edits = [shop.edit(), shop.edit(new="city", prompt="We know the {}")]
+    both = [a for e in edits for a in unpack(shop.do.delta(e["id"]), e["id"], "Eiffel Tower")]
+    total = shop.base[1].double() + sum(a.rank_one().dense().T for a in both)
+    torch.testing.assert_close(shop.replica.weights(2)[1].double(), total, rtol=1e-6, atol=1e-6)
+
+
+def test_any_order_of_reverting_ends_at_the_base(shop: Workshop) -> None:
+    """Three edits, reverted from the middle: each version is that of the rest, the last one the base."""
+    edits = [shop.edit(guard=OFF), shop.edit("Big Ben", "city", guard=OFF), shop.edit("Rome", "in", guard=OFF)]
+    shop.revert(edits[1])
+    rest = [a for group in shop.replica.active(4).values() for a in group]
+    assert {a.edit for a in rest} == {edits[0]["id"], edits[2]["id"]}
+    assert same(shop.replica.weights(4), shop.replica.composed(reversed(rest)))
+    shop.revert(edits[0])
+    shop.revert(edits[2])
+    assert shop.replica.digest(6) == shop.replica.digest(0)

@@ -1,0 +1,32 @@
+"""Long work as generators of steps: service.progress."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.progress import Progress, Steps, finish
+
+
+def count(to: int) -> Steps[str]:
+    for i in range(to):
+        yield Progress("count", i + 1, to)
+    return "done"
+
+
+def test_finish_runs_every_step_and_returns_the_result() -> None:
+    """The result is the generator's, and each progress is reported once, in order."""
+    seen: list[Progress] = []
+    assert finish(count(3), seen.append) == "done"
+    assert [p.done for p in seen] == [1, 2, 3]
+    assert finish(count(0)) == "done"
+
+
+def test_what_a_step_raises_is_raised() -> None:
+    """An exception inside a step comes out of `finish`."""
+
+    def broken() -> Steps[None]:
+        yield Progress("count", 1, 2)
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        finish(broken())

@@ -1,0 +1,72 @@
+"""What a user may ask: service.requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from service.errors import InvalidInput
+from service.requests import CompareRequest, EditRequest, GenerateRequest, Guard, ManyEdits, TraceRequest
+
+EDIT = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
+
+
+def test_an_edit_needs_three_things() -> None:
+    """Subject, prompt and new object are enough; everything else has a default, and the guard is on."""
+    edit = EditRequest.model_validate(EDIT)
+    assert edit.statement_text() == "The Eiffel Tower is located in the city of"
+    assert edit.guard == Guard() and edit.guard.enabled
+    assert not edit.dry_run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"subject": " "},
+        {"target_new": ""},
+        {"prompt": "a\x00{}"},
+        {"method": "memit"},
+        {"colour": "red"},
+        {"probes": {"neighborhood": [{"prompt": "Rome"}]}},
+        {"guard": {"max_perplexity": 0.5}},
+        {"guard": {"max_perplexity": float("nan")}},
+        {"guard": {"max_norm": 0}},
+        {"guard": {"max_broken": -1}},
+        {"subject": "x" * 501},
+    ],
+)
+def test_what_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+    """Unknown fields, empty texts and limits that cannot be are refused before anything is looked at."""
+    with pytest.raises(ValidationError):
+        EditRequest.model_validate(EDIT | change)
+
+
+def test_many_edits_are_at_least_one() -> None:
+    """An empty list of edits is refused."""
+    with pytest.raises(ValidationError):
+        ManyEdits(edits=[])
+
+
+def test_a_trace_finds_its_subject_with_a_slot_or_without() -> None:
+    """The subject is located in a plain prompt and in one with a slot alike."""
+    plain = TraceRequest(prompt="The Eiffel Tower is in", subject="Eiffel Tower").located()
+    assert plain == TraceRequest(prompt="The {} is in", subject="Eiffel Tower").located()
+    assert plain == ("The Eiffel Tower is in", (4, 16))
+
+
+def test_a_generation_has_one_prompt_or_several() -> None:
+    """Either `prompt` or `prompts`, never both and never none."""
+    assert GenerateRequest(prompt="a").texts() == ["a"]
+    assert GenerateRequest(prompts=["a", "b"]).texts() == ["a", "b"]
+    for wrong in (GenerateRequest(), GenerateRequest(prompt="a", prompts=["b"])):
+        with pytest.raises(InvalidInput, match="either"):
+            wrong.texts()
+
+
+@pytest.mark.parametrize("version", ["newest", -0.5, None])
+def test_a_version_is_a_number_head_or_base(version: object) -> None:
+    """Other words are no versions."""
+    with pytest.raises(ValidationError):
+        CompareRequest.model_validate({"prompt": "a", "versions": ["base", version]})

@@ -1,0 +1,258 @@
+"""A whole worker on a tiny model: real store, broker, desk, replica, engine, editor and tracer."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import heard, pieces
+from tiny import tiny
+
+from service.bootstrap import Wired, wire
+from service.errors import Misconfigured, Unavailable
+from service.jobs.desk import Desk
+from service.models.loading import load
+from service.requests import CompareRequest, EditRequest, GenerateRequest, TraceRequest
+from service.serving.engine import Engine
+from service.serving.generation import Batch, row
+from service.serving.replica import Replica
+from service.settings import Settings
+from workers.worker import Worker
+
+torch.set_num_threads(1)
+
+PROMPT = "The Eiffel Tower is located in the city of"
+OPEN: dict[str, Any] = {"enabled": False}
+RECIPE = {
+    "source": "test",
+    "rome": {"layers": [1], "steps": 6, "contexts": 4, "clamp": 40.0, "weight_decay": 0.0},
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk, with a recipe and a corpus."""
+    place = tmp_path_factory.mktemp("model")
+    model = tiny("gpt2")
+    model.model.save_pretrained(place)
+    model.tokenizer.save_pretrained(place)
+    (place / "recipe.json").write_text(json.dumps(RECIPE))
+    (place / "corpus.txt").write_text("\n".join(f"{PROMPT} Paris, and {i} is a number." for i in range(60)))
+    return place
+
+
+def settings(folder: Path, data: Path, **changes: Any) -> Settings:
+    values = {
+        "model": str(folder),
+        "data": data,
+        "stat_tokens": 1000,
+        "corpus": folder / "corpus.txt",
+        "threads": 1,
+    }
+    return Settings(**{**values, **changes})
+
+
+class Shop:
+    """A worker and its doors."""
+
+    def __init__(self, asked: Settings) -> None:
+        self.wired: Wired = wire(asked)
+        self.worker = Worker(asked, self.wired)
+        self.do = self.wired.operations
+
+    def open(self) -> Shop:
+        thread = self.worker.start_in_thread()
+        while not self.worker.ready.wait(0.05):
+            self.worker.check()
+            assert thread.is_alive()
+        return self
+
+    def close(self) -> None:
+        self.worker.stop()
+        self.wired.close()
+
+    def edit(self, subject: str = "Eiffel Tower", target: str = " Rome", **more: Any) -> dict[str, Any]:
+        """An edit, queued."""
+        request = EditRequest(
+            subject=subject, prompt="The {} is located in the city of", target_new=target, guard=OPEN, **more
+        )
+        return self.do.submit_edits([request], "somebody")[0]
+
+    def wait(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The resource with which a job ended."""
+        return heard(self.wired.broker, job["id"])[-1].data
+
+    def generate(self, **asked: Any) -> str:
+        return self.do.generate(GenerateRequest(**asked))
+
+    def end(self, channel: str) -> dict[str, Any]:
+        last = heard(self.wired.broker, channel)[-1]
+        assert last.name == "end", last
+        return last.data
+
+
+@pytest.fixture
+def shop(folder: Path, tmp_path: Path) -> Iterator[Shop]:
+    opened = Shop(settings(folder, tmp_path))
+    try:
+        yield opened.open()
+    finally:
+        opened.close()
+
+
+def alone(shop: Shop, folder: Path, version: int, request: GenerateRequest) -> list[int]:
+    """What a replica of its own says at a version, with nothing else going on."""
+    model = load(folder)
+    replica = Replica(model, Desk(shop.wired.database, shop.wired.broker, model.fingerprint, "reader"))
+    batch = Batch(model, [row(model, request.texts()[0], request)])
+    (r,) = batch.rows
+    with replica.stand(replica.weights(version)):
+        while len(batch):
+            batch.step()
+    return r.said
+
+
+def test_a_worker_registers_its_model(shop: Shop) -> None:
+    """A worker that serves is shown with its model's shape and recipe, and the service is ready."""
+    model = shop.do.model()
+    assert (model["layers"], model["width"], model["positions"]) == (3, 16, 64)
+    assert model["recipe"]["rome"]["layers"] == [1]
+    assert model["statistics"]["1"]["digest"]
+    assert shop.do.ready()["ready"]
+
+
+def test_everything_at_once(shop: Shop, folder: Path) -> None:
+    """Generations, a comparison, edits and a trace run together; every text is that of its version alone."""
+    texts = [f"{PROMPT}", "Big Ben", "In which country"]
+    asked = [
+        GenerateRequest(prompt=t, max_new_tokens=30, temperature=0.9, seed=i, stream=True, version="base")
+        for i, t in enumerate(texts)
+    ]
+    first = [shop.do.generate(r) for r in asked]
+    edits = [shop.edit(), shop.edit("Big Ben", " London")]
+    trace = shop.do.submit_trace(
+        TraceRequest(prompt=PROMPT, subject="Eiffel Tower", samples=2, window=2), "somebody"
+    )
+    meanwhile = [shop.do.generate(r) for r in asked]
+    applied = [shop.wait(e) for e in edits]
+    assert [e["status"] for e in applied] == ["applied", "applied"], applied
+    assert [e["version"] for e in applied] == [1, 2]
+    traced = shop.wait(trace)
+    assert traced["status"] == "done", traced
+    assert len(traced["result"]["kinds"]["hidden"]["scores"][0]) == 3
+    for channels in (first, meanwhile):
+        for channel, request in zip(channels, asked, strict=True):
+            events = heard(shop.wired.broker, channel)
+            end = events[-1].data
+            assert end["version"] == 0
+            assert end["choices"][0]["tokens"] == alone(shop, folder, 0, request)
+            assert "".join(pieces(events)) == end["choices"][0]["text"]
+    for version in (1, 2):
+        request = GenerateRequest(prompt=PROMPT, max_new_tokens=10, version=version)
+        assert shop.end(shop.do.generate(request))["choices"][0]["tokens"] == alone(
+            shop, folder, version, request
+        )
+    compared = shop.end(shop.do.compare(CompareRequest(prompt=PROMPT, max_new_tokens=4)))
+    assert [s["version"] for s in compared["sides"]] == [0, 2]
+    assert compared["total_variation"] > 0
+    verified = shop.do.verify()
+    assert verified["ok"], verified
+
+
+def test_read_your_own_writes(shop: Shop) -> None:
+    """A generation that is asked for right after an edit's end sees it."""
+    version = shop.wait(shop.edit())["version"]
+    end = shop.end(shop.generate(prompt=PROMPT, max_new_tokens=2, min_version=version))
+    assert end["version"] >= version
+
+
+def test_a_job_that_cannot_be_done_fails_alone(shop: Shop) -> None:
+    """A failing job has a reason that a person can use, and the next one is done."""
+    bad = shop.do.submit_trace(
+        TraceRequest(prompt=PROMPT, subject="Eiffel Tower", noise=1e38, samples=2), "somebody"
+    )
+    good = shop.edit()
+    ended = shop.wait(bad)
+    assert ended["status"] == "failed"
+    assert "noise" in ended["error"]["detail"]
+    assert shop.wait(good)["status"] == "applied"
+
+
+def test_a_running_job_is_handed_back_and_done_later(folder: Path, tmp_path: Path) -> None:
+    """A worker that stops hands its job back uncounted; the next worker does it, once."""
+    asked = settings(folder, tmp_path)
+    shop = Shop(asked).open()
+    job = shop.edit(hparams={"steps": 200})
+    while shop.do.edit(job["id"])["status"] == "queued":
+        threading.Event().wait(0.01)
+    shop.worker.stop()
+    left = shop.do.edit(job["id"])
+    shop.wired.close()
+    assert (left["status"], left["attempts"]) == ("queued", 0)
+    shop = Shop(asked).open()
+    try:
+        ended = shop.wait(job)
+        assert (ended["status"], ended["version"], ended["attempts"]) == ("applied", 1, 1)
+    finally:
+        shop.close()
+
+
+def test_the_tools_are_made_once(folder: Path, tmp_path: Path) -> None:
+    """A second start reads what the first one made."""
+    asked = settings(folder, tmp_path)
+    digests = []
+    for _ in range(2):
+        shop = Shop(asked).open()
+        digests.append(shop.do.model()["statistics"])
+        shop.close()
+    assert digests[0] == digests[1]
+    assert list((tmp_path / "statistics").iterdir())
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
+    """A model that is not there ends the worker with the reason, and the service stays unready."""
+    asked = settings(tmp_path / "nothing", tmp_path, corpus=None)
+    shop = Shop(asked)
+    shop.worker.start_in_thread().join(30)
+    with pytest.raises(Misconfigured, match="cannot be loaded"):
+        shop.worker.check()
+    assert not shop.worker.ready.is_set()
+    shop.close()
+
+
+def test_a_loop_that_falls_is_shown_and_stands_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the loop is down the service is not ready and says so; then the loop goes on and answers what waits."""
+    down, go = threading.Event(), threading.Event()
+    turn = Engine.turn
+
+    def faulty(engine: Engine) -> bool:
+        if down.is_set():
+            raise RuntimeError("the device fell off")
+        return turn(engine)
+
+    monkeypatch.setattr(Engine, "turn", faulty)
+    monkeypatch.setattr("workers.worker.REST", 0.2)
+    shop = Shop(settings(folder, tmp_path)).open()
+    try:
+        down.set()
+        channel = shop.generate(prompt=PROMPT, max_new_tokens=3)
+        while shop.worker.ready.is_set():
+            go.wait(0.01)
+        with pytest.raises(RuntimeError, match="fell off"):
+            shop.worker.check()
+        with pytest.raises(Unavailable, match="no worker"):
+            shop.do.ready()
+        down.clear()
+        assert shop.end(channel)["choices"][0]["tokens"]
+        assert shop.worker.ready.wait(10)
+        shop.worker.check()
+        assert shop.do.ready()["ready"]
+    finally:
+        shop.close()

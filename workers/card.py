@@ -1,0 +1,38 @@
+"""What a worker says of its resident model: the info of GET /models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from service.models.loading import LoadedModel
+from service.toolkit import Toolkit
+
+
+def card(model: LoadedModel, toolkit: Toolkit) -> dict[str, Any]:
+    """Shape, place and tools of a model, as plain JSON."""
+    return {
+        "name": model.name,
+        "fingerprint": model.fingerprint,
+        "architecture": model.architecture.model_type,
+        "layers": model.layers,
+        "positions": model.positions,
+        "width": model.width,
+        "inner_width": model.inner_width,
+        "vocabulary": int(model.model.config.vocab_size),
+        "parameters": sum(p.numel() for p in model.model.parameters()),
+        "dtype": str(model.weight(0).dtype).removeprefix("torch."),
+        "device": device_kind(model.device),
+        **toolkit.info(),
+    }
+
+
+def device_kind(device: torch.device) -> str:
+    """Devices of one kind hold identical bytes at one version."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def tokenizer_json(model: LoadedModel) -> str:
+    """The tokenizer as the torch-free side reads it."""
+    return str(model.tokenizer.backend_tokenizer.to_str())

@@ -1,0 +1,50 @@
+"""Which steps a kind of job takes. Each task ends its own job at the desk; what it raises, the engine reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from service.editing import edit_steps
+from service.jobs.desk import Desk, RunningJob
+from service.progress import Steps
+from service.requests import TraceRequest
+from service.serving.calls import pinned
+from service.serving.replica import Replica
+from service.text import Statement
+from service.toolkit import Toolkit
+from service.tracing.suffix import trace_steps
+
+Tasks = dict[str, Callable[[RunningJob], Steps[None]]]
+
+
+def tasks(replica: Replica, desk: Desk, toolkit: Toolkit) -> Tasks:
+    """Kind of job -> its steps."""
+
+    def edit(job: RunningJob) -> Steps[None]:
+        return edit_steps(replica, desk, job, toolkit)
+
+    def trace(job: RunningJob) -> Steps[None]:
+        return traced(replica, desk, job)
+
+    return {"edit": edit, "trace": trace}
+
+
+def traced(replica: Replica, desk: Desk, job: RunningJob) -> Steps[None]:
+    """A causal trace at the version that "head" means when the job begins."""
+    request = TraceRequest.model_validate(job.request)
+    version = pinned(request.version, replica.head())
+    text, span = request.located()
+    steps = trace_steps(
+        replica.base,
+        Statement(text, span),
+        request.target,
+        kinds=request.kinds,
+        window=request.window,
+        samples=request.samples,
+        noise=request.noise,
+        severed=request.severed,
+        seed=request.seed,
+        compat=request.compat,
+    )
+    result = yield from replica.standing(replica.weights(version), steps)
+    desk.finish(job, "done", {**result.to_json(), "version": version})
