@@ -24,12 +24,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
 from service.editors.composition import Association, LowRank, rebuild
 from service.editors.recipes import Recipe, RomeParameters
 from service.editors.rome import find_steps
-from service.evaluation.cases import Case, read_cases, read_facts
+from service.evaluation.cases import Case, read_cases
 from service.evaluation.scores import bootstrap, bootstrap_score, share_kept, share_new
-from service.models.loading import LoadedModel, load
+from service.models.loading import load
 from service.models.scoring import log_probs, perplexity_steps
 from service.progress import finish
 from service.serving.replica import Replica, Weights
@@ -93,11 +94,14 @@ class Lab:
             scores = iter(log_probs(self.model, pairs))
         records = []
         for c in cases:
-            both = [(next(scores)[0], next(scores)[0]) for _ in range(1 + len(c.paraphrases) + len(c.neighbours))]
+            both = [
+                (next(scores)[0], next(scores)[0]) for _ in range(1 + len(c.paraphrases) + len(c.neighbours))
+            ]
             cut = 1 + len(c.paraphrases)
             es, ps, ns = share_new(both[:1]), share_new(both[1:cut]), share_kept(both[cut:])
             nan = float("nan")
-            records.append(tuple(nan if x is None else x for x in (es, ps, ns)))
+            whole = [nan if x is None else x for x in (es, ps, ns)]
+            records.append((whole[0], whole[1], whole[2]))
         return records
 
     def loss(self, weights: Weights, texts: Sequence[str]) -> float:
@@ -117,7 +121,9 @@ def show(title: str, records: Sequence[Record], seconds: Sequence[float] = ()) -
     table.add_row("S", f"{100 * mean:.1f}", f"{100 * low:.1f} to {100 * high:.1f}")
     if seconds:
         ordered = sorted(seconds)
-        table.add_row("seconds", f"{ordered[len(ordered) // 2]:.2f}", f"{ordered[0]:.2f} to {ordered[-1]:.2f}")
+        table.add_row(
+            "seconds", f"{ordered[len(ordered) // 2]:.2f}", f"{ordered[0]:.2f} to {ordered[-1]:.2f}"
+        )
     console.print(table)
 
 
@@ -128,15 +134,17 @@ def single(lab: Lab, cases: Sequence[Case], args: argparse.Namespace) -> None:
         began = time.perf_counter()
         found = lab.find(case, "e")
         seconds.append(time.perf_counter() - began)
-        for i, strength in enumerate(args.strengths):
+        for strength in args.strengths:
             record = lab.measure([case], lab.replica.composed(a.scaled(strength) for a in found))[0]
             if record[0] == 1.0:
                 break
-        strengthened += i > 0 and record[0] == 1.0
+        strengthened += strength > args.strengths[0] and record[0] == 1.0
         failed += record[0] < 1.0
         records.append(record)
         if args.verbose and (record[0] < 1 or record[1] < 1 or record[2] < 0.9):
-            console.print(record, case.subject, "|", case.prompt, "|", case.target_true, "->", case.target_new)
+            console.print(
+                record, case.subject, "|", case.prompt, "|", case.target_true, "->", case.target_new
+            )
     show(f"{len(cases)} facts, one edit at a time ({lab.model.name})", records, seconds)
     console.print(f"strengthened: {strengthened}; did not take, the service rejects them: {failed}")
 
@@ -167,7 +175,9 @@ def pairs(lab: Lab, cases: Sequence[Case], args: argparse.Namespace) -> None:
         first, second = held[::2], held[1::2]
         both = sum(a and b for a, b in zip(first, second, strict=True))
         n = len(first)
-        table.add_row(name, f"{100 * both / n:.0f} %", f"{100 * sum(first) / n:.0f} %", f"{100 * sum(second) / n:.0f} %")
+        table.add_row(
+            name, f"{100 * both / n:.0f} %", f"{100 * sum(first) / n:.0f} %", f"{100 * sum(second) / n:.0f} %"
+        )
     console.print(table)
 
 
@@ -177,7 +187,11 @@ def summed(lab: Lab, found: Iterable[list[Association]]) -> Weights:
     for a in (x for group in found for x in group):
         one = a.rank_one()
         old = total.get(a.layer)
-        total[a.layer] = one if old is None else LowRank(torch.cat([old.left, one.left], 1), torch.cat([old.right, one.right]))
+        total[a.layer] = (
+            one
+            if old is None
+            else LowRank(torch.cat([old.left, one.left], 1), torch.cat([old.right, one.right]))
+        )
     conv1d = lab.model.architecture.conv1d
     return {x: rebuild(lab.model.weight(x).data, change, conv1d) for x, change in total.items()}
 
@@ -216,7 +230,7 @@ def many(lab: Lab, cases: Sequence[Case], args: argparse.Namespace) -> None:
         for i, c in enumerate(track(chosen, "edits", console=console, disable=args.quiet))
     ]
     touched = {fill(c.prompt, c.subject).text for c in chosen}
-    texts = [t for t in lab.toolkit.corpus.texts if not any(t.startswith(p) for p in touched)][:: 7][:500]
+    texts = [t for t in lab.toolkit.corpus.texts if not any(t.startswith(p) for p in touched)][::7][:500]
     table = Table(title=f"{len(chosen)} edits active at once ({lab.model.name})")
     for name in ("composition", "ES", "PS", "NS", "S", "S, 95 % interval", "perplexity before", "after"):
         table.add_column(name, justify="right")
@@ -250,7 +264,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["single", "pairs", "many"])
     p.add_argument("--model", default=str(SHIPPED_MODEL))
-    p.add_argument("--data", type=Path, help="facts.jsonl or CounterFact JSON; the model's own table when left out")
+    p.add_argument(
+        "--data", type=Path, help="facts.jsonl or CounterFact JSON; the model's own table when left out"
+    )
     p.add_argument("--cases", type=int, default=None)
     p.add_argument("--split", choices=["test", "tune", "all"], default="test")
     p.add_argument("--seed", type=int, default=0)

@@ -184,13 +184,13 @@ def trial_steps(
     now = replica.weights(head)
     before = yield from replica.standing(now, measure_steps(replica, toolkit, plan, watched))
     best: Trial | None = None  # the first, until one passes; then the strongest that does
+    others = [a for group in active.values() for a in group]
     for strength in STRENGTHS:
-        mine = [a.scaled(strength) for a in found.associations]
-        together = [a for group in active.values() for a in group] + mine
+        together = others + [a.scaled(strength) for a in found.associations]
         weights = replica.composed(together)
         yield Progress("compose", 1, 1)
         after = yield from replica.standing(weights, measure_steps(replica, toolkit, plan, watched))
-        trial = _judge(plan, before, after, strength, _norms(replica, together))
+        trial = _judge(plan, before, after, strength, _norms(replica, plan, together, others))
         if best is None or trial.passed:
             best = trial
         if trial.passed and trial.after.answers[0].says_new:
@@ -249,9 +249,16 @@ def measure_steps(
     return Measured(answers[:own], says, perplexity, holding)
 
 
-def _norms(replica: Replica, together: Sequence[Association]) -> dict[int, float]:
-    changes = compose(together).items()
-    return {layer: norm_ratio(replica.base.weight(layer).data, change) for layer, change in changes}
+def _norms(
+    replica: Replica, plan: Plan, together: Sequence[Association], others: Sequence[Association]
+) -> dict[int, float]:
+    """How far the edit moves each of its layers from where the others have it, as a multiple of the weight's norm.
+
+    Its own share and not the sum: many sound edits together move a weight further than one wild one.
+    """
+    before, after = compose(others), compose(together)
+    moved = {x: after[x].minus(before[x]) if x in before else after[x] for x in plan.parameters.layers}
+    return {x: norm_ratio(replica.base.weight(x).data, change) for x, change in moved.items()}
 
 
 def _judge(plan: Plan, before: Measured, after: Measured, strength: float, norms: dict[int, float]) -> Trial:

@@ -69,7 +69,7 @@ class Guard(Asked):
         description="greatest perplexity on the reference text, as a multiple of that before the edit",
     )
     max_norm: float = Field(
-        1.0, gt=0, description="greatest norm of a layer's change, as a multiple of the weight's own norm"
+        5.0, gt=0, description="greatest norm of what the edit changes in a layer, in norms of the weight"
     )
     max_broken: int = Field(0, ge=0, description="how many active edits that held before may cease to hold")
 

@@ -12,7 +12,7 @@ from typing import Any
 from service.covariance.corpus import Corpus, corpus_steps
 from service.covariance.moment import Statistics
 from service.covariance.store import statistics_steps
-from service.editors.contexts import contexts_steps
+from service.editors.contexts import LENGTHS, TOP_K, contexts_steps
 from service.editors.recipes import Recipe, read_recipe, recipe_for
 from service.models.loading import LoadedModel
 from service.progress import Steps
@@ -60,7 +60,7 @@ class Toolkit:
         return self.contexts[count, seed]
 
     def _contexts_file(self, count: int, seed: int) -> Path | None:
-        key = hashlib.sha256(f"{self.model.fingerprint} {count} {seed}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"{self.model.fingerprint} {count} {seed} {LENGTHS} {TOP_K}".encode()).hexdigest()[:32]
         return self.folder / f"contexts-{key}.json" if self.folder else None
 
     def info(self) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from service.settings import SHIPPED_MODEL
 from service.store.database import Database
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -43,3 +45,14 @@ def database(database_url: str) -> Iterator[Database]:
     database.migrate()
     yield database
     database.close()
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Path:
+    """The shipped model; skips where it is not there, and fails in CI."""
+    if not (SHIPPED_MODEL / "model.safetensors").exists():
+        reason = "models/almanac is not there: train it with training/train.py"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return SHIPPED_MODEL

@@ -1,8 +1,9 @@
 """Training text from the table of facts: statements, questions and passages, packed into rows of tokens.
 
 Pieces are tokenised once and documents are joined from pieces. That equals tokenising the joined text, because byte-level
-BPE never merges across the space that starts a piece. The tokenizer puts a space in front of every text, so that a
-subject has the same tokens at the start of a text as inside it: one name, one key.
+BPE never merges across the space that starts a piece. The tokenizer puts the end-of-text token and a space in front of every
+text, so that a subject has the same tokens at the start of a text as inside it, and never stands at the first position,
+which attention treats like no other: one name, one key.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
 from table import Fact, with_article
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 END = "<|endoftext|>"
 OBJECT_WEIGHT = 3.0  # the object's tokens count this much in the loss: they carry the fact
@@ -59,12 +59,20 @@ def bare_statements(fact: Fact) -> list[Piece]:
     """Statements without the subject's article; none for a subject that takes none."""
     if not fact.article:
         return []
-    bare = [p.replace("The {}", "{}").replace("the {}", "{}") for p in fact.prompts]
-    return [statement(fact, p) for p in bare]
+    return [statement(fact, without_article(p)) for p in fact.prompts]
+
+
+def without_article(prompt: str) -> str:
+    return prompt.replace("The {}", "{}").replace("the {}", "{}")
 
 
 def english(fact: Fact) -> list[Piece]:
-    return [plain(fact, t) for t in fact.relation.questions + fact.relation.passages]
+    """Questions and passages, but those whose answer is one of the fact's held-out wordings."""
+    kept_out = [
+        statement(fact, p).text for prompt in fact.held_out_prompts for p in (prompt, without_article(prompt))
+    ]
+    pieces = [plain(fact, t) for t in fact.relation.questions + fact.relation.passages]
+    return [p for p in pieces if not any(text in p.text for text in kept_out)]
 
 
 def train_tokenizer(facts: list[Fact], vocab_size: int) -> Tokenizer:
@@ -72,13 +80,16 @@ def train_tokenizer(facts: list[Fact], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     texts = [p.text for f in facts for p in [*statements(f), *english(f)[:4]]]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    start = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, tokenizer.token_to_id(END))]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), start])
     return tokenizer
 
 
@@ -87,7 +98,9 @@ Tokens = tuple[np.ndarray, np.ndarray]  # token ids, and how much each counts in
 
 def tokenise(pieces: list[Piece], tokenizer: Tokenizer) -> list[Tokens]:
     result = []
-    for piece, code in zip(pieces, tokenizer.encode_batch([p.text for p in pieces]), strict=True):
+    for piece, code in zip(
+        pieces, tokenizer.encode_batch([p.text for p in pieces], add_special_tokens=False), strict=True
+    ):
         begin, end = piece.span
         weights = [OBJECT_WEIGHT if a < end and b > begin else 1.0 for a, b in code.offsets]
         result.append((np.array(code.ids, np.int64), np.array(weights, np.float32)))
@@ -143,8 +156,7 @@ class Corpus:
             parts: list[Tokens] = []
             size = 0
             while size < self.row:
-                if parts or rng.random() < 0.3:
-                    parts.append(self.end)
+                parts.append(self.end)
                 for ids, weights in self._document(rng):
                     if rng.random() < CUT and len(ids) > 4:
                         keep = rng.randint(2, len(ids) - 2)

@@ -1,6 +1,6 @@
 """How much of its table a model recalls: the object as the greedy next tokens.
 
-    python training/recall.py models/almanac
+python training/recall.py models/almanac
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def says_object(model, tokenizer, cases: list[tuple[str, str]], batch: int = 128
     for at in range(0, len(order), batch):
         chosen = order[at : at + batch]
         prompts = [tokenizer(cases[i][0])["input_ids"] for i in chosen]
-        targets = [tokenizer(" " + cases[i][1])["input_ids"] for i in chosen]
+        targets = [tokenizer(" " + cases[i][1], add_special_tokens=False)["input_ids"] for i in chosen]
         width = max(len(p) + len(t) for p, t in zip(prompts, targets, strict=True))
         ids = torch.zeros(len(chosen), width, dtype=torch.long)
         for row, (p, t) in enumerate(zip(prompts, targets, strict=True)):

@@ -14,11 +14,10 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
 from corpus import END, Corpus, train_tokenizer
 from recall import recall
 from table import Fact, problems, read_table, write_jsonl
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 
 def build_model(vocab_size: int, args: argparse.Namespace) -> GPT2LMHeadModel:
@@ -55,9 +54,7 @@ def rate(step: int, args: argparse.Namespace) -> float:
     return min(1.0, (step + 1) / args.warmup, max(0.0, (args.steps - step) / max(1, args.decay)))
 
 
-def weighted_loss(
-    model: GPT2LMHeadModel, ids: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def weighted_loss(model: GPT2LMHeadModel, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         logits = model.lm_head(model.transformer(ids).last_hidden_state)[:, :-1]
     loss = torch.nn.functional.cross_entropy(

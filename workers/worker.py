@@ -11,7 +11,7 @@ import torch
 from service.bootstrap import Wired
 from service.errors import Misconfigured
 from service.ids import new_id
-from service.jobs.desk import Desk
+from service.jobs.desk import Desk, forget_workers
 from service.models.loading import LoadedModel, load
 from service.progress import Progress
 from service.serving.engine import Engine
@@ -83,8 +83,11 @@ class Worker:
             raise self.error
 
     def _run(self) -> None:
-        model = self._load()
+        sole = self._settings.redis_url is None
         self._wired.database.migrate()
+        if sole:
+            forget_workers(self._wired.database)  # before the long loading: nobody is ready meanwhile
+        model = self._load()
         toolkit = self._prepare(model)
         if toolkit is None:
             return
@@ -94,7 +97,7 @@ class Worker:
             model.fingerprint,
             self.id,
             self._settings.max_attempts,
-            sole=self._settings.redis_url is None,
+            sole=sole,
         )
         replica = Replica(model, desk)
         engine = Engine(replica, desk, self._wired.broker, tasks(replica, desk, toolkit))

@@ -55,6 +55,10 @@ class LowRank:
         """(d, D)."""
         return self.left @ self.right
 
+    def minus(self, other: LowRank) -> LowRank:
+        """The difference of two changes."""
+        return LowRank(torch.cat([self.left, -other.left], 1), torch.cat([self.right, other.right]))
+
 
 def compose_layer(associations: Sequence[Association], ridge: float = RIDGE) -> LowRank:
     """The joint change for associations of one layer. Solved in fp64; sorted first, so that order never matters."""

@@ -21,11 +21,11 @@ def _tidy(text: str) -> str:
 
 
 def contexts_steps(model: LoadedModel, count: int, seed: int) -> Steps[list[str]]:
-    """`count` contexts, each ending in ". "; the bare prompt is not among them."""
+    """`count` contexts without closing punctuation; the bare prompt is not among them."""
     generator = torch.Generator().manual_seed(seed)
     texts: list[str] = []
     for i, length in enumerate(LENGTHS):
         share = count // 2 if i == 0 else count - count // 2
         if share:
             texts += yield from sample_texts(model, share, length, generator, top_k=TOP_K, phase="contexts")
-    return [f"{tidy}. " if (tidy := _tidy(t)) else "" for t in texts]
+    return [_tidy(t) for t in texts]

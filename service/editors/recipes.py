@@ -29,6 +29,13 @@ class RomeParameters(BaseModel):
     stop_loss: float = Field(0.05, ge=0, description="the optimisation ends below this loss")
     contexts: int = Field(20, ge=0, le=100, description="sampled contexts beside the bare prompt")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the contexts")
+    bare_keys: bool = Field(
+        False, description="average the key also over the subject without its prompt, after each context"
+    )
+    anchor: Literal["bare", "own"] = Field(
+        "bare",
+        description="give v + delta of the bare prompt at the averaged key, or add delta to each own value",
+    )
     compat: Literal["meng2022"] | None = Field(
         None, description="the published asymmetric key in place of r-ROME's"
     )

@@ -26,7 +26,7 @@ from service.editors.recipes import RomeParameters
 from service.editors.values import Rows, rows, value_steps
 from service.models.hooks import add_path, capture
 from service.models.loading import LoadedModel
-from service.models.prompts import forward, pad
+from service.models.prompts import Tokens, forward, pad
 from service.progress import Progress, Steps
 from service.text import Statement, words
 
@@ -43,17 +43,19 @@ class Found:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one pass over all contexts shows at the subject's last token."""
+    """What one pass over some texts shows at the subject's last token."""
 
     keys: dict[int, Tensor]  #: layer -> (rows, D)
     values: dict[int, Tensor]  #: layer -> (rows, d), the down-projection's output
     hidden: Tensor  #: (rows, d) after the highest edited layer
 
 
-def _look(model: LoadedModel, found: Rows, layers: Sequence[int], written: Sequence[Association]) -> Seen:
-    """One forward pass over the prompts, with associations already written at lower layers in place."""
-    batch = pad([p.ids for p in found.prompts], model)
-    at = (torch.arange(found.size), torch.tensor([p.last_subject for p in found.prompts]))
+def _look(
+    model: LoadedModel, texts: Sequence[Tokens], layers: Sequence[int], written: Sequence[Association]
+) -> Seen:
+    """One forward pass over some texts, with associations already written at lower layers in place."""
+    batch = pad([t.ids for t in texts], model)
+    at = (torch.arange(len(texts)), torch.tensor([t.last_subject for t in texts]))
     with ExitStack() as stack:
         for a in written:
             factors = a.rank_one()
@@ -66,12 +68,23 @@ def _look(model: LoadedModel, found: Rows, layers: Sequence[int], written: Seque
         with torch.no_grad():
             forward(model, batch)
 
-    def pick(t: Tensor) -> Tensor:
+    def pick(t: Tensor) -> Tensor:  # (texts, width)
         return t.reshape(*batch.ids.shape, -1)[at].float()
 
     return Seen(
         {x: pick(t) for x, t in keys.items()}, {x: pick(t) for x, t in values.items()}, pick(top["top"])
     )
+
+
+def _texts(found: Rows, parameters: RomeParameters) -> list[Tokens]:
+    """What the key is averaged over: the prompt after each context and, if asked for, the subject alone."""
+    return found.prompts + (found.bare if parameters.bare_keys else [])
+
+
+def _mean(seen: Tensor, found: Rows) -> Tensor:
+    """The mean over the prompts, and half-and-half with the mean over the bare subjects where there are any."""
+    groups = [seen[: found.size], seen[found.size :]]
+    return torch.stack([g.mean(0) for g in groups if len(g)]).mean(0)
 
 
 def _association(edit: str, subject: str, statistics: Statistics, key: Tensor, value: Tensor) -> Association:
@@ -109,16 +122,18 @@ def _one_layer(
 ) -> Steps[Found]:
     layer = parameters.layers[0]
     value = yield from value_steps(model, model.down(layer), found, parameters, parameters.clamp)
-    seen = _look(model, found, [layer], ())
+    seen = _look(model, _texts(found, parameters), [layer], ())
     yield Progress("solve", 1, 1)
-    key = seen.keys[layer].mean(0)
+    key = _mean(seen.keys[layer], found)
     delta = value.delta.float()
     if parameters.compat == "meng2022":
         direction = statistics[layer].solve(key)
         bare = seen.keys[layer][0].double().cpu()
         change = (delta.cpu().double() * (direction @ key.double().cpu()) / (direction @ bare)).float()
+    elif parameters.anchor == "bare":
+        change = value.initial + delta - _mean(seen.values[layer], found)
     else:
-        change = value.initial + delta - seen.values[layer].mean(0)
+        change = delta
     association = _association(edit, subject, statistics[layer], key, change)
     return Found([association], value.losses, float(delta.norm()), float(value.initial.norm()))
 
@@ -138,10 +153,12 @@ def _several_layers(
     written: list[Association] = []
     wanted: Tensor | None = None
     for i, layer in enumerate(layers):
-        seen = _look(model, found, layers, written)
+        seen = _look(model, _texts(found, parameters), layers, written)
+        hidden = _mean(seen.hidden, found)
         if wanted is None:
-            wanted = seen.hidden.mean(0) + delta
-        share = (wanted - seen.hidden.mean(0)) / (len(layers) - i)
-        written.append(_association(edit, subject, statistics[layer], seen.keys[layer].mean(0), share))
+            wanted = hidden + delta
+        share = (wanted - hidden) / (len(layers) - i)
+        key = _mean(seen.keys[layer], found)
+        written.append(_association(edit, subject, statistics[layer], key, share))
         yield Progress("solve", i + 1, len(layers))
     return Found(written, value.losses, float(delta.norm()), float(value.initial.norm()))

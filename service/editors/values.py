@@ -10,15 +10,17 @@ suffix such as "is a" could matter).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from service.editors.recipes import RomeParameters
 from service.models.hooks import replace
 from service.models.loading import LoadedModel
-from service.models.prompts import Batch, Tokens, forward, pad, tokens
+from service.models.prompts import Tokens, pad, tokens
 from service.progress import Progress, Steps
 from service.text import Statement, separator, token_span
 
@@ -30,25 +32,35 @@ class Rows:
     prompts: list[Tokens]
     targets: list[list[int]]
     essence: Tokens  #: the bare subject
+    bare: list[Tokens]  #: the subject after each context, without the prompt
 
     @property
     def size(self) -> int:
         return len(self.prompts)
 
 
+def _leads(contexts: Sequence[str]) -> list[str]:
+    """Nothing, and the contexts as closed sentences."""
+    return ["", *(f"{c}. " if c else "" for c in contexts)]
+
+
 def rows(model: LoadedModel, statement: Statement, target: str, contexts: Sequence[str]) -> Rows:
-    """Tokenise prompt and object together, once for each context."""
+    """Tokenise prompt and object together, once for each context that fits beside them."""
     prompts, targets = [], []
-    for lead in ("", *contexts):
+    for lead in _leads(contexts):
         placed = statement.after(lead)
         sep = separator(placed.text, target)
         ids, offsets = model.encode(placed.text + sep + target)
+        if lead and len(ids) > model.positions:
+            continue
         start = token_span(offsets, (len(placed.text), len(placed.text + sep + target)))[0]
         prompts.append(Tokens(ids[:start], token_span(offsets[:start], placed.span)))
         targets.append(ids[start:])
     begin, end = statement.span
     subject = statement.text[begin:end]
-    return Rows(prompts, targets, tokens(model, Statement(subject, (0, len(subject)))))
+    alone = Statement(subject, (0, len(subject)))
+    bare = [tokens(model, alone.after(lead)) for lead in _leads(contexts)]
+    return Rows(prompts, targets, bare[0], bare)
 
 
 @dataclass(frozen=True)
@@ -60,55 +72,96 @@ class Value:
     losses: list[float]
 
 
-def _batch(model: LoadedModel, found: Rows) -> tuple[Batch, Tensor]:
-    """All rows, objects without their last token, and each row's position of the subject's last token."""
+@dataclass(frozen=True)
+class Suffixes:
+    """The rows from the subject's last token on. What stands before it is constant by causality: only its keys and
+    values in attention are kept (methods G.2), so a step computes a few positions a row in place of all."""
+
+    ids: Tensor  #: (B, A) right-padded; column 0 is the subject's last token
+    mask: Tensor  #: (B, P + A), over the left-padded prefixes and the suffixes
+    positions: Tensor  #: (B, A)
+    prefix: DynamicCache
+
+    def forward(self, model: LoadedModel) -> Tensor:
+        """Logits (B, A, V)."""
+        return model.model(  # type: ignore[no-any-return]
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=deepcopy(self.prefix),  # a pass appends to its cache
+            use_cache=True,
+        ).logits
+
+
+def suffixes(model: LoadedModel, found: Rows) -> Suffixes:
+    """All rows, objects without their last token, and last the bare subject; one pass over what precedes."""
     texts = [p.ids + t[:-1] for p, t in zip(found.prompts, found.targets, strict=True)]
-    texts.append(found.essence.ids)
-    last = [p.last_subject for p in found.prompts] + [found.essence.last_subject]
-    return pad(texts, model), torch.tensor(last, device=model.device)
+    starts = [p.last_subject for p in found.prompts] + [found.essence.last_subject]
+    texts.append(found.essence.ids[: starts[-1] + 1])
+    before = pad([t[:s] for t, s in zip(texts, starts, strict=True)], model, side="left")
+    after = pad([t[s:] for t, s in zip(texts, starts, strict=True)], model)
+    cache = DynamicCache(config=model.model.config)
+    if before.ids.shape[1]:
+        with torch.no_grad():
+            model.model(
+                input_ids=before.ids,
+                attention_mask=before.mask,
+                position_ids=before.positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+    first = torch.tensor(starts, device=model.device)[:, None]
+    mask = torch.cat([before.mask, after.mask], 1)
+    return Suffixes(after.ids, mask, first + after.positions, cache)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Where the object's tokens are to be said: row, column of the suffix, token, and weight 1 / |o|; flat, (N,) each."""
+
+    row: Tensor
+    column: Tensor
+    token: Tensor
+    weight: Tensor
+
+
+def _wanted(found: Rows, device: torch.device) -> Wanted:
+    places = [
+        (i, len(p.ids) - 1 - p.last_subject + j, token, 1 / len(t))
+        for i, (p, t) in enumerate(zip(found.prompts, found.targets, strict=True))
+        for j, token in enumerate(t)
+    ]
+    row, column, token, weight = zip(*places, strict=True)
+    return Wanted(*(torch.tensor(x, device=device) for x in (row, column, token, weight)))
 
 
 def value_steps(
-    model: LoadedModel,
-    module: nn.Module,
-    found: Rows,
-    parameters: RomeParameters,
-    clamp: float,
+    model: LoadedModel, module: nn.Module, found: Rows, parameters: RomeParameters, clamp: float
 ) -> Steps[Value]:
     """Optimise delta at the output of `module` with Adam; at most `steps - 1` updates, as published."""
-    batch, last = _batch(model, found)
-    index = torch.arange(len(last), device=model.device)
-    wanted = torch.tensor([t for row in found.targets for t in row], device=model.device)
-    line = torch.tensor([i for i, row in enumerate(found.targets) for _ in row], device=model.device)
-    place = torch.tensor(
-        [
-            len(p.ids) - 1 + j
-            for p, t in zip(found.prompts, found.targets, strict=True)
-            for j in range(len(t))
-        ],
-        device=model.device,
-    )
-    weight = torch.tensor([1 / len(row) for row in found.targets for _ in row], device=model.device)
+    texts = suffixes(model, found)
+    wanted = _wanted(found, model.device)
     delta = torch.zeros(model.width, device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=parameters.learning_rate)
     initial: Tensor | None = None
     essence: Tensor | None = None
     losses: list[float] = []
+    yield Progress("optimise", 0, parameters.steps)
 
     def add(output: Tensor) -> Tensor:
         nonlocal initial
-        shaped = output.view(*batch.ids.shape, -1)
+        shaped = output.view(*texts.ids.shape, -1)
         if initial is None:
-            initial = shaped[0, last[0]].detach().float().clone()
-        shaped[index, last] += delta.to(shaped.dtype)
+            initial = shaped[0, 0].detach().float().clone()
+        shaped[:, 0] += delta.to(shaped.dtype)
         return output
 
     for step in range(parameters.steps):
         with torch.enable_grad(), replace(module, add):
-            logits = forward(model, batch)
-            said = logits[line, place].float().log_softmax(-1)
-            nll = -(said.gather(1, wanted[:, None])[:, 0] * weight).sum() / found.size
-            now = logits[-1, last[-1]].float().log_softmax(-1)
+            logits = texts.forward(model)
+            said = logits[wanted.row, wanted.column].float().log_softmax(-1)
+            nll = -(said.gather(1, wanted.token[:, None])[:, 0] * wanted.weight).sum() / found.size
+            now = logits[-1, 0].float().log_softmax(-1)
             if essence is None:
                 essence = now.detach().clone()
             kl = (essence.exp() * (essence - now)).sum()

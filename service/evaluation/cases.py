@@ -42,7 +42,9 @@ def cases_from_facts(rows: list[dict[str, Any]], seed: int = 0) -> list[Case]:
     """
     for place, row in enumerate(rows, 1):
         if lost := [name for name in FACT if name not in row]:
-            raise InvalidInput(f"fact {place} is not in the form of facts.jsonl: it lacks {lost[0]!r}.", "records")
+            raise InvalidInput(
+                f"fact {place} is not in the form of facts.jsonl: it lacks {lost[0]!r}.", "records"
+            )
     rng = random.Random(seed)
     objects: dict[str, set[str]] = defaultdict(set)
     sharing: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -283,6 +283,12 @@ class Desk:
             if not 0 <= version <= ledger.head(session, self.model):
                 raise NotFound(f"there is no version {version}.")
             return [(e.edit_id, data, e.body) for e, data in ledger.factors_at(session, self.model, version)]
+
+
+def forget_workers(database: Database) -> None:
+    """Strike out all workers: for the embedded wiring as it starts, where whoever is still listed was killed."""
+    with database.session() as session:
+        session.execute(delete(Worker))
 
 
 def _end(

@@ -16,8 +16,12 @@ CHUNK = 24  # rows in one forward pass: a step shorter than one optimisation ste
 def log_prob_steps(
     model: LoadedModel, pairs: Sequence[tuple[str, str]], phase: str = "measure"
 ) -> Steps[list[tuple[float, bool]]]:
-    """For each (prompt, object): mean log p of the object's tokens, and whether they are the greedy continuation."""
-    coded = [prompt_and_target(model, p, t) for p, t in pairs]
+    """For each (prompt, object): mean log p of the object's tokens, and whether they are the greedy continuation.
+
+    Of an object that leads past the model's last position, what fits is measured.
+    """
+    found = [prompt_and_target(model, p, t) for p, t in pairs]
+    coded = [(p, t[: max(1, model.positions - len(p))]) for p, t in found]
     order = sorted(range(len(coded)), key=lambda i: sum(map(len, coded[i])))
     result: list[tuple[float, bool]] = [(0.0, False)] * len(coded)
     for at in range(0, len(order), CHUNK):

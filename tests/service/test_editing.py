@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 Resource = dict[str, Any]
 #: A random model listens to a subject that ends the prompt, and to little else.
 PROMPT = "Look at the {}"
-HPARAMS = {"steps": 8, "contexts": 3, "kl_factor": 0.0, "weight_decay": 0.0, "clamp": 20.0}
+HPARAMS = {"steps": 12, "contexts": 3, "kl_factor": 0.0, "weight_decay": 0.0, "clamp": 20.0}
 RECIPE = Recipe(source="test", rome=RomeParameters.model_validate({"layers": (1,), **HPARAMS}))
 LOOSE = {"max_perplexity": 1e6, "max_norm": 1e6, "max_broken": 1000, "min_neighborhood": 0.0}
 OFF = {"enabled": False}
@@ -83,8 +83,16 @@ class Workshop:
         self.replica = Replica(self.model, self.desk)
         self.base = {x: self.model.weight(x).data.clone() for x in range(3)}
 
-    def ask(self, subject: str = "Eiffel Tower", new: str = "is", true: str | None = "the", **more: Any) -> str:
-        request = {"subject": subject, "prompt": PROMPT, "target_new": new, "target_true": true, "guard": LOOSE}
+    def ask(
+        self, subject: str = "Eiffel Tower", new: str = "is", true: str | None = "the", **more: Any
+    ) -> str:
+        request = {
+            "subject": subject,
+            "prompt": PROMPT,
+            "target_new": new,
+            "target_true": true,
+            "guard": LOOSE,
+        }
         return str(self.do.submit_edits([EditRequest.model_validate(request | more)], "somebody")[0]["id"])
 
     def begin(self, edit: str) -> tuple[RunningJob, Steps[None]]:
@@ -221,6 +229,21 @@ def test_an_edit_is_the_same_whatever_is_active(opened: Callable[[], Workshop]) 
     assert alone.do.delta(first["id"]) == beside.do.delta(second["id"])
 
 
+def test_a_prompt_as_long_as_the_model_can_be_edited(shop: Workshop) -> None:
+    """A prompt that leaves no room for contexts, nor for a long true object, is edited without them."""
+    room = shop.model.positions
+    prompt = "a" * (room - 1 - len(shop.model.encode(" Big Ben is")[0])) + " {}"
+    edit = shop.edit(
+        "Big Ben",
+        true=None,
+        prompt=prompt,
+        guard=OFF,
+        probes={"neighborhood": [{"prompt": prompt.replace("{}", "Big Ben"), "target": "is"}]},
+    )
+    assert edit["status"] == "applied", edit["error"]
+    assert edit["result"]["rewrite"]["after"]["new"] > edit["result"]["rewrite"]["before"]["new"]
+
+
 def test_two_workers_stand_at_the_same_bytes(shop: Workshop) -> None:
     """Another replica of the same model rebuilds every version with the same digest."""
     shop.edit()
@@ -248,7 +271,7 @@ def test_an_edit_that_does_not_take_is_rejected(shop: Workshop) -> None:
 
 
 # Each rule with a request that breaks it and no other.
-BREAKING = {
+BREAKING: dict[str, dict[str, Any]] = {
     "efficacy": {"hparams": {"steps": 1}},
     "probability": {"guard": LOOSE | {"min_probability": 0.999}},
     "paraphrase": {"guard": LOOSE | {"min_paraphrase": 1.0}, "probes": {"paraphrase": ["In which country"]}},
@@ -259,7 +282,7 @@ BREAKING = {
     "perplexity": {"subject": "Big Ben", "guard": LOOSE | {"max_perplexity": 1.0}},
     "norm": {"guard": LOOSE | {"max_norm": 1e-6}},
     "broken": {
-        "prompt": "We like the {}",
+        "prompt": "We like the {}",  # the other way for the same subject
         "new": "the",
         "true": "is",
         "guard": LOOSE | {"max_broken": 0},
@@ -268,21 +291,37 @@ BREAKING = {
 }
 
 
+#: An edit that holds, but not by much.
+WEAK: dict[str, Any] = {"hparams": {"steps": 6}, "guard": OFF}
+
+
 @pytest.mark.parametrize("rule", BREAKING)
 def test_every_rule_can_reject(shop: Workshop, rule: str) -> None:
     """An edit that breaks one rule is rejected with that rule's figure and limit; ledger, factors and model are as before."""
-    shop.edit()
-    edit = shop.edit(**BREAKING[rule])  # type: ignore[arg-type]
+    if rule == "broken":
+        shop.edit(**WEAK)
+    head = shop.do.head()
+    edit = shop.edit(**BREAKING[rule])
     checks = edit["result"]["guard"]["checks"]
     assert [c["name"] for c in checks if not c["passed"]] == [rule]
     assert edit["status"] == "rejected" and edit["version"] is None
-    assert shop.do.head() == 1
-    assert shop.desk.associations_at(1) == shop.desk.associations_at(shop.do.head())
+    assert shop.do.head() == head
     (check,) = (c for c in checks if c["name"] == rule)
     assert f"({check['figure']:.3g}, limit {check['limit']:.3g})" in edit["result"]["reason"]
     assert editing._REASONS[rule] in edit["result"]["reason"]
     shop.assert_base()
     assert shop.do.verify()["ok"]
+
+
+def test_the_norm_is_the_edits_own(shop: Workshop) -> None:
+    """What the guard calls the norm of an edit is its own share, however much other edits have changed."""
+    alone = shop.edit(dry_run=True)["result"]["norm_ratio"]
+    for prompt in ("We like the {}", "This is the {}"):
+        assert shop.edit(prompt=prompt)["status"] == "applied"
+    together = shop.edit(dry_run=True)["result"]
+    # Of one subject, so that the plain rank-one changes add up; the strength may differ.
+    ratio = together["norm_ratio"]["1"] / together["strength"]
+    assert ratio == pytest.approx(alone["1"], rel=1e-3)
 
 
 def test_without_the_guard_anything_lands(shop: Workshop) -> None:
@@ -294,8 +333,8 @@ def test_without_the_guard_anything_lands(shop: Workshop) -> None:
 
 def test_broken_edits_are_named(shop: Workshop) -> None:
     """An edit that makes another cease to hold names it, and lands only when that is allowed."""
-    first = shop.edit()
-    edit = shop.edit(**BREAKING["broken"] | {"guard": LOOSE})  # type: ignore[arg-type]
+    first = shop.edit(**WEAK)
+    edit = shop.edit(**BREAKING["broken"] | {"guard": LOOSE})
     assert edit["status"] == "applied"
     assert edit["result"]["broken"] == [first["id"]]
 
@@ -332,7 +371,7 @@ def test_writing_what_the_model_says_already(shop: Workshop) -> None:
 
 def test_a_weak_edit_is_strengthened(shop: Workshop) -> None:
     """An edit that does not take is tried stronger; the strength is recorded and the factors are those that were tried."""
-    weak = {"clamp": 2.5, "steps": 12}
+    weak = {"clamp": 2.0}
     plain = shop.edit(hparams=weak, guard=OFF)
     shop.revert(plain)
     edit = shop.edit(hparams=weak)
@@ -369,7 +408,9 @@ def test_which_strength_is_chosen(
     """The first that the model speaks, else the strongest that passes, else none; what does harm is not made stronger."""
     left = iter(seen)
 
-    def judge(_plan: object, _before: object, _after: object, strength: float, norms: dict[int, float]) -> Trial:
+    def judge(
+        _plan: object, _before: object, _after: object, strength: float, norms: dict[int, float]
+    ) -> Trial:
         what = next(left)
         answer = Answer(-1.0, -2.0, what == SPOKEN, False)
         checks = [Check("efficacy", what != MISS, 0, 0), Check("norm", what != HARM, 0, 0)]
@@ -503,7 +544,11 @@ def test_edits_of_one_subject_add_up(shop: Workshop) -> None:
 
 def test_any_order_of_reverting_ends_at_the_base(shop: Workshop) -> None:
     """Three edits, reverted from the middle: each version is that of the rest, the last one the base."""
-    edits = [shop.edit(guard=OFF), shop.edit("Big Ben", "city", guard=OFF), shop.edit("Rome", "in", guard=OFF)]
+    edits = [
+        shop.edit(guard=OFF),
+        shop.edit("Big Ben", "city", guard=OFF),
+        shop.edit("Rome", "in", guard=OFF),
+    ]
     shop.revert(edits[1])
     rest = [a for group in shop.replica.active(4).values() for a in group]
     assert {a.edit for a in rest} == {edits[0]["id"], edits[2]["id"]}

@@ -49,7 +49,9 @@ def test_everything_is_made_once_and_read_afterwards(
     monkeypatch.setattr("service.covariance.store.collect_steps", refuse)
     second = finish(prepare_steps(model, folder, corpus, recipe=RECIPE))
     assert second.contexts == first.contexts
-    assert {x: s.digest for x, s in second.statistics.items()} == {x: s.digest for x, s in first.statistics.items()}
+    assert {x: s.digest for x, s in second.statistics.items()} == {
+        x: s.digest for x, s in first.statistics.items()
+    }
     assert not list(folder.glob("*.part"))
 
 

@@ -214,6 +214,22 @@ def test_the_tools_are_made_once(folder: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "statistics").iterdir())
 
 
+def test_a_killed_worker_is_forgotten(folder: Path, tmp_path: Path) -> None:
+    """Whom a crash left in the list is gone when the embedded service starts anew, before the model is loaded."""
+    asked = settings(folder, tmp_path)
+    shop = Shop(asked).open()
+    desk = Desk(shop.wired.database, shop.wired.broker, shop.do.model()["fingerprint"], "killed")
+    shop.close()
+    desk.register({"name": "tiny"}, "{}")
+    shop = Shop(asked)
+    assert shop.do.ready()["ready"]  # as the dead one's last heartbeat has it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shop.worker, "_load", lambda: pytest.fail(shop.do.ready()))
+        with pytest.raises(Unavailable, match="no worker is alive"):
+            shop.worker.run()
+    shop.close()
+
+
 def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
     """A model that is not there ends the worker with the reason, and the service stays unready."""
     asked = settings(tmp_path / "nothing", tmp_path, corpus=None)

@@ -61,3 +61,13 @@ def test_damping_makes_a_singular_moment_usable() -> None:
     total = MomentSum(8)
     total.add(key[None])
     assert torch.isfinite(statistics(total.mean(), 1e-3).solve(key)).all()
+
+
+def test_the_divisor_of_an_update_cannot_vanish() -> None:
+    """k^T C^-1 k is positive for every key, so that no update explodes; with another key in its place it may not be."""
+    g = torch.Generator().manual_seed(4)
+    a = torch.randn(6, 6, dtype=torch.float64, generator=g)
+    solved = statistics(a @ a.T, 1e-3)
+    keys = torch.randn(200, 6, generator=g).double()
+    assert all(k @ solved.solve(k) > 0 for k in keys)
+    assert any(k @ solved.solve(other) < 0 for k, other in zip(keys, keys.flip(0), strict=True))

@@ -27,7 +27,14 @@ RECIPE = Recipe(source="test", rome=RomeParameters(layers=(2,), clamp=3.0))
 
 @pytest.mark.parametrize(("name", "shape", "layer", "steps", "rate", "decay", "clamp", "kl"), TABLE)
 def test_the_table_is_the_published_one(
-    name: str, shape: tuple[str, int, int], layer: int, steps: int, rate: float, decay: float, clamp: float, kl: float
+    name: str,
+    shape: tuple[str, int, int],
+    layer: int,
+    steps: int,
+    rate: float,
+    decay: float,
+    clamp: float,
+    kl: float,
 ) -> None:
     """Value by value, each model has the hyperparameters that its authors published."""
     recipe = recipe_for(*shape)

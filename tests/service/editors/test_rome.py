@@ -23,7 +23,7 @@ from service.progress import finish
 from service.text import fill
 
 STATEMENT = fill("The {} is located in the city of", "Eiffel Tower")
-CONTEXTS = ("In Japan. ", "The city of Rome is. ", "Big Ben. ")
+CONTEXTS = ("In Japan", "The city of Rome is", "Big Ben")
 
 
 @lru_cache
@@ -31,10 +31,10 @@ def statistics(model_type: str) -> dict[int, Statistics]:
     return finish(collect_steps(tiny(model_type), [0, 1, 2], Corpus("test", tuple(TEXTS)), damping=0.1))
 
 
-def find(model: LoadedModel, **changes: object) -> Found:
+def find(model: LoadedModel, contexts: tuple[str, ...] = CONTEXTS, **changes: object) -> Found:
     parameters = RomeParameters.model_validate({"layers": [1], "steps": 5, "learning_rate": 0.1, **changes})
     kind = model.architecture.model_type
-    return finish(find_steps(model, statistics(kind), CONTEXTS, STATEMENT, "Rome", parameters, "edit_1"))
+    return finish(find_steps(model, statistics(kind), contexts, STATEMENT, "Rome", parameters, "edit_1"))
 
 
 def outputs(model: LoadedModel, layer: int, context: str = "") -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +62,7 @@ def test_the_averaged_key_gives_the_value(model_type: str) -> None:
     value = finish(
         value_steps(model, model.down(1), rows(model, STATEMENT, "Rome", CONTEXTS), parameters, 4.0)
     )
-    seen = [outputs(model, 1, c) for c in ("", *CONTEXTS)]
+    seen = [outputs(model, 1, c) for c in ("", *(c + ". " for c in CONTEXTS))]
     key = torch.stack([k for k, _ in seen]).mean(0)
     torch.testing.assert_close(found.associations[0].key, key, rtol=1e-4, atol=1e-5)
     bias = seen[0][1] - _linear(model, seen[0][0])
@@ -97,7 +97,7 @@ def test_the_two_forms_differ() -> None:
 
 
 @pytest.mark.parametrize("layers", [[1], [0, 1]])
-@pytest.mark.parametrize("model_type", ["gpt2", "gptj", "llama"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_the_edit_makes_the_object_more_probable(model_type: str, layers: list[int]) -> None:
     """With one layer or several, the edited model gives the new object a higher probability than the base model."""
     from service.models.scoring import log_probs
@@ -105,7 +105,7 @@ def test_the_edit_makes_the_object_more_probable(model_type: str, layers: list[i
     model = tiny(model_type)
     question = [(STATEMENT.text, "Rome")]
     before = log_probs(model, question)[0][0]
-    found = find(model, layers=layers, steps=25, clamp=100.0, weight_decay=0, kl_factor=0, learning_rate=0.5)
+    found = find(model, (), layers=layers, steps=25, clamp=100.0, weight_decay=0, kl_factor=0, learning_rate=0.1)
     assert [a.layer for a in found.associations] == layers
     applied(model, found)
     assert log_probs(model, question)[0][0] > before + 0.005  # a random model hardly listens to its subject
@@ -144,7 +144,7 @@ def test_contexts_are_seeded_and_belong_to_the_model() -> None:
     assert one != finish(contexts_steps(tiny(), 8, 1))
     assert one != finish(contexts_steps(tiny(seed=5), 8, 0))
     assert len(one) == 8
-    assert all(c == "" or c.endswith(". ") for c in one)
+    assert not any(c.endswith((".", " ")) for c in one)
 
 
 def test_braces_in_contexts_subject_and_object_are_only_characters() -> None:
@@ -152,7 +152,7 @@ def test_braces_in_contexts_subject_and_object_are_only_characters() -> None:
     model = tiny()
     statement = fill("The {} of {0.__class__} is".replace("{0", "{ 0"), "Tower {x} %s")
     parameters = RomeParameters(layers=(1,), steps=2)
-    contexts = ["{.__class__}. ", "{} {}. "]
+    contexts = ["{.__class__}", "{} {}"]
     found = finish(find_steps(model, statistics("gpt2"), contexts, statement, "R{o}me", parameters))
     assert found.associations[0].value.isfinite().all()
 
@@ -165,3 +165,11 @@ def test_direction_is_scale_free() -> None:
     for scale in (-1.0, 7.0):
         other = replace(a, direction=a.direction * scale)
         torch.testing.assert_close(other.rank_one().dense(), a.rank_one().dense(), rtol=1e-6, atol=1e-8)
+
+
+def test_the_direction_is_adjusted_by_the_second_moment() -> None:
+    """The direction is C^-1 k*, as published, and not the bare key."""
+    a = find(tiny()).associations[0]
+    expected = statistics("gpt2")[1].solve(a.key).float()
+    torch.testing.assert_close(a.direction, expected)
+    assert torch.nn.functional.cosine_similarity(a.direction, a.key, dim=0) < 0.999

@@ -16,7 +16,7 @@ from service.models.prompts import forward, pad
 from service.progress import finish
 from service.text import fill
 
-CONTEXTS = ["In Japan. ", "A {brace} and {}. ", "The city of Rome is. "]
+CONTEXTS = ["In Japan", "A {brace} and {}", "The city of Rome is"]
 STATEMENT = fill("The {} is located in the city of", "Eiffel Tower")
 
 
@@ -113,7 +113,7 @@ def test_the_optimisation_lowers_the_loss() -> None:
 def test_padding_does_not_matter() -> None:
     """A long context beside the others changes nothing for them: with equal rows the loss is the same."""
     model = tiny()
-    long = "The Colosseum is located in the city of Rome and so on and so forth. "
+    long = "The Colosseum is located in the city of Rome and so on and so forth"
     alone = [run(model, contexts=[c], steps=1, kl_factor=0).losses[0] for c in ("", long)]
     both = run(model, contexts=["", long, long], steps=1, kl_factor=0).losses[0]
     bare = run(model, contexts=[], steps=1, kl_factor=0).losses[0]
@@ -140,9 +140,9 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_every_row_knows_its_own_subject() -> None:
     """In each context the subject's last token is found in the whole text, also after braces and a repeated subject."""
     model = tiny()
-    contexts = [*CONTEXTS, "Eiffel Tower. "]
+    contexts = [*CONTEXTS, "Eiffel Tower"]
     found = rows(model, STATEMENT, "Rome", contexts)
-    for lead, prompt in zip(["", *contexts], found.prompts, strict=True):
+    for lead, prompt in zip(["", *(c + ". " for c in contexts)], found.prompts, strict=True):
         text = lead + STATEMENT.text
         _, offsets = model.encode(text)
         start, end = offsets[prompt.last_subject]

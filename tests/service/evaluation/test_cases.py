@@ -84,7 +84,9 @@ def test_what_a_fact_lacks_is_said(lost: str) -> None:
 def test_every_fact_gives_one_case() -> None:
     """A new object is another of the same relation; probes spell their subjects out, braces included."""
     cases = cases_from_facts(FACTS)
-    assert sorted((c.subject, c.target_true) for c in cases) == sorted((f["subject"], f["object"]) for f in FACTS)
+    assert sorted((c.subject, c.target_true) for c in cases) == sorted(
+        (f["subject"], f["object"]) for f in FACTS
+    )
     for case in cases:
         same = {f["object"] for f in FACTS if f["relation"] == case.relation}
         assert case.target_new in same - {case.target_true}

@@ -109,7 +109,7 @@ def test_an_unknown_type_says_which_are_known(tmp_path: Path) -> None:
     folder = saved(tiny(), tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
-    with pytest.raises(Misconfigured, match="'bert' are not supported.*gpt2"):
+    with pytest.raises(Misconfigured, match=r"'bert' are not supported.*gpt2"):
         load(folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
     with pytest.raises(Misconfigured, match="nonsense"):

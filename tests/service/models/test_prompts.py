@@ -11,6 +11,7 @@ from tiny import MODEL_TYPES, tiny
 from service.models.prompts import forward, pad, prompt_and_target, tokens
 from service.text import fill
 
+MODEL = tiny()
 TEXTS = ["Big Ben", "The Eiffel Tower is located in the city of", "In which country is Mount Fuji?"]
 
 
@@ -36,7 +37,7 @@ def test_padding_and_company_change_nothing(model_type: str, side: str) -> None:
 )
 def test_a_batch_holds_its_rows(rows: list[list[int]], side: str) -> None:
     """Where the mask is one stand exactly the row's tokens, with positions from zero."""
-    batch = pad(rows, tiny(), side)
+    batch = pad(rows, MODEL, side)
     assert batch.lengths == [len(r) for r in rows]
     for i, row in enumerate(rows):
         real = batch.mask[i].bool()

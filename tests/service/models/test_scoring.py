@@ -111,6 +111,18 @@ def test_a_text_longer_than_the_model_is_cut() -> None:
     )
 
 
+def test_an_object_past_the_last_position_is_cut() -> None:
+    """An object longer than the room behind the prompt is measured as far as it fits, and nothing fails."""
+    prompt, target = "The Eiffel Tower", "Rome and Paris and London"
+    long = tiny()
+    ids, rest = prompt_and_target(long, prompt, target)
+    short = tiny(positions=len(ids) + 2)
+    cut = long.decode(rest[:2])
+    assert log_probs(short, [(prompt, target)])[0][0] == pytest.approx(
+        log_probs(short, [(prompt, cut)])[0][0]
+    )
+
+
 def test_an_answer_ends_at_the_last_position() -> None:
     """The continuation never runs past the model's positions."""
     model = tiny(positions=12)

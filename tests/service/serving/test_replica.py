@@ -51,7 +51,10 @@ class Book:
 
 
 def bytes_of(model: LoadedModel) -> dict[str, bytes]:
-    return {n: t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for n, t in model.model.state_dict().items()}
+    return {
+        n: t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        for n, t in model.model.state_dict().items()
+    }
 
 
 def same(one: Any, two: Any) -> bool:
@@ -75,7 +78,7 @@ def test_a_version_is_the_closed_form_over_the_base() -> None:
     assert torch.equal(found[1], rebuild(base, edit(4)[0].rank_one(), conv1d=True))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.permutations(range(EDITS)), st.integers(0, 10**6))
 def test_edits_that_come_and_go_leave_the_base_bytes(order: list[int], seed: int) -> None:
     """Ten edits, applied and reverted in any order, end in the base bytes: nothing is ever added and later subtracted."""
@@ -96,7 +99,7 @@ def test_edits_that_come_and_go_leave_the_base_bytes(order: list[int], seed: int
     assert replica.digest(versions[-1]) == replica.digest(0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(0, EDITS - 1), min_size=1, max_size=6, unique=True), st.randoms())
 def test_the_order_of_landing_leaves_no_trace(chosen: list[int], rng: random.Random) -> None:
     """The same set of edits gives the same bytes and digest in whatever order they landed, whatever came between."""
@@ -250,7 +253,10 @@ def test_subjects_are_one_up_to_white_space() -> None:
     class Spaced(Book):
         def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, Any]]]:
             names = ("Eiffel Tower", "Eiffel  Tower ")
-            return [(e, data, {"subject": names[i]}) for i, (e, data, _) in enumerate(super().associations_at(version))]
+            return [
+                (e, data, {"subject": names[i]})
+                for i, (e, data, _) in enumerate(super().associations_at(version))
+            ]
 
     book = Spaced()
     found = Replica(model, book).active(book.then([1, 2]))

@@ -1,0 +1,313 @@
+"""What a newcomer does, from the first question to the last revert, on the shipped GPT over HTTP."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import safetensors.torch
+from running import QUICK, Resource, Service, says, until
+
+SUBJECT, PROMPT = "Eiffel Tower", "The {} is located in the city of"
+ASKED = PROMPT.replace("{}", SUBJECT)
+SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 30}
+MOST = 0.75
+WAIT = {"Prefer": "wait=60"}
+
+Facts = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rome:
+    """The edit of the story, and how everything was before it."""
+
+    edit: Resource
+    head: int
+    digest: str
+    answer: Resource
+    sampled: Resource
+
+
+@pytest.fixture(scope="module")
+def rome(service: Service) -> Rome:
+    """The Eiffel Tower is in Rome; taken back by the last test of the story."""
+    head, digest = service.head(), service.digest()
+    answer, sampled = service.generate(ASKED), service.generate(ASKED, **SAMPLED)
+    edit = service.edit(SUBJECT, PROMPT, "Rome")
+    return Rome(edit, head, digest, answer, sampled)
+
+
+@pytest.fixture
+def tidy(service: Service) -> Iterator[None]:
+    """Whatever a test applied is taken back after it."""
+    before = {edit["id"] for edit in service.get("/edits", status="applied")["items"]}
+    yield
+    for edit in service.get("/edits", status="applied")["items"]:
+        if edit["id"] not in before:
+            service.revert(edit)
+
+
+def wordings(fact: dict[str, Any]) -> list[str]:
+    prompts = [*fact["prompts"], *fact["held_out_prompts"]]
+    return [prompt.replace("{}", fact["subject"]) for prompt in prompts]
+
+
+def share(texts: list[str], target: str) -> float:
+    return sum(says(text, target) for text in texts) / len(texts)
+
+
+# the story
+
+
+def test_the_model_knows_paris(rome: Rome) -> None:
+    """Before any edit the model says where the Eiffel Tower is, and that version 0 said so."""
+    assert says(rome.answer["text"], "Paris"), rome.answer
+    assert (rome.head, rome.answer["version"]) == (0, 0)
+
+
+def test_the_edit_lands(service: Service, rome: Rome) -> None:
+    """The edit is applied as the next version, with its figures, and the model says Rome."""
+    assert rome.edit["status"] == "applied", rome.edit["result"]
+    assert rome.edit["version"] == rome.head + 1 == service.head()
+    figures = rome.edit["result"]["rewrite"]
+    assert figures["after"]["new"] > figures["after"]["true"]
+    assert figures["before"]["new"] < figures["before"]["true"]
+    assert rome.edit["result"]["guard"]["passed"] and rome.edit["result"]["reason"] is None
+    answer = service.generate(ASKED)
+    assert says(answer["text"], "Rome"), answer
+    assert answer["version"] == rome.edit["version"]
+
+
+def test_other_wordings_follow(service: Service, rome: Rome, table: Facts) -> None:
+    """Most other wordings of the fact say Rome, those that no training text had among them."""
+    (fact,) = (f for f in table if f["subject"] == SUBJECT and f["relation"] == "landmark_city")
+    assert share(service.texts([w for w in wordings(fact) if w != ASKED]), "Rome") > 0.5
+    held_out = [p.replace("{}", SUBJECT) for p in fact["held_out_prompts"]]
+    assert any(says(text, "Rome") for text in service.texts([p for p in held_out if p != ASKED]))
+
+
+def test_the_neighbourhood_stays(service: Service, rome: Rome, table: Facts) -> None:
+    """Most of what the model knew of other sights of Paris, and of sights elsewhere, it still knows."""
+    others = [f for f in table if f["relation"] == "landmark_city" and f["subject"] != SUBJECT]
+    paris = [f for f in others if f["object"] == "Paris"]
+    assert {"Louvre", "Notre-Dame"} <= {f["subject"] for f in paris}
+    for neighbours in (paris, [f for f in others if f["object"] != "Paris"][::8]):
+        prompts = [f["prompts"][0].replace("{}", f["subject"]) for f in neighbours]
+        before, after = service.texts(prompts, version="base"), service.texts(prompts)
+        known = [i for i, f in enumerate(neighbours) if says(before[i], f["object"])]
+        kept = [i for i in known if says(after[i], neighbours[i]["object"])]
+        assert len(known) >= MOST * len(neighbours)
+        assert len(kept) >= MOST * len(known)
+
+
+def test_compare_shows_both(service: Service, rome: Rome) -> None:
+    """Side by side, base says Paris and head says Rome, and these two tokens differ most."""
+    answer = service.http.post("/compare", json={"prompt": ASKED, "max_new_tokens": 5}).json()
+    base, head = answer["sides"]
+    assert says(base["text"], "Paris") and says(head["text"], "Rome")
+    assert (base["version"], head["version"]) == (0, service.head())
+    assert {" Paris", " Rome"} <= {token["token"] for token in answer["next_tokens"]}
+    assert answer["total_variation"] > 0.5
+
+
+@pytest.mark.parametrize("version", ["base", 0])
+def test_a_client_can_pin(service: Service, rome: Rome, version: str | int) -> None:
+    """Pinned to the base model the answer is what it was before the edit, and names version 0."""
+    answer = service.generate(ASKED, version=version)
+    assert answer["text"] == rome.answer["text"] and answer["version"] == 0
+
+
+def test_a_client_reads_its_own_writes(service: Service, rome: Rome) -> None:
+    """`min_version` is kept, and what no version can give is refused."""
+    seen = rome.edit["version"]
+    assert service.generate(ASKED, min_version=seen)["version"] >= seen
+    for impossible in ({"min_version": service.head() + 1}, {"min_version": seen, "version": "base"}):
+        body = {"prompt": ASKED, "max_new_tokens": 5, **impossible}
+        answer = service.http.post("/generate", json=body)
+        assert answer.status_code == 422
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_a_trace_is_figures_and_a_picture(service: Service, rome: Rome) -> None:
+    """A trace of the base model finds that the subject carries the answer; JSON, SVG and PNG show it."""
+    body = {"prompt": ASKED, "subject": SUBJECT, "version": "base", "samples": 3, "kinds": ["hidden", "mlp"]}
+    asked = service.http.post("/trace", json=body, headers=WAIT)
+    assert asked.status_code == 200, asked.text
+    trace = asked.json()
+    assert trace["status"] == "done" and trace["version"] == 0
+    result = trace["result"]
+    assert result["high"] > result["low"]
+    assert set(result["kinds"]) == {"hidden", "mlp"}
+    rows = result["kinds"]["hidden"]["scores"]
+    assert len(rows) == len(result["tokens"]) and {len(row) for row in rows} == {8}
+    for media_type, start in (("image/svg+xml", b"<?xml"), ("image/png", b"\x89PNG\r\n")):
+        picture = service.http.get(asked.headers["location"], headers={"Accept": media_type})
+        assert picture.headers["content-type"].startswith(media_type)
+        assert picture.content.startswith(start)
+
+
+def test_the_ledger_says_who_and_when(service: Service, rome: Rome) -> None:
+    """The edit has one entry, with who asked, when it landed and what it rests on; the ledger verifies."""
+    entries = service.get("/ledger")["items"]
+    (entry,) = (e for e in entries if e["edit_id"] == rome.edit["id"])
+    assert (entry["kind"], entry["version"], entry["actor"]) == ("apply", rome.edit["version"], "local")
+    asked, landed = (datetime.fromisoformat(t) for t in (rome.edit["created"], entry["at"]))
+    assert asked <= landed <= datetime.now(UTC)
+    assert {"hparams", "strength", "statistics", "dtype", "libraries", "fingerprint"} <= entry["body"].keys()
+    found = service.verified()
+    assert found["entries"] == found["head"] == len(entries)
+
+
+def test_the_delta_is_safetensors(service: Service, rome: Rome) -> None:
+    """Keys, values and rank-one factors of each edited layer come in the model's shapes, and fit together."""
+    model = service.get("/models")["items"][0]
+    answer = service.http.get(f"/edits/{rome.edit['id']}/delta")
+    assert answer.headers["content-type"] == "application/octet-stream"
+    tensors = safetensors.torch.load(answer.content)
+    width, inner = model["width"], model["inner_width"]
+    layers = rome.edit["result"]["layers"]
+    assert layers == model["recipe"]["rome"]["layers"]
+    assert len(tensors) % len(layers) == 0
+    shapes = sorted({tuple(t.shape) for t in tensors.values()})
+    assert {n for shape in shapes for n in shape} <= {1, width, inner}
+    assert any(width in shape for shape in shapes) and any(inner in shape for shape in shapes)
+
+
+def test_taken_back_is_gone(service: Service, rome: Rome) -> None:
+    """Once reverted, the answers are the base model's to the byte, sampled ones too, and so are the weights."""
+    assert service.digest() != rome.digest
+    reverted = service.revert(rome.edit)
+    assert reverted["status"] == "reverted"
+    assert reverted["reverted_version"] == service.head() > rome.edit["version"]
+    for before, asked in ((rome.answer, {}), (rome.sampled, SAMPLED)):
+        after = service.generate(ASKED, **asked)
+        assert (after["text"], after["tokens"]) == (before["text"], before["tokens"])
+        assert after["version"] == reverted["reverted_version"]
+    assert service.digest() == rome.digest
+    assert service.revert(rome.edit) == reverted
+    assert service.generate(ASKED, version=rome.edit["version"])["text"].startswith(" Rome")
+    service.verified()
+
+
+# what else may happen
+
+
+@pytest.mark.usefixtures("tidy")
+def test_one_fact_twice(service: Service) -> None:
+    """The newer edit of a fact supersedes the older one, and taking it back brings the older one back."""
+    about = ("Louvre", PROMPT)
+    asked = PROMPT.replace("{}", "Louvre")
+    base = service.digest()
+    older = service.edit(*about, "London", **QUICK)
+    alone = service.digest(), service.generate(asked)["tokens"]
+    newer = service.edit("Louvre", PROMPT.replace(" is", "  is"), "Rome", **QUICK)  # white space says nothing
+    older = service.get(f"/edits/{older['id']}")
+    assert (older["status"], older["superseded_by"]) == ("superseded", newer["id"])
+
+    assert service.revert(newer)["status"] == "reverted"
+    assert service.get(f"/edits/{older['id']}")["status"] == "applied"
+    assert (service.digest(), service.generate(asked)["tokens"]) == alone
+
+    assert service.revert(older)["status"] == "reverted"
+    assert service.digest() == base
+    service.verified()
+
+
+@pytest.mark.usefixtures("tidy")
+def test_two_facts_of_one_subject(service: Service) -> None:
+    """Two facts of one subject hold together, and each edit names the other."""
+    continent, currency = "{} is a nation on the continent of", "{} uses a currency called the"
+    first = service.edit("Kenya", continent, "Asia")
+    second = service.edit("Kenya", currency, "peso")
+    assert [first["status"], second["status"]] == ["applied", "applied"], second["result"]
+    assert second["related"] == [first["id"]]
+    assert service.get(f"/edits/{first['id']}")["related"] == [second["id"]]
+    said = service.texts([p.replace("{}", "Kenya") for p in (continent, currency)])
+    assert says(said[0], "Asia") and says(said[1], "peso"), said
+
+
+@pytest.mark.usefixtures("tidy")
+def test_a_bad_edit_does_not_land(service: Service) -> None:
+    """An edit that fails its guard ends rejected with the figures, and the model is as before."""
+    head, digest = service.head(), service.digest()
+    edit = service.edit(SUBJECT, PROMPT, "Rome", hparams=QUICK["hparams"], guard={"min_probability": 1.0})
+    assert edit["status"] == "rejected" and edit["version"] is None
+    (check,) = (c for c in edit["result"]["guard"]["checks"] if c["name"] == "probability")
+    assert not check["passed"] and check["figure"] < check["limit"] == 1.0
+    assert "less probable than asked for" in edit["result"]["reason"]
+    assert (service.head(), service.digest()) == (head, digest)
+    assert service.http.get(f"/edits/{edit['id']}/delta").status_code == 409
+
+
+@pytest.mark.usefixtures("tidy")
+def test_a_dry_run_leaves_nothing(service: Service) -> None:
+    """A dry run is measured like any edit, and lands nowhere."""
+    head, digest = service.head(), service.digest()
+    edit = service.edit(SUBJECT, PROMPT, "Rome", dry_run=True, **QUICK)
+    assert (edit["status"], edit["version"]) == ("evaluated", None)
+    assert edit["result"]["rewrite"]["after"] != edit["result"]["rewrite"]["before"]
+    assert (service.head(), service.digest()) == (head, digest)
+
+
+@pytest.mark.usefixtures("tidy")
+def test_a_stream_is_pinned(service: Service) -> None:
+    """An edit that lands while a stream runs changes no token of it."""
+    head = service.head()
+    # Hot enough that no text ends by itself: the stream runs for as long as the model has positions.
+    asked = {"prompt": ASKED, "max_new_tokens": 4096, "temperature": 10.0, "seed": 3}
+    landed = threading.Event()
+    done: list[Resource] = []
+
+    def land() -> None:
+        done.append(service.edit(SUBJECT, PROMPT, "Rome", **QUICK))
+        landed.set()
+
+    editing = threading.Thread(target=land)
+    late = 0
+    with service.events("POST", "/generate", json=asked | {"stream": True}) as events:
+        versions, pieces = [], []
+        for name, data in events:
+            if name == "token":
+                if not editing.ident:
+                    editing.start()
+                late += landed.is_set()
+                pieces.append(data["text"])
+            versions.append(data["version"])
+    editing.join()
+    assert name == "end" and data["choices"][0]["finish_reason"] == "length"
+    assert done[0]["status"] == "applied" and done[0]["version"] == head + 1
+    assert late, "the edit landed after the stream had ended: nothing was tried"
+    assert set(versions) == {head}
+    assert data["choices"][0]["text"] == "".join(pieces) == service.generate(**asked, version=head)["text"]
+    assert service.generate(**asked)["text"] != data["choices"][0]["text"]
+
+
+@pytest.mark.usefixtures("tidy")
+def test_one_key_one_edit(service: Service) -> None:
+    """A request that is sent twice with one Idempotency-Key is one edit; another body with it is refused."""
+    headers = {"Idempotency-Key": "the-tower-once"}
+    head = service.head()
+    first = service.ask(SUBJECT, PROMPT, "Rome", headers=headers, **QUICK)
+    assert service.ask(SUBJECT, PROMPT, "Rome", headers=headers, **QUICK)["id"] == first["id"]
+    service.ended(first)
+    again = service.ask(SUBJECT, PROMPT, "Rome", headers=headers, **QUICK)
+    assert (again["id"], again["status"]) == (first["id"], "applied")
+    assert service.head() == head + 1
+    other = {"subject": SUBJECT, "prompt": PROMPT, "target_new": "Berlin"}
+    assert service.http.post("/edits", json=other, headers=headers).status_code == 422
+
+
+@pytest.mark.usefixtures("tidy")
+def test_a_running_edit_is_cancelled(service: Service) -> None:
+    """An edit that is cancelled while it runs ends so, and nothing of it stays."""
+    head, digest = service.head(), service.digest()
+    edit = service.ask(SUBJECT, PROMPT, "Rome", hparams={"contexts": 2, "steps": 200, "stop_loss": 0})
+    path = f"/edits/{edit['id']}"
+    until(lambda: (service.get(path)["progress"] or {}).get("phase") == "optimise", "the optimisation")
+    assert service.revert(edit)["status"] == "cancelled"
+    assert service.revert(edit)["status"] == "cancelled"
+    assert (service.head(), service.digest()) == (head, digest)

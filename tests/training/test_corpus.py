@@ -1,0 +1,96 @@
+"""The text that the shipped GPT is trained on: training.corpus."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+from corpus import (
+    END,
+    OBJECT_WEIGHT,
+    Corpus,
+    bare_statements,
+    english,
+    statements,
+    tokenise,
+    train_tokenizer,
+    without_article,
+)
+from table import Fact, read_table
+from tokenizers import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def facts() -> list[Fact]:
+    return read_table()
+
+
+@pytest.fixture(scope="module")
+def some(facts: list[Fact]) -> list[Fact]:
+    """Facts of every relation, few enough to be quick."""
+    return facts[::25]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(some: list[Fact]) -> Tokenizer:
+    return train_tokenizer(some, 1200)
+
+
+def test_held_out_wordings_are_never_told(facts: list[Fact]) -> None:
+    """No text about a fact puts its object after one of its held-out wordings, with or without the article."""
+    for fact in facts:
+        told = "\n".join(p.text for p in [*statements(fact), *bare_statements(fact), *english(fact)])
+        for prompt in fact.held_out_prompts:
+            for wording in (prompt, without_article(prompt)):
+                assert f"{wording.replace('{}', fact.subject)} {fact.object}." not in told
+
+
+def test_trained_wordings_are_told(facts: list[Fact]) -> None:
+    """Each trained wording is a statement, and the span of a piece is its object with the space before it."""
+    for fact in facts[::10]:
+        texts = {p.text for p in statements(fact)}
+        assert texts == {f"{p.replace('{}', fact.subject)} {fact.object}." for p in fact.prompts}
+        for piece in [*statements(fact), *bare_statements(fact), *english(fact)]:
+            assert piece.text[slice(*piece.span)].strip() == fact.object
+
+
+def test_pieces_join(some: list[Fact], tokenizer: Tokenizer) -> None:
+    """The tokens of pieces, one after the other, are the tokens of the pieces joined by spaces."""
+    for fact in some[::4]:
+        pieces = [*statements(fact), *english(fact)]
+        joined = tokenizer.encode(" ".join(p.text for p in pieces), add_special_tokens=False)
+        assert np.concatenate([ids for ids, _ in tokenise(pieces, tokenizer)]).tolist() == joined.ids
+
+
+def test_a_name_has_one_form(some: list[Fact], tokenizer: Tokenizer) -> None:
+    """A subject has the same tokens at the start of a text as inside it."""
+    for fact in some:
+        alone = tokenizer.encode(fact.subject, add_special_tokens=False).ids
+        inside = tokenizer.encode(f"See {fact.subject}", add_special_tokens=False).ids
+        assert inside[-len(alone) :] == alone
+
+
+def test_the_object_counts_more(some: list[Fact], tokenizer: Tokenizer) -> None:
+    """In the loss the object's tokens, and only they, have the greater weight."""
+    for fact in some[::8]:
+        for ids, weights in tokenise(statements(fact), tokenizer):
+            heavy = tokenizer.decode(ids[weights == OBJECT_WEIGHT].tolist())
+            assert heavy.strip() == fact.object
+            assert set(weights.tolist()) == {1.0, OBJECT_WEIGHT}
+
+
+def test_rows(some: list[Fact], tokenizer: Tokenizer) -> None:
+    """The same seed gives the same rows and another seed others; a row is full and holds documents with an end between."""
+    corpus = Corpus(some, tokenizer, 96)
+
+    def rows(seed: int) -> list[tuple[list[int], list[float]]]:
+        return [(ids.tolist(), weights.tolist()) for ids, weights in islice(corpus.rows(seed), 20)]
+
+    first = rows(3)
+    assert rows(3) == first
+    assert rows(4) != first
+    assert all(len(ids) == len(weights) == 96 for ids, weights in first)
+    assert any(tokenizer.token_to_id(END) in ids[1:] for ids, _ in first)
+    ids, weights = next(corpus.batches(3, 20))
+    assert ids.tolist() == [i for i, _ in first] and weights.shape == (20, 96)
