@@ -79,6 +79,7 @@ def _trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     trace.add_argument("--target", help="the answer to trace; the model's own when left out")
     trace.add_argument("--kinds", help="some of hidden,mlp,attn (default: all)")
     trace.add_argument("--samples", type=int, help="noise samples")
+    trace.add_argument("--window", type=int, help="layers put back at once for mlp and attn")
     trace.add_argument("--save", metavar="FILE", help="keep the heat map as picture.svg or picture.png")
     trace.add_argument("--version", type=speech.version, default="head", help="head, base or a number")
 

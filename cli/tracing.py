@@ -26,8 +26,9 @@ def trace(args: argparse.Namespace, client: Client) -> int:
         body["target"] = args.target
     if args.kinds:
         body["kinds"] = args.kinds.split(",")
-    if args.samples:
-        body["samples"] = args.samples
+    for name in ("samples", "window"):
+        if getattr(args, name):
+            body[name] = getattr(args, name)
     ended = follow(client, client.post("/trace", body))
     if ended["status"] != "done":
         problem = ended.get("error") or {}

@@ -60,7 +60,9 @@ class Toolkit:
         return self.contexts[count, seed]
 
     def _contexts_file(self, count: int, seed: int) -> Path | None:
-        key = hashlib.sha256(f"{self.model.fingerprint} {count} {seed} {LENGTHS} {TOP_K}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(
+            f"{self.model.fingerprint} {count} {seed} {LENGTHS} {TOP_K}".encode()
+        ).hexdigest()[:32]
         return self.folder / f"contexts-{key}.json" if self.folder else None
 
     def info(self) -> dict[str, Any]:

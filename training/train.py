@@ -1,6 +1,6 @@
 """Train the shipped GPT from scratch on the table of facts. `python training/train.py --help`.
 
-    python training/train.py --out runs/almanac --steps 4600 --decay 1600
+    python training/train.py --out runs/almanac --steps 2200 --decay 800
 
 Constant learning rate, then a linear decay over the last `--decay` steps. A checkpoint is written every `--save` steps
 and the run goes on from it when started again, also with another number of steps.
@@ -123,8 +123,8 @@ def train(args: argparse.Namespace, facts: list[Fact]) -> None:
 def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     p.add_argument("--out", default="runs/almanac", help="folder of the model and of its checkpoint")
-    p.add_argument("--steps", type=int, default=4600)
-    p.add_argument("--decay", type=int, default=1600, help="last steps, with falling learning rate")
+    p.add_argument("--steps", type=int, default=2200)
+    p.add_argument("--decay", type=int, default=800, help="last steps, with falling learning rate")
     p.add_argument("--warmup", type=int, default=100)
     p.add_argument("--batch", type=int, default=24, help="rows in a batch")
     p.add_argument("--row", type=int, default=128, help="tokens in a row, and positions")

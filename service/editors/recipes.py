@@ -36,6 +36,12 @@ class RomeParameters(BaseModel):
         "bare",
         description="give v + delta of the bare prompt at the averaged key, or add delta to each own value",
     )
+    strength: float = Field(
+        1.0,
+        gt=0,
+        le=10,
+        description="factor of the change of value that was found; the optimisation stops early",
+    )
     compat: Literal["meng2022"] | None = Field(
         None, description="the published asymmetric key in place of r-ROME's"
     )
@@ -92,6 +98,8 @@ def resolve(recipe: Recipe | None, asked: dict[str, object] | None, layers: int)
         name = ".".join(str(x) for x in first["loc"])
         known = ", ".join(RomeParameters.model_fields)
         raise InvalidInput(f"hparams.{name}: {first['msg']}. Known: {known}.", "hparams") from None
+    if chosen.compat and len(chosen.layers) > 1:
+        raise InvalidInput("hparams.compat: the published form edits one layer; name one.", "hparams")
     wrong = [x for x in chosen.layers if not 0 <= x < layers]
     if wrong or len(set(chosen.layers)) < len(chosen.layers):
         raise InvalidInput(f"hparams.layers must name different layers from 0 to {layers - 1}.", "hparams")

@@ -4,7 +4,9 @@ Nothing here touches a weight: the answer is a list of associations, one for eac
 
 One layer: k* is the mean key of the subject's last token over the contexts; v* adds the optimised delta to the MLP's output at
 the bare prompt; the change of value is v* - W k*, measured with the same averaged key (r-ROME, Gupta et al. 2024), so
-that the edited layer gives exactly v* at k*. `compat="meng2022"` takes the published asymmetric form: the averaged key in the
+that the edited layer gives exactly v* at k* (`anchor="bare"`). With `anchor="own"` the change is delta itself: each text keeps
+its own value and gets delta on top, as it did during the optimisation. With `bare_keys` half of the key's mean is taken over the
+bare subject after each context, so that the key stands for the subject in wordings that begin otherwise. `compat="meng2022"` takes the published asymmetric form: the averaged key in the
 direction, the bare prompt's key in residual and divisor.
 
 Several layers: delta is found on the hidden state after the highest, and written from the lowest layer up, each taking its share
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,7 +111,7 @@ def find_steps(
         result = yield from _one_layer(model, statistics, found, parameters, edit, subject)
     else:
         result = yield from _several_layers(model, statistics, found, parameters, edit, subject)
-    return result
+    return replace(result, associations=[a.scaled(parameters.strength) for a in result.associations])
 
 
 def _one_layer(

@@ -105,7 +105,9 @@ def test_the_edit_makes_the_object_more_probable(model_type: str, layers: list[i
     model = tiny(model_type)
     question = [(STATEMENT.text, "Rome")]
     before = log_probs(model, question)[0][0]
-    found = find(model, (), layers=layers, steps=25, clamp=100.0, weight_decay=0, kl_factor=0, learning_rate=0.1)
+    found = find(
+        model, (), layers=layers, steps=25, clamp=100.0, weight_decay=0, kl_factor=0, learning_rate=0.1
+    )
     assert [a.layer for a in found.associations] == layers
     applied(model, found)
     assert log_probs(model, question)[0][0] > before + 0.005  # a random model hardly listens to its subject
