@@ -36,6 +36,12 @@ class RomeParameters(BaseModel):
         "bare",
         description="give v + delta of the bare prompt at the averaged key, or add delta to each own value",
     )
+    bare_weight: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the text without a context in the key's mean; an equal share when left out, as published",
+    )
     strength: float = Field(
         1.0,
         gt=0,

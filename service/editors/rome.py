@@ -6,7 +6,8 @@ One layer: k* is the mean key of the subject's last token over the contexts; v* 
 the bare prompt; the change of value is v* - W k*, measured with the same averaged key (r-ROME, Gupta et al. 2024), so
 that the edited layer gives exactly v* at k* (`anchor="bare"`). With `anchor="own"` the change is delta itself: each text keeps
 its own value and gets delta on top, as it did during the optimisation. With `bare_keys` half of the key's mean is taken over the
-bare subject after each context, so that the key stands for the subject in wordings that begin otherwise. `compat="meng2022"` takes the published asymmetric form: the averaged key in the
+bare subject after each context, so that the key stands for the subject in wordings that begin otherwise; `bare_weight` is the
+share of the text without a context (MEMIT takes 1/2). `compat="meng2022"` takes the published asymmetric form: the averaged key in the
 direction, the bare prompt's key in residual and divisor.
 
 Several layers: delta is found on the hidden state after the highest, and written from the lowest layer up, each taking its share
@@ -83,10 +84,19 @@ def _texts(found: Rows, parameters: RomeParameters) -> list[Tokens]:
     return found.prompts + (found.bare if parameters.bare_keys else [])
 
 
-def _mean(seen: Tensor, found: Rows) -> Tensor:
-    """The mean over the prompts, and half-and-half with the mean over the bare subjects where there are any."""
-    groups = [seen[: found.size], seen[found.size :]]
-    return torch.stack([g.mean(0) for g in groups if len(g)]).mean(0)
+def _mean(seen: Tensor, found: Rows, parameters: RomeParameters) -> Tensor:
+    """The mean over the prompts, and half-and-half with the mean over the bare subjects where there are any.
+
+    Within each, the first text has no context: it counts `bare_weight`, and the others share what is left.
+    """
+    groups = [g for g in (seen[: found.size], seen[found.size :]) if len(g)]
+    return torch.stack([_weighted(g, parameters.bare_weight) for g in groups]).mean(0)
+
+
+def _weighted(rows: Tensor, first: float | None) -> Tensor:
+    if first is None or len(rows) == 1:
+        return rows.mean(0)
+    return first * rows[0] + (1 - first) * rows[1:].mean(0)
 
 
 def _association(edit: str, subject: str, statistics: Statistics, key: Tensor, value: Tensor) -> Association:
@@ -126,14 +136,14 @@ def _one_layer(
     value = yield from value_steps(model, model.down(layer), found, parameters, parameters.clamp)
     seen = _look(model, _texts(found, parameters), [layer], ())
     yield Progress("solve", 1, 1)
-    key = _mean(seen.keys[layer], found)
+    key = _mean(seen.keys[layer], found, parameters)
     delta = value.delta.float()
     if parameters.compat == "meng2022":
         direction = statistics[layer].solve(key)
         bare = seen.keys[layer][0].double().cpu()
         change = (delta.cpu().double() * (direction @ key.double().cpu()) / (direction @ bare)).float()
     elif parameters.anchor == "bare":
-        change = value.initial + delta - _mean(seen.values[layer], found)
+        change = value.initial + delta - _mean(seen.values[layer], found, parameters)
     else:
         change = delta
     association = _association(edit, subject, statistics[layer], key, change)
@@ -156,11 +166,11 @@ def _several_layers(
     wanted: Tensor | None = None
     for i, layer in enumerate(layers):
         seen = _look(model, _texts(found, parameters), layers, written)
-        hidden = _mean(seen.hidden, found)
+        hidden = _mean(seen.hidden, found, parameters)
         if wanted is None:
             wanted = hidden + delta
         share = (wanted - hidden) / (len(layers) - i)
-        key = _mean(seen.keys[layer], found)
+        key = _mean(seen.keys[layer], found, parameters)
         written.append(_association(edit, subject, statistics[layer], key, share))
         yield Progress("solve", i + 1, len(layers))
     return Found(written, value.losses, float(delta.norm()), float(value.initial.norm()))
