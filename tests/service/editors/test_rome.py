@@ -175,3 +175,37 @@ def test_the_direction_is_adjusted_by_the_second_moment() -> None:
     expected = statistics("gpt2")[1].solve(a.key).float()
     torch.testing.assert_close(a.direction, expected)
     assert torch.nn.functional.cosine_similarity(a.direction, a.key, dim=0) < 0.999
+
+
+def test_anchored_to_its_own_the_change_is_delta() -> None:
+    """With anchor="own" the change of value is the optimised delta itself, and `strength` multiplies it."""
+    model = tiny()
+    found, twice = find(model, anchor="own"), find(model, anchor="own", strength=2.0)
+    assert float(found.associations[0].value.norm()) == pytest.approx(found.delta_norm, rel=1e-5)
+    torch.testing.assert_close(twice.associations[0].value, 2 * found.associations[0].value)
+    assert torch.equal(twice.associations[0].key, found.associations[0].key)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama"])
+def test_a_key_of_the_bare_prompt_and_the_bare_subject(model_type: str) -> None:
+    """With bare_keys and bare_weight=1 the key is the mean of two: the subject in its prompt, and alone."""
+    model = tiny(model_type)
+    in_prompt, _ = outputs(model, 1)
+    ids, _ = model.encode("Eiffel Tower")
+    with capture({0: model.down(1)}, "input") as seen, torch.no_grad():
+        forward(model, pad([ids], model))
+    alone = seen[0].reshape(len(ids), -1)[-1]
+    key = find(model, bare_keys=True, bare_weight=1.0).associations[0].key
+    torch.testing.assert_close(key, (in_prompt + alone) / 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, 0.5, 1.0])
+def test_the_weight_of_the_bare_prompt(weight: float | None) -> None:
+    """The text without a context counts `bare_weight` in the key's mean; an equal share when it is left out."""
+    model = tiny()
+    keys = [outputs(model, 1, c)[0] for c in ("", *(c + ". " for c in CONTEXTS))]
+    share = 1 / len(keys) if weight is None else weight
+    expected = share * keys[0] + (1 - share) * torch.stack(keys[1:]).mean(0)
+    torch.testing.assert_close(
+        find(model, bare_weight=weight).associations[0].key, expected, rtol=1e-4, atol=1e-5
+    )
