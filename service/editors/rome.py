@@ -27,7 +27,7 @@ from service.covariance.moment import Statistics
 from service.editors.composition import Association
 from service.editors.recipes import RomeParameters
 from service.editors.values import Rows, rows, value_steps
-from service.models.hooks import add_path, capture
+from service.models.hooks import add_path, capture, stop_after
 from service.models.loading import LoadedModel
 from service.models.prompts import Tokens, forward, pad
 from service.progress import Progress, Steps
@@ -68,7 +68,7 @@ def _look(
         keys = stack.enter_context(capture(modules, "input"))
         values = stack.enter_context(capture(modules, "output"))
         top = stack.enter_context(capture({"top": model.block(max(layers))}))
-        with torch.no_grad():
+        with stop_after(model.block(max(layers))):  # what lies above is not looked at
             forward(model, batch)
 
     def pick(t: Tensor) -> Tensor:  # (texts, width)

@@ -10,7 +10,7 @@ from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad, prompt_and_target
 from service.progress import Progress, Steps, finish
 
-CHUNK = 24  # rows in one forward pass: a step shorter than one optimisation step of an edit
+CHUNK = 16  # rows in one forward pass: a step shorter than one optimisation step of an edit
 
 
 def log_prob_steps(
