@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from service import faults
 from service.errors import Misconfigured
 from service.jobs.broker import Broker
 from service.jobs.memory import MemoryBroker
@@ -14,11 +15,12 @@ from service.store.database import Database
 
 @dataclass(frozen=True)
 class Wired:
-    """What a door needs."""
+    """What a door needs. `sole`: no other process shares this work."""
 
     database: Database
     broker: Broker
     operations: Operations
+    sole: bool
 
     def close(self) -> None:
         self.broker.close()
@@ -27,20 +29,26 @@ class Wired:
 
 def wire(settings: Settings) -> Wired:
     """Settings to parts. Opens no connection yet; `database.migrate()` is for whoever starts the service."""
+    faults.arm(settings.crash_at)
+    database = open_database(settings)
     broker = _broker(settings)
+    return Wired(database, broker, Operations(database, broker, settings), sole=settings.redis_url is None)
+
+
+def open_database(settings: Settings) -> Database:
+    """The store alone, for whoever needs no more."""
     try:
         settings.data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Misconfigured(
             f"the data folder cannot be made: {error}. Set PALIMPSEST_DATA to another."
         ) from None
-    database = Database(settings.database())
-    return Wired(database, broker, Operations(database, broker, settings))
+    return Database(settings.database())
 
 
 def _broker(settings: Settings) -> Broker:
-    if settings.redis_url is not None:
-        raise Misconfigured(
-            "Redis for several workers comes with the next release: leave PALIMPSEST_REDIS_URL unset."
-        )
-    return MemoryBroker()
+    if settings.redis_url is None:
+        return MemoryBroker()
+    from service.jobs.redis import RedisBroker  # the embedded wiring does without the client
+
+    return RedisBroker(settings.redis_url, prefix=settings.redis_prefix, lease=settings.lease)

@@ -11,11 +11,13 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version as library_version
 from typing import Any
 
 import torch
 
+from service import faults
 from service.editors.composition import Association, compose, norm_ratio, pack
 from service.editors.recipes import RomeParameters, resolve
 from service.editors.rome import Found, find_steps
@@ -23,7 +25,7 @@ from service.errors import Cancelled, Conflict
 from service.evaluation.scores import share_kept, share_new
 from service.jobs.desk import Desk, RunningJob
 from service.models.scoring import answer_steps, log_prob_steps, perplexity_steps
-from service.progress import Progress, Steps
+from service.progress import Progress, Steps, persist
 from service.requests import EditRequest
 from service.serving.replica import Replica
 from service.text import fact_key, fill
@@ -134,11 +136,13 @@ def edit_steps(replica: Replica, desk: Desk, job: RunningJob, toolkit: Toolkit) 
         if desk.cancel_requested(job):
             raise Cancelled("the edit was cancelled before it landed.")
         if request.dry_run or not landing:
-            desk.finish(job, "evaluated" if landing else "rejected", result)
+            yield from persist(partial(desk.finish, job, "evaluated" if landing else "rejected", result))
             return
         factors = pack([a.scaled(trial.strength) for a in found.associations])
+        body = provenance(replica, toolkit, plan, trial)
+        faults.reach("edit.after_compute")
         try:
-            desk.apply(job, head, factors, provenance(replica, toolkit, plan, trial), result)
+            yield from persist(partial(desk.apply, job, head, factors, body, result))
             return
         except Conflict:
             yield Progress("another edit landed first: look again", 0, 1)

@@ -73,3 +73,9 @@ class LeaseLost(PalimpsestError):
     """Another worker has taken the job over; what this one found is thrown away."""
 
     title = "The job was taken over"
+
+
+class Disagrees(PalimpsestError):
+    """This worker's weights are not those of the others at the same version: it must serve nothing."""
+
+    title = "The worker disagrees with the others"

@@ -5,6 +5,10 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from contextvars import ContextVar
+
+#: the id of the HTTP request that is being answered, here or for a worker; "" where there is none
+request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
 _RANDOM_BITS = 80
@@ -32,3 +36,19 @@ def new_id(prefix: str) -> str:
     value = _ulids.next()
     # 26 digits, most significant first, so that text sorts as the number does
     return f"{prefix}_{''.join(_ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))}"
+
+
+def kind_of(id: str) -> str:
+    """What an id names: its prefix."""
+    return id.partition("_")[0]
+
+
+def born(id: str) -> float | None:
+    """When an id was made, in seconds by the clock of whoever made it; None when it is not one of ours."""
+    digits = id.rpartition("_")[2]
+    if len(digits) != 26 or not set(digits) <= set(_ALPHABET):
+        return None
+    milliseconds = 0
+    for digit in digits[:10]:
+        milliseconds = milliseconds * 32 + _ALPHABET.index(digit)
+    return milliseconds / 1000

@@ -6,45 +6,43 @@ Everything is checked before anything is written; what is announced is committed
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import json
-import re
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import asdict
-from datetime import timedelta
-from functools import lru_cache
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 from tokenizers import Tokenizer
 
-from service.editors.recipes import Recipe, resolve
+from service import faults, metrics
+from service.checks import check_edit, check_trace, check_version, place
 from service.errors import Conflict, InvalidInput, NotFound, QueueFull, Unavailable
-from service.ids import new_id
-from service.jobs import resources
-from service.jobs.broker import Broker, Event
-from service.jobs.desk import LEASE
-from service.jobs.resources import EDIT_STATUSES, OPEN, Resource
+from service.ids import kind_of, new_id, request_id
+from service.jobs import resources, workers
+from service.jobs.broker import CALLS, JOBS, Broker, Event, told
+from service.jobs.listening import heard
+from service.jobs.resources import EDIT_STATUSES, OPEN, STATUSES, Resource
 from service.ledger import ledger
 from service.ledger.verify import verify
-from service.requests import CompareRequest, EditRequest, GenerateRequest, TraceRequest, Version
+from service.pages import check_limit, cursor_after, read_cursor, strange_cursor
+from service.requests import CompareRequest, EditRequest, GenerateRequest, TraceRequest
 from service.settings import Settings
 from service.store.database import Database
 from service.store.tables import Attestation, Factors, IdempotencyKey, Job, LedgerEntry, Model, Worker, now
-from service.text import check_tokens, fact_key, fill, token_span
+from service.text import check_tokens, fact_key, words
 
 #: an Idempotency-Key and a fingerprint of the body that came with it
 Idempotency = tuple[str, str]
-#: what a cursor holds: the last id or version of the page before
-Last = TypeVar("Last", str, int)
+T = TypeVar("T")
 
-MAX_PAGE = 200
+log = logging.getLogger(__name__)
+
 MAX_KEY = 255
-NOISE = re.compile(r"\d+(\.\d+)?sigma")
+LOOK = 3.0  #: silent seconds after which a listener looks whether the row has ended without a word
 
 
 class Operations:
@@ -54,26 +52,26 @@ class Operations:
         self.database = database
         self.broker = broker
         self.settings = settings
+        self.lease = timedelta(seconds=settings.lease)
+        self._tokenizer: tuple[tuple[str, datetime], Tokenizer] | None = None  # of the resident model
+        self._speaker: tuple[Model, Tokenizer] | None = None  # the resident model as it was last registered
 
     # models
 
     def model(self) -> Resource:
-        """The resident model: its fingerprint, name, head, active_edits and workers, and all of its info."""
+        """The resident model: all of its info, its head, workers and active edits, and how many jobs wait and run."""
         with self.database.read() as session:
             model = _resident(session)
-            active = select(func.count()).where(
-                Job.model == model.fingerprint,
-                Job.kind == "edit",
-                Job.status == "applied",
-                Job.version.is_not(None),
-            )
+            head = ledger.head(session, model.fingerprint)
+            listed = workers.listed(session, model.fingerprint, self.lease)
             return {
                 **model.info,
                 "fingerprint": model.fingerprint,
                 "name": model.name,
-                "head": ledger.head(session, model.fingerprint),
-                "active_edits": session.scalar(active),
-                "workers": [_worker(worker) for worker in _living(session, model)],
+                "head": head,
+                "active_edits": session.scalar(select(func.count()).where(*_active(model))),
+                "jobs": _counts(session, model),
+                "workers": [workers.resource(worker, head) for worker in listed],
                 "created": ledger.moment(model.created),
             }
 
@@ -83,55 +81,71 @@ class Operations:
 
     def ready(self) -> Resource:
         """What is up; raises Unavailable, whose `extra["reasons"]` lists all that is not."""
+        reasons: list[str] = []
+        calls = _tried(lambda: {kind: self.broker.waiting(kind) for kind in CALLS}, reasons)
+        standing = _tried(self._standing, reasons)
+        if standing is not None:
+            head, due, listed, queued = standing
+            waiting = (calls or {}) | queued
+            reasons += _unready(listed, due, waiting)
+        if standing is None or reasons:
+            raise Unavailable("; ".join(reasons) + ".", reasons=reasons)
+        shown = [workers.resource(worker, head) for worker in listed]
+        return {"ready": True, "head": head, "workers": shown, "waiting": waiting}
+
+    def _standing(self) -> tuple[int, int, list[Worker], dict[str, int]]:
+        """The head, the newest version that a worker has had time to reach, the workers, and how many jobs wait."""
         with self.database.read() as session:
             model = _resident(session)
-            workers = _living(session, model)
+            listed = workers.listed(session, model.fingerprint, self.lease)
             head = ledger.head(session, model.fingerprint)
-            settled = select(func.max(LedgerEntry.version)).where(
-                LedgerEntry.model == model.fingerprint, LedgerEntry.at < now() - timedelta(seconds=LEASE)
-            )
-            due = session.scalar(settled) or 0  # the newest version that a worker has had time to reach
-        reasons = []
-        if not workers:
-            reasons.append("no worker is alive")
-        elif all(worker.version < due for worker in workers):
-            reasons.append(f"no worker has reached version {due} yet")
-        try:
-            waiting = {kind: self.broker.waiting(kind) for kind in ("generate", "edit", "trace")}
-        except (OSError, Unavailable) as error:
-            reasons.append(f"the queue does not answer: {error}")
-        if reasons:
-            raise Unavailable("; ".join(reasons) + ".", reasons=reasons)
-        return {
-            "ready": True,
-            "head": head,
-            "workers": [_worker(worker) for worker in workers],
-            "waiting": waiting,
-        }
+            return head, self._due(session, model), listed, _waiting(session, model)
+
+    def _due(self, session: Session, model: Model) -> int:
+        settled = select(func.max(LedgerEntry.version)).where(
+            LedgerEntry.model == model.fingerprint, LedgerEntry.at < now() - self.lease
+        )
+        return session.scalar(settled) or 0
+
+    def check_attended(self, kind: str) -> None:
+        """Raise Unavailable when no living worker does this kind of work: whoever waits for it waits in vain."""
+        role = next(role for role, kinds in workers.ROLES.items() if kind in kinds)
+        with self.database.read() as session:
+            listed = workers.listed(session, _resident(session).fingerprint, self.lease)
+        if not workers.serving(listed, role):
+            raise Unavailable(f"no worker is alive that does {role}: start one, and ask again.")
 
     # edits
 
     def submit_edits(
-        self, requests: Sequence[EditRequest], actor: str, idempotency: Idempotency | None = None
+        self,
+        requests: Sequence[EditRequest],
+        actor: str,
+        idempotency: Idempotency | None = None,
+        max_queued: int | None = None,
     ) -> list[Resource]:
-        """Queue edits, all or none. The same key and body again gives the same edits again."""
+        """Queue edits, all or none. The same key and body again gives the same edits again.
+
+        `max_queued` jobs of this actor may wait at once; the settings say how many when it is left out.
+        """
         if (known := self._known(actor, idempotency)) is not None:
             return known
         with self.database.read() as session:
             model = _resident(session)
+            tokenizer = self._tokenizer_of(model)
         for number, request in enumerate(requests):
-            with _field(f"edits.{number}" if len(requests) > 1 else ""):
-                check_edit(request, model)
+            with place(f"edits.{number}" if len(requests) > 1 else ""):
+                check_edit(request, model, tokenizer)
         jobs = [
             _job("edit", model, request.model_dump(mode="json"), actor)
             | {
-                "subject": _words(request.subject),
+                "subject": words(request.subject),
                 "fact_key": fact_key(request.subject, request.prompt),
                 "dry_run": request.dry_run,
             }
             for request in requests
         ]
-        return self._submit(jobs, model, actor, idempotency)
+        return self._submit(jobs, model, actor, idempotency, max_queued)
 
     def edit(self, edit_id: str) -> Resource:
         return self._job("edit", edit_id)
@@ -147,7 +161,7 @@ class Operations:
         if status is not None and status not in EDIT_STATUSES:
             raise InvalidInput(f"`status` must be one of {', '.join(EDIT_STATUSES)}.", "status")
         return self._jobs(
-            "edit", cursor, limit, status=status, subject=None if subject is None else _words(subject)
+            "edit", cursor, limit, status=status, subject=None if subject is None else words(subject)
         )
 
     def revert_edit(self, edit_id: str, actor: str) -> Resource:
@@ -166,18 +180,23 @@ class Operations:
     # traces
 
     def submit_trace(
-        self, request: TraceRequest, actor: str, idempotency: Idempotency | None = None
+        self,
+        request: TraceRequest,
+        actor: str,
+        idempotency: Idempotency | None = None,
+        max_queued: int | None = None,
     ) -> Resource:
         if (known := self._known(actor, idempotency)) is not None:
             return known[0]
         with self.database.read() as session:
             model = _resident(session)
-            _check_version(session, model, request.version)
-        check_trace(request, model)
+            check_version(ledger.head(session, model.fingerprint), request.version)
+            tokenizer = self._tokenizer_of(model)
+        check_trace(request, model, tokenizer)
         job = _job("trace", model, request.model_dump(mode="json"), actor) | {
-            "subject": _words(request.subject)
+            "subject": words(request.subject)
         }
-        return self._submit([job], model, actor, idempotency)[0]
+        return self._submit([job], model, actor, idempotency, max_queued)[0]
 
     def trace(self, trace_id: str) -> Resource:
         return self._job("trace", trace_id)
@@ -192,14 +211,66 @@ class Operations:
 
     # any job
 
+    def jobs(
+        self,
+        status: str | None = None,
+        kind: str | None = None,
+        dead: bool | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+    ) -> Resource:
+        """Jobs of all kinds: {"items": newest first, "next": cursor or None}. `dead`: given up after too many attempts."""
+        check_limit(limit)
+        if status is not None and status not in STATUSES:
+            raise InvalidInput(f"`status` must be one of {', '.join(STATUSES)}.", "status")
+        if kind is not None and kind not in JOBS:
+            raise InvalidInput(f"`kind` must be one of {', '.join(JOBS)}.", "kind")
+        wanted = {Job.status: status, Job.kind: kind, Job.dead: dead}
+        with self.database.read() as session:
+            query = select(Job).where(Job.model == _resident(session).fingerprint)
+            query = query.where(*(column == value for column, value in wanted.items() if value is not None))
+            query = query.where(*_older(session, read_cursor(cursor, str)))
+            found = list(session.scalars(query.order_by(Job.created.desc(), Job.id.desc()).limit(limit + 1)))
+            more = cursor_after(found[limit - 1].id) if len(found) > limit else None
+            return {"items": [resources.summary(job) for job in found[:limit]], "next": more}
+
+    def retry(self, job_id: str, actor: str) -> Resource:
+        """Let a failed job wait again, as if it had never been tried."""
+        with self.database.session() as session:
+            job = _held(session, _found(session, None, job_id))
+            if job.status != "failed":
+                raise Conflict(f"{job_id} is {job.status}: only a job that failed can be tried again.")
+            job.status, job.attempts, job.dead, job.cancel_requested = "queued", 0, False, False
+            job.error = job.result = job.progress = job.worker = job.started = job.ended = None
+            job.updated, job.request_id = now(), request_id.get() or job.request_id
+            session.flush()
+            self.broker.forget(job_id)  # before the commit: a worker's first word about it must not be lost
+            kind, answer = job.kind, resources.summary(job)
+        log.info("job retried", extra={"job": job_id, "actor": actor})
+        with told(job_id):
+            self.broker.announce(job_id, kind)
+        return answer
+
     async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:
-        """Progress, then a last event "end" with the resource. A job that has ended gives its end at once."""
-        ended = await asyncio.to_thread(self._ended, job_id)
-        if ended is not None:
+        """Progress, then a last event "end" with the resource. A job that has ended gives its end at once.
+
+        The row is looked at in the silences: a worker can die between the commit of an end and telling it.
+        """
+        if ended := await asyncio.to_thread(self._ended, job_id):
             yield ended
             return
-        async for event in self.broker.events(job_id, after):
-            yield event
+        async with aclosing(heard(self.broker.events(job_id, after), LOOK)) as every:
+            async for event in every:
+                if event is not None:
+                    yield event
+                elif ended := await asyncio.to_thread(self._ended_quietly, job_id):
+                    yield ended
+                    return
+
+    def _ended_quietly(self, job_id: str) -> Event | None:
+        with suppress(Unavailable):
+            return self._ended(job_id)
+        return None
 
     def _ended(self, job_id: str) -> Event | None:
         with self.database.read() as session:
@@ -217,26 +288,59 @@ class Operations:
 
         What is asked for beyond the model's positions is not refused: the text ends there, with "length".
         """
-        with self.database.read() as session:
-            model = _resident(session)
-            _check_version(session, model, request.version, request.min_version)
+        self._check_tokens_asked(request)
+        model, tokenizer, head = self._at_head()
+        check_version(head, request.version, request.min_version)
         for text in request.texts():
-            check_tokens(_tokenizer(model.tokenizer), text, None, model.info["positions"])
+            check_tokens(tokenizer, text, None, model.info["positions"])
         return self._call("generate", request.model_dump(mode="json"))
 
     def compare(self, request: CompareRequest) -> str:
         """Ask a worker to say one prompt on two versions; the payload is the request as JSON."""
-        with self.database.read() as session:
-            model = _resident(session)
-            for version in request.versions:
-                _check_version(session, model, version, field="versions")
-        check_tokens(_tokenizer(model.tokenizer), request.prompt, None, model.info["positions"])
+        self._check_tokens_asked(request)
+        model, tokenizer, head = self._at_head()
+        for version in request.versions:
+            check_version(head, version, field="versions")
+        check_tokens(tokenizer, request.prompt, None, model.info["positions"])
         return self._call("compare", request.model_dump(mode="json"))
+
+    def ask_again(self, kind: str, channel: str, request: GenerateRequest | CompareRequest) -> None:
+        """The same call on the same channel, because the broker has lost it: the whole answer comes anew."""
+        self.broker.call(kind, request.model_dump(mode="json"), request_id.get(), channel)
+
+    def _check_tokens_asked(self, request: GenerateRequest | CompareRequest) -> None:
+        most = self.settings.max_new_tokens
+        if request.max_new_tokens > most:
+            raise InvalidInput(
+                f"`max_new_tokens` may be at most {most} here: ask for fewer.", "max_new_tokens"
+            )
 
     def _call(self, kind: str, payload: dict[str, Any]) -> str:
         if self.broker.waiting(kind) >= self.settings.max_queue:
             raise QueueFull(f"{self.settings.max_queue} requests wait already: try again in a few seconds.")
-        return self.broker.call(kind, payload)
+        channel = self.broker.call(kind, payload, request_id.get())
+        faults.reach("call.after")
+        return channel
+
+    def _at_head(self) -> tuple[Model, Tokenizer, int]:
+        """The resident model, its tokenizer and the newest version. Every call asks this, so it is one short question."""
+        with self.database.glance() as connection:
+            found = connection.execute(_NEWEST).one_or_none()
+        if found is None:
+            raise _no_model()
+        registered = found.fingerprint, found.registered
+        if self._speaker is None or _registration(self._speaker[0]) != registered:
+            with self.database.read() as session:
+                model = _resident(session)
+                self._speaker = model, self._tokenizer_of(model)
+        return *self._speaker, found.head or 0
+
+    def _tokenizer_of(self, model: Model) -> Tokenizer:
+        """Its text has megabytes: it is read and parsed once for each registration of the model, in its session."""
+        key = _registration(model)
+        if self._tokenizer is None or self._tokenizer[0] != key:
+            self._tokenizer = key, Tokenizer.from_str(model.tokenizer)
+        return self._tokenizer[1]
 
     # the ledger
 
@@ -246,20 +350,20 @@ class Operations:
 
     def ledger(self, cursor: str | None = None, limit: int = 50, version: int | None = None) -> Resource:
         """{"items": entries, oldest first, "next", "head"}; with `version` only those up to that version."""
-        _check_limit(limit)
-        after = _read_cursor(cursor, int) or 0
+        check_limit(limit)
+        after = read_cursor(cursor, int) or 0
         with self.database.read() as session:
             model = _resident(session)
             if version is not None:
-                _check_version(session, model, version)
+                check_version(ledger.head(session, model.fingerprint), version)
             found = ledger.entries(session, model.fingerprint, after, version, limit + 1)
             items = [entry.as_dict() for entry in found[:limit]]
-            more = _cursor(found[limit - 1].version) if len(found) > limit else None
+            more = cursor_after(found[limit - 1].version) if len(found) > limit else None
             return {"items": items, "next": more, "head": ledger.head(session, model.fingerprint)}
 
     def verify(self) -> Resource:
         """Check the hash chain, the factors, the statuses and what the replicas say of their weights."""
-        with self.database.read() as session:
+        with self.database.read(long=True) as session:
             model = _resident(session).fingerprint
             findings = [asdict(finding) for finding in verify(session, model)]
             rows = select(Attestation).where(Attestation.model == model)
@@ -276,6 +380,7 @@ class Operations:
                         "digest": r.digest,
                         "device": r.device,
                         "at": ledger.moment(r.at),
+                        "withdrawn": ledger.moment(r.withdrawn) if r.withdrawn else None,
                     }
                     for r in session.scalars(rows.order_by(Attestation.version, Attestation.worker))
                 ],
@@ -303,7 +408,12 @@ class Operations:
             return _resources(session, [jobs[job_id] for job_id in row.resources])
 
     def _submit(
-        self, jobs: list[dict[str, Any]], model: Model, actor: str, idempotency: Idempotency | None
+        self,
+        jobs: list[dict[str, Any]],
+        model: Model,
+        actor: str,
+        idempotency: Idempotency | None,
+        max_queued: int | None,
     ) -> list[Resource]:
         try:
             with self.database.session() as session:
@@ -312,35 +422,40 @@ class Operations:
                     made = {"resources": [job["id"] for job in jobs], "status_code": 202, "created": now()}
                     session.add(IdempotencyKey(actor=actor, key=key, fingerprint=fingerprint, **made))
                     session.flush()
-                self._check_room(session, model, len(jobs))
+                self._check_room(session, model, actor, len(jobs), max_queued)
                 rows = [Job(**job) for job in jobs]
                 session.add_all(rows)
                 session.flush()
                 made_resources = _resources(session, rows)
+                faults.reach("job.before_commit")
         except IntegrityError:  # the same key came in beside us, and was first
             known = self._known(actor, idempotency)
             if known is None:
                 raise
             return known
+        faults.reach("job.after_commit")
         for job in jobs:
-            self.broker.announce(job["id"], job["kind"])
+            with told(job["id"]):
+                self.broker.announce(job["id"], job["kind"])
+        faults.reach("job.after_announce")
         return made_resources
 
-    def _check_room(self, session: Session, model: Model, more: int) -> None:
-        waiting = select(func.count()).where(Job.model == model.fingerprint, Job.status == "queued")
-        already = session.scalar(waiting) or 0
-        if already + more > self.settings.max_queue:
-            raise QueueFull(
-                f"{already} jobs wait already and at most {self.settings.max_queue} may: try again later, or with fewer."
-            )
+    def _check_room(
+        self, session: Session, model: Model, actor: str, more: int, max_queued: int | None
+    ) -> None:
+        """Room for all, and room for this actor; requests that come at the same moment may find the same room."""
+        everyone = and_(Job.model == model.fingerprint, Job.status == "queued")
+        limit = self.settings.max_queued if max_queued is None else max_queued
+        _check_count(session, everyone, more, self.settings.max_queue, "jobs wait already")
+        _check_count(session, and_(everyone, Job.actor == actor), more, limit, "jobs of yours wait already")
 
     def _job(self, kind: str, job_id: str) -> Resource:
         with self.database.read() as session:
             return resources.resource(session, _found(session, kind, job_id))
 
     def _jobs(self, kind: str, cursor: str | None, limit: int, **equal: str | None) -> Resource:
-        _check_limit(limit)
-        before = _read_cursor(cursor, str)
+        check_limit(limit)
+        before = read_cursor(cursor, str)
         with self.database.read() as session:
             query = select(Job).where(Job.model == _resident(session).fingerprint, Job.kind == kind)
             for name, value in equal.items():
@@ -349,109 +464,65 @@ class Operations:
             if before is not None:
                 query = query.where(Job.id < before)
             found = list(session.scalars(query.order_by(Job.id.desc()).limit(limit + 1)))
-            more = _cursor(found[limit - 1].id) if len(found) > limit else None
+            more = cursor_after(found[limit - 1].id) if len(found) > limit else None
             return {"items": _resources(session, found[:limit]), "next": more}
 
     def _take_back(self, kind: str, job_id: str, actor: str) -> Resource:
         with self.database.session() as session:
-            model = _found(session, kind, job_id).model
-            ledger.lock(session, model)  # always before the row of a job, as `Desk.apply` does: no deadlock
-            job = session.scalars(
-                select(Job)
-                .where(Job.id == job_id)
-                .with_for_update()
-                .execution_options(populate_existing=True)
-            ).one()
+            found = _found(session, kind, job_id)
+            ledger.lock(
+                session, found.model
+            )  # always before the row of a job, as `Desk.apply` does: no deadlock
+            job = _held(session, found)
             before = job.status
-            if before == "queued":
-                job.status, job.ended, job.updated = "cancelled", now(), now()
-            elif before == "running":
-                job.cancel_requested, job.updated = True, now()
-            elif before in ("applied", "superseded") and job.version is not None:
-                ledger.append(session, model, ledger.REVERT, job, actor, _revert_body(job))
-            session.flush()
+            _undo(session, job, actor)
             answer = resources.resource(session, job)
-        if before == "queued":
-            self.broker.publish(job_id, "end", answer, last=True)
-        elif before == "running":
-            self.broker.cancel(job_id)
-        elif answer["status"] != before:
-            self.broker.wake()  # workers move to the new head
+            faults.reach("revert.before_commit")
+        faults.reach("revert.after_commit")
+        with told(job_id):
+            self._tell_undone(before, answer)
         return answer
 
-
-# checks
-
-
-def check_edit(request: EditRequest, model: Model) -> None:
-    """All that can be known of an edit without computing it."""
-    tokenizer, positions = _tokenizer(model.tokenizer), model.info["positions"]
-    statement = fill(request.prompt, request.subject)
-    _check_target(tokenizer, statement.text, request.target_new, positions, "target_new")
-    if request.target_true is not None:
-        _check_target(tokenizer, statement.text, request.target_true, positions, "target_true")
-    token_span(tokenizer.encode(statement.text).offsets, statement.span)
-    for number, prompt in enumerate(request.probes.paraphrase):
-        with _field(f"probes.paraphrase.{number}"):
-            text = fill(prompt, request.subject).text if "{}" in prompt else prompt
-            check_tokens(tokenizer, text, request.target_new, positions)
-    for number, neighbour in enumerate(request.probes.neighborhood):
-        with _field(f"probes.neighborhood.{number}"):
-            check_tokens(tokenizer, neighbour.prompt, neighbour.target, positions)
-    recipe = Recipe.model_validate(model.info["recipe"]) if model.info.get("recipe") else None
-    resolve(recipe, request.hparams, model.info["layers"])
+    def _tell_undone(self, before: str, job: Resource) -> None:
+        if before == "queued":
+            metrics.JOBS_ENDED.labels(kind_of(job["id"]), job["status"]).inc()
+            self.broker.publish(job["id"], "end", job, last=True)
+        elif before == "running":
+            self.broker.cancel(job["id"])
+        elif job["status"] != before:
+            self.broker.wake()  # workers move to the new head
 
 
-def check_trace(request: TraceRequest, model: Model) -> None:
-    """All that can be known of a trace without running it."""
-    tokenizer = _tokenizer(model.tokenizer)
-    text, span = request.located()
-    check_tokens(tokenizer, text, request.target, model.info["positions"])
-    token_span(tokenizer.encode(text).offsets, span)
-    noise = request.noise
-    if isinstance(noise, str) and not NOISE.fullmatch(noise):
-        raise InvalidInput(
-            '`noise` is a number, or a multiple of the embeddings\' deviation such as "3sigma".', "noise"
-        )
-    if isinstance(noise, float) and not 0 <= noise < float("inf"):
-        raise InvalidInput("`noise` must not be negative, and finite.", "noise")
+def _check_count(session: Session, which: ColumnElement[bool], more: int, limit: int, what: str) -> None:
+    already = session.scalar(select(func.count()).select_from(Job).where(which)) or 0
+    if already + more > limit:
+        raise QueueFull(f"{already} {what} and at most {limit} may: try again later, or with fewer.")
 
 
-def _check_target(tokenizer: Tokenizer, text: str, target: str, positions: int, field: str) -> None:
+def _tried(ask: Callable[[], T], reasons: list[str]) -> T | None:
+    """What a dependency says, or the reason why it says nothing."""
     try:
-        check_tokens(tokenizer, text, target, positions)
-    except InvalidInput as error:
-        raise InvalidInput(error.detail, field if error.field == "target" else error.field) from None
+        return ask()
+    except Unavailable as error:
+        reasons += error.extra.get("reasons", [error.detail.rstrip(".")])
+        return None
 
 
-def _check_version(
-    session: Session, model: Model, version: Version, least: int | None = None, field: str = "version"
-) -> None:
-    head = ledger.head(session, model.fingerprint)
-    number = {"head": head, "base": 0}.get(version, version) if isinstance(version, str) else version
-    if not isinstance(number, int) or not 0 <= number <= head:
-        raise InvalidInput(
-            f"there is no version {version}: the newest is {head}, the base model is 0.", field
-        )
-    if least is not None and least > head:
-        raise InvalidInput(f"there is no version {least} yet: the newest is {head}.", "min_version")
-    if least is not None and least > number:
-        raise InvalidInput(f"version {number} is older than the `min_version` {least}.", "min_version")
-
-
-@contextmanager
-def _field(place: str) -> Iterator[None]:
-    """Errors inside name the part of the request that they speak of."""
-    try:
-        yield
-    except InvalidInput as error:
-        names = [name for name in (place, error.field) if name]
-        raise InvalidInput(error.detail, ".".join(names), **error.extra) from None
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(serialized: str) -> Tokenizer:
-    return Tokenizer.from_str(serialized)
+def _unready(listed: Sequence[Worker], due: int, waiting: dict[str, int]) -> list[str]:
+    """Why the service is not ready: nobody lives, nobody speaks at head, or work waits that nobody does."""
+    if not workers.serving(listed):
+        return ["no worker is alive"]
+    reasons = []
+    speaking = workers.serving(listed, "generate")
+    if not speaking:
+        reasons.append("no living worker does generate")
+    elif all(worker.version < due for worker in speaking):
+        reasons.append(f"no worker has reached version {due} yet")
+    for role, kinds in workers.ROLES.items():
+        count = sum(waiting.get(kind, 0) for kind in kinds)
+        if count and role != "generate" and not workers.serving(listed, role):
+            reasons.append(f"{count} jobs wait and no living worker does {role}")
+    return reasons
 
 
 # rows
@@ -461,33 +532,79 @@ def _resident(session: Session) -> Model:
     """The model that a worker came up with last."""
     model = session.scalar(select(Model).order_by(Model.registered.desc()).limit(1))
     if model is None:
-        raise Unavailable("no worker has loaded a model yet.", reasons=["no worker has loaded a model yet"])
+        raise _no_model()
     return model
 
 
-def _living(session: Session, model: Model) -> list[Worker]:
-    alive = Worker.heartbeat >= now() - timedelta(seconds=LEASE)
-    return list(
-        session.scalars(select(Worker).where(Worker.model == model.fingerprint, alive).order_by(Worker.id))
+def _no_model() -> Unavailable:
+    return Unavailable("no worker has loaded a model yet.", reasons=["no worker has loaded a model yet"])
+
+
+def _registration(model: Model) -> tuple[str, datetime]:
+    return model.fingerprint, model.registered
+
+
+#: which model is resident, since which registration, and its newest version
+_NEWEST = (
+    select(
+        Model.fingerprint,
+        Model.registered,
+        select(func.max(LedgerEntry.version))
+        .where(LedgerEntry.model == Model.fingerprint)
+        .scalar_subquery()
+        .label("head"),
     )
+    .order_by(Model.registered.desc())
+    .limit(1)
+)
 
 
-def _worker(worker: Worker) -> Resource:
-    return {
-        "id": worker.id,
-        "version": worker.version,
-        "digest": worker.digest,
-        "roles": worker.roles,
-        "heartbeat": ledger.moment(worker.heartbeat),
-        "started": ledger.moment(worker.started),
-    }
+def _active(model: Model) -> tuple[ColumnElement[bool], ...]:
+    applied = (Job.kind == "edit", Job.status == "applied", Job.version.is_not(None))
+    return Job.model == model.fingerprint, *applied
 
 
-def _found(session: Session, kind: str, job_id: str) -> Job:
+def _waiting(session: Session, model: Model) -> dict[str, int]:
+    """Queued jobs by kind."""
+    queued = and_(Job.model == model.fingerprint, Job.status == "queued")
+    return dict.fromkeys(JOBS, 0) | _counted(session, Job.kind, queued)
+
+
+def _counts(session: Session, model: Model) -> dict[str, int]:
+    """How many jobs wait, run, and were given up."""
+    wanted = or_(Job.status.in_(OPEN), and_(Job.status == "failed", Job.dead))
+    found = _counted(session, Job.status, and_(Job.model == model.fingerprint, wanted))
+    names = {"queued": "queued", "running": "running", "dead": "failed"}
+    return {name: found.get(status, 0) for name, status in names.items()}
+
+
+def _counted(session: Session, column: Any, which: ColumnElement[bool]) -> dict[str, int]:
+    rows = session.execute(select(column, func.count()).where(which).group_by(column))
+    return {str(value): count for value, count in rows}
+
+
+def _found(session: Session, kind: str | None, job_id: str) -> Job:
     job = session.get(Job, job_id) if job_id.isascii() and "\x00" not in job_id else None
-    if job is None or job.kind != kind:
-        raise NotFound(f"there is no {kind} {job_id!r}.")
+    if job is None or kind not in (None, job.kind):
+        raise NotFound(f"there is no {kind or 'job'} {job_id!r}.")
     return job
+
+
+def _held(session: Session, job: Job) -> Job:
+    """The job as it is now, kept from all others until the transaction ends."""
+    row = select(Job).where(Job.id == job.id).with_for_update()
+    return session.scalars(row.execution_options(populate_existing=True)).one()
+
+
+def _undo(session: Session, job: Job, actor: str) -> None:
+    """Take a job back, as far as it has come."""
+    if job.status == "queued":
+        job.status, job.ended, job.updated = "cancelled", now(), now()
+    elif job.status == "running":
+        job.cancel_requested, job.updated = True, now()
+    elif job.status in ("applied", "superseded") and job.version is not None:
+        ledger.append(session, job.model, ledger.REVERT, job, actor, _revert_body(job))
+    session.flush()
 
 
 def _job(kind: str, model: Model, request: dict[str, Any], actor: str) -> dict[str, Any]:
@@ -499,7 +616,8 @@ def _job(kind: str, model: Model, request: dict[str, Any], actor: str) -> dict[s
         "status": "queued",
         "request": request,
     }
-    return row | {"actor": actor, "created": at, "updated": at, "attempts": 0}
+    asked = {"actor": actor, "request_id": request_id.get() or None}
+    return row | asked | {"created": at, "updated": at, "attempts": 0}
 
 
 def _resources(session: Session, jobs: Sequence[Job]) -> list[Resource]:
@@ -516,31 +634,11 @@ def _revert_body(job: Job) -> dict[str, Any]:
     }
 
 
-def _words(text: str) -> str:
-    return " ".join(text.split())
-
-
-# pages
-
-
-def _check_limit(limit: int) -> None:
-    if not 1 <= limit <= MAX_PAGE:
-        raise InvalidInput(f"`limit` must be from 1 to {MAX_PAGE}.", "limit")
-
-
-def _cursor(last: str | int) -> str:
-    return base64.urlsafe_b64encode(json.dumps(last).encode()).decode().rstrip("=")
-
-
-def _read_cursor(cursor: str | None, kind: type[Last]) -> Last | None:
-    if cursor is None:
-        return None
-    try:
-        last = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-    except (binascii.Error, ValueError):
-        last = None
-    odd = isinstance(last, str) and not (last.isascii() and "\x00" not in last)
-    huge = isinstance(last, int) and not 0 <= last < 2**63
-    if type(last) is not kind or odd or huge:
-        raise InvalidInput("this cursor is not one that this list gave: start without one.", "cursor")
-    return last
+def _older(session: Session, last: str | None) -> tuple[ColumnElement[bool], ...]:
+    """What comes after a job in a list of all kinds, whose ids do not sort by time together."""
+    if last is None:
+        return ()
+    job = session.get(Job, last)
+    if job is None:
+        raise strange_cursor()
+    return (or_(Job.created < job.created, and_(Job.created == job.created, Job.id < job.id)),)

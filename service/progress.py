@@ -10,6 +10,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from service.errors import Unavailable
+
 T = TypeVar("T")
 
 
@@ -34,3 +36,12 @@ def finish(steps: Steps[T], report: Callable[[Progress], None] | None = None) ->
             return end.value  # type: ignore[no-any-return]
         if report is not None:
             report(progress)
+
+
+def persist(action: Callable[[], T]) -> Steps[T]:
+    """Do it, and do it again after a step for as long as what it needs is down. For what may be done twice."""
+    while True:
+        try:
+            return action()
+        except Unavailable:
+            yield Progress("wait for the store", 0, 1)

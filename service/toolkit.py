@@ -14,6 +14,7 @@ from service.covariance.moment import Statistics
 from service.covariance.store import statistics_steps
 from service.editors.contexts import LENGTHS, TOP_K, contexts_steps
 from service.editors.recipes import Recipe, read_recipe, recipe_for
+from service.ids import new_id
 from service.models.loading import LoadedModel
 from service.progress import Steps
 
@@ -54,7 +55,7 @@ class Toolkit:
                 self.contexts[count, seed] = yield from contexts_steps(self.model, count, seed)
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    part = path.with_suffix(".part")
+                    part = path.with_suffix("." + new_id("part"))  # other workers may share the folder
                     part.write_text(json.dumps(self.contexts[count, seed]), encoding="utf-8")
                     part.replace(path)
         return self.contexts[count, seed]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from service.covariance.corpus import Corpus
 from service.covariance.moment import MomentSum, Statistics
+from service.ids import new_id
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel
 from service.models.prompts import Batch, forward, pad
@@ -102,7 +103,7 @@ def statistics_steps(
     for layer in missing if folder else ():
         path = paths[layer]
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        part = path.with_suffix("." + new_id("part"))  # other workers may share the folder
         save_file({"moment": found[layer].moment}, part, {"count": str(found[layer].count)})
         part.replace(path)
     return {layer: found[layer] for layer in layers}

@@ -26,7 +26,7 @@ from torch import Tensor
 from service.covariance.moment import Statistics
 from service.editors.composition import Association
 from service.editors.recipes import RomeParameters
-from service.editors.values import Rows, rows, value_steps
+from service.editors.values import Place, Rows, Value, rows, value_steps, wide
 from service.models.hooks import add_path, capture, stop_after
 from service.models.loading import LoadedModel
 from service.models.prompts import Tokens, forward, pad
@@ -84,6 +84,11 @@ def _texts(found: Rows, parameters: RomeParameters) -> list[Tokens]:
     return found.prompts + (found.bare if parameters.bare_keys else [])
 
 
+def _averaged(seen: Tensor, found: Rows, parameters: RomeParameters) -> Tensor:
+    """Of what was seen at all texts, that which counts for the key: see `_texts`."""
+    return seen if parameters.bare_keys else seen[: found.size]
+
+
 def _mean(seen: Tensor, found: Rows, parameters: RomeParameters) -> Tensor:
     """The mean over the prompts, and half-and-half with the mean over the bare subjects where there are any.
 
@@ -114,7 +119,7 @@ def find_steps(
     edit: str = "",
 ) -> Steps[Found]:
     """Find the associations that make the model, as it stands (the base model), say `target` after the statement."""
-    found = rows(model, statement, target, contexts)
+    found = rows(model, statement, target, contexts, parameters.bare_keys)
     subject = words(statement.text[slice(*statement.span)])
     layers = sorted(parameters.layers)
     if len(layers) == 1:
@@ -132,21 +137,28 @@ def _one_layer(
     edit: str,
     subject: str,
 ) -> Steps[Found]:
-    layer = parameters.layers[0]
-    value = yield from value_steps(model, model.down(layer), found, parameters, parameters.clamp)
-    seen = _look(model, _texts(found, parameters), [layer], ())
+    place = Place(parameters.layers[0])
+    value = yield from value_steps(model, place, found, parameters, parameters.clamp)
     yield Progress("solve", 1, 1)
-    key = _mean(seen.keys[layer], found, parameters)
-    delta = value.delta.float()
+    return _solve(value, statistics[place.layer], found, parameters, edit, subject)
+
+
+def _solve(
+    value: Value, statistics: Statistics, found: Rows, parameters: RomeParameters, edit: str, subject: str
+) -> Found:
+    """The association of one layer from an optimised value."""
+    keys, values = (_averaged(wide(x), found, parameters) for x in (value.keys, value.values))
+    key = _mean(keys, found, parameters)
+    delta = value.delta
     if parameters.compat == "meng2022":
-        direction = statistics[layer].solve(key)
-        bare = seen.keys[layer][0].double().cpu()
+        direction = statistics.solve(key)
+        bare = keys[0].double().cpu()
         change = (delta.cpu().double() * (direction @ key.double().cpu()) / (direction @ bare)).float()
     elif parameters.anchor == "bare":
-        change = value.initial + delta - _mean(seen.values[layer], found, parameters)
+        change = value.initial + delta - _mean(values, found, parameters)
     else:
         change = delta
-    association = _association(edit, subject, statistics[layer], key, change)
+    association = _association(edit, subject, statistics, key, change)
     return Found([association], value.losses, float(delta.norm()), float(value.initial.norm()))
 
 
@@ -159,8 +171,7 @@ def _several_layers(
     subject: str,
 ) -> Steps[Found]:
     layers = sorted(parameters.layers)
-    top = model.block(layers[-1])
-    value = yield from value_steps(model, top, found, parameters, parameters.clamp)
+    value = yield from value_steps(model, Place(layers[-1], hidden=True), found, parameters, parameters.clamp)
     delta = value.delta.float()
     written: list[Association] = []
     wanted: Tensor | None = None

@@ -5,22 +5,28 @@
 delta (d,) is added to the output of one module at the subject's last token in every row: the prompt after each context,
 and the bare subject, whose next-token distribution the KL term holds (at the subject's last position: by causality no
 suffix such as "is a" could matter).
+
+Nothing constant is computed twice (methods G): what precedes the subject's last token is run once and leaves keys and
+values; the blocks up to the edited one are run once and leave their hidden states, in the same pass that reads the keys and
+the initial value; a step runs the blocks above on a few positions a row, and the head where the loss reads it. Several
+edits of one layer share a pass: their rows stand side by side and their deltas know nothing of each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from service.editors.recipes import RomeParameters
-from service.models.hooks import replace
+from service.models.blocks import Blocks, Passage, Past
+from service.models.hooks import capture, replace
 from service.models.loading import LoadedModel
-from service.models.prompts import Tokens, pad, tokens
+from service.models.prompts import Batch, Tokens, pad, tokens
 from service.progress import Progress, Steps
 from service.text import Statement, separator, token_span
 
@@ -31,12 +37,16 @@ class Rows:
 
     prompts: list[Tokens]
     targets: list[list[int]]
-    essence: Tokens  #: the bare subject
-    bare: list[Tokens]  #: the subject after each context, without the prompt
+    bare: list[Tokens]  #: the subject alone and, where the key is averaged over it, after each context
 
     @property
     def size(self) -> int:
         return len(self.prompts)
+
+    def texts(self) -> list[Tokens]:
+        """The prompts, each with its object but for the last token, which nothing follows; then the bare subjects."""
+        said = [Tokens(p.ids + t[:-1], p.subject) for p, t in zip(self.prompts, self.targets, strict=True)]
+        return said + [Tokens(b.ids[: b.last_subject + 1], b.subject) for b in self.bare]
 
 
 def _leads(contexts: Sequence[str]) -> list[str]:
@@ -44,8 +54,10 @@ def _leads(contexts: Sequence[str]) -> list[str]:
     return ["", *(f"{c}. " if c else "" for c in contexts)]
 
 
-def rows(model: LoadedModel, statement: Statement, target: str, contexts: Sequence[str]) -> Rows:
-    """Tokenise prompt and object together, once for each context that fits beside them."""
+def rows(
+    model: LoadedModel, statement: Statement, target: str, contexts: Sequence[str], bare: bool = False
+) -> Rows:
+    """Tokenise prompt and object together, once for each context that fits beside them; with `bare` the subject, too."""
     prompts, targets = [], []
     for lead in _leads(contexts):
         placed = statement.after(lead)
@@ -59,65 +71,152 @@ def rows(model: LoadedModel, statement: Statement, target: str, contexts: Sequen
     begin, end = statement.span
     subject = statement.text[begin:end]
     alone = Statement(subject, (0, len(subject)))
-    bare = [tokens(model, alone.after(lead)) for lead in _leads(contexts)]
-    return Rows(prompts, targets, bare[0], bare)
+    leads = _leads(contexts) if bare else [""]
+    return Rows(prompts, targets, [tokens(model, alone.after(lead)) for lead in leads])
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One edit that a value is wanted for."""
+
+    rows: Rows
+    parameters: RomeParameters
+    clamp: float
 
 
 @dataclass(frozen=True)
 class Value:
-    """What the optimisation found."""
+    """What the optimisation found, and what the pass before it saw at the subject's last token."""
 
     delta: Tensor  #: (d,)
-    initial: Tensor  #: v (d,): the module's output at the bare prompt's subject, before
     losses: list[float]
+    initial: Tensor  #: v (d,): what delta is added to, at the bare prompt
+    keys: Tensor  #: (texts, D): the down-projection's input, for all prompts and then all bare subjects
+    values: Tensor  #: (texts, d): its output
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where delta is added: to the output of a layer's down-projection, or to the hidden state after the layer."""
+
+    layer: int
+    hidden: bool = False
 
 
 @dataclass(frozen=True)
 class Suffixes:
-    """The rows from the subject's last token on. What stands before it is constant by causality: only its keys and
-    values in attention are kept (methods G.2), so a step computes a few positions a row in place of all."""
+    """Rows (B, A) from the subject's last token, in column 0, on: what a step starts from.
 
-    ids: Tensor  #: (B, A) right-padded; column 0 is the subject's last token
+    What stands before is constant by causality, and so is what lies below: of the one the keys and values are kept,
+    of the other the hidden states.
+    """
+
+    blocks: Blocks
+    ids: Tensor  #: (B, A) right-padded
     mask: Tensor  #: (B, P + A), over the left-padded prefixes and the suffixes
     positions: Tensor  #: (B, A)
-    prefix: DynamicCache
+    past: list[Past | None]  #: keys and values of the prefixes, by layer
+    passage: Passage
+    hidden: Tensor  #: (B, A, d) as they enter block `first`
+    first: int
+    module: nn.Module | None  #: where to add in block `first`; None: to `hidden` itself
 
-    def forward(self, model: LoadedModel) -> Tensor:
-        """Logits (B, A, V)."""
-        return model.model(  # type: ignore[no-any-return]
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=deepcopy(self.prefix),  # a pass appends to its cache
-            use_cache=True,
-        ).logits
+    def of(self, rows: Tensor) -> Suffixes:
+        """Some of the rows."""
+        ids, mask, positions = self.ids[rows], self.mask[rows], self.positions[rows]
+        passage = self.blocks.enter(ids, mask.shape[1] - ids.shape[1], None, positions, mask)
+        past = [p and (p[0][rows], p[1][rows]) for p in self.past]
+        return changed(
+            self,
+            ids=ids,
+            mask=mask,
+            positions=positions,
+            past=past,
+            passage=passage,
+            hidden=self.hidden[rows],
+        )
+
+    def forward(self, change: Tensor) -> Tensor:
+        """The last block's output (B, A, d) when `change` (B, d) is added at the subject's last token."""
+
+        def add(output: Tensor) -> Tensor:
+            shaped = output.view(*self.ids.shape, -1)
+            shaped[:, 0] += change.to(shaped.dtype)
+            return output
+
+        hidden = self.hidden if self.module else add(self.hidden.clone())
+        for layer in range(self.first, self.blocks.model.layers):
+            here = self.module if layer == self.first else None
+            with replace(here, add) if here else nullcontext():
+                hidden, _ = self.blocks.run(self.passage, layer, hidden, self.past[layer])
+        return hidden
 
 
-def suffixes(model: LoadedModel, found: Rows) -> Suffixes:
-    """All rows, objects without their last token, and last the bare subject; one pass over what precedes."""
-    texts = [p.ids + t[:-1] for p, t in zip(found.prompts, found.targets, strict=True)]
-    starts = [p.last_subject for p in found.prompts] + [found.essence.last_subject]
-    texts.append(found.essence.ids[: starts[-1] + 1])
-    before = pad([t[:s] for t, s in zip(texts, starts, strict=True)], model, side="left")
-    after = pad([t[s:] for t, s in zip(texts, starts, strict=True)], model)
-    cache = DynamicCache(config=model.model.config)
-    if before.ids.shape[1]:
-        with torch.no_grad():
-            model.model(
-                input_ids=before.ids,
-                attention_mask=before.mask,
-                position_ids=before.positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-    first = torch.tensor(starts, device=model.device)[:, None]
+@dataclass(frozen=True)
+class Seen:
+    """What the one pass over all rows shows at the subject's last token."""
+
+    keys: Tensor  #: (rows, D)
+    values: Tensor  #: (rows, d), the down-projection's output
+    initial: Tensor  #: (rows, d), what delta is added to
+
+
+def look(model: LoadedModel, texts: Sequence[Tokens], place: Place) -> tuple[Suffixes, Seen]:
+    """Run what is constant, once: the prefixes through all blocks, the suffixes up to the edited one."""
+    blocks, starts = Blocks(model), [t.last_subject for t in texts]
+    before = pad([t.ids[:s] for t, s in zip(texts, starts, strict=True)], model, side="left")
+    after = pad([t.ids[s:] for t, s in zip(texts, starts, strict=True)], model)
+    past = _prefix(model, blocks, before)
     mask = torch.cat([before.mask, after.mask], 1)
-    return Suffixes(after.ids, mask, first + after.positions, cache)
+    positions = torch.tensor(starts, device=model.device)[:, None] + after.positions
+    passage = blocks.enter(after.ids, before.ids.shape[1], None, positions, mask)
+    hidden = entering = passage.hidden
+    down = model.down(place.layer)
+    with capture({0: down}, "input") as keys, capture({0: down}) as values:
+        for layer in range(place.layer + 1):
+            entering = hidden
+            hidden, _ = blocks.run(passage, layer, hidden, past[layer])
+    first: tuple[int, Tensor, nn.Module | None] = (place.layer + 1, hidden, None)
+    at = slice(None), 0
+    outputs = values[0].reshape(*after.ids.shape, -1)[at].clone()
+    if not place.hidden and not _adds(blocks, passage, place.layer, entering, hidden, past[place.layer]):
+        first = (place.layer, entering, down)
+    suffixes = Suffixes(blocks, after.ids, mask, positions, past, passage, first[1], first[0], first[2])
+    found = keys[0].reshape(*after.ids.shape, -1)[at].clone()
+    return suffixes, Seen(found, outputs, hidden[at].clone() if place.hidden else outputs)
+
+
+def _prefix(model: LoadedModel, blocks: Blocks, before: Batch) -> list[Past | None]:
+    """Keys and values of what precedes, by layer; a row without anything before it is all padding."""
+    if not before.ids.shape[1]:
+        return [None] * model.layers
+    passage = blocks.enter(before.ids, 0, None, before.positions, before.mask)
+    hidden = passage.hidden
+    past: list[Past | None] = []
+    for layer in range(model.layers):
+        hidden, kept = blocks.run(passage, layer, hidden, None)
+        past.append(kept)
+    return past
+
+
+def _adds(
+    blocks: Blocks, passage: Passage, layer: int, entering: Tensor, hidden: Tensor, past: Past | None
+) -> bool:
+    """Whether what is added to the down-projection's output comes out of the block as it is; not with a norm behind it."""
+    probe = hidden[:, 0].detach().roll(1, -1)
+
+    def add(output: Tensor) -> Tensor:
+        output.view(*hidden.shape[:2], -1)[:, 0] += probe
+        return output
+
+    with replace(blocks.model.down(layer), add):
+        moved, _ = blocks.run(passage, layer, entering, past)
+    return torch.allclose(moved[:, 0], hidden[:, 0] + probe, rtol=1e-2, atol=1e-2 * float(probe.abs().max()))
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Where the object's tokens are to be said: row, column of the suffix, token, and weight 1 / |o|; flat, (N,) each."""
+    """Where an object's tokens are to be said: row, column of the suffix, token, and weight 1 / |o|; flat, (N,) each."""
 
     row: Tensor
     column: Tensor
@@ -125,59 +224,129 @@ class Wanted:
     weight: Tensor
 
 
-def _wanted(found: Rows, device: torch.device) -> Wanted:
+def _wanted(rows: Rows, first: int, device: torch.device) -> Wanted:
+    """Of the rows of one edit, which stand from `first` on."""
     places = [
-        (i, len(p.ids) - 1 - p.last_subject + j, token, 1 / len(t))
-        for i, (p, t) in enumerate(zip(found.prompts, found.targets, strict=True))
+        (first + i, len(p.ids) - 1 - p.last_subject + j, token, 1 / len(t))
+        for i, (p, t) in enumerate(zip(rows.prompts, rows.targets, strict=True))
         for j, token in enumerate(t)
     ]
-    row, column, token, weight = zip(*places, strict=True)
-    return Wanted(*(torch.tensor(x, device=device) for x in (row, column, token, weight)))
+    *indices, weights = zip(*places, strict=True)
+    row, column, token = (torch.tensor(x, device=device) for x in indices)
+    return Wanted(row, column, token, torch.tensor(weights, dtype=torch.float64, device=device))
+
+
+@dataclass(eq=False)
+class Search:
+    """One edit's delta on its way down its loss. It knows nothing of the searches beside it."""
+
+    wish: Wish
+    initial: Tensor
+    delta: Tensor
+    adam: torch.optim.Adam
+    essence: Tensor | None = None  #: log-probabilities after the bare subject, before any change
+    losses: list[float] = field(default_factory=list)
+    ended: bool = False
+
+    @classmethod
+    def start(cls, wish: Wish, initial: Tensor) -> Search:
+        initial = wide(initial)
+        delta = torch.zeros_like(initial, requires_grad=True)
+        return cls(wish, initial, delta, torch.optim.Adam([delta], lr=wish.parameters.learning_rate))
+
+    def loss(self, said: Tensor, wanted: Wanted, now: Tensor) -> Tensor:
+        """From the log-probabilities where the object is said (N, V) and after the bare subject (V,)."""
+        parameters = self.wish.parameters
+        nll = (
+            -(said.gather(1, wanted.token[:, None])[:, 0] * wanted.weight.to(said.dtype)).sum()
+            / self.wish.rows.size
+        )
+        if self.essence is None:
+            self.essence = now.detach().clone()
+        kl = (self.essence.exp() * (self.essence - now)).sum()
+        decay = parameters.weight_decay * self.delta.norm() / self.initial.norm() ** 2
+        loss: Tensor = nll + parameters.kl_factor * kl + decay
+        self.losses.append(loss.item())
+        self.ended = self.losses[-1] < parameters.stop_loss or len(self.losses) == parameters.steps
+        return loss
+
+    def step(self, gradient: Tensor) -> None:
+        """One update, kept inside the clamp."""
+        self.delta.grad = gradient
+        self.adam.step()
+        with torch.no_grad():
+            limit = self.wish.clamp * self.initial.norm()
+            if self.delta.norm() > limit:
+                self.delta.mul_(limit / self.delta.norm())
+
+
+class Round:
+    """The searches that go on, side by side: which rows are whose, and what of them the loss reads."""
+
+    def __init__(self, every: Suffixes, searches: Sequence[Search], rows: Mapping[Search, range]) -> None:
+        device = every.ids.device
+        self.searches = searches
+        self.suffixes = every.of(torch.tensor([i for s in searches for i in rows[s]], device=device))
+        sizes = [len(rows[s]) for s in searches]
+        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.owner = torch.repeat_interleave(torch.tensor(sizes)).to(device)
+        self.wanted = [_wanted(s.wish.rows, at, device) for s, at in zip(searches, firsts, strict=True)]
+        essences = torch.tensor(
+            [at + size - 1 for at, size in zip(firsts, sizes, strict=True)], device=device
+        )
+        self.row = torch.cat([*(w.row for w in self.wanted), essences])
+        self.column = torch.cat([*(w.column for w in self.wanted), torch.zeros_like(essences)])
+
+    def losses(self) -> list[Tensor]:
+        """Each search's loss at its delta, from one pass for all."""
+        change = torch.stack([s.delta for s in self.searches])[self.owner]
+        hidden = self.suffixes.forward(change)[self.row, self.column]
+        logp = wide(self.suffixes.blocks.logits(hidden)).log_softmax(-1)
+        *said, now = torch.split(logp, [*(len(w.row) for w in self.wanted), len(self.searches)])
+        together = zip(self.searches, said, self.wanted, now, strict=True)
+        return [search.loss(s, w, n) for search, s, w, n in together]
 
 
 def value_steps(
-    model: LoadedModel, module: nn.Module, found: Rows, parameters: RomeParameters, clamp: float
+    model: LoadedModel, place: Place, rows: Rows, parameters: RomeParameters, clamp: float
 ) -> Steps[Value]:
-    """Optimise delta at the output of `module` with Adam; at most `steps - 1` updates, as published."""
-    texts = suffixes(model, found)
-    wanted = _wanted(found, model.device)
-    delta = torch.zeros(model.width, device=model.device, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=parameters.learning_rate)
-    initial: Tensor | None = None
-    essence: Tensor | None = None
-    losses: list[float] = []
-    yield Progress("optimise", 0, parameters.steps)
+    """Optimise delta with Adam; at most `steps - 1` updates, as published."""
+    (value,) = yield from values_steps(model, place, [Wish(rows, parameters, clamp)])
+    return value
 
-    def add(output: Tensor) -> Tensor:
-        nonlocal initial
-        shaped = output.view(*texts.ids.shape, -1)
-        if initial is None:
-            initial = shaped[0, 0].detach().float().clone()
-        shaped[:, 0] += delta.to(shaped.dtype)
-        return output
 
-    for step in range(parameters.steps):
-        with torch.enable_grad(), replace(module, add):
-            logits = texts.forward(model)
-            said = logits[wanted.row, wanted.column].float().log_softmax(-1)
-            nll = -(said.gather(1, wanted.token[:, None])[:, 0] * wanted.weight).sum() / found.size
-            now = logits[-1, 0].float().log_softmax(-1)
-            if essence is None:
-                essence = now.detach().clone()
-            kl = (essence.exp() * (essence - now)).sum()
-            assert initial is not None
-            scale = initial.norm()
-            loss = nll + parameters.kl_factor * kl + parameters.weight_decay * delta.norm() / scale**2
-            losses.append(loss.item())
-            if losses[-1] < parameters.stop_loss or step == parameters.steps - 1:
-                break
-            (gradient,) = torch.autograd.grad(loss, delta)
-        delta.grad = gradient
-        optimizer.step()
-        with torch.no_grad():
-            limit = clamp * scale
-            if delta.norm() > limit:
-                delta.mul_(limit / delta.norm())
-        yield Progress("optimise", step + 1, parameters.steps)
-    assert initial is not None
-    return Value(delta.detach(), initial, losses)
+def values_steps(model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> Steps[list[Value]]:
+    """The values of several edits of one place, each as it would be found alone."""
+    texts = [w.rows.texts() for w in wishes]
+    suffixes, seen = look(model, [t for some in texts for t in some], place)
+    firsts = [sum(map(len, texts[:i])) for i in range(len(texts))]
+    searches = [Search.start(w, seen.initial[at]) for w, at in zip(wishes, firsts, strict=True)]
+    # of an edit's texts its prompts and the bare subject alone are optimised on
+    rows = {s: range(at, at + s.wish.rows.size + 1) for s, at in zip(searches, firsts, strict=True)}
+    total = max(w.parameters.steps for w in wishes)
+    yield Progress("optimise", 0, total)
+    going: list[Search] = []
+    for step in range(total):
+        if still := [s for s in searches if not s.ended]:
+            with torch.enable_grad():
+                if still != going:
+                    going, turn = still, Round(suffixes, still, rows)
+                losses = {s: x for s, x in zip(going, turn.losses(), strict=True) if not s.ended}
+                deltas = [s.delta for s in losses]
+                gradients = torch.autograd.grad(sum(losses.values()), deltas) if losses else ()  # type: ignore[arg-type]
+            for search, gradient in zip(losses, gradients, strict=True):
+                search.step(gradient)
+        if all(s.ended for s in searches):
+            break
+        yield Progress("optimise", step + 1, total)
+    return [
+        Value(
+            s.delta.detach(), s.losses, s.initial, seen.keys[at : at + len(t)], seen.values[at : at + len(t)]
+        )
+        for s, at, t in zip(searches, firsts, texts, strict=True)
+    ]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least single precision."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -5,12 +5,21 @@ The row in the store is the truth and the broker only rings the bell: losing a b
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from service.errors import Unavailable
+
 #: every kind of work, most urgent first
 KINDS = ("generate", "compare", "edit", "trace", "evaluation")
+#: the kinds whose message is the whole request; the others are rows
+CALLS = ("generate", "compare")
+JOBS = tuple(kind for kind in KINDS if kind not in CALLS)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,14 +42,34 @@ class Delivery:
     kind: str
     job_id: str
     payload: dict[str, Any] = field(default_factory=dict)
+    request_id: str = ""  #: of the HTTP request behind a call; that of a job is in its row
+    deliveries: int = 1  #: how often it was handed out, this time included: more than once when workers died
+
+
+@dataclass(frozen=True)
+class Message:
+    """One thing to publish."""
+
+    channel: str
+    name: str
+    data: dict[str, Any]
+    last: bool = False
 
 
 class Broker(Protocol):
     def announce(self, job_id: str, kind: str) -> None:
         """Ring the bell for a job that is a committed row. Ringing again while it waits changes nothing."""
 
-    def call(self, kind: str, payload: dict[str, Any]) -> str:
-        """Ask for a generation or a comparison: the message is the whole request. Returns its channel."""
+    def call(
+        self, kind: str, payload: dict[str, Any], request_id: str = "", channel: str | None = None
+    ) -> str:
+        """Ask for a generation or a comparison: the message is the whole request. Returns its channel.
+
+        With a `channel` the same call is asked again, because the broker lost it (`knows` says so).
+        """
+
+    def knows(self, channel: str) -> bool:
+        """Whether a call waits or is worked on. False once it has ended, or when the broker has lost it."""
 
     def take(self, kinds: Sequence[str], limit: int, timeout: float) -> list[Delivery]:
         """Up to `limit` deliveries of one kind, the first of `kinds` that has any, oldest first.
@@ -48,21 +77,36 @@ class Broker(Protocol):
         Waits at most `timeout` seconds for the first one (0: not at all) and returns nothing after `wake`.
         """
 
+    def owns(self, delivery: Delivery) -> bool:
+        """Whether the delivery is still this worker's: not once its lease ran out and another may have it.
+
+        What this broker publishes on the channel of a call that it no longer owns is dropped.
+        """
+
     def done(self, delivery: Delivery) -> None:
-        """The delivery is dealt with."""
+        """The delivery is dealt with. Harmless when it is no longer owned."""
 
     def give_back(self, delivery: Delivery) -> None:
-        """The delivery was not begun: it waits again, before all others of its kind."""
+        """The delivery was not begun: it waits again, before all others of its kind. Harmless when not owned."""
 
     def publish(self, channel: str, name: str, data: dict[str, Any], last: bool = False) -> None:
         """Tell the listeners of a channel; `last` closes it, and what is published after that is dropped."""
+
+    def publish_all(self, messages: Sequence[Message]) -> None:
+        """Publish several things in order, in one go where that is faster."""
 
     def events(self, channel: str, after: str | None = None) -> AsyncIterator[Event]:
         """The kept events after that id, then the live ones; ends after the last.
 
         A channel that nobody has published on is listened to until somebody does. A channel keeps only its
         newest events, so the last one must say everything that a late listener needs.
+
+        When a call was taken over from a worker that died after it had spoken, an event "restart" comes first: what
+        was heard before it is void, and the whole answer follows.
         """
+
+    def forget(self, channel: str) -> None:
+        """Drop all that was said on a channel, its end and its cancel: a job that is tried again speaks anew."""
 
     def cancel(self, channel: str) -> None:
         """Ask whoever works for this channel to stop."""
@@ -76,5 +120,17 @@ class Broker(Protocol):
     def waiting(self, kind: str) -> int:
         """How many deliveries of this kind wait to be taken."""
 
+    def oldest(self, kind: str) -> float:
+        """For how many seconds the oldest of them has waited; 0 when none does."""
+
     def close(self) -> None:
         """End every `take` and every `events`."""
+
+
+@contextmanager
+def told(job_id: str) -> Iterator[None]:
+    """News after a commit are never a reason to fail: whoever misses them reads the row, and a sweep rings again."""
+    try:
+        yield
+    except Unavailable as error:
+        log.warning("news lost", extra={"job": job_id, "detail": error.detail})

@@ -7,30 +7,38 @@ a worker whose job was taken over can no longer write anything.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import ColumnElement, and_, delete, or_, select, true, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from service.errors import Cancelled, Conflict, LeaseLost, NotFound, PalimpsestError
-from service.jobs.broker import Broker
+from service import faults, metrics
+from service.errors import Cancelled, Conflict, Disagrees, LeaseLost, NotFound, PalimpsestError
+from service.ids import kind_of
+from service.jobs import attestations, workers
+from service.jobs.broker import Broker, told
 from service.jobs.resources import OPEN, Resource, resource
 from service.ledger import ledger
 from service.progress import Progress
 from service.store.database import Database
-from service.store.tables import Attestation, Factors, Job, Model, Worker, now, plain
+from service.store.tables import Factors, Job, Model, Worker, now, plain
+
+log = logging.getLogger(__name__)
 
 LEASE = 30.0  #: seconds without a heartbeat after which a worker counts as dead
 ROW_SECONDS = 0.5  #: progress is written to the row at most this often
-SWEEP_LIMIT = 1000
+SWEEP_LIMIT = 1000  #: bells rung at once
+PRUNE_SECONDS = 3600.0  #: between two looks for workers long gone
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,14 @@ class RunningJob:
     subject: str
     fact_key: str | None
     dry_run: bool
+    request_id: str = ""  #: of the HTTP request that asked for it
 
 
 class Desk:
     """One worker's view of the jobs of its model. Safe to share between threads.
+
+    A commit whose answer is lost leaves the caller in doubt (Unavailable): every method can then be called again with
+    the same arguments, and finds out by itself whether it was carried out.
 
     `sole` says that no other worker exists (the embedded wiring): whatever another one left running is an orphan at
     once, not only when its lease is over.
@@ -76,6 +88,8 @@ class Desk:
         self._written: dict[str, float] = {}  # job id -> when its progress was last written to the row
         self._cancelled: set[str] = set()
         self._running: set[str] = set()  # begun and not ended by this very object
+        self._row: dict[str, Any] = {}  # this worker's own, while it is registered
+        self._pruned = float("-inf")
 
     # the worker itself
 
@@ -85,7 +99,7 @@ class Desk:
         name, at = str(info.get("name", self.model)), now()
         model = {"name": name, "info": plain(info), "tokenizer": tokenizer_json, "registered": at}
         worker = {"id": self.worker, "model": self.model, "roles": list(roles), "version": 0, "digest": None}
-        process = {"heartbeat": at, "started": at, "host": socket.gethostname(), "pid": os.getpid()}
+        process = {"started": at, "host": socket.gethostname(), "pid": os.getpid(), "reason": None}
         with (
             suppress(IntegrityError),
             self.database.session() as session,
@@ -94,52 +108,90 @@ class Desk:
                 session.add(Model(fingerprint=self.model, created=at, **model))
         with self.database.session() as session:
             session.execute(update(Model).where(Model.fingerprint == self.model).values(model))
-            session.merge(Worker(**worker, **process))
+            session.merge(Worker(**worker, **process, heartbeat=at))
+        self._row = worker | process
 
     def heartbeat(self, version: int, digest: str | None = None) -> None:
-        """This worker lives, and stands at a version."""
-        with self.database.session() as session:
-            changes: dict[str, Any] = {"heartbeat": now(), "version": version, "digest": digest}
-            session.execute(update(Worker).where(Worker.id == self.worker).values(changes))
-
-    def leave(self) -> None:
-        """This worker stops: what it still has running may be taken over at once."""
+        """This worker lives, and stands at a version. Its row is made again when it was struck out meanwhile."""
+        standing: dict[str, Any] = {"heartbeat": now(), "version": version, "digest": digest}
         with self.database.session() as session:
             if worker := session.get(Worker, self.worker):
-                session.delete(worker)
+                worker.heartbeat, worker.version, worker.digest = standing.values()
+            elif self._row:
+                session.add(Worker(**self._row | standing))
+
+    def leave(self) -> None:
+        """This worker stops: what it still has running may be taken over at once. One that withdrew stays listed."""
+        self._row = {}
+        with self.database.session() as session:
+            session.execute(delete(Worker).where(Worker.id == self.worker, Worker.reason.is_(None)))
+
+    def strangers(self) -> list[str]:
+        """The living workers that have another model resident, in words: two models are not served side by side."""
+        with self.database.read() as session:
+            return workers.strangers(session, self.model, self.lease)
 
     def attest(self, version: int, digest: str) -> None:
-        """The weights at this version have this digest here."""
+        """The weights at this version have this digest here.
+
+        Raises Disagrees when more workers say otherwise: this one is withdrawn then, and must serve nothing any more.
+        """
         with self.database.session() as session:
-            session.merge(
-                Attestation(
-                    model=self.model,
-                    version=version,
-                    worker=self.worker,
-                    digest=digest,
-                    device=self.device,
-                    at=now(),
-                )
+            ledger.lock(session, self.model)
+            attestations.attest(session, self.model, version, self.worker, digest, self.device)
+            reference = attestations.reference(session, self.model, version, self.device, self.lease)
+            if reference == digest:
+                return
+            reason = (
+                f"its weights at version {version} have the digest {digest[:12]} and those of the others "
+                f"{str(reference)[:12]}: see that the model's files, the libraries and the memory are sound and like theirs."
             )
+            self._withdraw(session, reason)
+        raise Disagrees(f"this worker takes itself out: {reason}")
+
+    def withdraw(self, reason: str) -> None:
+        """This worker takes itself out: its word counts no longer, and what it has running may be taken over."""
+        with self.database.session() as session:
+            ledger.lock(session, self.model)
+            self._withdraw(session, reason)
+
+    def _withdraw(self, session: Session, reason: str) -> None:
+        attestations.withdraw(session, self.model, self.worker)
+        session.execute(update(Worker).where(Worker.id == self.worker).values(reason=reason, heartbeat=now()))
 
     def sweep(self) -> int:
-        """Ring the bell for every job that waits or whose worker died; returns how many. Ringing twice is harmless."""
-        with self.database.read() as session:
-            open_jobs = select(Job).where(Job.model == self.model, Job.status.in_(OPEN))
-            found = [
-                (job.id, job.kind)
-                for job in session.scalars(open_jobs.order_by(Job.id).limit(SWEEP_LIMIT))
-                if job.status == "queued" or self._orphaned(session, job)
-            ]
-        for job_id, kind in found:
-            self.broker.announce(job_id, kind)
-        return len(found)
+        """Ring the bell for every job whose bell was lost or whose worker died; returns how many it rang for.
 
-    def _orphaned(self, session: Session, job: Job) -> bool:
-        if job.worker == self.worker:  # of an earlier life under the same name, unless begun here
-            return job.id not in self._running
-        worker = session.get(Worker, job.worker)
-        return self.sole or worker is None or worker.heartbeat < now() - self.lease
+        Every worker sweeps: ringing twice is harmless. Where as many deliveries wait as rows, none was lost.
+        """
+        with self.database.read() as session:
+            open_jobs = (
+                select(Job.id, Job.kind, Job.status)
+                .outerjoin(Worker, Worker.id == Job.worker)
+                .where(Job.model == self.model, or_(Job.status == "queued", self._orphaned()))
+                .order_by(Job.id)
+            )
+            found = session.execute(open_jobs).all()
+        queued = Counter(row.kind for row in found if row.status == "queued")
+        lost = {kind for kind, rows in queued.items() if self.broker.waiting(kind) < rows}
+        silent = [row for row in found if row.status != "queued" or row.kind in lost][:SWEEP_LIMIT]
+        for row in silent:
+            self.broker.announce(row.id, row.kind)
+        self._prune()
+        return len(silent)
+
+    def _orphaned(self) -> ColumnElement[bool]:
+        """A job that runs and has no worker: it left, died or took itself out, or knows nothing of it any more."""
+        mine = and_(Job.worker == self.worker, Job.id.not_in(self._running.copy()))
+        gone = true() if self.sole else or_(Worker.id.is_(None), ~workers.living(self.lease))
+        return and_(Job.status == "running", or_(mine, and_(Job.worker != self.worker, gone)))
+
+    def _prune(self) -> None:
+        if time.monotonic() - self._pruned < PRUNE_SECONDS:
+            return
+        with self.database.session() as session:
+            workers.prune(session)
+        self._pruned = time.monotonic()
 
     # one job
 
@@ -150,21 +202,29 @@ class Desk:
             job = self._locked(session, job_id)
             if job is None or job.model != self.model or job.status not in OPEN:
                 return None
-            if job.status == "running" and not self._orphaned(session, job):
+            if job.status == "running" and not self._is_orphan(session, job):
                 return None
             if job.cancel_requested:
+                job.worker = None
                 ended = _end(session, job, "cancelled")
             elif job.attempts >= self.max_attempts:
-                detail = f"its worker died {job.attempts} times while it ran; it is not tried again."
-                error = {"title": "The job was given up", "detail": detail}
-                ended = _end(session, job, "failed", error=error)
+                ended = _give_up(session, job)
             else:
                 begun = self._begin(job)
+                # who begins a job lives, also when it slept so long that its heartbeat says otherwise
+                session.execute(update(Worker).where(Worker.id == self.worker).values(heartbeat=now()))
+            session.flush()
+            faults.reach("start.before_commit")
+        faults.reach("start.after_commit")
         if ended:
             self._announce_end(ended)
         if begun:
             self._running.add(begun.id)
         return begun
+
+    def _is_orphan(self, session: Session, job: Job) -> bool:
+        orphan = select(Job.id).outerjoin(Worker, Worker.id == Job.worker)
+        return session.scalar(orphan.where(Job.id == job.id, self._orphaned())) is not None
 
     def _begin(self, job: Job) -> RunningJob:
         job.status, job.worker, job.attempts = "running", self.worker, job.attempts + 1
@@ -172,16 +232,36 @@ class Desk:
         job.progress = None
         self._cancelled.discard(job.id)
         return RunningJob(
-            job.id, job.kind, job.attempts, job.request, job.actor, job.subject, job.fact_key, job.dry_run
+            job.id,
+            job.kind,
+            job.attempts,
+            job.request,
+            job.actor,
+            job.subject,
+            job.fact_key,
+            job.dry_run,
+            job.request_id or "",
         )
 
     def release(self, job: RunningJob) -> None:
         """Put a job back that this worker cannot finish because it stops; the attempt does not count."""
+        ended = None
         with self.database.session() as session:
-            row = self._mine(session, job)
-            row.status, row.worker, row.attempts, row.updated = "queued", None, job.attempt - 1, now()
+            row = self._mine(session, job, or_ended=True)
+            if row.status == "running":
+                row.status, row.worker, row.attempts, row.updated = "queued", None, job.attempt - 1, now()
+            else:
+                ended = resource(session, row)
+        if ended:
+            self._announce_end(ended)
+            return
         self._forget(job.id)
-        self.broker.announce(job.id, job.kind)
+        with told(job.id):
+            self.broker.announce(job.id, job.kind)
+
+    def abandon(self, job: RunningJob) -> None:
+        """This worker does a job no longer and cannot write so: the sweep finds it, and it is tried again."""
+        self._forget(job.id)
 
     def progress(self, job: RunningJob, progress: Progress) -> None:
         """Tell the listeners at once, and the row every now and then. Raises LeaseLost when the job was taken over."""
@@ -212,24 +292,32 @@ class Desk:
         Raises Conflict when the head is not the expected one (look at the edit again at the new head and come back),
         Cancelled when a cancel came first, LeaseLost when the job was taken over. Nothing is written then.
         """
-        sha256 = hashlib.sha256(factors).hexdigest()
-        what = {name: job.request.get(name) for name in ("subject", "prompt", "target_new", "target_true")}
         try:
             with self.database.session() as session:
-                found = ledger.lock(session, self.model)
-                row = self._mine(session, job)
-                if row.cancel_requested:
-                    raise Cancelled("the edit was cancelled before it landed.")
-                if found != expected_head:
-                    raise Conflict(f"head moved from {expected_head} to {found}.", head=found)
-                session.add(Factors(edit_id=job.id, data=factors, sha256=sha256))
-                body = {**body, **what, "factors_sha256": sha256, "model": self.model}
-                entry = ledger.append(session, self.model, ledger.APPLY, row, row.actor, body)
-                ended = _end(session, row, "applied", result)
+                head = ledger.lock(session, self.model)
+                row = self._mine(session, job, or_ended=True)
+                if row.status == "running":
+                    _check_landing(row, head, expected_head)
+                    self._land(session, row, factors, body, result)
+                version, ended = row.version, resource(session, row)
+                faults.reach("apply.before_commit")
         except IntegrityError as error:  # the lock makes this impossible; the schema makes it certain
             raise Conflict(f"head moved from {expected_head}.") from error
+        faults.reach("apply.after_commit")
         self._announce_end(ended)
-        return entry.version
+        if version is None:
+            raise LeaseLost(f"{job.id} has ended without landing.")
+        return version
+
+    def _land(
+        self, session: Session, row: Job, factors: bytes, body: dict[str, Any], result: dict[str, Any]
+    ) -> None:
+        sha256 = hashlib.sha256(factors).hexdigest()
+        what = {name: row.request.get(name) for name in ("subject", "prompt", "target_new", "target_true")}
+        session.add(Factors(edit_id=row.id, data=factors, sha256=sha256))
+        body = {**body, **what, "factors_sha256": sha256, "model": self.model}
+        ledger.append(session, self.model, ledger.APPLY, row, row.actor, body)
+        _end(session, row, "applied", result)
 
     def finish(self, job: RunningJob, status: str, result: dict[str, Any] | None = None) -> None:
         """End a job that leaves the ledger as it is."""
@@ -246,13 +334,17 @@ class Desk:
 
     def _finish(self, job: RunningJob, status: str, **values: Any) -> None:
         with self.database.session() as session:
-            ended = _end(session, self._mine(session, job), status, **values)
+            row = self._mine(session, job, or_ended=True)
+            running = row.status == "running"
+            ended = _end(session, row, status, **values) if running else resource(session, row)
         self._announce_end(ended)
 
     def _announce_end(self, ended: Resource) -> None:
-        """After the commit, and never a reason to fail: whoever missed the news reads the row."""
         self._forget(ended["id"])
-        self.broker.publish(ended["id"], "end", ended, last=True)
+        metrics.JOBS_ENDED.labels(kind_of(ended["id"]), ended["status"]).inc()
+        with told(ended["id"]):
+            self.broker.publish(ended["id"], "end", ended, last=True)
+        faults.reach("end.after_publish")
 
     def _forget(self, job_id: str) -> None:
         self._written.pop(job_id, None)
@@ -262,20 +354,23 @@ class Desk:
     def _locked(self, session: Session, job_id: str) -> Job | None:
         return session.scalar(select(Job).where(Job.id == job_id).with_for_update())
 
-    def _mine(self, session: Session, job: RunningJob) -> Job:
-        """The row, held for this transaction, if this attempt still owns it."""
+    def _mine(self, session: Session, job: RunningJob, or_ended: bool = False) -> Job:
+        """The row, held for this transaction, if this attempt still owns it.
+
+        `or_ended`: also if this very attempt has ended it before, and was left in doubt whether that was committed.
+        """
         row = self._locked(session, job.id)
-        owned = row is not None and row.status == "running" and row.worker == self.worker
-        if row is None or not owned or row.attempts != job.attempt:
-            self._forget(job.id)
-            raise LeaseLost(f"attempt {job.attempt} at {job.id} is no longer the running one.")
-        return row
+        mine = row is not None and (row.worker, row.attempts) == (self.worker, job.attempt)
+        if row is not None and mine and (row.status == "running" or (or_ended and row.status not in OPEN)):
+            return row
+        self._forget(job.id)
+        raise LeaseLost(f"attempt {job.attempt} at {job.id} is no longer the running one.")
 
     # the ledger
 
     def head(self) -> int:
-        with self.database.read() as session:
-            return ledger.head(session, self.model)
+        with self.database.glance() as connection:
+            return ledger.head(connection, self.model)
 
     def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, Any]]]:
         """(edit id, factors, the body of its entry) of the edits active at a version, in canonical order."""
@@ -289,6 +384,20 @@ def forget_workers(database: Database) -> None:
     """Strike out all workers: for the embedded wiring as it starts, where whoever is still listed was killed."""
     with database.session() as session:
         session.execute(delete(Worker))
+
+
+def _check_landing(row: Job, head: int, expected_head: int) -> None:
+    if row.cancel_requested:
+        raise Cancelled("the edit was cancelled before it landed.")
+    if head != expected_head:
+        raise Conflict(f"head moved from {expected_head} to {head}.", head=head)
+
+
+def _give_up(session: Session, job: Job) -> Resource:
+    """The job has killed too many workers, or met too many that died: a person may look, and retry it."""
+    detail = f"its worker died {job.attempts} times while it ran; it is not tried again."
+    job.worker, job.dead = None, True  # nobody's: a worker that was only frozen has not ended it
+    return _end(session, job, "failed", error={"title": "The job was given up", "detail": detail})
 
 
 def _end(

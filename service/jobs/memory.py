@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.ids import new_id
-from service.jobs.broker import KINDS, Delivery, Event
+from service.jobs.broker import KINDS, Delivery, Event, Message
 
 Listener = tuple[asyncio.AbstractEventLoop, asyncio.Event]
 
@@ -44,6 +44,7 @@ class MemoryBroker:
         self._arrived = threading.Condition(self._lock)
         self._queues: dict[str, OrderedDict[str, Delivery]] = {kind: OrderedDict() for kind in KINDS}
         self._taken: dict[str, Delivery] = {}
+        self._since: dict[str, float] = {}  # what waits, and since when
         self._channels: OrderedDict[str, _Channel] = OrderedDict()  # the one touched last comes last
         self._ended: OrderedDict[str, _Channel] = OrderedDict()  # closed channels, oldest first
         self._ended_events = 0
@@ -58,14 +59,22 @@ class MemoryBroker:
         with self._arrived:
             if job_id not in self._queues[kind]:
                 self._queues[kind][job_id] = Delivery(new_id("bell"), kind, job_id)
+                self._since[job_id] = time.monotonic()
                 self._arrived.notify_all()
 
-    def call(self, kind: str, payload: dict[str, Any]) -> str:
-        channel = new_id("call")
+    def call(
+        self, kind: str, payload: dict[str, Any], request_id: str = "", channel: str | None = None
+    ) -> str:
+        channel = channel or new_id("call")
         with self._arrived:
-            self._queues[kind][channel] = Delivery(channel, kind, channel, payload)
+            self._queues[kind][channel] = Delivery(channel, kind, channel, payload, request_id)
+            self._since[channel] = time.monotonic()
             self._arrived.notify_all()
         return channel
+
+    def knows(self, channel: str) -> bool:
+        with self._lock:
+            return channel in self._taken or any(channel in queue for queue in self._queues.values())
 
     def take(self, kinds: Sequence[str], limit: int, timeout: float) -> list[Delivery]:
         deadline = time.monotonic() + timeout
@@ -80,7 +89,13 @@ class MemoryBroker:
                 return []
             taken = [queue.popitem(last=False)[1] for _ in range(min(limit, len(queue)))]
             self._taken.update((delivery.id, delivery) for delivery in taken)
+            for delivery in taken:
+                self._since.pop(delivery.job_id, None)
             return taken
+
+    def owns(self, delivery: Delivery) -> bool:
+        with self._lock:
+            return delivery.id in self._taken
 
     def done(self, delivery: Delivery) -> None:
         with self._lock:
@@ -93,6 +108,7 @@ class MemoryBroker:
             queue = self._queues[delivery.kind]
             queue[delivery.job_id] = delivery
             queue.move_to_end(delivery.job_id, last=False)
+            self._since[delivery.job_id] = time.monotonic()
             self._arrived.notify_all()
 
     def wake(self) -> None:
@@ -103,6 +119,11 @@ class MemoryBroker:
     def waiting(self, kind: str) -> int:
         with self._lock:
             return len(self._queues[kind])
+
+    def oldest(self, kind: str) -> float:
+        with self._lock:
+            since = [self._since[job_id] for job_id in self._queues[kind]]
+            return time.monotonic() - min(since) if since else 0.0
 
     # news
 
@@ -120,6 +141,10 @@ class MemoryBroker:
                 self._cancels.pop(channel, None)
                 self._forget_old()
             _ring(found)
+
+    def publish_all(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            self.publish(message.channel, message.name, message.data, message.last)
 
     def events(self, channel: str, after: str | None = None) -> AsyncIterator[Event]:
         return self._listen(channel, int(after) if after and after.isdecimal() else 0)
@@ -155,6 +180,13 @@ class MemoryBroker:
             self._cancels[channel] = None
             while len(self._cancels) > self.kept_names:
                 self._cancels.popitem(last=False)
+
+    def forget(self, channel: str) -> None:
+        with self._lock:
+            self._cancels.pop(channel, None)
+            found = self._channels.pop(channel, None)
+            if self._ended.pop(channel, None) is not None and found is not None:
+                self._ended_events -= len(found.events)
 
     def cancelled(self, channel: str) -> bool:
         with self._lock:

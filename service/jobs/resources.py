@@ -18,6 +18,8 @@ Resource = dict[str, Any]
 OPEN = ("queued", "running")
 #: what an edit can be; "evaluated" is a dry run that would have landed
 EDIT_STATUSES = (*OPEN, "applied", "evaluated", "rejected", "failed", "cancelled", "superseded", "reverted")
+#: what a job of any kind can be
+STATUSES = (*EDIT_STATUSES, "done")
 
 
 def resource(session: Session, job: Job) -> Resource:
@@ -71,6 +73,21 @@ def trace(job: Job) -> Resource:
         "request": job.request,
         "version": job.version,
         "links": _links(f"/trace/{job.id}"),
+    }
+
+
+def summary(job: Job) -> Resource:
+    """A job of any kind, without what it was asked and what it found; `links` lead there."""
+    shown = {name: value for name, value in _common(job).items() if name != "result"}
+    place = "edits" if job.kind == "edit" else job.kind
+    return {
+        **shown,
+        "kind": job.kind,
+        "dead": job.dead,
+        "subject": job.subject,
+        "worker": job.worker,
+        "request_id": job.request_id,
+        "links": _links(f"/{place}/{job.id}", retry=f"/jobs/{job.id}/retry"),
     }
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select
 from sqlalchemy.orm import Session
 
 from service.store.tables import Factors, Job, LedgerEntry, Model, now, plain
@@ -71,7 +71,7 @@ def state_of(fingerprint: str, active_entries: Iterable[Entry]) -> str:
 # reading
 
 
-def head(session: Session, model: str) -> int:
+def head(session: Session | Connection, model: str) -> int:
     """The newest version; 0 is the base model."""
     found = session.scalar(select(func.max(LedgerEntry.version)).where(LedgerEntry.model == model))
     return found or 0
@@ -114,8 +114,12 @@ def active(entries: Sequence[Entry], version: int | None = None) -> list[str]:
 
 
 def lock(session: Session, model: str) -> int:
-    """Keep all others from appending until this transaction ends. Returns the head."""
-    session.execute(select(Model.fingerprint).where(Model.fingerprint == model).with_for_update())
+    """Keep all others from appending until this transaction ends. Returns the head.
+
+    `key_share`: rows that refer to the model may be added meanwhile, so nobody waits who only queues a job.
+    """
+    row = select(Model.fingerprint).where(Model.fingerprint == model)
+    session.execute(row.with_for_update(key_share=True))
     return head(session, model)
 
 

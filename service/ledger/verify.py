@@ -108,7 +108,7 @@ def _replicas(session: Session, model: str, chain: list[Entry], complete: bool) 
     digests: dict[tuple[str, str], dict[str, Attestation]] = defaultdict(dict)
     rows = (
         select(Attestation)
-        .where(Attestation.model == model)
+        .where(Attestation.model == model, Attestation.withdrawn.is_(None))
         .order_by(Attestation.version, Attestation.worker)
     )
     for row in session.scalars(rows):

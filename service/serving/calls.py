@@ -6,7 +6,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from service import metrics
 from service.errors import InvalidInput, PalimpsestError
+from service.ids import born
 from service.jobs.broker import Delivery
 from service.progress import Steps
 from service.requests import GenerateRequest, Version
@@ -45,6 +47,7 @@ class Generation:
     version: int
     rows: list[Row]
     started: float = field(default_factory=time.monotonic)
+    spoken: bool = False  #: whether it has its first token
 
     @property
     def channel(self) -> str:
@@ -57,6 +60,15 @@ class Generation:
     @property
     def begun(self) -> bool:
         return any(r.said or r.finish_reason for r in self.rows)
+
+    def speak(self) -> None:
+        """Its rows have said something: the wait for the first of it is a metric."""
+        if self.spoken:
+            return
+        self.spoken = True
+        metrics.FIRST_TOKEN_SECONDS.labels("admission").observe(time.monotonic() - self.started)
+        if (asked := born(self.channel)) is not None:
+            metrics.FIRST_TOKEN_SECONDS.labels("arrival").observe(max(0.0, time.time() - asked))
 
     def close(self) -> None:
         """End the rows that still speak; they leave their batches at the next step."""

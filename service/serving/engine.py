@@ -6,6 +6,9 @@ its steps, and no answer ever sees another version's weights: between steps the 
 
 What the loop has to tell the broker or the desk is owed in order and paid at once; when that fails because they are down
 it stays owed, `run` raises, and the next `run` goes on where it was.
+
+Other workers may take over what this one holds. A call that is no longer owned is dropped without a word; a job goes on,
+because the attempt in its row is its fence, until the desk says that it is another's.
 """
 
 from __future__ import annotations
@@ -13,29 +16,31 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 from pydantic import ValidationError
 
-from service.errors import Cancelled, InvalidInput, LeaseLost, PalimpsestError, Unavailable
-from service.jobs.broker import KINDS, Broker, Delivery
+from service import faults, metrics
+from service.errors import Cancelled, Disagrees, InvalidInput, LeaseLost, PalimpsestError, Unavailable
+from service.jobs.broker import CALLS, KINDS, Broker, Delivery
 from service.jobs.desk import Desk, RunningJob
-from service.progress import Steps
+from service.progress import Progress, Steps
 from service.requests import CompareRequest, GenerateRequest
 from service.serving.calls import Comparison, Generation, pinned, problem
 from service.serving.comparison import compare_steps
 from service.serving.generation import Row, Said, row
 from service.serving.lanes import Lanes
+from service.serving.owed import Owed
 from service.serving.replica import Replica
 
 log = logging.getLogger(__name__)
 
 Task = Callable[[RunningJob], Steps[None]]
-CALLS = ("generate", "compare")
-INTERRUPTIONS = 3  # times a job may find something down that it needs before it fails
+HUNG = 300.0  # seconds after which a loop that did not come round counts as dead
+INTERRUPTIONS = 10  # times a job may find something down that it needs before it fails
 STOPPING = Unavailable("the worker is stopping: ask again.")
 
 
@@ -61,7 +66,10 @@ class Pace:
 
 
 class Engine:
-    """Serves one replica. All methods but `position` and `turned` belong to the thread that calls `run`."""
+    """Serves one replica: the calls it is given and the jobs it has tasks for.
+
+    All but `position` and `hung` belongs to the thread that calls `run`.
+    """
 
     def __init__(
         self,
@@ -70,6 +78,7 @@ class Engine:
         broker: Broker,
         tasks: Mapping[str, Task],
         pace: Pace | None = None,
+        calls: Sequence[str] = CALLS,
     ) -> None:
         self.replica = replica
         self.position: tuple[int, str] | None = (
@@ -79,6 +88,7 @@ class Engine:
         self._desk = desk
         self._broker = broker
         self._tasks = tasks
+        self._calls = tuple(kind for kind in KINDS if kind in calls)
         self._jobs = tuple(kind for kind in KINDS if kind in tasks)
         self._pace = pace or Pace()
         self._lanes = Lanes(replica, self._pace.rows)
@@ -86,20 +96,31 @@ class Engine:
         self._comparisons: list[Comparison] = []
         self._work: Work | None = None
         self._interrupted: Counter[str] = Counter()
-        self._owed: deque[Callable[[], object]] = deque()
+        self._owed = Owed(broker)
         self._looked = self._followed = float("-inf")
 
+    @property
+    def hung(self) -> bool:
+        """Whether the loop has not come round for so long that it counts as dead."""
+        return time.monotonic() - self.turned > HUNG
+
     def run(self, stop: threading.Event) -> None:
-        """Serve until `stop` is set; then let generations end, and hand back what is not done."""
-        while not stop.is_set():
-            if not self.turn() and not stop.is_set():
-                self._receive(self._broker.take((*CALLS, *self._jobs), 1, self._pace.wait))
+        """Serve until `stop` is set, or until other replicas disagree; then let generations end, and hand back the rest."""
+        try:
+            while not stop.is_set():
+                if not self.turn() and not stop.is_set():
+                    self._rest()
+        except Disagrees:
+            with suppress(Unavailable, OSError):  # what cannot be handed back is taken over
+                self._close()  # what is being said is of versions that were agreed upon
+            raise
         self._close()
 
     def turn(self) -> bool:
         """Once round; whether there was anything to do."""
         self.turned = time.monotonic()
-        self._pay()
+        metrics.TURNS.inc()
+        self._owed.pay()
         self._follow()
         self._admit()
         self._look()
@@ -111,25 +132,55 @@ class Engine:
 
     # what is to be done
 
-    def _admit(self) -> None:
-        """Take what there is room for."""
-        if free := self._lanes.free:
-            self._receive(self._broker.take(("generate",), free, 0))
-        if free := self._pace.comparisons - len(self._comparisons):
-            self._receive(self._broker.take(("compare",), free, 0))
-        if self._work is None and self._jobs:
-            self._receive(self._broker.take(self._jobs, 1, 0))
+    def _wanted(self) -> tuple[str, ...]:
+        """The kinds that there is room for."""
+        calls = {"generate": self._lanes.free, "compare": self._pace.comparisons - len(self._comparisons)}
+        return (*(k for k in self._calls if calls[k] > 0), *(() if self._work else self._jobs))
 
-    def _receive(self, deliveries: list[Delivery]) -> None:
-        for delivery in deliveries:
-            if delivery.kind not in CALLS:
-                self._start_job(delivery)
-                continue
+    def _admit(self) -> None:
+        """Take what there is room for: all generations that wait, so that they are read together."""
+        while (kinds := self._wanted()) and (first := self._broker.take(kinds, 1, 0)):
+            more = self._lanes.free - 1
+            self._receive(first)
+            if first[0].kind == "generate" and more > 0:
+                self._receive(self._broker.take(("generate",), more, 0))
+
+    def _rest(self) -> None:
+        """Sleep until there is work. Whoever wakes the loop without any has news of the ledger."""
+        deliveries = self._broker.take(self._wanted(), 1, self._pace.wait)
+        if not deliveries:
+            self._followed = float("-inf")
+        self._receive(deliveries)
+
+    def _receive(self, deliveries: Sequence[Delivery]) -> None:
+        """Begin all of them; what cannot be begun now waits again, oldest first."""
+        if deliveries:
+            faults.reach("take.after")
+        for number, delivery in enumerate(deliveries):
             try:
-                (self._start_generation if delivery.kind == "generate" else self._start_comparison)(delivery)
-            except Exception as error:
-                self._refuse(delivery, error)
-        self._pay()
+                self._begin(delivery)
+            except Exception:
+                for left in reversed(deliveries[number:]):
+                    self._owed.owe(self._broker.give_back, left)
+                with suppress(Unavailable, OSError):  # stays owed
+                    self._owed.pay()
+                raise
+        self._owed.pay()
+
+    def _begin(self, delivery: Delivery) -> None:
+        """Raises only what concerns all work, not this delivery."""
+        if delivery.kind not in CALLS:
+            self._start_job(delivery)
+            return
+        for call in self._running():
+            if call.channel == delivery.job_id:  # lost while this process was frozen, and come back to it
+                self._discard(call)
+        try:
+            (self._start_generation if delivery.kind == "generate" else self._start_comparison)(delivery)
+        except (Unavailable, Disagrees):
+            raise
+        except Exception as error:
+            self._refuse(delivery, error)
 
     def _start_generation(self, delivery: Delivery) -> None:
         request = GenerateRequest.model_validate(delivery.payload)
@@ -138,6 +189,7 @@ class Engine:
         self._lanes.add(version, self.replica.weights(version), rows)
         generation = Generation(delivery, request, version, rows)
         self._generations |= {r: (generation, i) for i, r in enumerate(rows)}
+        faults.reach("generate.after_admit")
 
     def _start_comparison(self, delivery: Delivery) -> None:
         request = CompareRequest.model_validate(delivery.payload)
@@ -147,18 +199,17 @@ class Engine:
         self._comparisons.append(Comparison(delivery, steps))
 
     def _start_job(self, delivery: Delivery) -> None:
-        if self._work is not None:
-            self._broker.give_back(delivery)
-            return
         try:
             job = self._desk.start(delivery.job_id)
-        except Exception:
-            self._broker.give_back(delivery)
+        except Unavailable:
             raise
+        except Exception:  # the row is as it was: the sweep rings for it again
+            log.exception("job cannot be started", extra={"job": delivery.job_id})
+            job = None
         if job is None:
-            self._owe(self._broker.done, delivery)
+            self._acknowledge(delivery)
             return
-        log.info("job started", extra={"job": job.id, "kind": job.kind, "attempt": job.attempt})
+        log.info("job started", extra={**about(job), "kind": job.kind, "attempt": job.attempt})
         self._work = Work(delivery, job, self._tasks[job.kind](job))
 
     # one step of everything
@@ -166,38 +217,47 @@ class Engine:
     def _decode(self) -> None:
         for said in self._lanes.turn():
             self._speak(said)
-            self._pay()
+            self._owed.pay()
+            if said:
+                faults.reach("generate.after_token")
 
     def _speak(self, step: list[Said]) -> None:
         """Publish what one step of a lane said, then the ends it brought."""
         spoke: dict[Generation, None] = {}
         for said in step:
             generation, index = self._generations[said.row]
+            generation.speak()
             spoke[generation] = None
             if said.piece and generation.request.stream:
                 token = {"index": index, "text": said.piece, "version": generation.version}
-                self._owe(self._broker.publish, generation.channel, "token", token)
+                self._owed.tell(generation.channel, "token", token)
             if said.row.finish_reason == "error":
                 generation.close()
-        for generation in spoke:
-            if generation.ended:
-                self._end_generation(generation)
+        self._end([generation for generation in spoke if generation.ended])
 
-    def _end_generation(self, generation: Generation) -> None:
-        """Publish the end of a generation; it fails as a whole when one of its rows failed."""
+    def _end(self, ended: Sequence[Generation]) -> None:
+        """Publish how generations ended, then acknowledge them."""
+        for generation in ended:
+            faults.reach("generate.before_end")
+            self._discard(generation)
+            self._tell_end(generation)
+        for generation in ended:
+            self._acknowledge(generation.delivery, "generate.after_end")
+
+    def _tell_end(self, generation: Generation) -> None:
+        """A generation fails as a whole when one of its rows failed."""
         for r in generation.rows:
-            self._generations.pop(r)
+            metrics.ANSWERS.labels(r.finish_reason).inc()
         if any(r.finish_reason == "error" for r in generation.rows):
             detail = (
                 f"version {generation.version} could not speak: the worker's log has the details. Ask again."
             )
-            self._refuse(generation.delivery, Unavailable(detail))
+            self._owed.tell(generation.channel, "error", problem(Unavailable(detail)), last=True)
             return
         answer = generation.answer()
-        self._owe(self._broker.publish, generation.channel, "end", answer, True)
-        self._owe(self._broker.done, generation.delivery)
+        self._owed.tell(generation.channel, "end", answer, last=True)
         fields = {"version": generation.version, "seconds": answer["seconds"], **answer["usage"]}
-        log.info("generation ended", extra=fields)
+        log.info("generation ended", extra={**about(generation.delivery), **fields})
 
     def _compare(self) -> None:
         for comparison in list(self._comparisons):
@@ -205,72 +265,118 @@ class Engine:
                 next(comparison.steps)
                 continue
             except StopIteration as end:
-                self._owe(self._broker.publish, comparison.channel, "end", end.value, True)
-                self._owe(self._broker.done, comparison.delivery)
+                self._owed.tell(comparison.channel, "end", end.value, last=True)
+                self._acknowledge(comparison.delivery)
             except Exception as error:
                 self._refuse(comparison.delivery, error)
-            self._comparisons.remove(comparison)
-        self._pay()
+            self._discard(comparison)
+        self._owed.pay()
 
     def _step_job(self) -> None:
         """One step of the running job. Whatever it raises is the end of this job and of nothing else."""
         if self._work is None:
             return
-        work, desk = self._work, self._desk
-        cancelled = desk.cancel_requested(work.job)
+        work = self._work
+        cancelled = self._desk.cancel_requested(work.job)
         try:
             if cancelled:
                 raise Cancelled("the job was cancelled while it ran.")
             progress = next(work.steps)
-        except StopIteration:
-            log.info("job ended", extra={"job": work.job.id})
-        except Cancelled:
-            log.info("job cancelled", extra={"job": work.job.id})
-            self._owe(desk.finish, work.job, "cancelled", None)
+        except Disagrees:
+            raise
         except Unavailable as error:
-            log.warning("job interrupted", extra={"job": work.job.id, "detail": error.detail})
-            self._interrupted[work.job.id] += 1
-            if self._interrupted[work.job.id] < INTERRUPTIONS:
-                self._hand_back()
-                return
-            self._owe(desk.fail, work.job, error)
-        except LeaseLost:
-            log.warning("job taken over by another worker", extra={"job": work.job.id})
-        except PalimpsestError as error:
-            log.info("job failed", extra={"job": work.job.id, "detail": error.detail})
-            self._owe(desk.fail, work.job, error)
+            self._interrupt(work, error)
+        except StopIteration:
+            log.info("job ended", extra=about(work.job))
+            self._leave_job(work)
         except Exception as error:
-            log.exception("job failed", extra={"job": work.job.id})
-            self._owe(desk.fail, work.job, problem(error)["detail"])
+            self._fail(work, error)
+            self._leave_job(work)
         else:
-            self._owe(desk.progress, work.job, progress)
-            self._pay()
-            return
+            self._owed.owe(self._progress, work, progress)
+        self._owed.pay()
+
+    def _fail(self, work: Work, error: Exception) -> None:
+        """The row says how the job ended, unless it is another's by now."""
+        about_it = about(work.job)
+        if isinstance(error, Cancelled):
+            log.info("job cancelled", extra=about_it)
+            self._owed.owe(self._write, self._desk.finish, work.job, "cancelled", None)
+        elif isinstance(error, LeaseLost):
+            log.warning("job taken over by another worker", extra=about_it)
+        elif isinstance(error, PalimpsestError):
+            log.info("job failed", extra={**about_it, "detail": error.detail})
+            self._owed.owe(self._write, self._desk.fail, work.job, error)
+        else:
+            log.error("job failed", exc_info=error, extra=about_it)
+            self._owed.owe(self._write, self._desk.fail, work.job, problem(error)["detail"])
+
+    def _interrupt(self, work: Work, error: Unavailable) -> None:
+        """Something that the job needs is down: it waits again, a bounded number of times."""
+        log.warning("job interrupted", extra={**about(work.job), "detail": error.detail})
+        self._interrupted[work.job.id] += 1
+        if self._interrupted[work.job.id] < INTERRUPTIONS:
+            self._hand_back()
+        else:
+            self._fail(work, error)
+            self._leave_job(work)
+
+    def _progress(self, work: Work, progress: Progress) -> None:
+        """Tell how far the job is; the desk knows whether it is still this worker's."""
+        try:
+            self._desk.progress(work.job, progress)
+        except LeaseLost as error:
+            self._fail(work, error)
+            self._leave_job(work)
+
+    def _write(self, action: Callable[..., None], job: RunningJob, *arguments: object) -> None:
+        """Write a job's end. Where that cannot be, for a reason of its own, the sweep finds the job again."""
+        try:
+            action(job, *arguments)
+        except (PalimpsestError, OSError):
+            raise
+        except Exception:
+            log.exception("the end of a job cannot be written", extra=about(job))
+            self._desk.abandon(job)
+
+    def _leave_job(self, work: Work) -> None:
+        """Nothing is left to do for it but to acknowledge its delivery."""
         self._work = None
         self._followed = float("-inf")  # an edit has moved the head
         self._interrupted.pop(work.job.id, None)
         work.steps.close()
-        self._owe(self._broker.done, work.delivery)
-        self._pay()
+        self._acknowledge(work.delivery, "end.after_publish")
 
     # watching
 
+    def _running(self) -> list[Generation | Comparison]:
+        """The calls that are being answered."""
+        return [*dict.fromkeys(g for g, _ in self._generations.values()), *self._comparisons]
+
     def _look(self) -> None:
-        """End the calls that nobody waits for any more."""
+        """Leave the calls that are another worker's by now, and end those that nobody waits for any more."""
         now = time.monotonic()
         if now - self._looked < self._pace.look:
             return
         self._looked = now
-        for generation in {g for g, _ in self._generations.values()}:
-            if self._broker.cancelled(generation.channel):
-                generation.close()
-                self._end_generation(generation)
-        for comparison in list(self._comparisons):
-            if self._broker.cancelled(comparison.channel):
-                self._comparisons.remove(comparison)
-                comparison.steps.close()
-                self._refuse(comparison.delivery, Cancelled("the comparison was cancelled."))
-        self._pay()
+        for call in self._running():
+            if not self._broker.owns(call.delivery):
+                log.warning("call taken over by another worker", extra=about(call.delivery))
+                self._discard(call)
+                self._owed.owe(
+                    self._broker.done, call.delivery
+                )  # changes nothing but what the broker remembers
+            elif self._broker.cancelled(call.channel):
+                self._cancel(call)
+        self._owed.pay()
+
+    def _cancel(self, call: Generation | Comparison) -> None:
+        if isinstance(call, Generation):
+            call.close()
+            self._end([call])
+        else:
+            self._discard(call)
+            self._refuse(call.delivery, Cancelled("the comparison was cancelled."))
 
     def _follow(self) -> None:
         """Keep up with the ledger: build the newest version and attest to its digest."""
@@ -282,66 +388,68 @@ class Engine:
         if self.position is not None and self.position[0] == head:
             return
         try:
-            digest = self.replica.digest(head)
+            digest = self.replica.vouch(head)
+        except (Unavailable, Disagrees):
+            raise
         except Exception:
             # Older versions can still be served; readiness shows that this replica is not at head.
             log.exception("version cannot be built", extra={"version": head})
             return
-        self._desk.attest(head, digest)
         self._desk.heartbeat(head, digest)
         self.position = (head, digest)
         log.info("version reached", extra={"version": head, "digest": digest})
 
-    # telling
+    # ends
 
-    def _owe(self, action: Callable[..., object], *arguments: object) -> None:
-        self._owed.append(partial(action, *arguments))
-
-    def _pay(self) -> None:
-        """Tell what is owed, in order. A refusal is final; when the other side is down it is told later."""
-        while self._owed:
-            try:
-                self._owed[0]()
-            except Unavailable:
-                raise
-            except PalimpsestError as error:
-                log.warning("refused", extra={"detail": error.detail})
-            self._owed.popleft()
+    def _acknowledge(self, delivery: Delivery, point: str = "") -> None:
+        """Tell the broker that a delivery is dealt with, after all that was owed before."""
+        if point:
+            self._owed.owe(faults.reach, point)
+        self._owed.owe(self._broker.done, delivery)
+        self._owed.owe(faults.reach, "done.after")
 
     def _refuse(self, delivery: Delivery, error: Exception) -> None:
+        """End a call with an error."""
         if isinstance(error, ValidationError):
             error = InvalidInput("the request was not understood by the worker: update it with the API.")
         if not isinstance(error, PalimpsestError):
-            log.error("call failed", exc_info=error, extra={"kind": delivery.kind})
-        self._owe(self._broker.publish, delivery.job_id, "error", problem(error), True)
-        self._owe(self._broker.done, delivery)
+            log.error("call failed", exc_info=error, extra={**about(delivery), "kind": delivery.kind})
+        self._owed.tell(delivery.job_id, "error", problem(error), last=True)
+        self._acknowledge(delivery)
+
+    def _discard(self, call: Generation | Comparison) -> None:
+        """Work for a call no longer, without a word."""
+        if isinstance(call, Comparison):
+            self._comparisons.remove(call)
+            call.steps.close()
+            return
+        for r in call.rows:
+            self._generations.pop(r)
+        call.close()
 
     def _close(self) -> None:
-        """Stop kindly: hand the running job back, let generations end, refuse the rest."""
+        """Stop kindly: hand the running job back, let generations end, and hand back what has not."""
         self._hand_back()
+        self._owed.pay()
         deadline = time.monotonic() + self._pace.grace
         while (self._lanes or self._comparisons) and time.monotonic() < deadline:
+            self.turned = time.monotonic()
             self._look()
             self._decode()
             self._compare()
-        for generation in {g for g, _ in self._generations.values()}:
-            for r in generation.rows:
-                self._generations.pop(r)
-            generation.close()
-            self._leave(generation.delivery, generation.begun)
-        for comparison in self._comparisons:
-            comparison.steps.close()
-            self._leave(comparison.delivery, begun=False)
-        self._comparisons = []
+        for call in reversed(self._running()):
+            self._discard(call)
+            self._leave(call)
         self._lanes = Lanes(self.replica, self._pace.rows)
-        self._pay()
+        self._owed.pay()
 
-    def _leave(self, delivery: Delivery, begun: bool) -> None:
-        """A call that cannot be ended here: another worker answers it, unless its client has heard a part."""
-        if begun:
-            self._refuse(delivery, STOPPING)
+    def _leave(self, call: Generation | Comparison) -> None:
+        """Another worker answers a call that cannot be ended here. Where there is none, a client that has heard a part
+        of it is told."""
+        if self._desk.sole and isinstance(call, Generation) and call.begun:
+            self._refuse(call.delivery, STOPPING)
         else:
-            self._owe(self._broker.give_back, delivery)
+            self._owed.owe(self._broker.give_back, call.delivery)
 
     def _hand_back(self) -> None:
         """The running job waits again, as if it had not been begun; `release` rings its bell."""
@@ -349,7 +457,12 @@ class Engine:
             return
         work, self._work = self._work, None
         work.steps.close()
-        log.info("job handed back", extra={"job": work.job.id})
-        self._owe(self._desk.release, work.job)
-        self._owe(self._broker.done, work.delivery)
-        self._pay()
+        log.info("job handed back", extra=about(work.job))
+        self._owed.owe(self._write, self._desk.release, work.job)
+        self._acknowledge(work.delivery)
+
+
+def about(work: Delivery | RunningJob) -> dict[str, str]:
+    """What a line of the log says of a call or a job: what it is, and which HTTP request asked for it."""
+    name = work.job_id if isinstance(work, Delivery) else work.id
+    return {"job": name, **({"request": work.request_id} if work.request_id else {})}

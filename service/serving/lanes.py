@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from service import metrics
 from service.serving.generation import Batch, Row, Said
 from service.serving.replica import Replica, Weights
 
@@ -95,7 +96,7 @@ class Lanes:
         """A step at the lane's version. When it fails, its rows are read anew one by one; one that fails alone ends."""
         try:
             with self._replica.stand(lane.weights):
-                return batch.step()
+                return _counted("token" if batch is lane.batch else "prompt", batch)
         except Exception:
             log.exception("decode failed", extra={"version": lane.version, "rows": len(batch)})
         alone = [r for single in batch.split() for r in single.rows]
@@ -103,3 +104,13 @@ class Lanes:
             lane.failed.extend(alone)
             return []
         return [Said(r, r.finish("error")) for r in alone]
+
+
+def _counted(reads: str, batch: Batch) -> list[Said]:
+    """One step of a batch, as the metrics hear of it."""
+    with metrics.STEP_SECONDS.labels(reads).time():
+        said = batch.step()
+    metrics.TOKENS.inc(len(said))
+    if said and reads == "token":
+        metrics.BATCH_ROWS.observe(len(said))
+    return said

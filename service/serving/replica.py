@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from service import metrics
 from service.editors.composition import Association, compose, rebuild, unpack
 from service.models.loading import LoadedModel
 from service.progress import Steps
@@ -26,11 +27,13 @@ KEPT = 8  # versions whose weights are kept at hand
 
 
 class Ledger(Protocol):
-    """What a replica reads of the ledger."""
+    """What a replica reads of the ledger, and tells it."""
 
     def head(self) -> int: ...
 
     def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, Any]]]: ...
+
+    def attest(self, version: int, digest: str) -> None: ...
 
 
 class Replica:
@@ -41,6 +44,7 @@ class Replica:
         self.ledger = ledger
         self._kept = kept
         self._weights: OrderedDict[int, Weights] = OrderedDict()
+        self._vouched: dict[int, str] = {}
         self._associations: dict[str, list[Association]] = {}
         self._original = {x: model.weight(x).data for x in range(model.layers)}
 
@@ -65,12 +69,26 @@ class Replica:
         }
 
     def weights(self, version: int) -> Weights:
+        """The edited weights of a version, vouched for before they are first given out."""
+        self.vouch(version)
+        return self._built(version)
+
+    def vouch(self, version: int) -> str:
+        """The digest of a version, attested to once. Raises Disagrees when other replicas hold other bytes."""
+        if version not in self._vouched:
+            digest = self.digest(version)
+            self.ledger.attest(version, digest)
+            self._vouched[version] = digest
+        return self._vouched[version]
+
+    def _built(self, version: int) -> Weights:
         """The edited weights of a version; the newest few are kept."""
         if version == 0:
             return {}
         if version not in self._weights:
-            active = self.active(version)
-            self._weights[version] = self.composed(a for group in active.values() for a in group)
+            with metrics.VERSION_SECONDS.time():
+                active = self.active(version)
+                self._weights[version] = self.composed(a for group in active.values() for a in group)
             while len(self._weights) > self._kept:
                 self._weights.popitem(last=False)
         self._weights.move_to_end(version)
@@ -101,7 +119,7 @@ class Replica:
     def digest(self, version: int) -> str:
         """sha256 over the bytes of every edited weight at a version and over the base model's fingerprint."""
         digest = hashlib.sha256(self.base.fingerprint.encode())
-        for layer, tensor in sorted(self.weights(version).items()):
+        for layer, tensor in sorted(self._built(version).items()):
             if torch.equal(tensor, self._original[layer]):
                 continue  # an edit that changed no byte is the base
             digest.update(self.base.weight_name(layer).encode())

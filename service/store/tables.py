@@ -85,7 +85,7 @@ class Model(Table):
     fingerprint: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
     info: Mapped[dict[str, Any]]
-    tokenizer: Mapped[str]
+    tokenizer: Mapped[str] = mapped_column(deferred=True)  #: megabytes, and rarely asked for
     created: Mapped[datetime]
     registered: Mapped[datetime]  #: when a worker last came up with it
 
@@ -94,7 +94,11 @@ class Job(Table):
     """An edit or a trace, from the moment it is accepted. The row is the truth about it."""
 
     __tablename__ = "jobs"
-    __table_args__ = (Index(None, "model", "status"), Index(None, "model", "subject"))
+    __table_args__ = (
+        Index(None, "model", "status"),
+        Index(None, "model", "subject"),
+        Index(None, "model", "created"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
@@ -119,6 +123,10 @@ class Job(Table):
     dry_run: Mapped[bool] = mapped_column(default=False)
     version: Mapped[int | None]  #: at which an edit was applied
     reverted_version: Mapped[int | None]
+    request_id: Mapped[str | None]  #: of the HTTP request that asked for it, for the logs
+    dead: Mapped[bool] = mapped_column(
+        default=False
+    )  #: given up after too many attempts; a person may retry it
 
 
 class Factors(Table):
@@ -160,6 +168,7 @@ class Attestation(Table):
     digest: Mapped[str]
     device: Mapped[str]  #: bytes are promised to be the same on one kind of device
     at: Mapped[datetime]
+    withdrawn: Mapped[datetime | None]  #: when the worker was outvoted and took itself out
 
 
 class IdempotencyKey(Table):
@@ -189,3 +198,23 @@ class Worker(Table):
     started: Mapped[datetime]
     host: Mapped[str]
     pid: Mapped[int]
+    reason: Mapped[str | None]  #: why the worker took itself out; None while it serves
+
+
+class ApiKey(Table):
+    """A key that opens the HTTP door. Of the secret only a digest is kept."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (UniqueConstraint("name"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[
+        str
+    ]  #: the actor in the ledger; never given to another key, not even when this one is revoked
+    digest: Mapped[str]  #: sha256 of the secret, which is 256 random bits: no slow hash is needed
+    scopes: Mapped[list[str]]
+    requests_per_minute: Mapped[int | None]  #: None: the service's default
+    max_queued: Mapped[int | None]  #: jobs of this key that may wait at once; None: the service's default
+    created: Mapped[datetime]
+    last_used: Mapped[datetime | None]
+    revoked: Mapped[datetime | None]

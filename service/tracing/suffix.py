@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from service.errors import InvalidInput
+from service.models.blocks import Blocks, Passage, Past
 from service.models.hooks import capture, replace
 from service.models.loading import LoadedModel
 from service.progress import Progress, Steps
 from service.text import Statement
-from service.tracing.blocks import Blocks, Passage, Past
 from service.tracing.cells import PATHS, Cell, cells_of
 from service.tracing.effects import CUTS, KINDS, modules
 from service.tracing.noise import corrupt

@@ -1,7 +1,8 @@
 """A model taken apart at its blocks: what comes before them, one block at a time, what comes after.
 
 The model itself says how it calls its blocks (masks, rotary angles, positions), so this works for every
-architecture alike and knows none of them. Nothing stays hooked or replaced between two calls.
+architecture alike and knows none of them. Nothing stays hooked or replaced between two calls. Gradients flow through
+`run` and `logits` to a `hidden` that asks for them; weights never do.
 """
 
 from __future__ import annotations
@@ -35,9 +36,22 @@ class Blocks:
         self.model = model
         self._tuple = self._gives_tuples()  # GPT-J's blocks give a tuple, the others' a tensor
 
-    def enter(self, ids: Tensor, start: int, change: Callable[[Tensor], Tensor] | None = None) -> Passage:
-        """Take tokens (rows, positions) after `start` others up to the blocks; `change` edits embeddings."""
+    def enter(
+        self,
+        ids: Tensor,
+        start: int,
+        change: Callable[[Tensor], Tensor] | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Passage:
+        """Take tokens (rows, positions) after `start` others up to the blocks; `change` edits embeddings.
+
+        Without `positions` all rows stand at start, start + 1, ...; padded rows bring their own (rows, positions) and a
+        `mask` (rows, start + positions).
+        """
         model = self.model
+        if positions is None:  # masks and angles are made for one row, and hold for any number of them
+            positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
         entered: list[Tensor] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -50,7 +64,7 @@ class Blocks:
         cache = DynamicCache([(empty, empty)] * model.layers) if start else DynamicCache()
         disturbed = replace(model.embedding, change) if change else nullcontext()
         with self._stubs(note), disturbed, stop_after(model.block(model.layers - 1)):
-            self._run(ids, torch.arange(start, start + ids.shape[1], device=ids.device), cache)
+            self._run(ids, positions, cache, mask)
         return Passage(entered[0], calls, cache)
 
     def run(self, passage: Passage, layer: int, hidden: Tensor, past: Past | None) -> tuple[Tensor, Past]:
@@ -61,16 +75,15 @@ class Blocks:
         args, kwargs = passage.calls[layer]
         args = tuple(cache if a is passage.cache else a for a in args)
         kwargs = {k: cache if v is passage.cache else v for k, v in kwargs.items()}
-        with torch.no_grad():
-            out = self.model.block(layer)(hidden, *args, **kwargs)
+        out = self.model.block(layer)(hidden, *args, **kwargs)
         kept = cache.layers[layer]
         return (out[0] if self._tuple else out), (kept.keys, kept.values)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last block's output (rows, d) through whatever the model does after its blocks: (rows, V)."""
         one = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
-        with torch.no_grad(), self._stubs(lambda *_: hidden[:, None]):
-            return self._run(one, one[0], None).logits[:, 0]  # type: ignore[no-any-return]
+        with self._stubs(lambda *_: hidden[:, None]):
+            return self._run(one, one, None).logits[:, 0]  # type: ignore[no-any-return]
 
     def _gives_tuples(self) -> bool:
         seen: list[bool] = []
@@ -81,15 +94,20 @@ class Blocks:
         try:
             one = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
             with stop_after(block):
-                self._run(one, one[0], None)
+                self._run(one, one, None)
         finally:
             handle.remove()
         return seen[0]
 
-    def _run(self, ids: Tensor, positions: Tensor, cache: DynamicCache | None) -> Any:
-        # one row of positions: masks and angles are then made for one row, and hold for any number of them
+    def _run(
+        self, ids: Tensor, positions: Tensor, cache: DynamicCache | None, mask: Tensor | None = None
+    ) -> Any:
         return self.model.model(
-            input_ids=ids, position_ids=positions[None], past_key_values=cache, use_cache=cache is not None
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
         )
 
     @contextmanager

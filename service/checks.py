@@ -1,0 +1,79 @@
+"""What can be known of a request before any work: the model's tokenizer, shape, recipe and versions are enough for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tokenizers import Tokenizer
+
+from service.editors.recipes import Recipe, resolve
+from service.errors import InvalidInput
+from service.requests import EditRequest, TraceRequest, Version
+from service.store.tables import Model
+from service.text import check_tokens, fill, token_span
+
+NOISE = re.compile(r"\d+(\.\d+)?sigma")
+
+
+def check_edit(request: EditRequest, model: Model, tokenizer: Tokenizer) -> None:
+    """All that can be known of an edit without computing it."""
+    positions = model.info["positions"]
+    statement = fill(request.prompt, request.subject)
+    _check_target(tokenizer, statement.text, request.target_new, positions, "target_new")
+    if request.target_true is not None:
+        _check_target(tokenizer, statement.text, request.target_true, positions, "target_true")
+    token_span(tokenizer.encode(statement.text).offsets, statement.span)
+    for number, prompt in enumerate(request.probes.paraphrase):
+        with place(f"probes.paraphrase.{number}"):
+            text = fill(prompt, request.subject).text if "{}" in prompt else prompt
+            check_tokens(tokenizer, text, request.target_new, positions)
+    for number, neighbour in enumerate(request.probes.neighborhood):
+        with place(f"probes.neighborhood.{number}"):
+            check_tokens(tokenizer, neighbour.prompt, neighbour.target, positions)
+    recipe = Recipe.model_validate(model.info["recipe"]) if model.info.get("recipe") else None
+    resolve(recipe, request.hparams, model.info["layers"])
+
+
+def check_trace(request: TraceRequest, model: Model, tokenizer: Tokenizer) -> None:
+    """All that can be known of a trace without running it."""
+    text, span = request.located()
+    check_tokens(tokenizer, text, request.target, model.info["positions"])
+    token_span(tokenizer.encode(text).offsets, span)
+    noise = request.noise
+    if isinstance(noise, str) and not NOISE.fullmatch(noise):
+        raise InvalidInput(
+            '`noise` is a number, or a multiple of the embeddings\' deviation such as "3sigma".', "noise"
+        )
+    if isinstance(noise, float) and not 0 <= noise < float("inf"):
+        raise InvalidInput("`noise` must not be negative, and finite.", "noise")
+
+
+def _check_target(tokenizer: Tokenizer, text: str, target: str, positions: int, field: str) -> None:
+    try:
+        check_tokens(tokenizer, text, target, positions)
+    except InvalidInput as error:
+        raise InvalidInput(error.detail, field if error.field == "target" else error.field) from None
+
+
+def check_version(head: int, version: Version, least: int | None = None, field: str = "version") -> None:
+    number = {"head": head, "base": 0}.get(version, version) if isinstance(version, str) else version
+    if not isinstance(number, int) or not 0 <= number <= head:
+        raise InvalidInput(
+            f"there is no version {version}: the newest is {head}, the base model is 0.", field
+        )
+    if least is not None and least > head:
+        raise InvalidInput(f"there is no version {least} yet: the newest is {head}.", "min_version")
+    if least is not None and least > number:
+        raise InvalidInput(f"version {number} is older than the `min_version` {least}.", "min_version")
+
+
+@contextmanager
+def place(where: str) -> Iterator[None]:
+    """Errors inside name the part of the request that they speak of."""
+    try:
+        yield
+    except InvalidInput as error:
+        names = [name for name in (where, error.field) if name]
+        raise InvalidInput(error.detail, ".".join(names), **error.extra) from None

@@ -1,0 +1,44 @@
+"""Lists in pages: a cursor holds the last id or version of the page before, and nobody needs to know that."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from typing import TypeVar
+
+from service.errors import InvalidInput
+
+#: what a cursor holds
+Last = TypeVar("Last", str, int)
+MAX_PAGE = 200
+
+
+def check_limit(limit: int) -> None:
+    """Refuse pages that are empty or too long."""
+    if not 1 <= limit <= MAX_PAGE:
+        raise InvalidInput(f"`limit` must be from 1 to {MAX_PAGE}.", "limit")
+
+
+def cursor_after(last: str | int) -> str:
+    """The cursor of the page after this id or version."""
+    return base64.urlsafe_b64encode(json.dumps(last).encode()).decode().rstrip("=")
+
+
+def read_cursor(cursor: str | None, kind: type[Last]) -> Last | None:
+    """What a cursor of that kind holds; None for the first page."""
+    if cursor is None:
+        return None
+    try:
+        last = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except (binascii.Error, ValueError):
+        last = None
+    odd = isinstance(last, str) and not (last.isascii() and "\x00" not in last)
+    huge = isinstance(last, int) and not 0 <= last < 2**63
+    if type(last) is not kind or odd or huge:
+        raise strange_cursor()
+    return last
+
+
+def strange_cursor() -> InvalidInput:
+    return InvalidInput("this cursor is not one that this list gave: start without one.", "cursor")

@@ -1,0 +1,59 @@
+"""What a loop has to tell the broker and the desk: owed in order, and paid as soon as they answer.
+
+When the other side is down a payment raises and all of it stays owed. A refusal is final, and so is an error that nobody
+foresaw: a debt that can never be paid must not stand before all others for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from service.errors import PalimpsestError, Unavailable
+from service.jobs.broker import Broker, Message
+
+log = logging.getLogger(__name__)
+
+
+class Owed:
+    """Messages and actions. Messages that follow each other are told in one go."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._due: deque[Message | Callable[[], object]] = deque()
+
+    def tell(self, channel: str, name: str, data: dict[str, Any], last: bool = False) -> None:
+        """A message to publish."""
+        self._due.append(Message(channel, name, data, last))
+
+    def owe(self, action: Callable[..., object], *arguments: object) -> None:
+        """Anything else to do, after what was owed before."""
+        self._due.append(partial(action, *arguments))
+
+    def pay(self) -> None:
+        """Do all of it. Raises, and keeps what is left, when the other side is down."""
+        while self._due:
+            first = self._due[0]
+            messages = self._messages()
+            try:
+                first() if callable(first) else self._broker.publish_all(messages)
+            except (Unavailable, OSError):
+                raise
+            except PalimpsestError as error:
+                log.warning("refused", extra={"detail": error.detail})
+            except Exception:
+                log.exception("could not be told")
+            for _ in range(max(1, len(messages))):
+                self._due.popleft()
+
+    def _messages(self) -> list[Message]:
+        """Those that stand first."""
+        found: list[Message] = []
+        for due in self._due:
+            if not isinstance(due, Message):
+                break
+            found.append(due)
+        return found
