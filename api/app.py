@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -10,9 +11,14 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api import errors
-from api.routes import compare, edits, generate, health, ledger, models, traces
+from api.access import Access
+from api.callers import is_loopback
+from api.headers import SecurityHeaders
+from api.limits import Rate
+from api.routes import compare, edits, generate, health, jobs, ledger, metrics, models, traces
 from service.errors import Misconfigured
 from service.jobs.broker import Broker
+from service.keys import Keys, is_token
 from service.operations import Operations
 from service.settings import Settings
 
@@ -31,37 +37,63 @@ Errors are `application/problem+json` (RFC 9457) whose `detail` says what to cha
 def create_app(operations: Operations, broker: Broker, settings: Settings) -> FastAPI:
     """The application on top of what is already wired; whoever wired it closes it."""
     refuse_exposure(settings)
+    keys = Keys(operations.database)
+    _refuse_open_door(settings, keys)
+    rate = Rate(settings.redis_url, settings.redis_prefix)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        rate.close()
+
     app = FastAPI(
         title="Palimpsest",
         version=_version(),
         summary="Edit what a language model knows, and take it back",
         description=DESCRIPTION,
         redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        lifespan=lifespan,
     )
     app.state.operations = operations
     app.state.broker = broker
     app.state.settings = settings
+    app.state.keys = keys
+    app.state.rate = rate
     errors.install(app)
-    for part in (edits, traces, generate, compare, ledger, models, health):
+    for part in (edits, traces, jobs, generate, compare, ledger, models, metrics, health):
         app.include_router(part.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    _surround(app)
     return app
 
 
+def _surround(app: FastAPI) -> None:
+    """Note and guard every request, also one that ends in a fault: a middleware of the framework's would stand inside of that."""
+    stack = app.build_middleware_stack
+    app.build_middleware_stack = lambda: Access(SecurityHeaders(stack(), app.docs_url))  # type: ignore[method-assign]
+
+
 def refuse_exposure(settings: Settings) -> None:
-    """Without an API key the service listens on loopback only."""
-    if not settings.api_key and not _loopback(settings.host):
+    """Refuse what the settings alone show to be open to strangers. The rest is seen once the database is there."""
+    if settings.api_key and is_token(settings.api_key):
         raise Misconfigured(
-            f"The service would listen on {settings.host} without an API key: anyone there could edit the model. "
-            "Set PALIMPSEST_API_KEY, or listen on 127.0.0.1."
+            "PALIMPSEST_API_KEY holds a key made by `palimpsest keys create`, and would give it every scope: the root "
+            "key of the service must be another, or none."
         )
+    if settings.database_url is None and not settings.embedded_database().exists():
+        _refuse_open_door(settings, None)  # there can be no key yet
 
 
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _refuse_open_door(settings: Settings, keys: Keys | None) -> None:
+    """Without any key the service listens on loopback only."""
+    if settings.api_key or is_loopback(settings.host) or (keys is not None and keys.exist()):
+        return
+    raise Misconfigured(
+        f"The service would listen on {settings.host} without a key: anyone there could edit the model. Make a key with "
+        "`palimpsest keys create`, or set PALIMPSEST_API_KEY, or listen on 127.0.0.1."
+    )
 
 
 def _version() -> str:

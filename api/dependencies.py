@@ -11,6 +11,7 @@ from fastapi.security import HTTPBearer
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from api.errors import encode
+from api.limits import Limits
 from service.errors import InvalidInput, NotFound
 from service.jobs.broker import Broker
 from service.operations import Operations
@@ -20,7 +21,7 @@ _EVENT_ID = re.compile(r"[0-9]{1,30}")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 #: documents the key; `api.door` checks it before the body is read
-bearer = Security(HTTPBearer(auto_error=False, description="The service's API key, where it has one."))
+bearer = Security(HTTPBearer(auto_error=False, description="A key of the service, where it asks for one."))
 
 
 #: a time as the service wrote it: ISO 8601 in UTC
@@ -33,22 +34,30 @@ class Resource(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def _operations(request: Request) -> Operations:
+# They are `async` though they wait for nothing: each that is not would take a thread, and its time, on every request.
+
+
+async def _operations(request: Request) -> Operations:
     operations: Operations = request.app.state.operations
     return operations
 
 
-def _broker(request: Request) -> Broker:
+async def _broker(request: Request) -> Broker:
     broker: Broker = request.app.state.broker
     return broker
 
 
-def _actor(request: Request) -> str:
+async def _actor(request: Request) -> str:
     actor: str = request.state.actor
     return actor
 
 
-def _identifier(
+async def _limits(request: Request) -> Limits:
+    limits: Limits = request.state.limits
+    return limits
+
+
+async def _identifier(
     id: Annotated[str, Path(description="the resource's id", examples=["edit_01JABCDEFGHJKMNPQRSTVWXYZ0"])],
 ) -> str:
     if not _ID.fullmatch(id):
@@ -62,7 +71,7 @@ def _no_nul(text: str) -> str:
     return text
 
 
-def _idempotency_key(
+async def _idempotency_key(
     idempotency_key: Annotated[
         str | None,
         Header(
@@ -78,7 +87,7 @@ def _idempotency_key(
     return idempotency_key
 
 
-def _last_event_id(
+async def _last_event_id(
     last_event_id: Annotated[
         str | None, Header(description="go on after this event; what cannot be an id is ignored")
     ] = None,
@@ -89,6 +98,7 @@ def _last_event_id(
 Work = Annotated[Operations, Depends(_operations)]
 Bell = Annotated[Broker, Depends(_broker)]
 Actor = Annotated[str, Depends(_actor)]
+Allowed = Annotated[Limits, Depends(_limits)]
 Id = Annotated[str, Depends(_identifier)]
 IdempotencyKey = Annotated[str | None, Depends(_idempotency_key)]
 LastEventId = Annotated[str | None, Depends(_last_event_id)]

@@ -1,24 +1,33 @@
-"""What every request passes before a route sees it: the bearer key, then the body's size, type and JSON."""
+"""What every request passes before a route sees it: the key, its rate and its scopes, then the body's size, type and JSON."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
-from api.errors import Malformed, TooLarge, Unauthorized, WrongMediaType
-from service.settings import Settings
+from api.callers import Caller, identify
+from api.errors import Forbidden, Malformed, TooLarge, WrongMediaType, problems
+from service.keys import Scope, may
 
-MAX_BODY = 1_000_000  # bytes
-LOCAL = "local"
+#: what a key must be good for, by method and path; a GET needs `read`. A route without a scope cannot be made.
+SCOPES = {
+    ("POST", "/edits"): Scope.EDIT,
+    ("DELETE", "/edits/{id}"): Scope.EDIT,
+    ("POST", "/trace"): Scope.READ,
+    ("DELETE", "/trace/{id}"): Scope.EDIT,
+    ("POST", "/generate"): Scope.READ,
+    ("POST", "/compare"): Scope.READ,
+    ("POST", "/jobs/{id}/retry"): Scope.ADMIN,
+}
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+Responses = dict[int | str, dict[str, Any]]
 
 
 class Checked(Request):
@@ -39,11 +48,18 @@ class Checked(Request):
 class Door(APIRoute):
     """A route behind the door. The key comes first: a stranger's body is not even read."""
 
+    def __init__(
+        self, path: str, endpoint: Callable[..., Any], *, responses: Responses | None = None, **given: Any
+    ) -> None:
+        at_the_door = problems(401, 403, 429)
+        super().__init__(path, endpoint, responses={**at_the_door, **(responses or {})}, **given)
+
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
+        needed = {method: scope_of(method, self.path) for method in self.methods or ()}
 
         async def through_the_door(request: Request) -> Response:
-            request.state.actor = identify(request, request.app.state.settings)
+            await admit(request, needed[request.method])
             if request.method in ("POST", "PUT", "PATCH"):
                 raw = await read(request)
                 request = Checked(request, raw, parse(request, raw) if raw else None)
@@ -52,29 +68,40 @@ class Door(APIRoute):
         return through_the_door
 
 
-def identify(request: Request, settings: Settings) -> str:
-    """Who asks, as the ledger will name them: the key by its digest, so that the ledger holds no secret."""
-    if not settings.api_key:
-        return LOCAL
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    expected = hashlib.sha256(settings.api_key.encode()).digest()
-    # Digests have one length, so the comparison takes the same time whatever was sent.
-    same = hmac.compare_digest(hashlib.sha256(key.strip(" ").encode("latin-1")).digest(), expected)
-    if scheme.lower() != "bearer" or not same:
-        raise Unauthorized("Send the service's key in the header `Authorization: Bearer KEY`.")
-    return f"key:{expected.hex()[:12]}"
+def scope_of(method: str, path: str) -> Scope:
+    """The scope that a route needs."""
+    if method == "GET":
+        return SCOPES.get((method, path), Scope.READ)
+    return SCOPES[method, path]
+
+
+async def admit(request: Request, needed: Scope) -> None:
+    """Let a caller in who is known, in time and allowed; `request.state` then says who it is."""
+    caller = await identify(request)
+    request.state.actor, request.state.limits = caller.actor, caller.limits
+    if caller.limits.requests_per_minute is not None:
+        rate = request.app.state.rate
+        await run_in_threadpool(rate.count, caller.actor, caller.limits.requests_per_minute)
+    _check_scope(caller, needed)
+
+
+def _check_scope(caller: Caller, needed: Scope) -> None:
+    if not may(caller.scopes, needed):
+        held = ", ".join(sorted(caller.scopes))
+        raise Forbidden(f"This needs a key with the scope `{needed}`; the one that was sent has: {held}.")
 
 
 async def read(request: Request) -> bytes:
     """The body, as long as it is not too large."""
-    too_large = TooLarge(f"The body is larger than {MAX_BODY} bytes: send less at once.")
+    limit: int = request.app.state.settings.max_body
+    too_large = TooLarge(f"The body is larger than {limit} bytes: send less at once.")
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 12 or int(declared) > MAX_BODY):
+    if declared.isdecimal() and (len(declared) > 12 or int(declared) > limit):
         raise too_large
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > MAX_BODY:
+        if size > limit:
             raise too_large
         chunks.append(chunk)
     return b"".join(chunks)

@@ -20,6 +20,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
+from service import metrics
 from service.errors import Conflict, InvalidInput, NotFound, PalimpsestError, QueueFull, Unavailable
 
 log = logging.getLogger("palimpsest.api")
@@ -34,9 +35,21 @@ class Malformed(PalimpsestError):
 
 
 class Unauthorized(PalimpsestError):
-    """The bearer key is missing or wrong."""
+    """The bearer key is missing, wrong or revoked."""
 
     title = "A key is needed"
+
+
+class Forbidden(PalimpsestError):
+    """Who asks is known, and may not do this."""
+
+    title = "This is not allowed"
+
+
+class TooManyRequests(QueueFull):
+    """The key has used up its requests of this minute."""
+
+    title = "Too many requests"
 
 
 class NotAcceptable(PalimpsestError):
@@ -67,6 +80,7 @@ class WorkFailed(PalimpsestError):
 STATUS: dict[type[PalimpsestError], HTTPStatus] = {
     Malformed: HTTPStatus.BAD_REQUEST,
     Unauthorized: HTTPStatus.UNAUTHORIZED,
+    Forbidden: HTTPStatus.FORBIDDEN,
     NotFound: HTTPStatus.NOT_FOUND,
     NotAcceptable: HTTPStatus.NOT_ACCEPTABLE,
     Conflict: HTTPStatus.CONFLICT,
@@ -78,17 +92,21 @@ STATUS: dict[type[PalimpsestError], HTTPStatus] = {
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 
+#: the limits that refuse, as the metrics call them
+LIMITS: dict[type[PalimpsestError], str] = {TooManyRequests: "rate", QueueFull: "queue", TooLarge: "size"}
+
 #: what each status means here, for the OpenAPI document
 MEANING: dict[int, str] = {
     400: "The body is not JSON: broken syntax, NaN or Infinity, text that is not UTF-8, or nested too deeply.",
-    401: "The service has an API key and the request does not carry it.",
+    401: "The service asks for a key, and the request carries none that is good.",
+    403: "The key has not the scope that this needs; or, where no key is needed, `Host` is no name of this machine.",
     404: "No resource has this id.",
     406: "The resource has none of the forms that `Accept` asks for.",
     409: "The state of the resource forbids this.",
-    413: "The body is larger than 1 MB.",
+    413: "The body is larger than the service reads: 1 MB where nothing else is set.",
     415: "The body is not declared as `application/json`.",
     422: "Something in the request cannot be carried out; `errors` says what to change. Nothing else happened.",
-    429: "Too much is waiting; try again after `Retry-After` seconds.",
+    429: "Too much is waiting, or the key has sent too many requests; try again after `Retry-After` seconds.",
     500: "A fault of the service.",
     503: "Something that the service depends on is down or not ready; `detail` says what.",
 }
@@ -173,6 +191,8 @@ def from_event(data: Mapping[str, Any]) -> PalimpsestError:
 def _ours(request: Request, error: PalimpsestError) -> Response:
     extra = dict(error.extra)
     headers: dict[str, str] = {}
+    if limit := LIMITS.get(type(error)):
+        metrics.REJECTED.labels(limit).inc()
     if isinstance(error, InvalidInput):
         extra["errors"] = [{"field": error.field, "detail": error.detail}]
     if isinstance(error, QueueFull):

@@ -11,9 +11,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from api.errors import encode
-from api.waiting import heard
 from service.errors import PalimpsestError
 from service.jobs.broker import Event
+from service.jobs.listening import heard
 
 PING = 15.0  # seconds; proxies and clients drop a connection that says nothing
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

@@ -1,11 +1,11 @@
-"""Waiting without holding a thread: for the end of a job, for the next event, for a client to go."""
+"""Waiting without holding a thread: for the end of a job, for a client to go."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, suppress
 from typing import Annotated, Any, TypeVar
 
@@ -15,6 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from service.errors import PalimpsestError
 from service.jobs.broker import Event
+from service.jobs.listening import heard
 
 T = TypeVar("T")
 MAX_WAIT = 60
@@ -23,7 +24,7 @@ _WAIT = re.compile(r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9})"?\s*(?:$|[,;])', re.IGNOR
 _LOOK_AGAIN = 2.0
 
 
-def _preference(
+async def _preference(
     response: Response,
     prefer: Annotated[
         str | None,
@@ -84,27 +85,6 @@ async def all_until_ended(
     return [await until_ended(one, read, news, give_up - time.monotonic()) for one in resources]
 
 
-async def heard(events: AsyncIterator[Event], silence: float) -> AsyncGenerator[Event | None]:
-    """The events, and None after every `silence` seconds without one."""
-    following: asyncio.Task[Event | None] | None = None
-    try:
-        while True:
-            following = following or asyncio.create_task(_next(events))
-            done, _ = await asyncio.wait({following}, timeout=silence)
-            if not done:
-                yield None
-                continue
-            event, following = following.result(), None
-            if event is None:
-                return
-            yield event
-    finally:
-        with anyio.CancelScope(shield=True):
-            if following is not None:
-                await _drop(following)
-            await _close(events)
-
-
 async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
     """The result of `work`, or None when the client hangs up first; the work is cancelled then."""
     working = asyncio.ensure_future(work)
@@ -124,10 +104,6 @@ async def _exhaust(events: AsyncIterator[Event]) -> None:
             pass
 
 
-async def _next(events: AsyncIterator[Event]) -> Event | None:
-    return await anext(events, None)
-
-
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -138,9 +114,3 @@ async def _drop(task: asyncio.Future[Any]) -> None:
     task.cancel()
     with suppress(asyncio.CancelledError, PalimpsestError, Exception):
         await task
-
-
-async def _close(events: AsyncIterator[Event]) -> None:
-    close = getattr(events, "aclose", None)
-    if close is not None:
-        await close()

@@ -23,7 +23,9 @@ RECONNECTS = 5  # in a row, without an event between them
 class ClientSettings(BaseSettings):
     """Where the service is. `docs/settings.md` lists every field."""
 
-    model_config = SettingsConfigDict(env_prefix="PALIMPSEST_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="PALIMPSEST_", frozen=True, extra="ignore", env_ignore_empty=True
+    )
 
     url: str = Field("http://127.0.0.1:8000", description="address of the service")
     api_key: str | None = Field(None, description="bearer key of the service, when it asks for one")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings
+from pydantic_settings import BaseSettings, SettingsError
 
 from service.errors import Misconfigured
 from service.settings import SHIPPED_MODEL
@@ -44,9 +44,10 @@ def _kind(annotation: Any) -> str:
     return "TEXT" if name == "STR" else name
 
 
-def add_settings(parser: argparse._ActionsContainer, settings: type[BaseSettings]) -> None:
-    """A flag for every field. Values stay text: pydantic reads them, as it reads the environment."""
-    for name, field in settings.model_fields.items():
+def add_settings(parser: argparse._ActionsContainer, settings: type[BaseSettings], *only: str) -> None:
+    """A flag for every field, or for these. Values stay text: pydantic reads them, as it reads the environment."""
+    for name in only or settings.model_fields:
+        field = settings.model_fields[name]
         shown = default(settings, name)
         text = f"{field.description} [{variable(settings, name)}{f'; default: {shown}' if shown else ''}]"
         options: dict[str, Any] = {
@@ -72,3 +73,5 @@ def read_settings(args: argparse.Namespace, settings: type[S]) -> S:
         raise Misconfigured(
             f"{flag(name)} (or {variable(settings, name)}) cannot be {first['input']!r}: {wrong}."
         ) from None
+    except (SettingsError, OSError) as error:  # the folder of secrets
+        raise Misconfigured(f"the settings cannot be read: {error}") from None

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 
-from cli import edits, speech, tracing
+from cli import edits, jobs, speech, tracing
 from cli.client import Client, ClientSettings
 from cli.flags import add_settings, read_settings
 from cli.screen import err, plain
@@ -28,24 +30,41 @@ def build() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _serve(commands)
+    _processes(commands)
     _edit(commands)
     _lists(commands)
+    _jobs(commands)
+    _keys(commands)
     _trace(commands)
     _speech(commands)
     return parser
 
 
-def _serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    serve = commands.add_parser("serve", help="start the service", allow_abbrev=False)
-    add_settings(serve, Settings)
-    serve.set_defaults(run=_serve_now)
+#: the commands that start a process of the service: each is a module of its own, imported only when it is given
+PROCESSES = {
+    "serve": "start the service in one process",
+    "api": "start the HTTP door alone; workers find it through Redis",
+    "work": "start one worker",
+    "migrate": "bring the database to this release",
+}
 
 
-def _serve_now(args: argparse.Namespace) -> int:
-    from cli import serve  # only this command needs the server
+def _processes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    for name, words in PROCESSES.items():
+        parser = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
+        add_settings(parser, Settings)
+        parser.set_defaults(run=partial(_start, name))
+        if name == "migrate":
+            parser.add_argument(
+                "--to",
+                metavar="REVISION",
+                default="head",
+                help="another revision, older ones too (default: head)",
+            )
 
-    return serve.run(args)
+
+def _start(name: str, args: argparse.Namespace) -> int:
+    return int(import_module(f"cli.{name}").run(args))
 
 
 def _edit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,6 +89,36 @@ def _lists(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     listed.add_argument("--limit", type=int, default=20, help="how many (default: 20)")
     ledger = _command(commands, "ledger", "what was applied and reverted", edits.ledger)
     ledger.add_argument("--verify", action="store_true", help="check hashes, factors and replicas")
+
+
+def _jobs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    listed = _command(commands, "jobs", "list jobs of every kind, newest first", jobs.jobs)
+    listed.add_argument("--dead", action="store_true", help="only those that were given up")
+    listed.add_argument("--status", help="only those that are queued, running, failed, ...")
+    listed.add_argument("--kind", help="only those of one kind: edit, trace or evaluation")
+    listed.add_argument("--limit", type=int, default=20, help="how many (default: 20)")
+    verbs = listed.add_subparsers(title="commands", metavar="COMMAND")
+    retry = _command(verbs, "retry", "let a failed job wait again", jobs.retry)
+    retry.add_argument("id", metavar="ID", help="as `palimpsest jobs` shows it")
+
+
+def _keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    words = "make, list and revoke the keys of the service, straight in its database"
+    keys = commands.add_parser("keys", help=words, description=words, allow_abbrev=False)
+    verbs = keys.add_subparsers(title="commands", metavar="COMMAND", dest="verb", required=True)
+    create = verbs.add_parser("create", help="make a key and show it, this once", allow_abbrev=False)
+    create.add_argument(
+        "--name", required=True, help="what the ledger calls its holder, such as nightly-eval"
+    )
+    create.add_argument("--scopes", required=True, help="some of read,edit,admin")
+    create.add_argument("--requests-per-minute", dest="per_minute", type=int, metavar="INT", help="more get 429 (default: as the service is set)")  # fmt: skip
+    create.add_argument("--max-queued", dest="queued", type=int, metavar="INT", help="jobs that may wait at once (default: as the service is set)")  # fmt: skip
+    listed = verbs.add_parser("list", help="every key, with its scopes and its last use", allow_abbrev=False)
+    revoke = verbs.add_parser("revoke", help="let a key open nothing any more", allow_abbrev=False)
+    revoke.add_argument("name", metavar="NAME", help="as `palimpsest keys list` shows it")
+    for verb in (create, listed, revoke):
+        add_settings(verb.add_argument_group("database"), Settings, "data", "database_url")
+        verb.set_defaults(run=partial(_start, "keys"))
 
 
 def _trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

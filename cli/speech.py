@@ -37,7 +37,9 @@ def generate(args: argparse.Namespace, client: Client) -> int:
         if not begun:  # not before the service has agreed
             _say(args.prompt)
             begun = True
-        if event.name == "token":
+        if event.name == "restart":  # another worker begins the answer anew
+            _say("\n" + args.prompt)
+        elif event.name == "token":
             _say(event.data["text"])
         elif event.name == "end":
             _say("\n")

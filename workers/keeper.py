@@ -11,18 +11,18 @@ from service.serving.engine import Engine
 
 log = logging.getLogger(__name__)
 
-BEAT = 3.0  # seconds between two heartbeats; a tenth of the lease
-SWEEP = 10.0  # seconds between two sweeps
-HUNG = 300.0  # seconds after which a loop that did not come round counts as dead
-
 
 class Keeper:
-    """Runs from `start` to `stop`. While `paused` it is silent, so that readiness shows that nobody serves."""
+    """Runs from `start` to `stop`. While `paused` it is silent, so that readiness shows that nobody serves.
 
-    def __init__(self, engine: Engine, desk: Desk, beat: float = BEAT, sweep: float = SWEEP) -> None:
-        self.paused = False
+    There is room for several beats in a lease, and a bell that was lost is rung again within one.
+    """
+
+    def __init__(self, engine: Engine, desk: Desk, lease: float) -> None:
+        self.paused = True  # until the worker is registered
         self._engine, self._desk = engine, desk
-        self._every, self._sweep_every = beat, sweep
+        self._every = min(max(lease / 10, 0.2), 5.0)
+        self._sweep_every = min(max(lease / 3, 0.5), 20.0)
         self._swept = float("-inf")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
@@ -34,6 +34,13 @@ class Keeper:
         self._stop.set()
         self._thread.join()
 
+    def resume(self) -> None:
+        """Speak again. What was down for this worker may have been down for others: they come back before a sweep."""
+        if self._swept > float("-inf"):
+            self._swept = time.monotonic()
+        self.paused = False
+        self.beat()
+
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
@@ -44,10 +51,10 @@ class Keeper:
 
     def beat(self) -> None:
         """One heartbeat, and a sweep when one is due."""
-        if self.paused or time.monotonic() - self._engine.turned > HUNG:
+        if self.paused or self._engine.hung:
             return
         if self._engine.position is not None:
             self._desk.heartbeat(*self._engine.position)
         if time.monotonic() - self._swept >= self._sweep_every:
-            self._swept = time.monotonic()
             self._desk.sweep()
+            self._swept = time.monotonic()

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 
 from service.editing import edit_steps
+from service.jobs.broker import JOBS
 from service.jobs.desk import Desk, RunningJob
-from service.progress import Steps
+from service.progress import Steps, persist
 from service.requests import TraceRequest
 from service.serving.calls import pinned
 from service.serving.replica import Replica
 from service.text import Statement
 from service.toolkit import Toolkit
 from service.tracing.suffix import trace_steps
+from workers.stopwatch import timed
 
 Tasks = dict[str, Callable[[RunningJob], Steps[None]]]
 
 
-def tasks(replica: Replica, desk: Desk, toolkit: Toolkit) -> Tasks:
-    """Kind of job -> its steps."""
+def tasks(replica: Replica, desk: Desk, toolkit: Toolkit, kinds: Collection[str] = JOBS) -> Tasks:
+    """Kind of job -> its steps, for those that are asked for."""
 
     def edit(job: RunningJob) -> Steps[None]:
-        return edit_steps(replica, desk, job, toolkit)
+        return timed(job, edit_steps(replica, desk, job, toolkit))
 
     def trace(job: RunningJob) -> Steps[None]:
-        return traced(replica, desk, job)
+        return timed(job, traced(replica, desk, job))
 
-    return {"edit": edit, "trace": trace}
+    known: Tasks = {"edit": edit, "trace": trace}
+    return {kind: steps for kind, steps in known.items() if kind in kinds}
 
 
 def traced(replica: Replica, desk: Desk, job: RunningJob) -> Steps[None]:
@@ -47,4 +51,4 @@ def traced(replica: Replica, desk: Desk, job: RunningJob) -> Steps[None]:
         compat=request.compat,
     )
     result = yield from replica.standing(replica.weights(version), steps)
-    desk.finish(job, "done", {**result.to_json(), "version": version})
+    yield from persist(partial(desk.finish, job, "done", {**result.to_json(), "version": version}))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
+from service import metrics
 from service.bootstrap import Wired
-from service.errors import Misconfigured
+from service.errors import Disagrees, Misconfigured, PalimpsestError, Unavailable
 from service.ids import new_id
+from service.jobs.broker import CALLS
 from service.jobs.desk import Desk, forget_workers
 from service.models.loading import LoadedModel, load
 from service.progress import Progress
@@ -20,12 +24,13 @@ from service.settings import Settings
 from service.toolkit import Toolkit, prepare_steps
 from workers.card import card, tokenizer_json
 from workers.keeper import Keeper
+from workers.roles import kinds, roles
 from workers.tasks import tasks
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-REST, LONGEST = 1.0, 30.0  # seconds before a loop that fell is started again: the first time, and at most
+REST, LONGEST = 1.0, 10.0  # seconds before a loop that fell is started again: the first time, and at most
 STEADY = 60.0  # seconds after which a loop counts as sound again
 
 
@@ -38,11 +43,15 @@ class Worker:
 
     def __init__(self, settings: Settings, wired: Wired) -> None:
         self.id = new_id("worker")
+        self.roles = roles(settings.roles)
+        self.model = ""  #: its name, once it is loaded
         self.ready = threading.Event()
         self.progress: Progress | None = None
         self.error: Exception | None = None  #: what ended the worker, or what the loop last fell over
         self._settings, self._wired = settings, wired
         self._falls = 0  # of the loop, in a row
+        self._longest = min(LONGEST, max(REST, settings.lease / 3))  # back before its work is taken over
+        self._engine: Engine | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -73,7 +82,8 @@ class Worker:
     def stop(self) -> None:
         """Stop kindly: no job is left half done, and what runs is handed back. Waits for a thread that was started."""
         self._stop.set()
-        self._wired.broker.wake()
+        with suppress(Unavailable):  # a queue that is down holds no loop asleep
+            self._wired.broker.wake()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -82,26 +92,67 @@ class Worker:
         if self.error is not None:
             raise self.error
 
+    def trouble(self) -> str | None:
+        """Why this worker serves nothing now; None while it does."""
+        if self.error is not None:
+            return (
+                self.error.detail
+                if isinstance(self.error, PalimpsestError)
+                else "its loop fell: see the log."
+            )
+        if not self.ready.is_set():
+            return "it is starting or stopping."
+        if self._engine is not None and self._engine.hung:
+            return "its loop hangs."
+        return None
+
     def _run(self) -> None:
-        sole = self._settings.redis_url is None
-        self._wired.database.migrate()
-        if sole:
-            forget_workers(self._wired.database)  # before the long loading: nobody is ready meanwhile
+        settings, wired = self._settings, self._wired
+        self._patiently(wired.database.migrate)
+        if wired.sole:
+            forget_workers(wired.database)  # before the long loading: nobody is ready meanwhile
         model = self._load()
-        toolkit = self._prepare(model)
-        if toolkit is None:
-            return
+        self.model = model.name
         desk = Desk(
-            self._wired.database,
-            self._wired.broker,
+            wired.database,
+            wired.broker,
             model.fingerprint,
             self.id,
-            self._settings.max_attempts,
-            sole=sole,
+            settings.max_attempts,
+            lease=settings.lease,
+            sole=wired.sole,
         )
+        self._patiently(lambda: self._refuse_strangers(desk))
+        toolkit = self._prepare(model)
+        if toolkit is not None:
+            self._engine = self._make_engine(model, desk, toolkit)
+            self._serve(self._engine, desk, toolkit)
+
+    def _patiently(self, need: Callable[[], None]) -> None:
+        """What is down before the loop runs is waited for: a process that ended would have to load all over again."""
+        while not self._stop.is_set():
+            try:
+                need()
+            except Unavailable as error:
+                log.warning("waiting", extra={"worker": self.id, "detail": error.detail})
+                self._stop.wait(REST)
+            else:
+                return
+
+    def _make_engine(self, model: LoadedModel, desk: Desk, toolkit: Toolkit) -> Engine:
+        """The loop, for the kinds of work of this worker's roles."""
+        taken = kinds(self.roles)
         replica = Replica(model, desk)
-        engine = Engine(replica, desk, self._wired.broker, tasks(replica, desk, toolkit))
-        self._serve(engine, desk, toolkit)
+        calls = tuple(kind for kind in CALLS if kind in taken)
+        return Engine(replica, desk, self._wired.broker, tasks(replica, desk, toolkit, taken), calls=calls)
+
+    def _refuse_strangers(self, desk: Desk) -> None:
+        """One service has one model: edits of another would wait for ever."""
+        if strangers := desk.strangers():
+            raise Misconfigured(
+                f"another model is being served: {'; '.join(strangers)}. Stop its workers first (one that was killed counts "
+                f"for {self._settings.lease:.0f} seconds), or start this one with their --model."
+            )
 
     def _load(self) -> LoadedModel:
         settings = self._settings
@@ -130,53 +181,57 @@ class Worker:
 
     def _serve(self, engine: Engine, desk: Desk, toolkit: Toolkit) -> None:
         """Register, and run the loop until it is stopped; a loop that falls is shown as such and started again."""
-        model = toolkit.model
-        keeper = Keeper(engine, desk)
-        desk.register(card(model, toolkit), tokenizer_json(model))
-        log.info("registered", extra={"worker": self.id, "model": model.name})
-        desk.sweep()
+        keeper = Keeper(engine, desk, self._settings.lease)
         keeper.start()
-        self.ready.set()
         try:
-            while True:
-                started = time.monotonic()
-                try:
-                    return engine.run(self._stop)
-                except Exception as error:
-                    self._fallen(error, desk, keeper)
-                    if self._stop.is_set():
-                        return None
-                self._falls = 1 if time.monotonic() - started > STEADY else self._falls + 1
-                while not self._stop.wait(min(REST * 2 ** (self._falls - 1), LONGEST)):
-                    if self._risen(desk, keeper, toolkit):
-                        break
-                    self._falls += 1
+            self._go_on(engine, desk, keeper, toolkit)
         finally:
             keeper.stop()
             self._leave(desk)
 
-    def _fallen(self, error: Exception, desk: Desk, keeper: Keeper) -> None:
-        """Say that nobody serves: no heartbeat, no row among the living."""
-        log.error("loop fell", exc_info=error, extra={"worker": self.id})
-        keeper.paused = True
-        self._leave(desk)
-        self.error = error
-        self.ready.clear()
+    def _go_on(self, engine: Engine, desk: Desk, keeper: Keeper, toolkit: Toolkit) -> None:
+        """The loop, again and again, with ever longer pauses while it falls."""
+        while True:
+            started = time.monotonic()
+            try:
+                self._rise(desk, keeper, toolkit)
+                return engine.run(self._stop)
+            except (Disagrees, Misconfigured):
+                raise
+            except Exception as error:
+                self._fall(error, desk, keeper)
+            self._falls = 1 if time.monotonic() - started > STEADY else self._falls + 1
+            if self._stop.wait(min(REST * 2 ** (self._falls - 1), self._longest)):
+                return self._hand_back(engine)
 
-    def _risen(self, desk: Desk, keeper: Keeper, toolkit: Toolkit) -> bool:
-        """Be among the living again, when the store answers."""
+    def _hand_back(self, engine: Engine) -> None:
+        """Stopped while the loop is down: a last try to hand back what it holds."""
         try:
-            desk.register(card(toolkit.model, toolkit), tokenizer_json(toolkit.model))
-            keeper.paused = False
-            keeper.beat()
-        except Exception as error:
-            log.warning("cannot register", extra={"detail": str(error)})
-            keeper.paused = True
-            return False
+            engine.run(self._stop)
+        except Exception as error:  # it is taken over when its leases are over
+            log.warning("cannot hand back", extra={"detail": str(error)})
+
+    def _rise(self, desk: Desk, keeper: Keeper, toolkit: Toolkit) -> None:
+        """Be among the living."""
+        self._refuse_strangers(desk)
+        desk.register(card(toolkit.model, toolkit), tokenizer_json(toolkit.model), self.roles)
+        keeper.resume()
         self.error = None
         self.ready.set()
         log.info("registered", extra={"worker": self.id, "model": toolkit.model.name})
-        return True
+
+    def _fall(self, error: Exception, desk: Desk, keeper: Keeper) -> None:
+        """Nobody serves: no heartbeat. When something that all need is down, what was begun here is gone on with, if
+        that is within the lease; a loop at fault gives it up at once."""
+        metrics.RESTARTS.inc()
+        keeper.paused = True
+        if isinstance(error, Unavailable):
+            log.warning("waiting", extra={"worker": self.id, "detail": error.detail})
+        else:
+            log.error("loop fell", exc_info=error, extra={"worker": self.id})
+            self._leave(desk)
+        self.error = error
+        self.ready.clear()
 
     def _leave(self, desk: Desk) -> None:
         try:

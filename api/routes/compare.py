@@ -8,7 +8,7 @@ from fastapi import APIRouter, Body, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from api.calls import answer
+from api.calls import Call
 from api.dependencies import Bell, Resource, Work, bearer
 from api.door import Door
 from api.errors import problems
@@ -49,7 +49,7 @@ _EXAMPLES: dict[str, Any] = {
 @router.post(
     "/compare",
     response_model=Comparison,
-    responses=problems(400, 401, 409, 413, 415, 422, 429, 500, 503),
+    responses=problems(400, 409, 413, 415, 422, 500, 503),
 )
 async def compare(
     asked: Annotated[CompareRequest, Body(openapi_examples=_EXAMPLES)],
@@ -59,5 +59,5 @@ async def compare(
 ) -> Any:
     """Both texts, and the next-token distributions where they differ."""
     channel = await run_in_threadpool(work.compare, asked)
-    said = await answer(request, work, broker, channel)
+    said = await Call("compare", channel, asked, work, broker).answer(request)
     return Response(status_code=499) if said is None else said  # 499: nobody reads it

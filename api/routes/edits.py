@@ -8,9 +8,10 @@ from fastapi import APIRouter, Body, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Discriminator, Field, Tag
 
-from api import events
+from api import events, links
 from api.dependencies import (
     Actor,
+    Allowed,
     Cursor,
     Id,
     IdempotencyKey,
@@ -123,6 +124,12 @@ EditBody = Annotated[
 ]
 
 _LOCATION = {"Location": {"description": "where the resource is", "schema": {"type": "string"}}}
+_LINKS = {
+    **links.to("/edits/{id}", readEdit="get", takeEditBack="delete"),
+    **links.to("/edits/{id}/delta", readDelta="get"),
+    **links.to("/edits/{id}/events", hearEdit="get"),
+    **links.to("/jobs/{id}/retry", retryEdit="post"),
+}
 
 
 @router.post(
@@ -131,25 +138,37 @@ _LOCATION = {"Location": {"description": "where the resource is", "schema": {"ty
     response_model=Edit | Edits,
     summary="Ask for one edit or for several",
     responses={
-        200: {"description": "They ended within the wait.", "model": Edit | Edits, "headers": _LOCATION},
-        202: {"description": "Queued.", "headers": _LOCATION},
-        **problems(400, 401, 413, 415, 422, 429, 500, 503),
+        200: {
+            "description": "They ended within the wait.",
+            "model": Edit | Edits,
+            "headers": _LOCATION,
+            "links": _LINKS,
+        },
+        202: {"description": "Queued.", "headers": _LOCATION, "links": _LINKS},
+        **problems(400, 413, 415, 422, 500, 503),
     },
 )
 async def submit(
-    asked: EditBody, work: Work, actor: Actor, key: IdempotencyKey, wait: Wait, response: Response
+    asked: EditBody,
+    work: Work,
+    actor: Actor,
+    allowed: Allowed,
+    key: IdempotencyKey,
+    wait: Wait,
+    response: Response,
 ) -> Any:
     """One edit gives the edit, `{"edits": [...]}` gives `{"items": [...]}`. All are queued, or none when one is invalid."""
     many = isinstance(asked, ManyEdits)
     requests = asked.edits if isinstance(asked, ManyEdits) else [asked]
-    items = await run_in_threadpool(work.submit_edits, requests, actor, idempotency(key, "edits", asked))
+    known = idempotency(key, "edits", asked)
+    items = await run_in_threadpool(work.submit_edits, requests, actor, known, allowed.max_queued)
     items = await all_until_ended(items, work.edit, work.events, wait)
     response.headers["Location"] = "/edits" if many else f"/edits/{items[0]['id']}"
     response.status_code = 200 if all(map(ended, items)) else 202
     return {"items": items} if many else items[0]
 
 
-@router.get("/edits", summary="All edits, newest first", responses=problems(401, 422, 500, 503))
+@router.get("/edits", summary="All edits, newest first", responses=problems(422, 500, 503))
 def listing(
     work: Work,
     cursor: Cursor = None,
@@ -162,14 +181,14 @@ def listing(
     return EditPage.model_validate(work.edits(status, subject, cursor, limit))
 
 
-@router.get("/edits/{id}", response_model=Edit, responses=problems(401, 404, 422, 500, 503))
+@router.get("/edits/{id}", response_model=Edit, responses=problems(404, 422, 500, 503))
 async def one(id: Id, work: Work, wait: Wait) -> Any:
     """The edit as it stands; with `Prefer: wait=SECONDS` when it has ended."""
     edit = await run_in_threadpool(work.edit, id)
     return await until_ended(edit, work.edit, work.events, wait)
 
 
-@router.delete("/edits/{id}", response_model=Edit, responses=problems(401, 404, 409, 422, 500, 503))
+@router.delete("/edits/{id}", response_model=Edit, responses=problems(404, 409, 422, 500, 503))
 async def revert(id: Id, work: Work, actor: Actor, wait: Wait) -> Any:
     """Revert an applied edit; cancel a waiting or a running one. Saying it twice is harmless."""
     edit = await run_in_threadpool(work.revert_edit, id, actor)
@@ -184,7 +203,7 @@ async def revert(id: Id, work: Work, actor: Actor, wait: Wait) -> Any:
             "description": "keys, values and the rank-one factors as applied, as safetensors",
             "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
         },
-        **problems(401, 404, 409, 422, 500, 503),
+        **problems(404, 409, 422, 500, 503),
     },
 )
 def delta(id: Id, work: Work) -> Response:
@@ -199,7 +218,7 @@ def delta(id: Id, work: Work) -> Response:
     response_class=EventStream,
     responses={
         200: {"description": "`progress` events, then `end`", "content": events.DOCUMENTED},
-        **problems(401, 404, 422, 500, 503),
+        **problems(404, 422, 500, 503),
     },
 )
 async def news(id: Id, work: Work, after: LastEventId) -> Response:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Body, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from api import events
-from api.calls import answer, attended
+from api.calls import Call
 from api.dependencies import Bell, Resource, Work, bearer
 from api.door import Door
 from api.errors import problems
@@ -69,10 +69,10 @@ _EXAMPLES: dict[str, Any] = {
     response_model=Generated | GeneratedMany,
     responses={
         200: {
-            "description": "The text; with `stream`, `token` events and then `end` or `error`.",
+            "description": "The text; with `stream`, `token` events and then `end` or `error`; after `restart` the answer begins anew.",
             "content": events.DOCUMENTED,
         },
-        **problems(400, 401, 409, 413, 415, 422, 429, 500, 503),
+        **problems(400, 409, 413, 415, 422, 500, 503),
     },
 )
 async def generate(
@@ -81,15 +81,16 @@ async def generate(
     work: Work,
     broker: Bell,
 ) -> Any:
-    """Pinned to one version when it is admitted: an edit that lands meanwhile does not change it."""
+    """Pinned to one version when it is admitted: an edit that lands meanwhile does not change it.
+
+    A stream tells `token` events and then `end` or `error`. Should the worker die on the way, another one begins anew:
+    a `restart` event says that all tokens so far are void, and the whole answer follows.
+    """
     channel = await run_in_threadpool(work.generate, asked)
+    call = Call("generate", channel, asked, work, broker)
     if asked.stream:
-
-        async def hang_up() -> None:
-            await run_in_threadpool(broker.cancel, channel)
-
-        return EventStream(attended(work, broker.events(channel)), hang_up)
-    said = await answer(request, work, broker, channel)
+        return EventStream(call.events(), call.hang_up)
+    said = await call.answer(request)
     if said is None:
         return Response(status_code=499)  # nobody reads it
     if asked.prompts is not None:

@@ -35,14 +35,16 @@ class Verification(Resource):
     findings: list[Any] = Field(description="what is wrong, in words; empty when nothing is")
     entries: int
     head: int
-    replicas: list[dict[str, Any]] = Field(description="digests of the weights that workers reported")
+    replicas: list[dict[str, Any]] = Field(
+        description="digests of the weights that workers reported; `withdrawn` by those that took themselves out"
+    )
 
 
 @router.get(
     "/ledger",
     response_model=Ledger,
     summary="All entries, oldest first",
-    responses=problems(401, 422, 500, 503),
+    responses=problems(422, 500, 503),
 )
 def listing(
     work: Work,
@@ -55,7 +57,7 @@ def listing(
     return work.ledger(cursor, limit, version)
 
 
-@router.get("/ledger/verify", response_model=Verification, responses=problems(401, 422, 500, 503))
+@router.get("/ledger/verify", response_model=Verification, responses=problems(422, 500, 503))
 def verify(work: Work) -> Any:
     """Check the hash chain, every edit's factors and the digests of the replicas again."""
     return work.verify()

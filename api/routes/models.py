@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
 
-from api.dependencies import Resource, Work, bearer
+from api.dependencies import Moment, Resource, Work, bearer
 from api.door import Door
 from api.errors import problems
 
 router = APIRouter(tags=["models"], route_class=Door, dependencies=[bearer])
+
+
+class WorkerState(Resource):
+    """A worker: where it stands, when it was last heard of, and why it serves no more if it took itself out."""
+
+    id: str
+    state: Literal["serving", "withdrawn"]
+    reason: str | None = Field(None, description="why it took itself out")
+    roles: list[str] = Field(description="what it does; everything when empty")
+    version: int
+    lag: int = Field(description="versions behind the head")
+    digest: str | None = Field(None, description="of its weights at that version")
+    heartbeat: Moment
+    age: float = Field(description="seconds since the heartbeat")
+    host: str
+    pid: int
+
+
+class Counts(Resource):
+    queued: int
+    running: int
+    dead: int = Field(description="given up after too many attempts: see `GET /jobs?dead=true`")
 
 
 class Model(Resource):
@@ -20,13 +42,18 @@ class Model(Resource):
     name: str
     fingerprint: str = Field(description="of the base weights")
     head: int = Field(description="the newest version")
+    active_edits: int
+    jobs: Counts
+    workers: list[WorkerState] = Field(
+        description="those that live, and for a day those that took themselves out"
+    )
 
 
 class Models(Resource):
     items: list[Model]
 
 
-@router.get("/models", response_model=Models, responses=problems(401, 422, 500, 503))
+@router.get("/models", response_model=Models, responses=problems(422, 500, 503))
 def listing(work: Work) -> Any:
     """What is resident: architecture, editable layers, recipe, head version, active edits and workers."""
     return {"items": work.models()}

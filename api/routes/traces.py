@@ -8,9 +8,10 @@ from fastapi import APIRouter, Body, Header, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from api import events, images
+from api import events, images, links
 from api.dependencies import (
     Actor,
+    Allowed,
     Cursor,
     Id,
     IdempotencyKey,
@@ -65,6 +66,11 @@ _EXAMPLES: dict[str, Any] = {
 }
 
 _LOCATION = {"Location": {"description": "where the resource is", "schema": {"type": "string"}}}
+_LINKS = {
+    **links.to("/trace/{id}", readTrace="get", cancelTrace="delete"),
+    **links.to("/trace/{id}/events", hearTrace="get"),
+    **links.to("/jobs/{id}/retry", retryTrace="post"),
+}
 
 
 @router.post(
@@ -73,28 +79,35 @@ _LOCATION = {"Location": {"description": "where the resource is", "schema": {"ty
     response_model=Trace,
     summary="Ask for a trace",
     responses={
-        200: {"description": "It ended within the wait.", "model": Trace, "headers": _LOCATION},
-        202: {"description": "Queued.", "headers": _LOCATION},
-        **problems(400, 401, 413, 415, 422, 429, 500, 503),
+        200: {
+            "description": "It ended within the wait.",
+            "model": Trace,
+            "headers": _LOCATION,
+            "links": _LINKS,
+        },
+        202: {"description": "Queued.", "headers": _LOCATION, "links": _LINKS},
+        **problems(400, 413, 415, 422, 500, 503),
     },
 )
 async def submit(
     asked: Annotated[TraceRequest, Body(openapi_examples=_EXAMPLES)],
     work: Work,
     actor: Actor,
+    allowed: Allowed,
     key: IdempotencyKey,
     wait: Wait,
     response: Response,
 ) -> Any:
     """Corrupt the subject, restore one state at a time, and see which brings the answer back."""
-    trace = await run_in_threadpool(work.submit_trace, asked, actor, idempotency(key, "trace", asked))
+    known = idempotency(key, "trace", asked)
+    trace = await run_in_threadpool(work.submit_trace, asked, actor, known, allowed.max_queued)
     trace = await until_ended(trace, work.trace, work.events, wait)
     response.headers["Location"] = f"/trace/{trace['id']}"
     response.status_code = 200 if ended(trace) else 202
     return trace
 
 
-@router.get("/trace", summary="All traces, newest first", responses=problems(401, 422, 500, 503))
+@router.get("/trace", summary="All traces, newest first", responses=problems(422, 500, 503))
 def listing(work: Work, cursor: Cursor = None, limit: Limit = 50) -> TracePage:
     return TracePage.model_validate(work.traces(cursor, limit))
 
@@ -104,7 +117,7 @@ def listing(work: Work, cursor: Cursor = None, limit: Limit = 50) -> TracePage:
     response_model=Trace,
     responses={
         200: {"description": "The trace, in the form that `Accept` asks for.", "content": images.DOCUMENTED},
-        **problems(401, 404, 406, 409, 422, 500, 503),
+        **problems(404, 406, 409, 422, 500, 503),
     },
 )
 async def one(
@@ -127,7 +140,7 @@ async def one(
     return Response(drawn, headers=dict(response.headers), media_type=media_type)
 
 
-@router.delete("/trace/{id}", response_model=Trace, responses=problems(401, 404, 409, 422, 500, 503))
+@router.delete("/trace/{id}", response_model=Trace, responses=problems(404, 409, 422, 500, 503))
 async def cancel(id: Id, work: Work, wait: Wait) -> Any:
     """Cancel a waiting or a running trace. Saying it twice is harmless."""
     trace = await run_in_threadpool(work.cancel_trace, id)
@@ -140,7 +153,7 @@ async def cancel(id: Id, work: Work, wait: Wait) -> Any:
     response_class=EventStream,
     responses={
         200: {"description": "`progress` events, then `end`", "content": events.DOCUMENTED},
-        **problems(401, 404, 422, 500, 503),
+        **problems(404, 422, 500, 503),
     },
 )
 async def news(id: Id, work: Work, after: LastEventId) -> Response:

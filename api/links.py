@@ -1,0 +1,20 @@
+"""Links of the OpenAPI document: what a client can do next with what it was just given."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+Links = dict[str, dict[str, Any]]
+
+
+def to(path: str, at: str = "id", **methods: str) -> Links:
+    """A link by its name to each `method` of `path`; the id that it takes stands `at` this place of the answer."""
+    pointer = quote(path.replace("/", "~1"), safe="~")
+    return {
+        name: {
+            "operationRef": f"#/paths/{pointer}/{method}",
+            "parameters": {"id": f"$response.body#/{at}"},
+        }
+        for name, method in methods.items()
+    }

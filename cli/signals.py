@@ -1,0 +1,31 @@
+"""Ctrl-C and SIGTERM as an event: who runs a process asks it to stop, and it stops kindly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def stopped_by(*signals: signal.Signals) -> Iterator[threading.Event]:
+    """An event that these signals set. The second one of them ends the process on the spot."""
+    stop = threading.Event()
+
+    def handle(number: int, _: Any) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in signals or KIND}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+KIND = (signal.SIGINT, signal.SIGTERM)

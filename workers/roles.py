@@ -1,0 +1,21 @@
+"""What a worker does: its roles as a setting names them, and the kinds of work that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from service.errors import Misconfigured
+from service.jobs.workers import ROLES
+
+
+def roles(text: str) -> tuple[str, ...]:
+    """The roles named in a setting, each once, in the order of the table."""
+    named = {word.strip() for word in text.split(",")} - {""}
+    if not named or not named <= set(ROLES):
+        raise Misconfigured(f"roles cannot be {text!r}: name some of {','.join(ROLES)}.")
+    return tuple(role for role in ROLES if role in named)
+
+
+def kinds(roles: Sequence[str]) -> tuple[str, ...]:
+    """The kinds of work that these roles take."""
+    return tuple(kind for role in roles for kind in ROLES[role])
