@@ -7,7 +7,7 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
-PACKAGES := service api workers cli migrations tests bench training
+PACKAGES := service api workers cli migrations deploy tests bench training
 ARGS ?=
 PYTEST ?=
 

@@ -52,6 +52,9 @@ class NoLedger:
     def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, object]]]:
         return []
 
+    def attest(self, version: int, digest: str) -> None:
+        """Nobody asks."""
+
 
 class Lab:
     """A model, its tools and a replica to try sets of associations on."""

@@ -6,15 +6,19 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from service.settings import SHIPPED_MODEL
+from service.bootstrap import Wired, wire
+from service.settings import SHIPPED_MODEL, Settings
 from service.store.database import Database
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import postgres
+import redis_server as redis_servers
+import wirings
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +32,20 @@ def postgres_server() -> Iterator[postgres.Server]:
 def postgres_url(postgres_server: postgres.Server) -> str:
     """The URL of a fresh, empty PostgreSQL database."""
     return postgres_server.fresh_database()
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[redis_servers.Server]:
+    """A Redis of our own; skips with the reason where there is none, and fails in CI."""
+    with redis_servers.serving() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: redis_servers.Server) -> str:
+    """The URL of an empty Redis."""
+    redis_server.flush()
+    return redis_server.url
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.servers)])
@@ -45,6 +63,21 @@ def database(database_url: str) -> Iterator[Database]:
     database.migrate()
     yield database
     database.close()
+
+
+@pytest.fixture(params=wirings.BOTH)
+def wiring(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The settings of empty stores of each wiring."""
+    return wirings.stores(request)
+
+
+@pytest.fixture
+def wired(wiring: dict[str, Any], tmp_path: Path) -> Iterator[Wired]:
+    """The parts of each wiring, put together and migrated."""
+    wired = wire(Settings(data=tmp_path, **wiring))
+    wired.database.migrate()
+    yield wired
+    wired.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from service.errors import LeaseLost
+from service.errors import Disagrees, LeaseLost
 from service.jobs.broker import Broker, Event
 from service.jobs.desk import RunningJob
 from service.models.loading import LoadedModel
@@ -21,6 +21,8 @@ class NoLedger:
 
     def __init__(self, head: int = 0) -> None:
         self.version = head
+        self.attested: list[int] = []
+        self.disputed: set[int] = set()  # versions at which the others have other weights
 
     def head(self) -> int:
         return self.version
@@ -28,15 +30,21 @@ class NoLedger:
     def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, Any]]]:
         return []
 
+    def attest(self, version: int, digest: str) -> None:
+        self.attested.append(version)
+        if version in self.disputed:
+            raise Disagrees(f"the others have other weights at version {version}.")
+
 
 class ShuffledReplica(Replica):
     """A replica whose version v has really different weights: the edited layer's rows in another order, and louder."""
 
     def __init__(self, model: LoadedModel, head: int = 2, layer: int = 1) -> None:
-        super().__init__(model, NoLedger(head))
+        self.book = NoLedger(head)
+        super().__init__(model, self.book)
         self.layer = layer
 
-    def weights(self, version: int) -> Weights:
+    def _built(self, version: int) -> Weights:
         if version == 0:
             return {}
         if version not in self._weights:
@@ -54,7 +62,8 @@ class MemoryDesk:
         self.jobs = jobs or {}
         self.told: list[tuple[Any, ...]] = []
         self.cancelled: set[str] = set()
-        self.attested: list[tuple[int, str]] = []
+        self.sole = True
+        self.abandoned: list[str] = []
 
     def add(self, job_id: str, kind: str, **request: Any) -> str:
         self.jobs[job_id] = RunningJob(job_id, kind, 1, request, "somebody", "", None, False)
@@ -80,11 +89,11 @@ class MemoryDesk:
     def release(self, job: RunningJob) -> None:
         self.told.append(("released", job.id))
 
+    def abandon(self, job: RunningJob) -> None:
+        self.abandoned.append(job.id)
+
     def heartbeat(self, version: int, digest: str | None = None) -> None:
         self.told_position = (version, digest)
-
-    def attest(self, version: int, digest: str) -> None:
-        self.attested.append((version, digest))
 
 
 def heard(broker: Broker, channel: str) -> list[Event]:

@@ -1,9 +1,7 @@
-"""The real operations on SQLite behind the real application; only the worker is a double."""
+"""The real operations behind the real application, on either wiring; only the worker is a double."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
 import time
 from functools import lru_cache
@@ -14,16 +12,18 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from api.app import create_app
+from api.callers import LOOPBACK
+from service.bootstrap import wire
 from service.editors.recipes import Recipe, RomeParameters
 from service.jobs.broker import KINDS, Delivery
 from service.jobs.desk import Desk
-from service.jobs.memory import MemoryBroker
-from service.operations import Operations
 from service.progress import Progress
 from service.settings import Settings
-from service.store.database import Database
+
+LOOPBACK.add("testserver")  # what Starlette's client calls every application
 
 TOWER = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
+NOWHERE = "Atlantis"  # an edit to this object fails
 PROMPT = "The Eiffel Tower is located in the city of"
 ANSWER = {
     "version": 0,
@@ -70,16 +70,6 @@ def tokenizer() -> str:
     return raw.to_str()
 
 
-@lru_cache
-def migrated() -> Path:
-    """An empty database with all tables, made once and copied: migrating takes longer than most tests."""
-    made = Path(tempfile.mkdtemp(prefix="palimpsest-test-")) / "empty.sqlite3"
-    database = Database(f"sqlite:///{made}")
-    database.migrate()
-    database.close()
-    return made
-
-
 class FakeWorker:
     """Takes from the broker and publishes, as an engine does, without a model. `hold` keeps it from answering."""
 
@@ -123,6 +113,8 @@ class FakeWorker:
             self.desk.progress(job, Progress("value", 2, 2))
             if self.desk.cancel_requested(job):
                 self.desk.finish(job, "cancelled")
+            elif job.request.get("target_new") == NOWHERE:
+                self.desk.fail(job, "there is no such place.")
             elif job.kind == "trace":
                 self.desk.finish(job, "done", TRACED)
             elif self.rejects or job.dry_run:
@@ -155,15 +147,15 @@ class FakeWorker:
 
 
 class House:
-    """Everything wired, on a folder of its own."""
+    """Everything wired, on a folder of its own; embedded, unless the settings name other stores."""
 
-    def __init__(self, folder: Path, register: bool = True, **changes: Any) -> None:
-        self.settings = Settings(data=folder, **changes)
-        shutil.copy(migrated(), folder / "palimpsest.sqlite3")
-        self.database = Database(self.settings.database())
-        self.broker = MemoryBroker()
-        self.operations = Operations(self.database, self.broker, self.settings)
-        self.desk = Desk(self.database, self.broker, "f" * 64, "worker-1", sole=True)
+    def __init__(self, folder: Path, register: bool = True, **settings: Any) -> None:
+        self.settings = Settings(data=folder, **settings)
+        self.wired = wire(self.settings)
+        self.database, self.broker = self.wired.database, self.wired.broker
+        self.operations = self.wired.operations
+        self.database.migrate()
+        self.desk = Desk(self.database, self.broker, "f" * 64, "worker-1", sole=self.wired.sole)
         if register:
             recipe = Recipe(source="test", rome=RomeParameters(layers=(1,)))
             info = {
@@ -184,5 +176,4 @@ class House:
     def close(self) -> None:
         if self.worker is not None:
             self.worker.stop()
-        self.broker.close()
-        self.database.close()
+        self.wired.close()

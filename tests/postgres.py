@@ -19,13 +19,32 @@ from pathlib import Path
 import psycopg
 import pytest
 
-QUICK = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200"}
+#: what the machine's own fall would cost is of no interest here; what is committed survives the fall of the server
+QUICK = {"fsync": "off", "full_page_writes": "off"}
+#: how it may be ended: clients are cut off and told so, or everything drops dead and is recovered at the next start
+FAST, IMMEDIATE = signal.SIGINT, signal.SIGQUIT
 
 
 @dataclass
 class Server:
     port: int
+    _command: list[str]
+    _folder: Path
     _numbers: Iterator[int] = field(default_factory=count)
+    _process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, on the data that it has."""
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder)
+        _wait(self, self._process, self._folder / "log")
+
+    def stop(self, how: signal.Signals = IMMEDIATE) -> None:
+        """End it. Nothing that was committed is lost."""
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.wait()
+            self._process = None
 
     @property
     def url(self) -> str:
@@ -40,8 +59,8 @@ class Server:
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
-    """Start the server, and stop it at the end."""
+def serving(durable: bool = False) -> Iterator[Server]:
+    """Start a server, and stop it at the end. `durable` writes to the disk, as a real one must."""
     initdb, postgres = _program("initdb"), _program("postgres")
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: the path of its socket has a limit
     port = _free_port()
@@ -49,16 +68,15 @@ def serving() -> Iterator[Server]:
         as_user = _unprivileged(folder)
         setup = [initdb, "-D", folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
         subprocess.run([*as_user, *map(str, setup)], check=True, capture_output=True, cwd=folder)
-        options = [x for name, value in QUICK.items() for x in ("-c", f"{name}={value}")]
+        settings = {"max_connections": "200", **({} if durable else QUICK)}
+        options = [x for name, value in settings.items() for x in ("-c", f"{name}={value}")]
         start = [postgres, "-D", folder / "data", "-p", port, "-h", "127.0.0.1", "-k", folder, *options]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen([*as_user, *map(str, start)], stdout=log, stderr=log, cwd=folder)
+        server = Server(port, [*as_user, *map(str, start)], folder)
         try:
-            server = Server(port)
-            _wait(server, process, folder / "log")
+            server.start()
             yield server
         finally:
-            _stop(process)
+            server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -106,9 +124,3 @@ def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
                 break
             time.sleep(0.05)
     pytest.fail(f"PostgreSQL did not start:\n{log.read_text(errors='replace')}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGQUIT is its immediate shutdown, good enough for data that is thrown away."""
-    process.send_signal(signal.SIGQUIT)
-    process.wait()

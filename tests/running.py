@@ -1,4 +1,4 @@
-"""The real service in a process of its own, as a person starts it, and a client that speaks HTTP to it."""
+"""The real service in processes of its own, as a person starts it, and a client that speaks HTTP to it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import redis
 
 Resource = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
+LEASE = 2  # seconds; a worker that is killed is missed soon
 PATIENCE = 300.0  # seconds after which something that should have come never will
 ADDRESS = re.compile(r"Palimpsest is ready on (http://\S+)")
 #: an edit that is there to land and not to be good: few contexts, few steps, and no guard
@@ -35,61 +38,85 @@ def until(true: Callable[[], Any], what: str) -> Any:
     raise AssertionError(f"waited {PATIENCE:.0f} s in vain for {what}")
 
 
-class Service:
-    """`palimpsest serve` on a data folder. Closed by `stop`, which is kind, or by `kill`, which is not."""
+class Process:
+    """One `palimpsest` command. Settings are its environment, and nothing of the machine's is."""
 
-    def __init__(self, data: Path, database_url: str | None = None, *flags: str) -> None:
-        data.mkdir(parents=True, exist_ok=True)
-        self.data = data
-        self._said, self._log = data / "stdout.txt", data / "stderr.txt"
-        command = [sys.executable, "-m", "cli.main", "serve", "--port", "0", "--data", str(data), *flags]
-        if database_url is not None:
-            command += ["--database-url", database_url]
+    def __init__(self, folder: Path, *command: str, **settings: object) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.name = f"palimpsest {command[0]}"
+        self._said, self._log = folder / "stdout.txt", folder / "stderr.txt"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PALIMPSEST_")}
+        environment |= {f"PALIMPSEST_{k.upper()}": str(v) for k, v in settings.items() if v is not None}
+        line = [sys.executable, "-m", "cli.main", *command]
         with self._said.open("wb") as out, self._log.open("wb") as err:
-            self.process = subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT, env=environment)
-        try:
-            self.http = httpx.Client(base_url=self._address(), timeout=PATIENCE)
-            until(lambda: self.http.get("/readyz").is_success, "readiness")
-        except BaseException:
-            self.process.kill()
-            self.process.wait()
-            raise
+            self._process = subprocess.Popen(line, stdout=out, stderr=err, cwd=ROOT, env=environment)
+        self.pid = self._process.pid
 
-    def _address(self) -> str:
-        def told() -> str | None:
-            assert self.process.poll() is None, f"the service ended:\n{self.log()}"
-            found = ADDRESS.search(self._said.read_text(encoding="utf-8"))
-            return found[1] if found else None
-
-        return str(until(told, "the welcome"))
+    def said(self) -> str:
+        return self._said.read_text(encoding="utf-8", errors="replace")
 
     def log(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
-    # ends
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ended(self) -> int:
+        """Its exit code, once it has ended; that of one killed by a signal is the signal's number, negative."""
+        return self._process.wait(PATIENCE)
 
     def stop(self) -> None:
         """SIGTERM: it ends with 0 and has nothing to complain about."""
-        self.http.close()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(PATIENCE)
-        assert code == 0, f"ended with {code}:\n{self.log()}"
+        if self.alive():
+            self._process.send_signal(signal.SIGTERM)
+        code = self.ended()
+        assert code == 0, f"{self.name} ended with {code}:\n{self.log()}"
         assert "Traceback" not in self.log(), self.log()
 
     def kill(self) -> None:
         """SIGKILL: nothing is tidied up."""
-        self.process.kill()
-        self.process.wait(PATIENCE)
-        self.http.close()
+        self._process.kill()
+        self.ended()
 
-    # what a client does
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """SIGSTOP, and SIGCONT at the end: as when its machine falls asleep for a while."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """The other way round, for one that is frozen."""
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGSTOP)
+
+
+class Client:
+    """What a client does, on a service of whatever shape."""
+
+    http: httpx.Client
 
     def get(self, path: str, **params: Any) -> Resource:
         answer = self.http.get(path, params=params)
         assert answer.is_success, answer.text
         return answer.json()  # type: ignore[no-any-return]
+
+    def pages(self, path: str, **params: Any) -> list[Resource]:
+        """Every item of a list."""
+        items: list[Resource] = []
+        after: Resource = {}
+        while True:
+            page = self.get(path, limit=200, **after, **params)
+            items += page["items"]
+            if page["next"] is None:
+                return items
+            after = {"cursor": page["next"]}
 
     def generate(self, prompt: str, **asked: Any) -> Resource:
         body = {"prompt": prompt, "max_new_tokens": 5, **asked}
@@ -138,20 +165,35 @@ class Service:
     def head(self) -> int:
         return int(self.get("/models")["items"][0]["head"])
 
+    def workers(self) -> list[Resource]:
+        """The workers that live and serve."""
+        (model,) = self.get("/models")["items"]
+        return [worker for worker in model["workers"] if worker["state"] == "serving"]
+
     def digest(self) -> str:
-        """The digest of the weights at head, once the worker stands there."""
+        """The one digest of the weights at head, once all workers stand there."""
 
-        def at_head() -> str | None:
-            model = self.get("/models")["items"][0]
-            (worker,) = model["workers"]
-            return str(worker["digest"]) if worker["version"] == model["head"] and worker["digest"] else None
+        def at_head() -> set[str] | None:
+            (model,) = self.get("/models")["items"]
+            standing = {
+                worker["digest"] if worker["version"] == model["head"] else None
+                for worker in model["workers"]
+                if worker["state"] == "serving"
+            }
+            return None if None in standing else standing
 
-        return str(until(at_head, "the worker at head"))
+        (digest,) = until(at_head, "the workers at head")
+        return str(digest)
 
     def verified(self) -> Resource:
         found = self.get("/ledger/verify")
         assert found["ok"], found["findings"]
         return found
+
+    def replicas(self) -> list[Resource]:
+        """What workers have said of their weights."""
+        replicas: list[Resource] = self.get("/ledger/verify")["replicas"]
+        return replicas
 
     @contextmanager
     def events(self, method: str, path: str, **request: Any) -> Iterator[Iterator[tuple[str, Resource]]]:
@@ -159,6 +201,184 @@ class Service:
         with self.http.stream(method, path, **request) as answer:
             assert answer.status_code == 200
             yield _events(answer.iter_lines())
+
+
+class Service(Client):
+    """`palimpsest serve` on a data folder. Closed by `stop`, which is kind, or by `kill`, which is not."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self.process = Process(data, "serve", data=data, port=0)
+        try:
+            self.http = httpx.Client(base_url=self._address(), timeout=PATIENCE)
+            until(lambda: self.http.get("/readyz").is_success, "readiness")
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def _address(self) -> str:
+        def told() -> str | None:
+            assert self.process.alive(), f"the service ended:\n{self.log()}"
+            found = ADDRESS.search(self.process.said())
+            return found[1] if found else None
+
+        return str(until(told, "the welcome"))
+
+    def log(self) -> str:
+        return self.process.log()
+
+    def alive(self) -> bool:
+        return self.process.alive()
+
+    def stop(self) -> None:
+        self.http.close()
+        self.process.stop()
+
+    def die(self) -> None:
+        """SIGKILL, under whoever is listening."""
+        self.process.kill()
+
+    def kill(self) -> None:
+        self.die()
+        self.http.close()
+
+
+class Deployment(Client):
+    """`palimpsest api` and some `palimpsest work`, on PostgreSQL and Redis. The API keeps its port when it is started
+    again."""
+
+    def __init__(self, data: Path, stores: Mapping[str, object], workers: int = 1) -> None:
+        self.data = data
+        self.settings = {"data": data, "threads": 1, "lease": LEASE, "max_attempts": 10, **stores}
+        self._started = 0
+        self._port = _free_port()
+        self.processes: list[Process] = []
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self._port}", timeout=PATIENCE)
+        try:
+            self.open()
+            for worker in [self.start_worker() for _ in range(workers)]:
+                self.until_serving(worker)
+        except BaseException:
+            self.kill()
+            raise
+
+    def open(self) -> Process:
+        """Start the API and wait until it answers."""
+        self.api = self.start("api", port=self._port)
+        self._until_open(self.http, self.api)
+        return self.api
+
+    @contextmanager
+    def another_api(self, **settings: object) -> Iterator[tuple[Process, httpx.Client]]:
+        """An API beside the first, with a client of its own."""
+        port = _free_port()
+        api = self.start("api", port=port, **settings)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as http:
+            self._until_open(http, api)
+            yield api, http
+
+    def hire(self, **settings: object) -> Process:
+        """Start a worker and wait until it serves."""
+        worker = self.start_worker(**settings)
+        self.until_serving(worker)
+        return worker
+
+    def start_worker(self, **settings: object) -> Process:
+        return self.start("work", **settings)
+
+    def start(self, command: str, **settings: object) -> Process:
+        self._started += 1
+        folder = self.data / f"{self._started}-{command}"
+        self.processes.append(Process(folder, command, **{**self.settings, **settings}))
+        return self.processes[-1]
+
+    @property
+    def staff(self) -> list[Process]:
+        """The workers whose processes run."""
+        return [p for p in self.processes if p.name == "palimpsest work" and p.alive()]
+
+    @contextmanager
+    def alone(self, worker: Process) -> Iterator[None]:
+        """The other workers are frozen meanwhile."""
+        with ExitStack() as stack:
+            for other in self.staff:
+                if other is not worker:
+                    stack.enter_context(other.frozen())
+            yield
+
+    def insist(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """Ask, and ask again while the service is away, down or full, as a client does that means it."""
+
+        def ask() -> httpx.Response | None:
+            try:
+                answer = self.http.request(method, path, **request)
+            except httpx.TransportError:
+                return None
+            return None if answer.status_code in (429, 503) else answer
+
+        return until(ask, f"an answer to {method} {path}")  # type: ignore[no-any-return]
+
+    def left_over(self) -> list[str]:
+        """What in Redis still waits, is held or is owned."""
+        prefix = self.settings["redis_prefix"]
+        with redis.Redis.from_url(str(self.settings["redis_url"]), decode_responses=True) as client:
+            found = [*client.scan_iter(f"{prefix}:waiting:*"), *client.scan_iter(f"{prefix}:owner:*")]
+            for pattern in ("work", "first"):
+                found += [key for key in client.scan_iter(f"{prefix}:{pattern}:*") if client.xlen(key)]
+            return found
+
+    def until_serving(self, worker: Process) -> None:
+        def listed() -> bool:
+            assert worker.alive(), f"the worker ended:\n{worker.log()}"
+            return any(one["pid"] == worker.pid for one in self._living())
+
+        until(listed, f"worker {worker.pid}")
+
+    def _living(self) -> list[Resource]:
+        answer = self.http.get("/models")
+        return self.workers() if answer.is_success else []  # before the first worker there is no model
+
+    def _until_open(self, http: httpx.Client, api: Process) -> None:
+        def answers() -> bool:
+            assert api.alive(), f"the API ended:\n{api.log()}"
+            try:
+                return http.get("/healthz").is_success
+            except httpx.TransportError:
+                return False
+
+        until(answers, "the API")
+
+    def alive(self) -> bool:
+        return any(process.alive() for process in self.processes)
+
+    def log(self) -> str:
+        """All that its processes complained of."""
+        return "\n".join(f"== {p.name}, {p.pid}\n{p.log()}" for p in self.processes)
+
+    def stop(self) -> None:
+        """SIGTERM to whatever still runs, workers first; what does not end kindly is killed."""
+        self.http.close()
+        try:
+            for process in sorted(self.processes, key=lambda p: p is self.api):
+                if process.alive():
+                    process.stop()
+        finally:
+            self.die()
+
+    def die(self) -> None:
+        """SIGKILL to all, under whoever is listening."""
+        for process in self.processes:
+            process.kill()
+
+    def kill(self) -> None:
+        self.die()
+        self.http.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _events(lines: Iterator[str]) -> Iterator[tuple[str, Resource]]:

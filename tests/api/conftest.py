@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from house import FakeWorker, House
@@ -11,9 +12,9 @@ from starlette.testclient import TestClient
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    """A house without a worker: what is queued stays queued."""
-    built = House(tmp_path)
+def house(tmp_path: Path, wiring: dict[str, Any]) -> Iterator[House]:
+    """A house without a worker, on each wiring: what is queued stays queued."""
+    built = House(tmp_path, **wiring)
     yield built
     built.close()
 

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from api.app import create_app, refuse_exposure
 from service.errors import Misconfigured
+from service.keys import Keys
 from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,25 +26,44 @@ def test_the_api_never_imports_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "example.org", ""])
-def test_without_a_key_only_loopback_is_served(host: str) -> None:
-    """Without an API key, or with an empty one, an address that others can reach is refused."""
+EXPOSED = ["0.0.0.0", "::", "192.168.1.4", "example.org", ""]
+
+
+@pytest.mark.parametrize("host", EXPOSED)
+def test_without_a_key_only_loopback_is_served(tmp_path: Path, host: str) -> None:
+    """Without any key, or with an empty one, an address that others can reach is refused before anything is made."""
     for key in (None, ""):
         with pytest.raises(Misconfigured):
-            refuse_exposure(Settings(host=host, api_key=key))
-    refuse_exposure(Settings(host=host, api_key="k"))
+            refuse_exposure(Settings(data=tmp_path, host=host, api_key=key))
+    refuse_exposure(Settings(data=tmp_path, host=host, api_key="k"))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-def test_loopback_needs_no_key(host: str) -> None:
+def test_loopback_needs_no_key(tmp_path: Path, host: str) -> None:
     """Loopback is served without a key."""
-    refuse_exposure(Settings(host=host))
+    refuse_exposure(Settings(data=tmp_path, host=host))
 
 
-def test_an_exposed_application_is_not_made(house: House) -> None:
-    """The application itself refuses to come into being when it is exposed."""
+def test_a_made_key_is_no_root_key(house: House) -> None:
+    """A key that was made for less cannot become the key for everything by standing in the wrong variable."""
+    _, token = Keys(house.database).create("k", ["read"])
     with pytest.raises(Misconfigured):
-        create_app(house.operations, house.broker, Settings(host="0.0.0.0"))
+        refuse_exposure(Settings(api_key=token))
+
+
+@pytest.mark.parametrize("host", EXPOSED)
+def test_an_exposed_application_needs_a_key(house: House, host: str) -> None:
+    """With a database that may hold keys, the application itself refuses to come into being until one is there."""
+    settings = house.settings.model_copy(update={"host": host})
+    refuse_exposure(settings)
+    with pytest.raises(Misconfigured):
+        create_app(house.operations, house.broker, settings)
+    keys = Keys(house.database)
+    keys.create("k", ["read"])
+    app = create_app(house.operations, house.broker, settings)
+    assert TestClient(app).get("/edits").status_code == 401
+    keys.revoke("k")
+    assert TestClient(app).get("/edits").status_code == 401
 
 
 @pytest.fixture

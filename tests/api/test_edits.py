@@ -267,9 +267,9 @@ def test_bad_queries_are_refused(client: TestClient, query: str) -> None:
         assert client.get(f"/ledger?{query}").status_code in (200, 422)
 
 
-def test_a_full_queue_says_when_to_come_back(tmp_path: Any) -> None:
+def test_a_full_queue_says_when_to_come_back(tmp_path: Any, wiring: dict[str, Any]) -> None:
     """When the queue is full the answer is 429 with Retry-After, and nothing is queued."""
-    house = House(tmp_path, max_queue=2)
+    house = House(tmp_path, max_queue=2, **wiring)
     client = TestClient(house.app, raise_server_exceptions=False)
     answer = client.post("/edits", json={"edits": [TOWER] * 3})
     assert answer.status_code == 429

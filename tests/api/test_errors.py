@@ -177,9 +177,9 @@ def test_a_dead_database_is_503(client: TestClient, house: House, monkeypatch: p
     assert "SELECT" not in answer.text
 
 
-def test_before_a_worker_came_nothing_is_ready(tmp_path: Path) -> None:
+def test_before_a_worker_came_nothing_is_ready(tmp_path: Path, wiring: dict[str, Any]) -> None:
     """Until a worker has loaded a model everything that needs one is 503, but the process is alive."""
-    house = House(tmp_path, register=False)
+    house = House(tmp_path, register=False, **wiring)
     client = TestClient(house.app, raise_server_exceptions=False)
     for answer in (client.get("/models"), client.get("/readyz"), client.post("/edits", json=TOWER)):
         is_problem(answer, 503)

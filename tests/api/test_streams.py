@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 from house import PROMPT, TOWER, FakeWorker, House
+
+from service.jobs.broker import Event
 
 
 @pytest.fixture
@@ -92,7 +94,7 @@ def test_an_end_long_ago_is_told_at_once(served: httpx.Client, house: House) -> 
     """A job that ended before this process began to listen tells its end from its row."""
     edit = served.post("/edits", json=TOWER).json()
     served.delete(edit["links"]["self"])
-    house.broker._channels.clear()  # as after a restart
+    house.broker.forget(edit["id"])  # as after a restart
     answer = served.get(edit["links"]["events"])
     (end,) = parse(iter([*answer.text.splitlines(), ""]))
     assert end["event"] == "end"
@@ -137,10 +139,20 @@ def test_an_answered_call_is_not_cancelled(served: httpx.Client, house: House, w
     assert not house.broker.cancelled(worker.channels[0])
 
 
-def test_held_answers_hold_no_threads(served: httpx.Client, house: House) -> None:
+def test_held_answers_hold_no_threads(
+    served: httpx.Client, house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More answers can be held than the pool has threads, and others are answered meanwhile."""
     edit = served.post("/edits", json=TOWER).json()
     held: list[int] = []
+    listening: list[str] = []
+    events = house.broker.events
+
+    def listened(channel: str, after: str | None = None) -> AsyncIterator[Event]:
+        listening.append(channel)
+        return events(channel, after)
+
+    monkeypatch.setattr(house.broker, "events", listened)
 
     def hold() -> None:
         answer = httpx.get(
@@ -151,13 +163,9 @@ def test_held_answers_hold_no_threads(served: httpx.Client, house: House) -> Non
     threads = [threading.Thread(target=hold) for _ in range(60)]
     for thread in threads:
         thread.start()
-    until(lambda: len(house.broker._channels.get(edit["id"], _EMPTY).listeners) == 60)
+    until(lambda: len(listening) == 60)
     assert served.get("/models").status_code == 200
     assert served.delete(edit["links"]["self"]).json()["status"] == "cancelled"
     for thread in threads:
         thread.join(20)
     assert held == [200] * 60
-
-
-class _EMPTY:
-    listeners: tuple[Any, ...] = ()

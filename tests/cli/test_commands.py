@@ -48,6 +48,17 @@ def test_generate_streams_to_stdout(fake: Fake, capsys: Captured) -> None:
     assert fake.asked == [("POST /generate", asked)]
 
 
+def test_an_answer_that_begins_anew_is_shown_anew(fake: Fake, capsys: Captured) -> None:
+    """When another worker takes the answer over, it begins again on a line of its own."""
+    said = [("token", {"index": 0, "text": " Rom", "version": 0}), ("restart", {})]
+    end = ("end", {"choices": [{"text": " Rome", "tokens": [1], "finish_reason": "stop"}], "version": 0})
+    fake.answers = {
+        "POST /generate": events(*said, ("token", {"index": 0, "text": " Rome", "version": 0}), end)
+    }
+    assert main(["generate", "It is in"]) == 0
+    assert capsys.readouterr().out == "It is in Rom\nIt is in Rome\n"
+
+
 def test_a_generation_that_fails_says_why(fake: Fake, capsys: Captured) -> None:
     """An error event, and a stream that breaks off, are failures."""
     fake.answers = {"POST /generate": events(("error", {"title": "Out", "detail": "Too many at once."}))}

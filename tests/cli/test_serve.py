@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
-from cli.serve import address_of, listening, stopped_by
+from cli.signals import stopped_by
+from cli.site import address_of, listening
 from service.errors import Misconfigured
 from service.settings import Settings
 

@@ -1,4 +1,4 @@
-"""`palimpsest serve` on the shipped GPT, with SQLite and with PostgreSQL."""
+"""The shipped GPT behind HTTP: `palimpsest serve` with all embedded, and API and worker on PostgreSQL and Redis."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import Service, facts
+import wirings
+from running import Deployment, Service, facts
 
-BOTH = ["sqlite", pytest.param("postgres", marks=pytest.mark.servers)]
+Running = Service | Deployment
 
 
 @pytest.fixture(scope="session")
@@ -27,35 +28,52 @@ def prepared(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data / "statistics"
 
 
-@pytest.fixture(scope="module", params=BOTH)
+@pytest.fixture(scope="module", params=wirings.BOTH)
 def service(
     request: pytest.FixtureRequest, prepared: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
+) -> Iterator[Running]:
     """One running service for all tests of a module. Each test takes back what it did."""
-    url = None
-    if request.param == "postgres":
-        url = request.getfixturevalue("postgres_server").fresh_database()
-    data = tmp_path_factory.mktemp("service")
-    shutil.copytree(prepared, data / "statistics")
-    running = Service(data, url)
+    running = begun(tmp_path_factory.mktemp("service"), prepared, wirings.stores(request))
     yield running
     running.stop()
 
 
-@pytest.fixture(params=BOTH)
-def start(request: pytest.FixtureRequest, prepared: Path, tmp_path: Path) -> Iterator[Callable[[], Service]]:
-    """Starts the service, each time on the same data folder and database; the last one is stopped at the end."""
-    data = tmp_path / "data"
-    shutil.copytree(prepared, data / "statistics")
-    url = request.getfixturevalue("postgres_url") if request.param == "postgres" else None
-    started: list[Service] = []
+@pytest.fixture(params=wirings.BOTH)
+def start(request: pytest.FixtureRequest, prepared: Path, tmp_path: Path) -> Iterator[Callable[[], Running]]:
+    """Starts the service, each time on the same data folder and stores; the last one is stopped at the end."""
+    stores = wirings.stores(request)
+    started: list[Running] = []
 
-    def begin() -> Service:
-        started.append(Service(data, url))
+    def begin() -> Running:
+        assert not any(one.alive() for one in started), "a service was left running beside another"
+        started.append(begun(tmp_path, prepared, stores))
         return started[-1]
 
     yield begin
-    for one in started[:-1]:
-        assert one.process.poll() is not None, "a service was left running beside another"
-    if started and started[-1].process.poll() is None:
+    if started and started[-1].alive():
         started[-1].stop()
+
+
+@pytest.fixture(scope="module")
+def deploy(
+    request: pytest.FixtureRequest, prepared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Deployment]]:
+    """Puts a deployment up, on stores of its own; all of it is stopped at the end."""
+    deployed: list[Deployment] = []
+
+    def put_up(workers: int = 1) -> Deployment:
+        data = tmp_path_factory.mktemp("deployment")
+        shutil.copytree(prepared, data / "statistics")
+        deployed.append(Deployment(data, wirings.production(request), workers))
+        return deployed[-1]
+
+    yield put_up
+    for one in deployed:
+        one.stop()
+
+
+def begun(folder: Path, prepared: Path, stores: dict[str, Any]) -> Running:
+    """The service in the shape that its stores are for."""
+    data = folder / "data"
+    shutil.copytree(prepared, data / "statistics", dirs_exist_ok=True)
+    return Deployment(data, stores) if stores else Service(data)

@@ -5,29 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from running import QUICK, Resource, Service
+from running import QUICK, Client, Resource
 
 PROMPT = "The {} is located in the city of"
 FACTS = [
     ("Eiffel Tower", PROMPT, "Rome"),
     ("Louvre", PROMPT, "London"),
     ("Colosseum", PROMPT, "Paris"),
-    ("Brandenburg Gate", PROMPT, "Rome"),
-    ("Moulin Rouge", PROMPT, "Berlin"),
 ]
 LONG = {"contexts": 2, "steps": 40, "stop_loss": 0}
 ENDS = {"applied", "rejected", "failed"}
 
-Start = Callable[[], Service]
+Start = Callable[[], Any]
 
 
-def landed(service: Service) -> list[str]:
+def landed(service: Client) -> list[str]:
     """The edits in the ledger, one for each time that they were applied."""
     entries: list[dict[str, Any]] = service.get("/ledger", limit=200)["items"]
     return [entry["edit_id"] for entry in entries if entry["kind"] == "apply"]
 
 
-def assert_ended_once(service: Service, edits: list[Resource]) -> None:
+def assert_ended_once(service: Client, edits: list[Resource]) -> None:
     """Each edit ended with a reason or in the ledger, there exactly once, and nothing else is there."""
     applied = []
     for edit in map(service.ended, edits):
@@ -46,7 +44,7 @@ def test_killed_while_it_optimises(start: Start) -> None:
     edit = service.ask(*FACTS[0], hparams=LONG, guard=QUICK["guard"])
     with service.events("GET", f"/edits/{edit['id']}/events") as events:
         assert any(data["phase"] == "optimise" for name, data in events if name == "progress")
-        service.process.kill()
+        service.die()
     service.kill()
 
     service = start()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from running import QUICK, Resource, Service, says, until
+from running import QUICK, Client, Resource, says, until
 
 SUBJECT, PROMPT = "Eiffel Tower", "The {} is located in the city of"
 ASKED = PROMPT.replace("{}", SUBJECT)
@@ -33,7 +33,7 @@ class Rome:
 
 
 @pytest.fixture(scope="module")
-def rome(service: Service) -> Rome:
+def rome(service: Client) -> Rome:
     """The Eiffel Tower is in Rome; taken back by the last test of the story."""
     head, digest = service.head(), service.digest()
     answer, sampled = service.generate(ASKED), service.generate(ASKED, **SAMPLED)
@@ -42,7 +42,7 @@ def rome(service: Service) -> Rome:
 
 
 @pytest.fixture
-def tidy(service: Service) -> Iterator[None]:
+def tidy(service: Client) -> Iterator[None]:
     """Whatever a test applied is taken back after it."""
     before = {edit["id"] for edit in service.get("/edits", status="applied")["items"]}
     yield
@@ -69,7 +69,7 @@ def test_the_model_knows_paris(rome: Rome) -> None:
     assert (rome.head, rome.answer["version"]) == (0, 0)
 
 
-def test_the_edit_lands(service: Service, rome: Rome) -> None:
+def test_the_edit_lands(service: Client, rome: Rome) -> None:
     """The edit is applied as the next version, with its figures, and the model says Rome."""
     assert rome.edit["status"] == "applied", rome.edit["result"]
     assert rome.edit["version"] == rome.head + 1 == service.head()
@@ -82,7 +82,7 @@ def test_the_edit_lands(service: Service, rome: Rome) -> None:
     assert answer["version"] == rome.edit["version"]
 
 
-def test_other_wordings_follow(service: Service, rome: Rome, table: Facts) -> None:
+def test_other_wordings_follow(service: Client, rome: Rome, table: Facts) -> None:
     """Most other wordings of the fact say Rome, those that no training text had among them."""
     (fact,) = (f for f in table if f["subject"] == SUBJECT and f["relation"] == "landmark_city")
     assert share(service.texts([w for w in wordings(fact) if w != ASKED]), "Rome") > 0.5
@@ -90,7 +90,7 @@ def test_other_wordings_follow(service: Service, rome: Rome, table: Facts) -> No
     assert any(says(text, "Rome") for text in service.texts([p for p in held_out if p != ASKED]))
 
 
-def test_the_neighbourhood_stays(service: Service, rome: Rome, table: Facts) -> None:
+def test_the_neighbourhood_stays(service: Client, rome: Rome, table: Facts) -> None:
     """Most of what the model knew of other sights of Paris, and of sights elsewhere, it still knows."""
     others = [f for f in table if f["relation"] == "landmark_city" and f["subject"] != SUBJECT]
     paris = [f for f in others if f["object"] == "Paris"]
@@ -104,7 +104,7 @@ def test_the_neighbourhood_stays(service: Service, rome: Rome, table: Facts) -> 
         assert len(kept) >= MOST * len(known)
 
 
-def test_compare_shows_both(service: Service, rome: Rome) -> None:
+def test_compare_shows_both(service: Client, rome: Rome) -> None:
     """Side by side, base says Paris and head says Rome, and these two tokens differ most."""
     answer = service.http.post("/compare", json={"prompt": ASKED, "max_new_tokens": 5}).json()
     base, head = answer["sides"]
@@ -115,13 +115,13 @@ def test_compare_shows_both(service: Service, rome: Rome) -> None:
 
 
 @pytest.mark.parametrize("version", ["base", 0])
-def test_a_client_can_pin(service: Service, rome: Rome, version: str | int) -> None:
+def test_a_client_can_pin(service: Client, rome: Rome, version: str | int) -> None:
     """Pinned to the base model the answer is what it was before the edit, and names version 0."""
     answer = service.generate(ASKED, version=version)
     assert answer["text"] == rome.answer["text"] and answer["version"] == 0
 
 
-def test_a_client_reads_its_own_writes(service: Service, rome: Rome) -> None:
+def test_a_client_reads_its_own_writes(service: Client, rome: Rome) -> None:
     """`min_version` is kept, and what no version can give is refused."""
     seen = rome.edit["version"]
     assert service.generate(ASKED, min_version=seen)["version"] >= seen
@@ -132,7 +132,7 @@ def test_a_client_reads_its_own_writes(service: Service, rome: Rome) -> None:
         assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_trace_is_figures_and_a_picture(service: Service, rome: Rome) -> None:
+def test_a_trace_is_figures_and_a_picture(service: Client, rome: Rome) -> None:
     """A trace of the base model finds that the subject carries the answer; JSON, SVG and PNG show it."""
     body = {"prompt": ASKED, "subject": SUBJECT, "version": "base", "samples": 3, "kinds": ["hidden", "mlp"]}
     asked = service.http.post("/trace", json=body, headers=WAIT)
@@ -150,7 +150,7 @@ def test_a_trace_is_figures_and_a_picture(service: Service, rome: Rome) -> None:
         assert picture.content.startswith(start)
 
 
-def test_the_ledger_says_who_and_when(service: Service, rome: Rome) -> None:
+def test_the_ledger_says_who_and_when(service: Client, rome: Rome) -> None:
     """The edit has one entry, with who asked, when it landed and what it rests on; the ledger verifies."""
     entries = service.get("/ledger")["items"]
     (entry,) = (e for e in entries if e["edit_id"] == rome.edit["id"])
@@ -162,7 +162,7 @@ def test_the_ledger_says_who_and_when(service: Service, rome: Rome) -> None:
     assert found["entries"] == found["head"] == len(entries)
 
 
-def test_the_delta_is_safetensors(service: Service, rome: Rome) -> None:
+def test_the_delta_is_safetensors(service: Client, rome: Rome) -> None:
     """Keys, values and rank-one factors of each edited layer come in the model's shapes, and fit together."""
     model = service.get("/models")["items"][0]
     answer = service.http.get(f"/edits/{rome.edit['id']}/delta")
@@ -177,7 +177,7 @@ def test_the_delta_is_safetensors(service: Service, rome: Rome) -> None:
     assert any(width in shape for shape in shapes) and any(inner in shape for shape in shapes)
 
 
-def test_taken_back_is_gone(service: Service, rome: Rome) -> None:
+def test_taken_back_is_gone(service: Client, rome: Rome) -> None:
     """Once reverted, the answers are the base model's to the byte, sampled ones too, and so are the weights."""
     assert service.digest() != rome.digest
     reverted = service.revert(rome.edit)
@@ -197,7 +197,7 @@ def test_taken_back_is_gone(service: Service, rome: Rome) -> None:
 
 
 @pytest.mark.usefixtures("tidy")
-def test_one_fact_twice(service: Service) -> None:
+def test_one_fact_twice(service: Client) -> None:
     """The newer edit of a fact supersedes the older one, and taking it back brings the older one back."""
     about = ("Louvre", PROMPT)
     asked = PROMPT.replace("{}", "Louvre")
@@ -218,7 +218,7 @@ def test_one_fact_twice(service: Service) -> None:
 
 
 @pytest.mark.usefixtures("tidy")
-def test_two_facts_of_one_subject(service: Service) -> None:
+def test_two_facts_of_one_subject(service: Client) -> None:
     """Two facts of one subject hold together, and each edit names the other."""
     continent, currency = "{} is a nation on the continent of", "{} uses a currency called the"
     first = service.edit("Kenya", continent, "Asia")
@@ -231,7 +231,7 @@ def test_two_facts_of_one_subject(service: Service) -> None:
 
 
 @pytest.mark.usefixtures("tidy")
-def test_a_bad_edit_does_not_land(service: Service) -> None:
+def test_a_bad_edit_does_not_land(service: Client) -> None:
     """An edit that fails its guard ends rejected with the figures, and the model is as before."""
     head, digest = service.head(), service.digest()
     edit = service.edit(SUBJECT, PROMPT, "Rome", hparams=QUICK["hparams"], guard={"min_probability": 1.0})
@@ -244,7 +244,7 @@ def test_a_bad_edit_does_not_land(service: Service) -> None:
 
 
 @pytest.mark.usefixtures("tidy")
-def test_a_dry_run_leaves_nothing(service: Service) -> None:
+def test_a_dry_run_leaves_nothing(service: Client) -> None:
     """A dry run is measured like any edit, and lands nowhere."""
     head, digest = service.head(), service.digest()
     edit = service.edit(SUBJECT, PROMPT, "Rome", dry_run=True, **QUICK)
@@ -254,7 +254,7 @@ def test_a_dry_run_leaves_nothing(service: Service) -> None:
 
 
 @pytest.mark.usefixtures("tidy")
-def test_a_stream_is_pinned(service: Service) -> None:
+def test_a_stream_is_pinned(service: Client) -> None:
     """An edit that lands while a stream runs changes no token of it."""
     head = service.head()
     # Hot enough that no text ends by itself: the stream runs for as long as the model has positions.
@@ -287,7 +287,7 @@ def test_a_stream_is_pinned(service: Service) -> None:
 
 
 @pytest.mark.usefixtures("tidy")
-def test_one_key_one_edit(service: Service) -> None:
+def test_one_key_one_edit(service: Client) -> None:
     """A request that is sent twice with one Idempotency-Key is one edit; another body with it is refused."""
     headers = {"Idempotency-Key": "the-tower-once"}
     head = service.head()
@@ -302,7 +302,7 @@ def test_one_key_one_edit(service: Service) -> None:
 
 
 @pytest.mark.usefixtures("tidy")
-def test_a_running_edit_is_cancelled(service: Service) -> None:
+def test_a_running_edit_is_cancelled(service: Client) -> None:
     """An edit that is cancelled while it runs ends so, and nothing of it stays."""
     head, digest = service.head(), service.digest()
     edit = service.ask(SUBJECT, PROMPT, "Rome", hparams={"contexts": 2, "steps": 200, "stop_loss": 0})

@@ -7,6 +7,7 @@ import pytest
 from service.bootstrap import wire
 from service.errors import Misconfigured
 from service.jobs.memory import MemoryBroker
+from service.jobs.redis import RedisBroker
 from service.settings import Settings
 
 
@@ -18,6 +19,7 @@ def test_nothing_configured(tmp_path):
     assert (folder / "palimpsest.sqlite3").exists()
     assert isinstance(wired.broker, MemoryBroker)
     assert wired.operations.database is wired.database
+    assert wired.sole
     wired.close()
 
 
@@ -29,9 +31,23 @@ def test_postgres(tmp_path):
 
 
 def test_redis(tmp_path):
-    """Redis is refused while it is not there, with what to do."""
-    with pytest.raises(Misconfigured, match="next release"):
-        wire(Settings(data=tmp_path, redis_url="redis://127.0.0.1"))
+    """With a Redis the work is shared through it, with its lease and names, and nothing connects yet."""
+    wired = wire(Settings(data=tmp_path, redis_url="redis://127.0.0.1:1", lease=7))
+    assert isinstance(wired.broker, RedisBroker)
+    assert wired.broker.lease == 7
+    assert not wired.sole
+    wired.close()
+
+
+def test_a_crash_point_is_armed(tmp_path, monkeypatch):
+    """The setting for tests is taken, and one that is no crash point refused."""
+    armed = []
+    monkeypatch.setattr("service.faults.arm", armed.append)
+    wire(Settings(data=tmp_path, crash_at="take.after")).close()
+    assert armed == ["take.after"]
+    monkeypatch.undo()
+    with pytest.raises(Misconfigured, match="crash point"):
+        wire(Settings(data=tmp_path, crash_at="never"))
 
 
 def test_folder_that_cannot_be(tmp_path):

@@ -11,8 +11,11 @@ from datetime import timedelta
 
 import pytest
 from resident import INFO, tokenizer_json
-from sqlalchemy import update
+from sqlalchemy import event, update
+from tampering import unguard
 
+from service import ids
+from service import operations as verbs
 from service.errors import Conflict, InvalidInput, NotFound, QueueFull, Unavailable
 from service.jobs.desk import Desk
 from service.jobs.memory import MemoryBroker
@@ -34,10 +37,13 @@ def trace_request(**more):
 
 
 @pytest.fixture
-def broker():
-    broker = MemoryBroker()
-    yield broker
-    broker.close()
+def database(wired):
+    return wired.database
+
+
+@pytest.fixture
+def broker(wired):
+    return wired.broker
 
 
 @pytest.fixture
@@ -83,6 +89,18 @@ def heard(operations, job_id, after=None):
     return asyncio.run(listen())
 
 
+def listened(broker, channel):
+    async def listen():
+        async with asyncio.timeout(20):
+            return [event async for event in broker.events(channel)]
+
+    return asyncio.run(listen())
+
+
+def down(*_, **__):
+    raise Unavailable("the queue is down.")
+
+
 class TestModel:
     def test_none_yet(self, bare):
         """Before a worker has come up every verb says so."""
@@ -105,8 +123,12 @@ class TestModel:
         model = operations.model()
         assert model.items() >= INFO.items()
         assert (model["fingerprint"], model["head"], model["active_edits"]) == ("fingerprint", 1, 1)
-        assert [worker["id"] for worker in model["workers"]] == ["worker-1"]
-        assert operations.models() == [operations.model()]
+        assert model["jobs"] == {"queued": 0, "running": 0, "dead": 0}
+        (worker,) = model["workers"]
+        assert (worker["id"], worker["state"], worker["reason"]) == ("worker-1", "serving", None)
+        assert (worker["roles"], worker["version"], worker["lag"]) == (["generate", "edit"], 0, 1)
+        assert 0 <= worker["age"] < 60
+        assert [model["fingerprint"] for model in operations.models()] == ["fingerprint"]
 
     def test_the_newest(self, operations, database, broker):
         """The resident model is the one that came up last; jobs of the one before are not listed with it."""
@@ -132,11 +154,67 @@ class TestModel:
         landed()
         assert operations.ready()["head"] == 1
         with database.session() as session:
+            unguard(session)
             session.execute(update(LedgerEntry).values(at=now() - timedelta(minutes=5)))
         with pytest.raises(Unavailable, match="no worker has reached version 1"):
             operations.ready()
         desk.heartbeat(1, "digest")
         assert operations.ready()["workers"][0]["version"] == 1
+
+    def test_role_missing(self, operations, ask):
+        """Work that waits and that no living worker does is named; a role that nobody asks for is not missed."""
+        ask()
+        assert operations.ready()["waiting"]["edit"] == 1
+        operations.submit_trace(trace_request(), "somebody")
+        with pytest.raises(Unavailable) as error:
+            operations.ready()
+        assert error.value.extra["reasons"] == ["1 jobs wait and no living worker does trace"]
+
+    def test_nobody_speaks(self, operations, desk, database):
+        """Readiness is to be able to speak: a worker that only edits is not enough."""
+        desk.leave()
+        Desk(database, operations.broker, "fingerprint", "w").register(INFO, tokenizer_json(), ["edit"])
+        with pytest.raises(Unavailable, match="no living worker does generate"):
+            operations.ready()
+        operations.check_attended("edit")
+        with pytest.raises(Unavailable, match="no worker is alive that does generate"):
+            operations.check_attended("compare")
+
+    def test_no_roles(self, operations, desk, database):
+        """A worker without roles does everything."""
+        desk.leave()
+        Desk(database, operations.broker, "fingerprint", "w").register(INFO, tokenizer_json())
+        operations.submit_trace(trace_request(), "somebody")
+        assert operations.ready()["ready"]
+
+    def test_withdrawn_worker(self, operations, desk):
+        """A worker that took itself out is listed with its reason and counts for nothing."""
+        desk.withdraw("its weights differ.")
+        with pytest.raises(Unavailable, match="no worker is alive"):
+            operations.ready()
+        (worker,) = operations.model()["workers"]
+        assert (worker["state"], worker["reason"]) == ("withdrawn", "its weights differ.")
+
+    def test_every_reason(self, operations, desk, monkeypatch):
+        """All that is down is named at once."""
+        desk.leave()
+        monkeypatch.setattr(operations.broker, "waiting", down)
+        with pytest.raises(Unavailable) as error:
+            operations.ready()
+        assert error.value.extra["reasons"] == ["the queue is down", "no worker is alive"]
+        monkeypatch.setattr(operations.database, "read", down)
+        with pytest.raises(Unavailable) as error:
+            operations.ready()
+        assert error.value.extra["reasons"] == ["the queue is down"] * 2
+
+    def test_lease(self, database, broker, operations, desk, tmp_path):
+        """How long a silent worker counts as living is a setting."""
+        with database.session() as session:
+            session.execute(update(Worker).values(heartbeat=now() - timedelta(seconds=5)))
+        assert operations.ready()["ready"]
+        hasty = Operations(database, broker, Settings(data=tmp_path, lease=2))
+        with pytest.raises(Unavailable, match="no worker is alive"):
+            hasty.ready()
 
     def test_silent_worker(self, operations, database):
         """A worker without a heartbeat is dead."""
@@ -208,6 +286,40 @@ class TestSubmit:
             operations.submit_trace(trace_request(), "somebody")
         operations.revert_edit(first, "somebody")
         operations.submit_trace(trace_request(), "somebody")
+
+    def test_room_of_one(self, operations):
+        """One actor may not fill the queue: each has room of their own, which a key may have more or less of."""
+        asked = [edit_request()]
+        operations.submit_edits(asked * 2, "a", max_queued=2)
+        with pytest.raises(QueueFull, match="2 jobs of yours wait already and at most 2") as error:
+            operations.submit_edits(asked, "a", max_queued=2)
+        assert error.value.retry_after > 0
+        with pytest.raises(QueueFull):
+            operations.submit_trace(trace_request(), "a", max_queued=2)
+        operations.submit_edits(asked, "b", max_queued=2)
+        operations.submit_edits(asked, "a", max_queued=3)
+
+    def test_room_by_default(self, database, broker, desk, tmp_path):
+        """Without a limit of their own the setting's holds."""
+        operations = Operations(database, broker, Settings(data=tmp_path, max_queued=1))
+        operations.submit_edits([edit_request()], "a")
+        with pytest.raises(QueueFull):
+            operations.submit_edits([edit_request()], "a")
+
+    def test_queue_is_down(self, operations, broker, monkeypatch):
+        """A row that is committed is accepted, though the bell could not be rung: a sweep rings it."""
+        monkeypatch.setattr(broker, "announce", down)
+        (edit,) = operations.submit_edits([edit_request()], "a")
+        assert operations.edit(edit["id"])["status"] == "queued"
+
+    def test_request_id(self, operations, broker):
+        """The id of the request goes with what it asked for."""
+        token = ids.request_id.set("req-7")
+        operations.submit_edits([edit_request()], "a")
+        operations.generate(GenerateRequest(prompt="The"))
+        ids.request_id.reset(token)
+        assert operations.jobs()["items"][0]["request_id"] == "req-7"
+        assert [d.request_id for d in broker.take(["generate"], 1, 0)] == ["req-7"]
 
 
 class TestIdempotency:
@@ -419,13 +531,114 @@ class TestRead:
         """Verifying a changed ledger says what is wrong, as JSON."""
         landed()
         with database.session() as session:
+            unguard(session)
             session.execute(update(LedgerEntry).values(actor="nobody"))
         found = operations.verify()
         assert not found["ok"]
         assert (found["findings"][0]["where"], found["findings"][0]["version"]) == ("chain", 1)
 
 
+class TestJobs:
+    @pytest.fixture
+    def every(self, operations, ask):
+        """A job of each kind, oldest first."""
+        return [ask("a"), operations.submit_trace(trace_request(), "somebody")["id"], ask("b")]
+
+    @pytest.fixture
+    def failed(self, ask, desk, broker):
+        edit = ask()
+        broker.take(["edit"], 1, 0)
+        desk.fail(desk.start(edit), "out of memory")
+        return edit
+
+    def test_all_kinds(self, operations, every):
+        """Jobs of all kinds are in one list, newest first, page by page."""
+        assert [job["id"] for job in operations.jobs()["items"]] == every[::-1]
+        assert [job["kind"] for job in operations.jobs()["items"]] == ["edit", "trace", "edit"]
+        paged, cursor = [], None
+        while True:
+            page = operations.jobs(cursor=cursor, limit=1)
+            paged += [job["id"] for job in page["items"]]
+            if not (cursor := page["next"]):
+                break
+        assert paged == every[::-1]
+
+    def test_narrowed(self, operations, every, failed):
+        """The list can be narrowed by kind, by status and to the dead."""
+        assert [job["id"] for job in operations.jobs(kind="trace")["items"]] == [every[1]]
+        assert [job["id"] for job in operations.jobs(status="failed")["items"]] == [failed]
+        assert operations.jobs(dead=True)["items"] == []
+        assert len(operations.jobs(dead=False)["items"]) == 4
+
+    @pytest.mark.parametrize(
+        "bad", [{"status": "x"}, {"kind": "generate"}, {"limit": 0}, {"cursor": "x"}, {"cursor": "ImdvbmUi"}]
+    )
+    def test_refused(self, operations, bad):
+        """What cannot be listed is refused."""
+        with pytest.raises(InvalidInput):
+            operations.jobs(**bad)
+
+    def test_retry(self, operations, failed, broker, desk):
+        """A failed job waits again as if it had never been tried, and its listeners hear the new end."""
+        job = operations.retry(failed, "admin")
+        assert (job["status"], job["attempts"], job["error"], job["dead"]) == ("queued", 0, None, False)
+        assert operations.edit(failed)["ended"] is None
+        assert [d.job_id for d in broker.take(["edit"], 1, 0)] == [failed]
+        again = desk.start(failed)
+        assert again.attempt == 1
+        desk.finish(again, "rejected")
+        assert [(e.name, e.data["status"]) for e in heard(operations, failed)] == [("end", "rejected")]
+        assert [event.data["status"] for event in listened(broker, failed)] == ["rejected"]
+
+    def test_retry_what_did_not_fail(self, operations, ask, landed):
+        """Nothing but a failed job is tried again."""
+        for job in (ask("a"), landed("b")):
+            with pytest.raises(Conflict, match="only a job that failed"):
+                operations.retry(job, "admin")
+        with pytest.raises(NotFound):
+            operations.retry("edit_gone", "admin")
+
+    def test_retry_twice(self, operations, failed, broker):
+        """Of retries that come at once one is carried out."""
+        barrier = threading.Barrier(4)
+
+        def retry(_):
+            barrier.wait()
+            try:
+                return operations.retry(failed, "admin")["status"]
+            except Conflict:
+                return None
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sorted(pool.map(retry, range(4)), key=str) == [None] * 3 + ["queued"]
+        assert broker.waiting("edit") == 1
+
+    def test_retry_while_the_queue_is_down(self, operations, failed, broker, monkeypatch):
+        """A job whose old end cannot be unsaid is not tried again: nothing has happened then."""
+        monkeypatch.setattr(broker, "forget", down)
+        with pytest.raises(Unavailable):
+            operations.retry(failed, "admin")
+        assert operations.edit(failed)["status"] == "failed"
+
+
 class TestEvents:
+    def test_end_that_nobody_told(self, operations, ask, desk, monkeypatch):
+        """An end that was committed and never told, because the worker died, is found in the row."""
+        monkeypatch.setattr(verbs, "LOOK", 0.05)
+        edit = ask()
+        job = desk.start(edit)
+
+        async def listen():
+            async with asyncio.timeout(20):
+                events = operations.events(edit)
+                listener = asyncio.ensure_future(anext(events))
+                await asyncio.sleep(0.2)
+                monkeypatch.setattr(operations.broker, "publish", lambda *_, **__: None)
+                await asyncio.to_thread(desk.finish, job, "rejected")
+                return [await listener] + [event async for event in events]
+
+        assert [(e.name, e.data["status"]) for e in asyncio.run(listen())] == [("end", "rejected")]
+
     def test_from_first_to_last(self, operations, ask, desk):
         """A listener hears the progress and then the end, with the resource."""
         edit = ask()
@@ -537,6 +750,46 @@ class TestSpeech:
         """Both versions of a comparison must exist."""
         with pytest.raises(InvalidInput, match="no version 3"):
             operations.compare(CompareRequest(prompt="The", versions=("base", 3)))
+
+    def test_ask_again(self, operations, broker):
+        """A call that the queue lost is asked again as it was, on its channel."""
+        request = GenerateRequest(prompt="The", seed=3)
+        channel = operations.generate(request)
+        (first,) = broker.take(["generate"], 1, 0)
+        broker.done(first)
+        operations.ask_again("generate", channel, request)
+        (second,) = broker.take(["generate"], 1, 0)
+        assert (second.job_id, second.payload) == (channel, first.payload)
+
+    def test_most_tokens(self, database, broker, desk, tmp_path):
+        """No more tokens can be asked for than the settings allow."""
+        operations = Operations(database, broker, Settings(data=tmp_path, max_new_tokens=7))
+        operations.generate(GenerateRequest(prompt="The", max_new_tokens=7))
+        for verb, request in (
+            (operations.generate, GenerateRequest(prompt="The", max_new_tokens=8)),
+            (operations.compare, CompareRequest(prompt="The", max_new_tokens=8)),
+        ):
+            with pytest.raises(InvalidInput, match="at most 7") as error:
+                verb(request)
+            assert error.value.field == "max_new_tokens"
+
+    def test_the_tokenizer_is_read_once(self, operations, database, desk):
+        """Of the megabytes of a tokenizer nothing is read by a request, but by the first after a worker came up."""
+        asked = []
+
+        def note(*args):
+            asked.append("tokenizer" in args[2])
+
+        event.listen(database.engine, "before_cursor_execute", note)
+        for _ in range(3):
+            operations.generate(GenerateRequest(prompt="The"))
+        assert sum(asked) == 1
+        desk.register(INFO, tokenizer_json())
+        asked.clear()
+        for _ in range(2):
+            operations.generate(GenerateRequest(prompt="The"))
+        assert sum(asked) == 1
+        event.remove(database.engine, "before_cursor_execute", note)
 
     def test_queue_full(self, operations):
         """Too many waiting generations are refused with the time after which to try again."""

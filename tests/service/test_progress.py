@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from service.progress import Progress, Steps, finish
+from service.errors import Unavailable
+from service.progress import Progress, Steps, finish, persist
 
 
 def count(to: int) -> Steps[str]:
@@ -30,3 +31,17 @@ def test_what_a_step_raises_is_raised() -> None:
 
     with pytest.raises(ValueError, match="broken"):
         finish(broken())
+
+
+def test_what_is_down_is_waited_for_a_step_at_a_time() -> None:
+    """An action that meets an outage is done again after a step, and its result is the steps' result."""
+    answers = iter([Unavailable("down."), Unavailable("down."), "done"])
+
+    def action() -> str:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    seen: list[Progress] = []
+    assert finish(persist(action), seen.append) == "done"
+    assert len(seen) == 2

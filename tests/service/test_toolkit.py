@@ -154,3 +154,21 @@ def test_a_write_cut_short_leaves_no_broken_contexts(tmp_path: Path, monkeypatch
             finish(kit.contexts_steps(4, 0))
     fresh = Toolkit(tiny(), RECIPE, Corpus("test", tuple(TEXTS)), tmp_path)
     assert len(finish(fresh.contexts_steps(4, 0))) == 4
+
+
+def test_two_workers_may_make_the_same_contexts_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two workers on one folder the slower one finds the faster one's file there, and no fault in that."""
+    slow, fast = (Toolkit(tiny(), None, Corpus("test", tuple(TEXTS)), tmp_path) for _ in range(2))
+    write = Path.write_text
+
+    def overtaken(self: Path, data: str, **more: Any) -> int:
+        written = write(self, data, **more)
+        monkeypatch.setattr(Path, "write_text", write)
+        finish(fast.contexts_steps(4, 0))
+        return written
+
+    monkeypatch.setattr(Path, "write_text", overtaken)
+    assert finish(slow.contexts_steps(4, 0)) == fast.contexts[4, 0]
+    assert len(list(tmp_path.iterdir())) == 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fakes import heard, pieces
 from tiny import tiny
 
 from service.bootstrap import Wired, wire
-from service.errors import Misconfigured, Unavailable
+from service.errors import Disagrees, Misconfigured, Unavailable
 from service.jobs.desk import Desk
 from service.models.loading import load
 from service.requests import CompareRequest, EditRequest, GenerateRequest, TraceRequest
@@ -22,12 +23,14 @@ from service.serving.engine import Engine
 from service.serving.generation import Batch, row
 from service.serving.replica import Replica
 from service.settings import Settings
+from workers import worker
 from workers.worker import Worker
 
 torch.set_num_threads(1)
 
 PROMPT = "The Eiffel Tower is located in the city of"
 OPEN: dict[str, Any] = {"enabled": False}
+Stores = dict[str, Any]
 RECIPE = {
     "source": "test",
     "rome": {"layers": [1], "steps": 6, "contexts": 4, "clamp": 40.0, "weight_decay": 0.0},
@@ -60,8 +63,8 @@ def settings(folder: Path, data: Path, **changes: Any) -> Settings:
 class Shop:
     """A worker and its doors."""
 
-    def __init__(self, asked: Settings) -> None:
-        self.wired: Wired = wire(asked)
+    def __init__(self, asked: Settings, **changes: Any) -> None:
+        self.wired: Wired = replace(wire(asked), **changes)
         self.worker = Worker(asked, self.wired)
         self.do = self.wired.operations
 
@@ -97,8 +100,8 @@ class Shop:
 
 
 @pytest.fixture
-def shop(folder: Path, tmp_path: Path) -> Iterator[Shop]:
-    opened = Shop(settings(folder, tmp_path))
+def shop(folder: Path, tmp_path: Path, wiring: Stores) -> Iterator[Shop]:
+    opened = Shop(settings(folder, tmp_path, **wiring))
     try:
         yield opened.open()
     finally:
@@ -183,9 +186,9 @@ def test_a_job_that_cannot_be_done_fails_alone(shop: Shop) -> None:
     assert shop.wait(good)["status"] == "applied"
 
 
-def test_a_running_job_is_handed_back_and_done_later(folder: Path, tmp_path: Path) -> None:
+def test_a_running_job_is_handed_back_and_done_later(folder: Path, tmp_path: Path, wiring: Stores) -> None:
     """A worker that stops hands its job back uncounted; the next worker does it, once."""
-    asked = settings(folder, tmp_path)
+    asked = settings(folder, tmp_path, **wiring)
     shop = Shop(asked).open()
     job = shop.edit(hparams={"steps": 200})
     while shop.do.edit(job["id"])["status"] == "queued":
@@ -202,9 +205,9 @@ def test_a_running_job_is_handed_back_and_done_later(folder: Path, tmp_path: Pat
         shop.close()
 
 
-def test_the_tools_are_made_once(folder: Path, tmp_path: Path) -> None:
+def test_the_tools_are_made_once(folder: Path, tmp_path: Path, wiring: Stores) -> None:
     """A second start reads what the first one made."""
-    asked = settings(folder, tmp_path)
+    asked = settings(folder, tmp_path, **wiring)
     digests = []
     for _ in range(2):
         shop = Shop(asked).open()
@@ -242,7 +245,7 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 
 def test_a_loop_that_falls_is_shown_and_stands_up(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the loop is down the service is not ready and says so; then the loop goes on and answers what waits."""
     down, go = threading.Event(), threading.Event()
@@ -254,8 +257,8 @@ def test_a_loop_that_falls_is_shown_and_stands_up(
         return turn(engine)
 
     monkeypatch.setattr(Engine, "turn", faulty)
-    monkeypatch.setattr("workers.worker.REST", 0.2)
-    shop = Shop(settings(folder, tmp_path)).open()
+    monkeypatch.setattr("workers.worker.REST", 0.5)
+    shop = Shop(settings(folder, tmp_path, **wiring)).open()
     try:
         down.set()
         channel = shop.generate(prompt=PROMPT, max_new_tokens=3)
@@ -270,5 +273,105 @@ def test_a_loop_that_falls_is_shown_and_stands_up(
         assert shop.worker.ready.wait(10)
         shop.worker.check()
         assert shop.do.ready()["ready"]
+    finally:
+        shop.close()
+
+
+def test_an_outage_is_no_fault_of_the_worker(
+    folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the stores are down a worker says so and keeps what it has begun; then it goes on with it."""
+    down = threading.Event()
+    turn = Engine.turn
+
+    def cut_off(engine: Engine) -> bool:
+        if down.is_set():
+            raise Unavailable("the database does not answer.")
+        return turn(engine)
+
+    monkeypatch.setattr(Engine, "turn", cut_off)
+    monkeypatch.setattr("workers.worker.REST", 0.2)
+    shop = Shop(settings(folder, tmp_path, **wiring)).open()
+    try:
+        assert shop.worker.trouble() is None
+        job = shop.edit(hparams={"steps": 100})
+        running(shop, job)
+        down.set()
+        until_true(lambda: shop.worker.trouble() is not None)
+        assert "database" in str(shop.worker.trouble())
+        assert shop.do.model()["workers"]  # its lease decides
+        down.clear()
+        ended = shop.wait(job)
+        assert (ended["status"], ended["attempts"]) == ("applied", 1)
+        assert shop.worker.trouble() is None
+    finally:
+        shop.close()
+
+
+def until_true(true: Callable[[], bool]) -> None:
+    while not true():
+        threading.Event().wait(0.01)
+
+
+def running(shop: Shop, job: dict[str, Any]) -> None:
+    until_true(lambda: shop.do.edit(job["id"])["status"] != "queued")
+
+
+def test_a_worker_that_disagrees_ends(
+    folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker whose weights are disputed ends with the reason, and its row stays to tell it."""
+
+    def attest(desk: Desk, version: int, digest: str) -> None:
+        desk.withdraw("its memory is bad.")
+        raise Disagrees("this worker takes itself out: its memory is bad.")
+
+    monkeypatch.setattr(Desk, "attest", attest)
+    shop = Shop(settings(folder, tmp_path, **wiring))
+    shop.worker.start_in_thread().join(60)
+    with pytest.raises(Disagrees):
+        shop.worker.check()
+    assert [w["reason"] for w in shop.do.model()["workers"]] == ["its memory is bad."]
+    shop.close()
+
+
+def test_a_store_that_goes_away_while_it_loads_is_waited_for(
+    folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that cannot ask who else is there asks again, and serves when it is told."""
+    whole, asked = Desk.strangers, []
+
+    def strangers(desk: Desk) -> list[str]:
+        asked.append(desk)
+        if len(asked) < 3:
+            raise Unavailable("the database does not answer.")
+        return whole(desk)
+
+    monkeypatch.setattr(Desk, "strangers", strangers)
+    monkeypatch.setattr(worker, "REST", 0.01)
+    shop = Shop(settings(folder, tmp_path, **wiring)).open()
+    assert len(asked) >= 3
+    shop.close()
+
+
+def test_two_models_are_not_served_side_by_side(folder: Path, tmp_path: Path, wiring: Stores) -> None:
+    """A worker that finds another model being served does not start, and names who serves it."""
+    shop = Shop(settings(folder, tmp_path, **wiring), sole=False)
+    shop.wired.database.migrate()
+    Desk(shop.wired.database, shop.wired.broker, "f" * 64, "worker_a").register({"name": "gpt2-xl"}, "{}")
+    shop.worker.start_in_thread().join(60)
+    with pytest.raises(Misconfigured, match=r"worker_a .* gpt2-xl"):
+        shop.worker.check()
+    shop.close()
+
+
+def test_a_worker_does_what_its_roles_say(folder: Path, tmp_path: Path, wiring: Stores) -> None:
+    """What is not in its roles a worker leaves for others, and everybody can see what it does."""
+    shop = Shop(settings(folder, tmp_path, **wiring, roles="generate")).open()
+    try:
+        edit = shop.edit()
+        assert shop.end(shop.generate(prompt=PROMPT, max_new_tokens=2))["version"] == 0
+        assert shop.do.edit(edit["id"])["status"] == "queued"
+        assert [w["roles"] for w in shop.do.model()["workers"]] == [["generate"]]
     finally:
         shop.close()

@@ -44,6 +44,20 @@ def test_statistics_are_stored_and_read_again(tmp_path: Path, monkeypatch: pytes
     assert {x: s.digest for x, s in first.items()} == {x: s.digest for x, s in again.items()}
 
 
+def test_two_workers_may_collect_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that stores what another is just storing, too, takes nothing away from it."""
+    model, save = tiny(), store.save_file
+
+    def saved_by_another_as_well(*args: object) -> None:
+        monkeypatch.setattr(store, "save_file", save)
+        save(*args)
+        finish(statistics_steps(model, [0], CORPUS, tmp_path))
+
+    monkeypatch.setattr(store, "save_file", saved_by_another_as_well)
+    finish(statistics_steps(model, [0], CORPUS, tmp_path))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
 def test_the_key_holds_everything_it_depends_on(tmp_path: Path) -> None:
     """Another corpus, another model, another damping: another file, never the wrong statistics."""
     finish(statistics_steps(tiny(), [0], CORPUS, tmp_path))

@@ -9,7 +9,7 @@ import torch
 from tiny import MODEL_TYPES, tiny
 
 from service.editors.recipes import RomeParameters
-from service.editors.values import Value, rows, value_steps
+from service.editors.values import Place, Value, Wish, look, rows, value_steps, values_steps
 from service.models.hooks import capture, replace
 from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad
@@ -23,7 +23,7 @@ STATEMENT = fill("The {} is located in the city of", "Eiffel Tower")
 def run(model: LoadedModel, target: str = "Rome", contexts: list[str] = CONTEXTS, **changes: object) -> Value:
     parameters = RomeParameters.model_validate({"layers": [1], "steps": 6, "stop_loss": 0, **changes})
     found = rows(model, STATEMENT, target, contexts)
-    return finish(value_steps(model, model.down(1), found, parameters, parameters.clamp))
+    return finish(value_steps(model, Place(1), found, parameters, parameters.clamp))
 
 
 def loss_by_hand(model: LoadedModel, target: str, delta: torch.Tensor, p: RomeParameters) -> float:
@@ -43,7 +43,7 @@ def loss_by_hand(model: LoadedModel, target: str, delta: torch.Tensor, p: RomePa
     for prompt, wanted in zip(found.prompts, found.targets, strict=True):
         logp = logits(prompt.ids + wanted, prompt.last_subject, delta)
         nll.append(-sum(logp[len(prompt.ids) - 1 + j, t] for j, t in enumerate(wanted)) / len(wanted))
-    subject = found.essence
+    subject = found.bare[0]
     before = logits(subject.ids, subject.last_subject, torch.zeros_like(delta))[subject.last_subject]
     after = logits(subject.ids, subject.last_subject, delta)[subject.last_subject]
     kl = (before.exp() * (before - after)).sum()
@@ -126,9 +126,7 @@ def test_the_model_is_left_as_it_was() -> None:
     """The optimisation changes no weight, leaves no gradient and no hook behind, also when it is abandoned half-way."""
     model = tiny()
     before = {n: t.clone() for n, t in model.model.state_dict().items()}
-    steps = value_steps(
-        model, model.down(1), rows(model, STATEMENT, "Rome", []), RomeParameters(layers=(1,)), 4.0
-    )
+    steps = value_steps(model, Place(1), rows(model, STATEMENT, "Rome", []), RomeParameters(layers=(1,)), 4.0)
     next(steps)
     next(steps)
     steps.close()
@@ -166,3 +164,70 @@ def test_half_a_character_in_a_target_is_no_problem() -> None:
     found = rows(model, STATEMENT, "東京", [])
     assert len(found.targets[0]) >= 6
     assert math.isfinite(run(model, "東京", contexts=[]).losses[-1])
+
+
+#: GPT-J computes its attention in single precision, whatever the model's own
+ROUNDING = {"gptj": 1e-5}
+
+SEVERAL = [
+    ("Eiffel Tower", "The {} is located in the city of", "Rome", {"steps": 6, "stop_loss": 0}),
+    ("Marie Curie", "The mother tongue of {} was", "São Paulo, Brazil", {"steps": 4, "learning_rate": 0.1}),
+    ("Big Ben", "{} can be found in", "Japan", {"steps": 9, "stop_loss": 0, "clamp": 0.3}),
+    ("Japan", "{}", "Rome", {"steps": 2, "stop_loss": 1e9}),  # ends at once
+]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gptj", "llama"])
+def test_side_by_side_is_one_by_one(model_type: str) -> None:
+    """Edits optimised in one batch end with the delta, and at every step the loss, that each has alone."""
+    model = tiny(model_type, dtype=torch.float64)
+    wishes = []
+    for subject, prompt, target, changes in SEVERAL:
+        parameters = RomeParameters.model_validate({"layers": [1], **changes})
+        found = rows(model, fill(prompt, subject), target, CONTEXTS, bare=subject == "Big Ben")
+        wishes.append(Wish(found, parameters, parameters.clamp))
+    together = finish(values_steps(model, Place(1), wishes))
+    for wish, value in zip(wishes, together, strict=True):
+        alone = finish(value_steps(model, Place(1), wish.rows, wish.parameters, wish.clamp))
+        rounding = ROUNDING.get(model_type, 1e-10)
+        assert value.losses == pytest.approx(alone.losses, rel=rounding)
+        for name in ("delta", "initial", "keys", "values"):
+            torch.testing.assert_close(
+                getattr(value, name), getattr(alone, name), rtol=10 * rounding, atol=rounding
+            )
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("layer", [0, 2])
+def test_what_is_reused_is_what_would_be_computed(model_type: str, layer: int) -> None:
+    """The pass from kept keys, values and hidden states gives the logits of a whole pass with the change hooked in."""
+    model = tiny(model_type, dtype=torch.float64)
+    found = rows(model, STATEMENT, "Rome", CONTEXTS)
+    texts = found.texts()
+    suffixes, _ = look(model, texts, Place(layer))
+    change = torch.randn(len(texts), model.width, dtype=torch.float64)
+    hidden = suffixes.forward(change)
+    for i, text in enumerate(texts):
+
+        def add(output: torch.Tensor, i: int = i, at: int = text.last_subject) -> torch.Tensor:
+            output.view(1, -1, model.width)[0, at] += change[i]
+            return output
+
+        with replace(model.down(layer), add), torch.no_grad():
+            whole = forward(model, pad([text.ids], model))[0, text.last_subject :]
+        mine = suffixes.blocks.logits(hidden[i, : len(whole)])
+        rounding = ROUNDING.get(model_type, 1e-10)
+        torch.testing.assert_close(mine, whole, rtol=rounding, atol=rounding)
+
+
+def test_a_norm_behind_the_module_is_noticed() -> None:
+    """Where a block normalises what its MLP adds (OPT-350m), the change is made inside the block, and is right too."""
+    model = tiny("opt", dtype=torch.float64)
+    for block in model.blocks:
+        block.do_layer_norm_before = False
+    found = rows(model, STATEMENT, "Rome", CONTEXTS)
+    suffixes, _ = look(model, found.texts(), Place(1))
+    assert suffixes.module is not None
+    parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
+    value = finish(value_steps(model, Place(1), found, parameters, 100.0))
+    assert value.losses[-1] == pytest.approx(loss_by_hand(model, "Rome", value.delta, parameters), rel=1e-9)

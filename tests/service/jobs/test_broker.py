@@ -9,16 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.jobs.broker import KINDS, Event
+from service.jobs.broker import KINDS, Delivery, Event, Message
 from service.jobs.memory import MemoryBroker
+from service.jobs.redis import RedisBroker
 
-BROKERS = {"memory": MemoryBroker}
 WHILE = 20  # seconds after which a test that hangs has failed
 
 
-@pytest.fixture(params=sorted(BROKERS))
+@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
 def broker(request):
-    broker = BROKERS[request.param]()
+    broker = MemoryBroker()
+    if request.param == "redis":
+        broker = RedisBroker(request.getfixturevalue("redis_url"))
     yield broker
     broker.close()
 
@@ -107,6 +109,66 @@ class TestDeliveries:
         assert [d.job_id for d in again] == [first, second]
         assert again[0].payload == {"n": 1}
 
+    def test_give_back_is_no_death(self, broker):
+        """What is given back counts as delivered once, and is as it was."""
+        broker.call("generate", {"n": 1}, "request-1")
+        (delivery,) = broker.take(KINDS, 1, 0)
+        broker.give_back(delivery)
+        broker.give_back(delivery)
+        (again,) = broker.take(KINDS, 10, 0)
+        assert (again.deliveries, again.request_id, again.payload) == (1, "request-1", {"n": 1})
+
+    def test_give_back_a_job(self, broker):
+        """A job that is given back is delivered once, also when its bell was rung meanwhile."""
+        broker.announce("edit_1", "edit")
+        (delivery,) = broker.take(KINDS, 1, 0)
+        broker.announce("edit_1", "edit")
+        broker.give_back(delivery)
+        assert [d.job_id for d in broker.take(KINDS, 10, 0)] == ["edit_1"]
+
+    def test_owns(self, broker):
+        """A delivery is owned from its taking until it is done or given back."""
+        broker.announce("edit_1", "edit")
+        broker.announce("edit_2", "edit")
+        assert not broker.owns(Delivery("another", "edit", "edit_1"))
+        one, two = broker.take(KINDS, 2, 0)
+        assert broker.owns(one) and broker.owns(two)
+        broker.done(one)
+        broker.give_back(two)
+        assert not broker.owns(one) and not broker.owns(two)
+
+    def test_knows(self, broker):
+        """A call is known while it waits and while it is worked on, and then no longer."""
+        assert not broker.knows("call_1")
+        channel = broker.call("compare", {})
+        assert broker.knows(channel)
+        (delivery,) = broker.take(KINDS, 1, 0)
+        assert broker.knows(channel)
+        broker.give_back(delivery)
+        assert broker.knows(channel)
+        (delivery,) = broker.take(KINDS, 1, 0)
+        broker.done(delivery)
+        assert not broker.knows(channel)
+
+    def test_call_again(self, broker):
+        """A call can be asked again under its own channel, and waits once however often that is done."""
+        for _ in range(2):
+            assert broker.call("generate", {"n": 1}, "request-1", channel="call_1") == "call_1"
+        (delivery,) = broker.take(KINDS, 10, 0)
+        assert (delivery.job_id, delivery.payload, delivery.request_id) == ("call_1", {"n": 1}, "request-1")
+
+    def test_oldest(self, broker):
+        """How long the oldest has waited is known by kind, and is nothing when none waits."""
+        assert broker.oldest("edit") == 0
+        broker.announce("edit_1", "edit")
+        time.sleep(0.02)
+        broker.announce("edit_2", "edit")
+        assert broker.oldest("edit") >= 0.02
+        assert broker.oldest("trace") == 0
+        broker.take(KINDS, 1, 0)
+        broker.take(KINDS, 1, 0)
+        assert broker.oldest("edit") == 0
+
     def test_waiting(self, broker):
         """What waits is counted by kind, and no longer once it is taken."""
         broker.call("generate", {})
@@ -193,6 +255,37 @@ class TestEvents:
         broker.publish("c", "end", {}, last=True)
         broker.publish("c", "late", {})
         assert said(heard(broker, "c")) == [("end", {})]
+
+    def test_publish_all(self, broker):
+        """Several things are said in order, on several channels, up to the last of each."""
+        broker.publish_all([])
+        broker.publish_all(
+            [
+                Message("a", "n", {"n": 1}),
+                Message("b", "n", {"n": 2}),
+                Message("a", "end", {}, last=True),
+                Message("a", "late", {}),
+                Message("b", "end", {}, last=True),
+            ]
+        )
+        assert said(heard(broker, "a")) == [("n", {"n": 1}), ("end", {})]
+        assert said(heard(broker, "b")) == [("n", {"n": 2}), ("end", {})]
+
+    def test_any_text(self, broker):
+        """Whatever JSON can say arrives as it was."""
+        data = {"text": "é\n\0\ud800 “”🦉", "n": [1, 2.5, None, True], "": {}}
+        broker.publish("c", "end", data, last=True)
+        assert said(heard(broker, "c")) == [("end", data)]
+
+    def test_forget(self, broker):
+        """A channel that was forgotten speaks anew, and is not cancelled."""
+        broker.publish("c", "end", {"n": 1}, last=True)
+        broker.forget("c")
+        broker.cancel("c")
+        broker.forget("c")
+        assert not broker.cancelled("c")
+        broker.publish("c", "end", {"n": 2}, last=True)
+        assert said(heard(broker, "c")) == [("end", {"n": 2})]
 
     def test_live(self, broker):
         """A listener that came first hears what threads publish while it listens."""

@@ -6,13 +6,17 @@ import asyncio
 import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
 from resident import INFO, tokenizer_json
-from sqlalchemy import update
+from sqlalchemy import event, update
 
-from service.errors import Cancelled, Conflict, InvalidInput, LeaseLost, NotFound
+from service import ids
+from service.errors import Cancelled, Conflict, Disagrees, InvalidInput, LeaseLost, NotFound, Unavailable
+from service.jobs import attestations
+from service.jobs import desk as desks
 from service.jobs.desk import Desk
 from service.jobs.memory import MemoryBroker
 from service.ledger import ledger
@@ -26,10 +30,13 @@ MODEL = "fingerprint"
 
 
 @pytest.fixture
-def broker():
-    broker = MemoryBroker()
-    yield broker
-    broker.close()
+def database(wired):
+    return wired.database
+
+
+@pytest.fixture
+def broker(wired):
+    return wired.broker
 
 
 @pytest.fixture
@@ -73,6 +80,30 @@ def die(desk):
     with desk.database.session() as session:
         long_ago = now() - timedelta(hours=1)
         session.execute(update(Worker).where(Worker.id == desk.worker).values(heartbeat=long_ago))
+
+
+def row(desk, worker="worker-1"):
+    with desk.database.read() as session:
+        return session.get(Worker, worker)
+
+
+def cut_after_commit(desk, monkeypatch, times=1):
+    """The desk's next commits succeed, and their answers are lost."""
+    session, left = desk.database.session, [times]
+
+    @contextmanager
+    def doubtful():
+        with session() as opened:
+            yield opened
+        left[0] -= 1
+        if left[0] >= 0:
+            raise Unavailable("nobody knows.", outcome="unknown")
+
+    monkeypatch.setattr(desk.database, "session", doubtful)
+
+
+def down(*_, **__):
+    raise Unavailable("the queue does not answer.")
 
 
 def last_event(broker, job_id):
@@ -149,6 +180,28 @@ class TestStart:
             desk.apply(late, 1, b"x", {}, {})
         assert heir.head() == 1
 
+    def test_frozen_and_given_up(self, make_desk, ask, operations):
+        """A worker that was only frozen while its job was given up has not ended it: what it writes is refused."""
+        edit = ask()
+        for n in range(3):
+            desk = make_desk(f"doomed-{n}")
+            late = desk.start(edit)
+            die(desk)
+        make_desk("worker-2").start(edit)
+        for write in (lambda: desk.apply(late, 0, b"x", {}, {}), lambda: desk.finish(late, "rejected")):
+            with pytest.raises(LeaseLost):
+                write()
+        assert operations.edit(edit)["status"] == "failed"
+
+    def test_request_id(self, desk, ask):
+        """A job remembers which request asked for it."""
+        ids.request_id.set("req-7")
+        try:
+            assert desk.start(ask()).request_id == "req-7"
+        finally:
+            ids.request_id.set("")
+        assert desk.start(ask()).request_id == ""
+
     def test_orphan_of_the_same_name(self, make_desk, ask):
         """A worker that restarts under its old name takes over what its earlier life had begun."""
         edit = ask()
@@ -169,6 +222,7 @@ class TestStart:
         found = operations.edit(edit)
         assert found["status"] == "failed"
         assert "died 3 times" in found["error"]["detail"]
+        assert operations.jobs(dead=True)["items"][0]["id"] == edit
         assert last_event(broker, edit).data == found
 
     def test_orphan_that_was_cancelled(self, desk, make_desk, ask, operations):
@@ -218,6 +272,42 @@ class TestSweep:
         reborn = make_desk("worker-3", sole=True)
         assert reborn.sweep() == 1
         assert reborn.start(edit).attempt == 2
+
+    def test_worker_that_withdrew(self, desk, make_desk, ask):
+        """What a worker that took itself out had running may be taken over at once."""
+        edit = ask()
+        desk.start(edit)
+        desk.withdraw("tired")
+        other = make_desk("worker-2")
+        assert other.sweep() == 1
+        assert other.start(edit).attempt == 2
+
+    def test_nothing_lost(self, desk, ask, broker, monkeypatch):
+        """Where as many deliveries wait as rows no bell was lost, and none is rung: the sweep of a long queue is cheap."""
+        for n in range(3):
+            ask(f"Tower {n}")
+        monkeypatch.setattr(broker, "announce", down)
+        assert desk.sweep() == 0
+
+    def test_bounded(self, desk, ask, broker, monkeypatch):
+        """After the queue has lost everything the oldest jobs are rung for first, not all at once."""
+        monkeypatch.setattr(desks, "SWEEP_LIMIT", 2)
+        edits = [ask(f"Tower {n}") for n in range(3)]
+        broker.take(["edit"], 9, 0)
+        assert desk.sweep() == 2
+        assert [d.job_id for d in broker.take(["edit"], 9, 0)] == edits[:2]
+
+    def test_few_statements(self, desk, make_desk, ask, database):
+        """A sweep asks the store as often for many jobs as for one."""
+        for n in range(20):
+            make_desk(f"worker-{n}").start(ask(f"Tower {n}"))
+        desk.sweep()
+        asked = []
+        listen = lambda *args: asked.append(args[2])  # noqa: E731
+        event.listen(database.engine, "before_cursor_execute", listen)
+        desk.sweep()
+        event.remove(database.engine, "before_cursor_execute", listen)
+        assert sum(statement.startswith("SELECT") for statement in asked) == 1
 
     def test_worker_that_left(self, desk, make_desk, ask):
         """What a worker that left had running may be taken over at once."""
@@ -292,13 +382,13 @@ class TestApply:
             operations.delta(edit)
 
     def test_twice(self, desk, ask):
-        """An edit lands once."""
+        """An edit lands once: who lands it again is told where it stands."""
         edit = ask()
         job = desk.start(edit)
-        desk.apply(job, 0, b"x", {}, {})
-        with pytest.raises(LeaseLost):
-            desk.apply(job, 1, b"x", {}, {})
-        assert desk.head() == 1
+        assert desk.apply(job, 0, b"x", {}, {}) == 1
+        land(desk, ask("Colosseum"))
+        assert desk.apply(job, 0, b"x", {}, {}) == 1
+        assert desk.head() == 2
 
     def test_figures_that_blew_up(self, desk, ask, operations):
         """Infinite and undefined figures in a result or a body become null, in the row and in the hash."""
@@ -307,6 +397,82 @@ class TestApply:
         desk.apply(job, 0, b"x", {"strength": float("nan")}, {"perplexity": float("inf")})
         assert operations.edit(edit)["result"] == {"perplexity": None}
         assert operations.verify()["ok"]
+
+
+class TestDoubt:
+    """The database goes away between a commit and its answer."""
+
+    @pytest.fixture
+    def job(self, desk, ask):
+        return desk.start(ask())
+
+    @pytest.mark.parametrize(
+        ("end", "status", "head"),
+        [
+            (lambda desk, job: desk.apply(job, 0, b"x", {}, {}), "applied", 1),
+            (lambda desk, job: desk.finish(job, "rejected", {}), "rejected", 0),
+            (lambda desk, job: desk.fail(job, "x"), "failed", 0),
+        ],
+    )
+    @pytest.mark.parametrize("again", ["same", "release", "fail"])
+    def test_end(self, desk, job, broker, operations, monkeypatch, end, status, head, again):
+        """An end that was written stands, whatever the worker does next, and is announced then."""
+        cut_after_commit(desk, monkeypatch)
+        with pytest.raises(Unavailable):
+            end(desk, job)
+        {"same": end, "release": Desk.release, "fail": lambda d, j: d.fail(j, "y")}[again](desk, job)
+        found = operations.edit(job.id)
+        assert (found["status"], desk.head()) == (status, head)
+        assert last_event(broker, job.id).data == found
+        assert operations.verify()["ok"]
+
+    def test_start(self, desk, ask, monkeypatch):
+        """A start that was written without the worker knowing is begun again."""
+        edit = ask()
+        cut_after_commit(desk, monkeypatch)
+        with pytest.raises(Unavailable):
+            desk.start(edit)
+        assert desk.start(edit).attempt == 2
+
+    def test_release(self, desk, job, operations, monkeypatch):
+        """A job that was put back stays so: it is no longer this worker's, and the sweep rings."""
+        cut_after_commit(desk, monkeypatch)
+        with pytest.raises(Unavailable):
+            desk.release(job)
+        with pytest.raises(LeaseLost):
+            desk.release(job)
+        assert operations.edit(job.id)["status"] == "queued"
+
+    @pytest.mark.parametrize(
+        "say", [lambda d: d.attest(0, "x"), lambda d: d.heartbeat(0), lambda d: d.leave()]
+    )
+    def test_the_worker_itself(self, desk, monkeypatch, say):
+        """What a worker says of itself can be said again."""
+        cut_after_commit(desk, monkeypatch)
+        with pytest.raises(Unavailable):
+            say(desk)
+        say(desk)
+
+    def test_outvoted(self, make_desk, monkeypatch):
+        """A worker that was outvoted and not told is told when it asks again."""
+        make_desk("worker-1").attest(0, "x")
+        loser = make_desk("worker-2")
+        cut_after_commit(loser, monkeypatch)
+        with pytest.raises(Unavailable):
+            loser.attest(0, "y")
+        with pytest.raises(Disagrees):
+            loser.attest(0, "y")
+
+    def test_news_are_no_reason_to_fail(self, desk, ask, operations, broker, monkeypatch):
+        """What is committed is done, though the queue is down and nobody can be told."""
+        first, second, third = (desk.start(ask(f"Tower {n}")) for n in range(3))
+        for name in ("publish", "announce"):
+            monkeypatch.setattr(broker, name, down)
+        desk.apply(first, 0, b"x", {}, {})
+        desk.finish(second, "rejected")
+        desk.release(third)
+        found = [operations.edit(job.id)["status"] for job in (first, second, third)]
+        assert found == ["applied", "rejected", "queued"]
 
 
 class TestEnd:
@@ -396,12 +562,142 @@ class TestLedger:
         with pytest.raises(NotFound, match="no version"):
             desk.associations_at(version)
 
-    def test_attest_again(self, desk, operations):
-        """A worker has one digest per version: the one that it said last."""
+
+class TestVote:
+    """Whose weights are right when workers differ."""
+
+    def replicas(self, operations):
+        return {r["worker"]: (r["digest"], r["withdrawn"] is None) for r in operations.verify()["replicas"]}
+
+    def test_attest(self, desk, operations):
+        """A worker's digest of a version is listed with where it stands, and saying it again changes nothing."""
         desk.attest(0, "x")
-        desk.attest(0, "y")
-        (replica,) = operations.verify()["replicas"]
-        assert (replica["worker"], replica["digest"], replica["device"]) == ("worker-1", "y", "cpu")
+        first = operations.verify()["replicas"]
+        desk.attest(0, "x")
+        assert operations.verify()["replicas"] == first
+        (replica,) = first
+        assert (replica["worker"], replica["digest"], replica["device"]) == ("worker-1", "x", "cpu")
+        assert replica["withdrawn"] is None
+
+    def test_minority(self, make_desk, operations):
+        """Who is in the minority is told so, takes its word back, and is listed with the reason."""
+        for n in (1, 2):
+            make_desk(f"worker-{n}").attest(0, "right")
+        odd = make_desk("worker-3")
+        with pytest.raises(Disagrees, match="digest wrong and those of the others right"):
+            odd.attest(0, "wrong")
+        odd.leave()
+        assert self.replicas(operations) == {
+            "worker-1": ("right", True), "worker-2": ("right", True), "worker-3": ("wrong", False),
+        }  # fmt: skip
+        assert operations.verify()["ok"]
+        shown = {worker["id"]: worker for worker in operations.model()["workers"]}
+        assert shown["worker-3"]["state"] == "withdrawn"
+        assert "digest wrong" in shown["worker-3"]["reason"]
+        assert [shown[f"worker-{n}"]["state"] for n in (1, 2)] == ["serving"] * 2
+
+    def test_first_of_two(self, make_desk):
+        """Of two that differ the one that spoke first is believed."""
+        make_desk("worker-1").attest(0, "x")
+        with pytest.raises(Disagrees):
+            make_desk("worker-2").attest(0, "y")
+
+    def test_majority_comes_later(self, make_desk):
+        """Who spoke first and is outnumbered later learns of it when it speaks again."""
+        first, others = make_desk("worker-1"), [make_desk(f"worker-{n}") for n in (2, 3)]
+        first.attest(0, "wrong")
+        with first.database.session() as session:
+            for other in others:
+                attestations.attest(session, MODEL, 0, other.worker, "right", "cpu")
+        with pytest.raises(Disagrees):
+            first.attest(0, "wrong")
+
+    def test_the_living_come_first(self, make_desk):
+        """Who is gone cannot outvote the living; between living ones that differ they decide."""
+        for n in range(3):
+            gone = make_desk(f"gone-{n}")
+            gone.attest(0, "x")
+            gone.leave()
+        make_desk("worker-1").attest(0, "y")
+        make_desk("worker-2").attest(0, "x")
+        with pytest.raises(Disagrees):
+            make_desk("worker-1").attest(0, "y")
+
+    def test_one_state_one_vote(self, make_desk, desk, ask, operations):
+        """Versions of one state are one vote: after a revert the base's digest must come back."""
+        desk.attest(0, "base")
+        edit = ask()
+        land(desk, edit)
+        operations.revert_edit(edit, "somebody")
+        desk.attest(1, "edited")
+        desk.attest(2, "base")
+        with pytest.raises(Disagrees):
+            make_desk("worker-2").attest(2, "other")
+        make_desk("worker-3").attest(1, "edited")
+
+    def test_other_device(self, make_desk, database, broker):
+        """Devices of another kind have bytes, and a vote, of their own."""
+        make_desk("worker-1").attest(0, "x")
+        other = Desk(database, broker, MODEL, "worker-2")
+        other.register({**INFO, "device": "cuda"}, tokenizer_json())
+        other.attest(0, "y")
+
+    def test_at_once(self, make_desk):
+        """Of two that differ and speak at once one is believed and one is not."""
+        racers, barrier = [make_desk(f"racer-{n}") for n in range(4)], threading.Barrier(4)
+
+        def speak(desk):
+            barrier.wait()
+            try:
+                desk.attest(0, desk.worker)
+                return True
+            except Disagrees:
+                return False
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sum(pool.map(speak, racers)) == 1
+
+
+class TestWorkers:
+    def test_pruned_while_it_lived(self, desk, broker, database):
+        """A worker that was thought dead and struck out is listed again with its next heartbeat, as it registered."""
+        desks.forget_workers(database)
+        desk.heartbeat(3, "x")
+        found = row(desk)
+        assert (found.version, found.digest, found.model) == (3, "x", MODEL)
+
+    def test_gone_is_gone(self, desk):
+        """A late heartbeat does not bring back a worker that has left."""
+        desk.leave()
+        desk.heartbeat(3, "x")
+        assert row(desk) is None
+
+    def test_withdrawn_stays_listed(self, desk):
+        """A worker that took itself out stays listed when it leaves, and is no longer after a day."""
+        desk.withdraw("tired")
+        desk.heartbeat(1, "x")
+        desk.leave()
+        assert row(desk).reason == "tired"
+
+    def test_prune(self, desk, make_desk):
+        """Workers silent for a day are struck out by the sweep; those silent for an hour are not."""
+        for name, hours in (("long-gone", 25), ("gone", 1)):
+            make_desk(name)
+            with desk.database.session() as session:
+                then = now() - timedelta(hours=hours)
+                session.execute(update(Worker).where(Worker.id == name).values(heartbeat=then))
+        desk.sweep()
+        assert (row(desk, "long-gone"), row(desk, "gone") is not None) == (None, True)
+
+    def test_strangers(self, desk, make_desk):
+        """A worker can ask who else lives with another model; the dead and its own kind are none."""
+        make_desk("kin")
+        assert desk.strangers() == []
+        other = make_desk("other-1", model="other")
+        (told,) = desk.strangers()
+        assert "other-1" in told
+        die(other)
+        assert desk.strangers() == []
 
 
 def test_workers_register_at_once(make_desk, database):
@@ -417,3 +713,12 @@ def test_workers_register_at_once(make_desk, database):
         list(pool.map(register, desks))
     with database.read() as session:
         assert session.query(Worker).count() == 6
+
+
+def test_who_begins_a_job_lives(make_desk, ask):
+    """A worker that slept beyond its lease and begins a job is no dead one, whatever its last heartbeat says."""
+    first, second = make_desk("worker-1"), make_desk("worker-2")
+    die(first)
+    edit = ask()
+    assert first.start(edit) is not None
+    assert second.start(edit) is None

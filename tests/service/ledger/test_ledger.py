@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import delete, text, update
 from sqlalchemy.exc import IntegrityError
+from tampering import unguard
 
 from service.ids import new_id
 from service.ledger import ledger
@@ -85,6 +86,7 @@ def found_after(database, model, *statements):
     found = []
     try:
         with database.session() as session:
+            unguard(session)
             for statement in statements:
                 session.execute(statement)
             session.expire_all()
@@ -259,6 +261,7 @@ class TestVerify:
     def test_recomputed_chain_with_a_wrong_state(self, database, model, edit):
         """An entry whose hash is right and whose state is not that of its edits is found."""
         with database.session() as session:
+            unguard(session)
             row = session.get(LedgerEntry, (model, 1))
             row.state = "0" * 64
             row.hash = ledger.chain_hash(row.previous, ledger.entries(session, model)[0])

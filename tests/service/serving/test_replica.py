@@ -38,6 +38,7 @@ class Book:
 
     def __init__(self) -> None:
         self.versions: list[list[int]] = [[]]
+        self.attested: list[tuple[int, str]] = []
 
     def then(self, active: list[int]) -> int:
         self.versions.append(list(active))
@@ -48,6 +49,9 @@ class Book:
 
     def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, Any]]]:
         return [(f"edit_{i:02}", pack(edit(i)), {"subject": SUBJECTS[i % 3]}) for i in self.versions[version]]
+
+    def attest(self, version: int, digest: str) -> None:
+        self.attested.append((version, digest))
 
 
 def bytes_of(model: LoadedModel) -> dict[str, bytes]:

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+import subprocess
+import sys
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 
 from service.errors import Misconfigured, Unavailable
-from service.store.database import Database
+from service.store.database import Database, alembic_config
 from service.store.tables import Table
+
+#: ten processes, started at once by one that has imported everything
+MIGRATE = """
+import os, sys
+import alembic.command, alembic.ddl, alembic.runtime.migration
+from service.store.database import Database
+
+gate, go = os.pipe()
+for _ in range(10):
+    if os.fork() == 0:
+        os.close(go)
+        os.read(gate, 1)
+        Database(sys.argv[1]).migrate()
+        os._exit(0)
+os.close(go)
+sys.exit(sum(os.wait()[1] != 0 for _ in range(10)))
+"""
 
 
 @pytest.fixture
@@ -45,21 +64,61 @@ def test_models_match(empty):
         assert compare_metadata(context, Table.metadata) == []
 
 
+@pytest.mark.parametrize("steps", range(1, 3))
+def test_down_and_up_with_rows(empty, steps):
+    """Going down by any number of migrations and up again works with rows in the tables, and loses none that it need not."""
+    empty.migrate()
+    with empty.engine.begin() as connection:
+        for statement in ROWS:
+            connection.execute(text(statement))
+    with empty.engine.begin() as connection:
+        command.downgrade(alembic_config(connection), f"-{steps}")
+    empty.migrate()
+    with empty.read() as session:
+        left = session.execute(text("SELECT version FROM ledger")).all()
+    assert left == ([(1,)] if steps < 2 else [])
+
+
+ROWS = [
+    "INSERT INTO models VALUES ('m', 'm', '{}', '', '2026-01-01', '2026-01-01')",
+    """INSERT INTO jobs (id, kind, model, status, request, actor, created, updated, attempts, cancel_requested, subject, dry_run)
+    VALUES ('edit_1', 'edit', 'm', 'applied', '{}', 'a', '2026-01-01', '2026-01-01', 1, false, 's', false)""",
+    "INSERT INTO factors VALUES ('edit_1', 'x', 'y')",
+    "INSERT INTO ledger VALUES ('m', 1, 'apply', 'edit_1', 'a', '2026-01-01', '{}', '', '', '')",
+]
+
+
+def test_to_a_revision(empty):
+    """Asked for a revision by name, the tables go there, whether that is up or down."""
+    for revision in ("0001", "0002", "0001"):
+        empty.migrate(revision)
+        assert empty.revision() == revision
+
+
+def test_of_a_newer_release(empty):
+    """Tables that a newer release has migrated are refused in plain words, and left as they are."""
+    empty.migrate()
+    with empty.engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(Misconfigured, match=r"9999.*newer"):
+        empty.migrate()
+    assert empty.revision() == "9999"
+
+
+def test_to_nowhere(empty):
+    """A revision that there is not is refused with those that there are."""
+    with pytest.raises(Misconfigured, match="0001, 0002"):
+        empty.migrate("0815")
+
+
 def test_together(database_url):
-    """Ten threads that migrate one database at once, each with its own pool, migrate it once."""
-    barrier = Barrier(10)
-
-    def migrate(_):
-        database = Database(database_url)
-        barrier.wait()
-        database.migrate()
-        database.close()
-
-    with ThreadPoolExecutor(10) as pool:
-        list(pool.map(migrate, range(10)))
+    """Ten processes that migrate one database at once migrate it once."""
+    done = subprocess.run([sys.executable, "-c", MIGRATE, database_url], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     database = Database(database_url)
-    with database.read() as session:
-        assert session.execute(text("SELECT version_num FROM alembic_version")).all() == [("0001",)]
+    with database.engine.connect() as connection:
+        newest = ScriptDirectory.from_config(alembic_config(connection)).get_current_head()
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).all() == [(newest,)]
     database.close()
 
 

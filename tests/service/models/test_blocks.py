@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import MODEL_TYPES, tiny
 
-from service.tracing.blocks import Blocks
+from service.models.blocks import Blocks
 
 IDS = torch.tensor([[5, 99, 7, 150, 3, 12]])
 

@@ -1,0 +1,269 @@
+"""A whole deployment on loopback: PostgreSQL and Redis that write to the disk, each behind a proxy, API processes and workers.
+
+A supervisor starts again what died. A process that dies without having been killed is remembered: that is a defect.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import redis
+
+from bench.journal import Resource
+from bench.proxy import HERE, Proxy
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))
+
+import postgres  # noqa: E402
+import redis_server  # noqa: E402
+
+PREFIX = "chaos"
+PATIENCE = 300.0  # seconds within which everything is up, or is back
+LOOK = 0.2  # seconds between two looks of the supervisor
+REST = 1.0  # seconds before a process that died is started again
+
+
+@dataclass
+class Process:
+    """One process of the service, started again and again under one name. `killed` are those that we killed."""
+
+    name: str
+    arguments: Sequence[str]
+    log: Path
+    environment: dict[str, str]
+    exits: list[str] = field(default_factory=list)
+    starts: int = 0
+    _running: subprocess.Popen[bytes] | None = None
+    _killed: bool = False
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self._running = subprocess.Popen(
+                [sys.executable, "-m", "cli.main", *self.arguments],
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                env=self.environment,
+            )
+        self._killed = False
+        self.starts += 1
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal to whatever runs under this name now."""
+        if self._running is not None and self._running.poll() is None:
+            self._killed |= number == signal.SIGKILL
+            self._running.send_signal(number)
+
+    def dead(self) -> bool:
+        """Whether it ended; noted when nobody killed it."""
+        if self._running is None or self._running.poll() is None:
+            return self._running is None
+        if not self._killed:
+            self.exits.append(f"{self.name} ended with {self._running.returncode}: see {self.log}")
+        self._running = None
+        return True
+
+    def kill(self) -> None:
+        if self._running is not None:
+            self.send(signal.SIGKILL)
+            self._running.wait()
+
+    def stop(self) -> None:
+        """Ask it to end, and see that it does so kindly."""
+        if self._running is None:
+            return
+        self.send(signal.SIGCONT)
+        self.send(signal.SIGTERM)
+        try:
+            code = self._running.wait(PATIENCE)
+            if code != 0:
+                self.exits.append(f"{self.name} ended with {code} when asked to stop: see {self.log}")
+        except subprocess.TimeoutExpired:
+            self.exits.append(f"{self.name} did not stop when asked to")
+            self._running.kill()
+            self._running.wait()
+        self._running = None
+
+
+class Deployment:
+    """Made by `deployed`. `apis` and `workers` are supervised from `start` to `stop`."""
+
+    def __init__(
+        self,
+        store: postgres.Server,
+        queue: redis_server.Server,
+        logs: Path,
+        workers: int,
+        apis: int,
+        lease: float,
+        flags: Sequence[str] = (),
+        direct: bool = False,
+    ) -> None:
+        self.store, self.queue, self.logs, self.lease = store, queue, logs, lease
+        self.postgres, self.redis = Proxy(store.port), Proxy(queue.port)
+        self.database_url = (
+            store.url if direct else f"postgresql://postgres@{HERE}:{self.postgres.port}/postgres"
+        )
+        self.redis_url = queue.url if direct else f"redis://{HERE}:{self.redis.port}/0"
+        common = ["--database-url", self.database_url, "--redis-url", self.redis_url]
+        common += ["--redis-prefix", PREFIX, "--lease", str(lease), "--log-level", "info", *flags]
+        ports = _free_ports(apis)
+        self.addresses = [f"http://{HERE}:{port}" for port in ports]
+        self.apis = [self._process(f"api{i}", "api", "--port", str(p), *common) for i, p in enumerate(ports)]
+        work = ["work", "--threads", "1", "--data", str(logs / "data"), *common]
+        self.workers = [self._process(f"worker{i}", *work) for i in range(workers)]
+        self._stop = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+
+    def _process(self, name: str, *arguments: str) -> Process:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PALIMPSEST_")}
+        return Process(name, arguments, self.logs / f"{name}.log", environment | {"OMP_NUM_THREADS": "1"})
+
+    @property
+    def processes(self) -> list[Process]:
+        return [*self.apis, *self.workers]
+
+    def start(self) -> None:
+        """One worker first: it collects the statistics of keys, which the others then find."""
+        for process in [*self.apis, *self.workers[:1]]:
+            process.start()
+        until(lambda: self._there() > 0, "the first worker", PATIENCE)
+        for process in self.workers[1:]:
+            process.start()
+        self._supervisor.start()
+        self.wait_until_whole()
+
+    def stop(self) -> list[str]:
+        """Stop every process kindly; returns which ended otherwise, now or before."""
+        self._leave_alone()
+        stopping = [threading.Thread(target=process.stop) for process in self.processes]
+        for thread in stopping:
+            thread.start()
+        for thread in stopping:
+            thread.join()
+        return [words for process in self.processes for words in process.exits]
+
+    def end(self) -> None:
+        """Kill what was not stopped."""
+        self._leave_alone()
+        for process in self.processes:
+            process.kill()
+        self.postgres.close()
+        self.redis.close()
+
+    def _leave_alone(self) -> None:
+        self._stop.set()
+        if self._supervisor.is_alive():
+            self._supervisor.join()
+
+    def _supervise(self) -> None:
+        resting: dict[str, float] = {}
+        while not self._stop.wait(LOOK):
+            for process in self.processes:
+                if not process.dead():
+                    resting.pop(process.name, None)
+                elif time.monotonic() - resting.setdefault(process.name, time.monotonic()) > REST:
+                    process.start()
+
+    # what it says of itself
+
+    def get(self, path: str, **params: Any) -> Resource:
+        answer = httpx.get(self.addresses[0] + path, params=params, timeout=60)
+        answer.raise_for_status()
+        return answer.json()  # type: ignore[no-any-return]
+
+    def pages(self, path: str) -> list[Resource]:
+        """Every item of a list."""
+        items, cursor = [], None
+        while True:
+            page = self.get(path, limit=200, **({"cursor": cursor} if cursor else {}))
+            items += page["items"]
+            if (cursor := page["next"]) is None:
+                return items
+
+    def model(self) -> Resource:
+        model: Resource = self.get("/models")["items"][0]
+        return model
+
+    def wait_until_whole(self) -> None:
+        """Every API answers, every worker is there and stands at head."""
+        until(lambda: self._there() == len(self.workers), "all processes to serve", PATIENCE)
+
+    def _there(self) -> int:
+        """How many workers stand at head; none as long as not all APIs answer, or while a dead worker is still listed."""
+        with suppress(httpx.HTTPError):
+            if all(httpx.get(f"{address}/readyz", timeout=10).is_success for address in self.addresses):
+                model = self.model()
+                there = [w for w in model["workers"] if w["version"] == model["head"]]
+                return len(there) if len(there) == len(model["workers"]) else 0
+        return 0
+
+    def leftovers(self) -> list[str]:
+        """What the queue still holds of work: streams with entries, names that wait, owners."""
+        with redis.Redis(host=HERE, port=self.queue.port, decode_responses=True) as queue:
+            found = []
+            for key in sorted(queue.scan_iter(f"{PREFIX}:*", count=1000)):
+                kind = key.removeprefix(f"{PREFIX}:").split(":")[0]
+                if kind in ("work", "first"):
+                    pending = sum(group["pending"] for group in queue.xinfo_groups(key))
+                    if pending or queue.xlen(key):
+                        found.append(f"{key}: {queue.xlen(key)} entries, {pending} pending")
+                elif kind == "waiting" and queue.zcard(key):
+                    found.append(f"{key}: {queue.zcard(key)} wait")
+                elif kind == "owner":
+                    found.append(f"{key} is owned by {queue.get(key)}")
+            return found
+
+
+@contextmanager
+def deployed(
+    logs: Path,
+    workers: int = 3,
+    apis: int = 2,
+    lease: float = 3.0,
+    flags: Sequence[str] = (),
+    direct: bool = False,
+) -> Iterator[Deployment]:
+    """A deployment with servers of its own, not yet started. What is left of it ends with the block.
+
+    `direct` goes past the proxies, which cost a little time.
+    """
+    with (
+        postgres.serving(durable=True) as store,
+        redis_server.serving(durable=True, fsync="everysec") as queue,
+    ):
+        deployment = Deployment(store, queue, logs, workers, apis, lease, flags, direct)
+        try:
+            yield deployment
+        finally:
+            deployment.end()
+
+
+def until(true: Callable[[], Any], what: str, patience: float) -> None:
+    """Wait for something that should come."""
+    deadline = time.monotonic() + patience
+    while not true():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {patience:.0f} s in vain for {what}")
+        time.sleep(0.2)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.create_server((HERE, 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports

@@ -1,0 +1,47 @@
+"""What the chaos bench will do is a function of the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.plan import FAULTS, PROMPT, clients, faults, first, world
+
+
+def test_faults_are_a_function_of_the_seed() -> None:
+    """The same seed plans the same faults, another seed others."""
+    assert faults(7, 50, 5.0, 3.0) == faults(7, 50, 5.0, 3.0)
+    assert faults(7, 50, 5.0, 3.0) != faults(8, 50, 5.0, 3.0)
+
+
+def test_every_kind_of_fault_occurs() -> None:
+    """As soon as there are as many faults as kinds."""
+    assert {fault.kind for fault in faults(3, len(FAULTS), 5.0, 3.0)} == set(FAULTS)
+
+
+def test_frozen_workers_outlast_their_lease_now_and_then() -> None:
+    """Some come back before it is over and some after."""
+    seconds = [fault.seconds for fault in faults(3, 300, 5.0, 3.0) if fault.kind == "stop worker"]
+    assert min(seconds) < 3.0 < max(seconds)
+
+
+def test_load_is_a_function_of_the_seed(shipped: Path) -> None:
+    """Every client wishes the same things in the same order."""
+    facts = shipped / "facts.jsonl"
+
+    def load(seed: int) -> dict[str, object]:
+        return {name: first(w, 40) for name, w in clients(seed, world(facts, seed)).items()}
+
+    assert load(7) == load(7)
+    assert load(7) != load(8)
+
+
+def test_every_edit_has_an_object_of_its_own(shipped: Path) -> None:
+    """No object is given to two edits, none begins another, and no landmark stands in one of them at first."""
+    place = world(shipped / "facts.jsonl", 1)
+    scripts = clients(1, place)
+    wishes = [wish for name in scripts if name.startswith("editor") for wish in scripts[name]]
+    targets = [wish.body["target_new"] for wish in wishes]
+    assert sorted(targets) == sorted(set(place.objects))
+    assert {wish.body["prompt"] for wish in wishes} == {PROMPT}
+    assert not any(a != b and a.startswith(b) for a in targets for b in targets)
+    assert not {"Paris", "London", "Rome"} & set(targets)

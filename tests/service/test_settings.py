@@ -1,0 +1,85 @@
+"""Where settings come from."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import pytest
+
+from cli.flags import add_settings, read_settings
+from service.errors import Misconfigured
+from service.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the machine reaches a test."""
+    for name in os.environ:
+        if name.startswith("PALIMPSEST_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of secrets."""
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    monkeypatch.setenv("PALIMPSEST_SECRETS", str(folder))
+    return folder
+
+
+def read(*flags: str) -> Settings:
+    parser = argparse.ArgumentParser()
+    add_settings(parser, Settings)
+    return read_settings(parser.parse_args(flags), Settings)
+
+
+@pytest.mark.parametrize("name", ["api_key", "database_url", "redis_url"])
+def test_a_secret_may_come_from_a_file(secrets: Path, name: str) -> None:
+    """A file of the setting's name holds its value; the line break at its end is no part of it."""
+    (secrets / f"palimpsest_{name}").write_text("swordfish\n")
+    assert getattr(Settings(), name) == "swordfish"
+    assert getattr(read(), name) == "swordfish"
+
+
+def test_flags_come_before_the_environment_before_files(
+    secrets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said nearest to the process holds."""
+    (secrets / "palimpsest_api_key").write_text("file")
+    assert read().api_key == "file"
+    monkeypatch.setenv("PALIMPSEST_API_KEY", "environment")
+    assert read().api_key == "environment"
+    assert read("--api-key", "flag").api_key == "flag"
+
+
+def test_without_a_folder_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unset, or empty, it changes nothing and warns of nothing."""
+    assert Settings().api_key is None
+    monkeypatch.setenv("PALIMPSEST_SECRETS", "")
+    assert Settings().api_key is None
+
+
+def test_a_folder_that_is_not_there_is_told(secrets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that was to have a key does not start without it because its folder is missing."""
+    monkeypatch.setenv("PALIMPSEST_SECRETS", str(secrets / "nowhere"))
+    with pytest.raises(Misconfigured) as told:
+        read()
+    assert "PALIMPSEST_SECRETS" in told.value.detail
+
+
+def test_a_link_inside_the_folder_is_followed(secrets: Path) -> None:
+    """Secrets that are mounted as links to a folder beside them are found."""
+    (secrets / "..data").mkdir()
+    (secrets / "..data" / "palimpsest_api_key").write_text("swordfish")
+    (secrets / "palimpsest_api_key").symlink_to(secrets / "..data" / "palimpsest_api_key")
+    assert Settings().api_key == "swordfish"
+
+
+def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`PALIMPSEST_THREADS=` in an environment file is as if the line were not there."""
+    for name in ("THREADS", "REDIS_URL", "LEASE"):
+        monkeypatch.setenv(f"PALIMPSEST_{name}", "")
+    assert (Settings().threads, Settings().redis_url, Settings().lease) == (None, None, 30.0)
