@@ -1,0 +1,178 @@
+"""Ways of doing one thing, timed in turn within one run; tables that are printed and kept.
+
+No figure of ours is a time alone: the ways that are compared take turns, so that whatever else the machine does meets
+all of them alike, and what counts is their ratio. A report goes to the terminal and, with a description of the machine,
+to runs/bench/NAME.json.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "runs" / "bench"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure measured several times: its median and its quartiles."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.values) < 2:
+            return self.values[0], self.values[0]
+        low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
+        return low, high
+
+    def over(self, other: Spread) -> Spread:
+        """The ratios, round by round: what both met in one round cancels."""
+        return Spread(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
+
+    def scaled(self, factor: float) -> Spread:
+        return Spread(tuple(v * factor for v in self.values))
+
+    def __format__(self, form: str) -> str:
+        low, high = self.quartiles
+        return f"{self.median:{form}} ({low:{form}} to {high:{form}})"
+
+
+def in_turn(
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm: int = 1,
+    synchronise: Callable[[], None] = lambda: None,
+) -> dict[str, Spread]:
+    """Seconds of each way. A round runs every way once; which comes first moves on from round to round."""
+    names = list(ways)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warm, rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            gc.collect()
+            synchronise()
+            began = time.perf_counter()
+            ways[name]()
+            synchronise()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: Spread(tuple(values)) for name, values in seconds.items()}
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "accelerator": torch.cuda.get_device_name() if device.startswith("cuda") else None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers")},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip() or None
+
+
+@dataclass
+class Report:
+    """Tables of one benchmark, under one name."""
+
+    name: str
+    device: str = "cpu"
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Print a table and keep it. A `Spread` shows as median (quartiles) to three figures; give text for any other form."""
+        shown = Table(title=title, title_justify="left")
+        for i, name in enumerate(columns):
+            shown.add_column(name, justify="right" if i else "left")
+        cells = [[_cell(x) for x in row] for row in rows]
+        for row in cells:
+            shown.add_row(*row)
+        console.print(shown)
+        self.tables.append({"title": title, "columns": list(columns), "rows": cells})
+        self._keep()
+
+    def note(self, text: str) -> None:
+        """A sentence beside the tables: a verdict, a caution."""
+        console.print(text)
+        self.notes.append(text)
+        self._keep()
+
+    def _keep(self) -> None:
+        """After every table, so that a run that is cut short leaves what it found."""
+        KEPT.mkdir(parents=True, exist_ok=True)
+        whole = {
+            "name": self.name,
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join(["python", *sys.argv]),
+            "machine": machine(self.device),
+            "tables": self.tables,
+            "notes": self.notes,
+        }
+        text = json.dumps(whole, indent=1, ensure_ascii=False)
+        (KEPT / f"{self.name}.json").write_text(text, encoding="utf-8")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, Spread):
+        return f"{value:.3g}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def markdown(kept: Mapping[str, Any]) -> str:
+    """A kept report as Markdown."""
+    lines = [f"## {kept['name']}", "", f"`{kept['command']}`, {kept['when']}", ""]
+    for table in kept["tables"]:
+        lines += [
+            f"**{table['title']}**",
+            "",
+            _line(table["columns"]),
+            _line(["---"] * len(table["columns"])),
+        ]
+        lines += [*(_line(row) for row in table["rows"]), ""]
+    lines += [f"- {note}" for note in kept["notes"]]
+    return "\n".join([*lines, ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
