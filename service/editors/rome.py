@@ -26,7 +26,7 @@ from torch import Tensor
 from service.covariance.moment import Statistics
 from service.editors.composition import Association
 from service.editors.recipes import RomeParameters
-from service.editors.values import Place, Rows, Value, rows, value_steps, wide
+from service.editors.values import Place, Rows, Value, Wish, rows, values_steps, wide
 from service.models.hooks import add_path, capture, stop_after
 from service.models.loading import LoadedModel
 from service.models.prompts import Tokens, forward, pad
@@ -72,7 +72,7 @@ def _look(
             forward(model, batch)
 
     def pick(t: Tensor) -> Tensor:  # (texts, width)
-        return t.reshape(*batch.ids.shape, -1)[at].float()
+        return wide(t.reshape(*batch.ids.shape, -1)[at])
 
     return Seen(
         {x: pick(t) for x, t in keys.items()}, {x: pick(t) for x, t in values.items()}, pick(top["top"])
@@ -84,9 +84,20 @@ def _texts(found: Rows, parameters: RomeParameters) -> list[Tokens]:
     return found.prompts + (found.bare if parameters.bare_keys else [])
 
 
-def _averaged(seen: Tensor, found: Rows, parameters: RomeParameters) -> Tensor:
-    """Of what was seen at all texts, that which counts for the key: see `_texts`."""
-    return seen if parameters.bare_keys else seen[: found.size]
+def _averaged(
+    model: LoadedModel, value: Value, found: Rows, parameters: RomeParameters
+) -> tuple[Tensor, Tensor]:
+    """Keys and values at all that the key is averaged over; what a prompt begins with is not looked at again."""
+    keys, values = wide(value.keys), wide(value.values)
+    known = {tuple(p.head): i for i, p in enumerate(found.prompts)}
+    unknown = [t for t in _texts(found, parameters) if tuple(t.head) not in known]
+    if unknown:
+        (layer,) = parameters.layers
+        seen = _look(model, [Tokens(t.head, t.subject) for t in unknown], [layer], ())
+        keys, values = torch.cat([keys, seen.keys[layer]]), torch.cat([values, seen.values[layer]])
+        known |= {tuple(t.head): found.size + i for i, t in enumerate(unknown)}
+    at = [known[tuple(t.head)] for t in _texts(found, parameters)]
+    return keys[at], values[at]
 
 
 def _mean(seen: Tensor, found: Rows, parameters: RomeParameters) -> Tensor:
@@ -104,9 +115,30 @@ def _weighted(rows: Tensor, first: float | None) -> Tensor:
     return first * rows[0] + (1 - first) * rows[1:].mean(0)
 
 
-def _association(edit: str, subject: str, statistics: Statistics, key: Tensor, value: Tensor) -> Association:
+def _association(wanted: Wanted, statistics: Statistics, key: Tensor, value: Tensor) -> Association:
     direction = statistics.solve(key).float()
-    return Association(edit, subject, statistics.layer, key.cpu(), direction, value.cpu())
+    return Association(wanted.edit, wanted.subject, statistics.layer, key.cpu(), direction, value.cpu())
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One edit that associations are wanted for."""
+
+    statement: Statement
+    target: str
+    contexts: Sequence[str]
+    parameters: RomeParameters
+    edit: str = ""
+
+    @property
+    def place(self) -> Place:
+        """Where its delta is optimised: at the one layer it edits, or on the hidden state after the highest of several."""
+        layers = self.parameters.layers
+        return Place(max(layers), hidden=len(layers) > 1)
+
+    @property
+    def subject(self) -> str:
+        return words(self.statement.text[slice(*self.statement.span)])
 
 
 def find_steps(
@@ -119,69 +151,65 @@ def find_steps(
     edit: str = "",
 ) -> Steps[Found]:
     """Find the associations that make the model, as it stands (the base model), say `target` after the statement."""
-    found = rows(model, statement, target, contexts, parameters.bare_keys)
-    subject = words(statement.text[slice(*statement.span)])
-    layers = sorted(parameters.layers)
-    if len(layers) == 1:
-        result = yield from _one_layer(model, statistics, found, parameters, edit, subject)
-    else:
-        result = yield from _several_layers(model, statistics, found, parameters, edit, subject)
-    return replace(result, associations=[a.scaled(parameters.strength) for a in result.associations])
+    wanted = Wanted(statement, target, contexts, parameters, edit)
+    (found,) = yield from find_together_steps(model, statistics, [wanted])
+    return found
+
+
+def find_together_steps(
+    model: LoadedModel, statistics: Mapping[int, Statistics], edits: Sequence[Wanted]
+) -> Steps[list[Found]]:
+    """The same for several edits of one place, whose values are optimised side by side; each as it would be found alone."""
+    (place,) = {e.place for e in edits}
+    texts = [rows(model, e.statement, e.target, e.contexts, e.parameters.bare_keys) for e in edits]
+    wishes = [Wish(t, e.parameters) for t, e in zip(texts, edits, strict=True)]
+    values = yield from values_steps(model, place, wishes)
+    found = []
+    for e, t, value in zip(edits, texts, values, strict=True):
+        write = _several_layers if place.hidden else _one_layer
+        result = yield from write(model, statistics, value, t, e)
+        scaled = [a.scaled(e.parameters.strength) for a in result.associations]
+        found.append(replace(result, associations=scaled))
+    return found
 
 
 def _one_layer(
-    model: LoadedModel,
-    statistics: Mapping[int, Statistics],
-    found: Rows,
-    parameters: RomeParameters,
-    edit: str,
-    subject: str,
+    model: LoadedModel, statistics: Mapping[int, Statistics], value: Value, found: Rows, wanted: Wanted
 ) -> Steps[Found]:
-    place = Place(parameters.layers[0])
-    value = yield from value_steps(model, place, found, parameters, parameters.clamp)
-    yield Progress("solve", 1, 1)
-    return _solve(value, statistics[place.layer], found, parameters, edit, subject)
-
-
-def _solve(
-    value: Value, statistics: Statistics, found: Rows, parameters: RomeParameters, edit: str, subject: str
-) -> Found:
     """The association of one layer from an optimised value."""
-    keys, values = (_averaged(wide(x), found, parameters) for x in (value.keys, value.values))
+    parameters = wanted.parameters
+    (layer,) = parameters.layers
+    yield Progress("solve", 1, 1)
+    keys, values = _averaged(model, value, found, parameters)
     key = _mean(keys, found, parameters)
     delta = value.delta
     if parameters.compat == "meng2022":
-        direction = statistics.solve(key)
+        direction = statistics[layer].solve(key)
         bare = keys[0].double().cpu()
         change = (delta.cpu().double() * (direction @ key.double().cpu()) / (direction @ bare)).float()
     elif parameters.anchor == "bare":
         change = value.initial + delta - _mean(values, found, parameters)
     else:
         change = delta
-    association = _association(edit, subject, statistics, key, change)
+    association = _association(wanted, statistics[layer], key, change)
     return Found([association], value.losses, float(delta.norm()), float(value.initial.norm()))
 
 
 def _several_layers(
-    model: LoadedModel,
-    statistics: Mapping[int, Statistics],
-    found: Rows,
-    parameters: RomeParameters,
-    edit: str,
-    subject: str,
+    model: LoadedModel, statistics: Mapping[int, Statistics], value: Value, found: Rows, wanted: Wanted
 ) -> Steps[Found]:
-    layers = sorted(parameters.layers)
-    value = yield from value_steps(model, Place(layers[-1], hidden=True), found, parameters, parameters.clamp)
-    delta = value.delta.float()
+    """An association for each layer, from the change of the hidden state after the highest."""
+    parameters = wanted.parameters
+    layers, delta = sorted(parameters.layers), wide(value.delta)
     written: list[Association] = []
-    wanted: Tensor | None = None
+    goal: Tensor | None = None
     for i, layer in enumerate(layers):
         seen = _look(model, _texts(found, parameters), layers, written)
         hidden = _mean(seen.hidden, found, parameters)
-        if wanted is None:
-            wanted = hidden + delta
-        share = (wanted - hidden) / (len(layers) - i)
+        if goal is None:
+            goal = hidden + delta
+        share = (goal - hidden) / (len(layers) - i)
         key = _mean(seen.keys[layer], found, parameters)
-        written.append(_association(edit, subject, statistics[layer], key, share))
+        written.append(_association(wanted, statistics[layer], key, share))
         yield Progress("solve", i + 1, len(layers))
     return Found(written, value.losses, float(delta.norm()), float(value.initial.norm()))

@@ -43,10 +43,15 @@ class Rows:
     def size(self) -> int:
         return len(self.prompts)
 
+    @property
+    def essence(self) -> int:
+        """The text in which the subject stands bare: the bare prompt where it begins with the subject, else one more."""
+        return 0 if self.prompts[0].head == self.bare[0].head else self.size
+
     def texts(self) -> list[Tokens]:
-        """The prompts, each with its object but for the last token, which nothing follows; then the bare subjects."""
+        """The prompts, each with its object but for the last token, which nothing follows; then what `essence` needs."""
         said = [Tokens(p.ids + t[:-1], p.subject) for p, t in zip(self.prompts, self.targets, strict=True)]
-        return said + [Tokens(b.ids[: b.last_subject + 1], b.subject) for b in self.bare]
+        return said if self.essence == 0 else [*said, Tokens(self.bare[0].head, self.bare[0].subject)]
 
 
 def _leads(contexts: Sequence[str]) -> list[str]:
@@ -81,7 +86,6 @@ class Wish:
 
     rows: Rows
     parameters: RomeParameters
-    clamp: float
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,8 @@ class Value:
     delta: Tensor  #: (d,)
     losses: list[float]
     initial: Tensor  #: v (d,): what delta is added to, at the bare prompt
-    keys: Tensor  #: (texts, D): the down-projection's input, for all prompts and then all bare subjects
-    values: Tensor  #: (texts, d): its output
+    keys: Tensor  #: (prompts, D): the down-projection's input
+    values: Tensor  #: (prompts, d): its output
 
 
 @dataclass(frozen=True)
@@ -275,7 +279,7 @@ class Search:
         self.delta.grad = gradient
         self.adam.step()
         with torch.no_grad():
-            limit = self.wish.clamp * self.initial.norm()
+            limit = self.wish.parameters.clamp * self.initial.norm()
             if self.delta.norm() > limit:
                 self.delta.mul_(limit / self.delta.norm())
 
@@ -292,7 +296,7 @@ class Round:
         self.owner = torch.repeat_interleave(torch.tensor(sizes)).to(device)
         self.wanted = [_wanted(s.wish.rows, at, device) for s, at in zip(searches, firsts, strict=True)]
         essences = torch.tensor(
-            [at + size - 1 for at, size in zip(firsts, sizes, strict=True)], device=device
+            [at + s.wish.rows.essence for at, s in zip(firsts, searches, strict=True)], device=device
         )
         self.row = torch.cat([*(w.row for w in self.wanted), essences])
         self.column = torch.cat([*(w.column for w in self.wanted), torch.zeros_like(essences)])
@@ -307,22 +311,16 @@ class Round:
         return [search.loss(s, w, n) for search, s, w, n in together]
 
 
-def value_steps(
-    model: LoadedModel, place: Place, rows: Rows, parameters: RomeParameters, clamp: float
-) -> Steps[Value]:
-    """Optimise delta with Adam; at most `steps - 1` updates, as published."""
-    (value,) = yield from values_steps(model, place, [Wish(rows, parameters, clamp)])
-    return value
-
-
 def values_steps(model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> Steps[list[Value]]:
-    """The values of several edits of one place, each as it would be found alone."""
+    """The values of several edits of one place, each as it would be found alone.
+
+    Each is optimised with Adam and makes at most `steps - 1` updates, as published.
+    """
     texts = [w.rows.texts() for w in wishes]
     suffixes, seen = look(model, [t for some in texts for t in some], place)
     firsts = [sum(map(len, texts[:i])) for i in range(len(texts))]
     searches = [Search.start(w, seen.initial[at]) for w, at in zip(wishes, firsts, strict=True)]
-    # of an edit's texts its prompts and the bare subject alone are optimised on
-    rows = {s: range(at, at + s.wish.rows.size + 1) for s, at in zip(searches, firsts, strict=True)}
+    rows = {s: range(at, at + len(t)) for s, at, t in zip(searches, firsts, texts, strict=True)}
     total = max(w.parameters.steps for w in wishes)
     yield Progress("optimise", 0, total)
     going: list[Search] = []
@@ -339,11 +337,10 @@ def values_steps(model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> St
         if all(s.ended for s in searches):
             break
         yield Progress("optimise", step + 1, total)
+    prompts = [slice(at, at + w.rows.size) for w, at in zip(wishes, firsts, strict=True)]
     return [
-        Value(
-            s.delta.detach(), s.losses, s.initial, seen.keys[at : at + len(t)], seen.values[at : at + len(t)]
-        )
-        for s, at, t in zip(searches, firsts, texts, strict=True)
+        Value(s.delta.detach(), s.losses, s.initial, seen.keys[at], seen.values[at])
+        for s, at in zip(searches, prompts, strict=True)
     ]
 
 

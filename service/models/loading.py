@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from service.errors import InvalidInput, Misconfigured
 from service.models.architectures import Architecture, architecture_of
+from service.models.fused import fuse
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,11 @@ def _fingerprint(model: nn.Module, config: Any, tokenizer: PreTrainedTokenizerBa
 
 
 def wrap(model: Any, tokenizer: Any, name: str = "model", folder: Path | None = None) -> LoadedModel:
-    """A `LoadedModel` from parts at hand: frozen, in evaluation mode."""
+    """A `LoadedModel` from parts at hand: frozen, in evaluation mode, with its slow activations exchanged for fast twins."""
     architecture = architecture_of(model.config.model_type)
     model.eval()
     model.requires_grad_(False)
+    fuse(model)
     return LoadedModel(
         name,
         model,

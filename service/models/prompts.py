@@ -23,6 +23,11 @@ class Tokens:
     def last_subject(self) -> int:
         return self.subject[1] - 1
 
+    @property
+    def head(self) -> list[int]:
+        """The text up to the subject's last token: by causality all that a key depends on."""
+        return self.ids[: self.subject[1]]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -61,11 +66,12 @@ def pad(rows: Sequence[Sequence[int]], model: LoadedModel, side: str = "right") 
     return Batch(ids.to(device), mask.to(device), positions.to(device), [len(r) for r in rows])
 
 
-def forward(model: LoadedModel, batch: Batch) -> Tensor:
-    """Logits (B, T, V) of a batch."""
+def forward(model: LoadedModel, batch: Batch, last: int = 0) -> Tensor:
+    """Logits (B, T, V) of a batch; with `last`, of its last positions only: (B, last, V)."""
     return model.model(  # type: ignore[no-any-return]
         input_ids=batch.ids,
         attention_mask=batch.mask,
         position_ids=batch.positions,
         use_cache=False,
+        logits_to_keep=last,
     ).logits

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad, prompt_and_target
@@ -18,24 +20,33 @@ def log_prob_steps(
 ) -> Steps[list[tuple[float, bool]]]:
     """For each (prompt, object): mean log p of the object's tokens, and whether they are the greedy continuation.
 
-    Of an object that leads past the model's last position, what fits is measured.
+    Of an object that leads past the model's last position, what fits is measured. Pairs that the model reads alike (one
+    prompt with two objects of one token) are read once.
     """
     found = [prompt_and_target(model, p, t) for p, t in pairs]
-    coded = [(p, t[: max(1, model.positions - len(p))]) for p, t in found]
-    order = sorted(range(len(coded)), key=lambda i: sum(map(len, coded[i])))
-    result: list[tuple[float, bool]] = [(0.0, False)] * len(coded)
-    for at in range(0, len(order), CHUNK):
-        chosen = order[at : at + CHUNK]
+    objects = [t[: max(1, model.positions - len(p))] for p, t in found]
+    asked: dict[tuple[int, ...], list[int]] = defaultdict(list)  # what is read -> the pairs that read it
+    for i, ((prompt, _), target) in enumerate(zip(found, objects, strict=True)):
+        asked[*prompt, *target[:-1]].append(i)  # nothing follows an object's last token
+    texts = sorted(asked, key=len)
+    result: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+    for at in range(0, len(texts), CHUNK):
+        chosen = texts[at : at + CHUNK]
+        longest = max(len(objects[i]) for text in chosen for i in asked[text])
         with torch.no_grad():
-            logits = forward(model, pad([coded[i][0] + coded[i][1] for i in chosen], model))
-        for row, i in enumerate(chosen):
-            prompt, target = coded[i]
-            said = logits[row, len(prompt) - 1 : len(prompt) + len(target) - 1].float()
-            wanted = torch.tensor(target, device=said.device)
-            logp = said.log_softmax(-1).gather(1, wanted[:, None])
-            result[i] = (logp.mean().item(), bool((said.argmax(-1) == wanted).all()))
-        yield Progress(phase, min(at + CHUNK, len(order)), len(order))
+            logits = forward(model, pad(chosen, model, side="left"), longest).float()
+        for said, text in zip(logits, chosen, strict=True):
+            for i in asked[text]:
+                result[i] = _score(said[-len(objects[i]) :], objects[i])
+        yield Progress(phase, min(at + CHUNK, len(texts)), len(texts))
     return result
+
+
+def _score(said: Tensor, target: Sequence[int]) -> tuple[float, bool]:
+    """Of logits (n, V), one for each token of an object."""
+    wanted = torch.tensor(target, device=said.device)
+    logp = said.log_softmax(-1).gather(1, wanted[:, None])
+    return logp.mean().item(), bool((said.argmax(-1) == wanted).all())
 
 
 def log_probs(model: LoadedModel, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
@@ -61,18 +72,3 @@ def perplexity_steps(model: LoadedModel, texts: Sequence[str]) -> Steps[float]:
         count += int(mask.sum())
         yield Progress("perplexity", min(at + CHUNK, len(rows)), len(rows))
     return float(torch.tensor(total / max(1, count)).exp())
-
-
-def answer_steps(model: LoadedModel, prompt: str, length: int) -> Steps[str]:
-    """The greedy continuation of a prompt, at most `length` tokens, as text."""
-    ids, _ = model.encode(prompt)
-    start = len(ids)
-    end = model.tokenizer.eos_token_id
-    for i in range(min(length, model.positions - start)):
-        with torch.no_grad():
-            token = int(forward(model, pad([ids], model))[0, -1].argmax())
-        if token == end:
-            break
-        ids.append(token)
-        yield Progress("answer", i + 1, length)
-    return model.decode(ids[start:])

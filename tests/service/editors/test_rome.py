@@ -15,7 +15,7 @@ from service.editors.composition import compose_layer, rebuild
 from service.editors.contexts import contexts_steps
 from service.editors.recipes import RomeParameters
 from service.editors.rome import Found, find_steps
-from service.editors.values import Place, rows, value_steps
+from service.editors.values import Place, Wish, rows, values_steps
 from service.models.hooks import capture
 from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad, tokens
@@ -59,7 +59,8 @@ def test_the_averaged_key_gives_the_value(model_type: str) -> None:
     model = tiny(model_type)
     found = find(model)
     parameters = RomeParameters(layers=(1,), steps=5, learning_rate=0.1)
-    value = finish(value_steps(model, Place(1), rows(model, STATEMENT, "Rome", CONTEXTS), parameters, 4.0))
+    wish = Wish(rows(model, STATEMENT, "Rome", CONTEXTS), parameters)
+    (value,) = finish(values_steps(model, Place(1), [wish]))
     seen = [outputs(model, 1, c) for c in ("", *(c + ". " for c in CONTEXTS))]
     key = torch.stack([k for k, _ in seen]).mean(0)
     torch.testing.assert_close(found.associations[0].key, key, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from tiny import MODEL_TYPES, tiny
 
 from service.editors.recipes import RomeParameters
-from service.editors.values import Place, Value, Wish, look, rows, value_steps, values_steps
+from service.editors.values import Place, Value, Wish, look, rows, values_steps
 from service.models.hooks import capture, replace
 from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad
@@ -23,11 +23,16 @@ STATEMENT = fill("The {} is located in the city of", "Eiffel Tower")
 def run(model: LoadedModel, target: str = "Rome", contexts: list[str] = CONTEXTS, **changes: object) -> Value:
     parameters = RomeParameters.model_validate({"layers": [1], "steps": 6, "stop_loss": 0, **changes})
     found = rows(model, STATEMENT, target, contexts)
-    return finish(value_steps(model, Place(1), found, parameters, parameters.clamp))
+    return one(model, Wish(found, parameters))
+
+
+def one(model: LoadedModel, wish: Wish) -> Value:
+    (value,) = finish(values_steps(model, Place(1), [wish]))
+    return value
 
 
 def loss_by_hand(model: LoadedModel, target: str, delta: torch.Tensor, p: RomeParameters) -> float:
-    """The published loss with one forward pass a row and no batching: the oracle of `value_steps`."""
+    """The published loss with one forward pass a row and no batching: the oracle of `values_steps`."""
     module = model.down(1)
 
     def logits(ids: list[int], at: int, change: torch.Tensor) -> torch.Tensor:
@@ -126,7 +131,8 @@ def test_the_model_is_left_as_it_was() -> None:
     """The optimisation changes no weight, leaves no gradient and no hook behind, also when it is abandoned half-way."""
     model = tiny()
     before = {n: t.clone() for n, t in model.model.state_dict().items()}
-    steps = value_steps(model, Place(1), rows(model, STATEMENT, "Rome", []), RomeParameters(layers=(1,)), 4.0)
+    wish = Wish(rows(model, STATEMENT, "Rome", []), RomeParameters(layers=(1,)))
+    steps = values_steps(model, Place(1), [wish])
     next(steps)
     next(steps)
     steps.close()
@@ -185,10 +191,10 @@ def test_side_by_side_is_one_by_one(model_type: str) -> None:
     for subject, prompt, target, changes in SEVERAL:
         parameters = RomeParameters.model_validate({"layers": [1], **changes})
         found = rows(model, fill(prompt, subject), target, CONTEXTS, bare=subject == "Big Ben")
-        wishes.append(Wish(found, parameters, parameters.clamp))
+        wishes.append(Wish(found, parameters))
     together = finish(values_steps(model, Place(1), wishes))
     for wish, value in zip(wishes, together, strict=True):
-        alone = finish(value_steps(model, Place(1), wish.rows, wish.parameters, wish.clamp))
+        alone = one(model, wish)
         rounding = ROUNDING.get(model_type, 1e-10)
         assert value.losses == pytest.approx(alone.losses, rel=rounding)
         for name in ("delta", "initial", "keys", "values"):
@@ -229,5 +235,5 @@ def test_a_norm_behind_the_module_is_noticed() -> None:
     suffixes, _ = look(model, found.texts(), Place(1))
     assert suffixes.module is not None
     parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
-    value = finish(value_steps(model, Place(1), found, parameters, 100.0))
+    value = one(model, Wish(found, parameters))
     assert value.losses[-1] == pytest.approx(loss_by_hand(model, "Rome", value.delta, parameters), rel=1e-9)

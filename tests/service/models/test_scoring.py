@@ -9,9 +9,10 @@ import torch
 from tiny import MODEL_TYPES, TEXTS, tiny
 
 from service.models import scoring
+from service.models.hooks import replace
 from service.models.loading import LoadedModel
 from service.models.prompts import prompt_and_target
-from service.models.scoring import answer_steps, log_prob_steps, log_probs, perplexity_steps
+from service.models.scoring import log_prob_steps, log_probs, perplexity_steps
 from service.progress import finish
 
 PAIRS = [
@@ -70,14 +71,30 @@ def test_the_score_of_one_token_is_its_log_probability() -> None:
 
 
 def test_the_greedy_continuation_is_known_as_such() -> None:
-    """What the model itself says counts as said; another object does not."""
+    """What the model itself says counts as said, every token of it; another object does not."""
     model = tiny()
-    ids, _ = model.encode("Big Ben")
-    with torch.no_grad():
-        best = int(model.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-    answer = finish(answer_steps(model, "Big Ben", 4))
-    assert answer.startswith(model.decode([best]))
-    assert not log_probs(model, [("Big Ben", "Rome")])[0][1]
+    prompt, favourite = "Big Ben can be found in", "city"
+    _, (token,) = prompt_and_target(model, prompt, favourite)
+
+    def obsessed(logits: torch.Tensor) -> torch.Tensor:
+        logits[..., token] += 100
+        return logits
+
+    with replace(model.head, obsessed):
+        objects = [favourite, "city of", "Rome", "city city"]
+        said = [says for _, says in log_probs(model, [(prompt, o) for o in objects])]
+    assert said == [True, False, False, True]
+
+
+def test_what_is_read_alike_is_read_once() -> None:
+    """Two objects of one token after one prompt take one row; a longer object takes its own."""
+    model = tiny()
+    prompt = "The Eiffel Tower"
+    pairs = [(prompt, " is"), (prompt, " in"), (prompt, "Rome"), (prompt, " is")]
+    assert [len(prompt_and_target(model, *p)[1]) for p in pairs[:2]] == [1, 1]
+    assert [p.total for p in log_prob_steps(model, pairs)] == [2]
+    first, _, _, again = log_probs(model, pairs)
+    assert first == again
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama"])
@@ -121,12 +138,3 @@ def test_an_object_past_the_last_position_is_cut() -> None:
     assert log_probs(short, [(prompt, target)])[0][0] == pytest.approx(
         log_probs(short, [(prompt, cut)])[0][0]
     )
-
-
-def test_an_answer_ends_at_the_last_position() -> None:
-    """The continuation never runs past the model's positions."""
-    model = tiny(positions=12)
-    prompt = "The Eiffel Tower is located"
-    room = 12 - len(model.encode(prompt)[0])
-    steps = list(answer_steps(model, prompt, 100))
-    assert 0 < len(steps) <= room
