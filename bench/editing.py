@@ -49,8 +49,11 @@ class NoLedger:
     def head(self) -> int:
         return 0
 
-    def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, object]]]:
+    def active_at(self, version: int) -> list[tuple[str, dict[str, object]]]:
         return []
+
+    def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
+        return {}
 
     def attest(self, version: int, digest: str) -> None:
         """Nobody asks."""

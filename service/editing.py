@@ -1,151 +1,163 @@
-"""One edit, from the request to the ledger: find it on the base model, try it at head, strengthen or reject it, land it.
+"""Edits, from the request to the ledger: found on the base model, tried at head, landed, strengthened or rejected.
 
 The associations are found on the base model and never again. What depends on the other active edits is only the trial:
 the version that would come out is composed, put in place, and measured before anything is written. When another
 edit lands meanwhile, the trial is repeated at the new head.
+
+Edits that wait together are worked on together: their values are optimised side by side where a step has room for more
+than one, and they are tried in one version. When all are fit they land in the order in which they came, one entry
+of the ledger each; when not, those that are fit are tried without the others, and whoever is left is tried alone.
+What goes wrong with one ends that one.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as library_version
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from service import faults
-from service.editors.composition import Association, compose, norm_ratio, pack
-from service.editors.recipes import RomeParameters, resolve
-from service.editors.rome import Found, find_steps
-from service.errors import Cancelled, Conflict
+from service.editors.composition import pack
+from service.editors.recipes import resolve
+from service.editors.rome import Found, Wanted, batches, find_together_steps, want
+from service.errors import Cancelled, Conflict, Disagrees, Unavailable
 from service.evaluation.scores import share_kept, share_new
 from service.jobs.desk import Desk, RunningJob
-from service.models.scoring import answer_steps, log_prob_steps, perplexity_steps
-from service.progress import Progress, Steps, persist
+from service.progress import Ended, Progress, Steps, Working, persist
 from service.requests import EditRequest
 from service.serving.replica import Replica
-from service.text import fact_key, fill
+from service.text import fill
 from service.toolkit import Toolkit
+from service.trial import (
+    Draft,
+    Measured,
+    Plan,
+    Question,
+    Stand,
+    Trial,
+    answer_steps,
+    stand_steps,
+    trial_steps,
+)
 
 STRENGTHS = (1.0, 1.25, 1.5, 2.0)  # tried in turn until the edit takes at head
-WATCHED = 64  # active edits looked at for damage: those of the subject, then those whose keys are nearest
-SAID = 8  # tokens of what the model says, shown to people
+LOOK_AGAIN = Progress("another edit landed first: look again", 0, 1)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt with the new object and the true one."""
+class Member:
+    """A job among those that are worked on together, as far as it has come."""
 
-    prompt: str
-    new: str
-    true: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Mean log-probability of both objects, and whether each is the greedy continuation."""
-
-    new: float
-    true: float
-    says_new: bool
-    says_true: bool
-
-    @property
-    def prefers_new(self) -> bool:
-        return self.new > self.true
-
-    def probabilities(self) -> dict[str, float]:
-        """exp of the mean log-probability over the object's tokens (methods E.1)."""
-        return {"new": _exp(self.new), "true": _exp(self.true)}
+    job: RunningJob
+    began: float
+    draft: Draft
 
 
-def holds(question: Question, answer: Answer) -> bool:
-    """Whether the new object is the more probable one, or is said where it is the true one as well."""
-    return answer.prefers_new or (question.new.strip() == question.true.strip() and answer.says_new)
+def edits_steps(replica: Replica, desk: Desk, jobs: Sequence[RunningJob], toolkit: Toolkit) -> Working:
+    """Carry out edit jobs to their ends: applied (by a dry run without a version) or rejected; or ended with an error that a
+    user should read."""
+    for company in companies(jobs):
+        members = yield from _draft_steps(replica, desk, toolkit, company)
+        yield from _land_steps(replica, desk, toolkit, members)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """An edit's request, resolved."""
+def companies(jobs: Iterable[RunningJob]) -> list[list[RunningJob]]:
+    """Which jobs are worked on together, in their order.
 
-    request: EditRequest
-    parameters: RomeParameters
-    rewrite: Question
-    paraphrase: list[Question]
-    neighborhood: list[Question]
+    One edit of a fact at a time: the later supersedes the earlier. Alone is a dry run, which is not to be judged beside edits that
+    land, and whose worker died before: if it was this job's doing, it takes no others with it.
+    """
+    found: list[list[RunningJob]] = []
+    closed = True
+    for job in jobs:
+        alone = job.dry_run or job.attempt > 1
+        if closed or alone or job.fact_key in {other.fact_key for other in found[-1]}:
+            found.append([])
+        found[-1].append(job)
+        closed = alone
+    return found
 
-    @property
-    def questions(self) -> list[Question]:
-        return [self.rewrite, *self.paraphrase, *self.neighborhood]
+
+def _apart(
+    job: RunningJob, steps: Generator[Progress | Ended, None, T]
+) -> Generator[Progress | Ended, None, T | None]:
+    """What goes wrong with one job ends that job; the others go on."""
+    try:
+        return (yield from steps)
+    except (Unavailable, Disagrees):
+        raise
+    except Exception as error:
+        yield Ended(job.id, error)
+        return None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Answers to a plan's questions, what the model says, the perplexity, and which watched edits hold."""
+def _check_cancelled(desk: Desk, job: RunningJob) -> None:
+    if desk.cancel_requested(job):
+        raise Cancelled("the edit was cancelled before it landed.")
 
-    answers: list[Answer]
-    says: str
-    perplexity: float
-    holding: set[str]
+
+# what is wanted, and what is found for it
 
 
 @dataclass(frozen=True)
-class Check:
-    """One rule of the guard, with its figure and its limit."""
-
-    name: str
-    passed: bool
-    figure: float
-    limit: float
+class _Start:
+    job: RunningJob
+    began: float
+    plan: Plan
+    wanted: Wanted
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What the version with the edit in it would be."""
-
-    strength: float
-    after: Measured
-    checks: list[Check]
-    norm_ratio: dict[int, float]
-    broken: list[str]
-
-    @property
-    def passed(self) -> bool:
-        return all(c.passed for c in self.checks)
-
-    @property
-    def took(self) -> bool:
-        return all(c.passed for c in self.checks if c.name in ("efficacy", "probability", "paraphrase"))
+def _draft_steps(
+    replica: Replica, desk: Desk, toolkit: Toolkit, jobs: Sequence[RunningJob]
+) -> Generator[Progress | Ended, None, list[Member]]:
+    """Find the associations of each, on the base model whatever is active."""
+    starts = []
+    for job in jobs:
+        start = yield from _apart(job, _start_steps(replica, desk, toolkit, job))
+        if start is not None:
+            starts.append(start)
+    members: list[Member] = []
+    of = {id(s.wanted): s for s in starts}
+    for batch in batches(replica.base, [s.wanted for s in starts]):
+        members += yield from _find_steps(replica, desk, toolkit, [of[id(wanted)] for wanted in batch])
+    return members
 
 
-def edit_steps(replica: Replica, desk: Desk, job: RunningJob, toolkit: Toolkit) -> Steps[None]:
-    """Carry out one edit job to its end: applied (by a dry run without a version) or rejected. Raises what a user should read."""
+def _start_steps(replica: Replica, desk: Desk, toolkit: Toolkit, job: RunningJob) -> Steps[_Start]:
     began = time.monotonic()
+    _check_cancelled(desk, job)
     request = EditRequest.model_validate(job.request)
     plan = yield from plan_steps(replica, request, toolkit)
-    found = yield from find_on_base_steps(replica, toolkit, plan, job.id)
-    while True:
-        head = replica.head()
-        before, trial = yield from trial_steps(replica, toolkit, plan, found, head, job)
-        result = report(plan, found, before, trial, time.monotonic() - began)
-        landing = trial.passed or not request.guard.enabled
-        if desk.cancel_requested(job):
-            raise Cancelled("the edit was cancelled before it landed.")
-        if request.dry_run or not landing:
-            yield from persist(partial(desk.finish, job, "evaluated" if landing else "rejected", result))
-            return
-        factors = pack([a.scaled(trial.strength) for a in found.associations])
-        body = provenance(replica, toolkit, plan, trial)
-        faults.reach("edit.after_compute")
-        try:
-            yield from persist(partial(desk.apply, job, head, factors, body, result))
-            return
-        except Conflict:
-            yield Progress("another edit landed first: look again", 0, 1)
+    wanted = yield from want_steps(replica, toolkit, plan, job.id)
+    return _Start(job, began, plan, wanted)
+
+
+def _find_steps(
+    replica: Replica, desk: Desk, toolkit: Toolkit, starts: Sequence[_Start]
+) -> Generator[Progress | Ended, None, list[Member]]:
+    """Side by side; should that fail, one by one, so that each has its own error."""
+    try:
+        for s in starts:
+            _check_cancelled(desk, s.job)
+        statistics = yield from toolkit.statistics_steps(starts[0].plan.parameters.layers)
+        found = yield from find_together_steps(replica.base, statistics, [s.wanted for s in starts])
+    except (Unavailable, Disagrees):
+        raise
+    except Exception as error:
+        if len(starts) == 1:
+            yield Ended(starts[0].job.id, error)
+            return []
+        members = []
+        for s in starts:
+            members += yield from _find_steps(replica, desk, toolkit, [s])
+        return members
+    return [Member(s.job, s.began, Draft(s.plan, f)) for s, f in zip(starts, found, strict=True)]
 
 
 def plan_steps(replica: Replica, request: EditRequest, toolkit: Toolkit) -> Steps[Plan]:
@@ -155,7 +167,7 @@ def plan_steps(replica: Replica, request: EditRequest, toolkit: Toolkit) -> Step
     prompt = fill(request.prompt, request.subject).text
     true = request.target_true
     if true is None:
-        said = yield from answer_steps(model, prompt, SAID)
+        (said,) = yield from answer_steps(model, [prompt])
         true = said.split("\n")[0].split(".")[0].split(",")[0].strip() or "?"
     new = request.target_new
     paraphrase = [fill(p, request.subject).text if "{}" in p else p for p in request.probes.paraphrase]
@@ -168,139 +180,137 @@ def plan_steps(replica: Replica, request: EditRequest, toolkit: Toolkit) -> Step
     )
 
 
-def find_on_base_steps(replica: Replica, toolkit: Toolkit, plan: Plan, edit: str) -> Steps[Found]:
-    """The edit's associations, found on the base model whatever is active."""
-    parameters = plan.parameters
+def want_steps(replica: Replica, toolkit: Toolkit, plan: Plan, edit: str) -> Steps[Wanted]:
+    """What the editor is asked for."""
+    parameters, request = plan.parameters, plan.request
     contexts = yield from toolkit.contexts_steps(parameters.contexts, parameters.seed)
-    statistics = yield from toolkit.statistics_steps(parameters.layers)
-    statement = fill(plan.request.prompt, plan.request.subject)
-    target = plan.request.target_new
-    found = yield from find_steps(replica.base, statistics, contexts, statement, target, parameters, edit)
-    return found
+    statement = fill(request.prompt, request.subject)
+    return want(replica.base, contexts, statement, request.target_new, parameters, edit)
 
 
-def trial_steps(
-    replica: Replica, toolkit: Toolkit, plan: Plan, found: Found, head: int, job: RunningJob
-) -> Steps[tuple[Measured, Trial]]:
-    """Measure head, then head with the edit in it, stronger and stronger until it takes."""
-    key = fact_key(plan.request.subject, plan.request.prompt)
-    active, watched = _others(replica, head, key, found)
-    now = replica.weights(head)
-    before = yield from replica.standing(now, measure_steps(replica, toolkit, plan, watched))
-    best: Trial | None = None  # the first, until one passes; then the strongest that does
-    others = [a for group in active.values() for a in group]
+# trying and landing
+
+
+def _land_steps(replica: Replica, desk: Desk, toolkit: Toolkit, members: Sequence[Member]) -> Working:
+    """Try them in one version, and land them when all are fit; else the fit without the others, and the others alone.
+
+    Where none is fit, what is wrong may be what they do together: then halves are tried.
+    """
+    if len(members) < 2:
+        for m in members:
+            yield from _apart(m.job, land_alone_steps(replica, desk, toolkit, m))
+            yield Ended(m.job.id)
+        return
+    head = replica.head()
+    drafts = [m.draft for m in members]
+    stand = yield from stand_steps(replica, toolkit, drafts, head)
+    trials = yield from trial_steps(replica, toolkit, drafts, stand, STRENGTHS[0])
+    fit = [
+        m for m, t in zip(members, trials, strict=True) if t.spoken or not m.draft.plan.request.guard.enabled
+    ]
+    if len(fit) == len(members):
+        rest = yield from _apply_steps(replica, desk, toolkit, members, trials, head)
+        yield from _land_steps(replica, desk, toolkit, rest)
+        return
+    unfit = [m for m in members if m not in fit]
+    middle = len(members) // 2
+    parts = [fit, *([m] for m in unfit)] if fit else [members[:middle], members[middle:]]
+    for part in parts:
+        yield from _land_steps(replica, desk, toolkit, part)
+
+
+def _apply_steps(
+    replica: Replica,
+    desk: Desk,
+    toolkit: Toolkit,
+    members: Sequence[Member],
+    trials: Sequence[Trial],
+    head: int,
+) -> Generator[Progress | Ended, None, Sequence[Member]]:
+    """Land them one after another; returns those that must be tried again, because head is not what they were tried on."""
+    names = [m.job.id for m in members]
+    for number, (m, trial) in enumerate(zip(members, trials, strict=True)):
+        others = [name for name in names if name != m.job.id]
+        try:
+            _check_cancelled(desk, m.job)
+            yield from _apply_one_steps(replica, desk, toolkit, m, trial, head + number, others)
+        except Conflict:
+            yield LOOK_AGAIN
+            return members[number:]
+        except (Unavailable, Disagrees):
+            raise
+        except Exception as error:
+            yield Ended(m.job.id, error)
+            return members[number + 1 :]
+        if m is members[-1]:
+            toolkit.remember(head + len(members), trial.after.perplexity)
+        yield Ended(m.job.id)
+    return []
+
+
+def _apply_one_steps(
+    replica: Replica,
+    desk: Desk,
+    toolkit: Toolkit,
+    member: Member,
+    trial: Trial,
+    head: int,
+    together: Sequence[str],
+) -> Steps[None]:
+    plan, found = member.draft.plan, member.draft.found
+    result = report(plan, found, trial, time.monotonic() - member.began, together)
+    factors = pack([a.scaled(trial.strength) for a in found.associations])
+    body = provenance(replica, toolkit, plan, trial)
+    faults.reach("edit.after_compute")
+    yield from persist(partial(desk.apply, member.job, head, factors, body, result))
+
+
+def land_alone_steps(replica: Replica, desk: Desk, toolkit: Toolkit, member: Member) -> Steps[None]:
+    """Try it, stronger and stronger until it takes, and land it; or end it as evaluated or rejected."""
+    job, draft = member.job, member.draft
+    request = draft.plan.request
+    while True:
+        head = replica.head()
+        stand = yield from stand_steps(replica, toolkit, [draft], head)
+        trial = yield from strengthened_steps(replica, toolkit, draft, stand)
+        landing = trial.passed or not request.guard.enabled
+        _check_cancelled(desk, job)
+        if request.dry_run or not landing:
+            result = report(draft.plan, draft.found, trial, time.monotonic() - member.began)
+            yield from persist(partial(desk.finish, job, "evaluated" if landing else "rejected", result))
+            return
+        try:
+            yield from _apply_one_steps(replica, desk, toolkit, member, trial, head, ())
+        except Conflict:
+            yield LOOK_AGAIN
+        else:
+            toolkit.remember(head + 1, trial.after.perplexity)
+            return
+
+
+def strengthened_steps(replica: Replica, toolkit: Toolkit, draft: Draft, stand: Stand) -> Steps[Trial]:
+    """The first strength that the model speaks at, else the strongest that passes, else the first."""
+    best: Trial | None = None
     for strength in STRENGTHS:
-        together = others + [a.scaled(strength) for a in found.associations]
-        weights = replica.composed(together)
-        yield Progress("compose", 1, 1)
-        after = yield from replica.standing(weights, measure_steps(replica, toolkit, plan, watched))
-        trial = _judge(plan, before, after, strength, _norms(replica, plan, together, others))
+        (trial,) = yield from trial_steps(replica, toolkit, [draft], stand, strength)
         if best is None or trial.passed:
             best = trial
-        if trial.passed and trial.after.answers[0].says_new:
+        if trial.spoken or not draft.plan.request.guard.enabled:
             break
-        if not plan.request.guard.enabled or (not trial.passed and trial.took):
+        if not trial.passed and trial.took:
             break  # it takes, but does damage: more of it does more
     assert best is not None
-    return before, best
+    return best
 
 
-def _others(
-    replica: Replica, head: int, key: str, found: Found
-) -> tuple[dict[str, list[Association]], dict[str, Question]]:
-    """The edits that stay active beside the new one, and which of them to watch.
-
-    An older edit of the same fact is superseded: it is left out, as it will be at the new version.
-    """
-    bodies = {edit: body for edit, _, body in replica.ledger.associations_at(head)}
-    kept = {e: b for e, b in bodies.items() if fact_key(str(b["subject"]), str(b["prompt"])) != key}
-    everything = replica.active(head)
-    active = {e: everything[e] for e in kept}
-    mine = found.associations[0]
-
-    def nearness(edit: str) -> float:
-        theirs = active[edit][0]
-        if theirs.subject == mine.subject:
-            return float("inf")
-        return abs(float(theirs.key @ mine.direction) / float(mine.key @ mine.direction))
-
-    nearest = sorted(active, key=nearness, reverse=True)[:WATCHED]
-    watched = {
-        e: Question(
-            fill(str(kept[e]["prompt"]), str(kept[e]["subject"])).text,
-            str(kept[e]["target_new"]),
-            str(kept[e].get("resolved_true") or kept[e].get("target_true") or "?"),
-        )
-        for e in nearest
-    }
-    return active, watched
+# what is said of it, and kept
 
 
-def measure_steps(
-    replica: Replica, toolkit: Toolkit, plan: Plan, watched: dict[str, Question]
-) -> Steps[Measured]:
-    """Ask the model, as it stands, everything that the guard wants to know."""
-    questions = [*plan.questions, *watched.values()]
-    pairs = [(q.prompt, target) for q in questions for target in (q.new, q.true)]
-    scores = yield from log_prob_steps(replica.base, pairs)
-    answers = [
-        Answer(new[0], true[0], new[1], true[1]) for new, true in zip(scores[::2], scores[1::2], strict=True)
-    ]
-    says = yield from answer_steps(replica.base, plan.rewrite.prompt, SAID)
-    perplexity = yield from perplexity_steps(replica.base, toolkit.reference)
-    own = len(plan.questions)
-    holding = {e for (e, q), a in zip(watched.items(), answers[own:], strict=True) if holds(q, a)}
-    return Measured(answers[:own], says, perplexity, holding)
-
-
-def _norms(
-    replica: Replica, plan: Plan, together: Sequence[Association], others: Sequence[Association]
-) -> dict[int, float]:
-    """How far the edit moves each of its layers from where the others have it, as a multiple of the weight's norm.
-
-    Its own share and not the sum: many sound edits together move a weight further than one wild one.
-    """
-    before, after = compose(others), compose(together)
-    moved = {x: after[x].minus(before[x]) if x in before else after[x] for x in plan.parameters.layers}
-    return {x: norm_ratio(replica.base.weight(x).data, change) for x, change in moved.items()}
-
-
-def _judge(plan: Plan, before: Measured, after: Measured, strength: float, norms: dict[int, float]) -> Trial:
-    """Hold a trial against the guard's limits."""
-    guard = plan.request.guard
-    rewrite = after.answers[0]
-    cut = 1 + len(plan.paraphrase)
-    checks = [
-        Check("efficacy", holds(plan.rewrite, rewrite), _exp(rewrite.new), _exp(rewrite.true)),
-        _at_least("probability", _exp(rewrite.new), guard.min_probability),
-    ]
-    if plan.paraphrase:
-        share = sum(a.prefers_new for a in after.answers[1:cut]) / len(plan.paraphrase)
-        checks.append(_at_least("paraphrase", share, guard.min_paraphrase))
-    known = [i for i in range(cut, len(after.answers)) if not before.answers[i].prefers_new]
-    if known:
-        share = sum(not after.answers[i].prefers_new for i in known) / len(known)
-        checks.append(_at_least("neighborhood", share, guard.min_neighborhood))
-    broken = sorted(before.holding - after.holding)
-    checks += [
-        _at_most("perplexity", after.perplexity / before.perplexity, guard.max_perplexity),
-        _at_most("norm", max(norms.values()), guard.max_norm),
-        _at_most("broken", len(broken), guard.max_broken),
-    ]
-    return Trial(strength, after, checks, norms, broken)
-
-
-def _at_least(name: str, figure: float, limit: float) -> Check:
-    return Check(name, figure >= limit, figure, limit)
-
-
-def _at_most(name: str, figure: float, limit: float) -> Check:
-    return Check(name, figure <= limit, figure, limit)  # NaN passes neither
-
-
-def report(plan: Plan, found: Found, before: Measured, trial: Trial, seconds: float) -> dict[str, Any]:
-    """An edit's result, for people and programs: JSON."""
-    after = trial.after
+def report(
+    plan: Plan, found: Found, trial: Trial, seconds: float, together: Sequence[str] = ()
+) -> dict[str, Any]:
+    """An edit's result, for people and programs: JSON. `together` are the edits that were tried in the same version."""
+    before, after = trial.before, trial.after
     cut = 1 + len(plan.paraphrase)
 
     def both(i: int) -> dict[str, Any]:
@@ -329,6 +339,7 @@ def report(plan: Plan, found: Found, before: Measured, trial: Trial, seconds: fl
         "strength": trial.strength,
         "optimisation": {"steps": len(found.losses), "first": found.losses[0], "last": found.losses[-1]},
         "broken": trial.broken,
+        "together": list(together),
         "guard": {
             "passed": trial.passed,
             "checks": [
@@ -376,7 +387,3 @@ def provenance(replica: Replica, toolkit: Toolkit, plan: Plan, trial: Trial) -> 
         | {"python": platform.python_version()},
         "fingerprint": model.fingerprint,
     }
-
-
-def _exp(log_p: float) -> float:
-    return float(torch.tensor(log_p, dtype=torch.float64).exp())

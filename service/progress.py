@@ -27,6 +27,18 @@ class Progress:
 Steps = Generator[Progress, None, T]
 
 
+@dataclass(frozen=True)
+class Ended:
+    """One of several jobs that are worked on together has come to its end; `error` says why it could not be done."""
+
+    job: str
+    error: Exception | None = None
+
+
+#: the steps of one or several jobs, which may end one by one; those that are left end with the last step
+Working = Generator[Progress | Ended, None, None]
+
+
 def finish(steps: Steps[T], report: Callable[[Progress], None] | None = None) -> T:
     """Run all steps and return the result."""
     while True:

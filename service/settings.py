@@ -44,7 +44,7 @@ class Settings(BaseSettings):
         "generate,edit,trace,evaluate", description="what a worker does: some of generate,edit,trace,evaluate"
     )
     device: str = Field("cpu", description="device of the model: cpu, cuda, cuda:1")
-    dtype: str = Field("float32", description="precision of the resident model: float32 or bfloat16")
+    dtype: str = Field("float32", description="precision of the resident model: float32, bfloat16 or float16")
     threads: int | None = Field(None, ge=1, description="CPU threads of the worker; all when left out")
     api_key: str | None = Field(
         None, description="root key, good for everything; `palimpsest keys` makes others"
@@ -55,6 +55,9 @@ class Settings(BaseSettings):
         30.0,
         ge=1,
         description="seconds of silence after which a worker counts as dead and its work is taken over",
+    )
+    edits_together: int = Field(
+        16, ge=1, description="most waiting edits that a worker carries out together"
     )
     requests_per_minute: int = Field(6000, ge=1, description="requests of one key in a minute; more get 429")
     max_queued: int = Field(500, ge=1, description="jobs of one key that may wait at once; more get 429")

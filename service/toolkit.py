@@ -19,6 +19,7 @@ from service.models.loading import LoadedModel
 from service.progress import Steps
 
 REFERENCE = 48  # texts of the corpus on which the guard measures perplexity
+REMEMBERED = 16  # versions whose perplexity is kept
 
 
 @dataclass
@@ -31,6 +32,15 @@ class Toolkit:
     folder: Path | None
     statistics: dict[int, Statistics] = field(default_factory=dict)
     contexts: dict[tuple[int, int], list[str]] = field(default_factory=dict)
+    perplexities: dict[int, float] = field(
+        default_factory=dict
+    )  #: of the reference text, at versions lately seen
+
+    def remember(self, version: int, perplexity: float) -> None:
+        """The perplexity at a version that has landed: the next edit finds it there."""
+        self.perplexities[version] = perplexity
+        while len(self.perplexities) > REMEMBERED:
+            self.perplexities.pop(next(iter(self.perplexities)))
 
     @property
     def reference(self) -> Sequence[str]:

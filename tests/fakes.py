@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,11 @@ class NoLedger:
     def head(self) -> int:
         return self.version
 
-    def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, Any]]]:
+    def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]:
         return []
+
+    def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
+        return {}
 
     def attest(self, version: int, digest: str) -> None:
         self.attested.append(version)

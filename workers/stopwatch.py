@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import closing
 
 from service import metrics
 from service.ids import request_id
 from service.jobs.desk import RunningJob
-from service.progress import Steps
+from service.progress import Ended, Progress, Working
 
 
-def timed(job: RunningJob, steps: Steps[None]) -> Steps[None]:
-    """The same steps. What they log bears the id of the request that asked for the job.
+def timed(jobs: Sequence[RunningJob], steps: Working) -> Working:
+    """The same steps. What they log bears the ids of the requests that asked for the jobs.
 
-    When they have run to their end the metrics hear of it: the seconds of the whole, and of an edit's phases those that
-    its own steps took; between two steps the loop serves others.
+    When a job ends well the metrics hear of it: the seconds since it began, and of an edit its part of what the steps of
+    each phase took by then; between two steps the loop serves others.
     """
     began = time.monotonic()
+    requests = " ".join(dict.fromkeys(job.request_id for job in jobs))
     spent: dict[str, float] = defaultdict(float)
+    running = {job.id: job for job in jobs}
+
+    def observe(job: RunningJob) -> None:
+        metrics.JOB_SECONDS.labels(job.kind).observe(time.monotonic() - began)
+        for phase, seconds in spent.items() if job.kind == "edit" else ():
+            metrics.EDIT_SECONDS.labels(phase).observe(seconds / len(jobs))
+
     with closing(steps):
         while True:
-            named, at = request_id.set(job.request_id), time.monotonic()
+            named, at = request_id.set(requests), time.monotonic()
             try:
-                progress = next(steps)
+                news: Progress | Ended | None = next(steps)
             except StopIteration:
-                spent["land"] += time.monotonic() - at
-                break
+                news = None
             finally:
                 request_id.reset(named)
-            spent[metrics.phase(progress.phase)] += time.monotonic() - at
-            yield progress
-    metrics.JOB_SECONDS.labels(job.kind).observe(time.monotonic() - began)
-    if job.kind == "edit":
-        for phase, seconds in spent.items():
-            metrics.EDIT_SECONDS.labels(phase).observe(seconds)
+            phase = metrics.phase(news.phase) if isinstance(news, Progress) else "land"
+            spent[phase] += time.monotonic() - at
+            if news is None:
+                break
+            if isinstance(news, Ended):
+                ended = running.pop(news.job, None)
+                if ended is not None and news.error is None:
+                    observe(ended)
+            yield news
+    for job in running.values():
+        observe(job)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
-from service.editing import edit_steps
+from service.editing import edits_steps
 from service.jobs.broker import JOBS
 from service.jobs.desk import Desk, RunningJob
-from service.progress import Steps, persist
+from service.progress import Steps, Working, persist
 from service.requests import TraceRequest
 from service.serving.calls import pinned
 from service.serving.replica import Replica
@@ -17,17 +17,17 @@ from service.toolkit import Toolkit
 from service.tracing.suffix import trace_steps
 from workers.stopwatch import timed
 
-Tasks = dict[str, Callable[[RunningJob], Steps[None]]]
+Tasks = dict[str, Callable[..., Working]]
 
 
 def tasks(replica: Replica, desk: Desk, toolkit: Toolkit, kinds: Collection[str] = JOBS) -> Tasks:
-    """Kind of job -> its steps, for those that are asked for."""
+    """Kind of job -> the steps of one (of an edit: of several together), for those that are asked for."""
 
-    def edit(job: RunningJob) -> Steps[None]:
-        return timed(job, edit_steps(replica, desk, job, toolkit))
+    def edit(*jobs: RunningJob) -> Working:
+        return timed(jobs, edits_steps(replica, desk, jobs, toolkit))
 
-    def trace(job: RunningJob) -> Steps[None]:
-        return timed(job, traced(replica, desk, job))
+    def trace(job: RunningJob) -> Working:
+        return timed([job], traced(replica, desk, job))
 
     known: Tasks = {"edit": edit, "trace": trace}
     return {kind: steps for kind, steps in known.items() if kind in kinds}

@@ -18,7 +18,7 @@ from service.jobs.broker import CALLS
 from service.jobs.desk import Desk, forget_workers
 from service.models.loading import LoadedModel, load
 from service.progress import Progress
-from service.serving.engine import Engine
+from service.serving.engine import Engine, Pace
 from service.serving.replica import Replica
 from service.settings import Settings
 from service.toolkit import Toolkit, prepare_steps
@@ -29,7 +29,7 @@ from workers.tasks import tasks
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REST, LONGEST = 1.0, 10.0  # seconds before a loop that fell is started again: the first time, and at most
 STEADY = 60.0  # seconds after which a loop counts as sound again
 
@@ -144,7 +144,9 @@ class Worker:
         taken = kinds(self.roles)
         replica = Replica(model, desk)
         calls = tuple(kind for kind in CALLS if kind in taken)
-        return Engine(replica, desk, self._wired.broker, tasks(replica, desk, toolkit, taken), calls=calls)
+        pace = Pace(edits=self._settings.edits_together)
+        work = tasks(replica, desk, toolkit, taken)
+        return Engine(replica, desk, self._wired.broker, work, pace, calls)
 
     def _refuse_strangers(self, desk: Desk) -> None:
         """One service has one model: edits of another would wait for ever."""
@@ -159,7 +161,7 @@ class Worker:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         if settings.dtype not in DTYPES:
-            raise Misconfigured(f"dtype {settings.dtype!r} is not known: use {' or '.join(DTYPES)}.")
+            raise Misconfigured(f"dtype {settings.dtype!r} is not known: use {', '.join(DTYPES)}.")
         log.info("loading", extra={"model": settings.model, "device": settings.device})
         return load(settings.model, settings.device, DTYPES[settings.dtype])
 

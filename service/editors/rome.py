@@ -16,7 +16,7 @@ of what is still missing, measured with this edit's own lower layers in place (a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -27,6 +27,7 @@ from service.covariance.moment import Statistics
 from service.editors.composition import Association
 from service.editors.recipes import RomeParameters
 from service.editors.values import Place, Rows, Value, Wish, rows, values_steps, wide
+from service.models.budget import block_operations, step_budget
 from service.models.hooks import add_path, capture, stop_after
 from service.models.loading import LoadedModel
 from service.models.prompts import Tokens, forward, pad
@@ -124,9 +125,8 @@ def _association(wanted: Wanted, statistics: Statistics, key: Tensor, value: Ten
 class Wanted:
     """One edit that associations are wanted for."""
 
-    statement: Statement
-    target: str
-    contexts: Sequence[str]
+    rows: Rows
+    subject: str
     parameters: RomeParameters
     edit: str = ""
 
@@ -136,9 +136,38 @@ class Wanted:
         layers = self.parameters.layers
         return Place(max(layers), hidden=len(layers) > 1)
 
-    @property
-    def subject(self) -> str:
-        return words(self.statement.text[slice(*self.statement.span)])
+    def operations(self, model: LoadedModel) -> int:
+        """Floating-point operations of one optimisation step: forward, and the same again backward (methods G)."""
+        suffix = sum(len(t.ids) - t.last_subject for t in self.rows.texts())
+        return 2 * suffix * block_operations(model) * (model.layers - self.place.layer)
+
+
+def want(
+    model: LoadedModel,
+    contexts: Sequence[str],
+    statement: Statement,
+    target: str,
+    parameters: RomeParameters,
+    edit: str = "",
+) -> Wanted:
+    """That the model, as it stands (the base model), say `target` after the statement."""
+    texts = rows(model, statement, target, contexts, parameters.bare_keys)
+    return Wanted(texts, words(statement.text[slice(*statement.span)]), parameters, edit)
+
+
+def batches(model: LoadedModel, edits: Iterable[Wanted]) -> list[list[Wanted]]:
+    """Edits that are found side by side: of one place, as many as one step has room for, and in their order."""
+    budget = step_budget(model)
+    found: list[list[Wanted]] = []
+    room = 0
+    for edit in edits:
+        cost = edit.operations(model)
+        if not found or found[-1][0].place != edit.place or cost > room:
+            found.append([])
+            room = budget
+        found[-1].append(edit)
+        room -= cost
+    return found
 
 
 def find_steps(
@@ -150,8 +179,8 @@ def find_steps(
     parameters: RomeParameters,
     edit: str = "",
 ) -> Steps[Found]:
-    """Find the associations that make the model, as it stands (the base model), say `target` after the statement."""
-    wanted = Wanted(statement, target, contexts, parameters, edit)
+    """The associations of one edit."""
+    wanted = want(model, contexts, statement, target, parameters, edit)
     (found,) = yield from find_together_steps(model, statistics, [wanted])
     return found
 
@@ -159,25 +188,23 @@ def find_steps(
 def find_together_steps(
     model: LoadedModel, statistics: Mapping[int, Statistics], edits: Sequence[Wanted]
 ) -> Steps[list[Found]]:
-    """The same for several edits of one place, whose values are optimised side by side; each as it would be found alone."""
+    """The associations of edits of one place. Their values are optimised side by side, each as it would be alone."""
     (place,) = {e.place for e in edits}
-    texts = [rows(model, e.statement, e.target, e.contexts, e.parameters.bare_keys) for e in edits]
-    wishes = [Wish(t, e.parameters) for t, e in zip(texts, edits, strict=True)]
-    values = yield from values_steps(model, place, wishes)
+    values = yield from values_steps(model, place, [Wish(e.rows, e.parameters) for e in edits])
     found = []
-    for e, t, value in zip(edits, texts, values, strict=True):
+    for e, value in zip(edits, values, strict=True):
         write = _several_layers if place.hidden else _one_layer
-        result = yield from write(model, statistics, value, t, e)
+        result = yield from write(model, statistics, value, e)
         scaled = [a.scaled(e.parameters.strength) for a in result.associations]
         found.append(replace(result, associations=scaled))
     return found
 
 
 def _one_layer(
-    model: LoadedModel, statistics: Mapping[int, Statistics], value: Value, found: Rows, wanted: Wanted
+    model: LoadedModel, statistics: Mapping[int, Statistics], value: Value, wanted: Wanted
 ) -> Steps[Found]:
     """The association of one layer from an optimised value."""
-    parameters = wanted.parameters
+    parameters, found = wanted.parameters, wanted.rows
     (layer,) = parameters.layers
     yield Progress("solve", 1, 1)
     keys, values = _averaged(model, value, found, parameters)
@@ -196,10 +223,10 @@ def _one_layer(
 
 
 def _several_layers(
-    model: LoadedModel, statistics: Mapping[int, Statistics], value: Value, found: Rows, wanted: Wanted
+    model: LoadedModel, statistics: Mapping[int, Statistics], value: Value, wanted: Wanted
 ) -> Steps[Found]:
     """An association for each layer, from the change of the hidden state after the highest."""
-    parameters = wanted.parameters
+    parameters, found = wanted.parameters, wanted.rows
     layers, delta = sorted(parameters.layers), wide(value.delta)
     written: list[Association] = []
     goal: Tensor | None = None

@@ -131,6 +131,14 @@ class Desk:
         with self.database.read() as session:
             return workers.strangers(session, self.model, self.lease)
 
+    def editors(self) -> int:
+        """How many living workers edit this model; at least this one."""
+        if self.sole:
+            return 1
+        with self.database.read() as session:
+            listed = workers.listed(session, self.model, self.lease)
+            return max(1, len(workers.serving(listed, "edit")))
+
     def attest(self, version: int, digest: str) -> None:
         """The weights at this version have this digest here.
 
@@ -372,12 +380,18 @@ class Desk:
         with self.database.glance() as connection:
             return ledger.head(connection, self.model)
 
-    def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, Any]]]:
-        """(edit id, factors, the body of its entry) of the edits active at a version, in canonical order."""
+    def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]:
+        """(edit id, the body of its entry) of the edits active at a version, in canonical order."""
         with self.database.read() as session:
             if not 0 <= version <= ledger.head(session, self.model):
                 raise NotFound(f"there is no version {version}.")
-            return [(e.edit_id, data, e.body) for e, data in ledger.factors_at(session, self.model, version)]
+            past = ledger.entries(session, self.model, up_to=version)
+            return [(e.edit_id, e.body) for e in ledger.active_entries(past)]
+
+    def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
+        """The factors of these edits, by id: they never change."""
+        with self.database.read() as session:
+            return ledger.factors_of(session, edits)
 
 
 def forget_workers(database: Database) -> None:

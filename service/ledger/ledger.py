@@ -160,9 +160,7 @@ def settle(session: Session, edit: Job) -> None:
             job.status, job.updated = status, now()
 
 
-def factors_at(session: Session, model: str, version: int | None = None) -> list[tuple[Entry, bytes]]:
-    """The active edits at a version with their factors, in canonical order."""
-    chosen = active_entries(entries(session, model, up_to=version))
-    query = select(Factors.edit_id, Factors.data).where(Factors.edit_id.in_([e.edit_id for e in chosen]))
-    data = {row.edit_id: row.data for row in session.execute(query)}
-    return [(entry, data[entry.edit_id]) for entry in chosen]
+def factors_of(session: Session, edits: Sequence[str]) -> dict[str, bytes]:
+    """The factors of these edits, by id."""
+    query = select(Factors.edit_id, Factors.data).where(Factors.edit_id.in_(edits))
+    return {row.edit_id: row.data for row in session.execute(query)}

@@ -1,8 +1,9 @@
 """The one loop of a worker: it interleaves decoding with one step at a time of the running job.
 
 A turn admits new requests (their version pinned then), gives every live batch a decode step and every comparison one of
-its steps, then runs ONE step of the running job. So an edit never holds up the tokens of others for longer than one of
-its steps, and no answer ever sees another version's weights: between steps the model holds its base bytes.
+its steps, then runs ONE step of the running job, unless calls have not yet had their share of the time since the last one. So an edit never
+holds up the tokens of others for longer than one of its steps, nor slows them to less than that share of their pace; and no
+answer ever sees another version's weights: between steps the model holds its base bytes.
 
 What the loop has to tell the broker or the desk is owed in order and paid at once; when that fails because they are down
 it stays owed, `run` raises, and the next `run` goes on where it was.
@@ -17,7 +18,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ from service import faults, metrics
 from service.errors import Cancelled, Disagrees, InvalidInput, LeaseLost, PalimpsestError, Unavailable
 from service.jobs.broker import CALLS, KINDS, Broker, Delivery
 from service.jobs.desk import Desk, RunningJob
-from service.progress import Progress, Steps
+from service.progress import Ended, Progress, Working
 from service.requests import CompareRequest, GenerateRequest
 from service.serving.calls import Comparison, Generation, pinned, problem
 from service.serving.comparison import compare_steps
@@ -38,19 +39,25 @@ from service.serving.replica import Replica
 
 log = logging.getLogger(__name__)
 
-Task = Callable[[RunningJob], Steps[None]]
+Task = Callable[..., Working]  # given the jobs that are to be carried out together
 HUNG = 300.0  # seconds after which a loop that did not come round counts as dead
 INTERRUPTIONS = 10  # times a job may find something down that it needs before it fails
 STOPPING = Unavailable("the worker is stopping: ask again.")
 
 
+Members = dict[str, tuple[Delivery, RunningJob]]  # by the job's id
+
+
 @dataclass(eq=False)
 class Work:
-    """The job that is running, and what remains of it."""
+    """The jobs that are carried out together, as long as they have not ended, and what remains of them."""
 
-    delivery: Delivery
-    job: RunningJob
-    steps: Steps[None]
+    members: Members
+    steps: Working
+
+    @property
+    def jobs(self) -> list[RunningJob]:
+        return [job for _, job in self.members.values()]
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Pace:
     """How the loop shares its time."""
 
     rows: int = 32  #: rows that decode side by side
+    edits: int = 1  #: waiting edits that are carried out together
+    share: float = 0.6  #: of the time, for calls while a job runs beside them
     comparisons: int = 4  #: comparisons side by side
     wait: float = 1.0  #: longest sleep when there is nothing to do, in seconds
     look: float = 0.05  #: seconds between two looks for cancelled calls
@@ -97,6 +106,7 @@ class Engine:
         self._work: Work | None = None
         self._interrupted: Counter[str] = Counter()
         self._owed = Owed(broker)
+        self._lead = 0.0  # seconds that calls are owed for the last step of a job
         self._looked = self._followed = float("-inf")
 
     @property
@@ -125,9 +135,15 @@ class Engine:
         self._admit()
         self._look()
         busy = bool(self._lanes or self._comparisons or self._work)
+        calling = bool(self._lanes or self._comparisons)
+        began = time.monotonic()
         self._decode()
         self._compare()
-        self._step_job()
+        called = time.monotonic()
+        self._lead = max(0.0, self._lead - (called - began)) if calling else 0.0
+        if self._lead == 0:
+            self._step_job()
+            self._lead = (time.monotonic() - called) * self._pace.share / (1 - self._pace.share)
         return busy
 
     # what is to be done
@@ -199,6 +215,32 @@ class Engine:
         self._comparisons.append(Comparison(delivery, steps))
 
     def _start_job(self, delivery: Delivery) -> None:
+        """Begin a job, and with an edit those that wait behind it, as far as they are this worker's share."""
+        members = dict(self._started(delivery))
+        if delivery.kind == "edit" and self._pace.edits > 1:
+            members |= self._joining()
+        if members:
+            jobs = [job for _, job in members.values()]
+            self._work = Work(members, self._tasks[delivery.kind](*jobs))
+
+    def _joining(self) -> Members:
+        """Begin more of the waiting edits: an equal part for each worker that edits. What cannot be begun waits again."""
+        members: Members = {}
+        waiting: list[Delivery] = []
+        try:
+            share = -(-(self._broker.waiting("edit") + 1) // self._desk.editors())
+            if (more := min(self._pace.edits, share) - 1) > 0:
+                waiting = self._broker.take(("edit",), more, 0)
+            while waiting:
+                members |= dict(self._started(waiting[0]))
+                waiting.pop(0)
+        except (Unavailable, OSError):
+            for left in reversed(waiting):
+                self._owed.owe(self._broker.give_back, left)
+        return members
+
+    def _started(self, delivery: Delivery) -> Iterator[tuple[str, tuple[Delivery, RunningJob]]]:
+        """The job, begun, if there is something to do for it."""
         try:
             job = self._desk.start(delivery.job_id)
         except Unavailable:
@@ -210,7 +252,7 @@ class Engine:
             self._acknowledge(delivery)
             return
         log.info("job started", extra={**about(job), "kind": job.kind, "attempt": job.attempt})
-        self._work = Work(delivery, job, self._tasks[job.kind](job))
+        yield job.id, (delivery, job)
 
     # one step of everything
 
@@ -273,61 +315,66 @@ class Engine:
         self._owed.pay()
 
     def _step_job(self) -> None:
-        """One step of the running job. Whatever it raises is the end of this job and of nothing else."""
+        """One step of the running jobs. What it raises is their end and nothing else's."""
         if self._work is None:
             return
         work = self._work
-        cancelled = self._desk.cancel_requested(work.job)
         try:
-            if cancelled:
+            if all(self._desk.cancel_requested(job) for job in work.jobs):
                 raise Cancelled("the job was cancelled while it ran.")
-            progress = next(work.steps)
+            news = next(work.steps)
         except Disagrees:
             raise
         except Unavailable as error:
             self._interrupt(work, error)
         except StopIteration:
-            log.info("job ended", extra=about(work.job))
-            self._leave_job(work)
+            self._leave_jobs(work)
         except Exception as error:
-            self._fail(work, error)
-            self._leave_job(work)
+            self._leave_jobs(work, error)
         else:
-            self._owed.owe(self._progress, work, progress)
+            self._hear(work, news)
         self._owed.pay()
 
-    def _fail(self, work: Work, error: Exception) -> None:
+    def _hear(self, work: Work, news: Progress | Ended) -> None:
+        """How far the jobs are, or that one of them has ended."""
+        if isinstance(news, Ended):
+            self._leave_job(work, news.job, news.error)
+        else:
+            for job in work.jobs:
+                self._owed.owe(self._progress, work, job, news)
+
+    def _fail(self, job: RunningJob, error: Exception) -> None:
         """The row says how the job ended, unless it is another's by now."""
-        about_it = about(work.job)
+        about_it = about(job)
         if isinstance(error, Cancelled):
             log.info("job cancelled", extra=about_it)
-            self._owed.owe(self._write, self._desk.finish, work.job, "cancelled", None)
+            self._owed.owe(self._write, self._desk.finish, job, "cancelled", None)
         elif isinstance(error, LeaseLost):
             log.warning("job taken over by another worker", extra=about_it)
         elif isinstance(error, PalimpsestError):
             log.info("job failed", extra={**about_it, "detail": error.detail})
-            self._owed.owe(self._write, self._desk.fail, work.job, error)
+            self._owed.owe(self._write, self._desk.fail, job, error)
         else:
             log.error("job failed", exc_info=error, extra=about_it)
-            self._owed.owe(self._write, self._desk.fail, work.job, problem(error)["detail"])
+            self._owed.owe(self._write, self._desk.fail, job, problem(error)["detail"])
 
     def _interrupt(self, work: Work, error: Unavailable) -> None:
-        """Something that the job needs is down: it waits again, a bounded number of times."""
-        log.warning("job interrupted", extra={**about(work.job), "detail": error.detail})
-        self._interrupted[work.job.id] += 1
-        if self._interrupted[work.job.id] < INTERRUPTIONS:
-            self._hand_back()
-        else:
-            self._fail(work, error)
-            self._leave_job(work)
+        """Something that the jobs need is down: they wait again, a bounded number of times."""
+        for job in work.jobs:
+            log.warning("job interrupted", extra={**about(job), "detail": error.detail})
+            self._interrupted[job.id] += 1
+            if self._interrupted[job.id] >= INTERRUPTIONS:
+                self._leave_job(work, job.id, error)
+        self._hand_back()
 
-    def _progress(self, work: Work, progress: Progress) -> None:
+    def _progress(self, work: Work, job: RunningJob, progress: Progress) -> None:
         """Tell how far the job is; the desk knows whether it is still this worker's."""
+        if job.id not in work.members:
+            return
         try:
-            self._desk.progress(work.job, progress)
+            self._desk.progress(job, progress)
         except LeaseLost as error:
-            self._fail(work, error)
-            self._leave_job(work)
+            self._leave_job(work, job.id, error)
 
     def _write(self, action: Callable[..., None], job: RunningJob, *arguments: object) -> None:
         """Write a job's end. Where that cannot be, for a reason of its own, the sweep finds the job again."""
@@ -339,13 +386,32 @@ class Engine:
             log.exception("the end of a job cannot be written", extra=about(job))
             self._desk.abandon(job)
 
-    def _leave_job(self, work: Work) -> None:
-        """Nothing is left to do for it but to acknowledge its delivery."""
-        self._work = None
+    def _leave_jobs(self, work: Work, error: Exception | None = None) -> None:
+        """The steps have come to an end: so have all jobs that were left."""
+        for job in work.jobs:
+            self._leave_job(work, job.id, error)
+        self._dismiss(work)
+
+    def _leave_job(self, work: Work, name: str, error: Exception | None = None) -> None:
+        """A job has ended: nothing is left to do for it but to acknowledge its delivery."""
+        if name not in work.members:
+            return
+        delivery, job = work.members.pop(name)
+        if error is None:
+            log.info("job ended", extra=about(job))
+        else:
+            self._fail(job, error)
         self._followed = float("-inf")  # an edit has moved the head
-        self._interrupted.pop(work.job.id, None)
+        self._interrupted.pop(name, None)
+        self._acknowledge(delivery, "end.after_publish")
+        if not work.members:
+            self._dismiss(work)
+
+    def _dismiss(self, work: Work) -> None:
+        """Nothing remains to be done."""
         work.steps.close()
-        self._acknowledge(work.delivery, "end.after_publish")
+        if self._work is work:
+            self._work = None
 
     # watching
 
@@ -452,14 +518,15 @@ class Engine:
             self._owed.owe(self._broker.give_back, call.delivery)
 
     def _hand_back(self) -> None:
-        """The running job waits again, as if it had not been begun; `release` rings its bell."""
+        """The running jobs wait again, as if they had not been begun; `release` rings their bells."""
         if self._work is None:
             return
         work, self._work = self._work, None
         work.steps.close()
-        log.info("job handed back", extra=about(work.job))
-        self._owed.owe(self._write, self._desk.release, work.job)
-        self._acknowledge(work.delivery)
+        for delivery, job in work.members.values():
+            log.info("job handed back", extra=about(job))
+            self._owed.owe(self._write, self._desk.release, job)
+            self._acknowledge(delivery)
 
 
 def about(work: Delivery | RunningJob) -> dict[str, str]:

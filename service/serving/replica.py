@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -31,7 +31,9 @@ class Ledger(Protocol):
 
     def head(self) -> int: ...
 
-    def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, Any]]]: ...
+    def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]: ...
+
+    def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]: ...
 
     def attest(self, version: int, digest: str) -> None: ...
 
@@ -52,13 +54,12 @@ class Replica:
         return self.ledger.head()
 
     def active(self, version: int) -> dict[str, list[Association]]:
-        """The associations of every edit active at a version, by the edit's id."""
-        found = {}
-        for edit, data, body in self.ledger.associations_at(version):
-            if edit not in self._associations:
-                self._associations[edit] = unpack(data, edit, words(str(body["subject"])))
-            found[edit] = self._associations[edit]
-        return found
+        """The associations of every edit active at a version, by the edit's id. Each is read and unpacked once."""
+        subjects = {edit: words(str(body["subject"])) for edit, body in self.ledger.active_at(version)}
+        if unknown := [edit for edit in subjects if edit not in self._associations]:
+            factors = self.ledger.factors_of(unknown)
+            self._associations |= {e: unpack(factors[e], e, subjects[e]) for e in unknown}
+        return {edit: self._associations[edit] for edit in subjects}
 
     def composed(self, associations: Iterable[Association]) -> Weights:
         """The edited weights for a set of associations, from the base bytes."""

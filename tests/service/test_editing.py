@@ -12,23 +12,24 @@ import pytest
 import torch
 from tiny import TEXTS, tiny
 
-from service import editing
+from service import editing, trial
 from service.covariance.corpus import Corpus
-from service.editing import Answer, Check, Measured, Question, Trial, edit_steps, holds, trial_steps
+from service.editing import Member, companies, edits_steps, strengthened_steps
 from service.editors.composition import compose_layer, pack, rebuild, unpack
 from service.editors.recipes import Recipe, RomeParameters
-from service.editors.rome import find_steps
+from service.editors.rome import find_steps, find_together_steps
 from service.errors import Cancelled
 from service.jobs.desk import Desk, RunningJob
 from service.jobs.memory import MemoryBroker
 from service.operations import Operations
-from service.progress import Progress, Steps, finish
+from service.progress import Ended, Progress, Steps, Working, finish
 from service.requests import EditRequest
 from service.serving.replica import Replica
 from service.settings import Settings
 from service.store.database import Database
 from service.text import fill
 from service.toolkit import Toolkit
+from service.trial import Answer, Check, Draft, Measured, Question, Trial, holds
 
 torch.set_num_threads(1)
 
@@ -62,6 +63,15 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     database.migrate()
     database.close()
     return file
+
+
+def alone(steps: Working) -> Steps[None]:
+    """The steps of one job; what it ended with is raised."""
+    for news in steps:
+        if isinstance(news, Progress):
+            yield news
+        elif news.error is not None:
+            raise news.error
 
 
 class Workshop:
@@ -98,7 +108,7 @@ class Workshop:
     def begin(self, edit: str) -> tuple[RunningJob, Steps[None]]:
         job = self.desk.start(edit)
         assert job is not None
-        return job, edit_steps(self.replica, self.desk, job, self.toolkit)
+        return job, alone(edits_steps(self.replica, self.desk, [job], self.toolkit))
 
     def edit(self, *asked: Any, **more: Any) -> Resource:
         """Ask, carry out, and read how it ended."""
@@ -345,12 +355,12 @@ def test_a_dry_run_lands_nothing(shop: Workshop) -> None:
     assert (edit["status"], edit["version"], shop.do.head()) == ("evaluated", None, 0)
     assert edit["result"]["guard"]["passed"]
     assert shop.edit(dry_run=True, hparams={"steps": 1})["status"] == "rejected"
-    assert shop.desk.associations_at(0) == []
+    assert shop.desk.active_at(0) == []
     assert shop.do.model()["active_edits"] == 0
     shop.assert_base()
 
 
-@pytest.mark.parametrize("limit", [editing._at_least, editing._at_most])
+@pytest.mark.parametrize("limit", [trial._at_least, trial._at_most])
 def test_no_number_passes_no_rule(limit: Callable[[str, float, float], Check]) -> None:
     """A figure that is not a number fails, whichever way the rule goes."""
     assert not limit("norm", float("nan"), 1.0).passed
@@ -414,15 +424,19 @@ def test_which_strength_is_chosen(
         what = next(left)
         answer = Answer(-1.0, -2.0, what == SPOKEN, False)
         checks = [Check("efficacy", what != MISS, 0, 0), Check("norm", what != HARM, 0, 0)]
-        return Trial(strength, Measured([answer], "", 1.0, set()), checks, norms, [])
+        measured = Measured([answer], "", 1.0, set())
+        return Trial(strength, measured, measured, checks, norms, [])
 
-    monkeypatch.setattr(editing, "_judge", judge)
+    monkeypatch.setattr(trial, "judge", judge)
     job, _ = shop.begin(shop.ask())
     request = EditRequest.model_validate(job.request)
     plan = finish(editing.plan_steps(shop.replica, request, shop.toolkit))
-    found = finish(editing.find_on_base_steps(shop.replica, shop.toolkit, plan, job.id))
-    _, trial = finish(trial_steps(shop.replica, shop.toolkit, plan, found, 0, job))
-    assert (trial.strength, trial.passed) == (strength, passed)
+    wanted = finish(editing.want_steps(shop.replica, shop.toolkit, plan, job.id))
+    (found,) = finish(find_together_steps(shop.model, shop.toolkit.statistics, [wanted]))
+    draft = Draft(plan, found)
+    stand = finish(trial.stand_steps(shop.replica, shop.toolkit, [draft], 0))
+    best = finish(strengthened_steps(shop.replica, shop.toolkit, draft, stand))
+    assert (best.strength, best.passed) == (strength, passed)
     assert next(left, None) is None
 
 
@@ -452,7 +466,7 @@ def test_an_edit_is_tried_again_when_head_moved(shop: Workshop, meanwhile: str) 
     assert "compose" in phases and "optimise" not in phases
     edit = shop.do.edit(waiting)
     assert (edit["status"], edit["version"]) == ("applied", 3)
-    active = [e for e, _, _ in shop.desk.associations_at(3)]
+    active = [e for e, _ in shop.desk.active_at(3)]
     assert (earlier["id"] in active) == (meanwhile == "edit")
     assert shop.do.verify()["ok"]
     shop.assert_base()
@@ -503,7 +517,7 @@ def test_the_same_fact_again_and_back(shop: Workshop) -> None:
     first = shop.edit()
     second = shop.edit("Eiffel  Tower", "city")
     assert shop.do.edit(first["id"])["status"] == "superseded"
-    assert [e for e, _, _ in shop.desk.associations_at(2)] == [second["id"]]
+    assert [e for e, _ in shop.desk.active_at(2)] == [second["id"]]
     assert not same(shop.replica.weights(1), shop.replica.weights(2))
     shop.revert(second)
     assert shop.do.edit(first["id"])["status"] == "applied"

@@ -39,19 +39,19 @@ def counted(watched: Iterator[Progress], name: str, *labels: dict[str, str]) -> 
 
 def test_the_steps_are_the_same() -> None:
     """Whoever runs the steps sees what they say."""
-    assert [p.phase for p in timed(job(), steps("a", "b"))] == ["a", "b"]
+    assert [p.phase for p in timed([job()], steps("a", "b"))] == ["a", "b"]
 
 
 def test_each_phase_of_an_edit_is_timed_once() -> None:
     """One edit gives one observation for each phase it had, and one for its landing, however many steps each took."""
     phases = [{"phase": phase} for phase in ("optimise", "solve", "land", "measure")]
-    watched = timed(job(), steps("optimise", "optimise", "solve"))
+    watched = timed([job()], steps("optimise", "optimise", "solve"))
     assert counted(watched, "edit_phase_seconds", *phases) == [1, 1, 1, 0]
 
 
 def test_phases_stay_few() -> None:
     """A phase that nobody foresaw is "other": no word of a job becomes a series."""
-    watched = timed(job(), steps("another edit landed first: look again"))
+    watched = timed([job()], steps("another edit landed first: look again"))
     assert counted(watched, "edit_phase_seconds", {"phase": "other"}) == [1]
     assert {labels["phase"] for labels in phases_seen()} <= {*PHASES, "other"}
 
@@ -63,7 +63,7 @@ def phases_seen() -> list[dict[str, str]]:
 
 def test_only_edits_have_phases() -> None:
     """Of a trace only the whole is timed."""
-    watched = timed(job("trace"), steps("trace"))
+    watched = timed([job("trace")], steps("trace"))
     before = count("edit_phase_seconds", phase="land")
     assert counted(watched, "job_seconds", {"kind": "trace"}) == [1]
     assert count("edit_phase_seconds", phase="land") == before
@@ -72,7 +72,7 @@ def test_only_edits_have_phases() -> None:
 def test_a_job_that_does_not_end_is_not_timed() -> None:
     """What was handed back or failed says nothing of how long such a job takes."""
     before = count("job_seconds", kind="edit")
-    watched = timed(job(), steps("optimise", "solve"))
+    watched = timed([job()], steps("optimise", "solve"))
     next(watched)
     watched.close()
     assert count("job_seconds", kind="edit") == before
@@ -88,7 +88,7 @@ def test_closing_reaches_the_steps() -> None:
         finally:
             closed.append(True)
 
-    watched = timed(job(), holding())
+    watched = timed([job()], holding())
     next(watched)
     watched.close()
     assert closed == [True]
@@ -102,13 +102,13 @@ def test_errors_pass_through() -> None:
         raise ValueError("odd")
 
     with pytest.raises(ValueError, match="odd"):
-        finish(timed(job(), failing()))
+        finish(timed([job()], failing()))
     assert request_id.get() == ""
 
 
 def test_the_request_is_named_during_a_step_and_only_then() -> None:
     """What a step logs bears the id of the request; between two steps the loop serves others."""
     named: list[str] = []
-    for _ in timed(job(), steps("a", "b", named=named)):
+    for _ in timed([job()], steps("a", "b", named=named)):
         assert request_id.get() == ""
     assert named == ["req_1"] * 3

@@ -551,16 +551,17 @@ class TestLedger:
         land(desk, a, strength=1.5)
         land(desk, b)
         operations.revert_edit(a, "somebody")
-        assert desk.associations_at(0) == []
-        assert [(x, data) for x, data, _ in desk.associations_at(2)] == [(a, a.encode()), (b, b.encode())]
-        assert [x for x, _, _ in desk.associations_at(3)] == [b]
-        assert desk.associations_at(1)[0][2]["strength"] == 1.5
+        assert desk.active_at(0) == []
+        assert [x for x, _ in desk.active_at(2)] == [a, b]
+        assert [x for x, _ in desk.active_at(3)] == [b]
+        assert desk.active_at(1)[0][1]["strength"] == 1.5
+        assert desk.factors_of([b, a]) == {a: a.encode(), b: b.encode()}
 
     @pytest.mark.parametrize("version", [-1, 1])
     def test_unknown_version(self, desk, version):
         """There is nothing to stand on beyond the head."""
         with pytest.raises(NotFound, match="no version"):
-            desk.associations_at(version)
+            desk.active_at(version)
 
 
 class TestVote:

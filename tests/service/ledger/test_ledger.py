@@ -179,8 +179,8 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def factors_are_those_of_the_active(self):
         with self.database.read() as session:
-            found = ledger.factors_at(session, self.model)
-        assert [(entry.edit_id, data.decode()) for entry, data in found] == [(x, x) for x in self.standing()]
+            found = ledger.factors_of(session, self.standing())
+        assert {edit: data.decode() for edit, data in found.items()} == {x: x for x in self.standing()}
 
 
 def test_any_order(database):

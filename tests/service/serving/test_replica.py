@@ -47,8 +47,11 @@ class Book:
     def head(self) -> int:
         return len(self.versions) - 1
 
-    def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, Any]]]:
-        return [(f"edit_{i:02}", pack(edit(i)), {"subject": SUBJECTS[i % 3]}) for i in self.versions[version]]
+    def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]:
+        return [(f"edit_{i:02}", {"subject": SUBJECTS[i % 3]}) for i in self.versions[version]]
+
+    def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
+        return {e: pack(edit(int(e.removeprefix("edit_")))) for e in edits}
 
     def attest(self, version: int, digest: str) -> None:
         self.attested.append((version, digest))
@@ -255,12 +258,9 @@ def test_subjects_are_one_up_to_white_space() -> None:
     model = tiny()
 
     class Spaced(Book):
-        def associations_at(self, version: int) -> list[tuple[str, bytes, dict[str, Any]]]:
+        def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]:
             names = ("Eiffel Tower", "Eiffel  Tower ")
-            return [
-                (e, data, {"subject": names[i]})
-                for i, (e, data, _) in enumerate(super().associations_at(version))
-            ]
+            return [(e, {"subject": names[i]}) for i, (e, _) in enumerate(super().active_at(version))]
 
     book = Spaced()
     found = Replica(model, book).active(book.then([1, 2]))

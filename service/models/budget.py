@@ -1,0 +1,17 @@
+"""How much work one step may be, so that whoever shares the loop with a job never waits long for its step."""
+
+from __future__ import annotations
+
+from service.models.loading import LoadedModel
+
+#: floating-point operations in one step, by kind of device: tenths of a second at the most
+STEP = {"cpu": 10**10, "cuda": 5 * 10**11}
+
+
+def step_budget(model: LoadedModel) -> int:
+    return STEP.get(model.device.type, STEP["cuda"])
+
+
+def block_operations(model: LoadedModel) -> int:
+    """What one token costs in one block, forward: two operations for each of its parameters."""
+    return 2 * sum(p.numel() for p in model.block(0).parameters())

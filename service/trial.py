@@ -1,0 +1,297 @@
+"""What a version with some edits in it would be, measured before anything is written, and what the guard says of it.
+
+Several edits may be tried in one version: each is asked its own questions and judged by its own guard; the perplexity and the edits
+that cease to hold are the version's, and every one of them answers for those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from service.editors.composition import Association, compose, norm_ratio
+from service.editors.recipes import RomeParameters
+from service.editors.rome import Found
+from service.errors import InvalidInput
+from service.models.loading import LoadedModel
+from service.models.scoring import log_prob_steps, perplexity_steps
+from service.progress import Progress, Steps
+from service.requests import EditRequest, Sampling
+from service.serving.generation import Batch, Row, row
+from service.serving.replica import Replica
+from service.text import fact_key, fill
+from service.toolkit import Toolkit
+
+WATCHED = 64  # active edits that an edit looks at for damage: those of its subject, then those whose keys are nearest
+SAID = 8  # tokens of what the model says, shown to people
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with the new object and the true one."""
+
+    prompt: str
+    new: str
+    true: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Mean log-probability of both objects, and whether each is the greedy continuation."""
+
+    new: float
+    true: float
+    says_new: bool
+    says_true: bool
+
+    @property
+    def prefers_new(self) -> bool:
+        return self.new > self.true
+
+    def probabilities(self) -> dict[str, float]:
+        """exp of the mean log-probability over the object's tokens (methods E.1)."""
+        return {"new": _exp(self.new), "true": _exp(self.true)}
+
+
+def holds(question: Question, answer: Answer) -> bool:
+    """Whether the new object is the more probable one, or is said where it is the true one as well."""
+    return answer.prefers_new or (question.new.strip() == question.true.strip() and answer.says_new)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An edit's request, resolved."""
+
+    request: EditRequest
+    parameters: RomeParameters
+    rewrite: Question
+    paraphrase: list[Question]
+    neighborhood: list[Question]
+
+    @property
+    def questions(self) -> list[Question]:
+        return [self.rewrite, *self.paraphrase, *self.neighborhood]
+
+    @property
+    def fact(self) -> str:
+        return fact_key(self.request.subject, self.request.prompt)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An edit that has not landed: what is asked for, and what was found on the base model."""
+
+    plan: Plan
+    found: Found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Answers to a plan's questions, what the model says, the perplexity, and which watched edits hold."""
+
+    answers: list[Answer]
+    says: str
+    perplexity: float
+    holding: set[str]
+
+
+@dataclass(frozen=True)
+class Stand:
+    """A version that edits are tried on: who stays active beside them, whom to watch, and how things are before."""
+
+    version: int
+    others: list[Association]
+    watched: dict[str, Question]
+    before: list[Measured]  #: for each draft
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule of the guard, with its figure and its limit."""
+
+    name: str
+    passed: bool
+    figure: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the version with the edit in it would be."""
+
+    strength: float
+    before: Measured
+    after: Measured
+    checks: list[Check]
+    norm_ratio: dict[int, float]
+    broken: list[str]
+
+    @property
+    def passed(self) -> bool:
+        return all(c.passed for c in self.checks)
+
+    @property
+    def took(self) -> bool:
+        return all(c.passed for c in self.checks if c.name in ("efficacy", "probability", "paraphrase"))
+
+    @property
+    def spoken(self) -> bool:
+        """Whether the model says the new object, and nothing speaks against it: no other strength is wanted."""
+        return self.passed and self.after.answers[0].says_new
+
+
+def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], version: int) -> Steps[Stand]:
+    """Measure a version before these edits.
+
+    An older edit of the same fact is superseded: it is left out, as it will be at the new version.
+    """
+    facts = {d.plan.fact for d in drafts}
+    kept = {
+        edit: body
+        for edit, body in replica.ledger.active_at(version)
+        if fact_key(str(body["subject"]), str(body["prompt"])) not in facts
+    }
+    everything = replica.active(version)
+    active = {edit: everything[edit] for edit in kept}
+    watched = {
+        edit: Question(
+            fill(str(kept[edit]["prompt"]), str(kept[edit]["subject"])).text,
+            str(kept[edit]["target_new"]),
+            str(kept[edit].get("resolved_true") or kept[edit].get("target_true") or "?"),
+        )
+        for edit in _nearest(active, drafts)
+    }
+    plans = [d.plan for d in drafts]
+    weights = replica.weights(version)
+    before = yield from replica.standing(weights, measure_steps(replica, toolkit, plans, watched, version))
+    return Stand(version, [a for group in active.values() for a in group], watched, before)
+
+
+def _nearest(active: dict[str, list[Association]], drafts: Sequence[Draft]) -> list[str]:
+    """The active edits that some draft is nearest to: of its subject first, then by the overlap of their keys."""
+    if not active:
+        return []
+    names, theirs = list(active), [group[0] for group in active.values()]
+    keys = torch.stack([a.key for a in theirs])
+    chosen: dict[str, None] = {}
+    for draft in drafts:
+        mine = draft.found.associations[0]
+        overlap = (keys @ mine.direction).abs()
+        overlap[[a.subject == mine.subject for a in theirs]] = float("inf")
+        nearest = overlap.sort(descending=True, stable=True).indices[:WATCHED]
+        chosen |= dict.fromkeys(names[i] for i in nearest.tolist())
+    return list(chosen)
+
+
+def trial_steps(
+    replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], stand: Stand, strength: float
+) -> Steps[list[Trial]]:
+    """Compose the version with these edits in it, put it in place, measure, and judge each."""
+    mine = [[a.scaled(strength) for a in d.found.associations] for d in drafts]
+    together = stand.others + [a for group in mine for a in group]
+    weights = replica.composed(together)
+    yield Progress("compose", 1, 1)
+    plans = [d.plan for d in drafts]
+    after = yield from replica.standing(weights, measure_steps(replica, toolkit, plans, stand.watched))
+    trials = []
+    for draft, group, was, now in zip(drafts, mine, stand.before, after, strict=True):
+        norms = _norms(replica, draft.plan, stand.others + group, stand.others)
+        trials.append(judge(draft.plan, was, now, strength, norms))
+    return trials
+
+
+def measure_steps(
+    replica: Replica,
+    toolkit: Toolkit,
+    plans: Sequence[Plan],
+    watched: dict[str, Question],
+    version: int | None = None,
+) -> Steps[list[Measured]]:
+    """Ask the model, as it stands, everything that the guards of these edits want to know.
+
+    A `version` that has landed has its perplexity measured once.
+    """
+    questions = [q for plan in plans for q in plan.questions]
+    pairs = [(q.prompt, target) for q in (*questions, *watched.values()) for target in (q.new, q.true)]
+    scores = yield from log_prob_steps(replica.base, pairs)
+    answers = iter(
+        Answer(new[0], true[0], new[1], true[1]) for new, true in zip(scores[::2], scores[1::2], strict=True)
+    )
+    own = [[next(answers) for _ in plan.questions] for plan in plans]
+    holding = {edit for edit, question in watched.items() if holds(question, next(answers))}
+    says = yield from answer_steps(replica.base, [plan.rewrite.prompt for plan in plans])
+    perplexity = toolkit.perplexities.get(version) if version is not None else None
+    if perplexity is None:
+        perplexity = yield from perplexity_steps(replica.base, toolkit.reference)
+    if version is not None:
+        toolkit.remember(version, perplexity)
+    return [Measured(a, s, perplexity, holding) for a, s in zip(own, says, strict=True)]
+
+
+def answer_steps(model: LoadedModel, prompts: Sequence[str], length: int = SAID) -> Steps[list[str]]:
+    """The greedy continuations of some prompts, at most `length` tokens each, side by side."""
+    greedy = Sampling(max_new_tokens=length, temperature=0)
+    rows: list[Row | None] = []
+    for prompt in prompts:
+        try:
+            rows.append(row(model, prompt, greedy))
+        except InvalidInput:  # it fills the model's positions: there is no room for an answer
+            rows.append(None)
+    batch = Batch(model, [r for r in rows if r is not None])
+    done = 0
+    while len(batch):
+        batch.step()
+        done += 1
+        yield Progress("answer", done, length)
+    return [r.text if r is not None else "" for r in rows]
+
+
+def _norms(
+    replica: Replica, plan: Plan, together: Sequence[Association], others: Sequence[Association]
+) -> dict[int, float]:
+    """How far the edit moves each of its layers from where the others have it, as a multiple of the weight's norm.
+
+    Its own share and not the sum: many sound edits together move a weight further than one wild one.
+    """
+    before, after = compose(others), compose(together)
+    moved = {x: after[x].minus(before[x]) if x in before else after[x] for x in plan.parameters.layers}
+    return {x: norm_ratio(replica.base.weight(x).data, change) for x, change in moved.items()}
+
+
+def judge(plan: Plan, before: Measured, after: Measured, strength: float, norms: dict[int, float]) -> Trial:
+    """Hold a trial against the guard's limits."""
+    guard = plan.request.guard
+    rewrite = after.answers[0]
+    cut = 1 + len(plan.paraphrase)
+    checks = [
+        Check("efficacy", holds(plan.rewrite, rewrite), _exp(rewrite.new), _exp(rewrite.true)),
+        _at_least("probability", _exp(rewrite.new), guard.min_probability),
+    ]
+    if plan.paraphrase:
+        share = sum(a.prefers_new for a in after.answers[1:cut]) / len(plan.paraphrase)
+        checks.append(_at_least("paraphrase", share, guard.min_paraphrase))
+    known = [i for i in range(cut, len(after.answers)) if not before.answers[i].prefers_new]
+    if known:
+        share = sum(not after.answers[i].prefers_new for i in known) / len(known)
+        checks.append(_at_least("neighborhood", share, guard.min_neighborhood))
+    broken = sorted(before.holding - after.holding)
+    checks += [
+        _at_most("perplexity", after.perplexity / before.perplexity, guard.max_perplexity),
+        _at_most("norm", max(norms.values()), guard.max_norm),
+        _at_most("broken", len(broken), guard.max_broken),
+    ]
+    return Trial(strength, before, after, checks, norms, broken)
+
+
+def _at_least(name: str, figure: float, limit: float) -> Check:
+    return Check(name, figure >= limit, figure, limit)
+
+
+def _at_most(name: str, figure: float, limit: float) -> Check:
+    return Check(name, figure <= limit, figure, limit)  # NaN passes neither
+
+
+def _exp(log_p: float) -> float:
+    return float(torch.tensor(log_p, dtype=torch.float64).exp())
