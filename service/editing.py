@@ -15,6 +15,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as library_version
@@ -27,7 +28,7 @@ from service.editors.rome import Found, Wanted, batches, find_together_steps, wa
 from service.errors import Cancelled, Conflict, Disagrees, Unavailable
 from service.evaluation.scores import share_kept, share_new
 from service.jobs.desk import Desk, RunningJob
-from service.progress import Ended, Progress, Steps, Working, persist
+from service.progress import Ended, News, Progress, Steps, Told, Working, persist
 from service.requests import EditRequest
 from service.serving.replica import Replica
 from service.text import fill
@@ -84,12 +85,16 @@ def companies(jobs: Iterable[RunningJob]) -> list[list[RunningJob]]:
     return found
 
 
-def _apart(
-    job: RunningJob, steps: Generator[Progress | Ended, None, T]
-) -> Generator[Progress | Ended, None, T | None]:
-    """What goes wrong with one job ends that job; the others go on."""
+def _apart(job: RunningJob, steps: Steps[T]) -> Generator[News, None, T | None]:
+    """The steps of one job. What goes wrong with it ends it; the others go on."""
     try:
-        return (yield from steps)
+        with closing(steps):
+            while True:
+                try:
+                    progress = next(steps)
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]
+                yield Told(job.id, progress)
     except (Unavailable, Disagrees):
         raise
     except Exception as error:
@@ -115,7 +120,7 @@ class _Start:
 
 def _draft_steps(
     replica: Replica, desk: Desk, toolkit: Toolkit, jobs: Sequence[RunningJob]
-) -> Generator[Progress | Ended, None, list[Member]]:
+) -> Generator[News, None, list[Member]]:
     """Find the associations of each, on the base model whatever is active."""
     starts = []
     for job in jobs:
@@ -140,23 +145,29 @@ def _start_steps(replica: Replica, desk: Desk, toolkit: Toolkit, job: RunningJob
 
 def _find_steps(
     replica: Replica, desk: Desk, toolkit: Toolkit, starts: Sequence[_Start]
-) -> Generator[Progress | Ended, None, list[Member]]:
+) -> Generator[News, None, list[Member]]:
     """Side by side; should that fail, one by one, so that each has its own error."""
+    search = _search_steps(replica, desk, toolkit, starts)
+    if len(starts) == 1:
+        return (yield from _apart(starts[0].job, search)) or []
     try:
-        for s in starts:
-            _check_cancelled(desk, s.job)
-        statistics = yield from toolkit.statistics_steps(starts[0].plan.parameters.layers)
-        found = yield from find_together_steps(replica.base, statistics, [s.wanted for s in starts])
+        return (yield from search)
     except (Unavailable, Disagrees):
         raise
-    except Exception as error:
-        if len(starts) == 1:
-            yield Ended(starts[0].job.id, error)
-            return []
-        members = []
+    except Exception:
+        members: list[Member] = []
         for s in starts:
             members += yield from _find_steps(replica, desk, toolkit, [s])
         return members
+
+
+def _search_steps(
+    replica: Replica, desk: Desk, toolkit: Toolkit, starts: Sequence[_Start]
+) -> Steps[list[Member]]:
+    for s in starts:
+        _check_cancelled(desk, s.job)
+    statistics = yield from toolkit.statistics_steps(starts[0].plan.parameters.layers)
+    found = yield from find_together_steps(replica.base, statistics, [s.wanted for s in starts])
     return [Member(s.job, s.began, Draft(s.plan, f)) for s, f in zip(starts, found, strict=True)]
 
 
@@ -226,7 +237,7 @@ def _apply_steps(
     members: Sequence[Member],
     trials: Sequence[Trial],
     head: int,
-) -> Generator[Progress | Ended, None, Sequence[Member]]:
+) -> Generator[News, None, Sequence[Member]]:
     """Land them one after another; returns those that must be tried again, because head is not what they were tried on."""
     names = [m.job.id for m in members]
     for number, (m, trial) in enumerate(zip(members, trials, strict=True)):

@@ -28,6 +28,14 @@ Steps = Generator[Progress, None, T]
 
 
 @dataclass(frozen=True)
+class Told:
+    """How far one of several jobs is that are worked on together; a bare `Progress` is that of all."""
+
+    job: str
+    progress: Progress
+
+
+@dataclass(frozen=True)
 class Ended:
     """One of several jobs that are worked on together has come to its end; `error` says why it could not be done."""
 
@@ -35,8 +43,9 @@ class Ended:
     error: Exception | None = None
 
 
+News = Progress | Told | Ended
 #: the steps of one or several jobs, which may end one by one; those that are left end with the last step
-Working = Generator[Progress | Ended, None, None]
+Working = Generator[News, None, None]
 
 
 def finish(steps: Steps[T], report: Callable[[Progress], None] | None = None) -> T:

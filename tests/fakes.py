@@ -67,6 +67,10 @@ class MemoryDesk:
         self.cancelled: set[str] = set()
         self.sole = True
         self.abandoned: list[str] = []
+        self.workers = 1
+
+    def editors(self) -> int:
+        return self.workers
 
     def add(self, job_id: str, kind: str, **request: Any) -> str:
         self.jobs[job_id] = RunningJob(job_id, kind, 1, request, "somebody", "", None, False)

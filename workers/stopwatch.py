@@ -10,7 +10,7 @@ from contextlib import closing
 from service import metrics
 from service.ids import request_id
 from service.jobs.desk import RunningJob
-from service.progress import Ended, Progress, Working
+from service.progress import Ended, News, Progress, Told, Working
 
 
 def timed(jobs: Sequence[RunningJob], steps: Working) -> Working:
@@ -33,13 +33,12 @@ def timed(jobs: Sequence[RunningJob], steps: Working) -> Working:
         while True:
             named, at = request_id.set(requests), time.monotonic()
             try:
-                news: Progress | Ended | None = next(steps)
+                news: News | None = next(steps)
             except StopIteration:
                 news = None
             finally:
                 request_id.reset(named)
-            phase = metrics.phase(news.phase) if isinstance(news, Progress) else "land"
-            spent[phase] += time.monotonic() - at
+            spent[_phase(news)] += time.monotonic() - at
             if news is None:
                 break
             if isinstance(news, Ended):
@@ -49,3 +48,10 @@ def timed(jobs: Sequence[RunningJob], steps: Working) -> Working:
             yield news
     for job in running.values():
         observe(job)
+
+
+def _phase(news: News | None) -> str:
+    """Of a step, as the metrics call it; the last ones of an edit land it."""
+    if isinstance(news, Told):
+        news = news.progress
+    return metrics.phase(news.phase) if isinstance(news, Progress) else "land"

@@ -27,7 +27,7 @@ from service.covariance.moment import Statistics
 from service.editors.composition import Association
 from service.editors.recipes import RomeParameters
 from service.editors.values import Place, Rows, Value, Wish, rows, values_steps, wide
-from service.models.budget import block_operations, step_budget
+from service.models.budget import block_operations, company_budget
 from service.models.hooks import add_path, capture, stop_after
 from service.models.loading import LoadedModel
 from service.models.prompts import Tokens, forward, pad
@@ -156,8 +156,8 @@ def want(
 
 
 def batches(model: LoadedModel, edits: Iterable[Wanted]) -> list[list[Wanted]]:
-    """Edits that are found side by side: of one place, as many as one step has room for, and in their order."""
-    budget = step_budget(model)
+    """Edits that are found side by side, in their order: of one place, and as many as one step has room for."""
+    budget = company_budget(model)
     found: list[list[Wanted]] = []
     room = 0
     for edit in edits:

@@ -1,6 +1,6 @@
 """v*: the change of value that makes the model say the new object (ROME, Meng et al. 2022, Eq. 4; methods A.6).
 
-    L(delta) = mean_i -log p(o | x_i + s, delta) / |o|  +  kl * KL(p_0 || p_delta)  +  wd * |delta| / |v|^2
+    L(delta) = mean_i -log p(o | x_i + s, delta) / |o|  +  kl * KL(p_delta || p_0)  +  wd * |delta| / |v|^2
 
 delta (d,) is added to the output of one module at the subject's last token in every row: the prompt after each context,
 and the bare subject, whose next-token distribution the KL term holds (at the subject's last position: by causality no
@@ -267,7 +267,7 @@ class Search:
         )
         if self.essence is None:
             self.essence = now.detach().clone()
-        kl = (self.essence.exp() * (self.essence - now)).sum()
+        kl = (now.exp() * (now - self.essence)).sum()
         decay = parameters.weight_decay * self.delta.norm() / self.initial.norm() ** 2
         loss: Tensor = nll + parameters.kl_factor * kl + decay
         self.losses.append(loss.item())

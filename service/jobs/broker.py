@@ -87,7 +87,8 @@ class Broker(Protocol):
         """The delivery is dealt with. Harmless when it is no longer owned."""
 
     def give_back(self, delivery: Delivery) -> None:
-        """The delivery was not begun: it waits again, before all others of its kind. Harmless when not owned."""
+        """The delivery was not begun: it waits again, before all others of its kind but those that came back earlier.
+        Harmless when not owned."""
 
     def publish(self, channel: str, name: str, data: dict[str, Any], last: bool = False) -> None:
         """Tell the listeners of a channel; `last` closes it, and what is published after that is dropped."""

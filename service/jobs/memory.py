@@ -44,6 +44,7 @@ class MemoryBroker:
         self._arrived = threading.Condition(self._lock)
         self._queues: dict[str, OrderedDict[str, Delivery]] = {kind: OrderedDict() for kind in KINDS}
         self._taken: dict[str, Delivery] = {}
+        self._returned: set[str] = set()  # what waits again
         self._since: dict[str, float] = {}  # what waits, and since when
         self._channels: OrderedDict[str, _Channel] = OrderedDict()  # the one touched last comes last
         self._ended: OrderedDict[str, _Channel] = OrderedDict()  # closed channels, oldest first
@@ -91,6 +92,7 @@ class MemoryBroker:
             self._taken.update((delivery.id, delivery) for delivery in taken)
             for delivery in taken:
                 self._since.pop(delivery.job_id, None)
+                self._returned.discard(delivery.id)
             return taken
 
     def owns(self, delivery: Delivery) -> bool:
@@ -106,8 +108,12 @@ class MemoryBroker:
             if self._taken.pop(delivery.id, None) is None:
                 return
             queue = self._queues[delivery.kind]
-            queue[delivery.job_id] = delivery
-            queue.move_to_end(delivery.job_id, last=False)
+            queue.pop(delivery.job_id, None)
+            others = [d for d in queue.values() if d.id not in self._returned]
+            self._returned.add(delivery.id)
+            queue[delivery.job_id] = delivery  # behind what came back before it, and before all others
+            for other in others:
+                queue.move_to_end(other.job_id)
             self._since[delivery.job_id] = time.monotonic()
             self._arrived.notify_all()
 

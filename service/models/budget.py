@@ -12,6 +12,15 @@ def step_budget(model: LoadedModel) -> int:
     return STEP.get(model.device.type, STEP["cuda"])
 
 
+def company_budget(model: LoadedModel) -> int:
+    """Of one step of edits that are found side by side.
+
+    None on a CPU: there the rows of a single edit fill the cores (bench/edits.py), and an edit that is found alone has the
+    same bits whatever waits beside it.
+    """
+    return 0 if model.device.type == "cpu" else step_budget(model)
+
+
 def block_operations(model: LoadedModel) -> int:
     """What one token costs in one block, forward: two operations for each of its parameters."""
     return 2 * sum(p.numel() for p in model.block(0).parameters())

@@ -28,7 +28,7 @@ from service import faults, metrics
 from service.errors import Cancelled, Disagrees, InvalidInput, LeaseLost, PalimpsestError, Unavailable
 from service.jobs.broker import CALLS, KINDS, Broker, Delivery
 from service.jobs.desk import Desk, RunningJob
-from service.progress import Ended, Progress, Working
+from service.progress import Ended, News, Progress, Told, Working
 from service.requests import CompareRequest, GenerateRequest
 from service.serving.calls import Comparison, Generation, pinned, problem
 from service.serving.comparison import compare_steps
@@ -176,7 +176,7 @@ class Engine:
             try:
                 self._begin(delivery)
             except Exception:
-                for left in reversed(deliveries[number:]):
+                for left in deliveries[number:]:
                     self._owed.owe(self._broker.give_back, left)
                 with suppress(Unavailable, OSError):  # stays owed
                     self._owed.pay()
@@ -235,7 +235,7 @@ class Engine:
                 members |= dict(self._started(waiting[0]))
                 waiting.pop(0)
         except (Unavailable, OSError):
-            for left in reversed(waiting):
+            for left in waiting:
                 self._owed.owe(self._broker.give_back, left)
         return members
 
@@ -335,13 +335,15 @@ class Engine:
             self._hear(work, news)
         self._owed.pay()
 
-    def _hear(self, work: Work, news: Progress | Ended) -> None:
+    def _hear(self, work: Work, news: News) -> None:
         """How far the jobs are, or that one of them has ended."""
         if isinstance(news, Ended):
             self._leave_job(work, news.job, news.error)
+        elif isinstance(news, Told):
+            self._owed.owe(self._progress, work, news.job, news.progress)
         else:
             for job in work.jobs:
-                self._owed.owe(self._progress, work, job, news)
+                self._owed.owe(self._progress, work, job.id, news)
 
     def _fail(self, job: RunningJob, error: Exception) -> None:
         """The row says how the job ended, unless it is another's by now."""
@@ -367,14 +369,14 @@ class Engine:
                 self._leave_job(work, job.id, error)
         self._hand_back()
 
-    def _progress(self, work: Work, job: RunningJob, progress: Progress) -> None:
-        """Tell how far the job is; the desk knows whether it is still this worker's."""
-        if job.id not in work.members:
+    def _progress(self, work: Work, name: str, progress: Progress) -> None:
+        """Tell how far a job is; the desk knows whether it is still this worker's."""
+        if name not in work.members:
             return
         try:
-            self._desk.progress(job, progress)
+            self._desk.progress(work.members[name][1], progress)
         except LeaseLost as error:
-            self._leave_job(work, job.id, error)
+            self._leave_job(work, name, error)
 
     def _write(self, action: Callable[..., None], job: RunningJob, *arguments: object) -> None:
         """Write a job's end. Where that cannot be, for a reason of its own, the sweep finds the job again."""
@@ -503,7 +505,7 @@ class Engine:
             self._look()
             self._decode()
             self._compare()
-        for call in reversed(self._running()):
+        for call in self._running():
             self._discard(call)
             self._leave(call)
         self._lanes = Lanes(self.replica, self._pace.rows)

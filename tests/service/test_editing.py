@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,16 @@ from tiny import TEXTS, tiny
 
 from service import editing, trial
 from service.covariance.corpus import Corpus
-from service.editing import Member, companies, edits_steps, strengthened_steps
+from service.editing import companies, edits_steps, strengthened_steps
 from service.editors.composition import compose_layer, pack, rebuild, unpack
 from service.editors.recipes import Recipe, RomeParameters
 from service.editors.rome import find_steps, find_together_steps
-from service.errors import Cancelled
+from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError
 from service.jobs.desk import Desk, RunningJob
 from service.jobs.memory import MemoryBroker
+from service.models.scoring import log_probs
 from service.operations import Operations
-from service.progress import Ended, Progress, Steps, Working, finish
+from service.progress import Ended, Progress, Steps, Told, Working, finish
 from service.requests import EditRequest
 from service.serving.replica import Replica
 from service.settings import Settings
@@ -68,10 +71,11 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(steps: Working) -> Steps[None]:
     """The steps of one job; what it ended with is raised."""
     for news in steps:
-        if isinstance(news, Progress):
-            yield news
-        elif news.error is not None:
-            raise news.error
+        if isinstance(news, Ended):
+            if news.error is not None:
+                raise news.error
+        else:
+            yield news.progress if isinstance(news, Told) else news
 
 
 class Workshop:
@@ -570,3 +574,200 @@ def test_any_order_of_reverting_ends_at_the_base(shop: Workshop) -> None:
     shop.revert(edits[0])
     shop.revert(edits[2])
     assert shop.replica.digest(6) == shop.replica.digest(0)
+
+
+# several together
+
+
+class Group:
+    """Edits that wait together, carried out by hand."""
+
+    def __init__(self, shop: Workshop, *asked: str) -> None:
+        self.shop, self.ids = shop, list(asked)
+        jobs = [shop.desk.start(edit) for edit in asked]
+        self.jobs = [job for job in jobs if job is not None]
+        self.steps = edits_steps(shop.replica, shop.desk, self.jobs, shop.toolkit)
+
+    def run(self) -> list[Resource]:
+        """To the end, as the engine does: what ended with an error is written down."""
+        jobs = {job.id: job for job in self.jobs}
+        for news in self.steps:
+            self.shop.assert_base()
+            if isinstance(news, Ended) and isinstance(news.error, PalimpsestError):
+                self.shop.desk.fail(jobs[news.job], news.error)
+        return [self.shop.do.edit(edit) for edit in self.ids]
+
+
+def phases(steps: Working, seen: list[str]) -> Working:
+    """The same steps; their phases are noted."""
+    for news in steps:
+        if not isinstance(news, Ended):
+            seen.append((news.progress if isinstance(news, Told) else news).phase)
+        yield news
+
+
+SUBJECTS = ("Eiffel Tower", "Big Ben", "Colosseum", "Mount Fuji")
+
+
+def factors(shop: Workshop, edits: Sequence[Resource]) -> list[bytes]:
+    return [shop.do.delta(edit["id"]) for edit in edits]
+
+
+@pytest.mark.parametrize("budget", [0, 10**12])
+def test_together_each_edit_is_what_it_would_be_alone(
+    opened: Callable[[], Workshop], monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """Edits that wait together land in their order with the factors that each has alone: in every bit where they are not
+    optimised side by side, and else but for rounding."""
+    monkeypatch.setattr("service.editors.rome.company_budget", lambda _model: budget)
+    alone, together = opened(), opened()
+    singly = [alone.edit(subject, "city") for subject in SUBJECTS]
+    group = Group(together, *(together.ask(subject, "city") for subject in SUBJECTS))
+    seen: list[str] = []
+    group.steps = phases(group.steps, seen)
+    edits = group.run()
+    assert [e["status"] for e in edits] == ["applied"] * 4
+    assert [e["version"] for e in edits] == [1, 2, 3, 4]
+    assert seen.count("compose") == 1
+    for i, edit in enumerate(edits):
+        assert edit["result"]["together"] == [e["id"] for e in edits if e is not edit]
+        one, other = (
+            unpack(shop.do.delta(e["id"]), "edit", "")[0]
+            for shop, e in ((alone, singly[i]), (together, edit))
+        )
+        for name in ("key", "direction", "value"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-4, atol=1e-4)
+    if not budget:
+        assert factors(alone, singly) == factors(together, edits)
+        assert together.replica.digest(4) == alone.replica.digest(4)
+    assert together.do.verify()["ok"]
+
+
+def test_the_figures_are_those_of_the_version_with_all_of_them(shop: Workshop) -> None:
+    """What the report of each says after the edit is what the last version says."""
+    edits = Group(shop, *(shop.ask(subject, "city") for subject in SUBJECTS[:2])).run()
+    with shop.replica.stand(shop.replica.weights(2)):
+        for edit in edits:
+            rewrite = edit["result"]["rewrite"]
+            (log_p, _), _ = log_probs(shop.model, [(rewrite["prompt"], rewrite[x]) for x in ("new", "true")])
+            assert rewrite["after"]["new"] == pytest.approx(math.exp(log_p), rel=1e-4)
+    assert shop.toolkit.perplexities[2] == edits[0]["result"]["perplexity"]["after"]
+
+
+def test_one_that_does_not_take_is_rejected_alone(shop: Workshop) -> None:
+    """An edit that asks for too much keeps nobody from landing, is not in the ledger, and says why."""
+    hopeless = shop.ask("Rome", "city", guard=LOOSE | {"min_probability": 1.0})
+    group = Group(shop, shop.ask("Eiffel Tower"), hopeless, shop.ask("Big Ben", "city"))
+    first, rejected, third = group.run()
+    assert (first["status"], third["status"]) == ("applied", "applied")
+    assert {first["version"], third["version"]} == {1, 2} and shop.do.head() == 2
+    assert first["result"]["together"] == [third["id"]]
+    assert rejected["status"] == "rejected" and "less probable" in rejected["result"]["reason"]
+    assert rejected["result"]["together"] == []
+
+
+def test_edits_that_do_harm_only_together_are_tried_in_parts(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a version of all is harmful and none is to blame, halves are tried, down to each alone: all land."""
+    tried: list[int] = []
+    honest = trial.judge
+
+    def judge(plan: Any, before: Any, after: Any, strength: float, norms: Any) -> Trial:
+        found = honest(plan, before, after, strength, norms)
+        return replace(found, checks=[Check("perplexity", tried[-1] == 1, 9.0, 1.0)])
+
+    composed = Replica.composed
+
+    def note(self: Replica, associations: Any) -> Any:
+        chosen = list(associations)
+        tried.append(len({a.edit for a in chosen} - landed()))
+        return composed(self, chosen)
+
+    def landed() -> set[str]:
+        return {edit for edit, _ in shop.desk.active_at(shop.desk.head())}
+
+    monkeypatch.setattr(trial, "judge", judge)
+    monkeypatch.setattr(Replica, "composed", note)
+    edits = Group(shop, *(shop.ask(subject, "city") for subject in SUBJECTS)).run()
+    assert [e["version"] for e in edits] == [1, 2, 3, 4]
+    assert [n for n in tried if n] == [4, 2, 1, 1, 2, 1, 1]
+
+
+def test_a_bad_request_among_good_ones_fails_alone(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user must mend ends that edit, with its reason; the others land."""
+    want = editing.want
+
+    def fails(model: Any, contexts: Any, statement: Any, *rest: Any) -> Any:
+        if "Big Ben" in statement.text:
+            raise InvalidInput("say it otherwise.", "prompt")
+        return want(model, contexts, statement, *rest)
+
+    monkeypatch.setattr(editing, "want", fails)
+    edits = Group(shop, *(shop.ask(subject, "city") for subject in SUBJECTS[:3])).run()
+    assert [e["status"] for e in edits] == ["applied", "failed", "applied"]
+    assert edits[1]["error"]["detail"] == "say it otherwise."
+
+
+def test_a_search_that_fails_for_all_is_made_for_each(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When edits cannot be found side by side they are found one by one, and only who fails alone fails."""
+    monkeypatch.setattr("service.editors.rome.company_budget", lambda _model: 10**12)
+    find = editing.find_together_steps
+
+    def fails(model: Any, statistics: Any, wanted: Sequence[Any]) -> Any:
+        if len(wanted) > 1 or wanted[0].subject == "Big Ben":
+            raise Conflict("no room.")
+        return (yield from find(model, statistics, wanted))
+
+    monkeypatch.setattr(editing, "find_together_steps", fails)
+    edits = Group(shop, *(shop.ask(subject, "city") for subject in SUBJECTS[:3])).run()
+    assert [e["status"] for e in edits] == ["applied", "failed", "applied"]
+
+
+@pytest.mark.parametrize("when", ["optimise", "compose"])
+def test_one_that_is_cancelled_does_not_land(shop: Workshop, when: str) -> None:
+    """A cancel is heard before the edit lands; those after it are tried again without it."""
+    ids = [shop.ask(subject, "city") for subject in SUBJECTS[:3]]
+    group = Group(shop, *ids)
+    for news in group.steps:
+        if not isinstance(news, Ended) and (news.progress if isinstance(news, Told) else news).phase == when:
+            break
+    shop.revert({"id": ids[1]})
+    edits = group.run()
+    assert [e["status"] for e in edits] == ["applied", "cancelled", "applied"]
+    assert [e["version"] for e in edits] == [1, None, 2]
+    assert ids[1] not in edits[2]["result"]["together"]
+
+
+def test_together_they_are_tried_again_when_head_moved(shop: Workshop) -> None:
+    """When another edit lands during their trial, they are measured again at the new head and land behind it."""
+    group = Group(shop, *(shop.ask(subject, "city") for subject in SUBJECTS[:2]))
+    for news in group.steps:
+        if isinstance(news, Progress) and news.phase == "compose":
+            break
+    shop.edit("Rome", "in")
+    seen: list[str] = []
+    group.steps = phases(group.steps, seen)
+    assert [e["version"] for e in group.run()] == [2, 3]
+    assert seen.count("compose") == 1 and "optimise" not in seen
+
+
+def test_the_same_fact_twice_lands_in_order(shop: Workshop) -> None:
+    """Of two waiting edits of one fact the later supersedes the earlier, though they wait together."""
+    edits = Group(shop, shop.ask(), shop.ask("Big Ben", "city"), shop.ask("Eiffel  Tower", "city")).run()
+    assert [e["status"] for e in edits] == ["superseded", "applied", "applied"]
+    assert [e["version"] for e in edits] == [1, 2, 3]
+
+
+def test_who_is_carried_out_together(shop: Workshop) -> None:
+    """A dry run is alone, and so is a job whose worker died before; a fact comes once; the order is kept."""
+
+    def job(name: str, fact: str = "", attempt: int = 1, dry: bool = False) -> RunningJob:
+        return RunningJob(name, "edit", attempt, {}, "somebody", "", fact or name, dry)
+
+    found = companies(
+        [job("a"), job("b"), job("c", dry=True), job("d", "a"), job("e", attempt=2), job("f"), job("g", "f")]
+    )
+    assert [[j.id for j in company] for company in found] == [["a", "b"], ["c"], ["d"], ["e"], ["f"], ["g"]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from service.ids import request_id
 from service.jobs.desk import RunningJob
 from service.metrics import PHASES, REGISTRY
-from service.progress import Progress, Steps, finish
+from service.progress import Ended, Progress, Steps, Told, Working, finish
 from workers.stopwatch import timed
 
 
@@ -112,3 +113,38 @@ def test_the_request_is_named_during_a_step_and_only_then() -> None:
     for _ in timed([job()], steps("a", "b", named=named)):
         assert request_id.get() == ""
     assert named == ["req_1"] * 3
+
+
+def test_jobs_that_run_together_share_the_seconds() -> None:
+    """Each edit that ends well is counted once, with its part of every phase; one that ends badly is not."""
+
+    def together() -> Working:
+        yield Progress("optimise", 1, 1)
+        yield Told("edit_2", Progress("solve", 1, 1))
+        yield Ended("edit_1", RuntimeError())
+        yield Ended("edit_2")
+        yield Progress("measure", 1, 1)
+
+    jobs = [replace(job(), id=f"edit_{i}") for i in (1, 2, 3)]
+    phases = [{"phase": phase} for phase in ("optimise", "solve", "land", "measure")]
+    before = [count("edit_phase_seconds", **one) for one in phases]
+    assert counted(timed(jobs, together()), "job_seconds", {"kind": "edit"}) == [2]  # type: ignore[arg-type]
+    assert [count("edit_phase_seconds", **one) - was for one, was in zip(phases, before, strict=True)] == [
+        2,
+        2,
+        2,
+        1,
+    ]
+
+
+def test_the_log_names_every_request() -> None:
+    """What is logged for several jobs bears the ids of all requests that asked for them, each once."""
+    seen: list[str] = []
+
+    def together() -> Working:
+        seen.append(request_id.get())
+        yield Ended("edit_1")
+
+    jobs = [replace(job(), id=f"edit_{i}", request_id=name) for i, name in enumerate("aab")]
+    assert len(list(timed(jobs, together()))) == 1
+    assert seen == ["a b"]

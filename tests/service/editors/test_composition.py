@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.editors.composition import (
+    CUT,
     RIDGE,
     Association,
+    LowRank,
     compose,
     compose_layer,
     norm_ratio,
@@ -41,15 +44,14 @@ def oracle(associations: list[Association], ridge: float = RIDGE) -> torch.Tenso
     gram = torch.tensor(
         [[float(x.key.double() @ y.direction.double()) for y in a] for x in a], dtype=torch.float64
     )
-    gram = (gram + gram.T) / 2
     eps = ridge * gram.diagonal().mean() * torch.eye(n, dtype=torch.float64)
     wanted = torch.zeros(d, n, dtype=torch.float64)
     for j in range(n):
         for i in range(n):
             if a[i].subject == a[j].subject:
-                wanted[:, j] += a[i].value.double() * (gram + eps)[i, j] / gram[i, i]
+                wanted[:, j] += a[i].value.double() * (gram + eps)[j, i] / gram[i, i]
     directions = torch.stack([x.direction.double() for x in a])
-    return wanted @ torch.linalg.inv(gram + eps) @ directions
+    return wanted @ torch.linalg.inv((gram + eps).T) @ directions
 
 
 def test_one_association_is_the_rank_one_update() -> None:
@@ -131,6 +133,54 @@ def test_edits_of_different_subjects_are_isolated() -> None:
         torch.testing.assert_close(change @ a.key.double(), a.value.double(), rtol=1e-4, atol=1e-4)
 
 
+def test_isolation_outlives_the_statistics() -> None:
+    """Directions found with other statistics than their neighbours' are isolated all the same."""
+    chosen = [association(i) for i in range(20, 25)]
+    chosen[1:3] = [replace(a, direction=a.key * torch.linspace(1, 2, D)) for a in chosen[1:3]]
+    change = compose_layer(chosen, ridge=1e-12).dense()
+    for a in chosen:
+        torch.testing.assert_close(change @ a.key.double(), a.value.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_number_of_threads_changes_no_byte() -> None:
+    """Replicas with more or fewer cores solve to the same bits; a library's factorisation alone would not."""
+    keys = torch.randn(1000, D, generator=torch.Generator().manual_seed(3))
+    chosen = [association(i, key=key) for i, key in enumerate(keys)]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(compose_layer(chosen))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0].left, found[1].left)
+
+
+@pytest.mark.parametrize("conv1d", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_wide_weight_is_rebuilt_column_by_column(conv1d: bool, dtype: torch.dtype) -> None:
+    """Cut into columns, the change is the same product, laid out as the weight is; the base is left as it was."""
+    g = torch.Generator().manual_seed(8)
+    width = 2 * CUT + 3
+    change = LowRank(torch.randn(d, 4, dtype=torch.float64, generator=g), torch.randn(4, width, generator=g))
+    base = torch.randn(*((width, d) if conv1d else (d, width)), dtype=torch.float64, generator=g).to(dtype)
+    before = base.clone()
+    whole = change.left @ change.right.double()
+    torch.testing.assert_close(change.dense(), whole, rtol=1e-12, atol=1e-12)
+    edited = rebuild(base, change, conv1d)
+    expected = (base.double() + (whole.T if conv1d else whole)).to(dtype)
+    torch.testing.assert_close(edited, expected, rtol=torch.finfo(dtype).eps, atol=1e-12)
+    assert edited.is_contiguous()
+    assert torch.equal(base, before)
+
+
+def test_composing_keeps_keys_as_they_are_stored() -> None:
+    """What is as long as a key is not kept in fp64."""
+    change = compose_layer([association(1), association(2)])
+    assert (change.left.dtype, change.right.dtype) == (torch.float64, torch.float32)
+
+
 def test_reverting_is_forgetting() -> None:
     """The weight without an edit is the weight of the others alone, as if it had never been made."""
     chosen = [association(i, f"s{i % 3}") for i in range(6)]
@@ -178,8 +228,30 @@ def test_packed_associations_come_back() -> None:
         assert all(torch.equal(getattr(a, x), getattr(b, x)) for x in ("key", "direction", "value"))
 
 
-def test_norm_ratio() -> None:
-    """The ratio is |dW| / |W| in Frobenius norm."""
+@pytest.mark.parametrize("terms", [1, 2, 3, 9])
+def test_norm_ratio(terms: int) -> None:
+    """The ratio is |dW| / |W| in Frobenius norm, for fewer terms than the weight has rows and for more."""
     base = torch.randn(d, D, generator=torch.Generator().manual_seed(5))
-    change = compose_layer([association(1)])
-    assert norm_ratio(base, change) == pytest.approx(float(change.dense().norm() / base.norm()), rel=1e-5)
+    change = compose_layer([association(i) for i in range(terms)])
+    expected = float(change.dense().norm() / base.double().norm())
+    assert norm_ratio(base, change) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("others", [1, 8])
+def test_the_norm_of_a_difference_is_exact(others: int) -> None:
+    """What one edit moves beside others is found to ten digits, however little it is beside what they move."""
+    active = [association(i, f"s{i % 3}") for i in range(others)]
+    before, after = compose_layer(active), compose_layer([*active, association(90).scaled(1e-5)])
+    expected = after.dense() - before.dense()
+    for moved in (after.minus(before), replace(after, edits=()).minus(before)):
+        torch.testing.assert_close(moved.dense(), expected, rtol=1e-9, atol=1e-12)
+        assert moved.norm() == pytest.approx(float(expected.norm()), rel=1e-10)
+
+
+def test_a_difference_has_one_term_for_each_edit() -> None:
+    """The terms of an edit that is in both changes become one; one that is only in the other stays."""
+    a, b, c = (association(i) for i in (1, 2, 3))
+    moved = compose_layer([a, b]).minus(compose_layer([b, c]))
+    assert moved.left.shape == (d, 3)
+    expected = compose_layer([a, b]).dense() - compose_layer([b, c]).dense()
+    torch.testing.assert_close(moved.dense(), expected, rtol=1e-12, atol=1e-12)

@@ -7,6 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 from tiny import MODEL_TYPES, TEXTS, tiny
+from torch.utils.flop_counter import FlopCounterMode
 
 from service.covariance.corpus import Corpus
 from service.covariance.moment import Statistics
@@ -14,7 +15,7 @@ from service.covariance.store import collect_steps
 from service.editors.composition import compose_layer, rebuild
 from service.editors.contexts import contexts_steps
 from service.editors.recipes import RomeParameters
-from service.editors.rome import Found, find_steps
+from service.editors.rome import Found, Wanted, batches, find_steps, want
 from service.editors.values import Place, Wish, rows, values_steps
 from service.models.hooks import capture
 from service.models.loading import LoadedModel
@@ -208,3 +209,43 @@ def test_the_weight_of_the_bare_prompt(weight: float | None) -> None:
     torch.testing.assert_close(
         find(model, bare_weight=weight).associations[0].key, expected, rtol=1e-4, atol=1e-5
     )
+
+
+def test_what_is_found_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edits of one place share a batch up to what one step has room for; their order stays; without a budget each is alone."""
+    model = tiny()
+
+    def wanted(edit: str, *layers: int) -> Wanted:
+        parameters = RomeParameters(layers=layers)
+        return want(model, CONTEXTS, STATEMENT, "Rome", parameters, edit)
+
+    edits = [
+        wanted("a", 1),
+        wanted("b", 1),
+        wanted("c", 1),
+        wanted("d", 0),
+        wanted("e", 0, 1),
+        wanted("f", 1),
+    ]
+    budget = 2 * edits[0].operations(model)
+
+    def found() -> list[list[str]]:
+        return [[e.edit for e in batch] for batch in batches(model, edits)]
+
+    monkeypatch.setattr("service.editors.rome.company_budget", lambda _model: budget)
+    assert found() == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
+    monkeypatch.undo()
+    assert found() == [[e.edit] for e in edits]
+
+
+def test_the_operations_of_a_step_are_those_counted() -> None:
+    """What a step is said to cost is what torch counts in its matrices, within a third."""
+    model = tiny(width=64, inner=256, layers=8)
+    wanted = want(model, CONTEXTS, STATEMENT, "Rome", RomeParameters(layers=(1,)))
+    counts: list[int] = []
+    for steps in (4, 8):
+        parameters = RomeParameters(layers=(1,), steps=steps, stop_loss=0)
+        with FlopCounterMode(display=False) as counter:
+            finish(values_steps(model, wanted.place, [Wish(wanted.rows, parameters)]))
+        counts.append(counter.get_total_flops())
+    assert wanted.operations(model) == pytest.approx((counts[1] - counts[0]) / 4, rel=0.34)

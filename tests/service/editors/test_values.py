@@ -51,7 +51,7 @@ def loss_by_hand(model: LoadedModel, target: str, delta: torch.Tensor, p: RomePa
     subject = found.bare[0]
     before = logits(subject.ids, subject.last_subject, torch.zeros_like(delta))[subject.last_subject]
     after = logits(subject.ids, subject.last_subject, delta)[subject.last_subject]
-    kl = (before.exp() * (before - after)).sum()
+    kl = (after.exp() * (after - before)).sum()
     with capture({0: module}) as seen, torch.no_grad():
         forward(model, pad([found.prompts[0].ids], model))
     v = seen[0].reshape(len(found.prompts[0].ids), -1)[found.prompts[0].last_subject]

@@ -109,6 +109,17 @@ class TestDeliveries:
         assert [d.job_id for d in again] == [first, second]
         assert again[0].payload == {"n": 1}
 
+    def test_give_back_keeps_the_order(self, broker):
+        """Of several that are given back, what came back first comes first, before all others."""
+        for name in "abcd":
+            broker.announce(name, "edit")
+        taken = broker.take(KINDS, 3, 0)
+        for delivery in taken:
+            broker.give_back(delivery)
+        assert [d.job_id for d in broker.take(KINDS, 1, 0)] == ["a"]
+        assert [d.job_id for d in broker.take(KINDS, 2, 0)] == ["b", "c"]
+        assert [d.job_id for d in broker.take(KINDS, 9, 0)] == ["d"]
+
     def test_give_back_is_no_death(self, broker):
         """What is given back counts as delivered once, and is as it was."""
         broker.call("generate", {"n": 1}, "request-1")

@@ -18,7 +18,7 @@ from service.jobs.broker import CALLS, Broker, Event, Message
 from service.jobs.desk import RunningJob
 from service.jobs.memory import MemoryBroker
 from service.jobs.redis import RedisBroker
-from service.progress import Progress, Steps
+from service.progress import Ended, News, Progress, Steps, Told, Working
 from service.requests import CompareRequest, GenerateRequest, Sampling
 from service.serving.engine import INTERRUPTIONS, Engine, Pace
 from service.serving.generation import Batch, next_tokens, row
@@ -311,6 +311,152 @@ def test_a_cancelled_job_ends_between_two_steps() -> None:
     house.turn()
     assert house.desk.told[-1] == ("cancelled", "edit_1", None)
     assert len(house.desk.told) == 4
+
+
+# jobs that are carried out together
+
+TOGETHER = Pace(edits=4, wait=0.01, look=0.0, follow=0.0)
+
+
+def ending(log: list[list[str]], news: Sequence[News]) -> Callable[..., Working]:
+    """A task for several jobs: it notes who is carried out together and says what it is told to."""
+
+    def task(*jobs: RunningJob) -> Working:
+        log.append([job.id for job in jobs])
+        yield from news
+
+    return task
+
+
+def test_waiting_edits_are_carried_out_together() -> None:
+    """As many waiting edits as are allowed are begun as one; other kinds of jobs come alone."""
+    log: list[list[str]] = []
+    house = House({kind: ending(log, [Progress("at it", 1, 1)]) for kind in ("edit", "trace")}, TOGETHER)
+    for i in range(6):
+        house.job(f"edit_{i}")
+    for i in range(2):
+        house.job(f"trace_{i}", "trace")
+    house.turn()
+    assert log == [["edit_0", "edit_1", "edit_2", "edit_3"], ["edit_4", "edit_5"], ["trace_0"], ["trace_1"]]
+    assert {t[1] for t in house.desk.told} == {*(f"edit_{i}" for i in range(6)), "trace_0", "trace_1"}
+    assert house.broker.take(("edit", "trace"), 9, 0) == []
+
+
+def test_each_worker_takes_its_share() -> None:
+    """With three workers that edit, five waiting edits are not one worker's: it takes two of them."""
+    log: list[list[str]] = []
+    house = House({"edit": ending(log, [])}, TOGETHER)
+    house.desk.workers = 3
+    for i in range(5):
+        house.job(f"edit_{i}")
+    house.turn(1)
+    assert log == [["edit_0", "edit_1"]]
+    assert house.broker.waiting("edit") == 3
+
+
+def test_jobs_that_run_together_end_one_by_one() -> None:
+    """One ends well, one badly, with news for one and for all; each has its own end, and the last end with the steps."""
+    told = [
+        Progress("all", 1, 9),
+        Ended("edit_1", Conflict("not this one.")),
+        Told("edit_0", Progress("one", 2, 9)),
+        Ended("edit_0"),
+        Progress("all", 3, 9),
+    ]
+    log: list[list[str]] = []
+    house = House({"edit": ending(log, told)}, TOGETHER)
+    for i in range(3):
+        house.job(f"edit_{i}")
+    house.turn()
+    assert house.desk.told == [
+        *(("progress", f"edit_{i}", 1) for i in range(3)),
+        ("failed", "edit_1", "not this one."),
+        ("progress", "edit_0", 2),
+        ("progress", "edit_2", 3),
+    ]
+    assert house.broker.take(("edit",), 9, 0) == []
+
+
+def test_an_error_of_all_is_the_error_of_each_that_is_left() -> None:
+    """What the steps themselves raise ends the jobs that had not ended before."""
+
+    def task(*_jobs: RunningJob) -> Working:
+        yield Ended("edit_0")
+        raise Conflict("all of you.")
+
+    house = House({"edit": task}, TOGETHER)
+    for i in range(3):
+        house.job(f"edit_{i}")
+    house.turn()
+    assert house.desk.told == [("failed", "edit_1", "all of you."), ("failed", "edit_2", "all of you.")]
+
+
+def test_jobs_that_run_together_stop_when_nobody_wants_them() -> None:
+    """Steps go on as long as one of the jobs is wanted, and end when all were cancelled."""
+    log: list[list[str]] = []
+    house = House({"edit": ending(log, [Progress("at it", i, 99) for i in range(99)])}, TOGETHER)
+    for i in range(2):
+        house.job(f"edit_{i}")
+    house.desk.cancelled.add("edit_0")
+    house.turn(5)
+    assert ("progress", "edit_1", 4) in house.desk.told
+    house.desk.cancelled.add("edit_1")
+    house.turn()
+    assert house.desk.told[-2:] == [("cancelled", "edit_0", None), ("cancelled", "edit_1", None)]
+
+
+def test_stopping_hands_all_of_them_back() -> None:
+    """On stop every job that runs with others and has not ended waits again."""
+    log: list[list[str]] = []
+    house = House(
+        {"edit": ending(log, [Ended("edit_1"), *(Progress("at it", i, 99) for i in range(99))])}, TOGETHER
+    )
+    for i in range(3):
+        house.job(f"edit_{i}")
+    house.turn(4)
+    house.stop()
+    assert house.desk.told[-2:] == [("released", "edit_0"), ("released", "edit_2")]
+
+
+def test_what_cannot_join_now_waits_again() -> None:
+    """When the store goes away after the first job was begun, that one runs, and the others are begun later."""
+    log: list[list[str]] = []
+    house = House({"edit": ending(log, [Progress("at it", 1, 1)])}, TOGETHER)
+    house.fails("start", None, DOWN)
+    for i in range(3):
+        house.job(f"edit_{i}")
+    house.turn()
+    assert log == [["edit_0"], ["edit_1", "edit_2"]]
+    assert house.broker.take(("edit",), 9, 0) == []
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_calls_have_their_share_of_the_time_beside_a_job(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """While a job runs whose steps are slow, decoding has its share of the time; when nobody calls, the job has it all."""
+    house = House({"edit": steps(10**6)}, Pace(share=share, wait=0.01, look=0.0, follow=0.0))
+    clock, spent = [0.0], {"job": 0.0, "decode": 0.0}
+    monkeypatch.setattr("service.serving.engine.time.monotonic", lambda: clock[0])
+
+    def costs(name: str, seconds: float, action: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            spent[name] += seconds
+            clock[0] += seconds
+            action()
+
+        return run
+
+    monkeypatch.setattr(house.engine, "_decode", costs("decode", 0.01, house.engine._decode))
+    monkeypatch.setattr(house.engine, "_step_job", costs("job", 0.1, house.engine._step_job))
+    channel = house.generate(prompts=PROMPTS, max_new_tokens=50)
+    house.job("edit_1")
+    while channel in {call.channel for call in house.engine._running()} or not spent["job"]:
+        house.turn(1)
+    assert spent["decode"] / (spent["decode"] + spent["job"]) == pytest.approx(share, abs=0.15)
+    done = spent["job"]
+    house.turn(5)
+    assert spent["job"] == pytest.approx(done + 5 * 0.1)
 
 
 def test_a_cancelled_generation_ends_and_frees_its_place() -> None:
