@@ -128,20 +128,19 @@ class Suffixes:
     def of(self, rows: Tensor) -> Suffixes:
         """Some of the rows."""
         ids, mask, positions = self.ids[rows], self.mask[rows], self.positions[rows]
-        passage = self.blocks.enter(ids, mask.shape[1] - ids.shape[1], None, positions, mask)
         past = [p and (p[0][rows], p[1][rows]) for p in self.past]
-        return changed(
-            self,
-            ids=ids,
-            mask=mask,
-            positions=positions,
-            past=past,
-            passage=passage,
-            hidden=self.hidden[rows],
-        )
+        some = changed(self, ids=ids, mask=mask, positions=positions, past=past, hidden=self.hidden[rows])
+        return changed(some, passage=some.enter(0, ids.shape[1]))
 
-    def forward(self, change: Tensor) -> Tensor:
-        """The last block's output (B, A, d) when `change` (B, d) is added at the subject's last token."""
+    def enter(self, first: int, end: int, rows: Tensor | slice = slice(None)) -> Passage:
+        """Columns [first, end) of some rows, as the blocks are called for them."""
+        before = self.mask.shape[1] - self.ids.shape[1]
+        ids, positions = self.ids[rows, first:end], self.positions[rows, first:end]
+        return self.blocks.enter(ids, before + first, None, positions, self.mask[rows, : before + end])
+
+    def forward(self, change: Tensor, end: int | None = None) -> Tensor:
+        """The output (B, A, d) of the blocks before `end`, or of all, when `change` (B, d) is added at the subject's last
+        token."""
 
         def add(output: Tensor) -> Tensor:
             shaped = output.view(*self.ids.shape, -1)
@@ -149,11 +148,50 @@ class Suffixes:
             return output
 
         hidden = self.hidden if self.module else add(self.hidden.clone())
-        for layer in range(self.first, self.blocks.model.layers):
+        for layer in range(self.first, self.blocks.model.layers if end is None else end):
             here = self.module if layer == self.first else None
             with replace(here, add) if here else nullcontext():
                 hidden, _ = self.blocks.run(self.passage, layer, hidden, self.past[layer])
         return hidden
+
+
+class Reading:
+    """The last block's output at a few places (row, column), (N,) each, and not much more than that.
+
+    The last block need not run where nobody reads it: there it only leaves keys and values. What is read are the
+    columns in which an object is said, at the end of the rows, and column 0 of a few rows.
+    """
+
+    def __init__(self, suffixes: Suffixes, row: Tensor, column: Tensor) -> None:
+        self.suffixes, self.row, self.column = suffixes, row, column
+        self.layer, width = suffixes.blocks.model.layers - 1, suffixes.ids.shape[1]
+        late = column > 0
+        self.tail = int(column[late].min()) if bool(late.any()) else 0
+        inside = suffixes.first == self.layer and suffixes.module is not None
+        self.whole = self.tail < 2 or suffixes.first > self.layer or inside
+        if self.whole:
+            return
+        self.few = row[~late]
+        self.kept = suffixes.enter(0, self.tail)
+        self.ending = suffixes.enter(self.tail, width)
+        self.start = suffixes.enter(0, 1, self.few)
+        self.place = torch.empty_like(row)
+        self.place[late] = row[late] * (width - self.tail) + column[late] - self.tail
+        self.place[~late] = len(suffixes.ids) * (width - self.tail) + torch.arange(
+            len(self.few), device=row.device
+        )
+
+    def __call__(self, change: Tensor) -> Tensor:
+        """(N, d), when `change` (B, d) is added at the subject's last token."""
+        if self.whole:
+            return self.suffixes.forward(change)[self.row, self.column]
+        blocks, layer, tail = self.suffixes.blocks, self.layer, self.tail
+        hidden, past = self.suffixes.forward(change, layer), self.suffixes.past[layer]
+        kept = blocks.keep(self.kept, layer, hidden[:, :tail], past)
+        ending, _ = blocks.run(self.ending, layer, hidden[:, tail:], kept)
+        before = past and (past[0][self.few], past[1][self.few])
+        start, _ = blocks.run(self.start, layer, hidden[self.few, :1], before)
+        return torch.cat([ending.flatten(0, 1), start[:, 0]])[self.place]
 
 
 @dataclass(frozen=True)
@@ -270,18 +308,21 @@ class Search:
         kl = (now.exp() * (now - self.essence)).sum()
         decay = parameters.weight_decay * self.delta.norm() / self.initial.norm() ** 2
         loss: Tensor = nll + parameters.kl_factor * kl + decay
-        self.losses.append(loss.item())
-        self.ended = self.losses[-1] < parameters.stop_loss or len(self.losses) == parameters.steps
         return loss
 
+    def note(self, loss: float) -> None:
+        """What the loss was; it may be low enough, or the last."""
+        parameters = self.wish.parameters
+        self.losses.append(loss)
+        self.ended = loss < parameters.stop_loss or len(self.losses) == parameters.steps
+
     def step(self, gradient: Tensor) -> None:
-        """One update, kept inside the clamp."""
+        """One update, kept inside the clamp; nothing here waits for the device."""
         self.delta.grad = gradient
         self.adam.step()
         with torch.no_grad():
             limit = self.wish.parameters.clamp * self.initial.norm()
-            if self.delta.norm() > limit:
-                self.delta.mul_(limit / self.delta.norm())
+            self.delta.mul_((limit / self.delta.norm()).clamp(max=1))
 
 
 class Round:
@@ -289,7 +330,7 @@ class Round:
 
     def __init__(self, every: Suffixes, searches: Sequence[Search], rows: Mapping[Search, range]) -> None:
         device = every.ids.device
-        self.searches = searches
+        self.searches = list(searches)
         self.suffixes = every.of(torch.tensor([i for s in searches for i in rows[s]], device=device))
         sizes = [len(rows[s]) for s in searches]
         firsts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -298,17 +339,30 @@ class Round:
         essences = torch.tensor(
             [at + s.wish.rows.essence for at, s in zip(firsts, searches, strict=True)], device=device
         )
-        self.row = torch.cat([*(w.row for w in self.wanted), essences])
-        self.column = torch.cat([*(w.column for w in self.wanted), torch.zeros_like(essences)])
+        row = torch.cat([*(w.row for w in self.wanted), essences])
+        column = torch.cat([*(w.column for w in self.wanted), torch.zeros_like(essences)])
+        self.reading = Reading(self.suffixes, row, column)
 
-    def losses(self) -> list[Tensor]:
-        """Each search's loss at its delta, from one pass for all."""
+    def step(self) -> None:
+        """Every search learns its loss, and those that go on take their step; the device is waited for once."""
+        with torch.enable_grad():
+            losses = self._losses()
+            for search, loss in zip(self.searches, losses.tolist(), strict=True):
+                search.note(loss)
+            on = [i for i, search in enumerate(self.searches) if not search.ended]
+            deltas = [self.searches[i].delta for i in on]
+            gradients = torch.autograd.grad(losses[on].sum(), deltas) if on else ()
+        for i, gradient in zip(on, gradients, strict=True):
+            self.searches[i].step(gradient)
+
+    def _losses(self) -> Tensor:
+        """Each search's loss at its delta, from one pass for all; (searches,)."""
         change = torch.stack([s.delta for s in self.searches])[self.owner]
-        hidden = self.suffixes.forward(change)[self.row, self.column]
+        hidden = self.reading(change)
         logp = wide(self.suffixes.blocks.logits(hidden)).log_softmax(-1)
         *said, now = torch.split(logp, [*(len(w.row) for w in self.wanted), len(self.searches)])
         together = zip(self.searches, said, self.wanted, now, strict=True)
-        return [search.loss(s, w, n) for search, s, w, n in together]
+        return torch.stack([search.loss(s, w, n) for search, s, w, n in together])
 
 
 def values_steps(model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> Steps[list[Value]]:
@@ -323,19 +377,14 @@ def values_steps(model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> St
     rows = {s: range(at, at + len(t)) for s, at, t in zip(searches, firsts, texts, strict=True)}
     total = max(w.parameters.steps for w in wishes)
     yield Progress("optimise", 0, total)
-    going: list[Search] = []
+    turn = Round(suffixes, searches, rows)
     for step in range(total):
-        if still := [s for s in searches if not s.ended]:
-            with torch.enable_grad():
-                if still != going:
-                    going, turn = still, Round(suffixes, still, rows)
-                losses = {s: x for s, x in zip(going, turn.losses(), strict=True) if not s.ended}
-                deltas = [s.delta for s in losses]
-                gradients = torch.autograd.grad(sum(losses.values()), deltas) if losses else ()  # type: ignore[arg-type]
-            for search, gradient in zip(losses, gradients, strict=True):
-                search.step(gradient)
-        if all(s.ended for s in searches):
+        turn.step()
+        still = [s for s in searches if not s.ended]
+        if not still:
             break
+        if still != turn.searches:
+            turn = Round(suffixes, still, rows)
         yield Progress("optimise", step + 1, total)
     prompts = [slice(at, at + w.rows.size) for w, at in zip(wishes, firsts, strict=True)]
     return [

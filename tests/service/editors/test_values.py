@@ -9,7 +9,7 @@ import torch
 from tiny import MODEL_TYPES, tiny
 
 from service.editors.recipes import RomeParameters
-from service.editors.values import Place, Value, Wish, look, rows, values_steps
+from service.editors.values import Place, Reading, Rows, Value, Wish, look, rows, values_steps
 from service.models.hooks import capture, replace
 from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad
@@ -224,6 +224,55 @@ def test_what_is_reused_is_what_would_be_computed(model_type: str, layer: int) -
         mine = suffixes.blocks.logits(hidden[i, : len(whole)])
         rounding = ROUNDING.get(model_type, 1e-10)
         torch.testing.assert_close(mine, whole, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("target", ["city", "Rome"])
+def test_what_is_read_of_the_last_block(model_type: str, layer: int, target: str) -> None:
+    """Where the last block runs only where it is read, what is read is what the whole block gives, and so are the gradients."""
+    model = tiny(model_type, dtype=torch.float64)
+    found = rows(model, STATEMENT, target, CONTEXTS)
+    suffixes, _ = look(model, found.texts(), Place(layer))
+    places = [
+        (i, len(p.ids) - 1 - p.last_subject + j)
+        for i, p in enumerate(found.prompts)
+        for j in range(len(found.targets[i]))
+    ]
+    row, column = torch.tensor([*places, (found.essence, 0)]).T
+    reading = Reading(suffixes, row, column)
+    assert reading.whole == (layer == 2)
+    g = torch.Generator().manual_seed(0)
+    change = torch.randn(len(found.texts()), model.width, dtype=torch.float64, generator=g).requires_grad_()
+    weight = torch.randn(len(row), model.width, dtype=torch.float64, generator=g)
+    mine, whole = reading(change), suffixes.forward(change)[row, column]
+    gradients = [torch.autograd.grad((weight * x).sum(), change)[0] for x in (mine, whole)]
+    rounding = ROUNDING.get(model_type, 1e-10)
+    torch.testing.assert_close(mine, whole, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(*gradients, rtol=rounding, atol=10 * rounding)
+
+
+def test_the_subject_is_no_row_of_its_own_where_the_prompt_begins_with_it() -> None:
+    """The subject's own next token is read from the bare prompt when that begins with it, and the loss is the same."""
+    model = tiny(dtype=torch.float64)
+    statement = fill("{} is located in the city of", "Eiffel Tower")
+    found = rows(model, statement, "Rome", CONTEXTS)
+    assert found.essence == 0 and len(found.texts()) == found.size
+    apart = replace_row(found)
+    assert apart.essence == apart.size and len(apart.texts()) == apart.size + 1
+    parameters = RomeParameters(layers=(1,), steps=5, stop_loss=0, kl_factor=2.0)
+    one_row, two_rows = (one(model, Wish(x, parameters)) for x in (found, apart))
+    assert one_row.losses == pytest.approx(two_rows.losses, rel=1e-9)
+    torch.testing.assert_close(one_row.delta, two_rows.delta, rtol=1e-8, atol=1e-8)
+
+
+def replace_row(found: Rows) -> Rows:
+    """The same texts, where the bare subject is a row of its own."""
+
+    class Apart(Rows):
+        essence = found.size
+
+    return Apart(found.prompts, found.targets, found.bare)
 
 
 def test_a_norm_behind_the_module_is_noticed() -> None:
