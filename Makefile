@@ -1,5 +1,6 @@
 # make serve    install and start the service       make serve ARGS='--port 9000'
 # make test     install, check and test             make test PYTEST='-k ledger'
+# make bench    every benchmark, quick           make bench ARGS='--reference PATH --only edits traces'
 # make check    format, lint, types, import contract
 
 # The first python3 on this machine that is new enough.
@@ -12,7 +13,7 @@ ARGS ?=
 PYTEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all check format clean
+.PHONY: help install serve test test-all check bench format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -42,6 +43,9 @@ check: install
 	$(BIN)/ruff check --quiet $(PACKAGES)
 	$(BIN)/mypy --no-error-summary
 	$(BIN)/lint-imports --no-logo
+
+bench: install
+	@$(BIN)/python bench/suite.py $(ARGS)
 
 format: install
 	$(BIN)/ruff format --quiet $(PACKAGES)

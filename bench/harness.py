@@ -20,11 +20,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+T = TypeVar("T")
 
 console = Console()
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,18 +62,35 @@ class Spread:
         return f"{self.median:{form}} ({low:{form}} to {high:{form}})"
 
 
+class Kept(Generic[T]):
+    """A way whose last result is kept."""
+
+    result: T
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.work = work
+
+    def __call__(self) -> None:
+        self.result = self.work()
+
+
 def in_turn(
     ways: Mapping[str, Callable[[], object]],
     rounds: int,
     warm: int = 1,
     synchronise: Callable[[], None] = lambda: None,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Spread]:
-    """Seconds of each way. A round runs every way once; which comes first moves on from round to round."""
+    """Seconds of each way. A round runs every way once; which comes first moves on from round to round.
+
+    `before(name)` makes ready for a way and is not timed.
+    """
     names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warm, rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
+            before(name)
             gc.collect()
             synchronise()
             began = time.perf_counter()
@@ -80,6 +99,11 @@ def in_turn(
             if number >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return {name: Spread(tuple(values)) for name, values in seconds.items()}
+
+
+def synchroniser(device: str) -> Callable[[], None]:
+    """Waits until the device has done all that it was given."""
+    return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

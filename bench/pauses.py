@@ -13,7 +13,7 @@ import asyncio
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,40 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from service.bootstrap import wire
-from service.evaluation.cases import Case, read_cases
-from service.ids import new_id
-from service.jobs.desk import Desk, RunningJob
+from bench.house import Durations, House
+from service.evaluation.cases import read_cases
 from service.models.loading import load
-from service.progress import Steps, finish
-from service.requests import EditRequest, GenerateRequest
-from service.serving.engine import Engine, Task
-from service.serving.replica import Replica
-from service.settings import SHIPPED_MODEL, Settings
-from service.toolkit import prepare_steps
-from workers.card import card, tokenizer_json
-from workers.tasks import tasks
+from service.requests import GenerateRequest
+from service.settings import SHIPPED_MODEL
 
 console = Console()
-Durations = dict[str, list[float]]
-
-
-def timed(task: Task, durations: Durations) -> Task:
-    """The same task; how long each of its steps took is kept by phase."""
-
-    def run(job: RunningJob) -> Steps[None]:
-        steps = task(job)
-        while True:
-            began = time.perf_counter()
-            try:
-                progress = next(steps)
-            except StopIteration:
-                durations["commit"].append(time.perf_counter() - began)
-                return
-            durations[progress.phase].append(time.perf_counter() - began)
-            yield progress
-
-    return run
 
 
 async def listen(house: House, stop: threading.Event) -> list[float]:
@@ -75,65 +48,16 @@ async def listen(house: House, stop: threading.Event) -> list[float]:
     return pauses
 
 
-class House:
-    """The embedded wiring with a stop-watch on every job."""
-
-    def __init__(self, folder: Path, model: str) -> None:
-        settings = Settings(data=folder)
-        self.wired = wire(settings)
-        self.wired.database.migrate()
-        loaded = load(model)
-        toolkit = finish(prepare_steps(loaded, folder))
-        desk = Desk(self.wired.database, self.wired.broker, loaded.fingerprint, new_id("worker"), sole=True)
-        replica = Replica(loaded, desk)
-        self.durations: Durations = defaultdict(list)
-        work = {kind: timed(task, self.durations) for kind, task in tasks(replica, desk, toolkit).items()}
-        self.engine = Engine(replica, desk, self.wired.broker, work)
-        desk.register(card(loaded, toolkit), tokenizer_json(loaded))
-        desk.heartbeat(0, None)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self.engine.run, args=(self._stop,))
-        self._thread.start()
-
-    def close(self) -> None:
-        self._stop.set()
-        self.wired.broker.wake()
-        self._thread.join()
-        self.wired.close()
-
-
-def stream_during(house: House, work: object) -> list[float]:
+def stream_during(house: House, work: Callable[[], object]) -> list[float]:
     """The pauses of a stream while `work()` runs in another thread."""
     stop = threading.Event()
     found: list[float] = []
     listener = threading.Thread(target=lambda: found.extend(asyncio.run(listen(house, stop))))
     listener.start()
-    work()  # type: ignore[operator]
+    work()
     stop.set()
     listener.join()
     return found
-
-
-def edit_all(house: House, cases: list[Case]) -> None:
-    """Submit the cases with their probes and wait for their ends."""
-    requests = [
-        EditRequest.model_validate(
-            {
-                "subject": c.subject,
-                "prompt": c.prompt,
-                "target_new": c.target_new,
-                "target_true": c.target_true,
-                "probes": {
-                    "paraphrase": list(c.paraphrases),
-                    "neighborhood": [{"prompt": p, "target": c.target_true} for p in c.neighbours],
-                },
-            }
-        )
-        for c in cases
-    ]
-    waiting = [r["id"] for r in house.wired.operations.submit_edits(requests, "bench", None)]
-    while any(house.wired.operations.edit(i)["status"] in ("queued", "running") for i in waiting):
-        time.sleep(0.1)
 
 
 def show(title: str, durations: Durations) -> None:
@@ -156,15 +80,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     cases = read_cases(Path(args.model) / "facts.jsonl", seed=1)[: args.edits + 1]
-    with tempfile.TemporaryDirectory() as folder:
-        house = House(Path(folder), args.model)
-        try:
-            edit_all(house, cases[:1])  # warm
-            house.durations.clear()
-            alone = stream_during(house, lambda: time.sleep(5))
-            beside = stream_during(house, lambda: edit_all(house, cases[1:]))
-        finally:
-            house.close()
+    with tempfile.TemporaryDirectory() as folder, House(Path(folder), load(args.model)) as house:
+        house.edit(cases[:1])  # warm
+        house.durations.clear()
+        alone = stream_during(house, lambda: time.sleep(5))
+        beside = stream_during(house, lambda: house.edit(cases[1:]))
     show("steps of an edit, by phase", house.durations)
     show("pauses between two tokens of a stream", {"no edit running": alone, "edits running": beside})
     limit = max(house.durations["optimise"]) + max(alone)

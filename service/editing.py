@@ -28,6 +28,7 @@ from service.editors.rome import Found, Wanted, batches, find_together_steps, wa
 from service.errors import Cancelled, Conflict, Disagrees, Unavailable
 from service.evaluation.scores import share_kept, share_new
 from service.jobs.desk import Desk, RunningJob
+from service.models.memory import admit
 from service.progress import Ended, News, Progress, Steps, Told, Working, persist
 from service.requests import EditRequest
 from service.serving.replica import Replica
@@ -192,11 +193,13 @@ def plan_steps(replica: Replica, request: EditRequest, toolkit: Toolkit) -> Step
 
 
 def want_steps(replica: Replica, toolkit: Toolkit, plan: Plan, edit: str) -> Steps[Wanted]:
-    """What the editor is asked for."""
-    parameters, request = plan.parameters, plan.request
+    """What the editor is asked for. Refused when there is no room for the search."""
+    parameters, request, model = plan.parameters, plan.request, replica.base
     contexts = yield from toolkit.contexts_steps(parameters.contexts, parameters.seed)
     statement = fill(request.prompt, request.subject)
-    return want(replica.base, contexts, statement, request.target_new, parameters, edit)
+    wanted = want(model, contexts, statement, request.target_new, parameters, edit)
+    admit("this edit", wanted.bytes(model), model.device, "use a shorter prompt or fewer contexts", "prompt")
+    return wanted
 
 
 # trying and landing

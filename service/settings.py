@@ -56,9 +56,7 @@ class Settings(BaseSettings):
         ge=1,
         description="seconds of silence after which a worker counts as dead and its work is taken over",
     )
-    edits_together: int = Field(
-        16, ge=1, description="most waiting edits that a worker carries out together"
-    )
+    edits_together: int = Field(16, ge=1, description="most waiting edits that a worker carries out together")
     requests_per_minute: int = Field(6000, ge=1, description="requests of one key in a minute; more get 429")
     max_queued: int = Field(500, ge=1, description="jobs of one key that may wait at once; more get 429")
     max_body: int = Field(1_000_000, ge=1000, description="largest body of a request in bytes")

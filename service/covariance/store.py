@@ -17,12 +17,12 @@ from service.covariance.moment import MomentSum, Statistics
 from service.ids import new_id
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel
+from service.models.memory import BATCH_TOKENS
 from service.models.prompts import Batch, forward, pad
 from service.progress import Progress, Steps
 
-BATCH_TOKENS = 1024  # padded tokens in one forward pass
 DAMPING = 1e-3
-FORMAT = 1  # raised when the meaning of a stored file changes
+FORMAT = 2  # raised when the meaning of a stored file changes
 
 
 def keys_of(captured: Tensor, batch: Batch) -> Tensor:
@@ -30,7 +30,14 @@ def keys_of(captured: Tensor, batch: Batch) -> Tensor:
     return captured.reshape(*batch.ids.shape, -1)[batch.mask.bool()]
 
 
-def _batches(rows: list[list[int]]) -> list[list[list[int]]]:
+def rows_of(model: LoadedModel, corpus: Corpus) -> list[list[int]]:
+    """The corpus as tokens; a text too long for one pass is several rows, so that the memory of a pass is bounded."""
+    limit = min(model.positions, BATCH_TOKENS)
+    coded = (model.encode(text)[0] for text in corpus.texts)
+    return [ids[at : at + limit] for ids in coded for at in range(0, len(ids), limit)]
+
+
+def batches_of(rows: list[list[int]]) -> list[list[list[int]]]:
     """Rows of similar length together, at most BATCH_TOKENS padded tokens a batch."""
     batches: list[list[list[int]]] = []
     for row in sorted(rows, key=len):
@@ -45,9 +52,8 @@ def collect_steps(
     model: LoadedModel, layers: Sequence[int], corpus: Corpus, damping: float = DAMPING
 ) -> Steps[dict[int, Statistics]]:
     """C of each layer over the corpus: one forward pass for all layers, stopped at the highest."""
-    limit = model.positions
-    batches = _batches([r[:limit] for t in corpus.texts if (r := model.encode(t)[0])])
-    sums = {layer: MomentSum(model.inner_width) for layer in layers}
+    batches = batches_of(rows_of(model, corpus))
+    sums = {layer: MomentSum(model.inner_width, model.device) for layer in layers}
     modules = {layer: model.down(layer) for layer in layers}
     for i, rows in enumerate(batches):
         batch = pad(rows, model)
@@ -84,7 +90,7 @@ def statistics_steps(
     folder: Path | None,
     damping: float = DAMPING,
 ) -> Steps[dict[int, Statistics]]:
-    """Statistics of each layer: read where they are stored, else collected and stored."""
+    """Statistics of each layer, factored: read where they are stored, else collected and stored."""
     found: dict[int, Statistics] = {}
     paths = (
         {x: folder / f"moment-{_key(model, x, corpus, damping)}.safetensors" for x in layers}
@@ -106,4 +112,7 @@ def statistics_steps(
         part = path.with_suffix("." + new_id("part"))  # other workers may share the folder
         save_file({"moment": found[layer].moment}, part, {"count": str(found[layer].count)})
         part.replace(path)
+    for number, layer in enumerate(layers):
+        _ = found[layer].cholesky  # now, and not in the first edit that needs it
+        yield Progress("factor", number + 1, len(layers))
     return {layer: found[layer] for layer in layers}

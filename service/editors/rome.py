@@ -30,6 +30,7 @@ from service.editors.values import Place, Rows, Value, Wish, rows, values_steps,
 from service.models.budget import block_operations, company_budget
 from service.models.hooks import add_path, capture, stop_after
 from service.models.loading import LoadedModel
+from service.models.memory import edit_bytes
 from service.models.prompts import Tokens, forward, pad
 from service.progress import Progress, Steps
 from service.text import Statement, words
@@ -140,6 +141,14 @@ class Wanted:
         """Floating-point operations of one optimisation step: forward, and the same again backward (methods G)."""
         suffix = sum(len(t.ids) - t.last_subject for t in self.rows.texts())
         return 2 * suffix * block_operations(model) * (model.layers - self.place.layer)
+
+    def bytes(self, model: LoadedModel) -> int:
+        """What the search takes at its peak."""
+        texts = self.rows.texts()
+        before = max(t.last_subject for t in texts)
+        active = max(len(t.ids) - t.last_subject for t in texts)
+        said = sum(map(len, self.rows.targets)) + 1
+        return edit_bytes(model, len(texts), before, active, self.place.layer, said)
 
 
 def want(

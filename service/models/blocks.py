@@ -8,7 +8,7 @@ architecture alike and knows none of them. Nothing stays hooked or replaced betw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,25 @@ class Passage:
     hidden: Tensor  #: (rows, positions, d)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     cache: DynamicCache  #: stands in the calls where the keys and values of earlier positions belong
+
+
+class _Enough(Exception):
+    """Raised where a block has handed over its keys and values, and the rest of it is not needed."""
+
+
+class _Kept:
+    """Stands for a cache within one block: puts what the attention hands over behind what was there before."""
+
+    def __init__(self, past: Past | None, enough: bool = False) -> None:
+        self.past, self.enough = past, enough
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any) -> Past:
+        if self.past is not None and self.past[0].shape[-2]:
+            keys, values = torch.cat([self.past[0], keys], -2), torch.cat([self.past[1], values], -2)
+        self.past = keys, values
+        if self.enough:
+            raise _Enough
+        return self.past
 
 
 class Blocks:
@@ -69,15 +88,24 @@ class Blocks:
 
     def run(self, passage: Passage, layer: int, hidden: Tensor, past: Past | None) -> tuple[Tensor, Past]:
         """One block on rows of a passage: its output (rows, positions, d), and all keys and values."""
-        cache = DynamicCache()
-        if past is not None and past[0].shape[-2]:
-            cache.update(*past, layer)
+        kept = _Kept(past)
+        out = self._call(passage, layer, hidden, kept)
+        assert kept.past is not None
+        return (out[0] if self._tuple else out), kept.past
+
+    def keep(self, passage: Passage, layer: int, hidden: Tensor, past: Past | None) -> Past:
+        """All keys and values of one block, without what it would make of them: for positions that are only listened to."""
+        kept = _Kept(past, enough=True)
+        with suppress(_Enough):
+            self._call(passage, layer, hidden, kept)
+        assert kept.past is not None
+        return kept.past
+
+    def _call(self, passage: Passage, layer: int, hidden: Tensor, kept: _Kept) -> Any:
         args, kwargs = passage.calls[layer]
-        args = tuple(cache if a is passage.cache else a for a in args)
-        kwargs = {k: cache if v is passage.cache else v for k, v in kwargs.items()}
-        out = self.model.block(layer)(hidden, *args, **kwargs)
-        kept = cache.layers[layer]
-        return (out[0] if self._tuple else out), (kept.keys, kept.values)
+        args = tuple(kept if a is passage.cache else a for a in args)
+        kwargs = {k: kept if v is passage.cache else v for k, v in kwargs.items()}
+        return self.model.block(layer)(hidden, *args, **kwargs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The last block's output (rows, d) through whatever the model does after its blocks: (rows, V)."""

@@ -28,6 +28,7 @@ from service import faults, metrics
 from service.errors import Cancelled, Disagrees, InvalidInput, LeaseLost, PalimpsestError, Unavailable
 from service.jobs.broker import CALLS, KINDS, Broker, Delivery
 from service.jobs.desk import Desk, RunningJob
+from service.models import memory
 from service.progress import Ended, News, Progress, Told, Working
 from service.requests import CompareRequest, GenerateRequest
 from service.serving.calls import Comparison, Generation, pinned, problem
@@ -66,6 +67,7 @@ class Pace:
 
     rows: int = 32  #: rows that decode side by side
     edits: int = 1  #: waiting edits that are carried out together
+    caches: float = 0.5  #: of the memory that is free at the start, for keys and values
     share: float = 0.6  #: of the time, for calls while a job runs beside them
     comparisons: int = 4  #: comparisons side by side
     wait: float = 1.0  #: longest sleep when there is nothing to do, in seconds
@@ -100,7 +102,9 @@ class Engine:
         self._calls = tuple(kind for kind in KINDS if kind in calls)
         self._jobs = tuple(kind for kind in KINDS if kind in tasks)
         self._pace = pace or Pace()
-        self._lanes = Lanes(replica, self._pace.rows)
+        free = memory.room(replica.base.device)
+        self._memory = None if free is None else int(free * self._pace.caches)
+        self._lanes = Lanes(replica, self._pace.rows, self._memory)
         self._generations: dict[Row, tuple[Generation, int]] = {}
         self._comparisons: list[Comparison] = []
         self._work: Work | None = None
@@ -201,7 +205,10 @@ class Engine:
     def _start_generation(self, delivery: Delivery) -> None:
         request = GenerateRequest.model_validate(delivery.payload)
         version = pinned(request.version, self.replica.head(), request.min_version)
-        rows = [row(self.replica.base, text, request) for text in request.texts()]
+        model = self.replica.base
+        rows = [row(model, text, request) for text in request.texts()]
+        needed = memory.cache_bytes(model, 1, max(r.most for r in rows))
+        memory.admit("this answer", needed, model.device, "ask for fewer tokens", "max_new_tokens")
         self._lanes.add(version, self.replica.weights(version), rows)
         generation = Generation(delivery, request, version, rows)
         self._generations |= {r: (generation, i) for i, r in enumerate(rows)}
@@ -508,7 +515,7 @@ class Engine:
         for call in self._running():
             self._discard(call)
             self._leave(call)
-        self._lanes = Lanes(self.replica, self._pace.rows)
+        self._lanes = Lanes(self.replica, self._pace.rows, self._memory)
         self._owed.pay()
 
     def _leave(self, call: Generation | Comparison) -> None:

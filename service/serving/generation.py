@@ -1,8 +1,9 @@
 """Decoding, one token for each row at a time. Knows nothing of versions, jobs or channels.
 
-A batch is left-padded, with positions that count real tokens, so that every architecture reads a padded row as it reads
-the row alone. The cache is transformers' plain `DynamicCache`: keys and values (B, heads, T, size) of each layer, which
-can be cut and joined along B and T. Rows that are done leave; another batch can join between two steps.
+A batch is padded on the left, with positions that count real tokens, so that every architecture reads a padded row as
+it reads the row alone. Keys and values are kept (see `cache`); what the next step needs of them is on the device
+already, so that a step waits for the device once: to learn the tokens that were said. Rows that are done leave; another
+batch can join between two steps.
 """
 
 from __future__ import annotations
@@ -10,18 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad as pad_tensor
-from transformers import DynamicCache
 
 from service.errors import InvalidInput
 from service.models.loading import LoadedModel
 from service.models.prompts import pad
 from service.requests import Sampling
 from service.serving import sampling
+from service.serving.cache import RowCache
 from service.serving.detokenizer import Detokenizer
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Row:
     asked: Sampling
     room: int  #: tokens that may be said
     voice: Detokenizer
-    numbers: torch.Generator
+    numbers: list[float]  #: one for each token that may be said; none are needed at temperature 0
     said: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -46,12 +46,22 @@ class Row:
         return self.prompt + self.said
 
     @property
+    def most(self) -> int:
+        """Positions that it takes when it has said all it may."""
+        return len(self.prompt) + self.room
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.said)
+
+    @property
     def text(self) -> str:
         return self.voice.text
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token from logits (V,)."""
-        return sampling.choose(logits, self.asked, self.numbers)
+    @property
+    def uniform(self) -> float:
+        """The number that the next token is drawn with. A step that is tried again draws the same."""
+        return self.numbers[len(self.said)] if self.numbers else 0.0
 
     def take(self, token: int, ends: frozenset[int]) -> str:
         """Say a token; returns the text that can be shown now."""
@@ -83,7 +93,8 @@ def row(model: LoadedModel, prompt: str, asked: Sampling) -> Row:
             "prompt",
         )
     voice = Detokenizer(model.tokenizer, ids, asked.stop)
-    return Row(ids, asked, room, voice, sampling.generator(asked.seed))
+    numbers = sampling.uniforms(asked.seed, room) if asked.temperature > 0 else []
+    return Row(ids, asked, room, voice, numbers)
 
 
 def end_tokens(model: LoadedModel) -> frozenset[int]:
@@ -104,6 +115,49 @@ class Said:
     piece: str
 
 
+class Inputs:
+    """What the model reads in a step, on its device. From one step to the next it needs nothing from the host."""
+
+    def __init__(self, model: LoadedModel, rows: Sequence[Row], read: bool) -> None:
+        """All tokens of the rows, or the last ones where the others were read."""
+        lengths = [r.length for r in rows]
+        self._width, self._even = max(lengths), len(set(lengths)) == 1
+        ids = [r.ids[-1:] if read else [0] * (self._width - r.length) + r.ids for r in rows]
+        self.ids = sampling.sent(ids, torch.long, model.device)
+        self.sampler = sampling.Sampler([r.asked for r in rows], model.device)
+        self._lengths = sampling.sent(lengths, torch.long, model.device)[:, None]
+        self._window = getattr(model.model.config, "sliding_window", None)
+        self._dtype: torch.dtype = model.model.dtype
+
+    @property
+    def positions(self) -> Tensor:
+        """(B, n): which of its row's tokens each of `ids` is."""
+        return (self._lengths - self._width + self._columns()).clamp(min=0)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, 1, n, T), to be added to attention's scores; none where every row has a token in every column.
+
+        Where a window hides a part, transformers knows how: it is then told the columns that hold tokens, (B, T).
+        """
+        if self._even:
+            return None
+        columns = torch.arange(self._width, device=self.ids.device)
+        seen = columns >= self._width - self._lengths
+        if self._window is not None and self._width > self._window:
+            return seen
+        seen = seen[:, None, None] & (columns <= self._columns()[:, None])
+        return torch.zeros_like(seen, dtype=self._dtype).masked_fill(~seen, torch.finfo(self._dtype).min)
+
+    def _columns(self) -> Tensor:
+        """(n,): the columns of `ids` among the T of their rows."""
+        return torch.arange(self._width - self.ids.shape[1], self._width, device=self.ids.device)
+
+    def follow(self, tokens: Tensor) -> None:
+        """These tokens (B,) are what the model reads next."""
+        self.ids, self._lengths, self._width = tokens[:, None], self._lengths + 1, self._width + 1
+
+
 class Batch:
     """Rows that decode together."""
 
@@ -111,8 +165,8 @@ class Batch:
         self.model = model
         self.rows = list(rows)
         self._ends = end_tokens(model)
-        self._cache: Any = None  # DynamicCache over all tokens but the last of each row
-        self._mask: Tensor | None = None  # (B, T): the real tokens among those in the cache
+        self._cache: RowCache | None = None  # over all tokens but the last of each row
+        self._next: Inputs | None = None  # what the next step begins with, while the rows stay the same
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -122,106 +176,91 @@ class Batch:
         self.sweep()
         if not self.rows:
             return []
-        logits = self._forward()
-        peak, best = logits.max(-1)
-        peaks, greedy = peak.tolist(), best.tolist()
-        said = [Said(r, self._advance(r, logits[i], peaks[i], greedy[i])) for i, r in enumerate(self.rows)]
+        tokens = self._decode()
+        said = [Said(r, self._advance(r, t)) for r, t in zip(self.rows, tokens, strict=True)]
         self.sweep()
         return said
 
     def sweep(self) -> None:
-        """Rows that have ended leave, and so do columns in which no row has a token."""
-        keep = [i for i, r in enumerate(self.rows) if r.finish_reason is None]
-        if len(keep) == len(self.rows):
+        """Let the rows leave that have ended; the last rows take their places."""
+        count = len(self.rows)
+        kept = sum(r.finish_reason is None for r in self.rows)
+        if kept == count:
             return
-        self.rows = [self.rows[i] for i in keep]
-        if self._mask is None or not keep:
-            self._cache = self._mask = None
-            return
-        chosen = torch.tensor(keep, device=self._mask.device)
-        mask = self._mask[chosen]
-        cut = int(mask.any(0).int().argmax())  # first column with a token
-        self._mask = mask[:, cut:]
-        self._change(lambda states: states[chosen, :, cut:].contiguous())
+        holes = [i for i in range(kept) if self.rows[i].finish_reason is not None]
+        movers = [i for i in range(kept, count) if self.rows[i].finish_reason is None]
+        for hole, mover in zip(holes, movers, strict=True):
+            self.rows[hole] = self.rows[mover]
+        self.rows, self._next = self.rows[:kept], None
+        if not kept:
+            self._cache = None
+        elif self._cache is not None:
+            width = max(r.length for r in self.rows) - 1
+            self._settle(lambda cache: cache.keep(kept, holes, movers, width))
 
     def join(self, other: Batch) -> None:
         """Take in the rows of a batch of the same model that has made a step."""
         if not other.rows:
             return
         if not self.rows:
-            self.rows, self._cache, self._mask = other.rows, other._cache, other._mask
-        elif self._mask is None or other._mask is None:
-            self.rows, self._cache, self._mask = (
-                self.rows + other.rows,
-                None,
-                None,
-            )  # read anew at the next step
+            self._cache = other._cache
+        elif self._cache is None or other._cache is None:
+            self._cache = None  # read anew at the next step
         else:
-            self._append(other)
-        other.rows, other._cache, other._mask = [], None, None
+            theirs = other._cache
+            self._settle(lambda cache: cache.join(theirs))
+        self.rows, self._next = self.rows + other.rows, None
+        other.rows, other._cache, other._next = [], None, None
 
     def split(self) -> list[Batch]:
         """Each row in a batch of its own, to be read anew from its tokens: how a failed step is tried again."""
         alone = [Batch(self.model, [r]) for r in self.rows]
-        self.rows, self._cache, self._mask = [], None, None
+        self.rows, self._cache, self._next = [], None, None
         return alone
 
-    def _advance(self, r: Row, logits: Tensor, peak: float, greedy: int) -> str:
-        """One row's token. What goes wrong here goes wrong for this row only."""
-        if peak != peak:  # NaN anywhere makes the peak NaN
-            return r.finish("error")
+    def _settle(self, change: Callable[[RowCache], None]) -> None:
+        """The cache follows the rows. Where there is no memory for it, all rows are read anew at the next step."""
+        assert self._cache is not None
         try:
-            return r.take(greedy if r.asked.temperature == 0 else r.choose(logits), self._ends)
-        except Exception:
-            log.exception("row failed", extra={"tokens": len(r.said)})
-            r.finish_reason = "error"
-            return ""
+            change(self._cache)
+        except RuntimeError:
+            log.exception("cache lost", extra={"rows": len(self.rows)})
+            self._cache = None
 
-    def _forward(self) -> Tensor:
-        """Logits (B, V) after the last token of each row; the cache then holds that token."""
-        if self._mask is None:
-            batch = pad([r.ids for r in self.rows], self.model, side="left")
-            ids, mask, positions, cache = batch.ids, batch.mask, batch.positions, DynamicCache()
-        else:
-            ids = torch.tensor([[r.ids[-1]] for r in self.rows], device=self._mask.device)
-            positions = self._mask.sum(1, keepdim=True)
-            mask, cache = pad_tensor(self._mask, (0, 1), value=1), self._cache
-        self._cache = self._mask = None  # a pass that fails leaves no half-written cache behind
+    def _decode(self) -> list[int]:
+        """A token for each row; the cache then holds all tokens but these."""
+        cache, now = self._cache, self._next
+        self._cache = self._next = None  # a pass that fails leaves no half-written cache behind
+        if cache is None:
+            cache = RowCache()
+        numbers = sampling.sent([r.uniform for r in self.rows], torch.float64, self.model.device)
         with torch.no_grad():
+            if now is None:
+                now = Inputs(self.model, self.rows, len(cache) > 0)
             logits = self.model.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
+                input_ids=now.ids,
+                attention_mask=now.mask,
+                position_ids=now.positions,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-        self._cache, self._mask = cache, mask
-        return logits  # type: ignore[no-any-return]
+            tokens = now.sampler(logits, numbers)
+            now.follow(tokens)
+        said: list[int] = tokens.tolist()
+        self._cache, self._next = cache, now
+        return said
 
-    def _append(self, other: Batch) -> None:
-        """Both caches as one: the narrower is padded on the left, where its mask is 0."""
-        assert self._mask is not None and other._mask is not None
-        wide = max(self._mask.shape[1], other._mask.shape[1])
-        mine, theirs = wide - self._mask.shape[1], wide - other._mask.shape[1]
-        self._mask = torch.cat([_left(self._mask, mine, 1), _left(other._mask, theirs, 1)])
-        for layer, more in zip(self._cache.layers, other._cache.layers, strict=True):
-            layer.keys = torch.cat([_left(layer.keys, mine, 2), _left(more.keys, theirs, 2)])
-            layer.values = torch.cat([_left(layer.values, mine, 2), _left(more.values, theirs, 2)])
-        self.rows = self.rows + other.rows
-
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        for layer in self._cache.layers:
-            layer.keys, layer.values = change(layer.keys), change(layer.values)
-
-
-def _left(states: Tensor, count: int, dim: int) -> Tensor:
-    """Zeros before the first entry along a dimension."""
-    if not count:
-        return states
-    shape = list(states.shape)
-    shape[dim] = count
-    return torch.cat([states.new_zeros(shape), states], dim)
+    def _advance(self, r: Row, token: int) -> str:
+        """One row's token. What goes wrong here goes wrong for this row only."""
+        if token == sampling.NONE:
+            return r.finish("error")
+        try:
+            return r.take(token, self._ends)
+        except Exception:
+            log.exception("row failed", extra={"tokens": len(r.said)})
+            r.finish_reason = "error"
+            return ""
 
 
 def next_tokens(model: LoadedModel, ids: Sequence[int]) -> Tensor:
@@ -235,4 +274,4 @@ def next_tokens(model: LoadedModel, ids: Sequence[int]) -> Tensor:
             use_cache=False,
             logits_to_keep=1,
         ).logits[0, -1]
-    return sampling.distribution(logits, 1.0)
+    return sampling.softmax(logits.cpu())

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from service import metrics
+from service.models.memory import cache_bytes
 from service.serving.generation import Batch, Row, Said
 from service.serving.replica import Replica, Weights
 
@@ -33,8 +35,8 @@ class Lane:
     def __bool__(self) -> bool:
         return bool(len(self.batch) or self.waiting or self.failed)
 
-    def group(self, room: int) -> list[Row]:
-        """The next rows to be read together, at most `room`."""
+    def group(self, room: int, fits: Callable[[Sequence[Row]], bool]) -> list[Row]:
+        """The next rows to be read together, at most `room`, and as many as fit."""
         if self.failed:
             return [self.failed.popleft()]
         group: list[Row] = []
@@ -43,17 +45,20 @@ class Lane:
             width = max(width, len(self.waiting[0].ids))
             if group and (len(group) + 1) * width > READ:
                 break
+            if not fits([*group, self.waiting[0]]):
+                break
             group.append(self.waiting.popleft())
         return group
 
 
 class Lanes:
-    """All rows that are being answered, at most `room` of them in batches."""
+    """All rows that are being answered, at most `room` of them in batches, and as many as their caches have memory for."""
 
-    def __init__(self, replica: Replica, room: int) -> None:
+    def __init__(self, replica: Replica, room: int, memory: int | None = None) -> None:
         self._replica = replica
         self._lanes: dict[int, Lane] = {}
         self._room = room
+        self._memory = memory  # bytes for keys and values; None: nobody knows a limit
 
     @property
     def free(self) -> int:
@@ -82,10 +87,23 @@ class Lanes:
     def _left(self) -> int:
         return max(0, self._room - sum(len(lane.batch) for lane in self._lanes.values()))
 
+    def _fits(self, lane: Lane, new: Sequence[Row]) -> bool:
+        """Whether there is memory for the caches of all rows, these included, when all have said all they may. One row by
+        itself always fits: what it takes was looked at when it was asked for."""
+        if self._memory is None:
+            return True
+        rows = {v: [*other.batch.rows, *(new if other is lane else ())] for v, other in self._lanes.items()}
+        if sum(map(len, rows.values())) == 1:
+            return True
+        model = self._replica.base
+        return self._memory >= sum(
+            cache_bytes(model, len(r), max(x.most for x in r)) for r in rows.values() if r
+        )
+
     def _read(self) -> Iterator[list[Said]]:
         """Read one group of waiting prompts when there is room, and let it join its lane."""
         for lane in self._lanes.values():
-            if rows := lane.group(self._left()):
+            if rows := lane.group(self._left(), partial(self._fits, lane)):
                 batch = Batch(self._replica.base, rows)
                 said = self._step(lane, batch)
                 lane.batch.join(batch)

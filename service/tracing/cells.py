@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.tracing.effects import CUTS, window_of
 from service.tracing.question import Question
 
 #: what is cut at the subject's last token -> the name of its cells: plain hidden ones when nothing is
 PATHS = {"none": "hidden", "mlp": "mlp severed", "attn": "attn severed"}
+
+
+class Track(NamedTuple):
+    """A corrupted run of one sample with one token exchanged. Those that share most stand together when sorted."""
+
+    entry: int
+    source: str
+    held: str
+    cut: bool
+    sample: int
+    until: int
+
+    def below(self, layer: int) -> Track:
+        """What of it shows below a block: not yet where its window ends."""
+        return self if self.until <= layer else self._replace(until=layer)
+
+    def holds(self, kind: str, layer: int) -> bool:
+        """Whether the token's module output is held in a block; in the entry block that is how a window begins."""
+        first = self.entry + (self.source == "hidden")
+        return self.held == kind and first <= layer < self.until
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,11 @@ class Cell:
     @property
     def key(self) -> tuple[str, int, int]:
         return self.name, self.token, self.layer
+
+    def track(self, sample: int, q: Question, layers: int) -> Track:
+        """Its run of one sample. In the last block, where no other token listens, holding is no matter."""
+        until = self.until if self.token == q.length - 1 else min(self.until, layers - 1)
+        return Track(self.entry, self.source, self.held, self.cut, sample, until)
 
     def is_low(self, q: Question, layers: int) -> bool:
         """Nothing comes back: before the subject the runs agree; after the last attention no token listens."""

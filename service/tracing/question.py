@@ -10,6 +10,7 @@ from torch import Tensor
 
 from service.errors import InvalidInput
 from service.models.loading import LoadedModel
+from service.models.precision import wide
 from service.models.prompts import forward, pad
 from service.text import Span, Statement, separator, token_span
 from service.tracing.noise import Level, draw, level
@@ -43,7 +44,7 @@ class Question:
     def joint(self, logits: Tensor) -> Tensor:
         """Joint probability (rows,) of the answer's n tokens; logits (rows, n, V) at T-1 .. T+n-2."""
         wanted = torch.tensor(self.answer_ids, device=logits.device).expand(len(logits), -1)
-        logp = logits.float().log_softmax(-1).gather(2, wanted[..., None])[..., 0]
+        logp = wide(logits).log_softmax(-1).gather(2, wanted[..., None])[..., 0]
         return logp.sum(1).exp()
 
 

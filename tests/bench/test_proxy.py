@@ -96,7 +96,10 @@ def test_a_dead_server_resets_the_client() -> None:
         taken.bind((HERE, 0))
         proxy = Proxy(taken.getsockname()[1])
         try:
-            with pytest.raises(ConnectionError), socket.create_connection((HERE, proxy.port), timeout=30) as client:
+            with (
+                pytest.raises(ConnectionError),
+                socket.create_connection((HERE, proxy.port), timeout=30) as client,
+            ):
                 client.recv(100)
                 client.sendall(b"x")
                 client.recv(100)

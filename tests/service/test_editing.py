@@ -20,7 +20,7 @@ from service.editing import companies, edits_steps, strengthened_steps
 from service.editors.composition import compose_layer, pack, rebuild, unpack
 from service.editors.recipes import Recipe, RomeParameters
 from service.editors.rome import find_steps, find_together_steps
-from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError
+from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, Unavailable
 from service.jobs.desk import Desk, RunningJob
 from service.jobs.memory import MemoryBroker
 from service.models.scoring import log_probs
@@ -771,3 +771,14 @@ def test_who_is_carried_out_together(shop: Workshop) -> None:
         [job("a"), job("b"), job("c", dry=True), job("d", "a"), job("e", attempt=2), job("f"), job("g", "f")]
     )
     assert [[j.id for j in company] for company in found] == [["a", "b"], ["c"], ["d"], ["e"], ["f"], ["g"]]
+
+
+def test_an_edit_that_can_never_fit_is_refused(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit whose search no room is ever enough for ends with what to change; one that fits later waits again."""
+    monkeypatch.setattr("service.models.memory.room", lambda _device: 100)
+    monkeypatch.setattr("service.models.memory.capacity", lambda _device: 200)
+    with pytest.raises(InvalidInput, match="shorter prompt or fewer contexts"):
+        shop.edit()
+    monkeypatch.setattr("service.models.memory.capacity", lambda _device: 2**40)
+    with pytest.raises(Unavailable, match="ask again later"):
+        shop.edit("Big Ben")

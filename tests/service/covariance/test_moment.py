@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 
+from service.covariance import moment
 from service.covariance.moment import MomentSum, Statistics
 
 
@@ -33,6 +36,56 @@ def test_accumulation_is_in_double_precision() -> None:
     assert total.mean().item() == pytest.approx(expected, rel=1e-11)
 
 
+def test_every_entry_is_within_its_bound() -> None:
+    """An entry over N tokens is within N 2^-53 / (1 - N 2^-53) of the mean of |k_i k_j|, against exact arithmetic."""
+    keys = torch.randn(60, 5, generator=torch.Generator().manual_seed(6)) * torch.tensor(
+        [1e-6, 1, 3, 1e3, 1e6]
+    )
+    total = MomentSum(5)
+    for part in keys.split(7):
+        total.add(part)
+    found = total.mean()
+    exact = [[Fraction(x) for x in row] for row in keys.tolist()]
+    room = Fraction(61, 2**53) / (1 - Fraction(61, 2**53))  # one more rounding for the division
+    for i in range(5):
+        for j in range(5):
+            products = [row[i] * row[j] for row in exact]
+            error = abs(Fraction(found[i, j].item()) - sum(products) / 60)
+            assert error <= room * sum(map(abs, products)) / 60
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 700, 1550])
+def test_the_half_that_is_left_out_is_the_mirror_of_the_other(size: int) -> None:
+    """C is the whole product, and symmetric to the bit, however the columns are cut into blocks."""
+    keys = torch.randn(30, size, generator=torch.Generator().manual_seed(7))
+    total = MomentSum(size)
+    total.add(keys)
+    found, wide = total.mean(), keys.double()
+    torch.testing.assert_close(found, wide.T @ wide / 30, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found, found.T)
+    assert torch.equal(found, total.mean())
+
+
+def test_a_device_without_double_precision_leaves_the_sum_to_the_cpu() -> None:
+    """The sum is never of less than fp64: where the model's device has none, it stands on the CPU."""
+    total = MomentSum(4, "mps")
+    total.add(torch.ones(2, 4))
+    assert total.total.device.type == "cpu"
+    assert total.total.dtype == torch.float64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_an_accelerator_gives_the_same_moment() -> None:
+    """Keys that stand on an accelerator are summed there, to the same C."""
+    keys = torch.randn(500, 700, generator=torch.Generator().manual_seed(8))
+    here, there = MomentSum(700), MomentSum(700, "cuda")
+    here.add(keys)
+    there.add(keys.cuda())
+    assert there.total.device.type == "cuda"
+    torch.testing.assert_close(there.mean(), here.mean(), rtol=1e-12, atol=1e-12)
+
+
 def test_no_keys_is_an_error() -> None:
     """The mean of nothing is refused."""
     with pytest.raises(ValueError, match="no keys"):
@@ -53,6 +106,23 @@ def test_solve_is_the_damped_inverse() -> None:
     expected = torch.linalg.inv(damped) @ keys.double()
     torch.testing.assert_close(statistics(moment, 0.01).solve(keys), expected)
     torch.testing.assert_close(statistics(moment, 0.01).solve(keys[:, 0]), expected[:, 0])
+
+
+def test_solving_has_the_bits_of_the_library_call() -> None:
+    """Two triangular solves without a copy of the factor give what `cholesky_solve` gives, to the bit."""
+    g = torch.Generator().manual_seed(5)
+    a = torch.randn(900, 300, dtype=torch.float64, generator=g)
+    solved = statistics(a.T @ a / 900, 1e-3)
+    for keys in (torch.randn(300, 1, generator=g), torch.randn(300, 7, generator=g)):
+        assert torch.equal(solved.solve(keys), torch.cholesky_solve(keys.double(), solved.cholesky))
+
+
+def test_the_factor_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second solve does not factor again."""
+    solved = statistics(torch.eye(3, dtype=torch.float64))
+    first = solved.solve(torch.ones(3))
+    monkeypatch.setattr(moment.torch.linalg, "cholesky", None)
+    assert torch.equal(first, solved.solve(torch.ones(3)))
 
 
 def test_damping_makes_a_singular_moment_usable() -> None:

@@ -10,7 +10,7 @@ from tiny import MODEL_TYPES, TEXTS, tiny
 
 from service.covariance import store
 from service.covariance.corpus import Corpus, corpus_steps
-from service.covariance.store import collect_steps, statistics_steps
+from service.covariance.store import batches_of, collect_steps, rows_of, statistics_steps
 from service.errors import Misconfigured
 from service.models.hooks import capture
 from service.models.prompts import forward, pad
@@ -33,6 +33,31 @@ def test_collection_equals_one_text_at_a_time(model_type: str) -> None:
         rows = torch.cat(keys).double()
         assert found[layer].count == len(rows)
         torch.testing.assert_close(found[layer].moment, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+
+
+def test_a_text_too_long_for_one_pass_is_several_rows() -> None:
+    """No token is lost to the length of a text, and no row is longer than the model's positions or a pass."""
+    model = tiny(positions=16)
+    rows = rows_of(model, CORPUS)
+    assert max(map(len, rows)) == 16
+    assert [token for row in rows for token in row] == [
+        token for text in TEXTS for token in model.encode(text)[0]
+    ]
+
+
+def test_a_pass_is_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch holds at most BATCH_TOKENS padded tokens, and all batches hold every row once."""
+    monkeypatch.setattr(store, "BATCH_TOKENS", 50)
+    rows = [[i] * (1 + i % 40) for i in range(100)]
+    batches = batches_of(rows)
+    assert max(len(b) * max(map(len, b)) for b in batches) <= 50
+    assert sorted(row for b in batches for row in b) == sorted(rows)
+
+
+def test_statistics_are_factored_before_they_are_given_out() -> None:
+    """The factor is part of the preparation: no edit waits for it."""
+    found = finish(statistics_steps(tiny(), [0, 1], CORPUS, None))
+    assert all("cholesky" in vars(s) for s in found.values())
 
 
 def test_statistics_are_stored_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

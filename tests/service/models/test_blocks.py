@@ -40,6 +40,27 @@ def test_going_on_after_some_positions(model_type: str, start: int) -> None:
     assert torch.allclose(late, hidden[:, start:].expand(4, -1, -1), atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_block_for_its_last_positions(model_type: str, start: int) -> None:
+    """Keys and values alone are those of the whole block, and its last positions can be run upon them."""
+    model = tiny(model_type)
+    blocks, layer = Blocks(model), 1
+    whole, quiet, end = (
+        blocks.enter(IDS, 0),
+        blocks.enter(IDS[:, start:4], start),
+        blocks.enter(IDS[:, 4:], 4),
+    )
+    hidden = whole.hidden.expand(3, -1, -1)
+    out, (keys, values) = blocks.run(whole, layer, hidden, None)
+    past = keys[:, :, :start], values[:, :, :start]
+    kept = blocks.keep(quiet, layer, hidden[:, start:4], past)
+    for mine, all_of_them in zip(kept, (keys, values), strict=True):
+        assert torch.allclose(mine, all_of_them[:, :, :4], atol=1e-6)
+    last, _ = blocks.run(end, layer, hidden[:, 4:], kept)
+    assert torch.allclose(last, out[:, 4:], atol=1e-5)
+
+
 def test_the_model_is_whole_again() -> None:
     """Between two calls the model's own blocks are in their places, also after an error."""
     model = tiny()

@@ -24,7 +24,9 @@ def test_the_twin_is_the_same_function(name: str) -> None:
         x = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
         y = model(x)
         found.append((y.detach(), torch.autograd.grad(y.sum(), x)[0]))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)  # gelu_fast writes its constant to ten digits
+    torch.testing.assert_close(
+        found[1], found[0], rtol=1e-9, atol=1e-9
+    )  # gelu_fast writes its constant to ten digits
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gptj"])

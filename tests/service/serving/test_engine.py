@@ -13,11 +13,12 @@ from fakes import MemoryDesk, ShuffledReplica, heard, pieces
 from tiny import tiny
 
 from service import faults
-from service.errors import Conflict, Disagrees, LeaseLost, Unavailable
+from service.errors import Conflict, Disagrees, InvalidInput, LeaseLost, Unavailable
 from service.jobs.broker import CALLS, Broker, Event, Message
 from service.jobs.desk import RunningJob
 from service.jobs.memory import MemoryBroker
 from service.jobs.redis import RedisBroker
+from service.models.memory import cache_bytes
 from service.progress import Ended, News, Progress, Steps, Told, Working
 from service.requests import CompareRequest, GenerateRequest, Sampling
 from service.serving.engine import INTERRUPTIONS, Engine, Pace
@@ -26,7 +27,7 @@ from service.serving.generation import Batch, next_tokens, row
 torch.set_num_threads(1)
 
 PROMPTS = ["The Eiffel Tower is located in the city of", "Big Ben", "In which country is Mount Fuji?"]
-BRISK = Pace(wait=0.01, look=0.0, follow=0.0, grace=5.0)
+BRISK = Pace(wait=0.01, look=0.0, follow=0.0, grace=5.0, share=0.0)  # a step of a job in every turn
 
 
 class House:
@@ -216,6 +217,36 @@ def test_more_rows_than_there_is_room_for() -> None:
         assert [c["tokens"] for c in house.end(channel).data["choices"]] == wanted
 
 
+def test_rows_wait_while_there_is_no_memory_for_their_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows decode side by side as far as the caches of all fit when all is said; the others wait, and all are answered."""
+    model = tiny()
+    longest = max(len(model.encode(p)[0]) for p in PROMPTS) + 10
+    monkeypatch.setattr("service.models.memory.room", lambda _device: 2 * cache_bytes(model, 2, longest))
+    house = House()
+    beside: list[int] = []
+    house.replica.base.model.register_forward_hook(
+        lambda _module, _args, kwargs, _out: beside.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    channels = [house.generate(prompt=prompt, max_new_tokens=10) for prompt in PROMPTS * 2]
+    house.turn()
+    assert max(beside) == 2
+    for channel, prompt in zip(channels, PROMPTS * 2, strict=True):
+        tokens = house.end(channel).data["choices"][0]["tokens"]
+        assert tokens == house.alone(prompt, 2, Sampling(max_new_tokens=10))
+
+
+def test_an_answer_that_can_never_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device could not hold even if it held nothing else is the request's fault, and says what to change."""
+    monkeypatch.setattr("service.models.memory.room", lambda _device: 1000)
+    monkeypatch.setattr("service.models.memory.capacity", lambda _device: 2000)
+    house = House()
+    channel = house.generate(prompt=PROMPTS[0], max_new_tokens=40)
+    house.turn()
+    refused = house.end(channel)
+    assert refused.name == "error" and refused.data["title"] == InvalidInput.title
+    assert "ask for fewer tokens" in refused.data["detail"]
+
+
 def test_requests_that_come_together_are_read_together() -> None:
     """Prompts that wait at the same time, of whatever request, are read in one pass."""
     house = House()
@@ -315,7 +346,7 @@ def test_a_cancelled_job_ends_between_two_steps() -> None:
 
 # jobs that are carried out together
 
-TOGETHER = Pace(edits=4, wait=0.01, look=0.0, follow=0.0)
+TOGETHER = Pace(edits=4, wait=0.01, look=0.0, follow=0.0, share=0.0)
 
 
 def ending(log: list[list[str]], news: Sequence[News]) -> Callable[..., Working]:

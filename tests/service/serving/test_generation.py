@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from drawn import choose
 from tiny import MODEL_TYPES, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from service.errors import InvalidInput
-from service.models.loading import LoadedModel
+from service.models.loading import LoadedModel, wrap
 from service.requests import Sampling
+from service.serving.cache import RowCache
 from service.serving.generation import Batch, Row, end_tokens, next_tokens, row
 
 torch.set_num_threads(1)
@@ -72,12 +79,114 @@ def test_rows_join_and_leave_between_steps(model_type: str) -> None:
     assert len({r.said[1] for r in rows}) > 1
 
 
-def test_a_sliding_window_is_respected() -> None:
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "close"),
+    [
+        ("gpt2", torch.float32, 1e-5),
+        ("gptj", torch.float32, 1e-5),
+        ("llama", torch.float32, 1e-5),
+        ("gpt2", torch.float64, 1e-10),
+        ("gptj", torch.float64, 1e-5),  # whose attention is fp32 in any case
+        ("llama", torch.float64, 1e-10),
+    ],
+)
+def test_rows_say_what_is_drawn_slowly(model_type: str, dtype: torch.dtype, close: float) -> None:
+    """A batch has the logits of whole texts read without a cache, and says what the definition draws from those."""
+    model = tiny(model_type, dtype=dtype)
+    asked = [
+        Sampling(max_new_tokens=15, temperature=t, top_k=k, top_p=p, seed=i)
+        for i, (t, k, p) in enumerate([(0.0, None, 1.0), (1.0, None, 1.0), (0.7, 40, 1.0), (1.3, None, 0.8)])
+    ]
+    batch = Batch(model, [row(model, p, a) for p, a in zip(PROMPTS, asked, strict=True)])
+    batch._ends, rows, found = frozenset(), list(batch.rows), []
+    handle = model.head.register_forward_hook(lambda _m, _i, output: found.append(output[:, -1]))
+    while len(batch):
+        batch.step()
+    handle.remove()
+    for i, r in enumerate(rows):
+        numbers = torch.Generator().manual_seed(r.asked.seed)
+        with torch.no_grad():
+            wanted = model.model(torch.tensor([r.ids])).logits[0, len(r.prompt) - 1 : -1]
+        torch.testing.assert_close(torch.stack([x[i] for x in found]), wanted, rtol=close, atol=close)
+        assert [choose(x, r.asked, numbers) for x in wanted] == r.said
+
+
+def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither rows of unequal length nor any way of drawing make a step of decoding ask for more than its tokens."""
+    model = tiny("llama")
+    asked = [Sampling(temperature=t, top_k=k) for t, k in ((0.0, None), (1.0, None), (0.5, 7), (0.0, None))]
+    batch = Batch(model, [row(model, p, a) for p, a in zip(PROMPTS, asked, strict=True)])
+    batch.step()
+    asks: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op is torch.ops.aten._local_scalar_dense.default or op is torch.ops.aten.nonzero.default:
+                asks.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asks.append("tolist") or tolist(self))
+    with Watch():
+        batch.step()
+    assert len(batch) == len(PROMPTS) and asks == ["tolist"]
+
+
+def test_memory_is_given_back_when_rows_leave() -> None:
+    """When a long row leaves, the columns and the place that only it needed go with it."""
+    model = tiny("gpt2", positions=600)
+    long = row(model, PROMPTS[0] * 10, Sampling(max_new_tokens=2))
+    short = row(model, "Big", Sampling(max_new_tokens=50))
+    batch = Batch(model, [long, short])
+    batch.step()
+    assert batch._cache is not None
+    before = batch._cache.layers[0]._store.numel()
+    batch.step()
+    after = batch._cache.layers[0]._store.numel()
+    assert len(batch) == 1 and after < before / 5
+    while len(batch):
+        batch.step()
+    assert batch._cache is None and short.said == alone(model, "Big", Sampling(max_new_tokens=50))
+
+
+@pytest.mark.parametrize("failing", ["keep", "join"])
+def test_rows_outlive_their_cache(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When there is no memory to rearrange the cache, nothing that was said is lost, and all rows go on."""
+    model = tiny("gpt2")
+    asked = [Sampling(max_new_tokens=n, temperature=1.0, seed=n) for n in (3, 9, 12)]
+    rows = [row(model, p, a) for p, a in zip(PROMPTS, asked, strict=False)]
+    batch, late = Batch(model, rows[:2]), Batch(model, rows[2:])
+    batch.step()
+    late.step()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(RowCache, failing, fail)
+    batch.join(late)
+    while len(batch):
+        batch.step()
+    assert [r.said for r in rows] == [alone(model, p, a) for p, a in zip(PROMPTS, asked, strict=False)]
+
+
+def windowed(model_type: str) -> LoadedModel:
+    """A model some of whose layers look back four tokens only."""
+    model = tiny(model_type)
+    config = copy.deepcopy(model.model.config)
+    config.sliding_window = 4
+    config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    if model_type == "mistral":  # which has one kind of layer
+        config.layer_types = ["sliding_attention"] * 3
+    made = AutoModelForCausalLM.from_config(config)
+    made.load_state_dict(model.model.state_dict())
+    return wrap(made, model.tokenizer)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_a_sliding_window_is_respected(model_type: str) -> None:
     """A model whose attention reaches back only a few tokens says in a batch what generate() says."""
-    model = tiny("mistral")
-    model.model.config.sliding_window = 4
-    model.model.config.layer_types = ["sliding_attention"] * 3
-    full = [reference(tiny("mistral"), p, 12) for p in PROMPTS]
+    model = windowed(model_type)
+    full = [reference(tiny(model_type), p, 12) for p in PROMPTS]
     wanted = [reference(model, p, 12) for p in PROMPTS]
     assert wanted != full
     assert [

@@ -1,4 +1,4 @@
-"""Sampling against brute force."""
+"""Sampling against brute force, and against one row at a time."""
 
 from __future__ import annotations
 
@@ -6,15 +6,35 @@ import math
 
 import pytest
 import torch
+from drawn import choose, distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from service.requests import Sampling
-from service.serving.sampling import choose, distribution, draw, generator
+from service.serving.sampling import FEW, NONE, Sampler, draw, uniforms
 
 torch.set_num_threads(1)
 
+CPU = torch.device("cpu")
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
+ASKED = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+    top_k=st.sampled_from([None, 1, 3, 40, 1000]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
+)
+
+
+def shares(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+    """What the sampler gives each token of one row (V,), with a sum of 1."""
+    asked = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    p = Sampler([asked], CPU).probabilities(logits[None])[0]
+    return p / p.sum()
+
+
+def drawn(p: Tensor, uniform: float) -> int:
+    return int(draw(p[None], torch.tensor([uniform], dtype=torch.float64)))
 
 
 def brute(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> list[float]:
@@ -44,7 +64,7 @@ def test_the_distribution_is_that_of_the_definition(
 ) -> None:
     """Temperature, then top-k, then top-p, as written down in plain Python."""
     wanted = brute(logits, temperature, top_k, top_p)
-    found = distribution(torch.tensor(logits), temperature, top_k, top_p).tolist()
+    found = shares(torch.tensor(logits), temperature, top_k, top_p).tolist()
     if top_p < 1:  # a mass that reaches p only by rounding may fall either way
         steps = sorted((p for p in brute(logits, temperature, top_k, 1.0)), reverse=True)
         edges = [sum(steps[: i + 1]) for i in range(len(steps))]
@@ -55,7 +75,7 @@ def test_the_distribution_is_that_of_the_definition(
 
 def test_equals_are_kept_by_their_ids() -> None:
     """top_k keeps exactly k tokens, of equals the lower ids."""
-    p = distribution(torch.tensor([1.0, 2.0, 2.0, 2.0]), 1.0, top_k=2)
+    p = shares(torch.tensor([1.0, 2.0, 2.0, 2.0]), 1.0, top_k=2)
     assert p.tolist() == pytest.approx([0, 0.5, 0.5, 0])
 
 
@@ -63,8 +83,8 @@ def test_equals_are_kept_by_their_ids() -> None:
 @given(LOGITS, st.floats(0, 1, exclude_max=True))
 def test_a_draw_is_the_inverse_of_the_distribution(logits: list[float], uniform: float) -> None:
     """The drawn token is the one in whose share of [0, 1) the number falls."""
-    p = distribution(torch.tensor(logits), 1.0)
-    token = draw(p, uniform)
+    p = shares(torch.tensor(logits), 1.0)
+    token = drawn(p, uniform)
     below, above = float(p[:token].sum()), float(p[: token + 1].sum())
     assert p[token] > 0
     assert below - 1e-12 <= uniform <= above + 1e-12
@@ -74,30 +94,67 @@ def test_a_draw_is_the_inverse_of_the_distribution(logits: list[float], uniform:
 def test_a_token_that_was_cut_is_never_drawn(uniform: float) -> None:
     """Not even at the ends of the unit interval."""
     p = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0], dtype=torch.float64)
-    assert draw(p, uniform) in (1, 3)
+    assert drawn(p, uniform) in (1, 3)
 
 
 def test_frequencies_follow_the_distribution() -> None:
-    """Over many draws of one generator, each token comes as often as it is probable (five standard deviations)."""
-    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
-    asked = Sampling(temperature=1.3, top_k=4, top_p=0.95)
-    p = distribution(logits, 1.3, 4, 0.95)
-    numbers, n = generator(7), 4000
-    counts = torch.zeros(5, dtype=torch.float64)
-    for _ in range(n):
-        counts[choose(logits, asked, numbers)] += 1
+    """Over many draws of one request, each token comes as often as it is probable (five standard deviations)."""
+    logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5]), 4000
+    p = shares(logits, 1.3, 4, 0.95)
+    sampler = Sampler([Sampling(temperature=1.3, top_k=4, top_p=0.95)] * n, CPU)
+    tokens = sampler(logits.expand(n, -1), torch.tensor(uniforms(7, n), dtype=torch.float64))
+    counts = tokens.bincount(minlength=5)
     assert ((counts / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
 
 
-def test_temperature_zero_is_greedy_and_draws_nothing() -> None:
-    """At temperature 0 the most probable token is taken, of equals the lowest, and the generator stays as it was."""
-    numbers = generator(1)
-    before = numbers.get_state()
-    assert choose(torch.tensor([0.0, 3.0, 3.0]), Sampling(), numbers) == 1
-    assert torch.equal(numbers.get_state(), before)
+@settings(max_examples=150, deadline=None)
+@given(st.lists(ASKED, min_size=1, max_size=6), st.integers(0, 2**32), st.sampled_from([5, 60, 900]))
+def test_a_batch_draws_what_each_row_draws_alone(asked: list[Sampling], seed: int, size: int) -> None:
+    """Rows of all wishes side by side, equal logits among them, draw token by token what the slow definition draws."""
+    source = torch.Generator().manual_seed(seed)
+    numbers = [torch.Generator().manual_seed(seed + i) for i in range(len(asked))]
+    given = torch.tensor([uniforms(seed + i, 4) for i in range(len(asked))], dtype=torch.float64)
+    sampler = Sampler(asked, CPU)
+    for step in range(4):
+        logits = (torch.randn(len(asked), size, generator=source) * 4).round(decimals=step % 2)
+        slow = [choose(x, a, g) for x, a, g in zip(logits, asked, numbers, strict=True) if a.temperature > 0]
+        fast = sampler(logits, given[:, step]).tolist()
+        assert [t for t, a in zip(fast, asked, strict=True) if a.temperature > 0] == slow
+        assert [t for t, a in zip(fast, asked, strict=True) if a.temperature == 0] == [
+            int(x.argmax()) for x, a in zip(logits, asked, strict=True) if a.temperature == 0
+        ]
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.9999])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
+def test_a_nucleus_of_any_size_is_found(top_p: float, scale: float) -> None:
+    """From a handful of tokens to nearly all of them, the kept ones are those of a full sort."""
+    logits = torch.randn(20 * FEW, generator=torch.Generator().manual_seed(1)) * scale
+    torch.testing.assert_close(
+        shares(logits, 1.0, None, top_p), distribution(logits, 1.0, None, top_p), rtol=1e-12, atol=0
+    )
+
+
+def test_a_token_has_its_number_whatever_the_room() -> None:
+    """The numbers of a seed are those of its generator one by one, however many are asked for."""
+    numbers = torch.Generator().manual_seed(3)
+    wanted = [torch.rand((), dtype=torch.float64, generator=numbers).item() for _ in range(40)]
+    assert all(uniforms(3, n) == wanted[:n] for n in (1, 7, 16, 40))
+
+
+def test_temperature_zero_is_greedy() -> None:
+    """At temperature 0 the most probable token is taken, of equals the lowest."""
+    assert Sampler([Sampling()], CPU)(torch.tensor([[0.0, 3.0, 3.0]]), torch.zeros(1)).tolist() == [1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_numbers_give_no_token(bad: float) -> None:
+    """A row of such logits has no token, drawn or not; the rows beside it have theirs."""
+    logits = torch.tensor([[1.0, bad, 0.0], [0.0, 0.0, 9.0], [bad, 0.0, 0.0]])
+    asked = [Sampling(temperature=1.0, top_p=0.5), Sampling(temperature=0.1, top_k=2), Sampling()]
+    assert Sampler(asked, CPU)(logits, torch.full((3,), 0.5).double()).tolist() == [NONE, 2, NONE]
 
 
 def test_extreme_logits_give_numbers() -> None:
     """A low temperature and wide logits overflow nothing."""
-    p = distribution(torch.tensor([3e38, -3e38, 0.0]), 0.01)
-    assert p.tolist() == [1, 0, 0]
+    assert shares(torch.tensor([3e38, -3e38, 0.0]), 0.01).tolist() == [1, 0, 0]

@@ -1,0 +1,113 @@
+"""The embedded wiring in one process, with a stop-watch on every job: how benches meet the service as its users do.
+
+One thread runs the engine; whoever asks does so from a thread of their own, through the same operations as the API.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from service.bootstrap import wire
+from service.evaluation.cases import Case
+from service.ids import new_id
+from service.jobs.desk import Desk, RunningJob
+from service.models.loading import LoadedModel
+from service.progress import News, Progress, Told, Working, finish
+from service.requests import EditRequest
+from service.serving.engine import Engine, Pace, Task
+from service.serving.replica import Replica
+from service.settings import Settings
+from service.toolkit import prepare_steps
+from workers.card import card, tokenizer_json
+from workers.tasks import tasks
+
+Durations = dict[str, list[float]]
+WAITING = ("queued", "running")
+
+
+class House:
+    """A running service around one model. `durations` has the seconds of every step of a job, by phase."""
+
+    def __init__(self, folder: Path, model: LoadedModel, pace: Pace | None = None) -> None:
+        self.wired = wire(Settings(data=folder, redis_url=None, database_url=None))
+        self.wired.database.migrate()
+        toolkit = finish(prepare_steps(model, folder))
+        desk = Desk(self.wired.database, self.wired.broker, model.fingerprint, new_id("worker"), sole=True)
+        self.replica = Replica(model, desk)
+        self.durations: Durations = defaultdict(list)
+        work = {
+            kind: timed(task, self.durations) for kind, task in tasks(self.replica, desk, toolkit).items()
+        }
+        self.engine = Engine(self.replica, desk, self.wired.broker, work, pace)
+        desk.register(card(model, toolkit), tokenizer_json(model))
+        desk.heartbeat(0, None)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self.engine.run, args=(self._stop,))
+        self._thread.start()
+
+    def __enter__(self) -> House:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stop.set()
+        self.wired.broker.wake()
+        self._thread.join()
+        self.wired.close()
+
+    def submit(self, cases: Sequence[Case]) -> list[str]:
+        """Ask for the cases as edits, with their probes; their ids."""
+        requests = [edit_request(c) for c in cases]
+        return [r["id"] for r in self.wired.operations.submit_edits(requests, "bench", None)]
+
+    def edit(self, cases: Sequence[Case]) -> Mapping[str, str]:
+        """The cases as edits, waited for; how each ended, by its id."""
+        ids = self.submit(cases)
+        while any(self.status(i) in WAITING for i in ids):
+            time.sleep(0.05)
+        return {i: self.status(i) for i in ids}
+
+    def status(self, edit: str) -> str:
+        return str(self.wired.operations.edit(edit)["status"])
+
+
+def edit_request(case: Case) -> EditRequest:
+    """A case as a user would ask for it: its paraphrases and neighbours as probes."""
+    neighbours = [{"prompt": p, "target": case.target_true} for p in case.neighbours]
+    return EditRequest.model_validate(
+        {
+            "subject": case.subject,
+            "prompt": case.prompt,
+            "target_new": case.target_new,
+            "target_true": case.target_true,
+            "probes": {"paraphrase": list(case.paraphrases), "neighborhood": neighbours},
+        }
+    )
+
+
+def timed(task: Task, durations: Durations) -> Task:
+    """The same task; how long each of its steps took is kept by phase, of several jobs together as of one."""
+
+    def run(*jobs: RunningJob) -> Working:
+        steps = task(*jobs)
+        while True:
+            began = time.perf_counter()
+            news = next(steps, None)
+            durations[_phase(news)].append(time.perf_counter() - began)
+            if news is None:
+                return
+            yield news
+
+    return run
+
+
+def _phase(news: News | None) -> str:
+    if isinstance(news, Told):
+        news = news.progress
+    return news.phase if isinstance(news, Progress) else "commit"

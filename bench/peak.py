@@ -1,0 +1,67 @@
+"""The most memory that a piece of work holds at once: counted exactly on the CPU, asked of the allocator on an accelerator.
+
+On the CPU every tensor that an operation gives is weighed when it appears and forgotten when its storage is freed, those
+included that only the gradient's graph holds. What a kernel takes and frees within itself is not seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Live(TorchDispatchMode):
+    """Within the context, weighs the storages that come to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._fresh: dict[Any, bool] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func not in self._fresh:  # what is a view of an argument, or is written into one, is nothing new
+            self._fresh[func] = all(r.alias_info is None for r in func._schema.returns)
+        if self._fresh[func]:
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self._weigh(tensor.untyped_storage())
+        return out
+
+    def _weigh(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+
+        def freed(_: object) -> None:
+            self._seen.pop(key, None)
+            self.now -= size
+
+        self._seen[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
+    """The most bytes that `work` holds at once beyond what was held before, its result included."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = work()
+        torch.cuda.synchronize()
+        del kept
+        return int(torch.cuda.max_memory_allocated() - before)
+    with Live() as live:
+        kept = work()
+        del kept
+    return live.peak

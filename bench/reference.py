@@ -1,0 +1,292 @@
+"""The authors' own ROME and causal tracing (Meng et al. 2022), run from a checkout of their repository beside ours.
+
+Nothing of theirs is here. Their modules are read from the checkout when asked for, changed in memory so far that they
+run on the device at hand, and their own functions are called: `execute_rome`, `calculate_hidden_flow` and
+`trace_with_repatch`. The contexts, the second moment and the noise are ours, so that both sides solve the same problem.
+
+Their index arithmetic takes it that a tokenizer adds no start token; `without_start` makes a model that both sides read alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN, GELUTanh
+
+from service.covariance.moment import Statistics
+from service.editors.composition import LowRank
+from service.editors.recipes import RomeParameters
+from service.models.loading import LoadedModel
+
+OPTION = "--reference"
+HOW = (
+    f"git clone https://github.com/kmeng01/rome, and say where it is with {OPTION} PATH; "
+    "without it only our own figures are taken."
+)
+PACKAGES = ("rome", "util", "experiments")  # of theirs, which are read
+#: what their modules import beside and never touch in the functions that are called here
+STUBS: Mapping[str, Mapping[str, Any]] = {
+    "datasets": {"load_dataset": None},
+    "dsets": {"KnownsDataset": None},
+    "util.globals": {"STATS_DIR": "", "DATA_DIR": ""},  # theirs is read from a file in the working directory
+}
+LOSS = re.compile(r"^loss (\S+) =", re.MULTILINE)  # they only print it
+
+
+class Missing(Exception):
+    """There is no checkout to run."""
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(OPTION, type=Path, metavar="PATH", help="a checkout of github.com/kmeng01/rome")
+
+
+def without_start(model: LoadedModel) -> LoadedModel:
+    """The same model, whose tokenizer adds no start token and can pad."""
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.pad_token = tokenizer.eos_token
+    return replace(model, tokenizer=tokenizer)
+
+
+def as_theirs(model: LoadedModel) -> Any:
+    """The transformers model as theirs would load it, on the same weights: without the activations that we exchange."""
+    plain = copy.deepcopy(model.model, {id(p): p for p in model.model.parameters()})
+    for module in list(plain.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, GELUTanh):
+                setattr(module, name, ACT2FN[plain.config.activation_function])
+    return plain
+
+
+def adapted(source: str, device: str) -> str:
+    """Their source for another device than the one that is written in it."""
+    return source.replace('"cuda"', f'"{device}"').replace(".cuda()", f'.to("{device}")')
+
+
+class _Loader(SourceFileLoader):
+    """Compiles what `adapted` makes of a file; no byte code is read or kept."""
+
+    def __init__(self, name: str, path: str, device: str) -> None:
+        super().__init__(name, path)
+        self.device = device
+
+    def get_code(self, fullname: str) -> CodeType:
+        source = adapted(Path(self.path).read_text(encoding="utf-8"), self.device)
+        with warnings.catch_warnings(action="ignore"):  # of how they escape characters
+            return compile(source, self.path, "exec", dont_inherit=True)
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, root: Path, device: str) -> None:
+        self.root, self.device = root, device
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not _theirs(fullname):
+            return None
+        spec = PathFinder.find_spec(fullname, path or [str(self.root)], target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Loader(fullname, spec.loader.path, self.device)
+        return spec
+
+
+def _theirs(name: str) -> bool:
+    return name.partition(".")[0] in (*PACKAGES, *STUBS)
+
+
+@contextlib.contextmanager
+def _importing(root: Path, device: str) -> Iterator[None]:
+    """Within the context their packages can be imported; afterwards nobody else finds them, whatever their names."""
+    finder = _Finder(root, device)
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if _theirs(name)}
+    for name, contents in STUBS.items():
+        stub = ModuleType(name)
+        stub.__spec__ = ModuleSpec(name, None)
+        stub.__dict__.update(contents)
+        sys.modules[name] = stub
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if _theirs(name)]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Their modules, read for one device."""
+
+    rome_main: Any
+    compute_u: Any
+    causal_trace: Any
+
+    @classmethod
+    def load(cls, path: Path | None, device: str = "cpu") -> Reference:
+        """Raises `Missing`, which says what to do, where there is no checkout."""
+        if path is None:
+            raise Missing(f"The reference implementation is not at hand: {HOW}")
+        wanted = [path / "rome" / "rome_main.py", path / "experiments" / "causal_trace.py"]
+        if lost := [x for x in wanted if not x.is_file()]:
+            raise Missing(f"{path} is no checkout of the reference implementation, it lacks {lost[0]}: {HOW}")
+        with _importing(path.resolve(), device):
+            names = ("rome.rome_main", "rome.compute_u", "experiments.causal_trace")
+            return cls(*(import_module(name) for name in names))
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What one of their edits found."""
+
+    change: LowRank
+    losses: list[float]  #: as printed, to three digits after the point
+
+
+class Editor:
+    """Their editor on one model, with our contexts and our second moment where theirs would be.
+
+    Their caches are globals of their modules, so only the editor made last may be used.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        model: LoadedModel,
+        contexts: Sequence[str],
+        statistics: Statistics,
+        parameters: RomeParameters,
+    ) -> None:
+        self._model, self._tokenizer = as_theirs(model), model.tokenizer
+        self._main, self._u = reference.rome_main, reference.compute_u
+        self._hparams = self._main.ROMEHyperParams(**hyperparameters(model, parameters))
+        self._steps = parameters.steps
+        self._main.CONTEXT_TEMPLATES_CACHE = ["{}", *(f"{c}. {{}}" for c in contexts)]
+        damped = (statistics.cholesky @ statistics.cholesky.T).float()  # they keep it in single precision
+        self._u.layer_stats = lambda *_, **__: SimpleNamespace(mom2=SimpleNamespace(moment=lambda: damped))
+        self.forget()
+
+    def forget(self) -> None:
+        """The inverse of the second moment, which is taken before the first edit."""
+        self._u.inv_mom2_cache.clear()
+
+    def invert(self) -> Tensor:
+        """What comes once before all edits: their inverse of the second moment."""
+        h = self._hparams
+        layer = h.rewrite_module_tmp.format(h.layers[0])
+        with _silence():
+            return self._u.get_inv_cov(self._model, None, layer, h.mom2_dataset, "", h.mom2_dtype)  # type: ignore[no-any-return]
+
+    def edit(self, subject: str, prompt: str, target: str, steps: int | None = None) -> Edited:
+        """One edit, which leaves the model as it was; of so many steps at the most."""
+        self._hparams.v_num_grad_steps = steps or self._steps
+        request = {"subject": subject, "prompt": prompt, "target_new": {"str": target}}
+        with _silence() as said:
+            found = self._main.execute_rome(self._model, self._tokenizer, request, self._hparams)
+        ((u, v),) = found.values()
+        losses = [float(x) for x in LOSS.findall(said.getvalue())]
+        return Edited(LowRank(v.double().cpu()[:, None], u.double().cpu()[None, :]), losses)
+
+
+def hyperparameters(model: LoadedModel, parameters: RomeParameters) -> dict[str, Any]:
+    """Ours in their words. Their loss at which the optimisation ends is written in their code: 0.05."""
+    blocks, down = model.architecture.blocks, model.architecture.down
+    block = f"{blocks}.{{}}"
+    return {
+        "layers": list(parameters.layers),
+        "fact_token": "subject_last",
+        "v_num_grad_steps": parameters.steps,
+        "v_lr": parameters.learning_rate,
+        "v_loss_layer": model.layers - 1,
+        "v_weight_decay": parameters.weight_decay,
+        "clamp_norm_factor": parameters.clamp,
+        "kl_factor": parameters.kl_factor,
+        "mom2_adjustment": True,
+        "context_template_length_params": [],
+        "rewrite_module_tmp": f"{block}.{down}",
+        "layer_module_tmp": block,
+        "mlp_module_tmp": f"{block}.{down.rpartition('.')[0]}",
+        "attn_module_tmp": f"{block}.{model.architecture.attention}",
+        "ln_f_module": model.architecture.norm,
+        "lm_head_module": model.architecture.head,
+        "mom2_dataset": "ours",
+        "mom2_n_samples": 0,
+        "mom2_dtype": "float32",
+    }
+
+
+class Tracer:
+    """Their tracer on one model."""
+
+    def __init__(self, reference: Reference, model: LoadedModel) -> None:
+        self._theirs = reference.causal_trace
+        self._model, self._tokenizer = as_theirs(model), model.tokenizer
+        self._mt = self._theirs.ModelAndTokenizer(model=self._model, tokenizer=self._tokenizer)
+
+    def flow(
+        self, text: str, subject: str, kind: str, noise: float, rows: str | None = None, samples: int = 10
+    ) -> Tensor:
+        """One map (T, L): "hidden", "mlp" or "attn"; with `rows="subject_last"` that token's row alone."""
+        found = self._theirs.calculate_hidden_flow(
+            self._mt,
+            text,
+            subject,
+            samples=samples,
+            noise=noise,
+            token_range=rows,
+            kind=None if kind == "hidden" else kind,
+        )
+        return found["scores"]  # type: ignore[no-any-return]
+
+    def severed(self, text: str, subject: str, cut: str, noise: float, samples: int = 10) -> Tensor:
+        """One severed path (L,) at the subject's last token.
+
+        What is held comes from other noise than the run that it is held in, as in the paper's figure: the scores are not
+        ours, the work is the same.
+        """
+        t = self._theirs
+        tokens = t.make_inputs(self._tokenizer, [text] * (samples + 1))
+        with torch.no_grad():
+            answer = t.predict_from_input(self._model, tokens)[0][0]
+        begin, end = t.find_token_range(self._tokenizer, tokens["input_ids"][0], subject)
+        layers = range(self._mt.num_layers)
+        held = [(end - 1, t.layername(self._model, m, cut)) for m in layers]
+        scores = [
+            t.trace_with_repatch(
+                self._model,
+                tokens,
+                [(end - 1, t.layername(self._model, layer))],
+                held,
+                answer,
+                (begin, end),
+                noise=noise,
+            )
+            for layer in layers
+        ]
+        return torch.stack(scores).cpu()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[io.StringIO]:
+    """Keep what they print."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        yield said

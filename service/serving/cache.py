@@ -1,0 +1,106 @@
+"""The keys and values of rows that decode side by side, in storage that is written in place.
+
+All rows end at the same column and reach back from there as far as they have tokens; what lies left of a row's first
+token is never looked at (the mask says so) but is always a number. A step writes one column. A row that leaves is
+overwritten by one from the end, a row that joins is written behind the last: neither moves the others. Only when the
+columns are used up, or most of the storage lies idle, the part in use moves to storage of the right size; that happens
+so seldom that a token costs the same however long the rows are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+LEAST = 32  # columns of room that new storage has, at least
+IDLE = 4  # storage may be this many times the part in use
+
+
+class Layer(DynamicLayer):  # type: ignore[misc]
+    """One layer. `keys` and `values` (rows, heads, columns, size) are views of the storage: what attention reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._store: Tensor | None = None  # (2, rows, heads, columns, size)
+        self._rows = self._begin = self._end = 0
+
+    @property
+    def width(self) -> int:
+        return self._end - self._begin
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write new columns behind the last; give all keys and all values."""
+        self._rows, count = key_states.shape[0], key_states.shape[2]
+        end = self._end + count
+        if self._store is None or end > self._store.shape[3]:
+            self._move(self._rows, self.width, self.width + count, key_states)
+            end = self._end + count
+        assert self._store is not None
+        self._store[0, : self._rows, :, self._end : end] = key_states
+        self._store[1, : self._rows, :, self._end : end] = value_states
+        self._end = end
+        self._show()
+        return self.keys, self.values
+
+    def keep(self, kept: int, holes: Sequence[int], movers: Sequence[int], width: int) -> None:
+        """The first `kept` rows stay, those at `movers` in the places of those at `holes`, with their last `width` columns."""
+        assert self._store is not None
+        for hole, mover in zip(holes, movers, strict=True):
+            self._store[:, hole, :, : self._end] = self._store[:, mover, :, : self._end]
+        self._rows, self._begin = kept, self._end - width
+        _, rows, _, columns, _ = self._store.shape
+        if rows * columns > IDLE * kept * (width + LEAST):
+            self._move(kept, width, width)
+        self._show()
+
+    def join(self, other: Layer) -> None:
+        """Take in the rows of another, behind mine."""
+        assert self._store is not None and other._store is not None
+        rows, width = self._rows + other._rows, max(self.width, other.width)
+        if rows > self._store.shape[1] or width > self._end:
+            self._move(rows, width, width)
+        at, self._begin = self._end - other.width, self._end - width
+        theirs = other._store[:, : other._rows, :, other._begin : other._end]
+        self._store[:, self._rows : rows, :, :at] = 0
+        self._store[:, self._rows : rows, :, at : self._end] = theirs
+        self._rows = rows
+        self._show()
+
+    def _move(self, rows: int, end: int, columns: int, like: Tensor | None = None) -> None:
+        """New storage for that many rows, with room behind `columns`; the part in use then ends at `end`."""
+        old, begin = self._store, end - self.width
+        like = like if old is None else old
+        assert like is not None
+        shape = (2, rows, like.shape[-3], columns + max(LEAST, columns // 2), like.shape[-1])
+        self._store = like.new_empty(shape)
+        if old is not None:
+            live = min(self._rows, rows)
+            self._store[:, :live, :, :begin] = 0
+            self._store[:, :live, :, begin:end] = old[:, :live, :, self._begin : self._end]
+        self._begin, self._end = begin, end
+
+    def _show(self) -> None:
+        assert self._store is not None
+        self.keys, self.values = self._store[:, : self._rows, :, self._begin : self._end]
+        self.is_initialized = True
+
+
+class RowCache(Cache):  # type: ignore[misc]
+    """The cache of a batch, as transformers' models know it. It holds every token of its rows but the last."""
+
+    layers: list[Layer]
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=Layer)
+
+    def keep(self, kept: int, holes: Sequence[int], movers: Sequence[int], width: int) -> None:
+        """Rows leave: the first `kept` stay, those at `movers` in the places of those at `holes`."""
+        for layer in self.layers:
+            layer.keep(kept, holes, movers, width)
+
+    def join(self, other: RowCache) -> None:
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.join(theirs)
