@@ -26,11 +26,12 @@ from torch import Tensor
 from service.covariance.moment import Statistics
 from service.editors.composition import Association
 from service.editors.recipes import RomeParameters
-from service.editors.values import Place, Rows, Value, Wish, rows, values_steps, wide
+from service.editors.values import Place, Rows, Value, Wish, rows, values_steps
 from service.models.budget import block_operations, company_budget
 from service.models.hooks import add_path, capture, stop_after
 from service.models.loading import LoadedModel
 from service.models.memory import edit_bytes
+from service.models.precision import wide
 from service.models.prompts import Tokens, forward, pad
 from service.progress import Progress, Steps
 from service.text import Statement, words

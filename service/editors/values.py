@@ -26,6 +26,7 @@ from service.editors.recipes import RomeParameters
 from service.models.blocks import Blocks, Passage, Past
 from service.models.hooks import capture, replace
 from service.models.loading import LoadedModel
+from service.models.precision import wide
 from service.models.prompts import Batch, Tokens, pad, tokens
 from service.progress import Progress, Steps
 from service.text import Statement, separator, token_span
@@ -391,8 +392,3 @@ def values_steps(model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> St
         Value(s.delta.detach(), s.losses, s.initial, seen.keys[at], seen.values[at])
         for s, at in zip(searches, prompts, strict=True)
     ]
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """At least single precision."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

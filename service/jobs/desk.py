@@ -90,6 +90,7 @@ class Desk:
         self._running: set[str] = set()  # begun and not ended by this very object
         self._row: dict[str, Any] = {}  # this worker's own, while it is registered
         self._pruned = float("-inf")
+        self._past: list[ledger.Entry] = []  # of the ledger, as far as it was read
 
     # the worker itself
 
@@ -383,10 +384,20 @@ class Desk:
     def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]:
         """(edit id, the body of its entry) of the edits active at a version, in canonical order."""
         with self.database.read() as session:
-            if not 0 <= version <= ledger.head(session, self.model):
-                raise NotFound(f"there is no version {version}.")
-            past = ledger.entries(session, self.model, up_to=version)
-            return [(e.edit_id, e.body) for e in ledger.active_entries(past)]
+            past = self._entries(session)
+        if not 0 <= version <= len(past):
+            raise NotFound(f"there is no version {version}.")
+        return [(e.edit_id, e.body) for e in ledger.active_entries(past, version)]
+
+    def _entries(self, session: Session) -> list[ledger.Entry]:
+        """The whole ledger. Entries never change, so only what is new is read; unless the last known one is another now,
+        because a back-up was put in place."""
+        past = self._past
+        new = ledger.entries(session, self.model, after=max(0, len(past) - 1))
+        if past and (not new or new[0].hash != past[-1].hash):
+            past, new = [], ledger.entries(session, self.model)
+        self._past = [*past[:-1], *new]
+        return self._past
 
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
         """The factors of these edits, by id: they never change."""

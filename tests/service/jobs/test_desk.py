@@ -7,6 +7,7 @@ import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -556,6 +557,36 @@ class TestLedger:
         assert [x for x, _ in desk.active_at(3)] == [b]
         assert desk.active_at(1)[0][1]["strength"] == 1.5
         assert desk.factors_of([b, a]) == {a: a.encode(), b: b.encode()}
+
+    def test_the_ledger_is_read_once(self, desk, ask, operations, monkeypatch):
+        """Only entries that are new are read, and what is active is what a desk that knows nothing finds."""
+        read = []
+        entries = ledger.entries
+        monkeypatch.setattr(
+            ledger, "entries", lambda *args, **kwargs: read.append(kwargs) or entries(*args, **kwargs)
+        )
+        a, b = ask(), ask("Colosseum")
+        land(desk, a)
+        assert [x for x, _ in desk.active_at(1)] == [a]
+        land(desk, b)
+        operations.revert_edit(a, "somebody")
+        read.clear()
+        assert [x for x, _ in desk.active_at(3)] == [b]
+        assert read == [{"after": 0}]
+        assert [x for x, _ in desk.active_at(2)] == [a, b]
+        assert read == [{"after": 0}, {"after": 2}]
+
+    def test_a_ledger_that_was_put_back_is_read_anew(self, desk, ask):
+        """When the last entry that was known is another or gone, because a back-up was put in place, nothing old counts."""
+        a = ask()
+        land(desk, a)
+        assert [x for x, _ in desk.active_at(1)] == [a]
+        desk._past = [replace(desk._past[0], hash="0" * 64, edit_id="another")]
+        assert [x for x, _ in desk.active_at(1)] == [a]
+        desk._past = [desk._past[0], replace(desk._past[0], version=2)]
+        assert [x for x, _ in desk.active_at(1)] == [a]
+        with pytest.raises(NotFound):
+            desk.active_at(2)
 
     @pytest.mark.parametrize("version", [-1, 1])
     def test_unknown_version(self, desk, version):
