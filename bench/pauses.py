@@ -18,16 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from bench.harness import Report
 from bench.house import Durations, House
 from service.evaluation.cases import read_cases
 from service.models.loading import load
 from service.requests import GenerateRequest
+from service.serving.engine import Pace
 from service.settings import SHIPPED_MODEL
-
-console = Console()
 
 
 async def listen(house: House, stop: threading.Event) -> list[float]:
@@ -60,37 +58,47 @@ def stream_during(house: House, work: Callable[[], object]) -> list[float]:
     return found
 
 
-def show(title: str, durations: Durations) -> None:
-    table = Table(title=title)
-    for name in ("", "count", "median ms", "p95 ms", "p99 ms", "longest ms"):
-        table.add_column(name, justify="right")
+def table(report: Report, title: str, durations: Durations) -> None:
+    rows = []
     for name, values in durations.items():
         ms = 1000 * np.asarray(values)
         figures = (np.median(ms), np.quantile(ms, 0.95), np.quantile(ms, 0.99), ms.max())
-        table.add_row(name, str(len(ms)), *(f"{x:.1f}" for x in figures))
-    console.print(table)
+        rows.append((name, len(ms), *(f"{x:.1f}" for x in figures)))
+    report.table(title, ("", "count", "median ms", "p95 ms", "p99 ms", "longest ms"), rows)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=str(SHIPPED_MODEL))
     p.add_argument("--edits", type=int, default=8)
+    p.add_argument(
+        "--together", type=int, default=16, help="most waiting edits that are carried out together"
+    )
     p.add_argument("--threads", type=int, default=None)
+    p.add_argument("--device", default="cpu")
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    report = Report("pauses", args.device)
     cases = read_cases(Path(args.model) / "facts.jsonl", seed=1)[: args.edits + 1]
-    with tempfile.TemporaryDirectory() as folder, House(Path(folder), load(args.model)) as house:
+    pace = Pace(edits=args.together)
+    model = load(args.model, args.device)
+    with tempfile.TemporaryDirectory() as folder, House(Path(folder), model, pace) as house:
         house.edit(cases[:1])  # warm
         house.durations.clear()
         alone = stream_during(house, lambda: time.sleep(5))
         beside = stream_during(house, lambda: house.edit(cases[1:]))
-    show("steps of an edit, by phase", house.durations)
-    show("pauses between two tokens of a stream", {"no edit running": alone, "edits running": beside})
+    table(report, "Steps of an edit, by phase", house.durations)
+    table(
+        report,
+        "Pauses between two tokens of a stream",
+        {"no edit running": alone, "edits running": beside},
+    )
     limit = max(house.durations["optimise"]) + max(alone)
     verdict = "within" if max(beside) <= limit else "ABOVE"
-    console.print(
-        f"longest pause {1000 * max(beside):.1f} ms: {verdict} one optimisation step plus one decode step ({1000 * limit:.1f} ms)"
+    report.note(
+        f"The longest pause is {1000 * max(beside):.0f} ms: {verdict} one optimisation step plus one decode step "
+        f"({1000 * limit:.0f} ms)."
     )
 
 

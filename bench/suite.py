@@ -31,11 +31,10 @@ class Bench:
     script: str
     arguments: tuple[str, ...] = ()
     compares: bool = False  #: whether it can run the authors' own code beside ours
-    anywhere: bool = True  #: whether it takes --device
 
     def command(self, reference: Path | None, device: str) -> list[str]:
         beside = (OPTION, str(reference.resolve())) if self.compares and reference else ()
-        elsewhere = ("--device", device) if self.anywhere and device != "cpu" else ()
+        elsewhere = ("--device", device) if device != "cpu" else ()
         return [sys.executable, f"bench/{self.script}", *self.arguments, *beside, *elsewhere]
 
 
@@ -46,7 +45,7 @@ BENCHES = (
     Bench("generation", "generation.py"),
     Bench("moments", "moments.py"),
     Bench("growth", "growth.py"),
-    Bench("pauses", "pauses.py", anywhere=False),
+    Bench("pauses", "pauses.py"),
 )
 
 

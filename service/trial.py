@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from service.editors.composition import Association, compose, norm_ratio
+from service.editors.composition import Association, LowRank, compose, norm_ratio
 from service.editors.recipes import RomeParameters
 from service.editors.rome import Found
 from service.errors import InvalidInput
@@ -103,6 +103,7 @@ class Stand:
 
     version: int
     others: list[Association]
+    composed: dict[int, LowRank]  #: these, as changes of their layers
     watched: dict[str, Question]
     before: list[Measured]  #: for each draft
 
@@ -166,7 +167,9 @@ def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], ver
     plans = [d.plan for d in drafts]
     weights = replica.weights(version)
     before = yield from replica.standing(weights, measure_steps(replica, toolkit, plans, watched, version))
-    return Stand(version, [a for group in active.values() for a in group], watched, before)
+    others = [a for group in active.values() for a in group]
+    yield Progress("stand", 1, 1)
+    return Stand(version, others, compose(others), watched, before)
 
 
 def _nearest(active: dict[str, list[Association]], drafts: Sequence[Draft]) -> list[str]:
@@ -195,10 +198,12 @@ def trial_steps(
     yield Progress("compose", 1, 1)
     plans = [d.plan for d in drafts]
     after = yield from replica.standing(weights, measure_steps(replica, toolkit, plans, stand.watched))
-    trials = []
+    trials: list[Trial] = []
     for draft, group, was, now in zip(drafts, mine, stand.before, after, strict=True):
-        norms = _norms(replica, draft.plan, stand.others + group, stand.others)
+        norms = _norms(replica, stand, group)
         trials.append(judge(draft.plan, was, now, strength, norms))
+        if len(drafts) > 1:
+            yield Progress("judge", len(trials), len(drafts))
     return trials
 
 
@@ -248,15 +253,15 @@ def answer_steps(model: LoadedModel, prompts: Sequence[str], length: int = SAID)
     return [r.text if r is not None else "" for r in rows]
 
 
-def _norms(
-    replica: Replica, plan: Plan, together: Sequence[Association], others: Sequence[Association]
-) -> dict[int, float]:
-    """How far the edit moves each of its layers from where the others have it, as a multiple of the weight's norm.
+def _norms(replica: Replica, stand: Stand, mine: Sequence[Association]) -> dict[int, float]:
+    """How far an edit moves each of its layers from where the others have it, as a multiple of the weight's norm.
 
     Its own share and not the sum: many sound edits together move a weight further than one wild one.
     """
-    before, after = compose(others), compose(together)
-    moved = {x: after[x].minus(before[x]) if x in before else after[x] for x in plan.parameters.layers}
+    layers = {a.layer for a in mine}
+    after = compose(a for a in [*stand.others, *mine] if a.layer in layers)
+    before = stand.composed
+    moved = {x: after[x].minus(before[x]) if x in before else after[x] for x in layers}
     return {x: norm_ratio(replica.base.weight(x).data, change) for x, change in moved.items()}
 
 
