@@ -171,6 +171,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @torch.inference_mode()
     def step(self) -> list[Said]:
         """Every row says one token. Rows that end leave the batch."""
         self.sweep()
@@ -181,6 +182,7 @@ class Batch:
         self.sweep()
         return said
 
+    @torch.inference_mode()
     def sweep(self) -> None:
         """Let the rows leave that have ended; the last rows take their places."""
         count = len(self.rows)
@@ -198,6 +200,7 @@ class Batch:
             width = max(r.length for r in self.rows) - 1
             self._settle(lambda cache: cache.keep(kept, holes, movers, width))
 
+    @torch.inference_mode()
     def join(self, other: Batch) -> None:
         """Take in the rows of a batch of the same model that has made a step."""
         if not other.rows:
@@ -234,19 +237,18 @@ class Batch:
         if cache is None:
             cache = RowCache()
         numbers = sampling.sent([r.uniform for r in self.rows], torch.float64, self.model.device)
-        with torch.no_grad():
-            if now is None:
-                now = Inputs(self.model, self.rows, len(cache) > 0)
-            logits = self.model.model(
-                input_ids=now.ids,
-                attention_mask=now.mask,
-                position_ids=now.positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            tokens = now.sampler(logits, numbers)
-            now.follow(tokens)
+        if now is None:
+            now = Inputs(self.model, self.rows, len(cache) > 0)
+        logits = self.model.model(
+            input_ids=now.ids,
+            attention_mask=now.mask,
+            position_ids=now.positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        tokens = now.sampler(logits, numbers)
+        now.follow(tokens)
         said: list[int] = tokens.tolist()
         self._cache, self._next = cache, now
         return said
@@ -274,4 +276,5 @@ def next_tokens(model: LoadedModel, ids: Sequence[int]) -> Tensor:
             use_cache=False,
             logits_to_keep=1,
         ).logits[0, -1]
-    return sampling.softmax(logits.cpu())
+    p: Tensor = logits.cpu().double().softmax(-1)
+    return p

@@ -27,10 +27,9 @@ def uniforms(seed: int, count: int) -> list[float]:
     return torch.rand(count, dtype=torch.float64, generator=numbers).tolist()
 
 
-def softmax(logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """p (..., V) in float64 from logits (..., V) at a temperature above 0."""
-    scores = logits.detach().double()
-    return ((scores - scores.amax(-1, keepdim=True)) / temperature).softmax(-1)
+def softmax(logits: Tensor, temperature: Tensor) -> Tensor:
+    """p (B, V) in float64 from logits (B, V) at temperatures (B, 1) in float64, above 0."""
+    return logits.to(torch.float64, copy=True).div_(temperature).softmax(-1)
 
 
 def draw(p: Tensor, uniform: Tensor) -> Tensor:
@@ -58,6 +57,7 @@ class Sampler:
         self._cut = sent(cut, torch.long, device)
         self._top_k = _column([a.top_k or torch.inf for a in wanted], device)
         self._top_p = _column([a.top_p if a.top_p < 1 else torch.inf for a in wanted], device)
+        self._waits = device.type != "cpu"  # when asked for anything: there all is done that might be needed
         self._most = max((a.top_k or 0 for a in wanted), default=0)
         self._nuclei = any(a.top_k is None for a in wanted)  # whose size is known only from p
 
@@ -82,29 +82,31 @@ class Sampler:
         best = self._best(p)
         first = torch.arange(best.shape[1], device=p.device) < self._top_k
         sums = best.where(first, 0).cumsum(-1)
-        mass = sums[:, -1:].where(self._top_k.isfinite(), p.sum(-1, keepdim=True))
-        kept = first & (sums - best < self._top_p * mass)  # sums - best: the mass of all more probable tokens
-        count = kept.sum(-1, keepdim=True).clamp(min=1)
+        reached = self._top_p * sums[:, -1:].where(self._top_k.isfinite(), 1)
+        before = sums - best  # what all more probable tokens weigh
+        count = (first & (before < reached)).sum(-1, keepdim=True).clamp(min=1)
         least = best.gather(-1, count - 1)
-        above, level = p > least, p == least
-        spare = count - above.sum(-1, keepdim=True)  # of equals the lower ids
-        return p.where(above | (level & (level.cumsum(-1) <= spare)), 0)
+        kept = p >= least
+        if self._waits or bool((kept.sum(-1, keepdim=True) > count).any()):
+            level = p == least
+            spare = count - (p > least).sum(-1, keepdim=True)
+            kept &= ~level | (level.cumsum(-1) <= spare)  # of equals the lower ids
+        return p.where(kept, 0)
 
     def _best(self, p: Tensor) -> Tensor:
-        """The largest of p, in order: all that may be kept. How many `top_p` needs, only p tells: to try is quicker than to
-        sort them all, but would make the host wait for an accelerator."""
-        size = p.shape[1]
-        count = self._most
+        """The largest of p, in order: all that may be kept. How many `top_p` needs, only p tells; to try is quicker than to
+        sort them all."""
+        size, count = p.shape[1], self._most
         if self._nuclei:
-            count = max(count, FEW) if p.device.type == "cpu" else size
+            count = size if self._waits else max(count, FEW)
         while True:
             best = p.topk(min(count, size)).values
-            if count >= size or not self._nuclei or self._enough(best, p):
+            if count >= size or not self._nuclei or self._enough(best):
                 return best
             count *= 4
 
-    def _enough(self, best: Tensor, p: Tensor) -> bool:
-        reached = best.sum(-1, keepdim=True) >= self._top_p * p.sum(-1, keepdim=True)
+    def _enough(self, best: Tensor) -> bool:
+        reached = best.sum(-1, keepdim=True) >= self._top_p
         return bool((reached | self._top_k.isfinite()).all())
 
 

@@ -114,9 +114,17 @@ def test_rows_say_what_is_drawn_slowly(model_type: str, dtype: torch.dtype, clos
 def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither rows of unequal length nor any way of drawing make a step of decoding ask for more than its tokens."""
     model = tiny("llama")
-    asked = [Sampling(temperature=t, top_k=k) for t, k in ((0.0, None), (1.0, None), (0.5, 7), (0.0, None))]
+    wishes: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 0.5, "top_k": 7},
+        {},
+    ]
+    asked = [Sampling(**wish) for wish in wishes]
     batch = Batch(model, [row(model, p, a) for p, a in zip(PROMPTS, asked, strict=True)])
     batch.step()
+    assert batch._next is not None
+    batch._next.sampler._waits = True  # as where the model is not on the CPU
     asks: list[str] = []
 
     class Watch(TorchDispatchMode):
@@ -299,6 +307,17 @@ def test_a_row_without_numbers_fails_alone() -> None:
     handle.remove()
     assert rows[1].finish_reason == "error" and len(rows[1].said) == 1
     assert rows[0].said == alone(model, PROMPTS[0], Sampling(max_new_tokens=4))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_gradients_pass_after_decoding(model_type: str) -> None:
+    """Decoding leaves nothing in the model that an edit, which needs gradients, could not use."""
+    model = tiny(model_type)
+    run(model, [row(model, p, Sampling(max_new_tokens=3)) for p in PROMPTS])
+    embedded = model.embedding(torch.tensor([model.encode(PROMPTS[0])[0]])).requires_grad_()
+    loss = model.model(inputs_embeds=embedded).logits.logsumexp(-1).sum()
+    (gradient,) = torch.autograd.grad(loss, embedded)
+    assert gradient.isfinite().all() and gradient.any()
 
 
 def test_next_tokens_is_the_models_distribution() -> None:

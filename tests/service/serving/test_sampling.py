@@ -108,13 +108,22 @@ def test_frequencies_follow_the_distribution() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(ASKED, min_size=1, max_size=6), st.integers(0, 2**32), st.sampled_from([5, 60, 900]))
-def test_a_batch_draws_what_each_row_draws_alone(asked: list[Sampling], seed: int, size: int) -> None:
-    """Rows of all wishes side by side, equal logits among them, draw token by token what the slow definition draws."""
+@given(
+    st.lists(ASKED, min_size=1, max_size=6),
+    st.integers(0, 2**32),
+    st.sampled_from([5, 60, 900]),
+    st.booleans(),
+)
+def test_a_batch_draws_what_each_row_draws_alone(
+    asked: list[Sampling], seed: int, size: int, waits: bool
+) -> None:
+    """Rows of all wishes side by side, equal logits among them, draw token by token what the slow definition draws; also
+    where nothing may be asked of the device on the way."""
     source = torch.Generator().manual_seed(seed)
     numbers = [torch.Generator().manual_seed(seed + i) for i in range(len(asked))]
     given = torch.tensor([uniforms(seed + i, 4) for i in range(len(asked))], dtype=torch.float64)
     sampler = Sampler(asked, CPU)
+    sampler._waits = waits
     for step in range(4):
         logits = (torch.randn(len(asked), size, generator=source) * 4).round(decimals=step % 2)
         slow = [choose(x, a, g) for x, a, g in zip(logits, asked, numbers, strict=True) if a.temperature > 0]
