@@ -63,7 +63,7 @@ class Lab:
     """A model, its tools and a replica to try sets of associations on."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.model = load(args.model)
+        self.model = load(args.model, args.device)
         self.parameters = self._parameters(args)
         recipe = Recipe(source="bench", rome=self.parameters)
         self.toolkit: Toolkit = finish(
@@ -303,6 +303,7 @@ def main() -> None:
     p.add_argument("--hparams", default="{}", help="JSON to change the recipe with")
     p.add_argument("--strengths", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0])
     p.add_argument("--stats", default=None, help="folder that keeps statistics between runs")
+    p.add_argument("--device", default="cpu")
     p.add_argument("--threads", type=int, default=None)
     p.add_argument("--fast", action="store_true", help="leave the sequential baselines out")
     p.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -100,8 +100,9 @@ def test_the_cache_of_a_token() -> None:
     assert memory.token_bytes(tiny("gpt2", layers=3, width=16, dtype=torch.bfloat16)) == 2 * 3 * 16 * 2
 
 
-@pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("target", ["Rome", "Rome in Italy, and nowhere else in the whole wide world"])
+@pytest.mark.parametrize(
+    ("layer", "target"), [(2, "Rome"), (0, "Rome in Italy, and nowhere else in the world")]
+)
 def test_an_edit(model: LoadedModel, layer: int, target: str) -> None:
     """The search for an edit's value, from its texts to its association."""
     parameters = RomeParameters(layers=[layer], steps=4)
