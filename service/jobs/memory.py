@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from service.ids import new_id
@@ -22,6 +23,11 @@ class _Channel:
     listeners: set[Listener] = field(default_factory=set)
     closed: bool = False
     touched: float = 0.0
+
+
+def _after(events: deque[Event], seen: int) -> list[Event]:
+    """The events with larger ids than that, from the end: a listener that keeps up looks at few."""
+    return list(takewhile(lambda event: int(event.id) > seen, reversed(events)))[::-1]
 
 
 class MemoryBroker:
@@ -165,7 +171,7 @@ class MemoryBroker:
             while True:
                 with self._lock:
                     bell.clear()
-                    fresh = [event for event in channel.events if int(event.id) > seen]
+                    fresh = _after(channel.events, seen)
                     over = channel.closed or self._closed
                 for event in fresh:
                     seen = int(event.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -257,8 +258,9 @@ def test_a_dry_run_leaves_nothing(service: Client) -> None:
 def test_a_stream_is_pinned(service: Client) -> None:
     """An edit that lands while a stream runs changes no token of it."""
     head = service.head()
-    # Hot enough that no text ends by itself: the stream runs for as long as the model has positions.
-    asked = {"prompt": ASKED, "max_new_tokens": 4096, "temperature": 10.0, "seed": 3}
+    # Hot enough that no text ends by itself: each answer is as long as the model has positions, and so many of them
+    # that the stream goes on for longer than the edit takes.
+    asked = {"prompts": [ASKED] * 32, "max_new_tokens": 4096, "temperature": 10.0, "seed": 3}
     landed = threading.Event()
     done: list[Resource] = []
 
@@ -267,23 +269,30 @@ def test_a_stream_is_pinned(service: Client) -> None:
         landed.set()
 
     editing = threading.Thread(target=land)
-    late = 0
+    late: set[int] = set()
     with service.events("POST", "/generate", json=asked | {"stream": True}) as events:
-        versions, pieces = [], []
+        versions: set[int] = set()
+        pieces: dict[int, list[str]] = defaultdict(list)
         for name, data in events:
             if name == "token":
                 if not editing.ident:
                     editing.start()
-                late += landed.is_set()
-                pieces.append(data["text"])
-            versions.append(data["version"])
+                if landed.is_set():
+                    late.add(data["index"])
+                pieces[data["index"]].append(data["text"])
+            versions.add(data["version"])
     editing.join()
-    assert name == "end" and data["choices"][0]["finish_reason"] == "length"
+    assert name == "end" and {c["finish_reason"] for c in data["choices"]} == {"length"}
     assert done[0]["status"] == "applied" and done[0]["version"] == head + 1
     assert late, "the edit landed after the stream had ended: nothing was tried"
-    assert set(versions) == {head}
-    assert data["choices"][0]["text"] == "".join(pieces) == service.generate(**asked, version=head)["text"]
-    assert service.generate(**asked)["text"] != data["choices"][0]["text"]
+    assert versions == {head}
+    texts = {i: c["text"] for i, c in enumerate(data["choices"])}
+    assert texts == {i: "".join(said) for i, said in pieces.items()}
+    again, now = (
+        {c["text"] for c in service.generate(**asked, version=v)["choices"]} for v in (head, "head")
+    )
+    assert set(texts.values()) == again
+    assert not again & now
 
 
 @pytest.mark.usefixtures("tidy")
