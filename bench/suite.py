@@ -40,7 +40,7 @@ class Bench:
 
 BENCHES = (
     Bench("edits", "edits.py", compares=True),
-    Bench("edits-together", "edits.py", ("--together", "16", "--active", "0", "100", "--rounds", "2")),
+    Bench("edits-together", "edits.py", ("--together", "16")),
     Bench("traces", "traces.py", compares=True),
     Bench("generation", "generation.py"),
     Bench("moments", "moments.py"),
