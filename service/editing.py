@@ -113,6 +113,8 @@ def _check_cancelled(desk: Desk, job: RunningJob) -> None:
 
 @dataclass(frozen=True)
 class _Start:
+    """A job whose request is understood, and for which nothing was found yet."""
+
     job: RunningJob
     began: float
     plan: Plan
@@ -129,9 +131,9 @@ def _draft_steps(
         if start is not None:
             starts.append(start)
     members: list[Member] = []
-    of = {id(s.wanted): s for s in starts}
+    of = {s.job.id: s for s in starts}
     for batch in batches(replica.base, [s.wanted for s in starts]):
-        members += yield from _find_steps(replica, desk, toolkit, [of[id(wanted)] for wanted in batch])
+        members += yield from _find_steps(replica, desk, toolkit, [of[wanted.edit] for wanted in batch])
     return members
 
 

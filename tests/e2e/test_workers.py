@@ -75,6 +75,10 @@ def optimises(deployment: Deployment, edit: Resource) -> None:
     until(lambda: (deployment.get(path)["progress"] or {}).get("phase") == "optimise", "the optimisation")
 
 
+def runs(deployment: Deployment, edit: Resource) -> bool:
+    return bool(deployment.get(f"/edits/{edit['id']}")["status"] == "running")
+
+
 @dataclass
 class Heard:
     """What a client took from a stream: the text since it was last told to begin anew, and the end."""
@@ -302,7 +306,7 @@ def under_load(deployment: Deployment) -> Iterator[None]:
         talking = [clients.submit(talk) for _ in range(2)]
         try:
             edits = [deployment.ask(*fact, **QUICK) for fact in FACTS]
-            optimises(deployment, edits[0])
+            until(lambda: any(runs(deployment, edit) for edit in edits), "an edit to run")
             yield
             for edit in edits:
                 deployment.insist("GET", f"/edits/{edit['id']}", headers={"Prefer": "wait=60"})
