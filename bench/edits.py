@@ -27,7 +27,7 @@ import torch
 
 from bench.flops import Cost, avoided, counted, edit_bound
 from bench.harness import Kept, Report, Spread, in_turn, synchroniser
-from bench.reference import Edited, Editor, Missing, Reference, add_option, without_start
+from bench.reference import Edited, Editor, add_option, beside, without_start
 from bench.shapes import DEPTH, model_of
 from service.covariance.corpus import Corpus, corpus_steps
 from service.covariance.moment import Statistics
@@ -212,11 +212,7 @@ def main() -> None:
             together(args.together, active, args.rounds or QUICK["shipped"][0], report)
         return
     report = Report("edits", args.device)
-    try:
-        reference = Reference.load(args.reference, args.device)
-    except Missing as error:
-        reference = None
-        report.note(str(error))
+    reference = beside(args.reference, report)
     least = 1.0
     for name in args.models:
         model = without_start(model_of(name, args.device))

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN, GELUTanh
 
+from bench.harness import Report
 from service.covariance.moment import Statistics
 from service.editors.composition import LowRank
 from service.editors.recipes import RomeParameters
@@ -55,6 +56,15 @@ class Missing(Exception):
 
 def add_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(OPTION, type=Path, metavar="PATH", help="a checkout of github.com/kmeng01/rome")
+
+
+def beside(path: Path | None, report: Report) -> Reference | None:
+    """The checkout, if there is one; else the report says what to do."""
+    try:
+        return Reference.load(path, report.device)
+    except Missing as error:
+        report.note(str(error))
+        return None
 
 
 def without_start(model: LoadedModel) -> LoadedModel:

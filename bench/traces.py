@@ -21,7 +21,7 @@ import torch
 
 from bench.flops import Cost, avoided, counted, trace_bound
 from bench.harness import Kept, Report, Spread, in_turn, synchroniser
-from bench.reference import Missing, Reference, Tracer, add_option, without_start
+from bench.reference import Reference, Tracer, add_option, beside, without_start
 from bench.shapes import model_of
 from service.models.loading import LoadedModel
 from service.progress import finish
@@ -149,11 +149,7 @@ def main() -> None:
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
     report = Report("traces", args.device)
-    try:
-        reference = Reference.load(args.reference, args.device)
-    except Missing as error:
-        reference = None
-        report.note(str(error))
+    reference = beside(args.reference, report)
     worst = 0.0
     for name in args.models:
         rounds, prompts = QUICK.get(name, (1, 1))

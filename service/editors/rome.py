@@ -124,12 +124,10 @@ def _association(wanted: Wanted, statistics: Statistics, key: Tensor, value: Ten
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Wanted(Wish):
     """One edit that associations are wanted for."""
 
-    rows: Rows
     subject: str
-    parameters: RomeParameters
     edit: str = ""
 
     @property
@@ -162,7 +160,7 @@ def want(
 ) -> Wanted:
     """That the model, as it stands (the base model), say `target` after the statement."""
     texts = rows(model, statement, target, contexts, parameters.bare_keys)
-    return Wanted(texts, words(statement.text[slice(*statement.span)]), parameters, edit)
+    return Wanted(texts, parameters, words(statement.text[slice(*statement.span)]), edit)
 
 
 def batches(model: LoadedModel, edits: Iterable[Wanted]) -> list[list[Wanted]]:
@@ -200,7 +198,7 @@ def find_together_steps(
 ) -> Steps[list[Found]]:
     """The associations of edits of one place. Their values are optimised side by side, each as it would be alone."""
     (place,) = {e.place for e in edits}
-    values = yield from values_steps(model, place, [Wish(e.rows, e.parameters) for e in edits])
+    values = yield from values_steps(model, place, edits)
     found = []
     for e, value in zip(edits, values, strict=True):
         write = _several_layers if place.hidden else _one_layer

@@ -258,7 +258,7 @@ def _adds(
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Aim:
     """Where an object's tokens are to be said: row, column of the suffix, token, and weight 1 / |o|; flat, (N,) each."""
 
     row: Tensor
@@ -267,7 +267,7 @@ class Wanted:
     weight: Tensor
 
 
-def _wanted(rows: Rows, first: int, device: torch.device) -> Wanted:
+def _aim(rows: Rows, first: int, device: torch.device) -> Aim:
     """Of the rows of one edit, which stand from `first` on."""
     places = [
         (first + i, len(p.ids) - 1 - p.last_subject + j, token, 1 / len(t))
@@ -276,7 +276,7 @@ def _wanted(rows: Rows, first: int, device: torch.device) -> Wanted:
     ]
     *indices, weights = zip(*places, strict=True)
     row, column, token = (torch.tensor(x, device=device) for x in indices)
-    return Wanted(row, column, token, torch.tensor(weights, dtype=torch.float64, device=device))
+    return Aim(row, column, token, torch.tensor(weights, dtype=torch.float64, device=device))
 
 
 @dataclass(eq=False)
@@ -297,11 +297,11 @@ class Search:
         delta = torch.zeros_like(initial, requires_grad=True)
         return cls(wish, initial, delta, torch.optim.Adam([delta], lr=wish.parameters.learning_rate))
 
-    def loss(self, said: Tensor, wanted: Wanted, now: Tensor) -> Tensor:
+    def loss(self, said: Tensor, aim: Aim, now: Tensor) -> Tensor:
         """From the log-probabilities where the object is said (N, V) and after the bare subject (V,)."""
         parameters = self.wish.parameters
         nll = (
-            -(said.gather(1, wanted.token[:, None])[:, 0] * wanted.weight.to(said.dtype)).sum()
+            -(said.gather(1, aim.token[:, None])[:, 0] * aim.weight.to(said.dtype)).sum()
             / self.wish.rows.size
         )
         if self.essence is None:
@@ -336,12 +336,12 @@ class Round:
         sizes = [len(rows[s]) for s in searches]
         firsts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.owner = torch.repeat_interleave(torch.tensor(sizes)).to(device)
-        self.wanted = [_wanted(s.wish.rows, at, device) for s, at in zip(searches, firsts, strict=True)]
+        self.aims = [_aim(s.wish.rows, at, device) for s, at in zip(searches, firsts, strict=True)]
         essences = torch.tensor(
             [at + s.wish.rows.essence for at, s in zip(firsts, searches, strict=True)], device=device
         )
-        row = torch.cat([*(w.row for w in self.wanted), essences])
-        column = torch.cat([*(w.column for w in self.wanted), torch.zeros_like(essences)])
+        row = torch.cat([*(a.row for a in self.aims), essences])
+        column = torch.cat([*(a.column for a in self.aims), torch.zeros_like(essences)])
         self.reading = Reading(self.suffixes, row, column)
 
     def step(self) -> None:
@@ -361,8 +361,8 @@ class Round:
         change = torch.stack([s.delta for s in self.searches])[self.owner]
         hidden = self.reading(change)
         logp = wide(self.suffixes.blocks.logits(hidden)).log_softmax(-1)
-        *said, now = torch.split(logp, [*(len(w.row) for w in self.wanted), len(self.searches)])
-        together = zip(self.searches, said, self.wanted, now, strict=True)
+        *said, now = torch.split(logp, [*(len(a.row) for a in self.aims), len(self.searches)])
+        together = zip(self.searches, said, self.aims, now, strict=True)
         return torch.stack([search.loss(s, w, n) for search, s, w, n in together])
 
 

@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -138,8 +138,8 @@ class Engine:
         self._follow()
         self._admit()
         self._look()
-        busy = bool(self._lanes or self._comparisons or self._work)
         calling = bool(self._lanes or self._comparisons)
+        busy = calling or self._work is not None
         began = time.monotonic()
         self._decode()
         self._compare()
@@ -223,7 +223,7 @@ class Engine:
 
     def _start_job(self, delivery: Delivery) -> None:
         """Begin a job, and with an edit those that wait behind it, as far as they are this worker's share."""
-        members = dict(self._started(delivery))
+        members = self._started(delivery)
         if delivery.kind == "edit" and self._pace.edits > 1:
             members |= self._joining()
         if members:
@@ -239,15 +239,15 @@ class Engine:
             if (more := min(self._pace.edits, share) - 1) > 0:
                 waiting = self._broker.take(("edit",), more, 0)
             while waiting:
-                members |= dict(self._started(waiting[0]))
+                members |= self._started(waiting[0])
                 waiting.pop(0)
         except (Unavailable, OSError):
             for left in waiting:
                 self._owed.owe(self._broker.give_back, left)
         return members
 
-    def _started(self, delivery: Delivery) -> Iterator[tuple[str, tuple[Delivery, RunningJob]]]:
-        """The job, begun, if there is something to do for it."""
+    def _started(self, delivery: Delivery) -> Members:
+        """The job, begun; nothing when there is nothing to do for it."""
         try:
             job = self._desk.start(delivery.job_id)
         except Unavailable:
@@ -257,9 +257,9 @@ class Engine:
             job = None
         if job is None:
             self._acknowledge(delivery)
-            return
+            return {}
         log.info("job started", extra={**about(job), "kind": job.kind, "attempt": job.attempt})
-        yield job.id, (delivery, job)
+        return {job.id: (delivery, job)}
 
     # one step of everything
 
