@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from service import faults, metrics
 from service.errors import Cancelled, Conflict, Disagrees, LeaseLost, NotFound, PalimpsestError
 from service.ids import kind_of
-from service.jobs import attestations, workers
+from service.jobs import attestations, parts, workers
 from service.jobs.broker import Broker, told
 from service.jobs.resources import OPEN, Resource, resource
 from service.ledger import ledger
@@ -284,6 +284,17 @@ class Desk:
                     self._cancelled.add(job.id)
         self.broker.publish(job.id, "progress", asdict(progress))
 
+    def keep(self, job: RunningJob, name: str, data: bytes) -> None:
+        """Keep a part of a job for whoever goes on with it. Raises LeaseLost when the job was taken over."""
+        with self.database.session() as session:
+            self._mine(session, job)
+            parts.put(session, job.id, name, data)
+
+    def kept(self, job: RunningJob, name: str) -> bytes | None:
+        """A part of a job, kept by this attempt or by one before it. What reads needs no fence."""
+        with self.database.read() as session:
+            return parts.get(session, job.id, name)
+
     def cancel_requested(self, job: RunningJob) -> bool:
         """Whether somebody wants this job to stop: known at once from the broker, in any case from the row."""
         return job.id in self._cancelled or self.broker.cancelled(job.id)
@@ -439,4 +450,5 @@ def _end(
     job.progress = None
     job.ended = job.updated = now()
     session.flush()
+    parts.drop(session, job)
     return resource(session, job)

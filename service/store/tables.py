@@ -91,7 +91,7 @@ class Model(Table):
 
 
 class Job(Table):
-    """An edit or a trace, from the moment it is accepted. The row is the truth about it."""
+    """An edit, a trace or an evaluation, from the moment it is accepted. The row is the truth about it."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -116,7 +116,7 @@ class Job(Table):
     progress: Mapped[dict[str, Any] | None] = mapped_column(Json)
     result: Mapped[dict[str, Any] | None] = mapped_column(Json)
     error: Mapped[dict[str, Any] | None] = mapped_column(Json)
-    subject: Mapped[str]  #: up to white space
+    subject: Mapped[str]  #: up to white space; of an evaluation, what it evaluates in a few words
     fact_key: Mapped[
         str | None
     ]  #: edits of one key speak of one fact; too long for an index, found by subject
@@ -137,6 +137,16 @@ class Factors(Table):
     edit_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     data: Mapped[bytes]
     sha256: Mapped[str]
+
+
+class Part(Table):
+    """Something that is kept of a job while it is open (`service/jobs/parts.py`)."""
+
+    __tablename__ = "parts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    data: Mapped[bytes]
 
 
 class LedgerEntry(Table):
