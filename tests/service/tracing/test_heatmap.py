@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.image import imread
 
+from service.drawing import SVG
 from service.tracing import heatmap
 
 ODD = [
@@ -55,7 +56,7 @@ PLAIN = traced(["The", " Eiffel", " Tower", " is", " in"])
 
 def texts(drawing: str) -> list[str]:
     root = ElementTree.fromstring(drawing)
-    return [element.text or "" for element in root.iter(f"{{{heatmap.SVG}}}text")]
+    return [element.text or "" for element in root.iter(f"{{{SVG}}}text")]
 
 
 def test_corrupted_tokens_have_asterisks() -> None:
