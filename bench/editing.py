@@ -29,7 +29,7 @@ from rich.table import Table
 from service.editors.composition import Association, LowRank, rebuild
 from service.editors.recipes import Recipe, RomeParameters
 from service.editors.rome import find_steps
-from service.evaluation.cases import Case, read_cases
+from service.evaluation.records import Record, read_records
 from service.evaluation.scores import bootstrap, bootstrap_score, share_kept, share_new
 from service.models.loading import load
 from service.models.scoring import log_probs, perplexity_steps
@@ -40,7 +40,7 @@ from service.text import fill
 from service.toolkit import Toolkit, prepare_steps, recipe_of
 
 console = Console()
-Record = tuple[float, float, float]
+Shares = tuple[float, float, float]
 
 
 class NoLedger:
@@ -78,7 +78,7 @@ class Lab:
         base = recipe.rome.model_dump() if recipe else {"layers": [1], "learning_rate": 0.2, "steps": 25}
         return RomeParameters.model_validate(base | json.loads(args.hparams))
 
-    def find(self, case: Case, name: str, **changes: object) -> list[Association]:
+    def find(self, case: Record, name: str, **changes: object) -> list[Association]:
         parameters = self.parameters.model_copy(update=changes)
         steps = find_steps(
             self.model,
@@ -91,12 +91,12 @@ class Lab:
         )
         return finish(steps).associations
 
-    def measure(self, cases: Sequence[Case], weights: Weights) -> list[Record]:
+    def measure(self, cases: Sequence[Record], weights: Weights) -> list[Shares]:
         """(ES, PS, NS) of each case with these weights in place. A case without probes of a kind counts by the others."""
         pairs: list[tuple[str, str]] = []
         for c in cases:
-            for prompt in (fill(c.prompt, c.subject).text, *c.paraphrases, *c.neighbours):
-                pairs += [(prompt, c.target_new), (prompt, c.target_true)]
+            for prompt in (c.text, *c.paraphrases, *(n.prompt for n in c.neighbours)):
+                pairs += [(prompt, c.target_new), (prompt, c.target_true or "")]
         with self.replica.stand(weights):
             scores = iter(log_probs(self.model, pairs))
         records = []
@@ -116,7 +116,7 @@ class Lab:
             return finish(perplexity_steps(self.model, texts))
 
 
-def show(title: str, records: Sequence[Record], seconds: Sequence[float] = ()) -> None:
+def show(title: str, records: Sequence[Shares], seconds: Sequence[float] = ()) -> None:
     table = Table(title=title)
     for name in ("", "mean", "95 % interval"):
         table.add_column(name, justify="right")
@@ -134,7 +134,7 @@ def show(title: str, records: Sequence[Record], seconds: Sequence[float] = ()) -
     console.print(table)
 
 
-def single(lab: Lab, cases: Sequence[Case], args: argparse.Namespace) -> None:
+def single(lab: Lab, cases: Sequence[Record], args: argparse.Namespace) -> None:
     """One edit at a time on the base model; what does not take is strengthened, as the service does."""
     records, seconds, strengthened, failed = [], [], 0, 0
     for case in track(cases, "one edit at a time", console=console, disable=args.quiet):
@@ -156,16 +156,16 @@ def single(lab: Lab, cases: Sequence[Case], args: argparse.Namespace) -> None:
     console.print(f"strengthened: {strengthened}; did not take, the service rejects them: {failed}")
 
 
-def hold(lab: Lab, cases: Sequence[Case], weights: Weights) -> list[bool]:
+def hold(lab: Lab, cases: Sequence[Record], weights: Weights) -> list[bool]:
     return [r[0] == 1.0 for r in lab.measure(cases, weights)]
 
 
-def pairs(lab: Lab, cases: Sequence[Case], args: argparse.Namespace) -> None:
+def pairs(lab: Lab, cases: Sequence[Record], args: argparse.Namespace) -> None:
     """Pairs of edits about one subject in two relations, all active together."""
-    by_subject: dict[str, list[Case]] = defaultdict(list)
+    by_subject: dict[str, list[Record]] = defaultdict(list)
     for c in cases:
         by_subject[c.subject].append(c)
-    chosen: list[Case] = []
+    chosen: list[Record] = []
     for group in by_subject.values():
         two = list({c.relation: c for c in group}.values())[:2]
         if len(two) == 2 and len(chosen) < 2 * args.cases:
@@ -203,7 +203,7 @@ def summed(lab: Lab, found: Iterable[list[Association]]) -> Weights:
     return {x: rebuild(lab.model.weight(x).data, change, conv1d) for x, change in total.items()}
 
 
-def sequential(lab: Lab, cases: Sequence[Case], compat: str | None, quiet: bool) -> Weights:
+def sequential(lab: Lab, cases: Sequence[Record], compat: str | None, quiet: bool) -> Weights:
     """As published: each edit found on the model as the edits before left it, and added to its weights."""
     weights: Weights = {}
     conv1d = lab.model.architecture.conv1d
@@ -218,7 +218,7 @@ def sequential(lab: Lab, cases: Sequence[Case], compat: str | None, quiet: bool)
 
 
 def strengthened(
-    lab: Lab, found: list[list[Association]], cases: Sequence[Case], strengths: Sequence[float]
+    lab: Lab, found: list[list[Association]], cases: Sequence[Record], strengths: Sequence[float]
 ) -> list[Association]:
     """Landed one after another as the service does it: each is strengthened until it holds beside those before it.
 
@@ -236,7 +236,7 @@ def strengthened(
 
 
 def forms(
-    lab: Lab, found: list[list[Association]], cases: Sequence[Case], args: argparse.Namespace
+    lab: Lab, found: list[list[Association]], cases: Sequence[Record], args: argparse.Namespace
 ) -> dict[str, Weights]:
     """The ways to have many edits active at once."""
     every = [a for group in found for a in group]
@@ -252,14 +252,14 @@ def forms(
     return result
 
 
-def many(lab: Lab, cases: Sequence[Case], args: argparse.Namespace) -> None:
+def many(lab: Lab, cases: Sequence[Record], args: argparse.Namespace) -> None:
     """Many edits in a row, then the same measures over all of them, for each form of composition."""
     chosen = list({c.subject: c for c in reversed(cases)}.values())[: args.cases]
     found = [
         lab.find(c, f"{i:04}")
         for i, c in enumerate(track(chosen, "edits", console=console, disable=args.quiet))
     ]
-    touched = {fill(c.prompt, c.subject).text for c in chosen}
+    touched = {c.text for c in chosen}
     texts = [t for t in lab.toolkit.corpus.texts if not any(t.startswith(p) for p in touched)][::7][:500]
     table = Table(title=f"{len(chosen)} edits active at once ({lab.model.name})")
     for name in ("composition", "ES", "PS", "NS", "S", "S, 95 % interval", "perplexity before", "after"):
@@ -313,7 +313,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     lab = Lab(args)
     data = args.data or Path(args.model) / "facts.jsonl"
-    cases = read_cases(data, args.seed)
+    cases = read_records(data, args.seed)
     cases = {"test": cases[1::2], "tune": cases[0::2], "all": cases}[args.split]
     args.cases = args.cases or {"single": 200, "pairs": 50, "many": 100}[args.what]
     if args.what == "single":

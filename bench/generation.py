@@ -46,7 +46,7 @@ from transformers.utils.logging import disable_progress_bar
 from bench.harness import Report, Spread, in_turn, synchroniser
 from bench.house import House
 from bench.shapes import model_of
-from service.evaluation.cases import Case, read_cases
+from service.evaluation.records import Record, read_records
 from service.models.loading import LoadedModel
 from service.requests import GenerateRequest, Sampling
 from service.settings import SHIPPED_MODEL
@@ -246,7 +246,7 @@ class Ours:
 
 
 @contextmanager
-def editing(house: House, cases: Sequence[Case]) -> Iterator[None]:
+def editing(house: House, cases: Sequence[Record]) -> Iterator[None]:
     """One edit after another in a thread, from before the body begins until after it has ended."""
     stop, running = threading.Event(), threading.Event()
 
@@ -378,7 +378,7 @@ def main() -> None:
     disable_progress_bar()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     model = model_of(args.model, args.device, getattr(torch, args.dtype))
-    cases = read_cases(SHIPPED_MODEL / "facts.jsonl", seed=1)
+    cases = read_records(SHIPPED_MODEL / "facts.jsonl", seed=1)
     prompts = list(dict.fromkeys(fill(c.prompt, c.subject).text for c in cases))[: args.prompts]
     report = Report("generation", args.device)
     with tempfile.TemporaryDirectory() as folder, House(Path(folder), model) as house:

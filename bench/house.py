@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from service.bootstrap import wire
-from service.evaluation.cases import Case
+from service.evaluation.records import Record
 from service.ids import new_id
 from service.jobs.desk import Desk, RunningJob
 from service.models.loading import LoadedModel
@@ -61,12 +61,12 @@ class House:
         self._thread.join()
         self.wired.close()
 
-    def submit(self, cases: Sequence[Case]) -> list[str]:
+    def submit(self, cases: Sequence[Record]) -> list[str]:
         """Ask for the cases as edits, with their probes; their ids."""
         requests = [edit_request(c) for c in cases]
         return [r["id"] for r in self.wired.operations.submit_edits(requests, "bench", None)]
 
-    def edit(self, cases: Sequence[Case]) -> Mapping[str, str]:
+    def edit(self, cases: Sequence[Record]) -> Mapping[str, str]:
         """The cases as edits, waited for; how each ended, by its id."""
         ids = self.submit(cases)
         while any(self.status(i) in WAITING for i in ids):
@@ -77,9 +77,9 @@ class House:
         return str(self.wired.operations.edit(edit)["status"])
 
 
-def edit_request(case: Case) -> EditRequest:
+def edit_request(case: Record) -> EditRequest:
     """A case as a user would ask for it: its paraphrases and neighbours as probes."""
-    neighbours = [{"prompt": p, "target": case.target_true} for p in case.neighbours]
+    neighbours = [n._asdict() for n in case.neighbours]
     return EditRequest.model_validate(
         {
             "subject": case.subject,

@@ -23,13 +23,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bench.editing import Lab, Record
+from bench.editing import Lab, Shares
 from bench.harness import Report, synchroniser
 from service.covariance.corpus import Corpus
 from service.covariance.moment import MomentSum, Statistics
 from service.covariance.store import DAMPING, batches_of, keys_of, rows_of
 from service.editors.composition import Association
-from service.evaluation.cases import Case, read_cases
+from service.evaluation.records import Record, read_records
 from service.evaluation.scores import bootstrap_score
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel
@@ -78,7 +78,7 @@ def collect(model: LoadedModel, layer: int, texts: Sequence[str], sizes: Sequenc
     return found
 
 
-def single(lab: Lab, cases: Sequence[Case], edits: Sequence[Sequence[Association]]) -> list[Record]:
+def single(lab: Lab, cases: Sequence[Record], edits: Sequence[Sequence[Association]]) -> list[Shares]:
     """Each alone on the base model, made stronger until it takes."""
     records = []
     for case, edit in zip(cases, edits, strict=True):
@@ -90,11 +90,11 @@ def single(lab: Lab, cases: Sequence[Case], edits: Sequence[Sequence[Association
     return records
 
 
-def together(lab: Lab, cases: Sequence[Case], edits: Sequence[Sequence[Association]]) -> list[Record]:
+def together(lab: Lab, cases: Sequence[Record], edits: Sequence[Sequence[Association]]) -> list[Shares]:
     return lab.measure(cases, lab.replica.composed(a for edit in edits for a in edit))
 
 
-def scores(records: Sequence[Record]) -> list[str]:
+def scores(records: Sequence[Shares]) -> list[str]:
     """ES, PS, NS, and S with its interval, in per cent."""
     columns = ([x for x in column if not math.isnan(x)] for column in zip(*records, strict=True))
     means = [100 * sum(c) / max(1, len(c)) for c in columns]
@@ -129,7 +129,7 @@ def main() -> None:
     texts = random.Random(args.seed).sample(lab.toolkit.corpus.texts, len(lab.toolkit.corpus.texts))
     collected = collect(model, layer, texts, args.tokens)
 
-    cases = read_cases(args.data or Path(args.model) / "facts.jsonl", args.seed)[1::2]
+    cases = read_records(args.data or Path(args.model) / "facts.jsonl", args.seed)[1::2]
     alone = cases[: args.cases]
     many = list({c.subject: c for c in reversed(cases)}.values())[: args.together]
     found = {c: lab.find(c, f"{i:04}") for i, c in enumerate(dict.fromkeys([*alone, *many]))}

@@ -21,7 +21,7 @@ import torch
 
 from bench.harness import Report
 from bench.house import Durations, House
-from service.evaluation.cases import read_cases
+from service.evaluation.records import read_records
 from service.models.loading import load
 from service.requests import GenerateRequest
 from service.serving.engine import Pace
@@ -80,7 +80,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     report = Report("pauses", args.device)
-    cases = read_cases(Path(args.model) / "facts.jsonl", seed=1)[: args.edits + 1]
+    cases = read_records(Path(args.model) / "facts.jsonl", seed=1)[: args.edits + 1]
     pace = Pace(edits=args.together)
     model = load(args.model, args.device)
     with tempfile.TemporaryDirectory() as folder, House(Path(folder), model, pace) as house:

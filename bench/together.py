@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.harness import Report, in_turn
 from bench.house import House
 from bench.shapes import model_of
-from service.evaluation.cases import Case, read_cases
+from service.evaluation.records import Record, read_records
 from service.serving.engine import Pace
 from service.settings import SHIPPED_MODEL
 
@@ -21,7 +21,7 @@ CHUNK = 16  # edits asked for at once while a ledger is filled
 
 def together(count: int, active: int, rounds: int, report: Report) -> None:
     """So many waiting edits, one after another and side by side, with so many others active."""
-    cases = read_cases(SHIPPED_MODEL / "facts.jsonl", seed=1)
+    cases = read_records(SHIPPED_MODEL / "facts.jsonl", seed=1)
     others, asked = cases[:active], cases[active : active + count]
     paces = {"one after another": Pace(edits=1), "together": Pace(edits=count)}
     ended: dict[str, list[str]] = {name: [] for name in paces}
@@ -61,7 +61,7 @@ def _revert(house: House, edits: Sequence[str]) -> None:
 
 
 @contextmanager
-def _house(pace: Pace, others: Sequence[Case], device: str) -> Iterator[House]:
+def _house(pace: Pace, others: Sequence[Record], device: str) -> Iterator[House]:
     """A running service of its own, with these edits active."""
     with (
         tempfile.TemporaryDirectory() as folder,

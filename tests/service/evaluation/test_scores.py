@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from statistics import harmonic_mean as reference
 
@@ -9,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.evaluation.scores import bootstrap, bootstrap_score, harmonic_mean, share_kept, share_new
+from service.evaluation.scores import (
+    Resampling,
+    accuracy,
+    bootstrap,
+    bootstrap_score,
+    harmonic_mean,
+    margin,
+    share_kept,
+    share_new,
+)
 
 LOG_P = st.sampled_from([-0.5, -1.0, -2.0, -8.0])
 PAIRS = st.lists(st.tuples(LOG_P, LOG_P), min_size=1, max_size=10)
@@ -89,3 +99,35 @@ def test_the_score_is_combined_after_averaging() -> None:
     score, low, high = bootstrap_score(records, rounds=200)
     assert score == pytest.approx(reference([2 / 3, 2 / 3, 0.9]))
     assert low <= score <= high
+
+
+def test_margins_by_hand() -> None:
+    """The signed mean difference of probabilities: .5 - .25 and .125 - .25 are .0625 on average."""
+    pairs = [(math.log(0.5), math.log(0.25)), (math.log(0.125), math.log(0.25))]
+    assert margin(pairs) == pytest.approx(0.0625)
+    assert margin([]) is None
+
+
+def test_accuracy_counts_tokens() -> None:
+    """Two of two tokens and none of three are two of five, not one half."""
+    assert accuracy([(2, 2), (0, 3)]) == pytest.approx(0.4)
+    assert accuracy([]) is None
+
+
+def test_records_without_a_value_are_left_out() -> None:
+    """A measure is averaged over the records that have it; S is combined of the means so found."""
+    columns: list[list[float | None]] = [[1.0, 0.0, 1.0, 1.0], [0.5, None, None, 0.5], [None, 1.0, 1.0, 1.0]]
+    drawn = Resampling(4, 400)
+    means = [drawn.interval(c) for c in columns]
+    assert [m[0] for m in means if m] == [0.75, 0.5, 1.0]
+    score = drawn.score(columns)
+    assert score is not None and score[0] == pytest.approx(reference([0.75, 0.5, 1.0]))
+    assert score[1] <= score[0] <= score[2]
+    assert drawn.interval([None] * 4) is None
+    assert drawn.score([[1.0] * 4, [None] * 4]) is None
+
+
+def test_a_single_record_has_an_interval_of_no_width() -> None:
+    """One record is drawn again and again."""
+    assert bootstrap([0.25]) == (0.25, 0.25, 0.25)
+    assert bootstrap_score([(1.0, 1.0, 1.0)]) == (1.0, 1.0, 1.0)
