@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from service.models import scoring
 from service.models.hooks import replace
 from service.models.loading import LoadedModel
 from service.models.prompts import prompt_and_target
-from service.models.scoring import log_prob_steps, log_probs, perplexity_steps
+from service.models.scoring import drift_steps, log_prob_steps, log_probs, perplexity_steps, score_steps
 from service.progress import finish
 
 PAIRS = [
@@ -45,6 +47,21 @@ def test_scores_equal_asking_one_token_at_a_time(model_type: str) -> None:
         expected, says = by_hand(model, *pair)
         assert logp == pytest.approx(expected, rel=1e-5)  # the softmax itself is in fp32
         assert greedy == says
+
+
+def test_right_tokens_are_counted_with_those_before_them_given() -> None:
+    """Of each object as many tokens are right as the model, asked after the tokens before, would say itself."""
+    model = tiny()
+    said = model.model.generate(torch.tensor([model.encode("Big Ben")[0]]), max_new_tokens=3, do_sample=False)
+    pairs = [*PAIRS, ("Big Ben", model.decode(said[0, -3:]))]
+    scores = finish(score_steps(model, pairs))
+    for score, (prompt, target) in zip(scores, pairs, strict=True):
+        ids, rest = prompt_and_target(model, prompt, target)
+        with torch.no_grad():
+            logits = model.model(input_ids=torch.tensor([ids + rest])).logits[0]
+        right = (logits[len(ids) - 1 : -1].argmax(-1) == torch.tensor(rest)).sum()
+        assert (score.right, score.tokens) == (int(right), len(rest))
+        assert score.says == (score.right == score.tokens)
 
 
 def test_scores_come_in_the_order_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,3 +155,50 @@ def test_an_object_past_the_last_position_is_cut() -> None:
     assert log_probs(short, [(prompt, target)])[0][0] == pytest.approx(
         log_probs(short, [(prompt, cut)])[0][0]
     )
+
+
+def _edited(model: LoadedModel, weight: torch.Tensor) -> Callable[[], AbstractContextManager[None]]:
+    @contextmanager
+    def edited() -> Iterator[None]:
+        base = model.weight(1).data
+        model.weight(1).data = weight
+        try:
+            yield
+        finally:
+            model.weight(1).data = base
+
+    return edited
+
+
+@pytest.mark.parametrize("whole", [1, 40, 512])
+def test_drift_equals_asking_one_text_at_a_time(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and KL equal, whatever the batches, those of one unpadded fp64 pass a text before and after."""
+    monkeypatch.setattr(scoring, "WHOLE", whole)
+    model = tiny(dtype=torch.float64)
+    edited = _edited(model, model.weight(1).data * 1.5)
+    losses, kl = [[], []], []
+    for text in TEXTS:
+        ids = torch.tensor([model.encode(text)[0]])
+        passes = []
+        for standing in (nullcontext, edited):
+            with torch.no_grad(), standing():
+                passes.append(model.model(input_ids=ids).logits[0].log_softmax(-1))
+        for loss, logp in zip(losses, passes, strict=True):
+            loss += [-float(logp[i, t]) for i, t in enumerate(ids[0, 1:])]
+        kl += (
+            torch.nn.functional.kl_div(passes[1], passes[0], log_target=True, reduction="none")
+            .sum(-1)
+            .tolist()
+        )
+    found = finish(drift_steps(model, TEXTS, edited))
+    assert found.before == pytest.approx(math.fsum(losses[0]) / len(losses[0]), rel=1e-5)
+    assert found.after == pytest.approx(math.fsum(losses[1]) / len(losses[1]), rel=1e-5)
+    assert found.kl == pytest.approx(math.fsum(kl) / len(kl), rel=1e-4)
+    assert math.exp(found.before) == pytest.approx(finish(perplexity_steps(model, TEXTS)), rel=1e-5)
+
+
+def test_without_a_change_nothing_drifts() -> None:
+    """The same weights give the same losses and a KL of 0; a text of one token is passed over."""
+    model = tiny()
+    found = finish(drift_steps(model, [*TEXTS, "a"], nullcontext))
+    assert found.before == found.after and found.kl == 0
