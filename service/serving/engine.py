@@ -3,7 +3,8 @@
 A turn admits new requests (their version pinned then), gives every live batch a decode step and every comparison one of
 its steps, then runs ONE step of the running job, unless calls have not yet had their share of the time since the last one. So an edit never
 holds up the tokens of others for longer than one of its steps, nor slows them to less than that share of their pace; and no
-answer ever sees another version's weights: between steps the model holds its base bytes.
+answer ever sees another version's weights: between steps the model holds its base bytes. A job of a kind that is more urgent
+goes before the running one, which then goes on: an edit does not wait for an evaluation of hours.
 
 What the loop has to tell the broker or the desk is owed in order and paid at once; when that fails because they are down
 it stays owed, `run` raises, and the next `run` goes on where it was.
@@ -53,6 +54,7 @@ Members = dict[str, tuple[Delivery, RunningJob]]  # by the job's id
 class Work:
     """The jobs that are carried out together, as long as they have not ended, and what remains of them."""
 
+    kind: str
     members: Members
     steps: Working
 
@@ -107,7 +109,7 @@ class Engine:
         self._lanes = Lanes(replica, self._pace.rows, self._memory)
         self._generations: dict[Row, tuple[Generation, int]] = {}
         self._comparisons: list[Comparison] = []
-        self._work: Work | None = None
+        self._works: list[Work] = []  # the last one is worked on; those before it are less urgent and wait
         self._interrupted: Counter[str] = Counter()
         self._owed = Owed(broker)
         self._lead = 0.0  # seconds that calls are owed for the last step of a job
@@ -139,7 +141,7 @@ class Engine:
         self._admit()
         self._look()
         calling = bool(self._lanes or self._comparisons)
-        busy = calling or self._work is not None
+        busy = calling or bool(self._works)
         began = time.monotonic()
         self._decode()
         self._compare()
@@ -155,7 +157,11 @@ class Engine:
     def _wanted(self) -> tuple[str, ...]:
         """The kinds that there is room for."""
         calls = {"generate": self._lanes.free, "compare": self._pace.comparisons - len(self._comparisons)}
-        return (*(k for k in self._calls if calls[k] > 0), *(() if self._work else self._jobs))
+        return (*(k for k in self._calls if calls[k] > 0), *self._urgent())
+
+    def _urgent(self) -> tuple[str, ...]:
+        """The kinds of job that may begin now: all of them, or those that go before the running one."""
+        return self._jobs[: self._jobs.index(self._works[-1].kind)] if self._works else self._jobs
 
     def _admit(self) -> None:
         """Take what there is room for: all generations that wait, so that they are read together."""
@@ -228,7 +234,7 @@ class Engine:
             members |= self._joining()
         if members:
             jobs = [job for _, job in members.values()]
-            self._work = Work(members, self._tasks[delivery.kind](*jobs))
+            self._works.append(Work(delivery.kind, members, self._tasks[delivery.kind](*jobs)))
 
     def _joining(self) -> Members:
         """Begin more of the waiting edits: an equal part for each worker that edits. What cannot be begun waits again."""
@@ -323,9 +329,9 @@ class Engine:
 
     def _step_job(self) -> None:
         """One step of the running jobs. What it raises is their end and nothing else's."""
-        if self._work is None:
+        if not self._works:
             return
-        work = self._work
+        work = self._works[-1]
         try:
             if all(self._desk.cancel_requested(job) for job in work.jobs):
                 raise Cancelled("the job was cancelled while it ran.")
@@ -374,7 +380,7 @@ class Engine:
             self._interrupted[job.id] += 1
             if self._interrupted[job.id] >= INTERRUPTIONS:
                 self._leave_job(work, job.id, error)
-        self._hand_back()
+        self._hand_back(work)
 
     def _progress(self, work: Work, name: str, progress: Progress) -> None:
         """Tell how far a job is; the desk knows whether it is still this worker's."""
@@ -419,8 +425,8 @@ class Engine:
     def _dismiss(self, work: Work) -> None:
         """Nothing remains to be done."""
         work.steps.close()
-        if self._work is work:
-            self._work = None
+        if work in self._works:
+            self._works.remove(work)
 
     # watching
 
@@ -503,8 +509,9 @@ class Engine:
         call.close()
 
     def _close(self) -> None:
-        """Stop kindly: hand the running job back, let generations end, and hand back what has not."""
-        self._hand_back()
+        """Stop kindly: hand the jobs back, let generations end, and hand back what has not."""
+        for work in self._works[::-1]:
+            self._hand_back(work)
         self._owed.pay()
         deadline = time.monotonic() + self._pace.grace
         while (self._lanes or self._comparisons) and time.monotonic() < deadline:
@@ -526,12 +533,9 @@ class Engine:
         else:
             self._owed.owe(self._broker.give_back, call.delivery)
 
-    def _hand_back(self) -> None:
-        """The running jobs wait again, as if they had not been begun; `release` rings their bells."""
-        if self._work is None:
-            return
-        work, self._work = self._work, None
-        work.steps.close()
+    def _hand_back(self, work: Work) -> None:
+        """Its jobs wait again, as if they had not been begun; `release` rings their bells."""
+        self._dismiss(work)
         for delivery, job in work.members.values():
             log.info("job handed back", extra=about(job))
             self._owed.owe(self._write, self._desk.release, job)

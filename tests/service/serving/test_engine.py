@@ -293,6 +293,40 @@ def test_jobs_run_one_after_another_and_tell_their_progress() -> None:
     assert house.broker.take(("edit", "trace"), 5, 0) == []
 
 
+def test_a_more_urgent_job_goes_before_the_running_one() -> None:
+    """An edit that comes while an evaluation runs is done between two of its steps; one that is no more urgent waits."""
+    house = House({"edit": steps(2), "trace": steps(1), "evaluation": steps(3)})
+    house.job("evaluation_1", "evaluation")
+    house.turn(1)
+    house.job("evaluation_2", "evaluation")
+    house.job("trace_1", "trace")
+    house.turn(1)
+    house.job("edit_1")
+    house.turn()
+    assert house.desk.told == [
+        ("progress", "evaluation_1", 1),
+        ("progress", "trace_1", 1),
+        ("progress", "edit_1", 1),
+        ("progress", "edit_1", 2),
+        ("progress", "evaluation_1", 2),
+        ("progress", "evaluation_1", 3),
+        *(("progress", "evaluation_2", i) for i in (1, 2, 3)),
+    ]
+    assert house.broker.take(("edit", "trace", "evaluation"), 5, 0) == []
+
+
+def test_stopping_hands_back_what_waits_for_a_more_urgent_job() -> None:
+    """On stop the running job and the one that it has interrupted both wait again, and neither takes a step more."""
+    house = House({"edit": steps(9), "evaluation": steps(9)})
+    house.job("evaluation_1", "evaluation")
+    house.turn(1)
+    house.job("edit_1")
+    house.turn(1)
+    house.stop()
+    assert house.desk.told[-2:] == [("released", "edit_1"), ("released", "evaluation_1")]
+    assert len(house.desk.told) == 4
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [
