@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from cli.local import without
 from cli.screen import bar, err
 from service.bootstrap import Wired
-from service.errors import Misconfigured, PalimpsestError
+from service.errors import PalimpsestError
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,11 +27,7 @@ def make_worker(settings: Settings, wired: Wired) -> Worker:
 
         from workers.worker import Worker
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
-        raise Misconfigured(
-            f"{error.name} is not installed, and the model needs it: pip install -c constraints.txt -e '.[worker]'"
-        ) from None
+        raise without(error) from None
     logging.disable_progress_bar()  # ours says how far the loading is
     enable_progress_bars()  # but a download may take long
     return Worker(settings, wired)

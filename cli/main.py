@@ -37,6 +37,7 @@ def build() -> argparse.ArgumentParser:
     _keys(commands)
     _trace(commands)
     _speech(commands)
+    _studies(commands)
     return parser
 
 
@@ -131,6 +132,28 @@ def _trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     trace.add_argument("--window", type=int, help="layers put back at once for mlp and attn")
     trace.add_argument("--save", metavar="FILE", help="keep the heat map as picture.svg or picture.png")
     trace.add_argument("--version", type=speech.version, default="head", help="head, base or a number")
+
+
+def _studies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    words = (
+        "trace or edit many facts and say what they show together; computed here, without a running service"
+    )
+    study = commands.add_parser("study", help=words, description=words, allow_abbrev=False)
+    verbs = study.add_subparsers(title="studies", metavar="STUDY", dest="verb", required=True)
+    trace = verbs.add_parser("trace", help="where facts are carried, by token and layer", allow_abbrev=False)
+    trace.add_argument("--window", type=int, help="layers put back at once for mlp and attn (default: a fifth, at most 10)")  # fmt: skip
+    trace.add_argument("--whole", action="store_true", help="leave out the severed paths")
+    for verb in (trace,):
+        verb.add_argument(
+            "source", metavar="FILE", help="records or known facts; `facts`: the table beside the model"
+        )
+        verb.add_argument("--out", metavar="FOLDER", required=True, help="for runs, figures and report")
+        verb.add_argument("--limit", type=int, help="facts that are asked (default: all)")
+        verb.add_argument("--samples", type=int, default=10, help="noise samples of a trace (default: 10)")
+        verb.add_argument("--noise", default="3sigma", help="a deviation, or a multiple of the subjects' (default: 3sigma)")  # fmt: skip
+        verb.add_argument("--seed", type=int, default=0, help="of the order of the facts (default: 0)")
+        add_settings(verb.add_argument_group("model"), Settings, "model", "device", "dtype", "threads")
+        verb.set_defaults(run=partial(_start, "study"))
 
 
 def _speech(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -59,6 +59,16 @@ def finish(steps: Steps[T], report: Callable[[Progress], None] | None = None) ->
             report(progress)
 
 
+def within(steps: Steps[T], progress: Progress) -> Steps[T]:
+    """The same steps, each told as that of the whole which they are a part of."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        yield progress
+
+
 def persist(action: Callable[[], T]) -> Steps[T]:
     """Do it, and do it again after a step for as long as what it needs is down. For what may be done twice."""
     while True:

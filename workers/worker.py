@@ -8,15 +8,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-import torch
-
 from service import metrics
 from service.bootstrap import Wired
 from service.errors import Disagrees, Misconfigured, PalimpsestError, Unavailable
 from service.ids import new_id
 from service.jobs.broker import CALLS
 from service.jobs.desk import Desk, forget_workers
-from service.models.loading import LoadedModel, load
+from service.models.loading import LoadedModel
 from service.progress import Progress
 from service.serving.engine import Engine, Pace
 from service.serving.replica import Replica
@@ -24,12 +22,12 @@ from service.settings import Settings
 from service.toolkit import Toolkit, prepare_steps
 from workers.card import card, tokenizer_json
 from workers.keeper import Keeper
+from workers.resident import resident
 from workers.roles import kinds, roles
 from workers.tasks import tasks
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REST, LONGEST = 1.0, 10.0  # seconds before a loop that fell is started again: the first time, and at most
 STEADY = 60.0  # seconds after which a loop counts as sound again
 
@@ -158,12 +156,8 @@ class Worker:
 
     def _load(self) -> LoadedModel:
         settings = self._settings
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
-        if settings.dtype not in DTYPES:
-            raise Misconfigured(f"dtype {settings.dtype!r} is not known: use {', '.join(DTYPES)}.")
         log.info("loading", extra={"model": settings.model, "device": settings.device})
-        return load(settings.model, settings.device, DTYPES[settings.dtype])
+        return resident(settings)
 
     def _prepare(self, model: LoadedModel) -> Toolkit | None:
         """The editor's tools; made on the first start and read on later ones. None when stopped meanwhile."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,9 +76,12 @@ def _sheet(trace: Trace) -> Sheet:
     limits = (trace["low"], max(high, trace["low"] + 1e-9))
     for i, kind in enumerate(kinds):
         left = margin + i * (wide + gap)
-        _map(sheet, trace, kind, limits, (left, top, wide, tall))
+        box, scores = (left, top, wide, tall), kinds[kind]["scores"]
+        draw_map(sheet, box, kind, scores, limits, trace["window"], f"p({_answer(trace)})")
     if trace["severed"]:
-        _bars(sheet, trace, (margin, top + tall + foot + 0.3, width - margin - gap, bars - 0.85))
+        box = (margin, top + tall + foot + 0.3, width - margin - gap, bars - 0.85)
+        paths = {path: [s - trace["low"] for s in trace["severed"]["scores"][path]] for path in BARS}
+        draw_bars(sheet, box, paths, f"Indirect effect at {labels[trace['severed']['token']]}")
     return sheet
 
 
@@ -91,13 +95,21 @@ def _head(sheet: Sheet, trace: Trace) -> None:
     sheet.write(0.2, 0.58, _conditions(trace), fontsize=8.5, va="center", color=SOFT)
 
 
-def _map(
-    sheet: Sheet, trace: Trace, kind: str, limits: tuple[float, float], box: tuple[float, float, float, float]
+Box = tuple[float, float, float, float]
+
+
+def draw_map(
+    sheet: Sheet,
+    box: Box,
+    kind: str,
+    scores: Sequence[Sequence[float]],
+    limits: tuple[float, float],
+    window: int,
+    unit: str,
 ) -> None:
-    """One map: p(answer) with a token's state restored, light where nothing comes back, dark at the best."""
+    """One map, rows down and layers across: light where nothing comes back, dark at the best; `unit` is below its scale."""
     colours, what, axis = STYLES[kind]
     left, top, wide, tall = box
-    scores = trace["kinds"][kind]["scores"]
     rows, layers = len(scores), len(scores[0])
     axes = sheet.axes(*box)
     mesh = axes.pcolormesh(
@@ -111,7 +123,7 @@ def _map(
     middle = left + wide / 2
     sheet.write(middle, top - 0.2, f"Impact of restoring {what}", ha="center", va="center", fontsize=10)
     below = top + tall
-    label = axis.replace("{}", str(trace["window"]))
+    label = axis.replace("{}", str(window))
     sheet.write(middle, below + 0.34, label, ha="center", va="center", fontsize=8, color=SOFT)
     scale = sheet.axes(left + 0.2 * wide, below + 0.56, 0.6 * wide, 0.09)
     sheet.figure.colorbar(mesh, cax=scale, orientation="horizontal")
@@ -119,27 +131,30 @@ def _map(
     scale.tick_params(length=2, width=0.6, labelsize=7.5, labelcolor=INK)
     for spine in scale.spines.values():
         spine.set_visible(False)
-    answer = f"p({cut(visible(trace['answer']['text']), 18)})"
-    sheet.write(middle, below + 0.95, answer, ha="center", va="center", fontsize=8.5)
+    sheet.write(middle, below + 0.95, unit, ha="center", va="center", fontsize=8.5)
 
 
-def _bars(sheet: Sheet, trace: Trace, box: tuple[float, float, float, float]) -> None:
-    """The severed paths: what restoring the subject's last token brings back, by layer and path cut."""
+def draw_bars(
+    sheet: Sheet,
+    box: Box,
+    paths: Mapping[str, Sequence[float]],
+    title: str,
+    ends: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+) -> None:
+    """The severed paths: what restoring the subject's last token brings back, by layer and path cut.
+
+    `ends` are the lower and upper ends of intervals around them.
+    """
     left, top, wide, tall = box
     axes = sheet.axes(*box)
-    scores = trace["severed"]["scores"]
+    layers = len(paths["none"])
     for i, (path, (colour, name)) in enumerate(BARS.items()):
-        effects = [score - trace["low"] for score in scores[path]]
-        axes.bar(
-            [m + 0.27 * (i - 1) for m in range(len(effects))],
-            effects,
-            0.25,
-            color=colour,
-            alpha=0.85,
-            label=name,
-        )
-    step = math.ceil(len(scores["none"]) / 30)
-    axes.set_xticks(range(0, len(scores["none"]), step))
+        at, effects = [m + 0.27 * (i - 1) for m in range(layers)], paths[path]
+        axes.bar(at, effects, 0.25, color=colour, alpha=0.85, label=name)
+        if ends:
+            axes.vlines(at, *ends[path], color=INK, linewidth=0.8)
+    step = math.ceil(layers / 30)
+    axes.set_xticks(range(0, layers, step))
     axes.margins(x=0.01)
     axes.axhline(0, color=INK, linewidth=0.6)
     axes.grid(axis="y", color=RULE, linewidth=0.5)
@@ -148,8 +163,7 @@ def _bars(sheet: Sheet, trace: Trace, box: tuple[float, float, float, float]) ->
     axes.legend(
         frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0), labelcolor=INK
     )
-    last = _labels(trace)[trace["severed"]["token"]]
-    sheet.write(left, top - 0.15, f"Indirect effect at {last}", va="center", fontsize=10)
+    sheet.write(left, top - 0.15, title, va="center", fontsize=10)
     sheet.write(
         left + wide / 2, top + tall + 0.36, "restored layer", ha="center", va="center", fontsize=8, color=SOFT
     )
@@ -160,6 +174,10 @@ def _bars(sheet: Sheet, trace: Trace, box: tuple[float, float, float, float]) ->
 
 def _title(trace: Trace) -> str:
     return f"{visible(trace['prompt'])} → {visible(trace['answer']['text'])}"
+
+
+def _answer(trace: Trace) -> str:
+    return cut(visible(trace["answer"]["text"]), 18)
 
 
 def _conditions(trace: Trace) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.errors import Unavailable
-from service.progress import Progress, Steps, finish, persist
+from service.progress import Progress, Steps, finish, persist, within
 
 
 def count(to: int) -> Steps[str]:
@@ -31,6 +31,13 @@ def test_what_a_step_raises_is_raised() -> None:
 
     with pytest.raises(ValueError, match="broken"):
         finish(broken())
+
+
+def test_a_part_is_told_as_the_whole() -> None:
+    """Every step of a part is a step, with the progress of what it is a part of; the result is the part's."""
+    seen: list[Progress] = []
+    now = Progress("whole", 4, 9)
+    assert finish(within(count(2), now), seen.append) == "done" and seen == [now, now]
 
 
 def test_what_is_down_is_waited_for_a_step_at_a_time() -> None:

@@ -1,0 +1,55 @@
+"""Intervals that know what was drawn: whole prompts with all that was measured on them (Efron and Tibshirani 1993, ch. 8).
+
+Tokens of one prompt, or layers of one fact, are no independent measurements. What is drawn again is therefore the cluster;
+a draw is a row of counts, so that every figure of a draw is a product with it, and two figures of one draw are paired.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+ROUNDS, LEVEL = 2000, 0.95
+
+
+def draws(clusters: int, rounds: int = ROUNDS, seed: int = 0) -> Array:
+    """(rounds, clusters): how often each cluster occurs in a draw of as many, with replacement."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(clusters, np.full(clusters, 1 / clusters), rounds).astype(np.float64)
+
+
+def pooled(drawn: Array, sums: Array, counts: Array) -> Array:
+    """(rounds, ...): of each draw the mean over all measurements of its clusters; NaN where it has none.
+
+    sums (clusters, ...), counts (clusters,): what the measurements of a cluster add up to, and how many they are.
+    """
+    number = (drawn @ counts).reshape(-1, *(1,) * (sums.ndim - 1))
+    total = np.tensordot(drawn, sums, 1)
+    return np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
+
+
+def interval(of_draws: Array, level: float = LEVEL) -> tuple[Array, Array]:
+    """The percentile interval over draws (rounds, ...): its lower and its upper ends."""
+    low, high = np.nanquantile(of_draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low, high
+
+
+def mean_of(values: Any, drawn: Array) -> dict[str, Any]:
+    """Mean of one measurement (or row of measurements) a cluster, with its interval: `mean`, `low`, `high`, `n`.
+
+    A single cluster has no interval: None.
+    """
+    rows = np.asarray(values, dtype=np.float64)
+    return of_clusters(rows, np.ones(len(rows)), drawn)
+
+
+def of_clusters(sums: Array, counts: Array, drawn: Array) -> dict[str, Any]:
+    """The mean over all measurements of the clusters, its interval, and `n`: the clusters that have any."""
+    n = int((counts > 0).sum())
+    mean = sums.sum(0) / counts.sum() if n else None
+    low, high = interval(pooled(drawn, sums, counts)) if n > 1 else (None, None)
+    ends = {"mean": mean, "low": low, "high": high}
+    return {k: None if x is None else np.asarray(x).tolist() for k, x in ends.items()} | {"n": n}

@@ -1,0 +1,73 @@
+"""The facts of a study: what is said of a subject, from any file of editing problems or from the paper's list of known facts."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from service.errors import InvalidInput
+from service.evaluation.records import Record, read_records
+from service.text import SLOT, Statement, fill, find
+
+KNOWN = ("subject", "attribute", "template")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`object` is what a model that knows the fact says after the prompt."""
+
+    subject: str
+    prompt: str  #: with one {}
+    object: str
+
+    @property
+    def statement(self) -> Statement:
+        return fill(self.prompt, self.subject)
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def fact_of(record: Record) -> Fact:
+    """What an editing problem says of its subject before any edit."""
+    return Fact(record.subject, record.prompt, record.target_true or "")
+
+
+def read_study_facts(path: Path, seed: int = 0) -> list[Fact]:
+    """Every fact of a file whose true object is named, in an order drawn from `seed`."""
+    rows = _known_facts(path)
+    if rows:
+        return random.Random(seed).sample([_known_fact(row, place) for place, row in rows], len(rows))
+    facts = [fact_of(r) for r in read_records(path, seed) if r.target_true]
+    if not facts:
+        raise InvalidInput(f"no record of {path.name} names its true object, which a study follows.", "facts")
+    return facts
+
+
+def _known_facts(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a known_facts.json with their places; nothing when the file is of another form."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []  # whoever reads records says what is wrong with it
+    known = isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "attribute" in rows[0]
+    return list(enumerate(rows, 1)) if known else []
+
+
+def _known_fact(row: dict[str, Any], place: int) -> Fact:
+    """What was traced in the paper is `prompt`, in which the template may go on by a word: "is located in the continent of"."""
+    try:
+        subject, attribute, template = (str(row[name]) for name in KNOWN)
+        prompt = str(row.get("prompt") or template)
+        if SLOT not in prompt:
+            start, end = find(prompt, subject).span
+            prompt = prompt[:start] + SLOT + prompt[end:]
+        fill(prompt, subject)
+    except (KeyError, TypeError) as error:
+        raise InvalidInput(f"known fact {place} lacks {error}.", "facts") from None
+    except InvalidInput as error:
+        raise InvalidInput(f"known fact {place}: {error.detail}", "facts") from None
+    return Fact(subject, prompt, attribute)

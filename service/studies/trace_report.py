@@ -1,0 +1,232 @@
+"""A tracing study as figures in the manner of the paper's Figures 2 and 3, as a page, and as the rows of a table.
+
+Takes the study's JSON and needs no torch. Everything that is said in words is read from its figures.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from service import drawing
+from service.drawing import INK, RULE, SOFT, Draw, Sheet
+from service.studies.averages import LAST, LAST_SUBJECT, ROWS
+from service.tracing.heatmap import BARS, STYLES, draw_bars, draw_map
+
+Study = dict[str, Any]
+
+#: the rows whose lines are drawn, with their interval, and how
+LINES = {LAST_SUBJECT: ("-", 1.8), LAST: ("--", 1.4), "first subsequent token": (":", 1.2)}
+COLOURS = {"hidden": "#6a51a3", "mlp": "#238b45", "attn": "#cb181d"}
+WHOLE = {
+    "hidden": "single hidden states",
+    "mlp": "windows of MLP outputs",
+    "attn": "windows of attention outputs",
+}
+COLUMNS = ("restored", "token", "prompts", "tokens", "AIE", "95 % interval", "layer", "layers of 90 %")
+
+
+def figures(study: Study) -> dict[str, Draw]:
+    """Every figure by the name of its file."""
+    made: dict[str, Draw] = {"maps": partial(_maps, study), "lines": partial(_lines, study)}
+    return made | ({"severed": partial(_severed, study)} if study["severed"] else {})
+
+
+def title(study: Study) -> str:
+    return f"Causal traces of {study['facts']} facts in {study['model']['name']}"
+
+
+# Drawing
+
+
+def _head(sheet: Sheet, study: Study) -> None:
+    sheet.write(0.2, 0.3, title(study), fontsize=12.5, weight="bold", va="center")
+    sheet.write(0.2, 0.58, _conditions(study), fontsize=8.5, va="center", color=SOFT)
+
+
+def _maps(study: Study) -> Sheet:
+    """Rows of tokens down, layers across, a map for each kind; one scale for all."""
+    kinds, layers = study["kinds"], study["layers"]
+    margin, top, foot, gap, tall = 1.95, 1.28, 1.12, 0.42, 0.3 * len(ROWS)
+    wide = min(6.0, max(2.6, 0.115 * layers))
+    sheet = Sheet(margin + len(kinds) * (wide + gap), top + tall + foot)
+    _head(sheet, study)
+    for i, row in enumerate(ROWS):
+        weight = "bold" if "subject" in row else "normal"
+        y = top + tall * (i + 0.5) / len(ROWS)
+        sheet.write(margin - 0.09, y, row, ha="right", va="center", fontsize=8.5, weight=weight)
+    maps = {kind: [_clipped(rows[row]["mean"], layers) for row in ROWS] for kind, rows in kinds.items()}
+    high = max(max(map(max, scores)) for scores in maps.values())
+    for i, (kind, scores) in enumerate(maps.items()):
+        box = (margin + i * (wide + gap), top, wide, tall)
+        draw_map(sheet, box, kind, scores, (0.0, max(high, 1e-9)), study["window"], "AIE")
+    return sheet
+
+
+def _clipped(means: Sequence[float] | None, layers: int) -> list[float]:
+    """As the paper draws them: what is below nothing is nothing; a row that no prompt has is empty."""
+    return [math.nan] * layers if means is None else [max(0.0, x) for x in means]
+
+
+def _lines(study: Study) -> Sheet:
+    """AIE by layer at the tokens that matter, a panel for each kind, with intervals."""
+    kinds, layers = study["kinds"], study["layers"]
+    wide, tall, left, top, gap = max(2.6, min(6.0, 0.115 * layers)), 2.1, 0.62, 1.55, 0.42
+    sheet = Sheet(left + len(kinds) * (wide + gap), top + tall + 0.75)
+    _head(sheet, study)
+    ends = [
+        kinds[k][row][end]
+        for k in kinds
+        for row in LINES
+        for end in ("low", "high", "mean")
+        if kinds[k][row][end]
+    ]
+    floor, ceiling = min(map(min, ends)), max(map(max, ends))
+    room = 0.05 * (ceiling - floor) + 1e-9
+    for i, (kind, rows) in enumerate(kinds.items()):
+        at = left + i * (wide + gap)
+        axes = sheet.axes(at, top, wide, tall)
+        for row, (dash, width) in LINES.items():
+            if (found := rows[row])["mean"]:
+                axes.plot(found["mean"], dash, color=COLOURS[kind], linewidth=width, label=row)
+            if found["low"]:
+                axes.fill_between(
+                    range(layers), found["low"], found["high"], color=COLOURS[kind], alpha=0.13, lw=0
+                )
+        axes.set_ylim(floor - room, ceiling + room)
+        axes.set_xticks(range(0, layers, math.ceil(layers / 10)))
+        axes.margins(x=0.02)
+        axes.axhline(0, color=INK, linewidth=0.6)
+        axes.grid(axis="y", color=RULE, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelleft=i == 0)
+        _, what, axis = STYLES[kind]
+        middle = at + wide / 2
+        sheet.write(middle, top - 0.2, f"AIE of restoring {what}", ha="center", va="center", fontsize=10)
+        label = axis.replace("{}", str(study["window"]))
+        sheet.write(middle, top + tall + 0.36, label, ha="center", va="center", fontsize=8, color=SOFT)
+        if i == 0:
+            legend = axes.legend(
+                frameon=False, fontsize=8, ncols=3, labelcolor=INK, borderpad=0, handlelength=2.4,
+                loc="lower left", bbox_to_anchor=(0.0, 1 + 0.42 / tall),
+            )  # fmt: skip
+            for line in legend.get_lines():
+                line.set_color(INK)
+    return sheet
+
+
+def _severed(study: Study) -> Sheet:
+    """The paper's Figure 3: bars by layer, ordinary and with a path cut, with intervals."""
+    wide = min(14.0, max(7.4, 0.34 * study["layers"]))
+    sheet = Sheet(wide + 0.95, 1.35 + 2.2 + 0.7)
+    _head(sheet, study)
+    paths = study["severed"]["paths"]
+    ends = {p: (paths[p]["low"], paths[p]["high"]) for p in BARS} if study["facts"] > 1 else None
+    means = {p: paths[p]["mean"] for p in BARS}
+    draw_bars(sheet, (0.62, 1.35, wide, 2.2), means, f"AIE at the {LAST_SUBJECT}", ends)
+    return sheet
+
+
+# Words
+
+
+def _conditions(study: Study) -> str:
+    noise = study["noise"]
+    times = f"{noise['factor']:g}σ = " if noise["factor"] is not None else ""
+    return (
+        f"ATE {study['total_effect']['mean']:.3f}: p {study['high']['mean']:.3f} clean, {study['low']['mean']:.3f} "
+        f"corrupted; {study['samples']} samples, noise {times}{noise['level']:.3g}"
+    )
+
+
+def ends(figure: dict[str, Any]) -> str:
+    """An interval in words; one prompt has none."""
+    return "–" if figure["low"] is None else f"{figure['low']:.3f} to {figure['high']:.3f}"
+
+
+def sentences(study: Study) -> list[str]:
+    """What was done, and what the figures show."""
+    out = "; ".join(f"{n} {why}" for why, n in study["left_out"].items() if n) or "none"
+    noise, total = study["noise"], study["total_effect"]
+    times = (
+        f", {noise['factor']:g} times the deviation of the embeddings of {noise['subjects']} subjects"
+        if noise["factor"] is not None
+        else ""
+    )
+    lines = [
+        (
+            f"{study['asked']} facts were asked and {study['facts']} traced: those whose object is the model's own greedy "
+            f"answer. Left out: {out}. Noise of deviation {noise['level']:.4g}{times} was added to the embeddings of the "
+            f"subject, {study['samples']} times a fact. The probability of the object falls from {study['high']['mean']:.3f} "
+            f"to {study['low']['mean']:.3f}: the average total effect is {total['mean']:.3f} ({ends(total)})."
+        ),
+        (
+            "A cell shows the average indirect effect (AIE): how much of that probability comes back when one state is put "
+            "back as it was in the clean run. Intervals are of 95 % and draw whole prompts again, not tokens."
+        ),
+    ]
+    lines += [_site(study, kind) for kind in study["kinds"]]
+    lines += [_cut(study, path) for path in study["severed"]["lost"]] if study["severed"] else []
+    return [*lines, _alike(study)]
+
+
+def _site(study: Study, kind: str) -> str:
+    """Where a kind is strongest at the subject's end and at the prompt's, whose last hidden state is the answer itself."""
+    rows = (LAST_SUBJECT,) if kind == "hidden" else (LAST_SUBJECT, LAST)
+    peaks = {row: peak for row in rows if (peak := study["kinds"][kind][row]["peak"])}
+    said = [
+        f"{peak['mean']:.3f} ({ends(peak)}) around layer {peak['layer']} at the {row}"
+        for row, peak in peaks.items()
+    ]
+    return f"Of {WHOLE[kind]}, the most comes back: {' and '.join(said)}."
+
+
+def _cut(study: Study, path: str) -> str:
+    """What cutting a path at the subject's last token loses, at the layer where it loses most."""
+    lost, whole = study["severed"]["lost"][path], study["severed"]["paths"]["none"]
+    layer = max(range(study["layers"]), key=lambda m: lost["mean"][m])
+    at = {end: None if lost[end] is None else lost[end][layer] for end in ("low", "high")}
+    return (
+        f"Cutting the {STYLES[path][1]} path at the {LAST_SUBJECT} loses most at layer {layer}: {lost['mean'][layer]:.3f} "
+        f"({ends(at)}), where the whole effect is {whole['mean'][layer]:.3f}."
+    )
+
+
+def _alike(study: Study) -> str:
+    said = "; ".join(f"{what}: {n}" for what, n in study["alike"].items())
+    return f"Prompts in which two rows are the same token, which then counts in both. {said}."
+
+
+def rows(study: Study) -> list[tuple[Any, ...]]:
+    """The table: for each kind and row its strongest layer, in the order of COLUMNS."""
+    made: list[tuple[Any, ...]] = []
+    for kind, found in study["kinds"].items():
+        for name, row in found.items():
+            peak = row["peak"]
+            figures: tuple[Any, ...] = (None,) * 4
+            if peak:
+                spread = peak["layers"] and "–".join(map(str, dict.fromkeys(peak["layers"])))
+                figures = (peak["mean"], ends(peak), peak["layer"], spread)
+            made.append((STYLES[kind][1], name, row["n"], row["tokens"], *figures))
+    return made
+
+
+def page(study: Study) -> str:
+    """A page that needs nothing else: the words, the figures, the table."""
+    pictures = "".join(drawing.inline(drawing.svg(draw, title(study))) for draw in figures(study).values())
+    words = drawing.paragraphs(sentences(study))
+    return drawing.page(title(study), words + pictures + table(COLUMNS, rows(study)))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as markup; what is not known is a dash."""
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(_cell(c))}</td>" for c in r) + "</tr>\n" for r in rows)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
