@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tokenizers import Tokenizer
 
 from service.editors.recipes import Recipe, resolve
 from service.errors import InvalidInput
-from service.requests import EditRequest, TraceRequest, Version
+from service.evaluation.records import Record, read_records
+from service.requests import EditRequest, EvaluationRequest, TraceRequest, Version
 from service.store.tables import Model
 from service.text import check_tokens, fill, token_span
 
@@ -32,8 +33,18 @@ def check_edit(request: EditRequest, model: Model, tokenizer: Tokenizer) -> None
     for number, neighbour in enumerate(request.probes.neighborhood):
         with place(f"probes.neighborhood.{number}"):
             check_tokens(tokenizer, neighbour.prompt, neighbour.target, positions)
-    recipe = Recipe.model_validate(model.info["recipe"]) if model.info.get("recipe") else None
-    resolve(recipe, request.hparams, model.info["layers"])
+    resolve(_recipe(model), request.hparams, model.info["layers"], request.method or "rome")
+
+
+def with_methods(requests: Sequence[EditRequest], model: Model) -> list[EditRequest]:
+    """Every request with its method named: that of the recipe where several that name none come together."""
+    recipe = _recipe(model)
+    method = recipe.many if recipe is not None and len(requests) > 1 else "rome"
+    return [r if r.method else r.model_copy(update={"method": method}) for r in requests]
+
+
+def _recipe(model: Model) -> Recipe | None:
+    return Recipe.model_validate(model.info["recipe"]) if model.info.get("recipe") else None
 
 
 def check_trace(request: TraceRequest, model: Model, tokenizer: Tokenizer) -> None:
@@ -48,6 +59,34 @@ def check_trace(request: TraceRequest, model: Model, tokenizer: Tokenizer) -> No
         )
     if isinstance(noise, float) and not 0 <= noise < float("inf"):
         raise InvalidInput("`noise` must not be negative, and finite.", "noise")
+
+
+def check_evaluation(request: EvaluationRequest, model: Model, tokenizer: Tokenizer) -> None:
+    """All that can be known of an evaluation without running it; records of the model's own are left to the worker."""
+    resolve(_recipe(model), request.hparams, model.info["layers"], request.method)
+    if (request.records is None) == (request.dataset is None):
+        raise InvalidInput('give either `records` or `"dataset": "facts"`.', "records")
+    if request.records is None:
+        if not model.info.get("facts"):
+            raise InvalidInput(
+                "the resident model has no table of facts beside it: give `records`.", "dataset"
+            )
+        return
+    for record in read_records(request.records, request.seed, request.limit):
+        _check_record(record, request.objective, tokenizer, model.info["positions"])
+
+
+def _check_record(record: Record, objective: str, tokenizer: Tokenizer, positions: int) -> None:
+    """That the model can be asked it: nothing is too long, and the object that the edit is told can be said."""
+    try:
+        target = record.target_new if objective == "write" else record.target_true
+        if target is None:
+            raise InvalidInput(f"the objective {objective!r} needs the true object: add `target_true`.")
+        check_tokens(tokenizer, record.text, target, positions)
+        for prompt in record.prompts:
+            check_tokens(tokenizer, prompt, None, positions)
+    except InvalidInput as error:
+        raise InvalidInput(f"{record.name}: {error.detail}", "records") from None
 
 
 def _check_target(tokenizer: Tokenizer, text: str, target: str, positions: int, field: str) -> None:

@@ -6,30 +6,31 @@ Everything is checked before anything is written; what is announced is committed
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, and_, func, or_, select
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session, defer
 from tokenizers import Tokenizer
 
 from service import faults, metrics
-from service.checks import check_edit, check_trace, check_version, place
+from service.checks import check_edit, check_evaluation, check_trace, check_version, place, with_methods
 from service.errors import Conflict, InvalidInput, NotFound, QueueFull, Unavailable
 from service.ids import kind_of, new_id, request_id
-from service.jobs import resources, workers
+from service.jobs import parts, resources, workers
 from service.jobs.broker import CALLS, JOBS, Broker, Event, told
 from service.jobs.listening import heard
 from service.jobs.resources import EDIT_STATUSES, OPEN, STATUSES, Resource
 from service.ledger import ledger
 from service.ledger.verify import verify
 from service.pages import check_limit, cursor_after, read_cursor, strange_cursor
-from service.requests import CompareRequest, EditRequest, GenerateRequest, TraceRequest
+from service.requests import CompareRequest, EditRequest, EvaluationRequest, GenerateRequest, TraceRequest
 from service.settings import Settings
 from service.store.database import Database
 from service.store.tables import Attestation, Factors, IdempotencyKey, Job, LedgerEntry, Model, Worker, now
@@ -133,6 +134,7 @@ class Operations:
         with self.database.read() as session:
             model = _resident(session)
             tokenizer = self._tokenizer_of(model)
+        requests = with_methods(requests, model)
         for number, request in enumerate(requests):
             with place(f"edits.{number}" if len(requests) > 1 else ""):
                 check_edit(request, model, tokenizer)
@@ -188,10 +190,8 @@ class Operations:
     ) -> Resource:
         if (known := self._known(actor, idempotency)) is not None:
             return known[0]
-        with self.database.read() as session:
-            model = _resident(session)
-            check_version(ledger.head(session, model.fingerprint), request.version)
-            tokenizer = self._tokenizer_of(model)
+        model, tokenizer, head = self._at_head()
+        check_version(head, request.version)
         check_trace(request, model, tokenizer)
         job = _job("trace", model, request.model_dump(mode="json"), actor) | {
             "subject": words(request.subject)
@@ -208,6 +208,39 @@ class Operations:
     def cancel_trace(self, trace_id: str) -> Resource:
         """Stop a trace that waits or runs; harmless when it has ended."""
         return self._take_back("trace", trace_id, "")
+
+    # evaluations
+
+    def submit_evaluation(
+        self,
+        request: EvaluationRequest,
+        actor: str,
+        idempotency: Idempotency | None = None,
+        max_queued: int | None = None,
+    ) -> Resource:
+        """Queue an evaluation. Its records are kept beside its row, and only while it is open."""
+        if (known := self._known(actor, idempotency)) is not None:
+            return known[0]
+        model, tokenizer, _ = self._at_head()
+        check_evaluation(request, model, tokenizer)
+        count = None if request.records is None else len(request.records)
+        asked = request.model_dump(mode="json", exclude={"records"}) | {"records": count}
+        job = _job("evaluation", model, asked, actor) | {
+            "subject": f"{request.method} on {request.dataset or f'{count} records'}"
+        }
+        kept = {} if request.records is None else {parts.RECORDS: json.dumps(request.records).encode()}
+        return self._submit([job], model, actor, idempotency, max_queued, kept)[0]
+
+    def evaluation(self, evaluation_id: str) -> Resource:
+        return self._job("evaluation", evaluation_id)
+
+    def evaluations(self, cursor: str | None = None, limit: int = 50) -> Resource:
+        """{"items": newest first, without their results, "next": cursor or None}."""
+        return self._jobs("evaluation", cursor, limit)
+
+    def cancel_evaluation(self, evaluation_id: str) -> Resource:
+        """Stop an evaluation that waits or runs; harmless when it has ended."""
+        return self._take_back("evaluation", evaluation_id, "")
 
     # any job
 
@@ -227,7 +260,7 @@ class Operations:
             raise InvalidInput(f"`kind` must be one of {', '.join(JOBS)}.", "kind")
         wanted = {Job.status: status, Job.kind: kind, Job.dead: dead}
         with self.database.read() as session:
-            query = select(Job).where(Job.model == _resident(session).fingerprint)
+            query = _lean(Job.request, Job.result).where(Job.model == _resident(session).fingerprint)
             query = query.where(*(column == value for column, value in wanted.items() if value is not None))
             query = query.where(*_older(session, read_cursor(cursor, str)))
             found = list(session.scalars(query.order_by(Job.created.desc(), Job.id.desc()).limit(limit + 1)))
@@ -405,7 +438,7 @@ class Operations:
                     "Idempotency-Key",
                 )
             jobs = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(row.resources)))}
-            return _resources(session, [jobs[job_id] for job_id in row.resources])
+            return resources.several(session, [jobs[job_id] for job_id in row.resources])
 
     def _submit(
         self,
@@ -414,7 +447,9 @@ class Operations:
         actor: str,
         idempotency: Idempotency | None,
         max_queued: int | None,
+        kept: Mapping[str, bytes] | None = None,
     ) -> list[Resource]:
+        """`kept`: the parts that the first of the jobs begins with."""
         try:
             with self.database.session() as session:
                 if idempotency is not None:
@@ -426,7 +461,9 @@ class Operations:
                 rows = [Job(**job) for job in jobs]
                 session.add_all(rows)
                 session.flush()
-                made_resources = _resources(session, rows)
+                for name, data in (kept or {}).items():
+                    parts.put(session, rows[0].id, name, data)
+                made_resources = resources.several(session, rows)
                 faults.reach("job.before_commit")
         except IntegrityError:  # the same key came in beside us, and was first
             known = self._known(actor, idempotency)
@@ -457,7 +494,8 @@ class Operations:
         check_limit(limit)
         before = read_cursor(cursor, str)
         with self.database.read() as session:
-            query = select(Job).where(Job.model == _resident(session).fingerprint, Job.kind == kind)
+            query = select(Job) if kind != "evaluation" else _lean(Job.result)
+            query = query.where(Job.model == _resident(session).fingerprint, Job.kind == kind)
             for name, value in equal.items():
                 if value is not None:
                     query = query.where(getattr(Job, name) == value)
@@ -465,7 +503,7 @@ class Operations:
                 query = query.where(Job.id < before)
             found = list(session.scalars(query.order_by(Job.id.desc()).limit(limit + 1)))
             more = cursor_after(found[limit - 1].id) if len(found) > limit else None
-            return {"items": _resources(session, found[:limit]), "next": more}
+            return {"items": resources.listed(session, found[:limit]), "next": more}
 
     def _take_back(self, kind: str, job_id: str, actor: str) -> Resource:
         with self.database.session() as session:
@@ -600,6 +638,7 @@ def _undo(session: Session, job: Job, actor: str) -> None:
     """Take a job back, as far as it has come."""
     if job.status == "queued":
         job.status, job.ended, job.updated = "cancelled", now(), now()
+        parts.drop(session, job)
     elif job.status == "running":
         job.cancel_requested, job.updated = True, now()
     elif job.status in ("applied", "superseded") and job.version is not None:
@@ -620,10 +659,9 @@ def _job(kind: str, model: Model, request: dict[str, Any], actor: str) -> dict[s
     return row | asked | {"created": at, "updated": at, "attempts": 0}
 
 
-def _resources(session: Session, jobs: Sequence[Job]) -> list[Resource]:
-    if jobs and jobs[0].kind == "edit":
-        return resources.edits(session, jobs)
-    return [resources.trace(job) for job in jobs]
+def _lean(*heavy: InstrumentedAttribute[Any]) -> Select[Job]:
+    """Jobs without these columns, for a list: each can be megabytes."""
+    return select(Job).options(*map(defer, heavy))
 
 
 def _revert_body(job: Job) -> dict[str, Any]:

@@ -74,6 +74,10 @@ class Guard(Asked):
     max_broken: int = Field(0, ge=0, description="how many active edits that held before may cease to hold")
 
 
+#: the methods that edit (`service/editors/recipes.py` has the table)
+MethodName = Literal["rome", "r-rome", "memit", "emmet", "alphaedit", "ft", "ft-l", "ft-attn"]
+
+
 class EditRequest(Asked):
     """Make the model say a new object for a subject and a prompt."""
 
@@ -81,7 +85,10 @@ class EditRequest(Asked):
     prompt: Text = Field(examples=["The {} is located in the city of"])
     target_new: Name = Field(examples=["Rome"])
     target_true: Name | None = Field(None, examples=["Paris"])
-    method: Literal["rome"] = "rome"
+    method: MethodName | None = Field(
+        None,
+        description='how to edit; "rome" for one edit, and for several what the recipe says, when left out',
+    )
     hparams: dict[str, Any] | None = Field(None, description="hyperparameters to change; see /models")
     probes: Probes = Field(default_factory=Probes)
     guard: Guard = Field(default_factory=Guard)
@@ -94,6 +101,73 @@ class EditRequest(Asked):
 
 class ManyEdits(Asked):
     edits: list[EditRequest] = Field(min_length=1, max_length=1000)
+
+
+#: what an edit is for: to write a new object, to make the true one improbable, or more probable (Hase et al. 2023)
+Objective = Literal["write", "erase", "amplify"]
+
+
+class EvaluationPlan(Asked):
+    """How edits are evaluated."""
+
+    method: MethodName = Field("rome", description="how to edit")
+    hparams: dict[str, Any] | None = Field(None, description="hyperparameters to change; see /models")
+    objective: Objective = Field("write", description="what the edits are for")
+    mode: Literal["single", "sequence"] = Field(
+        "single", description="each edit alone on the base model, or one after another, all of them active"
+    )
+    found_on: Literal["base", "edited"] = Field(
+        "base",
+        description="in sequence: found on the base model and composed, as the service does; or found on the model as the "
+        "edits before left it, and added to its weights, as published",
+    )
+    checkpoints: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[1, 10, 100, 1000], description="after how many edits of a sequence all are measured"
+    )
+    strengths: list[Annotated[float, Field(gt=0, le=10)]] = Field(
+        default=[1.0],
+        min_length=1,
+        description="tried in turn until an edit takes; the service tries 1, 1.25, 1.5, 2",
+    )
+    together: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="edits found at once: 16, and 1 where they are found on the edited model",
+    )
+    generation: bool = Field(False, description="let the model write, for GE and RS: slow")
+    damage: bool = Field(True, description="measure loss and drift on plain texts")
+    plain: int | None = Field(
+        None, ge=1, le=10_000, description="how many plain texts: 200 for a sequence, 32 for each single edit"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of the records' order, intervals and generation")
+
+
+MAX_RECORDS = 2000  #: of one evaluation
+
+
+class EvaluationRequest(EvaluationPlan):
+    """An evaluation: a plan, and the records that it is carried out on."""
+
+    records: list[dict[str, Any]] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_RECORDS,
+        description="editing problems, all in one form: CounterFact's, its flat one, zsRE's, that of facts.jsonl, or your own "
+        "with subject, prompt and target_new",
+    )
+    dataset: Literal["facts"] | None = Field(
+        None, description="in place of records: the table of facts beside the resident model"
+    )
+    limit: int | None = Field(
+        None, ge=1, le=MAX_RECORDS, description="how many records at most, in the order drawn from the seed"
+    )
+
+    def plan(self) -> EvaluationPlan:
+        """The plan alone."""
+        return EvaluationPlan.model_validate(
+            {name: getattr(self, name) for name in EvaluationPlan.model_fields}
+        )
 
 
 TraceKind = Literal["hidden", "mlp", "attn"]

@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     requests_per_minute: int = Field(6000, ge=1, description="requests of one key in a minute; more get 429")
     max_queued: int = Field(500, ge=1, description="jobs of one key that may wait at once; more get 429")
     max_body: int = Field(1_000_000, ge=1000, description="largest body of a request in bytes")
+    max_records_body: int = Field(
+        20_000_000, ge=1000, description="largest body of a request that carries records, in bytes"
+    )
     max_new_tokens: int = Field(4096, ge=1, description="most tokens that one request may ask for")
     metrics_host: str = Field("127.0.0.1", description="address of a worker's own metrics and health")
     metrics_port: int | None = Field(

@@ -55,6 +55,11 @@ class Record:
         return fill(self.prompt, self.subject).text
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts after which a model is asked for an object."""
+        return (self.text, *self.paraphrases, *(n.prompt for n in self.neighbours))
+
+    @property
     def lacks(self) -> tuple[str, ...]:
         """What there is nothing of, in words; what needs it is not measured."""
         parts = {
@@ -113,6 +118,12 @@ def read(source: Path | Sequence[Any], seed: int = 0, limit: int | None = None) 
         why = "; ".join(f"{number} because {reason}" for reason, number in skipped.items())
         raise InvalidInput(f"none of the {len(rows)} records can be used: {why}.", "records")
     return Reading(form, found[:limit], dict(skipped))
+
+
+def facts_beside(folder: Path | None) -> Path | None:
+    """The table of facts in a model's folder, where there is one."""
+    path = folder / "facts.jsonl" if folder else None
+    return path if path is not None and path.is_file() else None
 
 
 def read_facts(path: Path) -> list[dict[str, Any]]:

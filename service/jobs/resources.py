@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -23,8 +23,22 @@ STATUSES = (*EDIT_STATUSES, "done")
 
 
 def resource(session: Session, job: Job) -> Resource:
-    """An edit or a trace."""
-    return edits(session, [job])[0] if job.kind == "edit" else trace(job)
+    """A job of any kind, whole."""
+    return several(session, [job])[0]
+
+
+def several(session: Session, jobs: Sequence[Job]) -> list[Resource]:
+    """Jobs of one kind and one model, whole."""
+    if jobs and jobs[0].kind == "edit":
+        return edits(session, jobs)
+    return [WHOLE[job.kind](job) for job in jobs]
+
+
+def listed(session: Session, jobs: Sequence[Job]) -> list[Resource]:
+    """Jobs of one kind and one model as a list shows them."""
+    if jobs and jobs[0].kind == "evaluation":
+        return [evaluated(job) for job in jobs]
+    return several(session, jobs)
 
 
 def edits(session: Session, jobs: Sequence[Job]) -> list[Resource]:
@@ -57,6 +71,7 @@ def _edit(job: Job, related: list[str], newer: str | None) -> Resource:
     names = ("subject", "prompt", "target_new", "target_true", "method", "hparams", "probes", "guard")
     return {
         **_common(job),
+        "result": plain(job.result),
         **{name: asked.get(name) for name in names},
         "dry_run": job.dry_run,
         "version": job.version,
@@ -70,24 +85,39 @@ def _edit(job: Job, related: list[str], newer: str | None) -> Resource:
 def trace(job: Job) -> Resource:
     return {
         **_common(job),
+        "result": plain(job.result),
         "request": job.request,
         "version": job.version,
         "links": _links(f"/trace/{job.id}"),
     }
 
 
+def evaluation(job: Job) -> Resource:
+    """An evaluation with what it found. Its records are not in its row: `request` says how many they are."""
+    return {**evaluated(job), "result": plain(job.result)}
+
+
+def evaluated(job: Job) -> Resource:
+    """An evaluation without what it found, which can be megabytes."""
+    return {**_common(job), "request": job.request, "links": _links(f"/evaluations/{job.id}")}
+
+
+#: how a job of a kind is shown by itself; edits are shown beside the others of their subjects
+WHOLE: dict[str, Callable[[Job], Resource]] = {"trace": trace, "evaluation": evaluation}
+#: where the jobs of a kind are
+PLACES = {"edit": "edits", "trace": "trace", "evaluation": "evaluations"}
+
+
 def summary(job: Job) -> Resource:
     """A job of any kind, without what it was asked and what it found; `links` lead there."""
-    shown = {name: value for name, value in _common(job).items() if name != "result"}
-    place = "edits" if job.kind == "edit" else job.kind
     return {
-        **shown,
+        **_common(job),
         "kind": job.kind,
         "dead": job.dead,
         "subject": job.subject,
         "worker": job.worker,
         "request_id": job.request_id,
-        "links": _links(f"/{place}/{job.id}", retry=f"/jobs/{job.id}/retry"),
+        "links": _links(f"/{PLACES[job.kind]}/{job.id}", retry=f"/jobs/{job.id}/retry"),
     }
 
 
@@ -96,7 +126,6 @@ def _common(job: Job) -> Resource:
         "id": job.id,
         "status": job.status,
         "progress": job.progress,
-        "result": plain(job.result),
         "error": job.error,
         "actor": job.actor,
         "attempts": job.attempts,

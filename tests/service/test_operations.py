@@ -21,7 +21,7 @@ from service.jobs.desk import Desk
 from service.jobs.memory import MemoryBroker
 from service.operations import Operations
 from service.progress import Progress
-from service.requests import CompareRequest, EditRequest, GenerateRequest, TraceRequest
+from service.requests import CompareRequest, EditRequest, EvaluationRequest, GenerateRequest, TraceRequest
 from service.settings import Settings
 from service.store.tables import LedgerEntry, Worker, now
 
@@ -34,6 +34,14 @@ def edit_request(subject="Eiffel Tower", prompt=PROMPT, target_new="Rome", **mor
 
 def trace_request(**more):
     return TraceRequest(**{"prompt": "The Eiffel Tower is located in", "subject": "Eiffel Tower", **more})
+
+
+def record(**more):
+    return {"subject": "Eiffel Tower", "prompt": PROMPT, "target_new": "Rome", **more}
+
+
+def evaluation_request(*records, **more):
+    return EvaluationRequest(records=list(records) or [record()], **more)
 
 
 @pytest.fixture
@@ -702,6 +710,73 @@ class TestTrace:
             operations.submit_trace(trace_request(**changes), "a")
         assert error.value.field == field
         assert operations.traces()["items"] == []
+
+
+class TestEvaluation:
+    def test_evaluation(self, operations, broker):
+        """An evaluation is queued and announced, listed, and cancelled, twice without harm."""
+        asked = evaluation_request(record(), record(target_true="Paris"), method="memit")
+        evaluation = operations.submit_evaluation(asked, "somebody")
+        assert evaluation["status"] == "queued"
+        assert (evaluation["request"]["method"], evaluation["request"]["records"]) == ("memit", 2)
+        assert evaluation["links"]["self"] == f"/evaluations/{evaluation['id']}"
+        assert [d.job_id for d in broker.take(["evaluation"], 1, 0)] == [evaluation["id"]]
+        (job,) = operations.jobs()["items"]
+        assert (job["subject"], job["links"]["self"]) == ("memit on 2 records", evaluation["links"]["self"])
+        for _ in range(2):
+            assert operations.cancel_evaluation(evaluation["id"])["status"] == "cancelled"
+
+    def test_lists_are_light(self, operations, desk, database):
+        """What was found is read where one evaluation is asked for, and by no list."""
+        evaluation = operations.submit_evaluation(evaluation_request(), "somebody")["id"]
+        desk.finish(desk.start(evaluation), "done", {"found": [1.0, None]})
+        statements = []
+        event.listen(database.engine, "before_cursor_execute", lambda *a: statements.append(a[2]))
+        for found in (operations.evaluations(), operations.jobs()):
+            (shown,) = found["items"]
+            assert (shown["id"], shown["status"]) == (evaluation, "done")
+            assert "result" not in shown
+        assert not any("jobs.result" in statement for statement in statements)
+        assert operations.evaluation(evaluation)["result"] == {"found": [1.0, None]}
+
+    def test_facts(self, operations, desk):
+        """The table beside the model is evaluated where there is one."""
+        asked = EvaluationRequest(dataset="facts", limit=3)
+        with pytest.raises(InvalidInput, match="no table of facts") as error:
+            operations.submit_evaluation(asked, "a")
+        assert error.value.field == "dataset"
+        desk.register(INFO | {"facts": True}, tokenizer_json())
+        evaluation = operations.submit_evaluation(asked, "a")
+        assert (evaluation["request"]["records"], evaluation["request"]["limit"]) == (None, 3)
+
+    @pytest.mark.parametrize(
+        ("field", "changes"),
+        [
+            ("hparams", {"hparams": {"layers": [9]}}),
+            ("hparams", {"hparams": {"soul": 1}}),
+            ("records", {"records": None}),
+            ("records", {"dataset": "facts"}),
+            ("records", {"records": [{}]}),
+            ("records", {"records": [record(), record(subject="")]}),
+            ("records", {"records": [record(prompt="{} and {}")]}),
+            ("records", {"records": [record(prompt="{} is" + " far" * 80)]}),
+            ("records", {"records": [record(paraphrases=["far " * 80])]}),
+            ("records", {"records": [record()], "objective": "erase"}),
+        ],
+    )
+    def test_refused(self, operations, field, changes):
+        """An evaluation that cannot be run is refused, with the field."""
+        with pytest.raises(InvalidInput) as error:
+            operations.submit_evaluation(EvaluationRequest(**{"records": [record()], **changes}), "a")
+        assert error.value.field == field
+        assert operations.evaluations()["items"] == []
+
+    def test_which_record(self, operations):
+        """The refusal names the record."""
+        with pytest.raises(InvalidInput, match="record 2: the prompt has"):
+            operations.submit_evaluation(
+                evaluation_request(record(), record(prompt="{} is" + " far" * 80)), "a"
+            )
 
 
 class TestSpeech:

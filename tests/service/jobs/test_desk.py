@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import pytest
 from resident import INFO, tokenizer_json
-from sqlalchemy import event, update
+from sqlalchemy import event, func, select, update
 
 from service import ids
 from service.errors import Cancelled, Conflict, Disagrees, InvalidInput, LeaseLost, NotFound, Unavailable
@@ -23,11 +23,12 @@ from service.jobs.memory import MemoryBroker
 from service.ledger import ledger
 from service.operations import Operations
 from service.progress import Progress
-from service.requests import EditRequest, TraceRequest
+from service.requests import EditRequest, EvaluationRequest, TraceRequest
 from service.settings import Settings
-from service.store.tables import Job, Worker, now
+from service.store.tables import Job, Part, Worker, now
 
 MODEL = "fingerprint"
+RECORD = {"subject": "Eiffel Tower", "prompt": "The {} is located in", "target_new": "Rome"}
 
 
 @pytest.fixture
@@ -543,6 +544,69 @@ class TestProgress:
             session.execute(update(Job).where(Job.id == edit).values(cancel_requested=True))
         desk.progress(job, Progress("value", 1, 2))
         assert desk.cancel_requested(job)
+
+
+class TestParts:
+    @pytest.fixture
+    def evaluation(self, operations):
+        return operations.submit_evaluation(EvaluationRequest(records=[RECORD]), "somebody")["id"]
+
+    @staticmethod
+    def count(database):
+        with database.read() as session:
+            return session.scalar(select(func.count()).select_from(Part))
+
+    def test_kept(self, desk, make_desk, evaluation):
+        """What an attempt keeps is there for the next one, the newest of each name; one that was taken over keeps no more."""
+        late = desk.start(evaluation)
+        for data in (b"old", b"new\x00"):
+            desk.keep(late, "a", data)
+        die(desk)
+        heir = make_desk("worker-2")
+        job = heir.start(evaluation)
+        assert (heir.kept(job, "a"), heir.kept(job, "b")) == (b"new\x00", None)
+        with pytest.raises(LeaseLost):
+            desk.keep(late, "a", b"late")
+        heir.keep(job, "b", b"2")
+        assert [heir.kept(job, name) for name in "ab"] == [b"new\x00", b"2"]
+
+    def test_each_for_itself(self, desk, evaluation, operations):
+        """A part belongs to one job."""
+        job = desk.start(evaluation)
+        desk.keep(job, "a", b"x")
+        other = operations.submit_evaluation(EvaluationRequest(records=[RECORD]), "somebody")["id"]
+        assert desk.kept(desk.start(other), "a") is None
+
+    @pytest.mark.parametrize("end", ["done", "cancelled"])
+    def test_gone_with_the_job(self, desk, evaluation, database, end):
+        """A job that has ended keeps nothing."""
+        job = desk.start(evaluation)
+        desk.keep(job, "a", b"x")
+        assert self.count(database) == 2  # its records, too
+        desk.finish(job, end)
+        assert self.count(database) == 0
+
+    def test_cancelled_before_it_began(self, evaluation, database, operations):
+        """Nor does one that is cancelled while it waits."""
+        operations.cancel_evaluation(evaluation)
+        assert self.count(database) == 0
+
+    def test_failed(self, desk, evaluation, operations):
+        """A job that failed may be tried again, and goes on with what it kept."""
+        job = desk.start(evaluation)
+        desk.keep(job, "a", b"x")
+        desk.fail(job, "out of memory")
+        operations.retry(evaluation, "admin")
+        assert desk.kept(desk.start(evaluation), "a") == b"x"
+
+    def test_said_again(self, desk, evaluation, monkeypatch):
+        """A part whose keeping is in doubt is kept again without harm."""
+        job = desk.start(evaluation)
+        cut_after_commit(desk, monkeypatch)
+        with pytest.raises(Unavailable):
+            desk.keep(job, "a", b"x")
+        desk.keep(job, "a", b"x")
+        assert desk.kept(job, "a") == b"x"
 
 
 class TestLedger:
