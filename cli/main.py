@@ -11,14 +11,17 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from typing import get_args
 
 from cli import edits, jobs, speech, tracing
 from cli.client import Client, ClientSettings
 from cli.flags import add_settings, read_settings
 from cli.screen import err, plain
 from service.errors import Misconfigured, PalimpsestError
+from service.requests import MethodName
 from service.settings import Settings
 
+METHOD_NAMES = get_args(MethodName)
 Command = Callable[[argparse.Namespace, Client], int]
 
 
@@ -37,6 +40,7 @@ def build() -> argparse.ArgumentParser:
     _keys(commands)
     _trace(commands)
     _speech(commands)
+    _evaluate(commands)
     _studies(commands)
     return parser
 
@@ -154,6 +158,57 @@ def _studies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         verb.add_argument("--seed", type=int, default=0, help="of the order of the facts (default: 0)")
         add_settings(verb.add_argument_group("model"), Settings, "model", "device", "dtype", "threads")
         verb.set_defaults(run=partial(_start, "study"))
+
+
+def _evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    words = "measure how good edits are on a set of records; computed here, and gone on with when it was interrupted"
+    evaluate = commands.add_parser("evaluate", help=words, description=words, allow_abbrev=False)
+    add = evaluate.add_argument
+    add("source", metavar="FILE", help="records (docs/evaluation.md); `facts`: the table beside the model")
+    add(
+        "--out", metavar="FOLDER", required=True, help="for result, report, and what a later run goes on with"
+    )
+    add("--method", choices=METHOD_NAMES, help="how to edit (default: rome)")
+    add("--hparam", metavar="NAME=VALUE", action="append", help="a hyperparameter; repeatable")
+    add("--objective", choices=["write", "erase", "amplify"], help="what the edits are for (default: write)")
+    add(
+        "--mode",
+        choices=["single", "sequence"],
+        help="each edit alone, or one after another (default: single)",
+    )
+    add("--found-on", choices=["base", "edited"], help="in sequence: composed as the service does, or found on the edited model and added, as published (default: base)")  # fmt: skip
+    add(
+        "--checkpoints",
+        metavar="N,N,...",
+        help="edits after which a sequence is measured (default: 1,10,100,1000)",
+    )
+    add(
+        "--strengths",
+        metavar="X,X,...",
+        help="tried until an edit takes; the service tries 1,1.25,1.5,2 (default: 1)",
+    )
+    add("--together", type=int, help="edits found at once (default: 16, and 1 on the edited model)")
+    add("--limit", type=int, help="how many records (default: all)")
+    add("--half", choices=["all", "tune", "test"], default="all", help="records at even (tune) or odd (test) places of the seed's order (default: all)")  # fmt: skip
+    add("--distinct", action="store_true", help="one record of each subject")
+    add("--generation", action="store_true", help="let the model write, for GE and RS: slow")
+    add("--no-damage", action="store_true", help="leave plain texts out")
+    add(
+        "--texts",
+        metavar="FILE",
+        help="plain texts, one a line (default: statements of other records, or the corpus)",
+    )
+    add("--plain", type=int, help="how many plain texts (default: 200, and 16 for each single edit)")
+    add("--seed", type=int, help="of the records' order, intervals and generation (default: 0)")
+    add(
+        "--beside",
+        metavar="FOLDER",
+        action="append",
+        help="another evaluation to show in the report; repeatable",
+    )
+    resident = ("model", "device", "dtype", "threads", "data", "corpus", "stat_tokens")
+    add_settings(evaluate.add_argument_group("model"), Settings, *resident)
+    evaluate.set_defaults(run=partial(_start, "evaluate"))
 
 
 def _speech(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

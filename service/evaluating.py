@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service.covariance.corpus import Corpus
 from service.editors.composition import Piece, compose, pack, rebuild, unpack
 from service.editors.recipes import Parameters, RomeParameters, resolve
 from service.errors import InvalidInput
@@ -25,7 +26,8 @@ from service.evaluation.records import Record
 from service.evaluation.stages import Stages
 from service.evaluation.texts import TfIdf, fluency
 from service.kept import Kept
-from service.models.scoring import Score, drift_steps, score_steps
+from service.models.score import Score
+from service.models.scoring import drift_steps, score_steps
 from service.progress import Progress, Steps, within
 from service.requests import EvaluationPlan, Sampling
 from service.serving.generation import Batch, Row, row
@@ -36,7 +38,7 @@ from service.toolkit import Asking, Toolkit
 SIDE_BY_SIDE = 16  # edits that are found at once
 MEASURED = 32  # records whose prompts are measured at once
 EARLIER = (10, 100)  # how many of the first edits are looked at again
-PLAIN = {"single": 32, "sequence": 200}  # plain texts
+PLAIN = {"single": 16, "sequence": 200}  # plain texts
 WRITTEN = 100  # tokens of a generated text, those of its prompt included, and how it is drawn, as published
 TOP_K = 5
 ROWS = 32  # texts generated side by side
@@ -50,14 +52,14 @@ def evaluate_steps(
     plan: EvaluationPlan,
     records: Sequence[Record],
     kept: Kept,
-    texts: Sequence[str] | None = None,
+    plain: Corpus | None = None,
 ) -> Steps[dict[str, Any]]:
-    """Carry out a plan; the result is JSON. `texts` are plain ones, on which damage is measured."""
+    """Carry out a plan; the result is JSON. Damage is measured on `plain` texts, the toolkit's corpus when left out."""
     usable, left_out = sort_out(replica, plan, records)
-    plain = plain_texts(toolkit.corpus.texts if texts is None else texts, usable)
+    corpus = plain or toolkit.corpus
+    texts = plain_texts(corpus.texts, usable)
     most = plan.plain or PLAIN[plan.mode]
-    source = toolkit.corpus.source if texts is None else "the caller's"
-    run = Run(replica, toolkit, plan, usable, kept, plain[:: max(1, len(plain) // most)][:most])
+    run = Run(replica, toolkit, plan, usable, kept, texts[:: max(1, len(texts) // most)][:most])
     found = yield from run.steps()
     about = {
         "model": {"name": replica.base.name, "fingerprint": replica.base.fingerprint},
@@ -68,7 +70,7 @@ def evaluate_steps(
             "left_out": left_out,
             "lacking": dict(Counter(what for r in usable for what in r.lacks)),
         },
-        "plain": {"source": source, "texts": len(run.plain)} if plan.damage else None,
+        "plain": {"source": corpus.source, "texts": len(run.plain)} if plan.damage else None,
         "libraries": {name: version(name) for name in LIBRARIES},
     }
     return finite(about | found)  # type: ignore[no-any-return]

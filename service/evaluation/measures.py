@@ -10,7 +10,7 @@ from typing import Any
 from service.evaluation.records import Record
 from service.evaluation.scores import Pair, Resampling, accuracy, margin, share_kept, share_new
 from service.evaluation.shares import erasure_share, kept_share, rewrite_share
-from service.models.scoring import Score
+from service.models.score import Score
 
 Measures = dict[str, float | None]
 

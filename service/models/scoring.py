@@ -12,19 +12,11 @@ from torch import Tensor
 
 from service.models.loading import LoadedModel
 from service.models.prompts import Batch, forward, pad, prompt_and_target
+from service.models.score import Score
 from service.progress import Progress, Steps, finish
 
 CHUNK = 16  # rows in one forward pass: a step shorter than one optimisation step of an edit
 WHOLE = 512  # padded tokens in one pass of which the distributions at all positions are held, twice
-
-
-class Score(NamedTuple):
-    """How probable an object is after a prompt, its own tokens before each token given."""
-
-    log_p: float  #: mean over its tokens
-    says: bool  #: it is the greedy continuation
-    right: int  #: how many of its tokens are the most probable ones
-    tokens: int
 
 
 def log_prob_steps(

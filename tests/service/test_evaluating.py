@@ -27,7 +27,7 @@ from service.text import fill
 from service.toolkit import Asking, Toolkit
 
 RECIPE = Recipe(source="test", rome=RomeParameters(layers=(1,), contexts=2, steps=4, learning_rate=0.2))
-PLAIN = [*TEXTS, "Cats sleep by day.", "It rains in Spain."]
+PLAIN = Corpus("test", (*TEXTS, "Cats sleep by day.", "It rains in Spain."))
 
 
 def record(i: int, subject: str, prompt: str, new: str, true: str | None) -> Record:
@@ -275,5 +275,5 @@ def test_records_that_the_model_cannot_be_asked_are_left_out() -> None:
 
 def test_plain_texts_do_not_speak_of_edited_facts() -> None:
     """A text that names a subject together with its true object is no measure of damage; others are."""
-    assert plain_texts(PLAIN, RECORDS[:1]) == PLAIN[1:]
+    assert plain_texts(PLAIN.texts, RECORDS[:1]) == list(PLAIN.texts[1:])
     assert plain_texts(["Marie Curie sang.", "She sang."], [RECORDS[3]]) == ["She sang."]

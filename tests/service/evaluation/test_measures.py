@@ -8,7 +8,7 @@ import pytest
 
 from service.evaluation.measures import CHANGES, MEASURES, Answer, Answers, ask, changes, summary
 from service.evaluation.records import Near, Record
-from service.models.scoring import Score
+from service.models.score import Score
 
 RECORD = Record(
     "record 1",
