@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from api.callers import Caller, identify
 from api.errors import Forbidden, Malformed, TooLarge, WrongMediaType, problems
 from service.keys import Scope, may
+from service.settings import Settings
 
 #: what a key must be good for, by method and path; a GET needs `read`. A route without a scope cannot be made.
 SCOPES = {
@@ -21,10 +22,15 @@ SCOPES = {
     ("DELETE", "/edits/{id}"): Scope.EDIT,
     ("POST", "/trace"): Scope.READ,
     ("DELETE", "/trace/{id}"): Scope.EDIT,
+    ("POST", "/evaluations"): Scope.EDIT,
+    ("DELETE", "/evaluations/{id}"): Scope.EDIT,
     ("POST", "/generate"): Scope.READ,
     ("POST", "/compare"): Scope.READ,
     ("POST", "/jobs/{id}/retry"): Scope.ADMIN,
 }
+
+#: routes whose bodies carry records, and may be larger than others
+RECORDS = {("POST", "/evaluations")}
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 Responses = dict[int | str, dict[str, Any]]
@@ -61,11 +67,16 @@ class Door(APIRoute):
         async def through_the_door(request: Request) -> Response:
             await admit(request, needed[request.method])
             if request.method in ("POST", "PUT", "PATCH"):
-                raw = await read(request)
+                raw = await read(request, self._most(request))
                 request = Checked(request, raw, parse(request, raw) if raw else None)
             return await handle(request)
 
         return through_the_door
+
+    def _most(self, request: Request) -> int:
+        """Bytes that a body may have here."""
+        settings: Settings = request.app.state.settings
+        return settings.max_records_body if (request.method, self.path) in RECORDS else settings.max_body
 
 
 def scope_of(method: str, path: str) -> Scope:
@@ -91,9 +102,8 @@ def _check_scope(caller: Caller, needed: Scope) -> None:
         raise Forbidden(f"This needs a key with the scope `{needed}`; the one that was sent has: {held}.")
 
 
-async def read(request: Request) -> bytes:
+async def read(request: Request, limit: int) -> bytes:
     """The body, as long as it is not too large."""
-    limit: int = request.app.state.settings.max_body
     too_large = TooLarge(f"The body is larger than {limit} bytes: send less at once.")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 12 or int(declared) > limit):

@@ -103,7 +103,7 @@ MEANING: dict[int, str] = {
     404: "No resource has this id.",
     406: "The resource has none of the forms that `Accept` asks for.",
     409: "The state of the resource forbids this.",
-    413: "The body is larger than the service reads: 1 MB where nothing else is set.",
+    413: "The body is larger than the service reads: 1 MB, and 20 MB of records, where nothing else is set.",
     415: "The body is not declared as `application/json`.",
     422: "Something in the request cannot be carried out; `errors` says what to change. Nothing else happened.",
     429: "Too much is waiting, or the key has sent too many requests; try again after `Retry-After` seconds.",

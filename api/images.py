@@ -1,4 +1,4 @@
-"""The forms of a trace: JSON, or the heat map in the manner of the paper's figures, as `Accept` asks."""
+"""The forms of a trace and of an evaluation: JSON, or a picture or a page of it, as `Accept` asks."""
 
 from __future__ import annotations
 
@@ -29,16 +29,13 @@ def negotiate(accept: str | None) -> str:
     liked = {offer: _liking(offer, wanted) for offer in OFFERED}
     best = max(OFFERED, key=lambda offer: liked[offer])  # the first of equals: JSON
     if liked[best] <= (0.0, 0):
-        raise NotAcceptable(f"A trace can be had as {', '.join(OFFERED)}: ask for one of these in `Accept`.")
+        raise NotAcceptable(f"This can be had as {', '.join(OFFERED)}: ask for one of these in `Accept`.")
     return best
 
 
-def draw(trace: dict[str, Any], media_type: str) -> str | bytes:
-    """The heat map of a trace that is done."""
-    if trace["status"] != "done":
-        raise Conflict(
-            f"The trace is {trace['status']}: there is a picture once it is done. Ask for {JSON} to see how it stands."
-        )
+def trace(resource: dict[str, Any], media_type: str) -> str | bytes:
+    """The heat map of a trace that is done, in the manner of the paper's figures."""
+    _check_done("trace", resource)
     from service.tracing import heatmap  # and matplotlib with it, which only this needs
 
     drawings: dict[str, Callable[[dict[str, Any]], str | bytes]] = {
@@ -46,7 +43,27 @@ def draw(trace: dict[str, Any], media_type: str) -> str | bytes:
         PNG: heatmap.png,
         HTML: heatmap.page,
     }
-    return drawings[media_type](trace["result"])
+    return drawings[media_type](resource["result"])
+
+
+def evaluation(resource: dict[str, Any], media_type: str) -> str | bytes:
+    """The report of an evaluation that is done; as a picture the curves of a sequence, and else the bars."""
+    _check_done("evaluation", resource)
+    from service import drawing
+    from service.evaluation import report
+
+    results = [resource["result"]]
+    if media_type == HTML:
+        return report.page(results)
+    *_, figure = report.figures(results).values()
+    return drawing.svg(figure, report.title(results)) if media_type == SVG else drawing.png(figure)
+
+
+def _check_done(what: str, resource: dict[str, Any]) -> None:
+    if resource["status"] != "done":
+        raise Conflict(
+            f"The {what} is {resource['status']}: there is a picture once it is done. Ask for {JSON} to see how it stands."
+        )
 
 
 def _range(part: str) -> tuple[str, float]:

@@ -7,6 +7,11 @@ from urllib.parse import quote
 
 Links = dict[str, dict[str, Any]]
 
+#: the header of an answer that has made something
+LOCATION: dict[str, Any] = {
+    "Location": {"description": "where the resource is", "schema": {"type": "string"}}
+}
+
 
 def to(path: str, at: str = "id", **methods: str) -> Links:
     """A link by its name to each `method` of `path`; the id that it takes stands `at` this place of the answer."""

@@ -15,9 +15,11 @@ from api.app import create_app
 from api.callers import LOOPBACK
 from service.bootstrap import wire
 from service.editors.recipes import Recipe, RomeParameters
+from service.evaluation.measures import CHANGES, MEASURES, SCORES
 from service.jobs.broker import KINDS, Delivery
 from service.jobs.desk import Desk
 from service.progress import Progress
+from service.requests import EvaluationPlan
 from service.settings import Settings
 
 LOOPBACK.add("testserver")  # what Starlette's client calls every application
@@ -55,6 +57,26 @@ TRACED = {
     "noise": {"level": 0.5, "factor": 3.0, "sigma": 0.17},
     "seed": 1,
     "compat": None,
+}
+
+
+_MEAN = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 1}
+#: the result of an evaluation of one record, edited alone
+EVALUATED = {
+    "model": {"name": "tiny", "fingerprint": "f" * 64},
+    "plan": EvaluationPlan().model_dump(mode="json"),
+    "parameters": {"layers": [1]},
+    "records": {"measured": 1, "left_out": [], "lacking": {}},
+    "plain": None,
+    "before": dict.fromkeys((*MEASURES, *SCORES), _MEAN),
+    "after": dict.fromkeys((*MEASURES, *SCORES), _MEAN),
+    "changes": dict.fromkeys(CHANGES, _MEAN),
+    "damage": None,
+    "norm": {"1.mlp": _MEAN},
+    "strengthened": 0,
+    "rows": [],
+    "seconds": {"find": 0.1},
+    "edits_per_minute": {"all": 60.0},
 }
 
 
@@ -117,6 +139,8 @@ class FakeWorker:
                 self.desk.fail(job, "there is no such place.")
             elif job.kind == "trace":
                 self.desk.finish(job, "done", TRACED)
+            elif job.kind == "evaluation":
+                self.desk.finish(job, "done", EVALUATED)
             elif self.rejects or job.dry_run:
                 self.desk.finish(job, "rejected", {"es": 0.0})
             else:
@@ -163,6 +187,7 @@ class House:
                 "layers": 3,
                 "positions": 64,
                 "width": 16,
+                "facts": True,
                 "recipe": recipe.model_dump(mode="json"),
             }
             self.desk.register(info, tokenizer())

@@ -9,6 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Discriminator, Field, Tag
 
 from api import events, links
+from api.course import Course
 from api.dependencies import (
     Actor,
     Allowed,
@@ -17,7 +18,6 @@ from api.dependencies import (
     IdempotencyKey,
     LastEventId,
     Limit,
-    Moment,
     PlainText,
     Resource,
     Work,
@@ -37,21 +37,9 @@ EditStatus = Literal[
 ]
 
 
-class Progress(Resource):
-    phase: str
-    done: int
-    total: int
-
-
-class JobError(Resource):
-    title: str
-    detail: str
-
-
-class Edit(Resource):
+class Edit(Course):
     """An edit, from its asking to its end. `result` has what was measured before and after."""
 
-    id: str
     status: EditStatus
     subject: str
     prompt: str
@@ -62,17 +50,9 @@ class Edit(Resource):
     dry_run: bool = False
     version: int | None = Field(None, description="the version at which it was applied")
     reverted_version: int | None = Field(None, description="the version at which it was taken back")
-    progress: Progress | None = None
     result: dict[str, Any] | None = None
-    error: JobError | None = None
     related: list[str] = Field(default_factory=list, description="active edits of the same subject")
     superseded_by: str | None = None
-    actor: str | None = None
-    attempts: int = 0
-    created: Moment | None = None
-    started: Moment | None = None
-    ended: Moment | None = None
-    links: dict[str, str] = Field(default_factory=dict)
 
 
 class Edits(Resource):
@@ -123,7 +103,6 @@ EditBody = Annotated[
     Body(openapi_examples=_EXAMPLES),
 ]
 
-_LOCATION = {"Location": {"description": "where the resource is", "schema": {"type": "string"}}}
 _LINKS = {
     **links.to("/edits/{id}", readEdit="get", takeEditBack="delete"),
     **links.to("/edits/{id}/delta", readDelta="get"),
@@ -141,10 +120,10 @@ _LINKS = {
         200: {
             "description": "They ended within the wait.",
             "model": Edit | Edits,
-            "headers": _LOCATION,
+            "headers": links.LOCATION,
             "links": _LINKS,
         },
-        202: {"description": "Queued.", "headers": _LOCATION, "links": _LINKS},
+        202: {"description": "Queued.", "headers": links.LOCATION, "links": _LINKS},
         **problems(400, 413, 415, 422, 500, 503),
     },
 )

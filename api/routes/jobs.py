@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Response
 from pydantic import Field
 
-from api.dependencies import Actor, Cursor, Id, Limit, Moment, Resource, Work, bearer
+from api import links
+from api.course import Course
+from api.dependencies import Actor, Cursor, Id, Limit, Resource, Work, bearer
 from api.door import Door
 from api.errors import problems
-from api.routes.edits import EditStatus, JobError, Progress
+from api.routes.edits import EditStatus
 
 router = APIRouter(tags=["jobs"], route_class=Door, dependencies=[bearer])
 
@@ -18,24 +20,15 @@ Kind = Literal["edit", "trace", "evaluation"]
 Status = EditStatus | Literal["done"]
 
 
-class Job(Resource):
+class Job(Course):
     """A job of any kind, without what it was asked and what it found: `links` lead there."""
 
-    id: str
     kind: Kind
     status: Status
     dead: bool = Field(description="given up after too many attempts")
     subject: str
-    attempts: int
-    actor: str
     worker: str | None = Field(None, description="that has it, or had it last")
     request_id: str | None = Field(None, description="of the request that asked for it, as in the logs")
-    progress: Progress | None = None
-    error: JobError | None = None
-    created: Moment
-    started: Moment | None = None
-    ended: Moment | None = None
-    links: dict[str, str]
 
 
 class JobPage(Resource):
@@ -61,16 +54,13 @@ def listing(
     return work.jobs(status, kind, dead, cursor, limit)
 
 
-_LOCATION = {"Location": {"description": "where the resource is", "schema": {"type": "string"}}}
-
-
 @router.post(
     "/jobs/{id}/retry",
     status_code=202,
     response_model=Job,
     summary="Try a failed job again",
     responses={
-        202: {"description": "Queued again.", "headers": _LOCATION},
+        202: {"description": "Queued again.", "headers": links.LOCATION},
         **problems(400, 404, 409, 413, 415, 422, 500, 503),
     },
 )

@@ -9,6 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from api import events, images, links
+from api.course import Course
 from api.dependencies import (
     Actor,
     Allowed,
@@ -17,7 +18,6 @@ from api.dependencies import (
     IdempotencyKey,
     LastEventId,
     Limit,
-    Moment,
     Resource,
     Work,
     bearer,
@@ -26,29 +26,19 @@ from api.dependencies import (
 from api.door import Door
 from api.errors import problems
 from api.events import EventStream
-from api.routes.edits import JobError, Progress
 from api.waiting import Wait, ended, until_ended
 from service.requests import TraceRequest
 
 router = APIRouter(tags=["traces"], route_class=Door, dependencies=[bearer])
 
 
-class Trace(Resource):
+class Trace(Course):
     """A causal trace, from its asking to its end."""
 
-    id: str
     status: Literal["queued", "running", "done", "failed", "cancelled"]
     request: dict[str, Any]
     version: int | None = Field(None, description="the version that was traced")
-    progress: Progress | None = None
     result: dict[str, Any] | None = None
-    error: JobError | None = None
-    actor: str | None = None
-    attempts: int = 0
-    created: Moment | None = None
-    started: Moment | None = None
-    ended: Moment | None = None
-    links: dict[str, str] = Field(default_factory=dict)
 
 
 class TracePage(Resource):
@@ -65,7 +55,6 @@ _EXAMPLES: dict[str, Any] = {
     },
 }
 
-_LOCATION = {"Location": {"description": "where the resource is", "schema": {"type": "string"}}}
 _LINKS = {
     **links.to("/trace/{id}", readTrace="get", cancelTrace="delete"),
     **links.to("/trace/{id}/events", hearTrace="get"),
@@ -82,10 +71,10 @@ _LINKS = {
         200: {
             "description": "It ended within the wait.",
             "model": Trace,
-            "headers": _LOCATION,
+            "headers": links.LOCATION,
             "links": _LINKS,
         },
-        202: {"description": "Queued.", "headers": _LOCATION, "links": _LINKS},
+        202: {"description": "Queued.", "headers": links.LOCATION, "links": _LINKS},
         **problems(400, 413, 415, 422, 500, 503),
     },
 )
@@ -136,7 +125,7 @@ async def one(
     response.headers["Vary"] = "Accept"
     if media_type == images.JSON:
         return trace
-    drawn = await run_in_threadpool(images.draw, trace, media_type)
+    drawn = await run_in_threadpool(images.trace, trace, media_type)
     return Response(drawn, headers=dict(response.headers), media_type=media_type)
 
 

@@ -32,12 +32,18 @@ CHECKS = [
 #: the same every time
 BOUNDED = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 TRACE = {"prompt": PROMPT, "subject": "Eiffel Tower"}
-#: requests that the document alone would hardly come by: an edit that lands, one that fails, a trace
-MAKING = {"POST /edits": [TOWER, TOWER | {"target_new": NOWHERE}], "POST /trace": [TRACE]}
+EVALUATION = {"records": [TOWER]}
+#: requests that the document alone would hardly come by: an edit that lands, one that fails, ...
+MAKING = {
+    "POST /edits": [TOWER, TOWER | {"target_new": NOWHERE}],
+    "POST /trace": [TRACE],
+    "POST /evaluations": [EVALUATION],
+}
 #: all of these must have been asked about what exists for the walk to mean anything
 LINKED = {
     "GET /edits/{id}", "DELETE /edits/{id}", "GET /edits/{id}/delta", "GET /edits/{id}/events",
-    "GET /trace/{id}", "DELETE /trace/{id}", "GET /trace/{id}/events", "POST /jobs/{id}/retry",
+    "GET /trace/{id}", "DELETE /trace/{id}", "GET /trace/{id}/events",
+    "GET /evaluations/{id}", "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "POST /jobs/{id}/retry",
 }  # fmt: skip
 
 
@@ -61,7 +67,8 @@ def schema(house: House) -> schemathesis.BaseSchema:
 OPERATIONS = [
     "POST /edits", "GET /edits", "GET /edits/{id}", "DELETE /edits/{id}", "GET /edits/{id}/delta",
     "GET /edits/{id}/events", "POST /trace", "GET /trace", "GET /trace/{id}", "DELETE /trace/{id}",
-    "GET /trace/{id}/events", "POST /generate", "POST /compare", "GET /ledger", "GET /ledger/verify",
+    "GET /trace/{id}/events", "POST /evaluations", "GET /evaluations", "GET /evaluations/{id}",
+    "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "POST /generate", "POST /compare", "GET /ledger", "GET /ledger/verify",
     "GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "GET /jobs", "POST /jobs/{id}/retry",
 ]  # fmt: skip
 
@@ -102,6 +109,7 @@ def test_answers_about_what_exists_are_as_documented(standing: House, name: str)
     made_at, asked = {
         "edits": ("/edits", TOWER),
         "trace": ("/trace", TRACE),
+        "evaluations": ("/evaluations", EVALUATION),
         "jobs": ("/edits", TOWER | {"target_new": NOWHERE}),
     }[path.split("/")[1]]
     ended = client.post(made_at, json=asked, headers={"prefer": "wait=20"}).json()

@@ -24,6 +24,8 @@ NEEDED = {
     "DELETE /edits/{id}": "edit",
     "POST /trace": "read",
     "DELETE /trace/{id}": "edit",
+    "POST /evaluations": "edit",
+    "DELETE /evaluations/{id}": "edit",
     "POST /generate": "read",
     "POST /compare": "read",
     "POST /jobs/{id}/retry": "admin",
