@@ -138,7 +138,7 @@ class EvaluationPlan(Asked):
     generation: bool = Field(False, description="let the model write, for GE and RS: slow")
     damage: bool = Field(True, description="measure loss and drift on plain texts")
     plain: int | None = Field(
-        None, ge=1, le=10_000, description="how many plain texts: 200 for a sequence, 32 for each single edit"
+        None, ge=1, le=10_000, description="how many plain texts: 200 for a sequence, 16 for each single edit"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of the records' order, intervals and generation")
 
