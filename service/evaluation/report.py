@@ -26,13 +26,14 @@ BARS = ("ES", "PS", "NS", "S")
 SHARES = ("rewrite", "paraphrase", "neighbour")  # in place of BARS where nothing new is written
 #: a panel of a sequence -> what stands on it
 PANELS = {
-    "S": "S",
-    "ES": "ES: the edits hold",
-    "PS": "PS: so do their paraphrases",
-    "NS": "NS: neighbours are kept",
+    "S": "S: all three, %",
+    "ES": "ES: the edits hold, %",
+    "PS": "PS: so do their paraphrases, %",
+    "NS": "NS: neighbours are kept, %",
     "loss": "rise of the loss on plain texts, %",
     "norm": "change of a weight, in its norms",
 }
+MODES = {"single": "one at a time", "sequence": "one after another"}
 MISSED = 40  # edits that did not hold, shown on the page
 
 MEASURE_COLUMNS = ("measure", "before", "after", "95 % interval", "records", "what it is")
@@ -59,10 +60,12 @@ def label(result: Result) -> str:
 
 
 def title(results: Sequence[Result]) -> str:
-    first = results[0]
-    how = "one at a time" if first["plan"]["mode"] == "single" else "one after another"
     names = ", ".join(dict.fromkeys(r["model"]["name"] for r in results))
-    return f"{first['records']['measured']} edits of {visible(names)}, {how}"
+    counts = {r["records"]["measured"] for r in results}
+    modes = {r["plan"]["mode"] for r in results}
+    number = f"{counts.pop()} edits" if len(counts) == 1 else "Edits"
+    how = MODES[modes.pop()] if len(modes) == 1 else "one at a time and one after another"
+    return f"{number} of {visible(names)}, {how}"
 
 
 def sentences(result: Result) -> list[str]:
@@ -216,7 +219,7 @@ def _bars(results: Sequence[Result]) -> Sheet:
     """A group for each measure, a bar for each result with its interval, and a line where the base stood."""
     written = any(r["plan"]["objective"] == "write" for r in results)
     names = BARS if written else SHARES
-    left, top, wide, tall = 0.6, 0.75 + 0.21 * len(results), max(5.4, 0.55 * len(results) * len(names)), 2.6
+    left, top, wide, tall = 0.6, 0.85 + 0.21 * len(results), max(5.4, 0.55 * len(results) * len(names)), 2.6
     sheet = Sheet(left + wide + 0.3, top + tall + 0.55)
     _head(sheet, results)
     axes = _axes(sheet, (left, top, wide, tall))
@@ -231,6 +234,8 @@ def _bars(results: Sequence[Result]) -> Sheet:
     axes.set_ylim(0, 105)
     axes.set_xticks(range(len(names)), names, fontsize=9)
     axes.tick_params(axis="x", length=0)
+    words = "%, with 95 % intervals" + ("; dotted: before the edits" if written else " of what was possible")
+    sheet.write(left, top - 0.14, words, va="center", fontsize=8, color=SOFT)
     return sheet
 
 
@@ -314,7 +319,9 @@ def _head(sheet: Sheet, results: Sequence[Result]) -> None:
     sheet.write(
         0.2, 0.28, cut(title(results), int(sheet.width / 0.12)), fontsize=12, weight="bold", va="center"
     )
+    several = len({r["records"]["measured"] for r in results}) > 1
     for i, result in enumerate(results):
-        words = cut(visible(label(result)), int(sheet.width / 0.085))
+        number = f"{result['records']['measured']} edits, " if several else ""
+        words = cut(number + visible(label(result)), int(sheet.width / 0.085))
         colour = COLOURS[i % len(COLOURS)]
         sheet.write(0.2, 0.58 + 0.21 * i, f"■ {words}", fontsize=8.5, va="center", color=colour)

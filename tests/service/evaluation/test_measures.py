@@ -82,6 +82,7 @@ def test_without_a_true_object_little_can_be_said() -> None:
 
 def test_swapping_the_objects_swaps_the_edit() -> None:
     """With new and true exchanged, ES and PS are what is left of 1, and EM and PM change their sign."""
+
     def turned(answer: Answer) -> Answer:
         assert answer.true
         return Answer(answer.true, answer.new)
