@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from service.evaluation.records import facts_beside
 from service.models.loading import LoadedModel
 from service.toolkit import Toolkit
 
@@ -24,6 +25,7 @@ def card(model: LoadedModel, toolkit: Toolkit) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.model.parameters()),
         "dtype": str(model.weight(0).dtype).removeprefix("torch."),
         "device": device_kind(model.device),
+        "facts": facts_beside(model.folder) is not None,
         **toolkit.info(),
     }
 

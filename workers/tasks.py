@@ -6,10 +6,15 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 from service.editing import edits_steps
+from service.errors import InvalidInput
+from service.evaluating import evaluate_steps
+from service.evaluation.records import facts_beside, read
+from service.jobs import parts
 from service.jobs.broker import JOBS
 from service.jobs.desk import Desk, RunningJob
+from service.kept import get_json
 from service.progress import Steps, Working, persist
-from service.requests import TraceRequest
+from service.requests import MAX_RECORDS, EvaluationRequest, TraceRequest
 from service.serving.calls import pinned
 from service.serving.replica import Replica
 from service.text import Statement
@@ -29,7 +34,10 @@ def tasks(replica: Replica, desk: Desk, toolkit: Toolkit, kinds: Collection[str]
     def trace(job: RunningJob) -> Working:
         return timed([job], traced(replica, desk, job))
 
-    known: Tasks = {"edit": edit, "trace": trace}
+    def evaluation(job: RunningJob) -> Working:
+        return timed([job], evaluated(replica, desk, toolkit, job))
+
+    known: Tasks = {"edit": edit, "trace": trace, "evaluation": evaluation}
     return {kind: steps for kind, steps in known.items() if kind in kinds}
 
 
@@ -52,3 +60,30 @@ def traced(replica: Replica, desk: Desk, job: RunningJob) -> Steps[None]:
     )
     result = yield from replica.standing(replica.weights(version), steps)
     yield from persist(partial(desk.finish, job, "done", {**result.to_json(), "version": version}))
+
+
+class AtTheDesk:
+    """What a job keeps as it goes, where whoever goes on with it finds it."""
+
+    def __init__(self, desk: Desk, job: RunningJob) -> None:
+        self._desk, self._job = desk, job
+
+    def get(self, name: str) -> bytes | None:
+        return self._desk.kept(self._job, name)
+
+    def put(self, name: str, data: bytes) -> None:
+        self._desk.keep(self._job, name, data)
+
+
+def evaluated(replica: Replica, desk: Desk, toolkit: Toolkit, job: RunningJob) -> Steps[None]:
+    """An evaluation of edits of the base model. An attempt goes on where the one before it was when its worker died."""
+    kept = AtTheDesk(desk, job)
+    rows = get_json(kept, parts.RECORDS)
+    request = EvaluationRequest.model_validate({**job.request, "records": rows})
+    source = rows if rows is not None else facts_beside(toolkit.model.folder)
+    if source is None:
+        raise InvalidInput("the resident model has no table of facts beside it.", "dataset")
+    reading = read(source, request.seed, request.limit or MAX_RECORDS)
+    result = yield from evaluate_steps(replica, toolkit, request.plan(), reading.records, kept)
+    result["records"] |= {"form": reading.form, "skipped": reading.skipped}
+    yield from persist(partial(desk.finish, job, "done", result))

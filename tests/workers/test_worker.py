@@ -18,7 +18,7 @@ from service.bootstrap import Wired, wire
 from service.errors import Disagrees, Misconfigured, Unavailable
 from service.jobs.desk import Desk
 from service.models.loading import load
-from service.requests import CompareRequest, EditRequest, GenerateRequest, TraceRequest
+from service.requests import CompareRequest, EditRequest, EvaluationRequest, GenerateRequest, TraceRequest
 from service.serving.engine import Engine
 from service.serving.generation import Batch, row
 from service.serving.replica import Replica
@@ -165,6 +165,22 @@ def test_everything_at_once(shop: Shop, folder: Path) -> None:
     assert compared["total_variation"] > 0
     verified = shop.do.verify()
     assert verified["ok"], verified
+
+
+def test_an_edit_does_not_wait_for_an_evaluation(shop: Shop) -> None:
+    """An edit that is asked for while an evaluation runs lands before its end, and the evaluation goes on."""
+    record = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
+    asked = EvaluationRequest(records=[record] * 500, together=1, plain=4)  # type: ignore[call-arg]
+    evaluation = shop.do.submit_evaluation(asked, "somebody")["id"]
+    while shop.do.evaluation(evaluation)["status"] == "queued":
+        threading.Event().wait(0.01)
+    landed = shop.wait(shop.edit())
+    assert (landed["status"], landed["version"]) == ("applied", 1)
+    at = shop.do.evaluation(evaluation)
+    assert (at["status"], at["attempts"]) == ("running", 1)
+    while shop.do.evaluation(evaluation)["progress"] == at["progress"]:
+        threading.Event().wait(0.01)
+    assert shop.wait(shop.do.cancel_evaluation(evaluation))["status"] == "cancelled"
 
 
 def test_read_your_own_writes(shop: Shop) -> None:
