@@ -58,6 +58,11 @@ def evaluate_steps(
     usable, left_out = sort_out(replica, plan, records)
     corpus = plain or toolkit.corpus
     texts = plain_texts(corpus.texts, usable)
+    if plan.damage and not texts:
+        raise InvalidInput(
+            f"every text of {corpus.source} speaks of a fact that is edited: give other plain texts, or leave damage out.",
+            "damage",
+        )
     most = plan.plain or PLAIN[plan.mode]
     run = Run(replica, toolkit, plan, usable, kept, texts[:: max(1, len(texts) // most)][:most])
     found = yield from run.steps()

@@ -277,3 +277,5 @@ def test_plain_texts_do_not_speak_of_edited_facts() -> None:
     """A text that names a subject together with its true object is no measure of damage; others are."""
     assert plain_texts(PLAIN.texts, RECORDS[:1]) == list(PLAIN.texts[1:])
     assert plain_texts(["Marie Curie sang.", "She sang."], [RECORDS[3]]) == ["She sang."]
+    with pytest.raises(InvalidInput, match="give other plain texts"):
+        finish(evaluate_steps(*tools(), EvaluationPlan(), RECORDS, Memory(), Corpus("one", (TEXTS[0],))))
