@@ -27,36 +27,20 @@ from rich.progress import track
 from rich.table import Table
 
 from service.editors.composition import Association, LowRank, rebuild
+from service.editors.finding import find_steps
 from service.editors.recipes import Recipe, RomeParameters
-from service.editors.rome import find_steps
 from service.evaluation.records import Record, read_records
 from service.evaluation.scores import bootstrap, bootstrap_score, share_kept, share_new
-from service.models.loading import load
+from service.models.loading import Site, load
 from service.models.scoring import log_probs, perplexity_steps
 from service.progress import finish
-from service.serving.replica import Replica, Weights
+from service.serving.replica import NoLedger, Replica, Weights
 from service.settings import SHIPPED_MODEL
 from service.text import fill
 from service.toolkit import Toolkit, prepare_steps, recipe_of
 
 console = Console()
 Shares = tuple[float, float, float]
-
-
-class NoLedger:
-    """Benchmarks compose by hand: no ledger stands behind the replica."""
-
-    def head(self) -> int:
-        return 0
-
-    def active_at(self, version: int) -> list[tuple[str, dict[str, object]]]:
-        return []
-
-    def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
-        return {}
-
-    def attest(self, version: int, digest: str) -> None:
-        """Nobody asks."""
 
 
 class Lab:
@@ -89,7 +73,7 @@ class Lab:
             parameters,
             name,
         )
-        return finish(steps).associations
+        return finish(steps).pieces
 
     def measure(self, cases: Sequence[Record], weights: Weights) -> list[Shares]:
         """(ES, PS, NS) of each case with these weights in place. A case without probes of a kind counts by the others."""
@@ -200,7 +184,7 @@ def summed(lab: Lab, found: Iterable[list[Association]]) -> Weights:
             else LowRank(torch.cat([old.left, one.left], 1), torch.cat([old.right, one.right]))
         )
     conv1d = lab.model.architecture.conv1d
-    return {x: rebuild(lab.model.weight(x).data, change, conv1d) for x, change in total.items()}
+    return {Site(x): rebuild(lab.model.weight(x).data, change, conv1d) for x, change in total.items()}
 
 
 def sequential(lab: Lab, cases: Sequence[Record], compat: str | None, quiet: bool) -> Weights:
@@ -212,7 +196,7 @@ def sequential(lab: Lab, cases: Sequence[Record], compat: str | None, quiet: boo
             found = lab.find(c, f"{i:04}", compat=compat)
             weights = {
                 **weights,
-                **{a.layer: rebuild(lab.model.weight(a.layer).data, a.rank_one(), conv1d) for a in found},
+                **{a.site: rebuild(lab.model.parameter(a.site).data, a.rank_one(), conv1d) for a in found},
             }
     return weights
 

@@ -33,8 +33,8 @@ from service.covariance.corpus import Corpus, corpus_steps
 from service.covariance.moment import Statistics
 from service.covariance.store import collect_steps
 from service.editors.composition import LowRank, rebuild
+from service.editors.finding import find_steps
 from service.editors.recipes import RomeParameters
-from service.editors.rome import find_steps
 from service.editors.values import rows
 from service.models.loading import LoadedModel
 from service.progress import finish
@@ -82,7 +82,7 @@ class Bench:
         """Up to the edited weight, which theirs writes as well."""
         statement, moments = fill(prompt, subject), {self.layer: self.statistics}
         found = finish(find_steps(self.model, moments, self.contexts, statement, target, self.parameters))
-        change = found.associations[0].rank_one()
+        change = found.pieces[0].rank_one()
         weight = rebuild(self.model.weight(self.layer), change, self.model.architecture.conv1d)
         return Ours(change, found.losses, weight)
 

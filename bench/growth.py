@@ -28,8 +28,9 @@ from service.covariance.corpus import Corpus, corpus_steps
 from service.covariance.moment import Statistics
 from service.covariance.store import collect_steps, rows_of
 from service.editors.composition import Association, compose_layer, pack, rebuild
+from service.editors.finding import find_together_steps
 from service.editors.recipes import RomeParameters
-from service.editors.rome import find_together_steps, want
+from service.editors.wanted import want
 from service.models import memory
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel, wrap

@@ -23,11 +23,14 @@ from typing import Any, TypeVar
 
 from service import faults
 from service.editors.composition import pack
-from service.editors.recipes import resolve
-from service.editors.rome import Found, Wanted, batches, find_together_steps, want
+from service.editors.finding import find_together_steps
+from service.editors.recipes import RomeParameters, resolve
+from service.editors.rome import Found
+from service.editors.wanted import Asked, batches, want
 from service.errors import Cancelled, Conflict, Disagrees, Unavailable
 from service.evaluation.scores import share_kept, share_new
 from service.jobs.desk import Desk, RunningJob
+from service.models.loading import Site
 from service.models.memory import admit
 from service.progress import Ended, News, Progress, Steps, Told, Working, persist
 from service.requests import EditRequest
@@ -118,7 +121,7 @@ class _Start:
     job: RunningJob
     began: float
     plan: Plan
-    wanted: Wanted
+    wanted: Asked
 
 
 def _draft_steps(
@@ -169,7 +172,9 @@ def _search_steps(
 ) -> Steps[list[Member]]:
     for s in starts:
         _check_cancelled(desk, s.job)
-    statistics = yield from toolkit.statistics_steps(starts[0].plan.parameters.layers)
+    wished = [s.plan.parameters for s in starts]
+    layers = sorted({x for p in wished if isinstance(p, RomeParameters) for x in p.layers})
+    statistics = yield from toolkit.statistics_steps(layers)
     found = yield from find_together_steps(replica.base, statistics, [s.wanted for s in starts])
     return [Member(s.job, s.began, Draft(s.plan, f)) for s, f in zip(starts, found, strict=True)]
 
@@ -177,7 +182,7 @@ def _search_steps(
 def plan_steps(replica: Replica, request: EditRequest, toolkit: Toolkit) -> Steps[Plan]:
     """Resolve the hyperparameters, and the true object when the user names none: what the base model answers."""
     model = replica.base
-    parameters = resolve(toolkit.recipe, request.hparams, model.layers)
+    parameters = resolve(toolkit.recipe, request.hparams, model.layers, request.method or "rome")
     prompt = fill(request.prompt, request.subject).text
     true = request.target_true
     if true is None:
@@ -194,12 +199,14 @@ def plan_steps(replica: Replica, request: EditRequest, toolkit: Toolkit) -> Step
     )
 
 
-def want_steps(replica: Replica, toolkit: Toolkit, plan: Plan, edit: str) -> Steps[Wanted]:
+def want_steps(replica: Replica, toolkit: Toolkit, plan: Plan, edit: str) -> Steps[Asked]:
     """What the editor is asked for. Refused when there is no room for the search."""
     parameters, request, model = plan.parameters, plan.request, replica.base
-    contexts = yield from toolkit.contexts_steps(parameters.contexts, parameters.seed)
+    contexts: list[str] = []
+    if isinstance(parameters, RomeParameters):
+        contexts = yield from toolkit.contexts_steps(parameters.contexts, parameters.seed)
     statement = fill(request.prompt, request.subject)
-    wanted = want(model, contexts, statement, request.target_new, parameters, edit)
+    wanted = want(model, contexts, statement, request.target_new, parameters, edit, plan.method)
     admit("this edit", wanted.bytes(model), model.device, "use a shorter prompt or fewer contexts", "prompt")
     return wanted
 
@@ -275,7 +282,7 @@ def _apply_one_steps(
 ) -> Steps[None]:
     plan, found = member.draft.plan, member.draft.found
     result = report(plan, found, trial, time.monotonic() - member.began, together)
-    factors = pack([a.scaled(trial.strength) for a in found.associations])
+    factors = pack([p.scaled(trial.strength) for p in found.pieces])
     body = provenance(replica, toolkit, plan, trial)
     faults.reach("edit.after_compute")
     yield from persist(partial(desk.apply, member.job, head, factors, body, result))
@@ -350,8 +357,8 @@ def report(
         "scores": {"before": scores(before), "after": scores(after)},
         "perplexity": {"before": before.perplexity, "after": after.perplexity},
         "delta_norm": found.delta_norm,
-        "norm_ratio": {str(x): r for x, r in trial.norm_ratio.items()},
-        "layers": sorted({a.layer for a in found.associations}),
+        "norm_ratio": {name_of(site): r for site, r in trial.norm_ratio.items()},
+        "layers": sorted({p.layer for p in found.pieces}),
         "strength": trial.strength,
         "optimisation": {"steps": len(found.losses), "first": found.losses[0], "last": found.losses[-1]},
         "broken": trial.broken,
@@ -366,6 +373,11 @@ def report(
         "reason": _reason(trial),
         "seconds": round(seconds, 3),
     }
+
+
+def name_of(site: Site) -> str:
+    """What a report calls an edited weight: its layer alone where it is the MLP's."""
+    return str(site.layer) if site.part == "mlp" else f"{site.layer}.{site.part}"
 
 
 _REASONS = {
@@ -390,12 +402,13 @@ def _reason(trial: Trial) -> str | None:
 def provenance(replica: Replica, toolkit: Toolkit, plan: Plan, trial: Trial) -> dict[str, Any]:
     """What the ledger keeps, so that replaying it gives the same factors (design, section 2.6)."""
     model, layers = replica.base, plan.parameters.layers
+    keyed = layers if isinstance(plan.parameters, RomeParameters) else ()
     return {
-        "method": plan.request.method,
+        "method": plan.method,
         "hparams": plan.parameters.model_dump(mode="json"),
         "strength": trial.strength,
         "resolved_true": plan.rewrite.true,
-        "statistics": {str(x): toolkit.statistics[x].digest for x in layers},
+        "statistics": {str(x): toolkit.statistics[x].digest for x in keyed},
         "corpus": toolkit.corpus.digest,
         "dtype": str(model.weight(layers[0]).dtype).removeprefix("torch."),
         "device": str(model.device),

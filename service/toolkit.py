@@ -13,13 +13,28 @@ from service.covariance.corpus import Corpus, corpus_steps
 from service.covariance.moment import Statistics
 from service.covariance.store import statistics_steps
 from service.editors.contexts import LENGTHS, TOP_K, contexts_steps
-from service.editors.recipes import Recipe, read_recipe, recipe_for
+from service.editors.finding import find_together_steps
+from service.editors.recipes import Recipe, RomeParameters, read_recipe, recipe_for, resolve
+from service.editors.rome import Found
+from service.editors.wanted import batches, want
 from service.ids import new_id
 from service.models.loading import LoadedModel
 from service.progress import Steps
+from service.text import Statement
 
 REFERENCE = 48  # texts of the corpus on which the guard measures perplexity
 REMEMBERED = 16  # versions whose perplexity is kept
+
+
+@dataclass(frozen=True)
+class Asking:
+    """One edit as an evaluation, a study or a bench asks for it; `edit` names its pieces and is their order."""
+
+    statement: Statement
+    target: str
+    method: str = "rome"
+    hparams: dict[str, Any] | None = None
+    edit: str = ""
 
 
 @dataclass
@@ -54,6 +69,34 @@ class Toolkit:
         if missing:
             self.statistics |= yield from statistics_steps(self.model, missing, self.corpus, self.folder)
         return {x: self.statistics[x] for x in layers}
+
+    def find_together_steps(self, wishes: Sequence[Asking]) -> Steps[list[Found]]:
+        """The pieces of some edits on the model as it stands, side by side where a step has room for more than one."""
+        wanted = []
+        for number, ask in enumerate(wishes):
+            parameters = resolve(self.recipe, ask.hparams, self.model.layers, ask.method)
+            contexts: list[str] = []
+            if isinstance(parameters, RomeParameters):
+                contexts = yield from self.contexts_steps(parameters.contexts, parameters.seed)
+                yield from self.statistics_steps(parameters.layers)
+            name = ask.edit or f"{number:06}"
+            wanted.append(want(self.model, contexts, ask.statement, ask.target, parameters, name, ask.method))
+        found: list[Found] = []
+        for batch in batches(self.model, wanted):
+            found += yield from find_together_steps(self.model, self.statistics, batch)
+        return found
+
+    def find_steps(
+        self,
+        statement: Statement,
+        target: str,
+        method: str = "rome",
+        hparams: dict[str, Any] | None = None,
+        edit: str = "",
+    ) -> Steps[Found]:
+        """The pieces of one edit on the model as it stands."""
+        (found,) = yield from self.find_together_steps([Asking(statement, target, method, hparams, edit)])
+        return found
 
     def contexts_steps(self, count: int, seed: int) -> Steps[list[str]]:
         """Contexts sampled from the base model, stored under all that they depend on."""

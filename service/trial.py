@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from service.editors.composition import Association, LowRank, compose, norm_ratio
-from service.editors.recipes import RomeParameters
+from service.editors.composition import Association, Change, Piece, compose, norm_ratio
+from service.editors.recipes import Parameters
 from service.editors.rome import Found
 from service.errors import InvalidInput
-from service.models.loading import LoadedModel
+from service.models.loading import LoadedModel, Site
 from service.models.scoring import log_prob_steps, perplexity_steps
 from service.progress import Progress, Steps
 from service.requests import EditRequest, Sampling
@@ -65,7 +65,7 @@ class Plan:
     """An edit's request, resolved."""
 
     request: EditRequest
-    parameters: RomeParameters
+    parameters: Parameters
     rewrite: Question
     paraphrase: list[Question]
     neighborhood: list[Question]
@@ -73,6 +73,10 @@ class Plan:
     @property
     def questions(self) -> list[Question]:
         return [self.rewrite, *self.paraphrase, *self.neighborhood]
+
+    @property
+    def method(self) -> str:
+        return self.request.method or "rome"
 
     @property
     def fact(self) -> str:
@@ -102,8 +106,8 @@ class Stand:
     """A version that edits are tried on: who stays active beside them, whom to watch, and how things are before."""
 
     version: int
-    others: list[Association]
-    composed: dict[int, LowRank]  #: these, as changes of their layers
+    others: list[Piece]
+    composed: dict[Site, Change]  #: these, as changes of their weights
     watched: dict[str, Question]
     before: list[Measured]  #: for each draft
 
@@ -126,7 +130,7 @@ class Trial:
     before: Measured
     after: Measured
     checks: list[Check]
-    norm_ratio: dict[int, float]
+    norm_ratio: dict[Site, float]
     broken: list[str]
 
     @property
@@ -172,19 +176,22 @@ def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], ver
     return Stand(version, others, compose(others), watched, before)
 
 
-def _nearest(active: dict[str, list[Association]], drafts: Sequence[Draft]) -> list[str]:
-    """The active edits that some draft is nearest to: of its subject first, then by the overlap of their keys."""
-    if not active:
-        return []
-    names, theirs = list(active), [group[0] for group in active.values()]
-    keys = torch.stack([a.key for a in theirs])
+def _nearest(active: dict[str, list[Piece]], drafts: Sequence[Draft]) -> list[str]:
+    """The active edits that some draft is nearest to: of its subject first, then by the overlap of their keys. A piece without a
+    key is as near as any: the newest of those."""
+    keyed = {e: a for e, group in active.items() for a in group[:1] if isinstance(a, Association)}
+    keyless = [e for e in active if e not in keyed]
+    keys = torch.stack([a.key for a in keyed.values()]) if keyed else torch.empty(0, 0)
     chosen: dict[str, None] = {}
     for draft in drafts:
-        mine = draft.found.associations[0]
-        overlap = (keys @ mine.direction).abs()
-        overlap[[a.subject == mine.subject for a in theirs]] = float("inf")
-        nearest = overlap.sort(descending=True, stable=True).indices[:WATCHED]
-        chosen |= dict.fromkeys(names[i] for i in nearest.tolist())
+        mine = draft.found.pieces[0]
+        same = [e for e, group in active.items() if group[0].subject == mine.subject]
+        near: list[str] = []
+        if keyed and isinstance(mine, Association):
+            overlap = (keys @ mine.direction).abs().sort(descending=True, stable=True).indices
+            near = [list(keyed)[i] for i in overlap.tolist()]
+        order = dict.fromkeys([*same, *near, *reversed(keyless), *active])
+        chosen |= dict.fromkeys(list(order)[:WATCHED])
     return list(chosen)
 
 
@@ -192,7 +199,7 @@ def trial_steps(
     replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], stand: Stand, strength: float
 ) -> Steps[list[Trial]]:
     """Compose the version with these edits in it, put it in place, measure, and judge each."""
-    mine = [[a.scaled(strength) for a in d.found.associations] for d in drafts]
+    mine = [[p.scaled(strength) for p in d.found.pieces] for d in drafts]
     together = stand.others + [a for group in mine for a in group]
     weights = replica.composed(together)
     yield Progress("compose", 1, 1)
@@ -253,19 +260,19 @@ def answer_steps(model: LoadedModel, prompts: Sequence[str], length: int = SAID)
     return [r.text if r is not None else "" for r in rows]
 
 
-def _norms(replica: Replica, stand: Stand, mine: Sequence[Association]) -> dict[int, float]:
-    """How far an edit moves each of its layers from where the others have it, as a multiple of the weight's norm.
+def _norms(replica: Replica, stand: Stand, mine: Sequence[Piece]) -> dict[Site, float]:
+    """How far an edit moves each of its weights from where the others have it, as a multiple of the weight's norm.
 
     Its own share and not the sum: many sound edits together move a weight further than one wild one.
     """
-    layers = {a.layer for a in mine}
-    after = compose(a for a in [*stand.others, *mine] if a.layer in layers)
+    sites = {p.site for p in mine}
+    after = compose(p for p in [*stand.others, *mine] if p.site in sites)
     before = stand.composed
-    moved = {x: after[x].minus(before[x]) if x in before else after[x] for x in layers}
-    return {x: norm_ratio(replica.base.weight(x).data, change) for x, change in moved.items()}
+    moved = {x: after[x].minus(before[x]) if x in before else after[x] for x in sites}
+    return {x: norm_ratio(replica.base.parameter(x).data, change) for x, change in moved.items()}
 
 
-def judge(plan: Plan, before: Measured, after: Measured, strength: float, norms: dict[int, float]) -> Trial:
+def judge(plan: Plan, before: Measured, after: Measured, strength: float, norms: dict[Site, float]) -> Trial:
     """Hold a trial against the guard's limits."""
     guard = plan.request.guard
     rewrite = after.answers[0]

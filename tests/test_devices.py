@@ -11,8 +11,10 @@ from tiny import TEXTS, tiny
 
 from service.covariance.corpus import Corpus
 from service.covariance.store import collect_steps
+from service.editors.finding import find_together_steps
 from service.editors.recipes import RomeParameters
-from service.editors.rome import Found, batches, find_together_steps, want
+from service.editors.rome import Found
+from service.editors.wanted import batches, want
 from service.models.loading import LoadedModel
 from service.progress import finish
 from service.requests import Sampling
@@ -65,7 +67,7 @@ def test_an_edit_in_half_precision(model_type: str, dtype: torch.dtype, device: 
     half = edited(resident(model_type, dtype, device))
     full = edited(resident(model_type))
     assert half.losses[0] == pytest.approx(full.losses[0], rel=0.05)
-    (association,) = half.associations
+    (association,) = half.pieces
     for tensor in (association.key, association.direction, association.value):
         assert tensor.dtype == torch.float32 and tensor.device.type == "cpu"
         assert bool(tensor.isfinite().all())
@@ -86,7 +88,7 @@ def test_traces_and_texts_in_half_precision(model_type: str, dtype: torch.dtype,
 def test_an_accelerator_computes_what_the_cpu_computes(model_type: str, device: str) -> None:
     """In single precision the factors of an edit, the map of a trace and the texts are those of the CPU, up to rounding."""
     here, there = resident(model_type), resident(model_type, device=device)
-    (one,), (other,) = edited(here).associations, edited(there).associations
+    (one,), (other,) = edited(here).pieces, edited(there).pieces
     for name in ("key", "direction", "value"):
         torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(traced(there), traced(here), rtol=1e-4, atol=1e-5)

@@ -85,3 +85,20 @@ class Statistics:
         half = torch.linalg.solve_triangular(lower, columns[:, None] if one else columns, upper=False)
         solved: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
         return solved[:, 0] if one else solved
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (D,), ascending, and eigenvectors (D, D) as columns of C, undamped."""
+        values, vectors = torch.linalg.eigh(self.moment)
+        return values, vectors
+
+    def rank(self, threshold: float) -> int:
+        """How many directions the projection keeps; all or none of D means that it says nothing."""
+        return int((self.spectrum[0] < threshold).sum())
+
+    def project(self, keys: Tensor, threshold: float) -> Tensor:
+        """P k for a key (D,) or keys as columns (D, n), in fp64: onto the directions in which E[(k^T e)^2] < threshold (AlphaEdit,
+        Fang et al. 2025, Eq. 8; methods C.3)."""
+        null = self.spectrum[1][:, : self.rank(threshold)]
+        projected: Tensor = null @ (null.T @ keys.to("cpu", torch.float64))
+        return projected

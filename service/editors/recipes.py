@@ -1,14 +1,15 @@
-"""What the authors chose: hyperparameters of ROME for each model they published. Free of torch.
+"""The methods that edit, their hyperparameters, and what the authors chose for each model they published. Free of torch.
 
 Recipes are found by the model's shape, not by its name, so that a folder with GPT-2 XL in it needs no configuration.
-A `recipe.json` in the model's folder comes first.
+What `palimpsest prepare` wrote comes first, then a `recipe.json` in the model's folder.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.errors import InvalidInput, Misconfigured
 
@@ -53,6 +54,104 @@ class RomeParameters(BaseModel):
     )
 
 
+class MemitParameters(RomeParameters):
+    """Hyperparameters of MEMIT (methods C.1): a change of the hidden state, spread over the layers."""
+
+    clamp: float = Field(0.75, gt=0, description="greatest |delta| as a multiple of the hidden state's norm")
+    contexts: int = Field(5, ge=0, le=100, description="sampled contexts beside the bare prompt")
+    bare_weight: float | None = Field(
+        0.5, ge=0, le=1, description="share of the text without a context in the key's mean"
+    )
+    ridge: float = Field(
+        15_000.0, ge=0, description="lambda: how many average keys the statistics count for against one edit"
+    )
+
+
+class EmmetParameters(MemitParameters):
+    """Hyperparameters of EMMET (methods C.2): MEMIT with equality constraints."""
+
+    ridge: float = Field(0.1, ge=0, description="what keeps the solve sound where keys nearly coincide")
+
+
+class AlphaEditParameters(MemitParameters):
+    """Hyperparameters of AlphaEdit (methods C.3): changes that the statistics' keys hardly see."""
+
+    ridge: float = Field(10.0, ge=0, description="L2: weight of the change's norm")
+    threshold: float = Field(
+        0.02, gt=0, description="directions in which the statistics' second moment is smaller may change"
+    )
+
+
+class FineTuneParameters(BaseModel):
+    """Hyperparameters of fine-tuning one weight on the statement (methods D.1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    layers: tuple[int, ...] = Field(min_length=1, max_length=16, description="trained layers, from 0")
+    steps: int = Field(25, ge=1, le=1000, description="most steps of training")
+    learning_rate: float = Field(5e-4, gt=0, le=10, description="Adam's rate")
+    weight_decay: float = Field(0.0, ge=0, description="Adam's weight decay")
+    epsilon: float | None = Field(
+        None, gt=0, description="most that an entry may move; without limit when left out"
+    )
+    stop_loss: float = Field(1e-2, ge=0, description="training ends below this loss")
+
+
+class ConstrainedParameters(FineTuneParameters):
+    """FT-L: no entry moves further than epsilon."""
+
+    epsilon: float | None = Field(5e-4, gt=0, description="most that an entry may move")
+
+
+class AttentionParameters(FineTuneParameters):
+    """The late-site edit: what the attention reads with is trained."""
+
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's rate")
+    epsilon: float | None = Field(1e-3, gt=0, description="most that an entry may move")
+
+
+Parameters = RomeParameters | FineTuneParameters
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to edit."""
+
+    name: str
+    title: str
+    paper: str
+    parameters: type[RomeParameters] | type[FineTuneParameters]
+    fixed: dict[str, Any] = field(
+        default_factory=dict
+    )  #: what the method says whatever a recipe for "rome" says
+    depth: float | None = None  #: where it edits when no recipe says so, as a share of the layers
+
+    @property
+    def associates(self) -> bool:
+        """Whether it writes associations, for which statistics of keys are needed."""
+        return issubclass(self.parameters, RomeParameters)
+
+
+_SEARCH = ("layers", "steps", "learning_rate", "weight_decay", "kl_factor", "stop_loss", "seed")
+_PUBLISHED_KEY = {"anchor": "bare", "bare_keys": False, "bare_weight": None, "strength": 1.0, "compat": None}
+
+METHODS = {
+    m.name: m
+    for m in (
+        Method(
+            "rome", "ROME with one key, solved jointly", "Meng et al. 2022; Gupta et al. 2024", RomeParameters
+        ),
+        Method("r-rome", "r-ROME as published", "Gupta et al. 2024", RomeParameters, _PUBLISHED_KEY),
+        Method("memit", "MEMIT", "Meng et al. 2023", MemitParameters),
+        Method("emmet", "EMMET", "Gupta et al. 2024", EmmetParameters),
+        Method("alphaedit", "AlphaEdit", "Fang et al. 2025", AlphaEditParameters),
+        Method("ft", "fine-tuning of an MLP", "Meng et al. 2022", FineTuneParameters),
+        Method("ft-l", "fine-tuning of an MLP, constrained", "Zhu et al. 2020", ConstrainedParameters),
+        Method("ft-attn", "fine-tuning of an attention", "Meng et al. 2022", AttentionParameters, depth=0.69),
+    )
+}
+
+
 class Recipe(BaseModel):
     """Hyperparameters for one model, with where they come from."""
 
@@ -60,25 +159,70 @@ class Recipe(BaseModel):
 
     source: str
     rome: RomeParameters
+    methods: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="what the other methods take that differs from their defaults"
+    )
+    many: str = Field("rome", description="the method of several edits in one request that name none")
+    figures: dict[str, Any] | None = Field(None, description="what the recipe was chosen by")
+
+    @model_validator(mode="after")
+    def _known_methods(self) -> Recipe:
+        for name, values in self.methods.items():
+            if name not in METHODS or name == "rome":
+                raise ValueError(f"methods: there is no other method {name!r}; known: {', '.join(METHODS)}")
+            METHODS[name].parameters.model_validate(self.derived(METHODS[name]) | values)
+        if self.many not in METHODS:
+            raise ValueError(f"many: there is no method {self.many!r}; known: {', '.join(METHODS)}")
+        return self
+
+    def derived(self, method: Method) -> dict[str, Any]:
+        """What a method takes before anybody asks for anything: the recipe's own values for it, on top of those that it shares
+        with "rome"."""
+        rome = self.rome.model_dump()
+        shared = ("layers",)
+        if method.associates:
+            shared = tuple(rome) if method.parameters is RomeParameters else _SEARCH
+        return {name: rome[name] for name in shared} | method.fixed | self.methods.get(method.name, {})
 
 
-def _published(source: str, layer: int, **changes: object) -> Recipe:
-    return Recipe(source=source, rome=RomeParameters.model_validate({"layers": (layer,), **changes}))
+def _published(
+    source: str, layer: int, methods: dict[str, dict[str, Any]] | None = None, **changes: object
+) -> Recipe:
+    rome = RomeParameters.model_validate({"layers": (layer,), **changes})
+    return Recipe(source=source, rome=rome, methods=methods or {})
+
+
+def _spread(layers: tuple[int, ...], ridge: float, **changes: object) -> dict[str, dict[str, Any]]:
+    """MEMIT's and AlphaEdit's layers (methods C.1, C.3)."""
+    return {
+        "memit": {"layers": layers, "ridge": ridge, **changes},
+        "alphaedit": {"layers": layers, **changes},
+    }
 
 
 _EASY = {"steps": 25, "weight_decay": 1e-3}
+_EASY_SPREAD = _spread((4, 5, 6, 7, 8), 15_000.0, clamp=4.0)
+_XL = _spread((13, 14, 15, 16, 17), 20_000.0) | {
+    "ft": {"layers": (1,)},
+    "ft-l": {"layers": (0,), "epsilon": 5e-4},
+    "ft-attn": {"layers": (33,)},
+}
+_GPTJ = _spread((3, 4, 5, 6, 7, 8), 15_000.0, steps=25) | {
+    "ft": {"layers": (21,)},
+    "ft-l": {"layers": (0,), "epsilon": 5e-5},
+}
 
-#: (model_type, layers, width) -> recipe (methods A.9)
+#: (model_type, layers, width) -> recipe (methods A.9, C, D.1)
 PUBLISHED: dict[tuple[str, int, int], Recipe] = {
     ("gpt2", 24, 1024): _published("rome: gpt2-medium", 8, clamp=3.0),
     ("gpt2", 36, 1280): _published("rome: gpt2-large", 12),
-    ("gpt2", 48, 1600): _published("rome: gpt2-xl", 17),
-    ("gptj", 28, 4096): _published("rome: gpt-j-6B", 5),
+    ("gpt2", 48, 1600): _published("rome: gpt2-xl", 17, _XL),
+    ("gptj", 28, 4096): _published("rome: gpt-j-6B", 5, _GPTJ),
     ("gpt_neox", 44, 6144): _published("memit: gpt-neox-20b", 15),
-    ("llama", 32, 4096): _published("EasyEdit: Llama-2-7b, Llama-3-8b", 5, **_EASY),
-    ("llama", 28, 3072): _published("EasyEdit: Llama-3.2-3b", 5, **_EASY),
-    ("mistral", 32, 4096): _published("EasyEdit: Mistral-7b", 5, **_EASY),
-    ("qwen2", 28, 3584): _published("EasyEdit: Qwen2-7b, Qwen2.5-7b", 5, **_EASY),
+    ("llama", 32, 4096): _published("EasyEdit: Llama-2-7b, Llama-3-8b", 5, _EASY_SPREAD, **_EASY),
+    ("llama", 28, 3072): _published("EasyEdit: Llama-3.2-3b", 5, _EASY_SPREAD, **_EASY),
+    ("mistral", 32, 4096): _published("EasyEdit: Mistral-7b", 5, _EASY_SPREAD, **_EASY),
+    ("qwen2", 28, 3584): _published("EasyEdit: Qwen2-7b, Qwen2.5-7b", 5, _EASY_SPREAD, **_EASY),
 }
 
 
@@ -87,25 +231,39 @@ def recipe_for(model_type: str, layers: int, width: int) -> Recipe | None:
     return PUBLISHED.get((model_type, layers, width))
 
 
-def resolve(recipe: Recipe | None, asked: dict[str, object] | None, layers: int) -> RomeParameters:
+def method_of(name: str) -> Method:
+    try:
+        return METHODS[name]
+    except KeyError:
+        raise InvalidInput(f"there is no method {name!r}; known: {', '.join(METHODS)}.", "method") from None
+
+
+def resolve(
+    recipe: Recipe | None, asked: dict[str, object] | None, layers: int, method: str = "rome"
+) -> Parameters:
     """The recipe with what the user asked for on top; every value of the result is meant and recorded."""
-    if recipe is None and "layers" not in (asked or {}):
+    way = method_of(method)
+    base = recipe.derived(way) if recipe is not None else way.fixed
+    if way.depth is not None and (recipe is None or "layers" not in recipe.methods.get(method, {})):
+        base = base | {"layers": (int(way.depth * layers),)}
+    if "layers" not in base | (asked or {}):
         raise InvalidInput(
             "no recipe is known for this model: name the layers to edit, for example "
-            '"hparams": {"layers": [5]} (an early or middle layer serves best), or put a recipe.json into the '
-            "model's folder.",
+            '"hparams": {"layers": [5]} (an early or middle layer serves best), let `palimpsest prepare` find a recipe, or '
+            "put a recipe.json into the model's folder.",
             "hparams",
         )
-    base = recipe.rome.model_dump() if recipe else {}
     try:
-        chosen = RomeParameters.model_validate({**base, **(asked or {})})
+        chosen = way.parameters.model_validate({**base, **(asked or {})})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(x) for x in first["loc"])
-        known = ", ".join(RomeParameters.model_fields)
+        known = ", ".join(way.parameters.model_fields)
         raise InvalidInput(f"hparams.{name}: {first['msg']}. Known: {known}.", "hparams") from None
-    if chosen.compat and len(chosen.layers) > 1:
+    if isinstance(chosen, RomeParameters) and chosen.compat and len(chosen.layers) > 1:
         raise InvalidInput("hparams.compat: the published form edits one layer; name one.", "hparams")
+    if isinstance(chosen, RomeParameters) and chosen.compat and method != "rome":
+        raise InvalidInput('hparams.compat: the published form is one of the method "rome".', "hparams")
     wrong = [x for x in chosen.layers if not 0 <= x < layers]
     if wrong or len(set(chosen.layers)) < len(chosen.layers):
         raise InvalidInput(f"hparams.layers must name different layers from 0 to {layers - 1}.", "hparams")

@@ -11,12 +11,13 @@ share of the text without a context (MEMIT takes 1/2). `compat="meng2022"` takes
 direction, the bare prompt's key in residual and divisor.
 
 Several layers: delta is found on the hidden state after the highest, and written from the lowest layer up, each taking its share
-of what is still missing, measured with this edit's own lower layers in place (after MEMIT, Meng et al. 2023, Eq. 20).
+of what is still missing, measured with this edit's own lower layers in place (after MEMIT, Meng et al. 2023, Eq. 20). That is
+how MEMIT, EMMET and AlphaEdit write, too, on one layer or several; they differ in the form in which their associations are solved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -24,24 +25,23 @@ import torch
 from torch import Tensor
 
 from service.covariance.moment import Statistics
-from service.editors.composition import Association
-from service.editors.recipes import RomeParameters
-from service.editors.values import Place, Rows, Value, Wish, rows, values_steps
-from service.models.budget import block_operations, company_budget
+from service.editors.composition import JOINT, Association, Form, Piece
+from service.editors.recipes import AlphaEditParameters, MemitParameters, RomeParameters
+from service.editors.values import Rows, Value, values_steps
+from service.editors.wanted import Wanted
+from service.errors import InvalidInput
 from service.models.hooks import add_path, capture, stop_after
 from service.models.loading import LoadedModel
-from service.models.memory import edit_bytes
 from service.models.precision import wide
 from service.models.prompts import Tokens, forward, pad
 from service.progress import Progress, Steps
-from service.text import Statement, words
 
 
 @dataclass(frozen=True)
 class Found:
-    """The associations of one edit and how they were found."""
+    """The pieces of one edit and how they were found."""
 
-    associations: list[Association]
+    pieces: list[Piece]
     losses: list[float]
     delta_norm: float
     value_norm: float
@@ -119,81 +119,23 @@ def _weighted(rows: Tensor, first: float | None) -> Tensor:
 
 
 def _association(wanted: Wanted, statistics: Statistics, key: Tensor, value: Tensor) -> Association:
-    direction = statistics.solve(key).float()
-    return Association(wanted.edit, wanted.subject, statistics.layer, key.cpu(), direction, value.cpu())
+    """In the form of its method: AlphaEdit changes only what the statistics' keys hardly see."""
+    p = wanted.parameters
+    form = Form(wanted.method, p.ridge) if isinstance(p, MemitParameters) else JOINT
+    if isinstance(p, AlphaEditParameters):
+        if not statistics.rank(p.threshold):
+            raise InvalidInput(
+                f"hparams.threshold: all of the keys' directions at layer {statistics.layer} are used more than {p.threshold}, "
+                f"so that nothing could change: raise it (the mean is {statistics.moment.diagonal().mean():.3g}).",
+                "hparams",
+            )
+        direction = statistics.project(key, p.threshold).float()
+    else:
+        direction = statistics.solve(key).float()
+    return Association(wanted.edit, wanted.subject, statistics.layer, key.cpu(), direction, value.cpu(), form)
 
 
-@dataclass(frozen=True)
-class Wanted(Wish):
-    """One edit that associations are wanted for."""
-
-    subject: str
-    edit: str = ""
-
-    @property
-    def place(self) -> Place:
-        """Where its delta is optimised: at the one layer it edits, or on the hidden state after the highest of several."""
-        layers = self.parameters.layers
-        return Place(max(layers), hidden=len(layers) > 1)
-
-    def operations(self, model: LoadedModel) -> int:
-        """Floating-point operations of one optimisation step: forward, and the same again backward (methods G)."""
-        suffix = sum(len(t.ids) - t.last_subject for t in self.rows.texts())
-        return 2 * suffix * block_operations(model) * (model.layers - self.place.layer)
-
-    def bytes(self, model: LoadedModel) -> int:
-        """What the search takes at its peak."""
-        texts = self.rows.texts()
-        before = max(t.last_subject for t in texts)
-        active = max(len(t.ids) - t.last_subject for t in texts)
-        said = sum(map(len, self.rows.targets)) + 1
-        return edit_bytes(model, len(texts), before, active, self.place.layer, said)
-
-
-def want(
-    model: LoadedModel,
-    contexts: Sequence[str],
-    statement: Statement,
-    target: str,
-    parameters: RomeParameters,
-    edit: str = "",
-) -> Wanted:
-    """That the model, as it stands (the base model), say `target` after the statement."""
-    texts = rows(model, statement, target, contexts, parameters.bare_keys)
-    return Wanted(texts, parameters, words(statement.text[slice(*statement.span)]), edit)
-
-
-def batches(model: LoadedModel, edits: Iterable[Wanted]) -> list[list[Wanted]]:
-    """Edits that are found side by side, in their order: of one place, and as many as one step has room for."""
-    budget = company_budget(model)
-    found: list[list[Wanted]] = []
-    room = 0
-    for edit in edits:
-        cost = edit.operations(model)
-        if not found or found[-1][0].place != edit.place or cost > room:
-            found.append([])
-            room = budget
-        found[-1].append(edit)
-        room -= cost
-    return found
-
-
-def find_steps(
-    model: LoadedModel,
-    statistics: Mapping[int, Statistics],
-    contexts: Sequence[str],
-    statement: Statement,
-    target: str,
-    parameters: RomeParameters,
-    edit: str = "",
-) -> Steps[Found]:
-    """The associations of one edit."""
-    wanted = want(model, contexts, statement, target, parameters, edit)
-    (found,) = yield from find_together_steps(model, statistics, [wanted])
-    return found
-
-
-def find_together_steps(
+def associate_steps(
     model: LoadedModel, statistics: Mapping[int, Statistics], edits: Sequence[Wanted]
 ) -> Steps[list[Found]]:
     """The associations of edits of one place. Their values are optimised side by side, each as it would be alone."""
@@ -203,8 +145,8 @@ def find_together_steps(
     for e, value in zip(edits, values, strict=True):
         write = _several_layers if place.hidden else _one_layer
         result = yield from write(model, statistics, value, e)
-        scaled = [a.scaled(e.parameters.strength) for a in result.associations]
-        found.append(replace(result, associations=scaled))
+        scaled = [a.scaled(e.parameters.strength) for a in result.pieces]
+        found.append(replace(result, pieces=scaled))
     return found
 
 
@@ -247,4 +189,4 @@ def _several_layers(
         key = _mean(seen.keys[layer], found, parameters)
         written.append(_association(wanted, statistics[layer], key, share))
         yield Progress("solve", i + 1, len(layers))
-    return Found(written, value.losses, float(delta.norm()), float(value.initial.norm()))
+    return Found(list(written), value.losses, float(delta.norm()), float(value.initial.norm()))

@@ -20,6 +20,7 @@ class Architecture:
     down: str  #: within a block: the MLP's down-projection (the edited weight)
     norm: str  #: final normalisation
     head: str  #: output embedding
+    reading: tuple[str, ...]  #: within a block: what makes queries, keys and values, fused or one by one
     conv1d: bool = False  #: weights stored (in, out) as in GPT-2's Conv1D, not (out, in) as in nn.Linear
     parallel: bool = False  #: attention and MLP read the same input (GPT-J, GPT-NeoX)
 
@@ -32,6 +33,7 @@ GPT2 = Architecture(
     "mlp.c_proj",
     "transformer.ln_f",
     "lm_head",
+    ("attn.c_attn",),
     conv1d=True,
 )
 GPTJ = Architecture(
@@ -42,6 +44,7 @@ GPTJ = Architecture(
     "mlp.fc_out",
     "transformer.ln_f",
     "lm_head",
+    ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
     parallel=True,
 )
 NEOX = Architecture(
@@ -52,6 +55,7 @@ NEOX = Architecture(
     "mlp.dense_4h_to_h",
     "gpt_neox.final_layer_norm",
     "lm_head",
+    ("attention.query_key_value",),
     parallel=True,
 )
 OPT = Architecture(
@@ -62,6 +66,7 @@ OPT = Architecture(
     "fc2",
     "model.decoder.final_layer_norm",
     "lm_head",
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 )
 
 
@@ -74,6 +79,7 @@ def _llama_like(model_type: str) -> Architecture:
         "mlp.down_proj",
         "model.norm",
         "lm_head",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     )
 
 

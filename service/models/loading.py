@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from service.errors import InvalidInput, Misconfigured
 from service.models.architectures import Architecture, architecture_of
 from service.models.fused import fuse
+
+
+class Site(NamedTuple):
+    """A weight that edits may change: a layer, and which of its weights, in words that are the same for every architecture."""
+
+    layer: int
+    part: str = "mlp"  #: the MLP's down-projection; or what the attention reads with: "q", "k", "v", or all in one, "qkv"
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,27 @@ class LoadedModel:
         """The parameter that ROME edits, as stored: (D, d) for Conv1D, (d, D) for Linear."""
         return self.down(layer).weight  # type: ignore[return-value]
 
-    def weight_name(self, layer: int) -> str:
+    @property
+    def sites(self) -> list[Site]:
+        """Every weight that edits may change."""
+        return sorted(site for x in range(self.layers) for site in (Site(x), *self.reading(x)))
+
+    def reading(self, layer: int) -> list[Site]:
+        """The weights with which a layer's attention reads: queries, keys and values."""
+        return [Site(layer, part) for part in self._paths if part != "mlp"]
+
+    def parameter(self, site: Site) -> nn.Parameter:
+        """A site's weight, as stored: (in, out) for Conv1D, (out, in) for Linear."""
+        return self.block(site.layer).get_submodule(self._paths[site.part]).weight  # type: ignore[return-value]
+
+    def parameter_name(self, site: Site) -> str:
+        return f"{self.architecture.blocks}.{site.layer}.{self._paths[site.part]}.weight"
+
+    @property
+    def _paths(self) -> dict[str, str]:
         a = self.architecture
-        return f"{a.blocks}.{layer}.{a.down}.weight"
+        parts = ("qkv",) if len(a.reading) == 1 else ("q", "k", "v")
+        return {"mlp": a.down, **dict(zip(parts, a.reading, strict=True))}
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a whole text and their character offsets."""

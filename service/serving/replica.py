@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from service import metrics
-from service.editors.composition import Association, compose, rebuild, unpack
-from service.models.loading import LoadedModel
+from service.editors.composition import Piece, compose, rebuild, unpack
+from service.models.loading import LoadedModel, Site
 from service.progress import Steps
 from service.text import words
 
 T = TypeVar("T")
-Weights = Mapping[int, Tensor]  # layer -> edited tensor; empty is the base model
+Weights = Mapping[Site, Tensor]  # edited tensors; empty is the base model
 KEPT = 8  # versions whose weights are kept at hand
 
 
@@ -38,6 +38,22 @@ class Ledger(Protocol):
     def attest(self, version: int, digest: str) -> None: ...
 
 
+class NoLedger:
+    """A ledger without entries, for work that composes edits by hand and leaves nothing behind."""
+
+    def head(self) -> int:
+        return 0
+
+    def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]:
+        return []
+
+    def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
+        return {}
+
+    def attest(self, version: int, digest: str) -> None:
+        """Nobody asks."""
+
+
 class Replica:
     """One resident model and the ledger it follows."""
 
@@ -47,26 +63,25 @@ class Replica:
         self._kept = kept
         self._weights: OrderedDict[int, Weights] = OrderedDict()
         self._vouched: dict[int, str] = {}
-        self._associations: dict[str, list[Association]] = {}
-        self._original = {x: model.weight(x).data for x in range(model.layers)}
+        self._pieces: dict[str, list[Piece]] = {}
+        self._original = {site: model.parameter(site).data for site in model.sites}
 
     def head(self) -> int:
         return self.ledger.head()
 
-    def active(self, version: int) -> dict[str, list[Association]]:
-        """The associations of every edit active at a version, by the edit's id. Each is read and unpacked once."""
+    def active(self, version: int) -> dict[str, list[Piece]]:
+        """The pieces of every edit active at a version, by the edit's id. Each is read and unpacked once."""
         subjects = {edit: words(str(body["subject"])) for edit, body in self.ledger.active_at(version)}
-        if unknown := [edit for edit in subjects if edit not in self._associations]:
+        if unknown := [edit for edit in subjects if edit not in self._pieces]:
             factors = self.ledger.factors_of(unknown)
-            self._associations |= {e: unpack(factors[e], e, subjects[e]) for e in unknown}
-        return {edit: self._associations[edit] for edit in subjects}
+            self._pieces |= {e: unpack(factors[e], e, subjects[e]) for e in unknown}
+        return {edit: self._pieces[edit] for edit in subjects}
 
-    def composed(self, associations: Iterable[Association]) -> Weights:
-        """The edited weights for a set of associations, from the base bytes."""
+    def composed(self, pieces: Iterable[Piece]) -> Weights:
+        """The edited weights for a set of pieces, from the base bytes."""
         conv1d = self.base.architecture.conv1d
         return {
-            layer: rebuild(self._original[layer], change, conv1d)
-            for layer, change in compose(associations).items()
+            site: rebuild(self._original[site], change, conv1d) for site, change in compose(pieces).items()
         }
 
     def weights(self, version: int) -> Weights:
@@ -99,12 +114,12 @@ class Replica:
     def stand(self, weights: Weights) -> Iterator[LoadedModel]:
         """Put edited tensors in place; the base tensors are back afterwards, whatever happens."""
         try:
-            for layer, tensor in weights.items():
-                self.base.weight(layer).data = tensor
+            for site, tensor in weights.items():
+                self.base.parameter(site).data = tensor
             yield self.base
         finally:
-            for layer in weights:
-                self.base.weight(layer).data = self._original[layer]
+            for site in weights:
+                self.base.parameter(site).data = self._original[site]
 
     def standing(self, weights: Weights, steps: Steps[T]) -> Steps[T]:
         """Run a generator with these weights in place during each of its steps, and the base in between."""
@@ -120,9 +135,9 @@ class Replica:
     def digest(self, version: int) -> str:
         """sha256 over the bytes of every edited weight at a version and over the base model's fingerprint."""
         digest = hashlib.sha256(self.base.fingerprint.encode())
-        for layer, tensor in sorted(self._built(version).items()):
-            if torch.equal(tensor, self._original[layer]):
+        for site, tensor in sorted(self._built(version).items()):
+            if torch.equal(tensor, self._original[site]):
                 continue  # an edit that changed no byte is the base
-            digest.update(self.base.weight_name(layer).encode())
+            digest.update(self.base.parameter_name(site).encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -10,8 +10,8 @@ from tiny import tiny
 
 from bench.flops import Cost, avoided, counted, edit_bound, trace_bound
 from service.covariance.moment import Statistics
+from service.editors.finding import find_steps
 from service.editors.recipes import RomeParameters
-from service.editors.rome import find_steps
 from service.editors.values import rows
 from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad

@@ -27,8 +27,8 @@ from bench.reference import (
     without_start,
 )
 from service.covariance.moment import Statistics
+from service.editors.finding import find_steps
 from service.editors.recipes import RomeParameters
-from service.editors.rome import find_steps
 from service.models.loading import LoadedModel
 from service.progress import finish
 from service.text import fill, find
@@ -162,7 +162,7 @@ def test_our_edit_is_theirs(reference: Reference, model: LoadedModel, prompt: st
     steps = find_steps(model, {layer: statistics}, contexts, fill(prompt, subject), "Rome", parameters)
     ours = finish(steps)
     torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(theirs.losses), atol=2e-3, rtol=1e-4)
-    change = ours.associations[0].rank_one()
+    change = ours.pieces[0].rank_one()
     assert cosine(change, theirs.change) > 1 - 1e-5
     torch.testing.assert_close(change.dense(), theirs.change.dense(), atol=1e-3, rtol=1e-2)
     assert replace(model) == model

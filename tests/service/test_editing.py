@@ -18,11 +18,12 @@ from service import editing, trial
 from service.covariance.corpus import Corpus
 from service.editing import companies, edits_steps, strengthened_steps
 from service.editors.composition import compose_layer, pack, rebuild, unpack
+from service.editors.finding import find_steps, find_together_steps
 from service.editors.recipes import Recipe, RomeParameters
-from service.editors.rome import find_steps, find_together_steps
 from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, Unavailable
 from service.jobs.desk import Desk, RunningJob
 from service.jobs.memory import MemoryBroker
+from service.models.loading import Site
 from service.models.scoring import log_probs
 from service.operations import Operations
 from service.progress import Ended, Progress, Steps, Told, Working, finish
@@ -182,8 +183,8 @@ def test_the_version_is_the_rank_one_update(shop: Workshop) -> None:
     edit = shop.edit()
     (association,) = unpack(shop.do.delta(edit["id"]), edit["id"], "Eiffel Tower")
     weights = shop.replica.weights(1)
-    assert list(weights) == [1]
-    assert torch.equal(weights[1], rebuild(shop.base[1], association.rank_one(), conv1d=True))
+    assert list(weights) == [Site(1)]
+    assert torch.equal(weights[Site(1)], rebuild(shop.base[1], association.rank_one(), conv1d=True))
     assert torch.linalg.matrix_rank(compose_layer([association]).dense()) == 1
 
 
@@ -218,7 +219,7 @@ def test_the_provenance_gives_the_same_factors(shop: Workshop) -> None:
     assert body["statistics"] == {str(x): s.digest for x, s in statistics.items()}
     statement = fill(body["prompt"], body["subject"])
     found = finish(find_steps(model, statistics, contexts, statement, body["target_new"], parameters))
-    assert pack([a.scaled(body["strength"]) for a in found.associations]) == shop.do.delta(edit["id"])
+    assert pack([a.scaled(body["strength"]) for a in found.pieces]) == shop.do.delta(edit["id"])
 
 
 def test_the_provenance_names_everything(shop: Workshop) -> None:
@@ -557,7 +558,7 @@ def test_edits_of_one_subject_add_up(shop: Workshop) -> None:
     edits = [shop.edit(), shop.edit(new="city", prompt="We know the {}")]
     both = [a for e in edits for a in unpack(shop.do.delta(e["id"]), e["id"], "Eiffel Tower")]
     total = shop.base[1].double() + sum(a.rank_one().dense().T for a in both)
-    torch.testing.assert_close(shop.replica.weights(2)[1].double(), total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shop.replica.weights(2)[Site(1)].double(), total, rtol=1e-6, atol=1e-6)
 
 
 def test_any_order_of_reverting_ends_at_the_base(shop: Workshop) -> None:
@@ -619,7 +620,7 @@ def test_together_each_edit_is_what_it_would_be_alone(
 ) -> None:
     """Edits that wait together land in their order with the factors that each has alone: in every bit where they are not
     optimised side by side, and else but for rounding."""
-    monkeypatch.setattr("service.editors.rome.company_budget", lambda _model: budget)
+    monkeypatch.setattr("service.editors.wanted.company_budget", lambda _model: budget)
     alone, together = opened(), opened()
     singly = [alone.edit(subject, "city") for subject in SUBJECTS]
     group = Group(together, *(together.ask(subject, "city") for subject in SUBJECTS))
@@ -713,7 +714,7 @@ def test_a_search_that_fails_for_all_is_made_for_each(
     shop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When edits cannot be found side by side they are found one by one, and only who fails alone fails."""
-    monkeypatch.setattr("service.editors.rome.company_budget", lambda _model: 10**12)
+    monkeypatch.setattr("service.editors.wanted.company_budget", lambda _model: 10**12)
     find = editing.find_together_steps
 
     def fails(model: Any, statistics: Any, wanted: Sequence[Any]) -> Any:

@@ -141,3 +141,21 @@ def test_the_divisor_of_an_update_cannot_vanish() -> None:
     keys = torch.randn(200, 6, generator=g).double()
     assert all(k @ solved.solve(k) > 0 for k in keys)
     assert any(k @ solved.solve(other) < 0 for k, other in zip(keys, keys.flip(0), strict=True))
+
+
+def test_the_projection_is_onto_what_is_hardly_used() -> None:
+    """P is symmetric, idempotent and of the said rank, and a projected change moves the statistics' keys by at most the threshold."""
+    g = torch.Generator().manual_seed(4)
+    keys = torch.randn(200, 12, dtype=torch.float64, generator=g) * torch.logspace(
+        -2, 1, 12, dtype=torch.float64
+    )
+    second = keys.T @ keys / 200
+    found = Statistics(0, second, 200, 1e-3, "")
+    threshold = 0.05
+    projection = found.project(torch.eye(12, dtype=torch.float64), threshold)
+    torch.testing.assert_close(projection, projection.T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(projection @ projection, projection, rtol=1e-10, atol=1e-12)
+    assert float(projection.trace()) == pytest.approx(found.rank(threshold))
+    assert 0 < found.rank(threshold) < 12
+    change = torch.randn(5, 12, dtype=torch.float64, generator=g) @ projection
+    assert float(torch.trace(change @ second @ change.T)) <= threshold * float(change.norm() ** 2)

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from service.editors.composition import (
     CUT,
-    RIDGE,
+    JOINT,
+    Addend,
     Association,
+    Form,
     LowRank,
+    Piece,
     compose,
     compose_layer,
     norm_ratio,
@@ -22,6 +25,7 @@ from service.editors.composition import (
     rebuild,
     unpack,
 )
+from service.models.loading import Site
 
 D, d = 12, 5
 SPREAD = torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
@@ -37,7 +41,7 @@ def association(
     return Association(f"edit_{i:03}", subject or f"s{i}", layer, k, direction, torch.randn(d, generator=g))
 
 
-def oracle(associations: list[Association], ridge: float = RIDGE) -> torch.Tensor:
+def oracle(associations: list[Association], ridge: float = JOINT.ridge) -> torch.Tensor:
     """The formula of the design, entry by entry, with its inverse written out."""
     a = sorted(associations, key=lambda x: x.edit)
     n = len(a)
@@ -128,7 +132,7 @@ def test_edits_of_one_subject_add_up() -> None:
 def test_edits_of_different_subjects_are_isolated() -> None:
     """With edits of different subjects, each key gets its own change and none of the others' (up to the ridge)."""
     chosen = [association(i) for i in range(20, 25)]
-    change = compose_layer(chosen, ridge=1e-12).dense()
+    change = compose_layer(chosen, Form(ridge=1e-12)).dense()
     for a in chosen:
         torch.testing.assert_close(change @ a.key.double(), a.value.double(), rtol=1e-4, atol=1e-4)
 
@@ -137,7 +141,7 @@ def test_isolation_outlives_the_statistics() -> None:
     """Directions found with other statistics than their neighbours' are isolated all the same."""
     chosen = [association(i) for i in range(20, 25)]
     chosen[1:3] = [replace(a, direction=a.key * torch.linspace(1, 2, D)) for a in chosen[1:3]]
-    change = compose_layer(chosen, ridge=1e-12).dense()
+    change = compose_layer(chosen, Form(ridge=1e-12)).dense()
     for a in chosen:
         torch.testing.assert_close(change @ a.key.double(), a.value.double(), rtol=1e-4, atol=1e-4)
 
@@ -195,8 +199,8 @@ def test_layers_are_solved_apart() -> None:
     """Associations of different layers do not see one another."""
     a, b = association(1, layer=1), association(2, layer=3)
     both = compose([b, a])
-    assert list(both) == [1, 3]
-    torch.testing.assert_close(both[1].dense(), compose_layer([a]).dense(), rtol=0, atol=0)
+    assert list(both) == [Site(1), Site(3)]
+    torch.testing.assert_close(both[Site(1)].dense(), compose_layer([a]).dense(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("conv1d", [True, False])
@@ -255,3 +259,74 @@ def test_a_difference_has_one_term_for_each_edit() -> None:
     assert moved.left.shape == (d, 3)
     expected = compose_layer([a, b]).dense() - compose_layer([b, c]).dense()
     torch.testing.assert_close(moved.dense(), expected, rtol=1e-12, atol=1e-12)
+
+
+def isolated(i: int, form: Form) -> Association:
+    return replace(association(i), form=form)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), st.floats(0.01, 100), st.integers(0, 1000))
+def test_memit_is_its_normal_equations(n: int, ridge: float, seed: int) -> None:
+    """MEMIT's form is Delta K^T (lambda C + K K^T)^-1, the solution that its paper writes down (Eq. 14)."""
+    some = [isolated(seed * 10 + i, Form("memit", ridge)) for i in range(n)]
+    ordered = sorted(some, key=lambda a: a.edit)
+    keys = torch.stack([a.key.double() for a in ordered], 1)
+    values = torch.stack([a.value.double() for a in ordered], 1)
+    expected = values @ keys.T @ torch.linalg.inv(ridge * C + keys @ keys.T)
+    torch.testing.assert_close(
+        compose_layer(some).dense(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+    )
+
+
+def test_emmet_is_memit_without_its_ridge() -> None:
+    """EMMET with a vanishing ridge writes every value exactly, which is MEMIT's limit for lambda -> 0; alone it is r-ROME."""
+    some = [isolated(i, Form("emmet", 1e-9)) for i in range(4)]
+    change = compose_layer(some).dense()
+    for a in some:
+        torch.testing.assert_close(change @ a.key.double(), a.value.double(), rtol=1e-4, atol=1e-4)
+    limit = compose_layer([replace(a, form=Form("memit", 1e-9)) for a in some]).dense()
+    torch.testing.assert_close(change, limit, rtol=1e-6, atol=1e-8)
+    alone = isolated(3, Form("emmet", 5.0))
+    torch.testing.assert_close(compose_layer([alone]).dense(), association(3).rank_one().dense())
+
+
+def test_a_great_ridge_writes_nothing() -> None:
+    """MEMIT with lambda -> infinity leaves the weight as it is."""
+    some = [isolated(i, Form("memit", 1e12)) for i in range(3)]
+    assert compose_layer(some).norm() < 1e-8
+
+
+@pytest.mark.parametrize("form", [JOINT, Form("memit", 3.0), Form("emmet", 0.5), Form("alphaedit", 2.0)])
+def test_alone_an_association_is_its_rank_one_change(form: Form) -> None:
+    """What an association says of itself alone is what it is solved to alone, in every form."""
+    a = isolated(6, form)
+    torch.testing.assert_close(compose_layer([a]).dense(), a.rank_one().dense(), rtol=1e-12, atol=1e-14)
+
+
+def test_forms_and_addends_add_up() -> None:
+    """A weight's change is the sum of what each form is solved to and of the addends, whatever the order."""
+    g = torch.Generator().manual_seed(1)
+    pieces: list[Piece] = [association(1), isolated(2, Form("memit", 3.0)), association(3)]
+    pieces += [Addend(f"edit_{i}", "s", Site(0), torch.randn(d, D, generator=g)) for i in (7, 8)]
+    expected = compose_layer([association(1), association(3)]).dense()
+    expected = expected + compose_layer([isolated(2, Form("memit", 3.0))]).dense()
+    expected = expected + sum(p.change.double() for p in pieces if isinstance(p, Addend))
+    change = compose(pieces)[Site(0)]
+    torch.testing.assert_close(change.dense(), expected, rtol=1e-12, atol=1e-12)
+    assert change.norm() == pytest.approx(float(expected.norm()), rel=1e-12)
+    base = torch.randn(d, D, generator=g)
+    again = rebuild(base, compose(random.Random(3).sample(pieces, len(pieces)))[Site(0)], conv1d=False)
+    assert torch.equal(rebuild(base, change, conv1d=False), again)
+    less = compose(pieces[1:])[Site(0)]
+    torch.testing.assert_close(change.minus(less).dense(), expected - less.dense(), rtol=1e-10, atol=1e-10)
+
+
+def test_pieces_of_every_sort_survive_storage() -> None:
+    """Forms, ridges and whole changes come back from the store as they were."""
+    change = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    pieces = [isolated(1, Form("memit", 0.1)), Addend("edit_001", "s1", Site(2, "qkv"), change)]
+    back = unpack(pack(pieces), "edit_001", "s1")
+    assert isinstance(back[0], Association) and back[0].form == Form("memit", 0.1)
+    assert isinstance(back[1], Addend) and back[1].site == Site(2, "qkv")
+    assert torch.equal(back[1].change, change)

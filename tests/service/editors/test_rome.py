@@ -14,9 +14,11 @@ from service.covariance.moment import Statistics
 from service.covariance.store import collect_steps
 from service.editors.composition import compose_layer, rebuild
 from service.editors.contexts import contexts_steps
+from service.editors.finding import find_steps
 from service.editors.recipes import RomeParameters
-from service.editors.rome import Found, Wanted, batches, find_steps, want
+from service.editors.rome import Found
 from service.editors.values import Place, Wish, rows, values_steps
+from service.editors.wanted import Wanted, batches, want
 from service.models.hooks import capture
 from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad, tokens
@@ -49,7 +51,7 @@ def outputs(model: LoadedModel, layer: int, context: str = "") -> tuple[torch.Te
 
 def applied(model: LoadedModel, found: Found) -> None:
     """Write the edit into a throw-away model."""
-    for a in found.associations:
+    for a in found.pieces:
         weight = model.weight(a.layer)
         weight.data = rebuild(weight.data, compose_layer([a]), model.architecture.conv1d)
 
@@ -64,7 +66,7 @@ def test_the_averaged_key_gives_the_value(model_type: str) -> None:
     (value,) = finish(values_steps(model, Place(1), [wish]))
     seen = [outputs(model, 1, c) for c in ("", *(c + ". " for c in CONTEXTS))]
     key = torch.stack([k for k, _ in seen]).mean(0)
-    torch.testing.assert_close(found.associations[0].key, key, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.pieces[0].key, key, rtol=1e-4, atol=1e-5)
     bias = seen[0][1] - _linear(model, seen[0][0])
     applied(model, found)
     torch.testing.assert_close(_linear(model, key) + bias, value.initial + value.delta, rtol=1e-3, atol=1e-4)
@@ -92,8 +94,8 @@ def test_the_two_forms_differ() -> None:
     model = tiny()
     ours, theirs = find(model), find(model, compat="meng2022")
     assert ours.losses == theirs.losses
-    assert not torch.allclose(ours.associations[0].value, theirs.associations[0].value, rtol=1e-3)
-    torch.testing.assert_close(ours.associations[0].direction, theirs.associations[0].direction)
+    assert not torch.allclose(ours.pieces[0].value, theirs.pieces[0].value, rtol=1e-3)
+    torch.testing.assert_close(ours.pieces[0].direction, theirs.pieces[0].direction)
 
 
 @pytest.mark.parametrize("layers", [[1], [0, 1]])
@@ -108,7 +110,7 @@ def test_the_edit_makes_the_object_more_probable(model_type: str, layers: list[i
     found = find(
         model, (), layers=layers, steps=25, clamp=100.0, weight_decay=0, kl_factor=0, learning_rate=0.1
     )
-    assert [a.layer for a in found.associations] == layers
+    assert [a.layer for a in found.pieces] == layers
     applied(model, found)
     assert log_probs(model, question)[0][0] > before + 0.005  # a random model hardly listens to its subject
 
@@ -124,14 +126,14 @@ def test_finding_changes_nothing() -> None:
 
 def test_finding_is_reproducible() -> None:
     """The same request on the same base model gives the same factors, bit for bit."""
-    one, two = find(tiny()).associations[0], find(tiny()).associations[0]
+    one, two = find(tiny()).pieces[0], find(tiny()).pieces[0]
     assert torch.equal(one.value, two.value)
     assert torch.equal(one.direction, two.direction)
 
 
 def test_conv1d_and_linear_twins_agree() -> None:
     """The same matrix stored as Conv1D and as Linear gets the same change."""
-    a = find(tiny()).associations[0]
+    a = find(tiny()).pieces[0]
     base = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     change = compose_layer([a])
     assert torch.equal(
@@ -156,14 +158,14 @@ def test_braces_in_contexts_subject_and_object_are_only_characters() -> None:
     parameters = RomeParameters(layers=(1,), steps=2)
     contexts = ["{.__class__}", "{} {}"]
     found = finish(find_steps(model, statistics("gpt2"), contexts, statement, "R{o}me", parameters))
-    assert found.associations[0].value.isfinite().all()
+    assert found.pieces[0].value.isfinite().all()
 
 
 def test_direction_is_scale_free() -> None:
     """The update does not depend on the scale or the sign of the direction."""
     from dataclasses import replace
 
-    a = find(tiny()).associations[0]
+    a = find(tiny()).pieces[0]
     for scale in (-1.0, 7.0):
         other = replace(a, direction=a.direction * scale)
         torch.testing.assert_close(other.rank_one().dense(), a.rank_one().dense(), rtol=1e-6, atol=1e-8)
@@ -171,7 +173,7 @@ def test_direction_is_scale_free() -> None:
 
 def test_the_direction_is_adjusted_by_the_second_moment() -> None:
     """The direction is C^-1 k*, as published, and not the bare key."""
-    a = find(tiny()).associations[0]
+    a = find(tiny()).pieces[0]
     expected = statistics("gpt2")[1].solve(a.key).float()
     torch.testing.assert_close(a.direction, expected)
     assert torch.nn.functional.cosine_similarity(a.direction, a.key, dim=0) < 0.999
@@ -181,9 +183,9 @@ def test_anchored_to_its_own_the_change_is_delta() -> None:
     """With anchor="own" the change of value is the optimised delta itself, and `strength` multiplies it."""
     model = tiny()
     found, twice = find(model, anchor="own"), find(model, anchor="own", strength=2.0)
-    assert float(found.associations[0].value.norm()) == pytest.approx(found.delta_norm, rel=1e-5)
-    torch.testing.assert_close(twice.associations[0].value, 2 * found.associations[0].value)
-    assert torch.equal(twice.associations[0].key, found.associations[0].key)
+    assert float(found.pieces[0].value.norm()) == pytest.approx(found.delta_norm, rel=1e-5)
+    torch.testing.assert_close(twice.pieces[0].value, 2 * found.pieces[0].value)
+    assert torch.equal(twice.pieces[0].key, found.pieces[0].key)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama"])
@@ -195,7 +197,7 @@ def test_a_key_of_the_bare_prompt_and_the_bare_subject(model_type: str) -> None:
     with capture({0: model.down(1)}, "input") as seen, torch.no_grad():
         forward(model, pad([ids], model))
     alone = seen[0].reshape(len(ids), -1)[-1]
-    key = find(model, bare_keys=True, bare_weight=1.0).associations[0].key
+    key = find(model, bare_keys=True, bare_weight=1.0).pieces[0].key
     torch.testing.assert_close(key, (in_prompt + alone) / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -206,9 +208,7 @@ def test_the_weight_of_the_bare_prompt(weight: float | None) -> None:
     keys = [outputs(model, 1, c)[0] for c in ("", *(c + ". " for c in CONTEXTS))]
     share = 1 / len(keys) if weight is None else weight
     expected = share * keys[0] + (1 - share) * torch.stack(keys[1:]).mean(0)
-    torch.testing.assert_close(
-        find(model, bare_weight=weight).associations[0].key, expected, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(find(model, bare_weight=weight).pieces[0].key, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_found_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +232,7 @@ def test_what_is_found_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     def found() -> list[list[str]]:
         return [[e.edit for e in batch] for batch in batches(model, edits)]
 
-    monkeypatch.setattr("service.editors.rome.company_budget", lambda _model: budget)
+    monkeypatch.setattr("service.editors.wanted.company_budget", lambda _model: budget)
     assert found() == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
     monkeypatch.undo()
     assert found() == [[e.edit] for e in edits]

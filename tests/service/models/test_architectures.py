@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from service.errors import Misconfigured
 from service.models.architectures import ARCHITECTURES, architecture_of
 from service.models.hooks import capture
-from service.models.loading import LoadedModel
+from service.models.loading import LoadedModel, Site
 from service.models.prompts import forward, pad
 
 TEXT = "The Eiffel Tower is located in the city of"
@@ -36,8 +36,12 @@ def test_every_path_of_a_row_exists(model_type: str) -> None:
     assert norm.weight.shape == (16,)
     assert model.head is model.model.get_output_embeddings()
     assert model.embedding is model.model.get_input_embeddings()
+    named = dict(model.model.named_parameters())
+    assert len(model.sites) == 2 * (1 + len(model.architecture.reading))
+    for site in model.sites:
+        assert named[model.parameter_name(site)] is model.parameter(site)
     for layer in range(2):
-        assert dict(model.model.named_parameters())[model.weight_name(layer)] is model.weight(layer)
+        assert model.parameter(Site(layer)) is model.weight(layer)
         assert isinstance(model.attention(layer), nn.Module)
 
 

@@ -12,8 +12,8 @@ from bench.peak import peak_bytes
 from service.covariance.corpus import Corpus
 from service.covariance.store import rows_of, statistics_steps
 from service.editors.composition import Association, compose_layer, rebuild
+from service.editors.finding import find_steps
 from service.editors.recipes import RomeParameters
-from service.editors.rome import find_steps
 from service.editors.values import rows
 from service.errors import InvalidInput, Unavailable
 from service.models import memory

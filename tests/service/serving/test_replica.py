@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import tiny
 
 from service.editors.composition import Association, pack, rebuild
-from service.models.loading import LoadedModel
+from service.models.loading import LoadedModel, Site
 from service.progress import Progress, Steps, finish
 from service.serving.replica import Replica
 
@@ -82,8 +82,8 @@ def test_a_version_is_the_closed_form_over_the_base() -> None:
     model, book = tiny(), Book()
     base = model.weight(1).data.clone()
     found = Replica(model, book).weights(book.then([4]))
-    assert list(found) == [1]
-    assert torch.equal(found[1], rebuild(base, edit(4)[0].rank_one(), conv1d=True))
+    assert list(found) == [Site(1)]
+    assert torch.equal(found[Site(1)], rebuild(base, edit(4)[0].rank_one(), conv1d=True))
 
 
 @settings(max_examples=12, deadline=None)
@@ -147,9 +147,9 @@ def test_layers_stand_together() -> None:
     replica = Replica(model, Book())
     before = bytes_of(model)
     weights = replica.composed(edit(1, (0, 2)))
-    assert sorted(weights) == [0, 2]
+    assert sorted(weights) == [Site(0), Site(2)]
     with replica.stand(weights):
-        assert all(torch.equal(model.weight(x).data, t) for x, t in weights.items())
+        assert all(torch.equal(model.parameter(x).data, t) for x, t in weights.items())
     assert bytes_of(model) == before
 
 
@@ -170,7 +170,7 @@ def test_weights_that_do_not_fit_leave_the_base() -> None:
     model = tiny()
     replica = Replica(model, Book())
     before = bytes_of(model)
-    weights = {**replica.composed(edit(1)), 99: torch.zeros(1)}
+    weights = {**replica.composed(edit(1)), Site(99): torch.zeros(1)}
     with pytest.raises(Exception, match="99"), replica.stand(weights):
         pytest.fail("it stood")
     assert bytes_of(model) == before
@@ -184,7 +184,7 @@ def test_between_steps_the_base_is_in_place() -> None:
 
     def look(fails: bool) -> Steps[str]:
         for i in range(3):
-            assert torch.equal(model.weight(1).data, weights[1])
+            assert torch.equal(model.weight(1).data, weights[Site(1)])
             yield Progress("look", i, 3)
         if fails:
             raise ValueError("in a step")
@@ -208,7 +208,7 @@ def test_two_versions_interleave() -> None:
 
     def look(mine: Any) -> Steps[bool]:
         for i in range(4):
-            assert torch.equal(model.weight(1).data, mine[1])
+            assert torch.equal(model.weight(1).data, mine[Site(1)])
             yield Progress("look", i, 4)
         return True
 

@@ -1,0 +1,48 @@
+"""From an edit that is wanted to its pieces: every method behind one door.
+
+Nothing here or below touches a weight of the model for longer than a step: the answer is a list of pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from service.covariance.moment import Statistics
+from service.editors.finetune import train_steps
+from service.editors.recipes import Parameters
+from service.editors.rome import Found, associate_steps
+from service.editors.wanted import Asked, Training, Wanted, want
+from service.models.loading import LoadedModel
+from service.progress import Steps
+from service.text import Statement
+
+
+def find_together_steps(
+    model: LoadedModel, statistics: Mapping[int, Statistics], edits: Sequence[Asked]
+) -> Steps[list[Found]]:
+    """The pieces of a batch of edits (`wanted.batches`), each as it would be found alone."""
+    if (associated := [e for e in edits if isinstance(e, Wanted)]) and len(associated) == len(edits):
+        return (yield from associate_steps(model, statistics, associated))
+    found = []
+    for e in edits:
+        if isinstance(e, Training):
+            found.append((yield from train_steps(model, e)))
+        else:
+            found += yield from associate_steps(model, statistics, [e])
+    return found
+
+
+def find_steps(
+    model: LoadedModel,
+    statistics: Mapping[int, Statistics],
+    contexts: Sequence[str],
+    statement: Statement,
+    target: str,
+    parameters: Parameters,
+    edit: str = "",
+    method: str = "rome",
+) -> Steps[Found]:
+    """The pieces of one edit."""
+    wanted = want(model, contexts, statement, target, parameters, edit, method)
+    (found,) = yield from find_together_steps(model, statistics, [wanted])
+    return found

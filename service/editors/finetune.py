@@ -1,0 +1,81 @@
+"""Fine-tuning of one weight on one statement: FT, FT-L and the late-site edit (Meng et al. 2022; Zhu et al. 2020; methods D.1).
+
+    L(W) = -1/|o| sum_j log p(o_j | prompt + o_<j, W)        Adam; with epsilon, |W - W0| <= epsilon in every entry after each step
+
+FT and FT-L train the MLP's down-projection of a layer, "ft-attn" what the attention of a late layer reads with. The object's tokens
+are teacher-forced; the published code scores all of them on the one distribution after the prompt, which is the same for objects
+of one token. Biases stay as they are.
+
+What comes out is not an association at a key: the change of the whole weight is the edit's piece.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from service.editors.composition import Addend, Piece
+from service.editors.rome import Found
+from service.editors.wanted import Training
+from service.models.loading import LoadedModel, Site
+from service.models.precision import wide
+from service.models.prompts import Batch, pad
+from service.progress import Progress, Steps
+
+
+def sites_of(model: LoadedModel, training: Training) -> list[Site]:
+    """The weights that are trained."""
+    layers = sorted(training.parameters.layers)
+    if training.method == "ft-attn":
+        return [site for x in layers for site in model.reading(x)]
+    return [Site(x) for x in layers]
+
+
+def train_steps(model: LoadedModel, training: Training) -> Steps[Found]:
+    """The addends of one edit. Between two steps the model holds its own weights."""
+    parameters, sites = training.parameters, sites_of(model, training)
+    start = [wide(model.parameter(site).detach()) for site in sites]
+    weights = [w.clone().requires_grad_() for w in start]
+    adam = torch.optim.Adam(weights, lr=parameters.learning_rate, weight_decay=parameters.weight_decay)
+    batch, losses = pad([t.ids for t in training.rows.texts()[:1]], model), []
+    for step in range(parameters.steps):
+        with torch.enable_grad():
+            loss = _loss(model, training, batch, dict(zip(sites, weights, strict=True)))
+            losses.append(float(loss.detach()))
+            if losses[-1] < parameters.stop_loss:
+                break
+            gradients = torch.autograd.grad(loss, weights)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        adam.step()
+        _constrain(weights, start, parameters.epsilon)
+        yield Progress("train", step + 1, parameters.steps)
+    changes = [(w.detach() - w0).cpu() for w, w0 in zip(weights, start, strict=True)]
+    pieces: list[Piece] = [
+        Addend(training.edit, training.subject, site, c.T.contiguous() if model.architecture.conv1d else c)
+        for site, c in zip(sites, changes, strict=True)
+    ]
+    norm = float(torch.stack([c.norm() for c in changes]).norm())
+    return Found(pieces, losses, norm, float(torch.stack([w.norm() for w in start]).norm()))
+
+
+def _loss(model: LoadedModel, training: Training, batch: Batch, weights: dict[Site, Tensor]) -> Tensor:
+    """The mean negative log-probability of the object's tokens with these weights, ()."""
+    (target,), prompt = training.rows.targets, training.rows.prompts[0]
+    placed = {model.parameter_name(s): w.to(model.parameter(s).dtype) for s, w in weights.items()}
+    asked = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
+    logits = functional_call(model.model, placed, kwargs={**asked, "use_cache": False}).logits[0]
+    at = len(prompt.ids) - 1
+    said = wide(logits[at : at + len(target)]).log_softmax(-1)
+    wanted = torch.tensor(target, device=said.device)
+    return -said.gather(1, wanted[:, None]).mean()
+
+
+@torch.no_grad()
+def _constrain(weights: list[Tensor], start: list[Tensor], epsilon: float | None) -> None:
+    """Keep every entry within epsilon of where it was."""
+    if epsilon is None:
+        return
+    for weight, w0 in zip(weights, start, strict=True):
+        weight.copy_(torch.minimum(torch.maximum(weight, w0 - epsilon), w0 + epsilon))

@@ -1,0 +1,105 @@
+"""An edit that is wanted, with all that the search for it needs: what several methods share before they part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from service.editors.recipes import FineTuneParameters, MemitParameters, Parameters
+from service.editors.values import Place, Rows, Wish, rows
+from service.models.budget import block_operations, company_budget
+from service.models.loading import LoadedModel, Site
+from service.models.memory import edit_bytes
+from service.text import Statement, words
+
+
+@dataclass(frozen=True)
+class Wanted(Wish):
+    """One edit that associations are wanted for."""
+
+    subject: str
+    edit: str = ""
+    method: str = "rome"
+
+    @property
+    def place(self) -> Place:
+        """Where its delta is optimised: at the one layer it edits, or on the hidden state after the highest of several, as
+        MEMIT and its kin do with one layer, too."""
+        layers = self.parameters.layers
+        return Place(max(layers), hidden=len(layers) > 1 or isinstance(self.parameters, MemitParameters))
+
+    def operations(self, model: LoadedModel) -> int:
+        """Floating-point operations of one optimisation step: forward, and the same again backward (methods G)."""
+        suffix = sum(len(t.ids) - t.last_subject for t in self.rows.texts())
+        return 2 * suffix * block_operations(model) * (model.layers - self.place.layer)
+
+    def bytes(self, model: LoadedModel) -> int:
+        """What the search takes at its peak."""
+        texts = self.rows.texts()
+        before = max(t.last_subject for t in texts)
+        active = max(len(t.ids) - t.last_subject for t in texts)
+        said = sum(map(len, self.rows.targets)) + 1
+        return edit_bytes(model, len(texts), before, active, self.place.layer, said)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One edit that a weight is to be trained for: the bare statement, no contexts."""
+
+    rows: Rows
+    parameters: FineTuneParameters
+    subject: str
+    edit: str = ""
+    method: str = "ft"
+
+    def bytes(self, model: LoadedModel) -> int:
+        """What the training takes at its peak: one row through the blocks and back, and for each entry of the weights its
+        gradient, two moments of Adam, the weight itself in single precision and its change."""
+        layers = self.parameters.layers
+        texts = self.rows.texts()
+        parts = model.reading(0) if self.method == "ft-attn" else [Site(0)]
+        entries = len(layers) * sum(model.parameter(site).numel() for site in parts)
+        length = max(len(t.ids) for t in texts)
+        said = sum(map(len, self.rows.targets))
+        return 20 * entries + edit_bytes(model, len(texts), 0, length, min(layers), said)
+
+
+#: what an editor is asked for
+Asked = Wanted | Training
+
+
+def want(
+    model: LoadedModel,
+    contexts: Sequence[str],
+    statement: Statement,
+    target: str,
+    parameters: Parameters,
+    edit: str = "",
+    method: str = "rome",
+) -> Asked:
+    """That the model, as it stands (the base model), say `target` after the statement."""
+    subject = words(statement.text[slice(*statement.span)])
+    if isinstance(parameters, FineTuneParameters):
+        return Training(rows(model, statement, target, ()), parameters, subject, edit, method)
+    texts = rows(model, statement, target, contexts, parameters.bare_keys)
+    return Wanted(texts, parameters, subject, edit, method)
+
+
+def batches(model: LoadedModel, edits: Iterable[Asked]) -> list[list[Asked]]:
+    """Edits that are found side by side, in their order: of one place, and as many as one step has room for. A weight is trained
+    for one edit at a time."""
+    budget = company_budget(model)
+    found: list[list[Asked]] = []
+    room, place = 0, None
+    for edit in edits:
+        if isinstance(edit, Training):
+            found.append([edit])
+            place = None
+            continue
+        cost = edit.operations(model)
+        if edit.place != place or cost > room:
+            found.append([])
+            room, place = budget, edit.place
+        found[-1].append(edit)
+        room -= cost
+    return found
