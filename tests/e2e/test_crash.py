@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from running import QUICK, Client, Resource
 
 PROMPT = "The {} is located in the city of"
@@ -50,6 +51,31 @@ def test_killed_while_it_optimises(start: Start) -> None:
     service = start()
     assert_ended_once(service, [edit])
     assert service.get(f"/edits/{edit['id']}")["attempts"] == 2
+
+
+# `tests/workers/test_tasks.py` does the same on both wirings, without processes
+@pytest.mark.parametrize("start", ["embedded"], indirect=True)
+def test_killed_while_it_evaluates(start: Start) -> None:
+    """An evaluation whose process is killed in the middle is gone on with by the next one, to the result of one that was not."""
+    asked = {"dataset": "facts", "limit": 6, "hparams": QUICK["hparams"], "together": 2, "damage": False}
+    service = start()
+    evaluation = service.http.post("/evaluations", json=asked).json()
+    with service.events("GET", evaluation["links"]["events"]) as events:
+        assert any(
+            data["phase"] == "find edits" and data["done"] for name, data in events if name == "progress"
+        )
+        service.die()
+    service.kill()
+
+    service = start()
+    again = service.http.post("/evaluations", json=asked, headers={"Prefer": "wait=60"}).json()
+    broken = service.get(evaluation["links"]["self"])  # it was there first
+    assert (broken["status"], broken["attempts"]) == ("done", 2), broken
+    for evaluated in (broken, again):
+        for name in ("seconds", "edits_per_minute"):
+            evaluated["result"].pop(name)
+    assert broken["result"] == again["result"]
+    assert service.head() == 0
 
 
 def test_killed_while_many_wait(start: Start) -> None:
