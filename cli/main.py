@@ -147,7 +147,16 @@ def _studies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     trace = verbs.add_parser("trace", help="where facts are carried, by token and layer", allow_abbrev=False)
     trace.add_argument("--window", type=int, help="layers put back at once for mlp and attn (default: a fifth, at most 10)")  # fmt: skip
     trace.add_argument("--whole", action="store_true", help="leave out the severed paths")
-    for verb in (trace,):
+    localization = verbs.add_parser(
+        "localization", help="whether tracing says where to edit", allow_abbrev=False
+    )
+    add = localization.add_argument
+    add("--layers", metavar="N,N,...", default="all", help="edited layers (default: all)")
+    add("--methods", metavar="NAME,...", default="rome,ft", help="how to edit (default: rome,ft)")
+    add("--objectives", metavar="NAME,...", default="write", help="some of write,erase,amplify,reversal,forcing (default: write)")  # fmt: skip
+    add("--hparam", metavar="[METHOD.]NAME=VALUE", action="append", help="a hyperparameter of one method or of all; repeatable")  # fmt: skip
+    add_settings(localization.add_argument_group("statistics"), Settings, "data", "corpus", "stat_tokens")
+    for verb in (trace, localization):
         verb.add_argument(
             "source", metavar="FILE", help="records or known facts; `facts`: the table beside the model"
         )

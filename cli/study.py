@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cli.edits import hparam
 from cli.flags import read_settings
 from cli.local import resident, shown, table_of
 from cli.screen import err, out, plain, table
 from service import drawing
 from service.drawing import Draw
+from service.editors.recipes import METHODS
+from service.errors import InvalidInput
+from service.evaluation.records import read_records
 from service.kept import Folder
 from service.settings import Settings
-from service.studies import trace_report
+from service.studies import localization_report, trace_report
 from service.studies.facts import read_study_facts
+from service.studies.problems import PROBLEMS
 
 RUNS, DPI = "runs", 200
 
 
 def run(args: argparse.Namespace) -> int:
     """One of the studies."""
-    return {"trace": trace}[args.verb](args, read_settings(args, Settings))
+    return {"trace": trace, "localization": localization}[args.verb](args, read_settings(args, Settings))
 
 
 def trace(args: argparse.Namespace, settings: Settings) -> int:
@@ -42,6 +47,66 @@ def trace(args: argparse.Namespace, settings: Settings) -> int:
     out.print(table("", trace_report.COLUMNS, trace_report.rows(study)))
     said(folder)
     return 0
+
+
+def localization(args: argparse.Namespace, settings: Settings) -> int:
+    """Every fact edited at every layer, and traced."""
+    methods, problems = (
+        chosen(args.methods, tuple(METHODS), "--methods"),
+        chosen(args.objectives, tuple(PROBLEMS), "--objectives"),
+    )
+    hparams = hparams_of(args.hparam or (), methods)
+    records = read_records(table_of(args.source, settings.model), args.seed)
+    model = resident(settings)
+    from service.serving.replica import NoLedger, Replica
+    from service.studies.localization import LocalizationPlan, localization_steps
+    from service.toolkit import prepare_steps
+
+    layers = layers_of(args.layers, model.layers)
+    plan = LocalizationPlan(layers, methods, problems, hparams, args.samples, args.noise)
+    statistics = settings.data / "statistics"
+    toolkit = shown(prepare_steps(model, statistics, settings.corpus, settings.stat_tokens))
+    folder, replica = Path(args.out), Replica(model, NoLedger())
+    study = shown(localization_steps(replica, toolkit, plan, records, Folder(folder / RUNS), args.limit))
+    written(folder, study, localization_report.figures(study), localization_report.page(study))
+    for line in localization_report.sentences(study):
+        out.print(plain(line))
+    out.print(table("", localization_report.REGRESSIONS, localization_report.regressions(study)))
+    out.print(table("", localization_report.CHOICES, localization_report.choices(study)))
+    said(folder)
+    return 0
+
+
+def chosen(given: str, known: Sequence[str], option: str) -> tuple[str, ...]:
+    """The names in a list, each of which is known."""
+    names = tuple(dict.fromkeys(given.split(",")))
+    if wrong := [name for name in names if name not in known]:
+        raise InvalidInput(f"{option}: there is no {wrong[0]!r}; known: {', '.join(known)}.")
+    return names
+
+
+def layers_of(given: str, layers: int) -> tuple[int, ...]:
+    """`all`, or numbers with commas."""
+    try:
+        found = tuple(range(layers)) if given == "all" else tuple(sorted({int(x) for x in given.split(",")}))
+    except ValueError:
+        found = ()
+    if not found or not 0 <= found[0] <= found[-1] < layers:
+        raise InvalidInput(f"--layers {given!r}: write all, or some from 0 to {layers - 1} such as 0,2,5.")
+    return found
+
+
+def hparams_of(given: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By method: `rome.steps=20` is for one of them, `steps=20` for all."""
+    found: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for text in given:
+        name, value = hparam(text)
+        method, _, own = name.rpartition(".")
+        if method and method not in found:
+            raise InvalidInput(f"--hparam {text!r}: {method!r} is none of the methods {', '.join(methods)}.")
+        for some in [method] if method else methods:
+            found[some][own] = value
+    return found
 
 
 def written(folder: Path, study: Mapping[str, Any], figures: Mapping[str, Draw], page: str) -> None:

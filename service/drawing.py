@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import io
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
@@ -103,6 +103,20 @@ def paragraphs(lines: list[str]) -> str:
 def inline(drawing: str) -> str:
     """An SVG as a figure of a page."""
     return f"<figure>{drawing[drawing.index('<svg') :]}</figure>\n"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
+    """A table as markup; what is not known is a dash."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    lines = ("".join(f"<td>{html.escape(_cell(value))}</td>" for value in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
 
 
 # Texts

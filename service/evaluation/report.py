@@ -158,8 +158,8 @@ def page(results: Sequence[Result]) -> str:
     for result in results:
         body += f"<h2>{html.escape(visible(label(result)))}</h2>\n" + drawing.paragraphs(sentences(result))
         if rows := checkpoint_rows(result):
-            body += _table(CHECKPOINT_COLUMNS, rows)
-        body += _table(MEASURE_COLUMNS, measure_rows(result)) + _missed(result)
+            body += drawing.table(CHECKPOINT_COLUMNS, rows)
+        body += drawing.table(MEASURE_COLUMNS, measure_rows(result)) + _missed(result)
     return drawing.page(title(results), body)
 
 
@@ -188,20 +188,7 @@ def _missed(result: Result) -> str:
     ]
     said = f"{len(missed)} edits did not hold" + (f"; the first {MISSED}:" if len(missed) > MISSED else ":")
     columns = ("record", "subject", "prompt", "true object", "new object", "p(new)", "loss when found")
-    return drawing.paragraphs([said]) + _table(columns, shown)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    lines = ("".join(f"<td>{html.escape(_cell(value))}</td>" for value in row) for row in rows)
-    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
-
-
-def _cell(value: Cell) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
+    return drawing.paragraphs([said]) + drawing.table(columns, shown)
 
 
 # Drawing

@@ -5,7 +5,6 @@ Takes the study's JSON and needs no torch. Everything that is said in words is r
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -218,15 +217,4 @@ def page(study: Study) -> str:
     """A page that needs nothing else: the words, the figures, the table."""
     pictures = "".join(drawing.inline(drawing.svg(draw, title(study))) for draw in figures(study).values())
     words = drawing.paragraphs(sentences(study))
-    return drawing.page(title(study), words + pictures + table(COLUMNS, rows(study)))
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table as markup; what is not known is a dash."""
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(_cell(c))}</td>" for c in r) + "</tr>\n" for r in rows)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
-
-
-def _cell(value: Any) -> str:
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    return drawing.page(title(study), words + pictures + drawing.table(COLUMNS, rows(study)))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
+from cli.study import layers_of
+from service.errors import InvalidInput
 
 Captured = pytest.CaptureFixture[str]
 
@@ -31,3 +33,50 @@ def test_what_cannot_be_studied_is_said(tmp_path: Path, capsys: Captured) -> Non
     """A file that is not there ends the command before the model is loaded."""
     assert main(["study", "trace", "nothing.json", "--out", str(tmp_path)]) == 2
     assert "there is no file 'nothing.json'" in capsys.readouterr().err
+
+
+def test_a_localisation_study_from_the_command_line(tmp_path: Path, capsys: Captured) -> None:
+    """Words and both tables go to stdout; the folder has the numbers, the figures and the page."""
+    folder = tmp_path / "study"
+    given = {
+        "--limit": "2",
+        "--samples": "1",
+        "--layers": "1",
+        "--methods": "rome",
+        "--hparam": "rome.contexts=1",
+    }
+    tools = {"--data": str(tmp_path / "data"), "--stat-tokens": "1000", "--out": str(folder)}
+    flags = [word for pair in (given | tools).items() for word in pair]
+    assert main(["study", "localization", "facts", "--hparam", "steps=3", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "2 facts were asked" in shown and "R² both" in shown and "where the trace is strongest" in shown
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
+        "study.json", "report.html", "runs", "layers.png", "layers.svg", "explained.png", "explained.svg",
+    }  # fmt: skip
+    (one,) = json.loads((folder / "study.json").read_text(encoding="utf-8"))["studies"]
+    assert one["parameters"]["contexts"] == 1 and one["parameters"]["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--methods", "rome,roma"], "there is no 'roma'"),
+        (["--objectives", "forget"], "there is no 'forget'"),
+        (["--hparam", "ft-l.steps=3"], "'ft-l' is none of the methods rome, ft"),
+    ],
+)
+def test_what_is_asked_wrongly_is_said_at_once(
+    flags: list[str], words: str, tmp_path: Path, capsys: Captured
+) -> None:
+    """Before anything is loaded."""
+    assert main(["study", "localization", "facts", "--out", str(tmp_path), *flags]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_layers_are_all_or_some() -> None:
+    """Numbers with commas, in order and once; what the model has not is refused."""
+    assert layers_of("all", 3) == (0, 1, 2) and layers_of("2,0,2", 3) == (0, 2)
+    for wrong in ("3", "-1,2", "x", ""):
+        with pytest.raises(InvalidInput, match="write all, or some from 0 to 2"):
+            layers_of(wrong, 3)

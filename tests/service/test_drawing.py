@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from service.drawing import SVG, Sheet, inline, page, svg
+from service.drawing import SVG, Sheet, inline, page, svg, table
 
 
 def drawn(text: str) -> Sheet:
@@ -30,3 +30,9 @@ def test_a_page_takes_its_title_as_text() -> None:
     """Markup in the title is shown, not followed; the drawing stands in the page without its own header."""
     said = page("<b>", inline(svg(lambda: drawn("x"), "t")))
     assert "<title>&lt;b&gt;</title>" in said and "<figure><svg" in said and "<?xml" not in said
+
+
+def test_a_table_takes_its_cells_as_text() -> None:
+    """Markup in a cell is shown; numbers have four digits, and what is not known is a dash."""
+    said = table(("a", "b"), [("<b>", 0.123456), (None, 12)])
+    assert "<td>&lt;b&gt;</td><td>0.1235</td>" in said and "<td>–</td><td>12</td>" in said

@@ -1,0 +1,28 @@
+"""What the edits of a study are to do with a fact (Hase et al. 2023, Section 5.3; methods F.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from service.evaluation.records import Record
+from service.requests import Objective
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One of the editing problems."""
+
+    words: str
+    objective: Objective = "write"  #: what the editors know it as
+    reversed: bool = False  #: the new object is what the model says when the subject is noised
+
+
+PROBLEMS = {
+    "write": Problem("write the new object"),
+    "reversal": Problem("write what is said of the noised subject", reversed=True),
+}
+
+
+def wanted(record: Record, problem: Problem) -> str:
+    """The object whose probability the edit is to change."""
+    return record.target_new if problem.objective == "write" else record.target_true or ""
