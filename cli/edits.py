@@ -39,6 +39,13 @@ def follow(client: Client, resource: Resource) -> Resource:
     return client.get(resource["links"]["self"])  # type: ignore[no-any-return]
 
 
+def unfinished(what: str, ended: Resource) -> int:
+    """Say why a job has no result; the exit code."""
+    why = (ended.get("error") or {}).get("detail") or "no result."
+    err.print(plain(f"The {what} {ended['id']} is {ended['status']}: {why}"))
+    return 1
+
+
 def request_of(args: argparse.Namespace) -> dict[str, Any]:
     """The body of POST /edits."""
     body: dict[str, Any] = {

@@ -38,9 +38,7 @@ def run(args: argparse.Namespace) -> int:
         err.print(plain(f"{number} records are passed over: {reason}."))
     result = compute(settings, plan, records, texts, Path(args.out))
     written(Path(args.out), [result, *beside])
-    show(result)
-    said = f"{Path(args.out) / PAGE} has the figures and the words, {Path(args.out) / RESULT} every record."
-    err.print(plain(said))
+    said_of(result, Path(args.out))
     return 0
 
 
@@ -123,6 +121,12 @@ def written(folder: Path, results: Sequence[dict[str, Any]]) -> None:
     for name, draw in report.figures(results).items():
         (folder / f"{name}.png").write_bytes(drawing.png(draw, DPI))
     (folder / PAGE).write_text(report.page(results), encoding="utf-8")
+
+
+def said_of(result: dict[str, Any], folder: Path) -> None:
+    """The result on the terminal, and where there is more of it."""
+    show(result)
+    err.print(plain(f"{folder / PAGE} has the figures and the words, {folder / RESULT} every record."))
 
 
 def show(result: dict[str, Any]) -> None:

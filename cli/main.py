@@ -217,7 +217,16 @@ def _evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     resident = ("model", "device", "dtype", "threads", "data", "corpus", "stat_tokens")
     add_settings(evaluate.add_argument_group("model"), Settings, *resident)
-    evaluate.set_defaults(run=partial(_start, "evaluate"))
+    add("--service", action="store_true", help="as a job of the running service, instead of here")
+    add_settings(evaluate.add_argument_group("service"), ClientSettings)
+    evaluate.set_defaults(run=_evaluated)
+
+
+def _evaluated(args: argparse.Namespace) -> int:
+    """Here, or as a job of the running service."""
+    if args.service:
+        return _spoken(import_module("cli.evaluations").evaluate, args)
+    return _start("evaluate", args)
 
 
 def _speech(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -244,18 +253,18 @@ def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, words: str, command: Command
 ) -> argparse.ArgumentParser:
     """A command that speaks to a running service."""
-
-    def run(args: argparse.Namespace) -> int:
-        client = Client(read_settings(args, ClientSettings))
-        try:
-            return command(args, client)
-        finally:
-            client.close()
-
     parser = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
     add_settings(parser.add_argument_group("service"), ClientSettings)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(_spoken, command))
     return parser
+
+
+def _spoken(command: Command, args: argparse.Namespace) -> int:
+    client = Client(read_settings(args, ClientSettings))
+    try:
+        return command(args, client)
+    finally:
+        client.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cli.client import Client
-from cli.edits import follow
-from cli.screen import cell, err, heat_map, lines, out, plain
+from cli.edits import follow, unfinished
+from cli.screen import cell, heat_map, lines, out
 from service.errors import InvalidInput
 
 #: what a file's ending asks the service for
@@ -31,11 +31,7 @@ def trace(args: argparse.Namespace, client: Client) -> int:
             body[name] = getattr(args, name)
     ended = follow(client, client.post("/trace", body))
     if ended["status"] != "done":
-        problem = ended.get("error") or {}
-        err.print(
-            plain(f"The trace {ended['id']} is {ended['status']}: {problem.get('detail') or 'no result.'}")
-        )
-        return 1
+        return unfinished("trace", ended)
     show(ended["result"])
     if save is not None:
         save.write_bytes(client.picture(ended["links"]["self"], PICTURES[save.suffix.lower()]))

@@ -109,7 +109,7 @@ def read_records(source: Path | Sequence[Any], seed: int = 0, limit: int | None 
 
 def read(source: Path | Sequence[Any], seed: int = 0, limit: int | None = None) -> Reading:
     """Records of any form, from a file (a JSON list, or JSON lines) or a list, the first `limit` in the seed's order."""
-    rows = _rows(source) if isinstance(source, Path) else source
+    rows = rows_of(source) if isinstance(source, Path) else source
     if not rows:
         raise InvalidInput("there are no records: give a list of at least one.", "records")
     form = form_of(rows[0])
@@ -131,7 +131,8 @@ def read_facts(path: Path) -> list[dict[str, Any]]:
     return [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
 
 
-def _rows(path: Path) -> list[Any]:
+def rows_of(path: Path) -> list[Any]:
+    """The rows of a file: a JSON list, or JSON lines."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
