@@ -47,12 +47,17 @@ def harmonic_mean(values: Sequence[float]) -> float:
     return len(values) / math.fsum(1 / v for v in values)
 
 
+def draws(n: int, rounds: int = ROUNDS, seed: int = 0) -> NDArray[np.float64]:
+    """(rounds, n): how often each of n records occurs in a draw of as many, with replacement."""
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), rounds)
+    return drawn.astype(np.float64)
+
+
 class Resampling:
     """Bootstraps over n records that share their draws: each round draws n of them again."""
 
     def __init__(self, n: int, rounds: int = ROUNDS, seed: int = 0) -> None:
-        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), rounds)
-        self._counts: NDArray[np.float64] = drawn.astype(np.float64)  # (rounds, n)
+        self._counts = draws(n, rounds, seed)
 
     def means(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """The mean of each round over the records that have a value; NaN where none of those drawn has."""

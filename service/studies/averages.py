@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from service.errors import InvalidInput
-from service.studies.bootstrap import ROUNDS, Array, draws, mean_of, of_clusters, pooled
+from service.evaluation.scores import ROUNDS, draws
+from service.studies.bootstrap import Array, mean_of, of_clusters, pooled
 from service.text import Span
 
 Trace = Mapping[str, Any]

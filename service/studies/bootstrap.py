@@ -1,7 +1,7 @@
 """Intervals that know what was drawn: whole prompts with all that was measured on them (Efron and Tibshirani 1993, ch. 8).
 
 Tokens of one prompt, or layers of one fact, are no independent measurements. What is drawn again is therefore the cluster;
-a draw is a row of counts, so that every figure of a draw is a product with it, and two figures of one draw are paired.
+a draw is a row of counts (`scores.draws`), so that every figure of a draw is a product with it, and two figures of one draw are paired.
 """
 
 from __future__ import annotations
@@ -11,14 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.evaluation.scores import LEVEL
+
 Array = NDArray[np.float64]
-ROUNDS, LEVEL = 2000, 0.95
-
-
-def draws(clusters: int, rounds: int = ROUNDS, seed: int = 0) -> Array:
-    """(rounds, clusters): how often each cluster occurs in a draw of as many, with replacement."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(clusters, np.full(clusters, 1 / clusters), rounds).astype(np.float64)
 
 
 def pooled(drawn: Array, sums: Array, counts: Array) -> Array:

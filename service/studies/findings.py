@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from service.studies.bootstrap import Array, draws, mean_of
+from service.evaluation.scores import draws
+from service.studies.bootstrap import Array, mean_of
 from service.studies.regression import compare
 
 #: the scores of an edit, by what is asked

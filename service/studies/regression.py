@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from service.studies.bootstrap import Array, draws, interval
+from service.evaluation.scores import draws
+from service.studies.bootstrap import Array, interval
 
 MODELS = ("layer", "effect", "both")
 ROUNDS = 1000

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.studies.bootstrap import draws, interval, mean_of, of_clusters, pooled
+from service.evaluation.scores import draws
+from service.studies.bootstrap import interval, mean_of, of_clusters, pooled
 
 
 def test_a_draw_is_of_as_many_clusters() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.studies.bootstrap import Array, draws
+from service.evaluation.scores import draws
+from service.studies.bootstrap import Array
 from service.studies.regression import (
     MODELS,
     compare,
