@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from service.covariance.corpus import Corpus, corpus_steps
 from service.covariance.moment import Statistics
 from service.covariance.store import statistics_steps
@@ -20,6 +22,7 @@ from service.editors.wanted import batches, want
 from service.ids import new_id
 from service.models.loading import LoadedModel
 from service.progress import Steps
+from service.requests import Objective
 from service.text import Statement
 
 REFERENCE = 48  # texts of the corpus on which the guard measures perplexity
@@ -28,13 +31,19 @@ REMEMBERED = 16  # versions whose perplexity is kept
 
 @dataclass(frozen=True)
 class Asking:
-    """One edit as an evaluation, a study or a bench asks for it; `edit` names its pieces and is their order."""
+    """One edit as an evaluation, a study or a bench asks for it; `edit` names its pieces and is their order.
+
+    To erase or amplify, `target` is the true object. With `noise` (n, d) the edit is found while that stands on the embeddings of
+    the subject's tokens in every text: fact forcing (`service/editors/forcing.py`).
+    """
 
     statement: Statement
     target: str
     method: str = "rome"
     hparams: dict[str, Any] | None = None
     edit: str = ""
+    objective: Objective = "write"
+    noise: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -80,7 +89,8 @@ class Toolkit:
                 contexts = yield from self.contexts_steps(parameters.contexts, parameters.seed)
                 yield from self.statistics_steps(parameters.layers)
             name = ask.edit or f"{number:06}"
-            wanted.append(want(self.model, contexts, ask.statement, ask.target, parameters, name, ask.method))
+            asked = ask.statement, ask.target, parameters, name, ask.method, ask.objective, ask.noise
+            wanted.append(want(self.model, contexts, *asked))
         found: list[Found] = []
         for batch in batches(self.model, wanted):
             found += yield from find_together_steps(self.model, self.statistics, batch)
@@ -93,9 +103,12 @@ class Toolkit:
         method: str = "rome",
         hparams: dict[str, Any] | None = None,
         edit: str = "",
+        objective: Objective = "write",
+        noise: Tensor | None = None,
     ) -> Steps[Found]:
         """The pieces of one edit on the model as it stands."""
-        (found,) = yield from self.find_together_steps([Asking(statement, target, method, hparams, edit)])
+        asking = Asking(statement, target, method, hparams, edit, objective, noise)
+        (found,) = yield from self.find_together_steps([asking])
         return found
 
     def contexts_steps(self, count: int, seed: int) -> Steps[list[str]]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from service.covariance.moment import Statistics
 from service.editors.finetune import train_steps
 from service.editors.recipes import Parameters
@@ -14,6 +16,7 @@ from service.editors.rome import Found, associate_steps
 from service.editors.wanted import Asked, Training, Wanted, want
 from service.models.loading import LoadedModel
 from service.progress import Steps
+from service.requests import Objective
 from service.text import Statement
 
 
@@ -41,8 +44,10 @@ def find_steps(
     parameters: Parameters,
     edit: str = "",
     method: str = "rome",
+    objective: Objective = "write",
+    noise: Tensor | None = None,
 ) -> Steps[Found]:
     """The pieces of one edit."""
-    wanted = want(model, contexts, statement, target, parameters, edit, method)
+    wanted = want(model, contexts, statement, target, parameters, edit, method, objective, noise)
     (found,) = yield from find_together_steps(model, statistics, [wanted])
     return found

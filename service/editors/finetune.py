@@ -4,20 +4,25 @@
 
 FT and FT-L train the MLP's down-projection of a layer, "ft-attn" what the attention of a late layer reads with. The object's tokens
 are teacher-forced; the published code scores all of them on the one distribution after the prompt, which is the same for objects
-of one token. Biases stay as they are.
+of one token. To erase, L(W) = p(o | prompt, W), the object's joint probability (Hase et al. 2023; methods F.1). Biases stay as they are.
 
 What comes out is not an association at a key: the change of the whole weight is the edit's piece.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from service.editors.composition import Addend, Piece
+from service.editors.forcing import whole
 from service.editors.rome import Found
+from service.editors.values import low
 from service.editors.wanted import Training
+from service.models.hooks import replace
 from service.models.loading import LoadedModel, Site
 from service.models.precision import wide
 from service.models.prompts import Batch, pad
@@ -43,7 +48,7 @@ def train_steps(model: LoadedModel, training: Training) -> Steps[Found]:
         with torch.enable_grad():
             loss = _loss(model, training, batch, dict(zip(sites, weights, strict=True)))
             losses.append(float(loss.detach()))
-            if losses[-1] < parameters.stop_loss:
+            if low(losses, parameters.stop_loss, training.objective):
                 break
             gradients = torch.autograd.grad(loss, weights)
         for weight, gradient in zip(weights, gradients, strict=True):
@@ -61,15 +66,18 @@ def train_steps(model: LoadedModel, training: Training) -> Steps[Found]:
 
 
 def _loss(model: LoadedModel, training: Training, batch: Batch, weights: dict[Site, Tensor]) -> Tensor:
-    """The mean negative log-probability of the object's tokens with these weights, ()."""
+    """With these weights, (): the mean negative log-probability of the object's tokens; to erase, their joint probability."""
     (target,), prompt = training.rows.targets, training.rows.prompts[0]
     placed = {model.parameter_name(s): w.to(model.parameter(s).dtype) for s, w in weights.items()}
     asked = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
-    logits = functional_call(model.model, placed, kwargs={**asked, "use_cache": False}).logits[0]
+    change = whole(training.rows.texts()[:1], [training.noise])
+    with replace(model.embedding, change) if change else nullcontext():
+        logits = functional_call(model.model, placed, kwargs={**asked, "use_cache": False}).logits[0]
     at = len(prompt.ids) - 1
     said = wide(logits[at : at + len(target)]).log_softmax(-1)
     wanted = torch.tensor(target, device=said.device)
-    return -said.gather(1, wanted[:, None]).mean()
+    log_p = said.gather(1, wanted[:, None])
+    return log_p.sum().exp() if training.objective == "erase" else -log_p.mean()
 
 
 @torch.no_grad()

@@ -26,11 +26,13 @@ from torch import Tensor
 
 from service.covariance.moment import Statistics
 from service.editors.composition import JOINT, Association, Form, Piece
+from service.editors.forcing import whole
 from service.editors.recipes import AlphaEditParameters, MemitParameters, RomeParameters
 from service.editors.values import Rows, Value, values_steps
 from service.editors.wanted import Wanted
 from service.errors import InvalidInput
 from service.models.hooks import add_path, capture, stop_after
+from service.models.hooks import replace as replaced
 from service.models.loading import LoadedModel
 from service.models.precision import wide
 from service.models.prompts import Tokens, forward, pad
@@ -57,12 +59,18 @@ class Seen:
 
 
 def _look(
-    model: LoadedModel, texts: Sequence[Tokens], layers: Sequence[int], written: Sequence[Association]
+    model: LoadedModel,
+    texts: Sequence[Tokens],
+    layers: Sequence[int],
+    written: Sequence[Association],
+    noise: Tensor | None,
 ) -> Seen:
     """One forward pass over some texts, with associations already written at lower layers in place."""
     batch = pad([t.ids for t in texts], model)
     at = (torch.arange(len(texts)), torch.tensor([t.last_subject for t in texts]))
     with ExitStack() as stack:
+        if (change := whole(texts, [noise] * len(texts))) is not None:
+            stack.enter_context(replaced(model.embedding, change))
         for a in written:
             factors = a.rank_one()
             left, right = factors.left.to(model.device), factors.right.to(model.device)
@@ -87,16 +95,15 @@ def _texts(found: Rows, parameters: RomeParameters) -> list[Tokens]:
     return found.prompts + (found.bare if parameters.bare_keys else [])
 
 
-def _averaged(
-    model: LoadedModel, value: Value, found: Rows, parameters: RomeParameters
-) -> tuple[Tensor, Tensor]:
+def _averaged(model: LoadedModel, value: Value, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """Keys and values at all that the key is averaged over; what a prompt begins with is not looked at again."""
+    found, parameters = wanted.rows, wanted.parameters
     keys, values = wide(value.keys), wide(value.values)
     known = {tuple(p.head): i for i, p in enumerate(found.prompts)}
     unknown = [t for t in _texts(found, parameters) if tuple(t.head) not in known]
     if unknown:
         (layer,) = parameters.layers
-        seen = _look(model, [Tokens(t.head, t.subject) for t in unknown], [layer], ())
+        seen = _look(model, [Tokens(t.head, t.subject) for t in unknown], [layer], (), wanted.noise)
         keys, values = torch.cat([keys, seen.keys[layer]]), torch.cat([values, seen.values[layer]])
         known |= {tuple(t.head): found.size + i for i, t in enumerate(unknown)}
     at = [known[tuple(t.head)] for t in _texts(found, parameters)]
@@ -157,7 +164,7 @@ def _one_layer(
     parameters, found = wanted.parameters, wanted.rows
     (layer,) = parameters.layers
     yield Progress("solve", 1, 1)
-    keys, values = _averaged(model, value, found, parameters)
+    keys, values = _averaged(model, value, wanted)
     key = _mean(keys, found, parameters)
     delta = value.delta
     if parameters.compat == "meng2022":
@@ -181,7 +188,7 @@ def _several_layers(
     written: list[Association] = []
     goal: Tensor | None = None
     for i, layer in enumerate(layers):
-        seen = _look(model, _texts(found, parameters), layers, written)
+        seen = _look(model, _texts(found, parameters), layers, written, wanted.noise)
         hidden = _mean(seen.hidden, found, parameters)
         if goal is None:
             goal = hidden + delta

@@ -4,7 +4,8 @@
 
 delta (d,) is added to the output of one module at the subject's last token in every row: the prompt after each context,
 and the bare subject, whose next-token distribution the KL term holds (at the subject's last position: by causality no
-suffix such as "is a" could matter).
+suffix such as "is a" could matter). To amplify a fact is to write its true object. To erase it, the first term is the mean
+probability of the true object instead, mean_i exp(sum_j log p(o_j | ..)) (Hase et al. 2023; methods F.1).
 
 Nothing constant is computed twice (methods G): what precedes the subject's last token is run once and leaves keys and
 values; the blocks up to the edited one are run once and leave their hidden states, in the same pass that reads the keys and
@@ -22,6 +23,7 @@ from dataclasses import replace as changed
 import torch
 from torch import Tensor, nn
 
+from service.editors.forcing import Change, parted
 from service.editors.recipes import RomeParameters
 from service.models.blocks import Blocks, Passage, Past
 from service.models.hooks import capture, replace
@@ -29,6 +31,7 @@ from service.models.loading import LoadedModel
 from service.models.precision import wide
 from service.models.prompts import Batch, Tokens, pad, tokens
 from service.progress import Progress, Steps
+from service.requests import Objective
 from service.text import Statement, separator, token_span
 
 
@@ -87,6 +90,10 @@ class Wish:
 
     rows: Rows
     parameters: RomeParameters
+    objective: Objective = field(default="write", kw_only=True)
+    noise: Tensor | None = field(
+        default=None, kw_only=True, repr=False, compare=False
+    )  #: (n, d) on the subject, see `forcing`
 
 
 @dataclass(frozen=True)
@@ -204,15 +211,19 @@ class Seen:
     initial: Tensor  #: (rows, d), what delta is added to
 
 
-def look(model: LoadedModel, texts: Sequence[Tokens], place: Place) -> tuple[Suffixes, Seen]:
-    """Run what is constant, once: the prefixes through all blocks, the suffixes up to the edited one."""
+def look(
+    model: LoadedModel, texts: Sequence[Tokens], place: Place, noises: Sequence[Tensor | None] = ()
+) -> tuple[Suffixes, Seen]:
+    """Run what is constant, once: the prefixes through all blocks, the suffixes up to the edited one; the subjects noised where
+    there is noise for a text."""
     blocks, starts = Blocks(model), [t.last_subject for t in texts]
     before = pad([t.ids[:s] for t, s in zip(texts, starts, strict=True)], model, side="left")
     after = pad([t.ids[s:] for t, s in zip(texts, starts, strict=True)], model)
-    past = _prefix(model, blocks, before)
+    disturbed = parted(texts, noises or [None] * len(texts), before.ids.shape[1])
+    past = _prefix(model, blocks, before, disturbed[0])
     mask = torch.cat([before.mask, after.mask], 1)
     positions = torch.tensor(starts, device=model.device)[:, None] + after.positions
-    passage = blocks.enter(after.ids, before.ids.shape[1], None, positions, mask)
+    passage = blocks.enter(after.ids, before.ids.shape[1], disturbed[1], positions, mask)
     hidden = entering = passage.hidden
     down = model.down(place.layer)
     with capture({0: down}, "input") as keys, capture({0: down}) as values:
@@ -229,11 +240,11 @@ def look(model: LoadedModel, texts: Sequence[Tokens], place: Place) -> tuple[Suf
     return suffixes, Seen(found, outputs, hidden[at].clone() if place.hidden else outputs)
 
 
-def _prefix(model: LoadedModel, blocks: Blocks, before: Batch) -> list[Past | None]:
+def _prefix(model: LoadedModel, blocks: Blocks, before: Batch, change: Change | None) -> list[Past | None]:
     """Keys and values of what precedes, by layer; a row without anything before it is all padding."""
     if not before.ids.shape[1]:
         return [None] * model.layers
-    passage = blocks.enter(before.ids, 0, None, before.positions, before.mask)
+    passage = blocks.enter(before.ids, 0, change, before.positions, before.mask)
     hidden = passage.hidden
     past: list[Past | None] = []
     for layer in range(model.layers):
@@ -300,22 +311,27 @@ class Search:
     def loss(self, said: Tensor, aim: Aim, now: Tensor) -> Tensor:
         """From the log-probabilities where the object is said (N, V) and after the bare subject (V,)."""
         parameters = self.wish.parameters
-        nll = (
-            -(said.gather(1, aim.token[:, None])[:, 0] * aim.weight.to(said.dtype)).sum()
-            / self.wish.rows.size
-        )
+        log_p = said.gather(1, aim.token[:, None])[:, 0]
+        if self.wish.objective == "erase":
+            joint = log_p.new_zeros(self.wish.rows.size).index_add(0, aim.row - aim.row[0], log_p)
+            goal = joint.exp().mean()
+        else:
+            goal = -(log_p * aim.weight.to(log_p.dtype)).sum() / self.wish.rows.size
         if self.essence is None:
             self.essence = now.detach().clone()
         kl = (now.exp() * (now - self.essence)).sum()
         decay = parameters.weight_decay * self.delta.norm() / self.initial.norm() ** 2
-        loss: Tensor = nll + parameters.kl_factor * kl + decay
+        loss: Tensor = goal + parameters.kl_factor * kl + decay
         return loss
 
     def note(self, loss: float) -> None:
         """What the loss was; it may be low enough, or the last."""
         parameters = self.wish.parameters
         self.losses.append(loss)
-        self.ended = loss < parameters.stop_loss or len(self.losses) == parameters.steps
+        self.ended = (
+            low(self.losses, parameters.stop_loss, self.wish.objective)
+            or len(self.losses) == parameters.steps
+        )
 
     def step(self, gradient: Tensor) -> None:
         """One update, kept inside the clamp; nothing here waits for the device."""
@@ -324,6 +340,12 @@ class Search:
         with torch.no_grad():
             limit = self.wish.parameters.clamp * self.initial.norm()
             self.delta.mul_((limit / self.delta.norm()).clamp(max=1))
+
+
+def low(losses: Sequence[float], limit: float, objective: Objective) -> bool:
+    """Whether the last loss is low enough: below a limit; of an erasure, whose loss begins as a probability, below that share of
+    the first."""
+    return losses[-1] < limit * (losses[0] if objective == "erase" else 1)
 
 
 class Round:
@@ -372,7 +394,8 @@ def values_steps(model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> St
     Each is optimised with Adam and makes at most `steps - 1` updates, as published.
     """
     texts = [w.rows.texts() for w in wishes]
-    suffixes, seen = look(model, [t for some in texts for t in some], place)
+    noises = [w.noise for w, some in zip(wishes, texts, strict=True) for _ in some]
+    suffixes, seen = look(model, [t for some in texts for t in some], place, noises)
     firsts = [sum(map(len, texts[:i])) for i in range(len(texts))]
     searches = [Search.start(w, seen.initial[at]) for w, at in zip(wishes, firsts, strict=True)]
     rows = {s: range(at, at + len(t)) for s, at, t in zip(searches, firsts, texts, strict=True)}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from service.editors.recipes import FineTuneParameters, MemitParameters, Parameters
 from service.editors.values import Place, Rows, Wish, rows
 from service.models.budget import block_operations, company_budget
 from service.models.loading import LoadedModel, Site
 from service.models.memory import edit_bytes
+from service.requests import Objective
 from service.text import Statement, words
 
 
@@ -51,6 +54,8 @@ class Training:
     subject: str
     edit: str = ""
     method: str = "ft"
+    objective: Objective = "write"
+    noise: Tensor | None = field(default=None, repr=False, compare=False)  #: (n, d) on the subject
 
     def bytes(self, model: LoadedModel) -> int:
         """What the training takes at its peak: one row through the blocks and back, and for each entry of the weights its
@@ -76,13 +81,17 @@ def want(
     parameters: Parameters,
     edit: str = "",
     method: str = "rome",
+    objective: Objective = "write",
+    noise: Tensor | None = None,
 ) -> Asked:
-    """That the model, as it stands (the base model), say `target` after the statement."""
+    """That the model, as it stands (the base model), say `target` after the statement; or, to erase, not say it. `noise` (n, d) is
+    on the subject's embeddings during the search."""
     subject = words(statement.text[slice(*statement.span)])
     if isinstance(parameters, FineTuneParameters):
-        return Training(rows(model, statement, target, ()), parameters, subject, edit, method)
+        bare = rows(model, statement, target, ())
+        return Training(bare, parameters, subject, edit, method, objective, noise)
     texts = rows(model, statement, target, contexts, parameters.bare_keys)
-    return Wanted(texts, parameters, subject, edit, method)
+    return Wanted(texts, parameters, subject, edit, method, objective=objective, noise=noise)
 
 
 def batches(model: LoadedModel, edits: Iterable[Asked]) -> list[list[Asked]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from service.editors.composition import Addend, compose, rebuild
 from service.editors.finding import find_steps
 from service.editors.recipes import resolve
 from service.editors.rome import Found
+from service.models.hooks import replace
 from service.models.loading import LoadedModel, Site
 from service.models.scoring import log_probs
 from service.progress import finish
-from service.text import fill
+from service.text import fill, token_span
 
 STATEMENT = fill("The {} is located in the city of", "Eiffel Tower")
 
@@ -64,6 +66,41 @@ def test_one_step_is_adams() -> None:
     strong = gradient.abs() > 1e-4
     expected = -0.02 * gradient.sign()[strong]
     torch.testing.assert_close(piece.change.T[strong], expected, rtol=1e-2, atol=1e-5)
+
+
+def test_to_erase_the_loss_is_the_joint_probability() -> None:
+    """The first loss of an erasure is the object's joint probability by hand, and training lowers it."""
+    model, target = tiny(), "in"
+    parameters = resolve(None, {"layers": [1], "steps": 3, "learning_rate": 1e-4}, model.layers, "ft")
+    steps = find_steps(model, {}, [], STATEMENT, target, parameters, "edit_1", "ft", "erase")
+    losses = finish(steps).losses
+    ids, _ = model.encode(STATEMENT.text + " " + target)
+    start = len(model.encode(STATEMENT.text)[0])
+    with torch.no_grad():
+        logp = model.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    by_hand = sum(float(logp[i - 1, ids[i]]) for i in range(start, len(ids)))
+    assert losses[0] == pytest.approx(math.exp(by_hand), rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def test_noise_stands_on_the_subject_during_training() -> None:
+    """Found under noise, the first loss is that of the prompt whose subject is noised."""
+    model = tiny(dtype=torch.float64)
+    parameters = resolve(None, {"layers": [1], "steps": 1}, model.layers, "ft")
+    ids, offsets = model.encode(STATEMENT.text + " Rome")
+    begin, end = token_span(offsets, STATEMENT.span)
+    noise = torch.randn(end - begin, model.width, generator=torch.Generator().manual_seed(0))
+    steps = find_steps(model, {}, [], STATEMENT, "Rome", parameters, method="ft", noise=noise)
+
+    def disturb(embedded: torch.Tensor) -> torch.Tensor:
+        embedded[0, begin:end] += noise
+        return embedded
+
+    start = len(model.encode(STATEMENT.text)[0])
+    with torch.no_grad(), replace(model.embedding, disturb):
+        logp = model.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    by_hand = [-float(logp[i - 1, ids[i]]) for i in range(start, len(ids))]
+    assert finish(steps).losses[0] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
 
 
 def test_a_low_loss_trains_nothing() -> None:

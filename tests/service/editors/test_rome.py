@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from service.covariance.corpus import Corpus
 from service.covariance.moment import Statistics
 from service.covariance.store import collect_steps
-from service.editors.composition import compose_layer, rebuild
+from service.editors.composition import Association, compose_layer, rebuild
 from service.editors.contexts import contexts_steps
 from service.editors.finding import find_steps
 from service.editors.recipes import RomeParameters
 from service.editors.rome import Found
 from service.editors.values import Place, Wish, rows, values_steps
 from service.editors.wanted import Wanted, batches, want
-from service.models.hooks import capture
+from service.models.hooks import capture, replace
 from service.models.loading import LoadedModel
 from service.models.prompts import forward, pad, tokens
 from service.progress import finish
@@ -249,3 +249,29 @@ def test_the_operations_of_a_step_are_those_counted() -> None:
             finish(values_steps(model, wanted.place, [Wish(wanted.rows, parameters)]))
         counts.append(counter.get_total_flops())
     assert wanted.operations(model) == pytest.approx((counts[1] - counts[0]) / 4, rel=0.34)
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 1)])
+def test_keys_are_those_of_the_noised_subject(layers: tuple[int, ...]) -> None:
+    """Found under noise (fact forcing), the lowest layer's key is that of the noised subject, with bare keys too."""
+    model = tiny(dtype=torch.float64)
+    bare = {"bare_keys": True} if len(layers) == 1 else {}
+    parameters = RomeParameters.model_validate({"layers": layers, "steps": 2, "contexts": 0, **bare})
+    asked = tokens(model, STATEMENT)
+    begin, end = asked.subject
+    noise = torch.randn(end - begin, model.width, generator=torch.Generator().manual_seed(0))
+    steps = find_steps(model, statistics("gpt2"), [], STATEMENT, "Rome", parameters, noise=noise)
+    first = finish(steps).pieces[0]
+    alone = tokens(model, fill("{}", "Eiffel Tower"))
+
+    def disturb(embedded: torch.Tensor) -> torch.Tensor:
+        embedded[0, embedded.shape[1] - (end - begin) :] += noise
+        return embedded
+
+    keys = []
+    for text in (asked, alone) if bare else (asked,):
+        with capture({0: model.down(layers[0])}, "input") as seen, replace(model.embedding, disturb):
+            forward(model, pad([text.head], model))
+        keys.append(seen[0].reshape(len(text.head), -1)[-1])
+    assert isinstance(first, Association)
+    torch.testing.assert_close(first.key.double(), torch.stack(keys).mean(0), rtol=1e-4, atol=1e-5)

@@ -31,7 +31,14 @@ def one(model: LoadedModel, wish: Wish) -> Value:
     return value
 
 
-def loss_by_hand(model: LoadedModel, target: str, delta: torch.Tensor, p: RomeParameters) -> float:
+def loss_by_hand(
+    model: LoadedModel,
+    target: str,
+    delta: torch.Tensor,
+    p: RomeParameters,
+    erase: bool = False,
+    noise: torch.Tensor | None = None,
+) -> float:
     """The published loss with one forward pass a row and no batching: the oracle of `values_steps`."""
     module = model.down(1)
 
@@ -40,20 +47,26 @@ def loss_by_hand(model: LoadedModel, target: str, delta: torch.Tensor, p: RomePa
             output.view(len(ids), -1)[at] += change
             return output
 
-        with replace(module, add), torch.no_grad():
+        def disturb(embedded: torch.Tensor) -> torch.Tensor:
+            for n in range(len(noise) if noise is not None else 0):
+                embedded[0, at - n] += noise[-1 - n]  # type: ignore[index]
+            return embedded
+
+        with replace(module, add), replace(model.embedding, disturb), torch.no_grad():
             return forward(model, pad([ids], model))[0].log_softmax(-1)
 
     found = rows(model, STATEMENT, target, CONTEXTS)
     nll = []
     for prompt, wanted in zip(found.prompts, found.targets, strict=True):
         logp = logits(prompt.ids + wanted, prompt.last_subject, delta)
-        nll.append(-sum(logp[len(prompt.ids) - 1 + j, t] for j, t in enumerate(wanted)) / len(wanted))
+        total = sum(logp[len(prompt.ids) - 1 + j, t] for j, t in enumerate(wanted))
+        nll.append(math.exp(total) if erase else -total / len(wanted))
     subject = found.bare[0]
     before = logits(subject.ids, subject.last_subject, torch.zeros_like(delta))[subject.last_subject]
     after = logits(subject.ids, subject.last_subject, delta)[subject.last_subject]
     kl = (after.exp() * (after - before)).sum()
-    with capture({0: module}) as seen, torch.no_grad():
-        forward(model, pad([found.prompts[0].ids], model))
+    with capture({0: module}) as seen:
+        logits(found.prompts[0].ids, found.prompts[0].last_subject, torch.zeros_like(delta))
     v = seen[0].reshape(len(found.prompts[0].ids), -1)[found.prompts[0].last_subject]
     return float(sum(nll) / len(nll) + p.kl_factor * kl + p.weight_decay * delta.norm() / v.norm() ** 2)
 
@@ -68,6 +81,50 @@ def test_the_loss_is_the_published_one(model_type: str, target: str) -> None:
     zero = torch.zeros(model.width)
     assert found.losses[0] == pytest.approx(loss_by_hand(model, target, zero, parameters), rel=1e-4)
     assert found.losses[-1] == pytest.approx(loss_by_hand(model, target, found.delta, parameters), rel=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("target", ["Rome", "São Paulo, Brazil"])
+def test_to_erase_the_loss_is_a_probability(model_type: str, target: str) -> None:
+    """To erase, the mean joint probability stands in place of the negative log-probability, row by row."""
+    model = tiny(model_type, dtype=torch.float64)
+    parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
+    value = one(model, Wish(rows(model, STATEMENT, target, CONTEXTS), parameters, objective="erase"))
+    for loss, delta in ((value.losses[0], 0 * value.delta), (value.losses[-1], value.delta)):
+        assert loss == pytest.approx(loss_by_hand(model, target, delta, parameters, erase=True), rel=1e-6)
+
+
+def test_the_first_step_of_an_erasure_lowers_the_probability() -> None:
+    """A small first step makes the object less probable where writing makes it more so."""
+    model = tiny(dtype=torch.float64)
+    p = RomeParameters(layers=(1,), steps=2, stop_loss=0, kl_factor=0, weight_decay=0, learning_rate=1e-3)
+    found = rows(model, STATEMENT, "Rome", CONTEXTS)
+    erased = one(model, Wish(found, p, objective="erase")).losses
+    written = one(model, Wish(found, p)).losses
+    assert erased[1] < erased[0]
+    assert written[1] < written[0]
+
+
+def test_an_erasure_ends_at_a_share_of_what_was_there() -> None:
+    """However improbable an object is, its erasure goes on until little of that is left."""
+    model = tiny()
+    p = RomeParameters(layers=(1,), steps=9, stop_loss=0.999, kl_factor=0, weight_decay=0, clamp=100.0)
+    losses = one(model, Wish(rows(model, STATEMENT, "Rome", []), p, objective="erase")).losses
+    assert losses[0] < 1e-3
+    assert 1 < len(losses) < 9
+    assert losses[-1] < 0.999 * losses[0] <= losses[-2]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_under_noise_the_loss_is_that_of_noised_subjects(model_type: str, tokens: int) -> None:
+    """Noise stands on the subject's last tokens in every row, before and after the subject's last token alike."""
+    model = tiny(model_type, dtype=torch.float64)
+    parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
+    noise = torch.randn(tokens, model.width, generator=torch.Generator().manual_seed(0)).double()
+    value = one(model, Wish(rows(model, STATEMENT, "Rome", CONTEXTS), parameters, noise=noise))
+    for loss, delta in ((value.losses[0], 0 * value.delta), (value.losses[-1], value.delta)):
+        assert loss == pytest.approx(loss_by_hand(model, "Rome", delta, parameters, noise=noise), rel=1e-6)
 
 
 def test_without_change_there_is_no_kl_and_no_decay() -> None:
