@@ -26,7 +26,11 @@ from service.serving.replica import NoLedger, Replica
 from service.text import fill
 from service.toolkit import Asking, Toolkit
 
-RECIPE = Recipe(source="test", rome=RomeParameters(layers=(1,), contexts=2, steps=4, learning_rate=0.2))
+#: a random model hardly listens to its subject: it takes violent edits to be heard
+LOUD = RomeParameters(
+    layers=(1,), contexts=2, steps=4, learning_rate=2, clamp=50, weight_decay=0, kl_factor=0
+)
+RECIPE = Recipe(source="test", rome=LOUD)
 PLAIN = Corpus("test", (*TEXTS, "Cats sleep by day.", "It rains in Spain."))
 
 
@@ -279,3 +283,18 @@ def test_plain_texts_do_not_speak_of_edited_facts() -> None:
     assert plain_texts(["Marie Curie sang.", "She sang."], [RECORDS[3]]) == ["She sang."]
     with pytest.raises(InvalidInput, match="give other plain texts"):
         finish(evaluate_steps(*tools(), EvaluationPlan(), RECORDS, Memory(), Corpus("one", (TEXTS[0],))))
+
+
+def test_the_true_object_is_what_is_erased_or_amplified() -> None:
+    """More of it is left where it is amplified than where it is erased; a record that names none is left out."""
+    erased, amplified = (evaluate(objective=o, damage=False) for o in ("erase", "amplify"))
+    for result in (erased, amplified):
+        assert [x["record"] for x in result["records"]["left_out"]] == ["record 3"]
+        assert "add `target_true`" in result["records"]["left_out"][0]["reason"]
+
+    def p_true(row: dict[str, Any]) -> float:
+        return float(row["after"]["p_new"] - row["after"]["EM"])
+
+    for less, more in zip(erased["rows"], amplified["rows"], strict=True):
+        assert p_true(less) < p_true(more)
+        assert less["before"] == more["before"]
