@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from service.editors.recipes import Recipe, resolve
 from service.errors import InvalidInput
-from service.evaluation.records import Record, read_records
+from service.evaluation.records import check_askable, read_records
 from service.requests import EditRequest, EvaluationRequest, TraceRequest, Version
 from service.store.tables import Model
 from service.text import check_tokens, fill, token_span
@@ -64,6 +64,7 @@ def check_trace(request: TraceRequest, model: Model, tokenizer: Tokenizer) -> No
 def check_evaluation(request: EvaluationRequest, model: Model, tokenizer: Tokenizer) -> None:
     """All that can be known of an evaluation without running it; records of the model's own are left to the worker."""
     resolve(_recipe(model), request.hparams, model.info["layers"], request.method)
+    request.check()
     if (request.records is None) == (request.dataset is None):
         raise InvalidInput('give either `records` or `"dataset": "facts"`.', "records")
     if request.records is None:
@@ -73,20 +74,10 @@ def check_evaluation(request: EvaluationRequest, model: Model, tokenizer: Tokeni
             )
         return
     for record in read_records(request.records, request.seed, request.limit):
-        _check_record(record, request.objective, tokenizer, model.info["positions"])
-
-
-def _check_record(record: Record, objective: str, tokenizer: Tokenizer, positions: int) -> None:
-    """That the model can be asked it: nothing is too long, and the object that the edit is told can be said."""
-    try:
-        target = record.target_new if objective == "write" else record.target_true
-        if target is None:
-            raise InvalidInput(f"the objective {objective!r} needs the true object: add `target_true`.")
-        check_tokens(tokenizer, record.text, target, positions)
-        for prompt in record.prompts:
-            check_tokens(tokenizer, prompt, None, positions)
-    except InvalidInput as error:
-        raise InvalidInput(f"{record.name}: {error.detail}", "records") from None
+        try:
+            check_askable(record, request.objective, tokenizer, model.info["positions"])
+        except InvalidInput as error:
+            raise InvalidInput(f"{record.name}: {error.detail}", "records") from None
 
 
 def _check_target(tokenizer: Tokenizer, text: str, target: str, positions: int, field: str) -> None:

@@ -22,7 +22,7 @@ from service.editors.composition import Piece, compose, pack, rebuild, unpack
 from service.editors.recipes import Parameters, RomeParameters, resolve
 from service.errors import InvalidInput
 from service.evaluation.measures import Answers, Measures, ask, changes, summary
-from service.evaluation.records import Record
+from service.evaluation.records import Record, check_askable, wanted_object
 from service.evaluation.stages import Stages
 from service.evaluation.texts import TfIdf, fluency
 from service.kept import Kept
@@ -32,7 +32,7 @@ from service.progress import Progress, Steps, within
 from service.requests import EvaluationPlan, Sampling
 from service.serving.generation import Batch, Row, row
 from service.serving.replica import Replica, Weights
-from service.text import check_tokens, fill, words
+from service.text import fill, words
 from service.toolkit import Asking, Toolkit
 
 SIDE_BY_SIDE = 16  # edits that are found at once
@@ -90,9 +90,7 @@ def sort_out(
     tokenizer, positions = replica.base.tokenizer.backend_tokenizer, replica.base.positions
     for record in records:
         try:
-            check_tokens(tokenizer, record.text, wanted_object(plan, record), positions)
-            for prompt, _ in ask(record):
-                check_tokens(tokenizer, prompt, None, positions)
+            check_askable(record, plan.objective, tokenizer, positions)
         except InvalidInput as error:
             left_out.append({"record": record.name, "reason": error.detail})
         else:
@@ -101,15 +99,6 @@ def sort_out(
         why = left_out[0]["reason"] if left_out else "there are none."
         raise InvalidInput(f"no record can be evaluated on this model: {why}", "records")
     return usable, left_out
-
-
-def wanted_object(plan: EvaluationPlan, record: Record) -> str:
-    """What the edit is told: the new object, or the true one where it is to be erased or amplified."""
-    if plan.objective == "write":
-        return record.target_new
-    if record.target_true is None:
-        raise InvalidInput(f"the objective {plan.objective!r} needs the true object: add `target_true`.")
-    return record.target_true
 
 
 def plain_texts(texts: Sequence[str], records: Sequence[Record]) -> list[str]:
@@ -140,11 +129,7 @@ class Run:
         kept: Kept,
         plain: Sequence[str],
     ) -> None:
-        if plan.found_on == "edited" and len(plan.strengths) > 1:
-            raise InvalidInput(
-                "edits that are found on the edited model are added as they are: give one strength.",
-                "strengths",
-            )
+        plan.check()
         self.replica, self.model, self.toolkit, self.plan = replica, replica.base, toolkit, plan
         self.records, self.plain = records, plain
         self.stages = Stages(kept)
@@ -317,8 +302,8 @@ class Run:
 
     def _asking(self, i: int) -> Asking:
         record, plan = self.records[i], self.plan
-        statement = fill(record.prompt, record.subject)
-        return Asking(statement, wanted_object(plan, record), plan.method, plan.hparams, f"{i:06}")
+        statement, target = fill(record.prompt, record.subject), wanted_object(record, plan.objective)
+        return Asking(statement, target, plan.method, plan.hparams, f"{i:06}", plan.objective)
 
     def _answers_steps(self, name: str, phase: str, count: int, weights: Weights) -> Steps[list[Answers]]:
         """What the model says with these weights in place to the prompts of the first records, of many at once."""

@@ -142,6 +142,14 @@ class EvaluationPlan(Asked):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of the records' order, intervals and generation")
 
+    def check(self) -> None:
+        """Refuse what does not go together."""
+        if self.found_on == "edited" and len(self.strengths) > 1:
+            raise InvalidInput(
+                "edits that are found on the edited model are added as they are: give one strength.",
+                "strengths",
+            )
+
 
 MAX_RECORDS = 2000  #: of one evaluation
 

@@ -17,8 +17,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError
 
 from service.errors import InvalidInput
-from service.requests import Asked, Name, Neighbour, Text
-from service.text import SLOT, fill, find, separator
+from service.requests import Asked, Name, Neighbour, Objective, Text
+from service.text import SLOT, check_tokens, fill, find, separator
 
 NEIGHBOURS = 10
 FACT = ("subject", "object", "relation", "prompts", "held_out_prompts")
@@ -362,6 +362,25 @@ SIGNS = {
     "facts": "held_out_prompts",
     "own": "target_new",
 }
+
+
+# What a model can be asked
+
+
+def wanted_object(record: Record, objective: Objective) -> str:
+    """What an edit is told: the new object, or the true one where it is to be erased or amplified."""
+    if objective == "write":
+        return record.target_new
+    if record.target_true is None:
+        raise InvalidInput(f"the objective {objective!r} needs the true object: add `target_true`.")
+    return record.target_true
+
+
+def check_askable(record: Record, objective: Objective, tokenizer: Any, positions: int) -> None:
+    """Refuse a record with prompts that are too long, or an object that cannot be said. `tokenizer` is a `tokenizers.Tokenizer`."""
+    check_tokens(tokenizer, record.text, wanted_object(record, objective), positions)
+    for prompt in record.prompts:
+        check_tokens(tokenizer, prompt, None, positions)
 
 
 def statements(records: Sequence[Record]) -> list[str]:
