@@ -175,22 +175,25 @@ class Run:
     def _single_steps(self) -> Steps[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         while len(rows) < len(self.records):
-            groups, notes = yield from self._found_steps(len(rows) // self.company, {})
+            groups, notes = yield from self.found_steps(len(rows) // self.company, {})
             for pieces, note in zip(groups, notes, strict=True):
                 i = len(rows)
                 progress = Progress("measure each edit", i, len(self.records))
                 rows.append((yield from within(self._alone_steps(i, pieces), progress)) | note)
-        return self._collected(rows) | {
-            "damage": summary([r["damage"] for r in rows], self.plan.seed) if self.plan.damage else None,
-            "norm": summary([r["norm"] for r in rows], self.plan.seed),
-            "strengthened": sum(r["strength"] != self.plan.strengths[0] for r in rows),
-            "rows": rows,
-        }
+        parts = ("before", "after", "changes", "norm", *(["damage"] if self.plan.damage else []))
+        return (
+            {"damage": None}
+            | (yield from self._collected_steps(rows, parts))
+            | {
+                "strengthened": sum(r["strength"] != self.plan.strengths[0] for r in rows),
+                "rows": rows,
+            }
+        )
 
     def _alone_steps(self, i: int, pieces: list[Piece]) -> Steps[dict[str, Any]]:
         """The row of a record whose edit alone is active."""
         record = self.records[i]
-        tried = yield from self.stages.once(f"alone-{i:06}", "measure", self._tried_steps(record, [], pieces))
+        tried = yield from self.stages.once(f"alone-{i:06}", "measure", self.tried_steps(record, [], pieces))
         after = Answers.of(record, [Score(*s) for s in tried["scores"]])
         weights = self.replica.composed(p.scaled(tried["strength"]) for p in pieces)
         found = self._row(i, after) | {"strength": tried["strength"], "norm": norms(self.replica, weights)}
@@ -203,7 +206,7 @@ class Run:
                 found[when] |= yield from self._written_steps(f"written-{when}-{i:06}", record, standing)
         return found
 
-    def _tried_steps(
+    def tried_steps(
         self, record: Record, others: Sequence[Piece], pieces: Sequence[Piece]
     ) -> Steps[dict[str, Any]]:
         """The first strength with which an edit takes beside the others, else the last; and the scores with it."""
@@ -226,14 +229,8 @@ class Run:
         weights: Weights = {}
         for count in growth.checkpoints():
             weights = yield from growth.steps(count)
-            earlier, answers = (
-                answers,
-                (
-                    yield from self._answers_steps(
-                        f"after-{count:06}", f"measure {count} edits", count, weights
-                    )
-                ),
-            )
+            earlier, phase = answers, f"measure {count} edits"
+            answers = yield from self._answers_steps(f"after-{count:06}", phase, count, weights)
             tables.append((yield from self._checkpoint_steps(count, weights, earlier, answers)))
         rows = [self._row(i, a) | growth.notes[i] for i, a in enumerate(answers)]
         if self.plan.generation:
@@ -243,7 +240,7 @@ class Run:
                     steps = self._written_steps(f"written-{when}-{i:06}", record, standing)
                     found[when] |= yield from within(steps, progress)
         last = tables[-1]
-        return self._collected(rows) | {
+        return (yield from self._collected_steps(rows, ("before", "after", "changes"))) | {
             "damage": last["damage"],
             "norm": last["norm"],
             "strengthened": sum(n["strength"] != self.plan.strengths[0] for n in growth.notes),
@@ -259,17 +256,16 @@ class Run:
         if self.plan.damage:
             damage = yield from self.stages.once(f"damage-{count:06}", "damage", self._damage_steps(weights))
         rows = [a.measures() for a in answers]
-        moved = [self._changes(i, a) for i, a in enumerate(answers)]
         then = [i for i, a in enumerate(earlier) if a.holds]
+        retention = []
+        for first in sorted({*EARLIER, len(earlier)}):
+            if 0 < first < count:
+                retention.append({"first": first} | (yield from self._summed_steps(rows[:first])))
         return {
             "edits": count,
-            "measures": summary(rows, self.plan.seed),
-            "changes": summary(moved, self.plan.seed),
-            "retention": [
-                {"first": k} | summary(rows[:k], self.plan.seed)
-                for k in sorted({*EARLIER, len(earlier)})
-                if 0 < k < count
-            ],
+            "measures": (yield from self._summed_steps(rows)),
+            "changes": (yield from self._summed_steps([self._changes(i, a) for i, a in enumerate(answers)])),
+            "retention": retention,
             "still": {"held_before": len(then), "hold": sum(answers[i].holds for i in then)},
             "damage": damage,
             "norm": norms(self.replica, weights),
@@ -277,7 +273,7 @@ class Run:
 
     # What both are made of
 
-    def _found_steps(
+    def found_steps(
         self, company: int, weights: Weights
     ) -> Steps[tuple[list[list[Piece]], list[dict[str, Any]]]]:
         """The pieces of some successive edits, found at once on the model with these weights, and how they were found."""
@@ -357,11 +353,18 @@ class Run:
     def _changes(self, i: int, after: Answers) -> Measures:
         return changes(self.before[i], after, self.plan.objective)
 
-    def _collected(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Means over all records, before the edits and after."""
-        return {
-            part: summary([r[part] for r in rows], self.plan.seed) for part in ("before", "after", "changes")
-        }
+    def _collected_steps(self, rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> Steps[dict[str, Any]]:
+        """Means over all records of some parts of their rows."""
+        found = {}
+        for part in parts:
+            found[part] = yield from self._summed_steps([r[part] for r in rows])
+        return found
+
+    def _summed_steps(self, rows: Sequence[Measures]) -> Steps[dict[str, Any]]:
+        """Means over records with their intervals: a step of its own, since many draws take a while."""
+        found = summary(rows, self.plan.seed)
+        yield Progress("sum up", 1, 1)
+        return found
 
 
 class Composed:
@@ -382,7 +385,7 @@ class Composed:
         while len(self.notes) < count:
             i = len(self.notes)
             if i == len(self._found):
-                groups, notes = yield from self.run._found_steps(i // self.run.company, {})
+                groups, notes = yield from self.run.found_steps(i // self.run.company, {})
                 self._found += groups
                 self._said += notes
             strength = yield from self._strength_steps(i)
@@ -397,7 +400,7 @@ class Composed:
         if len(run.plan.strengths) == 1:
             return run.plan.strengths[0]
         bare = replace(run.records[i], paraphrases=(), neighbours=())
-        steps = run._tried_steps(bare, self._landed, self._found[i])
+        steps = run.tried_steps(bare, self._landed, self._found[i])
         stage = run.stages.once(f"landed-{i:06}", "land", steps)
         tried = yield from within(stage, Progress("land edits", i, len(run.records)))
         return float(tried["strength"])
@@ -418,7 +421,7 @@ class Added:
         """The weights with so many edits."""
         run, strength = self.run, self.run.plan.strengths[0]
         while len(self.notes) < count:
-            groups, notes = yield from run._found_steps(len(self.notes) // run.company, self._weights)
+            groups, notes = yield from run.found_steps(len(self.notes) // run.company, self._weights)
             self._weights = added(
                 run.replica, self._weights, [p.scaled(strength) for group in groups for p in group]
             )

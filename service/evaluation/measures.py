@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from service.evaluation.records import Record
@@ -127,7 +128,7 @@ def changes(before: Answers, after: Answers, objective: str) -> Measures:
 
 def summary(rows: Sequence[Mapping[str, float | None]], seed: int) -> dict[str, Any]:
     """The mean of every measure over records with its interval, and the scores combined of them; None where none has it."""
-    drawn = Resampling(len(rows), seed=seed)
+    drawn = _resampling(len(rows), seed)
     names = dict.fromkeys(name for row in rows for name in row)
     found: dict[str, Any] = {}
     for name in names:
@@ -138,6 +139,12 @@ def summary(rows: Sequence[Mapping[str, float | None]], seed: int) -> dict[str, 
             columns = [[row.get(part) for row in rows] for part in parts]
             found[name] = _interval(drawn.score(columns), len(rows))
     return found
+
+
+@lru_cache(maxsize=4)
+def _resampling(n: int, seed: int) -> Resampling:
+    """Of as many records, the same for all that is said of them: to draw takes longer than to average."""
+    return Resampling(n, seed=seed)
 
 
 def _interval(found: tuple[float, float, float] | None, n: int) -> dict[str, float] | None:

@@ -233,6 +233,15 @@ def test_companies_end_at_checkpoints_that_they_reach() -> None:
     assert [t["edits"] for t in result["checkpoints"]] == [2, 4, 5]
 
 
+def test_a_method_that_trains_a_whole_weight_is_evaluated_alike() -> None:
+    """What is no association is kept, read again and added as well: on one weight here, the attention's."""
+    kept = Memory()
+    plan = {"method": "ft-attn", "hparams": {"steps": 2}, "mode": "sequence", "damage": False}
+    result = evaluate(kept, RECORDS[:2], **plan)
+    assert list(result["norm"]) == ["2.qkv"] and result["norm"]["2.qkv"] > 0
+    assert evaluate(kept, RECORDS[:2], **plan) == result
+
+
 def test_an_edit_that_does_not_take_is_strengthened() -> None:
     """The first strength with which the new object is preferred is taken, the last one when none is enough."""
     weak = evaluate(strengths=[1e-6], damage=False)
