@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from service.editors.recipes import resolve
 from service.errors import InvalidInput
 from service.evaluation.measures import Answers, Measures, ask, changes
@@ -24,8 +26,8 @@ from service.serving.replica import Replica, Weights
 from service.studies.facts import fact_of
 from service.studies.findings import by_layer, conclude, effects_of
 from service.studies.known import known_steps, run_name
-from service.studies.noised import noised_answer
-from service.studies.problems import PROBLEMS, wanted
+from service.studies.noised import noise_of, noised_answer, noised_score_steps
+from service.studies.problems import PROBLEMS, Problem, wanted
 from service.studies.traces import TracePlan, level_of, stored_trace_steps
 from service.text import check_tokens, fill
 from service.toolkit import Asking, Toolkit
@@ -122,7 +124,7 @@ class Localization:
         studies = []
         for name in self.plan.problems:
             posed = yield from self._posed_steps(name)
-            before = yield from self._answers_steps(list(posed.values()), {}, "ask")
+            before = yield from self._answers_steps(name, list(posed.values()), {})
             for method in self.plan.methods:
                 runs = yield from self._runs_steps(method, name, list(posed.values()), before)
                 about = {"method": method, "objective": name, "facts": len(posed)}
@@ -137,7 +139,7 @@ class Localization:
         posed = {}
         for i, record in enumerate(self.records):
             yield Progress("ask under noise", i, len(self.records))
-            said = noised_answer(self.model, record, self.noise, self.plan.seed).strip()
+            said = noised_answer(self.model, record, self._noise(record)).strip()
             turned = replace(record, target_new=said)
             if said and said != record.target_true and _can_be_written(self.model, turned):
                 posed[i] = turned
@@ -158,12 +160,19 @@ class Localization:
             found.append(effects_of(trace))
         return found
 
-    def _answers_steps(self, records: Sequence[Record], weights: Weights, phase: str) -> Steps[list[Answers]]:
-        """What the model says to the prompts of records with these weights in place."""
+    def _noise(self, record: Record) -> Tensor:
+        return noise_of(self.model, record, self.noise, self.plan.seed)
+
+    def _answers_steps(self, name: str, records: Sequence[Record], weights: Weights) -> Steps[list[Answers]]:
+        """What the model says to the prompts of records with these weights in place, the subject noised where the problem is."""
         found = []
         for i, record in enumerate(records):
-            steps = self.replica.standing(weights, score_steps(self.model, ask(record)))
-            scores = yield from within(steps, Progress(phase, i, len(records)))
+            if PROBLEMS[name].noised:
+                asking = noised_score_steps(self.model, record, self._noise(record))
+            else:
+                asking = score_steps(self.model, ask(record))
+            progress = Progress("ask", i, len(records))
+            scores = yield from within(self.replica.standing(weights, asking), progress)
             found.append(Answers.of(record, [_sound(s) for s in scores]))
         return found
 
@@ -194,22 +203,29 @@ class Localization:
             if (scores := get_json(self.kept, run)) is not None:
                 known[i] = scores
         missing = [i for i in range(len(records)) if i not in known]
-        hparams = self.hparams[method] | {"layers": [layer]}
-        wishes = [
-            Asking(fill(r.prompt, r.subject), wanted(r, problem), method, hparams)
-            for r in (records[i] for i in missing)
-        ]
+        wishes = [self._asking(records[i], method, problem, layer) for i in missing]
         found = (yield from self.toolkit.find_together_steps(wishes)) if wishes else []
         for i, one in zip(missing, found, strict=True):
             weights = self.replica.composed(one.pieces)
-            (after,) = yield from self._answers_steps([records[i]], weights, "measure")
+            (after,) = yield from self._answers_steps(name, [records[i]], weights)
             known[i] = changes(before[i], after, problem.objective)
             put_json(self.kept, names[i], known[i])
         return [known[i] for i in range(len(records))]
 
+    def _asking(self, record: Record, method: str, problem: Problem, layer: int) -> Asking:
+        return Asking(
+            fill(record.prompt, record.subject),
+            wanted(record, problem),
+            method,
+            self.hparams[method] | {"layers": [layer]},
+            objective=problem.objective,
+            noise=self._noise(record) if problem.noised else None,
+        )
+
     def _name(self, record: Record, method: str, name: str, parameters: Mapping[str, Any]) -> str:
         tools = {"model": self.model.fingerprint, "corpus": self.toolkit.corpus.digest}
-        return run_name("edit", tools, asdict(record), method, name, parameters)
+        noise = (self.noise.value, self.plan.seed) if PROBLEMS[name].noised else None
+        return run_name("edit", tools, asdict(record), method, name, parameters, noise)
 
 
 def _sound(score: Score) -> Score:

@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from service.editors.forcing import whole
+from service.errors import InvalidInput
+from service.evaluation.measures import ask
 from service.evaluation.records import Record
 from service.models.hooks import replace
 from service.models.loading import LoadedModel
-from service.models.prompts import forward, pad, prompt_and_target, tokens
-from service.text import Span, fill
-from service.tracing.noise import Level, corrupt, draw
+from service.models.prompts import Tokens, forward, pad, prompt_and_target, tokens
+from service.models.score import Score
+from service.models.scoring import score_steps
+from service.progress import Progress, Steps, finish
+from service.text import Statement, fill, find
+from service.tracing.noise import Level, draw
 
 
-@contextmanager
-def noised(model: LoadedModel, subject: Span, level: Level, seed: int) -> Iterator[None]:
-    """Within the block, the subject's tokens [b, e) of every row carry the noise that a seed draws."""
-    noise = level.value * draw(1, subject[1] - subject[0], model.width, seed)
-
-    def disturb(embedded: Tensor) -> Tensor:
-        return corrupt(embedded, subject, noise.to(embedded.device))
-
-    with replace(model.embedding, disturb):
-        yield
+def noise_of(model: LoadedModel, record: Record, level: Level, seed: int) -> Tensor:
+    """(n, d) in fp64: what is added to the embeddings of the subject's n tokens, whenever it is noised."""
+    begin, end = tokens(model, fill(record.prompt, record.subject)).subject
+    return level.value * draw(1, end - begin, model.width, seed)[0]
 
 
-def noised_answer(model: LoadedModel, record: Record, level: Level, seed: int) -> str:
+def noised_answer(model: LoadedModel, record: Record, noise: Tensor) -> str:
     """The greedy continuation of the prompt under noise, as long as the true object is."""
     prompt = tokens(model, fill(record.prompt, record.subject))
     _, true = prompt_and_target(model, record.text, record.target_true or record.target_new)
-    ids = list(prompt.ids)
-    with torch.no_grad(), noised(model, prompt.subject, level, seed):
-        for _ in true[: model.positions - len(ids)]:
-            ids.append(int(forward(model, pad([ids], model), 1)[0, -1].argmax()))
-    return model.decode(ids[len(prompt.ids) :])
+    said: list[int] = []
+    for _ in true[: model.positions - len(prompt.ids)]:
+        with torch.no_grad(), _noised(model, prompt, noise):
+            logits = forward(model, pad([prompt.ids + said], model), 1)
+        said.append(int(logits[0, -1].argmax()))
+    return model.decode(said)
+
+
+def noised_score_steps(model: LoadedModel, record: Record, noise: Tensor) -> Steps[list[Score]]:
+    """The scores of what is asked about a record, its subject noised wherever a prompt names it; neighbours are other subjects."""
+    pairs = ask(record)
+    about = len(pairs) - 2 * len(record.neighbours)
+    scores: list[Score] = []
+    for prompt, target in pairs[:about]:
+        named = _naming(record, prompt)
+        if named is None:
+            scores += yield from score_steps(model, [(prompt, target)])
+            continue
+        with _noised(model, tokens(model, named), noise):  # one row: no padding moves the subject
+            scores += finish(score_steps(model, [(prompt, target)]))
+        yield Progress("measure", len(scores), len(pairs))
+    return scores + (yield from score_steps(model, pairs[about:]))
+
+
+def _naming(record: Record, prompt: str) -> Statement | None:
+    """Where a prompt names the subject, if it does."""
+    if prompt == record.text:
+        return fill(record.prompt, record.subject)
+    try:
+        return find(prompt, record.subject)
+    except InvalidInput:
+        return None
+
+
+def _noised(model: LoadedModel, text: Tokens, noise: Tensor) -> AbstractContextManager[None]:
+    """Within the block, one row that begins with this text has its subject noised."""
+    change = whole([text], [noise])
+    assert change is not None
+    return replace(model.embedding, change)

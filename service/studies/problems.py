@@ -15,11 +15,15 @@ class Problem:
     words: str
     objective: Objective = "write"  #: what the editors know it as
     reversed: bool = False  #: the new object is what the model says when the subject is noised
+    noised: bool = False  #: the subject is noised while the edit is found, and while it is measured
 
 
 PROBLEMS = {
     "write": Problem("write the new object"),
+    "erase": Problem("make the true object improbable", "erase"),
+    "amplify": Problem("make the true object more probable", "amplify"),
     "reversal": Problem("write what is said of the noised subject", reversed=True),
+    "forcing": Problem("make the true object said of the noised subject", "amplify", noised=True),
 }
 
 

@@ -138,9 +138,7 @@ def test_a_reversal_writes_what_noise_makes_the_model_say(
 ) -> None:
     """Facts whose answer noise leaves as it is are left out of it; of the others that answer is the new object."""
     replica, toolkit = shop
-    monkeypatch.setattr(
-        module, "noised_answer", lambda _m, r, _n, _s: {"1": " Brazil", "2": " Japan"}[r.name]
-    )
+    monkeypatch.setattr(module, "noised_answer", lambda _m, r, _n: {"1": " Brazil", "2": " Japan"}[r.name])
     study = finish(
         localization_steps(replica, toolkit, replace(PLAN, problems=("reversal",)), RECORDS, Memory())
     )
@@ -148,9 +146,49 @@ def test_a_reversal_writes_what_noise_makes_the_model_say(
     assert one["facts"] == 1
     mean = by_hand(shop, replace(RECORDS[0], target_new="Brazil"), 2)["rewrite"]
     assert one["scores"]["rewrite"]["by_layer"]["mean"][1] == pytest.approx(mean, abs=1e-5)
-    monkeypatch.setattr(module, "noised_answer", lambda _m, r, _n, _s: f" {r.target_true}")
+    monkeypatch.setattr(module, "noised_answer", lambda _m, r, _n: f" {r.target_true}")
     with pytest.raises(InvalidInput, match="use more noise"):
         finish(localization_steps(replica, toolkit, replace(PLAN, problems=("reversal",)), RECORDS, Memory()))
+
+
+def test_what_an_edit_is_for_is_what_the_editor_is_asked(
+    shop: tuple[Replica, Toolkit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To erase, amplify or force is asked of the true object; only to force it stands noise on the subject, one for each fact."""
+    replica, toolkit = shop
+    asked: list[Asking] = []
+    whole = toolkit.find_together_steps
+
+    def heard(wishes: Any) -> Any:
+        asked.extend(wishes)
+        return whole(wishes)
+
+    monkeypatch.setattr(toolkit, "find_together_steps", heard)
+    plan = replace(PLAN, layers=(1,), problems=("write", "erase", "amplify", "forcing"))
+    study = finish(localization_steps(replica, toolkit, plan, RECORDS, Memory()))
+    assert [(a.target, a.objective, a.noise is not None) for a in asked] == [
+        ("Rome", "write", False), ("Brazil", "write", False),
+        ("London", "erase", False), ("Japan", "erase", False),
+        ("London", "amplify", False), ("Japan", "amplify", False),
+        ("London", "amplify", True), ("Japan", "amplify", True),
+    ]  # fmt: skip
+    assert [s["objective"] for s in study["studies"]] == list(plan.problems)
+
+
+def test_forcing_without_noise_is_amplifying(shop: tuple[Replica, Toolkit]) -> None:
+    """With noise of strength nothing the two problems are one; with noise they are not, and each is kept for itself."""
+    replica, toolkit = shop
+    kept = Memory()
+
+    def scores(noise: float, problem: str) -> Any:
+        way = {"methods": ("ft",), "hparams": {"ft": {"learning_rate": 0.02, "steps": 10}}}
+        plan = replace(PLAN, layers=(1,), problems=(problem,), noise=noise, **way)
+        study = finish(localization_steps(replica, toolkit, plan, RECORDS, kept))
+        return study["studies"][0]["scores"]["rewrite"]["by_layer"]["mean"]
+
+    assert scores(0.0, "forcing") == pytest.approx(scores(0.0, "amplify"), rel=1e-3)
+    assert scores(0.5, "amplify") == scores(0.0, "amplify")
+    assert scores(0.5, "forcing") != pytest.approx(scores(0.0, "forcing"), rel=1e-3)
 
 
 def test_what_cannot_be_is_refused_at_once(shop: tuple[Replica, Toolkit]) -> None:
