@@ -10,10 +10,10 @@ from typing import Any
 
 from service.errors import InvalidInput
 from service.models.loading import LoadedModel
-from service.models.prompts import prompt_and_target
 from service.models.scoring import log_prob_steps
 from service.progress import Steps
 from service.studies.facts import Fact
+from service.text import check_tokens
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,10 @@ def known_steps(model: LoadedModel, facts: Sequence[Fact]) -> Steps[Asked]:
 
 def _fits(model: LoadedModel, fact: Fact) -> bool:
     try:
-        statement = fact.statement
-        prompt, target = prompt_and_target(model, statement.text, fact.object)
-        _, offsets = model.encode(statement.text)
-        return len(prompt) == len(offsets) and len(prompt) + len(target) <= model.positions
+        check_tokens(model.tokenizer.backend_tokenizer, fact.statement.text, fact.object, model.positions)
     except InvalidInput:
         return False
+    return True
 
 
 def run_name(kind: str, *of: Any) -> str:

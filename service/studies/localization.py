@@ -16,7 +16,7 @@ from torch import Tensor
 from service.editors.recipes import resolve
 from service.errors import InvalidInput
 from service.evaluation.measures import Answers, Measures, ask, changes
-from service.evaluation.records import Record
+from service.evaluation.records import Record, check_askable, wanted_object
 from service.kept import Kept, get_json, put_json
 from service.models.loading import LoadedModel
 from service.models.score import Score
@@ -27,9 +27,9 @@ from service.studies.facts import fact_of
 from service.studies.findings import by_layer, conclude, effects_of
 from service.studies.known import known_steps, run_name
 from service.studies.noised import noise_of, noised_answer, noised_score_steps
-from service.studies.problems import PROBLEMS, Problem, wanted
+from service.studies.problems import PROBLEMS, Problem
 from service.studies.traces import TracePlan, level_of, stored_trace_steps
-from service.text import check_tokens, fill
+from service.text import fill
 from service.toolkit import Asking, Toolkit
 from service.tracing.noise import Level
 
@@ -95,7 +95,7 @@ def localization_steps(
 
 def _can_be_written(model: LoadedModel, record: Record) -> bool:
     try:
-        check_tokens(model.tokenizer.backend_tokenizer, record.text, record.target_new, model.positions)
+        check_askable(record, "write", model.tokenizer.backend_tokenizer, model.positions)
     except InvalidInput:
         return False
     return True
@@ -215,7 +215,7 @@ class Localization:
     def _asking(self, record: Record, method: str, problem: Problem, layer: int) -> Asking:
         return Asking(
             fill(record.prompt, record.subject),
-            wanted(record, problem),
+            wanted_object(record, problem.objective),
             method,
             self.hparams[method] | {"layers": [layer]},
             objective=problem.objective,

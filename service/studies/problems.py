@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.evaluation.records import Record
 from service.requests import Objective
 
 
@@ -25,8 +24,3 @@ PROBLEMS = {
     "reversal": Problem("write what is said of the noised subject", reversed=True),
     "forcing": Problem("make the true object said of the noised subject", "amplify", noised=True),
 }
-
-
-def wanted(record: Record, problem: Problem) -> str:
-    """The object whose probability the edit is to change."""
-    return record.target_new if problem.objective == "write" else record.target_true or ""
