@@ -6,7 +6,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from ports import free_port
 
 #: what the machine's own fall would cost is of no interest here; what is committed survives the fall of the server
 QUICK = {"fsync": "off", "full_page_writes": "off"}
@@ -63,7 +63,7 @@ def serving(durable: bool = False) -> Iterator[Server]:
     """Start a server, and stop it at the end. `durable` writes to the disk, as a real one must."""
     initdb, postgres = _program("initdb"), _program("postgres")
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: the path of its socket has a limit
-    port = _free_port()
+    port = free_port()
     try:
         as_user = _unprivileged(folder)
         setup = [initdb, "-D", folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
@@ -106,12 +106,6 @@ def _unprivileged(folder: Path) -> list[str]:
         raise
     os.chown(folder, user.pw_uid, user.pw_gid)
     return ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from ports import free_port
 
 SETTINGS = {"bind": "127.0.0.1", "save": "", "maxmemory-policy": "noeviction"}
 
@@ -61,7 +61,7 @@ def serving(durable: bool = False, fsync: str = "always") -> Iterator[Server]:
     answers."""
     program = _program("redis-server")
     folder = Path(tempfile.mkdtemp(prefix="redis"))
-    port = _free_port()
+    port = free_port()
     settings = {**SETTINGS, "port": str(port), "dir": str(folder), "appendonly": "yes" if durable else "no"}
     settings["appendfsync"] = fsync
     options = [x for name, value in settings.items() for x in (f"--{name}", value)]
@@ -82,12 +82,6 @@ def _program(name: str) -> str:
             pytest.fail(reason)
         pytest.skip(reason)
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import httpx
 import redis
+from ports import free_port
 
 Resource = dict[str, Any]
 
@@ -251,7 +251,7 @@ class Deployment(Client):
         self.data = data
         self.settings = {"data": data, "threads": 1, "lease": LEASE, "max_attempts": 10, **stores}
         self._started = 0
-        self._port = _free_port()
+        self._port = free_port()
         self.processes: list[Process] = []
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self._port}", timeout=PATIENCE)
         try:
@@ -271,7 +271,7 @@ class Deployment(Client):
     @contextmanager
     def another_api(self, **settings: object) -> Iterator[tuple[Process, httpx.Client]]:
         """An API beside the first, with a client of its own."""
-        port = _free_port()
+        port = free_port()
         api = self.start("api", port=port, **settings)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as http:
             self._until_open(http, api)
@@ -373,12 +373,6 @@ class Deployment(Client):
     def kill(self) -> None:
         self.die()
         self.http.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _events(lines: Iterator[str]) -> Iterator[tuple[str, Resource]]:

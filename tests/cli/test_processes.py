@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from ports import free_port
 from running import ADDRESS, Process, until
 
 pytestmark = pytest.mark.servers
@@ -56,12 +56,6 @@ def model(tmp_path: Path) -> Path:
         "\n".join(f"The tower is in Paris, and {i} is a number." for i in range(60))
     )
     return place
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_worker_says_what_it_serves(stores: dict[str, Any], model: Path, tmp_path: Path) -> None:
