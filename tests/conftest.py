@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from service.bootstrap import Wired, wire
 from service.settings import SHIPPED_MODEL, Settings
@@ -19,6 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import postgres
 import redis_server as redis_servers
 import wirings
+from migrated import migrate
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +66,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def database(database_url: str) -> Iterator[Database]:
     """A migrated database of each kind."""
     database = Database(database_url)
-    database.migrate()
+    migrate(database)
     yield database
     database.close()
 
@@ -75,7 +81,7 @@ def wiring(request: pytest.FixtureRequest) -> dict[str, Any]:
 def wired(wiring: dict[str, Any], tmp_path: Path) -> Iterator[Wired]:
     """The parts of each wiring, put together and migrated."""
     wired = wire(Settings(data=tmp_path, **wiring))
-    wired.database.migrate()
+    migrate(wired.database)
     yield wired
     wired.close()
 

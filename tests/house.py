@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from migrated import migrate
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from api.app import create_app
@@ -178,7 +179,7 @@ class House:
         self.wired = wire(self.settings)
         self.database, self.broker = self.wired.database, self.wired.broker
         self.operations = self.wired.operations
-        self.database.migrate()
+        migrate(self.database)
         self.desk = Desk(self.database, self.broker, "f" * 64, "worker-1", sole=self.wired.sole)
         if register:
             recipe = Recipe(source="test", rome=RomeParameters(layers=(1,)))
