@@ -213,7 +213,7 @@ def test_delete_cancels_a_running_edit(client: TestClient, worker: Any) -> None:
     """DELETE of a running edit asks it to stop, and Prefer: wait holds the answer until it did."""
     worker.go.clear()
     edit = client.post("/edits", json=TOWER).json()
-    assert worker.half.wait(10)
+    assert worker.half.wait(60)
     assert client.delete(edit["links"]["self"]).json()["status"] == "running"
     worker.go.set()
     assert client.delete(edit["links"]["self"], headers={"prefer": "wait=20"}).json()["status"] == "cancelled"
