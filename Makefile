@@ -9,6 +9,8 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 STAMP := .venv/.installed
 PACKAGES := service api workers cli migrations deploy tests bench training
+# A process for each core, with a thread each; a file's tests stay in one, for they share what they have put up.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 PYTEST ?=
 
@@ -33,10 +35,10 @@ serve: install
 	@exec $(BIN)/palimpsest serve $(ARGS)
 
 test: install check
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST)
+	$(TESTS) -m "not slow and not gpu" $(PYTEST)
 
 test-all: install check
-	$(BIN)/python -m pytest $(PYTEST)
+	$(TESTS) $(PYTEST)
 
 check: install
 	$(BIN)/ruff format --check --quiet $(PACKAGES)
