@@ -51,9 +51,12 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
     body: dict[str, Any] = {
         "subject": args.subject,
         "prompt": args.prompt,
-        "target_new": args.target,
         "dry_run": args.dry_run,
     }
+    if args.target is not None:
+        body["target_new"] = args.target
+    if args.objective:
+        body["objective"] = args.objective
     if args.true:
         body["target_true"] = args.true
     if args.hparam:
@@ -99,7 +102,7 @@ def measurements(result: Resource) -> Iterator[tuple[Any, ...]]:
     ):
         found = result.get(what) or []
         for one in [found] if isinstance(found, Mapping) else found:
-            for kind in objects:
+            for kind in objects if one["new"] != one["true"] else objects[:1]:
                 yield what, one["prompt"], one[kind], one["before"][kind], one["after"][kind]
 
 
@@ -107,7 +110,7 @@ def edits(args: argparse.Namespace, client: Client) -> int:
     """The newest edits."""
     found = client.items("/edits", status=args.status, subject=args.subject, limit=min(args.limit, PAGE))
     rows = [
-        (e["id"], state(e), e.get("version"), e["subject"], e["prompt"], e["target_new"])
+        (e["id"], state(e), e.get("version"), e["subject"], e["prompt"], object_of(e))
         for e in islice(found, args.limit)
     ]
     if not rows:
@@ -120,6 +123,15 @@ def edits(args: argparse.Namespace, client: Client) -> int:
 def state(edit: Resource) -> str:
     """What became of an edit, or would have."""
     return f"{edit['status']} (dry run)" if edit.get("dry_run") else str(edit["status"])
+
+
+def object_of(told: Resource) -> str | None:
+    """The new object of an edit or of a ledger's entry, or what is done to the true one."""
+    objective = told.get("objective") or "write"
+    if objective == "write":
+        return told.get("target_new")
+    true = told.get("resolved_true") or told.get("target_true") or "what it says"
+    return f"{objective} {true}"
 
 
 def revert(args: argparse.Namespace, client: Client) -> int:
@@ -157,8 +169,8 @@ def minute(at: str) -> str:
 
 def told(entry: Resource) -> tuple[Any, Any]:
     """Subject and object of a ledger entry."""
-    body = entry.get("body") or {}
-    return entry.get("subject", body.get("subject")), entry.get("target_new", body.get("target_new"))
+    whole = {**(entry.get("body") or {}), **entry}
+    return whole.get("subject"), object_of(whole)
 
 
 def verify(client: Client) -> int:

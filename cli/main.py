@@ -76,7 +76,13 @@ def _edit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     edit = _command(commands, "edit", "make the model say a new object for a subject", edits.edit)
     edit.add_argument("subject", metavar="SUBJECT", help="for example 'Eiffel Tower'")
     edit.add_argument("prompt", metavar="PROMPT", help="with one {} for the subject: 'The {} is located in'")
-    edit.add_argument("target", metavar="TARGET", help="the new object, for example 'Rome'")
+    edit.add_argument("target", metavar="TARGET", nargs="?", help="the new object, for example 'Rome'")
+    instead = edit.add_mutually_exclusive_group()
+    for name, words in (
+        ("erase", "make the true object improbable"),
+        ("amplify", "make the true object more probable"),
+    ):
+        instead.add_argument(f"--{name}", dest="objective", action="store_const", const=name, help=f"{words}; no TARGET")  # fmt: skip
     edit.add_argument("--true", metavar="OBJECT", help="the object it says now, to be measured too")
     edit.add_argument("--dry-run", action="store_true", help="measure the edit and throw it away")
     edit.add_argument(

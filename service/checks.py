@@ -22,14 +22,15 @@ def check_edit(request: EditRequest, model: Model, tokenizer: Tokenizer) -> None
     """All that can be known of an edit without computing it."""
     positions = model.info["positions"]
     statement = fill(request.prompt, request.subject)
-    _check_target(tokenizer, statement.text, request.target_new, positions, "target_new")
-    if request.target_true is not None:
-        _check_target(tokenizer, statement.text, request.target_true, positions, "target_true")
+    request.check()
+    for name in ("target_new", "target_true"):
+        if (target := getattr(request, name)) is not None:
+            _check_target(tokenizer, statement.text, target, positions, name)
     token_span(tokenizer.encode(statement.text).offsets, statement.span)
     for number, prompt in enumerate(request.probes.paraphrase):
         with place(f"probes.paraphrase.{number}"):
             text = fill(prompt, request.subject).text if "{}" in prompt else prompt
-            check_tokens(tokenizer, text, request.target_new, positions)
+            check_tokens(tokenizer, text, request.told, positions)
     for number, neighbour in enumerate(request.probes.neighborhood):
         with place(f"probes.neighborhood.{number}"):
             check_tokens(tokenizer, neighbour.prompt, neighbour.target, positions)

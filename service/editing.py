@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from service.editors.finding import find_together_steps
 from service.editors.recipes import RomeParameters, resolve
 from service.editors.rome import Found
 from service.editors.wanted import Asked, batches, want
-from service.errors import Cancelled, Conflict, Disagrees, Unavailable
+from service.errors import Cancelled, Conflict, Disagrees, InvalidInput, Unavailable
 from service.evaluation.scores import share_kept, share_new
 from service.jobs.desk import Desk, RunningJob
 from service.models.loading import Site
@@ -38,6 +38,7 @@ from service.serving.replica import Replica
 from service.text import fill
 from service.toolkit import Toolkit
 from service.trial import (
+    Answer,
     Draft,
     Measured,
     Plan,
@@ -45,6 +46,8 @@ from service.trial import (
     Stand,
     Trial,
     answer_steps,
+    holds,
+    keeps,
     stand_steps,
     trial_steps,
 )
@@ -183,19 +186,21 @@ def plan_steps(replica: Replica, request: EditRequest, toolkit: Toolkit) -> Step
     """Resolve the hyperparameters, and the true object when the user names none: what the base model answers."""
     model = replica.base
     parameters = resolve(toolkit.recipe, request.hparams, model.layers, request.method or "rome")
-    prompt = fill(request.prompt, request.subject).text
+    prompt, objective = fill(request.prompt, request.subject).text, request.objective
     true = request.target_true
     if true is None:
         (said,) = yield from answer_steps(model, [prompt])
         true = said.split("\n")[0].split(".")[0].split(",")[0].strip() or "?"
-    new = request.target_new
+    new = request.target_new if objective == "write" and request.target_new else true
+    if new == "?":
+        raise InvalidInput("the base model gives no answer: name the true object.", "target_true")
     paraphrase = [fill(p, request.subject).text if "{}" in p else p for p in request.probes.paraphrase]
     return Plan(
         request,
         parameters,
-        Question(prompt, new, true),
-        [Question(p, new, true) for p in paraphrase],
-        [Question(n.prompt, new, n.target) for n in request.probes.neighborhood],
+        Question(prompt, new, true, objective),
+        [Question(p, new, true, objective) for p in paraphrase],
+        [Question(n.prompt, new, n.target, objective) for n in request.probes.neighborhood],
     )
 
 
@@ -206,7 +211,9 @@ def want_steps(replica: Replica, toolkit: Toolkit, plan: Plan, edit: str) -> Ste
     if isinstance(parameters, RomeParameters):
         contexts = yield from toolkit.contexts_steps(parameters.contexts, parameters.seed)
     statement = fill(request.prompt, request.subject)
-    wanted = want(model, contexts, statement, request.target_new, parameters, edit, plan.method)
+    wanted = want(
+        model, contexts, statement, plan.rewrite.new, parameters, edit, plan.method, request.objective
+    )
     admit("this edit", wanted.bytes(model), model.device, "use a shorter prompt or fewer contexts", "prompt")
     return wanted
 
@@ -346,11 +353,14 @@ def report(
         }
 
     def scores(measured: Measured) -> dict[str, float | None]:
+        if plan.request.objective != "write":
+            return _shares(plan, measured)
         log_p = [(a.new, a.true) for a in measured.answers]
         return {"ES": share_new(log_p[:1]), "PS": share_new(log_p[1:cut]), "NS": share_kept(log_p[cut:])}
 
     return {
         "target_true": plan.rewrite.true,
+        "objective": plan.request.objective,
         "rewrite": both(0) | {"said": before.says, "says": after.says},
         "paraphrase": [both(i) for i in range(1, cut)],
         "neighborhood": [both(i) for i in range(cut, len(plan.questions))],
@@ -375,11 +385,35 @@ def report(
     }
 
 
+def _shares(plan: Plan, measured: Measured) -> dict[str, float | None]:
+    """Of an erasure or an amplification: the shares of its prompts that do what it is for, and of the neighbours that are right."""
+    asked = list(zip(plan.questions, measured.answers, strict=True))
+    cut = 1 + len(plan.paraphrase)
+
+    def share(does: Callable[[Question, Answer], bool], some: slice) -> float | None:
+        found = [does(*one) for one in asked[some]]
+        return sum(found) / len(found) if found else None
+
+    return {
+        "ES": share(holds, slice(0, 1)),
+        "PS": share(holds, slice(1, cut)),
+        "NS": share(keeps, slice(cut, None)),
+    }
+
+
 def name_of(site: Site) -> str:
     """What a report calls an edited weight: its layer alone where it is the MLP's."""
     return str(site.layer) if site.part == "mlp" else f"{site.layer}.{site.part}"
 
 
+_OTHERWISE = {
+    "erase": {
+        "efficacy": "the edit did not take: the true object is still said, or too little of its probability is gone"
+    },
+    "amplify": {
+        "efficacy": "the edit did not take: the true object is not said, or its probability rose too little"
+    },
+}
 _REASONS = {
     "efficacy": "the edit did not take: the new object is not more probable than the old one",
     "probability": "the new object is less probable than asked for",
@@ -393,8 +427,9 @@ _REASONS = {
 
 def _reason(trial: Trial) -> str | None:
     """Why an edit was rejected, in words; None when it passed."""
+    reasons = _REASONS | _OTHERWISE.get(trial.objective, {})
     failed = [
-        f"{_REASONS[c.name]} ({c.figure:.3g}, limit {c.limit:.3g})" for c in trial.checks if not c.passed
+        f"{reasons[c.name]} ({c.figure:.3g}, limit {c.limit:.3g})" for c in trial.checks if not c.passed
     ]
     return "; ".join(failed) or None
 
@@ -405,6 +440,7 @@ def provenance(replica: Replica, toolkit: Toolkit, plan: Plan, trial: Trial) -> 
     keyed = layers if isinstance(plan.parameters, RomeParameters) else ()
     return {
         "method": plan.method,
+        "objective": plan.request.objective,
         "hparams": plan.parameters.model_dump(mode="json"),
         "strength": trial.strength,
         "resolved_true": plan.rewrite.true,

@@ -71,6 +71,13 @@ class Guard(Asked):
     max_norm: float = Field(
         5.0, gt=0, description="greatest norm of what the edit changes in a layer, in norms of the weight"
     )
+    min_effect: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="least share of what was possible that an erasure takes from the true object's probability, or an "
+        "amplification adds to it",
+    )
     max_broken: int = Field(0, ge=0, description="how many active edits that held before may cease to hold")
 
 
@@ -78,13 +85,26 @@ class Guard(Asked):
 MethodName = Literal["rome", "r-rome", "memit", "emmet", "alphaedit", "ft", "ft-l", "ft-attn"]
 
 
+#: what an edit is for: to write a new object, to make the true one improbable, or more probable (Hase et al. 2023)
+Objective = Literal["write", "erase", "amplify"]
+
+
 class EditRequest(Asked):
-    """Make the model say a new object for a subject and a prompt."""
+    """Make the model say a new object for a subject and a prompt; or make it say the true one less, or more."""
 
     subject: Name = Field(examples=["Eiffel Tower"])
     prompt: Text = Field(examples=["The {} is located in the city of"])
-    target_new: Name = Field(examples=["Rome"])
-    target_true: Name | None = Field(None, examples=["Paris"])
+    target_new: Name | None = Field(
+        None,
+        description="the object to write; left out where the true one is erased or amplified",
+        examples=["Rome"],
+    )
+    target_true: Name | None = Field(
+        None, description="what is said now; what the base model answers when left out", examples=["Paris"]
+    )
+    objective: Objective = Field(
+        "write", description="to write a new object, to erase the true one or to amplify it"
+    )
     method: MethodName | None = Field(
         None,
         description='how to edit; "rome" for one edit, and for several what the recipe says, when left out',
@@ -98,13 +118,25 @@ class EditRequest(Asked):
         """The prompt with the subject in it."""
         return fill(self.prompt, self.subject).text
 
+    @property
+    def told(self) -> str | None:
+        """The object whose probability the edit changes, as far as the request names it."""
+        return self.target_new if self.objective == "write" else self.target_true
+
+    def check(self) -> None:
+        """That the objects are those of the objective."""
+        if self.objective == "write" and self.target_new is None:
+            raise InvalidInput("to write, name the new object as `target_new`.", "target_new")
+        same = self.objective == "amplify" and self.target_new == self.target_true
+        if self.objective != "write" and self.target_new is not None and not same:
+            raise InvalidInput(
+                f"to {self.objective} a fact is about its true object: name it as `target_true` and leave `target_new` out.",
+                "target_new",
+            )
+
 
 class ManyEdits(Asked):
     edits: list[EditRequest] = Field(min_length=1, max_length=1000)
-
-
-#: what an edit is for: to write a new object, to make the true one improbable, or more probable (Hase et al. 2023)
-Objective = Literal["write", "erase", "amplify"]
 
 
 class EvaluationPlan(Asked):

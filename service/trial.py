@@ -6,8 +6,9 @@ that cease to hold are the version's, and every one of them answers for those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -15,10 +16,11 @@ from service.editors.composition import Association, Change, Piece, compose, nor
 from service.editors.recipes import Parameters
 from service.editors.rome import Found
 from service.errors import InvalidInput
+from service.evaluation.shares import erasure_share, rewrite_share
 from service.models.loading import LoadedModel, Site
-from service.models.scoring import log_prob_steps, perplexity_steps
+from service.models.scoring import perplexity_steps, score_steps
 from service.progress import Progress, Steps
-from service.requests import EditRequest, Sampling
+from service.requests import EditRequest, Objective, Sampling
 from service.serving.generation import Batch, Row, row
 from service.serving.replica import Replica
 from service.text import fact_key, fill
@@ -30,11 +32,12 @@ SAID = 8  # tokens of what the model says, shown to people
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with the new object and the true one."""
+    """A prompt with the new object and the true one. To erase or amplify, the new object is the true one of the edit."""
 
     prompt: str
     new: str
     true: str
+    objective: Objective = "write"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Answer:
     true: float
     says_new: bool
     says_true: bool
+    tokens: int = 1  #: of the new object
 
     @property
     def prefers_new(self) -> bool:
@@ -54,10 +58,28 @@ class Answer:
         """exp of the mean log-probability over the object's tokens (methods E.1)."""
         return {"new": _exp(self.new), "true": _exp(self.true)}
 
+    @property
+    def joint(self) -> float:
+        """Probability of the whole new object."""
+        return _exp(self.new * self.tokens)
+
 
 def holds(question: Question, answer: Answer) -> bool:
-    """Whether the new object is the more probable one, or is said where it is the true one as well."""
+    """Whether the new object is the more probable one, or is said where it is the true one as well; an erased one is not said."""
+    if question.objective == "erase":
+        return not answer.says_true
     return answer.prefers_new or (question.new.strip() == question.true.strip() and answer.says_new)
+
+
+def keeps(question: Question, answer: Answer) -> bool:
+    """Whether a neighbour has its answer: not the new object; where none is written, it is said."""
+    return not answer.prefers_new if question.objective == "write" else answer.says_true
+
+
+def effect(objective: Objective, before: Answer, after: Answer) -> float:
+    """How much of what was possible an erasure or an amplification did (Hase et al. 2023; methods F.2)."""
+    share = erasure_share if objective == "erase" else rewrite_share
+    return share(before.joint, after.joint)
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,9 @@ class Measured:
     says: str
     perplexity: float
     holding: set[str]
+    bare: Answer | None = (
+        None  #: to the plan's own question, where it differs when what the edit supersedes is left out
+    )
 
 
 @dataclass(frozen=True)
@@ -132,6 +157,7 @@ class Trial:
     checks: list[Check]
     norm_ratio: dict[Site, float]
     broken: list[str]
+    objective: Objective = "write"
 
     @property
     def passed(self) -> bool:
@@ -144,7 +170,7 @@ class Trial:
     @property
     def spoken(self) -> bool:
         """Whether the model says the new object, and nothing speaks against it: no other strength is wanted."""
-        return self.passed and self.after.answers[0].says_new
+        return self.passed and (self.after.answers[0].says_new or self.objective == "erase")
 
 
 def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], version: int) -> Steps[Stand]:
@@ -160,20 +186,25 @@ def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], ver
     }
     everything = replica.active(version)
     active = {edit: everything[edit] for edit in kept}
-    watched = {
-        edit: Question(
-            fill(str(kept[edit]["prompt"]), str(kept[edit]["subject"])).text,
-            str(kept[edit]["target_new"]),
-            str(kept[edit].get("resolved_true") or kept[edit].get("target_true") or "?"),
-        )
-        for edit in _nearest(active, drafts)
-    }
+    watched = {edit: question_of(kept[edit]) for edit in _nearest(active, drafts)}
     plans = [d.plan for d in drafts]
     weights = replica.weights(version)
     before = yield from replica.standing(weights, measure_steps(replica, toolkit, plans, watched, version))
     others = [a for group in active.values() for a in group]
+    if len(active) < len(everything) and any(p.request.objective != "write" for p in plans):
+        asked = answers_steps(replica.base, [p.rewrite for p in plans])
+        bare = yield from replica.standing(replica.composed(others), asked)
+        before = [replace(m, bare=answer) for m, answer in zip(before, bare, strict=True)]
     yield Progress("stand", 1, 1)
     return Stand(version, others, compose(others), watched, before)
+
+
+def question_of(body: Mapping[str, Any]) -> Question:
+    """What an entry of the ledger says that the model is to say."""
+    true = str(body.get("resolved_true") or body.get("target_true") or "?")
+    prompt = fill(str(body["prompt"]), str(body["subject"])).text
+    objective: Objective = body.get("objective", "write")
+    return Question(prompt, str(body["target_new"]) if objective == "write" else true, true, objective)
 
 
 def _nearest(active: dict[str, list[Piece]], drafts: Sequence[Draft]) -> list[str]:
@@ -226,11 +257,7 @@ def measure_steps(
     A `version` that has landed has its perplexity measured once.
     """
     questions = [q for plan in plans for q in plan.questions]
-    pairs = [(q.prompt, target) for q in (*questions, *watched.values()) for target in (q.new, q.true)]
-    scores = yield from log_prob_steps(replica.base, pairs)
-    answers = iter(
-        Answer(new[0], true[0], new[1], true[1]) for new, true in zip(scores[::2], scores[1::2], strict=True)
-    )
+    answers = iter((yield from answers_steps(replica.base, [*questions, *watched.values()])))
     own = [[next(answers) for _ in plan.questions] for plan in plans]
     holding = {edit for edit, question in watched.items() if holds(question, next(answers))}
     says = yield from answer_steps(replica.base, [plan.rewrite.prompt for plan in plans])
@@ -240,6 +267,17 @@ def measure_steps(
     if version is not None:
         toolkit.remember(version, perplexity)
     return [Measured(a, s, perplexity, holding) for a, s in zip(own, says, strict=True)]
+
+
+def answers_steps(model: LoadedModel, questions: Sequence[Question]) -> Steps[list[Answer]]:
+    """How the model, as it stands, answers some questions."""
+    scores = yield from score_steps(
+        model, [(q.prompt, target) for q in questions for target in (q.new, q.true)]
+    )
+    return [
+        Answer(new.log_p, true.log_p, new.says, true.says, new.tokens)
+        for new, true in zip(scores[::2], scores[1::2], strict=True)
+    ]
 
 
 def answer_steps(model: LoadedModel, prompts: Sequence[str], length: int = SAID) -> Steps[list[str]]:
@@ -274,19 +312,17 @@ def _norms(replica: Replica, stand: Stand, mine: Sequence[Piece]) -> dict[Site, 
 
 def judge(plan: Plan, before: Measured, after: Measured, strength: float, norms: dict[Site, float]) -> Trial:
     """Hold a trial against the guard's limits."""
-    guard = plan.request.guard
-    rewrite = after.answers[0]
+    guard, objective = plan.request.guard, plan.request.objective
+    checks = [_efficacy(plan, before.bare or before.answers[0], after.answers[0])]
+    if objective != "erase":
+        checks.append(_at_least("probability", _exp(after.answers[0].new), guard.min_probability))
     cut = 1 + len(plan.paraphrase)
-    checks = [
-        Check("efficacy", holds(plan.rewrite, rewrite), _exp(rewrite.new), _exp(rewrite.true)),
-        _at_least("probability", _exp(rewrite.new), guard.min_probability),
-    ]
+    asked = list(zip(plan.questions, before.answers, after.answers, strict=True))
     if plan.paraphrase:
-        share = sum(a.prefers_new for a in after.answers[1:cut]) / len(plan.paraphrase)
+        share = sum(holds(q, now) for q, _, now in asked[1:cut]) / len(plan.paraphrase)
         checks.append(_at_least("paraphrase", share, guard.min_paraphrase))
-    known = [i for i in range(cut, len(after.answers)) if not before.answers[i].prefers_new]
-    if known:
-        share = sum(not after.answers[i].prefers_new for i in known) / len(known)
+    if known := [(q, now) for q, was, now in asked[cut:] if keeps(q, was)]:
+        share = sum(keeps(q, now) for q, now in known) / len(known)
         checks.append(_at_least("neighborhood", share, guard.min_neighborhood))
     broken = sorted(before.holding - after.holding)
     checks += [
@@ -294,7 +330,16 @@ def judge(plan: Plan, before: Measured, after: Measured, strength: float, norms:
         _at_most("norm", max(norms.values()), guard.max_norm),
         _at_most("broken", len(broken), guard.max_broken),
     ]
-    return Trial(strength, before, after, checks, norms, broken)
+    return Trial(strength, before, after, checks, norms, broken, objective)
+
+
+def _efficacy(plan: Plan, was: Answer, now: Answer) -> Check:
+    """Whether an edit does what it is for. Its figure: p(new), to be above p(true); else the share of what was possible."""
+    done, objective = holds(plan.rewrite, now), plan.request.objective
+    if objective == "write":
+        return Check("efficacy", done, _exp(now.new), _exp(now.true))
+    share, least = effect(objective, was, now), plan.request.guard.min_effect
+    return Check("efficacy", done and share >= least, share, least)
 
 
 def _at_least(name: str, figure: float, limit: float) -> Check:

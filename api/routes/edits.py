@@ -28,7 +28,7 @@ from api.door import Door
 from api.errors import problems
 from api.events import EventStream
 from api.waiting import Wait, all_until_ended, ended, until_ended
-from service.requests import EditRequest, ManyEdits
+from service.requests import EditRequest, ManyEdits, Objective
 
 router = APIRouter(tags=["edits"], route_class=Door, dependencies=[bearer])
 
@@ -43,8 +43,9 @@ class Edit(Course):
     status: EditStatus
     subject: str
     prompt: str
-    target_new: str
+    target_new: str | None = Field(None, description="null where the true object is erased or amplified")
     target_true: str | None = None
+    objective: Objective = "write"
     method: str
     hparams: dict[str, Any] | None = Field(None, description="as they were asked for")
     dry_run: bool = False
@@ -76,6 +77,10 @@ _TOWER = {
 }
 _EXAMPLES: dict[str, Any] = {
     "one": {"summary": "One fact", "value": _TOWER},
+    "erase": {
+        "summary": "Make the true object improbable",
+        "value": {k: v for k, v in _TOWER.items() if k != "target_new"} | {"objective": "erase"},
+    },
     "measured": {
         "summary": "With probes, thrown away after measuring",
         "value": _TOWER

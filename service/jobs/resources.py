@@ -73,6 +73,7 @@ def _edit(job: Job, related: list[str], newer: str | None) -> Resource:
         **_common(job),
         "result": plain(job.result),
         **{name: asked.get(name) for name in names},
+        "objective": asked.get("objective", "write"),
         "dry_run": job.dry_run,
         "version": job.version,
         "reverted_version": job.reverted_version,

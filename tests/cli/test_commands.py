@@ -9,7 +9,8 @@ import httpx
 import pytest
 from fake_service import Fake, events
 
-from cli.main import main
+from cli.edits import object_of, request_of
+from cli.main import build, main
 from service.errors import PalimpsestError
 
 Captured = pytest.CaptureFixture[str]
@@ -309,3 +310,12 @@ def test_every_error_of_the_house_ends_in_a_sentence(
     monkeypatch.setattr("cli.edits.revert", fail)
     assert main(["revert", "x", "--url", "http://127.0.0.1:1"]) == 1
     assert capsys.readouterr().err == "palimpsest: Change this.\n"
+
+
+@pytest.mark.parametrize("objective", ["erase", "amplify"])
+def test_an_object_is_erased_or_amplified_without_a_new_one(objective: str) -> None:
+    """--erase and --amplify need no target, and the body says what the edit is for."""
+    args = build().parse_args(["edit", "Tower", "{} in", f"--{objective}", "--true", "Paris"])
+    body = {"subject": "Tower", "prompt": "{} in", "target_true": "Paris"}
+    assert request_of(args) == body | {"objective": objective, "dry_run": False}
+    assert object_of(body | {"objective": objective, "target_new": None}) == f"{objective} Paris"

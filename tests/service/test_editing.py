@@ -24,6 +24,7 @@ from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, U
 from service.jobs.desk import Desk, RunningJob
 from service.jobs.memory import MemoryBroker
 from service.models.loading import Site
+from service.models.prompts import prompt_and_target
 from service.models.scoring import log_probs
 from service.operations import Operations
 from service.progress import Ended, Progress, Steps, Told, Working, finish
@@ -99,7 +100,7 @@ class Workshop:
         self.base = {x: self.model.weight(x).data.clone() for x in range(3)}
 
     def ask(
-        self, subject: str = "Eiffel Tower", new: str = "is", true: str | None = "the", **more: Any
+        self, subject: str = "Eiffel Tower", new: str | None = "is", true: str | None = "the", **more: Any
     ) -> str:
         request = {
             "subject": subject,
@@ -443,6 +444,99 @@ def test_which_strength_is_chosen(
     best = finish(strengthened_steps(shop.replica, shop.toolkit, draft, stand))
     assert (best.strength, best.passed) == (strength, passed)
     assert next(left, None) is None
+
+
+# erasing and amplifying
+
+
+def test_an_erased_object_is_no_longer_said(shop: Workshop) -> None:
+    """An erasure lands when the true object is not said any more and at least half of its probability is gone."""
+    true = "the"
+    edit = shop.edit(new=None, true=true, objective="erase")
+    assert (edit["status"], edit["target_new"], edit["objective"]) == ("applied", None, "erase")
+    result = edit["result"]
+    before, after = (result["rewrite"][when]["true"] for when in ("before", "after"))
+    assert after < before
+    check = result["guard"]["checks"][0]
+    tokens = len(prompt_and_target(shop.model, fill(PROMPT, "Eiffel Tower").text, true)[1])
+    gone = 1 - (after / before) ** tokens
+    assert check["name"] == "efficacy" and check["figure"] == pytest.approx(gone, rel=1e-4)
+    assert result["scores"]["after"]["ES"] == 1.0
+    assert shop.entry(1)["objective"] == "erase" and shop.entry(1)["resolved_true"] == true
+
+
+def test_an_erasure_that_leaves_too_much_is_rejected(shop: Workshop) -> None:
+    """Below the least share that must be gone the guard says so, and nothing lands."""
+    edit = shop.edit(new=None, true="the", objective="erase", hparams={"steps": 1})
+    assert edit["status"] == "rejected"
+    assert "too little of its probability is gone" in edit["result"]["reason"]
+    assert shop.do.head() == 0
+
+
+def test_to_amplify_is_to_write_the_true_object(shop: Workshop) -> None:
+    """An amplification's factors are, bit for bit, those of writing the true object; its figure is the share of the gain."""
+    written = shop.edit(new="is", true="is", guard=OFF)
+    amplified = shop.edit(new=None, true="is", objective="amplify", guard=OFF)
+    factors = [unpack(shop.do.delta(e["id"]), "e", "s") for e in (written, amplified)]
+    strengths = [e["result"]["strength"] for e in (written, amplified)]
+    assert strengths[0] == strengths[1]
+    assert torch.equal(factors[0][0].value, factors[1][0].value)  # type: ignore[union-attr]
+    assert amplified["result"]["guard"]["checks"][0]["limit"] == 0.5
+
+
+def test_erasing_and_writing_supersede_each_other(shop: Workshop) -> None:
+    """One fact, one edit: the later of a write and an erasure stands, and what an erasure takes away is measured without the
+    write that it supersedes."""
+    true = "the"
+    alone = shop.edit(new=None, true=true, objective="erase", dry_run=True)["result"]["guard"]["checks"][0]
+    written = shop.edit(true=true)
+    erased = shop.edit(new=None, true=true, objective="erase")
+    assert shop.do.edit(written["id"])["status"] == "superseded"
+    assert erased["result"]["guard"]["checks"][0]["figure"] == pytest.approx(alone["figure"], rel=1e-4)
+    again = shop.edit(true=true)
+    assert shop.do.edit(erased["id"])["superseded_by"] == again["id"]
+    shop.revert(again)
+    assert shop.do.edit(erased["id"])["status"] == "applied"
+    assert shop.do.verify()["ok"]
+
+
+def test_an_erased_edit_is_watched_for_its_silence() -> None:
+    """An erasure holds while its object is not said; an amplification while it is; neighbours then keep what they say."""
+    silent, saying = Answer(-1.0, -1.0, False, False), Answer(-1.0, -1.0, True, True)
+    erased, louder = Question("p", "is", "is", "erase"), Question("p", "is", "is", "amplify")
+    assert holds(erased, silent) and not holds(erased, saying)
+    assert holds(louder, saying) and not holds(louder, silent)
+    assert trial.keeps(erased, saying) and not trial.keeps(erased, silent)
+
+
+def test_an_erasure_without_a_true_object_takes_what_the_base_model_says(shop: Workshop) -> None:
+    """The worker finds the object, the ledger names it, and the entry replayed gives the same factors."""
+    edit = shop.edit(new=None, true=None, objective="erase", guard=OFF)
+    body = shop.entry(1)
+    assert body["target_true"] is None and body["resolved_true"]
+    parameters = RomeParameters.model_validate(body["hparams"])
+    contexts = finish(shop.toolkit.contexts_steps(parameters.contexts, parameters.seed))
+    asked = fill(body["prompt"], body["subject"]), body["resolved_true"], parameters
+    steps = find_steps(shop.model, shop.toolkit.statistics, contexts, *asked, objective=body["objective"])
+    pieces = [a.scaled(body["strength"]) for a in finish(steps).pieces]
+    assert pack(pieces) == shop.do.delta(edit["id"])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"objective": "write", "target_new": None},
+        {"objective": "erase", "target_new": "is", "target_true": "the"},
+        {"objective": "erase", "target_new": "is", "target_true": "is"},
+        {"objective": "amplify", "target_new": "is"},
+    ],
+)
+def test_objects_are_those_of_the_objective(shop: Workshop, asked: dict[str, Any]) -> None:
+    """What is written is named, and what is erased or amplified is the true object; the field at fault is named."""
+    request = EditRequest.model_validate({"subject": "Eiffel Tower", "prompt": PROMPT} | asked)
+    with pytest.raises(InvalidInput) as error:
+        shop.do.submit_edits([request], "somebody")
+    assert error.value.field == "target_new"
 
 
 # what happens meanwhile

@@ -27,7 +27,7 @@ def test_an_edit_needs_three_things() -> None:
         {"subject": " "},
         {"target_new": ""},
         {"prompt": "a\x00{}"},
-        {"method": "memit"},
+        {"method": "mend"},
         {"colour": "red"},
         {"probes": {"neighborhood": [{"prompt": "Rome"}]}},
         {"guard": {"max_perplexity": 0.5}},
