@@ -8,7 +8,16 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import InvalidInput
-from service.requests import CompareRequest, EditRequest, GenerateRequest, Guard, ManyEdits, TraceRequest
+from service.requests import (
+    CompareRequest,
+    EditRequest,
+    EvaluationPlan,
+    EvaluationRequest,
+    GenerateRequest,
+    Guard,
+    ManyEdits,
+    TraceRequest,
+)
 
 EDIT = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
 
@@ -54,6 +63,12 @@ def test_a_trace_finds_its_subject_with_a_slot_or_without() -> None:
     plain = TraceRequest(prompt="The Eiffel Tower is in", subject="Eiffel Tower").located()
     assert plain == TraceRequest(prompt="The {} is in", subject="Eiffel Tower").located()
     assert plain == ("The Eiffel Tower is in", (4, 16))
+
+
+def test_a_request_holds_its_plan() -> None:
+    """The plan of an evaluation is what was asked without the records, and defaults where nothing was asked."""
+    asked = EvaluationRequest(records=[EDIT], method="memit", limit=1)
+    assert asked.plan() == EvaluationPlan(method="memit")
 
 
 def test_a_generation_has_one_prompt_or_several() -> None:
