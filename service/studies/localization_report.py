@@ -19,6 +19,7 @@ from service.studies.findings import EFFECTS, MEASURES
 from service.studies.problems import PROBLEMS
 from service.studies.regression import MODELS
 from service.studies.trace_report import ends
+from service.tracing.heatmap import Box
 
 Study = dict[str, Any]
 
@@ -116,9 +117,7 @@ def _curves(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _entitle(
-    sheet: Sheet, box: tuple[float, float, float, float], text: str, legend_of: Axes | bool, columns: int
-) -> None:
+def _entitle(sheet: Sheet, box: Box, text: str, legend_of: Axes | bool, columns: int) -> None:
     """What a panel shows, and above the first of its sort what its colours mean."""
     left, top, wide, tall = box
     middle = left + wide / 2
@@ -132,32 +131,13 @@ def _entitle(
 
 
 def _explained(study: Study) -> Sheet:
-    """R2 of the layer, of the tracing effect, and of both, for every kind of edit; what the trace adds stands above."""
-    kinds = [(s["method"], s["objective"]) for s in study["studies"]]
-    left, top, tall, gap = 0.62, 1.6, 2.2, 0.5
-    wide = max(3.4, 1.15 * len(kinds))
-    sheet = Sheet(left + len(EFFECTS) * (wide + gap) + 0.1, top + tall + 0.8)
+    """R2 of the layer, of the tracing effect, and of both, for every kind of edit; a panel for each reading of the effect."""
+    left, top, tall, foot = 0.62, 1.6, 1.9, 1.15
+    wide = max(5.8, 1.1 * len(study["studies"]))
+    sheet = Sheet(left + wide + 0.3, top + len(EFFECTS) * (tall + foot) - 0.35)
     _head(sheet, study)
     for i, effect in enumerate(EFFECTS):
-        at = left + i * (wide + gap)
-        axes = sheet.axes(at, top, wide, tall)
-        for place, (method, objective) in enumerate(kinds):
-            found = _scores(study, method, objective)["rewrite"]["regression"][effect]
-            x = at + wide * (place + 0.5) / len(kinds)
-            sheet.write(x, top + tall + 0.2, method, ha="center", va="center", fontsize=8.5)
-            sheet.write(x, top + tall + 0.38, objective, ha="center", va="center", fontsize=8.5, color=SOFT)
-            if found:
-                _triple(axes, place, found)
-                gain = found["gain"]
-                words = f"+{gain['value']:.3f}, p {_p(gain['p'])}"
-                sheet.write(x, top - 0.02, words, ha="center", va="center", fontsize=7.5, color=SOFT)
-        axes.set_xlim(-0.5, len(kinds) - 0.5)
-        axes.set_ylim(0, 1.05)
-        axes.set_xticks([])
-        axes.grid(axis="y", color=RULE, linewidth=0.5)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        sheet.write(at, top - 0.28, f"R² of the rewrite score; effect: {effect}", va="center", fontsize=9.5)
+        axes = _panel(sheet, study, effect, (left, top + i * (tall + foot), wide, tall))
         if i == 0:
             axes.legend(
                 handles=[Patch(color=colour, alpha=0.85, label=label) for colour, label in BARS.values()],
@@ -165,6 +145,30 @@ def _explained(study: Study) -> Sheet:
                 loc="lower left", bbox_to_anchor=(0.0, 1 + 0.42 / tall),
             )  # fmt: skip
     return sheet
+
+
+def _panel(sheet: Sheet, study: Study, effect: str, box: Box) -> Axes:
+    """Three bars for every kind of edit; what the trace adds stands above them."""
+    left, top, wide, tall = box
+    axes = sheet.axes(*box)
+    for place, kind in enumerate(study["studies"]):
+        found = kind["scores"]["rewrite"]["regression"][effect]
+        x = left + wide * (place + 0.5) / len(study["studies"])
+        sheet.write(x, top + tall + 0.2, kind["method"], ha="center", va="center", fontsize=8.5)
+        style = {"ha": "center", "va": "center", "color": SOFT}
+        sheet.write(x, top + tall + 0.38, kind["objective"], fontsize=8.5, **style)
+        if found:
+            _triple(axes, place, found)
+            gain = found["gain"]
+            sheet.write(x, top - 0.02, f"+{gain['value']:.3f}, p {_p(gain['p'])}", fontsize=7.5, **style)
+    axes.set_xlim(-0.5, len(study["studies"]) - 0.5)
+    axes.set_ylim(0, 1.05)
+    axes.set_xticks([])
+    axes.grid(axis="y", color=RULE, linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    sheet.write(left, top - 0.28, f"R² of the rewrite score; effect: {effect}", va="center", fontsize=9.5)
+    return axes
 
 
 def _triple(axes: Axes, place: int, found: Mapping[str, Any]) -> None:
@@ -198,8 +202,8 @@ def _conditions(study: Study) -> str:
     )
 
 
-def _p(p: float | None) -> str:
-    return "–" if p is None else "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0")
+def _p(p: float) -> str:
+    return f"{p:.3f}".lstrip("0")
 
 
 def sentences(study: Study) -> list[str]:
