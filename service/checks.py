@@ -22,7 +22,6 @@ def check_edit(request: EditRequest, model: Model, tokenizer: Tokenizer) -> None
     """All that can be known of an edit without computing it."""
     positions = model.info["positions"]
     statement = fill(request.prompt, request.subject)
-    request.check()
     for name in ("target_new", "target_true"):
         if (target := getattr(request, name)) is not None:
             _check_target(tokenizer, statement.text, target, positions, name)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from service.errors import InvalidInput
 from service.text import check_text, fill, find
@@ -94,16 +95,17 @@ class EditRequest(Asked):
 
     subject: Name = Field(examples=["Eiffel Tower"])
     prompt: Text = Field(examples=["The {} is located in the city of"])
-    target_new: Name | None = Field(
-        None,
-        description="the object to write; left out where the true one is erased or amplified",
-        examples=["Rome"],
+    objective: Objective = Field(
+        "write", description="to write a new object, to erase the true one or to amplify it"
     )
     target_true: Name | None = Field(
         None, description="what is said now; what the base model answers when left out", examples=["Paris"]
     )
-    objective: Objective = Field(
-        "write", description="to write a new object, to erase the true one or to amplify it"
+    target_new: Name | None = Field(
+        None,
+        validate_default=True,
+        description="the object to write; left out where the true one is erased or amplified",
+        examples=["Rome"],
     )
     method: MethodName | None = Field(
         None,
@@ -123,16 +125,19 @@ class EditRequest(Asked):
         """The object whose probability the edit changes, as far as the request names it."""
         return self.target_new if self.objective == "write" else self.target_true
 
-    def check(self) -> None:
-        """That the objects are those of the objective."""
-        if self.objective == "write" and self.target_new is None:
-            raise InvalidInput("to write, name the new object as `target_new`.", "target_new")
-        same = self.objective == "amplify" and self.target_new == self.target_true
-        if self.objective != "write" and self.target_new is not None and not same:
-            raise InvalidInput(
-                f"to {self.objective} a fact is about its true object: name it as `target_true` and leave `target_new` out.",
-                "target_new",
+    @field_validator("target_new")
+    @classmethod
+    def _is_of_the_objective(cls, new: str | None, before: ValidationInfo) -> str | None:
+        """To write, there is a new object; to erase or amplify, it is the true one that the edit is about."""
+        objective = before.data.get("objective")
+        if objective == "write" and new is None:
+            raise PydanticCustomError("missing", "Field required")
+        same = objective == "amplify" and new == before.data.get("target_true")
+        if objective in ("erase", "amplify") and new is not None and not same:
+            raise ValueError(
+                f"to {objective} a fact, name the object as target_true and leave target_new out"
             )
+        return new
 
 
 class ManyEdits(Asked):

@@ -522,23 +522,6 @@ def test_an_erasure_without_a_true_object_takes_what_the_base_model_says(shop: W
     assert pack(pieces) == shop.do.delta(edit["id"])
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"objective": "write", "target_new": None},
-        {"objective": "erase", "target_new": "is", "target_true": "the"},
-        {"objective": "erase", "target_new": "is", "target_true": "is"},
-        {"objective": "amplify", "target_new": "is"},
-    ],
-)
-def test_objects_are_those_of_the_objective(shop: Workshop, asked: dict[str, Any]) -> None:
-    """What is written is named, and what is erased or amplified is the true object; the field at fault is named."""
-    request = EditRequest.model_validate({"subject": "Eiffel Tower", "prompt": PROMPT} | asked)
-    with pytest.raises(InvalidInput) as error:
-        shop.do.submit_edits([request], "somebody")
-    assert error.value.field == "target_new"
-
-
 # what happens meanwhile
 
 

@@ -52,6 +52,30 @@ def test_what_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
         EditRequest.model_validate(EDIT | change)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"objective": "write", "target_new": None},
+        {"objective": "erase", "target_new": "Rome", "target_true": "Paris"},
+        {"objective": "erase", "target_new": "Paris", "target_true": "Paris"},
+        {"objective": "amplify", "target_new": "Rome"},
+    ],
+)
+def test_objects_are_those_of_the_objective(asked: dict[str, Any]) -> None:
+    """What is written is named, and what is erased or amplified is the true object; the field at fault is named."""
+    with pytest.raises(ValidationError) as error:
+        EditRequest.model_validate(EDIT | asked)
+    assert [e["loc"] for e in error.value.errors()] == [("target_new",)]
+
+
+def test_the_true_object_of_an_erasure_may_be_found_later() -> None:
+    """An erasure or an amplification needs no object; an amplification may name the true one twice."""
+    for asked in ({"objective": "erase"}, {"objective": "amplify"}):
+        assert EditRequest.model_validate(EDIT | asked | {"target_new": None}).told is None
+    twice = {"objective": "amplify", "target_new": "Paris", "target_true": "Paris"}
+    assert EditRequest.model_validate(EDIT | twice).told == "Paris"
+
+
 def test_many_edits_are_at_least_one() -> None:
     """An empty list of edits is refused."""
     with pytest.raises(ValidationError):
