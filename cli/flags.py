@@ -75,3 +75,10 @@ def read_settings(args: argparse.Namespace, settings: type[S]) -> S:
         ) from None
     except (SettingsError, OSError) as error:  # the folder of secrets
         raise Misconfigured(f"the settings cannot be read: {error}") from None
+
+
+def natural(text: str) -> int:
+    """A whole number from 1 on, as the value of a flag."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)

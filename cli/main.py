@@ -15,7 +15,7 @@ from typing import get_args
 
 from cli import edits, jobs, speech, tracing
 from cli.client import Client, ClientSettings
-from cli.flags import add_settings, read_settings
+from cli.flags import add_settings, natural, read_settings
 from cli.screen import err, plain
 from service.errors import Misconfigured, PalimpsestError
 from service.requests import MethodName
@@ -151,7 +151,7 @@ def _studies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     study = commands.add_parser("study", help=words, description=words, allow_abbrev=False)
     verbs = study.add_subparsers(title="studies", metavar="STUDY", dest="verb", required=True)
     trace = verbs.add_parser("trace", help="where facts are carried, by token and layer", allow_abbrev=False)
-    trace.add_argument("--window", type=int, help="layers put back at once for mlp and attn (default: a fifth, at most 10)")  # fmt: skip
+    trace.add_argument("--window", type=natural, help="layers put back at once for mlp and attn (default: a fifth, at most 10)")  # fmt: skip
     trace.add_argument("--whole", action="store_true", help="leave out the severed paths")
     localization = verbs.add_parser(
         "localization", help="whether tracing says where to edit", allow_abbrev=False
@@ -167,8 +167,10 @@ def _studies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
             "source", metavar="FILE", help="records or known facts; `facts`: the table beside the model"
         )
         verb.add_argument("--out", metavar="FOLDER", required=True, help="for runs, figures and report")
-        verb.add_argument("--limit", type=int, help="facts that are asked (default: all)")
-        verb.add_argument("--samples", type=int, default=10, help="noise samples of a trace (default: 10)")
+        verb.add_argument("--limit", type=natural, help="facts that are asked (default: all)")
+        verb.add_argument(
+            "--samples", type=natural, default=10, help="noise samples of a trace (default: 10)"
+        )
         verb.add_argument("--noise", default="3sigma", help="a deviation, or a multiple of the subjects' (default: 3sigma)")  # fmt: skip
         verb.add_argument("--seed", type=int, default=0, help="of the order of the facts (default: 0)")
         add_settings(verb.add_argument_group("model"), Settings, "model", "device", "dtype", "threads")

@@ -14,6 +14,7 @@ import pytest
         "api.app",
         "cli.main",
         "cli.serve",
+        "cli.study",
         "service.bootstrap",
         "service.operations",
         "service.jobs.desk",

@@ -80,3 +80,12 @@ def test_layers_are_all_or_some() -> None:
     for wrong in ("3", "-1,2", "x", ""):
         with pytest.raises(InvalidInput, match="write all, or some from 0 to 2"):
             layers_of(wrong, 3)
+
+
+@pytest.mark.parametrize("flag", ["--limit", "--samples", "--window"])
+@pytest.mark.parametrize("value", ["0", "-3", "two"])
+def test_what_is_counted_is_at_least_one(flag: str, value: str, tmp_path: Path, capsys: Captured) -> None:
+    """No facts, no samples and no layers make no study."""
+    with pytest.raises(SystemExit):
+        main(["study", "trace", "facts", "--out", str(tmp_path), f"{flag}={value}"])
+    assert "is no number from 1 on" in capsys.readouterr().err
