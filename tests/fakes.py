@@ -11,7 +11,7 @@ import torch
 from service.errors import Disagrees, LeaseLost
 from service.jobs.broker import Broker, Event
 from service.jobs.desk import RunningJob
-from service.models.loading import LoadedModel
+from service.models.loading import LoadedModel, Site
 from service.progress import Progress
 from service.serving.replica import Replica, Weights
 
@@ -45,16 +45,15 @@ class ShuffledReplica(Replica):
     def __init__(self, model: LoadedModel, head: int = 2, layer: int = 1) -> None:
         self.book = NoLedger(head)
         super().__init__(model, self.book)
-        self.layer = layer
+        self.site = Site(layer)
 
     def _built(self, version: int) -> Weights:
         if version == 0:
             return {}
         if version not in self._weights:
-            order = torch.randperm(
-                len(self._original[self.layer]), generator=torch.Generator().manual_seed(version)
-            )
-            self._weights[version] = {self.layer: self._original[self.layer][order] * (1 + version)}
+            original = self._original[self.site]
+            order = torch.randperm(len(original), generator=torch.Generator().manual_seed(version))
+            self._weights[version] = {self.site: original[order] * (1 + version)}
         return self._weights[version]
 
 

@@ -593,7 +593,9 @@ def test_a_row_that_breaks_the_pass_fails_alone() -> None:
 def test_a_model_that_says_no_numbers_is_an_error() -> None:
     """Logits that are not numbers end the request with an error, never with text."""
     house = House()
-    house.replica._weights[2] = {1: torch.full_like(house.replica.base.weight(1).data, float("nan"))}
+    house.replica._weights[2] = {
+        house.replica.site: torch.full_like(house.replica.base.weight(1).data, float("nan"))
+    }
     broken = house.generate(prompts=PROMPTS, max_new_tokens=8, version=2)
     fine = house.generate(prompt=PROMPTS[0], max_new_tokens=8, version=1)
     house.turn()
