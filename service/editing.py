@@ -33,21 +33,18 @@ from service.jobs.desk import Desk, RunningJob
 from service.models.loading import Site
 from service.models.memory import admit
 from service.progress import Ended, News, Progress, Steps, Told, Working, persist
+from service.questions import Answer, Question, holds, keeps
 from service.requests import EditRequest
 from service.serving.replica import Replica
 from service.text import fill
 from service.toolkit import Toolkit
 from service.trial import (
-    Answer,
     Draft,
     Measured,
     Plan,
-    Question,
     Stand,
     Trial,
     answer_steps,
-    holds,
-    keeps,
     stand_steps,
     trial_steps,
 )
@@ -78,14 +75,14 @@ def edits_steps(replica: Replica, desk: Desk, jobs: Sequence[RunningJob], toolki
 def companies(jobs: Iterable[RunningJob]) -> list[list[RunningJob]]:
     """Which jobs are worked on together, in their order.
 
-    One edit of a fact at a time: the later supersedes the earlier. Alone is a dry run, which is not to be judged beside edits that
+    One edit of a subject at a time: the later may supersede the earlier, or be in conflict with it. Alone is a dry run, which is not to be judged beside edits that
     land, and whose worker died before: if it was this job's doing, it takes no others with it.
     """
     found: list[list[RunningJob]] = []
     closed = True
     for job in jobs:
         alone = job.dry_run or job.attempt > 1
-        if closed or alone or job.fact_key in {other.fact_key for other in found[-1]}:
+        if closed or alone or job.subject in {other.subject for other in found[-1]}:
             found.append([])
         found[-1].append(job)
         closed = alone
@@ -372,6 +369,17 @@ def report(
         "strength": trial.strength,
         "optimisation": {"steps": len(found.losses), "first": found.losses[0], "last": found.losses[-1]},
         "broken": trial.broken,
+        "conflicts": [
+            {
+                "edit": r.edit,
+                "prompt": r.prompt,
+                "target_new": r.object,
+                "probability": r.probability,
+                "cosine": r.cosine,
+            }
+            for r in trial.conflicts
+        ],
+        "supersedes": list(trial.supersedes),
         "together": list(together),
         "guard": {
             "passed": trial.passed,
@@ -421,6 +429,7 @@ _REASONS = {
     "neighborhood": "too many neighbourhood prompts lost their answer",
     "perplexity": "plain text became too improbable",
     "norm": "the change of the weight is too large",
+    "conflict": "an active edit says the same relation in other words",
     "broken": "other active edits would cease to hold",
 }
 
@@ -444,6 +453,7 @@ def provenance(replica: Replica, toolkit: Toolkit, plan: Plan, trial: Trial) -> 
         "hparams": plan.parameters.model_dump(mode="json"),
         "strength": trial.strength,
         "resolved_true": plan.rewrite.true,
+        "supersedes": list(trial.supersedes),
         "statistics": {str(x): toolkit.statistics[x].digest for x in keyed},
         "corpus": toolkit.corpus.digest,
         "dtype": str(model.weight(layers[0]).dtype).removeprefix("torch."),

@@ -79,6 +79,13 @@ class Guard(Asked):
         description="least share of what was possible that an erasure takes from the true object's probability, or an "
         "amplification adds to it",
     )
+    conflict: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="least probability that the new object has, with this edit alone, on an active edit's prompt about the same "
+        "subject, for the two to be called a conflict",
+    )
     max_broken: int = Field(0, ge=0, description="how many active edits that held before may cease to hold")
 
 
@@ -88,6 +95,9 @@ MethodName = Literal["rome", "r-rome", "memit", "emmet", "alphaedit", "ft", "ft-
 
 #: what an edit is for: to write a new object, to make the true one improbable, or more probable (Hase et al. 2023)
 Objective = Literal["write", "erase", "amplify"]
+
+#: what becomes of active edits that say the same relation in other words
+OnConflict = Literal["report", "supersede", "reject"]
 
 
 class EditRequest(Asked):
@@ -112,6 +122,11 @@ class EditRequest(Asked):
         description='how to edit; "rome" for one edit, and for several what the recipe says, when left out',
     )
     hparams: dict[str, Any] | None = Field(None, description="hyperparameters to change; see /models")
+    on_conflict: OnConflict = Field(
+        "report",
+        description="what becomes of active edits that say the same relation in other words: they stay, they are superseded, or "
+        "this edit is rejected",
+    )
     probes: Probes = Field(default_factory=Probes)
     guard: Guard = Field(default_factory=Guard)
     dry_run: bool = Field(False, description="measure the edit and throw it away")

@@ -12,74 +12,23 @@ from typing import Any
 
 import torch
 
+from service.conflicts import Rival, rivals_steps
 from service.editors.composition import Association, Change, Piece, compose, norm_ratio
 from service.editors.recipes import Parameters
 from service.editors.rome import Found
 from service.errors import InvalidInput
-from service.evaluation.shares import erasure_share, rewrite_share
 from service.models.loading import LoadedModel, Site
-from service.models.scoring import perplexity_steps, score_steps
+from service.models.scoring import perplexity_steps
 from service.progress import Progress, Steps
+from service.questions import Answer, Question, answers_steps, effect, exp, holds, keeps, question_of
 from service.requests import EditRequest, Objective, Sampling
 from service.serving.generation import Batch, Row, row
 from service.serving.replica import Replica
-from service.text import fact_key, fill
+from service.text import fact_key
 from service.toolkit import Toolkit
 
 WATCHED = 64  # active edits that an edit looks at for damage: those of its subject, then those whose keys are nearest
 SAID = 8  # tokens of what the model says, shown to people
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt with the new object and the true one. To erase or amplify, the new object is the true one of the edit."""
-
-    prompt: str
-    new: str
-    true: str
-    objective: Objective = "write"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Mean log-probability of both objects, and whether each is the greedy continuation."""
-
-    new: float
-    true: float
-    says_new: bool
-    says_true: bool
-    tokens: int = 1  #: of the new object
-
-    @property
-    def prefers_new(self) -> bool:
-        return self.new > self.true
-
-    def probabilities(self) -> dict[str, float]:
-        """exp of the mean log-probability over the object's tokens (methods E.1)."""
-        return {"new": _exp(self.new), "true": _exp(self.true)}
-
-    @property
-    def joint(self) -> float:
-        """Probability of the whole new object."""
-        return _exp(self.new * self.tokens)
-
-
-def holds(question: Question, answer: Answer) -> bool:
-    """Whether the new object is the more probable one, or is said where it is the true one as well; an erased one is not said."""
-    if question.objective == "erase":
-        return not answer.says_true
-    return answer.prefers_new or (question.new.strip() == question.true.strip() and answer.says_new)
-
-
-def keeps(question: Question, answer: Answer) -> bool:
-    """Whether a neighbour has its answer: not the new object; where none is written, it is said."""
-    return not answer.prefers_new if question.objective == "write" else answer.says_true
-
-
-def effect(objective: Objective, before: Answer, after: Answer) -> float:
-    """How much of what was possible an erasure or an amplification did (Hase et al. 2023; methods F.2)."""
-    share = erasure_share if objective == "erase" else rewrite_share
-    return share(before.joint, after.joint)
 
 
 @dataclass(frozen=True)
@@ -135,6 +84,7 @@ class Stand:
     composed: dict[Site, Change]  #: these, as changes of their weights
     watched: dict[str, Question]
     before: list[Measured]  #: for each draft
+    conflicts: list[list[Rival]]  #: of each draft, with active edits that say its relation in other words
 
 
 @dataclass(frozen=True)
@@ -158,6 +108,8 @@ class Trial:
     norm_ratio: dict[Site, float]
     broken: list[str]
     objective: Objective = "write"
+    conflicts: tuple[Rival, ...] = ()
+    supersedes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -176,7 +128,8 @@ class Trial:
 def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], version: int) -> Steps[Stand]:
     """Measure a version before these edits.
 
-    An older edit of the same fact is superseded: it is left out, as it will be at the new version.
+    An older edit of the same fact is superseded, and so is one in conflict where that is asked for: it is left out, as it will
+    be at the new version.
     """
     facts = {d.plan.fact for d in drafts}
     kept = {
@@ -185,6 +138,9 @@ def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], ver
         if fact_key(str(body["subject"]), str(body["prompt"])) not in facts
     }
     everything = replica.active(version)
+    conflicts = yield from _conflicts_steps(replica, drafts, kept, everything)
+    named = {e for d, found in zip(drafts, conflicts, strict=True) for e in superseded(d.plan, found)}
+    kept = {edit: body for edit, body in kept.items() if edit not in named}
     active = {edit: everything[edit] for edit in kept}
     watched = {edit: question_of(kept[edit]) for edit in _nearest(active, drafts)}
     plans = [d.plan for d in drafts]
@@ -196,15 +152,24 @@ def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], ver
         bare = yield from replica.standing(replica.composed(others), asked)
         before = [replace(m, bare=answer) for m, answer in zip(before, bare, strict=True)]
     yield Progress("stand", 1, 1)
-    return Stand(version, others, compose(others), watched, before)
+    return Stand(version, others, compose(others), watched, before, conflicts)
 
 
-def question_of(body: Mapping[str, Any]) -> Question:
-    """What an entry of the ledger says that the model is to say."""
-    true = str(body.get("resolved_true") or body.get("target_true") or "?")
-    prompt = fill(str(body["prompt"]), str(body["subject"])).text
-    objective: Objective = body.get("objective", "write")
-    return Question(prompt, str(body["target_new"]) if objective == "write" else true, true, objective)
+def _conflicts_steps(
+    replica: Replica,
+    drafts: Sequence[Draft],
+    kept: Mapping[str, Mapping[str, Any]],
+    pieces: Mapping[str, list[Piece]],
+) -> Steps[list[list[Rival]]]:
+    """The conflicts of each draft with active edits of its subject."""
+    found = []
+    for draft in drafts:
+        mine = draft.found.pieces
+        others = {e: (body, pieces[e]) for e, body in kept.items() if pieces[e][0].subject == mine[0].subject}
+        rivals = yield from rivals_steps(replica, draft.plan.rewrite, mine, others)
+        limit = draft.plan.request.guard.conflict
+        found.append([r for r in rivals if r.conflicts(limit)])
+    return found
 
 
 def _nearest(active: dict[str, list[Piece]], drafts: Sequence[Draft]) -> list[str]:
@@ -237,9 +202,10 @@ def trial_steps(
     plans = [d.plan for d in drafts]
     after = yield from replica.standing(weights, measure_steps(replica, toolkit, plans, stand.watched))
     trials: list[Trial] = []
-    for draft, group, was, now in zip(drafts, mine, stand.before, after, strict=True):
+    of_each = zip(drafts, mine, stand.before, after, stand.conflicts, strict=True)
+    for draft, group, was, now, conflicts in of_each:
         norms = _norms(replica, stand, group)
-        trials.append(judge(draft.plan, was, now, strength, norms))
+        trials.append(with_conflicts(draft.plan, judge(draft.plan, was, now, strength, norms), conflicts))
         if len(drafts) > 1:
             yield Progress("judge", len(trials), len(drafts))
     return trials
@@ -267,17 +233,6 @@ def measure_steps(
     if version is not None:
         toolkit.remember(version, perplexity)
     return [Measured(a, s, perplexity, holding) for a, s in zip(own, says, strict=True)]
-
-
-def answers_steps(model: LoadedModel, questions: Sequence[Question]) -> Steps[list[Answer]]:
-    """How the model, as it stands, answers some questions."""
-    scores = yield from score_steps(
-        model, [(q.prompt, target) for q in questions for target in (q.new, q.true)]
-    )
-    return [
-        Answer(new.log_p, true.log_p, new.says, true.says, new.tokens)
-        for new, true in zip(scores[::2], scores[1::2], strict=True)
-    ]
 
 
 def answer_steps(model: LoadedModel, prompts: Sequence[str], length: int = SAID) -> Steps[list[str]]:
@@ -315,7 +270,7 @@ def judge(plan: Plan, before: Measured, after: Measured, strength: float, norms:
     guard, objective = plan.request.guard, plan.request.objective
     checks = [_efficacy(plan, before.bare or before.answers[0], after.answers[0])]
     if objective != "erase":
-        checks.append(_at_least("probability", _exp(after.answers[0].new), guard.min_probability))
+        checks.append(_at_least("probability", exp(after.answers[0].new), guard.min_probability))
     cut = 1 + len(plan.paraphrase)
     asked = list(zip(plan.questions, before.answers, after.answers, strict=True))
     if plan.paraphrase:
@@ -337,7 +292,7 @@ def _efficacy(plan: Plan, was: Answer, now: Answer) -> Check:
     """Whether an edit does what it is for. Its figure: p(new), to be above p(true); else the share of what was possible."""
     done, objective = holds(plan.rewrite, now), plan.request.objective
     if objective == "write":
-        return Check("efficacy", done, _exp(now.new), _exp(now.true))
+        return Check("efficacy", done, exp(now.new), exp(now.true))
     share, least = effect(objective, was, now), plan.request.guard.min_effect
     return Check("efficacy", done and share >= least, share, least)
 
@@ -350,5 +305,16 @@ def _at_most(name: str, figure: float, limit: float) -> Check:
     return Check(name, figure <= limit, figure, limit)  # NaN passes neither
 
 
-def _exp(log_p: float) -> float:
-    return float(torch.tensor(log_p, dtype=torch.float64).exp())
+def superseded(plan: Plan, conflicts: Sequence[Rival]) -> list[str]:
+    """The edits that an edit names as superseded, beside older ones of its own fact."""
+    return sorted(r.edit for r in conflicts) if plan.request.on_conflict == "supersede" else []
+
+
+def with_conflicts(plan: Plan, trial: Trial, conflicts: Sequence[Rival]) -> Trial:
+    """A trial with its conflicts; they fail it where that is asked for."""
+    checks = trial.checks
+    if plan.request.on_conflict == "reject":
+        most = max((r.probability for r in conflicts), default=0.0)
+        checks = [*checks, Check("conflict", not conflicts, most, plan.request.guard.conflict)]
+    names = tuple(superseded(plan, conflicts))
+    return replace(trial, checks=checks, conflicts=tuple(conflicts), supersedes=names)

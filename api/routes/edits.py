@@ -28,7 +28,7 @@ from api.door import Door
 from api.errors import problems
 from api.events import EventStream
 from api.waiting import Wait, all_until_ended, ended, until_ended
-from service.requests import EditRequest, ManyEdits, Objective
+from service.requests import EditRequest, ManyEdits, Objective, OnConflict
 
 router = APIRouter(tags=["edits"], route_class=Door, dependencies=[bearer])
 
@@ -46,6 +46,7 @@ class Edit(Course):
     target_new: str | None = Field(None, description="null where the true object is erased or amplified")
     target_true: str | None = None
     objective: Objective = "write"
+    on_conflict: OnConflict = "report"
     method: str
     hparams: dict[str, Any] | None = Field(None, description="as they were asked for")
     dry_run: bool = False

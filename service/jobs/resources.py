@@ -56,14 +56,40 @@ def edits(session: Session, jobs: Sequence[Job]) -> list[Resource]:
         )
         .order_by(Job.id)
     ).all()
+    newer = {job.id: next((r.id for r in standing if r.fact_key == job.fact_key), None) for job in jobs}
+    newer |= _superseders(session, [j for j in jobs if j.status == "superseded" and newer[j.id] is None])
     return [
         _edit(
             job,
             related=[row.id for row in standing if row.subject == job.subject and row.id != job.id],
-            newer=next((row.id for row in standing if row.fact_key == job.fact_key), None),
+            newer=newer[job.id],
         )
         for job in jobs
     ]
+
+
+def _superseders(session: Session, jobs: Sequence[Job]) -> dict[str, str | None]:
+    """What stands in the place of superseded edits whose facts have no active edit: the edit that names it, or the newest of its
+    fact, which another names."""
+    if not jobs:
+        return {}
+    landed = session.execute(
+        select(Job.id, Job.fact_key, Job.result)
+        .where(
+            Job.model == jobs[0].model,
+            Job.kind == "edit",
+            Job.subject.in_({job.subject for job in jobs}),
+            Job.version.is_not(None),
+            Job.reverted_version.is_(None),
+        )
+        .order_by(Job.version.desc())
+    ).all()
+    found: dict[str, str | None] = {}
+    for job in jobs:
+        naming = [row.id for row in landed if job.id in (row.result or {}).get("supersedes", ())]
+        newest = [row.id for row in landed if row.fact_key == job.fact_key and row.id != job.id]
+        found[job.id] = next(iter(naming + newest), None)
+    return found
 
 
 def _edit(job: Job, related: list[str], newer: str | None) -> Resource:
@@ -74,6 +100,7 @@ def _edit(job: Job, related: list[str], newer: str | None) -> Resource:
         "result": plain(job.result),
         **{name: asked.get(name) for name in names},
         "objective": asked.get("objective", "write"),
+        "on_conflict": asked.get("on_conflict", "report"),
         "dry_run": job.dry_run,
         "version": job.version,
         "reverted_version": job.reverted_version,

@@ -94,15 +94,16 @@ def _entry(row: LedgerEntry) -> Entry:
 def active_entries(entries: Sequence[Entry], version: int | None = None) -> list[Entry]:
     """The apply entries of the edits active at a version (the newest when None), in canonical order: by edit id.
 
-    Active is what is applied and not reverted; of several edits of one fact only the one applied last.
+    Active is what is applied and not reverted; of several edits of one fact only the one applied last; and none that another, which
+    is not reverted, names as superseded, because it says the same relation in other words. Either way an edit comes back
+    when whatever stood in its place is reverted, and only then.
     """
     past = [e for e in entries if version is None or e.version <= version]
     reverted = {e.edit_id for e in past if e.kind == REVERT}
-    newest: dict[str, Entry] = {}
-    for entry in past:
-        if entry.kind == APPLY and entry.edit_id not in reverted:
-            newest[fact_key(entry.body["subject"], entry.body["prompt"])] = entry
-    return sorted(newest.values(), key=lambda e: e.edit_id)
+    applied = [e for e in past if e.kind == APPLY and e.edit_id not in reverted]
+    newest = {fact_key(e.body["subject"], e.body["prompt"]): e for e in applied}
+    named = {edit for e in applied for edit in e.body.get("supersedes", ())}
+    return sorted((e for e in newest.values() if e.edit_id not in named), key=lambda e: e.edit_id)
 
 
 def active(entries: Sequence[Entry], version: int | None = None) -> list[str]:
@@ -124,12 +125,13 @@ def lock(session: Session, model: str) -> int:
 
 
 def append(session: Session, model: str, kind: str, edit: Job, actor: str, body: dict[str, Any]) -> Entry:
-    """Add the next version, and keep the statuses of all edits of this fact true. The caller holds the `lock`."""
+    """Add the next version, and keep the statuses of all edits of this subject true. The caller holds the `lock`."""
     past = entries(session, model)
     body = json.loads(canonical(body))
     previous, version = (past[-1].hash, past[-1].version + 1) if past else (GENESIS, 1)
     draft = Entry(model, version, kind, edit.id, actor, now(), body, "", previous, "")
-    draft = replace(draft, state=state_of(model, active_entries([*past, draft])))
+    standing = active_entries([*past, draft])
+    draft = replace(draft, state=state_of(model, standing))
     entry = replace(draft, hash=chain_hash(previous, draft))
     session.add(LedgerEntry(**{name: getattr(entry, name) for name in FIELDS}))
     if kind == APPLY:
@@ -137,25 +139,22 @@ def append(session: Session, model: str, kind: str, edit: Job, actor: str, body:
     else:
         edit.reverted_version = version
     session.flush()
-    settle(session, edit)
+    settle(session, edit, {e.edit_id for e in standing})
     return entry
 
 
-def settle(session: Session, edit: Job) -> None:
-    """Statuses of all landed edits of one fact: reverted, or applied for the newest of the others, or superseded."""
+def settle(session: Session, edit: Job, standing: set[str]) -> None:
+    """Statuses of all landed edits of one subject: reverted, or applied for those that stand, or superseded."""
     landed = select(Job).where(
         Job.model == edit.model,
+        Job.kind == edit.kind,
         Job.subject == edit.subject,
-        Job.fact_key == edit.fact_key,
         Job.version.is_not(None),
     )
-    newest = True
-    for job in session.scalars(landed.order_by(Job.version.desc())):
+    for job in session.scalars(landed):
+        status = "applied" if job.id in standing else "superseded"
         if job.reverted_version is not None:
             status = "reverted"
-        else:
-            status = "applied" if newest else "superseded"
-            newest = False
         if job.status != status:
             job.status, job.updated = status, now()
 

@@ -28,13 +28,14 @@ from service.models.prompts import prompt_and_target
 from service.models.scoring import log_probs
 from service.operations import Operations
 from service.progress import Ended, Progress, Steps, Told, Working, finish
+from service.questions import Answer, Question, holds, keeps
 from service.requests import EditRequest
 from service.serving.replica import Replica
 from service.settings import Settings
 from service.store.database import Database
 from service.text import fill
 from service.toolkit import Toolkit
-from service.trial import Answer, Check, Draft, Measured, Question, Trial, holds
+from service.trial import Check, Draft, Measured, Trial
 
 torch.set_num_threads(1)
 
@@ -506,7 +507,7 @@ def test_an_erased_edit_is_watched_for_its_silence() -> None:
     erased, louder = Question("p", "is", "is", "erase"), Question("p", "is", "is", "amplify")
     assert holds(erased, silent) and not holds(erased, saying)
     assert holds(louder, saying) and not holds(louder, silent)
-    assert trial.keeps(erased, saying) and not trial.keeps(erased, silent)
+    assert keeps(erased, saying) and not keeps(erased, silent)
 
 
 def test_an_erasure_without_a_true_object_takes_what_the_base_model_says(shop: Workshop) -> None:
@@ -840,10 +841,10 @@ def test_the_same_fact_twice_lands_in_order(shop: Workshop) -> None:
 
 
 def test_who_is_carried_out_together(shop: Workshop) -> None:
-    """A dry run is alone, and so is a job whose worker died before; a fact comes once; the order is kept."""
+    """A dry run is alone, and so is a job whose worker died before; a subject comes once; the order is kept."""
 
     def job(name: str, fact: str = "", attempt: int = 1, dry: bool = False) -> RunningJob:
-        return RunningJob(name, "edit", attempt, {}, "somebody", "", fact or name, dry)
+        return RunningJob(name, "edit", attempt, {}, "somebody", fact or name, fact or name, dry)
 
     found = companies(
         [job("a"), job("b"), job("c", dry=True), job("d", "a"), job("e", attempt=2), job("f"), job("g", "f")]

@@ -107,20 +107,26 @@ class Machine(RuleBasedStateMachine):
         with self.database.session() as session:
             self.spare = add_edit(session, self.model, ("Nobody", "{} is")).id
         self.story = []
+        self.named = {}  #: what an edit says that it supersedes
 
     def reverted(self, version=None):
         return {edit for kind, edit, _ in self.story[:version] if kind == "revert"}
 
     def standing(self, version=None):
-        """The active edits: by fact the one applied last of those not reverted."""
+        """The active edits: by fact the one applied last of those not reverted, unless one not reverted names it."""
         gone = self.reverted(version)
         applied = [(e, f) for kind, e, f in self.story[:version] if kind == "apply" and e not in gone]
-        return sorted({" ".join(f[1].split()) + f[0]: e for e, f in applied}.values())
+        named = {x for e, _ in applied for x in self.named[e]}
+        return sorted(set({" ".join(f[1].split()) + f[0]: e for e, f in applied}.values()) - named)
 
-    @rule(fact=st.sampled_from(FACTS), strength=st.floats(0, 2))
-    def apply(self, fact, strength):
-        edit = apply(self.database, self.model, fact, strength=strength)
+    @rule(fact=st.sampled_from(FACTS), strength=st.floats(0, 2), data=st.data())
+    def apply(self, fact, strength, data):
+        facts = {edit: said for kind, edit, said in self.story if kind == "apply"}
+        others = [e for e in self.standing() if facts[e][0] == fact[0]]
+        named = data.draw(st.lists(st.sampled_from(others), unique=True)) if others else []
+        edit = apply(self.database, self.model, fact, strength=strength, supersedes=named)
         self.story.append(("apply", edit, fact))
+        self.named[edit] = named
 
     @precondition(lambda self: self.story)
     @rule(data=st.data())
@@ -200,6 +206,22 @@ def test_supersede_and_bring_back(database):
     assert statuses(database, a, b) == ["superseded", "applied"]
     revert(database, model, b)
     assert statuses(database, a, b) == ["applied", "reverted"]
+
+
+def test_named_and_brought_back(database):
+    """An edit names one of another prompt: that is superseded, the older ones of its fact stay so, and the newer's revert brings
+    it back; as long as an edit that names it is not reverted, superseded or not, it stays out."""
+    model = add_model(database)
+    old, a = apply(database, model, FACTS[0]), apply(database, model, FACTS[0])
+    b = apply(database, model, FACTS[2], supersedes=[a])
+    assert statuses(database, old, a, b) == ["superseded", "superseded", "applied"]
+    c = apply(database, model, FACTS[2])
+    assert statuses(database, old, a, b, c) == ["superseded", "superseded", "superseded", "applied"]
+    revert(database, model, b)
+    assert statuses(database, old, a, b, c) == ["superseded", "applied", "reverted", "applied"]
+    revert(database, model, a)
+    assert statuses(database, old, a) == ["applied", "reverted"]
+    assert findings(database, model) == []
 
 
 def test_revert_superseded(database):
