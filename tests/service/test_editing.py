@@ -523,6 +523,69 @@ def test_an_erasure_without_a_true_object_takes_what_the_base_model_says(shop: W
     assert pack(pieces) == shop.do.delta(edit["id"])
 
 
+# conflicts
+
+OTHER_WORDS = "We know the {}"
+ANY = {"guard": LOOSE | {"conflict": 0.0}}
+
+
+def test_a_conflict_is_named_with_its_figure(shop: Workshop) -> None:
+    """An active edit of the subject on whose prompt the new object alone wins is named, with that object's probability there; one
+    with the same object, and those of other subjects, are not."""
+    old = shop.edit("Eiffel Tower", "city", prompt=OTHER_WORDS)
+    shop.edit("Big Ben", "city", prompt=OTHER_WORDS)
+    same = shop.edit("Eiffel Tower", "is", prompt="This is the {}")
+    edit = shop.edit(**ANY)
+    (named,) = edit["result"]["conflicts"]
+    assert (named["edit"], named["target_new"]) == (old["id"], "city") and same["status"] == "applied"
+    pieces = unpack(shop.do.delta(edit["id"]), "e", "Eiffel Tower")
+    alone = [p.scaled(1 / edit["result"]["strength"]) for p in pieces]
+    with shop.replica.stand(shop.replica.composed(alone)):
+        new, own = log_probs(shop.model, [(named["prompt"], "is"), (named["prompt"], "city")])
+    assert named["probability"] == pytest.approx(math.exp(new[0]), rel=1e-3) and new[0] > own[0]
+    theirs = unpack(shop.do.delta(old["id"]), "e", "s")
+    assert named["cosine"] == pytest.approx(
+        float(torch.cosine_similarity(pieces[0].value, theirs[0].value, dim=0)),  # type: ignore[union-attr]
+        rel=1e-4,
+    )
+    assert edit["result"]["supersedes"] == [] and shop.do.edit(old["id"])["status"] == "applied"
+
+
+def test_a_conflict_below_the_limit_is_none(shop: Workshop) -> None:
+    """Below the limit nothing is named."""
+    shop.edit("Eiffel Tower", "city", prompt=OTHER_WORDS)
+    assert shop.edit(guard=LOOSE | {"conflict": 1.0})["result"]["conflicts"] == []
+
+
+def test_a_conflict_is_superseded_when_asked(shop: Workshop) -> None:
+    """The older edit is superseded and left out of the version, bit for bit; it comes back when the newer is reverted."""
+    old = shop.edit("Eiffel Tower", "city", prompt=OTHER_WORDS)
+    edit = shop.edit(on_conflict="supersede", **ANY)
+    assert edit["result"]["supersedes"] == shop.entry(2)["supersedes"] == [old["id"]]
+    was = shop.do.edit(old["id"])
+    assert (was["status"], was["superseded_by"]) == ("superseded", edit["id"])
+    pieces = unpack(shop.do.delta(edit["id"]), edit["id"], "Eiffel Tower")
+    assert same(shop.replica.weights(2), shop.replica.composed(pieces))
+    shop.revert(edit)
+    assert shop.do.edit(old["id"])["status"] == "applied"
+    assert same(shop.replica.weights(3), shop.replica.weights(1))
+    assert shop.do.verify()["ok"]
+
+
+def test_a_conflict_is_rejected_when_asked(shop: Workshop) -> None:
+    """The guard says that an active edit says the same, and nothing lands."""
+    shop.edit("Eiffel Tower", "city", prompt=OTHER_WORDS)
+    edit = shop.edit(on_conflict="reject", **ANY)
+    assert edit["status"] == "rejected" and "in other words" in edit["result"]["reason"]
+    assert shop.do.head() == 1
+
+
+def test_an_erasure_is_in_conflict_with_nothing(shop: Workshop) -> None:
+    """What is not to be said is no other object: beside an erasure there is no conflict."""
+    shop.edit("Eiffel Tower", "city", prompt=OTHER_WORDS)
+    assert shop.edit(new=None, objective="erase", **ANY)["result"]["conflicts"] == []
+
+
 # what happens meanwhile
 
 
