@@ -307,8 +307,10 @@ def _head(sheet: Sheet, results: Sequence[Result]) -> None:
         0.2, 0.28, cut(title(results), int(sheet.width / 0.12)), fontsize=12, weight="bold", va="center"
     )
     several = len({r["records"]["measured"] for r in results}) > 1
+    models = len({r["model"]["name"] for r in results}) > 1
     for i, result in enumerate(results):
         number = f"{result['records']['measured']} edits, " if several else ""
-        words = cut(number + visible(label(result)), int(sheet.width / 0.085))
+        model = f"{result['model']['name']}: " if models else ""
+        words = cut(visible(model + number + label(result)), int(sheet.width / 0.085))
         colour = COLOURS[i % len(COLOURS)]
         sheet.write(0.2, 0.58 + 0.21 * i, f"■ {words}", fontsize=8.5, va="center", color=colour)
