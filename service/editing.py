@@ -380,6 +380,7 @@ def report(
             for r in trial.conflicts
         ],
         "supersedes": list(trial.supersedes),
+        "room": {str(x): left for x, left in sorted(trial.room.items())},
         "together": list(together),
         "guard": {
             "passed": trial.passed,
@@ -429,6 +430,7 @@ _REASONS = {
     "neighborhood": "too many neighbourhood prompts lost their answer",
     "perplexity": "plain text became too improbable",
     "norm": "the change of the weight is too large",
+    "room": "active edits have spoken for too much of the edit's key: revert some, or name other layers",
     "conflict": "an active edit says the same relation in other words",
     "broken": "other active edits would cease to hold",
 }

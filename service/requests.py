@@ -79,6 +79,13 @@ class Guard(Asked):
         description="least share of what was possible that an erasure takes from the true object's probability, or an "
         "amplification adds to it",
     )
+    min_room: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="least share of the edit's key, in the layer where least is left, that active edits of other subjects have "
+        "not spoken for",
+    )
     conflict: float = Field(
         0.1,
         ge=0,

@@ -7,7 +7,7 @@ that cease to hold are the version's, and every one of them answers for those.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from service.conflicts import Rival, rivals_steps
 from service.editors.composition import Association, Change, Piece, compose, norm_ratio
 from service.editors.recipes import Parameters
 from service.editors.rome import Found
+from service.editors.room import rooms
 from service.errors import InvalidInput
 from service.models.loading import LoadedModel, Site
 from service.models.scoring import perplexity_steps
@@ -85,6 +86,7 @@ class Stand:
     watched: dict[str, Question]
     before: list[Measured]  #: for each draft
     conflicts: list[list[Rival]]  #: of each draft, with active edits that say its relation in other words
+    room: list[dict[int, float]]  #: by layer, what the others leave of each draft's key
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Trial:
     objective: Objective = "write"
     conflicts: tuple[Rival, ...] = ()
     supersedes: tuple[str, ...] = ()
+    room: dict[int, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -151,8 +154,11 @@ def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], ver
         asked = answers_steps(replica.base, [p.rewrite for p in plans])
         bare = yield from replica.standing(replica.composed(others), asked)
         before = [replace(m, bare=answer) for m, answer in zip(before, bare, strict=True)]
-    yield Progress("stand", 1, 1)
-    return Stand(version, others, compose(others), watched, before, conflicts)
+    room = []
+    for number, draft in enumerate(drafts, start=1):
+        room.append(rooms(draft.found.pieces, others))
+        yield Progress("stand", number, len(drafts))
+    return Stand(version, others, compose(others), watched, before, conflicts, room)
 
 
 def _conflicts_steps(
@@ -202,10 +208,10 @@ def trial_steps(
     plans = [d.plan for d in drafts]
     after = yield from replica.standing(weights, measure_steps(replica, toolkit, plans, stand.watched))
     trials: list[Trial] = []
-    of_each = zip(drafts, mine, stand.before, after, stand.conflicts, strict=True)
-    for draft, group, was, now, conflicts in of_each:
+    for i, (draft, group) in enumerate(zip(drafts, mine, strict=True)):
         norms = _norms(replica, stand, group)
-        trials.append(with_conflicts(draft.plan, judge(draft.plan, was, now, strength, norms), conflicts))
+        trial = judge(draft.plan, stand.before[i], after[i], strength, norms)
+        trials.append(beside(draft.plan, trial, stand.conflicts[i], stand.room[i]))
         if len(drafts) > 1:
             yield Progress("judge", len(trials), len(drafts))
     return trials
@@ -310,11 +316,13 @@ def superseded(plan: Plan, conflicts: Sequence[Rival]) -> list[str]:
     return sorted(r.edit for r in conflicts) if plan.request.on_conflict == "supersede" else []
 
 
-def with_conflicts(plan: Plan, trial: Trial, conflicts: Sequence[Rival]) -> Trial:
-    """A trial with its conflicts; they fail it where that is asked for."""
-    checks = trial.checks
+def beside(plan: Plan, trial: Trial, conflicts: Sequence[Rival], room: dict[int, float]) -> Trial:
+    """A trial with what active edits mean for it: conflicts, which fail it where that is asked for, and the room that they leave."""
+    guard, checks = plan.request.guard, list(trial.checks)
     if plan.request.on_conflict == "reject":
         most = max((r.probability for r in conflicts), default=0.0)
-        checks = [*checks, Check("conflict", not conflicts, most, plan.request.guard.conflict)]
+        checks.append(Check("conflict", not conflicts, most, guard.conflict))
+    if room:
+        checks.append(_at_least("room", min(room.values()), guard.min_room))
     names = tuple(superseded(plan, conflicts))
-    return replace(trial, checks=checks, conflicts=tuple(conflicts), supersedes=names)
+    return replace(trial, checks=checks, conflicts=tuple(conflicts), supersedes=names, room=room)

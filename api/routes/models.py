@@ -36,6 +36,13 @@ class Counts(Resource):
     dead: int = Field(description="given up after too many attempts: see `GET /jobs?dead=true`")
 
 
+class Room(Resource):
+    """How much of each edited layer is left: of a key drawn from the statistics, the share that active edits have not spoken for."""
+
+    version: int = Field(description="the version that this was last measured at")
+    layers: dict[str, float]
+
+
 class Model(Resource):
     """The model, its architecture, editable layers, recipe, head version and workers."""
 
@@ -44,6 +51,7 @@ class Model(Resource):
     head: int = Field(description="the newest version")
     active_edits: int
     jobs: Counts
+    room: Room | None = Field(None, description="null until a worker has reached a version")
     workers: list[WorkerState] = Field(
         description="those that live, and for a day those that took themselves out"
     )

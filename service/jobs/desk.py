@@ -121,6 +121,14 @@ class Desk:
             elif self._row:
                 session.add(Worker(**self._row | standing))
 
+    def tell_room(self, version: int, room: dict[int, float]) -> None:
+        """What is left of an average key at a version, by edited layer: `GET /models` shows it."""
+        said = {"version": version, "layers": {str(x): left for x, left in sorted(room.items())}}
+        with self.database.session() as session:
+            model = session.get(Model, self.model)
+            if model is not None and model.info.get("room", {}).get("version", -1) < version:
+                model.info = {**model.info, "room": said}
+
     def leave(self) -> None:
         """This worker stops: what it still has running may be taken over at once. One that withdrew stays listed."""
         self._row = {}

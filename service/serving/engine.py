@@ -477,6 +477,7 @@ class Engine:
             log.exception("version cannot be built", extra={"version": head})
             return
         self._desk.heartbeat(head, digest)
+        self._desk.tell_room(head, self.replica.room(head))
         self.position = (head, digest)
         log.info("version reached", extra={"version": head, "digest": digest})
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from service import metrics
 from service.editors.composition import Piece, compose, rebuild, unpack
+from service.editors.room import average_rooms
 from service.models.loading import LoadedModel, Site
 from service.progress import Steps
 from service.text import words
@@ -109,6 +110,10 @@ class Replica:
                 self._weights.popitem(last=False)
         self._weights.move_to_end(version)
         return self._weights[version]
+
+    def room(self, version: int) -> dict[int, float]:
+        """What is left of an average key at a version, by edited layer."""
+        return average_rooms(a for group in self.active(version).values() for a in group)
 
     @contextmanager
     def stand(self, weights: Weights) -> Iterator[LoadedModel]:

@@ -586,6 +586,34 @@ def test_an_erasure_is_in_conflict_with_nothing(shop: Workshop) -> None:
     assert shop.edit(new=None, objective="erase", **ANY)["result"]["conflicts"] == []
 
 
+# room
+
+
+def test_the_room_of_an_edit_is_reported_and_guarded(shop: Workshop) -> None:
+    """Alone an edit has all room; beside one of a subject with nearly its key it has little, and a limit rejects it."""
+    first = shop.edit(guard=OFF)
+    assert first["result"]["room"] == {"1": 1.0}
+    assert shop.edit(prompt=OTHER_WORDS, guard=OFF)["result"]["room"] == {"1": 1.0}
+    edit = shop.edit("the Eiffel Tower", "city", guard=LOOSE | {"min_room": 1.0})
+    left = edit["result"]["room"]["1"]
+    assert 0 <= left < 1 and edit["status"] == "rejected"
+    assert (
+        f"too much of the edit's key: revert some, or name other layers ({left:.3g}"
+        in edit["result"]["reason"]
+    )
+
+
+def test_the_room_of_a_layer_is_told(shop: Workshop) -> None:
+    """What is left of an average key at a version: all of it at the base, and 1 / D less with an edit; the newest stands."""
+    assert shop.replica.room(0) == {}
+    shop.edit(guard=OFF)
+    room = shop.replica.room(1)
+    assert room == {1: pytest.approx(1 - 1 / 40, abs=1e-3)}
+    shop.desk.tell_room(1, room)
+    shop.desk.tell_room(0, {})
+    assert shop.do.model()["room"] == {"version": 1, "layers": {"1": room[1]}}
+
+
 # what happens meanwhile
 
 
