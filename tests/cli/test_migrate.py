@@ -28,5 +28,6 @@ def test_migrate_to_an_older_revision(
     """`--to` goes back to a revision by name, for a release that is rolled back."""
     command = ["migrate", "--database-url", database_url, "--data", str(tmp_path)]
     assert main(command) == 0
+    newest = capsys.readouterr().out.split()[-2]
     assert main([*command, "--to", "0001"]) == 0
-    assert capsys.readouterr().out.endswith("The database was at 0002 and is at 0001 now.\n")
+    assert capsys.readouterr().out == f"The database was at {newest} and is at 0001 now.\n"
