@@ -59,6 +59,8 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
         body["objective"] = args.objective
     if args.true:
         body["target_true"] = args.true
+    if args.on_conflict:
+        body["on_conflict"] = args.on_conflict
     if args.hparam:
         body["hparams"] = dict(hparam(text) for text in args.hparam)
     if args.paraphrase:
@@ -80,6 +82,10 @@ def report(ended: Resource) -> int:
         out.print(table("", ("", "prompt", "object", "p before", "p after"), rows))
     if rewrite := result.get("rewrite"):
         out.print(lines({"said": rewrite.get("said"), "says": rewrite.get("says")}))
+    superseded = result.get("supersedes") or []
+    for other in result.get("conflicts") or []:
+        what = "superseded" if other["edit"] in superseded else "in conflict"
+        out.print(plain(f"{what}: {other['edit']}, {other['prompt']!r}: {other['target_new']}"))
     name, status = ended["id"], ended["status"]
     if ended.get("dry_run") and result:
         said = "it would land" if status == "evaluated" else f"it would be rejected: {result.get('reason')}"

@@ -84,6 +84,7 @@ def _edit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     ):
         instead.add_argument(f"--{name}", dest="objective", action="store_const", const=name, help=f"{words}; no TARGET")  # fmt: skip
     edit.add_argument("--true", metavar="OBJECT", help="the object it says now, to be measured too")
+    edit.add_argument("--on-conflict", choices=["report", "supersede", "reject"], help="where an active edit says the same in other words (default: report)")  # fmt: skip
     edit.add_argument("--dry-run", action="store_true", help="measure the edit and throw it away")
     edit.add_argument(
         "--paraphrase", metavar="PROMPT", action="append", help="another wording to measure; repeatable"

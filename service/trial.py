@@ -16,7 +16,7 @@ from service.conflicts import Rival, rivals_steps
 from service.editors.composition import Association, Change, Piece, compose, norm_ratio
 from service.editors.recipes import Parameters
 from service.editors.rome import Found
-from service.editors.room import rooms
+from service.editors.room import rooms_steps
 from service.errors import InvalidInput
 from service.models.loading import LoadedModel, Site
 from service.models.scoring import perplexity_steps
@@ -154,10 +154,8 @@ def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], ver
         asked = answers_steps(replica.base, [p.rewrite for p in plans])
         bare = yield from replica.standing(replica.composed(others), asked)
         before = [replace(m, bare=answer) for m, answer in zip(before, bare, strict=True)]
-    room = []
-    for number, draft in enumerate(drafts, start=1):
-        room.append(rooms(draft.found.pieces, others))
-        yield Progress("stand", number, len(drafts))
+    room = yield from rooms_steps([d.found.pieces for d in drafts], others)
+    yield Progress("stand", 1, 1)
     return Stand(version, others, compose(others), watched, before, conflicts, room)
 
 

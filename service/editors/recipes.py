@@ -179,7 +179,7 @@ class Recipe(BaseModel):
         """What a method takes before anybody asks for anything: the recipe's own values for it, on top of those that it shares
         with "rome"."""
         rome = self.rome.model_dump()
-        shared = ("layers",)
+        shared: tuple[str, ...] = ("layers",)
         if method.associates:
             shared = tuple(rome) if method.parameters is RomeParameters else _SEARCH
         return {name: rome[name] for name in shared} | method.fixed | self.methods.get(method.name, {})

@@ -13,12 +13,13 @@ Keys are compared within one metric: AlphaEdit's directions are P k, those of al
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from service.editors.composition import RIDGE, Association, Piece, gram_of
+from service.progress import Progress, Steps
 
 
 def room(gram: Tensor, overlap: Tensor, own: float, ridge: float = RIDGE) -> float:
@@ -42,20 +43,31 @@ def _ridged(gram: Tensor, ridge: float) -> Tensor:
     return gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
 
 
-def rooms(mine: Iterable[Piece], others: Iterable[Piece]) -> dict[int, float]:
-    """By layer, what active pieces leave of the keys of a new edit. Those of its own subject are left out: they share its key, and
+def rooms_steps(edits: Sequence[Sequence[Piece]], others: Iterable[Piece]) -> Steps[list[dict[int, float]]]:
+    """Of each new edit, by layer, what active pieces leave of its key. Those of its own subject are left out: they share its key, and
     are meant to. A change of a whole weight has no key."""
     there = _by_metric(others)
-    found = {}
-    for place, (new,) in _by_metric(mine).items():
-        known = [a for a in there.get(place, ()) if a.subject != new.subject]
-        left = 1.0
-        if known:
-            directions = torch.stack([a.direction for a in known])
-            own = float(new.key.double() @ new.direction.double())
-            left = room(gram_of(known, directions), gram_of([new], directions)[0], own)
-        found[new.layer] = left
+    spoken = {place: _Spoken(known) for place, known in there.items()}
+    found: list[dict[int, float]] = []
+    for edit in edits:
+        mine = _by_metric(edit).items()
+        found.append({new.layer: spoken[x].left(new) if x in spoken else 1.0 for x, (new,) in mine})
+        yield Progress("room", len(found), len(edits))
     return found
+
+
+class _Spoken:
+    """The keys of some associations of one layer and metric, and their gram matrix, for several new edits."""
+
+    def __init__(self, known: Sequence[Association]) -> None:
+        self.known, self.directions = known, torch.stack([a.direction for a in known])
+        self.gram = gram_of(known, self.directions)
+
+    def left(self, new: Association) -> float:
+        """What is left of a new key by those of other subjects."""
+        rows = [i for i, a in enumerate(self.known) if a.subject != new.subject]
+        own = float(new.key.double() @ new.direction.double())
+        return room(self.gram[rows][:, rows], gram_of([new], self.directions)[0, rows], own)
 
 
 def average_rooms(pieces: Iterable[Piece]) -> dict[int, float]:

@@ -315,7 +315,9 @@ def test_every_error_of_the_house_ends_in_a_sentence(
 @pytest.mark.parametrize("objective", ["erase", "amplify"])
 def test_an_object_is_erased_or_amplified_without_a_new_one(objective: str) -> None:
     """--erase and --amplify need no target, and the body says what the edit is for."""
-    args = build().parse_args(["edit", "Tower", "{} in", f"--{objective}", "--true", "Paris"])
-    body = {"subject": "Tower", "prompt": "{} in", "target_true": "Paris"}
+    args = build().parse_args(
+        ["edit", "Tower", "{} in", f"--{objective}", "--true", "Paris", "--on-conflict", "supersede"]
+    )
+    body = {"subject": "Tower", "prompt": "{} in", "target_true": "Paris", "on_conflict": "supersede"}
     assert request_of(args) == body | {"objective": objective, "dry_run": False}
     assert object_of(body | {"objective": objective, "target_new": None}) == f"{objective} Paris"

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.editors.composition import Addend, Association, Form
-from service.editors.room import average_room, average_rooms, room, rooms
+from service.editors.composition import Addend, Association, Form, Piece
+from service.editors.room import average_room, average_rooms, room, rooms_steps
 from service.models.loading import Site
+from service.progress import finish
 
 D, N = 12, 5
 
@@ -25,6 +26,11 @@ def keys(n: int = N, seed: int = 1) -> Tensor:
 
 def at(key: Tensor, c: Tensor, subject: str, form: str = "joint", layer: int = 0) -> Association:
     return Association(subject, subject, layer, key, torch.linalg.solve(c, key), torch.ones(3), Form(form))
+
+
+def rooms(mine: list[Piece], others: list[Piece]) -> dict[int, float]:
+    (found,) = finish(rooms_steps([mine], others))
+    return found
 
 
 def by_projection(c: Tensor, there: Tensor, key: Tensor) -> float:
