@@ -56,21 +56,21 @@ class Guard(Asked):
 
     enabled: bool = True
     min_probability: float = Field(
-        0.0, ge=0, le=1, description="least probability of the new object on the prompt"
+        0.3, ge=0, le=1, description="least probability of the new object on the prompt"
     )
     min_neighborhood: float = Field(
-        0.5, ge=0, le=1, description="least share of the neighbourhood probes that keep their answer"
+        0.7, ge=0, le=1, description="least share of the neighbourhood probes that keep their answer"
     )
     min_paraphrase: float = Field(
         0.0, ge=0, le=1, description="least share of the paraphrases that say the new object"
     )
     max_perplexity: float = Field(
-        1.25,
+        1.1,
         ge=1,
         description="greatest perplexity on the reference text, as a multiple of that before the edit",
     )
     max_norm: float = Field(
-        5.0, gt=0, description="greatest norm of what the edit changes in a layer, in norms of the weight"
+        1.5, gt=0, description="greatest norm of what the edit changes in a layer, in norms of the weight"
     )
     min_effect: float = Field(
         0.5,

@@ -44,7 +44,13 @@ Resource = dict[str, Any]
 PROMPT = "Look at the {}"
 HPARAMS = {"steps": 12, "contexts": 3, "kl_factor": 0.0, "weight_decay": 0.0, "clamp": 20.0}
 RECIPE = Recipe(source="test", rome=RomeParameters.model_validate({"layers": (1,), **HPARAMS}))
-LOOSE = {"max_perplexity": 1e6, "max_norm": 1e6, "max_broken": 1000, "min_neighborhood": 0.0}
+LOOSE = {
+    "min_probability": 0.0,
+    "min_neighborhood": 0.0,
+    "max_perplexity": 1e6,
+    "max_norm": 1e6,
+    "max_broken": 1000,
+}
 OFF = {"enabled": False}
 
 
