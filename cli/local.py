@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from cli.screen import bar
@@ -21,15 +22,26 @@ FACTS = "facts.jsonl"
 
 
 def resident(settings: Settings) -> LoadedModel:
-    """The model of the settings, loaded into this process."""
+    """The model of the settings, loaded into this process as a worker has it."""
+    loaded: LoadedModel = _resident().resident(settings)
+    return loaded
+
+
+def unstarted(settings: Settings) -> LoadedModel:
+    """The same without what its recipe says of its start token: as it is before it is prepared."""
+    loaded: LoadedModel = _resident().unstarted(settings)
+    return loaded
+
+
+def _resident() -> ModuleType:
     try:
         from transformers.utils import logging
 
-        from workers.resident import resident as loaded
+        from workers import resident
     except ModuleNotFoundError as error:
         raise without(error) from None
     logging.disable_progress_bar()  # ours says how far things are
-    return loaded(settings)
+    return resident
 
 
 def without(missing: ModuleNotFoundError) -> Exception:

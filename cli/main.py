@@ -40,6 +40,7 @@ def build() -> argparse.ArgumentParser:
     _keys(commands)
     _trace(commands)
     _speech(commands)
+    _prepare(commands)
     _evaluate(commands)
     _studies(commands)
     return parser
@@ -176,6 +177,30 @@ def _studies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         verb.add_argument("--seed", type=int, default=0, help="of the order of the facts (default: 0)")
         add_settings(verb.add_argument_group("model"), Settings, "model", "device", "dtype", "threads")
         verb.set_defaults(run=partial(_start, "study"))
+
+
+def _prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    words = "find a recipe for a model by editing facts that it knows; gone on with when it was interrupted"
+    prepare = commands.add_parser("prepare", help=words, description=words, allow_abbrev=False)
+    add = prepare.add_argument
+    add("model", metavar="MODEL", help="folder or hub name")
+    add(
+        "--facts",
+        metavar="FILE",
+        help="records that hold facts (docs/evaluation.md; default: the table beside the model, else the shipped one)",
+    )
+    add("--half", choices=["all", "tune", "test"], default="all", help="facts at even (tune) or odd (test) places of the seed's order (default: all)")  # fmt: skip
+    add("--limit", dest="most", type=natural, default=48, help="facts that are edited (default: 48)")
+    add(
+        "--methods",
+        metavar="NAME,...",
+        help="other methods to tune, too: memit,emmet,alphaedit,ft,ft-l,ft-attn",
+    )
+    add("--seed", type=int, default=0, help="of the facts' order (default: 0)")
+    add("--json", action="store_true", help="recipe and figures as JSON")
+    resident = ("device", "dtype", "threads", "data", "corpus", "stat_tokens")
+    add_settings(prepare.add_argument_group("model"), Settings, *resident)
+    prepare.set_defaults(run=partial(_start, "prepare"), distinct=True, limit=None)
 
 
 def _evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -26,6 +26,7 @@ from service.requests import Objective
 from service.text import Statement
 
 REFERENCE = 48  # texts of the corpus on which the guard measures perplexity
+RECIPES = "recipes"  # folder of what `palimpsest prepare` writes, beside that of the statistics
 REMEMBERED = 16  # versions whose perplexity is kept
 
 
@@ -143,12 +144,20 @@ class Toolkit:
         }
 
 
-def recipe_of(model: LoadedModel) -> Recipe | None:
-    """`recipe.json` in the model's folder, else the published recipe of a model of this shape."""
-    path = model.folder / "recipe.json" if model.folder else None
-    if path is not None and path.exists():
-        return read_recipe(path.read_text(encoding="utf-8"))
+def recipe_of(model: LoadedModel, recipes: Path | None = None) -> Recipe | None:
+    """What `palimpsest prepare` has written for this model; else `recipe.json` in the model's folder; else the published recipe of a
+    model of this shape."""
+    written = recipe_file(model, recipes) if recipes else None
+    beside = model.folder / "recipe.json" if model.folder else None
+    for path in (written, beside):
+        if path is not None and path.exists():
+            return read_recipe(path.read_text(encoding="utf-8"))
     return recipe_for(model.model.config.model_type, model.layers, model.width)
+
+
+def recipe_file(model: LoadedModel, recipes: Path) -> Path:
+    """Where a recipe is written and found: by the fingerprint of what was loaded, in the folder of recipes."""
+    return recipes / f"{model.origin or model.fingerprint}.json"
 
 
 def prepare_steps(
@@ -158,9 +167,13 @@ def prepare_steps(
     tokens: int = 60_000,
     recipe: Recipe | None = None,
 ) -> Steps[Toolkit]:
-    """Make or read all that the recipe needs. Seconds for the shipped model on first start, nothing afterwards."""
+    """Make or read all that the recipe needs. Seconds for the shipped model on first start, nothing afterwards.
+
+    `folder` is that of the statistics; recipes stand beside it.
+    """
     text = yield from corpus_steps(model, tokens, corpus)
-    toolkit = Toolkit(model, recipe or recipe_of(model), text, folder)
+    known = recipe or recipe_of(model, folder.parent / RECIPES if folder else None)
+    toolkit = Toolkit(model, known, text, folder)
     if toolkit.recipe is not None:
         rome = toolkit.recipe.rome
         yield from toolkit.contexts_steps(rome.contexts, rome.seed)

@@ -5,14 +5,22 @@ from __future__ import annotations
 import torch
 
 from service.errors import Misconfigured
-from service.models.loading import LoadedModel, load
+from service.models.loading import LoadedModel, load, with_start
 from service.settings import Settings
+from service.toolkit import RECIPES, recipe_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resident(settings: Settings) -> LoadedModel:
-    """Load it, on its device and in its precision."""
+    """Load it, on its device and in its precision; it reads every text after its start token where its recipe says so."""
+    model = unstarted(settings)
+    recipe = recipe_of(model, settings.data / RECIPES)
+    return with_start(model) if recipe is not None and recipe.start else model
+
+
+def unstarted(settings: Settings) -> LoadedModel:
+    """As it is before its recipe is read."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.dtype not in DTYPES:

@@ -45,7 +45,7 @@ from service.models.loading import Site
 from service.models.memory import CUT
 from service.models.precision import double_device
 
-RIDGE = 1e-3  # eps, as a multiple of the mean of D
+RIDGE = 1e-3  # eps, as a multiple of the mean of D, where a recipe says nothing else
 
 
 @dataclass(frozen=True, order=True)

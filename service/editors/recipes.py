@@ -52,6 +52,12 @@ class RomeParameters(BaseModel):
     compat: Literal["meng2022"] | None = Field(
         None, description="the published asymmetric key in place of r-ROME's"
     )
+    ridge: float = Field(
+        1e-3,
+        gt=0,
+        le=100,
+        description="what tempers the isolation of subjects whose keys nearly coincide, in mean keys",
+    )
 
 
 class MemitParameters(RomeParameters):
@@ -63,20 +69,20 @@ class MemitParameters(RomeParameters):
         0.5, ge=0, le=1, description="share of the text without a context in the key's mean"
     )
     ridge: float = Field(
-        15_000.0, ge=0, description="lambda: how many average keys the statistics count for against one edit"
+        15_000.0, gt=0, description="lambda: how many average keys the statistics count for against one edit"
     )
 
 
 class EmmetParameters(MemitParameters):
     """Hyperparameters of EMMET (methods C.2): MEMIT with equality constraints."""
 
-    ridge: float = Field(0.1, ge=0, description="what keeps the solve sound where keys nearly coincide")
+    ridge: float = Field(0.1, gt=0, description="what keeps the solve sound where keys nearly coincide")
 
 
 class AlphaEditParameters(MemitParameters):
     """Hyperparameters of AlphaEdit (methods C.3): changes that the statistics' keys hardly see."""
 
-    ridge: float = Field(10.0, ge=0, description="L2: weight of the change's norm")
+    ridge: float = Field(10.0, gt=0, description="L2: weight of the change's norm")
     threshold: float = Field(
         0.02, gt=0, description="directions in which the statistics' second moment is smaller may change"
     )
@@ -133,7 +139,14 @@ class Method:
 
 
 _SEARCH = ("layers", "steps", "learning_rate", "weight_decay", "kl_factor", "stop_loss", "seed")
-_PUBLISHED_KEY = {"anchor": "bare", "bare_keys": False, "bare_weight": None, "strength": 1.0, "compat": None}
+_PUBLISHED_KEY = {
+    "anchor": "bare",
+    "bare_keys": False,
+    "bare_weight": None,
+    "strength": 1.0,
+    "compat": None,
+    "ridge": 1e-3,
+}
 
 METHODS = {
     m.name: m
@@ -163,6 +176,7 @@ class Recipe(BaseModel):
         default_factory=dict, description="what the other methods take that differs from their defaults"
     )
     many: str = Field("rome", description="the method of several edits in one request that name none")
+    start: bool = Field(False, description="every text is read after the model's start token")
     figures: dict[str, Any] | None = Field(None, description="what the recipe was chosen by")
 
     @model_validator(mode="after")

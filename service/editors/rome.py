@@ -128,7 +128,7 @@ def _weighted(rows: Tensor, first: float | None) -> Tensor:
 def _association(wanted: Wanted, statistics: Statistics, key: Tensor, value: Tensor) -> Association:
     """In the form of its method: AlphaEdit changes only what the statistics' keys hardly see."""
     p = wanted.parameters
-    form = Form(wanted.method, p.ridge) if isinstance(p, MemitParameters) else JOINT
+    form = Form(wanted.method if isinstance(p, MemitParameters) else JOINT.name, p.ridge)
     if isinstance(p, AlphaEditParameters):
         if not statistics.rank(p.threshold):
             raise InvalidInput(

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from service.errors import InvalidInput, Misconfigured
 from service.models.architectures import Architecture, architecture_of
@@ -35,6 +42,7 @@ class LoadedModel:
     architecture: Architecture
     fingerprint: str  #: sha256 over the configuration, the tokenizer and every weight's bytes
     folder: Path | None = field(default=None, compare=False)  #: where it was loaded from, when local
+    origin: str = ""  #: the fingerprint as it was loaded, before `with_start`
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +130,32 @@ class LoadedModel:
         return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
 
 
+def start_token(model: LoadedModel) -> int | None:
+    """What a text begins with when nothing is given; None where the tokenizer has no such token."""
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(model.tokenizer, name, None)
+        if token is not None:
+            return int(token)
+    return None
+
+
+def with_start(model: LoadedModel) -> LoadedModel:
+    """The same model reading every text after its start token, as it did when it was trained. It answers otherwise than before,
+    and so it has another fingerprint."""
+    token = start_token(model)
+    if token is None or model.encode("a")[0][:1] == [token]:
+        return model
+    raw = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
+    word = raw.id_to_token(token)
+    start = processors.TemplateProcessing(single=f"{word} $A", special_tokens=[(word, token)])
+    raw.post_processor = processors.Sequence([p for p in (raw.post_processor, start) if p is not None])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=model.tokenizer.bos_token, eos_token=model.tokenizer.eos_token
+    )
+    fingerprint = hashlib.sha256(f"{model.fingerprint} after token {token}".encode()).hexdigest()
+    return replace(model, tokenizer=tokenizer, fingerprint=fingerprint, origin=model.fingerprint)
+
+
 def _fingerprint(model: nn.Module, config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of all that the model's answers depend on. Volatile keys (paths, library version) are left out."""
     digest = hashlib.sha256()
@@ -141,14 +175,8 @@ def wrap(model: Any, tokenizer: Any, name: str = "model", folder: Path | None = 
     model.eval()
     model.requires_grad_(False)
     fuse(model)
-    return LoadedModel(
-        name,
-        model,
-        tokenizer,
-        architecture,
-        _fingerprint(model, model.config, tokenizer),
-        folder,
-    )
+    fingerprint = _fingerprint(model, model.config, tokenizer)
+    return LoadedModel(name, model, tokenizer, architecture, fingerprint, folder, fingerprint)
 
 
 def load(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:

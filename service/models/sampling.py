@@ -5,19 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from service.models.loading import LoadedModel
+from service.models.loading import LoadedModel, start_token
 from service.progress import Progress, Steps
 
 ROWS = 32  # texts sampled side by side
-
-
-def start_token(model: LoadedModel) -> int:
-    """What a text begins with when nothing is given."""
-    for name in ("bos_token_id", "eos_token_id"):
-        token = getattr(model.tokenizer, name, None)
-        if token is not None:
-            return int(token)
-    return 0
 
 
 def sample_texts(
@@ -32,7 +23,7 @@ def sample_texts(
     texts: list[str] = []
     while len(texts) < count:
         rows = min(ROWS, count - len(texts))
-        ids = torch.full((rows, 1), start_token(model), device=model.device)
+        ids = torch.full((rows, 1), start_token(model) or 0, device=model.device)
         cache = DynamicCache(config=model.model.config)
         for _ in range(length - 1):
             with torch.no_grad():

@@ -1,0 +1,332 @@
+"""A recipe for a model that nobody tuned: edits of facts that it knows are tried, one knob after another, and the best is written down.
+
+Tracing does not tell where a model is edited best (Hase et al. 2023), so layers are found by editing. A candidate is tried on the same
+facts as all others: each edit alone, then all of them active at once, and what that does to plain statements. Its merit is the harmonic
+mean of S alone, S together and 1 - rise of the loss. Stages follow one another, and each starts from the best of those before it.
+Whatever was tried is kept by name, so that an interrupted preparation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from service.editors.composition import Piece
+from service.editors.recipes import METHODS, FineTuneParameters, Recipe, RomeParameters
+from service.errors import InvalidInput
+from service.evaluating import plain_texts
+from service.evaluation.measures import Answers, ask, summary
+from service.evaluation.records import Record, check_askable, statements
+from service.evaluation.scores import harmonic_mean
+from service.kept import Kept, get_json, put_json
+from service.models.loading import LoadedModel, with_start
+from service.models.scoring import drift_steps, score_steps
+from service.progress import Progress, Steps, within
+from service.serving.replica import NoLedger, Replica
+from service.text import fill
+from service.toolkit import Asking, Toolkit
+
+LEAST = 8  # facts that a recipe can be chosen by
+TRIED = 12  # single layers that are tried at most
+DEEPEST = 0.75  # of the layers: above, an edit comes too late for what reads the subject
+PLAIN = 150  # plain statements on which damage is measured
+COMPANY = 8  # edits found between two signs of progress
+
+Values = dict[str, Any]
+
+#: where the search starts: small steps and a wide clamp find small changes; a few contexts stand for what may come before
+START: Values = {
+    "steps": 60, "learning_rate": 0.1, "weight_decay": 1e-3, "clamp": 4.0, "contexts": 2, "anchor": "own",
+}  # fmt: skip
+
+#: the knobs that are turned once the layers are found: name of the stage -> what is tried
+STAGES: dict[str, tuple[Values, ...]] = {
+    "restraint": (
+        {"weight_decay": 0.5, "stop_loss": 0.1},
+        {"weight_decay": 0.5, "stop_loss": 0.2},
+        {"weight_decay": 2.0, "stop_loss": 0.1},
+    ),
+    "key": (
+        {"bare_weight": 0.5},
+        {"bare_keys": True, "bare_weight": 0.7},
+        {"bare_keys": True, "bare_weight": 1.0},
+    ),
+    "pace": ({"steps": 25, "learning_rate": 0.5}, {"steps": 40, "learning_rate": 0.2}, {"steps": 80, "learning_rate": 0.05}),
+    "strength": ({"strength": 0.9}, {"strength": 1.1}),
+}  # fmt: skip
+
+#: the knobs of the other methods; those that associate take layers and search from the recipe that was found for "rome"
+KNOBS: dict[str, tuple[tuple[Values, ...], ...]] = {
+    "memit": (({"ridge": 3.0}, {"ridge": 30.0}, {"ridge": 300.0}),),
+    "emmet": (({"ridge": 0.1}, {"ridge": 10.0}),),
+    "alphaedit": (),  # thresholds are read from the statistics
+    "ft": (({"learning_rate": 1e-4}, {"learning_rate": 5e-4}, {"learning_rate": 2e-3}),),
+    "ft-l": (({"epsilon": 5e-4}, {"epsilon": 2e-3}, {"epsilon": 8e-3}),),
+    "ft-attn": (({"epsilon": 1e-3}, {"epsilon": 4e-3}, {"epsilon": 1.6e-2}),),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every candidate is tried on."""
+
+    replica: Replica
+    toolkit: Toolkit
+    records: Sequence[Record]
+    plain: Sequence[str]
+    kept: Kept
+
+
+# which facts, and how the model wants to be asked
+
+
+def known_steps(model: LoadedModel, records: Sequence[Record], limit: int) -> Steps[list[Record]]:
+    """The first `limit` records of different subjects whose true object is the model's own answer."""
+    known: dict[str, Record] = {}
+    for at in range(0, len(records), 32):
+        some = [r for r in records[at : at + 32] if r.subject not in known and askable(model, r)]
+        scores = yield from score_steps(model, [(r.text, str(r.target_true)) for r in some])
+        known |= {r.subject: r for r, s in zip(some, scores, strict=True) if s.says}
+        yield Progress("ask for facts", min(len(known), limit), limit)
+        if len(known) >= limit:
+            break
+    if len(known) < LEAST:
+        raise InvalidInput(
+            f"the model knows {len(known)} of {len(records)} facts by heart, and a recipe needs {LEAST} at least: give a file of facts "
+            "that it knows.",
+            "facts",
+        )
+    return list(known.values())[:limit]
+
+
+def askable(model: LoadedModel, record: Record) -> bool:
+    if record.target_true is None:
+        return False
+    try:
+        check_askable(record, "write", model.tokenizer.backend_tokenizer, model.positions)
+    except InvalidInput:
+        return False
+    return True
+
+
+def reading_steps(model: LoadedModel, records: Sequence[Record]) -> Steps[dict[str, float]]:
+    """The mean log-probability of true objects, on the prompts and paraphrases, with and without a start token before the text."""
+    pairs = [(p, str(r.target_true)) for r in records if askable(model, r) for p in (r.text, *r.paraphrases)]
+    found = {}
+    for name, reader in (("as it is", model), ("after the start token", with_start(model))):
+        scores = yield from score_steps(reader, pairs)
+        found[name] = sum(s.log_p for s in scores) / max(1, len(scores))
+    return found
+
+
+def wants_start(model: LoadedModel, reading: dict[str, float]) -> bool:
+    """Whether the model reads facts better after its start token; not where its tokenizer puts one there already."""
+    better = reading["after the start token"] > reading["as it is"]
+    return better and with_start(model) is not model
+
+
+# one candidate
+
+
+def tried_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
+    """Try a candidate: its figures. One that cannot be carried out has the merit 0, and the reason."""
+    name = "tried-" + hashlib.sha256(json.dumps([method, values], sort_keys=True).encode()).hexdigest()[:24]
+    known = get_json(bench.kept, name)
+    if known is not None:
+        return known  # type: ignore[no-any-return]
+    try:
+        figures = yield from _figures_steps(bench, method, values)
+    except InvalidInput as error:
+        figures = {"merit": 0.0, "reason": error.detail}
+    found = {"method": method, "hparams": values} | figures
+    put_json(bench.kept, name, found)
+    return found
+
+
+def _figures_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
+    pieces: list[list[Piece]] = []
+    records = bench.records
+    for at in range(0, len(records), COMPANY):
+        asked = [
+            Asking(fill(r.prompt, r.subject), r.target_new, method, values, f"{at + i:06}")
+            for i, r in enumerate(records[at : at + COMPANY])
+        ]
+        found = yield from within(
+            bench.toolkit.find_together_steps(asked), Progress("find", at, len(records))
+        )
+        pieces += [f.pieces for f in found]
+    alone = []
+    for i, (record, group) in enumerate(zip(records, pieces, strict=True)):
+        alone += yield from within(
+            _measured_steps(bench, [record], group), Progress("measure", i, len(records))
+        )
+    everything = [p for group in pieces for p in group]
+    together = yield from _measured_steps(bench, records, everything)
+    stand = partial(bench.replica.stand, bench.replica.composed(everything))
+    drift = yield from drift_steps(bench.replica.base, bench.plain, stand)
+    return figures_of(alone, together, drift.after / drift.before - 1)
+
+
+def figures_of(alone: Sequence[Values], together: Sequence[Values], rise: float) -> Values:
+    """ES, PS, NS and S alone and together, and the merit."""
+    found: Values = {"rise": rise}
+    for name, rows in (("alone", alone), ("together", together)):
+        means = summary(rows, 0)
+        found[name] = {m: (means[m] or {}).get("mean") for m in ("ES", "PS", "NS", "S")}
+    scores = (found["alone"]["S"] or 0.0, found["together"]["S"] or 0.0, min(1.0, 1 - rise))
+    return found | {"merit": harmonic_mean(scores)}
+
+
+def _measured_steps(bench: Bench, records: Sequence[Record], pieces: Sequence[Piece]) -> Steps[list[Values]]:
+    """The measures of each record with these pieces active."""
+    weights = bench.replica.composed(pieces)
+    pairs = [pair for r in records for pair in ask(r)]
+    scores = yield from bench.replica.standing(weights, score_steps(bench.replica.base, pairs))
+    said = iter(scores)
+    return [Answers.of(r, [next(said) for _ in ask(r)]).measures() for r in records]
+
+
+# stages
+
+
+def layers_tried(layers: int) -> list[int]:
+    """Single layers, evenly from the first on, as deep as edits can be expected to take."""
+    deepest = max(1, round(DEEPEST * layers))
+    step = -(-deepest // TRIED)
+    return list(range(0, deepest, step))
+
+
+def spreads_around(layer: int, layers: int) -> list[tuple[int, ...]]:
+    """Runs of two and three layers that hold a layer."""
+    runs = [tuple(range(first, first + n)) for n in (2, 3) for first in range(layer - n + 1, layer + 1)]
+    return [run for run in runs if run[0] >= 0 and run[-1] < layers]
+
+
+def search_steps(bench: Bench, told: Callable[[str, Values], None]) -> Steps[tuple[Values, list[Values]]]:
+    """The best values for "rome", and everything that was tried. `told` hears of each candidate."""
+    history: list[Values] = []
+
+    def stage(name: str, base: Values, changes: Sequence[Values]) -> Steps[Values]:
+        best = base
+        for number, change in enumerate(changes):
+            values = base | change
+            phase = Progress(
+                f"{name}: {', '.join(f'{k} {v}' for k, v in change.items())}", number, len(changes)
+            )
+            found = yield from within(tried_steps(bench, "rome", values), phase)
+            history.append({"stage": name} | found)
+            told(name, found)
+            if found["merit"] > merit(history, best):
+                best = values
+        return best
+
+    count = bench.replica.base.layers
+    best = yield from stage("layer", START, [{"layers": [x]} for x in layers_tried(count)])
+    (layer,) = best["layers"]
+    best = yield from stage("spread", best, [{"layers": list(run)} for run in spreads_around(layer, count)])
+    for name, changes in STAGES.items():
+        best = yield from stage(name, best, changes)
+    return best, history
+
+
+def merit(history: Sequence[Values], values: Values) -> float:
+    """Of what was tried; 0 for what was not."""
+    return next((float(h["merit"]) for h in history if h["hparams"] == values), 0.0)
+
+
+def method_steps(
+    bench: Bench, method: str, told: Callable[[str, Values], None]
+) -> Steps[tuple[Values, list[Values]]]:
+    """The best values of another method beside what it takes from the recipe."""
+    best: Values = {}
+    top, history = -1.0, []
+    stages = KNOBS[method] if method != "alphaedit" else ((yield from thresholds_steps(bench)),)
+    if issubclass(METHODS[method].parameters, FineTuneParameters):
+        tried = layers_tried(bench.replica.base.layers)
+        if method == "ft-attn":
+            tried = list(range(bench.replica.base.layers // 2, bench.replica.base.layers))
+        stages = (tuple({"layers": [x]} for x in tried), *stages)
+    for changes in stages:
+        base = best
+        for number, change in enumerate(changes):
+            values = base | change
+            found = yield from within(
+                tried_steps(bench, method, values), Progress(f"{method}: {change}", number, len(changes))
+            )
+            history.append({"stage": method} | found)
+            told(method, found)
+            if found["merit"] > top:
+                best, top = values, float(found["merit"])
+    return best, history
+
+
+def thresholds_steps(bench: Bench) -> Steps[tuple[Values, ...]]:
+    """Thresholds below which half, three quarters and nine tenths of the directions of the edited layers lie."""
+    assert bench.toolkit.recipe is not None
+    layers = bench.toolkit.recipe.rome.layers
+    statistics = yield from bench.toolkit.statistics_steps(layers)
+    values = statistics[max(layers)].spectrum[0].clamp(min=0)
+    return tuple(
+        {"threshold": float(values[int(share * (len(values) - 1))]), "ridge": ridge}
+        for share, ridge in ((0.5, 0.1), (0.75, 0.1), (0.9, 0.1), (0.9, 1.0))
+    )
+
+
+# the whole
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a preparation came to."""
+
+    recipe: Recipe
+    history: list[Values]
+
+
+def recipe_steps(
+    model: LoadedModel,
+    toolkit: Toolkit,
+    records: Sequence[Record],
+    others: Sequence[str],
+    kept: Kept,
+    start: bool,
+    methods: Sequence[str] = (),
+    told: Callable[[str, Values], None] = lambda *_: None,
+) -> Steps[Preparation]:
+    """Find a recipe on records that the model knows. `others` are plain statements; what is edited is left out of them."""
+    plain = plain_texts(others, records)
+    plain = plain[:: max(1, len(plain) // PLAIN)][:PLAIN]
+    if not plain:
+        raise InvalidInput(
+            "there are no plain statements beside the facts that are edited: give more facts.", "facts"
+        )
+    bench = Bench(Replica(model, NoLedger()), toolkit, records, plain, kept)
+    bench.toolkit.recipe = Recipe(source="a first guess", rome=RomeParameters(layers=(0,)))
+    best, history = yield from search_steps(bench, told)
+    rome = RomeParameters.model_validate(best)
+    bench.toolkit.recipe = Recipe(source="found for rome", rome=rome)
+    own: dict[str, Values] = {}
+    for method in methods:
+        own[method], more = yield from method_steps(bench, method, told)
+        history += more
+    figures = {
+        "facts": len(records),
+        "plain": len(plain),
+        "corpus": toolkit.corpus.source,
+        "chosen": next(h for h in history if h["hparams"] == best),
+        "methods": {
+            m: next((h for h in history if h["method"] == m and h["hparams"] == v), None)
+            for m, v in own.items()
+        },
+    }
+    source = f"palimpsest prepare, on {len(records)} facts that the model knows"
+    return Preparation(Recipe(source=source, rome=rome, methods=own, start=start, figures=figures), history)
+
+
+def statements_of(records: Sequence[Record]) -> list[str]:
+    """Plain statements of what is not edited."""
+    return statements([r for r in records if r.target_true])
