@@ -97,7 +97,7 @@ class Lab:
         plan = finish(plan_steps(self.replica, self.request(kind, record), self.toolkit))
         draft = Draft(plan, self.found(kind, record, plan))
         stand = finish(stand_steps(self.replica, self.toolkit, [draft], 0))
-        (trial,) = finish(trial_steps(self.replica, self.toolkit, [draft], stand, 1.0))
+        (trial,) = finish(trial_steps(self.replica, self.toolkit, [draft], stand, [1.0]))
         return Case(plan, trial)
 
     def request(self, kind: str, record: Record) -> EditRequest:

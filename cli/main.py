@@ -191,6 +191,7 @@ def _prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     add("--half", choices=["all", "tune", "test"], default="all", help="facts at even (tune) or odd (test) places of the seed's order (default: all)")  # fmt: skip
     add("--limit", dest="most", type=natural, default=48, help="facts that are edited (default: 48)")
+    add("--many", type=int, default=200, help="facts that are edited at once, to see how strong edits may be; 0: not (default: 200)")  # fmt: skip
     add(
         "--methods",
         metavar="NAME,...",

@@ -36,12 +36,13 @@ def run(args: argparse.Namespace) -> int:
     from service.preparing import known_steps, reading_steps, wants_start
     from service.toolkit import RECIPES, recipe_file
 
-    known = shown(known_steps(model, edited, args.most))
+    many = shown(known_steps(model, edited, max(args.most, args.many)))
+    known = many[: args.most]
     reading = shown(reading_steps(model, known))
     start = wants_start(model, reading)
     for name, log_p in reading.items():
         err.print(plain(f"Facts are read with a mean log-probability of {log_p:.3f} {name}."))
-    found = prepared(model, settings, known, records, start, methods)
+    found = prepared(model, settings, known, many if args.many else [], records, start, methods)
     path = recipe_file(model, settings.data / RECIPES)
     path.parent.mkdir(parents=True, exist_ok=True)
     recipe = found.recipe.model_dump_json(indent=1)
@@ -61,6 +62,7 @@ def prepared(
     model: LoadedModel,
     settings: Settings,
     known: list[Record],
+    many: list[Record],
     records: list[Record],
     start: bool,
     methods: tuple[str, ...],
@@ -73,12 +75,12 @@ def prepared(
     reader = with_start(model) if start else model
     statistics = settings.data / "statistics"
     toolkit = shown(prepare_steps(reader, statistics, settings.corpus, settings.stat_tokens))
-    names = {r.subject for r in known}
+    names = {r.subject for r in [*known, *many]}
     others = statements_of([r for r in records if r.subject not in names][:OTHERS])
-    about = [reader.fingerprint, toolkit.corpus.digest, [r.name + r.subject for r in known], others]
+    about = [reader.fingerprint, toolkit.corpus.digest, [r.name + r.subject for r in [*known, *many]], others]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     kept = Folder(settings.data / PREPARED / digest)
-    return shown(recipe_steps(reader, toolkit, known, others, kept, start, methods))
+    return shown(recipe_steps(reader, toolkit, known, others, kept, start, methods, many))
 
 
 def facts_of(source: str | None, model: str) -> Path:
@@ -101,7 +103,7 @@ def methods_of(text: str | None) -> tuple[str, ...]:
 def row(tried: dict[str, Any]) -> tuple[Any, ...]:
     """One candidate as a line of the table; what has no figures says why."""
     words = " ".join(f"{k}={json.dumps(v)}" for k, v in tried["hparams"].items())
-    if "alone" not in tried:
+    if "together" not in tried:
         return tried["stage"], words, *("" for _ in range(5)), tried.get("reason", ""), 0.0
     alone, together = tried["alone"], tried["together"]
     figures = (

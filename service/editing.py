@@ -49,7 +49,6 @@ from service.trial import (
     trial_steps,
 )
 
-STRENGTHS = (1.0, 1.25, 1.5, 2.0)  # tried in turn until the edit takes at head
 LOOK_AGAIN = Progress("another edit landed first: look again", 0, 1)
 
 T = TypeVar("T")
@@ -231,7 +230,7 @@ def _land_steps(replica: Replica, desk: Desk, toolkit: Toolkit, members: Sequenc
     head = replica.head()
     drafts = [m.draft for m in members]
     stand = yield from stand_steps(replica, toolkit, drafts, head)
-    trials = yield from trial_steps(replica, toolkit, drafts, stand, STRENGTHS[0])
+    trials = yield from tempered_steps(replica, toolkit, drafts, stand)
     fit = [
         m for m, t in zip(members, trials, strict=True) if t.spoken or not m.draft.plan.request.guard.enabled
     ]
@@ -315,11 +314,34 @@ def land_alone_steps(replica: Replica, desk: Desk, toolkit: Toolkit, member: Mem
             return
 
 
+def tempered_steps(
+    replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], stand: Stand
+) -> Steps[list[Trial]]:
+    """Several drafts in one version, each with the first of its strengths at which the model speaks beside the others, as far as
+    raising those that do not take yet brings it about."""
+    places, tried = [0] * len(drafts), [stand.strengths(d.plan, replica.base) for d in drafts]
+    while True:
+        strengths = [some[at] for some, at in zip(tried, places, strict=True)]
+        trials = yield from trial_steps(replica, toolkit, drafts, stand, strengths)
+        raised = [
+            i
+            for i, (d, t) in enumerate(zip(drafts, trials, strict=True))
+            if d.plan.request.guard.enabled
+            and not t.spoken
+            and (t.passed or not t.took)
+            and places[i] + 1 < len(tried[i])
+        ]
+        if not raised or all(not t.took for t in trials):
+            return trials  # nothing to raise, or so much is wrong that it is not for want of strength
+        for i in raised:
+            places[i] += 1
+
+
 def strengthened_steps(replica: Replica, toolkit: Toolkit, draft: Draft, stand: Stand) -> Steps[Trial]:
     """The first strength that the model speaks at, else the strongest that passes, else the first."""
     best: Trial | None = None
-    for strength in STRENGTHS:
-        (trial,) = yield from trial_steps(replica, toolkit, [draft], stand, strength)
+    for strength in stand.strengths(draft.plan, replica.base):
+        (trial,) = yield from trial_steps(replica, toolkit, [draft], stand, [strength])
         if best is None or trial.passed:
             best = trial
         if trial.spoken or not draft.plan.request.guard.enabled:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from service.covariance.corpus import Corpus
 from service.editors.composition import Piece, compose, pack, rebuild, unpack
-from service.editors.recipes import Parameters, RomeParameters, resolve
+from service.editors.recipes import Parameters, RomeParameters, resolve, strengths_tried
 from service.errors import InvalidInput
 from service.evaluation.measures import Answers, Measures, ask, changes, summary
 from service.evaluation.records import Record, check_askable, wanted_object
@@ -212,13 +212,17 @@ class Run:
         """The first strength with which an edit takes beside the others, else the last; and the scores with it."""
         scores: list[Score] = []
         strength = self.plan.strengths[0]
-        for strength in self.plan.strengths:
+        for strength in self.strengths(0):
             weights = self.replica.composed([*others, *(p.scaled(strength) for p in pieces)])
             yield Progress("compose", 1, 1)
             scores = yield from self.replica.standing(weights, score_steps(self.model, ask(record)))
-            if self.plan.objective != "write" or Answers.of(record, scores).holds:
+            if self.plan.objective != "write" or Answers.of(record, scores).leads(self.parameters.margin):
                 break
         return {"strength": strength, "scores": scores}
+
+    def strengths(self, active: int) -> tuple[float, ...]:
+        """What is tried in turn beside so many active edits."""
+        return strengths_tried(self.parameters, self.plan.strengths, active, self.model.inner_width)
 
     # One after another
 
@@ -368,42 +372,76 @@ class Run:
 
 
 class Composed:
-    """Edits found on the base model, all active ones solved together, as the service does it."""
+    """Edits found on the base model, all active ones solved together, as the service does it: those that are found at once land at
+    once, each with the first strength at which it takes beside the others."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.notes: list[dict[str, Any]] = []  #: of the edits that have landed
-        self._found: list[list[Piece]] = []
-        self._said: list[dict[str, Any]] = []
         self._landed: list[Piece] = []
 
     def checkpoints(self) -> list[int]:
         return _checkpoints(self.run, 1)
 
     def steps(self, count: int) -> Steps[Weights]:
-        """The weights with so many edits."""
-        while len(self.notes) < count:
-            i = len(self.notes)
-            if i == len(self._found):
-                groups, notes = yield from self.run.found_steps(i // self.run.company, {})
-                self._found += groups
-                self._said += notes
-            strength = yield from self._strength_steps(i)
-            self._landed += [p.scaled(strength) for p in self._found[i]]
-            self.notes.append(self._said[i] | {"strength": strength})
-        yield Progress("compose", count, count)
-        return self.run.replica.composed(self._landed)
-
-    def _strength_steps(self, i: int) -> Steps[float]:
-        """The strength with which an edit takes beside those before it."""
+        """The weights with so many edits. A company that a checkpoint cuts in two lands in two parts."""
         run = self.run
-        if len(run.plan.strengths) == 1:
-            return run.plan.strengths[0]
-        bare = replace(run.records[i], paraphrases=(), neighbours=())
-        steps = run.tried_steps(bare, self._landed, self._found[i])
-        stage = run.stages.once(f"landed-{i:06}", "land", steps)
-        tried = yield from within(stage, Progress("land edits", i, len(run.records)))
-        return float(tried["strength"])
+        while len(self.notes) < count:
+            first = len(self.notes)
+            company = first // run.company
+            groups, said = yield from run.found_steps(company, {})
+            some = slice(
+                first - company * run.company, min(count, (company + 1) * run.company) - company * run.company
+            )
+            landing = run.stages.once(
+                f"landed-{first:06}-{count:06}", "land", self._land_steps(first, groups[some])
+            )
+            strengths = yield from within(landing, Progress("land edits", first, len(run.records)))
+            for group, note, strength in zip(groups[some], said[some], strengths, strict=True):
+                self._landed += [p.scaled(strength) for p in group]
+                self.notes.append(note | {"strength": strength})
+        yield Progress("compose", count, count)
+        return run.replica.composed(self._landed)
+
+    def _land_steps(self, first: int, groups: Sequence[list[Piece]]) -> Steps[list[float]]:
+        """The strengths with which some edits take beside those before them and each other."""
+        run = self.run
+        strengths = run.strengths(first)
+        if len(strengths) == 1 or run.plan.objective != "write":
+            return [strengths[0]] * len(groups)
+        records = run.records[first : first + len(groups)]
+        return (
+            yield from landing_steps(
+                run.replica, records, groups, self._landed, strengths, run.parameters.margin
+            )
+        )
+
+
+def landing_steps(
+    replica: Replica,
+    records: Sequence[Record],
+    groups: Sequence[Sequence[Piece]],
+    landed: Sequence[Piece],
+    strengths: Sequence[float],
+    margin: float,
+) -> Steps[list[float]]:
+    """The first strength of each edit with which it takes beside those that have landed and the others: whoever does not is raised,
+    all at once, until nobody can be."""
+    places = [0] * len(groups)
+    bare = [replace(r, paraphrases=(), neighbours=()) for r in records]
+    asked = [pair for r in bare for pair in ask(r)]
+    while True:
+        mine = [p.scaled(strengths[at]) for group, at in zip(groups, places, strict=True) for p in group]
+        weights = replica.composed([*landed, *mine])
+        yield Progress("compose", 1, 1)
+        scores = iter((yield from replica.standing(weights, score_steps(replica.base, asked))))
+        answers = [Answers.of(r, [next(scores) for _ in ask(r)]) for r in bare]
+        short = [i for i, a in enumerate(answers) if not a.leads(margin)]
+        raised = [i for i in short if places[i] + 1 < len(strengths)]
+        if not raised:
+            return [strengths[at] for at in places]
+        for i in raised:
+            places[i] += 1
 
 
 class Added:

@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 from service.editors.composition import Piece
-from service.editors.recipes import METHODS, FineTuneParameters, Recipe, RomeParameters
+from service.editors.recipes import METHODS, FineTuneParameters, Recipe, RomeParameters, strengths_tried
 from service.errors import InvalidInput
-from service.evaluating import plain_texts
+from service.evaluating import landing_steps, plain_texts
 from service.evaluation.measures import Answers, ask, summary
 from service.evaluation.records import Record, check_askable, statements
 from service.evaluation.scores import harmonic_mean
@@ -50,14 +50,18 @@ STAGES: dict[str, tuple[Values, ...]] = {
         {"weight_decay": 0.5, "stop_loss": 0.2},
         {"weight_decay": 2.0, "stop_loss": 0.1},
     ),
-    "key": (
-        {"bare_weight": 0.5},
-        {"bare_keys": True, "bare_weight": 0.7},
-        {"bare_keys": True, "bare_weight": 1.0},
-    ),
-    "pace": ({"steps": 25, "learning_rate": 0.5}, {"steps": 40, "learning_rate": 0.2}, {"steps": 80, "learning_rate": 0.05}),
-    "strength": ({"strength": 0.9}, {"strength": 1.1}),
-}  # fmt: skip
+    "key": ({"bare_weight": 0.5}, {"bare_keys": True, "bare_weight": 0.7}),
+    "pace": ({"steps": 25, "learning_rate": 0.5}, {"steps": 40, "learning_rate": 0.2}),
+    "ridge": ({"ridge": 0.05}, {"ridge": 0.5}),
+}
+
+#: what is tried of an edit's strength once there are many, weakest first
+WEAK = (0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+FULL = 0.02  # edits for each direction of a key below which there is room enough for full strength
+CLAMPS = (2.0,)  # tried beside the best: what only the hardest edits reach costs most
+MARGINS = (0.75, 1.25, 2.0, 3.0)
+RISE = 0.10  # of the loss on plain statements, that many edits may bring
+LANDING = 16  # edits that land at once
 
 #: the knobs of the other methods; those that associate take layers and search from the recipe that was found for "rome"
 KNOBS: dict[str, tuple[tuple[Values, ...], ...]] = {
@@ -134,7 +138,7 @@ def wants_start(model: LoadedModel, reading: dict[str, float]) -> bool:
 
 def tried_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
     """Try a candidate: its figures. One that cannot be carried out has the merit 0, and the reason."""
-    name = "tried-" + hashlib.sha256(json.dumps([method, values], sort_keys=True).encode()).hexdigest()[:24]
+    name = _name("tried", [method, values])
     known = get_json(bench.kept, name)
     if known is not None:
         return known  # type: ignore[no-any-return]
@@ -147,9 +151,16 @@ def tried_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
     return found
 
 
-def _figures_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
+def _name(kind: str, about: Any) -> str:
+    """Under which something is kept: a digest of all that it depends on."""
+    return f"{kind}-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]}"
+
+
+def _found_steps(
+    bench: Bench, method: str, values: Values, records: Sequence[Record]
+) -> Steps[list[list[Piece]]]:
+    """The pieces of each record's edit."""
     pieces: list[list[Piece]] = []
-    records = bench.records
     for at in range(0, len(records), COMPANY):
         asked = [
             Asking(fill(r.prompt, r.subject), r.target_new, method, values, f"{at + i:06}")
@@ -159,6 +170,19 @@ def _figures_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
             bench.toolkit.find_together_steps(asked), Progress("find", at, len(records))
         )
         pieces += [f.pieces for f in found]
+    return pieces
+
+
+def _rise_steps(bench: Bench, pieces: Sequence[Piece]) -> Steps[float]:
+    """By how much the loss on plain statements rises with these pieces active."""
+    stand = partial(bench.replica.stand, bench.replica.composed(pieces))
+    drift = yield from drift_steps(bench.replica.base, bench.plain, stand)
+    return drift.after / drift.before - 1
+
+
+def _figures_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
+    records = bench.records
+    pieces = yield from _found_steps(bench, method, values, records)
     alone = []
     for i, (record, group) in enumerate(zip(records, pieces, strict=True)):
         alone += yield from within(
@@ -166,9 +190,7 @@ def _figures_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
         )
     everything = [p for group in pieces for p in group]
     together = yield from _measured_steps(bench, records, everything)
-    stand = partial(bench.replica.stand, bench.replica.composed(everything))
-    drift = yield from drift_steps(bench.replica.base, bench.plain, stand)
-    return figures_of(alone, together, drift.after / drift.before - 1)
+    return figures_of(alone, together, (yield from _rise_steps(bench, everything)))
 
 
 def figures_of(alone: Sequence[Values], together: Sequence[Values], rise: float) -> Values:
@@ -238,6 +260,61 @@ def merit(history: Sequence[Values], values: Values) -> float:
     return next((float(h["merit"]) for h in history if h["hparams"] == values), 0.0)
 
 
+def room_steps(
+    bench: Bench, best: Values, records: Sequence[Record], told: Callable[[str, Values], None]
+) -> Steps[tuple[Values, list[Values]]]:
+    """How strong edits are to be when there are many: the margin that keeps most of them within what plain statements may lose.
+
+    Each edit lands with the first strength at which it leads by the margin; so the layer's room is given to those that need it.
+    """
+    history: list[Values] = []
+    for clamp in dict.fromkeys((float(best["clamp"]), *CLAMPS)):
+        base = best | {"clamp": clamp, "strengths": list(WEAK), "full_until": FULL}
+        groups: list[list[Piece]] = []
+        for margin in MARGINS:
+            values = base | {"margin": margin}
+            name = _name("many", [values, len(records)])
+            found = get_json(bench.kept, name)
+            if found is None:
+                if not groups:
+                    groups = yield from _found_steps(bench, "rome", base, records)
+                phase = Progress(f"many: clamp {clamp}, margin {margin}", len(history), len(MARGINS) * 2)
+                found = yield from within(_many_steps(bench, values, records, groups), phase)
+                put_json(bench.kept, name, found)
+            history.append({"stage": "many"} | found)
+            told("many", found)
+    fitting = [h for h in history if h["rise"] <= RISE]
+    chosen = max(fitting, key=lambda h: h["merit"]) if fitting else min(history, key=lambda h: h["rise"])
+    return chosen["hparams"], history
+
+
+def _many_steps(
+    bench: Bench, values: Values, records: Sequence[Record], groups: Sequence[Sequence[Piece]]
+) -> Steps[Values]:
+    """Let many edits land, a company at a time, and see what they come to."""
+    parameters = RomeParameters.model_validate(values)
+    width = bench.replica.base.inner_width
+    landed: list[Piece] = []
+    for at in range(0, len(records), LANDING):
+        some = slice(at, at + LANDING)
+        strengths = strengths_tried(parameters, parameters.strengths, at, width)
+        chosen = yield from landing_steps(
+            bench.replica, records[some], groups[some], landed, strengths, parameters.margin
+        )
+        landed += [p.scaled(s) for group, s in zip(groups[some], chosen, strict=True) for p in group]
+    together = yield from _measured_steps(bench, records, landed)
+    rise = yield from _rise_steps(bench, landed)
+    means = summary(together, 0)
+    return {
+        "method": "rome",
+        "hparams": values,
+        "edits": len(records),
+        "together": {m: (means[m] or {}).get("mean") for m in ("ES", "PS", "NS", "S")},
+        "rise": rise,
+        "merit": (means["S"] or {}).get("mean") or 0.0,
+    }
+
+
 def method_steps(
     bench: Bench, method: str, told: Callable[[str, Values], None]
 ) -> Steps[tuple[Values, list[Values]]]:
@@ -295,10 +372,12 @@ def recipe_steps(
     kept: Kept,
     start: bool,
     methods: Sequence[str] = (),
+    many: Sequence[Record] = (),
     told: Callable[[str, Values], None] = lambda *_: None,
 ) -> Steps[Preparation]:
-    """Find a recipe on records that the model knows. `others` are plain statements; what is edited is left out of them."""
-    plain = plain_texts(others, records)
+    """Find a recipe on records that the model knows; with `many` of them, also how strong edits are to be when there are many.
+    `others` are plain statements; what is edited is left out of them."""
+    plain = plain_texts(others, [*records, *many])
     plain = plain[:: max(1, len(plain) // PLAIN)][:PLAIN]
     if not plain:
         raise InvalidInput(
@@ -307,6 +386,10 @@ def recipe_steps(
     bench = Bench(Replica(model, NoLedger()), toolkit, records, plain, kept)
     bench.toolkit.recipe = Recipe(source="a first guess", rome=RomeParameters(layers=(0,)))
     best, history = yield from search_steps(bench, told)
+    chosen = next(h for h in history if h["hparams"] == best)
+    if many:
+        best, more = yield from room_steps(bench, best, many, told)
+        history += more
     rome = RomeParameters.model_validate(best)
     bench.toolkit.recipe = Recipe(source="found for rome", rome=rome)
     own: dict[str, Values] = {}
@@ -317,7 +400,8 @@ def recipe_steps(
         "facts": len(records),
         "plain": len(plain),
         "corpus": toolkit.corpus.source,
-        "chosen": next(h for h in history if h["hparams"] == best),
+        "chosen": chosen,
+        "many": next((h for h in history if h["stage"] == "many" and h["hparams"] == best), None),
         "methods": {
             m: next((h for h in history if h["method"] == m and h["hparams"] == v), None)
             for m, v in own.items()

@@ -186,7 +186,8 @@ class EvaluationPlan(Asked):
     strengths: list[Annotated[float, Field(gt=0, le=10)]] = Field(
         default=[1.0],
         min_length=1,
-        description="tried in turn until an edit takes; the service tries 1, 1.25, 1.5, 2",
+        max_length=16,
+        description="tried in turn until an edit takes, by the margin of the recipe; those of the recipe are what the service tries",
     )
     together: int | None = Field(
         None,

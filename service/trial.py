@@ -14,7 +14,7 @@ import torch
 
 from service.conflicts import Rival, rivals_steps
 from service.editors.composition import Association, Change, Piece, compose, norm_ratio
-from service.editors.recipes import Parameters
+from service.editors.recipes import Parameters, strengths_tried
 from service.editors.rome import Found
 from service.editors.room import rooms_steps
 from service.errors import InvalidInput
@@ -49,6 +49,11 @@ class Plan:
     @property
     def method(self) -> str:
         return self.request.method or "rome"
+
+    @property
+    def keeps_its_object(self) -> bool:
+        """Whether the new object is the true one as well, so that neither can lead."""
+        return self.rewrite.new.strip() == self.rewrite.true.strip()
 
     @property
     def fact(self) -> str:
@@ -88,6 +93,11 @@ class Stand:
     conflicts: list[list[Rival]]  #: of each draft, with active edits that say its relation in other words
     room: list[dict[int, float]]  #: by layer, what the others leave of each draft's key
 
+    def strengths(self, plan: Plan, model: LoadedModel) -> tuple[float, ...]:
+        """What is tried in turn for an edit beside the others."""
+        active = len({p.edit for p in self.others})
+        return strengths_tried(plan.parameters, plan.parameters.strengths, active, model.inner_width)
+
 
 @dataclass(frozen=True)
 class Check:
@@ -113,6 +123,7 @@ class Trial:
     conflicts: tuple[Rival, ...] = ()
     supersedes: tuple[str, ...] = ()
     room: dict[int, float] = field(default_factory=dict)
+    leads: bool = True  #: by the margin that the recipe asks for
 
     @property
     def passed(self) -> bool:
@@ -120,12 +131,13 @@ class Trial:
 
     @property
     def took(self) -> bool:
-        return all(c.passed for c in self.checks if c.name in ("efficacy", "probability", "paraphrase"))
+        named = ("efficacy", "probability", "paraphrase")
+        return self.leads and all(c.passed for c in self.checks if c.name in named)
 
     @property
     def spoken(self) -> bool:
         """Whether the model says the new object, and nothing speaks against it: no other strength is wanted."""
-        return self.passed and (self.after.answers[0].says_new or self.objective == "erase")
+        return self.passed and self.leads and (self.after.answers[0].says_new or self.objective == "erase")
 
 
 def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], version: int) -> Steps[Stand]:
@@ -196,10 +208,10 @@ def _nearest(active: dict[str, list[Piece]], drafts: Sequence[Draft]) -> list[st
 
 
 def trial_steps(
-    replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], stand: Stand, strength: float
+    replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], stand: Stand, strengths: Sequence[float]
 ) -> Steps[list[Trial]]:
-    """Compose the version with these edits in it, put it in place, measure, and judge each."""
-    mine = [[p.scaled(strength) for p in d.found.pieces] for d in drafts]
+    """Compose the version with these edits in it, each with its strength, put it in place, measure, and judge each."""
+    mine = [[p.scaled(s) for p in d.found.pieces] for d, s in zip(drafts, strengths, strict=True)]
     together = stand.others + [a for group in mine for a in group]
     weights = replica.composed(together)
     yield Progress("compose", 1, 1)
@@ -208,7 +220,7 @@ def trial_steps(
     trials: list[Trial] = []
     for i, (draft, group) in enumerate(zip(drafts, mine, strict=True)):
         norms = _norms(replica, stand, group)
-        trial = judge(draft.plan, stand.before[i], after[i], strength, norms)
+        trial = judge(draft.plan, stand.before[i], after[i], strengths[i], norms)
         trials.append(beside(draft.plan, trial, stand.conflicts[i], stand.room[i]))
         if len(drafts) > 1:
             yield Progress("judge", len(trials), len(drafts))
@@ -289,7 +301,11 @@ def judge(plan: Plan, before: Measured, after: Measured, strength: float, norms:
         _at_most("norm", max(norms.values()), guard.max_norm),
         _at_most("broken", len(broken), guard.max_broken),
     ]
-    return Trial(strength, before, after, checks, norms, broken, objective)
+    rewrite = after.answers[0]
+    leads = (
+        objective != "write" or rewrite.new - rewrite.true >= plan.parameters.margin or plan.keeps_its_object
+    )
+    return Trial(strength, before, after, checks, norms, broken, objective, leads=leads)
 
 
 def _efficacy(plan: Plan, was: Answer, now: Answer) -> Check:

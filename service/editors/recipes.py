@@ -6,12 +6,15 @@ What `palimpsest prepare` wrote comes first, then a `recipe.json` in the model's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.errors import InvalidInput, Misconfigured
+
+Strengths = tuple[Annotated[float, Field(gt=0, le=10)], ...]
 
 
 class RomeParameters(BaseModel):
@@ -58,6 +61,24 @@ class RomeParameters(BaseModel):
         le=100,
         description="what tempers the isolation of subjects whose keys nearly coincide, in mean keys",
     )
+    strengths: Strengths = Field(
+        (1.0, 1.25, 1.5, 2.0),
+        min_length=1,
+        max_length=16,
+        description="factors of the change, tried in turn beside the other active edits until the edit takes",
+    )
+    margin: float = Field(
+        0.0,
+        ge=0,
+        le=20,
+        description="by how much the new object must lead for the edit to have taken, in nats of mean log-probability",
+    )
+    full_until: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="active edits for each direction of a key below which strengths under 1 are passed over: there is room enough",
+    )
 
 
 class MemitParameters(RomeParameters):
@@ -101,6 +122,24 @@ class FineTuneParameters(BaseModel):
         None, gt=0, description="most that an entry may move; without limit when left out"
     )
     stop_loss: float = Field(1e-2, ge=0, description="training ends below this loss")
+    strengths: Strengths = Field(
+        (1.0, 1.25, 1.5, 2.0),
+        min_length=1,
+        max_length=16,
+        description="factors of the change, tried in turn beside the other active edits until the edit takes",
+    )
+    margin: float = Field(
+        0.0,
+        ge=0,
+        le=20,
+        description="by how much the new object must lead for the edit to have taken, in nats of mean log-probability",
+    )
+    full_until: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="active edits for each direction of a key below which strengths under 1 are passed over: there is room enough",
+    )
 
 
 class ConstrainedParameters(FineTuneParameters):
@@ -117,6 +156,14 @@ class AttentionParameters(FineTuneParameters):
 
 
 Parameters = RomeParameters | FineTuneParameters
+
+
+def strengths_tried(
+    parameters: Parameters, strengths: Sequence[float], active: int, width: int
+) -> tuple[float, ...]:
+    """The strengths that are tried in turn beside so many active edits, in keys of so many directions (D)."""
+    full = tuple(s for s in strengths if s >= 1)
+    return full if full and active / width < parameters.full_until else tuple(strengths)
 
 
 @dataclass(frozen=True)
@@ -138,7 +185,17 @@ class Method:
         return issubclass(self.parameters, RomeParameters)
 
 
-_SEARCH = ("layers", "steps", "learning_rate", "weight_decay", "kl_factor", "stop_loss", "seed")
+_SEARCH = (
+    "layers",
+    "steps",
+    "learning_rate",
+    "weight_decay",
+    "kl_factor",
+    "stop_loss",
+    "seed",
+    "strengths",
+    "margin",
+)
 _PUBLISHED_KEY = {
     "anchor": "bare",
     "bare_keys": False,

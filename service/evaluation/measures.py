@@ -81,8 +81,12 @@ class Answers:
     @property
     def holds(self) -> bool:
         """The new object is the more probable one, or is said where there is no other to compare it with."""
+        return self.leads(0.0)
+
+    def leads(self, margin: float) -> bool:
+        """The same by some nats of mean log-probability."""
         new, true = self.rewrite.new, self.rewrite.true
-        return new.says if true is None else new.log_p > true.log_p
+        return new.says if true is None else new.log_p - true.log_p > margin
 
     def measures(self) -> Measures:
         """Shares and differences of one record; None for what it has no prompts or no objects for."""

@@ -87,6 +87,24 @@ def test_the_recipe_is_the_best_of_what_was_tried() -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_many_edits_decide_how_strong_each_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the margins that keep plain statements within their limit the best is taken; where none does, the mildest."""
+    monkeypatch.setattr(preparing, "MARGINS", (0.1, 5.0))
+    monkeypatch.setattr(preparing, "LANDING", 4)
+    found = prepare(tiny(), Memory(), many=records())
+    many = [h for h in found.history if h["stage"] == "many"]
+    assert [h["hparams"]["margin"] for h in many] == [0.1, 5.0] * 2
+    fitting = [h for h in many if h["rise"] <= preparing.RISE]
+    best = max(fitting, key=lambda h: h["merit"]) if fitting else min(many, key=lambda h: h["rise"])
+    assert found.recipe.rome.margin == best["hparams"]["margin"]
+    assert found.recipe.rome.strengths == preparing.WEAK
+    monkeypatch.setattr(preparing, "RISE", -1.0)
+    mildest = prepare(tiny(), Memory(), many=records()).recipe.rome
+    least = min(many, key=lambda h: h["rise"])["hparams"]
+    assert (mildest.margin, mildest.clamp) == (least["margin"], least["clamp"])
+
+
+@pytest.mark.usefixtures("quick")
 def test_an_interrupted_search_goes_on_where_it_was() -> None:
     """What was tried before is not tried again, and the recipe is the same."""
     model, kept = tiny(), Memory()
