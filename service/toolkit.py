@@ -171,7 +171,7 @@ def prepare_steps(
 
     `folder` is that of the statistics; recipes stand beside it.
     """
-    text = yield from corpus_steps(model, tokens, corpus)
+    text = yield from corpus_steps(model, tokens, corpus, folder=folder)
     known = recipe or recipe_of(model, folder.parent / RECIPES if folder else None)
     toolkit = Toolkit(model, known, text, folder)
     if toolkit.recipe is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from service.errors import Misconfigured
+from service.ids import new_id
 from service.models.loading import LoadedModel
 from service.models.sampling import sample_texts
 from service.progress import Steps
@@ -43,7 +44,9 @@ def _from_facts(path: Path) -> list[str]:
     return texts
 
 
-def corpus_steps(model: LoadedModel, size: int, file: Path | None, seed: int = 0) -> Steps[Corpus]:
+def corpus_steps(
+    model: LoadedModel, size: int, file: Path | None, seed: int = 0, folder: Path | None = None
+) -> Steps[Corpus]:
     """About `size` tokens of text. What is named comes first: a file or a folder, a text a line, or "hub:NAME" for a data set on a
     hub; then facts.jsonl beside the model, then the model's own samples. "samples" names those."""
     named = str(file) if file is not None else ""
@@ -57,12 +60,27 @@ def corpus_steps(model: LoadedModel, size: int, file: Path | None, seed: int = 0
     facts = model.folder / "facts.jsonl" if model.folder else None
     if named != SAMPLES and facts is not None and facts.exists():
         return Corpus("the model's table of facts", _limit(model, _from_facts(facts), size))
-    generator = torch.Generator().manual_seed(seed)
+    texts = yield from _samples_steps(model, size, folder, seed)
+    return Corpus("the model's own samples", tuple(texts))
+
+
+def _samples_steps(model: LoadedModel, size: int, folder: Path | None, seed: int) -> Steps[list[str]]:
+    """The model's own samples; made once for a folder, since they take a minute or more."""
     length = min(SAMPLE_LENGTH, model.positions)
+    made_of = f"{model.fingerprint} {size} {seed} {length}"
+    path = folder / f"samples-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.json" if folder else None
+    if path is not None and path.exists():
+        return [str(text) for text in json.loads(path.read_text(encoding="utf-8"))]
+    generator = torch.Generator().manual_seed(seed)
     texts = yield from sample_texts(
         model, count=-(-size // length), length=length, generator=generator, phase="text"
     )
-    return Corpus("the model's own samples", tuple(texts))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix("." + new_id("part"))  # other workers may share the folder
+        part.write_text(json.dumps(texts), encoding="utf-8")
+        part.replace(path)
+    return texts
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -170,7 +170,7 @@ def test_everything_at_once(shop: Shop, folder: Path) -> None:
 def test_an_edit_does_not_wait_for_an_evaluation(shop: Shop) -> None:
     """An edit that is asked for while an evaluation runs lands before its end, and the evaluation goes on."""
     record = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
-    asked = EvaluationRequest(records=[record] * 500, together=1, plain=4)  # type: ignore[call-arg]
+    asked = EvaluationRequest(records=[record] * 500, together=1, damage=False)  # type: ignore[call-arg]
     evaluation = shop.do.submit_evaluation(asked, "somebody")["id"]
     while shop.do.evaluation(evaluation)["status"] == "queued":
         threading.Event().wait(0.01)

@@ -1,0 +1,217 @@
+"""Methods x measures on one model: single edits, and sequences with their checkpoints; the tables of docs/evidence.md.
+
+    python bench/evidence.py --model FOLDER --records cases.json --data DATA --out runs/evidence
+    python bench/evidence.py --only rome memit --single 300 --sequence 700
+
+The recipe is the one that `palimpsest prepare` has written into DATA, else the model's own. Records at even places are for
+tuning; those at odd places are reported. Everything is kept in --out, and a run that was interrupted goes on where it was.
+
+Methods that look for the same value of the same edit share the search within a process: what they do with it is what is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from service.covariance.corpus import Corpus
+from service.editors import rome, values
+from service.editors.values import Place, Value, Wish
+from service.evaluating import evaluate_steps
+from service.evaluation.records import Record, read_records, statements
+from service.kept import Folder
+from service.models.loading import LoadedModel
+from service.progress import Steps, finish
+from service.requests import EvaluationPlan
+from service.serving.replica import NoLedger, Replica
+from service.settings import SHIPPED_MODEL, Settings
+from service.toolkit import Toolkit, prepare_steps
+from workers.resident import resident
+
+console = Console(width=150)
+
+#: the published key: averaged over contexts, of the prompt alone
+PUBLISHED = {"bare_keys": False, "bare_weight": None, "anchor": "bare", "strength": 1.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the tables: a method and how it is asked for."""
+
+    name: str
+    method: str
+    hparams: dict[str, Any]
+    strengths: tuple[float, ...] | None = (1.0,)  #: None: those of the recipe
+    found_on: str = "base"
+
+
+def rows(toolkit: Toolkit) -> list[Row]:
+    """Every method; those with one layer edit the highest of the recipe's."""
+    assert toolkit.recipe is not None
+    one = {"layers": [max(toolkit.recipe.rome.layers)]}
+    return [
+        Row("rome, strength as room allows", "rome", {}, None),
+        Row("rome", "rome", {}),
+        Row("r-rome", "r-rome", one),
+        Row("rome, meng2022", "rome", one | PUBLISHED | {"compat": "meng2022"}),
+        Row("r-rome, one after another", "r-rome", one, found_on="edited"),
+        Row("memit", "memit", {}),
+        Row("emmet", "emmet", {}),
+        Row("alphaedit", "alphaedit", {}),
+        Row("ft", "ft", {}),
+        Row("ft-l", "ft-l", {}),
+        Row("ft-attn", "ft-attn", {}),
+    ]
+
+
+def share_searches(model: LoadedModel, folder: Path) -> None:
+    """Let every method take a value that another has found for the same texts and loss on the base model."""
+    known: dict[str, Value] = {}
+    search, base = values.values_steps, {s: model.parameter(s).data for s in model.sites}
+
+    def name(place: Place, wish: Wish) -> str:
+        p = wish.parameters
+        loss = (p.steps, p.learning_rate, p.weight_decay, p.clamp, p.kl_factor, p.stop_loss, wish.objective)
+        return repr((place, [t.ids for t in wish.rows.texts()], wish.rows.targets, loss))
+
+    def shared(model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> Steps[list[Value]]:
+        if any(model.parameter(site).data is not tensor for site, tensor in base.items()):
+            return (yield from search(model, place, wishes))  # an edited model has values of its own
+        missing = [w for w in wishes if name(place, w) not in known]
+        if missing:
+            found = yield from search(model, place, missing)
+            known.update((name(place, w), v) for w, v in zip(missing, found, strict=True))
+        return [known[name(place, w)] for w in wishes]
+
+    rome.values_steps = shared
+
+
+class Lab:
+    """A model with its recipe, the records that are reported, and plain statements of the others."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        settings = Settings(model=args.model, data=args.data, corpus=args.corpus, threads=args.threads)
+        model = resident(settings)
+        self.toolkit = finish(prepare_steps(model, settings.data / "statistics", settings.corpus))
+        self.replica = Replica(model, NoLedger())
+        source = args.records or Path(args.model) / "facts.jsonl"
+        every = read_records(source, 0)
+        self.records = list({r.subject: r for r in reversed(every[1::2])}.values())[::-1]
+        self.every, self.out = every, args.out / model.name
+        share_searches(model, self.out)
+
+    def run(self, row: Row, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
+        """One evaluation, carried out or read."""
+        assert self.toolkit.recipe is not None
+        strengths = row.strengths or self.toolkit.recipe.rome.strengths
+        plan = EvaluationPlan.model_validate(
+            {
+                "method": row.method,
+                "hparams": row.hparams,
+                "mode": mode,
+                "strengths": list(strengths) if mode == "sequence" or row.strengths else [1.0],
+                "found_on": row.found_on if mode == "sequence" else "base",
+                "checkpoints": list(checkpoints),
+            }
+        )
+        records = self.records[:count]
+        folder = self.out / f"{mode}-{row.name.replace(', ', '-').replace(' ', '-')}-{count}"
+        done = folder / "result.json"
+        if not done.exists():
+            began = time.perf_counter()
+            found = finish(
+                evaluate_steps(self.replica, self.toolkit, plan, records, Folder(folder), self.plain(records))
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            done.write_text(json.dumps(found), encoding="utf-8")
+            console.print(
+                f"{mode}: {row.name}, {count} edits, {time.perf_counter() - began:.0f} s", style="dim"
+            )
+        result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        return result
+
+    def plain(self, edited: Sequence[Record]) -> Corpus:
+        subjects = {r.subject for r in edited}
+        others = statements([r for r in self.every if r.subject not in subjects])
+        return Corpus("statements of facts that are not edited", tuple(others[:1000]))
+
+
+def percent(found: dict[str, float] | None, interval: bool = False) -> str:
+    if found is None:
+        return ""
+    ends = f" ({100 * found['low']:.1f} to {100 * found['high']:.1f})" if interval else ""
+    return f"{100 * found['mean']:.1f}{ends}"
+
+
+def show_single(results: dict[str, dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    for name in ("method", "ES", "PS", "NS", "S", "EM", "exact", "rise of loss", "edits a minute"):
+        table.add_column(name)
+    for name, found in results.items():
+        m, damage = found["after"], found["damage"]
+        rise = f"{100 * damage['loss_rise']['mean']:.2f} %" if damage else ""
+        rate = found["edits_per_minute"].get("all", "")
+        cells = [percent(m[x], x == "S") for x in ("ES", "PS", "NS", "S", "EM", "exact")]
+        table.add_row(name, *cells, rise, str(rate))
+    console.print(table)
+
+
+def show_sequences(results: dict[str, dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    for name in ("method", "edits", "ES", "PS", "NS", "S", "rise of loss", "norm", "still hold"):
+        table.add_column(name)
+    for name, found in results.items():
+        for c in found["checkpoints"]:
+            cells = [percent(c["measures"][x], x == "S") for x in ("ES", "PS", "NS", "S")]
+            rise = f"{100 * c['damage']['loss_rise']:.1f} %" if c["damage"] else ""
+            norm = f"{max(c['norm'].values(), default=0):.2f}"
+            still = c["still"]
+            kept = f"{still['hold']} of {still['held_before']}" if still["held_before"] else ""
+            table.add_row(name, str(c["edits"]), *cells, rise, norm, kept)
+    console.print(table)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default=str(SHIPPED_MODEL))
+    p.add_argument("--records", type=Path, help="the model's own table when left out")
+    p.add_argument("--data", type=Path, default=Path("runs/evidence/data"), help="recipes and statistics")
+    p.add_argument("--corpus", type=Path, help="text for the statistics")
+    p.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    p.add_argument("--only", nargs="*", help="some of the lines, by name")
+    p.add_argument("--single", type=int, default=300, help="single edits; 0: none")
+    p.add_argument("--sequence", type=int, default=0, help="edits of the sequences; 0: none")
+    p.add_argument("--edited", type=int, default=100, help="edits that are found one after another, at most")
+    p.add_argument("--checkpoints", type=int, nargs="*", default=[1, 10, 100, 200, 300, 500, 1000])
+    p.add_argument("--threads", type=int, default=1)
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    lab = Lab(args)
+    chosen = [r for r in rows(lab.toolkit) if not args.only or r.name in args.only]
+    name = lab.replica.base.name
+    if args.single:
+        alone = [r for r in chosen if r.found_on == "base" and r.strengths is not None]
+        found = {r.name: lab.run(r, "single", args.single, ()) for r in alone}
+        show_single(found, f"{args.single} facts, one edit at a time ({name})")
+    if args.sequence:
+        found = {}
+        for r in chosen:
+            count = min(args.sequence, args.edited) if r.found_on == "edited" else args.sequence
+            count = min(count, len(lab.records))
+            found[r.name] = lab.run(
+                r, "sequence", count, sorted({c for c in args.checkpoints if c <= count} | {count})
+            )
+        show_sequences(found, f"edits one after another ({name})")
+
+
+if __name__ == "__main__":
+    main()
