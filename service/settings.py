@@ -76,7 +76,8 @@ class Settings(BaseSettings):
         None, description="for tests: the crash point at which the process kills itself"
     )
     corpus: Path | None = Field(
-        None, description="text file for the statistics; the model's own facts or samples when left out"
+        None,
+        description="text for the statistics: a file, a folder, hub:NAME or samples; the model's own facts or samples when left out",
     )
     stat_tokens: int = Field(60_000, ge=1000, description="tokens behind the statistics of keys")
 
