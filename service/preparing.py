@@ -2,7 +2,7 @@
 
 Tracing does not tell where a model is edited best (Hase et al. 2023), so layers are found by editing. A candidate is tried on the same
 facts as all others: each edit alone, then all of them active at once, and what that does to plain statements. Its merit is the harmonic
-mean of S alone, S together and 1 - rise of the loss. Stages follow one another, and each starts from the best of those before it.
+mean of S alone, S together and, twice, 1 - rise of the loss. Stages follow one another, and each starts from the best of those before it.
 Whatever was tried is kept by name, so that an interrupted preparation goes on where it was.
 """
 
@@ -139,16 +139,14 @@ def wants_start(model: LoadedModel, reading: dict[str, float]) -> bool:
 def tried_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
     """Try a candidate: its figures. One that cannot be carried out has the merit 0, and the reason."""
     name = _name("tried", [method, values])
-    known = get_json(bench.kept, name)
-    if known is not None:
-        return known  # type: ignore[no-any-return]
-    try:
-        figures = yield from _figures_steps(bench, method, values)
-    except InvalidInput as error:
-        figures = {"merit": 0.0, "reason": error.detail}
-    found = {"method": method, "hparams": values} | figures
-    put_json(bench.kept, name, found)
-    return found
+    figures: Values | None = get_json(bench.kept, name)
+    if figures is None:
+        try:
+            figures = yield from _figures_steps(bench, method, values)
+        except InvalidInput as error:
+            figures = {"reason": error.detail}
+        put_json(bench.kept, name, figures)
+    return {"method": method, "hparams": values} | figures | {"merit": merit_of(figures)}
 
 
 def _name(kind: str, about: Any) -> str:
@@ -194,13 +192,20 @@ def _figures_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
 
 
 def figures_of(alone: Sequence[Values], together: Sequence[Values], rise: float) -> Values:
-    """ES, PS, NS and S alone and together, and the merit."""
+    """ES, PS, NS and S alone and together."""
     found: Values = {"rise": rise}
     for name, rows in (("alone", alone), ("together", together)):
         means = summary(rows, 0)
         found[name] = {m: (means[m] or {}).get("mean") for m in ("ES", "PS", "NS", "S")}
-    scores = (found["alone"]["S"] or 0.0, found["together"]["S"] or 0.0, min(1.0, 1 - rise))
-    return found | {"merit": harmonic_mean(scores)}
+    return found
+
+
+def merit_of(figures: Values) -> float:
+    """The harmonic mean of S alone, S together and, as often as these, what is left of the loss; 0 without figures."""
+    if "together" not in figures:
+        return 0.0
+    left = min(1.0, 1 - figures["rise"])
+    return harmonic_mean((figures["alone"]["S"] or 0.0, figures["together"]["S"] or 0.0, left, left))
 
 
 def _measured_steps(bench: Bench, records: Sequence[Record], pieces: Sequence[Piece]) -> Steps[list[Values]]:
