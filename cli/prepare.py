@@ -105,11 +105,13 @@ def row(tried: dict[str, Any]) -> tuple[Any, ...]:
     words = " ".join(f"{k}={json.dumps(v)}" for k, v in tried["hparams"].items())
     if "together" not in tried:
         return tried["stage"], words, *("" for _ in range(5)), tried.get("reason", ""), 0.0
-    alone, together = tried["alone"], tried["together"]
+    together = tried["together"]
+    alone = tried.get("alone", {"S": None})
+    shown = tried.get("alone", together)
     figures = (
-        alone["ES"],
-        alone["PS"],
-        alone["NS"],
+        shown["ES"],
+        shown["PS"],
+        shown["NS"],
         alone["S"],
         together["S"],
         tried["rise"],

@@ -212,7 +212,7 @@ class Run:
         """The first strength with which an edit takes beside the others, else the last; and the scores with it."""
         scores: list[Score] = []
         strength = self.plan.strengths[0]
-        for strength in self.strengths(0):
+        for strength in self.strengths(1):
             weights = self.replica.composed([*others, *(p.scaled(strength) for p in pieces)])
             yield Progress("compose", 1, 1)
             scores = yield from self.replica.standing(weights, score_steps(self.model, ask(record)))
@@ -221,7 +221,7 @@ class Run:
         return {"strength": strength, "scores": scores}
 
     def strengths(self, active: int) -> tuple[float, ...]:
-        """What is tried in turn beside so many active edits."""
+        """What is tried in turn when so many edits will be active."""
         return strengths_tried(self.parameters, self.plan.strengths, active, self.model.inner_width)
 
     # One after another
@@ -406,7 +406,7 @@ class Composed:
     def _land_steps(self, first: int, groups: Sequence[list[Piece]]) -> Steps[list[float]]:
         """The strengths with which some edits take beside those before them and each other."""
         run = self.run
-        strengths = run.strengths(first)
+        strengths = run.strengths(first + len(groups))
         if len(strengths) == 1 or run.plan.objective != "write":
             return [strengths[0]] * len(groups)
         records = run.records[first : first + len(groups)]

@@ -56,12 +56,12 @@ STAGES: dict[str, tuple[Values, ...]] = {
 }
 
 #: what is tried of an edit's strength once there are many, weakest first
-WEAK = (0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
-FULL = 0.02  # edits for each direction of a key below which there is room enough for full strength
-CLAMPS = (2.0,)  # tried beside the best: what only the hardest edits reach costs most
-MARGINS = (0.75, 1.25, 2.0, 3.0)
+WEAK = (0.3, 0.36, 0.43, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+FULL = 0.09  # edits for each direction of a key up to which there is room enough for full strength
+CLAMP = 1.6  # at most: what only the hardest edits reach costs most
+RIDGE = 0.5  # at least: isolating many subjects from each other costs more than it saves
+MARGINS = (0.5, 0.625, 0.75, 1.0, 1.5)
 RISE = 0.10  # of the loss on plain statements, that many edits may bring
-LANDING = 16  # edits that land at once
 
 #: the knobs of the other methods; those that associate take layers and search from the recipe that was found for "rome"
 KNOBS: dict[str, tuple[tuple[Values, ...], ...]] = {
@@ -270,24 +270,28 @@ def room_steps(
 ) -> Steps[tuple[Values, list[Values]]]:
     """How strong edits are to be when there are many: the margin that keeps most of them within what plain statements may lose.
 
-    Each edit lands with the first strength at which it leads by the margin; so the layer's room is given to those that need it.
+    All land together, each with the first strength at which it leads by the margin; so the layer's room is given to those that need it.
     """
     history: list[Values] = []
-    for clamp in dict.fromkeys((float(best["clamp"]), *CLAMPS)):
-        base = best | {"clamp": clamp, "strengths": list(WEAK), "full_until": FULL}
-        groups: list[list[Piece]] = []
-        for margin in MARGINS:
-            values = base | {"margin": margin}
-            name = _name("many", [values, len(records)])
-            found = get_json(bench.kept, name)
-            if found is None:
-                if not groups:
-                    groups = yield from _found_steps(bench, "rome", base, records)
-                phase = Progress(f"many: clamp {clamp}, margin {margin}", len(history), len(MARGINS) * 2)
-                found = yield from within(_many_steps(bench, values, records, groups), phase)
-                put_json(bench.kept, name, found)
-            history.append({"stage": "many"} | found)
-            told("many", found)
+    base = best | {
+        "clamp": min(float(best["clamp"]), CLAMP),
+        "ridge": max(float(best.get("ridge", 0)), RIDGE),
+        "strengths": list(WEAK),
+        "full_until": FULL,
+    }
+    groups: list[list[Piece]] = []
+    for number, margin in enumerate(MARGINS):
+        values = base | {"margin": margin}
+        name = _name("many", [values, len(records)])
+        found = get_json(bench.kept, name)
+        if found is None:
+            if not groups:
+                groups = yield from _found_steps(bench, "rome", base, records)
+            phase = Progress(f"many: margin {margin}", number, len(MARGINS))
+            found = yield from within(_many_steps(bench, values, records, groups), phase)
+            put_json(bench.kept, name, found)
+        history.append({"stage": "many"} | found)
+        told("many", found)
     fitting = [h for h in history if h["rise"] <= RISE]
     chosen = max(fitting, key=lambda h: h["merit"]) if fitting else min(history, key=lambda h: h["rise"])
     return chosen["hparams"], history
@@ -296,17 +300,13 @@ def room_steps(
 def _many_steps(
     bench: Bench, values: Values, records: Sequence[Record], groups: Sequence[Sequence[Piece]]
 ) -> Steps[Values]:
-    """Let many edits land, a company at a time, and see what they come to."""
+    """Let many edits land together, and see what they come to."""
     parameters = RomeParameters.model_validate(values)
-    width = bench.replica.base.inner_width
-    landed: list[Piece] = []
-    for at in range(0, len(records), LANDING):
-        some = slice(at, at + LANDING)
-        strengths = strengths_tried(parameters, parameters.strengths, at, width)
-        chosen = yield from landing_steps(
-            bench.replica, records[some], groups[some], landed, strengths, parameters.margin
-        )
-        landed += [p.scaled(s) for group, s in zip(groups[some], chosen, strict=True) for p in group]
+    strengths = strengths_tried(
+        parameters, parameters.strengths, len(records), bench.replica.base.inner_width
+    )
+    chosen = yield from landing_steps(bench.replica, records, groups, [], strengths, parameters.margin)
+    landed = [p.scaled(s) for group, s in zip(groups, chosen, strict=True) for p in group]
     together = yield from _measured_steps(bench, records, landed)
     rise = yield from _rise_steps(bench, landed)
     means = summary(together, 0)

@@ -95,7 +95,7 @@ class Stand:
 
     def strengths(self, plan: Plan, model: LoadedModel) -> tuple[float, ...]:
         """What is tried in turn for an edit beside the others."""
-        active = len({p.edit for p in self.others})
+        active = len({p.edit for p in self.others}) + len(self.before)
         return strengths_tried(plan.parameters, plan.parameters.strengths, active, model.inner_width)
 
 

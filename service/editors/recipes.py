@@ -161,7 +161,7 @@ Parameters = RomeParameters | FineTuneParameters
 def strengths_tried(
     parameters: Parameters, strengths: Sequence[float], active: int, width: int
 ) -> tuple[float, ...]:
-    """The strengths that are tried in turn beside so many active edits, in keys of so many directions (D)."""
+    """The strengths that are tried in turn when so many edits will be active, in keys of so many directions (D)."""
     full = tuple(s for s in strengths if s >= 1)
     return full if full and active / width < parameters.full_until else tuple(strengths)
 
