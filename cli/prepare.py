@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.evaluate import chosen
+from cli.evaluate import ENOUGH, chosen
 from cli.flags import read_settings
 from cli.local import FACTS, shown, table_of, unstarted
 from cli.screen import err, out, plain, table
@@ -77,6 +77,8 @@ def prepared(
     toolkit = shown(prepare_steps(reader, statistics, settings.corpus, settings.stat_tokens))
     names = {r.subject for r in [*known, *many]}
     others = statements_of([r for r in records if r.subject not in names][:OTHERS])
+    if len(others) < ENOUGH:
+        others = list(toolkit.corpus.texts)
     about = [reader.fingerprint, toolkit.corpus.digest, [r.name + r.subject for r in [*known, *many]], others]
     digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
     kept = Folder(settings.data / PREPARED / digest)

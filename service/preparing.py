@@ -253,6 +253,12 @@ def search_steps(bench: Bench, told: Callable[[str, Values], None]) -> Steps[tup
 
     count = bench.replica.base.layers
     best = yield from stage("layer", START, [{"layers": [x]} for x in layers_tried(count)])
+    if "layers" not in best:
+        raise InvalidInput(
+            f"no layer from 0 to {max(layers_tried(count))} takes edits of these facts: give others, more of them, or facts with "
+            "neighbours and paraphrases that the model knows.",
+            "facts",
+        )
     (layer,) = best["layers"]
     best = yield from stage("spread", best, [{"layers": list(run)} for run in spreads_around(layer, count)])
     for name, changes in STAGES.items():
