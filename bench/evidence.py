@@ -110,7 +110,7 @@ class Lab:
         share_searches(model, self.out)
 
     def run(self, row: Row, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
-        """One evaluation, carried out or read."""
+        """One evaluation, carried out or read. Edits whose strength depends on how many there are land in one company."""
         assert self.toolkit.recipe is not None
         strengths = row.strengths or self.toolkit.recipe.rome.strengths
         plan = EvaluationPlan.model_validate(
@@ -121,6 +121,7 @@ class Lab:
                 "strengths": list(strengths) if mode == "sequence" or row.strengths else [1.0],
                 "found_on": row.found_on if mode == "sequence" else "base",
                 "checkpoints": list(checkpoints),
+                "together": min(count, 1000) if row.strengths is None else None,
             }
         )
         records = self.records[:count]

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     records = read(facts_of(args.facts, settings.model), args.seed).records
     edited = chosen(records, args)
     model = unstarted(settings)
-    from service.preparing import known_steps, reading_steps, wants_start
+    from service.preparing import START, known_steps, reading_steps, wants_start
     from service.toolkit import RECIPES, recipe_file
 
     many = shown(known_steps(model, edited, max(args.most, args.many)))
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"recipe": json.loads(recipe), "tried": found.history, "path": str(path)})
         return 0
-    out.print(table("", COLUMNS, [row(h) for h in found.history]))
+    out.print(table("", COLUMNS, [row(h, START) for h in found.history]))
     out.print(plain(f"The recipe: {found.recipe.rome.model_dump_json(exclude_defaults=True)}"))
     err.print(
         plain(f"It stands in {path}, where `palimpsest serve` and `work` find it with this data folder.")
@@ -102,9 +102,9 @@ def methods_of(text: str | None) -> tuple[str, ...]:
     return named
 
 
-def row(tried: dict[str, Any]) -> tuple[Any, ...]:
-    """One candidate as a line of the table; what has no figures says why."""
-    words = " ".join(f"{k}={json.dumps(v)}" for k, v in tried["hparams"].items())
+def row(tried: dict[str, Any], usual: dict[str, Any]) -> tuple[Any, ...]:
+    """One candidate as a line of the table, by what it has that is not usual; what has no figures says why."""
+    words = " ".join(f"{k}={json.dumps(v)}" for k, v in tried["hparams"].items() if usual.get(k) != v)
     if "together" not in tried:
         return tried["stage"], words, *("" for _ in range(5)), tried.get("reason", ""), 0.0
     together = tried["together"]

@@ -89,10 +89,12 @@ def test_what_is_named() -> None:
 
 def test_a_candidate_is_a_line() -> None:
     """What could not be tried says why in its line; what has figures shows them."""
-    assert row({"stage": "layer", "hparams": {"layers": [9]}, "reason": "no layer", "merit": 0.0})[-2:] == (
+    assert row({"stage": "layer", "hparams": {"layers": [9]}, "reason": "no layer", "merit": 0.0}, {})[
+        -2:
+    ] == (
         "no layer",
         0.0,
     )
     together = {"ES": 1.0, "PS": 0.5, "NS": 0.25, "S": 0.4}
     many = {"stage": "many", "hparams": {}, "together": together, "rise": 0.05, "merit": 0.4}
-    assert row(many)[2:] == (1.0, 0.5, 0.25, None, 0.4, 0.05, 0.4)
+    assert row(many, {})[2:] == (1.0, 0.5, 0.25, None, 0.4, 0.05, 0.4)
