@@ -39,7 +39,10 @@ def test_a_pin_is_a_plain_version() -> None:
 
 
 def test_the_pins_are_what_is_installed() -> None:
-    """The tests ran on the pinned versions."""
+    """The tests ran on the pinned versions; what only `corpora` needs, public data sets, is not part of `make install`."""
+    left_out = set(PROJECT["optional-dependencies"]["corpora"])
     for line in PINS:
         name, pinned = line.split("==")
+        if name in left_out:
+            continue
         assert version(name).partition("+")[0] == pinned, f"{name}: run make install"
