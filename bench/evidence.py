@@ -208,9 +208,11 @@ def main() -> None:
         for r in chosen:
             count = min(args.sequence, args.edited) if r.found_on == "edited" else args.sequence
             count = min(count, len(lab.records))
-            found[r.name] = lab.run(
-                r, "sequence", count, sorted({c for c in args.checkpoints if c <= count} | {count})
-            )
+            at = sorted({c for c in args.checkpoints if c <= count} | {count})
+            if r.strengths is None:  # each number of edits is a company of its own
+                found |= {f"{r.name}: {c}": lab.run(r, "sequence", c, [c]) for c in at if c >= 10}
+            else:
+                found[r.name] = lab.run(r, "sequence", count, at)
         show_sequences(found, f"edits one after another ({name})")
 
 
