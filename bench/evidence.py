@@ -73,7 +73,7 @@ def rows(toolkit: Toolkit) -> list[Row]:
     ]
 
 
-def share_searches(model: LoadedModel, folder: Path) -> None:
+def share_searches(model: LoadedModel) -> None:
     """Let every method take a value that another has found for the same texts and loss on the base model."""
     known: dict[str, Value] = {}
     search, base = values.values_steps, {s: model.parameter(s).data for s in model.sites}
@@ -107,7 +107,7 @@ class Lab:
         every = read_records(source, 0)
         self.records = list({r.subject: r for r in reversed(every[1::2])}.values())[::-1]
         self.every, self.out = every, args.out / model.name
-        share_searches(model, self.out)
+        share_searches(model)
 
     def run(self, row: Row, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
         """One evaluation, carried out or read. Edits whose strength depends on how many there are land in one company."""

@@ -77,9 +77,14 @@ def plain_of(
         except (OSError, UnicodeError) as error:
             raise InvalidInput(f"the texts {args.texts!r} cannot be read: {error}") from None
         return f"the file {Path(args.texts).name}", [line for line in lines if line.strip()]
-    subjects = {r.subject for r in edited}
-    others = statements([r for r in records if r.subject not in subjects][:OTHERS])
+    others = others_of(records, edited)
     return ("statements of facts that are not edited", others) if len(others) >= ENOUGH else None
+
+
+def others_of(records: Sequence[Record], edited: Sequence[Record]) -> list[str]:
+    """Statements of records of other subjects than those that are edited."""
+    subjects = {r.subject for r in edited}
+    return statements([r for r in records if r.subject not in subjects][:OTHERS])
 
 
 def compute(

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.evaluate import ENOUGH, chosen
+from cli.evaluate import ENOUGH, chosen, others_of
 from cli.flags import read_settings
 from cli.local import FACTS, shown, table_of, unstarted
 from cli.screen import err, out, plain, table
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("stage", "tried", "ES", "PS", "NS", "S alone", "S together", "rise of loss", "merit")
 PREPARED = "prepared"  # folder of what a later run goes on with
-OTHERS = 1000  # statements of other facts that are looked at for plain text
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,14 +68,13 @@ def prepared(
 ) -> Preparation:
     """The search, under a bar; what was tried is kept in the data folder."""
     from service.models.loading import with_start
-    from service.preparing import recipe_steps, statements_of
+    from service.preparing import recipe_steps
     from service.toolkit import prepare_steps
 
     reader = with_start(model) if start else model
     statistics = settings.data / "statistics"
     toolkit = shown(prepare_steps(reader, statistics, settings.corpus, settings.stat_tokens))
-    names = {r.subject for r in [*known, *many]}
-    others = statements_of([r for r in records if r.subject not in names][:OTHERS])
+    others = others_of(records, [*known, *many])
     if len(others) < ENOUGH:
         others = list(toolkit.corpus.texts)
     about = [reader.fingerprint, toolkit.corpus.digest, [r.name + r.subject for r in [*known, *many]], others]

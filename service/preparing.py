@@ -20,13 +20,13 @@ from service.editors.recipes import METHODS, FineTuneParameters, Recipe, RomePar
 from service.errors import InvalidInput
 from service.evaluating import landing_steps, plain_texts
 from service.evaluation.measures import Answers, ask, summary
-from service.evaluation.records import Record, check_askable, statements
+from service.evaluation.records import Record, check_askable
 from service.evaluation.scores import harmonic_mean
 from service.kept import Kept, get_json, put_json
 from service.models.loading import LoadedModel, with_start
 from service.models.scoring import drift_steps, score_steps
 from service.progress import Progress, Steps, within
-from service.serving.replica import NoLedger, Replica
+from service.serving.replica import NoLedger, Replica, Weights
 from service.text import fill
 from service.toolkit import Asking, Toolkit
 
@@ -171,11 +171,14 @@ def _found_steps(
     return pieces
 
 
-def _rise_steps(bench: Bench, pieces: Sequence[Piece]) -> Steps[float]:
-    """By how much the loss on plain statements rises with these pieces active."""
-    stand = partial(bench.replica.stand, bench.replica.composed(pieces))
-    drift = yield from drift_steps(bench.replica.base, bench.plain, stand)
-    return drift.after / drift.before - 1
+def _together_steps(
+    bench: Bench, records: Sequence[Record], pieces: Sequence[Piece]
+) -> Steps[tuple[list[Values], float]]:
+    """With all of these pieces active: each record's measures, and by how much the loss on plain statements rises."""
+    weights = bench.replica.composed(pieces)
+    rows = yield from _measured_steps(bench, records, weights)
+    drift = yield from drift_steps(bench.replica.base, bench.plain, partial(bench.replica.stand, weights))
+    return rows, drift.after / drift.before - 1
 
 
 def _figures_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
@@ -184,20 +187,18 @@ def _figures_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
     alone = []
     for i, (record, group) in enumerate(zip(records, pieces, strict=True)):
         alone += yield from within(
-            _measured_steps(bench, [record], group), Progress("measure", i, len(records))
+            _measured_steps(bench, [record], bench.replica.composed(group)),
+            Progress("measure", i, len(records)),
         )
     everything = [p for group in pieces for p in group]
-    together = yield from _measured_steps(bench, records, everything)
-    return figures_of(alone, together, (yield from _rise_steps(bench, everything)))
+    together, rise = yield from _together_steps(bench, records, everything)
+    return {"alone": means_of(alone), "together": means_of(together), "rise": rise}
 
 
-def figures_of(alone: Sequence[Values], together: Sequence[Values], rise: float) -> Values:
-    """ES, PS, NS and S alone and together."""
-    found: Values = {"rise": rise}
-    for name, rows in (("alone", alone), ("together", together)):
-        means = summary(rows, 0)
-        found[name] = {m: (means[m] or {}).get("mean") for m in ("ES", "PS", "NS", "S")}
-    return found
+def means_of(rows: Sequence[Values]) -> Values:
+    """ES, PS, NS and S over records."""
+    means = summary(rows, 0)
+    return {m: (means[m] or {}).get("mean") for m in ("ES", "PS", "NS", "S")}
 
 
 def merit_of(figures: Values) -> float:
@@ -208,9 +209,8 @@ def merit_of(figures: Values) -> float:
     return harmonic_mean((figures["alone"]["S"] or 0.0, figures["together"]["S"] or 0.0, left, left))
 
 
-def _measured_steps(bench: Bench, records: Sequence[Record], pieces: Sequence[Piece]) -> Steps[list[Values]]:
-    """The measures of each record with these pieces active."""
-    weights = bench.replica.composed(pieces)
+def _measured_steps(bench: Bench, records: Sequence[Record], weights: Weights) -> Steps[list[Values]]:
+    """The measures of each record with these weights in place."""
     pairs = [pair for r in records for pair in ask(r)]
     scores = yield from bench.replica.standing(weights, score_steps(bench.replica.base, pairs))
     said = iter(scores)
@@ -233,24 +233,34 @@ def spreads_around(layer: int, layers: int) -> list[tuple[int, ...]]:
     return [run for run in runs if run[0] >= 0 and run[-1] < layers]
 
 
+def _stage_steps(
+    bench: Bench,
+    method: str,
+    history: list[Values],
+    told: Callable[[str, Values], None],
+    name: str,
+    base: Values,
+    changes: Sequence[Values],
+    untried: float = 0.0,
+) -> Steps[Values]:
+    """The best of some values and what each change makes of them; what was tried joins the history."""
+    best = base
+    for number, change in enumerate(changes):
+        values = base | change
+        words = ", ".join(f"{k} {v}" for k, v in change.items())
+        phase = Progress(f"{name}: {words}", number, len(changes))
+        found = yield from within(tried_steps(bench, method, values), phase)
+        history.append({"stage": name} | found)
+        told(name, found)
+        if found["merit"] > merit(history, best, untried):
+            best = values
+    return best
+
+
 def search_steps(bench: Bench, told: Callable[[str, Values], None]) -> Steps[tuple[Values, list[Values]]]:
     """The best values for "rome", and everything that was tried. `told` hears of each candidate."""
     history: list[Values] = []
-
-    def stage(name: str, base: Values, changes: Sequence[Values]) -> Steps[Values]:
-        best = base
-        for number, change in enumerate(changes):
-            values = base | change
-            phase = Progress(
-                f"{name}: {', '.join(f'{k} {v}' for k, v in change.items())}", number, len(changes)
-            )
-            found = yield from within(tried_steps(bench, "rome", values), phase)
-            history.append({"stage": name} | found)
-            told(name, found)
-            if found["merit"] > merit(history, best):
-                best = values
-        return best
-
+    stage = partial(_stage_steps, bench, "rome", history, told)
     count = bench.replica.base.layers
     best = yield from stage("layer", START, [{"layers": [x]} for x in layers_tried(count)])
     if "layers" not in best:
@@ -266,9 +276,9 @@ def search_steps(bench: Bench, told: Callable[[str, Values], None]) -> Steps[tup
     return best, history
 
 
-def merit(history: Sequence[Values], values: Values) -> float:
-    """Of what was tried; 0 for what was not."""
-    return next((float(h["merit"]) for h in history if h["hparams"] == values), 0.0)
+def merit(history: Sequence[Values], values: Values, untried: float = 0.0) -> float:
+    """Of what was tried; of what was not, where nothing else is said, 0."""
+    return next((float(h["merit"]) for h in history if h["hparams"] == values), untried)
 
 
 def room_steps(
@@ -313,16 +323,15 @@ def _many_steps(
     )
     chosen = yield from landing_steps(bench.replica, records, groups, [], strengths, parameters.margin)
     landed = [p.scaled(s) for group, s in zip(groups, chosen, strict=True) for p in group]
-    together = yield from _measured_steps(bench, records, landed)
-    rise = yield from _rise_steps(bench, landed)
-    means = summary(together, 0)
+    rows, rise = yield from _together_steps(bench, records, landed)
+    together = means_of(rows)
     return {
         "method": "rome",
         "hparams": values,
         "edits": len(records),
-        "together": {m: (means[m] or {}).get("mean") for m in ("ES", "PS", "NS", "S")},
+        "together": together,
         "rise": rise,
-        "merit": (means["S"] or {}).get("mean") or 0.0,
+        "merit": together["S"] or 0.0,
     }
 
 
@@ -331,7 +340,7 @@ def method_steps(
 ) -> Steps[tuple[Values, list[Values]]]:
     """The best values of another method beside what it takes from the recipe."""
     best: Values = {}
-    top, history = -1.0, []
+    history: list[Values] = []
     stages = KNOBS[method] if method != "alphaedit" else ((yield from thresholds_steps(bench)),)
     if issubclass(METHODS[method].parameters, FineTuneParameters):
         tried = layers_tried(bench.replica.base.layers)
@@ -339,16 +348,7 @@ def method_steps(
             tried = list(range(bench.replica.base.layers // 2, bench.replica.base.layers))
         stages = (tuple({"layers": [x]} for x in tried), *stages)
     for changes in stages:
-        base = best
-        for number, change in enumerate(changes):
-            values = base | change
-            found = yield from within(
-                tried_steps(bench, method, values), Progress(f"{method}: {change}", number, len(changes))
-            )
-            history.append({"stage": method} | found)
-            told(method, found)
-            if found["merit"] > top:
-                best, top = values, float(found["merit"])
+        best = yield from _stage_steps(bench, method, history, told, method, best, changes, untried=-1.0)
     return best, history
 
 
@@ -420,8 +420,3 @@ def recipe_steps(
     }
     source = f"palimpsest prepare, on {len(records)} facts that the model knows"
     return Preparation(Recipe(source=source, rome=rome, methods=own, start=start, figures=figures), history)
-
-
-def statements_of(records: Sequence[Record]) -> list[str]:
-    """Plain statements of what is not edited."""
-    return statements([r for r in records if r.target_true])

@@ -25,6 +25,11 @@ class Question:
     true: str
     objective: Objective = "write"
 
+    @property
+    def one_object(self) -> bool:
+        """Whether the new object is the true one as well, so that neither can lead."""
+        return self.new.strip() == self.true.strip()
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -54,7 +59,7 @@ def holds(question: Question, answer: Answer) -> bool:
     """Whether the new object is the more probable one, or is said where it is the true one as well; an erased one is not said."""
     if question.objective == "erase":
         return not answer.says_true
-    return answer.prefers_new or (question.new.strip() == question.true.strip() and answer.says_new)
+    return answer.prefers_new or (question.one_object and answer.says_new)
 
 
 def keeps(question: Question, answer: Answer) -> bool:

@@ -51,11 +51,6 @@ class Plan:
         return self.request.method or "rome"
 
     @property
-    def keeps_its_object(self) -> bool:
-        """Whether the new object is the true one as well, so that neither can lead."""
-        return self.rewrite.new.strip() == self.rewrite.true.strip()
-
-    @property
     def fact(self) -> str:
         return fact_key(self.request.subject, self.request.prompt)
 
@@ -303,7 +298,9 @@ def judge(plan: Plan, before: Measured, after: Measured, strength: float, norms:
     ]
     rewrite = after.answers[0]
     leads = (
-        objective != "write" or rewrite.new - rewrite.true >= plan.parameters.margin or plan.keeps_its_object
+        objective != "write"
+        or rewrite.new - rewrite.true >= plan.parameters.margin
+        or plan.rewrite.one_object
     )
     return Trial(strength, before, after, checks, norms, broken, objective, leads=leads)
 

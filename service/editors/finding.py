@@ -24,14 +24,11 @@ def find_together_steps(
     model: LoadedModel, statistics: Mapping[int, Statistics], edits: Sequence[Asked]
 ) -> Steps[list[Found]]:
     """The pieces of a batch of edits (`wanted.batches`), each as it would be found alone."""
-    if (associated := [e for e in edits if isinstance(e, Wanted)]) and len(associated) == len(edits):
-        return (yield from associate_steps(model, statistics, associated))
-    found = []
-    for e in edits:
+    searched = [e for e in edits if isinstance(e, Wanted)]
+    found = (yield from associate_steps(model, statistics, searched)) if searched else []
+    for e in edits:  # a batch is either searched for or trained
         if isinstance(e, Training):
             found.append((yield from train_steps(model, e)))
-        else:
-            found += yield from associate_steps(model, statistics, [e])
     return found
 
 

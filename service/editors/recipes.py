@@ -14,7 +14,31 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from service.errors import InvalidInput, Misconfigured
 
-Strengths = tuple[Annotated[float, Field(gt=0, le=10)], ...]
+# what every method's parameters say of how strong an edit lands (docs/decisions/0010-strength-by-room.md)
+Strengths = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=10)], ...],
+    Field(
+        min_length=1,
+        max_length=16,
+        description="factors of the change, tried in turn beside the other active edits until the edit takes",
+    ),
+]
+Margin = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=20,
+        description="by how much the new object must lead for the edit to have taken, in nats of mean log-probability",
+    ),
+]
+Fullness = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="active edits for each direction of a key below which strengths under 1 are passed over: there is room enough",
+    ),
+]
 
 
 class RomeParameters(BaseModel):
@@ -61,24 +85,9 @@ class RomeParameters(BaseModel):
         le=100,
         description="what tempers the isolation of subjects whose keys nearly coincide, in mean keys",
     )
-    strengths: Strengths = Field(
-        (1.0, 1.25, 1.5, 2.0),
-        min_length=1,
-        max_length=16,
-        description="factors of the change, tried in turn beside the other active edits until the edit takes",
-    )
-    margin: float = Field(
-        0.0,
-        ge=0,
-        le=20,
-        description="by how much the new object must lead for the edit to have taken, in nats of mean log-probability",
-    )
-    full_until: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="active edits for each direction of a key below which strengths under 1 are passed over: there is room enough",
-    )
+    strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
+    margin: Margin = 0.0
+    full_until: Fullness = 0.0
 
 
 class MemitParameters(RomeParameters):
@@ -122,24 +131,9 @@ class FineTuneParameters(BaseModel):
         None, gt=0, description="most that an entry may move; without limit when left out"
     )
     stop_loss: float = Field(1e-2, ge=0, description="training ends below this loss")
-    strengths: Strengths = Field(
-        (1.0, 1.25, 1.5, 2.0),
-        min_length=1,
-        max_length=16,
-        description="factors of the change, tried in turn beside the other active edits until the edit takes",
-    )
-    margin: float = Field(
-        0.0,
-        ge=0,
-        le=20,
-        description="by how much the new object must lead for the edit to have taken, in nats of mean log-probability",
-    )
-    full_until: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="active edits for each direction of a key below which strengths under 1 are passed over: there is room enough",
-    )
+    strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
+    margin: Margin = 0.0
+    full_until: Fullness = 0.0
 
 
 class ConstrainedParameters(FineTuneParameters):
@@ -195,6 +189,7 @@ _SEARCH = (
     "seed",
     "strengths",
     "margin",
+    "full_until",
 )
 _PUBLISHED_KEY = {
     "anchor": "bare",

@@ -65,7 +65,8 @@ class Replica:
         self._weights: OrderedDict[int, Weights] = OrderedDict()
         self._vouched: dict[int, str] = {}
         self._pieces: dict[str, list[Piece]] = {}
-        self._original = {site: model.parameter(site).data for site in model.sites}
+        self._parameters = {site: model.parameter(site) for site in model.sites}
+        self._original = {site: parameter.data for site, parameter in self._parameters.items()}
 
     def head(self) -> int:
         return self.ledger.head()
@@ -120,11 +121,11 @@ class Replica:
         """Put edited tensors in place; the base tensors are back afterwards, whatever happens."""
         try:
             for site, tensor in weights.items():
-                self.base.parameter(site).data = tensor
+                self._parameters[site].data = tensor
             yield self.base
         finally:
             for site in weights:
-                self.base.parameter(site).data = self._original[site]
+                self._parameters[site].data = self._original[site]
 
     def standing(self, weights: Weights, steps: Steps[T]) -> Steps[T]:
         """Run a generator with these weights in place during each of its steps, and the base in between."""

@@ -98,6 +98,15 @@ def test_without_a_recipe_the_layers_must_be_named(asked: dict[str, Any] | None)
         resolve(None, asked, 3)
 
 
+def test_how_strong_edits_land_is_the_same_for_every_method_that_associates() -> None:
+    """Strengths, margin and the room up to which edits are at full strength come from the recipe together."""
+    said = {"strengths": (0.5, 1.0), "margin": 0.5, "full_until": 0.1}
+    recipe = Recipe(source="test", rome=RomeParameters(layers=(1,), **said))  # type: ignore[arg-type]
+    for method in ("rome", "r-rome", "memit", "emmet", "alphaedit"):
+        chosen = resolve(recipe, None, 3, method).model_dump()
+        assert {name: chosen[name] for name in said} == said
+
+
 def test_a_recipe_file_is_read_strictly() -> None:
     """A recipe.json comes back as it was written; a slip in it is named and nothing is ignored."""
     assert read_recipe(RECIPE.model_dump_json()) == RECIPE
