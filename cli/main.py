@@ -155,6 +155,7 @@ def _studies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     trace = verbs.add_parser("trace", help="where facts are carried, by token and layer", allow_abbrev=False)
     trace.add_argument("--window", type=natural, help="layers put back at once for mlp and attn (default: a fifth, at most 10)")  # fmt: skip
     trace.add_argument("--whole", action="store_true", help="leave out the severed paths")
+    add_settings(trace.add_argument_group("recipe"), Settings, "data")
     localization = verbs.add_parser(
         "localization", help="whether tracing says where to edit", allow_abbrev=False
     )

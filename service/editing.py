@@ -319,7 +319,7 @@ def tempered_steps(
 ) -> Steps[list[Trial]]:
     """Several drafts in one version, each with the first of its strengths at which the model speaks beside the others, as far as
     raising those that do not take yet brings it about."""
-    places, tried = [0] * len(drafts), [stand.strengths(d.plan, replica.base) for d in drafts]
+    places, tried = [0] * len(drafts), [stand.climb(d.plan, replica.base).strengths for d in drafts]
     while True:
         strengths = [some[at] for some, at in zip(tried, places, strict=True)]
         trials = yield from trial_steps(replica, toolkit, drafts, stand, strengths)
@@ -340,7 +340,7 @@ def tempered_steps(
 def strengthened_steps(replica: Replica, toolkit: Toolkit, draft: Draft, stand: Stand) -> Steps[Trial]:
     """The first strength that the model speaks at, else the strongest that passes, else the first."""
     best: Trial | None = None
-    for strength in stand.strengths(draft.plan, replica.base):
+    for strength in stand.climb(draft.plan, replica.base).strengths:
         (trial,) = yield from trial_steps(replica, toolkit, [draft], stand, [strength])
         if best is None or trial.passed:
             best = trial

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from service.covariance.corpus import Corpus
 from service.editors.composition import Piece, compose, pack, rebuild, unpack
-from service.editors.recipes import Parameters, RomeParameters, resolve, strengths_tried
+from service.editors.recipes import Climb, Parameters, RomeParameters, climb, resolve
 from service.errors import InvalidInput
 from service.evaluation.measures import Answers, Measures, ask, changes, summary
 from service.evaluation.records import Record, check_askable, wanted_object
@@ -212,17 +212,18 @@ class Run:
         """The first strength with which an edit takes beside the others, else the last; and the scores with it."""
         scores: list[Score] = []
         strength = self.plan.strengths[0]
-        for strength in self.strengths(1):
+        ways = self.climb(1)
+        for strength in ways.strengths:
             weights = self.replica.composed([*others, *(p.scaled(strength) for p in pieces)])
             yield Progress("compose", 1, 1)
             scores = yield from self.replica.standing(weights, score_steps(self.model, ask(record)))
-            if self.plan.objective != "write" or Answers.of(record, scores).leads(self.parameters.margin):
+            if self.plan.objective != "write" or Answers.of(record, scores).leads(ways.enough(strength)):
                 break
         return {"strength": strength, "scores": scores}
 
-    def strengths(self, active: int) -> tuple[float, ...]:
+    def climb(self, active: int) -> Climb:
         """What is tried in turn when so many edits will be active."""
-        return strengths_tried(self.parameters, self.plan.strengths, active, self.model.inner_width)
+        return climb(self.parameters, self.plan.strengths, active, self.model.inner_width)
 
     # One after another
 
@@ -406,15 +407,11 @@ class Composed:
     def _land_steps(self, first: int, groups: Sequence[list[Piece]]) -> Steps[list[float]]:
         """The strengths with which some edits take beside those before them and each other."""
         run = self.run
-        strengths = run.strengths(first + len(groups))
-        if len(strengths) == 1 or run.plan.objective != "write":
-            return [strengths[0]] * len(groups)
+        ways = run.climb(first + len(groups))
+        if len(ways.strengths) == 1 or run.plan.objective != "write":
+            return [ways.strengths[0]] * len(groups)
         records = run.records[first : first + len(groups)]
-        return (
-            yield from landing_steps(
-                run.replica, records, groups, self._landed, strengths, run.parameters.margin
-            )
-        )
+        return (yield from landing_steps(run.replica, records, groups, self._landed, ways))
 
 
 def landing_steps(
@@ -422,12 +419,11 @@ def landing_steps(
     records: Sequence[Record],
     groups: Sequence[Sequence[Piece]],
     landed: Sequence[Piece],
-    strengths: Sequence[float],
-    margin: float,
+    ways: Climb,
 ) -> Steps[list[float]]:
     """The first strength of each edit with which it takes beside those that have landed and the others: whoever does not is raised,
     all at once, until nobody can be."""
-    places = [0] * len(groups)
+    strengths, places = ways.strengths, [0] * len(groups)
     bare = [replace(r, paraphrases=(), neighbours=()) for r in records]
     asked = [pair for r in bare for pair in ask(r)]
     while True:
@@ -436,7 +432,7 @@ def landing_steps(
         yield Progress("compose", 1, 1)
         scores = iter((yield from replica.standing(weights, score_steps(replica.base, asked))))
         answers = [Answers.of(r, [next(scores) for _ in ask(r)]) for r in bare]
-        short = [i for i, a in enumerate(answers) if not a.leads(margin)]
+        short = [i for i, a in enumerate(answers) if not a.leads(ways.enough(strengths[places[i]]))]
         raised = [i for i in short if places[i] + 1 < len(strengths)]
         if not raised:
             return [strengths[at] for at in places]

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from service.editors.composition import Piece
-from service.editors.recipes import METHODS, FineTuneParameters, Recipe, RomeParameters, strengths_tried
+from service.editors.recipes import METHODS, FineTuneParameters, Recipe, RomeParameters, climb
 from service.errors import InvalidInput
 from service.evaluating import landing_steps, plain_texts
 from service.evaluation.measures import Answers, ask, summary
@@ -57,11 +57,12 @@ STAGES: dict[str, tuple[Values, ...]] = {
 
 #: what is tried of an edit's strength once there are many, weakest first
 WEAK = (0.3, 0.36, 0.43, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
-FULL = 0.09  # edits for each direction of a key up to which there is room enough for full strength
 CLAMP = 1.6  # at most: what only the hardest edits reach costs most
 RIDGE = 0.5  # at least: isolating many subjects from each other costs more than it saves
-MARGINS = (0.5, 0.625, 0.75, 1.0, 1.5)
-RISE = 0.10  # of the loss on plain statements, that many edits may bring
+LEADS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+FIRM = 0.5  # nats that are lead enough for an edit at full strength
+CROWDS = (1.0, 0.5, 0.25)  # shares of the many facts for which a lead is found
+RISE = 0.085  # of the loss on plain statements, that many edits may bring; on other facts it may be a tenth
 
 #: the knobs of the other methods; those that associate take layers and search from the recipe that was found for "rome"
 KNOBS: dict[str, tuple[tuple[Values, ...], ...]] = {
@@ -284,48 +285,56 @@ def merit(history: Sequence[Values], values: Values, untried: float = 0.0) -> fl
 def room_steps(
     bench: Bench, best: Values, records: Sequence[Record], told: Callable[[str, Values], None]
 ) -> Steps[tuple[Values, list[Values]]]:
-    """How strong edits are to be when there are many: the margin that keeps most of them within what plain statements may lose.
+    """How strong edits are to be when there are many: for some numbers of them, the greatest lead that keeps them within what plain
+    statements may lose.
 
-    All land together, each with the first strength at which it leads by the margin; so the layer's room is given to those that need it.
+    All land together, each with the first strength at which it leads so; thus the layer's room is given to those that need it. A greater
+    lead costs more of the loss and lets more edits hold, so that the greatest is looked for by halving.
     """
     history: list[Values] = []
     base = best | {
         "clamp": min(float(best["clamp"]), CLAMP),
         "ridge": max(float(best.get("ridge", 0)), RIDGE),
         "strengths": list(WEAK),
-        "full_until": FULL,
     }
     groups: list[list[Piece]] = []
-    for number, margin in enumerate(MARGINS):
-        values = base | {"margin": margin}
-        name = _name("many", [values, len(records)])
-        found = get_json(bench.kept, name)
-        if found is None:
-            if not groups:
-                groups = yield from _found_steps(bench, "rome", base, records)
-            phase = Progress(f"many: margin {margin}", number, len(MARGINS))
-            found = yield from within(_many_steps(bench, values, records, groups), phase)
-            put_json(bench.kept, name, found)
-        history.append({"stage": "many"} | found)
-        told("many", found)
-    fitting = [h for h in history if h["rise"] <= RISE]
-    chosen = max(fitting, key=lambda h: h["merit"]) if fitting else min(history, key=lambda h: h["rise"])
-    return chosen["hparams"], history
+    points: list[tuple[float, float]] = []
+    for share in CROWDS:
+        count = max(1, round(share * len(records)))
+        low, high = 0, len(LEADS)  # LEADS[low - 1] fits, as far as is known, and LEADS[high] does not
+        while low < high:
+            at = (low + high) // 2
+            found = yield from _many_steps(bench, base, LEADS[at], records[:count], groups)
+            history.append({"stage": "many"} | found)
+            told("many", history[-1])
+            low, high = (at + 1, high) if found["rise"] <= RISE else (low, at)
+        points.insert(0, (count / bench.replica.base.inner_width, LEADS[max(0, low - 1)]))
+        if low == len(LEADS):
+            break  # fewer have room for as much
+    return base | {"margin": min(FIRM, *(lead for _, lead in points)), "leads": points}, history
 
 
 def _many_steps(
-    bench: Bench, values: Values, records: Sequence[Record], groups: Sequence[Sequence[Piece]]
+    bench: Bench, base: Values, lead: float, records: Sequence[Record], groups: list[list[Piece]]
 ) -> Steps[Values]:
-    """Let many edits land together, and see what they come to."""
+    """Let many edits land together, each as strong as it takes to lead so, and see what they come to. Their pieces are in
+    `groups`, or come to be there."""
+    values = base | {"margin": min(lead, FIRM), "leads": [(0.0, lead)]}
+    name = _name("many", [values, len(records)])
+    found: Values | None = get_json(bench.kept, name)
+    if found is not None:
+        return found
+    if len(groups) < len(records):
+        groups[:] = yield from _found_steps(bench, "rome", base, records)
+    pieces = groups[: len(records)]
     parameters = RomeParameters.model_validate(values)
-    strengths = strengths_tried(
-        parameters, parameters.strengths, len(records), bench.replica.base.inner_width
-    )
-    chosen = yield from landing_steps(bench.replica, records, groups, [], strengths, parameters.margin)
-    landed = [p.scaled(s) for group, s in zip(groups, chosen, strict=True) for p in group]
+    ways = climb(parameters, parameters.strengths, len(records), bench.replica.base.inner_width)
+    phase = Progress(f"{len(records)} edits: a lead of {lead}", 0, 1)
+    chosen = yield from within(landing_steps(bench.replica, records, pieces, [], ways), phase)
+    landed = [p.scaled(s) for group, s in zip(pieces, chosen, strict=True) for p in group]
     rows, rise = yield from _together_steps(bench, records, landed)
     together = means_of(rows)
-    return {
+    found = {
         "method": "rome",
         "hparams": values,
         "edits": len(records),
@@ -333,6 +342,8 @@ def _many_steps(
         "rise": rise,
         "merit": together["S"] or 0.0,
     }
+    put_json(bench.kept, name, found)
+    return found
 
 
 def method_steps(
@@ -398,8 +409,10 @@ def recipe_steps(
     bench.toolkit.recipe = Recipe(source="a first guess", rome=RomeParameters(layers=(0,)))
     best, history = yield from search_steps(bench, told)
     chosen = next(h for h in history if h["hparams"] == best)
+    crowds: list[list[float]] = []
     if many:
         best, more = yield from room_steps(bench, best, many, told)
+        crowds = [[round(share * model.inner_width), lead] for share, lead in best["leads"]]
         history += more
     rome = RomeParameters.model_validate(best)
     bench.toolkit.recipe = Recipe(source="found for rome", rome=rome)
@@ -412,7 +425,9 @@ def recipe_steps(
         "plain": len(plain),
         "corpus": toolkit.corpus.source,
         "chosen": chosen,
-        "many": next((h for h in history if h["stage"] == "many" and h["hparams"] == best), None),
+        "many": [
+            h for h in history if h["stage"] == "many" and [h["edits"], h["hparams"]["leads"][0][1]] in crowds
+        ],
         "methods": {
             m: next((h for h in history if h["method"] == m and h["hparams"] == v), None)
             for m, v in own.items()

@@ -14,7 +14,7 @@ import torch
 
 from service.conflicts import Rival, rivals_steps
 from service.editors.composition import Association, Change, Piece, compose, norm_ratio
-from service.editors.recipes import Parameters, strengths_tried
+from service.editors.recipes import Climb, Parameters, climb
 from service.editors.rome import Found
 from service.editors.room import rooms_steps
 from service.errors import InvalidInput
@@ -88,10 +88,10 @@ class Stand:
     conflicts: list[list[Rival]]  #: of each draft, with active edits that say its relation in other words
     room: list[dict[int, float]]  #: by layer, what the others leave of each draft's key
 
-    def strengths(self, plan: Plan, model: LoadedModel) -> tuple[float, ...]:
+    def climb(self, plan: Plan, model: LoadedModel) -> Climb:
         """What is tried in turn for an edit beside the others."""
         active = len({p.edit for p in self.others}) + len(self.before)
-        return strengths_tried(plan.parameters, plan.parameters.strengths, active, model.inner_width)
+        return climb(plan.parameters, plan.parameters.strengths, active, model.inner_width)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,8 @@ def trial_steps(
     trials: list[Trial] = []
     for i, (draft, group) in enumerate(zip(drafts, mine, strict=True)):
         norms = _norms(replica, stand, group)
-        trial = judge(draft.plan, stand.before[i], after[i], strengths[i], norms)
+        lead = stand.climb(draft.plan, replica.base).enough(strengths[i])
+        trial = judge(draft.plan, stand.before[i], after[i], strengths[i], norms, lead)
         trials.append(beside(draft.plan, trial, stand.conflicts[i], stand.room[i]))
         if len(drafts) > 1:
             yield Progress("judge", len(trials), len(drafts))
@@ -276,8 +277,15 @@ def _norms(replica: Replica, stand: Stand, mine: Sequence[Piece]) -> dict[Site, 
     return {x: norm_ratio(replica.base.parameter(x).data, change) for x, change in moved.items()}
 
 
-def judge(plan: Plan, before: Measured, after: Measured, strength: float, norms: dict[Site, float]) -> Trial:
-    """Hold a trial against the guard's limits."""
+def judge(
+    plan: Plan,
+    before: Measured,
+    after: Measured,
+    strength: float,
+    norms: dict[Site, float],
+    lead: float = 0.0,
+) -> Trial:
+    """Hold a trial against the guard's limits. It leads when the new object is ahead by `lead`."""
     guard, objective = plan.request.guard, plan.request.objective
     checks = [_efficacy(plan, before.bare or before.answers[0], after.answers[0])]
     if objective != "erase":
@@ -297,11 +305,7 @@ def judge(plan: Plan, before: Measured, after: Measured, strength: float, norms:
         _at_most("broken", len(broken), guard.max_broken),
     ]
     rewrite = after.answers[0]
-    leads = (
-        objective != "write"
-        or rewrite.new - rewrite.true >= plan.parameters.margin
-        or plan.rewrite.one_object
-    )
+    leads = objective != "write" or rewrite.new - rewrite.true >= lead or plan.rewrite.one_object
     return Trial(strength, before, after, checks, norms, broken, objective, leads=leads)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.errors import InvalidInput, Misconfigured
 
@@ -31,12 +32,21 @@ Margin = Annotated[
         description="by how much the new object must lead for the edit to have taken, in nats of mean log-probability",
     ),
 ]
-Fullness = Annotated[
-    float,
+
+
+def _in_order(leads: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    if any(x1 <= x0 for (x0, _), (x1, _) in pairwise(leads)):
+        raise ValueError("the first numbers of the pairs must rise")
+    return leads
+
+
+Leads = Annotated[
+    tuple[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0, le=20)]], ...],
+    AfterValidator(_in_order),
     Field(
-        ge=0,
-        le=1,
-        description="active edits for each direction of a key below which strengths under 1 are passed over: there is room enough",
+        max_length=16,
+        description="pairs of active edits for each direction of a key, rising, and the lead in nats at which an edit is strong enough "
+        "then; in between along a line. Below the first pair there is room for full strength; without pairs the margin is lead enough",
     ),
 ]
 
@@ -87,7 +97,7 @@ class RomeParameters(BaseModel):
     )
     strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
     margin: Margin = 0.0
-    full_until: Fullness = 0.0
+    leads: Leads = ()
 
 
 class MemitParameters(RomeParameters):
@@ -133,7 +143,7 @@ class FineTuneParameters(BaseModel):
     stop_loss: float = Field(1e-2, ge=0, description="training ends below this loss")
     strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
     margin: Margin = 0.0
-    full_until: Fullness = 0.0
+    leads: Leads = ()
 
 
 class ConstrainedParameters(FineTuneParameters):
@@ -152,12 +162,35 @@ class AttentionParameters(FineTuneParameters):
 Parameters = RomeParameters | FineTuneParameters
 
 
-def strengths_tried(
-    parameters: Parameters, strengths: Sequence[float], active: int, width: int
-) -> tuple[float, ...]:
-    """The strengths that are tried in turn when so many edits will be active, in keys of so many directions (D)."""
+@dataclass(frozen=True)
+class Climb:
+    """The strengths that an edit is tried with in turn, and the lead that is enough."""
+
+    strengths: tuple[float, ...]
+    lead: float  #: short of full strength
+    margin: float  #: from full strength on
+
+    def enough(self, strength: float) -> float:
+        """The lead, in nats of mean log-probability, at which an edit of this strength is raised no further."""
+        return self.margin if strength >= 1 else self.lead
+
+
+def climb(parameters: Parameters, strengths: Sequence[float], active: int, width: int) -> Climb:
+    """How an edit climbs when so many will be active, in keys of so many directions (D)."""
+    leads, margin, fullness = parameters.leads, parameters.margin, active / width
     full = tuple(s for s in strengths if s >= 1)
-    return full if full and active / width < parameters.full_until else tuple(strengths)
+    if leads and full and fullness < leads[0][0]:
+        return Climb(full, margin, margin)
+    lead = _between(leads, fullness) if leads else margin
+    return Climb(tuple(strengths), max(lead, margin), margin)
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The line through some points, flat beyond its ends."""
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * max(0.0, x - x0) / (x1 - x0)
+    return points[-1][1]
 
 
 @dataclass(frozen=True)
@@ -189,7 +222,7 @@ _SEARCH = (
     "seed",
     "strengths",
     "margin",
-    "full_until",
+    "leads",
 )
 _PUBLISHED_KEY = {
     "anchor": "bare",

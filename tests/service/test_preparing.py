@@ -86,21 +86,56 @@ def test_the_recipe_is_the_best_of_what_was_tried() -> None:
     assert set(found.recipe.methods) == {"memit", "ft"} == set(found.recipe.figures["methods"])
 
 
+LADDER = (0.1, 1.0, 3.0, 5.0)
+
+
+def crowds(found: Preparation, records: int) -> dict[float, float]:
+    """The rise of the loss by lead, of what was tried with so many edits."""
+    many = [h for h in found.history if h["stage"] == "many" and h["edits"] == records]
+    return {h["hparams"]["leads"][0][1]: h["rise"] for h in many}
+
+
 @pytest.mark.usefixtures("quick")
-def test_many_edits_decide_how_strong_each_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the margins that keep plain statements within their limit the best is taken; where none does, the mildest."""
-    monkeypatch.setattr(preparing, "MARGINS", (0.1, 5.0))
+def test_the_greatest_lead_that_fits_is_taken_for_each_number_of_edits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For all, half and a quarter of many edits, the lead is the greatest of the ladder that halving finds within the limit."""
+    monkeypatch.setattr(preparing, "LEADS", LADDER)
+    width, every = tiny().inner_width, crowds_of_each(monkeypatch)
+    limit = sorted(every.values())[len(every) // 2]  # one that some meet and some miss
+    monkeypatch.setattr(preparing, "RISE", limit)
     found = prepare(tiny(), Memory(), many=records())
-    many = [h for h in found.history if h["stage"] == "many"]
-    assert [h["hparams"]["margin"] for h in many] == [0.1, 5.0]
-    fitting = [h for h in many if h["rise"] <= preparing.RISE]
-    best = max(fitting, key=lambda h: h["merit"]) if fitting else min(many, key=lambda h: h["rise"])
-    assert found.recipe.rome.margin == best["hparams"]["margin"]
     assert found.recipe.rome.strengths == preparing.WEAK
+    for fullness, lead in found.recipe.rome.leads:
+        tried = crowds(found, round(fullness * width))
+        fitting = [x for x, rise in tried.items() if rise <= limit]
+        assert lead == (max(fitting) if fitting else LADDER[0])
+        assert all(
+            x > lead for x in tried.keys() - set(fitting) - {lead}
+        )  # what was tried above does not fit
+    assert found.recipe.rome.margin == min(preparing.FIRM, *(lead for _, lead in found.recipe.rome.leads))
+
+
+def crowds_of_each(monkeypatch: pytest.MonkeyPatch) -> dict[float, float]:
+    """The rise by lead of all edits at once, each lead tried."""
+    rises: dict[float, float] = {}
+    for lead in LADDER:
+        with monkeypatch.context() as patch:
+            patch.setattr(preparing, "LEADS", (lead,))
+            rises |= crowds(prepare(tiny(), Memory(), many=records()), len(records()))
+    return rises
+
+
+@pytest.mark.usefixtures("quick")
+def test_where_no_lead_fits_the_smallest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that no lead meets gives the mildest; one that all meet gives the greatest, and fewer edits are not asked."""
+    monkeypatch.setattr(preparing, "LEADS", LADDER)
     monkeypatch.setattr(preparing, "RISE", -1.0)
     mildest = prepare(tiny(), Memory(), many=records()).recipe.rome
-    least = min(many, key=lambda h: h["rise"])["hparams"]
-    assert (mildest.margin, mildest.clamp) == (least["margin"], preparing.CLAMP)
+    assert [lead for _, lead in mildest.leads] == [LADDER[0]] * 3 and mildest.clamp == preparing.CLAMP
+    monkeypatch.setattr(preparing, "RISE", 1e9)
+    strongest = prepare(tiny(), Memory(), many=records()).recipe.rome
+    assert [lead for _, lead in strongest.leads] == [LADDER[-1]] and strongest.margin == preparing.FIRM
 
 
 @pytest.mark.usefixtures("quick")

@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from service.editors.recipes import PUBLISHED, Recipe, RomeParameters, read_recipe, recipe_for, resolve
+from service.editors.recipes import (
+    PUBLISHED,
+    Recipe,
+    RomeParameters,
+    climb,
+    read_recipe,
+    recipe_for,
+    resolve,
+)
 from service.errors import InvalidInput, Misconfigured
 from service.models.architectures import ARCHITECTURES
 
@@ -99,12 +108,46 @@ def test_without_a_recipe_the_layers_must_be_named(asked: dict[str, Any] | None)
 
 
 def test_how_strong_edits_land_is_the_same_for_every_method_that_associates() -> None:
-    """Strengths, margin and the room up to which edits are at full strength come from the recipe together."""
-    said = {"strengths": (0.5, 1.0), "margin": 0.5, "full_until": 0.1}
+    """Strengths, margin and the leads at which edits are strong enough come from the recipe together."""
+    said = {"strengths": (0.5, 1.0), "margin": 0.5, "leads": ((0.1, 2.0), (0.2, 0.5))}
     recipe = Recipe(source="test", rome=RomeParameters(layers=(1,), **said))  # type: ignore[arg-type]
     for method in ("rome", "r-rome", "memit", "emmet", "alphaedit"):
         chosen = resolve(recipe, None, 3, method).model_dump()
         assert {name: chosen[name] for name in said} == said
+
+
+@pytest.mark.parametrize(
+    ("active", "strengths", "lead"),
+    [
+        (9, (1.0, 2.0), 0.5),  # below the first pair: full strength, and from there on the margin is enough
+        (10, (0.5, 1.0, 2.0), 2.0),
+        (15, (0.5, 1.0, 2.0), 1.25),  # halfway between two pairs
+        (20, (0.5, 1.0, 2.0), 0.5),
+        (90, (0.5, 1.0, 2.0), 0.5),  # beyond the last
+    ],
+)
+def test_what_is_lead_enough_falls_as_a_layer_fills(
+    active: int, strengths: tuple[float, ...], lead: float
+) -> None:
+    """An edit climbs from the weakest strength once there are many, to a lead on the line through the recipe's pairs."""
+    parameters = RomeParameters(layers=(0,), margin=0.5, leads=((0.1, 2.0), (0.2, 0.5)))
+    ways = climb(parameters, (0.5, 1.0, 2.0), active, 100)
+    assert (ways.strengths, ways.lead) == (strengths, pytest.approx(lead))
+    assert ways.enough(0.5) == pytest.approx(lead) and ways.enough(1.0) == ways.enough(2.0) == 0.5
+
+
+def test_without_leads_the_margin_is_lead_enough() -> None:
+    """A recipe that says nothing of many edits tries its strengths in turn, whatever is active; a lead below the margin is none."""
+    plain = RomeParameters(layers=(0,), margin=0.25)
+    assert climb(plain, (0.5, 1.0), 10**6, 100).enough(0.5) == 0.25
+    assert climb(plain.model_copy(update={"leads": ((0.0, 0.1),)}), (0.5, 1.0), 5, 100).enough(0.5) == 0.25
+
+
+@pytest.mark.parametrize("leads", [((0.2, 1.0), (0.1, 2.0)), ((0.1, 1.0), (0.1, 2.0)), ((-0.1, 1.0),)])
+def test_leads_are_in_order(leads: tuple[tuple[float, float], ...]) -> None:
+    """Pairs of fullness and lead rise in fullness, which is no less than nothing."""
+    with pytest.raises(ValidationError):
+        RomeParameters(layers=(0,), leads=leads)
 
 
 def test_a_recipe_file_is_read_strictly() -> None:
