@@ -55,14 +55,14 @@ class Row:
 
 
 def rows(toolkit: Toolkit) -> list[Row]:
-    """Every method; those with one layer edit the highest of the recipe's."""
+    """Every method. Those with one layer edit where r-rome was found to edit best, else the highest of the recipe's."""
     assert toolkit.recipe is not None
-    one = {"layers": [max(toolkit.recipe.rome.layers)]}
+    one = {"layers": [max(toolkit.recipe.rome.layers)]} | toolkit.recipe.methods.get("r-rome", {})
     return [
         Row("rome, strength as room allows", "rome", {}, None),
         Row("rome", "rome", {}),
         Row("r-rome", "r-rome", one),
-        Row("rome, meng2022", "rome", one | PUBLISHED | {"compat": "meng2022"}),
+        Row("rome, meng2022", "rome", PUBLISHED | one | {"compat": "meng2022"}),
         Row("r-rome, one after another", "r-rome", one, found_on="edited"),
         Row("memit", "memit", {}),
         Row("emmet", "emmet", {}),

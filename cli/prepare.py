@@ -94,7 +94,7 @@ def facts_of(source: str | None, model: str) -> Path:
 def methods_of(text: str | None) -> tuple[str, ...]:
     """The methods that are tuned beside "rome"."""
     named = tuple(word.strip() for word in (text or "").split(",") if word.strip())
-    others = [name for name in METHODS if name not in ("rome", "r-rome")]
+    others = [name for name in METHODS if name != "rome"]
     if unknown := [name for name in named if name not in others]:
         raise InvalidInput(f"--methods cannot be {unknown[0]!r}: name some of {','.join(others)}.")
     return named

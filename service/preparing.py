@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,6 +66,13 @@ RISE = 0.085  # of the loss on plain statements, that many edits may bring; on o
 
 #: the knobs of the other methods; those that associate take layers and search from the recipe that was found for "rome"
 KNOBS: dict[str, tuple[tuple[Values, ...], ...]] = {
+    "r-rome": (
+        (
+            {"steps": 60, "learning_rate": 0.1, "weight_decay": 1e-3, "stop_loss": 0.05, "clamp": 4.0},
+            {"steps": 40, "learning_rate": 0.2, "weight_decay": 1e-3, "stop_loss": 0.05, "clamp": 4.0},
+            {"steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "stop_loss": 0.05, "clamp": 4.0},
+        ),
+    ),
     "memit": (({"ridge": 3.0}, {"ridge": 30.0}, {"ridge": 300.0}),),
     "emmet": (({"ridge": 0.1}, {"ridge": 10.0}),),
     "alphaedit": (),  # thresholds are read from the statistics
@@ -352,21 +359,32 @@ def method_steps(
     """The best values of another method beside what it takes from the recipe."""
     best: Values = {}
     history: list[Values] = []
+    count = bench.replica.base.layers
     stages = KNOBS[method] if method != "alphaedit" else ((yield from thresholds_steps(bench)),)
-    if issubclass(METHODS[method].parameters, FineTuneParameters):
-        tried = layers_tried(bench.replica.base.layers)
-        if method == "ft-attn":
-            tried = list(range(bench.replica.base.layers // 2, bench.replica.base.layers))
-        stages = (tuple({"layers": [x]} for x in tried), *stages)
+    if method == "ft-attn":
+        stages = (_alone(range(count // 2, count)), *stages)
+    elif issubclass(METHODS[method].parameters, FineTuneParameters):
+        stages = (_alone(layers_tried(count)), *stages)
+    elif method == "r-rome":  # one layer, as published, and a search of its own: the recipe's is for several
+        stages = (*stages, _alone(layers_tried(count)))
+        best = {"layers": [max(_recipe(bench).rome.layers)]}
     for changes in stages:
         best = yield from _stage_steps(bench, method, history, told, method, best, changes, untried=-1.0)
     return best, history
 
 
+def _alone(layers: Iterable[int]) -> tuple[Values, ...]:
+    return tuple({"layers": [x]} for x in layers)
+
+
+def _recipe(bench: Bench) -> Recipe:
+    assert bench.toolkit.recipe is not None
+    return bench.toolkit.recipe
+
+
 def thresholds_steps(bench: Bench) -> Steps[tuple[Values, ...]]:
     """Thresholds below which half, three quarters and nine tenths of the directions of the edited layers lie."""
-    assert bench.toolkit.recipe is not None
-    layers = bench.toolkit.recipe.rome.layers
+    layers = _recipe(bench).rome.layers
     statistics = yield from bench.toolkit.statistics_steps(layers)
     values = statistics[max(layers)].spectrum[0].clamp(min=0)
     return tuple(

@@ -96,6 +96,20 @@ def crowds(found: Preparation, records: int) -> dict[float, float]:
 
 
 @pytest.mark.usefixtures("quick")
+def test_one_layer_methods_search_with_values_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """r-ROME edits one layer, the best of those tried, and takes nothing from a search that was meant for several."""
+    monkeypatch.setattr(
+        preparing, "KNOBS", {"r-rome": (({"steps": 2, "clamp": 3.0}, {"steps": 2, "clamp": 4.0}),)}
+    )
+    found = prepare(tiny(), Memory(), methods=("r-rome",))
+    own = found.recipe.methods["r-rome"]
+    tried = [h for h in found.history if h["method"] == "r-rome"]
+    assert {tuple(h["hparams"]["layers"]) for h in tried} == {(x,) for x in layers_tried(tiny().layers)}
+    assert own in [h["hparams"] for h in tried] and own["clamp"] in (3.0, 4.0)
+    assert max(h["merit"] for h in tried) == next(h["merit"] for h in tried if h["hparams"] == own)
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_greatest_lead_that_fits_is_taken_for_each_number_of_edits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

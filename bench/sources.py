@@ -1,0 +1,92 @@
+"""What each source of text for the statistics costs: the same edits of the same model, alone and 100 together, by that text alone.
+
+    python bench/sources.py
+    python bench/sources.py --model FOLDER --records cases.json --data DATA
+
+The values that an edit looks for do not depend on the statistics; where it is written does. The recipe is the one that
+`palimpsest prepare` has written into DATA, else the model's own. Texts: the model's own samples, statements of its facts
+that are not edited, the prose of this repository's documents, and a few sentences of that prose: as good as nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from evidence import Lab, Row, percent
+from rich.console import Console
+from rich.table import Table
+
+from service.covariance.corpus import SAMPLES
+from service.evaluation.records import read_records, statements
+from service.settings import SHIPPED_MODEL
+
+console = Console(width=150)
+ROOT = Path(__file__).resolve().parent.parent
+FEW = 10  # sentences that are as good as nothing
+#: full strength, so that nothing but the text differs
+ROME = Row("rome", "rome", {})
+
+
+def prose() -> Iterator[str]:
+    """The sentences of the documents: English, and nothing that these models were trained on."""
+    for page in sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]):
+        text = re.sub(r"```.*?```|`|\|.*", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        yield from (s.strip() for s in re.split(r"(?<=[.:])\s+", text) if len(s.split()) > 4)
+
+
+def texts_of(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
+    """The sources by name, written down where they are files."""
+    records = read_records(args.records or Path(args.model) / "facts.jsonl", 0)
+    edited = {r.subject for r in records[1::2][: args.limit]}
+    files = {
+        "statements of other facts": statements([r for r in records if r.subject not in edited]),
+        "prose of another kind": list(prose()),
+        f"{FEW} sentences of it": list(prose())[:FEW],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"its own samples": Path(SAMPLES)}
+    for name, lines in files.items():
+        found[name] = folder / f"{name.replace(' ', '-')}.txt"
+        found[name].write_text("\n".join(lines), encoding="utf-8")
+    return found
+
+
+def show(results: dict[str, tuple[dict[str, Any], dict[str, Any]]], title: str) -> None:
+    table = Table(title=title)
+    for name in ("text for the statistics", "S alone", "S together", "rise of loss together", "norm"):
+        table.add_column(name)
+    for name, (alone, together) in results.items():
+        last = together["checkpoints"][-1]
+        cells = percent(alone["after"]["S"], True), percent(last["measures"]["S"], True)
+        rise, norm = 100 * last["damage"]["loss_rise"], max(last["norm"].values())
+        table.add_row(name, *cells, f"{rise:.1f} %", f"{norm:.2f}")
+    console.print(table)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default=str(SHIPPED_MODEL))
+    p.add_argument("--records", type=Path, help="the model's own table when left out")
+    p.add_argument("--data", type=Path, default=Path("runs/evidence/data"), help="recipes and statistics")
+    p.add_argument("--out", type=Path, default=Path("runs/evidence/sources"))
+    p.add_argument("--limit", type=int, default=100, help="facts, alone and together")
+    p.add_argument("--threads", type=int, default=1)
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    results = {}
+    out = args.out / Path(args.model).resolve().parent.name / Path(args.model).resolve().name
+    for name, corpus in texts_of(args, out / "texts").items():
+        lab = Lab(argparse.Namespace(**vars(args) | {"corpus": corpus, "out": out / name.replace(" ", "-")}))
+        alone = lab.run(ROME, "single", args.limit, ())
+        together = lab.run(ROME, "sequence", args.limit, [args.limit])
+        results[name] = (alone, together)
+    show(results, f"{args.limit} edits of {args.model}, by the text that the statistics are from")
+
+
+if __name__ == "__main__":
+    main()
