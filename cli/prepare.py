@@ -103,6 +103,8 @@ def methods_of(text: str | None) -> tuple[str, ...]:
 def row(tried: dict[str, Any], usual: dict[str, Any]) -> tuple[Any, ...]:
     """One candidate as a line of the table, by what it has that is not usual; what has no figures says why."""
     words = " ".join(f"{k}={json.dumps(v)}" for k, v in tried["hparams"].items() if usual.get(k) != v)
+    if "edits" in tried:
+        words = f"{tried['edits']} edits {words}"
     if "together" not in tried:
         return tried["stage"], words, *("" for _ in range(5)), tried.get("reason", ""), 0.0
     together = tried["together"]

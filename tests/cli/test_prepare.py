@@ -55,7 +55,7 @@ def test_the_recipe_stands_where_the_worker_finds_it(
     monkeypatch.setattr(preparing, "wants_start", lambda *_: start)
     monkeypatch.setattr(preparing, "START", preparing.START | {"steps": 3, "contexts": 0})
     monkeypatch.setattr(preparing, "STAGES", {})
-    monkeypatch.setattr(preparing, "MARGINS", (0.5,))
+    monkeypatch.setattr(preparing, "LEADS", (0.5,))
     monkeypatch.setattr(
         preparing, "merit_of", lambda figures: float("together" in figures)
     )  # random models take no edit
@@ -96,5 +96,10 @@ def test_a_candidate_is_a_line() -> None:
         0.0,
     )
     together = {"ES": 1.0, "PS": 0.5, "NS": 0.25, "S": 0.4}
-    many = {"stage": "many", "hparams": {}, "together": together, "rise": 0.05, "merit": 0.4}
+    many = {"stage": "many", "hparams": {"margin": 1}, "edits": 50} | {
+        "together": together,
+        "rise": 0.05,
+        "merit": 0.4,
+    }
+    assert row(many, {})[1] == "50 edits margin=1"
     assert row(many, {})[2:] == (1.0, 0.5, 0.25, None, 0.4, 0.05, 0.4)
