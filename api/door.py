@@ -19,6 +19,7 @@ from service.settings import Settings
 #: what a key must be good for, by method and path; a GET needs `read`. A route without a scope cannot be made.
 SCOPES = {
     ("POST", "/edits"): Scope.EDIT,
+    ("POST", "/import"): Scope.EDIT,
     ("DELETE", "/edits/{id}"): Scope.EDIT,
     ("POST", "/trace"): Scope.READ,
     ("DELETE", "/trace/{id}"): Scope.EDIT,
@@ -31,6 +32,10 @@ SCOPES = {
 
 #: routes whose bodies carry records, and may be larger than others
 RECORDS = {("POST", "/evaluations")}
+
+#: routes whose bodies are files, and no JSON
+FILES = {("POST", "/import")}
+BINARY = "application/octet-stream"
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 Responses = dict[int | str, dict[str, Any]]
@@ -68,7 +73,7 @@ class Door(APIRoute):
             await admit(request, needed[request.method])
             if request.method in ("POST", "PUT", "PATCH"):
                 raw = await read(request, self._most(request))
-                request = Checked(request, raw, parse(request, raw) if raw else None)
+                request = Checked(request, raw, self._parse(request, raw) if raw else None)
             return await handle(request)
 
         return through_the_door
@@ -76,7 +81,22 @@ class Door(APIRoute):
     def _most(self, request: Request) -> int:
         """Bytes that a body may have here."""
         settings: Settings = request.app.state.settings
+        if (request.method, self.path) in FILES:
+            return settings.max_import_body
         return settings.max_records_body if (request.method, self.path) in RECORDS else settings.max_body
+
+    def _parse(self, request: Request, raw: bytes) -> Any:
+        """The JSON of a body; nothing of a file, which is declared as one for the same reason (see `parse`)."""
+        if (request.method, self.path) not in FILES:
+            return parse(request, raw)
+        if declared(request) != BINARY:
+            raise WrongMediaType(f"Send the file with the header `Content-Type: {BINARY}`.")
+        return None
+
+
+def declared(request: Request) -> str:
+    """The type that a body is said to have."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def scope_of(method: str, path: str) -> Scope:
@@ -105,8 +125,8 @@ def _check_scope(caller: Caller, needed: Scope) -> None:
 async def read(request: Request, limit: int) -> bytes:
     """The body, as long as it is not too large."""
     too_large = TooLarge(f"The body is larger than {limit} bytes: send less at once.")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 12 or int(declared) > limit):
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and (len(length) > 12 or int(length) > limit):
         raise too_large
     chunks, size = [], 0
     async for chunk in request.stream():
@@ -123,8 +143,7 @@ def parse(request: Request, raw: bytes) -> Any:
     The declared type is insisted on because a browser asks before it sends JSON to another origin: no web page can
     speak to a service on loopback behind its user's back.
     """
-    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if declared != "application/json":
+    if declared(request) != "application/json":
         raise WrongMediaType("Send JSON with the header `Content-Type: application/json`.")
     try:
         value = from_json(raw, allow_inf_nan=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,6 +18,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import Misconfigured, PalimpsestError, Unavailable
 
+BINARY = "application/octet-stream"
+_NAME = re.compile(r'filename="([\w.-]+)"', re.ASCII)
 RECONNECTS = 5  # in a row, without an event between them
 
 
@@ -135,6 +138,19 @@ class Client:
 
     def picture(self, path: str, media_type: str) -> bytes:
         return self._call("GET", path, headers={"Accept": media_type}).content
+
+    def file(self, path: str, file: IO[bytes], **params: Any) -> str:
+        """Write what the service sends to a file, piece by piece; the name that the service gives it."""
+        with self._reached(), self._http.stream("GET", path, params=params) as response:
+            _raise_for(response)
+            for piece in response.iter_bytes():
+                file.write(piece)
+        found = _NAME.search(response.headers.get("content-disposition", ""))
+        return found[1] if found else ""
+
+    def send(self, path: str, data: bytes) -> Any:
+        """A file to the service."""
+        return self._call("POST", path, content=data, headers={"Content-Type": BINARY}).json()
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Event]:
         """The events that answer a POST."""

@@ -12,23 +12,28 @@ What goes wrong with one ends that one.
 
 from __future__ import annotations
 
+import json
+import math
 import platform
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version as library_version
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from service import faults
-from service.editors.composition import pack
+from service.editors.composition import Addend, Piece, pack, unpack
 from service.editors.finding import find_together_steps
 from service.editors.recipes import RomeParameters, resolve
 from service.editors.rome import Found
 from service.editors.wanted import Asked, batches, want
 from service.errors import Cancelled, Conflict, Disagrees, InvalidInput, Unavailable
 from service.evaluation.scores import share_kept, share_new
+from service.jobs import parts
 from service.jobs.desk import Desk, RunningJob
 from service.models.loading import Site
 from service.models.memory import admit
@@ -55,12 +60,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Given:
+    """What an imported edit brings along: its vectors, and what the ledger that it comes from says of how they were found."""
+
+    factors: bytes
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Member:
     """A job among those that are worked on together, as far as it has come."""
 
     job: RunningJob
     began: float
     draft: Draft
+    given: Given | None = None
 
 
 def edits_steps(replica: Replica, desk: Desk, jobs: Sequence[RunningJob], toolkit: Toolkit) -> Working:
@@ -126,17 +140,22 @@ class _Start:
 def _draft_steps(
     replica: Replica, desk: Desk, toolkit: Toolkit, jobs: Sequence[RunningJob]
 ) -> Generator[News, None, list[Member]]:
-    """Find the associations of each, on the base model whatever is active."""
-    starts = []
+    """Find the associations of each, on the base model whatever is active; of an edit that was imported they are given."""
+    starts: list[_Start] = []
+    members: list[Member] = []
     for job in jobs:
+        if imported(job):
+            given = yield from _apart(job, _given_steps(replica, desk, toolkit, job))
+            members += [] if given is None else [given]
+            continue
         start = yield from _apart(job, _start_steps(replica, desk, toolkit, job))
         if start is not None:
             starts.append(start)
-    members: list[Member] = []
     of = {s.job.id: s for s in starts}
     for batch in batches(replica.base, [s.wanted for s in starts]):
         members += yield from _find_steps(replica, desk, toolkit, [of[wanted.edit] for wanted in batch])
-    return members
+    order = {job.id: number for number, job in enumerate(jobs)}
+    return sorted(members, key=lambda m: order[m.job.id])
 
 
 def _start_steps(replica: Replica, desk: Desk, toolkit: Toolkit, job: RunningJob) -> Steps[_Start]:
@@ -176,6 +195,32 @@ def _search_steps(
     statistics = yield from toolkit.statistics_steps(layers)
     found = yield from find_together_steps(replica.base, statistics, [s.wanted for s in starts])
     return [Member(s.job, s.began, Draft(s.plan, f)) for s, f in zip(starts, found, strict=True)]
+
+
+def imported(job: RunningJob) -> bool:
+    """Whether an edit was found elsewhere."""
+    return job.request.get("origin") is not None
+
+
+def _given_steps(replica: Replica, desk: Desk, toolkit: Toolkit, job: RunningJob) -> Steps[Member]:
+    """An imported edit as it stands after the search that it has behind it: it lands as it is, or not at all."""
+    began = time.monotonic()
+    _check_cancelled(desk, job)
+    kept = [desk.kept(job, name) for name in (parts.FACTORS, parts.BODY)]
+    if None in kept:
+        raise Conflict("what was imported is no longer kept: import it again.")
+    factors, body = kept[0] or b"", json.loads(kept[1] or b"")
+    request = EditRequest.model_validate({k: v for k, v in job.request.items() if k != "origin"})
+    plan = yield from plan_steps(replica, request, toolkit)
+    as_it_is = {"strengths": (1.0,), "margin": 0.0, "leads": ()}
+    plan = replace(plan, parameters=plan.parameters.model_copy(update=as_it_is))
+    pieces = unpack(factors, job.id, job.subject)
+    size = math.sqrt(sum(float(_change(p).double().norm()) ** 2 for p in pieces))
+    return Member(job, began, Draft(plan, Found(pieces, [], size, 0.0)), Given(factors, body))
+
+
+def _change(piece: Piece) -> Tensor:
+    return piece.change if isinstance(piece, Addend) else piece.value
 
 
 def plan_steps(replica: Replica, request: EditRequest, toolkit: Toolkit) -> Steps[Plan]:
@@ -285,8 +330,15 @@ def _apply_one_steps(
 ) -> Steps[None]:
     plan, found = member.draft.plan, member.draft.found
     result = report(plan, found, trial, time.monotonic() - member.began, together)
-    factors = pack([p.scaled(trial.strength) for p in found.pieces])
-    body = provenance(replica, toolkit, plan, trial)
+    if member.given is None:
+        factors = pack([p.scaled(trial.strength) for p in found.pieces])
+        body = provenance(replica, toolkit, plan, trial)
+    else:
+        origin = {"origin": member.job.request["origin"], "supersedes": list(trial.supersedes)}
+        factors, body = (
+            member.given.factors,
+            {**member.given.body, **origin, "fingerprint": replica.base.fingerprint},
+        )
     faults.reach("edit.after_compute")
     yield from persist(partial(desk.apply, member.job, head, factors, body, result))
 
@@ -389,7 +441,9 @@ def report(
         "norm_ratio": {name_of(site): r for site, r in trial.norm_ratio.items()},
         "layers": sorted({p.layer for p in found.pieces}),
         "strength": trial.strength,
-        "optimisation": {"steps": len(found.losses), "first": found.losses[0], "last": found.losses[-1]},
+        "optimisation": {"steps": len(found.losses), "first": found.losses[0], "last": found.losses[-1]}
+        if found.losses
+        else None,
         "broken": trial.broken,
         "conflicts": [
             {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
@@ -19,8 +19,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session, defer
 from tokenizers import Tokenizer
 
-from service import faults, metrics
+from service import faults, metrics, portable
 from service.checks import check_edit, check_evaluation, check_trace, check_version, place, with_methods
+from service.editors.recipes import METHODS
 from service.errors import Conflict, InvalidInput, NotFound, QueueFull, Unavailable
 from service.ids import kind_of, new_id, request_id
 from service.jobs import parts, resources, workers
@@ -30,7 +31,16 @@ from service.jobs.resources import EDIT_STATUSES, OPEN, STATUSES, Resource
 from service.ledger import ledger
 from service.ledger.verify import verify
 from service.pages import check_limit, cursor_after, read_cursor, strange_cursor
-from service.requests import CompareRequest, EditRequest, EvaluationRequest, GenerateRequest, TraceRequest
+from service.portable import Given
+from service.requests import (
+    CompareRequest,
+    EditRequest,
+    EvaluationRequest,
+    ExportRequest,
+    GenerateRequest,
+    TraceRequest,
+    Version,
+)
 from service.settings import Settings
 from service.store.database import Database
 from service.store.tables import Attestation, Factors, IdempotencyKey, Job, LedgerEntry, Model, Worker, now
@@ -138,15 +148,7 @@ class Operations:
         for number, request in enumerate(requests):
             with place(f"edits.{number}" if len(requests) > 1 else ""):
                 check_edit(request, model, tokenizer)
-        jobs = [
-            _job("edit", model, request.model_dump(mode="json"), actor)
-            | {
-                "subject": words(request.subject),
-                "fact_key": fact_key(request.subject, request.prompt),
-                "dry_run": request.dry_run,
-            }
-            for request in requests
-        ]
+        jobs = [_edit_job(model, request, actor) for request in requests]
         return self._submit(jobs, model, actor, idempotency, max_queued)
 
     def edit(self, edit_id: str) -> Resource:
@@ -229,7 +231,7 @@ class Operations:
             "subject": f"{request.method} on {request.dataset or f'{count} records'}"
         }
         kept = {} if request.records is None else {parts.RECORDS: json.dumps(request.records).encode()}
-        return self._submit([job], model, actor, idempotency, max_queued, kept)[0]
+        return self._submit([job], model, actor, idempotency, max_queued, {job["id"]: kept})[0]
 
     def evaluation(self, evaluation_id: str) -> Resource:
         return self._job("evaluation", evaluation_id)
@@ -241,6 +243,110 @@ class Operations:
     def cancel_evaluation(self, evaluation_id: str) -> Resource:
         """Stop an evaluation that waits or runs; harmless when it has ended."""
         return self._take_back("evaluation", evaluation_id, "")
+
+    # export and import
+
+    def export(self, version: Version, format: str, actor: str) -> Resource:
+        """The job that makes a version's export, which is the same whoever asks: one that waits, runs or is still kept, or a new one."""
+        with self.database.session() as session:
+            model = _resident(session)
+            number, standing = _standing_at(session, model, version)
+            _check_standing(number, standing, format)
+            request = ExportRequest(version=number, format=format)
+            subject = f"{format} of version {number}"
+            ledger.lock(session, model.fingerprint)  # two who ask at once get one job
+            same = select(Job).where(
+                Job.model == model.fingerprint, Job.kind == "export", Job.subject == subject
+            )
+            for job in session.scalars(same.order_by(Job.id.desc())):
+                if job.status in OPEN or (
+                    job.status == "done" and parts.has(session, job.id, parts.piece(0))
+                ):
+                    return resources.resource(session, job)
+            self._check_room(session, model, actor, 1, None)
+            made = _job("export", model, request.model_dump(mode="json"), actor) | {"subject": subject}
+            row = Job(**made)
+            session.add(row)
+            session.flush()
+            answer = resources.resource(session, row)
+        self._ring([made])
+        return answer
+
+    def exported(self, export_id: str) -> Resource:
+        return self._job("export", export_id)
+
+    def export_file(self, export: Resource) -> Iterator[bytes]:
+        """The file of an export that is done, piece by piece."""
+        for number in range(export["result"]["pieces"]):
+            with self.database.read() as session:
+                piece = parts.get(session, export["id"], parts.piece(number))
+            if piece is None:
+                raise Conflict(f"{export['id']} is no longer kept: ask for the export again.")
+            yield piece
+
+    def exported_edits(self, version: Version) -> tuple[int, int, Iterator[bytes]]:
+        """The edits active at a version as a file for another ledger (`service/portable.py`): the version's number, the size of the
+        file in bytes, and the file piece by piece."""
+        with self.database.read() as session:
+            model = _resident(session)
+            number, standing = _standing_at(session, model, version)
+            _check_standing(number, standing, "edits")
+            past = ledger.entries(session, model.fingerprint, up_to=number)
+            ids = [e.edit_id for e in standing]
+            requests = session.execute(select(Job.id, Job.request).where(Job.id.in_(ids)))
+            asked = {row.id: row.request for row in requests}
+            lengths = select(Factors.edit_id, func.length(Factors.data).label("size"))
+            sizes = {
+                row.edit_id: row.size for row in session.execute(lengths.where(Factors.edit_id.in_(ids)))
+            }
+        base = {"name": model.name, "fingerprint": model.fingerprint}
+        base |= {name: model.info[name] for name in ("architecture", "dtype") if name in model.info}
+        beginning = portable.beginning(portable.described(base, number, past, standing, asked), sizes)
+        return number, len(beginning) + sum(sizes.values()), self._vectors(beginning, ids)
+
+    def _vectors(self, beginning: bytes, ids: Sequence[str]) -> Iterator[bytes]:
+        yield beginning
+        for edit_id in ids:
+            with self.database.read() as session:
+                yield ledger.factors_of(session, [edit_id])[edit_id]
+
+    def import_edits(
+        self,
+        data: bytes,
+        actor: str,
+        idempotency: Idempotency | None = None,
+        max_queued: int | None = None,
+    ) -> tuple[list[Resource], list[str]]:
+        """Queue the edits of a file that another ledger made, all or none; those that are here already are left alone. All of them,
+        in the order of the file, and the ids of those that were here."""
+        if (known := self._known(actor, idempotency)) is not None:
+            return known, [edit["id"] for edit in known]
+        model, tokenizer, _ = self._at_head()
+        given = portable.read(data, model.fingerprint, model.info)
+        for g in given:
+            with place(f"edits.{g.edit.origin.edit}"):
+                check_edit(g.request, model, tokenizer)
+        try:
+            with self.database.session() as session:
+                ledger.lock(
+                    session, model.fingerprint
+                )  # who imports the same beside us waits, and finds ours
+                here = _here(session, model, given)
+                jobs = {g.name: _given_job(model, g, actor) for g in given if g.name not in here}
+                kept = {jobs[g.name]["id"]: _parts_of(g) for g in given if g.name in jobs}
+                ids = [here[g.name] if g.name in here else str(jobs[g.name]["id"]) for g in given]
+                self._add(session, list(jobs.values()), model, actor, max_queued, kept)
+                if idempotency is not None:
+                    _remember(session, actor, idempotency, ids)
+                rows = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(ids)))}
+                answer = resources.several(session, [rows[edit_id] for edit_id in ids])
+        except IntegrityError:  # the same key came in beside us, and was first
+            known = self._known(actor, idempotency)
+            if known is None:
+                raise
+            return known, [edit["id"] for edit in known]
+        self._ring(list(jobs.values()))
+        return answer, sorted(here.values())
 
     # any job
 
@@ -381,15 +487,25 @@ class Operations:
         with self.database.read() as session:
             return ledger.head(session, _resident(session).fingerprint)
 
-    def ledger(self, cursor: str | None = None, limit: int = 50, version: int | None = None) -> Resource:
-        """{"items": entries, oldest first, "next", "head"}; with `version` only those up to that version."""
+    def ledger(
+        self,
+        cursor: str | None = None,
+        limit: int = 50,
+        version: int | None = None,
+        newest_first: bool = False,
+    ) -> Resource:
+        """{"items": entries, oldest first or newest first, "next", "head"}; with `version` only those up to that version."""
         check_limit(limit)
-        after = read_cursor(cursor, int) or 0
+        last = read_cursor(cursor, int)
         with self.database.read() as session:
             model = _resident(session)
             if version is not None:
                 check_version(ledger.head(session, model.fingerprint), version)
-            found = ledger.entries(session, model.fingerprint, after, version, limit + 1)
+            if newest_first:
+                before = version + 1 if last is None and version is not None else last
+                found = ledger.newest(session, model.fingerprint, before, limit + 1)
+            else:
+                found = ledger.entries(session, model.fingerprint, last or 0, version, limit + 1)
             items = [entry.as_dict() for entry in found[:limit]]
             more = cursor_after(found[limit - 1].version) if len(found) > limit else None
             return {"items": items, "next": more, "head": ledger.head(session, model.fingerprint)}
@@ -447,22 +563,14 @@ class Operations:
         actor: str,
         idempotency: Idempotency | None,
         max_queued: int | None,
-        kept: Mapping[str, bytes] | None = None,
+        kept: Mapping[str, Mapping[str, bytes]] | None = None,
     ) -> list[Resource]:
-        """`kept`: the parts that the first of the jobs begins with."""
+        """`kept`: the parts that jobs begin with, by their ids."""
         try:
             with self.database.session() as session:
                 if idempotency is not None:
-                    key, fingerprint = idempotency
-                    made = {"resources": [job["id"] for job in jobs], "status_code": 202, "created": now()}
-                    session.add(IdempotencyKey(actor=actor, key=key, fingerprint=fingerprint, **made))
-                    session.flush()
-                self._check_room(session, model, actor, len(jobs), max_queued)
-                rows = [Job(**job) for job in jobs]
-                session.add_all(rows)
-                session.flush()
-                for name, data in (kept or {}).items():
-                    parts.put(session, rows[0].id, name, data)
+                    _remember(session, actor, idempotency, [job["id"] for job in jobs])
+                rows = self._add(session, jobs, model, actor, max_queued, kept or {})
                 made_resources = resources.several(session, rows)
                 faults.reach("job.before_commit")
         except IntegrityError:  # the same key came in beside us, and was first
@@ -470,12 +578,35 @@ class Operations:
             if known is None:
                 raise
             return known
+        self._ring(jobs)
+        return made_resources
+
+    def _add(
+        self,
+        session: Session,
+        jobs: Sequence[dict[str, Any]],
+        model: Model,
+        actor: str,
+        max_queued: int | None,
+        kept: Mapping[str, Mapping[str, bytes]],
+    ) -> list[Job]:
+        """Rows for jobs for which there is room, and the parts that they begin with."""
+        self._check_room(session, model, actor, len(jobs), max_queued)
+        rows = [Job(**job) for job in jobs]
+        session.add_all(rows)
+        session.flush()
+        for job_id, named in kept.items():
+            for name, data in named.items():
+                parts.put(session, job_id, name, data)
+        return rows
+
+    def _ring(self, jobs: Sequence[dict[str, Any]]) -> None:
+        """The bell for jobs that are committed."""
         faults.reach("job.after_commit")
         for job in jobs:
             with told(job["id"]):
                 self.broker.announce(job["id"], job["kind"])
         faults.reach("job.after_announce")
-        return made_resources
 
     def _check_room(
         self, session: Session, model: Model, actor: str, more: int, max_queued: int | None
@@ -657,6 +788,79 @@ def _job(kind: str, model: Model, request: dict[str, Any], actor: str) -> dict[s
     }
     asked = {"actor": actor, "request_id": request_id.get() or None}
     return row | asked | {"created": at, "updated": at, "attempts": 0}
+
+
+def _edit_job(model: Model, request: EditRequest, actor: str) -> dict[str, Any]:
+    return _job("edit", model, request.model_dump(mode="json"), actor) | {
+        "subject": words(request.subject),
+        "fact_key": fact_key(request.subject, request.prompt),
+        "dry_run": request.dry_run,
+    }
+
+
+def _remember(session: Session, actor: str, idempotency: Idempotency, made: Sequence[str]) -> None:
+    """What a key has made. Raises IntegrityError when it came in beside us, and was first."""
+    key, fingerprint = idempotency
+    row = {"resources": list(made), "status_code": 202, "created": now()}
+    session.add(IdempotencyKey(actor=actor, key=key, fingerprint=fingerprint, **row))
+    session.flush()
+
+
+# export and import
+
+
+def _standing_at(session: Session, model: Model, version: Version) -> tuple[int, list[ledger.Entry]]:
+    """The number of a version, and the entries of the edits active at it."""
+    head = ledger.head(session, model.fingerprint)
+    check_version(head, version)
+    number = {"head": head, "base": 0}[version] if isinstance(version, str) else version
+    return number, ledger.active_entries(ledger.entries(session, model.fingerprint, up_to=number))
+
+
+def _check_standing(version: int, standing: Sequence[ledger.Entry], format: str) -> None:
+    """There is something to export, and the form can hold it."""
+    if not standing:
+        raise InvalidInput(f"no edit is active at version {version}: there is nothing to export.", "version")
+    dense = [e.edit_id for e in standing if not METHODS[e.body.get("method", "rome")].associates]
+    if format == "peft" and dense:
+        some = ", ".join(dense[:5]) + (f" and {len(dense) - 5} more" if len(dense) > 5 else "")
+        raise InvalidInput(
+            f"an adapter holds changes of low rank, and fine-tuning changes a whole weight: {some}. Export the edited weights "
+            "(format=safetensors), or a version without these edits.",
+            "format",
+        )
+
+
+def _here(session: Session, model: Model, given: Sequence[Given]) -> dict[tuple[str, str], str]:
+    """Of edits of a file those that have landed here and were not reverted, or are about to: their names -> ids here."""
+    subjects = {words(g.request.subject) for g in given}
+    known = (
+        select(Job.id, Job.fact_key, Job.request, Factors.sha256)
+        .outerjoin(Factors, Factors.edit_id == Job.id)
+        .where(
+            Job.model == model.fingerprint,
+            Job.kind == "edit",
+            Job.subject.in_(subjects),
+            Job.status.in_((*OPEN, "applied", "superseded")),
+        )
+        .order_by(Job.id)
+    )
+    wanted = {g.name for g in given}
+    found: dict[tuple[str, str], str] = {}
+    for row in session.execute(known):
+        name = row.fact_key, row.sha256 or (row.request.get("origin") or {}).get("factors_sha256")
+        if name in wanted:
+            found.setdefault(name, row.id)
+    return found
+
+
+def _given_job(model: Model, given: Given, actor: str) -> dict[str, Any]:
+    job = _edit_job(model, given.request, actor)
+    return job | {"request": {**job["request"], "origin": given.origin}}
+
+
+def _parts_of(given: Given) -> dict[str, bytes]:
+    return {parts.FACTORS: given.factors, parts.BODY: json.dumps(given.body).encode()}
 
 
 def _lean(*heavy: InstrumentedAttribute[Any]) -> Select[Job]:

@@ -295,6 +295,13 @@ class GenerateRequest(Sampling):
         return [self.prompt] if self.prompt is not None else list(self.prompts or [])
 
 
+class ExportRequest(Asked):
+    """A version in a form that others can use; the workers' share of it."""
+
+    version: int = Field(ge=0)
+    format: Literal["peft", "safetensors"]
+
+
 class CompareRequest(Sampling):
     """One prompt on two versions."""
 

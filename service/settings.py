@@ -63,6 +63,9 @@ class Settings(BaseSettings):
     max_records_body: int = Field(
         20_000_000, ge=1000, description="largest body of a request that carries records, in bytes"
     )
+    max_import_body: int = Field(
+        200_000_000, ge=1000, description="largest file of edits that may be imported, in bytes"
+    )
     max_new_tokens: int = Field(4096, ge=1, description="most tokens that one request may ask for")
     metrics_host: str = Field("127.0.0.1", description="address of a worker's own metrics and health")
     metrics_port: int | None = Field(

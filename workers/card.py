@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from service.evaluation.records import facts_beside
-from service.models.loading import LoadedModel
+from service.models.loading import LoadedModel, Site
 from service.toolkit import Toolkit
 
 
@@ -21,6 +21,7 @@ def card(model: LoadedModel, toolkit: Toolkit) -> dict[str, Any]:
         "positions": model.positions,
         "width": model.width,
         "inner_width": model.inner_width,
+        "weights": weights(model),
         "vocabulary": int(model.model.config.vocab_size),
         "parameters": sum(p.numel() for p in model.model.parameters()),
         "dtype": str(model.weight(0).dtype).removeprefix("torch."),
@@ -28,6 +29,13 @@ def card(model: LoadedModel, toolkit: Toolkit) -> dict[str, Any]:
         "facts": facts_beside(model.folder) is not None,
         **toolkit.info(),
     }
+
+
+def weights(model: LoadedModel) -> dict[str, list[int]]:
+    """The weights of a layer that edits may change, with the shapes of their changes: (out, in)."""
+    parts = [site.part for site in model.sites if site.layer == 0]
+    shapes = {part: list(model.parameter(Site(0, part)).shape) for part in parts}
+    return {part: shape[::-1] if model.architecture.conv1d else shape for part, shape in shapes.items()}
 
 
 def device_kind(device: torch.device) -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import partial
+from hashlib import sha256
+from tempfile import SpooledTemporaryFile
 
 from service.editing import edits_steps
 from service.errors import InvalidInput
 from service.evaluating import evaluate_steps
 from service.evaluation.records import facts_beside, read
+from service.exporting.making import export_steps
 from service.jobs import parts
 from service.jobs.broker import JOBS
 from service.jobs.desk import Desk, RunningJob
 from service.kept import get_json
-from service.progress import Steps, Working, persist
-from service.requests import MAX_RECORDS, EvaluationRequest, TraceRequest
+from service.progress import Progress, Steps, Working, persist
+from service.requests import MAX_RECORDS, EvaluationRequest, ExportRequest, TraceRequest
 from service.serving.calls import pinned
 from service.serving.replica import Replica
 from service.text import Statement
@@ -23,6 +26,8 @@ from service.tracing.suffix import trace_steps
 from workers.stopwatch import timed
 
 Tasks = dict[str, Callable[..., Working]]
+SPOOL = 2**24  # bytes of an export that are held in memory
+PIECE = 2**22  # bytes of an export that go to the store at once
 
 
 def tasks(replica: Replica, desk: Desk, toolkit: Toolkit, kinds: Collection[str] = JOBS) -> Tasks:
@@ -37,7 +42,10 @@ def tasks(replica: Replica, desk: Desk, toolkit: Toolkit, kinds: Collection[str]
     def evaluation(job: RunningJob) -> Working:
         return timed([job], evaluated(replica, desk, toolkit, job))
 
-    known: Tasks = {"edit": edit, "trace": trace, "evaluation": evaluation}
+    def export(job: RunningJob) -> Working:
+        return timed([job], exported(replica, desk, toolkit, job))
+
+    known: Tasks = {"edit": edit, "trace": trace, "export": export, "evaluation": evaluation}
     return {kind: steps for kind, steps in known.items() if kind in kinds}
 
 
@@ -86,4 +94,21 @@ def evaluated(replica: Replica, desk: Desk, toolkit: Toolkit, job: RunningJob) -
     reading = read(source, request.seed, request.limit or MAX_RECORDS)
     result = yield from evaluate_steps(replica, toolkit, request.plan(), reading.records, kept)
     result["records"] |= {"form": reading.form, "skipped": reading.skipped}
+    yield from persist(partial(desk.finish, job, "done", result))
+
+
+def exported(replica: Replica, desk: Desk, toolkit: Toolkit, job: RunningJob) -> Steps[None]:
+    """An export, made here and kept in pieces where every API finds them."""
+    request = ExportRequest.model_validate(job.request)
+    with SpooledTemporaryFile(SPOOL) as file:
+        told = yield from export_steps(replica, toolkit.reference, request, file)
+        size, digest = file.tell(), sha256()
+        count = -(-size // PIECE)
+        file.seek(0)
+        for number in range(count):
+            data = file.read(PIECE)
+            digest.update(data)
+            yield from persist(partial(desk.keep, job, parts.piece(number), data))
+            yield Progress("store", number + 1, count)
+    result = {**told, "bytes": size, "sha256": digest.hexdigest(), "pieces": count}
     yield from persist(partial(desk.finish, job, "done", result))

@@ -50,6 +50,9 @@ class Edit(Course):
     method: str
     hparams: dict[str, Any] | None = Field(None, description="as they were asked for")
     dry_run: bool = False
+    origin: dict[str, Any] | None = Field(
+        None, description="where an imported edit was found: ledger, edit, version, actor, time"
+    )
     version: int | None = Field(None, description="the version at which it was applied")
     reverted_version: int | None = Field(None, description="the version at which it was taken back")
     result: dict[str, Any] | None = None

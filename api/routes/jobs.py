@@ -16,7 +16,7 @@ from api.routes.edits import EditStatus
 
 router = APIRouter(tags=["jobs"], route_class=Door, dependencies=[bearer])
 
-Kind = Literal["edit", "trace", "evaluation"]
+Kind = Literal["edit", "trace", "export", "evaluation"]
 Status = EditStatus | Literal["done"]
 
 

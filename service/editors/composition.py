@@ -165,7 +165,7 @@ def compose_layer(associations: Sequence[Association], form: Form | None = None)
     own = gram.diagonal().clone()
     gram.diagonal().add_(form.ridge_of(own))
     wanted = _superposed(ordered, values, gram, own) if form.name == "joint" else values
-    with _one_thread():
+    with one_thread():
         left = torch.linalg.solve(gram, wanted.T).T
     return LowRank(left, directions, tuple(a.edit for a in ordered))
 
@@ -189,7 +189,7 @@ def _superposed(ordered: Sequence[Association], values: Tensor, gram: Tensor, ow
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """A factorisation's last bits depend on the number of threads, unlike a product's: so replicas agree whatever they have."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

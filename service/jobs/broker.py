@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from service.errors import Unavailable
 
 #: every kind of work, most urgent first
-KINDS = ("generate", "compare", "edit", "trace", "evaluation")
+KINDS = ("generate", "compare", "edit", "trace", "export", "evaluation")
 #: the kinds whose message is the whole request; the others are rows
 CALLS = ("generate", "compare")
 JOBS = tuple(kind for kind in KINDS if kind not in CALLS)

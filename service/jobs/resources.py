@@ -102,6 +102,7 @@ def _edit(job: Job, related: list[str], newer: str | None) -> Resource:
         "objective": asked.get("objective", "write"),
         "on_conflict": asked.get("on_conflict", "report"),
         "dry_run": job.dry_run,
+        "origin": asked.get("origin"),
         "version": job.version,
         "reverted_version": job.reverted_version,
         "related": related,
@@ -130,10 +131,27 @@ def evaluated(job: Job) -> Resource:
     return {**_common(job), "request": job.request, "links": _links(f"/evaluations/{job.id}")}
 
 
+def export(job: Job) -> Resource:
+    """An export; `result` says what its file is. The file itself is at the address that asked for it."""
+    return {
+        **_common(job),
+        "request": job.request,
+        "result": plain(job.result),
+        "links": {"self": place(job)},
+    }
+
+
 #: how a job of a kind is shown by itself; edits are shown beside the others of their subjects
-WHOLE: dict[str, Callable[[Job], Resource]] = {"trace": trace, "evaluation": evaluation}
+WHOLE: dict[str, Callable[[Job], Resource]] = {"trace": trace, "evaluation": evaluation, "export": export}
 #: where the jobs of a kind are
 PLACES = {"edit": "edits", "trace": "trace", "evaluation": "evaluations"}
+
+
+def place(job: Job) -> str:
+    """Where a job is, or what it made."""
+    if job.kind == "export":
+        return f"/export?version={job.request['version']}&format={job.request['format']}"
+    return f"/{PLACES[job.kind]}/{job.id}"
 
 
 def summary(job: Job) -> Resource:
@@ -145,7 +163,7 @@ def summary(job: Job) -> Resource:
         "subject": job.subject,
         "worker": job.worker,
         "request_id": job.request_id,
-        "links": _links(f"/{PLACES[job.kind]}/{job.id}", retry=f"/jobs/{job.id}/retry"),
+        "links": {**_places(job), "retry": f"/jobs/{job.id}/retry"},
     }
 
 
@@ -161,6 +179,10 @@ def _common(job: Job) -> Resource:
         "started": _time(job.started),
         "ended": _time(job.ended),
     }
+
+
+def _places(job: Job) -> dict[str, str]:
+    return {"self": place(job)} if job.kind == "export" else _links(place(job))
 
 
 def _links(path: str, **more: str) -> dict[str, str]:

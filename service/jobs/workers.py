@@ -15,7 +15,7 @@ from service.store.tables import Model, Worker, now
 #: the kinds of work behind each role
 ROLES = {
     "generate": ("generate", "compare"),
-    "edit": ("edit",),
+    "edit": ("edit", "export"),
     "trace": ("trace",),
     "evaluate": ("evaluation",),
 }
