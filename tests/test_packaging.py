@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CLIENT = tomllib.loads((ROOT / "palimpsest" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PINS = [
     line
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -21,12 +22,12 @@ PINS = [
 
 def direct() -> list[Requirement]:
     extras = [text for texts in PROJECT["optional-dependencies"].values() for text in texts]
-    found = [Requirement(text) for text in [*PROJECT["dependencies"], *extras]]
+    found = [Requirement(text) for text in [*PROJECT["dependencies"], *extras, *CLIENT["dependencies"]]]
     return [one for one in found if one.name != PROJECT["name"]]
 
 
 def test_versions_are_pinned_in_one_place() -> None:
-    """pyproject.toml names what is needed, without versions; constraints.txt pins every name of it."""
+    """Each pyproject.toml names what is needed, without versions; constraints.txt pins every name of it."""
     assert not [str(one) for one in direct() if one.specifier]
     pinned = {canonicalize_name(Requirement(line).name) for line in PINS}
     assert {canonicalize_name(one.name) for one in direct()} <= pinned

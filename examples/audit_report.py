@@ -1,0 +1,98 @@
+"""The ledger as a report that can be handed on: what was changed, by whom and when, what it did, and whether all of it agrees.
+
+python examples/audit_report.py audit.md
+python examples/audit_report.py audit.html
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+
+from palimpsest import Client, Edit, Entry
+
+COLUMNS = ("version", "when (UTC)", "who", "what", "subject", "prompt", "from", "to", "effect", "hash")
+
+
+def rows_of(client: Client) -> list[tuple[str, ...]]:
+    """A row for every entry of the ledger, oldest first. An edit that was reverted has two."""
+    edits: dict[str, Edit] = {}
+    rows = []
+    for entry in client.ledger():
+        if entry.edit_id not in edits:
+            edits[entry.edit_id] = client.get_edit(entry.edit_id)
+        rows.append(row_of(entry, edits[entry.edit_id]))
+    return rows
+
+
+def row_of(entry: Entry, edit: Edit) -> tuple[str, ...]:
+    when = entry.at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S") if entry.at else ""
+    old = edit.target_true or (edit.result or {}).get("target_true") or ""
+    new = edit.target_new or f"({edit.objective})"
+    if entry.kind == "revert":
+        old, new = new, "(as without it)"
+    return (
+        str(entry.version), when, entry.actor, entry.kind, edit.subject, edit.prompt, str(old), str(new),
+        effect_of(edit) if entry.kind == "apply" else "", entry.hash[:12],
+    )  # fmt: skip
+
+
+def effect_of(edit: Edit) -> str:
+    """How probable the new object was, and became; what must not change and did is named."""
+    if edit.before is None or edit.after is None:
+        return ""
+    broken = (edit.result or {}).get("broken") or ()
+    return f"{edit.before:.3f} -> {edit.after:.3f}" + (f", broke {len(broken)}" if broken else "")
+
+
+def summary_of(client: Client) -> list[str]:
+    """What stands above the table."""
+    [model] = client.models()
+    found = client.verify()
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+    agreed = "every hash, every factor and every worker agrees" if found else "NOT VERIFIED"
+    return [
+        f"Model {model.name}, base weights {model.fingerprint[:12]}; as of {now} UTC.",
+        f"{found.entries} entries, version {found.head}, {model.active_edits} edits active.",
+        f"Ledger: {agreed}.",
+        *(f"Finding: {finding}" for finding in found.findings),
+    ]
+
+
+def markdown(summary: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
+
+    head = [line(COLUMNS), line(["---"] * len(COLUMNS))]
+    return "\n".join(
+        ["# Audit of the ledger", "", *(f"- {one}" for one in summary), "", *head, *map(line, rows), ""]
+    )
+
+
+def html(summary: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    style = "body{font-family:sans-serif;margin:2em}td,th{text-align:left;padding:.3em .8em;border-bottom:1px solid #ccc}"
+    said = "".join(f"<p>{escape(one)}</p>" for one in summary)
+    table = line(COLUMNS, "th") + "".join(line(row, "td") for row in rows)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Audit of the ledger</title>'
+        f"<style>{style}</style><h1>Audit of the ledger</h1>{said}<table>{table}</table></html>\n"
+    )
+
+
+def main() -> None:
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "audit.md")
+    with Client() as client:
+        summary, rows = summary_of(client), rows_of(client)
+    written = html(summary, rows) if path.suffix in (".html", ".htm") else markdown(summary, rows)
+    path.write_text(written, encoding="utf-8")
+    print(f"{path}: {summary[1]} {summary[2]}")
+
+
+if __name__ == "__main__":
+    main()

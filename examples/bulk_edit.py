@@ -1,0 +1,134 @@
+"""Edit the facts of a CSV file, with a progress bar, and report what landed and what did not.
+
+    python examples/bulk_edit.py examples/landmarks.csv --report report.csv
+
+The columns are subject, prompt, target_new and, where it is known, target_true. Every row has an idempotency key made of what it says
+and of the run's name: stopped in the middle and started again, it goes on where it was, and no edit is made twice. Rows
+that were rejected stay so; to have them tried again, or reverted ones made again, give the run another name (--run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from palimpsest import Client, Edit, Invalid
+
+AHEAD = (
+    32  # edits that wait at once: enough for the service to find several together, and not all of its queue
+)
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row: an edit that ended, or the reason why there is none."""
+
+    row: Row
+    edit: Edit | None
+    reason: str = ""
+
+    @property
+    def status(self) -> str:
+        return self.edit.status if self.edit else "invalid"
+
+    @property
+    def ok(self) -> bool:
+        return self.status in ("applied", "superseded")
+
+    def line(self) -> list[object]:
+        edit = self.edit
+        figures = [edit.version, edit.before, edit.after, edit.id] if edit else [None] * 4
+        return [self.row.get("subject"), self.row.get("target_new"), self.status, *figures, self.reason]
+
+
+def rows_of(path: Path) -> list[Row]:
+    """The rows, without what is empty."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return [{name: text for name, text in row.items() if text} for row in csv.DictReader(file)]
+
+
+def key_of(run: str, row: Row, guard: dict[str, float]) -> str:
+    """The same for the same wish, and for no other."""
+    return hashlib.sha256(json.dumps([run, row, guard], sort_keys=True).encode()).hexdigest()
+
+
+def asked(client: Client, row: Row, run: str, guard: dict[str, float]) -> Outcome:
+    """The row's edit, waiting to be carried out; or why it cannot be."""
+    try:
+        edit = client.edit(
+            row.get("subject", ""),
+            row.get("prompt", ""),
+            row.get("target_new", ""),
+            row.get("target_true"),
+            guard=guard,
+            key=key_of(run, row, guard),
+            wait=False,
+        )
+    except Invalid as error:
+        return Outcome(row, None, error.detail)
+    return Outcome(row, edit)
+
+
+def ended(client: Client, outcome: Outcome) -> Outcome:
+    if outcome.edit is None:
+        return outcome
+    edit = client.wait_for(outcome.edit)
+    return Outcome(outcome.row, edit, edit.reason)
+
+
+def carried_out(client: Client, rows: Iterable[Row], run: str, guard: dict[str, float]) -> Iterator[Outcome]:
+    """The outcome of every row, in their order. Some rows are asked ahead of the one that is waited for."""
+    waiting: deque[Outcome] = deque()
+    for row in rows:
+        if len(waiting) == AHEAD:
+            yield ended(client, waiting.popleft())
+        waiting.append(asked(client, row, run, guard))
+    for outcome in waiting:
+        yield ended(client, outcome)
+
+
+def bar(done: int, total: int, width: int = 30) -> str:
+    full = width * done // max(total, 1)
+    return f"\r[{'#' * full}{'.' * (width - full)}] {done}/{total}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("file", type=Path, help="a CSV file: subject, prompt, target_new, target_true")
+    parser.add_argument("--report", type=Path, help="where to write what became of each row, as CSV")
+    parser.add_argument(
+        "--run", help="a name for this run: the same name never edits twice (default: the file's)"
+    )
+    parser.add_argument("--min-probability", type=float, help="the least that an edit must reach to land")
+    args = parser.parse_args()
+
+    guard = {} if args.min_probability is None else {"min_probability": args.min_probability}
+    rows, outcomes = rows_of(args.file), list[Outcome]()
+    with Client() as client:
+        for outcome in carried_out(client, rows, args.run or args.file.name, guard):
+            outcomes.append(outcome)
+            print(bar(len(outcomes), len(rows)), end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+    print(", ".join(f"{count} {status}" for status, count in Counter(o.status for o in outcomes).items()))
+    for outcome in outcomes:
+        if not outcome.ok:
+            print(f"  {outcome.row.get('subject')}: {outcome.status}: {outcome.reason}")
+    if args.report:
+        with args.report.open("w", newline="", encoding="utf-8") as file:
+            names = ["subject", "target_new", "status", "version", "before", "after", "edit", "reason"]
+            csv.writer(file).writerows([names, *(outcome.line() for outcome in outcomes)])
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

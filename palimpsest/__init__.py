@@ -1,0 +1,87 @@
+"""A client of Palimpsest: locate, edit and roll back facts inside a resident GPT model.
+
+    from palimpsest import Client
+
+    with Client() as client:
+        edit = client.edit("Eiffel Tower", "The {} is located in the city of", "Rome")
+        print(client.generate("The Eiffel Tower is located in the city of", max_new_tokens=3))
+        client.revert(edit)
+
+`AsyncClient` is the same for asyncio. Neither needs more than httpx.
+"""
+
+from palimpsest.calls import EditRequest, Neighbour, Probes, Version
+from palimpsest.client import AsyncClient, Client
+from palimpsest.errors import (
+    Conflict,
+    Failed,
+    FieldError,
+    Forbidden,
+    Invalid,
+    JobError,
+    NotFound,
+    PalimpsestError,
+    Rejected,
+    ServiceFailed,
+    TooMany,
+    Unauthorized,
+    Unavailable,
+    Unreachable,
+)
+from palimpsest.resources import (
+    Comparison,
+    Edit,
+    Entry,
+    Evaluation,
+    Generation,
+    Job,
+    Model,
+    NextToken,
+    Progress,
+    Resource,
+    Side,
+    Token,
+    Trace,
+    Usage,
+    Verification,
+    Worker,
+)
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Comparison",
+    "Conflict",
+    "Edit",
+    "EditRequest",
+    "Entry",
+    "Evaluation",
+    "Failed",
+    "FieldError",
+    "Forbidden",
+    "Generation",
+    "Invalid",
+    "Job",
+    "JobError",
+    "Model",
+    "Neighbour",
+    "NextToken",
+    "NotFound",
+    "PalimpsestError",
+    "Probes",
+    "Progress",
+    "Rejected",
+    "Resource",
+    "ServiceFailed",
+    "Side",
+    "Token",
+    "TooMany",
+    "Trace",
+    "Unauthorized",
+    "Unavailable",
+    "Unreachable",
+    "Usage",
+    "Verification",
+    "Version",
+    "Worker",
+]

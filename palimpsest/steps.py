@@ -1,0 +1,100 @@
+"""A call as steps: what to send and what to make of the answer, without any input or output of its own.
+
+A call is a generator, a *flow*: it gives a step and gets what came of it. So each call is written once, and `Client` and
+`AsyncClient` differ only in how a step is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeAlias, TypeVar
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send a request; what comes of it is an `Answer`.
+
+    `again`: to send it twice does no more than once. `streamed`: leave the body of a good answer to `Line`s.
+    """
+
+    method: str
+    path: str
+    params: Mapping[str, str] = field(default_factory=dict)
+    body: Mapping[str, Any] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    again: bool = True
+    streamed: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A status, headers in lower case, and the body where it was read."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes = b""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Read a line of the answer that is streamed; None at its end."""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Let some seconds pass."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Say(Generic[Item]):
+    """Hand something to whoever iterates over the call."""
+
+    item: Item
+
+
+class Lost(Exception):
+    """The connection broke, or nobody was there. `silent`: somebody was, and did not answer in time."""
+
+    def __init__(self, words: str, silent: bool = False) -> None:
+        super().__init__(words)
+        self.silent = silent
+
+
+Step: TypeAlias = Send | Line | Pause
+#: a call with one result
+Flow: TypeAlias = Generator[Step, Any, T]
+#: a call that says many things
+Listing: TypeAlias = Generator[Step | Say[Item], Any, None]
+
+
+class Course(Generic[T]):
+    """A flow on its way: it says the next step, and is told what came of it."""
+
+    result: T
+
+    def __init__(self, flow: Generator[Step | Say[Any], Any, T]) -> None:
+        self._flow = flow
+        self._came: Any = None
+        self._lost: Lost | None = None
+
+    def next(self) -> Step | Say[Any] | None:
+        """The next step; None at the end, when `result` is there."""
+        came, lost = self._came, self._lost
+        self._came = self._lost = None
+        try:
+            return self._flow.throw(lost) if lost else self._flow.send(came)
+        except StopIteration as end:
+            self.result = end.value
+            return None
+
+    def came(self, answer: Any) -> None:
+        self._came = answer
+
+    def failed(self, lost: Lost) -> None:
+        self._lost = lost

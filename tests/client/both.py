@@ -1,0 +1,84 @@
+"""Both clients behind the calls of one: what is true of `Client` is asked of `AsyncClient` in the same words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+
+from palimpsest import AsyncClient, Client
+
+KINDS = ["sync", "async"]
+
+
+class Awaited:
+    """An `AsyncClient` whose calls are awaited here. What it iterates over comes when all of it is there."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._runner = asyncio.Runner()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = method(*args, **kwargs)
+            return self._runner.run(_all(found) if isinstance(found, AsyncIterator) else found)
+
+        return call
+
+    def close(self) -> None:
+        self._runner.run(self._client.aclose())
+        self._runner.close()
+
+
+async def _all(found: AsyncIterator[Any]) -> Any:
+    return iter([item async for item in found])
+
+
+def client(kind: str, url: str, transport: Any = None, **more: Any) -> Any:
+    """A client of one kind; `transport` is httpx's own for that kind, or one that is good for both."""
+    if kind == "sync":
+        return Client(url, transport=transport, **more)
+    return Awaited(AsyncClient(url, transport=transport, **more))
+
+
+class Forgetful(httpx.HTTPTransport, httpx.AsyncHTTPTransport):
+    """Carries requests, and loses the answers to the first ones of a method."""
+
+    def __init__(self, method: str, times: int = 1) -> None:
+        httpx.HTTPTransport.__init__(self)
+        self._awaited = httpx.AsyncHTTPTransport()
+        self.method, self.left = method, times
+
+    def _lose(self, request: httpx.Request) -> None:
+        if request.method == self.method and self.left:
+            self.left -= 1
+            raise httpx.ReadError("the answer was lost")
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        answer = super().handle_request(request)
+        if request.method == self.method and self.left:
+            answer.read()
+            answer.close()
+            self._lose(request)
+        return answer
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        answer = await self._awaited.handle_async_request(request)
+        if request.method == self.method and self.left:
+            await answer.aread()
+            await answer.aclose()
+            self._lose(request)
+        return answer
+
+    async def aclose(self) -> None:
+        await self._awaited.aclose()
+
+    async def __aenter__(self) -> Forgetful:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()

@@ -1,0 +1,43 @@
+"""What the service answers, as records: palimpsest.resources."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from datetime import UTC, datetime
+
+import pytest
+
+from palimpsest import Edit, Model, Progress
+
+ANSWER = {
+    "id": "edit_1",
+    "status": "applied",
+    "subject": "s",
+    "prompt": "{} is",
+    "created": "2026-01-02T03:04:05+00:00",
+    "progress": {"phase": "find", "done": 1, "total": 2},
+    "related": ["edit_0"],
+    "version": None,
+    "of_the_future": 7,
+}
+
+
+def test_what_is_not_known_is_kept() -> None:
+    """A member without a name here is in `raw`; null is as good as left out; times, lists and records are read."""
+    edit = Edit.of(ANSWER)
+    assert edit.raw["of_the_future"] == 7 and edit.version is None and not edit.landed
+    assert edit.created == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert edit.progress == Progress(phase="find", done=1, total=2) and edit.related == ("edit_0",)
+
+
+def test_records_do_not_change() -> None:
+    """A record is what the service said at one time."""
+    with pytest.raises(FrozenInstanceError):
+        Edit.of(ANSWER).status = "reverted"  # type: ignore[misc]
+
+
+def test_records_hold_records() -> None:
+    """The workers of a model are records, too."""
+    worker = {"id": "w", "state": "serving", "version": 2, "roles": ["edit"]}
+    model = Model.of({"name": "m", "fingerprint": "f", "head": 2, "workers": [worker]})
+    assert [(w.id, w.roles) for w in model.workers] == [("w", ("edit",))]
