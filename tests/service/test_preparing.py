@@ -141,6 +141,18 @@ def crowds_of_each(monkeypatch: pytest.MonkeyPatch) -> dict[float, float]:
 
 
 @pytest.mark.usefixtures("quick")
+def test_every_fact_is_in_a_crowd_and_the_worst_crowd_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the many facts at once means both halves, and the rise of the loss is that of the half that costs more."""
+    monkeypatch.setattr(preparing, "LEADS", (0.5,))
+    monkeypatch.setattr(preparing, "RISE", -1.0)
+    found = prepare(tiny(), Memory(), many=records())
+    many = [h for h in found.history if h["stage"] == "many"]
+    sizes = [round(share * len(records())) for share in preparing.CROWDS]
+    assert [(h["edits"], len(h["rises"])) for h in many] == [(n, len(records()) // n) for n in sizes]
+    assert all(h["rise"] == max(h["rises"]) for h in many) and len(set(many[1]["rises"])) == 2
+
+
+@pytest.mark.usefixtures("quick")
 def test_where_no_lead_fits_the_smallest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that no lead meets gives the mildest; one that all meet gives the greatest, and fewer edits are not asked."""
     monkeypatch.setattr(preparing, "LEADS", LADDER)
