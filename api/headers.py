@@ -8,6 +8,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 _NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 #: pictures of a trace bring their own style and need nothing else
 POLICY = f"{_NOTHING}; style-src 'unsafe-inline'; img-src data:"
+#: the console loads its own scripts and styles and speaks to this service, and nothing in it can be made markup of
+CONSOLE_POLICY = (
+    f"{_NOTHING}; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
 #: the documentation is a page that the framework writes, with scripts from where it keeps them
 DOCS_POLICY = (
     f"{_NOTHING}; connect-src 'self'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from api.errors import NotAcceptable
@@ -21,15 +21,17 @@ DOCUMENTED: dict[str, Any] = {
 }
 
 
-def negotiate(accept: str | None) -> str:
-    """The offered media type that the client likes best; JSON where it does not care (RFC 9110, 12.5.1)."""
+def negotiate(accept: str | None, offered: Sequence[str] = OFFERED, otherwise: str | None = None) -> str:
+    """The offered media type that the client likes best; the first where it does not care (RFC 9110, 12.5.1)."""
     if not accept or not accept.strip():
-        return JSON
+        return offered[0]
     wanted = [_range(part) for part in accept.split(",") if part.strip()]
-    liked = {offer: _liking(offer, wanted) for offer in OFFERED}
-    best = max(OFFERED, key=lambda offer: liked[offer])  # the first of equals: JSON
+    liked = {offer: _liking(offer, wanted) for offer in offered}
+    best = max(offered, key=lambda offer: liked[offer])  # the first of equals
     if liked[best] <= (0.0, 0):
-        raise NotAcceptable(f"This can be had as {', '.join(OFFERED)}: ask for one of these in `Accept`.")
+        raise NotAcceptable(
+            otherwise or f"This can be had as {', '.join(offered)}: ask for one of these in `Accept`."
+        )
     return best
 
 

@@ -43,7 +43,7 @@ class Verification(Resource):
 @router.get(
     "/ledger",
     response_model=Ledger,
-    summary="All entries, oldest first",
+    summary="All entries, oldest first, or newest first",
     responses=problems(422, 500, 503),
 )
 def listing(
@@ -53,8 +53,12 @@ def listing(
     version: Annotated[
         int | None, Query(ge=0, lt=2**63, description="only the entries up to this version")
     ] = None,
+    order: Annotated[
+        Literal["oldest", "newest"],
+        Query(description="which come first; a cursor is good for the order it came from"),
+    ] = "oldest",
 ) -> Any:
-    return work.ledger(cursor, limit, version)
+    return work.ledger(cursor, limit, version, newest_first=order == "newest")
 
 
 @router.get("/ledger/verify", response_model=Verification, responses=problems(422, 500, 503))

@@ -87,6 +87,14 @@ def entries(
     return [_entry(row) for row in session.scalars(query.order_by(LedgerEntry.version).limit(limit))]
 
 
+def newest(session: Session, model: str, before: int | None = None, limit: int | None = None) -> list[Entry]:
+    """Entries with version < before, newest first."""
+    query = select(LedgerEntry).where(LedgerEntry.model == model)
+    if before is not None:
+        query = query.where(LedgerEntry.version < before)
+    return [_entry(row) for row in session.scalars(query.order_by(LedgerEntry.version.desc()).limit(limit))]
+
+
 def _entry(row: LedgerEntry) -> Entry:
     return Entry(**{name: getattr(row, name) for name in FIELDS})
 

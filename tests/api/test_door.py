@@ -16,8 +16,8 @@ from starlette.testclient import TestClient
 from api.door import SCOPES, Door
 from service.keys import Keys, Scope
 
-#: what is answered without a key: no content, and the form of the interface
-OPEN = {"/healthz", "/readyz", "/docs", "/openapi.json"}
+#: what is answered without a key: no content, the form of the interface, and a page that holds no data
+OPEN = {"/healthz", "/readyz", "/docs", "/openapi.json", "/", "/console/{name}"}
 #: the scope of all that is no GET
 NEEDED = {
     "POST /edits": "edit",
@@ -60,7 +60,7 @@ def served(house: House) -> list[tuple[str, str]]:
 
 
 def test_no_route_stands_beside_the_door(closed: House) -> None:
-    """Every route is behind the door, but for health and the description of the interface."""
+    """Every route is behind the door, but for health, the description of the interface and the console."""
     assert {route.path for route in routes(closed) if not isinstance(route, Door)} == OPEN
     assert served(closed)
 

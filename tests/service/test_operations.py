@@ -512,6 +512,18 @@ class TestRead:
         assert (rest["next"], rest["head"]) == (None, 5)
         assert [entry["version"] for entry in operations.ledger(version=2)["items"]] == [1, 2]
 
+    def test_the_ledger_turned_round(self, operations, landed):
+        """Newest first, the ledger has the same entries and pages, and `version` cuts the same ones off."""
+        for n in range(5):
+            landed(f"Tower {n}")
+        first = operations.ledger(limit=3, newest_first=True)
+        rest = operations.ledger(cursor=first["next"], limit=3, newest_first=True)
+        assert [entry["version"] for entry in first["items"] + rest["items"]] == [5, 4, 3, 2, 1]
+        assert rest["next"] is None
+        cut = operations.ledger(version=2, limit=1, newest_first=True)
+        rest = operations.ledger(cursor=cut["next"], version=2, newest_first=True)
+        assert [entry["version"] for entry in cut["items"] + rest["items"]] == [2, 1]
+
     @pytest.mark.parametrize("cursor", ["nonsense!", "é", "", "bnVsbA", "MQ", "W10", "x" * 999])
     def test_strange_cursor(self, operations, cursor):
         """A cursor that is none of ours is refused."""

@@ -1,0 +1,82 @@
+// Figures, times and names as people read them.
+
+/** A probability or a share in per cent. What is almost nothing, and what is almost all, says so. */
+export function percent(p) {
+  if (p === null || p === undefined) return "–";
+  if (p === 0) return "0 %";
+  if (p < 0.001) return "< 0.1 %";
+  if (p > 0.999 && p < 1) return "> 99.9 %";
+  return `${(100 * p).toFixed(1).replace(/\.0$/, "")} %`;
+}
+
+/** A figure with three digits that matter. */
+export function figure(x, digits = 3) {
+  if (x === null || x === undefined) return "–";
+  return Number.isInteger(x) ? x.toLocaleString("en") : Number(x.toPrecision(digits)).toString();
+}
+
+export const many = (n, one, more = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : more}`;
+
+const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
+const DAY = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
+
+/** When, as near as one needs it. */
+export function when(iso) {
+  if (!iso) return "–";
+  const at = new Date(iso);
+  const seconds = (Date.now() - at) / 1000;
+  if (seconds < 60) return "just now";
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ago`;
+  return seconds < 43_200 ? CLOCK.format(at) : DAY.format(at);
+}
+
+/** How long from one moment to another. */
+export function lasted(from, to) {
+  if (!from || !to) return "–";
+  const seconds = (new Date(to) - new Date(from)) / 1000;
+  return seconds < 100 ? `${seconds.toFixed(1)} s` : `${Math.round(seconds / 60)} min`;
+}
+
+/** Who, as the ledger names them. */
+export const who = (actor) => (actor === "local" ? "someone on this machine" : (actor ?? "–").replace(/^key:/, "key "));
+
+/** A token on one line: the space before it does not show, an end of line does. */
+export function token(text) {
+  const bare = text.replace(/^ | $/g, "");
+  return (bare || text.replace(/ /g, "␣")).replace(/\n/g, "↵").replace(/\t/g, "⇥");
+}
+
+/** A prompt with its subject: what stands before it, it, and after it. */
+export function placed(prompt, subject) {
+  const at = prompt.indexOf("{}");
+  if (at >= 0) return [prompt.slice(0, at), subject, prompt.slice(at + 2)];
+  const found = subject ? prompt.indexOf(subject) : -1;
+  return found < 0 ? [prompt, "", ""] : [prompt.slice(0, found), subject, prompt.slice(found + subject.length)];
+}
+
+/** The words of a step of work, for those that are not words already. */
+const PHASES = {
+  statistics: "collecting statistics of keys",
+  factor: "factoring the statistics",
+  prepare: "getting ready",
+  find: "finding the value that says it",
+  "find edits": "finding the edit on the base model",
+  optimise: "finding the value that says it",
+  solve: "solving for the change of the weight",
+  stand: "measuring the model as it is",
+  ask: "asking the model",
+  measure: "measuring",
+  answer: "hearing what it says",
+  perplexity: "reading the reference text",
+  compose: "composing a trial version",
+  room: "looking for room in the layer",
+  judge: "holding it against the guard",
+  "land edits": "writing it into the ledger",
+  trace: "restoring one state after another",
+};
+
+/** Progress in words. */
+export function phase({ phase, done, total }) {
+  const words = PHASES[phase] ?? phase;
+  return total > 1 ? `${words}, ${done} of ${total}` : words;
+}
