@@ -15,7 +15,20 @@ from api.access import Access
 from api.callers import is_loopback
 from api.headers import SecurityHeaders
 from api.limits import Rate
-from api.routes import compare, edits, evaluations, generate, health, jobs, ledger, metrics, models, traces
+from api.routes import (
+    compare,
+    console,
+    edits,
+    evaluations,
+    export,
+    generate,
+    health,
+    jobs,
+    ledger,
+    metrics,
+    models,
+    traces,
+)
 from service.errors import Misconfigured
 from service.jobs.broker import Broker
 from service.keys import Keys, is_token
@@ -30,6 +43,7 @@ Locates, edits and rolls back facts inside a resident GPT model.
 * `DELETE /edits/{id}` takes an edit back, in any order and without a trace in the weights.
 * `POST /generate` and `POST /compare` speak from any version. `POST /trace` shows where a fact is kept.
 * `POST /evaluations` says how good edits are on many records, without touching the ledger.
+* `GET /export` gives a version as a LoRA adapter, as edited weights, or as edits that `POST /import` lands elsewhere.
 
 Errors are `application/problem+json` (RFC 9457) whose `detail` says what to change.
 """
@@ -63,7 +77,20 @@ def create_app(operations: Operations, broker: Broker, settings: Settings) -> Fa
     app.state.keys = keys
     app.state.rate = rate
     errors.install(app)
-    for part in (edits, traces, evaluations, jobs, generate, compare, ledger, models, metrics, health):
+    for part in (
+        edits,
+        traces,
+        evaluations,
+        export,
+        jobs,
+        generate,
+        compare,
+        ledger,
+        models,
+        metrics,
+        health,
+        console,
+    ):
         app.include_router(part.router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     _surround(app)
