@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -16,6 +13,8 @@ import httpx
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from palimpsest.client import is_loopback
+from palimpsest.events import Event, parse_events
 from service.errors import Misconfigured, PalimpsestError, Unavailable
 
 BINARY = "application/octet-stream"
@@ -40,30 +39,6 @@ class Refused(PalimpsestError):
     title = "The service refused"
 
 
-@dataclass(frozen=True)
-class Event:
-    """One server-sent event."""
-
-    id: str
-    name: str
-    data: Any
-
-
-def parse_events(lines: Iterator[str]) -> Iterator[Event]:
-    """Server-sent events from the lines of a stream; comments (pings) are passed over."""
-    fields: dict[str, list[str]] = {}
-    for line in lines:
-        if line:
-            name, _, value = line.partition(":")
-            fields.setdefault(name, []).append(value.removeprefix(" "))
-            continue
-        if "data" in fields:
-            name = fields.get("event", ["message"])[-1]
-            text = "\n".join(fields["data"])
-            yield Event(fields.get("id", [""])[-1], name, None if text == "[DONE]" else json.loads(text))
-        fields = {}
-
-
 def _sentence(problem: Mapping[str, Any], status: int) -> str:
     """What a problem document says, for a person."""
     detail = problem.get("detail") or problem.get("title") or f"the service answered {status}."
@@ -84,16 +59,6 @@ def _raise_for(response: httpx.Response) -> None:
     if not isinstance(problem, dict):
         problem = {}
     raise Refused(_sentence(problem, response.status_code), status=response.status_code)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class Client:

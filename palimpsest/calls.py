@@ -129,14 +129,7 @@ class Calls:
         """
         answer = yield from self._door.create("/edits", {"edits": list(edits)}, key, 0)
         made = [Edit.of(one) for one in answer["items"]]
-        if not wait:
-            return made
-        ended = []
-        for one in made:
-            ended.append((yield from self._ended(one)))
-            if on_end is not None:
-                on_end(ended[-1])
-        return ended
+        return (yield from self._all_ended(made, on_end)) if wait else made
 
     @call
     def get_edit(self, id: str) -> Flow[Edit]:
@@ -435,6 +428,29 @@ class Calls:
         """The resident model, its head version, and its workers."""
         return [Model.of(one) for one in (yield from self._door.get("/models"))["items"]]
 
+    # a version elsewhere
+
+    @call
+    def export(
+        self, version: Version = "head", format: Literal["peft", "safetensors", "edits"] = "peft"
+    ) -> Flow[bytes]:
+        """The edits of a version for use elsewhere: a zip with a LoRA adapter for PEFT, the edited weights, or the edits for `import_edits`."""
+        return (yield from self._door.made("/export", self._wait, version=str(version), format=format))
+
+    @call
+    def import_edits(
+        self,
+        exported: bytes,
+        *,
+        key: str | None = None,
+        wait: bool = True,
+        on_end: Callable[[Edit], object] | None = None,
+    ) -> Flow[list[Edit]]:
+        """Land the edits that another service exported, as they were found there. What is here already is left alone."""
+        answer = yield from self._door.create("/import", exported, key, 0)
+        made = [Edit.of(one) for one in answer["items"]]
+        return (yield from self._all_ended(made, on_end)) if wait else made
+
     # what the calls share
 
     def _made(
@@ -450,6 +466,14 @@ class Calls:
     def _taken_back(self, kind: type[J], job: J | str, wait: bool) -> Flow[J]:
         answer = yield from self._door.take_back(_path(kind, job), self._wait if wait else 0)
         return (yield from self._ended(kind.of(answer))) if wait else kind.of(answer)
+
+    def _all_ended(self, edits: list[Edit], on_end: Callable[[Edit], object] | None) -> Flow[list[Edit]]:
+        ended = []
+        for one in edits:
+            ended.append((yield from self._ended(one)))
+            if on_end is not None:
+                on_end(ended[-1])
+        return ended
 
     def _ended(self, job: J, on_progress: OnProgress | None = None) -> Flow[J]:
         """The job when it has ended: the events say how far it is, the resource what became of it."""

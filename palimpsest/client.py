@@ -46,7 +46,7 @@ class _Service(Calls):
             base_url=url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
-            trust_env=not _is_loopback(where.hostname),  # a proxy never stands before one's own machine
+            trust_env=not is_loopback(where.hostname),  # a proxy never stands before one's own machine
         )
 
     def __repr__(self) -> str:
@@ -58,8 +58,8 @@ class Client(_Service, Blocking):
 
     `url` and `key` are PALIMPSEST_URL and PALIMPSEST_API_KEY where they are left out, and a service on this machine without a key
     where those are not set. `timeout`: seconds without a word after which an answer is given up. `retries`: how often a request is
-    sent again when its answer is lost or the service says to come back; nothing is ever done twice by that. A client may be shared
-    by threads.
+    sent again when its answer is lost or the service says to come back; nothing is ever done twice by that. An address that has not
+    answered yet is not tried again. A client may be shared by threads.
     """
 
     def __init__(
@@ -203,6 +203,8 @@ class _AsyncHands:
 
 def _request(build: Callable[..., httpx.Request], send: Send, silence: float) -> httpx.Request:
     more: dict[str, Any] = {} if send.body is None else {"json": send.body}
+    if send.content is not None:
+        more["content"] = send.content
     if send.streamed:
         more["timeout"] = silence
     return build(send.method, send.path, params=send.params, headers=send.headers, **more)
@@ -219,11 +221,13 @@ def _losses() -> Iterator[None]:
         yield
     except httpx.ReadTimeout:
         raise Lost("said nothing for too long", silent=True) from None
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise Lost(str(error) or "it took too long to connect", nobody=True) from error
     except httpx.TransportError as error:
         raise Lost(str(error) or type(error).__name__) from error
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address."""
     if host == "localhost":
         return True

@@ -17,6 +17,7 @@ R = TypeVar("R", bound=Resource)
 AGAIN = (429, 502, 503, 504)  #: answers after which the same request may fare better
 FIRST, LONGEST = 0.5, 8.0  #: seconds before the second try, and before any later one at most
 PATIENCE = 60.0  #: seconds of `Retry-After` that are waited; a longer time is the caller's to plan
+BINARY = "application/octet-stream"
 LAST = ("end", "error")  #: the events after which none comes
 PAGE = "200"  #: items; the most that the service gives at once
 
@@ -37,6 +38,7 @@ class Door:
     def __init__(self, url: str, retries: int) -> None:
         self._url = url
         self._retries = retries
+        self._met = False  # whoever mistypes an address should not wait for it
 
     def get(self, path: str, **params: Any) -> Flow[Any]:
         answer = yield from self.asked(Send("GET", path, params={k: str(v) for k, v in params.items()}))
@@ -45,6 +47,14 @@ class Door:
     def file(self, path: str, media_type: str = "*/*", **params: str) -> Flow[bytes]:
         answer = yield from self.asked(Send("GET", path, params, headers={"Accept": media_type}))
         return answer.content
+
+    def made(self, path: str, wait: float, **params: str) -> Flow[bytes]:
+        """A file that takes time to make: asked for until it is there."""
+        while True:
+            answer = yield from self.asked(Send("GET", path, params, headers=_prefer(wait)))
+            if answer.status != 202:
+                return answer.content
+            yield Pause(_seconds(answer) or pause(0))
 
     def items(self, path: str, kind: type[R], **params: Any) -> Listing[R]:
         """Says every item of a list, page after page."""
@@ -61,10 +71,14 @@ class Door:
         """A POST that changes nothing."""
         return self._json((yield from self.asked(Send("POST", path, body=body))))
 
-    def create(self, path: str, body: Mapping[str, Any], key: str | None, wait: float) -> Flow[Any]:
+    def create(self, path: str, body: Mapping[str, Any] | bytes, key: str | None, wait: float) -> Flow[Any]:
         """A POST that makes something: once, however often it has to be sent."""
         headers = {"Idempotency-Key": key or uuid4().hex, **_prefer(wait)}
-        return self._json((yield from self.asked(Send("POST", path, body=body, headers=headers))))
+        if isinstance(body, bytes):
+            send = Send("POST", path, content=body, headers={**headers, "Content-Type": BINARY})
+        else:
+            send = Send("POST", path, body=body, headers=headers)
+        return self._json((yield from self.asked(send)))
 
     def once(self, path: str) -> Flow[Any]:
         """A POST that is sent a single time, for its second answer would be another."""
@@ -85,9 +99,10 @@ class Door:
             try:
                 answer: Answer = yield send
             except Lost as lost:
-                if lost.silent or not again:
+                if lost.silent or not again or (lost.nobody and not self._met):
                     raise self._unreachable(lost) from None
             else:
+                self._met = True
                 if answer.status < 400:
                     return answer
                 error = _problem(answer)
@@ -160,6 +175,12 @@ def _event(reader: EventReader) -> Flow[Event | None]:
     return None
 
 
+def _seconds(answer: Answer) -> float | None:
+    """When to come back, if the answer says so."""
+    text = answer.headers.get("retry-after", "")
+    return float(text) if text.isdecimal() else None
+
+
 def _prefer(wait: float) -> dict[str, str]:
     return {"Prefer": f"wait={int(wait)}"} if wait >= 1 else {}
 
@@ -169,10 +190,9 @@ def _problem(answer: Answer) -> PalimpsestError:
         found = json.loads(answer.content)
     except ValueError:
         found = None
-    seconds = answer.headers.get("retry-after", "")
     return of_problem(
         answer.status,
         found if isinstance(found, dict) else {},
-        float(seconds) if seconds.isdecimal() else None,
+        _seconds(answer),
         answer.headers.get("x-request-id"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,3 +34,11 @@ class EventReader:
             return None
         text = "\n".join(fields["data"])
         return Event(fields.get("id", [""])[-1], fields.get("event", ["message"])[-1], json.loads(text))
+
+
+def parse_events(lines: Iterable[str]) -> Iterator[Event]:
+    """The events of a stream whose lines come by themselves."""
+    reader = EventReader()
+    for line in lines:
+        if (event := reader.read(line)) is not None:
+            yield event

@@ -18,13 +18,14 @@ Item = TypeVar("Item")
 class Send:
     """Send a request; what comes of it is an `Answer`.
 
-    `again`: to send it twice does no more than once. `streamed`: leave the body of a good answer to `Line`s.
+    `body` is sent as JSON, `content` as it is. `again`: to send it twice does no more than once. `streamed`: leave the body of a good answer to `Line`s.
     """
 
     method: str
     path: str
     params: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
+    content: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     again: bool = True
     streamed: bool = False
@@ -59,11 +60,12 @@ class Say(Generic[Item]):
 
 
 class Lost(Exception):
-    """The connection broke, or nobody was there. `silent`: somebody was, and did not answer in time."""
+    """The connection broke. `silent`: somebody was there, and did not answer in time; `nobody`: there was none to begin with."""
 
-    def __init__(self, words: str, silent: bool = False) -> None:
+    def __init__(self, words: str, *, silent: bool = False, nobody: bool = False) -> None:
         super().__init__(words)
         self.silent = silent
+        self.nobody = nobody
 
 
 Step: TypeAlias = Send | Line | Pause

@@ -6,18 +6,12 @@ import httpx
 import pytest
 from fake_service import Fake, events
 
-from cli.client import Client, ClientSettings, Event, Refused, is_loopback, parse_events
+from cli.client import Client, ClientSettings, Refused
 from service.errors import Misconfigured, Unavailable
 
 
 def client(fake: Fake, **settings: str) -> Client:
     return Client(ClientSettings(**settings), transport=httpx.MockTransport(fake))
-
-
-def test_events_are_read_as_the_standard_has_them() -> None:
-    """Comments are passed over, several data lines are one text, and what ends without a blank line is no event."""
-    text = ": hi\n\nid: 4\nevent: token\ndata: {\ndata: }\n\nevent: empty\n\ndata:[1]\n\ndata: 2"
-    assert list(parse_events(iter(text.split("\n")))) == [Event("4", "token", {}), Event("", "message", [1])]
 
 
 def test_a_lost_connection_is_taken_up_where_it_was() -> None:
@@ -63,13 +57,3 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
     """A URL without scheme or host is told as such."""
     with pytest.raises(Misconfigured, match="http://127"):
         client(Fake(), url=url)
-
-
-@pytest.mark.parametrize(
-    ("host", "answer"),
-    [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("[::1]", True), ("localhost", True)]
-    + [(host, False) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "", "localhost.example.org")],
-)
-def test_loopback_is_known_by_its_address(host: str, answer: bool) -> None:
-    """Only addresses that stay on this machine are loopback; a name that could lead anywhere is not."""
-    assert is_loopback(host) is answer

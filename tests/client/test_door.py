@@ -26,6 +26,7 @@ from palimpsest import (
     Unavailable,
     Unreachable,
 )
+from palimpsest.client import is_loopback
 
 Ask = Callable[[Fake], Any]
 EDIT = {"id": "edit_1", "subject": "s", "prompt": "{} is", "status": "queued", "attempts": 0}
@@ -72,15 +73,27 @@ def test_what_takes_too_long_is_told_at_once(ask: Ask, paused: list[float]) -> N
 
 
 def test_it_does_not_try_for_ever(ask: Ask, paused: list[float]) -> None:
-    """Five times again, with longer and longer pauses; then the service's own words, or where it was looked for."""
-    fake = Fake({"GET /models": httpx.ConnectError("refused"), "GET /ledger/verify": busy(503)})
+    """Five times again, with longer and longer pauses; then where it was looked for, or the service's own words."""
+    refused = httpx.ConnectError("refused")
+    fake = Fake(
+        {"GET /models": [{"items": []}, *[refused] * 6], "GET /ledger/verify": [busy(503) for _ in range(6)]}
+    )
     client = ask(fake)
-    with pytest.raises(Unreachable, match=r"http://there \(refused\).*palimpsest serve"):
+    client.models()
+    with pytest.raises(Unreachable, match=r"http://there \(refused\)"):
         client.models()
-    assert len(fake.asked) == 6 and paused == sorted(paused)
+    assert len(fake.asked) == 1 + 6 and paused == sorted(paused)
     with pytest.raises(Unavailable, match="Not now") as caught:
         client.verify()
-    assert caught.value.status == 503
+    assert caught.value.status == 503 and len(fake.asked) == 1 + 6 + 6
+
+
+def test_an_address_that_never_answered_is_told_at_once(ask: Ask, paused: list[float]) -> None:
+    """Whoever forgot to start the service, or mistyped where it is, hears of it without a pause."""
+    fake = Fake({"GET /models": httpx.ConnectError("refused")})
+    with pytest.raises(Unreachable, match="palimpsest serve"):
+        ask(fake).models()
+    assert len(fake.asked) == 1 and not paused
 
 
 def test_what_is_not_the_same_twice_is_sent_once(ask: Ask) -> None:
@@ -197,6 +210,14 @@ def test_lists_are_read_to_their_end(ask: Ask) -> None:
     assert [body for _, body in fake.asked] == [{"limit": "200", "subject": "s"}, {"limit": "200", "subject": "s", "cursor": "c"}]  # fmt: skip
 
 
+def test_a_file_that_takes_time_is_asked_for_until_it_is_there(ask: Ask, paused: list[float]) -> None:
+    """An export that is still being made is asked for again when the service says."""
+    later = httpx.Response(202, json={"status": "running"}, headers={"Retry-After": "2"})
+    fake = Fake({"GET /export": [later, b"zip"]})
+    assert ask(fake).export(3) == b"zip" and paused == [2]
+    assert [body for _, body in fake.asked] == [{"version": "3", "format": "peft"}] * 2
+
+
 def test_an_edit_that_did_not_land_is_an_error(ask: Ask) -> None:
     """A rejected edit raises with the guard's words and its figures, a failed one with the error's; a dry run does not."""
     rejected = EDIT | {"status": "rejected", "result": {"reason": "too weak"}}
@@ -227,3 +248,13 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
     """A URL without scheme or host is told as such, before anything is asked."""
     with pytest.raises(ValueError, match="http://127"):
         Client(url)
+
+
+@pytest.mark.parametrize(
+    ("host", "answer"),
+    [(host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")]
+    + [(host, False) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "", "localhost.example.org")],
+)
+def test_loopback_is_known_by_its_address(host: str, answer: bool) -> None:
+    """Only addresses that stay on this machine are asked without a proxy; a name that could lead anywhere is not one of them."""
+    assert is_loopback(host) is answer
