@@ -5,6 +5,7 @@ Checks that need no model stand here; those that need its tokenizer or its shape
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -293,6 +294,28 @@ class GenerateRequest(Sampling):
         if (self.prompt is None) == (self.prompts is None):
             raise InvalidInput("give either `prompt` or `prompts`.", "prompt")
         return [self.prompt] if self.prompt is not None else list(self.prompts or [])
+
+
+MAX_ANSWERS = 64  #: to one request
+MAX_LOGPROBS = 5
+
+
+class SpeechRequest(GenerateRequest):
+    """What a worker is asked to say: a generation, or one that came through the OpenAI-compatible door."""
+
+    max_new_tokens: int = Field(40, ge=0, le=4096)  #: 0 reads the prompt and says nothing
+    tokens: list[list[Annotated[int, Field(ge=0)]]] | None = Field(
+        None, min_length=1, max_length=MAX_ANSWERS, description="prompts as the ids of their tokens"
+    )
+    choices: int = Field(1, ge=1, le=MAX_ANSWERS, description="answers to each prompt")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="most probable tokens to tell at each place"
+    )
+    echo: bool = Field(False, description="the prompt stands before the answer")
+
+    def spoken(self) -> Sequence[str | list[int]]:
+        """The prompts, as texts or as tokens."""
+        return self.texts() if self.tokens is None else self.tokens
 
 
 class ExportRequest(Asked):

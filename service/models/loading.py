@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from transformers import (
 from service.errors import InvalidInput, Misconfigured
 from service.models.architectures import Architecture, architecture_of
 from service.models.fused import fuse
+from service.models.spelling import Spelling
 
 
 class Site(NamedTuple):
@@ -125,6 +127,11 @@ class LoadedModel:
         """Token ids of a whole text and their character offsets."""
         code = self.tokenizer(text, return_offsets_mapping=True)
         return list(code["input_ids"]), [tuple(o) for o in code["offset_mapping"]]
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """How each of its tokens is spelled."""
+        return Spelling(self.tokenizer)
 
     def decode(self, ids: list[int] | Tensor) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]

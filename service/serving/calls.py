@@ -11,8 +11,9 @@ from service.errors import InvalidInput, PalimpsestError
 from service.ids import born
 from service.jobs.broker import Delivery
 from service.progress import Steps
-from service.requests import GenerateRequest, Version
+from service.requests import SpeechRequest, Version
 from service.serving.generation import Row
+from service.serving.logprobs import columns
 
 
 def pinned(version: Version, head: int, least: int | None = None) -> int:
@@ -43,7 +44,7 @@ class Generation:
     """A request whose prompts are rows; they may stand in different batches, always of one version."""
 
     delivery: Delivery
-    request: GenerateRequest
+    request: SpeechRequest
     version: int
     rows: list[Row]
     started: float = field(default_factory=time.monotonic)
@@ -70,6 +71,15 @@ class Generation:
         if (asked := born(self.channel)) is not None:
             metrics.FIRST_TOKEN_SECONDS.labels("arrival").observe(max(0.0, time.time() - asked))
 
+    def news(self, index: int, piece: str) -> dict[str, Any] | None:
+        """The event "token" of one of its rows; None when there is nothing to tell yet."""
+        told: dict[str, Any] = {"index": index, "text": piece, "version": self.version}
+        row = self.rows[index]
+        lines = [] if row.report is None else row.report.news(row.reach)
+        if lines:
+            told["logprobs"] = columns(lines)
+        return told if piece or lines else None
+
     def close(self) -> None:
         """End the rows that still speak; they leave their batches at the next step."""
         for r in self.rows:
@@ -80,15 +90,19 @@ class Generation:
         """The event "end"."""
         return {
             "version": self.version,
-            "choices": [
-                {"text": r.text, "tokens": r.said, "finish_reason": r.finish_reason} for r in self.rows
-            ],
+            "choices": [_choice(r) for r in self.rows],
             "usage": {
-                "prompt_tokens": sum(len(r.prompt) for r in self.rows),
+                # a prompt counts once, however many answers it has
+                "prompt_tokens": sum(len(r.prompt) for r in self.rows[:: self.request.choices]),
                 "completion_tokens": sum(len(r.said) for r in self.rows),
             },
             "seconds": round(time.monotonic() - self.started, 4),
         }
+
+
+def _choice(row: Row) -> dict[str, Any]:
+    said = {"text": row.text, "tokens": row.said, "finish_reason": row.finish_reason}
+    return said if row.report is None else said | {"logprobs": columns(row.report.before(row.reach))}
 
 
 @dataclass(eq=False)

@@ -7,10 +7,12 @@ to be the beginning of one. The pieces together are the text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import commonprefix  # of any texts
 from typing import Any
 
+from service.models.spelling import UNKNOWN
+
 CONTEXT = 8  # tokens of the prompt that decide how the first new token is written (a leading space or none)
-UNKNOWN = "\ufffd"  # what a decoder writes for a character whose bytes are not all there
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
@@ -40,6 +42,13 @@ class Detokenizer:
         self._known = 0  # ids[:read] are in the text; decoding starts at `known`, one piece before
         self._read = len(self._ids)
         self._held = ""
+
+    def begins(self, token: int) -> int:
+        """The character of the text at which a token begins that is pushed now: that one which it helps to write."""
+        known = self._decode(self._ids[self._known : self._read])
+        before, after = self._new(), self._decode([*self._ids[self._known :], token])[len(known) :]
+        shared = before.rstrip(UNKNOWN) if after.endswith(UNKNOWN) else commonprefix([before, after])
+        return len(self.text) + len(self._held) + len(shared)
 
     def push(self, token: int) -> str:
         """Take a token; give out what can be shown now."""

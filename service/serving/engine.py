@@ -31,11 +31,11 @@ from service.jobs.broker import CALLS, KINDS, Broker, Delivery
 from service.jobs.desk import Desk, RunningJob
 from service.models import memory
 from service.progress import Ended, News, Progress, Told, Working
-from service.requests import CompareRequest, GenerateRequest
+from service.requests import CompareRequest, SpeechRequest
 from service.serving.calls import Comparison, Generation, pinned, problem
 from service.serving.comparison import compare_steps
-from service.serving.generation import Row, Said, row
-from service.serving.lanes import Lanes
+from service.serving.generation import Row, Said, rows
+from service.serving.lanes import READ, Lanes
 from service.serving.owed import Owed
 from service.serving.replica import Replica
 
@@ -209,15 +209,19 @@ class Engine:
             self._refuse(delivery, error)
 
     def _start_generation(self, delivery: Delivery) -> None:
-        request = GenerateRequest.model_validate(delivery.payload)
+        request = SpeechRequest.model_validate(delivery.payload)
         version = pinned(request.version, self.replica.head(), request.min_version)
         model = self.replica.base
-        rows = [row(model, text, request) for text in request.texts()]
-        needed = memory.cache_bytes(model, 1, max(r.most for r in rows))
+        asked = rows(model, request)
+        needed = memory.cache_bytes(model, 1, max(r.most for r in asked))
+        if (
+            request.echo and request.logprobs is not None
+        ):  # the distributions at all places that are read together
+            needed += memory.measure_bytes(model, 1, max(READ, *(len(r.prompt) for r in asked)))
         memory.admit("this answer", needed, model.device, "ask for fewer tokens", "max_new_tokens")
-        self._lanes.add(version, self.replica.weights(version), rows)
-        generation = Generation(delivery, request, version, rows)
-        self._generations |= {r: (generation, i) for i, r in enumerate(rows)}
+        self._lanes.add(version, self.replica.weights(version), asked)
+        generation = Generation(delivery, request, version, asked)
+        self._generations |= {r: (generation, i) for i, r in enumerate(asked)}
         faults.reach("generate.after_admit")
 
     def _start_comparison(self, delivery: Delivery) -> None:
@@ -283,8 +287,7 @@ class Engine:
             generation, index = self._generations[said.row]
             generation.speak()
             spoke[generation] = None
-            if said.piece and generation.request.stream:
-                token = {"index": index, "text": said.piece, "version": generation.version}
+            if generation.request.stream and (token := generation.news(index, said.piece)):
                 self._owed.tell(generation.channel, "token", token)
             if said.row.finish_reason == "error":
                 generation.close()

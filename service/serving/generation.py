@@ -9,6 +9,7 @@ batch can join between two steps.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,10 +20,11 @@ from torch import Tensor
 from service.errors import InvalidInput
 from service.models.loading import LoadedModel
 from service.models.prompts import pad
-from service.requests import Sampling
+from service.requests import Sampling, SpeechRequest
 from service.serving import sampling
 from service.serving.cache import RowCache
 from service.serving.detokenizer import Detokenizer
+from service.serving.logprobs import Measured, Report, measure
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,11 @@ class Row:
     room: int  #: tokens that may be said
     voice: Detokenizer
     numbers: list[float]  #: one for each token that may be said; none are needed at temperature 0
+    echo: str = ""  #: what is given out before the answer: the prompt, where that is wanted
+    report: Report | None = None  #: how probable its tokens are, where that is wanted
     said: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    opened: bool = False  #: whether the echo is given out
 
     @property
     def ids(self) -> list[int]:
@@ -56,17 +61,33 @@ class Row:
 
     @property
     def text(self) -> str:
-        return self.voice.text
+        """All that was given out."""
+        return (self.echo if self.opened else "") + self.voice.text
+
+    @property
+    def reach(self) -> float:
+        """Tokens that begin before this character of the text are in it. The last ones may have no character of their own."""
+        ended = self.finish_reason is not None and not self.voice.stopped
+        return math.inf if ended else len(self.text)
 
     @property
     def uniform(self) -> float:
         """The number that the next token is drawn with. A step that is tried again draws the same."""
         return self.numbers[len(self.said)] if self.numbers else 0.0
 
-    def take(self, token: int, ends: frozenset[int]) -> str:
+    def take(self, token: int, ends: frozenset[int], found: Measured | None = None) -> str:
         """Say a token; returns the text that can be shown now."""
+        opening = "" if self.opened else self.echo
+        self.opened = True
+        return opening + self._say(token, ends, found)
+
+    def _say(self, token: int, ends: frozenset[int], found: Measured | None) -> str:
+        if self.room == 0:  # the prompt was to be read and no more
+            return self.finish("length")
         if token in ends:
             return self.finish("stop")
+        if self.report is not None and found is not None:
+            self.report.take(token, len(self.echo) + self.voice.begins(token), found)
         self.said.append(token)
         piece = self.voice.push(token)
         if self.voice.stopped:
@@ -82,19 +103,56 @@ class Row:
         return rest
 
 
-def row(model: LoadedModel, prompt: str, asked: Sampling) -> Row:
+def row(model: LoadedModel, prompt: str | Sequence[int], asked: Sampling, choice: int = 0) -> Row:
     """A prompt as a row of its own: its tokens, its room within the model's positions, its seed."""
-    ids = model.encode(prompt)[0]
+    ids = model.encode(prompt)[0] if isinstance(prompt, str) else list(prompt)
     room = min(asked.max_new_tokens, model.positions - len(ids))
-    if not ids or room < 1:
+    if not ids or room < min(1, asked.max_new_tokens):
         raise InvalidInput(
             f"the prompt has {len(ids)} tokens and the model has {model.positions} positions: give it 1 to "
             f"{model.positions - 1} tokens.",
             "prompt",
         )
+    if max(ids) >= model.embedding.weight.shape[0]:  # type: ignore[index]
+        raise InvalidInput(f"the model has no token {max(ids)}.", "prompt")
     voice = Detokenizer(model.tokenizer, ids, asked.stop)
-    numbers = sampling.uniforms(asked.seed, room) if asked.temperature > 0 else []
+    seed = sampling.seed_of(asked.seed, choice)
+    numbers = sampling.uniforms(seed, room) if asked.temperature > 0 else []
     return Row(ids, asked, room, voice, numbers)
+
+
+def rows(model: LoadedModel, request: SpeechRequest) -> list[Row]:
+    """A row for each answer that is asked for: those to one prompt follow each other."""
+    return [_answer(model, p, request, i) for p in request.spoken() for i in range(request.choices)]
+
+
+def _answer(model: LoadedModel, prompt: str | Sequence[int], request: SpeechRequest, choice: int) -> Row:
+    made, places = row(model, prompt, request, choice), list[tuple[int, int]]()
+    if request.echo:
+        made.echo, starts = _written(model, prompt)
+        places = list(zip(made.prompt, starts, strict=True))
+    if request.logprobs is not None:
+        made.report = Report(model.spelling, request.logprobs, places)
+    return made
+
+
+def _written(model: LoadedModel, prompt: str | Sequence[int]) -> tuple[str, list[int]]:
+    """A prompt as text, and the character at which each of its tokens begins."""
+    starts: list[int] = []
+    if isinstance(prompt, str):
+        end = 0
+        for start, after in model.encode(prompt)[1]:
+            # a token begins where the one before it ends, also when it is said to begin after its space; or in the middle
+            # of a character that it shares with that one
+            starts.append(max(min(start, end), starts[-1] if starts else 0))
+            end = max(end, after)
+        return prompt, starts
+    voice = Detokenizer(model.tokenizer, [])
+    for token in prompt:
+        starts.append(voice.begins(token))
+        voice.push(token)
+    voice.end()
+    return voice.text, starts
 
 
 def end_tokens(model: LoadedModel) -> frozenset[int]:
@@ -177,8 +235,8 @@ class Batch:
         self.sweep()
         if not self.rows:
             return []
-        tokens = self._decode()
-        said = [Said(r, self._advance(r, t)) for r, t in zip(self.rows, tokens, strict=True)]
+        drawn = self._decode()
+        said = [Said(r, self._advance(r, *d)) for r, d in zip(self.rows, drawn, strict=True)]
         self.sweep()
         return said
 
@@ -230,8 +288,8 @@ class Batch:
             log.exception("cache lost", extra={"rows": len(self.rows)})
             self._cache = None
 
-    def _decode(self) -> list[int]:
-        """A token for each row; the cache then holds all tokens but these."""
+    def _decode(self) -> list[tuple[int, Measured | None]]:
+        """A token for each row, and how probable it is where that is wanted; the cache then holds all tokens but these."""
         cache, now = self._cache, self._next
         self._cache = self._next = None  # a pass that fails leaves no half-written cache behind
         if cache is None:
@@ -239,26 +297,49 @@ class Batch:
         numbers = sampling.sent([r.uniform for r in self.rows], torch.float64, self.model.device)
         if now is None:
             now = Inputs(self.model, self.rows, len(cache) > 0)
-        logits = self.model.model(
+        lacking = [i for i, r in enumerate(self.rows) if r.report is not None and r.report.lacks]
+        every = self.model.model(
             input_ids=now.ids,
             attention_mask=now.mask,
             position_ids=now.positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+            logits_to_keep=0 if lacking else 1,  # 0 keeps all
+        ).logits
+        logits = every[:, -1]
         tokens = now.sampler(logits, numbers)
         now.follow(tokens)
         said: list[int] = tokens.tolist()
+        for i in lacking:
+            self._measure_prompt(self.rows[i], every[i])
+        found = self._measure(logits, tokens)
         self._cache, self._next = cache, now
-        return said
+        return list(zip(said, found, strict=True))
 
-    def _advance(self, r: Row, token: int) -> str:
+    def _measure(self, logits: Tensor, tokens: Tensor) -> list[Measured | None]:
+        """How probable the tokens (B,) are, of the rows that report it."""
+        found: list[Measured | None] = [None] * len(self.rows)
+        if told := {i: r.report.top for i, r in enumerate(self.rows) if r.report is not None}:
+            which = sampling.sent(list(told), torch.long, self.model.device)
+            measured = measure(logits[which], tokens[which], max(told.values()))
+            for i, one in zip(told, measured, strict=True):
+                found[i] = one
+        return found
+
+    def _measure_prompt(self, r: Row, logits: Tensor) -> None:
+        """How probable a row's prompt is, from the logits (T, V) of all its columns, the last of which are its tokens."""
+        assert r.report is not None
+        prompt = sampling.sent(r.report.lacks, torch.long, self.model.device)
+        begin = len(logits) - r.length
+        there = logits[begin : begin + len(prompt) - 1]
+        r.report.take_prompt(measure(there, prompt[1:], r.report.top))
+
+    def _advance(self, r: Row, token: int, found: Measured | None) -> str:
         """One row's token. What goes wrong here goes wrong for this row only."""
         if token == sampling.NONE:
             return r.finish("error")
         try:
-            return r.take(token, self._ends)
+            return r.take(token, self._ends, found)
         except Exception:
             log.exception("row failed", extra={"tokens": len(r.said)})
             r.finish_reason = "error"

@@ -9,6 +9,7 @@ Nothing here waits for the device but the one transfer by which the caller learn
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,13 @@ def uniforms(seed: int, count: int) -> list[float]:
     """The numbers in [0, 1) of a request, one for each token it may say; the first few are the same for every count."""
     numbers = torch.Generator().manual_seed(seed)
     return torch.rand(count, dtype=torch.float64, generator=numbers).tolist()
+
+
+def seed_of(seed: int, choice: int) -> int:
+    """The seed of one of several answers to a prompt. The first has the request's own: it is what is said when one is asked for."""
+    if choice == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {choice}".encode()).digest()[:8]) >> 1
 
 
 def softmax(logits: Tensor, temperature: Tensor) -> Tensor:

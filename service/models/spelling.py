@@ -1,0 +1,52 @@
+"""How a single token is spelled, whatever stands beside it: as text, or as bytes where it is a part of a character."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+UNKNOWN = "\ufffd"  # what a decoder writes for a character whose bytes are not all there
+BEFORE = (
+    "a"  # decoded before a token, so that a tokenizer which trims the beginning of a text trims nothing of it
+)
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte in the vocabularies of SentencePiece
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters in which GPT-2's vocabulary writes bytes: a printable one as itself, the others from 256 on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+LETTERS = _byte_letters()
+
+
+class Spelling:
+    """The spelling of each token of a tokenizer, worked out when it is first asked for."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = tokenizer(BEFORE, add_special_tokens=False)["input_ids"]
+        self._known: dict[int, str] = {}
+
+    def __call__(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._spell(token)
+        return self._known[token]
+
+    def _spell(self, token: int) -> str:
+        text = self._decode([*self._before, token])[len(self._decode(self._before)) :]
+        if UNKNOWN not in text:
+            return text
+        written = str(self._tokenizer.convert_ids_to_tokens(token))
+        if found := _BYTE.fullmatch(written):
+            return f"bytes:\\x{found[1].lower()}"
+        if any(letter not in LETTERS for letter in written):
+            return text
+        return "bytes:" + "".join(f"\\x{LETTERS[letter]:02x}" for letter in written)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(  # type: ignore[no-any-return]
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
