@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import io
 import json
-import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from drawn_edits import Book, associations, replica_of
 from safetensors.torch import load_file
+from service_logits import logits, served, with_peft
 from tiny import TEXTS, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +22,6 @@ from service.editors.composition import Change, LowRank, compose
 from service.exporting.adapter import SEEN, Adapter, factors_of
 from service.exporting.making import base_name, export_steps, write_model
 from service.models.loading import LoadedModel, load, with_start
-from service.models.prompts import forward, pad
 from service.progress import finish
 from service.requests import ExportRequest
 from service.serving.replica import Replica
@@ -45,24 +43,6 @@ def unpacked(data: bytes, folder: Path) -> Path:
     return folder
 
 
-def asked(model: LoadedModel) -> Any:
-    return pad([model.encode(t)[0][: model.positions] for t in TEXTS], model)
-
-
-def logits(model: Any, base: LoadedModel) -> torch.Tensor:
-    batch = asked(base)
-    with torch.no_grad():
-        out = model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions)
-    return out.logits[batch.mask.bool()]
-
-
-def served(replica: Replica, version: int) -> torch.Tensor:
-    """The service's own logits."""
-    batch = asked(replica.base)
-    with replica.stand(replica.weights(version)) as model, torch.no_grad():
-        return forward(model, batch)[batch.mask.bool()]
-
-
 def wide(model_type: str) -> LoadedModel:
     """Room for 300 edits in a layer, and sums over its width as large as in the narrow ones: as a trained model has them."""
     model = tiny(model_type, width=320, inner=640)
@@ -70,13 +50,6 @@ def wide(model_type: str) -> LoadedModel:
         for parameter in model.model.parameters():
             parameter *= (16 / 320) ** 0.5 if parameter.ndim == 2 else 1
     return model
-
-
-def with_peft(model: Any, folder: Path) -> Any:
-    """Stock peft; a module that it misses, or one too many, is a warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what peft asks transformers for has a newer name
-        return peft.PeftModel.from_pretrained(model, folder).eval()
 
 
 @pytest.mark.parametrize("count", [1, 50, 300])
@@ -138,8 +111,8 @@ def test_the_portable_form(tmp_path: Path) -> None:
 
 def test_the_same_version_is_the_same_bytes() -> None:
     """Of every form, from replicas that know nothing of each other."""
-    for format in ("peft", "safetensors"):
-        first, second = (exported(replica_of(tiny("llama"), 3, (0, 1)), 2, format)[0] for _ in range(2))
+    for form in ("peft", "safetensors"):
+        first, second = (exported(replica_of(tiny("llama"), 3, (0, 1)), 2, form)[0] for _ in range(2))
         assert first == second
 
 
