@@ -11,10 +11,11 @@ from tokenizers import Tokenizer
 from service.editors.recipes import Recipe, resolve
 from service.errors import InvalidInput
 from service.evaluation.records import check_askable, read_records
-from service.requests import EditRequest, EvaluationRequest, TraceRequest, Version
+from service.requests import EditRequest, EvaluationRequest, SpeechRequest, TraceRequest, Version
 from service.store.tables import Model
 from service.text import check_tokens, fill, token_span
 
+MAX_TOKEN = 2**31  #: no vocabulary comes near
 NOISE = re.compile(r"\d+(\.\d+)?sigma")
 
 
@@ -78,6 +79,22 @@ def check_evaluation(request: EvaluationRequest, model: Model, tokenizer: Tokeni
             check_askable(record, request.objective, tokenizer, model.info["positions"])
         except InvalidInput as error:
             raise InvalidInput(f"{record.name}: {error.detail}", "records") from None
+
+
+def check_speech(request: SpeechRequest, model: Model, tokenizer: Tokenizer) -> None:
+    """Every prompt, given as text or as tokens, is one that the model can read and go on from."""
+    most = model.info["positions"] - min(1, request.max_new_tokens)
+    for prompt in request.spoken():
+        ids = tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
+        strange = next((i for i in ids if i > MAX_TOKEN or tokenizer.id_to_token(i) is None), None)
+        if strange is not None:
+            raise InvalidInput(f"the model's tokenizer has no token {strange}.", "prompt")
+        if not 0 < len(ids) <= most:
+            raise InvalidInput(
+                f"the prompt has {len(ids)} tokens and the model has {model.info['positions']} positions: give it 1 to "
+                f"{most}.",
+                "prompt",
+            )
 
 
 def _check_target(tokenizer: Tokenizer, text: str, target: str, positions: int, field: str) -> None:

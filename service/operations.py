@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -20,7 +20,15 @@ from sqlalchemy.orm import InstrumentedAttribute, Session, defer
 from tokenizers import Tokenizer
 
 from service import faults, metrics, portable
-from service.checks import check_edit, check_evaluation, check_trace, check_version, place, with_methods
+from service.checks import (
+    check_edit,
+    check_evaluation,
+    check_speech,
+    check_trace,
+    check_version,
+    place,
+    with_methods,
+)
 from service.editors.recipes import METHODS
 from service.errors import Conflict, InvalidInput, NotFound, QueueFull, Unavailable
 from service.ids import kind_of, new_id, request_id
@@ -30,6 +38,7 @@ from service.jobs.listening import heard
 from service.jobs.resources import EDIT_STATUSES, OPEN, STATUSES, Resource
 from service.ledger import ledger
 from service.ledger.verify import verify
+from service.naming import called, version_called
 from service.pages import check_limit, cursor_after, read_cursor, strange_cursor
 from service.portable import Given
 from service.requests import (
@@ -38,6 +47,7 @@ from service.requests import (
     EvaluationRequest,
     ExportRequest,
     GenerateRequest,
+    SpeechRequest,
     TraceRequest,
     Version,
 )
@@ -54,6 +64,25 @@ log = logging.getLogger(__name__)
 
 MAX_KEY = 255
 LOOK = 3.0  #: silent seconds after which a listener looks whether the row has ended without a word
+
+
+@dataclass(frozen=True)
+class Named:
+    """A version under the name that it is asked for. Versions of one `state` have the same weights."""
+
+    id: str
+    version: int
+    state: str
+    created: datetime
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What was asked of a worker, pinned to a version, and the channel on which it comes."""
+
+    channel: str
+    request: SpeechRequest
+    named: Named
 
 
 class Operations:
@@ -434,6 +463,36 @@ class Operations:
             check_tokens(tokenizer, text, None, model.info["positions"])
         return self._call("generate", request.model_dump(mode="json"))
 
+    def complete(self, name: str, request: SpeechRequest) -> Speech:
+        """Ask a worker to go on with prompts, at the version that the name means now.
+
+        The version and the seed are settled here, so that whoever begins the answer anew says the same.
+        """
+        model, tokenizer, head = self._at_head()
+        version = version_called(name, model.name, head)
+        self._check_tokens_asked(request, "max_tokens")
+        check_speech(request, model, tokenizer)
+        with self.database.read() as session:
+            (named,) = _named(session, model, [(called(model.name, version), version)])
+        request = request.model_copy(update={"version": version})
+        return Speech(self._call("generate", request.model_dump(mode="json")), request, named)
+
+    def names(self, recent: int = 20) -> list[Named]:
+        """What the model and its versions are called: the head and the base, and by number the newest ones."""
+        with self.database.read() as session:
+            model = _resident(session)
+            head = ledger.head(session, model.fingerprint)
+            always = [(model.name, head), (f"{model.name}@head", head), (f"{model.name}@base", 0)]
+            numbers = range(head, max(head - recent, -1), -1)
+            return _named(session, model, [*always, *((called(model.name, v), v) for v in numbers)])
+
+    def named(self, name: str) -> Named:
+        """The version that a name means now, under this name."""
+        with self.database.read() as session:
+            model = _resident(session)
+            version = version_called(name, model.name, ledger.head(session, model.fingerprint))
+            return _named(session, model, [(name, version)])[0]
+
     def compare(self, request: CompareRequest) -> str:
         """Ask a worker to say one prompt on two versions; the payload is the request as JSON."""
         self._check_tokens_asked(request)
@@ -447,12 +506,12 @@ class Operations:
         """The same call on the same channel, because the broker has lost it: the whole answer comes anew."""
         self.broker.call(kind, request.model_dump(mode="json"), request_id.get(), channel)
 
-    def _check_tokens_asked(self, request: GenerateRequest | CompareRequest) -> None:
+    def _check_tokens_asked(
+        self, request: GenerateRequest | CompareRequest, field: str = "max_new_tokens"
+    ) -> None:
         most = self.settings.max_new_tokens
         if request.max_new_tokens > most:
-            raise InvalidInput(
-                f"`max_new_tokens` may be at most {most} here: ask for fewer.", "max_new_tokens"
-            )
+            raise InvalidInput(f"`{field}` may be at most {most} here: ask for fewer.", field)
 
     def _call(self, kind: str, payload: dict[str, Any]) -> str:
         if self.broker.waiting(kind) >= self.settings.max_queue:
@@ -703,6 +762,16 @@ def _resident(session: Session) -> Model:
     if model is None:
         raise _no_model()
     return model
+
+
+def _named(session: Session, model: Model, names: Sequence[tuple[str, int]]) -> list[Named]:
+    """Names and the versions that they mean; the ledger knows what each is and since when."""
+    known = select(LedgerEntry.version, LedgerEntry.state, LedgerEntry.at).where(
+        LedgerEntry.model == model.fingerprint, LedgerEntry.version.in_({version for _, version in names})
+    )
+    made = {row.version: (row.state, row.at) for row in session.execute(known)}
+    made[0] = ledger.state_of(model.fingerprint, []), model.created
+    return [Named(name, version, *made[version]) for name, version in names]
 
 
 def _no_model() -> Unavailable:

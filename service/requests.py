@@ -308,6 +308,9 @@ class SpeechRequest(GenerateRequest):
         None, min_length=1, max_length=MAX_ANSWERS, description="prompts as the ids of their tokens"
     )
     choices: int = Field(1, ge=1, le=MAX_ANSWERS, description="answers to each prompt")
+    apart: bool = Field(
+        False, description="each answer has a seed of its own, derived from that of the request"
+    )
     logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="most probable tokens to tell at each place"
     )

@@ -7,7 +7,6 @@ to be the beginning of one. The pieces together are the text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os.path import commonprefix  # of any texts
 from typing import Any
 
 from service.models.spelling import UNKNOWN
@@ -30,6 +29,12 @@ def held_back(text: str, stops: Sequence[str]) -> int:
     return 0
 
 
+def both_begin(a: str, b: str) -> str:
+    """What two texts begin with alike."""
+    size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return a[:size]
+
+
 class Detokenizer:
     """The text of one row. `text` is all that has been given out."""
 
@@ -47,7 +52,7 @@ class Detokenizer:
         """The character of the text at which a token begins that is pushed now: that one which it helps to write."""
         known = self._decode(self._ids[self._known : self._read])
         before, after = self._new(), self._decode([*self._ids[self._known :], token])[len(known) :]
-        shared = before.rstrip(UNKNOWN) if after.endswith(UNKNOWN) else commonprefix([before, after])
+        shared = before.rstrip(UNKNOWN) if after.endswith(UNKNOWN) else both_begin(before, after)
         return len(self.text) + len(self._held) + len(shared)
 
     def push(self, token: int) -> str:

@@ -123,7 +123,8 @@ def row(model: LoadedModel, prompt: str | Sequence[int], asked: Sampling, choice
 
 def rows(model: LoadedModel, request: SpeechRequest) -> list[Row]:
     """A row for each answer that is asked for: those to one prompt follow each other."""
-    return [_answer(model, p, request, i) for p in request.spoken() for i in range(request.choices)]
+    prompts = [p for p in request.spoken() for _ in range(request.choices)]
+    return [_answer(model, p, request, i if request.apart else 0) for i, p in enumerate(prompts)]
 
 
 def _answer(model: LoadedModel, prompt: str | Sequence[int], request: SpeechRequest, choice: int) -> Row:
