@@ -206,9 +206,9 @@ class Client:
 class Service(Client):
     """`palimpsest serve` on a data folder. Closed by `stop`, which is kind, or by `kill`, which is not."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, **settings: object) -> None:
         self.data = data
-        self.process = Process(data, "serve", data=data, port=0)
+        self.process = Process(data, "serve", **{"data": data, "port": 0, **settings})
         try:
             self.http = httpx.Client(base_url=self._address(), timeout=PATIENCE)
             until(lambda: self.http.get("/readyz").is_success, "readiness")

@@ -50,7 +50,7 @@ function form(query) {
     objective.element,
     probes.element,
     h("details", { class: "folded" }, h("summary", {}, "Method and guard"),
-      h("div", { class: "grid two" }, field("Method", method), field("When an active edit says the same in other words", conflict)), limits.element),
+      h("div", { class: "grid two" }, field("Method", method), field("If another edit says the same", conflict)), limits.element),
     h("label", { class: "check" }, dry, h("span", {}, "Dry run: measure it and throw it away")),
     trouble,
     h("div", { class: "actions" }, send, h("button", { type: "button", on: { click: () => take(EXAMPLE) } }, "Fill in the example"))));
@@ -163,11 +163,11 @@ function probing() {
 function limiting() {
   const inputs = {
     min_probability: [h("input", { type: "number", min: 0, max: 1, step: "any", value: 0.3 }), "Least probability of the new object"],
-    min_neighborhood: [h("input", { type: "number", min: 0, max: 1, step: "any", value: 0.7 }), "Least share of neighbours that keep their answer"],
+    min_neighborhood: [h("input", { type: "number", min: 0, max: 1, step: "any", value: 0.7 }), "Least share of neighbours kept"],
     min_paraphrase: [h("input", { type: "number", min: 0, max: 1, step: "any", value: 0 }), "Least share of paraphrases that follow"],
-    max_perplexity: [h("input", { type: "number", min: 1, step: "any", value: 1.1 }), "Most perplexity of plain text, times before"],
+    max_perplexity: [h("input", { type: "number", min: 1, step: "any", value: 1.1 }), "Most perplexity, times before"],
     max_norm: [h("input", { type: "number", min: 0.01, step: "any", value: 1.5 }), "Most change of a weight, times its norm"],
-    max_broken: [h("input", { type: "number", min: 0, step: 1, value: 0 }), "Most active edits that may cease to hold"],
+    max_broken: [h("input", { type: "number", min: 0, step: 1, value: 0 }), "Most other edits that may break"],
   };
   const on = h("input", { type: "checkbox", checked: true });
   return {

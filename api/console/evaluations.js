@@ -30,7 +30,7 @@ function form() {
   const records = h("textarea", { id: "records", rows: 8, spellcheck: "false", placeholder: "[{\"subject\": …, \"prompt\": …, \"target_new\": …}, …], or a record a line" });
   const file = h("input", { type: "file", id: "records-file", accept: ".json,.jsonl,application/json" });
   file.addEventListener("change", async () => { if (file.files[0]) records.value = await file.files[0].text(); });
-  const pasted = h("div", {}, h("div", { class: "field" }, h("label", { for: "records" }, "Records as JSON"), records,
+  const pasted = h("div", { class: "pasted" }, h("div", { class: "field" }, h("label", { for: "records" }, "Records as JSON"), records,
     h("small", {}, "CounterFact's form, zsRE's, or your own with subject, prompt and target_new.")),
     h("div", { class: "field" }, h("label", { for: "records-file" }, "or from a file"), file),
     h("button", { type: "button", class: "small", on: { click: () => { records.value = EXAMPLE; } } }, "Fill in an example"));
@@ -40,6 +40,7 @@ function form() {
   const points = h("input", { type: "text", value: "1, 5, 10, 20", spellcheck: "false" });
   const method = h("select", {}, METHODS.map((name) => h("option", { value: name }, name)));
   const seed = h("input", { type: "number", min: 0, value: 0 });
+  const plain = h("input", { type: "number", min: 1, max: 10000, placeholder: "as usual" });
   const send = h("button", { class: "primary" }, "Evaluate");
   const trouble = h("div");
   const checkpoints = field("Measured after so many edits", points);
@@ -51,7 +52,7 @@ function form() {
   function asked() {
     const own = from.value === "own" ? { records: read(records.value) } : { dataset: "facts" };
     const numbers = points.value.split(/[\s,]+/).filter(Boolean).map(Number);
-    return { ...own, limit: Number(limit.value), mode: mode.value, method: method.value, seed: Number(seed.value), ...(mode.value === "sequence" ? { checkpoints: numbers } : {}) };
+    return { ...own, limit: Number(limit.value), mode: mode.value, method: method.value, seed: Number(seed.value), ...(mode.value === "sequence" ? { checkpoints: numbers } : {}), ...(plain.value ? { plain: Number(plain.value) } : {}) };
   }
   async function submit(event) {
     event.preventDefault();
@@ -59,7 +60,7 @@ function form() {
     if (evaluation) location.hash = `#/evaluations/${evaluation.id}`;
   }
   return submits(h("form", { class: "sheet", on: { submit } }, from.element, pasted, mode.element, checkpoints,
-    h("div", { class: "grid" }, field("At most", limit, "records"), field("Method", method), field("Seed", seed, "of their order")),
+    h("div", { class: "grid" }, field("At most", limit, "records"), field("Method", method), field("Seed", seed, "of their order"), field("Plain texts", plain, "read for damage")),
     trouble, h("div", { class: "actions" }, send)));
 }
 

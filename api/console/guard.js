@@ -9,25 +9,28 @@ const CHECKS = {
     ? ["The new object is more probable than the old one", `${percent(x)} against ${percent(limit)}`,
       "Try another method or more steps, or name the object as the model would write it."]
     : [objective === "erase" ? "The true object is no longer the answer" : "The true object is the answer",
-      `${percent(x)} of what was possible, at least ${percent(limit)}`,
+      `${percent(x)} of what was possible, at least ${bound(limit)}`,
       "Ask for less effect (min_effect), or try another method."],
-  probability: ({ figure: x, limit }) => ["The new object is probable enough", `${percent(x)}, at least ${percent(limit)}`,
+  probability: ({ figure: x, limit }) => ["The new object is probable enough", `${percent(x)}, at least ${bound(limit)}`,
     "Lower the least probability if less is enough, or try another method."],
-  paraphrase: ({ figure: x, limit }) => ["Other wordings follow", `${percent(x)} of the paraphrases, at least ${percent(limit)}`,
+  paraphrase: ({ figure: x, limit }) => ["Other wordings follow", `${percent(x)} of the paraphrases, at least ${bound(limit)}`,
     "Lower the least share of paraphrases, or try a method that reaches further."],
-  neighborhood: ({ figure: x, limit }) => ["Neighbours keep their answers", `${percent(x)} of the probes, at least ${percent(limit)}`,
+  neighborhood: ({ figure: x, limit }) => ["Neighbours keep their answers", `${percent(x)} of the probes, at least ${bound(limit)}`,
     "The edit reaches too far: try another method or layer, or accept it by lowering the least share of neighbours."],
   perplexity: ({ figure: x, limit }) => ["Plain text reads as before", `perplexity ${more(x)}, at most ${more(limit)}`,
     "The edit damages the model at large: use a smaller clamp or another layer."],
-  norm: ({ figure: x, limit }) => ["The change of the weight is moderate", `${percent(x)} of the weight's norm, at most ${percent(limit)}`,
+  norm: ({ figure: x, limit }) => ["The change of the weight is moderate", `${percent(x)} of the weight's norm, at most ${bound(limit)}`,
     "Spread the edit over several layers, use a smaller clamp, or raise the limit."],
   broken: ({ figure: x, limit }) => ["Other active edits still hold", `${x || "none"} would cease to hold, ${limit ? `at most ${limit}` : "none"} may`,
     "Take back the edits named below first, or say how many may break."],
-  conflict: ({ figure: x, limit }) => ["No active edit says the same in other words", `${percent(x)}, below ${percent(limit)}`,
+  conflict: ({ figure: x, limit }) => ["No active edit says the same in other words", `${percent(x)}, below ${bound(limit)}`,
     "Let this edit supersede the other, or let both stand."],
-  room: ({ figure: x, limit }) => ["The layer has room for it", `${percent(x)} of its key is free, at least ${percent(limit)}`,
+  room: ({ figure: x, limit }) => ["The layer has room for it", `${percent(x)} of its key is free, at least ${bound(limit)}`,
     "Take back edits that are no longer wanted, or name other layers."],
 };
+
+/** A limit as it was set. */
+const bound = (share) => `${figure(100 * share, 4)} %`;
 
 /** A factor as what it adds. */
 const more = (factor) => `${factor < 1 ? "−" : "+"}${(100 * Math.abs(factor - 1)).toFixed(1)} %`;

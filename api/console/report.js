@@ -17,9 +17,16 @@ export async function show(place, { id, signal }) {
     put(place, h("p", { class: "crumbs" }, link("edits", "Edits")),
       h("header", { class: "title" }, h("h1", { class: "unseen" }, `${edit.subject}: ${edit.status}`), writing(told(edit)),
         h("p", { class: "meta" }, pill(edit.status), edit.dry_run && edit.status !== "evaluated" && h("span", { class: "pill" }, "dry run"), h("span", {}, lines(edit)))),
-      open ? live : [course(edit, draw), edit.result && [says(edit), measured(edit), guard(edit), beside(edit), particulars(edit)], raw(edit)]);
+      open ? live : [course(edit, draw), edit.result && sections(edit), raw(edit)]);
     if (open) follow(live, path, "The edit", { signal, ended: (ended) => { draw(ended); refresh(); } });
   }
+}
+
+/** What was measured; of a rejected edit first why. */
+function sections(edit) {
+  const found = [says(edit), measured(edit)];
+  const judged = guard(edit);
+  return [edit.status === "rejected" ? [judged, ...found] : [...found, judged], beside(edit), particulars(edit)];
 }
 
 function lines(edit) {
