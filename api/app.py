@@ -17,6 +17,7 @@ from api.headers import SecurityHeaders
 from api.limits import Rate
 from api.routes import (
     compare,
+    completions,
     console,
     edits,
     evaluations,
@@ -42,10 +43,11 @@ Locates, edits and rolls back facts inside a resident GPT model.
 * Every edit is in the ledger; a **version** is a position in it, and 0 is the untouched model.
 * `DELETE /edits/{id}` takes an edit back, in any order and without a trace in the weights.
 * `POST /generate` and `POST /compare` speak from any version. `POST /trace` shows where a fact is kept.
+* `POST /v1/completions` and `GET /v1/models` are OpenAI's: a version is the model `NAME@42`.
 * `POST /evaluations` says how good edits are on many records, without touching the ledger.
 * `GET /export` gives a version as a LoRA adapter, as edited weights, or as edits that `POST /import` lands elsewhere.
 
-Errors are `application/problem+json` (RFC 9457) whose `detail` says what to change.
+Errors are `application/problem+json` (RFC 9457) whose `detail` says what to change; below `/v1` they have OpenAI's form.
 """
 
 
@@ -85,6 +87,7 @@ def create_app(operations: Operations, broker: Broker, settings: Settings) -> Fa
         jobs,
         generate,
         compare,
+        completions,
         ledger,
         models,
         metrics,

@@ -27,6 +27,7 @@ SCOPES = {
     ("DELETE", "/evaluations/{id}"): Scope.EDIT,
     ("POST", "/generate"): Scope.READ,
     ("POST", "/compare"): Scope.READ,
+    ("POST", "/v1/completions"): Scope.READ,
     ("POST", "/jobs/{id}/retry"): Scope.ADMIN,
 }
 

@@ -1,6 +1,7 @@
 """What goes wrong, as HTTP: one table from errors to statuses, and one form, RFC 9457 `application/problem+json`.
 
-A problem says what to change. It never holds a stack trace, a path of this machine or the words of a driver.
+Below /v1 the form is OpenAI's (`api/openai.py`). An error says what to change. It never holds a stack trace, a path of this
+machine or the words of a driver.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
+from api import openai
 from service import metrics
 from service.errors import Conflict, InvalidInput, NotFound, PalimpsestError, QueueFull, Unavailable
 
@@ -103,8 +105,8 @@ MEANING: dict[int, str] = {
     404: "No resource has this id.",
     406: "The resource has none of the forms that `Accept` asks for.",
     409: "The state of the resource forbids this.",
-    413: "The body is larger than the service reads: 1 MB, and 20 MB of records, where nothing else is set.",
-    415: "The body is not declared as `application/json`.",
+    413: "The body is larger than the service reads: 1 MB, 20 MB of records, 200 MB of edits, where nothing else is set.",
+    415: "The body is not declared as `application/json`, or a file not as `application/octet-stream`.",
     422: "Something in the request cannot be carried out; `errors` says what to change. Nothing else happened.",
     429: "Too much is waiting, or the key has sent too many requests; try again after `Retry-After` seconds.",
     500: "A fault of the service.",
@@ -163,6 +165,9 @@ def problem(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """The answer that tells a person what went wrong."""
+    if openai.below(request.url.path):
+        status, refused = openai.refused(status, detail, extra or {})
+        return Response(encode(refused), status, headers, "application/json")
     body = dict(extra or {}) | {
         "type": "about:blank",
         "title": title,

@@ -51,9 +51,12 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[Event], closing: Callable[[], Awaitable[None]] | None = None
+        self,
+        events: AsyncIterator[Event],
+        closing: Callable[[], Awaitable[None]] | None = None,
+        framed: Callable[[AsyncIterator[Event]], AsyncGenerator[bytes]] = frames,
     ) -> None:
-        self.frames = frames(events)
+        self.frames = framed(events)
         self.closing = closing
         super().__init__(self.frames, headers=HEADERS)
 
