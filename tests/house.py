@@ -17,6 +17,8 @@ from api.callers import LOOPBACK
 from service.bootstrap import wire
 from service.editors.recipes import Recipe, RomeParameters
 from service.evaluation.measures import CHANGES, MEASURES, SCORES
+from service.errors import PalimpsestError
+from service.jobs import parts
 from service.jobs.broker import KINDS, Delivery
 from service.jobs.desk import Desk
 from service.progress import Progress
@@ -61,6 +63,22 @@ TRACED = {
 }
 
 
+#: the file of an export, in pieces
+EXPORTED = [b"not ", b"a zip"]
+#: how an edit was found, as the ledger has it
+FOUND: dict[str, Any] = {
+    "method": "rome",
+    "objective": "write",
+    "hparams": {"layers": [1]},
+    "strength": 1.0,
+    "resolved_true": "Paris",
+    "statistics": {},
+    "corpus": "",
+    "dtype": "float32",
+    "device": "cpu",
+    "libraries": {},
+}
+
 _MEAN = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 1}
 #: the result of an evaluation of one record, edited alone
 EVALUATED = {
@@ -103,6 +121,7 @@ class FakeWorker:
         self.go.set()
         self.half = threading.Event()  # set when a job has told its first progress
         self.rejects = False
+        self.unable: PalimpsestError | str | None = None  # why it makes no export
         self.error: dict[str, str] | None = None
         self.calls: list[dict[str, Any]] = []
         self.channels: list[str] = []
@@ -142,11 +161,20 @@ class FakeWorker:
                 self.desk.finish(job, "done", TRACED)
             elif job.kind == "evaluation":
                 self.desk.finish(job, "done", EVALUATED)
+            elif job.kind == "export" and self.unable is not None:
+                self.desk.fail(job, self.unable)
+            elif job.kind == "export":
+                for number, data in enumerate(EXPORTED):
+                    self.desk.keep(job, parts.piece(number), data)
+                told = {"file": "tiny-v1-peft.zip", "media_type": "application/zip"}
+                self.desk.finish(
+                    job, "done", {**told, "bytes": len(b"".join(EXPORTED)), "pieces": len(EXPORTED)}
+                )
             elif self.rejects or job.dry_run:
                 self.desk.finish(job, "rejected", {"es": 0.0})
             else:
                 self.desk.apply(
-                    job, self.desk.head(), b"factors of " + job.id.encode(), {"seed": 0}, {"es": 1.0}
+                    job, self.desk.head(), b"factors of " + job.id.encode(), {"seed": 0} | FOUND, {"es": 1.0}
                 )
 
     def _speak(self, delivery: Delivery) -> None:
@@ -188,6 +216,7 @@ class House:
                 "layers": 3,
                 "positions": 64,
                 "width": 16,
+                "inner_width": 40,
                 "facts": True,
                 "recipe": recipe.model_dump(mode="json"),
             }

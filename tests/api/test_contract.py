@@ -69,7 +69,7 @@ OPERATIONS = [
     "GET /edits/{id}/events", "POST /trace", "GET /trace", "GET /trace/{id}", "DELETE /trace/{id}",
     "GET /trace/{id}/events", "POST /evaluations", "GET /evaluations", "GET /evaluations/{id}",
     "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "POST /generate", "POST /compare", "GET /ledger", "GET /ledger/verify",
-    "GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "GET /jobs", "POST /jobs/{id}/retry",
+    "GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "GET /jobs", "POST /jobs/{id}/retry", "GET /export", "POST /import",
 ]  # fmt: skip
 
 

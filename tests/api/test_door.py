@@ -21,6 +21,7 @@ OPEN = {"/healthz", "/readyz", "/docs", "/openapi.json", "/", "/console/{name}"}
 #: the scope of all that is no GET
 NEEDED = {
     "POST /edits": "edit",
+    "POST /import": "edit",
     "DELETE /edits/{id}": "edit",
     "POST /trace": "read",
     "DELETE /trace/{id}": "edit",
