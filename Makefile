@@ -8,7 +8,7 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
-PACKAGES := palimpsest service api workers cli migrations deploy examples tests bench training
+PACKAGES := palimpsest service api workers cli migrations deploy examples tests bench training docs
 # A process for each core, with a thread each; a file's tests stay in one, for they share what they have put up. One that dies
 # is not replaced: xdist stumbles over that and keeps to itself what else has failed.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import shlex
@@ -71,6 +72,17 @@ def test_routes_are_documented() -> None:
         (method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods
     }
     assert set(ROUTE.findall(read("docs/api.md"))) == served
+
+
+def test_the_reference_is_that_of_this_release() -> None:
+    """docs/reference.md is what docs/reference.py writes from the OpenAPI document of this code."""
+    found = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    assert found is not None and found.loader is not None
+    reference = importlib.util.module_from_spec(found)
+    found.loader.exec_module(reference)
+    assert read("docs/reference.md") == reference.render(reference.document()), (
+        "run: python docs/reference.py"
+    )
 
 
 @pytest.mark.parametrize("page", ["docs/api.md"])
