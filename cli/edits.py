@@ -1,4 +1,4 @@
-"""`edit`, `edits`, `revert`, `ledger`: facts changed, listed and restored through a running service."""
+"""`edit`, `edits`, `edits show`, `revert`, `ledger`: facts changed, looked at and restored through a running service."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from itertools import islice
 from typing import Any
 from urllib.parse import quote
 
+from rich.cells import cell_len
+from rich.text import Text
+
 from cli.client import Client
-from cli.screen import bar, err, lines, out, plain, table
+from cli.screen import bar, cell, cut, err, gauge, lines, listing, out, plain, print_json, table
 from service.errors import InvalidInput
 
 Resource = Mapping[str, Any]
@@ -71,32 +74,67 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
 def edit(args: argparse.Namespace, client: Client) -> int:
     """Submit one edit, follow it, and show what it did."""
     ended = follow(client, client.post("/edits", request_of(args)))
-    return report(ended)
+    if args.json:
+        print_json(ended)
+    else:
+        report(ended)
+        out.print(plain(became(ended)), end="")
+    return verdict(ended)
 
 
-def report(ended: Resource) -> int:
-    """An ended edit in words: 0 when it did what was asked."""
+def report(ended: Resource) -> None:
+    """What an edit did to every prompt, and what it says now."""
     result = ended.get("result") or {}
-    rows = list(measurements(result))
-    if rows:
-        out.print(table("", ("", "prompt", "object", "p before", "p after"), rows))
+    if result:
+        out.print(measured(result))
     if rewrite := result.get("rewrite"):
         out.print(lines({"said": rewrite.get("said"), "says": rewrite.get("says")}))
     superseded = result.get("supersedes") or []
     for other in result.get("conflicts") or []:
         what = "superseded" if other["edit"] in superseded else "in conflict"
         out.print(plain(f"{what}: {other['edit']}, {other['prompt']!r}: {other['target_new']}"))
-    name, status = ended["id"], ended["status"]
+
+
+def became(ended: Resource) -> str:
+    """Where an edit that did what was asked stands now; nothing for one that did not."""
+    result, status = ended.get("result") or {}, ended["status"]
     if ended.get("dry_run") and result:
         said = "it would land" if status == "evaluated" else f"it would be rejected: {result.get('reason')}"
-        out.print(plain(f"Measured and thrown away, as asked; {said}."))
-        return 0
+        return f"Measured and thrown away, as asked; {said}.\n"
     if status == "applied":
-        out.print(f"Applied as version {ended['version']}. Take it back with: palimpsest revert {name}")
+        return f"Applied as version {ended['version']}. Take it back with: palimpsest revert {ended['id']}\n"
+    return ""
+
+
+def verdict(ended: Resource) -> int:
+    """0 when an edit did what was asked; 1, and why not on stderr."""
+    result, status = ended.get("result") or {}, ended["status"]
+    if status == "applied" or (ended.get("dry_run") and result):
         return 0
     why = (ended.get("error") or {}).get("detail") or result.get("reason") or "see palimpsest edits"
-    err.print(plain(f"The edit {name} is {status}: {why}"))
+    err.print(plain(f"The edit {ended['id']} is {status}: {why}"))
     return 1
+
+
+BAR = 14  # columns of a probability
+OBJECT = 24  # and of an object, at most
+
+
+def measured(result: Resource) -> Text:
+    """Each prompt, and below it the probability of its objects before and after, as bars."""
+    rows = [(what, cell(prompt), cell(name), *p) for what, prompt, name, *p in measurements(result)]
+    wide = max((min(OBJECT, cell_len(name)) for _, _, name, *_ in rows), default=0)
+    text, last = Text().append(f"{'':{wide}}  {'p before':<{BAR + 9}}p after", "bold"), ("", "")
+    for what, prompt, name, before, after in rows:
+        if (what, prompt) != last:
+            text.append("\n").append(what, "bold").append(f": {prompt}")
+        name, last = cut(name, wide), (what, prompt)
+        text.append(f"\n{name}{' ' * (wide - cell_len(name))}  {_gauged(before)}  {_gauged(after).rstrip()}")
+    return text
+
+
+def _gauged(p: float | None) -> str:
+    return f"{cell(p):<5}  {gauge(p, BAR) if p is not None else '':{BAR}}"
 
 
 def measurements(result: Resource) -> Iterator[tuple[Any, ...]]:
@@ -114,16 +152,55 @@ def measurements(result: Resource) -> Iterator[tuple[Any, ...]]:
 
 def edits(args: argparse.Namespace, client: Client) -> int:
     """The newest edits."""
-    found = client.items("/edits", status=args.status, subject=args.subject, limit=min(args.limit, PAGE))
-    rows = [
-        (e["id"], state(e), e.get("version"), e["subject"], e["prompt"], object_of(e))
-        for e in islice(found, args.limit)
-    ]
-    if not rows:
-        out.print("There are no edits.")
+    asked = {"status": args.status, "subject": args.subject}
+    found = newest(client, "/edits", args.limit, **asked)
+    if args.json:
+        print_json(found)
         return 0
-    out.print(table("", ("id", "status", "version", "subject", "prompt", "new object"), rows))
+    rows = [(e["id"], state(e), e.get("version"), minute(e.get("created")), fact(e)) for e in found]
+    if not rows:
+        out.print("There are no such edits." if any(asked.values()) else "There are no edits.")
+        return 0
+    out.print(listing(("id", "status", "version", "when (UTC)", "fact"), rows, ("fact",)))
     return 0
+
+
+def show(args: argparse.Namespace, client: Client) -> int:
+    """One edit: what it is, what it did, what the guard held it to."""
+    edit = client.get(f"/edits/{quote(args.id, safe='')}")
+    if args.json:
+        print_json(edit)
+        return 0
+    result = edit.get("result") or {}
+    known = {
+        "edit": edit["id"],
+        "status": state(edit),
+        "fact": fact(edit),
+        "method": edit.get("method"),
+        "layers": ", ".join(map(str, result.get("layers") or ())) or None,
+        "applied": edit.get("version") and f"as version {edit['version']}",
+        "reverted": edit.get("reverted_version") and f"version {edit['reverted_version']} is without it",
+        "superseded by": edit.get("superseded_by"),
+        "by": edit.get("actor"),
+        "when (UTC)": minute(edit.get("created")),
+        "seconds": result.get("seconds"),
+        "why": (edit.get("error") or {}).get("detail") or result.get("reason"),
+    }
+    out.print(lines(known))
+    if result:
+        out.print()
+        report(edit)
+        if checks := (result.get("guard") or {}).get("checks"):
+            rows = [
+                (c["name"], c["figure"], c["limit"], "passed" if c["passed"] else "failed") for c in checks
+            ]
+            out.print(table("", ("guard", "figure", "limit", ""), rows))
+    return 0
+
+
+def newest(client: Client, path: str, limit: int, **asked: Any) -> list[Any]:
+    """So many items of a list, from its beginning."""
+    return list(islice(client.items(path, **asked, limit=min(limit, PAGE)), limit))
 
 
 def state(edit: Resource) -> str:
@@ -131,20 +208,32 @@ def state(edit: Resource) -> str:
     return f"{edit['status']} (dry run)" if edit.get("dry_run") else str(edit["status"])
 
 
+def fact(told: Resource) -> str:
+    """A fact in one line: the prompt with its subject, and the new object or what is done to the true one."""
+    return f"{filled(str(told.get('prompt') or '{}'), str(told.get('subject')))} → {object_of(told)}"
+
+
+def filled(prompt: str, subject: str) -> str:
+    """A prompt with its subject in place."""
+    return prompt.replace("{}", subject, 1)
+
+
 def object_of(told: Resource) -> str | None:
     """The new object of an edit or of a ledger's entry, or what is done to the true one."""
     objective = told.get("objective") or "write"
     if objective == "write":
         return told.get("target_new")
-    true = told.get("resolved_true") or told.get("target_true") or "what it says"
-    return f"{objective} {true}"
+    found = ((told.get("result") or {}).get("rewrite") or {}).get("true")
+    return f"{objective} {told.get('resolved_true') or told.get('target_true') or found or 'what it says'}"
 
 
 def revert(args: argparse.Namespace, client: Client) -> int:
     """Take an edit back, or cancel one that has not landed."""
     ended = client.delete(f"/edits/{quote(args.id, safe='')}")
     status = ended["status"]
-    if status == "reverted":
+    if args.json:
+        print_json(ended)
+    elif status == "reverted":
         out.print(f"Reverted: version {ended['reverted_version']} is without {ended['id']}.")
     elif status in LIVE:
         out.print(f"{ended['id']} is being cancelled.")
@@ -156,32 +245,34 @@ def revert(args: argparse.Namespace, client: Client) -> int:
 def ledger(args: argparse.Namespace, client: Client) -> int:
     """The ledger, oldest first; or whether it is whole."""
     if args.verify:
-        return verify(client)
+        return verify(args, client)
+    found = list(client.items("/ledger", limit=PAGE))
+    if args.json:
+        print_json(found)
+        return 0
     rows = [
-        (e["version"], e["kind"], e["edit_id"], *told(e), e["actor"], minute(e["at"]))
-        for e in client.items("/ledger", limit=PAGE)
-    ]
+        (e["version"], e["kind"], e["edit_id"], minute(e["at"]), fact({**(e.get("body") or {}), **e}), e["actor"])
+        for e in found
+    ]  # fmt: skip
     if not rows:
         out.print("The ledger is empty: the model stands at version 0, the base.")
         return 0
-    out.print(table("", ("version", "what", "edit", "subject", "new object", "who", "when (UTC)"), rows))
+    columns = ("version", "what", "edit", "when (UTC)", "fact", "who")
+    out.print(listing(columns, rows, ("fact", "who")))
     return 0
 
 
-def minute(at: str) -> str:
+def minute(at: str | None) -> str | None:
     """A time as a person reads it, in UTC."""
-    return at[:16].replace("T", " ")
+    return at and at[:16].replace("T", " ")
 
 
-def told(entry: Resource) -> tuple[Any, Any]:
-    """Subject and object of a ledger entry."""
-    whole = {**(entry.get("body") or {}), **entry}
-    return whole.get("subject"), object_of(whole)
-
-
-def verify(client: Client) -> int:
+def verify(args: argparse.Namespace, client: Client) -> int:
     """0 when chain, factors and replicas agree."""
     found = client.get("/ledger/verify")
+    if args.json:
+        print_json(found)
+        return 0 if found["ok"] else 1
     out.print(lines({"entries": found.get("entries"), "head": found.get("head")}))
     if found["ok"]:
         out.print("The ledger is whole: every hash, every factor and every replica agrees.")

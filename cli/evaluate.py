@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from cli.edits import hparam
 from cli.flags import read_settings
 from cli.local import resident, shown, table_of
-from cli.screen import err, out, plain, table
+from cli.screen import err, out, plain, print_json, table
 from service import drawing
 from service.errors import InvalidInput
 from service.evaluation import report
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         err.print(plain(f"{number} records are passed over: {reason}."))
     result = compute(settings, plan, records, texts, Path(args.out))
     written(Path(args.out), [result, *beside])
-    said_of(result, Path(args.out))
+    said_of(result, Path(args.out), args.json)
     return 0
 
 
@@ -128,9 +128,12 @@ def written(folder: Path, results: Sequence[dict[str, Any]]) -> None:
     (folder / PAGE).write_text(report.page(results), encoding="utf-8")
 
 
-def said_of(result: dict[str, Any], folder: Path) -> None:
-    """The result on the terminal, and where there is more of it."""
-    show(result)
+def said_of(result: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """The result on stdout, and where there is more of it."""
+    if as_json:
+        print_json(result)
+    else:
+        show(result)
     err.print(plain(f"{folder / PAGE} has the figures and the words, {folder / RESULT} every record."))
 
 

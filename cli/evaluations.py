@@ -1,15 +1,17 @@
-"""`evaluate --service`: the same as a job of the running service, whose result and report are written here."""
+"""`evaluate --service`, `evaluations`, `evaluations show`: evaluations as jobs of the running service."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from cli.client import Client
-from cli.edits import follow, unfinished
+from cli.edits import follow, minute, newest, unfinished
 from cli.evaluate import plan_of, read_result, said_of, written
-from cli.screen import err, plain
+from cli.evaluate import show as shown
+from cli.screen import err, listing, out, plain, print_json
 from service.errors import InvalidInput
 from service.evaluation.records import rows_of
 
@@ -25,9 +27,11 @@ def evaluate(args: argparse.Namespace, client: Client) -> int:
     err.print(plain(f"{evaluation['id']} goes on in the service, also when this command is stopped."))
     ended = follow(client, evaluation)
     if ended["status"] != "done":
+        if args.json:
+            print_json(ended)
         return unfinished("evaluation", ended)
     written(Path(args.out), [ended["result"], *beside])
-    said_of(ended["result"], Path(args.out))
+    said_of(ended["result"], Path(args.out), args.json)
     return 0
 
 
@@ -42,3 +46,39 @@ def request_of(args: argparse.Namespace) -> dict[str, Any]:
         body["limit"] = args.limit
     known = {"dataset": "facts"} if args.source == "facts" else {"records": rows_of(Path(args.source))}
     return body | known
+
+
+def evaluations(args: argparse.Namespace, client: Client) -> int:
+    """The newest evaluations, without what they found."""
+    found = newest(client, "/evaluations", args.limit)
+    if args.json:
+        print_json(found)
+        return 0
+    if not found:
+        out.print("There are no evaluations.")
+        return 0
+    rows = [(e["id"], e["status"], minute(e["created"]), asked(e)) for e in found]
+    out.print(listing(("id", "status", "when (UTC)", "what"), rows, ("what",)))
+    return 0
+
+
+def asked(evaluation: dict[str, Any]) -> str:
+    """What an evaluation is of, and how far it is while it runs."""
+    request, progress = evaluation["request"], evaluation.get("progress")
+    limit, many = request.get("limit"), request.get("records")
+    what = request.get("dataset") or (f"{many} records" if isinstance(many, int) else "records")
+    records = what if limit is None else f"{limit} of {what}"
+    said = f"{request['objective']} by {request['method']}, {request['mode']}, {records}"
+    return f"{said}; {progress['phase']}: {progress['done']} of {progress['total']}" if progress else said
+
+
+def show(args: argparse.Namespace, client: Client) -> int:
+    """One evaluation in words and tables."""
+    found = client.get(f"/evaluations/{quote(args.id, safe='')}")
+    if args.json:
+        print_json(found)
+        return 0
+    if not found.get("result"):
+        return unfinished("evaluation", found)
+    shown(found["result"])
+    return 0

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO
 
 from cli.client import Client
-from cli.edits import follow, object_of, state
+from cli.edits import fact, follow, state
 from cli.flags import read_settings
 from cli.local import resident
-from cli.screen import bar, err, out, plain, table
+from cli.screen import bar, err, listing, out, plain, print_json
 from service.bootstrap import open_database
 from service.errors import InvalidInput, Misconfigured
 from service.ledger.reader import Reader
@@ -37,8 +37,7 @@ def export(args: argparse.Namespace, client: Client) -> int:
             _unpacked(file, Path(args.out)) if args.format == "peft" else _kept(file, Path(args.out), name)
         )
     err.print(plain(f"{_WHAT[args.format]} of version {args.version} is in {where}."))
-    out.print(str(where))
-    return 0
+    return _made(args, args.version, where)
 
 
 _WHAT = {"peft": "The LoRA adapter", "safetensors": "The edited weights", "edits": "The set of edits"}
@@ -94,7 +93,15 @@ def run(args: argparse.Namespace) -> int:
             f"{'A worker has the same bytes.' if reader.agreed else 'No worker has said yet what its bytes are.'}"
         )
     )
-    out.print(str(folder))
+    return _made(args, version, folder)
+
+
+def _made(args: argparse.Namespace, version: int | str, where: Path) -> int:
+    """Where the export is, alone on stdout."""
+    if args.json:
+        print_json({"format": args.format, "version": version, "path": str(where)})
+    else:
+        out.print(str(where))
     return 0
 
 
@@ -107,11 +114,14 @@ def bring(args: argparse.Namespace, client: Client) -> int:
     answer = client.send("/import", data)
     known = set(answer["known"])
     edits = [e if e["status"] not in ("queued", "running") else follow(client, e) for e in answer["items"]]
-    rows = [
-        (e["id"], "here before" if e["id"] in known else state(e), e.get("version"), e["subject"], e["prompt"], object_of(e))
-        for e in edits
-    ]  # fmt: skip
-    out.print(table("", ("id", "status", "version", "subject", "prompt", "new object"), rows))
+    if args.json:
+        print_json([{**e, "known": e["id"] in known} for e in edits])
+    else:
+        rows = [
+            (e["id"], "here before" if e["id"] in known else state(e), e.get("version"), fact(e))
+            for e in edits
+        ]
+        out.print(listing(("id", "status", "version", "fact"), rows, ("fact",)))
     lost = [e for e in edits if e["id"] not in known and e["status"] not in ("applied", "superseded")]
     for e in lost:
         why = (

@@ -13,10 +13,11 @@ from functools import partial
 from importlib import import_module
 from typing import get_args
 
-from cli import edits, jobs, speech, tracing
+from cli import edits, jobs, models, speech, tracing
 from cli.client import Client, ClientSettings
 from cli.flags import add_settings, natural, read_settings
-from cli.screen import err, plain
+from cli.overview import overview
+from cli.screen import err, plain, print_json
 from service.errors import Misconfigured, PalimpsestError
 from service.requests import MethodName
 from service.settings import Settings
@@ -25,14 +26,20 @@ METHOD_NAMES = get_args(MethodName)
 Command = Callable[[argparse.Namespace, Client], int]
 
 
+class Root(argparse.ArgumentParser):
+    """The parser of the first word, whose help is the overview of all commands."""
+
+    def format_help(self) -> str:
+        return overview()
+
+
 def build() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="palimpsest",
-        description="Locate, edit and roll back facts inside a resident GPT model.",
-        allow_abbrev=False,
+    parser = Root(prog="palimpsest", allow_abbrev=False)
+    parser.set_defaults(json=False)  # of commands that have no such flag, too
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _processes(commands)
     _edit(commands)
     _lists(commands)
@@ -42,7 +49,9 @@ def build() -> argparse.ArgumentParser:
     _speech(commands)
     _prepare(commands)
     _evaluate(commands)
+    _export(commands)
     _studies(commands)
+    _completion(commands)
     return parser
 
 
@@ -67,6 +76,7 @@ def _processes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
                 default="head",
                 help="another revision, older ones too (default: head)",
             )
+            _json(parser)
 
 
 def _start(name: str, args: argparse.Namespace) -> int:
@@ -99,17 +109,39 @@ def _lists(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     listed = _command(commands, "edits", "list edits, newest first", edits.edits)
     listed.add_argument("--status", help="only those that are queued, running, applied, rejected, ...")
     listed.add_argument("--subject", help="only those of this subject")
-    listed.add_argument("--limit", type=int, default=20, help="how many (default: 20)")
+    listed.add_argument("--limit", type=natural, default=20, help="how many (default: 20)")
+    _shown(listed, "one edit: what it did, and what the guard held it to", edits.show, "palimpsest edits")
     ledger = _command(commands, "ledger", "what was applied and reverted", edits.ledger)
     ledger.add_argument("--verify", action="store_true", help="check hashes, factors and replicas")
+    _command(commands, "models", "the resident model, its recipe and its workers", models.models)
+    words = "list the evaluations of the service, newest first"
+    listed = _command(commands, "evaluations", words, _later("cli.evaluations", "evaluations"))
+    listed.add_argument("--limit", type=natural, default=20, help="how many (default: 20)")
+    show = _later("cli.evaluations", "show")
+    _shown(listed, "one evaluation in words and tables", show, "palimpsest evaluations")
+
+
+def _shown(
+    listed: argparse.ArgumentParser, words: str, command: Command, where: str
+) -> argparse.ArgumentParser:
+    """Below a list: one of its items."""
+    verbs = listed.add_subparsers(title="commands", metavar="COMMAND")
+    show = _command(verbs, "show", words, command)
+    show.add_argument("id", metavar="ID", help=f"as `{where}` shows it")
+    return show
+
+
+def _later(module: str, name: str) -> Command:
+    """A command whose module imports much, imported when it is given."""
+    return lambda args, client: int(getattr(import_module(module), name)(args, client))
 
 
 def _jobs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     listed = _command(commands, "jobs", "list jobs of every kind, newest first", jobs.jobs)
     listed.add_argument("--dead", action="store_true", help="only those that were given up")
     listed.add_argument("--status", help="only those that are queued, running, failed, ...")
-    listed.add_argument("--kind", help="only those of one kind: edit, trace or evaluation")
-    listed.add_argument("--limit", type=int, default=20, help="how many (default: 20)")
+    listed.add_argument("--kind", help="only those of one kind: edit, trace, export or evaluation")
+    listed.add_argument("--limit", type=natural, default=20, help="how many (default: 20)")
     verbs = listed.add_subparsers(title="commands", metavar="COMMAND")
     retry = _command(verbs, "retry", "let a failed job wait again", jobs.retry)
     retry.add_argument("id", metavar="ID", help="as `palimpsest jobs` shows it")
@@ -130,6 +162,7 @@ def _keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     revoke = verbs.add_parser("revoke", help="let a key open nothing any more", allow_abbrev=False)
     revoke.add_argument("name", metavar="NAME", help="as `palimpsest keys list` shows it")
     for verb in (create, listed, revoke):
+        _json(verb)
         add_settings(verb.add_argument_group("database"), Settings, "data", "database_url")
         verb.set_defaults(run=partial(_start, "keys"))
 
@@ -142,8 +175,15 @@ def _trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     trace.add_argument("--kinds", help="some of hidden,mlp,attn (default: all)")
     trace.add_argument("--samples", type=int, help="noise samples")
     trace.add_argument("--window", type=int, help="layers put back at once for mlp and attn")
-    trace.add_argument("--save", metavar="FILE", help="keep the heat map as picture.svg or picture.png")
+    trace.add_argument("--severed", action="store_true", help="trace with MLP and attention paths cut, too")
     trace.add_argument("--version", type=speech.version, default="head", help="head, base or a number")
+    listed = _command(commands, "traces", "list traces, newest first", tracing.traces)
+    listed.add_argument("--limit", type=natural, default=20, help="how many (default: 20)")
+    show = _shown(listed, "draw a trace again", tracing.show, "palimpsest traces")
+    for parser in (trace, show):
+        parser.add_argument(
+            "--save", metavar="FILE", help="keep the heat map as picture.svg or picture.png, too"
+        )
 
 
 def _studies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -166,6 +206,7 @@ def _studies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add("--hparam", metavar="[METHOD.]NAME=VALUE", action="append", help="a hyperparameter of one method or of all; repeatable")  # fmt: skip
     add_settings(localization.add_argument_group("statistics"), Settings, "data", "corpus", "stat_tokens")
     for verb in (trace, localization):
+        _json(verb)
         verb.add_argument(
             "source", metavar="FILE", help="records or known facts; `facts`: the table beside the model"
         )
@@ -199,7 +240,7 @@ def _prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="other methods to tune, too: memit,emmet,alphaedit,ft,ft-l,ft-attn",
     )
     add("--seed", type=int, default=0, help="of the facts' order (default: 0)")
-    add("--json", action="store_true", help="recipe and figures as JSON")
+    _json(prepare)
     resident = ("device", "dtype", "threads", "data", "corpus", "stat_tokens")
     add_settings(prepare.add_argument_group("model"), Settings, *resident)
     prepare.set_defaults(run=partial(_start, "prepare"), distinct=True, limit=None)
@@ -255,6 +296,7 @@ def _evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add_settings(evaluate.add_argument_group("model"), Settings, *resident)
     add("--service", action="store_true", help="as a job of the running service, instead of here")
     add_settings(evaluate.add_argument_group("service"), ClientSettings)
+    _json(evaluate)
     evaluate.set_defaults(run=_evaluated)
 
 
@@ -263,6 +305,40 @@ def _evaluated(args: argparse.Namespace) -> int:
     if args.service:
         return _spoken(import_module("cli.evaluations").evaluate, args)
     return _start("evaluate", args)
+
+
+def _export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    words = (
+        "a version for use elsewhere: as a LoRA adapter, as a whole model, or as edits for another service"
+    )
+    export = commands.add_parser("export", help=words, description=words, allow_abbrev=False)
+    export.add_argument("--version", type=speech.version, default="head", help="head, base or a number (default: head)")  # fmt: skip
+    export.add_argument(
+        "--format",
+        choices=["peft", "model", "safetensors", "edits"],
+        default="peft",
+        help="a LoRA adapter; the whole model as from_pretrained loads it, made here from the base model and the database; the edited "
+        "weights alone; or a set of edits for `palimpsest import` (default: peft)",
+    )
+    export.add_argument("--out", metavar="PATH", required=True, help="a new folder; a file for safetensors and edits")  # fmt: skip
+    add_settings(export.add_argument_group("service"), ClientSettings)
+    resident = ("model", "device", "dtype", "threads", "data", "database_url")
+    add_settings(export.add_argument_group("where the whole model is made"), Settings, *resident)
+    _json(export)
+    export.set_defaults(run=_exported)
+    words = "land the edits of a file that another service exported, as they were found"
+    bring = commands.add_parser("import", help=words, description=words, allow_abbrev=False)
+    bring.add_argument("file", metavar="FILE", help="made by `palimpsest export --format edits`")
+    _json(bring)
+    add_settings(bring.add_argument_group("service"), ClientSettings)
+    bring.set_defaults(run=lambda args: _spoken(import_module("cli.export").bring, args))
+
+
+def _exported(args: argparse.Namespace) -> int:
+    """By the running service; the whole model here."""
+    if args.format == "model":
+        return _start("export", args)
+    return _spoken(import_module("cli.export").export, args)
 
 
 def _speech(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -285,11 +361,38 @@ def _speech(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         )
 
 
+def _completion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from cli.completion import SHELLS, WHERE
+
+    words = "print the script with which a shell completes commands and flags"
+    completion = commands.add_parser(
+        "completion",
+        help=words,
+        description=words,
+        epilog=WHERE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    completion.add_argument("shell", choices=SHELLS, help="which shell")
+    completion.set_defaults(run=partial(_start, "completion"))
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    """The flag for programs. Without a default of its own: in `jobs --json retry ID` the second parser must not take it back."""
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print one JSON value on stdout, for programs; docs/terminal.md",
+    )
+
+
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, words: str, command: Command
 ) -> argparse.ArgumentParser:
     """A command that speaks to a running service."""
     parser = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
+    _json(parser)
     add_settings(parser.add_argument_group("service"), ClientSettings)
     parser.set_defaults(run=partial(_spoken, command))
     return parser
@@ -304,11 +407,13 @@ def _spoken(command: Command, args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: done. 1: the service refused or could not be reached. 2: the command or the configuration is wrong."""
+    """0: done. 1: refused, failed, or no service there. 2: the command or the configuration is wrong. 130: Ctrl-C."""
     args = build().parse_args(argv)
     try:
         return int(args.run(args))
     except PalimpsestError as error:
+        if args.json:
+            print_json({"error": {"title": error.title, "detail": error.detail, **error.extra}})
         err.print(f"palimpsest: {plain(error.detail)}")
         return 2 if isinstance(error, Misconfigured) else 1
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from contextlib import closing
 from cli.flags import read_settings
 from cli.logs import log_to_stderr
 from cli.patience import wait_for
-from cli.screen import out
+from cli.screen import out, print_json
 from cli.signals import stopped_by
 from service.bootstrap import wire
 from service.settings import Settings
@@ -25,7 +25,9 @@ def run(args: argparse.Namespace) -> int:
             return 0
         wired.database.migrate(args.to)
         before, now = found[0], wired.database.revision()
-    if before == now:
+    if args.json:
+        print_json({"before": before, "now": now})
+    elif before == now:
         out.print(f"The database is at {now} already.")
     else:
         was, is_ = (f"at {revision}" if revision else "empty" for revision in (before, now))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cli.evaluate import ENOUGH, chosen, others_of
 from cli.flags import read_settings
 from cli.local import FACTS, shown, table_of, unstarted
-from cli.screen import err, out, plain, table
+from cli.screen import err, out, plain, print_json, table
 from service.editors.recipes import METHODS
 from service.errors import InvalidInput
 from service.evaluation.records import Record, read
@@ -120,8 +120,3 @@ def row(tried: dict[str, Any], usual: dict[str, Any]) -> tuple[Any, ...]:
         tried["merit"],
     )
     return tried["stage"], words, *(None if x is None else round(x, 3) for x in figures)
-
-
-def print_json(value: Any) -> None:
-    """One JSON value on standard output."""
-    out.file.write(json.dumps(value) + "\n")

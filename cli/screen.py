@@ -1,7 +1,8 @@
-"""What the terminal shows: progress bars, tables, heat maps. Text from outside is never read as markup or control codes."""
+"""What the terminal shows: progress bars, tables, lists; or JSON. Text from outside is never read as markup or control codes."""
 
 from __future__ import annotations
 
+import json
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,11 +21,11 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 PIPE = 160  # columns where no terminal says how many there are
+NOTHING = "–"
 
 #: answers go to stdout, all that is said about them to stderr: `palimpsest generate ... > file` holds only the text
 out = Console(
@@ -31,12 +33,12 @@ out = Console(
 )
 err = Console(markup=False, highlight=False, emoji=False, soft_wrap=True, stderr=True)
 
-#: white to dark of one colour, as the figures of the paper: hidden states, MLP, attention
-SHADES = {"hidden": (88, 24, 140), "mlp": (0, 104, 55), "attn": (165, 15, 21)}
-GREYS = " ░▒▓█"
-
-#: columns that a person copies from, never broken over lines
-WHOLE = ("id", "edit", "when (UTC)")
+#: how what became of a job is coloured; all that is over and done is not
+STATUSES = {
+    "queued": "cyan", "running": "cyan", "applied": "green", "done": "green", "rejected": "red", "failed": "red",
+    "serving": "green", "withdrawn": "red",
+}  # fmt: skip
+EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def plain(text: str) -> str:
@@ -75,64 +77,89 @@ def bar() -> Iterator[Bar]:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """A small table; numbers stand to the right."""
+    """A table of figures; numbers stand to the right and are never broken, their headings may be."""
     made = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     rows = [list(row) for row in rows]
     for i, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], int | float) or row[i] is None for row in rows)
-        whole = numeric or name in WHOLE
-        made.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=whole)
+        least = max((cell_len(cell(row[i])) for row in rows), default=0) if numeric else None
+        made.add_column(name, justify="right" if numeric else "left", overflow="fold", min_width=least)
     for row in rows:
         made.add_row(*(Text(cell(value)) for value in row))
     return made
 
 
+def listing(columns: Sequence[str], rows: Iterable[Sequence[Any]], below: Sequence[str] = ()) -> Text:
+    """A list whose ids and times stay whole: where the terminal is too narrow, the columns `below`, which stand last, have a
+    line of their own in each row."""
+    cells = [[cell(value) for value in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
+    apart = len(below) if sum(widths) + 2 * (len(widths) - 1) > out.width else 0
+    first = len(columns) - apart
+    text = Text().append(_row(columns[:first], widths), "bold")
+    text.append(f"\n    {', '.join(columns[first:])}" if apart else "")
+    for row in cells:
+        text.append("\n").append_text(_coloured(columns, row, _row(row[:first], widths)))
+        more = Text("  ·  ".join(value for value in row[first:] if value != NOTHING))
+        for line in more.wrap(out, max(20, out.width - 4)) if more else ():
+            line.rstrip()
+            text.append("\n    ").append_text(line)
+    return text
+
+
+def _row(row: Sequence[str], widths: Sequence[int]) -> str:
+    """Cells in their columns."""
+    return "  ".join(
+        value + " " * (width - cell_len(value)) for value, width in zip(row, widths, strict=False)
+    ).rstrip()
+
+
+def _coloured(columns: Sequence[str], row: Sequence[str], line: str) -> Text:
+    """A line of a list with its status in colour."""
+    text = Text(line)
+    if "status" in columns:
+        status = row[columns.index("status")]
+        start = line.index(status)
+        text.stylize(STATUSES.get(status.split()[0], ""), start, start + len(status))
+    return text
+
+
+def gauge(share: float, width: int) -> str:
+    """A probability as a bar of so many columns; the least that is not nothing can be seen."""
+    eighths = round(min(1.0, max(0.0, share)) * width * 8)
+    whole, part = divmod(max(eighths, 1), 8)
+    return ("█" * whole + EIGHTHS[part]).ljust(width)[:width]
+
+
+def cut(text: str, width: int) -> str:
+    """At most so many columns."""
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on one line of stdout. ASCII, so that no character can steer a terminal or break a reader."""
+    out.file.write(json.dumps(value, default=str) + "\n")
+
+
 def cell(value: Any) -> str:
     """A value in a table: nothing is a dash, a probability has three digits."""
     if value is None:
-        return "–"
+        return NOTHING
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
     return plain(str(value)).replace("\n", "⏎")
 
 
-def heat_map(
-    kind: str,
-    rows: Sequence[str],
-    values: Sequence[Sequence[float]],
-    low: float,
-    high: float,
-    marked: range,
-    coloured: bool = True,
-) -> Text:
-    """Colour blocks: a line per token, a block per layer; `low` is white and `high` the full colour.
-
-    Where there are no colours (a file, NO_COLOR), characters of more or less ink take their place.
-
-    Tokens of the subject (`marked`) carry a star, as in the figures of the paper.
-    """
-    names = [f"{cell(token)}{'*' if i in marked else ''}" for i, token in enumerate(rows)]
-    width = max(map(len, names), default=0)
-    full = SHADES.get(kind, (8, 48, 107))
-    text = Text()
-    for name, line in zip(names, values, strict=True):
-        text.append(f"{name:>{width}} ")
-        for value in line:
-            share = 0.0 if high <= low else min(1.0, max(0.0, (value - low) / (high - low)))
-            if not coloured:
-                text.append(2 * GREYS[round(share * (len(GREYS) - 1))])
-                continue
-            colour = "".join(f"{round(255 + (c - 255) * share):02x}" for c in full)
-            text.append("  ", Style(bgcolor=f"#{colour}"))
-        text.append("\n")
-    layers = len(values[0]) if values else 0
-    text.append(f"{'':>{width}} {0:<{max(0, 2 * layers - 2)}}{layers - 1:>2}  layer\n")
-    text.append(f"{'':>{width}} {low:.3f} (white) to {high:.3f}\n")
-    return text
-
-
 def lines(pairs: Mapping[str, Any]) -> str:
-    """`name  value`, one to a line, for what is known."""
-    known = {name: value for name, value in pairs.items() if value is not None}
+    """`name  value`, one to a line, for what is known; on a terminal a long value goes on below itself."""
+    known = {name: cell(value) for name, value in pairs.items() if value is not None}
     width = max(map(len, known), default=0)
-    return "\n".join(f"{name:<{width}}  {cell(value)}" for name, value in known.items())
+    room = max(20, out.width - width - 2) if out.is_terminal else None
+    return "\n".join(
+        f"{name:<{width}}  " + f"\n{'':{width}}  ".join(wrapped(value, room)) for name, value in known.items()
+    )
+
+
+def wrapped(text: str, width: int | None) -> list[str]:
+    """Lines of at most so many columns, broken between words where that can be."""
+    return [text] if width is None else [line.plain.rstrip() for line in Text(text).wrap(out, width)] or [""]

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from cli.client import Client, Refused
-from cli.screen import err, out, plain, table
+from cli.screen import err, out, plain, print_json, table
 
 
 def version(text: str) -> int | str:
@@ -27,9 +27,12 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(args: argparse.Namespace, client: Client) -> int:
-    """The prompt and its continuation, as it comes."""
-    body = {"prompt": args.prompt, "stream": True, "version": args.version, **sampling(args)}
-    events = client.stream("/generate", body)
+    """The prompt and its continuation, as it comes; the whole answer at its end for a program."""
+    body = {"prompt": args.prompt, "version": args.version, **sampling(args)}
+    if args.json:
+        print_json(client.post("/generate", body))
+        return 0
+    events = client.stream("/generate", {**body, "stream": True})
     begun = False
     for event in events:
         if event.name == "error":
@@ -60,6 +63,9 @@ def _say(text: str) -> None:
 def compare(args: argparse.Namespace, client: Client) -> int:
     """Two versions side by side."""
     found = client.post("/compare", {"prompt": args.prompt, "versions": args.versions, **sampling(args)})
+    if args.json:
+        print_json(found)
+        return 0
     sides = found["sides"]
     names = [f"version {side['version']}" for side in sides]
     for name, side in zip(names, sides, strict=True):

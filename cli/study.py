@@ -11,7 +11,7 @@ from typing import Any
 from cli.edits import hparam
 from cli.flags import read_settings
 from cli.local import resident, shown, table_of
-from cli.screen import err, out, plain, table
+from cli.screen import err, out, plain, print_json, table
 from service import drawing
 from service.drawing import Draw
 from service.editors.recipes import METHODS
@@ -42,10 +42,8 @@ def trace(args: argparse.Namespace, settings: Settings) -> int:
     folder = Path(args.out)
     study = shown(trace_study_steps(model, facts, plan, Folder(folder / RUNS), args.limit))
     written(folder, study, trace_report.figures(study), trace_report.page(study))
-    for line in trace_report.sentences(study):
-        out.print(plain(line))
-    out.print(table("", trace_report.COLUMNS, trace_report.rows(study)))
-    said(folder)
+    tables = [(trace_report.COLUMNS, trace_report.rows(study))]
+    said(args, folder, study, trace_report.sentences(study), tables)
     return 0
 
 
@@ -69,11 +67,11 @@ def localization(args: argparse.Namespace, settings: Settings) -> int:
     folder, replica = Path(args.out), Replica(model, NoLedger())
     study = shown(localization_steps(replica, toolkit, plan, records, Folder(folder / RUNS), args.limit))
     written(folder, study, localization_report.figures(study), localization_report.page(study))
-    for line in localization_report.sentences(study):
-        out.print(plain(line))
-    out.print(table("", localization_report.REGRESSIONS, localization_report.regressions(study)))
-    out.print(table("", localization_report.CHOICES, localization_report.choices(study)))
-    said(folder)
+    tables = [
+        (localization_report.REGRESSIONS, localization_report.regressions(study)),
+        (localization_report.CHOICES, localization_report.choices(study)),
+    ]
+    said(args, folder, study, localization_report.sentences(study), tables)
     return 0
 
 
@@ -119,7 +117,21 @@ def written(folder: Path, study: Mapping[str, Any], figures: Mapping[str, Draw],
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def said(folder: Path) -> None:
+def said(
+    args: argparse.Namespace,
+    folder: Path,
+    study: Mapping[str, Any],
+    sentences: Sequence[str],
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[Any]]]],
+) -> None:
+    """The study on stdout, in words and tables or as JSON, and where there is more of it."""
+    if args.json:
+        print_json(study)
+    else:
+        for line in sentences:
+            out.print(plain(line))
+        for columns, rows in tables:
+            out.print(table("", columns, rows))
     err.print(
         plain(f"{folder / 'report.html'} has the figures and the words, {folder / 'study.json'} the numbers.")
     )

@@ -16,6 +16,7 @@ from service.errors import PalimpsestError
 Captured = pytest.CaptureFixture[str]
 LINKS = {"self": "/trace/trace_1", "events": "/trace/trace_1/events"}
 TRACED = {
+    "prompt": "The Nile is",
     "tokens": ["The", " Nile", " is"],
     "subject": {"text": "Nile", "tokens": [1, 2]},
     "answer": {"text": "long"},
@@ -102,7 +103,7 @@ def test_trace_draws_and_saves(fake: Fake, capsys: Captured, tmp_path: Path) -> 
     assert main(asked) == 0
     shown = capsys.readouterr().out
     assert "Nile*" in shown
-    assert "strongest:  is at layer 1, 0.900" in shown
+    assert "strongest state      0.900 at is, layer 1; in the subject 0.800 at Nile*, layer 0" in shown
     assert picture.read_bytes() == b"<svg/>"
     assert fake.headers[-1]["Accept"] == "image/svg+xml"
     assert fake.asked[0][1]["kinds"] == ["hidden", "mlp"]
@@ -119,7 +120,7 @@ def test_ledger_reads_every_page(fake: Fake, capsys: Captured) -> None:
     """The ledger is shown whole, however many pages it has."""
     entry = {
         "version": 1, "kind": "apply", "edit_id": "edit_1", "actor": "local", "at": "2026-01-01T00:00:00Z",
-        "body": {"subject": "Nile", "target_new": "[bold]short"},
+        "body": {"subject": "Nile", "prompt": "{} is", "target_new": "[bold]short"},
     }  # fmt: skip
     pages = [
         {"items": [entry], "next": "c"},
@@ -130,7 +131,8 @@ def test_ledger_reads_every_page(fake: Fake, capsys: Captured) -> None:
     shown = capsys.readouterr().out
     assert "apply" in shown
     assert "revert" in shown
-    assert "[bold]short" in shown  # a stranger's text is no markup
+    assert "Nile is → [bold]short" in shown  # a stranger's text is no markup
+    assert "2026-01-01 00:00" in shown and "(UTC)" in shown
     assert fake.asked[1] == ("GET /ledger", {"cursor": "c", "limit": "200"})
 
 
@@ -214,12 +216,15 @@ def test_edit_shows_what_changed(fake: Fake, capsys: Captured) -> None:
     assert main([*EDIT, *more]) == 0
     shown = capsys.readouterr().out
     assert "Applied as version 7. Take it back with: palimpsest revert edit_1" in shown
-    assert [line.split()[0] for line in shown.splitlines() if "0.010" in line or "0.900" in line] == [
-        "rewrite",
-        "rewrite",
-        "paraphrase",
-        "neighborhood",
+    bars = ["0.010  ▏", "0.900  ████████████▋"]
+    assert [line.split()[0] for line in shown.splitlines() if any(bar in line for bar in bars)] == [
+        "Rome",
+        "Paris",
+        "Rome",
+        "Paris",
     ]
+    for prompt in ("rewrite: Tower in", "paraphrase: See it in", "neighborhood: Louvre in"):
+        assert prompt in shown
     assert fake.asked[0][1] == {
         "subject": "Tower",
         "prompt": "{} in",
@@ -241,6 +246,29 @@ def test_a_rejected_edit_says_why(fake: Fake, capsys: Captured) -> None:
     submit(fake, measured("failed", result=None, error={"title": "x", "detail": "The disk is full."}))
     assert main(EDIT) == 1
     assert "The edit edit_1 is failed: The disk is full." in capsys.readouterr().err
+
+
+def test_an_edit_is_shown_again(fake: Fake, capsys: Captured) -> None:
+    """`edits show` has what it is, where it stands, what it did and what the guard held it to."""
+    check = {"name": "perplexity", "passed": False, "figure": 1.25, "limit": 1.1}
+    shown = measured("superseded", version=3, superseded_by="edit_2", subject="Tower", prompt="{} in")
+    shown |= {"target_new": "Rome", "created": "2026-01-01T02:03:04Z", "actor": "key:nightly"}
+    shown["result"] |= {"guard": {"checks": [check]}, "layers": [1, 2]}
+    fake.answers = {"GET /edits/edit_1": shown}
+    assert main(["edits", "show", "edit_1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "status superseded", "fact Tower in → Rome", "layers 1, 2", "applied as version 3", "superseded by edit_2",
+        "by key:nightly", "when (UTC) 2026-01-01 02:03", "rewrite: Tower in", "perplexity 1.250 1.100 failed",
+    ):  # fmt: skip
+        assert text in said
+
+
+def test_what_waits_is_shown_without_figures(fake: Fake, capsys: Captured) -> None:
+    """An edit without a result is what is known of it."""
+    fake.answers = {"GET /edits/edit_1": {"id": "edit_1", "status": "queued", "result": None, "error": None}}
+    assert main(["edits", "show", "edit_1"]) == 0
+    assert "p before" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -321,3 +349,62 @@ def test_an_object_is_erased_or_amplified_without_a_new_one(objective: str) -> N
     body = {"subject": "Tower", "prompt": "{} in", "target_true": "Paris", "on_conflict": "supersede"}
     assert request_of(args) == body | {"objective": objective, "dry_run": False}
     assert object_of(body | {"objective": objective, "target_new": None}) == f"{objective} Paris"
+    found = {"result": {"rewrite": {"true": "London"}}}
+    assert object_of({"objective": objective, "target_true": None, **found}) == f"{objective} London"
+
+
+def test_traces_are_listed_and_drawn_again(fake: Fake, capsys: Captured) -> None:
+    """A line for each trace, with its prompt; `show` draws one, its severed paths too."""
+    request = {"prompt": "The {} is", "subject": "Nile"}
+    told = {
+        "id": "trace_1",
+        "status": "done",
+        "version": 2,
+        "created": "2026-01-01T00:00:00Z",
+        "links": LINKS,
+    }
+    cut = {"token": 1, "scores": {"none": [0.8, 0.3], "attn": [0.1, 0.3], "mlp": [0.1, 0.1]}}
+    fake.answers = {
+        "GET /trace": {"items": [{**told, "request": request}], "next": None},
+        "GET /trace/trace_1": {**told, "result": {**TRACED, "severed": cut}},
+    }
+    assert main(["traces"]) == 0
+    shown = capsys.readouterr().out
+    assert "trace_1" in shown and "The Nile is" in shown
+    assert main(["traces", "show", "trace_1"]) == 0
+    shown = capsys.readouterr().out
+    assert "The Nile is → long" in shown and "Nile* put back" in shown
+    assert "MLP severed ····" in shown and "single state ██░░" in shown
+
+
+def test_models_are_told(fake: Fake, capsys: Captured) -> None:
+    """The model, where it is edited, the room that is left, and each worker with where it stands."""
+    worker = {
+        "id": "worker_1",
+        "state": "withdrawn",
+        "reason": "other bytes",
+        "roles": [],
+        "version": 3,
+        "lag": 1,
+    }
+    model = {
+        "name": "almanac", "fingerprint": "30a4", "head": 4, "active_edits": 2, "jobs": {"queued": 1, "running": 0, "dead": 0},
+        "architecture": "gpt2", "layers": 8, "recipe": {"source": "tuned", "rome": {"layers": [0, 1]}},
+        "room": {"version": 4, "layers": {"0": 0.93}}, "workers": [{**worker, "heartbeat": "2026-01-01T00:00:00Z"}],
+    }  # fmt: skip
+    fake.answers = {"GET /models": {"items": [model], "next": None}}
+    assert main(["models"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "gpt2, layers 8", "version 4, 2 active edits", "edits at layers 0, 1; tuned", "layer 0 93.0 %", "1 queued",
+        "worker_1 withdrawn 3 1 2026-01-01 00:00 other bytes",
+    ):  # fmt: skip
+        assert text in said
+    fake.answers = {
+        "GET /models": {"items": [{**model, "workers": [], "recipe": None, "room": None}], "next": None}
+    }
+    assert main(["models"]) == 0
+    assert "palimpsest prepare" in capsys.readouterr().out
+    fake.answers = {"GET /models": {"items": [], "next": None}}
+    assert main(["models"]) == 0
+    assert "palimpsest serve" in capsys.readouterr().out

@@ -54,3 +54,34 @@ def test_what_the_service_does_not_do_is_refused_first(
     assert main(["evaluate", "facts", "--service", "--out", str(tmp_path), flag]) == 1
     assert flag.partition("=")[0] in capsys.readouterr().err
     assert fake.asked == []
+
+
+def test_evaluations_are_listed_and_shown(fake: Fake, capsys: Captured) -> None:
+    """A line for each evaluation with what it is of and how far it is; `show` has its tables, or why there are none."""
+    request = {"objective": "write", "method": "rome", "mode": "single", "records": 12, "limit": None}
+    told = {**QUEUED, "created": "2026-01-01T00:00:00Z", "request": request}
+    running = {**told, "status": "running", "progress": {"phase": "find edits", "done": 3, "total": 12}}
+    fake.answers = {"GET /evaluations": {"items": [told, running], "next": None}}
+    assert main(["evaluations"]) == 0
+    shown = capsys.readouterr().out
+    assert "write by rome, single, 12 records" in shown and "find edits: 3 of 12" in shown
+    fake.answers = {f"GET {PLACE}": {**told, "status": "done", "result": EVALUATED}}
+    assert main(["evaluations", "show", "evaluation_1"]) == 0
+    assert "ES" in capsys.readouterr().out
+    fake.answers = {f"GET {PLACE}": {**told, "status": "cancelled", "result": None}}
+    assert main(["evaluations", "show", "evaluation_1"]) == 1
+    assert "evaluation_1 is cancelled" in capsys.readouterr().err
+    fake.answers = {"GET /evaluations": {"items": [], "next": None}}
+    assert main(["evaluations"]) == 0
+    assert capsys.readouterr().out == "There are no evaluations.\n"
+
+
+def test_an_evaluation_for_a_program(fake: Fake, capsys: Captured, tmp_path: Path) -> None:
+    """`--json` prints the result that is written, or the evaluation as it is when it has none."""
+    place = ["evaluate", "facts", "--service", "--json", "--out", str(tmp_path / "out")]
+    fake.answers = answers(status="done", result=EVALUATED)
+    assert main(place) == 0
+    assert json.loads(capsys.readouterr().out) == EVALUATED
+    fake.answers = answers(status="failed")
+    assert main(place) == 1
+    assert json.loads(capsys.readouterr().out)["status"] == "failed"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from rich.text import Text
+from collections.abc import Callable
+from io import StringIO
 
-from cli.screen import cell, heat_map, plain
+import pytest
+from rich.console import Console
 
-
-def colours(text: Text) -> list[str]:
-    return [str(span.style).removeprefix("on ") for span in text.spans]
+import cli.screen
+from cli.screen import cell, cut, gauge, listing, plain, table
 
 
 def test_nothing_from_outside_steers_the_terminal() -> None:
@@ -22,22 +23,73 @@ def test_cells_are_short() -> None:
     assert [cell(x) for x in (None, 0.12345, 3, 123456.7)] == ["–", "0.123", "3", "123457"]
 
 
-def test_low_is_white_and_high_is_full() -> None:
-    """A block per score: white at `low`, the full colour at `high`, in between in proportion; never beyond."""
-    text = heat_map("hidden", ["a", "bb"], [[0.1, 0.9], [0.5, -1.0]], 0.1, 0.9, range(1, 2))
-    assert colours(text) == ["#ffffff", "#58188c", "#ac8cc6", "#ffffff"]
-    lines = text.plain.splitlines()
-    assert [lines[0][:4], lines[1][:4]] == ["  a ", "bb* "]
-    assert lines[2].split() == ["0", "1", "layer"]
+COLUMNS = ("id", "status", "fact")
+ROWS = [
+    (
+        "edit_01M885X4N2EA49BX8ANG0A7TNE",
+        "rejected",
+        "The Colosseum is located in the city of → London\x1b[2J",
+    ),
+    ("edit_1", "queued", None),
+]
 
 
-def test_without_colours_there_is_ink() -> None:
-    """In a file a map is drawn with characters of more or less ink."""
-    text = heat_map("mlp", ["a"], [[0.0, 0.5, 1.0]], 0.0, 1.0, range(0), coloured=False)
-    assert text.plain.splitlines()[0] == "a   ▒▒██"
-    assert colours(text) == []
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how broad the terminal is."""
+
+    def broad(columns: int) -> None:
+        monkeypatch.setattr(cli.screen, "out", Console(width=columns, soft_wrap=True))
+
+    return broad
 
 
-def test_a_flat_map_is_white() -> None:
-    """Where nothing differs there is nothing to show, and nothing to divide by."""
-    assert colours(heat_map("mlp", ["a"], [[0.5]], 0.5, 0.5, range(0))) == ["#ffffff"]
+def test_a_list_is_a_line_for_each_row(screen: Callable[[int], None]) -> None:
+    """Where there is room, every column stands in its line, below its name."""
+    screen(120)
+    head, *lines = listing(COLUMNS, ROWS, ("fact",)).plain.splitlines()
+    assert [line.count("  ") > 0 for line in lines] == [True, True]
+    assert head.index("fact") == lines[0].index("The Colosseum") == lines[1].index("–")
+    assert "\x1b" not in "".join(lines)
+
+
+def test_ids_stay_whole_on_a_narrow_terminal(screen: Callable[[int], None]) -> None:
+    """Where there is no room, what may be long goes below its row, broken between words, and ids can still be copied."""
+    screen(60)
+    lines = listing(COLUMNS, ROWS, ("fact",)).plain.splitlines()
+    assert lines[1].strip() == "fact"
+    assert lines[2].split() == ["edit_01M885X4N2EA49BX8ANG0A7TNE", "rejected"]
+    assert lines[3] == "    The Colosseum is located in the city of → London[2J"
+    assert lines[4].split() == ["edit_1", "queued"]
+    assert len(lines) == 5
+    screen(36)
+    assert max(map(len, listing(COLUMNS, ROWS, ("fact",)).plain.splitlines()[3:5])) <= 36
+
+
+def test_a_status_has_its_colour(screen: Callable[[int], None]) -> None:
+    """What failed is red, what waits is not; the colour is on the word alone."""
+    screen(120)
+    text = listing(COLUMNS, ROWS, ("fact",))
+    found = {text.plain[span.start : span.end]: span.style for span in text.spans if span.style != "bold"}
+    assert found == {"rejected": "red", "queued": "cyan"}
+
+
+@pytest.mark.parametrize(
+    ("share", "bar"),
+    [(0.0, "▏   "), (1e-9, "▏   "), (0.5, "██  "), (0.53, "██▏ "), (1.0, "████"), (7.0, "████")],
+)
+def test_a_probability_is_a_bar(share: float, bar: str) -> None:
+    """As long as it is large, never longer than its column, and always to be seen."""
+    assert gauge(share, 4) == bar
+
+
+def test_what_is_too_long_is_cut() -> None:
+    """By the columns that letters take, with a sign that there was more."""
+    assert [cut("tower", 5), cut("towers", 5), cut("東京東京", 5)] == ["tower", "towe…", "東京…"]
+
+
+def test_a_table_keeps_its_numbers_whole() -> None:
+    """On a narrow terminal the heading of a column of numbers is broken, the numbers are not."""
+    console = Console(width=24, file=StringIO())
+    console.print(table("", ("rise of the loss", "S together"), [(0.123, 1234.5)]))
+    assert {"0.123", "1234"} <= set(console.file.getvalue().split())  # type: ignore[attr-defined]

@@ -1,0 +1,90 @@
+"""`palimpsest completion`: scripts that the shells take, and what they then offer."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cli.completion import SHELLS
+from cli.main import main
+
+#: what a person types -> what must be offered, and what must not
+TYPED = [
+    ("palimpsest ed", {"edit", "edits"}, {"revert"}),
+    ("palimpsest edit --er", {"--erase"}, {"--amplify"}),
+    ("palimpsest edits s", {"show"}, {"--status"}),
+    ("palimpsest jobs retry --", {"--json", "--url"}, {"--dead"}),
+    ("palimpsest evaluate --mode ", {"single", "sequence"}, {"--mode"}),
+    ("palimpsest completion ", {"bash", "zsh", "fish"}, set[str]()),
+    ("palimpsest import rec", {"records.jsonl"}, set[str]()),
+    ("palimpsest evaluate x --out fol", {"folder"}, set[str]()),
+]
+#: bash, as it is when Tab is pressed at the end of the line
+BASH = """
+source {script}; read -ra COMP_WORDS <<< "$1"; [[ $1 == *' ' ]] && COMP_WORDS+=("")
+COMP_LINE=$1 COMP_POINT=${{#1}} COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+found=$(complete -p palimpsest); found=${{found##*-F }}; "${{found%% *}}" palimpsest; printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a file, a folder, and the script for every shell."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "records.jsonl").touch()
+    (tmp_path / "folder").mkdir()
+    for shell in SHELLS:
+        assert main(["completion", shell]) == 0
+        (tmp_path / shell).write_text(capsys.readouterr().out, encoding="utf-8")
+    return tmp_path
+
+
+def installed(shell: str) -> str:
+    found = shutil.which(shell)
+    if found is None:
+        pytest.skip(f"{shell} is not installed")
+    return found
+
+
+def said(*line: str) -> str:
+    ran = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_shell_reads_its_script(place: Path, shell: str) -> None:
+    """The script is in the language of the shell that it is for."""
+    said(installed(shell), "-n", str(place / shell))
+
+
+@pytest.mark.parametrize(("typed", "offered", "kept"), TYPED)
+def test_bash_completes(place: Path, typed: str, offered: set[str], kept: set[str]) -> None:
+    """bash offers commands, verbs, flags, choices and files, each where it belongs."""
+    found = set(said(installed("bash"), "-c", BASH.format(script=place / "bash"), "bash", typed).split())
+    assert offered <= found and not kept & found
+
+
+@pytest.mark.parametrize(("typed", "offered", "kept"), TYPED)
+def test_fish_completes(place: Path, typed: str, offered: set[str], kept: set[str]) -> None:
+    """fish offers the same, with a word on each."""
+    ask = f"source {place / 'fish'}; complete -C '{typed}'"
+    found = {line.split("\t")[0].rstrip("/") for line in said(installed("fish"), "-c", ask).splitlines()}
+    assert offered <= found and not kept & found
+
+
+def test_zsh_registers_it(place: Path) -> None:
+    """zsh has a function for the command after the script is evaluated."""
+    ask = f'autoload -Uz compinit; compinit -u -D; eval "$(<{place / "zsh"})"; print ${{_comps[palimpsest]}}'
+    assert said(installed("zsh"), "-f", "-c", ask).strip() == "_shtab_palimpsest"
+
+
+def test_where_it_goes_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` has a line for each shell that can be pasted."""
+    with pytest.raises(SystemExit):
+        main(["completion", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"palimpsest completion {shell}" in shown for shell in SHELLS)
