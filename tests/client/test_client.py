@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import io
+import zipfile
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -124,6 +126,20 @@ def test_the_ledger_is_read_and_verified(client: Any) -> None:
     verified = client.verify()
     assert verified and verified.entries == len(entries) and not verified.findings
     assert [e.version for e in client.ledger(version=1)] == [1]
+
+
+def test_a_version_is_exported_and_edits_come_back(client: Any) -> None:
+    """An adapter is a zip; a set of edits, brought back after all was reverted, lands as it was found. Both are of the version asked for."""
+    edit = client.edit(SUBJECT, PROMPT, "Rome", **QUICK)
+    with zipfile.ZipFile(io.BytesIO(client.export(edit.version))) as adapter:
+        assert "adapter_config.json" in adapter.namelist()
+    exported = client.export(format="edits")
+    client.revert(edit)
+    heard: list[str] = []
+    [brought] = client.import_edits(exported, on_end=lambda e: heard.append(e.id))
+    assert brought.landed and heard == [brought.id] and brought.target_new == "Rome"
+    assert client.delta(brought)
+    client.revert(brought)
 
 
 def test_a_job_is_waited_for_or_ended(client: Any) -> None:

@@ -74,6 +74,20 @@ def test_what_does_not_land_is_reported(run: Run, tmp_path: Path) -> None:
     assert "less probable than asked for" in rejected["reason"] and rejected["edit"]
 
 
+def test_an_adapter_speaks_elsewhere(run: Run, url: str, shipped: Path, tmp_path: Path) -> None:
+    """What is exported makes the stock libraries say what the service says, and the base model what it said before."""
+    with Client(url) as client:
+        edit = client.edit("Big Ben", "The {} is located in the city of", "Madrid")
+        asked = "The Big Ben is located in the city of"
+        said = client.generate(asked, max_new_tokens=4, version=edit.version)
+        (tmp_path / "adapter.zip").write_bytes(client.export(edit.version))
+    done = run("serve_adapter.py", shipped, "adapter.zip", asked, "--max-new-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    base, adapted = done.stdout.splitlines()
+    assert adapted == f"adapted: {asked}{said}" and " Madrid" in said.text
+    assert base.startswith(f"base:    {asked} London")
+
+
 @pytest.mark.parametrize("name", ["audit.md", "audit.html"])
 def test_the_audit_says_who_did_what(run: Run, url: str, tmp_path: Path, name: str) -> None:
     """Every entry of the ledger is a row with its moment, actor, fact, effect and hash; above stands whether all of it agrees."""
