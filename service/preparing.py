@@ -76,7 +76,7 @@ KNOBS: dict[str, tuple[tuple[Values, ...], ...]] = {
             {"steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "stop_loss": 0.05, "clamp": 4.0},
         ),
     ),
-    "memit": (CLAMPS, ({"ridge": 3.0}, {"ridge": 30.0}, {"ridge": 300.0})),
+    "memit": (({"ridge": 3.0}, {"ridge": 30.0}, {"ridge": 300.0}), CLAMPS),
     "emmet": (CLAMPS, ({"ridge": 0.1}, {"ridge": 10.0})),
     "alphaedit": (CLAMPS,),  # and thresholds, which are read from the statistics
     "ft": (({"learning_rate": 1e-4}, {"learning_rate": 5e-4}, {"learning_rate": 2e-3}),),
