@@ -194,6 +194,7 @@ def show(args: argparse.Namespace, client: Client) -> int:
             rows = [
                 (c["name"], c["figure"], c["limit"], "passed" if c["passed"] else "failed") for c in checks
             ]
+            out.print()
             out.print(table("", ("guard", "figure", "limit", ""), rows))
     return 0
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from cli.edits import hparam
 from cli.flags import read_settings
 from cli.local import resident, shown, table_of
-from cli.screen import err, out, plain, print_json, table
+from cli.screen import err, listing, out, plain, print_json, table
 from service import drawing
 from service.errors import InvalidInput
 from service.evaluation import report
@@ -143,4 +143,6 @@ def show(result: dict[str, Any]) -> None:
         out.print(plain(line))
     if rows := report.checkpoint_rows(result):
         out.print(table("", report.CHECKPOINT_COLUMNS, rows))
-    out.print(table("", report.MEASURE_COLUMNS, report.measure_rows(result)))
+        out.print()
+    columns = report.MEASURE_COLUMNS
+    out.print(listing(columns, report.measure_rows(result), columns[-1:]))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from service.models.loading import LoadedModel
     from service.preparing import Preparation
 
-COLUMNS = ("stage", "tried", "ES", "PS", "NS", "S alone", "S together", "rise of loss", "merit")
+COLUMNS = ("stage", "tried", "ES", "PS", "NS", "S alone", "S at once", "rise of loss", "merit")
 PREPARED = "prepared"  # folder of what a later run goes on with
 
 

@@ -77,24 +77,55 @@ def bar() -> Iterator[Bar]:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """A table of figures; numbers stand to the right and are never broken, their headings may be."""
-    made = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    """A table of figures; numbers stand to the right. One that is too broad is turned on its side; where that does not help,
+    headings are broken between words, then texts, and never numbers."""
     rows = [list(row) for row in rows]
+    cells = [[cell(value) for value in row] for row in rows]
+    right = _numeric(rows, len(columns))
+    if _broad(columns, cells) > out.width:
+        first, *others = zip(columns, *cells, strict=True)
+        if _broad(first, others) <= out.width:
+            columns, cells, right = first, [list(row) for row in others], [False, *(True for _ in cells)]
+        else:
+            columns = [name.replace(" ", "\n") if n else name for name, n in zip(columns, right, strict=True)]
+    made = Table(
+        title=title or None,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for i, name in enumerate(columns):
-        numeric = bool(rows) and all(isinstance(row[i], int | float) or row[i] is None for row in rows)
-        least = max((cell_len(cell(row[i])) for row in rows), default=0) if numeric else None
-        made.add_column(name, justify="right" if numeric else "left", overflow="fold", min_width=least)
-    for row in rows:
-        made.add_row(*(Text(cell(value)) for value in row))
+        whole = [row[i] for row in cells] if right[i] else [word for row in cells for word in row[i].split()]
+        least = max(map(cell_len, [*whole, *name.split()]), default=0)
+        made.add_column(name, justify="right" if right[i] else "left", overflow="fold", min_width=least)
+    for row in cells:
+        made.add_row(*map(Text, row))
     return made
+
+
+def _numeric(rows: Sequence[Sequence[Any]], columns: int) -> list[bool]:
+    """Which columns hold nothing but numbers."""
+    return [
+        bool(rows) and all(isinstance(row[i], int | float | None) for row in rows) for i in range(columns)
+    ]
+
+
+def _broad(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """How many columns of the terminal a table takes."""
+    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
+    return sum(widths) + 2 * (len(widths) - 1)
 
 
 def listing(columns: Sequence[str], rows: Iterable[Sequence[Any]], below: Sequence[str] = ()) -> Text:
     """A list whose ids and times stay whole: where the terminal is too narrow, the columns `below`, which stand last, have a
     line of their own in each row."""
+    rows = [list(row) for row in rows]
     cells = [[cell(value) for value in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
-    apart = len(below) if sum(widths) + 2 * (len(widths) - 1) > out.width else 0
+    widths = [-w if n else w for w, n in zip(widths, _numeric(rows, len(columns)), strict=True)]
+    apart = len(below) if _broad(columns, cells) > out.width else 0
     first = len(columns) - apart
     text = Text().append(_row(columns[:first], widths), "bold")
     text.append(f"\n    {', '.join(columns[first:])}" if apart else "")
@@ -108,10 +139,12 @@ def listing(columns: Sequence[str], rows: Iterable[Sequence[Any]], below: Sequen
 
 
 def _row(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Cells in their columns."""
-    return "  ".join(
-        value + " " * (width - cell_len(value)) for value, width in zip(row, widths, strict=False)
-    ).rstrip()
+    """Cells in their columns; those with a negative width stand to the right."""
+    parts = []
+    for value, width in zip(row, widths, strict=False):
+        room = " " * (abs(width) - cell_len(value))
+        parts.append(room + value if width < 0 else value + room)
+    return "  ".join(parts).rstrip()
 
 
 def _coloured(columns: Sequence[str], row: Sequence[str], line: str) -> Text:

@@ -71,6 +71,8 @@ def compare(args: argparse.Namespace, client: Client) -> int:
     for name, side in zip(names, sides, strict=True):
         out.print(f"{name}: {plain(args.prompt)}{plain(side['text'])}")
     rows = [(token["token"], *token["p"], token["p"][1] - token["p"][0]) for token in found["next_tokens"]]
-    out.print(table("Next token", ("token", *names, "change"), rows))
+    out.print()
+    out.print(table("", ("next token", *names, "change"), rows))
+    out.print()
     out.print(f"total variation {found['total_variation']:.3f}")
     return 0

@@ -7,6 +7,7 @@ from io import StringIO
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 import cli.screen
 from cli.screen import cell, cut, gauge, listing, plain, table
@@ -88,8 +89,32 @@ def test_what_is_too_long_is_cut() -> None:
     assert [cut("tower", 5), cut("towers", 5), cut("東京東京", 5)] == ["tower", "towe…", "東京…"]
 
 
-def test_a_table_keeps_its_numbers_whole() -> None:
-    """On a narrow terminal the heading of a column of numbers is broken, the numbers are not."""
-    console = Console(width=24, file=StringIO())
-    console.print(table("", ("rise of the loss", "S together"), [(0.123, 1234.5)]))
-    assert {"0.123", "1234"} <= set(console.file.getvalue().split())  # type: ignore[attr-defined]
+def printed(made: Table, width: int) -> list[str]:
+    console = Console(width=width, file=StringIO())
+    console.print(made)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def test_a_broad_table_is_turned(screen: Callable[[int], None]) -> None:
+    """A table that the terminal is too narrow for stands on its side, with a column for each row."""
+    names, rows = ("edits", "ES", "PS", "NS"), [(50, 0.9, 0.8, 0.7), (100, 0.6, None, 0.5)]
+    screen(26)
+    assert printed(table("", names, rows), 26)[2] == "   50  0.900  0.800  0.700"
+    screen(25)
+    lines = printed(table("", names, rows), 25)
+    assert [lines[0], *lines[2:]] == [
+        "edits     50    100",
+        "ES     0.900  0.600",
+        "PS     0.800      –",
+        "NS     0.700  0.500",
+    ]
+
+
+def test_a_table_keeps_its_numbers_whole(screen: Callable[[int], None]) -> None:
+    """Where turning does not help, headings are broken between words, then texts, and never numbers."""
+    screen(40)
+    rows = [("layers=[1,2] clamp=1.5", 0.123, 1234.5)] * 5
+    lines = printed(table("", ("tried", "rise of loss", "S at once"), rows), 40)
+    assert max(map(len, lines)) <= 40
+    assert sum("0.123" in line and "1234" in line for line in lines) == 5
+    assert [line.split() for line in lines[:3]] == [["rise", "S"], ["of", "at"], ["tried", "loss", "once"]]
