@@ -80,8 +80,8 @@ KNOBS: dict[str, tuple[tuple[Values, ...], ...]] = {
     "emmet": (CLAMPS, ({"ridge": 0.1}, {"ridge": 10.0})),
     "alphaedit": (CLAMPS,),  # and thresholds, which are read from the statistics
     "ft": (({"learning_rate": 1e-4}, {"learning_rate": 5e-4}, {"learning_rate": 2e-3}),),
-    "ft-l": (({"epsilon": 5e-4}, {"epsilon": 2e-3}, {"epsilon": 8e-3}),),
-    "ft-attn": (({"epsilon": 1e-3}, {"epsilon": 4e-3}, {"epsilon": 1.6e-2}),),
+    "ft-l": (({"epsilon": 5e-4}, {"epsilon": 1e-3}, {"epsilon": 2e-3}, {"epsilon": 8e-3}),),
+    "ft-attn": (({"epsilon": 1e-3}, {"epsilon": 2e-3}, {"epsilon": 4e-3}, {"epsilon": 1.6e-2}),),
 }
 
 
