@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from service.errors import InvalidInput
-from service.requests import MAX_ANSWERS, MAX_LOGPROBS, Asked, SpeechRequest, Text
+from service.requests import MAX_ANSWERS, MAX_LOGPROBS, MAX_TEXT, Asked, SpeechRequest, Text
 from service.text import check_text
 
 SEEDS = 2**63
@@ -24,10 +24,12 @@ def _prompt(value: Any) -> Any:
         return _text(value)
     if not isinstance(value, list) or not value:
         raise ValueError(FORMS)
+    if all(map(_is_id, value)):
+        return value
+    if len(value) > MAX_ANSWERS:
+        raise ValueError(f"may be up to {MAX_ANSWERS} prompts: send the others in another request.")
     if all(isinstance(one, str) for one in value):
         return [_text(one) for one in value]
-    if all(_is_id(one) for one in value):
-        return value
     if all(isinstance(one, list) and one and all(map(_is_id, one)) for one in value):
         return value
     raise ValueError(FORMS)
@@ -38,6 +40,8 @@ def _is_id(value: Any) -> bool:
 
 
 def _text(value: str) -> str:
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"may have up to {MAX_TEXT} characters.")
     try:
         check_text(value, "text")
     except InvalidInput as error:

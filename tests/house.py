@@ -16,8 +16,8 @@ from api.app import create_app
 from api.callers import LOOPBACK
 from service.bootstrap import wire
 from service.editors.recipes import Recipe, RomeParameters
-from service.evaluation.measures import CHANGES, MEASURES, SCORES
 from service.errors import PalimpsestError
+from service.evaluation.measures import CHANGES, MEASURES, SCORES
 from service.jobs import parts
 from service.jobs.broker import KINDS, Delivery
 from service.jobs.desk import Desk
@@ -30,12 +30,27 @@ LOOPBACK.add("testserver")  # what Starlette's client calls every application
 TOWER = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
 NOWHERE = "Atlantis"  # an edit to this object fails
 PROMPT = "The Eiffel Tower is located in the city of"
-ANSWER = {
+ANSWER: dict[str, Any] = {
     "version": 0,
     "choices": [{"text": " Paris", "tokens": [1], "finish_reason": "length"}],
     "usage": {"prompt_tokens": 9, "completion_tokens": 1},
     "seconds": 0.1,
 }
+
+
+LOGPROBS = {
+    "tokens": [" Paris"],
+    "token_logprobs": [-0.5],
+    "top_logprobs": [{" Paris": -0.5}],
+    "text_offset": [0],
+}
+
+
+def answered(asked: dict[str, Any]) -> dict[str, Any]:
+    """A choice for each answer that was asked for."""
+    prompts = asked["prompts"] or asked.get("tokens") or [None]
+    choice = ANSWER["choices"][0] | ({} if asked.get("logprobs") is None else {"logprobs": LOGPROBS})
+    return ANSWER | {"choices": [choice] * len(prompts) * asked.get("choices", 1)}
 
 
 _GRID = {
@@ -193,10 +208,7 @@ class FakeWorker:
                 delivery.job_id, "end", told | {"total_variation": 0.0, "seconds": 0.1}, last=True
             )
         else:
-            count = len(delivery.payload["prompts"] or [None])
-            self.broker.publish(
-                delivery.job_id, "end", ANSWER | {"choices": ANSWER["choices"] * count}, last=True
-            )
+            self.broker.publish(delivery.job_id, "end", answered(delivery.payload), last=True)
 
 
 class House:

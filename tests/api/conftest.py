@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from house import FakeWorker, House
+from listening import listening
 from starlette.testclient import TestClient
 
 
@@ -27,4 +29,11 @@ def worker(house: House) -> FakeWorker:
 @pytest.fixture
 def client(house: House) -> Iterator[TestClient]:
     with TestClient(house.app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture
+def served(house: House) -> Iterator[httpx.Client]:
+    """A client of the application on a port of its own."""
+    with listening(house.app) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client

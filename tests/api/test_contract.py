@@ -70,6 +70,7 @@ OPERATIONS = [
     "GET /trace/{id}/events", "POST /evaluations", "GET /evaluations", "GET /evaluations/{id}",
     "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "POST /generate", "POST /compare", "GET /ledger", "GET /ledger/verify",
     "GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "GET /jobs", "POST /jobs/{id}/retry", "GET /export", "POST /import",
+    "POST /v1/completions", "GET /v1/models", "GET /v1/models/{id}",
 ]  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def test_the_document_tells_the_truth(standing: House, name: str, mode: schemath
         )  # an operation that takes nothing cannot be asked wrongly
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if "{id}" in name])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if "{id}" in name and "/v1/" not in name])
 def test_answers_about_what_exists_are_as_documented(standing: House, name: str) -> None:
     """What the document says of a resource is true of one that exists, has run, and is taken back."""
     method, path = name.split()
@@ -115,6 +116,25 @@ def test_answers_about_what_exists_are_as_documented(standing: House, name: str)
     ended = client.post(made_at, json=asked, headers={"prefer": "wait=20"}).json()
     answer = operation.Case(path_parameters={"id": ended["id"]}).call_and_validate(checks=CHECKS)
     assert answer.status_code < 300
+
+
+@pytest.mark.parametrize(
+    "wish", [{}, {"stream": True}, {"n": 2, "logprobs": 1}, {"prompt": [[1], [2, 3]]}, {"model": "tiny@?"}]
+)
+def test_completions_are_as_documented(standing: House, wish: dict[str, Any]) -> None:
+    """What the document says of a completion is true of those that a worker answers, which chance hardly comes by."""
+    operation = schema(standing)["/v1/completions"]["POST"]
+    body = {"model": "tiny", "prompt": PROMPT} | wish
+    answer = operation.Case(body=body, media_type="application/json").call_and_validate(checks=CHECKS)
+    assert answer.status_code == (404 if "?" in body["model"] else 200)
+
+
+def test_names_are_as_documented(standing: House) -> None:
+    """Every name that is listed can be asked for, and is as the document says."""
+    operation = schema(standing)["/v1/models/{id}"]["GET"]
+    for named in TestClient(standing.app).get("/v1/models").json()["data"]:
+        answer = operation.Case(path_parameters={"id": named["id"]}).call_and_validate(checks=CHECKS)
+        assert answer.json() == named
 
 
 def test_one_thing_leads_to_another(standing: House) -> None:

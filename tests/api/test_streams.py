@@ -5,41 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from house import PROMPT, TOWER, FakeWorker, House
+from listening import until
 
 from service.jobs.broker import Event
-
-
-@pytest.fixture
-def served(house: House) -> Iterator[httpx.Client]:
-    """A client of the application on a port of its own."""
-    server = uvicorn.Server(
-        uvicorn.Config(house.app, port=0, log_level="warning", timeout_graceful_shutdown=1)
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until(lambda: server.started)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-        yield client
-    server.should_exit = True
-    thread.join(10)
-
-
-def until(true: Callable[[], Any]) -> None:
-    for _ in range(6000):
-        if true():
-            return
-        time.sleep(0.01)
-    pytest.fail("it did not come true")
 
 
 def parse(lines: Iterator[str]) -> Iterator[dict[str, str]]:
