@@ -63,7 +63,10 @@ class Scale:
     def cell(self, text: Text, kind: str, share: float, wide: int, best: bool = False) -> None:
         """One cell at the end of a line; the best one bears a sign where it can be seen."""
         if not self.coloured:
-            text.append(INKS[round(share * (len(INKS) - 1))] * wide)
+            level = round(
+                share * (len(INKS) - 1) * wide
+            )  # a cell of two characters has the steps between, too
+            text.append("".join(INKS[(level + i) // wide] for i in range(wide)))
             return
         full = FULL.get(kind, FULL["hidden"])
         ground = "".join(f"{round(p + (f - p) * share):02x}" for p, f in zip(PALE, full, strict=True))
@@ -83,7 +86,7 @@ def heat_maps(
 ) -> Text:
     """All maps in so many columns, side by side where they fit; `rows` are the tokens, those of the subject (`marked`) bear a star."""
     names = _names(rows, marked)
-    margin = max(map(cell_len, names), default=0) + 1
+    margin = max(map(cell_len, [*names, "layer"])) + 1
     layers = len(maps[0].scores[0])
     layout, scale = fit(maps, layers, width - margin), Scale(low, high, coloured)
     text = Text()

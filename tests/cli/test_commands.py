@@ -374,7 +374,7 @@ def test_traces_are_listed_and_drawn_again(fake: Fake, capsys: Captured) -> None
     assert main(["traces", "show", "trace_1"]) == 0
     shown = capsys.readouterr().out
     assert "The Nile is → long" in shown and "Nile* put back" in shown
-    assert "MLP severed ····" in shown and "single state ██░░" in shown
+    assert "MLP severed ····" in shown and "single state ▓█░░" in shown
 
 
 def test_models_are_told(fake: Fake, capsys: Captured) -> None:

@@ -30,8 +30,9 @@ def test_low_is_pale_and_high_is_full() -> None:
 
 def test_without_colours_there_is_ink() -> None:
     """In a file a map is drawn with characters of more or less ink, and its scale with the same."""
-    text = drawn([[0.1, 0.5, 0.9]], coloured=False)
-    assert text.plain.splitlines() == ["   state", "t0 ··▒▒██", "layer 0 1 2", "   0.100 ·░▒▓█ 0.900"]
+    text = drawn([[0.1, 0.2, 0.5, 0.9]], coloured=False)
+    lines = text.plain.splitlines()
+    assert lines == ["      state", "   t0 ···░▒▒██", "layer 0 1 2 3", "      0.100 ·░▒▓█ 0.900"]
     assert grounds(text) == []
 
 
@@ -40,6 +41,12 @@ def test_the_subject_and_the_strongest_are_marked() -> None:
     lines = drawn([[0.1, 0.2], [0.9, 0.3]], best=(1, 0)).plain.splitlines()
     assert lines[1].split() == ["t0"]
     assert lines[2].split() == ["t1*", "<>"]
+
+
+def test_a_short_prompt_has_its_axis_below_its_cells() -> None:
+    """The word beside the axis is broader than short tokens; the numbers stand below their cells all the same."""
+    lines = drawn([[0.1, 0.9]], coloured=False).plain.splitlines()
+    assert lines[1].index("·") == lines[2].index("0")
 
 
 def test_a_flat_map_is_pale() -> None:
