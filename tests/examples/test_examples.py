@@ -1,4 +1,4 @@
-"""The examples are run as their README says, against a real service with the shipped GPT, in the order of a first hour with it."""
+"""The examples are run as their README says, against a real service with the shipped GPT."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running import QUICK
 
 from palimpsest import Client
 
@@ -44,7 +45,7 @@ def test_the_quickstart_goes_to_rome_and_back(run: Run, tmp_path: Path) -> None:
         line.split()[-1].rstrip(".") for line in said if line.startswith(("before", "after", "revert"))
     ]
     assert answers == ["Paris", "Rome", "Rome", "Paris", "Paris"], done.stdout
-    assert "version 1, p(Rome) 0.000 -> " in said[1] and said[-1].split() == ["verified:", "True"]
+    assert "p(Rome) 0.000 -> " in said[1] and said[-1].split() == ["verified:", "True"]
     assert "<svg" in (tmp_path / "trace.svg").read_text(encoding="utf-8")
 
 
@@ -92,14 +93,19 @@ def test_an_adapter_speaks_elsewhere(run: Run, url: str, shipped: Path, tmp_path
 def test_the_audit_says_who_did_what(run: Run, url: str, tmp_path: Path, name: str) -> None:
     """Every entry of the ledger is a row with its moment, actor, fact, effect and hash; above stands whether all of it agrees."""
     with Client(url) as client:
-        client.edit("Tom & Jerry | <b>", "{} is located in the city of", "Rome", guard={"enabled": False})
+        client.edit("Tom & Jerry | <b>", "{} is located in the city of", "Rome", **QUICK)
+        client.revert(client.edit("Eiffel Tower", "{} is located in the city of", "Oslo", **QUICK))
         entries = list(client.ledger())
     done = run("audit_report.py", name)
     assert done.returncode == 0, done.stderr
     written = (tmp_path / name).read_text(encoding="utf-8")
     assert "every hash, every factor and every worker agrees" in written
-    assert all(e.hash[:12] in written and f"{e.at:%Y-%m-%d %H:%M:%S}" in written for e in entries)
-    fact = r"| Tom & Jerry \| <b> |" if name == "audit.md" else "<td>Tom &amp; Jerry | &lt;b&gt;</td>"
-    assert fact in written and len(entries) >= 6
-    rows = [line for line in written.replace("<tr>", "\n").splitlines() if "Eiffel Tower" in line]
-    assert len(rows) == 3 and all("local" in row for row in rows)
+    rows = {
+        e.version: next(r for r in written.replace("<tr>", "\n").splitlines() if e.hash[:12] in r)
+        for e in entries
+    }
+    assert all(f"{e.at:%Y-%m-%d %H:%M:%S}" in rows[e.version] and e.actor in rows[e.version] for e in entries)
+    escaped = r"| Tom & Jerry \| <b> |" if name == "audit.md" else "<td>Tom &amp; Jerry | &lt;b&gt;</td>"
+    assert escaped in rows[entries[-3].version]
+    applied, reverted = (rows[e.version] for e in entries[-2:])
+    assert "apply" in applied and "Oslo" in applied and "(as without it)" in reverted
