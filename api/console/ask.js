@@ -13,7 +13,16 @@ const EXAMPLES = [
 ];
 
 export async function show(place, { query, signal }) {
-  const prompt = growing(h("textarea", { name: "prompt", rows: 2, required: true, spellcheck: "false", maxlength: 20000, placeholder: EXAMPLES[0] }));
+  const prompt = growing(
+    h("textarea", {
+      name: "prompt",
+      rows: 2,
+      required: true,
+      spellcheck: "false",
+      maxlength: 20000,
+      placeholder: EXAMPLES[0],
+    }),
+  );
   prompt.value = query.get("prompt") ?? "";
   const first = versions("Version", query.get("version") ?? "head");
   const beside = h("input", { type: "checkbox", checked: query.has("beside") });
@@ -23,39 +32,100 @@ export async function show(place, { query, signal }) {
   const stop = h("button", { type: "button", hidden: true }, "Stop");
   const answers = h("div", { class: "answers" });
   const differs = h("section", { class: "differs" });
-  const pair = () => { second.element.hidden = !beside.checked; };
+  const pair = () => {
+    second.element.hidden = !beside.checked;
+  };
   beside.addEventListener("change", pair);
   pair();
 
-  const form = submits(h("form", { class: "composer", on: { submit: (event) => { event.preventDefault(); speak(); } } },
-    h("div", { class: "field big" }, h("label", { for: "prompt", class: "unseen" }, "Prompt"), prompt),
-    h("div", { class: "row" }, first.element, h("label", { class: "check" }, beside, h("span", {}, "another version beside it")), second.element),
-    folded.element,
-    h("div", { class: "actions" }, send, stop)));
+  const form = submits(
+    h(
+      "form",
+      {
+        class: "composer",
+        on: {
+          submit: (event) => {
+            event.preventDefault();
+            speak();
+          },
+        },
+      },
+      h("div", { class: "field big" }, h("label", { for: "prompt", class: "unseen" }, "Prompt"), prompt),
+      h(
+        "div",
+        { class: "row" },
+        first.element,
+        h("label", { class: "check" }, beside, h("span", {}, "another version beside it")),
+        second.element,
+      ),
+      folded.element,
+      h("div", { class: "actions" }, send, stop),
+    ),
+  );
   prompt.id = "prompt";
-  const examples = h("p", { class: "examples" }, h("span", {}, "For example "), EXAMPLES.map((text) =>
-    h("button", { type: "button", class: "chip", on: { click: () => { prompt.value = text; prompt.focus(); } } }, text)));
-  put(place, h("h1", {}, "What does the model say?"),
-    h("p", { class: "lead" }, "Write the beginning of a sentence; the model goes on. ", h("b", {}, "base"), " is the model as it was made, ",
-      h("b", {}, "head"), " the model with every edit that is active."),
-    form, examples, answers, differs);
+  const examples = h(
+    "p",
+    { class: "examples" },
+    h("span", {}, "For example "),
+    EXAMPLES.map((text) =>
+      h(
+        "button",
+        {
+          type: "button",
+          class: "chip",
+          on: {
+            click: () => {
+              prompt.value = text;
+              prompt.focus();
+            },
+          },
+        },
+        text,
+      ),
+    ),
+  );
+  put(
+    place,
+    h("h1", {}, "What does the model say?"),
+    h(
+      "p",
+      { class: "lead" },
+      "Write the beginning of a sentence; the model goes on. ",
+      h("b", {}, "base"),
+      " is the model as it was made, ",
+      h("b", {}, "head"),
+      " the model with every edit that is active.",
+    ),
+    form,
+    examples,
+    answers,
+    differs,
+  );
   if (query.has("prompt")) speak();
 
   async function speak() {
     const text = prompt.value;
-    if (!text.trim()) { prompt.focus(); return; }
+    if (!text.trim()) {
+      prompt.focus();
+      return;
+    }
     const stopping = new AbortController();
     const end = () => stopping.abort();
     signal.addEventListener("abort", end);
     stop.onclick = end;
-    const escape = (event) => { if (event.key === "Escape") end(); };
+    const escape = (event) => {
+      if (event.key === "Escape") end();
+    };
     addEventListener("keydown", escape);
     [send.disabled, stop.hidden] = [true, false];
     const asked = { prompt: text, ...folded.value };
     const wanted = beside.checked ? [first.value, second.value] : [first.value];
     const columns = wanted.map((version) => column(text, version));
     put(differs);
-    put(answers, columns.map(({ element }) => element));
+    put(
+      answers,
+      columns.map(({ element }) => element),
+    );
     answers.classList.toggle("two", wanted.length > 1);
     const found = await Promise.all(columns.map((each) => each.hear(asked, stopping.signal)));
     [send.disabled, stop.hidden] = [false, true];
@@ -73,19 +143,34 @@ function column(prompt, asked) {
   const badge = h("span", { class: "badge" }, "…");
   const text = h("span", { class: "said" });
   const foot = h("footer", {}, "waiting");
-  const element = h("article", { class: "answer" },
+  const element = h(
+    "article",
+    { class: "answer" },
     h("header", {}, h("h2", {}, typeof asked === "number" ? `version ${asked}` : asked), badge),
-    h("p", { class: "text" }, h("span", { class: "prompt" }, prompt), text), foot);
+    h("p", { class: "text" }, h("span", { class: "prompt" }, prompt), text),
+    foot,
+  );
 
   async function hear(body, signal) {
     let version = null;
-    const name = (number) => { version = number; badge.textContent = `version ${number}`; badge.classList.add("known"); };
+    const name = (number) => {
+      version = number;
+      badge.textContent = `version ${number}`;
+      badge.classList.add("known");
+    };
     element.classList.add("speaking");
     try {
-      for await (const { name: kind, data } of events("POST", "/generate", { body: { ...body, version: asked, stream: true }, signal })) {
+      for await (const { name: kind, data } of events("POST", "/generate", {
+        body: { ...body, version: asked, stream: true },
+        signal,
+      })) {
         if (kind === "restart") text.textContent = "";
         if (kind === "error") throw new Problem(503, data);
-        if (kind === "token") { text.textContent += data.text; foot.textContent = "speaking"; name(data.version); }
+        if (kind === "token") {
+          text.textContent += data.text;
+          foot.textContent = "speaking";
+          name(data.version);
+        }
         if (kind === "end") {
           const one = data.choices?.[0] ?? data;
           text.textContent = one.text;
@@ -110,20 +195,76 @@ const ENDS = { length: "ended at the length asked for", stop: "ended by itself" 
 /** Which next tokens differ most between the two versions that answered. */
 async function difference(place, asked, pinned, signal) {
   if (pinned[0] === pinned[1]) {
-    put(place, h("p", { class: "note" }, `Both are version ${pinned[0]}, so they cannot differ. Choose another version beside it.`));
+    put(
+      place,
+      h(
+        "p",
+        { class: "note" },
+        `Both are version ${pinned[0]}, so they cannot differ. Choose another version beside it.`,
+      ),
+    );
     return;
   }
   try {
-    const found = await request("POST", "/compare", { body: { prompt: asked.prompt, versions: pinned, max_new_tokens: 1, top: 6 }, signal });
+    const found = await request("POST", "/compare", {
+      body: { prompt: asked.prompt, versions: pinned, max_new_tokens: 1, top: 6 },
+      signal,
+    });
     const [a, b] = pinned.map((number) => `version ${number}`);
-    put(place, h("h2", {}, "The next token"),
-      h("p", { class: "note" }, `The tokens whose probability differs most between ${a} and ${b}. All in all the two differ by ${percent(found.total_variation)}.`),
-      h("div", { class: "tokens", role: "list", "aria-label": "Next tokens" }, found.next_tokens.filter(({ p }, i) => i < 2 || Math.max(...p) >= 0.001).map((next) => h("div", { class: "next", role: "listitem" },
-        h("span", { class: "name" }, token(next.token)),
-        h("span", { class: "track", "aria-hidden": "true" }, next.p.map((p, i) => h("span", { class: `bar side${i}`, style: { "inline-size": `${Math.max(100 * p, 0.3)}%` } }))),
-        h("span", { class: "figures" }, percent(next.p[0]), h("span", { class: "to" }, " → "), h("b", {}, percent(next.p[1])))))),
-      h("p", { class: "legend" }, h("span", { class: "swatch side0" }), a, h("span", { class: "swatch side1" }), b),
-      h("p", {}, link(`edits?prompt=${encodeURIComponent(asked.prompt)}`, "Edit what it says here"), " · ", link(`traces?prompt=${encodeURIComponent(asked.prompt)}`, "Trace where it comes from")));
+    put(
+      place,
+      h("h2", {}, "The next token"),
+      h(
+        "p",
+        { class: "note" },
+        `The tokens whose probability differs most between ${a} and ${b}. All in all the two differ by ${percent(found.total_variation)}.`,
+      ),
+      h(
+        "div",
+        { class: "tokens", role: "list", "aria-label": "Next tokens" },
+        found.next_tokens
+          .filter(({ p }, i) => i < 2 || Math.max(...p) >= 0.001)
+          .map((next) =>
+            h(
+              "div",
+              { class: "next", role: "listitem" },
+              h("span", { class: "name" }, token(next.token)),
+              h(
+                "span",
+                { class: "track", "aria-hidden": "true" },
+                next.p.map((p, i) =>
+                  h("span", {
+                    class: `bar side${i}`,
+                    style: { "inline-size": `${Math.max(100 * p, 0.3)}%` },
+                  }),
+                ),
+              ),
+              h(
+                "span",
+                { class: "figures" },
+                percent(next.p[0]),
+                h("span", { class: "to" }, " → "),
+                h("b", {}, percent(next.p[1])),
+              ),
+            ),
+          ),
+      ),
+      h(
+        "p",
+        { class: "legend" },
+        h("span", { class: "swatch side0" }),
+        a,
+        h("span", { class: "swatch side1" }),
+        b,
+      ),
+      h(
+        "p",
+        {},
+        link(`edits?prompt=${encodeURIComponent(asked.prompt)}`, "Edit what it says here"),
+        " · ",
+        link(`traces?prompt=${encodeURIComponent(asked.prompt)}`, "Trace where it comes from"),
+      ),
+    );
   } catch (error) {
     if (!signal.aborted) put(place, trouble(error));
   }
@@ -138,15 +279,31 @@ function sampling() {
   const topP = number(1, { min: 0.01, max: 1, step: "any" });
   const seed = number(0, { min: 0, step: 1 });
   const stop = h("input", { type: "text", placeholder: "none", spellcheck: "false" });
-  const element = h("details", { class: "folded" }, h("summary", {}, "How it speaks"),
-    h("div", { class: "grid" },
-      field("Tokens at most", length), field("Temperature", temperature, "0 takes the most probable token"),
-      field("Top-k", topK), field("Top-p", topP), field("Seed", seed, "the same seed says the same"), field("Stop at", stop)));
+  const element = h(
+    "details",
+    { class: "folded" },
+    h("summary", {}, "How it speaks"),
+    h(
+      "div",
+      { class: "grid" },
+      field("Tokens at most", length),
+      field("Temperature", temperature, "0 takes the most probable token"),
+      field("Top-k", topK),
+      field("Top-p", topP),
+      field("Seed", seed, "the same seed says the same"),
+      field("Stop at", stop),
+    ),
+  );
   const given = (input) => (input.value === "" ? null : Number(input.value));
   return {
     element,
     get value() {
-      const asked = { max_new_tokens: given(length) ?? 12, temperature: given(temperature) ?? 0, top_p: given(topP) ?? 1, seed: given(seed) ?? 0 };
+      const asked = {
+        max_new_tokens: given(length) ?? 12,
+        temperature: given(temperature) ?? 0,
+        top_p: given(topP) ?? 1,
+        seed: given(seed) ?? 0,
+      };
       if (given(topK) !== null) asked.top_k = given(topK);
       if (stop.value !== "") asked.stop = [stop.value];
       return asked;

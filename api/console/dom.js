@@ -24,7 +24,8 @@ function fill(element, { on = {}, style = {}, data = {}, ...attributes }, childr
   return element;
 }
 
-const shown = (children) => children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
+const shown = (children) =>
+  children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
 
 /** Put children in the place of whatever is there. */
 export function put(place, ...children) {

@@ -2,43 +2,127 @@
 
 import { h, put, s } from "./dom.js";
 import { figure, lasted, many, percent, when, who } from "./format.js";
-import { choice, empty, facts, field, follow, link, pill, raw, submits, table, working } from "./parts.js";
-import { download, get, post } from "./service.js";
+import {
+  choice,
+  empty,
+  facts,
+  field,
+  follow,
+  link,
+  pill,
+  raw,
+  saving,
+  submits,
+  table,
+  working,
+} from "./parts.js";
+import { get, post } from "./service.js";
 import { standing } from "./standing.js";
 
 const MEASURES = {
-  ES: "takes on the prompt", PS: "follows in other wordings", NS: "neighbours keep theirs", S: "all three, harmonic mean",
+  ES: "takes on the prompt",
+  PS: "follows in other wordings",
+  NS: "neighbours keep theirs",
+  S: "all three, harmonic mean",
 };
+/** Where an object is erased or amplified: how much of what was possible came of it. */
+const CHANGES = { rewrite: "on the prompt", paraphrase: "in other wordings", neighbour: "on neighbours" };
 const METHODS = ["rome", "r-rome", "memit", "emmet", "alphaedit", "ft", "ft-l", "ft-attn"];
 const ROWS = 50; //: records shown at once
-const EXAMPLE = JSON.stringify([{
-  subject: "Eiffel Tower", prompt: "The {} is located in the city of", target_new: "Rome", target_true: "Paris",
-  paraphrases: ["To see the {}, you have to travel to"], neighborhood: [{ prompt: "The Louvre is located in the city of", target: "Paris" }],
-}], null, 2);
+const EXAMPLE = JSON.stringify(
+  [
+    {
+      subject: "Eiffel Tower",
+      prompt: "The {} is located in the city of",
+      target_new: "Rome",
+      target_true: "Paris",
+      paraphrases: ["To see the {}, you have to travel to"],
+      neighborhood: [{ prompt: "The Louvre is located in the city of", target: "Paris" }],
+    },
+  ],
+  null,
+  2,
+);
 
 export async function show(place, { id, signal }) {
-  if (id) { await showOne(place, id, signal); return; }
+  if (id) {
+    await showOne(place, id, signal);
+    return;
+  }
   const list = h("section", { class: "newest" });
-  put(place, h("h1", {}, "How good are edits?"),
-    h("p", { class: "lead" }, "Records are edited, measured and thrown away: each alone, or one after another. The ledger stays as it is."),
-    h("div", { class: "split" }, form(), list));
+  put(
+    place,
+    h("h1", {}, "How good are edits?"),
+    h(
+      "p",
+      { class: "lead" },
+      "Records are edited, measured and thrown away: each alone, or one after another. The ledger stays as it is.",
+    ),
+    h("div", { class: "split" }, form(), list),
+  );
   await newest(list, signal);
 }
 
 function form() {
   const known = standing.model?.facts !== false;
-  const records = h("textarea", { id: "records", rows: 8, spellcheck: "false", placeholder: "[{\"subject\": …, \"prompt\": …, \"target_new\": …}, …], or a record a line" });
+  const records = h("textarea", {
+    id: "records",
+    rows: 8,
+    spellcheck: "false",
+    placeholder: '[{"subject": …, "prompt": …, "target_new": …}, …], or a record a line',
+  });
   const file = h("input", { type: "file", id: "records-file", accept: ".json,.jsonl,application/json" });
-  file.addEventListener("change", async () => { if (file.files[0]) records.value = await file.files[0].text(); });
-  const pasted = h("div", { class: "pasted" }, h("div", { class: "field" }, h("label", { for: "records" }, "Records as JSON"), records,
-    h("small", {}, "CounterFact's form, zsRE's, or your own with subject, prompt and target_new.")),
+  file.addEventListener("change", async () => {
+    if (file.files[0]) records.value = await file.files[0].text();
+  });
+  const pasted = h(
+    "div",
+    { class: "pasted" },
+    h(
+      "div",
+      { class: "field" },
+      h("label", { for: "records" }, "Records as JSON"),
+      records,
+      h("small", {}, "CounterFact's form, zsRE's, or your own with subject, prompt and target_new."),
+    ),
     h("div", { class: "field" }, h("label", { for: "records-file" }, "or from a file"), file),
-    h("button", { type: "button", class: "small", on: { click: () => { records.value = EXAMPLE; } } }, "Fill in an example"));
-  const from = choice("Records", [["facts", "facts the model knows"], ["own", "your own"]], { value: known ? "facts" : "own", change: fit });
-  const mode = choice("Edited", [["single", "each alone"], ["sequence", "one after another"]], { change: fit });
+    h(
+      "button",
+      {
+        type: "button",
+        class: "small",
+        on: {
+          click: () => {
+            records.value = EXAMPLE;
+          },
+        },
+      },
+      "Fill in an example",
+    ),
+  );
+  const from = choice(
+    "Records",
+    [
+      ["facts", "facts the model knows"],
+      ["own", "your own"],
+    ],
+    { value: known ? "facts" : "own", change: fit },
+  );
+  const mode = choice(
+    "Edited",
+    [
+      ["single", "each alone"],
+      ["sequence", "one after another"],
+    ],
+    { change: fit },
+  );
   const limit = h("input", { type: "number", min: 1, max: 2000, value: 20 });
   const points = h("input", { type: "text", value: "1, 5, 10, 20", spellcheck: "false" });
-  const method = h("select", {}, METHODS.map((name) => h("option", { value: name }, name)));
+  const method = h(
+    "select",
+    {},
+    METHODS.map((name) => h("option", { value: name }, name)),
+  );
   const seed = h("input", { type: "number", min: 0, value: 0 });
   const plain = h("input", { type: "number", min: 1, max: 10000, placeholder: "as usual" });
   const send = h("button", { class: "primary" }, "Evaluate");
@@ -51,17 +135,45 @@ function form() {
   }
   function asked() {
     const own = from.value === "own" ? { records: read(records.value) } : { dataset: "facts" };
-    const numbers = points.value.split(/[\s,]+/).filter(Boolean).map(Number);
-    return { ...own, limit: Number(limit.value), mode: mode.value, method: method.value, seed: Number(seed.value), ...(mode.value === "sequence" ? { checkpoints: numbers } : {}), ...(plain.value ? { plain: Number(plain.value) } : {}) };
+    const numbers = points.value
+      .split(/[\s,]+/)
+      .filter(Boolean)
+      .map(Number);
+    return {
+      ...own,
+      limit: Number(limit.value),
+      mode: mode.value,
+      method: method.value,
+      seed: Number(seed.value),
+      ...(mode.value === "sequence" ? { checkpoints: numbers } : {}),
+      ...(plain.value ? { plain: Number(plain.value) } : {}),
+    };
   }
   async function submit(event) {
     event.preventDefault();
     const evaluation = await working(send, trouble, async () => post("/evaluations", asked()));
     if (evaluation) location.hash = `#/evaluations/${evaluation.id}`;
   }
-  return submits(h("form", { class: "sheet", on: { submit } }, from.element, pasted, mode.element, checkpoints,
-    h("div", { class: "grid" }, field("At most", limit, "records"), field("Method", method), field("Seed", seed, "of their order"), field("Plain texts", plain, "read for damage")),
-    trouble, h("div", { class: "actions" }, send)));
+  return submits(
+    h(
+      "form",
+      { class: "sheet", on: { submit } },
+      from.element,
+      pasted,
+      mode.element,
+      checkpoints,
+      h(
+        "div",
+        { class: "grid" },
+        field("At most", limit, "records"),
+        field("Method", method),
+        field("Seed", seed, "of their order"),
+        field("Plain texts", plain, "read for damage"),
+      ),
+      trouble,
+      h("div", { class: "actions" }, send),
+    ),
+  );
 }
 
 /** Records of an array, or one a line. */
@@ -71,20 +183,45 @@ function read(text) {
     const value = JSON.parse(text);
     return Array.isArray(value) ? value : [value];
   } catch {}
-  return text.split("\n").filter((line) => line.trim()).map((line, i) => {
-    try {
-      return JSON.parse(line);
-    } catch {
-      throw new Error(`Line ${i + 1} is no JSON: give a list of records, or one record a line.`);
-    }
-  });
+  return text
+    .split("\n")
+    .filter((line) => line.trim())
+    .map((line, i) => {
+      try {
+        return JSON.parse(line);
+      } catch {
+        throw new Error(`Line ${i + 1} is no JSON: give a list of records, or one record a line.`);
+      }
+    });
 }
 
 async function newest(place, signal) {
   const page = await get("/evaluations?limit=20", { signal });
-  put(place, h("h2", {}, "Newest"), page.items.length
-    ? h("ol", { class: "listing" }, page.items.map((one) => h("li", {}, h("a", { href: `#/evaluations/${one.id}` }, title(one.request)), h("span", { class: "meta" }, pill(one.status), h("span", {}, when(one.created))))))
-    : empty("No evaluation yet", h("p", {}, "Twenty facts that the shipped GPT knows take about a minute. You see how often an edit takes, whether other wordings follow, and whether neighbours keep their answers.")));
+  put(
+    place,
+    h("h2", {}, "Newest"),
+    page.items.length
+      ? h(
+          "ol",
+          { class: "listing" },
+          page.items.map((one) =>
+            h(
+              "li",
+              {},
+              h("a", { href: `#/evaluations/${one.id}` }, title(one.request)),
+              h("span", { class: "meta" }, pill(one.status), h("span", {}, when(one.created))),
+            ),
+          ),
+        )
+      : empty(
+          "No evaluation yet",
+          h(
+            "p",
+            {},
+            "Twenty facts that the shipped GPT knows take about a minute. You see how often an edit takes, whether other wordings follow, and whether neighbours keep their answers.",
+          ),
+        ),
+  );
 }
 
 function title({ method, mode, dataset, records, limit }) {
@@ -100,46 +237,141 @@ async function showOne(place, id, signal) {
     const open = one.status === "queued" || one.status === "running";
     const live = h("div");
     const { result, ...shown } = one;
-    put(place, h("p", { class: "crumbs" }, link("evaluations", "Evaluations")),
-      h("header", { class: "title" }, h("h1", {}, title(one.request)), h("p", { class: "meta" }, pill(one.status), h("span", {}, `${who(one.actor)} · ${when(one.created)} · ${lasted(one.started, one.ended)}`))),
-      open ? live : [one.error && h("div", { class: "problem" }, h("p", {}, one.error.detail)), result && results(one, result), raw(shown)]);
-    if (open) follow(live, path, "The evaluation", { signal, ended: async () => draw(await get(path, { signal })) });
+    put(
+      place,
+      h("p", { class: "crumbs" }, link("evaluations", "Evaluations")),
+      h(
+        "header",
+        { class: "title" },
+        h("h1", {}, title(one.request)),
+        h(
+          "p",
+          { class: "meta" },
+          pill(one.status),
+          h("span", {}, `${who(one.actor)} · ${when(one.created)} · ${lasted(one.started, one.ended)}`),
+        ),
+      ),
+      open
+        ? live
+        : [
+            one.error && h("div", { class: "problem" }, h("p", {}, one.error.detail)),
+            result && results(one, result),
+            raw(shown),
+          ],
+    );
+    if (open)
+      follow(live, path, "The evaluation", { signal, ended: async () => draw(await get(path, { signal })) });
   }
 }
 
 function results(one, result) {
   const trouble = h("div");
-  const save = (words, accept, ending) => {
-    const button = h("button", { type: "button", on: { click: () => working(button, trouble, () => download(`/evaluations/${one.id}`, accept, `${one.id}.${ending}`)) } }, words);
-    return button;
-  };
+  const written = one.request.objective === "write";
+  const [names, found] = written ? [MEASURES, result.after] : [CHANGES, result.changes];
+  const save = saving(`/evaluations/${one.id}`, one.id, trouble);
   return [
-    h("section", {}, h("h2", {}, "After the edits"), h("div", { class: "measures" }, Object.keys(MEASURES).filter((name) => result.after[name]).map((name) => measure(name, result.before[name], result.after[name]))),
-      h("p", { class: "legend" }, h("span", { class: "swatch mean" }), "mean", h("span", { class: "swatch whisker" }), "95 % interval", h("span", { class: "swatch tick" }), "before the edits")),
-    result.checkpoints?.length > 1 && h("section", {}, h("h2", {}, "As edits add up"), h("div", { class: "panels" }, curves(result.checkpoints))),
-    h("div", { class: "actions" }, save("Report as a page", "text/html", "html"), save("Plot as SVG", "image/svg+xml", "svg"), save("Plot as PNG", "image/png", "png")), trouble,
-    h("section", {}, h("h2", {}, "Every measure"), figures(result)),
+    h(
+      "section",
+      {},
+      h("h2", {}, written ? "After the edits" : "What changed, of what was possible"),
+      h(
+        "div",
+        { class: "measures" },
+        Object.keys(names)
+          .filter((name) => found[name])
+          .map((name) => measure(name, names[name], written ? result.before[name] : null, found[name])),
+      ),
+      h(
+        "p",
+        { class: "legend" },
+        h("span", { class: "swatch mean" }),
+        "mean",
+        h("span", { class: "swatch whisker" }),
+        "95 % interval",
+        h("span", { class: "swatch tick" }),
+        "before the edits",
+      ),
+    ),
+    result.checkpoints?.length > 1 &&
+      h(
+        "section",
+        {},
+        h("h2", {}, "As edits add up"),
+        h("div", { class: "panels" }, curves(result.checkpoints)),
+      ),
+    h(
+      "div",
+      { class: "actions" },
+      save("Report as a page", "text/html", "html"),
+      save("Plot as SVG", "image/svg+xml", "svg"),
+      save("Plot as PNG", "image/png", "png"),
+    ),
+    trouble,
+    h(
+      "section",
+      {},
+      h("h2", {}, "Every measure"),
+      h("p", { class: "note" }, "Means, times 100."),
+      figures(result),
+    ),
     records(result),
-    h("section", {}, h("h2", {}, "Particulars"), facts([["Measured", many(result.records.measured, "record")], ["Method", one.request.method], ["Layers", result.parameters?.layers?.join(", ")],
-      ["Loss on plain text", result.damage && `${figure(result.damage.loss_before, 4)} → ${figure(result.damage.loss_after, 4)}`], ["Id", h("code", {}, one.id)]])),
+    h(
+      "section",
+      {},
+      h("h2", {}, "Particulars"),
+      facts([
+        ["Measured", many(result.records.measured, "record")],
+        ["Method", one.request.method],
+        ["Layers", result.parameters?.layers?.join(", ")],
+        [
+          "Loss on plain text",
+          result.damage && `${figure(result.damage.loss_before, 4)} → ${figure(result.damage.loss_after, 4)}`,
+        ],
+        ["Id", h("code", {}, one.id)],
+      ]),
+    ),
   ];
 }
 
 /** One measure: a bar with its interval, and a tick where it was before. */
-function measure(name, before, after) {
+function measure(name, words, before, after) {
   const at = (p) => `${100 * Math.max(0, Math.min(1, p))}%`;
-  return h("div", { class: "measure" }, h("span", { class: "name" }, h("b", {}, name), h("small", {}, MEASURES[name])),
-    h("span", { class: "track", "aria-hidden": "true" }, h("span", { class: "bar", style: { "inline-size": at(after.mean) } }),
-      after.high > after.low && h("span", { class: "whisker", style: { "inset-inline-start": at(after.low), "inline-size": `${100 * Math.max(after.high - after.low, 0)}%` } }),
-      before && h("span", { class: "tick", style: { "inset-inline-start": at(before.mean) } })),
-    h("span", { class: "figures" }, h("b", {}, percent(after.mean)), h("small", {}, `${percent(after.low)} to ${percent(after.high)}`)));
+  return h(
+    "div",
+    { class: "measure" },
+    h("span", { class: "name" }, h("b", {}, name), h("small", {}, words)),
+    h(
+      "span",
+      { class: "track", "aria-hidden": "true" },
+      h("span", { class: "bar", style: { "inline-size": at(after.mean) } }),
+      after.high > after.low &&
+        h("span", {
+          class: "whisker",
+          style: {
+            "inset-inline-start": at(after.low),
+            "inline-size": `${100 * Math.max(after.high - after.low, 0)}%`,
+          },
+        }),
+      before && h("span", { class: "tick", style: { "inset-inline-start": at(before.mean) } }),
+    ),
+    h(
+      "span",
+      { class: "figures" },
+      h("b", {}, percent(after.mean)),
+      h("small", {}, `${percent(after.low)} to ${percent(after.high)}`),
+    ),
+  );
 }
 
 /** A small curve for each measure against the number of edits. */
 function curves(checkpoints) {
   return Object.entries(MEASURES).map(([name, words]) => {
-    const points = checkpoints.filter((one) => one.measures[name]).map((one) => ({ edits: one.edits, ...one.measures[name] }));
-    return points.length > 1 ? h("figure", {}, h("figcaption", {}, h("b", {}, name), ` ${words}`), curve(points, name)) : null;
+    const points = checkpoints
+      .filter((one) => one.measures[name])
+      .map((one) => ({ edits: one.edits, ...one.measures[name] }));
+    return points.length > 1
+      ? h("figure", {}, h("figcaption", {}, h("b", {}, name), ` ${words}`), curve(points, name))
+      : null;
   });
 }
 
@@ -148,26 +380,90 @@ function curve(points, name) {
   const logs = points.map(({ edits }) => Math.log(edits));
   const x = (i) => left + 6 + ((wide - 12) * (logs[i] - logs[0])) / Math.max(logs.at(-1) - logs[0], 1e-9);
   const y = (p) => top + tall * (1 - p);
-  const band = [...points.map((p, i) => `${x(i)},${y(p.high)}`), ...points.map((p, i) => `${x(i)},${y(p.low)}`).reverse()].join(" ");
+  const band = [
+    ...points.map((p, i) => `${x(i)},${y(p.high)}`),
+    ...points.map((p, i) => `${x(i)},${y(p.low)}`).reverse(),
+  ].join(" ");
   const said = points.map((p) => `after ${p.edits}: ${percent(p.mean)}`).join(", ");
-  return s("svg", { class: "curve", viewBox: `0 0 ${left + wide + 6} ${top + tall + 34}`, role: "img", "aria-label": `${name}, ${said}` },
-    [0, 0.5, 1].map((p) => s("g", { class: "axis" }, s("line", { x1: left, x2: left + wide, y1: y(p), y2: y(p) }), s("text", { class: "scale", x: left - 5, y: y(p) }, `${100 * p}`))),
-    s("polygon", { class: "band", points: band }), s("polyline", { class: "line", points: points.map((p, i) => `${x(i)},${y(p.mean)}`).join(" ") }),
+  return s(
+    "svg",
+    {
+      class: "curve",
+      viewBox: `0 0 ${left + wide + 6} ${top + tall + 34}`,
+      role: "img",
+      "aria-label": `${name}, ${said}`,
+    },
+    [0, 0.5, 1].map((p) =>
+      s(
+        "g",
+        { class: "axis" },
+        s("line", { x1: left, x2: left + wide, y1: y(p), y2: y(p) }),
+        s("text", { class: "scale", x: left - 5, y: y(p) }, `${100 * p}`),
+      ),
+    ),
+    s("polygon", { class: "band", points: band }),
+    s("polyline", { class: "line", points: points.map((p, i) => `${x(i)},${y(p.mean)}`).join(" ") }),
     points.map((p, i) => s("circle", { class: "dot", cx: x(i), cy: y(p.mean), r: 3 })),
-    s("g", { class: "axis" }, points.map((p, i) => (i === 0 || x(i) - x(i - 1) > 14 ? s("text", { x: x(i), y: top + tall + 14 }, String(p.edits)) : null)), s("text", { class: "name", x: left + wide / 2, y: top + tall + 29 }, "edits")));
+    s(
+      "g",
+      { class: "axis" },
+      points.map((p, i) =>
+        i === 0 || x(i) - x(i - 1) > 14 ? s("text", { x: x(i), y: top + tall + 14 }, String(p.edits)) : null,
+      ),
+      s("text", { class: "name", x: left + wide / 2, y: top + tall + 29 }, "edits"),
+    ),
+  );
 }
 
 function figures(result) {
-  const columns = result.checkpoints?.length > 1 ? result.checkpoints.map((one) => [`after ${one.edits}`, one.measures]) : [["after", result.after]];
-  const mean = (found) => (found ? (Math.abs(found.mean) <= 1 ? figure(100 * found.mean, 3) : figure(found.mean)) : "–");
-  return table("Every measure", [["measure"], ["before", true], ...columns.map(([words]) => [words, true])],
-    Object.keys(result.after).map((name) => [name.replace(/_/g, " "), mean(result.before[name]), ...columns.map(([, measures]) => h("b", {}, mean(measures[name])))]), { stacks: false });
+  const columns =
+    result.checkpoints?.length > 1
+      ? result.checkpoints.map((one) => [`after ${one.edits}`, one.measures])
+      : [["after", result.after]];
+  const mean = (found) => (found ? (100 * found.mean).toFixed(1).replace(/\.0$/, "").replace("-", "−") : "–");
+  return table(
+    "Every measure",
+    [["measure"], ["before", true], ...columns.map(([words]) => [words, true])],
+    Object.keys(result.after)
+      .filter((name) => result.after[name])
+      .map((name) => [
+        name.replace(/_/g, " "),
+        mean(result.before[name]),
+        ...columns.map(([, measures]) => h("b", {}, mean(measures[name]))),
+      ]),
+    { stacks: false },
+  );
 }
 
 function records(result) {
   const worst = [...result.rows].sort((a, b) => (a.after.p_new ?? 0) - (b.after.p_new ?? 0));
-  const rows = worst.slice(0, ROWS).map((row) => [h("span", { class: "prompt" }, row.prompt.replace("{}", () => row.subject), h("small", {}, `${row.target_true ?? "?"} → ${row.target_new}`)),
-    percent(row.before.p_new), h("b", {}, percent(row.after.p_new)), row.after.PS === undefined ? "–" : percent(row.after.PS), row.after.NS === undefined ? "–" : percent(row.after.NS)]);
-  return h("section", {}, h("h2", {}, "Record by record"), h("p", { class: "note" }, result.rows.length > ROWS ? `The ${ROWS} of ${result.rows.length} in which the new object is least probable.` : "The least probable new object first."),
-    table("Record by record", [["prompt"], ["p(new) before", true], ["after", true], ["wordings", true], ["neighbours", true]], rows));
+  const rows = worst.slice(0, ROWS).map((row) => [
+    h(
+      "span",
+      { class: "prompt" },
+      row.prompt.replace("{}", () => row.subject),
+      h("small", {}, `${row.target_true ?? "?"} → ${row.target_new}`),
+    ),
+    percent(row.before.p_new),
+    h("b", {}, percent(row.after.p_new)),
+    row.after.PS === undefined ? "–" : percent(row.after.PS),
+    row.after.NS === undefined ? "–" : percent(row.after.NS),
+  ]);
+  return h(
+    "section",
+    {},
+    h("h2", {}, "Record by record"),
+    h(
+      "p",
+      { class: "note" },
+      result.rows.length > ROWS
+        ? `The ${ROWS} of ${result.rows.length} in which the new object is least probable.`
+        : "The least probable new object first.",
+    ),
+    table(
+      "Record by record",
+      [["prompt"], ["p(new) before", true], ["after", true], ["wordings", true], ["neighbours", true]],
+      rows,
+    ),
+  );
 }

@@ -18,7 +18,12 @@ export function figure(x, digits = 3) {
 export const many = (n, one, more = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : more}`;
 
 const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
-const DAY = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
+const DAY = new Intl.DateTimeFormat(undefined, {
+  day: "numeric",
+  month: "short",
+  hour: "2-digit",
+  minute: "2-digit",
+});
 
 /** When, as near as one needs it. */
 export function when(iso) {
@@ -38,7 +43,8 @@ export function lasted(from, to) {
 }
 
 /** Who, as the ledger names them. */
-export const who = (actor) => (actor === "local" ? "someone on this machine" : (actor ?? "–").replace(/^key:/, "key "));
+export const who = (actor) =>
+  actor === "local" ? "someone on this machine" : (actor ?? "–").replace(/^key:/, "key ");
 
 /** A token on one line: the space before it does not show, an end of line does. */
 export function token(text) {
@@ -51,7 +57,9 @@ export function placed(prompt, subject) {
   const at = prompt.indexOf("{}");
   if (at >= 0) return [prompt.slice(0, at), subject, prompt.slice(at + 2)];
   const found = subject ? prompt.indexOf(subject) : -1;
-  return found < 0 ? [prompt, "", ""] : [prompt.slice(0, found), subject, prompt.slice(found + subject.length)];
+  return found < 0
+    ? [prompt, "", ""]
+    : [prompt.slice(0, found), subject, prompt.slice(found + subject.length)];
 }
 
 /** The words of a step of work, for those that are not words already. */

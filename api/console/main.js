@@ -37,11 +37,18 @@ async function show(byHand = true) {
   const { name, id, query } = read();
   const { words, page } = PAGES[name];
   document.title = `${words} · Palimpsest`;
-  put(document.getElementById("nav"), Object.entries(PAGES).map(([each, { words }]) => h("li", {},
-    h("a", { href: `#/${each}`, "aria-current": each === name ? "page" : null }, words))));
+  put(
+    document.getElementById("nav"),
+    Object.entries(PAGES).map(([each, { words }]) =>
+      h("li", {}, h("a", { href: `#/${each}`, "aria-current": each === name ? "page" : null }, words)),
+    ),
+  );
   const place = h("div", { class: "page" });
   put(main, place);
-  if (byHand) { main.focus({ preventScroll: true }); scrollTo(0, 0); }
+  if (byHand) {
+    main.focus({ preventScroll: true });
+    scrollTo(0, 0);
+  }
   try {
     await page.show(place, { id, query, signal });
     if (byHand) announce(`${place.querySelector("h1")?.textContent ?? words}`);
@@ -53,15 +60,20 @@ async function show(byHand = true) {
 // Keys: `g` and a letter go somewhere, and the few others are below `?`
 
 let goes = 0;
-const typing = (at) => at.closest?.("input:not([type=radio]):not([type=checkbox]), textarea, select, [contenteditable], dialog");
+const typing = (at) =>
+  at.closest?.("input:not([type=radio]):not([type=checkbox]), textarea, select, [contenteditable], dialog");
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
   if (event.key === "Escape" && typing(event.target) && !event.target.closest("dialog")) event.target.blur();
   if (typing(event.target)) return;
-  if (event.key === "?") { event.preventDefault(); openHelp(); }
-  else if (event.key === "/") { event.preventDefault(); main.querySelector("textarea, input")?.focus(); }
-  else if (event.key === "g") goes = Date.now();
+  if (event.key === "?") {
+    event.preventDefault();
+    openHelp();
+  } else if (event.key === "/") {
+    event.preventDefault();
+    main.querySelector("textarea, input")?.focus();
+  } else if (event.key === "g") goes = Date.now();
   else if (Date.now() - goes < 1500) {
     const found = Object.keys(PAGES).find((name) => PAGES[name].key === event.key);
     goes = 0;
@@ -81,13 +93,34 @@ const SHORTCUTS = [
 function openHelp() {
   const box = document.getElementById("help-box");
   const close = h("button", { type: "button", class: "primary", on: { click: () => box.close() } }, "Close");
-  put(box, h("h2", { id: "help-title" }, "Help"),
-    h("p", {}, "A palimpsest is a page whose text was scraped off and written over, with the older writing still there to be read. ",
-      "Here the page is a language model: ask it, write over a fact, see what that touched, and take it back whenever you like."),
-    h("dl", { class: "keys" }, SHORTCUTS.map(([keys, words]) => h("div", {},
-      h("dt", {}, keys.map((key) => h("kbd", {}, key))), h("dd", {}, words)))),
+  put(
+    box,
+    h("h2", { id: "help-title" }, "Help"),
+    h(
+      "p",
+      {},
+      "A palimpsest is a page whose text was scraped off and written over, with the older writing still there to be read. ",
+      "Here the page is a language model: ask it, write over a fact, see what that touched, and take it back whenever you like.",
+    ),
+    h(
+      "dl",
+      { class: "keys" },
+      SHORTCUTS.map(([keys, words]) =>
+        h(
+          "div",
+          {},
+          h(
+            "dt",
+            {},
+            keys.map((key) => h("kbd", {}, key)),
+          ),
+          h("dd", {}, words),
+        ),
+      ),
+    ),
     h("p", {}, "The same by HTTP: ", h("a", { href: "docs" }, "the interface"), "."),
-    h("div", { class: "actions" }, close));
+    h("div", { class: "actions" }, close),
+  );
   box.showModal();
   close.focus();
 }
@@ -124,8 +157,15 @@ function keys() {
     button.hidden = held() === null;
     button.textContent = "Forget key";
   };
-  button.addEventListener("click", () => { forget(); announce("The key is forgotten."); });
-  onKey(() => { state(); refresh(); if (held()) show(false); });
+  button.addEventListener("click", () => {
+    forget();
+    announce("The key is forgotten.");
+  });
+  onKey(() => {
+    state();
+    refresh();
+    if (held()) show(false);
+  });
   state();
 }
 
@@ -134,7 +174,10 @@ keys();
 document.getElementById("help").addEventListener("click", openHelp);
 document.getElementById("standing").addEventListener("click", (event) => {
   const asked = event.currentTarget.textContent.includes("key");
-  if (asked) { event.preventDefault(); askForKey(); }
+  if (asked) {
+    event.preventDefault();
+    askForKey();
+  }
 });
 showStanding(document.getElementById("standing"));
 addEventListener("hashchange", () => show());

@@ -16,7 +16,10 @@ export class Problem extends Error {
 }
 
 export const held = () => sessionStorage.getItem(KEY);
-export const forget = () => { sessionStorage.removeItem(KEY); changed(); };
+export const forget = () => {
+  sessionStorage.removeItem(KEY);
+  changed();
+};
 const listeners = new Set();
 /** Call back whenever a key is taken or forgotten. */
 export const onKey = (listener) => listeners.add(listener);
@@ -26,7 +29,11 @@ const changed = () => listeners.forEach((listener) => listener());
  * Ask the service. Gives the parsed JSON, or with `raw` the response itself.
  * `quiet`: for what nobody asked for by hand; a missing key is then an error like any other, and no box opens.
  */
-export async function ask(method, path, { body, accept, wait, signal, raw = false, quiet = false, headers = {} } = {}) {
+export async function ask(
+  method,
+  path,
+  { body, accept, wait, signal, raw = false, quiet = false, headers = {} } = {},
+) {
   const given = { ...headers, Accept: accept ?? "application/json" };
   if (body !== undefined) given["Content-Type"] = "application/json";
   if (wait) given.Prefer = `wait=${wait}`;
@@ -49,7 +56,10 @@ export async function all(path, { most = Infinity, ...options } = {}) {
   const items = [];
   let cursor = null;
   do {
-    const page = await get(`${path}${path.includes("?") ? "&" : "?"}limit=200${cursor ? `&cursor=${encodeURIComponent(cursor)}` : ""}`, options);
+    const page = await get(
+      `${path}${path.includes("?") ? "&" : "?"}limit=200${cursor ? `&cursor=${encodeURIComponent(cursor)}` : ""}`,
+      options,
+    );
     items.push(...page.items);
     cursor = page.next;
   } while (cursor && items.length < most);
@@ -103,10 +113,17 @@ export async function download(path, accept, name) {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-export function pause(ms, signal) {
+function pause(ms, signal) {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(resolve, ms);
-    signal?.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, { once: true });
+    signal?.addEventListener(
+      "abort",
+      () => {
+        clearTimeout(timer);
+        reject(signal.reason);
+      },
+      { once: true },
+    );
   });
 }
 
@@ -152,7 +169,9 @@ function parsed(frame) {
 
 /** A name of our own for a request. `randomUUID` is missing where a page comes without TLS from another machine. */
 function random() {
-  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) =>
+    byte.toString(16).padStart(2, "0"),
+  ).join("");
 }
 
 // The key box. However many requests want a key at once, one box opens.
@@ -161,13 +180,21 @@ let asking = null;
 
 /** Let the user give a key: whether one was given. */
 export function askForKey(refused = false) {
-  asking ??= new Promise((resolve) => openKeyBox(refused, resolve)).finally(() => { asking = null; });
+  asking ??= new Promise((resolve) => openKeyBox(refused, resolve)).finally(() => {
+    asking = null;
+  });
   return asking;
 }
 
 function openKeyBox(refused, resolve) {
   const box = document.getElementById("key-box");
-  const input = h("input", { id: "key-input", type: "password", autocomplete: "off", spellcheck: "false", required: true });
+  const input = h("input", {
+    id: "key-input",
+    type: "password",
+    autocomplete: "off",
+    spellcheck: "false",
+    required: true,
+  });
   const give = (event) => {
     event.preventDefault();
     if (!input.value.trim()) return;
@@ -176,23 +203,38 @@ function openKeyBox(refused, resolve) {
   };
   put(
     box,
-    h("form", { method: "dialog", on: { submit: give } },
+    h(
+      "form",
+      { method: "dialog", on: { submit: give } },
       h("h2", { id: "key-title" }, "This service asks for a key"),
       refused && h("p", { class: "problem", role: "alert" }, "That key is not good here, or no longer."),
-      h("p", {}, "Whoever runs the service makes one with ", h("code", {}, "palimpsest keys create"),
-        ". It is kept in this tab until you close it, and is sent to this service only."),
+      h(
+        "p",
+        {},
+        "Whoever runs the service makes one with ",
+        h("code", {}, "palimpsest keys create"),
+        ". It is kept in this tab until you close it, and is sent to this service only.",
+      ),
       h("label", { for: "key-input" }, "Key"),
       input,
-      h("div", { class: "actions" },
+      h(
+        "div",
+        { class: "actions" },
         h("button", { class: "primary" }, "Use this key"),
-        h("button", { type: "button", on: { click: () => box.close("") } }, "Not now"))),
+        h("button", { type: "button", on: { click: () => box.close("") } }, "Not now"),
+      ),
+    ),
   );
-  box.addEventListener("close", () => {
-    const given = box.returnValue === "given";
-    put(box);
-    if (given) changed();
-    resolve(given);
-  }, { once: true });
+  box.addEventListener(
+    "close",
+    () => {
+      const given = box.returnValue === "given";
+      put(box);
+      if (given) changed();
+      resolve(given);
+    },
+    { once: true },
+  );
   box.returnValue = "";
   box.showModal();
   input.focus();

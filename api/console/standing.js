@@ -29,7 +29,9 @@ export async function refresh() {
   timer = setTimeout(() => (document.hidden ? null : refresh()), EVERY);
 }
 
-document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) refresh();
+});
 
 /** The few words at the top of every page. */
 export function showStanding(place) {
@@ -43,8 +45,17 @@ export function showStanding(place) {
     const serving = model.workers.filter((worker) => worker.state === "serving").length;
     const open = model.jobs.queued + model.jobs.running;
     place.className = `standing ${serving ? (open ? "busy" : "on") : "off"}`;
-    put(place, h("span", { class: "dot" }), h("span", { class: "words" },
-      h("span", { class: "wide" }, `${model.name} · `), `version ${model.head}`,
-      h("span", { class: "wide" }, ` · ${many(serving, "worker")}`), open ? ` · ${many(open, "job")}` : ""));
+    put(
+      place,
+      h("span", { class: "dot" }),
+      h(
+        "span",
+        { class: "words" },
+        h("span", { class: "wide" }, `${model.name} · `),
+        `version ${model.head}`,
+        h("span", { class: "wide" }, ` · ${many(serving, "worker")}`),
+        open ? ` · ${many(open, "job")}` : "",
+      ),
+    );
   });
 }

@@ -2,35 +2,104 @@
 
 import { announce, h, put } from "./dom.js";
 import { figure, many, percent, token, when } from "./format.js";
-import { KINDS, heatmap, scale, severed } from "./heatmap.js";
-import { choice, empty, facts, field, follow, growing, link, pill, raw, selected, submits, table, versions, working } from "./parts.js";
-import { download, get, post } from "./service.js";
+import { KINDS, heatmap, scale } from "./heatmap.js";
+import {
+  choice,
+  empty,
+  facts,
+  field,
+  follow,
+  growing,
+  link,
+  pill,
+  raw,
+  saving,
+  selected,
+  submits,
+  table,
+  versions,
+  working,
+} from "./parts.js";
+import { get, post } from "./service.js";
+import { severed } from "./severed.js";
 
 const EXAMPLE = { prompt: "The Eiffel Tower is located in the city of", subject: "Eiffel Tower" };
 
 export async function show(place, { id, query, signal }) {
-  if (id) { await showTrace(place, id, signal); return; }
+  if (id) {
+    await showTrace(place, id, signal);
+    return;
+  }
   const list = h("section", { class: "newest" });
-  put(place, h("h1", {}, "Where is it kept?"),
-    h("p", { class: "lead" }, "The subject is blurred with noise until the model forgets the answer; then one state after another is put back. Where the answer returns, the fact is carried."),
-    h("div", { class: "split" }, form(query), list));
+  put(
+    place,
+    h("h1", {}, "Where is it kept?"),
+    h(
+      "p",
+      { class: "lead" },
+      "The subject is blurred with noise until the model forgets the answer; then one state after another is put back. Where the answer returns, the fact is carried.",
+    ),
+    h("div", { class: "split" }, form(query), list),
+  );
   await newest(list, signal);
 }
 
 function form(query) {
-  const prompt = growing(h("textarea", { id: "trace-prompt", name: "prompt", rows: 2, required: true, spellcheck: "false", placeholder: EXAMPLE.prompt }));
-  const subject = h("input", { type: "text", name: "subject", required: true, spellcheck: "false", autocomplete: "off", placeholder: EXAMPLE.subject });
-  const target = h("input", { type: "text", name: "target", spellcheck: "false", autocomplete: "off", placeholder: "what the model says" });
-  const mark = h("button", { type: "button", on: { click: () => { const words = selected(prompt); if (words) subject.value = words; else prompt.focus(); } } }, "Mark the selected words");
+  const prompt = growing(
+    h("textarea", {
+      id: "trace-prompt",
+      name: "prompt",
+      rows: 2,
+      required: true,
+      spellcheck: "false",
+      placeholder: EXAMPLE.prompt,
+    }),
+  );
+  const subject = h("input", {
+    type: "text",
+    name: "subject",
+    required: true,
+    spellcheck: "false",
+    autocomplete: "off",
+    placeholder: EXAMPLE.subject,
+  });
+  const target = h("input", {
+    type: "text",
+    name: "target",
+    spellcheck: "false",
+    autocomplete: "off",
+    placeholder: "what the model says",
+  });
+  const mark = h(
+    "button",
+    {
+      type: "button",
+      on: {
+        click: () => {
+          const words = selected(prompt);
+          if (words) subject.value = words;
+          else prompt.focus();
+        },
+      },
+    },
+    "Mark the selected words",
+  );
   const version = versions("Version", query.get("version") ?? "head");
-  const kinds = Object.entries(KINDS).map(([kind, { words }]) => [kind, h("input", { type: "checkbox", checked: true }), words]);
+  const kinds = Object.entries(KINDS).map(([kind, { words }]) => [
+    kind,
+    h("input", { type: "checkbox", checked: true }),
+    words,
+  ]);
   const cut = h("input", { type: "checkbox", checked: true });
   const window_ = h("input", { type: "number", min: 1, max: 100, value: 3 });
   const samples = h("input", { type: "number", min: 1, max: 100, value: 10 });
   const noise = h("input", { type: "text", value: "3sigma", spellcheck: "false" });
   const send = h("button", { class: "primary" }, "Trace it");
   const trouble = h("div");
-  const take = (one) => { prompt.value = one.prompt ?? ""; subject.value = one.subject ?? ""; };
+  const take = (one) => {
+    prompt.value = one.prompt ?? "";
+    subject.value = one.subject ?? "";
+  };
   take({ prompt: query.get("prompt"), subject: query.get("subject") });
 
   async function submit(event) {
@@ -39,23 +108,60 @@ function form(query) {
     const trace = await working(send, trouble, () => {
       if (!wanted.length) throw new Error("Choose at least one of hidden state, MLP and attention.");
       return post("/trace", {
-        prompt: prompt.value.trimEnd(), subject: subject.value.trim(), kinds: wanted, severed: cut.checked, version: version.value,
-        window: Number(window_.value), samples: Number(samples.value), noise: noise.value.trim(), ...(target.value.trim() ? { target: target.value.trim() } : {}),
+        prompt: prompt.value.trimEnd(),
+        subject: subject.value.trim(),
+        kinds: wanted,
+        severed: cut.checked,
+        version: version.value,
+        window: Number(window_.value),
+        samples: Number(samples.value),
+        noise: noise.value.trim(),
+        ...(target.value.trim() ? { target: target.value.trim() } : {}),
       });
     });
     if (trace) location.hash = `#/traces/${trace.id}`;
   }
-  return submits(h("form", { class: "sheet", on: { submit } },
-    h("div", { class: "field big" }, h("label", { for: "trace-prompt" }, "Sentence, up to the answer"), prompt,
-      h("div", { class: "under" }, h("small", {}, "The subject stands in it once."), mark)),
-    h("div", { class: "grid two" }, field("Subject", subject), field("Answer", target)),
-    version.element,
-    h("details", { class: "folded" }, h("summary", {}, "What and how"),
-      h("fieldset", { class: "checks-row" }, h("legend", {}, "Restore"), kinds.map(([, box, words]) => h("label", { class: "check" }, box, h("span", {}, words))),
-        h("label", { class: "check" }, cut, h("span", {}, "and with paths severed"))),
-      h("div", { class: "grid" }, field("Window", window_, "MLPs or attentions restored at once"), field("Samples of noise", samples), field("Noise", noise, "a number, or times the embeddings' deviation"))),
-    trouble,
-    h("div", { class: "actions" }, send, h("button", { type: "button", on: { click: () => take(EXAMPLE) } }, "Fill in the example"))));
+  return submits(
+    h(
+      "form",
+      { class: "sheet", on: { submit } },
+      h(
+        "div",
+        { class: "field big" },
+        h("label", { for: "trace-prompt" }, "Sentence, up to the answer"),
+        prompt,
+        h("div", { class: "under" }, h("small", {}, "The subject stands in it once."), mark),
+      ),
+      h("div", { class: "grid two" }, field("Subject", subject), field("Answer", target)),
+      version.element,
+      h(
+        "details",
+        { class: "folded" },
+        h("summary", {}, "What and how"),
+        h(
+          "fieldset",
+          { class: "checks-row" },
+          h("legend", {}, "Restore"),
+          kinds.map(([, box, words]) => h("label", { class: "check" }, box, h("span", {}, words))),
+          h("label", { class: "check" }, cut, h("span", {}, "and with paths severed")),
+        ),
+        h(
+          "div",
+          { class: "grid" },
+          field("Window", window_, "MLPs or attentions restored at once"),
+          field("Samples of noise", samples),
+          field("Noise", noise, "a number, or times the embeddings' deviation"),
+        ),
+      ),
+      trouble,
+      h(
+        "div",
+        { class: "actions" },
+        send,
+        h("button", { type: "button", on: { click: () => take(EXAMPLE) } }, "Fill in the example"),
+      ),
+    ),
+  );
 }
 
 async function newest(place, signal) {
@@ -67,13 +173,47 @@ async function newest(place, signal) {
   put(place, h("h2", {}, "Newest"), items, more, trouble);
   await load();
   if (!items.children.length) {
-    put(place, h("h2", {}, "Newest"), empty("No trace yet", h("p", {}, "“Fill in the example” traces where the shipped GPT keeps that the Eiffel Tower is in Paris: look for the dark cells at the subject's last token.")));
+    put(
+      place,
+      h("h2", {}, "Newest"),
+      empty(
+        "No trace yet",
+        h(
+          "p",
+          {},
+          "“Fill in the example” traces where the shipped GPT keeps that the Eiffel Tower is in Paris: look for the dark cells at the subject's last token.",
+        ),
+      ),
+    );
   }
   async function load() {
-    const page = await get(`/trace?limit=12${cursor ? `&cursor=${encodeURIComponent(cursor)}` : ""}`, { signal });
-    items.append(...page.items.map((trace) => h("li", {},
-      h("a", { href: `#/traces/${trace.id}` }, trace.request.prompt.replace("{}", () => trace.request.subject), trace.result && h("b", {}, ` ${trace.result.answer.text}`)),
-      h("span", { class: "meta" }, pill(trace.status), h("span", {}, `${trace.version === null ? "" : `version ${trace.version} · `}${when(trace.created)}`)))));
+    const page = await get(`/trace?limit=12${cursor ? `&cursor=${encodeURIComponent(cursor)}` : ""}`, {
+      signal,
+    });
+    items.append(
+      ...page.items.map((trace) =>
+        h(
+          "li",
+          {},
+          h(
+            "a",
+            { href: `#/traces/${trace.id}` },
+            trace.request.prompt.replace("{}", () => trace.request.subject),
+            trace.result && h("b", {}, ` ${trace.result.answer.text}`),
+          ),
+          h(
+            "span",
+            { class: "meta" },
+            pill(trace.status),
+            h(
+              "span",
+              {},
+              `${trace.version === null ? "" : `version ${trace.version} · `}${when(trace.created)}`,
+            ),
+          ),
+        ),
+      ),
+    );
     cursor = page.next;
     more.hidden = !cursor;
   }
@@ -87,10 +227,39 @@ async function showTrace(place, id, signal) {
     const open = trace.status === "queued" || trace.status === "running";
     const live = h("div");
     const { prompt, subject } = trace.request;
-    put(place, h("p", { class: "crumbs" }, link("traces", "Traces")),
-      h("header", { class: "title" }, h("h1", { class: "sentence" }, prompt.replace("{}", () => subject), trace.result && [" ", h("ins", { class: "over" }, trace.result.answer.text)]),
-        h("p", { class: "meta" }, pill(trace.status), h("span", {}, [trace.version === null ? null : `version ${trace.version}`, when(trace.created)].filter(Boolean).join(" · ")))),
-      open ? live : [trace.error && h("div", { class: "problem" }, h("p", {}, trace.error.detail)), trace.result && maps(trace, signal), raw(trace)]);
+    put(
+      place,
+      h("p", { class: "crumbs" }, link("traces", "Traces")),
+      h(
+        "header",
+        { class: "title" },
+        h(
+          "h1",
+          { class: "sentence" },
+          prompt.replace("{}", () => subject),
+          trace.result && [" ", h("ins", { class: "over" }, trace.result.answer.text)],
+        ),
+        h(
+          "p",
+          { class: "meta" },
+          pill(trace.status),
+          h(
+            "span",
+            {},
+            [trace.version === null ? null : `version ${trace.version}`, when(trace.created)]
+              .filter(Boolean)
+              .join(" · "),
+          ),
+        ),
+      ),
+      open
+        ? live
+        : [
+            trace.error && h("div", { class: "problem" }, h("p", {}, trace.error.detail)),
+            trace.result && maps(trace, signal),
+            raw(trace),
+          ],
+    );
     if (open) follow(live, path, "The trace", { signal, ended: draw });
   }
 }
@@ -99,34 +268,73 @@ function maps(trace, signal) {
   const { result } = trace;
   const stage = h("div", { class: "stage" });
   const side = h("div", { class: "side" });
-  const tabs = [...Object.keys(result.kinds).map((kind) => [kind, KINDS[kind].words]), ...(result.severed ? [["severed", "severed"]] : [])];
+  const tabs = [
+    ...Object.keys(result.kinds).map((kind) => [kind, KINDS[kind].words]),
+    ...(result.severed ? [["severed", "severed"]] : []),
+  ];
   const chosen = choice("Restored", tabs, { change: draw });
   const trouble = h("div");
-  const save = (words, accept, ending) => {
-    const button = h("button", { type: "button", on: { click: () => working(button, trouble, () => download(`/trace/${trace.id}`, accept, `${trace.id}.${ending}`)) } }, words);
-    return button;
-  };
+  const save = saving(`/trace/${trace.id}`, trace.id, trouble);
   let shown = tabs[0][0];
   function draw(kind = shown) {
     if (kind !== shown) announce(`Restored: ${tabs.find(([name]) => name === kind)[1]}.`);
     shown = kind;
     const width = Math.max(stage.clientWidth || 640, 240);
-    const drawn = kind === "severed" ? severed(result, width) : heatmap(result, kind, width);
-    put(stage, drawn.element);
-    put(side, drawn.readout, kind === "severed" ? drawn.legend : scale(result, kind));
+    const map = kind === "severed" ? severed(result, width) : heatmap(result, kind, width);
+    put(stage, map.element);
+    put(side, map.readout, map.legend ?? scale(result, kind));
   }
-  const watcher = new ResizeObserver(() => draw());
+  let drawn = 0; // the width that it was last drawn for
+  const watcher = new ResizeObserver(() => {
+    if (stage.clientWidth === drawn) return;
+    drawn = stage.clientWidth;
+    draw();
+  });
   watcher.observe(stage);
   signal.addEventListener("abort", () => watcher.disconnect());
   const answer = token(result.answer.text);
   return [
-    h("p", { class: "lead" }, "The model says ", h("b", {}, answer), ` with ${percent(result.high)}. With `, h("b", {}, result.subject.text), ` blurred it does so with ${percent(result.low)}. Each cell is the probability when one state is put back: a stronger colour brings back more.`),
+    h(
+      "p",
+      { class: "lead" },
+      "The model says ",
+      h("b", {}, answer),
+      ` with ${percent(result.high)}. With `,
+      h("b", {}, result.subject.text),
+      ` blurred it does so with ${percent(result.low)}. Each cell is the probability when one state is put back: a stronger colour brings back more.`,
+    ),
     h("section", { class: "map" }, chosen.element, h("div", { class: "map-body" }, stage, side)),
-    h("div", { class: "actions" }, save("Download SVG", "image/svg+xml", "svg"), save("Download PNG", "image/png", "png"),
-      h("a", { class: "button", href: `#/edits?${new URLSearchParams({ prompt: result.prompt, subject: trace.request.subject, target_true: result.answer.text })}` }, "Edit this fact")), trouble,
+    h(
+      "div",
+      { class: "actions" },
+      save("Download SVG", "image/svg+xml", "svg"),
+      save("Download PNG", "image/png", "png"),
+      h(
+        "a",
+        {
+          class: "button",
+          href: `#/edits?${new URLSearchParams({ prompt: result.prompt, subject: trace.request.subject, target_true: result.answer.text })}`,
+        },
+        "Edit this fact",
+      ),
+    ),
+    trouble,
     h("section", {}, h("h2", {}, "Where most comes back"), best(result)),
-    h("section", {}, h("h2", {}, "Particulars"), facts([["Samples", figure(result.samples)], ["Noise", `${result.noise.factor === null ? "" : `${result.noise.factor} σ = `}${figure(result.noise.level)}`],
-      ["Window", many(result.window, "layer")], ["Total effect", percent(result.total_effect)], ["Id", h("code", {}, trace.id)]])),
+    h(
+      "section",
+      {},
+      h("h2", {}, "Particulars"),
+      facts([
+        ["Samples", figure(result.samples)],
+        [
+          "Noise",
+          `${result.noise.factor === null ? "" : `${result.noise.factor} σ = `}${figure(result.noise.level)}`,
+        ],
+        ["Window", many(result.window, "layer")],
+        ["Total effect", percent(result.total_effect)],
+        ["Id", h("code", {}, trace.id)],
+      ]),
+    ),
   ];
 }
 
@@ -134,9 +342,25 @@ function maps(trace, signal) {
 function best(result) {
   const [first, last] = result.subject.tokens;
   const rows = Object.entries(result.kinds).flatMap(([kind, { best: anywhere, scores }]) => {
-    const own = scores.slice(first, last).flatMap((row, t) => row.map((score, layer) => ({ token: first + t, layer, score }))).reduce((a, b) => (b.score > a.score ? b : a));
-    return [[own, "in the subject"], [anywhere, "anywhere"]].map(([at, where]) => [KINDS[kind].words, where, h("b", {}, token(result.tokens[at.token])), String(at.layer), percent(at.score),
-      percent(result.total_effect > 0 ? Math.max(0, (at.score - result.low) / result.total_effect) : null)]);
+    const own = scores
+      .slice(first, last)
+      .flatMap((row, t) => row.map((score, layer) => ({ token: first + t, layer, score })))
+      .reduce((a, b) => (b.score > a.score ? b : a));
+    return [
+      [own, "in the subject"],
+      [anywhere, "anywhere"],
+    ].map(([at, where]) => [
+      KINDS[kind].words,
+      where,
+      h("b", {}, token(result.tokens[at.token])),
+      String(at.layer),
+      percent(at.score),
+      percent(result.total_effect > 0 ? Math.max(0, (at.score - result.low) / result.total_effect) : null),
+    ]);
   });
-  return table("Best cells", [["restored"], ["best"], ["token"], ["layer", true], ["probability", true], ["of the effect", true]], rows);
+  return table(
+    "Best cells",
+    [["restored"], ["best"], ["token"], ["layer", true], ["probability", true], ["of the effect", true]],
+    rows,
+  );
 }
