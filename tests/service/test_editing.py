@@ -432,7 +432,7 @@ def test_which_strength_is_chosen(
     left = iter(seen)
 
     def judge(
-        _plan: object, _before: object, _after: object, strength: float, norms: dict[int, float]
+        _plan: object, _before: object, _after: object, strength: float, norms: dict[int, float], _: float
     ) -> Trial:
         what = next(left)
         answer = Answer(-1.0, -2.0, what == SPOKEN, False)
@@ -849,8 +849,8 @@ def test_edits_that_do_harm_only_together_are_tried_in_parts(
     tried: list[int] = []
     honest = trial.judge
 
-    def judge(plan: Any, before: Any, after: Any, strength: float, norms: Any) -> Trial:
-        found = honest(plan, before, after, strength, norms)
+    def judge(plan: Any, before: Any, after: Any, strength: float, norms: Any, lead: float) -> Trial:
+        found = honest(plan, before, after, strength, norms, lead)
         return replace(found, checks=[Check("perplexity", tried[-1] == 1, 9.0, 1.0)])
 
     composed = Replica.composed
