@@ -407,6 +407,23 @@ def test_a_weak_edit_is_strengthened(shop: Workshop) -> None:
     assert torch.equal(one.key, more.key)
 
 
+@pytest.mark.parametrize(
+    ("leads", "strength"),
+    [
+        (((1.0, 20.0),), 1.0),  # there is room: at full strength from the start
+        (((0.0, 20.0),), 1.0),  # raised for a lead that it never has, and at full strength the margin is enough
+        (((0.0, 0.0),), 0.9),  # any lead is enough
+    ],
+)
+def test_an_edit_climbs_as_the_recipe_says(
+    shop: Workshop, leads: tuple[tuple[float, float], ...], strength: float
+) -> None:
+    """How strong an edit lands depends on the lead that is enough with so many active; what it landed with is in the ledger."""
+    edit = shop.edit(hparams={"strengths": [0.9, 1.0], "leads": leads}, true="the")
+    assert (edit["status"], edit["result"]["strength"]) == ("applied", strength)
+    assert shop.entry(edit["version"])["strength"] == strength
+
+
 MISS, QUIET, SPOKEN, HARM = "misses", "passes unspoken", "is spoken", "does harm"
 
 
