@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from service.requests import Sampling
-from service.serving.sampling import FEW, NONE, Sampler, draw, uniforms
+from service.serving.sampling import FEW, NONE, Sampler, draw, seed_of, uniforms
 
 torch.set_num_threads(1)
 
@@ -167,3 +167,12 @@ def test_logits_that_are_not_numbers_give_no_token(bad: float) -> None:
 def test_extreme_logits_give_numbers() -> None:
     """A low temperature and wide logits overflow nothing."""
     assert shares(torch.tensor([3e38, -3e38, 0.0]), 0.01).tolist() == [1, 0, 0]
+
+
+def test_answers_have_seeds_of_their_own() -> None:
+    """The first answer has the request's seed; the others, and those of other seeds, have seeds that differ, and are seeds."""
+    seeds = {seed_of(seed, choice) for seed in (0, 1, 2**63 - 1) for choice in range(64)}
+    assert len(seeds) == 3 * 64
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert [seed_of(seed, 0) for seed in (0, 7)] == [0, 7]
+    assert seed_of(7, 1) == 3825955368494240696  # for ever: a text that was said can be said again
