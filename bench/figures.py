@@ -65,8 +65,11 @@ def main() -> None:
         if head:
             asked.error(f"the ledger stands at version {head}: start a service on an empty data folder")
         facts = drawn(args.many + BATCH, args.seed)
-        args.trace.write_bytes(client.picture(client.trace(STATEMENT, SUBJECT, window=3), "png"))
-        _keep(args.out, "edit", draw_edit, landed(client))
+        (args.out / "trace-base.png").write_bytes(traced(client))
+        edit = landed(client)
+        args.trace.write_bytes(traced(client))
+        client.revert(edit)
+        _keep(args.out, "edit", draw_edit, measured(edit))
         _keep(args.out, "revert", draw_revert, taken_back(client, facts[:BATCH], args.seed))
         _keep(args.out, "room", draw_room, filled(client, facts[BATCH:]))
 
@@ -103,14 +106,21 @@ def drawn(count: int, seed: int) -> list[EditRequest]:
 # One edit
 
 
-def landed(client: Client) -> dict[str, Any]:
-    """What the service measured of one edit, on other wordings and on its neighbours too."""
+def landed(client: Client) -> Edit:
+    """An edit that is measured on other wordings and on its neighbours too."""
     neighbours = [{"prompt": prompt, "target": "Paris"} for prompt in NEIGHBOURS]
     probes: Any = {"paraphrase": WORDINGS, "neighborhood": neighbours}
-    edit = client.edit(SUBJECT, PROMPT, "Rome", "Paris", probes=probes)
-    client.revert(edit)
+    return client.edit(SUBJECT, PROMPT, "Rome", "Paris", probes=probes)
+
+
+def measured(edit: Edit) -> dict[str, Any]:
     result = edit.result or {}
     return {kind: result[kind] for kind in ("rewrite", "paraphrase", "neighborhood")}
+
+
+def traced(client: Client) -> bytes:
+    """The service's own picture of where head keeps the fact."""
+    return client.picture(client.trace(STATEMENT, SUBJECT, window=3), "png")
 
 
 def draw_edit(shown: dict[str, Any]) -> Sheet:
@@ -223,7 +233,7 @@ def draw_revert(shown: dict[str, Any]) -> Sheet:
     axes.set(xlim=(0, 1), ylim=(-0.6, 2.6), yticks=[], xticks=[0, 0.5, 1], xticklabels=["0", "50 %", "100 %"])
     for place, (name, share, _) in zip(places, ways, strict=True):
         sheet.write(0.15, 0.55 + 1.25 * (2.6 - place) / 3.2, name, fontsize=9, va="center")
-        says = f"{share:.0%}" if share else "none: the same digest"
+        says = f"{100 * share:.0f} %" if share else "none: the same digest"
         axes.text(share + 0.02, place, says, fontsize=9, va="center", color=INK)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

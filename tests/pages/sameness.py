@@ -1,7 +1,7 @@
 """Whether what came is what a page shows.
 
 Words are compared and not the space between them. What differs from one machine or run to the next is written `…`: inside a word
-for some characters, alone on a line for any number of lines. Numbers with a point agree when they are near each other. An output that is
+for some characters, at the end of a line for any words, alone on a line for any number of lines. Numbers with a point agree when they are near each other. An output that is
 shown as JSON shows a part of the answer: every field that is shown is there, and says that.
 """
 
@@ -57,6 +57,8 @@ def _lines(shown: Sequence[list[str]], came: Sequence[list[str]]) -> bool:
 
 
 def _line(shown: list[str], came: list[str]) -> bool:
+    if shown[-1] == ANY and len(came) >= len(shown) - 1:
+        shown, came = shown[:-1], came[: len(shown) - 1]
     return len(shown) == len(came) and all(map(_word, shown, came))
 
 

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from pages.blocks import PYTHON, ROOT, Block
 
-PATIENCE = 90.0  # seconds for one block
+PATIENCE = 300.0  # seconds for one block
 ENDED = "\x1eended\x1e"
 
 INTERPRETER = f"""
@@ -25,11 +25,13 @@ names = {{"__name__": "__main__"}}
 for line in sys.stdin:
     page, first, code = json.loads(line)
     exec(compile("\\n" * first + code, page, "exec"), names)
-    print({ENDED!r}, flush=True)
+    print({ENDED!r}, end="", flush=True)
 """
-#: what fails ends the shell, and that nothing follows is how it is told; an answer of 400 and above is a failure of curl's
+#: what fails ends the shell, and that nothing follows is how it is told; an answer of 400 and above is a failure of curl's. A setup may
+#: wait until the service has `settled`: a busy machine takes longer than a reader, or the header Prefer, would wait
 SHELL = """set -e -o pipefail
 curl() { command curl --fail-with-body "$@"; }
+settled() { while command curl -sS "$PALIMPSEST_URL/models" | grep -q '"queued":[1-9]\\|"running":[1-9]'; do sleep 0.2; done; }
 """
 
 

@@ -106,6 +106,7 @@ def test_pages_are_written_for_the_default_port(session: Session) -> None:
         ("edit_… applied 0.997", "edit_01K applied 0.99"),
         ("from 1.25 s", "from 1.30 s"),
         ("first\n…\nlast", "first\nsecond\nthird\nlast"),
+        ("made by …", "made by many hands"),
         ("…\nlast", "last"),
         ("─────", "──────────────"),
     ],
@@ -125,6 +126,7 @@ def test_what_is_the_same(shown: str, came: str) -> None:
         ("first\n…\nlast", "first\nsecond"),
         ("one", "one\ntwo"),
         ("one two", "one"),
+        ("one two …", "one"),
         ("edit_…", "trace_01"),
     ],
 )

@@ -61,7 +61,11 @@ def test_a_page_can_be_followed(page: str, shared: Service, tmp_path: Path) -> N
         data = tmp_path / "data"
         data.mkdir()
         (data / "statistics").symlink_to(shared.data / "statistics")  # of the same model
-        environment = {"PALIMPSEST_URL": address, "PALIMPSEST_DATA": str(data)}
+        environment = {
+            "PALIMPSEST_URL": address,
+            "PALIMPSEST_DATA": str(data),
+            "SERVICE_DATA": str(service.data),
+        }
         with Session(tmp_path / "followed", environment, service.http.base_url.port or 0) as session:
             for block, output in taken_up(read(page)):
                 came = session.run(block)
