@@ -12,10 +12,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import postgres
 import pytest
 import redis_server
+from openai import OpenAI
 from running import QUICK, Deployment, Process, Resource, says, until
 from tiny import tiny
 
@@ -214,6 +216,35 @@ def test_a_stream_survives_its_worker(whole: Deployment) -> None:
             heard.take(*event)
     assert heard.said() == expected
     assert heard.restarts == 1
+
+
+def test_a_completion_survives_its_worker(whole: Deployment) -> None:
+    """A client of the OpenAI-compatible stream hears every character and every token once, and does not notice that the worker
+    which spoke was killed and another one said all of it again."""
+    wish: dict[str, Any] = {
+        "model": "almanac@base",
+        "prompt": ASKED,
+        "max_tokens": 4096,
+        "temperature": 10.0,
+        "seed": 3,
+    }
+    speaker = whole.staff[0]
+    with (
+        OpenAI(base_url=f"{whole.http.base_url}/v1", api_key="none", max_retries=0) as client,
+        ExitStack() as stack,
+    ):
+        (expected,) = client.completions.create(**wish, logprobs=0).choices
+        with whole.alone(speaker):
+            stream = stack.enter_context(client.completions.create(**wish, logprobs=0, stream=True))
+            chunks = [next(stream)]
+            speaker.kill()
+        chunks += stream
+    assert {chunk.model for chunk in chunks} == {"almanac@0"}
+    heard = [chunk.choices[0] for chunk in chunks]
+    assert "".join(choice.text for choice in heard) == expected.text
+    tokens = [token for choice in heard if choice.logprobs for token in choice.logprobs.tokens or []]
+    assert expected.logprobs is not None and tokens == expected.logprobs.tokens
+    assert [choice.finish_reason for choice in heard if choice.finish_reason] == ["length"]
 
 
 def test_a_sleeper_does_not_talk_in_between(whole: Deployment) -> None:
