@@ -210,8 +210,9 @@ def state(edit: Resource) -> str:
 
 
 def fact(told: Resource) -> str:
-    """A fact in one line: the prompt with its subject, and the new object or what is done to the true one."""
-    return f"{filled(str(told.get('prompt') or '{}'), str(told.get('subject')))} → {object_of(told)}"
+    """A fact in one line: the prompt with its subject, and the new object or what is done to the true one; a revert has neither."""
+    sentence, made = filled(str(told.get("prompt") or "{}"), str(told.get("subject"))), object_of(told)
+    return f"{sentence} → {made}" if made else sentence
 
 
 def filled(prompt: str, subject: str) -> str:

@@ -116,6 +116,23 @@ def test_a_picture_of_an_unknown_form_is_refused_first(fake: Fake, capsys: Captu
     assert fake.asked == []
 
 
+def test_a_revert_in_the_ledger_names_its_fact(fake: Fake, capsys: Captured) -> None:
+    """An entry that takes an edit back shows which fact it was of, and no object: it says none."""
+    body = {"subject": "Eiffel Tower", "prompt": "The {} is in", "applied_version": 1}
+    entry = {
+        "version": 2,
+        "kind": "revert",
+        "edit_id": "edit_1",
+        "actor": "local",
+        "at": "2026-11-25T01:00",
+        "body": body,
+    }
+    fake.answers = {"GET /ledger": {"items": [entry], "next": None}}
+    assert main(["ledger"]) == 0
+    shown = capsys.readouterr().out
+    assert "The Eiffel Tower is in" in shown and "None" not in shown and "→" not in shown
+
+
 def test_ledger_reads_every_page(fake: Fake, capsys: Captured) -> None:
     """The ledger is shown whole, however many pages it has."""
     entry = {
