@@ -123,3 +123,18 @@ def test_commands_exist(page: str) -> None:
             )
         if words[:1] == ["make"]:
             assert {word for word in words[1:] if re.fullmatch(r"[\w-]+", word)} <= targets, command
+
+
+SCRIPT = re.compile(r"python ((?:bench|training|docs|examples)/[\w/]+\.py)([^`\n]*)")
+
+
+@pytest.mark.parametrize("page", pages())
+def test_scripts_exist(page: str) -> None:
+    """Every script that a page names, in a block or in a sentence, is there and knows the flags that it is given."""
+    for script, given in SCRIPT.findall(" ".join(read(page).split())):
+        assert (ROOT / script).is_file(), script
+        known = "".join(
+            read(str(path.relative_to(ROOT))) for path in [ROOT / script, *(ROOT / "bench").glob("*.py")]
+        )
+        for option in re.findall(r"(?<=\s)--[a-z][\w-]*", given):
+            assert f'"{option}"' in known, f"{script} {option}"
