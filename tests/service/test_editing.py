@@ -411,7 +411,7 @@ def test_a_weak_edit_is_strengthened(shop: Workshop) -> None:
     ("leads", "strength"),
     [
         (((1.0, 20.0),), 1.0),  # there is room: at full strength from the start
-        (((0.0, 20.0),), 1.0),  # raised for a lead that it never has, and at full strength the margin is enough
+        (((0.0, 20.0),), 1.0),  # raised to full strength, where the margin is enough
         (((0.0, 0.0),), 0.9),  # any lead is enough
     ],
 )
