@@ -1,7 +1,8 @@
 """Whether what came is what a page shows.
 
 Words are compared and not the space between them. What differs from one machine or run to the next is written `…`: inside a word
-for some characters, at the end of a line for any words, alone on a line for any number of lines. Numbers with a point agree when they are near each other. An output that is
+for some characters, at the end of a line for any words, alone on a line for any number of lines. Numbers with a point agree when they are near each other,
+and so do drawn cells and bars. An output that is
 shown as JSON shows a part of the answer: every field that is shown is there, and says that.
 """
 
@@ -15,6 +16,9 @@ from typing import Any
 
 ANY = "…"
 NUMBER = re.compile(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?")
+#: what maps and bars are drawn with in a terminal, from little ink to much
+SHADES, EIGHTHS = "·░▒▓█", "▏▎▍▌▋▊▉█"
+INK = {*SHADES, *EIGHTHS}
 NEAR, SHARE = 0.02, 0.05  # of two probabilities; of two larger numbers
 
 
@@ -67,11 +71,21 @@ def _word(shown: str, came: str) -> bool:
     if ANY in shown:
         pattern = ".*".join(re.escape(part) for part in shown.split(ANY))
         return re.fullmatch(pattern, came, re.DOTALL) is not None
+    if set(shown) <= INK and set(came) <= INK:
+        return _drawn(shown, came)
     if NUMBER.sub("#", shown) != NUMBER.sub("#", came):
         return False
     return all(
         _near(float(a), float(b)) for a, b in zip(NUMBER.findall(came), NUMBER.findall(shown), strict=True)
     )
+
+
+def _drawn(shown: str, came: str) -> bool:
+    """Cells of a map, each a shade off at most; or bars, one as long as the other but for an eighth of a cell."""
+    if {*shown, *came} <= set(SHADES):
+        pairs = zip(shown, came, strict=False)
+        return len(shown) == len(came) and all(abs(SHADES.index(a) - SHADES.index(b)) <= 1 for a, b in pairs)
+    return abs(sum(map(EIGHTHS.find, shown)) - sum(map(EIGHTHS.find, came)) + len(shown) - len(came)) <= 1
 
 
 def _near(came: float, shown: float) -> bool:

@@ -109,6 +109,9 @@ def test_pages_are_written_for_the_default_port(session: Session) -> None:
         ("made by …", "made by many hands"),
         ("…\nlast", "last"),
         ("─────", "──────────────"),
+        ("a ·░▓█", "a ·▒▓▓"),
+        ("██▌", "██▋"),
+        ("███", "██▉"),
     ],
 )
 def test_what_is_the_same(shown: str, came: str) -> None:
@@ -128,6 +131,9 @@ def test_what_is_the_same(shown: str, came: str) -> None:
         ("one two", "one"),
         ("one two …", "one"),
         ("edit_…", "trace_01"),
+        ("·░▓█", "·█▓█"),
+        ("·░", "·░░"),
+        ("██▌", "█▌"),
     ],
 )
 def test_what_is_not(shown: str, came: str) -> None:
