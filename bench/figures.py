@@ -299,7 +299,7 @@ def draw_room(shown: dict[str, Any]) -> Sheet:
         linewidth=1.8,
         label="active edits whose new object the model says",
     )
-    axes.set(xlim=(0, shown["average"][-1][0]), ylim=(0, 1.04))
+    axes.set(xlim=(0, shown["average"][-1][0]), ylim=(0.6, 1.02))
     axes.set_xlabel(
         "active edits of different subjects, one layer of 1,920 directions", fontsize=9, color=INK
     )
