@@ -30,7 +30,8 @@ $(BIN)/python:
 
 # The stamp is older than what it was made from exactly when there is something to install.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@echo "Installing into .venv, which takes some minutes the first time."
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
 serve: install
