@@ -90,7 +90,7 @@ def welcome(url: str, model: str, info: dict[str, Any], key: bool = False) -> st
     ask, edit, again = curls(url, shown, key, starting_point(info))
     return "\n".join(
         [
-            f"Palimpsest is ready on {url}   (documentation: {url}/docs   stop: Ctrl-C)",
+            f"Palimpsest is ready on {url}   (open it in a browser; documentation: {url}/docs; stop: Ctrl-C)",
             "",
             f"What does the model say about {shown.subject}?",
             f"  {ask}",
