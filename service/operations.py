@@ -775,7 +775,10 @@ def _named(session: Session, model: Model, names: Sequence[tuple[str, int]]) -> 
 
 
 def _no_model() -> Unavailable:
-    return Unavailable("no worker has loaded a model yet.", reasons=["no worker has loaded a model yet"])
+    return Unavailable(
+        "no worker has loaded a model yet: ask again when one says that it is ready, or start one.",
+        reasons=["no worker has loaded a model yet"],
+    )
 
 
 def _registration(model: Model) -> tuple[str, datetime]:
