@@ -68,7 +68,7 @@ def test_the_recipe_stands_where_the_worker_finds_it(
     assert begins is start
     assert {h["stage"] for h in said["tried"]} == {"layer", "spread", "many"}
     assert main(asked(folder)) == 0
-    assert "S at once" in capsys.readouterr().out
+    assert "merit" in capsys.readouterr().out
 
 
 def test_a_model_that_knows_nothing_has_no_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

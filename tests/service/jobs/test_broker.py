@@ -184,7 +184,7 @@ class TestDeliveries:
         """What waits is counted by kind, and no longer once it is taken."""
         broker.call("generate", {})
         broker.announce("edit_1", "edit")
-        assert [broker.waiting(kind) for kind in KINDS] == [1, 0, 1, 0, 0]
+        assert [broker.waiting(kind) for kind in KINDS] == [1, 0, 1, 0, 0, 0]
         broker.take(KINDS, 1, 0)
         assert broker.waiting("generate") == 0
 
