@@ -43,7 +43,7 @@ def contains(came: Any, shown: Any) -> bool:
         return isinstance(came, int | float) and _near(came, shown)
     if isinstance(shown, str) and isinstance(came, str):
         return _word(shown, came)
-    return bool(shown == ANY or (shown == came and type(shown) is type(came)))
+    return bool(shown == ANY or (shown == came and isinstance(shown, bool) == isinstance(came, bool)))
 
 
 def _words(text: str) -> list[list[str]]:

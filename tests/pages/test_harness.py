@@ -143,13 +143,14 @@ def test_what_is_not(shown: str, came: str) -> None:
 
 def test_json_shows_a_part() -> None:
     """An answer that is shown as JSON has what is shown, and may have more; what is shown and not there is told."""
-    came = '{"id": "edit_1", "p": 0.993, "n": 2, "items": [{"a": 1, "b": 2}, {"a": 3}]}'
+    came = '{"id": "edit_1", "p": 0.993, "n": 2.0, "items": [{"a": 1, "b": 2}, {"a": 3}]}'
     for shown in (
         '{"p": 0.99}',
         '{"id": "edit_…"}',
         '{"items": [{"a": 1}, {}]}',
         '{"items": [{"b": 2}, "…"]}',
         '{"n": "…"}',
+        '{"n": 2}',
     ):
         assert same(shown, came, "json"), shown
     for shown in (
