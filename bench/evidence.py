@@ -39,6 +39,7 @@ from workers.resident import resident
 
 console = Console(width=150)
 
+SEARCH = values.values_steps
 #: the published key: averaged over contexts, of the prompt alone
 PUBLISHED = {"bare_keys": False, "bare_weight": None, "anchor": "bare", "strength": 1.0}
 
@@ -73,10 +74,9 @@ def rows(toolkit: Toolkit) -> list[Row]:
     ]
 
 
-def share_searches(model: LoadedModel) -> None:
+def share_searches(model: LoadedModel, known: dict[str, Value]) -> None:
     """Let every method take a value that another has found for the same texts and loss on the base model."""
-    known: dict[str, Value] = {}
-    search, base = values.values_steps, {s: model.parameter(s).data for s in model.sites}
+    search, base = SEARCH, {s: model.parameter(s).data for s in model.sites}
 
     def name(place: Place, wish: Wish) -> str:
         p = wish.parameters
@@ -98,7 +98,7 @@ def share_searches(model: LoadedModel) -> None:
 class Lab:
     """A model with its recipe, the records that are reported, and plain statements of the others."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, known: dict[str, Value] | None = None) -> None:
         settings = Settings(model=args.model, data=args.data, corpus=args.corpus, threads=args.threads)
         model = resident(settings)
         self.toolkit = finish(prepare_steps(model, settings.data / "statistics", settings.corpus))
@@ -107,7 +107,7 @@ class Lab:
         every = read_records(source, 0)
         self.records = list({r.subject: r for r in reversed(every[1::2])}.values())[::-1]
         self.every, self.out = every, args.out / model.name
-        share_searches(model)
+        share_searches(model, {} if known is None else known)
 
     def run(self, row: Row, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
         """One evaluation, carried out or read. Edits whose strength depends on how many there are land in one company."""

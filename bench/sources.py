@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.covariance.corpus import SAMPLES
+from service.editors.values import Value
 from service.evaluation.records import read_records, statements
 from service.settings import SHIPPED_MODEL
 
@@ -78,10 +79,12 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=1)
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    results = {}
+    results: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    known: dict[str, Value] = {}
     out = args.out / Path(args.model).resolve().parent.name / Path(args.model).resolve().name
     for name, corpus in texts_of(args, out / "texts").items():
-        lab = Lab(argparse.Namespace(**vars(args) | {"corpus": corpus, "out": out / name.replace(" ", "-")}))
+        asked = vars(args) | {"corpus": corpus, "out": out / name.replace(" ", "-")}
+        lab = Lab(argparse.Namespace(**asked), known)
         alone = lab.run(ROME, "single", args.limit, ())
         together = lab.run(ROME, "sequence", args.limit, [args.limit])
         results[name] = (alone, together)
