@@ -35,7 +35,9 @@ def answer(settings: Settings, wired: Wired, bound: socket.socket, stop: threadi
     site = Site(create_app(wired.operations, wired.broker, settings), bound)
     site.start()
     try:
-        out.print(f"Palimpsest is ready on {site.address}   (open it in a browser; documentation: {site.address}/docs)")
+        out.print(
+            f"Palimpsest is ready on {site.address}   (open it in a browser; documentation: {site.address}/docs)"
+        )
         while site.alive() and not stop.wait(GLANCE):
             pass
     finally:
