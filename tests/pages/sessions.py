@@ -16,7 +16,7 @@ from types import TracebackType
 
 from pages.blocks import PYTHON, ROOT, Block
 
-PATIENCE = 300.0  # seconds for one block
+PATIENCE = 600.0  # seconds for one block
 ENDED = "\x1eended\x1e"
 
 INTERPRETER = f"""
