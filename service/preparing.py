@@ -294,9 +294,9 @@ def merit(history: Sequence[Values], values: Values, untried: float = 0.0) -> fl
 
 def room_steps(
     bench: Bench, best: Values, records: Sequence[Record], told: Callable[[str, Values], None]
-) -> Steps[tuple[Values, list[Values]]]:
-    """How strong edits are to be when there are many: for some numbers of them, the greatest lead that keeps them within what plain
-    statements may lose.
+) -> Steps[tuple[Values, list[Values], list[Values]]]:
+    """How strong edits are to be when there are many: the values, what was tried, and what of it was kept. For some numbers of edits,
+    the greatest lead that keeps them within what plain statements may lose.
 
     All land together, each with the first strength at which it leads so; thus the layer's room is given to those that need it. A greater
     lead costs more of the loss and lets more edits hold, so that the greatest is looked for by halving.
@@ -308,20 +308,25 @@ def room_steps(
         "strengths": list(WEAK),
     }
     groups: list[list[Piece]] = []
-    points: list[tuple[float, float]] = []
+    kept: list[Values] = []  # of each number of edits, fewest first
     for share in CROWDS:
         count = max(1, round(share * len(records)))
+        tried: dict[float, Values] = {}
         low, high = 0, len(LEADS)  # LEADS[low - 1] fits, as far as is known, and LEADS[high] does not
         while low < high:
             at = (low + high) // 2
             found = yield from _many_steps(bench, base, LEADS[at], records, count, groups)
-            history.append({"stage": "many"} | found)
-            told("many", history[-1])
+            tried[LEADS[at]] = {"stage": "many"} | found
+            told("many", tried[LEADS[at]])
             low, high = (at + 1, high) if found["rise"] <= RISE else (low, at)
-        points.insert(0, (count / bench.replica.base.inner_width, LEADS[max(0, low - 1)]))
+        history += tried.values()
+        kept.insert(0, tried[LEADS[max(0, low - 1)]])
         if low == len(LEADS):
             break  # fewer have room for as much
-    return base | {"margin": min(FIRM, *(lead for _, lead in points)), "leads": points}, history
+    width = bench.replica.base.inner_width
+    leads = [(h["edits"] / width, h["hparams"]["leads"][0][1]) for h in kept]
+    margin = min(h["hparams"]["margin"] for h in kept)
+    return base | {"margin": margin, "leads": leads}, history, kept
 
 
 def _many_steps(
@@ -454,10 +459,9 @@ def recipe_steps(
     bench.toolkit.recipe = Recipe(source="a first guess", rome=RomeParameters(layers=(0,)))
     best, history = yield from search_steps(bench, told)
     chosen = next(h for h in history if h["hparams"] == best)
-    crowds: list[list[float]] = []
+    crowds: list[Values] = []
     if many:
-        best, more = yield from room_steps(bench, best, many, told)
-        crowds = [[round(share * model.inner_width), lead] for share, lead in best["leads"]]
+        best, more, crowds = yield from room_steps(bench, best, many, told)
         history += more
     rome = RomeParameters.model_validate(best)
     bench.toolkit.recipe = Recipe(source="found for rome", rome=rome)
@@ -470,9 +474,7 @@ def recipe_steps(
         "plain": len(plain),
         "corpus": toolkit.corpus.source,
         "chosen": chosen,
-        "many": [
-            h for h in history if h["stage"] == "many" and [h["edits"], h["hparams"]["leads"][0][1]] in crowds
-        ],
+        "many": crowds,
         "methods": {
             m: next((h for h in history if h["method"] == m and h["hparams"] == v), None)
             for m, v in own.items()

@@ -127,6 +127,9 @@ def test_the_greatest_lead_that_fits_is_taken_for_each_number_of_edits(
         assert all(
             x > lead for x in tried.keys() - set(fitting) - {lead}
         )  # what was tried above does not fit
+    assert found.recipe.figures is not None
+    shown = [(h["edits"] / width, h["hparams"]["leads"][0][1]) for h in found.recipe.figures["many"]]
+    assert shown == list(found.recipe.rome.leads)
     assert found.recipe.rome.margin == min(preparing.FIRM, *(lead for _, lead in found.recipe.rome.leads))
 
 
