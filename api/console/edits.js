@@ -2,7 +2,19 @@
 
 import { h, put } from "./dom.js";
 import { when } from "./format.js";
-import { choice, empty, field, growing, pill, selected, submits, told, working, writing } from "./parts.js";
+import {
+  choice,
+  empty,
+  field,
+  formed,
+  growing,
+  pill,
+  selected,
+  submits,
+  told,
+  working,
+  writing,
+} from "./parts.js";
 import { subjectOf } from "./subject.js";
 import { get, post } from "./service.js";
 import { show as showReport } from "./report.js";
@@ -30,16 +42,11 @@ export async function show(place, { id, query, signal }) {
     await showReport(place, { id, signal });
     return;
   }
-  const list = h("section", { class: "newest" });
-  put(
+  const list = formed(
     place,
-    h("h1", {}, "Write over a fact"),
-    h(
-      "p",
-      { class: "lead" },
-      "Say what the model should say instead. The edit is tried and measured first; it lands only when it took and did no damage, and it can be taken back at any time.",
-    ),
-    h("div", { class: "split" }, form(query), list),
+    "Write over a fact",
+    "Say what the model should say instead. The edit is tried and measured first; it lands only when it took and did no damage, and it can be taken back at any time.",
+    form(query),
   );
   await newest(list, signal);
 }

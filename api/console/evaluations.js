@@ -8,6 +8,7 @@ import {
   facts,
   field,
   follow,
+  formed,
   link,
   pill,
   raw,
@@ -49,16 +50,11 @@ export async function show(place, { id, signal }) {
     await showOne(place, id, signal);
     return;
   }
-  const list = h("section", { class: "newest" });
-  put(
+  const list = formed(
     place,
-    h("h1", {}, "How good are edits?"),
-    h(
-      "p",
-      { class: "lead" },
-      "Records are edited, measured and thrown away: each alone, or one after another. The ledger stays as it is.",
-    ),
-    h("div", { class: "split" }, form(), list),
+    "How good are edits?",
+    "Records are edited, measured and thrown away: each alone, or one after another. The ledger stays as it is.",
+    form(),
   );
   await newest(list, signal);
 }

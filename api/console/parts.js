@@ -301,6 +301,18 @@ export const facts = (pairs) =>
       ),
   );
 
+/** A form, and beside it the newest of what it makes: the place of those. */
+export function formed(place, title, lead, form) {
+  const newest = h("section", { class: "newest" });
+  put(
+    place,
+    h("h1", {}, title),
+    h("p", { class: "lead" }, lead),
+    h("div", { class: "split" }, form, newest),
+  );
+  return newest;
+}
+
 /** A link to another page of the console. */
 export const link = (to, ...words) => h("a", { href: `#/${to}` }, ...words);
 

@@ -9,6 +9,7 @@ import {
   facts,
   field,
   follow,
+  formed,
   growing,
   link,
   pill,
@@ -30,16 +31,11 @@ export async function show(place, { id, query, signal }) {
     await showTrace(place, id, signal);
     return;
   }
-  const list = h("section", { class: "newest" });
-  put(
+  const list = formed(
     place,
-    h("h1", {}, "Where is it kept?"),
-    h(
-      "p",
-      { class: "lead" },
-      "The subject is blurred with noise until the model forgets the answer; then one state after another is put back. Where the answer returns, the fact is carried.",
-    ),
-    h("div", { class: "split" }, form(query), list),
+    "Where is it kept?",
+    "The subject is blurred with noise until the model forgets the answer; then one state after another is put back. Where the answer returns, the fact is carried.",
+    form(query),
   );
   await newest(list, signal);
 }
