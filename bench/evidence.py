@@ -6,7 +6,8 @@
 The recipe is the one that `palimpsest prepare` has written into DATA, else the model's own. Records at even places are for
 tuning; those at odd places are reported. Everything is kept in --out, and a run that was interrupted goes on where it was.
 
-Methods that look for the same value of the same edit share the search within a process: what they do with it is what is compared.
+Methods that look for the same value of the same edit share the search, which is kept in --out, too: what they do with it is
+what is compared. How many edits a minute are found is therefore to be read where nothing was found before (a new --out).
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load, save
 
 from service.covariance.corpus import Corpus
 from service.editors import rome, values
@@ -74,31 +77,46 @@ def rows(toolkit: Toolkit) -> list[Row]:
     ]
 
 
-def share_searches(model: LoadedModel, known: dict[str, Value]) -> None:
-    """Let every method take a value that another has found for the same texts and loss on the base model."""
-    search, base = SEARCH, {s: model.parameter(s).data for s in model.sites}
+class Searches:
+    """What was found on a base model, by what was asked for: in a folder that all runs on this model share."""
 
-    def name(place: Place, wish: Wish) -> str:
+    def __init__(self, folder: Path, model: LoadedModel) -> None:
+        self.folder, self.model = Folder(folder), model
+        self.base = {site: model.parameter(site).data_ptr() for site in model.sites}
+
+    def steps(self, model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> Steps[list[Value]]:
+        """In the place of the search itself: looks for what is not known."""
+        if any(model.parameter(site).data_ptr() != at for site, at in self.base.items()):
+            return (yield from SEARCH(model, place, wishes))  # an edited model has values of its own
+        names = [self._name(place, w) for w in wishes]
+        missing = {n: w for n, w in zip(names, wishes, strict=True) if self.folder.get(n) is None}
+        if missing:
+            found = yield from SEARCH(model, place, list(missing.values()))
+            for name, value in zip(missing, found, strict=True):
+                self._keep(name, value)
+        return [self._known(n) for n in names]
+
+    def _name(self, place: Place, wish: Wish) -> str:
         p = wish.parameters
         loss = (p.steps, p.learning_rate, p.weight_decay, p.clamp, p.kl_factor, p.stop_loss, wish.objective)
-        return repr((place, [t.ids for t in wish.rows.texts()], wish.rows.targets, loss))
+        asked = (self.model.fingerprint, place, [t.ids for t in wish.rows.texts()], wish.rows.targets, loss)
+        return sha256(repr(asked).encode()).hexdigest()
 
-    def shared(model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> Steps[list[Value]]:
-        if any(model.parameter(site).data is not tensor for site, tensor in base.items()):
-            return (yield from search(model, place, wishes))  # an edited model has values of its own
-        missing = [w for w in wishes if name(place, w) not in known]
-        if missing:
-            found = yield from search(model, place, missing)
-            known.update((name(place, w), v) for w, v in zip(missing, found, strict=True))
-        return [known[name(place, w)] for w in wishes]
+    def _keep(self, name: str, value: Value) -> None:
+        said = vars(value) | {"losses": torch.tensor(value.losses, dtype=torch.float64)}
+        self.folder.put(name, save({part: tensor.clone() for part, tensor in said.items()}))
 
-    rome.values_steps = shared
+    def _known(self, name: str) -> Value:
+        data = self.folder.get(name)
+        assert data is not None
+        said: dict[str, Any] = load(data)
+        return Value(**said | {"losses": said["losses"].tolist()})
 
 
 class Lab:
     """A model with its recipe, the records that are reported, and plain statements of the others."""
 
-    def __init__(self, args: argparse.Namespace, known: dict[str, Value] | None = None) -> None:
+    def __init__(self, args: argparse.Namespace, searches: Path | None = None) -> None:
         settings = Settings(model=args.model, data=args.data, corpus=args.corpus, threads=args.threads)
         model = resident(settings)
         self.toolkit = finish(prepare_steps(model, settings.data / "statistics", settings.corpus))
@@ -107,7 +125,7 @@ class Lab:
         every = read_records(source, 0)
         self.records = list({r.subject: r for r in reversed(every[1::2])}.values())[::-1]
         self.every, self.out = every, args.out / model.name
-        share_searches(model, {} if known is None else known)
+        rome.values_steps = Searches(searches or self.out / "searches", model).steps
 
     def run(self, row: Row, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
         """One evaluation, carried out or read. Edits whose strength depends on how many there are land in one company."""

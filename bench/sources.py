@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from service.covariance.corpus import SAMPLES
-from service.editors.values import Value
 from service.evaluation.records import read_records, statements
 from service.settings import SHIPPED_MODEL
 
@@ -80,11 +79,10 @@ def main() -> None:
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     results: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-    known: dict[str, Value] = {}
     out = args.out / Path(args.model).resolve().parent.name / Path(args.model).resolve().name
     for name, corpus in texts_of(args, out / "texts").items():
         asked = vars(args) | {"corpus": corpus, "out": out / name.replace(" ", "-")}
-        lab = Lab(argparse.Namespace(**asked), known)
+        lab = Lab(argparse.Namespace(**asked), out / "searches")
         alone = lab.run(ROME, "single", args.limit, ())
         together = lab.run(ROME, "sequence", args.limit, [args.limit])
         results[name] = (alone, together)

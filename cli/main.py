@@ -237,7 +237,7 @@ def _prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add(
         "--methods",
         metavar="NAME,...",
-        help="other methods to tune, too: memit,emmet,alphaedit,ft,ft-l,ft-attn",
+        help="other methods to tune, too: r-rome,memit,emmet,alphaedit,ft,ft-l,ft-attn",
     )
     add("--seed", type=int, default=0, help="of the facts' order (default: 0)")
     _json(prepare)
