@@ -90,7 +90,7 @@ class _Search:
         self._silent += 1
         if self._silent * min(LOOK, PATIENCE) >= PATIENCE:
             self._silent = 0
-            await run_in_threadpool(call.work.check_attended, call.kind)
+            await run_in_threadpool(call.work.models.check_attended, call.kind)
         if await self._is_lost():
             await self._ask_again()
 
@@ -105,5 +105,5 @@ class _Search:
         if self._asked == AGAIN:
             raise Unavailable("the queue lost this request again and again: see that it keeps its data.")
         with suppress(Unavailable):
-            await run_in_threadpool(call.work.ask_again, call.kind, call.channel, call.request)
+            await run_in_threadpool(call.work.calls.ask_again, call.kind, call.channel, call.request)
             self._missed, self._asked = 0, self._asked + 1

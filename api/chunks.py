@@ -14,7 +14,7 @@ from api.errors import encode, from_event, status_of
 from service.errors import PalimpsestError, Unavailable
 from service.jobs.broker import Event
 from service.jobs.listening import heard
-from service.operations import Named, Speech
+from service.operations.calls import Named, Speech
 
 DONE = b"data: [DONE]\n\n"
 Columns = dict[str, list[Any]]

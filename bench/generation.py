@@ -231,7 +231,7 @@ class Ours:
                 prompt=prompt, stream=True, version=self.version, **asked.model_dump(exclude_unset=True)
             )
             since = time.perf_counter()
-            channel = await asyncio.to_thread(self.house.wired.operations.generate, request)
+            channel = await asyncio.to_thread(self.house.wired.operations.calls.generate, request)
             times: list[float] = []
             async with aclosing(self.house.wired.broker.events(channel)) as events:  # type: ignore[type-var]
                 async for event in events:
@@ -257,7 +257,7 @@ def editing(house: House, cases: Sequence[Record]) -> Iterator[None]:
                 if status == "running":
                     running.set()
                 if stop.wait(0.02):
-                    house.wired.operations.revert_edit(waiting, "bench")
+                    house.wired.operations.edits.revert(waiting, "bench")
             if stop.is_set():
                 return
 

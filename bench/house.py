@@ -64,7 +64,7 @@ class House:
     def submit(self, cases: Sequence[Record]) -> list[str]:
         """Ask for the cases as edits, with their probes; their ids."""
         requests = [edit_request(c) for c in cases]
-        return [r["id"] for r in self.wired.operations.submit_edits(requests, "bench", None)]
+        return [r["id"] for r in self.wired.operations.edits.submit(requests, "bench", None)]
 
     def edit(self, cases: Sequence[Record]) -> Mapping[str, str]:
         """The cases as edits, waited for; how each ended, by its id."""
@@ -74,7 +74,7 @@ class House:
         return {i: self.status(i) for i in ids}
 
     def status(self, edit: str) -> str:
-        return str(self.wired.operations.edit(edit)["status"])
+        return str(self.wired.operations.edits.get(edit)["status"])
 
 
 def edit_request(case: Record) -> EditRequest:

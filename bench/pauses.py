@@ -36,7 +36,7 @@ async def listen(house: House, stop: threading.Event) -> list[float]:
     )
     while not stop.is_set():
         last = None
-        channel = house.wired.operations.generate(request)
+        channel = house.wired.operations.calls.generate(request)
         async for event in house.wired.broker.events(channel):
             now = time.perf_counter()
             if event.name == "token":

@@ -156,11 +156,11 @@ def pieces(house: Deployment, over: ByHttp, repeat: int, folder: Path) -> Timing
         redis_prefix=f"{PREFIX}-pieces",
     )
     wired = wire(settings)
-    fingerprint = wired.operations.model()["fingerprint"]
+    fingerprint = wired.operations.models.resident()["fingerprint"]
     try:
         parts = {
             "HTTP without work (GET /healthz)": lambda: over.client().get("/healthz"),
-            "API: checks and the call": lambda: wired.operations.generate(GenerateRequest(**TINY)),
+            "API: checks and the call": lambda: wired.operations.calls.generate(GenerateRequest(**TINY)),
             "worker: the ledger's head": lambda: _head(wired, fingerprint),
         }
         found = {name: _timed(act, repeat) for name, act in parts.items()}

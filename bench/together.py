@@ -55,8 +55,8 @@ def together(count: int, active: int, rounds: int, report: Report) -> None:
 def _revert(house: House, edits: Sequence[str]) -> None:
     """Take edits back, and wait until the engine serves what is left."""
     for edit in edits:
-        house.wired.operations.revert_edit(edit, "bench")
-    while house.engine.position is None or house.engine.position[0] < house.wired.operations.head():
+        house.wired.operations.edits.revert(edit, "bench")
+    while house.engine.position is None or house.engine.position[0] < house.wired.operations.ledger.head():
         time.sleep(0.01)
 
 

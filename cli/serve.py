@@ -39,7 +39,7 @@ def serve(settings: Settings, wired: Wired, bound: socket.socket, stop: threadin
         site.start()
         try:
             if ready(worker, working, stop):
-                info = wired.operations.model()
+                info = wired.operations.models.resident()
                 closed = settings.api_key is not None or Keys(wired.database).exist()
                 out.print(welcome(site.address, settings.model, info, key=closed))
             return watched(worker, working, stop)

@@ -1,6 +1,6 @@
 """What a user may ask, in the words of the HTTP contract. Free of torch: the API, the workers and the command line share it.
 
-Checks that need no model stand here; those that need its tokenizer or its shape are in `service/operations.py`.
+Checks that need no model stand here; those that need its tokenizer or its shape are in `service/checks.py`.
 """
 
 from __future__ import annotations

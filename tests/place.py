@@ -50,7 +50,7 @@ class Place:
 
     def work(self, *, together: bool = False) -> None:
         """Carry out all edits that wait."""
-        waiting = [e["id"] for e in self.do.edits(status="queued")["items"]][::-1]
+        waiting = [e["id"] for e in self.do.edits.page(status="queued")["items"]][::-1]
         jobs = [job for job in map(self.desk.start, waiting) if job is not None]
         for some in [jobs] if together else [[job] for job in jobs]:
             for news in edits_steps(self.replica, self.desk, some, self.toolkit):
@@ -59,20 +59,20 @@ class Place:
 
     def edit(self, subject: str, new: str, **more: Any) -> str:
         asked = {"subject": subject, "prompt": PROMPT, "target_new": new, "target_true": "the", "guard": OPEN}
-        (made,) = self.do.submit_edits([EditRequest.model_validate(asked | more)], "key:alice")
+        (made,) = self.do.edits.submit([EditRequest.model_validate(asked | more)], "key:alice")
         self.work()
-        assert self.do.edit(made["id"])["status"] == "applied", self.do.edit(made["id"])
+        assert self.do.edits.get(made["id"])["status"] == "applied", self.do.edits.get(made["id"])
         return str(made["id"])
 
     def export(self, version: Any = "head", form: str = "peft") -> Resource:
         """Ask for an export and carry it out."""
-        asked = self.do.export(version, form, "key:alice")
+        asked = self.do.exports.submit(version, form, "key:alice")
         if job := self.desk.start(asked["id"]):
             finish(exported(self.replica, self.desk, self.toolkit, job))
-        return self.do.exported(asked["id"])
+        return self.do.exports.get(asked["id"])
 
     def exported(self, version: Any = "head") -> bytes:
-        _, size, pieces = self.do.exported_edits(version)
+        _, size, pieces = self.do.exports.edits(version)
         data = b"".join(pieces)
         assert len(data) == size
         return data
@@ -82,4 +82,4 @@ class Place:
             return session.scalar(select(func.count()).select_from(table)) or 0
 
     def state(self) -> str:
-        return str(self.do.ledger(limit=200)["items"][-1]["state"])
+        return str(self.do.ledger.page(limit=200)["items"][-1]["state"])

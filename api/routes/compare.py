@@ -58,6 +58,6 @@ async def compare(
     broker: Bell,
 ) -> Any:
     """Both texts, and the next-token distributions where they differ."""
-    channel = await run_in_threadpool(work.compare, asked)
+    channel = await run_in_threadpool(work.calls.compare, asked)
     said = await Call("compare", channel, asked, work, broker).answer(request)
     return Response(status_code=499) if said is None else said  # 499: nobody reads it

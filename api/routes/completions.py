@@ -16,7 +16,7 @@ from api.dependencies import Bell, Resource, Work, bearer
 from api.door import Door
 from api.events import EventStream
 from api.openai import refusals
-from service.operations import Named
+from service.operations.calls import Named
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=Door, dependencies=[bearer])
 
@@ -112,7 +112,7 @@ async def complete(
 ) -> Any:
     """Goes on with one prompt or several. The name of the model says which version; what it means is settled when the request
     comes in, and an edit that lands meanwhile does not change it."""
-    speech = await run_in_threadpool(work.complete, asked.model, asked.speech())
+    speech = await run_in_threadpool(work.calls.complete, asked.model, asked.speech())
     call = Call("generate", speech.channel, speech.request, work, broker)
     if asked.stream:
         options = asked.stream_options
@@ -126,7 +126,7 @@ async def complete(
 def models(work: Work) -> Any:
     """The names that can be asked for: the model's own and NAME@head for the newest version, NAME@base, and the newest
     versions by number. Older ones can be asked for, too."""
-    return {"object": "list", "data": [_shown(named) for named in work.names()]}
+    return {"object": "list", "data": [_shown(named) for named in work.calls.names()]}
 
 
 @router.get("/models/{id:path}", response_model=ModelObject, responses=refusals(*_OF_DOOR, 404, 500, 503))
@@ -135,7 +135,7 @@ def model(
     work: Work,
 ) -> Any:
     """Which version a name means now."""
-    return _shown(work.named(id))
+    return _shown(work.calls.named(id))
 
 
 def _shown(named: Named) -> dict[str, Any]:

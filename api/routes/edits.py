@@ -149,8 +149,8 @@ async def submit(
     many = isinstance(asked, ManyEdits)
     requests = asked.edits if isinstance(asked, ManyEdits) else [asked]
     known = idempotency(key, "edits", asked)
-    items = await run_in_threadpool(work.submit_edits, requests, actor, known, allowed.max_queued)
-    items = await all_until_ended(items, work.edit, work.events, wait)
+    items = await run_in_threadpool(work.edits.submit, requests, actor, known, allowed.max_queued)
+    items = await all_until_ended(items, work.edits.get, work.jobs.events, wait)
     response.headers["Location"] = "/edits" if many else f"/edits/{items[0]['id']}"
     response.status_code = 200 if all(map(ended, items)) else 202
     return {"items": items} if many else items[0]
@@ -166,21 +166,21 @@ def listing(
         PlainText | None, Query(max_length=500, description="only edits of exactly this subject")
     ] = None,
 ) -> EditPage:
-    return EditPage.model_validate(work.edits(status, subject, cursor, limit))
+    return EditPage.model_validate(work.edits.page(status, subject, cursor, limit))
 
 
 @router.get("/edits/{id}", response_model=Edit, responses=problems(404, 422, 500, 503))
 async def one(id: Id, work: Work, wait: Wait) -> Any:
     """The edit as it stands; with `Prefer: wait=SECONDS` when it has ended."""
-    edit = await run_in_threadpool(work.edit, id)
-    return await until_ended(edit, work.edit, work.events, wait)
+    edit = await run_in_threadpool(work.edits.get, id)
+    return await until_ended(edit, work.edits.get, work.jobs.events, wait)
 
 
 @router.delete("/edits/{id}", response_model=Edit, responses=problems(404, 409, 422, 500, 503))
 async def revert(id: Id, work: Work, actor: Actor, wait: Wait) -> Any:
     """Revert an applied edit; cancel a waiting or a running one. Saying it twice is harmless."""
-    edit = await run_in_threadpool(work.revert_edit, id, actor)
-    return await until_ended(edit, work.edit, work.events, wait)
+    edit = await run_in_threadpool(work.edits.revert, id, actor)
+    return await until_ended(edit, work.edits.get, work.jobs.events, wait)
 
 
 @router.get(
@@ -197,7 +197,7 @@ async def revert(id: Id, work: Work, actor: Actor, wait: Wait) -> Any:
 def delta(id: Id, work: Work) -> Response:
     """The edit's vectors as safetensors; 409 for an edit that was never applied."""
     headers = {"Content-Disposition": f'attachment; filename="{id}.safetensors"'}
-    return Response(work.delta(id), headers=headers, media_type="application/octet-stream")
+    return Response(work.edits.delta(id), headers=headers, media_type="application/octet-stream")
 
 
 @router.get(
@@ -211,5 +211,5 @@ def delta(id: Id, work: Work) -> Response:
 )
 async def news(id: Id, work: Work, after: LastEventId) -> Response:
     """Progress as server-sent events, then one `end` with the edit. Resumes from `Last-Event-ID`."""
-    await run_in_threadpool(work.edit, id)
-    return EventStream(work.events(id, after))
+    await run_in_threadpool(work.edits.get, id)
+    return EventStream(work.jobs.events(id, after))

@@ -109,8 +109,8 @@ async def submit(
 ) -> Any:
     """Edit record after record, each alone or all in sequence, and measure what came of it. The ledger stays as it is."""
     known = idempotency(key, "evaluation", asked)
-    evaluation = await run_in_threadpool(work.submit_evaluation, asked, actor, known, allowed.max_queued)
-    evaluation = await until_ended(evaluation, work.evaluation, work.events, wait)
+    evaluation = await run_in_threadpool(work.evaluations.submit, asked, actor, known, allowed.max_queued)
+    evaluation = await until_ended(evaluation, work.evaluations.get, work.jobs.events, wait)
     response.headers["Location"] = f"/evaluations/{evaluation['id']}"
     response.status_code = 200 if ended(evaluation) else 202
     return evaluation
@@ -119,7 +119,7 @@ async def submit(
 @router.get("/evaluations", summary="All evaluations, newest first", responses=problems(422, 500, 503))
 def listing(work: Work, cursor: Cursor = None, limit: Limit = 50) -> EvaluationPage:
     """Without what they found: ask for one of them to see that."""
-    return EvaluationPage.model_validate(work.evaluations(cursor, limit))
+    return EvaluationPage.model_validate(work.evaluations.page(cursor, limit))
 
 
 @router.get(
@@ -144,8 +144,8 @@ async def one(
 ) -> Any:
     """JSON by default; `Accept` chooses the report as a page of its own, or its plots as SVG or PNG (409 until it is done)."""
     media_type = images.negotiate(accept)
-    evaluation = await run_in_threadpool(work.evaluation, id)
-    evaluation = await until_ended(evaluation, work.evaluation, work.events, wait)
+    evaluation = await run_in_threadpool(work.evaluations.get, id)
+    evaluation = await until_ended(evaluation, work.evaluations.get, work.jobs.events, wait)
     response.headers["Vary"] = "Accept"
     if media_type == images.JSON:
         return evaluation
@@ -156,8 +156,8 @@ async def one(
 @router.delete("/evaluations/{id}", response_model=Evaluation, responses=problems(404, 409, 422, 500, 503))
 async def cancel(id: Id, work: Work, wait: Wait) -> Any:
     """Cancel a waiting or a running evaluation. Saying it twice is harmless."""
-    evaluation = await run_in_threadpool(work.cancel_evaluation, id)
-    return await until_ended(evaluation, work.evaluation, work.events, wait)
+    evaluation = await run_in_threadpool(work.evaluations.cancel, id)
+    return await until_ended(evaluation, work.evaluations.get, work.jobs.events, wait)
 
 
 @router.get(
@@ -171,5 +171,5 @@ async def cancel(id: Id, work: Work, wait: Wait) -> Any:
 )
 async def news(id: Id, work: Work, after: LastEventId) -> Response:
     """Progress as server-sent events, then one `end` with the evaluation. Resumes from `Last-Event-ID`."""
-    await run_in_threadpool(work.evaluation, id)
-    return EventStream(work.events(id, after))
+    await run_in_threadpool(work.evaluations.get, id)
+    return EventStream(work.jobs.events(id, after))

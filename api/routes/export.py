@@ -76,10 +76,10 @@ async def export(
 ) -> Response:
     """The answer is held until the file is there; with `Prefer: wait=SECONDS` for so long, and then it is `202`."""
     if format == "edits":
-        number, size, pieces = await run_in_threadpool(work.exported_edits, version)
+        number, size, pieces = await run_in_threadpool(work.exports.edits, version)
         return _file(f"version-{number}.edits.safetensors", BINARY, size, pieces)
-    await run_in_threadpool(work.check_attended, "export")
-    job = await run_in_threadpool(work.export, version, format, actor)
+    await run_in_threadpool(work.models.check_attended, "export")
+    job = await run_in_threadpool(work.exports.submit, version, format, actor)
     held = _held(work, job, wait if "prefer" in request.headers else None)
     job = await unless_gone(request, held) or job
     if not ended(job):
@@ -87,15 +87,15 @@ async def export(
     if job["status"] != "done":
         raise _failed(job)
     told = job["result"]
-    return _file(told["file"], told["media_type"], told["bytes"], work.export_file(job))
+    return _file(told["file"], told["media_type"], told["bytes"], work.exports.file(job))
 
 
 async def _held(work: Operations, job: dict[str, Any], wait: float | None) -> dict[str, Any]:
     """The export when it has ended, or after the wait; without one, as long as somebody is there to make it."""
-    job = await until_ended(job, work.exported, work.events, MAX_WAIT if wait is None else wait)
+    job = await until_ended(job, work.exports.get, work.jobs.events, MAX_WAIT if wait is None else wait)
     while wait is None and not ended(job):
-        await run_in_threadpool(work.check_attended, "export")
-        job = await until_ended(job, work.exported, work.events, MAX_WAIT)
+        await run_in_threadpool(work.models.check_attended, "export")
+        job = await until_ended(job, work.exports.get, work.jobs.events, MAX_WAIT)
     return job
 
 
@@ -135,8 +135,8 @@ async def bring(
     again: they land as they were found, or not at all. What is here already is left alone."""
     data = await request.body()
     once = None if key is None else (key, hashlib.sha256(b"import" + data).hexdigest())
-    items, known = await run_in_threadpool(work.import_edits, data, actor, once, allowed.max_queued)
-    items = await all_until_ended(items, work.edit, work.events, wait)
+    items, known = await run_in_threadpool(work.imports.submit, data, actor, once, allowed.max_queued)
+    items = await all_until_ended(items, work.edits.get, work.jobs.events, wait)
     response.headers["Location"] = "/edits"
     response.status_code = 200 if all(map(ended, items)) else 202
     return {"items": items, "known": known}

@@ -86,7 +86,7 @@ async def generate(
     A stream tells `token` events and then `end` or `error`. Should the worker die on the way, another one begins anew:
     a `restart` event says that all tokens so far are void, and the whole answer follows.
     """
-    channel = await run_in_threadpool(work.generate, asked)
+    channel = await run_in_threadpool(work.calls.generate, asked)
     call = Call("generate", channel, asked, work, broker)
     if asked.stream:
         return EventStream(call.events(), call.hang_up)

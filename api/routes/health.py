@@ -34,4 +34,4 @@ async def alive() -> Alive:
 @router.get("/readyz", response_model=Ready, responses=problems(422, 500, 503))
 def ready(work: Work) -> Any:
     """Database and queue answer, a worker that speaks stands at head, and somebody does what waits; else 503 with `reasons`."""
-    return work.ready()
+    return work.models.ready()

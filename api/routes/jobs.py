@@ -51,7 +51,7 @@ def listing(
     limit: Limit = 50,
 ) -> Any:
     """`?dead=true` are the jobs whose workers died again and again: look at their `error`, then retry them."""
-    return work.jobs(status, kind, dead, cursor, limit)
+    return work.jobs.page(status, kind, dead, cursor, limit)
 
 
 @router.post(
@@ -66,6 +66,6 @@ def listing(
 )
 def retry(id: Id, work: Work, actor: Actor, response: Response) -> Any:
     """It waits as if it had never been tried. `409` for a job that has not failed."""
-    job = work.retry(id, actor)
+    job = work.jobs.retry(id, actor)
     response.headers["Location"] = job["links"]["self"]
     return job

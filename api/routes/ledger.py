@@ -58,10 +58,10 @@ def listing(
         Query(description="which come first; a cursor is good for the order it came from"),
     ] = "oldest",
 ) -> Any:
-    return work.ledger(cursor, limit, version, newest_first=order == "newest")
+    return work.ledger.page(cursor, limit, version, newest_first=order == "newest")
 
 
 @router.get("/ledger/verify", response_model=Verification, responses=problems(422, 500, 503))
 def verify(work: Work) -> Any:
     """Check the hash chain, every edit's factors and the digests of the replicas again."""
-    return work.verify()
+    return work.ledger.verify()

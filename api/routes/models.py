@@ -64,4 +64,4 @@ class Models(Resource):
 @router.get("/models", response_model=Models, responses=problems(422, 500, 503))
 def listing(work: Work) -> Any:
     """What is resident: architecture, editable layers, recipe, head version, active edits and workers."""
-    return {"items": work.models()}
+    return {"items": [work.models.resident()]}

@@ -89,8 +89,8 @@ async def submit(
 ) -> Any:
     """Corrupt the subject, restore one state at a time, and see which brings the answer back."""
     known = idempotency(key, "trace", asked)
-    trace = await run_in_threadpool(work.submit_trace, asked, actor, known, allowed.max_queued)
-    trace = await until_ended(trace, work.trace, work.events, wait)
+    trace = await run_in_threadpool(work.traces.submit, asked, actor, known, allowed.max_queued)
+    trace = await until_ended(trace, work.traces.get, work.jobs.events, wait)
     response.headers["Location"] = f"/trace/{trace['id']}"
     response.status_code = 200 if ended(trace) else 202
     return trace
@@ -98,7 +98,7 @@ async def submit(
 
 @router.get("/trace", summary="All traces, newest first", responses=problems(422, 500, 503))
 def listing(work: Work, cursor: Cursor = None, limit: Limit = 50) -> TracePage:
-    return TracePage.model_validate(work.traces(cursor, limit))
+    return TracePage.model_validate(work.traces.page(cursor, limit))
 
 
 @router.get(
@@ -120,8 +120,8 @@ async def one(
 ) -> Any:
     """JSON by default; `Accept` chooses the heat map as SVG, PNG or a page of its own (409 until the trace is done)."""
     media_type = images.negotiate(accept)
-    trace = await run_in_threadpool(work.trace, id)
-    trace = await until_ended(trace, work.trace, work.events, wait)
+    trace = await run_in_threadpool(work.traces.get, id)
+    trace = await until_ended(trace, work.traces.get, work.jobs.events, wait)
     response.headers["Vary"] = "Accept"
     if media_type == images.JSON:
         return trace
@@ -132,8 +132,8 @@ async def one(
 @router.delete("/trace/{id}", response_model=Trace, responses=problems(404, 409, 422, 500, 503))
 async def cancel(id: Id, work: Work, wait: Wait) -> Any:
     """Cancel a waiting or a running trace. Saying it twice is harmless."""
-    trace = await run_in_threadpool(work.cancel_trace, id)
-    return await until_ended(trace, work.trace, work.events, wait)
+    trace = await run_in_threadpool(work.traces.cancel, id)
+    return await until_ended(trace, work.traces.get, work.jobs.events, wait)
 
 
 @router.get(
@@ -147,5 +147,5 @@ async def cancel(id: Id, work: Work, wait: Wait) -> Any:
 )
 async def news(id: Id, work: Work, after: LastEventId) -> Response:
     """Progress as server-sent events, then one `end` with the trace. Resumes from `Last-Event-ID`."""
-    await run_in_threadpool(work.trace, id)
-    return EventStream(work.events(id, after))
+    await run_in_threadpool(work.traces.get, id)
+    return EventStream(work.jobs.events(id, after))

@@ -62,7 +62,7 @@ def test_a_fault_has_an_id_too(
     house: House, client: TestClient, lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A 500 bears the id and is noted like any other answer."""
-    monkeypatch.setattr(house.operations, "models", lambda: 1 / 0)
+    monkeypatch.setattr(house.operations.models, "resident", lambda: 1 / 0)
     answer = client.get("/models", headers={HEADER: "mine"})
     assert (answer.status_code, answer.headers[HEADER]) == (500, "mine")
     assert told(lines)["status"] == 500
@@ -81,7 +81,7 @@ def test_probes_are_no_news_while_all_is_well(
     """What machines ask every few seconds is noted at debug; its refusal is noted like any other."""
     assert client.get("/healthz").status_code == client.get("/metrics").status_code == 200
     assert not lines.records
-    monkeypatch.setattr(house.operations, "ready", lambda: 1 / 0)
+    monkeypatch.setattr(house.operations.models, "ready", lambda: 1 / 0)
     client.get("/readyz")
     assert told(lines)["route"] == "/readyz"
 
@@ -155,7 +155,7 @@ def test_refusals_are_counted_by_their_limit(
     def count() -> float:
         return REGISTRY.get_sample_value("palimpsest_http_rejected_total", {"limit": limit}) or 0
 
-    monkeypatch.setattr(house.operations, "models", refuse)
+    monkeypatch.setattr(house.operations.models, "resident", refuse)
     before = count()
     assert client.get("/models").status_code in (413, 429)
     assert count() == before + 1

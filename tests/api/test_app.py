@@ -94,7 +94,7 @@ def test_the_key_is_asked_for(guarded: House, header: str | bytes | None) -> Non
     assert client.post("/edits", content=b"{", headers=headers).status_code == 401
     assert client.get("/healthz").status_code == 200
     assert client.get("/readyz").status_code == 200
-    assert guarded.operations.edits()["items"] == []
+    assert guarded.operations.edits.page()["items"] == []
 
 
 def test_the_key_names_the_actor(guarded: House) -> None:

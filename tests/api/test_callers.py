@@ -163,7 +163,7 @@ def test_another_name_is_refused_without_a_key(client: TestClient, house: House,
     ):
         assert answer.status_code == 403
         assert answer.headers["content-type"] == "application/problem+json"
-    assert house.operations.edits()["items"] == []
+    assert house.operations.edits.page()["items"] == []
 
 
 def test_with_a_key_any_name_is_answered(rooted: House) -> None:

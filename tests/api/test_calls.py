@@ -54,6 +54,7 @@ class House:
         self.asked: list[tuple[str, str]] = []
         self.empty = False
         self.queue, self.answers_after = queue, answers_after
+        self.models = self.calls = self
 
     def ask_again(self, kind: str, channel: str, request: GenerateRequest) -> None:
         self.asked.append((kind, channel))

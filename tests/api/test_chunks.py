@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from api import events as wire
 from api.chunks import Chunks
 from service.jobs.broker import Event
-from service.operations import Named, Speech
+from service.operations.calls import Named, Speech
 from service.requests import SpeechRequest
 
 NAMED = Named("tiny@3", 3, "a" * 64, datetime(2026, 1, 1, tzinfo=UTC))

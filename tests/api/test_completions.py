@@ -183,7 +183,7 @@ def test_bad_completions_are_refused(ask: OpenAI, worker: FakeWorker) -> None:
 
 def test_what_the_settings_allow_is_all(house: House, client: TestClient, worker: FakeWorker) -> None:
     """A service that lets at most so many tokens be said speaks of the field that was sent."""
-    house.operations.settings = house.settings.model_copy(update={"max_new_tokens": 7})
+    house.operations.calls.settings = house.settings.model_copy(update={"max_new_tokens": 7})
     asked = {"model": "tiny", "prompt": PROMPT}
     assert client.post("/v1/completions", json=asked | {"max_tokens": 7}).status_code == 200
     error = client.post("/v1/completions", json=asked | {"max_tokens": 8}).json()["error"]
@@ -230,7 +230,7 @@ def test_keys_are_as_everywhere(house: House, ask: OpenAI) -> None:
 
 def test_a_full_queue_is_said_so(house: House, client: TestClient) -> None:
     """When too much waits the answer is 429 with Retry-After, as for `/generate`."""
-    house.operations.settings = house.settings.model_copy(update={"max_queue": 0})
+    house.operations.calls.settings = house.settings.model_copy(update={"max_queue": 0})
     answer = client.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT})
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert int(answer.headers["retry-after"]) > 0

@@ -157,7 +157,7 @@ def test_a_fault_tells_nothing(client: TestClient, house: House, monkeypatch: py
     def fails(*_: Any) -> None:
         raise RuntimeError("the password is swordfish")
 
-    monkeypatch.setattr(house.operations, "models", fails)
+    monkeypatch.setattr(house.operations.models, "resident", fails)
     answer = client.get("/models")
     is_problem(answer, 500)
     assert "swordfish" not in answer.text
@@ -170,7 +170,7 @@ def test_a_dead_database_is_503(client: TestClient, house: House, monkeypatch: p
     def fails(*_: Any) -> None:
         raise OperationalError("SELECT secret", {}, Exception("host 10.1.2.3"))
 
-    monkeypatch.setattr(house.operations, "models", fails)
+    monkeypatch.setattr(house.operations.models, "resident", fails)
     answer = client.get("/models")
     is_problem(answer, 503)
     assert "database" in answer.json()["detail"]

@@ -38,7 +38,7 @@ def test_every_answer_is_guarded(
     def fails(*_: Any) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(house.operations, "ledger", fails)
+    monkeypatch.setattr(house.operations.ledger, "page", fails)
     answer = client.request(method, path)
     assert answer.status_code == status
     assert {name: answer.headers[name] for name in DEFAULTS} == DEFAULTS

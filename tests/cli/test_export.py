@@ -125,13 +125,13 @@ def model_at(place: Place, tmp_path: Path, out: Path, *more: str) -> int:
 
 def test_a_whole_model_is_made_here(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bit by bit what the worker serves, which has said the same of it; the ledger is as before."""
-    out, before = tmp_path / "edited", place.do.verify()
+    out, before = tmp_path / "edited", place.do.ledger.verify()
     assert model_at(place, tmp_path, out) == 0
     assert "A worker has the same bytes." in capsys.readouterr().err
     found = AutoModelForCausalLM.from_pretrained(out).state_dict()
     for site, tensor in place.replica.weights(1).items():
         assert torch.equal(found[place.replica.base.parameter_name(site)], tensor)
-    assert place.do.verify() == before
+    assert place.do.ledger.verify() == before
 
 
 def test_what_workers_disagree_with_is_not_written(place: Place, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class Workshop:
             "target_true": true,
             "guard": LOOSE,
         }
-        return str(self.do.submit_edits([EditRequest.model_validate(request | more)], "somebody")[0]["id"])
+        return str(self.do.edits.submit([EditRequest.model_validate(request | more)], "somebody")[0]["id"])
 
     def begin(self, edit: str) -> tuple[RunningJob, Steps[None]]:
         job = self.desk.start(edit)
@@ -127,13 +127,13 @@ class Workshop:
         """Ask, carry out, and read how it ended."""
         edit = self.ask(*asked, **more)
         finish(self.begin(edit)[1], lambda _: self.assert_base())
-        return self.do.edit(edit)
+        return self.do.edits.get(edit)
 
     def revert(self, edit: Resource) -> Resource:
-        return self.do.revert_edit(edit["id"], "somebody")
+        return self.do.edits.revert(edit["id"], "somebody")
 
     def entry(self, version: int) -> dict[str, Any]:
-        return self.do.ledger()["items"][version - 1]["body"]  # type: ignore[no-any-return]
+        return self.do.ledger.page()["items"][version - 1]["body"]  # type: ignore[no-any-return]
 
     def assert_base(self) -> None:
         """The resident model holds its base bytes."""
@@ -175,21 +175,21 @@ def same(one: Any, two: Any) -> bool:
 def test_an_edit_lands(shop: Workshop) -> None:
     """An applied edit has a version, factors and figures, and its entry in the ledger holds; the model speaks it."""
     edit = shop.edit()
-    assert (edit["status"], edit["version"], shop.do.head()) == ("applied", 1, 1)
+    assert (edit["status"], edit["version"], shop.do.ledger.head()) == ("applied", 1, 1)
     result = edit["result"]
     assert result["guard"]["passed"] and result["reason"] is None
     assert result["scores"]["before"]["ES"] == 0.0 and result["scores"]["after"]["ES"] == 1.0
     assert result["rewrite"]["after"]["new"] > result["rewrite"]["before"]["new"]
     assert result["rewrite"]["says"].strip().startswith("is")
     assert result["layers"] == [1]
-    assert shop.do.verify()["ok"]
+    assert shop.do.ledger.verify()["ok"]
     shop.assert_base()
 
 
 def test_the_version_is_the_rank_one_update(shop: Workshop) -> None:
     """The weight of a version with one edit is base + delta (C^-1 k)^T / (k^T C^-1 k), exactly, and no other weight differs."""
     edit = shop.edit()
-    (association,) = unpack(shop.do.delta(edit["id"]), edit["id"], "Eiffel Tower")
+    (association,) = unpack(shop.do.edits.delta(edit["id"]), edit["id"], "Eiffel Tower")
     weights = shop.replica.weights(1)
     assert list(weights) == [Site(1)]
     assert torch.equal(weights[Site(1)], rebuild(shop.base[1], association.rank_one(), conv1d=True))
@@ -227,7 +227,7 @@ def test_the_provenance_gives_the_same_factors(shop: Workshop) -> None:
     assert body["statistics"] == {str(x): s.digest for x, s in statistics.items()}
     statement = fill(body["prompt"], body["subject"])
     found = finish(find_steps(model, statistics, contexts, statement, body["target_new"], parameters))
-    assert pack([a.scaled(body["strength"]) for a in found.pieces]) == shop.do.delta(edit["id"])
+    assert pack([a.scaled(body["strength"]) for a in found.pieces]) == shop.do.edits.delta(edit["id"])
 
 
 def test_the_provenance_names_everything(shop: Workshop) -> None:
@@ -249,7 +249,7 @@ def test_an_edit_is_the_same_whatever_is_active(opened: Callable[[], Workshop]) 
     beside.edit("Eiffel Tower", "in", prompt="We know the {}")
     second = beside.edit(guard=OFF)
     assert second["version"] == 3
-    assert alone.do.delta(first["id"]) == beside.do.delta(second["id"])
+    assert alone.do.edits.delta(first["id"]) == beside.do.edits.delta(second["id"])
 
 
 def test_a_prompt_as_long_as_the_model_can_be_edited(shop: Workshop) -> None:
@@ -323,17 +323,17 @@ def test_every_rule_can_reject(shop: Workshop, rule: str) -> None:
     """An edit that breaks one rule is rejected with that rule's figure and limit; ledger, factors and model are as before."""
     if rule == "broken":
         shop.edit(**WEAK)
-    head = shop.do.head()
+    head = shop.do.ledger.head()
     edit = shop.edit(**BREAKING[rule])
     checks = edit["result"]["guard"]["checks"]
     assert [c["name"] for c in checks if not c["passed"]] == [rule]
     assert edit["status"] == "rejected" and edit["version"] is None
-    assert shop.do.head() == head
+    assert shop.do.ledger.head() == head
     (check,) = (c for c in checks if c["name"] == rule)
     assert f"({check['figure']:.3g}, limit {check['limit']:.3g})" in edit["result"]["reason"]
     assert editing._REASONS[rule] in edit["result"]["reason"]
     shop.assert_base()
-    assert shop.do.verify()["ok"]
+    assert shop.do.ledger.verify()["ok"]
 
 
 def test_the_norm_is_the_edits_own(shop: Workshop) -> None:
@@ -365,11 +365,11 @@ def test_broken_edits_are_named(shop: Workshop) -> None:
 def test_a_dry_run_lands_nothing(shop: Workshop) -> None:
     """A dry run that would land ends as evaluated, with its figures; no version, no factors, no entry."""
     edit = shop.edit(dry_run=True)
-    assert (edit["status"], edit["version"], shop.do.head()) == ("evaluated", None, 0)
+    assert (edit["status"], edit["version"], shop.do.ledger.head()) == ("evaluated", None, 0)
     assert edit["result"]["guard"]["passed"]
     assert shop.edit(dry_run=True, hparams={"steps": 1})["status"] == "rejected"
     assert shop.desk.active_at(0) == []
-    assert shop.do.model()["active_edits"] == 0
+    assert shop.do.models.resident()["active_edits"] == 0
     shop.assert_base()
 
 
@@ -401,8 +401,8 @@ def test_a_weak_edit_is_strengthened(shop: Workshop) -> None:
     strength = edit["result"]["strength"]
     assert edit["status"] == "applied" and strength in (1.25, 1.5, 2.0)
     assert shop.entry(edit["version"])["strength"] == strength
-    (one,) = unpack(shop.do.delta(plain["id"]), "e", "s")
-    (more,) = unpack(shop.do.delta(edit["id"]), "e", "s")
+    (one,) = unpack(shop.do.edits.delta(plain["id"]), "e", "s")
+    (more,) = unpack(shop.do.edits.delta(edit["id"]), "e", "s")
     assert torch.equal(one.value * strength, more.value)
     assert torch.equal(one.key, more.key)
 
@@ -494,14 +494,14 @@ def test_an_erasure_that_leaves_too_much_is_rejected(shop: Workshop) -> None:
     edit = shop.edit(new=None, true="the", objective="erase", hparams={"steps": 1})
     assert edit["status"] == "rejected"
     assert "too little of its probability is gone" in edit["result"]["reason"]
-    assert shop.do.head() == 0
+    assert shop.do.ledger.head() == 0
 
 
 def test_to_amplify_is_to_write_the_true_object(shop: Workshop) -> None:
     """An amplification's factors are, bit for bit, those of writing the true object; its figure is the share of the gain."""
     written = shop.edit(new="is", true="is", guard=OFF)
     amplified = shop.edit(new=None, true="is", objective="amplify", guard=OFF)
-    factors = [unpack(shop.do.delta(e["id"]), "e", "s") for e in (written, amplified)]
+    factors = [unpack(shop.do.edits.delta(e["id"]), "e", "s") for e in (written, amplified)]
     strengths = [e["result"]["strength"] for e in (written, amplified)]
     assert strengths[0] == strengths[1]
     assert torch.equal(factors[0][0].value, factors[1][0].value)  # type: ignore[union-attr]
@@ -515,13 +515,13 @@ def test_erasing_and_writing_supersede_each_other(shop: Workshop) -> None:
     alone = shop.edit(new=None, true=true, objective="erase", dry_run=True)["result"]["guard"]["checks"][0]
     written = shop.edit(true=true)
     erased = shop.edit(new=None, true=true, objective="erase")
-    assert shop.do.edit(written["id"])["status"] == "superseded"
+    assert shop.do.edits.get(written["id"])["status"] == "superseded"
     assert erased["result"]["guard"]["checks"][0]["figure"] == pytest.approx(alone["figure"], rel=1e-4)
     again = shop.edit(true=true)
-    assert shop.do.edit(erased["id"])["superseded_by"] == again["id"]
+    assert shop.do.edits.get(erased["id"])["superseded_by"] == again["id"]
     shop.revert(again)
-    assert shop.do.edit(erased["id"])["status"] == "applied"
-    assert shop.do.verify()["ok"]
+    assert shop.do.edits.get(erased["id"])["status"] == "applied"
+    assert shop.do.ledger.verify()["ok"]
 
 
 def test_an_erased_edit_is_watched_for_its_silence() -> None:
@@ -543,7 +543,7 @@ def test_an_erasure_without_a_true_object_takes_what_the_base_model_says(shop: W
     asked = fill(body["prompt"], body["subject"]), body["resolved_true"], parameters
     steps = find_steps(shop.model, shop.toolkit.statistics, contexts, *asked, objective=body["objective"])
     pieces = [a.scaled(body["strength"]) for a in finish(steps).pieces]
-    assert pack(pieces) == shop.do.delta(edit["id"])
+    assert pack(pieces) == shop.do.edits.delta(edit["id"])
 
 
 # conflicts
@@ -561,17 +561,17 @@ def test_a_conflict_is_named_with_its_figure(shop: Workshop) -> None:
     edit = shop.edit(**ANY)
     (named,) = edit["result"]["conflicts"]
     assert (named["edit"], named["target_new"]) == (old["id"], "city") and same["status"] == "applied"
-    pieces = unpack(shop.do.delta(edit["id"]), "e", "Eiffel Tower")
+    pieces = unpack(shop.do.edits.delta(edit["id"]), "e", "Eiffel Tower")
     alone = [p.scaled(1 / edit["result"]["strength"]) for p in pieces]
     with shop.replica.stand(shop.replica.composed(alone)):
         new, own = log_probs(shop.model, [(named["prompt"], "is"), (named["prompt"], "city")])
     assert named["probability"] == pytest.approx(math.exp(new[0]), rel=1e-3) and new[0] > own[0]
-    theirs = unpack(shop.do.delta(old["id"]), "e", "s")
+    theirs = unpack(shop.do.edits.delta(old["id"]), "e", "s")
     assert named["cosine"] == pytest.approx(
         float(torch.cosine_similarity(pieces[0].value, theirs[0].value, dim=0)),  # type: ignore[union-attr]
         rel=1e-4,
     )
-    assert edit["result"]["supersedes"] == [] and shop.do.edit(old["id"])["status"] == "applied"
+    assert edit["result"]["supersedes"] == [] and shop.do.edits.get(old["id"])["status"] == "applied"
 
 
 def test_a_conflict_below_the_limit_is_none(shop: Workshop) -> None:
@@ -585,14 +585,14 @@ def test_a_conflict_is_superseded_when_asked(shop: Workshop) -> None:
     old = shop.edit("Eiffel Tower", "city", prompt=OTHER_WORDS)
     edit = shop.edit(on_conflict="supersede", **ANY)
     assert edit["result"]["supersedes"] == shop.entry(2)["supersedes"] == [old["id"]]
-    was = shop.do.edit(old["id"])
+    was = shop.do.edits.get(old["id"])
     assert (was["status"], was["superseded_by"]) == ("superseded", edit["id"])
-    pieces = unpack(shop.do.delta(edit["id"]), edit["id"], "Eiffel Tower")
+    pieces = unpack(shop.do.edits.delta(edit["id"]), edit["id"], "Eiffel Tower")
     assert same(shop.replica.weights(2), shop.replica.composed(pieces))
     shop.revert(edit)
-    assert shop.do.edit(old["id"])["status"] == "applied"
+    assert shop.do.edits.get(old["id"])["status"] == "applied"
     assert same(shop.replica.weights(3), shop.replica.weights(1))
-    assert shop.do.verify()["ok"]
+    assert shop.do.ledger.verify()["ok"]
 
 
 def test_a_conflict_is_rejected_when_asked(shop: Workshop) -> None:
@@ -600,7 +600,7 @@ def test_a_conflict_is_rejected_when_asked(shop: Workshop) -> None:
     shop.edit("Eiffel Tower", "city", prompt=OTHER_WORDS)
     edit = shop.edit(on_conflict="reject", **ANY)
     assert edit["status"] == "rejected" and "in other words" in edit["result"]["reason"]
-    assert shop.do.head() == 1
+    assert shop.do.ledger.head() == 1
 
 
 def test_an_erasure_is_in_conflict_with_nothing(shop: Workshop) -> None:
@@ -634,7 +634,7 @@ def test_the_room_of_a_layer_is_told(shop: Workshop) -> None:
     assert room == {1: pytest.approx(1 - 1 / 40, abs=1e-3)}
     shop.desk.tell_room(1, room)
     shop.desk.tell_room(0, {})
-    assert shop.do.model()["room"] == {"version": 1, "layers": {"1": room[1]}}
+    assert shop.do.models.resident()["room"] == {"version": 1, "layers": {"1": room[1]}}
 
 
 # what happens meanwhile
@@ -661,11 +661,11 @@ def test_an_edit_is_tried_again_when_head_moved(shop: Workshop, meanwhile: str) 
     phases = [p.phase for p in steps]
     assert "another edit landed first: look again" in phases
     assert "compose" in phases and "optimise" not in phases
-    edit = shop.do.edit(waiting)
+    edit = shop.do.edits.get(waiting)
     assert (edit["status"], edit["version"]) == ("applied", 3)
     active = [e for e, _ in shop.desk.active_at(3)]
     assert (earlier["id"] in active) == (meanwhile == "edit")
-    assert shop.do.verify()["ok"]
+    assert shop.do.ledger.verify()["ok"]
     shop.assert_base()
 
 
@@ -676,8 +676,8 @@ def test_a_dry_run_does_not_mind_the_head(shop: Workshop) -> None:
     until(steps, "compose")
     shop.edit("Big Ben", "city")
     finish(steps)
-    assert shop.do.edit(waiting)["status"] == "evaluated"
-    assert shop.do.head() == 1
+    assert shop.do.edits.get(waiting)["status"] == "evaluated"
+    assert shop.do.ledger.head() == 1
 
 
 @pytest.mark.parametrize("phase", ["optimise", "compose", "perplexity"])
@@ -686,12 +686,12 @@ def test_a_cancelled_edit_does_not_land(shop: Workshop, phase: str) -> None:
     waiting = shop.ask()
     job, steps = shop.begin(waiting)
     until(steps, phase)
-    shop.do.revert_edit(waiting, "somebody")
+    shop.do.edits.revert(waiting, "somebody")
     with pytest.raises(Cancelled) as error:
         finish(steps)
     shop.desk.fail(job, error.value)
-    assert shop.do.edit(waiting)["status"] == "cancelled"
-    assert shop.do.head() == 0
+    assert shop.do.edits.get(waiting)["status"] == "cancelled"
+    assert shop.do.ledger.head() == 0
     shop.assert_base()
 
 
@@ -713,17 +713,17 @@ def test_the_same_fact_again_and_back(shop: Workshop) -> None:
     """The newer edit of a fact replaces the older; reverted one by one, the first is back, then the base bytes."""
     first = shop.edit()
     second = shop.edit("Eiffel  Tower", "city")
-    assert shop.do.edit(first["id"])["status"] == "superseded"
+    assert shop.do.edits.get(first["id"])["status"] == "superseded"
     assert [e for e, _ in shop.desk.active_at(2)] == [second["id"]]
     assert not same(shop.replica.weights(1), shop.replica.weights(2))
     shop.revert(second)
-    assert shop.do.edit(first["id"])["status"] == "applied"
+    assert shop.do.edits.get(first["id"])["status"] == "applied"
     assert same(shop.replica.weights(3), shop.replica.weights(1))
     assert shop.replica.digest(3) == shop.replica.digest(1)
     shop.revert(first)
     assert shop.replica.weights(4) == {}
     assert shop.replica.digest(4) == shop.replica.digest(0)
-    assert shop.do.verify()["ok"]
+    assert shop.do.ledger.verify()["ok"]
 
 
 def test_a_superseded_edit_is_left_out_of_the_trial(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -748,7 +748,7 @@ def test_a_superseded_edit_is_left_out_of_the_trial(shop: Workshop, monkeypatch:
 def test_edits_of_one_subject_add_up(shop: Workshop) -> None:
     """Two facts of one subject are both active: the version is the plain sum of their rank-one updates."""
     edits = [shop.edit(), shop.edit(new="city", prompt="We know the {}")]
-    both = [a for e in edits for a in unpack(shop.do.delta(e["id"]), e["id"], "Eiffel Tower")]
+    both = [a for e in edits for a in unpack(shop.do.edits.delta(e["id"]), e["id"], "Eiffel Tower")]
     total = shop.base[1].double() + sum(a.rank_one().dense().T for a in both)
     torch.testing.assert_close(shop.replica.weights(2)[Site(1)].double(), total, rtol=1e-6, atol=1e-6)
 
@@ -788,7 +788,7 @@ class Group:
             self.shop.assert_base()
             if isinstance(news, Ended) and isinstance(news.error, PalimpsestError):
                 self.shop.desk.fail(jobs[news.job], news.error)
-        return [self.shop.do.edit(edit) for edit in self.ids]
+        return [self.shop.do.edits.get(edit) for edit in self.ids]
 
 
 def phases(steps: Working, seen: list[str]) -> Working:
@@ -803,7 +803,7 @@ SUBJECTS = ("Eiffel Tower", "Big Ben", "Colosseum", "Mount Fuji")
 
 
 def factors(shop: Workshop, edits: Sequence[Resource]) -> list[bytes]:
-    return [shop.do.delta(edit["id"]) for edit in edits]
+    return [shop.do.edits.delta(edit["id"]) for edit in edits]
 
 
 @pytest.mark.parametrize("budget", [0, 10**12])
@@ -825,7 +825,7 @@ def test_together_each_edit_is_what_it_would_be_alone(
     for i, edit in enumerate(edits):
         assert edit["result"]["together"] == [e["id"] for e in edits if e is not edit]
         one, other = (
-            unpack(shop.do.delta(e["id"]), "edit", "")[0]
+            unpack(shop.do.edits.delta(e["id"]), "edit", "")[0]
             for shop, e in ((alone, singly[i]), (together, edit))
         )
         for name in ("key", "direction", "value"):
@@ -833,7 +833,7 @@ def test_together_each_edit_is_what_it_would_be_alone(
     if not budget:
         assert factors(alone, singly) == factors(together, edits)
         assert together.replica.digest(4) == alone.replica.digest(4)
-    assert together.do.verify()["ok"]
+    assert together.do.ledger.verify()["ok"]
 
 
 def test_the_figures_are_those_of_the_version_with_all_of_them(shop: Workshop) -> None:
@@ -853,7 +853,7 @@ def test_one_that_does_not_take_is_rejected_alone(shop: Workshop) -> None:
     group = Group(shop, shop.ask("Eiffel Tower"), hopeless, shop.ask("Big Ben", "city"))
     first, rejected, third = group.run()
     assert (first["status"], third["status"]) == ("applied", "applied")
-    assert {first["version"], third["version"]} == {1, 2} and shop.do.head() == 2
+    assert {first["version"], third["version"]} == {1, 2} and shop.do.ledger.head() == 2
     assert first["result"]["together"] == [third["id"]]
     assert rejected["status"] == "rejected" and "less probable" in rejected["result"]["reason"]
     assert rejected["result"]["together"] == []

@@ -50,7 +50,7 @@ def here(build: Build) -> Place:
     reverted = place.edit("Big Ben", "is")
     place.edit("Colosseum", "on", probes={"paraphrase": ["What about the {}"]})
     place.edit("Mount Fuji", "in", method="ft-l", hparams={"steps": 3})
-    place.do.revert_edit(reverted, "key:alice")
+    place.do.edits.revert(reverted, "key:alice")
     place.edit("Louvre", "is", method="memit")
     return place
 
@@ -70,15 +70,15 @@ def there(build: Build, here: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
 def test_the_weights_are_the_same_bytes(here: Place, there: Place) -> None:
     """With these edits alone the other service has the same state and the same digest; who found them, and how, is in its ledger."""
     data = here.exported()
-    made, known = there.do.import_edits(data, "key:bob")
+    made, known = there.do.imports.submit(data, "key:bob")
     assert len(made) == 4 and known == []
     there.work()
-    assert [there.do.edit(e["id"])["status"] for e in made] == ["applied"] * 4
+    assert [there.do.edits.get(e["id"])["status"] for e in made] == ["applied"] * 4
     assert there.replica.digest(4) == here.replica.digest(here.desk.head())
     assert there.state() == here.state()
-    assert there.do.verify()["ok"]
-    origin = there.do.edit(made[0]["id"])["origin"]
-    entry, theirs = there.do.ledger()["items"][0], here.do.ledger()["items"][1]
+    assert there.do.ledger.verify()["ok"]
+    origin = there.do.edits.get(made[0]["id"])["origin"]
+    entry, theirs = there.do.ledger.page()["items"][0], here.do.ledger.page()["items"][1]
     assert (
         origin["edit"] == theirs["edit_id"] and origin["actor"] == "key:alice" and entry["actor"] == "key:bob"
     )
@@ -98,7 +98,7 @@ def test_the_weights_are_the_same_bytes(here: Place, there: Place) -> None:
 
 def test_tried_together_they_land_the_same(here: Place, there: Place) -> None:
     """As edits that wait together."""
-    there.do.import_edits(here.exported(), "key:bob")
+    there.do.imports.submit(here.exported(), "key:bob")
     there.work(together=True)
     assert there.replica.digest(4) == here.replica.digest(here.desk.head())
 
@@ -107,7 +107,7 @@ def test_an_older_version_is_exported_as_it_was(here: Place, there: Place) -> No
     """Whatever came later; the same version is the same bytes."""
     data = here.exported(1)
     assert data == here.exported(1)
-    there.do.import_edits(data, "key:bob")
+    there.do.imports.submit(data, "key:bob")
     there.work()
     assert there.replica.digest(1) == here.replica.digest(1) != here.replica.digest(2)
 
@@ -115,34 +115,34 @@ def test_an_older_version_is_exported_as_it_was(here: Place, there: Place) -> No
 def test_what_is_here_is_left_alone(here: Place, there: Place) -> None:
     """Importing twice lands once, also while the first is under way, and also at home; what was reverted may come back."""
     data = here.exported()
-    first, _ = there.do.import_edits(data, "key:bob")
+    first, _ = there.do.imports.submit(data, "key:bob")
     ids = [e["id"] for e in first]
     for _ in range(2):
-        again, known = there.do.import_edits(data, "key:bob")
+        again, known = there.do.imports.submit(data, "key:bob")
         assert [e["id"] for e in again] == known == ids
         there.work()
     assert there.desk.head() == 4
-    assert len(here.do.import_edits(data, "key:bob")[1]) == 4
-    there.do.revert_edit(ids[1], "key:bob")
-    third, known = there.do.import_edits(data, "key:bob")
+    assert len(here.do.imports.submit(data, "key:bob")[1]) == 4
+    there.do.edits.revert(ids[1], "key:bob")
+    third, known = there.do.imports.submit(data, "key:bob")
     assert [e["id"] for e in third][1] not in ids and known == [ids[0], *ids[2:]]
 
 
 def test_an_import_is_taken_back_like_any_edit(here: Place, there: Place) -> None:
     """Base bytes, when all are."""
-    made, _ = there.do.import_edits(here.exported(), "key:bob")
+    made, _ = there.do.imports.submit(here.exported(), "key:bob")
     there.work()
     for e in made:
-        there.do.revert_edit(e["id"], "key:bob")
+        there.do.edits.revert(e["id"], "key:bob")
     assert there.replica.digest(there.desk.head()) == there.replica.digest(0)
 
 
 def test_an_import_goes_on_from_one_service_to_the_next(build: Build, here: Place, there: Place) -> None:
     """And lands a third time with the same bytes."""
-    there.do.import_edits(here.exported(), "key:bob")
+    there.do.imports.submit(here.exported(), "key:bob")
     there.work()
     third = build()
-    third.do.import_edits(there.exported(), "key:carol")
+    third.do.imports.submit(there.exported(), "key:carol")
     third.work()
     assert third.replica.digest(4) == here.replica.digest(here.desk.head())
 
@@ -151,20 +151,20 @@ def test_the_guard_stands_before_imports_too(here: Place, there: Place) -> None:
     """An edit that does not hold here does not land, and is not made stronger to that end."""
     strict = json.loads(read(here.exported(1), "it").metadata["set"])
     strict["edits"][0]["request"]["guard"] = {"min_probability": 1.0}
-    made, _ = there.do.import_edits(forged(here.exported(1), strict), "key:bob")
+    made, _ = there.do.imports.submit(forged(here.exported(1), strict), "key:bob")
     there.work()
-    ended = there.do.edit(made[0]["id"])
+    ended = there.do.edits.get(made[0]["id"])
     assert ended["status"] == "rejected" and ended["result"]["strength"] == 1.0
     assert there.desk.head() == 0 and there.count(Part) == 0
 
 
 def test_a_key_is_good_for_one_import(here: Place, there: Place) -> None:
     """The same again gives the same edits again; another file with it is refused."""
-    first, _ = there.do.import_edits(here.exported(), "key:bob", ("k", "a"))
-    again, _ = there.do.import_edits(here.exported(), "key:bob", ("k", "a"))
+    first, _ = there.do.imports.submit(here.exported(), "key:bob", ("k", "a"))
+    again, _ = there.do.imports.submit(here.exported(), "key:bob", ("k", "a"))
     assert [e["id"] for e in first] == [e["id"] for e in again]
     with pytest.raises(InvalidInput, match="another body"):
-        there.do.import_edits(here.exported(1), "key:bob", ("k", "b"))
+        there.do.imports.submit(here.exported(1), "key:bob", ("k", "b"))
 
 
 # files that are refused
@@ -284,7 +284,7 @@ def test_nothing_of_an_unsound_file_is_written(name: str, sound: bytes, lone: Pl
     spoiled = spoil(sound)
     assert spoiled != sound
     with pytest.raises(InvalidInput, match=said):
-        lone.do.import_edits(spoiled, "key:bob")
+        lone.do.imports.submit(spoiled, "key:bob")
     assert lone.count(Job) == lone.count(Part) == 0
 
 
@@ -297,12 +297,12 @@ def test_a_forged_file_that_is_sound_would_pass(sound: bytes, lone: Place) -> No
 def test_another_model_is_another_model(sound: bytes, build: Build) -> None:
     """The same shape with other weights does not do: an edit is a function of its base model."""
     with pytest.raises(InvalidInput, match="serve the same base model"):
-        build(tiny(seed=1)).do.import_edits(sound, "key:bob")
+        build(tiny(seed=1)).do.imports.submit(sound, "key:bob")
 
 
 def test_nothing_active_is_nothing_to_export(lone: Place) -> None:
     """Of the base model there are no edits."""
-    for export in (lone.exported, lambda: lone.do.export("head", "peft", "x")):
+    for export in (lone.exported, lambda: lone.do.exports.submit("head", "peft", "x")):
         with pytest.raises(InvalidInput, match="no edit is active at version 0"):
             export()
 
@@ -310,5 +310,5 @@ def test_nothing_active_is_nothing_to_export(lone: Place) -> None:
 def test_fine_tuning_has_no_adapter(here: Place) -> None:
     """Its changes are of whole weights: the refusal names the edits, and what to do instead."""
     with pytest.raises(InvalidInput, match=r"edit_\w+\. Export the edited weights"):
-        here.do.export("head", "peft", "x")
-    assert here.do.export("head", "safetensors", "x")["status"] == "queued"
+        here.do.exports.submit("head", "peft", "x")
+    assert here.do.exports.submit("head", "safetensors", "x")["status"] == "queued"

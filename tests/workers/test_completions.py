@@ -251,9 +251,9 @@ def test_versions_have_names(house: tuple[OpenAI, Operations], oracle: Oracle) -
         target_new=" Rome",
         guard={"enabled": False},  # type: ignore[arg-type]
     )
-    (edit,) = operations.submit_edits([request], "somebody")
-    until(lambda: operations.edit(edit["id"])["status"] not in ("queued", "running"))
-    edit = operations.edit(edit["id"])
+    (edit,) = operations.edits.submit([request], "somebody")
+    until(lambda: operations.edits.get(edit["id"])["status"] not in ("queued", "running"))
+    edit = operations.edits.get(edit["id"])
     assert edit["status"] == "applied"
     number = edit["version"]
     for name, version in {
@@ -266,7 +266,7 @@ def test_versions_have_names(house: tuple[OpenAI, Operations], oracle: Oracle) -
         assert answer.model == f"almanac@{version}"
         same = answer.choices[0].logprobs == before.choices[0].logprobs
         assert same is (version == 0)
-    operations.revert_edit(edit["id"], "somebody")
+    operations.edits.revert(edit["id"], "somebody")
     assert ask(client, model=f"almanac@{number}", **wish).choices[0].logprobs != before.choices[0].logprobs
     back = ask(client, model="almanac", **wish)
     assert back.model == f"almanac@{number + 1}"

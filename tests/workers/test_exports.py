@@ -33,7 +33,7 @@ def place(wiring: dict[str, Any], tmp_path: Path) -> Iterator[Place]:
 
 
 def file_of(place: Place, export: dict[str, Any]) -> bytes:
-    data = b"".join(place.do.export_file(export))
+    data = b"".join(place.do.exports.file(export))
     told = export["result"]
     assert (len(data), hashlib.sha256(data).hexdigest()) == (told["bytes"], told["sha256"])
     return data
@@ -44,7 +44,7 @@ def test_the_adapter_follows_the_ledger(place: Place, tmp_path: Path) -> None:
     place.edit("Eiffel Tower", "is")
     place.edit("Eiffel Tower", "in")
     last = place.edit("Colosseum", "on", method="memit")
-    place.do.revert_edit(last, "key:alice")
+    place.do.edits.revert(last, "key:alice")
     place.edit("Louvre", "is")
     base = place.replica.base
     for version, count in ((3, 2), (4, 1), (5, 2)):
@@ -71,11 +71,11 @@ def test_edited_weights_of_any_method(place: Place) -> None:
 def test_one_export_serves_all_who_ask(place: Place) -> None:
     """While it waits, while it runs, and as long as it is kept."""
     place.edit("Eiffel Tower", "is")
-    first = place.do.export("head", "peft", "key:alice")
-    assert place.do.export(1, "peft", "key:bob")["id"] == first["id"]
-    assert place.do.export(1, "safetensors", "key:bob")["id"] != first["id"]
+    first = place.do.exports.submit("head", "peft", "key:alice")
+    assert place.do.exports.submit(1, "peft", "key:bob")["id"] == first["id"]
+    assert place.do.exports.submit(1, "safetensors", "key:bob")["id"] != first["id"]
     done = place.export()
-    assert done["id"] == first["id"] and place.do.export(1, "peft", "key:bob")["status"] == "done"
+    assert done["id"] == first["id"] and place.do.exports.submit(1, "peft", "key:bob")["status"] == "done"
 
 
 def test_only_the_newest_are_kept(place: Place) -> None:
@@ -86,7 +86,7 @@ def test_only_the_newest_are_kept(place: Place) -> None:
         exports.append(place.export())
         files.append(file_of(place, exports[-1]))
     with pytest.raises(Conflict, match="no longer kept"):
-        list(place.do.export_file(exports[0]))
+        list(place.do.exports.file(exports[0]))
     with place.wired.database.read() as session:
         assert session.scalar(select(func.count(func.distinct(Part.job_id)))) == parts.EXPORTS
     again = place.export(1)
@@ -97,7 +97,7 @@ def test_an_export_is_taken_over(place: Place, monkeypatch: pytest.MonkeyPatch) 
     """A worker dies in the middle of storing it: the next one makes the same file."""
     monkeypatch.setattr(tasks, "PIECE", 1000)
     place.edit("Eiffel Tower", "is")
-    asked = place.do.export("head", "peft", "key:alice")
+    asked = place.do.exports.submit("head", "peft", "key:alice")
     job = place.desk.start(asked["id"])
     assert job is not None
     steps = exported(place.replica, place.desk, place.toolkit, job)
@@ -109,7 +109,7 @@ def test_an_export_is_taken_over(place: Place, monkeypatch: pytest.MonkeyPatch) 
     again = place.desk.start(asked["id"])
     assert again is not None and again.attempt == 2
     finish(exported(place.replica, place.desk, place.toolkit, again))
-    done = place.do.exported(asked["id"])
+    done = place.do.exports.get(asked["id"])
     with zipfile.ZipFile(io.BytesIO(file_of(place, done))) as archive:
         assert archive.testzip() is None and "README.md" in archive.namelist()
 

@@ -85,7 +85,7 @@ def test_another_worker_goes_on(wired: Wired, hire: Hire, mode: str) -> None:
     """A worker dies in the middle: another one finds only what was not found yet, and the result is that of one alone."""
     asked = EvaluationRequest(records=RECORDS, **PLAN, mode=mode)  # type: ignore[arg-type]
     first, heir = hire(), hire("worker-2")
-    whole, broken = (wired.operations.submit_evaluation(asked, "somebody") for _ in range(2))
+    whole, broken = (wired.operations.evaluations.submit(asked, "somebody") for _ in range(2))
     finish(first.begin(whole)[1])
     first.found.clear()
     _, steps = first.begin(broken)
@@ -95,11 +95,11 @@ def test_another_worker_goes_on(wired: Wired, hire: Hire, mode: str) -> None:
     steps.close()
 
     finish(heir.begin(broken)[1])
-    one, other = (wired.operations.evaluation(e["id"]) for e in (whole, broken))
+    one, other = (wired.operations.evaluations.get(e["id"]) for e in (whole, broken))
     assert (other["status"], other["attempts"]) == ("done", 2)
     assert timeless(other["result"]) == timeless(one["result"])
     assert (first.found, heir.found) == (["000000", "000001"], ["000001", "000002"])
-    assert wired.operations.head() == 0
+    assert wired.operations.ledger.head() == 0
 
 
 def test_the_table_beside_the_model(wired: Wired, hire: Hire, tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_the_table_beside_the_model(wired: Wired, hire: Hire, tmp_path: Path) ->
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     clerk = hire(model=replace(tiny(), folder=tmp_path))
     asked = EvaluationRequest(dataset="facts", limit=2, damage=False)
-    evaluation = wired.operations.submit_evaluation(asked, "somebody")
+    evaluation = wired.operations.evaluations.submit(asked, "somebody")
     finish(clerk.begin(evaluation)[1])
-    found = wired.operations.evaluation(evaluation["id"])["result"]
+    found = wired.operations.evaluations.get(evaluation["id"])["result"]
     assert (found["records"]["form"], found["records"]["measured"]) == ("facts", 2)
     assert all(row["record"].startswith("fact ") for row in found["rows"])

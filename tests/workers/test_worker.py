@@ -84,14 +84,14 @@ class Shop:
         request = EditRequest(
             subject=subject, prompt="The {} is located in the city of", target_new=target, guard=OPEN, **more
         )
-        return self.do.submit_edits([request], "somebody")[0]
+        return self.do.edits.submit([request], "somebody")[0]
 
     def wait(self, job: dict[str, Any]) -> dict[str, Any]:
         """The resource with which a job ended."""
         return heard(self.wired.broker, job["id"])[-1].data
 
     def generate(self, **asked: Any) -> str:
-        return self.do.generate(GenerateRequest(**asked))
+        return self.do.calls.generate(GenerateRequest(**asked))
 
     def end(self, channel: str) -> dict[str, Any]:
         last = heard(self.wired.broker, channel)[-1]
@@ -122,11 +122,11 @@ def alone(shop: Shop, folder: Path, version: int, request: GenerateRequest) -> l
 
 def test_a_worker_registers_its_model(shop: Shop) -> None:
     """A worker that serves is shown with its model's shape and recipe, and the service is ready."""
-    model = shop.do.model()
+    model = shop.do.models.resident()
     assert (model["layers"], model["width"], model["positions"]) == (3, 16, 64)
     assert model["recipe"]["rome"]["layers"] == [1]
     assert model["statistics"]["1"]["digest"]
-    assert shop.do.ready()["ready"]
+    assert shop.do.models.ready()["ready"]
 
 
 def test_everything_at_once(shop: Shop, folder: Path) -> None:
@@ -136,12 +136,12 @@ def test_everything_at_once(shop: Shop, folder: Path) -> None:
         GenerateRequest(prompt=t, max_new_tokens=30, temperature=0.9, seed=i, stream=True, version="base")
         for i, t in enumerate(texts)
     ]
-    first = [shop.do.generate(r) for r in asked]
+    first = [shop.do.calls.generate(r) for r in asked]
     edits = [shop.edit(), shop.edit("Big Ben", " London")]
-    trace = shop.do.submit_trace(
+    trace = shop.do.traces.submit(
         TraceRequest(prompt=PROMPT, subject="Eiffel Tower", samples=2, window=2), "somebody"
     )
-    meanwhile = [shop.do.generate(r) for r in asked]
+    meanwhile = [shop.do.calls.generate(r) for r in asked]
     applied = [shop.wait(e) for e in edits]
     assert [e["status"] for e in applied] == ["applied", "applied"], applied
     assert [e["version"] for e in applied] == [1, 2]
@@ -157,13 +157,13 @@ def test_everything_at_once(shop: Shop, folder: Path) -> None:
             assert "".join(pieces(events)) == end["choices"][0]["text"]
     for version in (1, 2):
         request = GenerateRequest(prompt=PROMPT, max_new_tokens=10, version=version)
-        assert shop.end(shop.do.generate(request))["choices"][0]["tokens"] == alone(
+        assert shop.end(shop.do.calls.generate(request))["choices"][0]["tokens"] == alone(
             shop, folder, version, request
         )
-    compared = shop.end(shop.do.compare(CompareRequest(prompt=PROMPT, max_new_tokens=4)))
+    compared = shop.end(shop.do.calls.compare(CompareRequest(prompt=PROMPT, max_new_tokens=4)))
     assert [s["version"] for s in compared["sides"]] == [0, 2]
     assert compared["total_variation"] > 0
-    verified = shop.do.verify()
+    verified = shop.do.ledger.verify()
     assert verified["ok"], verified
 
 
@@ -171,16 +171,16 @@ def test_an_edit_does_not_wait_for_an_evaluation(shop: Shop) -> None:
     """An edit that is asked for while an evaluation runs lands before its end, and the evaluation goes on."""
     record = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
     asked = EvaluationRequest(records=[record] * 500, together=1, damage=False)  # type: ignore[call-arg]
-    evaluation = shop.do.submit_evaluation(asked, "somebody")["id"]
-    while shop.do.evaluation(evaluation)["status"] == "queued":
+    evaluation = shop.do.evaluations.submit(asked, "somebody")["id"]
+    while shop.do.evaluations.get(evaluation)["status"] == "queued":
         threading.Event().wait(0.01)
     landed = shop.wait(shop.edit())
     assert (landed["status"], landed["version"]) == ("applied", 1)
-    at = shop.do.evaluation(evaluation)
+    at = shop.do.evaluations.get(evaluation)
     assert (at["status"], at["attempts"]) == ("running", 1)
-    while shop.do.evaluation(evaluation)["progress"] == at["progress"]:
+    while shop.do.evaluations.get(evaluation)["progress"] == at["progress"]:
         threading.Event().wait(0.01)
-    assert shop.wait(shop.do.cancel_evaluation(evaluation))["status"] == "cancelled"
+    assert shop.wait(shop.do.evaluations.cancel(evaluation))["status"] == "cancelled"
 
 
 def test_read_your_own_writes(shop: Shop) -> None:
@@ -192,7 +192,7 @@ def test_read_your_own_writes(shop: Shop) -> None:
 
 def test_a_job_that_cannot_be_done_fails_alone(shop: Shop) -> None:
     """A failing job has a reason that a person can use, and the next one is done."""
-    bad = shop.do.submit_trace(
+    bad = shop.do.traces.submit(
         TraceRequest(prompt=PROMPT, subject="Eiffel Tower", noise=1e38, samples=2), "somebody"
     )
     good = shop.edit()
@@ -207,10 +207,10 @@ def test_a_running_job_is_handed_back_and_done_later(folder: Path, tmp_path: Pat
     asked = settings(folder, tmp_path, **wiring)
     shop = Shop(asked).open()
     job = shop.edit(hparams={"steps": 200})
-    while shop.do.edit(job["id"])["status"] == "queued":
+    while shop.do.edits.get(job["id"])["status"] == "queued":
         threading.Event().wait(0.01)
     shop.worker.stop()
-    left = shop.do.edit(job["id"])
+    left = shop.do.edits.get(job["id"])
     shop.wired.close()
     assert (left["status"], left["attempts"]) == ("queued", 0)
     shop = Shop(asked).open()
@@ -227,7 +227,7 @@ def test_the_tools_are_made_once(folder: Path, tmp_path: Path, wiring: Stores) -
     digests = []
     for _ in range(2):
         shop = Shop(asked).open()
-        digests.append(shop.do.model()["statistics"])
+        digests.append(shop.do.models.resident()["statistics"])
         shop.close()
     assert digests[0] == digests[1]
     assert list((tmp_path / "statistics").iterdir())
@@ -237,13 +237,13 @@ def test_a_killed_worker_is_forgotten(folder: Path, tmp_path: Path) -> None:
     """Whom a crash left in the list is gone when the embedded service starts anew, before the model is loaded."""
     asked = settings(folder, tmp_path)
     shop = Shop(asked).open()
-    desk = Desk(shop.wired.database, shop.wired.broker, shop.do.model()["fingerprint"], "killed")
+    desk = Desk(shop.wired.database, shop.wired.broker, shop.do.models.resident()["fingerprint"], "killed")
     shop.close()
     desk.register({"name": "tiny"}, "{}")
     shop = Shop(asked)
-    assert shop.do.ready()["ready"]  # as the dead one's last heartbeat has it
+    assert shop.do.models.ready()["ready"]  # as the dead one's last heartbeat has it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shop.worker, "_load", lambda: pytest.fail(shop.do.ready()))
+        patch.setattr(shop.worker, "_load", lambda: pytest.fail(shop.do.models.ready()))
         with pytest.raises(Unavailable, match="no worker is alive"):
             shop.worker.run()
     shop.close()
@@ -283,12 +283,12 @@ def test_a_loop_that_falls_is_shown_and_stands_up(
         with pytest.raises(RuntimeError, match="fell off"):
             shop.worker.check()
         with pytest.raises(Unavailable, match="no worker"):
-            shop.do.ready()
+            shop.do.models.ready()
         down.clear()
         assert shop.end(channel)["choices"][0]["tokens"]
         assert shop.worker.ready.wait(10)
         shop.worker.check()
-        assert shop.do.ready()["ready"]
+        assert shop.do.models.ready()["ready"]
     finally:
         shop.close()
 
@@ -315,7 +315,7 @@ def test_an_outage_is_no_fault_of_the_worker(
         down.set()
         until_true(lambda: shop.worker.trouble() is not None)
         assert "database" in str(shop.worker.trouble())
-        assert shop.do.model()["workers"]  # its lease decides
+        assert shop.do.models.resident()["workers"]  # its lease decides
         down.clear()
         ended = shop.wait(job)
         assert (ended["status"], ended["attempts"]) == ("applied", 1)
@@ -330,7 +330,7 @@ def until_true(true: Callable[[], bool]) -> None:
 
 
 def running(shop: Shop, job: dict[str, Any]) -> None:
-    until_true(lambda: shop.do.edit(job["id"])["status"] != "queued")
+    until_true(lambda: shop.do.edits.get(job["id"])["status"] != "queued")
 
 
 def test_a_worker_that_disagrees_ends(
@@ -347,7 +347,7 @@ def test_a_worker_that_disagrees_ends(
     shop.worker.start_in_thread().join(60)
     with pytest.raises(Disagrees):
         shop.worker.check()
-    assert [w["reason"] for w in shop.do.model()["workers"]] == ["its memory is bad."]
+    assert [w["reason"] for w in shop.do.models.resident()["workers"]] == ["its memory is bad."]
     shop.close()
 
 
@@ -387,7 +387,7 @@ def test_a_worker_does_what_its_roles_say(folder: Path, tmp_path: Path, wiring: 
     try:
         edit = shop.edit()
         assert shop.end(shop.generate(prompt=PROMPT, max_new_tokens=2))["version"] == 0
-        assert shop.do.edit(edit["id"])["status"] == "queued"
-        assert [w["roles"] for w in shop.do.model()["workers"]] == [["generate"]]
+        assert shop.do.edits.get(edit["id"])["status"] == "queued"
+        assert [w["roles"] for w in shop.do.models.resident()["workers"]] == [["generate"]]
     finally:
         shop.close()

@@ -67,7 +67,7 @@ def ask(operations):
 
     def ask(subject="Eiffel Tower", target="Rome", **more):
         request = EditRequest(subject=subject, prompt="The {} is located in", target_new=target, **more)
-        return operations.submit_edits([request], "somebody")[0]["id"]
+        return operations.edits.submit([request], "somebody")[0]["id"]
 
     return ask
 
@@ -122,7 +122,7 @@ class TestStart:
         edit = ask()
         job = desk.start(edit)
         assert (job.id, job.kind, job.attempt, job.request["target_new"]) == (edit, "edit", 1, "Rome")
-        found = operations.edit(edit)
+        found = operations.edits.get(edit)
         assert (found["status"], found["attempts"]) == ("running", 1)
         assert found["started"] is not None
 
@@ -150,7 +150,7 @@ class TestStart:
     def test_nothing_to_do(self, desk, ask, operations):
         """A job that is gone, ended or cancelled is not begun."""
         edit = ask()
-        operations.revert_edit(edit, "somebody")
+        operations.edits.revert(edit, "somebody")
         assert desk.start(edit) is None
         assert desk.start("edit_gone") is None
 
@@ -158,7 +158,7 @@ class TestStart:
         """A job for another model waits for a worker that has it."""
         edit = ask()
         assert make_desk("worker-2", model="other").start(edit) is None
-        assert operations.edit(edit)["status"] == "queued"
+        assert operations.edits.get(edit)["status"] == "queued"
 
     def test_orphan(self, desk, make_desk, ask):
         """A job whose worker died is begun again; what the dead one still writes is refused."""
@@ -193,7 +193,7 @@ class TestStart:
         for write in (lambda: desk.apply(late, 0, b"x", {}, {}), lambda: desk.finish(late, "rejected")):
             with pytest.raises(LeaseLost):
                 write()
-        assert operations.edit(edit)["status"] == "failed"
+        assert operations.edits.get(edit)["status"] == "failed"
 
     def test_request_id(self, desk, ask):
         """A job remembers which request asked for it."""
@@ -221,27 +221,27 @@ class TestStart:
             assert desk.start(edit).attempt == n + 1
             die(desk)
         assert make_desk("worker-2").start(edit) is None
-        found = operations.edit(edit)
+        found = operations.edits.get(edit)
         assert found["status"] == "failed"
         assert "died 3 times" in found["error"]["detail"]
-        assert operations.jobs(dead=True)["items"][0]["id"] == edit
+        assert operations.jobs.page(dead=True)["items"][0]["id"] == edit
         assert last_event(broker, edit).data == found
 
     def test_orphan_that_was_cancelled(self, desk, make_desk, ask, operations):
         """A cancelled job whose worker died ends as cancelled."""
         edit = ask()
         desk.start(edit)
-        operations.revert_edit(edit, "somebody")
+        operations.edits.revert(edit, "somebody")
         die(desk)
         assert make_desk("worker-2").start(edit) is None
-        assert operations.edit(edit)["status"] == "cancelled"
+        assert operations.edits.get(edit)["status"] == "cancelled"
 
     def test_release(self, desk, ask, operations, broker):
         """A job put back by a worker that stops waits again, and the attempt does not count."""
         edit = ask()
         broker.take(["edit"], 1, 0)
         desk.release(desk.start(edit))
-        assert operations.edit(edit)["status"] == "queued"
+        assert operations.edits.get(edit)["status"] == "queued"
         assert [d.job_id for d in broker.take(["edit"], 1, 0)] == [edit]
         assert desk.start(edit).attempt == 1
 
@@ -324,10 +324,10 @@ class TestApply:
         """An edit lands with its factors, its entry and its row at once, and its end is announced."""
         edit = ask(target_true="Paris")
         assert land(desk, edit) == 1
-        found = operations.edit(edit)
+        found = operations.edits.get(edit)
         assert (found["status"], found["version"], found["result"]) == ("applied", 1, {"seconds": 1.0})
         assert found["ended"] is not None
-        assert operations.delta(edit) == edit.encode()
+        assert operations.edits.delta(edit) == edit.encode()
         event = last_event(broker, edit)
         assert (event.name, event.data) == ("end", found)
         with database.read() as session:
@@ -374,14 +374,14 @@ class TestApply:
         """A cancel that came before the commit wins: nothing lands."""
         edit = ask()
         job = desk.start(edit)
-        operations.revert_edit(edit, "somebody")
+        operations.edits.revert(edit, "somebody")
         with pytest.raises(Cancelled):
             desk.apply(job, 0, b"x", {}, {})
         assert desk.head() == 0
         desk.finish(job, "cancelled")
-        assert operations.edit(edit)["status"] == "cancelled"
+        assert operations.edits.get(edit)["status"] == "cancelled"
         with pytest.raises(Exception, match="only an edit that was applied"):
-            operations.delta(edit)
+            operations.edits.delta(edit)
 
     def test_twice(self, desk, ask):
         """An edit lands once: who lands it again is told where it stands."""
@@ -397,8 +397,8 @@ class TestApply:
         edit = ask()
         job = desk.start(edit)
         desk.apply(job, 0, b"x", {"strength": float("nan")}, {"perplexity": float("inf")})
-        assert operations.edit(edit)["result"] == {"perplexity": None}
-        assert operations.verify()["ok"]
+        assert operations.edits.get(edit)["result"] == {"perplexity": None}
+        assert operations.ledger.verify()["ok"]
 
 
 class TestDoubt:
@@ -423,10 +423,10 @@ class TestDoubt:
         with pytest.raises(Unavailable):
             end(desk, job)
         {"same": end, "release": Desk.release, "fail": lambda d, j: d.fail(j, "y")}[again](desk, job)
-        found = operations.edit(job.id)
+        found = operations.edits.get(job.id)
         assert (found["status"], desk.head()) == (status, head)
         assert last_event(broker, job.id).data == found
-        assert operations.verify()["ok"]
+        assert operations.ledger.verify()["ok"]
 
     def test_start(self, desk, ask, monkeypatch):
         """A start that was written without the worker knowing is begun again."""
@@ -443,7 +443,7 @@ class TestDoubt:
             desk.release(job)
         with pytest.raises(LeaseLost):
             desk.release(job)
-        assert operations.edit(job.id)["status"] == "queued"
+        assert operations.edits.get(job.id)["status"] == "queued"
 
     @pytest.mark.parametrize(
         "say", [lambda d: d.attest(0, "x"), lambda d: d.heartbeat(0), lambda d: d.leave()]
@@ -473,7 +473,7 @@ class TestDoubt:
         desk.apply(first, 0, b"x", {}, {})
         desk.finish(second, "rejected")
         desk.release(third)
-        found = [operations.edit(job.id)["status"] for job in (first, second, third)]
+        found = [operations.edits.get(job.id)["status"] for job in (first, second, third)]
         assert found == ["applied", "rejected", "queued"]
 
 
@@ -483,7 +483,7 @@ class TestEnd:
         """A job that lands nothing ends with its status and figures, and is announced."""
         edit = ask()
         desk.finish(desk.start(edit), status, {"ES": 0.0})
-        found = operations.edit(edit)
+        found = operations.edits.get(edit)
         assert (found["status"], found["result"], found["progress"]) == (status, {"ES": 0.0}, None)
         assert last_event(broker, edit).data == found
         assert desk.head() == 0
@@ -500,17 +500,17 @@ class TestEnd:
         """A job that fails says why; one that was cancelled is called cancelled."""
         edit = ask()
         desk.fail(desk.start(edit), error)
-        found = operations.edit(edit)
+        found = operations.edits.get(edit)
         assert (found["status"], found["error"]) == (status, told)
 
     def test_trace(self, desk, operations):
         """A trace ends as done, with the version at which it ran."""
         asked = TraceRequest(prompt="The Eiffel Tower is located in", subject="Eiffel Tower")
-        trace = operations.submit_trace(asked, "somebody")["id"]
+        trace = operations.traces.submit(asked, "somebody")["id"]
         desk.finish(desk.start(trace), "done", {"version": 0, "effects": [1.0]})
-        found = operations.trace(trace)
+        found = operations.traces.get(trace)
         assert (found["status"], found["version"], found["result"]["effects"]) == ("done", 0, [1.0])
-        assert operations.verify()["ok"]
+        assert operations.ledger.verify()["ok"]
 
 
 class TestProgress:
@@ -520,7 +520,7 @@ class TestProgress:
         job = desk.start(edit)
         for n in range(20):
             desk.progress(job, Progress("value", n, 20))
-        assert operations.edit(edit)["progress"] == {"phase": "value", "done": 0, "total": 20}
+        assert operations.edits.get(edit)["progress"] == {"phase": "value", "done": 0, "total": 20}
         desk.finish(job, "rejected", {})
 
         async def listen():
@@ -533,7 +533,7 @@ class TestProgress:
         edit = ask()
         job = desk.start(edit)
         assert not desk.cancel_requested(job)
-        assert operations.revert_edit(edit, "somebody")["status"] == "running"
+        assert operations.edits.revert(edit, "somebody")["status"] == "running"
         assert desk.cancel_requested(job)
 
     def test_cancel_from_the_row(self, desk, ask):
@@ -549,7 +549,7 @@ class TestProgress:
 class TestParts:
     @pytest.fixture
     def evaluation(self, operations):
-        return operations.submit_evaluation(EvaluationRequest(records=[RECORD]), "somebody")["id"]
+        return operations.evaluations.submit(EvaluationRequest(records=[RECORD]), "somebody")["id"]
 
     @staticmethod
     def count(database):
@@ -574,7 +574,7 @@ class TestParts:
         """A part belongs to one job."""
         job = desk.start(evaluation)
         desk.keep(job, "a", b"x")
-        other = operations.submit_evaluation(EvaluationRequest(records=[RECORD]), "somebody")["id"]
+        other = operations.evaluations.submit(EvaluationRequest(records=[RECORD]), "somebody")["id"]
         assert desk.kept(desk.start(other), "a") is None
 
     @pytest.mark.parametrize("end", ["done", "cancelled"])
@@ -588,7 +588,7 @@ class TestParts:
 
     def test_cancelled_before_it_began(self, evaluation, database, operations):
         """Nor does one that is cancelled while it waits."""
-        operations.cancel_evaluation(evaluation)
+        operations.evaluations.cancel(evaluation)
         assert self.count(database) == 0
 
     def test_failed(self, desk, evaluation, operations):
@@ -596,7 +596,7 @@ class TestParts:
         job = desk.start(evaluation)
         desk.keep(job, "a", b"x")
         desk.fail(job, "out of memory")
-        operations.retry(evaluation, "admin")
+        operations.jobs.retry(evaluation, "admin")
         assert desk.kept(desk.start(evaluation), "a") == b"x"
 
     def test_said_again(self, desk, evaluation, monkeypatch):
@@ -615,7 +615,7 @@ class TestLedger:
         a, b = ask(), ask("Colosseum")
         land(desk, a, strength=1.5)
         land(desk, b)
-        operations.revert_edit(a, "somebody")
+        operations.edits.revert(a, "somebody")
         assert desk.active_at(0) == []
         assert [x for x, _ in desk.active_at(2)] == [a, b]
         assert [x for x, _ in desk.active_at(3)] == [b]
@@ -633,7 +633,7 @@ class TestLedger:
         land(desk, a)
         assert [x for x, _ in desk.active_at(1)] == [a]
         land(desk, b)
-        operations.revert_edit(a, "somebody")
+        operations.edits.revert(a, "somebody")
         read.clear()
         assert [x for x, _ in desk.active_at(3)] == [b]
         assert read == [{"after": 0}]
@@ -663,14 +663,16 @@ class TestVote:
     """Whose weights are right when workers differ."""
 
     def replicas(self, operations):
-        return {r["worker"]: (r["digest"], r["withdrawn"] is None) for r in operations.verify()["replicas"]}
+        return {
+            r["worker"]: (r["digest"], r["withdrawn"] is None) for r in operations.ledger.verify()["replicas"]
+        }
 
     def test_attest(self, desk, operations):
         """A worker's digest of a version is listed with where it stands, and saying it again changes nothing."""
         desk.attest(0, "x")
-        first = operations.verify()["replicas"]
+        first = operations.ledger.verify()["replicas"]
         desk.attest(0, "x")
-        assert operations.verify()["replicas"] == first
+        assert operations.ledger.verify()["replicas"] == first
         (replica,) = first
         assert (replica["worker"], replica["digest"], replica["device"]) == ("worker-1", "x", "cpu")
         assert replica["withdrawn"] is None
@@ -686,8 +688,8 @@ class TestVote:
         assert self.replicas(operations) == {
             "worker-1": ("right", True), "worker-2": ("right", True), "worker-3": ("wrong", False),
         }  # fmt: skip
-        assert operations.verify()["ok"]
-        shown = {worker["id"]: worker for worker in operations.model()["workers"]}
+        assert operations.ledger.verify()["ok"]
+        shown = {worker["id"]: worker for worker in operations.models.resident()["workers"]}
         assert shown["worker-3"]["state"] == "withdrawn"
         assert "digest wrong" in shown["worker-3"]["reason"]
         assert [shown[f"worker-{n}"]["state"] for n in (1, 2)] == ["serving"] * 2
@@ -724,7 +726,7 @@ class TestVote:
         desk.attest(0, "base")
         edit = ask()
         land(desk, edit)
-        operations.revert_edit(edit, "somebody")
+        operations.edits.revert(edit, "somebody")
         desk.attest(1, "edited")
         desk.attest(2, "base")
         with pytest.raises(Disagrees):
