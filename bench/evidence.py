@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load, save
@@ -113,6 +114,23 @@ class Searches:
         return Value(**said | {"losses": said["losses"].tolist()})
 
 
+class Shelf(Folder):
+    """What one line of a table keeps. What the base says to the same records is the same for every line, and kept once."""
+
+    def __init__(self, path: Path, base: Path) -> None:
+        super().__init__(path)
+        self.base = Folder(base)
+
+    def get(self, name: str) -> bytes | None:
+        return self.base.get(name) if name.startswith("base-") else super().get(name)
+
+    def put(self, name: str, data: bytes) -> None:
+        if name.startswith("base-"):
+            self.base.put(name, data)
+        else:
+            super().put(name, data)
+
+
 class Lab:
     """A model with its recipe, the records that are reported, and plain statements of the others."""
 
@@ -147,8 +165,9 @@ class Lab:
         done = folder / "result.json"
         if not done.exists():
             began = time.perf_counter()
+            shelf = Shelf(folder, self.out / f"base-{count}")
             found = finish(
-                evaluate_steps(self.replica, self.toolkit, plan, records, Folder(folder), self.plain(records))
+                evaluate_steps(self.replica, self.toolkit, plan, records, shelf, self.plain(records))
             )
             folder.mkdir(parents=True, exist_ok=True)
             done.write_text(json.dumps(found), encoding="utf-8")
@@ -171,8 +190,11 @@ def percent(found: dict[str, float] | None, interval: bool = False) -> str:
     return f"{100 * found['mean']:.1f}{ends}"
 
 
-def show_single(results: dict[str, dict[str, Any]], title: str) -> None:
-    table = Table(title=title)
+def new_table(title: str, markdown: bool) -> Table:
+    return Table(title=title, box=box.MARKDOWN if markdown else box.HEAVY_HEAD)
+
+
+def show_single(results: dict[str, dict[str, Any]], table: Table) -> None:
     for name in ("method", "ES", "PS", "NS", "S", "EM", "exact", "rise of loss", "edits a minute"):
         table.add_column(name)
     for name, found in results.items():
@@ -184,8 +206,7 @@ def show_single(results: dict[str, dict[str, Any]], title: str) -> None:
     console.print(table)
 
 
-def show_sequences(results: dict[str, dict[str, Any]], title: str) -> None:
-    table = Table(title=title)
+def show_sequences(results: dict[str, dict[str, Any]], table: Table) -> None:
     for name in ("method", "edits", "ES", "PS", "NS", "S", "rise of loss", "norm", "still hold"):
         table.add_column(name)
     for name, found in results.items():
@@ -212,6 +233,7 @@ def main() -> None:
     p.add_argument("--edited", type=int, default=100, help="edits that are found one after another, at most")
     p.add_argument("--checkpoints", type=int, nargs="*", default=[1, 10, 100, 200, 300, 500, 1000])
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--markdown", action="store_true", help="tables as docs/evidence.md has them")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     lab = Lab(args)
@@ -220,7 +242,7 @@ def main() -> None:
     if args.single:
         alone = [r for r in chosen if r.found_on == "base" and r.strengths is not None]
         found = {r.name: lab.run(r, "single", args.single, ()) for r in alone}
-        show_single(found, f"{args.single} facts, one edit at a time ({name})")
+        show_single(found, new_table(f"{args.single} facts, one edit at a time ({name})", args.markdown))
     if args.sequence:
         found = {}
         for r in chosen:
@@ -231,7 +253,7 @@ def main() -> None:
                 found |= {f"{r.name}: {c}": lab.run(r, "sequence", c, [c]) for c in at if c >= 10}
             else:
                 found[r.name] = lab.run(r, "sequence", count, at)
-        show_sequences(found, f"edits one after another ({name})")
+        show_sequences(found, new_table(f"edits one after another ({name})", args.markdown))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence import Lab, Row, percent
+from evidence import Lab, Row, new_table, percent
 from rich.console import Console
 from rich.table import Table
 
@@ -56,8 +56,7 @@ def texts_of(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
     return found
 
 
-def show(results: dict[str, tuple[dict[str, Any], dict[str, Any]]], title: str) -> None:
-    table = Table(title=title)
+def show(results: dict[str, tuple[dict[str, Any], dict[str, Any]]], table: Table) -> None:
     for name in ("text for the statistics", "S alone", "S together", "rise of loss together", "norm"):
         table.add_column(name)
     for name, (alone, together) in results.items():
@@ -76,6 +75,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path("runs/evidence/sources"))
     p.add_argument("--limit", type=int, default=100, help="facts, alone and together")
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--markdown", action="store_true", help="the table as docs/evidence.md has it")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     results: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
@@ -86,7 +86,8 @@ def main() -> None:
         alone = lab.run(ROME, "single", args.limit, ())
         together = lab.run(ROME, "sequence", args.limit, [args.limit])
         results[name] = (alone, together)
-    show(results, f"{args.limit} edits of {args.model}, by the text that the statistics are from")
+    title = f"{args.limit} edits of {args.model}, by the text that the statistics are from"
+    show(results, new_table(title, args.markdown))
 
 
 if __name__ == "__main__":
