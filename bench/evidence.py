@@ -115,20 +115,25 @@ class Searches:
 
 
 class Shelf(Folder):
-    """What one line of a table keeps. What the base says to the same records is the same for every line, and kept once."""
+    """What one run of a line keeps. What several runs come to alike is kept once, in folders by how its name begins."""
 
-    def __init__(self, path: Path, base: Path) -> None:
+    def __init__(self, path: Path, shared: dict[str, Path]) -> None:
         super().__init__(path)
-        self.base = Folder(base)
+        self.shared = {start: Folder(folder) for start, folder in shared.items()}
 
     def get(self, name: str) -> bytes | None:
-        return self.base.get(name) if name.startswith("base-") else super().get(name)
+        other = self._other(name)
+        return super().get(name) if other is None else other.get(name)
 
     def put(self, name: str, data: bytes) -> None:
-        if name.startswith("base-"):
-            self.base.put(name, data)
-        else:
+        other = self._other(name)
+        if other is None:
             super().put(name, data)
+        else:
+            other.put(name, data)
+
+    def _other(self, name: str) -> Folder | None:
+        return next((folder for start, folder in self.shared.items() if name.startswith(start)), None)
 
 
 class Lab:
@@ -161,11 +166,17 @@ class Lab:
             }
         )
         records = self.records[:count]
-        folder = self.out / f"{mode}-{row.name.replace(', ', '-').replace(' ', '-')}-{count}"
+        line = f"{row.name.replace(', ', '-').replace(' ', '-')}-{count}"
+        folder = self.out / f"{mode}-{line}"
         done = folder / "result.json"
         if not done.exists():
             began = time.perf_counter()
-            shelf = Shelf(folder, self.out / f"base-{count}")
+            shared = {"base-": self.out / f"base-{count}"}  # what the base says to these records
+            if (
+                plan.found_on == "base" and plan.together is None
+            ):  # alone or in a sequence, the edits are the same
+                shared |= dict.fromkeys(("found-", "piece-"), self.out / f"found-{line}")
+            shelf = Shelf(folder, shared)
             found = finish(
                 evaluate_steps(self.replica, self.toolkit, plan, records, shelf, self.plain(records))
             )
