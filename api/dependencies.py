@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Header, Path, Query, Request, Security
 from fastapi.security import HTTPBearer
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from api.errors import encode
 from api.limits import Limits
 from service.errors import InvalidInput, NotFound
 from service.jobs.broker import Broker
@@ -107,11 +105,3 @@ Cursor = Annotated[
     PlainText | None, Query(max_length=1000, description="`next` of the page before; leave out for the first")
 ]
 Limit = Annotated[int, Query(ge=1, le=200, description="how many at most")]
-
-
-def idempotency(key: str | None, kind: str, body: BaseModel) -> tuple[str, str] | None:
-    """The key with a fingerprint of what was asked, whatever white space the body had."""
-    if key is None:
-        return None
-    asked: dict[str, Any] = {"kind": kind, "body": body.model_dump(mode="json")}
-    return key, hashlib.sha256(encode(asked)).hexdigest()

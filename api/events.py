@@ -10,7 +10,7 @@ import anyio
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from api.errors import encode
+from api.errors import encode, problems
 from service.errors import PalimpsestError
 from service.jobs.broker import Event
 from service.jobs.listening import heard
@@ -26,6 +26,11 @@ _EVENT = {
     "required": ["event", "data"],
 }
 DOCUMENTED: dict[str, Any] = {"text/event-stream": {"schema": _EVENT}}
+#: the answers of a route that follows a job
+FOLLOWED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "`progress` events, then `end`", "content": DOCUMENTED},
+    **problems(404, 422, 500, 503),
+}
 
 
 def frame(event: Event) -> bytes:

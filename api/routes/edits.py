@@ -12,22 +12,20 @@ from api import events, links
 from api.course import Course
 from api.dependencies import (
     Actor,
-    Allowed,
     Cursor,
     Id,
-    IdempotencyKey,
     LastEventId,
     Limit,
     PlainText,
     Resource,
     Work,
     bearer,
-    idempotency,
 )
 from api.door import Door
 from api.errors import problems
 from api.events import EventStream
-from api.waiting import Wait, all_until_ended, ended, until_ended
+from api.submission import Submitted, answers
+from api.waiting import Wait, until_ended
 from service.requests import EditRequest, ManyEdits, Objective, OnConflict
 
 router = APIRouter(tags=["edits"], route_class=Door, dependencies=[bearer])
@@ -125,35 +123,16 @@ _LINKS = {
     status_code=202,
     response_model=Edit | Edits,
     summary="Ask for one edit or for several",
-    responses={
-        200: {
-            "description": "They ended within the wait.",
-            "model": Edit | Edits,
-            "headers": links.LOCATION,
-            "links": _LINKS,
-        },
-        202: {"description": "Queued.", "headers": links.LOCATION, "links": _LINKS},
-        **problems(400, 413, 415, 422, 500, 503),
-    },
+    responses=answers(Edit | Edits, then=_LINKS),
 )
-async def submit(
-    asked: EditBody,
-    work: Work,
-    actor: Actor,
-    allowed: Allowed,
-    key: IdempotencyKey,
-    wait: Wait,
-    response: Response,
-) -> Any:
+async def submit(asked: EditBody, submitted: Submitted) -> Any:
     """One edit gives the edit, `{"edits": [...]}` gives `{"items": [...]}`. All are queued, or none when one is invalid."""
-    many = isinstance(asked, ManyEdits)
+    edits, known = submitted.work.edits, submitted.once("edits", asked)
     requests = asked.edits if isinstance(asked, ManyEdits) else [asked]
-    known = idempotency(key, "edits", asked)
-    items = await run_in_threadpool(work.edits.submit, requests, actor, known, allowed.max_queued)
-    items = await all_until_ended(items, work.edits.get, work.jobs.events, wait)
-    response.headers["Location"] = "/edits" if many else f"/edits/{items[0]['id']}"
-    response.status_code = 200 if all(map(ended, items)) else 202
-    return {"items": items} if many else items[0]
+    items = await run_in_threadpool(edits.submit, requests, submitted.actor, known, submitted.most)
+    if isinstance(asked, ManyEdits):
+        return {"items": await submitted.all(items, edits.get, "/edits")}
+    return await submitted.one(items[0], edits.get, "/edits")
 
 
 @router.get("/edits", summary="All edits, newest first", responses=problems(422, 500, 503))
@@ -204,10 +183,7 @@ def delta(id: Id, work: Work) -> Response:
     "/edits/{id}/events",
     status_code=200,
     response_class=EventStream,
-    responses={
-        200: {"description": "`progress` events, then `end`", "content": events.DOCUMENTED},
-        **problems(404, 422, 500, 503),
-    },
+    responses=events.FOLLOWED,
 )
 async def news(id: Id, work: Work, after: LastEventId) -> Response:
     """Progress as server-sent events, then one `end` with the edit. Resumes from `Last-Event-ID`."""

@@ -11,22 +11,19 @@ from pydantic import Field
 from api import events, images, links
 from api.course import Course
 from api.dependencies import (
-    Actor,
-    Allowed,
     Cursor,
     Id,
-    IdempotencyKey,
     LastEventId,
     Limit,
     Resource,
     Work,
     bearer,
-    idempotency,
 )
 from api.door import Door
 from api.errors import problems
 from api.events import EventStream
-from api.waiting import Wait, ended, until_ended
+from api.submission import Submitted, answers
+from api.waiting import Wait, until_ended
 from service.requests import EvaluationRequest
 
 router = APIRouter(tags=["evaluations"], route_class=Door, dependencies=[bearer])
@@ -87,33 +84,15 @@ _LINKS = {
     status_code=202,
     response_model=Evaluation,
     summary="Ask for an evaluation",
-    responses={
-        200: {
-            "description": "It ended within the wait.",
-            "model": Evaluation,
-            "headers": links.LOCATION,
-            "links": _LINKS,
-        },
-        202: {"description": "Queued.", "headers": links.LOCATION, "links": _LINKS},
-        **problems(400, 413, 415, 422, 500, 503),
-    },
+    responses=answers(Evaluation, then=_LINKS),
 )
 async def submit(
-    asked: Annotated[EvaluationRequest, Body(openapi_examples=_EXAMPLES)],
-    work: Work,
-    actor: Actor,
-    allowed: Allowed,
-    key: IdempotencyKey,
-    wait: Wait,
-    response: Response,
+    asked: Annotated[EvaluationRequest, Body(openapi_examples=_EXAMPLES)], submitted: Submitted
 ) -> Any:
     """Edit record after record, each alone or all in sequence, and measure what came of it. The ledger stays as it is."""
-    known = idempotency(key, "evaluation", asked)
-    evaluation = await run_in_threadpool(work.evaluations.submit, asked, actor, known, allowed.max_queued)
-    evaluation = await until_ended(evaluation, work.evaluations.get, work.jobs.events, wait)
-    response.headers["Location"] = f"/evaluations/{evaluation['id']}"
-    response.status_code = 200 if ended(evaluation) else 202
-    return evaluation
+    evaluations, known = submitted.work.evaluations, submitted.once("evaluation", asked)
+    evaluation = await run_in_threadpool(evaluations.submit, asked, submitted.actor, known, submitted.most)
+    return await submitted.one(evaluation, evaluations.get, "/evaluations")
 
 
 @router.get("/evaluations", summary="All evaluations, newest first", responses=problems(422, 500, 503))
@@ -164,10 +143,7 @@ async def cancel(id: Id, work: Work, wait: Wait) -> Any:
     "/evaluations/{id}/events",
     status_code=200,
     response_class=EventStream,
-    responses={
-        200: {"description": "`progress` events, then `end`", "content": events.DOCUMENTED},
-        **problems(404, 422, 500, 503),
-    },
+    responses=events.FOLLOWED,
 )
 async def news(id: Id, work: Work, after: LastEventId) -> Response:
     """Progress as server-sent events, then one `end` with the evaluation. Resumes from `Last-Event-ID`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -11,13 +10,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field
 
-from api import links
 from api.course import Course
-from api.dependencies import Actor, Allowed, IdempotencyKey, Work, bearer
+from api.dependencies import Actor, Work, bearer
 from api.door import BINARY, Door
 from api.errors import WorkFailed, problems
 from api.routes.edits import Edits
-from api.waiting import MAX_WAIT, Wait, all_until_ended, ended, unless_gone, until_ended
+from api.submission import Submitted, answers
+from api.waiting import MAX_WAIT, Wait, ended, unless_gone, until_ended
 from service.errors import Conflict, InvalidInput
 from service.operations import Operations
 from service.requests import Version
@@ -116,27 +115,12 @@ def _file(name: str, media_type: str, size: int, pieces: Iterator[bytes]) -> Str
     response_model=Imported,
     summary="Edits that another ledger exported",
     openapi_extra={"requestBody": {"required": True, "content": {BINARY: _FILE}}},
-    responses={
-        200: {"description": "All of them have ended.", "model": Imported, "headers": links.LOCATION},
-        202: {"description": "Queued.", "headers": links.LOCATION},
-        **problems(400, 409, 413, 415, 422, 500, 503),
-    },
+    responses=answers(Imported, 409),
 )
-async def bring(
-    request: Request,
-    work: Work,
-    actor: Actor,
-    allowed: Allowed,
-    key: IdempotencyKey,
-    wait: Wait,
-    response: Response,
-) -> Any:
+async def bring(request: Request, submitted: Submitted) -> Any:
     """The body is a file made by `GET /export?format=edits`. Its edits pass the guard here as any others, but are not searched for
     again: they land as they were found, or not at all. What is here already is left alone."""
-    data = await request.body()
-    once = None if key is None else (key, hashlib.sha256(b"import" + data).hexdigest())
-    items, known = await run_in_threadpool(work.imports.submit, data, actor, once, allowed.max_queued)
-    items = await all_until_ended(items, work.edits.get, work.jobs.events, wait)
-    response.headers["Location"] = "/edits"
-    response.status_code = 200 if all(map(ended, items)) else 202
-    return {"items": items, "known": known}
+    data, work = await request.body(), submitted.work
+    once = submitted.once("import", data)
+    items, known = await run_in_threadpool(work.imports.submit, data, submitted.actor, once, submitted.most)
+    return {"items": await submitted.all(items, work.edits.get, "/edits"), "known": known}

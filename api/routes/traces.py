@@ -11,22 +11,19 @@ from pydantic import Field
 from api import events, images, links
 from api.course import Course
 from api.dependencies import (
-    Actor,
-    Allowed,
     Cursor,
     Id,
-    IdempotencyKey,
     LastEventId,
     Limit,
     Resource,
     Work,
     bearer,
-    idempotency,
 )
 from api.door import Door
 from api.errors import problems
 from api.events import EventStream
-from api.waiting import Wait, ended, until_ended
+from api.submission import Submitted, answers
+from api.waiting import Wait, until_ended
 from service.requests import TraceRequest
 
 router = APIRouter(tags=["traces"], route_class=Door, dependencies=[bearer])
@@ -67,33 +64,15 @@ _LINKS = {
     status_code=202,
     response_model=Trace,
     summary="Ask for a trace",
-    responses={
-        200: {
-            "description": "It ended within the wait.",
-            "model": Trace,
-            "headers": links.LOCATION,
-            "links": _LINKS,
-        },
-        202: {"description": "Queued.", "headers": links.LOCATION, "links": _LINKS},
-        **problems(400, 413, 415, 422, 500, 503),
-    },
+    responses=answers(Trace, then=_LINKS),
 )
 async def submit(
-    asked: Annotated[TraceRequest, Body(openapi_examples=_EXAMPLES)],
-    work: Work,
-    actor: Actor,
-    allowed: Allowed,
-    key: IdempotencyKey,
-    wait: Wait,
-    response: Response,
+    asked: Annotated[TraceRequest, Body(openapi_examples=_EXAMPLES)], submitted: Submitted
 ) -> Any:
     """Corrupt the subject, restore one state at a time, and see which brings the answer back."""
-    known = idempotency(key, "trace", asked)
-    trace = await run_in_threadpool(work.traces.submit, asked, actor, known, allowed.max_queued)
-    trace = await until_ended(trace, work.traces.get, work.jobs.events, wait)
-    response.headers["Location"] = f"/trace/{trace['id']}"
-    response.status_code = 200 if ended(trace) else 202
-    return trace
+    traces, known = submitted.work.traces, submitted.once("trace", asked)
+    trace = await run_in_threadpool(traces.submit, asked, submitted.actor, known, submitted.most)
+    return await submitted.one(trace, traces.get, "/trace")
 
 
 @router.get("/trace", summary="All traces, newest first", responses=problems(422, 500, 503))
@@ -140,10 +119,7 @@ async def cancel(id: Id, work: Work, wait: Wait) -> Any:
     "/trace/{id}/events",
     status_code=200,
     response_class=EventStream,
-    responses={
-        200: {"description": "`progress` events, then `end`", "content": events.DOCUMENTED},
-        **problems(404, 422, 500, 503),
-    },
+    responses=events.FOLLOWED,
 )
 async def news(id: Id, work: Work, after: LastEventId) -> Response:
     """Progress as server-sent events, then one `end` with the trace. Resumes from `Last-Event-ID`."""
