@@ -217,17 +217,36 @@ def show_single(results: dict[str, dict[str, Any]], table: Table) -> None:
     console.print(table)
 
 
-def show_sequences(results: dict[str, dict[str, Any]], table: Table) -> None:
+Checkpoints = list[dict[str, Any]]
+
+
+def rise_of(checkpoint: dict[str, Any], digits: int = 1) -> str:
+    damage = checkpoint["damage"]
+    return f"{100 * damage['loss_rise']:.{digits}f} %" if damage else ""
+
+
+def show_sequences(results: dict[str, Checkpoints], table: Table) -> None:
+    """All that there is to say of each checkpoint."""
     for name in ("method", "edits", "ES", "PS", "NS", "S", "rise of loss", "norm", "still hold"):
         table.add_column(name)
-    for name, found in results.items():
-        for c in found["checkpoints"]:
+    for name, checkpoints in results.items():
+        for c in checkpoints:
             cells = [percent(c["measures"][x], x == "S") for x in ("ES", "PS", "NS", "S")]
-            rise = f"{100 * c['damage']['loss_rise']:.1f} %" if c["damage"] else ""
             norm = f"{max(c['norm'].values(), default=0):.2f}"
             still = c["still"]
             kept = f"{still['hold']} of {still['held_before']}" if still["held_before"] else ""
-            table.add_row(name, str(c["edits"]), *cells, rise, norm, kept)
+            table.add_row(name, str(c["edits"]), *cells, rise_of(c), norm, kept)
+    console.print(table)
+
+
+def show_growth(results: dict[str, Checkpoints], table: Table) -> None:
+    """S and the rise of the loss by how many edits are active: a line for each method."""
+    counts = sorted({c["edits"] for checkpoints in results.values() for c in checkpoints})
+    for name in ("S, rise of loss", *map(str, counts)):
+        table.add_column(name)
+    for name, checkpoints in results.items():
+        cells = {c["edits"]: f"{percent(c['measures']['S'])}, {rise_of(c, 0)}" for c in checkpoints}
+        table.add_row(name, *(cells.get(count, "") for count in counts))
     console.print(table)
 
 
@@ -255,16 +274,18 @@ def main() -> None:
         found = {r.name: lab.run(r, "single", args.single, ()) for r in alone}
         show_single(found, new_table(f"{args.single} facts, one edit at a time ({name})", args.markdown))
     if args.sequence:
-        found = {}
+        sequences: dict[str, Checkpoints] = {}
         for r in chosen:
             count = min(args.sequence, args.edited) if r.found_on == "edited" else args.sequence
             count = min(count, len(lab.records))
             at = sorted({c for c in args.checkpoints if c <= count} | {count})
-            if r.strengths is None:  # each number of edits is a company of its own
-                found |= {f"{r.name}: {c}": lab.run(r, "sequence", c, [c]) for c in at if c >= 10}
-            else:
-                found[r.name] = lab.run(r, "sequence", count, at)
-        show_sequences(found, new_table(f"edits one after another ({name})", args.markdown))
+            # where strengths depend on how many edits there are, each number of them is a company of its own
+            runs = [(c, [c]) for c in at if c >= 10] if r.strengths is None else [(count, at)]
+            sequences[r.name] = [
+                c for n, ends in runs for c in lab.run(r, "sequence", n, ends)["checkpoints"]
+            ]
+        show_sequences(sequences, new_table(f"edits one after another ({name})", args.markdown))
+        show_growth(sequences, new_table(f"edits one after another, in short ({name})", args.markdown))
 
 
 if __name__ == "__main__":
