@@ -115,10 +115,12 @@ class Queue:
         _check_count(session, and_(everyone, Job.actor == actor), more, limit, "jobs of yours wait already")
 
     def one(self, kind: str, job_id: str) -> Resource:
+        """A job as it stands; NotFound when there is none of this kind by this id."""
         with self.database.read() as session:
             return resources.resource(session, find(session, kind, job_id))
 
     def page(self, kind: str, cursor: str | None, limit: int, **equal: str | None) -> Resource:
+        """Jobs of a kind, newest first, whose columns are equal to what is given."""
         check_limit(limit)
         before = read_cursor(cursor, str)
         with self.database.read() as session:
@@ -134,6 +136,7 @@ class Queue:
             return {"items": resources.listed(session, found[:limit]), "next": more}
 
     def take_back(self, kind: str, job_id: str, actor: str) -> Resource:
+        """Cancel what waits or runs, revert what was applied; harmless when there is nothing to take back."""
         with self.database.session() as session:
             found = find(session, kind, job_id)
             # always before the row of a job, as `Desk.apply` does: no deadlock
@@ -198,6 +201,7 @@ def _revert_body(job: Job) -> dict[str, Any]:
 
 
 def draft(kind: str, model: Model, request: dict[str, Any], actor: str) -> dict[str, Any]:
+    """The row of a new job, before it is written."""
     at = now()
     row = {
         "id": new_id(kind),
