@@ -176,13 +176,21 @@ class Climb:
 
 
 def climb(parameters: Parameters, strengths: Sequence[float], active: int, width: int) -> Climb:
-    """How an edit climbs when so many will be active, in keys of so many directions (D)."""
+    """How an edit climbs when so many will be active, in keys of so many directions (D).
+
+    Below the first of the recipe's pairs there is room: full strength and beyond. Several pairs say that room is short; past the
+    last of them nobody is raised beyond full strength, which would take more from the others than it gains.
+    """
     leads, margin, fullness = parameters.leads, parameters.margin, active / width
-    full = tuple(s for s in strengths if s >= 1)
-    if leads and full and fullness < leads[0][0]:
+    if not leads:
+        return Climb(tuple(strengths), margin, margin)
+    lead = max(_between(leads, fullness), margin)
+    full, held = tuple(s for s in strengths if s >= 1), tuple(s for s in strengths if s <= 1)
+    if full and fullness < leads[0][0]:
         return Climb(full, margin, margin)
-    lead = _between(leads, fullness) if leads else margin
-    return Climb(tuple(strengths), max(lead, margin), margin)
+    if held and len(leads) > 1 and fullness > leads[-1][0]:
+        return Climb(held, lead, margin)
+    return Climb(tuple(strengths), lead, margin)
 
 
 def _between(points: Sequence[tuple[float, float]], x: float) -> float:

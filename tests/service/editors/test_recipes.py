@@ -123,7 +123,7 @@ def test_how_strong_edits_land_is_the_same_for_every_method_that_associates() ->
         (10, (0.5, 1.0, 2.0), 2.0),
         (15, (0.5, 1.0, 2.0), 1.25),  # halfway between two pairs
         (20, (0.5, 1.0, 2.0), 0.5),
-        (90, (0.5, 1.0, 2.0), 0.5),  # beyond the last
+        (90, (0.5, 1.0), 0.5),  # past the last: the lead of the last, and no more than full strength
     ],
 )
 def test_what_is_lead_enough_falls_as_a_layer_fills(
@@ -134,6 +134,14 @@ def test_what_is_lead_enough_falls_as_a_layer_fills(
     ways = climb(parameters, (0.5, 1.0, 2.0), active, 100)
     assert (ways.strengths, ways.lead) == (strengths, pytest.approx(lead))
     assert ways.enough(0.5) == pytest.approx(lead) and ways.enough(1.0) == ways.enough(2.0) == 0.5
+
+
+def test_one_pair_says_nothing_of_a_shortage() -> None:
+    """Past the only pair of a recipe edits are raised as at it; strengths that all lie beyond full strength are tried all the same."""
+    parameters = RomeParameters(layers=(0,), leads=((0.1, 2.0),))
+    assert climb(parameters, (0.5, 1.0, 2.0), 90, 100).strengths == (0.5, 1.0, 2.0)
+    short = parameters.model_copy(update={"leads": ((0.1, 2.0), (0.2, 0.5))})
+    assert climb(short, (1.5, 2.0), 90, 100).strengths == (1.5, 2.0)
 
 
 def test_without_leads_the_margin_is_lead_enough() -> None:
