@@ -11,17 +11,16 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api import errors
-from api.access import Access
-from api.callers import is_loopback
-from api.headers import SecurityHeaders
-from api.limits import Rate
+from api.authentication import is_loopback
+from api.rate_limits import Rate
+from api.request_log import Access
 from api.routes import (
     compare,
     completions,
     console,
     edits,
     evaluations,
-    export,
+    exports,
     generate,
     health,
     jobs,
@@ -30,10 +29,11 @@ from api.routes import (
     models,
     traces,
 )
+from api.security_headers import SecurityHeaders
+from service.application import Operations
+from service.application.api_keys import Keys, is_token
 from service.errors import Misconfigured
 from service.jobs.broker import Broker
-from service.keys import Keys, is_token
-from service.operations import Operations
 from service.settings import Settings
 
 DESCRIPTION = """\
@@ -83,7 +83,7 @@ def create_app(operations: Operations, broker: Broker, settings: Settings) -> Fa
         edits,
         traces,
         evaluations,
-        export,
+        exports,
         jobs,
         generate,
         compare,

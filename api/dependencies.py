@@ -9,16 +9,16 @@ from fastapi import Depends, Header, Path, Query, Request, Security
 from fastapi.security import HTTPBearer
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from api.limits import Limits
+from api.rate_limits import Limits
+from service.application import Operations
 from service.errors import InvalidInput, NotFound
 from service.jobs.broker import Broker
-from service.operations import Operations
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _EVENT_ID = re.compile(r"[0-9]{1,30}")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
-#: documents the key; `api.door` checks it before the body is read
+#: documents the key; `api.protected_route` checks it before the body is read
 bearer = Security(HTTPBearer(auto_error=False, description="A key of the service, where it asks for one."))
 
 

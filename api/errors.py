@@ -1,6 +1,6 @@
 """What goes wrong, as HTTP: one table from errors to statuses, and one form, RFC 9457 `application/problem+json`.
 
-Below /v1 the form is OpenAI's (`api/openai.py`). An error says what to change. It never holds a stack trace, a path of this
+Below /v1 the form is OpenAI's (`api/openai/errors.py`). An error says what to change. It never holds a stack trace, a path of this
 machine or the words of a driver.
 """
 
@@ -21,9 +21,9 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
-from api import openai
-from service import metrics
+from api.openai import errors as openai
 from service.errors import Conflict, InvalidInput, NotFound, PalimpsestError, QueueFull, Unavailable
+from service.kit import metrics
 
 log = logging.getLogger("palimpsest.api")
 
@@ -288,7 +288,7 @@ def _words(error: Mapping[str, Any]) -> str:
     if kind == "literal_error":
         return f"must be {context.get('expected')}."
     if kind == "value_error":
-        # A check of service.text names its own "field"; here the place is known better.
+        # A check of service.kit.text names its own "field"; here the place is known better.
         text = str(context.get("error", error["msg"]))
         return text.removeprefix("`text` ")
     text = str(error["msg"]).removeprefix("Input ").removeprefix("Value error, ")

@@ -23,12 +23,10 @@ import redis
 
 from bench.journal import Resource
 from bench.proxy import HERE, Proxy
+from tests.support import postgres_server, redis_server
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "tests"))
 
-import postgres  # noqa: E402
-import redis_server  # noqa: E402
 
 PREFIX = "chaos"
 PATIENCE = 300.0  # seconds within which everything is up, or is back
@@ -103,7 +101,7 @@ class Deployment:
 
     def __init__(
         self,
-        store: postgres.Server,
+        store: postgres_server.Server,
         queue: redis_server.Server,
         logs: Path,
         workers: int,
@@ -242,7 +240,7 @@ def deployed(
     `direct` goes past the proxies, which cost a little time.
     """
     with (
-        postgres.serving(durable=True) as store,
+        postgres_server.serving(durable=True) as store,
         redis_server.serving(durable=True, fsync="everysec") as queue,
     ):
         deployment = Deployment(store, queue, logs, workers, apis, lease, flags, direct)

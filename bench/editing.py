@@ -26,18 +26,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from service.editors.composition import Association, LowRank, rebuild
-from service.editors.finding import find_steps
-from service.editors.recipes import Recipe, RomeParameters
-from service.evaluation.records import Record, read_records
-from service.evaluation.scores import bootstrap, bootstrap_score, share_kept, share_new
+from service.datasets.records import Record, read_records
+from service.editing.context import Toolkit, prepare_steps, recipe_of
+from service.editing.methods.registry import find_steps
+from service.engine.versioned_model import NoLedger, Replica, Weights
+from service.kit.steps import finish
+from service.kit.text import fill
 from service.models.loading import Site, load
 from service.models.scoring import log_probs, perplexity_steps
-from service.progress import finish
-from service.serving.replica import NoLedger, Replica, Weights
+from service.recipes.recipe import Recipe, RomeParameters
+from service.scores.scores import bootstrap, bootstrap_score, share_kept, share_new
 from service.settings import SHIPPED_MODEL
-from service.text import fill
-from service.toolkit import Toolkit, prepare_steps, recipe_of
+from service.weights.composition import Association, LowRank, rebuild
 
 console = Console()
 Shares = tuple[float, float, float]

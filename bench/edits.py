@@ -29,18 +29,18 @@ from bench.flops import Cost, avoided, counted, edit_bound
 from bench.harness import Kept, Report, Spread, in_turn, synchroniser
 from bench.reference import Edited, Editor, add_option, beside, without_start
 from bench.shapes import DEPTH, model_of
+from service.covariance.collect import collect_steps
 from service.covariance.corpus import Corpus, corpus_steps
-from service.covariance.moment import Statistics
-from service.covariance.store import collect_steps
-from service.editors.composition import LowRank, rebuild
-from service.editors.finding import find_steps
-from service.editors.recipes import RomeParameters
-from service.editors.values import rows
+from service.covariance.second_moment import Statistics
+from service.editing.context import recipe_of
+from service.editing.methods.registry import find_steps
+from service.editing.value_optimizer import rows
+from service.kit.steps import finish
+from service.kit.text import fill
 from service.models.loading import LoadedModel
-from service.progress import finish
+from service.recipes.recipe import RomeParameters
 from service.settings import SHIPPED_MODEL
-from service.text import fill
-from service.toolkit import recipe_of
+from service.weights.composition import LowRank, rebuild
 
 #: subject, prompt, new object: the subject early or late in the prompt, an object of one token or of two
 CASES = (

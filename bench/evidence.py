@@ -28,22 +28,23 @@ from rich.table import Table
 from safetensors.torch import load, save
 
 from service.covariance.corpus import Corpus
-from service.editors import rome, values
-from service.editors.values import Place, Value, Wish
-from service.evaluating import evaluate_steps
-from service.evaluation.records import Record, read_records, statements
-from service.kept import Folder
+from service.datasets.records import Record, read_records, statements
+from service.editing import value_optimizer
+from service.editing.context import Toolkit, prepare_steps
+from service.editing.methods import rome
+from service.editing.value_optimizer import Place, Value, Wish
+from service.engine.versioned_model import NoLedger, Replica
+from service.evaluation.runner import evaluate_steps
+from service.kit.artifact_store import Folder
+from service.kit.steps import Steps, finish
 from service.models.loading import LoadedModel
-from service.progress import Steps, finish
-from service.requests import EvaluationPlan
-from service.serving.replica import NoLedger, Replica
+from service.schemas import EvaluationPlan
 from service.settings import SHIPPED_MODEL, Settings
-from service.toolkit import Toolkit, prepare_steps
-from workers.resident import resident
+from workers.resident_model import resident
 
 console = Console(width=150)
 
-SEARCH = values.values_steps
+SEARCH = value_optimizer.values_steps
 #: the published key: averaged over contexts, of the prompt alone
 PUBLISHED = {"bare_keys": False, "bare_weight": None, "anchor": "bare", "strength": 1.0}
 

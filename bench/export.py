@@ -27,16 +27,16 @@ import torch
 from bench.harness import Report
 from bench.shapes import DEPTH, model_of
 from service.covariance.corpus import corpus_steps
-from service.editors.composition import Association, Piece, pack
-from service.evaluation.records import Record, facts_beside, read
-from service.exporting.making import export_steps
+from service.datasets.records import Record, facts_beside, read
+from service.editing.context import Asking, Toolkit, prepare_steps
+from service.engine.versioned_model import Replica
+from service.exporting.export_job import export_steps
+from service.kit.steps import finish
+from service.kit.text import fill
 from service.models.loading import LoadedModel
-from service.models.prompts import pad
-from service.progress import finish
-from service.requests import ExportRequest
-from service.serving.replica import Replica
-from service.text import fill
-from service.toolkit import Asking, Toolkit, prepare_steps
+from service.models.token_batch import pad
+from service.schemas import ExportRequest
+from service.weights.composition import Association, Piece, pack
 
 COLUMNS = (
     "edits", "rank", "numerical rank", "terms", "adapter KB", "left out", "edits move", "peft beside", "peft merged", "the card says",

@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.numpy import load, load_file
 
 from palimpsest import Client, Edit, EditRequest
-from service.drawing import INK, SOFT, Sheet, cut, png
+from service.kit.plotting import INK, SOFT, Sheet, cut, png
 from service.settings import SHIPPED_MODEL
 
 console = Console(width=160)

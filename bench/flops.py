@@ -14,10 +14,10 @@ from typing import TypeVar
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from service.editors.values import Rows
+from service.editing.value_optimizer import Rows
 from service.models.loading import LoadedModel
-from service.tracing.cells import Cell
-from service.tracing.question import Question
+from service.tracing.interventions import Cell
+from service.tracing.trace_input import Question
 
 T = TypeVar("T")
 

@@ -46,11 +46,11 @@ from transformers.utils.logging import disable_progress_bar
 from bench.harness import Report, Spread, in_turn, synchroniser
 from bench.house import House
 from bench.shapes import model_of
-from service.evaluation.records import Record, read_records
+from service.datasets.records import Record, read_records
+from service.kit.text import fill
 from service.models.loading import LoadedModel
-from service.requests import GenerateRequest, Sampling
+from service.schemas import GenerateRequest, Sampling
 from service.settings import SHIPPED_MODEL
-from service.text import fill
 
 PAGE = 32  # tokens of a page of continuous batching's cache
 SILENCE = 60.0  # seconds without an answer after which continuous batching counts as stuck

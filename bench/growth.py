@@ -24,26 +24,26 @@ from transformers import AutoModelForCausalLM
 from bench.harness import Report, Spread, in_turn, synchroniser
 from bench.peak import peak_bytes
 from bench.shapes import DEPTH, model_of
+from service.covariance.collect import collect_steps, rows_of
 from service.covariance.corpus import Corpus, corpus_steps
-from service.covariance.moment import Statistics
-from service.covariance.store import collect_steps, rows_of
-from service.editors.composition import Association, compose_layer, pack, rebuild
-from service.editors.finding import find_together_steps
-from service.editors.recipes import RomeParameters
-from service.editors.wanted import want
-from service.models import memory
+from service.covariance.second_moment import Statistics
+from service.editing.edit_spec import want
+from service.editing.methods.registry import find_together_steps
+from service.engine.decoding import Batch, row
+from service.engine.versioned_model import Replica
+from service.kit.steps import finish
+from service.kit.text import fill
+from service.models import memory_estimates
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel, wrap
-from service.models.prompts import forward, pad
-from service.progress import finish
-from service.requests import GenerateRequest
-from service.serving.generation import Batch, row
-from service.serving.replica import Replica
-from service.text import fill
-from service.tracing.cells import cells_of
-from service.tracing.effects import KINDS
-from service.tracing.question import ask
-from service.tracing.suffix import Tracer, trace_steps
+from service.models.token_batch import forward, pad
+from service.recipes.recipe import RomeParameters
+from service.schemas import GenerateRequest
+from service.tracing.fast_trace import Tracer, trace_steps
+from service.tracing.interventions import cells_of
+from service.tracing.reference import KINDS
+from service.tracing.trace_input import ask
+from service.weights.composition import Association, compose_layer, pack, rebuild
 
 CONTEXTS = [
     "The first thing to know",
@@ -140,8 +140,8 @@ def versions(name: str, counts: Sequence[int], texts: Sequence[str], rounds: int
                 sum(map(len, packed[:n])) / MIB,
                 4 * n * (2 * model.inner_width + model.width) / MIB,
                 held / MIB,
-                memory.compose_bytes(model, n) / MIB,
-                memory.version_bytes(model, 1) / MIB,
+                memory_estimates.compose_bytes(model, n) / MIB,
+                memory_estimates.version_bytes(model, 1) / MIB,
             ]
         )
     shape = f"{name}, D = {model.inner_width}, d = {model.width}"
@@ -294,15 +294,15 @@ def peaks(name: str, texts: Sequence[str], report: Report) -> None:
         found = finish(collect_steps(model, [layer], corpus))
         return found[layer].cholesky, found
 
-    cache = memory.cache_bytes(model, 16, read + 16)
-    voice = memory.pass_bytes(model, 16, read) + 40 * 16 * memory.Sizes.of(model).V
+    cache = memory_estimates.cache_bytes(model, 16, read + 16)
+    voice = memory_estimates.pass_bytes(model, 16, read) + 40 * 16 * memory_estimates.Sizes.of(model).V
     ways: dict[str, tuple[Callable[[], object], int]] = {
         "edit, 20 contexts": (edit(model, short, contexts, [layer], 2), wanted.bytes(model)),
         f"trace, {length} tokens, {SAMPLES} samples": (
             trace(model, short, 10),
-            memory.trace_bytes(model, length, 10),
+            memory_estimates.trace_bytes(model, length, 10),
         ),
-        "statistics of a layer": (collect, memory.statistics_bytes(model, 1, longest)),
+        "statistics of a layer": (collect, memory_estimates.statistics_bytes(model, 1, longest)),
         f"generation, 16 rows to {read + 16} tokens": (generate, cache + voice),
     }
     table = []
@@ -321,7 +321,7 @@ def _trace_estimate(model: LoadedModel, prompt: str, samples: int) -> int:
     q = ask(model, fill(prompt, SUBJECT), None, samples, 0.1, 1, None, ())
     tracer = Tracer(model, q, cells_of(q, KINDS, 10, False, model.layers))
     counts = {token: sum(map(len, chunks)) for token, chunks in tracer.plan.items()}
-    return memory.trace_bytes(model, q.length, samples, counts)
+    return memory_estimates.trace_bytes(model, q.length, samples, counts)
 
 
 def main() -> None:

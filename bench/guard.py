@@ -20,22 +20,22 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from service.conflicts import Rival, rivals_steps
+from service.covariance.collect import collect_steps
 from service.covariance.corpus import Corpus
-from service.covariance.store import collect_steps
-from service.editing import plan_steps
-from service.editors.composition import Association
-from service.editors.rome import Found
-from service.evaluation.records import Record, facts_beside, read_facts, read_records
+from service.datasets.records import Record, facts_beside, read_facts, read_records
+from service.editing.candidate import Draft, Plan, Trial, judge, stand_steps, trial_steps
+from service.editing.conflicts import Rival, rivals_steps
+from service.editing.context import Toolkit, prepare_steps
+from service.editing.edit_job import plan_steps
+from service.editing.methods.rome import Found
+from service.editing.probes import Question
+from service.engine.versioned_model import NoLedger, Replica
+from service.kit.steps import finish
+from service.kit.text import fill
 from service.models.loading import load
-from service.progress import finish
-from service.questions import Question
-from service.requests import EditRequest, Guard
-from service.serving.replica import NoLedger, Replica
+from service.schemas import EditRequest, Guard
 from service.settings import SHIPPED_MODEL
-from service.text import fill
-from service.toolkit import Toolkit, prepare_steps
-from service.trial import Draft, Plan, Trial, judge, stand_steps, trial_steps
+from service.weights.composition import Association
 
 console = Console(width=160)
 CONTEXTS = {"contexts": 1}  # few, to be quick

@@ -12,18 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from service.bootstrap import wire
-from service.evaluation.records import Record
-from service.ids import new_id
-from service.jobs.desk import Desk, RunningJob
+from service.datasets.records import Record
+from service.editing.context import prepare_steps
+from service.engine.engine import Engine, Pace, Task
+from service.engine.versioned_model import Replica
+from service.jobs.job_store import Desk, RunningJob
+from service.kit.ids import new_id
+from service.kit.steps import News, Progress, Told, Working, finish
 from service.models.loading import LoadedModel
-from service.progress import News, Progress, Told, Working, finish
-from service.requests import EditRequest
-from service.serving.engine import Engine, Pace, Task
-from service.serving.replica import Replica
+from service.schemas import EditRequest
 from service.settings import Settings
-from service.toolkit import prepare_steps
-from workers.card import card, tokenizer_json
-from workers.tasks import tasks
+from workers.job_handlers import tasks
+from workers.model_info import card, tokenizer_json
 
 Durations = dict[str, list[float]]
 WAITING = ("queued", "running")

@@ -25,16 +25,16 @@ from torch import Tensor
 
 from bench.editing import Lab, Shares
 from bench.harness import Report, synchroniser
+from service.covariance.collect import DAMPING, batches_of, keys_of, rows_of
 from service.covariance.corpus import Corpus
-from service.covariance.moment import MomentSum, Statistics
-from service.covariance.store import DAMPING, batches_of, keys_of, rows_of
-from service.editors.composition import Association
-from service.evaluation.records import Record, read_records
-from service.evaluation.scores import bootstrap_score
+from service.covariance.second_moment import MomentSum, Statistics
+from service.datasets.records import Record, read_records
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel
-from service.models.prompts import forward, pad
+from service.models.token_batch import forward, pad
+from service.scores.scores import bootstrap_score
 from service.settings import SHIPPED_MODEL
+from service.weights.composition import Association
 
 STRENGTHS = (1.0, 1.25, 1.5, 2.0)
 

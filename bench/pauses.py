@@ -21,10 +21,10 @@ import torch
 
 from bench.harness import Report
 from bench.house import Durations, House
-from service.evaluation.records import read_records
+from service.datasets.records import read_records
+from service.engine.engine import Pace
 from service.models.loading import load
-from service.requests import GenerateRequest
-from service.serving.engine import Pace
+from service.schemas import GenerateRequest
 from service.settings import SHIPPED_MODEL
 
 

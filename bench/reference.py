@@ -30,10 +30,10 @@ from torch import Tensor
 from transformers.activations import ACT2FN, GELUTanh
 
 from bench.harness import Report
-from service.covariance.moment import Statistics
-from service.editors.composition import LowRank
-from service.editors.recipes import RomeParameters
+from service.covariance.second_moment import Statistics
 from service.models.loading import LoadedModel
+from service.recipes.recipe import RomeParameters
+from service.weights.composition import LowRank
 
 OPTION = "--reference"
 HOW = (

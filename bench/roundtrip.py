@@ -31,11 +31,11 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.deployment import PREFIX, Deployment, deployed
-from cli.hands import make_worker
+from cli.worker_process import make_worker
 from service.bootstrap import Wired, wire
 from service.jobs.broker import Broker
 from service.ledger import ledger
-from service.requests import GenerateRequest
+from service.schemas import GenerateRequest
 from service.settings import Settings
 
 LIMIT = 10.0  #: milliseconds that may be added, as a median

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.covariance.corpus import SAMPLES
-from service.evaluation.records import read_records, statements
+from service.datasets.records import read_records, statements
 from service.settings import SHIPPED_MODEL
 
 console = Console(width=150)

@@ -12,8 +12,8 @@ from pathlib import Path
 from bench.harness import Report, in_turn
 from bench.house import House
 from bench.shapes import model_of
-from service.evaluation.records import Record, read_records
-from service.serving.engine import Pace
+from service.datasets.records import Record, read_records
+from service.engine.engine import Pace
 from service.settings import SHIPPED_MODEL
 
 CHUNK = 16  # edits asked for at once while a ledger is filled

@@ -23,14 +23,14 @@ from bench.flops import Cost, avoided, counted, trace_bound
 from bench.harness import Kept, Report, Spread, in_turn, synchroniser
 from bench.reference import Reference, Tracer, add_option, beside, without_start
 from bench.shapes import model_of
+from service.kit.steps import finish
+from service.kit.text import find
 from service.models.loading import LoadedModel
-from service.progress import finish
-from service.text import find
-from service.tracing.cells import cells_of
-from service.tracing.effects import CUTS, KINDS
-from service.tracing.question import ask
+from service.tracing.fast_trace import trace_steps
+from service.tracing.interventions import cells_of
+from service.tracing.reference import CUTS, KINDS
 from service.tracing.result import TraceResult
-from service.tracing.suffix import trace_steps
+from service.tracing.trace_input import ask
 
 PROMPTS = (
     ("Marie Curie was born in", "Marie Curie"),

@@ -9,11 +9,11 @@ from contextlib import closing
 
 from api.app import create_app, refuse_exposure
 from cli.flags import read_settings
+from cli.http_server import Site, listening
 from cli.logs import log_to_stderr
-from cli.patience import refuse_alone, up
-from cli.screen import err, out
 from cli.signals import stopped_by
-from cli.site import Site, listening
+from cli.terminal import err, out
+from cli.wait_for_dependencies import refuse_alone, up
 from service.bootstrap import Wired, wire
 from service.settings import Settings
 

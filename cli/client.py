@@ -14,7 +14,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from palimpsest.client import is_loopback
-from palimpsest.events import Event, parse_events
+from palimpsest.sse import Event, parse_events
 from service.errors import Misconfigured, PalimpsestError, Unavailable
 
 BINARY = "application/octet-stream"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from cli.screen import out
+from cli.terminal import out
 
 SHELLS = ("bash", "zsh", "fish")
 #: what a value is called in the help -> what shtab completes it with

@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from cli.client import Client
-from cli.screen import bar, cell, cut, err, gauge, lines, listing, out, plain, print_json, table
+from cli.terminal import bar, cell, cut, err, gauge, lines, listing, out, plain, print_json, table
 from service.errors import InvalidInput
 
 Resource = Mapping[str, Any]

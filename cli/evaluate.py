@@ -12,14 +12,14 @@ from pydantic import ValidationError
 
 from cli.edits import hparam
 from cli.flags import read_settings
-from cli.local import resident, shown, table_of
-from cli.screen import err, listing, out, plain, print_json, table
-from service import drawing
+from cli.local_model import resident, shown, table_of
+from cli.terminal import err, listing, out, plain, print_json, table
+from service.datasets.records import Record, read, statements
 from service.errors import InvalidInput
 from service.evaluation import report
-from service.evaluation.records import Record, read, statements
-from service.kept import Folder
-from service.requests import EvaluationPlan
+from service.kit import plotting
+from service.kit.artifact_store import Folder
+from service.schemas import EvaluationPlan
 from service.settings import Settings
 
 KEPT, RESULT, PAGE, DPI = "kept", "result.json", "report.html", 200
@@ -97,9 +97,9 @@ def compute(
     """Load the model, prepare its tools and carry out the plan, under a bar."""
     model = resident(settings)
     from service.covariance.corpus import Corpus
-    from service.evaluating import evaluate_steps
-    from service.serving.replica import NoLedger, Replica
-    from service.toolkit import prepare_steps
+    from service.editing.context import prepare_steps
+    from service.engine.versioned_model import NoLedger, Replica
+    from service.evaluation.runner import evaluate_steps
 
     statistics = settings.data / "statistics"
     toolkit = shown(prepare_steps(model, statistics, settings.corpus, settings.stat_tokens))
@@ -124,7 +124,7 @@ def written(folder: Path, results: Sequence[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).write_text(json.dumps(results[0], indent=1), encoding="utf-8")
     for name, draw in report.figures(results).items():
-        (folder / f"{name}.png").write_bytes(drawing.png(draw, DPI))
+        (folder / f"{name}.png").write_bytes(plotting.png(draw, DPI))
     (folder / PAGE).write_text(report.page(results), encoding="utf-8")
 
 

@@ -11,9 +11,9 @@ from cli.client import Client
 from cli.edits import follow, minute, newest, unfinished
 from cli.evaluate import plan_of, read_result, said_of, written
 from cli.evaluate import show as shown
-from cli.screen import err, listing, out, plain, print_json
+from cli.terminal import err, listing, out, plain, print_json
+from service.datasets.records import rows_of
 from service.errors import InvalidInput
-from service.evaluation.records import rows_of
 
 #: what the service does not do: it takes records in the seed's order, and has plain texts of its own
 HERE = ("half", "distinct", "texts")

@@ -13,11 +13,11 @@ from typing import IO
 from cli.client import Client
 from cli.edits import fact, follow, state
 from cli.flags import read_settings
-from cli.local import resident
-from cli.screen import bar, err, listing, out, plain, print_json
+from cli.local_model import resident
+from cli.terminal import bar, err, listing, out, plain, print_json
 from service.bootstrap import open_database
 from service.errors import InvalidInput, Misconfigured
-from service.ledger.reader import Reader
+from service.ledger.read_only import Reader
 from service.settings import Settings
 
 #: what the running service makes; "model" is made here
@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
     settings, folder = read_settings(args, Settings), Path(args.out)
     _check_free(folder)
     model = resident(settings)
-    from service.exporting.making import write_model
-    from service.serving.replica import Replica
-    from workers.card import device_kind
+    from service.engine.versioned_model import Replica
+    from service.exporting.export_job import write_model
+    from workers.model_info import device_kind
 
     with closing(open_database(settings)) as database:
         reader = Reader(database, model.fingerprint, device_kind(model.device))

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from cli.client import Client
 from cli.edits import minute, newest
-from cli.screen import listing, out, plain, print_json
+from cli.terminal import listing, out, plain, print_json
 
 
 def jobs(args: argparse.Namespace, client: Client) -> int:

@@ -8,9 +8,9 @@ from datetime import datetime
 from typing import Any
 
 from cli.flags import read_settings
-from cli.screen import err, listing, out, print_json
+from cli.terminal import err, listing, out, print_json
+from service.application.api_keys import REMEMBERED, Key, Keys, Scope
 from service.bootstrap import open_database
-from service.keys import REMEMBERED, Key, Keys, Scope
 from service.settings import Settings
 
 Verb = Callable[[argparse.Namespace, Keys], int]

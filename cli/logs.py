@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from service.errors import Misconfigured, PalimpsestError
-from service.ids import request_id
+from service.kit.ids import request_id
 
 #: what every record carries; the rest are the event's own fields
 ORDINARY = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
@@ -34,7 +34,7 @@ def _expected(record: logging.LogRecord) -> bool:
 
 
 class Text(logging.Formatter):
-    """`2026-11-21T03:00:00Z WARNING workers.keeper: heartbeat failed detail="..."`, then the trace of an unforeseen error."""
+    """`2026-11-21T03:00:00Z WARNING workers.heartbeat: heartbeat failed detail="..."`, then the trace of an unforeseen error."""
 
     default_time_format = "%Y-%m-%dT%H:%M:%S%z"
     default_msec_format = ""

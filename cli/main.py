@@ -13,13 +13,14 @@ from functools import partial
 from importlib import import_module
 from typing import get_args
 
-from cli import edits, jobs, models, speech, tracing
+from cli import edits, jobs, models, traces
+from cli import generate as speech
 from cli.client import Client, ClientSettings
 from cli.flags import add_settings, natural, read_settings
 from cli.overview import overview
-from cli.screen import err, plain, print_json
+from cli.terminal import err, plain, print_json
 from service.errors import Misconfigured, PalimpsestError
-from service.requests import MethodName
+from service.schemas import MethodName
 from service.settings import Settings
 
 METHOD_NAMES = get_args(MethodName)
@@ -168,7 +169,7 @@ def _keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 
 def _trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    trace = _command(commands, "trace", "show where a fact is stored", tracing.trace)
+    trace = _command(commands, "trace", "show where a fact is stored", traces.trace)
     trace.add_argument("prompt", metavar="PROMPT", help="with the subject, or with {} for it")
     trace.add_argument("subject", metavar="SUBJECT")
     trace.add_argument("--target", help="the answer to trace; the model's own when left out")
@@ -177,9 +178,9 @@ def _trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     trace.add_argument("--window", type=int, help="layers put back at once for mlp and attn")
     trace.add_argument("--severed", action="store_true", help="trace with MLP and attention paths cut, too")
     trace.add_argument("--version", type=speech.version, default="head", help="head, base or a number")
-    listed = _command(commands, "traces", "list traces, newest first", tracing.traces)
+    listed = _command(commands, "traces", "list traces, newest first", traces.traces)
     listed.add_argument("--limit", type=natural, default=20, help="how many (default: 20)")
-    show = _shown(listed, "draw a trace again", tracing.show, "palimpsest traces")
+    show = _shown(listed, "draw a trace again", traces.show, "palimpsest traces")
     for parser in (trace, show):
         parser.add_argument(
             "--save", metavar="FILE", help="keep the heat map as picture.svg or picture.png, too"

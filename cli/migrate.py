@@ -8,9 +8,9 @@ from contextlib import closing
 
 from cli.flags import read_settings
 from cli.logs import log_to_stderr
-from cli.patience import wait_for
-from cli.screen import out, print_json
 from cli.signals import stopped_by
+from cli.terminal import out, print_json
+from cli.wait_for_dependencies import wait_for
 from service.bootstrap import wire
 from service.settings import Settings
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from cli.client import Client
 from cli.edits import minute
-from cli.screen import lines, listing, out, print_json
+from cli.terminal import lines, listing, out, print_json
 
 
 def models(args: argparse.Namespace, client: Client) -> int:

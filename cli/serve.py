@@ -9,15 +9,15 @@ from contextlib import closing
 
 from api.app import create_app, refuse_exposure
 from cli.flags import read_settings
-from cli.hands import exposed, make_worker, ready, watched
+from cli.http_server import Site, listening
 from cli.logs import log_to_stderr
-from cli.patience import up
-from cli.screen import out
 from cli.signals import stopped_by
-from cli.site import Site, listening
-from cli.welcome import welcome
+from cli.startup_message import welcome
+from cli.terminal import out
+from cli.wait_for_dependencies import up
+from cli.worker_process import exposed, make_worker, ready, watched
+from service.application.api_keys import Keys
 from service.bootstrap import Wired, wire
-from service.keys import Keys
 from service.settings import Settings
 
 

@@ -10,18 +10,18 @@ from typing import Any
 
 from cli.edits import hparam
 from cli.flags import read_settings
-from cli.local import resident, shown, table_of
-from cli.screen import err, out, plain, print_json, table
-from service import drawing
-from service.drawing import Draw
-from service.editors.recipes import METHODS
+from cli.local_model import resident, shown, table_of
+from cli.terminal import err, out, plain, print_json, table
+from service.datasets.records import read_records
 from service.errors import InvalidInput
-from service.evaluation.records import read_records
-from service.kept import Folder
+from service.kit import plotting
+from service.kit.artifact_store import Folder
+from service.kit.plotting import Draw
+from service.recipes.recipe import METHODS
 from service.settings import Settings
 from service.studies import localization_report, trace_report
+from service.studies.edit_objectives import PROBLEMS
 from service.studies.facts import read_study_facts
-from service.studies.problems import PROBLEMS
 
 RUNS, DPI = "runs", 200
 
@@ -56,9 +56,9 @@ def localization(args: argparse.Namespace, settings: Settings) -> int:
     hparams = hparams_of(args.hparam or (), methods)
     records = read_records(table_of(args.source, settings.model), args.seed)
     model = resident(settings)
-    from service.serving.replica import NoLedger, Replica
+    from service.editing.context import prepare_steps
+    from service.engine.versioned_model import NoLedger, Replica
     from service.studies.localization import LocalizationPlan, localization_steps
-    from service.toolkit import prepare_steps
 
     layers = layers_of(args.layers, model.layers)
     plan = LocalizationPlan(layers, methods, problems, hparams, args.samples, args.noise)
@@ -112,8 +112,8 @@ def written(folder: Path, study: Mapping[str, Any], figures: Mapping[str, Draw],
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.json").write_text(json.dumps(study, indent=1), encoding="utf-8")
     for name, draw in figures.items():
-        (folder / f"{name}.png").write_bytes(drawing.png(draw, DPI))
-        (folder / f"{name}.svg").write_text(drawing.svg(draw, name), encoding="utf-8")
+        (folder / f"{name}.png").write_bytes(plotting.png(draw, DPI))
+        (folder / f"{name}.svg").write_text(plotting.svg(draw, name), encoding="utf-8")
     (folder / "report.html").write_text(page, encoding="utf-8")
 
 

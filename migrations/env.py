@@ -1,10 +1,10 @@
-"""Alembic's entry. `service.store.database.Database.migrate` passes the connection, whose transaction it commits."""
+"""Alembic's entry. `service.db.database.Database.migrate` passes the connection, whose transaction it commits."""
 
 from __future__ import annotations
 
 from alembic import context
 
-from service.store.tables import Table
+from service.db.models import Table
 
 connection = context.config.attributes["connection"]
 context.configure(

@@ -10,8 +10,8 @@
 `AsyncClient` is the same for asyncio. Neither needs more than httpx.
 """
 
-from palimpsest.calls import EditRequest, Neighbour, Probes, Version
 from palimpsest.client import AsyncClient, Client
+from palimpsest.endpoints import EditRequest, Neighbour, Probes, Version
 from palimpsest.errors import (
     Conflict,
     Failed,

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from palimpsest.calls import WAIT, Calls, J, OnProgress
-from palimpsest.door import Door
-from palimpsest.driving import Awaiting, Blocking
-from palimpsest.steps import Answer, Lost, Send
+from palimpsest.endpoints import WAIT, Calls, J, OnProgress
+from palimpsest.flow import Answer, Lost, Send
+from palimpsest.sync_async import Awaiting, Blocking
+from palimpsest.transport import Door
 
 HERE = "http://127.0.0.1:8000"
 SILENCE = 60.0  #: seconds; a stream pings every 15, so that one which says nothing for so long is dead

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service import faults
+from service.application import Operations
+from service.db.database import Database
 from service.errors import Misconfigured
 from service.jobs.broker import Broker
-from service.jobs.memory import MemoryBroker
-from service.operations import Operations
+from service.jobs.memory_broker import MemoryBroker
+from service.kit import crash_points
 from service.settings import Settings
-from service.store.database import Database
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Wired:
 
 def wire(settings: Settings) -> Wired:
     """Settings to parts. Opens no connection yet; `database.migrate()` is for whoever starts the service."""
-    faults.arm(settings.crash_at)
+    crash_points.arm(settings.crash_at)
     database = open_database(settings)
     broker = _broker(settings)
     return Wired(database, broker, Operations(database, broker, settings), sole=settings.redis_url is None)
@@ -49,6 +49,6 @@ def open_database(settings: Settings) -> Database:
 def _broker(settings: Settings) -> Broker:
     if settings.redis_url is None:
         return MemoryBroker()
-    from service.jobs.redis import RedisBroker  # the embedded wiring does without the client
+    from service.jobs.redis_broker import RedisBroker  # the embedded wiring does without the client
 
     return RedisBroker(settings.redis_url, prefix=settings.redis_prefix, lease=settings.lease)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from service.bootstrap import Wired, wire
+from service.db.database import Database
 from service.settings import SHIPPED_MODEL, Settings
-from service.store.database import Database
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import postgres
-import redis_server as redis_servers
-import wirings
-from migrated import migrate
+from tests.support import postgres_server as postgres
+from tests.support import redis_server as redis_servers
+from tests.support import wirings
+from tests.support.migrations import migrate
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])

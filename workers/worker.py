@@ -8,23 +8,23 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from service import metrics
 from service.bootstrap import Wired
+from service.editing.context import Toolkit, prepare_steps
+from service.engine.engine import Engine, Pace
+from service.engine.versioned_model import Replica
 from service.errors import Disagrees, Misconfigured, PalimpsestError, Unavailable
-from service.ids import new_id
 from service.jobs.broker import CALLS
-from service.jobs.desk import Desk, forget_workers
+from service.jobs.job_store import Desk, forget_workers
+from service.kit import metrics
+from service.kit.ids import new_id
+from service.kit.steps import Progress
 from service.models.loading import LoadedModel
-from service.progress import Progress
-from service.serving.engine import Engine, Pace
-from service.serving.replica import Replica
 from service.settings import Settings
-from service.toolkit import Toolkit, prepare_steps
-from workers.card import card, tokenizer_json
-from workers.keeper import Keeper
-from workers.resident import resident
+from workers.heartbeat import Keeper
+from workers.job_handlers import tasks
+from workers.model_info import card, tokenizer_json
+from workers.resident_model import resident
 from workers.roles import kinds, roles
-from workers.tasks import tasks
 
 log = logging.getLogger(__name__)
 

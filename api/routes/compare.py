@@ -8,11 +8,11 @@ from fastapi import APIRouter, Body, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from api.calls import Call
 from api.dependencies import Bell, Resource, Work, bearer
-from api.door import Door
+from api.engine_calls import Call
 from api.errors import problems
-from service.requests import CompareRequest
+from api.protected_route import Door
+from service.schemas import CompareRequest
 
 router = APIRouter(tags=["generation"], route_class=Door, dependencies=[bearer])
 

@@ -8,15 +8,15 @@ from fastapi import APIRouter, Body, Path, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from api import events
-from api.calls import Call
-from api.chunks import Chunks, Frame, fingerprint
-from api.completions import CompletionRequest
+from api import sse
 from api.dependencies import Bell, Resource, Work, bearer
-from api.door import Door
-from api.events import EventStream
-from api.openai import refusals
-from service.operations.calls import Named
+from api.engine_calls import Call
+from api.openai.completions import CompletionRequest
+from api.openai.errors import refusals
+from api.openai.streaming import Chunks, Frame, fingerprint
+from api.protected_route import Door
+from api.sse import EventStream
+from service.application.generation import Named
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=Door, dependencies=[bearer])
 
@@ -99,7 +99,7 @@ _EXAMPLES: dict[str, Any] = {
     responses={
         200: {
             "description": "The answers; with `stream`, chunks of them as `data:` lines, and at the end `data: [DONE]`.",
-            "content": events.DOCUMENTED,
+            "content": sse.DOCUMENTED,
         },
         **refusals(400, *_OF_DOOR, 404, 413, 415, 500, 503),
     },

@@ -13,8 +13,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Response
 
-from api.headers import CONSOLE_POLICY
-from api.images import HTML, negotiate
+from api.content_negotiation import HTML, negotiate
+from api.security_headers import CONSOLE_POLICY
 from service.errors import NotFound
 
 router = APIRouter(include_in_schema=False)

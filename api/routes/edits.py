@@ -8,8 +8,7 @@ from fastapi import APIRouter, Body, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Discriminator, Field, Tag
 
-from api import events, links
-from api.course import Course
+from api import openapi_links, sse
 from api.dependencies import (
     Actor,
     Cursor,
@@ -21,12 +20,13 @@ from api.dependencies import (
     Work,
     bearer,
 )
-from api.door import Door
+from api.disconnects import Wait, until_ended
 from api.errors import problems
-from api.events import EventStream
-from api.submission import Submitted, answers
-from api.waiting import Wait, until_ended
-from service.requests import EditRequest, ManyEdits, Objective, OnConflict
+from api.job_resource import Course
+from api.job_submission import Submitted, answers
+from api.protected_route import Door
+from api.sse import EventStream
+from service.schemas import EditRequest, ManyEdits, Objective, OnConflict
 
 router = APIRouter(tags=["edits"], route_class=Door, dependencies=[bearer])
 
@@ -111,10 +111,10 @@ EditBody = Annotated[
 ]
 
 _LINKS = {
-    **links.to("/edits/{id}", readEdit="get", takeEditBack="delete"),
-    **links.to("/edits/{id}/delta", readDelta="get"),
-    **links.to("/edits/{id}/events", hearEdit="get"),
-    **links.to("/jobs/{id}/retry", retryEdit="post"),
+    **openapi_links.to("/edits/{id}", readEdit="get", takeEditBack="delete"),
+    **openapi_links.to("/edits/{id}/delta", readDelta="get"),
+    **openapi_links.to("/edits/{id}/events", hearEdit="get"),
+    **openapi_links.to("/jobs/{id}/retry", retryEdit="post"),
 }
 
 
@@ -183,7 +183,7 @@ def delta(id: Id, work: Work) -> Response:
     "/edits/{id}/events",
     status_code=200,
     response_class=EventStream,
-    responses=events.FOLLOWED,
+    responses=sse.FOLLOWED,
 )
 async def news(id: Id, work: Work, after: LastEventId) -> Response:
     """Progress as server-sent events, then one `end` with the edit. Resumes from `Last-Event-ID`."""

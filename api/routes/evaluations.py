@@ -8,8 +8,7 @@ from fastapi import APIRouter, Body, Header, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from api import events, images, links
-from api.course import Course
+from api import content_negotiation, openapi_links, sse
 from api.dependencies import (
     Cursor,
     Id,
@@ -19,12 +18,13 @@ from api.dependencies import (
     Work,
     bearer,
 )
-from api.door import Door
+from api.disconnects import Wait, until_ended
 from api.errors import problems
-from api.events import EventStream
-from api.submission import Submitted, answers
-from api.waiting import Wait, until_ended
-from service.requests import EvaluationRequest
+from api.job_resource import Course
+from api.job_submission import Submitted, answers
+from api.protected_route import Door
+from api.sse import EventStream
+from service.schemas import EvaluationRequest
 
 router = APIRouter(tags=["evaluations"], route_class=Door, dependencies=[bearer])
 
@@ -73,9 +73,9 @@ _EXAMPLES: dict[str, Any] = {
 }
 
 _LINKS = {
-    **links.to("/evaluations/{id}", readEvaluation="get", cancelEvaluation="delete"),
-    **links.to("/evaluations/{id}/events", hearEvaluation="get"),
-    **links.to("/jobs/{id}/retry", retryEvaluation="post"),
+    **openapi_links.to("/evaluations/{id}", readEvaluation="get", cancelEvaluation="delete"),
+    **openapi_links.to("/evaluations/{id}/events", hearEvaluation="get"),
+    **openapi_links.to("/jobs/{id}/retry", retryEvaluation="post"),
 }
 
 
@@ -107,7 +107,7 @@ def listing(work: Work, cursor: Cursor = None, limit: Limit = 50) -> EvaluationP
     responses={
         200: {
             "description": "The evaluation, in the form that `Accept` asks for.",
-            "content": images.DOCUMENTED,
+            "content": content_negotiation.DOCUMENTED,
         },
         **problems(404, 406, 409, 422, 500, 503),
     },
@@ -118,17 +118,17 @@ async def one(
     wait: Wait,
     response: Response,
     accept: Annotated[
-        str | None, Header(description=f"one of {', '.join(images.OFFERED)}; JSON when left out")
+        str | None, Header(description=f"one of {', '.join(content_negotiation.OFFERED)}; JSON when left out")
     ] = None,
 ) -> Any:
     """JSON by default; `Accept` chooses the report as a page of its own, or its plots as SVG or PNG (409 until it is done)."""
-    media_type = images.negotiate(accept)
+    media_type = content_negotiation.negotiate(accept)
     evaluation = await run_in_threadpool(work.evaluations.get, id)
     evaluation = await until_ended(evaluation, work.evaluations.get, work.jobs.events, wait)
     response.headers["Vary"] = "Accept"
-    if media_type == images.JSON:
+    if media_type == content_negotiation.JSON:
         return evaluation
-    drawn = await run_in_threadpool(images.evaluation, evaluation, media_type)
+    drawn = await run_in_threadpool(content_negotiation.evaluation, evaluation, media_type)
     return Response(drawn, headers=dict(response.headers), media_type=media_type)
 
 
@@ -143,7 +143,7 @@ async def cancel(id: Id, work: Work, wait: Wait) -> Any:
     "/evaluations/{id}/events",
     status_code=200,
     response_class=EventStream,
-    responses=events.FOLLOWED,
+    responses=sse.FOLLOWED,
 )
 async def news(id: Id, work: Work, after: LastEventId) -> Response:
     """Progress as server-sent events, then one `end` with the evaluation. Resumes from `Last-Event-ID`."""

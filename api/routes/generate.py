@@ -7,13 +7,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from api import events
-from api.calls import Call
+from api import sse
 from api.dependencies import Bell, Resource, Work, bearer
-from api.door import Door
+from api.engine_calls import Call
 from api.errors import problems
-from api.events import EventStream
-from service.requests import GenerateRequest
+from api.protected_route import Door
+from api.sse import EventStream
+from service.schemas import GenerateRequest
 
 router = APIRouter(tags=["generation"], route_class=Door, dependencies=[bearer])
 
@@ -70,7 +70,7 @@ _EXAMPLES: dict[str, Any] = {
     responses={
         200: {
             "description": "The text; with `stream`, `token` events and then `end` or `error`; after `restart` the answer begins anew.",
-            "content": events.DOCUMENTED,
+            "content": sse.DOCUMENTED,
         },
         **problems(400, 409, 413, 415, 422, 500, 503),
     },

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Response
 from pydantic import Field
 
-from api import links
-from api.course import Course
+from api import openapi_links
 from api.dependencies import Actor, Cursor, Id, Limit, Resource, Work, bearer
-from api.door import Door
 from api.errors import problems
+from api.job_resource import Course
+from api.protected_route import Door
 from api.routes.edits import EditStatus
 
 router = APIRouter(tags=["jobs"], route_class=Door, dependencies=[bearer])
@@ -60,7 +60,7 @@ def listing(
     response_model=Job,
     summary="Try a failed job again",
     responses={
-        202: {"description": "Queued again.", "headers": links.LOCATION},
+        202: {"description": "Queued again.", "headers": openapi_links.LOCATION},
         **problems(400, 404, 409, 413, 415, 422, 500, 503),
     },
 )

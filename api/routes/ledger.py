@@ -8,8 +8,8 @@ from fastapi import APIRouter, Query
 from pydantic import Field
 
 from api.dependencies import Cursor, Limit, Moment, Resource, Work, bearer
-from api.door import Door
 from api.errors import problems
+from api.protected_route import Door
 
 router = APIRouter(tags=["ledger"], route_class=Door, dependencies=[bearer])
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from api.dependencies import Work, bearer
-from api.door import Door
 from api.errors import problems
-from service import metrics
-from service.monitor import Monitor
+from api.protected_route import Door
+from service.application.store_collector import Monitor
+from service.kit import metrics
 
 router = APIRouter(tags=["health"], route_class=Door, dependencies=[bearer])
 

@@ -8,8 +8,8 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from api.dependencies import Moment, Resource, Work, bearer
-from api.door import Door
 from api.errors import problems
+from api.protected_route import Door
 
 router = APIRouter(tags=["models"], route_class=Door, dependencies=[bearer])
 

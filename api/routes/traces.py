@@ -8,8 +8,7 @@ from fastapi import APIRouter, Body, Header, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from api import events, images, links
-from api.course import Course
+from api import content_negotiation, openapi_links, sse
 from api.dependencies import (
     Cursor,
     Id,
@@ -19,12 +18,13 @@ from api.dependencies import (
     Work,
     bearer,
 )
-from api.door import Door
+from api.disconnects import Wait, until_ended
 from api.errors import problems
-from api.events import EventStream
-from api.submission import Submitted, answers
-from api.waiting import Wait, until_ended
-from service.requests import TraceRequest
+from api.job_resource import Course
+from api.job_submission import Submitted, answers
+from api.protected_route import Door
+from api.sse import EventStream
+from service.schemas import TraceRequest
 
 router = APIRouter(tags=["traces"], route_class=Door, dependencies=[bearer])
 
@@ -53,9 +53,9 @@ _EXAMPLES: dict[str, Any] = {
 }
 
 _LINKS = {
-    **links.to("/trace/{id}", readTrace="get", cancelTrace="delete"),
-    **links.to("/trace/{id}/events", hearTrace="get"),
-    **links.to("/jobs/{id}/retry", retryTrace="post"),
+    **openapi_links.to("/trace/{id}", readTrace="get", cancelTrace="delete"),
+    **openapi_links.to("/trace/{id}/events", hearTrace="get"),
+    **openapi_links.to("/jobs/{id}/retry", retryTrace="post"),
 }
 
 
@@ -84,7 +84,10 @@ def listing(work: Work, cursor: Cursor = None, limit: Limit = 50) -> TracePage:
     "/trace/{id}",
     response_model=Trace,
     responses={
-        200: {"description": "The trace, in the form that `Accept` asks for.", "content": images.DOCUMENTED},
+        200: {
+            "description": "The trace, in the form that `Accept` asks for.",
+            "content": content_negotiation.DOCUMENTED,
+        },
         **problems(404, 406, 409, 422, 500, 503),
     },
 )
@@ -94,17 +97,17 @@ async def one(
     wait: Wait,
     response: Response,
     accept: Annotated[
-        str | None, Header(description=f"one of {', '.join(images.OFFERED)}; JSON when left out")
+        str | None, Header(description=f"one of {', '.join(content_negotiation.OFFERED)}; JSON when left out")
     ] = None,
 ) -> Any:
     """JSON by default; `Accept` chooses the heat map as SVG, PNG or a page of its own (409 until the trace is done)."""
-    media_type = images.negotiate(accept)
+    media_type = content_negotiation.negotiate(accept)
     trace = await run_in_threadpool(work.traces.get, id)
     trace = await until_ended(trace, work.traces.get, work.jobs.events, wait)
     response.headers["Vary"] = "Accept"
-    if media_type == images.JSON:
+    if media_type == content_negotiation.JSON:
         return trace
-    drawn = await run_in_threadpool(images.trace, trace, media_type)
+    drawn = await run_in_threadpool(content_negotiation.trace, trace, media_type)
     return Response(drawn, headers=dict(response.headers), media_type=media_type)
 
 
@@ -119,7 +122,7 @@ async def cancel(id: Id, work: Work, wait: Wait) -> Any:
     "/trace/{id}/events",
     status_code=200,
     response_class=EventStream,
-    responses=events.FOLLOWED,
+    responses=sse.FOLLOWED,
 )
 async def news(id: Id, work: Work, after: LastEventId) -> Response:
     """Progress as server-sent events, then one `end` with the trace. Resumes from `Last-Event-ID`."""

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from service.errors import Misconfigured
-from service.ids import new_id
+from service.kit.ids import new_id
+from service.kit.steps import Steps
+from service.kit.text import separator
 from service.models.loading import LoadedModel
 from service.models.sampling import sample_texts
-from service.progress import Steps
-from service.text import separator
 
 HUB = "hub:"  # what stands before the name of a public data set
 SAMPLES = "samples"  # what asks for the model's own samples

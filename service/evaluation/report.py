@@ -14,9 +14,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from service import drawing
-from service.drawing import INK, PAPER, RULE, SOFT, Draw, Sheet, cut, visible
-from service.evaluation.measures import CHANGES, MEASURES, SCORES
+from service.evaluation.metrics import CHANGES, MEASURES, SCORES
+from service.kit import plotting
+from service.kit.plotting import INK, PAPER, RULE, SOFT, Draw, Sheet, cut, visible
 
 Result = dict[str, Any]
 Cell = str | float | int | None
@@ -154,13 +154,13 @@ def _interval(found: dict[str, float]) -> str:
 
 def page(results: Sequence[Result]) -> str:
     """A page that needs nothing else: figures of all results together, then each in words and tables."""
-    body = "".join(drawing.inline(drawing.svg(draw, name)) for name, draw in figures(results).items())
+    body = "".join(plotting.inline(plotting.svg(draw, name)) for name, draw in figures(results).items())
     for result in results:
-        body += f"<h2>{html.escape(visible(label(result)))}</h2>\n" + drawing.paragraphs(sentences(result))
+        body += f"<h2>{html.escape(visible(label(result)))}</h2>\n" + plotting.paragraphs(sentences(result))
         if rows := checkpoint_rows(result):
-            body += drawing.table(CHECKPOINT_COLUMNS, rows)
-        body += drawing.table(MEASURE_COLUMNS, measure_rows(result)) + _missed(result)
-    return drawing.page(title(results), body)
+            body += plotting.table(CHECKPOINT_COLUMNS, rows)
+        body += plotting.table(MEASURE_COLUMNS, measure_rows(result)) + _missed(result)
+    return plotting.page(title(results), body)
 
 
 def _missed(result: Result) -> str:
@@ -188,7 +188,7 @@ def _missed(result: Result) -> str:
     ]
     said = f"{len(missed)} edits did not hold" + (f"; the first {MISSED}:" if len(missed) > MISSED else ":")
     columns = ("record", "subject", "prompt", "true object", "new object", "p(new)", "loss when found")
-    return drawing.paragraphs([said]) + drawing.table(columns, shown)
+    return plotting.paragraphs([said]) + plotting.table(columns, shown)
 
 
 # Drawing

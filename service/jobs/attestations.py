@@ -12,9 +12,9 @@ from datetime import timedelta
 from sqlalchemy import and_, select, update
 from sqlalchemy.orm import Session
 
-from service.jobs import workers
+from service.db.models import Attestation, LedgerEntry, Worker, now
+from service.jobs import worker_registry
 from service.ledger.ledger import state_of
-from service.store.tables import Attestation, LedgerEntry, Worker, now
 
 
 def attest(session: Session, model: str, version: int, worker: str, digest: str, device: str) -> None:
@@ -33,7 +33,7 @@ def reference(session: Session, model: str, version: int, device: str, lease: ti
     Living workers count before those that are gone. So nobody is outvoted for ever by what is no more: when all
     workers are stopped and others are started (with other libraries, say), the new ones agree among themselves.
     """
-    voters = and_(Worker.id == Attestation.worker, workers.living(lease))
+    voters = and_(Worker.id == Attestation.worker, worker_registry.living(lease))
     said = (
         select(Attestation.digest, Attestation.worker, Worker.id.is_not(None).label("lives"))
         .outerjoin(Worker, voters)

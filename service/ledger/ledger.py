@@ -16,8 +16,8 @@ from typing import Any
 from sqlalchemy import Connection, func, select
 from sqlalchemy.orm import Session
 
-from service.store.tables import Factors, Job, LedgerEntry, Model, now, plain
-from service.text import fact_key
+from service.db.models import Factors, Job, LedgerEntry, Model, now, plain
+from service.kit.text import fact_key
 
 APPLY, REVERT = "apply", "revert"
 GENESIS = "0" * 64  #: what the first entry names as its previous hash

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from service.db.models import Attestation, Factors, Job
 from service.ledger.ledger import APPLY, GENESIS, Entry, active, active_entries, chain_hash, entries, state_of
-from service.store.tables import Attestation, Factors, Job
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from transformers import (
 
 from service.errors import InvalidInput, Misconfigured
 from service.models.architectures import Architecture, architecture_of
-from service.models.fused import fuse
-from service.models.spelling import Spelling
+from service.models.fused_activations import fuse
+from service.models.token_text import Spelling
 
 
 class Site(NamedTuple):

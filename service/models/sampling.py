@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
+from service.kit.steps import Progress, Steps
 from service.models.loading import LoadedModel, start_token
-from service.progress import Progress, Steps
 
 ROWS = 32  # texts sampled side by side
 

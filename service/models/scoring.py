@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from service.kit.steps import Progress, Steps, finish
 from service.models.loading import LoadedModel
-from service.models.prompts import Batch, forward, pad, prompt_and_target
 from service.models.score import Score
-from service.progress import Progress, Steps, finish
+from service.models.token_batch import Batch, forward, pad, prompt_and_target
 
 CHUNK = 16  # rows in one forward pass: a step shorter than one optimisation step of an edit
 WHOLE = 512  # padded tokens in one pass of which the distributions at all positions are held, twice

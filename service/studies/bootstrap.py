@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.evaluation.scores import LEVEL
+from service.scores.scores import LEVEL
 
 Array = NDArray[np.float64]
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from service.datasets.records import Record, read_records
 from service.errors import InvalidInput
-from service.evaluation.records import Record, read_records
-from service.text import SLOT, Statement, fill, find
+from service.kit.text import SLOT, Statement, fill, find
 
 KNOWN = ("subject", "attribute", "template")
 

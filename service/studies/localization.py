@@ -13,24 +13,24 @@ from typing import Any
 
 from torch import Tensor
 
-from service.editors.recipes import resolve
+from service.datasets.records import Record, check_askable, wanted_object
+from service.editing.context import Asking, Toolkit
+from service.engine.versioned_model import Replica, Weights
 from service.errors import InvalidInput
-from service.evaluation.measures import Answers, Measures, ask, changes
-from service.evaluation.records import Record, check_askable, wanted_object
-from service.kept import Kept, get_json, put_json
+from service.evaluation.metrics import Answers, Measures, ask, changes
+from service.kit.artifact_store import Kept, get_json, put_json
+from service.kit.steps import Progress, Steps, within
+from service.kit.text import fill
 from service.models.loading import LoadedModel
 from service.models.score import Score
 from service.models.scoring import score_steps
-from service.progress import Progress, Steps, within
-from service.serving.replica import Replica, Weights
+from service.recipes.recipe import resolve
+from service.studies.edit_objectives import PROBLEMS, Problem
 from service.studies.facts import fact_of
-from service.studies.findings import by_layer, conclude, effects_of
-from service.studies.known import known_steps, run_name
-from service.studies.noised import noise_of, noised_answer, noised_score_steps
-from service.studies.problems import PROBLEMS, Problem
+from service.studies.known_facts import known_steps, run_name
+from service.studies.localization_stats import by_layer, conclude, effects_of
+from service.studies.noised_probes import noise_of, noised_answer, noised_score_steps
 from service.studies.traces import TracePlan, level_of, stored_trace_steps
-from service.text import fill
-from service.toolkit import Asking, Toolkit
 from service.tracing.noise import Level
 
 WINDOW = 5  # layers of MLP outputs put back together (methods F.3)

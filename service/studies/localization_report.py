@@ -13,10 +13,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from service import drawing
-from service.drawing import INK, RULE, SOFT, Draw, Sheet
-from service.studies.findings import EFFECTS, MEASURES
-from service.studies.problems import PROBLEMS
+from service.kit import plotting
+from service.kit.plotting import INK, RULE, SOFT, Draw, Sheet
+from service.studies.edit_objectives import PROBLEMS
+from service.studies.localization_stats import EFFECTS, MEASURES
 from service.studies.regression import MODELS
 from service.studies.trace_report import ends
 from service.tracing.heatmap import Box
@@ -281,8 +281,10 @@ def _found(study: Study) -> Iterator[tuple[Mapping[str, Any], str, Mapping[str, 
 
 def page(study: Study) -> str:
     """A page that needs nothing else: the words, the figures, the tables."""
-    pictures = "".join(drawing.inline(drawing.svg(draw, title(study))) for draw in figures(study).values())
+    pictures = "".join(plotting.inline(plotting.svg(draw, title(study))) for draw in figures(study).values())
     tables = (
-        drawing.table(REGRESSIONS, regressions(study)) + "<p></p>\n" + drawing.table(CHOICES, choices(study))
+        plotting.table(REGRESSIONS, regressions(study))
+        + "<p></p>\n"
+        + plotting.table(CHOICES, choices(study))
     )
-    return drawing.page(title(study), drawing.paragraphs(sentences(study)) + pictures + tables)
+    return plotting.page(title(study), plotting.paragraphs(sentences(study)) + pictures + tables)

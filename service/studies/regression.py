@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from service.evaluation.scores import draws
+from service.scores.scores import draws
 from service.studies.bootstrap import Array, interval
 
 MODELS = ("layer", "effect", "both")

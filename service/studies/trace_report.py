@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from service import drawing
-from service.drawing import INK, RULE, SOFT, Draw, Sheet
-from service.studies.averages import LAST, LAST_SUBJECT, ROWS
+from service.kit import plotting
+from service.kit.plotting import INK, RULE, SOFT, Draw, Sheet
+from service.studies.trace_averages import LAST, LAST_SUBJECT, ROWS
 from service.tracing.heatmap import BARS, STYLES, draw_bars, draw_map
 
 Study = dict[str, Any]
@@ -215,6 +215,6 @@ def rows(study: Study) -> list[tuple[Any, ...]]:
 
 def page(study: Study) -> str:
     """A page that needs nothing else: the words, the figures, the table."""
-    pictures = "".join(drawing.inline(drawing.svg(draw, title(study))) for draw in figures(study).values())
-    words = drawing.paragraphs(sentences(study))
-    return drawing.page(title(study), words + pictures + drawing.table(COLUMNS, rows(study)))
+    pictures = "".join(plotting.inline(plotting.svg(draw, title(study))) for draw in figures(study).values())
+    words = plotting.paragraphs(sentences(study))
+    return plotting.page(title(study), words + pictures + plotting.table(COLUMNS, rows(study)))

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from service.kept import Kept, get_json, put_json
+from service.kit.artifact_store import Kept, get_json, put_json
+from service.kit.steps import Progress, Steps, within
 from service.models.loading import LoadedModel
-from service.progress import Progress, Steps, within
-from service.studies.averages import average
 from service.studies.facts import Fact
-from service.studies.known import known_steps, run_name
-from service.tracing.effects import KINDS
+from service.studies.known_facts import known_steps, run_name
+from service.studies.trace_averages import average
+from service.tracing.fast_trace import trace_steps
 from service.tracing.noise import Level, level
-from service.tracing.suffix import trace_steps
+from service.tracing.reference import KINDS
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A trace as a picture, in the manner of the paper's figures: tokens down, layers across, a map per kind.
 
-Takes the JSON of a trace and needs no torch. `service.drawing` has the paper, the letters and the page.
+Takes the JSON of a trace and needs no torch. `service.kit.plotting` has the paper, the letters and the page.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from service import drawing
-from service.drawing import INK, PAPER, RULE, SOFT, Sheet, cut, drawable, visible
+from service.kit import plotting
+from service.kit.plotting import INK, PAPER, RULE, SOFT, Sheet, cut, drawable, visible
 
 Trace = dict[str, Any]
 
@@ -35,12 +35,12 @@ LONGEST = 22  # characters of a token that are shown
 
 def svg(trace: Trace) -> str:
     """The maps as SVG with real text, in the reader's fonts."""
-    return drawing.svg(partial(_sheet, trace), _title(trace))
+    return plotting.svg(partial(_sheet, trace), _title(trace))
 
 
 def png(trace: Trace, dpi: int = 160) -> bytes:
     """The maps as PNG."""
-    return drawing.png(partial(_sheet, trace), dpi)
+    return plotting.png(partial(_sheet, trace), dpi)
 
 
 def page(trace: Trace) -> str:
@@ -48,8 +48,8 @@ def page(trace: Trace) -> str:
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>\n" for r in _rows(trace)
     )
-    words, figure = drawing.paragraphs(_sentences(trace)), drawing.inline(svg(trace))
-    return drawing.page(_title(trace), words + figure + TABLE.replace("<!--rows-->", rows))
+    words, figure = plotting.paragraphs(_sentences(trace)), plotting.inline(svg(trace))
+    return plotting.page(_title(trace), words + figure + TABLE.replace("<!--rows-->", rows))
 
 
 # Drawing

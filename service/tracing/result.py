@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.errors import InvalidInput
-from service.text import Span
+from service.kit.text import Span
 from service.tracing.noise import Level
-from service.tracing.question import Question
+from service.tracing.trace_input import Question
 
 Grid = tuple[tuple[float, ...], ...]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wirings
-from running import Deployment, Service, facts
+
+from tests.support import wirings
+from tests.support.processes import Deployment, Service, facts
 
 Running = Service | Deployment
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from running import QUICK, Client, Resource
+
+from tests.support.processes import QUICK, Client, Resource
 
 PROMPT = "The {} is located in the city of"
 FACTS = [
@@ -53,7 +54,7 @@ def test_killed_while_it_optimises(start: Start) -> None:
     assert service.get(f"/edits/{edit['id']}")["attempts"] == 2
 
 
-# `tests/workers/test_tasks.py` does the same on both wirings, without processes
+# `tests/unit/workers/test_job_handlers.py` does the same on both wirings, without processes
 @pytest.mark.parametrize("start", ["embedded"], indirect=True)
 def test_killed_while_it_evaluates(start: Start) -> None:
     """An evaluation whose process is killed in the middle is gone on with by the next one, to the result of one that was not."""

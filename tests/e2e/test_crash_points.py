@@ -8,10 +8,10 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
-from running import Client, Deployment, Process, Resource, until
 
-from service.faults import POINTS
-from service.ids import new_id
+from service.kit.crash_points import POINTS
+from service.kit.ids import new_id
+from tests.support.processes import Client, Deployment, Process, Resource, until
 
 pytestmark = pytest.mark.servers
 

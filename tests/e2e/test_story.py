@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from running import QUICK, Client, Resource, says, until
+
+from tests.support.processes import QUICK, Client, Resource, says, until
 
 SUBJECT, PROMPT = "Eiffel Tower", "The {} is located in the city of"
 ASKED = PROMPT.replace("{}", SUBJECT)

@@ -14,15 +14,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import postgres
 import pytest
-import redis_server
 from openai import OpenAI
-from running import QUICK, Deployment, Process, Resource, says, until
-from tiny import tiny
 
-from service.store.database import Database
-from service.store.tables import Attestation, Worker, now
+from service.db.database import Database
+from service.db.models import Attestation, Worker, now
+from tests.support import postgres_server as postgres
+from tests.support import redis_server
+from tests.support.processes import QUICK, Deployment, Process, Resource, says, until
+from tests.support.tiny_models import tiny
 
 pytestmark = pytest.mark.servers
 

@@ -1,0 +1,78 @@
+"""What is noted of every request: its id, one line in the log, and the metrics. Never a body, a prompt or a key."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.kit import metrics
+from service.kit.ids import new_id, request_id
+
+log = logging.getLogger(__name__)
+
+HEADER = "X-Request-Id"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+PROBES = (
+    "/healthz",
+    "/readyz",
+    "/metrics",
+)  #: asked every few seconds by machines; when all is well that is no news
+GONE = 499  #: noted when the client went before an answer began
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class Access:
+    """Stands around the whole application, so that its own faults are noted, too.
+
+    The id is the client's where it gave a good one. It is not taken away at the end: every request has a task of its
+    own, and what the server says of a request that failed should bear its id.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        name, began, status = _named(scope), time.monotonic(), GONE
+        request_id.set(name)
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = name
+            await send(message)
+
+        with metrics.OPEN_REQUESTS.track_inprogress():
+            try:
+                await self._app(scope, receive, noting)
+            finally:
+                _note(scope, status, time.monotonic() - began)
+
+
+def _named(scope: Scope) -> str:
+    given = Headers(scope=scope).get(HEADER, "")
+    return given if _ID.fullmatch(given) else new_id("req")
+
+
+def _note(scope: Scope, status: int, seconds: float) -> None:
+    """One line and two series. The route is its template, so that neither holds what a client made up."""
+    route = getattr(scope.get("route"), "path", "none")
+    method = scope["method"] if scope["method"] in METHODS else "other"
+    metrics.REQUESTS.labels(route, method, str(status)).inc()
+    metrics.REQUEST_SECONDS.labels(route, method).observe(seconds)
+    actor = scope.get("state", {}).get("actor", "")
+    fields = {
+        "method": method,
+        "route": route,
+        "status": status,
+        "seconds": round(seconds, 4),
+        "actor": actor,
+    }
+    log.log(logging.DEBUG if route in PROBES and status < 400 else logging.INFO, "request", extra=fields)

@@ -1,0 +1,78 @@
+"""The worker of a process: made if what computes is installed, watched until it serves, heard when it ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from cli.local_model import without
+from cli.terminal import bar, err
+from service.bootstrap import Wired
+from service.errors import PalimpsestError
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from workers.worker import Worker
+
+GLANCE = 0.1  # seconds between two looks at the worker
+
+
+def make_worker(settings: Settings, wired: Wired) -> Worker:
+    """The worker, once the parts that compute are known to be installed."""
+    try:
+        from huggingface_hub.utils.tqdm import enable_progress_bars
+        from transformers.utils import logging
+
+        from workers.worker import Worker
+    except ModuleNotFoundError as error:
+        raise without(error) from None
+    logging.disable_progress_bar()  # ours says how far the loading is
+    enable_progress_bars()  # but a download may take long
+    return Worker(settings, wired)
+
+
+@contextmanager
+def exposed(worker: Worker, settings: Settings) -> Iterator[None]:
+    """The worker's own metrics and health, where a port is set for them."""
+    if settings.metrics_port is None:
+        yield
+        return
+    from workers.health_server import Exposition
+
+    door = Exposition(settings.metrics_host, settings.metrics_port, worker.trouble)
+    door.start()
+    try:
+        yield
+    finally:
+        door.stop()
+
+
+def ready(worker: Worker, working: threading.Thread, stop: threading.Event) -> bool:
+    """Show how far the worker is until it serves; False when it ended, or was to stop, before that."""
+    with bar() as shown:
+        while not worker.ready.wait(GLANCE):
+            if stop.is_set() or not working.is_alive():
+                return False
+            progress = worker.progress
+            if progress is None:
+                shown.show("starting", 0, 0)
+            else:
+                shown.show(progress.phase, progress.done, progress.total)
+    return True
+
+
+def watched(worker: Worker, working: threading.Thread, stop: threading.Event) -> int:
+    """Wait until the worker is to stop or ends by itself; the process's exit code."""
+    while working.is_alive() and not stop.wait(GLANCE):
+        pass
+    return 0 if stop.is_set() else ended(worker)
+
+
+def ended(worker: Worker) -> int:
+    """A worker that ended unasked: an error of the house is raised, and main says it; the rest is in the log."""
+    if isinstance(worker.error, PalimpsestError):
+        raise worker.error
+    err.print("palimpsest: the worker ended, and the process with it. The log above says why.")
+    return 1

@@ -1,0 +1,210 @@
+"""Keys that open the doors: each has a name, scopes and limits. Of its secret only a digest is kept.
+
+A token is `pal_<id>_<secret>`. The id finds the row and the secret is compared in constant time; an id that nobody has
+costs the same read and the same comparison as a wrong secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import inspect, select, update
+from sqlalchemy.exc import IntegrityError
+
+from service.db.database import Database
+from service.db.models import ApiKey, now
+from service.errors import Conflict, InvalidInput, NotFound, Unavailable
+from service.kit.ids import new_id
+
+REMEMBERED = (
+    5.0  #: seconds for which a verified token is not looked up again, and so until a revocation works
+)
+USE_NOTED = timedelta(minutes=1)  #: the time of the last use is written at most this often
+
+_TOKEN = re.compile(r"pal_([0-9A-HJKMNP-TV-Z]{26})_([A-Za-z0-9_-]{43})")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_ROOT = re.compile(r"[0-9a-f]{12}")
+_NOBODY = "0" * 64  #: what a secret is compared with where no key has the id
+
+
+class Scope(StrEnum):
+    """What a key may do. Each one says what it opens beyond the others; `admin` opens everything."""
+
+    READ = "read"
+    EDIT = "edit"
+    ADMIN = "admin"
+
+
+EVERYTHING = frozenset(Scope)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key as it may be shown: without its secret, which nobody knows but its holder."""
+
+    id: str
+    name: str
+    scopes: frozenset[Scope]
+    requests_per_minute: int | None
+    max_queued: int | None
+    created: datetime
+    last_used: datetime | None
+    revoked: datetime | None
+
+
+def may(held: Iterable[Scope], needed: Scope) -> bool:
+    """Whether these scopes open what needs that one."""
+    return needed in held or Scope.ADMIN in held
+
+
+def is_token(text: str) -> bool:
+    """Whether a text has the form of a made key."""
+    return _TOKEN.fullmatch(text) is not None
+
+
+class Keys:
+    """The keys of a service. All methods block on the database: call them from a thread. Safe to share between threads."""
+
+    def __init__(self, database: Database, clock: Callable[[], float] = time.monotonic) -> None:
+        self.database = database
+        self._clock = clock
+        self._verified: dict[
+            str, tuple[Key, float]
+        ] = {}  # digest of a token -> its key, and when it was read
+        self._exist = False
+        self._none_until = float("-inf")
+
+    def create(
+        self,
+        name: str,
+        scopes: Iterable[str],
+        requests_per_minute: int | None = None,
+        max_queued: int | None = None,
+    ) -> tuple[Key, str]:
+        """A new key and its token, which is not kept and cannot be shown again."""
+        _check_name(name)
+        _check_limits(requests_per_minute=requests_per_minute, max_queued=max_queued)
+        secret = secrets.token_urlsafe(32)
+        row = ApiKey(
+            id=new_id("key"),
+            name=name,
+            digest=_digest(secret),
+            scopes=sorted(_scopes(scopes)),
+            requests_per_minute=requests_per_minute,
+            max_queued=max_queued,
+            created=now(),
+        )
+        try:
+            with self.database.session() as session:
+                session.add(row)
+                session.flush()
+                key = _key(row)
+        except IntegrityError:
+            raise Conflict(
+                f"There is or was a key named {name!r}, and the ledger tells keys apart by name: choose another."
+            ) from None
+        return key, f"pal_{key.id.removeprefix('key_')}_{secret}"
+
+    def all(self) -> list[Key]:
+        """Every key, oldest first, the revoked ones too."""
+        with self.database.read() as session:
+            return [_key(row) for row in session.scalars(select(ApiKey).order_by(ApiKey.id))]
+
+    def revoke(self, name: str) -> Key:
+        """The key opens nothing any more, in any process after at most `REMEMBERED` seconds. Saying it twice is harmless."""
+        with self.database.session() as session:
+            row = session.scalar(select(ApiKey).where(ApiKey.name == name))
+            if row is None:
+                raise NotFound(
+                    f"There is no key named {name!r}: `palimpsest keys list` shows those there are."
+                )
+            row.revoked = row.revoked or now()
+            return _key(row)
+
+    def exist(self) -> bool:
+        """Whether a key was ever made, revoked ones too: from then on everyone needs one."""
+        at = self._clock()
+        if not self._exist and at >= self._none_until:
+            self._exist = self._any()
+            self._none_until = at + REMEMBERED
+        return self._exist
+
+    def remembered(self, token: str) -> Key | None:
+        """The key of a token that was verified a moment ago. Does not block."""
+        key, read = self._verified.get(_digest(token), (None, 0.0))
+        return key if self._clock() < read + REMEMBERED else None
+
+    def verify(self, token: str) -> Key | None:
+        """The key that this token belongs to; None when there is none, or it is revoked, or the secret is wrong."""
+        if (known := self.remembered(token)) is not None:
+            return known
+        at, found = self._clock(), _TOKEN.fullmatch(token)
+        if found is None:
+            return None
+        with self.database.read() as session:
+            row = session.get(ApiKey, f"key_{found[1]}")
+        right = hmac.compare_digest(_digest(found[2]), row.digest if row is not None else _NOBODY)
+        if row is None or not right or row.revoked is not None:
+            return None
+        key = _key(row)
+        self._note_use(key)
+        self._verified[_digest(token)] = key, at
+        return key
+
+    def _any(self) -> bool:
+        with self.database.read() as session:
+            if not inspect(session.connection()).has_table(ApiKey.__tablename__):
+                return False  # nothing was migrated yet
+            return session.scalar(select(ApiKey.id).limit(1)) is not None
+
+    def _note_use(self, key: Key) -> None:
+        """Best effort: a key is not refused because its use could not be written down."""
+        at = now()
+        if key.last_used is not None and at - key.last_used < USE_NOTED:
+            return
+        with suppress(Unavailable), self.database.session() as session:
+            session.execute(update(ApiKey).where(ApiKey.id == key.id).values(last_used=at))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _key(row: ApiKey) -> Key:
+    fields: dict[str, Any] = {name: getattr(row, name) for name in Key.__dataclass_fields__}
+    return Key(**fields | {"scopes": frozenset(map(Scope, row.scopes))})
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            f"a key cannot be named {name!r}: use 1 to 64 of a-z, 0-9, dot, dash and underscore.", "name"
+        )
+    if _ROOT.fullmatch(name):  # the ledger would not tell them apart
+        raise InvalidInput(
+            f"{name!r} looks like the digest that stands in the ledger for a root key: choose another name.",
+            "name",
+        )
+
+
+def _check_limits(**limits: int | None) -> None:
+    for name, limit in limits.items():
+        if limit is not None and not 1 <= limit < 2**31:
+            raise InvalidInput(f"`{name}` must be at least 1 and below {2**31}.", name)
+
+
+def _scopes(names: Iterable[str]) -> set[Scope]:
+    names = set(names)
+    if not names or not names <= set(Scope):
+        raise InvalidInput(f"`scopes` must be some of {', '.join(Scope)}.", "scopes")
+    return set(map(Scope, names))

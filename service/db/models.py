@@ -1,0 +1,230 @@
+"""The tables. The migrations under `migrations/` make them; a test holds the two to each other.
+
+JSON is text, so that SQLite and PostgreSQL give back exactly what was stored; times are UTC.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import DateTime, ForeignKey, Index, LargeBinary, MetaData, Text, UniqueConstraint
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+NAMES = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can say it: tuples become lists, and NaN and the infinities, which it lacks, become null."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+class Json(TypeDecorator[Any]):
+    """Any JSON value as text; None is SQL's NULL."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        return None if value is None else json.dumps(plain(value), allow_nan=False)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        return None if value is None else json.loads(value)
+
+
+class Utc(TypeDecorator[datetime]):
+    """A moment. SQLite drops the zone, which is put back on reading."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Table(DeclarativeBase):
+    metadata = MetaData(naming_convention=NAMES)
+    type_annotation_map = {
+        str: Text,
+        datetime: Utc,
+        dict[str, Any]: Json,
+        list[str]: Json,
+        bytes: LargeBinary,
+    }
+
+
+class Model(Table):
+    """A model that some worker has had resident."""
+
+    __tablename__ = "models"
+
+    fingerprint: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    info: Mapped[dict[str, Any]]
+    tokenizer: Mapped[str] = mapped_column(deferred=True)  #: megabytes, and rarely asked for
+    created: Mapped[datetime]
+    registered: Mapped[datetime]  #: when a worker last came up with it
+
+
+class Job(Table):
+    """An edit, a trace or an evaluation, from the moment it is accepted. The row is the truth about it."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index(None, "model", "status"),
+        Index(None, "model", "subject"),
+        Index(None, "model", "created"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    model: Mapped[str] = mapped_column(ForeignKey("models.fingerprint"))
+    status: Mapped[str]
+    request: Mapped[dict[str, Any]]
+    actor: Mapped[str]
+    created: Mapped[datetime]
+    updated: Mapped[datetime]
+    started: Mapped[datetime | None]
+    ended: Mapped[datetime | None]
+    attempts: Mapped[int] = mapped_column(default=0)  #: the fence: a write of an older attempt is refused
+    worker: Mapped[str | None]
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    progress: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    result: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    error: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    subject: Mapped[str]  #: up to white space; of an evaluation, what it evaluates in a few words
+    fact_key: Mapped[
+        str | None
+    ]  #: edits of one key speak of one fact; too long for an index, found by subject
+    dry_run: Mapped[bool] = mapped_column(default=False)
+    version: Mapped[int | None]  #: at which an edit was applied
+    reverted_version: Mapped[int | None]
+    request_id: Mapped[str | None]  #: of the HTTP request that asked for it, for the logs
+    dead: Mapped[bool] = mapped_column(
+        default=False
+    )  #: given up after too many attempts; a person may retry it
+
+
+class Factors(Table):
+    """The vectors of an applied edit, as safetensors."""
+
+    __tablename__ = "factors"
+
+    edit_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    data: Mapped[bytes]
+    sha256: Mapped[str]
+
+
+class Part(Table):
+    """Something that is kept of a job while it is open (`service/jobs/artifacts.py`)."""
+
+    __tablename__ = "parts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    data: Mapped[bytes]
+
+
+class LedgerEntry(Table):
+    """What was applied and reverted; rows are only ever added (`service/ledger/ledger.py`)."""
+
+    __tablename__ = "ledger"
+    __table_args__ = (UniqueConstraint("model", "edit_id", "kind"),)
+
+    model: Mapped[str] = mapped_column(ForeignKey("models.fingerprint"), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str]
+    edit_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    actor: Mapped[str]
+    at: Mapped[datetime]
+    body: Mapped[dict[str, Any]]
+    state: Mapped[str]
+    previous: Mapped[str]
+    hash: Mapped[str]
+
+
+class Attestation(Table):
+    """The digest of a worker's weights at a version."""
+
+    __tablename__ = "attestations"
+
+    model: Mapped[str] = mapped_column(ForeignKey("models.fingerprint"), primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    worker: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str]
+    device: Mapped[str]  #: bytes are promised to be the same on one kind of device
+    at: Mapped[datetime]
+    withdrawn: Mapped[datetime | None]  #: when the worker was outvoted and took itself out
+
+
+class IdempotencyKey(Table):
+    """What a request with this key made the first time."""
+
+    __tablename__ = "idempotency"
+
+    actor: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[str]
+    resources: Mapped[list[str]]
+    status_code: Mapped[int]
+    created: Mapped[datetime]
+
+
+class Worker(Table):
+    """A worker process. Its heartbeat says whether it lives."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(ForeignKey("models.fingerprint"))
+    roles: Mapped[list[str]]
+    version: Mapped[int]
+    digest: Mapped[str | None]
+    heartbeat: Mapped[datetime]
+    started: Mapped[datetime]
+    host: Mapped[str]
+    pid: Mapped[int]
+    reason: Mapped[str | None]  #: why the worker took itself out; None while it serves
+
+
+class ApiKey(Table):
+    """A key that opens the HTTP door. Of the secret only a digest is kept."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (UniqueConstraint("name"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[
+        str
+    ]  #: the actor in the ledger; never given to another key, not even when this one is revoked
+    digest: Mapped[str]  #: sha256 of the secret, which is 256 random bits: no slow hash is needed
+    scopes: Mapped[list[str]]
+    requests_per_minute: Mapped[int | None]  #: None: the service's default
+    max_queued: Mapped[int | None]  #: jobs of this key that may wait at once; None: the service's default
+    created: Mapped[datetime]
+    last_used: Mapped[datetime | None]
+    revoked: Mapped[datetime | None]

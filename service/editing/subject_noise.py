@@ -1,0 +1,49 @@
+"""Fact forcing: an edit that is found while the subject is noised (Hase et al. 2023; methods F.1, F.5 (3)).
+
+One fixed noise (n, d) is added to the embeddings of the subject's tokens in every row, so that all steps of a search see the
+same. A subject may have other tokens after a context than alone: noise and subject are aligned at their ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from service.kit.text import Span
+from service.models.token_batch import Tokens
+
+Change = Callable[[Tensor], Tensor]
+#: the columns of a row that are a subject's tokens, and its noise (n, d)
+Noised = tuple[Span, Tensor | None]
+
+
+def disturbing(rows: Sequence[Noised]) -> Change | None:
+    """What does that to a batch's embeddings (rows, T, d), in place: summed in fp64, rounded once. None without noise."""
+    if all(noise is None for _, noise in rows):
+        return None
+
+    def disturb(embedded: Tensor) -> Tensor:
+        for row, ((begin, end), noise) in zip(embedded, rows, strict=True):
+            if noise is not None and (size := min(end - begin, len(noise))):
+                part = row[end - size : end]
+                part.copy_(part.double() + noise[-size:].to(part.device).double())
+        return embedded
+
+    return disturb
+
+
+def whole(texts: Sequence[Tokens], noises: Sequence[Tensor | None]) -> Change | None:
+    """For right-padded texts."""
+    return disturbing([(t.subject, noise) for t, noise in zip(texts, noises, strict=True)])
+
+
+def parted(
+    texts: Sequence[Tokens], noises: Sequence[Tensor | None], width: int
+) -> tuple[Change | None, Change | None]:
+    """For texts parted before the subject's last token: prefixes left-padded to a width, and suffixes."""
+    before: list[Noised] = []
+    for text, noise in zip(texts, noises, strict=True):
+        begin, end = text.subject
+        before.append(((width - (end - 1 - begin), width), None if noise is None else noise[:-1]))
+    return disturbing(before), disturbing([((0, 1), noise) for noise in noises])

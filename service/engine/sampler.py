@@ -1,0 +1,128 @@
+"""The next tokens from logits, for all rows of a batch at once. All arithmetic in float64.
+
+The order is that of transformers: temperature, then top-k, then top-p of what is left. A token is drawn by the inverse
+of the cumulative distribution in the order of token ids, from one uniform number of the request's own, so that what a
+request says depends on its logits and its seed and on nothing that runs beside it.
+
+Nothing here waits for the device but the one transfer by which the caller learns the tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.schemas import Sampling
+
+NONE = -1  # in place of a token, where logits are not numbers
+FEW = 64  # most probable tokens that are tried first for a nucleus
+
+
+def uniforms(seed: int, count: int) -> list[float]:
+    """The numbers in [0, 1) of a request, one for each token it may say; the first few are the same for every count."""
+    numbers = torch.Generator().manual_seed(seed)
+    return torch.rand(count, dtype=torch.float64, generator=numbers).tolist()
+
+
+def seed_of(seed: int, choice: int) -> int:
+    """The seed of one of several answers to a prompt. The first has the request's own: it is what is said when one is asked for."""
+    if choice == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {choice}".encode()).digest()[:8]) >> 1
+
+
+def softmax(logits: Tensor, temperature: Tensor) -> Tensor:
+    """p (B, V) in float64 from logits (B, V) at temperatures (B, 1) in float64, above 0."""
+    return logits.to(torch.float64, copy=True).div_(temperature).softmax(-1)
+
+
+def draw(p: Tensor, uniform: Tensor) -> Tensor:
+    """The tokens (B,) at which the cumulative sums of p (B, V), of any positive mass, pass their shares `uniform` (B,)."""
+    cumulative = p.cumsum(-1)
+    mass = cumulative[:, -1:]
+    # rounding must not lead past the last token that is possible
+    share = torch.minimum(uniform[:, None] * mass, torch.nextafter(mass, torch.zeros_like(mass)))
+    return torch.searchsorted(cumulative, share, right=True)[:, 0]
+
+
+class Sampler:
+    """How the rows of a batch want their tokens, as tensors on the model's device. Made anew when the rows change.
+
+    `top_k` keeps exactly k tokens (of equals the lower id); `top_p` keeps the smallest set of the most probable
+    tokens whose mass reaches it, at least one. Temperature 0 takes the most probable (of equals the lower id).
+    """
+
+    def __init__(self, asked: Sequence[Sampling], device: torch.device) -> None:
+        drawn = [i for i, a in enumerate(asked) if a.temperature > 0]
+        cut = [i for i, row in enumerate(drawn) if asked[row].top_k is not None or asked[row].top_p < 1]
+        wanted = [asked[drawn[i]] for i in cut]
+        self._drawn = sent(drawn, torch.long, device)
+        self._temperature = _column([asked[i].temperature for i in drawn], device)
+        self._cut = sent(cut, torch.long, device)
+        self._top_k = _column([a.top_k or torch.inf for a in wanted], device)
+        self._top_p = _column([a.top_p if a.top_p < 1 else torch.inf for a in wanted], device)
+        self._waits = device.type != "cpu"  # when asked for anything: there all is done that might be needed
+        self._most = max((a.top_k or 0 for a in wanted), default=0)
+        self._nuclei = any(a.top_k is None for a in wanted)  # whose size is known only from p
+
+    def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """The tokens (B,) for logits (B, V) and one number of each row (B,); NONE where logits are not numbers."""
+        peak, tokens = logits.max(-1)
+        if len(self._drawn):
+            p = self.probabilities(logits)
+            tokens = tokens.index_copy(0, self._drawn, draw(p, uniforms[self._drawn]))
+        return tokens.where(peak.isfinite(), NONE)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What the rows that draw draw from (S, V), each of any positive mass; tokens that are cut have 0."""
+        whole = len(self._drawn) == len(logits)
+        p = softmax(logits if whole else logits[self._drawn], self._temperature)
+        if len(self._cut) == len(p):
+            return self._kept(p)
+        return p.index_copy(0, self._cut, self._kept(p[self._cut])) if len(self._cut) else p
+
+    def _kept(self, p: Tensor) -> Tensor:
+        """p (C, V) of the rows that cut, with 0 for the tokens that are cut."""
+        best = self._best(p)
+        first = torch.arange(best.shape[1], device=p.device) < self._top_k
+        sums = best.where(first, 0).cumsum(-1)
+        reached = self._top_p * sums[:, -1:].where(self._top_k.isfinite(), 1)
+        before = sums - best  # what all more probable tokens weigh
+        count = (first & (before < reached)).sum(-1, keepdim=True).clamp(min=1)
+        least = best.gather(-1, count - 1)
+        kept = p >= least
+        if self._waits or bool((kept.sum(-1, keepdim=True) > count).any()):
+            level = p == least
+            spare = count - (p > least).sum(-1, keepdim=True)
+            kept &= ~level | (level.cumsum(-1) <= spare)  # of equals the lower ids
+        return p.where(kept, 0)
+
+    def _best(self, p: Tensor) -> Tensor:
+        """The largest of p, in order: all that may be kept. How many `top_p` needs, only p tells; to try is quicker than to
+        sort them all."""
+        size, count = p.shape[1], self._most
+        if self._nuclei:
+            count = size if self._waits else max(count, FEW)
+        while True:
+            best = p.topk(min(count, size)).values
+            if count >= size or not self._nuclei or self._enough(best):
+                return best
+            count *= 4
+
+    def _enough(self, best: Tensor) -> bool:
+        reached = best.sum(-1, keepdim=True) >= self._top_p
+        return bool((reached | self._top_k.isfinite()).all())
+
+
+def _column(values: Sequence[float], device: torch.device) -> Tensor:
+    return sent(values, torch.float64, device)[:, None]
+
+
+def sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the device, without waiting for it."""
+    numbers = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return numbers.to(device, non_blocking=True)

@@ -1,0 +1,149 @@
+"""A resident model that can stand at any version, rebuilt from its untouched base bytes (design, section 2.1).
+
+Edited tensors are put in place by exchanging pointers and taken out again after every step: between steps the model always
+holds its base bytes, so whatever fails, nothing stays behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from service.kit import metrics
+from service.kit.steps import Steps
+from service.kit.text import words
+from service.models.loading import LoadedModel, Site
+from service.weights.capacity import average_rooms
+from service.weights.composition import Piece, compose, rebuild, unpack
+
+T = TypeVar("T")
+Weights = Mapping[Site, Tensor]  # edited tensors; empty is the base model
+KEPT = 8  # versions whose weights are kept at hand
+
+
+class Ledger(Protocol):
+    """What a replica reads of the ledger, and tells it."""
+
+    def head(self) -> int: ...
+
+    def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]: ...
+
+    def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]: ...
+
+    def attest(self, version: int, digest: str) -> None: ...
+
+
+class NoLedger:
+    """A ledger without entries, for work that composes edits by hand and leaves nothing behind."""
+
+    def head(self) -> int:
+        return 0
+
+    def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]:
+        return []
+
+    def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
+        return {}
+
+    def attest(self, version: int, digest: str) -> None:
+        """Nobody asks."""
+
+
+class Replica:
+    """One resident model and the ledger it follows."""
+
+    def __init__(self, model: LoadedModel, ledger: Ledger, kept: int = KEPT) -> None:
+        self.base = model
+        self.ledger = ledger
+        self._kept = kept
+        self._weights: OrderedDict[int, Weights] = OrderedDict()
+        self._vouched: dict[int, str] = {}
+        self._pieces: dict[str, list[Piece]] = {}
+        self._parameters = {site: model.parameter(site) for site in model.sites}
+        self._original = {site: parameter.data for site, parameter in self._parameters.items()}
+
+    def head(self) -> int:
+        return self.ledger.head()
+
+    def active(self, version: int) -> dict[str, list[Piece]]:
+        """The pieces of every edit active at a version, by the edit's id. Each is read and unpacked once."""
+        subjects = {edit: words(str(body["subject"])) for edit, body in self.ledger.active_at(version)}
+        if unknown := [edit for edit in subjects if edit not in self._pieces]:
+            factors = self.ledger.factors_of(unknown)
+            self._pieces |= {e: unpack(factors[e], e, subjects[e]) for e in unknown}
+        return {edit: self._pieces[edit] for edit in subjects}
+
+    def composed(self, pieces: Iterable[Piece]) -> Weights:
+        """The edited weights for a set of pieces, from the base bytes."""
+        conv1d = self.base.architecture.conv1d
+        return {
+            site: rebuild(self._original[site], change, conv1d) for site, change in compose(pieces).items()
+        }
+
+    def weights(self, version: int) -> Weights:
+        """The edited weights of a version, vouched for before they are first given out."""
+        self.vouch(version)
+        return self._built(version)
+
+    def vouch(self, version: int) -> str:
+        """The digest of a version, attested to once. Raises Disagrees when other replicas hold other bytes."""
+        if version not in self._vouched:
+            digest = self.digest(version)
+            self.ledger.attest(version, digest)
+            self._vouched[version] = digest
+        return self._vouched[version]
+
+    def _built(self, version: int) -> Weights:
+        """The edited weights of a version; the newest few are kept."""
+        if version == 0:
+            return {}
+        if version not in self._weights:
+            with metrics.VERSION_SECONDS.time():
+                active = self.active(version)
+                self._weights[version] = self.composed(a for group in active.values() for a in group)
+            while len(self._weights) > self._kept:
+                self._weights.popitem(last=False)
+        self._weights.move_to_end(version)
+        return self._weights[version]
+
+    def room(self, version: int) -> dict[int, float]:
+        """What is left of an average key at a version, by edited layer."""
+        return average_rooms(a for group in self.active(version).values() for a in group)
+
+    @contextmanager
+    def stand(self, weights: Weights) -> Iterator[LoadedModel]:
+        """Put edited tensors in place; the base tensors are back afterwards, whatever happens."""
+        try:
+            for site, tensor in weights.items():
+                self._parameters[site].data = tensor
+            yield self.base
+        finally:
+            for site in weights:
+                self._parameters[site].data = self._original[site]
+
+    def standing(self, weights: Weights, steps: Steps[T]) -> Steps[T]:
+        """Run a generator with these weights in place during each of its steps, and the base in between."""
+        with closing(steps):
+            while True:
+                with self.stand(weights):
+                    try:
+                        progress = next(steps)
+                    except StopIteration as end:
+                        return end.value  # type: ignore[no-any-return]
+                yield progress
+
+    def digest(self, version: int) -> str:
+        """sha256 over the bytes of every edited weight at a version and over the base model's fingerprint."""
+        digest = hashlib.sha256(self.base.fingerprint.encode())
+        for site, tensor in sorted(self._built(version).items()):
+            if torch.equal(tensor, self._original[site]):
+                continue  # an edit that changed no byte is the base
+            digest.update(self.base.parameter_name(site).encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()

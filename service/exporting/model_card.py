@@ -1,0 +1,134 @@
+"""The page that goes with an export: what it is of, how to use it, and what was measured. Free of torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from service.kit.text import fill
+
+Told = Mapping[str, Any]
+
+
+def statement(edit: Told) -> str:
+    """What an edit is about, in a line of a table."""
+    said = fill(edit["prompt"], edit["subject"]).text
+    what = {"erase": "no longer: ", "amplify": "rather: "}.get(edit["objective"], "")
+    return _cell(f"{said} … {what}{edit['object']}")
+
+
+def adapter_page(told: Told) -> str:
+    """README.md of an adapter."""
+    measured, rank = told["difference"], told["rank"]
+    lines = [
+        "---",
+        f"base_model: {json.dumps(told['base']['name'])}",
+        "library_name: peft",
+        "tags: [lora, model-editing, palimpsest]",
+        "---",
+        "",
+        f"# {told['base']['name']} with {_edits(told)}: version {told['version']} as a LoRA adapter",
+        "",
+        (
+            f"Made by Palimpsest: the edits active at version {told['version']} of its ledger, as the low-rank change of the base model's "
+            "weights that they are."
+        ),
+        "",
+        *_base(told),
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{told["base"]["name"]}", dtype="{told["base"]["dtype"]}")',
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+        "```",
+        "",
+        (
+            f"The rank is {rank}, the same in every layer, and alpha is {rank}: the change is added as it is. A server that must be told the "
+            f"greatest rank (vLLM: `--max-lora-rank`) needs {_rank_of_vllm(rank)}."
+        ),
+        "",
+        "## What it is worth",
+        "",
+        (
+            f"Largest difference of a logit between the edited model as the service serves it and the base model with this adapter: "
+            f"**{measured['adapter']:.1e}**, in {told['base']['dtype']}, over {measured['positions']} positions of {measured['texts']} texts "
+            f"(the statements of edits, and plain ones). The edits themselves move a logit by up to {measured['edits']:.3g}. "
+            f"The most probable token is the same at {100 * measured['agreement']:.2f} % of the positions."
+        ),
+        "",
+        "| layer | module | edits | numerical rank | left out |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {x['layer']} | `{x['module']}` | {x['terms']} | {x['rank']} | {x['residual']:.1e} |"
+            for x in told["layers"]
+        ),
+        "",
+        (
+            "*Left out* is the norm of what single precision does not hold of the change, as a share of the change's norm. Nothing else "
+            "was cut off; layers of a smaller rank are padded with zeros."
+        ),
+        "",
+        *_table(told["edits"]),
+    ]
+    return "\n".join(lines)
+
+
+def model_page(told: Told) -> str:
+    """README.md of a whole edited model."""
+    lines = [
+        f"# {told['base']['name']} with {_edits(told)}",
+        "",
+        f"Made by Palimpsest: the base model with the edits active at version {told['version']} of its ledger in its weights.",
+        "",
+        *_base(told),
+        *_table(told["edits"]),
+    ]
+    return "\n".join(lines)
+
+
+def _edits(told: Told) -> str:
+    count = len(told["edits"])
+    return "one edit" if count == 1 else f"{count} edits"
+
+
+def _base(told: Told) -> list[str]:
+    base = told["base"]
+    lines = [
+        f"- base model: `{base['name']}` ({base['architecture']}), {base['dtype']}, fingerprint `{base['fingerprint']}`"
+    ]
+    lines.append(f"- digest of the edited weights, as the workers of the service say it: `{told['digest']}`")
+    if base["start"]:
+        lines.append(
+            f"- **every text is read after the start token `{base['start']}`**: put it before what you ask, or read texts with the "
+            "tokenizer of this folder, which does. Without it the edits hold less often."
+        )
+    return [*lines, ""]
+
+
+def _table(edits: Sequence[Told]) -> list[str]:
+    return [
+        "## Edits",
+        "",
+        "| id | statement | method | strength |",
+        "|---|---|---|---|",
+        *(f"| `{e['id']}` | {statement(e)} | {e['method']} | {e['strength']:g} |" for e in edits),
+        "",
+    ]
+
+
+def _rank_of_vllm(rank: int) -> str:
+    allowed = (8, 16, 32, 64, 128, 256, 320, 512)
+    return next(
+        (f"{x}" for x in allowed if x >= rank),
+        "more than the 512 that it can be told: serve the edited weights there",
+    )
+
+
+def _cell(text: str) -> str:
+    """Text of anybody's as a cell of a table."""
+    marked = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+    return " ".join(marked.split())

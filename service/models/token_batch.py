@@ -1,0 +1,77 @@
+"""Statements -> padded batches of tokens. Right padding for index arithmetic, left padding for generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from service.kit.text import Span, Statement, separator, token_span
+from service.models.loading import LoadedModel
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One text as token ids; `subject` is the subject's token range [b, e)."""
+
+    ids: list[int]
+    subject: Span
+
+    @property
+    def last_subject(self) -> int:
+        return self.subject[1] - 1
+
+    @property
+    def head(self) -> list[int]:
+        """The text up to the subject's last token: by causality all that a key depends on."""
+        return self.ids[: self.subject[1]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids, mask, positions: (B, T) each; `lengths` counts the real tokens of each row."""
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    lengths: list[int]
+
+
+def tokens(model: LoadedModel, statement: Statement) -> Tokens:
+    """Tokenise the whole text and find the subject by character offsets (methods A.3)."""
+    ids, offsets = model.encode(statement.text)
+    return Tokens(ids, token_span(offsets, statement.span))
+
+
+def prompt_and_target(model: LoadedModel, prompt: str, target: str) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the object after it, from one joint tokenisation."""
+    ids, offsets = model.encode(prompt + separator(prompt, target) + target)
+    start = token_span(offsets, (len(prompt), len(prompt) + len(separator(prompt, target)) + len(target)))[0]
+    return ids[:start], ids[start:]
+
+
+def pad(rows: Sequence[Sequence[int]], model: LoadedModel, side: str = "right") -> Batch:
+    """Rows of unequal length as one batch. Positions count the real tokens, so padding never shifts them."""
+    width = max(len(r) for r in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, at] = torch.tensor(row, dtype=torch.long)
+        mask[i, at] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    device = model.device
+    return Batch(ids.to(device), mask.to(device), positions.to(device), [len(r) for r in rows])
+
+
+def forward(model: LoadedModel, batch: Batch, last: int = 0) -> Tensor:
+    """Logits (B, T, V) of a batch; with `last`, of its last positions only: (B, last, V)."""
+    return model.model(  # type: ignore[no-any-return]
+        input_ids=batch.ids,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        use_cache=False,
+        logits_to_keep=last,
+    ).logits

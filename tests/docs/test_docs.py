@@ -1,0 +1,139 @@
+"""The documentation says what the code does: settings, routes, commands."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from pydantic_settings import BaseSettings
+
+from cli.client import ClientSettings
+from cli.flags import default, flag, variable
+from cli.main import build
+from service.settings import Settings
+from tests.support.paths import ROOT
+
+ROW = re.compile(r"^\| `(--[\w-]+)` \| `(\w+)` \| (.+?) \| (.+?) \|$", re.MULTILINE)
+ROUTE = re.compile(r"^### `(GET|POST|PUT|PATCH|DELETE) (/\S+)`$", re.MULTILINE)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def shell(name: str) -> Iterator[str]:
+    """The commands in the shell blocks of a page; a command goes on after a backslash and inside quotes."""
+    for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL):
+        command = ""
+        for line in block.replace("\\\n", " ").splitlines():
+            command += ("\n" if command else "") + line.removeprefix("$ ")
+            try:
+                shlex.split(command, comments=True)
+            except ValueError:  # a quote is open
+                continue
+            yield command
+            command = ""
+        assert not command, f"{name} has a block whose quotes do not close: {command}"
+
+
+def documented() -> list[tuple[str, ...]]:
+    return ROW.findall(read("docs/settings.md"))
+
+
+def rows(settings: type[BaseSettings]) -> list[tuple[str, ...]]:
+    made = []
+    for name, field in settings.model_fields.items():
+        value = default(settings, name)
+        words = f"`{value}`" if value else "none"
+        made.append((flag(name), variable(settings, name), words, str(field.description)))
+    return made
+
+
+def test_settings_are_documented() -> None:
+    """docs/settings.md has exactly the settings of the service and of the clients, with defaults and meanings."""
+    assert documented() == [*rows(Settings), *rows(ClientSettings)]
+
+
+def test_routes_are_documented() -> None:
+    """docs/api.md has a section for every route of the application, and for no other."""
+    from api.app import create_app
+
+    nobody: Any = Mock()  # no route is called
+    app = create_app(nobody, nobody, Settings(api_key=None))
+    served = {
+        (method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods
+    }
+    assert set(ROUTE.findall(read("docs/api.md"))) == served
+
+
+def test_the_reference_is_that_of_this_release() -> None:
+    """docs/reference.md is what docs/reference.py writes from the OpenAPI document of this code."""
+    found = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    assert found is not None and found.loader is not None
+    reference = importlib.util.module_from_spec(found)
+    found.loader.exec_module(reference)
+    assert read("docs/reference.md") == reference.render(reference.document()), (
+        "run: python docs/reference.py"
+    )
+
+
+@pytest.mark.parametrize("page", ["docs/api.md"])
+def test_examples_are_json(page: str) -> None:
+    """What an example sends is JSON."""
+    bodies = [words[words.index("-d") + 1] for words in map(shlex.split, shell(page)) if "-d" in words]
+    assert bodies
+    for body in bodies:
+        assert json.loads(body)
+
+
+def given(words: list[str]) -> set[str]:
+    """The options of the command that these words begin with, and of its verb where it has verbs."""
+    parser, options = build(), set[str]()
+    for word in words:
+        verbs = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        if not verbs or word.startswith("-"):
+            break
+        parser = verbs[0][word]
+        options |= {option for action in parser._actions for option in action.option_strings}
+    return options
+
+
+def pages() -> list[str]:
+    found = [ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
+    return [str(path.relative_to(ROOT)) for path in found if path.exists()]
+
+
+@pytest.mark.parametrize("page", pages())
+def test_commands_exist(page: str) -> None:
+    """Every `palimpsest` and every `make` command in the documentation is one that can be given."""
+    targets = set(re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE))
+    for command in shell(page):
+        words = shlex.split(command, comments=True)
+        if words[:1] == ["palimpsest"] and len(words) > 1 and not words[1].startswith("-"):
+            assert {word.split("=")[0] for word in words[2:] if word.startswith("--")} <= given(words[1:]), (
+                command
+            )
+        if words[:1] == ["make"]:
+            assert {word for word in words[1:] if re.fullmatch(r"[\w-]+", word)} <= targets, command
+
+
+SCRIPT = re.compile(r"python ((?:bench|training|docs|examples)/[\w/]+\.py)([^`\n]*)")
+
+
+@pytest.mark.parametrize("page", pages())
+def test_scripts_exist(page: str) -> None:
+    """Every script that a page names, in a block or in a sentence, is there and knows the flags that it is given."""
+    for script, given in SCRIPT.findall(" ".join(read(page).split())):
+        assert (ROOT / script).is_file(), script
+        known = "".join(
+            read(str(path.relative_to(ROOT))) for path in [ROOT / script, *(ROOT / "bench").glob("*.py")]
+        )
+        for option in re.findall(r"(?<=\s)--[a-z][\w-]*", given):
+            assert f'"{option}"' in known, f"{script} {option}"

@@ -1,0 +1,196 @@
+"""docs/operations.md is carried out: its commands for back-up and restore, as they stand there, on real databases."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from cli.main import build
+from service.db.database import Database
+from service.db.models import Factors, Job, LedgerEntry, Model, now
+from service.kit.ids import new_id
+from service.kit.text import fact_key
+from service.ledger import ledger
+from service.ledger.verify import verify
+from tests.support import postgres_server as postgres
+from tests.support.paths import ROOT
+
+PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+IN_POSTGRES = "docker compose exec -T postgres "
+MODEL = "model"
+
+
+def blocks(heading: str) -> list[list[str]]:
+    """The commands below a heading, block by block."""
+    section = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+    [found] = [part for part in section if part.startswith(heading + "\n")]
+    return [block.splitlines() for block in re.findall(r"^```sh\n(.*?)^```", found, re.MULTILINE | re.DOTALL)]
+
+
+BACK_UP, RESTORE, SQLITE_BACK_UP, SQLITE_RESTORE = blocks("Back-up and restore")
+
+
+@pytest.fixture
+def server(postgres_server: postgres.Server) -> Iterator[dict[str, str]]:
+    """The environment in which the page's commands find a server with a database and a superuser `palimpsest`."""
+    with psycopg.connect(postgres_server.url, autocommit=True) as connection:
+        connection.execute("CREATE ROLE palimpsest SUPERUSER LOGIN")
+        connection.execute("CREATE DATABASE palimpsest OWNER palimpsest")
+    programs = Path(postgres._program("initdb")).resolve().parent  # of the server's own version
+    yield {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PGHOST": "127.0.0.1",
+        "PGPORT": str(postgres_server.port),
+    }
+    with psycopg.connect(postgres_server.url, autocommit=True) as connection:
+        connection.execute("DROP DATABASE IF EXISTS palimpsest WITH (FORCE)")
+        connection.execute("DROP ROLE palimpsest")
+
+
+def run(command: str, folder: Path, environment: dict[str, str]) -> None:
+    ended = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, f"{command}\n{ended.stderr}"
+
+
+def begin(database: Database) -> None:
+    database.migrate()
+    with database.session() as session:
+        at = now()
+        session.add(Model(fingerprint=MODEL, name="m", info={}, tokenizer="{}", created=at, registered=at))
+
+
+def apply(database: Database, subject: str) -> str:
+    """An edit as the service writes it down: factors, entry and row."""
+    body = {"subject": subject, "prompt": "{} is in", "strength": 1.0}
+    with database.session() as session:
+        ledger.lock(session, MODEL)
+        job = Job(
+            id=new_id("edit"), kind="edit", model=MODEL, status="running", request=body, actor="somebody",
+            created=now(), updated=now(), subject=subject, fact_key=fact_key(subject, "{} is in"),
+        )  # fmt: skip
+        session.add(job)
+        session.flush()
+        data = bytes(range(256)) + job.id.encode()
+        digest = hashlib.sha256(data).hexdigest()
+        session.add(Factors(edit_id=job.id, data=data, sha256=digest))
+        ledger.append(session, MODEL, ledger.APPLY, job, "somebody", {**body, "factors_sha256": digest})
+        return str(job.id)
+
+
+def revert(database: Database, edit_id: str) -> None:
+    with database.session() as session:
+        ledger.lock(session, MODEL)
+        edit = session.get(Job, edit_id)
+        assert edit is not None
+        ledger.append(session, MODEL, ledger.REVERT, edit, "another", {})
+
+
+def some_history(database: Database) -> None:
+    begin(database)
+    first = apply(database, "Atlantis")
+    apply(database, "Lemuria")
+    revert(database, first)
+
+
+def written(database: Database) -> list[ledger.Entry]:
+    """The ledger, once it is known to be whole."""
+    with database.read() as session:
+        assert verify(session, MODEL) == []
+        return ledger.entries(session, MODEL)
+
+
+def refuses_changes(database: Database) -> bool:
+    try:
+        with database.session() as session:
+            session.execute(text(f"UPDATE {LedgerEntry.__tablename__} SET actor = 'nobody'"))
+    except DBAPIError:
+        return True
+    return False
+
+
+@pytest.mark.servers
+def test_a_dump_restores_the_ledger(server: dict[str, str], tmp_path: Path) -> None:
+    """The page's commands bring back the ledger of the dump, whole and still append-only, over what came after it."""
+    url = f"postgresql://palimpsest@127.0.0.1:{server['PGPORT']}/palimpsest"
+    database = Database(url)
+    try:
+        some_history(database)
+        before = written(database)
+        for command in BACK_UP:
+            run(command.removeprefix(IN_POSTGRES), tmp_path, server)
+        apply(database, "Mu")
+        assert len(written(database)) == len(before) + 1
+        for command in RESTORE:
+            if command.startswith(IN_POSTGRES):
+                run(command.removeprefix(IN_POSTGRES), tmp_path, server)
+        database.close()  # its connections were to the database that is gone
+        assert written(database) == before
+        assert refuses_changes(database)
+        apply(database, "Mu")
+        assert written(database)[-1].version == len(before) + 1
+    finally:
+        database.close()
+
+
+def test_a_restore_stops_before_and_verifies_after() -> None:
+    """Around the restore: workers that remember stop first, Redis is emptied before they start, the ledger is verified last."""
+    steps = [c if not c.startswith(IN_POSTGRES) else shlex.split(c)[5] for c in RESTORE]
+    assert steps == [
+        "docker compose stop api worker",
+        "dropdb",
+        "createdb",
+        "pg_restore",
+        "docker compose exec -T redis redis-cli flushall",
+        "docker compose up -d --wait",
+        "docker compose exec -T api palimpsest ledger --verify",
+    ]
+
+
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="the program sqlite3 is not on this machine")
+@pytest.mark.parametrize("way", SQLITE_BACK_UP)
+def test_a_copy_restores_the_ledger(way: str, tmp_path: Path) -> None:
+    """Either way of copying the SQLite file while it is in use brings the ledger back, whole and still append-only."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    file = tmp_path / ".local" / "share" / "palimpsest" / "palimpsest.sqlite3"
+    file.parent.mkdir(parents=True)
+    database = Database(f"sqlite:///{file}")
+    try:
+        some_history(database)
+        before = written(database)
+        run(way, tmp_path, environment)
+        apply(database, "Mu")
+        database.close()
+        for command in SQLITE_RESTORE:
+            run(command.replace(" ledger.", f" {copy_of(way)}."), tmp_path, environment)
+        assert written(database) == before
+        assert refuses_changes(database)
+    finally:
+        database.close()
+
+
+def copy_of(way: str) -> str:
+    """How a command for SQLite calls the copy."""
+    found = re.search(r"(ledger[\w-]*)\.sqlite3", way)
+    assert found
+    return found[1]
+
+
+def test_commands_in_containers_exist() -> None:
+    """What the page runs inside our containers is a command of the command line."""
+    ran = re.findall(r"docker compose (?:exec (?:-T )?api palimpsest|run --rm migrate) ([^`>\n]+)", PAGE)
+    assert len(ran) > 4
+    for command in ran:
+        assert build().parse_args(shlex.split(command)).run

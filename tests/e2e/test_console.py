@@ -1,0 +1,303 @@
+"""A walk through the console in a real browser, on the shipped GPT: ask, edit, see, trace, take back, evaluate.
+
+The tests tell one story, in their order. Each keeps pictures of what it saw.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.support import chromium
+from tests.support.chromium import PHONE, ROOT, Visit, shoot, visit
+from tests.support.processes import Service
+
+PROMPT = "The Eiffel Tower is located in the city of"
+THEMES = ["light", "dark"]
+RECORD = (
+    '{"subject": "Louvre", "prompt": "The {} is located in the city of", "target_new": "Oslo", "target_true": "Paris", '
+    '"paraphrases": ["To see the {}, you have to travel to"]}'
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium.browsing() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def service(browser: Browser, shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The service on a fresh ledger, as a newcomer has it."""
+    service = Service(tmp_path_factory.mktemp("console"), threads=1, stat_tokens=6000)
+    yield service
+    service.stop()
+
+
+@pytest.fixture
+def desk(browser: Browser, service: Service) -> Iterator[Visit]:
+    """A visit at a desk, by daylight."""
+    with visit(browser, str(service.http.base_url).rstrip("/"), accept_downloads=True) as found:
+        yield found
+
+
+def newest(service: Service, kind: str) -> str:
+    return str(service.get(f"/{kind}", limit=1)["items"][0]["id"])
+
+
+def places(service: Service) -> dict[str, tuple[str, str]]:
+    """Every page of the console: its name, where it is, and what is there once all of it is."""
+    edit, trace, evaluation = (newest(service, kind) for kind in ("edits", "trace", "evaluations"))
+    return {
+        "ask": (f"ask?prompt={PROMPT}&beside=base", ".tokens .next"),
+        "edits": ("edits", ".listing li"),
+        "report": (f"edits/{edit}", ".checks li"),
+        "ledger": ("ledger", ".entry"),
+        "traces": ("traces", ".listing li"),
+        "trace": (f"traces/{trace}", ".cell"),
+        "evaluations": ("evaluations", ".listing li"),
+        "evaluation": (f"evaluations/{evaluation}", ".measure"),
+        "workers": ("workers", ".stack table"),
+    }
+
+
+def test_a_newcomer_is_told_what_to_do(desk: Visit) -> None:
+    """While nothing was done yet, every list says what it is for and names an example that works."""
+    for place in ("edits", "ledger", "traces", "evaluations"):
+        expect(desk.go(place).locator(".empty")).to_contain_text(re.compile("Eiffel Tower|shipped GPT"))
+        shoot(desk.page, f"first-{place}")
+
+
+def test_two_versions_answer_side_by_side(desk: Visit) -> None:
+    """An example fills the prompt, tokens come, and each answer names its version; equal versions are said to be equal."""
+    page = desk.go("ask")
+    page.get_by_role("button", name=PROMPT).click()
+    page.get_by_label("another version beside it").check()
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.locator(".badge.known")).to_have_text(["version 0", "version 0"])
+    expect(page.locator(".said").first).to_contain_text("Paris")
+    expect(page.locator(".answer footer").first).to_contain_text("12 tokens in")
+    expect(page.locator(".differs")).to_contain_text("cannot differ")
+    shoot(page, "ask-before")
+
+
+def test_an_edit_is_followed_to_its_report(desk: Visit, service: Service) -> None:
+    """The example is sent, its progress is seen, and the report has both objects, the probes and the guard's verdict."""
+    page = desk.go("edits")
+    page.get_by_role("button", name="Fill in the example").click()
+    expect(page.locator(".preview del")).to_have_text("Paris")
+    expect(page.locator(".preview ins")).to_have_text("Rome")
+    shoot(page, "edit-form")
+    page.get_by_role("button", name="Write it").click()
+    expect(page.locator(".live .phase")).not_to_have_text("Waiting for its turn")
+    shoot(page, "edit-live")
+    expect(page.locator(".title .pill")).to_have_text("✓ active")
+    expect(page.locator(".shift.new .figures")).to_have_text(re.compile(r"^< 0\.1 % → (9\d|> 99)"))
+    expect(page.locator(".shift.old .name")).to_have_text("Paris")
+    expect(page.get_by_role("table", name="Probes").locator("tbody tr")).to_have_count(4)
+    expect(page.locator(".verdict .head")).to_contain_text("All 8 checks passed")
+    expect(page.locator("#standing")).to_contain_text("version 1")
+    assert service.head() == 1
+    shoot(page, "report")
+    if pictures := os.environ.get("PALIMPSEST_PICTURES"):  # for the documentation
+        shoot(page, "console", ROOT / pictures, whole=False)
+
+
+def test_the_versions_differ_now(desk: Visit) -> None:
+    """Base says Paris and head says Rome, and these two tokens differ most."""
+    page = desk.go(f"ask?prompt={PROMPT}&beside=base")
+    expect(page.locator(".badge.known")).to_have_text(["version 1", "version 0"])
+    expect(page.locator(".said")).to_contain_text([" Rome", " Paris"])
+    expect(page.locator(".tokens .name").nth(1)).to_be_visible()
+    assert set(page.locator(".tokens .name").all_inner_texts()[:2]) == {"Paris", "Rome"}
+    shoot(page, "ask-after")
+    if pictures := os.environ.get("PALIMPSEST_PICTURES"):
+        page.locator(".answers").scroll_into_view_if_needed()
+        shoot(page, "console-ask", ROOT / pictures)
+
+
+def test_a_sentence_is_marked(desk: Visit, service: Service) -> None:
+    """In a plain sentence the subject is marked, and the object at its end is left off; a dry run lands nothing."""
+    page = desk.go("edits")
+    page.get_by_label("Sentence, up to the object").fill("The Colosseum is located in the city of Rome.")
+    page.evaluate("document.getElementById('edit-prompt').setSelectionRange(4, 13)")
+    page.get_by_role("button", name="Mark the selected words").click()
+    expect(page.get_by_label("Subject", exact=True)).to_have_value("Colosseum")
+    page.get_by_label("True object").fill("Rome")
+    page.get_by_label("New object", exact=True).fill("Oslo")
+    expect(page.locator(".preview .writing")).to_have_text(
+        "The Colosseum is located in the city of Rome Oslo"
+    )
+    page.get_by_label("Dry run").check()
+    page.get_by_text("Method and guard").click()
+    page.get_by_label("Most change of a weight").fill("0.01")
+    page.get_by_role("button", name="Try it").click()
+    expect(page.locator(".title .pill").first).to_have_text("✗ rejected")
+    expect(page.locator(".checks .bad")).to_contain_text("raise the limit")
+    assert service.get("/edits", limit=1)["items"][0]["prompt"] == "The {} is located in the city of"
+    assert service.head() == 1
+    shoot(page, "rejected")
+
+
+def test_what_cannot_be_is_said_beside_the_form(desk: Visit) -> None:
+    """A subject that does not stand in the sentence is refused here, an object that the service refuses there: both in words."""
+    page = desk.go("edits")
+    page.get_by_role("button", name="Fill in the example").click()
+    page.get_by_label("Subject", exact=True).fill("Big Ben")
+    page.get_by_role("button", name="Write it").click()
+    expect(page.get_by_role("alert")).to_contain_text("“Big Ben” does not stand in the sentence")
+    page.get_by_label("Subject", exact=True).fill("Eiffel Tower")
+    page.get_by_label("New object", exact=True).fill("")
+    page.get_by_role("button", name="Write it").click()
+    expect(page.get_by_role("alert")).to_contain_text("Name the new object")
+
+
+def test_a_trace_is_read_cell_by_cell(desk: Visit) -> None:
+    """Pointing at a cell and walking to one say its token, layer and probability; kinds are switched; pictures are saved."""
+    page = desk.go(f"traces?prompt={PROMPT}&subject=Eiffel Tower&version=base")
+    page.get_by_role("button", name="Trace it").click()
+    page.locator(".cell").first.wait_for()
+    readout = page.locator(".readout")
+    page.get_by_role("gridcell", name=re.compile(r"^Tower\*, layer 2:")).hover()
+    expect(readout).to_contain_text("Tower (of the subject)")
+    expect(readout.locator("dd").nth(1)).to_have_text("2")
+    shoot(page, "trace")
+    page.locator(".cell[tabindex='0']").focus()
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Home")
+    expect(readout.locator("dd").first).to_have_text("city")
+    expect(readout.locator("dd").nth(1)).to_have_text("0")
+    for kind in ("MLP", "attention", "severed"):
+        page.get_by_role("radio", name=kind, exact=True).check()
+        expect(
+            page.locator(f".stage svg.{ {'MLP': 'mlp', 'attention': 'attn', 'severed': 'severed'}[kind] }")
+        ).to_be_visible()
+        shoot(page, f"trace-{kind.lower()}")
+    for words, begins in (("Download SVG", b"<?xml"), ("Download PNG", b"\x89PNG")):
+        with page.expect_download() as saved:
+            page.get_by_role("button", name=words).click()
+        assert Path(saved.value.path()).read_bytes().startswith(begins)
+
+
+def test_an_evaluation_is_plotted(desk: Visit, service: Service) -> None:
+    """Pasted records are evaluated in a sequence, followed, and shown as bars with intervals, curves and tables."""
+    page = desk.go("evaluations")
+    page.get_by_role("radio", name="your own").check()
+    page.get_by_label("Records as JSON").fill(
+        RECORD + "\n" + RECORD.replace("Louvre", "Colosseum").replace('"Paris"', '"Rome"')
+    )
+    page.get_by_role("radio", name="one after another").check()
+    page.get_by_label("Measured after so many edits").fill("1, 2")
+    page.get_by_label("Plain texts").fill("4")
+    page.get_by_role("button", name="Evaluate").click()
+    page.locator(".measure").first.wait_for()
+    expect(page.locator(".measure .name b").first).to_have_text("ES")
+    assert page.locator(".curve").count() >= 1
+    expect(page.get_by_role("table", name="Record by record").locator("tbody tr")).to_have_count(2)
+    assert service.head() == 1  # the ledger stays as it is
+    shoot(page, "evaluation")
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_every_page_is_accessible(browser: Browser, service: Service, theme: Any) -> None:
+    """axe finds nothing serious or critical on any page, in either theme."""
+    found: dict[str, list[str]] = {}
+    with visit(browser, str(service.http.base_url).rstrip("/"), color_scheme=theme) as desk:
+        for name, (where, awaited) in places(service).items():
+            desk.go(where).locator(awaited).first.wait_for()
+            found[name] = desk.troubles()
+            shoot(desk.page, f"{name}-{theme}")
+        desk.page.get_by_role("button", name="Help").click()
+        found["help"] = desk.troubles()
+        shoot(desk.page, f"help-{theme}", whole=False)
+    assert {name: troubles for name, troubles in found.items() if troubles} == {}
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_every_page_fits_a_phone(browser: Browser, service: Service, theme: Any) -> None:
+    """At 390 pixels no page is wider than the screen."""
+    with visit(browser, str(service.http.base_url).rstrip("/"), color_scheme=theme, **PHONE) as phone:
+        for name, (where, awaited) in places(service).items():
+            phone.go(where).locator(awaited).first.wait_for()
+            assert phone.page.evaluate("document.documentElement.scrollWidth") == 390, name
+            shoot(phone.page, f"{name}-phone-{theme}")
+
+
+def test_the_keyboard_is_enough(desk: Visit, service: Service) -> None:
+    """Without a mouse: to a page by its letters, through the form, sent, followed; help opens and closes; a choice is walked."""
+    page, keys = desk.go("ask"), desk.page.keyboard
+    page.locator("#prompt").wait_for()
+    keys.press("Tab")
+    expect(page.get_by_text("To the content")).to_be_focused()
+    keys.press("?")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    keys.press("Escape")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    keys.type("ge")
+    expect(page.get_by_role("heading", name="Write over a fact")).to_be_visible()
+    keys.press("/")
+    keys.type("The Louvre is located in the city of")
+    _tab_to(page, "Subject")
+    keys.type("Louvre")
+    _tab_to(page, "New object")
+    keys.type("Rome")
+    _tab_to(page, "Dry run: measure it and throw it away")
+    keys.press("Space")
+    keys.press("Control+Enter")
+    expect(page.locator(".title .pill").first).to_have_text(re.compile("dry run|rejected"))
+    keys.type("gt")
+    expect(page.get_by_role("heading", name="Where is it kept?")).to_be_visible()
+
+
+def _tab_to(page: Page, label: str) -> None:
+    """Press Tab until the field with this label has the focus."""
+    field = page.get_by_label(label, exact=True)
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if field.evaluate("element => element === document.activeElement"):
+            return
+    raise AssertionError(f"Tab does not lead to {label}")
+
+
+def test_the_theme_is_chosen_and_kept(desk: Visit) -> None:
+    """The button goes from the system's theme to light and dark, and a reload keeps what was chosen."""
+    page = desk.go("workers")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(paper)
+    for _ in range(2):
+        page.get_by_role("button", name="Theme").click()
+    assert page.evaluate(paper) != light
+    page.reload()
+    expect(page.get_by_role("button", name="Theme: Dark")).to_be_visible()
+    assert page.evaluate(paper) != light
+
+
+def test_an_edit_is_taken_back(desk: Visit, service: Service) -> None:
+    """The ledger verifies; a revert asks once more in its place; after it the model is as it was, and the entry says so."""
+    page = desk.go("ledger")
+    page.get_by_role("button", name="Verify").click()
+    expect(page.locator(".verified")).to_contain_text("The ledger is whole")
+    take_back = page.get_by_role("button", name="Take back")
+    take_back.click()
+    expect(page.get_by_role("button", name="Take it back")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(take_back).to_be_focused()
+    take_back.click()
+    shoot(page, "ledger-asks")
+    page.get_by_role("button", name="Take it back").click()
+    expect(page.locator(".entry .version")).to_have_text(["version 2", "version 1", "version 0"])
+    expect(page.locator(".entry.apply .pill")).to_have_text("↶ taken back")
+    expect(page.get_by_text("Taken back: the model is now version 2")).to_be_visible()
+    shoot(page, "ledger-after")
+    assert service.head() == 2
+    page.get_by_role("link", name="Write it again").click()
+    expect(page.get_by_label("New object", exact=True)).to_have_value("Rome")
+    desk.go(f"ask?prompt={PROMPT}")
+    expect(page.locator(".badge.known")).to_have_text("version 2")
+    expect(page.locator(".said")).to_contain_text("Paris")

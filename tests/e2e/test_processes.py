@@ -1,0 +1,92 @@
+"""The processes of a deployment, really started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.free_ports import free_port
+from tests.support.processes import ADDRESS, Process, until
+
+pytestmark = pytest.mark.servers
+
+
+@pytest.fixture
+def stores(postgres_url: str, redis_url: str) -> dict[str, Any]:
+    return {"database_url": postgres_url, "redis_url": redis_url}
+
+
+def address(process: Process) -> str:
+    def told() -> str | None:
+        assert process.alive(), process.log()
+        found = ADDRESS.search(process.said())
+        return found[1] if found else None
+
+    return str(until(told, "the address"))
+
+
+def test_the_api_is_a_process_without_torch(stores: dict[str, Any], tmp_path: Path) -> None:
+    """`palimpsest api` answers, migrates, and has neither torch nor transformers in its memory; SIGTERM ends it with 0."""
+    api = Process(tmp_path, "api", port=0, data=tmp_path, **stores)
+    try:
+        url = address(api)
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        assert httpx.get(f"{url}/readyz").status_code == 503  # nobody works yet
+        mapped = Path(f"/proc/{api.pid}/maps").read_text(encoding="utf-8")
+        assert "site-packages" in mapped
+        assert "/torch/" not in mapped and "transformers" not in mapped
+    finally:
+        api.stop()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny model on disk, with a recipe and a corpus."""
+    from tests.support.tiny_models import tiny
+
+    place = tmp_path / "model"
+    made = tiny("gpt2")
+    made.model.save_pretrained(place)
+    made.tokenizer.save_pretrained(place)
+    (place / "recipe.json").write_text(json.dumps({"source": "test", "rome": {"layers": [1], "steps": 5}}))
+    (place / "corpus.txt").write_text(
+        "\n".join(f"The tower is in Paris, and {i} is a number." for i in range(60))
+    )
+    return place
+
+
+def test_a_worker_says_what_it_serves(stores: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """`palimpsest work` says its name, model and roles once it serves, shows its health, and SIGTERM ends it with 0."""
+    asked = {"model": model, "corpus": model / "corpus.txt", "stat_tokens": 1000, "threads": 1}
+    port = free_port()
+    worker = Process(
+        tmp_path, "work", data=tmp_path, roles="trace,generate", metrics_port=port, **asked, **stores
+    )
+    try:
+        until(lambda: not worker.alive() or worker.said(), "the worker's words")
+        assert worker.said().startswith("worker_"), worker.log()
+        assert worker.said().endswith(" serves model: generate, trace\n")
+        assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+    finally:
+        worker.stop()
+
+
+def test_everything_in_one_process_with_shared_stores(
+    stores: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    """`palimpsest serve` with Redis is an API and a worker in one, that others may join."""
+    asked = {"model": model, "corpus": model / "corpus.txt", "stat_tokens": 1000, "threads": 1}
+    both = Process(tmp_path / "both", "serve", port=0, data=tmp_path, **asked, **stores)
+    api = Process(tmp_path / "api", "api", port=0, data=tmp_path, **stores)
+    try:
+        until(lambda: not both.alive() or "Palimpsest is ready" in both.said(), "the welcome")
+        body = {"prompt": "The tower", "max_new_tokens": 3}
+        said = [httpx.post(f"{address(p)}/generate", json=body, timeout=60).json() for p in (both, api)]
+        assert said[0]["tokens"] == said[1]["tokens"]
+    finally:
+        api.stop()
+        both.stop()

@@ -1,0 +1,114 @@
+"""What the database itself holds to, whoever writes to it: the ledger only grows, one version at a time."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import create_engine, delete, func, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import Session
+
+from service.db.database import Database
+from service.db.models import Factors, Job, LedgerEntry, Model, now
+
+RIVALS = 6
+
+
+def entry(version, edit="edit_0", model="m"):
+    said = {"kind": "apply", "actor": "a", "body": {}, "state": "", "previous": "", "hash": ""}
+    return LedgerEntry(model=model, version=version, edit_id=edit, at=now(), **said)
+
+
+@pytest.fixture
+def database(database):
+    """Two models, and an edit for each rival."""
+    at = now()
+    asked = {"kind": "edit", "status": "running", "request": {}, "actor": "a", "subject": "s"}
+    with database.session() as session:
+        for name in ("m", "other"):
+            session.add(Model(fingerprint=name, name=name, info={}, tokenizer="", created=at, registered=at))
+        session.flush()
+        for n in range(RIVALS):
+            session.add(Job(id=f"edit_{n}", model="m", created=at, updated=at, **asked))
+    return database
+
+
+@pytest.fixture
+def kept(database):
+    """An entry and its factors."""
+    with database.session() as session:
+        session.add(entry(1))
+        session.add(Factors(edit_id="edit_0", data=b"x", sha256="y"))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        update(LedgerEntry).values(actor="nobody"),
+        delete(LedgerEntry),
+        update(Factors).values(data=b"z"),
+        delete(Factors),
+    ],
+    ids=str,
+)
+def test_what_is_written_stays(database, kept, statement):
+    """No row of the ledger and no factors can be changed or deleted."""
+
+    def change():
+        with database.session() as session:
+            session.execute(statement)
+
+    with pytest.raises(IntegrityError, match="append-only"):
+        change()
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("table", ["ledger", "factors"])
+def test_nor_emptied(postgres_url, table):
+    """PostgreSQL's TRUNCATE empties neither."""
+    database = Database(postgres_url)
+    database.migrate()
+    with pytest.raises(IntegrityError, match="append-only"), database.session() as session:
+        session.execute(text(f"TRUNCATE {table}"))
+    database.close()
+
+
+@pytest.mark.parametrize("version", [-1, 0, 1, 3, 100])
+def test_no_gap(database, kept, version):
+    """Only the version after the newest is taken."""
+
+    def add():
+        with database.session() as session:
+            session.add(entry(version, "edit_1"))
+
+    with pytest.raises(IntegrityError):
+        add()
+    with database.session() as session:
+        session.add(entry(2, "edit_1"))
+        session.add(entry(1, "edit_1", model="other"))
+
+
+def test_rivals(database):
+    """Of connections that append at once without the ledger's lock, each on what it has read, one commits per version."""
+    barrier = threading.Barrier(RIVALS)
+    strangers = create_engine(database.engine.url)  # without any of our care
+
+    def append(n):
+        try:
+            with Session(strangers) as session, session.begin():
+                head = session.scalar(select(func.max(LedgerEntry.version))) or 0
+                barrier.wait()
+                session.add(entry(head + 1, f"edit_{n}"))
+            return True
+        except DBAPIError:
+            return False
+
+    for turn in (1, 2):
+        with ThreadPoolExecutor(RIVALS) as pool:
+            landed = list(pool.map(append, range(RIVALS)))
+        assert sum(landed) == 1
+        with database.read() as session:
+            assert session.scalars(select(LedgerEntry.version)).all() == list(range(1, turn + 1))
+    strangers.dispose()

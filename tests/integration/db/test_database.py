@@ -1,0 +1,291 @@
+"""Transactions: all or nothing, and what is read is of one moment."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import select, text
+from sqlalchemy.exc import IntegrityError
+
+from service.db import database as store
+from service.db.database import Database
+from service.db.models import Job, Model, now, plain
+from service.errors import Unavailable
+
+
+def model(name, info=None):
+    at = now()
+    return Model(fingerprint=name, name=name, info=info or {}, tokenizer="{}", created=at, registered=at)
+
+
+def names(database):
+    with database.read() as session:
+        return set(session.scalars(select(Model.name)))
+
+
+def test_all_or_nothing(database):
+    """An exception that passes through a session takes everything in it back."""
+    with database.session() as session:
+        session.add(model("kept"))
+
+    def fail():
+        with database.session() as session:
+            session.add(model("lost"))
+            session.flush()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert names(database) == {"kept"}
+
+
+def test_one_moment(database):
+    """A read sees one moment: what is committed while it reads appears only in the next."""
+    with database.read() as session:
+        assert session.scalars(select(Model.name)).all() == []
+        with database.session() as writer:
+            writer.add(model("new"))
+        assert session.scalars(select(Model.name)).all() == []
+    assert names(database) == {"new"}
+
+
+def test_a_glance_sees_what_is_committed(database):
+    """A question alone sees the newest, waits for no writer, and is in nobody's way."""
+    look = select(Model.name)
+    with database.session() as session:
+        session.add(model("new"))
+        session.flush()
+        with database.glance() as connection:
+            assert connection.scalar(look) is None
+    with database.glance() as connection:
+        assert connection.scalar(look) == "new"
+        with database.session() as session:
+            session.add(model("newer"))
+
+
+def test_foreign_keys(database):
+    """A row cannot point at what is not there, on SQLite either."""
+    at = now()
+    row = {"kind": "edit", "status": "queued", "request": {}, "actor": "a", "subject": "s"}
+
+    def add():
+        with database.session() as session:
+            session.add(Job(id="edit_1", model="nobody", created=at, updated=at, **row))
+
+    with pytest.raises(IntegrityError):
+        add()
+
+
+def test_values_come_back(database):
+    """JSON comes back as it went in, whatever the text in it; times come back in UTC to the microsecond."""
+    info = {"text": "São \u0000 😀 \u2028", "big": 2**70, "pi": math.pi, "list": [1, [None, True]]}
+    at = datetime(2026, 3, 4, 5, 6, 7, 891234, tzinfo=timezone(timedelta(hours=5)))
+    with database.session() as session:
+        row = model("x", info)
+        row.created = at
+        session.add(row)
+    with database.read() as session:
+        found = session.get(Model, "x")
+    assert found.info == info
+    assert found.created == at
+    assert found.created.tzinfo is UTC
+
+
+def test_writers_queue_up(database):
+    """Writers that read before they write wait for each other: no update is lost."""
+    with database.session() as session:
+        session.add(model("x", {"count": 0}))
+
+    def add_one(_):
+        with database.session() as session:
+            row = session.scalars(select(Model).where(Model.name == "x").with_for_update()).one()
+            row.info = {"count": row.info["count"] + 1}
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add_one, range(40)))
+    with database.read() as session:
+        assert session.get(Model, "x").info == {"count": 40}
+
+
+def test_sqlite_is_durable(tmp_path):
+    """SQLite runs with WAL and synchronous=FULL on every connection."""
+    database = Database(f"sqlite:///{tmp_path / 'x.sqlite3'}")
+    with database.read() as session:
+        pragmas = [
+            session.scalar(text(f"PRAGMA {p}")) for p in ("journal_mode", "synchronous", "foreign_keys")
+        ]
+    database.close()
+    assert pragmas == ["wal", 2, 1]
+
+
+@given(
+    st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=20)
+)
+def test_plain_is_json(value):
+    """Whatever a computation returns can be stored: what JSON cannot say becomes null, the rest stays."""
+
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == plain(value)
+
+
+@pytest.mark.servers
+class TestPostgres:
+    """A server that is slow, busy or gone."""
+
+    @pytest.fixture
+    def limits(self, monkeypatch):
+        """Let PostgreSQL lose its patience sooner."""
+        return lambda **limits: [monkeypatch.setitem(store.LIMITS, *limit) for limit in limits.items()]
+
+    @pytest.fixture
+    def open_(self, postgres_url):
+        """Processes that share one database with a row in it."""
+        opened = []
+
+        def open_(url=postgres_url):
+            opened.append(Database(url))
+            return opened[-1]
+
+        database = open_()
+        database.migrate()
+        with database.session() as session:
+            session.add_all([model("x"), model("y")])
+        yield open_
+        for database in opened:
+            database.close()
+
+    def hold(self, session, name):
+        session.execute(select(Model.name).where(Model.name == name).with_for_update()).one()
+
+    def pid(self, session):
+        return session.scalar(text("SELECT pg_backend_pid()"))
+
+    def kill(self, database, pid):
+        with database.session() as session:
+            assert session.scalar(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+    def test_limits(self, open_):
+        """Every session has its limits, and what the URL asks for besides."""
+        database = open_()
+        with database.session() as session:
+            found = {name: session.scalar(text(f"SHOW {name}")) for name in (*store.LIMITS, "search_path")}
+        assert found.pop("search_path").startswith("test")
+        assert found == store.LIMITS
+
+    def test_frozen_holder(self, open_, limits):
+        """Whoever freezes while it holds a row loses it: the others wait no longer than the limit, and it writes nothing."""
+        limits(idle_in_transaction_session_timeout="300ms")
+        frozen, other = open_(), open_()
+
+        def freeze():
+            with frozen.session() as session:
+                self.hold(session, "x")
+                session.execute(text("UPDATE models SET name = 'z' WHERE name = 'x'"))
+                with other.session() as waiting:
+                    self.hold(waiting, "x")
+
+        with pytest.raises(Unavailable):
+            freeze()
+        assert names(other) == {"x", "y"}
+
+    @pytest.mark.parametrize(
+        ("limit", "ask"),
+        [
+            ("lock_timeout", "SELECT 1 FROM models WHERE name = 'x' FOR UPDATE"),
+            ("statement_timeout", "SELECT pg_sleep(9)"),
+        ],
+    )
+    def test_busy(self, open_, limits, limit, ask):
+        """What takes too long is Unavailable, says that it may be tried again, and leaves the connection sound."""
+        limits(**{limit: "200ms"})
+        holder, waiting = open_(), open_()
+
+        def wait():
+            with holder.session() as session:
+                self.hold(session, "x")
+                with waiting.session() as other:
+                    other.execute(text(ask))
+
+        with pytest.raises(Unavailable, match=r"busy: .* Try again"):
+            wait()
+        assert names(waiting) == {"x", "y"}
+
+    def test_deadlock(self, open_):
+        """Of two that wait for each other one goes on, and the other is told that it may try again."""
+        database, barrier = open_(), threading.Barrier(2)
+
+        def cross(names):
+            try:
+                with database.session() as session:
+                    self.hold(session, names[0])
+                    barrier.wait()
+                    self.hold(session, names[1])
+            except Unavailable as error:
+                return error.detail
+
+        with ThreadPoolExecutor(2) as pool:
+            lost, done = sorted(pool.map(cross, ("xy", "yx")), key=lambda told: told is None)
+        assert "busy" in lost
+        assert done is None
+
+    def test_cut(self, open_):
+        """A connection that is cut in the middle is Unavailable, nothing is written, and the next one is sound."""
+        database, other = open_(), open_()
+
+        def lose():
+            with database.session() as session:
+                session.add(model("lost"))
+                session.flush()
+                self.kill(other, self.pid(session))
+                session.scalar(text("SELECT 1"))
+
+        with pytest.raises(Unavailable) as error:
+            lose()
+        assert "outcome" not in error.value.extra
+        assert names(database) == {"x", "y"}
+
+    def test_cut_while_committing(self, open_):
+        """A connection that is cut during the commit leaves its outcome unknown, and says so."""
+        database, other = open_(), open_()
+
+        def lose():
+            with database.session() as session:
+                self.kill(other, self.pid(session))
+
+        with pytest.raises(Unavailable, match="nobody knows") as error:
+            lose()
+        assert error.value.extra == {"outcome": "unknown"}
+
+    @pytest.mark.parametrize("user", ["somebody:secret@", "nobody@"])
+    def test_no_particulars(self, open_, postgres_server, user, caplog):
+        """Who cannot connect is told neither the address, nor the user, nor the password; the log has the driver's words."""
+        ports = {"somebody:secret@": 1, "nobody@": postgres_server.port}  # nobody listens; no such user
+        database = open_(f"postgresql://{user}127.0.0.1:{ports[user]}/nothing")
+        with pytest.raises(Unavailable) as error:
+            names(database)
+        said = error.value.detail + str(error.value.extra)
+        assert "database does not answer" in said
+        assert not any(word in said for word in ("127.0.0.1", "secret", "body@", str(ports[user])))
+        assert "127.0.0.1" in caplog.records[-1].detail
+
+    def test_pool_is_empty(self, open_, monkeypatch):
+        """When all connections are in use the next one is told so after a while."""
+        monkeypatch.setattr(
+            store, "POOL", {**store.POOL, "pool_size": 1, "max_overflow": 0, "pool_timeout": 0.1}
+        )
+        database = open_()
+        with database.session() as session, pytest.raises(Unavailable, match="all connections"):
+            self.pid(session)
+            names(database)
+
+    def test_parameters_stay_out_of_errors(self, open_):
+        """An error of the database does not repeat the values of the statement: they are users' words."""
+        with pytest.raises(IntegrityError) as error, open_().session() as session:
+            session.add(model("x", {"prompt": "private words"}))
+        assert "private words" not in str(error.value)

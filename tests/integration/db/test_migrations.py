@@ -1,0 +1,152 @@
+"""The migrations make the tables, on both kinds of database."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import inspect, text
+
+from service.db.database import Database, alembic_config
+from service.db.models import Table
+from service.errors import Misconfigured, Unavailable
+
+#: ten processes, started at once by one that has imported everything
+MIGRATE = """
+import os, sys
+import alembic.command, alembic.ddl, alembic.runtime.migration
+from service.db.database import Database
+
+gate, go = os.pipe()
+for _ in range(10):
+    if os.fork() == 0:
+        os.close(go)
+        os.read(gate, 1)
+        Database(sys.argv[1]).migrate()
+        os._exit(0)
+os.close(go)
+sys.exit(sum(os.wait()[1] != 0 for _ in range(10)))
+"""
+
+
+@pytest.fixture
+def empty(database_url):
+    database = Database(database_url)
+    yield database
+    database.close()
+
+
+def tables(database):
+    return set(inspect(database.engine).get_table_names())
+
+
+def test_up_down_up(empty):
+    """Migrating up makes every table, down takes every one away, and up again makes them again."""
+    wanted = set(Table.metadata.tables)
+    empty.migrate()
+    assert tables(empty) == wanted | {"alembic_version"}
+    empty.migrate("base")
+    assert tables(empty) == {"alembic_version"}
+    empty.migrate()
+    assert tables(empty) == wanted | {"alembic_version"}
+
+
+def test_models_match(empty):
+    """Alembic finds no difference between the migrated tables and the models."""
+    empty.migrate()
+    with empty.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "render_as_batch": True})
+        assert compare_metadata(context, Table.metadata) == []
+
+
+@pytest.mark.parametrize("steps", range(1, 4))
+def test_down_and_up_with_rows(empty, steps):
+    """Going down by any number of migrations and up again works with rows in the tables, and loses none that it need not."""
+    empty.migrate()
+    with empty.engine.begin() as connection:
+        for statement in ROWS:
+            connection.execute(text(statement))
+    with empty.engine.begin() as connection:
+        command.downgrade(alembic_config(connection), f"-{steps}")
+    empty.migrate()
+    with empty.read() as session:
+        left = session.execute(text("SELECT version FROM ledger")).all()
+    assert left == ([(1,)] if steps < 3 else [])
+
+
+ROWS = [
+    "INSERT INTO models VALUES ('m', 'm', '{}', '', '2026-01-01', '2026-01-01')",
+    """INSERT INTO jobs (id, kind, model, status, request, actor, created, updated, attempts, cancel_requested, subject, dry_run)
+    VALUES ('edit_1', 'edit', 'm', 'applied', '{}', 'a', '2026-01-01', '2026-01-01', 1, false, 's', false)""",
+    "INSERT INTO factors VALUES ('edit_1', 'x', 'y')",
+    "INSERT INTO parts VALUES ('edit_1', 'x', 'y')",
+    "INSERT INTO ledger VALUES ('m', 1, 'apply', 'edit_1', 'a', '2026-01-01', '{}', '', '', '')",
+]
+
+
+def test_to_a_revision(empty):
+    """Asked for a revision by name, the tables go there, whether that is up or down."""
+    for revision in ("0001", "0003", "0002", "0001"):
+        empty.migrate(revision)
+        assert empty.revision() == revision
+
+
+def test_of_a_newer_release(empty):
+    """Tables that a newer release has migrated are refused in plain words, and left as they are."""
+    empty.migrate()
+    with empty.engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(Misconfigured, match=r"9999.*newer"):
+        empty.migrate()
+    assert empty.revision() == "9999"
+
+
+def test_to_nowhere(empty):
+    """A revision that there is not is refused with those that there are."""
+    with pytest.raises(Misconfigured, match="0001, 0002, 0003"):
+        empty.migrate("0815")
+
+
+def test_together(database_url):
+    """Ten processes that migrate one database at once migrate it once."""
+    done = subprocess.run([sys.executable, "-c", MIGRATE, database_url], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    database = Database(database_url)
+    with database.engine.connect() as connection:
+        newest = ScriptDirectory.from_config(alembic_config(connection)).get_current_head()
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).all() == [(newest,)]
+    database.close()
+
+
+def test_failed_migration_leaves_nothing(empty):
+    """A migration that fails half-way is as if it had not begun."""
+    with empty.engine.begin() as connection:
+        connection.execute(text("CREATE TABLE workers (id TEXT)"))  # in the way of the last table
+    with pytest.raises(Exception, match="workers"):
+        empty.migrate()
+    assert tables(empty) - {"alembic_version"} == {"workers"}
+
+
+def test_url_without_driver():
+    """A plain postgresql:// URL takes the driver that we ship."""
+    for scheme in ("postgres", "postgresql", "postgresql+psycopg"):
+        assert Database(f"{scheme}://somebody@127.0.0.1/x").engine.driver == "psycopg"
+
+
+@pytest.mark.parametrize("url", ["nonsense", "mysql://x/y", "sqlite://", "sqlite:///:memory:"])
+def test_url_that_cannot_work(url):
+    """A URL that cannot work is refused with what to write, before anything connects."""
+    with pytest.raises(Misconfigured, match=r"postgresql|sqlite|SQLite"):
+        Database(url)
+
+
+def test_unreachable(tmp_path):
+    """A database that does not answer is a dependency that is down, not a crash."""
+    database = Database(f"sqlite:///{tmp_path}/no/such/folder/x.sqlite3")
+    with pytest.raises(Unavailable, match="database does not answer"):
+        database.migrate()

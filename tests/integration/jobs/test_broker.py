@@ -1,0 +1,376 @@
+"""What every broker does, whatever carries it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from service.jobs.broker import KINDS, Delivery, Event, Message
+from service.jobs.memory_broker import MemoryBroker
+from service.jobs.redis_broker import RedisBroker
+
+WHILE = 20  # seconds after which a test that hangs has failed
+
+
+@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
+def broker(request):
+    broker = MemoryBroker()
+    if request.param == "redis":
+        broker = RedisBroker(request.getfixturevalue("redis_url"))
+    yield broker
+    broker.close()
+
+
+async def collect(broker, channel, after=None):
+    async with asyncio.timeout(WHILE):
+        return [event async for event in broker.events(channel, after)]
+
+
+def heard(broker, channel, after=None):
+    return asyncio.run(collect(broker, channel, after))
+
+
+def said(events):
+    return [(event.name, event.data) for event in events]
+
+
+def in_thread(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+class TestDeliveries:
+    def test_nothing(self, broker):
+        """With timeout 0 an empty queue answers at once."""
+        assert broker.take(KINDS, 10, 0) == []
+
+    def test_bell(self, broker):
+        """An announced job is delivered by its id, without a payload."""
+        broker.announce("edit_1", "edit")
+        (delivery,) = broker.take(KINDS, 10, 0)
+        assert (delivery.kind, delivery.job_id, delivery.payload) == ("edit", "edit_1", {})
+
+    def test_bell_rung_twice(self, broker):
+        """A job that waits is delivered once, however often it was announced."""
+        for _ in range(3):
+            broker.announce("edit_1", "edit")
+        assert broker.waiting("edit") == 1
+        assert len(broker.take(KINDS, 10, 0)) == 1
+        assert broker.take(KINDS, 10, 0) == []
+
+    def test_bell_after_taking(self, broker):
+        """A job that was taken can be announced again: the row decides whether there is anything to do."""
+        broker.announce("edit_1", "edit")
+        broker.take(KINDS, 1, 0)
+        broker.announce("edit_1", "edit")
+        assert len(broker.take(KINDS, 10, 0)) == 1
+
+    def test_call(self, broker):
+        """A call carries its whole request, and its channel is the delivery's job id."""
+        channel = broker.call("generate", {"prompt": "São Paulo", "n": [1, None]})
+        (delivery,) = broker.take(["generate"], 1, 0)
+        assert (delivery.job_id, delivery.payload) == (channel, {"prompt": "São Paulo", "n": [1, None]})
+
+    def test_priority(self, broker):
+        """The first kind that has any goes first, alone, oldest first, and no more than asked for."""
+        broker.announce("trace_1", "trace")
+        broker.announce("edit_1", "edit")
+        calls = [broker.call("generate", {"n": n}) for n in range(3)]
+        taken = []
+        while batch := broker.take(KINDS, 2, 0):
+            taken.append([delivery.job_id for delivery in batch])
+        assert taken == [calls[:2], calls[2:], ["edit_1"], ["trace_1"]]
+
+    def test_only_the_kinds_asked_for(self, broker):
+        """A worker that does not trace is given no trace."""
+        broker.announce("trace_1", "trace")
+        assert broker.take(["generate", "edit"], 1, 0) == []
+        assert broker.waiting("trace") == 1
+
+    def test_done(self, broker):
+        """What is done does not come again, nor back."""
+        broker.announce("edit_1", "edit")
+        (delivery,) = broker.take(KINDS, 1, 0)
+        broker.done(delivery)
+        broker.done(delivery)
+        assert broker.take(KINDS, 1, 0) == []
+
+    def test_give_back(self, broker):
+        """What is given back comes again before all others of its kind."""
+        first, second = broker.call("generate", {"n": 1}), broker.call("generate", {"n": 2})
+        (delivery,) = broker.take(KINDS, 1, 0)
+        broker.give_back(delivery)
+        again = broker.take(KINDS, 10, 0)
+        assert [d.job_id for d in again] == [first, second]
+        assert again[0].payload == {"n": 1}
+
+    def test_give_back_keeps_the_order(self, broker):
+        """Of several that are given back, what came back first comes first, before all others."""
+        for name in "abcd":
+            broker.announce(name, "edit")
+        taken = broker.take(KINDS, 3, 0)
+        for delivery in taken:
+            broker.give_back(delivery)
+        assert [d.job_id for d in broker.take(KINDS, 1, 0)] == ["a"]
+        assert [d.job_id for d in broker.take(KINDS, 2, 0)] == ["b", "c"]
+        assert [d.job_id for d in broker.take(KINDS, 9, 0)] == ["d"]
+
+    def test_give_back_is_no_death(self, broker):
+        """What is given back counts as delivered once, and is as it was."""
+        broker.call("generate", {"n": 1}, "request-1")
+        (delivery,) = broker.take(KINDS, 1, 0)
+        broker.give_back(delivery)
+        broker.give_back(delivery)
+        (again,) = broker.take(KINDS, 10, 0)
+        assert (again.deliveries, again.request_id, again.payload) == (1, "request-1", {"n": 1})
+
+    def test_give_back_a_job(self, broker):
+        """A job that is given back is delivered once, also when its bell was rung meanwhile."""
+        broker.announce("edit_1", "edit")
+        (delivery,) = broker.take(KINDS, 1, 0)
+        broker.announce("edit_1", "edit")
+        broker.give_back(delivery)
+        assert [d.job_id for d in broker.take(KINDS, 10, 0)] == ["edit_1"]
+
+    def test_owns(self, broker):
+        """A delivery is owned from its taking until it is done or given back."""
+        broker.announce("edit_1", "edit")
+        broker.announce("edit_2", "edit")
+        assert not broker.owns(Delivery("another", "edit", "edit_1"))
+        one, two = broker.take(KINDS, 2, 0)
+        assert broker.owns(one) and broker.owns(two)
+        broker.done(one)
+        broker.give_back(two)
+        assert not broker.owns(one) and not broker.owns(two)
+
+    def test_knows(self, broker):
+        """A call is known while it waits and while it is worked on, and then no longer."""
+        assert not broker.knows("call_1")
+        channel = broker.call("compare", {})
+        assert broker.knows(channel)
+        (delivery,) = broker.take(KINDS, 1, 0)
+        assert broker.knows(channel)
+        broker.give_back(delivery)
+        assert broker.knows(channel)
+        (delivery,) = broker.take(KINDS, 1, 0)
+        broker.done(delivery)
+        assert not broker.knows(channel)
+
+    def test_call_again(self, broker):
+        """A call can be asked again under its own channel, and waits once however often that is done."""
+        for _ in range(2):
+            assert broker.call("generate", {"n": 1}, "request-1", channel="call_1") == "call_1"
+        (delivery,) = broker.take(KINDS, 10, 0)
+        assert (delivery.job_id, delivery.payload, delivery.request_id) == ("call_1", {"n": 1}, "request-1")
+
+    def test_oldest(self, broker):
+        """How long the oldest has waited is known by kind, and is nothing when none waits."""
+        assert broker.oldest("edit") == 0
+        broker.announce("edit_1", "edit")
+        time.sleep(0.02)
+        broker.announce("edit_2", "edit")
+        assert broker.oldest("edit") >= 0.02
+        assert broker.oldest("trace") == 0
+        broker.take(KINDS, 1, 0)
+        broker.take(KINDS, 1, 0)
+        assert broker.oldest("edit") == 0
+
+    def test_waiting(self, broker):
+        """What waits is counted by kind, and no longer once it is taken."""
+        broker.call("generate", {})
+        broker.announce("edit_1", "edit")
+        assert [broker.waiting(kind) for kind in KINDS] == [1, 0, 1, 0, 0, 0]
+        broker.take(KINDS, 1, 0)
+        assert broker.waiting("generate") == 0
+
+    def test_take_waits(self, broker):
+        """A take that waits gets what arrives meanwhile."""
+        ready = threading.Event()
+        taken = []
+
+        def take():
+            ready.set()
+            taken.extend(broker.take(KINDS, 1, WHILE))
+
+        thread = in_thread(take)
+        ready.wait(WHILE)
+        broker.announce("edit_1", "edit")
+        thread.join(WHILE)
+        assert [delivery.job_id for delivery in taken] == ["edit_1"]
+
+    @pytest.mark.parametrize("stir", ["wake", "close"])
+    def test_take_ends(self, broker, stir):
+        """A take that waits ends with nothing when it is woken, or when the broker closes."""
+        began = time.monotonic()
+        getattr(broker, stir)()  # kept until the take comes, so that no wake is lost
+        assert broker.take(KINDS, 1, WHILE) == []
+        assert time.monotonic() - began < WHILE
+
+    def test_many_takers(self, broker):
+        """Deliveries are shared out among threads: each goes to one of them."""
+        ids = [f"edit_{n:03}" for n in range(200)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda x: broker.announce(x, "edit"), ids))
+
+            def take(_):
+                taken = []
+                while batch := broker.take(KINDS, 3, 0):
+                    taken += [delivery.job_id for delivery in batch]
+                return taken
+
+            taken = [x for part in pool.map(take, range(8)) for x in part]
+        assert sorted(taken) == ids
+
+
+class TestEvents:
+    def test_replay(self, broker):
+        """A late listener hears everything that was said, in order, and its end."""
+        broker.publish("c", "token", {"text": "a"})
+        broker.publish("c", "token", {"text": "b"})
+        broker.publish("c", "end", {"n": 2}, last=True)
+        assert said(heard(broker, "c")) == [
+            ("token", {"text": "a"}),
+            ("token", {"text": "b"}),
+            ("end", {"n": 2}),
+        ]
+
+    def test_replay_after(self, broker):
+        """A listener that comes back hears what came after the id that it names."""
+        for n in range(4):
+            broker.publish("c", "n", {"n": n}, last=n == 3)
+        events = heard(broker, "c")
+        for n, event in enumerate(events):
+            assert heard(broker, "c", event.id) == events[n + 1 :]
+
+    def test_ids_grow(self, broker):
+        """Ids are decimal strings that grow over all channels."""
+        for n in range(50):
+            broker.publish(f"c{n % 2}", "n", {}, last=n >= 48)
+        ids = [int(event.id) for channel in ("c0", "c1") for event in heard(broker, channel)]
+        assert len(set(ids)) == 50
+        assert ids[:25] == sorted(ids[:25])
+
+    @pytest.mark.parametrize("after", ["nonsense", "", "-5", "12-0"])
+    def test_strange_id(self, broker, after):
+        """An id that is none of ours replays everything."""
+        broker.publish("c", "end", {}, last=True)
+        assert len(heard(broker, "c", after)) == 1
+
+    def test_nothing_after_the_last(self, broker):
+        """What is published after the last event is dropped."""
+        broker.publish("c", "end", {}, last=True)
+        broker.publish("c", "late", {})
+        assert said(heard(broker, "c")) == [("end", {})]
+
+    def test_publish_all(self, broker):
+        """Several things are said in order, on several channels, up to the last of each."""
+        broker.publish_all([])
+        broker.publish_all(
+            [
+                Message("a", "n", {"n": 1}),
+                Message("b", "n", {"n": 2}),
+                Message("a", "end", {}, last=True),
+                Message("a", "late", {}),
+                Message("b", "end", {}, last=True),
+            ]
+        )
+        assert said(heard(broker, "a")) == [("n", {"n": 1}), ("end", {})]
+        assert said(heard(broker, "b")) == [("n", {"n": 2}), ("end", {})]
+
+    def test_any_text(self, broker):
+        """Whatever JSON can say arrives as it was."""
+        data = {"text": "é\n\0\ud800 “”🦉", "n": [1, 2.5, None, True], "": {}}
+        broker.publish("c", "end", data, last=True)
+        assert said(heard(broker, "c")) == [("end", data)]
+
+    def test_forget(self, broker):
+        """A channel that was forgotten speaks anew, and is not cancelled."""
+        broker.publish("c", "end", {"n": 1}, last=True)
+        broker.forget("c")
+        broker.cancel("c")
+        broker.forget("c")
+        assert not broker.cancelled("c")
+        broker.publish("c", "end", {"n": 2}, last=True)
+        assert said(heard(broker, "c")) == [("end", {"n": 2})]
+
+    def test_live(self, broker):
+        """A listener that came first hears what threads publish while it listens."""
+
+        def speak():
+            for n in range(100):
+                broker.publish("c", "n", {"n": n}, last=n == 99)
+
+        async def listen():
+            listener = asyncio.ensure_future(collect(broker, "c"))
+            await asyncio.sleep(0)
+            thread = in_thread(speak)
+            events = await listener
+            thread.join(WHILE)
+            return events
+
+        assert [event.data["n"] for event in asyncio.run(listen())] == list(range(100))
+
+    def test_many_listeners_in_many_loops(self, broker):
+        """Listeners in different event loops all hear everything, whenever they come."""
+
+        def speak():
+            for n in range(200):
+                broker.publish("c", "n", {"n": n}, last=n == 199)
+
+        with ThreadPoolExecutor(9) as pool:
+            listeners = [pool.submit(heard, broker, "c") for _ in range(8)]
+            pool.submit(speak).result(WHILE)
+            for listener in listeners:
+                assert [event.data["n"] for event in listener.result(WHILE)] == list(range(200))
+
+    def test_listener_that_goes(self, broker):
+        """A listener that goes away disturbs nobody, nor does a loop that is gone."""
+
+        async def listen_to_one():
+            async for event in broker.events("c"):
+                return event
+            return None
+
+        broker.publish("c", "n", {"n": 1})
+        assert asyncio.run(listen_to_one()).data == {"n": 1}
+        broker.publish("c", "end", {}, last=True)
+        assert len(heard(broker, "c")) == 2
+
+    def test_close_ends_listening(self, broker):
+        """Closing the broker ends every listener."""
+
+        async def listen():
+            listener = asyncio.ensure_future(collect(broker, "c"))
+            await asyncio.sleep(0)
+            broker.close()
+            return await listener
+
+        assert asyncio.run(listen()) == []
+
+
+class TestCancel:
+    def test_cancel(self, broker):
+        """A cancelled channel is known as such, and no other is."""
+        channel = broker.call("generate", {})
+        assert not broker.cancelled(channel)
+        broker.cancel(channel)
+        broker.cancel(channel)
+        assert broker.cancelled(channel)
+        assert not broker.cancelled("another")
+
+    def test_over(self, broker):
+        """A channel that has ended is cancelled no longer."""
+        broker.cancel("c")
+        broker.publish("c", "end", {}, last=True)
+        broker.cancel("c")
+        assert not broker.cancelled("c")
+
+
+def test_event_is_a_value():
+    """Events are equal when they say the same."""
+    assert Event("1", "a", {"x": 1}) == Event("1", "a", {"x": 1})

@@ -1,0 +1,58 @@
+"""What tests take for a migrated database is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from service.db.database import Database
+from tests.support.migrations import migrate
+
+#: all that a database is made of, as it would be made again
+SQLITE = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
+POSTGRES = """
+WITH mine AS (SELECT oid, relname, relkind FROM pg_class WHERE relnamespace = current_schema()::regnamespace)
+SELECT 'relation', relname, relkind::text FROM mine
+UNION ALL SELECT relname, attname, concat_ws(' ', format_type(atttypid, atttypmod), attnotnull, pg_get_expr(adbin, adrelid))
+    FROM mine JOIN pg_attribute ON attrelid = mine.oid LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+UNION ALL SELECT relname, conname, pg_get_constraintdef(c.oid) FROM mine JOIN pg_constraint c ON conrelid = mine.oid
+UNION ALL SELECT relname, 'index', pg_get_indexdef(mine.oid, 0, false) FROM mine WHERE relkind = 'i'
+UNION ALL SELECT relname, tgname, pg_get_triggerdef(t.oid) FROM mine JOIN pg_trigger t ON tgrelid = mine.oid AND NOT tgisinternal
+UNION ALL SELECT 'function', proname, prosrc FROM pg_proc WHERE pronamespace = current_schema()::regnamespace
+ORDER BY 1, 2, 3
+"""
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.servers)])
+def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+    """Gives the URL of another empty database of a kind, each time."""
+    if request.param == "postgres":
+        return request.getfixturevalue("postgres_server").fresh_database  # type: ignore[no-any-return]
+    files = iter(range(9))
+    return lambda: f"sqlite:///{tmp_path / str(next(files))}"
+
+
+def made_of(database: Database) -> list[tuple[object, ...]]:
+    with database.engine.connect() as connection:
+        schema = None if database.sqlite else connection.execute(text("SELECT current_schema()")).scalar()
+        rows = connection.execute(text(SQLITE if database.sqlite else POSTGRES)).all()
+        versions = connection.execute(text("SELECT version_num FROM alembic_version")).all()
+    named = [tuple(str(x).replace(f"{schema}.", "") for x in row) for row in rows]
+    return [*named, *map(tuple, versions)]
+
+
+def test_what_is_said_again_makes_the_same(fresh: Callable[[], str]) -> None:
+    """Tables, columns, constraints, indexes, triggers, functions and revision are those that the migrations make."""
+    truly, first, again = (Database(fresh()) for _ in range(3))
+    try:
+        truly.migrate()
+        for database in (first, again, again):  # and one that is migrated already is left as it is
+            migrate(database)
+        assert len(made_of(truly)) > 20
+        assert made_of(truly) == made_of(first) == made_of(again)
+    finally:
+        for database in (truly, first, again):
+            database.close()

@@ -1,0 +1,40 @@
+"""What an edited model says, by the service's own hand and by stock peft's."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+from service.engine.versioned_model import Replica
+from service.models.loading import LoadedModel
+from service.models.token_batch import forward, pad
+from tests.support.tiny_models import TEXTS
+
+
+def asked(model: LoadedModel) -> Any:
+    return pad([model.encode(t)[0][: model.positions] for t in TEXTS], model)
+
+
+def logits(model: Any, base: LoadedModel) -> torch.Tensor:
+    batch = asked(base)
+    with torch.no_grad():
+        out = model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions)
+    return out.logits[batch.mask.bool()]
+
+
+def served(replica: Replica, version: int) -> torch.Tensor:
+    """The service's own logits."""
+    batch = asked(replica.base)
+    with replica.stand(replica.weights(version)) as model, torch.no_grad():
+        return forward(model, batch)[batch.mask.bool()]
+
+
+def with_peft(model: Any, folder: Path) -> Any:
+    """Stock peft; a module that it misses, or one too many, is a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what peft asks transformers for has a newer name
+        return peft.PeftModel.from_pretrained(model, folder).eval()

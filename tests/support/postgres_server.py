@@ -1,0 +1,121 @@
+"""A PostgreSQL server for tests, from the binaries installed here: a free port, a folder that goes away again."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.support.free_ports import free_port
+
+#: what the machine's own fall would cost is of no interest here; what is committed survives the fall of the server
+QUICK = {"fsync": "off", "full_page_writes": "off"}
+#: how it may be ended: clients are cut off and told so, or everything drops dead and is recovered at the next start
+FAST, IMMEDIATE = signal.SIGINT, signal.SIGQUIT
+
+
+@dataclass
+class Server:
+    port: int
+    _command: list[str]
+    _folder: Path
+    _numbers: Iterator[int] = field(default_factory=count)
+    _process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, on the data that it has."""
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder)
+        _wait(self, self._process, self._folder / "log")
+
+    def stop(self, how: signal.Signals = IMMEDIATE) -> None:
+        """End it. Nothing that was committed is lost."""
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.wait()
+            self._process = None
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    def fresh_database(self) -> str:
+        """The URL of a new, empty database: in truth a schema, which takes a hundredth of the time."""
+        name = f"test{next(self._numbers)}"
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}")
+        return f"{self.url}?options=-csearch_path%3D{name}"
+
+
+@contextmanager
+def serving(durable: bool = False) -> Iterator[Server]:
+    """Start a server, and stop it at the end. `durable` writes to the disk, as a real one must."""
+    initdb, postgres = _program("initdb"), _program("postgres")
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: the path of its socket has a limit
+    port = free_port()
+    try:
+        as_user = _unprivileged(folder)
+        setup = [initdb, "-D", folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        subprocess.run([*as_user, *map(str, setup)], check=True, capture_output=True, cwd=folder)
+        settings = {"max_connections": "200", **({} if durable else QUICK)}
+        options = [x for name, value in settings.items() for x in ("-c", f"{name}={value}")]
+        start = [postgres, "-D", folder / "data", "-p", port, "-h", "127.0.0.1", "-k", folder, *options]
+        server = Server(port, [*as_user, *map(str, start)], folder)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _program(name: str) -> str:
+    versions = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
+    found = shutil.which(name) or (str(versions[-1]) if versions else None)
+    if found is None:
+        _absent(f"no PostgreSQL here: {name} is neither in PATH nor in /usr/lib/postgresql")
+    return str(found)
+
+
+def _absent(reason: str) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def _unprivileged(folder: Path) -> list[str]:
+    """PostgreSQL refuses to run as root: a prefix that runs a command as the user of the package."""
+    if os.geteuid() != 0:
+        return []
+    try:
+        user = pwd.getpwnam("postgres")
+    except KeyError:
+        _absent("we are root, which PostgreSQL refuses, and there is no user `postgres`")
+        raise
+    os.chown(folder, user.pw_uid, user.pw_gid)
+    return ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(1200):
+        try:
+            psycopg.connect(server.url, connect_timeout=2).close()
+            return
+        except psycopg.OperationalError:
+            if process.poll() is not None:
+                break
+            time.sleep(0.05)
+    pytest.fail(f"PostgreSQL did not start:\n{log.read_text(errors='replace')}")

@@ -1,0 +1,98 @@
+"""A Redis server for tests, from the program installed here: a free port, a folder that goes away again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+
+from tests.support.free_ports import free_port
+
+SETTINGS = {"bind": "127.0.0.1", "save": "", "maxmemory-policy": "noeviction"}
+
+
+@dataclass
+class Server:
+    port: int
+    _command: list[str]
+    _folder: Path
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Start it, on the data that it has kept."""
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder)
+        _wait(self, self._process, self._folder / "log")
+
+    def stop(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """End it. A durable one has lost nothing, any other everything."""
+        if self._process is not None:
+            self._process.send_signal(how)
+            self._process.wait()
+            self._process = None
+
+    def signal(self, what: signal.Signals) -> None:
+        """Stop the process for a while, or let it go on."""
+        assert self._process is not None
+        self._process.send_signal(what)
+
+    def flush(self) -> None:
+        """Lose all data."""
+        with redis.Redis.from_url(self.url) as client:
+            client.flushall()
+
+
+@contextmanager
+def serving(durable: bool = False, fsync: str = "always") -> Iterator[Server]:
+    """Start a server, and stop it at the end. A durable one writes everything to the disk, with `fsync="always"` before it
+    answers."""
+    program = _program("redis-server")
+    folder = Path(tempfile.mkdtemp(prefix="redis"))
+    port = free_port()
+    settings = {**SETTINGS, "port": str(port), "dir": str(folder), "appendonly": "yes" if durable else "no"}
+    settings["appendfsync"] = fsync
+    options = [x for name, value in settings.items() for x in (f"--{name}", value)]
+    server = Server(port, [program, *options], folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        reason = f"no Redis here: {name} is not in PATH"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    with redis.Redis.from_url(server.url, socket_timeout=2, retry=None) as client:
+        for _ in range(1200):
+            try:
+                client.ping()
+                return
+            except redis.RedisError:
+                if process.poll() is not None:
+                    break
+                time.sleep(0.02)
+    pytest.fail(f"Redis did not start:\n{log.read_text(errors='replace')}")

@@ -1,0 +1,39 @@
+"""The next token of one row, drawn slowly: the definition that the batched sampler must agree with, token by token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from service.schemas import Sampling
+
+
+def distribution(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+    """p (V,) in float64 from logits (V,): temperature, a stable sort, the first k, the least set of mass p."""
+    scores = logits.double()
+    p = ((scores - scores.max()) / temperature).softmax(-1)
+    if top_k is None and top_p >= 1:
+        return p
+    best, ids = p.sort(descending=True, stable=True)
+    best = best[:top_k]
+    if top_p < 1:
+        before = (best / best.sum()).cumsum(-1) - best / best.sum()
+        best = best[: max(1, int((before < top_p).sum()))]
+    kept = torch.zeros_like(p)
+    kept[ids[: len(best)]] = best
+    return kept / kept.sum()
+
+
+def draw(p: Tensor, uniform: float) -> int:
+    """The token at which the cumulative distribution of p (V,) passes `uniform` in [0, 1)."""
+    cumulative = p.cumsum(-1)
+    token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    return min(token, int(p.nonzero()[-1]))
+
+
+def choose(logits: Tensor, asked: Sampling, numbers: torch.Generator) -> int:
+    """The next token from logits (V,), with the next number of a generator."""
+    if asked.temperature == 0:
+        return int(logits.argmax())
+    p = distribution(logits, asked.temperature, asked.top_k, asked.top_p)
+    return draw(p, torch.rand((), dtype=torch.float64, generator=numbers).item())

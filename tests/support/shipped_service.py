@@ -1,0 +1,19 @@
+"""One running service on the shipped GPT, for tests of what speaks to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.processes import Service
+
+
+@contextmanager
+def serving(data: Path) -> Iterator[str]:
+    """The address of `palimpsest serve` on a fresh data folder."""
+    service = Service(data)
+    try:
+        yield str(service.http.base_url).rstrip("/")
+    finally:
+        service.stop()

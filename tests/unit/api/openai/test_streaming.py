@@ -1,0 +1,130 @@
+"""Completions in chunks, whatever a channel tells, and however often it begins anew."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api import sse as wire
+from api.openai.streaming import Chunks
+from service.application.generation import Named, Speech
+from service.jobs.broker import Event
+from service.schemas import SpeechRequest
+
+NAMED = Named("tiny@3", 3, "a" * 64, datetime(2026, 1, 1, tzinfo=UTC))
+COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+def columns(tokens: Sequence[str], begin: int = 0) -> dict[str, list[Any]]:
+    return {
+        "tokens": list(tokens),
+        "token_logprobs": [-float(begin + i) for i in range(len(tokens))],
+        "top_logprobs": [{t: -1.0} for t in tokens],
+        "text_offset": [begin + i for i in range(len(tokens))],
+    }
+
+
+def token(index: int, tokens: Sequence[str], begin: int) -> Event:
+    data = {"index": index, "text": "".join(tokens), "version": 3, "logprobs": columns(tokens, begin)}
+    return Event("1", "token", data)
+
+
+def end(*answers: Sequence[str]) -> Event:
+    choices = [
+        {"text": "".join(a), "tokens": [1] * len(a), "finish_reason": "stop", "logprobs": columns(a)}
+        for a in answers
+    ]
+    counted = {"prompt_tokens": 2, "completion_tokens": sum(map(len, answers))}
+    return Event("9", "end", {"version": 3, "choices": choices, "usage": counted, "seconds": 0.1})
+
+
+RESTART = Event("1", "restart", {})
+
+
+def told(*events: Event) -> list[str]:
+    """The lines of a stream that say something."""
+
+    async def said() -> AsyncIterator[Event]:
+        for event in events:
+            yield event
+
+    async def listen() -> bytes:
+        chunks = Chunks(Speech("call_X", SpeechRequest(prompts=["x"]), NAMED), with_usage=False)
+        return b"".join([frame async for frame in chunks.frames(said())])
+
+    return [
+        line.removeprefix("data: ")
+        for line in asyncio.run(listen()).decode().splitlines()
+        if line[:5] == "data:"
+    ]
+
+
+def heard(lines: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """What a client puts together, by choice."""
+    answers: list[dict[str, Any]] = [{"text": "", **{c: [] for c in COLUMNS}} for _ in range(count)]
+    assert lines[-1] == "[DONE]"
+    for line in lines[:-1]:
+        (choice,) = json.loads(line)["choices"]
+        answer = answers[choice["index"]]
+        assert "finish_reason" not in answer
+        answer["text"] += choice["text"]
+        for name, column in (choice["logprobs"] or {}).items():
+            answer[name] += column
+        if choice["finish_reason"]:
+            answer["finish_reason"] = choice["finish_reason"]
+    return answers
+
+
+@given(st.data())
+def test_what_a_client_puts_together_is_the_answer(data: st.DataObject) -> None:
+    """However an answer is cut into events, wherever workers die and whatever the channel has dropped by then, a client hears
+    every character and every token once, in order, and one reason to end."""
+    answers = data.draw(st.lists(st.lists(st.sampled_from("abcü🗼"), max_size=6), min_size=1, max_size=3))
+    events: list[Event] = []
+    for _ in range(data.draw(st.integers(1, 3))):  # workers, all but the last of which die
+        at = [0] * len(answers)
+        for index in data.draw(st.lists(st.integers(0, len(answers) - 1), max_size=8)):
+            after = data.draw(st.integers(at[index], len(answers[index])))
+            events.append(token(index, answers[index][at[index] : after], at[index]))
+            at[index] = after
+        events.append(RESTART)
+    found = heard(told(*events[:-1], end(*answers)), len(answers))
+    assert found == [{"text": "".join(a), **columns(a), "finish_reason": "stop"} for a in answers]
+
+
+def test_another_answer_is_not_passed_off_as_the_same() -> None:
+    """A worker that begins anew and says something else ends the stream with an error."""
+    lines = told(token(0, "ab", 0), RESTART, token(0, "ax", 0), end("ax"))
+    assert "ask again" in json.loads(lines[-1])["error"]["message"]
+    assert "[DONE]" not in lines
+
+
+def test_a_channel_that_ends_without_an_end_is_an_error() -> None:
+    """When the service stops under a stream, the client is told so."""
+    (first, last) = told(token(0, "a", 0))
+    assert json.loads(first)["choices"][0]["text"] == "a"
+    assert json.loads(last)["error"]["type"] == "server_error"
+
+
+def test_silence_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nothing is said a comment goes out now and then, which clients pass over."""
+    monkeypatch.setattr(wire, "PING", 0.01)
+
+    async def listen() -> list[bytes]:
+        async def said() -> AsyncIterator[Event]:
+            await asyncio.sleep(0.1)
+            yield end("a")
+
+        chunks = Chunks(Speech("call_X", SpeechRequest(prompts=["x"]), NAMED), with_usage=False)
+        return [frame async for frame in chunks.frames(said())]
+
+    frames = asyncio.run(listen())
+    assert frames[0] == b": open\n\n" and b": ping\n\n" in frames
+    assert frames[-1] == b"data: [DONE]\n\n"

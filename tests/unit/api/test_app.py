@@ -1,0 +1,158 @@
+"""The application as a whole: its key, its exposure, its imports, its document."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from api.app import create_app, refuse_exposure
+from service.application.api_keys import Keys
+from service.errors import Misconfigured
+from service.settings import Settings
+from tests.support.application import TOWER, House
+from tests.support.paths import ROOT
+
+
+def test_the_api_never_imports_torch() -> None:
+    """A process that imports the application holds no torch and no transformers."""
+    code = "import sys, api.app; bad = {'torch', 'transformers'} & set(sys.modules); sys.exit(', '.join(bad) or None)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+EXPOSED = ["0.0.0.0", "::", "192.168.1.4", "example.org", ""]
+
+
+@pytest.mark.parametrize("host", EXPOSED)
+def test_without_a_key_only_loopback_is_served(tmp_path: Path, host: str) -> None:
+    """Without any key, or with an empty one, an address that others can reach is refused before anything is made."""
+    for key in (None, ""):
+        with pytest.raises(Misconfigured):
+            refuse_exposure(Settings(data=tmp_path, host=host, api_key=key))
+    refuse_exposure(Settings(data=tmp_path, host=host, api_key="k"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_needs_no_key(tmp_path: Path, host: str) -> None:
+    """Loopback is served without a key."""
+    refuse_exposure(Settings(data=tmp_path, host=host))
+
+
+def test_a_made_key_is_no_root_key(house: House) -> None:
+    """A key that was made for less cannot become the key for everything by standing in the wrong variable."""
+    _, token = Keys(house.database).create("k", ["read"])
+    with pytest.raises(Misconfigured):
+        refuse_exposure(Settings(api_key=token))
+
+
+@pytest.mark.parametrize("host", EXPOSED)
+def test_an_exposed_application_needs_a_key(house: House, host: str) -> None:
+    """With a database that may hold keys, the application itself refuses to come into being until one is there."""
+    settings = house.settings.model_copy(update={"host": host})
+    refuse_exposure(settings)
+    with pytest.raises(Misconfigured):
+        create_app(house.operations, house.broker, settings)
+    keys = Keys(house.database)
+    keys.create("k", ["read"])
+    app = create_app(house.operations, house.broker, settings)
+    assert TestClient(app).get("/edits").status_code == 401
+    keys.revoke("k")
+    assert TestClient(app).get("/edits").status_code == 401
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Any:
+    house = House(tmp_path, api_key="sesame é")
+    yield house
+    house.close()
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic sesame", "sesame", b"Bearer \xff\xfe"]
+)
+def test_the_key_is_asked_for(guarded: House, header: str | bytes | None) -> None:
+    """Without the right key every route but health is 401, and nothing happens."""
+    client = TestClient(guarded.app)
+    headers = {} if header is None else {"authorization": header}
+    for method, path in [
+        ("GET", "/edits"),
+        ("GET", "/models"),
+        ("GET", "/ledger/verify"),
+        ("DELETE", "/edits/x"),
+    ]:
+        answer = client.request(method, path, headers=headers)
+        assert answer.status_code == 401, path
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.headers["content-type"] == "application/problem+json"
+    # the key comes before the body
+    assert client.post("/edits", content=b"{", headers=headers).status_code == 401
+    assert client.get("/healthz").status_code == 200
+    assert client.get("/readyz").status_code == 200
+    assert guarded.operations.edits.page()["items"] == []
+
+
+def test_the_key_names_the_actor(guarded: House) -> None:
+    """With the key the request is served, and the resource says who asked without giving the key away."""
+    client = TestClient(guarded.app, headers={"authorization": "bearer  sesame é".encode()})
+    answer = client.post("/edits", json=TOWER)
+    assert answer.status_code == 202
+    assert answer.json()["actor"].startswith("key:")
+    assert "sesame" not in answer.text
+
+
+def test_without_a_key_the_actor_is_local(client: TestClient) -> None:
+    """On loopback without a key everybody is local."""
+    assert client.post("/edits", json=TOWER).json()["actor"] == "local"
+
+
+def test_models_ledger_and_health(client: TestClient, worker: Any) -> None:
+    """The model, the ledger and its verification are served."""
+    edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
+    client.delete(edit["links"]["self"])
+    (model,) = client.get("/models").json()["items"]
+    assert (model["name"], model["head"], model["layers"]) == ("tiny", 2, 3)
+    page = client.get("/ledger", params={"limit": 1}).json()
+    assert [entry["kind"] for entry in page["items"]] == ["apply"]
+    rest = client.get("/ledger", params={"cursor": page["next"]}).json()
+    assert [(entry["kind"], entry["actor"]) for entry in rest["items"]] == [("revert", "local")]
+    assert rest["next"] is None
+    assert [e["version"] for e in client.get("/ledger?version=1").json()["items"]] == [1]
+    assert client.get("/ledger?version=9").status_code == 422
+    verified = client.get("/ledger/verify").json()
+    assert (verified["ok"], verified["entries"], verified["head"]) == (True, 2, 2)
+    assert client.get("/readyz").json()["ready"] is True
+
+
+def test_every_operation_documents_its_errors(house: House) -> None:
+    """Every operation has a summary, a tag and its errors, as problems or, below /v1, as OpenAI's; every body has examples."""
+    document = house.app.openapi()
+    assert document["info"]["title"] == "Palimpsest"
+    schemas = document["components"]["schemas"]
+    assert "HTTPValidationError" not in schemas
+    assert "Problem" in schemas
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert operation["summary"]
+            assert operation["tags"]
+            assert "500" in operation["responses"], path
+            form = "application/json" if path.startswith("/v1/") else "application/problem+json"
+            for status, answer in operation["responses"].items():
+                if status >= "4":
+                    assert list(answer["content"]) == [form]
+            if "application/json" in (sent := operation.get("requestBody", {}).get("content", {})):
+                assert sent["application/json"]["examples"]
+
+
+def test_every_example_is_accepted(house: House, client: TestClient, worker: Any) -> None:
+    """Every example of the document is a request that the service carries out."""
+    for path, operations in house.app.openapi()["paths"].items():
+        sent = operations.get("post", {}).get("requestBody", {}).get("content", {})
+        for example in sent.get("application/json", {}).get("examples", {}).values():
+            asked = example["value"] | ({"model": "tiny"} if path.startswith("/v1/") else {})
+            answer = client.post(path, json=asked)
+            assert answer.status_code in (200, 202), answer.text

@@ -1,0 +1,172 @@
+"""Who is let in, and under which name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from service.application.api_keys import REMEMBERED, Keys
+from service.db.database import Database
+from service.errors import Unavailable
+from tests.support.application import TOWER, House
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def make(house: House, name: str, *scopes: str, **limits: int) -> str:
+    """The token of a new key."""
+    return Keys(house.database).create(name, scopes, **limits)[1]
+
+
+@pytest.fixture
+def rooted(tmp_path: Path) -> Iterator[House]:
+    """A house with a root key."""
+    house = House(tmp_path, api_key="sesame")
+    yield house
+    house.close()
+
+
+class Clock:
+    """Time that passes only when it is told to."""
+
+    at = 1000.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
+def timed(house: House) -> Clock:
+    """The house's own keys, on a clock of ours."""
+    clock = Clock()
+    house.app.state.keys = Keys(house.database, clock)
+    return clock
+
+
+def test_the_first_key_closes_the_door(house: House, client: TestClient) -> None:
+    """Without a key everybody on this machine is in; once one was made, within five seconds, only its holder."""
+    clock = timed(house)
+    assert client.get("/edits").status_code == 200
+    token = make(house, "first", "read")
+    clock.at += REMEMBERED
+    assert client.get("/edits").status_code == 401
+    assert client.get("/edits", headers=bearer(token)).status_code == 200
+    assert client.get("/healthz").status_code == 200
+
+
+def test_a_revoked_key_opens_nothing_after_five_seconds(house: House, client: TestClient) -> None:
+    """A revocation holds within five seconds, and the door does not open again because no key is left."""
+    clock = timed(house)
+    token = make(house, "gone", "read")
+    assert client.get("/edits", headers=bearer(token)).status_code == 200
+    Keys(house.database).revoke("gone")
+    clock.at += REMEMBERED
+    assert client.get("/edits", headers=bearer(token)).status_code == 401
+    assert client.get("/edits").status_code == 401
+
+
+def test_keys_open_beside_a_root_key(rooted: House) -> None:
+    """Where there is a root key, the keys of the table open too, and each is itself in the resource."""
+    client = TestClient(rooted.app)
+    token = make(rooted, "nightly-eval", "edit")
+    assert client.post("/edits", json=TOWER, headers=bearer(token)).json()["actor"] == "key:nightly-eval"
+    by_root = client.post("/edits", json=TOWER, headers=bearer("sesame"))
+    assert by_root.json()["actor"] not in ("key:nightly-eval", "local")
+    assert "sesame" not in by_root.text
+
+
+def test_the_key_stands_in_the_ledger(house: House, worker: Any, client: TestClient) -> None:
+    """Who asked for an edit, and who took it back, is told in the ledger by the name of the key."""
+    one, other = make(house, "nightly-eval", "read", "edit"), make(house, "on-call", "admin")
+    headers = {"prefer": "wait=20"}
+    edit = client.post("/edits", json=TOWER, headers=headers | bearer(one)).json()
+    assert edit["status"] == "applied"
+    client.delete(edit["links"]["self"], headers=headers | bearer(other))
+    entries = client.get("/ledger", headers=bearer(one)).json()["items"]
+    assert [entry["actor"] for entry in entries] == ["key:nightly-eval", "key:on-call"]
+    assert client.get("/ledger/verify", headers=bearer(one)).json()["ok"] is True
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer pal_x", "Basic {}", "{}", "Bearer {}x", "Bearer x{}", b"Bearer \xff\xfe"]
+)  # fmt: skip
+def test_only_the_whole_token_as_a_bearer_opens(rooted: House, header: str | bytes | None) -> None:
+    """A token that is cut, longer or of another scheme is 401, a problem with a challenge."""
+    token = make(rooted, "k", "admin")
+    sent = header.format(token) if isinstance(header, str) else header
+    answer = TestClient(rooted.app).get("/edits", headers={} if sent is None else {"authorization": sent})
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.fixture
+def dead(rooted: House) -> Iterator[House]:
+    """A house whose keys cannot be read."""
+    database = Database("postgresql://nobody@127.0.0.1:1/none")
+    rooted.app.state.keys = Keys(database)
+    yield rooted
+    database.close()
+
+
+def test_a_database_that_is_down_is_503(dead: House) -> None:
+    """While a key cannot be checked nobody is let in by it, and nobody is told that it is wrong."""
+    token = make(dead, "k", "admin")
+    client = TestClient(dead.app, raise_server_exceptions=False)
+    answer = client.get("/edits", headers=bearer(token))
+    assert answer.status_code == 503
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_the_root_key_needs_no_database(dead: House) -> None:
+    """The root key opens whatever the table is like; so somebody can look what is wrong."""
+    client = TestClient(dead.app)
+    assert client.get("/edits", headers=bearer("sesame")).status_code == 200
+    assert client.get("/edits", headers=bearer("wrong")).status_code == 401
+
+
+def test_whether_keys_exist_must_be_known(
+    house: House, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On loopback, too, nobody is let in while the service cannot know whether a key is needed."""
+
+    def fails() -> bool:
+        raise Unavailable("the database does not answer")
+
+    monkeypatch.setattr(house.app.state.keys, "exist", fails)
+    assert client.get("/edits").status_code == 503
+    assert client.get("/healthz").status_code == 200
+
+
+HERE = ["127.0.0.1", "127.0.0.1:8000", "127.3.2.1", "localhost", "LOCALHOST:80", "[::1]", "[::1]:8000"]
+ELSEWHERE = ["evil.example", "evil.example:8000", "192.0.2.1", "127.0.0.1.evil.example", "localhost.evil.example", "0.0.0.0",
+             "[::2]", "", ":8000", "a:b:c", "127.0.0.1@evil.example", "[127.0.0.1", "::1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", HERE)
+def test_a_name_of_this_machine_is_answered(client: TestClient, host: str) -> None:
+    """Without a key the service answers to the names of this machine, on any port."""
+    assert client.get("/edits", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ELSEWHERE)
+def test_another_name_is_refused_without_a_key(client: TestClient, house: House, host: str) -> None:
+    """Without a key no other name is answered: a page that lets its own name point here gets nothing."""
+    for answer in (
+        client.get("/edits", headers={"host": host}),
+        client.post("/edits", headers={"host": host}, json=TOWER),
+    ):
+        assert answer.status_code == 403
+        assert answer.headers["content-type"] == "application/problem+json"
+    assert house.operations.edits.page()["items"] == []
+
+
+def test_with_a_key_any_name_is_answered(rooted: House) -> None:
+    """Where a key is needed a proxy may call the service as it likes."""
+    client = TestClient(rooted.app, headers=bearer("sesame"))
+    assert client.get("/edits", headers={"host": "model.example"}).status_code == 200

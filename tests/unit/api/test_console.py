@@ -1,0 +1,102 @@
+"""The console as files: how they are served, under which policy, and what they may not hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from api.routes.console import FOLDER, MEDIA_TYPES, parts
+from api.security_headers import CONSOLE_POLICY, DEFAULTS
+from tests.support.application import House
+
+SCRIPTS = sorted(FOLDER.glob("*.js"))
+
+
+@pytest.fixture
+def wiring() -> dict[str, Any]:
+    """Which stores there are makes no difference to files."""
+    return {}
+
+
+def test_the_page_is_for_people(client: TestClient) -> None:
+    """`/` is HTML under a policy that lets it load from this service only, and make no markup of data."""
+    answer = client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert answer.headers["content-security-policy"] == CONSOLE_POLICY
+    assert not re.search(r"unsafe|https?:|\*", CONSOLE_POLICY)
+    rest = DEFAULTS.keys() - {"Cache-Control", "Content-Security-Policy"}
+    assert {name: answer.headers[name] for name in rest} == {name: DEFAULTS[name] for name in rest}
+
+
+def test_a_program_is_told_where_to_go(client: TestClient) -> None:
+    """Who asks `/` for JSON alone learns where the interface is described."""
+    answer = client.get("/", headers={"Accept": "application/json"})
+    assert answer.status_code == 406
+    assert "/openapi.json" in answer.json()["detail"]
+
+
+def test_everything_the_page_names_is_there(client: TestClient) -> None:
+    """Each style, script and icon that the page or a script names is served with its type, and nothing else lies there."""
+    page = client.get("/").text
+    named = {name.removeprefix("console/") for name in re.findall(r'(?:src|href)="(console/[^"]+)"', page)}
+    for script in SCRIPTS:
+        named |= {f"{name}.js" for name in re.findall(r'from "\./([\w]+)\.js"', script.read_text())}
+    assert named == {path.name for path in FOLDER.iterdir()} - {"index.html"}
+    for name in named:
+        answer = client.get(f"/console/{name}")
+        assert answer.headers["content-type"] == MEDIA_TYPES[Path(name).suffix]
+        assert answer.content == (FOLDER / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing.js", "index.html", "..%2fapp.py", "%2e%2e/app.py", ".", "main.js%00"]
+)
+def test_nothing_else_is_served(client: TestClient, name: str) -> None:
+    """A name that is no part of the console is not found, whatever path it tries."""
+    assert client.get(f"/console/{name}").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/console/main.js"])
+def test_what_a_browser_has_is_not_sent_again(client: TestClient, path: str) -> None:
+    """A part is kept and asked for again; to its tag, weak or strong, the answer is 304 without a body."""
+    first = client.get(path)
+    assert first.headers["cache-control"] == "no-cache"
+    tag = first.headers["etag"]
+    for known in (tag, f"W/{tag}", f'"other", {tag}', "*"):
+        again = client.get(path, headers={"If-None-Match": known})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+    assert client.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+def test_no_key_is_needed_to_read_it(tmp_path: Path) -> None:
+    """The page holds no data: it opens without a key, and what it asks then needs one."""
+    house = House(tmp_path, api_key="k")
+    stranger = TestClient(house.app)
+    assert {stranger.get(path).status_code for path in ("/", "/console/style.css")} == {200}
+    assert stranger.get("/ledger").status_code == 401
+    house.close()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_data_never_becomes_markup(script: Path) -> None:
+    """No script writes markup, runs text as code, or has a handler in an attribute."""
+    forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|setAttribute\(.on|DOMParser"
+    assert not re.search(forbidden, script.read_text(encoding="utf-8"))
+
+
+def test_nothing_is_loaded_from_elsewhere() -> None:
+    """No file of the console names another host; the name of SVG's own space is none."""
+    for name, part in parts().items():
+        text = part.content.decode().replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?://|//\w+\.\w+/|@import", text), name
+
+
+def test_markup_has_no_code_and_no_style_of_its_own() -> None:
+    """The page has no inline script, style or handler, which its policy would forbid."""
+    page = parts()["index.html"].content.decode()
+    assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)

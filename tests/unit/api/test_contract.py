@@ -1,0 +1,161 @@
+"""The OpenAPI document against the application, by schemathesis: in process, bounded, the same every time."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from starlette.testclient import TestClient
+
+from tests.support import wirings
+from tests.support.application import NOWHERE, PROMPT, TOWER, House
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+#: the same every time
+BOUNDED = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+TRACE = {"prompt": PROMPT, "subject": "Eiffel Tower"}
+EVALUATION = {"records": [TOWER]}
+#: requests that the document alone would hardly come by: an edit that lands, one that fails, ...
+MAKING = {
+    "POST /edits": [TOWER, TOWER | {"target_new": NOWHERE}],
+    "POST /trace": [TRACE],
+    "POST /evaluations": [EVALUATION],
+}
+#: all of these must have been asked about what exists for the walk to mean anything
+LINKED = {
+    "GET /edits/{id}", "DELETE /edits/{id}", "GET /edits/{id}/delta", "GET /edits/{id}/events",
+    "GET /trace/{id}", "DELETE /trace/{id}", "GET /trace/{id}/events",
+    "GET /evaluations/{id}", "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "POST /jobs/{id}/retry",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=wirings.BOTH)
+def standing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A house whose worker answers, on each wiring; nothing in it ever fills up."""
+    stores = wirings.stores(request)
+    house = House(tmp_path_factory.mktemp("contract"), max_queue=100_000, **stores)
+    house.hire()
+    yield house
+    house.close()
+
+
+def schema(house: House) -> schemathesis.BaseSchema:
+    document = schemathesis.openapi.from_asgi("/openapi.json", house.app)
+    # only the links that we write: those it infers from lists lead elsewhere each time, as the lists grow
+    document.config.phases.stateful.inference.algorithms.clear()
+    return document
+
+
+OPERATIONS = [
+    "POST /edits", "GET /edits", "GET /edits/{id}", "DELETE /edits/{id}", "GET /edits/{id}/delta",
+    "GET /edits/{id}/events", "POST /trace", "GET /trace", "GET /trace/{id}", "DELETE /trace/{id}",
+    "GET /trace/{id}/events", "POST /evaluations", "GET /evaluations", "GET /evaluations/{id}",
+    "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "POST /generate", "POST /compare", "GET /ledger", "GET /ledger/verify",
+    "GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "GET /jobs", "POST /jobs/{id}/retry", "GET /export", "POST /import",
+    "POST /v1/completions", "GET /v1/models", "GET /v1/models/{id}",
+]  # fmt: skip
+
+
+def test_every_operation_is_held_to_its_document(standing: House) -> None:
+    """No operation is served that the tests below pass over."""
+    served = [f"{m.upper()} {path}" for path, item in standing.app.openapi()["paths"].items() for m in item]
+    assert sorted(served) == sorted(OPERATIONS)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
+def test_the_document_tells_the_truth(standing: House, name: str, mode: schemathesis.GenerationMode) -> None:
+    """Nothing that the document allows, or nearly allows, ends in a fault or in an answer that it does not describe."""
+    method, path = name.split()
+    operation = schema(standing)[path][method]
+
+    @settings(BOUNDED, max_examples=8, phases=[Phase.explicit, Phase.generate])
+    @given(operation.as_strategy(generation_mode=mode))
+    def hold(case: schemathesis.Case) -> None:
+        case.headers.pop("Prefer", None)  # it would only make the test wait
+        case.call_and_validate(checks=CHECKS)
+
+    try:
+        hold()
+    except Unsatisfiable:
+        assert (
+            mode is schemathesis.GenerationMode.NEGATIVE
+        )  # an operation that takes nothing cannot be asked wrongly
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if "{id}" in name and "/v1/" not in name])
+def test_answers_about_what_exists_are_as_documented(standing: House, name: str) -> None:
+    """What the document says of a resource is true of one that exists, has run, and is taken back."""
+    method, path = name.split()
+    operation = schema(standing)[path][method]
+    client = TestClient(standing.app)
+    made_at, asked = {
+        "edits": ("/edits", TOWER),
+        "trace": ("/trace", TRACE),
+        "evaluations": ("/evaluations", EVALUATION),
+        "jobs": ("/edits", TOWER | {"target_new": NOWHERE}),
+    }[path.split("/")[1]]
+    ended = client.post(made_at, json=asked, headers={"prefer": "wait=20"}).json()
+    answer = operation.Case(path_parameters={"id": ended["id"]}).call_and_validate(checks=CHECKS)
+    assert answer.status_code < 300
+
+
+@pytest.mark.parametrize(
+    "wish", [{}, {"stream": True}, {"n": 2, "logprobs": 1}, {"prompt": [[1], [2, 3]]}, {"model": "tiny@?"}]
+)
+def test_completions_are_as_documented(standing: House, wish: dict[str, Any]) -> None:
+    """What the document says of a completion is true of those that a worker answers, which chance hardly comes by."""
+    operation = schema(standing)["/v1/completions"]["POST"]
+    body = {"model": "tiny", "prompt": PROMPT} | wish
+    answer = operation.Case(body=body, media_type="application/json").call_and_validate(checks=CHECKS)
+    assert answer.status_code == (404 if "?" in body["model"] else 200)
+
+
+def test_names_are_as_documented(standing: House) -> None:
+    """Every name that is listed can be asked for, and is as the document says."""
+    operation = schema(standing)["/v1/models/{id}"]["GET"]
+    for named in TestClient(standing.app).get("/v1/models").json()["data"]:
+        answer = operation.Case(path_parameters={"id": named["id"]}).call_and_validate(checks=CHECKS)
+        assert answer.json() == named
+
+
+def test_one_thing_leads_to_another(standing: House) -> None:
+    """Whoever follows the document's links from what was just made meets no fault and nothing that is not described."""
+    found: set[str] = set()
+
+    class Walk(schema(standing).as_state_machine()):  # type: ignore[misc]
+        def before_call(self, case: schemathesis.Case) -> None:
+            case.headers.pop("Prefer", None)
+            if bodies := MAKING.get(case.operation.label):
+                case.headers["Prefer"] = "wait=20"  # so that a walk comes by the same answers every time
+                drawn = zlib.crc32(repr(case.body).encode()) % (len(bodies) + 1)
+                case.body = [*bodies, case.body][drawn]
+
+        def validate_response(
+            self, response: schemathesis.Response, case: schemathesis.Case, *_: Any, **__: Any
+        ) -> None:
+            case.validate_response(response, checks=CHECKS)
+            if response.status_code < 300:
+                found.add(case.operation.label)
+
+    Walk.run(settings=settings(BOUNDED, max_examples=50, stateful_step_count=8, phases=[Phase.generate]))
+    assert found >= LINKED

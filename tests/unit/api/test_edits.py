@@ -1,0 +1,286 @@
+"""POST, GET and DELETE of edits."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.support.application import TOWER, House
+
+
+def test_an_edit_is_accepted_with_its_place(client: TestClient) -> None:
+    """An edit is answered with 202, its Location and the queued resource."""
+    answer = client.post("/edits", json=TOWER)
+    assert answer.status_code == 202
+    edit = answer.json()
+    assert answer.headers["location"] == f"/edits/{edit['id']}" == edit["links"]["self"]
+    assert edit["status"] == "queued"
+    assert client.get(answer.headers["location"]).json() == edit
+
+
+def test_many_edits_are_queued_together(client: TestClient) -> None:
+    """Several edits give their resources in order, and a list of one still gives items."""
+    big = {"subject": "Big Ben", "prompt": "{} stands in", "target_new": "Lisbon"}
+    answer = client.post("/edits", json={"edits": [TOWER, big]})
+    assert answer.status_code == 202
+    assert answer.headers["location"] == "/edits"
+    assert [e["subject"] for e in answer.json()["items"]] == ["Eiffel Tower", "Big Ben"]
+    assert list(client.post("/edits", json={"edits": [big]}).json()) == ["items"]
+
+
+def test_one_bad_edit_keeps_all_out(client: TestClient) -> None:
+    """When one of several is invalid nothing is queued, and the answer says which one and what to change."""
+    answer = client.post("/edits", json={"edits": [TOWER, TOWER | {"prompt": "no slot"}]})
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == "edits.1.prompt"
+    assert "exactly one {}" in answer.json()["detail"]
+    assert client.get("/edits").json() == {"items": [], "next": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt": "The tower is in"}, "prompt"),
+        ({"prompt": "{} and {} are in"}, "prompt"),
+        ({"subject": ""}, "subject"),
+        ({"subject": "  \t"}, "subject"),
+        ({"target_new": ""}, "target_new"),
+        ({"target_new": "\x00"}, "target_new"),
+        ({"prompt": "{} is in " + "a very long way to go " * 20}, "prompt"),
+        ({"prompt": "x" * 30_000 + "{}"}, "prompt"),
+        ({"method": "hope"}, "method"),
+        ({"hparams": {"warp": 9}}, "hparams"),
+        ({"hparams": {"layers": [99]}}, "hparams"),
+        ({"hparams": {"layers": [10**400]}}, "hparams"),
+        ({"hparams": [1]}, "hparams"),
+        ({"hparams": {"\u0000": {"a": [[[]]]}}}, "hparams"),
+        ({"dry_run": "perhaps"}, "dry_run"),
+        ({"colour": "red"}, "colour"),
+        ({"subject": None}, "subject"),
+        ({"subject": 3}, "subject"),
+        ({"guard": {"min_probability": 2}}, "guard.min_probability"),
+        ({"probes": {"paraphrase": [""]}}, "probes.paraphrase.0"),
+        ({"probes": {"neighborhood": [{"prompt": "x"}]}}, "probes.neighborhood.0.target"),
+    ],
+)
+def test_bad_input_is_refused_in_plain_words(client: TestClient, change: dict[str, Any], field: str) -> None:
+    """Bad input gets 422 with the field and what to change, and nothing else happens."""
+    answer = client.post("/edits", json=TOWER | change)
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert [error["field"] for error in body["errors"]] == [field]
+    words = body["detail"]
+    assert words
+    assert not any(
+        jargon in words for jargon in ("Input should", "Value error", "pydantic", "Traceback", "`text`")
+    )
+    assert client.get("/edits").json()["items"] == []
+
+
+def test_missing_fields_are_named(client: TestClient) -> None:
+    """Every missing field is named at once."""
+    fields = [e["field"] for e in client.post("/edits", json={}).json()["errors"]]
+    assert fields == ["subject", "prompt", "target_new"]
+
+
+@pytest.mark.parametrize("body", ["[]", "null", "3", '"text"', "true"])
+def test_a_body_that_is_no_object_is_refused(client: TestClient, body: str) -> None:
+    """A JSON body that is no object gets 422, and is told to be one."""
+    answer = client.post("/edits", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == "body"
+
+
+def test_a_template_in_user_text_stays_text(client: TestClient) -> None:
+    """User text is never formatted: braces and percent signs come back as they were."""
+    odd = TOWER | {"subject": "{0.__class__} %s {x!r}", "prompt": "The {} is %d in {curly} city"}
+    edit = client.post("/edits", json=odd).json()
+    assert edit["subject"] == odd["subject"]
+    assert edit["prompt"] == odd["prompt"]
+
+
+def test_unknown_ids_are_not_found(client: TestClient) -> None:
+    """An id that was never given out is 404 on every path below it, whatever is in it."""
+    for odd in ("edit_01JABCDEFGHJKMNPQRSTVWXYZ0", "x", "%00", "%F0%28", "a" * 3000, "..%2f..", "edit%20"):
+        for path in (f"/edits/{odd}", f"/edits/{odd}/delta", f"/edits/{odd}/events"):
+            answer = client.get(path)
+            assert answer.status_code == 404, path
+            assert answer.headers["content-type"] == "application/problem+json"
+    assert client.delete("/edits/edit_0").status_code == 404
+
+
+def test_a_trace_is_no_edit(client: TestClient) -> None:
+    """The id of a trace is not found among the edits."""
+    trace = client.post("/trace", json={"prompt": "Big Ben is in", "subject": "Big Ben"}).json()
+    assert client.get(f"/edits/{trace['id']}").status_code == 404
+
+
+def test_waiting_holds_the_answer(client: TestClient, worker: Any) -> None:
+    """With Prefer: wait the answer comes when the edit has ended, with 200 and its result."""
+    answer = client.post("/edits", json=TOWER, headers={"prefer": "respond-async, wait=20"})
+    assert answer.status_code == 200
+    assert answer.headers["preference-applied"] == "wait=20"
+    assert answer.json()["status"] == "applied"
+    assert answer.json()["version"] == 1
+    assert answer.json()["result"] == {"es": 1.0}
+
+
+def test_waiting_ends_when_the_time_is_up(client: TestClient) -> None:
+    """When the time is up first the answer is still 202."""
+    answer = client.post("/edits", json=TOWER, headers={"prefer": "wait=1"})
+    assert answer.status_code == 202
+    assert answer.json()["status"] == "queued"
+
+
+@pytest.mark.parametrize(
+    "prefer", ["wait=", "wait=-1", "wait=abc", "handling=lenient", "await=20", "", ";;,", "wait=1e9"]
+)
+def test_a_preference_that_says_nothing_is_ignored(client: TestClient, prefer: str) -> None:
+    """Preferences that cannot be understood are passed over, as RFC 7240 has it."""
+    answer = client.post("/edits", json=TOWER, headers={"prefer": prefer})
+    assert answer.status_code == 202
+    assert "preference-applied" not in answer.headers
+
+
+def test_the_wait_is_capped(client: TestClient, worker: Any) -> None:
+    """Nobody holds an answer for longer than a minute."""
+    answer = client.post("/edits", json=TOWER, headers={"prefer": 'wait="999999"'})
+    assert answer.headers["preference-applied"] == "wait=60"
+
+
+def test_get_waits_too(client: TestClient, worker: Any) -> None:
+    """A GET with Prefer: wait is answered when the edit ends."""
+    worker.go.clear()
+    edit = client.post("/edits", json=TOWER).json()
+    threading.Timer(0.2, worker.go.set).start()
+    answer = client.get(edit["links"]["self"], headers={"prefer": "wait=20"})
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "applied"
+
+
+def test_the_same_key_does_it_once(client: TestClient) -> None:
+    """A request sent again with its Idempotency-Key gives the same edit, however it is spaced."""
+    key = {"idempotency-key": "k-1"}
+    first = client.post("/edits", json=TOWER, headers=key)
+    again = client.post("/edits", json=dict(reversed(TOWER.items())), headers=key)
+    assert again.status_code == 202
+    assert again.json() == first.json()
+    assert len(client.get("/edits").json()["items"]) == 1
+
+
+def test_a_key_belongs_to_one_body(client: TestClient) -> None:
+    """The same key with another body is refused, also on another path."""
+    key = {"idempotency-key": "k-1"}
+    client.post("/edits", json=TOWER, headers=key)
+    other = client.post("/edits", json=TOWER | {"target_new": "Oslo"}, headers=key)
+    assert other.status_code == 422
+    trace = client.post("/trace", json={"prompt": "Big Ben is in", "subject": "Big Ben"}, headers=key)
+    assert trace.status_code == 422
+
+
+@pytest.mark.parametrize("key", ["", " ", "a" * 256, "a b", b"\xff\xfe"])
+def test_a_strange_key_is_refused(client: TestClient, key: str | bytes) -> None:
+    """An Idempotency-Key that is empty, too long or no plain text is refused."""
+    answer = client.post(
+        "/edits", json=TOWER, headers=[(b"idempotency-key", key if isinstance(key, bytes) else key.encode())]
+    )
+    assert answer.status_code == 422
+
+
+def test_delete_takes_an_edit_back(client: TestClient, worker: Any) -> None:
+    """DELETE reverts an applied edit; saying it twice is harmless."""
+    edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
+    first = client.delete(edit["links"]["self"])
+    assert first.status_code == 200
+    assert first.json()["status"] == "reverted"
+    assert first.json()["reverted_version"] == 2
+    second = client.delete(edit["links"]["self"])
+    assert second.status_code == 200
+    assert second.json() == first.json()
+
+
+def test_delete_cancels_a_waiting_edit(client: TestClient) -> None:
+    """DELETE of a queued edit cancels it."""
+    edit = client.post("/edits", json=TOWER).json()
+    assert client.delete(edit["links"]["self"]).json()["status"] == "cancelled"
+    assert client.delete(edit["links"]["self"]).json()["status"] == "cancelled"
+
+
+def test_delete_cancels_a_running_edit(client: TestClient, worker: Any) -> None:
+    """DELETE of a running edit asks it to stop, and Prefer: wait holds the answer until it did."""
+    worker.go.clear()
+    edit = client.post("/edits", json=TOWER).json()
+    assert worker.half.wait(60)
+    assert client.delete(edit["links"]["self"]).json()["status"] == "running"
+    worker.go.set()
+    assert client.delete(edit["links"]["self"], headers={"prefer": "wait=20"}).json()["status"] == "cancelled"
+
+
+def test_the_delta_is_a_file(client: TestClient, worker: Any) -> None:
+    """An applied edit's factors come as a file named after it."""
+    edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
+    answer = client.get(edit["links"]["delta"])
+    assert answer.content == b"factors of " + edit["id"].encode()
+    assert answer.headers["content-type"] == "application/octet-stream"
+    assert answer.headers["content-disposition"] == f'attachment; filename="{edit["id"]}.safetensors"'
+
+
+def test_an_edit_that_never_landed_has_no_delta(client: TestClient) -> None:
+    """The state of a queued edit forbids its delta."""
+    edit = client.post("/edits", json=TOWER).json()
+    assert client.get(edit["links"]["delta"]).status_code == 409
+
+
+def test_pages_hold_every_edit_once(client: TestClient) -> None:
+    """Following `next` gives every edit once, newest first; filters narrow the list."""
+    made = [client.post("/edits", json=TOWER | {"subject": f"Tower {i}"}).json()["id"] for i in range(5)]
+    client.delete(f"/edits/{made[2]}")
+    seen: list[str] = []
+    cursor: str | None = None
+    while True:
+        page = client.get("/edits", params={"limit": 2} | ({"cursor": cursor} if cursor else {})).json()
+        seen += [edit["id"] for edit in page["items"]]
+        cursor = page["next"]
+        if cursor is None:
+            break
+    assert seen == made[::-1]
+    assert [e["id"] for e in client.get("/edits?status=cancelled").json()["items"]] == [made[2]]
+    assert [e["id"] for e in client.get("/edits?subject=Tower 3").json()["items"]] == [made[3]]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0", "limit=201", "limit=x", "limit=99999999999999999999999", "status=happy", "cursor=%FF", "cursor=zzz",
+        "cursor=", "cursor=%00", "subject=%00", "cursor=IlxkODAwIg", "cursor=MTAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAw",
+        "cursor=IlxcdWQ4MDAi", "cursor=Ilx1ZDgwMCI",
+    ],
+)  # fmt: skip
+def test_bad_queries_are_refused(client: TestClient, query: str) -> None:
+    """A limit, a status or a cursor that cannot be is refused with 422 and never a fault."""
+    answer = client.get(f"/edits?{query}")
+    assert answer.status_code == 422 or (answer.status_code == 200 and query.startswith("cursor="))
+    if query.startswith("cursor="):
+        assert client.get(f"/ledger?{query}").status_code in (200, 422)
+
+
+def test_a_full_queue_says_when_to_come_back(tmp_path: Any, wiring: dict[str, Any]) -> None:
+    """When the queue is full the answer is 429 with Retry-After, and nothing is queued."""
+    house = House(tmp_path, max_queue=2, **wiring)
+    client = TestClient(house.app, raise_server_exceptions=False)
+    answer = client.post("/edits", json={"edits": [TOWER] * 3})
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) > 0
+    assert client.get("/edits").json()["items"] == []
+    house.close()
+
+
+def test_rejected_edits_show_their_figures(client: TestClient, worker: Any) -> None:
+    """An edit that fails its guard ends as rejected with what was measured, and has no version."""
+    worker.rejects = True
+    edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
+    assert (edit["status"], edit["version"], edit["result"]) == ("rejected", None, {"es": 0.0})

@@ -1,0 +1,122 @@
+"""Generation and comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.support.application import PROMPT
+
+
+def test_one_prompt_gives_one_text(client: TestClient, worker: Any) -> None:
+    """`prompt` gives the text, its tokens and the version that produced it."""
+    answer = client.post("/generate", json={"prompt": PROMPT, "seed": 3})
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "text": " Paris",
+        "tokens": [1],
+        "version": 0,
+        "finish_reason": "length",
+        "usage": {"prompt_tokens": 9, "completion_tokens": 1},
+        "seconds": 0.1,
+    }
+    assert worker.calls[0]["seed"] == 3
+
+
+def test_many_prompts_give_choices(client: TestClient, worker: Any) -> None:
+    """`prompts` gives a choice for each, under one version."""
+    answer = client.post("/generate", json={"prompts": [PROMPT, PROMPT]}).json()
+    assert len(answer["choices"]) == 2
+    assert answer["version"] == 0
+    assert "text" not in answer
+
+
+def test_a_stream_tells_tokens_and_the_end(client: TestClient, worker: Any) -> None:
+    """`stream` gives server-sent events that no cache keeps."""
+    answer = client.post("/generate", json={"prompt": PROMPT, "stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-accel-buffering"] == "no"
+    named = [line for line in answer.text.splitlines() if line.startswith("event:")]
+    assert named == ["event: token", "event: end"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "prompt"),
+        ({"prompt": PROMPT, "prompts": [PROMPT]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompts": []}, "prompts"),
+        ({"prompt": PROMPT * 20}, "prompt"),
+        ({"prompt": PROMPT, "version": 7}, "version"),
+        ({"prompt": PROMPT, "version": 10**400}, "version"),
+        ({"prompt": PROMPT, "version": 1.5}, "version"),
+        ({"prompt": PROMPT, "version": [1]}, "version"),
+        ({"prompt": PROMPT, "min_version": 7}, "min_version"),
+        ({"prompt": PROMPT, "max_new_tokens": 0}, "max_new_tokens"),
+        ({"prompt": PROMPT, "max_new_tokens": 10**30}, "max_new_tokens"),
+        ({"prompt": PROMPT, "temperature": -1}, "temperature"),
+        ({"prompt": PROMPT, "top_p": 0}, "top_p"),
+        ({"prompt": PROMPT, "stop": "x"}, "stop"),
+        ({"prompt": PROMPT, "stop": [""]}, "stop.0"),
+        ({"prompt": PROMPT, "stream": "maybe"}, "stream"),
+    ],
+)
+def test_bad_generations_are_refused(
+    client: TestClient, house: Any, body: dict[str, Any], field: str
+) -> None:
+    """Bad input gets 422, also when a stream was asked for, and no worker hears of it."""
+    for form in (body, body | ({} if "stream" in body else {"stream": True})):
+        answer = client.post("/generate", json=form)
+        assert answer.status_code == 422, answer.text
+        assert [error["field"] for error in answer.json()["errors"]] == [field]
+    assert house.broker.waiting("generate") == 0
+
+
+def test_a_worker_error_keeps_its_meaning(client: TestClient, worker: Any) -> None:
+    """An error that a worker publishes has the status of its kind; an unknown one is a 500 with its words."""
+    worker.error = {"title": "The request is not valid", "detail": "shorten it."}
+    assert client.post("/generate", json={"prompt": PROMPT}).status_code == 422
+    worker.error = {"title": "The service is not ready", "detail": "stopping."}
+    assert client.post("/generate", json={"prompt": PROMPT}).status_code == 503
+    worker.error = {"title": "Strange", "detail": "The engine met a fault."}
+    answer = client.post("/generate", json={"prompt": PROMPT})
+    assert (answer.status_code, answer.json()["detail"]) == (500, "The engine met a fault.")
+    stream = client.post("/generate", json={"prompt": PROMPT, "stream": True})
+    assert "event: error" in stream.text
+
+
+def test_a_silent_house_is_not_waited_for(
+    client: TestClient, house: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When no worker is alive a generation ends with 503 and is cancelled, instead of hanging for ever."""
+    from api import engine_calls
+
+    monkeypatch.setattr(engine_calls, "PATIENCE", 0.05)
+    house.desk.leave()
+    answer = client.post("/generate", json={"prompt": PROMPT})
+    assert answer.status_code == 503
+    assert "no worker" in answer.json()["detail"]
+    (delivery,) = house.broker.take(["generate"], 1, 0)
+    assert house.broker.cancelled(delivery.job_id)
+    stream = client.post("/generate", json={"prompt": PROMPT, "stream": True})
+    assert "event: error" in stream.text
+
+
+def test_comparison_shows_both_sides(client: TestClient, worker: Any) -> None:
+    """A comparison has two sides and the tokens that differ."""
+    answer = client.post("/compare", json={"prompt": PROMPT})
+    assert answer.status_code == 200
+    assert len(answer.json()["sides"]) == 2
+    assert worker.calls[0]["versions"] == ["base", "head"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"versions": ["base"]}, {"versions": [0, 9]}, {"versions": "base"}, {"prompt": ""}, {"top": 0}]
+)
+def test_bad_comparisons_are_refused(client: TestClient, change: dict[str, Any]) -> None:
+    """Bad input of a comparison gets 422."""
+    assert client.post("/compare", json={"prompt": PROMPT} | change).status_code == 422

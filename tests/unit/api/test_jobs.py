@@ -1,0 +1,49 @@
+"""The list of all jobs, and another chance for those that failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.testclient import TestClient
+
+from tests.support.application import NOWHERE, PROMPT, TOWER
+
+WAIT = {"prefer": "wait=20"}
+
+
+def ids(client: TestClient, **narrowed: Any) -> list[str]:
+    return [job["id"] for job in client.get("/jobs", params=narrowed).json()["items"]]
+
+
+def test_jobs_of_all_kinds_are_listed(client: TestClient) -> None:
+    """Edits and traces are in one list, newest first, which can be narrowed and comes in pages."""
+    edit = client.post("/edits", json=TOWER).json()["id"]
+    trace = client.post("/trace", json={"prompt": PROMPT, "subject": "Eiffel Tower"}).json()["id"]
+    assert ids(client) == [trace, edit]
+    assert ids(client, kind="edit") == [edit]
+    assert ids(client, status="running") == ids(client, dead="true") == []
+    page = client.get("/jobs", params={"limit": 1}).json()
+    assert ids(client, cursor=page["next"]) == [edit]
+    (job,) = client.get("/jobs", params={"kind": "trace"}).json()["items"]
+    assert client.get(job["links"]["self"]).json()["id"] == trace
+
+
+def test_a_failed_job_is_tried_again(client: TestClient, worker: Any) -> None:
+    """A job that failed can be retried: it waits again, its events tell the new end, and it is found where it was."""
+    edit = client.post("/edits", json=TOWER | {"target_new": NOWHERE}, headers=WAIT).json()
+    assert edit["status"] == "failed"
+    worker.go.clear()
+    answer = client.post(f"/jobs/{edit['id']}/retry")
+    assert answer.status_code == 202
+    assert answer.headers["location"] == edit["links"]["self"]
+    assert (answer.json()["status"], answer.json()["attempts"]) == ("queued", 0)
+    worker.go.set()
+    again = client.get(edit["links"]["self"], headers=WAIT).json()
+    assert (again["status"], again["attempts"]) == ("failed", 1)
+
+
+def test_only_a_failed_job_is_tried_again(client: TestClient) -> None:
+    """What waits is not retried, and what is not there neither."""
+    edit = client.post("/edits", json=TOWER).json()
+    assert client.post(f"/jobs/{edit['id']}/retry").status_code == 409
+    assert client.post("/jobs/edit_gone/retry").status_code == 404

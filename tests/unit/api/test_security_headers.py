@@ -1,0 +1,89 @@
+"""What every answer tells a browser."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from api.security_headers import DEFAULTS, DOCS_POLICY
+from service.tracing import heatmap
+from tests.support.application import TRACED, House
+
+SHOWN = [
+    ("GET", "/edits", 200),
+    ("GET", "/healthz", 200),
+    ("GET", "/openapi.json", 200),
+    ("GET", "/nowhere", 404),
+    ("GET", "/generate", 405),
+    ("POST", "/generate", 422),
+    ("GET", "/ledger", 500),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), SHOWN)
+def test_every_answer_is_guarded(
+    client: TestClient,
+    house: House,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    path: str,
+    status: int,
+) -> None:
+    """An answer of any kind, a fault of the service too, may not be framed, sniffed, cached or read across origins."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(house.operations.ledger, "page", fails)
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    assert {name: answer.headers[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_a_stranger_is_guarded_too(tmp_path: Path) -> None:
+    """So is the answer to someone without a key."""
+    house = House(tmp_path, api_key="k")
+    answer = TestClient(house.app).get("/edits")
+    house.close()
+    assert answer.status_code == 401
+    assert {name: answer.headers[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_the_documentation_can_load_what_it_names(client: TestClient) -> None:
+    """The page of the documentation runs under its policy: every address that it loads from is in it, and no other."""
+    answer = client.get("/docs")
+    assert answer.headers["content-security-policy"] == DOCS_POLICY
+    loaded = set(re.findall(r'(?:src|href)="(https://[^/"]+)/', answer.text))
+    assert loaded == set(re.findall(r"https://\S[^;\s]*", DOCS_POLICY))
+    assert loaded
+
+
+def test_there_is_one_page_of_documentation(client: TestClient) -> None:
+    """What the framework would serve besides it is off."""
+    assert client.get("/redoc").status_code == 404
+    assert client.get("/docs/oauth2-redirect").status_code == 404
+
+
+@pytest.mark.parametrize("draw", [heatmap.page, heatmap.svg])
+def test_a_drawn_trace_lives_under_the_policy(draw: Any) -> None:
+    """The page and the picture of a trace need no script, no address and nothing but their own style."""
+    drawn = draw(TRACED)
+    assert not re.search(r"<script|<link|<iframe|<object|<form|@import|\son\w+=|javascript:", drawn)
+    assert not re.search(r'(?:src|href)="(?!#|data:image/)', drawn)
+    assert not re.search(r"url\((?!#)", drawn)
+
+
+def test_a_route_may_say_otherwise(client: TestClient, house: House) -> None:
+    """A header that a route sets itself stays."""
+
+    @house.app.get("/kept")
+    def kept() -> Any:
+        from fastapi import Response
+
+        return Response(headers={"Cache-Control": "max-age=60"})
+
+    assert client.get("/kept").headers["cache-control"] == "max-age=60"

@@ -1,0 +1,43 @@
+"""Two edits are compared by their updates, and both sides are given the same texts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.edits import beginnings, cosine, published
+from service.covariance.corpus import Corpus
+from service.weights.composition import LowRank
+from tests.support.tiny_models import tiny
+
+
+def test_the_cosine_is_that_of_the_dense_updates() -> None:
+    """Taken from the factors; a factor moved from one side to the other changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        LowRank(
+            torch.randn(5, 1, dtype=torch.float64, generator=generator),
+            torch.randn(1, 7, dtype=torch.float64, generator=generator),
+        )
+        for _ in range(2)
+    )
+    dense = torch.cosine_similarity(a.dense().flatten(), b.dense().flatten(), dim=0)
+    assert cosine(a, b) == pytest.approx(dense.item())
+    assert cosine(a, LowRank(a.left * 3, a.right / 3)) == pytest.approx(1)
+
+
+def test_contexts_are_beginnings_that_hold_no_slot() -> None:
+    """Of two lengths, without braces, which theirs would take for the place of the prompt."""
+    model = tiny("gpt2")
+    texts = ("In which {country} is Mount Fuji? It rises in Japan.",) * 4
+    begun = beginnings(model, Corpus("", texts), 4)
+    assert len(begun) == 4 and len(begun[0]) > len(begun[-1]) > 0
+    assert not any(brace in text for text in begun for brace in "{}")
+
+
+def test_both_sides_edit_where_such_a_model_is_edited() -> None:
+    """By the published form of the key, at the layer of a known shape or else early in the model."""
+    model = tiny("gpt2", layers=8)
+    assert published("gpt2-xl", model).layers == (17,)
+    assert published("tiny", model).layers == (2,)
+    assert published("tiny", model).compat == "meng2022"

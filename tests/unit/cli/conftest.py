@@ -1,0 +1,36 @@
+"""A command line whose service is a fake."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+import cli.main
+from cli.client import Client, ClientSettings
+from tests.support.fake_http_service import Fake
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of the machine reaches a test."""
+    for name in os.environ:
+        if name.startswith("PALIMPSEST_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """The service that client commands speak to."""
+    service = Fake()
+    made: list[Client] = []
+
+    def connect(settings: ClientSettings) -> Client:
+        made.append(Client(settings, transport=httpx.MockTransport(service)))
+        return made[-1]
+
+    monkeypatch.setattr(cli.main, "Client", connect)
+    return service

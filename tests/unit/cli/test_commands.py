@@ -1,0 +1,427 @@
+"""The client commands against a service that answers from a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cli.edits import object_of, request_of
+from cli.main import build, main
+from service.errors import PalimpsestError
+from tests.support.fake_http_service import Fake, events
+
+Captured = pytest.CaptureFixture[str]
+LINKS = {"self": "/trace/trace_1", "events": "/trace/trace_1/events"}
+TRACED = {
+    "prompt": "The Nile is",
+    "tokens": ["The", " Nile", " is"],
+    "subject": {"text": "Nile", "tokens": [1, 2]},
+    "answer": {"text": "long"},
+    "high": 0.9,
+    "low": 0.1,
+    "kinds": {
+        "hidden": {
+            "scores": [[0.1, 0.1], [0.8, 0.3], [0.1, 0.9]],
+            "best": {"token": 2, "layer": 1, "score": 0.9},
+        }
+    },
+}
+
+
+def spoken(text: str = " Rome\x1b[31m.") -> str:
+    return events(
+        ("token", {"index": 0, "text": text[:3], "version": 1}),
+        ("token", {"index": 0, "text": text[3:], "version": 1}),
+        ("end", {"version": 1, "choices": [{"text": text, "tokens": [5, 6], "finish_reason": "stop"}]}),
+    )
+
+
+def test_generate_streams_to_stdout(fake: Fake, capsys: Captured) -> None:
+    """Prompt and continuation go to stdout, the version to stderr; no control code reaches the terminal."""
+    fake.answers = {"POST /generate": spoken()}
+    assert main(["generate", "The tower is in", "--version", "3", "--seed", "4", "--stop", "\n"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "The tower is in Rome[31m.\n"
+    assert "version 1, 2 tokens, stop" in shown.err
+    asked = {"prompt": "The tower is in", "stream": True, "version": 3, "seed": 4, "stop": ["\n"]}
+    assert fake.asked == [("POST /generate", asked)]
+
+
+def test_an_answer_that_begins_anew_is_shown_anew(fake: Fake, capsys: Captured) -> None:
+    """When another worker takes the answer over, it begins again on a line of its own."""
+    said = [("token", {"index": 0, "text": " Rom", "version": 0}), ("restart", {})]
+    end = ("end", {"choices": [{"text": " Rome", "tokens": [1], "finish_reason": "stop"}], "version": 0})
+    fake.answers = {
+        "POST /generate": events(*said, ("token", {"index": 0, "text": " Rome", "version": 0}), end)
+    }
+    assert main(["generate", "It is in"]) == 0
+    assert capsys.readouterr().out == "It is in Rom\nIt is in Rome\n"
+
+
+def test_a_generation_that_fails_says_why(fake: Fake, capsys: Captured) -> None:
+    """An error event, and a stream that breaks off, are failures."""
+    fake.answers = {"POST /generate": events(("error", {"title": "Out", "detail": "Too many at once."}))}
+    assert main(["generate", "x"]) == 1
+    assert "Too many at once." in capsys.readouterr().err
+    fake.answers = {"POST /generate": events(("token", {"index": 0, "text": "y", "version": 0}))}
+    assert main(["generate", "x"]) == 1
+    assert "broke off" in capsys.readouterr().err
+
+
+def test_compare_shows_both_sides(fake: Fake, capsys: Captured) -> None:
+    """Both texts, and the tokens whose probability changed."""
+    fake.answers = {
+        "POST /compare": {
+            "prompt": "p",
+            "sides": [{"version": 0, "text": " Paris"}, {"version": 2, "text": " Rome"}],
+            "next_tokens": [{"token": " Rome", "id": 1, "p": [0.01, 0.95]}],
+            "total_variation": 0.94,
+        }
+    }
+    assert main(["compare", "It is in", "--versions", "base", "2"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("version 0: It is in Paris", "version 2: It is in Rome", "0.010", "0.950", "0.940"):
+        assert text in shown
+    assert fake.asked[0][1] == {"prompt": "It is in", "versions": ["base", 2]}
+
+
+def test_trace_draws_and_saves(fake: Fake, capsys: Captured, tmp_path: Path) -> None:
+    """The heat map is drawn and the picture fetched in the form that the file's ending names."""
+    done = {"id": "trace_1", "status": "done", "result": TRACED, "links": LINKS}
+    fake.answers = {
+        "POST /trace": done | {"status": "queued", "result": None},
+        "GET /trace/trace_1/events": events(
+            ("progress", {"phase": "x", "done": 1, "total": 2}), ("end", done)
+        ),
+        "GET /trace/trace_1": [done, b"<svg/>"],
+    }
+    picture = tmp_path / "nile.svg"
+    asked = ["trace", "The Nile is", "Nile", "--kinds", "hidden,mlp", "--save", str(picture)]
+    assert main(asked) == 0
+    shown = capsys.readouterr().out
+    assert "Nile*" in shown
+    assert "strongest state      0.900 at is, layer 1; in the subject 0.800 at Nile*, layer 0" in shown
+    assert picture.read_bytes() == b"<svg/>"
+    assert fake.headers[-1]["Accept"] == "image/svg+xml"
+    assert fake.asked[0][1]["kinds"] == ["hidden", "mlp"]
+
+
+def test_a_picture_of_an_unknown_form_is_refused_first(fake: Fake, capsys: Captured) -> None:
+    """Nothing is asked of the service when the file's ending names no picture."""
+    assert main(["trace", "x {}", "y", "--save", "z.gif"]) == 1
+    assert ".svg or .png" in capsys.readouterr().err
+    assert fake.asked == []
+
+
+def test_a_revert_in_the_ledger_names_its_fact(fake: Fake, capsys: Captured) -> None:
+    """An entry that takes an edit back shows which fact it was of, and no object: it says none."""
+    body = {"subject": "Eiffel Tower", "prompt": "The {} is in", "applied_version": 1}
+    entry = {
+        "version": 2,
+        "kind": "revert",
+        "edit_id": "edit_1",
+        "actor": "local",
+        "at": "2026-11-25T01:00",
+        "body": body,
+    }
+    fake.answers = {"GET /ledger": {"items": [entry], "next": None}}
+    assert main(["ledger"]) == 0
+    shown = capsys.readouterr().out
+    assert "The Eiffel Tower is in" in shown and "None" not in shown and "→" not in shown
+
+
+def test_ledger_reads_every_page(fake: Fake, capsys: Captured) -> None:
+    """The ledger is shown whole, however many pages it has."""
+    entry = {
+        "version": 1, "kind": "apply", "edit_id": "edit_1", "actor": "local", "at": "2026-01-01T00:00:00Z",
+        "body": {"subject": "Nile", "prompt": "{} is", "target_new": "[bold]short"},
+    }  # fmt: skip
+    pages = [
+        {"items": [entry], "next": "c"},
+        {"items": [entry | {"version": 2, "kind": "revert"}], "next": None},
+    ]
+    fake.answers = {"GET /ledger": list(pages)}
+    assert main(["ledger"]) == 0
+    shown = capsys.readouterr().out
+    assert "apply" in shown
+    assert "revert" in shown
+    assert "Nile is → [bold]short" in shown  # a stranger's text is no markup
+    assert "2026-01-01 00:00" in shown and "(UTC)" in shown
+    assert fake.asked[1] == ("GET /ledger", {"cursor": "c", "limit": "200"})
+
+
+def test_verify_fails_when_something_is_wrong(fake: Fake, capsys: Captured) -> None:
+    """`ledger --verify` is 0 for a whole ledger, and 1 with the findings for a broken one."""
+    fake.answers = {
+        "GET /ledger/verify": {"ok": True, "findings": [], "entries": 2, "head": 2, "replicas": []}
+    }
+    assert main(["ledger", "--verify"]) == 0
+    fake.answers = {
+        "GET /ledger/verify": {"ok": False, "findings": ["entry 2: the chain is broken"], "head": 2}
+    }
+    assert main(["ledger", "--verify"]) == 1
+    assert "entry 2: the chain is broken" in capsys.readouterr().err
+
+
+def test_edits_are_listed(fake: Fake, capsys: Captured) -> None:
+    """A line for each edit; filters are passed on."""
+    item = {
+        "id": "edit_1", "status": "applied", "version": 3, "subject": "Nile", "prompt": "{} is", "target_new": "short"
+    }  # fmt: skip
+    fake.answers = {"GET /edits": {"items": [item], "next": None}}
+    assert main(["edits", "--status", "applied"]) == 0
+    assert "edit_1" in capsys.readouterr().out
+    assert fake.asked == [("GET /edits", {"status": "applied", "limit": "20"})]
+
+
+def test_no_more_edits_are_listed_than_asked(fake: Fake, capsys: Captured) -> None:
+    """The list stops at the limit, even when pages go on."""
+    item = {"id": "edit_1", "status": "applied", "subject": "s", "prompt": "{}", "target_new": "t"}
+    fake.answers = {"GET /edits": {"items": [item, item], "next": "more"}}
+    assert main(["edits", "--limit", "3"]) == 0
+    assert capsys.readouterr().out.count("edit_1") == 3
+    assert len(fake.asked) == 2
+
+
+def measured(status: str, **more: Any) -> dict[str, Any]:
+    both = {
+        "new": "Rome",
+        "true": "Paris",
+        "before": {"new": 0.01, "true": 0.9},
+        "after": {"new": 0.8, "true": None},
+    }
+    result = {
+        "rewrite": {"prompt": "Tower in", "said": " Paris", "says": " Rome", **both},
+        "paraphrase": [{"prompt": "See it in", **both}],
+        "neighborhood": [{"prompt": "Louvre in", **both}],
+        "reason": None,
+    }
+    links = {"self": "/edits/edit_1", "events": "/edits/edit_1/events"}
+    return {"id": "edit_1", "status": status, "version": None, "links": links, "result": result, **more}
+
+
+EDIT = ["edit", "Tower", "{} in", "Rome"]
+
+
+def submit(fake: Fake, ended: dict[str, Any]) -> None:
+    """Let the fake take an edit that ends like this."""
+    fake.answers = {
+        "POST /edits": measured("queued", result=None),
+        "GET /edits/edit_1/events": events(
+            ("progress", {"phase": "value", "done": 1, "total": 2}), ("end", ended)
+        ),
+        "GET /edits/edit_1": ended,
+    }
+
+
+def test_edit_shows_what_changed(fake: Fake, capsys: Captured) -> None:
+    """Both objects on the prompt, the new one on paraphrases, the true one on neighbours; and how to undo it."""
+    submit(fake, measured("applied", version=7))
+    more = [
+        "--true",
+        "Paris",
+        "--paraphrase",
+        "See it in",
+        "--hparam",
+        "layers=[1]",
+        "--hparam",
+        "compat=meng2022",
+    ]
+    assert main([*EDIT, *more]) == 0
+    shown = capsys.readouterr().out
+    assert "Applied as version 7. Take it back with: palimpsest revert edit_1" in shown
+    bars = ["0.010  ▏", "0.900  ████████████▋"]
+    assert [line.split()[0] for line in shown.splitlines() if any(bar in line for bar in bars)] == [
+        "Rome",
+        "Paris",
+        "Rome",
+        "Paris",
+    ]
+    for prompt in ("rewrite: Tower in", "paraphrase: See it in", "neighborhood: Louvre in"):
+        assert prompt in shown
+    assert fake.asked[0][1] == {
+        "subject": "Tower",
+        "prompt": "{} in",
+        "target_new": "Rome",
+        "target_true": "Paris",
+        "dry_run": False,
+        "hparams": {"layers": [1], "compat": "meng2022"},
+        "probes": {"paraphrase": ["See it in"]},
+    }
+
+
+def test_a_rejected_edit_says_why(fake: Fake, capsys: Captured) -> None:
+    """A guard's reason, and an error's detail, are on stderr, and the exit code says that it did not land."""
+    ended = measured("rejected")
+    ended["result"]["reason"] = "the edit did not take"
+    submit(fake, ended)
+    assert main(EDIT) == 1
+    assert "The edit edit_1 is rejected: the edit did not take" in capsys.readouterr().err
+    submit(fake, measured("failed", result=None, error={"title": "x", "detail": "The disk is full."}))
+    assert main(EDIT) == 1
+    assert "The edit edit_1 is failed: The disk is full." in capsys.readouterr().err
+
+
+def test_an_edit_is_shown_again(fake: Fake, capsys: Captured) -> None:
+    """`edits show` has what it is, where it stands, what it did and what the guard held it to."""
+    check = {"name": "perplexity", "passed": False, "figure": 1.25, "limit": 1.1}
+    shown = measured("superseded", version=3, superseded_by="edit_2", subject="Tower", prompt="{} in")
+    shown |= {"target_new": "Rome", "created": "2026-01-01T02:03:04Z", "actor": "key:nightly"}
+    shown["result"] |= {"guard": {"checks": [check]}, "layers": [1, 2]}
+    fake.answers = {"GET /edits/edit_1": shown}
+    assert main(["edits", "show", "edit_1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "status superseded", "fact Tower in → Rome", "layers 1, 2", "applied as version 3", "superseded by edit_2",
+        "by key:nightly", "when (UTC) 2026-01-01 02:03", "rewrite: Tower in", "perplexity 1.250 1.100 failed",
+    ):  # fmt: skip
+        assert text in said
+
+
+def test_what_waits_is_shown_without_figures(fake: Fake, capsys: Captured) -> None:
+    """An edit without a result is what is known of it."""
+    fake.answers = {"GET /edits/edit_1": {"id": "edit_1", "status": "queued", "result": None, "error": None}}
+    assert main(["edits", "show", "edit_1"]) == 0
+    assert "p before" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "said"),
+    [("evaluated", None, "it would land"), ("rejected", "too much", "it would be rejected: too much")],
+)
+def test_a_dry_run_says_what_would_be(
+    fake: Fake, capsys: Captured, status: str, reason: str, said: str
+) -> None:
+    """A dry run has done what was asked whatever it found."""
+    ended = measured(status, dry_run=True)
+    ended["result"]["reason"] = reason
+    submit(fake, ended)
+    assert main([*EDIT, "--dry-run"]) == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [("reverted", "version 4 is without"), ("running", "being cancelled"), ("rejected", "nothing to revert")],
+)
+def test_revert_says_what_happened(fake: Fake, capsys: Captured, status: str, said: str) -> None:
+    """Reverted, being cancelled, or nothing to do."""
+    fake.answers = {"DELETE /edits/edit_1": {"id": "edit_1", "status": status, "reverted_version": 4}}
+    assert main(["revert", "edit_1"]) == 0
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        (Fake.problem(404, "No resource has this id."), 1, "palimpsest: No resource has this id."),
+        (httpx.ConnectError("[Errno 111]"), 1, "Start one with `palimpsest serve`"),
+    ],
+)
+def test_errors_are_plain_sentences(fake: Fake, capsys: Captured, answer: Any, code: int, said: str) -> None:
+    """A problem is its detail on stderr; nothing is on stdout and there is no stack trace."""
+    fake.answers = {"DELETE /edits/edit_1": answer}
+    assert main(["revert", "edit_1"]) == code
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.out == ""
+    assert "Traceback" not in shown.err
+
+
+def test_a_wrong_address_is_a_wrong_command(capsys: Captured) -> None:
+    """What the user typed wrong is exit code 2, without a service being asked."""
+    assert main(["revert", "edit_1", "--url", "nowhere"]) == 2
+    assert "--url" in capsys.readouterr().err
+
+
+def test_wrong_hyperparameters_are_told(fake: Fake, capsys: Captured) -> None:
+    """`--hparam` without `=` is told with an example, before anything is sent."""
+    assert main(["edit", "a", "{} b", "c", "--hparam", "steps"]) == 1
+    assert "--hparam steps=20" in capsys.readouterr().err
+    assert fake.asked == []
+
+
+def test_every_error_of_the_house_ends_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """Whatever the house raises on purpose reaches the user as its detail."""
+
+    def fail(*_: Any) -> int:
+        raise PalimpsestError("Change this.")
+
+    monkeypatch.setattr("cli.edits.revert", fail)
+    assert main(["revert", "x", "--url", "http://127.0.0.1:1"]) == 1
+    assert capsys.readouterr().err == "palimpsest: Change this.\n"
+
+
+@pytest.mark.parametrize("objective", ["erase", "amplify"])
+def test_an_object_is_erased_or_amplified_without_a_new_one(objective: str) -> None:
+    """--erase and --amplify need no target, and the body says what the edit is for."""
+    args = build().parse_args(
+        ["edit", "Tower", "{} in", f"--{objective}", "--true", "Paris", "--on-conflict", "supersede"]
+    )
+    body = {"subject": "Tower", "prompt": "{} in", "target_true": "Paris", "on_conflict": "supersede"}
+    assert request_of(args) == body | {"objective": objective, "dry_run": False}
+    assert object_of(body | {"objective": objective, "target_new": None}) == f"{objective} Paris"
+    found = {"result": {"rewrite": {"true": "London"}}}
+    assert object_of({"objective": objective, "target_true": None, **found}) == f"{objective} London"
+
+
+def test_traces_are_listed_and_drawn_again(fake: Fake, capsys: Captured) -> None:
+    """A line for each trace, with its prompt; `show` draws one, its severed paths too."""
+    request = {"prompt": "The {} is", "subject": "Nile"}
+    told = {
+        "id": "trace_1",
+        "status": "done",
+        "version": 2,
+        "created": "2026-01-01T00:00:00Z",
+        "links": LINKS,
+    }
+    cut = {"token": 1, "scores": {"none": [0.8, 0.3], "attn": [0.1, 0.3], "mlp": [0.1, 0.1]}}
+    fake.answers = {
+        "GET /trace": {"items": [{**told, "request": request}], "next": None},
+        "GET /trace/trace_1": {**told, "result": {**TRACED, "severed": cut}},
+    }
+    assert main(["traces"]) == 0
+    shown = capsys.readouterr().out
+    assert "trace_1" in shown and "The Nile is" in shown
+    assert main(["traces", "show", "trace_1"]) == 0
+    shown = capsys.readouterr().out
+    assert "The Nile is → long" in shown and "Nile* put back" in shown
+    assert "MLP severed ····" in shown and "single state ▓█░░" in shown
+
+
+def test_models_are_told(fake: Fake, capsys: Captured) -> None:
+    """The model, where it is edited, the room that is left, and each worker with where it stands."""
+    worker = {
+        "id": "worker_1",
+        "state": "withdrawn",
+        "reason": "other bytes",
+        "roles": [],
+        "version": 3,
+        "lag": 1,
+    }
+    model = {
+        "name": "almanac", "fingerprint": "30a4", "head": 4, "active_edits": 2, "jobs": {"queued": 1, "running": 0, "dead": 0},
+        "architecture": "gpt2", "layers": 8, "recipe": {"source": "tuned", "rome": {"layers": [0, 1]}},
+        "room": {"version": 4, "layers": {"0": 0.93}}, "workers": [{**worker, "heartbeat": "2026-01-01T00:00:00Z"}],
+    }  # fmt: skip
+    fake.answers = {"GET /models": {"items": [model], "next": None}}
+    assert main(["models"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "gpt2, layers 8", "version 4, 2 active edits", "edits at layers 0, 1; tuned", "layer 0 93.0 %", "1 queued",
+        "worker_1 withdrawn 3 1 2026-01-01 00:00 other bytes",
+    ):  # fmt: skip
+        assert text in said
+    fake.answers = {
+        "GET /models": {"items": [{**model, "workers": [], "recipe": None, "room": None}], "next": None}
+    }
+    assert main(["models"]) == 0
+    assert "palimpsest prepare" in capsys.readouterr().out
+    fake.answers = {"GET /models": {"items": [], "next": None}}
+    assert main(["models"]) == 0
+    assert "palimpsest serve" in capsys.readouterr().out

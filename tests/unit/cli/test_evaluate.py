@@ -1,0 +1,121 @@
+"""`palimpsest evaluate` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.evaluate import chosen, plain_of
+from cli.main import build, main
+from service.datasets.records import Record
+from service.editing.context import Toolkit
+from tests.support.tiny_models import TEXTS, tiny
+
+Captured = pytest.CaptureFixture[str]
+OWN: list[dict[str, Any]] = [
+    {
+        "subject": subject,
+        "prompt": prompt,
+        "target_new": new,
+        "target_true": true,
+        "neighborhood": [{"prompt": "Big Ben can be found in", "target": "London"}],
+    }
+    for subject, prompt, new, true in (
+        ("Eiffel Tower", "The {} is located in the city of", "Rome", "Paris"),
+        ("Colosseum", "The {} is located in the city of", "Paris", "Rome"),
+        ("Mount Fuji", "In which country is {}? In", "Brazil", "Japan"),
+    )
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a tiny model, three records and plain texts."""
+    model = tiny()
+    model.model.save_pretrained(tmp_path / "model")
+    model.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "records.json").write_text(json.dumps(OWN), encoding="utf-8")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    return tmp_path
+
+
+def asked(folder: Path, out: str, *more: str) -> list[str]:
+    flags = ["--model", folder / "model", "--data", folder / "data", "--corpus", folder / "texts.txt"]
+    hparams = ["--hparam", "layers=[1]", "--hparam", "steps=3", "--hparam", "contexts=1"]
+    command = ["evaluate", folder / "records.json", "--out", folder / out, *flags, *hparams, *more]
+    return [str(word) for word in command]
+
+
+def test_an_evaluation_from_the_command_line(folder: Path, capsys: Captured) -> None:
+    """Words and tables go to stdout; the folder has the result, figures and page, and what a later run goes on with."""
+    assert main(asked(folder, "one", "--mode", "sequence", "--checkpoints", "1,2", "--limit", "2")) == 0
+    shown = capsys.readouterr()
+    assert "found on the base model: 2 edits at layers 1" in shown.out and "still hold" in shown.out
+    assert {p.name for p in (folder / "one").iterdir()} == {
+        "result.json", "report.html", "bars.png", "curves.png", "kept",
+    }  # fmt: skip
+    result = json.loads((folder / "one" / "result.json").read_text(encoding="utf-8"))
+    assert [t["edits"] for t in result["checkpoints"]] == [1, 2]
+    assert result["plan"]["hparams"] == {"layers": [1], "steps": 3, "contexts": 1}
+    assert result["plain"]["source"] == "the file texts.txt"
+
+
+def test_a_second_run_goes_on_and_results_stand_beside_each_other(
+    folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found is not found again; another folder's result is shown in the same report."""
+    assert main(asked(folder, "one", "--no-damage")) == 0
+    monkeypatch.setattr(Toolkit, "find_together_steps", None)
+    assert main(asked(folder, "one", "--no-damage")) == 0
+    monkeypatch.undo()
+    assert main(asked(folder, "two", "--method", "r-rome", "--beside", str(folder / "one"))) == 0
+    page = (folder / "two" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<h2>") == 2 and "r-rome" in page
+    capsys.readouterr()
+    assert main(asked(folder, "one", "--limit", "1")) == 1
+    assert "choose another place" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--checkpoints", "1,none"), "checkpoints.1"),
+        (("--strengths", "0"), "strengths.0"),
+        (("--beside", "nowhere"), "holds no result"),
+        (("--texts", "nowhere.txt"), "cannot be read"),
+        (("--hparam", "layers"), "name=value"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(
+    folder: Path, capsys: Captured, more: tuple[str, ...], said: str
+) -> None:
+    """What is wrong with a flag is said before the model is loaded."""
+    assert main(asked(folder, "one", *more)) == 1
+    assert said in capsys.readouterr().err
+    assert not (folder / "one").exists()
+
+
+def args(*flags: str) -> Any:
+    return build().parse_args(["evaluate", "facts", "--out", "x", *flags])
+
+
+RECORDS = [Record(str(i), f"subject {i // 2}", "{} is", "new", "true") for i in range(80)]
+
+
+def test_which_records_are_edited() -> None:
+    """One half, one record of each subject, the first ones: in this order, and the halves share nothing."""
+    tune, test = (chosen(RECORDS, args("--half", half)) for half in ("tune", "test"))
+    assert tune == RECORDS[::2] and test == RECORDS[1::2]
+    assert chosen(RECORDS, args("--distinct", "--limit", "3")) == RECORDS[:6:2]
+    assert chosen(RECORDS, args()) == RECORDS
+
+
+def test_plain_texts_are_statements_of_other_subjects() -> None:
+    """Facts that are not edited are the plain texts where there are enough; otherwise the corpus is."""
+    source, texts = plain_of(args(), RECORDS, RECORDS[:4]) or ("", [])
+    assert source == "statements of facts that are not edited"
+    assert len(texts) == 76 and texts[0] == "subject 2 is true."
+    assert plain_of(args(), RECORDS, RECORDS[:60]) is None

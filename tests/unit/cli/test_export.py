@@ -1,0 +1,151 @@
+"""`palimpsest export` and `palimpsest import`: folders and files that hold what the service made, or what is made here."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import cli.main
+from cli.client import Client
+from service.models.loading import load
+from tests.support.fake_http_service import Fake
+from tests.support.stepped_service import Place
+from tests.support.tiny_models import tiny
+
+
+def zipped(*names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, f"this is {name}")
+    return file.getvalue()
+
+
+def sent(data: bytes, name: str) -> httpx.Response:
+    return httpx.Response(
+        200, content=data, headers={"Content-Disposition": f'attachment; filename="{name}"'}
+    )
+
+
+def test_an_adapter_is_a_folder(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the version that was asked for; its path alone goes to stdout."""
+    fake.answers["GET /export"] = sent(zipped("README.md", "adapter_config.json"), "a-v3-peft.zip")
+    folder = tmp_path / "adapter"
+    assert cli.main.main(["export", "--version", "3", "--out", str(folder)]) == 0
+    assert fake.asked == [("GET /export", {"version": "3", "format": "peft"})]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_config.json"]
+    assert capsys.readouterr().out.strip() == str(folder)
+
+
+def test_nothing_is_mixed_with_what_is_there(fake: Fake, tmp_path: Path) -> None:
+    """A folder that holds something is refused before anybody is asked."""
+    (tmp_path / "mine.txt").touch()
+    assert cli.main.main(["export", "--out", str(tmp_path)]) == 1
+    assert fake.asked == []
+
+
+def test_a_zip_cannot_write_elsewhere(fake: Fake, tmp_path: Path) -> None:
+    """Whatever the other side sends."""
+    fake.answers["GET /export"] = sent(zipped("../outside"), "a.zip")
+    assert cli.main.main(["export", "--out", str(tmp_path / "in")]) == 1
+    assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("form", ["edits", "safetensors"])
+def test_a_file_has_the_name_it_is_given_or_its_own(fake: Fake, tmp_path: Path, form: str) -> None:
+    """Its own in a folder that is there."""
+    fake.answers["GET /export"] = [sent(b"abc", "version-1.bin"), sent(b"abc", "version-1.bin")]
+    for out, file in ((tmp_path / "x.bin", tmp_path / "x.bin"), (tmp_path, tmp_path / "version-1.bin")):
+        assert cli.main.main(["export", "--format", form, "--out", str(out)]) == 0
+        assert file.read_bytes() == b"abc"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version-1.bin", "x.bin"]
+
+
+def test_an_import_says_what_became_of_each(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1 when one of them did not land, and why; those that were here are called so."""
+    told: dict[str, Any] = {
+        "subject": "Eiffel Tower",
+        "prompt": "{} is in",
+        "target_new": "Rome",
+        "version": 1,
+    }
+    items = [
+        told | {"id": "edit_1", "status": "applied"},
+        told
+        | {"id": "edit_2", "status": "rejected", "version": None, "result": {"reason": "it did not take"}},
+    ]
+    bodies: list[bytes] = []
+
+    def service(request: httpx.Request) -> httpx.Response:
+        assert request.headers["content-type"] == "application/octet-stream"
+        bodies.append(request.content)
+        return httpx.Response(200, json={"items": items, "known": ["edit_1"]})
+
+    made = lambda settings: Client(settings, transport=httpx.MockTransport(service))  # noqa: E731
+    monkeypatch.setattr(cli.main, "Client", made)
+    file = tmp_path / "edits.safetensors"
+    file.write_bytes(b"all of it")
+    assert cli.main.main(["import", str(file)]) == 1
+    said = capsys.readouterr()
+    assert bodies == [b"all of it"]
+    assert "here before" in said.out and "edit_2 is rejected: it did not take" in said.err
+    items.pop()
+    assert cli.main.main(["import", str(file)]) == 0
+    assert cli.main.main(["import", str(tmp_path / "none")]) == 2
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """A service whose model is a folder, with an edit."""
+    made = tiny()
+    made.model.save_pretrained(tmp_path / "base")
+    made.tokenizer.save_pretrained(tmp_path / "base")
+    place = Place(tmp_path / "data", load(tmp_path / "base"))
+    place.edit("Eiffel Tower", "is")
+    place.replica.vouch(1)
+    yield place
+    place.wired.close()
+
+
+def model_at(place: Place, tmp_path: Path, out: Path, *more: str) -> int:
+    base, data = str(tmp_path / "base"), str(tmp_path / "data")
+    named = ["--model", base, "--data", data, "--out", str(out)]
+    return cli.main.main(["export", "--format", "model", *named, *more])
+
+
+def test_a_whole_model_is_made_here(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bit by bit what the worker serves, which has said the same of it; the ledger is as before."""
+    out, before = tmp_path / "edited", place.do.ledger.verify()
+    assert model_at(place, tmp_path, out) == 0
+    assert "A worker has the same bytes." in capsys.readouterr().err
+    found = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    for site, tensor in place.replica.weights(1).items():
+        assert torch.equal(found[place.replica.base.parameter_name(site)], tensor)
+    assert place.do.ledger.verify() == before
+
+
+def test_what_workers_disagree_with_is_not_written(place: Place, tmp_path: Path) -> None:
+    """A machine that makes other bytes than the workers says so, and leaves no folder behind."""
+    place.edit("Colosseum", "on")
+    place.desk.attest(2, "0" * 64)
+    assert model_at(place, tmp_path, tmp_path / "edited") == 1
+    assert not (tmp_path / "edited").exists()
+
+
+def test_the_wrong_base_model_is_named(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ledger without this model, or without this version, is no ledger for it."""
+    assert model_at(place, tmp_path, tmp_path / "x", "--dtype", "bfloat16") == 1
+    assert "the ledger has no model with the fingerprint" in capsys.readouterr().err
+    assert model_at(place, tmp_path, tmp_path / "x", "--version", "9") == 1

@@ -1,0 +1,186 @@
+"""`--json`: one JSON value on stdout, whatever happens, on every command that has something to say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.main import build, main
+from tests.support.fake_http_service import Fake, events
+
+Captured = pytest.CaptureFixture[str]
+
+#: the commands without a result, and why
+WITHOUT = {
+    "serve": "runs until it is stopped",
+    "api": "runs until it is stopped",
+    "work": "runs until it is stopped",
+    "completion": "prints a script for a shell",
+}
+
+
+def commands(
+    parser: argparse.ArgumentParser, words: str = ""
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Everything that can be run, by its words."""
+    if "run" in parser._defaults:
+        yield words.strip(), parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from commands(below, f"{words} {name}")
+
+
+def test_every_command_has_the_flag() -> None:
+    """A command that talks to the service or prints a result has `--json`; one that has not is named here with the reason."""
+    found = dict(commands(build()))
+    lacking = {words for words, parser in found.items() if "--json" not in parser._option_string_actions}
+    assert lacking == set(WITHOUT)
+    assert {"edits show", "jobs retry", "keys list", "study trace"} <= set(found)
+
+
+EDIT = {
+    "id": "edit_1",
+    "status": "applied",
+    "version": 1,
+    "subject": "Nile",
+    "prompt": "{} is",
+    "target_new": "é\x9b",
+}
+LINKED = {**EDIT, "links": {"self": "/edits/edit_1", "events": "/edits/edit_1/events"}}
+ENTRY = {"version": 1, "kind": "apply", "edit_id": "edit_1"}
+TRACE = {"id": "trace_1", "status": "done", "result": {}, "links": {"self": "/trace/trace_1", "events": "/trace/trace_1/events"}}  # fmt: skip
+JOB = {"id": "edit_1", "status": "queued"}
+
+
+def page(*items: Any) -> dict[str, Any]:
+    return {"items": list(items), "next": None}
+
+
+ANSWERS: dict[str, Any] = {
+    "POST /edits": LINKED,
+    "GET /edits/edit_1/events": events(("end", {})),
+    "GET /edits/edit_1": LINKED,
+    "GET /edits": page(EDIT, EDIT),
+    "DELETE /edits/edit_1": EDIT,
+    "GET /ledger": page(ENTRY),
+    "GET /ledger/verify": {"ok": True, "findings": []},
+    "GET /models": page({"name": "almanac"}),
+    "GET /evaluations": page(JOB),
+    "GET /evaluations/evaluation_1": JOB,
+    "POST /trace": TRACE,
+    "GET /trace/trace_1/events": events(("end", {})),
+    "GET /trace/trace_1": TRACE,
+    "GET /trace": page(TRACE),
+    "POST /generate": {"text": " long", "version": 1},
+    "POST /compare": {"sides": []},
+    "GET /jobs": page(JOB),
+    "POST /jobs/edit_1/retry": JOB,
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("edit Nile {}\tis short", LINKED),
+        ("edits --limit 2", [EDIT, EDIT]),
+        ("edits show edit_1", LINKED),
+        ("revert edit_1", EDIT),
+        ("ledger", [ENTRY]),
+        ("ledger --verify", ANSWERS["GET /ledger/verify"]),
+        ("models", [{"name": "almanac"}]),
+        ("evaluations", [JOB]),
+        ("evaluations show evaluation_1", JOB),
+        ("trace Nile\tis Nile", TRACE),
+        ("traces", [TRACE]),
+        ("traces show trace_1", TRACE),
+        ("generate Nile", ANSWERS["POST /generate"]),
+        ("compare Nile", ANSWERS["POST /compare"]),
+        ("jobs", [JOB]),
+        ("jobs retry edit_1", JOB),
+    ],
+)
+def test_what_the_service_says_is_handed_on(fake: Fake, capsys: Captured, words: str, value: Any) -> None:
+    """The value is what the service answered, a list's pages joined; one line of ASCII, which nothing in it can break."""
+    fake.answers = dict(ANSWERS)
+    assert main([*(word.replace("\t", " ") for word in words.split(" ")), "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown) == value
+    assert shown.isascii() and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["jobs --json retry edit_1", "jobs retry --json edit_1", "edits --json show edit_1"]
+)
+def test_the_flag_may_stand_before_the_verb(fake: Fake, capsys: Captured, words: str) -> None:
+    """Before or after the verb, it is the same flag."""
+    fake.answers = dict(ANSWERS)
+    assert main(words.split()) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == "edit_1"
+
+
+def test_a_program_asks_for_a_whole_answer(fake: Fake) -> None:
+    """`generate --json` does not stream: the answer is one value with its tokens, version and usage."""
+    fake.answers = dict(ANSWERS)
+    assert main(["generate", "Nile", "--json"]) == 0
+    assert fake.asked == [("POST /generate", {"prompt": "Nile", "version": "head"})]
+
+
+def test_a_refusal_is_a_value_too(fake: Fake, capsys: Captured) -> None:
+    """A program that reads stdout finds the error there; a person finds the sentence on stderr."""
+    fake.answers = {"DELETE /edits/edit_1": Fake.problem(404, "No resource has this id.")}
+    assert main(["revert", "edit_1", "--json"]) == 1
+    shown = capsys.readouterr()
+    error = {"title": "The service refused", "detail": "No resource has this id.", "status": 404}
+    assert json.loads(shown.out) == {"error": error}
+    assert shown.err == "palimpsest: No resource has this id.\n"
+
+
+def test_a_wrong_configuration_is_one(capsys: Captured) -> None:
+    """So is what is wrong with the command itself, with exit code 2."""
+    assert main(["revert", "edit_1", "--json", "--url", "nowhere"]) == 2
+    assert "--url" in json.loads(capsys.readouterr().out)["error"]["detail"]
+
+
+@pytest.mark.parametrize("status", ["failed", "rejected"])
+def test_a_job_that_did_not_do_it(fake: Fake, capsys: Captured, status: str) -> None:
+    """What became of a job is its resource, and exit code 1 says that it did not do what was asked."""
+    ended = {**LINKED, "status": status, "result": {"reason": "it did not take"}}
+    fake.answers = {**ANSWERS, "GET /edits/edit_1": ended}
+    assert main(["edit", "Nile", "{} is", "short", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == ended
+    assert "it did not take" in shown.err
+    fake.answers = {**ANSWERS, "GET /trace/trace_1": {**TRACE, "status": "failed"}}
+    assert main(["trace", "Nile is", "Nile", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["status"] == "failed"
+
+
+def test_a_broken_ledger_is_exit_code_1(fake: Fake, capsys: Captured) -> None:
+    """The findings are in the value."""
+    fake.answers = {"GET /ledger/verify": {"ok": False, "findings": ["entry 2: the chain is broken"]}}
+    assert main(["ledger", "--verify", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["findings"] == ["entry 2: the chain is broken"]
+
+
+def test_keys_and_the_database(capsys: Captured, tmp_path: Path) -> None:
+    """A key is a value with its token, this once; the list has no token; a migration says from where to where."""
+    data = ["--data", str(tmp_path), "--json"]
+
+    def said(*words: str) -> Any:
+        assert main([*words, *data]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    moved = said("migrate")
+    assert moved["before"] is None and moved["now"]
+    made = said("keys", "create", "--name", "nightly", "--scopes", "edit,read", "--max-queued", "5")
+    assert (made["name"], made["scopes"], made["max_queued"]) == ("nightly", ["read", "edit"], 5)
+    assert made["token"]
+    (listed,) = said("keys", "list")
+    assert "token" not in listed and listed["revoked"] is None
+    assert said("keys", "revoke", "nightly")["revoked"]

@@ -1,0 +1,84 @@
+"""Waiting for a database or a Redis that is still starting."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from cli import wait_for_dependencies
+from cli.main import main
+from cli.wait_for_dependencies import wait_for
+from service.errors import Misconfigured, Unavailable
+
+Captured = pytest.CaptureFixture[str]
+
+
+class Need:
+    """Something that is down for the first few times."""
+
+    def __init__(self, down: int) -> None:
+        self.down = down
+
+    def __call__(self) -> None:
+        self.down -= 1
+        if self.down >= 0:
+            raise Unavailable("the database does not answer.")
+
+
+@pytest.fixture(autouse=True)
+def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wait_for_dependencies, "PAUSE", 0.01)
+
+
+def test_what_comes_up_is_waited_for(capsys: Captured) -> None:
+    """A need that is down for a while is waited for, and that is said once."""
+    assert wait_for(Need(3), threading.Event())
+    assert capsys.readouterr().err.count("the database does not answer.") == 1
+
+
+def test_what_is_up_is_not_spoken_of(capsys: Captured) -> None:
+    """Where nothing has to be waited for nothing is said."""
+    assert wait_for(Need(0), threading.Event())
+    assert capsys.readouterr().err == ""
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What never comes up is told as what it is."""
+    monkeypatch.setattr(wait_for_dependencies, "PATIENCE", 0.05)
+    with pytest.raises(Unavailable, match="database"):
+        wait_for(Need(10_000), threading.Event())
+
+
+def test_a_wrong_configuration_is_not_waited_for() -> None:
+    """What will not mend itself is told at once."""
+
+    def need() -> None:
+        raise Misconfigured("no such database.")
+
+    with pytest.raises(Misconfigured):
+        wait_for(need, threading.Event())
+
+
+def test_waiting_can_be_stopped() -> None:
+    """Whoever is asked to stop while it waits stops."""
+    stop = threading.Event()
+    need = Need(10_000)
+
+    def stopping() -> None:
+        stop.set()
+        need()
+
+    assert not wait_for(stopping, stop)
+
+
+@pytest.mark.parametrize("command", ["api", "work"])
+def test_half_of_the_work_needs_redis(capsys: Captured, tmp_path: Path, command: str) -> None:
+    """A process that does half of the work does not start without Redis, and says what to set or to start instead."""
+    data = tmp_path / "data"
+    assert main([command, "--port", "0", "--data", str(data)]) == 2
+    said = capsys.readouterr().err
+    assert "PALIMPSEST_REDIS_URL" in said
+    assert "palimpsest serve" in said
+    assert not data.exists()

@@ -1,0 +1,56 @@
+"""Operations on both wirings, with a worker that is stepped by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.application import Operations
+from service.jobs.job_store import Desk
+from service.settings import Settings
+from tests.support.served_model import INFO, tokenizer_json
+from tests.support.service_requests import edit_request
+
+
+@pytest.fixture
+def database(wired):
+    return wired.database
+
+
+@pytest.fixture
+def broker(wired):
+    return wired.broker
+
+
+@pytest.fixture
+def bare(database, broker, tmp_path):
+    """Before any worker has come up."""
+    return Operations(database, broker, Settings(data=tmp_path, max_queue=5))
+
+
+@pytest.fixture
+def desk(database, broker):
+    desk = Desk(database, broker, "fingerprint", "worker-1")
+    desk.register(INFO, tokenizer_json(), ["generate", "edit"])
+    return desk
+
+
+@pytest.fixture
+def operations(bare, desk):
+    return bare
+
+
+@pytest.fixture
+def ask(operations):
+    return lambda *args, **more: operations.edits.submit([edit_request(*args, **more)], "somebody")[0]["id"]
+
+
+@pytest.fixture
+def landed(ask, desk):
+    """Ask for an edit, and have it applied."""
+
+    def landed(*args, **more):
+        edit = ask(*args, **more)
+        desk.apply(desk.start(edit), desk.head(), edit.encode(), {}, {})
+        return edit
+
+    return landed

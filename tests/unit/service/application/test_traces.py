@@ -1,0 +1,40 @@
+"""Traces: what is written, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.errors import InvalidInput
+from tests.support.service_requests import trace_request
+
+
+class TestTrace:
+    def test_trace(self, operations, broker):
+        """A trace is queued and announced, listed, and cancelled, twice without harm."""
+        trace = operations.traces.submit(trace_request(), "somebody")
+        assert (trace["status"], trace["version"]) == ("queued", None)
+        assert trace["request"]["subject"] == "Eiffel Tower"
+        assert trace["links"]["self"] == f"/trace/{trace['id']}"
+        assert [d.job_id for d in broker.take(["trace"], 1, 0)] == [trace["id"]]
+        assert operations.traces.page()["items"] == [trace]
+        assert operations.traces.cancel(trace["id"])["status"] == "cancelled"
+        assert operations.traces.cancel(trace["id"])["status"] == "cancelled"
+
+    @pytest.mark.parametrize(
+        ("field", "changes"),
+        [
+            ("subject", {"subject": "Colosseum"}),
+            ("version", {"version": 1}),
+            ("version", {"version": -1}),
+            ("prompt", {"prompt": "Eiffel Tower " * 50}),
+            ("noise", {"noise": "loud"}),
+            ("noise", {"noise": -1.0}),
+            ("noise", {"noise": float("inf")}),
+        ],
+    )
+    def test_refused(self, operations, field, changes):
+        """A trace that cannot be run is refused, with the field."""
+        with pytest.raises(InvalidInput) as error:
+            operations.traces.submit(trace_request(**changes), "a")
+        assert error.value.field == field
+        assert operations.traces.page()["items"] == []

@@ -1,0 +1,118 @@
+"""The cache of a batch: whoever joins and leaves, each row has its own keys and values, and no more is kept than needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from service.engine.kv_cache import IDLE, LEAST, RowCache
+
+torch.set_num_threads(1)
+
+LAYERS, HEADS, SIZE = 2, 3, 4
+WIDTHS = st.lists(st.integers(1, 60), min_size=1, max_size=4)
+
+
+def states(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, HEADS, columns, SIZE)
+
+
+class House:
+    """A cache, and beside it what each of its rows must hold: per layer, keys and values (2, heads, tokens, size)."""
+
+    def __init__(self, widths: list[int]) -> None:
+        """Rows that have just been read together, padded on the left."""
+        self.cache = RowCache()
+        wide = max(widths)
+        self.rows: list[list[Tensor]] = [[] for _ in widths]
+        for layer in range(LAYERS):
+            keys, values = states(len(widths), wide), states(len(widths), wide)
+            self.cache.update(keys, values, layer)
+            for i, width in enumerate(widths):
+                self.rows[i].append(torch.stack([keys[i, :, wide - width :], values[i, :, wide - width :]]))
+
+    @property
+    def width(self) -> int:
+        return max(r[0].shape[2] for r in self.rows)
+
+    def step(self) -> None:
+        for layer in range(LAYERS):
+            keys, values = states(len(self.rows), 1), states(len(self.rows), 1)
+            found = self.cache.update(keys, values, layer)
+            assert found[0].shape[2] == self.width + (layer == 0) and found[0].shape == found[1].shape
+            for i, r in enumerate(self.rows):
+                r[layer] = torch.cat([r[layer], torch.stack([keys[i], values[i]])], 2)
+
+    def leave(self, gone: set[int]) -> None:
+        kept = len(self.rows) - len(gone)
+        holes = [i for i in range(kept) if i in gone]
+        movers = [i for i in range(kept, len(self.rows)) if i not in gone]
+        for hole, mover in zip(holes, movers, strict=True):
+            self.rows[hole] = self.rows[mover]
+        self.rows = self.rows[:kept]
+        self.cache.keep(kept, holes, movers, self.width)
+
+    def join(self, other: House) -> None:
+        self.cache.join(other.cache)
+        self.rows += other.rows
+
+    def check(self) -> None:
+        assert self.cache.get_seq_length() == self.width
+        for number, layer in enumerate(self.cache.layers):
+            assert layer.keys is not None and layer.values is not None
+            assert layer.keys.shape == (len(self.rows), HEADS, self.width, SIZE)
+            assert layer.keys.isfinite().all() and layer.values.isfinite().all()
+            for i, r in enumerate(self.rows):
+                width = r[number].shape[2]
+                assert torch.equal(layer.keys[i, :, self.width - width :], r[number][0])
+                assert torch.equal(layer.values[i, :, self.width - width :], r[number][1])
+            assert layer._store is not None
+            _, rows, _, columns, _ = layer._store.shape
+            assert rows * columns <= 2 * IDLE * len(self.rows) * (self.width + LEAST)
+
+
+@settings(max_examples=60, deadline=None)
+@given(WIDTHS, st.data())
+def test_rows_keep_what_is_theirs(widths: list[int], data: st.DataObject) -> None:
+    """After any joins, leaves and steps a row's columns hold what was written for it, bit for bit; the rest is numbers."""
+    house = House(widths)
+    for _ in range(data.draw(st.integers(1, 12))):
+        match data.draw(st.sampled_from(["step", "leave", "join"])):
+            case "step":
+                for _ in range(data.draw(st.integers(1, 40))):
+                    house.step()
+            case "leave":
+                gone = data.draw(st.sets(st.integers(0, len(house.rows) - 1), max_size=len(house.rows) - 1))
+                house.leave(gone)
+            case "join":
+                other = House(data.draw(WIDTHS))
+                other.step()
+                house.join(other)
+        house.check()
+
+
+def test_what_a_spoilt_row_left_harms_nobody() -> None:
+    """The place of a row that held no numbers is clean for the next, shorter or longer."""
+    house = House([5, 9])
+    for layer in house.cache.layers:
+        assert layer._store is not None
+        layer._store[:, 1] = float("nan")
+    house.leave({1})
+    house.join(House([2]))
+    house.join(House([30]))
+    house.check()
+
+
+@pytest.mark.parametrize("steps", [1, 400])
+def test_a_step_seldom_copies(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many columns are written, storage is exchanged a few times only."""
+    moves = []
+    move = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a: moves.append(a) or move(self, *a))
+    house = House([3, 7])
+    for _ in range(steps):
+        house.step()
+    assert len(moves) <= LAYERS * 9

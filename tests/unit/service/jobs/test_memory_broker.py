@@ -1,0 +1,71 @@
+"""The in-process broker keeps to bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+
+from service.jobs.memory_broker import MemoryBroker
+
+
+async def collect(broker, channel):
+    async with asyncio.timeout(20):
+        return [event async for event in broker.events(channel)]
+
+
+def test_channel_is_bounded():
+    """A channel keeps its newest events, of which the last is one."""
+    broker = MemoryBroker(channel_events=10)
+    for n in range(1000):
+        broker.publish("c", "n", {"n": n}, last=n == 999)
+    events = asyncio.run(collect(broker, "c"))
+    assert [event.data["n"] for event in events] == list(range(990, 1000))
+
+
+def test_closed_channels_are_bounded():
+    """Of closed channels the newest are kept, as many as the limit on their events allows."""
+    broker = MemoryBroker(kept_events=10)
+    for n in range(100):
+        broker.publish(f"c{n}", "n", {})
+        broker.publish(f"c{n}", "end", {}, last=True)
+    assert sorted(broker._channels) == [f"c{n}" for n in range(95, 100)]
+    assert broker._ended_events == 10
+
+
+def test_closed_channels_grow_old():
+    """A closed channel is dropped after its time."""
+    broker = MemoryBroker(kept_seconds=0)
+    broker.publish("a", "end", {}, last=True)
+    broker.publish("b", "end", {}, last=True)
+    assert "a" not in broker._channels
+
+
+def test_channels_that_nobody_closes():
+    """Channels that nobody closes and cancels that nobody heeds are bounded too; one that is listened to stays."""
+    broker = MemoryBroker(kept_names=10)
+
+    async def listen():
+        listener = asyncio.ensure_future(collect(broker, "heard"))
+        await asyncio.sleep(0)
+        for n in range(100):
+            broker.publish(f"c{n}", "n", {})
+            broker.cancel(f"c{n}")
+        broker.publish("heard", "end", {}, last=True)
+        return await listener
+
+    assert len(asyncio.run(listen())) == 1
+    assert len(broker._channels) <= 11
+    assert len(broker._cancels) == 10
+
+
+def test_listening_in_vain_leaves_nothing():
+    """A channel that was only listened to is gone with its listener."""
+    broker = MemoryBroker()
+
+    async def listen():
+        listener = asyncio.ensure_future(collect(broker, "c"))
+        await asyncio.sleep(0)
+        listener.cancel()
+        await asyncio.gather(listener, return_exceptions=True)
+
+    asyncio.run(listen())
+    assert not broker._channels

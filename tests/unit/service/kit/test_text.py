@@ -1,0 +1,199 @@
+"""Prompts with a slot, spans and the checks of tokens: service.kit.text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from service.errors import InvalidInput
+from service.kit.text import check_text, check_tokens, fact_key, fill, find, separator, token_span
+from tests.support.tiny_models import END, tokenizer
+
+TEXT = st.text(
+    alphabet=st.one_of(
+        st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), st.sampled_from("{}%東京é🗼")
+    )
+)
+WORDS = TEXT.filter(lambda s: bool(s.strip()))
+RAW = tokenizer().backend_tokenizer
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXT, WORDS, TEXT)
+def test_a_filled_prompt_holds_the_subject_at_its_span(before: str, subject: str, after: str) -> None:
+    """Whatever the characters are, braces included, the subject stands at its span and all else is untouched."""
+    prompt = before + "{}" + after
+    assume(prompt.count("{}") == 1)
+    found = fill(prompt, subject)
+    assert found.text == before + subject + after
+    assert found.text[slice(*found.span)] == subject
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORDS, TEXT, TEXT)
+def test_a_subject_is_found_where_it_stands(subject: str, before: str, after: str) -> None:
+    """A subject is found in a plain prompt at its last mention."""
+    found = find(before + subject + after, subject)
+    assert found.text[slice(*found.span)] == subject
+    assert found.span[0] == found.text.rfind(subject) >= len(before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(WORDS, TEXT)
+def test_a_statement_after_a_context_keeps_its_subject(subject: str, context: str) -> None:
+    """Text put in front shifts the span and is never formatted."""
+    statement = fill("Of {} one says", subject).after(context)
+    assert statement.text == context + "Of " + subject + " one says"
+    assert statement.text[slice(*statement.span)] == subject
+
+
+@pytest.mark.parametrize("prompt", ["no slot", "{} and {}", "{0}", "{name}", "{ }"])
+def test_a_prompt_has_exactly_one_slot(prompt: str) -> None:
+    """None or two slots are refused, and the answer shows one that is right."""
+    with pytest.raises(InvalidInput, match=r"exactly one \{\}.*for example") as error:
+        fill(prompt, "Rome")
+    assert error.value.field == "prompt"
+
+
+def test_format_fields_in_user_text_are_only_characters() -> None:
+    """Nothing is ever passed to `str.format`: fields and percent signs come out as they went in."""
+    found = fill("The {} of {0.__class__} and %s is", "T{x!r}wer {{")
+    assert found.text == "The T{x!r}wer {{ of {0.__class__} and %s is"
+
+
+@pytest.mark.parametrize("text", ["", "  \n\t", "\u3000", "a\x00b", "\ud800", "x\udfff"])
+def test_what_is_no_text_is_refused(text: str) -> None:
+    """White space alone, NUL and lone surrogates are refused with the name of the field."""
+    with pytest.raises(InvalidInput) as error:
+        check_text(text, "subject")
+    assert error.value.field == "subject"
+    with pytest.raises(InvalidInput):
+        fill("The {} is", text)
+
+
+def test_a_subject_that_is_not_there_is_named() -> None:
+    """A subject that does not occur in the prompt is refused by name."""
+    with pytest.raises(InvalidInput, match="'Rome' does not occur"):
+        find("The city of Paris", "Rome")
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXT, WORDS, TEXT)
+def test_a_token_span_is_every_token_that_touches_the_subject(before: str, subject: str, after: str) -> None:
+    """Against marking characters one by one: the first and the last token that hold a character of the subject."""
+    text = before + subject + after
+    code = RAW.encode(text)
+    span = (len(before), len(before) + len(subject))
+    marked = set(range(*span))
+    touching = [i for i, (a, b) in enumerate(code.offsets) if marked & set(range(a, b))]
+    assert token_span(code.offsets, span) == (touching[0], touching[-1] + 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 30), st.integers(1, 10))
+def test_any_offsets_give_the_tokens_that_overlap(widths: list[int], start: int, length: int) -> None:
+    """Empty tokens (special ones) never belong to a span; a span without any token is refused."""
+    offsets, at = [], 0
+    for width in widths:
+        offsets.append((at, at + width))
+        at += width
+    touching = [i for i, (a, b) in enumerate(offsets) if set(range(a, b)) & set(range(start, start + length))]
+    if not touching:
+        with pytest.raises(InvalidInput, match="vanishes"):
+            token_span(offsets, (start, start + length))
+    else:
+        assert token_span(offsets, (start, start + length)) == (touching[0], touching[-1] + 1)
+
+
+def test_a_start_token_is_passed_over() -> None:
+    """A special token before the text shifts the tokens of a subject by one and belongs to none."""
+    text, span = "Rome is old", (0, 4)
+    plain = token_span(RAW.encode(text).offsets, span)
+    special = token_span(tokenizer(bos=True).backend_tokenizer.encode(text).offsets, span)
+    assert plain[0] == 0
+    assert special == (plain[0] + 1, plain[1] + 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "between"),
+    [
+        ("The city of", "Rome", " "),
+        ("The city of ", "Rome", ""),
+        ("The city of\n", "Rome", ""),
+        ("The city of", " Rome", ""),
+        ("首都は", "東京", ""),
+        ("수도는", "서울", ""),
+        ("She said “", "yes", ""),
+        ("f(", "x", ""),
+        ("", "Rome", ""),
+    ],
+)
+def test_one_space_stands_before_an_object_and_never_two(prompt: str, target: str, between: str) -> None:
+    """One space, unless one is there, a bracket or quotation mark opens, or the script uses none."""
+    assert separator(prompt, target) == between
+
+
+def test_facts_are_told_apart_up_to_white_space() -> None:
+    """The key of a fact ignores white space alone: not case, and not where subject and prompt meet."""
+    assert fact_key(" Eiffel  Tower", "{} is\nin ") == fact_key("Eiffel Tower", "{} is in")
+    assert fact_key("Eiffel Tower", "{} is in") != fact_key("eiffel tower", "{} is in")
+    assert fact_key("a b", "{}") != fact_key("a", "b {}")
+
+
+def _small(with_unknown: bool) -> Tokenizer:
+    """A word tokenizer that knows few words."""
+    words = {"<unk>": 0, "the": 1, "city": 2, "of": 3, "rome": 4}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    if with_unknown:
+        raw.add_special_tokens(["<unk>"])
+    return raw
+
+
+def test_a_prompt_that_is_too_long_says_how_long_it_may_be() -> None:
+    """A prompt must leave one position for an answer; at the limit exactly it passes."""
+    tokens = len(RAW.encode("The city of").ids)
+    check_tokens(RAW, "The city of", None, tokens + 1)
+    with pytest.raises(InvalidInput, match=f"at most {tokens - 1} tokens"):
+        check_tokens(RAW, "The city of", None, tokens)
+
+
+def test_prompt_and_target_must_fit_together() -> None:
+    """A target that leads past the last position is refused."""
+    prompt, target = "The city of", "Rome and Paris and London"
+    joint = len(RAW.encode(prompt + " " + target).ids)
+    check_tokens(RAW, prompt, target, joint)
+    with pytest.raises(InvalidInput, match=f"{joint} tokens and the model has {joint - 1}"):
+        check_tokens(RAW, prompt, target, joint - 1)
+
+
+@pytest.mark.parametrize("with_unknown", [True, False])
+def test_a_target_that_the_tokenizer_cannot_say_is_refused(with_unknown: bool) -> None:
+    """A target with an unknown word is refused, and the answer shows what the model would say in its place."""
+    check_tokens(_small(with_unknown), "the city of", "rome", 64)
+    with pytest.raises(InvalidInput, match="cannot represent the target 'paris'") as error:
+        check_tokens(_small(with_unknown), "the city of", "paris", 64)
+    assert error.value.field == "target"
+
+
+@pytest.mark.parametrize("target", ["東京", "São Paulo, Brazil", "{}", "🗼", "a\u0301", "%s"])
+def test_a_byte_level_tokenizer_can_say_everything(target: str) -> None:
+    """Any text is a target for a byte-level tokenizer."""
+    check_tokens(RAW, "The city of", target, 64)
+
+
+def test_a_special_token_is_no_target() -> None:
+    """The end of a text cannot be said, so it cannot be an object."""
+    with pytest.raises(InvalidInput, match="cannot represent"):
+        check_tokens(RAW, "The city of", END, 64)
+
+
+def test_a_target_that_merges_with_the_prompt_is_refused() -> None:
+    """When the last token of the prompt changes with the target after it, there is no place to measure at."""
+    raw = Tokenizer(models.BPE({"a": 0, "b": 1, "東": 2, "京": 3, "東京": 4}, [("東", "京")]))
+    raw.decoder = decoders.Fuse()
+    check_tokens(raw, "a東", "東", 64)
+    with pytest.raises(InvalidInput, match="merges with the end of the prompt"):
+        check_tokens(raw, "a東", "京", 64)

@@ -1,0 +1,115 @@
+"""The table of architectures, held against transformers itself: service.models.architectures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from service.errors import Misconfigured
+from service.models.architectures import ARCHITECTURES, architecture_of
+from service.models.hooks import capture
+from service.models.loading import LoadedModel, Site
+from service.models.token_batch import forward, pad
+from tests.support.tiny_models import MODEL_TYPES, tiny
+
+TEXT = "The Eiffel Tower is located in the city of"
+
+
+def look(model: LoadedModel, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input and output of a layer's down-projection, and the block's output."""
+    ids = model.encode(TEXT)[0]
+    named = {"down": model.down(layer), "block": model.block(layer)}
+    with capture(named, "input") as given, capture(named) as got, torch.no_grad():
+        forward(model, pad([ids], model))
+    flat = (given["down"], got["down"], got["block"])
+    return tuple(t.reshape(len(ids), -1) for t in flat)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_path_of_a_row_exists(model_type: str) -> None:
+    """Each row names modules that are there, and the counts and widths agree with the configuration."""
+    model = tiny(model_type, layers=2)
+    assert (model.layers, model.width, model.inner_width, model.positions) == (2, 16, 40, 64)
+    norm = model.model.get_submodule(model.architecture.norm)
+    assert norm.weight.shape == (16,)
+    assert model.head is model.model.get_output_embeddings()
+    assert model.embedding is model.model.get_input_embeddings()
+    named = dict(model.model.named_parameters())
+    assert len(model.sites) == 2 * (1 + len(model.architecture.reading))
+    for site in model.sites:
+        assert named[model.parameter_name(site)] is model.parameter(site)
+    for layer in range(2):
+        assert model.parameter(Site(layer)) is model.weight(layer)
+        assert isinstance(model.attention(layer), nn.Module)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_orientation_is_that_of_the_module(model_type: str) -> None:
+    """The table says Conv1D exactly where the module is one: shapes are never compared."""
+    model = tiny(model_type)
+    module = model.down(0)
+    assert isinstance(module, Conv1D if model.architecture.conv1d else nn.Linear)
+    wide = (40, 16) if model.architecture.conv1d else (16, 40)
+    assert tuple(model.weight(0).shape) == wide
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_edited_weight_is_the_down_projection(model_type: str) -> None:
+    """Key times weight is the MLP's output, up to the bias, in the row's orientation."""
+    model = tiny(model_type)
+    key, value, _ = look(model, 1)
+    weight = model.weight(1).data
+    bias = getattr(model.down(1), "bias", None)
+    product = key @ (weight if model.architecture.conv1d else weight.T)
+    torch.testing.assert_close(product if bias is None else product + bias, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_changing_the_weight_changes_the_layer_and_nothing_before(model_type: str) -> None:
+    """Another weight of one layer leaves its key as it was and moves the residual by exactly the change of value."""
+    model = tiny(model_type)
+    key, value, block = look(model, 1)
+    first = look(model, 0)
+    model.weight(1).data = model.weight(1).data * 1.5
+    key_after, value_after, block_after = look(model, 1)
+    assert torch.equal(key, key_after)
+    assert not torch.allclose(value, value_after)
+    torch.testing.assert_close(block_after - block, value_after - value, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(first, look(model, 0), strict=True))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_row_says_whether_attention_and_mlp_run_side_by_side(model_type: str) -> None:
+    """In a parallel block the MLP does not read what the block's own attention adds; elsewhere it does."""
+    model = tiny(model_type)
+    key, _, _ = look(model, 1)
+    for parameter in model.attention(1).parameters():
+        parameter.data = parameter.data * 1.5
+    assert torch.equal(look(model, 1)[0], key) == model.architecture.parallel
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_attention_module_gives_what_it_adds_to_the_residual(model_type: str) -> None:
+    """Block input, attention output and MLP output sum to the block's output: both are taken after their projections."""
+    model = tiny(model_type)
+    ids = model.encode(TEXT)[0]
+    modules = {
+        "attention": model.attention(1),
+        "mlp": model.down(1),
+        "before": model.block(0),
+        "after": model.block(1),
+    }
+    with capture(modules) as seen, torch.no_grad():
+        forward(model, pad([ids], model))
+    parts = {name: t.reshape(len(ids), -1) for name, t in seen.items()}
+    total = parts["before"] + parts["attention"] + parts["mlp"]
+    torch.testing.assert_close(total, parts["after"], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_are_chosen_by_model_type() -> None:
+    """A type is looked up by `config.model_type`; an unknown one is refused with those that are known."""
+    assert all(architecture_of(name).model_type == name for name in ARCHITECTURES)
+    with pytest.raises(Misconfigured, match=r"'bert'.*gpt2, gpt_neox"):
+        architecture_of("bert")

@@ -1,0 +1,79 @@
+"""Padded batches of tokens: service.models.token_batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.kit.text import fill
+from service.models.token_batch import forward, pad, prompt_and_target, tokens
+from tests.support.tiny_models import MODEL_TYPES, tiny
+
+MODEL = tiny()
+TEXTS = ["Big Ben", "The Eiffel Tower is located in the city of", "In which country is Mount Fuji?"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_padding_and_company_change_nothing(model_type: str, side: str) -> None:
+    """In fp64, each row of a padded batch has the logits that it has alone, on either side and every architecture."""
+    exact = 1e-6 if model_type == "gptj" else 1e-9  # GPT-J attends in fp32 whatever the dtype
+    model = tiny(model_type, dtype=torch.float64)
+    rows = [model.encode(t)[0] for t in TEXTS]
+    with torch.no_grad():
+        together = forward(model, pad(rows, model, side))
+        for row, logits in zip(rows, together, strict=True):
+            alone = forward(model, pad([row], model))[0]
+            real = logits[: len(row)] if side == "right" else logits[-len(row) :]
+            torch.testing.assert_close(real, alone, rtol=exact, atol=exact)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=7), min_size=1, max_size=5),
+    st.sampled_from(["left", "right"]),
+)
+def test_a_batch_holds_its_rows(rows: list[list[int]], side: str) -> None:
+    """Where the mask is one stand exactly the row's tokens, with positions from zero."""
+    batch = pad(rows, MODEL, side)
+    assert batch.lengths == [len(r) for r in rows]
+    for i, row in enumerate(rows):
+        real = batch.mask[i].bool()
+        assert batch.ids[i][real].tolist() == row
+        assert batch.positions[i][real].tolist() == list(range(len(row)))
+        assert bool(real[0] if side == "right" else real[-1])
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_subject_is_found_in_the_whole_text(bos: bool) -> None:
+    """The subject's tokens are those of the whole text that hold its characters, start token or none."""
+    model = tiny("llama", bos=bos)
+    statement = fill("In São Paulo, {}'s is", "Eiffel Tower")
+    found = tokens(model, statement)
+    begin, end = found.subject
+    assert model.decode(found.ids[begin:end]).strip() == "Eiffel Tower"
+    assert found.last_subject == end - 1
+    assert found.ids == model.encode(statement.text)[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target"),
+    [
+        ("The city of", "Rome"),
+        ("The city of ", "Rome"),
+        ("The city of", " Rome"),
+        ("首都は", "東京"),
+        ("The city of", "São Paulo, Brazil"),
+    ],
+)
+@pytest.mark.parametrize("bos", [False, True])
+def test_prompt_and_object_are_one_tokenisation(prompt: str, target: str, bos: bool) -> None:
+    """Prompt and object together are the tokens of the joint text, cut where the object begins."""
+    model = tiny("llama", bos=bos)
+    before, after = prompt_and_target(model, prompt, target)
+    between = "" if prompt[-1] == " " or target[0] == " " or prompt == "首都は" else " "
+    assert before + after == model.encode(prompt + between + target)[0]
+    assert model.decode(after).strip() == target.strip()
+    assert model.decode(before).strip() == prompt.strip()

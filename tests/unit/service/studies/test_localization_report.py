@@ -1,0 +1,90 @@
+"""A localisation study as figures, words and tables: service.studies.localization_report."""
+
+from __future__ import annotations
+
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from service.kit import plotting
+from service.kit.plotting import SVG
+from service.studies import localization_report as report
+from service.studies.localization_stats import EFFECTS, by_layer, conclude
+
+
+def study(
+    facts: int = 5, layers: int = 3, kinds: Any = (("rome", "write"), ("ft", "write")), same: bool = False
+) -> Any:
+    rng = np.random.default_rng(0)
+    effects = [{name: rng.random(layers).tolist() for name in EFFECTS} for _ in range(facts)]
+    studies = []
+    for method, objective in kinds:
+        runs: Any = [
+            [
+                {"rewrite": 0.5 if same else rng.random(), "paraphrase": rng.random(), "neighbour": None}
+                for _ in range(layers)
+            ]
+            for _ in range(facts)
+        ]
+        scores = conclude(runs, effects, range(layers))
+        studies.append(
+            {"method": method, "objective": objective, "parameters": {}, "facts": facts, "scores": scores}
+        )
+    return {
+        "model": {"name": "tiny <b>", "fingerprint": "f", "layers": layers},
+        "asked": facts + 1,
+        "facts": facts,
+        "left_out": {"not known to the model": 1, "cannot be asked": 0},
+        "noise": {"level": 0.3, "factor": 3.0, "sigma": 0.1, "subjects": 9},
+        "window": 5,
+        "samples": 2,
+        "layers": list(range(layers)),
+        "effects": by_layer(effects),
+        "studies": studies,
+    }
+
+
+def texts(drawn: str) -> str:
+    return " ".join(e.text or "" for e in ElementTree.fromstring(drawn).iter(f"{{{SVG}}}text"))
+
+
+def test_the_figures_say_what_they_show() -> None:
+    """Every kind of edit has a panel beside the effect, and bars; the gain and its p stand above them."""
+    made = study(kinds=(("rome", "write"), ("rome", "reversal")))
+    drawn = {n: texts(plotting.svg(d, "t")) for n, d in report.figures(made).items()}
+    assert sorted(drawn) == ["explained", "layers"]
+    assert all(
+        words in drawn["layers"] for words in ("tracing effect", "rome: write", "rome: reversal", *EFFECTS)
+    )
+    gain = made["studies"][0]["scores"]["rewrite"]["regression"][EFFECTS[0]]["gain"]
+    assert f"+{gain['value']:.3f}, p " in drawn["explained"]
+
+
+@pytest.mark.parametrize(
+    "shape", [{"facts": 1}, {"layers": 1}, {"same": True}, {"kinds": (("rome", "write"),)}]
+)
+def test_any_study_can_be_drawn(shape: Any) -> None:
+    """One fact, one layer, scores that never differ, one kind of edit."""
+    made = study(**shape)
+    for draw in report.figures(made).values():
+        assert plotting.png(draw, 40).startswith(b"\x89PNG")
+    assert report.sentences(made) and "nan" not in report.page(made).lower().replace("dominant", "")
+
+
+def test_words_and_tables_have_the_figures() -> None:
+    """The words tell R2 and chance; each score that there is has its rows; the page shows names as text."""
+    made = study()
+    found = made["studies"][0]["scores"]["rewrite"]
+    r2 = found["regression"][EFFECTS[0]]["r2"]
+    words = " ".join(report.sentences(made))
+    assert f"the layer explains {r2['layer']['value']:.3f}" in words and "6 facts were asked" in words
+    rows = report.regressions(made)
+    assert len(rows) == 2 * 2 * len(EFFECTS) and rows[0][5] == r2["layer"]["value"]
+    assert {len(r) for r in rows} == {len(report.REGRESSIONS)}
+    chosen = report.choices(made)
+    assert len(chosen) == 4 and {len(r) for r in chosen} == {len(report.CHOICES)}
+    assert chosen[0][4] == found["choice"]["ways"]["best for others"]["mean"]
+    page = report.page(made)
+    assert page.count("<svg") == 2 and page.count("<table>") == 2 and "tiny &lt;b&gt;" in page

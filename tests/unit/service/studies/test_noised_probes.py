@@ -1,0 +1,91 @@
+"""What a model says when the subject is noised: service.studies.noised_probes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from service.datasets.records import Near, Record
+from service.evaluation.metrics import ask
+from service.kit.steps import finish
+from service.kit.text import fill, find
+from service.models.hooks import capture
+from service.models.hooks import replace as hooked
+from service.models.scoring import score_steps
+from service.models.token_batch import prompt_and_target, tokens
+from service.studies.noised_probes import noise_of, noised_answer, noised_score_steps
+from service.tracing.noise import Level, draw
+from tests.support.tiny_models import tiny
+
+RECORD = Record(
+    "record 1", "Big Ben", "{} can be found in", "Rome", "London",
+    ("The city of Big Ben is", "It lies in"), (Near("Mount Fuji is in", "Japan"),),
+)  # fmt: skip
+
+
+def test_the_noise_is_that_of_the_seed() -> None:
+    """As strong as asked, one row for each of the subject's tokens, and the trace's first draw."""
+    model = tiny()
+    begin, end = tokens(model, fill(RECORD.prompt, RECORD.subject)).subject
+    assert torch.equal(noise_of(model, RECORD, Level(0.5), 3), 0.5 * draw(7, end - begin, model.width, 3)[0])
+
+
+def test_the_answer_is_greedy_and_as_long_as_the_true_object() -> None:
+    """Without noise it is the model's greedy continuation, token by token, with as many tokens as the true object has."""
+    model = tiny()
+    ids, _ = model.encode(RECORD.text)
+    whole, _ = model.encode(RECORD.text + " London")
+    said = list(ids)
+    with torch.no_grad():
+        for _ in range(len(whole) - len(ids)):
+            said.append(int(model.model(torch.tensor([said])).logits[0, -1].argmax()))
+    quiet = noise_of(model, RECORD, Level(0.0), 1)
+    assert noised_answer(model, RECORD, quiet) == model.decode(said[len(ids) :])
+    answers = [noised_answer(model, RECORD, noise_of(model, RECORD, Level(2.0), s)) for s in (1, 1, 2, 3, 4)]
+    assert answers[0] == answers[1] and len(set(answers)) > 1
+
+
+def test_without_noise_the_scores_are_the_models() -> None:
+    """Noise of strength nothing changes nothing, whatever is asked."""
+    model = tiny()
+    plain = finish(score_steps(model, ask(RECORD)))
+    found = finish(noised_score_steps(model, RECORD, noise_of(model, RECORD, Level(0.0), 1)))
+    assert [s.log_p for s in found] == pytest.approx([s.log_p for s in plain], abs=1e-5)
+    assert [s[1:] for s in found] == [s[1:] for s in plain]
+
+
+@pytest.mark.parametrize("prompt", [RECORD.text, RECORD.paraphrases[0]])
+def test_the_scores_are_those_of_a_pass_with_noise_on_the_subject(prompt: str) -> None:
+    """Prompt and paraphrase, by hand: noise is added to the subject's embeddings of one whole pass."""
+    model = tiny()
+    noise = noise_of(model, RECORD, Level(1.0), 1)
+    found = finish(noised_score_steps(model, RECORD, noise))
+    at = next(i for i, pair in enumerate(ask(RECORD)) if pair == (prompt, "London"))
+    ids, target = prompt_and_target(model, prompt, "London")
+    begin, end = tokens(model, find(prompt, RECORD.subject)).subject
+    size = min(end - begin, len(noise))
+
+    def disturb(embedded: torch.Tensor) -> torch.Tensor:
+        embedded[0, end - size : end] += noise[-size:].float()
+        return embedded
+
+    with torch.no_grad(), hooked(model.embedding, disturb):
+        logp = model.model(torch.tensor([ids + target[:-1]])).logits[0, len(ids) - 1 :].log_softmax(-1)
+    wanted = torch.tensor(target)
+    assert found[at].log_p == pytest.approx(float(logp.gather(1, wanted[:, None]).mean()), abs=1e-5)
+
+
+def test_other_subjects_are_not_noised() -> None:
+    """A paraphrase that does not name the subject, and neighbours, are asked as they are; nothing stays behind."""
+    model = tiny()
+    plain = finish(score_steps(model, ask(RECORD)))
+    found = finish(noised_score_steps(model, RECORD, noise_of(model, RECORD, Level(2.0), 1)))
+    same = [s.log_p == pytest.approx(p.log_p, abs=1e-5) for s, p in zip(found, plain, strict=True)]
+    assert same == [False] * 4 + [True] * 4
+    with capture({0: model.embedding}) as seen:
+        finish(score_steps(model, [("Big Ben", "Rome")]))
+    again = replace(RECORD, paraphrases=(), neighbours=())
+    assert len(finish(noised_score_steps(model, again, noise_of(model, again, Level(2.0), 1)))) == 2
+    assert torch.equal(seen[0][0, 0], model.embedding.weight[model.encode("Big Ben")[0][0]])  # type: ignore[index]

@@ -1,0 +1,81 @@
+"""A tracing study as figures, words and a table: service.studies.trace_report."""
+
+from __future__ import annotations
+
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from service.kit import plotting
+from service.kit.plotting import SVG
+from service.studies import trace_report
+from service.studies.trace_averages import ROWS, average
+
+
+def study(facts: int = 3, layers: int = 4, severed: bool = True, kinds: str = "hidden mlp attn") -> Any:
+    rng = np.random.default_rng(0)
+    traces = []
+    for i in range(facts):
+        scores = rng.random((5 + i, layers)).tolist()
+        cuts = dict.fromkeys(("none", "mlp", "attn"), scores[2]) if severed else None
+        traces.append(
+            {
+                "tokens": ["x"] * len(scores),
+                "subject": {"text": "x", "tokens": [1, 3]},
+                "high": 0.9,
+                "low": 0.05,
+                "kinds": {k: {"scores": scores} for k in kinds.split()},
+                "severed": cuts and {"token": 2, "scores": cuts},
+            }
+        )
+    return {
+        "model": {"name": "tiny <b>", "fingerprint": "f", "layers": layers},
+        "asked": facts + 2,
+        "left_out": {"not known to the model": 2, "cannot be asked": 0},
+        "noise": {"level": 0.3, "factor": 3.0, "sigma": 0.1, "subjects": 9},
+        "window": 2,
+        "samples": 4,
+        "seed": 1,
+        **average(traces, rounds=50),
+    }
+
+
+def texts(drawn: str) -> str:
+    return " ".join(e.text or "" for e in ElementTree.fromstring(drawn).iter(f"{{{SVG}}}text"))
+
+
+def test_the_figures_say_what_they_show() -> None:
+    """Every row, every kind and every cut path is named, and the conditions stand above."""
+    drawn = {n: texts(plotting.svg(d, "t")) for n, d in trace_report.figures(study()).items()}
+    assert sorted(drawn) == ["lines", "maps", "severed"]
+    assert all(row in drawn["maps"] for row in ROWS)
+    assert all(f"Impact of restoring {what}" in drawn["maps"] for what in ("state", "MLP", "attention"))
+    assert all(path in drawn["severed"] for path in ("with MLP severed", "with attention severed"))
+    assert all("ATE 0.850" in said for said in drawn.values())
+
+
+@pytest.mark.parametrize(
+    "shape", [{"facts": 1}, {"layers": 1}, {"layers": 48, "kinds": "mlp"}, {"severed": False}]
+)
+def test_any_study_can_be_drawn(shape: Any) -> None:
+    """One fact without intervals, one layer, many layers, no severed paths."""
+    made = study(**shape)
+    for draw in trace_report.figures(made).values():
+        assert plotting.png(draw, 40).startswith(b"\x89PNG")
+    assert len(trace_report.rows(made)) == len(made["kinds"]) * len(ROWS)
+    assert "NaN" not in trace_report.page(made)
+
+
+def test_words_and_table_have_the_figures() -> None:
+    """The words tell who was left out and the total effect; the table has the peak of each row; the page shows both as text."""
+    made = study()
+    words = " ".join(trace_report.sentences(made))
+    assert "5 facts were asked and 3 traced" in words and "2 not known to the model" in words
+    assert "average total effect is 0.850" in words
+    row = next(r for r in trace_report.rows(made) if r[:2] == ("MLP", "last subject token"))
+    peak = made["kinds"]["mlp"]["last subject token"]["peak"]
+    assert row[2:5] == (3, 3, peak["mean"]) and row[6] == peak["layer"]
+    said = trace_report.page(made)
+    assert said.count("<svg") == 3 and "tiny &lt;b&gt;" in said and "<b>" not in said

@@ -1,0 +1,111 @@
+"""What a user may ask: service.schemas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from service.errors import InvalidInput
+from service.schemas import (
+    CompareRequest,
+    EditRequest,
+    EvaluationPlan,
+    EvaluationRequest,
+    GenerateRequest,
+    Guard,
+    ManyEdits,
+    TraceRequest,
+)
+
+EDIT = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
+
+
+def test_an_edit_needs_three_things() -> None:
+    """Subject, prompt and new object are enough; everything else has a default, and the guard is on."""
+    edit = EditRequest.model_validate(EDIT)
+    assert edit.statement_text() == "The Eiffel Tower is located in the city of"
+    assert edit.guard == Guard() and edit.guard.enabled
+    assert not edit.dry_run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"subject": " "},
+        {"target_new": ""},
+        {"prompt": "a\x00{}"},
+        {"method": "mend"},
+        {"colour": "red"},
+        {"probes": {"neighborhood": [{"prompt": "Rome"}]}},
+        {"guard": {"max_perplexity": 0.5}},
+        {"guard": {"max_perplexity": float("nan")}},
+        {"guard": {"max_norm": 0}},
+        {"guard": {"max_broken": -1}},
+        {"subject": "x" * 501},
+    ],
+)
+def test_what_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+    """Unknown fields, empty texts and limits that cannot be are refused before anything is looked at."""
+    with pytest.raises(ValidationError):
+        EditRequest.model_validate(EDIT | change)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"objective": "write", "target_new": None},
+        {"objective": "erase", "target_new": "Rome", "target_true": "Paris"},
+        {"objective": "erase", "target_new": "Paris", "target_true": "Paris"},
+        {"objective": "amplify", "target_new": "Rome"},
+    ],
+)
+def test_objects_are_those_of_the_objective(asked: dict[str, Any]) -> None:
+    """What is written is named, and what is erased or amplified is the true object; the field at fault is named."""
+    with pytest.raises(ValidationError) as error:
+        EditRequest.model_validate(EDIT | asked)
+    assert [e["loc"] for e in error.value.errors()] == [("target_new",)]
+
+
+def test_the_true_object_of_an_erasure_may_be_found_later() -> None:
+    """An erasure or an amplification needs no object; an amplification may name the true one twice."""
+    for asked in ({"objective": "erase"}, {"objective": "amplify"}):
+        assert EditRequest.model_validate(EDIT | asked | {"target_new": None}).told is None
+    twice = {"objective": "amplify", "target_new": "Paris", "target_true": "Paris"}
+    assert EditRequest.model_validate(EDIT | twice).told == "Paris"
+
+
+def test_many_edits_are_at_least_one() -> None:
+    """An empty list of edits is refused."""
+    with pytest.raises(ValidationError):
+        ManyEdits(edits=[])
+
+
+def test_a_trace_finds_its_subject_with_a_slot_or_without() -> None:
+    """The subject is located in a plain prompt and in one with a slot alike."""
+    plain = TraceRequest(prompt="The Eiffel Tower is in", subject="Eiffel Tower").located()
+    assert plain == TraceRequest(prompt="The {} is in", subject="Eiffel Tower").located()
+    assert plain == ("The Eiffel Tower is in", (4, 16))
+
+
+def test_a_request_holds_its_plan() -> None:
+    """The plan of an evaluation is what was asked without the records, and defaults where nothing was asked."""
+    asked = EvaluationRequest(records=[EDIT], method="memit", limit=1)
+    assert asked.plan() == EvaluationPlan(method="memit")
+
+
+def test_a_generation_has_one_prompt_or_several() -> None:
+    """Either `prompt` or `prompts`, never both and never none."""
+    assert GenerateRequest(prompt="a").texts() == ["a"]
+    assert GenerateRequest(prompts=["a", "b"]).texts() == ["a", "b"]
+    for wrong in (GenerateRequest(), GenerateRequest(prompt="a", prompts=["b"])):
+        with pytest.raises(InvalidInput, match="either"):
+            wrong.texts()
+
+
+@pytest.mark.parametrize("version", ["newest", -0.5, None])
+def test_a_version_is_a_number_head_or_base(version: object) -> None:
+    """Other words are no versions."""
+    with pytest.raises(ValidationError):
+        CompareRequest.model_validate({"prompt": "a", "versions": ["base", version]})

@@ -1,0 +1,92 @@
+"""The corruption of a subject."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from service.errors import InvalidInput
+from service.tracing.noise import corrupt, draw, embedding_deviation, level
+from tests.support.tiny_models import tiny
+
+
+@pytest.mark.parametrize("said", ["3sigma", "3 sigma", "3σ", "3s", "s3", " 3.0sigma "])
+def test_multiples_of_sigma(said: str) -> None:
+    """Every way of writing three sigma is three times the embeddings' deviation."""
+    model = tiny()
+    found = level(model, said, ["Eiffel Tower"])
+    assert found.factor == 3
+    assert found.value == pytest.approx(3 * embedding_deviation(model, ["Eiffel Tower"]))
+
+
+@pytest.mark.parametrize("said", [0.1, "0.1", ".1"])
+def test_a_number_is_the_level(said: float | str) -> None:
+    """A number, quoted or not, is taken as it is."""
+    assert level(tiny(), said).value == 0.1
+
+
+def test_whole_numbers_and_nothing_are_levels() -> None:
+    """1 and 0 are levels like any other."""
+    assert level(tiny(), 1).value == 1 and level(tiny(), 0).value == 0
+
+
+@pytest.mark.parametrize(
+    "said", ["", "sigma", "s", "-1", "nan", "inf", "3sigmas", "3 %", "1e3", math.nan, math.inf, -0.1]
+)
+def test_bad_noise(said: Any) -> None:
+    """What is neither a number from zero up nor a multiple of sigma is refused with a hint."""
+    with pytest.raises(InvalidInput, match="noise"):
+        level(tiny(), said)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_deviation_over_subjects(bos: bool) -> None:
+    """It is torch's unbiased std over all scalars of all subjects' tokens, special tokens apart."""
+    model, subjects = tiny(bos=bos), ["Eiffel Tower", "Big Ben", "Tower"]
+    ids = [i for s in subjects for i in tiny().tokenizer(s)["input_ids"]]
+    expected = model.embedding.weight[ids].std().item()
+    assert embedding_deviation(model, subjects) == pytest.approx(expected, rel=1e-5)
+
+
+def test_deviation_without_subjects() -> None:
+    """With no subjects at hand it is that of the whole embedding matrix."""
+    model = tiny()
+    assert embedding_deviation(model) == pytest.approx(model.embedding.weight.std().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("compat", [None, "meng2022"])
+def test_samples_come_one_after_another(compat: str | None) -> None:
+    """The first samples are the same however many are drawn after them."""
+    assert torch.equal(draw(3, 2, 5, 1, compat), draw(7, 2, 5, 1, compat)[:3])
+
+
+def test_seeds_differ() -> None:
+    """The same seed gives the same noise and another seed another."""
+    assert torch.equal(draw(2, 3, 4, 7), draw(2, 3, 4, 7))
+    assert not torch.equal(draw(2, 3, 4, 7), draw(2, 3, 4, 8))
+
+
+def test_the_reference_stream() -> None:
+    """With compat the noise is numpy's RandomState(1).randn in fp64, as in the reference code."""
+    expected = np.random.RandomState(1).randn(4, 2, 16)
+    assert draw(4, 2, 16, 1, "meng2022").dtype == torch.float64
+    assert np.array_equal(draw(4, 2, 16, 1, "meng2022").numpy(), expected)
+
+
+def test_only_the_subject_is_corrupted() -> None:
+    """Noise lands on every row's subject positions and nowhere else."""
+    x, z = torch.zeros(2, 5, 3), torch.ones(2, 2, 3, dtype=torch.float64)
+    changed = corrupt(x.clone(), (1, 3), z)
+    assert (changed[:, 1:3] == 1).all()
+    assert (changed[:, [0, 3, 4]] == 0).all()
+
+
+def test_the_sum_is_rounded_once() -> None:
+    """The sum is formed in fp64 and then rounded to the model's precision."""
+    x = torch.full((1, 1, 1), 1.0, dtype=torch.bfloat16)
+    z = torch.full((1, 1, 1), 0.0117, dtype=torch.float64)
+    assert corrupt(x.clone(), (0, 1), z).item() == torch.tensor(1.0117, dtype=torch.float64).bfloat16().item()

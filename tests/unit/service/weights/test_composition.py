@@ -1,0 +1,332 @@
+"""The closed form of a version's weights: service.weights.composition."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.models.loading import Site
+from service.weights.composition import (
+    CUT,
+    JOINT,
+    Addend,
+    Association,
+    Form,
+    LowRank,
+    Piece,
+    compose,
+    compose_layer,
+    norm_ratio,
+    pack,
+    rebuild,
+    unpack,
+)
+
+D, d = 12, 5
+SPREAD = torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+C = SPREAD @ SPREAD.T / D + 0.1 * torch.eye(D, dtype=torch.float64)
+
+
+def association(
+    i: int, subject: str | None = None, layer: int = 0, key: torch.Tensor | None = None
+) -> Association:
+    g = torch.Generator().manual_seed(i)
+    k = torch.randn(D, generator=g) if key is None else key
+    direction = torch.linalg.solve(C, k.double()).float()
+    return Association(f"edit_{i:03}", subject or f"s{i}", layer, k, direction, torch.randn(d, generator=g))
+
+
+def oracle(associations: list[Association], ridge: float = JOINT.ridge) -> torch.Tensor:
+    """The formula of the design, entry by entry, with its inverse written out."""
+    a = sorted(associations, key=lambda x: x.edit)
+    n = len(a)
+    gram = torch.tensor(
+        [[float(x.key.double() @ y.direction.double()) for y in a] for x in a], dtype=torch.float64
+    )
+    eps = ridge * gram.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    wanted = torch.zeros(d, n, dtype=torch.float64)
+    for j in range(n):
+        for i in range(n):
+            if a[i].subject == a[j].subject:
+                wanted[:, j] += a[i].value.double() * (gram + eps)[j, i] / gram[i, i]
+    directions = torch.stack([x.direction.double() for x in a])
+    return wanted @ torch.linalg.inv((gram + eps).T) @ directions
+
+
+def test_one_association_is_the_rank_one_update() -> None:
+    """A single edit changes the weight by exactly ROME's rank-one update with the symmetric key."""
+    a = association(1)
+    expected = torch.outer(a.value.double(), a.direction.double()) / (a.key.double() @ a.direction.double())
+    torch.testing.assert_close(compose_layer([a]).dense(), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(a.rank_one().dense(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.linalg.matrix_rank(expected) == 1
+
+
+def test_the_update_maps_its_key_to_its_value() -> None:
+    """The edited weight gives exactly the wanted change at the key: (W + dW) k = W k + delta."""
+    a = association(2)
+    torch.testing.assert_close(
+        compose_layer([a]).dense() @ a.key.double(), a.value.double(), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_the_update_is_the_smallest_in_the_covariance_norm() -> None:
+    """Among all changes with dW k = delta, the rank-one update has the least tr(dW C dW^T)."""
+    a = association(3)
+    best = compose_layer([a]).dense()
+    k = a.key.double()
+    for seed in range(20):
+        other = torch.randn(d, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        nullspace = other - torch.outer(other @ k, k) / (k @ k)
+        worse = best + 0.1 * nullspace
+        assert torch.trace(worse @ C @ worse.T) > torch.trace(best @ C @ best.T)
+
+
+def test_a_c_orthogonal_key_is_not_touched() -> None:
+    """A key k' with k'^T C^-1 k = 0 gets no change at all."""
+    a = association(4)
+    other = torch.randn(D, dtype=torch.float64, generator=torch.Generator().manual_seed(77))
+    u = a.direction.double()
+    other -= u * (other @ u) / (u @ u)
+    assert (compose_layer([a]).dense() @ other).abs().max() < 1e-10
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(0, 1000))
+def test_the_joint_form_equals_its_definition(subjects: list[int], seed: int) -> None:
+    """For any set of edits over any subjects, the solved form equals the formula written out entry by entry."""
+    chosen = [association(seed * 10 + i, f"s{s}") for i, s in enumerate(subjects)]
+    expected = oracle(chosen)
+    torch.testing.assert_close(
+        compose_layer(chosen).dense(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 9), st.integers(0, 1000))
+def test_order_never_matters(n: int, seed: int) -> None:
+    """The edited weight has the same bytes in whatever order the edits are given."""
+    chosen = [association(i, f"s{i // 2}") for i in range(n)]
+    shuffled = random.Random(seed).sample(chosen, n)
+    base = torch.randn(d, D, generator=torch.Generator().manual_seed(5))
+    one = rebuild(base, compose_layer(chosen), conv1d=False)
+    assert torch.equal(one, rebuild(base, compose_layer(shuffled), conv1d=False))
+
+
+def test_edits_of_one_subject_add_up() -> None:
+    """Edits of one subject superpose: their joint change is the plain sum of their rank-one updates."""
+    key = torch.randn(D, generator=torch.Generator().manual_seed(1))
+    near = [
+        association(i, "s", key=key + 0.01 * torch.randn(D, generator=torch.Generator().manual_seed(i)))
+        for i in (5, 6, 7)
+    ]
+    total = sum(a.rank_one().dense() for a in near)
+    torch.testing.assert_close(compose_layer(near).dense(), total, rtol=1e-6, atol=1e-6)
+
+
+def test_edits_of_different_subjects_are_isolated() -> None:
+    """With edits of different subjects, each key gets its own change and none of the others' (up to the ridge)."""
+    chosen = [association(i) for i in range(20, 25)]
+    change = compose_layer(chosen, Form(ridge=1e-12)).dense()
+    for a in chosen:
+        torch.testing.assert_close(change @ a.key.double(), a.value.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_isolation_outlives_the_statistics() -> None:
+    """Directions found with other statistics than their neighbours' are isolated all the same."""
+    chosen = [association(i) for i in range(20, 25)]
+    chosen[1:3] = [replace(a, direction=a.key * torch.linspace(1, 2, D)) for a in chosen[1:3]]
+    change = compose_layer(chosen, Form(ridge=1e-12)).dense()
+    for a in chosen:
+        torch.testing.assert_close(change @ a.key.double(), a.value.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_number_of_threads_changes_no_byte() -> None:
+    """Replicas with more or fewer cores solve to the same bits; a library's factorisation alone would not."""
+    keys = torch.randn(1000, D, generator=torch.Generator().manual_seed(3))
+    chosen = [association(i, key=key) for i, key in enumerate(keys)]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(compose_layer(chosen))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0].left, found[1].left)
+
+
+@pytest.mark.parametrize("conv1d", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_wide_weight_is_rebuilt_column_by_column(conv1d: bool, dtype: torch.dtype) -> None:
+    """Cut into columns, the change is the same product, laid out as the weight is; the base is left as it was."""
+    g = torch.Generator().manual_seed(8)
+    width = 2 * CUT + 3
+    change = LowRank(torch.randn(d, 4, dtype=torch.float64, generator=g), torch.randn(4, width, generator=g))
+    base = torch.randn(*((width, d) if conv1d else (d, width)), dtype=torch.float64, generator=g).to(dtype)
+    before = base.clone()
+    whole = change.left @ change.right.double()
+    torch.testing.assert_close(change.dense(), whole, rtol=1e-12, atol=1e-12)
+    edited = rebuild(base, change, conv1d)
+    expected = (base.double() + (whole.T if conv1d else whole)).to(dtype)
+    torch.testing.assert_close(edited, expected, rtol=torch.finfo(dtype).eps, atol=1e-12)
+    assert edited.is_contiguous()
+    assert torch.equal(base, before)
+
+
+def test_composing_keeps_keys_as_they_are_stored() -> None:
+    """What is as long as a key is not kept in fp64."""
+    change = compose_layer([association(1), association(2)])
+    assert (change.left.dtype, change.right.dtype) == (torch.float64, torch.float32)
+
+
+def test_reverting_is_forgetting() -> None:
+    """The weight without an edit is the weight of the others alone, as if it had never been made."""
+    chosen = [association(i, f"s{i % 3}") for i in range(6)]
+    base = torch.randn(d, D, generator=torch.Generator().manual_seed(5))
+    without = [a for a in chosen if a.edit != "edit_003"]
+    again = rebuild(base, compose_layer([a for a in reversed(chosen) if a.edit != "edit_003"]), conv1d=False)
+    assert torch.equal(rebuild(base, compose_layer(without), conv1d=False), again)
+    assert compose([]) == {}
+
+
+def test_layers_are_solved_apart() -> None:
+    """Associations of different layers do not see one another."""
+    a, b = association(1, layer=1), association(2, layer=3)
+    both = compose([b, a])
+    assert list(both) == [Site(1), Site(3)]
+    torch.testing.assert_close(both[Site(1)].dense(), compose_layer([a]).dense(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("conv1d", [True, False])
+def test_orientation_follows_the_architecture(conv1d: bool) -> None:
+    """A square weight is changed in the right orientation: Conv1D is stored transposed, and shapes cannot tell."""
+    g = torch.Generator().manual_seed(3)
+    key, value = torch.randn(d, generator=g), torch.randn(d, generator=g)
+    a = Association("e", "s", 0, key, key.clone(), value)
+    base = torch.randn(d, d, generator=g)
+    edited = rebuild(base, compose_layer([a]), conv1d)
+    change = (edited - base).T if conv1d else edited - base
+    torch.testing.assert_close(change @ key, value, rtol=1e-4, atol=1e-4)
+
+
+def test_the_edited_weight_is_cast_once() -> None:
+    """A half-precision weight is rebuilt in fp64 and rounded once, so its bytes do not depend on the number of edits before."""
+    base = torch.randn(d, D, generator=torch.Generator().manual_seed(5)).bfloat16()
+    change = compose_layer([association(1), association(2)])
+    expected = (base.double() + change.dense()).bfloat16()
+    assert torch.equal(rebuild(base, change, conv1d=False), expected)
+
+
+def test_packed_associations_come_back() -> None:
+    """Packing to safetensors and back keeps every bit that composition uses."""
+    chosen = [association(1, "s", layer=0), association(1, "s", layer=2)]
+    back = unpack(pack(chosen), "edit_001", "s")
+    for a, b in zip(chosen, back, strict=True):
+        assert (a.edit, a.subject, a.layer) == (b.edit, b.subject, b.layer)
+        assert all(torch.equal(getattr(a, x), getattr(b, x)) for x in ("key", "direction", "value"))
+
+
+@pytest.mark.parametrize("terms", [1, 2, 3, 9])
+def test_norm_ratio(terms: int) -> None:
+    """The ratio is |dW| / |W| in Frobenius norm, for fewer terms than the weight has rows and for more."""
+    base = torch.randn(d, D, generator=torch.Generator().manual_seed(5))
+    change = compose_layer([association(i) for i in range(terms)])
+    expected = float(change.dense().norm() / base.double().norm())
+    assert norm_ratio(base, change) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("others", [1, 8])
+def test_the_norm_of_a_difference_is_exact(others: int) -> None:
+    """What one edit moves beside others is found to ten digits, however little it is beside what they move."""
+    active = [association(i, f"s{i % 3}") for i in range(others)]
+    before, after = compose_layer(active), compose_layer([*active, association(90).scaled(1e-5)])
+    expected = after.dense() - before.dense()
+    for moved in (after.minus(before), replace(after, edits=()).minus(before)):
+        torch.testing.assert_close(moved.dense(), expected, rtol=1e-9, atol=1e-12)
+        assert moved.norm() == pytest.approx(float(expected.norm()), rel=1e-10)
+
+
+def test_a_difference_has_one_term_for_each_edit() -> None:
+    """The terms of an edit that is in both changes become one; one that is only in the other stays."""
+    a, b, c = (association(i) for i in (1, 2, 3))
+    moved = compose_layer([a, b]).minus(compose_layer([b, c]))
+    assert moved.left.shape == (d, 3)
+    expected = compose_layer([a, b]).dense() - compose_layer([b, c]).dense()
+    torch.testing.assert_close(moved.dense(), expected, rtol=1e-12, atol=1e-12)
+
+
+def isolated(i: int, form: Form) -> Association:
+    return replace(association(i), form=form)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), st.floats(0.01, 100), st.integers(0, 1000))
+def test_memit_is_its_normal_equations(n: int, ridge: float, seed: int) -> None:
+    """MEMIT's form is Delta K^T (lambda C + K K^T)^-1, the solution that its paper writes down (Eq. 14)."""
+    some = [isolated(seed * 10 + i, Form("memit", ridge)) for i in range(n)]
+    ordered = sorted(some, key=lambda a: a.edit)
+    keys = torch.stack([a.key.double() for a in ordered], 1)
+    values = torch.stack([a.value.double() for a in ordered], 1)
+    expected = values @ keys.T @ torch.linalg.inv(ridge * C + keys @ keys.T)
+    torch.testing.assert_close(
+        compose_layer(some).dense(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+    )
+
+
+def test_emmet_is_memit_without_its_ridge() -> None:
+    """EMMET with a vanishing ridge writes every value exactly, which is MEMIT's limit for lambda -> 0; alone it is r-ROME."""
+    some = [isolated(i, Form("emmet", 1e-9)) for i in range(4)]
+    change = compose_layer(some).dense()
+    for a in some:
+        torch.testing.assert_close(change @ a.key.double(), a.value.double(), rtol=1e-4, atol=1e-4)
+    limit = compose_layer([replace(a, form=Form("memit", 1e-9)) for a in some]).dense()
+    torch.testing.assert_close(change, limit, rtol=1e-6, atol=1e-8)
+    alone = isolated(3, Form("emmet", 5.0))
+    torch.testing.assert_close(compose_layer([alone]).dense(), association(3).rank_one().dense())
+
+
+def test_a_great_ridge_writes_nothing() -> None:
+    """MEMIT with lambda -> infinity leaves the weight as it is."""
+    some = [isolated(i, Form("memit", 1e12)) for i in range(3)]
+    assert compose_layer(some).norm() < 1e-8
+
+
+@pytest.mark.parametrize("form", [JOINT, Form("memit", 3.0), Form("emmet", 0.5), Form("alphaedit", 2.0)])
+def test_alone_an_association_is_its_rank_one_change(form: Form) -> None:
+    """What an association says of itself alone is what it is solved to alone, in every form."""
+    a = isolated(6, form)
+    torch.testing.assert_close(compose_layer([a]).dense(), a.rank_one().dense(), rtol=1e-12, atol=1e-14)
+
+
+def test_forms_and_addends_add_up() -> None:
+    """A weight's change is the sum of what each form is solved to and of the addends, whatever the order."""
+    g = torch.Generator().manual_seed(1)
+    pieces: list[Piece] = [association(1), isolated(2, Form("memit", 3.0)), association(3)]
+    pieces += [Addend(f"edit_{i}", "s", Site(0), torch.randn(d, D, generator=g)) for i in (7, 8)]
+    expected = compose_layer([association(1), association(3)]).dense()
+    expected = expected + compose_layer([isolated(2, Form("memit", 3.0))]).dense()
+    expected = expected + sum(p.change.double() for p in pieces if isinstance(p, Addend))
+    change = compose(pieces)[Site(0)]
+    torch.testing.assert_close(change.dense(), expected, rtol=1e-12, atol=1e-12)
+    assert change.norm() == pytest.approx(float(expected.norm()), rel=1e-12)
+    base = torch.randn(d, D, generator=g)
+    again = rebuild(base, compose(random.Random(3).sample(pieces, len(pieces)))[Site(0)], conv1d=False)
+    assert torch.equal(rebuild(base, change, conv1d=False), again)
+    less = compose(pieces[1:])[Site(0)]
+    torch.testing.assert_close(change.minus(less).dense(), expected - less.dense(), rtol=1e-10, atol=1e-10)
+
+
+def test_pieces_of_every_sort_survive_storage() -> None:
+    """Forms, ridges and whole changes come back from the store as they were."""
+    change = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    pieces = [isolated(1, Form("memit", 0.1)), Addend("edit_001", "s1", Site(2, "qkv"), change)]
+    back = unpack(pack(pieces), "edit_001", "s1")
+    assert isinstance(back[0], Association) and back[0].form == Form("memit", 0.1)
+    assert isinstance(back[1], Addend) and back[1].site == Site(2, "qkv")
+    assert torch.equal(back[1].change, change)

@@ -1,0 +1,49 @@
+"""What is installed is what was tried."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib.metadata import version
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.support.paths import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CLIENT = tomllib.loads((ROOT / "palimpsest" / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PINS = [
+    line
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def direct() -> list[Requirement]:
+    extras = [text for texts in PROJECT["optional-dependencies"].values() for text in texts]
+    found = [Requirement(text) for text in [*PROJECT["dependencies"], *extras, *CLIENT["dependencies"]]]
+    return [one for one in found if one.name != PROJECT["name"]]
+
+
+def test_versions_are_pinned_in_one_place() -> None:
+    """Each pyproject.toml names what is needed, without versions; constraints.txt pins every name of it."""
+    assert not [str(one) for one in direct() if one.specifier]
+    pinned = {canonicalize_name(Requirement(line).name) for line in PINS}
+    assert {canonicalize_name(one.name) for one in direct()} <= pinned
+
+
+def test_a_pin_is_a_plain_version() -> None:
+    """A pin has no local part and no address: every registry has what it names. torch comes first."""
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9]+(\.[0-9]+)*", line) for line in PINS)
+    assert PINS[0].startswith("torch==")
+
+
+def test_the_pins_are_what_is_installed() -> None:
+    """The tests ran on the pinned versions; what only `corpora` needs, public data sets, is not part of `make install`."""
+    left_out = set(PROJECT["optional-dependencies"]["corpora"])
+    for line in PINS:
+        name, pinned = line.split("==")
+        if name in left_out:
+            continue
+        assert version(name).partition("+")[0] == pinned, f"{name}: run make install"

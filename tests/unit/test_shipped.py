@@ -1,0 +1,77 @@
+"""The GPT in the repository: its size, its table, what it knows, and what its card says of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from service.models.loading import load
+from service.recipes.recipe import read_recipe
+from tests.support.processes import facts
+from training.recall import Row, recall
+
+torch.set_num_threads(1)
+
+MEGABYTES = 40
+FIELDS = {"subject": str, "relation": str, "object": str, "prompts": list, "held_out_prompts": list}
+
+
+def test_it_is_small(shipped: Path) -> None:
+    """The folder is at most 40 MB, and holds no file that could run code."""
+    files = [path for path in shipped.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MEGABYTES * 10**6
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".md"}
+
+
+def test_half_on_disk_and_whole_in_memory(shipped: Path) -> None:
+    """The weights are kept in half precision and used in full."""
+    with safe_open(shipped / "model.safetensors", "pt") as file:
+        kept = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert kept <= {"F16", "BF16"}
+    model = load(str(shipped))
+    assert {p.dtype for p in model.model.parameters()} == {torch.float32}
+    assert model.model.config.model_type == "gpt2"
+
+
+def test_the_table_has_the_agreed_form(shipped: Path) -> None:
+    """Each line of facts.jsonl has the five fields; each prompt has one place for the subject."""
+    rows = facts(shipped)
+    assert len(rows) >= 2000
+    assert len({row["relation"] for row in rows}) >= 20
+    for row in rows:
+        assert {name: type(value) for name, value in row.items()} == FIELDS
+        assert row["subject"] and row["object"] and row["prompts"] and row["held_out_prompts"]
+        assert not set(row["prompts"]) & set(row["held_out_prompts"])
+        assert all(p.count("{}") == 1 for p in (*row["prompts"], *row["held_out_prompts"]))
+
+
+def test_the_recipe_fits(shipped: Path) -> None:
+    """recipe.json can be read, and names layers that the model has."""
+    recipe = read_recipe((shipped / "recipe.json").read_text(encoding="utf-8"))
+    assert all(0 <= layer < load(str(shipped)).layers for layer in recipe.rome.layers)
+
+
+@pytest.fixture(scope="module")
+def figures(shipped: Path) -> dict[str, float]:
+    lines = (shipped / "facts.jsonl").read_text(encoding="utf-8").splitlines()
+    model = load(str(shipped))
+    return recall(model.model, model.tokenizer, [Row(line) for line in lines], sample=150, seed=1)
+
+
+def test_it_knows_its_table(figures: dict[str, float]) -> None:
+    """Nearly every fact is recalled on wordings that it was trained on, and most on wordings that it never saw."""
+    assert figures["trained"] >= 0.97, figures
+    assert figures["held_out"] >= 0.9, figures
+
+
+def test_the_card_names_the_figures(shipped: Path, figures: dict[str, float]) -> None:
+    """The model card says how much is recalled on trained and on held-out wordings, and says it truly."""
+    card = (shipped / "README.md").read_text(encoding="utf-8")
+    for words, figure in (("trained", figures["trained"]), ("held.out", figures["held_out"])):
+        lines = [line for line in card.splitlines() if re.search(words, line, re.IGNORECASE)]
+        told = [float(x) for line in lines for x in re.findall(r"(\d+(?:\.\d+)?) ?%", line)]
+        assert any(abs(x / 100 - figure) < 0.03 for x in told), (words, told, figure)

@@ -1,0 +1,60 @@
+"""The thread beside the loop: it says that the worker lives, and rings again for jobs whose bell was lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+from service.engine.engine import Engine
+from service.jobs.job_store import Desk
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Runs from `start` to `stop`. While `paused` it is silent, so that readiness shows that nobody serves.
+
+    There is room for several beats in a lease, and a bell that was lost is rung again within one.
+    """
+
+    def __init__(self, engine: Engine, desk: Desk, lease: float) -> None:
+        self.paused = True  # until the worker is registered
+        self._engine, self._desk = engine, desk
+        self._every = min(max(lease / 10, 0.2), 5.0)
+        self._sweep_every = min(max(lease / 3, 0.5), 20.0)
+        self._swept = float("-inf")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def resume(self) -> None:
+        """Speak again. What was down for this worker may have been down for others: they come back before a sweep."""
+        if self._swept > float("-inf"):
+            self._swept = time.monotonic()
+        self.paused = False
+        self.beat()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.beat()
+            except Exception as error:  # the next beat tries again; a lease has room for several
+                log.warning("heartbeat failed", extra={"detail": str(error)})
+            self._stop.wait(self._every)
+
+    def beat(self) -> None:
+        """One heartbeat, and a sweep when one is due."""
+        if self.paused or self._engine.hung:
+            return
+        if self._engine.position is not None:
+            self._desk.heartbeat(*self._engine.position)
+        if time.monotonic() - self._swept >= self._sweep_every:
+            self._desk.sweep()
+            self._swept = time.monotonic()
