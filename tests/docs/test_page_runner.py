@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from tests.support.page_blocks import Block, blocks, taken_up
 from tests.support.page_output import same
 from tests.support.page_sessions import Failed, Session

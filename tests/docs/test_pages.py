@@ -12,10 +12,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.support.page_blocks import FORMS, FRESH, PLAIN, PYTHON, SHELL, Block, pages, read, taken_up, text_of
+
+from tests.support.page_blocks import (
+    FORMS,
+    FRESH,
+    PLAIN,
+    PYTHON,
+    SHELL,
+    Block,
+    pages,
+    read,
+    taken_up,
+    text_of,
+)
 from tests.support.page_output import same
 from tests.support.page_sessions import Session
-
 from tests.support.processes import Service
 
 FORM: dict[str, Callable[[str], object]] = {

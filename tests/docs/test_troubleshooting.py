@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+
 from tests.support.page_blocks import ROOT, text_of
 
 QUOTE = re.compile(r'^\| "(.+?)" \|', re.MULTILINE)

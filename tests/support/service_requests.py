@@ -3,44 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+from service.application import Operations
 from service.errors import Unavailable
+from service.jobs.broker import Broker
 from service.schemas import EditRequest, EvaluationRequest, TraceRequest
 
 PROMPT = "The {} is located in"
 
 
-def edit_request(subject="Eiffel Tower", prompt=PROMPT, target_new="Rome", **more):
+def edit_request(
+    subject: str = "Eiffel Tower", prompt: str = PROMPT, target_new: Any = "Rome", **more: Any
+) -> Any:
     return EditRequest(subject=subject, prompt=prompt, target_new=target_new, **more)
 
 
-def trace_request(**more):
+def trace_request(**more: Any) -> Any:
     return TraceRequest(**{"prompt": "The Eiffel Tower is located in", "subject": "Eiffel Tower", **more})
 
 
-def record(**more):
+def record(**more: Any) -> Any:
     return {"subject": "Eiffel Tower", "prompt": PROMPT, "target_new": "Rome", **more}
 
 
-def evaluation_request(*records, **more):
+def evaluation_request(*records: Any, **more: Any) -> Any:
     return EvaluationRequest(records=list(records) or [record()], **more)
 
 
-def heard(operations, job_id, after=None):
-    async def listen():
+def heard(operations: Operations, job_id: str, after: Any = None) -> Any:
+    async def listen() -> Any:
         async with asyncio.timeout(20):
             return [event async for event in operations.jobs.events(job_id, after)]
 
     return asyncio.run(listen())
 
 
-def listened(broker, channel):
-    async def listen():
+def listened(broker: Broker, channel: str) -> Any:
+    async def listen() -> Any:
         async with asyncio.timeout(20):
             return [event async for event in broker.events(channel)]
 
     return asyncio.run(listen())
 
 
-def down(*_, **__):
+def down(*_: Any, **__: Any) -> None:
     raise Unavailable("the queue is down.")

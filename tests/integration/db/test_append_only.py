@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, delete, func, select, text, update
@@ -16,13 +17,13 @@ from service.db.models import Factors, Job, LedgerEntry, Model, now
 RIVALS = 6
 
 
-def entry(version, edit="edit_0", model="m"):
+def entry(version: int, edit: Any = "edit_0", model: Any = "m") -> Any:
     said = {"kind": "apply", "actor": "a", "body": {}, "state": "", "previous": "", "hash": ""}
     return LedgerEntry(model=model, version=version, edit_id=edit, at=now(), **said)
 
 
 @pytest.fixture
-def database(database):
+def database(database: Database) -> Any:
     """Two models, and an edit for each rival."""
     at = now()
     asked = {"kind": "edit", "status": "running", "request": {}, "actor": "a", "subject": "s"}
@@ -36,7 +37,7 @@ def database(database):
 
 
 @pytest.fixture
-def kept(database):
+def kept(database: Database) -> None:
     """An entry and its factors."""
     with database.session() as session:
         session.add(entry(1))
@@ -53,10 +54,10 @@ def kept(database):
     ],
     ids=str,
 )
-def test_what_is_written_stays(database, kept, statement):
+def test_what_is_written_stays(database: Database, kept: Any, statement: Any) -> None:
     """No row of the ledger and no factors can be changed or deleted."""
 
-    def change():
+    def change() -> None:
         with database.session() as session:
             session.execute(statement)
 
@@ -66,7 +67,7 @@ def test_what_is_written_stays(database, kept, statement):
 
 @pytest.mark.servers
 @pytest.mark.parametrize("table", ["ledger", "factors"])
-def test_nor_emptied(postgres_url, table):
+def test_nor_emptied(postgres_url: str, table: Any) -> None:
     """PostgreSQL's TRUNCATE empties neither."""
     database = Database(postgres_url)
     database.migrate()
@@ -76,10 +77,10 @@ def test_nor_emptied(postgres_url, table):
 
 
 @pytest.mark.parametrize("version", [-1, 0, 1, 3, 100])
-def test_no_gap(database, kept, version):
+def test_no_gap(database: Database, kept: Any, version: int) -> None:
     """Only the version after the newest is taken."""
 
-    def add():
+    def add() -> None:
         with database.session() as session:
             session.add(entry(version, "edit_1"))
 
@@ -90,12 +91,12 @@ def test_no_gap(database, kept, version):
         session.add(entry(1, "edit_1", model="other"))
 
 
-def test_rivals(database):
+def test_rivals(database: Database) -> None:
     """Of connections that append at once without the ledger's lock, each on what it has read, one commits per version."""
     barrier = threading.Barrier(RIVALS)
     strangers = create_engine(database.engine.url)  # without any of our care
 
-    def append(n):
+    def append(n: Any) -> Any:
         try:
             with Session(strangers) as session, session.begin():
                 head = session.scalar(select(func.max(LedgerEntry.version))) or 0

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from service.db import database as store
 from service.db.database import Database
@@ -20,22 +24,22 @@ from service.db.models import Job, Model, now, plain
 from service.errors import Unavailable
 
 
-def model(name, info=None):
+def model(name: str, info: Any = None) -> Any:
     at = now()
     return Model(fingerprint=name, name=name, info=info or {}, tokenizer="{}", created=at, registered=at)
 
 
-def names(database):
+def names(database: Database) -> Any:
     with database.read() as session:
         return set(session.scalars(select(Model.name)))
 
 
-def test_all_or_nothing(database):
+def test_all_or_nothing(database: Database) -> None:
     """An exception that passes through a session takes everything in it back."""
     with database.session() as session:
         session.add(model("kept"))
 
-    def fail():
+    def fail() -> None:
         with database.session() as session:
             session.add(model("lost"))
             session.flush()
@@ -46,7 +50,7 @@ def test_all_or_nothing(database):
     assert names(database) == {"kept"}
 
 
-def test_one_moment(database):
+def test_one_moment(database: Database) -> None:
     """A read sees one moment: what is committed while it reads appears only in the next."""
     with database.read() as session:
         assert session.scalars(select(Model.name)).all() == []
@@ -56,7 +60,7 @@ def test_one_moment(database):
     assert names(database) == {"new"}
 
 
-def test_a_glance_sees_what_is_committed(database):
+def test_a_glance_sees_what_is_committed(database: Database) -> None:
     """A question alone sees the newest, waits for no writer, and is in nobody's way."""
     look = select(Model.name)
     with database.session() as session:
@@ -70,12 +74,12 @@ def test_a_glance_sees_what_is_committed(database):
             session.add(model("newer"))
 
 
-def test_foreign_keys(database):
+def test_foreign_keys(database: Database) -> None:
     """A row cannot point at what is not there, on SQLite either."""
     at = now()
     row = {"kind": "edit", "status": "queued", "request": {}, "actor": "a", "subject": "s"}
 
-    def add():
+    def add() -> None:
         with database.session() as session:
             session.add(Job(id="edit_1", model="nobody", created=at, updated=at, **row))
 
@@ -83,7 +87,7 @@ def test_foreign_keys(database):
         add()
 
 
-def test_values_come_back(database):
+def test_values_come_back(database: Database) -> None:
     """JSON comes back as it went in, whatever the text in it; times come back in UTC to the microsecond."""
     info = {"text": "São \u0000 😀 \u2028", "big": 2**70, "pi": math.pi, "list": [1, [None, True]]}
     at = datetime(2026, 3, 4, 5, 6, 7, 891234, tzinfo=timezone(timedelta(hours=5)))
@@ -98,12 +102,12 @@ def test_values_come_back(database):
     assert found.created.tzinfo is UTC
 
 
-def test_writers_queue_up(database):
+def test_writers_queue_up(database: Database) -> None:
     """Writers that read before they write wait for each other: no update is lost."""
     with database.session() as session:
         session.add(model("x", {"count": 0}))
 
-    def add_one(_):
+    def add_one(_: Any) -> None:
         with database.session() as session:
             row = session.scalars(select(Model).where(Model.name == "x").with_for_update()).one()
             row.info = {"count": row.info["count"] + 1}
@@ -114,7 +118,7 @@ def test_writers_queue_up(database):
         assert session.get(Model, "x").info == {"count": 40}
 
 
-def test_sqlite_is_durable(tmp_path):
+def test_sqlite_is_durable(tmp_path: Path) -> None:
     """SQLite runs with WAL and synchronous=FULL on every connection."""
     database = Database(f"sqlite:///{tmp_path / 'x.sqlite3'}")
     with database.read() as session:
@@ -128,7 +132,7 @@ def test_sqlite_is_durable(tmp_path):
 @given(
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=20)
 )
-def test_plain_is_json(value):
+def test_plain_is_json(value: Any) -> None:
     """Whatever a computation returns can be stored: what JSON cannot say becomes null, the rest stays."""
 
     assert json.loads(json.dumps(plain(value), allow_nan=False)) == plain(value)
@@ -139,16 +143,16 @@ class TestPostgres:
     """A server that is slow, busy or gone."""
 
     @pytest.fixture
-    def limits(self, monkeypatch):
+    def limits(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         """Let PostgreSQL lose its patience sooner."""
         return lambda **limits: [monkeypatch.setitem(store.LIMITS, *limit) for limit in limits.items()]
 
     @pytest.fixture
-    def open_(self, postgres_url):
+    def open_(self, postgres_url: str) -> Iterator[Any]:
         """Processes that share one database with a row in it."""
         opened = []
 
-        def open_(url=postgres_url):
+        def open_(url: str = postgres_url) -> Any:
             opened.append(Database(url))
             return opened[-1]
 
@@ -160,17 +164,17 @@ class TestPostgres:
         for database in opened:
             database.close()
 
-    def hold(self, session, name):
+    def hold(self, session: Session, name: str) -> None:
         session.execute(select(Model.name).where(Model.name == name).with_for_update()).one()
 
-    def pid(self, session):
+    def pid(self, session: Session) -> Any:
         return session.scalar(text("SELECT pg_backend_pid()"))
 
-    def kill(self, database, pid):
+    def kill(self, database: Database, pid: Any) -> None:
         with database.session() as session:
             assert session.scalar(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
 
-    def test_limits(self, open_):
+    def test_limits(self, open_: Callable[..., Database]) -> None:
         """Every session has its limits, and what the URL asks for besides."""
         database = open_()
         with database.session() as session:
@@ -178,12 +182,12 @@ class TestPostgres:
         assert found.pop("search_path").startswith("test")
         assert found == store.LIMITS
 
-    def test_frozen_holder(self, open_, limits):
+    def test_frozen_holder(self, open_: Callable[..., Database], limits: Any) -> None:
         """Whoever freezes while it holds a row loses it: the others wait no longer than the limit, and it writes nothing."""
         limits(idle_in_transaction_session_timeout="300ms")
         frozen, other = open_(), open_()
 
-        def freeze():
+        def freeze() -> None:
             with frozen.session() as session:
                 self.hold(session, "x")
                 session.execute(text("UPDATE models SET name = 'z' WHERE name = 'x'"))
@@ -201,12 +205,14 @@ class TestPostgres:
             ("statement_timeout", "SELECT pg_sleep(9)"),
         ],
     )
-    def test_busy(self, open_, limits, limit, ask):
+    def test_busy(
+        self, open_: Callable[..., Database], limits: Any, limit: int, ask: Callable[..., Any]
+    ) -> None:
         """What takes too long is Unavailable, says that it may be tried again, and leaves the connection sound."""
         limits(**{limit: "200ms"})
         holder, waiting = open_(), open_()
 
-        def wait():
+        def wait() -> None:
             with holder.session() as session:
                 self.hold(session, "x")
                 with waiting.session() as other:
@@ -216,11 +222,11 @@ class TestPostgres:
             wait()
         assert names(waiting) == {"x", "y"}
 
-    def test_deadlock(self, open_):
+    def test_deadlock(self, open_: Callable[..., Database]) -> None:
         """Of two that wait for each other one goes on, and the other is told that it may try again."""
         database, barrier = open_(), threading.Barrier(2)
 
-        def cross(names):
+        def cross(names: Any) -> Any:
             try:
                 with database.session() as session:
                     self.hold(session, names[0])
@@ -234,11 +240,11 @@ class TestPostgres:
         assert "busy" in lost
         assert done is None
 
-    def test_cut(self, open_):
+    def test_cut(self, open_: Callable[..., Database]) -> None:
         """A connection that is cut in the middle is Unavailable, nothing is written, and the next one is sound."""
         database, other = open_(), open_()
 
-        def lose():
+        def lose() -> None:
             with database.session() as session:
                 session.add(model("lost"))
                 session.flush()
@@ -250,11 +256,11 @@ class TestPostgres:
         assert "outcome" not in error.value.extra
         assert names(database) == {"x", "y"}
 
-    def test_cut_while_committing(self, open_):
+    def test_cut_while_committing(self, open_: Callable[..., Database]) -> None:
         """A connection that is cut during the commit leaves its outcome unknown, and says so."""
         database, other = open_(), open_()
 
-        def lose():
+        def lose() -> None:
             with database.session() as session:
                 self.kill(other, self.pid(session))
 
@@ -263,7 +269,13 @@ class TestPostgres:
         assert error.value.extra == {"outcome": "unknown"}
 
     @pytest.mark.parametrize("user", ["somebody:secret@", "nobody@"])
-    def test_no_particulars(self, open_, postgres_server, user, caplog):
+    def test_no_particulars(
+        self,
+        open_: Callable[..., Database],
+        postgres_server: Any,
+        user: Any,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
         """Who cannot connect is told neither the address, nor the user, nor the password; the log has the driver's words."""
         ports = {"somebody:secret@": 1, "nobody@": postgres_server.port}  # nobody listens; no such user
         database = open_(f"postgresql://{user}127.0.0.1:{ports[user]}/nothing")
@@ -274,7 +286,7 @@ class TestPostgres:
         assert not any(word in said for word in ("127.0.0.1", "secret", "body@", str(ports[user])))
         assert "127.0.0.1" in caplog.records[-1].detail
 
-    def test_pool_is_empty(self, open_, monkeypatch):
+    def test_pool_is_empty(self, open_: Callable[..., Database], monkeypatch: pytest.MonkeyPatch) -> None:
         """When all connections are in use the next one is told so after a while."""
         monkeypatch.setattr(
             store, "POOL", {**store.POOL, "pool_size": 1, "max_overflow": 0, "pool_timeout": 0.1}
@@ -284,7 +296,7 @@ class TestPostgres:
             self.pid(session)
             names(database)
 
-    def test_parameters_stay_out_of_errors(self, open_):
+    def test_parameters_stay_out_of_errors(self, open_: Callable[..., Database]) -> None:
         """An error of the database does not repeat the values of the statement: they are users' words."""
         with pytest.raises(IntegrityError) as error, open_().session() as session:
             session.add(model("x", {"prompt": "private words"}))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
@@ -35,17 +38,17 @@ sys.exit(sum(os.wait()[1] != 0 for _ in range(10)))
 
 
 @pytest.fixture
-def empty(database_url):
+def empty(database_url: str) -> Iterator[Any]:
     database = Database(database_url)
     yield database
     database.close()
 
 
-def tables(database):
+def tables(database: Database) -> Any:
     return set(inspect(database.engine).get_table_names())
 
 
-def test_up_down_up(empty):
+def test_up_down_up(empty: Any) -> None:
     """Migrating up makes every table, down takes every one away, and up again makes them again."""
     wanted = set(Table.metadata.tables)
     empty.migrate()
@@ -56,7 +59,7 @@ def test_up_down_up(empty):
     assert tables(empty) == wanted | {"alembic_version"}
 
 
-def test_models_match(empty):
+def test_models_match(empty: Any) -> None:
     """Alembic finds no difference between the migrated tables and the models."""
     empty.migrate()
     with empty.engine.connect() as connection:
@@ -65,7 +68,7 @@ def test_models_match(empty):
 
 
 @pytest.mark.parametrize("steps", range(1, 4))
-def test_down_and_up_with_rows(empty, steps):
+def test_down_and_up_with_rows(empty: Any, steps: Any) -> None:
     """Going down by any number of migrations and up again works with rows in the tables, and loses none that it need not."""
     empty.migrate()
     with empty.engine.begin() as connection:
@@ -89,14 +92,14 @@ ROWS = [
 ]
 
 
-def test_to_a_revision(empty):
+def test_to_a_revision(empty: Any) -> None:
     """Asked for a revision by name, the tables go there, whether that is up or down."""
     for revision in ("0001", "0003", "0002", "0001"):
         empty.migrate(revision)
         assert empty.revision() == revision
 
 
-def test_of_a_newer_release(empty):
+def test_of_a_newer_release(empty: Any) -> None:
     """Tables that a newer release has migrated are refused in plain words, and left as they are."""
     empty.migrate()
     with empty.engine.begin() as connection:
@@ -106,13 +109,13 @@ def test_of_a_newer_release(empty):
     assert empty.revision() == "9999"
 
 
-def test_to_nowhere(empty):
+def test_to_nowhere(empty: Any) -> None:
     """A revision that there is not is refused with those that there are."""
     with pytest.raises(Misconfigured, match="0001, 0002, 0003"):
         empty.migrate("0815")
 
 
-def test_together(database_url):
+def test_together(database_url: str) -> None:
     """Ten processes that migrate one database at once migrate it once."""
     done = subprocess.run([sys.executable, "-c", MIGRATE, database_url], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -123,7 +126,7 @@ def test_together(database_url):
     database.close()
 
 
-def test_failed_migration_leaves_nothing(empty):
+def test_failed_migration_leaves_nothing(empty: Any) -> None:
     """A migration that fails half-way is as if it had not begun."""
     with empty.engine.begin() as connection:
         connection.execute(text("CREATE TABLE workers (id TEXT)"))  # in the way of the last table
@@ -132,20 +135,20 @@ def test_failed_migration_leaves_nothing(empty):
     assert tables(empty) - {"alembic_version"} == {"workers"}
 
 
-def test_url_without_driver():
+def test_url_without_driver() -> None:
     """A plain postgresql:// URL takes the driver that we ship."""
     for scheme in ("postgres", "postgresql", "postgresql+psycopg"):
         assert Database(f"{scheme}://somebody@127.0.0.1/x").engine.driver == "psycopg"
 
 
 @pytest.mark.parametrize("url", ["nonsense", "mysql://x/y", "sqlite://", "sqlite:///:memory:"])
-def test_url_that_cannot_work(url):
+def test_url_that_cannot_work(url: str) -> None:
     """A URL that cannot work is refused with what to write, before anything connects."""
     with pytest.raises(Misconfigured, match=r"postgresql|sqlite|SQLite"):
         Database(url)
 
 
-def test_unreachable(tmp_path):
+def test_unreachable(tmp_path: Path) -> None:
     """A database that does not answer is a dependency that is down, not a crash."""
     database = Database(f"sqlite:///{tmp_path}/no/such/folder/x.sqlite3")
     with pytest.raises(Unavailable, match="database does not answer"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from service.jobs.broker import KINDS, Delivery, Event, Message
+from service.jobs.broker import KINDS, Broker, Delivery, Event, Message
 from service.jobs.memory_broker import MemoryBroker
 from service.jobs.redis_broker import RedisBroker
 
@@ -17,7 +19,7 @@ WHILE = 20  # seconds after which a test that hangs has failed
 
 
 @pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
-def broker(request):
+def broker(request: Any) -> Iterator[Any]:
     broker = MemoryBroker()
     if request.param == "redis":
         broker = RedisBroker(request.getfixturevalue("redis_url"))
@@ -25,37 +27,37 @@ def broker(request):
     broker.close()
 
 
-async def collect(broker, channel, after=None):
+async def collect(broker: Broker, channel: str, after: Any = None) -> Any:
     async with asyncio.timeout(WHILE):
         return [event async for event in broker.events(channel, after)]
 
 
-def heard(broker, channel, after=None):
+def heard(broker: Broker, channel: str, after: Any = None) -> Any:
     return asyncio.run(collect(broker, channel, after))
 
 
-def said(events):
+def said(events: Any) -> Any:
     return [(event.name, event.data) for event in events]
 
 
-def in_thread(work):
+def in_thread(work: Any) -> Any:
     thread = threading.Thread(target=work)
     thread.start()
     return thread
 
 
 class TestDeliveries:
-    def test_nothing(self, broker):
+    def test_nothing(self, broker: Broker) -> None:
         """With timeout 0 an empty queue answers at once."""
         assert broker.take(KINDS, 10, 0) == []
 
-    def test_bell(self, broker):
+    def test_bell(self, broker: Broker) -> None:
         """An announced job is delivered by its id, without a payload."""
         broker.announce("edit_1", "edit")
         (delivery,) = broker.take(KINDS, 10, 0)
         assert (delivery.kind, delivery.job_id, delivery.payload) == ("edit", "edit_1", {})
 
-    def test_bell_rung_twice(self, broker):
+    def test_bell_rung_twice(self, broker: Broker) -> None:
         """A job that waits is delivered once, however often it was announced."""
         for _ in range(3):
             broker.announce("edit_1", "edit")
@@ -63,20 +65,20 @@ class TestDeliveries:
         assert len(broker.take(KINDS, 10, 0)) == 1
         assert broker.take(KINDS, 10, 0) == []
 
-    def test_bell_after_taking(self, broker):
+    def test_bell_after_taking(self, broker: Broker) -> None:
         """A job that was taken can be announced again: the row decides whether there is anything to do."""
         broker.announce("edit_1", "edit")
         broker.take(KINDS, 1, 0)
         broker.announce("edit_1", "edit")
         assert len(broker.take(KINDS, 10, 0)) == 1
 
-    def test_call(self, broker):
+    def test_call(self, broker: Broker) -> None:
         """A call carries its whole request, and its channel is the delivery's job id."""
         channel = broker.call("generate", {"prompt": "São Paulo", "n": [1, None]})
         (delivery,) = broker.take(["generate"], 1, 0)
         assert (delivery.job_id, delivery.payload) == (channel, {"prompt": "São Paulo", "n": [1, None]})
 
-    def test_priority(self, broker):
+    def test_priority(self, broker: Broker) -> None:
         """The first kind that has any goes first, alone, oldest first, and no more than asked for."""
         broker.announce("trace_1", "trace")
         broker.announce("edit_1", "edit")
@@ -86,13 +88,13 @@ class TestDeliveries:
             taken.append([delivery.job_id for delivery in batch])
         assert taken == [calls[:2], calls[2:], ["edit_1"], ["trace_1"]]
 
-    def test_only_the_kinds_asked_for(self, broker):
+    def test_only_the_kinds_asked_for(self, broker: Broker) -> None:
         """A worker that does not trace is given no trace."""
         broker.announce("trace_1", "trace")
         assert broker.take(["generate", "edit"], 1, 0) == []
         assert broker.waiting("trace") == 1
 
-    def test_done(self, broker):
+    def test_done(self, broker: Broker) -> None:
         """What is done does not come again, nor back."""
         broker.announce("edit_1", "edit")
         (delivery,) = broker.take(KINDS, 1, 0)
@@ -100,7 +102,7 @@ class TestDeliveries:
         broker.done(delivery)
         assert broker.take(KINDS, 1, 0) == []
 
-    def test_give_back(self, broker):
+    def test_give_back(self, broker: Broker) -> None:
         """What is given back comes again before all others of its kind."""
         first, second = broker.call("generate", {"n": 1}), broker.call("generate", {"n": 2})
         (delivery,) = broker.take(KINDS, 1, 0)
@@ -109,7 +111,7 @@ class TestDeliveries:
         assert [d.job_id for d in again] == [first, second]
         assert again[0].payload == {"n": 1}
 
-    def test_give_back_keeps_the_order(self, broker):
+    def test_give_back_keeps_the_order(self, broker: Broker) -> None:
         """Of several that are given back, what came back first comes first, before all others."""
         for name in "abcd":
             broker.announce(name, "edit")
@@ -120,7 +122,7 @@ class TestDeliveries:
         assert [d.job_id for d in broker.take(KINDS, 2, 0)] == ["b", "c"]
         assert [d.job_id for d in broker.take(KINDS, 9, 0)] == ["d"]
 
-    def test_give_back_is_no_death(self, broker):
+    def test_give_back_is_no_death(self, broker: Broker) -> None:
         """What is given back counts as delivered once, and is as it was."""
         broker.call("generate", {"n": 1}, "request-1")
         (delivery,) = broker.take(KINDS, 1, 0)
@@ -129,7 +131,7 @@ class TestDeliveries:
         (again,) = broker.take(KINDS, 10, 0)
         assert (again.deliveries, again.request_id, again.payload) == (1, "request-1", {"n": 1})
 
-    def test_give_back_a_job(self, broker):
+    def test_give_back_a_job(self, broker: Broker) -> None:
         """A job that is given back is delivered once, also when its bell was rung meanwhile."""
         broker.announce("edit_1", "edit")
         (delivery,) = broker.take(KINDS, 1, 0)
@@ -137,7 +139,7 @@ class TestDeliveries:
         broker.give_back(delivery)
         assert [d.job_id for d in broker.take(KINDS, 10, 0)] == ["edit_1"]
 
-    def test_owns(self, broker):
+    def test_owns(self, broker: Broker) -> None:
         """A delivery is owned from its taking until it is done or given back."""
         broker.announce("edit_1", "edit")
         broker.announce("edit_2", "edit")
@@ -148,7 +150,7 @@ class TestDeliveries:
         broker.give_back(two)
         assert not broker.owns(one) and not broker.owns(two)
 
-    def test_knows(self, broker):
+    def test_knows(self, broker: Broker) -> None:
         """A call is known while it waits and while it is worked on, and then no longer."""
         assert not broker.knows("call_1")
         channel = broker.call("compare", {})
@@ -161,14 +163,14 @@ class TestDeliveries:
         broker.done(delivery)
         assert not broker.knows(channel)
 
-    def test_call_again(self, broker):
+    def test_call_again(self, broker: Broker) -> None:
         """A call can be asked again under its own channel, and waits once however often that is done."""
         for _ in range(2):
             assert broker.call("generate", {"n": 1}, "request-1", channel="call_1") == "call_1"
         (delivery,) = broker.take(KINDS, 10, 0)
         assert (delivery.job_id, delivery.payload, delivery.request_id) == ("call_1", {"n": 1}, "request-1")
 
-    def test_oldest(self, broker):
+    def test_oldest(self, broker: Broker) -> None:
         """How long the oldest has waited is known by kind, and is nothing when none waits."""
         assert broker.oldest("edit") == 0
         broker.announce("edit_1", "edit")
@@ -180,7 +182,7 @@ class TestDeliveries:
         broker.take(KINDS, 1, 0)
         assert broker.oldest("edit") == 0
 
-    def test_waiting(self, broker):
+    def test_waiting(self, broker: Broker) -> None:
         """What waits is counted by kind, and no longer once it is taken."""
         broker.call("generate", {})
         broker.announce("edit_1", "edit")
@@ -188,12 +190,12 @@ class TestDeliveries:
         broker.take(KINDS, 1, 0)
         assert broker.waiting("generate") == 0
 
-    def test_take_waits(self, broker):
+    def test_take_waits(self, broker: Broker) -> None:
         """A take that waits gets what arrives meanwhile."""
         ready = threading.Event()
         taken = []
 
-        def take():
+        def take() -> None:
             ready.set()
             taken.extend(broker.take(KINDS, 1, WHILE))
 
@@ -204,20 +206,20 @@ class TestDeliveries:
         assert [delivery.job_id for delivery in taken] == ["edit_1"]
 
     @pytest.mark.parametrize("stir", ["wake", "close"])
-    def test_take_ends(self, broker, stir):
+    def test_take_ends(self, broker: Broker, stir: Any) -> None:
         """A take that waits ends with nothing when it is woken, or when the broker closes."""
         began = time.monotonic()
         getattr(broker, stir)()  # kept until the take comes, so that no wake is lost
         assert broker.take(KINDS, 1, WHILE) == []
         assert time.monotonic() - began < WHILE
 
-    def test_many_takers(self, broker):
+    def test_many_takers(self, broker: Broker) -> None:
         """Deliveries are shared out among threads: each goes to one of them."""
         ids = [f"edit_{n:03}" for n in range(200)]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda x: broker.announce(x, "edit"), ids))
 
-            def take(_):
+            def take(_: Any) -> Any:
                 taken = []
                 while batch := broker.take(KINDS, 3, 0):
                     taken += [delivery.job_id for delivery in batch]
@@ -228,7 +230,7 @@ class TestDeliveries:
 
 
 class TestEvents:
-    def test_replay(self, broker):
+    def test_replay(self, broker: Broker) -> None:
         """A late listener hears everything that was said, in order, and its end."""
         broker.publish("c", "token", {"text": "a"})
         broker.publish("c", "token", {"text": "b"})
@@ -239,7 +241,7 @@ class TestEvents:
             ("end", {"n": 2}),
         ]
 
-    def test_replay_after(self, broker):
+    def test_replay_after(self, broker: Broker) -> None:
         """A listener that comes back hears what came after the id that it names."""
         for n in range(4):
             broker.publish("c", "n", {"n": n}, last=n == 3)
@@ -247,7 +249,7 @@ class TestEvents:
         for n, event in enumerate(events):
             assert heard(broker, "c", event.id) == events[n + 1 :]
 
-    def test_ids_grow(self, broker):
+    def test_ids_grow(self, broker: Broker) -> None:
         """Ids are decimal strings that grow over all channels."""
         for n in range(50):
             broker.publish(f"c{n % 2}", "n", {}, last=n >= 48)
@@ -256,18 +258,18 @@ class TestEvents:
         assert ids[:25] == sorted(ids[:25])
 
     @pytest.mark.parametrize("after", ["nonsense", "", "-5", "12-0"])
-    def test_strange_id(self, broker, after):
+    def test_strange_id(self, broker: Broker, after: Any) -> None:
         """An id that is none of ours replays everything."""
         broker.publish("c", "end", {}, last=True)
         assert len(heard(broker, "c", after)) == 1
 
-    def test_nothing_after_the_last(self, broker):
+    def test_nothing_after_the_last(self, broker: Broker) -> None:
         """What is published after the last event is dropped."""
         broker.publish("c", "end", {}, last=True)
         broker.publish("c", "late", {})
         assert said(heard(broker, "c")) == [("end", {})]
 
-    def test_publish_all(self, broker):
+    def test_publish_all(self, broker: Broker) -> None:
         """Several things are said in order, on several channels, up to the last of each."""
         broker.publish_all([])
         broker.publish_all(
@@ -282,13 +284,13 @@ class TestEvents:
         assert said(heard(broker, "a")) == [("n", {"n": 1}), ("end", {})]
         assert said(heard(broker, "b")) == [("n", {"n": 2}), ("end", {})]
 
-    def test_any_text(self, broker):
+    def test_any_text(self, broker: Broker) -> None:
         """Whatever JSON can say arrives as it was."""
         data = {"text": "é\n\0\ud800 “”🦉", "n": [1, 2.5, None, True], "": {}}
         broker.publish("c", "end", data, last=True)
         assert said(heard(broker, "c")) == [("end", data)]
 
-    def test_forget(self, broker):
+    def test_forget(self, broker: Broker) -> None:
         """A channel that was forgotten speaks anew, and is not cancelled."""
         broker.publish("c", "end", {"n": 1}, last=True)
         broker.forget("c")
@@ -298,14 +300,14 @@ class TestEvents:
         broker.publish("c", "end", {"n": 2}, last=True)
         assert said(heard(broker, "c")) == [("end", {"n": 2})]
 
-    def test_live(self, broker):
+    def test_live(self, broker: Broker) -> None:
         """A listener that came first hears what threads publish while it listens."""
 
-        def speak():
+        def speak() -> None:
             for n in range(100):
                 broker.publish("c", "n", {"n": n}, last=n == 99)
 
-        async def listen():
+        async def listen() -> Any:
             listener = asyncio.ensure_future(collect(broker, "c"))
             await asyncio.sleep(0)
             thread = in_thread(speak)
@@ -315,10 +317,10 @@ class TestEvents:
 
         assert [event.data["n"] for event in asyncio.run(listen())] == list(range(100))
 
-    def test_many_listeners_in_many_loops(self, broker):
+    def test_many_listeners_in_many_loops(self, broker: Broker) -> None:
         """Listeners in different event loops all hear everything, whenever they come."""
 
-        def speak():
+        def speak() -> None:
             for n in range(200):
                 broker.publish("c", "n", {"n": n}, last=n == 199)
 
@@ -328,10 +330,10 @@ class TestEvents:
             for listener in listeners:
                 assert [event.data["n"] for event in listener.result(WHILE)] == list(range(200))
 
-    def test_listener_that_goes(self, broker):
+    def test_listener_that_goes(self, broker: Broker) -> None:
         """A listener that goes away disturbs nobody, nor does a loop that is gone."""
 
-        async def listen_to_one():
+        async def listen_to_one() -> Any:
             async for event in broker.events("c"):
                 return event
             return None
@@ -341,10 +343,10 @@ class TestEvents:
         broker.publish("c", "end", {}, last=True)
         assert len(heard(broker, "c")) == 2
 
-    def test_close_ends_listening(self, broker):
+    def test_close_ends_listening(self, broker: Broker) -> None:
         """Closing the broker ends every listener."""
 
-        async def listen():
+        async def listen() -> Any:
             listener = asyncio.ensure_future(collect(broker, "c"))
             await asyncio.sleep(0)
             broker.close()
@@ -354,7 +356,7 @@ class TestEvents:
 
 
 class TestCancel:
-    def test_cancel(self, broker):
+    def test_cancel(self, broker: Broker) -> None:
         """A cancelled channel is known as such, and no other is."""
         channel = broker.call("generate", {})
         assert not broker.cancelled(channel)
@@ -363,7 +365,7 @@ class TestCancel:
         assert broker.cancelled(channel)
         assert not broker.cancelled("another")
 
-    def test_over(self, broker):
+    def test_over(self, broker: Broker) -> None:
         """A channel that has ended is cancelled no longer."""
         broker.cancel("c")
         broker.publish("c", "end", {}, last=True)
@@ -371,6 +373,6 @@ class TestCancel:
         assert not broker.cancelled("c")
 
 
-def test_event_is_a_value():
+def test_event_is_a_value() -> None:
     """Events are equal when they say the same."""
     assert Event("1", "a", {"x": 1}) == Event("1", "a", {"x": 1})

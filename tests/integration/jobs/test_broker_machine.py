@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,7 +37,7 @@ class Holding:
 class Machine(RuleBasedStateMachine):
     """Three workers on one Redis that may lose everything, and whose leases may all run out at once."""
 
-    def __init__(self, server):
+    def __init__(self, server: Any) -> None:
         super().__init__()
         self.server = server
         server.flush()
@@ -47,18 +48,18 @@ class Machine(RuleBasedStateMachine):
         self.held = []
 
     @rule(job=st.sampled_from(JOBS))
-    def announce(self, job):
+    def announce(self, job: Any) -> None:
         self.workers[0].announce(job, "edit")
         self.waiting.setdefault(job, 0)
 
     @rule(call=st.sampled_from(CALLS))
-    def call(self, call):
+    def call(self, call: Any) -> None:
         self.workers[0].call("generate", {"id": call}, channel=call)
         if call not in self.given:
             self.waiting.setdefault(call, 0)
 
     @rule(place=st.integers(0, 2), limit=st.integers(1, 3))
-    def take(self, place, limit):
+    def take(self, place: Any, limit: int) -> None:
         worker = self.workers[place]
         due = {name for name in self.waiting if name in CALLS} or set(self.waiting)
         taken = {delivery.job_id: delivery for delivery in worker.take(KINDS, limit, 0)}
@@ -84,7 +85,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
-    def done(self, data):
+    def done(self, data: Any) -> None:
         holding = data.draw(st.sampled_from(self.held))
         holding.worker.done(holding.delivery)
         self.held.remove(holding)
@@ -93,7 +94,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
-    def give_back(self, data):
+    def give_back(self, data: Any) -> None:
         holding = data.draw(st.sampled_from(self.held))
         name = holding.delivery.job_id
         holding.worker.give_back(holding.delivery)
@@ -102,7 +103,7 @@ class Machine(RuleBasedStateMachine):
         self.waiting.setdefault(name, holding.delivery.deliveries - 1)
 
     @rule(place=st.integers(0, 2))
-    def expire(self, place):
+    def expire(self, place: Any) -> None:
         """Every lease runs out, one worker notices, and then all do."""
         worker = self.workers[place]
         worker.lease = 0
@@ -118,24 +119,24 @@ class Machine(RuleBasedStateMachine):
         self.everybody_looks()
 
     @rule()
-    def flush(self):
+    def flush(self) -> None:
         self.server.flush()
         self.waiting, self.given = {}, set()
         for holding in self.held:
             holding.known = False
 
-    def everybody_looks(self):
+    def everybody_looks(self) -> None:
         for worker in self.workers:
             worker._renew(worker._run)
 
-    def still_waiting(self):
+    def still_waiting(self) -> Any:
         with self.redis.pipeline() as asked:
             for kind in ("generate", "edit"):
                 asked.zrange(f"palimpsest:waiting:{kind}", 0, -1)
             return sorted(name for names in asked.execute() for name in names)
 
     @invariant()
-    def nothing_is_lost(self):
+    def nothing_is_lost(self) -> None:
         """What waits waits once, and Redis keeps that and what is held, nothing else."""
         assert self.still_waiting() == sorted(self.waiting)
         with self.redis.pipeline() as asked:
@@ -145,19 +146,19 @@ class Machine(RuleBasedStateMachine):
         assert kept == len(self.waiting) + sum(holding.known for holding in self.held)
 
     @invariant()
-    def everybody_knows(self):
+    def everybody_knows(self) -> None:
         """Holders own what they hold, and every call that is neither lost nor over is known."""
         assert all(holding.worker.owns(holding.delivery) for holding in self.held)
         for call in CALLS:
             assert self.workers[0].knows(call) == (call in self.waiting or call in self.given)
 
-    def teardown(self):
+    def teardown(self) -> None:
         for worker in self.workers:
             worker.close()
 
 
 @pytest.mark.servers
-def test_machine(redis_server):
+def test_machine(redis_server: Any) -> None:
     """Nothing waits twice, nothing is lost, and nobody holds a call that another was given."""
     checks = settings(
         max_examples=25,

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import redis as redis_client
 
 from service.errors import Unavailable
 from service.jobs import redis_broker as module
-from service.jobs.broker import KINDS, Message
+from service.jobs.broker import KINDS, Broker, Message
 from service.jobs.redis_broker import RedisBroker
 from service.kit import metrics
 from tests.support import redis_server as redis_servers
@@ -45,11 +47,11 @@ print(broker.owns(delivery), flush=True)
 
 
 @pytest.fixture
-def brokers(redis_url):
+def brokers(redis_url: str) -> Iterator[Any]:
     """Makes brokers on one Redis, which are closed at the end."""
     made = []
 
-    def make(lease=LONG, **options):
+    def make(lease: Any = LONG, **options: Any) -> Any:
         made.append(RedisBroker(options.pop("url", redis_url), lease=lease, **options))
         return made[-1]
 
@@ -59,18 +61,18 @@ def brokers(redis_url):
 
 
 @pytest.fixture
-def data(redis_url):
+def data(redis_url: str) -> Iterator[Any]:
     """A look into Redis itself."""
     with redis_client.Redis.from_url(redis_url, decode_responses=True) as client:
         yield client
 
 
 @pytest.fixture
-def worker(redis_url):
+def worker(redis_url: str) -> Iterator[Any]:
     """Starts workers that are processes of their own, which are killed at the end."""
     started = []
 
-    def start(lease=LEASE):
+    def start(lease: Any = LEASE) -> Any:
         command = [sys.executable, "-c", WORKER, redis_url, str(lease)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, cwd=ROOT, **pipes))
@@ -83,14 +85,14 @@ def worker(redis_url):
         process.communicate()
 
 
-def die(broker):
+def die(broker: Broker) -> None:
     """Leave a broker as a killed process leaves it: nobody renews, nobody gives back."""
     broker._closed.set()
     if broker._keeper:
         broker._keeper.join()
 
 
-def expire(*brokers):
+def expire(*brokers: Any) -> None:
     """Let every lease run out, at once, and everybody notice."""
     lease, brokers[0].lease = brokers[0].lease, 0
     brokers[0]._reclaim(brokers[0]._run)
@@ -99,7 +101,7 @@ def expire(*brokers):
         broker._renew(broker._run)
 
 
-def until(condition):
+def until(condition: Any) -> Any:
     deadline = time.monotonic() + WHILE
     while not (found := condition()):
         assert time.monotonic() < deadline
@@ -107,20 +109,20 @@ def until(condition):
     return found
 
 
-async def collect(broker, channel, after=None):
+async def collect(broker: Broker, channel: str, after: Any = None) -> Any:
     async with asyncio.timeout(WHILE):
         return [event async for event in broker.events(channel, after)]
 
 
-def heard(broker, channel, after=None):
+def heard(broker: Broker, channel: str, after: Any = None) -> Any:
     return asyncio.run(collect(broker, channel, after))
 
 
-def said(events):
+def said(events: Any) -> Any:
     return [(event.name, event.data.get("text")) for event in events]
 
 
-def take(broker, count=1, limit=10):
+def take(broker: Broker, count: Any = 1, limit: int = 10) -> Any:
     """Exactly so many deliveries."""
     taken = broker.take(KINDS, limit, 0)
     assert len(taken) == count
@@ -128,7 +130,7 @@ def take(broker, count=1, limit=10):
 
 
 class TestLeases:
-    def test_renewed(self, brokers):
+    def test_renewed(self, brokers: Callable[..., RedisBroker]) -> None:
         """Work that lasts longer than the lease stays with the worker that does it."""
         busy, idle = brokers(LEASE), brokers(LEASE)
         busy.call("generate", {})
@@ -137,7 +139,7 @@ class TestLeases:
         assert busy.owns(delivery)
 
     @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-    def test_dead_worker(self, brokers, worker, how):
+    def test_dead_worker(self, brokers: Callable[..., RedisBroker], worker: Any, how: Any) -> None:
         """What a worker held that was killed or stopped goes to another, though nothing else ever arrives."""
         broker = brokers(LEASE)
         channel = broker.call("generate", {"n": 1})
@@ -147,7 +149,7 @@ class TestLeases:
         (delivery,) = broker.take(KINDS, 1, WHILE)
         assert (delivery.job_id, delivery.payload, delivery.deliveries) == (channel, {"n": 1}, 2)
 
-    def test_worker_that_comes_back(self, brokers, worker):
+    def test_worker_that_comes_back(self, brokers: Callable[..., RedisBroker], worker: Any) -> None:
         """A worker that was stopped for longer than its lease is not heard any more, and knows it."""
         broker = brokers(LEASE)
         channel = broker.call("generate", {})
@@ -162,7 +164,9 @@ class TestLeases:
         broker.done(delivery)
         assert said(heard(broker, channel)) == [("token", "first"), ("restart", None), ("end", "whole")]
 
-    def test_worker_that_dies_waiting(self, brokers, worker, data):
+    def test_worker_that_dies_waiting(
+        self, brokers: Callable[..., RedisBroker], worker: Any, data: Any
+    ) -> None:
         """A worker that dies while it waits takes nothing with it: no delivery is counted for it."""
         process = worker()
         until(lambda: any(client["cmd"] == "xread" for client in data.client_list()))
@@ -173,7 +177,7 @@ class TestLeases:
         (delivery,) = broker.take(KINDS, 1, WHILE)
         assert delivery.deliveries == 1
 
-    def test_every_page(self, brokers):
+    def test_every_page(self, brokers: Callable[..., RedisBroker]) -> None:
         """However much a dead worker held, all of it is found."""
         dead, alive = brokers(), brokers()
         ids = [f"edit_{n:03}" for n in range(350)]
@@ -183,7 +187,7 @@ class TestLeases:
         expire(alive)
         assert sorted(delivery.job_id for delivery in take(alive, 350, limit=1000)) == ids
 
-    def test_lost(self, brokers):
+    def test_lost(self, brokers: Callable[..., RedisBroker]) -> None:
         """A worker that lost its lease is told so, it is counted, and what it still does with it has no effect."""
         before = metrics.LEASE_LOSSES._value.get()
         slow, other = brokers(), brokers()
@@ -198,7 +202,7 @@ class TestLeases:
         assert other.owns(delivery)
         assert other.waiting("edit") == 0
 
-    def test_first(self, brokers):
+    def test_first(self, brokers: Callable[..., RedisBroker]) -> None:
         """What comes back from a dead worker goes before everything that waits."""
         dead, alive = brokers(), brokers()
         first = dead.call("generate", {})
@@ -207,7 +211,7 @@ class TestLeases:
         expire(alive)
         assert [delivery.job_id for delivery in take(alive, 2)] == [first, second]
 
-    def test_already_answered(self, brokers):
+    def test_already_answered(self, brokers: Callable[..., RedisBroker]) -> None:
         """A call whose worker died between its end and its acknowledgement is not worked on again."""
         dead, alive = brokers(), brokers()
         channel = dead.call("generate", {})
@@ -218,7 +222,7 @@ class TestLeases:
         assert [delivery.job_id for delivery in take(alive, 1)] == [following]
         assert not alive.knows(channel)
 
-    def test_poison(self, brokers):
+    def test_poison(self, brokers: Callable[..., RedisBroker]) -> None:
         """A call that kills whoever begins it is given up after three workers, with an error as its end."""
         before = metrics.CALLS_GIVEN_UP._value.get()
         broker = brokers()
@@ -235,7 +239,7 @@ class TestLeases:
         assert not broker.knows(channel)
         assert metrics.CALLS_GIVEN_UP._value.get() == before + 1
 
-    def test_jobs_are_counted_elsewhere(self, brokers):
+    def test_jobs_are_counted_elsewhere(self, brokers: Callable[..., RedisBroker]) -> None:
         """A job is delivered more often than a call: its row counts the attempts, and ends it."""
         broker = brokers()
         broker.announce("edit_1", "edit")
@@ -244,7 +248,7 @@ class TestLeases:
             expire(broker)
         take(broker)
 
-    def test_given_back(self, brokers):
+    def test_given_back(self, brokers: Callable[..., RedisBroker]) -> None:
         """What one worker gives back another takes at once, and no death is counted."""
         stopping, other = brokers(), brokers()
         channel = stopping.call("generate", {"n": 1})
@@ -252,7 +256,7 @@ class TestLeases:
         (delivery,) = take(other)
         assert (delivery.job_id, delivery.payload, delivery.deliveries) == (channel, {"n": 1}, 1)
 
-    def test_own_call_comes_back(self, brokers):
+    def test_own_call_comes_back(self, brokers: Callable[..., RedisBroker]) -> None:
         """A worker that gets a call again on which it still works goes on with it, and is not asked twice."""
         broker, sweeper = brokers(), brokers()
         channel = broker.call("generate", {})
@@ -266,7 +270,7 @@ class TestLeases:
         assert said(heard(broker, channel)) == [("token", "a"), ("end", "ab")]
         assert not broker.knows(channel)
 
-    def test_own_call_comes_back_late(self, brokers):
+    def test_own_call_comes_back_late(self, brokers: Callable[..., RedisBroker]) -> None:
         """When another has spoken meanwhile, a worker that gets its call again begins it anew."""
         frozen, other = brokers(), brokers()
         channel = frozen.call("generate", {})
@@ -285,12 +289,12 @@ class TestLeases:
 
 
 class TestDeliveries:
-    def test_racing(self, brokers):
+    def test_racing(self, brokers: Callable[..., RedisBroker]) -> None:
         """Of many workers exactly one gets each delivery."""
         racers = [brokers(), brokers()]
         ids = [f"edit_{n:03}" for n in range(500)]
 
-        def race(broker):
+        def race(broker: Broker) -> Any:
             taken = []
             while batch := broker.take(KINDS, 7, 0.2):
                 taken += [delivery.job_id for delivery in batch]
@@ -306,7 +310,7 @@ class TestDeliveries:
         taken += race(racers[0])
         assert sorted(taken) == ids
 
-    def test_nothing_remains(self, brokers, data):
+    def test_nothing_remains(self, brokers: Callable[..., RedisBroker], data: Any) -> None:
         """What is done leaves nothing but the clockwork behind, and a worker that goes leaves nothing at all."""
         broker = brokers()
         channel = broker.call("generate", {})
@@ -324,7 +328,7 @@ class TestDeliveries:
         passing = {key for key in keys if data.ttl(key) > 0}
         assert keys - streams - passing == small
 
-    def test_ghosts(self, brokers, data):
+    def test_ghosts(self, brokers: Callable[..., RedisBroker], data: Any) -> None:
         """A dead worker that holds nothing is forgotten after a while; one that holds something is not before."""
         dead, alive = brokers(), brokers()
         dead.announce("edit_1", "edit")
@@ -336,7 +340,7 @@ class TestDeliveries:
         alive._step("prune", "", -1, stream)
         assert data.xinfo_consumers(stream, "workers") == []
 
-    def test_lost_answer(self, brokers, monkeypatch):
+    def test_lost_answer(self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch) -> None:
         """When what Redis gave is lost on its way, the next take gets it."""
         broker = brokers()
         channel = broker.call("generate", {"n": 1})
@@ -348,7 +352,7 @@ class TestDeliveries:
         assert broker.owns(delivery)
         take(broker, 0)
 
-    def test_wake_everywhere(self, brokers):
+    def test_wake_everywhere(self, brokers: Callable[..., RedisBroker]) -> None:
         """A wake reaches every worker, whether it waits or not."""
         api, *workers = (brokers() for _ in range(4))
         with ThreadPoolExecutor(3) as pool:
@@ -358,14 +362,14 @@ class TestDeliveries:
             assert [taken.result(WHILE) for taken in waiting] == [[], []]
             assert pool.submit(workers[2].take, KINDS, 1, 2 * WHILE).result(WHILE) == []
 
-    def test_long_silence(self, brokers, monkeypatch):
+    def test_long_silence(self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch) -> None:
         """A take may wait for longer than any answer of Redis may."""
         assert 3 * module.BLOCK < module.ANSWER
         monkeypatch.setattr(module, "BLOCK", 0.2)
         monkeypatch.setattr(module, "ANSWER", 0.5)
         assert brokers().take(KINDS, 1, 1.2) == []
 
-    def test_close(self, brokers):
+    def test_close(self, brokers: Callable[..., RedisBroker]) -> None:
         """Closing ends the takes and the listeners of this broker and of no other."""
         closing, other = brokers(), brokers()
         with ThreadPoolExecutor(4) as pool:
@@ -381,7 +385,7 @@ class TestDeliveries:
 
 
 class TestNews:
-    def test_taken_over(self, brokers):
+    def test_taken_over(self, brokers: Callable[..., RedisBroker]) -> None:
         """After a takeover a listener is told to start again, and then hears the whole answer."""
         dead, alive = brokers(), brokers()
         channel = dead.call("generate", {})
@@ -400,7 +404,7 @@ class TestNews:
             rest = events[2:] if n in (1, 2) else events[n + 1 :]
             assert heard(alive, channel, event.id) == rest
 
-    def test_stale(self, brokers):
+    def test_stale(self, brokers: Callable[..., RedisBroker]) -> None:
         """What a worker says of a call that was taken from it is dropped, and it learns of the loss by it."""
         stale, other = brokers(), brokers()
         channel = stale.call("generate", {})
@@ -416,7 +420,7 @@ class TestNews:
         other.publish(channel, "end", {"text": "right"}, last=True)
         assert said(heard(other, channel)) == [("end", "right")]
 
-    def test_said_once(self, brokers, monkeypatch):
+    def test_said_once(self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch) -> None:
         """What is told again because the acknowledgement was lost is said once."""
         broker = brokers()
         channel = broker.call("generate", {})
@@ -430,7 +434,7 @@ class TestNews:
         broker.publish(channel, "end", {}, last=True)
         assert [text for _, text in said(heard(broker, channel))] == ["ha", "ha", "ha", None]
 
-    def test_anybody_else_may_speak(self, brokers):
+    def test_anybody_else_may_speak(self, brokers: Callable[..., RedisBroker]) -> None:
         """The API, which never took the work, may publish on its channel."""
         worker, api = brokers(), brokers()
         worker.announce("edit_1", "edit")
@@ -439,7 +443,7 @@ class TestNews:
         api.publish("edit_1", "end", {"text": "cancelled"}, last=True)
         assert said(heard(api, "edit_1")) == [("progress", "half"), ("end", "cancelled")]
 
-    def test_bounded(self, brokers, data):
+    def test_bounded(self, brokers: Callable[..., RedisBroker], data: Any) -> None:
         """A channel keeps some thousands of events, and goes away by itself: soon after its end."""
         broker = brokers()
         for _ in range(3):
@@ -449,14 +453,14 @@ class TestNews:
         broker.publish("c", "end", {}, last=True)
         assert 0 < data.ttl("palimpsest:out:c") <= 300
 
-    def test_clock(self, brokers, data):
+    def test_clock(self, brokers: Callable[..., RedisBroker], data: Any) -> None:
         """Ids grow, also when the clock of Redis was set back."""
         broker = brokers()
         data.set("palimpsest:clock", 2**52)
         broker.publish_all([Message("c", "n", {}), Message("c", "end", {}, last=True)])
         assert [int(event.id) - 2**52 for event in heard(broker, "c")] == [1, 2]
 
-    def test_cancel_reaches_the_worker(self, brokers):
+    def test_cancel_reaches_the_worker(self, brokers: Callable[..., RedisBroker]) -> None:
         """A worker learns of a cancel of what it holds, though it asks Redis only every now and then."""
         api, worker = brokers(), brokers()
         channel = api.call("generate", {})
@@ -465,7 +469,7 @@ class TestNews:
         api.cancel(channel)
         until(lambda: worker.cancelled(channel))
 
-    def test_json(self, brokers, data):
+    def test_json(self, brokers: Callable[..., RedisBroker], data: Any) -> None:
         """Everything in Redis is text: no pickle."""
         broker = brokers()
         channel = broker.call("generate", {"prompt": "é"})
@@ -479,7 +483,7 @@ class TestNews:
 class TestEmptied:
     """Redis loses everything, at any moment."""
 
-    def test_jobs(self, brokers, redis_server):
+    def test_jobs(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
         """A job that waited is delivered when it is announced again."""
         broker = brokers()
         broker.announce("edit_1", "edit")
@@ -488,7 +492,7 @@ class TestEmptied:
         broker.announce("edit_1", "edit")
         take(broker, 1)
 
-    def test_calls(self, brokers, redis_server):
+    def test_calls(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
         """A call that waited is unknown then, and asked again."""
         broker = brokers()
         channel = broker.call("generate", {"n": 1})
@@ -497,7 +501,7 @@ class TestEmptied:
         broker.call("generate", {"n": 1}, channel=channel)
         assert take(broker)[0].payload == {"n": 1}
 
-    def test_worker_goes_on(self, brokers, redis_server):
+    def test_worker_goes_on(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
         """A worker goes on with what it holds, and its answer is heard."""
         broker = brokers()
         channel = broker.call("generate", {})
@@ -509,7 +513,7 @@ class TestEmptied:
         broker.done(delivery)
         assert said(heard(broker, channel)) == [("end", "a")]
 
-    def test_asked_again(self, brokers, redis_server):
+    def test_asked_again(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
         """When the call is asked again meanwhile, and goes to another worker, that one alone is heard."""
         first, second = brokers(), brokers()
         channel = first.call("generate", {})
@@ -523,7 +527,7 @@ class TestEmptied:
         second.publish(channel, "end", {"text": "second"}, last=True)
         assert said(heard(second, channel)) == [("end", "second")]
 
-    def test_given_back_too_late(self, brokers, redis_server):
+    def test_given_back_too_late(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
         """What is given back when another has been given it changes nothing."""
         first, second = brokers(), brokers()
         channel = first.call("generate", {})
@@ -537,7 +541,7 @@ class TestEmptied:
         second.publish(channel, "end", {"text": "a"}, last=True)
         assert said(heard(second, channel)) == [("end", "a")]
 
-    def test_given_back(self, brokers, redis_server):
+    def test_given_back(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
         """What is given back then waits again, though Redis had forgotten it."""
         broker = brokers()
         channel = broker.call("generate", {"n": 1})
@@ -547,11 +551,11 @@ class TestEmptied:
         (again,) = take(broker)
         assert (again.job_id, again.payload) == (channel, {"n": 1})
 
-    def test_listener(self, brokers, redis_server):
+    def test_listener(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
         """A listener hears what is said after the loss, with ids that go on growing."""
         broker = brokers()
 
-        async def listen():
+        async def listen() -> Any:
             events = []
             async for event in broker.events("c"):
                 events.append(event)
@@ -564,7 +568,7 @@ class TestEmptied:
         one, two = asyncio.run(asyncio.wait_for(listen(), WHILE))
         assert int(two.id) > int(one.id)
 
-    def test_blocked_take(self, brokers, redis_server):
+    def test_blocked_take(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
         """A take that waits through it hears the bells that are rung after it."""
         broker, other = brokers(), brokers()
         with ThreadPoolExecutor(1) as pool:
@@ -579,11 +583,11 @@ class TestDown:
     """Redis is away for a while."""
 
     @pytest.fixture
-    def durable(self):
+    def durable(self) -> Iterator[Any]:
         with redis_servers.serving(durable=True) as server:
             yield server
 
-    def test_restarted(self, brokers, durable):
+    def test_restarted(self, brokers: Callable[..., RedisBroker], durable: Any) -> None:
         """A listener waits for a Redis that is restarted, and then all that was there is there."""
         broker = brokers(LEASE, url=durable.url)
         channel = broker.call("generate", {})
@@ -604,7 +608,7 @@ class TestDown:
         broker.done(delivery)
         assert [delivery.job_id for delivery in broker.take(KINDS, 1, 0)] == ["edit_1"]
 
-    def test_blocked_take(self, brokers, durable):
+    def test_blocked_take(self, brokers: Callable[..., RedisBroker], durable: Any) -> None:
         """A take that waits when Redis goes raises Unavailable; the next one works as soon as Redis is back."""
         broker = brokers(url=durable.url)
         with ThreadPoolExecutor(1) as pool:
@@ -634,7 +638,9 @@ class TestDown:
             lambda broker: heard(broker, "c"),
         ],
     )
-    def test_unavailable(self, brokers, monkeypatch, ask):
+    def test_unavailable(
+        self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch, ask: Callable[..., Any]
+    ) -> None:
         """Whatever is asked of a Redis that is not there is Unavailable, and the reason names no address."""
         monkeypatch.setattr(module, "PATIENCE", 0)
         broker = brokers(url="redis://:secret@127.0.0.1:1/0")
@@ -642,7 +648,9 @@ class TestDown:
             ask(broker)
         assert caught.value.detail == "the queue does not answer: it cannot be reached."
 
-    def test_silent(self, brokers, monkeypatch, durable):
+    def test_silent(
+        self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch, durable: Any
+    ) -> None:
         """A Redis that is stopped is Unavailable after one time-out, and serves again when it goes on."""
         monkeypatch.setattr(module, "ANSWER", 0.3)
         broker = brokers(url=durable.url)
@@ -653,7 +661,7 @@ class TestDown:
         durable.signal(signal.SIGCONT)
         assert broker.waiting("edit") == 1
 
-    def test_full(self, brokers, durable):
+    def test_full(self, brokers: Callable[..., RedisBroker], durable: Any) -> None:
         """A Redis without memory is Unavailable, and says so."""
         broker = brokers(url=durable.url)
         with redis_client.Redis.from_url(durable.url) as client:
@@ -661,16 +669,16 @@ class TestDown:
             with pytest.raises(Unavailable, match="full"):
                 broker.announce("edit_1", "edit")
 
-    def test_close(self, brokers):
+    def test_close(self, brokers: Callable[..., RedisBroker]) -> None:
         """A broker can be closed while Redis is away."""
         brokers(url="redis://127.0.0.1:1/0").close()
 
 
-def lose_next_answer(broker, monkeypatch):
+def lose_next_answer(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis does what it is asked next, and its answer does not arrive."""
     run = broker._run
 
-    def losing(args):
+    def losing(args: Any) -> None:
         monkeypatch.setattr(broker, "_run", run)
         run(args=args)
         raise redis_client.exceptions.TimeoutError
@@ -678,11 +686,11 @@ def lose_next_answer(broker, monkeypatch):
     monkeypatch.setattr(broker, "_run", losing)
 
 
-def test_listener_that_is_cancelled(brokers):
+def test_listener_that_is_cancelled(brokers: Callable[..., RedisBroker]) -> None:
     """A listener that is cancelled in the middle leaves its connection fit for the next."""
     broker = brokers()
 
-    async def listen():
+    async def listen() -> Any:
         for _ in range(5):
             listener = asyncio.ensure_future(collect(broker, "c"))
             await asyncio.sleep(0.02)
@@ -694,7 +702,7 @@ def test_listener_that_is_cancelled(brokers):
     assert len(asyncio.run(listen())) == 1
 
 
-def test_no_threads_in_an_api(brokers):
+def test_no_threads_in_an_api(brokers: Callable[..., RedisBroker]) -> None:
     """A broker that never takes starts no thread."""
     before = threading.active_count()
     brokers().announce("edit_1", "edit")

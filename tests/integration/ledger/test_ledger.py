@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,7 +18,9 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import delete, text, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
+from service.db.database import Database
 from service.db.models import Attestation, Factors, Job, LedgerEntry, Model, now
 from service.kit.ids import new_id
 from service.kit.text import fact_key
@@ -28,7 +31,7 @@ from tests.support.ledger_tampering import unguard
 FACTS = [("Paris", "{} is in"), ("Paris", "{}  is in"), ("Paris", "{} lies on the"), ("Rome", "{} is in")]
 
 
-def add_model(database):
+def add_model(database: Database) -> Any:
     fingerprint, at = new_id("model"), now()
     with database.session() as session:
         session.add(
@@ -37,7 +40,7 @@ def add_model(database):
     return fingerprint
 
 
-def add_edit(session, model, fact):
+def add_edit(session: Session, model: Any, fact: Any) -> Any:
     """The row of a running edit."""
     subject, prompt = fact
     request = {"subject": subject, "prompt": prompt, "target_new": "x"}
@@ -49,7 +52,7 @@ def add_edit(session, model, fact):
     return job
 
 
-def apply(database, model, fact, **body):
+def apply(database: Database, model: Any, fact: Any, **body: Any) -> Any:
     with database.session() as session:
         ledger.lock(session, model)
         job = add_edit(session, model, fact)
@@ -61,18 +64,18 @@ def apply(database, model, fact, **body):
         return job.id
 
 
-def revert(database, model, edit_id):
+def revert(database: Database, model: Any, edit_id: str) -> None:
     with database.session() as session:
         ledger.lock(session, model)
         ledger.append(session, model, ledger.REVERT, session.get(Job, edit_id), "another", {})
 
 
-def statuses(database, *ids):
+def statuses(database: Database, *ids: Any) -> Any:
     with database.read() as session:
         return [session.get(Job, x).status for x in ids]
 
 
-def findings(database, model):
+def findings(database: Database, model: Any) -> Any:
     with database.read() as session:
         return verify(session, model)
 
@@ -81,7 +84,7 @@ class Undone(Exception):
     """Takes a transaction back."""
 
 
-def found_after(database, model, *statements):
+def found_after(database: Database, model: Any, *statements: Any) -> Any:
     """What verify finds when these statements have been carried out; they are taken back afterwards."""
     found = []
     try:
@@ -101,7 +104,7 @@ class Machine(RuleBasedStateMachine):
 
     database = None
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.model, self.other = add_model(self.database), add_model(self.database)
         with self.database.session() as session:
@@ -109,10 +112,10 @@ class Machine(RuleBasedStateMachine):
         self.story = []
         self.named = {}  #: what an edit says that it supersedes
 
-    def reverted(self, version=None):
+    def reverted(self, version: int = None) -> Any:
         return {edit for kind, edit, _ in self.story[:version] if kind == "revert"}
 
-    def standing(self, version=None):
+    def standing(self, version: int = None) -> Any:
         """The active edits: by fact the one applied last of those not reverted, unless one not reverted names it."""
         gone = self.reverted(version)
         applied = [(e, f) for kind, e, f in self.story[:version] if kind == "apply" and e not in gone]
@@ -120,7 +123,7 @@ class Machine(RuleBasedStateMachine):
         return sorted(set({" ".join(f[1].split()) + f[0]: e for e, f in applied}.values()) - named)
 
     @rule(fact=st.sampled_from(FACTS), strength=st.floats(0, 2), data=st.data())
-    def apply(self, fact, strength, data):
+    def apply(self, fact: Any, strength: Any, data: Any) -> None:
         facts = {edit: said for kind, edit, said in self.story if kind == "apply"}
         others = [e for e in self.standing() if facts[e][0] == fact[0]]
         named = data.draw(st.lists(st.sampled_from(others), unique=True)) if others else []
@@ -130,7 +133,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.story)
     @rule(data=st.data())
-    def revert(self, data):
+    def revert(self, data: Any) -> None:
         _, edit, fact = data.draw(st.sampled_from(self.story))
         if edit in self.reverted():
             with pytest.raises(IntegrityError):
@@ -141,7 +144,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.story)
     @rule(data=st.data())
-    def tamper(self, data):
+    def tamper(self, data: Any) -> None:
         version = data.draw(st.integers(1, len(self.story)))
         with self.database.read() as session:
             row = session.get(LedgerEntry, (self.model, version))
@@ -166,7 +169,7 @@ class Machine(RuleBasedStateMachine):
         assert found_after(self.database, self.model, delete(LedgerEntry).where(here))
 
     @invariant()
-    def ledger_is_right(self):
+    def ledger_is_right(self) -> None:
         with self.database.read() as session:
             entries = ledger.entries(session, self.model)
             assert ledger.head(session, self.model) == len(self.story)
@@ -176,20 +179,20 @@ class Machine(RuleBasedStateMachine):
             assert ledger.active(entries, version) == self.standing(version)
 
     @invariant()
-    def statuses_are_right(self):
+    def statuses_are_right(self) -> None:
         standing, gone = self.standing(), self.reverted()
         for edit in {edit for _, edit, _ in self.story}:
             right = "reverted" if edit in gone else "applied" if edit in standing else "superseded"
             assert statuses(self.database, edit) == [right]
 
     @invariant()
-    def factors_are_those_of_the_active(self):
+    def factors_are_those_of_the_active(self) -> None:
         with self.database.read() as session:
             found = ledger.factors_of(session, self.standing())
         assert {edit: data.decode() for edit, data in found.items()} == {x: x for x in self.standing()}
 
 
-def test_any_order(database):
+def test_any_order(database: Database) -> None:
     """Whatever is applied, superseded and reverted in whatever order: versions, active edits and statuses are right,
     the chain verifies, and a change to any field of any entry is found."""
     machine = type("Machine", (Machine,), {"database": database})
@@ -199,7 +202,7 @@ def test_any_order(database):
     run_state_machine_as_test(machine, settings=quick)
 
 
-def test_supersede_and_bring_back(database):
+def test_supersede_and_bring_back(database: Database) -> None:
     """Of two edits of one fact the newer is active; reverting it brings the older back."""
     model = add_model(database)
     a, b = apply(database, model, FACTS[0]), apply(database, model, FACTS[1])
@@ -208,7 +211,7 @@ def test_supersede_and_bring_back(database):
     assert statuses(database, a, b) == ["applied", "reverted"]
 
 
-def test_named_and_brought_back(database):
+def test_named_and_brought_back(database: Database) -> None:
     """An edit names one of another prompt: that is superseded, the older ones of its fact stay so, and the newer's revert brings
     it back; as long as an edit that names it is not reverted, superseded or not, it stays out."""
     model = add_model(database)
@@ -224,7 +227,7 @@ def test_named_and_brought_back(database):
     assert findings(database, model) == []
 
 
-def test_revert_superseded(database):
+def test_revert_superseded(database: Database) -> None:
     """A superseded edit can be reverted; reverting the newer one then leaves the base."""
     model = add_model(database)
     a, b = apply(database, model, FACTS[0]), apply(database, model, FACTS[1])
@@ -237,7 +240,7 @@ def test_revert_superseded(database):
     assert entries[-1].state == ledger.state_of(model, [])
 
 
-def test_same_edits_same_state(database):
+def test_same_edits_same_state(database: Database) -> None:
     """The state names what is active, not how it came about."""
     model = add_model(database)
     apply(database, model, FACTS[0])
@@ -247,7 +250,7 @@ def test_same_edits_same_state(database):
     assert first.state == third.state != second.state
 
 
-def test_models_have_ledgers_of_their_own(database):
+def test_models_have_ledgers_of_their_own(database: Database) -> None:
     """Versions of one model say nothing about another."""
     one, two = add_model(database), add_model(database)
     apply(database, one, FACTS[0])
@@ -257,11 +260,11 @@ def test_models_have_ledgers_of_their_own(database):
 
 class TestVerify:
     @pytest.fixture
-    def model(self, database):
+    def model(self, database: Database) -> Any:
         return add_model(database)
 
     @pytest.fixture
-    def edit(self, database, model):
+    def edit(self, database: Database, model: Any) -> Any:
         return apply(database, model, FACTS[0])
 
     @pytest.mark.parametrize(
@@ -276,11 +279,13 @@ class TestVerify:
             ("chain", lambda edit: delete(LedgerEntry).where(LedgerEntry.edit_id == edit)),
         ],
     )
-    def test_what_hangs_on_it(self, database, model, edit, where, change):
+    def test_what_hangs_on_it(
+        self, database: Database, model: Any, edit: Any, where: Any, change: Any
+    ) -> None:
         """Changed factors, statuses that lie and an end that was cut off are found."""
         assert where in {finding.where for finding in found_after(database, model, change(edit))}
 
-    def test_recomputed_chain_with_a_wrong_state(self, database, model, edit):
+    def test_recomputed_chain_with_a_wrong_state(self, database: Database, model: Any, edit: Any) -> None:
         """An entry whose hash is right and whose state is not that of its edits is found."""
         with database.session() as session:
             unguard(session)
@@ -289,23 +294,23 @@ class TestVerify:
             row.hash = ledger.chain_hash(row.previous, ledger.entries(session, model)[0])
         assert [finding.where for finding in findings(database, model)] == ["state"]
 
-    def test_unreadable(self, database, model, edit):
+    def test_unreadable(self, database: Database, model: Any, edit: Any) -> None:
         """An entry that is no JSON any more is a finding, not a crash."""
         found = found_after(database, model, text("UPDATE ledger SET body = 'oops'"))
         assert [finding.where for finding in found] == ["chain"]
 
-    def attest(self, database, model, *said):
+    def attest(self, database: Database, model: Any, *said: Any) -> None:
         with database.session() as session:
             for worker, version, digest, device in said:
                 row = {"worker": worker, "version": version, "digest": digest, "device": device}
                 session.add(Attestation(model=model, at=now(), **row))
 
-    def test_replicas_agree(self, database, model, edit):
+    def test_replicas_agree(self, database: Database, model: Any, edit: Any) -> None:
         """Equal digests at a version are well, and so are different ones on different devices."""
         self.attest(database, model, ("a", 1, "x", "cpu"), ("b", 1, "x", "cpu"), ("c", 1, "y", "cuda"))
         assert findings(database, model) == []
 
-    def test_replicas_disagree(self, database, model, edit):
+    def test_replicas_disagree(self, database: Database, model: Any, edit: Any) -> None:
         """Two digests of one version on one kind of device are found, with who said them."""
         self.attest(database, model, ("a", 1, "x", "cpu"), ("b", 1, "y", "cpu"))
         (finding,) = findings(database, model)
@@ -313,13 +318,13 @@ class TestVerify:
         assert "a at 1" in finding.detail
         assert "b at 1" in finding.detail
 
-    def test_base_comes_back(self, database, model, edit):
+    def test_base_comes_back(self, database: Database, model: Any, edit: Any) -> None:
         """After a revert the digest must be that of the base again."""
         revert(database, model, edit)
         self.attest(database, model, ("a", 0, "base", "cpu"), ("a", 2, "other", "cpu"))
         assert [finding.where for finding in findings(database, model)] == ["replicas"]
 
-    def test_version_that_was_never(self, database, model, edit):
+    def test_version_that_was_never(self, database: Database, model: Any, edit: Any) -> None:
         """A replica that stood at a version which the ledger lacks shows that its end was cut off."""
         self.attest(database, model, ("a", 2, "x", "cpu"))
         assert [finding.where for finding in findings(database, model)] == ["replicas"]

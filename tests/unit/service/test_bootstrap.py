@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from service.bootstrap import wire
@@ -11,7 +13,7 @@ from service.jobs.redis_broker import RedisBroker
 from service.settings import Settings
 
 
-def test_nothing_configured(tmp_path):
+def test_nothing_configured(tmp_path: Path) -> None:
     """With nothing configured there is SQLite in a data folder made for it, and the in-process broker."""
     folder = tmp_path / "a" / "b"
     wired = wire(Settings(data=folder))
@@ -23,14 +25,14 @@ def test_nothing_configured(tmp_path):
     wired.close()
 
 
-def test_postgres(tmp_path):
+def test_postgres(tmp_path: Path) -> None:
     """A postgresql:// URL is taken as it is usually written, and nothing connects yet."""
     wired = wire(Settings(data=tmp_path, database_url="postgresql://somebody@127.0.0.1:1/x"))
     assert wired.database.engine.dialect.name == "postgresql"
     wired.close()
 
 
-def test_redis(tmp_path):
+def test_redis(tmp_path: Path) -> None:
     """With a Redis the work is shared through it, with its lease and names, and nothing connects yet."""
     wired = wire(Settings(data=tmp_path, redis_url="redis://127.0.0.1:1", lease=7))
     assert isinstance(wired.broker, RedisBroker)
@@ -39,7 +41,7 @@ def test_redis(tmp_path):
     wired.close()
 
 
-def test_a_crash_point_is_armed(tmp_path, monkeypatch):
+def test_a_crash_point_is_armed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The setting for tests is taken, and one that is no crash point refused."""
     armed = []
     monkeypatch.setattr("service.kit.crash_points.arm", armed.append)
@@ -50,7 +52,7 @@ def test_a_crash_point_is_armed(tmp_path, monkeypatch):
         wire(Settings(data=tmp_path, crash_at="never"))
 
 
-def test_folder_that_cannot_be(tmp_path):
+def test_folder_that_cannot_be(tmp_path: Path) -> None:
     """A data folder that cannot be made is said so."""
     (tmp_path / "file").write_text("")
     with pytest.raises(Misconfigured, match="PALIMPSEST_DATA"):

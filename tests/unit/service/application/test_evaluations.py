@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from sqlalchemy import event
 
+from service.application import Operations
+from service.db.database import Database
 from service.errors import InvalidInput
+from service.jobs.broker import Broker
+from service.jobs.job_store import Desk
 from service.schemas import EvaluationRequest
 from tests.support.served_model import INFO, tokenizer_json
 from tests.support.service_requests import evaluation_request, record
 
 
 class TestEvaluation:
-    def test_evaluation(self, operations, broker):
+    def test_evaluation(self, operations: Operations, broker: Broker) -> None:
         """An evaluation is queued and announced, listed, and cancelled, twice without harm."""
         asked = evaluation_request(record(), record(target_true="Paris"), method="memit")
         evaluation = operations.evaluations.submit(asked, "somebody")
@@ -25,7 +31,7 @@ class TestEvaluation:
         for _ in range(2):
             assert operations.evaluations.cancel(evaluation["id"])["status"] == "cancelled"
 
-    def test_lists_are_light(self, operations, desk, database):
+    def test_lists_are_light(self, operations: Operations, desk: Desk, database: Database) -> None:
         """What was found is read where one evaluation is asked for, and by no list."""
         evaluation = operations.evaluations.submit(evaluation_request(), "somebody")["id"]
         desk.finish(desk.start(evaluation), "done", {"found": [1.0, None]})
@@ -38,7 +44,7 @@ class TestEvaluation:
         assert not any("jobs.result" in statement for statement in statements)
         assert operations.evaluations.get(evaluation)["result"] == {"found": [1.0, None]}
 
-    def test_facts(self, operations, desk):
+    def test_facts(self, operations: Operations, desk: Desk) -> None:
         """The table beside the model is evaluated where there is one."""
         asked = EvaluationRequest(dataset="facts", limit=3)
         with pytest.raises(InvalidInput, match="no table of facts") as error:
@@ -64,14 +70,14 @@ class TestEvaluation:
             ("records", {"records": [record()], "objective": "erase"}),
         ],
     )
-    def test_refused(self, operations, field, changes):
+    def test_refused(self, operations: Operations, field: str, changes: Any) -> None:
         """An evaluation that cannot be run is refused, with the field."""
         with pytest.raises(InvalidInput) as error:
             operations.evaluations.submit(EvaluationRequest(**{"records": [record()], **changes}), "a")
         assert error.value.field == field
         assert operations.evaluations.page()["items"] == []
 
-    def test_which_record(self, operations):
+    def test_which_record(self, operations: Operations) -> None:
         """The refusal names the record."""
         with pytest.raises(InvalidInput, match="record 2: the prompt has"):
             operations.evaluations.submit(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from sqlalchemy import update
 
+from service.application import Operations
+from service.db.database import Database
 from service.db.models import LedgerEntry
+from service.jobs.job_store import Desk
 from tests.support.ledger_tampering import unguard
 
 
 class TestLedger:
-    def test_ledger_pages(self, operations, landed):
+    def test_ledger_pages(self, operations: Operations, landed: Callable[..., Any]) -> None:
         """The ledger is paged oldest first, and up to a version."""
         for n in range(5):
             landed(f"Tower {n}")
@@ -19,7 +25,7 @@ class TestLedger:
         assert (rest["next"], rest["head"]) == (None, 5)
         assert [entry["version"] for entry in operations.ledger.page(version=2)["items"]] == [1, 2]
 
-    def test_the_ledger_turned_round(self, operations, landed):
+    def test_the_ledger_turned_round(self, operations: Operations, landed: Callable[..., Any]) -> None:
         """Newest first, the ledger has the same entries and pages, and `version` cuts the same ones off."""
         for n in range(5):
             landed(f"Tower {n}")
@@ -31,7 +37,7 @@ class TestLedger:
         rest = operations.ledger.page(cursor=cut["next"], version=2, newest_first=True)
         assert [entry["version"] for entry in cut["items"] + rest["items"]] == [2, 1]
 
-    def test_verify(self, operations, landed, desk):
+    def test_verify(self, operations: Operations, landed: Callable[..., Any], desk: Desk) -> None:
         """Verifying tells the entries, the head and what the replicas said."""
         landed()
         desk.attest(1, "digest")
@@ -41,7 +47,7 @@ class TestLedger:
             ("worker-1", 1, "digest")
         ]
 
-    def test_tampered(self, operations, landed, database):
+    def test_tampered(self, operations: Operations, landed: Callable[..., Any], database: Database) -> None:
         """Verifying a changed ledger says what is wrong, as JSON."""
         landed()
         with database.session() as session:

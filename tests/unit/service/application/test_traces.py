@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from service.application import Operations
 from service.errors import InvalidInput
+from service.jobs.broker import Broker
 from tests.support.service_requests import trace_request
 
 
 class TestTrace:
-    def test_trace(self, operations, broker):
+    def test_trace(self, operations: Operations, broker: Broker) -> None:
         """A trace is queued and announced, listed, and cancelled, twice without harm."""
         trace = operations.traces.submit(trace_request(), "somebody")
         assert (trace["status"], trace["version"]) == ("queued", None)
@@ -32,7 +36,7 @@ class TestTrace:
             ("noise", {"noise": float("inf")}),
         ],
     )
-    def test_refused(self, operations, field, changes):
+    def test_refused(self, operations: Operations, field: str, changes: Any) -> None:
         """A trace that cannot be run is refused, with the field."""
         with pytest.raises(InvalidInput) as error:
             operations.traces.submit(trace_request(**changes), "a")

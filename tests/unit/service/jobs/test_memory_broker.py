@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+from service.jobs.broker import Broker
 from service.jobs.memory_broker import MemoryBroker
 
 
-async def collect(broker, channel):
+async def collect(broker: Broker, channel: str) -> Any:
     async with asyncio.timeout(20):
         return [event async for event in broker.events(channel)]
 
 
-def test_channel_is_bounded():
+def test_channel_is_bounded() -> None:
     """A channel keeps its newest events, of which the last is one."""
     broker = MemoryBroker(channel_events=10)
     for n in range(1000):
@@ -21,7 +23,7 @@ def test_channel_is_bounded():
     assert [event.data["n"] for event in events] == list(range(990, 1000))
 
 
-def test_closed_channels_are_bounded():
+def test_closed_channels_are_bounded() -> None:
     """Of closed channels the newest are kept, as many as the limit on their events allows."""
     broker = MemoryBroker(kept_events=10)
     for n in range(100):
@@ -31,7 +33,7 @@ def test_closed_channels_are_bounded():
     assert broker._ended_events == 10
 
 
-def test_closed_channels_grow_old():
+def test_closed_channels_grow_old() -> None:
     """A closed channel is dropped after its time."""
     broker = MemoryBroker(kept_seconds=0)
     broker.publish("a", "end", {}, last=True)
@@ -39,11 +41,11 @@ def test_closed_channels_grow_old():
     assert "a" not in broker._channels
 
 
-def test_channels_that_nobody_closes():
+def test_channels_that_nobody_closes() -> None:
     """Channels that nobody closes and cancels that nobody heeds are bounded too; one that is listened to stays."""
     broker = MemoryBroker(kept_names=10)
 
-    async def listen():
+    async def listen() -> Any:
         listener = asyncio.ensure_future(collect(broker, "heard"))
         await asyncio.sleep(0)
         for n in range(100):
@@ -57,11 +59,11 @@ def test_channels_that_nobody_closes():
     assert len(broker._cancels) == 10
 
 
-def test_listening_in_vain_leaves_nothing():
+def test_listening_in_vain_leaves_nothing() -> None:
     """A channel that was only listened to is gone with its listener."""
     broker = MemoryBroker()
 
-    async def listen():
+    async def listen() -> None:
         listener = asyncio.ensure_future(collect(broker, "c"))
         await asyncio.sleep(0)
         listener.cancel()

@@ -9,25 +9,25 @@ from concurrent.futures import ThreadPoolExecutor
 from service.kit.ids import born, kind_of, new_id
 
 
-def test_form():
+def test_form() -> None:
     """An id is its prefix and a ULID in Crockford's digits."""
     assert re.fullmatch(r"edit_[0-7][0-9A-HJKMNP-TV-Z]{25}", new_id("edit"))
 
 
-def test_ids_grow():
+def test_ids_grow() -> None:
     """Ids sort in the order in which they were made, also within a millisecond."""
     ids = [new_id("x") for _ in range(2000)]
     assert ids == sorted(set(ids))
 
 
-def test_threads_never_share_one():
+def test_threads_never_share_one() -> None:
     """Threads that make ids at once make different ones."""
     with ThreadPoolExecutor(8) as pool:
         made = [x for ids in pool.map(lambda _: [new_id("x") for _ in range(200)], range(8)) for x in ids]
     assert len(set(made)) == 1600
 
 
-def test_an_id_says_when_it_was_made():
+def test_an_id_says_when_it_was_made() -> None:
     """The time in an id is that of its making, to the millisecond."""
     before = time.time()
     made = born(new_id("call"))
@@ -35,11 +35,11 @@ def test_an_id_says_when_it_was_made():
     assert int(before * 1000) <= round(made * 1000) <= time.time() * 1000
 
 
-def test_what_is_no_id_has_no_time():
+def test_what_is_no_id_has_no_time() -> None:
     """Text that somebody else made up says nothing of a time."""
     assert [born(text) for text in ("", "call", "call_1", f"call_{'U' * 26}")] == [None] * 4
 
 
-def test_an_id_says_what_it_names():
+def test_an_id_says_what_it_names() -> None:
     """The prefix of an id is its kind."""
     assert kind_of(new_id("edit")) == "edit"
