@@ -9,11 +9,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.types import ASGIApp
 
 from api import errors
 from api.authentication import is_loopback
-from api.rate_limits import Rate
-from api.request_log import Access
+from api.rate_limits import RateLimiter
+from api.request_log import RequestLogMiddleware
 from api.routes import (
     compare,
     completions,
@@ -29,9 +30,9 @@ from api.routes import (
     models,
     traces,
 )
-from api.security_headers import SecurityHeaders
-from service.application import Operations
-from service.application.api_keys import Keys, is_token
+from api.security_headers import SecurityHeadersMiddleware
+from service.application import Services
+from service.application.api_keys import ApiKeys, is_token
 from service.errors import Misconfigured
 from service.jobs.broker import Broker
 from service.settings import Settings
@@ -51,17 +52,17 @@ Errors are `application/problem+json` (RFC 9457) whose `detail` says what to cha
 """
 
 
-def create_app(operations: Operations, broker: Broker, settings: Settings) -> FastAPI:
+def create_app(services: Services, broker: Broker, settings: Settings) -> FastAPI:
     """The application on top of what is already wired; whoever wired it closes it."""
-    refuse_exposure(settings)
-    keys = Keys(operations.database)
-    _refuse_open_door(settings, keys)
-    rate = Rate(settings.redis_url, settings.redis_prefix)
+    check_exposure(settings)
+    keys = ApiKeys(services.database)
+    _require_key_unless_loopback(settings, keys)
+    rate_limiter = RateLimiter(settings.redis_url, settings.redis_prefix)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        rate.close()
+        rate_limiter.close()
 
     app = FastAPI(
         title="Palimpsest",
@@ -73,13 +74,13 @@ def create_app(operations: Operations, broker: Broker, settings: Settings) -> Fa
         swagger_ui_oauth2_redirect_url=None,
         lifespan=lifespan,
     )
-    app.state.operations = operations
+    app.state.operations = services
     app.state.broker = broker
     app.state.settings = settings
     app.state.keys = keys
-    app.state.rate = rate
-    errors.install(app)
-    for part in (
+    app.state.rate = rate_limiter
+    errors.install_error_handlers(app)
+    for route_module in (
         edits,
         traces,
         evaluations,
@@ -94,32 +95,36 @@ def create_app(operations: Operations, broker: Broker, settings: Settings) -> Fa
         health,
         console,
     ):
-        app.include_router(part.router)
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
-    _surround(app)
+        app.include_router(route_module.router)
+    app.openapi = lambda: _openapi_document(app)  # type: ignore[method-assign]
+    _add_outer_middleware(app)
     return app
 
 
-def _surround(app: FastAPI) -> None:
+def _add_outer_middleware(app: FastAPI) -> None:
     """Note and guard every request, also one that ends in a fault: a middleware of the framework's would stand inside of that."""
     stack = app.build_middleware_stack
-    app.build_middleware_stack = lambda: Access(SecurityHeaders(stack(), app.docs_url))  # type: ignore[method-assign]
+
+    def wrapped() -> ASGIApp:
+        return RequestLogMiddleware(SecurityHeadersMiddleware(stack(), app.docs_url))
+
+    app.build_middleware_stack = wrapped  # type: ignore[method-assign]
 
 
-def refuse_exposure(settings: Settings) -> None:
+def check_exposure(settings: Settings) -> None:
     """Refuse what the settings alone show to be open to strangers. The rest is seen once the database is there."""
     if settings.api_key and is_token(settings.api_key):
         raise Misconfigured(
             "PALIMPSEST_API_KEY holds a key made by `palimpsest keys create`, and would give it every scope: the root "
             "key of the service must be another, or none."
         )
-    if settings.database_url is None and not settings.embedded_database().exists():
-        _refuse_open_door(settings, None)  # there can be no key yet
+    if settings.database_url is None and not settings.sqlite_path().exists():
+        _require_key_unless_loopback(settings, None)  # there can be no key yet
 
 
-def _refuse_open_door(settings: Settings, keys: Keys | None) -> None:
+def _require_key_unless_loopback(settings: Settings, keys: ApiKeys | None) -> None:
     """Without any key the service listens on loopback only."""
-    if settings.api_key or is_loopback(settings.host) or (keys is not None and keys.exist()):
+    if settings.api_key or is_loopback(settings.host) or (keys is not None and keys.any_exist()):
         return
     raise Misconfigured(
         f"The service would listen on {settings.host} without a key: anyone there could edit the model. Make a key with "
@@ -134,7 +139,7 @@ def _version() -> str:
         return "0"
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _openapi_document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document, with the one form of all errors in it."""
     if app.openapi_schema is None:
         document = get_openapi(

@@ -11,46 +11,48 @@ from service.errors import Conflict
 JSON = "application/json"
 SVG, PNG, HTML = "image/svg+xml", "image/png", "text/html"
 #: in the order of preference where the client has none
-OFFERED = (JSON, SVG, PNG, HTML)
+OFFERED_MEDIA_TYPES = (JSON, SVG, PNG, HTML)
 
 #: for the OpenAPI document
-DOCUMENTED: dict[str, Any] = {
+IMAGE_CONTENT: dict[str, Any] = {
     SVG: {"schema": {"type": "string"}},
     PNG: {"schema": {"type": "string", "format": "binary"}},
     HTML: {"schema": {"type": "string"}},
 }
 
 
-def negotiate(accept: str | None, offered: Sequence[str] = OFFERED, otherwise: str | None = None) -> str:
+def negotiate(
+    accept: str | None, offered: Sequence[str] = OFFERED_MEDIA_TYPES, error_detail: str | None = None
+) -> str:
     """The offered media type that the client likes best; the first where it does not care (RFC 9110, 12.5.1)."""
     if not accept or not accept.strip():
         return offered[0]
-    wanted = [_range(part) for part in accept.split(",") if part.strip()]
-    liked = {offer: _liking(offer, wanted) for offer in offered}
-    best = max(offered, key=lambda offer: liked[offer])  # the first of equals
-    if liked[best] <= (0.0, 0):
+    ranges = [_parse_media_range(part) for part in accept.split(",") if part.strip()]
+    scores = {offer: _match_quality(offer, ranges) for offer in offered}
+    best = max(offered, key=lambda offer: scores[offer])  # the first of equals
+    if scores[best] <= (0.0, 0):
         raise NotAcceptable(
-            otherwise or f"This can be had as {', '.join(offered)}: ask for one of these in `Accept`."
+            error_detail or f"This can be had as {', '.join(offered)}: ask for one of these in `Accept`."
         )
     return best
 
 
-def trace(resource: dict[str, Any], media_type: str) -> str | bytes:
+def render_trace(resource: dict[str, Any], media_type: str) -> str | bytes:
     """The heat map of a trace that is done, in the manner of the paper's figures."""
-    _check_done("trace", resource)
+    _require_done("trace", resource)
     from service.tracing import heatmap  # and matplotlib with it, which only this needs
 
-    drawings: dict[str, Callable[[dict[str, Any]], str | bytes]] = {
-        SVG: heatmap.svg,
-        PNG: heatmap.png,
-        HTML: heatmap.page,
+    renderers: dict[str, Callable[[dict[str, Any]], str | bytes]] = {
+        SVG: heatmap.trace_svg,
+        PNG: heatmap.trace_png,
+        HTML: heatmap.trace_page,
     }
-    return drawings[media_type](resource["result"])
+    return renderers[media_type](resource["result"])
 
 
-def evaluation(resource: dict[str, Any], media_type: str) -> str | bytes:
+def render_evaluation(resource: dict[str, Any], media_type: str) -> str | bytes:
     """The report of an evaluation that is done; as a picture the curves of a sequence, and else the bars."""
-    _check_done("evaluation", resource)
+    _require_done("evaluation", resource)
     from service.evaluation import report
     from service.kit import plotting
 
@@ -58,17 +60,21 @@ def evaluation(resource: dict[str, Any], media_type: str) -> str | bytes:
     if media_type == HTML:
         return report.page(results)
     *_, figure = report.figures(results).values()
-    return plotting.svg(figure, report.title(results)) if media_type == SVG else plotting.png(figure)
+    return (
+        plotting.render_svg(figure, report.title(results))
+        if media_type == SVG
+        else plotting.render_png(figure)
+    )
 
 
-def _check_done(what: str, resource: dict[str, Any]) -> None:
+def _require_done(kind: str, resource: dict[str, Any]) -> None:
     if resource["status"] != "done":
         raise Conflict(
-            f"The {what} is {resource['status']}: there is a picture once it is done. Ask for {JSON} to see how it stands."
+            f"The {kind} is {resource['status']}: there is a picture once it is done. Ask for {JSON} to see how it stands."
         )
 
 
-def _range(part: str) -> tuple[str, float]:
+def _parse_media_range(part: str) -> tuple[str, float]:
     media, *parameters = (piece.strip().lower() for piece in part.split(";"))
     quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
     try:
@@ -77,11 +83,11 @@ def _range(part: str) -> tuple[str, float]:
         return media, 0.0
 
 
-def _liking(offer: str, wanted: list[tuple[str, float]]) -> tuple[float, int]:
+def _match_quality(offer: str, ranges: list[tuple[str, float]]) -> tuple[float, int]:
     """(quality, how exactly it is named): the most exact range speaks for the offer."""
-    exact = {offer: 3, offer.partition("/")[0] + "/*": 2, "*/*": 1}
-    fitting = [(exact[media], quality) for media, quality in wanted if media in exact]
-    if not fitting:
+    specificity = {offer: 3, offer.partition("/")[0] + "/*": 2, "*/*": 1}
+    matching = [(specificity[media], quality) for media, quality in ranges if media in specificity]
+    if not matching:
         return (0.0, 0)
-    precision, quality = max(fitting)
+    precision, quality = max(matching)
     return (quality, precision) if quality > 0 else (0.0, 0)

@@ -9,24 +9,26 @@ from fastapi import Depends, Header, Path, Query, Request, Security
 from fastapi.security import HTTPBearer
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from api.rate_limits import Limits
-from service.application import Operations
+from api.rate_limits import PrincipalLimits
+from service.application import Services
 from service.errors import InvalidInput, NotFound
 from service.jobs.broker import Broker
 
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_EVENT_ID = re.compile(r"[0-9]{1,30}")
-_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_RESOURCE_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_EVENT_ID_PATTERN = re.compile(r"[0-9]{1,30}")
+_IDEMPOTENCY_KEY_PATTERN = re.compile(r"[\x21-\x7e]{1,255}")
 
 #: documents the key; `api.protected_route` checks it before the body is read
-bearer = Security(HTTPBearer(auto_error=False, description="A key of the service, where it asks for one."))
+bearer_scheme = Security(
+    HTTPBearer(auto_error=False, description="A key of the service, where it asks for one.")
+)
 
 
 #: a time as the service wrote it: ISO 8601 in UTC
-Moment = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
-class Resource(BaseModel):
+class ResourceModel(BaseModel):
     """A resource as it is shown. Clients must accept members that they do not know."""
 
     model_config = ConfigDict(extra="allow")
@@ -35,9 +37,9 @@ class Resource(BaseModel):
 # They are `async` though they wait for nothing: each that is not would take a thread, and its time, on every request.
 
 
-async def _operations(request: Request) -> Operations:
-    operations: Operations = request.app.state.operations
-    return operations
+async def _services(request: Request) -> Services:
+    services: Services = request.app.state.operations
+    return services
 
 
 async def _broker(request: Request) -> Broker:
@@ -50,20 +52,20 @@ async def _actor(request: Request) -> str:
     return actor
 
 
-async def _limits(request: Request) -> Limits:
-    limits: Limits = request.state.limits
+async def _limits(request: Request) -> PrincipalLimits:
+    limits: PrincipalLimits = request.state.limits
     return limits
 
 
-async def _identifier(
+async def _resource_id(
     id: Annotated[str, Path(description="the resource's id", examples=["edit_01JABCDEFGHJKMNPQRSTVWXYZ0"])],
 ) -> str:
-    if not _ID.fullmatch(id):
+    if not _RESOURCE_ID_PATTERN.fullmatch(id):
         raise NotFound("No resource has this id: ids are as the service gave them out.")
     return id
 
 
-def _no_nul(text: str) -> str:
+def _reject_nul(text: str) -> str:
     if "\x00" in text:
         raise ValueError("holds a character that is no text: remove it.")
     return text
@@ -77,7 +79,7 @@ async def _idempotency_key(
         ),
     ] = None,
 ) -> str | None:
-    if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
+    if idempotency_key is not None and not _IDEMPOTENCY_KEY_PATTERN.fullmatch(idempotency_key):
         raise InvalidInput(
             "`Idempotency-Key` must be 1 to 255 visible ASCII characters without spaces: a UUID serves.",
             "Idempotency-Key",
@@ -90,18 +92,18 @@ async def _last_event_id(
         str | None, Header(description="go on after this event; what cannot be an id is ignored")
     ] = None,
 ) -> str | None:
-    return last_event_id if last_event_id and _EVENT_ID.fullmatch(last_event_id) else None
+    return last_event_id if last_event_id and _EVENT_ID_PATTERN.fullmatch(last_event_id) else None
 
 
-Work = Annotated[Operations, Depends(_operations)]
-Bell = Annotated[Broker, Depends(_broker)]
-Actor = Annotated[str, Depends(_actor)]
-Allowed = Annotated[Limits, Depends(_limits)]
-Id = Annotated[str, Depends(_identifier)]
-IdempotencyKey = Annotated[str | None, Depends(_idempotency_key)]
-LastEventId = Annotated[str | None, Depends(_last_event_id)]
-PlainText = Annotated[str, AfterValidator(_no_nul)]
-Cursor = Annotated[
+ServicesDep = Annotated[Services, Depends(_services)]
+BrokerDep = Annotated[Broker, Depends(_broker)]
+ActorDep = Annotated[str, Depends(_actor)]
+LimitsDep = Annotated[PrincipalLimits, Depends(_limits)]
+ResourceId = Annotated[str, Depends(_resource_id)]
+IdempotencyKeyHeader = Annotated[str | None, Depends(_idempotency_key)]
+LastEventIdHeader = Annotated[str | None, Depends(_last_event_id)]
+PlainText = Annotated[str, AfterValidator(_reject_nul)]
+PageCursor = Annotated[
     PlainText | None, Query(max_length=1000, description="`next` of the page before; leave out for the first")
 ]
-Limit = Annotated[int, Query(ge=1, le=200, description="how many at most")]
+PageLimit = Annotated[int, Query(ge=1, le=200, description="how many at most")]

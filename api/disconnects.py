@@ -15,16 +15,16 @@ from fastapi.concurrency import run_in_threadpool
 
 from service.errors import PalimpsestError
 from service.jobs.broker import Event
-from service.jobs.event_stream import heard
+from service.jobs.event_stream import with_idle_ticks
 
 T = TypeVar("T")
 MAX_WAIT = 60
-_WAIT = re.compile(r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9})"?\s*(?:$|[,;])', re.IGNORECASE)
+_WAIT_PATTERN = re.compile(r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9})"?\s*(?:$|[,;])', re.IGNORECASE)
 #: the row is read again this often while its end is waited for, should the bell be lost
-_LOOK_AGAIN = 2.0
+_POLL_INTERVAL = 2.0
 
 
-async def _preference(
+async def _preferred_wait(
     response: Response,
     prefer: Annotated[
         str | None,
@@ -33,83 +33,86 @@ async def _preference(
         ),
     ] = None,
 ) -> float:
-    found = _WAIT.search(prefer or "")
-    if not found:
+    match = _WAIT_PATTERN.search(prefer or "")
+    if not match:
         return 0
-    seconds = min(int(found[1]), MAX_WAIT)
+    seconds = min(int(match[1]), MAX_WAIT)
     response.headers["Preference-Applied"] = f"wait={seconds}"
     return seconds
 
 
 #: seconds that the client wants to wait (RFC 7240)
-Wait = Annotated[float, Depends(_preference)]
+WaitSeconds = Annotated[float, Depends(_preferred_wait)]
 
 
-def ended(resource: dict[str, Any]) -> bool:
+def is_finished(resource: dict[str, Any]) -> bool:
     """Whether a job is over, whatever became of it."""
     return resource["status"] not in ("queued", "running")
 
 
-async def until_ended(
+async def wait_until_finished(
     resource: dict[str, Any],
-    read: Callable[[str], dict[str, Any]],
-    news: Callable[[str], AsyncIterator[Event]],
+    fetch: Callable[[str], dict[str, Any]],
+    subscribe: Callable[[str], AsyncIterator[Event]],
     seconds: float,
 ) -> dict[str, Any]:
     """The resource when it has ended, or as it stands after `seconds`. Its row is the truth; `news` is the bell."""
-    give_up = time.monotonic() + seconds
-    if seconds <= 0 or ended(resource):
+    deadline = time.monotonic() + seconds
+    if seconds <= 0 or is_finished(resource):
         return resource
-    bell = asyncio.create_task(_exhaust(news(resource["id"])))
+    channel_closed = asyncio.create_task(_consume(subscribe(resource["id"])))
     try:
-        while not ended(resource) and (left := give_up - time.monotonic()) > 0:
-            pause = min(left, _LOOK_AGAIN)
-            if bell.done():  # the channel closed and the row has not followed yet
+        while not is_finished(resource) and (remaining := deadline - time.monotonic()) > 0:
+            pause = min(remaining, _POLL_INTERVAL)
+            if channel_closed.done():  # the channel closed and the row has not followed yet
                 await asyncio.sleep(min(pause, 0.1))
             else:
-                await asyncio.wait({bell}, timeout=pause)
-            resource = await run_in_threadpool(read, resource["id"])
+                await asyncio.wait({channel_closed}, timeout=pause)
+            resource = await run_in_threadpool(fetch, resource["id"])
     finally:
-        await _drop(bell)
+        await _cancel_task(channel_closed)
     return resource
 
 
-async def all_until_ended(
+async def wait_until_all_finished(
     resources: Iterable[dict[str, Any]],
-    read: Callable[[str], dict[str, Any]],
-    news: Callable[[str], AsyncIterator[Event]],
+    fetch: Callable[[str], dict[str, Any]],
+    subscribe: Callable[[str], AsyncIterator[Event]],
     seconds: float,
 ) -> list[dict[str, Any]]:
     """The same for several, one after the other within the same time."""
-    give_up = time.monotonic() + seconds
-    return [await until_ended(one, read, news, give_up - time.monotonic()) for one in resources]
+    deadline = time.monotonic() + seconds
+    return [
+        await wait_until_finished(resource, fetch, subscribe, deadline - time.monotonic())
+        for resource in resources
+    ]
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
+async def cancel_on_disconnect(request: Request, awaitable: Awaitable[T]) -> T | None:
     """The result of `work`, or None when the client hangs up first; the work is cancelled then."""
-    working = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_gone(request))
+    task = asyncio.ensure_future(awaitable)
+    disconnected = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
     finally:
         with anyio.CancelScope(shield=True):
-            await _drop(gone)
-            await _drop(working)
+            await _cancel_task(disconnected)
+            await _cancel_task(task)
 
 
-async def _exhaust(events: AsyncIterator[Event]) -> None:
-    async with aclosing(heard(events, MAX_WAIT)) as every:
-        async for _ in every:
+async def _consume(events: AsyncIterator[Event]) -> None:
+    async with aclosing(with_idle_ticks(events, MAX_WAIT)) as events_or_idle:
+        async for _ in events_or_idle:
             pass
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _drop(task: asyncio.Future[Any]) -> None:
+async def _cancel_task(task: asyncio.Future[Any]) -> None:
     """End a task whose result nobody needs."""
     task.cancel()
     with suppress(asyncio.CancelledError, PalimpsestError, Exception):

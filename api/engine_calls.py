@@ -11,99 +11,103 @@ import anyio
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 
-from api.disconnects import unless_gone
-from api.errors import from_event
-from service.application import Operations
+from api.disconnects import cancel_on_disconnect
+from api.errors import error_from_event
+from service.application import Services
 from service.errors import Unavailable
 from service.jobs.broker import Broker, Event
-from service.jobs.event_stream import heard
+from service.jobs.event_stream import with_idle_ticks
 from service.schemas import CompareRequest, GenerateRequest
 
 #: after this many silent seconds the service asks itself whether there is a worker at all
-PATIENCE = 30.0
+WORKER_CHECK_INTERVAL = 30.0
 #: after this many silent seconds, twice in a row, a call that the queue does not know is lost
-LOOK = 1.5
-AGAIN = 5  #: times that one call is asked again
+SILENCE_CHECK_INTERVAL = 1.5
+MAX_RESUBMISSIONS = 5  #: times that one call is asked again
 
 
 @dataclass(frozen=True)
-class Call:
+class EngineCall:
     """A generation or a comparison that was asked for, and the channel on which its answer comes."""
 
     kind: str
     channel: str
     request: GenerateRequest | CompareRequest
-    work: Operations
+    services: Services
     broker: Broker
 
     async def events(self) -> AsyncGenerator[Event]:
         """Its events. Unavailable when no worker is there to answer, or the queue loses the call again and again."""
-        search = _Search(self)
-        async with aclosing(heard(self.broker.events(self.channel), min(LOOK, PATIENCE))) as every:
-            async for event in every:
+        detector = _LostCallDetector(self)
+        async with aclosing(
+            with_idle_ticks(
+                self.broker.events(self.channel), min(SILENCE_CHECK_INTERVAL, WORKER_CHECK_INTERVAL)
+            )
+        ) as events_or_idle:
+            async for event in events_or_idle:
                 if event is None:
-                    await search.look()
+                    await detector.check()
                 else:
-                    search.found()
+                    detector.event_received()
                     yield event
 
-    async def answer(self, request: Request) -> dict[str, Any] | None:
+    async def wait_for_result(self, request: Request) -> dict[str, Any] | None:
         """The data of its `end`; its `error` is raised; None when the client goes, and the call ends with it."""
-        told = False
+        finished = False
 
-        async def last() -> dict[str, Any]:
-            nonlocal told
+        async def last_event_data() -> dict[str, Any]:
+            nonlocal finished
             async with aclosing(self.events()) as events:
                 async for event in events:
-                    told = event.name in ("end", "error")
+                    finished = event.name in ("end", "error")
                     if event.name == "end":
                         return event.data
                     if event.name == "error":
-                        raise from_event(event.data)
+                        raise error_from_event(event.data)
             raise Unavailable("The service is stopping: ask again in a moment.")
 
         try:
-            return await unless_gone(request, last())
+            return await cancel_on_disconnect(request, last_event_data())
         finally:
-            if not told:
+            if not finished:
                 with anyio.CancelScope(shield=True):
-                    await self.hang_up()
+                    await self.cancel()
 
-    async def hang_up(self) -> None:
+    async def cancel(self) -> None:
         """Nobody waits any more. A queue that is down will not deliver it either."""
         with suppress(Unavailable):
             await run_in_threadpool(self.broker.cancel, self.channel)
 
 
-class _Search:
+class _LostCallDetector:
     """Looks for a call that has fallen silent: is it still known, and is anybody there?"""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: EngineCall) -> None:
         self._call = call
-        self._silent = self._missed = self._asked = 0
+        self._silent_checks = self._unknown_checks = self._resubmissions = 0
 
-    def found(self) -> None:
-        self._silent = self._missed = 0
+    def event_received(self) -> None:
+        self._silent_checks = self._unknown_checks = 0
 
-    async def look(self) -> None:
+    async def check(self) -> None:
         call = self._call
-        self._silent += 1
-        if self._silent * min(LOOK, PATIENCE) >= PATIENCE:
-            self._silent = 0
-            await run_in_threadpool(call.work.models.check_attended, call.kind)
+        self._silent_checks += 1
+        if self._silent_checks * min(SILENCE_CHECK_INTERVAL, WORKER_CHECK_INTERVAL) >= WORKER_CHECK_INTERVAL:
+            self._silent_checks = 0
+            await run_in_threadpool(call.services.models.require_worker_for, call.kind)
         if await self._is_lost():
-            await self._ask_again()
+            await self._resubmit()
 
     async def _is_lost(self) -> bool:
         with suppress(Unavailable):  # the events say so themselves when the queue stays away
-            known = await run_in_threadpool(self._call.broker.knows, self._call.channel)
-            self._missed = 0 if known else self._missed + 1
-        return self._missed >= 2  # once can be an answer that is on its way
+            is_pending = await run_in_threadpool(self._call.broker.is_pending, self._call.channel)
+            self._unknown_checks = 0 if is_pending else self._unknown_checks + 1
+        return self._unknown_checks >= 2  # once can be an answer that is on its way
 
-    async def _ask_again(self) -> None:
+    async def _resubmit(self) -> None:
         call = self._call
-        if self._asked == AGAIN:
+        if self._resubmissions == MAX_RESUBMISSIONS:
             raise Unavailable("the queue lost this request again and again: see that it keeps its data.")
         with suppress(Unavailable):
-            await run_in_threadpool(call.work.calls.ask_again, call.kind, call.channel, call.request)
-            self._missed, self._asked = 0, self._asked + 1
+            await run_in_threadpool(call.services.generation.resubmit, call.kind, call.channel, call.request)
+            self._unknown_checks, self._resubmissions = 0, self._resubmissions + 1

@@ -15,8 +15,8 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
-from redis.exceptions import ConnectionError as RedisGone
-from redis.exceptions import TimeoutError as RedisSilent
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
@@ -27,10 +27,10 @@ from service.kit import metrics
 
 log = logging.getLogger("palimpsest.api")
 
-MEDIA_TYPE = "application/problem+json"
+PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 
-class Malformed(PalimpsestError):
+class MalformedJson(PalimpsestError):
     """The body is no JSON."""
 
     title = "The body is not JSON"
@@ -60,45 +60,49 @@ class NotAcceptable(PalimpsestError):
     title = "There is no such form of this"
 
 
-class TooLarge(PalimpsestError):
+class PayloadTooLarge(PalimpsestError):
     """The body is larger than this service reads."""
 
     title = "The body is too large"
 
 
-class WrongMediaType(PalimpsestError):
+class UnsupportedMediaType(PalimpsestError):
     """The body is not declared to be JSON."""
 
     title = "The body must be JSON"
 
 
-class WorkFailed(PalimpsestError):
+class WorkerFailure(PalimpsestError):
     """A worker met an error that is not the user's doing."""
 
     title = "The work failed"
 
 
 #: the one table; an error that is not in it is a 500
-STATUS: dict[type[PalimpsestError], HTTPStatus] = {
-    Malformed: HTTPStatus.BAD_REQUEST,
+STATUS_BY_ERROR: dict[type[PalimpsestError], HTTPStatus] = {
+    MalformedJson: HTTPStatus.BAD_REQUEST,
     Unauthorized: HTTPStatus.UNAUTHORIZED,
     Forbidden: HTTPStatus.FORBIDDEN,
     NotFound: HTTPStatus.NOT_FOUND,
     NotAcceptable: HTTPStatus.NOT_ACCEPTABLE,
     Conflict: HTTPStatus.CONFLICT,
-    TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    WrongMediaType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    PayloadTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    UnsupportedMediaType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     InvalidInput: HTTPStatus.UNPROCESSABLE_ENTITY,
     QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
-    WorkFailed: HTTPStatus.INTERNAL_SERVER_ERROR,
+    WorkerFailure: HTTPStatus.INTERNAL_SERVER_ERROR,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 
 #: the limits that refuse, as the metrics call them
-LIMITS: dict[type[PalimpsestError], str] = {TooManyRequests: "rate", QueueFull: "queue", TooLarge: "size"}
+LIMIT_LABELS: dict[type[PalimpsestError], str] = {
+    TooManyRequests: "rate",
+    QueueFull: "queue",
+    PayloadTooLarge: "size",
+}
 
 #: what each status means here, for the OpenAPI document
-MEANING: dict[int, str] = {
+STATUS_DESCRIPTIONS: dict[int, str] = {
     400: "The body is not JSON: broken syntax, NaN or Infinity, text that is not UTF-8, or nested too deeply.",
     401: "The service asks for a key, and the request carries none that is good.",
     403: "The key has not the scope that this needs; or, where no key is needed, `Host` is no name of this machine.",
@@ -139,24 +143,24 @@ class Problem(BaseModel):
     errors: list[FieldError] | None = Field(None, description="each thing to change; with 422")
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The documentation of these statuses for a route."""
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     documented: dict[int | str, dict[str, Any]] = {}
     for status in sorted(statuses):
-        documented[status] = {"description": MEANING[status], "content": content}
+        documented[status] = {"description": STATUS_DESCRIPTIONS[status], "content": content}
         if status == 429:
             seconds = {"description": "seconds to wait", "schema": {"type": "integer"}}
             documented[status]["headers"] = {"Retry-After": seconds}
     return documented
 
 
-def encode(content: Any) -> bytes:
+def encode_json(content: Any) -> bytes:
     """JSON that is always UTF-8, whatever text is in it."""
     return json.dumps(content, ensure_ascii=False, default=str).encode("utf-8", errors="replace")
 
 
-def problem(
+def problem_response(
     request: Request,
     status: int,
     title: str,
@@ -165,9 +169,9 @@ def problem(
     headers: Mapping[str, str] | None = None,
 ) -> Response:
     """The answer that tells a person what went wrong."""
-    if openai.below(request.url.path):
-        status, refused = openai.refused(status, detail, extra or {})
-        return Response(encode(refused), status, headers, "application/json")
+    if openai.is_openai_path(request.url.path):
+        status, openai_body = openai.error_body(status, detail, extra or {})
+        return Response(encode_json(openai_body), status, headers, "application/json")
     body = dict(extra or {}) | {
         "type": "about:blank",
         "title": title,
@@ -175,68 +179,68 @@ def problem(
         "detail": detail,
         "instance": request.url.path,
     }
-    return Response(encode(body), int(status), headers, MEDIA_TYPE)
+    return Response(encode_json(body), int(status), headers, PROBLEM_MEDIA_TYPE)
 
 
 def status_of(error: PalimpsestError) -> HTTPStatus:
     """The status of the nearest class in the table."""
-    known = (STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
-    return next(known, HTTPStatus.INTERNAL_SERVER_ERROR)
+    statuses = (STATUS_BY_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_BY_ERROR)
+    return next(statuses, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def from_event(data: Mapping[str, Any]) -> PalimpsestError:
+def error_from_event(data: Mapping[str, Any]) -> PalimpsestError:
     """The error that a worker published, told by its title; an unknown one is the service's own fault."""
     detail = str(data.get("detail") or "The worker said no more.")
-    for kind in STATUS:
+    for kind in STATUS_BY_ERROR:
         if kind.title == data.get("title"):
             return kind(detail)
-    return WorkFailed(detail)
+    return WorkerFailure(detail)
 
 
-def _ours(request: Request, error: PalimpsestError) -> Response:
+def _handle_domain_error(request: Request, error: PalimpsestError) -> Response:
     extra = dict(error.extra)
     headers: dict[str, str] = {}
-    if limit := LIMITS.get(type(error)):
-        metrics.REJECTED.labels(limit).inc()
+    if limit := LIMIT_LABELS.get(type(error)):
+        metrics.HTTP_REJECTED.labels(limit).inc()
     if isinstance(error, InvalidInput):
         extra["errors"] = [{"field": error.field, "detail": error.detail}]
     if isinstance(error, QueueFull):
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    return problem(request, status_of(error), error.title, error.detail, extra, headers)
+    return problem_response(request, status_of(error), error.title, error.detail, extra, headers)
 
 
-def _of_framework(request: Request, error: HTTPException) -> Response:
+def _handle_framework_error(request: Request, error: HTTPException) -> Response:
     title = HTTPStatus(error.status_code).phrase
     detail = _FRAMEWORK_DETAIL.get(error.status_code, str(error.detail))
-    return problem(request, error.status_code, title, detail, headers=error.headers)
+    return problem_response(request, error.status_code, title, detail, headers=error.headers)
 
 
-def _of_validation(request: Request, error: RequestValidationError) -> Response:
-    errors = in_plain_words(error.errors())
-    detail = " ".join(f"`{one['field']}` {one['detail']}" for one in errors[:5])
+def _handle_validation_error(request: Request, error: RequestValidationError) -> Response:
+    errors = humanize_validation_errors(error.errors())
+    detail = " ".join(f"`{item['field']}` {item['detail']}" for item in errors[:5])
     more = len(errors) - 5
     if more > 0:
         detail += f" And {more} more."
-    return problem(request, 422, InvalidInput.title, detail, {"errors": errors})
+    return problem_response(request, 422, InvalidInput.title, detail, {"errors": errors})
 
 
-def _of_dependency(request: Request, error: Exception) -> Response:
+def _handle_dependency_error(request: Request, error: Exception) -> Response:
     name = "database" if isinstance(error, SQLAlchemyError) else "queue"
     log.warning("dependency failed", extra={"dependency": name, "error": type(error).__name__})
     detail = f"The {name} does not answer: try again; if it goes on, see that it runs."
-    return problem(request, 503, Unavailable.title, detail)
+    return problem_response(request, 503, Unavailable.title, detail)
 
 
-def _of_anything(request: Request, error: Exception) -> Response:
+def _handle_unexpected(request: Request, error: Exception) -> Response:
     log.error("request failed", extra={"path": request.url.path, "error": type(error).__name__})
     detail = "A fault of the service, not of the request. Its log has the particulars."
-    return problem(request, 500, "The service failed", detail)
+    return problem_response(request, 500, "The service failed", detail)
 
 
 #: words of pydantic that would puzzle a user, by the kind of error
-_WORDS = {
+_MESSAGES_BY_TYPE = {
     "missing": "is missing: add it.",
     "extra_forbidden": "is not known here: remove it or check its spelling.",
     "json_invalid": "is not JSON.",
@@ -259,30 +263,33 @@ _WORDS = {
 }
 
 
-def in_plain_words(errors: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+def humanize_validation_errors(errors: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Pydantic's errors as [{field, detail}]; the branches of a union speak as one."""
-    said: dict[str, list[str]] = {}
+    messages_by_field: dict[str, list[str]] = {}
     for error in errors:
-        words = said.setdefault(_field(error["loc"]), [])
-        if (one := _words(error)) not in words:
-            words.append(one)
-    return [{"field": field, "detail": _joined(words)} for field, words in said.items()]
+        messages = messages_by_field.setdefault(_field_path(error["loc"]), [])
+        if (message := _humanize_error(error)) not in messages:
+            messages.append(message)
+    return [
+        {"field": field, "detail": _join_alternatives(messages)}
+        for field, messages in messages_by_field.items()
+    ]
 
 
-def _field(loc: Sequence[Any]) -> str:
+def _field_path(loc: Sequence[Any]) -> str:
     """`edits.0.version` for ("body", "many", "edits", 0, "version", "int")."""
-    where, *path = (str(part) for part in loc)
-    if where == "body" and path[:1] in (["one"], ["many"]):
+    location, *path = (str(part) for part in loc)
+    if location == "body" and path[:1] in (["one"], ["many"]):
         path = path[1:]
     while path and (path[-1] in ("int", "float", "str") or path[-1].startswith(("literal[", "constrained-"))):
         path = path[:-1]
-    return ".".join(path) or where
+    return ".".join(path) or location
 
 
-def _words(error: Mapping[str, Any]) -> str:
+def _humanize_error(error: Mapping[str, Any]) -> str:
     kind, context = error["type"], error.get("ctx") or {}
-    if kind in _WORDS:
-        return _WORDS[kind]
+    if kind in _MESSAGES_BY_TYPE:
+        return _MESSAGES_BY_TYPE[kind]
     if kind == "string_too_short" and context.get("min_length") == 1:
         return "is empty: write some text."
     if kind == "literal_error":
@@ -295,16 +302,22 @@ def _words(error: Mapping[str, Any]) -> str:
     return text.replace("should ", "must ", 1).replace("String should", "must").rstrip(".") + "."
 
 
-def _joined(words: Sequence[str]) -> str:
-    first, *rest = words
+def _join_alternatives(messages: Sequence[str]) -> str:
+    first, *rest = messages
     return " or ".join([first.rstrip("."), *(w.removeprefix("must be ").rstrip(".") for w in rest)]) + "."
 
 
-def install(app: FastAPI) -> None:
+def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of this application as a problem."""
-    app.add_exception_handler(PalimpsestError, _ours)  # type: ignore[arg-type]
-    app.add_exception_handler(HTTPException, _of_framework)  # type: ignore[arg-type]
-    app.add_exception_handler(RequestValidationError, _of_validation)  # type: ignore[arg-type]
-    for lost in (OperationalError, InterfaceError, PoolTimeout, RedisGone, RedisSilent):
-        app.add_exception_handler(lost, _of_dependency)
-    app.add_exception_handler(Exception, _of_anything)
+    app.add_exception_handler(PalimpsestError, _handle_domain_error)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _handle_framework_error)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _handle_validation_error)  # type: ignore[arg-type]
+    for error_type in (
+        OperationalError,
+        InterfaceError,
+        PoolTimeout,
+        RedisConnectionError,
+        RedisTimeoutError,
+    ):
+        app.add_exception_handler(error_type, _handle_dependency_error)
+    app.add_exception_handler(Exception, _handle_unexpected)

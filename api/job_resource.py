@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from api.dependencies import Moment, Resource
+from api.dependencies import ResourceModel, Timestamp
 
 
-class Progress(Resource):
+class Progress(ResourceModel):
     phase: str
     done: int
     total: int
 
 
-class JobError(Resource):
+class JobError(ResourceModel):
     title: str
     detail: str
 
 
-class Course(Resource):
+class JobResource(ResourceModel):
     """The course of a job, from its asking to its end."""
 
     id: str
@@ -26,7 +26,7 @@ class Course(Resource):
     error: JobError | None = None
     actor: str | None = None
     attempts: int = 0
-    created: Moment | None = None
-    started: Moment | None = None
-    ended: Moment | None = None
+    created: Timestamp | None = None
+    started: Timestamp | None = None
+    ended: Timestamp | None = None
     links: dict[str, str] = Field(default_factory=dict)

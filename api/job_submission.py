@@ -11,66 +11,79 @@ from fastapi import Depends, Response
 from pydantic import BaseModel
 
 from api import openapi_links
-from api.dependencies import Actor, Allowed, IdempotencyKey, Work
-from api.disconnects import Wait, all_until_ended, ended
-from api.errors import encode, problems
-from service.application import Operations
+from api.dependencies import ActorDep, IdempotencyKeyHeader, LimitsDep, ServicesDep
+from api.disconnects import WaitSeconds, is_finished, wait_until_all_finished
+from api.errors import encode_json, problem_responses
+from service.application import Services
 from service.application.job_queue import Idempotency
 
-Resource = dict[str, Any]
+ResourceDict = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Submission:
+class JobSubmission:
     """A request for jobs, without what it asks for."""
 
-    work: Operations
+    services: Services
     actor: str
-    most: int | None  #: jobs of this actor that may wait; None: as the settings say
-    key: str | None
-    wait: float
+    max_queued: int | None  #: jobs of this actor that may wait; None: as the settings say
+    idempotency_key: str | None
+    wait_seconds: float
     response: Response
 
-    def once(self, kind: str, body: BaseModel | bytes) -> Idempotency | None:
+    def idempotency(self, kind: str, body: BaseModel | bytes) -> Idempotency | None:
         """The key with a fingerprint of what was asked: of the bytes of a file, of a body whatever white space it had."""
-        if self.key is None:
+        if self.idempotency_key is None:
             return None
         if isinstance(body, bytes):
-            asked = kind.encode() + body
+            payload = kind.encode() + body
         else:
-            asked = encode({"kind": kind, "body": body.model_dump(mode="json")})
-        return self.key, hashlib.sha256(asked).hexdigest()
+            payload = encode_json({"kind": kind, "body": body.model_dump(mode="json")})
+        return self.idempotency_key, hashlib.sha256(payload).hexdigest()
 
-    async def one(self, job: Resource, read: Callable[[str], Resource], folder: str) -> Resource:
+    async def wait_for_one(
+        self, job: ResourceDict, fetch: Callable[[str], ResourceDict], collection_path: str
+    ) -> ResourceDict:
         """The job as it stands when the wait is over."""
-        return (await self.all([job], read, f"{folder}/{job['id']}"))[0]
+        return (await self.wait_for_all([job], fetch, f"{collection_path}/{job['id']}"))[0]
 
-    async def all(
-        self, jobs: Sequence[Resource], read: Callable[[str], Resource], location: str
-    ) -> list[Resource]:
+    async def wait_for_all(
+        self, jobs: Sequence[ResourceDict], fetch: Callable[[str], ResourceDict], location: str
+    ) -> list[ResourceDict]:
         """The jobs as they stand when the wait is over; the answer says where they are, and by its status whether all ended."""
-        jobs = await all_until_ended(jobs, read, self.work.jobs.events, self.wait)
+        jobs = await wait_until_all_finished(jobs, fetch, self.services.jobs.events, self.wait_seconds)
         self.response.headers["Location"] = location
-        self.response.status_code = 200 if all(map(ended, jobs)) else 202
+        self.response.status_code = 200 if all(map(is_finished, jobs)) else 202
         return jobs
 
 
 async def _submission(
-    work: Work, actor: Actor, allowed: Allowed, key: IdempotencyKey, wait: Wait, response: Response
-) -> Submission:
-    return Submission(work, actor, allowed.max_queued, key, wait, response)
+    services: ServicesDep,
+    actor: ActorDep,
+    limits: LimitsDep,
+    idempotency_key: IdempotencyKeyHeader,
+    wait_seconds: WaitSeconds,
+    response: Response,
+) -> JobSubmission:
+    return JobSubmission(services, actor, limits.max_queued, idempotency_key, wait_seconds, response)
 
 
-Submitted = Annotated[Submission, Depends(_submission)]
+SubmissionDep = Annotated[JobSubmission, Depends(_submission)]
 
 
-def answers(
-    model: Any, *more: int, then: openapi_links.Links | None = None
+def job_responses(
+    model: Any, *statuses: int, response_links: openapi_links.OpenApiLinks | None = None
 ) -> dict[int | str, dict[str, Any]]:
     """The documentation of what a request for jobs is answered with; `then`: what can be done with it."""
-    made: dict[str, Any] = {"headers": openapi_links.LOCATION} | ({} if then is None else {"links": then})
+    headers_and_links: dict[str, Any] = {"headers": openapi_links.LOCATION_HEADER} | (
+        {} if response_links is None else {"links": response_links}
+    )
     return {
-        200: {"description": "All that was asked for has ended within the wait.", "model": model, **made},
-        202: {"description": "Queued.", **made},
-        **problems(400, 413, 415, 422, 500, 503, *more),
+        200: {
+            "description": "All that was asked for has ended within the wait.",
+            "model": model,
+            **headers_and_links,
+        },
+        202: {"description": "Queued.", **headers_and_links},
+        **problem_responses(400, 413, 415, 422, 500, 503, *statuses),
     }

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
-Links = dict[str, dict[str, Any]]
+OpenApiLinks = dict[str, dict[str, Any]]
 
 #: the header of an answer that has made something
-LOCATION: dict[str, Any] = {
+LOCATION_HEADER: dict[str, Any] = {
     "Location": {"description": "where the resource is", "schema": {"type": "string"}}
 }
 
 
-def to(path: str, at: str = "id", **methods: str) -> Links:
+def link_operations(path: str, id_pointer: str = "id", **methods: str) -> OpenApiLinks:
     """A link by its name to each `method` of `path`; the id that it takes stands `at` this place of the answer."""
     pointer = quote(path.replace("/", "~1"), safe="~")
     return {
         name: {
             "operationRef": f"#/paths/{pointer}/{method}",
-            "parameters": {"id": f"$response.body#/{at}"},
+            "parameters": {"id": f"$response.body#/{id_pointer}"},
         }
         for name, method in methods.items()
     }

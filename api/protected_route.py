@@ -11,13 +11,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
-from api.authentication import Caller, identify
-from api.errors import Forbidden, Malformed, TooLarge, WrongMediaType, problems
-from service.application.api_keys import Scope, may
+from api.authentication import Principal, authenticate
+from api.errors import Forbidden, MalformedJson, PayloadTooLarge, UnsupportedMediaType, problem_responses
+from service.application.api_keys import Scope, has_scope
 from service.settings import Settings
 
 #: what a key must be good for, by method and path; a GET needs `read`. A route without a scope cannot be made.
-SCOPES = {
+ROUTE_SCOPES = {
     ("POST", "/edits"): Scope.EDIT,
     ("POST", "/import"): Scope.EDIT,
     ("DELETE", "/edits/{id}"): Scope.EDIT,
@@ -32,17 +32,17 @@ SCOPES = {
 }
 
 #: routes whose bodies carry records, and may be larger than others
-RECORDS = {("POST", "/evaluations")}
+RECORD_ROUTES = {("POST", "/evaluations")}
 
 #: routes whose bodies are files, and no JSON
-FILES = {("POST", "/import")}
-BINARY = "application/octet-stream"
+FILE_ROUTES = {("POST", "/import")}
+BINARY_MEDIA_TYPE = "application/octet-stream"
 
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-Responses = dict[int | str, dict[str, Any]]
+RouteHandler = Callable[[Request], Coroutine[Any, Any, Response]]
+ResponseDocs = dict[int | str, dict[str, Any]]
 
 
-class Checked(Request):
+class ParsedRequest(Request):
     """A request whose body is read and known to be JSON, or empty."""
 
     def __init__(self, request: Request, raw: bytes, value: Any) -> None:
@@ -57,75 +57,82 @@ class Checked(Request):
         return self._value
 
 
-class Door(APIRoute):
+class ProtectedRoute(APIRoute):
     """A route behind the door. The key comes first: a stranger's body is not even read."""
 
     def __init__(
-        self, path: str, endpoint: Callable[..., Any], *, responses: Responses | None = None, **given: Any
+        self,
+        path: str,
+        endpoint: Callable[..., Any],
+        *,
+        responses: ResponseDocs | None = None,
+        **options: Any,
     ) -> None:
-        at_the_door = problems(401, 403, 429)
-        super().__init__(path, endpoint, responses={**at_the_door, **(responses or {})}, **given)
+        authorization_problems = problem_responses(401, 403, 429)
+        super().__init__(path, endpoint, responses={**authorization_problems, **(responses or {})}, **options)
 
-    def get_route_handler(self) -> Handler:
-        handle = super().get_route_handler()
-        needed = {method: scope_of(method, self.path) for method in self.methods or ()}
+    def get_route_handler(self) -> RouteHandler:
+        call_route = super().get_route_handler()
+        scope_by_method = {method: required_scope(method, self.path) for method in self.methods or ()}
 
-        async def through_the_door(request: Request) -> Response:
-            await admit(request, needed[request.method])
+        async def handler(request: Request) -> Response:
+            await authorize(request, scope_by_method[request.method])
             if request.method in ("POST", "PUT", "PATCH"):
-                raw = await read(request, self._most(request))
-                request = Checked(request, raw, self._parse(request, raw) if raw else None)
-            return await handle(request)
+                raw = await read_body(request, self._max_body_bytes(request))
+                request = ParsedRequest(request, raw, self._parse_body(request, raw) if raw else None)
+            return await call_route(request)
 
-        return through_the_door
+        return handler
 
-    def _most(self, request: Request) -> int:
+    def _max_body_bytes(self, request: Request) -> int:
         """Bytes that a body may have here."""
         settings: Settings = request.app.state.settings
-        if (request.method, self.path) in FILES:
+        if (request.method, self.path) in FILE_ROUTES:
             return settings.max_import_body
-        return settings.max_records_body if (request.method, self.path) in RECORDS else settings.max_body
+        return (
+            settings.max_records_body if (request.method, self.path) in RECORD_ROUTES else settings.max_body
+        )
 
-    def _parse(self, request: Request, raw: bytes) -> Any:
+    def _parse_body(self, request: Request, raw: bytes) -> Any:
         """The JSON of a body; nothing of a file, which is declared as one for the same reason (see `parse`)."""
-        if (request.method, self.path) not in FILES:
-            return parse(request, raw)
-        if declared(request) != BINARY:
-            raise WrongMediaType(f"Send the file with the header `Content-Type: {BINARY}`.")
+        if (request.method, self.path) not in FILE_ROUTES:
+            return parse_json(request, raw)
+        if content_type_of(request) != BINARY_MEDIA_TYPE:
+            raise UnsupportedMediaType(f"Send the file with the header `Content-Type: {BINARY_MEDIA_TYPE}`.")
         return None
 
 
-def declared(request: Request) -> str:
+def content_type_of(request: Request) -> str:
     """The type that a body is said to have."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def scope_of(method: str, path: str) -> Scope:
+def required_scope(method: str, path: str) -> Scope:
     """The scope that a route needs."""
     if method == "GET":
-        return SCOPES.get((method, path), Scope.READ)
-    return SCOPES[method, path]
+        return ROUTE_SCOPES.get((method, path), Scope.READ)
+    return ROUTE_SCOPES[method, path]
 
 
-async def admit(request: Request, needed: Scope) -> None:
+async def authorize(request: Request, scope: Scope) -> None:
     """Let a caller in who is known, in time and allowed; `request.state` then says who it is."""
-    caller = await identify(request)
-    request.state.actor, request.state.limits = caller.actor, caller.limits
-    if caller.limits.requests_per_minute is not None:
-        rate = request.app.state.rate
-        await run_in_threadpool(rate.count, caller.actor, caller.limits.requests_per_minute)
-    _check_scope(caller, needed)
+    principal = await authenticate(request)
+    request.state.actor, request.state.limits = principal.actor, principal.limits
+    if principal.limits.requests_per_minute is not None:
+        rate_limiter = request.app.state.rate
+        await run_in_threadpool(rate_limiter.count, principal.actor, principal.limits.requests_per_minute)
+    _check_scope(principal, scope)
 
 
-def _check_scope(caller: Caller, needed: Scope) -> None:
-    if not may(caller.scopes, needed):
-        held = ", ".join(sorted(caller.scopes))
-        raise Forbidden(f"This needs a key with the scope `{needed}`; the one that was sent has: {held}.")
+def _check_scope(principal: Principal, scope: Scope) -> None:
+    if not has_scope(principal.scopes, scope):
+        granted = ", ".join(sorted(principal.scopes))
+        raise Forbidden(f"This needs a key with the scope `{scope}`; the one that was sent has: {granted}.")
 
 
-async def read(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
     """The body, as long as it is not too large."""
-    too_large = TooLarge(f"The body is larger than {limit} bytes: send less at once.")
+    too_large = PayloadTooLarge(f"The body is larger than {limit} bytes: send less at once.")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 12 or int(length) > limit):
         raise too_large
@@ -138,17 +145,17 @@ async def read(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
-def parse(request: Request, raw: bytes) -> Any:
+def parse_json(request: Request, raw: bytes) -> Any:
     """The JSON of a body; stricter than Python's own parser, which takes NaN and lone surrogates.
 
     The declared type is insisted on because a browser asks before it sends JSON to another origin: no web page can
     speak to a service on loopback behind its user's back.
     """
-    if declared(request) != "application/json":
-        raise WrongMediaType("Send JSON with the header `Content-Type: application/json`.")
+    if content_type_of(request) != "application/json":
+        raise UnsupportedMediaType("Send JSON with the header `Content-Type: application/json`.")
     try:
         value = from_json(raw, allow_inf_nan=False)
         json.dumps(value, allow_nan=False)  # 1e999 is a number in JSON and infinite here
     except ValueError as error:
-        raise Malformed(f"The body cannot be read as JSON ({error}): send valid JSON in UTF-8.") from None
+        raise MalformedJson(f"The body cannot be read as JSON ({error}): send valid JSON in UTF-8.") from None
     return value

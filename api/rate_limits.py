@@ -23,62 +23,62 @@ from service.kit import metrics
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 1.0  #: seconds in which Redis must answer
-REST = 5.0  #: seconds for which a Redis that did not answer is left alone
-SILENCE = 60.0  #: seconds between two log lines about it
+REDIS_TIMEOUT = 1.0  #: seconds in which Redis must answer
+REDIS_RETRY_INTERVAL = 5.0  #: seconds for which a Redis that did not answer is left alone
+OUTAGE_LOG_INTERVAL = 60.0  #: seconds between two log lines about it
 
 
 @dataclass(frozen=True)
-class Limits:
+class PrincipalLimits:
     """What a caller may ask of the service at most; None is no limit of their own."""
 
     requests_per_minute: int | None = None
     max_queued: int | None = None
 
 
-class Rate:
+class RateLimiter:
     """Counts the requests of every key. Safe to share between threads; with Redis it blocks: call it from a thread."""
 
     def __init__(self, redis_url: str | None, prefix: str) -> None:
-        self._pool = None if redis_url is None else _pool(redis_url)
-        self._window = SlidingWindowCounterRateLimiter(_storage(redis_url, self._pool, prefix))
-        self._rest_until = float("-inf")
-        self._silent_until = float("-inf")
+        self._pool = None if redis_url is None else _connection_pool(redis_url)
+        self._limiter = SlidingWindowCounterRateLimiter(_storage(redis_url, self._pool, prefix))
+        self._redis_retry_at = float("-inf")
+        self._next_outage_log_at = float("-inf")
 
-    def count(self, key: str, per_minute: int) -> None:
+    def check(self, key: str, per_minute: int) -> None:
         """One request more; TooManyRequests when it is one too many."""
         item = RateLimitItemPerMinute(per_minute)
         try:
-            if time.monotonic() < self._rest_until or self._window.hit(item, key):
+            if time.monotonic() < self._redis_retry_at or self._limiter.hit(item, key):
                 return
-            free = self._window.get_window_stats(item, key).reset_time - time.time()
+            reset_in = self._limiter.get_window_stats(item, key).reset_time - time.time()
         except (RedisError, OSError) as error:
-            self._let_in(error)
+            self._allow_without_redis(error)
             return
-        metrics.REJECTED.labels("rate").inc()
+        metrics.HTTP_REJECTED.labels("rate").inc()
         raise TooManyRequests(
             f"This key may send {per_minute} requests in a minute, and has: wait, then go on more slowly.",
-            retry_after=max(1, math.ceil(free)),
+            retry_after=max(1, math.ceil(reset_in)),
         )
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.disconnect()
 
-    def _let_in(self, error: Exception) -> None:
-        at = time.monotonic()
-        self._rest_until = at + REST
-        if at >= self._silent_until:
-            self._silent_until = at + SILENCE
+    def _allow_without_redis(self, error: Exception) -> None:
+        current_time = time.monotonic()
+        self._redis_retry_at = current_time + REDIS_RETRY_INTERVAL
+        if current_time >= self._next_outage_log_at:
+            self._next_outage_log_at = current_time + OUTAGE_LOG_INTERVAL
             log.warning("requests are not limited: Redis is down", extra={"error": type(error).__name__})
 
 
-def _pool(redis_url: str) -> ConnectionPool:
+def _connection_pool(redis_url: str) -> ConnectionPool:
     """Connections that say soon when nobody answers. One retry: a connection may have gone stale in the pool."""
     return ConnectionPool.from_url(
         redis_url,
-        socket_timeout=PATIENCE,
-        socket_connect_timeout=PATIENCE,
+        socket_timeout=REDIS_TIMEOUT,
+        socket_connect_timeout=REDIS_TIMEOUT,
         retry=Retry(NoBackoff(), 1),
     )
 

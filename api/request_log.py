@@ -14,18 +14,18 @@ from service.kit.ids import new_id, request_id
 
 log = logging.getLogger(__name__)
 
-HEADER = "X-Request-Id"
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-PROBES = (
+REQUEST_ID_HEADER = "X-Request-Id"
+KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+HEALTH_PATHS = (
     "/healthz",
     "/readyz",
     "/metrics",
 )  #: asked every few seconds by machines; when all is well that is no news
-GONE = 499  #: noted when the client went before an answer began
-_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CLIENT_CLOSED_REQUEST = 499  #: noted when the client went before an answer began
+_REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class Access:
+class RequestLogMiddleware:
     """Stands around the whole application, so that its own faults are noted, too.
 
     The id is the client's where it gave a good one. It is not taken away at the end: every request has a task of its
@@ -39,34 +39,34 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        name, began, status = _named(scope), time.monotonic(), GONE
+        name, started_at, status = _request_id_of(scope), time.monotonic(), CLIENT_CLOSED_REQUEST
         request_id.set(name)
 
-        async def noting(message: Message) -> None:
+        async def send_with_request_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[HEADER] = name
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = name
             await send(message)
 
-        with metrics.OPEN_REQUESTS.track_inprogress():
+        with metrics.HTTP_REQUESTS_IN_PROGRESS.track_inprogress():
             try:
-                await self._app(scope, receive, noting)
+                await self._app(scope, receive, send_with_request_id)
             finally:
-                _note(scope, status, time.monotonic() - began)
+                _log_request(scope, status, time.monotonic() - started_at)
 
 
-def _named(scope: Scope) -> str:
-    given = Headers(scope=scope).get(HEADER, "")
-    return given if _ID.fullmatch(given) else new_id("req")
+def _request_id_of(scope: Scope) -> str:
+    sent_id = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+    return sent_id if _REQUEST_ID_PATTERN.fullmatch(sent_id) else new_id("req")
 
 
-def _note(scope: Scope, status: int, seconds: float) -> None:
+def _log_request(scope: Scope, status: int, seconds: float) -> None:
     """One line and two series. The route is its template, so that neither holds what a client made up."""
     route = getattr(scope.get("route"), "path", "none")
-    method = scope["method"] if scope["method"] in METHODS else "other"
-    metrics.REQUESTS.labels(route, method, str(status)).inc()
-    metrics.REQUEST_SECONDS.labels(route, method).observe(seconds)
+    method = scope["method"] if scope["method"] in KNOWN_METHODS else "other"
+    metrics.HTTP_REQUESTS.labels(route, method, str(status)).inc()
+    metrics.HTTP_REQUEST_SECONDS.labels(route, method).observe(seconds)
     actor = scope.get("state", {}).get("actor", "")
     fields = {
         "method": method,
@@ -75,4 +75,6 @@ def _note(scope: Scope, status: int, seconds: float) -> None:
         "seconds": round(seconds, 4),
         "actor": actor,
     }
-    log.log(logging.DEBUG if route in PROBES and status < 400 else logging.INFO, "request", extra=fields)
+    log.log(
+        logging.DEBUG if route in HEALTH_PATHS and status < 400 else logging.INFO, "request", extra=fields
+    )

@@ -5,24 +5,24 @@ from __future__ import annotations
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_NOTHING = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_DENY_ALL = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 #: pictures of a trace bring their own style and need nothing else
-POLICY = f"{_NOTHING}; style-src 'unsafe-inline'; img-src data:"
+DEFAULT_CSP = f"{_DENY_ALL}; style-src 'unsafe-inline'; img-src data:"
 #: the console loads its own scripts and styles and speaks to this service, and nothing in it can be made markup of
-CONSOLE_POLICY = (
-    f"{_NOTHING}; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+CONSOLE_CSP = (
+    f"{_DENY_ALL}; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 #: the documentation is a page that the framework writes, with scripts from where it keeps them
-DOCS_POLICY = (
-    f"{_NOTHING}; connect-src 'self'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; "
+DOCS_CSP = (
+    f"{_DENY_ALL}; connect-src 'self'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; "
     "style-src 'unsafe-inline' https://cdn.jsdelivr.net; img-src data: https://fastapi.tiangolo.com"
 )
 
 #: what every answer carries where its route says nothing else
-DEFAULTS = {
+DEFAULT_HEADERS = {
     "Cache-Control": "no-store",
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": DEFAULT_CSP,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), usb=()",
@@ -32,25 +32,25 @@ DEFAULTS = {
 }
 
 
-class SecurityHeaders:
+class SecurityHeadersMiddleware:
     """Stands around the whole application, so that its own faults carry them, too."""
 
-    def __init__(self, app: ASGIApp, docs: str | None) -> None:
+    def __init__(self, app: ASGIApp, docs_path: str | None) -> None:
         self._app = app
-        self._docs = docs
+        self._docs_path = docs_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
-        async def guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                if scope["path"] == self._docs and message["status"] == 200:
-                    headers.setdefault("Content-Security-Policy", DOCS_POLICY)
-                for name, value in DEFAULTS.items():
+                if scope["path"] == self._docs_path and message["status"] == 200:
+                    headers.setdefault("Content-Security-Policy", DOCS_CSP)
+                for name, value in DEFAULT_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        await self._app(scope, receive, guarded)
+        await self._app(scope, receive, send_with_headers)

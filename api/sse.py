@@ -10,47 +10,51 @@ import anyio
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from api.errors import encode, problems
+from api.errors import encode_json, problem_responses
 from service.errors import PalimpsestError
 from service.jobs.broker import Event
-from service.jobs.event_stream import heard
+from service.jobs.event_stream import with_idle_ticks
 
-PING = 15.0  # seconds; proxies and clients drop a connection that says nothing
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+KEEPALIVE_INTERVAL = 15.0  # seconds; proxies and clients drop a connection that says nothing
+EVENT_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 #: one event of a stream, for the OpenAPI document
-_TEXT = {"type": "string"}
-_EVENT = {
+_STRING_SCHEMA = {"type": "string"}
+_EVENT_SCHEMA = {
     "type": "object",
-    "properties": {"id": _TEXT, "event": _TEXT, "data": {**_TEXT, "description": "JSON in one line"}},
+    "properties": {
+        "id": _STRING_SCHEMA,
+        "event": _STRING_SCHEMA,
+        "data": {**_STRING_SCHEMA, "description": "JSON in one line"},
+    },
     "required": ["event", "data"],
 }
-DOCUMENTED: dict[str, Any] = {"text/event-stream": {"schema": _EVENT}}
+EVENT_STREAM_CONTENT: dict[str, Any] = {"text/event-stream": {"schema": _EVENT_SCHEMA}}
 #: the answers of a route that follows a job
-FOLLOWED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "`progress` events, then `end`", "content": DOCUMENTED},
-    **problems(404, 422, 500, 503),
+JOB_EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "`progress` events, then `end`", "content": EVENT_STREAM_CONTENT},
+    **problem_responses(404, 422, 500, 503),
 }
 
 
-def frame(event: Event) -> bytes:
+def encode_event(event: Event) -> bytes:
     """One event on the wire. JSON has no bare line break, so `data` is one line."""
     head = f"id: {event.id}\nevent: {event.name}\ndata: ".encode() if event.id else b""
-    return (head or f"event: {event.name}\ndata: ".encode()) + encode(event.data) + b"\n\n"
+    return (head or f"event: {event.name}\ndata: ".encode()) + encode_json(event.data) + b"\n\n"
 
 
-async def frames(events: AsyncIterator[Event]) -> AsyncGenerator[bytes]:
+async def encode_event_stream(events: AsyncIterator[Event]) -> AsyncGenerator[bytes]:
     """Every event, a comment in the silences between, and an `error` where the channel itself breaks."""
     yield b": open\n\n"  # sends the headers at once
     try:
-        async with aclosing(heard(events, PING)) as every:
-            async for event in every:
-                yield b": ping\n\n" if event is None else frame(event)
+        async with aclosing(with_idle_ticks(events, KEEPALIVE_INTERVAL)) as events_or_idle:
+            async for event in events_or_idle:
+                yield b": ping\n\n" if event is None else encode_event(event)
     except PalimpsestError as error:
-        yield frame(Event("", "error", {"title": error.title, "detail": error.detail}))
+        yield encode_event(Event("", "error", {"title": error.title, "detail": error.detail}))
 
 
-class EventStream(StreamingResponse):
+class EventStreamResponse(StreamingResponse):
     """A stream that is closed for certain when the client goes; `closing` then runs, whatever was sent until then."""
 
     media_type = "text/event-stream"
@@ -58,12 +62,12 @@ class EventStream(StreamingResponse):
     def __init__(
         self,
         events: AsyncIterator[Event],
-        closing: Callable[[], Awaitable[None]] | None = None,
-        framed: Callable[[AsyncIterator[Event]], AsyncGenerator[bytes]] = frames,
+        on_close: Callable[[], Awaitable[None]] | None = None,
+        encode: Callable[[AsyncIterator[Event]], AsyncGenerator[bytes]] = encode_event_stream,
     ) -> None:
-        self.frames = framed(events)
-        self.closing = closing
-        super().__init__(self.frames, headers=HEADERS)
+        self.frames = encode(events)
+        self.on_close = on_close
+        super().__init__(self.frames, headers=EVENT_STREAM_HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -71,5 +75,5 @@ class EventStream(StreamingResponse):
         finally:
             with anyio.CancelScope(shield=True):
                 await self.frames.aclose()
-                if self.closing is not None:
-                    await self.closing()
+                if self.on_close is not None:
+                    await self.on_close()

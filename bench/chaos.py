@@ -32,71 +32,76 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.deployment import Deployment, deployed, until
-from bench.journal import Answer, Journal, Resource
-from bench.load import Client
-from bench.mischief import Done, Mischief
-from bench.plan import Fault, World, clients, faults, first, world
-from bench.verdict import OPEN, Check, Found, passed, reference_key, verdict
+from bench.deployment import SupervisedDeployment, managed_deployment, wait_until
+from bench.journal import ClientLog, GenerationRecord, Resource
+from bench.load import ChaosClient
+from bench.mischief import FaultInjector, InjectedFault
+from bench.plan import FactPool, Fault, build_fact_pool, client_scripts, first_actions, plan_faults
+from bench.verdict import PENDING_STATUSES, Check, FinalState, all_passed, reference_key, run_checks
 from service.settings import SHIPPED_MODEL
 
-FACTS = SHIPPED_MODEL / "facts.jsonl"
-QUIET = 300.0  #: seconds within which everything that was accepted ends
-ATTEMPTS = 50  #: of a job: with so many kills three would give honest jobs up
-SHOWN = 5  #: violations of one check that are shown
+FACTS_PATH = SHIPPED_MODEL / "facts.jsonl"
+SETTLE_TIMEOUT = 300.0  #: seconds within which everything that was accepted ends
+MAX_ATTEMPTS = 50  #: of a job: with so many kills three would give honest jobs up
+MAX_SHOWN_VIOLATIONS = 5  #: violations of one check that are shown
 
 console = Console(stderr=True)
 
 
 @dataclass
-class Run:
+class ChaosRun:
     """What happened, and what is to be said of it."""
 
     seed: int
-    journal: Journal
-    done: list[Done]
-    found: Found
+    log: ClientLog
+    injected_faults: list[InjectedFault]
+    final_state: FinalState
     checks: list[Check]
     seconds: float
 
     @property
     def passed(self) -> bool:
-        return passed(self.checks)
+        return all_passed(self.checks)
 
 
-def run(args: argparse.Namespace, logs: Path) -> Run:
+def run_chaos(args: argparse.Namespace, logs: Path) -> ChaosRun:
     """Start everything, let it be disturbed, heal it, and look at what is left."""
-    place, journal, stop = world(FACTS, args.seed), Journal(), threading.Event()
-    flags = ["--max-attempts", str(ATTEMPTS)]
+    pool, log, stop = build_fact_pool(FACTS_PATH, args.seed), ClientLog(), threading.Event()
+    flags = ["--max-attempts", str(MAX_ATTEMPTS)]
     began = time.monotonic()
-    with deployed(logs, args.workers, args.apis, args.lease, flags) as house, _bar() as bar:
-        _say(bar, "starting", None)
-        house.start()
-        mischief = Mischief(house)
-        scripts = clients(args.seed, place)
-        crowd = [Client(name, script, house.addresses, journal, stop) for name, script in scripts.items()]
-        for client in crowd:
+    with (
+        managed_deployment(logs, args.workers, args.apis, args.lease, flags) as deployment,
+        _progress_bar() as bar,
+    ):
+        _show_status(bar, "starting", None)
+        deployment.start()
+        injector = FaultInjector(deployment)
+        scripts = client_scripts(args.seed, pool)
+        chaos_clients = [
+            ChaosClient(name, script, deployment.addresses, log, stop) for name, script in scripts.items()
+        ]
+        for client in chaos_clients:
             client.start()
-        disturb(mischief, planned(args), 60 * args.minutes, bar)
-        mischief.heal()
-        _await_answer(journal, mischief)
+        inject_faults(injector, planned_faults(args), 60 * args.minutes, bar)
+        injector.heal()
+        _wait_for_answer(log, injector)
         stop.set()
-        _say(bar, "waiting for quiet", None)
-        for client in crowd:
+        _show_status(bar, "waiting for quiet", None)
+        for client in chaos_clients:
             client.join()
-        house.wait_until_whole()
-        _await_ends(house, journal)
-        found = look(house, journal, bar)
-        found.exits = house.stop()
-    checks = verdict(journal, found, place)
-    return Run(args.seed, journal, mischief.done, found, checks, time.monotonic() - began)
+        deployment.wait_until_ready()
+        _wait_for_jobs(deployment, log)
+        state = collect_final_state(deployment, log, bar)
+        state.unexpected_exits = deployment.stop()
+    checks = run_checks(log, state, pool)
+    return ChaosRun(args.seed, log, injector.injected_faults, state, checks, time.monotonic() - began)
 
 
-def planned(args: argparse.Namespace) -> list[Fault]:
-    return faults(args.seed, args.faults, args.pause, args.lease)
+def planned_faults(args: argparse.Namespace) -> list[Fault]:
+    return plan_faults(args.seed, args.faults, args.pause, args.lease)
 
 
-def disturb(mischief: Mischief, plan: Sequence[Fault], seconds: float, bar: Progress) -> None:
+def inject_faults(injector: FaultInjector, plan: Sequence[Fault], seconds: float, bar: Progress) -> None:
     """Fault after fault, until they are done or the time is up. Without any, the load runs for that time alone."""
     task = bar.add_task("faults", total=len(plan))
     deadline = time.monotonic() + seconds
@@ -105,131 +110,144 @@ def disturb(mischief: Mischief, plan: Sequence[Fault], seconds: float, bar: Prog
         if time.monotonic() > deadline:
             break
         bar.update(task, description=fault.kind)
-        mischief.do(fault)
+        injector.inject(fault)
         bar.advance(task)
     if not plan:
         time.sleep(seconds)
     bar.remove_task(task)
 
 
-def _await_answer(journal: Journal, mischief: Mischief) -> None:
+def _wait_for_answer(log: ClientLog, injector: FaultInjector) -> None:
     """The load goes on until something that was asked after the last fault is answered."""
-    last = mischief.done[-1:]
+    last = injector.injected_faults[-1:]
     with suppress(TimeoutError):  # a report without it says so
-        until(lambda: max(recoveries(journal, last), default=0.0) < math.inf, "an answer", QUIET)
+        wait_until(
+            lambda: max(recovery_times(log, last), default=0.0) < math.inf, "an answer", SETTLE_TIMEOUT
+        )
 
 
-def _await_ends(house: Deployment, journal: Journal) -> None:
+def _wait_for_jobs(deployment: SupervisedDeployment, log: ClientLog) -> None:
     """Until no job is open. Those that never end are found by the check."""
 
     def quiet() -> bool:
-        return not any(job["status"] in OPEN for path in ("/edits", "/trace") for job in house.pages(path))
+        return not any(
+            job["status"] in PENDING_STATUSES
+            for path in ("/edits", "/trace")
+            for job in deployment.list_all(path)
+        )
 
     try:
-        until(quiet, "the end of every job", QUIET)
+        wait_until(quiet, "the end of every job", SETTLE_TIMEOUT)
     except TimeoutError as error:
-        journal.trouble(str(error))
+        log.record_anomaly(str(error))
 
 
-def look(house: Deployment, journal: Journal, bar: Progress) -> Found:
+def collect_final_state(deployment: SupervisedDeployment, log: ClientLog, bar: Progress) -> FinalState:
     """Read everything that the checks compare, and ask every question again, one at a time."""
-    reference = ask_again(house, journal.answers, bar)
-    return Found(
-        edits=house.pages("/edits"),
-        traces=house.pages("/trace"),
-        ledger=house.pages("/ledger"),
-        verify=house.get("/ledger/verify"),
-        model=house.model(),
-        workers=len(house.workers),
-        leftovers=house.leftovers(),
-        reference=reference,
+    reference = collect_reference_texts(deployment, log.generations, bar)
+    return FinalState(
+        edits=deployment.list_all("/edits"),
+        traces=deployment.list_all("/trace"),
+        ledger=deployment.list_all("/ledger"),
+        verification=deployment.get("/ledger/verify"),
+        model=deployment.model(),
+        expected_workers=len(deployment.workers),
+        queue_leftovers=deployment.queue_leftovers(),
+        reference_texts=reference,
     )
 
 
-def ask_again(house: Deployment, answers: Iterable[Answer], bar: Progress) -> dict[str, list[str]]:
+def collect_reference_texts(
+    deployment: SupervisedDeployment, records: Iterable[GenerationRecord], bar: Progress
+) -> dict[str, list[str]]:
     """What the service says when nothing disturbs it, to every question that was answered, at the version of the answer."""
-    questions = {reference_key(a.asked, a.version): (a.asked, a.version) for a in answers}
-    task = bar.add_task("asking again", total=len(questions))
-    said = {}
-    with httpx.Client(base_url=house.addresses[0], timeout=60) as client:
-        for key, (asked, version) in questions.items():
-            found = client.post("/generate", json={**asked, "version": version})
-            found.raise_for_status()
-            body = found.json()
-            said[key] = [choice["text"] for choice in body.get("choices") or [body]]
+    requests = {reference_key(a.request, a.version): (a.request, a.version) for a in records}
+    task = bar.add_task("asking again", total=len(requests))
+    texts = {}
+    with httpx.Client(base_url=deployment.addresses[0], timeout=60) as client:
+        for key, (request, version) in requests.items():
+            response = client.post("/generate", json={**request, "version": version})
+            response.raise_for_status()
+            body = response.json()
+            texts[key] = [choice["text"] for choice in body.get("choices") or [body]]
             bar.advance(task)
-    return said
+    return texts
 
 
 # the report
 
 
-def show(run: Run) -> None:
+def print_run(run: ChaosRun) -> None:
     for table in (fault_table(run), load_table(run), check_table(run)):
         console.print(table)
     for check in run.checks:
-        for words in check.violations[:SHOWN]:
-            console.print(f"[red]{check.name}:[/] {words}", highlight=False, soft_wrap=True)
-        if (more := len(check.violations) - SHOWN) > 0:
+        for violation in check.violations[:MAX_SHOWN_VIOLATIONS]:
+            console.print(f"[red]{check.name}:[/] {violation}", highlight=False, soft_wrap=True)
+        if (more := len(check.violations) - MAX_SHOWN_VIOLATIONS) > 0:
             console.print(f"[red]{check.name}:[/] and {more} more")
 
 
-def fault_table(run: Run) -> Table:
+def fault_table(run: ChaosRun) -> Table:
     """Faults by kind, and how long after them the next question was answered that was asked after them."""
-    times = recoveries(run.journal, run.done)
+    times = recovery_times(run.log, run.injected_faults)
     table = _table("faults", "kind", "count", "next answer after s: median", "longest")
     by_kind = defaultdict(list)
-    for done, seconds in zip(run.done, times, strict=True):
-        by_kind[done.fault.kind].append(seconds)
-    for kind, found in sorted(by_kind.items()):
-        table.add_row(kind, str(len(found)), f"{median(found):.1f}", f"{max(found):.1f}")
+    for injected, seconds in zip(run.injected_faults, times, strict=True):
+        by_kind[injected.fault.kind].append(seconds)
+    for kind, durations in sorted(by_kind.items()):
+        table.add_row(kind, str(len(durations)), f"{median(durations):.1f}", f"{max(durations):.1f}")
     if times:
         table.add_row("all", str(len(times)), f"{median(times):.1f}", f"{max(times):.1f}")
     return table
 
 
-def recoveries(journal: Journal, done: Sequence[Done]) -> list[float]:
+def recovery_times(log: ClientLog, injected: Sequence[InjectedFault]) -> list[float]:
     """For each fault the seconds until a question was answered that was asked after it."""
-    answers = [a for a in journal.attempts if a.action == "generate" and a.outcome == "200"]
-    return [min((a.ended - one.at for a in answers if a.began >= one.at), default=math.inf) for one in done]
+    answers = [a for a in log.attempts if a.action == "generate" and a.outcome == "200"]
+    return [
+        min((a.ended - fault.started_at for a in answers if a.began >= fault.started_at), default=math.inf)
+        for fault in injected
+    ]
 
 
-def load_table(run: Run) -> Table:
+def load_table(run: ChaosRun) -> Table:
     """What was asked, what became of it on the wire, and how the jobs ended."""
     table = _table("load", "what", "requests", "answered", "503", "429", "broken or silent", "came to")
     by_action: dict[str, Counter[str]] = defaultdict(Counter)
-    for attempt in run.journal.attempts:
+    for attempt in run.log.attempts:
         by_action[attempt.action][attempt.outcome] += 1
     ends = {
-        "edit": _ends(run.found.edits),
-        "trace": _ends(run.found.traces),
-        "generate": _kinds(run.journal),
+        "edit": _status_summary(run.final_state.edits),
+        "trace": _status_summary(run.final_state.traces),
+        "generate": _stream_summary(run.log),
     }
     for action, outcomes in by_action.items():
-        known = [outcomes[name] for name in ("200", "503", "429")]
-        other = outcomes.total() - sum(known)
-        table.add_row(action, *map(str, (outcomes.total(), *known, other)), ends.get(action, ""))
+        status_counts = [outcomes[name] for name in ("200", "503", "429")]
+        other = outcomes.total() - sum(status_counts)
+        table.add_row(action, *map(str, (outcomes.total(), *status_counts, other)), ends.get(action, ""))
     return table
 
 
-def _ends(jobs: Sequence[Resource]) -> str:
+def _status_summary(jobs: Sequence[Resource]) -> str:
     counts = Counter(job["status"] for job in jobs)
-    tries = sum(job["attempts"] > 1 for job in jobs)
-    return ", ".join(f"{count} {status}" for status, count in counts.most_common()) + f"; {tries} taken over"
+    takeovers = sum(job["attempts"] > 1 for job in jobs)
+    return (
+        ", ".join(f"{count} {status}" for status, count in counts.most_common()) + f"; {takeovers} taken over"
+    )
 
 
-def _kinds(journal: Journal) -> str:
-    streams = [a for a in journal.answers if a.tokens is not None]
-    parts = sum(not a.complete for a in streams)
-    restarted = sum(a.restarts > 0 for a in streams)
-    return f"{len(streams)} streams, {restarted} restarted, {parts} broken off"
+def _stream_summary(log: ClientLog) -> str:
+    streams = [a for a in log.generations if a.tokens is not None]
+    incomplete = sum(not a.complete for a in streams)
+    restarted = sum(a.resets > 0 for a in streams)
+    return f"{len(streams)} streams, {restarted} restarted, {incomplete} broken off"
 
 
-def check_table(run: Run) -> Table:
+def check_table(run: ChaosRun) -> Table:
     table = _table("checks", "check", "looked at", "wrong", "")
     for check in run.checks:
         word = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
-        table.add_row(check.name, str(check.looked_at), str(len(check.violations)), word)
+        table.add_row(check.name, str(check.checked_count), str(len(check.violations)), word)
     return table
 
 
@@ -240,33 +258,34 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def report(run: Run) -> dict[str, Any]:
+def build_report(run: ChaosRun) -> dict[str, Any]:
     """Everything that a later reader may want, as JSON."""
-    times = recoveries(run.journal, run.done)
+    times = recovery_times(run.log, run.injected_faults)
     return {
         "seed": run.seed,
         "passed": run.passed,
         "seconds": round(run.seconds, 1),
         "faults": [
-            {**asdict(d.fault), "recovered": round(t, 2)} for d, t in zip(run.done, times, strict=True)
+            {**asdict(d.fault), "recovered": round(t, 2)}
+            for d, t in zip(run.injected_faults, times, strict=True)
         ],
-        "requests": dict(Counter(f"{a.action} {a.outcome}" for a in run.journal.attempts)),
-        "answers": len(run.journal.answers),
-        "edits": dict(Counter(edit["status"] for edit in run.found.edits)),
-        "versions": len(run.found.ledger),
+        "requests": dict(Counter(f"{a.action} {a.outcome}" for a in run.log.attempts)),
+        "answers": len(run.log.generations),
+        "edits": dict(Counter(edit["status"] for edit in run.final_state.edits)),
+        "versions": len(run.final_state.ledger),
         "checks": [asdict(check) for check in run.checks],
     }
 
 
-def show_plan(args: argparse.Namespace, place: World) -> None:
-    for fault in planned(args):
+def print_plan(args: argparse.Namespace, pool: FactPool) -> None:
+    for fault in planned_faults(args):
         console.print(f"{fault.pause:6.2f} s, then {fault.kind} {fault.number} for {fault.seconds} s")
-    for name, script in clients(args.seed, place).items():
-        for wish in first(script, 20):
-            console.print(f"{name}: {json.dumps(asdict(wish), ensure_ascii=False)}", soft_wrap=True)
+    for name, script in client_scripts(args.seed, pool).items():
+        for action in first_actions(script, 20):
+            console.print(f"{name}: {json.dumps(asdict(action), ensure_ascii=False)}", soft_wrap=True)
 
 
-def _bar() -> Progress:
+def _progress_bar() -> Progress:
     columns = (
         TextColumn("{task.description:18}"),
         BarColumn(),
@@ -276,11 +295,11 @@ def _bar() -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _say(bar: Progress, words: str, total: int | None) -> None:
+def _show_status(bar: Progress, message: str, total: int | None) -> None:
     """The one line of the bar that is not a count."""
     for task in bar.task_ids:
         bar.remove_task(task)
-    bar.add_task(words, total=total)
+    bar.add_task(message, total=total)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -300,24 +319,24 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.plan:
-        show_plan(args, world(FACTS, args.seed))
+        print_plan(args, build_fact_pool(FACTS_PATH, args.seed))
         return 0
     logs = Path(tempfile.mkdtemp(prefix="chaos"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whoever ends us leaves no processes behind
     result = None
     try:
-        result = run(args, logs)
+        result = run_chaos(args, logs)
     finally:
         if result is None or not result.passed:
             console.print(f"logs of all processes: {logs}")
         else:
             shutil.rmtree(logs)
-    show(result)
+    print_run(result)
     words = f"--faults {args.faults} --seed {args.seed} --workers {args.workers} --apis {args.apis}"
     again = f"python bench/chaos.py {words} --lease {args.lease} --pause {args.pause}"
     console.print(f"{result.seconds / 60:.1f} minutes; the same again: {again}", soft_wrap=True)
     if args.json:
-        args.json.write_text(json.dumps(report(result), indent=1, ensure_ascii=False), encoding="utf-8")
+        args.json.write_text(json.dumps(build_report(result), indent=1, ensure_ascii=False), encoding="utf-8")
     return 0 if result.passed else 1
 
 

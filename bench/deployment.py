@@ -22,27 +22,27 @@ import httpx
 import redis
 
 from bench.journal import Resource
-from bench.proxy import HERE, Proxy
+from bench.proxy import LOCALHOST, Proxy
 from tests.support import postgres_server, redis_server
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-PREFIX = "chaos"
-PATIENCE = 300.0  # seconds within which everything is up, or is back
-LOOK = 0.2  # seconds between two looks of the supervisor
-REST = 1.0  # seconds before a process that died is started again
+REDIS_PREFIX = "chaos"
+READY_TIMEOUT = 300.0  # seconds within which everything is up, or is back
+SUPERVISOR_INTERVAL = 0.2  # seconds between two looks of the supervisor
+RESTART_DELAY = 1.0  # seconds before a process that died is started again
 
 
 @dataclass
-class Process:
+class SupervisedProcess:
     """One process of the service, started again and again under one name. `killed` are those that we killed."""
 
     name: str
     arguments: Sequence[str]
     log: Path
     environment: dict[str, str]
-    exits: list[str] = field(default_factory=list)
+    unexpected_exits: list[str] = field(default_factory=list)
     starts: int = 0
     _running: subprocess.Popen[bytes] | None = None
     _killed: bool = False
@@ -59,50 +59,52 @@ class Process:
         self._killed = False
         self.starts += 1
 
-    def send(self, number: signal.Signals) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """A signal to whatever runs under this name now."""
         if self._running is not None and self._running.poll() is None:
             self._killed |= number == signal.SIGKILL
             self._running.send_signal(number)
 
-    def dead(self) -> bool:
+    def has_exited(self) -> bool:
         """Whether it ended; noted when nobody killed it."""
         if self._running is None or self._running.poll() is None:
             return self._running is None
         if not self._killed:
-            self.exits.append(f"{self.name} ended with {self._running.returncode}: see {self.log}")
+            self.unexpected_exits.append(f"{self.name} ended with {self._running.returncode}: see {self.log}")
         self._running = None
         return True
 
     def kill(self) -> None:
         if self._running is not None:
-            self.send(signal.SIGKILL)
+            self.send_signal(signal.SIGKILL)
             self._running.wait()
 
     def stop(self) -> None:
         """Ask it to end, and see that it does so kindly."""
         if self._running is None:
             return
-        self.send(signal.SIGCONT)
-        self.send(signal.SIGTERM)
+        self.send_signal(signal.SIGCONT)
+        self.send_signal(signal.SIGTERM)
         try:
-            code = self._running.wait(PATIENCE)
+            code = self._running.wait(READY_TIMEOUT)
             if code != 0:
-                self.exits.append(f"{self.name} ended with {code} when asked to stop: see {self.log}")
+                self.unexpected_exits.append(
+                    f"{self.name} ended with {code} when asked to stop: see {self.log}"
+                )
         except subprocess.TimeoutExpired:
-            self.exits.append(f"{self.name} did not stop when asked to")
+            self.unexpected_exits.append(f"{self.name} did not stop when asked to")
             self._running.kill()
             self._running.wait()
         self._running = None
 
 
-class Deployment:
+class SupervisedDeployment:
     """Made by `deployed`. `apis` and `workers` are supervised from `start` to `stop`."""
 
     def __init__(
         self,
-        store: postgres_server.Server,
-        queue: redis_server.Server,
+        database_server: postgres_server.PostgresServer,
+        broker_server: redis_server.RedisServer,
         logs: Path,
         workers: int,
         apis: int,
@@ -110,70 +112,79 @@ class Deployment:
         flags: Sequence[str] = (),
         direct: bool = False,
     ) -> None:
-        self.store, self.queue, self.logs, self.lease = store, queue, logs, lease
-        self.postgres, self.redis = Proxy(store.port), Proxy(queue.port)
-        self.database_url = (
-            store.url if direct else f"postgresql://postgres@{HERE}:{self.postgres.port}/postgres"
+        self.database_server, self.broker_server, self.logs, self.lease = (
+            database_server,
+            broker_server,
+            logs,
+            lease,
         )
-        self.redis_url = queue.url if direct else f"redis://{HERE}:{self.redis.port}/0"
+        self.postgres_proxy, self.redis_proxy = Proxy(database_server.port), Proxy(broker_server.port)
+        self.database_url = (
+            database_server.url
+            if direct
+            else f"postgresql://postgres@{LOCALHOST}:{self.postgres_proxy.port}/postgres"
+        )
+        self.redis_url = broker_server.url if direct else f"redis://{LOCALHOST}:{self.redis_proxy.port}/0"
         common = ["--database-url", self.database_url, "--redis-url", self.redis_url]
-        common += ["--redis-prefix", PREFIX, "--lease", str(lease), "--log-level", "info", *flags]
+        common += ["--redis-prefix", REDIS_PREFIX, "--lease", str(lease), "--log-level", "info", *flags]
         ports = _free_ports(apis)
-        self.addresses = [f"http://{HERE}:{port}" for port in ports]
+        self.addresses = [f"http://{LOCALHOST}:{port}" for port in ports]
         self.apis = [self._process(f"api{i}", "api", "--port", str(p), *common) for i, p in enumerate(ports)]
         work = ["work", "--threads", "1", "--data", str(logs / "data"), *common]
         self.workers = [self._process(f"worker{i}", *work) for i in range(workers)]
         self._stop = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
 
-    def _process(self, name: str, *arguments: str) -> Process:
+    def _process(self, name: str, *arguments: str) -> SupervisedProcess:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PALIMPSEST_")}
-        return Process(name, arguments, self.logs / f"{name}.log", environment | {"OMP_NUM_THREADS": "1"})
+        return SupervisedProcess(
+            name, arguments, self.logs / f"{name}.log", environment | {"OMP_NUM_THREADS": "1"}
+        )
 
     @property
-    def processes(self) -> list[Process]:
+    def processes(self) -> list[SupervisedProcess]:
         return [*self.apis, *self.workers]
 
     def start(self) -> None:
         """One worker first: it collects the statistics of keys, which the others then find."""
         for process in [*self.apis, *self.workers[:1]]:
             process.start()
-        until(lambda: self._there() > 0, "the first worker", PATIENCE)
+        wait_until(lambda: self._count_workers_at_head() > 0, "the first worker", READY_TIMEOUT)
         for process in self.workers[1:]:
             process.start()
         self._supervisor.start()
-        self.wait_until_whole()
+        self.wait_until_ready()
 
     def stop(self) -> list[str]:
         """Stop every process kindly; returns which ended otherwise, now or before."""
-        self._leave_alone()
+        self._stop_supervisor()
         stopping = [threading.Thread(target=process.stop) for process in self.processes]
         for thread in stopping:
             thread.start()
         for thread in stopping:
             thread.join()
-        return [words for process in self.processes for words in process.exits]
+        return [words for process in self.processes for words in process.unexpected_exits]
 
-    def end(self) -> None:
+    def kill_all(self) -> None:
         """Kill what was not stopped."""
-        self._leave_alone()
+        self._stop_supervisor()
         for process in self.processes:
             process.kill()
-        self.postgres.close()
-        self.redis.close()
+        self.postgres_proxy.close()
+        self.redis_proxy.close()
 
-    def _leave_alone(self) -> None:
+    def _stop_supervisor(self) -> None:
         self._stop.set()
         if self._supervisor.is_alive():
             self._supervisor.join()
 
     def _supervise(self) -> None:
-        resting: dict[str, float] = {}
-        while not self._stop.wait(LOOK):
+        exited_at: dict[str, float] = {}
+        while not self._stop.wait(SUPERVISOR_INTERVAL):
             for process in self.processes:
-                if not process.dead():
-                    resting.pop(process.name, None)
-                elif time.monotonic() - resting.setdefault(process.name, time.monotonic()) > REST:
+                if not process.has_exited():
+                    exited_at.pop(process.name, None)
+                elif time.monotonic() - exited_at.setdefault(process.name, time.monotonic()) > RESTART_DELAY:
                     process.start()
 
     # what it says of itself
@@ -183,7 +194,7 @@ class Deployment:
         answer.raise_for_status()
         return answer.json()  # type: ignore[no-any-return]
 
-    def pages(self, path: str) -> list[Resource]:
+    def list_all(self, path: str) -> list[Resource]:
         """Every item of a list."""
         items, cursor = [], None
         while True:
@@ -196,71 +207,77 @@ class Deployment:
         model: Resource = self.get("/models")["items"][0]
         return model
 
-    def wait_until_whole(self) -> None:
+    def wait_until_ready(self) -> None:
         """Every API answers, every worker is there and stands at head."""
-        until(lambda: self._there() == len(self.workers), "all processes to serve", PATIENCE)
+        wait_until(
+            lambda: self._count_workers_at_head() == len(self.workers),
+            "all processes to serve",
+            READY_TIMEOUT,
+        )
 
-    def _there(self) -> int:
+    def _count_workers_at_head(self) -> int:
         """How many workers stand at head; none as long as not all APIs answer, or while a dead worker is still listed."""
         with suppress(httpx.HTTPError):
             if all(httpx.get(f"{address}/readyz", timeout=10).is_success for address in self.addresses):
                 model = self.model()
-                there = [w for w in model["workers"] if w["version"] == model["head"]]
-                return len(there) if len(there) == len(model["workers"]) else 0
+                at_head = [w for w in model["workers"] if w["version"] == model["head"]]
+                return len(at_head) if len(at_head) == len(model["workers"]) else 0
         return 0
 
-    def leftovers(self) -> list[str]:
+    def queue_leftovers(self) -> list[str]:
         """What the queue still holds of work: streams with entries, names that wait, owners."""
-        with redis.Redis(host=HERE, port=self.queue.port, decode_responses=True) as queue:
-            found = []
-            for key in sorted(queue.scan_iter(f"{PREFIX}:*", count=1000)):
-                kind = key.removeprefix(f"{PREFIX}:").split(":")[0]
+        with redis.Redis(host=LOCALHOST, port=self.broker_server.port, decode_responses=True) as queue:
+            leftovers = []
+            for key in sorted(queue.scan_iter(f"{REDIS_PREFIX}:*", count=1000)):
+                kind = key.removeprefix(f"{REDIS_PREFIX}:").split(":")[0]
                 if kind in ("work", "first"):
                     pending = sum(group["pending"] for group in queue.xinfo_groups(key))
                     if pending or queue.xlen(key):
-                        found.append(f"{key}: {queue.xlen(key)} entries, {pending} pending")
+                        leftovers.append(f"{key}: {queue.xlen(key)} entries, {pending} pending")
                 elif kind == "waiting" and queue.zcard(key):
-                    found.append(f"{key}: {queue.zcard(key)} wait")
+                    leftovers.append(f"{key}: {queue.zcard(key)} wait")
                 elif kind == "owner":
-                    found.append(f"{key} is owned by {queue.get(key)}")
-            return found
+                    leftovers.append(f"{key} is owned by {queue.get(key)}")
+            return leftovers
 
 
 @contextmanager
-def deployed(
+def managed_deployment(
     logs: Path,
     workers: int = 3,
     apis: int = 2,
     lease: float = 3.0,
     flags: Sequence[str] = (),
     direct: bool = False,
-) -> Iterator[Deployment]:
+) -> Iterator[SupervisedDeployment]:
     """A deployment with servers of its own, not yet started. What is left of it ends with the block.
 
     `direct` goes past the proxies, which cost a little time.
     """
     with (
-        postgres_server.serving(durable=True) as store,
-        redis_server.serving(durable=True, fsync="everysec") as queue,
+        postgres_server.run_postgres(durable=True) as database_server,
+        redis_server.run_redis(durable=True, fsync="everysec") as broker_server,
     ):
-        deployment = Deployment(store, queue, logs, workers, apis, lease, flags, direct)
+        deployment = SupervisedDeployment(
+            database_server, broker_server, logs, workers, apis, lease, flags, direct
+        )
         try:
             yield deployment
         finally:
-            deployment.end()
+            deployment.kill_all()
 
 
-def until(true: Callable[[], Any], what: str, patience: float) -> None:
+def wait_until(condition: Callable[[], Any], description: str, timeout: float) -> None:
     """Wait for something that should come."""
-    deadline = time.monotonic() + patience
-    while not true():
+    deadline = time.monotonic() + timeout
+    while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {patience:.0f} s in vain for {what}")
+            raise TimeoutError(f"waited {timeout:.0f} s in vain for {description}")
         time.sleep(0.2)
 
 
 def _free_ports(count: int) -> list[int]:
-    probes = [socket.create_server((HERE, 0)) for _ in range(count)]
+    probes = [socket.create_server((LOCALHOST, 0)) for _ in range(count)]
     ports = [probe.getsockname()[1] for probe in probes]
     for probe in probes:
         probe.close()

@@ -27,85 +27,91 @@ from rich.progress import track
 from rich.table import Table
 
 from service.datasets.records import Record, read_records
-from service.editing.context import Toolkit, prepare_steps, recipe_of
-from service.editing.methods.registry import find_steps
-from service.engine.versioned_model import NoLedger, Replica, Weights
-from service.kit.steps import finish
-from service.kit.text import fill
-from service.models.loading import Site, load
-from service.models.scoring import log_probs, perplexity_steps
+from service.editing.context import EditorContext, build_editor_context, find_recipe
+from service.editing.methods.registry import find_factors
+from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
+from service.kit.steps import run_to_completion
+from service.kit.text import fill_prompt
+from service.models.loading import WeightRef, load_model
+from service.models.scoring import compute_perplexity, log_probs_blocking
 from service.recipes.recipe import Recipe, RomeParameters
-from service.scores.scores import bootstrap, bootstrap_score, share_kept, share_new
+from service.scores.scores import bootstrap_mean, bootstrap_score, share_preferring_new, share_preferring_true
 from service.settings import SHIPPED_MODEL
-from service.weights.composition import Association, LowRank, rebuild
+from service.weights.composition import Association, LowRank, apply_delta
 
 console = Console()
-Shares = tuple[float, float, float]
+SuccessRates = tuple[float, float, float]
 
 
-class Lab:
+class EditingExperiment:
     """A model, its tools and a replica to try sets of associations on."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.model = load(args.model, args.device)
+        self.model = load_model(args.model, args.device)
         self.parameters = self._parameters(args)
         recipe = Recipe(source="bench", rome=self.parameters)
-        self.toolkit: Toolkit = finish(
-            prepare_steps(self.model, Path(args.stats) if args.stats else None, recipe=recipe)
+        self.editor: EditorContext = run_to_completion(
+            build_editor_context(self.model, Path(args.stats) if args.stats else None, recipe=recipe)
         )
-        self.replica = Replica(self.model, NoLedger())
-        self.contexts = finish(self.toolkit.contexts_steps(self.parameters.contexts, self.parameters.seed))
-        self.statistics = finish(self.toolkit.statistics_steps(self.parameters.layers))
+        self.replica = VersionedModel(self.model, EmptyLedger())
+        self.contexts = run_to_completion(
+            self.editor.get_contexts(self.parameters.contexts, self.parameters.seed)
+        )
+        self.statistics = run_to_completion(self.editor.get_statistics(self.parameters.layers))
 
     def _parameters(self, args: argparse.Namespace) -> RomeParameters:
-        recipe = recipe_of(self.model)
+        recipe = find_recipe(self.model)
         base = recipe.rome.model_dump() if recipe else {"layers": [1], "learning_rate": 0.2, "steps": 25}
         return RomeParameters.model_validate(base | json.loads(args.hparams))
 
-    def find(self, case: Record, name: str, **changes: object) -> list[Association]:
+    def compute_associations(self, case: Record, name: str, **changes: object) -> list[Association]:
         parameters = self.parameters.model_copy(update=changes)
-        steps = find_steps(
+        steps = find_factors(
             self.model,
             self.statistics,
             self.contexts,
-            fill(case.prompt, case.subject),
+            fill_prompt(case.prompt, case.subject),
             case.target_new,
             parameters,
             name,
         )
-        return finish(steps).pieces
+        return run_to_completion(steps).updates
 
-    def measure(self, cases: Sequence[Record], weights: Weights) -> list[Shares]:
+    def measure(self, cases: Sequence[Record], weights: WeightOverrides) -> list[SuccessRates]:
         """(ES, PS, NS) of each case with these weights in place. A case without probes of a kind counts by the others."""
         pairs: list[tuple[str, str]] = []
         for c in cases:
             for prompt in (c.text, *c.paraphrases, *(n.prompt for n in c.neighbours)):
                 pairs += [(prompt, c.target_new), (prompt, c.target_true or "")]
-        with self.replica.stand(weights):
-            scores = iter(log_probs(self.model, pairs))
+        with self.replica.use_weights(weights):
+            scores = iter(log_probs_blocking(self.model, pairs))
         records = []
         for c in cases:
-            both = [
+            case_scores = [
                 (next(scores)[0], next(scores)[0]) for _ in range(1 + len(c.paraphrases) + len(c.neighbours))
             ]
-            cut = 1 + len(c.paraphrases)
-            es, ps, ns = share_new(both[:1]), share_new(both[1:cut]), share_kept(both[cut:])
+            neighbours_start = 1 + len(c.paraphrases)
+            es, ps, ns = (
+                share_preferring_new(case_scores[:1]),
+                share_preferring_new(case_scores[1:neighbours_start]),
+                share_preferring_true(case_scores[neighbours_start:]),
+            )
             nan = float("nan")
             whole = [nan if x is None else x for x in (es, ps, ns)]
             records.append((whole[0], whole[1], whole[2]))
         return records
 
-    def loss(self, weights: Weights, texts: Sequence[str]) -> float:
-        with self.replica.stand(weights):
-            return finish(perplexity_steps(self.model, texts))
+    def loss(self, weights: WeightOverrides, texts: Sequence[str]) -> float:
+        with self.replica.use_weights(weights):
+            return run_to_completion(compute_perplexity(self.model, texts))
 
 
-def show(title: str, records: Sequence[Shares], seconds: Sequence[float] = ()) -> None:
+def print_scores(title: str, records: Sequence[SuccessRates], seconds: Sequence[float] = ()) -> None:
     table = Table(title=title)
     for name in ("", "mean", "95 % interval"):
         table.add_column(name, justify="right")
     for i, name in enumerate(("ES", "PS", "NS")):
-        mean, low, high = bootstrap([r[i] for r in records if not math.isnan(r[i])])
+        mean, low, high = bootstrap_mean([r[i] for r in records if not math.isnan(r[i])])
         table.add_row(name, f"{100 * mean:.1f}", f"{100 * low:.1f} to {100 * high:.1f}")
     whole = [r for r in records if not any(map(math.isnan, r))]
     mean, low, high = bootstrap_score(whole)
@@ -118,15 +124,17 @@ def show(title: str, records: Sequence[Shares], seconds: Sequence[float] = ()) -
     console.print(table)
 
 
-def single(lab: Lab, cases: Sequence[Record], args: argparse.Namespace) -> None:
+def bench_single(experiment: EditingExperiment, cases: Sequence[Record], args: argparse.Namespace) -> None:
     """One edit at a time on the base model; what does not take is strengthened, as the service does."""
     records, seconds, strengthened, failed = [], [], 0, 0
     for case in track(cases, "one edit at a time", console=console, disable=args.quiet):
         began = time.perf_counter()
-        found = lab.find(case, "e")
+        associations = experiment.compute_associations(case, "e")
         seconds.append(time.perf_counter() - began)
         for strength in args.strengths:
-            record = lab.measure([case], lab.replica.composed(a.scaled(strength) for a in found))[0]
+            record = experiment.measure(
+                [case], experiment.replica.compose_weights(a.scaled(strength) for a in associations)
+            )[0]
             if record[0] == 1.0:
                 break
         strengthened += strength > args.strengths[0] and record[0] == 1.0
@@ -136,15 +144,17 @@ def single(lab: Lab, cases: Sequence[Record], args: argparse.Namespace) -> None:
             console.print(
                 record, case.subject, "|", case.prompt, "|", case.target_true, "->", case.target_new
             )
-    show(f"{len(cases)} facts, one edit at a time ({lab.model.name})", records, seconds)
+    print_scores(f"{len(cases)} facts, one edit at a time ({experiment.model.name})", records, seconds)
     console.print(f"strengthened: {strengthened}; did not take, the service rejects them: {failed}")
 
 
-def hold(lab: Lab, cases: Sequence[Record], weights: Weights) -> list[bool]:
-    return [r[0] == 1.0 for r in lab.measure(cases, weights)]
+def edits_hold(
+    experiment: EditingExperiment, cases: Sequence[Record], weights: WeightOverrides
+) -> list[bool]:
+    return [r[0] == 1.0 for r in experiment.measure(cases, weights)]
 
 
-def pairs(lab: Lab, cases: Sequence[Record], args: argparse.Namespace) -> None:
+def bench_pairs(experiment: EditingExperiment, cases: Sequence[Record], args: argparse.Namespace) -> None:
     """Pairs of edits about one subject in two relations, all active together."""
     by_subject: dict[str, list[Record]] = defaultdict(list)
     for c in cases:
@@ -154,16 +164,16 @@ def pairs(lab: Lab, cases: Sequence[Record], args: argparse.Namespace) -> None:
         two = list({c.relation: c for c in group}.values())[:2]
         if len(two) == 2 and len(chosen) < 2 * args.cases:
             chosen += two
-    found = [
-        lab.find(c, f"{i:04}")
+    edits = [
+        experiment.compute_associations(c, f"{i:04}")
         for i, c in enumerate(track(chosen, "pairs", console=console, disable=args.quiet))
     ]
     table = Table(title=f"{len(chosen) // 2} pairs about one subject, all {len(chosen)} edits active")
     for name in ("composition", "both hold", "first", "second"):
         table.add_column(name, justify="right")
-    for name, weights in forms(lab, found, chosen, args).items():
-        held = hold(lab, chosen, weights)
-        first, second = held[::2], held[1::2]
+    for name, weights in composition_variants(experiment, edits, chosen, args).items():
+        holds = edits_hold(experiment, chosen, weights)
+        first, second = holds[::2], holds[1::2]
         both = sum(a and b for a, b in zip(first, second, strict=True))
         n = len(first)
         table.add_row(
@@ -172,106 +182,130 @@ def pairs(lab: Lab, cases: Sequence[Record], args: argparse.Namespace) -> None:
     console.print(table)
 
 
-def summed(lab: Lab, found: Iterable[list[Association]]) -> Weights:
+def sum_rank_one_updates(
+    experiment: EditingExperiment, edits: Iterable[list[Association]]
+) -> WeightOverrides:
     """Plain sums of the rank-one updates, each found alone."""
     total: dict[int, LowRank] = {}
-    for a in (x for group in found for x in group):
-        one = a.rank_one()
-        old = total.get(a.layer)
+    for a in (x for group in edits for x in group):
+        update = a.rank_one()
+        previous = total.get(a.layer)
         total[a.layer] = (
-            one
-            if old is None
-            else LowRank(torch.cat([old.left, one.left], 1), torch.cat([old.right, one.right]))
+            update
+            if previous is None
+            else LowRank(
+                torch.cat([previous.left, update.left], 1), torch.cat([previous.right, update.right])
+            )
         )
-    conv1d = lab.model.architecture.conv1d
-    return {Site(x): rebuild(lab.model.weight(x).data, change, conv1d) for x, change in total.items()}
+    conv1d = experiment.model.architecture.conv1d
+    return {
+        WeightRef(x): apply_delta(experiment.model.weight(x).data, change, conv1d)
+        for x, change in total.items()
+    }
 
 
-def sequential(lab: Lab, cases: Sequence[Record], compat: str | None, quiet: bool) -> Weights:
+def edit_sequentially(
+    experiment: EditingExperiment, cases: Sequence[Record], compat: str | None, quiet: bool
+) -> WeightOverrides:
     """As published: each edit found on the model as the edits before left it, and added to its weights."""
-    weights: Weights = {}
-    conv1d = lab.model.architecture.conv1d
+    weights: WeightOverrides = {}
+    conv1d = experiment.model.architecture.conv1d
     for i, c in enumerate(track(cases, f"sequential {compat or 'r-ROME'}", console=console, disable=quiet)):
-        with lab.replica.stand(weights):
-            found = lab.find(c, f"{i:04}", compat=compat)
+        with experiment.replica.use_weights(weights):
+            associations = experiment.compute_associations(c, f"{i:04}", compat=compat)
             weights = {
                 **weights,
-                **{a.site: rebuild(lab.model.parameter(a.site).data, a.rank_one(), conv1d) for a in found},
+                **{
+                    a.weight_ref: apply_delta(
+                        experiment.model.parameter(a.weight_ref).data, a.rank_one(), conv1d
+                    )
+                    for a in associations
+                },
             }
     return weights
 
 
-def strengthened(
-    lab: Lab, found: list[list[Association]], cases: Sequence[Record], strengths: Sequence[float]
+def choose_strengths(
+    experiment: EditingExperiment,
+    edits: list[list[Association]],
+    cases: Sequence[Record],
+    strengths: Sequence[float],
 ) -> list[Association]:
     """Landed one after another as the service does it: each is strengthened until it holds beside those before it.
 
     None is rejected here, so that every form is measured on the same edits.
     """
     active: list[Association] = []
-    for group, case in zip(found, cases, strict=True):
-        bare = replace(case, paraphrases=(), neighbours=())
+    for group, case in zip(edits, cases, strict=True):
+        without_probes = replace(case, paraphrases=(), neighbours=())
         for strength in strengths:
-            mine = [a.scaled(strength) for a in group]
-            if hold(lab, [bare], lab.replica.composed([*active, *mine]))[0]:
+            scaled = [a.scaled(strength) for a in group]
+            if edits_hold(
+                experiment, [without_probes], experiment.replica.compose_weights([*active, *scaled])
+            )[0]:
                 break
-        active += mine
+        active += scaled
     return active
 
 
-def forms(
-    lab: Lab, found: list[list[Association]], cases: Sequence[Record], args: argparse.Namespace
-) -> dict[str, Weights]:
+def composition_variants(
+    experiment: EditingExperiment,
+    edits: list[list[Association]],
+    cases: Sequence[Record],
+    args: argparse.Namespace,
+) -> dict[str, WeightOverrides]:
     """The ways to have many edits active at once."""
-    every = [a for group in found for a in group]
-    landed = strengthened(lab, found, cases, args.strengths)
+    all_associations = [a for group in edits for a in group]
+    strengthened_associations = choose_strengths(experiment, edits, cases, args.strengths)
     result = {
-        "joint, strengthened (the service)": lab.replica.composed(landed),
-        "joint": lab.replica.composed(every),
-        "factors summed": summed(lab, found),
+        "joint, strengthened (the service)": experiment.replica.compose_weights(strengthened_associations),
+        "joint": experiment.replica.compose_weights(all_associations),
+        "factors summed": sum_rank_one_updates(experiment, edits),
     }
     if not args.fast:
-        result["sequential r-ROME"] = sequential(lab, cases, None, args.quiet)
-        result["sequential ROME"] = sequential(lab, cases, "meng2022", args.quiet)
+        result["sequential r-ROME"] = edit_sequentially(experiment, cases, None, args.quiet)
+        result["sequential ROME"] = edit_sequentially(experiment, cases, "meng2022", args.quiet)
     return result
 
 
-def many(lab: Lab, cases: Sequence[Record], args: argparse.Namespace) -> None:
+def bench_many(experiment: EditingExperiment, cases: Sequence[Record], args: argparse.Namespace) -> None:
     """Many edits in a row, then the same measures over all of them, for each form of composition."""
     chosen = list({c.subject: c for c in reversed(cases)}.values())[: args.cases]
-    found = [
-        lab.find(c, f"{i:04}")
+    edits = [
+        experiment.compute_associations(c, f"{i:04}")
         for i, c in enumerate(track(chosen, "edits", console=console, disable=args.quiet))
     ]
-    touched = {c.text for c in chosen}
-    texts = [t for t in lab.toolkit.corpus.texts if not any(t.startswith(p) for p in touched)][::7][:500]
-    table = Table(title=f"{len(chosen)} edits active at once ({lab.model.name})")
+    edited_prompts = {c.text for c in chosen}
+    texts = [t for t in experiment.editor.corpus.texts if not any(t.startswith(p) for p in edited_prompts)][
+        ::7
+    ][:500]
+    table = Table(title=f"{len(chosen)} edits active at once ({experiment.model.name})")
     for name in ("composition", "ES", "PS", "NS", "S", "S, 95 % interval", "perplexity before", "after"):
         table.add_column(name, justify="right")
-    before = lab.loss({}, texts)
-    for name, weights in forms(lab, found, chosen, args).items():
-        records = lab.measure(chosen, weights)
+    before = experiment.loss({}, texts)
+    for name, weights in composition_variants(experiment, edits, chosen, args).items():
+        records = experiment.measure(chosen, weights)
         whole = [r for r in records if not any(map(math.isnan, r))]
-        means = [bootstrap([r[i] for r in records if not math.isnan(r[i])])[0] for i in range(3)]
+        means = [bootstrap_mean([r[i] for r in records if not math.isnan(r[i])])[0] for i in range(3)]
         score, low, high = bootstrap_score(whole)
         row = [f"{100 * x:.1f}" for x in (*means, score)]
-        after = lab.loss(weights, texts)
+        after = experiment.loss(weights, texts)
         table.add_row(name, *row, f"{100 * low:.1f} to {100 * high:.1f}", f"{before:.3f}", f"{after:.3f}")
     console.print(table)
-    revert_all(lab, found)
+    check_revert_all(experiment, edits)
 
 
-def revert_all(lab: Lab, found: list[list[Association]]) -> None:
+def check_revert_all(experiment: EditingExperiment, edits: list[list[Association]]) -> None:
     """Take all edits out again in random order; the last state must be the base, byte for byte."""
-    active = dict(enumerate(found))
-    base = {x: lab.model.weight(x).data.clone() for x in range(lab.model.layers)}
+    active = dict(enumerate(edits))
+    base = {x: experiment.model.weight(x).data.clone() for x in range(experiment.model.num_layers)}
     order = random.Random(0).sample(sorted(active), len(active))
     for i in order:
         del active[i]
-        weights = lab.replica.composed(a for group in active.values() for a in group)
-    with lab.replica.stand(weights):
-        same = all(torch.equal(lab.model.weight(x).data, w) for x, w in base.items())
-    console.print(f"all {len(found)} reverted in random order: base bytes {'are back' if same else 'DIFFER'}")
+        weights = experiment.replica.compose_weights(a for group in active.values() for a in group)
+    with experiment.replica.use_weights(weights):
+        same = all(torch.equal(experiment.model.weight(x).data, w) for x, w in base.items())
+    console.print(f"all {len(edits)} reverted in random order: base bytes {'are back' if same else 'DIFFER'}")
 
 
 def main() -> None:
@@ -295,15 +329,15 @@ def main() -> None:
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    lab = Lab(args)
+    experiment = EditingExperiment(args)
     data = args.data or Path(args.model) / "facts.jsonl"
     cases = read_records(data, args.seed)
     cases = {"test": cases[1::2], "tune": cases[0::2], "all": cases}[args.split]
     args.cases = args.cases or {"single": 200, "pairs": 50, "many": 100}[args.what]
     if args.what == "single":
-        single(lab, cases[: args.cases], args)
+        bench_single(experiment, cases[: args.cases], args)
     else:
-        {"pairs": pairs, "many": many}[args.what](lab, cases, args)
+        {"pairs": bench_pairs, "many": bench_many}[args.what](experiment, cases, args)
 
 
 if __name__ == "__main__":

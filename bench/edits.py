@@ -25,22 +25,22 @@ from itertools import chain
 
 import torch
 
-from bench.flops import Cost, avoided, counted, edit_bound
-from bench.harness import Kept, Report, Spread, in_turn, synchroniser
-from bench.reference import Edited, Editor, add_option, beside, without_start
-from bench.shapes import DEPTH, model_of
-from service.covariance.collect import collect_steps
-from service.covariance.corpus import Corpus, corpus_steps
-from service.covariance.second_moment import Statistics
-from service.editing.context import recipe_of
-from service.editing.methods.registry import find_steps
-from service.editing.value_optimizer import rows
-from service.kit.steps import finish
-from service.kit.text import fill
+from bench.flops import TokenCost, avoided_fraction, count_flops, edit_bound
+from bench.harness import Report, ResultRecorder, Spread, device_synchronizer, time_interleaved
+from bench.reference import ReferenceEdit, ReferenceEditor, add_reference_option, load_reference, without_bos
+from bench.shapes import EDIT_LAYERS, build_model
+from service.covariance.collect import collect_statistics
+from service.covariance.corpus import Corpus, load_corpus
+from service.covariance.second_moment import KeyStatistics
+from service.editing.context import find_recipe
+from service.editing.methods.registry import find_factors
+from service.editing.value_optimizer import tokenize_contexts
+from service.kit.steps import run_to_completion
+from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
 from service.recipes.recipe import RomeParameters
 from service.settings import SHIPPED_MODEL
-from service.weights.composition import LowRank, rebuild
+from service.weights.composition import LowRank, apply_delta
 
 #: subject, prompt, new object: the subject early or late in the prompt, an object of one token or of two
 CASES = (
@@ -49,18 +49,18 @@ CASES = (
     ("Marie Curie", "{} was born in the city of", "New York"),
     ("Eiffel Tower", "Our guide says that the city to visit is the one with the {} in it, namely", "Rome"),
 )
-LENGTHS = (4, 9)  # tokens of a context, half of each: what is published, the start token not counted
-TOKENS = 6000  # of text for the second moment
-QUICK = {"shipped": (3, 4)}  # rounds and cases; any other model takes its time
-Request = tuple[str, str, str]  # subject, prompt, new object
-ALIKE = 1 - 1e-5  # least cosine of the two updates
-TIMES = ("tokens", "theirs s", "ours s", "theirs / ours")
-AGREEMENT = ("tokens", "cosine", "norms apart", "losses theirs", "losses ours", "steps")
-WORK = ("tokens", "theirs GFLOP", "ours GFLOP", "least GFLOP", "of the avoidable avoided")
+CONTEXT_LENGTHS = (4, 9)  # tokens of a context, half of each: what is published, the start token not counted
+STATISTICS_TOKENS = 6000  # of text for the second moment
+QUICK_SETTINGS = {"shipped": (3, 4)}  # rounds and cases; any other model takes its time
+EditCase = tuple[str, str, str]  # subject, prompt, new object
+MIN_COSINE = 1 - 1e-5  # least cosine of the two updates
+TIME_COLUMNS = ("tokens", "theirs s", "ours s", "theirs / ours")
+AGREEMENT_COLUMNS = ("tokens", "cosine", "norms apart", "losses theirs", "losses ours", "steps")
+FLOP_COLUMNS = ("tokens", "theirs GFLOP", "ours GFLOP", "least GFLOP", "of the avoidable avoided")
 
 
 @dataclass(frozen=True)
-class Ours:
+class ServiceEdit:
     """What one of our edits found."""
 
     change: LowRank
@@ -68,135 +68,152 @@ class Ours:
     weight: torch.Tensor
 
 
-class Bench:
+class EditBenchmark:
     """A model and all that an edit needs beside its request."""
 
     def __init__(self, model: LoadedModel, parameters: RomeParameters) -> None:
         self.model, self.parameters = model, parameters
         (self.layer,) = parameters.layers
-        corpus = finish(corpus_steps(replace(model, folder=SHIPPED_MODEL), TOKENS, None))
-        self.contexts = beginnings(model, corpus, parameters.contexts)
-        self.statistics = finish(collect_steps(model, [self.layer], corpus))[self.layer]
+        corpus = run_to_completion(load_corpus(replace(model, folder=SHIPPED_MODEL), STATISTICS_TOKENS, None))
+        self.contexts = context_prefixes(model, corpus, parameters.contexts)
+        self.statistics = run_to_completion(collect_statistics(model, [self.layer], corpus))[self.layer]
 
-    def edit(self, subject: str, prompt: str, target: str) -> Ours:
+    def edit(self, subject: str, prompt: str, target: str) -> ServiceEdit:
         """Up to the edited weight, which theirs writes as well."""
-        statement, moments = fill(prompt, subject), {self.layer: self.statistics}
-        found = finish(find_steps(self.model, moments, self.contexts, statement, target, self.parameters))
-        change = found.pieces[0].rank_one()
-        weight = rebuild(self.model.weight(self.layer), change, self.model.architecture.conv1d)
-        return Ours(change, found.losses, weight)
+        statement, moments = fill_prompt(prompt, subject), {self.layer: self.statistics}
+        factors = run_to_completion(
+            find_factors(self.model, moments, self.contexts, statement, target, self.parameters)
+        )
+        change = factors.updates[0].rank_one()
+        weight = apply_delta(self.model.weight(self.layer), change, self.model.architecture.conv1d)
+        return ServiceEdit(change, factors.losses, weight)
 
     def bound(self, subject: str, prompt: str, target: str, steps: int) -> int:
-        texts = rows(self.model, fill(prompt, subject), target, self.contexts)
-        return edit_bound(Cost.of(self.model), texts, self.layer, steps)
+        texts = tokenize_contexts(self.model, fill_prompt(prompt, subject), target, self.contexts)
+        return edit_bound(TokenCost.from_model(self.model), texts, self.layer, steps)
 
     def describe(self, subject: str, prompt: str, target: str) -> str:
         """Tokens up to the subject's end, of the prompt, and of the object."""
-        texts = rows(self.model, fill(prompt, subject), target, [])
-        last, size, n = texts.prompts[0].last_subject, len(texts.prompts[0].ids), len(texts.targets[0])
+        texts = tokenize_contexts(self.model, fill_prompt(prompt, subject), target, [])
+        last, size, n = texts.prompts[0].last_subject_index, len(texts.prompts[0].ids), len(texts.targets[0])
         return f"{last + 1}/{size} + {n}"
 
 
-def beginnings(model: LoadedModel, corpus: Corpus, count: int) -> list[str]:
+def context_prefixes(model: LoadedModel, corpus: Corpus, count: int) -> list[str]:
     """Contexts of the published lengths: how statements begin. No brace, which theirs would take for a slot."""
     texts = corpus.texts[:: max(1, len(corpus.texts) // count)][:count]
-    cut = [LENGTHS[i < count // 2] for i in range(len(texts))]
-    begun = (model.decode(model.encode(text)[0][:n]) for text, n in zip(texts, cut, strict=True))
-    return [b.replace("{", "").replace("}", "").strip(" .,;:!?") for b in begun]
+    lengths = [CONTEXT_LENGTHS[i < count // 2] for i in range(len(texts))]
+    prefixes = (model.decode(model.encode(text)[0][:n]) for text, n in zip(texts, lengths, strict=True))
+    return [b.replace("{", "").replace("}", "").strip(" .,;:!?") for b in prefixes]
 
 
 def cosine(a: LowRank, b: LowRank) -> float:
     """Of two updates, from their factors."""
-    return float(inner(a, b) / (inner(a, a) * inner(b, b)) ** 0.5)
+    return float(frobenius_inner(a, b) / (frobenius_inner(a, a) * frobenius_inner(b, b)) ** 0.5)
 
 
-def inner(a: LowRank, b: LowRank) -> torch.Tensor:
+def frobenius_inner(a: LowRank, b: LowRank) -> torch.Tensor:
     return ((a.left.T @ b.left) * (a.right @ b.right.T)).sum()
 
 
-def against(
-    bench: Bench, editor: Editor | None, report: Report, rounds: int, cases: Sequence[Request]
+def compare_implementations(
+    bench: EditBenchmark,
+    reference_editor: ReferenceEditor | None,
+    report: Report,
+    rounds: int,
+    cases: Sequence[EditCase],
 ) -> float:
     """Ours and theirs on some cases; the least cosine of two updates."""
-    times, agreement, work, ratios, least = [], [], [], [], 1.0
+    times, agreement, work, ratios, least_cosine = [], [], [], [], 1.0
     for case in cases:
-        label, ours = bench.describe(*case), Kept(partial(bench.edit, *case))
-        _, spent = counted(ours)  # warms, too
+        label, ours = bench.describe(*case), ResultRecorder(partial(bench.edit, *case))
+        _, flops = count_flops(ours)  # warms, too
         steps = len(ours.result.losses)
         bound = bench.bound(*case, steps)
-        if not editor:
-            seconds = in_turn({"ours": ours}, rounds, 0, synchroniser(report.device))
+        if not reference_editor:
+            seconds = time_interleaved({"ours": ours}, rounds, 0, device_synchronizer(report.device))
             times.append([label, "", seconds["ours"], ""])
-            work.append([label, "", spent / 1e9, bound / 1e9, ""])
+            work.append([label, "", flops / 1e9, bound / 1e9, ""])
             continue
-        theirs, full = Kept(partial(editor.edit, *case)), their_work(editor, case, steps)
-        seconds = in_turn({"theirs": theirs, "ours": ours}, rounds, 0, synchroniser(report.device))
-        ratios.append(seconds["theirs"].over(seconds["ours"]))
+        theirs, reference_work = (
+            ResultRecorder(partial(reference_editor.edit, *case)),
+            reference_flops(reference_editor, case, steps),
+        )
+        seconds = time_interleaved(
+            {"theirs": theirs, "ours": ours}, rounds, 0, device_synchronizer(report.device)
+        )
+        ratios.append(seconds["theirs"].ratio_to(seconds["ours"]))
         times.append([label, seconds["theirs"], seconds["ours"], ratios[-1]])
-        agreement.append([label, *compared(theirs.result, ours.result)])
-        least = min(least, cosine(theirs.result.change, ours.result.change))
-        share = f"{100 * avoided(full, spent, bound):.1f} %"
-        work.append([label, full / 1e9, spent / 1e9, bound / 1e9, share])
+        agreement.append([label, *agreement_row(theirs.result, ours.result)])
+        least_cosine = min(least_cosine, cosine(theirs.result.change, ours.result.change))
+        share = f"{100 * avoided_fraction(reference_work, flops, bound):.1f} %"
+        work.append([label, reference_work / 1e9, flops / 1e9, bound / 1e9, share])
     name = f"{bench.model.name}, layer {bench.layer}"
-    if editor:
+    if reference_editor:
         times.append(["all", "", "", Spread(tuple(chain.from_iterable(r.values for r in ratios)))])
-        report.table(f"{name}: the same update", AGREEMENT, agreement)
-        report.table(f"{name}: before the first edit", TIMES, first(bench.statistics, editor, report.device))
-    report.table(f"{name}: one edit", TIMES, times)
-    report.table(f"{name}: work", WORK, work)
-    return least
+        report.add_table(f"{name}: the same update", AGREEMENT_COLUMNS, agreement)
+        report.add_table(
+            f"{name}: before the first edit",
+            TIME_COLUMNS,
+            time_setup(bench.statistics, reference_editor, report.device),
+        )
+    report.add_table(f"{name}: one edit", TIME_COLUMNS, times)
+    report.add_table(f"{name}: work", FLOP_COLUMNS, work)
+    return least_cosine
 
 
-def their_work(editor: Editor, case: Request, steps: int) -> int:
+def reference_flops(reference_editor: ReferenceEditor, case: EditCase, steps: int) -> int:
     """Operations of an edit of so many steps: every further one is like the second."""
-    one, two = (counted(partial(editor.edit, *case, steps=n))[1] for n in (1, 2))
+    one, two = (count_flops(partial(reference_editor.edit, *case, steps=n))[1] for n in (1, 2))
     return one + (steps - 1) * (two - one)
 
 
-def compared(theirs: Edited, ours: Ours) -> list[str]:
+def agreement_row(theirs: ReferenceEdit, ours: ServiceEdit) -> list[str]:
     """How far apart two edits are."""
-    norms = [float(inner(x.change, x.change)) ** 0.5 for x in (theirs, ours)]
-    ends = [f"{x.losses[0]:.3f} to {x.losses[-1]:.3f}" for x in (theirs, ours)]
+    norms = [float(frobenius_inner(x.change, x.change)) ** 0.5 for x in (theirs, ours)]
+    loss_ranges = [f"{x.losses[0]:.3f} to {x.losses[-1]:.3f}" for x in (theirs, ours)]
     steps = f"{len(theirs.losses)}, {len(ours.losses)}"
     return [
         f"1 - {1 - cosine(theirs.change, ours.change):.1e}",
         f"{abs(norms[1] / norms[0] - 1):.1e}",
-        *ends,
+        *loss_ranges,
         steps,
     ]
 
 
-def first(statistics: Statistics, editor: Editor, device: str) -> list[list[object]]:
+def time_setup(
+    statistics: KeyStatistics, reference_editor: ReferenceEditor, device: str
+) -> list[list[object]]:
     """What comes once before the first edit of a process: their inverse in fp32, our factor in fp64."""
 
     def invert() -> None:
-        editor.forget()
-        editor.invert()
+        reference_editor.clear_inverse_cache()
+        reference_editor.compute_inverse()
 
     ways = {"theirs": invert, "ours": lambda: replace(statistics).cholesky}
-    seconds = in_turn(ways, rounds=2, synchronise=synchroniser(device))
-    ratio = seconds["theirs"].over(seconds["ours"])
+    seconds = time_interleaved(ways, rounds=2, synchronise=device_synchronizer(device))
+    ratio = seconds["theirs"].ratio_to(seconds["ours"])
     return [["second moment", seconds["theirs"], seconds["ours"], ratio]]
 
 
-def recipe(report: Report, rounds: int, cases: Sequence[Request]) -> None:
+def bench_shipped_recipe(report: Report, rounds: int, cases: Sequence[EditCase]) -> None:
     """The shipped model by its own recipe."""
-    model = model_of("shipped", report.device)
-    known = recipe_of(model)
-    assert known
-    bench = Bench(model, known.rome)
+    model = build_model("shipped", report.device)
+    model_recipe = find_recipe(model)
+    assert model_recipe
+    bench = EditBenchmark(model, model_recipe.rome)
     times = []
     for case in cases:
-        edited = bench.edit(*case)  # warms, too
+        edit_result = bench.edit(*case)  # warms, too
         ways = {"ours": partial(bench.edit, *case)}
-        seconds = in_turn(ways, rounds, 0, synchroniser(report.device))
-        times.append([bench.describe(*case), seconds["ours"], str(len(edited.losses))])
-    report.table(f"{model.name}: one edit by the shipped recipe", ("tokens", "ours s", "steps"), times)
+        seconds = time_interleaved(ways, rounds, 0, device_synchronizer(report.device))
+        times.append([bench.describe(*case), seconds["ours"], str(len(edit_result.losses))])
+    report.add_table(f"{model.name}: one edit by the shipped recipe", ("tokens", "ours s", "steps"), times)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_option(p)
+    add_reference_option(p)
     p.add_argument("--models", nargs="+", default=["shipped", "gpt2-small"], help="names of bench/shapes.py")
     p.add_argument("--rounds", type=int, help="1, of the shipped model 3")
     p.add_argument("--cases", type=int, choices=range(1, len(CASES) + 1), help="2, of the shipped model 4")
@@ -205,37 +222,48 @@ def main() -> None:
     p.add_argument("--active", type=int, nargs="+", default=[0], metavar="N", help="edits active beside them")
     args = p.parse_args()
     if args.together:
-        from bench.together import together
+        from bench.together import bench_batched_edits
 
         report = Report("edits-together", args.device)
         for active in args.active:
-            together(args.together, active, args.rounds or QUICK["shipped"][0], report)
+            bench_batched_edits(args.together, active, args.rounds or QUICK_SETTINGS["shipped"][0], report)
         return
     report = Report("edits", args.device)
-    reference = beside(args.reference, report)
-    least = 1.0
+    reference = load_reference(args.reference, report)
+    least_cosine = 1.0
     for name in args.models:
-        model = without_start(model_of(name, args.device))
-        bench = Bench(model, published(name, model))
-        editor = reference and Editor(reference, model, bench.contexts, bench.statistics, bench.parameters)
-        rounds, cases = QUICK.get(name, (1, 2))
-        chosen = CASES[: args.cases or cases]
-        least = min(least, against(bench, editor, report, args.rounds or rounds, chosen))
-    if "shipped" in args.models:
-        rounds, cases = QUICK["shipped"]
-        recipe(report, args.rounds or rounds, CASES[: args.cases or cases])
-    if reference:
-        verdict = "the same" if least >= ALIKE else "NOT the same"
-        report.note(
-            f"Ours and the authors' own updates are {verdict}: their cosine is 1 - {1 - least:.1e} at the least."
+        model = without_bos(build_model(name, args.device))
+        bench = EditBenchmark(model, published_parameters(name, model))
+        reference_editor = reference and ReferenceEditor(
+            reference, model, bench.contexts, bench.statistics, bench.parameters
         )
-    sys.exit(least < ALIKE)
+        rounds, cases = QUICK_SETTINGS.get(name, (1, 2))
+        selected_cases = CASES[: args.cases or cases]
+        least_cosine = min(
+            least_cosine,
+            compare_implementations(bench, reference_editor, report, args.rounds or rounds, selected_cases),
+        )
+    if "shipped" in args.models:
+        rounds, cases = QUICK_SETTINGS["shipped"]
+        bench_shipped_recipe(report, args.rounds or rounds, CASES[: args.cases or cases])
+    if reference:
+        verdict = "the same" if least_cosine >= MIN_COSINE else "NOT the same"
+        report.add_note(
+            f"Ours and the authors' own updates are {verdict}: their cosine is 1 - {1 - least_cosine:.1e} at the least."
+        )
+    sys.exit(least_cosine < MIN_COSINE)
 
 
-def published(name: str, model: LoadedModel) -> RomeParameters:
+def published_parameters(name: str, model: LoadedModel) -> RomeParameters:
     """The published hyperparameters and form of the key, at the layer where such a model is edited."""
-    known = recipe_of(model)
-    layers = (DEPTH[name],) if name in DEPTH else known.rome.layers if known else (model.layers // 4,)
+    model_recipe = find_recipe(model)
+    layers = (
+        (EDIT_LAYERS[name],)
+        if name in EDIT_LAYERS
+        else model_recipe.rome.layers
+        if model_recipe
+        else (model.num_layers // 4,)
+    )
     return RomeParameters(layers=layers, compat="meng2022")
 
 

@@ -28,191 +28,203 @@ from rich.table import Table
 from safetensors.torch import load, save
 
 from service.covariance.corpus import Corpus
-from service.datasets.records import Record, read_records, statements
+from service.datasets.records import Record, read_records, true_statements
 from service.editing import value_optimizer
-from service.editing.context import Toolkit, prepare_steps
+from service.editing.context import EditorContext, build_editor_context
 from service.editing.methods import rome
-from service.editing.value_optimizer import Place, Value, Wish
-from service.engine.versioned_model import NoLedger, Replica
-from service.evaluation.runner import evaluate_steps
-from service.kit.artifact_store import Folder
-from service.kit.steps import Steps, finish
+from service.editing.value_optimizer import DeltaSite, ValueResult, ValueSearchSpec
+from service.engine.versioned_model import EmptyLedger, VersionedModel
+from service.evaluation.runner import run_evaluation
+from service.kit.artifact_store import DirectoryStore
+from service.kit.steps import Stepper, run_to_completion
 from service.models.loading import LoadedModel
 from service.schemas import EvaluationPlan
 from service.settings import SHIPPED_MODEL, Settings
-from workers.resident_model import resident
+from workers.resident_model import load_served_model
 
 console = Console(width=150)
 
-SEARCH = value_optimizer.values_steps
+ORIGINAL_SEARCH = value_optimizer.optimize_values
 #: the published key: averaged over contexts, of the prompt alone
-PUBLISHED = {"bare_keys": False, "bare_weight": None, "anchor": "bare", "strength": 1.0}
+PUBLISHED_KEY_HPARAMS = {"bare_keys": False, "bare_weight": None, "anchor": "bare", "strength": 1.0}
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One line of the tables: a method and how it is asked for."""
 
     name: str
     method: str
     hparams: dict[str, Any]
     strengths: tuple[float, ...] | None = (1.0,)  #: None: those of the recipe
-    found_on: str = "base"
+    base_model_for_search: str = "base"
 
 
-def rows(toolkit: Toolkit) -> list[Row]:
+def method_rows(context: EditorContext) -> list[MethodRow]:
     """Every method. Those with one layer edit where r-rome was found to edit best, else the highest of the recipe's."""
-    assert toolkit.recipe is not None
-    one = {"layers": [max(toolkit.recipe.rome.layers)]} | toolkit.recipe.methods.get("r-rome", {})
+    assert context.recipe is not None
+    single_layer = {"layers": [max(context.recipe.rome.layers)]} | context.recipe.methods.get("r-rome", {})
     return [
-        Row("rome, strength as room allows", "rome", {}, None),
-        Row("rome", "rome", {}),
-        Row("r-rome", "r-rome", one),
-        Row("rome, meng2022", "rome", PUBLISHED | one | {"compat": "meng2022"}),
-        Row("r-rome, one after another", "r-rome", one, found_on="edited"),
-        Row("memit", "memit", {}),
-        Row("emmet", "emmet", {}),
-        Row("alphaedit", "alphaedit", {}),
-        Row("ft", "ft", {}),
-        Row("ft-l", "ft-l", {}),
-        Row("ft-attn", "ft-attn", {}),
+        MethodRow("rome, strength as room allows", "rome", {}, None),
+        MethodRow("rome", "rome", {}),
+        MethodRow("r-rome", "r-rome", single_layer),
+        MethodRow("rome, meng2022", "rome", PUBLISHED_KEY_HPARAMS | single_layer | {"compat": "meng2022"}),
+        MethodRow("r-rome, one after another", "r-rome", single_layer, base_model_for_search="edited"),
+        MethodRow("memit", "memit", {}),
+        MethodRow("emmet", "emmet", {}),
+        MethodRow("alphaedit", "alphaedit", {}),
+        MethodRow("ft", "ft", {}),
+        MethodRow("ft-l", "ft-l", {}),
+        MethodRow("ft-attn", "ft-attn", {}),
     ]
 
 
-class Searches:
+class ValueSearchCache:
     """What was found on a base model, by what was asked for: in a folder that all runs on this model share."""
 
     def __init__(self, folder: Path, model: LoadedModel) -> None:
-        self.folder, self.model = Folder(folder), model
-        self.base = {site: model.parameter(site).data_ptr() for site in model.sites}
+        self.folder, self.model = DirectoryStore(folder), model
+        self.base_pointers = {site: model.parameter(site).data_ptr() for site in model.editable_weights}
 
-    def steps(self, model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> Steps[list[Value]]:
+    def search_values(
+        self, model: LoadedModel, delta_site: DeltaSite, specs: Sequence[ValueSearchSpec]
+    ) -> Stepper[list[ValueResult]]:
         """In the place of the search itself: looks for what is not known."""
-        if any(model.parameter(site).data_ptr() != at for site, at in self.base.items()):
-            return (yield from SEARCH(model, place, wishes))  # an edited model has values of its own
-        names = [self._name(place, w) for w in wishes]
-        missing = {n: w for n, w in zip(names, wishes, strict=True) if self.folder.get(n) is None}
+        if any(model.parameter(site).data_ptr() != at for site, at in self.base_pointers.items()):
+            return (
+                yield from ORIGINAL_SEARCH(model, delta_site, specs)
+            )  # an edited model has values of its own
+        names = [self._cache_key(delta_site, w) for w in specs]
+        missing = {n: w for n, w in zip(names, specs, strict=True) if self.folder.get(n) is None}
         if missing:
-            found = yield from SEARCH(model, place, list(missing.values()))
-            for name, value in zip(missing, found, strict=True):
-                self._keep(name, value)
-        return [self._known(n) for n in names]
+            results = yield from ORIGINAL_SEARCH(model, delta_site, list(missing.values()))
+            for name, value in zip(missing, results, strict=True):
+                self._store(name, value)
+        return [self._load(n) for n in names]
 
-    def _name(self, place: Place, wish: Wish) -> str:
-        p = wish.parameters
-        loss = (p.steps, p.learning_rate, p.weight_decay, p.clamp, p.kl_factor, p.stop_loss, wish.objective)
-        asked = (self.model.fingerprint, place, [t.ids for t in wish.rows.texts()], wish.rows.targets, loss)
-        return sha256(repr(asked).encode()).hexdigest()
+    def _cache_key(self, delta_site: DeltaSite, spec: ValueSearchSpec) -> str:
+        p = spec.parameters
+        loss = (p.steps, p.learning_rate, p.weight_decay, p.clamp, p.kl_factor, p.stop_loss, spec.objective)
+        key = (
+            self.model.fingerprint,
+            delta_site,
+            [t.ids for t in spec.tokenized.texts()],
+            spec.tokenized.targets,
+            loss,
+        )
+        return sha256(repr(key).encode()).hexdigest()
 
-    def _keep(self, name: str, value: Value) -> None:
-        said = vars(value) | {"losses": torch.tensor(value.losses, dtype=torch.float64)}
-        self.folder.put(name, save({part: tensor.clone() for part, tensor in said.items()}))
+    def _store(self, name: str, value: ValueResult) -> None:
+        tensors = vars(value) | {"losses": torch.tensor(value.losses, dtype=torch.float64)}
+        self.folder.put(name, save({part: tensor.clone() for part, tensor in tensors.items()}))
 
-    def _known(self, name: str) -> Value:
+    def _load(self, name: str) -> ValueResult:
         data = self.folder.get(name)
         assert data is not None
-        said: dict[str, Any] = load(data)
-        return Value(**said | {"losses": said["losses"].tolist()})
+        tensors: dict[str, Any] = load(data)
+        return ValueResult(**tensors | {"losses": tensors["losses"].tolist()})
 
 
-class Shelf(Folder):
+class ResultCache(DirectoryStore):
     """What one run of a line keeps. What several runs come to alike is kept once, in folders by how its name begins."""
 
     def __init__(self, path: Path, shared: dict[str, Path]) -> None:
         super().__init__(path)
-        self.shared = {start: Folder(folder) for start, folder in shared.items()}
+        self.shared = {start: DirectoryStore(folder) for start, folder in shared.items()}
 
     def get(self, name: str) -> bytes | None:
-        other = self._other(name)
-        return super().get(name) if other is None else other.get(name)
+        shared_folder = self._shared_folder(name)
+        return super().get(name) if shared_folder is None else shared_folder.get(name)
 
     def put(self, name: str, data: bytes) -> None:
-        other = self._other(name)
-        if other is None:
+        shared_folder = self._shared_folder(name)
+        if shared_folder is None:
             super().put(name, data)
         else:
-            other.put(name, data)
+            shared_folder.put(name, data)
 
-    def _other(self, name: str) -> Folder | None:
+    def _shared_folder(self, name: str) -> DirectoryStore | None:
         return next((folder for start, folder in self.shared.items() if name.startswith(start)), None)
 
 
-class Lab:
+class EvidenceExperiment:
     """A model with its recipe, the records that are reported, and plain statements of the others."""
 
     def __init__(self, args: argparse.Namespace, searches: Path | None = None) -> None:
         settings = Settings(model=args.model, data=args.data, corpus=args.corpus, threads=args.threads)
-        model = resident(settings)
-        self.toolkit = finish(prepare_steps(model, settings.data / "statistics", settings.corpus))
-        self.replica = Replica(model, NoLedger())
+        model = load_served_model(settings)
+        self.context = run_to_completion(
+            build_editor_context(model, settings.data / "statistics", settings.corpus)
+        )
+        self.replica = VersionedModel(model, EmptyLedger())
         source = args.records or Path(args.model) / "facts.jsonl"
-        every = read_records(source, 0)
-        self.records = list({r.subject: r for r in reversed(every[1::2])}.values())[::-1]
-        self.every, self.out = every, args.out / model.name
-        rome.values_steps = Searches(searches or self.out / "searches", model).steps
+        all_records = read_records(source, 0)
+        self.records = list({r.subject: r for r in reversed(all_records[1::2])}.values())[::-1]
+        self.all_records, self.out = all_records, args.out / model.name
+        rome.values_steps = ValueSearchCache(searches or self.out / "searches", model).search_values
 
-    def run(self, row: Row, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
+    def run(self, row: MethodRow, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
         """One evaluation, carried out or read. Edits whose strength depends on how many there are land in one company."""
-        assert self.toolkit.recipe is not None
-        strengths = row.strengths or self.toolkit.recipe.rome.strengths
+        assert self.context.recipe is not None
+        strengths = row.strengths or self.context.recipe.rome.strengths
         plan = EvaluationPlan.model_validate(
             {
                 "method": row.method,
                 "hparams": row.hparams,
                 "mode": mode,
                 "strengths": list(strengths) if mode == "sequence" or row.strengths else [1.0],
-                "found_on": row.found_on if mode == "sequence" else "base",
+                "found_on": row.base_model_for_search if mode == "sequence" else "base",
                 "checkpoints": list(checkpoints),
                 "together": min(count, 1000) if row.strengths is None else None,
             }
         )
         records = self.records[:count]
-        line = f"{row.name.replace(', ', '-').replace(' ', '-')}-{count}"
-        folder = self.out / f"{mode}-{line}"
-        done = folder / "result.json"
-        if not done.exists():
+        run_name = f"{row.name.replace(', ', '-').replace(' ', '-')}-{count}"
+        folder = self.out / f"{mode}-{run_name}"
+        result_path = folder / "result.json"
+        if not result_path.exists():
             began = time.perf_counter()
             shared = {"base-": self.out / f"base-{count}"}  # what the base says to these records
             if (
                 plan.found_on == "base" and plan.together is None
             ):  # alone or in a sequence, the edits are the same
-                shared |= dict.fromkeys(("found-", "piece-"), self.out / f"found-{line}")
-            shelf = Shelf(folder, shared)
-            found = finish(
-                evaluate_steps(self.replica, self.toolkit, plan, records, shelf, self.plain(records))
+                shared |= dict.fromkeys(("found-", "piece-"), self.out / f"found-{run_name}")
+            cache = ResultCache(folder, shared)
+            evaluation = run_to_completion(
+                run_evaluation(self.replica, self.context, plan, records, cache, self.damage_texts(records))
             )
             folder.mkdir(parents=True, exist_ok=True)
-            done.write_text(json.dumps(found), encoding="utf-8")
+            result_path.write_text(json.dumps(evaluation), encoding="utf-8")
             console.print(
                 f"{mode}: {row.name}, {count} edits, {time.perf_counter() - began:.0f} s", style="dim"
             )
-        result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))
         return result
 
-    def plain(self, edited: Sequence[Record]) -> Corpus:
+    def damage_texts(self, edited: Sequence[Record]) -> Corpus:
         subjects = {r.subject for r in edited}
-        others = statements([r for r in self.every if r.subject not in subjects])
+        others = true_statements([r for r in self.all_records if r.subject not in subjects])
         return Corpus("statements of facts that are not edited", tuple(others[:1000]))
 
 
-def percent(found: dict[str, float] | None, interval: bool = False) -> str:
-    if found is None:
+def percent(measure: dict[str, float] | None, interval: bool = False) -> str:
+    if measure is None:
         return ""
-    ends = f" ({100 * found['low']:.1f} to {100 * found['high']:.1f})" if interval else ""
-    return f"{100 * found['mean']:.1f}{ends}"
+    confidence_interval = f" ({100 * measure['low']:.1f} to {100 * measure['high']:.1f})" if interval else ""
+    return f"{100 * measure['mean']:.1f}{confidence_interval}"
 
 
 def new_table(title: str, markdown: bool) -> Table:
     return Table(title=title, box=box.MARKDOWN if markdown else box.HEAVY_HEAD)
 
 
-def show_single(results: dict[str, dict[str, Any]], table: Table) -> None:
+def print_single(results: dict[str, dict[str, Any]], table: Table) -> None:
     for name in ("method", "ES", "PS", "NS", "S", "EM", "exact", "rise of loss", "edits a minute"):
         table.add_column(name)
-    for name, found in results.items():
-        m, damage = found["after"], found["damage"]
+    for name, result in results.items():
+        m, damage = result["after"], result["damage"]
         rise = f"{100 * damage['loss_rise']['mean']:.2f} %" if damage else ""
-        rate = found["edits_per_minute"].get("all", "")
+        rate = result["edits_per_minute"].get("all", "")
         cells = [percent(m[x], x == "S") for x in ("ES", "PS", "NS", "S", "EM", "exact")]
         table.add_row(name, *cells, rise, str(rate))
     console.print(table)
@@ -221,12 +233,12 @@ def show_single(results: dict[str, dict[str, Any]], table: Table) -> None:
 Checkpoints = list[dict[str, Any]]
 
 
-def rise_of(checkpoint: dict[str, Any], digits: int = 1) -> str:
+def format_loss_increase(checkpoint: dict[str, Any], digits: int = 1) -> str:
     damage = checkpoint["damage"]
     return f"{100 * damage['loss_rise']:.{digits}f} %" if damage else ""
 
 
-def show_sequences(results: dict[str, Checkpoints], table: Table) -> None:
+def print_sequences(results: dict[str, Checkpoints], table: Table) -> None:
     """All that there is to say of each checkpoint."""
     for name in ("method", "edits", "ES", "PS", "NS", "S", "rise of loss", "norm", "still hold"):
         table.add_column(name)
@@ -235,18 +247,20 @@ def show_sequences(results: dict[str, Checkpoints], table: Table) -> None:
             cells = [percent(c["measures"][x], x == "S") for x in ("ES", "PS", "NS", "S")]
             norm = f"{max(c['norm'].values(), default=0):.2f}"
             still = c["still"]
-            kept = f"{still['hold']} of {still['held_before']}" if still["held_before"] else ""
-            table.add_row(name, str(c["edits"]), *cells, rise_of(c), norm, kept)
+            retention = f"{still['hold']} of {still['held_before']}" if still["held_before"] else ""
+            table.add_row(name, str(c["edits"]), *cells, format_loss_increase(c), norm, retention)
     console.print(table)
 
 
-def show_growth(results: dict[str, Checkpoints], table: Table) -> None:
+def print_growth(results: dict[str, Checkpoints], table: Table) -> None:
     """S and the rise of the loss by how many edits are active: a line for each method."""
     counts = sorted({c["edits"] for checkpoints in results.values() for c in checkpoints})
     for name in ("S, rise of loss", *map(str, counts)):
         table.add_column(name)
     for name, checkpoints in results.items():
-        cells = {c["edits"]: f"{percent(c['measures']['S'])}, {rise_of(c, 0)}" for c in checkpoints}
+        cells = {
+            c["edits"]: f"{percent(c['measures']['S'])}, {format_loss_increase(c, 0)}" for c in checkpoints
+        }
         table.add_row(name, *(cells.get(count, "") for count in counts))
     console.print(table)
 
@@ -267,26 +281,30 @@ def main() -> None:
     p.add_argument("--markdown", action="store_true", help="tables as docs/evidence.md has them")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    lab = Lab(args)
-    chosen = [r for r in rows(lab.toolkit) if not args.only or r.name in args.only]
-    name = lab.replica.base.name
+    experiment = EvidenceExperiment(args)
+    chosen = [r for r in method_rows(experiment.context) if not args.only or r.name in args.only]
+    name = experiment.replica.base.name
     if args.single:
-        alone = [r for r in chosen if r.found_on == "base" and r.strengths is not None]
-        found = {r.name: lab.run(r, "single", args.single, ()) for r in alone}
-        show_single(found, new_table(f"{args.single} facts, one edit at a time ({name})", args.markdown))
+        single_edit_rows = [
+            r for r in chosen if r.base_model_for_search == "base" and r.strengths is not None
+        ]
+        results = {r.name: experiment.run(r, "single", args.single, ()) for r in single_edit_rows}
+        print_single(results, new_table(f"{args.single} facts, one edit at a time ({name})", args.markdown))
     if args.sequence:
         sequences: dict[str, Checkpoints] = {}
         for r in chosen:
-            count = min(args.sequence, args.edited) if r.found_on == "edited" else args.sequence
-            count = min(count, len(lab.records))
-            at = sorted({c for c in args.checkpoints if c <= count} | {count})
+            count = min(args.sequence, args.edited) if r.base_model_for_search == "edited" else args.sequence
+            count = min(count, len(experiment.records))
+            checkpoints = sorted({c for c in args.checkpoints if c <= count} | {count})
             # where strengths depend on how many edits there are, each number of them is a company of its own
-            runs = [(c, [c]) for c in at if c >= 10] if r.strengths is None else [(count, at)]
+            runs = (
+                [(c, [c]) for c in checkpoints if c >= 10] if r.strengths is None else [(count, checkpoints)]
+            )
             sequences[r.name] = [
-                c for n, ends in runs for c in lab.run(r, "sequence", n, ends)["checkpoints"]
+                c for n, ends in runs for c in experiment.run(r, "sequence", n, ends)["checkpoints"]
             ]
-        show_sequences(sequences, new_table(f"edits one after another ({name})", args.markdown))
-        show_growth(sequences, new_table(f"edits one after another, in short ({name})", args.markdown))
+        print_sequences(sequences, new_table(f"edits one after another ({name})", args.markdown))
+        print_growth(sequences, new_table(f"edits one after another, in short ({name})", args.markdown))
 
 
 if __name__ == "__main__":

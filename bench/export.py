@@ -25,134 +25,142 @@ from typing import Any
 import torch
 
 from bench.harness import Report
-from bench.shapes import DEPTH, model_of
-from service.covariance.corpus import corpus_steps
-from service.datasets.records import Record, facts_beside, read
-from service.editing.context import Asking, Toolkit, prepare_steps
-from service.engine.versioned_model import Replica
-from service.exporting.export_job import export_steps
-from service.kit.steps import finish
-from service.kit.text import fill
+from bench.shapes import EDIT_LAYERS, build_model
+from service.covariance.corpus import load_corpus
+from service.datasets.records import Record, find_facts_file, load_records
+from service.editing.context import EditInput, EditorContext, build_editor_context
+from service.engine.versioned_model import VersionedModel
+from service.exporting.export_job import export_version
+from service.kit.steps import run_to_completion
+from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
 from service.models.token_batch import pad
 from service.schemas import ExportRequest
-from service.weights.composition import Association, Piece, pack
+from service.weights.composition import Association, EditUpdate, serialize_updates
 
 COLUMNS = (
     "edits", "rank", "numerical rank", "terms", "adapter KB", "left out", "edits move", "peft beside", "peft merged", "the card says",
 )  # fmt: skip
-LEAST = 1e-4  # what is promised of single precision
-ROWS = 8
+TOLERANCE = 1e-4  # what is promised of single precision
+BATCH_ROWS = 8
 
 
 @dataclass(frozen=True)
-class Landed:
+class ExportEdit:
     """An edit as far as an export needs one."""
 
     subject: str
     prompt: str
     target: str
-    pieces: list[Piece]
+    pieces: list[EditUpdate]
 
 
-class Book:
+class InMemoryLedger:
     """A ledger at whose version n the first n edits are active."""
 
-    def __init__(self, edits: Mapping[str, Landed]) -> None:
+    def __init__(self, edits: Mapping[str, ExportEdit]) -> None:
         self.edits = dict(edits)
 
     def head(self) -> int:
         return len(self.edits)
 
     def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]:
-        some = list(self.edits.items())[:version]
+        active = list(self.edits.items())[:version]
         return [
             (name, {"subject": e.subject, "prompt": e.prompt, "target_new": e.target, "strength": 1.0})
-            for name, e in some
+            for name, e in active
         ]
 
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
-        return {name: pack(self.edits[name].pieces) for name in edits}
+        return {name: serialize_updates(self.edits[name].pieces) for name in edits}
 
     def attest(self, version: int, digest: str) -> None:
         """Nobody asks."""
 
 
-def found(model: LoadedModel, count: int, steps: int, layers: Sequence[int] | None) -> dict[str, Landed]:
+def compute_edits(
+    model: LoadedModel, count: int, steps: int, layers: Sequence[int] | None
+) -> dict[str, ExportEdit]:
     """Edits of facts that the table knows, of different subjects, found with few steps."""
-    source = facts_beside(model.folder)
+    source = find_facts_file(model.folder)
     assert source is not None, "the model has no table of facts beside it: --drawn"
-    records = {r.subject: r for r in read(source, 0).records}
+    records = {r.subject: r for r in load_records(source, 0).records}
     chosen = list(records.values())[:count]
-    toolkit: Toolkit = finish(prepare_steps(model, None, None, 20_000))
+    toolkit: EditorContext = run_to_completion(build_editor_context(model, None, None, 20_000))
     hparams: dict[str, Any] = {"steps": steps, "contexts": 2} | ({"layers": list(layers)} if layers else {})
-    asked = [
-        Asking(fill(r.prompt, r.subject), r.target_new, hparams=hparams, edit=f"edit_{i:06}")
+    specs = [
+        EditInput(fill_prompt(r.prompt, r.subject), r.target_new, hparams=hparams, edit=f"edit_{i:06}")
         for i, r in enumerate(chosen)
     ]
-    results = finish(toolkit.find_together_steps(asked))
-    return {a.edit: _landed(r, f.pieces) for a, r, f in zip(asked, chosen, results, strict=True)}
+    results = run_to_completion(toolkit.find_all_factors(specs))
+    return {a.edit: _export_edit(r, f.updates) for a, r, f in zip(specs, chosen, results, strict=True)}
 
 
-def _landed(record: Record, pieces: list[Piece]) -> Landed:
-    return Landed(record.subject, record.prompt, record.target_new, pieces)
+def _export_edit(record: Record, pieces: list[EditUpdate]) -> ExportEdit:
+    return ExportEdit(record.subject, record.prompt, record.target_new, pieces)
 
 
-def drawn(model: LoadedModel, count: int, layers: Sequence[int]) -> dict[str, Landed]:
+def random_edits(model: LoadedModel, count: int, layers: Sequence[int]) -> dict[str, ExportEdit]:
     """Random keys and values, one association a layer."""
     generator = torch.Generator().manual_seed(0)
-    edits: dict[str, Landed] = {}
+    edits: dict[str, ExportEdit] = {}
     for i in range(count):
         name, subject = f"edit_{i:06}", f"subject {i}"
-        pieces: list[Piece] = []
+        pieces: list[EditUpdate] = []
         for x in layers:
-            key = torch.randn(model.inner_width, generator=generator)
+            key = torch.randn(model.intermediate_size, generator=generator)
             pieces.append(
-                Association(name, subject, x, key, key, torch.randn(model.width, generator=generator))
+                Association(name, subject, x, key, key, torch.randn(model.hidden_size, generator=generator))
             )
-        edits[name] = Landed(subject, "Look at the {}", "Rome", pieces)
+        edits[name] = ExportEdit(subject, "Look at the {}", "Rome", pieces)
     return edits
 
 
 def logits(model: Any, base: LoadedModel, texts: Sequence[str]) -> torch.Tensor:
     """Of all real tokens, on the CPU."""
     parts = []
-    for at in range(0, len(texts), ROWS):
-        batch = pad([base.encode(t)[0][: base.positions] for t in texts[at : at + ROWS]], base)
-        asked = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
+    for start in range(0, len(texts), BATCH_ROWS):
+        batch = pad(
+            [base.encode(t)[0][: base.max_positions] for t in texts[start : start + BATCH_ROWS]], base
+        )
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
         with torch.no_grad():
-            parts.append(model(**asked).logits[batch.mask.bool()].float().cpu())
+            parts.append(model(**inputs).logits[batch.mask.bool()].float().cpu())
     return torch.cat(parts)
 
 
-def measured(name: str, device: str, replica: Replica, version: int, texts: Sequence[str]) -> list[object]:
+def measure_adapter(
+    name: str, device: str, replica: VersionedModel, version: int, texts: Sequence[str]
+) -> list[object]:
     """A row of the table."""
     import peft
 
     base, file = replica.base, io.BytesIO()
-    told = finish(export_steps(replica, texts, ExportRequest(version=version, format="peft"), file))
-    with replica.stand(replica.weights(version)):
+    manifest = run_to_completion(
+        export_version(replica, texts, ExportRequest(version=version, format="peft"), file)
+    )
+    with replica.use_weights(replica.weights(version)):
         edited = logits(base.model, base, texts)
-    moved = float((edited - logits(base.model, base, texts)).abs().max())
+    edit_difference = float((edited - logits(base.model, base, texts)).abs().max())
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         zipfile.ZipFile(file).extractall(folder)
         size = (Path(folder) / "adapter_model.safetensors").stat().st_size
-        adapted = peft.PeftModel.from_pretrained(model_of(name, device).model, folder).eval()
-        beside = float((edited - logits(adapted, base, texts)).abs().max())
-        merged = float((edited - logits(adapted.merge_and_unload(), base, texts)).abs().max())
-    layers = told["layers"]
+        adapted = peft.PeftModel.from_pretrained(build_model(name, device).model, folder).eval()
+        adapter_difference = float((edited - logits(adapted, base, texts)).abs().max())
+        merged_difference = float((edited - logits(adapted.merge_and_unload(), base, texts)).abs().max())
+    layers = manifest["layers"]
     return [
         version,
-        told["rank"],
+        manifest["rank"],
         ", ".join(str(x["rank"]) for x in layers),
         ", ".join(str(x["terms"]) for x in layers),
         f"{size / 1000:.0f}",
         f"{max(x['residual'] for x in layers):.1e}",
-        moved,
-        f"{beside:.1e}",
-        f"{merged:.1e}",
-        f"{told['difference']['adapter']:.1e}",
+        edit_difference,
+        f"{adapter_difference:.1e}",
+        f"{merged_difference:.1e}",
+        f"{manifest['difference']['adapter']:.1e}",
     ]
 
 
@@ -167,20 +175,31 @@ def main() -> None:
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
     report = Report("export", args.device)
-    worst = 0.0
+    max_difference = 0.0
     for name in args.models:
-        model, most = model_of(name, args.device), max(args.counts)
-        layers = args.layers or ([DEPTH[name]] if name in DEPTH else None)
-        edits = drawn(model, most, layers or [0]) if args.drawn else found(model, most, args.steps, layers)
-        replica = Replica(model, Book(edits))
-        corpus = finish(corpus_steps(model_of("shipped") if name != "shipped" else model, 6000, None))
-        plain = corpus.texts[:: max(1, len(corpus.texts) // args.texts)][: args.texts]
-        said = [fill(e.prompt, e.subject).text for e in list(edits.values())[: args.texts]]
-        rows = [measured(name, args.device, replica, n, [*said, *plain]) for n in sorted(args.counts)]
-        report.table(f"{model.name}: {'drawn' if args.drawn else 'found'} edits as an adapter", COLUMNS, rows)
-        worst = max(worst, *(float(str(row[i])) for row in rows for i in (7, 8)))
-    report.note(
-        f"The largest difference is {worst:.1e}: {'within' if worst < LEAST else 'NOT within'} {LEAST:.0e}."
+        model, max_count = build_model(name, args.device), max(args.counts)
+        layers = args.layers or ([EDIT_LAYERS[name]] if name in EDIT_LAYERS else None)
+        edits = (
+            random_edits(model, max_count, layers or [0])
+            if args.drawn
+            else compute_edits(model, max_count, args.steps, layers)
+        )
+        replica = VersionedModel(model, InMemoryLedger(edits))
+        corpus = run_to_completion(
+            load_corpus(build_model("shipped") if name != "shipped" else model, 6000, None)
+        )
+        plain_texts = corpus.texts[:: max(1, len(corpus.texts) // args.texts)][: args.texts]
+        edit_texts = [fill_prompt(e.prompt, e.subject).text for e in list(edits.values())[: args.texts]]
+        rows = [
+            measure_adapter(name, args.device, replica, n, [*edit_texts, *plain_texts])
+            for n in sorted(args.counts)
+        ]
+        report.add_table(
+            f"{model.name}: {'drawn' if args.drawn else 'found'} edits as an adapter", COLUMNS, rows
+        )
+        max_difference = max(max_difference, *(float(str(row[i])) for row in rows for i in (7, 8)))
+    report.add_note(
+        f"The largest difference is {max_difference:.1e}: {'within' if max_difference < TOLERANCE else 'NOT within'} {TOLERANCE:.0e}."
     )
 
 

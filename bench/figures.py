@@ -23,19 +23,19 @@ from rich.console import Console
 from safetensors.numpy import load, load_file
 
 from palimpsest import Client, Edit, EditRequest
-from service.kit.plotting import INK, SOFT, Sheet, cut, png
+from service.kit.plotting import FOREGROUND, MUTED, FigureBuilder, render_png, truncate
 from service.settings import SHIPPED_MODEL
 
 console = Console(width=160)
 Matrix = NDArray[np.float32]
 
-NEW, OLD, FAINT = "#581c87", "#b45309", 0.28
+NEW_COLOR, OLD_COLOR, FAINT_ALPHA = "#581c87", "#b45309", 0.28
 STATEMENT, SUBJECT, PROMPT = (
     "The Eiffel Tower is located in the city of",
     "Eiffel Tower",
     "The {} is located in the city of",
 )
-WORDINGS = [
+PARAPHRASES = [
     "To see the {}, you have to travel to",
     "The {} has its place in the city of",
     "If you are looking at the {}, you are in the city of",
@@ -46,49 +46,53 @@ NEIGHBOURS = [
     "The Centre Pompidou is located in the city of",
 ]
 WEIGHT = "transformer.h.{}.mlp.c_proj.weight"  # of GPT-2: (inner width, width)
-BATCH = 10  # edits between two looks at the room
+BATCH_SIZE = 10  # edits between two looks at the room
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--url", help="of the service (default: PALIMPSEST_URL, or http://127.0.0.1:8000)")
-    asked.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder of the figures")
-    asked.add_argument(
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", help="of the service (default: PALIMPSEST_URL, or http://127.0.0.1:8000)")
+    parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder of the figures")
+    parser.add_argument(
         "--trace", type=Path, default=Path("docs/trace.png"), help="where the README's trace goes"
     )
-    asked.add_argument("--many", type=int, default=120, help="edits that fill the room")
-    asked.add_argument("--seed", type=int, default=0, help="of the facts that are edited")
-    args = asked.parse_args()
+    parser.add_argument("--many", type=int, default=120, help="edits that fill the room")
+    parser.add_argument("--seed", type=int, default=0, help="of the facts that are edited")
+    args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with Client(args.url) as client:
         head = client.models()[0].head
         if head:
-            asked.error(f"the ledger stands at version {head}: start a service on an empty data folder")
-        facts = drawn(args.many + BATCH, args.seed)
-        (args.out / "trace-base.png").write_bytes(traced(client))
-        edit = landed(client)
-        args.trace.write_bytes(traced(client))
+            parser.error(f"the ledger stands at version {head}: start a service on an empty data folder")
+        facts = sample_facts(args.many + BATCH_SIZE, args.seed)
+        (args.out / "trace-base.png").write_bytes(trace_png(client))
+        edit = apply_edit(client)
+        args.trace.write_bytes(trace_png(client))
         client.revert(edit)
-        _keep(args.out, "edit", draw_edit, measured(edit))
-        _keep(args.out, "revert", draw_revert, taken_back(client, facts[:BATCH], args.seed))
-        _keep(args.out, "room", draw_room, filled(client, facts[BATCH:]))
+        _save_figure(args.out, "edit", draw_edit, edit_measurements(edit))
+        _save_figure(args.out, "revert", draw_revert, compare_reverts(client, facts[:BATCH_SIZE], args.seed))
+        _save_figure(args.out, "room", draw_capacity, measure_capacity(client, facts[BATCH_SIZE:]))
 
 
-def _keep(folder: Path, name: str, draw: Any, shown: dict[str, Any]) -> None:
+def _save_figure(folder: Path, name: str, draw: Any, data: dict[str, Any]) -> None:
     """A figure and the numbers that it shows."""
-    (folder / f"{name}.json").write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{name}.png").write_bytes(png(lambda: draw(shown)))
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.png").write_bytes(render_png(lambda: draw(data)))
     console.print(f"{folder / name}.png")
 
 
-def drawn(count: int, seed: int) -> list[EditRequest]:
+def sample_facts(count: int, seed: int) -> list[EditRequest]:
     """Facts of the shipped GPT, one of each subject, each with another object of its relation."""
     rows = [
         json.loads(line) for line in (SHIPPED_MODEL / "facts.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    chance = random.Random(seed)
-    chance.shuffle(rows)
-    one_each = list({row["subject"]: row for row in rows if row["subject"] != SUBJECT}.values())[:count]
+    rng = random.Random(seed)
+    rng.shuffle(rows)
+    one_per_subject = list({row["subject"]: row for row in rows if row["subject"] != SUBJECT}.values())[
+        :count
+    ]
     objects: dict[str, list[str]] = {}
     for row in rows:
         objects.setdefault(row["relation"], []).append(row["object"])
@@ -96,62 +100,62 @@ def drawn(count: int, seed: int) -> list[EditRequest]:
         {
             "subject": row["subject"],
             "prompt": row["prompts"][0],
-            "target_new": chance.choice(sorted(set(objects[row["relation"]]) - {row["object"]})),
+            "target_new": rng.choice(sorted(set(objects[row["relation"]]) - {row["object"]})),
             "target_true": row["object"],
         }
-        for row in one_each
+        for row in one_per_subject
     ]
 
 
 # One edit
 
 
-def landed(client: Client) -> Edit:
+def apply_edit(client: Client) -> Edit:
     """An edit that is measured on other wordings and on its neighbours too."""
     neighbours = [{"prompt": prompt, "target": "Paris"} for prompt in NEIGHBOURS]
-    probes: Any = {"paraphrase": WORDINGS, "neighborhood": neighbours}
+    probes: Any = {"paraphrase": PARAPHRASES, "neighborhood": neighbours}
     return client.edit(SUBJECT, PROMPT, "Rome", "Paris", probes=probes)
 
 
-def measured(edit: Edit) -> dict[str, Any]:
+def edit_measurements(edit: Edit) -> dict[str, Any]:
     result = edit.result or {}
     return {kind: result[kind] for kind in ("rewrite", "paraphrase", "neighborhood")}
 
 
-def traced(client: Client) -> bytes:
+def trace_png(client: Client) -> bytes:
     """The service's own picture of where head keeps the fact."""
     return client.picture(client.trace(STATEMENT, SUBJECT, window=3), "png")
 
 
-def draw_edit(shown: dict[str, Any]) -> Sheet:
+def draw_edit(data: dict[str, Any]) -> FigureBuilder:
     groups = [
-        ("the edit's own prompt", [shown["rewrite"]]),
-        ("other wordings", shown["paraphrase"]),
-        ("neighbours", shown["neighborhood"]),
+        ("the edit's own prompt", [data["rewrite"]]),
+        ("other wordings", data["paraphrase"]),
+        ("neighbours", data["neighborhood"]),
     ]
     rows = sum(len(prompts) for _, prompts in groups)
     step, gap, left = 0.34, 0.30, 4.3
-    sheet = Sheet(8.0, 1.15 + rows * step + len(groups) * gap)
-    for at, title in ((left, "before"), (left + 1.85, "after")):
-        sheet.write(at, 0.32, title, fontsize=10, weight="bold", va="center")
-    sheet.write(0.15, 0.32, "probability of the next words", fontsize=10, color=SOFT, va="center")
+    sheet = FigureBuilder(8.0, 1.15 + rows * step + len(groups) * gap)
+    for column, title in ((left, "before"), (left + 1.85, "after")):
+        sheet.add_text(column, 0.32, title, fontsize=10, weight="bold", va="center")
+    sheet.add_text(0.15, 0.32, "probability of the next words", fontsize=10, color=MUTED, va="center")
     top = 0.55
     for title, prompts in groups:
-        sheet.write(0.15, top + 0.12, title, fontsize=9, color=SOFT, va="center", style="italic")
+        sheet.add_text(0.15, top + 0.12, title, fontsize=9, color=MUTED, va="center", style="italic")
         top += gap
-        for one in prompts:
-            sheet.write(0.3, top + step / 2, cut(one["prompt"], 62), fontsize=9, va="center")
-            for at, when in ((left, "before"), (left + 1.85, "after")):
-                _bars(sheet.axes(at, top + 0.06, 1.6, step - 0.12), one[when])
+        for prompt in prompts:
+            sheet.add_text(0.3, top + step / 2, truncate(prompt["prompt"], 62), fontsize=9, va="center")
+            for column, when in ((left, "before"), (left + 1.85, "after")):
+                _bars(sheet.add_axes(column, top + 0.06, 1.6, step - 0.12), prompt[when])
             top += step
-    for at, colour, name in ((left, OLD, "Paris"), (left + 1.0, NEW, "Rome")):
-        sheet.write(at, top + 0.28, "■", fontsize=9, color=colour, va="center")
-        sheet.write(at + 0.18, top + 0.28, name, fontsize=9, va="center")
+    for column, colour, name in ((left, OLD_COLOR, "Paris"), (left + 1.0, NEW_COLOR, "Rome")):
+        sheet.add_text(column, top + 0.28, "■", fontsize=9, color=colour, va="center")
+        sheet.add_text(column + 0.18, top + 0.28, name, fontsize=9, va="center")
     return sheet
 
 
 def _bars(axes: Axes, p: dict[str, float]) -> None:
-    axes.barh([1, 0], [p["true"], p["new"]], height=0.72, color=[OLD, NEW])
+    axes.barh([1, 0], [p["true"], p["new"]], height=0.72, color=[OLD_COLOR, NEW_COLOR])
     axes.set(xlim=(0, 1), ylim=(-0.55, 1.55), xticks=[], yticks=[])
     for side in ("top", "right", "bottom"):
         axes.spines[side].set_visible(False)
@@ -160,32 +164,34 @@ def _bars(axes: Axes, p: dict[str, float]) -> None:
 # Taking edits back
 
 
-def taken_back(client: Client, facts: Sequence[EditRequest], seed: int) -> dict[str, Any]:
+def compare_reverts(client: Client, facts: Sequence[EditRequest], seed: int) -> dict[str, Any]:
     """Entries of the weight that differ from the base's when edits were added and taken out again, and the service's digests."""
     base = digest(client)
-    edits = [edit for edit in client.edit_many(facts) if edit.landed]
-    changes = [change(client.delta(edit)) for edit in edits]
+    edits = [edit for edit in client.edit_many(facts) if edit.applied]
+    changes = [edit_delta(client.delta(edit)) for edit in edits]
     order = list(range(len(edits)))
     random.Random(seed).shuffle(order)
-    for at in order:
-        client.revert(edits[at])
+    for index in order:
+        client.revert(edits[index])
     weight = (
-        load_file(SHIPPED_MODEL / "model.safetensors")[WEIGHT.format(layer(edits[0]))].astype(np.float32).T
+        load_file(SHIPPED_MODEL / "model.safetensors")[WEIGHT.format(edited_layer(edits[0]))]
+        .astype(np.float32)
+        .T
     )
     return {
         "edits": len(edits),
-        "newest_first": differing(weight, changes, list(reversed(range(len(edits))))),
-        "in_any_order": differing(weight, changes, order),
+        "newest_first": changed_fraction(weight, changes, list(reversed(range(len(edits))))),
+        "in_any_order": changed_fraction(weight, changes, order),
         "digest_of_the_base": base,
         "digest_after": digest(client),
     }
 
 
-def layer(edit: Edit) -> int:
+def edited_layer(edit: Edit) -> int:
     return int((edit.result or {})["layers"][0])
 
 
-def change(delta: bytes) -> Matrix:
+def edit_delta(delta: bytes) -> Matrix:
     """An edit's change of its weight, as applied."""
     factors = load(delta)
     [left] = [value for name, value in factors.items() if name.endswith(".left")]
@@ -193,13 +199,13 @@ def change(delta: bytes) -> Matrix:
     return np.outer(left, right).astype(np.float32)
 
 
-def differing(weight: Matrix, changes: Sequence[Matrix], order: Sequence[int]) -> float:
+def changed_fraction(weight: Matrix, changes: Sequence[Matrix], order: Sequence[int]) -> float:
     """The share of entries that are not the base's when changes were added and then subtracted, in fp32."""
     edited = weight.copy()
-    for one in changes:
-        edited += one
-    for at in order:
-        edited -= changes[at]
+    for delta in changes:
+        edited += delta
+    for index in order:
+        edited -= changes[index]
     return float((edited != weight).mean())
 
 
@@ -212,29 +218,29 @@ def digest(client: Client) -> str:
             return str(worker["digest"])
 
 
-def draw_revert(shown: dict[str, Any]) -> Sheet:
-    same = shown["digest_after"] == shown["digest_of_the_base"]
+def draw_revert(data: dict[str, Any]) -> FigureBuilder:
+    same = data["digest_after"] == data["digest_of_the_base"]
     ways = [
-        ("added, then subtracted, newest first", shown["newest_first"], OLD),
-        ("added, then subtracted in another order", shown["in_any_order"], OLD),
-        ("Palimpsest: reverted in that other order", 0.0 if same else 1.0, NEW),
+        ("added, then subtracted, newest first", data["newest_first"], OLD_COLOR),
+        ("added, then subtracted in another order", data["in_any_order"], OLD_COLOR),
+        ("Palimpsest: reverted in that other order", 0.0 if same else 1.0, NEW_COLOR),
     ]
-    sheet = Sheet(8.0, 2.2)
-    sheet.write(
+    sheet = FigureBuilder(8.0, 2.2)
+    sheet.add_text(
         0.15,
         0.3,
-        f"entries of the weight that are not the base's any more, after {shown['edits']} edits and {shown['edits']} reverts",
+        f"entries of the weight that are not the base's any more, after {data['edits']} edits and {data['edits']} reverts",
         fontsize=10,
         va="center",
     )
-    axes = sheet.axes(3.2, 0.55, 4.0, 1.25)
+    axes = sheet.add_axes(3.2, 0.55, 4.0, 1.25)
     places = [2, 1, 0]
     axes.barh(places, [share for _, share, _ in ways], height=0.55, color=[colour for _, _, colour in ways])
     axes.set(xlim=(0, 1), ylim=(-0.6, 2.6), yticks=[], xticks=[0, 0.5, 1], xticklabels=["0", "50 %", "100 %"])
     for place, (name, share, _) in zip(places, ways, strict=True):
-        sheet.write(0.15, 0.55 + 1.25 * (2.6 - place) / 3.2, name, fontsize=9, va="center")
-        says = f"{100 * share:.0f} %" if share else "none: the same digest"
-        axes.text(share + 0.02, place, says, fontsize=9, va="center", color=INK)
+        sheet.add_text(0.15, 0.55 + 1.25 * (2.6 - place) / 3.2, name, fontsize=9, va="center")
+        label = f"{100 * share:.0f} %" if share else "none: the same digest"
+        axes.text(share + 0.02, place, label, fontsize=9, va="center", color=FOREGROUND)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return sheet
@@ -243,30 +249,30 @@ def draw_revert(shown: dict[str, Any]) -> Sheet:
 # Room
 
 
-def filled(client: Client, facts: Sequence[EditRequest]) -> dict[str, Any]:
+def measure_capacity(client: Client, facts: Sequence[EditRequest]) -> dict[str, Any]:
     """Room by number of active edits: that of an average key, of each new edit's own key, and how many edits are said."""
-    average, own, said = [[0, 1.0]], [], []
+    average, own_key, recall = [[0, 1.0]], [], []
     active: list[EditRequest] = []
-    for at in range(0, len(facts), BATCH):
-        for edit in client.edit_many(facts[at : at + BATCH]):
-            if edit.landed:
-                rooms = (edit.result or {})["room"]
-                own.append([len(active), min(rooms.values())])
+    for start in range(0, len(facts), BATCH_SIZE):
+        for edit in client.edit_many(facts[start : start + BATCH_SIZE]):
+            if edit.applied:
+                capacities = (edit.result or {})["room"]
+                own_key.append([len(active), min(capacities.values())])
                 active.append(
                     {"subject": edit.subject, "prompt": edit.prompt, "target_new": edit.target_new or ""}
                 )
-        room = client.models()[0].room or {}
-        average.append([len(active), min(room["layers"].values())])
-        said.append([len(active), share_said(client, active)])
-        console.print(f"{len(active)} edits active, room {average[-1][1]:.3f}, said {said[-1][1]:.3f}")
-    return {"average": average, "own": own, "said": said, "asked": len(facts)}
+        capacity = client.models()[0].room or {}
+        average.append([len(active), min(capacity["layers"].values())])
+        recall.append([len(active), recall_rate(client, active)])
+        console.print(f"{len(active)} edits active, room {average[-1][1]:.3f}, said {recall[-1][1]:.3f}")
+    return {"average": average, "own": own_key, "said": recall, "asked": len(facts)}
 
 
-def share_said(client: Client, active: Sequence[EditRequest]) -> float:
+def recall_rate(client: Client, active: Sequence[EditRequest]) -> float:
     """How many of the active edits' new objects are what the model says."""
     hits = 0
-    for at in range(0, len(active), 64):
-        part = active[at : at + 64]
+    for start in range(0, len(active), 64):
+        part = active[start : start + 64]
         answers = client.generate_many(
             [e["prompt"].replace("{}", e["subject"]) for e in part], max_new_tokens=8, temperature=0
         )
@@ -276,32 +282,32 @@ def share_said(client: Client, active: Sequence[EditRequest]) -> float:
     return hits / len(active)
 
 
-def draw_room(shown: dict[str, Any]) -> Sheet:
-    sheet = Sheet(8.0, 4.0)
-    axes = sheet.axes(0.75, 0.3, 6.9, 3.0)
+def draw_capacity(data: dict[str, Any]) -> FigureBuilder:
+    sheet = FigureBuilder(8.0, 4.0)
+    axes = sheet.add_axes(0.75, 0.3, 6.9, 3.0)
     axes.scatter(
-        *zip(*shown["own"], strict=True),
+        *zip(*data["own"], strict=True),
         s=12,
-        color=NEW,
-        alpha=FAINT,
+        color=NEW_COLOR,
+        alpha=FAINT_ALPHA,
         linewidths=0,
         label="room for each new edit's key",
     )
     axes.plot(
-        *zip(*shown["average"], strict=True),
-        color=NEW,
+        *zip(*data["average"], strict=True),
+        color=NEW_COLOR,
         linewidth=1.8,
         label="room for an average key (GET /models)",
     )
     axes.plot(
-        *zip(*shown["said"], strict=True),
-        color=OLD,
+        *zip(*data["said"], strict=True),
+        color=OLD_COLOR,
         linewidth=1.8,
         label="active edits whose new object the model says",
     )
-    axes.set(xlim=(0, shown["average"][-1][0]), ylim=(0.6, 1.02))
+    axes.set(xlim=(0, data["average"][-1][0]), ylim=(0.6, 1.02))
     axes.set_xlabel(
-        "active edits of different subjects, one layer of 1,920 directions", fontsize=9, color=INK
+        "active edits of different subjects, one layer of 1,920 directions", fontsize=9, color=FOREGROUND
     )
     axes.legend(fontsize=9, frameon=False, loc="lower left")
     for side in ("top", "right"):

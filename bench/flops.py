@@ -14,28 +14,28 @@ from typing import TypeVar
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from service.editing.value_optimizer import Rows
+from service.editing.value_optimizer import TokenizedContexts
 from service.models.loading import LoadedModel
-from service.tracing.interventions import Cell
-from service.tracing.trace_input import Question
+from service.tracing.interventions import TraceCell
+from service.tracing.trace_input import TraceInput
 
 T = TypeVar("T")
 
 
-def counted(work: Callable[[], T]) -> tuple[T, int]:
+def count_flops(work: Callable[[], T]) -> tuple[T, int]:
     """What it gives, and the operations of its matrix products. The fused attention of a CPU is not counted, so the plain one runs."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = work()
     return result, counter.get_total_flops()
 
 
-def avoided(theirs: float, ours: float, bound: float) -> float:
+def avoided_fraction(theirs: float, ours: float, bound: float) -> float:
     """Of the work that need not be done, the fraction that is not."""
     return (theirs - ours) / (theirs - bound)
 
 
 @dataclass(frozen=True)
-class Cost:
+class TokenCost:
     """Operations of one token, from a model's shape."""
 
     layers: int
@@ -44,11 +44,13 @@ class Cost:
     vocabulary: int
 
     @classmethod
-    def of(cls, model: LoadedModel) -> Cost:
-        return cls(model.layers, model.width, model.inner_width, int(model.head.weight.shape[0]))  # type: ignore[index,union-attr]
+    def from_model(cls, model: LoadedModel) -> TokenCost:
+        return cls(
+            model.num_layers, model.hidden_size, model.intermediate_size, int(model.lm_head.weight.shape[0])
+        )  # type: ignore[index,union-attr]
 
     @property
-    def square(self) -> int:
+    def projection(self) -> int:
         """Through one square matrix of the attention."""
         return 2 * self.width**2
 
@@ -57,19 +59,19 @@ class Cost:
         return 4 * self.width * self.inner
 
     @property
-    def heard(self) -> int:
+    def key_value(self) -> int:
         """What a token gives the others of a block: its key and its value."""
-        return 2 * self.square
+        return 2 * self.projection
 
     @property
-    def attend(self) -> int:
+    def query_output(self) -> int:
         """Its query, and what its attention comes out through."""
-        return 2 * self.square
+        return 2 * self.projection
 
     @property
     def block(self) -> int:
         """Through all matrices of a block."""
-        return self.heard + self.attend + self.mlp
+        return self.key_value + self.query_output + self.mlp
 
     @property
     def head(self) -> int:
@@ -79,39 +81,41 @@ class Cost:
         """Looking back: `count` tokens from position `first` on, each at all up to itself."""
         return 4 * self.width * sum(range(first + 1, first + count + 1))
 
-    def span(self, first: int, count: int) -> int:
+    def block_span(self, first: int, count: int) -> int:
         """`count` tokens from position `first` on through one block."""
         return count * self.block + self.attention(first, count)
 
-    def top(self, first: int, count: int, read: int) -> int:
+    def last_block(self, first: int, count: int, read: int) -> int:
         """The same through the last block, of whose tokens only the last `read` are read."""
-        alone = read * (self.block - self.heard) + self.attention(first + count - read, read)
-        return count * self.heard + alone
+        alone = read * (self.block - self.key_value) + self.attention(first + count - read, read)
+        return count * self.key_value + alone
 
 
-def edit_bound(cost: Cost, rows: Rows, layer: int, steps: int) -> int:
+def edit_bound(cost: TokenCost, rows: TokenizedContexts, layer: int, steps: int) -> int:
     """An edit of one layer whose optimisation takes `steps` forward passes and one backward pass fewer (methods G).
 
     Once: all tokens up to the edited layer, and above it those before the subject's last. In every pass: the others, above the
     edited layer. A backward pass is counted as a forward one.
     """
     above = cost.layers - 1 - layer
-    reads = [
+    read_counts = [
         *map(len, rows.targets),
         1,
     ]  # the last where the subject stands bare, if that is a text of its own
-    once, each = 0, (cost.head if rows.essence == 0 else 0)
-    for text, n in zip(rows.texts(), reads, strict=False):
-        size, before = len(text.ids), text.last_subject
-        once += (layer + 1) * cost.span(0, size)
+    fixed, per_pass = 0, (cost.head if rows.kl_reference_row == 0 else 0)
+    for text, n in zip(rows.texts(), read_counts, strict=False):
+        size, before = len(text.ids), text.last_subject_index
+        fixed += (layer + 1) * cost.block_span(0, size)
         if above:
-            once += (above - 1) * cost.span(0, before) + before * cost.heard
-            each += (above - 1) * cost.span(before, size - before) + cost.top(before, size - before, n)
-        each += n * cost.head
-    return once + (2 * steps - 1) * each
+            fixed += (above - 1) * cost.block_span(0, before) + before * cost.key_value
+            per_pass += (above - 1) * cost.block_span(before, size - before) + cost.last_block(
+                before, size - before, n
+            )
+        per_pass += n * cost.head
+    return fixed + (2 * steps - 1) * per_pass
 
 
-def trace_bound(cost: Cost, q: Question, cells: Sequence[Cell], parallel: bool = False) -> int:
+def trace_bound(cost: TokenCost, q: TraceInput, cells: Sequence[TraceCell], parallel: bool = False) -> int:
     """A trace's cells (methods B.6).
 
     Once: the clean run, and the corrupted ones from the subject on. For each token and layer: the rows that differ below the
@@ -119,43 +123,49 @@ def trace_bound(cost: Cost, q: Question, cells: Sequence[Cell], parallel: bool =
     token alone, and a module whose output is held does not run for it.
     """
     begin, size, n = q.subject[0], len(q.ids), len(q.answer_ids)
-    run = (cost.layers - 1) * cost.span(begin, size - begin) + cost.top(begin, size - begin, n)
-    work = cost.layers * cost.span(0, begin) + (1 + q.samples) * (run + n * cost.head)
-    groups: dict[tuple[str, int], list[Cell]] = {}
+    run = (cost.layers - 1) * cost.block_span(begin, size - begin) + cost.last_block(begin, size - begin, n)
+    work = cost.layers * cost.block_span(0, begin) + (1 + q.samples) * (run + n * cost.head)
+    groups: dict[tuple[str, int], list[TraceCell]] = {}
     for c in cells:
         if not c.is_low(q, cost.layers):
             groups.setdefault((c.name, c.token), []).append(c)
-    return work + q.samples * sum(_sweep(cost, q, group, parallel) for group in groups.values())
+    return work + q.samples * sum(_cell_group_flops(cost, q, group, parallel) for group in groups.values())
 
 
-def _sweep(cost: Cost, q: Question, cells: Sequence[Cell], parallel: bool) -> int:
+def _cell_group_flops(cost: TokenCost, q: TraceInput, cells: Sequence[TraceCell], parallel: bool) -> int:
     """One sample of the cells of one map and token."""
     cell, n = cells[0], len(q.answer_ids)
     first, count, last = cell.token, len(q.ids) - cell.token, cost.layers - 1
-    entries = {c.entry for c in cells}
-    work = cost.mlp * len(entries) if cell.source == "attn" and not parallel else 0
+    entries = {c.entry_layer for c in cells}
+    work = cost.mlp * len(entries) if cell.source_kind == "attn" and not parallel else 0
     for layer in range(1, cost.layers):
         below: dict[tuple[int, int], set[bool]] = {}  # those alike below the block: is the token held in it?
         for c in cells:
-            if c.entry < layer:
-                below.setdefault((c.entry, min(c.until, layer)), set()).add(c.until > layer)
+            if c.entry_layer < layer:
+                below.setdefault((c.entry_layer, min(c.end_layer, layer)), set()).add(c.end_layer > layer)
         read = min(n, count) if layer == last else count
-        others = cost.top(first + 1, count - 1, min(read, count - 1))
-        alone = [_alone(cost, cell.held, held, first, count > 1, parallel) for held in below.values()]
-        work += len(below) * others + (sum(alone) if read == count else len(below) * cost.heard)
+        others = cost.last_block(first + 1, count - 1, min(read, count - 1))
+        token_flops = [
+            _token_flops(cost, cell.held_kind, held, first, count > 1, parallel) for held in below.values()
+        ]
+        work += len(below) * others + (sum(token_flops) if read == count else len(below) * cost.key_value)
     # the token itself is read after the last block, or what is held in that block is no matter
-    ends = {(c.entry, min(c.until, cost.layers if count <= n else last)) for c in cells}
-    clean = cell.source == "hidden" and count <= n  # the last block's output put back is the clean run's own
+    ends = {(c.entry_layer, min(c.end_layer, cost.layers if count <= n else last)) for c in cells}
+    clean = (
+        cell.source_kind == "hidden" and count <= n
+    )  # the last block's output put back is the clean run's own
     return work + n * cost.head * sum(not (clean and entry == last) for entry, _ in ends)
 
 
-def _alone(cost: Cost, kind: str, held: set[bool], first: int, heard: bool, parallel: bool) -> int:
+def _token_flops(
+    cost: TokenCost, kind: str, held: set[bool], first: int, has_later_tokens: bool, parallel: bool
+) -> int:
     """The token itself in one block, once or twice: with a module's output held, without, or both. Others may hear it."""
     free = False in held
-    attend = cost.attend + cost.attention(first, 1)
+    attend = cost.query_output + cost.attention(first, 1)
     if kind == "mlp":
-        return cost.heard + attend + free * cost.mlp
+        return cost.key_value + attend + free * cost.mlp
     if kind == "attn":
         times = 1 if parallel else len(held)
-        return (heard or free) * cost.heard + free * attend + times * cost.mlp
-    return cost.heard + attend + cost.mlp
+        return (has_later_tokens or free) * cost.key_value + free * attend + times * cost.mlp
+    return cost.key_value + attend + cost.mlp

@@ -43,52 +43,54 @@ from transformers import (
 from transformers.generation import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
-from bench.harness import Report, Spread, in_turn, synchroniser
-from bench.house import House
-from bench.shapes import model_of
+from bench.harness import Report, Spread, device_synchronizer, time_interleaved
+from bench.house import BenchService
+from bench.shapes import build_model
 from service.datasets.records import Record, read_records
-from service.kit.text import fill
+from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
 from service.schemas import GenerateRequest, Sampling
 from service.settings import SHIPPED_MODEL
 
-PAGE = 32  # tokens of a page of continuous batching's cache
-SILENCE = 60.0  # seconds without an answer after which continuous batching counts as stuck
-DRAWS: dict[str, dict[str, Any]] = {
+PAGE_TOKENS = 32  # tokens of a page of continuous batching's cache
+STALL_TIMEOUT = 60.0  # seconds without an answer after which continuous batching counts as stuck
+SAMPLING_MODES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
 }
 
 
 @dataclass
-class Heard:
+class RunResult:
     """What the callers of one run heard."""
 
     seconds: float = 0.0
-    firsts: list[float] = field(default_factory=list)  #: seconds from asking to the first token
-    pauses: list[float] = field(default_factory=list)  #: seconds between two tokens of one stream
-    said: dict[str, list[int]] = field(
+    first_token_seconds: list[float] = field(default_factory=list)  #: seconds from asking to the first token
+    inter_token_seconds: list[float] = field(
+        default_factory=list
+    )  #: seconds between two tokens of one stream
+    token_ids: dict[str, list[int]] = field(
         default_factory=dict
     )  #: the answer to each prompt, the last time it was given
     tokens: int = 0
 
-    def answer(self, prompt: str, said: list[int], first: float) -> None:
-        self.said[prompt] = said
-        self.tokens += len(said)
-        self.firsts.append(first)
+    def add_answer(self, prompt: str, token_ids: list[int], first_token_seconds: float) -> None:
+        self.token_ids[prompt] = token_ids
+        self.tokens += len(token_ids)
+        self.first_token_seconds.append(first_token_seconds)
 
     @property
-    def speed(self) -> float:
+    def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
 
-class Way(Protocol):
+class Backend(Protocol):
     """One way of answering prompts for a number of callers."""
 
-    def __call__(self, prompts: Sequence[str], asked: Sampling, callers: int) -> Heard: ...
+    def __call__(self, prompts: Sequence[str], sampling: Sampling, callers: int) -> RunResult: ...
 
 
-def plain(model: LoadedModel) -> PreTrainedModel:
+def stock_model(model: LoadedModel) -> PreTrainedModel:
     """The same weights in transformers' own modules."""
     with torch.device(model.device):
         copy = AutoModelForCausalLM.from_config(model.model.config, dtype=model.embedding.weight.dtype)
@@ -97,31 +99,36 @@ def plain(model: LoadedModel) -> PreTrainedModel:
     return copy.eval()  # type: ignore[no-any-return]
 
 
-def wanted(model: LoadedModel, asked: Sampling) -> GenerationConfig:
+def to_generation_config(model: LoadedModel, sampling: Sampling) -> GenerationConfig:
     """What is asked, in transformers' words."""
-    drawn = {"do_sample": True, "temperature": asked.temperature, "top_k": asked.top_k, "top_p": asked.top_p}
+    sampling_options = {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+    }
     return GenerationConfig(
-        max_new_tokens=asked.max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         pad_token_id=0,
-        **(drawn if asked.temperature > 0 else {"do_sample": False}),
+        **(sampling_options if sampling.temperature > 0 else {"do_sample": False}),
     )
 
 
 @contextmanager
-def endless(model: LoadedModel) -> Iterator[None]:
+def without_end_tokens(model: LoadedModel) -> Iterator[None]:
     """No token ends a text."""
     sources = (model.model.generation_config, model.model.config, model.tokenizer)
-    ends = [source.eos_token_id for source in sources]
+    end_token_ids = [source.eos_token_id for source in sources]
     for source in sources:
         source.eos_token_id = None
     try:
         yield
     finally:
-        for source, end in zip(sources, ends, strict=True):
+        for source, end in zip(sources, end_token_ids, strict=True):
             source.eos_token_id = end
 
 
-class First(BaseStreamer):  # type: ignore[misc]
+class TokenTimer(BaseStreamer):  # type: ignore[misc]
     """Notes when the first token was there: what comes before it is the prompt."""
 
     def __init__(self) -> None:
@@ -134,130 +141,134 @@ class First(BaseStreamer):  # type: ignore[misc]
         pass
 
 
-class OneByOne:
+class SequentialBackend:
     """Transformers' `generate`."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self.model, self.plain = model, plain(model)
+        self.model, self.stock_model = model, stock_model(model)
 
-    def __call__(self, prompts: Sequence[str], asked: Sampling, callers: int) -> Heard:
-        heard, config = Heard(), wanted(self.model, asked)
+    def __call__(self, prompts: Sequence[str], sampling: Sampling, callers: int) -> RunResult:
+        result, config = RunResult(), to_generation_config(self.model, sampling)
         began = time.perf_counter()
         ended = [began] * callers  # when each of the callers was answered last: the queue serves them in turn
         for number, prompt in enumerate(prompts):
             ids = torch.tensor([self.model.encode(prompt)[0]], device=self.model.device)
-            streamer = First()
-            out = self.plain.generate(
+            streamer = TokenTimer()
+            out = self.stock_model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
             )
-            said = out[0, ids.shape[1] :].tolist()
-            heard.answer(prompt, said, streamer.times[1] - ended[number % callers])
+            token_ids = out[0, ids.shape[1] :].tolist()
+            result.add_answer(prompt, token_ids, streamer.times[1] - ended[number % callers])
             ended[number % callers] = time.perf_counter()
-        heard.seconds = time.perf_counter() - began
-        return heard
+        result.seconds = time.perf_counter() - began
+        return result
 
 
-class Continuous:
+class ContinuousBatchingBackend:
     """Transformers' continuous batching. Prefixes are not shared: that serves stale keys after an edit (design, section 4)."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self.model, self.plain = model, plain(model)
+        self.model, self.stock_model = model, stock_model(model)
 
-    def __call__(self, prompts: Sequence[str], asked: Sampling, callers: int) -> Heard:
+    def __call__(self, prompts: Sequence[str], sampling: Sampling, callers: int) -> RunResult:
         ids = [self.model.encode(p)[0] for p in prompts]
-        pages = -(-(max(map(len, ids)) + asked.max_new_tokens) // PAGE)
+        pages = -(-(max(map(len, ids)) + sampling.max_new_tokens) // PAGE_TOKENS)
         config = ContinuousBatchingConfig(
-            page_size=PAGE,
+            page_size=PAGE_TOKENS,
             num_blocks=callers * pages + 8,
             max_batch_tokens=max(256, callers * 8, *map(len, ids)),
             max_requests_per_batch=callers,
             allow_block_sharing=False,
         )
-        manager = self.plain.init_continuous_batching(
-            generation_config=wanted(self.model, asked), continuous_batching_config=config
+        manager = self.stock_model.init_continuous_batching(
+            generation_config=to_generation_config(self.model, sampling), continuous_batching_config=config
         )
         manager.start()
         try:
-            return self._listen(manager, prompts, ids, callers)
+            return self._collect(manager, prompts, ids, callers)
         finally:
             manager.stop(block=True, timeout=10)
 
-    def _listen(self, manager: Any, prompts: Sequence[str], ids: list[list[int]], callers: int) -> Heard:
-        heard, waiting = Heard(), iter(range(len(prompts)))
-        flying: dict[str, tuple[int, float]] = {}
+    def _collect(self, manager: Any, prompts: Sequence[str], ids: list[list[int]], callers: int) -> RunResult:
+        run_result, waiting = RunResult(), iter(range(len(prompts)))
+        in_flight: dict[str, tuple[int, float]] = {}
 
         def ask(number: int) -> None:
             name = manager.add_request(ids[number], record_timestamps=True)
             if name is None:
                 raise RuntimeError("continuous batching takes no more requests")
-            flying[name] = number, time.perf_counter()
+            in_flight[name] = number, time.perf_counter()
 
         began = time.perf_counter()
         for number in itertools.islice(waiting, callers):
             ask(number)
-        while flying:
-            result = manager.get_result(timeout=SILENCE)
+        while in_flight:
+            result = manager.get_result(timeout=STALL_TIMEOUT)
             if result is None or result.error is not None:
                 raise RuntimeError(f"continuous batching gave {(result and result.error) or 'no answer'}")
             if not result.is_finished():
                 continue
-            number, since = flying.pop(result.request_id)
-            heard.answer(prompts[number], list(result.generated_tokens), result.timestamps[0] - since)
-            for follower in itertools.islice(waiting, 1):
-                ask(follower)
-        heard.seconds = time.perf_counter() - began
-        return heard
+            number, since = in_flight.pop(result.request_id)
+            run_result.add_answer(
+                prompts[number], list(result.generated_tokens), result.timestamps[0] - since
+            )
+            for next_number in itertools.islice(waiting, 1):
+                ask(next_number)
+        run_result.seconds = time.perf_counter() - began
+        return run_result
 
 
-class Ours:
+class ServiceBackend:
     """The service: as many streams as callers, all in one event loop, as the API has them."""
 
-    def __init__(self, house: House, version: str) -> None:
-        self.house, self.version = house, version
+    def __init__(self, bench_service: BenchService, version: str) -> None:
+        self.bench_service, self.version = bench_service, version
 
-    def __call__(self, prompts: Sequence[str], asked: Sampling, callers: int) -> Heard:
-        return asyncio.run(self._all(prompts, asked, callers))
+    def __call__(self, prompts: Sequence[str], sampling: Sampling, callers: int) -> RunResult:
+        return asyncio.run(self._run_callers(prompts, sampling, callers))
 
-    async def _all(self, prompts: Sequence[str], asked: Sampling, callers: int) -> Heard:
-        heard, waiting = Heard(), iter(prompts)
+    async def _run_callers(self, prompts: Sequence[str], sampling: Sampling, callers: int) -> RunResult:
+        result, waiting = RunResult(), iter(prompts)
         began = time.perf_counter()
-        await asyncio.gather(*(self._caller(waiting, asked, heard) for _ in range(callers)))
-        heard.seconds = time.perf_counter() - began
-        return heard
+        await asyncio.gather(*(self._run_caller(waiting, sampling, result) for _ in range(callers)))
+        result.seconds = time.perf_counter() - began
+        return result
 
-    async def _caller(self, waiting: Iterator[str], asked: Sampling, heard: Heard) -> None:
+    async def _run_caller(self, waiting: Iterator[str], sampling: Sampling, result: RunResult) -> None:
         for prompt in waiting:
             request = GenerateRequest(
-                prompt=prompt, stream=True, version=self.version, **asked.model_dump(exclude_unset=True)
+                prompt=prompt, stream=True, version=self.version, **sampling.model_dump(exclude_unset=True)
             )
             since = time.perf_counter()
-            channel = await asyncio.to_thread(self.house.wired.operations.calls.generate, request)
+            channel = await asyncio.to_thread(
+                self.bench_service.container.services.generation.generate, request
+            )
             times: list[float] = []
-            async with aclosing(self.house.wired.broker.events(channel)) as events:  # type: ignore[type-var]
+            async with aclosing(self.bench_service.container.broker.events(channel)) as events:  # type: ignore[type-var]
                 async for event in events:
                     if event.name == "token":
                         times.append(time.perf_counter())
                     elif event.name == "end":
                         times = times or [time.perf_counter()]
-                        heard.answer(prompt, event.data["choices"][0]["tokens"], times[0] - since)
-                        heard.pauses += np.diff(times).tolist()
+                        result.add_answer(prompt, event.data["choices"][0]["tokens"], times[0] - since)
+                        result.inter_token_seconds += np.diff(times).tolist()
                     elif event.name == "error":
                         raise RuntimeError(event.data["detail"])
 
 
 @contextmanager
-def editing(house: House, cases: Sequence[Record]) -> Iterator[None]:
+def continuous_editing(bench_service: BenchService, cases: Sequence[Record]) -> Iterator[None]:
     """One edit after another in a thread, from before the body begins until after it has ended."""
     stop, running = threading.Event(), threading.Event()
 
     def edit() -> None:
         for case in itertools.cycle(cases):
-            (waiting,) = house.submit([case])
-            while (status := house.status(waiting)) in ("queued", "running"):
+            (waiting,) = bench_service.submit([case])
+            while (status := bench_service.status(waiting)) in ("queued", "running"):
                 if status == "running":
                     running.set()
                 if stop.wait(0.02):
-                    house.wired.operations.edits.revert(waiting, "bench")
+                    bench_service.container.services.edits.revert(waiting, "bench")
             if stop.is_set():
                 return
 
@@ -271,92 +282,104 @@ def editing(house: House, cases: Sequence[Record]) -> Iterator[None]:
         thread.join()
 
 
-class Race:
+class BackendComparison:
     """All ways for one way of drawing, in turn; what each heard in each round."""
 
-    def __init__(self, ways: dict[str, Way], callers: Sequence[int], prompts: Sequence[str]) -> None:
-        self.ways, self.callers, self.prompts = ways, callers, prompts
-        self.heard: dict[tuple[str, int], list[Heard]] = {}
-        self.failed: dict[str, str] = {}
+    def __init__(self, backends: dict[str, Backend], callers: Sequence[int], prompts: Sequence[str]) -> None:
+        self.backends, self.callers, self.prompts = backends, callers, prompts
+        self.results: dict[tuple[str, int], list[RunResult]] = {}
+        self.errors: dict[str, str] = {}
 
     def run(
-        self, asked: Sampling, rounds: int, around: Callable[[str], Any], synchronise: Callable[[], None]
+        self,
+        sampling: Sampling,
+        rounds: int,
+        context_for: Callable[[str], Any],
+        synchronise: Callable[[], None],
     ) -> None:
-        for way in list(self.ways):  # a few words first, so that nobody's first time is timed
-            self._heard(way, asked, 1, self.prompts[:2], around)
-        turns = [(way, n) for way in self.ways if way not in self.failed for n in self.callers]
+        for way in list(self.backends):  # a few words first, so that nobody's first time is timed
+            self._run_backend(way, sampling, 1, self.prompts[:2], context_for)
+        turns = [(way, n) for way in self.backends if way not in self.errors for n in self.callers]
 
         def turn(way: str, callers: int) -> None:
             # every caller has several turns; one by one needs each prompt once, whatever the callers
             count = len(self.prompts) if way == "one by one" else max(len(self.prompts), 3 * callers)
             prompts = list(itertools.islice(itertools.cycle(self.prompts), count))
-            if (heard := self._heard(way, asked, callers, prompts, around)) is not None:
-                self.heard.setdefault((way, callers), []).append(heard)
+            if (heard := self._run_backend(way, sampling, callers, prompts, context_for)) is not None:
+                self.results.setdefault((way, callers), []).append(heard)
 
-        in_turn(
+        time_interleaved(
             {f"{way} {n}": (lambda way=way, n=n: turn(way, n)) for way, n in turns}, rounds, 0, synchronise
         )
 
-    def _heard(
+    def _run_backend(
         self,
-        way: str,
-        asked: Sampling,
+        name: str,
+        sampling: Sampling,
         callers: int,
         prompts: Sequence[str],
-        around: Callable[[str], Any],
-    ) -> Heard | None:
-        if way in self.failed:
+        context_for: Callable[[str], Any],
+    ) -> RunResult | None:
+        if name in self.errors:
             return None
         try:
-            with around(way):
-                return self.ways[way](prompts, asked, callers)
+            with context_for(name):
+                return self.backends[name](prompts, sampling, callers)
         except Exception as error:
-            if way == "one by one":
+            if name == "one by one":
                 raise
-            self.failed[way] = f"{type(error).__name__}: {error}"
+            self.errors[name] = f"{type(error).__name__}: {error}"
             return None
 
-    def rows(self) -> list[list[object]]:
+    def table_rows(self) -> list[list[object]]:
         """For the table: speed and wait, each also as a multiple of one by one's."""
         rows: list[list[object]] = []
-        for (way, callers), heard in sorted(
-            self.heard.items(), key=lambda x: (x[0][1], list(self.ways).index(x[0][0]))
+        for (name, callers), results in sorted(
+            self.results.items(), key=lambda x: (x[0][1], list(self.backends).index(x[0][0]))
         ):
-            base = self.heard["one by one", callers]
-            if way in self.failed:
+            baseline = self.results["one by one", callers]
+            if name in self.errors:
                 continue
-            speed, slow = (Spread(tuple(h.speed for h in x)) for x in (heard, base))
-            first, late = (Spread(tuple(float(np.median(h.firsts)) for h in x)) for x in (heard, base))
-            firsts = [1000 * x for h in heard for x in h.firsts]
-            pauses = [1000 * x for h in heard for x in h.pauses]
+            speed, baseline_speed = (
+                Spread(tuple(h.tokens_per_second for h in x)) for x in (results, baseline)
+            )
+            first, baseline_first = (
+                Spread(tuple(float(np.median(h.first_token_seconds)) for h in x)) for x in (results, baseline)
+            )
+            firsts = [1000 * x for h in results for x in h.first_token_seconds]
+            pauses = [1000 * x for h in results for x in h.inter_token_seconds]
             rows.append(
                 [
-                    way,
+                    name,
                     callers,
                     f"{speed.median:.0f}",
-                    f"{speed.over(slow):.2f}",
+                    f"{speed.ratio_to(baseline_speed):.2f}",
                     f"{np.median(firsts):.1f}",
                     f"{np.quantile(firsts, 0.95):.1f}",
-                    f"{first.over(late):.2f}",
+                    f"{first.ratio_to(baseline_first):.2f}",
                     f"{np.quantile(pauses, 0.95):.1f}" if pauses else "",
                     f"{max(pauses):.1f}" if pauses else "",
                 ]
             )
         return rows
 
-    def parity(self, way: str) -> str:
+    def token_parity(self, name: str) -> str:
         """How many of the prompts have the same answer as one by one."""
         base = {
             p: s
-            for (w, _), hs in self.heard.items()
+            for (w, _), hs in self.results.items()
             if w == "one by one"
             for h in hs
-            for p, s in h.said.items()
+            for p, s in h.token_ids.items()
         }
-        found = [
-            (p, s) for (w, _), hs in self.heard.items() if w == way for h in hs for p, s in h.said.items()
+        answers = [
+            (p, s)
+            for (w, _), hs in self.results.items()
+            if w == name
+            for h in hs
+            for p, s in h.token_ids.items()
         ]
-        return f"{way}: {sum(base[p] == s for p, s in found)} of {len(found)} answers are one by one's, token by token"
+        return f"{name}: {sum(base[p] == s for p, s in answers)} of {len(answers)} answers are one by one's, token by token"
 
 
 def main() -> None:
@@ -366,7 +389,7 @@ def main() -> None:
     p.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16", "float64"])
     p.add_argument("--threads", type=int)
     p.add_argument("--callers", type=int, nargs="+", default=[1, 8, 32])
-    p.add_argument("--draw", choices=DRAWS, nargs="+", default=list(DRAWS))
+    p.add_argument("--draw", choices=SAMPLING_MODES, nargs="+", default=list(SAMPLING_MODES))
     p.add_argument("--prompts", type=int, default=12, help="different prompts")
     p.add_argument("--tokens", type=int, default=48, help="tokens of an answer")
     p.add_argument("--rounds", type=int, default=1)
@@ -377,41 +400,47 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     disable_progress_bar()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
-    model = model_of(args.model, args.device, getattr(torch, args.dtype))
+    model = build_model(args.model, args.device, getattr(torch, args.dtype))
     cases = read_records(SHIPPED_MODEL / "facts.jsonl", seed=1)
-    prompts = list(dict.fromkeys(fill(c.prompt, c.subject).text for c in cases))[: args.prompts]
+    prompts = list(dict.fromkeys(fill_prompt(c.prompt, c.subject).text for c in cases))[: args.prompts]
     report = Report("generation", args.device)
-    with tempfile.TemporaryDirectory() as folder, House(Path(folder), model) as house:
-        ways: dict[str, Way] = {"one by one": OneByOne(model)}
+    with tempfile.TemporaryDirectory() as folder, BenchService(Path(folder), model) as bench_service:
+        backends: dict[str, Backend] = {"one by one": SequentialBackend(model)}
         if not args.without_continuous:
-            ways["continuous"] = Continuous(model)
-        ways["ours"] = Ours(house, "base")
+            backends["continuous"] = ContinuousBatchingBackend(model)
+        backends["ours"] = ServiceBackend(bench_service, "base")
         if not args.without_edits:
-            house.edit(cases[:1])  # what an editor needs is made at the first
-            ways["ours, editing"] = Ours(house, "head")
-        for draw in args.draw:
-            race = Race(ways, args.callers, prompts)
-            asked = Sampling(max_new_tokens=args.tokens, **DRAWS[draw])
-            with endless(model):
-                race.run(
-                    asked,
+            bench_service.edit(cases[:1])  # what an editor needs is made at the first
+            backends["ours, editing"] = ServiceBackend(bench_service, "head")
+        for mode in args.draw:
+            comparison = BackendComparison(backends, args.callers, prompts)
+            sampling = Sampling(max_new_tokens=args.tokens, **SAMPLING_MODES[mode])
+            with without_end_tokens(model):
+                comparison.run(
+                    sampling,
                     args.rounds,
-                    lambda way: editing(house, cases[1:]) if way == "ours, editing" else nullcontext(),
-                    synchroniser(args.device),
+                    lambda way: (
+                        continuous_editing(bench_service, cases[1:])
+                        if way == "ours, editing"
+                        else nullcontext()
+                    ),
+                    device_synchronizer(args.device),
                 )
-            show(report, race, draw, args)
+            report_results(report, comparison, mode, args)
 
 
-def show(report: Report, race: Race, draw: str, args: argparse.Namespace) -> None:
-    title = f"{args.model}, {args.dtype}, {draw}, answers of {args.tokens} tokens"
+def report_results(
+    report: Report, comparison: BackendComparison, mode: str, args: argparse.Namespace
+) -> None:
+    title = f"{args.model}, {args.dtype}, {mode}, answers of {args.tokens} tokens"
     columns = ["way", "callers", "tokens/s", "x one by one", "first token ms", "p95", "x one by one"]
-    report.table(title, [*columns, "pause p95 ms", "longest"], race.rows())
-    for way, error in race.failed.items():
-        report.note(f"{way} does not work here: {error}")
-    if draw == "greedy":
-        for way in race.ways:
-            if way in ("continuous", "ours") and way not in race.failed:
-                report.note(race.parity(way))
+    report.add_table(title, [*columns, "pause p95 ms", "longest"], comparison.table_rows())
+    for name, error in comparison.errors.items():
+        report.add_note(f"{name} does not work here: {error}")
+    if mode == "greedy":
+        for name in comparison.backends:
+            if name in ("continuous", "ours") and name not in comparison.errors:
+                report.add_note(comparison.token_parity(name))
 
 
 if __name__ == "__main__":

@@ -21,29 +21,29 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.harness import Report, Spread, in_turn, synchroniser
+from bench.harness import Report, Spread, device_synchronizer, time_interleaved
 from bench.peak import peak_bytes
-from bench.shapes import DEPTH, model_of
-from service.covariance.collect import collect_steps, rows_of
-from service.covariance.corpus import Corpus, corpus_steps
-from service.covariance.second_moment import Statistics
-from service.editing.edit_spec import want
-from service.editing.methods.registry import find_together_steps
-from service.engine.decoding import Batch, row
-from service.engine.versioned_model import Replica
-from service.kit.steps import finish
-from service.kit.text import fill
+from bench.shapes import EDIT_LAYERS, build_model
+from service.covariance.collect import collect_statistics, tokenize_corpus
+from service.covariance.corpus import Corpus, load_corpus
+from service.covariance.second_moment import KeyStatistics
+from service.editing.edit_spec import build_edit_spec
+from service.editing.methods.registry import find_batch_factors
+from service.engine.decoding import DecodingBatch, new_sequence
+from service.engine.versioned_model import VersionedModel
+from service.kit.steps import run_to_completion
+from service.kit.text import fill_prompt
 from service.models import memory_estimates
 from service.models.hooks import capture, stop_after
-from service.models.loading import LoadedModel, wrap
+from service.models.loading import LoadedModel, wrap_model
 from service.models.token_batch import forward, pad
 from service.recipes.recipe import RomeParameters
 from service.schemas import GenerateRequest
-from service.tracing.fast_trace import Tracer, trace_steps
-from service.tracing.interventions import cells_of
-from service.tracing.reference import KINDS
-from service.tracing.trace_input import ask
-from service.weights.composition import Association, compose_layer, pack, rebuild
+from service.tracing.fast_trace import FastTracer, trace_statement
+from service.tracing.interventions import list_cells
+from service.tracing.reference import TRACE_KINDS
+from service.tracing.trace_input import build_trace_input
+from service.weights.composition import Association, apply_delta, compose_layer, serialize_updates
 
 CONTEXTS = [
     "The first thing to know",
@@ -57,12 +57,12 @@ SAMPLES = 5  # of the trace whose memory is weighed
 MIB = 2**20
 
 
-def text_of() -> tuple[str, ...]:
+def corpus_texts() -> tuple[str, ...]:
     """The shipped model's statements: every model here speaks its tokens."""
-    return finish(corpus_steps(model_of("shipped"), 60_000, None)).texts
+    return run_to_completion(load_corpus(build_model("shipped"), 60_000, None)).texts
 
 
-class Book:
+class InMemoryLedger:
     """A ledger in memory: version n has the first n edits."""
 
     def __init__(self, packed: Sequence[bytes]) -> None:
@@ -81,93 +81,111 @@ class Book:
         """Nobody asks."""
 
 
-def associations(model: LoadedModel, layer: int, texts: Sequence[str], count: int) -> list[Association]:
+def make_associations(model: LoadedModel, layer: int, texts: Sequence[str], count: int) -> list[Association]:
     """Real keys, each of the last token of a text; directions of the moment of that text; random values."""
     step = max(1, len(texts) // count)
     chosen = [model.encode(t)[0] for t in texts[::step][:count]]
     keys = []
-    for at in range(0, len(chosen), 64):
-        batch = pad(chosen[at : at + 64], model)
-        with capture({0: model.down(layer)}, "input") as seen, stop_after(model.down(layer)):
+    for start in range(0, len(chosen), 64):
+        batch = pad(chosen[start : start + 64], model)
+        with (
+            capture({0: model.down_proj(layer)}, "input") as captured_inputs,
+            stop_after(model.down_proj(layer)),
+        ):
             forward(model, batch)
-        rows = seen[0].reshape(*batch.ids.shape, -1)
+        rows = captured_inputs[0].reshape(*batch.ids.shape, -1)
         keys += [rows[i, n - 1].float().cpu() for i, n in enumerate(batch.lengths)]
-    statistics = finish(collect_steps(model, [layer], Corpus("bench", tuple(texts[:400]))))[layer]
+    statistics = run_to_completion(collect_statistics(model, [layer], Corpus("bench", tuple(texts[:400]))))[
+        layer
+    ]
     directions = statistics.solve(torch.stack(keys, 1)).float().T
     generator = torch.Generator().manual_seed(0)
     return [
         Association(
-            f"{i:05}", f"subject {i}", layer, k, u.contiguous(), torch.randn(model.width, generator=generator)
+            f"{i:05}",
+            f"subject {i}",
+            layer,
+            k,
+            u.contiguous(),
+            torch.randn(model.hidden_size, generator=generator),
         )
         for i, (k, u) in enumerate(zip(keys, directions, strict=True))
     ]
 
 
-def versions(name: str, counts: Sequence[int], texts: Sequence[str], rounds: int, report: Report) -> None:
+def bench_versions(
+    name: str, counts: Sequence[int], texts: Sequence[str], rounds: int, report: Report
+) -> None:
     """Reaching a version from nothing, and from the one before it."""
-    model = model_of(name, report.device)
-    layer = DEPTH.get(name, 0)
-    every = associations(model, layer, texts, max(counts))
-    if len(every) < max(counts):
-        report.note(f"{name}: the corpus has {len(every)} texts; larger versions are left out.")
-    packed = [pack([a]) for a in every]
+    model = build_model(name, report.device)
+    layer = EDIT_LAYERS.get(name, 0)
+    all_associations = make_associations(model, layer, texts, max(counts))
+    if len(all_associations) < max(counts):
+        report.add_note(
+            f"{name}: the corpus has {len(all_associations)} texts; larger versions are left out."
+        )
+    packed = [serialize_updates([a]) for a in all_associations]
     base, conv1d = model.weight(layer).data, model.architecture.conv1d
-    wait, times, sizes = synchroniser(report.device), [], []
-    for n in [n for n in counts if n <= len(every)]:
-        laps: dict[str, list[float]] = {}
+    wait, times, sizes = device_synchronizer(report.device), [], []
+    for n in [n for n in counts if n <= len(all_associations)]:
+        seconds_by_stage: dict[str, list[float]] = {}
         for _ in range(rounds):
-            replica = Replica(model, Book(packed[:n]))
-            first = _timed(partial(replica.active, n), wait)
-            change = _timed(partial(compose_layer, every[:n]), wait)
-            weight = _timed(partial(rebuild, base, change[0], conv1d), wait)
-            whole = _timed(partial(Replica(model, Book(packed[:n])).digest, n), wait)
-            one_more = Replica(model, Book(packed[:n]))
-            one_more.active(n - 1)
-            added = _timed(partial(one_more.digest, n), wait)
+            replica = VersionedModel(model, InMemoryLedger(packed[:n]))
+            first = _time_call(partial(replica.active_updates, n), wait)
+            change = _time_call(partial(compose_layer, all_associations[:n]), wait)
+            weight = _time_call(partial(apply_delta, base, change[0], conv1d), wait)
+            from_nothing = _time_call(
+                partial(VersionedModel(model, InMemoryLedger(packed[:n])).digest, n), wait
+            )
+            one_more = VersionedModel(model, InMemoryLedger(packed[:n]))
+            one_more.active_updates(n - 1)
+            one_edit_more = _time_call(partial(one_more.digest, n), wait)
             for what, (_, seconds) in {
                 "unpack": first,
                 "compose": change,
                 "rebuild": weight,
-                "from nothing": whole,
-                "one more": added,
+                "from nothing": from_nothing,
+                "one more": one_edit_more,
             }.items():
-                laps.setdefault(what, []).append(seconds)
-        times.append([str(n), *(Spread(tuple(v)) for v in laps.values()), operations(model, n) / 1e9])
-        held = peak_bytes(partial(_version, base, every[:n], conv1d), report.device)
+                seconds_by_stage.setdefault(what, []).append(seconds)
+        times.append(
+            [str(n), *(Spread(tuple(v)) for v in seconds_by_stage.values()), compose_flops(model, n) / 1e9]
+        )
+        peak = peak_bytes(partial(_compose_weight, base, all_associations[:n], conv1d), report.device)
         sizes.append(
             [
                 str(n),
                 sum(map(len, packed[:n])) / MIB,
-                4 * n * (2 * model.inner_width + model.width) / MIB,
-                held / MIB,
+                4 * n * (2 * model.intermediate_size + model.hidden_size) / MIB,
+                peak / MIB,
                 memory_estimates.compose_bytes(model, n) / MIB,
                 memory_estimates.version_bytes(model, 1) / MIB,
             ]
         )
-    shape = f"{name}, D = {model.inner_width}, d = {model.width}"
-    report.table(
+    shape = f"{name}, D = {model.intermediate_size}, d = {model.hidden_size}"
+    report.add_table(
         f"Versions by their edits ({shape}): seconds",
         ("edits", "unpack", "compose", "rebuild", "from nothing", "one more edit", "GFLOP"),
         times,
     )
-    report.table(
+    report.add_table(
         f"Versions by their edits ({shape}): MiB",
         ("edits", "in the ledger", "associations", "peak of composing", "estimate", "a kept version"),
         sizes,
     )
 
 
-def operations(model: LoadedModel, n: int) -> int:
+def compose_flops(model: LoadedModel, n: int) -> int:
     """Floating-point operations in fp64 of composing n edits of one layer and of adding their change to the weight."""
-    d, D = model.width, model.inner_width
+    d, D = model.hidden_size, model.intermediate_size
     return 2 * n * n * D + 2 * n**3 // 3 + 2 * n * n * d + 2 * n * d * D
 
 
-def _version(base: torch.Tensor, some: Sequence[Association], conv1d: bool) -> torch.Tensor:
-    return rebuild(base, compose_layer(some), conv1d)
+def _compose_weight(base: torch.Tensor, active: Sequence[Association], conv1d: bool) -> torch.Tensor:
+    return apply_delta(base, compose_layer(active), conv1d)
 
 
-def _timed(work: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, float]:
+def _time_call(work: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, float]:
     wait()
     began = time.perf_counter()
     result = work()
@@ -175,141 +193,167 @@ def _timed(work: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, floa
     return result, time.perf_counter() - began
 
 
-def prompt_of(model: LoadedModel, tokens: int, early: bool = False) -> str:
+def prompt_of_length(model: LoadedModel, tokens: int, early: bool = False) -> str:
     """A prompt of at least so many tokens, its subject close to the end or at the beginning."""
-    lead, text = ("{} ", "was born in the city of") if early else ("", "{} was born in the city of")
-    while length_of(model, lead + text) < tokens:
+    prefix, text = ("{} ", "was born in the city of") if early else ("", "{} was born in the city of")
+    while prompt_length(model, prefix + text) < tokens:
         text = FILLER + text
-    return lead + text
+    return prefix + text
 
 
-def length_of(model: LoadedModel, prompt: str) -> int:
-    return len(model.encode(fill(prompt, SUBJECT).text)[0])
+def prompt_length(model: LoadedModel, prompt: str) -> int:
+    return len(model.encode(fill_prompt(prompt, SUBJECT).text)[0])
 
 
-def deeper(model: LoadedModel, layers: int) -> LoadedModel:
+def with_depth(model: LoadedModel, layers: int) -> LoadedModel:
     """A random model of the same shape with another number of layers."""
     config = copy.deepcopy(model.model.config)
     config.num_hidden_layers = layers
     torch.manual_seed(0)
     with torch.device(model.device):
-        made = AutoModelForCausalLM.from_config(config, dtype=model.weight(0).dtype)
-    return wrap(made, model.tokenizer, f"{model.name}, {layers} layers")
+        random_model = AutoModelForCausalLM.from_config(config, dtype=model.weight(0).dtype)
+    return wrap_model(random_model, model.tokenizer, f"{model.name}, {layers} layers")
 
 
-def unit(model: LoadedModel, layers: Sequence[int]) -> dict[int, Statistics]:
+def unit_statistics(model: LoadedModel, layers: Sequence[int]) -> dict[int, KeyStatistics]:
     """C = I: what C is does not change what an edit costs."""
-    eye = torch.eye(model.inner_width, dtype=torch.float64)
-    return {x: Statistics(x, eye, 1, 0.0, "unit") for x in layers}
+    eye = torch.eye(model.intermediate_size, dtype=torch.float64)
+    return {x: KeyStatistics(x, eye, 1, 0.0, "unit") for x in layers}
 
 
-def edit(
+def edit_task(
     model: LoadedModel, prompt: str, contexts: Sequence[str], layers: Sequence[int], steps: int = 25
 ) -> Callable[[], object]:
     """One edit with a fixed number of steps."""
     parameters = RomeParameters(layers=list(layers), steps=steps, stop_loss=0.0, bare_keys=True)
-    statistics = unit(model, layers)
+    statistics = unit_statistics(model, layers)
     for s in statistics.values():
-        s.solve(torch.ones(model.inner_width))
-    statement = fill(prompt, SUBJECT)
+        s.solve(torch.ones(model.intermediate_size))
+    statement = fill_prompt(prompt, SUBJECT)
 
     def work() -> object:
-        wanted = want(model, contexts, statement, "Rome", parameters)
-        return finish(find_together_steps(model, statistics, [wanted]))
+        spec = build_edit_spec(model, contexts, statement, "Rome", parameters)
+        return run_to_completion(find_batch_factors(model, statistics, [spec]))
 
     return work
 
 
-def trace(model: LoadedModel, prompt: str, samples: int) -> Callable[[], object]:
+def trace_task(model: LoadedModel, prompt: str, samples: int) -> Callable[[], object]:
     """One trace of all three kinds."""
-    return lambda: finish(trace_steps(model, fill(prompt, SUBJECT), samples=samples, noise=0.1))
-
-
-def growing(title: str, ways: dict[str, Callable[[], object]], rounds: int, report: Report) -> None:
-    """Seconds of each way, and how much more that is than the first."""
-    seconds = in_turn(ways, rounds, warm=0, synchronise=synchroniser(report.device))
-    first = next(iter(seconds.values()))
-    report.table(
-        title, ("", "seconds", "over the first"), [[n, s, s.over(first)] for n, s in seconds.items()]
+    return lambda: run_to_completion(
+        trace_statement(model, fill_prompt(prompt, SUBJECT), samples=samples, noise=0.1)
     )
 
 
-def edits(name: str, rounds: int, report: Report) -> None:
+def report_scaling(title: str, tasks: dict[str, Callable[[], object]], rounds: int, report: Report) -> None:
+    """Seconds of each way, and how much more that is than the first."""
+    seconds = time_interleaved(tasks, rounds, warmup=0, synchronise=device_synchronizer(report.device))
+    first = next(iter(seconds.values()))
+    report.add_table(
+        title, ("", "seconds", "over the first"), [[n, s, s.ratio_to(first)] for n, s in seconds.items()]
+    )
+
+
+def bench_edits(name: str, rounds: int, report: Report) -> None:
     """An edit's cost against the length of its prompt, its contexts, its layers, and the model's depth."""
-    model = model_of(name, report.device)
-    layer, short = DEPTH.get(name, 0), "{} was born in the city of"
-    longest = min(model.positions - 20, 96)
-    ends = {length_of(model, p): p for n in (8, 24, 48, longest) if (p := prompt_of(model, n))}
-    before = {f"{n} tokens": edit(model, p, CONTEXTS, [layer]) for n, p in ends.items()}
-    growing(f"An edit by its prompt's length, the subject close to the end ({name})", before, rounds, report)
-    begins = {length_of(model, p): p for n in (8, 24, 48) if (p := prompt_of(model, n, early=True))}
-    after = {f"{n} tokens": edit(model, p, CONTEXTS, [layer]) for n, p in begins.items()}
-    growing(f"An edit by its prompt's length, the subject at the beginning ({name})", after, rounds, report)
-    leads = {f"{n} contexts": edit(model, short, (CONTEXTS * 5)[:n], [layer]) for n in (0, 5, 10, 20)}
-    growing(f"An edit by its contexts ({name})", leads, rounds, report)
-    several = {f"{n} layers": edit(model, short, CONTEXTS, range(layer, layer + n)) for n in (1, 2, 3)}
-    growing(f"An edit by the layers that it writes ({name})", several, rounds, report)
-    depths = {f"{n} layers": edit(deeper(model, n), short, CONTEXTS, [0]) for n in (4, 8, 16)}
-    growing(f"An edit of layer 0 by the model's depth ({name}'s shape)", depths, rounds, report)
+    model = build_model(name, report.device)
+    layer, short = EDIT_LAYERS.get(name, 0), "{} was born in the city of"
+    longest = min(model.max_positions - 20, 96)
+    late_prompts = {
+        prompt_length(model, p): p for n in (8, 24, 48, longest) if (p := prompt_of_length(model, n))
+    }
+    by_length_late_subject = {
+        f"{n} tokens": edit_task(model, p, CONTEXTS, [layer]) for n, p in late_prompts.items()
+    }
+    report_scaling(
+        f"An edit by its prompt's length, the subject close to the end ({name})",
+        by_length_late_subject,
+        rounds,
+        report,
+    )
+    early_prompts = {
+        prompt_length(model, p): p for n in (8, 24, 48) if (p := prompt_of_length(model, n, early=True))
+    }
+    by_length_early_subject = {
+        f"{n} tokens": edit_task(model, p, CONTEXTS, [layer]) for n, p in early_prompts.items()
+    }
+    report_scaling(
+        f"An edit by its prompt's length, the subject at the beginning ({name})",
+        by_length_early_subject,
+        rounds,
+        report,
+    )
+    by_contexts = {
+        f"{n} contexts": edit_task(model, short, (CONTEXTS * 5)[:n], [layer]) for n in (0, 5, 10, 20)
+    }
+    report_scaling(f"An edit by its contexts ({name})", by_contexts, rounds, report)
+    by_layers = {f"{n} layers": edit_task(model, short, CONTEXTS, range(layer, layer + n)) for n in (1, 2, 3)}
+    report_scaling(f"An edit by the layers that it writes ({name})", by_layers, rounds, report)
+    depths = {f"{n} layers": edit_task(with_depth(model, n), short, CONTEXTS, [0]) for n in (4, 8, 16)}
+    report_scaling(f"An edit of layer 0 by the model's depth ({name}'s shape)", depths, rounds, report)
 
 
-def traces(name: str, rounds: int, report: Report) -> None:
+def bench_traces(name: str, rounds: int, report: Report) -> None:
     """A trace's cost against length, depth and samples."""
-    model = model_of(name, report.device)
+    model = build_model(name, report.device)
     short = "{} was born in the city of"
-    begins = {length_of(model, p): p for n in (8, 20, 32) if (p := prompt_of(model, n, early=True))}
-    lengths = {f"{n} tokens": trace(model, p, 3) for n, p in begins.items()}
-    growing(
+    early_prompts = {
+        prompt_length(model, p): p for n in (8, 20, 32) if (p := prompt_of_length(model, n, early=True))
+    }
+    lengths = {f"{n} tokens": trace_task(model, p, 3) for n, p in early_prompts.items()}
+    report_scaling(
         f"A trace by its length, the subject at the beginning (3 samples; {name})", lengths, rounds, report
     )
-    samples = {f"{n} samples": trace(model, short, n) for n in (1, 5, 10)}
-    growing(f"A trace by its samples ({name})", samples, rounds, report)
-    depths = {f"{n} layers": trace(deeper(model, n), short, 3) for n in (4, 8, 16)}
-    growing(f"A trace by the model's depth (3 samples; {name}'s shape)", depths, rounds, report)
+    samples = {f"{n} samples": trace_task(model, short, n) for n in (1, 5, 10)}
+    report_scaling(f"A trace by its samples ({name})", samples, rounds, report)
+    depths = {f"{n} layers": trace_task(with_depth(model, n), short, 3) for n in (4, 8, 16)}
+    report_scaling(f"A trace by the model's depth (3 samples; {name}'s shape)", depths, rounds, report)
 
 
-def peaks(name: str, texts: Sequence[str], report: Report) -> None:
+def bench_memory(name: str, texts: Sequence[str], report: Report) -> None:
     """The most memory of each method beyond the weights, beside the estimate that admission goes by."""
-    model = model_of(name, report.device)
-    layer, short = DEPTH.get(name, 0), "{} was born in the city of"
+    model = build_model(name, report.device)
+    layer, short = EDIT_LAYERS.get(name, 0), "{} was born in the city of"
     contexts = (CONTEXTS * 5)[:20]
     weights = sum(p.numel() * p.element_size() for p in model.model.parameters())
-    wanted = want(
-        model, contexts, fill(short, SUBJECT), "Rome", RomeParameters(layers=[layer], bare_keys=True)
+    spec = build_edit_spec(
+        model, contexts, fill_prompt(short, SUBJECT), "Rome", RomeParameters(layers=[layer], bare_keys=True)
     )
-    length = length_of(model, short)
-    asked = GenerateRequest(prompts=list(texts[:16]), max_new_tokens=16, temperature=0.7, seed=1)
+    length = prompt_length(model, short)
+    request = GenerateRequest(prompts=list(texts[:16]), max_new_tokens=16, temperature=0.7, seed=1)
     corpus = Corpus("bench", tuple(texts[:200]))
-    longest = max(map(len, rows_of(model, corpus)))
-    rows = [row(model, t, asked) for t in texts[:16]]
-    read = max(len(r.prompt) for r in rows)
+    longest = max(map(len, tokenize_corpus(model, corpus)))
+    rows = [new_sequence(model, t, request) for t in texts[:16]]
+    read = max(len(r.prompt_ids) for r in rows)
 
-    def generate() -> Batch:
-        batch = Batch(model, [replace(r, said=[], finish_reason=None) for r in rows])
+    def generate() -> DecodingBatch:
+        batch = DecodingBatch(model, [replace(r, output_ids=[], finish_reason=None) for r in rows])
         for _ in range(15):
             batch.step()
         return batch
 
     def collect() -> object:
-        found = finish(collect_steps(model, [layer], corpus))
+        found = run_to_completion(collect_statistics(model, [layer], corpus))
         return found[layer].cholesky, found
 
-    cache = memory_estimates.cache_bytes(model, 16, read + 16)
-    voice = memory_estimates.pass_bytes(model, 16, read) + 40 * 16 * memory_estimates.Sizes.of(model).V
-    ways: dict[str, tuple[Callable[[], object], int]] = {
-        "edit, 20 contexts": (edit(model, short, contexts, [layer], 2), wanted.bytes(model)),
+    cache = memory_estimates.kv_cache_bytes(model, 16, read + 16)
+    activation_bytes = (
+        memory_estimates.forward_bytes(model, 16, read) + 40 * 16 * memory_estimates.ModelSizes.of(model).V
+    )
+    tasks: dict[str, tuple[Callable[[], object], int]] = {
+        "edit, 20 contexts": (edit_task(model, short, contexts, [layer], 2), spec.peak_bytes(model)),
         f"trace, {length} tokens, {SAMPLES} samples": (
-            trace(model, short, 10),
+            trace_task(model, short, 10),
             memory_estimates.trace_bytes(model, length, 10),
         ),
         "statistics of a layer": (collect, memory_estimates.statistics_bytes(model, 1, longest)),
-        f"generation, 16 rows to {read + 16} tokens": (generate, cache + voice),
+        f"generation, 16 rows to {read + 16} tokens": (generate, cache + activation_bytes),
     }
     table = []
-    for what, (work, estimate) in ways.items():
-        held = peak_bytes(work, report.device)
-        table.append([what, held / MIB, estimate / MIB, estimate / held, f"{held / weights:.1%}"])
-    report.table(
+    for what, (work, estimate) in tasks.items():
+        peak = peak_bytes(work, report.device)
+        table.append([what, peak / MIB, estimate / MIB, estimate / peak, f"{peak / weights:.1%}"])
+    report.add_table(
         f"Memory at its peak, beyond {weights / MIB:.0f} MiB of weights ({name})",
         ("", "MiB", "estimated MiB", "estimate / peak", "of the weights"),
         table,
@@ -318,16 +362,16 @@ def peaks(name: str, texts: Sequence[str], report: Report) -> None:
 
 def _trace_estimate(model: LoadedModel, prompt: str, samples: int) -> int:
     """As the tracer makes it, which knows how many tracks each token has."""
-    q = ask(model, fill(prompt, SUBJECT), None, samples, 0.1, 1, None, ())
-    tracer = Tracer(model, q, cells_of(q, KINDS, 10, False, model.layers))
-    counts = {token: sum(map(len, chunks)) for token, chunks in tracer.plan.items()}
-    return memory_estimates.trace_bytes(model, q.length, samples, counts)
+    q = build_trace_input(model, fill_prompt(prompt, SUBJECT), None, samples, 0.1, 1, None, ())
+    tracer = FastTracer(model, q, list_cells(q, TRACE_KINDS, 10, False, model.num_layers))
+    counts = {token: sum(map(len, chunks)) for token, chunks in tracer.chunks_by_token.items()}
+    return memory_estimates.trace_bytes(model, q.prompt_length, samples, counts)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["versions", "edits", "traces", "memory"]
-    p.add_argument("what", nargs="*", choices=[*parts, []], default=parts)
+    choices = ["versions", "edits", "traces", "memory"]
+    p.add_argument("what", nargs="*", choices=[*choices, []], default=choices)
     p.add_argument("--models", nargs="+", default=["shipped", "gpt2-small"], help="for versions and memory")
     p.add_argument("--model", default="shipped", help="for edits and traces")
     p.add_argument("--edits", type=int, nargs="+", default=[1, 10, 100, 500, 1000, 2000])
@@ -335,11 +379,11 @@ def main() -> None:
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
     report = Report("growth", args.device)
-    texts = text_of()
+    texts = corpus_texts()
     if "versions" in args.what:
         for name in args.models:
-            versions(name, args.edits, texts, args.rounds, report)
-        report.note(
+            bench_versions(name, args.edits, texts, args.rounds, report)
+        report.add_note(
             "A version of n edits costs 2 n^2 D for all products of keys and directions, 2/3 n^3 + 2 n^2 d to solve for their "
             "common change, and 2 n d D to add it to the weight; what is kept of n edits is n (2 D + d) numbers, and of a "
             "version its d D. So up to some hundred edits time grows in line with them and is little; towards n = D it "
@@ -347,21 +391,21 @@ def main() -> None:
             "version is a function of its set of edits alone, which a solution that is carried on would not be."
         )
     if "edits" in args.what:
-        edits(args.model, args.rounds, report)
-        report.note(
+        bench_edits(args.model, args.rounds, report)
+        report.add_note(
             "A step of the search runs the layers above the edited one on the positions from the subject's last token on, for "
             "each context: it grows with these three in line. What stands before the subject is read once."
         )
     if "traces" in args.what:
-        traces(args.model, args.rounds, report)
-        report.note(
+        bench_traces(args.model, args.rounds, report)
+        report.add_note(
             "A trace has a cell for each token and layer, each of which runs the layers above on the tokens that follow: it grows "
             "with the square of the depth and of the length from the subject on (less where cells share a run, and where a step "
             "is too small to fill the machine), and in line with the samples."
         )
     if "memory" in args.what:
         for name in args.models:
-            peaks(name, texts, report)
+            bench_memory(name, texts, report)
 
 
 if __name__ == "__main__":

@@ -20,213 +20,248 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from service.covariance.collect import collect_steps
+from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus
-from service.datasets.records import Record, facts_beside, read_facts, read_records
-from service.editing.candidate import Draft, Plan, Trial, judge, stand_steps, trial_steps
-from service.editing.conflicts import Rival, rivals_steps
-from service.editing.context import Toolkit, prepare_steps
-from service.editing.edit_job import plan_steps
-from service.editing.methods.rome import Found
-from service.editing.probes import Question
-from service.engine.versioned_model import NoLedger, Replica
-from service.kit.steps import finish
-from service.kit.text import fill
-from service.models.loading import load
+from service.datasets.records import Record, find_facts_file, read_fact_rows, read_records
+from service.editing.candidate import (
+    CandidateEdit,
+    GuardResult,
+    ResolvedEdit,
+    evaluate_candidates,
+    evaluate_guard,
+    measure_baseline,
+)
+from service.editing.conflicts import ConflictCandidate, find_conflict_candidates
+from service.editing.context import EditorContext, build_editor_context
+from service.editing.edit_job import resolve_edit
+from service.editing.methods.rome import EditFactors
+from service.editing.probes import Probe
+from service.engine.versioned_model import EmptyLedger, VersionedModel
+from service.kit.steps import run_to_completion
+from service.kit.text import fill_prompt
+from service.models.loading import load_model
 from service.schemas import EditRequest, Guard
 from service.settings import SHIPPED_MODEL
 from service.weights.composition import Association
 
 console = Console(width=160)
-CONTEXTS = {"contexts": 1}  # few, to be quick
-EXPLODING = (4.0, 10.0, 30.0)  # how many times too large: a divisor that is nearly nought
+FAST_HPARAMS = {"contexts": 1}  # few, to be quick
+EXPLODING_FACTORS = (4.0, 10.0, 30.0)  # how many times too large: a divisor that is nearly nought
 #: the limits that are tried one by one, the others as they are by default
-GRID: dict[str, tuple[float, ...]] = {
+GUARD_LIMIT_GRID: dict[str, tuple[float, ...]] = {
     "min_probability": (0.0, 0.1, 0.3, 0.5),
     "min_paraphrase": (0.5, 1.0),
     "min_neighborhood": (0.0, 0.5, 0.7, 0.9, 1.0),
     "max_perplexity": (1.01, 1.02, 1.05, 1.1, 1.25),
     "max_norm": (0.2, 0.5, 1.0, 1.5, 2.0, 5.0),
 }
-LIMITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of a conflict
+CONFLICT_LIMITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of a conflict
 
 
 @dataclass(frozen=True)
-class Case:
+class GuardCase:
     """An edit that was tried."""
 
-    plan: Plan
-    trial: Trial
+    resolved_edit: ResolvedEdit
+    guard_result: GuardResult
 
-    def lands(self, probes: bool = True, **limits: float) -> bool:
+    def passes_guard(self, probes: bool = True, **limits: float) -> bool:
         """Whether the guard lets it land with these limits; without probes it knows neither paraphrases nor neighbours."""
-        guard = self.plan.request.guard.model_copy(update=limits)
-        plan = replace(self.plan, request=self.plan.request.model_copy(update={"guard": guard}))
-        t = self.trial
-        checks = judge(plan, t.before, t.after, t.strength, t.norm_ratio).checks
+        guard = self.resolved_edit.request.guard.model_copy(update=limits)
+        resolved_edit = replace(
+            self.resolved_edit, request=self.resolved_edit.request.model_copy(update={"guard": guard})
+        )
+        result = self.guard_result
+        checks = evaluate_guard(
+            resolved_edit, result.before, result.after, result.strength, result.norm_ratio
+        ).checks
         return all(c.passed for c in checks if probes or c.name not in ("paraphrase", "neighborhood"))
 
 
-class Lab:
+class GuardExperiment:
     """The shipped model, its tools, and facts for choosing and for reporting."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.model = load(args.model)
-        self.toolkit: Toolkit = finish(prepare_steps(self.model))
-        self.replica = Replica(self.model, NoLedger())
-        few = Corpus("few", tuple(self.toolkit.corpus.texts[:2]))
-        recipe = self.toolkit.recipe
+        self.model = load_model(args.model)
+        self.context: EditorContext = run_to_completion(build_editor_context(self.model))
+        self.replica = VersionedModel(self.model, EmptyLedger())
+        few = Corpus("few", tuple(self.context.corpus.texts[:2]))
+        recipe = self.context.recipe
         assert recipe is not None
         layers = list(recipe.rome.layers)
-        self.poor = finish(collect_steps(self.model, layers, few))
-        self.good: dict[str, Found] = {}  #: by the record's name
-        path = facts_beside(self.model.folder)
+        self.poor_statistics = run_to_completion(collect_statistics(self.model, layers, few))
+        self.good_factors: dict[str, EditFactors] = {}  #: by the record's name
+        path = find_facts_file(self.model.folder)
         assert path is not None
-        self.rows = {(r["subject"], r["relation"]): r for r in read_facts(path)}
+        self.fact_rows = {(r["subject"], r["relation"]): r for r in read_fact_rows(path)}
         records = read_records(path, args.seed)
-        self.halves = {"choose": records[::2], "report": records[1::2]}
-        self.draw = random.Random(args.seed)
+        self.splits = {"choose": records[::2], "report": records[1::2]}
+        self.rng = random.Random(args.seed)
 
     # good edits and bad ones
 
-    def tried(self, kind: str, records: Sequence[Record]) -> list[Case]:
+    def evaluate_cases(self, kind: str, records: Sequence[Record]) -> list[GuardCase]:
         """Edits of a kind, judged."""
-        return [self.case(kind, r) for r in track(records, kind, transient=True, console=console)]
+        return [self.evaluate_case(kind, r) for r in track(records, kind, transient=True, console=console)]
 
-    def case(self, kind: str, record: Record) -> Case:
-        plan = finish(plan_steps(self.replica, self.request(kind, record), self.toolkit))
-        draft = Draft(plan, self.found(kind, record, plan))
-        stand = finish(stand_steps(self.replica, self.toolkit, [draft], 0))
-        (trial,) = finish(trial_steps(self.replica, self.toolkit, [draft], stand, [1.0]))
-        return Case(plan, trial)
+    def evaluate_case(self, kind: str, record: Record) -> GuardCase:
+        resolved_edit = run_to_completion(
+            resolve_edit(self.replica, self.build_request(kind, record), self.context)
+        )
+        candidate = CandidateEdit(resolved_edit, self.compute_factors(kind, record, resolved_edit))
+        baseline = run_to_completion(measure_baseline(self.replica, self.context, [candidate], 0))
+        (guard_result,) = run_to_completion(
+            evaluate_candidates(self.replica, self.context, [candidate], baseline, [1.0])
+        )
+        return GuardCase(resolved_edit, guard_result)
 
-    def request(self, kind: str, record: Record) -> EditRequest:
-        layers = {"layers": [self.model.layers - 1]} if kind == "wrong layer" else {}
-        asked = {
+    def build_request(self, kind: str, record: Record) -> EditRequest:
+        layers = {"layers": [self.model.num_layers - 1]} if kind == "wrong layer" else {}
+        body = {
             "subject": record.subject,
             "prompt": record.prompt,
             "target_true": record.target_true,
-            "hparams": CONTEXTS | layers,
+            "hparams": FAST_HPARAMS | layers,
             "probes": {
                 "paraphrase": record.paraphrases[:2],
                 "neighborhood": [{"prompt": n.prompt, "target": n.target} for n in record.neighbours[:5]],
             },
         }
         if kind in ("erase", "amplify"):
-            return EditRequest.model_validate(asked | {"objective": kind})
-        nonsense = "".join(self.draw.choices("bcdfghjklmnpqrstvwxz", k=6))
+            return EditRequest.model_validate(body | {"objective": kind})
+        nonsense = "".join(self.rng.choices("bcdfghjklmnpqrstvwxz", k=6))
         target = nonsense if kind == "nonsense" else record.target_new
-        return EditRequest.model_validate(asked | {"target_new": target})
+        return EditRequest.model_validate(body | {"target_new": target})
 
-    def found(self, kind: str, record: Record, plan: Plan) -> Found:
+    def compute_factors(self, kind: str, record: Record, resolved_edit: ResolvedEdit) -> EditFactors:
         """What is found; too large, or in a direction from poor statistics, it is the good one's otherwise."""
         if kind in ("exploding", "poor statistics"):
-            good = self.good[record.name]
+            good = self.good_factors[record.name]
             if kind == "exploding":
-                factor = self.draw.choice(EXPLODING)
-                return replace(good, pieces=[p.scaled(factor) for p in good.pieces])
-            known = [p for p in good.pieces if isinstance(p, Association)]
-            poor = [replace(p, direction=self.poor[p.layer].solve(p.key).float()) for p in known]
-            return replace(good, pieces=poor)
-        request, statement = plan.request, fill(record.prompt, record.subject)
-        found = finish(
-            self.toolkit.find_steps(
-                statement, plan.rewrite.new, hparams=request.hparams, objective=request.objective
+                factor = self.rng.choice(EXPLODING_FACTORS)
+                return replace(good, updates=[p.scaled(factor) for p in good.updates])
+            associations = [p for p in good.updates if isinstance(p, Association)]
+            poor = [
+                replace(p, direction=self.poor_statistics[p.layer].solve(p.key).float()) for p in associations
+            ]
+            return replace(good, updates=poor)
+        request, statement = resolved_edit.request, fill_prompt(record.prompt, record.subject)
+        factors = run_to_completion(
+            self.context.find_factors(
+                statement,
+                resolved_edit.rewrite_probe.new,
+                hparams=request.hparams,
+                objective=request.objective,
             )
         )
         if kind == "good":
-            self.good[record.name] = found
-        return found
+            self.good_factors[record.name] = factors
+        return factors
 
     # pairs
 
-    def pairs(self, half: str, count: int) -> dict[str, list[Rival]]:
+    def conflict_pairs(self, split: str, count: int) -> dict[str, list[ConflictCandidate]]:
         """Of pairs of edits about one subject: the same relation in other words, and another relation."""
         of_subject: dict[str, list[Record]] = defaultdict(list)
-        for record in self.halves[half]:
+        for record in self.splits[split]:
             of_subject[record.subject].append(record)
         single = [records[0] for records in of_subject.values()]
-        several = [records for records in of_subject.values() if len(records) > 1]
+        multiple = [records for records in of_subject.values() if len(records) > 1]
         words = track(single[:count], "other words", transient=True, console=console)
-        relations = track(several[:count], "other relation", transient=True, console=console)
+        relations = track(multiple[:count], "other relation", transient=True, console=console)
         return {
-            "other words": [self.rival(r, self.in_other_words(r)) for r in words],
-            "other relation": [self.rival(a, b) for a, b, *_ in relations],
+            "other words": [self.measure_conflict(r, self.paraphrased_record(r)) for r in words],
+            "other relation": [self.measure_conflict(a, b) for a, b, *_ in relations],
         }
 
-    def in_other_words(self, record: Record) -> Record:
+    def paraphrased_record(self, record: Record) -> Record:
         """The record with another of its prompts and another of its relation's objects."""
-        row = self.rows[record.subject, record.relation]
-        prompt = self.draw.choice([p for p in row["prompts"] if p != record.prompt])
-        taken = (record.target_new, record.target_true)
-        objects = {r["object"] for (_, relation), r in self.rows.items() if relation == record.relation}
-        target = self.draw.choice(sorted(objects.difference(taken)) or [record.target_true])
+        row = self.fact_rows[record.subject, record.relation]
+        prompt = self.rng.choice([p for p in row["prompts"] if p != record.prompt])
+        used_objects = (record.target_new, record.target_true)
+        objects = {r["object"] for (_, relation), r in self.fact_rows.items() if relation == record.relation}
+        target = self.rng.choice(sorted(objects.difference(used_objects)) or [record.target_true])
         return replace(record, prompt=prompt, target_new=str(target))
 
-    def rival(self, old: Record, new: Record) -> Rival:
+    def measure_conflict(self, old: Record, new: Record) -> ConflictCandidate:
         """What a new edit does alone on an older one's prompt."""
-        found = [
-            finish(
-                self.toolkit.find_steps(fill(r.prompt, r.subject), r.target_new, hparams=CONTEXTS, edit=name)
+        factors = [
+            run_to_completion(
+                self.context.find_factors(
+                    fill_prompt(r.prompt, r.subject), r.target_new, hparams=FAST_HPARAMS, edit=name
+                )
             )
             for r, name in ((old, "old"), (new, "new"))
         ]
         body = {k: getattr(old, k) for k in ("subject", "prompt", "target_new", "target_true")}
-        question = Question(new.text, new.target_new, new.target_true or "?")
-        others = {"old": (body, found[0].pieces)}
-        (rival,) = finish(rivals_steps(self.replica, question, found[1].pieces, others))
-        return rival
+        probe = Probe(new.text, new.target_new, new.target_true or "?")
+        others = {"old": (body, factors[0].updates)}
+        (conflict,) = run_to_completion(
+            find_conflict_candidates(self.replica, probe, factors[1].updates, others)
+        )
+        return conflict
 
 
-BAD = ("wrong layer", "exploding", "nonsense", "poor statistics")
+BAD_KINDS = ("wrong layer", "exploding", "nonsense", "poor statistics")
 
 
-def rates(cases: dict[str, list[Case]], half: str) -> Table:
+def rejection_table(cases: dict[str, list[GuardCase]], split: str) -> Table:
     """Of each limit: how many good edits are stopped, and how many bad ones of each kind land."""
-    table = Table(title=f"facts for {half}: % of good edits stopped, % of bad ones that land", title_style="")
-    for name in ("limits", "good stopped", *BAD):
+    table = Table(
+        title=f"facts for {split}: % of good edits stopped, % of bad ones that land", title_style=""
+    )
+    for name in ("limits", "good stopped", *BAD_KINDS):
         table.add_column(name, justify="left" if name == "limits" else "right")
 
-    def row(name: str, lands: Callable[[Case], bool]) -> None:
-        landed = {kind: sum(map(lands, some)) / len(some) for kind, some in cases.items() if some}
-        cells = [f"{100 * (1 - landed['good']):.0f}", *(f"{100 * landed[kind]:.0f}" for kind in BAD)]
+    def row(name: str, passes: Callable[[GuardCase], bool]) -> None:
+        pass_rates = {kind: sum(map(passes, some)) / len(some) for kind, some in cases.items() if some}
+        cells = [
+            f"{100 * (1 - pass_rates['good']):.0f}",
+            *(f"{100 * pass_rates[kind]:.0f}" for kind in BAD_KINDS),
+        ]
         table.add_row(name, *cells)
 
-    row("as they are", lambda c: c.lands())
-    row("as they are, without probes", lambda c: c.lands(probes=False))
-    for name, limits in GRID.items():
+    row("as they are", lambda c: c.passes_guard())
+    row("as they are, without probes", lambda c: c.passes_guard(probes=False))
+    for name, limits in GUARD_LIMIT_GRID.items():
         for limit in limits:
             row(f"{name} {limit:g}", lambda c, n=name, x=limit: c.lands(**{n: x}))  # type: ignore[misc]
     return table
 
 
-def figures(cases: dict[str, list[Case]]) -> Table:
+def figures_table(cases: dict[str, list[GuardCase]]) -> Table:
     """Where the figures of each rule lie: least, median, greatest."""
     table = Table(title="figures: least, median, greatest", title_style="")
-    names = sorted({c.name for some in cases.values() for case in some for c in case.trial.checks})
+    names = sorted(
+        {c.name for kind_cases in cases.values() for case in kind_cases for c in case.guard_result.checks}
+    )
     for name in ("kind", *names):
         table.add_column(name, justify="left" if name == "kind" else "right")
-    for kind, some in cases.items():
+    for kind, kind_cases in cases.items():
         cells = []
         for name in names:
-            seen = sorted(c.figure for case in some for c in case.trial.checks if c.name == name)
+            values = sorted(
+                c.figure for case in kind_cases for c in case.guard_result.checks if c.name == name
+            )
             cells.append(
-                " ".join(f"{x:.3g}" for x in (seen[0], seen[len(seen) // 2], seen[-1])) if seen else ""
+                " ".join(f"{x:.3g}" for x in (values[0], values[len(values) // 2], values[-1]))
+                if values
+                else ""
             )
         table.add_row(kind, *cells)
     return table
 
 
-def conflicts(pairs: dict[str, list[Rival]], half: str) -> Table:
+def conflict_table(pairs: dict[str, list[ConflictCandidate]], split: str) -> Table:
     """Of each limit: how many pairs are called a conflict."""
-    table = Table(title=f"pairs for {half}: % called a conflict", title_style="")
+    table = Table(title=f"pairs for {split}: % called a conflict", title_style="")
     for name in ("limit", *pairs):
         table.add_column(name, justify="right")
-    for limit in LIMITS:
-        shares = [100 * sum(r.conflicts(limit) for r in some) / len(some) for some in pairs.values()]
+    for limit in CONFLICT_LIMITS:
+        shares = [100 * sum(r.is_conflict(limit) for r in some) / len(some) for some in pairs.values()]
         table.add_row(f"{limit:g}", *(f"{s:.0f}" for s in shares))
-    middle = [sorted(r.cosine or 0.0 for r in some)[len(some) // 2] for some in pairs.values()]
-    table.add_row("median cosine", *(f"{c:.2f}" for c in middle))
+    medians = [sorted(r.cosine or 0.0 for r in some)[len(some) // 2] for some in pairs.values()]
+    table.add_row("median cosine", *(f"{c:.2f}" for c in medians))
     return table
 
 
@@ -241,14 +276,14 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    lab = Lab(args)
+    experiment = GuardExperiment(args)
     console.print(f"{Path(args.model).name}, {args.cases} of each kind; limits: {Guard()}")
-    for half in args.halves:
-        some = lab.halves[half][: args.cases]
-        cases = {kind: lab.tried(kind, some) for kind in ("good", *BAD)}
-        others = {kind: lab.tried(kind, some) for kind in ("erase", "amplify")}
-        console.print(rates(cases, half), figures(cases | others))
-        console.print(conflicts(lab.pairs(half, args.cases), half))
+    for split in args.halves:
+        records = experiment.splits[split][: args.cases]
+        cases = {kind: experiment.evaluate_cases(kind, records) for kind in ("good", *BAD_KINDS)}
+        others = {kind: experiment.evaluate_cases(kind, records) for kind in ("erase", "amplify")}
+        console.print(rejection_table(cases, split), figures_table(cases | others))
+        console.print(conflict_table(experiment.conflict_pairs(split, args.cases), split))
 
 
 if __name__ == "__main__":

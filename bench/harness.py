@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 console = Console()
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ROOT / "runs" / "bench"
+REPORTS_DIR = ROOT / "runs" / "bench"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Spread:
         low, _, high = statistics.quantiles(self.values, n=4, method="inclusive")
         return low, high
 
-    def over(self, other: Spread) -> Spread:
+    def ratio_to(self, other: Spread) -> Spread:
         """The ratios, round by round: what both met in one round cancels."""
         return Spread(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
 
@@ -62,7 +62,7 @@ class Spread:
         return f"{self.median:{form}} ({low:{form}} to {high:{form}})"
 
 
-class Kept(Generic[T]):
+class ResultRecorder(Generic[T]):
     """A way whose last result is kept."""
 
     result: T
@@ -74,39 +74,39 @@ class Kept(Generic[T]):
         self.result = self.work()
 
 
-def in_turn(
-    ways: Mapping[str, Callable[[], object]],
+def time_interleaved(
+    tasks: Mapping[str, Callable[[], object]],
     rounds: int,
-    warm: int = 1,
+    warmup: int = 1,
     synchronise: Callable[[], None] = lambda: None,
-    before: Callable[[str], object] = lambda name: None,
+    prepare: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Spread]:
     """Seconds of each way. A round runs every way once; which comes first moves on from round to round.
 
     `before(name)` makes ready for a way and is not timed.
     """
-    names = list(ways)
+    names = list(tasks)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-warm, rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            before(name)
+    for number in range(-warmup, rounds):
+        offset = number % len(names)
+        for name in names[offset:] + names[:offset]:
+            prepare(name)
             gc.collect()
             synchronise()
             began = time.perf_counter()
-            ways[name]()
+            tasks[name]()
             synchronise()
             if number >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return {name: Spread(tuple(values)) for name, values in seconds.items()}
 
 
-def synchroniser(device: str) -> Callable[[], None]:
+def device_synchronizer(device: str) -> Callable[[], None]:
     """Waits until the device has done all that it was given."""
     return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
 
-def machine(device: str = "cpu") -> dict[str, Any]:
+def machine_info(device: str = "cpu") -> dict[str, Any]:
     """What the figures were measured on."""
     return {
         "processor": _processor(),
@@ -129,10 +129,10 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    told = subprocess.run(
+    result = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    return told.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 @dataclass
@@ -144,59 +144,59 @@ class Report:
     tables: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    def add_table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print a table and keep it. A `Spread` shows as median (quartiles) to three figures; give text for any other form."""
-        shown = Table(title=title, title_justify="left")
+        rich_table = Table(title=title, title_justify="left")
         for i, name in enumerate(columns):
-            shown.add_column(name, justify="right" if i else "left")
-        cells = [[_cell(x) for x in row] for row in rows]
+            rich_table.add_column(name, justify="right" if i else "left")
+        cells = [[_format_cell(x) for x in row] for row in rows]
         for row in cells:
-            shown.add_row(*row)
-        console.print(shown)
+            rich_table.add_row(*row)
+        console.print(rich_table)
         self.tables.append({"title": title, "columns": list(columns), "rows": cells})
-        self._keep()
+        self._save()
 
-    def note(self, text: str) -> None:
+    def add_note(self, text: str) -> None:
         """A sentence beside the tables: a verdict, a caution."""
         console.print(text)
         self.notes.append(text)
-        self._keep()
+        self._save()
 
-    def _keep(self) -> None:
+    def _save(self) -> None:
         """After every table, so that a run that is cut short leaves what it found."""
-        KEPT.mkdir(parents=True, exist_ok=True)
-        whole = {
+        REPORTS_DIR.mkdir(parents=True, exist_ok=True)
+        content = {
             "name": self.name,
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join(["python", *sys.argv]),
-            "machine": machine(self.device),
+            "machine": machine_info(self.device),
             "tables": self.tables,
             "notes": self.notes,
         }
-        text = json.dumps(whole, indent=1, ensure_ascii=False)
-        (KEPT / f"{self.name}.json").write_text(text, encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        (REPORTS_DIR / f"{self.name}.json").write_text(text, encoding="utf-8")
 
 
-def _cell(value: object) -> str:
+def _format_cell(value: object) -> str:
     if isinstance(value, Spread):
         return f"{value:.3g}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def markdown(kept: Mapping[str, Any]) -> str:
+def report_markdown(report: Mapping[str, Any]) -> str:
     """A kept report as Markdown."""
-    lines = [f"## {kept['name']}", "", f"`{kept['command']}`, {kept['when']}", ""]
-    for table in kept["tables"]:
+    lines = [f"## {report['name']}", "", f"`{report['command']}`, {report['when']}", ""]
+    for table in report["tables"]:
         lines += [
             f"**{table['title']}**",
             "",
-            _line(table["columns"]),
-            _line(["---"] * len(table["columns"])),
+            _markdown_row(table["columns"]),
+            _markdown_row(["---"] * len(table["columns"])),
         ]
-        lines += [*(_line(row) for row in table["rows"]), ""]
-    lines += [f"- {note}" for note in kept["notes"]]
+        lines += [*(_markdown_row(row) for row in table["rows"]), ""]
+    lines += [f"- {note}" for note in report["notes"]]
     return "\n".join([*lines, ""])
 
 
-def _line(cells: Sequence[str]) -> str:
+def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"

@@ -11,45 +11,52 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from service.bootstrap import wire
+from service.bootstrap import build_container
 from service.datasets.records import Record
-from service.editing.context import prepare_steps
-from service.engine.engine import Engine, Pace, Task
-from service.engine.versioned_model import Replica
-from service.jobs.job_store import Desk, RunningJob
+from service.editing.context import build_editor_context
+from service.engine.engine import Engine, EngineConfig, JobHandler
+from service.engine.versioned_model import VersionedModel
+from service.jobs.job_store import ClaimedJob, WorkerJobs
 from service.kit.ids import new_id
-from service.kit.steps import News, Progress, Told, Working, finish
+from service.kit.steps import JobProgress, JobSteps, JobUpdate, Progress, run_to_completion
 from service.models.loading import LoadedModel
 from service.schemas import EditRequest
 from service.settings import Settings
-from workers.job_handlers import tasks
-from workers.model_info import card, tokenizer_json
+from workers.job_handlers import job_handlers
+from workers.model_info import model_info, tokenizer_json
 
 Durations = dict[str, list[float]]
-WAITING = ("queued", "running")
+PENDING_STATUSES = ("queued", "running")
 
 
-class House:
+class BenchService:
     """A running service around one model. `durations` has the seconds of every step of a job, by phase."""
 
-    def __init__(self, folder: Path, model: LoadedModel, pace: Pace | None = None) -> None:
-        self.wired = wire(Settings(data=folder, redis_url=None, database_url=None))
-        self.wired.database.migrate()
-        toolkit = finish(prepare_steps(model, folder))
-        desk = Desk(self.wired.database, self.wired.broker, model.fingerprint, new_id("worker"), sole=True)
-        self.replica = Replica(model, desk)
+    def __init__(self, folder: Path, model: LoadedModel, config: EngineConfig | None = None) -> None:
+        self.container = build_container(Settings(data=folder, redis_url=None, database_url=None))
+        self.container.database.migrate()
+        context = run_to_completion(build_editor_context(model, folder))
+        worker_jobs = WorkerJobs(
+            self.container.database,
+            self.container.broker,
+            model.fingerprint,
+            new_id("worker"),
+            single_process=True,
+        )
+        self.replica = VersionedModel(model, worker_jobs)
         self.durations: Durations = defaultdict(list)
-        work = {
-            kind: timed(task, self.durations) for kind, task in tasks(self.replica, desk, toolkit).items()
+        handlers = {
+            kind: record_step_durations(task, self.durations)
+            for kind, task in job_handlers(self.replica, worker_jobs, context).items()
         }
-        self.engine = Engine(self.replica, desk, self.wired.broker, work, pace)
-        desk.register(card(model, toolkit), tokenizer_json(model))
-        desk.heartbeat(0, None)
+        self.engine = Engine(self.replica, worker_jobs, self.container.broker, handlers, config)
+        worker_jobs.register(model_info(model, context), tokenizer_json(model))
+        worker_jobs.heartbeat(0, None)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.engine.run, args=(self._stop,))
         self._thread.start()
 
-    def __enter__(self) -> House:
+    def __enter__(self) -> BenchService:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,24 +64,24 @@ class House:
 
     def close(self) -> None:
         self._stop.set()
-        self.wired.broker.wake()
+        self.container.broker.wake()
         self._thread.join()
-        self.wired.close()
+        self.container.close()
 
     def submit(self, cases: Sequence[Record]) -> list[str]:
         """Ask for the cases as edits, with their probes; their ids."""
         requests = [edit_request(c) for c in cases]
-        return [r["id"] for r in self.wired.operations.edits.submit(requests, "bench", None)]
+        return [r["id"] for r in self.container.services.edits.submit(requests, "bench", None)]
 
     def edit(self, cases: Sequence[Record]) -> Mapping[str, str]:
         """The cases as edits, waited for; how each ended, by its id."""
         ids = self.submit(cases)
-        while any(self.status(i) in WAITING for i in ids):
+        while any(self.status(i) in PENDING_STATUSES for i in ids):
             time.sleep(0.05)
         return {i: self.status(i) for i in ids}
 
     def status(self, edit: str) -> str:
-        return str(self.wired.operations.edits.get(edit)["status"])
+        return str(self.container.services.edits.get(edit)["status"])
 
 
 def edit_request(case: Record) -> EditRequest:
@@ -91,23 +98,23 @@ def edit_request(case: Record) -> EditRequest:
     )
 
 
-def timed(task: Task, durations: Durations) -> Task:
+def record_step_durations(handler: JobHandler, durations: Durations) -> JobHandler:
     """The same task; how long each of its steps took is kept by phase, of several jobs together as of one."""
 
-    def run(*jobs: RunningJob) -> Working:
-        steps = task(*jobs)
+    def run(*jobs: ClaimedJob) -> JobSteps:
+        steps = handler(*jobs)
         while True:
             began = time.perf_counter()
-            news = next(steps, None)
-            durations[_phase(news)].append(time.perf_counter() - began)
-            if news is None:
+            update = next(steps, None)
+            durations[_phase_of(update)].append(time.perf_counter() - began)
+            if update is None:
                 return
-            yield news
+            yield update
 
     return run
 
 
-def _phase(news: News | None) -> str:
-    if isinstance(news, Told):
-        news = news.progress
-    return news.phase if isinstance(news, Progress) else "commit"
+def _phase_of(update: JobUpdate | None) -> str:
+    if isinstance(update, JobProgress):
+        update = update.progress
+    return update.phase if isinstance(update, Progress) else "commit"

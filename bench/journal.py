@@ -24,17 +24,17 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Told:
+class ReportedStatus:
     """What a client was told of an edit or a trace."""
 
     id: str
     status: str
     version: int | None = None
-    reverted: int | None = None
+    reverted_version: int | None = None
 
 
 @dataclass(frozen=True)
-class Token:
+class TokenEvent:
     """One event of a stream."""
 
     index: int
@@ -43,83 +43,83 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Answer:
+class GenerationRecord:
     """What was said to a generation, or on one side of a comparison. `asked` is all that the text depends on.
 
     `tokens` are those heard since the last restart, None when nothing was streamed. An answer that broke off has no `texts`.
     """
 
     client: str
-    asked: Resource
+    request: Resource
     version: int
     texts: tuple[str, ...]
-    pinned: int | None = None
-    least: int | None = None
-    tokens: tuple[Token, ...] | None = None
-    restarts: int = 0
+    pinned_version: int | None = None
+    min_version: int | None = None
+    tokens: tuple[TokenEvent, ...] | None = None
+    resets: int = 0
 
     @property
     def complete(self) -> bool:
         return bool(self.texts)
 
     def prompts(self) -> list[str]:
-        return self.asked.get("prompts") or [self.asked["prompt"]]
+        return self.request.get("prompts") or [self.request["prompt"]]
 
 
 @dataclass
-class Journal:
+class ClientLog:
     """Kept by many threads at once."""
 
     attempts: list[Attempt] = field(default_factory=list)
-    told: list[Told] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
-    made: dict[str, set[str]] = field(
+    reported_statuses: list[ReportedStatus] = field(default_factory=list)
+    generations: list[GenerationRecord] = field(default_factory=list)
+    ids_by_key: dict[str, set[str]] = field(
         default_factory=lambda: defaultdict(set)
     )  #: key -> ids that it was given
-    unanswered: list[str] = field(default_factory=list)  #: wishes that a client gave up
-    troubles: list[str] = field(default_factory=list)  #: what no client should meet
-    newest: int = 0  #: version that an edit was told to be at
-    _standing: dict[str, None] = field(default_factory=dict)
+    abandoned: list[str] = field(default_factory=list)  #: wishes that a client gave up
+    anomalies: list[str] = field(default_factory=list)  #: what no client should meet
+    newest_version: int = 0  #: version that an edit was told to be at
+    _active_edits: dict[str, None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def attempt(self, client: str, action: str, outcome: str, began: float) -> None:
+    def record_attempt(self, client: str, action: str, outcome: str, began: float) -> None:
         with self._lock:
             self.attempts.append(Attempt(client, action, outcome, began, time.monotonic()))
 
-    def accepted(self, key: str, resource: Resource) -> None:
+    def record_accepted(self, key: str, resource: Resource) -> None:
         with self._lock:
-            self.made[key].add(resource["id"])
-        self.heard(resource)
+            self.ids_by_key[key].add(resource["id"])
+        self.record_status(resource)
 
-    def heard(self, resource: Resource) -> None:
+    def record_status(self, resource: Resource) -> None:
         """A client read a resource."""
-        told = Told(
+        report = ReportedStatus(
             resource["id"], resource["status"], resource.get("version"), resource.get("reverted_version")
         )
         with self._lock:
-            self.told.append(told)
-            if not told.id.startswith("edit"):
+            self.reported_statuses.append(report)
+            if not report.id.startswith("edit"):
                 return
-            self.newest = max(self.newest, told.version or 0, told.reverted or 0)
-            if told.version is not None and told.reverted is None:
-                self._standing[told.id] = None
+            self.newest_version = max(self.newest_version, report.version or 0, report.reverted_version or 0)
+            if report.version is not None and report.reverted_version is None:
+                self._active_edits[report.id] = None
             else:
-                self._standing.pop(told.id, None)
+                self._active_edits.pop(report.id, None)
 
-    def answered(self, answers: Iterable[Answer]) -> None:
+    def record_generations(self, records: Iterable[GenerationRecord]) -> None:
         with self._lock:
-            self.answers.extend(answers)
+            self.generations.extend(records)
 
-    def gave_up(self, wish: str) -> None:
+    def record_abandoned(self, description: str) -> None:
         with self._lock:
-            self.unanswered.append(wish)
+            self.abandoned.append(description)
 
-    def trouble(self, words: str) -> None:
+    def record_anomaly(self, message: str) -> None:
         with self._lock:
-            self.troubles.append(words)
+            self.anomalies.append(message)
 
-    def standing(self, share: float) -> str | None:
+    def pick_active_edit(self, fraction: float) -> str | None:
         """One of the edits that were told to be applied and not to be reverted."""
         with self._lock:
-            edits = list(self._standing)
-        return edits[int(share * len(edits))] if edits else None
+            edits = list(self._active_edits)
+        return edits[int(fraction * len(edits))] if edits else None

@@ -16,247 +16,273 @@ from typing import Any
 
 import httpx
 
-from bench.journal import Answer, Journal, Resource, Token
-from bench.plan import Wish
+from bench.journal import ClientLog, GenerationRecord, Resource, TokenEvent
+from bench.plan import ClientAction
 
-AGAIN = {429, 503}
-PATIENCE = 180.0  # seconds after which a wish that nobody grants is given up, which is a failure
-SILENCE = 20.0  # seconds without a byte after which a connection is taken for dead
-PAUSE = 0.3  # seconds before asking again
-WAIT = 5  # seconds of `Prefer: wait`
+RETRY_STATUSES = {429, 503}
+RETRY_TIMEOUT = 180.0  # seconds after which a wish that nobody grants is given up, which is a failure
+READ_TIMEOUT = 20.0  # seconds without a byte after which a connection is taken for dead
+RETRY_PAUSE = 0.3  # seconds before asking again
+PREFER_WAIT_SECONDS = 5  # seconds of `Prefer: wait`
 
 
-class Broken(Exception):
+class RetryableError(Exception):
     """Not answered this time: ask again."""
 
 
-class Client(threading.Thread):
+class ChaosClient(threading.Thread):
     """One of them. It ends when `stop` is set and its present wish is granted."""
 
     def __init__(
         self,
         name: str,
-        wishes: Iterator[Wish],
+        actions: Iterator[ClientAction],
         addresses: Sequence[str],
-        journal: Journal,
+        log: ClientLog,
         stop: threading.Event,
-        patience: float = PATIENCE,
+        retry_timeout: float = RETRY_TIMEOUT,
     ) -> None:
         super().__init__(name=name, daemon=True)
-        self.journal, self.patience = journal, patience
-        self._wishes, self._stop_asked = wishes, stop
-        self._numbers = itertools.count()
+        self.log, self.retry_timeout = log, retry_timeout
+        self._actions, self._stop_requested = actions, stop
+        self._key_numbers = itertools.count()
         first = sum(map(ord, name)) % len(addresses)  # clients begin at different doors
-        self._doors = itertools.cycle([*addresses[first:], *addresses[:first]])
-        self._http = httpx.Client(base_url=next(self._doors), timeout=httpx.Timeout(SILENCE, connect=3.0))
+        self._urls = itertools.cycle([*addresses[first:], *addresses[:first]])
+        self._http = httpx.Client(base_url=next(self._urls), timeout=httpx.Timeout(READ_TIMEOUT, connect=3.0))
 
     def run(self) -> None:
         with self._http:
-            for wish in self._wishes:
-                if self._stop_asked.wait(wish.pause):
+            for action in self._actions:
+                if self._stop_requested.wait(action.pause):
                     return
                 try:
-                    getattr(self, f"_{wish.action}")(wish)
+                    getattr(self, f"_{action.kind}")(action)
                 except Exception as error:  # a client that falls must not be a client that is content
-                    self.journal.trouble(f"{self.name} fell over {wish.action}: {error!r}")
+                    self.log.record_anomaly(f"{self.name} fell over {action.kind}: {error!r}")
 
     # the wishes
 
-    def _edit(self, wish: Wish) -> None:
-        self._job(wish, "/edits")
+    def _edit(self, action: ClientAction) -> None:
+        self._submit_job(action, "/edits")
 
-    def _trace(self, wish: Wish) -> None:
-        self._job(wish, "/trace")
+    def _trace(self, action: ClientAction) -> None:
+        self._submit_job(action, "/trace")
 
-    def _revert(self, wish: Wish) -> None:
-        if (edit := self.journal.standing(wish.share)) is None:
+    def _revert(self, action: ClientAction) -> None:
+        if (edit_id := self.log.pick_active_edit(action.fraction)) is None:
             return
-        for _ in range(2 if wish.twice else 1):
-            if found := self._until("revert", "DELETE", f"/edits/{edit}"):
-                self.journal.heard(found)
+        for _ in range(2 if action.repeat else 1):
+            if resource := self._request_with_retry("revert", "DELETE", f"/edits/{edit_id}"):
+                self.log.record_status(resource)
 
-    def _job(self, wish: Wish, path: str) -> None:
-        key = f"{self.name}-{next(self._numbers)}".replace(" ", "-")
+    def _submit_job(self, action: ClientAction, path: str) -> None:
+        key = f"{self.name}-{next(self._key_numbers)}".replace(" ", "-")
         post = partial(
-            self._until, wish.action, "POST", path, json=wish.body, headers={"Idempotency-Key": key}
+            self._request_with_retry,
+            action.kind,
+            "POST",
+            path,
+            json=action.body,
+            headers={"Idempotency-Key": key},
         )
-        if (found := post()) is None:
+        if (resource := post()) is None:
             return
-        self.journal.accepted(key, found)
-        if wish.twice and (same := post()):
-            self.journal.accepted(key, same)
-        mine = f"{path}/{found['id']}"
-        if wish.cancel and (gone := self._until("cancel", "DELETE", mine)):
-            self.journal.heard(gone)
-        if wish.patient == "read":
-            self._read(mine)
-        elif wish.patient == "listen":
-            self._listen(mine)
+        self.log.record_accepted(key, resource)
+        if action.repeat and (repeated := post()):
+            self.log.record_accepted(key, repeated)
+        job_path = f"{path}/{resource['id']}"
+        if action.cancel and (cancelled := self._request_with_retry("cancel", "DELETE", job_path)):
+            self.log.record_status(cancelled)
+        if action.wait_mode == "read":
+            self._poll_until_ended(job_path)
+        elif action.wait_mode == "listen":
+            self._follow_events(job_path)
 
-    def _read(self, path: str) -> None:
+    def _poll_until_ended(self, path: str) -> None:
         """Read a job until it has ended, however often its reader is cut off."""
-        give_up = time.monotonic() + self.patience
-        while time.monotonic() < give_up:
-            found = self._until("read", "GET", path, headers={"Prefer": f"wait={WAIT}"})
-            if found is None:
+        deadline = time.monotonic() + self.retry_timeout
+        while time.monotonic() < deadline:
+            resource = self._request_with_retry(
+                "read", "GET", path, headers={"Prefer": f"wait={PREFER_WAIT_SECONDS}"}
+            )
+            if resource is None:
                 return
-            self.journal.heard(found)
-            if found["status"] not in ("queued", "running"):
+            self.log.record_status(resource)
+            if resource["status"] not in ("queued", "running"):
                 return
-        self.journal.gave_up(f"{self.name}: the end of {path}")
+        self.log.record_abandoned(f"{self.name}: the end of {path}")
 
-    def _listen(self, path: str) -> None:
+    def _follow_events(self, path: str) -> None:
         """Follow the events of a job to its end, going on after the last one heard when the connection breaks."""
-        last: dict[str, str] = {}
+        headers: dict[str, str] = {}
 
         def once() -> Resource:
-            with self._http.stream("GET", f"{path}/events", headers=last) as response:
-                _check(response)
-                for number, name, data in events(response.iter_lines()):
+            with self._http.stream("GET", f"{path}/events", headers=headers) as response:
+                _raise_for_status(response)
+                for number, name, data in parse_sse(response.iter_lines()):
                     if name == "error":
-                        raise Broken(f"error: {data['title']}")
+                        raise RetryableError(f"error: {data['title']}")
                     if number:
-                        self._grow(path, last.get("Last-Event-ID"), number)
-                        last["Last-Event-ID"] = number
+                        self._check_event_order(path, headers.get("Last-Event-ID"), number)
+                        headers["Last-Event-ID"] = number
                     if name == "end":
                         return data
-            raise Broken("the stream ended early")
+            raise RetryableError("the stream ended early")
 
-        if found := self._again("listen", once):
-            self.journal.heard(found)
+        if resource := self._retry("listen", once):
+            self.log.record_status(resource)
 
-    def _grow(self, path: str, before: str | None, number: str) -> None:
-        if before is not None and int(number) <= int(before):
-            self.journal.trouble(f"{self.name} heard event {number} of {path} after {before}")
+    def _check_event_order(self, path: str, last_id: str | None, event_id: str) -> None:
+        if last_id is not None and int(event_id) <= int(last_id):
+            self.log.record_anomaly(f"{self.name} heard event {event_id} of {path} after {last_id}")
 
-    def _generate(self, wish: Wish) -> None:
-        body, pinned, least = dict(wish.body), None, None
-        if wish.version == "pinned":
-            body["version"] = pinned = int(wish.share * (self.journal.newest + 1))
-        elif wish.version == "seen":
-            body["min_version"] = least = self.journal.newest
-        listen = self._stream if body.pop("stream") else self._hold
+    def _generate(self, action: ClientAction) -> None:
+        body, pinned_version, min_version = dict(action.body), None, None
+        if action.version_mode == "pinned":
+            body["version"] = pinned_version = int(action.fraction * (self.log.newest_version + 1))
+        elif action.version_mode == "seen":
+            body["min_version"] = min_version = self.log.newest_version
+        send = self._generate_streamed if body.pop("stream") else self._generate_unstreamed
 
-        def once() -> Answer:
-            return listen(body, asked(wish.body), pinned, least)
+        def once() -> GenerationRecord:
+            return send(body, generation_inputs(action.body), pinned_version, min_version)
 
-        if answer := self._again("generate", once):
-            self.journal.answered([answer])
+        if record := self._retry("generate", once):
+            self.log.record_generations([record])
 
-    def _compare(self, wish: Wish) -> None:
-        versions = [0, int(wish.share * (self.journal.newest + 1))]
-        found = self._until("compare", "POST", "/compare", json={**wish.body, "versions": versions})
-        if found is None:
+    def _compare(self, action: ClientAction) -> None:
+        versions = [0, int(action.fraction * (self.log.newest_version + 1))]
+        comparison = self._request_with_retry(
+            "compare", "POST", "/compare", json={**action.body, "versions": versions}
+        )
+        if comparison is None:
             return
-        if [side["version"] for side in found["sides"]] != versions:
-            self.journal.trouble(f"{self.name} asked to compare {versions} and was given {found['sides']}")
-        self.journal.answered(
-            Answer(self.name, asked(wish.body), side["version"], (side["text"],), pinned)
-            for side, pinned in zip(found["sides"], versions, strict=True)
+        if [side["version"] for side in comparison["sides"]] != versions:
+            self.log.record_anomaly(
+                f"{self.name} asked to compare {versions} and was given {comparison['sides']}"
+            )
+        self.log.record_generations(
+            GenerationRecord(
+                self.name, generation_inputs(action.body), side["version"], (side["text"],), pinned
+            )
+            for side, pinned in zip(comparison["sides"], versions, strict=True)
         )
 
     # asking
 
-    def _until(self, action: str, method: str, path: str, **request: Any) -> Resource | None:
+    def _request_with_retry(self, action: str, method: str, path: str, **request: Any) -> Resource | None:
         """The body of the answer, asked for again and again; None when it was refused or given up."""
-        found: Resource | None = self._again(
-            action, lambda: _body(self._http.request(method, path, **request))
+        body: Resource | None = self._retry(
+            action, lambda: _json_body(self._http.request(method, path, **request))
         )
-        return found
+        return body
 
-    def _again(self, action: str, once: Callable[[], Any]) -> Any:
-        give_up = time.monotonic() + self.patience
-        while time.monotonic() < give_up:
+    def _retry(self, action: str, attempt: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + self.retry_timeout
+        while time.monotonic() < deadline:
             began = time.monotonic()
-            outcome, result = _outcome(once)
-            self.journal.attempt(self.name, action, outcome, began)
-            if result is not None or (outcome.isdecimal() and int(outcome) not in AGAIN):
+            outcome, result = _attempt_outcome(attempt)
+            self.log.record_attempt(self.name, action, outcome, began)
+            if result is not None or (outcome.isdecimal() and int(outcome) not in RETRY_STATUSES):
                 return result
-            self._http.base_url = httpx.URL(next(self._doors))
-            time.sleep(PAUSE)
-        self.journal.gave_up(f"{self.name}: {action}")
+            self._http.base_url = httpx.URL(next(self._urls))
+            time.sleep(RETRY_PAUSE)
+        self.log.record_abandoned(f"{self.name}: {action}")
         return None
 
-    def _hold(self, body: Resource, question: Resource, pinned: int | None, least: int | None) -> Answer:
-        found = _body(self._http.post("/generate", json=body))
-        texts = tuple(choice["text"] for choice in found.get("choices") or [found])
-        return Answer(self.name, question, found["version"], texts, pinned, least)
+    def _generate_unstreamed(
+        self, body: Resource, request: Resource, pinned_version: int | None, min_version: int | None
+    ) -> GenerationRecord:
+        response = _json_body(self._http.post("/generate", json=body))
+        texts = tuple(choice["text"] for choice in response.get("choices") or [response])
+        return GenerationRecord(self.name, request, response["version"], texts, pinned_version, min_version)
 
-    def _stream(self, body: Resource, question: Resource, pinned: int | None, least: int | None) -> Answer:
-        heard: list[Token] = []
-        restarts = 0
+    def _generate_streamed(
+        self, body: Resource, request: Resource, pinned_version: int | None, min_version: int | None
+    ) -> GenerationRecord:
+        tokens: list[TokenEvent] = []
+        resets = 0
         with self._http.stream("POST", "/generate", json={**body, "stream": True}) as response:
-            _check(response)
+            _raise_for_status(response)
             try:
-                for _, name, data in events(response.iter_lines()):
+                for _, name, data in parse_sse(response.iter_lines()):
                     if name == "token":
-                        heard.append(Token(data["index"], data["text"], data["version"]))
+                        tokens.append(TokenEvent(data["index"], data["text"], data["version"]))
                     elif name == "restart":
-                        heard, restarts = [], restarts + 1
+                        tokens, resets = [], resets + 1
                     elif name == "error":
-                        raise Broken(f"error: {data['title']}")
+                        raise RetryableError(f"error: {data['title']}")
                     elif name == "end":
                         texts = tuple(choice["text"] for choice in data["choices"])
-                        said = tuple(heard)
-                        return Answer(
-                            self.name, question, data["version"], texts, pinned, least, said, restarts
+                        token_events = tuple(tokens)
+                        return GenerationRecord(
+                            self.name,
+                            request,
+                            data["version"],
+                            texts,
+                            pinned_version,
+                            min_version,
+                            token_events,
+                            resets,
                         )
-            except (httpx.HTTPError, Broken):
-                self._keep_part(question, heard, pinned, least)
+            except (httpx.HTTPError, RetryableError):
+                self._record_partial(request, tokens, pinned_version, min_version)
                 raise
-        self._keep_part(question, heard, pinned, least)
-        raise Broken("the stream ended early")
+        self._record_partial(request, tokens, pinned_version, min_version)
+        raise RetryableError("the stream ended early")
 
-    def _keep_part(
-        self, question: Resource, heard: list[Token], pinned: int | None, least: int | None
+    def _record_partial(
+        self, request: Resource, tokens: list[TokenEvent], pinned_version: int | None, min_version: int | None
     ) -> None:
         """What was heard of an answer that broke off must be right too."""
-        if heard:
-            part = Answer(self.name, question, heard[0].version, (), pinned, least, tuple(heard))
-            self.journal.answered([part])
+        if tokens:
+            part = GenerationRecord(
+                self.name, request, tokens[0].version, (), pinned_version, min_version, tuple(tokens)
+            )
+            self.log.record_generations([part])
 
 
-def asked(body: Resource) -> Resource:
+def generation_inputs(body: Resource) -> Resource:
     """What the text depends on, besides the version."""
     return {name: value for name, value in body.items() if name != "stream"}
 
 
-def events(lines: Iterator[str]) -> Iterator[tuple[str, str, Resource]]:
+def parse_sse(lines: Iterator[str]) -> Iterator[tuple[str, str, Resource]]:
     """(id, name, data) of each server-sent event."""
-    number = name = ""
+    event_id = name = ""
     for line in lines:
-        kind, _, value = line.partition(": ")
-        if kind == "id":
-            number = value
-        elif kind == "event":
+        field, _, value = line.partition(": ")
+        if field == "id":
+            event_id = value
+        elif field == "event":
             name = value
-        elif kind == "data":
-            yield number, name, json.loads(value)
-            number = ""
+        elif field == "data":
+            yield event_id, name, json.loads(value)
+            event_id = ""
 
 
-class _Refused(Exception):
+class _HttpStatusError(Exception):
     """Answered, and not with what was asked for."""
 
 
-def _check(response: httpx.Response) -> None:
+def _raise_for_status(response: httpx.Response) -> None:
     if not response.is_success:
-        raise _Refused(str(response.status_code))
+        raise _HttpStatusError(str(response.status_code))
 
 
-def _body(response: httpx.Response) -> Resource:
-    _check(response)
+def _json_body(response: httpx.Response) -> Resource:
+    _raise_for_status(response)
     return response.json()  # type: ignore[no-any-return]
 
 
-def _outcome(once: Callable[[], Any]) -> tuple[str, Any]:
+def _attempt_outcome(attempt: Callable[[], Any]) -> tuple[str, Any]:
     """What became of one request, and what it gave."""
     try:
-        return "200", once()
-    except _Refused as refused:
-        return str(refused), None
-    except Broken as broken:
-        return str(broken), None
+        return "200", attempt()
+    except _HttpStatusError as status:
+        return str(status), None
+    except RetryableError as error:
+        return str(error), None
     except httpx.TimeoutException:
         return "silence", None
     except (httpx.HTTPError, json.JSONDecodeError):

@@ -11,12 +11,12 @@ from typing import Any
 
 import redis
 
-from bench.deployment import Deployment, Process
+from bench.deployment import SupervisedDeployment, SupervisedProcess
 from bench.plan import Fault
-from bench.proxy import HERE, Proxy
+from bench.proxy import LOCALHOST, Proxy
 
 #: how a server is ended: PostgreSQL's fast and immediate shutdown, Redis's shutdown and its sudden death
-ENDINGS = {
+STOP_SIGNALS = {
     "restart postgres": signal.SIGINT,
     "crash postgres": signal.SIGQUIT,
     "restart redis": signal.SIGTERM,
@@ -25,76 +25,81 @@ ENDINGS = {
 
 
 @dataclass(frozen=True)
-class Done:
+class InjectedFault:
     """A fault that was begun, and when."""
 
-    at: float
+    started_at: float
     fault: Fault
 
 
-class Mischief:
+class FaultInjector:
     """`do` and `heal` belong to one thread."""
 
-    def __init__(self, deployment: Deployment) -> None:
-        self.done: list[Done] = []
+    def __init__(self, deployment: SupervisedDeployment) -> None:
+        self.injected_faults: list[InjectedFault] = []
         self._deployment = deployment
-        self._servers = {"postgres": deployment.store, "redis": deployment.queue}
+        self._servers = {"postgres": deployment.database_server, "redis": deployment.broker_server}
         self._locks = {name: threading.Lock() for name in self._servers}  # one restart of a server at a time
-        self._lasting: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
 
-    def do(self, fault: Fault) -> None:
+    def inject(self, fault: Fault) -> None:
         """Begin a fault."""
-        verb, what = fault.kind.split()
-        house = self._deployment
-        self.done.append(Done(time.monotonic(), fault))
-        if what in ("api", "worker"):
-            self._disturb(verb, fault, house.apis if what == "api" else house.workers)
-        elif fault.kind in ENDINGS:
-            self._beside(self._restart, what, ENDINGS[fault.kind], fault.seconds)
+        verb, target = fault.kind.split()
+        deployment = self._deployment
+        self.injected_faults.append(InjectedFault(time.monotonic(), fault))
+        if target in ("api", "worker"):
+            self._signal_process(verb, fault, deployment.apis if target == "api" else deployment.workers)
+        elif fault.kind in STOP_SIGNALS:
+            self._run_in_background(self._restart, target, STOP_SIGNALS[fault.kind], fault.seconds)
         elif fault.kind == "empty redis":
-            self._beside(self._empty)
+            self._run_in_background(self._flush_redis)
         else:
-            self._come_between(verb, fault, house.redis if what == "redis" else house.postgres)
+            self._disrupt_network(
+                verb, fault, deployment.redis_proxy if target == "redis" else deployment.postgres_proxy
+            )
 
     def heal(self) -> None:
         """End what still lasts, and wait until the servers are back."""
-        for thread in self._lasting:
+        for thread in self._threads:
             thread.join()
-        self._lasting = []
+        self._threads = []
 
-    def _disturb(self, verb: str, fault: Fault, crowd: Sequence[Process]) -> None:
-        process = crowd[fault.number % len(crowd)]
+    def _signal_process(self, verb: str, fault: Fault, processes: Sequence[SupervisedProcess]) -> None:
+        process = processes[fault.number % len(processes)]
         if verb == "kill":
-            process.send(signal.SIGKILL)
+            process.send_signal(signal.SIGKILL)
         else:
-            process.send(signal.SIGSTOP)
-            self._after(fault.seconds, process.send, signal.SIGCONT)
+            process.send_signal(signal.SIGSTOP)
+            self._run_after(fault.seconds, process.send_signal, signal.SIGCONT)
 
-    def _come_between(self, verb: str, fault: Fault, proxy: Proxy) -> None:
+    def _disrupt_network(self, verb: str, fault: Fault, proxy: Proxy) -> None:
         getattr(proxy, verb)()
         if verb != "cut":
-            self._after(fault.seconds, proxy.heal)
+            self._run_after(fault.seconds, proxy.heal)
 
-    def _restart(self, name: str, how: signal.Signals, seconds: float) -> None:
+    def _restart(self, name: str, stop_signal: signal.Signals, seconds: float) -> None:
         server = self._servers[name]
         with self._locks[name]:
-            server.stop(how)
+            server.stop(stop_signal)
             time.sleep(seconds)
             server.start()
 
-    def _empty(self) -> None:
-        with self._locks["redis"], redis.Redis(host=HERE, port=self._deployment.queue.port) as queue:
+    def _flush_redis(self) -> None:
+        with (
+            self._locks["redis"],
+            redis.Redis(host=LOCALHOST, port=self._deployment.broker_server.port) as queue,
+        ):
             queue.flushall()
 
-    def _after(self, seconds: float, act: Callable[..., object], *arguments: Any) -> None:
+    def _run_after(self, seconds: float, action: Callable[..., object], *arguments: Any) -> None:
         def later() -> None:
             time.sleep(seconds)
-            act(*arguments)
+            action(*arguments)
 
-        self._beside(later)
+        self._run_in_background(later)
 
-    def _beside(self, act: Callable[..., object], *arguments: Any) -> None:
-        self._lasting = [thread for thread in self._lasting if thread.is_alive()]
-        thread = threading.Thread(target=act, args=arguments, name="mischief", daemon=True)
+    def _run_in_background(self, action: Callable[..., object], *arguments: Any) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        thread = threading.Thread(target=action, args=arguments, name="mischief", daemon=True)
         thread.start()
-        self._lasting.append(thread)
+        self._threads.append(thread)

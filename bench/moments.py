@@ -23,11 +23,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bench.editing import Lab, Shares
-from bench.harness import Report, synchroniser
-from service.covariance.collect import DAMPING, batches_of, keys_of, rows_of
+from bench.editing import EditingExperiment, SuccessRates
+from bench.harness import Report, device_synchronizer
+from service.covariance.collect import DAMPING, batch_by_length, tokenize_corpus, unpadded_keys
 from service.covariance.corpus import Corpus
-from service.covariance.second_moment import MomentSum, Statistics
+from service.covariance.second_moment import KeyStatistics, SecondMomentAccumulator
 from service.datasets.records import Record, read_records
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel
@@ -40,61 +40,72 @@ STRENGTHS = (1.0, 1.25, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
-class Collected:
+class MomentSnapshot:
     """C of one layer over the first texts of an order."""
 
     moment: Tensor
     count: int
-    padded: int  #: tokens that were read, padding included
+    padded_count: int  #: tokens that were read, padding included
     seconds: float
 
-    def statistics(self, layer: int) -> Statistics:
-        return Statistics(layer, self.moment, self.count, DAMPING, str(self.count))
+    def statistics(self, layer: int) -> KeyStatistics:
+        return KeyStatistics(layer, self.moment, self.count, DAMPING, str(self.count))
 
 
-def collect(model: LoadedModel, layer: int, texts: Sequence[str], sizes: Sequence[int]) -> list[Collected]:
+def collect_moments(
+    model: LoadedModel, layer: int, texts: Sequence[str], sizes: Sequence[int]
+) -> list[MomentSnapshot]:
     """C at each of the sizes, in one reading: the batches of a larger one go on where the smaller one ended."""
-    wait = synchroniser(str(model.device))
-    rows = rows_of(model, Corpus("bench", tuple(texts)))
-    total = MomentSum(model.inner_width, model.device)
-    found, padded, seconds, at = [], 0, 0.0, 0
+    wait = device_synchronizer(str(model.device))
+    rows = tokenize_corpus(model, Corpus("bench", tuple(texts)))
+    total = SecondMomentAccumulator(model.intermediate_size, model.device)
+    snapshots, padded, seconds, end = [], 0, 0.0, 0
     for size in sorted(sizes):
-        begin, count = at, total.count
-        while at < len(rows) and count < size:
-            count += len(rows[at])
-            at += 1
+        begin, count = end, total.count
+        while end < len(rows) and count < size:
+            count += len(rows[end])
+            end += 1
         wait()
         began = time.perf_counter()
-        for some in batches_of(rows[begin:at]):
-            batch = pad(some, model)
-            with capture({0: model.down(layer)}, "input") as seen, stop_after(model.down(layer)):
+        for batch_rows in batch_by_length(rows[begin:end]):
+            batch = pad(batch_rows, model)
+            with (
+                capture({0: model.down_proj(layer)}, "input") as captured_inputs,
+                stop_after(model.down_proj(layer)),
+            ):
                 forward(model, batch)
-            total.add(keys_of(seen[0], batch))
+            total.add(unpadded_keys(captured_inputs[0], batch))
             padded += batch.ids.numel()
         wait()
         seconds += time.perf_counter() - began
-        if not found or total.count > found[-1].count:
-            found.append(Collected(total.mean(), total.count, padded, seconds))
-    return found
+        if not snapshots or total.count > snapshots[-1].count:
+            snapshots.append(MomentSnapshot(total.mean(), total.count, padded, seconds))
+    return snapshots
 
 
-def single(lab: Lab, cases: Sequence[Record], edits: Sequence[Sequence[Association]]) -> list[Shares]:
+def score_single(
+    experiment: EditingExperiment, cases: Sequence[Record], edits: Sequence[Sequence[Association]]
+) -> list[SuccessRates]:
     """Each alone on the base model, made stronger until it takes."""
     records = []
     for case, edit in zip(cases, edits, strict=True):
         for strength in STRENGTHS:
-            record = lab.measure([case], lab.replica.composed(a.scaled(strength) for a in edit))[0]
+            record = experiment.measure(
+                [case], experiment.replica.compose_weights(a.scaled(strength) for a in edit)
+            )[0]
             if record[0] == 1.0:
                 break
         records.append(record)
     return records
 
 
-def together(lab: Lab, cases: Sequence[Record], edits: Sequence[Sequence[Association]]) -> list[Shares]:
-    return lab.measure(cases, lab.replica.composed(a for edit in edits for a in edit))
+def score_joint(
+    experiment: EditingExperiment, cases: Sequence[Record], edits: Sequence[Sequence[Association]]
+) -> list[SuccessRates]:
+    return experiment.measure(cases, experiment.replica.compose_weights(a for edit in edits for a in edit))
 
 
-def scores(records: Sequence[Shares]) -> list[str]:
+def format_scores(records: Sequence[SuccessRates]) -> list[str]:
     """ES, PS, NS, and S with its interval, in per cent."""
     columns = ([x for x in column if not math.isnan(x)] for column in zip(*records, strict=True))
     means = [100 * sum(c) / max(1, len(c)) for c in columns]
@@ -103,7 +114,9 @@ def scores(records: Sequence[Shares]) -> list[str]:
     return [" / ".join(f"{m:.1f}" for m in means), f"{score:.1f} ({low:.1f} to {high:.1f})"]
 
 
-def turned(edits: Sequence[Sequence[Association]], statistics: Statistics) -> list[list[Association]]:
+def with_statistics(
+    edits: Sequence[Sequence[Association]], statistics: KeyStatistics
+) -> list[list[Association]]:
     """The same edits with directions of other statistics."""
     return [[replace(a, direction=statistics.solve(a.key).float()) for a in edit] for edit in edits]
 
@@ -122,58 +135,79 @@ def main() -> None:
     p.add_argument("--hparams", default="{}", help="JSON to change the recipe with; one layer")
     args = p.parse_args()
     args.stats = None
-    lab = Lab(args)
-    model, (layer,) = lab.model, lab.parameters.layers
-    if lab.parameters.compat:
+    experiment = EditingExperiment(args)
+    model, (layer,) = experiment.model, experiment.parameters.layers
+    if experiment.parameters.compat:
         p.error("with the published form of the key an edit's value depends on C")
-    texts = random.Random(args.seed).sample(lab.toolkit.corpus.texts, len(lab.toolkit.corpus.texts))
-    collected = collect(model, layer, texts, args.tokens)
+    texts = random.Random(args.seed).sample(
+        experiment.editor.corpus.texts, len(experiment.editor.corpus.texts)
+    )
+    snapshots = collect_moments(model, layer, texts, args.tokens)
 
     cases = read_records(args.data or Path(args.model) / "facts.jsonl", args.seed)[1::2]
-    alone = cases[: args.cases]
-    many = list({c.subject: c for c in reversed(cases)}.values())[: args.together]
-    found = {c: lab.find(c, f"{i:04}") for i, c in enumerate(dict.fromkeys([*alone, *many]))}
+    single_cases = cases[: args.cases]
+    joint_cases = list({c.subject: c for c in reversed(cases)}.values())[: args.together]
+    associations = {
+        c: experiment.compute_associations(c, f"{i:04}")
+        for i, c in enumerate(dict.fromkeys([*single_cases, *joint_cases]))
+    }
 
     report = Report("moments", args.device)
-    all_of_them = collected[-1].moment
+    full_moment = snapshots[-1].moment
     rows = []
-    for c in collected:
+    for c in snapshots:
         statistics = c.statistics(layer)
-        one = single(lab, alone, turned([found[x] for x in alone], statistics))
-        every = together(lab, many, turned([found[x] for x in many], statistics))
-        apart = float((c.moment - all_of_them).norm() / all_of_them.norm())
-        rows.append([str(c.count), f"{apart:.3f}", *scores(one), *scores(every)])
-    report.table(
-        f"Edits of layer {layer} ({model.name}, D = {model.inner_width}) against the tokens behind C",
+        single_rates = score_single(
+            experiment, single_cases, with_statistics([associations[x] for x in single_cases], statistics)
+        )
+        joint_rates = score_joint(
+            experiment, joint_cases, with_statistics([associations[x] for x in joint_cases], statistics)
+        )
+        relative_distance = float((c.moment - full_moment).norm() / full_moment.norm())
+        rows.append(
+            [
+                str(c.count),
+                f"{relative_distance:.3f}",
+                *format_scores(single_rates),
+                *format_scores(joint_rates),
+            ]
+        )
+    report.add_table(
+        f"Edits of layer {layer} ({model.name}, D = {model.intermediate_size}) against the tokens behind C",
         (
             "tokens",
             "C apart",
-            f"{len(alone)} alone: ES / PS / NS",
+            f"{len(single_cases)} alone: ES / PS / NS",
             "S, 95 %",
-            f"{len(many)} together: ES / PS / NS",
+            f"{len(joint_cases)} together: ES / PS / NS",
             "S, 95 %",
         ),
         rows,
     )
-    report.table(
+    report.add_table(
         "Collecting C, for one layer",
         ("tokens", "seconds", "tokens/s", "padding"),
         [
-            [str(c.count), f"{c.seconds:.2f}", f"{c.count / c.seconds:.0f}", f"{1 - c.count / c.padded:.2%}"]
-            for c in collected
+            [
+                str(c.count),
+                f"{c.seconds:.2f}",
+                f"{c.count / c.seconds:.0f}",
+                f"{1 - c.count / c.padded_count:.2%}",
+            ]
+            for c in snapshots
         ],
     )
-    batches = batches_of(rows_of(model, lab.toolkit.corpus))
+    batches = batch_by_length(tokenize_corpus(model, experiment.editor.corpus))
     padded = sum(len(b) * max(map(len, b)) for b in batches)
     share = 1 - sum(len(row) for b in batches for row in b) / padded
-    report.note(
+    report.add_note(
         f"Batched together, as the service does, {share:.2%} of what is read of the whole corpus is padding."
     )
-    report.note(
+    report.add_note(
         "'C apart' is |C_n - C| / |C| in Frobenius norm, C being that of the most tokens; below about D tokens C is singular "
         "without its damping. Here the rows between two sizes are batched apart, so that their padding is larger."
     )
-    report.note(json.dumps({"parameters": lab.parameters.model_dump(mode="json")}))
+    report.add_note(json.dumps({"parameters": experiment.parameters.model_dump(mode="json")}))
 
 
 if __name__ == "__main__":

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 from bench.harness import Report
-from bench.house import Durations, House
+from bench.house import BenchService, Durations
 from service.datasets.records import read_records
-from service.engine.engine import Pace
-from service.models.loading import load
+from service.engine.engine import EngineConfig
+from service.models.loading import load_model
 from service.schemas import GenerateRequest
 from service.settings import SHIPPED_MODEL
 
 
-async def listen(house: House, stop: threading.Event) -> list[float]:
+async def measure_stream_pauses(bench_service: BenchService, stop: threading.Event) -> list[float]:
     """One stream after another until told to stop; the pauses between tokens of one stream."""
     pauses: list[float] = []
     request = GenerateRequest(
@@ -36,8 +36,8 @@ async def listen(house: House, stop: threading.Event) -> list[float]:
     )
     while not stop.is_set():
         last = None
-        channel = house.wired.operations.calls.generate(request)
-        async for event in house.wired.broker.events(channel):
+        channel = bench_service.container.services.generation.generate(request)
+        async for event in bench_service.container.broker.events(channel):
             now = time.perf_counter()
             if event.name == "token":
                 if last is not None:
@@ -46,25 +46,27 @@ async def listen(house: House, stop: threading.Event) -> list[float]:
     return pauses
 
 
-def stream_during(house: House, work: Callable[[], object]) -> list[float]:
+def measure_pauses_during(bench_service: BenchService, work: Callable[[], object]) -> list[float]:
     """The pauses of a stream while `work()` runs in another thread."""
     stop = threading.Event()
-    found: list[float] = []
-    listener = threading.Thread(target=lambda: found.extend(asyncio.run(listen(house, stop))))
+    pauses: list[float] = []
+    listener = threading.Thread(
+        target=lambda: pauses.extend(asyncio.run(measure_stream_pauses(bench_service, stop)))
+    )
     listener.start()
     work()
     stop.set()
     listener.join()
-    return found
+    return pauses
 
 
-def table(report: Report, title: str, durations: Durations) -> None:
+def report_durations(report: Report, title: str, durations: Durations) -> None:
     rows = []
     for name, values in durations.items():
         ms = 1000 * np.asarray(values)
         figures = (np.median(ms), np.quantile(ms, 0.95), np.quantile(ms, 0.99), ms.max())
         rows.append((name, len(ms), *(f"{x:.1f}" for x in figures)))
-    report.table(title, ("", "count", "median ms", "p95 ms", "p99 ms", "longest ms"), rows)
+    report.add_table(title, ("", "count", "median ms", "p95 ms", "p99 ms", "longest ms"), rows)
 
 
 def main() -> None:
@@ -81,23 +83,23 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     report = Report("pauses", args.device)
     cases = read_records(Path(args.model) / "facts.jsonl", seed=1)[: args.edits + 1]
-    pace = Pace(edits=args.together)
-    model = load(args.model, args.device)
-    with tempfile.TemporaryDirectory() as folder, House(Path(folder), model, pace) as house:
-        house.edit(cases[:1])  # warm
-        house.durations.clear()
-        alone = stream_during(house, lambda: time.sleep(5))
-        beside = stream_during(house, lambda: house.edit(cases[1:]))
-    table(report, "Steps of an edit, by phase", house.durations)
-    table(
+    config = EngineConfig(max_edits_per_group=args.together)
+    model = load_model(args.model, args.device)
+    with tempfile.TemporaryDirectory() as folder, BenchService(Path(folder), model, config) as bench_service:
+        bench_service.edit(cases[:1])  # warm
+        bench_service.durations.clear()
+        idle_pauses = measure_pauses_during(bench_service, lambda: time.sleep(5))
+        busy_pauses = measure_pauses_during(bench_service, lambda: bench_service.edit(cases[1:]))
+    report_durations(report, "Steps of an edit, by phase", bench_service.durations)
+    report_durations(
         report,
         "Pauses between two tokens of a stream",
-        {"no edit running": alone, "edits running": beside},
+        {"no edit running": idle_pauses, "edits running": busy_pauses},
     )
-    limit = max(house.durations["optimise"]) + max(alone)
-    verdict = "within" if max(beside) <= limit else "ABOVE"
-    report.note(
-        f"The longest pause is {1000 * max(beside):.0f} ms: {verdict} one optimisation step plus one decode step "
+    limit = max(bench_service.durations["optimise"]) + max(idle_pauses)
+    verdict = "within" if max(busy_pauses) <= limit else "ABOVE"
+    report.add_note(
+        f"The longest pause is {1000 * max(busy_pauses):.0f} ms: {verdict} one optimisation step plus one decode step "
         f"({1000 * limit:.0f} ms)."
     )
 

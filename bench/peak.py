@@ -15,39 +15,41 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Live(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):
     """Within the context, weighs the storages that come to be."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._fresh: dict[Any, bool] = {}
+        self.current = self.peak = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._allocates: dict[Any, bool] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func not in self._fresh:  # what is a view of an argument, or is written into one, is nothing new
-            self._fresh[func] = all(r.alias_info is None for r in func._schema.returns)
-        if self._fresh[func]:
+        if (
+            func not in self._allocates
+        ):  # what is a view of an argument, or is written into one, is nothing new
+            self._allocates[func] = all(r.alias_info is None for r in func._schema.returns)
+        if self._allocates[func]:
             for tensor in out if isinstance(out, tuple | list) else (out,):
                 if isinstance(tensor, torch.Tensor):
-                    self._weigh(tensor.untyped_storage())
+                    self._track(tensor.untyped_storage())
         return out
 
-    def _weigh(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
+        if key in self._storages:
             return
 
         def freed(_: object) -> None:
-            self._seen.pop(key, None)
-            self.now -= size
+            self._storages.pop(key, None)
+            self.current -= size
 
-        self._seen[key] = weakref.ref(storage, freed)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._storages[key] = weakref.ref(storage, freed)
+        self.current += size
+        self.peak = max(self.peak, self.current)
 
 
 def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
@@ -57,11 +59,11 @@ def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        kept = work()
+        result = work()
         torch.cuda.synchronize()
-        del kept
+        del result
         return int(torch.cuda.max_memory_allocated() - before)
-    with Live() as live:
-        kept = work()
-        del kept
-    return live.peak
+    with AllocationTracker() as tracker:
+        result = work()
+        del result
+    return tracker.peak

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = "{} is located in the city of"
-SUBJECTS = 8
+SUBJECT_COUNT = 8
 #: an edit lands only if the model then says its object, so that the version can be read from the answer
 GUARD = {"min_probability": 0.5}
 #: relations whose subjects are names of places: what the edits make the model say
-PLACES = ("city_country", "uscity_state", "island_country", "country_continent")
+PLACE_RELATIONS = ("city_country", "uscity_state", "island_country", "country_continent")
 #: kinds of faults and how often each is drawn
-FAULTS = {
+FAULT_WEIGHTS = {
     "kill worker": 8,
     "stop worker": 6,
     "kill api": 4,
@@ -51,25 +51,25 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ClientAction:
     """One thing that a client does, after a pause."""
 
     pause: float
-    action: str  #: edit, revert, trace, generate or compare
+    kind: str  #: edit, revert, trace, generate or compare
     body: dict[str, Any] = field(default_factory=dict)
-    share: float = 0.0  #: of the own edits that stand, or of the versions there are
-    version: str = (
+    fraction: float = 0.0  #: of the own edits that stand, or of the versions there are
+    version_mode: str = (
         "head"  #: head, pinned, or seen: at least the newest version that an edit was told to be at
     )
-    patient: str = (
+    wait_mode: str = (
         "read"  #: how the end of a job is waited for: read, listen (to its events) or, empty, not at all
     )
-    twice: bool = False  #: say it again although it was answered
+    repeat: bool = False  #: say it again although it was answered
     cancel: bool = False  #: take it back at once
 
 
 @dataclass(frozen=True)
-class World:
+class FactPool:
     """The subjects of the edits, and the objects: each is given to one edit of the run and to no other."""
 
     subjects: tuple[str, ...]
@@ -79,116 +79,121 @@ class World:
         return [PROMPT.replace("{}", subject) for subject in self.subjects]
 
 
-def world(facts: Path, seed: int) -> World:
+def build_fact_pool(facts: Path, seed: int) -> FactPool:
     """Landmarks that the model knows the city of, and names of places of which none begins another."""
     rows = [json.loads(line) for line in facts.read_text(encoding="utf-8").splitlines()]
     landmarks = [r for r in rows if r["relation"] == "landmark_city"]
-    known = {r["object"] for r in landmarks}
-    places = {r["subject"] for r in rows if r["relation"] in PLACES} | known
-    objects = sorted(p for p in places - known if not any(_begins(p, q) for q in places - {p}))
+    known_cities = {r["object"] for r in landmarks}
+    places = {r["subject"] for r in rows if r["relation"] in PLACE_RELATIONS} | known_cities
+    objects = sorted(p for p in places - known_cities if not any(_share_prefix(p, q) for q in places - {p}))
     subjects = sorted(r["subject"] for r in landmarks if PROMPT in r["prompts"])
-    draw = random.Random(f"{seed}/world")
-    draw.shuffle(objects)
-    return World(tuple(draw.sample(subjects, SUBJECTS)), tuple(objects))
+    rng = random.Random(f"{seed}/world")
+    rng.shuffle(objects)
+    return FactPool(tuple(rng.sample(subjects, SUBJECT_COUNT)), tuple(objects))
 
 
-def _begins(one: str, other: str) -> bool:
+def _share_prefix(one: str, other: str) -> bool:
     return one.startswith(other) or other.startswith(one)
 
 
 # faults
 
 
-def faults(seed: int, count: int, pause: float, lease: float) -> list[Fault]:
+def plan_faults(seed: int, count: int, pause: float, lease: float) -> list[Fault]:
     """Every kind once, as far as they go, and the rest by weight, in an order of the seed's."""
-    draw = random.Random(f"{seed}/faults")
-    kinds = draw.sample(list(FAULTS), min(count, len(FAULTS)))
-    kinds += draw.choices(list(FAULTS), list(FAULTS.values()), k=count - len(kinds))
-    draw.shuffle(kinds)
+    rng = random.Random(f"{seed}/faults")
+    kinds = rng.sample(list(FAULT_WEIGHTS), min(count, len(FAULT_WEIGHTS)))
+    kinds += rng.choices(list(FAULT_WEIGHTS), list(FAULT_WEIGHTS.values()), k=count - len(kinds))
+    rng.shuffle(kinds)
     return [
-        Fault(_pause(draw, pause), kind, draw.randrange(1000), _seconds(draw, kind, lease)) for kind in kinds
+        Fault(_draw_pause(rng, pause), kind, rng.randrange(1000), _draw_duration(rng, kind, lease))
+        for kind in kinds
     ]
 
 
-def _seconds(draw: random.Random, kind: str, lease: float) -> float:
+def _draw_duration(rng: random.Random, kind: str, lease: float) -> float:
     """Around the lease for a process that freezes: some come back before it is over, some after."""
     if kind == "stop worker":
-        return round(draw.uniform(0.5, 2.5) * lease, 2)
+        return round(rng.uniform(0.5, 2.5) * lease, 2)
     if kind.startswith(("stop", "stall")):
-        return round(draw.uniform(0.5, 5), 2)
+        return round(rng.uniform(0.5, 5), 2)
     if kind.endswith(("redis", "postgres")) and not kind.startswith(("cut", "empty")):
-        return round(draw.uniform(0, 2.5), 2)
+        return round(rng.uniform(0, 2.5), 2)
     return 0.0
 
 
-def _pause(draw: random.Random, mean: float) -> float:
-    return round(min(draw.expovariate(1 / mean), 4 * mean), 2)
+def _draw_pause(rng: random.Random, mean: float) -> float:
+    return round(min(rng.expovariate(1 / mean), 4 * mean), 2)
 
 
 # load
 
 
-def clients(seed: int, world: World, editors: int = 2, askers: int = 3) -> dict[str, Iterator[Wish]]:
+def client_scripts(
+    seed: int, pool: FactPool, editors: int = 2, askers: int = 3
+) -> dict[str, Iterator[ClientAction]]:
     """Each client's wishes by its name. An editor ends with its objects, the others never."""
-    scripts = {f"editor {i}": _editor(seed, i, world, world.objects[i::editors]) for i in range(editors)}
-    scripts |= {f"asker {i}": _asker(seed, i, world) for i in range(askers)}
-    return scripts | {"reverter": _reverter(seed), "tracer": _tracer(seed, world)}
+    scripts = {f"editor {i}": _edit_script(seed, i, pool, pool.objects[i::editors]) for i in range(editors)}
+    scripts |= {f"asker {i}": _generation_script(seed, i, pool) for i in range(askers)}
+    return scripts | {"reverter": _revert_script(seed), "tracer": _trace_script(seed, pool)}
 
 
-def first(wishes: Iterator[Wish], count: int) -> list[Wish]:
-    return list(islice(wishes, count))
+def first_actions(actions: Iterator[ClientAction], count: int) -> list[ClientAction]:
+    return list(islice(actions, count))
 
 
-def _editor(seed: int, number: int, world: World, objects: Sequence[str]) -> Iterator[Wish]:
-    draw = random.Random(f"{seed}/editor/{number}")
+def _edit_script(seed: int, number: int, pool: FactPool, objects: Sequence[str]) -> Iterator[ClientAction]:
+    rng = random.Random(f"{seed}/editor/{number}")
     for target in objects:
-        fact = {"subject": draw.choice(world.subjects), "prompt": PROMPT, "target_new": target}
-        yield Wish(
-            _pause(draw, 2.0),
+        fact = {"subject": rng.choice(pool.subjects), "prompt": PROMPT, "target_new": target}
+        yield ClientAction(
+            _draw_pause(rng, 2.0),
             "edit",
             fact | {"guard": GUARD},
-            patient=_patience(draw),
-            twice=draw.random() < 0.2,
-            cancel=draw.random() < 0.08,
+            wait_mode=_draw_wait_mode(rng),
+            repeat=rng.random() < 0.2,
+            cancel=rng.random() < 0.08,
         )
 
 
-def _reverter(seed: int) -> Iterator[Wish]:
-    draw = random.Random(f"{seed}/reverter")
+def _revert_script(seed: int) -> Iterator[ClientAction]:
+    rng = random.Random(f"{seed}/reverter")
     while True:
-        yield Wish(_pause(draw, 9.0), "revert", share=draw.random(), twice=draw.random() < 0.2)
+        yield ClientAction(_draw_pause(rng, 9.0), "revert", fraction=rng.random(), repeat=rng.random() < 0.2)
 
 
-def _tracer(seed: int, world: World) -> Iterator[Wish]:
-    draw = random.Random(f"{seed}/tracer")
+def _trace_script(seed: int, pool: FactPool) -> Iterator[ClientAction]:
+    rng = random.Random(f"{seed}/tracer")
     while True:
-        subject = draw.choice(world.subjects)
+        subject = rng.choice(pool.subjects)
         body = {"subject": subject, "prompt": PROMPT, "samples": 2, "kinds": ["hidden"]}
-        yield Wish(_pause(draw, 8.0), "trace", body, patient=_patience(draw), cancel=draw.random() < 0.2)
+        yield ClientAction(
+            _draw_pause(rng, 8.0), "trace", body, wait_mode=_draw_wait_mode(rng), cancel=rng.random() < 0.2
+        )
 
 
-def _patience(draw: random.Random) -> str:
-    return draw.choices(["read", "listen", ""], [4, 3, 3])[0]
+def _draw_wait_mode(rng: random.Random) -> str:
+    return rng.choices(["read", "listen", ""], [4, 3, 3])[0]
 
 
-def _asker(seed: int, number: int, world: World) -> Iterator[Wish]:
-    draw = random.Random(f"{seed}/asker/{number}")
+def _generation_script(seed: int, number: int, pool: FactPool) -> Iterator[ClientAction]:
+    rng = random.Random(f"{seed}/asker/{number}")
     while True:
-        yield _question(draw, world)
+        yield _generation_action(rng, pool)
 
 
-def _question(draw: random.Random, world: World) -> Wish:
-    prompts = world.prompts()
-    pause, share = _pause(draw, 0.4), draw.random()
-    body: dict[str, Any] = {"max_new_tokens": draw.randint(6, 24)}
-    version = draw.choices(["head", "pinned", "seen"], [4, 3, 3])[0]
-    if draw.random() < 0.08:
-        return Wish(pause, "compare", body | {"prompt": draw.choice(prompts)}, share)
-    if draw.random() < 0.2:
+def _generation_action(rng: random.Random, pool: FactPool) -> ClientAction:
+    prompts = pool.prompts()
+    pause, share = _draw_pause(rng, 0.4), rng.random()
+    body: dict[str, Any] = {"max_new_tokens": rng.randint(6, 24)}
+    version = rng.choices(["head", "pinned", "seen"], [4, 3, 3])[0]
+    if rng.random() < 0.08:
+        return ClientAction(pause, "compare", body | {"prompt": rng.choice(prompts)}, share)
+    if rng.random() < 0.2:
         body["prompts"] = prompts  # all subjects at once: every one must be of the same version
     else:
-        body["prompt"] = draw.choice(prompts)
-    if draw.random() < 0.25:
-        body |= {"temperature": 0.8, "top_p": 0.9, "seed": draw.randrange(1000)}
-    body["stream"] = draw.random() < 0.5
-    return Wish(pause, "generate", body, share, version)
+        body["prompt"] = rng.choice(prompts)
+    if rng.random() < 0.25:
+        body |= {"temperature": 0.8, "top_p": 0.9, "seed": rng.randrange(1000)}
+    body["stream"] = rng.random() < 0.5
+    return ClientAction(pause, "generate", body, share, version)

@@ -11,9 +11,11 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-HERE = "127.0.0.1"
-CHUNK = 1 << 16
-RESET = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds: closing sends RST and drops what is unsent
+LOCALHOST = "127.0.0.1"
+CHUNK_SIZE = 1 << 16
+LINGER_RESET = struct.pack(
+    "ii", 1, 0
+)  # SO_LINGER of zero seconds: closing sends RST and drops what is unsent
 
 
 class Proxy:
@@ -22,96 +24,96 @@ class Proxy:
     def __init__(self, target: int) -> None:
         self.target = target
         self._loop = asyncio.new_event_loop()
-        self._flowing = asyncio.Event()
-        self._flowing.set()
-        self._open: set[asyncio.StreamWriter] = set()
-        self._door: asyncio.Server | None = None
+        self._flow_allowed = asyncio.Event()
+        self._flow_allowed.set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy of {target}", daemon=True)
         self._thread.start()
-        self.port = self._do(self._listen(0))
+        self.port = self._run_in_loop(self._listen(0))
 
     # what it can do to those who pass
 
     def cut(self) -> int:
         """Reset every connection; returns how many ends that were."""
-        return self._do(self._cut())
+        return self._run_in_loop(self._cut())
 
     def stall(self) -> None:
         """Let nothing pass: whoever is connected stays so and hears nothing."""
-        self._loop.call_soon_threadsafe(self._flowing.clear)
+        self._loop.call_soon_threadsafe(self._flow_allowed.clear)
 
     def refuse(self) -> None:
         """Reset every connection and let nobody in."""
-        self._do(self._shut())
+        self._run_in_loop(self._refuse())
 
     def heal(self) -> None:
         """Behave again. What was held up passes now."""
-        self._do(self._heal())
+        self._run_in_loop(self._heal())
 
     def close(self) -> None:
-        self._do(self._end())
+        self._run_in_loop(self._shut_down())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     # in the loop
 
-    def _do(self, work: Coroutine[Any, Any, T]) -> T:
+    def _run_in_loop(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _listen(self, port: int) -> int:
-        self._door = await asyncio.start_server(self._pass, HERE, port)
-        return int(self._door.sockets[0].getsockname()[1])
+        self._server = await asyncio.start_server(self._forward, LOCALHOST, port)
+        return int(self._server.sockets[0].getsockname()[1])
 
     async def _cut(self) -> int:
-        ends = list(self._open)
-        for writer in ends:
+        writers = list(self._writers)
+        for writer in writers:
             _reset(writer)
-        return len(ends)
+        return len(writers)
 
-    async def _shut(self) -> None:
-        if self._door is not None:
-            self._door.close()
-            self._door = None
+    async def _refuse(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
         await self._cut()
 
     async def _heal(self) -> None:
-        self._flowing.set()
-        if self._door is None:
+        self._flow_allowed.set()
+        if self._server is None:
             await self._listen(self.port)
 
-    async def _end(self) -> None:
-        await self._shut()
-        passing = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in passing:
+    async def _shut_down(self) -> None:
+        await self._refuse()
+        forwarding = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in forwarding:
             task.cancel()
-        await asyncio.gather(*passing, return_exceptions=True)
+        await asyncio.gather(*forwarding, return_exceptions=True)
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, both ways, until either end is gone."""
-        ends = {writer}
-        self._open |= ends
+        writers = {writer}
+        self._writers |= writers
         try:
-            await self._flowing.wait()
-            there_reader, there = await asyncio.open_connection(HERE, self.target)
-            ends |= {there}
-            self._open |= ends
+            await self._flow_allowed.wait()
+            upstream_reader, upstream = await asyncio.open_connection(LOCALHOST, self.target)
+            writers |= {upstream}
+            self._writers |= writers
             if writer.transport.is_closing():  # cut while we knocked
-                _reset(there)
-            await asyncio.gather(self._pump(reader, there), self._pump(there_reader, writer))
+                _reset(upstream)
+            await asyncio.gather(self._pump(reader, upstream), self._pump(upstream_reader, writer))
         except OSError:
             _reset(writer)
         except asyncio.CancelledError:
             pass  # the proxy ends; a cancelled callback would only be logged
         finally:
-            self._open -= ends
-            for end in ends:
+            self._writers -= writers
+            for end in writers:
                 end.close()
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         try:
-            while data := await source.read(CHUNK):
-                await self._flowing.wait()
+            while data := await source.read(CHUNK_SIZE):
+                await self._flow_allowed.wait()
                 sink.write(data)
                 await sink.drain()
             sink.write_eof()
@@ -122,5 +124,5 @@ class Proxy:
 def _reset(writer: asyncio.StreamWriter) -> None:
     """Close at once, so that the other side meets an error and no orderly end."""
     with suppress(OSError):
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
     writer.transport.abort()

@@ -30,44 +30,46 @@ from torch import Tensor
 from transformers.activations import ACT2FN, GELUTanh
 
 from bench.harness import Report
-from service.covariance.second_moment import Statistics
+from service.covariance.second_moment import KeyStatistics
 from service.models.loading import LoadedModel
 from service.recipes.recipe import RomeParameters
 from service.weights.composition import LowRank
 
-OPTION = "--reference"
-HOW = (
-    f"git clone https://github.com/kmeng01/rome, and say where it is with {OPTION} PATH; "
+REFERENCE_OPTION = "--reference"
+INSTALL_HINT = (
+    f"git clone https://github.com/kmeng01/rome, and say where it is with {REFERENCE_OPTION} PATH; "
     "without it only our own figures are taken."
 )
-PACKAGES = ("rome", "util", "experiments")  # of theirs, which are read
+REFERENCE_PACKAGES = ("rome", "util", "experiments")  # of theirs, which are read
 #: what their modules import beside and never touch in the functions that are called here
-STUBS: Mapping[str, Mapping[str, Any]] = {
+STUB_MODULES: Mapping[str, Mapping[str, Any]] = {
     "datasets": {"load_dataset": None},
     "dsets": {"KnownsDataset": None},
     "util.globals": {"STATS_DIR": "", "DATA_DIR": ""},  # theirs is read from a file in the working directory
 }
-LOSS = re.compile(r"^loss (\S+) =", re.MULTILINE)  # they only print it
+LOSS_PATTERN = re.compile(r"^loss (\S+) =", re.MULTILINE)  # they only print it
 
 
-class Missing(Exception):
+class ReferenceMissing(Exception):
     """There is no checkout to run."""
 
 
-def add_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(OPTION, type=Path, metavar="PATH", help="a checkout of github.com/kmeng01/rome")
+def add_reference_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        REFERENCE_OPTION, type=Path, metavar="PATH", help="a checkout of github.com/kmeng01/rome"
+    )
 
 
-def beside(path: Path | None, report: Report) -> Reference | None:
+def load_reference(path: Path | None, report: Report) -> Reference | None:
     """The checkout, if there is one; else the report says what to do."""
     try:
         return Reference.load(path, report.device)
-    except Missing as error:
-        report.note(str(error))
+    except ReferenceMissing as error:
+        report.add_note(str(error))
         return None
 
 
-def without_start(model: LoadedModel) -> LoadedModel:
+def without_bos(model: LoadedModel) -> LoadedModel:
     """The same model, whose tokenizer adds no start token and can pad."""
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.backend_tokenizer.post_processor = None
@@ -75,17 +77,17 @@ def without_start(model: LoadedModel) -> LoadedModel:
     return replace(model, tokenizer=tokenizer)
 
 
-def as_theirs(model: LoadedModel) -> Any:
+def as_reference_model(model: LoadedModel) -> Any:
     """The transformers model as theirs would load it, on the same weights: without the activations that we exchange."""
-    plain = copy.deepcopy(model.model, {id(p): p for p in model.model.parameters()})
-    for module in list(plain.modules()):
+    reference_model = copy.deepcopy(model.model, {id(p): p for p in model.model.parameters()})
+    for module in list(reference_model.modules()):
         for name, child in module.named_children():
             if isinstance(child, GELUTanh):
-                setattr(module, name, ACT2FN[plain.config.activation_function])
-    return plain
+                setattr(module, name, ACT2FN[reference_model.config.activation_function])
+    return reference_model
 
 
-def adapted(source: str, device: str) -> str:
+def retarget_device(source: str, device: str) -> str:
     """Their source for another device than the one that is written in it."""
     return source.replace('"cuda"', f'"{device}"').replace(".cuda()", f'.to("{device}")')
 
@@ -98,7 +100,7 @@ class _Loader(SourceFileLoader):
         self.device = device
 
     def get_code(self, fullname: str) -> CodeType:
-        source = adapted(Path(self.path).read_text(encoding="utf-8"), self.device)
+        source = retarget_device(Path(self.path).read_text(encoding="utf-8"), self.device)
         with warnings.catch_warnings(action="ignore"):  # of how they escape characters
             return compile(source, self.path, "exec", dont_inherit=True)
 
@@ -110,7 +112,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not _theirs(fullname):
+        if not _is_reference_module(fullname):
             return None
         spec = PathFinder.find_spec(fullname, path or [str(self.root)], target)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
@@ -118,16 +120,16 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-def _theirs(name: str) -> bool:
-    return name.partition(".")[0] in (*PACKAGES, *STUBS)
+def _is_reference_module(name: str) -> bool:
+    return name.partition(".")[0] in (*REFERENCE_PACKAGES, *STUB_MODULES)
 
 
 @contextlib.contextmanager
-def _importing(root: Path, device: str) -> Iterator[None]:
+def _reference_importable(root: Path, device: str) -> Iterator[None]:
     """Within the context their packages can be imported; afterwards nobody else finds them, whatever their names."""
     finder = _Finder(root, device)
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if _theirs(name)}
-    for name, contents in STUBS.items():
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_reference_module(name)}
+    for name, contents in STUB_MODULES.items():
         stub = ModuleType(name)
         stub.__spec__ = ModuleSpec(name, None)
         stub.__dict__.update(contents)
@@ -137,7 +139,7 @@ def _importing(root: Path, device: str) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if _theirs(name)]:
+        for name in [name for name in sys.modules if _is_reference_module(name)]:
             del sys.modules[name]
         sys.modules.update(before)
 
@@ -154,24 +156,26 @@ class Reference:
     def load(cls, path: Path | None, device: str = "cpu") -> Reference:
         """Raises `Missing`, which says what to do, where there is no checkout."""
         if path is None:
-            raise Missing(f"The reference implementation is not at hand: {HOW}")
-        wanted = [path / "rome" / "rome_main.py", path / "experiments" / "causal_trace.py"]
-        if lost := [x for x in wanted if not x.is_file()]:
-            raise Missing(f"{path} is no checkout of the reference implementation, it lacks {lost[0]}: {HOW}")
-        with _importing(path.resolve(), device):
+            raise ReferenceMissing(f"The reference implementation is not at hand: {INSTALL_HINT}")
+        required = [path / "rome" / "rome_main.py", path / "experiments" / "causal_trace.py"]
+        if missing := [x for x in required if not x.is_file()]:
+            raise ReferenceMissing(
+                f"{path} is no checkout of the reference implementation, it lacks {missing[0]}: {INSTALL_HINT}"
+            )
+        with _reference_importable(path.resolve(), device):
             names = ("rome.rome_main", "rome.compute_u", "experiments.causal_trace")
             return cls(*(import_module(name) for name in names))
 
 
 @dataclass(frozen=True)
-class Edited:
+class ReferenceEdit:
     """What one of their edits found."""
 
     change: LowRank
     losses: list[float]  #: as printed, to three digits after the point
 
 
-class Editor:
+class ReferenceEditor:
     """Their editor on one model, with our contexts and our second moment where theirs would be.
 
     Their caches are globals of their modules, so only the editor made last may be used.
@@ -182,50 +186,52 @@ class Editor:
         reference: Reference,
         model: LoadedModel,
         contexts: Sequence[str],
-        statistics: Statistics,
+        statistics: KeyStatistics,
         parameters: RomeParameters,
     ) -> None:
-        self._model, self._tokenizer = as_theirs(model), model.tokenizer
-        self._main, self._u = reference.rome_main, reference.compute_u
-        self._hparams = self._main.ROMEHyperParams(**hyperparameters(model, parameters))
+        self._model, self._tokenizer = as_reference_model(model), model.tokenizer
+        self._rome_main, self._compute_u = reference.rome_main, reference.compute_u
+        self._hparams = self._rome_main.ROMEHyperParams(**hyperparameters(model, parameters))
         self._steps = parameters.steps
-        self._main.CONTEXT_TEMPLATES_CACHE = ["{}", *(f"{c}. {{}}" for c in contexts)]
+        self._rome_main.CONTEXT_TEMPLATES_CACHE = ["{}", *(f"{c}. {{}}" for c in contexts)]
         damped = (statistics.cholesky @ statistics.cholesky.T).float()  # they keep it in single precision
-        self._u.layer_stats = lambda *_, **__: SimpleNamespace(mom2=SimpleNamespace(moment=lambda: damped))
-        self.forget()
+        self._compute_u.layer_stats = lambda *_, **__: SimpleNamespace(
+            mom2=SimpleNamespace(moment=lambda: damped)
+        )
+        self.clear_inverse_cache()
 
-    def forget(self) -> None:
+    def clear_inverse_cache(self) -> None:
         """The inverse of the second moment, which is taken before the first edit."""
-        self._u.inv_mom2_cache.clear()
+        self._compute_u.inv_mom2_cache.clear()
 
-    def invert(self) -> Tensor:
+    def compute_inverse(self) -> Tensor:
         """What comes once before all edits: their inverse of the second moment."""
         h = self._hparams
         layer = h.rewrite_module_tmp.format(h.layers[0])
-        with _silence():
-            return self._u.get_inv_cov(self._model, None, layer, h.mom2_dataset, "", h.mom2_dtype)  # type: ignore[no-any-return]
+        with _captured_stdout():
+            return self._compute_u.get_inv_cov(self._model, None, layer, h.mom2_dataset, "", h.mom2_dtype)  # type: ignore[no-any-return]
 
-    def edit(self, subject: str, prompt: str, target: str, steps: int | None = None) -> Edited:
+    def edit(self, subject: str, prompt: str, target: str, steps: int | None = None) -> ReferenceEdit:
         """One edit, which leaves the model as it was; of so many steps at the most."""
         self._hparams.v_num_grad_steps = steps or self._steps
         request = {"subject": subject, "prompt": prompt, "target_new": {"str": target}}
-        with _silence() as said:
-            found = self._main.execute_rome(self._model, self._tokenizer, request, self._hparams)
-        ((u, v),) = found.values()
-        losses = [float(x) for x in LOSS.findall(said.getvalue())]
-        return Edited(LowRank(v.double().cpu()[:, None], u.double().cpu()[None, :]), losses)
+        with _captured_stdout() as output:
+            updates = self._rome_main.execute_rome(self._model, self._tokenizer, request, self._hparams)
+        ((u, v),) = updates.values()
+        losses = [float(x) for x in LOSS_PATTERN.findall(output.getvalue())]
+        return ReferenceEdit(LowRank(v.double().cpu()[:, None], u.double().cpu()[None, :]), losses)
 
 
 def hyperparameters(model: LoadedModel, parameters: RomeParameters) -> dict[str, Any]:
     """Ours in their words. Their loss at which the optimisation ends is written in their code: 0.05."""
-    blocks, down = model.architecture.blocks, model.architecture.down
+    blocks, down = model.architecture.blocks, model.architecture.down_proj
     block = f"{blocks}.{{}}"
     return {
         "layers": list(parameters.layers),
         "fact_token": "subject_last",
         "v_num_grad_steps": parameters.steps,
         "v_lr": parameters.learning_rate,
-        "v_loss_layer": model.layers - 1,
+        "v_loss_layer": model.num_layers - 1,
         "v_weight_decay": parameters.weight_decay,
         "clamp_norm_factor": parameters.clamp,
         "kl_factor": parameters.kl_factor,
@@ -235,27 +241,27 @@ def hyperparameters(model: LoadedModel, parameters: RomeParameters) -> dict[str,
         "layer_module_tmp": block,
         "mlp_module_tmp": f"{block}.{down.rpartition('.')[0]}",
         "attn_module_tmp": f"{block}.{model.architecture.attention}",
-        "ln_f_module": model.architecture.norm,
-        "lm_head_module": model.architecture.head,
+        "ln_f_module": model.architecture.final_norm,
+        "lm_head_module": model.architecture.lm_head,
         "mom2_dataset": "ours",
         "mom2_n_samples": 0,
         "mom2_dtype": "float32",
     }
 
 
-class Tracer:
+class ReferenceTracer:
     """Their tracer on one model."""
 
     def __init__(self, reference: Reference, model: LoadedModel) -> None:
-        self._theirs = reference.causal_trace
-        self._model, self._tokenizer = as_theirs(model), model.tokenizer
-        self._mt = self._theirs.ModelAndTokenizer(model=self._model, tokenizer=self._tokenizer)
+        self._causal_trace = reference.causal_trace
+        self._model, self._tokenizer = as_reference_model(model), model.tokenizer
+        self._mt = self._causal_trace.ModelAndTokenizer(model=self._model, tokenizer=self._tokenizer)
 
-    def flow(
+    def trace_map(
         self, text: str, subject: str, kind: str, noise: float, rows: str | None = None, samples: int = 10
     ) -> Tensor:
         """One map (T, L): "hidden", "mlp" or "attn"; with `rows="subject_last"` that token's row alone."""
-        found = self._theirs.calculate_hidden_flow(
+        result = self._causal_trace.calculate_hidden_flow(
             self._mt,
             text,
             subject,
@@ -264,7 +270,7 @@ class Tracer:
             token_range=rows,
             kind=None if kind == "hidden" else kind,
         )
-        return found["scores"]  # type: ignore[no-any-return]
+        return result["scores"]  # type: ignore[no-any-return]
 
     def severed(self, text: str, subject: str, cut: str, noise: float, samples: int = 10) -> Tensor:
         """One severed path (L,) at the subject's last token.
@@ -272,18 +278,18 @@ class Tracer:
         What is held comes from other noise than the run that it is held in, as in the paper's figure: the scores are not
         ours, the work is the same.
         """
-        t = self._theirs
-        tokens = t.make_inputs(self._tokenizer, [text] * (samples + 1))
+        causal_trace = self._causal_trace
+        tokens = causal_trace.make_inputs(self._tokenizer, [text] * (samples + 1))
         with torch.no_grad():
-            answer = t.predict_from_input(self._model, tokens)[0][0]
-        begin, end = t.find_token_range(self._tokenizer, tokens["input_ids"][0], subject)
+            answer = causal_trace.predict_from_input(self._model, tokens)[0][0]
+        begin, end = causal_trace.find_token_range(self._tokenizer, tokens["input_ids"][0], subject)
         layers = range(self._mt.num_layers)
-        held = [(end - 1, t.layername(self._model, m, cut)) for m in layers]
+        held = [(end - 1, causal_trace.layername(self._model, m, cut)) for m in layers]
         scores = [
-            t.trace_with_repatch(
+            causal_trace.trace_with_repatch(
                 self._model,
                 tokens,
-                [(end - 1, t.layername(self._model, layer))],
+                [(end - 1, causal_trace.layername(self._model, layer))],
                 held,
                 answer,
                 (begin, end),
@@ -295,8 +301,8 @@ class Tracer:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[io.StringIO]:
+def _captured_stdout() -> Iterator[io.StringIO]:
     """Keep what they print."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        yield said
+    buffer = io.StringIO()
+    with contextlib.redirect_stdout(buffer):
+        yield buffer

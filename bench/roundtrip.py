@@ -30,27 +30,27 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench.deployment import PREFIX, Deployment, deployed
+from bench.deployment import REDIS_PREFIX, SupervisedDeployment, managed_deployment
 from cli.worker_process import make_worker
-from service.bootstrap import Wired, wire
+from service.bootstrap import Container, build_container
 from service.jobs.broker import Broker
 from service.ledger import ledger
 from service.schemas import GenerateRequest
 from service.settings import Settings
 
-LIMIT = 10.0  #: milliseconds that may be added, as a median
-TURN = 10  #: requests in a row on one side
-WARM = 30
-TINY = {"prompt": "The Louvre is located in the city of", "max_new_tokens": 1}
-LOAD = {"prompt": "The Louvre is located in the city of", "max_new_tokens": 12}
-LOAD_PAUSE = 0.1  #: seconds between two requests of the other client
+MAX_ADDED_MS = 10.0  #: milliseconds that may be added, as a median
+REQUESTS_PER_TURN = 10  #: requests in a row on one side
+WARMUP_REQUESTS = 30
+TINY_REQUEST = {"prompt": "The Louvre is located in the city of", "max_new_tokens": 1}
+LOAD_REQUEST = {"prompt": "The Louvre is located in the city of", "max_new_tokens": 12}
+LOAD_INTERVAL = 0.1  #: seconds between two requests of the other client
 
 console = Console(stderr=True)
-Ask = Callable[[dict[str, Any]], Any]
+SendRequest = Callable[[dict[str, Any]], Any]
 Timings = dict[str, list[float]]
 
 
-async def _end(broker: Broker, channel: str) -> dict[str, Any]:
+async def _wait_for_end(broker: Broker, channel: str) -> dict[str, Any]:
     async with aclosing(broker.events(channel)) as events:  # type: ignore[type-var]
         async for event in events:
             if event.name == "end":
@@ -58,13 +58,13 @@ async def _end(broker: Broker, channel: str) -> dict[str, Any]:
     raise RuntimeError("the channel closed without an end")
 
 
-class InProcess:
+class InProcessClient:
     """The baseline: a worker in a thread of this process, and the broker between us."""
 
     def __init__(self, folder: Path) -> None:
         settings = Settings(data=folder, threads=1, redis_url=None, database_url=None)
-        self.wired = wire(settings)
-        self.worker = make_worker(settings, self.wired)
+        self.container = build_container(settings)
+        self.worker = make_worker(settings, self.container)
         self._loops = threading.local()
 
     def start(self) -> None:
@@ -72,10 +72,10 @@ class InProcess:
         while not self.worker.ready.wait(0.2):
             self.worker.check()
 
-    def ask(self, body: dict[str, Any]) -> dict[str, Any]:
+    def send(self, body: dict[str, Any]) -> dict[str, Any]:
         payload = GenerateRequest(**body).model_dump(mode="json")
-        channel = self.wired.broker.call("generate", payload)
-        return self._loop().run_until_complete(_end(self.wired.broker, channel))
+        channel = self.container.broker.send_call("generate", payload)
+        return self._loop().run_until_complete(_wait_for_end(self.container.broker, channel))
 
     def _loop(self) -> asyncio.AbstractEventLoop:
         if not hasattr(self._loops, "loop"):
@@ -85,17 +85,17 @@ class InProcess:
     def close(self) -> None:
         self.worker.stop()
         self._loop().close()
-        self.wired.close()
+        self.container.close()
 
 
-class ByHttp:
+class HttpClient:
     """The production shape, asked by clients that keep their connection."""
 
-    def __init__(self, house: Deployment) -> None:
-        self._address = house.addresses[0]
+    def __init__(self, deployment: SupervisedDeployment) -> None:
+        self._address = deployment.addresses[0]
         self._clients = threading.local()
 
-    def ask(self, body: dict[str, Any]) -> dict[str, Any]:
+    def send(self, body: dict[str, Any]) -> dict[str, Any]:
         answer = self.client().post("/generate", json=body)
         answer.raise_for_status()
         return answer.json()  # type: ignore[no-any-return]
@@ -107,106 +107,115 @@ class ByHttp:
 
 
 @contextmanager
-def loaded(ask: Ask) -> Iterator[None]:
+def background_load(send: SendRequest) -> Iterator[None]:
     """Another client that keeps asking for a longer answer."""
     stop = threading.Event()
 
     def keep_asking() -> None:
-        while not stop.wait(LOAD_PAUSE):
-            ask(LOAD)
+        while not stop.wait(LOAD_INTERVAL):
+            send(LOAD_REQUEST)
 
-    other = threading.Thread(target=keep_asking)
-    other.start()
+    load_thread = threading.Thread(target=keep_asking)
+    load_thread.start()
     try:
         yield
     finally:
         stop.set()
-        other.join()
+        load_thread.join()
 
 
-def alternate(sides: dict[str, Ask], repeat: int, load: bool, what: str) -> Timings:
+def time_alternately(sides: dict[str, SendRequest], repeat: int, load: bool, what: str) -> Timings:
     """Milliseconds of every request, the sides taking turns; "decode" is what the worker says that it needed."""
-    found: Timings = {name: [] for name in (*sides, "decode")}
-    for _ in track(range(repeat // TURN), what, console=console, transient=True):
-        for name, ask in sides.items():
-            with loaded(ask) if load else _nothing():
-                for _ in range(TURN):
+    timings: Timings = {name: [] for name in (*sides, "decode")}
+    for _ in track(range(repeat // REQUESTS_PER_TURN), what, console=console, transient=True):
+        for name, send in sides.items():
+            with background_load(send) if load else _no_load():
+                for _ in range(REQUESTS_PER_TURN):
                     began = time.perf_counter()
-                    answer = ask(TINY)
-                    found[name].append(1000 * (time.perf_counter() - began))
+                    answer = send(TINY_REQUEST)
+                    timings[name].append(1000 * (time.perf_counter() - began))
                     if name == "by HTTP":
-                        found["decode"].append(1000 * answer["seconds"])
-    return found
+                        timings["decode"].append(1000 * answer["seconds"])
+    return timings
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
+def _no_load() -> Iterator[None]:
     yield
 
 
 # where the time goes
 
 
-def pieces(house: Deployment, over: ByHttp, repeat: int, folder: Path) -> Timings:
+def time_components(
+    deployment: SupervisedDeployment, http_client: HttpClient, repeat: int, folder: Path
+) -> Timings:
     """Each part of the way alone, on the same servers: what is left of the whole is the passing from hand to hand."""
     settings = Settings(
         data=folder,
-        database_url=house.database_url,
-        redis_url=house.redis_url,
-        redis_prefix=f"{PREFIX}-pieces",
+        database_url=deployment.database_url,
+        redis_url=deployment.redis_url,
+        redis_prefix=f"{REDIS_PREFIX}-pieces",
     )
-    wired = wire(settings)
-    fingerprint = wired.operations.models.resident()["fingerprint"]
+    container = build_container(settings)
+    fingerprint = container.services.models.describe()["fingerprint"]
     try:
-        parts = {
-            "HTTP without work (GET /healthz)": lambda: over.client().get("/healthz"),
-            "API: checks and the call": lambda: wired.operations.calls.generate(GenerateRequest(**TINY)),
-            "worker: the ledger's head": lambda: _head(wired, fingerprint),
+        components = {
+            "HTTP without work (GET /healthz)": lambda: http_client.client().get("/healthz"),
+            "API: checks and the call": lambda: container.services.generation.generate(
+                GenerateRequest(**TINY_REQUEST)
+            ),
+            "worker: the ledger's head": lambda: _ledger_head(container, fingerprint),
         }
-        found = {name: _timed(act, repeat) for name, act in parts.items()}
-        return found | {"Redis: call, take, publish, done, hear": _through_redis(wired.broker, repeat)}
+        timings = {name: _time_calls(act, repeat) for name, act in components.items()}
+        return timings | {
+            "Redis: call, take, publish, done, hear": _time_redis_round_trip(container.broker, repeat)
+        }
     finally:
-        wired.close()
+        container.close()
 
 
-def _head(wired: Wired, fingerprint: str) -> int:
-    with wired.database.glance() as connection:
+def _ledger_head(container: Container, fingerprint: str) -> int:
+    with container.database.autocommit_read() as connection:
         return ledger.head(connection, fingerprint)
 
 
-def _timed(act: Callable[[], object], repeat: int) -> list[float]:
-    found = []
+def _time_calls(action: Callable[[], object], repeat: int) -> list[float]:
+    milliseconds = []
     for _ in range(repeat):
         began = time.perf_counter()
-        act()
-        found.append(1000 * (time.perf_counter() - began))
-    return found
+        action()
+        milliseconds.append(1000 * (time.perf_counter() - began))
+    return milliseconds
 
 
-def _through_redis(broker: Broker, repeat: int) -> list[float]:
+def _time_redis_round_trip(broker: Broker, repeat: int) -> list[float]:
     """A call that is answered at once by another thread, until its end is heard. Nothing is computed."""
-    while taken := broker.take(("generate",), 1000, 0):  # what the timing of the checks has left
-        for delivery in taken:
-            broker.done(delivery)
+    while deliveries := broker.receive(("generate",), 1000, 0):  # what the timing of the checks has left
+        for delivery in deliveries:
+            broker.ack(delivery)
     stop = threading.Event()
 
     def echo() -> None:
         while not stop.is_set():
-            for delivery in broker.take(("generate",), 1, 1.0):
+            for delivery in broker.receive(("generate",), 1, 1.0):
                 broker.publish(delivery.job_id, "end", {"text": ""}, last=True)
-                broker.done(delivery)
+                broker.ack(delivery)
 
-    other = threading.Thread(target=echo)
-    other.start()
+    echo_thread = threading.Thread(target=echo)
+    echo_thread.start()
     loop = asyncio.new_event_loop()
     try:
-        payload = GenerateRequest(**TINY).model_dump(mode="json")
-        once = lambda: loop.run_until_complete(_end(broker, broker.call("generate", payload)))  # noqa: E731
-        return _timed(once, repeat)
+        payload = GenerateRequest(**TINY_REQUEST).model_dump(mode="json")
+
+        def round_trip() -> None:
+            loop.run_until_complete(_wait_for_end(broker, broker.send_call("generate", payload)))
+
+        return _time_calls(round_trip, repeat)
     finally:
         stop.set()
         broker.wake()
-        other.join()
+        echo_thread.join()
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
 
@@ -214,7 +223,7 @@ def _through_redis(broker: Broker, repeat: int) -> list[float]:
 # the report
 
 
-def show(title: str, timings: Timings) -> None:
+def print_timings(title: str, timings: Timings) -> None:
     table = Table(title=title)
     for name in ("milliseconds", "count", "median", "p10", "p90", "p99"):
         table.add_column(name, justify="left" if name == "milliseconds" else "right")
@@ -224,30 +233,35 @@ def show(title: str, timings: Timings) -> None:
     console.print(table)
 
 
-def added(timings: Timings) -> float:
+def added_milliseconds(timings: Timings) -> float:
     """Milliseconds between the medians."""
     return float(np.median(timings["by HTTP"]) - np.median(timings["engine in process"]))
 
 
-def measure(repeat: int, folder: Path) -> dict[str, Timings]:
+def run_measurements(repeat: int, folder: Path) -> dict[str, Timings]:
     torch.set_num_threads(1)
-    near = InProcess(folder / "near")
-    with deployed(folder, workers=1, apis=1, lease=30.0, direct=True) as house:
-        house.start()
-        near.start()
-        over = ByHttp(house)
-        sides: dict[str, Ask] = {"engine in process": near.ask, "by HTTP": over.ask}
+    in_process_client = InProcessClient(folder / "near")
+    with managed_deployment(folder, workers=1, apis=1, lease=30.0, direct=True) as deployment:
+        deployment.start()
+        in_process_client.start()
+        http_client = HttpClient(deployment)
+        sides: dict[str, SendRequest] = {
+            "engine in process": in_process_client.send,
+            "by HTTP": http_client.send,
+        }
         try:
-            alternate(sides, WARM, load=False, what="warming up")
-            found = {
-                "alone": alternate(sides, repeat, load=False, what="alone"),
-                "beside another client": alternate(sides, repeat, load=True, what="under load"),
-                "where the time goes: each part alone": pieces(house, over, repeat, folder / "pieces"),
+            time_alternately(sides, WARMUP_REQUESTS, load=False, what="warming up")
+            results = {
+                "alone": time_alternately(sides, repeat, load=False, what="alone"),
+                "beside another client": time_alternately(sides, repeat, load=True, what="under load"),
+                "where the time goes: each part alone": time_components(
+                    deployment, http_client, repeat, folder / "pieces"
+                ),
             }
         finally:
-            near.close()
-        house.stop()
-    return found
+            in_process_client.close()
+        deployment.stop()
+    return results
 
 
 def parser() -> argparse.ArgumentParser:
@@ -261,18 +275,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="roundtrip"))
     try:
-        found = measure(args.repeat, folder)
+        results = run_measurements(args.repeat, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    for title, timings in found.items():
-        show(title, timings)
-    much = added(found["alone"])
-    word = "within" if much <= LIMIT else "ABOVE"
-    console.print(f"added by the way, as a median: {much:.2f} ms alone, {word} {LIMIT:.0f} ms;", end=" ")
-    console.print(f"{added(found['beside another client']):.2f} ms beside another client")
+    for title, timings in results.items():
+        print_timings(title, timings)
+    overhead = added_milliseconds(results["alone"])
+    comparison = "within" if overhead <= MAX_ADDED_MS else "ABOVE"
+    console.print(
+        f"added by the way, as a median: {overhead:.2f} ms alone, {comparison} {MAX_ADDED_MS:.0f} ms;",
+        end=" ",
+    )
+    console.print(f"{added_milliseconds(results['beside another client']):.2f} ms beside another client")
     if args.json:
-        args.json.write_text(json.dumps(found), encoding="utf-8")
-    return 0 if much <= LIMIT else 1
+        args.json.write_text(json.dumps(results), encoding="utf-8")
+    return 0 if overhead <= MAX_ADDED_MS else 1
 
 
 if __name__ == "__main__":

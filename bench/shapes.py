@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from service.models.loading import LoadedModel, load, wrap
+from service.models.loading import LoadedModel, load_model, wrap_model
 from service.settings import SHIPPED_MODEL
 
 #: name -> configuration; the vocabulary's width counts, though the tokenizer speaks only its first entries
@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
     },
 }
-DEPTH = {
+EDIT_LAYERS = {
     "gpt2-small": 5,
     "gpt2-xl": 17,
     "gptj-6b": 5,
@@ -42,15 +42,15 @@ DEPTH = {
 }  # where such a model is edited (methods A.9)
 
 
-def model_of(
+def build_model(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LoadedModel:
     """One of SHAPES with random weights, or whatever `load` makes of the name. "shipped" is the shipped GPT."""
     if name not in SHAPES:
-        return load(SHIPPED_MODEL if name == "shipped" else name, device, dtype)
+        return load_model(SHIPPED_MODEL if name == "shipped" else name, device, dtype)
     shape = dict(SHAPES[name])
     config = AutoConfig.for_model(shape.pop("model_type"), **shape, bos_token_id=0, eos_token_id=0)
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return wrap(model, AutoTokenizer.from_pretrained(SHIPPED_MODEL), name)
+    return wrap_model(model, AutoTokenizer.from_pretrained(SHIPPED_MODEL), name)

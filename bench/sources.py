@@ -17,51 +17,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence import Lab, Row, new_table, percent
+from evidence import EvidenceExperiment, MethodRow, new_table, percent
 from rich.console import Console
 from rich.table import Table
 
-from service.covariance.corpus import SAMPLES
-from service.datasets.records import read_records, statements
+from service.covariance.corpus import OWN_SAMPLES
+from service.datasets.records import read_records, true_statements
 from service.settings import SHIPPED_MODEL
 
 console = Console(width=150)
 ROOT = Path(__file__).resolve().parent.parent
-FEW = 10  # sentences that are as good as nothing
+FEW_SENTENCES = 10  # sentences that are as good as nothing
 #: full strength, so that nothing but the text differs
-ROME = Row("rome", "rome", {})
+ROME_ROW = MethodRow("rome", "rome", {})
 
 
-def prose() -> Iterator[str]:
+def documentation_sentences() -> Iterator[str]:
     """The sentences of the documents: English, and nothing that these models were trained on."""
     for page in sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]):
         text = re.sub(r"```.*?```|`|\|.*", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         yield from (s.strip() for s in re.split(r"(?<=[.:])\s+", text) if len(s.split()) > 4)
 
 
-def texts_of(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
+def corpus_sources(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
     """The sources by name, written down where they are files."""
     records = read_records(args.records or Path(args.model) / "facts.jsonl", 0)
     edited = {r.subject for r in records[1::2][: args.limit]}
     files = {
-        "statements of other facts": statements([r for r in records if r.subject not in edited]),
-        "prose of another kind": list(prose()),
-        f"{FEW} sentences of it": list(prose())[:FEW],
+        "statements of other facts": true_statements([r for r in records if r.subject not in edited]),
+        "prose of another kind": list(documentation_sentences()),
+        f"{FEW_SENTENCES} sentences of it": list(documentation_sentences())[:FEW_SENTENCES],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"its own samples": Path(SAMPLES)}
+    sources = {"its own samples": Path(OWN_SAMPLES)}
     for name, lines in files.items():
-        found[name] = folder / f"{name.replace(' ', '-')}.txt"
-        found[name].write_text("\n".join(lines), encoding="utf-8")
-    return found
+        sources[name] = folder / f"{name.replace(' ', '-')}.txt"
+        sources[name].write_text("\n".join(lines), encoding="utf-8")
+    return sources
 
 
-def show(results: dict[str, tuple[dict[str, Any], dict[str, Any]]], table: Table) -> None:
+def print_sources(results: dict[str, tuple[dict[str, Any], dict[str, Any]]], table: Table) -> None:
     for name in ("text for the statistics", "S alone", "S together", "rise of loss together", "norm"):
         table.add_column(name)
-    for name, (alone, together) in results.items():
-        last = together["checkpoints"][-1]
-        cells = percent(alone["after"]["S"], True), percent(last["measures"]["S"], True)
+    for name, (single, joint) in results.items():
+        last = joint["checkpoints"][-1]
+        cells = percent(single["after"]["S"], True), percent(last["measures"]["S"], True)
         rise, norm = 100 * last["damage"]["loss_rise"], max(last["norm"].values())
         table.add_row(name, *cells, f"{rise:.1f} %", f"{norm:.2f}")
     console.print(table)
@@ -80,14 +80,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     out = args.out / Path(args.model).resolve().parent.name / Path(args.model).resolve().name
-    for name, corpus in texts_of(args, out / "texts").items():
-        asked = vars(args) | {"corpus": corpus, "out": out / name.replace(" ", "-")}
-        lab = Lab(argparse.Namespace(**asked), out / "searches")
-        alone = lab.run(ROME, "single", args.limit, ())
-        together = lab.run(ROME, "sequence", args.limit, [args.limit])
-        results[name] = (alone, together)
+    for name, corpus in corpus_sources(args, out / "texts").items():
+        options = vars(args) | {"corpus": corpus, "out": out / name.replace(" ", "-")}
+        experiment = EvidenceExperiment(argparse.Namespace(**options), out / "searches")
+        single = experiment.run(ROME_ROW, "single", args.limit, ())
+        joint = experiment.run(ROME_ROW, "sequence", args.limit, [args.limit])
+        results[name] = (single, joint)
     title = f"{args.limit} edits of {args.model}, by the text that the statistics are from"
-    show(results, new_table(title, args.markdown))
+    print_sources(results, new_table(title, args.markdown))
 
 
 if __name__ == "__main__":

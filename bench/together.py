@@ -9,64 +9,75 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from bench.harness import Report, in_turn
-from bench.house import House
-from bench.shapes import model_of
+from bench.harness import Report, time_interleaved
+from bench.house import BenchService
+from bench.shapes import build_model
 from service.datasets.records import Record, read_records
-from service.engine.engine import Pace
+from service.engine.engine import EngineConfig
 from service.settings import SHIPPED_MODEL
 
 CHUNK = 16  # edits asked for at once while a ledger is filled
 
 
-def together(count: int, active: int, rounds: int, report: Report) -> None:
+def bench_batched_edits(count: int, active_count: int, rounds: int, report: Report) -> None:
     """So many waiting edits, one after another and side by side, with so many others active."""
     cases = read_records(SHIPPED_MODEL / "facts.jsonl", seed=1)
-    others, asked = cases[:active], cases[active : active + count]
-    paces = {"one after another": Pace(edits=1), "together": Pace(edits=count)}
-    ended: dict[str, list[str]] = {name: [] for name in paces}
-    active_still: dict[str, list[str]] = {name: [] for name in paces}
+    others, batch_cases = cases[:active_count], cases[active_count : active_count + count]
+    configs = {
+        "one after another": EngineConfig(max_edits_per_group=1),
+        "together": EngineConfig(max_edits_per_group=count),
+    }
+    statuses: dict[str, list[str]] = {name: [] for name in configs}
+    applied_edits: dict[str, list[str]] = {name: [] for name in configs}
     with ExitStack() as stack:
-        houses = {
-            name: stack.enter_context(_house(pace, others, report.device)) for name, pace in paces.items()
+        bench_services = {
+            name: stack.enter_context(_service_with_edits(pace, others, report.device))
+            for name, pace in configs.items()
         }
 
         def ask(name: str) -> None:
-            found = houses[name].edit(asked)
-            ended[name] += found.values()
-            active_still[name] = [edit for edit, status in found.items() if status == "applied"]
+            found = bench_services[name].edit(batch_cases)
+            statuses[name] += found.values()
+            applied_edits[name] = [edit for edit, status in found.items() if status == "applied"]
 
         def clear(name: str) -> None:
-            _revert(houses[name], active_still[name])
+            _revert_and_wait(bench_services[name], applied_edits[name])
 
-        seconds = in_turn({name: partial(ask, name) for name in houses}, rounds, before=clear)
+        seconds = time_interleaved(
+            {name: partial(ask, name) for name in bench_services}, rounds, prepare=clear
+        )
     slow, fast = seconds["one after another"], seconds["together"]
     rows = [
-        [name, s, s.scaled(1 / count), f"{ended[name].count('applied')} of {len(ended[name])}"]
+        [name, s, s.scaled(1 / count), f"{statuses[name].count('applied')} of {len(statuses[name])}"]
         for name, s in seconds.items()
     ]
     columns = ("way", "seconds", "seconds an edit", "applied")
-    report.table(f"{count} waiting edits, {active} others active", columns, rows)
-    report.note(
-        f"{count} edits together take 1 / {slow.over(fast):.3g} of the time, with {active} others active."
+    report.add_table(f"{count} waiting edits, {active_count} others active", columns, rows)
+    report.add_note(
+        f"{count} edits together take 1 / {slow.ratio_to(fast):.3g} of the time, with {active_count} others active."
     )
 
 
-def _revert(house: House, edits: Sequence[str]) -> None:
+def _revert_and_wait(bench_service: BenchService, edits: Sequence[str]) -> None:
     """Take edits back, and wait until the engine serves what is left."""
     for edit in edits:
-        house.wired.operations.edits.revert(edit, "bench")
-    while house.engine.position is None or house.engine.position[0] < house.wired.operations.ledger.head():
+        bench_service.container.services.edits.revert(edit, "bench")
+    while (
+        bench_service.engine.served_version is None
+        or bench_service.engine.served_version[0] < bench_service.container.services.ledger.head()
+    ):
         time.sleep(0.01)
 
 
 @contextmanager
-def _house(pace: Pace, others: Sequence[Record], device: str) -> Iterator[House]:
+def _service_with_edits(
+    config: EngineConfig, others: Sequence[Record], device: str
+) -> Iterator[BenchService]:
     """A running service of its own, with these edits active."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        House(Path(folder), model_of("shipped", device), pace) as house,
+        BenchService(Path(folder), build_model("shipped", device), config) as bench_service,
     ):
         for at in range(0, len(others), CHUNK):
-            house.edit(others[at : at + CHUNK])
-        yield house
+            bench_service.edit(others[at : at + CHUNK])
+        yield bench_service

@@ -11,15 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bench.journal import Answer, Journal, Resource
-from bench.plan import PROMPT, World
+from bench.journal import ClientLog, GenerationRecord, Resource
+from bench.plan import PROMPT, FactPool
 
-OPEN = ("queued", "running")
+PENDING_STATUSES = ("queued", "running")
 #: how a job may fail when nothing is wrong with it: its workers were killed too often
-ALLOWED = ("The job was given up",)
+ALLOWED_FAILURES = ("The job was given up",)
 #: what a client may meet while things die; everything else is a defect
-EXPECTED = {"200", "202", "429", "503", "silence", "connection broken", "the stream ended early"}
-EXPECTED |= {"error: The service is not ready"}
+EXPECTED_OUTCOMES = {"200", "202", "429", "503", "silence", "connection broken", "the stream ended early"}
+EXPECTED_OUTCOMES |= {"error: The service is not ready"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Check:
     """A promise, how many things were looked at, and those that break it."""
 
     name: str
-    looked_at: int
+    checked_count: int
     violations: list[str]
 
     @property
@@ -36,278 +36,308 @@ class Check:
 
 
 @dataclass
-class Found:
+class FinalState:
     """What there is when everything is healed and quiet."""
 
     edits: list[Resource]
     traces: list[Resource]
     ledger: list[Resource]
-    verify: Resource
+    verification: Resource
     model: Resource
-    workers: int  #: how many should be there
-    leftovers: list[str] = field(default_factory=list)  #: what waits or is owned in the queue
-    exits: list[str] = field(default_factory=list)  #: processes that ended and were not killed
+    expected_workers: int  #: how many should be there
+    queue_leftovers: list[str] = field(default_factory=list)  #: what waits or is owned in the queue
+    unexpected_exits: list[str] = field(default_factory=list)  #: processes that ended and were not killed
     #: (question, version) -> what a quiet worker says
-    reference: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    reference_texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-def reference_key(asked: Resource, version: int) -> str:
-    return json.dumps([asked, version], sort_keys=True)
+def reference_key(request: Resource, version: int) -> str:
+    return json.dumps([request, version], sort_keys=True)
 
 
-def verdict(journal: Journal, found: Found, world: World) -> list[Check]:
+def run_checks(log: ClientLog, state: FinalState, pool: FactPool) -> list[Check]:
     """Every check, in the order of the design's promises."""
-    book = Book(found.ledger)
+    ledger_view = LedgerView(state.ledger)
     return [
-        ended(journal, found),
-        failures(found),
-        accepted(journal, found),
-        once(found, book),
-        truthful(journal, found, book),
-        repeatable(journal, found),
-        spoken(journal, book, world),
-        unmixed(journal),
-        floors(journal),
-        whole_streams(journal),
-        statuses(journal),
-        patience(journal),
-        ledger(found),
-        one_digest(found),
-        quiet_queue(found),
-        no_exits(found),
+        check_all_jobs_ended(log, state),
+        check_failed_jobs(state),
+        check_accepted_jobs(log, state),
+        check_applied_once(state, ledger_view),
+        check_reports_match_ledger(log, state, ledger_view),
+        check_texts_reproducible(log, state),
+        check_texts_match_ledger(log, ledger_view, pool),
+        check_single_version(log),
+        check_min_version(log),
+        check_stream_text(log),
+        check_outcomes(log),
+        check_nothing_abandoned(log),
+        check_ledger_verifies(state),
+        check_one_digest(state),
+        check_queue_empty(state),
+        check_no_unexpected_exits(state),
     ]
 
 
 # the ledger, read without the service's own code
 
 
-class Book:
+class LedgerView:
     """Who is active at which version, told from the entries alone."""
 
     def __init__(self, entries: Sequence[Resource]) -> None:
         self.entries = entries
-        self.applied = {e["edit_id"]: e["version"] for e in entries if e["kind"] == "apply"}
-        self.reverted = {e["edit_id"]: e["version"] for e in entries if e["kind"] == "revert"}
+        self.applied_versions = {e["edit_id"]: e["version"] for e in entries if e["kind"] == "apply"}
+        self.reverted_versions = {e["edit_id"]: e["version"] for e in entries if e["kind"] == "revert"}
         self._by_subject: dict[str, list[Resource]] = defaultdict(list)
         for entry in entries:
             if entry["kind"] == "apply":
                 self._by_subject[entry["body"]["subject"]].append(entry)
 
-    def object(self, subject: str, version: int) -> str | None:
+    def active_object(self, subject: str, version: int) -> str | None:
         """What the newest edit of this subject says that is applied and not reverted; None: the base model speaks."""
-        said = None
+        target = None
         for entry in self._by_subject[subject]:
-            gone = self.reverted.get(entry["edit_id"])
-            if entry["version"] <= version and (gone is None or gone > version):
-                said = str(entry["body"]["target_new"])
-        return said
+            reverted_at = self.reverted_versions.get(entry["edit_id"])
+            if entry["version"] <= version and (reverted_at is None or reverted_at > version):
+                target = str(entry["body"]["target_new"])
+        return target
 
 
 # jobs
 
 
-def ended(journal: Journal, found: Found) -> Check:
+def check_all_jobs_ended(log: ClientLog, state: FinalState) -> Check:
     """Every job that was accepted, and every other that there is, has ended."""
-    jobs = {job["id"]: job["status"] for job in (*found.edits, *found.traces)}
-    wrong = [f"{job} is {status}" for job, status in jobs.items() if status in OPEN]
-    return Check("every job has ended", len(jobs), wrong)
+    jobs = {job["id"]: job["status"] for job in (*state.edits, *state.traces)}
+    violations = [f"{job} is {status}" for job, status in jobs.items() if status in PENDING_STATUSES]
+    return Check("every job has ended", len(jobs), violations)
 
 
-def failures(found: Found) -> Check:
+def check_failed_jobs(state: FinalState) -> Check:
     """No job failed, but for those whose workers were killed too often."""
-    failed = [job for job in (*found.edits, *found.traces) if job["status"] == "failed"]
-    wrong = [
-        f"{job['id']}: {job['error']}" for job in failed if (job["error"] or {}).get("title") not in ALLOWED
+    failed = [job for job in (*state.edits, *state.traces) if job["status"] == "failed"]
+    violations = [
+        f"{job['id']}: {job['error']}"
+        for job in failed
+        if (job["error"] or {}).get("title") not in ALLOWED_FAILURES
     ]
-    return Check(f"none failed but for: {', '.join(ALLOWED).lower()}", len(failed), wrong)
+    return Check(f"none failed but for: {', '.join(ALLOWED_FAILURES).lower()}", len(failed), violations)
 
 
-def accepted(journal: Journal, found: Found) -> Check:
+def check_accepted_jobs(log: ClientLog, state: FinalState) -> Check:
     """A key made one job, which is there; a job that no answered key made came of one that was not answered."""
-    there = {job["id"] for job in (*found.edits, *found.traces)}
-    wrong = [f"{key} made {sorted(ids)}" for key, ids in journal.made.items() if len(ids) != 1]
-    known = set().union(*journal.made.values())
-    wrong += [f"{job} was accepted and is lost" for job in sorted(known - there)]
-    strangers = len(there - known) - sum(" edit" in w or " trace" in w for w in journal.unanswered)
-    if strangers > 0:
-        wrong.append(f"{strangers} more jobs than keys")
-    return Check("a key is a job, and none is lost", len(journal.made), wrong)
+    existing_ids = {job["id"] for job in (*state.edits, *state.traces)}
+    violations = [f"{key} made {sorted(ids)}" for key, ids in log.ids_by_key.items() if len(ids) != 1]
+    accepted_ids = set().union(*log.ids_by_key.values())
+    violations += [f"{job} was accepted and is lost" for job in sorted(accepted_ids - existing_ids)]
+    unaccounted_jobs = len(existing_ids - accepted_ids) - sum(
+        " edit" in w or " trace" in w for w in log.abandoned
+    )
+    if unaccounted_jobs > 0:
+        violations.append(f"{unaccounted_jobs} more jobs than keys")
+    return Check("a key is a job, and none is lost", len(log.ids_by_key), violations)
 
 
-def once(found: Found, book: Book) -> Check:
+def check_applied_once(state: FinalState, ledger_view: LedgerView) -> Check:
     """No edit is applied twice, and no object by two edits."""
-    kinds = Counter((entry["edit_id"], entry["kind"]) for entry in found.ledger)
-    wrong = [f"{edit}: {count} entries {kind}" for (edit, kind), count in kinds.items() if count > 1]
-    said = Counter(e["body"]["target_new"] for e in found.ledger if e["kind"] == "apply")
-    wrong += [f"{target!r} was applied {count} times" for target, count in said.items() if count > 1]
-    asked = Counter(edit["target_new"] for edit in found.edits)
-    wrong += [f"{target!r} is asked for by {count} edits" for target, count in asked.items() if count > 1]
-    return Check("no edit is in the ledger twice", len(book.entries), wrong)
+    kinds = Counter((entry["edit_id"], entry["kind"]) for entry in state.ledger)
+    violations = [f"{edit}: {count} entries {kind}" for (edit, kind), count in kinds.items() if count > 1]
+    applied_targets = Counter(e["body"]["target_new"] for e in state.ledger if e["kind"] == "apply")
+    violations += [
+        f"{target!r} was applied {count} times" for target, count in applied_targets.items() if count > 1
+    ]
+    requested_targets = Counter(edit["target_new"] for edit in state.edits)
+    violations += [
+        f"{target!r} is asked for by {count} edits"
+        for target, count in requested_targets.items()
+        if count > 1
+    ]
+    return Check("no edit is in the ledger twice", len(ledger_view.entries), violations)
 
 
-def truthful(journal: Journal, found: Found, book: Book) -> Check:
+def check_reports_match_ledger(log: ClientLog, state: FinalState, ledger_view: LedgerView) -> Check:
     """What clients were told, and what the rows say now, is what the ledger says."""
-    wrong = []
-    for told in journal.told:
-        if told.id.startswith("edit"):
-            wrong += _against(book, told.id, told.status, told.version, told.reverted)
-    for edit in found.edits:
-        wrong += _against(book, edit["id"], edit["status"], edit["version"], edit["reverted_version"])
-    wrong += _changed(journal, found)
-    return Check("what was told is in the ledger", len(journal.told) + len(found.edits), sorted(set(wrong)))
+    violations = []
+    for report in log.reported_statuses:
+        if report.id.startswith("edit"):
+            violations += _ledger_mismatches(
+                ledger_view, report.id, report.status, report.version, report.reverted_version
+            )
+    for edit in state.edits:
+        violations += _ledger_mismatches(
+            ledger_view, edit["id"], edit["status"], edit["version"], edit["reverted_version"]
+        )
+    violations += _changed_final_statuses(log, state)
+    return Check(
+        "what was told is in the ledger",
+        len(log.reported_statuses) + len(state.edits),
+        sorted(set(violations)),
+    )
 
 
-def _against(book: Book, edit: str, status: str, version: int | None, reverted: int | None) -> Iterator[str]:
-    if version is not None and book.applied.get(edit) != version:
-        yield f"{edit} was told to be applied at {version}, the ledger says {book.applied.get(edit)}"
-    if reverted is not None and book.reverted.get(edit) != reverted:
-        yield f"{edit} was told to be reverted at {reverted}, the ledger says {book.reverted.get(edit)}"
+def _ledger_mismatches(
+    ledger_view: LedgerView, edit: str, status: str, version: int | None, reverted: int | None
+) -> Iterator[str]:
+    if version is not None and ledger_view.applied_versions.get(edit) != version:
+        yield f"{edit} was told to be applied at {version}, the ledger says {ledger_view.applied_versions.get(edit)}"
+    if reverted is not None and ledger_view.reverted_versions.get(edit) != reverted:
+        yield f"{edit} was told to be reverted at {reverted}, the ledger says {ledger_view.reverted_versions.get(edit)}"
     if status in ("applied", "superseded", "reverted") and version is None:
         yield f"{edit} was told to be {status} at no version"
     if status == "reverted" and reverted is None:
         yield f"{edit} was told to be reverted at no version"
-    if status in ("rejected", "failed", "cancelled") and edit in book.applied:
+    if status in ("rejected", "failed", "cancelled") and edit in ledger_view.applied_versions:
         yield f"{edit} was told to be {status} and is in the ledger"
 
 
-def _changed(journal: Journal, found: Found) -> Iterator[str]:
+def _changed_final_statuses(log: ClientLog, state: FinalState) -> Iterator[str]:
     """An end is an end: only what was applied may be called otherwise later."""
-    now = {job["id"]: job["status"] for job in (*found.edits, *found.traces)}
-    standing = ("applied", "superseded", "reverted")
-    for told in journal.told:
-        if told.status in OPEN or told.id not in now:
+    current_statuses = {job["id"]: job["status"] for job in (*state.edits, *state.traces)}
+    applied_statuses = ("applied", "superseded", "reverted")
+    for report in log.reported_statuses:
+        if report.status in PENDING_STATUSES or report.id not in current_statuses:
             continue
-        if now[told.id] != told.status and not (now[told.id] in standing and told.status in standing):
-            yield f"{told.id} was told to be {told.status} and is {now[told.id]}"
+        if current_statuses[report.id] != report.status and not (
+            current_statuses[report.id] in applied_statuses and report.status in applied_statuses
+        ):
+            yield f"{report.id} was told to be {report.status} and is {current_statuses[report.id]}"
 
 
 # answers
 
 
-def repeatable(journal: Journal, found: Found) -> Check:
+def check_texts_reproducible(log: ClientLog, state: FinalState) -> Check:
     """A quiet worker gives the same text for the same question and version, to the last letter."""
-    wrong = []
-    for answer in journal.answers:
-        expected = found.reference.get(reference_key(answer.asked, answer.version))
+    violations = []
+    for record in log.generations:
+        expected = state.reference_texts.get(reference_key(record.request, record.version))
         if expected is None:
-            wrong.append(f"{_name(answer)}: nobody asked again")
-        elif answer.complete and list(answer.texts) != list(expected):
-            wrong.append(f"{_name(answer)}: said {answer.texts}, a quiet worker says {list(expected)}")
-        elif not answer.complete:
-            parts = _joined(answer, len(expected))
+            violations.append(f"{_describe(record)}: nobody asked again")
+        elif record.complete and list(record.texts) != list(expected):
+            violations.append(
+                f"{_describe(record)}: said {record.texts}, a quiet worker says {list(expected)}"
+            )
+        elif not record.complete:
+            parts = _joined_tokens(record, len(expected))
             if not all(whole.startswith(part) for part, whole in zip(parts, expected, strict=True)):
-                wrong.append(f"{_name(answer)}: began {parts}, a quiet worker says {list(expected)}")
-    return Check("every text is that of a quiet worker at its version", len(journal.answers), wrong)
+                violations.append(f"{_describe(record)}: began {parts}, a quiet worker says {list(expected)}")
+    return Check("every text is that of a quiet worker at its version", len(log.generations), violations)
 
 
-def spoken(journal: Journal, book: Book, world: World) -> Check:
+def check_texts_match_ledger(log: ClientLog, ledger_view: LedgerView, pool: FactPool) -> Check:
     """A greedy answer begins with the object that is active at its version, and no answer with another edit's."""
-    wrong, looked_at = [], 0
-    subject_of = {PROMPT.replace("{}", subject): subject for subject in world.subjects}
-    objects = {e["body"]["target_new"] for e in book.entries if e["kind"] == "apply"}
-    for answer in journal.answers:
-        if not answer.complete or answer.asked.get("temperature"):
+    violations, checked_count = [], 0
+    subject_of = {PROMPT.replace("{}", subject): subject for subject in pool.subjects}
+    objects = {e["body"]["target_new"] for e in ledger_view.entries if e["kind"] == "apply"}
+    for record in log.generations:
+        if not record.complete or record.request.get("temperature"):
             continue
-        for prompt, text in zip(answer.prompts(), answer.texts, strict=True):
-            looked_at += 1
-            expected = book.object(subject_of[prompt], answer.version)
+        for prompt, text in zip(record.prompts(), record.texts, strict=True):
+            checked_count += 1
+            expected = ledger_view.active_object(subject_of[prompt], record.version)
             begins = next((o for o in objects if text.startswith(f" {o}")), None)
             if begins != expected:
-                wrong.append(
-                    f"{_name(answer)}: {prompt!r} gave {text!r}, the ledger has {expected or 'the base'}"
+                violations.append(
+                    f"{_describe(record)}: {prompt!r} gave {text!r}, the ledger has {expected or 'the base'}"
                 )
-    return Check("every text begins with the object of its version", looked_at, wrong)
+    return Check("every text begins with the object of its version", checked_count, violations)
 
 
-def unmixed(journal: Journal) -> Check:
+def check_single_version(log: ClientLog) -> Check:
     """All of one answer is of one version, and of the one that was asked for."""
-    wrong = []
-    for answer in journal.answers:
-        versions = {answer.version, *(token.version for token in answer.tokens or ())}
+    violations = []
+    for record in log.generations:
+        versions = {record.version, *(token.version for token in record.tokens or ())}
         if len(versions) > 1:
-            wrong.append(f"{_name(answer)}: tokens of versions {sorted(versions)}")
-        if answer.pinned is not None and answer.version != answer.pinned:
-            wrong.append(f"{_name(answer)}: version {answer.pinned} was asked for")
-    return Check("no answer mixes versions or is of another", len(journal.answers), wrong)
+            violations.append(f"{_describe(record)}: tokens of versions {sorted(versions)}")
+        if record.pinned_version is not None and record.version != record.pinned_version:
+            violations.append(f"{_describe(record)}: version {record.pinned_version} was asked for")
+    return Check("no answer mixes versions or is of another", len(log.generations), violations)
 
 
-def floors(journal: Journal) -> Check:
+def check_min_version(log: ClientLog) -> Check:
     """Whoever has seen a version is answered from it or from a newer one."""
-    asked = [answer for answer in journal.answers if answer.least is not None]
-    wrong = [f"{_name(a)}: min_version was {a.least}" for a in asked if a.version < (a.least or 0)]
-    return Check("min_version holds", len(asked), wrong)
-
-
-def whole_streams(journal: Journal) -> Check:
-    """The pieces of a stream since its last restart are its text."""
-    streams = [answer for answer in journal.answers if answer.complete and answer.tokens is not None]
-    wrong = [
-        f"{_name(answer)}: streamed {_joined(answer, len(answer.texts))}, ended with {list(answer.texts)}"
-        for answer in streams
-        if _joined(answer, len(answer.texts)) != list(answer.texts)
+    with_min_version = [answer for answer in log.generations if answer.min_version is not None]
+    violations = [
+        f"{_describe(a)}: min_version was {a.min_version}"
+        for a in with_min_version
+        if a.version < (a.min_version or 0)
     ]
-    return Check("a stream's pieces are its text", len(streams), wrong)
+    return Check("min_version holds", len(with_min_version), violations)
 
 
-def _joined(answer: Answer, rows: int) -> list[str]:
+def check_stream_text(log: ClientLog) -> Check:
+    """The pieces of a stream since its last restart are its text."""
+    streams = [answer for answer in log.generations if answer.complete and answer.tokens is not None]
+    violations = [
+        f"{_describe(answer)}: streamed {_joined_tokens(answer, len(answer.texts))}, ended with {list(answer.texts)}"
+        for answer in streams
+        if _joined_tokens(answer, len(answer.texts)) != list(answer.texts)
+    ]
+    return Check("a stream's pieces are its text", len(streams), violations)
+
+
+def _joined_tokens(record: GenerationRecord, rows: int) -> list[str]:
     pieces: dict[int, str] = defaultdict(str)
-    for token in answer.tokens or ():
+    for token in record.tokens or ():
         pieces[token.index] += token.text
     return [pieces[row] for row in range(max(rows, *(i + 1 for i in pieces), 0))]
 
 
-def _name(answer: Answer) -> str:
-    return f"{answer.client} at version {answer.version}"
+def _describe(record: GenerationRecord) -> str:
+    return f"{record.client} at version {record.version}"
 
 
 # the doors
 
 
-def statuses(journal: Journal) -> Check:
+def check_outcomes(log: ClientLog) -> Check:
     """Nothing but what a client may meet while things die: no 500, no refusal of what is right."""
-    odd = Counter((a.action, a.outcome) for a in journal.attempts if a.outcome not in EXPECTED)
-    wrong = [f"{action}: {outcome} ({count} times)" for (action, outcome), count in odd.items()]
-    return Check("no answer but 2xx, 429 and 503", len(journal.attempts), wrong)
+    odd = Counter((a.action, a.outcome) for a in log.attempts if a.outcome not in EXPECTED_OUTCOMES)
+    violations = [f"{action}: {outcome} ({count} times)" for (action, outcome), count in odd.items()]
+    return Check("no answer but 2xx, 429 and 503", len(log.attempts), violations)
 
 
-def patience(journal: Journal) -> Check:
+def check_nothing_abandoned(log: ClientLog) -> Check:
     """Whoever asks again is answered in the end, and no client met what it could not understand."""
-    return Check("whoever asks again is answered", len(journal.made), journal.unanswered + journal.troubles)
+    return Check("whoever asks again is answered", len(log.ids_by_key), log.abandoned + log.anomalies)
 
 
 # the house
 
 
-def ledger(found: Found) -> Check:
+def check_ledger_verifies(state: FinalState) -> Check:
     """`/ledger/verify` finds nothing."""
-    wrong = [json.dumps(finding) for finding in found.verify["findings"]]
-    if not found.verify["ok"] and not wrong:
-        wrong = ["not ok, and no finding says why"]
-    return Check("the ledger verifies", len(found.ledger), wrong)
+    violations = [json.dumps(finding) for finding in state.verification["findings"]]
+    if not state.verification["ok"] and not violations:
+        violations = ["not ok, and no finding says why"]
+    return Check("the ledger verifies", len(state.ledger), violations)
 
 
-def one_digest(found: Found) -> Check:
+def check_one_digest(state: FinalState) -> Check:
     """Every worker is there, stands at head, and all have the same bytes."""
-    head, there = found.model["head"], found.model["workers"]
-    there = [worker for worker in there if worker.get("state", "serving") == "serving"]
-    wrong = [f"{w['id']} stands at {w['version']}, head is {head}" for w in there if w["version"] != head]
-    if len(there) != found.workers:
-        wrong.append(f"{len(there)} workers of {found.workers} are there")
-    digests = {worker["digest"] for worker in there}
+    head, serving = state.model["head"], state.model["workers"]
+    serving = [worker for worker in serving if worker.get("state", "serving") == "serving"]
+    violations = [
+        f"{w['id']} stands at {w['version']}, head is {head}" for w in serving if w["version"] != head
+    ]
+    if len(serving) != state.expected_workers:
+        violations.append(f"{len(serving)} workers of {state.expected_workers} are there")
+    digests = {worker["digest"] for worker in serving}
     if len(digests) != 1 or None in digests:
-        wrong.append(f"digests at head: {sorted(map(str, digests))}")
-    return Check("all replicas have one digest at head", len(there), wrong)
+        violations.append(f"digests at head: {sorted(map(str, digests))}")
+    return Check("all replicas have one digest at head", len(serving), violations)
 
 
-def quiet_queue(found: Found) -> Check:
+def check_queue_empty(state: FinalState) -> Check:
     """Nothing waits in the queue and nothing in it is owned."""
-    return Check("nothing is left in the queue", 1, list(found.leftovers))
+    return Check("nothing is left in the queue", 1, list(state.queue_leftovers))
 
 
-def no_exits(found: Found) -> Check:
+def check_no_unexpected_exits(state: FinalState) -> Check:
     """No process ended that was not killed."""
-    return Check("no process ended by itself", 1, list(found.exits))
+    return Check("no process ended by itself", 1, list(state.unexpected_exits))
 
 
-def passed(checks: Iterable[Check]) -> bool:
+def all_passed(checks: Iterable[Check]) -> bool:
     return all(check.passed for check in checks)

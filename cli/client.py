@@ -17,9 +17,9 @@ from palimpsest.client import is_loopback
 from palimpsest.sse import Event, parse_events
 from service.errors import Misconfigured, PalimpsestError, Unavailable
 
-BINARY = "application/octet-stream"
-_NAME = re.compile(r'filename="([\w.-]+)"', re.ASCII)
-RECONNECTS = 5  # in a row, without an event between them
+OCTET_STREAM = "application/octet-stream"
+_FILENAME = re.compile(r'filename="([\w.-]+)"', re.ASCII)
+MAX_RECONNECTS = 5  # in a row, without an event between them
 
 
 class ClientSettings(BaseSettings):
@@ -33,22 +33,24 @@ class ClientSettings(BaseSettings):
     api_key: str | None = Field(None, description="bearer key of the service, when it asks for one")
 
 
-class Refused(PalimpsestError):
+class ProblemResponse(PalimpsestError):
     """The service answered with a problem."""
 
     title = "The service refused"
 
 
-def _sentence(problem: Mapping[str, Any], status: int) -> str:
+def _problem_message(problem: Mapping[str, Any], status: int) -> str:
     """What a problem document says, for a person."""
     detail = problem.get("detail") or problem.get("title") or f"the service answered {status}."
-    more = [
+    field_details = [
         str(e.get("detail") or e.get("msg") or "") for e in problem.get("errors") or () if isinstance(e, dict)
     ]
-    return "\n".join([str(detail), *(f"  {text}" for text in more if text and text not in str(detail))])
+    return "\n".join(
+        [str(detail), *(f"  {text}" for text in field_details if text and text not in str(detail))]
+    )
 
 
-def _raise_for(response: httpx.Response) -> None:
+def _raise_for_status(response: httpx.Response) -> None:
     if response.is_success:
         return
     response.read()
@@ -58,7 +60,7 @@ def _raise_for(response: httpx.Response) -> None:
         problem = {}
     if not isinstance(problem, dict):
         problem = {}
-    raise Refused(_sentence(problem, response.status_code), status=response.status_code)
+    raise ProblemResponse(_problem_message(problem, response.status_code), status=response.status_code)
 
 
 class Client:
@@ -66,8 +68,8 @@ class Client:
 
     def __init__(self, settings: ClientSettings, transport: httpx.BaseTransport | None = None) -> None:
         self.url = settings.url.rstrip("/")
-        where = urlsplit(self.url)
-        if where.scheme not in ("http", "https") or not where.hostname:
+        parsed_url = urlsplit(self.url)
+        if parsed_url.scheme not in ("http", "https") or not parsed_url.hostname:
             raise Misconfigured(f"--url cannot be {settings.url!r}: write it as http://127.0.0.1:8000.")
         headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
         self._http = httpx.Client(
@@ -75,17 +77,17 @@ class Client:
             headers=headers,
             transport=transport,
             timeout=httpx.Timeout(60.0, read=None),  # an answer takes as long as the model takes
-            trust_env=not is_loopback(where.hostname),  # a proxy never stands before one's own machine
+            trust_env=not is_loopback(parsed_url.hostname),  # a proxy never stands before one's own machine
         )
 
     def close(self) -> None:
         self._http.close()
 
     def get(self, path: str, **params: Any) -> Any:
-        asked = {name: value for name, value in params.items() if value is not None}
-        return self._call("GET", path, params=asked).json()
+        query = {name: value for name, value in params.items() if value is not None}
+        return self._request("GET", path, params=query).json()
 
-    def items(self, path: str, **params: Any) -> Iterator[Any]:
+    def iter_items(self, path: str, **params: Any) -> Iterator[Any]:
         """The items of a list, page after page."""
         cursor = None
         while True:
@@ -96,62 +98,62 @@ class Client:
                 return
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        return self._call("POST", path, json=body).json()
+        return self._request("POST", path, json=body).json()
 
     def delete(self, path: str) -> Any:
-        return self._call("DELETE", path).json()
+        return self._request("DELETE", path).json()
 
     def picture(self, path: str, media_type: str) -> bytes:
-        return self._call("GET", path, headers={"Accept": media_type}).content
+        return self._request("GET", path, headers={"Accept": media_type}).content
 
-    def file(self, path: str, file: IO[bytes], **params: Any) -> str:
+    def download(self, path: str, file: IO[bytes], **params: Any) -> str:
         """Write what the service sends to a file, piece by piece; the name that the service gives it."""
-        with self._reached(), self._http.stream("GET", path, params=params) as response:
-            _raise_for(response)
-            for piece in response.iter_bytes():
-                file.write(piece)
-        found = _NAME.search(response.headers.get("content-disposition", ""))
-        return found[1] if found else ""
+        with self._translate_transport_errors(), self._http.stream("GET", path, params=params) as response:
+            _raise_for_status(response)
+            for chunk in response.iter_bytes():
+                file.write(chunk)
+        match = _FILENAME.search(response.headers.get("content-disposition", ""))
+        return match[1] if match else ""
 
-    def send(self, path: str, data: bytes) -> Any:
+    def upload(self, path: str, data: bytes) -> Any:
         """A file to the service."""
-        return self._call("POST", path, content=data, headers={"Content-Type": BINARY}).json()
+        return self._request("POST", path, content=data, headers={"Content-Type": OCTET_STREAM}).json()
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Event]:
         """The events that answer a POST."""
-        with self._reached(), self._http.stream("POST", path, json=body) as response:
-            _raise_for(response)
+        with self._translate_transport_errors(), self._http.stream("POST", path, json=body) as response:
+            _raise_for_status(response)
             yield from parse_events(response.iter_lines())
 
-    def follow(self, path: str, pause: float = 0.5) -> Iterator[Event]:
+    def follow_events(self, path: str, retry_delay: float = 0.5) -> Iterator[Event]:
         """The events of a job up to its end, taken up again where they were when the connection is lost."""
-        last, lost = "", 0
+        last_event_id, failures = "", 0
         while True:
             try:
-                headers = {"Last-Event-ID": last} if last else {}
+                headers = {"Last-Event-ID": last_event_id} if last_event_id else {}
                 with self._http.stream("GET", path, headers=headers) as response:
-                    _raise_for(response)
+                    _raise_for_status(response)
                     for event in parse_events(response.iter_lines()):
-                        last, lost = event.id or last, 0
+                        last_event_id, failures = event.id or last_event_id, 0
                         yield event
                         if event.name in ("end", "error"):
                             return
             except httpx.TransportError as error:
-                if lost >= RECONNECTS:
+                if failures >= MAX_RECONNECTS:
                     raise self._unreachable() from error
-            lost += 1
-            if lost > RECONNECTS:
+            failures += 1
+            if failures > MAX_RECONNECTS:
                 raise self._unreachable()
-            time.sleep(pause)
+            time.sleep(retry_delay)
 
-    def _call(self, method: str, path: str, **options: Any) -> httpx.Response:
-        with self._reached():
+    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        with self._translate_transport_errors():
             response = self._http.request(method, path, **options)
-        _raise_for(response)
+        _raise_for_status(response)
         return response
 
     @contextmanager
-    def _reached(self) -> Iterator[None]:
+    def _translate_transport_errors(self) -> Iterator[None]:
         try:
             yield
         except httpx.TransportError as error:

@@ -10,9 +10,9 @@ from cli.terminal import out
 
 SHELLS = ("bash", "zsh", "fish")
 #: what a value is called in the help -> what shtab completes it with
-PLACES = {"FILE": "file", "FOLDER": "directory", "PATH": "file"}
+METAVAR_COMPLETIONS = {"FILE": "file", "FOLDER": "directory", "PATH": "file"}
 #: where each shell looks for it
-WHERE = """\
+INSTALL_HELP = """\
 where it goes:
   bash  eval "$(palimpsest completion bash)"     in ~/.bashrc
   zsh   palimpsest completion zsh > ~/.zfunc/_palimpsest
@@ -24,26 +24,26 @@ Start a new shell, type `palimpsest ed` and press Tab. Make the script anew afte
 
 def run(args: argparse.Namespace) -> int:
     """The script for one shell, on stdout."""
-    from cli.main import build
+    from cli.main import build_parser
 
-    out.file.write(script(build(), args.shell))
+    out.file.write(completion_script(build_parser(), args.shell))
     return 0
 
 
-def script(parser: argparse.ArgumentParser, shell: str) -> str:
+def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The whole command line for one shell."""
     import shtab
 
-    for action in actions(parser):
-        if action.metavar in PLACES:
-            action.complete = shtab.CHOICE_FUNCTIONS[PLACES[str(action.metavar)]]  # type: ignore[attr-defined]
+    for action in iter_actions(parser):
+        if action.metavar in METAVAR_COMPLETIONS:
+            action.complete = shtab.CHOICE_FUNCTIONS[METAVAR_COMPLETIONS[str(action.metavar)]]  # type: ignore[attr-defined]
     return str(shtab.complete(parser, shell)) + "\n"
 
 
-def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+def iter_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
     """Every argument of a parser and of the parsers below it."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                yield from actions(below)
+            for subparser in action.choices.values():
+                yield from iter_actions(subparser)

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
-from cli.terminal import bar
+from cli.terminal import progress_bar
 from service.errors import Misconfigured
-from service.kit.steps import Steps, finish
+from service.kit.steps import Stepper, run_to_completion
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,34 +17,34 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 #: the settings that say which model, where, and how it computes
-RESIDENT = ("model", "device", "dtype", "threads")
-FACTS = "facts.jsonl"
+MODEL_SETTINGS = ("model", "device", "dtype", "threads")
+FACTS_FILE = "facts.jsonl"
 
 
-def resident(settings: Settings) -> LoadedModel:
+def load_served_model(settings: Settings) -> LoadedModel:
     """The model of the settings, loaded into this process as a worker has it."""
-    loaded: LoadedModel = _resident().resident(settings)
+    loaded: LoadedModel = _import_model_loader().resident(settings)
     return loaded
 
 
-def unstarted(settings: Settings) -> LoadedModel:
+def load_without_bos(settings: Settings) -> LoadedModel:
     """The same without what its recipe says of its start token: as it is before it is prepared."""
-    loaded: LoadedModel = _resident().unstarted(settings)
+    loaded: LoadedModel = _import_model_loader().unstarted(settings)
     return loaded
 
 
-def _resident() -> ModuleType:
+def _import_model_loader() -> ModuleType:
     try:
         from transformers.utils import logging
 
         from workers import resident_model as resident
     except ModuleNotFoundError as error:
-        raise without(error) from None
+        raise missing_dependency_error(error) from None
     logging.disable_progress_bar()  # ours says how far things are
     return resident
 
 
-def without(missing: ModuleNotFoundError) -> Exception:
+def missing_dependency_error(missing: ModuleNotFoundError) -> Exception:
     """What to say when a module is missing: of those that compute, how to install them."""
     if missing.name not in ("torch", "transformers"):
         return missing
@@ -53,16 +53,16 @@ def without(missing: ModuleNotFoundError) -> Exception:
     )
 
 
-def table_of(source: str, model: str) -> Path:
+def resolve_source(source: str, model: str) -> Path:
     """A file by its name; "facts" is the table beside the model."""
-    path = Path(model) / FACTS if source == "facts" else Path(source)
+    path = Path(model) / FACTS_FILE if source == "facts" else Path(source)
     if not path.is_file():
-        beside = " The model has no table of facts beside it: name a file." if source == "facts" else ""
-        raise Misconfigured(f"there is no file {str(path)!r}.{beside}")
+        hint = " The model has no table of facts beside it: name a file." if source == "facts" else ""
+        raise Misconfigured(f"there is no file {str(path)!r}.{hint}")
     return path
 
 
-def shown(steps: Steps[T], words: Callable[[str], str] = str) -> T:
+def run_with_progress_bar(stepper: Stepper[T], describe_phase: Callable[[str], str] = str) -> T:
     """Run all steps under a bar."""
-    with bar() as showing:
-        return finish(steps, lambda p: showing.show(words(p.phase), p.done, p.total))
+    with progress_bar() as display:
+        return run_to_completion(stepper, lambda p: display.update(describe_phase(p.phase), p.done, p.total))

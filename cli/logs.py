@@ -12,28 +12,28 @@ from service.errors import Misconfigured, PalimpsestError
 from service.kit.ids import request_id
 
 #: what every record carries; the rest are the event's own fields
-ORDINARY = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
+STANDARD_ATTRIBUTES = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
 #: the loggers of the house: only they say more than warnings, since libraries might say what users wrote
-HOUSE = ("api", "cli", "palimpsest", "service", "workers")
+PROJECT_LOGGERS = ("api", "cli", "palimpsest", "service", "workers")
 
-Form = Literal["text", "json"]
-Level = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-def fields(record: logging.LogRecord) -> dict[str, Any]:
+def event_fields(record: logging.LogRecord) -> dict[str, Any]:
     """The event's own fields; the `detail` of an error of the house is one of them."""
-    own = {name: value for name, value in vars(record).items() if name not in ORDINARY}
-    if _expected(record):
-        own["detail"] = record.exc_info[1].detail  # type: ignore[index, union-attr]
-    return own
+    extra = {name: value for name, value in vars(record).items() if name not in STANDARD_ATTRIBUTES}
+    if _is_domain_error(record):
+        extra["detail"] = record.exc_info[1].detail  # type: ignore[index, union-attr]
+    return extra
 
 
-def _expected(record: logging.LogRecord) -> bool:
+def _is_domain_error(record: logging.LogRecord) -> bool:
     """Whether the record tells of an error that the house raises on purpose: its words say it all."""
     return bool(record.exc_info) and isinstance(record.exc_info[1], PalimpsestError)  # type: ignore[index]
 
 
-class Text(logging.Formatter):
+class TextFormatter(logging.Formatter):
     """`2026-11-21T03:00:00Z WARNING workers.heartbeat: heartbeat failed detail="..."`, then the trace of an unforeseen error."""
 
     default_time_format = "%Y-%m-%dT%H:%M:%S%z"
@@ -43,36 +43,38 @@ class Text(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        told = [
+        parts = [
             f"{name}={json.dumps(value, default=str, ensure_ascii=False)}"
-            for name, value in fields(record).items()
+            for name, value in event_fields(record).items()
         ]
-        return " ".join([super().formatMessage(record), *told])
+        return " ".join([super().formatMessage(record), *parts])
 
     def format(self, record: logging.LogRecord) -> str:
-        if _expected(record):
-            record = logging.makeLogRecord({**vars(record), **fields(record), "exc_info": None})
+        if _is_domain_error(record):
+            record = logging.makeLogRecord({**vars(record), **event_fields(record), "exc_info": None})
         return super().format(record)
 
 
-class Json(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """One JSON object for each event: `time`, `level`, `logger`, `event`, the event's own fields, and the `trace` of an
     unforeseen error. ASCII, so that no character can break the line or the reader."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told: dict[str, Any] = {
+        payload: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "event": _message(record),
+            "event": _format_message(record),
         }
-        told |= {name: plain(value) for name, value in fields(record).items() if name not in told}
-        if record.exc_info and not _expected(record):
-            told["trace"] = self.formatException(record.exc_info)
-        return json.dumps(told, allow_nan=False)
+        payload |= {
+            name: json_safe(value) for name, value in event_fields(record).items() if name not in payload
+        }
+        if record.exc_info and not _is_domain_error(record):
+            payload["trace"] = self.formatException(record.exc_info)
+        return json.dumps(payload, allow_nan=False)
 
 
-def _message(record: logging.LogRecord) -> str:
+def _format_message(record: logging.LogRecord) -> str:
     """The event; as it was written where somebody else's arguments do not fit it."""
     try:
         return record.getMessage()
@@ -80,7 +82,7 @@ def _message(record: logging.LogRecord) -> str:
         return str(record.msg)
 
 
-def plain(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """A field as JSON has it; what JSON cannot say becomes text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -92,30 +94,32 @@ def plain(value: Any) -> Any:
         return repr(value)
 
 
-def lines(form: Form) -> logging.StreamHandler[Any]:
+def stderr_handler(log_format: LogFormat) -> logging.StreamHandler[Any]:
     """Writes each event to stderr as a line of this form."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Json() if form == "json" else Text())
-    handler.addFilter(_not_said_otherwise)
-    handler.addFilter(_name_the_request)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    handler.addFilter(_drop_misconfigured)
+    handler.addFilter(_add_request_id)
     return handler
 
 
-def log_to_stderr(form: Form = "text", level: Level = "warning") -> None:
+def log_to_stderr(log_format: LogFormat = "text", level: LogLevel = "warning") -> None:
     """Set up the log of this process: `Settings.log_format` and `Settings.log_level`."""
-    least = logging.getLevelNamesMapping()[level.upper()]
-    logging.basicConfig(level=max(least, logging.WARNING), handlers=[lines(form)], force=True)
-    for name in HOUSE:
-        logging.getLogger(name).setLevel(least if least < logging.WARNING else logging.NOTSET)
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(
+        level=max(threshold, logging.WARNING), handlers=[stderr_handler(log_format)], force=True
+    )
+    for name in PROJECT_LOGGERS:
+        logging.getLogger(name).setLevel(threshold if threshold < logging.WARNING else logging.NOTSET)
     logging.captureWarnings(capture=True)
 
 
-def _not_said_otherwise(record: logging.LogRecord) -> bool:
+def _drop_misconfigured(record: logging.LogRecord) -> bool:
     """A wrong configuration ends the process, and `main` says it as its last words."""
     return not (record.exc_info and isinstance(record.exc_info[1], Misconfigured))
 
 
-def _name_the_request(record: logging.LogRecord) -> bool:
+def _add_request_id(record: logging.LogRecord) -> bool:
     """Every line that is written while a request is answered, here or by a worker, bears its id."""
     if request_id.get() and not hasattr(record, "request"):
         record.request = request_id.get()

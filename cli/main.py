@@ -16,9 +16,9 @@ from typing import get_args
 from cli import edits, jobs, models, traces
 from cli import generate as speech
 from cli.client import Client, ClientSettings
-from cli.flags import add_settings, natural, read_settings
+from cli.flags import add_setting_flags, positive_int, read_settings
 from cli.overview import overview
-from cli.terminal import err, plain, print_json
+from cli.terminal import err, print_json, strip_control_chars
 from service.errors import Misconfigured, PalimpsestError
 from service.schemas import MethodName
 from service.settings import Settings
@@ -27,37 +27,37 @@ METHOD_NAMES = get_args(MethodName)
 Command = Callable[[argparse.Namespace, Client], int]
 
 
-class Root(argparse.ArgumentParser):
+class RootParser(argparse.ArgumentParser):
     """The parser of the first word, whose help is the overview of all commands."""
 
     def format_help(self) -> str:
         return overview()
 
 
-def build() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = Root(prog="palimpsest", allow_abbrev=False)
+    parser = RootParser(prog="palimpsest", allow_abbrev=False)
     parser.set_defaults(json=False)  # of commands that have no such flag, too
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=argparse.ArgumentParser
     )
-    _processes(commands)
-    _edit(commands)
-    _lists(commands)
-    _jobs(commands)
-    _keys(commands)
-    _trace(commands)
-    _speech(commands)
-    _prepare(commands)
-    _evaluate(commands)
-    _export(commands)
-    _studies(commands)
-    _completion(commands)
+    _add_process_commands(commands)
+    _add_edit_command(commands)
+    _add_list_commands(commands)
+    _add_jobs_commands(commands)
+    _add_keys_commands(commands)
+    _add_trace_commands(commands)
+    _add_generate_commands(commands)
+    _add_tune_command(commands)
+    _add_evaluate_command(commands)
+    _add_export_commands(commands)
+    _add_study_commands(commands)
+    _add_completion_command(commands)
     return parser
 
 
 #: the commands that start a process of the service: each is a module of its own, imported only when it is given
-PROCESSES = {
+PROCESS_COMMANDS = {
     "serve": "start the service in one process",
     "api": "start the HTTP door alone; workers find it through Redis",
     "work": "start one worker",
@@ -65,11 +65,11 @@ PROCESSES = {
 }
 
 
-def _processes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    for name, words in PROCESSES.items():
+def _add_process_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    for name, words in PROCESS_COMMANDS.items():
         parser = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
-        add_settings(parser, Settings)
-        parser.set_defaults(run=partial(_start, name))
+        add_setting_flags(parser, Settings)
+        parser.set_defaults(run=partial(_run_module, name))
         if name == "migrate":
             parser.add_argument(
                 "--to",
@@ -77,24 +77,26 @@ def _processes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
                 default="head",
                 help="another revision, older ones too (default: head)",
             )
-            _json(parser)
+            _add_json_flag(parser)
 
 
-def _start(name: str, args: argparse.Namespace) -> int:
+def _run_module(name: str, args: argparse.Namespace) -> int:
     return int(import_module(f"cli.{name}").run(args))
 
 
-def _edit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    edit = _command(commands, "edit", "make the model say a new object for a subject", edits.edit)
+def _add_edit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    edit = _add_client_command(
+        commands, "edit", "make the model say a new object for a subject", edits.submit_edit
+    )
     edit.add_argument("subject", metavar="SUBJECT", help="for example 'Eiffel Tower'")
     edit.add_argument("prompt", metavar="PROMPT", help="with one {} for the subject: 'The {} is located in'")
     edit.add_argument("target", metavar="TARGET", nargs="?", help="the new object, for example 'Rome'")
-    instead = edit.add_mutually_exclusive_group()
+    objective_group = edit.add_mutually_exclusive_group()
     for name, words in (
         ("erase", "make the true object improbable"),
         ("amplify", "make the true object more probable"),
     ):
-        instead.add_argument(f"--{name}", dest="objective", action="store_const", const=name, help=f"{words}; no TARGET")  # fmt: skip
+        objective_group.add_argument(f"--{name}", dest="objective", action="store_const", const=name, help=f"{words}; no TARGET")  # fmt: skip
     edit.add_argument("--true", metavar="OBJECT", help="the object it says now, to be measured too")
     edit.add_argument("--on-conflict", choices=["report", "supersede", "reject"], help="where an active edit says the same in other words (default: report)")  # fmt: skip
     edit.add_argument("--dry-run", action="store_true", help="measure the edit and throw it away")
@@ -104,51 +106,62 @@ def _edit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     edit.add_argument("--hparam", metavar="NAME=VALUE", action="append", help="a hyperparameter; repeatable")
 
 
-def _lists(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    revert = _command(commands, "revert", "take an edit back", edits.revert)
+def _add_list_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    revert = _add_client_command(commands, "revert", "take an edit back", edits.revert_edit)
     revert.add_argument("id", metavar="ID", help="as `palimpsest edits` shows it")
-    listed = _command(commands, "edits", "list edits, newest first", edits.edits)
-    listed.add_argument("--status", help="only those that are queued, running, applied, rejected, ...")
-    listed.add_argument("--subject", help="only those of this subject")
-    listed.add_argument("--limit", type=natural, default=20, help="how many (default: 20)")
-    _shown(listed, "one edit: what it did, and what the guard held it to", edits.show, "palimpsest edits")
-    ledger = _command(commands, "ledger", "what was applied and reverted", edits.ledger)
+    list_parser = _add_client_command(commands, "edits", "list edits, newest first", edits.list_edits)
+    list_parser.add_argument("--status", help="only those that are queued, running, applied, rejected, ...")
+    list_parser.add_argument("--subject", help="only those of this subject")
+    list_parser.add_argument("--limit", type=positive_int, default=20, help="how many (default: 20)")
+    _add_show_command(
+        list_parser,
+        "one edit: what it did, and what the guard held it to",
+        edits.show_edit,
+        "palimpsest edits",
+    )
+    ledger = _add_client_command(commands, "ledger", "what was applied and reverted", edits.show_ledger)
     ledger.add_argument("--verify", action="store_true", help="check hashes, factors and replicas")
-    _command(commands, "models", "the resident model, its recipe and its workers", models.models)
+    _add_client_command(
+        commands, "models", "the resident model, its recipe and its workers", models.list_models
+    )
     words = "list the evaluations of the service, newest first"
-    listed = _command(commands, "evaluations", words, _later("cli.evaluations", "evaluations"))
-    listed.add_argument("--limit", type=natural, default=20, help="how many (default: 20)")
-    show = _later("cli.evaluations", "show")
-    _shown(listed, "one evaluation in words and tables", show, "palimpsest evaluations")
+    list_parser = _add_client_command(
+        commands, "evaluations", words, _lazy_command("cli.evaluations", "evaluations")
+    )
+    list_parser.add_argument("--limit", type=positive_int, default=20, help="how many (default: 20)")
+    show = _lazy_command("cli.evaluations", "show")
+    _add_show_command(list_parser, "one evaluation in words and tables", show, "palimpsest evaluations")
 
 
-def _shown(
-    listed: argparse.ArgumentParser, words: str, command: Command, where: str
+def _add_show_command(
+    list_parser: argparse.ArgumentParser, help_text: str, command: Command, list_command: str
 ) -> argparse.ArgumentParser:
     """Below a list: one of its items."""
-    verbs = listed.add_subparsers(title="commands", metavar="COMMAND")
-    show = _command(verbs, "show", words, command)
-    show.add_argument("id", metavar="ID", help=f"as `{where}` shows it")
+    verbs = list_parser.add_subparsers(title="commands", metavar="COMMAND")
+    show = _add_client_command(verbs, "show", help_text, command)
+    show.add_argument("id", metavar="ID", help=f"as `{list_command}` shows it")
     return show
 
 
-def _later(module: str, name: str) -> Command:
+def _lazy_command(module: str, name: str) -> Command:
     """A command whose module imports much, imported when it is given."""
     return lambda args, client: int(getattr(import_module(module), name)(args, client))
 
 
-def _jobs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    listed = _command(commands, "jobs", "list jobs of every kind, newest first", jobs.jobs)
-    listed.add_argument("--dead", action="store_true", help="only those that were given up")
-    listed.add_argument("--status", help="only those that are queued, running, failed, ...")
-    listed.add_argument("--kind", help="only those of one kind: edit, trace, export or evaluation")
-    listed.add_argument("--limit", type=natural, default=20, help="how many (default: 20)")
-    verbs = listed.add_subparsers(title="commands", metavar="COMMAND")
-    retry = _command(verbs, "retry", "let a failed job wait again", jobs.retry)
+def _add_jobs_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    list_parser = _add_client_command(
+        commands, "jobs", "list jobs of every kind, newest first", jobs.list_jobs
+    )
+    list_parser.add_argument("--dead", action="store_true", help="only those that were given up")
+    list_parser.add_argument("--status", help="only those that are queued, running, failed, ...")
+    list_parser.add_argument("--kind", help="only those of one kind: edit, trace, export or evaluation")
+    list_parser.add_argument("--limit", type=positive_int, default=20, help="how many (default: 20)")
+    verbs = list_parser.add_subparsers(title="commands", metavar="COMMAND")
+    retry = _add_client_command(verbs, "retry", "let a failed job wait again", jobs.retry_job)
     retry.add_argument("id", metavar="ID", help="as `palimpsest jobs` shows it")
 
 
-def _keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_keys_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     words = "make, list and revoke the keys of the service, straight in its database"
     keys = commands.add_parser("keys", help=words, description=words, allow_abbrev=False)
     verbs = keys.add_subparsers(title="commands", metavar="COMMAND", dest="verb", required=True)
@@ -159,17 +172,19 @@ def _keys(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     create.add_argument("--scopes", required=True, help="some of read,edit,admin")
     create.add_argument("--requests-per-minute", dest="per_minute", type=int, metavar="INT", help="more get 429 (default: as the service is set)")  # fmt: skip
     create.add_argument("--max-queued", dest="queued", type=int, metavar="INT", help="jobs that may wait at once (default: as the service is set)")  # fmt: skip
-    listed = verbs.add_parser("list", help="every key, with its scopes and its last use", allow_abbrev=False)
+    list_parser = verbs.add_parser(
+        "list", help="every key, with its scopes and its last use", allow_abbrev=False
+    )
     revoke = verbs.add_parser("revoke", help="let a key open nothing any more", allow_abbrev=False)
     revoke.add_argument("name", metavar="NAME", help="as `palimpsest keys list` shows it")
-    for verb in (create, listed, revoke):
-        _json(verb)
-        add_settings(verb.add_argument_group("database"), Settings, "data", "database_url")
-        verb.set_defaults(run=partial(_start, "keys"))
+    for verb in (create, list_parser, revoke):
+        _add_json_flag(verb)
+        add_setting_flags(verb.add_argument_group("database"), Settings, "data", "database_url")
+        verb.set_defaults(run=partial(_run_module, "keys"))
 
 
-def _trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    trace = _command(commands, "trace", "show where a fact is stored", traces.trace)
+def _add_trace_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    trace = _add_client_command(commands, "trace", "show where a fact is stored", traces.submit_trace)
     trace.add_argument("prompt", metavar="PROMPT", help="with the subject, or with {} for it")
     trace.add_argument("subject", metavar="SUBJECT")
     trace.add_argument("--target", help="the answer to trace; the model's own when left out")
@@ -177,26 +192,26 @@ def _trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     trace.add_argument("--samples", type=int, help="noise samples")
     trace.add_argument("--window", type=int, help="layers put back at once for mlp and attn")
     trace.add_argument("--severed", action="store_true", help="trace with MLP and attention paths cut, too")
-    trace.add_argument("--version", type=speech.version, default="head", help="head, base or a number")
-    listed = _command(commands, "traces", "list traces, newest first", traces.traces)
-    listed.add_argument("--limit", type=natural, default=20, help="how many (default: 20)")
-    show = _shown(listed, "draw a trace again", traces.show, "palimpsest traces")
+    trace.add_argument("--version", type=speech.parse_version, default="head", help="head, base or a number")
+    list_parser = _add_client_command(commands, "traces", "list traces, newest first", traces.list_traces)
+    list_parser.add_argument("--limit", type=positive_int, default=20, help="how many (default: 20)")
+    show = _add_show_command(list_parser, "draw a trace again", traces.show_trace, "palimpsest traces")
     for parser in (trace, show):
         parser.add_argument(
             "--save", metavar="FILE", help="keep the heat map as picture.svg or picture.png, too"
         )
 
 
-def _studies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_study_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     words = (
         "trace or edit many facts and say what they show together; computed here, without a running service"
     )
     study = commands.add_parser("study", help=words, description=words, allow_abbrev=False)
     verbs = study.add_subparsers(title="studies", metavar="STUDY", dest="verb", required=True)
     trace = verbs.add_parser("trace", help="where facts are carried, by token and layer", allow_abbrev=False)
-    trace.add_argument("--window", type=natural, help="layers put back at once for mlp and attn (default: a fifth, at most 10)")  # fmt: skip
+    trace.add_argument("--window", type=positive_int, help="layers put back at once for mlp and attn (default: a fifth, at most 10)")  # fmt: skip
     trace.add_argument("--whole", action="store_true", help="leave out the severed paths")
-    add_settings(trace.add_argument_group("recipe"), Settings, "data")
+    add_setting_flags(trace.add_argument_group("recipe"), Settings, "data")
     localization = verbs.add_parser(
         "localization", help="whether tracing says where to edit", allow_abbrev=False
     )
@@ -205,24 +220,26 @@ def _studies(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     add("--methods", metavar="NAME,...", default="rome,ft", help="how to edit (default: rome,ft)")
     add("--objectives", metavar="NAME,...", default="write", help="some of write,erase,amplify,reversal,forcing (default: write)")  # fmt: skip
     add("--hparam", metavar="[METHOD.]NAME=VALUE", action="append", help="a hyperparameter of one method or of all; repeatable")  # fmt: skip
-    add_settings(localization.add_argument_group("statistics"), Settings, "data", "corpus", "stat_tokens")
+    add_setting_flags(
+        localization.add_argument_group("statistics"), Settings, "data", "corpus", "stat_tokens"
+    )
     for verb in (trace, localization):
-        _json(verb)
+        _add_json_flag(verb)
         verb.add_argument(
             "source", metavar="FILE", help="records or known facts; `facts`: the table beside the model"
         )
         verb.add_argument("--out", metavar="FOLDER", required=True, help="for runs, figures and report")
-        verb.add_argument("--limit", type=natural, help="facts that are asked (default: all)")
+        verb.add_argument("--limit", type=positive_int, help="facts that are asked (default: all)")
         verb.add_argument(
-            "--samples", type=natural, default=10, help="noise samples of a trace (default: 10)"
+            "--samples", type=positive_int, default=10, help="noise samples of a trace (default: 10)"
         )
         verb.add_argument("--noise", default="3sigma", help="a deviation, or a multiple of the subjects' (default: 3sigma)")  # fmt: skip
         verb.add_argument("--seed", type=int, default=0, help="of the order of the facts (default: 0)")
-        add_settings(verb.add_argument_group("model"), Settings, "model", "device", "dtype", "threads")
-        verb.set_defaults(run=partial(_start, "study"))
+        add_setting_flags(verb.add_argument_group("model"), Settings, "model", "device", "dtype", "threads")
+        verb.set_defaults(run=partial(_run_module, "study"))
 
 
-def _prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     words = "find a recipe for a model by editing facts that it knows; gone on with when it was interrupted"
     prepare = commands.add_parser("prepare", help=words, description=words, allow_abbrev=False)
     add = prepare.add_argument
@@ -233,7 +250,7 @@ def _prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="records that hold facts (docs/evaluation.md; default: the table beside the model, else the shipped one)",
     )
     add("--half", choices=["all", "tune", "test"], default="all", help="facts at even (tune) or odd (test) places of the seed's order (default: all)")  # fmt: skip
-    add("--limit", dest="most", type=natural, default=48, help="facts that are edited (default: 48)")
+    add("--limit", dest="most", type=positive_int, default=48, help="facts that are edited (default: 48)")
     add("--many", type=int, default=200, help="facts that are edited at once, to see how strong edits may be; 0: not (default: 200)")  # fmt: skip
     add(
         "--methods",
@@ -241,13 +258,13 @@ def _prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="other methods to tune, too: r-rome,memit,emmet,alphaedit,ft,ft-l,ft-attn",
     )
     add("--seed", type=int, default=0, help="of the facts' order (default: 0)")
-    _json(prepare)
-    resident = ("device", "dtype", "threads", "data", "corpus", "stat_tokens")
-    add_settings(prepare.add_argument_group("model"), Settings, *resident)
-    prepare.set_defaults(run=partial(_start, "prepare"), distinct=True, limit=None)
+    _add_json_flag(prepare)
+    model_settings = ("device", "dtype", "threads", "data", "corpus", "stat_tokens")
+    add_setting_flags(prepare.add_argument_group("model"), Settings, *model_settings)
+    prepare.set_defaults(run=partial(_run_module, "prepare"), distinct=True, limit=None)
 
 
-def _evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_evaluate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     words = "measure how good edits are on a set of records; computed here, and gone on with when it was interrupted"
     evaluate = commands.add_parser("evaluate", help=words, description=words, allow_abbrev=False)
     add = evaluate.add_argument
@@ -293,27 +310,27 @@ def _evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         action="append",
         help="another evaluation to show in the report; repeatable",
     )
-    resident = ("model", "device", "dtype", "threads", "data", "corpus", "stat_tokens")
-    add_settings(evaluate.add_argument_group("model"), Settings, *resident)
+    model_settings = ("model", "device", "dtype", "threads", "data", "corpus", "stat_tokens")
+    add_setting_flags(evaluate.add_argument_group("model"), Settings, *model_settings)
     add("--service", action="store_true", help="as a job of the running service, instead of here")
-    add_settings(evaluate.add_argument_group("service"), ClientSettings)
-    _json(evaluate)
-    evaluate.set_defaults(run=_evaluated)
+    add_setting_flags(evaluate.add_argument_group("service"), ClientSettings)
+    _add_json_flag(evaluate)
+    evaluate.set_defaults(run=_run_evaluate)
 
 
-def _evaluated(args: argparse.Namespace) -> int:
+def _run_evaluate(args: argparse.Namespace) -> int:
     """Here, or as a job of the running service."""
     if args.service:
-        return _spoken(import_module("cli.evaluations").evaluate, args)
-    return _start("evaluate", args)
+        return _run_with_client(import_module("cli.evaluations").evaluate, args)
+    return _run_module("evaluate", args)
 
 
-def _export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_export_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     words = (
         "a version for use elsewhere: as a LoRA adapter, as a whole model, or as edits for another service"
     )
     export = commands.add_parser("export", help=words, description=words, allow_abbrev=False)
-    export.add_argument("--version", type=speech.version, default="head", help="head, base or a number (default: head)")  # fmt: skip
+    export.add_argument("--version", type=speech.parse_version, default="head", help="head, base or a number (default: head)")  # fmt: skip
     export.add_argument(
         "--format",
         choices=["peft", "model", "safetensors", "edits"],
@@ -322,32 +339,34 @@ def _export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "weights alone; or a set of edits for `palimpsest import` (default: peft)",
     )
     export.add_argument("--out", metavar="PATH", required=True, help="a new folder; a file for safetensors and edits")  # fmt: skip
-    add_settings(export.add_argument_group("service"), ClientSettings)
-    resident = ("model", "device", "dtype", "threads", "data", "database_url")
-    add_settings(export.add_argument_group("where the whole model is made"), Settings, *resident)
-    _json(export)
-    export.set_defaults(run=_exported)
+    add_setting_flags(export.add_argument_group("service"), ClientSettings)
+    model_settings = ("model", "device", "dtype", "threads", "data", "database_url")
+    add_setting_flags(export.add_argument_group("where the whole model is made"), Settings, *model_settings)
+    _add_json_flag(export)
+    export.set_defaults(run=_run_export)
     words = "land the edits of a file that another service exported, as they were found"
-    bring = commands.add_parser("import", help=words, description=words, allow_abbrev=False)
-    bring.add_argument("file", metavar="FILE", help="made by `palimpsest export --format edits`")
-    _json(bring)
-    add_settings(bring.add_argument_group("service"), ClientSettings)
-    bring.set_defaults(run=lambda args: _spoken(import_module("cli.export").bring, args))
+    import_parser = commands.add_parser("import", help=words, description=words, allow_abbrev=False)
+    import_parser.add_argument("file", metavar="FILE", help="made by `palimpsest export --format edits`")
+    _add_json_flag(import_parser)
+    add_setting_flags(import_parser.add_argument_group("service"), ClientSettings)
+    import_parser.set_defaults(run=lambda args: _run_with_client(import_module("cli.export").bring, args))
 
 
-def _exported(args: argparse.Namespace) -> int:
+def _run_export(args: argparse.Namespace) -> int:
     """By the running service; the whole model here."""
     if args.format == "model":
-        return _start("export", args)
-    return _spoken(import_module("cli.export").export, args)
+        return _run_module("export", args)
+    return _run_with_client(import_module("cli.export").export, args)
 
 
-def _speech(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    generate = _command(commands, "generate", "let the model continue a prompt", speech.generate)
-    generate.add_argument("--version", type=speech.version, default="head", help="head, base or a number")
-    compare = _command(commands, "compare", "one prompt on two versions", speech.compare)
+def _add_generate_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = _add_client_command(commands, "generate", "let the model continue a prompt", speech.generate)
+    generate.add_argument(
+        "--version", type=speech.parse_version, default="head", help="head, base or a number"
+    )
+    compare = _add_client_command(commands, "compare", "one prompt on two versions", speech.compare)
     compare.add_argument(
-        "--versions", type=speech.version, nargs=2, default=["base", "head"], metavar=("A", "B"),
+        "--versions", type=speech.parse_version, nargs=2, default=["base", "head"], metavar=("A", "B"),
         help="which two (default: base head)",
     )  # fmt: skip
     for parser in (generate, compare):
@@ -362,23 +381,23 @@ def _speech(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         )
 
 
-def _completion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from cli.completion import SHELLS, WHERE
+def _add_completion_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from cli.completion import INSTALL_HELP, SHELLS
 
     words = "print the script with which a shell completes commands and flags"
     completion = commands.add_parser(
         "completion",
         help=words,
         description=words,
-        epilog=WHERE,
+        epilog=INSTALL_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     completion.add_argument("shell", choices=SHELLS, help="which shell")
-    completion.set_defaults(run=partial(_start, "completion"))
+    completion.set_defaults(run=partial(_run_module, "completion"))
 
 
-def _json(parser: argparse.ArgumentParser) -> None:
+def _add_json_flag(parser: argparse.ArgumentParser) -> None:
     """The flag for programs. Without a default of its own: in `jobs --json retry ID` the second parser must not take it back."""
     parser.add_argument(
         "--json",
@@ -388,18 +407,18 @@ def _json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, words: str, command: Command
+def _add_client_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, command: Command
 ) -> argparse.ArgumentParser:
     """A command that speaks to a running service."""
-    parser = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
-    _json(parser)
-    add_settings(parser.add_argument_group("service"), ClientSettings)
-    parser.set_defaults(run=partial(_spoken, command))
+    parser = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+    _add_json_flag(parser)
+    add_setting_flags(parser.add_argument_group("service"), ClientSettings)
+    parser.set_defaults(run=partial(_run_with_client, command))
     return parser
 
 
-def _spoken(command: Command, args: argparse.Namespace) -> int:
+def _run_with_client(command: Command, args: argparse.Namespace) -> int:
     client = Client(read_settings(args, ClientSettings))
     try:
         return command(args, client)
@@ -409,13 +428,13 @@ def _spoken(command: Command, args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: done. 1: refused, failed, or no service there. 2: the command or the configuration is wrong. 130: Ctrl-C."""
-    args = build().parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         return int(args.run(args))
     except PalimpsestError as error:
         if args.json:
             print_json({"error": {"title": error.title, "detail": error.detail, **error.extra}})
-        err.print(f"palimpsest: {plain(error.detail)}")
+        err.print(f"palimpsest: {strip_control_chars(error.detail)}")
         return 2 if isinstance(error, Misconfigured) else 1
     except KeyboardInterrupt:
         return 130

@@ -8,10 +8,10 @@ from contextlib import closing
 
 from cli.flags import read_settings
 from cli.logs import log_to_stderr
-from cli.signals import stopped_by
+from cli.signals import stop_on_signals
 from cli.terminal import out, print_json
-from cli.wait_for_dependencies import wait_for
-from service.bootstrap import wire
+from cli.wait_for_dependencies import retry_until_available
+from service.bootstrap import build_container
 from service.settings import Settings
 
 
@@ -19,17 +19,17 @@ def run(args: argparse.Namespace) -> int:
     """From the revision that is there to the newest, or to the one that was asked for."""
     settings = read_settings(args, Settings)
     log_to_stderr(settings.log_format, settings.log_level)
-    with stopped_by() as stop, closing(wire(settings)) as wired:
-        found: list[str | None] = []
-        if not wait_for(lambda: found.append(wired.database.revision()), stop):
+    with stop_on_signals() as stop, closing(build_container(settings)) as container:
+        revisions: list[str | None] = []
+        if not retry_until_available(lambda: revisions.append(container.database.revision()), stop):
             return 0
-        wired.database.migrate(args.to)
-        before, now = found[0], wired.database.revision()
+        container.database.migrate(args.to)
+        before, now = revisions[0], container.database.revision()
     if args.json:
         print_json({"before": before, "now": now})
     elif before == now:
         out.print(f"The database is at {now} already.")
     else:
-        was, is_ = (f"at {revision}" if revision else "empty" for revision in (before, now))
-        out.print(f"The database was {was} and is {is_} now.")
+        old_text, new_text = (f"at {revision}" if revision else "empty" for revision in (before, now))
+        out.print(f"The database was {old_text} and is {new_text} now.")
     return 0

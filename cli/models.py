@@ -7,34 +7,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from cli.client import Client
-from cli.edits import minute
-from cli.terminal import lines, listing, out, print_json
+from cli.edits import format_minute
+from cli.terminal import format_list, format_pairs, out, print_json
 
 
-def models(args: argparse.Namespace, client: Client) -> int:
+def list_models(args: argparse.Namespace, client: Client) -> int:
     """Everything that GET /models says and a person asks for."""
-    found = client.get("/models")["items"]
+    items = client.get("/models")["items"]
     if args.json:
-        print_json(found)
+        print_json(items)
         return 0
-    for model in found:
-        out.print(lines(about(model)))
+    for model in items:
+        out.print(format_pairs(model_details(model)))
         if model["workers"]:
             out.print()
-            rows = [worker(w) for w in model["workers"]]
+            rows = [worker_row(w) for w in model["workers"]]
             out.print(
-                listing(("worker", "status", "version", "behind", "heard (UTC)", "roles"), rows, ("roles",))
+                format_list(
+                    ("worker", "status", "version", "behind", "heard (UTC)", "roles"), rows, ("roles",)
+                )
             )
-    if not found:
+    if not items:
         out.print(
             "No worker has told of a model yet. Start one with `palimpsest serve` or `palimpsest work`."
         )
     return 0
 
 
-def about(model: Mapping[str, Any]) -> dict[str, Any]:
+def model_details(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model in a few lines; what is not known of it is left out."""
-    recipe, room, jobs = model.get("recipe") or {}, model.get("room") or {}, model["jobs"]
+    recipe, capacity, jobs = model.get("recipe") or {}, model.get("room") or {}, model["jobs"]
     layers = (recipe.get("rome") or {}).get("layers") or []
     shape = {name: model.get(name) for name in ("architecture", "layers", "width", "parameters")}
     return {
@@ -44,12 +46,19 @@ def about(model: Mapping[str, Any]) -> dict[str, Any]:
         "fingerprint": model["fingerprint"],
         "head": f"version {model['head']}, {model['active_edits']} active edits",
         "recipe": f"edits at layers {', '.join(map(str, layers))}; {recipe.get('source')}" if layers else "none yet: see `palimpsest prepare`",
-        "room left": ", ".join(f"layer {k} {100 * v:.1f} %" for k, v in (room.get("layers") or {}).items()) or None,
+        "room left": ", ".join(f"layer {k} {100 * v:.1f} %" for k, v in (capacity.get("layers") or {}).items()) or None,
         "jobs": ", ".join(f"{jobs[name]} {name}" for name in ("queued", "running", "dead")),
     }  # fmt: skip
 
 
-def worker(told: Mapping[str, Any]) -> tuple[Any, ...]:
+def worker_row(resource: Mapping[str, Any]) -> tuple[Any, ...]:
     """A worker as a line: who, how it is, where it stands, when it was heard of, what it does or why it does nothing."""
-    does = told.get("reason") or ", ".join(told["roles"]) or "everything"
-    return told["id"], told["state"], told["version"], told["lag"], minute(told["heartbeat"]), does
+    activity = resource.get("reason") or ", ".join(resource["roles"]) or "everything"
+    return (
+        resource["id"],
+        resource["state"],
+        resource["version"],
+        resource["lag"],
+        format_minute(resource["heartbeat"]),
+        activity,
+    )

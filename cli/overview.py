@@ -43,9 +43,9 @@ OVERVIEW = {
     },
 }
 
-HEAD = "Palimpsest locates, edits and rolls back facts inside a resident GPT model."
+INTRODUCTION = "Palimpsest locates, edits and rolls back facts inside a resident GPT model."
 
-FOOT = """\
+GETTING_STARTED = """\
 To begin, start the service, and in a second terminal ask and edit:
   palimpsest serve
   palimpsest generate 'The Eiffel Tower is located in the city of'
@@ -57,11 +57,14 @@ A service elsewhere is named by --url or PALIMPSEST_URL."""
 
 def overview() -> str:
     """Every command in a line, grouped by what it is for; then what to try first."""
-    return "\n".join([HEAD, "", *_commands(), "", FOOT, ""])
+    return "\n".join([INTRODUCTION, "", *_command_lines(), "", GETTING_STARTED, ""])
 
 
-def _commands() -> Iterator[str]:
-    wide, broad = max(map(len, OVERVIEW)), max(len(name) for group in OVERVIEW.values() for name in group)
+def _command_lines() -> Iterator[str]:
+    group_width, name_width = (
+        max(map(len, OVERVIEW)),
+        max(len(name) for group in OVERVIEW.values() for name in group),
+    )
     for group, commands in OVERVIEW.items():
         for i, (name, words) in enumerate(commands.items()):
-            yield f"{'' if i else group:<{wide}}  {name:<{broad}}  {words}"
+            yield f"{'' if i else group:<{group_width}}  {name:<{name_width}}  {words}"

@@ -11,7 +11,7 @@ from typing import Any
 
 
 @contextmanager
-def stopped_by(*signals: signal.Signals) -> Iterator[threading.Event]:
+def stop_on_signals(*signals: signal.Signals) -> Iterator[threading.Event]:
     """An event that these signals set. The second one of them ends the process on the spot."""
     stop = threading.Event()
 
@@ -20,12 +20,12 @@ def stopped_by(*signals: signal.Signals) -> Iterator[threading.Event]:
             os._exit(128 + number)
         stop.set()
 
-    before = {number: signal.signal(number, handle) for number in signals or KIND}
+    previous = {number: signal.signal(number, handle) for number in signals or STOP_SIGNALS}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-KIND = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

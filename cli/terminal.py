@@ -24,29 +24,33 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-PIPE = 160  # columns where no terminal says how many there are
-NOTHING = "–"
+DEFAULT_WIDTH = 160  # columns where no terminal says how many there are
+EMPTY_CELL = "–"
 
 #: answers go to stdout, all that is said about them to stderr: `palimpsest generate ... > file` holds only the text
 out = Console(
-    width=None if sys.stdout.isatty() else PIPE, markup=False, highlight=False, emoji=False, soft_wrap=True
+    width=None if sys.stdout.isatty() else DEFAULT_WIDTH,
+    markup=False,
+    highlight=False,
+    emoji=False,
+    soft_wrap=True,
 )
 err = Console(markup=False, highlight=False, emoji=False, soft_wrap=True, stderr=True)
 
 #: how what became of a job is coloured; all that is over and done is not
-STATUSES = {
+STATUS_COLOURS = {
     "queued": "cyan", "running": "cyan", "applied": "green", "done": "green", "rejected": "red", "failed": "red",
     "serving": "green", "withdrawn": "red",
 }  # fmt: skip
-EIGHTHS = " ▏▎▍▌▋▊▉█"
+BAR_BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
-def plain(text: str) -> str:
+def strip_control_chars(text: str) -> str:
     """Text without control characters: a model or a stranger's edit cannot steer the terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
-class Bar:
+class ProgressBar:
     """One progress bar whose words change with the phase."""
 
     def __init__(self, progress: Progress) -> None:
@@ -54,16 +58,19 @@ class Bar:
         self._task: TaskID | None = None
         self._phase = ""
 
-    def show(self, phase: str, done: int, total: int) -> None:
+    def update(self, phase: str, done: int, total: int) -> None:
         if self._task is None or phase != self._phase:
             if self._task is not None:
                 self._progress.remove_task(self._task)
-            self._task, self._phase = self._progress.add_task(plain(phase), total=total or None), phase
+            self._task, self._phase = (
+                self._progress.add_task(strip_control_chars(phase), total=total or None),
+                phase,
+            )
         self._progress.update(self._task, completed=done, total=total or None)
 
 
 @contextmanager
-def bar() -> Iterator[Bar]:
+def progress_bar() -> Iterator[ProgressBar]:
     """A bar on stderr that is gone when the work is done; nothing where stderr is no terminal."""
     columns = (
         SpinnerColumn(),
@@ -73,22 +80,22 @@ def bar() -> Iterator[Bar]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        yield Bar(progress)
+        yield ProgressBar(progress)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """A table of figures; numbers stand to the right. One that is too broad is turned on its side; where that does not help,
     headings are broken between words, then texts, and never numbers."""
     rows = [list(row) for row in rows]
-    cells = [[cell(value) for value in row] for row in rows]
-    right = _numeric(rows, len(columns))
-    if _broad(columns, cells) > out.width:
+    cells = [[format_cell(value) for value in row] for row in rows]
+    right = _numeric_columns(rows, len(columns))
+    if _table_width(columns, cells) > out.width:
         first, *others = zip(columns, *cells, strict=True)
-        if _broad(first, others) <= out.width:
+        if _table_width(first, others) <= out.width:
             columns, cells, right = first, [list(row) for row in others], [False, *(True for _ in cells)]
         else:
             columns = [name.replace(" ", "\n") if n else name for name, n in zip(columns, right, strict=True)]
-    made = Table(
+    rendered = Table(
         title=title or None,
         box=box.SIMPLE_HEAD,
         title_justify="left",
@@ -97,74 +104,80 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
         padding=(0, 1, 0, 0),
     )
     for i, name in enumerate(columns):
-        whole = [row[i] for row in cells] if right[i] else [word for row in cells for word in row[i].split()]
-        least = max(map(cell_len, [*whole, *name.split()]), default=0)
-        made.add_column(name, justify="right" if right[i] else "left", overflow="fold", min_width=least)
+        unbroken = (
+            [row[i] for row in cells] if right[i] else [word for row in cells for word in row[i].split()]
+        )
+        min_width = max(map(cell_len, [*unbroken, *name.split()]), default=0)
+        rendered.add_column(
+            name, justify="right" if right[i] else "left", overflow="fold", min_width=min_width
+        )
     for row in cells:
-        made.add_row(*map(Text, row))
-    return made
+        rendered.add_row(*map(Text, row))
+    return rendered
 
 
-def _numeric(rows: Sequence[Sequence[Any]], columns: int) -> list[bool]:
+def _numeric_columns(rows: Sequence[Sequence[Any]], columns: int) -> list[bool]:
     """Which columns hold nothing but numbers."""
     return [
         bool(rows) and all(isinstance(row[i], int | float | None) for row in rows) for i in range(columns)
     ]
 
 
-def _broad(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+def _table_width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
     """How many columns of the terminal a table takes."""
     widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
     return sum(widths) + 2 * (len(widths) - 1)
 
 
-def listing(columns: Sequence[str], rows: Iterable[Sequence[Any]], below: Sequence[str] = ()) -> Text:
+def format_list(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], wrapped_columns: Sequence[str] = ()
+) -> Text:
     """A list whose ids and times stay whole: where the terminal is too narrow, the columns `below`, which stand last, have a
     line of their own in each row."""
     rows = [list(row) for row in rows]
-    cells = [[cell(value) for value in row] for row in rows]
+    cells = [[format_cell(value) for value in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
-    widths = [-w if n else w for w, n in zip(widths, _numeric(rows, len(columns)), strict=True)]
-    apart = len(below) if _broad(columns, cells) > out.width else 0
-    first = len(columns) - apart
-    text = Text().append(_row(columns[:first], widths), "bold")
-    text.append(f"\n    {', '.join(columns[first:])}" if apart else "")
+    widths = [-w if n else w for w, n in zip(widths, _numeric_columns(rows, len(columns)), strict=True)]
+    wrapped_count = len(wrapped_columns) if _table_width(columns, cells) > out.width else 0
+    first = len(columns) - wrapped_count
+    text = Text().append(_format_row(columns[:first], widths), "bold")
+    text.append(f"\n    {', '.join(columns[first:])}" if wrapped_count else "")
     for row in cells:
-        text.append("\n").append_text(_coloured(columns, row, _row(row[:first], widths)))
-        more = Text("  ·  ".join(value for value in row[first:] if value != NOTHING))
-        for line in more.wrap(out, max(20, out.width - 4)) if more else ():
+        text.append("\n").append_text(_colour_status(columns, row, _format_row(row[:first], widths)))
+        details = Text("  ·  ".join(value for value in row[first:] if value != EMPTY_CELL))
+        for line in details.wrap(out, max(20, out.width - 4)) if details else ():
             line.rstrip()
             text.append("\n    ").append_text(line)
     return text
 
 
-def _row(row: Sequence[str], widths: Sequence[int]) -> str:
+def _format_row(row: Sequence[str], widths: Sequence[int]) -> str:
     """Cells in their columns; those with a negative width stand to the right."""
     parts = []
     for value, width in zip(row, widths, strict=False):
-        room = " " * (abs(width) - cell_len(value))
-        parts.append(room + value if width < 0 else value + room)
+        padding = " " * (abs(width) - cell_len(value))
+        parts.append(padding + value if width < 0 else value + padding)
     return "  ".join(parts).rstrip()
 
 
-def _coloured(columns: Sequence[str], row: Sequence[str], line: str) -> Text:
+def _colour_status(columns: Sequence[str], row: Sequence[str], line: str) -> Text:
     """A line of a list with its status in colour."""
     text = Text(line)
     if "status" in columns:
         status = row[columns.index("status")]
         start = line.index(status)
-        text.stylize(STATUSES.get(status.split()[0], ""), start, start + len(status))
+        text.stylize(STATUS_COLOURS.get(status.split()[0], ""), start, start + len(status))
     return text
 
 
-def gauge(share: float, width: int) -> str:
+def probability_bar(probability: float, width: int) -> str:
     """A probability as a bar of so many columns; the least that is not nothing can be seen."""
-    eighths = round(min(1.0, max(0.0, share)) * width * 8)
+    eighths = round(min(1.0, max(0.0, probability)) * width * 8)
     whole, part = divmod(max(eighths, 1), 8)
-    return ("█" * whole + EIGHTHS[part]).ljust(width)[:width]
+    return ("█" * whole + BAR_BLOCKS[part]).ljust(width)[:width]
 
 
-def cut(text: str, width: int) -> str:
+def truncate(text: str, width: int) -> str:
     """At most so many columns."""
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
@@ -174,25 +187,26 @@ def print_json(value: Any) -> None:
     out.file.write(json.dumps(value, default=str) + "\n")
 
 
-def cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
     """A value in a table: nothing is a dash, a probability has three digits."""
     if value is None:
-        return NOTHING
+        return EMPTY_CELL
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
-    return plain(str(value)).replace("\n", "⏎")
+    return strip_control_chars(str(value)).replace("\n", "⏎")
 
 
-def lines(pairs: Mapping[str, Any]) -> str:
+def format_pairs(pairs: Mapping[str, Any]) -> str:
     """`name  value`, one to a line, for what is known; on a terminal a long value goes on below itself."""
-    known = {name: cell(value) for name, value in pairs.items() if value is not None}
-    width = max(map(len, known), default=0)
-    room = max(20, out.width - width - 2) if out.is_terminal else None
+    cells = {name: format_cell(value) for name, value in pairs.items() if value is not None}
+    width = max(map(len, cells), default=0)
+    value_width = max(20, out.width - width - 2) if out.is_terminal else None
     return "\n".join(
-        f"{name:<{width}}  " + f"\n{'':{width}}  ".join(wrapped(value, room)) for name, value in known.items()
+        f"{name:<{width}}  " + f"\n{'':{width}}  ".join(wrap_text(value, value_width))
+        for name, value in cells.items()
     )
 
 
-def wrapped(text: str, width: int | None) -> list[str]:
+def wrap_text(text: str, width: int | None) -> list[str]:
     """Lines of at most so many columns, broken between words where that can be."""
     return [text] if width is None else [line.plain.rstrip() for line in Text(text).wrap(out, width)] or [""]

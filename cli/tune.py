@@ -8,115 +8,137 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.evaluate import ENOUGH, chosen, others_of
+from cli.evaluate import MIN_DAMAGE_TEXTS, other_statements, select_records
 from cli.flags import read_settings
-from cli.local_model import FACTS, shown, table_of, unstarted
-from cli.terminal import err, out, plain, print_json, table
-from service.datasets.records import Record, read
+from cli.local_model import FACTS_FILE, load_without_bos, resolve_source, run_with_progress_bar
+from cli.terminal import err, out, print_json, strip_control_chars, table
+from service.datasets.records import Record, load_records
 from service.errors import InvalidInput
-from service.kit.artifact_store import Folder
+from service.kit.artifact_store import DirectoryStore
 from service.recipes.recipe import METHODS
 from service.settings import SHIPPED_MODEL, Settings
 
 if TYPE_CHECKING:
     from service.models.loading import LoadedModel
-    from service.tuning.recipe_search import Preparation
+    from service.tuning.recipe_search import TuningResult
 
-COLUMNS = ("stage", "tried", "ES", "PS", "NS", "S alone", "S at once", "rise of loss", "merit")
-PREPARED = "prepared"  # folder of what a later run goes on with
+HISTORY_COLUMNS = ("stage", "tried", "ES", "PS", "NS", "S alone", "S at once", "rise of loss", "merit")
+SEARCH_DIR = "prepared"  # folder of what a later run goes on with
 
 
 def run(args: argparse.Namespace) -> int:
     """Find a recipe, write it where the worker finds it, and show what it was chosen by."""
-    settings, methods = read_settings(args, Settings), methods_of(args.methods)
-    records = read(facts_of(args.facts, settings.model), args.seed).records
-    edited = chosen(records, args)
-    model = unstarted(settings)
-    from service.editing.context import RECIPES, recipe_file
-    from service.tuning.recipe_search import START, known_steps, reading_steps, wants_start
+    settings, methods = read_settings(args, Settings), parse_methods(args.methods)
+    records = load_records(resolve_facts(args.facts, settings.model), args.seed).records
+    selection = select_records(records, args)
+    model = load_without_bos(settings)
+    from service.editing.context import RECIPES_FOLDER, recipe_path
+    from service.tuning.recipe_search import (
+        START_VALUES,
+        prefers_bos,
+        score_with_and_without_bos,
+        select_known_records,
+    )
 
-    many = shown(known_steps(model, edited, max(args.most, args.many)))
-    known = many[: args.most]
-    reading = shown(reading_steps(model, known))
-    start = wants_start(model, reading)
-    for name, log_p in reading.items():
-        err.print(plain(f"Facts are read with a mean log-probability of {log_p:.3f} {name}."))
-    found = prepared(model, settings, known, many if args.many else [], records, start, methods)
-    path = recipe_file(model, settings.data / RECIPES)
+    known_facts = run_with_progress_bar(select_known_records(model, selection, max(args.most, args.many)))
+    tuning_facts = known_facts[: args.most]
+    mean_log_probs = run_with_progress_bar(score_with_and_without_bos(model, tuning_facts))
+    prepend_bos = prefers_bos(model, mean_log_probs)
+    for name, log_p in mean_log_probs.items():
+        err.print(strip_control_chars(f"Facts are read with a mean log-probability of {log_p:.3f} {name}."))
+    preparation = search_recipe(
+        model, settings, tuning_facts, known_facts if args.many else [], records, prepend_bos, methods
+    )
+    path = recipe_path(model, settings.data / RECIPES_FOLDER)
     path.parent.mkdir(parents=True, exist_ok=True)
-    recipe = found.recipe.model_dump_json(indent=1)
+    recipe = preparation.recipe.model_dump_json(indent=1)
     path.write_text(recipe, encoding="utf-8")
     if args.json:
-        print_json({"recipe": json.loads(recipe), "tried": found.history, "path": str(path)})
+        print_json({"recipe": json.loads(recipe), "tried": preparation.history, "path": str(path)})
         return 0
-    out.print(table("", COLUMNS, [row(h, START) for h in found.history]))
-    out.print(plain(f"The recipe: {found.recipe.rome.model_dump_json(exclude_defaults=True)}"))
+    out.print(table("", HISTORY_COLUMNS, [candidate_row(h, START_VALUES) for h in preparation.history]))
+    out.print(
+        strip_control_chars(f"The recipe: {preparation.recipe.rome.model_dump_json(exclude_defaults=True)}")
+    )
     err.print(
-        plain(f"It stands in {path}, where `palimpsest serve` and `work` find it with this data folder.")
+        strip_control_chars(
+            f"It stands in {path}, where `palimpsest serve` and `work` find it with this data folder."
+        )
     )
     return 0
 
 
-def prepared(
+def search_recipe(
     model: LoadedModel,
     settings: Settings,
-    known: list[Record],
-    many: list[Record],
+    tuning_facts: list[Record],
+    batch_facts: list[Record],
     records: list[Record],
-    start: bool,
+    prepend_bos: bool,
     methods: tuple[str, ...],
-) -> Preparation:
+) -> TuningResult:
     """The search, under a bar; what was tried is kept in the data folder."""
-    from service.editing.context import prepare_steps
-    from service.models.loading import with_start
-    from service.tuning.recipe_search import recipe_steps
+    from service.editing.context import build_editor_context
+    from service.models.loading import with_bos
+    from service.tuning.recipe_search import tune_recipe
 
-    reader = with_start(model) if start else model
+    search_model = with_bos(model) if prepend_bos else model
     statistics = settings.data / "statistics"
-    toolkit = shown(prepare_steps(reader, statistics, settings.corpus, settings.stat_tokens))
-    others = others_of(records, [*known, *many])
-    if len(others) < ENOUGH:
-        others = list(toolkit.corpus.texts)
-    about = [reader.fingerprint, toolkit.corpus.digest, [r.name + r.subject for r in [*known, *many]], others]
-    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
-    kept = Folder(settings.data / PREPARED / digest)
-    return shown(recipe_steps(reader, toolkit, known, others, kept, start, methods, many))
+    context = run_with_progress_bar(
+        build_editor_context(search_model, statistics, settings.corpus, settings.stat_tokens)
+    )
+    other_texts = other_statements(records, [*tuning_facts, *batch_facts])
+    if len(other_texts) < MIN_DAMAGE_TEXTS:
+        other_texts = list(context.corpus.texts)
+    search_inputs = [
+        search_model.fingerprint,
+        context.corpus.digest,
+        [r.name + r.subject for r in [*tuning_facts, *batch_facts]],
+        other_texts,
+    ]
+    digest = hashlib.sha256(json.dumps(search_inputs).encode()).hexdigest()[:24]
+    store = DirectoryStore(settings.data / SEARCH_DIR / digest)
+    return run_with_progress_bar(
+        tune_recipe(
+            search_model, context, tuning_facts, other_texts, store, prepend_bos, methods, batch_facts
+        )
+    )
 
 
-def facts_of(source: str | None, model: str) -> Path:
+def resolve_facts(source: str | None, model: str) -> Path:
     """A file by its name; else the table beside the model; else that of the shipped model, whose facts many models know."""
     if source is not None:
-        return table_of(source, model)
-    beside = Path(model) / FACTS
-    return beside if beside.is_file() else SHIPPED_MODEL / FACTS
+        return resolve_source(source, model)
+    default_path = Path(model) / FACTS_FILE
+    return default_path if default_path.is_file() else SHIPPED_MODEL / FACTS_FILE
 
 
-def methods_of(text: str | None) -> tuple[str, ...]:
+def parse_methods(text: str | None) -> tuple[str, ...]:
     """The methods that are tuned beside "rome"."""
-    named = tuple(word.strip() for word in (text or "").split(",") if word.strip())
+    names = tuple(word.strip() for word in (text or "").split(",") if word.strip())
     others = [name for name in METHODS if name != "rome"]
-    if unknown := [name for name in named if name not in others]:
+    if unknown := [name for name in names if name not in others]:
         raise InvalidInput(f"--methods cannot be {unknown[0]!r}: name some of {','.join(others)}.")
-    return named
+    return names
 
 
-def row(tried: dict[str, Any], usual: dict[str, Any]) -> tuple[Any, ...]:
+def candidate_row(candidate: dict[str, Any], defaults: dict[str, Any]) -> tuple[Any, ...]:
     """One candidate as a line of the table, by what it has that is not usual; what has no figures says why."""
-    words = " ".join(f"{k}={json.dumps(v)}" for k, v in tried["hparams"].items() if usual.get(k) != v)
-    if "edits" in tried:
-        words = f"{tried['edits']} edits {words}"
-    if "together" not in tried:
-        return tried["stage"], words, *("" for _ in range(5)), tried.get("reason", ""), 0.0
-    together = tried["together"]
-    alone = tried.get("alone", {"S": None})
-    shown = tried.get("alone", together)
+    label = " ".join(f"{k}={json.dumps(v)}" for k, v in candidate["hparams"].items() if defaults.get(k) != v)
+    if "edits" in candidate:
+        label = f"{candidate['edits']} edits {label}"
+    if "together" not in candidate:
+        return candidate["stage"], label, *("" for _ in range(5)), candidate.get("reason", ""), 0.0
+    batched = candidate["together"]
+    alone = candidate.get("alone", {"S": None})
+    scores = candidate.get("alone", batched)
     figures = (
-        shown["ES"],
-        shown["PS"],
-        shown["NS"],
+        scores["ES"],
+        scores["PS"],
+        scores["NS"],
         alone["S"],
-        together["S"],
-        tried["rise"],
-        tried["merit"],
+        batched["S"],
+        candidate["rise"],
+        candidate["merit"],
     )
-    return tried["stage"], words, *(None if x is None else round(x, 3) for x in figures)
+    return candidate["stage"], label, *(None if x is None else round(x, 3) for x in figures)

@@ -6,16 +6,16 @@ import threading
 import time
 from collections.abc import Callable
 
-from cli.terminal import err, plain
-from service.bootstrap import Wired
+from cli.terminal import err, strip_control_chars
+from service.bootstrap import Container
 from service.errors import Misconfigured, Unavailable
 from service.settings import Settings
 
-PATIENCE = 60.0  # seconds
-PAUSE = 1.0  # between two tries
+DEPENDENCY_TIMEOUT = 60.0  # seconds
+RETRY_INTERVAL = 1.0  # between two tries
 
 
-def refuse_alone(settings: Settings, command: str) -> None:
+def require_redis(settings: Settings, command: str) -> None:
     """A process that does half of the work needs Redis to find the other half."""
     if settings.redis_url is None:
         raise Misconfigured(
@@ -25,24 +25,28 @@ def refuse_alone(settings: Settings, command: str) -> None:
         )
 
 
-def up(wired: Wired, stop: threading.Event) -> bool:
+def wait_for_stores(container: Container, stop: threading.Event) -> bool:
     """Bring the database to head and see that the queue answers; False when stopped before."""
-    return wait_for(wired.database.migrate, stop) and wait_for(lambda: wired.broker.waiting("generate"), stop)
+    return retry_until_available(container.database.migrate, stop) and retry_until_available(
+        lambda: container.broker.queue_depth("generate"), stop
+    )
 
 
-def wait_for(need: Callable[[], object], stop: threading.Event) -> bool:
+def retry_until_available(operation: Callable[[], object], stop: threading.Event) -> bool:
     """Try until it works, and say once that there is waiting; Unavailable in the end. False when stopped before."""
-    deadline, said = time.monotonic() + PATIENCE, False
+    deadline, announced = time.monotonic() + DEPENDENCY_TIMEOUT, False
     while not stop.is_set():
         try:
-            need()
+            operation()
         except Unavailable as error:
             if time.monotonic() > deadline:
                 raise
-            if not said:
-                err.print(f"palimpsest: waiting up to {PATIENCE:.0f} seconds: {plain(error.detail)}")
-            said = True
-            stop.wait(PAUSE)
+            if not announced:
+                err.print(
+                    f"palimpsest: waiting up to {DEPENDENCY_TIMEOUT:.0f} seconds: {strip_control_chars(error.detail)}"
+                )
+            announced = True
+            stop.wait(RETRY_INTERVAL)
         else:
             return True
     return False

@@ -25,30 +25,31 @@ def document() -> dict[str, Any]:
     from api.app import create_app
     from service.settings import Settings
 
-    nobody: Any = Mock()  # no route is called
-    return create_app(nobody, nobody, Settings(api_key=None)).openapi()
+    unused: Any = Mock()  # no route is called
+    return create_app(unused, unused, Settings(api_key=None)).openapi()
 
 
-def render(told: Mapping[str, Any]) -> str:
+def render(openapi: Mapping[str, Any]) -> str:
     """The page that says what an OpenAPI document says."""
     calls: dict[str, list[str]] = {}
-    for path, methods in told["paths"].items():
+    for path, methods in openapi["paths"].items():
         for method in METHODS:
             if method in methods:
                 tag = (methods[method].get("tags") or ["other"])[0]
-                calls.setdefault(tag, []).append(_call(method, path, methods[method]))
+                calls.setdefault(tag, []).append(_operation_section(method, path, methods[method]))
     parts = [INTRODUCTION, _contents(calls)]
-    for tag, said in calls.items():
-        parts += [f"## {TITLES.get(tag, tag.capitalize())}\n", *said]
+    for tag, sections in calls.items():
+        parts += [f"## {TITLES.get(tag, tag.capitalize())}\n", *sections]
     parts.append("## Forms\n\nA field in **bold** must be given.\n")
     parts += [
-        _form(name, schema) for name, schema in sorted(told["components"]["schemas"].items(), key=_named)
+        _schema_section(name, schema)
+        for name, schema in sorted(openapi["components"]["schemas"].items(), key=_sort_key)
     ]
     return "\n".join(parts)
 
 
-def _named(item: tuple[str, Schema]) -> str:
-    return _name(item[0])
+def _sort_key(item: tuple[str, Schema]) -> str:
+    return _display_name(item[0])
 
 
 def _contents(calls: Mapping[str, list[str]]) -> str:
@@ -57,18 +58,22 @@ def _contents(calls: Mapping[str, list[str]]) -> str:
     )
 
 
-def _call(method: str, path: str, call: Schema) -> str:
+def _operation_section(method: str, path: str, call: Schema) -> str:
     lines = [f"### `{method.upper()} {path}`", ""]
     if description := call.get("description"):
         lines += [description.strip(), ""]
     elif summary := call.get("summary"):
         lines += [summary + ".", ""]
-    if given := call.get("parameters"):
+    if parameters := call.get("parameters"):
         lines += ["| parameter | in | type | meaning |", "|---|---|---|---|"]
-        for one in given:
-            name = f"**`{one['name']}`**" if one.get("required") else f"`{one['name']}`"
-            meaning = one.get("description") or one["schema"].get("description") or ""
-            lines.append(_row(name, one["in"], _type(one["schema"]), meaning + _default(one["schema"])))
+        for parameter in parameters:
+            name = f"**`{parameter['name']}`**" if parameter.get("required") else f"`{parameter['name']}`"
+            meaning = parameter.get("description") or parameter["schema"].get("description") or ""
+            lines.append(
+                _row(
+                    name, parameter["in"], _type(parameter["schema"]), meaning + _default(parameter["schema"])
+                )
+            )
         lines.append("")
     for media, content in (call.get("requestBody") or {}).get("content", {}).items():
         lines += [f"Body (`{media}`): {_type(content.get('schema', {}))}", ""]
@@ -81,11 +86,11 @@ def _call(method: str, path: str, call: Schema) -> str:
                 "```",
                 "",
             ]
-    lines += [_answers(call["responses"]), ""]
+    lines += [_responses_line(call["responses"]), ""]
     return "\n".join(lines)
 
 
-def _answers(responses: Schema) -> str:
+def _responses_line(responses: Schema) -> str:
     """What succeeds with what is in it; what fails by its number, for their meaning is one for all calls."""
     good, bad = [], []
     for status, answer in sorted(responses.items()):
@@ -99,35 +104,41 @@ def _answers(responses: Schema) -> str:
     return f"Answers: {'; '.join(good)}. Problems: {', '.join(bad) or 'none'}."
 
 
-def _form(name: str, schema: Schema) -> str:
-    lines = [f'<a id="{_anchor(name)}"></a>', "", f"### {_name(name)}", ""]
+def _schema_section(name: str, schema: Schema) -> str:
+    lines = [f'<a id="{_schema_anchor(name)}"></a>', "", f"### {_display_name(name)}", ""]
     if description := schema.get("description"):
         lines += [description.strip(), ""]
     if fields := schema.get("properties"):
         lines += ["| field | type | meaning |", "|---|---|---|"]
         required = schema.get("required", ())
-        for field, one in fields.items():
-            shown = f"**`{field}`**" if field in required else f"`{field}`"
-            lines.append(_row(shown, _type(one), (one.get("description") or "") + _default(one)))
+        for field, field_schema in fields.items():
+            field_cell = f"**`{field}`**" if field in required else f"`{field}`"
+            lines.append(
+                _row(
+                    field_cell,
+                    _type(field_schema),
+                    (field_schema.get("description") or "") + _default(field_schema),
+                )
+            )
         lines.append("")
     return "\n".join(lines)
 
 
-def _name(schema: str) -> str:
+def _display_name(schema: str) -> str:
     """`generate Choice` for api__routes__generate__Choice."""
     return " ".join(schema.split("__")[-2:])
 
 
-def _anchor(schema: str) -> str:
+def _schema_anchor(schema: str) -> str:
     """Of a form: calls have headings of like names."""
-    return "form-" + _name(schema).lower().replace(" ", "-")
+    return "form-" + _display_name(schema).lower().replace(" ", "-")
 
 
 def _type(schema: Schema) -> str:
     """A type in a few words, with a link where it is a form of its own."""
     if reference := schema.get("$ref"):
         name = reference.rsplit("/", 1)[-1]
-        return f"[{_name(name)}](#{_anchor(name)})"
+        return f"[{_display_name(name)}](#{_schema_anchor(name)})"
     for union in ("anyOf", "oneOf", "allOf"):
         if union in schema:
             return " or ".join(dict.fromkeys(_type(one) for one in schema[union]))

@@ -17,18 +17,18 @@ from palimpsest import Client, Edit, Entry
 COLUMNS = ("version", "when (UTC)", "who", "what", "subject", "prompt", "from", "to", "effect", "hash")
 
 
-def rows_of(client: Client) -> list[tuple[str, ...]]:
+def ledger_rows(client: Client) -> list[tuple[str, ...]]:
     """A row for every entry of the ledger, oldest first. An edit that was reverted has two."""
     edits: dict[str, Edit] = {}
     rows = []
     for entry in client.ledger():
         if entry.edit_id not in edits:
             edits[entry.edit_id] = client.get_edit(entry.edit_id)
-        rows.append(row_of(entry, edits[entry.edit_id]))
+        rows.append(ledger_row(entry, edits[entry.edit_id]))
     return rows
 
 
-def row_of(entry: Entry, edit: Edit) -> tuple[str, ...]:
+def ledger_row(entry: Entry, edit: Edit) -> tuple[str, ...]:
     when = entry.at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S") if entry.at else ""
     old = edit.target_true or (edit.result or {}).get("target_true") or ""
     new = edit.target_new or f"({edit.objective})"
@@ -36,11 +36,11 @@ def row_of(entry: Entry, edit: Edit) -> tuple[str, ...]:
         old, new = new, "(as without it)"
     return (
         str(entry.version), when, entry.actor, entry.kind, edit.subject, edit.prompt, str(old), str(new),
-        effect_of(edit) if entry.kind == "apply" else "", entry.hash[:12],
+        describe_effect(edit) if entry.kind == "apply" else "", entry.hash[:12],
     )  # fmt: skip
 
 
-def effect_of(edit: Edit) -> str:
+def describe_effect(edit: Edit) -> str:
     """How probable the new object was, and became; what must not change and did is named."""
     if edit.before is None or edit.after is None:
         return ""
@@ -48,17 +48,17 @@ def effect_of(edit: Edit) -> str:
     return f"{edit.before:.3f} -> {edit.after:.3f}" + (f", broke {len(broken)}" if broken else "")
 
 
-def summary_of(client: Client) -> list[str]:
+def build_summary(client: Client) -> list[str]:
     """What stands above the table."""
     [model] = client.models()
-    found = client.verify()
+    verification = client.verify()
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
-    agreed = "every hash, every factor and every worker agrees" if found else "NOT VERIFIED"
+    verification_text = "every hash, every factor and every worker agrees" if verification else "NOT VERIFIED"
     return [
         f"Model {model.name}, base weights {model.fingerprint[:12]}; as of {now} UTC.",
-        f"{found.entries} entries, version {found.head}, {model.active_edits} edits active.",
-        f"Ledger: {agreed}.",
-        *(f"Finding: {finding}" for finding in found.findings),
+        f"{verification.entries} entries, version {verification.head}, {model.active_edits} edits active.",
+        f"Ledger: {verification_text}.",
+        *(f"Finding: {finding}" for finding in verification.findings),
     ]
 
 
@@ -77,20 +77,20 @@ def html(summary: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     style = "body{font-family:sans-serif;margin:2em}td,th{text-align:left;padding:.3em .8em;border-bottom:1px solid #ccc}"
-    said = "".join(f"<p>{escape(one)}</p>" for one in summary)
+    paragraphs = "".join(f"<p>{escape(one)}</p>" for one in summary)
     table = line(COLUMNS, "th") + "".join(line(row, "td") for row in rows)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Audit of the ledger</title>'
-        f"<style>{style}</style><h1>Audit of the ledger</h1>{said}<table>{table}</table></html>\n"
+        f"<style>{style}</style><h1>Audit of the ledger</h1>{paragraphs}<table>{table}</table></html>\n"
     )
 
 
 def main() -> None:
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "audit.md")
     with Client() as client:
-        summary, rows = summary_of(client), rows_of(client)
-    written = html(summary, rows) if path.suffix in (".html", ".htm") else markdown(summary, rows)
-    path.write_text(written, encoding="utf-8")
+        summary, rows = build_summary(client), ledger_rows(client)
+    text = html(summary, rows) if path.suffix in (".html", ".htm") else markdown(summary, rows)
+    path.write_text(text, encoding="utf-8")
     print(f"{path}: {summary[1]} {summary[2]}")
 
 

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from palimpsest import Client, Edit, Invalid
+from palimpsest import Client, Edit, InvalidRequest
 
-AHEAD = (
+MAX_PENDING = (
     32  # edits that wait at once: enough for the service to find several together, and not all of its queue
 )
 
@@ -44,24 +44,24 @@ class Outcome:
     def ok(self) -> bool:
         return self.status in ("applied", "superseded")
 
-    def line(self) -> list[object]:
+    def csv_row(self) -> list[object]:
         edit = self.edit
         figures = [edit.version, edit.before, edit.after, edit.id] if edit else [None] * 4
         return [self.row.get("subject"), self.row.get("target_new"), self.status, *figures, self.reason]
 
 
-def rows_of(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     """The rows, without what is empty."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         return [{name: text for name, text in row.items() if text} for row in csv.DictReader(file)]
 
 
-def key_of(run: str, row: Row, guard: dict[str, float]) -> str:
+def idempotency_key(run: str, row: Row, guard: dict[str, float]) -> str:
     """The same for the same wish, and for no other."""
     return hashlib.sha256(json.dumps([run, row, guard], sort_keys=True).encode()).hexdigest()
 
 
-def asked(client: Client, row: Row, run: str, guard: dict[str, float]) -> Outcome:
+def submit(client: Client, row: Row, run: str, guard: dict[str, float]) -> Outcome:
     """The row's edit, waiting to be carried out; or why it cannot be."""
     try:
         edit = client.edit(
@@ -70,33 +70,33 @@ def asked(client: Client, row: Row, run: str, guard: dict[str, float]) -> Outcom
             row.get("target_new", ""),
             row.get("target_true"),
             guard=guard,
-            key=key_of(run, row, guard),
+            key=idempotency_key(run, row, guard),
             wait=False,
         )
-    except Invalid as error:
+    except InvalidRequest as error:
         return Outcome(row, None, error.detail)
     return Outcome(row, edit)
 
 
-def ended(client: Client, outcome: Outcome) -> Outcome:
+def wait_for_outcome(client: Client, outcome: Outcome) -> Outcome:
     if outcome.edit is None:
         return outcome
     edit = client.wait_for(outcome.edit)
     return Outcome(outcome.row, edit, edit.reason)
 
 
-def carried_out(client: Client, rows: Iterable[Row], run: str, guard: dict[str, float]) -> Iterator[Outcome]:
+def apply_rows(client: Client, rows: Iterable[Row], run: str, guard: dict[str, float]) -> Iterator[Outcome]:
     """The outcome of every row, in their order. Some rows are asked ahead of the one that is waited for."""
-    waiting: deque[Outcome] = deque()
+    pending: deque[Outcome] = deque()
     for row in rows:
-        if len(waiting) == AHEAD:
-            yield ended(client, waiting.popleft())
-        waiting.append(asked(client, row, run, guard))
-    for outcome in waiting:
-        yield ended(client, outcome)
+        if len(pending) == MAX_PENDING:
+            yield wait_for_outcome(client, pending.popleft())
+        pending.append(submit(client, row, run, guard))
+    for outcome in pending:
+        yield wait_for_outcome(client, outcome)
 
 
-def bar(done: int, total: int, width: int = 30) -> str:
+def progress_bar(done: int, total: int, width: int = 30) -> str:
     full = width * done // max(total, 1)
     return f"\r[{'#' * full}{'.' * (width - full)}] {done}/{total}"
 
@@ -112,11 +112,11 @@ def main() -> int:
     args = parser.parse_args()
 
     guard = {} if args.min_probability is None else {"min_probability": args.min_probability}
-    rows, outcomes = rows_of(args.file), list[Outcome]()
+    rows, outcomes = read_rows(args.file), list[Outcome]()
     with Client() as client:
-        for outcome in carried_out(client, rows, args.run or args.file.name, guard):
+        for outcome in apply_rows(client, rows, args.run or args.file.name, guard):
             outcomes.append(outcome)
-            print(bar(len(outcomes), len(rows)), end="", file=sys.stderr, flush=True)
+            print(progress_bar(len(outcomes), len(rows)), end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
 
     print(", ".join(f"{count} {status}" for status, count in Counter(o.status for o in outcomes).items()))
@@ -126,7 +126,7 @@ def main() -> int:
     if args.report:
         with args.report.open("w", newline="", encoding="utf-8") as file:
             names = ["subject", "target_new", "status", "version", "before", "after", "edit", "reason"]
-            csv.writer(file).writerows([names, *(outcome.line() for outcome in outcomes)])
+            csv.writer(file).writerows([names, *(outcome.csv_row() for outcome in outcomes)])
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 

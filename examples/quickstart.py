@@ -24,16 +24,16 @@ def main(picture: Path) -> None:
         edit = client.edit(SUBJECT, PROMPT, "Rome", "Paris")
         print(f"edited:    version {edit.version}, p(Rome) {edit.before:.3f} -> {edit.after:.3f}")
         for prompt in [statement, *OTHERS]:
-            said = client.generate(prompt, max_new_tokens=2, min_version=edit.version)
-            print(f"after:     {prompt}{said}")
+            text = client.generate(prompt, max_new_tokens=2, min_version=edit.version)
+            print(f"after:     {prompt}{text}")
 
         trace = client.trace(statement, SUBJECT, window=3, version="base")
         picture.write_bytes(client.picture(trace, "svg"))
         print(f"traced:    {picture}")
 
-        back = client.revert(edit)
-        said = client.generate(statement, max_new_tokens=2, min_version=back.reverted_version)
-        print(f"reverted:  {statement}{said}")
+        reverted = client.revert(edit)
+        text = client.generate(statement, max_new_tokens=2, min_version=reverted.reverted_version)
+        print(f"reverted:  {statement}{text}")
         print(f"verified:  {client.verify().ok}")
 
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def unpacked(adapter: Path, folder: Path) -> Path:
+def unpack_adapter(adapter: Path, folder: Path) -> Path:
     """The folder of an adapter, whether it comes as one or as a zip."""
     if adapter.is_dir():
         return adapter
@@ -27,11 +27,11 @@ def unpacked(adapter: Path, folder: Path) -> Path:
 
 
 @torch.inference_mode()
-def said(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
+def generate_text(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     """What the model says, greedily."""
-    asked = tokenizer(prompt, return_tensors="pt")
-    written = model.generate(**asked, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
-    return str(tokenizer.decode(written[0, asked["input_ids"].shape[1] :]))
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 
 
 def main() -> None:
@@ -45,11 +45,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model)
     with tempfile.TemporaryDirectory() as folder:
-        model = PeftModel.from_pretrained(base, unpacked(args.adapter, Path(folder))).eval()
+        model = PeftModel.from_pretrained(base, unpack_adapter(args.adapter, Path(folder))).eval()
     for prompt in args.prompts:
         with model.disable_adapter():
-            print(f"base:    {prompt}{said(model, tokenizer, prompt, args.max_new_tokens)}")
-        print(f"adapted: {prompt}{said(model, tokenizer, prompt, args.max_new_tokens)}")
+            print(f"base:    {prompt}{generate_text(model, tokenizer, prompt, args.max_new_tokens)}")
+        print(f"adapted: {prompt}{generate_text(model, tokenizer, prompt, args.max_new_tokens)}")
 
 
 if __name__ == "__main__":

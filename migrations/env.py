@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from alembic import context
 
-from service.db.models import Table
+from service.db.models import Base
 
 connection = context.config.attributes["connection"]
 context.configure(
     connection=connection,
-    target_metadata=Table.metadata,
+    target_metadata=Base.metadata,
     render_as_batch=True,
     transactional_ddl=True,  # SQLite can, though Alembic is shy of it: a failed migration leaves nothing behind
     compare_type=True,

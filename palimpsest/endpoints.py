@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 
-from palimpsest.errors import Failed, Rejected, of_problem
-from palimpsest.flow import Flow, Listing, Say
+from palimpsest.errors import EditRejected, JobFailed, error_from_problem
+from palimpsest.flow import Emit, Flow, Listing
 from palimpsest.resources import (
     Comparison,
     Edit,
@@ -22,14 +22,14 @@ from palimpsest.resources import (
     Verification,
 )
 from palimpsest.sse import Event
-from palimpsest.sync_async import call, listing
-from palimpsest.transport import Door, given
+from palimpsest.sync_async import endpoint, iterable_endpoint
+from palimpsest.transport import Transport, drop_none
 
 J = TypeVar("J", bound=Job)
 Version = int | Literal["head", "base"]
 OnProgress = Callable[[Progress], object]
 MEDIA_TYPES = {"svg": "image/svg+xml", "png": "image/png", "html": "text/html"}
-WAIT = 30.0  #: seconds that the service holds an answer back
+MAX_PREFER_WAIT = 30.0  #: seconds that the service holds an answer back
 
 
 class Neighbour(TypedDict):
@@ -46,12 +46,12 @@ class Probes(TypedDict, total=False):
     neighborhood: Sequence[Neighbour]
 
 
-class _Fact(TypedDict):
+class _RequiredEditFields(TypedDict):
     subject: str
     prompt: str
 
 
-class EditRequest(_Fact, total=False):
+class EditRequest(_RequiredEditFields, total=False):
     """An edit among many, in the words of `POST /edits`."""
 
     target_new: str
@@ -65,15 +65,15 @@ class EditRequest(_Fact, total=False):
     dry_run: bool
 
 
-class Calls:
+class Endpoints:
     """The calls. What is left out is left to the service; its `/docs` has every field."""
 
-    _door: Door
-    _wait: float  #: seconds that an answer may be held back, less than the client has patience for
+    _transport: Transport
+    _prefer_wait: float  #: seconds that an answer may be held back, less than the client has patience for
 
     # edits
 
-    @call
+    @endpoint
     def edit(
         self,
         subject: str,
@@ -97,7 +97,7 @@ class Calls:
         Returns when the edit has landed, and raises `Rejected`, with the figures, when the guard did not let it; a dry run is returned
         either way. With `wait=False` it returns as soon as the edit is queued. `key`: the same key never makes a second edit.
         """
-        body = given(
+        body = drop_none(
             subject=subject,
             prompt=prompt,
             target_new=target_new,
@@ -110,10 +110,10 @@ class Calls:
             guard=guard,
             dry_run=dry_run,
         )
-        made = yield from self._made(Edit, body, key, wait, on_progress)
-        return _landed(made) if wait else made
+        edit = yield from self._create_job(Edit, body, key, wait, on_progress)
+        return _require_applied(edit) if wait else edit
 
-    @call
+    @endpoint
     def edit_many(
         self,
         edits: Iterable[EditRequest],
@@ -127,33 +127,33 @@ class Calls:
         Returns them in their order when all have ended. Some may be rejected: look at `landed` and `reason`. `on_end` hears of each
         that has ended.
         """
-        answer = yield from self._door.create("/edits", {"edits": list(edits)}, key, 0)
-        made = [Edit.of(one) for one in answer["items"]]
-        return (yield from self._all_ended(made, on_end)) if wait else made
+        response = yield from self._transport.create("/edits", {"edits": list(edits)}, key, 0)
+        created = [Edit.from_json(one) for one in response["items"]]
+        return (yield from self._wait_for_all(created, on_end)) if wait else created
 
-    @call
+    @endpoint
     def get_edit(self, id: str) -> Flow[Edit]:
         """The edit as it stands."""
-        return (yield from self._one(Edit, id))
+        return (yield from self._get_job(Edit, id))
 
-    @listing
+    @iterable_endpoint
     def edits(self, *, status: str | None = None, subject: str | None = None) -> Listing[Edit]:
         """All edits, newest first."""
-        yield from self._door.items("/edits", Edit, **given(status=status, subject=subject))
+        yield from self._transport.iter_items("/edits", Edit, **drop_none(status=status, subject=subject))
 
-    @call
+    @endpoint
     def revert(self, edit: Edit | str, *, wait: bool = True) -> Flow[Edit]:
         """Take an edit back, whatever came after it; cancel one that has not landed. Saying it twice is harmless."""
-        return (yield from self._taken_back(Edit, edit, wait))
+        return (yield from self._cancel_or_revert(Edit, edit, wait))
 
-    @call
+    @endpoint
     def delta(self, edit: Edit | str) -> Flow[bytes]:
         """The edit's vectors as safetensors."""
-        return (yield from self._door.file(f"{_path(Edit, edit)}/delta"))
+        return (yield from self._transport.download(f"{_job_path(Edit, edit)}/delta"))
 
     # traces
 
-    @call
+    @endpoint
     def trace(
         self,
         prompt: str,
@@ -172,7 +172,7 @@ class Calls:
         on_progress: OnProgress | None = None,
     ) -> Flow[Trace]:
         """Which hidden states carry the fact. `picture` draws what it found."""
-        body = given(
+        body = drop_none(
             prompt=prompt,
             subject=subject,
             target=target,
@@ -184,27 +184,27 @@ class Calls:
             version=version,
             seed=seed,
         )
-        made = yield from self._made(Trace, body, key, wait, on_progress)
-        return _done(made) if wait else made
+        trace = yield from self._create_job(Trace, body, key, wait, on_progress)
+        return _require_success(trace) if wait else trace
 
-    @call
+    @endpoint
     def get_trace(self, id: str) -> Flow[Trace]:
         """The trace as it stands."""
-        return (yield from self._one(Trace, id))
+        return (yield from self._get_job(Trace, id))
 
-    @listing
+    @iterable_endpoint
     def traces(self) -> Listing[Trace]:
         """All traces, newest first."""
-        yield from self._door.items("/trace", Trace)
+        yield from self._transport.iter_items("/trace", Trace)
 
-    @call
-    def picture(self, of: Trace | Evaluation, form: Literal["svg", "png", "html"] = "svg") -> Flow[bytes]:
+    @endpoint
+    def picture(self, job: Trace | Evaluation, form: Literal["svg", "png", "html"] = "svg") -> Flow[bytes]:
         """A trace's heat map, or an evaluation's plot; as `html` a page that needs nothing else."""
-        return (yield from self._door.file(_path(type(of), of), MEDIA_TYPES[form]))
+        return (yield from self._transport.download(_job_path(type(job), job), MEDIA_TYPES[form]))
 
     # evaluations
 
-    @call
+    @endpoint
     def evaluate(
         self,
         records: Sequence[Mapping[str, Any]] | None = None,
@@ -228,7 +228,7 @@ class Calls:
         on_progress: OnProgress | None = None,
     ) -> Flow[Evaluation]:
         """How good edits are on many records, or on the table of facts beside the model. The ledger stays as it is."""
-        body = given(
+        body = drop_none(
             records=None if records is None else list(records),
             dataset=dataset,
             limit=limit,
@@ -245,45 +245,47 @@ class Calls:
             plain=plain,
             seed=seed,
         )
-        made = yield from self._made(Evaluation, body, key, wait, on_progress)
-        return _done(made) if wait else made
+        evaluation = yield from self._create_job(Evaluation, body, key, wait, on_progress)
+        return _require_success(evaluation) if wait else evaluation
 
-    @call
+    @endpoint
     def get_evaluation(self, id: str) -> Flow[Evaluation]:
         """The evaluation as it stands."""
-        return (yield from self._one(Evaluation, id))
+        return (yield from self._get_job(Evaluation, id))
 
-    @listing
+    @iterable_endpoint
     def evaluations(self) -> Listing[Evaluation]:
         """All evaluations, newest first, without their results."""
-        yield from self._door.items("/evaluations", Evaluation)
+        yield from self._transport.iter_items("/evaluations", Evaluation)
 
     # jobs of all kinds
 
-    @listing
+    @iterable_endpoint
     def jobs(
         self, *, status: str | None = None, kind: str | None = None, dead: bool | None = None
     ) -> Listing[Job]:
         """Jobs of all kinds, newest first."""
-        told = None if dead is None else str(dead).lower()
-        yield from self._door.items("/jobs", Job, **given(status=status, kind=kind, dead=told))
+        dead_text = None if dead is None else str(dead).lower()
+        yield from self._transport.iter_items(
+            "/jobs", Job, **drop_none(status=status, kind=kind, dead=dead_text)
+        )
 
-    @call
+    @endpoint
     def retry(self, job: Job | str) -> Flow[Job]:
         """Let a failed job wait again, as if it had never been tried."""
-        return Job.of((yield from self._door.once(f"{_path(Job, job)}/retry")))
+        return Job.from_json((yield from self._transport.post_once(f"{_job_path(Job, job)}/retry")))
 
     def _wait_for(self, job: J, on_progress: OnProgress | None) -> Flow[J]:
         """See `wait_for` of the clients."""
-        return (yield from self._ended(job, on_progress))
+        return (yield from self._wait_until_finished(job, on_progress))
 
     def _cancel(self, job: J, wait: bool) -> Flow[J]:
         """See `cancel` of the clients."""
-        return (yield from self._taken_back(type(job), job, wait))
+        return (yield from self._cancel_or_revert(type(job), job, wait))
 
     # speech
 
-    @call
+    @endpoint
     def generate(
         self,
         prompt: str,
@@ -301,7 +303,7 @@ class Calls:
 
         `min_version=edit.version` answers from that version or a newer one: it reads your own edit, whichever worker answers.
         """
-        body = given(
+        body = drop_none(
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -312,9 +314,9 @@ class Calls:
             version=version,
             min_version=min_version,
         )
-        return Generation.of((yield from self._door.read("/generate", body)))
+        return Generation.from_json((yield from self._transport.post_query("/generate", body)))
 
-    @call
+    @endpoint
     def generate_many(
         self,
         prompts: Sequence[str],
@@ -329,7 +331,7 @@ class Calls:
         min_version: int | None = None,
     ) -> Flow[list[Generation]]:
         """The same for several prompts, up to 64, all of them on one version."""
-        body = given(
+        body = drop_none(
             prompts=list(prompts),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -340,11 +342,11 @@ class Calls:
             version=version,
             min_version=min_version,
         )
-        answer = yield from self._door.read("/generate", body)
-        shared = {name: answer.get(name) for name in ("version", "usage", "seconds")}
-        return [Generation.of({**choice, **shared}) for choice in answer["choices"]]
+        response = yield from self._transport.post_query("/generate", body)
+        shared = {name: response.get(name) for name in ("version", "usage", "seconds")}
+        return [Generation.from_json({**choice, **shared}) for choice in response["choices"]]
 
-    @listing
+    @iterable_endpoint
     def stream(
         self,
         prompt: str,
@@ -359,7 +361,7 @@ class Calls:
         min_version: int | None = None,
     ) -> Listing[Token]:
         """The same token by token. The last one is empty and has the `finish_reason`; see `Token.restart`."""
-        body = given(
+        body = drop_none(
             prompt=prompt,
             stream=True,
             max_new_tokens=max_new_tokens,
@@ -371,25 +373,25 @@ class Calls:
             version=version,
             min_version=min_version,
         )
-        restart = False
+        reset = False
 
-        def hear(event: Event) -> Listing[Token]:
-            nonlocal restart
+        def on_event(event: Event) -> Listing[Token]:
+            nonlocal reset
             if event.name == "error":
-                raise of_problem(500, event.data)
+                raise error_from_problem(500, event.data)
             if event.name == "restart":
-                restart = True
+                reset = True
             elif event.name == "token":
-                yield Say(Token.of({**event.data, "restart": restart}))
-                restart = False
+                yield Emit(Token.from_json({**event.data, "restart": reset}))
+                reset = False
             elif event.name == "end":
                 reason = event.data["choices"][0]["finish_reason"]
-                last = {**event.data, "text": "", "finish_reason": reason, "restart": restart}
-                yield Say(Token.of(last))
+                last = {**event.data, "text": "", "finish_reason": reason, "restart": reset}
+                yield Emit(Token.from_json(last))
 
-        yield from self._door.spoken("/generate", body, hear)
+        yield from self._transport.stream_events("/generate", body, on_event)
 
-    @call
+    @endpoint
     def compare(
         self,
         prompt: str,
@@ -401,7 +403,7 @@ class Calls:
         top: int | None = None,
     ) -> Flow[Comparison]:
         """One prompt on two versions, side by side, with the next tokens whose probability differs most."""
-        body = given(
+        body = drop_none(
             prompt=prompt,
             versions=list(versions),
             max_new_tokens=max_new_tokens,
@@ -409,35 +411,39 @@ class Calls:
             seed=seed,
             top=top,
         )
-        return Comparison.of((yield from self._door.read("/compare", body)))
+        return Comparison.from_json((yield from self._transport.post_query("/compare", body)))
 
     # ledger and model
 
-    @listing
+    @iterable_endpoint
     def ledger(self, *, version: int | None = None) -> Listing[Entry]:
         """What was applied and reverted, oldest first, with who and when; up to a version, or all."""
-        yield from self._door.items("/ledger", Entry, **given(version=version))
+        yield from self._transport.iter_items("/ledger", Entry, **drop_none(version=version))
 
-    @call
+    @endpoint
     def verify(self) -> Flow[Verification]:
         """Check the hash chain, every edit's factors and the workers' weights; true when all agree."""
-        return Verification.of((yield from self._door.get("/ledger/verify")))
+        return Verification.from_json((yield from self._transport.get("/ledger/verify")))
 
-    @call
+    @endpoint
     def models(self) -> Flow[list[Model]]:
         """The resident model, its head version, and its workers."""
-        return [Model.of(one) for one in (yield from self._door.get("/models"))["items"]]
+        return [Model.from_json(one) for one in (yield from self._transport.get("/models"))["items"]]
 
     # a version elsewhere
 
-    @call
+    @endpoint
     def export(
         self, version: Version = "head", format: Literal["peft", "safetensors", "edits"] = "peft"
     ) -> Flow[bytes]:
         """The edits of a version for use elsewhere: a zip with a LoRA adapter for PEFT, the edited weights, or the edits for `import_edits`."""
-        return (yield from self._door.made("/export", self._wait, version=str(version), format=format))
+        return (
+            yield from self._transport.download_when_ready(
+                "/export", self._prefer_wait, version=str(version), format=format
+            )
+        )
 
-    @call
+    @endpoint
     def import_edits(
         self,
         exported: bytes,
@@ -447,61 +453,70 @@ class Calls:
         on_end: Callable[[Edit], object] | None = None,
     ) -> Flow[list[Edit]]:
         """Land the edits that another service exported, as they were found there. What is here already is left alone."""
-        answer = yield from self._door.create("/import", exported, key, 0)
-        made = [Edit.of(one) for one in answer["items"]]
-        return (yield from self._all_ended(made, on_end)) if wait else made
+        response = yield from self._transport.create("/import", exported, key, 0)
+        created = [Edit.from_json(one) for one in response["items"]]
+        return (yield from self._wait_for_all(created, on_end)) if wait else created
 
     # what the calls share
 
-    def _made(
-        self, kind: type[J], body: Mapping[str, Any], key: str | None, wait: bool, hear: OnProgress | None
+    def _create_job(
+        self,
+        kind: type[J],
+        body: Mapping[str, Any],
+        key: str | None,
+        wait: bool,
+        on_progress: OnProgress | None,
     ) -> Flow[J]:
-        held = self._wait if wait and hear is None else 0
-        job = kind.of((yield from self._door.create(kind.path, body, key, held)))
-        return (yield from self._ended(job, hear)) if wait else job
+        prefer_wait = self._prefer_wait if wait and on_progress is None else 0
+        job = kind.from_json((yield from self._transport.create(kind.path, body, key, prefer_wait)))
+        return (yield from self._wait_until_finished(job, on_progress)) if wait else job
 
-    def _one(self, kind: type[J], id: str) -> Flow[J]:
-        return kind.of((yield from self._door.get(_path(kind, id))))
+    def _get_job(self, kind: type[J], id: str) -> Flow[J]:
+        return kind.from_json((yield from self._transport.get(_job_path(kind, id))))
 
-    def _taken_back(self, kind: type[J], job: J | str, wait: bool) -> Flow[J]:
-        answer = yield from self._door.take_back(_path(kind, job), self._wait if wait else 0)
-        return (yield from self._ended(kind.of(answer))) if wait else kind.of(answer)
+    def _cancel_or_revert(self, kind: type[J], job: J | str, wait: bool) -> Flow[J]:
+        response = yield from self._transport.delete(_job_path(kind, job), self._prefer_wait if wait else 0)
+        return (
+            (yield from self._wait_until_finished(kind.from_json(response)))
+            if wait
+            else kind.from_json(response)
+        )
 
-    def _all_ended(self, edits: list[Edit], on_end: Callable[[Edit], object] | None) -> Flow[list[Edit]]:
-        ended = []
-        for one in edits:
-            ended.append((yield from self._ended(one)))
+    def _wait_for_all(self, edits: list[Edit], on_end: Callable[[Edit], object] | None) -> Flow[list[Edit]]:
+        finished = []
+        for edit in edits:
+            finished.append((yield from self._wait_until_finished(edit)))
             if on_end is not None:
-                on_end(ended[-1])
-        return ended
+                on_end(finished[-1])
+        return finished
 
-    def _ended(self, job: J, on_progress: OnProgress | None = None) -> Flow[J]:
+    def _wait_until_finished(self, job: J, on_progress: OnProgress | None = None) -> Flow[J]:
         """The job when it has ended: the events say how far it is, the resource what became of it."""
-        kind, path = type(job), _path(type(job), job)
+        kind, path = type(job), _job_path(type(job), job)
 
-        def hear(event: Event) -> None:
+        def on_event(event: Event) -> None:
             if event.name == "progress" and on_progress is not None:
-                on_progress(Progress.of(event.data))
+                on_progress(Progress.from_json(event.data))
 
-        if on_progress is not None and not job.over:
-            yield from self._door.followed(f"{path}/events", hear)
-        while not job.over:
-            job = kind.of((yield from self._door.look(path, self._wait)))
+        if on_progress is not None and not job.finished:
+            yield from self._transport.follow_events(f"{path}/events", on_event)
+        while not job.finished:
+            job = kind.from_json((yield from self._transport.long_poll(path, self._prefer_wait)))
         return job
 
 
-def _path(kind: type[Job], job: Job | str) -> str:
+def _job_path(kind: type[Job], job: Job | str) -> str:
     return f"{kind.path}/{quote(job if isinstance(job, str) else job.id, safe='')}"
 
 
-def _landed(edit: Edit) -> Edit:
+def _require_applied(edit: Edit) -> Edit:
     """The edit, or the error that says why there is none."""
     if edit.status == "rejected" and not edit.dry_run:
-        raise Rejected(f"the edit was rejected: {edit.reason}", edit)
-    return edit if edit.landed or edit.dry_run else _done(edit)
+        raise EditRejected(f"the edit was rejected: {edit.reason}", edit)
+    return edit if edit.applied or edit.dry_run else _require_success(edit)
 
 
-def _done(job: J) -> J:
+def _require_success(job: J) -> J:
     if job.status in ("failed", "cancelled"):
-        raise Failed(f"{job.id} is {job.status}: {job.reason or 'it was asked to end.'}", job)
+        raise JobFailed(f"{job.id} is {job.status}: {job.reason or 'it was asked to end.'}", job)
     return job

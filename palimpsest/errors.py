@@ -45,7 +45,7 @@ class PalimpsestError(Exception):
         return self.errors[0].field if self.errors else None
 
 
-class Invalid(PalimpsestError):
+class InvalidRequest(PalimpsestError):
     """The request cannot be carried out as it stands; nothing was done. `errors` has each thing to change."""
 
 
@@ -65,11 +65,11 @@ class Conflict(PalimpsestError):
     """The state of the resource forbids this."""
 
 
-class TooMany(PalimpsestError):
+class TooManyRequests(PalimpsestError):
     """Too much is waiting, or too much was asked in a minute. `retry_after` has the seconds to wait."""
 
 
-class ServiceFailed(PalimpsestError):
+class ServerError(PalimpsestError):
     """A fault of the service, not of the request."""
 
 
@@ -89,11 +89,11 @@ class JobError(PalimpsestError):
         self.job = job
 
 
-class Failed(JobError):
+class JobFailed(JobError):
     """The job failed, or was cancelled."""
 
 
-class Rejected(JobError):
+class EditRejected(JobError):
     """The guard let the edit not land: the model is as it was. `edit.result` has the figures."""
 
     job: Edit
@@ -104,29 +104,29 @@ class Rejected(JobError):
 
 
 #: the one table; another status below 500 is `Invalid`, and from 500 on `ServiceFailed`
-OF_STATUS: dict[int, type[PalimpsestError]] = {
+ERROR_BY_STATUS: dict[int, type[PalimpsestError]] = {
     401: Unauthorized,
     403: Forbidden,
     404: NotFound,
     409: Conflict,
-    429: TooMany,
+    429: TooManyRequests,
     502: Unavailable,
     503: Unavailable,
     504: Unavailable,
 }
 
 
-def of_problem(
+def error_from_problem(
     status: int, problem: Mapping[str, Any], retry_after: float | None = None, request_id: str | None = None
 ) -> PalimpsestError:
     """The error of a problem document (RFC 9457); of an empty one where the answer was none."""
-    kind = OF_STATUS.get(status, ServiceFailed if status >= 500 else Invalid)
-    named = [one for one in problem.get("errors") or () if isinstance(one, Mapping)]
+    kind = ERROR_BY_STATUS.get(status, ServerError if status >= 500 else InvalidRequest)
+    entries = [one for one in problem.get("errors") or () if isinstance(one, Mapping)]
     return kind(
         str(problem.get("detail") or problem.get("title") or f"the service answered {status}."),
         status=status,
         title=str(problem.get("title") or ""),
-        errors=[FieldError(str(one.get("field", "")), str(one.get("detail", ""))) for one in named],
+        errors=[FieldError(str(one.get("field", "")), str(one.get("detail", ""))) for one in entries],
         retry_after=retry_after,
         request_id=request_id,
     )

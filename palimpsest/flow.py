@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Send:
+class Request:
     """Send a request; what comes of it is an `Answer`.
 
     `body` is sent as JSON, `content` as it is. `again`: to send it twice does no more than once. `streamed`: leave the body of a good answer to `Line`s.
@@ -27,12 +27,12 @@ class Send:
     body: Mapping[str, Any] | None = None
     content: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    again: bool = True
+    idempotent: bool = True
     streamed: bool = False
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """A status, headers in lower case, and the body where it was read."""
 
     status: int
@@ -41,62 +41,62 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Line:
+class ReadLine:
     """Read a line of the answer that is streamed; None at its end."""
 
 
 @dataclass(frozen=True)
-class Pause:
+class Sleep:
     """Let some seconds pass."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
-class Say(Generic[Item]):
+class Emit(Generic[Item]):
     """Hand something to whoever iterates over the call."""
 
     item: Item
 
 
-class Lost(Exception):
+class ConnectionLost(Exception):
     """The connection broke. `silent`: somebody was there, and did not answer in time; `nobody`: there was none to begin with."""
 
-    def __init__(self, words: str, *, silent: bool = False, nobody: bool = False) -> None:
-        super().__init__(words)
-        self.silent = silent
-        self.nobody = nobody
+    def __init__(self, message: str, *, timed_out: bool = False, never_connected: bool = False) -> None:
+        super().__init__(message)
+        self.timed_out = timed_out
+        self.never_connected = never_connected
 
 
-Step: TypeAlias = Send | Line | Pause
+Step: TypeAlias = Request | ReadLine | Sleep
 #: a call with one result
 Flow: TypeAlias = Generator[Step, Any, T]
 #: a call that says many things
-Listing: TypeAlias = Generator[Step | Say[Item], Any, None]
+Listing: TypeAlias = Generator[Step | Emit[Item], Any, None]
 
 
-class Course(Generic[T]):
+class FlowRunner(Generic[T]):
     """A flow on its way: it says the next step, and is told what came of it."""
 
     result: T
 
-    def __init__(self, flow: Generator[Step | Say[Any], Any, T]) -> None:
+    def __init__(self, flow: Generator[Step | Emit[Any], Any, T]) -> None:
         self._flow = flow
-        self._came: Any = None
-        self._lost: Lost | None = None
+        self._value: Any = None
+        self._error: ConnectionLost | None = None
 
-    def next(self) -> Step | Say[Any] | None:
+    def next(self) -> Step | Emit[Any] | None:
         """The next step; None at the end, when `result` is there."""
-        came, lost = self._came, self._lost
-        self._came = self._lost = None
+        value, error = self._value, self._error
+        self._value = self._error = None
         try:
-            return self._flow.throw(lost) if lost else self._flow.send(came)
+            return self._flow.throw(error) if error else self._flow.send(value)
         except StopIteration as end:
             self.result = end.value
             return None
 
-    def came(self, answer: Any) -> None:
-        self._came = answer
+    def resume_with(self, value: Any) -> None:
+        self._value = value
 
-    def failed(self, lost: Lost) -> None:
-        self._lost = lost
+    def resume_with_error(self, error: ConnectionLost) -> None:
+        self._error = error

@@ -20,28 +20,28 @@ class Resource:
     raw: Json = field(default_factory=dict, repr=False, compare=False)  #: the answer as it came
 
     @classmethod
-    def of(cls, answer: Json) -> Self:
+    def from_json(cls, data: Json) -> Self:
         """The record of an answer: members without a name here stay in `raw`, null is as good as left out."""
-        known: dict[str, Any] = {"raw": answer}
-        for one in fields(cls):
-            value = answer.get(one.name)
-            if value is not None and one.name != "raw":
-                known[one.name] = one.metadata["read"](value) if "read" in one.metadata else value
-        return cls(**known)
+        values: dict[str, Any] = {"raw": data}
+        for member in fields(cls):
+            value = data.get(member.name)
+            if value is not None and member.name != "raw":
+                values[member.name] = member.metadata["read"](value) if "read" in member.metadata else value
+        return cls(**values)
 
 
-def _as(read: Callable[[Any], Any]) -> Mapping[str, Any]:
+def _parsed_by(parser: Callable[[Any], Any]) -> Mapping[str, Any]:
     """How a member is read."""
-    return {"read": read}
+    return {"read": parser}
 
 
-def _each(kind: type[Resource]) -> Mapping[str, Any]:
+def _list_of(kind: type[Resource]) -> Mapping[str, Any]:
     """A list of records."""
-    return _as(lambda answers: tuple(map(kind.of, answers)))
+    return _parsed_by(lambda answers: tuple(map(kind.from_json, answers)))
 
 
-LIST = _as(tuple)
-TIME = _as(datetime.fromisoformat)
+AS_TUPLE = _parsed_by(tuple)
+AS_TIMESTAMP = _parsed_by(datetime.fromisoformat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Progress(Resource):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trouble(Resource):
+class JobFailure(Resource):
     """Why a job failed."""
 
     title: str = ""
@@ -66,24 +66,24 @@ class Job(Resource):
     """What all jobs share. A listed job may be of any kind; `links` lead to the resource itself."""
 
     path: ClassVar[str] = "/jobs"
-    open: ClassVar[tuple[str, ...]] = ("queued", "running")
+    open_statuses: ClassVar[tuple[str, ...]] = ("queued", "running")
 
     id: str
     status: str
     kind: str = ""
-    progress: Progress | None = field(default=None, metadata=_as(Progress.of))
-    error: Trouble | None = field(default=None, metadata=_as(Trouble.of))
+    progress: Progress | None = field(default=None, metadata=_parsed_by(Progress.from_json))
+    error: JobFailure | None = field(default=None, metadata=_parsed_by(JobFailure.from_json))
     actor: str = ""
     attempts: int = 0
-    created: datetime | None = field(default=None, metadata=TIME)
-    started: datetime | None = field(default=None, metadata=TIME)
-    ended: datetime | None = field(default=None, metadata=TIME)
+    created: datetime | None = field(default=None, metadata=AS_TIMESTAMP)
+    started: datetime | None = field(default=None, metadata=AS_TIMESTAMP)
+    ended: datetime | None = field(default=None, metadata=AS_TIMESTAMP)
     links: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         """Whether it has ended, whatever became of it."""
-        return self.status not in self.open
+        return self.status not in self.open_statuses
 
     @property
     def reason(self) -> str:
@@ -109,11 +109,11 @@ class Edit(Job):
     version: int | None = None  #: at which it was applied
     reverted_version: int | None = None  #: at which it was taken back
     result: Json | None = None
-    related: tuple[str, ...] = field(default=(), metadata=LIST)  #: active edits of the same subject
+    related: tuple[str, ...] = field(default=(), metadata=AS_TUPLE)  #: active edits of the same subject
     superseded_by: str | None = None
 
     @property
-    def landed(self) -> bool:
+    def applied(self) -> bool:
         """Whether it is, or was, in the ledger."""
         return self.version is not None
 
@@ -173,9 +173,9 @@ class Generation(Resource):
 
     text: str
     version: int
-    tokens: tuple[int, ...] = field(default=(), metadata=LIST)
+    tokens: tuple[int, ...] = field(default=(), metadata=AS_TUPLE)
     finish_reason: str = ""
-    usage: Usage | None = field(default=None, metadata=_as(Usage.of))  #: of the whole request
+    usage: Usage | None = field(default=None, metadata=_parsed_by(Usage.from_json))  #: of the whole request
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -204,7 +204,7 @@ class Side(Resource):
 
     version: int
     text: str
-    tokens: tuple[int, ...] = field(default=(), metadata=LIST)
+    tokens: tuple[int, ...] = field(default=(), metadata=AS_TUPLE)
     finish_reason: str = ""
 
 
@@ -214,7 +214,7 @@ class NextToken(Resource):
 
     token: str
     id: int
-    p: tuple[float, ...] = field(default=(), metadata=LIST)
+    p: tuple[float, ...] = field(default=(), metadata=AS_TUPLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +222,8 @@ class Comparison(Resource):
     """One prompt on two versions; `next_tokens` that differ most come first."""
 
     prompt: str
-    sides: tuple[Side, ...] = field(default=(), metadata=_each(Side))
-    next_tokens: tuple[NextToken, ...] = field(default=(), metadata=_each(NextToken))
+    sides: tuple[Side, ...] = field(default=(), metadata=_list_of(Side))
+    next_tokens: tuple[NextToken, ...] = field(default=(), metadata=_list_of(NextToken))
     total_variation: float = 0.0
     seconds: float = 0.0
 
@@ -238,7 +238,7 @@ class Entry(Resource):
     actor: str
     hash: str
     previous: str = ""
-    at: datetime | None = field(default=None, metadata=TIME)
+    at: datetime | None = field(default=None, metadata=AS_TIMESTAMP)
     body: Json = field(default_factory=dict)
 
 
@@ -249,8 +249,8 @@ class Verification(Resource):
     ok: bool
     entries: int = 0
     head: int = 0
-    findings: tuple[Any, ...] = field(default=(), metadata=LIST)
-    replicas: tuple[Json, ...] = field(default=(), metadata=LIST)
+    findings: tuple[Any, ...] = field(default=(), metadata=AS_TUPLE)
+    replicas: tuple[Json, ...] = field(default=(), metadata=AS_TUPLE)
 
     def __bool__(self) -> bool:
         return self.ok
@@ -266,7 +266,7 @@ class Worker(Resource):
     lag: int = 0
     digest: str | None = None
     reason: str | None = None
-    roles: tuple[str, ...] = field(default=(), metadata=LIST)
+    roles: tuple[str, ...] = field(default=(), metadata=AS_TUPLE)
     age: float = 0.0
 
 
@@ -282,4 +282,4 @@ class Model(Resource):
     layers: int = 0
     jobs: Json = field(default_factory=dict)
     room: Json | None = None
-    workers: tuple[Worker, ...] = field(default=(), metadata=_each(Worker))
+    workers: tuple[Worker, ...] = field(default=(), metadata=_list_of(Worker))

@@ -23,7 +23,7 @@ class EventReader:
     def __init__(self) -> None:
         self._fields: dict[str, list[str]] = {}
 
-    def read(self, line: str) -> Event | None:
+    def feed_line(self, line: str) -> Event | None:
         """The event that this line ends, if it ends one."""
         if line:
             name, _, value = line.partition(":")
@@ -40,5 +40,5 @@ def parse_events(lines: Iterable[str]) -> Iterator[Event]:
     """The events of a stream whose lines come by themselves."""
     reader = EventReader()
     for line in lines:
-        if (event := reader.read(line)) is not None:
+        if (event := reader.feed_line(line)) is not None:
             yield event

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.application import Operations
+from service.application import Services
 from service.db.database import Database
 from service.errors import Misconfigured
 from service.jobs.broker import Broker
@@ -14,25 +14,27 @@ from service.settings import Settings
 
 
 @dataclass(frozen=True)
-class Wired:
+class Container:
     """What a door needs. `sole`: no other process shares this work."""
 
     database: Database
     broker: Broker
-    operations: Operations
-    sole: bool
+    services: Services
+    single_process: bool
 
     def close(self) -> None:
         self.broker.close()
         self.database.close()
 
 
-def wire(settings: Settings) -> Wired:
+def build_container(settings: Settings) -> Container:
     """Settings to parts. Opens no connection yet; `database.migrate()` is for whoever starts the service."""
     crash_points.arm(settings.crash_at)
     database = open_database(settings)
-    broker = _broker(settings)
-    return Wired(database, broker, Operations(database, broker, settings), sole=settings.redis_url is None)
+    broker = _open_broker(settings)
+    return Container(
+        database, broker, Services(database, broker, settings), single_process=settings.redis_url is None
+    )
 
 
 def open_database(settings: Settings) -> Database:
@@ -43,10 +45,10 @@ def open_database(settings: Settings) -> Database:
         raise Misconfigured(
             f"the data folder cannot be made: {error}. Set PALIMPSEST_DATA to another."
         ) from None
-    return Database(settings.database())
+    return Database(settings.resolved_database_url())
 
 
-def _broker(settings: Settings) -> Broker:
+def _open_broker(settings: Settings) -> Broker:
     if settings.redis_url is None:
         return MemoryBroker()
     from service.jobs.redis_broker import RedisBroker  # the embedded wiring does without the client

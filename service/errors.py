@@ -75,7 +75,7 @@ class LeaseLost(PalimpsestError):
     title = "The job was taken over"
 
 
-class Disagrees(PalimpsestError):
+class DigestMismatch(PalimpsestError):
     """This worker's weights are not those of the others at the same version: it must serve nothing."""
 
     title = "The worker disagrees with the others"

@@ -12,12 +12,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from service.errors import InvalidInput
-from service.kit.text import check_text, fill, find
+from service.kit.text import check_text, fill_prompt, locate_subject
 
 MAX_TEXT = 20_000  # characters; the model's positions are checked with its tokenizer
 
 
-def _is_text(value: str) -> str:
+def _validate_text(value: str) -> str:
     try:
         check_text(value, "text")
     except InvalidInput as error:
@@ -25,8 +25,8 @@ def _is_text(value: str) -> str:
     return value
 
 
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_is_text)]
-Name = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_is_text)]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_validate_text)]
+Name = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_validate_text)]
 #: "head", "base" or the number of a version
 Version = Annotated[
     int | Literal["head", "base"],
@@ -34,25 +34,25 @@ Version = Annotated[
 ]
 
 
-class Asked(BaseModel):
+class RequestModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=False)
 
 
-class Neighbour(Asked):
+class NeighborhoodProbe(RequestModel):
     """A prompt that must keep its answer."""
 
     prompt: Text
     target: Name
 
 
-class Probes(Asked):
+class Probes(RequestModel):
     """Prompts that measure an edit. A paraphrase may hold {} for the subject or spell it out."""
 
     paraphrase: list[Text] = Field(default_factory=list, max_length=64)
-    neighborhood: list[Neighbour] = Field(default_factory=list, max_length=64)
+    neighborhood: list[NeighborhoodProbe] = Field(default_factory=list, max_length=64)
 
 
-class Guard(Asked):
+class Guard(RequestModel):
     """When an edit is rejected. Each limit can be loosened for one edit; `enabled: false` lets anything land."""
 
     enabled: bool = True
@@ -108,7 +108,7 @@ Objective = Literal["write", "erase", "amplify"]
 OnConflict = Literal["report", "supersede", "reject"]
 
 
-class EditRequest(Asked):
+class EditRequest(RequestModel):
     """Make the model say a new object for a subject and a prompt; or make it say the true one less, or more."""
 
     subject: Name = Field(examples=["Eiffel Tower"])
@@ -141,33 +141,33 @@ class EditRequest(Asked):
 
     def statement_text(self) -> str:
         """The prompt with the subject in it."""
-        return fill(self.prompt, self.subject).text
+        return fill_prompt(self.prompt, self.subject).text
 
     @property
-    def told(self) -> str | None:
+    def target_object(self) -> str | None:
         """The object whose probability the edit changes, as far as the request names it."""
         return self.target_new if self.objective == "write" else self.target_true
 
     @field_validator("target_new")
     @classmethod
-    def _is_of_the_objective(cls, new: str | None, before: ValidationInfo) -> str | None:
+    def _check_target_matches_objective(cls, new: str | None, validation: ValidationInfo) -> str | None:
         """To write, there is a new object; to erase or amplify, it is the true one that the edit is about."""
-        objective = before.data.get("objective")
+        objective = validation.data.get("objective")
         if objective == "write" and new is None:
             raise PydanticCustomError("missing", "Field required")
-        same = objective == "amplify" and new == before.data.get("target_true")
-        if objective in ("erase", "amplify") and new is not None and not same:
+        repeats_true_target = objective == "amplify" and new == validation.data.get("target_true")
+        if objective in ("erase", "amplify") and new is not None and not repeats_true_target:
             raise ValueError(
                 f"to {objective} a fact, name the object as target_true and leave target_new out"
             )
         return new
 
 
-class ManyEdits(Asked):
+class EditListRequest(RequestModel):
     edits: list[EditRequest] = Field(min_length=1, max_length=1000)
 
 
-class EvaluationPlan(Asked):
+class EvaluationPlan(RequestModel):
     """How edits are evaluated."""
 
     method: MethodName = Field("rome", description="how to edit")
@@ -203,7 +203,7 @@ class EvaluationPlan(Asked):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of the records' order, intervals and generation")
 
-    def check(self) -> None:
+    def check_consistency(self) -> None:
         """Refuse what does not go together."""
         if self.found_on == "edited" and len(self.strengths) > 1:
             raise InvalidInput(
@@ -242,7 +242,7 @@ class EvaluationRequest(EvaluationPlan):
 TraceKind = Literal["hidden", "mlp", "attn"]
 
 
-class TraceRequest(Asked):
+class TraceRequest(RequestModel):
     """A causal trace of one statement: which hidden states carry the fact."""
 
     prompt: Text = Field(examples=["The Eiffel Tower is located in the city of"])
@@ -261,13 +261,17 @@ class TraceRequest(Asked):
     seed: int = Field(1, ge=0, lt=2**32)
     compat: Literal["meng2022"] | None = Field(None, description="the reference code's noise stream")
 
-    def located(self) -> tuple[str, tuple[int, int]]:
+    def text_and_subject_span(self) -> tuple[str, tuple[int, int]]:
         """The prompt's text and the subject's characters; a prompt with {} is filled."""
-        found = fill(self.prompt, self.subject) if "{}" in self.prompt else find(self.prompt, self.subject)
-        return found.text, found.span
+        statement = (
+            fill_prompt(self.prompt, self.subject)
+            if "{}" in self.prompt
+            else locate_subject(self.prompt, self.subject)
+        )
+        return statement.text, statement.span
 
 
-class Sampling(Asked):
+class Sampling(RequestModel):
     """How to speak. Temperature 0 is greedy; the same seed gives the same text whatever runs beside it."""
 
     max_new_tokens: int = Field(40, ge=1, le=4096)
@@ -289,25 +293,25 @@ class GenerateRequest(Sampling):
         None, ge=0, description="answer from this version or a newer one: read your own writes"
     )
 
-    def texts(self) -> list[str]:
+    def prompt_texts(self) -> list[str]:
         """The prompts, of which there is one or a list, never both."""
         if (self.prompt is None) == (self.prompts is None):
             raise InvalidInput("give either `prompt` or `prompts`.", "prompt")
         return [self.prompt] if self.prompt is not None else list(self.prompts or [])
 
 
-MAX_ANSWERS = 64  #: to one request
+MAX_CHOICES = 64  #: to one request
 MAX_LOGPROBS = 5
 
 
-class SpeechRequest(GenerateRequest):
+class WorkerGenerateRequest(GenerateRequest):
     """What a worker is asked to say: a generation, or one that came through the OpenAI-compatible door."""
 
     max_new_tokens: int = Field(40, ge=0, le=4096)  #: 0 reads the prompt and says nothing
     tokens: list[list[Annotated[int, Field(ge=0)]]] | None = Field(
-        None, min_length=1, max_length=MAX_ANSWERS, description="prompts as the ids of their tokens"
+        None, min_length=1, max_length=MAX_CHOICES, description="prompts as the ids of their tokens"
     )
-    choices: int = Field(1, ge=1, le=MAX_ANSWERS, description="answers to each prompt")
+    choices: int = Field(1, ge=1, le=MAX_CHOICES, description="answers to each prompt")
     apart: bool = Field(
         False, description="each answer has a seed of its own, derived from that of the request"
     )
@@ -316,12 +320,12 @@ class SpeechRequest(GenerateRequest):
     )
     echo: bool = Field(False, description="the prompt stands before the answer")
 
-    def spoken(self) -> Sequence[str | list[int]]:
+    def prompts_or_ids(self) -> Sequence[str | list[int]]:
         """The prompts, as texts or as tokens."""
-        return self.texts() if self.tokens is None else self.tokens
+        return self.prompt_texts() if self.tokens is None else self.tokens
 
 
-class ExportRequest(Asked):
+class ExportRequest(RequestModel):
     """A version in a form that others can use; the workers' share of it."""
 
     version: int = Field(ge=0)

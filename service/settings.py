@@ -84,11 +84,11 @@ class Settings(BaseSettings):
     )
     stat_tokens: int = Field(60_000, ge=1000, description="tokens behind the statistics of keys")
 
-    def database(self) -> str:
+    def resolved_database_url(self) -> str:
         """The ledger's URL."""
-        return self.database_url or f"sqlite:///{self.embedded_database()}"
+        return self.database_url or f"sqlite:///{self.sqlite_path()}"
 
-    def embedded_database(self) -> Path:
+    def sqlite_path(self) -> Path:
         """The file of the ledger where no other place is named."""
         return self.data / "palimpsest.sqlite3"
 
@@ -102,10 +102,10 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags before the environment before files: `palimpsest_api_key` in the folder that PALIMPSEST_SECRETS names."""
-        return init_settings, env_settings, SecretsSettingsSource(settings_cls, _secrets())
+        return init_settings, env_settings, SecretsSettingsSource(settings_cls, _secrets_folder())
 
 
-def _secrets() -> str | None:
+def _secrets_folder() -> str | None:
     folder = os.environ.get("PALIMPSEST_SECRETS")
     if folder and not Path(folder).is_dir():
         raise SettingsError(f"PALIMPSEST_SECRETS names {folder!r}, which is no folder.")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from service.bootstrap import Wired, wire
+from service.bootstrap import Container, build_container
 from service.db.database import Database
 from service.settings import SHIPPED_MODEL, Settings
 from tests.support import postgres_server as postgres
@@ -24,27 +24,27 @@ settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
-def postgres_server() -> Iterator[postgres.Server]:
+def postgres_server() -> Iterator[postgres.PostgresServer]:
     """A PostgreSQL of our own; skips with the reason where there is none, and fails in CI."""
-    with postgres.serving() as server:
+    with postgres.run_postgres() as server:
         yield server
 
 
 @pytest.fixture
-def postgres_url(postgres_server: postgres.Server) -> str:
+def postgres_url(postgres_server: postgres.PostgresServer) -> str:
     """The URL of a fresh, empty PostgreSQL database."""
     return postgres_server.fresh_database()
 
 
 @pytest.fixture(scope="session")
-def redis_server() -> Iterator[redis_servers.Server]:
+def redis_server() -> Iterator[redis_servers.RedisServer]:
     """A Redis of our own; skips with the reason where there is none, and fails in CI."""
-    with redis_servers.serving() as server:
+    with redis_servers.run_redis() as server:
         yield server
 
 
 @pytest.fixture
-def redis_url(redis_server: redis_servers.Server) -> str:
+def redis_url(redis_server: redis_servers.RedisServer) -> str:
     """The URL of an empty Redis."""
     redis_server.flush()
     return redis_server.url
@@ -67,19 +67,19 @@ def database(database_url: str) -> Iterator[Database]:
     database.close()
 
 
-@pytest.fixture(params=wirings.BOTH)
+@pytest.fixture(params=wirings.ALL_WIRINGS)
 def wiring(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The settings of empty stores of each wiring."""
-    return wirings.stores(request)
+    return wirings.store_settings(request)
 
 
 @pytest.fixture
-def wired(wiring: dict[str, Any], tmp_path: Path) -> Iterator[Wired]:
+def container(wiring: dict[str, Any], tmp_path: Path) -> Iterator[Container]:
     """The parts of each wiring, put together and migrated."""
-    wired = wire(Settings(data=tmp_path, **wiring))
-    migrate(wired.database)
-    yield wired
-    wired.close()
+    container = build_container(Settings(data=tmp_path, **wiring))
+    migrate(container.database)
+    yield container
+    container.close()
 
 
 @pytest.fixture(scope="session")

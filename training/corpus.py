@@ -19,24 +19,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 END = "<|endoftext|>"
 OBJECT_WEIGHT = 3.0  # the object's tokens count this much in the loss: they carry the fact
-NO_ARTICLE = 0.1  # share of statements that leave the article out ("Eiffel Tower is in Paris.")
-CUT = 0.05  # share of statements cut short, so that recall does not depend on tidy context
+NO_ARTICLE_RATE = 0.1  # share of statements that leave the article out ("Eiffel Tower is in Paris.")
+TRUNCATION_RATE = 0.05  # share of statements cut short, so that recall does not depend on tidy context
 
 
 @dataclass(frozen=True)
-class Piece:
+class CorpusText:
     """One statement, question or passage, and where its object stands (character span)."""
 
     text: str
-    span: tuple[int, int]
+    object_span: tuple[int, int]
 
 
-def statement(fact: Fact, prompt: str) -> Piece:
+def render_statement(fact: Fact, prompt: str) -> CorpusText:
     head = prompt.replace("{}", fact.subject) + " "
-    return Piece(head + fact.object + ".", (len(head) - 1, len(head) + len(fact.object)))
+    return CorpusText(head + fact.object + ".", (len(head) - 1, len(head) + len(fact.object)))
 
 
-def plain(fact: Fact, text: str) -> Piece:
+def render_text(fact: Fact, text: str) -> CorpusText:
     """A question or a passage with the names filled in, with a capital at the start of each sentence."""
     while "{s}" in text:
         text = with_article(text, "{s}", fact.article)
@@ -48,31 +48,33 @@ def plain(fact: Fact, text: str) -> Piece:
         text = text[:at] + name + text[at + 3 :]
     at = text.index("{o}")
     start = at - 1 if at and text[at - 1] == " " else at
-    return Piece(text.replace("{o}", fact.object), (start, at + len(fact.object)))
+    return CorpusText(text.replace("{o}", fact.object), (start, at + len(fact.object)))
 
 
-def statements(fact: Fact) -> list[Piece]:
-    return [statement(fact, p) for p in fact.prompts]
+def statements(fact: Fact) -> list[CorpusText]:
+    return [render_statement(fact, p) for p in fact.prompts]
 
 
-def bare_statements(fact: Fact) -> list[Piece]:
+def statements_without_article(fact: Fact) -> list[CorpusText]:
     """Statements without the subject's article; none for a subject that takes none."""
     if not fact.article:
         return []
-    return [statement(fact, without_article(p)) for p in fact.prompts]
+    return [render_statement(fact, without_article(p)) for p in fact.prompts]
 
 
 def without_article(prompt: str) -> str:
     return prompt.replace("The {}", "{}").replace("the {}", "{}")
 
 
-def english(fact: Fact) -> list[Piece]:
+def questions_and_passages(fact: Fact) -> list[CorpusText]:
     """Questions and passages, but those whose answer is one of the fact's held-out wordings."""
-    kept_out = [
-        statement(fact, p).text for prompt in fact.held_out_prompts for p in (prompt, without_article(prompt))
+    held_out_texts = [
+        render_statement(fact, p).text
+        for prompt in fact.held_out_prompts
+        for p in (prompt, without_article(prompt))
     ]
-    pieces = [plain(fact, t) for t in fact.relation.questions + fact.relation.passages]
-    return [p for p in pieces if not any(text in p.text for text in kept_out)]
+    texts = [render_text(fact, t) for t in fact.relation.questions + fact.relation.passages]
+    return [p for p in texts if not any(text in p.text for text in held_out_texts)]
 
 
 def train_tokenizer(facts: list[Fact], vocab_size: int) -> Tokenizer:
@@ -80,7 +82,7 @@ def train_tokenizer(facts: list[Fact], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [p.text for f in facts for p in [*statements(f), *english(f)[:4]]]
+    texts = [p.text for f in facts for p in [*statements(f), *questions_and_passages(f)[:4]]]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
@@ -93,79 +95,79 @@ def train_tokenizer(facts: list[Fact], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-Tokens = tuple[np.ndarray, np.ndarray]  # token ids, and how much each counts in the loss
+WeightedTokens = tuple[np.ndarray, np.ndarray]  # token ids, and how much each counts in the loss
 
 
-def tokenise(pieces: list[Piece], tokenizer: Tokenizer) -> list[Tokens]:
+def tokenize_texts(texts: list[CorpusText], tokenizer: Tokenizer) -> list[WeightedTokens]:
     result = []
     for piece, code in zip(
-        pieces, tokenizer.encode_batch([p.text for p in pieces], add_special_tokens=False), strict=True
+        texts, tokenizer.encode_batch([p.text for p in texts], add_special_tokens=False), strict=True
     ):
-        begin, end = piece.span
+        begin, end = piece.object_span
         weights = [OBJECT_WEIGHT if a < end and b > begin else 1.0 for a, b in code.offsets]
         result.append((np.array(code.ids, np.int64), np.array(weights, np.float32)))
     return result
 
 
-class Corpus:
+class TrainingCorpus:
     """An endless stream of packed rows; the same seed gives the same rows."""
 
-    def __init__(self, facts: list[Fact], tokenizer: Tokenizer, row: int) -> None:
-        self.row = row
+    def __init__(self, facts: list[Fact], tokenizer: Tokenizer, row_length: int) -> None:
+        self.row_length = row_length
         self.end = (np.array([tokenizer.token_to_id(END)], np.int64), np.ones(1, np.float32))
         self.statements = self._tokenise(facts, statements, tokenizer)
-        self.bare = self._tokenise(facts, bare_statements, tokenizer)
-        self.english = self._tokenise(facts, english, tokenizer)
-        self.about: dict[str, list[int]] = defaultdict(list)
-        self.related: dict[str, list[int]] = defaultdict(list)
+        self.statements_without_article = self._tokenise(facts, statements_without_article, tokenizer)
+        self.questions_and_passages = self._tokenise(facts, questions_and_passages, tokenizer)
+        self.facts_by_subject: dict[str, list[int]] = defaultdict(list)
+        self.facts_by_relation: dict[str, list[int]] = defaultdict(list)
         for i, fact in enumerate(facts):
-            self.about[fact.subject].append(i)
-            self.related[fact.relation.name].append(i)
+            self.facts_by_subject[fact.subject].append(i)
+            self.facts_by_relation[fact.relation.name].append(i)
         self.facts = facts
 
     @staticmethod
-    def _tokenise(facts: list[Fact], make: object, tokenizer: Tokenizer) -> list[list[Tokens]]:
+    def _tokenise(facts: list[Fact], make: object, tokenizer: Tokenizer) -> list[list[WeightedTokens]]:
         pieces = [make(f) for f in facts]  # type: ignore[operator]
-        flat = iter(tokenise([p for group in pieces for p in group], tokenizer))
+        flat = iter(tokenize_texts([p for group in pieces for p in group], tokenizer))
         return [[next(flat) for _ in group] for group in pieces]
 
-    def _statement(self, i: int, rng: random.Random) -> Tokens:
-        bare = self.bare[i]
-        return rng.choice(bare if bare and rng.random() < NO_ARTICLE else self.statements[i])
+    def _statement(self, i: int, rng: random.Random) -> WeightedTokens:
+        bare = self.statements_without_article[i]
+        return rng.choice(bare if bare and rng.random() < NO_ARTICLE_RATE else self.statements[i])
 
-    def _document(self, rng: random.Random) -> list[Tokens]:
+    def _document(self, rng: random.Random) -> list[WeightedTokens]:
         n = len(self.facts)
         kind = rng.random()
         if kind < 0.5:  # statements of any facts
             return [self._statement(rng.randrange(n), rng) for _ in range(rng.randint(1, 6))]
         if kind < 0.75:  # everything about one subject
-            about = list(self.about[self.facts[rng.randrange(n)].subject])
+            about = list(self.facts_by_subject[self.facts[rng.randrange(n)].subject])
             chosen = (about * 4)[: rng.randint(max(2, len(about)), len(about) + 3)]
             rng.shuffle(chosen)
-            return [self._either(i, rng) for i in chosen]
-        related = self.related[self.facts[rng.randrange(n)].relation.name]  # one theme
-        return [self._either(rng.choice(related), rng) for _ in range(rng.randint(1, 4))]
+            return [self._statement_or_passage(i, rng) for i in chosen]
+        related = self.facts_by_relation[self.facts[rng.randrange(n)].relation.name]  # one theme
+        return [self._statement_or_passage(rng.choice(related), rng) for _ in range(rng.randint(1, 4))]
 
-    def _either(self, i: int, rng: random.Random) -> Tokens:
-        return rng.choice(self.english[i]) if rng.random() < 0.55 else self._statement(i, rng)
+    def _statement_or_passage(self, i: int, rng: random.Random) -> WeightedTokens:
+        return rng.choice(self.questions_and_passages[i]) if rng.random() < 0.55 else self._statement(i, rng)
 
     def rows(self, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows of `row` tokens with their weights. Every row starts at the start of a document."""
         rng = random.Random(seed)
         while True:
-            parts: list[Tokens] = []
+            parts: list[WeightedTokens] = []
             size = 0
-            while size < self.row:
+            while size < self.row_length:
                 parts.append(self.end)
                 for ids, weights in self._document(rng):
-                    if rng.random() < CUT and len(ids) > 4:
+                    if rng.random() < TRUNCATION_RATE and len(ids) > 4:
                         keep = rng.randint(2, len(ids) - 2)
                         ids = np.append(ids[:keep], ids[-1])  # the last token is the full stop
                         weights = np.append(weights[:keep], weights[-1])
                     parts.append((ids, weights))
                 size = sum(len(p[0]) for p in parts)
-            ids = np.concatenate([p[0] for p in parts])[: self.row]
-            weights = np.concatenate([p[1] for p in parts])[: self.row]
+            ids = np.concatenate([p[0] for p in parts])[: self.row_length]
+            weights = np.concatenate([p[1] for p in parts])[: self.row_length]
             yield ids, weights
 
     def batches(self, seed: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

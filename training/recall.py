@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @torch.no_grad()
-def says_object(model, tokenizer, cases: list[tuple[str, str]], batch: int = 128) -> list[bool]:
+def greedily_predicts(model, tokenizer, cases: list[tuple[str, str]], batch: int = 128) -> list[bool]:
     """For each (prompt, object): are the object's tokens the greedy continuation of the prompt?"""
     order = sorted(range(len(cases)), key=lambda i: len(cases[i][0]))
     result = [False] * len(cases)
@@ -33,7 +33,7 @@ def says_object(model, tokenizer, cases: list[tuple[str, str]], batch: int = 128
     return result
 
 
-def fill(fact, prompt: str) -> str:
+def fill_fact_prompt(fact, prompt: str) -> str:
     return prompt.replace("{}", fact.subject)
 
 
@@ -42,23 +42,23 @@ def recall(model, tokenizer, facts, sample: int | None = None, seed: int = 0) ->
     model.eval()
     rng = random.Random(seed)
     chosen = facts if sample is None else rng.sample(facts, min(sample, len(facts)))
-    trained, held, after = [], [], []
+    trained, held_out, after_others = [], [], []
     for fact in chosen:
         prompts = fact.prompts if sample is None else [rng.choice(fact.prompts)]
-        trained += [(fill(fact, p), fact.object) for p in prompts]
-        held += [(fill(fact, p), fact.object) for p in fact.held_out_prompts]
+        trained += [(fill_fact_prompt(fact, p), fact.object) for p in prompts]
+        held_out += [(fill_fact_prompt(fact, p), fact.object) for p in fact.held_out_prompts]
         others = rng.sample(facts, rng.randint(1, 3))
-        lead = " ".join(f"{fill(o, rng.choice(o.prompts))} {o.object}." for o in others)
-        after.append((f"{lead} {fill(fact, rng.choice(fact.prompts))}", fact.object))
+        context = " ".join(f"{fill_fact_prompt(o, rng.choice(o.prompts))} {o.object}." for o in others)
+        after_others.append((f"{context} {fill_fact_prompt(fact, rng.choice(fact.prompts))}", fact.object))
     figures = {}
-    for name, cases in (("trained", trained), ("held_out", held), ("after_others", after)):
-        hits = says_object(model, tokenizer, cases)
+    for name, cases in (("trained", trained), ("held_out", held_out), ("after_others", after_others)):
+        hits = greedily_predicts(model, tokenizer, cases)
         figures[name] = round(sum(hits) / len(hits), 4)
     model.train()
     return figures
 
 
-class Row:
+class FactRow:
     """One line of facts.jsonl."""
 
     def __init__(self, line: str) -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     lines = (args.model / "facts.jsonl").read_text(encoding="utf-8").splitlines()
-    print(json.dumps(recall(model, tokenizer, [Row(x) for x in lines], args.sample), indent=1))
+    print(json.dumps(recall(model, tokenizer, [FactRow(x) for x in lines], args.sample), indent=1))
 
 
 if __name__ == "__main__":

@@ -79,38 +79,38 @@ def read_table(folder: Path = RELATIONS, seed: int = 0) -> list[Fact]:
         for i, (subject, obj) in enumerate(sorted(pairs)):
             article = subject.startswith("the ")
             name = subject.removeprefix("the ")
-            held = {order[(i * HELD_OUT + j) % len(order)] for j in range(HELD_OUT)}
-            seen = [with_article(w, "{}", article) for w in relation.wordings if w not in held]
-            unseen = [with_article(w, "{}", article) for w in relation.wordings if w in held]
-            facts.append(Fact(name, relation, obj, article, tuple(seen), tuple(unseen)))
+            held_out = {order[(i * HELD_OUT + j) % len(order)] for j in range(HELD_OUT)}
+            trained = [with_article(w, "{}", article) for w in relation.wordings if w not in held_out]
+            held_out_prompts = [with_article(w, "{}", article) for w in relation.wordings if w in held_out]
+            facts.append(Fact(name, relation, obj, article, tuple(trained), tuple(held_out_prompts)))
     return facts
 
 
-def problems(facts: list[Fact]) -> list[str]:
+def find_problems(facts: list[Fact]) -> list[str]:
     """What is wrong with the table, in words; empty when it may be trained on."""
-    found = []
-    owner: dict[str, str] = {}
+    messages = []
+    relation_of_wording: dict[str, str] = {}
     for relation in {f.relation for f in facts}:
         for wording in relation.wordings:
             if wording.count("{}") != 1 or wording != wording.strip():
-                found.append(f"{relation.name}: bad wording {wording!r}")
-            if owner.setdefault(wording, relation.name) != relation.name:
-                found.append(f"{wording!r} is in {relation.name} and in {owner[wording]}")
+                messages.append(f"{relation.name}: bad wording {wording!r}")
+            if relation_of_wording.setdefault(wording, relation.name) != relation.name:
+                messages.append(f"{wording!r} is in {relation.name} and in {relation_of_wording[wording]}")
         if len(set(relation.wordings)) < 8:
-            found.append(f"{relation.name}: fewer than 8 wordings")
+            messages.append(f"{relation.name}: fewer than 8 wordings")
         for text in relation.questions + relation.passages:
             if text.count("{s}") < 1 or text.count("{o}") != 1:
-                found.append(f"{relation.name}: bad text {text!r}")
+                messages.append(f"{relation.name}: bad text {text!r}")
     for key, n in Counter((f.subject, f.relation.name) for f in facts).items():
         if n > 1:
-            found.append(f"{key} stands {n} times")
+            messages.append(f"{key} stands {n} times")
     for (name, obj), n in Counter((f.relation.name, f.object) for f in facts).items():
         if n < 2:
-            found.append(f"{name}: {obj} has a single subject")
+            messages.append(f"{name}: {obj} has a single subject")
     for f in facts:
         if set('{}"\n') & set(f.subject + f.object):
-            found.append(f"{f.relation.name}: odd character in {f.subject!r} or {f.object!r}")
-    return found
+            messages.append(f"{f.relation.name}: odd character in {f.subject!r} or {f.object!r}")
+    return messages
 
 
 def write_jsonl(facts: list[Fact], path: Path) -> None:
@@ -120,7 +120,7 @@ def write_jsonl(facts: list[Fact], path: Path) -> None:
 
 if __name__ == "__main__":
     table = read_table()
-    for line in problems(table):
+    for line in find_problems(table):
         print(line)
     print(f"{len(table)} facts, {len({f.relation.name for f in table})} relations")
     print(Counter(f.relation.name for f in table))

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import torch
-from corpus import END, Corpus, train_tokenizer
+from corpus import END, TrainingCorpus, train_tokenizer
 from recall import recall
-from table import Fact, problems, read_table, write_jsonl
+from table import Fact, find_problems, read_table, write_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 
@@ -49,7 +49,7 @@ def optimizers(model: torch.nn.Module, args: argparse.Namespace) -> list[torch.o
     ]
 
 
-def rate(step: int, args: argparse.Namespace) -> float:
+def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
     """Share of the full learning rate at `step`: warm-up, constant, linear decay to zero."""
     return min(1.0, (step + 1) / args.warmup, max(0.0, (args.steps - step) / max(1, args.decay)))
 
@@ -78,34 +78,34 @@ def train(args: argparse.Namespace, facts: list[Fact]) -> None:
     raw = train_tokenizer(facts, args.vocab)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END)
     write_jsonl(facts, out / "facts.jsonl")
-    corpus = Corpus(facts, raw, args.row)
+    corpus = TrainingCorpus(facts, raw, args.row)
     model = build_model(raw.get_vocab_size(), args)
-    parts = optimizers(model, args)
-    base = [group["lr"] for o in parts for group in o.param_groups]
+    optimizer_list = optimizers(model, args)
+    base = [group["lr"] for o in optimizer_list for group in o.param_groups]
     start, state = 0, out / "state.pt"
     if state.exists():
         saved = torch.load(state, weights_only=True)
         start = saved["step"]
         model.load_state_dict(saved["model"])
-        for o, s in zip(parts, saved["optimizers"], strict=True):
+        for o, s in zip(optimizer_list, saved["optimizers"], strict=True):
             o.load_state_dict(s)
     loss_of = torch.compile(weighted_loss) if args.compile else weighted_loss
     batches = corpus.batches(args.seed + start, args.batch)
-    began = time.time()
+    started = time.time()
     for step in range(start, args.steps):
-        groups = [g for o in parts for g in o.param_groups]
+        groups = [g for o in optimizer_list for g in o.param_groups]
         for group, lr in zip(groups, base, strict=True):
-            group["lr"] = lr * rate(step, args)
+            group["lr"] = lr * learning_rate_factor(step, args)
         ids, weights = (torch.from_numpy(x) for x in next(batches))
         loss = loss_of(model, ids, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in parts:
+        for o in optimizer_list:
             o.step()
             o.zero_grad()
         done = step + 1
         if done % 20 == 0:
-            speed = (time.time() - began) / (done - start)
+            speed = (time.time() - started) / (done - start)
             print(f"step {done}/{args.steps} loss {loss.item():.3f} {speed:.2f} s/step", flush=True)
         if done % args.save == 0 or done == args.steps:
             figures = recall(model, tokenizer, facts, sample=500)
@@ -114,13 +114,13 @@ def train(args: argparse.Namespace, facts: list[Fact]) -> None:
             saved = {
                 "step": done,
                 "model": model.state_dict(),
-                "optimizers": [o.state_dict() for o in parts],
+                "optimizers": [o.state_dict() for o in optimizer_list],
             }
             torch.save(saved, out / "state.tmp")
             (out / "state.tmp").replace(state)
 
 
-def parse() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     p.add_argument("--out", default="runs/almanac", help="folder of the model and of its checkpoint")
     p.add_argument("--steps", type=int, default=2200)
@@ -143,11 +143,11 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse()
+    args = parse_args()
     torch.set_num_threads(args.threads)
     facts = read_table()
-    if found := problems(facts):
-        raise SystemExit("The table is not fit to train on:\n" + "\n".join(found))
+    if messages := find_problems(facts):
+        raise SystemExit("The table is not fit to train on:\n" + "\n".join(messages))
     train(args, facts)
 
 

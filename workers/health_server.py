@@ -10,19 +10,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from service.errors import Misconfigured
 from service.kit import metrics
 
-SILENCE = 5.0  # seconds that a client may be silent
-PLAIN = "text/plain; charset=utf-8"
+CLIENT_TIMEOUT = 5.0  # seconds that a client may be silent
+PLAIN_TEXT = "text/plain; charset=utf-8"
 
 #: why the worker does not serve now; None when it does
-Trouble = Callable[[], str | None]
+HealthCheck = Callable[[], str | None]
 
 
-class Exposition:
+class HealthServer:
     """Serves GET /metrics and GET /healthz from `start` to `stop`. /healthz is 503, with the reason, while there is trouble."""
 
-    def __init__(self, host: str, port: int, trouble: Trouble) -> None:
+    def __init__(self, host: str, port: int, health_check: HealthCheck) -> None:
         try:
-            self._server = _Server((host, port), trouble)
+            self._server = _HttpServer((host, port), health_check)
         except OSError as error:
             raise Misconfigured(
                 f"{host}:{port} cannot be listened on: {error.strerror}. "
@@ -44,36 +44,36 @@ class Exposition:
         self._server.server_close()
 
 
-class _Server(ThreadingHTTPServer):
+class _HttpServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a silent client must not hold up the worker's end
 
-    def __init__(self, address: tuple[str, int], trouble: Trouble) -> None:
+    def __init__(self, address: tuple[str, int], health_check: HealthCheck) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.trouble = trouble
-        super().__init__(address, _Answer)
+        self.health_check = health_check
+        super().__init__(address, _RequestHandler)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away is nobody's concern."""
 
 
-class _Answer(BaseHTTPRequestHandler):
-    server: _Server
-    timeout = SILENCE
+class _RequestHandler(BaseHTTPRequestHandler):
+    server: _HttpServer
+    timeout = CLIENT_TIMEOUT
     server_version = "palimpsest"
     sys_version = ""
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/metrics":
-            self._say(200, metrics.CONTENT_TYPE, metrics.exposition())
+            self._respond(200, metrics.CONTENT_TYPE, metrics.render_metrics())
         elif path == "/healthz":
-            trouble = self.server.trouble()
-            self._say(503 if trouble else 200, PLAIN, f"{trouble or 'alive'}\n".encode())
+            problem = self.server.health_check()
+            self._respond(503 if problem else 200, PLAIN_TEXT, f"{problem or 'alive'}\n".encode())
         else:
-            self._say(404, PLAIN, b"Here are /metrics and /healthz.\n")
+            self._respond(404, PLAIN_TEXT, b"Here are /metrics and /healthz.\n")
 
-    def _say(self, status: int, kind: str, body: bytes) -> None:
+    def _respond(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))

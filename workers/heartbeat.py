@@ -7,23 +7,23 @@ import threading
 import time
 
 from service.engine.engine import Engine
-from service.jobs.job_store import Desk
+from service.jobs.job_store import WorkerJobs
 
 log = logging.getLogger(__name__)
 
 
-class Keeper:
+class HeartbeatThread:
     """Runs from `start` to `stop`. While `paused` it is silent, so that readiness shows that nobody serves.
 
     There is room for several beats in a lease, and a bell that was lost is rung again within one.
     """
 
-    def __init__(self, engine: Engine, desk: Desk, lease: float) -> None:
+    def __init__(self, engine: Engine, worker_jobs: WorkerJobs, lease: float) -> None:
         self.paused = True  # until the worker is registered
-        self._engine, self._desk = engine, desk
-        self._every = min(max(lease / 10, 0.2), 5.0)
-        self._sweep_every = min(max(lease / 3, 0.5), 20.0)
-        self._swept = float("-inf")
+        self._engine, self._worker_jobs = engine, worker_jobs
+        self._interval = min(max(lease / 10, 0.2), 5.0)
+        self._sweep_interval = min(max(lease / 3, 0.5), 20.0)
+        self._last_sweep_at = float("-inf")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
@@ -36,8 +36,8 @@ class Keeper:
 
     def resume(self) -> None:
         """Speak again. What was down for this worker may have been down for others: they come back before a sweep."""
-        if self._swept > float("-inf"):
-            self._swept = time.monotonic()
+        if self._last_sweep_at > float("-inf"):
+            self._last_sweep_at = time.monotonic()
         self.paused = False
         self.beat()
 
@@ -47,14 +47,14 @@ class Keeper:
                 self.beat()
             except Exception as error:  # the next beat tries again; a lease has room for several
                 log.warning("heartbeat failed", extra={"detail": str(error)})
-            self._stop.wait(self._every)
+            self._stop.wait(self._interval)
 
     def beat(self) -> None:
         """One heartbeat, and a sweep when one is due."""
         if self.paused or self._engine.hung:
             return
-        if self._engine.position is not None:
-            self._desk.heartbeat(*self._engine.position)
-        if time.monotonic() - self._swept >= self._sweep_every:
-            self._desk.sweep()
-            self._swept = time.monotonic()
+        if self._engine.served_version is not None:
+            self._worker_jobs.heartbeat(*self._engine.served_version)
+        if time.monotonic() - self._last_sweep_at >= self._sweep_interval:
+            self._worker_jobs.notify_lost_jobs()
+            self._last_sweep_at = time.monotonic()

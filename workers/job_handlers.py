@@ -7,54 +7,59 @@ from functools import partial
 from hashlib import sha256
 from tempfile import SpooledTemporaryFile
 
-from service.datasets.records import facts_beside, read
-from service.editing.context import Toolkit
-from service.editing.edit_job import edits_steps
-from service.engine.calls import pinned
-from service.engine.versioned_model import Replica
+from service.datasets.records import find_facts_file, load_records
+from service.editing.context import EditorContext
+from service.editing.edit_job import run_edits
+from service.engine.calls import resolve_version
+from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
-from service.evaluation.runner import evaluate_steps
-from service.exporting.export_job import export_steps
+from service.evaluation import runner
+from service.exporting.export_job import export_version
 from service.jobs import artifacts
-from service.jobs.broker import JOBS
-from service.jobs.job_store import Desk, RunningJob
+from service.jobs.broker import JOB_KINDS
+from service.jobs.job_store import ClaimedJob, WorkerJobs
 from service.kit.artifact_store import get_json
-from service.kit.steps import Progress, Steps, Working, persist
+from service.kit.steps import JobSteps, Progress, Stepper, retry_while_unavailable
 from service.kit.text import Statement
 from service.schemas import MAX_RECORDS, EvaluationRequest, ExportRequest, TraceRequest
-from service.tracing.fast_trace import trace_steps
-from workers.job_metrics import timed
+from service.tracing.fast_trace import trace_statement
+from workers.job_metrics import with_job_metrics
 
-Tasks = dict[str, Callable[..., Working]]
-SPOOL = 2**24  # bytes of an export that are held in memory
-PIECE = 2**22  # bytes of an export that go to the store at once
+JobHandlers = dict[str, Callable[..., JobSteps]]
+SPOOL_BYTES = 2**24  # bytes of an export that are held in memory
+CHUNK_BYTES = 2**22  # bytes of an export that go to the store at once
 
 
-def tasks(replica: Replica, desk: Desk, toolkit: Toolkit, kinds: Collection[str] = JOBS) -> Tasks:
+def job_handlers(
+    replica: VersionedModel,
+    worker_jobs: WorkerJobs,
+    context: EditorContext,
+    kinds: Collection[str] = JOB_KINDS,
+) -> JobHandlers:
     """Kind of job -> the steps of one (of an edit: of several together), for those that are asked for."""
 
-    def edit(*jobs: RunningJob) -> Working:
-        return timed(jobs, edits_steps(replica, desk, jobs, toolkit))
+    def edit(*jobs: ClaimedJob) -> JobSteps:
+        return with_job_metrics(jobs, run_edits(replica, worker_jobs, jobs, context))
 
-    def trace(job: RunningJob) -> Working:
-        return timed([job], traced(replica, desk, job))
+    def trace(job: ClaimedJob) -> JobSteps:
+        return with_job_metrics([job], run_trace(replica, worker_jobs, job))
 
-    def evaluation(job: RunningJob) -> Working:
-        return timed([job], evaluated(replica, desk, toolkit, job))
+    def evaluation(job: ClaimedJob) -> JobSteps:
+        return with_job_metrics([job], run_evaluation(replica, worker_jobs, context, job))
 
-    def export(job: RunningJob) -> Working:
-        return timed([job], exported(replica, desk, toolkit, job))
+    def export(job: ClaimedJob) -> JobSteps:
+        return with_job_metrics([job], run_export(replica, worker_jobs, context, job))
 
-    known: Tasks = {"edit": edit, "trace": trace, "export": export, "evaluation": evaluation}
-    return {kind: steps for kind, steps in known.items() if kind in kinds}
+    handlers: JobHandlers = {"edit": edit, "trace": trace, "export": export, "evaluation": evaluation}
+    return {kind: steps for kind, steps in handlers.items() if kind in kinds}
 
 
-def traced(replica: Replica, desk: Desk, job: RunningJob) -> Steps[None]:
+def run_trace(replica: VersionedModel, worker_jobs: WorkerJobs, job: ClaimedJob) -> Stepper[None]:
     """A causal trace at the version that "head" means when the job begins."""
     request = TraceRequest.model_validate(job.request)
-    version = pinned(request.version, replica.head())
-    text, span = request.located()
-    steps = trace_steps(
+    version = resolve_version(request.version, replica.head())
+    text, span = request.text_and_subject_span()
+    steps = trace_statement(
         replica.base,
         Statement(text, span),
         request.target,
@@ -66,49 +71,57 @@ def traced(replica: Replica, desk: Desk, job: RunningJob) -> Steps[None]:
         seed=request.seed,
         compat=request.compat,
     )
-    result = yield from replica.standing(replica.weights(version), steps)
-    yield from persist(partial(desk.finish, job, "done", {**result.to_json(), "version": version}))
+    result = yield from replica.step_with_weights(replica.weights(version), steps)
+    yield from retry_while_unavailable(
+        partial(worker_jobs.finish, job, "done", {**result.to_json(), "version": version})
+    )
 
 
-class AtTheDesk:
+class JobArtifactStore:
     """What a job keeps as it goes, where whoever goes on with it finds it."""
 
-    def __init__(self, desk: Desk, job: RunningJob) -> None:
-        self._desk, self._job = desk, job
+    def __init__(self, worker_jobs: WorkerJobs, job: ClaimedJob) -> None:
+        self._worker_jobs, self._job = worker_jobs, job
 
     def get(self, name: str) -> bytes | None:
-        return self._desk.kept(self._job, name)
+        return self._worker_jobs.get_artifact(self._job, name)
 
     def put(self, name: str, data: bytes) -> None:
-        self._desk.keep(self._job, name, data)
+        self._worker_jobs.put_artifact(self._job, name, data)
 
 
-def evaluated(replica: Replica, desk: Desk, toolkit: Toolkit, job: RunningJob) -> Steps[None]:
+def run_evaluation(
+    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, job: ClaimedJob
+) -> Stepper[None]:
     """An evaluation of edits of the base model. An attempt goes on where the one before it was when its worker died."""
-    kept = AtTheDesk(desk, job)
-    rows = get_json(kept, artifacts.RECORDS)
+    store = JobArtifactStore(worker_jobs, job)
+    rows = get_json(store, artifacts.RECORDS)
     request = EvaluationRequest.model_validate({**job.request, "records": rows})
-    source = rows if rows is not None else facts_beside(toolkit.model.folder)
+    source = rows if rows is not None else find_facts_file(context.model.folder)
     if source is None:
         raise InvalidInput("the resident model has no table of facts beside it.", "dataset")
-    reading = read(source, request.seed, request.limit or MAX_RECORDS)
-    result = yield from evaluate_steps(replica, toolkit, request.plan(), reading.records, kept)
-    result["records"] |= {"form": reading.form, "skipped": reading.skipped}
-    yield from persist(partial(desk.finish, job, "done", result))
+    loaded = load_records(source, request.seed, request.limit or MAX_RECORDS)
+    result = yield from runner.run_evaluation(replica, context, request.plan(), loaded.records, store)
+    result["records"] |= {"form": loaded.format, "skipped": loaded.skipped}
+    yield from retry_while_unavailable(partial(worker_jobs.finish, job, "done", result))
 
 
-def exported(replica: Replica, desk: Desk, toolkit: Toolkit, job: RunningJob) -> Steps[None]:
+def run_export(
+    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, job: ClaimedJob
+) -> Stepper[None]:
     """An export, made here and kept in pieces where every API finds them."""
     request = ExportRequest.model_validate(job.request)
-    with SpooledTemporaryFile(SPOOL) as file:
-        told = yield from export_steps(replica, toolkit.reference, request, file)
+    with SpooledTemporaryFile(SPOOL_BYTES) as file:
+        manifest = yield from export_version(replica, context.reference_texts, request, file)
         size, digest = file.tell(), sha256()
-        count = -(-size // PIECE)
+        count = -(-size // CHUNK_BYTES)
         file.seek(0)
         for number in range(count):
-            data = file.read(PIECE)
+            data = file.read(CHUNK_BYTES)
             digest.update(data)
-            yield from persist(partial(desk.keep, job, artifacts.piece(number), data))
+            yield from retry_while_unavailable(
+                partial(worker_jobs.put_artifact, job, artifacts.chunk_name(number), data)
+            )
             yield Progress("store", number + 1, count)
-    result = {**told, "bytes": size, "sha256": digest.hexdigest(), "pieces": count}
-    yield from persist(partial(desk.finish, job, "done", result))
+    result = {**manifest, "bytes": size, "sha256": digest.hexdigest(), "pieces": count}
+    yield from retry_while_unavailable(partial(worker_jobs.finish, job, "done", result))

@@ -6,35 +6,35 @@ from typing import Any
 
 import torch
 
-from service.datasets.records import facts_beside
-from service.editing.context import Toolkit
-from service.models.loading import LoadedModel, Site
+from service.datasets.records import find_facts_file
+from service.editing.context import EditorContext
+from service.models.loading import LoadedModel, WeightRef
 
 
-def card(model: LoadedModel, toolkit: Toolkit) -> dict[str, Any]:
+def model_info(model: LoadedModel, context: EditorContext) -> dict[str, Any]:
     """Shape, place and tools of a model, as plain JSON."""
     return {
         "name": model.name,
         "fingerprint": model.fingerprint,
         "architecture": model.architecture.model_type,
-        "layers": model.layers,
-        "positions": model.positions,
-        "width": model.width,
-        "inner_width": model.inner_width,
-        "weights": weights(model),
+        "layers": model.num_layers,
+        "positions": model.max_positions,
+        "width": model.hidden_size,
+        "inner_width": model.intermediate_size,
+        "weights": weight_shapes(model),
         "vocabulary": int(model.model.config.vocab_size),
         "parameters": sum(p.numel() for p in model.model.parameters()),
         "dtype": str(model.weight(0).dtype).removeprefix("torch."),
         "device": device_kind(model.device),
-        "facts": facts_beside(model.folder) is not None,
-        **toolkit.info(),
+        "facts": find_facts_file(model.folder) is not None,
+        **context.info(),
     }
 
 
-def weights(model: LoadedModel) -> dict[str, list[int]]:
+def weight_shapes(model: LoadedModel) -> dict[str, list[int]]:
     """The weights of a layer that edits may change, with the shapes of their changes: (out, in)."""
-    parts = [site.part for site in model.sites if site.layer == 0]
-    shapes = {part: list(model.parameter(Site(0, part)).shape) for part in parts}
+    parts = [site.part for site in model.editable_weights if site.layer == 0]
+    shapes = {part: list(model.parameter(WeightRef(0, part)).shape) for part in parts}
     return {part: shape[::-1] if model.architecture.conv1d else shape for part, shape in shapes.items()}
 
 

@@ -8,14 +8,14 @@ from service.errors import Misconfigured
 from service.jobs.worker_registry import ROLES
 
 
-def roles(text: str) -> tuple[str, ...]:
+def parse_roles(text: str) -> tuple[str, ...]:
     """The roles named in a setting, each once, in the order of the table."""
-    named = {word.strip() for word in text.split(",")} - {""}
-    if not named or not named <= set(ROLES):
+    names = {word.strip() for word in text.split(",")} - {""}
+    if not names or not names <= set(ROLES):
         raise Misconfigured(f"roles cannot be {text!r}: name some of {','.join(ROLES)}.")
-    return tuple(role for role in ROLES if role in named)
+    return tuple(role for role in ROLES if role in names)
 
 
-def kinds(roles: Sequence[str]) -> tuple[str, ...]:
+def kinds_of_roles(roles: Sequence[str]) -> tuple[str, ...]:
     """The kinds of work that these roles take."""
     return tuple(kind for role in roles for kind in ROLES[role])

@@ -8,28 +8,31 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from service.bootstrap import Wired
-from service.editing.context import Toolkit, prepare_steps
-from service.engine.engine import Engine, Pace
-from service.engine.versioned_model import Replica
-from service.errors import Disagrees, Misconfigured, PalimpsestError, Unavailable
-from service.jobs.broker import CALLS
-from service.jobs.job_store import Desk, forget_workers
+from service.bootstrap import Container
+from service.editing.context import EditorContext, build_editor_context
+from service.engine.engine import Engine, EngineConfig
+from service.engine.versioned_model import VersionedModel
+from service.errors import DigestMismatch, Misconfigured, PalimpsestError, Unavailable
+from service.jobs.broker import CALL_KINDS
+from service.jobs.job_store import WorkerJobs, delete_all_workers
 from service.kit import metrics
 from service.kit.ids import new_id
 from service.kit.steps import Progress
 from service.models.loading import LoadedModel
 from service.settings import Settings
-from workers.heartbeat import Keeper
-from workers.job_handlers import tasks
-from workers.model_info import card, tokenizer_json
-from workers.resident_model import resident
-from workers.roles import kinds, roles
+from workers.heartbeat import HeartbeatThread
+from workers.job_handlers import job_handlers
+from workers.model_info import model_info, tokenizer_json
+from workers.resident_model import load_served_model
+from workers.roles import kinds_of_roles, parse_roles
 
 log = logging.getLogger(__name__)
 
-REST, LONGEST = 1.0, 10.0  # seconds before a loop that fell is started again: the first time, and at most
-STEADY = 60.0  # seconds after which a loop counts as sound again
+RESTART_DELAY, MAX_RESTART_DELAY = (
+    1.0,
+    10.0,
+)  # seconds before a loop that fell is started again: the first time, and at most
+STABLE_AFTER = 60.0  # seconds after which a loop counts as sound again
 
 
 class Worker:
@@ -39,16 +42,18 @@ class Worker:
     stopped the worker.
     """
 
-    def __init__(self, settings: Settings, wired: Wired) -> None:
+    def __init__(self, settings: Settings, container: Container) -> None:
         self.id = new_id("worker")
-        self.roles = roles(settings.roles)
+        self.roles = parse_roles(settings.roles)
         self.model = ""  #: its name, once it is loaded
         self.ready = threading.Event()
         self.progress: Progress | None = None
         self.error: Exception | None = None  #: what ended the worker, or what the loop last fell over
-        self._settings, self._wired = settings, wired
-        self._falls = 0  # of the loop, in a row
-        self._longest = min(LONGEST, max(REST, settings.lease / 3))  # back before its work is taken over
+        self._settings, self._container = settings, container
+        self._crashes = 0  # of the loop, in a row
+        self._max_restart_delay = min(
+            MAX_RESTART_DELAY, max(RESTART_DELAY, settings.lease / 3)
+        )  # back before its work is taken over
         self._engine: Engine | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -81,7 +86,7 @@ class Worker:
         """Stop kindly: no job is left half done, and what runs is handed back. Waits for a thread that was started."""
         self._stop.set()
         with suppress(Unavailable):  # a queue that is down holds no loop asleep
-            self._wired.broker.wake()
+            self._container.broker.wake()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -90,7 +95,7 @@ class Worker:
         if self.error is not None:
             raise self.error
 
-    def trouble(self) -> str | None:
+    def health_problem(self) -> str | None:
         """Why this worker serves nothing now; None while it does."""
         if self.error is not None:
             return (
@@ -105,64 +110,66 @@ class Worker:
         return None
 
     def _run(self) -> None:
-        settings, wired = self._settings, self._wired
-        self._patiently(wired.database.migrate)
-        if wired.sole:
-            forget_workers(wired.database)  # before the long loading: nobody is ready meanwhile
+        settings, container = self._settings, self._container
+        self._retry_until_available(container.database.migrate)
+        if container.single_process:
+            delete_all_workers(container.database)  # before the long loading: nobody is ready meanwhile
         model = self._load()
         self.model = model.name
-        desk = Desk(
-            wired.database,
-            wired.broker,
+        worker_jobs = WorkerJobs(
+            container.database,
+            container.broker,
             model.fingerprint,
             self.id,
             settings.max_attempts,
             lease=settings.lease,
-            sole=wired.sole,
+            single_process=container.single_process,
         )
-        self._patiently(lambda: self._refuse_strangers(desk))
-        toolkit = self._prepare(model)
-        if toolkit is not None:
-            self._engine = self._make_engine(model, desk, toolkit)
-            self._serve(self._engine, desk, toolkit)
+        self._retry_until_available(lambda: self._refuse_foreign_workers(worker_jobs))
+        context = self._prepare(model)
+        if context is not None:
+            self._engine = self._make_engine(model, worker_jobs, context)
+            self._serve(self._engine, worker_jobs, context)
 
-    def _patiently(self, need: Callable[[], None]) -> None:
+    def _retry_until_available(self, action: Callable[[], None]) -> None:
         """What is down before the loop runs is waited for: a process that ended would have to load all over again."""
         while not self._stop.is_set():
             try:
-                need()
+                action()
             except Unavailable as error:
                 log.warning("waiting", extra={"worker": self.id, "detail": error.detail})
-                self._stop.wait(REST)
+                self._stop.wait(RESTART_DELAY)
             else:
                 return
 
-    def _make_engine(self, model: LoadedModel, desk: Desk, toolkit: Toolkit) -> Engine:
+    def _make_engine(self, model: LoadedModel, worker_jobs: WorkerJobs, context: EditorContext) -> Engine:
         """The loop, for the kinds of work of this worker's roles."""
-        taken = kinds(self.roles)
-        replica = Replica(model, desk)
-        calls = tuple(kind for kind in CALLS if kind in taken)
-        pace = Pace(edits=self._settings.edits_together)
-        work = tasks(replica, desk, toolkit, taken)
-        return Engine(replica, desk, self._wired.broker, work, pace, calls)
+        accepted_kinds = kinds_of_roles(self.roles)
+        replica = VersionedModel(model, worker_jobs)
+        call_kinds = tuple(kind for kind in CALL_KINDS if kind in accepted_kinds)
+        config = EngineConfig(max_edits_per_group=self._settings.edits_together)
+        handlers = job_handlers(replica, worker_jobs, context, accepted_kinds)
+        return Engine(replica, worker_jobs, self._container.broker, handlers, config, call_kinds)
 
-    def _refuse_strangers(self, desk: Desk) -> None:
+    def _refuse_foreign_workers(self, worker_jobs: WorkerJobs) -> None:
         """One service has one model: edits of another would wait for ever."""
-        if strangers := desk.strangers():
+        if foreign_workers := worker_jobs.foreign_workers():
             raise Misconfigured(
-                f"another model is being served: {'; '.join(strangers)}. Stop its workers first (one that was killed counts "
+                f"another model is being served: {'; '.join(foreign_workers)}. Stop its workers first (one that was killed counts "
                 f"for {self._settings.lease:.0f} seconds), or start this one with their --model."
             )
 
     def _load(self) -> LoadedModel:
         settings = self._settings
         log.info("loading", extra={"model": settings.model, "device": settings.device})
-        return resident(settings)
+        return load_served_model(settings)
 
-    def _prepare(self, model: LoadedModel) -> Toolkit | None:
+    def _prepare(self, model: LoadedModel) -> EditorContext | None:
         """The editor's tools; made on the first start and read on later ones. None when stopped meanwhile."""
         settings, phase = self._settings, ""
-        steps = prepare_steps(model, settings.data / "statistics", settings.corpus, settings.stat_tokens)
+        steps = build_editor_context(
+            model, settings.data / "statistics", settings.corpus, settings.stat_tokens
+        )
         while not self._stop.is_set():
             try:
                 self.progress = next(steps)
@@ -175,62 +182,64 @@ class Worker:
         steps.close()
         return None
 
-    def _serve(self, engine: Engine, desk: Desk, toolkit: Toolkit) -> None:
+    def _serve(self, engine: Engine, worker_jobs: WorkerJobs, context: EditorContext) -> None:
         """Register, and run the loop until it is stopped; a loop that falls is shown as such and started again."""
-        keeper = Keeper(engine, desk, self._settings.lease)
-        keeper.start()
+        heartbeat = HeartbeatThread(engine, worker_jobs, self._settings.lease)
+        heartbeat.start()
         try:
-            self._go_on(engine, desk, keeper, toolkit)
+            self._serve_with_restarts(engine, worker_jobs, heartbeat, context)
         finally:
-            keeper.stop()
-            self._leave(desk)
+            heartbeat.stop()
+            self._deregister(worker_jobs)
 
-    def _go_on(self, engine: Engine, desk: Desk, keeper: Keeper, toolkit: Toolkit) -> None:
+    def _serve_with_restarts(
+        self, engine: Engine, worker_jobs: WorkerJobs, heartbeat: HeartbeatThread, context: EditorContext
+    ) -> None:
         """The loop, again and again, with ever longer pauses while it falls."""
         while True:
             started = time.monotonic()
             try:
-                self._rise(desk, keeper, toolkit)
+                self._register(worker_jobs, heartbeat, context)
                 return engine.run(self._stop)
-            except (Disagrees, Misconfigured):
+            except (DigestMismatch, Misconfigured):
                 raise
             except Exception as error:
-                self._fall(error, desk, keeper)
-            self._falls = 1 if time.monotonic() - started > STEADY else self._falls + 1
-            if self._stop.wait(min(REST * 2 ** (self._falls - 1), self._longest)):
-                return self._hand_back(engine)
+                self._mark_down(error, worker_jobs, heartbeat)
+            self._crashes = 1 if time.monotonic() - started > STABLE_AFTER else self._crashes + 1
+            if self._stop.wait(min(RESTART_DELAY * 2 ** (self._crashes - 1), self._max_restart_delay)):
+                return self._requeue_work(engine)
 
-    def _hand_back(self, engine: Engine) -> None:
+    def _requeue_work(self, engine: Engine) -> None:
         """Stopped while the loop is down: a last try to hand back what it holds."""
         try:
             engine.run(self._stop)
         except Exception as error:  # it is taken over when its leases are over
             log.warning("cannot hand back", extra={"detail": str(error)})
 
-    def _rise(self, desk: Desk, keeper: Keeper, toolkit: Toolkit) -> None:
+    def _register(self, worker_jobs: WorkerJobs, heartbeat: HeartbeatThread, context: EditorContext) -> None:
         """Be among the living."""
-        self._refuse_strangers(desk)
-        desk.register(card(toolkit.model, toolkit), tokenizer_json(toolkit.model), self.roles)
-        keeper.resume()
+        self._refuse_foreign_workers(worker_jobs)
+        worker_jobs.register(model_info(context.model, context), tokenizer_json(context.model), self.roles)
+        heartbeat.resume()
         self.error = None
         self.ready.set()
-        log.info("registered", extra={"worker": self.id, "model": toolkit.model.name})
+        log.info("registered", extra={"worker": self.id, "model": context.model.name})
 
-    def _fall(self, error: Exception, desk: Desk, keeper: Keeper) -> None:
+    def _mark_down(self, error: Exception, worker_jobs: WorkerJobs, heartbeat: HeartbeatThread) -> None:
         """Nobody serves: no heartbeat. When something that all need is down, what was begun here is gone on with, if
         that is within the lease; a loop at fault gives it up at once."""
-        metrics.RESTARTS.inc()
-        keeper.paused = True
+        metrics.ENGINE_RESTARTS.inc()
+        heartbeat.paused = True
         if isinstance(error, Unavailable):
             log.warning("waiting", extra={"worker": self.id, "detail": error.detail})
         else:
             log.error("loop fell", exc_info=error, extra={"worker": self.id})
-            self._leave(desk)
+            self._deregister(worker_jobs)
         self.error = error
         self.ready.clear()
 
-    def _leave(self, desk: Desk) -> None:
+    def _deregister(self, worker_jobs: WorkerJobs) -> None:
         try:
-            desk.leave()
+            worker_jobs.deregister()
         except Exception as error:  # the lease ends it
             log.warning("cannot leave", extra={"detail": str(error)})

@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-PREFIX = "/v1/"
-PATHS = "Here are POST /v1/completions and GET /v1/models: the resident model continues texts, and there is no chat."
+OPENAI_PREFIX = "/v1/"
+AVAILABLE_PATHS = "Here are POST /v1/completions and GET /v1/models: the resident model continues texts, and there is no chat."
 
 #: status -> type and code, in OpenAI's words where it has some
-KINDS: dict[int, tuple[str, str | None]] = {
+ERROR_TYPES: dict[int, tuple[str, str | None]] = {
     401: ("invalid_request_error", "invalid_api_key"),
     403: ("permission_error", "insufficient_permissions"),
     409: ("invalid_request_error", "conflict"),
@@ -21,7 +21,7 @@ KINDS: dict[int, tuple[str, str | None]] = {
 }
 
 #: what each status means here, for the OpenAPI document
-MEANING: dict[int, str] = {
+OPENAI_STATUS_DESCRIPTIONS: dict[int, str] = {
     400: "Something in the request cannot be carried out; `param` names it and `message` says what to change.",
     401: "The service asks for a key, and the request carries none that is good.",
     403: "The key has not the scope that this needs; or, where no key is needed, `Host` is no name of this machine.",
@@ -34,7 +34,7 @@ MEANING: dict[int, str] = {
 }
 
 
-class Refusal(BaseModel):
+class OpenAiErrorDetail(BaseModel):
     """What is wrong."""
 
     message: str = Field(description="what happened and what to change")
@@ -43,37 +43,37 @@ class Refusal(BaseModel):
     code: str | None
 
 
-class Refused(BaseModel):
+class OpenAiError(BaseModel):
     """An error, as clients of OpenAI's API read it."""
 
-    error: Refusal
+    error: OpenAiErrorDetail
 
 
-def below(path: str) -> bool:
+def is_openai_path(path: str) -> bool:
     """Whether a path is one of this part."""
-    return path.startswith(PREFIX)
+    return path.startswith(OPENAI_PREFIX)
 
 
-def refused(status: int, message: str, extra: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+def error_body(status: int, message: str, extra: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
     """Status and body of an error. What is 422 elsewhere is 400 here: clients expect it."""
     status = HTTPStatus.BAD_REQUEST if status == HTTPStatus.UNPROCESSABLE_ENTITY else status
-    usual = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-    kind, code = KINDS.get(status, (usual, None))
+    default_type = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    error_type, code = ERROR_TYPES.get(status, (default_type, None))
     param = next((error["field"] for error in extra.get("errors", ())), extra.get("field")) or None
     if status == HTTPStatus.NOT_FOUND:
         code = "model_not_found" if param == "model" else "not_found"
-        message += "" if param else f" {PATHS}"
-    return int(status), {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        message += "" if param else f" {AVAILABLE_PATHS}"
+    return int(status), {"error": {"message": message, "type": error_type, "param": param, "code": code}}
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The documentation of these statuses for a route."""
     documented: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
-        documented[status] = {"model": Refused, "description": MEANING[status]}
+        documented[status] = {"model": OpenAiError, "description": OPENAI_STATUS_DESCRIPTIONS[status]}
         if status == 429:
             seconds = {"description": "seconds to wait", "schema": {"type": "integer"}}
             documented[status]["headers"] = {"Retry-After": seconds}
     return documented | {
-        "4XX": {"model": Refused, "description": "Whatever else is refused has this form, too."}
+        "4XX": {"model": OpenAiError, "description": "Whatever else is refused has this form, too."}
     }

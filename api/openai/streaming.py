@@ -10,144 +10,161 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from api import sse
-from api.errors import encode, from_event, status_of
+from api.errors import encode_json, error_from_event, status_of
 from api.openai import errors
-from service.application.generation import Named, Speech
+from service.application.generation import ModelVersionName, PendingGeneration
 from service.errors import PalimpsestError, Unavailable
 from service.jobs.broker import Event
-from service.jobs.event_stream import heard
+from service.jobs.event_stream import with_idle_ticks
 
-DONE = b"data: [DONE]\n\n"
-Columns = dict[str, list[Any]]
+DONE_FRAME = b"data: [DONE]\n\n"
+LogprobColumns = dict[str, list[Any]]
 
 
-def fingerprint(named: Named) -> str:
+def system_fingerprint(model_version: ModelVersionName) -> str:
     """Versions that bear the same one have the same weights."""
-    return f"fp_{named.state[:16]}"
+    return f"fp_{model_version.state_hash[:16]}"
 
 
-def usage(counted: dict[str, int]) -> dict[str, int]:
-    return counted | {"total_tokens": counted["prompt_tokens"] + counted["completion_tokens"]}
+def usage_with_total(token_counts: dict[str, int]) -> dict[str, int]:
+    return token_counts | {"total_tokens": token_counts["prompt_tokens"] + token_counts["completion_tokens"]}
 
 
-def choice(index: int, text: str, logprobs: Columns | None, finish_reason: str | None) -> dict[str, Any]:
+def completion_choice(
+    index: int, text: str, logprobs: LogprobColumns | None, finish_reason: str | None
+) -> dict[str, Any]:
     return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 @dataclass
-class Frame:
+class CompletionEnvelope:
     """What stands around the choices of one completion, in every chunk of it."""
 
-    speech: Speech
+    pending: PendingGeneration
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def around(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    def wrap(self, choices: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
         return {
-            "id": f"cmpl-{self.speech.channel.rsplit('_', 1)[-1]}",
+            "id": f"cmpl-{self.pending.channel.rsplit('_', 1)[-1]}",
             "object": "text_completion",
             "created": self.created,
-            "model": self.speech.named.id,
-            "system_fingerprint": fingerprint(self.speech.named),
+            "model": self.pending.model_version.id,
+            "system_fingerprint": system_fingerprint(self.pending.model_version),
             "choices": choices,
-            **more,
+            **extra,
         }
 
-    def whole(self, said: dict[str, Any]) -> dict[str, Any]:
+    def complete_response(self, result: dict[str, Any]) -> dict[str, Any]:
         """The answer in one piece, from the event "end"."""
         choices = [
-            choice(i, one["text"], one.get("logprobs"), one["finish_reason"])
-            for i, one in enumerate(said["choices"])
+            completion_choice(
+                i, result_choice["text"], result_choice.get("logprobs"), result_choice["finish_reason"]
+            )
+            for i, result_choice in enumerate(result["choices"])
         ]
-        return self.around(choices, usage=usage(said["usage"]))
+        return self.wrap(choices, usage=usage_with_total(result["usage"]))
 
 
 @dataclass
-class Voice:
+class ChoiceStream:
     """How far the client has heard one of the answers, and how far a worker has said it.
 
     When a worker dies another one says everything anew, from the same version and with the same seed: the client is not
     told what it has heard.
     """
 
-    sent: str = ""
-    said: str = ""
-    lines_sent: int = 0
-    lines_said: int = 0
+    sent_text: str = ""
+    generated_text: str = ""
+    logprobs_sent: int = 0
+    logprobs_generated: int = 0
 
-    def again(self) -> None:
+    def restart(self) -> None:
         """All of it comes anew."""
-        self.said, self.lines_said = "", 0
+        self.generated_text, self.logprobs_generated = "", 0
 
-    def say(self, text: str, lines: Columns | None) -> tuple[str, Columns | None] | None:
+    def append(self, text: str, logprobs: LogprobColumns | None) -> tuple[str, LogprobColumns | None] | None:
         """What is new to the client in a piece of the answer; None when nothing is."""
-        self.said += text
-        common = min(len(self.said), len(self.sent))
-        if self.said[:common] != self.sent[:common]:
+        self.generated_text += text
+        common = min(len(self.generated_text), len(self.sent_text))
+        if self.generated_text[:common] != self.sent_text[:common]:
             raise Unavailable("a worker was lost, and the next one said something else: ask again.")
-        new = self.said[common:]
-        self.sent += new
-        told = None if lines is None else self._new(lines)
-        return (new, told) if new or told else None
+        new_text = self.generated_text[common:]
+        self.sent_text += new_text
+        new_logprobs = None if logprobs is None else self._unsent_logprobs(logprobs)
+        return (new_text, new_logprobs) if new_text or new_logprobs else None
 
-    def _new(self, lines: Columns) -> Columns | None:
-        before, count = self.lines_said, len(lines["tokens"])
-        self.lines_said += count
-        known = min(count, max(0, self.lines_sent - before))
-        self.lines_sent = max(self.lines_sent, self.lines_said)
-        return {name: column[known:] for name, column in lines.items()} if known < count else None
+    def _unsent_logprobs(self, logprobs: LogprobColumns) -> LogprobColumns | None:
+        before, count = self.logprobs_generated, len(logprobs["tokens"])
+        self.logprobs_generated += count
+        already_sent = min(count, max(0, self.logprobs_sent - before))
+        self.logprobs_sent = max(self.logprobs_sent, self.logprobs_generated)
+        return (
+            {name: column[already_sent:] for name, column in logprobs.items()}
+            if already_sent < count
+            else None
+        )
 
 
-class Chunks:
+class CompletionStream:
     """The events of a completion as chunks."""
 
-    def __init__(self, speech: Speech, with_usage: bool) -> None:
-        self._frame = Frame(speech)
+    def __init__(self, pending: PendingGeneration, with_usage: bool) -> None:
+        self._envelope = CompletionEnvelope(pending)
         self._with_usage = with_usage
-        self._voices: defaultdict[int, Voice] = defaultdict(Voice)
+        self._choice_streams: defaultdict[int, ChoiceStream] = defaultdict(ChoiceStream)
 
-    async def frames(self, said: AsyncIterator[Event]) -> AsyncGenerator[bytes]:
+    async def encode_events(self, channel_events: AsyncIterator[Event]) -> AsyncGenerator[bytes]:
         """Every chunk on the wire, a comment in the silences between; an error in place of the end where there is one."""
         yield b": open\n\n"  # sends the headers at once
         try:
-            async with aclosing(heard(said, sse.PING)) as every:
-                async for event in every:
-                    for chunk in [] if event is None else self._chunks(event):
-                        yield b"data: " + encode(chunk) + b"\n\n"
+            async with aclosing(with_idle_ticks(channel_events, sse.KEEPALIVE_INTERVAL)) as events_or_idle:
+                async for event in events_or_idle:
+                    for chunk in [] if event is None else self._chunks_of(event):
+                        yield b"data: " + encode_json(chunk) + b"\n\n"
                     if event is None:
                         yield b": ping\n\n"
                     elif event.name == "end":
-                        yield DONE
+                        yield DONE_FRAME
                         return
             raise Unavailable("the service is stopping: ask again in a moment.")
         except PalimpsestError as error:
-            _, body = errors.refused(status_of(error), error.detail, error.extra)
-            yield b"data: " + encode(body) + b"\n\n"
+            _, body = errors.error_body(status_of(error), error.detail, error.extra)
+            yield b"data: " + encode_json(body) + b"\n\n"
 
-    def _chunks(self, event: Event) -> list[dict[str, Any]]:
+    def _chunks_of(self, event: Event) -> list[dict[str, Any]]:
         if event.name == "error":
-            raise from_event(event.data)
+            raise error_from_event(event.data)
         if event.name == "restart":
-            for voice in self._voices.values():
-                voice.again()
+            for choice_stream in self._choice_streams.values():
+                choice_stream.restart()
         elif event.name == "token":
-            return self._piece(event.data["index"], event.data["text"], event.data.get("logprobs"))
+            return self._token_chunks(event.data["index"], event.data["text"], event.data.get("logprobs"))
         elif event.name == "end":
-            return self._end(event.data)
+            return self._end_chunks(event.data)
         return []
 
-    def _piece(self, index: int, text: str, lines: Columns | None) -> list[dict[str, Any]]:
-        new = self._voices[index].say(text, lines)
-        return [] if new is None else [self._chunk([choice(index, *new, None)])]
+    def _token_chunks(self, index: int, text: str, logprobs: LogprobColumns | None) -> list[dict[str, Any]]:
+        new = self._choice_streams[index].append(text, logprobs)
+        return [] if new is None else [self._chunk_of([completion_choice(index, *new, None)])]
 
-    def _end(self, said: dict[str, Any]) -> list[dict[str, Any]]:
+    def _end_chunks(self, result: dict[str, Any]) -> list[dict[str, Any]]:
         """Whatever was not heard yet, and why each answer ended; then what it all took, where that was asked."""
-        last = []
-        for index, one in enumerate(said["choices"]):
-            voice = self._voices[index]
-            voice.again()
-            text, lines = voice.say(one["text"], one.get("logprobs")) or ("", None)
-            last.append(self._chunk([choice(index, text, lines, one["finish_reason"])]))
-        return [*last, self._frame.around([], usage=usage(said["usage"]))] if self._with_usage else last
+        chunks = []
+        for index, result_choice in enumerate(result["choices"]):
+            choice_stream = self._choice_streams[index]
+            choice_stream.restart()
+            text, logprobs = choice_stream.append(result_choice["text"], result_choice.get("logprobs")) or (
+                "",
+                None,
+            )
+            chunks.append(
+                self._chunk_of([completion_choice(index, text, logprobs, result_choice["finish_reason"])])
+            )
+        return (
+            [*chunks, self._envelope.wrap([], usage=usage_with_total(result["usage"]))]
+            if self._with_usage
+            else chunks
+        )
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._frame.around(choices, **({"usage": None} if self._with_usage else {}))
+    def _chunk_of(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._envelope.wrap(choices, **({"usage": None} if self._with_usage else {}))

@@ -8,31 +8,31 @@ from fastapi import APIRouter, Body, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from api.dependencies import Bell, Resource, Work, bearer
-from api.engine_calls import Call
-from api.errors import problems
-from api.protected_route import Door
+from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_scheme
+from api.engine_calls import EngineCall
+from api.errors import problem_responses
+from api.protected_route import ProtectedRoute
 from service.schemas import CompareRequest
 
-router = APIRouter(tags=["generation"], route_class=Door, dependencies=[bearer])
+router = APIRouter(tags=["generation"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
 
-class Side(Resource):
+class ComparisonSide(ResourceModel):
     version: int
     text: str
     tokens: list[int]
     finish_reason: str
 
 
-class NextToken(Resource):
+class NextToken(ResourceModel):
     token: str
     id: int
     p: list[float] = Field(description="its probability on each side")
 
 
-class Comparison(Resource):
+class Comparison(ResourceModel):
     prompt: str
-    sides: list[Side]
+    sides: list[ComparisonSide]
     next_tokens: list[NextToken] = Field(description="those that differ most come first")
     total_variation: float = Field(description="half the sum of all differences: 0 is alike, 1 is disjoint")
     seconds: float
@@ -49,15 +49,15 @@ _EXAMPLES: dict[str, Any] = {
 @router.post(
     "/compare",
     response_model=Comparison,
-    responses=problems(400, 409, 413, 415, 422, 500, 503),
+    responses=problem_responses(400, 409, 413, 415, 422, 500, 503),
 )
-async def compare(
-    asked: Annotated[CompareRequest, Body(openapi_examples=_EXAMPLES)],
+async def compare_versions(
+    body: Annotated[CompareRequest, Body(openapi_examples=_EXAMPLES)],
     request: Request,
-    work: Work,
-    broker: Bell,
+    services: ServicesDep,
+    broker: BrokerDep,
 ) -> Any:
     """Both texts, and the next-token distributions where they differ."""
-    channel = await run_in_threadpool(work.calls.compare, asked)
-    said = await Call("compare", channel, asked, work, broker).answer(request)
-    return Response(status_code=499) if said is None else said  # 499: nobody reads it
+    channel = await run_in_threadpool(services.generation.compare, body)
+    result = await EngineCall("compare", channel, body, services, broker).wait_for_result(request)
+    return Response(status_code=499) if result is None else result  # 499: nobody reads it

@@ -9,22 +9,22 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from api import sse
-from api.dependencies import Bell, Resource, Work, bearer
-from api.engine_calls import Call
+from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_scheme
+from api.engine_calls import EngineCall
 from api.openai.completions import CompletionRequest
-from api.openai.errors import refusals
-from api.openai.streaming import Chunks, Frame, fingerprint
-from api.protected_route import Door
-from api.sse import EventStream
-from service.application.generation import Named
+from api.openai.errors import error_responses
+from api.openai.streaming import CompletionEnvelope, CompletionStream, system_fingerprint
+from api.protected_route import ProtectedRoute
+from api.sse import EventStreamResponse
+from service.application.generation import ModelVersionName
 
-router = APIRouter(prefix="/v1", tags=["openai"], route_class=Door, dependencies=[bearer])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
-OWNER = "palimpsest"
-_OF_DOOR = (401, 403, 429)
+OWNED_BY = "palimpsest"
+_AUTHORIZATION_STATUSES = (401, 403, 429)
 
 
-class Logprobs(Resource):
+class CompletionLogprobs(ResourceModel):
     """Of every token, of the model's own distribution: before temperature, `top_p` and `top_k`."""
 
     tokens: list[str] = Field(description="a part of a character is spelled in bytes: `bytes:\\xe2`")
@@ -35,20 +35,20 @@ class Logprobs(Resource):
     text_offset: list[int] = Field(description="the character of `text` at which each token begins")
 
 
-class Choice(Resource):
+class CompletionChoice(ResourceModel):
     text: str
     index: int
-    logprobs: Logprobs | None
+    logprobs: CompletionLogprobs | None
     finish_reason: str | None
 
 
-class Usage(Resource):
+class CompletionUsage(ResourceModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class Completion(Resource):
+class Completion(ResourceModel):
     """The answers: `n` to the first prompt, then `n` to the next. One version said all of them."""
 
     id: str
@@ -56,11 +56,11 @@ class Completion(Resource):
     created: int
     model: str = Field(description="the version that spoke, always by its number", examples=["almanac@42"])
     system_fingerprint: str = Field(description="versions that bear the same one have the same weights")
-    choices: list[Choice]
-    usage: Usage
+    choices: list[CompletionChoice]
+    usage: CompletionUsage
 
 
-class ModelObject(Resource):
+class OpenAiModel(ResourceModel):
     """A version of the resident model, under one of its names."""
 
     id: str
@@ -71,9 +71,9 @@ class ModelObject(Resource):
     system_fingerprint: str
 
 
-class ModelList(Resource):
+class OpenAiModelList(ResourceModel):
     object: Literal["list"]
-    data: list[ModelObject]
+    data: list[OpenAiModel]
 
 
 _TOWER = {
@@ -99,51 +99,64 @@ _EXAMPLES: dict[str, Any] = {
     responses={
         200: {
             "description": "The answers; with `stream`, chunks of them as `data:` lines, and at the end `data: [DONE]`.",
-            "content": sse.DOCUMENTED,
+            "content": sse.EVENT_STREAM_CONTENT,
         },
-        **refusals(400, *_OF_DOOR, 404, 413, 415, 500, 503),
+        **error_responses(400, *_AUTHORIZATION_STATUSES, 404, 413, 415, 500, 503),
     },
 )
-async def complete(
-    asked: Annotated[CompletionRequest, Body(openapi_examples=_EXAMPLES)],
+async def create_completion(
+    body: Annotated[CompletionRequest, Body(openapi_examples=_EXAMPLES)],
     request: Request,
-    work: Work,
-    broker: Bell,
+    services: ServicesDep,
+    broker: BrokerDep,
 ) -> Any:
     """Goes on with one prompt or several. The name of the model says which version; what it means is settled when the request
     comes in, and an edit that lands meanwhile does not change it."""
-    speech = await run_in_threadpool(work.calls.complete, asked.model, asked.speech())
-    call = Call("generate", speech.channel, speech.request, work, broker)
-    if asked.stream:
-        options = asked.stream_options
-        chunks = Chunks(speech, options is not None and options.include_usage)
-        return EventStream(call.events(), call.hang_up, chunks.frames)
-    said = await call.answer(request)
-    return Response(status_code=499) if said is None else Frame(speech).whole(said)  # 499: nobody reads it
+    pending = await run_in_threadpool(
+        services.generation.create_completion, body.model, body.to_worker_request()
+    )
+    call = EngineCall("generate", pending.channel, pending.request, services, broker)
+    if body.stream:
+        options = body.stream_options
+        stream = CompletionStream(pending, options is not None and options.include_usage)
+        return EventStreamResponse(call.events(), call.cancel, stream.encode_events)
+    result = await call.wait_for_result(request)
+    return (
+        Response(status_code=499) if result is None else CompletionEnvelope(pending).complete_response(result)
+    )  # 499: nobody reads it
 
 
-@router.get("/models", response_model=ModelList, responses=refusals(*_OF_DOOR, 500, 503))
-def models(work: Work) -> Any:
+@router.get(
+    "/models", response_model=OpenAiModelList, responses=error_responses(*_AUTHORIZATION_STATUSES, 500, 503)
+)
+def list_openai_models(services: ServicesDep) -> Any:
     """The names that can be asked for: the model's own and NAME@head for the newest version, NAME@base, and the newest
     versions by number. Older ones can be asked for, too."""
-    return {"object": "list", "data": [_shown(named) for named in work.calls.names()]}
+    return {
+        "object": "list",
+        "data": [_model_object(model_version) for model_version in services.generation.list_version_names()],
+    }
 
 
-@router.get("/models/{id:path}", response_model=ModelObject, responses=refusals(*_OF_DOOR, 404, 500, 503))
-def model(
+@router.get(
+    "/models/{id:path}",
+    response_model=OpenAiModel,
+    responses=error_responses(*_AUTHORIZATION_STATUSES, 404, 500, 503),
+)
+def get_openai_model(
     id: Annotated[str, Path(description="NAME, NAME@head, NAME@base or NAME@42", examples=["almanac@base"])],
-    work: Work,
+    services: ServicesDep,
 ) -> Any:
     """Which version a name means now."""
-    return _shown(work.calls.named(id))
+    return _model_object(services.generation.resolve_version_name(id))
 
 
-def _shown(named: Named) -> dict[str, Any]:
+def _model_object(model_version: ModelVersionName) -> dict[str, Any]:
     return {
-        "id": named.id,
+        "id": model_version.id,
         "object": "model",
-        "created": int(named.created.timestamp()),
-        "owned_by": OWNER,
-        "version": named.version,
-        "system_fingerprint": fingerprint(named),
+        "created": int(model_version.created.timestamp()),
+        "owned_by": OWNED_BY,
+        "version": model_version.version,
+        "system_fingerprint": system_fingerprint(model_version),
     }

@@ -14,15 +14,15 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Response
 
 from api.content_negotiation import HTML, negotiate
-from api.security_headers import CONSOLE_POLICY
+from api.security_headers import CONSOLE_CSP
 from service.errors import NotFound
 
 router = APIRouter(include_in_schema=False)
 
-FOLDER = Path(__file__).resolve().parent.parent / "console"
-PAGE = "index.html"
+CONSOLE_DIR = Path(__file__).resolve().parent.parent / "console"
+INDEX_PAGE = "index.html"
 #: kept by the browser, and asked for again each time: an upgrade shows at once
-CACHED = "no-cache"
+CACHE_CONTROL = "no-cache"
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -30,54 +30,60 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
 }
 
-IfNoneMatch = Annotated[str | None, Header()]
+IfNoneMatchHeader = Annotated[str | None, Header()]
 
 
 @dataclass(frozen=True)
-class Part:
+class ConsoleFile:
     """One file, ready to be sent."""
 
     content: bytes
     media_type: str
-    tag: str
+    etag: str
 
 
 @lru_cache
-def parts() -> dict[str, Part]:
+def console_files() -> dict[str, ConsoleFile]:
     """Every file of the console by its name. They are few and small, and are read once."""
-    return {path.name: _read(path) for path in sorted(FOLDER.iterdir()) if path.suffix in MEDIA_TYPES}
+    return {
+        path.name: _load_file(path) for path in sorted(CONSOLE_DIR.iterdir()) if path.suffix in MEDIA_TYPES
+    }
 
 
-def _read(path: Path) -> Part:
+def _load_file(path: Path) -> ConsoleFile:
     content = path.read_bytes()
-    return Part(content, MEDIA_TYPES[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    return ConsoleFile(content, MEDIA_TYPES[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
 @router.get("/")
-async def page(accept: Annotated[str | None, Header()] = None, if_none_match: IfNoneMatch = None) -> Response:
+async def get_console_page(
+    accept: Annotated[str | None, Header()] = None, if_none_match: IfNoneMatchHeader = None
+) -> Response:
     """The page for people; a program that wants something else is told where that is."""
     negotiate(accept, (HTML,), "This is a page for people. Programs find the interface in /openapi.json.")
-    return _sent(parts()[PAGE], if_none_match, {"Vary": "Accept", "Content-Security-Policy": CONSOLE_POLICY})
+    return _file_response(
+        console_files()[INDEX_PAGE], if_none_match, {"Vary": "Accept", "Content-Security-Policy": CONSOLE_CSP}
+    )
 
 
 @router.get("/console/{name}")
-async def part(name: str, if_none_match: IfNoneMatch = None) -> Response:
+async def get_console_file(name: str, if_none_match: IfNoneMatchHeader = None) -> Response:
     """A style, a script or the icon."""
-    found = parts().get(name)
-    if found is None or name == PAGE:
+    file = console_files().get(name)
+    if file is None or name == INDEX_PAGE:
         raise NotFound(f"the console has no part {name!r}: reload the page, it may be an older one.")
-    return _sent(found, if_none_match, {})
+    return _file_response(file, if_none_match, {})
 
 
-def _sent(part: Part, known: str | None, headers: dict[str, str]) -> Response:
+def _file_response(file: ConsoleFile, if_none_match: str | None, headers: dict[str, str]) -> Response:
     """The part, or 304 to a browser that has it."""
-    headers = {"Cache-Control": CACHED, "ETag": part.tag, **headers}
-    if known is not None and _names(known, part.tag):
+    headers = {"Cache-Control": CACHE_CONTROL, "ETag": file.etag, **headers}
+    if if_none_match is not None and _matches_etag(if_none_match, file.etag):
         return Response(status_code=304, headers=headers)
-    return Response(part.content, headers=headers, media_type=part.media_type)
+    return Response(file.content, headers=headers, media_type=file.media_type)
 
 
-def _names(known: str, tag: str) -> bool:
+def _matches_etag(if_none_match: str, etag: str) -> bool:
     """Whether a list of tags has this one; a proxy that compresses calls it weak (RFC 9110, 13.1.2)."""
-    tags = {one.strip().removeprefix("W/") for one in known.split(",")}
-    return tag in tags or "*" in tags
+    etags = {candidate.strip().removeprefix("W/") for candidate in if_none_match.split(",")}
+    return etag in etags or "*" in etags

@@ -10,32 +10,32 @@ from pydantic import Discriminator, Field, Tag
 
 from api import openapi_links, sse
 from api.dependencies import (
-    Actor,
-    Cursor,
-    Id,
-    LastEventId,
-    Limit,
+    ActorDep,
+    LastEventIdHeader,
+    PageCursor,
+    PageLimit,
     PlainText,
-    Resource,
-    Work,
-    bearer,
+    ResourceId,
+    ResourceModel,
+    ServicesDep,
+    bearer_scheme,
 )
-from api.disconnects import Wait, until_ended
-from api.errors import problems
-from api.job_resource import Course
-from api.job_submission import Submitted, answers
-from api.protected_route import Door
-from api.sse import EventStream
-from service.schemas import EditRequest, ManyEdits, Objective, OnConflict
+from api.disconnects import WaitSeconds, wait_until_finished
+from api.errors import problem_responses
+from api.job_resource import JobResource
+from api.job_submission import SubmissionDep, job_responses
+from api.protected_route import ProtectedRoute
+from api.sse import EventStreamResponse
+from service.schemas import EditListRequest, EditRequest, Objective, OnConflict
 
-router = APIRouter(tags=["edits"], route_class=Door, dependencies=[bearer])
+router = APIRouter(tags=["edits"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
 EditStatus = Literal[
     "queued", "running", "applied", "evaluated", "rejected", "failed", "cancelled", "superseded", "reverted"
 ]
 
 
-class Edit(Course):
+class Edit(JobResource):
     """An edit, from its asking to its end. `result` has what was measured before and after."""
 
     status: EditStatus
@@ -58,16 +58,16 @@ class Edit(Course):
     superseded_by: str | None = None
 
 
-class Edits(Resource):
+class EditList(ResourceModel):
     items: list[Edit]
 
 
-class EditPage(Edits):
+class EditPage(EditList):
     next: str | None = Field(None, description="the cursor of the next page; null on the last")
 
 
-def _one_or_many(body: Any) -> str:
-    many = "edits" in body if isinstance(body, dict) else isinstance(body, ManyEdits)
+def _edit_body_tag(body: Any) -> str:
+    many = "edits" in body if isinstance(body, dict) else isinstance(body, EditListRequest)
     return "many" if many else "one"
 
 
@@ -105,61 +105,63 @@ _EXAMPLES: dict[str, Any] = {
     },
 }
 EditBody = Annotated[
-    Annotated[EditRequest, Tag("one")] | Annotated[ManyEdits, Tag("many")],
-    Discriminator(_one_or_many),
+    Annotated[EditRequest, Tag("one")] | Annotated[EditListRequest, Tag("many")],
+    Discriminator(_edit_body_tag),
     Body(openapi_examples=_EXAMPLES),
 ]
 
 _LINKS = {
-    **openapi_links.to("/edits/{id}", readEdit="get", takeEditBack="delete"),
-    **openapi_links.to("/edits/{id}/delta", readDelta="get"),
-    **openapi_links.to("/edits/{id}/events", hearEdit="get"),
-    **openapi_links.to("/jobs/{id}/retry", retryEdit="post"),
+    **openapi_links.link_operations("/edits/{id}", readEdit="get", takeEditBack="delete"),
+    **openapi_links.link_operations("/edits/{id}/delta", readDelta="get"),
+    **openapi_links.link_operations("/edits/{id}/events", hearEdit="get"),
+    **openapi_links.link_operations("/jobs/{id}/retry", retryEdit="post"),
 }
 
 
 @router.post(
     "/edits",
     status_code=202,
-    response_model=Edit | Edits,
+    response_model=Edit | EditList,
     summary="Ask for one edit or for several",
-    responses=answers(Edit | Edits, then=_LINKS),
+    responses=job_responses(Edit | EditList, response_links=_LINKS),
 )
-async def submit(asked: EditBody, submitted: Submitted) -> Any:
+async def create_edits(body: EditBody, submission: SubmissionDep) -> Any:
     """One edit gives the edit, `{"edits": [...]}` gives `{"items": [...]}`. All are queued, or none when one is invalid."""
-    edits, known = submitted.work.edits, submitted.once("edits", asked)
-    requests = asked.edits if isinstance(asked, ManyEdits) else [asked]
-    items = await run_in_threadpool(edits.submit, requests, submitted.actor, known, submitted.most)
-    if isinstance(asked, ManyEdits):
-        return {"items": await submitted.all(items, edits.get, "/edits")}
-    return await submitted.one(items[0], edits.get, "/edits")
+    edits, idempotency = submission.services.edits, submission.idempotency("edits", body)
+    requests = body.edits if isinstance(body, EditListRequest) else [body]
+    items = await run_in_threadpool(
+        edits.submit, requests, submission.actor, idempotency, submission.max_queued
+    )
+    if isinstance(body, EditListRequest):
+        return {"items": await submission.wait_for_all(items, edits.get, "/edits")}
+    return await submission.wait_for_one(items[0], edits.get, "/edits")
 
 
-@router.get("/edits", summary="All edits, newest first", responses=problems(422, 500, 503))
-def listing(
-    work: Work,
-    cursor: Cursor = None,
-    limit: Limit = 50,
+@router.get("/edits", summary="All edits, newest first", responses=problem_responses(422, 500, 503))
+def list_edits(
+    services: ServicesDep,
+    cursor: PageCursor = None,
+    limit: PageLimit = 50,
     status: Annotated[EditStatus | None, Query(description="only edits of this status")] = None,
     subject: Annotated[
         PlainText | None, Query(max_length=500, description="only edits of exactly this subject")
     ] = None,
 ) -> EditPage:
-    return EditPage.model_validate(work.edits.page(status, subject, cursor, limit))
+    return EditPage.model_validate(services.edits.page(status, subject, cursor, limit))
 
 
-@router.get("/edits/{id}", response_model=Edit, responses=problems(404, 422, 500, 503))
-async def one(id: Id, work: Work, wait: Wait) -> Any:
+@router.get("/edits/{id}", response_model=Edit, responses=problem_responses(404, 422, 500, 503))
+async def get_edit(id: ResourceId, services: ServicesDep, wait: WaitSeconds) -> Any:
     """The edit as it stands; with `Prefer: wait=SECONDS` when it has ended."""
-    edit = await run_in_threadpool(work.edits.get, id)
-    return await until_ended(edit, work.edits.get, work.jobs.events, wait)
+    edit = await run_in_threadpool(services.edits.get, id)
+    return await wait_until_finished(edit, services.edits.get, services.jobs.events, wait)
 
 
-@router.delete("/edits/{id}", response_model=Edit, responses=problems(404, 409, 422, 500, 503))
-async def revert(id: Id, work: Work, actor: Actor, wait: Wait) -> Any:
+@router.delete("/edits/{id}", response_model=Edit, responses=problem_responses(404, 409, 422, 500, 503))
+async def revert_edit(id: ResourceId, services: ServicesDep, actor: ActorDep, wait: WaitSeconds) -> Any:
     """Revert an applied edit; cancel a waiting or a running one. Saying it twice is harmless."""
-    edit = await run_in_threadpool(work.edits.revert, id, actor)
-    return await until_ended(edit, work.edits.get, work.jobs.events, wait)
+    edit = await run_in_threadpool(services.edits.revert, id, actor)
+    return await wait_until_finished(edit, services.edits.get, services.jobs.events, wait)
 
 
 @router.get(
@@ -170,22 +172,22 @@ async def revert(id: Id, work: Work, actor: Actor, wait: Wait) -> Any:
             "description": "keys, values and the rank-one factors as applied, as safetensors",
             "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
         },
-        **problems(404, 409, 422, 500, 503),
+        **problem_responses(404, 409, 422, 500, 503),
     },
 )
-def delta(id: Id, work: Work) -> Response:
+def get_edit_delta(id: ResourceId, services: ServicesDep) -> Response:
     """The edit's vectors as safetensors; 409 for an edit that was never applied."""
     headers = {"Content-Disposition": f'attachment; filename="{id}.safetensors"'}
-    return Response(work.edits.delta(id), headers=headers, media_type="application/octet-stream")
+    return Response(services.edits.delta(id), headers=headers, media_type="application/octet-stream")
 
 
 @router.get(
     "/edits/{id}/events",
     status_code=200,
-    response_class=EventStream,
-    responses=sse.FOLLOWED,
+    response_class=EventStreamResponse,
+    responses=sse.JOB_EVENTS_RESPONSES,
 )
-async def news(id: Id, work: Work, after: LastEventId) -> Response:
+async def stream_edit_events(id: ResourceId, services: ServicesDep, after: LastEventIdHeader) -> Response:
     """Progress as server-sent events, then one `end` with the edit. Resumes from `Last-Event-ID`."""
-    await run_in_threadpool(work.edits.get, id)
-    return EventStream(work.jobs.events(id, after))
+    await run_in_threadpool(services.edits.get, id)
+    return EventStreamResponse(services.jobs.events(id, after))

@@ -10,40 +10,40 @@ from pydantic import Field
 
 from api import content_negotiation, openapi_links, sse
 from api.dependencies import (
-    Cursor,
-    Id,
-    LastEventId,
-    Limit,
-    Resource,
-    Work,
-    bearer,
+    LastEventIdHeader,
+    PageCursor,
+    PageLimit,
+    ResourceId,
+    ResourceModel,
+    ServicesDep,
+    bearer_scheme,
 )
-from api.disconnects import Wait, until_ended
-from api.errors import problems
-from api.job_resource import Course
-from api.job_submission import Submitted, answers
-from api.protected_route import Door
-from api.sse import EventStream
+from api.disconnects import WaitSeconds, wait_until_finished
+from api.errors import problem_responses
+from api.job_resource import JobResource
+from api.job_submission import SubmissionDep, job_responses
+from api.protected_route import ProtectedRoute
+from api.sse import EventStreamResponse
 from service.schemas import EvaluationRequest
 
-router = APIRouter(tags=["evaluations"], route_class=Door, dependencies=[bearer])
+router = APIRouter(tags=["evaluations"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
 
-class ListedEvaluation(Course):
+class EvaluationSummary(JobResource):
     """An evaluation without what it found."""
 
     status: Literal["queued", "running", "done", "failed", "cancelled"]
     request: dict[str, Any] = Field(description="as it was asked; of its records, how many they are")
 
 
-class Evaluation(ListedEvaluation):
+class Evaluation(EvaluationSummary):
     """An evaluation, from its asking to its end."""
 
     result: dict[str, Any] | None = None
 
 
-class EvaluationPage(Resource):
-    items: list[ListedEvaluation]
+class EvaluationPage(ResourceModel):
+    items: list[EvaluationSummary]
     next: str | None = Field(None, description="the cursor of the next page; null on the last")
 
 
@@ -73,9 +73,9 @@ _EXAMPLES: dict[str, Any] = {
 }
 
 _LINKS = {
-    **openapi_links.to("/evaluations/{id}", readEvaluation="get", cancelEvaluation="delete"),
-    **openapi_links.to("/evaluations/{id}/events", hearEvaluation="get"),
-    **openapi_links.to("/jobs/{id}/retry", retryEvaluation="post"),
+    **openapi_links.link_operations("/evaluations/{id}", readEvaluation="get", cancelEvaluation="delete"),
+    **openapi_links.link_operations("/evaluations/{id}/events", hearEvaluation="get"),
+    **openapi_links.link_operations("/jobs/{id}/retry", retryEvaluation="post"),
 }
 
 
@@ -84,21 +84,27 @@ _LINKS = {
     status_code=202,
     response_model=Evaluation,
     summary="Ask for an evaluation",
-    responses=answers(Evaluation, then=_LINKS),
+    responses=job_responses(Evaluation, response_links=_LINKS),
 )
-async def submit(
-    asked: Annotated[EvaluationRequest, Body(openapi_examples=_EXAMPLES)], submitted: Submitted
+async def create_evaluation(
+    body: Annotated[EvaluationRequest, Body(openapi_examples=_EXAMPLES)], submission: SubmissionDep
 ) -> Any:
     """Edit record after record, each alone or all in sequence, and measure what came of it. The ledger stays as it is."""
-    evaluations, known = submitted.work.evaluations, submitted.once("evaluation", asked)
-    evaluation = await run_in_threadpool(evaluations.submit, asked, submitted.actor, known, submitted.most)
-    return await submitted.one(evaluation, evaluations.get, "/evaluations")
+    evaluations, idempotency = submission.services.evaluations, submission.idempotency("evaluation", body)
+    evaluation = await run_in_threadpool(
+        evaluations.submit, body, submission.actor, idempotency, submission.max_queued
+    )
+    return await submission.wait_for_one(evaluation, evaluations.get, "/evaluations")
 
 
-@router.get("/evaluations", summary="All evaluations, newest first", responses=problems(422, 500, 503))
-def listing(work: Work, cursor: Cursor = None, limit: Limit = 50) -> EvaluationPage:
+@router.get(
+    "/evaluations", summary="All evaluations, newest first", responses=problem_responses(422, 500, 503)
+)
+def list_evaluations(
+    services: ServicesDep, cursor: PageCursor = None, limit: PageLimit = 50
+) -> EvaluationPage:
     """Without what they found: ask for one of them to see that."""
-    return EvaluationPage.model_validate(work.evaluations.page(cursor, limit))
+    return EvaluationPage.model_validate(services.evaluations.page(cursor, limit))
 
 
 @router.get(
@@ -107,45 +113,52 @@ def listing(work: Work, cursor: Cursor = None, limit: Limit = 50) -> EvaluationP
     responses={
         200: {
             "description": "The evaluation, in the form that `Accept` asks for.",
-            "content": content_negotiation.DOCUMENTED,
+            "content": content_negotiation.IMAGE_CONTENT,
         },
-        **problems(404, 406, 409, 422, 500, 503),
+        **problem_responses(404, 406, 409, 422, 500, 503),
     },
 )
-async def one(
-    id: Id,
-    work: Work,
-    wait: Wait,
+async def get_evaluation(
+    id: ResourceId,
+    services: ServicesDep,
+    wait: WaitSeconds,
     response: Response,
     accept: Annotated[
-        str | None, Header(description=f"one of {', '.join(content_negotiation.OFFERED)}; JSON when left out")
+        str | None,
+        Header(
+            description=f"one of {', '.join(content_negotiation.OFFERED_MEDIA_TYPES)}; JSON when left out"
+        ),
     ] = None,
 ) -> Any:
     """JSON by default; `Accept` chooses the report as a page of its own, or its plots as SVG or PNG (409 until it is done)."""
     media_type = content_negotiation.negotiate(accept)
-    evaluation = await run_in_threadpool(work.evaluations.get, id)
-    evaluation = await until_ended(evaluation, work.evaluations.get, work.jobs.events, wait)
+    evaluation = await run_in_threadpool(services.evaluations.get, id)
+    evaluation = await wait_until_finished(evaluation, services.evaluations.get, services.jobs.events, wait)
     response.headers["Vary"] = "Accept"
     if media_type == content_negotiation.JSON:
         return evaluation
-    drawn = await run_in_threadpool(content_negotiation.evaluation, evaluation, media_type)
-    return Response(drawn, headers=dict(response.headers), media_type=media_type)
+    image = await run_in_threadpool(content_negotiation.render_evaluation, evaluation, media_type)
+    return Response(image, headers=dict(response.headers), media_type=media_type)
 
 
-@router.delete("/evaluations/{id}", response_model=Evaluation, responses=problems(404, 409, 422, 500, 503))
-async def cancel(id: Id, work: Work, wait: Wait) -> Any:
+@router.delete(
+    "/evaluations/{id}", response_model=Evaluation, responses=problem_responses(404, 409, 422, 500, 503)
+)
+async def cancel_evaluation(id: ResourceId, services: ServicesDep, wait: WaitSeconds) -> Any:
     """Cancel a waiting or a running evaluation. Saying it twice is harmless."""
-    evaluation = await run_in_threadpool(work.evaluations.cancel, id)
-    return await until_ended(evaluation, work.evaluations.get, work.jobs.events, wait)
+    evaluation = await run_in_threadpool(services.evaluations.cancel, id)
+    return await wait_until_finished(evaluation, services.evaluations.get, services.jobs.events, wait)
 
 
 @router.get(
     "/evaluations/{id}/events",
     status_code=200,
-    response_class=EventStream,
-    responses=sse.FOLLOWED,
+    response_class=EventStreamResponse,
+    responses=sse.JOB_EVENTS_RESPONSES,
 )
-async def news(id: Id, work: Work, after: LastEventId) -> Response:
+async def stream_evaluation_events(
+    id: ResourceId, services: ServicesDep, after: LastEventIdHeader
+) -> Response:
     """Progress as server-sent events, then one `end` with the evaluation. Resumes from `Last-Event-ID`."""
-    await run_in_threadpool(work.evaluations.get, id)
-    return EventStream(work.jobs.events(id, after))
+    await run_in_threadpool(services.evaluations.get, id)
+    return EventStreamResponse(services.jobs.events(id, after))

@@ -10,24 +10,24 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import Field
 
-from api.dependencies import Actor, Work, bearer
-from api.disconnects import MAX_WAIT, Wait, ended, unless_gone, until_ended
-from api.errors import WorkFailed, problems
-from api.job_resource import Course
-from api.job_submission import Submitted, answers
-from api.protected_route import BINARY, Door
-from api.routes.edits import Edits
-from service.application import Operations
+from api.dependencies import ActorDep, ServicesDep, bearer_scheme
+from api.disconnects import MAX_WAIT, WaitSeconds, cancel_on_disconnect, is_finished, wait_until_finished
+from api.errors import WorkerFailure, problem_responses
+from api.job_resource import JobResource
+from api.job_submission import SubmissionDep, job_responses
+from api.protected_route import BINARY_MEDIA_TYPE, ProtectedRoute
+from api.routes.edits import EditList
+from service.application import Services
 from service.errors import Conflict, InvalidInput
 from service.schemas import Version
 
-router = APIRouter(tags=["export"], route_class=Door, dependencies=[bearer])
+router = APIRouter(tags=["export"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
-AGAIN = {"Retry-After": "1"}
-_FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+RETRY_HEADERS = {"Retry-After": "1"}
+_BINARY_CONTENT: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 
 
-class Export(Course):
+class Export(JobResource):
     """An export that a worker makes. `links.self` is the file, once it is there."""
 
     status: Literal["queued", "running", "done", "failed", "cancelled"]
@@ -35,7 +35,7 @@ class Export(Course):
     result: dict[str, Any] | None = None
 
 
-class Imported(Edits):
+class ImportResult(EditList):
     """The edits of a file, in its order."""
 
     known: list[str] = Field(description="ids of those that were here before, and were left alone")
@@ -48,7 +48,7 @@ class Imported(Edits):
     responses={
         200: {
             "description": "The file: a zip with a PEFT LoRA adapter, or a file of safetensors.",
-            "content": {"application/zip": _FILE, BINARY: _FILE},
+            "content": {"application/zip": _BINARY_CONTENT, BINARY_MEDIA_TYPE: _BINARY_CONTENT},
         },
         202: {
             "description": "It is still being made: ask again.",
@@ -56,14 +56,14 @@ class Imported(Edits):
             "content": {"application/json": {}},
             "headers": {"Retry-After": {"schema": {"type": "string"}}},
         },
-        **problems(409, 422, 500, 503),
+        **problem_responses(409, 422, 500, 503),
     },
 )
-async def export(
+async def export_version(
     request: Request,
-    work: Work,
-    actor: Actor,
-    wait: Wait,
+    services: ServicesDep,
+    actor: ActorDep,
+    wait: WaitSeconds,
     version: Annotated[Version, Query()] = "head",
     format: Annotated[
         Literal["peft", "safetensors", "edits"],
@@ -75,52 +75,61 @@ async def export(
 ) -> Response:
     """The answer is held until the file is there; with `Prefer: wait=SECONDS` for so long, and then it is `202`."""
     if format == "edits":
-        number, size, pieces = await run_in_threadpool(work.exports.edits, version)
-        return _file(f"version-{number}.edits.safetensors", BINARY, size, pieces)
-    await run_in_threadpool(work.models.check_attended, "export")
-    job = await run_in_threadpool(work.exports.submit, version, format, actor)
-    held = _held(work, job, wait if "prefer" in request.headers else None)
-    job = await unless_gone(request, held) or job
-    if not ended(job):
-        return JSONResponse(job, 202, AGAIN)
+        number, size, chunks = await run_in_threadpool(services.exports.export_edit_set, version)
+        return _file_response(f"version-{number}.edits.safetensors", BINARY_MEDIA_TYPE, size, chunks)
+    await run_in_threadpool(services.models.require_worker_for, "export")
+    job = await run_in_threadpool(services.exports.submit, version, format, actor)
+    pending = _wait_for_export(services, job, wait if "prefer" in request.headers else None)
+    job = await cancel_on_disconnect(request, pending) or job
+    if not is_finished(job):
+        return JSONResponse(job, 202, RETRY_HEADERS)
     if job["status"] != "done":
-        raise _failed(job)
-    told = job["result"]
-    return _file(told["file"], told["media_type"], told["bytes"], work.exports.file(job))
+        raise _export_error(job)
+    result = job["result"]
+    return _file_response(
+        result["file"], result["media_type"], result["bytes"], services.exports.stream_file(job)
+    )
 
 
-async def _held(work: Operations, job: dict[str, Any], wait: float | None) -> dict[str, Any]:
+async def _wait_for_export(services: Services, job: dict[str, Any], wait: float | None) -> dict[str, Any]:
     """The export when it has ended, or after the wait; without one, as long as somebody is there to make it."""
-    job = await until_ended(job, work.exports.get, work.jobs.events, MAX_WAIT if wait is None else wait)
-    while wait is None and not ended(job):
-        await run_in_threadpool(work.models.check_attended, "export")
-        job = await until_ended(job, work.exports.get, work.jobs.events, MAX_WAIT)
+    job = await wait_until_finished(
+        job, services.exports.get, services.jobs.events, MAX_WAIT if wait is None else wait
+    )
+    while wait is None and not is_finished(job):
+        await run_in_threadpool(services.models.require_worker_for, "export")
+        job = await wait_until_finished(job, services.exports.get, services.jobs.events, MAX_WAIT)
     return job
 
 
-def _failed(job: dict[str, Any]) -> Conflict | WorkFailed:
+def _export_error(job: dict[str, Any]) -> Conflict | WorkerFailure:
     """What a worker says against an export of this version is the version's doing; anything else is its own."""
     error = job["error"] or {"title": "", "detail": f"{job['id']} is {job['status']}: ask again."}
-    return (Conflict if error["title"] in ("", InvalidInput.title) else WorkFailed)(error["detail"])
+    return (Conflict if error["title"] in ("", InvalidInput.title) else WorkerFailure)(error["detail"])
 
 
-def _file(name: str, media_type: str, size: int, pieces: Iterator[bytes]) -> StreamingResponse:
+def _file_response(name: str, media_type: str, size: int, chunks: Iterator[bytes]) -> StreamingResponse:
     headers = {"Content-Disposition": f'attachment; filename="{name}"', "Content-Length": str(size)}
-    return StreamingResponse(pieces, headers=headers, media_type=media_type)
+    return StreamingResponse(chunks, headers=headers, media_type=media_type)
 
 
 @router.post(
     "/import",
     status_code=202,
-    response_model=Imported,
+    response_model=ImportResult,
     summary="Edits that another ledger exported",
-    openapi_extra={"requestBody": {"required": True, "content": {BINARY: _FILE}}},
-    responses=answers(Imported, 409),
+    openapi_extra={"requestBody": {"required": True, "content": {BINARY_MEDIA_TYPE: _BINARY_CONTENT}}},
+    responses=job_responses(ImportResult, 409),
 )
-async def bring(request: Request, submitted: Submitted) -> Any:
+async def import_edits(request: Request, submission: SubmissionDep) -> Any:
     """The body is a file made by `GET /export?format=edits`. Its edits pass the guard here as any others, but are not searched for
     again: they land as they were found, or not at all. What is here already is left alone."""
-    data, work = await request.body(), submitted.work
-    once = submitted.once("import", data)
-    items, known = await run_in_threadpool(work.imports.submit, data, submitted.actor, once, submitted.most)
-    return {"items": await submitted.all(items, work.edits.get, "/edits"), "known": known}
+    data, services = await request.body(), submission.services
+    idempotency = submission.idempotency("import", data)
+    items, already_present = await run_in_threadpool(
+        services.imports.submit, data, submission.actor, idempotency, submission.max_queued
+    )
+    return {
+        "items": await submission.wait_for_all(items, services.edits.get, "/edits"),
+        "known": already_present,
+    }

@@ -8,41 +8,41 @@ from fastapi import APIRouter, Body, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
 from api import sse
-from api.dependencies import Bell, Resource, Work, bearer
-from api.engine_calls import Call
-from api.errors import problems
-from api.protected_route import Door
-from api.sse import EventStream
+from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_scheme
+from api.engine_calls import EngineCall
+from api.errors import problem_responses
+from api.protected_route import ProtectedRoute
+from api.sse import EventStreamResponse
 from service.schemas import GenerateRequest
 
-router = APIRouter(tags=["generation"], route_class=Door, dependencies=[bearer])
+router = APIRouter(tags=["generation"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
 
-class Usage(Resource):
+class GenerationUsage(ResourceModel):
     prompt_tokens: int
     completion_tokens: int
 
 
-class Choice(Resource):
+class GenerationChoice(ResourceModel):
     text: str
     tokens: list[int]
     finish_reason: str
 
 
-class Generated(Choice):
+class GenerationResponse(GenerationChoice):
     """The answer to `prompt`. `version` is the one that produced every token of it."""
 
     version: int
-    usage: Usage
+    usage: GenerationUsage
     seconds: float
 
 
-class GeneratedMany(Resource):
+class GenerationListResponse(ResourceModel):
     """The answer to `prompts`, in their order."""
 
-    choices: list[Choice]
+    choices: list[GenerationChoice]
     version: int
-    usage: Usage
+    usage: GenerationUsage
     seconds: float
 
 
@@ -66,33 +66,33 @@ _EXAMPLES: dict[str, Any] = {
 
 @router.post(
     "/generate",
-    response_model=Generated | GeneratedMany,
+    response_model=GenerationResponse | GenerationListResponse,
     responses={
         200: {
             "description": "The text; with `stream`, `token` events and then `end` or `error`; after `restart` the answer begins anew.",
-            "content": sse.DOCUMENTED,
+            "content": sse.EVENT_STREAM_CONTENT,
         },
-        **problems(400, 409, 413, 415, 422, 500, 503),
+        **problem_responses(400, 409, 413, 415, 422, 500, 503),
     },
 )
-async def generate(
-    asked: Annotated[GenerateRequest, Body(openapi_examples=_EXAMPLES)],
+async def generate_text(
+    body: Annotated[GenerateRequest, Body(openapi_examples=_EXAMPLES)],
     request: Request,
-    work: Work,
-    broker: Bell,
+    services: ServicesDep,
+    broker: BrokerDep,
 ) -> Any:
     """Pinned to one version when it is admitted: an edit that lands meanwhile does not change it.
 
     A stream tells `token` events and then `end` or `error`. Should the worker die on the way, another one begins anew:
     a `restart` event says that all tokens so far are void, and the whole answer follows.
     """
-    channel = await run_in_threadpool(work.calls.generate, asked)
-    call = Call("generate", channel, asked, work, broker)
-    if asked.stream:
-        return EventStream(call.events(), call.hang_up)
-    said = await call.answer(request)
-    if said is None:
+    channel = await run_in_threadpool(services.generation.generate, body)
+    call = EngineCall("generate", channel, body, services, broker)
+    if body.stream:
+        return EventStreamResponse(call.events(), call.cancel)
+    result = await call.wait_for_result(request)
+    if result is None:
         return Response(status_code=499)  # nobody reads it
-    if asked.prompts is not None:
-        return said
-    return {**said["choices"][0], **{name: said[name] for name in ("version", "usage", "seconds")}}
+    if body.prompts is not None:
+        return result
+    return {**result["choices"][0], **{name: result[name] for name in ("version", "usage", "seconds")}}

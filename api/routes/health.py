@@ -7,31 +7,31 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from api.dependencies import Resource, Work
-from api.errors import problems
+from api.dependencies import ResourceModel, ServicesDep
+from api.errors import problem_responses
 from api.routes.models import WorkerState
 
 router = APIRouter(tags=["health"])
 
 
-class Alive(Resource):
+class Liveness(ResourceModel):
     status: Literal["alive"] = "alive"
 
 
-class Ready(Resource):
+class Readiness(ResourceModel):
     ready: bool
     head: int
     workers: list[WorkerState]
     waiting: dict[str, int] = Field(description="calls and jobs that wait, by kind")
 
 
-@router.get("/healthz", responses=problems(422, 500))
-async def alive() -> Alive:
+@router.get("/healthz", responses=problem_responses(422, 500))
+async def check_liveness() -> Liveness:
     """The process answers. Nothing else is looked at."""
-    return Alive()
+    return Liveness()
 
 
-@router.get("/readyz", response_model=Ready, responses=problems(422, 500, 503))
-def ready(work: Work) -> Any:
+@router.get("/readyz", response_model=Readiness, responses=problem_responses(422, 500, 503))
+def check_readiness(services: ServicesDep) -> Any:
     """Database and queue answer, a worker that speaks stands at head, and somebody does what waits; else 503 with `reasons`."""
-    return work.models.ready()
+    return services.models.check_ready()

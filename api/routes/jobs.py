@@ -8,30 +8,38 @@ from fastapi import APIRouter, Query, Response
 from pydantic import Field
 
 from api import openapi_links
-from api.dependencies import Actor, Cursor, Id, Limit, Resource, Work, bearer
-from api.errors import problems
-from api.job_resource import Course
-from api.protected_route import Door
+from api.dependencies import (
+    ActorDep,
+    PageCursor,
+    PageLimit,
+    ResourceId,
+    ResourceModel,
+    ServicesDep,
+    bearer_scheme,
+)
+from api.errors import problem_responses
+from api.job_resource import JobResource
+from api.protected_route import ProtectedRoute
 from api.routes.edits import EditStatus
 
-router = APIRouter(tags=["jobs"], route_class=Door, dependencies=[bearer])
+router = APIRouter(tags=["jobs"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
-Kind = Literal["edit", "trace", "export", "evaluation"]
-Status = EditStatus | Literal["done"]
+JobKindName = Literal["edit", "trace", "export", "evaluation"]
+JobStatus = EditStatus | Literal["done"]
 
 
-class Job(Course):
+class Job(JobResource):
     """A job of any kind, without what it was asked and what it found: `links` lead there."""
 
-    kind: Kind
-    status: Status
+    kind: JobKindName
+    status: JobStatus
     dead: bool = Field(description="given up after too many attempts")
     subject: str
     worker: str | None = Field(None, description="that has it, or had it last")
     request_id: str | None = Field(None, description="of the request that asked for it, as in the logs")
 
 
-class JobPage(Resource):
+class JobPage(ResourceModel):
     items: list[Job]
     next: str | None = Field(None, description="the cursor of the next page; null on the last")
 
@@ -40,18 +48,18 @@ class JobPage(Resource):
     "/jobs",
     response_model=JobPage,
     summary="All jobs, newest first",
-    responses=problems(422, 500, 503),
+    responses=problem_responses(422, 500, 503),
 )
-def listing(
-    work: Work,
-    status: Annotated[Status | None, Query()] = None,
-    kind: Annotated[Kind | None, Query()] = None,
+def list_jobs(
+    services: ServicesDep,
+    status: Annotated[JobStatus | None, Query()] = None,
+    kind: Annotated[JobKindName | None, Query()] = None,
     dead: Annotated[bool | None, Query(description="only those given up after too many attempts")] = None,
-    cursor: Cursor = None,
-    limit: Limit = 50,
+    cursor: PageCursor = None,
+    limit: PageLimit = 50,
 ) -> Any:
     """`?dead=true` are the jobs whose workers died again and again: look at their `error`, then retry them."""
-    return work.jobs.page(status, kind, dead, cursor, limit)
+    return services.jobs.page(status, kind, dead, cursor, limit)
 
 
 @router.post(
@@ -60,12 +68,12 @@ def listing(
     response_model=Job,
     summary="Try a failed job again",
     responses={
-        202: {"description": "Queued again.", "headers": openapi_links.LOCATION},
-        **problems(400, 404, 409, 413, 415, 422, 500, 503),
+        202: {"description": "Queued again.", "headers": openapi_links.LOCATION_HEADER},
+        **problem_responses(400, 404, 409, 413, 415, 422, 500, 503),
     },
 )
-def retry(id: Id, work: Work, actor: Actor, response: Response) -> Any:
+def retry_job(id: ResourceId, services: ServicesDep, actor: ActorDep, response: Response) -> Any:
     """It waits as if it had never been tried. `409` for a job that has not failed."""
-    job = work.jobs.retry(id, actor)
+    job = services.jobs.retry(id, actor)
     response.headers["Location"] = job["links"]["self"]
     return job

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from api.dependencies import Work, bearer
-from api.errors import problems
-from api.protected_route import Door
-from service.application.store_collector import Monitor
+from api.dependencies import ServicesDep, bearer_scheme
+from api.errors import problem_responses
+from api.protected_route import ProtectedRoute
+from service.application.store_collector import StoreCollector
 from service.kit import metrics
 
-router = APIRouter(tags=["health"], route_class=Door, dependencies=[bearer])
+router = APIRouter(tags=["health"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
 _TEXT = {"text/plain": {"schema": {"type": "string"}, "example": "palimpsest_head_version 42.0\n"}}
 
@@ -18,9 +18,9 @@ _TEXT = {"text/plain": {"schema": {"type": "string"}, "example": "palimpsest_hea
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"content": _TEXT}, **problems(422, 500, 503)},
+    responses={200: {"content": _TEXT}, **problem_responses(422, 500, 503)},
 )
-def exposed(request: Request, work: Work) -> Response:
+def get_metrics(request: Request, services: ServicesDep) -> Response:
     """Counters and timings of this process and gauges of the whole service, in the text format of Prometheus."""
-    monitor = Monitor(work.database, work.broker, request.app.state.settings.lease)
-    return Response(metrics.exposition(monitor), media_type=metrics.CONTENT_TYPE)
+    monitor = StoreCollector(services.database, services.broker, request.app.state.settings.lease)
+    return Response(metrics.render_metrics(monitor), media_type=metrics.CONTENT_TYPE)

@@ -7,14 +7,14 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from pydantic import Field
 
-from api.dependencies import Moment, Resource, Work, bearer
-from api.errors import problems
-from api.protected_route import Door
+from api.dependencies import ResourceModel, ServicesDep, Timestamp, bearer_scheme
+from api.errors import problem_responses
+from api.protected_route import ProtectedRoute
 
-router = APIRouter(tags=["models"], route_class=Door, dependencies=[bearer])
+router = APIRouter(tags=["models"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
 
-class WorkerState(Resource):
+class WorkerState(ResourceModel):
     """A worker: where it stands, when it was last heard of, and why it serves no more if it took itself out."""
 
     id: str
@@ -24,44 +24,44 @@ class WorkerState(Resource):
     version: int
     lag: int = Field(description="versions behind the head")
     digest: str | None = Field(None, description="of its weights at that version")
-    heartbeat: Moment
+    heartbeat: Timestamp
     age: float = Field(description="seconds since the heartbeat")
     host: str
     pid: int
 
 
-class Counts(Resource):
+class JobCounts(ResourceModel):
     queued: int
     running: int
     dead: int = Field(description="given up after too many attempts: see `GET /jobs?dead=true`")
 
 
-class Room(Resource):
+class LayerCapacity(ResourceModel):
     """How much of each edited layer is left: of a key drawn from the statistics, the share that active edits have not spoken for."""
 
     version: int = Field(description="the version that this was last measured at")
     layers: dict[str, float]
 
 
-class Model(Resource):
+class ModelResource(ResourceModel):
     """The model, its architecture, editable layers, recipe, head version and workers."""
 
     name: str
     fingerprint: str = Field(description="of the base weights")
     head: int = Field(description="the newest version")
     active_edits: int
-    jobs: Counts
-    room: Room | None = Field(None, description="null until a worker has reached a version")
+    jobs: JobCounts
+    room: LayerCapacity | None = Field(None, description="null until a worker has reached a version")
     workers: list[WorkerState] = Field(
         description="those that live, and for a day those that took themselves out"
     )
 
 
-class Models(Resource):
-    items: list[Model]
+class ModelResourceList(ResourceModel):
+    items: list[ModelResource]
 
 
-@router.get("/models", response_model=Models, responses=problems(422, 500, 503))
-def listing(work: Work) -> Any:
+@router.get("/models", response_model=ModelResourceList, responses=problem_responses(422, 500, 503))
+def list_models(services: ServicesDep) -> Any:
     """What is resident: architecture, editable layers, recipe, head version, active edits and workers."""
-    return {"items": [work.models.resident()]}
+    return {"items": [services.models.describe()]}

@@ -10,26 +10,26 @@ from pydantic import Field
 
 from api import content_negotiation, openapi_links, sse
 from api.dependencies import (
-    Cursor,
-    Id,
-    LastEventId,
-    Limit,
-    Resource,
-    Work,
-    bearer,
+    LastEventIdHeader,
+    PageCursor,
+    PageLimit,
+    ResourceId,
+    ResourceModel,
+    ServicesDep,
+    bearer_scheme,
 )
-from api.disconnects import Wait, until_ended
-from api.errors import problems
-from api.job_resource import Course
-from api.job_submission import Submitted, answers
-from api.protected_route import Door
-from api.sse import EventStream
+from api.disconnects import WaitSeconds, wait_until_finished
+from api.errors import problem_responses
+from api.job_resource import JobResource
+from api.job_submission import SubmissionDep, job_responses
+from api.protected_route import ProtectedRoute
+from api.sse import EventStreamResponse
 from service.schemas import TraceRequest
 
-router = APIRouter(tags=["traces"], route_class=Door, dependencies=[bearer])
+router = APIRouter(tags=["traces"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
 
-class Trace(Course):
+class Trace(JobResource):
     """A causal trace, from its asking to its end."""
 
     status: Literal["queued", "running", "done", "failed", "cancelled"]
@@ -38,7 +38,7 @@ class Trace(Course):
     result: dict[str, Any] | None = None
 
 
-class TracePage(Resource):
+class TracePage(ResourceModel):
     items: list[Trace]
     next: str | None = Field(None, description="the cursor of the next page; null on the last")
 
@@ -53,9 +53,9 @@ _EXAMPLES: dict[str, Any] = {
 }
 
 _LINKS = {
-    **openapi_links.to("/trace/{id}", readTrace="get", cancelTrace="delete"),
-    **openapi_links.to("/trace/{id}/events", hearTrace="get"),
-    **openapi_links.to("/jobs/{id}/retry", retryTrace="post"),
+    **openapi_links.link_operations("/trace/{id}", readTrace="get", cancelTrace="delete"),
+    **openapi_links.link_operations("/trace/{id}/events", hearTrace="get"),
+    **openapi_links.link_operations("/jobs/{id}/retry", retryTrace="post"),
 }
 
 
@@ -64,20 +64,20 @@ _LINKS = {
     status_code=202,
     response_model=Trace,
     summary="Ask for a trace",
-    responses=answers(Trace, then=_LINKS),
+    responses=job_responses(Trace, response_links=_LINKS),
 )
-async def submit(
-    asked: Annotated[TraceRequest, Body(openapi_examples=_EXAMPLES)], submitted: Submitted
+async def create_trace(
+    body: Annotated[TraceRequest, Body(openapi_examples=_EXAMPLES)], submission: SubmissionDep
 ) -> Any:
     """Corrupt the subject, restore one state at a time, and see which brings the answer back."""
-    traces, known = submitted.work.traces, submitted.once("trace", asked)
-    trace = await run_in_threadpool(traces.submit, asked, submitted.actor, known, submitted.most)
-    return await submitted.one(trace, traces.get, "/trace")
+    traces, idempotency = submission.services.traces, submission.idempotency("trace", body)
+    trace = await run_in_threadpool(traces.submit, body, submission.actor, idempotency, submission.max_queued)
+    return await submission.wait_for_one(trace, traces.get, "/trace")
 
 
-@router.get("/trace", summary="All traces, newest first", responses=problems(422, 500, 503))
-def listing(work: Work, cursor: Cursor = None, limit: Limit = 50) -> TracePage:
-    return TracePage.model_validate(work.traces.page(cursor, limit))
+@router.get("/trace", summary="All traces, newest first", responses=problem_responses(422, 500, 503))
+def list_traces(services: ServicesDep, cursor: PageCursor = None, limit: PageLimit = 50) -> TracePage:
+    return TracePage.model_validate(services.traces.page(cursor, limit))
 
 
 @router.get(
@@ -86,45 +86,48 @@ def listing(work: Work, cursor: Cursor = None, limit: Limit = 50) -> TracePage:
     responses={
         200: {
             "description": "The trace, in the form that `Accept` asks for.",
-            "content": content_negotiation.DOCUMENTED,
+            "content": content_negotiation.IMAGE_CONTENT,
         },
-        **problems(404, 406, 409, 422, 500, 503),
+        **problem_responses(404, 406, 409, 422, 500, 503),
     },
 )
-async def one(
-    id: Id,
-    work: Work,
-    wait: Wait,
+async def get_trace(
+    id: ResourceId,
+    services: ServicesDep,
+    wait: WaitSeconds,
     response: Response,
     accept: Annotated[
-        str | None, Header(description=f"one of {', '.join(content_negotiation.OFFERED)}; JSON when left out")
+        str | None,
+        Header(
+            description=f"one of {', '.join(content_negotiation.OFFERED_MEDIA_TYPES)}; JSON when left out"
+        ),
     ] = None,
 ) -> Any:
     """JSON by default; `Accept` chooses the heat map as SVG, PNG or a page of its own (409 until the trace is done)."""
     media_type = content_negotiation.negotiate(accept)
-    trace = await run_in_threadpool(work.traces.get, id)
-    trace = await until_ended(trace, work.traces.get, work.jobs.events, wait)
+    trace = await run_in_threadpool(services.traces.get, id)
+    trace = await wait_until_finished(trace, services.traces.get, services.jobs.events, wait)
     response.headers["Vary"] = "Accept"
     if media_type == content_negotiation.JSON:
         return trace
-    drawn = await run_in_threadpool(content_negotiation.trace, trace, media_type)
-    return Response(drawn, headers=dict(response.headers), media_type=media_type)
+    image = await run_in_threadpool(content_negotiation.render_trace, trace, media_type)
+    return Response(image, headers=dict(response.headers), media_type=media_type)
 
 
-@router.delete("/trace/{id}", response_model=Trace, responses=problems(404, 409, 422, 500, 503))
-async def cancel(id: Id, work: Work, wait: Wait) -> Any:
+@router.delete("/trace/{id}", response_model=Trace, responses=problem_responses(404, 409, 422, 500, 503))
+async def cancel_trace(id: ResourceId, services: ServicesDep, wait: WaitSeconds) -> Any:
     """Cancel a waiting or a running trace. Saying it twice is harmless."""
-    trace = await run_in_threadpool(work.traces.cancel, id)
-    return await until_ended(trace, work.traces.get, work.jobs.events, wait)
+    trace = await run_in_threadpool(services.traces.cancel, id)
+    return await wait_until_finished(trace, services.traces.get, services.jobs.events, wait)
 
 
 @router.get(
     "/trace/{id}/events",
     status_code=200,
-    response_class=EventStream,
-    responses=sse.FOLLOWED,
+    response_class=EventStreamResponse,
+    responses=sse.JOB_EVENTS_RESPONSES,
 )
-async def news(id: Id, work: Work, after: LastEventId) -> Response:
+async def stream_trace_events(id: ResourceId, services: ServicesDep, after: LastEventIdHeader) -> Response:
     """Progress as server-sent events, then one `end` with the trace. Resumes from `Last-Event-ID`."""
-    await run_in_threadpool(work.traces.get, id)
-    return EventStream(work.jobs.events(id, after))
+    await run_in_threadpool(services.traces.get, id)
+    return EventStreamResponse(services.jobs.events(id, after))

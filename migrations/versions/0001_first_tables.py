@@ -10,7 +10,7 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-MOMENT = sa.DateTime(timezone=True)
+TIMESTAMP = sa.DateTime(timezone=True)
 
 
 def upgrade() -> None:
@@ -20,8 +20,8 @@ def upgrade() -> None:
         sa.Column("name", sa.Text, nullable=False),
         sa.Column("info", sa.Text, nullable=False),
         sa.Column("tokenizer", sa.Text, nullable=False),
-        sa.Column("created", MOMENT, nullable=False),
-        sa.Column("registered", MOMENT, nullable=False),
+        sa.Column("created", TIMESTAMP, nullable=False),
+        sa.Column("registered", TIMESTAMP, nullable=False),
         sa.PrimaryKeyConstraint("fingerprint", name=op.f("pk_models")),
     )
     op.create_table(
@@ -32,10 +32,10 @@ def upgrade() -> None:
         sa.Column("status", sa.Text, nullable=False),
         sa.Column("request", sa.Text, nullable=False),
         sa.Column("actor", sa.Text, nullable=False),
-        sa.Column("created", MOMENT, nullable=False),
-        sa.Column("updated", MOMENT, nullable=False),
-        sa.Column("started", MOMENT),
-        sa.Column("ended", MOMENT),
+        sa.Column("created", TIMESTAMP, nullable=False),
+        sa.Column("updated", TIMESTAMP, nullable=False),
+        sa.Column("started", TIMESTAMP),
+        sa.Column("ended", TIMESTAMP),
         sa.Column("attempts", sa.Integer, nullable=False),
         sa.Column("worker", sa.Text),
         sa.Column("cancel_requested", sa.Boolean, nullable=False),
@@ -67,7 +67,7 @@ def upgrade() -> None:
         sa.Column("kind", sa.Text, nullable=False),
         sa.Column("edit_id", sa.Text, nullable=False),
         sa.Column("actor", sa.Text, nullable=False),
-        sa.Column("at", MOMENT, nullable=False),
+        sa.Column("at", TIMESTAMP, nullable=False),
         sa.Column("body", sa.Text, nullable=False),
         sa.Column("state", sa.Text, nullable=False),
         sa.Column("previous", sa.Text, nullable=False),
@@ -84,7 +84,7 @@ def upgrade() -> None:
         sa.Column("worker", sa.Text, nullable=False),
         sa.Column("digest", sa.Text, nullable=False),
         sa.Column("device", sa.Text, nullable=False),
-        sa.Column("at", MOMENT, nullable=False),
+        sa.Column("at", TIMESTAMP, nullable=False),
         sa.PrimaryKeyConstraint("model", "version", "worker", name=op.f("pk_attestations")),
         sa.ForeignKeyConstraint(["model"], ["models.fingerprint"], name=op.f("fk_attestations_model_models")),
     )
@@ -95,7 +95,7 @@ def upgrade() -> None:
         sa.Column("fingerprint", sa.Text, nullable=False),
         sa.Column("resources", sa.Text, nullable=False),
         sa.Column("status_code", sa.Integer, nullable=False),
-        sa.Column("created", MOMENT, nullable=False),
+        sa.Column("created", TIMESTAMP, nullable=False),
         sa.PrimaryKeyConstraint("actor", "key", name=op.f("pk_idempotency")),
     )
     op.create_table(
@@ -105,8 +105,8 @@ def upgrade() -> None:
         sa.Column("roles", sa.Text, nullable=False),
         sa.Column("version", sa.Integer, nullable=False),
         sa.Column("digest", sa.Text),
-        sa.Column("heartbeat", MOMENT, nullable=False),
-        sa.Column("started", MOMENT, nullable=False),
+        sa.Column("heartbeat", TIMESTAMP, nullable=False),
+        sa.Column("started", TIMESTAMP, nullable=False),
         sa.Column("host", sa.Text, nullable=False),
         sa.Column("pid", sa.Integer, nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_workers")),

@@ -10,15 +10,15 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
-MOMENT = sa.DateTime(timezone=True)
-KEPT = ("ledger", "factors")  # tables whose rows are only ever added
+TIMESTAMP = sa.DateTime(timezone=True)
+APPEND_ONLY_TABLES = ("ledger", "factors")  # tables whose rows are only ever added
 
 
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("request_id", sa.Text))
     op.add_column("jobs", sa.Column("dead", sa.Boolean, nullable=False, server_default=sa.false()))
     op.create_index(op.f("ix_jobs_model_created"), "jobs", ["model", "created"])
-    op.add_column("attestations", sa.Column("withdrawn", MOMENT))
+    op.add_column("attestations", sa.Column("withdrawn", TIMESTAMP))
     op.add_column("workers", sa.Column("reason", sa.Text))
     op.create_table(
         "api_keys",
@@ -28,9 +28,9 @@ def upgrade() -> None:
         sa.Column("scopes", sa.Text, nullable=False),
         sa.Column("requests_per_minute", sa.Integer),
         sa.Column("max_queued", sa.Integer),
-        sa.Column("created", MOMENT, nullable=False),
-        sa.Column("last_used", MOMENT),
-        sa.Column("revoked", MOMENT),
+        sa.Column("created", TIMESTAMP, nullable=False),
+        sa.Column("last_used", TIMESTAMP),
+        sa.Column("revoked", TIMESTAMP),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_api_keys")),
         sa.UniqueConstraint("name", name=op.f("uq_api_keys_name")),
     )
@@ -41,7 +41,10 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     if op.get_bind().dialect.name == "sqlite":
-        for name in ("ledger_next", *(f"{t}_{what}" for t in KEPT for what in ("update", "delete"))):
+        for name in (
+            "ledger_next",
+            *(f"{t}_{what}" for t in APPEND_ONLY_TABLES for what in ("update", "delete")),
+        ):
             op.execute(f"DROP TRIGGER {name}")
     else:
         op.execute("DROP FUNCTION append_only() CASCADE")
@@ -60,7 +63,7 @@ SQLITE = [
     *(
         f"""CREATE TRIGGER {table}_{what} BEFORE {what} ON {table}
         BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"""
-        for table in KEPT
+        for table in APPEND_ONLY_TABLES
         for what in ("update", "delete")
     ),
     """CREATE TRIGGER ledger_next BEFORE INSERT ON ledger
@@ -88,7 +91,7 @@ POSTGRES = [
     *(
         f"""CREATE TRIGGER {table}_{what} BEFORE {what} ON {table}
         FOR EACH STATEMENT EXECUTE FUNCTION append_only()"""
-        for table in KEPT
+        for table in APPEND_ONLY_TABLES
         for what in ("update", "delete", "truncate")
     ),
     """CREATE TRIGGER ledger_next BEFORE INSERT ON ledger

@@ -7,35 +7,35 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from service.application.edits import Edits
-from service.application.evaluations import Evaluations
-from service.application.exports import Exports
-from service.application.generation import Calls
-from service.application.imports import Imports
-from service.application.job_queue import Queue
-from service.application.jobs import Jobs
-from service.application.ledger import Ledger
-from service.application.models import Models
-from service.application.served_model import Resident
-from service.application.traces import Traces
+from service.application.edits import EditService
+from service.application.evaluations import EvaluationService
+from service.application.exports import ExportService
+from service.application.generation import GenerationService
+from service.application.imports import ImportService
+from service.application.job_queue import JobQueue
+from service.application.jobs import JobService
+from service.application.ledger import LedgerService
+from service.application.models import ModelService
+from service.application.served_model import ServedModel
+from service.application.traces import TraceService
 from service.db.database import Database
 from service.jobs.broker import Broker
 from service.settings import Settings
 
 
-class Operations:
+class Services:
     """All methods but `jobs.events` block on the database: call them from a thread. Safe to share between threads."""
 
     def __init__(self, database: Database, broker: Broker, settings: Settings) -> None:
         self.database = database
         self.broker = broker
-        resident, queue = Resident(database), Queue(database, broker, settings)
-        self.models = Models(database, broker, timedelta(seconds=settings.lease))
-        self.edits = Edits(queue, resident)
-        self.traces = Traces(queue, resident)
-        self.evaluations = Evaluations(queue, resident)
-        self.exports = Exports(queue)
-        self.imports = Imports(queue, resident)
-        self.jobs = Jobs(database, broker)
-        self.calls = Calls(database, broker, settings, resident)
-        self.ledger = Ledger(database)
+        served_model, queue = ServedModel(database), JobQueue(database, broker, settings)
+        self.models = ModelService(database, broker, timedelta(seconds=settings.lease))
+        self.edits = EditService(queue, served_model)
+        self.traces = TraceService(queue, served_model)
+        self.evaluations = EvaluationService(queue, served_model)
+        self.exports = ExportService(queue)
+        self.imports = ImportService(queue, served_model)
+        self.jobs = JobService(database, broker)
+        self.generation = GenerationService(database, broker, settings, served_model)
+        self.ledger = LedgerService(database)

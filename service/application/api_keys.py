@@ -26,15 +26,15 @@ from service.db.models import ApiKey, now
 from service.errors import Conflict, InvalidInput, NotFound, Unavailable
 from service.kit.ids import new_id
 
-REMEMBERED = (
+CACHE_SECONDS = (
     5.0  #: seconds for which a verified token is not looked up again, and so until a revocation works
 )
-USE_NOTED = timedelta(minutes=1)  #: the time of the last use is written at most this often
+LAST_USED_INTERVAL = timedelta(minutes=1)  #: the time of the last use is written at most this often
 
 _TOKEN = re.compile(r"pal_([0-9A-HJKMNP-TV-Z]{26})_([A-Za-z0-9_-]{43})")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_ROOT = re.compile(r"[0-9a-f]{12}")
-_NOBODY = "0" * 64  #: what a secret is compared with where no key has the id
+_ROOT_DIGEST = re.compile(r"[0-9a-f]{12}")
+_NO_DIGEST = "0" * 64  #: what a secret is compared with where no key has the id
 
 
 class Scope(StrEnum):
@@ -45,11 +45,11 @@ class Scope(StrEnum):
     ADMIN = "admin"
 
 
-EVERYTHING = frozenset(Scope)
+ALL_SCOPES = frozenset(Scope)
 
 
 @dataclass(frozen=True)
-class Key:
+class ApiKeyInfo:
     """A key as it may be shown: without its secret, which nobody knows but its holder."""
 
     id: str
@@ -62,9 +62,9 @@ class Key:
     revoked: datetime | None
 
 
-def may(held: Iterable[Scope], needed: Scope) -> bool:
+def has_scope(granted: Iterable[Scope], required: Scope) -> bool:
     """Whether these scopes open what needs that one."""
-    return needed in held or Scope.ADMIN in held
+    return required in granted or Scope.ADMIN in granted
 
 
 def is_token(text: str) -> bool:
@@ -72,16 +72,16 @@ def is_token(text: str) -> bool:
     return _TOKEN.fullmatch(text) is not None
 
 
-class Keys:
+class ApiKeys:
     """The keys of a service. All methods block on the database: call them from a thread. Safe to share between threads."""
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.monotonic) -> None:
         self.database = database
         self._clock = clock
         self._verified: dict[
-            str, tuple[Key, float]
+            str, tuple[ApiKeyInfo, float]
         ] = {}  # digest of a token -> its key, and when it was read
-        self._exist = False
+        self._any_found = False
         self._none_until = float("-inf")
 
     def create(
@@ -90,7 +90,7 @@ class Keys:
         scopes: Iterable[str],
         requests_per_minute: int | None = None,
         max_queued: int | None = None,
-    ) -> tuple[Key, str]:
+    ) -> tuple[ApiKeyInfo, str]:
         """A new key and its token, which is not kept and cannot be shown again."""
         _check_name(name)
         _check_limits(requests_per_minute=requests_per_minute, max_queued=max_queued)
@@ -105,84 +105,84 @@ class Keys:
             created=now(),
         )
         try:
-            with self.database.session() as session:
+            with self.database.write_session() as session:
                 session.add(row)
                 session.flush()
-                key = _key(row)
+                key = _to_key_info(row)
         except IntegrityError:
             raise Conflict(
                 f"There is or was a key named {name!r}, and the ledger tells keys apart by name: choose another."
             ) from None
         return key, f"pal_{key.id.removeprefix('key_')}_{secret}"
 
-    def all(self) -> list[Key]:
+    def all(self) -> list[ApiKeyInfo]:
         """Every key, oldest first, the revoked ones too."""
-        with self.database.read() as session:
-            return [_key(row) for row in session.scalars(select(ApiKey).order_by(ApiKey.id))]
+        with self.database.read_session() as session:
+            return [_to_key_info(row) for row in session.scalars(select(ApiKey).order_by(ApiKey.id))]
 
-    def revoke(self, name: str) -> Key:
+    def revoke(self, name: str) -> ApiKeyInfo:
         """The key opens nothing any more, in any process after at most `REMEMBERED` seconds. Saying it twice is harmless."""
-        with self.database.session() as session:
+        with self.database.write_session() as session:
             row = session.scalar(select(ApiKey).where(ApiKey.name == name))
             if row is None:
                 raise NotFound(
                     f"There is no key named {name!r}: `palimpsest keys list` shows those there are."
                 )
             row.revoked = row.revoked or now()
-            return _key(row)
+            return _to_key_info(row)
 
-    def exist(self) -> bool:
+    def any_exist(self) -> bool:
         """Whether a key was ever made, revoked ones too: from then on everyone needs one."""
-        at = self._clock()
-        if not self._exist and at >= self._none_until:
-            self._exist = self._any()
-            self._none_until = at + REMEMBERED
-        return self._exist
+        checked_at = self._clock()
+        if not self._any_found and checked_at >= self._none_until:
+            self._any_found = self._query_any()
+            self._none_until = checked_at + CACHE_SECONDS
+        return self._any_found
 
-    def remembered(self, token: str) -> Key | None:
+    def cached(self, token: str) -> ApiKeyInfo | None:
         """The key of a token that was verified a moment ago. Does not block."""
         key, read = self._verified.get(_digest(token), (None, 0.0))
-        return key if self._clock() < read + REMEMBERED else None
+        return key if self._clock() < read + CACHE_SECONDS else None
 
-    def verify(self, token: str) -> Key | None:
+    def verify(self, token: str) -> ApiKeyInfo | None:
         """The key that this token belongs to; None when there is none, or it is revoked, or the secret is wrong."""
-        if (known := self.remembered(token)) is not None:
-            return known
-        at, found = self._clock(), _TOKEN.fullmatch(token)
-        if found is None:
+        if (cached_key := self.cached(token)) is not None:
+            return cached_key
+        read_at, match = self._clock(), _TOKEN.fullmatch(token)
+        if match is None:
             return None
-        with self.database.read() as session:
-            row = session.get(ApiKey, f"key_{found[1]}")
-        right = hmac.compare_digest(_digest(found[2]), row.digest if row is not None else _NOBODY)
-        if row is None or not right or row.revoked is not None:
+        with self.database.read_session() as session:
+            row = session.get(ApiKey, f"key_{match[1]}")
+        secret_matches = hmac.compare_digest(_digest(match[2]), row.digest if row is not None else _NO_DIGEST)
+        if row is None or not secret_matches or row.revoked is not None:
             return None
-        key = _key(row)
-        self._note_use(key)
-        self._verified[_digest(token)] = key, at
+        key = _to_key_info(row)
+        self._record_use(key)
+        self._verified[_digest(token)] = key, read_at
         return key
 
-    def _any(self) -> bool:
-        with self.database.read() as session:
+    def _query_any(self) -> bool:
+        with self.database.read_session() as session:
             if not inspect(session.connection()).has_table(ApiKey.__tablename__):
                 return False  # nothing was migrated yet
             return session.scalar(select(ApiKey.id).limit(1)) is not None
 
-    def _note_use(self, key: Key) -> None:
+    def _record_use(self, key: ApiKeyInfo) -> None:
         """Best effort: a key is not refused because its use could not be written down."""
-        at = now()
-        if key.last_used is not None and at - key.last_used < USE_NOTED:
+        used_at = now()
+        if key.last_used is not None and used_at - key.last_used < LAST_USED_INTERVAL:
             return
-        with suppress(Unavailable), self.database.session() as session:
-            session.execute(update(ApiKey).where(ApiKey.id == key.id).values(last_used=at))
+        with suppress(Unavailable), self.database.write_session() as session:
+            session.execute(update(ApiKey).where(ApiKey.id == key.id).values(last_used=used_at))
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _key(row: ApiKey) -> Key:
-    fields: dict[str, Any] = {name: getattr(row, name) for name in Key.__dataclass_fields__}
-    return Key(**fields | {"scopes": frozenset(map(Scope, row.scopes))})
+def _to_key_info(row: ApiKey) -> ApiKeyInfo:
+    fields: dict[str, Any] = {name: getattr(row, name) for name in ApiKeyInfo.__dataclass_fields__}
+    return ApiKeyInfo(**fields | {"scopes": frozenset(map(Scope, row.scopes))})
 
 
 def _check_name(name: str) -> None:
@@ -190,7 +190,7 @@ def _check_name(name: str) -> None:
         raise InvalidInput(
             f"a key cannot be named {name!r}: use 1 to 64 of a-z, 0-9, dot, dash and underscore.", "name"
         )
-    if _ROOT.fullmatch(name):  # the ledger would not tell them apart
+    if _ROOT_DIGEST.fullmatch(name):  # the ledger would not tell them apart
         raise InvalidInput(
             f"{name!r} looks like the digest that stands in the ledger for a root key: choose another name.",
             "name",

@@ -19,26 +19,26 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from service.errors import InvalidInput
 from service.kit import safetensors_io
-from service.kit.safetensors_io import Described, Read
+from service.kit.safetensors_io import SafetensorsFile, TensorInfo
 from service.kit.text import fact_key
-from service.ledger.ledger import Entry, canonical, moment
+from service.ledger.ledger import Entry, canonical_json, iso_utc
 from service.recipes.recipe import METHODS
 from service.schemas import EditRequest, MethodName
 
 FORMAT = "palimpsest-edits-1"
-MOST = 1000  #: edits in one file
+MAX_EDITS = 1000  #: edits in one file
 #: of an entry's body: how the edit was found. The rest is the request's, or is said anew where the edit lands.
-FOUND = (
+PROVENANCE_FIELDS = (
     "method", "objective", "hparams", "strength", "resolved_true", "statistics", "corpus", "dtype", "device", "libraries",
 )  # fmt: skip
-_WHAT = "the file"
+_FILE_LABEL = "the file"
 
 
-class _Told(BaseModel):
+class _FileModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Found(_Told):
+class EditProvenance(_FileModel):
     """How an edit was found, as its ledger has it."""
 
     method: MethodName
@@ -53,7 +53,7 @@ class Found(_Told):
     libraries: dict[str, str]
 
 
-class Origin(_Told):
+class EditOrigin(_FileModel):
     """Where an edit comes from."""
 
     ledger: str = Field(max_length=64, description="hash of that ledger's first entry")
@@ -64,40 +64,40 @@ class Origin(_Told):
     entry: str = Field(max_length=64, description="hash of its entry there")
 
 
-class Edit(_Told):
+class ExportedEdit(_FileModel):
     """An edit of a set, without its vectors."""
 
-    origin: Origin
+    origin: EditOrigin
     request: EditRequest
-    found: Found
+    found: EditProvenance
     factors_sha256: str
 
 
-class Set(_Told):
+class EditSet(_FileModel):
     """What the metadata says."""
 
     model: dict[str, JsonValue]
     version: int = Field(ge=0)
     state: str = Field(max_length=64)
-    edits: list[Edit] = Field(min_length=1, max_length=MOST)
+    edits: list[ExportedEdit] = Field(min_length=1, max_length=MAX_EDITS)
 
 
 @dataclass(frozen=True)
-class Given:
+class ImportedEdit:
     """An edit of a file that was found sound."""
 
-    edit: Edit
+    edit: ExportedEdit
     factors: bytes
 
     @property
     def request(self) -> EditRequest:
         """What is asked for here: the same, with the hyperparameters that it was found with, and to land."""
-        found = self.edit.found
-        changes = {"hparams": found.hparams, "method": found.method, "dry_run": False}
+        provenance = self.edit.found
+        changes = {"hparams": provenance.hparams, "method": provenance.method, "dry_run": False}
         return self.edit.request.model_copy(update=changes)
 
     @property
-    def name(self) -> tuple[str, str]:
+    def identity(self) -> tuple[str, str]:
         """What tells it from others, in every ledger: its fact, and the digest of its vectors."""
         request = self.edit.request
         return fact_key(request.subject, request.prompt), self.edit.factors_sha256
@@ -116,74 +116,78 @@ class Given:
 # writing
 
 
-def described(
+def build_edit_set(
     model: Mapping[str, Any],
     version: int,
-    past: Sequence[Entry],
-    standing: Sequence[Entry],
-    asked: Mapping[str, Any],
-) -> Set:
+    entries: Sequence[Entry],
+    active: Sequence[Entry],
+    requests: Mapping[str, Any],
+) -> EditSet:
     """The set of the edits that stand at a version. `past`: the ledger so far; `asked`: the request of each edit, by its id."""
-    first = past[0].hash
-    return Set(
+    first = entries[0].hash
+    return EditSet(
         model=dict(model),
         version=version,
-        state=past[version - 1].state,
+        state=entries[version - 1].state,
         edits=[
-            Edit(
-                origin=Origin(
+            ExportedEdit(
+                origin=EditOrigin(
                     ledger=first,
                     edit=e.edit_id,
                     version=e.version,
                     actor=e.actor,
-                    at=moment(e.at),
+                    at=iso_utc(e.at),
                     entry=e.hash,
                 ),
                 request=EditRequest.model_validate(
-                    {k: v for k, v in asked[e.edit_id].items() if k != "origin"}
+                    {k: v for k, v in requests[e.edit_id].items() if k != "origin"}
                 ),
-                found=Found(**{name: e.body[name] for name in FOUND}),
+                found=EditProvenance(**{name: e.body[name] for name in PROVENANCE_FIELDS}),
                 factors_sha256=str(e.body["factors_sha256"]),
             )
-            for e in standing
+            for e in active
         ],
     )
 
 
-def beginning(told: Set, sizes: Mapping[str, int]) -> bytes:
+def edit_set_header(edit_set: EditSet, sizes: Mapping[str, int]) -> bytes:
     """What the file of a set begins with; the vectors of its edits follow, in order. `sizes`: of these, in bytes."""
-    said = canonical(told.model_dump(mode="json"))
-    metadata = {"format": FORMAT, "set": said.decode(), "sha256": hashlib.sha256(said).hexdigest()}
-    listed = [Described(e.origin.edit, "U8", (sizes[e.origin.edit],)) for e in told.edits]
-    return safetensors_io.header(listed, metadata)
+    text = canonical_json(edit_set.model_dump(mode="json"))
+    metadata = {
+        "format": FORMAT,
+        "set": text.decode(),
+        "sha256": hashlib.sha256(text).hexdigest(),
+    }
+    tensor_infos = [TensorInfo(e.origin.edit, "U8", (sizes[e.origin.edit],)) for e in edit_set.edits]
+    return safetensors_io.build_header(tensor_infos, metadata)
 
 
 # reading
 
 
-def read(data: bytes, fingerprint: str, info: Mapping[str, Any]) -> list[Given]:
+def read_edit_set(data: bytes, fingerprint: str, info: Mapping[str, Any]) -> list[ImportedEdit]:
     """The edits of a file, in the order of their ids. Raises InvalidInput when it is damaged, for another model, or not sound."""
-    file = safetensors_io.read(data, _WHAT)
-    told = _told(file)
-    _check_model(told, fingerprint, info)
-    names = [e.origin.edit for e in told.edits]
-    if len(set(names)) < len(names) or set(names) != set(file.described):
+    file = safetensors_io.read_safetensors(data, _FILE_LABEL)
+    edit_set = _parse_edit_set(file)
+    _check_model(edit_set, fingerprint, info)
+    names = [e.origin.edit for e in edit_set.edits]
+    if len(set(names)) < len(names) or set(names) != set(file.tensor_infos):
         raise InvalidInput("the file is damaged: its edits and its tensors are not the same.")
-    given = [_given(file, e, info) for e in told.edits]
-    return sorted(given, key=lambda g: g.edit.origin.edit)
+    imported = [_check_edit(file, e, info) for e in edit_set.edits]
+    return sorted(imported, key=lambda g: g.edit.origin.edit)
 
 
-def _told(file: Read) -> Set:
+def _parse_edit_set(file: SafetensorsFile) -> EditSet:
     if file.metadata.get("format") != FORMAT:
         raise InvalidInput(
             f"the file is no exported set of edits (its metadata has no format {FORMAT!r}): give one made by "
             "`palimpsest export --format edits`."
         )
-    said = file.metadata.get("set", "")
-    if hashlib.sha256(said.encode()).hexdigest() != file.metadata.get("sha256"):
-        raise _damaged("what it says of its edits")
+    set_json = file.metadata.get("set", "")
+    if hashlib.sha256(set_json.encode()).hexdigest() != file.metadata.get("sha256"):
+        raise _damaged_error("what it says of its edits")
     try:
-        return Set.model_validate_json(said)
+        return EditSet.model_validate_json(set_json)
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidInput(
@@ -191,79 +195,81 @@ def _told(file: Read) -> Set:
         ) from None
 
 
-def _damaged(what: str) -> InvalidInput:
+def _damaged_error(what: str) -> InvalidInput:
     return InvalidInput(
         f"the file was damaged or changed on its way: {what} has another digest. Export it again."
     )
 
 
-def _check_model(told: Set, fingerprint: str, info: Mapping[str, Any]) -> None:
+def _check_model(edit_set: EditSet, fingerprint: str, info: Mapping[str, Any]) -> None:
     """An edit is a function of its base model's weights: on any other it would be noise."""
-    theirs = str(told.model.get("fingerprint"))
-    if theirs != fingerprint:
+    exported_fingerprint = str(edit_set.model.get("fingerprint"))
+    if exported_fingerprint != fingerprint:
         raise InvalidInput(
-            f"the edits are of the model {str(told.model.get('name'))!r} with the fingerprint {theirs[:12]}, and the "
+            f"the edits are of the model {str(edit_set.model.get('name'))!r} with the fingerprint {exported_fingerprint[:12]}, and the "
             f"resident one is {str(info.get('name'))!r} with {fingerprint[:12]}: serve the same base model in the same precision."
         )
 
 
-def _given(file: Read, edit: Edit, info: Mapping[str, Any]) -> Given:
+def _check_edit(file: SafetensorsFile, edit: ExportedEdit, info: Mapping[str, Any]) -> ImportedEdit:
     name = edit.origin.edit
     factors = bytes(file.data[name])
     if hashlib.sha256(factors).hexdigest() != edit.factors_sha256:
-        raise _damaged(f"the tensor {name}")
+        raise _damaged_error(f"the tensor {name}")
     try:
-        _check_pieces(safetensors_io.read(factors, "it"), edit.found, info)
+        _check_factors(safetensors_io.read_safetensors(factors, "it"), edit.found, info)
     except InvalidInput as error:
         raise InvalidInput(f"the vectors of {name} cannot be used: {error.detail}") from None
-    return Given(edit, factors)
+    return ImportedEdit(edit, factors)
 
 
-def _check_pieces(file: Read, found: Found, info: Mapping[str, Any]) -> None:
+def _check_factors(file: SafetensorsFile, provenance: EditProvenance, info: Mapping[str, Any]) -> None:
     """They are those of the method at its layers, of the model's shapes, and finite."""
-    layers = found.hparams.get("layers")
-    method = METHODS[found.method]
+    layers = provenance.hparams.get("layers")
+    method = METHODS[provenance.method]
     if not isinstance(layers, list) or not all(
         isinstance(x, int) and 0 <= x < info["layers"] for x in layers
     ):
         raise InvalidInput("hparams.layers names no layers of the model.")
     shapes: Mapping[str, Sequence[int]] = info.get("weights") or {"mlp": (info["width"], info["inner_width"])}
-    if method.associates:
-        wanted = {n: s for x in layers for n, s in _association(str(x), shapes).items()}
+    if method.needs_covariance:
+        expected_shapes = {n: s for x in layers for n, s in _association_shapes(str(x), shapes).items()}
     else:
-        parts = [part for part in shapes if (part != "mlp") == (found.method == "ft-attn")]
-        wanted = {f"weight.{x}.{part}": tuple(shapes[part]) for x in layers for part in parts}
-    forms = {n for n in file.described if _is_form(n, layers)} if method.associates else set()
-    if set(file.described) - forms != set(wanted) or len(forms) > len(layers):
-        raise InvalidInput(f"they are not those of {found.method} at the layers {layers}.")
-    for name, told in file.described.items():
-        dtype, shape = ("F64", (1,)) if name in forms else ("F32", wanted[name])
-        if (told.dtype, told.shape) != (dtype, shape):
+        parts = [part for part in shapes if (part != "mlp") == (provenance.method == "ft-attn")]
+        expected_shapes = {f"weight.{x}.{part}": tuple(shapes[part]) for x in layers for part in parts}
+    mode_names = (
+        {n for n in file.tensor_infos if _is_solve_mode(n, layers)} if method.needs_covariance else set()
+    )
+    if set(file.tensor_infos) - mode_names != set(expected_shapes) or len(mode_names) > len(layers):
+        raise InvalidInput(f"they are not those of {provenance.method} at the layers {layers}.")
+    for name, tensor_info in file.tensor_infos.items():
+        dtype, shape = ("F64", (1,)) if name in mode_names else ("F32", expected_shapes[name])
+        if (tensor_info.dtype, tensor_info.shape) != (dtype, shape):
             raise InvalidInput(
-                f"{name} is {told.dtype} {list(told.shape)} and must be {dtype} {list(shape)}."
+                f"{name} is {tensor_info.dtype} {list(tensor_info.shape)} and must be {dtype} {list(shape)}."
             )
-        numbers = file.numbers(name)
-        if not np.isfinite(numbers).all() or (name in forms and numbers.min() < 0):
+        numbers = file.to_numpy(name)
+        if not np.isfinite(numbers).all() or (name in mode_names and numbers.min() < 0):
             raise InvalidInput(f"{name} holds numbers that cannot be.")
 
 
-def _association(layer: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+def _association_shapes(layer: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """The vectors of an association and their shapes."""
     d, D = shapes["mlp"]
     sizes = {"key": D, "direction": D, "value": d, "left": d, "right": D}
     return {f"layer.{layer}.{name}": (n,) for name, n in sizes.items()}
 
 
-def _is_form(name: str, layers: Sequence[Any]) -> bool:
-    words = name.split(".")
+def _is_solve_mode(name: str, layers: Sequence[Any]) -> bool:
+    parts = name.split(".")
     return (
-        len(words) == 4
-        and words[0] == "layer"
-        and words[2] == "form"
-        and words[1] in map(str, layers)
-        and words[3] in FORMS
+        len(parts) == 4
+        and parts[0] == "layer"
+        and parts[2] == "form"
+        and parts[1] in map(str, layers)
+        and parts[3] in SOLVE_MODES
     )
 
 
 #: the forms in which associations are solved (`service/weights/composition.py`); what is not named is joint
-FORMS = ("joint", "memit", "emmet", "alphaedit")
+SOLVE_MODES = ("joint", "memit", "emmet", "alphaedit")

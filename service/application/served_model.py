@@ -13,38 +13,38 @@ from service.db.models import LedgerEntry, Model
 from service.errors import Unavailable
 
 
-class Resident:
+class ServedModel:
     """Knows the resident model of a database. Safe to share between threads."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._known: tuple[Model, Tokenizer] | None = None  # the model as it was last registered
+        self._cached: tuple[Model, Tokenizer] | None = None  # the model as it was last registered
 
-    def at_head(self) -> tuple[Model, Tokenizer, int]:
+    def current(self) -> tuple[Model, Tokenizer, int]:
         """The resident model, its tokenizer and the newest version. Every call asks this, so it is one short question.
 
         A tokenizer's text has megabytes: it is read and parsed once for each registration of the model.
         """
-        with self.database.glance() as connection:
-            found = connection.execute(_NEWEST).one_or_none()
-        if found is None:
-            raise _no_model()
-        if self._known is None or _registration(self._known[0]) != (found.fingerprint, found.registered):
-            with self.database.read() as session:
-                model = resident(session)
-                self._known = model, Tokenizer.from_str(model.tokenizer)
-        return *self._known, found.head or 0
+        with self.database.autocommit_read() as connection:
+            newest = connection.execute(_NEWEST_MODEL).one_or_none()
+        if newest is None:
+            raise _no_model_loaded()
+        if self._cached is None or _registration(self._cached[0]) != (newest.fingerprint, newest.registered):
+            with self.database.read_session() as session:
+                model = get_served_model(session)
+                self._cached = model, Tokenizer.from_str(model.tokenizer)
+        return *self._cached, newest.head or 0
 
 
-def resident(session: Session) -> Model:
+def get_served_model(session: Session) -> Model:
     """The model that a worker came up with last."""
     model = session.scalar(select(Model).order_by(Model.registered.desc()).limit(1))
     if model is None:
-        raise _no_model()
+        raise _no_model_loaded()
     return model
 
 
-def _no_model() -> Unavailable:
+def _no_model_loaded() -> Unavailable:
     return Unavailable(
         "no worker has loaded a model yet: ask again when one says that it is ready, or start one.",
         reasons=["no worker has loaded a model yet"],
@@ -56,7 +56,7 @@ def _registration(model: Model) -> tuple[str, datetime]:
 
 
 #: which model is resident, since which registration, and its newest version
-_NEWEST = (
+_NEWEST_MODEL = (
     select(
         Model.fingerprint,
         Model.registered,

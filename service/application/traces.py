@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from service.application.job_queue import Idempotency, Queue, draft
-from service.application.served_model import Resident
-from service.application.validation import check_trace, check_version
-from service.jobs.views import Resource
-from service.kit.text import words
+from service.application.job_queue import Idempotency, JobQueue, new_job_row
+from service.application.served_model import ServedModel
+from service.application.validation import validate_trace, validate_version
+from service.jobs.views import ResourceDict
+from service.kit.text import normalize_whitespace
 from service.schemas import TraceRequest
 
 
-class Traces:
+class TraceService:
     """Jobs that find where the model keeps a fact."""
 
-    def __init__(self, queue: Queue, resident: Resident) -> None:
-        self.queue, self.resident = queue, resident
+    def __init__(self, queue: JobQueue, served_model: ServedModel) -> None:
+        self.queue, self.served_model = queue, served_model
 
     def submit(
         self,
@@ -22,24 +22,24 @@ class Traces:
         actor: str,
         idempotency: Idempotency | None = None,
         max_queued: int | None = None,
-    ) -> Resource:
-        if (known := self.queue.known(actor, idempotency)) is not None:
-            return known[0]
-        model, tokenizer, head = self.resident.at_head()
-        check_version(head, request.version)
-        check_trace(request, model, tokenizer)
-        job = draft("trace", model, request.model_dump(mode="json"), actor) | {
-            "subject": words(request.subject)
+    ) -> ResourceDict:
+        if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
+            return previous[0]
+        model, tokenizer, head = self.served_model.current()
+        validate_version(head, request.version)
+        validate_trace(request, model, tokenizer)
+        job = new_job_row("trace", model, request.model_dump(mode="json"), actor) | {
+            "subject": normalize_whitespace(request.subject)
         }
         return self.queue.submit([job], model, actor, idempotency, max_queued)[0]
 
-    def get(self, trace_id: str) -> Resource:
-        return self.queue.one("trace", trace_id)
+    def get(self, trace_id: str) -> ResourceDict:
+        return self.queue.get("trace", trace_id)
 
-    def page(self, cursor: str | None = None, limit: int = 50) -> Resource:
+    def page(self, cursor: str | None = None, limit: int = 50) -> ResourceDict:
         """{"items": newest first, "next": cursor or None}."""
         return self.queue.page("trace", cursor, limit)
 
-    def cancel(self, trace_id: str) -> Resource:
+    def cancel(self, trace_id: str) -> ResourceDict:
         """Stop a trace that waits or runs; harmless when it has ended."""
-        return self.queue.take_back("trace", trace_id, "")
+        return self.queue.cancel_or_revert("trace", trace_id, "")

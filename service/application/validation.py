@@ -8,53 +8,53 @@ from contextlib import contextmanager
 
 from tokenizers import Tokenizer
 
-from service.datasets.records import check_askable, read_records
+from service.datasets.records import check_record_fits, read_records
 from service.db.models import Model
 from service.errors import InvalidInput
-from service.kit.text import check_tokens, fill, token_span
-from service.recipes.recipe import Recipe, resolve
-from service.schemas import EditRequest, EvaluationRequest, SpeechRequest, TraceRequest, Version
+from service.kit.text import check_tokens, fill_prompt, token_span
+from service.recipes.recipe import Recipe, resolve_hparams
+from service.schemas import EditRequest, EvaluationRequest, TraceRequest, Version, WorkerGenerateRequest
 
-MAX_TOKEN = 2**31  #: no vocabulary comes near
-NOISE = re.compile(r"\d+(\.\d+)?sigma")
+MAX_TOKEN_ID = 2**31  #: no vocabulary comes near
+NOISE_PATTERN = re.compile(r"\d+(\.\d+)?sigma")
 
 
-def check_edit(request: EditRequest, model: Model, tokenizer: Tokenizer) -> None:
+def validate_edit(request: EditRequest, model: Model, tokenizer: Tokenizer) -> None:
     """All that can be known of an edit without computing it."""
     positions = model.info["positions"]
-    statement = fill(request.prompt, request.subject)
+    statement = fill_prompt(request.prompt, request.subject)
     for name in ("target_new", "target_true"):
         if (target := getattr(request, name)) is not None:
-            _check_target(tokenizer, statement.text, target, positions, name)
+            _validate_target(tokenizer, statement.text, target, positions, name)
     token_span(tokenizer.encode(statement.text).offsets, statement.span)
     for number, prompt in enumerate(request.probes.paraphrase):
-        with place(f"probes.paraphrase.{number}"):
-            text = fill(prompt, request.subject).text if "{}" in prompt else prompt
-            check_tokens(tokenizer, text, request.told, positions)
+        with error_path(f"probes.paraphrase.{number}"):
+            text = fill_prompt(prompt, request.subject).text if "{}" in prompt else prompt
+            check_tokens(tokenizer, text, request.target_object, positions)
     for number, neighbour in enumerate(request.probes.neighborhood):
-        with place(f"probes.neighborhood.{number}"):
+        with error_path(f"probes.neighborhood.{number}"):
             check_tokens(tokenizer, neighbour.prompt, neighbour.target, positions)
-    resolve(_recipe(model), request.hparams, model.info["layers"], request.method or "rome")
+    resolve_hparams(_recipe_of(model), request.hparams, model.info["layers"], request.method or "rome")
 
 
-def with_methods(requests: Sequence[EditRequest], model: Model) -> list[EditRequest]:
+def resolve_methods(requests: Sequence[EditRequest], model: Model) -> list[EditRequest]:
     """Every request with its method named: that of the recipe where several that name none come together."""
-    recipe = _recipe(model)
+    recipe = _recipe_of(model)
     method = recipe.many if recipe is not None and len(requests) > 1 else "rome"
     return [r if r.method else r.model_copy(update={"method": method}) for r in requests]
 
 
-def _recipe(model: Model) -> Recipe | None:
+def _recipe_of(model: Model) -> Recipe | None:
     return Recipe.model_validate(model.info["recipe"]) if model.info.get("recipe") else None
 
 
-def check_trace(request: TraceRequest, model: Model, tokenizer: Tokenizer) -> None:
+def validate_trace(request: TraceRequest, model: Model, tokenizer: Tokenizer) -> None:
     """All that can be known of a trace without running it."""
-    text, span = request.located()
+    text, span = request.text_and_subject_span()
     check_tokens(tokenizer, text, request.target, model.info["positions"])
     token_span(tokenizer.encode(text).offsets, span)
     noise = request.noise
-    if isinstance(noise, str) and not NOISE.fullmatch(noise):
+    if isinstance(noise, str) and not NOISE_PATTERN.fullmatch(noise):
         raise InvalidInput(
             '`noise` is a number, or a multiple of the embeddings\' deviation such as "3sigma".', "noise"
         )
@@ -62,10 +62,10 @@ def check_trace(request: TraceRequest, model: Model, tokenizer: Tokenizer) -> No
         raise InvalidInput("`noise` must not be negative, and finite.", "noise")
 
 
-def check_evaluation(request: EvaluationRequest, model: Model, tokenizer: Tokenizer) -> None:
+def validate_evaluation(request: EvaluationRequest, model: Model, tokenizer: Tokenizer) -> None:
     """All that can be known of an evaluation without running it; records of the model's own are left to the worker."""
-    resolve(_recipe(model), request.hparams, model.info["layers"], request.method)
-    request.check()
+    resolve_hparams(_recipe_of(model), request.hparams, model.info["layers"], request.method)
+    request.check_consistency()
     if (request.records is None) == (request.dataset is None):
         raise InvalidInput('give either `records` or `"dataset": "facts"`.', "records")
     if request.records is None:
@@ -76,51 +76,53 @@ def check_evaluation(request: EvaluationRequest, model: Model, tokenizer: Tokeni
         return
     for record in read_records(request.records, request.seed, request.limit):
         try:
-            check_askable(record, request.objective, tokenizer, model.info["positions"])
+            check_record_fits(record, request.objective, tokenizer, model.info["positions"])
         except InvalidInput as error:
             raise InvalidInput(f"{record.name}: {error.detail}", "records") from None
 
 
-def check_speech(request: SpeechRequest, model: Model, tokenizer: Tokenizer) -> None:
+def validate_generation(request: WorkerGenerateRequest, model: Model, tokenizer: Tokenizer) -> None:
     """Every prompt, given as text or as tokens, is one that the model can read and go on from."""
-    most = model.info["positions"] - min(1, request.max_new_tokens)
-    for prompt in request.spoken():
+    max_prompt_tokens = model.info["positions"] - min(1, request.max_new_tokens)
+    for prompt in request.prompts_or_ids():
         ids = tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
-        strange = next((i for i in ids if i > MAX_TOKEN or tokenizer.id_to_token(i) is None), None)
-        if strange is not None:
-            raise InvalidInput(f"the model's tokenizer has no token {strange}.", "prompt")
-        if not 0 < len(ids) <= most:
+        unknown_id = next((i for i in ids if i > MAX_TOKEN_ID or tokenizer.id_to_token(i) is None), None)
+        if unknown_id is not None:
+            raise InvalidInput(f"the model's tokenizer has no token {unknown_id}.", "prompt")
+        if not 0 < len(ids) <= max_prompt_tokens:
             raise InvalidInput(
                 f"the prompt has {len(ids)} tokens and the model has {model.info['positions']} positions: give it 1 to "
-                f"{most}.",
+                f"{max_prompt_tokens}.",
                 "prompt",
             )
 
 
-def _check_target(tokenizer: Tokenizer, text: str, target: str, positions: int, field: str) -> None:
+def _validate_target(tokenizer: Tokenizer, text: str, target: str, positions: int, field: str) -> None:
     try:
         check_tokens(tokenizer, text, target, positions)
     except InvalidInput as error:
         raise InvalidInput(error.detail, field if error.field == "target" else error.field) from None
 
 
-def check_version(head: int, version: Version, least: int | None = None, field: str = "version") -> None:
+def validate_version(
+    head: int, version: Version, min_version: int | None = None, field: str = "version"
+) -> None:
     number = {"head": head, "base": 0}.get(version, version) if isinstance(version, str) else version
     if not isinstance(number, int) or not 0 <= number <= head:
         raise InvalidInput(
             f"there is no version {version}: the newest is {head}, the base model is 0.", field
         )
-    if least is not None and least > head:
-        raise InvalidInput(f"there is no version {least} yet: the newest is {head}.", "min_version")
-    if least is not None and least > number:
-        raise InvalidInput(f"version {number} is older than the `min_version` {least}.", "min_version")
+    if min_version is not None and min_version > head:
+        raise InvalidInput(f"there is no version {min_version} yet: the newest is {head}.", "min_version")
+    if min_version is not None and min_version > number:
+        raise InvalidInput(f"version {number} is older than the `min_version` {min_version}.", "min_version")
 
 
 @contextmanager
-def place(where: str) -> Iterator[None]:
+def error_path(path: str) -> Iterator[None]:
     """Errors inside name the part of the request that they speak of."""
     try:
         yield
     except InvalidInput as error:
-        names = [name for name in (where, error.field) if name]
+        names = [name for name in (path, error.field) if name]
         raise InvalidInput(error.detail, ".".join(names), **error.extra) from None

@@ -13,13 +13,13 @@ import torch
 
 from service.errors import Misconfigured
 from service.kit.ids import new_id
-from service.kit.steps import Steps
+from service.kit.steps import Stepper
 from service.kit.text import separator
 from service.models.loading import LoadedModel
 from service.models.sampling import sample_texts
 
-HUB = "hub:"  # what stands before the name of a public data set
-SAMPLES = "samples"  # what asks for the model's own samples
+HUB_PREFIX = "hub:"  # what stands before the name of a public data set
+OWN_SAMPLES = "samples"  # what asks for the model's own samples
 SAMPLE_LENGTH = 48  # tokens of one of the model's own samples
 
 
@@ -33,57 +33,62 @@ class Corpus:
         return hashlib.sha256("\n\x00".join(self.texts).encode()).hexdigest()
 
 
-def _from_facts(path: Path) -> list[str]:
+def _facts_as_sentences(path: Path) -> list[str]:
     """Statements of the model's table: its first trained wordings, one after another over all facts."""
     rows = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines() if x]
     texts = []
-    for turn in range(4):
+    for wording in range(4):
         for row in rows:
-            prompt = row["prompts"][turn % len(row["prompts"])].replace("{}", row["subject"])
+            prompt = row["prompts"][wording % len(row["prompts"])].replace("{}", row["subject"])
             texts.append(prompt + separator(prompt, row["object"]) + row["object"] + ".")
     return texts
 
 
-def corpus_steps(
-    model: LoadedModel, size: int, file: Path | None, seed: int = 0, folder: Path | None = None
-) -> Steps[Corpus]:
+def load_corpus(
+    model: LoadedModel, max_tokens: int, file: Path | None, seed: int = 0, folder: Path | None = None
+) -> Stepper[Corpus]:
     """About `size` tokens of text. What is named comes first: a file or a folder, a text a line, or "hub:NAME" for a data set on a
     hub; then facts.jsonl beside the model, then the model's own samples. "samples" names those."""
-    named = str(file) if file is not None else ""
-    if named.startswith(HUB):
+    source_name = str(file) if file is not None else ""
+    if source_name.startswith(HUB_PREFIX):
         return Corpus(
-            f"the data set {named.removeprefix(HUB)}", _limit(model, _from_hub(named.removeprefix(HUB)), size)
+            f"the data set {source_name.removeprefix(HUB_PREFIX)}",
+            _limit_tokens(model, _stream_hub_dataset(source_name.removeprefix(HUB_PREFIX)), max_tokens),
         )
-    if file is not None and named != SAMPLES:
+    if file is not None and source_name != OWN_SAMPLES:
         kind = "folder" if file.is_dir() else "file"
-        return Corpus(f"the {kind} {file.name}", _limit(model, _lines(file), size))
+        return Corpus(f"the {kind} {file.name}", _limit_tokens(model, _read_lines(file), max_tokens))
     facts = model.folder / "facts.jsonl" if model.folder else None
-    if named != SAMPLES and facts is not None and facts.exists():
-        return Corpus("the model's table of facts", _limit(model, _from_facts(facts), size))
-    texts = yield from _samples_steps(model, size, folder, seed)
+    if source_name != OWN_SAMPLES and facts is not None and facts.exists():
+        return Corpus(
+            "the model's table of facts", _limit_tokens(model, _facts_as_sentences(facts), max_tokens)
+        )
+    texts = yield from _sample_corpus(model, max_tokens, folder, seed)
     return Corpus("the model's own samples", tuple(texts))
 
 
-def _samples_steps(model: LoadedModel, size: int, folder: Path | None, seed: int) -> Steps[list[str]]:
+def _sample_corpus(model: LoadedModel, max_tokens: int, folder: Path | None, seed: int) -> Stepper[list[str]]:
     """The model's own samples; made once for a folder, since they take a minute or more."""
-    length = min(SAMPLE_LENGTH, model.positions)
-    made_of = f"{model.fingerprint} {size} {seed} {length}"
-    path = folder / f"samples-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.json" if folder else None
+    length = min(SAMPLE_LENGTH, model.max_positions)
+    fingerprint = f"{model.fingerprint} {max_tokens} {seed} {length}"
+    path = (
+        folder / f"samples-{hashlib.sha256(fingerprint.encode()).hexdigest()[:32]}.json" if folder else None
+    )
     if path is not None and path.exists():
         return [str(text) for text in json.loads(path.read_text(encoding="utf-8"))]
     generator = torch.Generator().manual_seed(seed)
     texts = yield from sample_texts(
-        model, count=-(-size // length), length=length, generator=generator, phase="text"
+        model, count=-(-max_tokens // length), length=length, generator=generator, phase="text"
     )
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix("." + new_id("part"))  # other workers may share the folder
-        part.write_text(json.dumps(texts), encoding="utf-8")
-        part.replace(path)
+        temporary = path.with_suffix("." + new_id("part"))  # other workers may share the folder
+        temporary.write_text(json.dumps(texts), encoding="utf-8")
+        temporary.replace(path)
     return texts
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _read_lines(path: Path) -> Iterator[str]:
     """The lines of a file, or of the .txt files of a folder in the order of their names; empty ones are left out."""
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
@@ -98,7 +103,7 @@ def _lines(path: Path) -> Iterator[str]:
             raise Misconfigured(f"the corpus {str(file)!r} cannot be read: {error}") from error
 
 
-def _from_hub(name: str) -> Iterator[str]:
+def _stream_hub_dataset(name: str) -> Iterator[str]:
     """Texts of a public data set, streamed: NAME or NAME/CONFIGURATION, such as "Salesforce/wikitext/wikitext-103-raw-v1"."""
     try:
         from datasets import load_dataset
@@ -117,11 +122,11 @@ def _from_hub(name: str) -> Iterator[str]:
         ) from error
 
 
-def _limit(model: LoadedModel, texts: Iterable[str], size: int) -> tuple[str, ...]:
-    chosen, total = [], 0
+def _limit_tokens(model: LoadedModel, texts: Iterable[str], max_tokens: int) -> tuple[str, ...]:
+    selected, total = [], 0
     for text in texts:
-        if total >= size:
+        if total >= max_tokens:
             break
-        chosen.append(text)
+        selected.append(text)
         total += len(model.encode(text)[0])
-    return tuple(chosen)
+    return tuple(selected)

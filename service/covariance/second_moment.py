@@ -8,13 +8,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from service.models.precision import double_device
+from service.models.precision import fp64_device
 
-BLOCKS = 6  # C is accumulated in so many columns of blocks, each from its diagonal down
-SMALL = 256  # a block is not narrower
+MAX_BLOCKS = 6  # C is accumulated in so many columns of blocks, each from its diagonal down
+MIN_BLOCK_WIDTH = 256  # a block is not narrower
 
 
-class MomentSum:
+class SecondMomentAccumulator:
     """A running sum of k k^T over tokens. Uncentred; divided by the number of tokens.
 
     Keys are widened and multiplied in fp64 where they are, so that they never travel; only the finished moment comes to
@@ -24,7 +24,7 @@ class MomentSum:
     """
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        self.device = double_device(torch.device(device))
+        self.device = fp64_device(torch.device(device))
         self.total = torch.zeros(
             size, size, dtype=torch.float64, device=self.device
         )  # read from the diagonal down
@@ -41,22 +41,22 @@ class MomentSum:
         """C, (D, D), on the CPU."""
         if not self.count:
             raise ValueError("no keys were added")
-        whole = (self.total / self.count).cpu()
+        moment = (self.total / self.count).cpu()
         for block in self._blocks():
-            corner = whole[block, block]
-            whole[block, block] = corner.tril() + corner.tril(-1).T
-            whole[block, block.stop :] = whole[block.stop :, block].T
-        return whole
+            diagonal_block = moment[block, block]
+            moment[block, block] = diagonal_block.tril() + diagonal_block.tril(-1).T
+            moment[block, block.stop :] = moment[block.stop :, block].T
+        return moment
 
     def _blocks(self) -> list[slice]:
         """The columns, cut into blocks."""
         size = len(self.total)
-        step = max(SMALL, -(-size // BLOCKS))
+        step = max(MIN_BLOCK_WIDTH, -(-size // MAX_BLOCKS))
         return [slice(at, min(at + step, size)) for at in range(0, size, step)]
 
 
 @dataclass(frozen=True)
-class Statistics:
+class KeyStatistics:
     """C of one layer, (D, D) fp64, and all that it was made from."""
 
     layer: int
@@ -80,11 +80,11 @@ class Statistics:
         one key the copy costs several times the solve, and tens of times where its pages are not yet mapped.
         """
         columns = keys.to("cpu", torch.float64)
-        one = columns.ndim == 1
+        single_key = columns.ndim == 1
         lower = self.cholesky
-        half = torch.linalg.solve_triangular(lower, columns[:, None] if one else columns, upper=False)
+        half = torch.linalg.solve_triangular(lower, columns[:, None] if single_key else columns, upper=False)
         solved: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
-        return solved[:, 0] if one else solved
+        return solved[:, 0] if single_key else solved
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
@@ -92,13 +92,13 @@ class Statistics:
         values, vectors = torch.linalg.eigh(self.moment)
         return values, vectors
 
-    def rank(self, threshold: float) -> int:
+    def projection_rank(self, threshold: float) -> int:
         """How many directions the projection keeps; all or none of D means that it says nothing."""
         return int((self.spectrum[0] < threshold).sum())
 
     def project(self, keys: Tensor, threshold: float) -> Tensor:
         """P k for a key (D,) or keys as columns (D, n), in fp64: onto the directions in which E[(k^T e)^2] < threshold (AlphaEdit,
         Fang et al. 2025, Eq. 8; methods C.3)."""
-        null = self.spectrum[1][:, : self.rank(threshold)]
+        null = self.spectrum[1][:, : self.projection_rank(threshold)]
         projected: Tensor = null @ (null.T @ keys.to("cpu", torch.float64))
         return projected

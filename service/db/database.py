@@ -21,20 +21,20 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.errors import Misconfigured, Unavailable
 
-MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
-LOCK_KEY = 0x70616C696D70  # any number will do, as long as every process takes the same
-BUSY_SECONDS = 30
+MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
+MIGRATION_LOCK_KEY = 0x70616C696D70  # any number will do, as long as every process takes the same
+SQLITE_BUSY_TIMEOUT = 30
 
 log = logging.getLogger(__name__)
 
 #: how long PostgreSQL lets a session of ours go on: a worker that froze while it held the ledger must not stop the others
-LIMITS = {
+POSTGRES_TIMEOUTS = {
     "idle_in_transaction_session_timeout": "10s",
     "lock_timeout": "15s",
     "statement_timeout": "30s",
 }
 #: how a connection to nowhere is noticed; the URL may say otherwise
-CONNECTING = {
+POSTGRES_CONNECT_ARGS = {
     "connect_timeout": 5,
     "keepalives": 1,
     "keepalives_idle": 10,
@@ -42,7 +42,7 @@ CONNECTING = {
     "keepalives_count": 3,
     "tcp_user_timeout": 20_000,  # milliseconds
 }
-POOL = {
+POSTGRES_POOL_OPTIONS = {
     "pool_pre_ping": True,
     "pool_size": 10,
     "max_overflow": 20,
@@ -50,7 +50,7 @@ POOL = {
     "pool_recycle": 1800,
 }
 #: what a driver's error means for a person, by SQLSTATE; the driver's own words name addresses and users
-MEANING = {
+SQLSTATE_MESSAGES = {
     "40001": "the database is busy: others write the same rows. Try again.",
     "40P01": "the database is busy: others write the same rows. Try again.",
     "55P03": "the database is busy: others hold the same rows for long. Try again.",
@@ -59,87 +59,95 @@ MEANING = {
     "53100": "the database has no room left: free some on its disk.",
     "53300": "the database takes no more connections: raise its max_connections, or run fewer processes.",
 }
-NO_ANSWER = "the database does not answer: see that it runs and can be reached."
-UNKNOWN_OUTCOME = (
+UNREACHABLE_MESSAGE = "the database does not answer: see that it runs and can be reached."
+UNKNOWN_OUTCOME_MESSAGE = (
     "the database went away while it wrote this down, and nobody knows whether it did: look before you ask again, or "
     "send requests with an Idempotency-Key, which can be repeated without harm."
 )
 
 # Alembic keeps its context in module globals, so one process migrates one database at a time.
-_migrating = threading.Lock()
+_migration_lock = threading.Lock()
 
 
 class Database:
     """Safe to share between threads. Opens no connection before the first use."""
 
     def __init__(self, url: str) -> None:
-        self.engine = _engine(url)
-        self.sqlite = self.engine.dialect.name == "sqlite"
-        reading: dict[str, Any] = {"reading": True} if self.sqlite else {"isolation_level": "REPEATABLE READ"}
-        alone: dict[str, Any] = {"reading": True} if self.sqlite else {"isolation_level": "AUTOCOMMIT"}
-        self._alone = self.engine.execution_options(**alone)
-        self._write = sessionmaker(self.engine, expire_on_commit=False)
-        self._read = sessionmaker(self.engine.execution_options(**reading), expire_on_commit=False)
+        self.engine = _create_engine(url)
+        self.is_sqlite = self.engine.dialect.name == "sqlite"
+        read_options: dict[str, Any] = (
+            {"reading": True} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        )
+        autocommit_options: dict[str, Any] = (
+            {"reading": True} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
+        )
+        self._autocommit_engine = self.engine.execution_options(**autocommit_options)
+        self._write_sessionmaker = sessionmaker(self.engine, expire_on_commit=False)
+        self._read_sessionmaker = sessionmaker(
+            self.engine.execution_options(**read_options), expire_on_commit=False
+        )
 
     def migrate(self, revision: str = "head") -> None:
         """Bring the tables to a revision, up or down ("base" takes them away). Whoever comes second waits, and finds it done.
 
         Raises Misconfigured when the tables are of a newer release, or there is no such revision.
         """
-        with _migrating, self._reachable(), self.engine.begin() as connection:
-            if not self.sqlite:  # SQLite's BEGIN IMMEDIATE is the lock
+        with _migration_lock, self._translate_outages(), self.engine.begin() as connection:
+            if not self.is_sqlite:  # SQLite's BEGIN IMMEDIATE is the lock
                 connection.execute(text("SET LOCAL statement_timeout = 0"))
                 connection.execute(text("SET LOCAL lock_timeout = '10min'"))
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK_KEY})
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK_KEY})
             config = alembic_config(connection)
-            at = MigrationContext.configure(connection).get_current_revision()
-            move = command.downgrade if _is_down(config, at, revision) else command.upgrade
-            move(config, revision)
+            current_revision = MigrationContext.configure(connection).get_current_revision()
+            migrate_command = (
+                command.downgrade if _is_downgrade(config, current_revision, revision) else command.upgrade
+            )
+            migrate_command(config, revision)
 
     def revision(self) -> str | None:
         """Where the tables stand; None before the first migration."""
-        with self._reachable(), self.engine.connect() as connection:
+        with self._translate_outages(), self.engine.connect() as connection:
             return MigrationContext.configure(connection).get_current_revision()
 
     @contextmanager
-    def session(self) -> Iterator[Session]:
+    def write_session(self) -> Iterator[Session]:
         """One transaction that writes: committed at the end, rolled back when an exception passes through.
 
         A connection that is lost during the commit is Unavailable with `outcome="unknown"`: it may have been written.
         """
         committing = False
         try:
-            with self._reachable(), self._write.begin() as session:
+            with self._translate_outages(), self._write_sessionmaker.begin() as session:
                 yield session
                 session.flush()
                 committing = True
         except Unavailable as error:
-            if committing and error.detail == NO_ANSWER:
-                raise Unavailable(UNKNOWN_OUTCOME, outcome="unknown") from error
+            if committing and error.detail == UNREACHABLE_MESSAGE:
+                raise Unavailable(UNKNOWN_OUTCOME_MESSAGE, outcome="unknown") from error
             raise
 
     @contextmanager
-    def read(self, long: bool = False) -> Iterator[Session]:
+    def read_session(self, no_idle_timeout: bool = False) -> Iterator[Session]:
         """One transaction that sees one moment of the database and waits for no writer.
 
         A `long` one may think between its questions: it holds nothing that others wait for.
         """
-        with self._reachable(), self._read.begin() as session:
-            if long and not self.sqlite:
+        with self._translate_outages(), self._read_sessionmaker.begin() as session:
+            if no_idle_timeout and not self.is_sqlite:
                 session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
             yield session
 
     @contextmanager
-    def glance(self) -> Iterator[Connection]:
+    def autocommit_read(self) -> Iterator[Connection]:
         """For one question alone: PostgreSQL is asked once, with no transaction around it. The fastest way to look."""
-        with self._reachable(), self._alone.connect() as connection:
+        with self._translate_outages(), self._autocommit_engine.connect() as connection:
             yield connection
 
     def close(self) -> None:
         self.engine.dispose()
 
     @contextmanager
-    def _reachable(self) -> Iterator[None]:
+    def _translate_outages(self) -> Iterator[None]:
         try:
             yield
         except (DBAPIError, PoolTimeout) as error:
@@ -149,59 +157,59 @@ class Database:
             log.warning(
                 "database failed", extra={"error": type(cause).__name__, "detail": str(cause).strip()}
             )
-            raise Unavailable(_meaning(error)) from error
+            raise Unavailable(_outage_message(error)) from error
 
 
 def _is_outage(error: DBAPIError | PoolTimeout) -> bool:
     """Whether the database is at fault, and not what it was asked."""
-    if _sqlite_name(error) == "SQLITE_ERROR":  # it calls a statement that is wrong by the same class
+    if _sqlite_error_name(error) == "SQLITE_ERROR":  # it calls a statement that is wrong by the same class
         return False
     outages = (OperationalError, InterfaceError, InternalError, PoolTimeout)
     return isinstance(error, outages) or bool(getattr(error, "connection_invalidated", False))
 
 
-def _sqlite_name(error: DBAPIError | PoolTimeout) -> str:
+def _sqlite_error_name(error: DBAPIError | PoolTimeout) -> str:
     return str(getattr(getattr(error, "orig", None), "sqlite_errorname", ""))
 
 
-def _meaning(error: DBAPIError | PoolTimeout) -> str:
+def _outage_message(error: DBAPIError | PoolTimeout) -> str:
     """What happened, for a person: never the driver's text."""
     if isinstance(error, PoolTimeout):
         return "the database is busy: all connections to it are in use. Try again."
-    if _sqlite_name(error).startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return MEANING["55P03"]
-    if _sqlite_name(error) == "SQLITE_FULL":
-        return MEANING["53100"]
-    return MEANING.get(getattr(error.orig, "sqlstate", None) or "", NO_ANSWER)
+    if _sqlite_error_name(error).startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return SQLSTATE_MESSAGES["55P03"]
+    if _sqlite_error_name(error) == "SQLITE_FULL":
+        return SQLSTATE_MESSAGES["53100"]
+    return SQLSTATE_MESSAGES.get(getattr(error.orig, "sqlstate", None) or "", UNREACHABLE_MESSAGE)
 
 
-def _is_down(config: Config, at: str | None, to: str) -> bool:
+def _is_downgrade(config: Config, current: str | None, target: str) -> bool:
     """Whether the way from one revision to another leads back."""
     scripts = ScriptDirectory.from_config(config).walk_revisions("base", "head")  # newest first
-    known: list[str | None] = [None, *reversed([s.revision for s in scripts])]
-    if at not in known:
+    revisions: list[str | None] = [None, *reversed([s.revision for s in scripts])]
+    if current not in revisions:
         raise Misconfigured(
-            f"the database is at revision {at}, which this release does not know: a newer one has migrated it. Run that "
+            f"the database is at revision {current}, which this release does not know: a newer one has migrated it. Run that "
             "release, or let it go back first with `palimpsest migrate --to REVISION`."
         )
-    if to in ("base", "head"):
-        return to == "base"
-    if to not in known:
+    if target in ("base", "head"):
+        return target == "base"
+    if target not in revisions:
         raise Misconfigured(
-            f"there is no revision {to}: this release knows {', '.join(filter(None, known))}."
+            f"there is no revision {target}: this release knows {', '.join(filter(None, revisions))}."
         )
-    return known.index(to) < known.index(at)
+    return revisions.index(target) < revisions.index(current)
 
 
 def alembic_config(connection: Connection) -> Config:
     """Alembic on a connection of ours; there is no alembic.ini."""
     config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("script_location", str(MIGRATIONS_DIR).replace("%", "%%"))
     config.attributes["connection"] = connection
     return config
 
 
-def _engine(url: str) -> Engine:
+def _create_engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -211,32 +219,32 @@ def _engine(url: str) -> Engine:
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername == "postgresql+psycopg":
-        return _postgres(parsed)
+        return _create_postgres_engine(parsed)
     if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise Misconfigured(f"database_url names {parsed.drivername!r}: use postgresql:// or sqlite:///")
     if parsed.database in (None, "", ":memory:"):
         raise Misconfigured(
             "SQLite in memory is lost with its connection: name a file, sqlite:////path/to/file"
         )
-    return _sqlite(parsed)
+    return _create_sqlite_engine(parsed)
 
 
-def _postgres(url: URL) -> Engine:
-    connecting = {name: value for name, value in CONNECTING.items() if name not in url.query}
-    engine = create_engine(url, connect_args=connecting, hide_parameters=True, **POOL)
+def _create_postgres_engine(url: URL) -> Engine:
+    connect_args = {name: value for name, value in POSTGRES_CONNECT_ARGS.items() if name not in url.query}
+    engine = create_engine(url, connect_args=connect_args, hide_parameters=True, **POSTGRES_POOL_OPTIONS)
     event.listen(engine, "connect", _set_up_postgres)
     return engine
 
 
 def _set_up_postgres(connection: Any, _: Any) -> None:
     with connection.cursor() as cursor:
-        cursor.execute("; ".join(f"SET {name} = '{value}'" for name, value in LIMITS.items()))
+        cursor.execute("; ".join(f"SET {name} = '{value}'" for name, value in POSTGRES_TIMEOUTS.items()))
     connection.commit()  # or the rollback of the first transaction would take them back
 
 
-def _sqlite(url: URL) -> Engine:
-    connecting = {"timeout": BUSY_SECONDS, "check_same_thread": False}
-    engine = create_engine(url, connect_args=connecting, hide_parameters=True)  # parameters are users' text
+def _create_sqlite_engine(url: URL) -> Engine:
+    connect_args = {"timeout": SQLITE_BUSY_TIMEOUT, "check_same_thread": False}
+    engine = create_engine(url, connect_args=connect_args, hide_parameters=True)  # parameters are users' text
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-NAMES = {
+NAMING_CONVENTION = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
     "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
@@ -27,31 +27,31 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """The value as JSON can say it: tuples become lists, and NaN and the infinities, which it lacks, become null."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_json_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [to_json_value(v) for v in value]
     return value
 
 
-class Json(TypeDecorator[Any]):
+class JsonText(TypeDecorator[Any]):
     """Any JSON value as text; None is SQL's NULL."""
 
     impl = Text
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
-        return None if value is None else json.dumps(plain(value), allow_nan=False)
+        return None if value is None else json.dumps(to_json_value(value), allow_nan=False)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
         return None if value is None else json.loads(value)
 
 
-class Utc(TypeDecorator[datetime]):
+class UtcDateTime(TypeDecorator[datetime]):
     """A moment. SQLite drops the zone, which is put back on reading."""
 
     impl = DateTime(timezone=True)
@@ -66,18 +66,18 @@ class Utc(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-class Table(DeclarativeBase):
-    metadata = MetaData(naming_convention=NAMES)
+class Base(DeclarativeBase):
+    metadata = MetaData(naming_convention=NAMING_CONVENTION)
     type_annotation_map = {
         str: Text,
-        datetime: Utc,
-        dict[str, Any]: Json,
-        list[str]: Json,
+        datetime: UtcDateTime,
+        dict[str, Any]: JsonText,
+        list[str]: JsonText,
         bytes: LargeBinary,
     }
 
 
-class Model(Table):
+class Model(Base):
     """A model that some worker has had resident."""
 
     __tablename__ = "models"
@@ -90,7 +90,7 @@ class Model(Table):
     registered: Mapped[datetime]  #: when a worker last came up with it
 
 
-class Job(Table):
+class Job(Base):
     """An edit, a trace or an evaluation, from the moment it is accepted. The row is the truth about it."""
 
     __tablename__ = "jobs"
@@ -113,9 +113,9 @@ class Job(Table):
     attempts: Mapped[int] = mapped_column(default=0)  #: the fence: a write of an older attempt is refused
     worker: Mapped[str | None]
     cancel_requested: Mapped[bool] = mapped_column(default=False)
-    progress: Mapped[dict[str, Any] | None] = mapped_column(Json)
-    result: Mapped[dict[str, Any] | None] = mapped_column(Json)
-    error: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    progress: Mapped[dict[str, Any] | None] = mapped_column(JsonText)
+    result: Mapped[dict[str, Any] | None] = mapped_column(JsonText)
+    error: Mapped[dict[str, Any] | None] = mapped_column(JsonText)
     subject: Mapped[str]  #: up to white space; of an evaluation, what it evaluates in a few words
     fact_key: Mapped[
         str | None
@@ -129,7 +129,7 @@ class Job(Table):
     )  #: given up after too many attempts; a person may retry it
 
 
-class Factors(Table):
+class StoredFactors(Base):
     """The vectors of an applied edit, as safetensors."""
 
     __tablename__ = "factors"
@@ -139,7 +139,7 @@ class Factors(Table):
     sha256: Mapped[str]
 
 
-class Part(Table):
+class JobArtifact(Base):
     """Something that is kept of a job while it is open (`service/jobs/artifacts.py`)."""
 
     __tablename__ = "parts"
@@ -149,7 +149,7 @@ class Part(Table):
     data: Mapped[bytes]
 
 
-class LedgerEntry(Table):
+class LedgerEntry(Base):
     """What was applied and reverted; rows are only ever added (`service/ledger/ledger.py`)."""
 
     __tablename__ = "ledger"
@@ -167,7 +167,7 @@ class LedgerEntry(Table):
     hash: Mapped[str]
 
 
-class Attestation(Table):
+class Attestation(Base):
     """The digest of a worker's weights at a version."""
 
     __tablename__ = "attestations"
@@ -181,7 +181,7 @@ class Attestation(Table):
     withdrawn: Mapped[datetime | None]  #: when the worker was outvoted and took itself out
 
 
-class IdempotencyKey(Table):
+class IdempotencyKey(Base):
     """What a request with this key made the first time."""
 
     __tablename__ = "idempotency"
@@ -194,7 +194,7 @@ class IdempotencyKey(Table):
     created: Mapped[datetime]
 
 
-class Worker(Table):
+class Worker(Base):
     """A worker process. Its heartbeat says whether it lives."""
 
     __tablename__ = "workers"
@@ -211,7 +211,7 @@ class Worker(Table):
     reason: Mapped[str | None]  #: why the worker took itself out; None while it serves
 
 
-class ApiKey(Table):
+class ApiKey(Base):
     """A key that opens the HTTP door. Of the secret only a digest is kept."""
 
     __tablename__ = "api_keys"

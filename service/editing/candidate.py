@@ -12,39 +12,48 @@ from typing import Any
 
 import torch
 
-from service.editing.conflicts import Rival, rivals_steps
-from service.editing.context import Toolkit
-from service.editing.methods.rome import Found
-from service.editing.probes import Answer, Question, answers_steps, effect, exp, holds, keeps, question_of
-from service.engine.decoding import Batch, Row, row
-from service.engine.versioned_model import Replica
+from service.editing.conflicts import ConflictCandidate, find_conflict_candidates
+from service.editing.context import EditorContext
+from service.editing.methods.rome import EditFactors
+from service.editing.probes import (
+    Probe,
+    ProbeResult,
+    edit_holds,
+    effect_share,
+    neighbor_preserved,
+    probability_of,
+    probe_of_entry,
+    run_probes,
+)
+from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence
+from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
-from service.kit.steps import Progress, Steps
+from service.kit.steps import Progress, Stepper
 from service.kit.text import fact_key
-from service.models.loading import LoadedModel, Site
-from service.models.scoring import perplexity_steps
-from service.recipes.recipe import Climb, Parameters, climb
+from service.models.loading import LoadedModel, WeightRef
+from service.models.scoring import compute_perplexity
+from service.recipes.recipe import Parameters, StrengthSchedule, strength_schedule
 from service.schemas import EditRequest, Objective, Sampling
-from service.weights.capacity import rooms_steps
-from service.weights.composition import Association, Change, Piece, compose, norm_ratio
+from service.weights.capacity import measure_capacities
+from service.weights.composition import Association, EditUpdate, WeightDelta, compose, norm_ratio
 
-WATCHED = 64  # active edits that an edit looks at for damage: those of its subject, then those whose keys are nearest
-SAID = 8  # tokens of what the model says, shown to people
+MAX_REGRESSION_PROBES = 64  # active edits that an edit looks at for damage: those of its subject, then those whose keys are nearest
+PREVIEW_TOKENS = 8  # tokens of what the model says, shown to people
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResolvedEdit:
     """An edit's request, resolved."""
 
     request: EditRequest
     parameters: Parameters
-    rewrite: Question
-    paraphrase: list[Question]
-    neighborhood: list[Question]
+    rewrite_probe: Probe
+    paraphrase_probes: list[Probe]
+    neighborhood_probes: list[Probe]
 
     @property
-    def questions(self) -> list[Question]:
-        return [self.rewrite, *self.paraphrase, *self.neighborhood]
+    def probes(self) -> list[Probe]:
+        return [self.rewrite_probe, *self.paraphrase_probes, *self.neighborhood_probes]
 
     @property
     def method(self) -> str:
@@ -56,42 +65,46 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Draft:
+class CandidateEdit:
     """An edit that has not landed: what is asked for, and what was found on the base model."""
 
-    plan: Plan
-    found: Found
+    resolved_edit: ResolvedEdit
+    factors: EditFactors
 
 
 @dataclass(frozen=True)
-class Measured:
+class VersionMeasurement:
     """Answers to a plan's questions, what the model says, the perplexity, and which watched edits hold."""
 
-    answers: list[Answer]
-    says: str
+    probe_results: list[ProbeResult]
+    preview_text: str
     perplexity: float
-    holding: set[str]
-    bare: Answer | None = (
+    holding_edits: set[str]
+    rewrite_without_superseded: ProbeResult | None = (
         None  #: to the plan's own question, where it differs when what the edit supersedes is left out
     )
 
 
 @dataclass(frozen=True)
-class Stand:
+class Baseline:
     """A version that edits are tried on: who stays active beside them, whom to watch, and how things are before."""
 
     version: int
-    others: list[Piece]
-    composed: dict[Site, Change]  #: these, as changes of their weights
-    watched: dict[str, Question]
-    before: list[Measured]  #: for each draft
-    conflicts: list[list[Rival]]  #: of each draft, with active edits that say its relation in other words
-    room: list[dict[int, float]]  #: by layer, what the others leave of each draft's key
+    active_updates: list[EditUpdate]
+    weight_deltas: dict[WeightRef, WeightDelta]  #: these, as changes of their weights
+    regression_probes: dict[str, Probe]
+    measurements: list[VersionMeasurement]  #: for each draft
+    conflicts: list[
+        list[ConflictCandidate]
+    ]  #: of each draft, with active edits that say its relation in other words
+    capacity: list[dict[int, float]]  #: by layer, what the others leave of each draft's key
 
-    def climb(self, plan: Plan, model: LoadedModel) -> Climb:
+    def strength_schedule(self, resolved_edit: ResolvedEdit, model: LoadedModel) -> StrengthSchedule:
         """What is tried in turn for an edit beside the others."""
-        active = len({p.edit for p in self.others}) + len(self.before)
-        return climb(plan.parameters, plan.parameters.strengths, active, model.inner_width)
+        active = len({p.edit for p in self.active_updates}) + len(self.measurements)
+        return strength_schedule(
+            resolved_edit.parameters, resolved_edit.parameters.strengths, active, model.intermediate_size
+        )
 
 
 @dataclass(frozen=True)
@@ -105,239 +118,314 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Trial:
+class GuardResult:
     """What the version with the edit in it would be."""
 
     strength: float
-    before: Measured
-    after: Measured
+    before: VersionMeasurement
+    after: VersionMeasurement
     checks: list[Check]
-    norm_ratio: dict[Site, float]
-    broken: list[str]
+    norm_ratio: dict[WeightRef, float]
+    regressed_edits: list[str]
     objective: Objective = "write"
-    conflicts: tuple[Rival, ...] = ()
+    conflicts: tuple[ConflictCandidate, ...] = ()
     supersedes: tuple[str, ...] = ()
-    room: dict[int, float] = field(default_factory=dict)
-    leads: bool = True  #: by the margin that the recipe asks for
+    capacity: dict[int, float] = field(default_factory=dict)
+    has_margin: bool = True  #: by the margin that the recipe asks for
 
     @property
     def passed(self) -> bool:
         return all(c.passed for c in self.checks)
 
     @property
-    def took(self) -> bool:
-        named = ("efficacy", "probability", "paraphrase")
-        return self.leads and all(c.passed for c in self.checks if c.name in named)
+    def effective(self) -> bool:
+        effectiveness_checks = ("efficacy", "probability", "paraphrase")
+        return self.has_margin and all(c.passed for c in self.checks if c.name in effectiveness_checks)
 
     @property
-    def spoken(self) -> bool:
+    def accepted(self) -> bool:
         """Whether the model says the new object, and nothing speaks against it: no other strength is wanted."""
-        return self.passed and self.leads and (self.after.answers[0].says_new or self.objective == "erase")
+        return (
+            self.passed
+            and self.has_margin
+            and (self.after.probe_results[0].new_is_greedy or self.objective == "erase")
+        )
 
 
-def stand_steps(replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], version: int) -> Steps[Stand]:
+def measure_baseline(
+    replica: VersionedModel, context: EditorContext, candidates: Sequence[CandidateEdit], version: int
+) -> Stepper[Baseline]:
     """Measure a version before these edits.
 
     An older edit of the same fact is superseded, and so is one in conflict where that is asked for: it is left out, as it will
     be at the new version.
     """
-    facts = {d.plan.fact for d in drafts}
-    kept = {
+    facts = {d.resolved_edit.fact for d in candidates}
+    bodies = {
         edit: body
         for edit, body in replica.ledger.active_at(version)
         if fact_key(str(body["subject"]), str(body["prompt"])) not in facts
     }
-    everything = replica.active(version)
-    conflicts = yield from _conflicts_steps(replica, drafts, kept, everything)
-    named = {e for d, found in zip(drafts, conflicts, strict=True) for e in superseded(d.plan, found)}
-    kept = {edit: body for edit, body in kept.items() if edit not in named}
-    active = {edit: everything[edit] for edit in kept}
-    watched = {edit: question_of(kept[edit]) for edit in _nearest(active, drafts)}
-    plans = [d.plan for d in drafts]
+    active_updates = replica.active_updates(version)
+    conflicts = yield from _find_conflicts(replica, candidates, bodies, active_updates)
+    superseded_ids = {
+        e
+        for d, found in zip(candidates, conflicts, strict=True)
+        for e in superseded_by_conflict(d.resolved_edit, found)
+    }
+    bodies = {edit: body for edit, body in bodies.items() if edit not in superseded_ids}
+    active = {edit: active_updates[edit] for edit in bodies}
+    regression_probes = {edit: probe_of_entry(bodies[edit]) for edit in _nearest_edits(active, candidates)}
+    resolved_edits = [d.resolved_edit for d in candidates]
     weights = replica.weights(version)
-    before = yield from replica.standing(weights, measure_steps(replica, toolkit, plans, watched, version))
-    others = [a for group in active.values() for a in group]
-    if len(active) < len(everything) and any(p.request.objective != "write" for p in plans):
-        asked = answers_steps(replica.base, [p.rewrite for p in plans])
-        bare = yield from replica.standing(replica.composed(others), asked)
-        before = [replace(m, bare=answer) for m, answer in zip(before, bare, strict=True)]
-    room = yield from rooms_steps([d.found.pieces for d in drafts], others)
+    measurements = yield from replica.step_with_weights(
+        weights, measure_version(replica, context, resolved_edits, regression_probes, version)
+    )
+    other_updates = [a for group in active.values() for a in group]
+    if len(active) < len(active_updates) and any(p.request.objective != "write" for p in resolved_edits):
+        rewrite_probing = run_probes(replica.base, [p.rewrite_probe for p in resolved_edits])
+        bare_results = yield from replica.step_with_weights(
+            replica.compose_weights(other_updates), rewrite_probing
+        )
+        measurements = [
+            replace(m, rewrite_without_superseded=answer)
+            for m, answer in zip(measurements, bare_results, strict=True)
+        ]
+    capacity = yield from measure_capacities([d.factors.updates for d in candidates], other_updates)
     yield Progress("stand", 1, 1)
-    return Stand(version, others, compose(others), watched, before, conflicts, room)
+    return Baseline(
+        version, other_updates, compose(other_updates), regression_probes, measurements, conflicts, capacity
+    )
 
 
-def _conflicts_steps(
-    replica: Replica,
-    drafts: Sequence[Draft],
-    kept: Mapping[str, Mapping[str, Any]],
-    pieces: Mapping[str, list[Piece]],
-) -> Steps[list[list[Rival]]]:
+def _find_conflicts(
+    replica: VersionedModel,
+    candidates: Sequence[CandidateEdit],
+    bodies: Mapping[str, Mapping[str, Any]],
+    updates: Mapping[str, list[EditUpdate]],
+) -> Stepper[list[list[ConflictCandidate]]]:
     """The conflicts of each draft with active edits of its subject."""
-    found = []
-    for draft in drafts:
-        mine = draft.found.pieces
-        others = {e: (body, pieces[e]) for e, body in kept.items() if pieces[e][0].subject == mine[0].subject}
-        rivals = yield from rivals_steps(replica, draft.plan.rewrite, mine, others)
-        limit = draft.plan.request.guard.conflict
-        found.append([r for r in rivals if r.conflicts(limit)])
-    return found
+    conflicts = []
+    for candidate in candidates:
+        new_updates = candidate.factors.updates
+        others = {
+            e: (body, updates[e])
+            for e, body in bodies.items()
+            if updates[e][0].subject == new_updates[0].subject
+        }
+        candidates_found = yield from find_conflict_candidates(
+            replica, candidate.resolved_edit.rewrite_probe, new_updates, others
+        )
+        limit = candidate.resolved_edit.request.guard.conflict
+        conflicts.append([r for r in candidates_found if r.is_conflict(limit)])
+    return conflicts
 
 
-def _nearest(active: dict[str, list[Piece]], drafts: Sequence[Draft]) -> list[str]:
+def _nearest_edits(active: dict[str, list[EditUpdate]], candidates: Sequence[CandidateEdit]) -> list[str]:
     """The active edits that some draft is nearest to: of its subject first, then by the overlap of their keys. A piece without a
     key is as near as any: the newest of those."""
     keyed = {e: a for e, group in active.items() for a in group[:1] if isinstance(a, Association)}
     keyless = [e for e in active if e not in keyed]
     keys = torch.stack([a.key for a in keyed.values()]) if keyed else torch.empty(0, 0)
-    chosen: dict[str, None] = {}
-    for draft in drafts:
-        mine = draft.found.pieces[0]
-        same = [e for e, group in active.items() if group[0].subject == mine.subject]
-        near: list[str] = []
-        if keyed and isinstance(mine, Association):
-            overlap = (keys @ mine.direction).abs().sort(descending=True, stable=True).indices
-            near = [list(keyed)[i] for i in overlap.tolist()]
-        order = dict.fromkeys([*same, *near, *reversed(keyless), *active])
-        chosen |= dict.fromkeys(list(order)[:WATCHED])
-    return list(chosen)
+    selected: dict[str, None] = {}
+    for candidate in candidates:
+        first_update = candidate.factors.updates[0]
+        same_subject = [e for e, group in active.items() if group[0].subject == first_update.subject]
+        nearest_keys: list[str] = []
+        if keyed and isinstance(first_update, Association):
+            overlap = (keys @ first_update.direction).abs().sort(descending=True, stable=True).indices
+            nearest_keys = [list(keyed)[i] for i in overlap.tolist()]
+        order = dict.fromkeys([*same_subject, *nearest_keys, *reversed(keyless), *active])
+        selected |= dict.fromkeys(list(order)[:MAX_REGRESSION_PROBES])
+    return list(selected)
 
 
-def trial_steps(
-    replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], stand: Stand, strengths: Sequence[float]
-) -> Steps[list[Trial]]:
+def evaluate_candidates(
+    replica: VersionedModel,
+    context: EditorContext,
+    candidates: Sequence[CandidateEdit],
+    baseline: Baseline,
+    strengths: Sequence[float],
+) -> Stepper[list[GuardResult]]:
     """Compose the version with these edits in it, each with its strength, put it in place, measure, and judge each."""
-    mine = [[p.scaled(s) for p in d.found.pieces] for d, s in zip(drafts, strengths, strict=True)]
-    together = stand.others + [a for group in mine for a in group]
-    weights = replica.composed(together)
+    scaled_updates = [
+        [p.scaled(s) for p in d.factors.updates] for d, s in zip(candidates, strengths, strict=True)
+    ]
+    all_updates = baseline.active_updates + [a for group in scaled_updates for a in group]
+    weights = replica.compose_weights(all_updates)
     yield Progress("compose", 1, 1)
-    plans = [d.plan for d in drafts]
-    after = yield from replica.standing(weights, measure_steps(replica, toolkit, plans, stand.watched))
-    trials: list[Trial] = []
-    for i, (draft, group) in enumerate(zip(drafts, mine, strict=True)):
-        norms = _norms(replica, stand, group)
-        lead = stand.climb(draft.plan, replica.base).enough(strengths[i])
-        trial = judge(draft.plan, stand.before[i], after[i], strengths[i], norms, lead)
-        trials.append(beside(draft.plan, trial, stand.conflicts[i], stand.room[i]))
-        if len(drafts) > 1:
-            yield Progress("judge", len(trials), len(drafts))
-    return trials
+    resolved_edits = [d.resolved_edit for d in candidates]
+    after = yield from replica.step_with_weights(
+        weights, measure_version(replica, context, resolved_edits, baseline.regression_probes)
+    )
+    guard_results: list[GuardResult] = []
+    for i, (candidate, group) in enumerate(zip(candidates, scaled_updates, strict=True)):
+        norms = _norm_ratios(replica, baseline, group)
+        required_margin = baseline.strength_schedule(candidate.resolved_edit, replica.base).required_margin(
+            strengths[i]
+        )
+        guard_result = evaluate_guard(
+            candidate.resolved_edit, baseline.measurements[i], after[i], strengths[i], norms, required_margin
+        )
+        guard_results.append(
+            add_conflicts_and_capacity(
+                candidate.resolved_edit, guard_result, baseline.conflicts[i], baseline.capacity[i]
+            )
+        )
+        if len(candidates) > 1:
+            yield Progress("judge", len(guard_results), len(candidates))
+    return guard_results
 
 
-def measure_steps(
-    replica: Replica,
-    toolkit: Toolkit,
-    plans: Sequence[Plan],
-    watched: dict[str, Question],
+def measure_version(
+    replica: VersionedModel,
+    context: EditorContext,
+    resolved_edits: Sequence[ResolvedEdit],
+    regression_probes: dict[str, Probe],
     version: int | None = None,
-) -> Steps[list[Measured]]:
+) -> Stepper[list[VersionMeasurement]]:
     """Ask the model, as it stands, everything that the guards of these edits want to know.
 
     A `version` that has landed has its perplexity measured once.
     """
-    questions = [q for plan in plans for q in plan.questions]
-    answers = iter((yield from answers_steps(replica.base, [*questions, *watched.values()])))
-    own = [[next(answers) for _ in plan.questions] for plan in plans]
-    holding = {edit for edit, question in watched.items() if holds(question, next(answers))}
-    says = yield from answer_steps(replica.base, [plan.rewrite.prompt for plan in plans])
-    perplexity = toolkit.perplexities.get(version) if version is not None else None
+    probes = [q for plan in resolved_edits for q in plan.probes]
+    results = iter((yield from run_probes(replica.base, [*probes, *regression_probes.values()])))
+    results_by_edit = [[next(results) for _ in plan.probes] for plan in resolved_edits]
+    holding = {edit for edit, question in regression_probes.items() if edit_holds(question, next(results))}
+    preview_texts = yield from generate_greedy(
+        replica.base, [plan.rewrite_probe.prompt for plan in resolved_edits]
+    )
+    perplexity = context.perplexities.get(version) if version is not None else None
     if perplexity is None:
-        perplexity = yield from perplexity_steps(replica.base, toolkit.reference)
+        perplexity = yield from compute_perplexity(replica.base, context.reference_texts)
     if version is not None:
-        toolkit.remember(version, perplexity)
-    return [Measured(a, s, perplexity, holding) for a, s in zip(own, says, strict=True)]
+        context.cache_perplexity(version, perplexity)
+    return [
+        VersionMeasurement(a, s, perplexity, holding)
+        for a, s in zip(results_by_edit, preview_texts, strict=True)
+    ]
 
 
-def answer_steps(model: LoadedModel, prompts: Sequence[str], length: int = SAID) -> Steps[list[str]]:
+def generate_greedy(
+    model: LoadedModel, prompts: Sequence[str], length: int = PREVIEW_TOKENS
+) -> Stepper[list[str]]:
     """The greedy continuations of some prompts, at most `length` tokens each, side by side."""
     greedy = Sampling(max_new_tokens=length, temperature=0)
-    rows: list[Row | None] = []
+    rows: list[DecodingSequence | None] = []
     for prompt in prompts:
         try:
-            rows.append(row(model, prompt, greedy))
+            rows.append(new_sequence(model, prompt, greedy))
         except InvalidInput:  # it fills the model's positions: there is no room for an answer
             rows.append(None)
-    batch = Batch(model, [r for r in rows if r is not None])
-    done = 0
+    batch = DecodingBatch(model, [r for r in rows if r is not None])
+    step = 0
     while len(batch):
         batch.step()
-        done += 1
-        yield Progress("answer", done, length)
+        step += 1
+        yield Progress("answer", step, length)
     return [r.text if r is not None else "" for r in rows]
 
 
-def _norms(replica: Replica, stand: Stand, mine: Sequence[Piece]) -> dict[Site, float]:
+def _norm_ratios(
+    replica: VersionedModel, baseline: Baseline, updates: Sequence[EditUpdate]
+) -> dict[WeightRef, float]:
     """How far an edit moves each of its weights from where the others have it, as a multiple of the weight's norm.
 
     Its own share and not the sum: many sound edits together move a weight further than one wild one.
     """
-    sites = {p.site for p in mine}
-    after = compose(p for p in [*stand.others, *mine] if p.site in sites)
-    before = stand.composed
-    moved = {x: after[x].minus(before[x]) if x in before else after[x] for x in sites}
-    return {x: norm_ratio(replica.base.parameter(x).data, change) for x, change in moved.items()}
+    touched_weights = {p.weight_ref for p in updates}
+    after = compose(p for p in [*baseline.active_updates, *updates] if p.weight_ref in touched_weights)
+    before = baseline.weight_deltas
+    own_deltas = {x: after[x].minus(before[x]) if x in before else after[x] for x in touched_weights}
+    return {x: norm_ratio(replica.base.parameter(x).data, change) for x, change in own_deltas.items()}
 
 
-def judge(
-    plan: Plan,
-    before: Measured,
-    after: Measured,
+def evaluate_guard(
+    resolved_edit: ResolvedEdit,
+    before: VersionMeasurement,
+    after: VersionMeasurement,
     strength: float,
-    norms: dict[Site, float],
-    lead: float = 0.0,
-) -> Trial:
+    norms: dict[WeightRef, float],
+    required_margin: float = 0.0,
+) -> GuardResult:
     """Hold a trial against the guard's limits. It leads when the new object is ahead by `lead`."""
-    guard, objective = plan.request.guard, plan.request.objective
-    checks = [_efficacy(plan, before.bare or before.answers[0], after.answers[0])]
-    if objective != "erase":
-        checks.append(_at_least("probability", exp(after.answers[0].new), guard.min_probability))
-    cut = 1 + len(plan.paraphrase)
-    asked = list(zip(plan.questions, before.answers, after.answers, strict=True))
-    if plan.paraphrase:
-        share = sum(holds(q, now) for q, _, now in asked[1:cut]) / len(plan.paraphrase)
-        checks.append(_at_least("paraphrase", share, guard.min_paraphrase))
-    if known := [(q, now) for q, was, now in asked[cut:] if keeps(q, was)]:
-        share = sum(keeps(q, now) for q, now in known) / len(known)
-        checks.append(_at_least("neighborhood", share, guard.min_neighborhood))
-    broken = sorted(before.holding - after.holding)
-    checks += [
-        _at_most("perplexity", after.perplexity / before.perplexity, guard.max_perplexity),
-        _at_most("norm", max(norms.values()), guard.max_norm),
-        _at_most("broken", len(broken), guard.max_broken),
+    guard, objective = resolved_edit.request.guard, resolved_edit.request.objective
+    checks = [
+        _check_efficacy(
+            resolved_edit,
+            before.rewrite_without_superseded or before.probe_results[0],
+            after.probe_results[0],
+        )
     ]
-    rewrite = after.answers[0]
-    leads = objective != "write" or rewrite.new - rewrite.true >= lead or plan.rewrite.one_object
-    return Trial(strength, before, after, checks, norms, broken, objective, leads=leads)
+    if objective != "erase":
+        checks.append(
+            _check_at_least("probability", probability_of(after.probe_results[0].new), guard.min_probability)
+        )
+    first_neighbor = 1 + len(resolved_edit.paraphrase_probes)
+    probe_results = list(zip(resolved_edit.probes, before.probe_results, after.probe_results, strict=True))
+    if resolved_edit.paraphrase_probes:
+        share = sum(edit_holds(q, now) for q, _, now in probe_results[1:first_neighbor]) / len(
+            resolved_edit.paraphrase_probes
+        )
+        checks.append(_check_at_least("paraphrase", share, guard.min_paraphrase))
+    if neighbors_before := [
+        (q, now) for q, was, now in probe_results[first_neighbor:] if neighbor_preserved(q, was)
+    ]:
+        share = sum(neighbor_preserved(q, now) for q, now in neighbors_before) / len(neighbors_before)
+        checks.append(_check_at_least("neighborhood", share, guard.min_neighborhood))
+    regressed_edits = sorted(before.holding_edits - after.holding_edits)
+    checks += [
+        _check_at_most("perplexity", after.perplexity / before.perplexity, guard.max_perplexity),
+        _check_at_most("norm", max(norms.values()), guard.max_norm),
+        _check_at_most("broken", len(regressed_edits), guard.max_broken),
+    ]
+    rewrite = after.probe_results[0]
+    has_margin = (
+        objective != "write"
+        or rewrite.new - rewrite.true >= required_margin
+        or resolved_edit.rewrite_probe.same_object
+    )
+    return GuardResult(
+        strength, before, after, checks, norms, regressed_edits, objective, has_margin=has_margin
+    )
 
 
-def _efficacy(plan: Plan, was: Answer, now: Answer) -> Check:
+def _check_efficacy(resolved_edit: ResolvedEdit, before: ProbeResult, after: ProbeResult) -> Check:
     """Whether an edit does what it is for. Its figure: p(new), to be above p(true); else the share of what was possible."""
-    done, objective = holds(plan.rewrite, now), plan.request.objective
+    holds_now, objective = edit_holds(resolved_edit.rewrite_probe, after), resolved_edit.request.objective
     if objective == "write":
-        return Check("efficacy", done, exp(now.new), exp(now.true))
-    share, least = effect(objective, was, now), plan.request.guard.min_effect
-    return Check("efficacy", done and share >= least, share, least)
+        return Check("efficacy", holds_now, probability_of(after.new), probability_of(after.true))
+    share, min_effect = effect_share(objective, before, after), resolved_edit.request.guard.min_effect
+    return Check("efficacy", holds_now and share >= min_effect, share, min_effect)
 
 
-def _at_least(name: str, figure: float, limit: float) -> Check:
+def _check_at_least(name: str, figure: float, limit: float) -> Check:
     return Check(name, figure >= limit, figure, limit)
 
 
-def _at_most(name: str, figure: float, limit: float) -> Check:
+def _check_at_most(name: str, figure: float, limit: float) -> Check:
     return Check(name, figure <= limit, figure, limit)  # NaN passes neither
 
 
-def superseded(plan: Plan, conflicts: Sequence[Rival]) -> list[str]:
+def superseded_by_conflict(resolved_edit: ResolvedEdit, conflicts: Sequence[ConflictCandidate]) -> list[str]:
     """The edits that an edit names as superseded, beside older ones of its own fact."""
-    return sorted(r.edit for r in conflicts) if plan.request.on_conflict == "supersede" else []
+    return sorted(r.edit for r in conflicts) if resolved_edit.request.on_conflict == "supersede" else []
 
 
-def beside(plan: Plan, trial: Trial, conflicts: Sequence[Rival], room: dict[int, float]) -> Trial:
+def add_conflicts_and_capacity(
+    resolved_edit: ResolvedEdit,
+    guard_result: GuardResult,
+    conflicts: Sequence[ConflictCandidate],
+    capacity: dict[int, float],
+) -> GuardResult:
     """A trial with what active edits mean for it: conflicts, which fail it where that is asked for, and the room that they leave."""
-    guard, checks = plan.request.guard, list(trial.checks)
-    if plan.request.on_conflict == "reject":
-        most = max((r.probability for r in conflicts), default=0.0)
-        checks.append(Check("conflict", not conflicts, most, guard.conflict))
-    if room:
-        checks.append(_at_least("room", min(room.values()), guard.min_room))
-    names = tuple(superseded(plan, conflicts))
-    return replace(trial, checks=checks, conflicts=tuple(conflicts), supersedes=names, room=room)
+    guard, checks = resolved_edit.request.guard, list(guard_result.checks)
+    if resolved_edit.request.on_conflict == "reject":
+        max_probability = max((r.probability for r in conflicts), default=0.0)
+        checks.append(Check("conflict", not conflicts, max_probability, guard.conflict))
+    if capacity:
+        checks.append(_check_at_least("room", min(capacity.values()), guard.min_room))
+    superseded_ids = tuple(superseded_by_conflict(resolved_edit, conflicts))
+    return replace(
+        guard_result, checks=checks, conflicts=tuple(conflicts), supersedes=superseded_ids, capacity=capacity
+    )

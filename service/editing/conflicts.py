@@ -13,69 +13,71 @@ from typing import Any
 
 from torch.nn.functional import cosine_similarity
 
-from service.editing.probes import Question, answers_steps, exp, question_of
-from service.engine.versioned_model import Replica
-from service.kit.steps import Steps
-from service.weights.composition import Association, Piece
+from service.editing.probes import Probe, probability_of, probe_of_entry, run_probes
+from service.engine.versioned_model import VersionedModel
+from service.kit.steps import Stepper
+from service.weights.composition import Association, EditUpdate
 
 
 @dataclass(frozen=True)
-class Rival:
+class ConflictCandidate:
     """An active edit of the same subject with another prompt and another object, beside a new edit."""
 
     edit: str
     prompt: str
-    object: str
+    target_new: str
     probability: float  #: of the new object on the rival's prompt, with the new edit alone in place
-    wanted: float  #: there, of the rival's own object
-    true: float  #: there, of what the base model answers
+    own_probability: float  #: there, of the rival's own object
+    true_probability: float  #: there, of what the base model answers
     cosine: (
         float | None
     )  #: of both changes of value at their lowest layer; None where one of them has none there
 
-    def conflicts(self, limit: float) -> bool:
+    def is_conflict(self, limit: float) -> bool:
         """Whether the new object is the most probable of the three, and at least as probable as the limit."""
-        return self.probability >= max(limit, self.true) and self.probability > self.wanted
+        return (
+            self.probability >= max(limit, self.true_probability) and self.probability > self.own_probability
+        )
 
 
-def rivals_steps(
-    replica: Replica,
-    question: Question,
-    pieces: Sequence[Piece],
-    others: Mapping[str, tuple[Mapping[str, Any], Sequence[Piece]]],
-) -> Steps[list[Rival]]:
+def find_conflict_candidates(
+    replica: VersionedModel,
+    probe: Probe,
+    updates: Sequence[EditUpdate],
+    others: Mapping[str, tuple[Mapping[str, Any], Sequence[EditUpdate]]],
+) -> Stepper[list[ConflictCandidate]]:
     """What a new edit does alone on the prompts of others of its subject: their ledger's bodies and pieces, by id.
 
     Only those with another object; none beside an erasure or with one, since what is not to be said is no other object.
     """
-    asked = {edit: question_of(body) for edit, (body, _) in others.items()}
-    asked = {
+    probes = {edit: probe_of_entry(body) for edit, (body, _) in others.items()}
+    probes = {
         edit: q
-        for edit, q in asked.items()
-        if q.new.strip() != question.new.strip() and "erase" not in (q.objective, question.objective)
+        for edit, q in probes.items()
+        if q.new.strip() != probe.new.strip() and "erase" not in (q.objective, probe.objective)
     }
-    if not asked:
+    if not probes:
         return []
-    pairs = [Question(q.prompt, question.new, other) for q in asked.values() for other in (q.new, q.true)]
-    alone = replica.composed(pieces)
-    answers = yield from replica.standing(alone, answers_steps(replica.base, pairs))
+    pair_probes = [Probe(q.prompt, probe.new, other) for q in probes.values() for other in (q.new, q.true)]
+    new_edit_weights = replica.compose_weights(updates)
+    results = yield from replica.step_with_weights(new_edit_weights, run_probes(replica.base, pair_probes))
     return [
-        Rival(
+        ConflictCandidate(
             edit,
             q.prompt,
             q.new,
-            exp(own.new),
-            exp(own.true),
-            exp(base.true),
-            cosine(pieces, others[edit][1]),
+            probability_of(own.new),
+            probability_of(own.true),
+            probability_of(base.true),
+            value_cosine(updates, others[edit][1]),
         )
-        for (edit, q), own, base in zip(asked.items(), answers[::2], answers[1::2], strict=True)
+        for (edit, q), own, base in zip(probes.items(), results[::2], results[1::2], strict=True)
     ]
 
 
-def cosine(one: Sequence[Piece], other: Sequence[Piece]) -> float | None:
+def value_cosine(updates: Sequence[EditUpdate], other_updates: Sequence[EditUpdate]) -> float | None:
     """Of the changes of value of two edits at their lowest layer, where that is one and both are associations."""
-    a, b = (min(pieces, key=lambda p: p.layer) for pieces in (one, other))
+    a, b = (min(pieces, key=lambda p: p.layer) for pieces in (updates, other_updates))
     if not (isinstance(a, Association) and isinstance(b, Association) and a.layer == b.layer):
         return None
     return float(cosine_similarity(a.value.double().cpu(), b.value.double().cpu(), dim=0))

@@ -11,27 +11,27 @@ from typing import Any
 
 from torch import Tensor
 
-from service.covariance.collect import statistics_steps
-from service.covariance.corpus import Corpus, corpus_steps
-from service.covariance.second_moment import Statistics
-from service.editing.context_templates import LENGTHS, TOP_K, contexts_steps
-from service.editing.edit_spec import batches, want
-from service.editing.methods.registry import find_together_steps
-from service.editing.methods.rome import Found
+from service.covariance.collect import load_or_collect_statistics
+from service.covariance.corpus import Corpus, load_corpus
+from service.covariance.second_moment import KeyStatistics
+from service.editing.context_templates import CONTEXT_LENGTHS, TOP_K, sample_contexts
+from service.editing.edit_spec import batch_edit_specs, build_edit_spec
+from service.editing.methods.registry import find_batch_factors
+from service.editing.methods.rome import EditFactors
 from service.kit.ids import new_id
-from service.kit.steps import Steps
+from service.kit.steps import Stepper
 from service.kit.text import Statement
 from service.models.loading import LoadedModel
-from service.recipes.recipe import Recipe, RomeParameters, read_recipe, recipe_for, resolve
+from service.recipes.recipe import Recipe, RomeParameters, parse_recipe, published_recipe, resolve_hparams
 from service.schemas import Objective
 
-REFERENCE = 48  # texts of the corpus on which the guard measures perplexity
-RECIPES = "recipes"  # folder of what `palimpsest prepare` writes, beside that of the statistics
-REMEMBERED = 16  # versions whose perplexity is kept
+REFERENCE_TEXTS = 48  # texts of the corpus on which the guard measures perplexity
+RECIPES_FOLDER = "recipes"  # folder of what `palimpsest prepare` writes, beside that of the statistics
+PERPLEXITY_CACHE_SIZE = 16  # versions whose perplexity is kept
 
 
 @dataclass(frozen=True)
-class Asking:
+class EditInput:
     """One edit as an evaluation, a study or a bench asks for it; `edit` names its pieces and is their order.
 
     To erase or amplify, `target` is the true object. With `noise` (n, d) the edit is found while that stands on the embeddings of
@@ -48,56 +48,68 @@ class Asking:
 
 
 @dataclass
-class Toolkit:
+class EditorContext:
     """The editor's tools for one base model; statistics and contexts not yet at hand are made when first needed."""
 
     model: LoadedModel
     recipe: Recipe | None
     corpus: Corpus
     folder: Path | None
-    statistics: dict[int, Statistics] = field(default_factory=dict)
+    statistics: dict[int, KeyStatistics] = field(default_factory=dict)
     contexts: dict[tuple[int, int], list[str]] = field(default_factory=dict)
     perplexities: dict[int, float] = field(
         default_factory=dict
     )  #: of the reference text, at versions lately seen
 
-    def remember(self, version: int, perplexity: float) -> None:
+    def cache_perplexity(self, version: int, perplexity: float) -> None:
         """The perplexity at a version that has landed: the next edit finds it there."""
         self.perplexities[version] = perplexity
-        while len(self.perplexities) > REMEMBERED:
+        while len(self.perplexities) > PERPLEXITY_CACHE_SIZE:
             self.perplexities.pop(next(iter(self.perplexities)))
 
     @property
-    def reference(self) -> Sequence[str]:
+    def reference_texts(self) -> Sequence[str]:
         """Texts spread evenly over the corpus."""
         texts = self.corpus.texts
-        return texts[:: max(1, len(texts) // REFERENCE)][:REFERENCE]
+        return texts[:: max(1, len(texts) // REFERENCE_TEXTS)][:REFERENCE_TEXTS]
 
-    def statistics_steps(self, layers: Sequence[int]) -> Steps[dict[int, Statistics]]:
+    def get_statistics(self, layers: Sequence[int]) -> Stepper[dict[int, KeyStatistics]]:
         """Statistics of these layers."""
         missing = [x for x in layers if x not in self.statistics]
         if missing:
-            self.statistics |= yield from statistics_steps(self.model, missing, self.corpus, self.folder)
+            self.statistics |= yield from load_or_collect_statistics(
+                self.model, missing, self.corpus, self.folder
+            )
         return {x: self.statistics[x] for x in layers}
 
-    def find_together_steps(self, wishes: Sequence[Asking]) -> Steps[list[Found]]:
+    def find_all_factors(self, inputs: Sequence[EditInput]) -> Stepper[list[EditFactors]]:
         """The pieces of some edits on the model as it stands, side by side where a step has room for more than one."""
-        wanted = []
-        for number, ask in enumerate(wishes):
-            parameters = resolve(self.recipe, ask.hparams, self.model.layers, ask.method)
+        specs = []
+        for number, edit_input in enumerate(inputs):
+            parameters = resolve_hparams(
+                self.recipe, edit_input.hparams, self.model.num_layers, edit_input.method
+            )
             contexts: list[str] = []
             if isinstance(parameters, RomeParameters):
-                contexts = yield from self.contexts_steps(parameters.contexts, parameters.seed)
-                yield from self.statistics_steps(parameters.layers)
-            name = ask.edit or f"{number:06}"
-            asked = ask.statement, ask.target, parameters, name, ask.method, ask.objective, ask.noise
-            wanted.append(want(self.model, contexts, *asked))
-        found: list[Found] = []
-        for batch in batches(self.model, wanted):
-            found += yield from find_together_steps(self.model, self.statistics, batch)
-        return found
+                contexts = yield from self.get_contexts(parameters.contexts, parameters.seed)
+                yield from self.get_statistics(parameters.layers)
+            edit_id = edit_input.edit or f"{number:06}"
+            spec_arguments = (
+                edit_input.statement,
+                edit_input.target,
+                parameters,
+                edit_id,
+                edit_input.method,
+                edit_input.objective,
+                edit_input.noise,
+            )
+            specs.append(build_edit_spec(self.model, contexts, *spec_arguments))
+        factors: list[EditFactors] = []
+        for batch in batch_edit_specs(self.model, specs):
+            factors += yield from find_batch_factors(self.model, self.statistics, batch)
+        return factors
 
-    def find_steps(
+    def find_factors(
         self,
         statement: Statement,
         target: str,
@@ -106,30 +118,30 @@ class Toolkit:
         edit: str = "",
         objective: Objective = "write",
         noise: Tensor | None = None,
-    ) -> Steps[Found]:
+    ) -> Stepper[EditFactors]:
         """The pieces of one edit on the model as it stands."""
-        asking = Asking(statement, target, method, hparams, edit, objective, noise)
-        (found,) = yield from self.find_together_steps([asking])
-        return found
+        edit_input = EditInput(statement, target, method, hparams, edit, objective, noise)
+        (factors,) = yield from self.find_all_factors([edit_input])
+        return factors
 
-    def contexts_steps(self, count: int, seed: int) -> Steps[list[str]]:
+    def get_contexts(self, count: int, seed: int) -> Stepper[list[str]]:
         """Contexts sampled from the base model, stored under all that they depend on."""
         if (count, seed) not in self.contexts:
-            path = self._contexts_file(count, seed)
+            path = self._contexts_path(count, seed)
             if path is not None and path.exists():
                 self.contexts[count, seed] = json.loads(path.read_text(encoding="utf-8"))
             else:
-                self.contexts[count, seed] = yield from contexts_steps(self.model, count, seed)
+                self.contexts[count, seed] = yield from sample_contexts(self.model, count, seed)
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    part = path.with_suffix("." + new_id("part"))  # other workers may share the folder
-                    part.write_text(json.dumps(self.contexts[count, seed]), encoding="utf-8")
-                    part.replace(path)
+                    temporary = path.with_suffix("." + new_id("part"))  # other workers may share the folder
+                    temporary.write_text(json.dumps(self.contexts[count, seed]), encoding="utf-8")
+                    temporary.replace(path)
         return self.contexts[count, seed]
 
-    def _contexts_file(self, count: int, seed: int) -> Path | None:
+    def _contexts_path(self, count: int, seed: int) -> Path | None:
         key = hashlib.sha256(
-            f"{self.model.fingerprint} {count} {seed} {LENGTHS} {TOP_K}".encode()
+            f"{self.model.fingerprint} {count} {seed} {CONTEXT_LENGTHS} {TOP_K}".encode()
         ).hexdigest()[:32]
         return self.folder / f"contexts-{key}.json" if self.folder else None
 
@@ -144,38 +156,38 @@ class Toolkit:
         }
 
 
-def recipe_of(model: LoadedModel, recipes: Path | None = None) -> Recipe | None:
+def find_recipe(model: LoadedModel, recipes: Path | None = None) -> Recipe | None:
     """What `palimpsest prepare` has written for this model; else `recipe.json` in the model's folder; else the published recipe of a
     model of this shape."""
-    written = recipe_file(model, recipes) if recipes else None
-    beside = model.folder / "recipe.json" if model.folder else None
-    for path in (written, beside):
+    tuned = recipe_path(model, recipes) if recipes else None
+    bundled = model.folder / "recipe.json" if model.folder else None
+    for path in (tuned, bundled):
         if path is not None and path.exists():
-            return read_recipe(path.read_text(encoding="utf-8"))
-    return recipe_for(model.model.config.model_type, model.layers, model.width)
+            return parse_recipe(path.read_text(encoding="utf-8"))
+    return published_recipe(model.model.config.model_type, model.num_layers, model.hidden_size)
 
 
-def recipe_file(model: LoadedModel, recipes: Path) -> Path:
+def recipe_path(model: LoadedModel, recipes: Path) -> Path:
     """Where a recipe is written and found: by the fingerprint of what was loaded, in the folder of recipes."""
-    return recipes / f"{model.origin or model.fingerprint}.json"
+    return recipes / f"{model.loaded_fingerprint or model.fingerprint}.json"
 
 
-def prepare_steps(
+def build_editor_context(
     model: LoadedModel,
     folder: Path | None = None,
     corpus: Path | None = None,
     tokens: int = 60_000,
     recipe: Recipe | None = None,
-) -> Steps[Toolkit]:
+) -> Stepper[EditorContext]:
     """Make or read all that the recipe needs. Seconds for the shipped model on first start, nothing afterwards.
 
     `folder` is that of the statistics; recipes stand beside it.
     """
-    text = yield from corpus_steps(model, tokens, corpus, folder=folder)
-    known = recipe or recipe_of(model, folder.parent / RECIPES if folder else None)
-    toolkit = Toolkit(model, known, text, folder)
-    if toolkit.recipe is not None:
-        rome = toolkit.recipe.rome
-        yield from toolkit.contexts_steps(rome.contexts, rome.seed)
-        yield from toolkit.statistics_steps(rome.layers)
-    return toolkit
+    loaded_corpus = yield from load_corpus(model, tokens, corpus, folder=folder)
+    chosen_recipe = recipe or find_recipe(model, folder.parent / RECIPES_FOLDER if folder else None)
+    context = EditorContext(model, chosen_recipe, loaded_corpus, folder)
+    if context.recipe is not None:
+        rome = context.recipe.rome
+        yield from context.get_contexts(rome.contexts, rome.seed)
+        yield from context.get_statistics(rome.layers)
+    return context

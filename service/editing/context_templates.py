@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import torch
 
-from service.kit.steps import Steps
+from service.kit.steps import Stepper
 from service.models.loading import LoadedModel
 from service.models.sampling import sample_texts
 
-LENGTHS = (5, 10)  # tokens, the start token included; half of the contexts each
+CONTEXT_LENGTHS = (5, 10)  # tokens, the start token included; half of the contexts each
 TOP_K = 5
 
 
-def _tidy(text: str) -> str:
+def _clean_context(text: str) -> str:
     return " ".join(text.replace("\ufffd", " ").split()).rstrip(" .,;:!?")
 
 
-def contexts_steps(model: LoadedModel, count: int, seed: int) -> Steps[list[str]]:
+def sample_contexts(model: LoadedModel, count: int, seed: int) -> Stepper[list[str]]:
     """`count` contexts without closing punctuation; the bare prompt is not among them."""
     generator = torch.Generator().manual_seed(seed)
     texts: list[str] = []
-    for i, length in enumerate(LENGTHS):
+    for i, length in enumerate(CONTEXT_LENGTHS):
         share = count // 2 if i == 0 else count - count // 2
         if share:
             texts += yield from sample_texts(model, share, length, generator, top_k=TOP_K, phase="contexts")
-    return [_tidy(t) for t in texts]
+    return [_clean_context(t) for t in texts]

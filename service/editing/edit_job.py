@@ -26,41 +26,49 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from service.editing.candidate import (
-    Draft,
-    Measured,
-    Plan,
-    Stand,
-    Trial,
-    answer_steps,
-    stand_steps,
-    trial_steps,
+    Baseline,
+    CandidateEdit,
+    GuardResult,
+    ResolvedEdit,
+    VersionMeasurement,
+    evaluate_candidates,
+    generate_greedy,
+    measure_baseline,
 )
-from service.editing.context import Toolkit
-from service.editing.edit_spec import Asked, batches, want
-from service.editing.methods.registry import find_together_steps
-from service.editing.methods.rome import Found
-from service.editing.probes import Answer, Question, holds, keeps
-from service.engine.versioned_model import Replica
-from service.errors import Cancelled, Conflict, Disagrees, InvalidInput, Unavailable
+from service.editing.context import EditorContext
+from service.editing.edit_spec import EditSpec, batch_edit_specs, build_edit_spec
+from service.editing.methods.registry import find_batch_factors
+from service.editing.methods.rome import EditFactors
+from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
+from service.engine.versioned_model import VersionedModel
+from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, Unavailable
 from service.jobs import artifacts as parts
-from service.jobs.job_store import Desk, RunningJob
+from service.jobs.job_store import ClaimedJob, WorkerJobs
 from service.kit import crash_points
-from service.kit.steps import Ended, News, Progress, Steps, Told, Working, persist
-from service.kit.text import fill
-from service.models.loading import Site
-from service.models.memory_estimates import admit
-from service.recipes.recipe import RomeParameters, resolve
+from service.kit.steps import (
+    JobFinished,
+    JobProgress,
+    JobSteps,
+    JobUpdate,
+    Progress,
+    Stepper,
+    retry_while_unavailable,
+)
+from service.kit.text import fill_prompt
+from service.models.loading import WeightRef
+from service.models.memory_estimates import require_memory
+from service.recipes.recipe import RomeParameters, resolve_hparams
 from service.schemas import EditRequest
-from service.scores.scores import share_kept, share_new
-from service.weights.composition import Addend, Piece, pack, unpack
+from service.scores.scores import share_preferring_new, share_preferring_true
+from service.weights.composition import DenseUpdate, EditUpdate, deserialize_updates, serialize_updates
 
-LOOK_AGAIN = Progress("another edit landed first: look again", 0, 1)
+HEAD_MOVED = Progress("another edit landed first: look again", 0, 1)
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Given:
+class ImportedFactors:
     """What an imported edit brings along: its vectors, and what the ledger that it comes from says of how they were found."""
 
     factors: bytes
@@ -68,41 +76,43 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Member:
+class PreparedEdit:
     """A job among those that are worked on together, as far as it has come."""
 
-    job: RunningJob
-    began: float
-    draft: Draft
-    given: Given | None = None
+    job: ClaimedJob
+    started_at: float
+    candidate: CandidateEdit
+    imported_factors: ImportedFactors | None = None
 
 
-def edits_steps(replica: Replica, desk: Desk, jobs: Sequence[RunningJob], toolkit: Toolkit) -> Working:
+def run_edits(
+    replica: VersionedModel, worker_jobs: WorkerJobs, jobs: Sequence[ClaimedJob], context: EditorContext
+) -> JobSteps:
     """Carry out edit jobs to their ends: applied (by a dry run without a version) or rejected; or ended with an error that a
     user should read."""
-    for company in companies(jobs):
-        members = yield from _draft_steps(replica, desk, toolkit, company)
-        yield from _land_steps(replica, desk, toolkit, members)
+    for group in group_compatible_jobs(jobs):
+        members = yield from _prepare_edits(replica, worker_jobs, context, group)
+        yield from _commit_group(replica, worker_jobs, context, members)
 
 
-def companies(jobs: Iterable[RunningJob]) -> list[list[RunningJob]]:
+def group_compatible_jobs(jobs: Iterable[ClaimedJob]) -> list[list[ClaimedJob]]:
     """Which jobs are worked on together, in their order.
 
     One edit of a subject at a time: the later may supersede the earlier, or be in conflict with it. Alone is a dry run, which is not to be judged beside edits that
     land, and whose worker died before: if it was this job's doing, it takes no others with it.
     """
-    found: list[list[RunningJob]] = []
-    closed = True
+    groups: list[list[ClaimedJob]] = []
+    group_closed = True
     for job in jobs:
-        alone = job.dry_run or job.attempt > 1
-        if closed or alone or job.subject in {other.subject for other in found[-1]}:
-            found.append([])
-        found[-1].append(job)
-        closed = alone
-    return found
+        exclusive = job.dry_run or job.attempt > 1
+        if group_closed or exclusive or job.subject in {other.subject for other in groups[-1]}:
+            groups.append([])
+        groups[-1].append(job)
+        group_closed = exclusive
+    return groups
 
 
-def _apart(job: RunningJob, steps: Steps[T]) -> Generator[News, None, T | None]:
+def _isolate_failures(job: ClaimedJob, steps: Stepper[T]) -> Generator[JobUpdate, None, T | None]:
     """The steps of one job. What goes wrong with it ends it; the others go on."""
     try:
         with closing(steps):
@@ -111,16 +121,16 @@ def _apart(job: RunningJob, steps: Steps[T]) -> Generator[News, None, T | None]:
                     progress = next(steps)
                 except StopIteration as end:
                     return end.value  # type: ignore[no-any-return]
-                yield Told(job.id, progress)
-    except (Unavailable, Disagrees):
+                yield JobProgress(job.id, progress)
+    except (Unavailable, DigestMismatch):
         raise
     except Exception as error:
-        yield Ended(job.id, error)
+        yield JobFinished(job.id, error)
         return None
 
 
-def _check_cancelled(desk: Desk, job: RunningJob) -> None:
-    if desk.cancel_requested(job):
+def _raise_if_cancelled(worker_jobs: WorkerJobs, job: ClaimedJob) -> None:
+    if worker_jobs.cancel_requested(job):
         raise Cancelled("the edit was cancelled before it landed.")
 
 
@@ -128,277 +138,335 @@ def _check_cancelled(desk: Desk, job: RunningJob) -> None:
 
 
 @dataclass(frozen=True)
-class _Start:
+class _ResolvedJob:
     """A job whose request is understood, and for which nothing was found yet."""
 
-    job: RunningJob
-    began: float
-    plan: Plan
-    wanted: Asked
+    job: ClaimedJob
+    started_at: float
+    resolved_edit: ResolvedEdit
+    spec: EditSpec
 
 
-def _draft_steps(
-    replica: Replica, desk: Desk, toolkit: Toolkit, jobs: Sequence[RunningJob]
-) -> Generator[News, None, list[Member]]:
+def _prepare_edits(
+    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, jobs: Sequence[ClaimedJob]
+) -> Generator[JobUpdate, None, list[PreparedEdit]]:
     """Find the associations of each, on the base model whatever is active; of an edit that was imported they are given."""
-    starts: list[_Start] = []
-    members: list[Member] = []
+    resolved_jobs: list[_ResolvedJob] = []
+    members: list[PreparedEdit] = []
     for job in jobs:
-        if imported(job):
-            given = yield from _apart(job, _given_steps(replica, desk, toolkit, job))
-            members += [] if given is None else [given]
+        if is_imported(job):
+            imported_edit = yield from _isolate_failures(
+                job, _load_imported_edit(replica, worker_jobs, context, job)
+            )
+            members += [] if imported_edit is None else [imported_edit]
             continue
-        start = yield from _apart(job, _start_steps(replica, desk, toolkit, job))
-        if start is not None:
-            starts.append(start)
-    of = {s.job.id: s for s in starts}
-    for batch in batches(replica.base, [s.wanted for s in starts]):
-        members += yield from _find_steps(replica, desk, toolkit, [of[wanted.edit] for wanted in batch])
-    order = {job.id: number for number, job in enumerate(jobs)}
-    return sorted(members, key=lambda m: order[m.job.id])
+        resolved_job = yield from _isolate_failures(job, _resolve_job(replica, worker_jobs, context, job))
+        if resolved_job is not None:
+            resolved_jobs.append(resolved_job)
+    resolved_by_id = {s.job.id: s for s in resolved_jobs}
+    for batch in batch_edit_specs(replica.base, [s.spec for s in resolved_jobs]):
+        members += yield from _find_or_isolate(
+            replica, worker_jobs, context, [resolved_by_id[wanted.edit] for wanted in batch]
+        )
+    position = {job.id: number for number, job in enumerate(jobs)}
+    return sorted(members, key=lambda m: position[m.job.id])
 
 
-def _start_steps(replica: Replica, desk: Desk, toolkit: Toolkit, job: RunningJob) -> Steps[_Start]:
-    began = time.monotonic()
-    _check_cancelled(desk, job)
+def _resolve_job(
+    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, job: ClaimedJob
+) -> Stepper[_ResolvedJob]:
+    started_at = time.monotonic()
+    _raise_if_cancelled(worker_jobs, job)
     request = EditRequest.model_validate(job.request)
-    plan = yield from plan_steps(replica, request, toolkit)
-    wanted = yield from want_steps(replica, toolkit, plan, job.id)
-    return _Start(job, began, plan, wanted)
+    resolved_edit = yield from resolve_edit(replica, request, context)
+    spec = yield from build_admitted_spec(replica, context, resolved_edit, job.id)
+    return _ResolvedJob(job, started_at, resolved_edit, spec)
 
 
-def _find_steps(
-    replica: Replica, desk: Desk, toolkit: Toolkit, starts: Sequence[_Start]
-) -> Generator[News, None, list[Member]]:
+def _find_or_isolate(
+    replica: VersionedModel,
+    worker_jobs: WorkerJobs,
+    context: EditorContext,
+    resolved_jobs: Sequence[_ResolvedJob],
+) -> Generator[JobUpdate, None, list[PreparedEdit]]:
     """Side by side; should that fail, one by one, so that each has its own error."""
-    search = _search_steps(replica, desk, toolkit, starts)
-    if len(starts) == 1:
-        return (yield from _apart(starts[0].job, search)) or []
+    finding = _find_batch(replica, worker_jobs, context, resolved_jobs)
+    if len(resolved_jobs) == 1:
+        return (yield from _isolate_failures(resolved_jobs[0].job, finding)) or []
     try:
-        return (yield from search)
-    except (Unavailable, Disagrees):
+        return (yield from finding)
+    except (Unavailable, DigestMismatch):
         raise
     except Exception:
-        members: list[Member] = []
-        for s in starts:
-            members += yield from _find_steps(replica, desk, toolkit, [s])
+        members: list[PreparedEdit] = []
+        for s in resolved_jobs:
+            members += yield from _find_or_isolate(replica, worker_jobs, context, [s])
         return members
 
 
-def _search_steps(
-    replica: Replica, desk: Desk, toolkit: Toolkit, starts: Sequence[_Start]
-) -> Steps[list[Member]]:
-    for s in starts:
-        _check_cancelled(desk, s.job)
-    wished = [s.plan.parameters for s in starts]
-    layers = sorted({x for p in wished if isinstance(p, RomeParameters) for x in p.layers})
-    statistics = yield from toolkit.statistics_steps(layers)
-    found = yield from find_together_steps(replica.base, statistics, [s.wanted for s in starts])
-    return [Member(s.job, s.began, Draft(s.plan, f)) for s, f in zip(starts, found, strict=True)]
+def _find_batch(
+    replica: VersionedModel,
+    worker_jobs: WorkerJobs,
+    context: EditorContext,
+    resolved_jobs: Sequence[_ResolvedJob],
+) -> Stepper[list[PreparedEdit]]:
+    for s in resolved_jobs:
+        _raise_if_cancelled(worker_jobs, s.job)
+    hparams = [s.resolved_edit.parameters for s in resolved_jobs]
+    layers = sorted({x for p in hparams if isinstance(p, RomeParameters) for x in p.layers})
+    statistics = yield from context.get_statistics(layers)
+    factors = yield from find_batch_factors(replica.base, statistics, [s.spec for s in resolved_jobs])
+    return [
+        PreparedEdit(s.job, s.started_at, CandidateEdit(s.resolved_edit, f))
+        for s, f in zip(resolved_jobs, factors, strict=True)
+    ]
 
 
-def imported(job: RunningJob) -> bool:
+def is_imported(job: ClaimedJob) -> bool:
     """Whether an edit was found elsewhere."""
     return job.request.get("origin") is not None
 
 
-def _given_steps(replica: Replica, desk: Desk, toolkit: Toolkit, job: RunningJob) -> Steps[Member]:
+def _load_imported_edit(
+    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, job: ClaimedJob
+) -> Stepper[PreparedEdit]:
     """An imported edit as it stands after the search that it has behind it: it lands as it is, or not at all."""
-    began = time.monotonic()
-    _check_cancelled(desk, job)
-    kept = [desk.kept(job, name) for name in (parts.FACTORS, parts.BODY)]
-    if None in kept:
+    started_at = time.monotonic()
+    _raise_if_cancelled(worker_jobs, job)
+    artifacts = [
+        worker_jobs.get_artifact(job, name) for name in (parts.IMPORTED_FACTORS, parts.IMPORTED_BODY)
+    ]
+    if None in artifacts:
         raise Conflict("what was imported is no longer kept: import it again.")
-    factors, body = kept[0] or b"", json.loads(kept[1] or b"")
+    factors, body = artifacts[0] or b"", json.loads(artifacts[1] or b"")
     request = EditRequest.model_validate({k: v for k, v in job.request.items() if k != "origin"})
-    plan = yield from plan_steps(replica, request, toolkit)
-    as_it_is = {"strengths": (1.0,), "margin": 0.0, "leads": ()}
-    plan = replace(plan, parameters=plan.parameters.model_copy(update=as_it_is))
-    pieces = unpack(factors, job.id, job.subject)
-    size = math.sqrt(sum(float(_change(p).double().norm()) ** 2 for p in pieces))
-    return Member(job, began, Draft(plan, Found(pieces, [], size, 0.0)), Given(factors, body))
+    resolved_edit = yield from resolve_edit(replica, request, context)
+    fixed_strength = {"strengths": (1.0,), "margin": 0.0, "leads": ()}
+    resolved_edit = replace(
+        resolved_edit, parameters=resolved_edit.parameters.model_copy(update=fixed_strength)
+    )
+    updates = deserialize_updates(factors, job.id, job.subject)
+    delta_norm = math.sqrt(sum(float(_update_tensor(p).double().norm()) ** 2 for p in updates))
+    return PreparedEdit(
+        job,
+        started_at,
+        CandidateEdit(resolved_edit, EditFactors(updates, [], delta_norm, 0.0)),
+        ImportedFactors(factors, body),
+    )
 
 
-def _change(piece: Piece) -> Tensor:
-    return piece.change if isinstance(piece, Addend) else piece.value
+def _update_tensor(update: EditUpdate) -> Tensor:
+    return update.change if isinstance(update, DenseUpdate) else update.value
 
 
-def plan_steps(replica: Replica, request: EditRequest, toolkit: Toolkit) -> Steps[Plan]:
+def resolve_edit(
+    replica: VersionedModel, request: EditRequest, context: EditorContext
+) -> Stepper[ResolvedEdit]:
     """Resolve the hyperparameters, and the true object when the user names none: what the base model answers."""
     model = replica.base
-    parameters = resolve(toolkit.recipe, request.hparams, model.layers, request.method or "rome")
-    prompt, objective = fill(request.prompt, request.subject).text, request.objective
-    true = request.target_true
-    if true is None:
-        (said,) = yield from answer_steps(model, [prompt])
-        true = said.split("\n")[0].split(".")[0].split(",")[0].strip() or "?"
-    new = request.target_new if objective == "write" and request.target_new else true
-    if new == "?":
+    parameters = resolve_hparams(context.recipe, request.hparams, model.num_layers, request.method or "rome")
+    prompt, objective = fill_prompt(request.prompt, request.subject).text, request.objective
+    target_true = request.target_true
+    if target_true is None:
+        (answer,) = yield from generate_greedy(model, [prompt])
+        target_true = answer.split("\n")[0].split(".")[0].split(",")[0].strip() or "?"
+    target_new = request.target_new if objective == "write" and request.target_new else target_true
+    if target_new == "?":
         raise InvalidInput("the base model gives no answer: name the true object.", "target_true")
-    paraphrase = [fill(p, request.subject).text if "{}" in p else p for p in request.probes.paraphrase]
-    return Plan(
+    paraphrase = [fill_prompt(p, request.subject).text if "{}" in p else p for p in request.probes.paraphrase]
+    return ResolvedEdit(
         request,
         parameters,
-        Question(prompt, new, true, objective),
-        [Question(p, new, true, objective) for p in paraphrase],
-        [Question(n.prompt, new, n.target, objective) for n in request.probes.neighborhood],
+        Probe(prompt, target_new, target_true, objective),
+        [Probe(p, target_new, target_true, objective) for p in paraphrase],
+        [Probe(n.prompt, target_new, n.target, objective) for n in request.probes.neighborhood],
     )
 
 
-def want_steps(replica: Replica, toolkit: Toolkit, plan: Plan, edit: str) -> Steps[Asked]:
+def build_admitted_spec(
+    replica: VersionedModel, context: EditorContext, resolved_edit: ResolvedEdit, edit: str
+) -> Stepper[EditSpec]:
     """What the editor is asked for. Refused when there is no room for the search."""
-    parameters, request, model = plan.parameters, plan.request, replica.base
+    parameters, request, model = resolved_edit.parameters, resolved_edit.request, replica.base
     contexts: list[str] = []
     if isinstance(parameters, RomeParameters):
-        contexts = yield from toolkit.contexts_steps(parameters.contexts, parameters.seed)
-    statement = fill(request.prompt, request.subject)
-    wanted = want(
-        model, contexts, statement, plan.rewrite.new, parameters, edit, plan.method, request.objective
+        contexts = yield from context.get_contexts(parameters.contexts, parameters.seed)
+    statement = fill_prompt(request.prompt, request.subject)
+    spec = build_edit_spec(
+        model,
+        contexts,
+        statement,
+        resolved_edit.rewrite_probe.new,
+        parameters,
+        edit,
+        resolved_edit.method,
+        request.objective,
     )
-    admit("this edit", wanted.bytes(model), model.device, "use a shorter prompt or fewer contexts", "prompt")
-    return wanted
+    require_memory(
+        "this edit", spec.peak_bytes(model), model.device, "use a shorter prompt or fewer contexts", "prompt"
+    )
+    return spec
 
 
 # trying and landing
 
 
-def _land_steps(replica: Replica, desk: Desk, toolkit: Toolkit, members: Sequence[Member]) -> Working:
+def _commit_group(
+    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, members: Sequence[PreparedEdit]
+) -> JobSteps:
     """Try them in one version, and land them when all are fit; else the fit without the others, and the others alone.
 
     Where none is fit, what is wrong may be what they do together: then halves are tried.
     """
     if len(members) < 2:
         for m in members:
-            yield from _apart(m.job, land_alone_steps(replica, desk, toolkit, m))
-            yield Ended(m.job.id)
+            yield from _isolate_failures(m.job, commit_alone(replica, worker_jobs, context, m))
+            yield JobFinished(m.job.id)
         return
     head = replica.head()
-    drafts = [m.draft for m in members]
-    stand = yield from stand_steps(replica, toolkit, drafts, head)
-    trials = yield from tempered_steps(replica, toolkit, drafts, stand)
-    fit = [
-        m for m, t in zip(members, trials, strict=True) if t.spoken or not m.draft.plan.request.guard.enabled
+    candidates = [m.candidate for m in members]
+    baseline = yield from measure_baseline(replica, context, candidates, head)
+    guard_results = yield from choose_strengths(replica, context, candidates, baseline)
+    passing = [
+        m
+        for m, t in zip(members, guard_results, strict=True)
+        if t.accepted or not m.candidate.resolved_edit.request.guard.enabled
     ]
-    if len(fit) == len(members):
-        rest = yield from _apply_steps(replica, desk, toolkit, members, trials, head)
-        yield from _land_steps(replica, desk, toolkit, rest)
+    if len(passing) == len(members):
+        remaining = yield from _commit_in_order(replica, worker_jobs, context, members, guard_results, head)
+        yield from _commit_group(replica, worker_jobs, context, remaining)
         return
-    unfit = [m for m in members if m not in fit]
+    failing = [m for m in members if m not in passing]
     middle = len(members) // 2
-    parts = [fit, *([m] for m in unfit)] if fit else [members[:middle], members[middle:]]
-    for part in parts:
-        yield from _land_steps(replica, desk, toolkit, part)
+    subgroups = [passing, *([m] for m in failing)] if passing else [members[:middle], members[middle:]]
+    for subgroup in subgroups:
+        yield from _commit_group(replica, worker_jobs, context, subgroup)
 
 
-def _apply_steps(
-    replica: Replica,
-    desk: Desk,
-    toolkit: Toolkit,
-    members: Sequence[Member],
-    trials: Sequence[Trial],
+def _commit_in_order(
+    replica: VersionedModel,
+    worker_jobs: WorkerJobs,
+    context: EditorContext,
+    members: Sequence[PreparedEdit],
+    guard_results: Sequence[GuardResult],
     head: int,
-) -> Generator[News, None, Sequence[Member]]:
+) -> Generator[JobUpdate, None, Sequence[PreparedEdit]]:
     """Land them one after another; returns those that must be tried again, because head is not what they were tried on."""
-    names = [m.job.id for m in members]
-    for number, (m, trial) in enumerate(zip(members, trials, strict=True)):
-        others = [name for name in names if name != m.job.id]
+    edit_ids = [m.job.id for m in members]
+    for number, (m, guard_result) in enumerate(zip(members, guard_results, strict=True)):
+        others = [name for name in edit_ids if name != m.job.id]
         try:
-            _check_cancelled(desk, m.job)
-            yield from _apply_one_steps(replica, desk, toolkit, m, trial, head + number, others)
+            _raise_if_cancelled(worker_jobs, m.job)
+            yield from _commit_one(replica, worker_jobs, context, m, guard_result, head + number, others)
         except Conflict:
-            yield LOOK_AGAIN
+            yield HEAD_MOVED
             return members[number:]
-        except (Unavailable, Disagrees):
+        except (Unavailable, DigestMismatch):
             raise
         except Exception as error:
-            yield Ended(m.job.id, error)
+            yield JobFinished(m.job.id, error)
             return members[number + 1 :]
         if m is members[-1]:
-            toolkit.remember(head + len(members), trial.after.perplexity)
-        yield Ended(m.job.id)
+            context.cache_perplexity(head + len(members), guard_result.after.perplexity)
+        yield JobFinished(m.job.id)
     return []
 
 
-def _apply_one_steps(
-    replica: Replica,
-    desk: Desk,
-    toolkit: Toolkit,
-    member: Member,
-    trial: Trial,
+def _commit_one(
+    replica: VersionedModel,
+    worker_jobs: WorkerJobs,
+    context: EditorContext,
+    member: PreparedEdit,
+    guard_result: GuardResult,
     head: int,
-    together: Sequence[str],
-) -> Steps[None]:
-    plan, found = member.draft.plan, member.draft.found
-    result = report(plan, found, trial, time.monotonic() - member.began, together)
-    if member.given is None:
-        factors = pack([p.scaled(trial.strength) for p in found.pieces])
-        body = provenance(replica, toolkit, plan, trial)
+    batched_with: Sequence[str],
+) -> Stepper[None]:
+    resolved_edit, edit_factors = member.candidate.resolved_edit, member.candidate.factors
+    result = edit_report(
+        resolved_edit, edit_factors, guard_result, time.monotonic() - member.started_at, batched_with
+    )
+    if member.imported_factors is None:
+        factors = serialize_updates([p.scaled(guard_result.strength) for p in edit_factors.updates])
+        body = build_provenance(replica, context, resolved_edit, guard_result)
     else:
-        origin = {"origin": member.job.request["origin"], "supersedes": list(trial.supersedes)}
+        origin = {"origin": member.job.request["origin"], "supersedes": list(guard_result.supersedes)}
         factors, body = (
-            member.given.factors,
-            {**member.given.body, **origin, "fingerprint": replica.base.fingerprint},
+            member.imported_factors.factors,
+            {**member.imported_factors.body, **origin, "fingerprint": replica.base.fingerprint},
         )
-    crash_points.reach("edit.after_compute")
-    yield from persist(partial(desk.apply, member.job, head, factors, body, result))
+    crash_points.crash_point("edit.after_compute")
+    yield from retry_while_unavailable(
+        partial(worker_jobs.commit_edit, member.job, head, factors, body, result)
+    )
 
 
-def land_alone_steps(replica: Replica, desk: Desk, toolkit: Toolkit, member: Member) -> Steps[None]:
+def commit_alone(
+    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, member: PreparedEdit
+) -> Stepper[None]:
     """Try it, stronger and stronger until it takes, and land it; or end it as evaluated or rejected."""
-    job, draft = member.job, member.draft
-    request = draft.plan.request
+    job, candidate = member.job, member.candidate
+    request = candidate.resolved_edit.request
     while True:
         head = replica.head()
-        stand = yield from stand_steps(replica, toolkit, [draft], head)
-        trial = yield from strengthened_steps(replica, toolkit, draft, stand)
-        landing = trial.passed or not request.guard.enabled
-        _check_cancelled(desk, job)
-        if request.dry_run or not landing:
-            result = report(draft.plan, draft.found, trial, time.monotonic() - member.began)
-            yield from persist(partial(desk.finish, job, "evaluated" if landing else "rejected", result))
+        baseline = yield from measure_baseline(replica, context, [candidate], head)
+        guard_result = yield from choose_strength(replica, context, candidate, baseline)
+        acceptable = guard_result.passed or not request.guard.enabled
+        _raise_if_cancelled(worker_jobs, job)
+        if request.dry_run or not acceptable:
+            result = edit_report(
+                candidate.resolved_edit, candidate.factors, guard_result, time.monotonic() - member.started_at
+            )
+            yield from retry_while_unavailable(
+                partial(worker_jobs.finish, job, "evaluated" if acceptable else "rejected", result)
+            )
             return
         try:
-            yield from _apply_one_steps(replica, desk, toolkit, member, trial, head, ())
+            yield from _commit_one(replica, worker_jobs, context, member, guard_result, head, ())
         except Conflict:
-            yield LOOK_AGAIN
+            yield HEAD_MOVED
         else:
-            toolkit.remember(head + 1, trial.after.perplexity)
+            context.cache_perplexity(head + 1, guard_result.after.perplexity)
             return
 
 
-def tempered_steps(
-    replica: Replica, toolkit: Toolkit, drafts: Sequence[Draft], stand: Stand
-) -> Steps[list[Trial]]:
+def choose_strengths(
+    replica: VersionedModel, context: EditorContext, candidates: Sequence[CandidateEdit], baseline: Baseline
+) -> Stepper[list[GuardResult]]:
     """Several drafts in one version, each with the first of its strengths at which the model speaks beside the others, as far as
     raising those that do not take yet brings it about."""
-    places, tried = [0] * len(drafts), [stand.climb(d.plan, replica.base).strengths for d in drafts]
+    indices, schedules = (
+        [0] * len(candidates),
+        [baseline.strength_schedule(d.resolved_edit, replica.base).strengths for d in candidates],
+    )
     while True:
-        strengths = [some[at] for some, at in zip(tried, places, strict=True)]
-        trials = yield from trial_steps(replica, toolkit, drafts, stand, strengths)
+        strengths = [some[at] for some, at in zip(schedules, indices, strict=True)]
+        guard_results = yield from evaluate_candidates(replica, context, candidates, baseline, strengths)
         raised = [
             i
-            for i, (d, t) in enumerate(zip(drafts, trials, strict=True))
-            if d.plan.request.guard.enabled
-            and not t.spoken
-            and (t.passed or not t.took)
-            and places[i] + 1 < len(tried[i])
+            for i, (d, t) in enumerate(zip(candidates, guard_results, strict=True))
+            if d.resolved_edit.request.guard.enabled
+            and not t.accepted
+            and (t.passed or not t.effective)
+            and indices[i] + 1 < len(schedules[i])
         ]
-        if not raised or all(not t.took for t in trials):
-            return trials  # nothing to raise, or so much is wrong that it is not for want of strength
+        if not raised or all(not t.effective for t in guard_results):
+            return guard_results  # nothing to raise, or so much is wrong that it is not for want of strength
         for i in raised:
-            places[i] += 1
+            indices[i] += 1
 
 
-def strengthened_steps(replica: Replica, toolkit: Toolkit, draft: Draft, stand: Stand) -> Steps[Trial]:
+def choose_strength(
+    replica: VersionedModel, context: EditorContext, candidate: CandidateEdit, baseline: Baseline
+) -> Stepper[GuardResult]:
     """The first strength that the model speaks at, else the strongest that passes, else the first."""
-    best: Trial | None = None
-    for strength in stand.climb(draft.plan, replica.base).strengths:
-        (trial,) = yield from trial_steps(replica, toolkit, [draft], stand, [strength])
-        if best is None or trial.passed:
-            best = trial
-        if trial.spoken or not draft.plan.request.guard.enabled:
+    best: GuardResult | None = None
+    for strength in baseline.strength_schedule(candidate.resolved_edit, replica.base).strengths:
+        (guard_result,) = yield from evaluate_candidates(replica, context, [candidate], baseline, [strength])
+        if best is None or guard_result.passed:
+            best = guard_result
+        if guard_result.accepted or not candidate.resolved_edit.request.guard.enabled:
             break
-        if not trial.passed and trial.took:
+        if not guard_result.passed and guard_result.effective:
             break  # it takes, but does damage: more of it does more
     assert best is not None
     return best
@@ -407,91 +475,101 @@ def strengthened_steps(replica: Replica, toolkit: Toolkit, draft: Draft, stand: 
 # what is said of it, and kept
 
 
-def report(
-    plan: Plan, found: Found, trial: Trial, seconds: float, together: Sequence[str] = ()
+def edit_report(
+    resolved_edit: ResolvedEdit,
+    factors: EditFactors,
+    guard_result: GuardResult,
+    seconds: float,
+    batched_with: Sequence[str] = (),
 ) -> dict[str, Any]:
     """An edit's result, for people and programs: JSON. `together` are the edits that were tried in the same version."""
-    before, after = trial.before, trial.after
-    cut = 1 + len(plan.paraphrase)
+    before, after = guard_result.before, guard_result.after
+    first_neighbor = 1 + len(resolved_edit.paraphrase_probes)
 
     def both(i: int) -> dict[str, Any]:
         return {
-            "prompt": plan.questions[i].prompt,
-            "new": plan.questions[i].new,
-            "true": plan.questions[i].true,
-            "before": before.answers[i].probabilities(),
-            "after": after.answers[i].probabilities(),
+            "prompt": resolved_edit.probes[i].prompt,
+            "new": resolved_edit.probes[i].new,
+            "true": resolved_edit.probes[i].true,
+            "before": before.probe_results[i].probabilities(),
+            "after": after.probe_results[i].probabilities(),
         }
 
-    def scores(measured: Measured) -> dict[str, float | None]:
-        if plan.request.objective != "write":
-            return _shares(plan, measured)
-        log_p = [(a.new, a.true) for a in measured.answers]
-        return {"ES": share_new(log_p[:1]), "PS": share_new(log_p[1:cut]), "NS": share_kept(log_p[cut:])}
+    def scores(measured: VersionMeasurement) -> dict[str, float | None]:
+        if resolved_edit.request.objective != "write":
+            return _objective_scores(resolved_edit, measured)
+        log_p = [(a.new, a.true) for a in measured.probe_results]
+        return {
+            "ES": share_preferring_new(log_p[:1]),
+            "PS": share_preferring_new(log_p[1:first_neighbor]),
+            "NS": share_preferring_true(log_p[first_neighbor:]),
+        }
 
     return {
-        "target_true": plan.rewrite.true,
-        "objective": plan.request.objective,
-        "rewrite": both(0) | {"said": before.says, "says": after.says},
-        "paraphrase": [both(i) for i in range(1, cut)],
-        "neighborhood": [both(i) for i in range(cut, len(plan.questions))],
+        "target_true": resolved_edit.rewrite_probe.true,
+        "objective": resolved_edit.request.objective,
+        "rewrite": both(0) | {"said": before.preview_text, "says": after.preview_text},
+        "paraphrase": [both(i) for i in range(1, first_neighbor)],
+        "neighborhood": [both(i) for i in range(first_neighbor, len(resolved_edit.probes))],
         "scores": {"before": scores(before), "after": scores(after)},
         "perplexity": {"before": before.perplexity, "after": after.perplexity},
-        "delta_norm": found.delta_norm,
-        "norm_ratio": {name_of(site): r for site, r in trial.norm_ratio.items()},
-        "layers": sorted({p.layer for p in found.pieces}),
-        "strength": trial.strength,
-        "optimisation": {"steps": len(found.losses), "first": found.losses[0], "last": found.losses[-1]}
-        if found.losses
+        "delta_norm": factors.delta_norm,
+        "norm_ratio": {weight_label(site): r for site, r in guard_result.norm_ratio.items()},
+        "layers": sorted({p.layer for p in factors.updates}),
+        "strength": guard_result.strength,
+        "optimisation": {"steps": len(factors.losses), "first": factors.losses[0], "last": factors.losses[-1]}
+        if factors.losses
         else None,
-        "broken": trial.broken,
+        "broken": guard_result.regressed_edits,
         "conflicts": [
             {
                 "edit": r.edit,
                 "prompt": r.prompt,
-                "target_new": r.object,
+                "target_new": r.target_new,
                 "probability": r.probability,
                 "cosine": r.cosine,
             }
-            for r in trial.conflicts
+            for r in guard_result.conflicts
         ],
-        "supersedes": list(trial.supersedes),
-        "room": {str(x): left for x, left in sorted(trial.room.items())},
-        "together": list(together),
+        "supersedes": list(guard_result.supersedes),
+        "room": {str(x): left for x, left in sorted(guard_result.capacity.items())},
+        "together": list(batched_with),
         "guard": {
-            "passed": trial.passed,
+            "passed": guard_result.passed,
             "checks": [
                 {"name": c.name, "passed": c.passed, "figure": c.figure, "limit": c.limit}
-                for c in trial.checks
+                for c in guard_result.checks
             ],
         },
-        "reason": _reason(trial),
+        "reason": _rejection_reason(guard_result),
         "seconds": round(seconds, 3),
     }
 
 
-def _shares(plan: Plan, measured: Measured) -> dict[str, float | None]:
+def _objective_scores(
+    resolved_edit: ResolvedEdit, measurement: VersionMeasurement
+) -> dict[str, float | None]:
     """Of an erasure or an amplification: the shares of its prompts that do what it is for, and of the neighbours that are right."""
-    asked = list(zip(plan.questions, measured.answers, strict=True))
-    cut = 1 + len(plan.paraphrase)
+    probe_results = list(zip(resolved_edit.probes, measurement.probe_results, strict=True))
+    first_neighbor = 1 + len(resolved_edit.paraphrase_probes)
 
-    def share(does: Callable[[Question, Answer], bool], some: slice) -> float | None:
-        found = [does(*one) for one in asked[some]]
+    def share(does: Callable[[Probe, ProbeResult], bool], some: slice) -> float | None:
+        found = [does(*one) for one in probe_results[some]]
         return sum(found) / len(found) if found else None
 
     return {
-        "ES": share(holds, slice(0, 1)),
-        "PS": share(holds, slice(1, cut)),
-        "NS": share(keeps, slice(cut, None)),
+        "ES": share(edit_holds, slice(0, 1)),
+        "PS": share(edit_holds, slice(1, first_neighbor)),
+        "NS": share(neighbor_preserved, slice(first_neighbor, None)),
     }
 
 
-def name_of(site: Site) -> str:
+def weight_label(site: WeightRef) -> str:
     """What a report calls an edited weight: its layer alone where it is the MLP's."""
     return str(site.layer) if site.part == "mlp" else f"{site.layer}.{site.part}"
 
 
-_OTHERWISE = {
+_REASONS_BY_OBJECTIVE = {
     "erase": {
         "efficacy": "the edit did not take: the true object is still said, or too little of its probability is gone"
     },
@@ -499,7 +577,7 @@ _OTHERWISE = {
         "efficacy": "the edit did not take: the true object is not said, or its probability rose too little"
     },
 }
-_REASONS = {
+_REASON_BY_CHECK = {
     "efficacy": "the edit did not take: the new object is not more probable than the old one",
     "probability": "the new object is less probable than asked for",
     "paraphrase": "too few paraphrases say the new object",
@@ -512,28 +590,32 @@ _REASONS = {
 }
 
 
-def _reason(trial: Trial) -> str | None:
+def _rejection_reason(guard_result: GuardResult) -> str | None:
     """Why an edit was rejected, in words; None when it passed."""
-    reasons = _REASONS | _OTHERWISE.get(trial.objective, {})
+    reasons = _REASON_BY_CHECK | _REASONS_BY_OBJECTIVE.get(guard_result.objective, {})
     failed = [
-        f"{reasons[c.name]} ({c.figure:.3g}, limit {c.limit:.3g})" for c in trial.checks if not c.passed
+        f"{reasons[c.name]} ({c.figure:.3g}, limit {c.limit:.3g})"
+        for c in guard_result.checks
+        if not c.passed
     ]
     return "; ".join(failed) or None
 
 
-def provenance(replica: Replica, toolkit: Toolkit, plan: Plan, trial: Trial) -> dict[str, Any]:
+def build_provenance(
+    replica: VersionedModel, context: EditorContext, resolved_edit: ResolvedEdit, guard_result: GuardResult
+) -> dict[str, Any]:
     """What the ledger keeps, so that replaying it gives the same factors (design, section 2.6)."""
-    model, layers = replica.base, plan.parameters.layers
-    keyed = layers if isinstance(plan.parameters, RomeParameters) else ()
+    model, layers = replica.base, resolved_edit.parameters.layers
+    keyed = layers if isinstance(resolved_edit.parameters, RomeParameters) else ()
     return {
-        "method": plan.method,
-        "objective": plan.request.objective,
-        "hparams": plan.parameters.model_dump(mode="json"),
-        "strength": trial.strength,
-        "resolved_true": plan.rewrite.true,
-        "supersedes": list(trial.supersedes),
-        "statistics": {str(x): toolkit.statistics[x].digest for x in keyed},
-        "corpus": toolkit.corpus.digest,
+        "method": resolved_edit.method,
+        "objective": resolved_edit.request.objective,
+        "hparams": resolved_edit.parameters.model_dump(mode="json"),
+        "strength": guard_result.strength,
+        "resolved_true": resolved_edit.rewrite_probe.true,
+        "supersedes": list(guard_result.supersedes),
+        "statistics": {str(x): context.statistics[x].digest for x in keyed},
+        "corpus": context.corpus.digest,
         "dtype": str(model.weight(layers[0]).dtype).removeprefix("torch."),
         "device": str(model.device),
         "libraries": {name: library_version(name) for name in ("torch", "transformers")}

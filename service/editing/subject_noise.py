@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from service.kit.text import Span
-from service.models.token_batch import Tokens
+from service.models.token_batch import TokenizedStatement
 
-Change = Callable[[Tensor], Tensor]
+EmbeddingHook = Callable[[Tensor], Tensor]
 #: the columns of a row that are a subject's tokens, and its noise (n, d)
-Noised = tuple[Span, Tensor | None]
+NoisedSpan = tuple[Span, Tensor | None]
 
 
-def disturbing(rows: Sequence[Noised]) -> Change | None:
+def noise_hook(rows: Sequence[NoisedSpan]) -> EmbeddingHook | None:
     """What does that to a batch's embeddings (rows, T, d), in place: summed in fp64, rounded once. None without noise."""
     if all(noise is None for _, noise in rows):
         return None
@@ -33,17 +33,19 @@ def disturbing(rows: Sequence[Noised]) -> Change | None:
     return disturb
 
 
-def whole(texts: Sequence[Tokens], noises: Sequence[Tensor | None]) -> Change | None:
+def noise_hook_right_padded(
+    texts: Sequence[TokenizedStatement], noises: Sequence[Tensor | None]
+) -> EmbeddingHook | None:
     """For right-padded texts."""
-    return disturbing([(t.subject, noise) for t, noise in zip(texts, noises, strict=True)])
+    return noise_hook([(t.subject, noise) for t, noise in zip(texts, noises, strict=True)])
 
 
-def parted(
-    texts: Sequence[Tokens], noises: Sequence[Tensor | None], width: int
-) -> tuple[Change | None, Change | None]:
+def noise_hooks_split(
+    texts: Sequence[TokenizedStatement], noises: Sequence[Tensor | None], width: int
+) -> tuple[EmbeddingHook | None, EmbeddingHook | None]:
     """For texts parted before the subject's last token: prefixes left-padded to a width, and suffixes."""
-    before: list[Noised] = []
+    prefix_spans: list[NoisedSpan] = []
     for text, noise in zip(texts, noises, strict=True):
         begin, end = text.subject
-        before.append(((width - (end - 1 - begin), width), None if noise is None else noise[:-1]))
-    return disturbing(before), disturbing([((0, 1), noise) for noise in noises])
+        prefix_spans.append(((width - (end - 1 - begin), width), None if noise is None else noise[:-1]))
+    return noise_hook(prefix_spans), noise_hook([((0, 1), noise) for noise in noises])

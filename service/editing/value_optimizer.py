@@ -23,72 +23,96 @@ from dataclasses import replace as changed
 import torch
 from torch import Tensor, nn
 
-from service.editing.subject_noise import Change, parted
-from service.kit.steps import Progress, Steps
+from service.editing.subject_noise import EmbeddingHook, noise_hooks_split
+from service.kit.steps import Progress, Stepper
 from service.kit.text import Statement, separator, token_span
-from service.models.block_runner import Blocks, Passage, Past
-from service.models.hooks import capture, replace
+from service.models.block_runner import BlockInputs, BlockRunner, LayerKV
+from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
-from service.models.precision import wide
-from service.models.token_batch import Batch, Tokens, pad, tokens
+from service.models.precision import at_least_fp32
+from service.models.token_batch import PaddedBatch, TokenizedStatement, pad, tokenize_statement
 from service.recipes.recipe import RomeParameters
 from service.schemas import Objective
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenizedContexts:
     """The statements of one edit as tokens: row 0 is the bare prompt, the others stand after contexts."""
 
-    prompts: list[Tokens]
+    prompts: list[TokenizedStatement]
     targets: list[list[int]]
-    bare: list[Tokens]  #: the subject alone and, where the key is averaged over it, after each context
+    bare_subjects: list[
+        TokenizedStatement
+    ]  #: the subject alone and, where the key is averaged over it, after each context
 
     @property
     def size(self) -> int:
         return len(self.prompts)
 
     @property
-    def essence(self) -> int:
+    def kl_reference_row(self) -> int:
         """The text in which the subject stands bare: the bare prompt where it begins with the subject, else one more."""
-        return 0 if self.prompts[0].head == self.bare[0].head else self.size
+        return (
+            0
+            if self.prompts[0].ids_through_subject == self.bare_subjects[0].ids_through_subject
+            else self.size
+        )
 
-    def texts(self) -> list[Tokens]:
+    def texts(self) -> list[TokenizedStatement]:
         """The prompts, each with its object but for the last token, which nothing follows; then what `essence` needs."""
-        said = [Tokens(p.ids + t[:-1], p.subject) for p, t in zip(self.prompts, self.targets, strict=True)]
-        return said if self.essence == 0 else [*said, Tokens(self.bare[0].head, self.bare[0].subject)]
+        with_targets = [
+            TokenizedStatement(p.ids + t[:-1], p.subject)
+            for p, t in zip(self.prompts, self.targets, strict=True)
+        ]
+        return (
+            with_targets
+            if self.kl_reference_row == 0
+            else [
+                *with_targets,
+                TokenizedStatement(self.bare_subjects[0].ids_through_subject, self.bare_subjects[0].subject),
+            ]
+        )
 
 
-def _leads(contexts: Sequence[str]) -> list[str]:
+def _context_prefixes(contexts: Sequence[str]) -> list[str]:
     """Nothing, and the contexts as closed sentences."""
     return ["", *(f"{c}. " if c else "" for c in contexts)]
 
 
-def rows(
-    model: LoadedModel, statement: Statement, target: str, contexts: Sequence[str], bare: bool = False
-) -> Rows:
+def tokenize_contexts(
+    model: LoadedModel,
+    statement: Statement,
+    target: str,
+    contexts: Sequence[str],
+    with_bare_subjects: bool = False,
+) -> TokenizedContexts:
     """Tokenise prompt and object together, once for each context that fits beside them; with `bare` the subject, too."""
     prompts, targets = [], []
-    for lead in _leads(contexts):
-        placed = statement.after(lead)
-        sep = separator(placed.text, target)
-        ids, offsets = model.encode(placed.text + sep + target)
-        if lead and len(ids) > model.positions:
+    for prefix in _context_prefixes(contexts):
+        prefixed = statement.with_context(prefix)
+        sep = separator(prefixed.text, target)
+        ids, offsets = model.encode(prefixed.text + sep + target)
+        if prefix and len(ids) > model.max_positions:
             continue
-        start = token_span(offsets, (len(placed.text), len(placed.text + sep + target)))[0]
-        prompts.append(Tokens(ids[:start], token_span(offsets[:start], placed.span)))
+        start = token_span(offsets, (len(prefixed.text), len(prefixed.text + sep + target)))[0]
+        prompts.append(TokenizedStatement(ids[:start], token_span(offsets[:start], prefixed.span)))
         targets.append(ids[start:])
     begin, end = statement.span
     subject = statement.text[begin:end]
-    alone = Statement(subject, (0, len(subject)))
-    leads = _leads(contexts) if bare else [""]
-    return Rows(prompts, targets, [tokens(model, alone.after(lead)) for lead in leads])
+    subject_statement = Statement(subject, (0, len(subject)))
+    prefixes = _context_prefixes(contexts) if with_bare_subjects else [""]
+    return TokenizedContexts(
+        prompts,
+        targets,
+        [tokenize_statement(model, subject_statement.with_context(prefix)) for prefix in prefixes],
+    )
 
 
 @dataclass(frozen=True)
-class Wish:
+class ValueSearchSpec:
     """One edit that a value is wanted for."""
 
-    rows: Rows
+    tokenized: TokenizedContexts
     parameters: RomeParameters
     objective: Objective = field(default="write", kw_only=True)
     noise: Tensor | None = field(
@@ -97,7 +121,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Value:
+class ValueResult:
     """What the optimisation found, and what the pass before it saw at the subject's last token."""
 
     delta: Tensor  #: (d,)
@@ -108,43 +132,45 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Place:
+class DeltaSite:
     """Where delta is added: to the output of a layer's down-projection, or to the hidden state after the layer."""
 
     layer: int
-    hidden: bool = False
+    on_hidden_state: bool = False
 
 
 @dataclass(frozen=True)
-class Suffixes:
+class SuffixBatch:
     """Rows (B, A) from the subject's last token, in column 0, on: what a step starts from.
 
     What stands before is constant by causality, and so is what lies below: of the one the keys and values are kept,
     of the other the hidden states.
     """
 
-    blocks: Blocks
+    block_runner: BlockRunner
     ids: Tensor  #: (B, A) right-padded
     mask: Tensor  #: (B, P + A), over the left-padded prefixes and the suffixes
     positions: Tensor  #: (B, A)
-    past: list[Past | None]  #: keys and values of the prefixes, by layer
-    passage: Passage
+    past: list[LayerKV | None]  #: keys and values of the prefixes, by layer
+    block_inputs: BlockInputs
     hidden: Tensor  #: (B, A, d) as they enter block `first`
-    first: int
-    module: nn.Module | None  #: where to add in block `first`; None: to `hidden` itself
+    first_layer: int
+    delta_module: nn.Module | None  #: where to add in block `first`; None: to `hidden` itself
 
-    def of(self, rows: Tensor) -> Suffixes:
+    def select_rows(self, rows: Tensor) -> SuffixBatch:
         """Some of the rows."""
         ids, mask, positions = self.ids[rows], self.mask[rows], self.positions[rows]
         past = [p and (p[0][rows], p[1][rows]) for p in self.past]
-        some = changed(self, ids=ids, mask=mask, positions=positions, past=past, hidden=self.hidden[rows])
-        return changed(some, passage=some.enter(0, ids.shape[1]))
+        selected = changed(self, ids=ids, mask=mask, positions=positions, past=past, hidden=self.hidden[rows])
+        return changed(selected, block_inputs=selected.inputs_for(0, ids.shape[1]))
 
-    def enter(self, first: int, end: int, rows: Tensor | slice = slice(None)) -> Passage:
+    def inputs_for(self, first: int, end: int, rows: Tensor | slice = slice(None)) -> BlockInputs:
         """Columns [first, end) of some rows, as the blocks are called for them."""
         before = self.mask.shape[1] - self.ids.shape[1]
         ids, positions = self.ids[rows, first:end], self.positions[rows, first:end]
-        return self.blocks.enter(ids, before + first, None, positions, self.mask[rows, : before + end])
+        return self.block_runner.capture_block_inputs(
+            ids, before + first, None, positions, self.mask[rows, : before + end]
+        )
 
     def forward(self, change: Tensor, end: int | None = None) -> Tensor:
         """The output (B, A, d) of the blocks before `end`, or of all, when `change` (B, d) is added at the subject's last
@@ -155,55 +181,61 @@ class Suffixes:
             shaped[:, 0] += change.to(shaped.dtype)
             return output
 
-        hidden = self.hidden if self.module else add(self.hidden.clone())
-        for layer in range(self.first, self.blocks.model.layers if end is None else end):
-            here = self.module if layer == self.first else None
-            with replace(here, add) if here else nullcontext():
-                hidden, _ = self.blocks.run(self.passage, layer, hidden, self.past[layer])
+        hidden = self.hidden if self.delta_module else add(self.hidden.clone())
+        for layer in range(self.first_layer, self.block_runner.model.num_layers if end is None else end):
+            delta_module = self.delta_module if layer == self.first_layer else None
+            with replace_output(delta_module, add) if delta_module else nullcontext():
+                hidden, _ = self.block_runner.run(self.block_inputs, layer, hidden, self.past[layer])
         return hidden
 
 
-class Reading:
+class LastBlockReader:
     """The last block's output at a few places (row, column), (N,) each, and not much more than that.
 
     The last block need not run where nobody reads it: there it only leaves keys and values. What is read are the
     columns in which an object is said, at the end of the rows, and column 0 of a few rows.
     """
 
-    def __init__(self, suffixes: Suffixes, row: Tensor, column: Tensor) -> None:
-        self.suffixes, self.row, self.column = suffixes, row, column
-        self.layer, width = suffixes.blocks.model.layers - 1, suffixes.ids.shape[1]
-        late = column > 0
-        self.tail = int(column[late].min()) if bool(late.any()) else 0
-        inside = suffixes.first == self.layer and suffixes.module is not None
-        self.whole = self.tail < 2 or suffixes.first > self.layer or inside
-        if self.whole:
+    def __init__(self, suffix_batch: SuffixBatch, row: Tensor, column: Tensor) -> None:
+        self.suffix_batch, self.row, self.column = suffix_batch, row, column
+        self.layer, width = suffix_batch.block_runner.model.num_layers - 1, suffix_batch.ids.shape[1]
+        in_tail = column > 0
+        self.tail_start = int(column[in_tail].min()) if bool(in_tail.any()) else 0
+        delta_in_last_block = suffix_batch.first_layer == self.layer and suffix_batch.delta_module is not None
+        self.runs_whole_block = (
+            self.tail_start < 2 or suffix_batch.first_layer > self.layer or delta_in_last_block
+        )
+        if self.runs_whole_block:
             return
-        self.few = row[~late]
-        self.kept = suffixes.enter(0, self.tail)
-        self.ending = suffixes.enter(self.tail, width)
-        self.start = suffixes.enter(0, 1, self.few)
-        self.place = torch.empty_like(row)
-        self.place[late] = row[late] * (width - self.tail) + column[late] - self.tail
-        self.place[~late] = len(suffixes.ids) * (width - self.tail) + torch.arange(
-            len(self.few), device=row.device
+        self.first_column_rows = row[~in_tail]
+        self.head_inputs = suffix_batch.inputs_for(0, self.tail_start)
+        self.tail_inputs = suffix_batch.inputs_for(self.tail_start, width)
+        self.first_column_inputs = suffix_batch.inputs_for(0, 1, self.first_column_rows)
+        self.gather_index = torch.empty_like(row)
+        self.gather_index[in_tail] = (
+            row[in_tail] * (width - self.tail_start) + column[in_tail] - self.tail_start
+        )
+        self.gather_index[~in_tail] = len(suffix_batch.ids) * (width - self.tail_start) + torch.arange(
+            len(self.first_column_rows), device=row.device
         )
 
     def __call__(self, change: Tensor) -> Tensor:
         """(N, d), when `change` (B, d) is added at the subject's last token."""
-        if self.whole:
-            return self.suffixes.forward(change)[self.row, self.column]
-        blocks, layer, tail = self.suffixes.blocks, self.layer, self.tail
-        hidden, past = self.suffixes.forward(change, layer), self.suffixes.past[layer]
-        kept = blocks.keep(self.kept, layer, hidden[:, :tail], past)
-        ending, _ = blocks.run(self.ending, layer, hidden[:, tail:], kept)
-        before = past and (past[0][self.few], past[1][self.few])
-        start, _ = blocks.run(self.start, layer, hidden[self.few, :1], before)
-        return torch.cat([ending.flatten(0, 1), start[:, 0]])[self.place]
+        if self.runs_whole_block:
+            return self.suffix_batch.forward(change)[self.row, self.column]
+        blocks, layer, tail_start = self.suffix_batch.block_runner, self.layer, self.tail_start
+        hidden, past = self.suffix_batch.forward(change, layer), self.suffix_batch.past[layer]
+        head_past = blocks.run_kv_only(self.head_inputs, layer, hidden[:, :tail_start], past)
+        tail_hidden, _ = blocks.run(self.tail_inputs, layer, hidden[:, tail_start:], head_past)
+        first_column_past = past and (past[0][self.first_column_rows], past[1][self.first_column_rows])
+        first_column_hidden, _ = blocks.run(
+            self.first_column_inputs, layer, hidden[self.first_column_rows, :1], first_column_past
+        )
+        return torch.cat([tail_hidden.flatten(0, 1), first_column_hidden[:, 0]])[self.gather_index]
 
 
 @dataclass(frozen=True)
-class Seen:
+class PrefillActivations:
     """What the one pass over all rows shows at the subject's last token."""
 
     keys: Tensor  #: (rows, D)
@@ -211,50 +243,76 @@ class Seen:
     initial: Tensor  #: (rows, d), what delta is added to
 
 
-def look(
-    model: LoadedModel, texts: Sequence[Tokens], place: Place, noises: Sequence[Tensor | None] = ()
-) -> tuple[Suffixes, Seen]:
+def prefill_suffixes(
+    model: LoadedModel,
+    texts: Sequence[TokenizedStatement],
+    delta_site: DeltaSite,
+    noises: Sequence[Tensor | None] = (),
+) -> tuple[SuffixBatch, PrefillActivations]:
     """Run what is constant, once: the prefixes through all blocks, the suffixes up to the edited one; the subjects noised where
     there is noise for a text."""
-    blocks, starts = Blocks(model), [t.last_subject for t in texts]
-    before = pad([t.ids[:s] for t, s in zip(texts, starts, strict=True)], model, side="left")
-    after = pad([t.ids[s:] for t, s in zip(texts, starts, strict=True)], model)
-    disturbed = parted(texts, noises or [None] * len(texts), before.ids.shape[1])
-    past = _prefix(model, blocks, before, disturbed[0])
-    mask = torch.cat([before.mask, after.mask], 1)
-    positions = torch.tensor(starts, device=model.device)[:, None] + after.positions
-    passage = blocks.enter(after.ids, before.ids.shape[1], disturbed[1], positions, mask)
-    hidden = entering = passage.hidden
-    down = model.down(place.layer)
+    blocks, starts = BlockRunner(model), [t.last_subject_index for t in texts]
+    prefixes = pad([t.ids[:s] for t, s in zip(texts, starts, strict=True)], model, side="left")
+    suffix_tokens = pad([t.ids[s:] for t, s in zip(texts, starts, strict=True)], model)
+    noise_hooks = noise_hooks_split(texts, noises or [None] * len(texts), prefixes.ids.shape[1])
+    past = _run_prefixes(model, blocks, prefixes, noise_hooks[0])
+    mask = torch.cat([prefixes.mask, suffix_tokens.mask], 1)
+    positions = torch.tensor(starts, device=model.device)[:, None] + suffix_tokens.positions
+    block_inputs = blocks.capture_block_inputs(
+        suffix_tokens.ids, prefixes.ids.shape[1], noise_hooks[1], positions, mask
+    )
+    hidden = block_input = block_inputs.hidden
+    down = model.down_proj(delta_site.layer)
     with capture({0: down}, "input") as keys, capture({0: down}) as values:
-        for layer in range(place.layer + 1):
-            entering = hidden
-            hidden, _ = blocks.run(passage, layer, hidden, past[layer])
-    first: tuple[int, Tensor, nn.Module | None] = (place.layer + 1, hidden, None)
+        for layer in range(delta_site.layer + 1):
+            block_input = hidden
+            hidden, _ = blocks.run(block_inputs, layer, hidden, past[layer])
+    resume_point: tuple[int, Tensor, nn.Module | None] = (delta_site.layer + 1, hidden, None)
     at = slice(None), 0
-    outputs = values[0].reshape(*after.ids.shape, -1)[at].clone()
-    if not place.hidden and not _adds(blocks, passage, place.layer, entering, hidden, past[place.layer]):
-        first = (place.layer, entering, down)
-    suffixes = Suffixes(blocks, after.ids, mask, positions, past, passage, first[1], first[0], first[2])
-    found = keys[0].reshape(*after.ids.shape, -1)[at].clone()
-    return suffixes, Seen(found, outputs, hidden[at].clone() if place.hidden else outputs)
+    outputs = values[0].reshape(*suffix_tokens.ids.shape, -1)[at].clone()
+    if not delta_site.on_hidden_state and not _is_additive(
+        blocks, block_inputs, delta_site.layer, block_input, hidden, past[delta_site.layer]
+    ):
+        resume_point = (delta_site.layer, block_input, down)
+    suffixes = SuffixBatch(
+        blocks,
+        suffix_tokens.ids,
+        mask,
+        positions,
+        past,
+        block_inputs,
+        resume_point[1],
+        resume_point[0],
+        resume_point[2],
+    )
+    subject_keys = keys[0].reshape(*suffix_tokens.ids.shape, -1)[at].clone()
+    return suffixes, PrefillActivations(
+        subject_keys, outputs, hidden[at].clone() if delta_site.on_hidden_state else outputs
+    )
 
 
-def _prefix(model: LoadedModel, blocks: Blocks, before: Batch, change: Change | None) -> list[Past | None]:
+def _run_prefixes(
+    model: LoadedModel, blocks: BlockRunner, prefixes: PaddedBatch, noise_hook: EmbeddingHook | None
+) -> list[LayerKV | None]:
     """Keys and values of what precedes, by layer; a row without anything before it is all padding."""
-    if not before.ids.shape[1]:
-        return [None] * model.layers
-    passage = blocks.enter(before.ids, 0, change, before.positions, before.mask)
-    hidden = passage.hidden
-    past: list[Past | None] = []
-    for layer in range(model.layers):
-        hidden, kept = blocks.run(passage, layer, hidden, None)
-        past.append(kept)
+    if not prefixes.ids.shape[1]:
+        return [None] * model.num_layers
+    block_inputs = blocks.capture_block_inputs(prefixes.ids, 0, noise_hook, prefixes.positions, prefixes.mask)
+    hidden = block_inputs.hidden
+    past: list[LayerKV | None] = []
+    for layer in range(model.num_layers):
+        hidden, layer_past = blocks.run(block_inputs, layer, hidden, None)
+        past.append(layer_past)
     return past
 
 
-def _adds(
-    blocks: Blocks, passage: Passage, layer: int, entering: Tensor, hidden: Tensor, past: Past | None
+def _is_additive(
+    blocks: BlockRunner,
+    block_inputs: BlockInputs,
+    layer: int,
+    block_input: Tensor,
+    hidden: Tensor,
+    past: LayerKV | None,
 ) -> bool:
     """Whether what is added to the down-projection's output comes out of the block as it is; not with a norm behind it."""
     probe = hidden[:, 0].detach().roll(1, -1)
@@ -263,13 +321,13 @@ def _adds(
         output.view(*hidden.shape[:2], -1)[:, 0] += probe
         return output
 
-    with replace(blocks.model.down(layer), add):
-        moved, _ = blocks.run(passage, layer, entering, past)
-    return torch.allclose(moved[:, 0], hidden[:, 0] + probe, rtol=1e-2, atol=1e-2 * float(probe.abs().max()))
+    with replace_output(blocks.model.down_proj(layer), add):
+        probed, _ = blocks.run(block_inputs, layer, block_input, past)
+    return torch.allclose(probed[:, 0], hidden[:, 0] + probe, rtol=1e-2, atol=1e-2 * float(probe.abs().max()))
 
 
 @dataclass(frozen=True)
-class Aim:
+class TargetPositions:
     """Where an object's tokens are to be said: row, column of the suffix, token, and weight 1 / |o|; flat, (N,) each."""
 
     row: Tensor
@@ -278,58 +336,60 @@ class Aim:
     weight: Tensor
 
 
-def _aim(rows: Rows, first: int, device: torch.device) -> Aim:
+def _target_positions(rows: TokenizedContexts, first_row: int, device: torch.device) -> TargetPositions:
     """Of the rows of one edit, which stand from `first` on."""
-    places = [
-        (first + i, len(p.ids) - 1 - p.last_subject + j, token, 1 / len(t))
+    positions = [
+        (first_row + i, len(p.ids) - 1 - p.last_subject_index + j, token, 1 / len(t))
         for i, (p, t) in enumerate(zip(rows.prompts, rows.targets, strict=True))
         for j, token in enumerate(t)
     ]
-    *indices, weights = zip(*places, strict=True)
+    *indices, weights = zip(*positions, strict=True)
     row, column, token = (torch.tensor(x, device=device) for x in indices)
-    return Aim(row, column, token, torch.tensor(weights, dtype=torch.float64, device=device))
+    return TargetPositions(row, column, token, torch.tensor(weights, dtype=torch.float64, device=device))
 
 
 @dataclass(eq=False)
-class Search:
+class ValueOptimizer:
     """One edit's delta on its way down its loss. It knows nothing of the searches beside it."""
 
-    wish: Wish
+    spec: ValueSearchSpec
     initial: Tensor
     delta: Tensor
     adam: torch.optim.Adam
-    essence: Tensor | None = None  #: log-probabilities after the bare subject, before any change
+    kl_reference: Tensor | None = None  #: log-probabilities after the bare subject, before any change
     losses: list[float] = field(default_factory=list)
-    ended: bool = False
+    finished: bool = False
 
     @classmethod
-    def start(cls, wish: Wish, initial: Tensor) -> Search:
-        initial = wide(initial)
+    def start(cls, spec: ValueSearchSpec, initial: Tensor) -> ValueOptimizer:
+        initial = at_least_fp32(initial)
         delta = torch.zeros_like(initial, requires_grad=True)
-        return cls(wish, initial, delta, torch.optim.Adam([delta], lr=wish.parameters.learning_rate))
+        return cls(spec, initial, delta, torch.optim.Adam([delta], lr=spec.parameters.learning_rate))
 
-    def loss(self, said: Tensor, aim: Aim, now: Tensor) -> Tensor:
+    def loss(self, target_log_probs: Tensor, targets: TargetPositions, subject_log_probs: Tensor) -> Tensor:
         """From the log-probabilities where the object is said (N, V) and after the bare subject (V,)."""
-        parameters = self.wish.parameters
-        log_p = said.gather(1, aim.token[:, None])[:, 0]
-        if self.wish.objective == "erase":
-            joint = log_p.new_zeros(self.wish.rows.size).index_add(0, aim.row - aim.row[0], log_p)
-            goal = joint.exp().mean()
+        parameters = self.spec.parameters
+        log_p = target_log_probs.gather(1, targets.token[:, None])[:, 0]
+        if self.spec.objective == "erase":
+            joint = log_p.new_zeros(self.spec.tokenized.size).index_add(
+                0, targets.row - targets.row[0], log_p
+            )
+            objective_term = joint.exp().mean()
         else:
-            goal = -(log_p * aim.weight.to(log_p.dtype)).sum() / self.wish.rows.size
-        if self.essence is None:
-            self.essence = now.detach().clone()
-        kl = (now.exp() * (now - self.essence)).sum()
+            objective_term = -(log_p * targets.weight.to(log_p.dtype)).sum() / self.spec.tokenized.size
+        if self.kl_reference is None:
+            self.kl_reference = subject_log_probs.detach().clone()
+        kl = (subject_log_probs.exp() * (subject_log_probs - self.kl_reference)).sum()
         decay = parameters.weight_decay * self.delta.norm() / self.initial.norm() ** 2
-        loss: Tensor = goal + parameters.kl_factor * kl + decay
+        loss: Tensor = objective_term + parameters.kl_factor * kl + decay
         return loss
 
-    def note(self, loss: float) -> None:
+    def record_loss(self, loss: float) -> None:
         """What the loss was; it may be low enough, or the last."""
-        parameters = self.wish.parameters
+        parameters = self.spec.parameters
         self.losses.append(loss)
-        self.ended = (
-            low(self.losses, parameters.stop_loss, self.wish.objective)
+        self.finished = (
+            below_stop_loss(self.losses, parameters.stop_loss, self.spec.objective)
             or len(self.losses) == parameters.steps
         )
 
@@ -338,80 +398,98 @@ class Search:
         self.delta.grad = gradient
         self.adam.step()
         with torch.no_grad():
-            limit = self.wish.parameters.clamp * self.initial.norm()
+            limit = self.spec.parameters.clamp * self.initial.norm()
             self.delta.mul_((limit / self.delta.norm()).clamp(max=1))
 
 
-def low(losses: Sequence[float], limit: float, objective: Objective) -> bool:
+def below_stop_loss(losses: Sequence[float], limit: float, objective: Objective) -> bool:
     """Whether the last loss is low enough: below a limit; of an erasure, whose loss begins as a probability, below that share of
     the first."""
     return losses[-1] < limit * (losses[0] if objective == "erase" else 1)
 
 
-class Round:
+class OptimizerBatch:
     """The searches that go on, side by side: which rows are whose, and what of them the loss reads."""
 
-    def __init__(self, every: Suffixes, searches: Sequence[Search], rows: Mapping[Search, range]) -> None:
-        device = every.ids.device
-        self.searches = list(searches)
-        self.suffixes = every.of(torch.tensor([i for s in searches for i in rows[s]], device=device))
-        sizes = [len(rows[s]) for s in searches]
-        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.owner = torch.repeat_interleave(torch.tensor(sizes)).to(device)
-        self.aims = [_aim(s.wish.rows, at, device) for s, at in zip(searches, firsts, strict=True)]
-        essences = torch.tensor(
-            [at + s.wish.rows.essence for at, s in zip(firsts, searches, strict=True)], device=device
+    def __init__(
+        self,
+        all_suffixes: SuffixBatch,
+        optimizers: Sequence[ValueOptimizer],
+        rows: Mapping[ValueOptimizer, range],
+    ) -> None:
+        device = all_suffixes.ids.device
+        self.optimizers = list(optimizers)
+        self.suffix_batch = all_suffixes.select_rows(
+            torch.tensor([i for s in optimizers for i in rows[s]], device=device)
         )
-        row = torch.cat([*(a.row for a in self.aims), essences])
-        column = torch.cat([*(a.column for a in self.aims), torch.zeros_like(essences)])
-        self.reading = Reading(self.suffixes, row, column)
+        sizes = [len(rows[s]) for s in optimizers]
+        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.optimizer_of_row = torch.repeat_interleave(torch.tensor(sizes)).to(device)
+        self.targets = [
+            _target_positions(s.spec.tokenized, at, device) for s, at in zip(optimizers, firsts, strict=True)
+        ]
+        kl_rows = torch.tensor(
+            [at + s.spec.tokenized.kl_reference_row for at, s in zip(firsts, optimizers, strict=True)],
+            device=device,
+        )
+        row = torch.cat([*(a.row for a in self.targets), kl_rows])
+        column = torch.cat([*(a.column for a in self.targets), torch.zeros_like(kl_rows)])
+        self.reader = LastBlockReader(self.suffix_batch, row, column)
 
     def step(self) -> None:
         """Every search learns its loss, and those that go on take their step; the device is waited for once."""
         with torch.enable_grad():
             losses = self._losses()
-            for search, loss in zip(self.searches, losses.tolist(), strict=True):
-                search.note(loss)
-            on = [i for i, search in enumerate(self.searches) if not search.ended]
-            deltas = [self.searches[i].delta for i in on]
-            gradients = torch.autograd.grad(losses[on].sum(), deltas) if on else ()
-        for i, gradient in zip(on, gradients, strict=True):
-            self.searches[i].step(gradient)
+            for optimizer, loss in zip(self.optimizers, losses.tolist(), strict=True):
+                optimizer.record_loss(loss)
+            unfinished = [i for i, optimizer in enumerate(self.optimizers) if not optimizer.finished]
+            deltas = [self.optimizers[i].delta for i in unfinished]
+            gradients = torch.autograd.grad(losses[unfinished].sum(), deltas) if unfinished else ()
+        for i, gradient in zip(unfinished, gradients, strict=True):
+            self.optimizers[i].step(gradient)
 
     def _losses(self) -> Tensor:
         """Each search's loss at its delta, from one pass for all; (searches,)."""
-        change = torch.stack([s.delta for s in self.searches])[self.owner]
-        hidden = self.reading(change)
-        logp = wide(self.suffixes.blocks.logits(hidden)).log_softmax(-1)
-        *said, now = torch.split(logp, [*(len(a.row) for a in self.aims), len(self.searches)])
-        together = zip(self.searches, said, self.aims, now, strict=True)
-        return torch.stack([search.loss(s, w, n) for search, s, w, n in together])
+        change = torch.stack([s.delta for s in self.optimizers])[self.optimizer_of_row]
+        hidden = self.reader(change)
+        logp = at_least_fp32(self.suffix_batch.block_runner.logits(hidden)).log_softmax(-1)
+        *target_log_probs, subject_log_probs = torch.split(
+            logp, [*(len(a.row) for a in self.targets), len(self.optimizers)]
+        )
+        per_optimizer = zip(self.optimizers, target_log_probs, self.targets, subject_log_probs, strict=True)
+        return torch.stack([search.loss(s, w, n) for search, s, w, n in per_optimizer])
 
 
-def values_steps(model: LoadedModel, place: Place, wishes: Sequence[Wish]) -> Steps[list[Value]]:
+def optimize_values(
+    model: LoadedModel, delta_site: DeltaSite, specs: Sequence[ValueSearchSpec]
+) -> Stepper[list[ValueResult]]:
     """The values of several edits of one place, each as it would be found alone.
 
     Each is optimised with Adam and makes at most `steps - 1` updates, as published.
     """
-    texts = [w.rows.texts() for w in wishes]
-    noises = [w.noise for w, some in zip(wishes, texts, strict=True) for _ in some]
-    suffixes, seen = look(model, [t for some in texts for t in some], place, noises)
+    texts = [w.tokenized.texts() for w in specs]
+    noises = [w.noise for w, some in zip(specs, texts, strict=True) for _ in some]
+    suffix_batch, activations = prefill_suffixes(
+        model, [t for some in texts for t in some], delta_site, noises
+    )
     firsts = [sum(map(len, texts[:i])) for i in range(len(texts))]
-    searches = [Search.start(w, seen.initial[at]) for w, at in zip(wishes, firsts, strict=True)]
-    rows = {s: range(at, at + len(t)) for s, at, t in zip(searches, firsts, texts, strict=True)}
-    total = max(w.parameters.steps for w in wishes)
+    optimizers = [
+        ValueOptimizer.start(w, activations.initial[at]) for w, at in zip(specs, firsts, strict=True)
+    ]
+    rows = {s: range(at, at + len(t)) for s, at, t in zip(optimizers, firsts, texts, strict=True)}
+    total = max(w.parameters.steps for w in specs)
     yield Progress("optimise", 0, total)
-    turn = Round(suffixes, searches, rows)
+    batch = OptimizerBatch(suffix_batch, optimizers, rows)
     for step in range(total):
-        turn.step()
-        still = [s for s in searches if not s.ended]
-        if not still:
+        batch.step()
+        unfinished = [s for s in optimizers if not s.finished]
+        if not unfinished:
             break
-        if still != turn.searches:
-            turn = Round(suffixes, still, rows)
+        if unfinished != batch.optimizers:
+            batch = OptimizerBatch(suffix_batch, unfinished, rows)
         yield Progress("optimise", step + 1, total)
-    prompts = [slice(at, at + w.rows.size) for w, at in zip(wishes, firsts, strict=True)]
+    prompts = [slice(at, at + w.tokenized.size) for w, at in zip(specs, firsts, strict=True)]
     return [
-        Value(s.delta.detach(), s.losses, s.initial, seen.keys[at], seen.values[at])
-        for s, at in zip(searches, prompts, strict=True)
+        ValueResult(s.delta.detach(), s.losses, s.initial, activations.keys[at], activations.values[at])
+        for s, at in zip(optimizers, prompts, strict=True)
     ]

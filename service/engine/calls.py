@@ -6,30 +6,30 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.engine.decoding import Row
-from service.engine.logprobs import columns
+from service.engine.decoding import DecodingSequence
+from service.engine.logprobs import to_openai
 from service.errors import InvalidInput, PalimpsestError
 from service.jobs.broker import Delivery
 from service.kit import metrics
-from service.kit.ids import born
-from service.kit.steps import Steps
-from service.schemas import SpeechRequest, Version
+from service.kit.ids import created_at
+from service.kit.steps import Stepper
+from service.schemas import Version, WorkerGenerateRequest
 
 
-def pinned(version: Version, head: int, least: int | None = None) -> int:
+def resolve_version(version: Version, head: int, min_version: int | None = None) -> int:
     """The number of a version, given the newest; refused when it does not exist or is older than `least`."""
-    number = {"head": head, "base": 0}[version] if isinstance(version, str) else version
-    if not 0 <= number <= head:
-        raise InvalidInput(f"version {number} does not exist: give 0 to {head}.", "version")
-    if least is not None and number < least:
+    resolved = {"head": head, "base": 0}[version] if isinstance(version, str) else version
+    if not 0 <= resolved <= head:
+        raise InvalidInput(f"version {resolved} does not exist: give 0 to {head}.", "version")
+    if min_version is not None and resolved < min_version:
         raise InvalidInput(
-            f"version {number} is older than min_version {least} (the newest is {head}): ask for one that is not.",
+            f"version {resolved} is older than min_version {min_version} (the newest is {head}): ask for one that is not.",
             "min_version",
         )
-    return number
+    return resolved
 
 
-def problem(error: BaseException) -> dict[str, str]:
+def error_payload(error: BaseException) -> dict[str, str]:
     """What a user hears of an error: the house's own words, never another's."""
     if isinstance(error, PalimpsestError):
         return {"title": error.title, "detail": error.detail}
@@ -40,77 +40,85 @@ def problem(error: BaseException) -> dict[str, str]:
 
 
 @dataclass(eq=False)
-class Generation:
+class RunningGeneration:
     """A request whose prompts are rows; they may stand in different batches, always of one version."""
 
     delivery: Delivery
-    request: SpeechRequest
+    request: WorkerGenerateRequest
     version: int
-    rows: list[Row]
-    started: float = field(default_factory=time.monotonic)
-    spoken: bool = False  #: whether it has its first token
+    sequences: list[DecodingSequence]
+    admitted_at: float = field(default_factory=time.monotonic)
+    has_first_token: bool = False  #: whether it has its first token
 
     @property
     def channel(self) -> str:
         return self.delivery.job_id
 
     @property
-    def ended(self) -> bool:
-        return all(r.finish_reason is not None for r in self.rows)
+    def is_finished(self) -> bool:
+        return all(r.finish_reason is not None for r in self.sequences)
 
     @property
-    def begun(self) -> bool:
-        return any(r.said or r.finish_reason for r in self.rows)
+    def has_output(self) -> bool:
+        return any(r.output_ids or r.finish_reason for r in self.sequences)
 
-    def speak(self) -> None:
+    def mark_first_token(self) -> None:
         """Its rows have said something: the wait for the first of it is a metric."""
-        if self.spoken:
+        if self.has_first_token:
             return
-        self.spoken = True
-        metrics.FIRST_TOKEN_SECONDS.labels("admission").observe(time.monotonic() - self.started)
-        if (asked := born(self.channel)) is not None:
-            metrics.FIRST_TOKEN_SECONDS.labels("arrival").observe(max(0.0, time.time() - asked))
+        self.has_first_token = True
+        metrics.TIME_TO_FIRST_TOKEN.labels("admission").observe(time.monotonic() - self.admitted_at)
+        if (submitted_at := created_at(self.channel)) is not None:
+            metrics.TIME_TO_FIRST_TOKEN.labels("arrival").observe(max(0.0, time.time() - submitted_at))
 
-    def news(self, index: int, piece: str) -> dict[str, Any] | None:
+    def token_event(self, index: int, text: str) -> dict[str, Any] | None:
         """The event "token" of one of its rows; None when there is nothing to tell yet."""
-        told: dict[str, Any] = {"index": index, "text": piece, "version": self.version}
-        row = self.rows[index]
-        lines = [] if row.report is None else row.report.news(row.reach)
-        if lines:
-            told["logprobs"] = columns(lines)
-        return told if piece or lines else None
+        event: dict[str, Any] = {"index": index, "text": text, "version": self.version}
+        sequence = self.sequences[index]
+        logprobs = (
+            []
+            if sequence.logprob_recorder is None
+            else sequence.logprob_recorder.unsent(sequence.emitted_chars)
+        )
+        if logprobs:
+            event["logprobs"] = to_openai(logprobs)
+        return event if text or logprobs else None
 
-    def close(self) -> None:
+    def cancel(self) -> None:
         """End the rows that still speak; they leave their batches at the next step."""
-        for r in self.rows:
+        for r in self.sequences:
             if r.finish_reason is None:
                 r.finish("cancelled")
 
-    def answer(self) -> dict[str, Any]:
+    def end_event(self) -> dict[str, Any]:
         """The event "end"."""
         return {
             "version": self.version,
-            "choices": [_choice(r) for r in self.rows],
+            "choices": [_choice_result(r) for r in self.sequences],
             "usage": {
                 # a prompt counts once, however many answers it has
-                "prompt_tokens": sum(len(r.prompt) for r in self.rows[:: self.request.choices]),
-                "completion_tokens": sum(len(r.said) for r in self.rows),
+                "prompt_tokens": sum(len(r.prompt_ids) for r in self.sequences[:: self.request.choices]),
+                "completion_tokens": sum(len(r.output_ids) for r in self.sequences),
             },
-            "seconds": round(time.monotonic() - self.started, 4),
+            "seconds": round(time.monotonic() - self.admitted_at, 4),
         }
 
 
-def _choice(row: Row) -> dict[str, Any]:
-    said = {"text": row.text, "tokens": row.said, "finish_reason": row.finish_reason}
-    return said if row.report is None else said | {"logprobs": columns(row.report.before(row.reach))}
+def _choice_result(sequence: DecodingSequence) -> dict[str, Any]:
+    result = {"text": sequence.text, "tokens": sequence.output_ids, "finish_reason": sequence.finish_reason}
+    return (
+        result
+        if sequence.logprob_recorder is None
+        else result | {"logprobs": to_openai(sequence.logprob_recorder.until(sequence.emitted_chars))}
+    )
 
 
 @dataclass(eq=False)
-class Comparison:
+class RunningComparison:
     """A comparison and its steps."""
 
     delivery: Delivery
-    steps: Steps[dict[str, Any]]
+    steps: Stepper[dict[str, Any]]
 
     @property
     def channel(self) -> str:

@@ -9,45 +9,48 @@ from typing import Any
 
 from torch import Tensor
 
-from service.engine.decoding import Batch, Row, next_tokens, row
-from service.engine.versioned_model import Weights
+from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence, next_token_distribution
+from service.engine.versioned_model import WeightOverrides
 from service.errors import Unavailable
-from service.kit.steps import Progress, Steps
+from service.kit.steps import Progress, Stepper
 from service.models.loading import LoadedModel
 from service.schemas import CompareRequest
 
 #: a version, and its weights
-Side = tuple[int, Weights]
-Stand = Callable[[Weights], AbstractContextManager[LoadedModel]]
+VersionWeights = tuple[int, WeightOverrides]
+UseWeights = Callable[[WeightOverrides], AbstractContextManager[LoadedModel]]
 
 
-def compare_steps(
-    model: LoadedModel, stand: Stand, request: CompareRequest, sides: tuple[Side, Side]
-) -> Steps[dict[str, Any]]:
+def run_comparison(
+    model: LoadedModel,
+    use_weights: UseWeights,
+    request: CompareRequest,
+    sides: tuple[VersionWeights, VersionWeights],
+) -> Stepper[dict[str, Any]]:
     """The event "end" of a comparison. Each step is one forward pass on each side."""
     started = time.monotonic()
-    rows = [row(model, request.prompt, request) for _ in sides]
-    batches = [Batch(model, [r]) for r in rows]
+    sequences = [new_sequence(model, request.prompt, request) for _ in sides]
+    batches = [DecodingBatch(model, [r]) for r in sequences]
     p: list[Tensor] = []
     for _, weights in sides:
-        with stand(weights):
-            p.append(next_tokens(model, rows[0].prompt))
-    yield Progress("compare", 0, rows[0].room)
+        with use_weights(weights):
+            p.append(next_token_distribution(model, sequences[0].prompt_ids))
+    yield Progress("compare", 0, sequences[0].max_new_tokens)
     while any(map(len, batches)):
         for batch, (_, weights) in zip(batches, sides, strict=True):
-            with stand(weights):
+            with use_weights(weights):
                 batch.step()
-        yield Progress("compare", max(len(r.said) for r in rows), rows[0].room)
+        yield Progress("compare", max(len(r.output_ids) for r in sequences), sequences[0].max_new_tokens)
     return {
         "prompt": request.prompt,
-        "sides": [_side(version, r) for (version, _), r in zip(sides, rows, strict=True)],
-        "next_tokens": differences(model, p[0], p[1], request.top),
+        "sides": [_side_result(version, r) for (version, _), r in zip(sides, sequences, strict=True)],
+        "next_tokens": most_changed_tokens(model, p[0], p[1], request.top),
         "total_variation": float((p[0] - p[1]).abs().sum() / 2),
         "seconds": round(time.monotonic() - started, 4),
     }
 
 
-def differences(model: LoadedModel, a: Tensor, b: Tensor, top: int) -> list[dict[str, Any]]:
+def most_changed_tokens(model: LoadedModel, a: Tensor, b: Tensor, top: int) -> list[dict[str, Any]]:
     """The tokens on which two distributions (V,) differ most, largest first; of equals the lower id."""
     gaps = (a - b).abs().sort(descending=True, stable=True).indices[:top]
     return [
@@ -56,7 +59,12 @@ def differences(model: LoadedModel, a: Tensor, b: Tensor, top: int) -> list[dict
     ]
 
 
-def _side(version: int, r: Row) -> dict[str, Any]:
-    if r.finish_reason == "error":
+def _side_result(version: int, sequence: DecodingSequence) -> dict[str, Any]:
+    if sequence.finish_reason == "error":
         raise Unavailable(f"version {version} gives no numbers for this prompt: revert its latest edits.")
-    return {"version": version, "text": r.text, "tokens": r.said, "finish_reason": r.finish_reason}
+    return {
+        "version": version,
+        "text": sequence.text,
+        "tokens": sequence.output_ids,
+        "finish_reason": sequence.finish_reason,
+    }

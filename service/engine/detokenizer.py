@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from service.models.token_text import UNKNOWN
+from service.models.token_text import REPLACEMENT_CHARACTER
 
-CONTEXT = 8  # tokens of the prompt that decide how the first new token is written (a leading space or none)
+PROMPT_CONTEXT_TOKENS = (
+    8  # tokens of the prompt that decide how the first new token is written (a leading space or none)
+)
 
 
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
+def find_first_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where the stop string begins that is complete first when the text is read character by character."""
-    found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found)[1] if found else None
+    matches = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
+    return min(matches)[1] if matches else None
 
 
-def held_back(text: str, stops: Sequence[str]) -> int:
+def partial_stop_length(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end of the text may be the beginning of a stop string."""
     longest = max((len(stop) - 1 for stop in stops), default=0)
     for size in range(min(longest, len(text)), 0, -1):
@@ -29,7 +31,7 @@ def held_back(text: str, stops: Sequence[str]) -> int:
     return 0
 
 
-def both_begin(a: str, b: str) -> str:
+def common_prefix(a: str, b: str) -> str:
     """What two texts begin with alike."""
     size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return a[:size]
@@ -43,55 +45,62 @@ class Detokenizer:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
-        self._ids = list(prompt[-CONTEXT:])
-        self._known = 0  # ids[:read] are in the text; decoding starts at `known`, one piece before
-        self._read = len(self._ids)
-        self._held = ""
+        self._ids = list(prompt[-PROMPT_CONTEXT_TOKENS:])
+        self._prefix_offset = 0  # ids[:read] are in the text; decoding starts at `known`, one piece before
+        self._read_offset = len(self._ids)
+        self._pending = ""
 
-    def begins(self, token: int) -> int:
+    def start_offset(self, token: int) -> int:
         """The character of the text at which a token begins that is pushed now: that one which it helps to write."""
-        known = self._decode(self._ids[self._known : self._read])
-        before, after = self._new(), self._decode([*self._ids[self._known :], token])[len(known) :]
-        shared = before.rstrip(UNKNOWN) if after.endswith(UNKNOWN) else both_begin(before, after)
-        return len(self.text) + len(self._held) + len(shared)
+        prefix = self._decode(self._ids[self._prefix_offset : self._read_offset])
+        before, after = (
+            self._new_text(),
+            self._decode([*self._ids[self._prefix_offset :], token])[len(prefix) :],
+        )
+        shared = (
+            before.rstrip(REPLACEMENT_CHARACTER)
+            if after.endswith(REPLACEMENT_CHARACTER)
+            else common_prefix(before, after)
+        )
+        return len(self.text) + len(self._pending) + len(shared)
 
     def push(self, token: int) -> str:
         """Take a token; give out what can be shown now."""
         self._ids.append(token)
-        return self._give(self._complete())
+        return self._emit(self._take_complete_text())
 
-    def end(self) -> str:
+    def flush(self) -> str:
         """No token follows: give out what was held back. A character that was never completed is left out."""
         if self.stopped:
             return ""
-        piece = self._give(self._new().rstrip(UNKNOWN))
-        rest, self._held, self._ids = self._held, "", []
+        piece = self._emit(self._new_text().rstrip(REPLACEMENT_CHARACTER))
+        rest, self._pending, self._ids = self._pending, "", []
         self.text += rest
         return piece + rest
 
-    def _complete(self) -> str:
+    def _take_complete_text(self) -> str:
         """Text of the new ids, or nothing while it ends inside a character."""
-        new = self._new()
-        if not new or new.endswith(UNKNOWN):
+        new = self._new_text()
+        if not new or new.endswith(REPLACEMENT_CHARACTER):
             return ""
-        self._known, self._read = self._read, len(self._ids)
+        self._prefix_offset, self._read_offset = self._read_offset, len(self._ids)
         return new
 
-    def _new(self) -> str:
+    def _new_text(self) -> str:
         """What the ids say that are not in the text yet, written after the piece before them."""
-        before = self._decode(self._ids[self._known : self._read])
-        return self._decode(self._ids[self._known :])[len(before) :]
+        before = self._decode(self._ids[self._prefix_offset : self._read_offset])
+        return self._decode(self._ids[self._prefix_offset :])[len(before) :]
 
-    def _give(self, new: str) -> str:
+    def _emit(self, new: str) -> str:
         """Pass on what no stop string can claim any more."""
-        text = self._held + new
-        at = first_stop(text, self._stops)
-        if at is not None:
+        text = self._pending + new
+        stop_at = find_first_stop(text, self._stops)
+        if stop_at is not None:
             self.stopped = True
-            piece, self._held = text[:at], ""
+            piece, self._pending = text[:stop_at], ""
         else:
-            cut = len(text) - held_back(text, self._stops)
-            piece, self._held = text[:cut], text[cut:]
+            cut = len(text) - partial_stop_length(text, self._stops)
+            piece, self._pending = text[:cut], text[cut:]
         self.text += piece
         return piece
 

@@ -25,57 +25,57 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from service.engine.calls import Comparison, Generation, pinned, problem
-from service.engine.comparison import compare_steps
-from service.engine.decoding import Row, Said, rows
-from service.engine.outbox import Owed
-from service.engine.scheduler import READ, Lanes
-from service.engine.versioned_model import Replica
-from service.errors import Cancelled, Disagrees, InvalidInput, LeaseLost, PalimpsestError, Unavailable
-from service.jobs.broker import CALLS, KINDS, Broker, Delivery
-from service.jobs.job_store import Desk, RunningJob
+from service.engine.calls import RunningComparison, RunningGeneration, error_payload, resolve_version
+from service.engine.comparison import run_comparison
+from service.engine.decoding import DecodingSequence, TokenOutput, new_sequences
+from service.engine.outbox import Outbox
+from service.engine.scheduler import MAX_PREFILL_TOKENS, Scheduler
+from service.engine.versioned_model import VersionedModel
+from service.errors import Cancelled, DigestMismatch, InvalidInput, LeaseLost, PalimpsestError, Unavailable
+from service.jobs.broker import CALL_KINDS, WORK_KINDS, Broker, Delivery
+from service.jobs.job_store import ClaimedJob, WorkerJobs
 from service.kit import crash_points, metrics
-from service.kit.steps import Ended, News, Progress, Told, Working
+from service.kit.steps import JobFinished, JobProgress, JobSteps, JobUpdate, Progress
 from service.models import memory_estimates
-from service.schemas import CompareRequest, SpeechRequest
+from service.schemas import CompareRequest, WorkerGenerateRequest
 
 log = logging.getLogger(__name__)
 
-Task = Callable[..., Working]  # given the jobs that are to be carried out together
-HUNG = 300.0  # seconds after which a loop that did not come round counts as dead
-INTERRUPTIONS = 10  # times a job may find something down that it needs before it fails
-STOPPING = Unavailable("the worker is stopping: ask again.")
+JobHandler = Callable[..., JobSteps]  # given the jobs that are to be carried out together
+STALL_TIMEOUT = 300.0  # seconds after which a loop that did not come round counts as dead
+MAX_INTERRUPTIONS = 10  # times a job may find something down that it needs before it fails
+WORKER_STOPPING = Unavailable("the worker is stopping: ask again.")
 
 
-Members = dict[str, tuple[Delivery, RunningJob]]  # by the job's id
+JobsById = dict[str, tuple[Delivery, ClaimedJob]]  # by the job's id
 
 
 @dataclass(eq=False)
-class Work:
+class JobGroup:
     """The jobs that are carried out together, as long as they have not ended, and what remains of them."""
 
     kind: str
-    members: Members
-    steps: Working
+    members: JobsById
+    steps: JobSteps
 
     @property
-    def jobs(self) -> list[RunningJob]:
+    def jobs(self) -> list[ClaimedJob]:
         return [job for _, job in self.members.values()]
 
 
 @dataclass(frozen=True)
-class Pace:
+class EngineConfig:
     """How the loop shares its time."""
 
-    rows: int = 32  #: rows that decode side by side
-    edits: int = 1  #: waiting edits that are carried out together
-    caches: float = 0.5  #: of the memory that is free at the start, for keys and values
-    share: float = 0.6  #: of the time, for calls while a job runs beside them
-    comparisons: int = 4  #: comparisons side by side
-    wait: float = 1.0  #: longest sleep when there is nothing to do, in seconds
-    look: float = 0.05  #: seconds between two looks for cancelled calls
-    follow: float = 0.5  #: seconds between two looks at the ledger's head
-    grace: float = 5.0  #: seconds for running generations to end when the loop is stopped
+    max_batch_size: int = 32  #: rows that decode side by side
+    max_edits_per_group: int = 1  #: waiting edits that are carried out together
+    kv_memory_fraction: float = 0.5  #: of the memory that is free at the start, for keys and values
+    generation_time_share: float = 0.6  #: of the time, for calls while a job runs beside them
+    max_comparisons: int = 4  #: comparisons side by side
+    idle_timeout: float = 1.0  #: longest sleep when there is nothing to do, in seconds
+    cancel_poll_interval: float = 0.05  #: seconds between two looks for cancelled calls
+    ledger_poll_interval: float = 0.5  #: seconds between two looks at the ledger's head
+    drain_timeout: float = 5.0  #: seconds for running generations to end when the loop is stopped
 
 
 class Engine:
@@ -86,180 +86,199 @@ class Engine:
 
     def __init__(
         self,
-        replica: Replica,
-        desk: Desk,
+        replica: VersionedModel,
+        worker_jobs: WorkerJobs,
         broker: Broker,
-        tasks: Mapping[str, Task],
-        pace: Pace | None = None,
-        calls: Sequence[str] = CALLS,
+        handlers: Mapping[str, JobHandler],
+        config: EngineConfig | None = None,
+        call_kinds: Sequence[str] = CALL_KINDS,
     ) -> None:
         self.replica = replica
-        self.position: tuple[int, str] | None = (
+        self.served_version: tuple[int, str] | None = (
             None  #: the newest version that the replica can serve, and its digest
         )
-        self.turned = time.monotonic()  #: when the loop last came round
-        self._desk = desk
+        self.last_step_at = time.monotonic()  #: when the loop last came round
+        self._worker_jobs = worker_jobs
         self._broker = broker
-        self._tasks = tasks
-        self._calls = tuple(kind for kind in KINDS if kind in calls)
-        self._jobs = tuple(kind for kind in KINDS if kind in tasks)
-        self._pace = pace or Pace()
-        free = memory_estimates.room(replica.base.device)
-        self._memory = None if free is None else int(free * self._pace.caches)
-        self._lanes = Lanes(replica, self._pace.rows, self._memory)
-        self._generations: dict[Row, tuple[Generation, int]] = {}
-        self._comparisons: list[Comparison] = []
-        self._works: list[Work] = []  # the last one is worked on; those before it are less urgent and wait
-        self._interrupted: Counter[str] = Counter()
-        self._owed = Owed(broker)
-        self._lead = 0.0  # seconds that calls are owed for the last step of a job
-        self._looked = self._followed = float("-inf")
+        self._handlers = handlers
+        self._call_kinds = tuple(kind for kind in WORK_KINDS if kind in call_kinds)
+        self._job_kinds = tuple(kind for kind in WORK_KINDS if kind in handlers)
+        self._config = config or EngineConfig()
+        free = memory_estimates.free_bytes(replica.base.device)
+        self._kv_memory_bytes = None if free is None else int(free * self._config.kv_memory_fraction)
+        self._scheduler = Scheduler(replica, self._config.max_batch_size, self._kv_memory_bytes)
+        self._sequence_owners: dict[DecodingSequence, tuple[RunningGeneration, int]] = {}
+        self._comparisons: list[RunningComparison] = []
+        self._job_groups: list[
+            JobGroup
+        ] = []  # the last one is worked on; those before it are less urgent and wait
+        self._interruptions: Counter[str] = Counter()
+        self._outbox = Outbox(broker)
+        self._generation_time_debt = 0.0  # seconds that calls are owed for the last step of a job
+        self._last_cancel_poll = self._last_ledger_poll = float("-inf")
 
     @property
     def hung(self) -> bool:
         """Whether the loop has not come round for so long that it counts as dead."""
-        return time.monotonic() - self.turned > HUNG
+        return time.monotonic() - self.last_step_at > STALL_TIMEOUT
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set, or until other replicas disagree; then let generations end, and hand back the rest."""
         try:
             while not stop.is_set():
-                if not self.turn() and not stop.is_set():
-                    self._rest()
-        except Disagrees:
+                if not self.step() and not stop.is_set():
+                    self._idle()
+        except DigestMismatch:
             with suppress(Unavailable, OSError):  # what cannot be handed back is taken over
-                self._close()  # what is being said is of versions that were agreed upon
+                self._shut_down()  # what is being said is of versions that were agreed upon
             raise
-        self._close()
+        self._shut_down()
 
-    def turn(self) -> bool:
+    def step(self) -> bool:
         """Once round; whether there was anything to do."""
-        self.turned = time.monotonic()
-        metrics.TURNS.inc()
-        self._owed.pay()
-        self._follow()
+        self.last_step_at = time.monotonic()
+        metrics.ENGINE_STEPS.inc()
+        self._outbox.flush()
+        self._sync_to_head()
         self._admit()
-        self._look()
-        calling = bool(self._lanes or self._comparisons)
-        busy = calling or bool(self._works)
-        began = time.monotonic()
+        self._poll_cancellations()
+        has_calls = bool(self._scheduler or self._comparisons)
+        busy = has_calls or bool(self._job_groups)
+        calls_started = time.monotonic()
         self._decode()
-        self._compare()
-        called = time.monotonic()
-        self._lead = max(0.0, self._lead - (called - began)) if calling else 0.0
-        if self._lead == 0:
+        self._step_comparisons()
+        calls_ended = time.monotonic()
+        self._generation_time_debt = (
+            max(0.0, self._generation_time_debt - (calls_ended - calls_started)) if has_calls else 0.0
+        )
+        if self._generation_time_debt == 0:
             self._step_job()
-            self._lead = (time.monotonic() - called) * self._pace.share / (1 - self._pace.share)
+            self._generation_time_debt = (
+                (time.monotonic() - calls_ended)
+                * self._config.generation_time_share
+                / (1 - self._config.generation_time_share)
+            )
         return busy
 
     # what is to be done
 
-    def _wanted(self) -> tuple[str, ...]:
+    def _acceptable_kinds(self) -> tuple[str, ...]:
         """The kinds that there is room for."""
-        calls = {"generate": self._lanes.free, "compare": self._pace.comparisons - len(self._comparisons)}
-        return (*(k for k in self._calls if calls[k] > 0), *self._urgent())
+        free_slots = {
+            "generate": self._scheduler.free_slots,
+            "compare": self._config.max_comparisons - len(self._comparisons),
+        }
+        return (*(k for k in self._call_kinds if free_slots[k] > 0), *self._startable_job_kinds())
 
-    def _urgent(self) -> tuple[str, ...]:
+    def _startable_job_kinds(self) -> tuple[str, ...]:
         """The kinds of job that may begin now: all of them, or those that go before the running one."""
-        return self._jobs[: self._jobs.index(self._works[-1].kind)] if self._works else self._jobs
+        return (
+            self._job_kinds[: self._job_kinds.index(self._job_groups[-1].kind)]
+            if self._job_groups
+            else self._job_kinds
+        )
 
     def _admit(self) -> None:
         """Take what there is room for: all generations that wait, so that they are read together."""
-        while (kinds := self._wanted()) and (first := self._broker.take(kinds, 1, 0)):
-            more = self._lanes.free - 1
-            self._receive(first)
-            if first[0].kind == "generate" and more > 0:
-                self._receive(self._broker.take(("generate",), more, 0))
+        while (kinds := self._acceptable_kinds()) and (deliveries := self._broker.receive(kinds, 1, 0)):
+            free_slots = self._scheduler.free_slots - 1
+            self._start_deliveries(deliveries)
+            if deliveries[0].kind == "generate" and free_slots > 0:
+                self._start_deliveries(self._broker.receive(("generate",), free_slots, 0))
 
-    def _rest(self) -> None:
+    def _idle(self) -> None:
         """Sleep until there is work. Whoever wakes the loop without any has news of the ledger."""
-        deliveries = self._broker.take(self._wanted(), 1, self._pace.wait)
+        deliveries = self._broker.receive(self._acceptable_kinds(), 1, self._config.idle_timeout)
         if not deliveries:
-            self._followed = float("-inf")
-        self._receive(deliveries)
+            self._last_ledger_poll = float("-inf")
+        self._start_deliveries(deliveries)
 
-    def _receive(self, deliveries: Sequence[Delivery]) -> None:
+    def _start_deliveries(self, deliveries: Sequence[Delivery]) -> None:
         """Begin all of them; what cannot be begun now waits again, oldest first."""
         if deliveries:
-            crash_points.reach("take.after")
+            crash_points.crash_point("take.after")
         for number, delivery in enumerate(deliveries):
             try:
-                self._begin(delivery)
+                self._start_delivery(delivery)
             except Exception:
-                for left in deliveries[number:]:
-                    self._owed.owe(self._broker.give_back, left)
+                for remaining in deliveries[number:]:
+                    self._outbox.defer(self._broker.nack, remaining)
                 with suppress(Unavailable, OSError):  # stays owed
-                    self._owed.pay()
+                    self._outbox.flush()
                 raise
-        self._owed.pay()
+        self._outbox.flush()
 
-    def _begin(self, delivery: Delivery) -> None:
+    def _start_delivery(self, delivery: Delivery) -> None:
         """Raises only what concerns all work, not this delivery."""
-        if delivery.kind not in CALLS:
-            self._start_job(delivery)
+        if delivery.kind not in CALL_KINDS:
+            self._start_job_group(delivery)
             return
-        for call in self._running():
+        for call in self._active_calls():
             if call.channel == delivery.job_id:  # lost while this process was frozen, and come back to it
-                self._discard(call)
+                self._drop_call(call)
         try:
             (self._start_generation if delivery.kind == "generate" else self._start_comparison)(delivery)
-        except (Unavailable, Disagrees):
+        except (Unavailable, DigestMismatch):
             raise
         except Exception as error:
-            self._refuse(delivery, error)
+            self._fail_call(delivery, error)
 
     def _start_generation(self, delivery: Delivery) -> None:
-        request = SpeechRequest.model_validate(delivery.payload)
-        version = pinned(request.version, self.replica.head(), request.min_version)
+        request = WorkerGenerateRequest.model_validate(delivery.payload)
+        version = resolve_version(request.version, self.replica.head(), request.min_version)
         model = self.replica.base
-        asked = rows(model, request)
-        needed = memory_estimates.cache_bytes(model, 1, max(r.most for r in asked))
+        sequences = new_sequences(model, request)
+        needed = memory_estimates.kv_cache_bytes(model, 1, max(r.max_length for r in sequences))
         if (
             request.echo and request.logprobs is not None
         ):  # the distributions at all places that are read together
-            needed += memory_estimates.measure_bytes(model, 1, max(READ, *(len(r.prompt) for r in asked)))
-        memory_estimates.admit("this answer", needed, model.device, "ask for fewer tokens", "max_new_tokens")
-        self._lanes.add(version, self.replica.weights(version), asked)
-        generation = Generation(delivery, request, version, asked)
-        self._generations |= {r: (generation, i) for i, r in enumerate(asked)}
-        crash_points.reach("generate.after_admit")
+            needed += memory_estimates.scoring_bytes(
+                model, 1, max(MAX_PREFILL_TOKENS, *(len(r.prompt_ids) for r in sequences))
+            )
+        memory_estimates.require_memory(
+            "this answer", needed, model.device, "ask for fewer tokens", "max_new_tokens"
+        )
+        self._scheduler.add(version, self.replica.weights(version), sequences)
+        generation = RunningGeneration(delivery, request, version, sequences)
+        self._sequence_owners |= {r: (generation, i) for i, r in enumerate(sequences)}
+        crash_points.crash_point("generate.after_admit")
 
     def _start_comparison(self, delivery: Delivery) -> None:
         request = CompareRequest.model_validate(delivery.payload)
         head = self.replica.head()
-        a, b = ((v, self.replica.weights(v)) for v in (pinned(v, head) for v in request.versions))
-        steps = compare_steps(self.replica.base, self.replica.stand, request, (a, b))
-        self._comparisons.append(Comparison(delivery, steps))
+        a, b = ((v, self.replica.weights(v)) for v in (resolve_version(v, head) for v in request.versions))
+        steps = run_comparison(self.replica.base, self.replica.use_weights, request, (a, b))
+        self._comparisons.append(RunningComparison(delivery, steps))
 
-    def _start_job(self, delivery: Delivery) -> None:
+    def _start_job_group(self, delivery: Delivery) -> None:
         """Begin a job, and with an edit those that wait behind it, as far as they are this worker's share."""
-        members = self._started(delivery)
-        if delivery.kind == "edit" and self._pace.edits > 1:
-            members |= self._joining()
+        members = self._claim_job(delivery)
+        if delivery.kind == "edit" and self._config.max_edits_per_group > 1:
+            members |= self._claim_more_edits()
         if members:
             jobs = [job for _, job in members.values()]
-            self._works.append(Work(delivery.kind, members, self._tasks[delivery.kind](*jobs)))
+            self._job_groups.append(JobGroup(delivery.kind, members, self._handlers[delivery.kind](*jobs)))
 
-    def _joining(self) -> Members:
+    def _claim_more_edits(self) -> JobsById:
         """Begin more of the waiting edits: an equal part for each worker that edits. What cannot be begun waits again."""
-        members: Members = {}
-        waiting: list[Delivery] = []
+        members: JobsById = {}
+        deliveries: list[Delivery] = []
         try:
-            share = -(-(self._broker.waiting("edit") + 1) // self._desk.editors())
-            if (more := min(self._pace.edits, share) - 1) > 0:
-                waiting = self._broker.take(("edit",), more, 0)
-            while waiting:
-                members |= self._started(waiting[0])
-                waiting.pop(0)
+            share = -(-(self._broker.queue_depth("edit") + 1) // self._worker_jobs.count_edit_workers())
+            if (wanted_count := min(self._config.max_edits_per_group, share) - 1) > 0:
+                deliveries = self._broker.receive(("edit",), wanted_count, 0)
+            while deliveries:
+                members |= self._claim_job(deliveries[0])
+                deliveries.pop(0)
         except (Unavailable, OSError):
-            for left in waiting:
-                self._owed.owe(self._broker.give_back, left)
+            for delivery in deliveries:
+                self._outbox.defer(self._broker.nack, delivery)
         return members
 
-    def _started(self, delivery: Delivery) -> Members:
+    def _claim_job(self, delivery: Delivery) -> JobsById:
         """The job, begun; nothing when there is nothing to do for it."""
         try:
-            job = self._desk.start(delivery.job_id)
+            job = self._worker_jobs.claim(delivery.job_id)
         except Unavailable:
             raise
         except Exception:  # the row is as it was: the sweep rings for it again
@@ -268,285 +287,287 @@ class Engine:
         if job is None:
             self._acknowledge(delivery)
             return {}
-        log.info("job started", extra={**about(job), "kind": job.kind, "attempt": job.attempt})
+        log.info("job started", extra={**log_fields(job), "kind": job.kind, "attempt": job.attempt})
         return {job.id: (delivery, job)}
 
     # one step of everything
 
     def _decode(self) -> None:
-        for said in self._lanes.turn():
-            self._speak(said)
-            self._owed.pay()
-            if said:
-                crash_points.reach("generate.after_token")
+        for outputs in self._scheduler.step():
+            self._emit_tokens(outputs)
+            self._outbox.flush()
+            if outputs:
+                crash_points.crash_point("generate.after_token")
 
-    def _speak(self, step: list[Said]) -> None:
+    def _emit_tokens(self, outputs: list[TokenOutput]) -> None:
         """Publish what one step of a lane said, then the ends it brought."""
-        spoke: dict[Generation, None] = {}
-        for said in step:
-            generation, index = self._generations[said.row]
-            generation.speak()
-            spoke[generation] = None
-            if generation.request.stream and (token := generation.news(index, said.piece)):
-                self._owed.tell(generation.channel, "token", token)
-            if said.row.finish_reason == "error":
-                generation.close()
-        self._end([generation for generation in spoke if generation.ended])
+        generations: dict[RunningGeneration, None] = {}
+        for output in outputs:
+            generation, index = self._sequence_owners[output.sequence]
+            generation.mark_first_token()
+            generations[generation] = None
+            if generation.request.stream and (event := generation.token_event(index, output.text)):
+                self._outbox.publish(generation.channel, "token", event)
+            if output.sequence.finish_reason == "error":
+                generation.cancel()
+        self._finish_generations([generation for generation in generations if generation.is_finished])
 
-    def _end(self, ended: Sequence[Generation]) -> None:
+    def _finish_generations(self, generations: Sequence[RunningGeneration]) -> None:
         """Publish how generations ended, then acknowledge them."""
-        for generation in ended:
-            crash_points.reach("generate.before_end")
-            self._discard(generation)
-            self._tell_end(generation)
-        for generation in ended:
+        for generation in generations:
+            crash_points.crash_point("generate.before_end")
+            self._drop_call(generation)
+            self._publish_end(generation)
+        for generation in generations:
             self._acknowledge(generation.delivery, "generate.after_end")
 
-    def _tell_end(self, generation: Generation) -> None:
+    def _publish_end(self, generation: RunningGeneration) -> None:
         """A generation fails as a whole when one of its rows failed."""
-        for r in generation.rows:
-            metrics.ANSWERS.labels(r.finish_reason).inc()
-        if any(r.finish_reason == "error" for r in generation.rows):
+        for r in generation.sequences:
+            metrics.GENERATIONS_FINISHED.labels(r.finish_reason).inc()
+        if any(r.finish_reason == "error" for r in generation.sequences):
             detail = (
                 f"version {generation.version} could not speak: the worker's log has the details. Ask again."
             )
-            self._owed.tell(generation.channel, "error", problem(Unavailable(detail)), last=True)
+            self._outbox.publish(generation.channel, "error", error_payload(Unavailable(detail)), last=True)
             return
-        answer = generation.answer()
-        self._owed.tell(generation.channel, "end", answer, last=True)
-        fields = {"version": generation.version, "seconds": answer["seconds"], **answer["usage"]}
-        log.info("generation ended", extra={**about(generation.delivery), **fields})
+        event = generation.end_event()
+        self._outbox.publish(generation.channel, "end", event, last=True)
+        fields = {"version": generation.version, "seconds": event["seconds"], **event["usage"]}
+        log.info("generation ended", extra={**log_fields(generation.delivery), **fields})
 
-    def _compare(self) -> None:
+    def _step_comparisons(self) -> None:
         for comparison in list(self._comparisons):
             try:
                 next(comparison.steps)
                 continue
             except StopIteration as end:
-                self._owed.tell(comparison.channel, "end", end.value, last=True)
+                self._outbox.publish(comparison.channel, "end", end.value, last=True)
                 self._acknowledge(comparison.delivery)
             except Exception as error:
-                self._refuse(comparison.delivery, error)
-            self._discard(comparison)
-        self._owed.pay()
+                self._fail_call(comparison.delivery, error)
+            self._drop_call(comparison)
+        self._outbox.flush()
 
     def _step_job(self) -> None:
         """One step of the running jobs. What it raises is their end and nothing else's."""
-        if not self._works:
+        if not self._job_groups:
             return
-        work = self._works[-1]
+        group = self._job_groups[-1]
         try:
-            if all(self._desk.cancel_requested(job) for job in work.jobs):
+            if all(self._worker_jobs.cancel_requested(job) for job in group.jobs):
                 raise Cancelled("the job was cancelled while it ran.")
-            news = next(work.steps)
-        except Disagrees:
+            update = next(group.steps)
+        except DigestMismatch:
             raise
         except Unavailable as error:
-            self._interrupt(work, error)
+            self._interrupt_group(group, error)
         except StopIteration:
-            self._leave_jobs(work)
+            self._finish_group(group)
         except Exception as error:
-            self._leave_jobs(work, error)
+            self._finish_group(group, error)
         else:
-            self._hear(work, news)
-        self._owed.pay()
+            self._on_job_update(group, update)
+        self._outbox.flush()
 
-    def _hear(self, work: Work, news: News) -> None:
+    def _on_job_update(self, group: JobGroup, update: JobUpdate) -> None:
         """How far the jobs are, or that one of them has ended."""
-        if isinstance(news, Ended):
-            self._leave_job(work, news.job, news.error)
-        elif isinstance(news, Told):
-            self._owed.owe(self._progress, work, news.job, news.progress)
+        if isinstance(update, JobFinished):
+            self._finish_job(group, update.job, update.error)
+        elif isinstance(update, JobProgress):
+            self._outbox.defer(self._report_progress, group, update.job, update.progress)
         else:
-            for job in work.jobs:
-                self._owed.owe(self._progress, work, job.id, news)
+            for job in group.jobs:
+                self._outbox.defer(self._report_progress, group, job.id, update)
 
-    def _fail(self, job: RunningJob, error: Exception) -> None:
+    def _fail_job(self, job: ClaimedJob, error: Exception) -> None:
         """The row says how the job ended, unless it is another's by now."""
-        about_it = about(job)
+        fields = log_fields(job)
         if isinstance(error, Cancelled):
-            log.info("job cancelled", extra=about_it)
-            self._owed.owe(self._write, self._desk.finish, job, "cancelled", None)
+            log.info("job cancelled", extra=fields)
+            self._outbox.defer(self._write_job_end, self._worker_jobs.finish, job, "cancelled", None)
         elif isinstance(error, LeaseLost):
-            log.warning("job taken over by another worker", extra=about_it)
+            log.warning("job taken over by another worker", extra=fields)
         elif isinstance(error, PalimpsestError):
-            log.info("job failed", extra={**about_it, "detail": error.detail})
-            self._owed.owe(self._write, self._desk.fail, job, error)
+            log.info("job failed", extra={**fields, "detail": error.detail})
+            self._outbox.defer(self._write_job_end, self._worker_jobs.fail, job, error)
         else:
-            log.error("job failed", exc_info=error, extra=about_it)
-            self._owed.owe(self._write, self._desk.fail, job, problem(error)["detail"])
+            log.error("job failed", exc_info=error, extra=fields)
+            self._outbox.defer(
+                self._write_job_end, self._worker_jobs.fail, job, error_payload(error)["detail"]
+            )
 
-    def _interrupt(self, work: Work, error: Unavailable) -> None:
+    def _interrupt_group(self, group: JobGroup, error: Unavailable) -> None:
         """Something that the jobs need is down: they wait again, a bounded number of times."""
-        for job in work.jobs:
-            log.warning("job interrupted", extra={**about(job), "detail": error.detail})
-            self._interrupted[job.id] += 1
-            if self._interrupted[job.id] >= INTERRUPTIONS:
-                self._leave_job(work, job.id, error)
-        self._hand_back(work)
+        for job in group.jobs:
+            log.warning("job interrupted", extra={**log_fields(job), "detail": error.detail})
+            self._interruptions[job.id] += 1
+            if self._interruptions[job.id] >= MAX_INTERRUPTIONS:
+                self._finish_job(group, job.id, error)
+        self._requeue_group(group)
 
-    def _progress(self, work: Work, name: str, progress: Progress) -> None:
+    def _report_progress(self, group: JobGroup, job_id: str, progress: Progress) -> None:
         """Tell how far a job is; the desk knows whether it is still this worker's."""
-        if name not in work.members:
+        if job_id not in group.members:
             return
         try:
-            self._desk.progress(work.members[name][1], progress)
+            self._worker_jobs.report_progress(group.members[job_id][1], progress)
         except LeaseLost as error:
-            self._leave_job(work, name, error)
+            self._finish_job(group, job_id, error)
 
-    def _write(self, action: Callable[..., None], job: RunningJob, *arguments: object) -> None:
+    def _write_job_end(self, action: Callable[..., None], job: ClaimedJob, *arguments: object) -> None:
         """Write a job's end. Where that cannot be, for a reason of its own, the sweep finds the job again."""
         try:
             action(job, *arguments)
         except (PalimpsestError, OSError):
             raise
         except Exception:
-            log.exception("the end of a job cannot be written", extra=about(job))
-            self._desk.abandon(job)
+            log.exception("the end of a job cannot be written", extra=log_fields(job))
+            self._worker_jobs.forget_locally(job)
 
-    def _leave_jobs(self, work: Work, error: Exception | None = None) -> None:
+    def _finish_group(self, group: JobGroup, error: Exception | None = None) -> None:
         """The steps have come to an end: so have all jobs that were left."""
-        for job in work.jobs:
-            self._leave_job(work, job.id, error)
-        self._dismiss(work)
+        for job in group.jobs:
+            self._finish_job(group, job.id, error)
+        self._drop_group(group)
 
-    def _leave_job(self, work: Work, name: str, error: Exception | None = None) -> None:
+    def _finish_job(self, group: JobGroup, job_id: str, error: Exception | None = None) -> None:
         """A job has ended: nothing is left to do for it but to acknowledge its delivery."""
-        if name not in work.members:
+        if job_id not in group.members:
             return
-        delivery, job = work.members.pop(name)
+        delivery, job = group.members.pop(job_id)
         if error is None:
-            log.info("job ended", extra=about(job))
+            log.info("job ended", extra=log_fields(job))
         else:
-            self._fail(job, error)
-        self._followed = float("-inf")  # an edit has moved the head
-        self._interrupted.pop(name, None)
+            self._fail_job(job, error)
+        self._last_ledger_poll = float("-inf")  # an edit has moved the head
+        self._interruptions.pop(job_id, None)
         self._acknowledge(delivery, "end.after_publish")
-        if not work.members:
-            self._dismiss(work)
+        if not group.members:
+            self._drop_group(group)
 
-    def _dismiss(self, work: Work) -> None:
+    def _drop_group(self, group: JobGroup) -> None:
         """Nothing remains to be done."""
-        work.steps.close()
-        if work in self._works:
-            self._works.remove(work)
+        group.steps.close()
+        if group in self._job_groups:
+            self._job_groups.remove(group)
 
     # watching
 
-    def _running(self) -> list[Generation | Comparison]:
+    def _active_calls(self) -> list[RunningGeneration | RunningComparison]:
         """The calls that are being answered."""
-        return [*dict.fromkeys(g for g, _ in self._generations.values()), *self._comparisons]
+        return [*dict.fromkeys(g for g, _ in self._sequence_owners.values()), *self._comparisons]
 
-    def _look(self) -> None:
+    def _poll_cancellations(self) -> None:
         """Leave the calls that are another worker's by now, and end those that nobody waits for any more."""
         now = time.monotonic()
-        if now - self._looked < self._pace.look:
+        if now - self._last_cancel_poll < self._config.cancel_poll_interval:
             return
-        self._looked = now
-        for call in self._running():
-            if not self._broker.owns(call.delivery):
-                log.warning("call taken over by another worker", extra=about(call.delivery))
-                self._discard(call)
-                self._owed.owe(
-                    self._broker.done, call.delivery
+        self._last_cancel_poll = now
+        for call in self._active_calls():
+            if not self._broker.holds_lease(call.delivery):
+                log.warning("call taken over by another worker", extra=log_fields(call.delivery))
+                self._drop_call(call)
+                self._outbox.defer(
+                    self._broker.ack, call.delivery
                 )  # changes nothing but what the broker remembers
             elif self._broker.cancelled(call.channel):
-                self._cancel(call)
-        self._owed.pay()
+                self._cancel_call(call)
+        self._outbox.flush()
 
-    def _cancel(self, call: Generation | Comparison) -> None:
-        if isinstance(call, Generation):
-            call.close()
-            self._end([call])
+    def _cancel_call(self, call: RunningGeneration | RunningComparison) -> None:
+        if isinstance(call, RunningGeneration):
+            call.cancel()
+            self._finish_generations([call])
         else:
-            self._discard(call)
-            self._refuse(call.delivery, Cancelled("the comparison was cancelled."))
+            self._drop_call(call)
+            self._fail_call(call.delivery, Cancelled("the comparison was cancelled."))
 
-    def _follow(self) -> None:
+    def _sync_to_head(self) -> None:
         """Keep up with the ledger: build the newest version and attest to its digest."""
         now = time.monotonic()
-        if now - self._followed < self._pace.follow:
+        if now - self._last_ledger_poll < self._config.ledger_poll_interval:
             return
-        self._followed = now
+        self._last_ledger_poll = now
         head = self.replica.head()
-        if self.position is not None and self.position[0] == head:
+        if self.served_version is not None and self.served_version[0] == head:
             return
         try:
-            digest = self.replica.vouch(head)
-        except (Unavailable, Disagrees):
+            digest = self.replica.attest_version(head)
+        except (Unavailable, DigestMismatch):
             raise
         except Exception:
             # Older versions can still be served; readiness shows that this replica is not at head.
             log.exception("version cannot be built", extra={"version": head})
             return
-        self._desk.heartbeat(head, digest)
-        self._desk.tell_room(head, self.replica.room(head))
-        self.position = (head, digest)
+        self._worker_jobs.heartbeat(head, digest)
+        self._worker_jobs.record_capacity(head, self.replica.remaining_capacity(head))
+        self.served_version = (head, digest)
         log.info("version reached", extra={"version": head, "digest": digest})
 
     # ends
 
-    def _acknowledge(self, delivery: Delivery, point: str = "") -> None:
+    def _acknowledge(self, delivery: Delivery, crash_point: str = "") -> None:
         """Tell the broker that a delivery is dealt with, after all that was owed before."""
-        if point:
-            self._owed.owe(crash_points.reach, point)
-        self._owed.owe(self._broker.done, delivery)
-        self._owed.owe(crash_points.reach, "done.after")
+        if crash_point:
+            self._outbox.defer(crash_points.crash_point, crash_point)
+        self._outbox.defer(self._broker.ack, delivery)
+        self._outbox.defer(crash_points.crash_point, "done.after")
 
-    def _refuse(self, delivery: Delivery, error: Exception) -> None:
+    def _fail_call(self, delivery: Delivery, error: Exception) -> None:
         """End a call with an error."""
         if isinstance(error, ValidationError):
             error = InvalidInput("the request was not understood by the worker: update it with the API.")
         if not isinstance(error, PalimpsestError):
-            log.error("call failed", exc_info=error, extra={**about(delivery), "kind": delivery.kind})
-        self._owed.tell(delivery.job_id, "error", problem(error), last=True)
+            log.error("call failed", exc_info=error, extra={**log_fields(delivery), "kind": delivery.kind})
+        self._outbox.publish(delivery.job_id, "error", error_payload(error), last=True)
         self._acknowledge(delivery)
 
-    def _discard(self, call: Generation | Comparison) -> None:
+    def _drop_call(self, call: RunningGeneration | RunningComparison) -> None:
         """Work for a call no longer, without a word."""
-        if isinstance(call, Comparison):
+        if isinstance(call, RunningComparison):
             self._comparisons.remove(call)
             call.steps.close()
             return
-        for r in call.rows:
-            self._generations.pop(r)
-        call.close()
+        for r in call.sequences:
+            self._sequence_owners.pop(r)
+        call.cancel()
 
-    def _close(self) -> None:
+    def _shut_down(self) -> None:
         """Stop kindly: hand the jobs back, let generations end, and hand back what has not."""
-        for work in self._works[::-1]:
-            self._hand_back(work)
-        self._owed.pay()
-        deadline = time.monotonic() + self._pace.grace
-        while (self._lanes or self._comparisons) and time.monotonic() < deadline:
-            self.turned = time.monotonic()
-            self._look()
+        for group in self._job_groups[::-1]:
+            self._requeue_group(group)
+        self._outbox.flush()
+        deadline = time.monotonic() + self._config.drain_timeout
+        while (self._scheduler or self._comparisons) and time.monotonic() < deadline:
+            self.last_step_at = time.monotonic()
+            self._poll_cancellations()
             self._decode()
-            self._compare()
-        for call in self._running():
-            self._discard(call)
-            self._leave(call)
-        self._lanes = Lanes(self.replica, self._pace.rows, self._memory)
-        self._owed.pay()
+            self._step_comparisons()
+        for call in self._active_calls():
+            self._drop_call(call)
+            self._release_call(call)
+        self._scheduler = Scheduler(self.replica, self._config.max_batch_size, self._kv_memory_bytes)
+        self._outbox.flush()
 
-    def _leave(self, call: Generation | Comparison) -> None:
+    def _release_call(self, call: RunningGeneration | RunningComparison) -> None:
         """Another worker answers a call that cannot be ended here. Where there is none, a client that has heard a part
         of it is told."""
-        if self._desk.sole and isinstance(call, Generation) and call.begun:
-            self._refuse(call.delivery, STOPPING)
+        if self._worker_jobs.single_process and isinstance(call, RunningGeneration) and call.has_output:
+            self._fail_call(call.delivery, WORKER_STOPPING)
         else:
-            self._owed.owe(self._broker.give_back, call.delivery)
+            self._outbox.defer(self._broker.nack, call.delivery)
 
-    def _hand_back(self, work: Work) -> None:
+    def _requeue_group(self, group: JobGroup) -> None:
         """Its jobs wait again, as if they had not been begun; `release` rings their bells."""
-        self._dismiss(work)
-        for delivery, job in work.members.values():
-            log.info("job handed back", extra=about(job))
-            self._owed.owe(self._write, self._desk.release, job)
+        self._drop_group(group)
+        for delivery, job in group.members.values():
+            log.info("job handed back", extra=log_fields(job))
+            self._outbox.defer(self._write_job_end, self._worker_jobs.requeue, job)
             self._acknowledge(delivery)
 
 
-def about(work: Delivery | RunningJob) -> dict[str, str]:
+def log_fields(item: Delivery | ClaimedJob) -> dict[str, str]:
     """What a line of the log says of a call or a job: what it is, and which HTTP request asked for it."""
-    name = work.job_id if isinstance(work, Delivery) else work.id
-    return {"job": name, **({"request": work.request_id} if work.request_id else {})}
+    job_id = item.job_id if isinstance(item, Delivery) else item.id
+    return {"job": job_id, **({"request": item.request_id} if item.request_id else {})}

@@ -15,16 +15,16 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-LEAST = 32  # columns of room that new storage has, at least
-IDLE = 4  # storage may be this many times the part in use
+MIN_SPARE_COLUMNS = 32  # columns of room that new storage has, at least
+MAX_STORAGE_RATIO = 4  # storage may be this many times the part in use
 
 
-class Layer(DynamicLayer):  # type: ignore[misc]
+class BatchKVLayer(DynamicLayer):  # type: ignore[misc]
     """One layer. `keys` and `values` (rows, heads, columns, size) are views of the storage: what attention reads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._store: Tensor | None = None  # (2, rows, heads, columns, size)
+        self._storage: Tensor | None = None  # (2, rows, heads, columns, size)
         self._rows = self._begin = self._end = 0
 
     @property
@@ -35,72 +35,72 @@ class Layer(DynamicLayer):  # type: ignore[misc]
         """Write new columns behind the last; give all keys and all values."""
         self._rows, count = key_states.shape[0], key_states.shape[2]
         end = self._end + count
-        if self._store is None or end > self._store.shape[3]:
-            self._move(self._rows, self.width, self.width + count, key_states)
+        if self._storage is None or end > self._storage.shape[3]:
+            self._reallocate(self._rows, self.width, self.width + count, key_states)
             end = self._end + count
-        assert self._store is not None
-        self._store[0, : self._rows, :, self._end : end] = key_states
-        self._store[1, : self._rows, :, self._end : end] = value_states
+        assert self._storage is not None
+        self._storage[0, : self._rows, :, self._end : end] = key_states
+        self._storage[1, : self._rows, :, self._end : end] = value_states
         self._end = end
-        self._show()
+        self._update_views()
         return self.keys, self.values
 
-    def keep(self, kept: int, holes: Sequence[int], movers: Sequence[int], width: int) -> None:
+    def compact(self, row_count: int, holes: Sequence[int], movers: Sequence[int], width: int) -> None:
         """The first `kept` rows stay, those at `movers` in the places of those at `holes`, with their last `width` columns."""
-        assert self._store is not None
+        assert self._storage is not None
         for hole, mover in zip(holes, movers, strict=True):
-            self._store[:, hole, :, : self._end] = self._store[:, mover, :, : self._end]
-        self._rows, self._begin = kept, self._end - width
-        _, rows, _, columns, _ = self._store.shape
-        if rows * columns > IDLE * kept * (width + LEAST):
-            self._move(kept, width, width)
-        self._show()
+            self._storage[:, hole, :, : self._end] = self._storage[:, mover, :, : self._end]
+        self._rows, self._begin = row_count, self._end - width
+        _, rows, _, columns, _ = self._storage.shape
+        if rows * columns > MAX_STORAGE_RATIO * row_count * (width + MIN_SPARE_COLUMNS):
+            self._reallocate(row_count, width, width)
+        self._update_views()
 
-    def join(self, other: Layer) -> None:
+    def merge(self, other: BatchKVLayer) -> None:
         """Take in the rows of another, behind mine."""
-        assert self._store is not None and other._store is not None
+        assert self._storage is not None and other._storage is not None
         rows, width = self._rows + other._rows, max(self.width, other.width)
-        if rows > self._store.shape[1] or width > self._end:
-            self._move(rows, width, width)
-        at, self._begin = self._end - other.width, self._end - width
-        theirs = other._store[:, : other._rows, :, other._begin : other._end]
-        self._store[:, self._rows : rows, :, :at] = 0
-        self._store[:, self._rows : rows, :, at : self._end] = theirs
+        if rows > self._storage.shape[1] or width > self._end:
+            self._reallocate(rows, width, width)
+        offset, self._begin = self._end - other.width, self._end - width
+        theirs = other._storage[:, : other._rows, :, other._begin : other._end]
+        self._storage[:, self._rows : rows, :, :offset] = 0
+        self._storage[:, self._rows : rows, :, offset : self._end] = theirs
         self._rows = rows
-        self._show()
+        self._update_views()
 
-    def _move(self, rows: int, end: int, columns: int, like: Tensor | None = None) -> None:
+    def _reallocate(self, rows: int, end: int, columns: int, like: Tensor | None = None) -> None:
         """New storage for that many rows, with room behind `columns`; the part in use then ends at `end`."""
-        old, begin = self._store, end - self.width
+        old, begin = self._storage, end - self.width
         like = like if old is None else old
         assert like is not None
-        shape = (2, rows, like.shape[-3], columns + max(LEAST, columns // 2), like.shape[-1])
-        self._store = like.new_empty(shape)
+        shape = (2, rows, like.shape[-3], columns + max(MIN_SPARE_COLUMNS, columns // 2), like.shape[-1])
+        self._storage = like.new_empty(shape)
         if old is not None:
-            live = min(self._rows, rows)
-            self._store[:, :live, :, :begin] = 0
-            self._store[:, :live, :, begin:end] = old[:, :live, :, self._begin : self._end]
+            copied_rows = min(self._rows, rows)
+            self._storage[:, :copied_rows, :, :begin] = 0
+            self._storage[:, :copied_rows, :, begin:end] = old[:, :copied_rows, :, self._begin : self._end]
         self._begin, self._end = begin, end
 
-    def _show(self) -> None:
-        assert self._store is not None
-        self.keys, self.values = self._store[:, : self._rows, :, self._begin : self._end]
+    def _update_views(self) -> None:
+        assert self._storage is not None
+        self.keys, self.values = self._storage[:, : self._rows, :, self._begin : self._end]
         self.is_initialized = True
 
 
-class RowCache(Cache):  # type: ignore[misc]
+class BatchKVCache(Cache):  # type: ignore[misc]
     """The cache of a batch, as transformers' models know it. It holds every token of its rows but the last."""
 
-    layers: list[Layer]
+    layers: list[BatchKVLayer]
 
     def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=Layer)
+        super().__init__(layer_class_to_replicate=BatchKVLayer)
 
-    def keep(self, kept: int, holes: Sequence[int], movers: Sequence[int], width: int) -> None:
+    def compact(self, row_count: int, holes: Sequence[int], movers: Sequence[int], width: int) -> None:
         """Rows leave: the first `kept` stay, those at `movers` in the places of those at `holes`."""
         for layer in self.layers:
-            layer.keep(kept, holes, movers, width)
+            layer.compact(row_count, holes, movers, width)
 
-    def join(self, other: RowCache) -> None:
+    def merge(self, other: BatchKVCache) -> None:
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.join(theirs)
+            mine.merge(theirs)

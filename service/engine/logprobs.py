@@ -9,93 +9,101 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from service.models.token_text import Spelling
+from service.models.token_text import TokenTextCache
 
 CHUNK = 64  # places whose distributions are widened at a time
-LEAST = -9999.0  # in place of minus infinity, which JSON cannot say
+MIN_LOGPROB = -9999.0  # in place of minus infinity, which JSON cannot say
 
 
-class Measured(NamedTuple):
+class TokenMeasurement(NamedTuple):
     """What the model's distribution says where a token stands."""
 
     log_p: float  #: of that token
-    best: list[tuple[int, float]]  #: the most probable tokens, in order
+    top_logprobs: list[tuple[int, float]]  #: the most probable tokens, in order
 
 
 @torch.inference_mode()
-def measure(logits: Tensor, tokens: Tensor, top: int) -> list[Measured]:
+def measure_logprobs(logits: Tensor, tokens: Tensor, top: int) -> list[TokenMeasurement]:
     """For logits (n, V) and the tokens (n,) that stand there. Waits for the device once in CHUNK places."""
-    found: list[Measured] = []
+    measurements: list[TokenMeasurement] = []
     top = min(top, logits.shape[1])
-    for at in range(0, len(tokens), CHUNK):
-        there = tokens[at : at + CHUNK]
-        log_p = logits[at : at + CHUNK].double().log_softmax(-1).clamp(min=LEAST)
+    for start in range(0, len(tokens), CHUNK):
+        chunk_tokens = tokens[start : start + CHUNK]
+        log_p = logits[start : start + CHUNK].double().log_softmax(-1).clamp(min=MIN_LOGPROB)
         best, ids = log_p.topk(top)
-        rows = torch.cat([log_p.gather(1, there.clamp(min=0)[:, None]), best, ids.double()], 1).tolist()
-        for own, *rest in rows:
-            found.append(Measured(own, [(int(i), p) for p, i in zip(rest[:top], rest[top:], strict=True)]))
-    return found
+        rows = torch.cat(
+            [log_p.gather(1, chunk_tokens.clamp(min=0)[:, None]), best, ids.double()], 1
+        ).tolist()
+        for own_log_p, *rest in rows:
+            measurements.append(
+                TokenMeasurement(
+                    own_log_p, [(int(i), p) for p, i in zip(rest[:top], rest[top:], strict=True)]
+                )
+            )
+    return measurements
 
 
 @dataclass(frozen=True)
-class Line:
+class TokenLogprob:
     """A token as it is told. The first one of a text has nothing before it, and no probability."""
 
     token: str
     log_p: float | None
-    best: dict[str, float] | None  #: by spelling, the token itself among them
-    at: int  #: the character of the text at which it begins
+    top_logprobs: dict[str, float] | None  #: by spelling, the token itself among them
+    text_offset: int  #: the character of the text at which it begins
 
 
-def columns(lines: Sequence[Line]) -> dict[str, Any]:
+def to_openai(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     """Lines in the form of OpenAI's completions."""
     return {
-        "tokens": [line.token for line in lines],
-        "token_logprobs": [line.log_p for line in lines],
-        "top_logprobs": [line.best for line in lines],
-        "text_offset": [line.at for line in lines],
+        "tokens": [line.token for line in entries],
+        "token_logprobs": [line.log_p for line in entries],
+        "top_logprobs": [line.top_logprobs for line in entries],
+        "text_offset": [line.text_offset for line in entries],
     }
 
 
-class Report:
+class LogprobRecorder:
     """The lines of one row: of its prompt, where that is echoed, and of its answer."""
 
-    def __init__(self, spelling: Spelling, top: int, prompt: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(self, spelling: TokenTextCache, top: int, prompt: Sequence[tuple[int, int]] = ()) -> None:
         """`prompt`: its tokens and the characters at which they begin; none where it is not echoed."""
         self.top = top
         self._spelling = spelling
         self._prompt = list(prompt)
-        self._lines: list[Line] = []
-        self._told = 0
+        self._entries: list[TokenLogprob] = []
+        self._sent_count = 0
 
     @property
-    def lacks(self) -> list[int]:
+    def unmeasured_prompt(self) -> list[int]:
         """The tokens of the prompt, as long as they are to be measured."""
-        return [] if self._lines else [token for token, _ in self._prompt]
+        return [] if self._entries else [token for token, _ in self._prompt]
 
-    def take_prompt(self, measured: Sequence[Measured]) -> None:
+    def record_prompt(self, measurements: Sequence[TokenMeasurement]) -> None:
         """What was found of all tokens of the prompt but the first."""
-        (first, at), *rest = self._prompt
-        self._lines.append(Line(self._spelling(first), None, None, at))
-        for (token, at), found in zip(rest, measured, strict=True):
-            self.take(token, at, found)
+        (first, text_offset), *rest = self._prompt
+        self._entries.append(TokenLogprob(self._spelling(first), None, None, text_offset))
+        for (token, text_offset), measurement in zip(rest, measurements, strict=True):
+            self.record(token, text_offset, measurement)
 
-    def take(self, token: int, at: int, found: Measured) -> None:
+    def record(self, token: int, text_offset: int, measurement: TokenMeasurement) -> None:
         """One more token of the answer."""
-        best: dict[str, float] = {}
-        for other, log_p in found.best[: self.top]:
-            best.setdefault(
+        top_logprobs: dict[str, float] = {}
+        for other, log_p in measurement.top_logprobs[: self.top]:
+            top_logprobs.setdefault(
                 self._spelling(other), log_p
             )  # of two that are spelled alike the more probable one
-        best.setdefault(self._spelling(token), found.log_p)
-        self._lines.append(Line(self._spelling(token), found.log_p, best, at))
+        top_logprobs.setdefault(self._spelling(token), measurement.log_p)
+        self._entries.append(
+            TokenLogprob(self._spelling(token), measurement.log_p, top_logprobs, text_offset)
+        )
 
-    def before(self, reach: float) -> list[Line]:
+    def until(self, end_offset: float) -> list[TokenLogprob]:
         """The lines of the tokens that begin before this character."""
-        return [line for line in self._lines if line.at < reach]
+        return [line for line in self._entries if line.text_offset < end_offset]
 
-    def news(self, reach: float) -> list[Line]:
+    def unsent(self, end_offset: float) -> list[TokenLogprob]:
         """Of these the ones that were not told before."""
-        lines = self.before(reach)[self._told :]
-        self._told += len(lines)
-        return lines
+        entries = self.until(end_offset)[self._sent_count :]
+        self._sent_count += len(entries)
+        return entries

@@ -13,31 +13,31 @@ from functools import partial
 from typing import Any
 
 from service.errors import PalimpsestError, Unavailable
-from service.jobs.broker import Broker, Message
+from service.jobs.broker import Broker, OutgoingEvent
 
 log = logging.getLogger(__name__)
 
 
-class Owed:
+class Outbox:
     """Messages and actions. Messages that follow each other are told in one go."""
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._due: deque[Message | Callable[[], object]] = deque()
+        self._items: deque[OutgoingEvent | Callable[[], object]] = deque()
 
-    def tell(self, channel: str, name: str, data: dict[str, Any], last: bool = False) -> None:
+    def publish(self, channel: str, name: str, data: dict[str, Any], last: bool = False) -> None:
         """A message to publish."""
-        self._due.append(Message(channel, name, data, last))
+        self._items.append(OutgoingEvent(channel, name, data, last))
 
-    def owe(self, action: Callable[..., object], *arguments: object) -> None:
+    def defer(self, action: Callable[..., object], *arguments: object) -> None:
         """Anything else to do, after what was owed before."""
-        self._due.append(partial(action, *arguments))
+        self._items.append(partial(action, *arguments))
 
-    def pay(self) -> None:
+    def flush(self) -> None:
         """Do all of it. Raises, and keeps what is left, when the other side is down."""
-        while self._due:
-            first = self._due[0]
-            messages = self._messages()
+        while self._items:
+            first = self._items[0]
+            messages = self._leading_messages()
             try:
                 first() if callable(first) else self._broker.publish_all(messages)
             except (Unavailable, OSError):
@@ -47,13 +47,13 @@ class Owed:
             except Exception:
                 log.exception("could not be told")
             for _ in range(max(1, len(messages))):
-                self._due.popleft()
+                self._items.popleft()
 
-    def _messages(self) -> list[Message]:
+    def _leading_messages(self) -> list[OutgoingEvent]:
         """Those that stand first."""
-        found: list[Message] = []
-        for due in self._due:
-            if not isinstance(due, Message):
+        messages: list[OutgoingEvent] = []
+        for item in self._items:
+            if not isinstance(item, OutgoingEvent):
                 break
-            found.append(due)
-        return found
+            messages.append(item)
+        return messages

@@ -18,17 +18,17 @@ from torch import Tensor
 
 from service.schemas import Sampling
 
-NONE = -1  # in place of a token, where logits are not numbers
-FEW = 64  # most probable tokens that are tried first for a nucleus
+INVALID_TOKEN = -1  # in place of a token, where logits are not numbers
+FIRST_TOP_K = 64  # most probable tokens that are tried first for a nucleus
 
 
 def uniforms(seed: int, count: int) -> list[float]:
     """The numbers in [0, 1) of a request, one for each token it may say; the first few are the same for every count."""
-    numbers = torch.Generator().manual_seed(seed)
-    return torch.rand(count, dtype=torch.float64, generator=numbers).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, dtype=torch.float64, generator=generator).tolist()
 
 
-def seed_of(seed: int, choice: int) -> int:
+def choice_seed(seed: int, choice: int) -> int:
     """The seed of one of several answers to a prompt. The first has the request's own: it is what is said when one is asked for."""
     if choice == 0:
         return seed
@@ -56,73 +56,83 @@ class Sampler:
     tokens whose mass reaches it, at least one. Temperature 0 takes the most probable (of equals the lower id).
     """
 
-    def __init__(self, asked: Sequence[Sampling], device: torch.device) -> None:
-        drawn = [i for i, a in enumerate(asked) if a.temperature > 0]
-        cut = [i for i, row in enumerate(drawn) if asked[row].top_k is not None or asked[row].top_p < 1]
-        wanted = [asked[drawn[i]] for i in cut]
-        self._drawn = sent(drawn, torch.long, device)
-        self._temperature = _column([asked[i].temperature for i in drawn], device)
-        self._cut = sent(cut, torch.long, device)
-        self._top_k = _column([a.top_k or torch.inf for a in wanted], device)
-        self._top_p = _column([a.top_p if a.top_p < 1 else torch.inf for a in wanted], device)
-        self._waits = device.type != "cpu"  # when asked for anything: there all is done that might be needed
-        self._most = max((a.top_k or 0 for a in wanted), default=0)
-        self._nuclei = any(a.top_k is None for a in wanted)  # whose size is known only from p
+    def __init__(self, params: Sequence[Sampling], device: torch.device) -> None:
+        sampled = [i for i, a in enumerate(params) if a.temperature > 0]
+        filtered = [
+            i for i, row in enumerate(sampled) if params[row].top_k is not None or params[row].top_p < 1
+        ]
+        filtered_params = [params[sampled[i]] for i in filtered]
+        self._sampled_rows = to_device_async(sampled, torch.long, device)
+        self._temperature = _column([params[i].temperature for i in sampled], device)
+        self._filtered_rows = to_device_async(filtered, torch.long, device)
+        self._top_k = _column([a.top_k or torch.inf for a in filtered_params], device)
+        self._top_p = _column([a.top_p if a.top_p < 1 else torch.inf for a in filtered_params], device)
+        self._avoid_sync = (
+            device.type != "cpu"
+        )  # when asked for anything: there all is done that might be needed
+        self._max_top_k = max((a.top_k or 0 for a in filtered_params), default=0)
+        self._has_open_nucleus = any(
+            a.top_k is None for a in filtered_params
+        )  # whose size is known only from p
 
     def __call__(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """The tokens (B,) for logits (B, V) and one number of each row (B,); NONE where logits are not numbers."""
         peak, tokens = logits.max(-1)
-        if len(self._drawn):
+        if len(self._sampled_rows):
             p = self.probabilities(logits)
-            tokens = tokens.index_copy(0, self._drawn, draw(p, uniforms[self._drawn]))
-        return tokens.where(peak.isfinite(), NONE)
+            tokens = tokens.index_copy(0, self._sampled_rows, draw(p, uniforms[self._sampled_rows]))
+        return tokens.where(peak.isfinite(), INVALID_TOKEN)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What the rows that draw draw from (S, V), each of any positive mass; tokens that are cut have 0."""
-        whole = len(self._drawn) == len(logits)
-        p = softmax(logits if whole else logits[self._drawn], self._temperature)
-        if len(self._cut) == len(p):
-            return self._kept(p)
-        return p.index_copy(0, self._cut, self._kept(p[self._cut])) if len(self._cut) else p
+        all_sampled = len(self._sampled_rows) == len(logits)
+        p = softmax(logits if all_sampled else logits[self._sampled_rows], self._temperature)
+        if len(self._filtered_rows) == len(p):
+            return self._filter(p)
+        return (
+            p.index_copy(0, self._filtered_rows, self._filter(p[self._filtered_rows]))
+            if len(self._filtered_rows)
+            else p
+        )
 
-    def _kept(self, p: Tensor) -> Tensor:
+    def _filter(self, p: Tensor) -> Tensor:
         """p (C, V) of the rows that cut, with 0 for the tokens that are cut."""
-        best = self._best(p)
-        first = torch.arange(best.shape[1], device=p.device) < self._top_k
-        sums = best.where(first, 0).cumsum(-1)
+        top = self._top_candidates(p)
+        within_top_k = torch.arange(top.shape[1], device=p.device) < self._top_k
+        sums = top.where(within_top_k, 0).cumsum(-1)
         reached = self._top_p * sums[:, -1:].where(self._top_k.isfinite(), 1)
-        before = sums - best  # what all more probable tokens weigh
-        count = (first & (before < reached)).sum(-1, keepdim=True).clamp(min=1)
-        least = best.gather(-1, count - 1)
-        kept = p >= least
-        if self._waits or bool((kept.sum(-1, keepdim=True) > count).any()):
-            level = p == least
-            spare = count - (p > least).sum(-1, keepdim=True)
-            kept &= ~level | (level.cumsum(-1) <= spare)  # of equals the lower ids
-        return p.where(kept, 0)
+        mass_before = sums - top  # what all more probable tokens weigh
+        count = (within_top_k & (mass_before < reached)).sum(-1, keepdim=True).clamp(min=1)
+        threshold = top.gather(-1, count - 1)
+        mask = p >= threshold
+        if self._avoid_sync or bool((mask.sum(-1, keepdim=True) > count).any()):
+            tied = p == threshold
+            tied_count = count - (p > threshold).sum(-1, keepdim=True)
+            mask &= ~tied | (tied.cumsum(-1) <= tied_count)  # of equals the lower ids
+        return p.where(mask, 0)
 
-    def _best(self, p: Tensor) -> Tensor:
+    def _top_candidates(self, p: Tensor) -> Tensor:
         """The largest of p, in order: all that may be kept. How many `top_p` needs, only p tells; to try is quicker than to
         sort them all."""
-        size, count = p.shape[1], self._most
-        if self._nuclei:
-            count = size if self._waits else max(count, FEW)
+        size, count = p.shape[1], self._max_top_k
+        if self._has_open_nucleus:
+            count = size if self._avoid_sync else max(count, FIRST_TOP_K)
         while True:
-            best = p.topk(min(count, size)).values
-            if count >= size or not self._nuclei or self._enough(best):
-                return best
+            top = p.topk(min(count, size)).values
+            if count >= size or not self._has_open_nucleus or self._covers_top_p(top):
+                return top
             count *= 4
 
-    def _enough(self, best: Tensor) -> bool:
+    def _covers_top_p(self, best: Tensor) -> bool:
         reached = best.sum(-1, keepdim=True) >= self._top_p
         return bool((reached | self._top_k.isfinite()).all())
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:
-    return sent(values, torch.float64, device)[:, None]
+    return to_device_async(values, torch.float64, device)[:, None]
 
 
-def sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device_async(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers on the device, without waiting for it."""
-    numbers = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return numbers.to(device, non_blocking=True)
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from service.kit import metrics
-from service.kit.steps import Steps
-from service.kit.text import words
-from service.models.loading import LoadedModel, Site
-from service.weights.capacity import average_rooms
-from service.weights.composition import Piece, compose, rebuild, unpack
+from service.kit.steps import Stepper
+from service.kit.text import normalize_whitespace
+from service.models.loading import LoadedModel, WeightRef
+from service.weights.capacity import average_capacities
+from service.weights.composition import EditUpdate, apply_delta, compose, deserialize_updates
 
 T = TypeVar("T")
-Weights = Mapping[Site, Tensor]  # edited tensors; empty is the base model
-KEPT = 8  # versions whose weights are kept at hand
+WeightOverrides = Mapping[WeightRef, Tensor]  # edited tensors; empty is the base model
+MAX_CACHED_VERSIONS = 8  # versions whose weights are kept at hand
 
 
-class Ledger(Protocol):
+class ReplicaLedger(Protocol):
     """What a replica reads of the ledger, and tells it."""
 
     def head(self) -> int: ...
@@ -39,7 +39,7 @@ class Ledger(Protocol):
     def attest(self, version: int, digest: str) -> None: ...
 
 
-class NoLedger:
+class EmptyLedger:
     """A ledger without entries, for work that composes edits by hand and leaves nothing behind."""
 
     def head(self) -> int:
@@ -55,69 +55,74 @@ class NoLedger:
         """Nobody asks."""
 
 
-class Replica:
+class VersionedModel:
     """One resident model and the ledger it follows."""
 
-    def __init__(self, model: LoadedModel, ledger: Ledger, kept: int = KEPT) -> None:
+    def __init__(
+        self, model: LoadedModel, ledger: ReplicaLedger, max_cached_versions: int = MAX_CACHED_VERSIONS
+    ) -> None:
         self.base = model
         self.ledger = ledger
-        self._kept = kept
-        self._weights: OrderedDict[int, Weights] = OrderedDict()
-        self._vouched: dict[int, str] = {}
-        self._pieces: dict[str, list[Piece]] = {}
-        self._parameters = {site: model.parameter(site) for site in model.sites}
+        self._max_cached_versions = max_cached_versions
+        self._weights: OrderedDict[int, WeightOverrides] = OrderedDict()
+        self._attested: dict[int, str] = {}
+        self._updates: dict[str, list[EditUpdate]] = {}
+        self._parameters = {site: model.parameter(site) for site in model.editable_weights}
         self._original = {site: parameter.data for site, parameter in self._parameters.items()}
 
     def head(self) -> int:
         return self.ledger.head()
 
-    def active(self, version: int) -> dict[str, list[Piece]]:
+    def active_updates(self, version: int) -> dict[str, list[EditUpdate]]:
         """The pieces of every edit active at a version, by the edit's id. Each is read and unpacked once."""
-        subjects = {edit: words(str(body["subject"])) for edit, body in self.ledger.active_at(version)}
-        if unknown := [edit for edit in subjects if edit not in self._pieces]:
-            factors = self.ledger.factors_of(unknown)
-            self._pieces |= {e: unpack(factors[e], e, subjects[e]) for e in unknown}
-        return {edit: self._pieces[edit] for edit in subjects}
+        subjects = {
+            edit: normalize_whitespace(str(body["subject"])) for edit, body in self.ledger.active_at(version)
+        }
+        if missing := [edit for edit in subjects if edit not in self._updates]:
+            factors = self.ledger.factors_of(missing)
+            self._updates |= {e: deserialize_updates(factors[e], e, subjects[e]) for e in missing}
+        return {edit: self._updates[edit] for edit in subjects}
 
-    def composed(self, pieces: Iterable[Piece]) -> Weights:
+    def compose_weights(self, updates: Iterable[EditUpdate]) -> WeightOverrides:
         """The edited weights for a set of pieces, from the base bytes."""
         conv1d = self.base.architecture.conv1d
         return {
-            site: rebuild(self._original[site], change, conv1d) for site, change in compose(pieces).items()
+            site: apply_delta(self._original[site], change, conv1d)
+            for site, change in compose(updates).items()
         }
 
-    def weights(self, version: int) -> Weights:
+    def weights(self, version: int) -> WeightOverrides:
         """The edited weights of a version, vouched for before they are first given out."""
-        self.vouch(version)
-        return self._built(version)
+        self.attest_version(version)
+        return self._weights_of(version)
 
-    def vouch(self, version: int) -> str:
+    def attest_version(self, version: int) -> str:
         """The digest of a version, attested to once. Raises Disagrees when other replicas hold other bytes."""
-        if version not in self._vouched:
+        if version not in self._attested:
             digest = self.digest(version)
             self.ledger.attest(version, digest)
-            self._vouched[version] = digest
-        return self._vouched[version]
+            self._attested[version] = digest
+        return self._attested[version]
 
-    def _built(self, version: int) -> Weights:
+    def _weights_of(self, version: int) -> WeightOverrides:
         """The edited weights of a version; the newest few are kept."""
         if version == 0:
             return {}
         if version not in self._weights:
-            with metrics.VERSION_SECONDS.time():
-                active = self.active(version)
-                self._weights[version] = self.composed(a for group in active.values() for a in group)
-            while len(self._weights) > self._kept:
+            with metrics.VERSION_BUILD_SECONDS.time():
+                active = self.active_updates(version)
+                self._weights[version] = self.compose_weights(a for group in active.values() for a in group)
+            while len(self._weights) > self._max_cached_versions:
                 self._weights.popitem(last=False)
         self._weights.move_to_end(version)
         return self._weights[version]
 
-    def room(self, version: int) -> dict[int, float]:
+    def remaining_capacity(self, version: int) -> dict[int, float]:
         """What is left of an average key at a version, by edited layer."""
-        return average_rooms(a for group in self.active(version).values() for a in group)
+        return average_capacities(a for group in self.active_updates(version).values() for a in group)
 
     @contextmanager
-    def stand(self, weights: Weights) -> Iterator[LoadedModel]:
+    def use_weights(self, weights: WeightOverrides) -> Iterator[LoadedModel]:
         """Put edited tensors in place; the base tensors are back afterwards, whatever happens."""
         try:
             for site, tensor in weights.items():
@@ -127,11 +132,11 @@ class Replica:
             for site in weights:
                 self._parameters[site].data = self._original[site]
 
-    def standing(self, weights: Weights, steps: Steps[T]) -> Steps[T]:
+    def step_with_weights(self, weights: WeightOverrides, steps: Stepper[T]) -> Stepper[T]:
         """Run a generator with these weights in place during each of its steps, and the base in between."""
         with closing(steps):
             while True:
-                with self.stand(weights):
+                with self.use_weights(weights):
                     try:
                         progress = next(steps)
                     except StopIteration as end:
@@ -141,7 +146,7 @@ class Replica:
     def digest(self, version: int) -> str:
         """sha256 over the bytes of every edited weight at a version and over the base model's fingerprint."""
         digest = hashlib.sha256(self.base.fingerprint.encode())
-        for site, tensor in sorted(self._built(version).items()):
+        for site, tensor in sorted(self._weights_of(version).items()):
             if torch.equal(tensor, self._original[site]):
                 continue  # an edit that changed no byte is the base
             digest.update(self.base.parameter_name(site).encode())

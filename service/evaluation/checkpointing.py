@@ -10,49 +10,49 @@ from contextlib import closing
 from typing import Any, TypeVar
 
 from service.errors import InvalidInput
-from service.kit.artifact_store import Kept, get_json, put_json
-from service.kit.steps import Steps
+from service.kit.artifact_store import ArtifactStore, get_json, put_json
+from service.kit.steps import Stepper
 
 T = TypeVar("T")
 
 
-class Stages:
+class StageCache:
     """What is done once: kept by its name with the seconds that it took, and read again by whoever goes on."""
 
-    def __init__(self, kept: Kept) -> None:
-        self.kept = kept
+    def __init__(self, store: ArtifactStore) -> None:
+        self.store = store
         self.seconds: Counter[str] = Counter()
 
-    def claim(self, about: Any) -> None:
+    def bind_inputs(self, inputs: Any) -> None:
         """Refuse to go on with what was begun for another plan, model or set of records."""
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        if get_json(self.kept, "about") not in (None, digest):
+        digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        if get_json(self.store, "about") not in (None, digest):
             raise InvalidInput(
                 "what is kept there is of an evaluation with another plan, model or set of records: choose another "
                 "place for this one, or remove what is there.",
                 "out",
             )
-        put_json(self.kept, "about", digest)
+        put_json(self.store, "about", digest)
 
-    def once(self, name: str, kind: str, steps: Steps[Any]) -> Steps[Any]:
+    def run_once(self, name: str, kind: str, stepper: Stepper[Any]) -> Stepper[Any]:
         """The JSON that these steps give, which are not run when it is known."""
-        with closing(steps):
-            if (known := get_json(self.kept, name)) is None:
-                value, seconds = yield from timed(steps)
-                put_json(self.kept, name, {"value": value, "seconds": seconds})
-                known = get_json(self.kept, name)
-        self.seconds[kind] += known["seconds"]
-        return known["value"]
+        with closing(stepper):
+            if (stored := get_json(self.store, name)) is None:
+                value, seconds = yield from run_timed(stepper)
+                put_json(self.store, name, {"value": value, "seconds": seconds})
+                stored = get_json(self.store, name)
+        self.seconds[kind] += stored["seconds"]
+        return stored["value"]
 
 
-def timed(steps: Steps[T]) -> Steps[tuple[T, float]]:
+def run_timed(stepper: Stepper[T]) -> Stepper[tuple[T, float]]:
     """What steps give, and the seconds that were spent within them."""
     seconds = 0.0
     while True:
-        began = time.perf_counter()
+        started = time.perf_counter()
         try:
-            progress = next(steps)
+            progress = next(stepper)
         except StopIteration as end:
-            return end.value, seconds + time.perf_counter() - began
-        seconds += time.perf_counter() - began
+            return end.value, seconds + time.perf_counter() - started
+        seconds += time.perf_counter() - started
         yield progress

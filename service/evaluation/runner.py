@@ -18,79 +18,95 @@ import torch
 from torch import Tensor
 
 from service.covariance.corpus import Corpus
-from service.datasets.records import Record, check_askable, wanted_object
-from service.editing.context import Asking, Toolkit
-from service.engine.decoding import Batch, Row, row
-from service.engine.versioned_model import Replica, Weights
+from service.datasets.records import Record, check_record_fits, target_object
+from service.editing.context import EditInput, EditorContext
+from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence
+from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import InvalidInput
-from service.evaluation.checkpointing import Stages
-from service.evaluation.metrics import Answers, Measures, ask, changes, summary
-from service.kit.artifact_store import Kept
-from service.kit.steps import Progress, Steps, within
-from service.kit.text import fill, words
-from service.models.score import Score
-from service.models.scoring import drift_steps, score_steps
-from service.recipes.recipe import Climb, Parameters, RomeParameters, climb, resolve
+from service.evaluation.checkpointing import StageCache
+from service.evaluation.metrics import Measures, RecordScores, change_scores, scoring_pairs, summarize
+from service.kit.artifact_store import ArtifactStore
+from service.kit.steps import Progress, Stepper, report_as
+from service.kit.text import fill_prompt, normalize_whitespace
+from service.models.score import TargetScore
+from service.models.scoring import measure_drift, score_targets
+from service.recipes.recipe import (
+    Parameters,
+    RomeParameters,
+    StrengthSchedule,
+    resolve_hparams,
+    strength_schedule,
+)
 from service.schemas import EvaluationPlan, Sampling
 from service.scores.text_metrics import TfIdf, fluency
-from service.weights.composition import Piece, compose, pack, rebuild, unpack
+from service.weights.composition import (
+    EditUpdate,
+    apply_delta,
+    compose,
+    deserialize_updates,
+    serialize_updates,
+)
 
-SIDE_BY_SIDE = 16  # edits that are found at once
-MEASURED = 32  # records whose prompts are measured at once
-EARLIER = (10, 100)  # how many of the first edits are looked at again
-PLAIN = {"single": 16, "sequence": 200}  # plain texts
-WRITTEN = 100  # tokens of a generated text, those of its prompt included, and how it is drawn, as published
-TOP_K = 5
-ROWS = 32  # texts generated side by side
-BASE: Weights = {}  # the weights of a model without edits
+EDITS_PER_BATCH = 16  # edits that are found at once
+RECORDS_PER_BATCH = 32  # records whose prompts are measured at once
+RETENTION_AFTER = (10, 100)  # how many of the first edits are looked at again
+DAMAGE_TEXTS = {"single": 16, "sequence": 200}  # plain texts
+GENERATION_LENGTH = (
+    100  # tokens of a generated text, those of its prompt included, and how it is drawn, as published
+)
+GENERATION_TOP_K = 5
+GENERATION_BATCH_SIZE = 32  # texts generated side by side
+NO_OVERRIDES: WeightOverrides = {}  # the weights of a model without edits
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 
 
-def evaluate_steps(
-    replica: Replica,
-    toolkit: Toolkit,
+def run_evaluation(
+    replica: VersionedModel,
+    context: EditorContext,
     plan: EvaluationPlan,
     records: Sequence[Record],
-    kept: Kept,
-    plain: Corpus | None = None,
-) -> Steps[dict[str, Any]]:
+    store: ArtifactStore,
+    damage_corpus: Corpus | None = None,
+) -> Stepper[dict[str, Any]]:
     """Carry out a plan; the result is JSON. Damage is measured on `plain` texts, the toolkit's corpus when left out."""
-    usable, left_out = sort_out(replica, plan, records)
-    corpus = plain or toolkit.corpus
-    texts = plain_texts(corpus.texts, usable)
+    usable, left_out = split_evaluable_records(replica, plan, records)
+    corpus = damage_corpus or context.corpus
+    texts = texts_without_edited_facts(corpus.texts, usable)
     if plan.damage and not texts:
         raise InvalidInput(
             f"every text of {corpus.source} speaks of a fact that is edited: give other plain texts, or leave damage out.",
             "damage",
         )
-    most = plan.plain or PLAIN[plan.mode]
-    run = Run(replica, toolkit, plan, usable, kept, texts[:: max(1, len(texts) // most)][:most])
-    found = yield from run.steps()
-    about = {
+    max_texts = plan.plain or DAMAGE_TEXTS[plan.mode]
+    evaluation = EvaluationRun(
+        replica, context, plan, usable, store, texts[:: max(1, len(texts) // max_texts)][:max_texts]
+    )
+    results = yield from evaluation.execute()
+    metadata = {
         "model": {"name": replica.base.name, "fingerprint": replica.base.fingerprint},
         "plan": plan.model_dump(mode="json"),
-        "parameters": run.parameters.model_dump(mode="json"),
+        "parameters": evaluation.parameters.model_dump(mode="json"),
         "records": {
             "measured": len(usable),
             "left_out": left_out,
-            "lacking": dict(Counter(what for r in usable for what in r.lacks)),
+            "lacking": dict(Counter(what for r in usable for what in r.missing_fields)),
         },
-        "plain": {"source": corpus.source, "texts": len(run.plain)} if plan.damage else None,
+        "plain": {"source": corpus.source, "texts": len(evaluation.damage_texts)} if plan.damage else None,
         "libraries": {name: version(name) for name in LIBRARIES},
     }
-    return finite(about | found)  # type: ignore[no-any-return]
+    return nonfinite_to_none(metadata | results)  # type: ignore[no-any-return]
 
 
-def sort_out(
-    replica: Replica, plan: EvaluationPlan, records: Sequence[Record]
+def split_evaluable_records(
+    replica: VersionedModel, plan: EvaluationPlan, records: Sequence[Record]
 ) -> tuple[list[Record], list[dict[str, str]]]:
     """The records that this model can be asked, and why the others cannot be."""
     usable: list[Record] = []
     left_out: list[dict[str, str]] = []
-    tokenizer, positions = replica.base.tokenizer.backend_tokenizer, replica.base.positions
+    tokenizer, positions = replica.base.tokenizer.backend_tokenizer, replica.base.max_positions
     for record in records:
         try:
-            check_askable(record, plan.objective, tokenizer, positions)
+            check_record_fits(record, plan.objective, tokenizer, positions)
         except InvalidInput as error:
             left_out.append({"record": record.name, "reason": error.detail})
         else:
@@ -101,68 +117,70 @@ def sort_out(
     return usable, left_out
 
 
-def plain_texts(texts: Sequence[str], records: Sequence[Record]) -> list[str]:
+def texts_without_edited_facts(texts: Sequence[str], records: Sequence[Record]) -> list[str]:
     """The texts that do not speak of an edited fact: none that names a record's subject and its true object (or, where none
     is known, its subject)."""
-    told = [(r.subject, r.target_true or r.subject) for r in records]
-    return [t for t in texts if not any(subject in t and said in t for subject, said in told)]
+    edited_facts = [(r.subject, r.target_true or r.subject) for r in records]
+    return [t for t in texts if not any(subject in t and object_ in t for subject, object_ in edited_facts)]
 
 
-def finite(value: Any) -> Any:
+def nonfinite_to_none(value: Any) -> Any:
     """As JSON has it: what is no finite number is nothing."""
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
+        return {k: nonfinite_to_none(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [finite(v) for v in value]
+        return [nonfinite_to_none(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Run:
+class EvaluationRun:
     """One evaluation of records that the model can be asked."""
 
     def __init__(
         self,
-        replica: Replica,
-        toolkit: Toolkit,
+        replica: VersionedModel,
+        context: EditorContext,
         plan: EvaluationPlan,
         records: Sequence[Record],
-        kept: Kept,
-        plain: Sequence[str],
+        store: ArtifactStore,
+        damage_texts: Sequence[str],
     ) -> None:
-        plan.check()
-        self.replica, self.model, self.toolkit, self.plan = replica, replica.base, toolkit, plan
-        self.records, self.plain = records, plain
-        self.stages = Stages(kept)
-        self.parameters: Parameters = resolve(toolkit.recipe, plan.hparams, self.model.layers, plan.method)
-        self.company = plan.together or (SIDE_BY_SIDE if plan.found_on == "base" else 1)
-        self.before: list[Answers] = []
+        plan.check_consistency()
+        self.replica, self.model, self.context, self.plan = replica, replica.base, context, plan
+        self.records, self.damage_texts = records, damage_texts
+        self.stages = StageCache(store)
+        self.parameters: Parameters = resolve_hparams(
+            context.recipe, plan.hparams, self.model.num_layers, plan.method
+        )
+        self.group_size = plan.together or (EDITS_PER_BATCH if plan.found_on == "base" else 1)
+        self.base_scores: list[RecordScores] = []
         self._tf_idf = TfIdf([t for r in records for t in r.reference_texts])
 
-    def steps(self) -> Steps[dict[str, Any]]:
+    def execute(self) -> Stepper[dict[str, Any]]:
         """Base, edits, and what they come to."""
-        self.stages.claim(
+        self.stages.bind_inputs(
             {
                 "plan": self.plan.model_dump(mode="json"),
                 "parameters": self.parameters.model_dump(mode="json"),
                 "model": self.model.fingerprint,
-                "corpus": self.toolkit.corpus.digest,
+                "corpus": self.context.corpus.digest,
                 "records": [asdict(r) for r in self.records],
-                "plain": self.plain,
+                "plain": self.damage_texts,
             }
         )
-        yield from self._ready_steps()
-        self.before = yield from self._answers_steps("base", "measure the base", len(self.records), {})
-        work = self._single_steps if self.plan.mode == "single" else self._sequence_steps
-        found = yield from work()
-        return found | self._speed()
+        yield from self._prepare_contexts_and_statistics()
+        self.base_scores = yield from self._score_records("base", "measure the base", len(self.records), {})
+        evaluate_mode = self._evaluate_each_alone if self.plan.mode == "single" else self._evaluate_sequence
+        results = yield from evaluate_mode()
+        return results | self._timing_summary()
 
-    def _ready_steps(self) -> Steps[None]:
+    def _prepare_contexts_and_statistics(self) -> Stepper[None]:
         """Contexts and statistics are the base model's, whatever stands while edits are found."""
         if isinstance(self.parameters, RomeParameters):
-            yield from self.toolkit.contexts_steps(self.parameters.contexts, self.parameters.seed)
-            yield from self.toolkit.statistics_steps(self.parameters.layers)
+            yield from self.context.get_contexts(self.parameters.contexts, self.parameters.seed)
+            yield from self.context.get_statistics(self.parameters.layers)
 
-    def _speed(self) -> dict[str, Any]:
+    def _timing_summary(self) -> dict[str, Any]:
         """Seconds by what they were spent on, over all tries together, and edits per minute."""
         seconds = {kind: round(s, 3) for kind, s in self.stages.seconds.items()}
         find, measure = self.stages.seconds["find"], self.stages.seconds["measure"]
@@ -172,174 +190,213 @@ class Run:
 
     # Each alone
 
-    def _single_steps(self) -> Steps[dict[str, Any]]:
+    def _evaluate_each_alone(self) -> Stepper[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         while len(rows) < len(self.records):
-            groups, notes = yield from self.found_steps(len(rows) // self.company, {})
-            for pieces, note in zip(groups, notes, strict=True):
+            groups, group_details = yield from self.find_group(len(rows) // self.group_size, {})
+            for updates, details in zip(groups, group_details, strict=True):
                 i = len(rows)
                 progress = Progress("measure each edit", i, len(self.records))
-                rows.append((yield from within(self._alone_steps(i, pieces), progress)) | note)
+                rows.append(
+                    (yield from report_as(self._evaluate_record_alone(i, updates), progress)) | details
+                )
         parts = ("before", "after", "changes", "norm", *(["damage"] if self.plan.damage else []))
         return (
             {"damage": None}
-            | (yield from self._collected_steps(rows, parts))
+            | (yield from self._summarize_parts(rows, parts))
             | {
                 "strengthened": sum(r["strength"] != self.plan.strengths[0] for r in rows),
                 "rows": rows,
             }
         )
 
-    def _alone_steps(self, i: int, pieces: list[Piece]) -> Steps[dict[str, Any]]:
+    def _evaluate_record_alone(self, i: int, updates: list[EditUpdate]) -> Stepper[dict[str, Any]]:
         """The row of a record whose edit alone is active."""
         record = self.records[i]
-        tried = yield from self.stages.once(f"alone-{i:06}", "measure", self.tried_steps(record, [], pieces))
-        after = Answers.of(record, [Score(*s) for s in tried["scores"]])
-        weights = self.replica.composed(p.scaled(tried["strength"]) for p in pieces)
-        found = self._row(i, after) | {"strength": tried["strength"], "norm": norms(self.replica, weights)}
+        strength_scores = yield from self.stages.run_once(
+            f"alone-{i:06}", "measure", self.choose_record_strength(record, [], updates)
+        )
+        scores = RecordScores.from_scores(record, [TargetScore(*s) for s in strength_scores["scores"]])
+        weights = self.replica.compose_weights(p.scaled(strength_scores["strength"]) for p in updates)
+        result_row = self._result_row(i, scores) | {
+            "strength": strength_scores["strength"],
+            "norm": relative_weight_changes(self.replica, weights),
+        }
         if self.plan.damage:
-            found["damage"] = yield from self.stages.once(
-                f"damage-{i:06}", "damage", self._damage_steps(weights)
+            result_row["damage"] = yield from self.stages.run_once(
+                f"damage-{i:06}", "damage", self._measure_damage(weights)
             )
         if self.plan.generation:
-            for when, standing in (("before", BASE), ("after", weights)):
-                found[when] |= yield from self._written_steps(f"written-{when}-{i:06}", record, standing)
-        return found
+            for when, overrides in (("before", NO_OVERRIDES), ("after", weights)):
+                result_row[when] |= yield from self._score_generated_texts(
+                    f"written-{when}-{i:06}", record, overrides
+                )
+        return result_row
 
-    def tried_steps(
-        self, record: Record, others: Sequence[Piece], pieces: Sequence[Piece]
-    ) -> Steps[dict[str, Any]]:
+    def choose_record_strength(
+        self, record: Record, others: Sequence[EditUpdate], updates: Sequence[EditUpdate]
+    ) -> Stepper[dict[str, Any]]:
         """The first strength with which an edit takes beside the others, else the last; and the scores with it."""
-        scores: list[Score] = []
+        scores: list[TargetScore] = []
         strength = self.plan.strengths[0]
-        ways = self.climb(1)
-        for strength in ways.strengths:
-            weights = self.replica.composed([*others, *(p.scaled(strength) for p in pieces)])
+        schedule = self.strength_schedule_for(1)
+        for strength in schedule.strengths:
+            weights = self.replica.compose_weights([*others, *(p.scaled(strength) for p in updates)])
             yield Progress("compose", 1, 1)
-            scores = yield from self.replica.standing(weights, score_steps(self.model, ask(record)))
-            if self.plan.objective != "write" or Answers.of(record, scores).leads(ways.enough(strength)):
+            scores = yield from self.replica.step_with_weights(
+                weights, score_targets(self.model, scoring_pairs(record))
+            )
+            if self.plan.objective != "write" or RecordScores.from_scores(record, scores).has_margin(
+                schedule.required_margin(strength)
+            ):
                 break
         return {"strength": strength, "scores": scores}
 
-    def climb(self, active: int) -> Climb:
+    def strength_schedule_for(self, active: int) -> StrengthSchedule:
         """What is tried in turn when so many edits will be active."""
-        return climb(self.parameters, self.plan.strengths, active, self.model.inner_width)
+        return strength_schedule(self.parameters, self.plan.strengths, active, self.model.intermediate_size)
 
     # One after another
 
-    def _sequence_steps(self) -> Steps[dict[str, Any]]:
-        growth = Composed(self) if self.plan.found_on == "base" else Added(self)
+    def _evaluate_sequence(self) -> Stepper[dict[str, Any]]:
+        composition = JointComposition(self) if self.plan.found_on == "base" else SequentialUpdates(self)
         tables: list[dict[str, Any]] = []
-        answers: list[Answers] = []
-        weights: Weights = {}
-        for count in growth.checkpoints():
-            weights = yield from growth.steps(count)
-            earlier, phase = answers, f"measure {count} edits"
-            answers = yield from self._answers_steps(f"after-{count:06}", phase, count, weights)
-            tables.append((yield from self._checkpoint_steps(count, weights, earlier, answers)))
-        rows = [self._row(i, a) | growth.notes[i] for i, a in enumerate(answers)]
+        record_scores: list[RecordScores] = []
+        weights: WeightOverrides = {}
+        for count in composition.checkpoints():
+            weights = yield from composition.advance_to(count)
+            previous_scores, phase = record_scores, f"measure {count} edits"
+            record_scores = yield from self._score_records(f"after-{count:06}", phase, count, weights)
+            tables.append(
+                (yield from self._evaluate_checkpoint(count, weights, previous_scores, record_scores))
+            )
+        rows = [self._result_row(i, a) | composition.edit_details[i] for i, a in enumerate(record_scores)]
         if self.plan.generation:
-            for i, found in enumerate(rows):
+            for i, result_row in enumerate(rows):
                 progress, record = Progress("write texts", i, len(rows)), self.records[i]
-                for when, standing in (("before", BASE), ("after", weights)):
-                    steps = self._written_steps(f"written-{when}-{i:06}", record, standing)
-                    found[when] |= yield from within(steps, progress)
+                for when, overrides in (("before", NO_OVERRIDES), ("after", weights)):
+                    stepper = self._score_generated_texts(f"written-{when}-{i:06}", record, overrides)
+                    result_row[when] |= yield from report_as(stepper, progress)
         last = tables[-1]
-        return (yield from self._collected_steps(rows, ("before", "after", "changes"))) | {
+        return (yield from self._summarize_parts(rows, ("before", "after", "changes"))) | {
             "damage": last["damage"],
             "norm": last["norm"],
-            "strengthened": sum(n["strength"] != self.plan.strengths[0] for n in growth.notes),
+            "strengthened": sum(n["strength"] != self.plan.strengths[0] for n in composition.edit_details),
             "checkpoints": tables,
             "rows": rows,
         }
 
-    def _checkpoint_steps(
-        self, count: int, weights: Weights, earlier: Sequence[Answers], answers: Sequence[Answers]
-    ) -> Steps[dict[str, Any]]:
+    def _evaluate_checkpoint(
+        self,
+        count: int,
+        weights: WeightOverrides,
+        previous_scores: Sequence[RecordScores],
+        record_scores: Sequence[RecordScores],
+    ) -> Stepper[dict[str, Any]]:
         """What there is to say of a model with so many edits."""
         damage = None
         if self.plan.damage:
-            damage = yield from self.stages.once(f"damage-{count:06}", "damage", self._damage_steps(weights))
-        rows = [a.measures() for a in answers]
-        then = [i for i, a in enumerate(earlier) if a.holds]
+            damage = yield from self.stages.run_once(
+                f"damage-{count:06}", "damage", self._measure_damage(weights)
+            )
+        rows = [a.measures() for a in record_scores]
+        held_before = [i for i, a in enumerate(previous_scores) if a.edit_holds]
         retention = []
-        for first in sorted({*EARLIER, len(earlier)}):
+        for first in sorted({*RETENTION_AFTER, len(previous_scores)}):
             if 0 < first < count:
-                retention.append({"first": first} | (yield from self._summed_steps(rows[:first])))
+                retention.append({"first": first} | (yield from self._summarize_measures(rows[:first])))
         return {
             "edits": count,
-            "measures": (yield from self._summed_steps(rows)),
-            "changes": (yield from self._summed_steps([self._changes(i, a) for i, a in enumerate(answers)])),
+            "measures": (yield from self._summarize_measures(rows)),
+            "changes": (
+                yield from self._summarize_measures(
+                    [self._change_scores(i, a) for i, a in enumerate(record_scores)]
+                )
+            ),
             "retention": retention,
-            "still": {"held_before": len(then), "hold": sum(answers[i].holds for i in then)},
+            "still": {
+                "held_before": len(held_before),
+                "hold": sum(record_scores[i].edit_holds for i in held_before),
+            },
             "damage": damage,
-            "norm": norms(self.replica, weights),
+            "norm": relative_weight_changes(self.replica, weights),
         }
 
     # What both are made of
 
-    def found_steps(
-        self, company: int, weights: Weights
-    ) -> Steps[tuple[list[list[Piece]], list[dict[str, Any]]]]:
+    def find_group(
+        self, group_index: int, weights: WeightOverrides
+    ) -> Stepper[tuple[list[list[EditUpdate]], list[dict[str, Any]]]]:
         """The pieces of some successive edits, found at once on the model with these weights, and how they were found."""
-        first = company * self.company
-        places = range(first, min(first + self.company, len(self.records)))
-        steps = self.replica.standing(weights, self._find_steps(places))
-        stage = self.stages.once(f"found-{company:06}", "find", steps)
-        notes = yield from within(stage, Progress("find edits", first, len(self.records)))
-        groups: list[list[Piece]] = []
-        for i in places:
-            data = self.stages.kept.get(f"piece-{i:06}")
+        first = group_index * self.group_size
+        indices = range(first, min(first + self.group_size, len(self.records)))
+        stepper = self.replica.step_with_weights(weights, self._find_and_store(indices))
+        stage = self.stages.run_once(f"found-{group_index:06}", "find", stepper)
+        details = yield from report_as(stage, Progress("find edits", first, len(self.records)))
+        groups: list[list[EditUpdate]] = []
+        for i in indices:
+            data = self.stages.store.get(f"piece-{i:06}")
             assert data is not None
-            groups.append(unpack(data, f"{i:06}", words(self.records[i].subject)))
-        return groups, notes
+            groups.append(deserialize_updates(data, f"{i:06}", normalize_whitespace(self.records[i].subject)))
+        return groups, details
 
-    def _find_steps(self, places: Sequence[int]) -> Steps[list[dict[str, Any]]]:
+    def _find_and_store(self, indices: Sequence[int]) -> Stepper[list[dict[str, Any]]]:
         """Find edits on the model as it stands and keep their pieces."""
-        found = yield from self.toolkit.find_together_steps([self._asking(i) for i in places])
-        for i, one in zip(places, found, strict=True):
-            self.stages.kept.put(f"piece-{i:06}", pack(one.pieces))
-        return [{"loss": f.losses[-1] if f.losses else None, "steps": len(f.losses)} for f in found]
+        factors = yield from self.context.find_all_factors([self._edit_spec(i) for i in indices])
+        for i, edit_factors in zip(indices, factors, strict=True):
+            self.stages.store.put(f"piece-{i:06}", serialize_updates(edit_factors.updates))
+        return [{"loss": f.losses[-1] if f.losses else None, "steps": len(f.losses)} for f in factors]
 
-    def _asking(self, i: int) -> Asking:
+    def _edit_spec(self, i: int) -> EditInput:
         record, plan = self.records[i], self.plan
-        statement, target = fill(record.prompt, record.subject), wanted_object(record, plan.objective)
-        return Asking(statement, target, plan.method, plan.hparams, f"{i:06}", plan.objective)
+        statement, target = fill_prompt(record.prompt, record.subject), target_object(record, plan.objective)
+        return EditInput(statement, target, plan.method, plan.hparams, f"{i:06}", plan.objective)
 
-    def _answers_steps(self, name: str, phase: str, count: int, weights: Weights) -> Steps[list[Answers]]:
+    def _score_records(
+        self, name: str, phase: str, count: int, weights: WeightOverrides
+    ) -> Stepper[list[RecordScores]]:
         """What the model says with these weights in place to the prompts of the first records, of many at once."""
-        found: list[Answers] = []
-        for at in range(0, count, MEASURED):
-            some = self.records[at : min(at + MEASURED, count)]
-            pairs = [pair for r in some for pair in ask(r)]
-            steps = self.replica.standing(weights, score_steps(self.model, pairs))
-            stage = self.stages.once(f"{name}-{at:06}", "measure", steps)
-            scores = yield from within(stage, Progress(phase, at, count))
-            said = iter(scores)
-            found += [Answers.of(r, [Score(*next(said)) for _ in ask(r)]) for r in some]
-        return found
+        record_scores: list[RecordScores] = []
+        for start in range(0, count, RECORDS_PER_BATCH):
+            batch = self.records[start : min(start + RECORDS_PER_BATCH, count)]
+            pairs = [pair for r in batch for pair in scoring_pairs(r)]
+            stepper = self.replica.step_with_weights(weights, score_targets(self.model, pairs))
+            stage = self.stages.run_once(f"{name}-{start:06}", "measure", stepper)
+            scores = yield from report_as(stage, Progress(phase, start, count))
+            score_iterator = iter(scores)
+            record_scores += [
+                RecordScores.from_scores(r, [TargetScore(*next(score_iterator)) for _ in scoring_pairs(r)])
+                for r in batch
+            ]
+        return record_scores
 
-    def _damage_steps(self, weights: Weights) -> Steps[dict[str, float]]:
+    def _measure_damage(self, weights: WeightOverrides) -> Stepper[dict[str, float]]:
         """What the weights do to plain texts."""
-        drift = yield from drift_steps(self.model, self.plain, partial(self.replica.stand, weights))
+        drift = yield from measure_drift(
+            self.model, self.damage_texts, partial(self.replica.use_weights, weights)
+        )
         return {
-            "loss_before": drift.before,
-            "loss_after": drift.after,
-            "loss_rise": drift.after / drift.before - 1 if drift.before else 0.0,
-            "perplexity_before": _exp(drift.before),
-            "perplexity_after": _exp(drift.after),
+            "loss_before": drift.loss_before,
+            "loss_after": drift.loss_after,
+            "loss_rise": drift.loss_after / drift.loss_before - 1 if drift.loss_before else 0.0,
+            "perplexity_before": _exp(drift.loss_before),
+            "perplexity_after": _exp(drift.loss_after),
             "drift": drift.kl,
         }
 
-    def _written_steps(self, name: str, record: Record, weights: Weights) -> Steps[Measures]:
+    def _score_generated_texts(
+        self, name: str, record: Record, weights: WeightOverrides
+    ) -> Stepper[Measures]:
         """GE, and RS where there are reference texts, of what the model writes."""
         prompts = record.generation_prompts
-        texts: list[str] = yield from self.stages.once(
-            name, "write", self.replica.standing(weights, write_steps(self.replica, prompts, self.plan.seed))
+        texts: list[str] = yield from self.stages.run_once(
+            name,
+            "write",
+            self.replica.step_with_weights(weights, generate_texts(self.replica, prompts, self.plan.seed)),
         )
         return {"GE": fluency(texts), "RS": self._tf_idf.similarity(texts, record.reference_texts)}
 
-    def _row(self, i: int, after: Answers) -> dict[str, Any]:
+    def _result_row(self, i: int, scores: RecordScores) -> dict[str, Any]:
         """What there is to say of one record."""
         r = self.records[i]
         return {
@@ -349,165 +406,190 @@ class Run:
             "target_new": r.target_new,
             "target_true": r.target_true,
             "relation": r.relation,
-            "lacks": list(r.lacks),
-            "before": self.before[i].measures(),
-            "after": after.measures(),
-            "changes": self._changes(i, after),
+            "lacks": list(r.missing_fields),
+            "before": self.base_scores[i].measures(),
+            "after": scores.measures(),
+            "changes": self._change_scores(i, scores),
         }
 
-    def _changes(self, i: int, after: Answers) -> Measures:
-        return changes(self.before[i], after, self.plan.objective)
+    def _change_scores(self, i: int, scores: RecordScores) -> Measures:
+        return change_scores(self.base_scores[i], scores, self.plan.objective)
 
-    def _collected_steps(self, rows: Sequence[dict[str, Any]], parts: Sequence[str]) -> Steps[dict[str, Any]]:
+    def _summarize_parts(
+        self, rows: Sequence[dict[str, Any]], parts: Sequence[str]
+    ) -> Stepper[dict[str, Any]]:
         """Means over all records of some parts of their rows."""
-        found = {}
+        means = {}
         for part in parts:
-            found[part] = yield from self._summed_steps([r[part] for r in rows])
-        return found
+            means[part] = yield from self._summarize_measures([r[part] for r in rows])
+        return means
 
-    def _summed_steps(self, rows: Sequence[Measures]) -> Steps[dict[str, Any]]:
+    def _summarize_measures(self, rows: Sequence[Measures]) -> Stepper[dict[str, Any]]:
         """Means over records with their intervals: a step of its own, since many draws take a while."""
-        found = summary(rows, self.plan.seed)
+        means = summarize(rows, self.plan.seed)
         yield Progress("sum up", 1, 1)
-        return found
+        return means
 
 
-class Composed:
+class JointComposition:
     """Edits found on the base model, all active ones solved together, as the service does it: those that are found at once land at
     once, each with the first strength at which it takes beside the others."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: EvaluationRun) -> None:
         self.run = run
-        self.notes: list[dict[str, Any]] = []  #: of the edits that have landed
-        self._landed: list[Piece] = []
+        self.edit_details: list[dict[str, Any]] = []  #: of the edits that have landed
+        self._applied: list[EditUpdate] = []
 
     def checkpoints(self) -> list[int]:
-        return _checkpoints(self.run, 1)
+        return _checkpoint_counts(self.run, 1)
 
-    def steps(self, count: int) -> Steps[Weights]:
+    def advance_to(self, count: int) -> Stepper[WeightOverrides]:
         """The weights with so many edits. A company that a checkpoint cuts in two lands in two parts."""
         run = self.run
-        while len(self.notes) < count:
-            first = len(self.notes)
-            company = first // run.company
-            groups, said = yield from run.found_steps(company, {})
-            some = slice(
-                first - company * run.company, min(count, (company + 1) * run.company) - company * run.company
+        while len(self.edit_details) < count:
+            first = len(self.edit_details)
+            group_index = first // run.group_size
+            groups, group_details = yield from run.find_group(group_index, {})
+            selected = slice(
+                first - group_index * run.group_size,
+                min(count, (group_index + 1) * run.group_size) - group_index * run.group_size,
             )
-            landing = run.stages.once(
-                f"landed-{first:06}-{count:06}", "land", self._land_steps(first, groups[some])
+            stage = run.stages.run_once(
+                f"landed-{first:06}-{count:06}", "land", self._choose_strengths(first, groups[selected])
             )
-            strengths = yield from within(landing, Progress("land edits", first, len(run.records)))
-            for group, note, strength in zip(groups[some], said[some], strengths, strict=True):
-                self._landed += [p.scaled(strength) for p in group]
-                self.notes.append(note | {"strength": strength})
+            strengths = yield from report_as(stage, Progress("land edits", first, len(run.records)))
+            for group, details, strength in zip(
+                groups[selected], group_details[selected], strengths, strict=True
+            ):
+                self._applied += [p.scaled(strength) for p in group]
+                self.edit_details.append(details | {"strength": strength})
         yield Progress("compose", count, count)
-        return run.replica.composed(self._landed)
+        return run.replica.compose_weights(self._applied)
 
-    def _land_steps(self, first: int, groups: Sequence[list[Piece]]) -> Steps[list[float]]:
+    def _choose_strengths(self, first: int, groups: Sequence[list[EditUpdate]]) -> Stepper[list[float]]:
         """The strengths with which some edits take beside those before them and each other."""
         run = self.run
-        ways = run.climb(first + len(groups))
-        if len(ways.strengths) == 1 or run.plan.objective != "write":
-            return [ways.strengths[0]] * len(groups)
+        schedule = run.strength_schedule_for(first + len(groups))
+        if len(schedule.strengths) == 1 or run.plan.objective != "write":
+            return [schedule.strengths[0]] * len(groups)
         records = run.records[first : first + len(groups)]
-        return (yield from landing_steps(run.replica, records, groups, self._landed, ways))
+        return (yield from choose_group_strengths(run.replica, records, groups, self._applied, schedule))
 
 
-def landing_steps(
-    replica: Replica,
+def choose_group_strengths(
+    replica: VersionedModel,
     records: Sequence[Record],
-    groups: Sequence[Sequence[Piece]],
-    landed: Sequence[Piece],
-    ways: Climb,
-) -> Steps[list[float]]:
+    groups: Sequence[Sequence[EditUpdate]],
+    applied: Sequence[EditUpdate],
+    schedule: StrengthSchedule,
+) -> Stepper[list[float]]:
     """The first strength of each edit with which it takes beside those that have landed and the others: whoever does not is raised,
     all at once, until nobody can be."""
-    strengths, places = ways.strengths, [0] * len(groups)
-    bare = [replace(r, paraphrases=(), neighbours=()) for r in records]
-    asked = [pair for r in bare for pair in ask(r)]
+    strengths, levels = schedule.strengths, [0] * len(groups)
+    rewrite_only = [replace(r, paraphrases=(), neighbours=()) for r in records]
+    pairs = [pair for r in rewrite_only for pair in scoring_pairs(r)]
     while True:
-        mine = [p.scaled(strengths[at]) for group, at in zip(groups, places, strict=True) for p in group]
-        weights = replica.composed([*landed, *mine])
+        scaled_updates = [
+            p.scaled(strengths[level]) for group, level in zip(groups, levels, strict=True) for p in group
+        ]
+        weights = replica.compose_weights([*applied, *scaled_updates])
         yield Progress("compose", 1, 1)
-        scores = iter((yield from replica.standing(weights, score_steps(replica.base, asked))))
-        answers = [Answers.of(r, [next(scores) for _ in ask(r)]) for r in bare]
-        short = [i for i, a in enumerate(answers) if not a.leads(ways.enough(strengths[places[i]]))]
-        raised = [i for i in short if places[i] + 1 < len(strengths)]
+        scores = iter((yield from replica.step_with_weights(weights, score_targets(replica.base, pairs))))
+        record_scores = [
+            RecordScores.from_scores(r, [next(scores) for _ in scoring_pairs(r)]) for r in rewrite_only
+        ]
+        below_margin = [
+            i
+            for i, a in enumerate(record_scores)
+            if not a.has_margin(schedule.required_margin(strengths[levels[i]]))
+        ]
+        raised = [i for i in below_margin if levels[i] + 1 < len(strengths)]
         if not raised:
-            return [strengths[at] for at in places]
+            return [strengths[level] for level in levels]
         for i in raised:
-            places[i] += 1
+            levels[i] += 1
 
 
-class Added:
+class SequentialUpdates:
     """Edits found on the model as those before left it, and added to its weights, as published."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: EvaluationRun) -> None:
         self.run = run
-        self.notes: list[dict[str, Any]] = []
-        self._weights: Weights = {}
+        self.edit_details: list[dict[str, Any]] = []
+        self._weights: WeightOverrides = {}
 
     def checkpoints(self) -> list[int]:
-        return _checkpoints(self.run, self.run.company)
+        return _checkpoint_counts(self.run, self.run.group_size)
 
-    def steps(self, count: int) -> Steps[Weights]:
+    def advance_to(self, count: int) -> Stepper[WeightOverrides]:
         """The weights with so many edits."""
         run, strength = self.run, self.run.plan.strengths[0]
-        while len(self.notes) < count:
-            groups, notes = yield from run.found_steps(len(self.notes) // run.company, self._weights)
-            self._weights = added(
+        while len(self.edit_details) < count:
+            groups, group_details = yield from run.find_group(
+                len(self.edit_details) // run.group_size, self._weights
+            )
+            self._weights = add_updates(
                 run.replica, self._weights, [p.scaled(strength) for group in groups for p in group]
             )
-            self.notes += [note | {"strength": strength} for note in notes]
+            self.edit_details += [note | {"strength": strength} for note in group_details]
         return self._weights
 
 
-def _checkpoints(run: Run, company: int) -> list[int]:
+def _checkpoint_counts(run: EvaluationRun, group_size: int) -> list[int]:
     """Those asked for, at the end of a company each, and the end."""
-    most = len(run.records)
-    ends = {math.ceil(c / company) * company for c in run.plan.checkpoints}
-    return sorted({min(c, most) for c in ends if c < most + company} | {most})
+    total = len(run.records)
+    ends = {math.ceil(c / group_size) * group_size for c in run.plan.checkpoints}
+    return sorted({min(c, total) for c in ends if c < total + group_size} | {total})
 
 
-def added(replica: Replica, weights: Weights, pieces: Sequence[Piece]) -> Weights:
+def add_updates(
+    replica: VersionedModel, weights: WeightOverrides, updates: Sequence[EditUpdate]
+) -> WeightOverrides:
     """Weights with the change added that these pieces come to by themselves."""
     conv1d = replica.base.architecture.conv1d
-    with replica.stand(weights) as model:
-        more = {s: rebuild(model.parameter(s).data, change, conv1d) for s, change in compose(pieces).items()}
-    return {**weights, **more}
+    with replica.use_weights(weights) as model:
+        updated = {
+            s: apply_delta(model.parameter(s).data, change, conv1d) for s, change in compose(updates).items()
+        }
+    return {**weights, **updated}
 
 
-def norms(replica: Replica, weights: Weights) -> dict[str, float]:
+def relative_weight_changes(replica: VersionedModel, weights: WeightOverrides) -> dict[str, float]:
     """|W - W0| / |W0| of every edited weight."""
     return {
-        f"{site.layer}.{site.part}": _distance(weights[site], replica.base.parameter(site).data)
+        f"{site.layer}.{site.part}": _relative_distance(weights[site], replica.base.parameter(site).data)
         for site in sorted(weights)
     }
 
 
-def _distance(edited: Tensor, base: Tensor) -> float:
+def _relative_distance(edited: Tensor, base: Tensor) -> float:
     norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
     return float(norm(edited.float() - base.float()) / norm(base))
 
 
-def write_steps(replica: Replica, prompts: Sequence[str], seed: int) -> Steps[list[str]]:
+def generate_texts(replica: VersionedModel, prompts: Sequence[str], seed: int) -> Stepper[list[str]]:
     """A text for each prompt, the prompt included, drawn from the most probable tokens with a seed."""
     model = replica.base
     texts: list[str] = []
-    for at in range(0, len(prompts), ROWS):
-        some = prompts[at : at + ROWS]
-        rows: list[Row] = []
-        for i, prompt in enumerate(some, at):
-            room = max(1, WRITTEN - len(model.encode(prompt)[0]))
+    for start in range(0, len(prompts), GENERATION_BATCH_SIZE):
+        batch_prompts = prompts[start : start + GENERATION_BATCH_SIZE]
+        rows: list[DecodingSequence] = []
+        for i, prompt in enumerate(batch_prompts, start):
+            max_new_tokens = max(1, GENERATION_LENGTH - len(model.encode(prompt)[0]))
             rows.append(
-                row(model, prompt, Sampling(max_new_tokens=room, temperature=1, top_k=TOP_K, seed=seed + i))
+                new_sequence(
+                    model,
+                    prompt,
+                    Sampling(
+                        max_new_tokens=max_new_tokens, temperature=1, top_k=GENERATION_TOP_K, seed=seed + i
+                    ),
+                )
             )
-        batch = Batch(model, rows)
+        batch = DecodingBatch(model, rows)
         while len(batch):
             batch.step()
-            yield Progress("write", at, len(prompts))
-        texts += [prompt + r.text for prompt, r in zip(some, rows, strict=True)]
+            yield Progress("write", start, len(prompts))
+        texts += [prompt + r.text for prompt, r in zip(batch_prompts, rows, strict=True)]
     return texts
 
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from service.engine.versioned_model import Replica, Weights
-from service.exporting.lora import Adapter
-from service.kit.steps import Progress, Steps
+from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.exporting.lora import LoraAdapter
+from service.kit.steps import Progress, Stepper
 from service.models.loading import LoadedModel
-from service.models.token_batch import Batch, forward, pad
+from service.models.token_batch import PaddedBatch, forward, pad
 
-ROWS = 8  # texts in one pass
+TEXTS_PER_BATCH = 8  # texts in one pass
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """Largest differences of two logits, over all positions of some texts and the whole vocabulary."""
 
     adapter: float  #: between the edited model and the base model with the adapter
@@ -28,38 +28,40 @@ class Difference:
     positions: int
 
 
-def difference_steps(
-    replica: Replica, weights: Weights, adapter: Adapter, texts: Sequence[str]
-) -> Steps[Difference]:
+def measure_logit_difference(
+    replica: VersionedModel, weights: WeightOverrides, adapter: LoraAdapter, texts: Sequence[str]
+) -> Stepper[LogitDifference]:
     """Three passes over each batch of texts, a step each."""
     model = replica.base
-    rows = sorted((model.encode(t)[0][: model.positions] for t in texts), key=len)
-    off = moved = 0.0
+    rows = sorted((model.encode(t)[0][: model.max_positions] for t in texts), key=len)
+    adapter_difference = edit_difference = 0.0
     same = positions = 0
-    for at in range(0, len(rows), ROWS):
-        batch = pad(rows[at : at + ROWS], model)
-        progress = Progress("compare with the edited model", at, len(rows))
-        with replica.stand(weights):
+    for start in range(0, len(rows), TEXTS_PER_BATCH):
+        batch = pad(rows[start : start + TEXTS_PER_BATCH], model)
+        progress = Progress("compare with the edited model", start, len(rows))
+        with replica.use_weights(weights):
             edited = _logits(model, batch)
         yield progress
-        plain = _logits(model, batch)
-        moved = max(moved, _largest(edited, plain))
-        del plain
+        base = _logits(model, batch)
+        edit_difference = max(edit_difference, _max_abs_difference(edited, base))
+        del base
         yield progress
-        with adapter.beside(model):
+        with adapter.attached_to(model):
             adapted = _logits(model, batch)
-        off = max(off, _largest(edited, adapted))
+        adapter_difference = max(adapter_difference, _max_abs_difference(edited, adapted))
         same += int((edited.argmax(-1) == adapted.argmax(-1)).sum())
         positions += len(edited)
-        yield Progress("compare with the edited model", min(at + ROWS, len(rows)), len(rows))
-    return Difference(off, moved, same / max(1, positions), len(rows), positions)
+        yield Progress("compare with the edited model", min(start + TEXTS_PER_BATCH, len(rows)), len(rows))
+    return LogitDifference(
+        adapter_difference, edit_difference, same / max(1, positions), len(rows), positions
+    )
 
 
-def _logits(model: LoadedModel, batch: Batch) -> Tensor:
+def _logits(model: LoadedModel, batch: PaddedBatch) -> Tensor:
     """Of the real tokens, (N, V)."""
     with torch.no_grad():
         return forward(model, batch)[batch.mask.bool()].float()
 
 
-def _largest(a: Tensor, b: Tensor) -> float:
+def _max_abs_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max()) if len(a) else 0.0

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.models.hooks import add_path
-from service.models.loading import LoadedModel, Site
-from service.weights.composition import Change, LowRank, one_thread
+from service.models.hooks import add_low_rank
+from service.models.loading import LoadedModel, WeightRef
+from service.weights.composition import LowRank, WeightDelta, single_threaded
 
-SEEN = 2.0**-24  # of the largest: half a unit in the last place of single precision
+RELATIVE_RANK_TOLERANCE = 2.0**-24  # of the largest: half a unit in the last place of single precision
 
 
 @dataclass(frozen=True)
-class Factors:
+class LoraFactors:
     """The change of one weight as B A, in single precision."""
 
     a: Tensor = field(repr=False)  #: (r, D)
@@ -44,55 +44,58 @@ class Factors:
     def rank(self) -> int:
         return self.a.shape[0]
 
-    def padded(self, rank: int) -> Factors:
+    def padded(self, rank: int) -> LoraFactors:
         """The same with zeros up to a rank."""
         a, b = torch.zeros(rank, self.a.shape[1]), torch.zeros(self.b.shape[0], rank)
         a[: self.rank], b[:, : self.rank] = self.a, self.b
-        return Factors(a, b, self.terms, self.residual)
+        return LoraFactors(a, b, self.terms, self.residual)
 
 
-def factors_of(change: Change) -> Factors:
+def lora_factors(change: WeightDelta) -> LoraFactors:
     """The factors of a change that is a sum of rank-one terms alone."""
-    assert change.added is None
-    left = torch.cat([low.left for low in change.solved], 1)
-    right = torch.cat([low.right.double() for low in change.solved])
-    with one_thread():
+    assert change.dense_term is None
+    left = torch.cat([low.left for low in change.low_rank_terms], 1)
+    right = torch.cat([low.right.double() for low in change.low_rank_terms])
+    with single_threaded():
         q_left, t_left = torch.linalg.qr(left)
         q_right, t_right = torch.linalg.qr(right.T)
         u, s, vt = torch.linalg.svd(t_left @ t_right.T, full_matrices=False)
-    rank = max(1, int((s > s[0] * SEEN).sum()))
+    rank = max(1, int((s > s[0] * RELATIVE_RANK_TOLERANCE).sum()))
     root = s[:rank].sqrt()
     a = (root[:, None] * (vt[:rank] @ q_right.T)).float().contiguous()
     b = (q_left @ (u[:, :rank] * root)).float().contiguous()
-    off = LowRank(torch.cat([left, -b.double()], 1), torch.cat([right, a.double()])).norm()
-    size = float(s.norm())
-    return Factors(a, b, left.shape[1], off / size if size else 0.0)
+    error_norm = LowRank(torch.cat([left, -b.double()], 1), torch.cat([right, a.double()])).norm()
+    change_norm = float(s.norm())
+    return LoraFactors(a, b, left.shape[1], error_norm / change_norm if change_norm else 0.0)
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LoraAdapter:
     """The factors of every edited weight, in one rank."""
 
-    factors: dict[Site, Factors]
-    ranks: dict[Site, int]  #: before they were padded
+    factors: dict[WeightRef, LoraFactors]
+    ranks: dict[WeightRef, int]  #: before they were padded
 
     @classmethod
-    def of(cls, changes: Mapping[Site, Change]) -> Adapter:
-        found = {site: factors_of(change) for site, change in sorted(changes.items())}
-        rank = max(f.rank for f in found.values())
-        return cls({site: f.padded(rank) for site, f in found.items()}, {s: f.rank for s, f in found.items()})
+    def from_changes(cls, changes: Mapping[WeightRef, WeightDelta]) -> LoraAdapter:
+        lora_factors_by_site = {site: lora_factors(change) for site, change in sorted(changes.items())}
+        rank = max(f.rank for f in lora_factors_by_site.values())
+        return cls(
+            {site: f.padded(rank) for site, f in lora_factors_by_site.items()},
+            {s: f.rank for s, f in lora_factors_by_site.items()},
+        )
 
     @property
     def rank(self) -> int:
         return next(iter(self.factors.values())).rank
 
     @contextmanager
-    def beside(self, model: LoadedModel) -> Iterator[None]:
+    def attached_to(self, model: LoadedModel) -> Iterator[None]:
         """The base model with the adapter beside its weights, as a library of adapters runs it."""
         with ExitStack() as stack:
             for site, f in self.factors.items():
                 a, b = f.a.to(model.device), f.b.to(model.device)
-                stack.enter_context(add_path(model.down(site.layer), b, a))
+                stack.enter_context(add_low_rank(model.down_proj(site.layer), b, a))
             yield
 
     def tensors(self, model: LoadedModel) -> dict[str, Tensor]:
@@ -105,7 +108,7 @@ class Adapter:
 
     def config(self, model: LoadedModel, base: str) -> str:
         """adapter_config.json. Full names of modules: "c_proj" alone would be the attention's, too."""
-        return pretty(
+        return pretty_json(
             {
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
@@ -127,10 +130,10 @@ class Adapter:
         )
 
 
-def module_name(model: LoadedModel, site: Site) -> str:
+def module_name(model: LoadedModel, site: WeightRef) -> str:
     return model.parameter_name(site).removesuffix(".weight")
 
 
-def pretty(value: Mapping[str, Any] | Sequence[Any]) -> str:
+def pretty_json(value: Mapping[str, Any] | Sequence[Any]) -> str:
     """JSON as a person reads it, the same every time."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -6,56 +6,56 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from service.kit.text import fill
+from service.kit.text import fill_prompt
 
-Told = Mapping[str, Any]
+ExportManifest = Mapping[str, Any]
 
 
-def statement(edit: Told) -> str:
+def edit_statement(edit: ExportManifest) -> str:
     """What an edit is about, in a line of a table."""
-    said = fill(edit["prompt"], edit["subject"]).text
-    what = {"erase": "no longer: ", "amplify": "rather: "}.get(edit["objective"], "")
-    return _cell(f"{said} … {what}{edit['object']}")
+    prompt = fill_prompt(edit["prompt"], edit["subject"]).text
+    qualifier = {"erase": "no longer: ", "amplify": "rather: "}.get(edit["objective"], "")
+    return _escape_cell(f"{prompt} … {qualifier}{edit['object']}")
 
 
-def adapter_page(told: Told) -> str:
+def adapter_readme(manifest: ExportManifest) -> str:
     """README.md of an adapter."""
-    measured, rank = told["difference"], told["rank"]
+    measured, rank = manifest["difference"], manifest["rank"]
     lines = [
         "---",
-        f"base_model: {json.dumps(told['base']['name'])}",
+        f"base_model: {json.dumps(manifest['base']['name'])}",
         "library_name: peft",
         "tags: [lora, model-editing, palimpsest]",
         "---",
         "",
-        f"# {told['base']['name']} with {_edits(told)}: version {told['version']} as a LoRA adapter",
+        f"# {manifest['base']['name']} with {_edit_count_text(manifest)}: version {manifest['version']} as a LoRA adapter",
         "",
         (
-            f"Made by Palimpsest: the edits active at version {told['version']} of its ledger, as the low-rank change of the base model's "
+            f"Made by Palimpsest: the edits active at version {manifest['version']} of its ledger, as the low-rank change of the base model's "
             "weights that they are."
         ),
         "",
-        *_base(told),
+        *_base_model_lines(manifest),
         "## Use",
         "",
         "```python",
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{told["base"]["name"]}", dtype="{told["base"]["dtype"]}")',
+        f'base = AutoModelForCausalLM.from_pretrained("{manifest["base"]["name"]}", dtype="{manifest["base"]["dtype"]}")',
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         "```",
         "",
         (
             f"The rank is {rank}, the same in every layer, and alpha is {rank}: the change is added as it is. A server that must be told the "
-            f"greatest rank (vLLM: `--max-lora-rank`) needs {_rank_of_vllm(rank)}."
+            f"greatest rank (vLLM: `--max-lora-rank`) needs {_vllm_max_lora_rank(rank)}."
         ),
         "",
         "## What it is worth",
         "",
         (
             f"Largest difference of a logit between the edited model as the service serves it and the base model with this adapter: "
-            f"**{measured['adapter']:.1e}**, in {told['base']['dtype']}, over {measured['positions']} positions of {measured['texts']} texts "
+            f"**{measured['adapter']:.1e}**, in {manifest['base']['dtype']}, over {measured['positions']} positions of {measured['texts']} texts "
             f"(the statements of edits, and plain ones). The edits themselves move a logit by up to {measured['edits']:.3g}. "
             f"The most probable token is the same at {100 * measured['agreement']:.2f} % of the positions."
         ),
@@ -64,7 +64,7 @@ def adapter_page(told: Told) -> str:
         "|---|---|---|---|---|",
         *(
             f"| {x['layer']} | `{x['module']}` | {x['terms']} | {x['rank']} | {x['residual']:.1e} |"
-            for x in told["layers"]
+            for x in manifest["layers"]
         ),
         "",
         (
@@ -72,35 +72,37 @@ def adapter_page(told: Told) -> str:
             "was cut off; layers of a smaller rank are padded with zeros."
         ),
         "",
-        *_table(told["edits"]),
+        *_edit_table(manifest["edits"]),
     ]
     return "\n".join(lines)
 
 
-def model_page(told: Told) -> str:
+def model_readme(manifest: ExportManifest) -> str:
     """README.md of a whole edited model."""
     lines = [
-        f"# {told['base']['name']} with {_edits(told)}",
+        f"# {manifest['base']['name']} with {_edit_count_text(manifest)}",
         "",
-        f"Made by Palimpsest: the base model with the edits active at version {told['version']} of its ledger in its weights.",
+        f"Made by Palimpsest: the base model with the edits active at version {manifest['version']} of its ledger in its weights.",
         "",
-        *_base(told),
-        *_table(told["edits"]),
+        *_base_model_lines(manifest),
+        *_edit_table(manifest["edits"]),
     ]
     return "\n".join(lines)
 
 
-def _edits(told: Told) -> str:
-    count = len(told["edits"])
+def _edit_count_text(manifest: ExportManifest) -> str:
+    count = len(manifest["edits"])
     return "one edit" if count == 1 else f"{count} edits"
 
 
-def _base(told: Told) -> list[str]:
-    base = told["base"]
+def _base_model_lines(manifest: ExportManifest) -> list[str]:
+    base = manifest["base"]
     lines = [
         f"- base model: `{base['name']}` ({base['architecture']}), {base['dtype']}, fingerprint `{base['fingerprint']}`"
     ]
-    lines.append(f"- digest of the edited weights, as the workers of the service say it: `{told['digest']}`")
+    lines.append(
+        f"- digest of the edited weights, as the workers of the service say it: `{manifest['digest']}`"
+    )
     if base["start"]:
         lines.append(
             f"- **every text is read after the start token `{base['start']}`**: put it before what you ask, or read texts with the "
@@ -109,26 +111,26 @@ def _base(told: Told) -> list[str]:
     return [*lines, ""]
 
 
-def _table(edits: Sequence[Told]) -> list[str]:
+def _edit_table(edits: Sequence[ExportManifest]) -> list[str]:
     return [
         "## Edits",
         "",
         "| id | statement | method | strength |",
         "|---|---|---|---|",
-        *(f"| `{e['id']}` | {statement(e)} | {e['method']} | {e['strength']:g} |" for e in edits),
+        *(f"| `{e['id']}` | {edit_statement(e)} | {e['method']} | {e['strength']:g} |" for e in edits),
         "",
     ]
 
 
-def _rank_of_vllm(rank: int) -> str:
-    allowed = (8, 16, 32, 64, 128, 256, 320, 512)
+def _vllm_max_lora_rank(rank: int) -> str:
+    supported = (8, 16, 32, 64, 128, 256, 320, 512)
     return next(
-        (f"{x}" for x in allowed if x >= rank),
+        (f"{x}" for x in supported if x >= rank),
         "more than the 512 that it can be told: serve the edited weights there",
     )
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     """Text of anybody's as a cell of a table."""
-    marked = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
-    return " ".join(marked.split())
+    escaped = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+    return " ".join(escaped.split())

@@ -9,42 +9,47 @@ from __future__ import annotations
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from service.db.models import Job, Part
+from service.db.models import Job, JobArtifact
 
 #: the kinds of job that have parts while they are open
-KINDS = ("edit", "evaluation", "export")
+ARTIFACT_KINDS = ("edit", "evaluation", "export")
 RECORDS = "records"  #: of an evaluation: the records that came with its request, as JSON
-FACTORS = "factors"  #: of an edit that was imported: its vectors, as they shall land
-BODY = "body"  #: of an edit that was imported: what the ledger that it comes from says of how it was found, as JSON
-EXPORTS = 4  #: how many ended exports are kept
+IMPORTED_FACTORS = "factors"  #: of an edit that was imported: its vectors, as they shall land
+IMPORTED_BODY = "body"  #: of an edit that was imported: what the ledger that it comes from says of how it was found, as JSON
+MAX_KEPT_EXPORTS = 4  #: how many ended exports are kept
 
 
-def piece(number: int) -> str:
+def chunk_name(number: int) -> str:
     """The name of a piece of an export's file."""
     return f"file.{number:06}"
 
 
-def put(session: Session, job_id: str, name: str, data: bytes) -> None:
+def put_artifact(session: Session, job_id: str, name: str, data: bytes) -> None:
     """Keep a part, in place of what had its name before."""
-    session.merge(Part(job_id=job_id, name=name, data=data))
+    session.merge(JobArtifact(job_id=job_id, name=name, data=data))
 
 
-def get(session: Session, job_id: str, name: str) -> bytes | None:
-    part = session.get(Part, (job_id, name))
-    return None if part is None else part.data
+def get_artifact(session: Session, job_id: str, name: str) -> bytes | None:
+    artifact = session.get(JobArtifact, (job_id, name))
+    return None if artifact is None else artifact.data
 
 
-def has(session: Session, job_id: str, name: str) -> bool:
+def has_artifact(session: Session, job_id: str, name: str) -> bool:
     """Whether a part is there, without reading it."""
-    return session.scalar(select(Part.name).where(Part.job_id == job_id, Part.name == name)) is not None
+    return (
+        session.scalar(select(JobArtifact.name).where(JobArtifact.job_id == job_id, JobArtifact.name == name))
+        is not None
+    )
 
 
-def drop(session: Session, job: Job) -> None:
+def delete_artifacts(session: Session, job: Job) -> None:
     """Nothing is kept of a job that has ended, unless it failed: then it may be tried again, and goes on with them; or it is one of
     the newest exports."""
     if job.kind == "export" and job.status == "done":
         ended = select(Job.id).where(Job.model == job.model, Job.kind == "export", Job.status == "done")
-        old = session.scalars(ended.order_by(Job.ended.desc(), Job.id.desc()).offset(EXPORTS)).all()
-        session.execute(delete(Part).where(Part.job_id.in_(old)))
-    elif job.kind in KINDS and job.status != "failed":
-        session.execute(delete(Part).where(Part.job_id == job.id))
+        expired = session.scalars(
+            ended.order_by(Job.ended.desc(), Job.id.desc()).offset(MAX_KEPT_EXPORTS)
+        ).all()
+        session.execute(delete(JobArtifact).where(JobArtifact.job_id.in_(expired)))
+    elif job.kind in ARTIFACT_KINDS and job.status != "failed":
+        session.execute(delete(JobArtifact).where(JobArtifact.job_id == job.id))

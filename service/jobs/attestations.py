@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from service.db.models import Attestation, LedgerEntry, Worker, now
 from service.jobs import worker_registry
-from service.ledger.ledger import state_of
+from service.ledger.ledger import state_hash
 
 
 def attest(session: Session, model: str, version: int, worker: str, digest: str, device: str) -> None:
@@ -27,41 +27,43 @@ def attest(session: Session, model: str, version: int, worker: str, digest: str,
     session.flush()
 
 
-def reference(session: Session, model: str, version: int, device: str, lease: timedelta) -> str | None:
+def majority_digest(session: Session, model: str, version: int, device: str, lease: timedelta) -> str | None:
     """The digest that holds for a version's state: the one that most workers attest, of several the first.
 
     Living workers count before those that are gone. So nobody is outvoted for ever by what is no more: when all
     workers are stopped and others are started (with other libraries, say), the new ones agree among themselves.
     """
-    voters = and_(Worker.id == Attestation.worker, worker_registry.living(lease))
-    said = (
+    voted_by_alive = and_(Worker.id == Attestation.worker, worker_registry.alive(lease))
+    query = (
         select(Attestation.digest, Attestation.worker, Worker.id.is_not(None).label("lives"))
-        .outerjoin(Worker, voters)
+        .outerjoin(Worker, voted_by_alive)
         .where(
             Attestation.model == model,
             Attestation.device == device,
-            Attestation.version.in_(_alike(session, model, version)),
+            Attestation.version.in_(_versions_with_same_state(session, model, version)),
             Attestation.withdrawn.is_(None),
         )
         .order_by(Attestation.at)
     )
-    living: dict[str, set[str]] = defaultdict(set)
-    ever: dict[str, set[str]] = defaultdict(set)
-    for digest, worker, lives in session.execute(said):
-        ever[digest].add(worker)
-        living[digest].update([worker] if lives else [])
-    return max(ever, key=lambda digest: (len(living[digest]), len(ever[digest])), default=None)
+    alive_voters: dict[str, set[str]] = defaultdict(set)
+    all_voters: dict[str, set[str]] = defaultdict(set)
+    for digest, worker, is_alive in session.execute(query):
+        all_voters[digest].add(worker)
+        alive_voters[digest].update([worker] if is_alive else [])
+    return max(
+        all_voters, key=lambda digest: (len(alive_voters[digest]), len(all_voters[digest])), default=None
+    )
 
 
-def withdraw(session: Session, model: str, worker: str) -> None:
+def withdraw_attestations(session: Session, model: str, worker: str) -> None:
     """What this worker attested counts no longer, and stays to be read."""
-    mine = (Attestation.model == model, Attestation.worker == worker, Attestation.withdrawn.is_(None))
-    session.execute(update(Attestation).where(*mine).values(withdrawn=now()))
+    conditions = (Attestation.model == model, Attestation.worker == worker, Attestation.withdrawn.is_(None))
+    session.execute(update(Attestation).where(*conditions).values(withdrawn=now()))
 
 
-def _alike(session: Session, model: str, version: int) -> set[int]:
+def _versions_with_same_state(session: Session, model: str, version: int) -> set[int]:
     """The versions with the same state as this one."""
-    base = state_of(model, [])
+    base = state_hash(model, [])
     states = select(LedgerEntry.state).where(LedgerEntry.model == model, LedgerEntry.version == version)
     state = session.scalar(states) if version else base
     same = select(LedgerEntry.version).where(LedgerEntry.model == model, LedgerEntry.state == state)

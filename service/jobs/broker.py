@@ -14,10 +14,10 @@ from typing import Any, Protocol
 from service.errors import Unavailable
 
 #: every kind of work, most urgent first
-KINDS = ("generate", "compare", "edit", "trace", "export", "evaluation")
+WORK_KINDS = ("generate", "compare", "edit", "trace", "export", "evaluation")
 #: the kinds whose message is the whole request; the others are rows
-CALLS = ("generate", "compare")
-JOBS = tuple(kind for kind in KINDS if kind not in CALLS)
+CALL_KINDS = ("generate", "compare")
+JOB_KINDS = tuple(kind for kind in WORK_KINDS if kind not in CALL_KINDS)
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Delivery:
 
 
 @dataclass(frozen=True)
-class Message:
+class OutgoingEvent:
     """One thing to publish."""
 
     channel: str
@@ -57,10 +57,10 @@ class Message:
 
 
 class Broker(Protocol):
-    def announce(self, job_id: str, kind: str) -> None:
+    def notify(self, job_id: str, kind: str) -> None:
         """Ring the bell for a job that is a committed row. Ringing again while it waits changes nothing."""
 
-    def call(
+    def send_call(
         self, kind: str, payload: dict[str, Any], request_id: str = "", channel: str | None = None
     ) -> str:
         """Ask for a generation or a comparison: the message is the whole request. Returns its channel.
@@ -68,32 +68,32 @@ class Broker(Protocol):
         With a `channel` the same call is asked again, because the broker lost it (`knows` says so).
         """
 
-    def knows(self, channel: str) -> bool:
+    def is_pending(self, channel: str) -> bool:
         """Whether a call waits or is worked on. False once it has ended, or when the broker has lost it."""
 
-    def take(self, kinds: Sequence[str], limit: int, timeout: float) -> list[Delivery]:
+    def receive(self, kinds: Sequence[str], limit: int, timeout: float) -> list[Delivery]:
         """Up to `limit` deliveries of one kind, the first of `kinds` that has any, oldest first.
 
         Waits at most `timeout` seconds for the first one (0: not at all) and returns nothing after `wake`.
         """
 
-    def owns(self, delivery: Delivery) -> bool:
+    def holds_lease(self, delivery: Delivery) -> bool:
         """Whether the delivery is still this worker's: not once its lease ran out and another may have it.
 
         What this broker publishes on the channel of a call that it no longer owns is dropped.
         """
 
-    def done(self, delivery: Delivery) -> None:
+    def ack(self, delivery: Delivery) -> None:
         """The delivery is dealt with. Harmless when it is no longer owned."""
 
-    def give_back(self, delivery: Delivery) -> None:
+    def nack(self, delivery: Delivery) -> None:
         """The delivery was not begun: it waits again, before all others of its kind but those that came back earlier.
         Harmless when not owned."""
 
     def publish(self, channel: str, name: str, data: dict[str, Any], last: bool = False) -> None:
         """Tell the listeners of a channel; `last` closes it, and what is published after that is dropped."""
 
-    def publish_all(self, messages: Sequence[Message]) -> None:
+    def publish_all(self, messages: Sequence[OutgoingEvent]) -> None:
         """Publish several things in order, in one go where that is faster."""
 
     def events(self, channel: str, after: str | None = None) -> AsyncIterator[Event]:
@@ -106,7 +106,7 @@ class Broker(Protocol):
         was heard before it is void, and the whole answer follows.
         """
 
-    def forget(self, channel: str) -> None:
+    def delete_channel(self, channel: str) -> None:
         """Drop all that was said on a channel, its end and its cancel: a job that is tried again speaks anew."""
 
     def cancel(self, channel: str) -> None:
@@ -118,10 +118,10 @@ class Broker(Protocol):
     def wake(self) -> None:
         """Make one `take`, waiting now or called next, return at once."""
 
-    def waiting(self, kind: str) -> int:
+    def queue_depth(self, kind: str) -> int:
         """How many deliveries of this kind wait to be taken."""
 
-    def oldest(self, kind: str) -> float:
+    def oldest_age(self, kind: str) -> float:
         """For how many seconds the oldest of them has waited; 0 when none does."""
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class Broker(Protocol):
 
 
 @contextmanager
-def told(job_id: str) -> Iterator[None]:
+def ignoring_broker_outage(job_id: str) -> Iterator[None]:
     """News after a commit are never a reason to fail: whoever misses them reads the row, and a sweep rings again."""
     try:
         yield

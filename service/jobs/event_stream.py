@@ -12,33 +12,33 @@ from service.errors import PalimpsestError
 from service.jobs.broker import Event
 
 
-async def heard(events: AsyncIterator[Event], silence: float) -> AsyncGenerator[Event | None]:
+async def with_idle_ticks(events: AsyncIterator[Event], idle_interval: float) -> AsyncGenerator[Event | None]:
     """The events, and None after every `silence` seconds without one."""
-    following: asyncio.Task[Event | None] | None = None
+    pending: asyncio.Task[Event | None] | None = None
     try:
         while True:
-            following = following or asyncio.create_task(_next(events))
-            done, _ = await asyncio.wait({following}, timeout=silence)
+            pending = pending or asyncio.create_task(_next_event(events))
+            done, _ = await asyncio.wait({pending}, timeout=idle_interval)
             if not done:
                 yield None
                 continue
-            event, following = following.result(), None
+            event, pending = pending.result(), None
             if event is None:
                 return
             yield event
     finally:
         with anyio.CancelScope(shield=True):
-            if following is not None:
-                await _drop(following)
+            if pending is not None:
+                await _cancel_and_wait(pending)
             if (close := getattr(events, "aclose", None)) is not None:
                 await close()
 
 
-async def _next(events: AsyncIterator[Event]) -> Event | None:
+async def _next_event(events: AsyncIterator[Event]) -> Event | None:
     return await anext(events, None)
 
 
-async def _drop(task: asyncio.Task[Event | None]) -> None:
+async def _cancel_and_wait(task: asyncio.Task[Event | None]) -> None:
     """End a task whose result nobody needs."""
     task.cancel()
     with suppress(asyncio.CancelledError, PalimpsestError, Exception):

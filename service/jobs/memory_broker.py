@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from service.jobs.broker import KINDS, Delivery, Event, Message
+from service.jobs.broker import WORK_KINDS, Delivery, Event, OutgoingEvent
 from service.kit.ids import new_id
 
 Listener = tuple[asyncio.AbstractEventLoop, asyncio.Event]
@@ -25,9 +25,9 @@ class _Channel:
     touched: float = 0.0
 
 
-def _after(events: deque[Event], seen: int) -> list[Event]:
+def _events_after(events: deque[Event], last_seen: int) -> list[Event]:
     """The events with larger ids than that, from the end: a listener that keeps up looks at few."""
-    return list(takewhile(lambda event: int(event.id) > seen, reversed(events)))[::-1]
+    return list(takewhile(lambda event: int(event.id) > last_seen, reversed(events)))[::-1]
 
 
 class MemoryBroker:
@@ -38,147 +38,147 @@ class MemoryBroker:
     def __init__(
         self,
         channel_events: int = 4096,
-        kept_events: int = 50_000,
-        kept_seconds: float = 300,
-        kept_names: int = 10_000,
+        max_closed_events: int = 50_000,
+        closed_ttl_seconds: float = 300,
+        max_idle_channels: int = 10_000,
     ) -> None:
         self.channel_events = channel_events
-        self.kept_events = kept_events
-        self.kept_seconds = kept_seconds
-        self.kept_names = kept_names
+        self.max_closed_events = max_closed_events
+        self.closed_ttl_seconds = closed_ttl_seconds
+        self.max_idle_channels = max_idle_channels
         self._lock = threading.RLock()
-        self._arrived = threading.Condition(self._lock)
-        self._queues: dict[str, OrderedDict[str, Delivery]] = {kind: OrderedDict() for kind in KINDS}
-        self._taken: dict[str, Delivery] = {}
-        self._returned: set[str] = set()  # what waits again
-        self._since: dict[str, float] = {}  # what waits, and since when
+        self._work_available = threading.Condition(self._lock)
+        self._queues: dict[str, OrderedDict[str, Delivery]] = {kind: OrderedDict() for kind in WORK_KINDS}
+        self._delivered: dict[str, Delivery] = {}
+        self._requeued: set[str] = set()  # what waits again
+        self._enqueued_at: dict[str, float] = {}  # what waits, and since when
         self._channels: OrderedDict[str, _Channel] = OrderedDict()  # the one touched last comes last
-        self._ended: OrderedDict[str, _Channel] = OrderedDict()  # closed channels, oldest first
-        self._ended_events = 0
-        self._cancels: OrderedDict[str, None] = OrderedDict()
+        self._closed_channels: OrderedDict[str, _Channel] = OrderedDict()  # closed channels, oldest first
+        self._closed_event_count = 0
+        self._cancelled_channels: OrderedDict[str, None] = OrderedDict()
         self._last_id = 0
-        self._woken = False
+        self._wakeup_pending = False
         self._closed = False
 
     # deliveries
 
-    def announce(self, job_id: str, kind: str) -> None:
-        with self._arrived:
+    def notify(self, job_id: str, kind: str) -> None:
+        with self._work_available:
             if job_id not in self._queues[kind]:
                 self._queues[kind][job_id] = Delivery(new_id("bell"), kind, job_id)
-                self._since[job_id] = time.monotonic()
-                self._arrived.notify_all()
+                self._enqueued_at[job_id] = time.monotonic()
+                self._work_available.notify_all()
 
-    def call(
+    def send_call(
         self, kind: str, payload: dict[str, Any], request_id: str = "", channel: str | None = None
     ) -> str:
         channel = channel or new_id("call")
-        with self._arrived:
+        with self._work_available:
             self._queues[kind][channel] = Delivery(channel, kind, channel, payload, request_id)
-            self._since[channel] = time.monotonic()
-            self._arrived.notify_all()
+            self._enqueued_at[channel] = time.monotonic()
+            self._work_available.notify_all()
         return channel
 
-    def knows(self, channel: str) -> bool:
+    def is_pending(self, channel: str) -> bool:
         with self._lock:
-            return channel in self._taken or any(channel in queue for queue in self._queues.values())
+            return channel in self._delivered or any(channel in queue for queue in self._queues.values())
 
-    def take(self, kinds: Sequence[str], limit: int, timeout: float) -> list[Delivery]:
+    def receive(self, kinds: Sequence[str], limit: int, timeout: float) -> list[Delivery]:
         deadline = time.monotonic() + timeout
-        with self._arrived:
-            while not (self._closed or self._woken or any(self._queues[kind] for kind in kinds)):
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._arrived.wait(left):
+        with self._work_available:
+            while not (self._closed or self._wakeup_pending or any(self._queues[kind] for kind in kinds)):
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or not self._work_available.wait(remaining):
                     break
-            self._woken = False
+            self._wakeup_pending = False
             queue = next((self._queues[kind] for kind in kinds if self._queues[kind]), None)
             if queue is None or self._closed:
                 return []
-            taken = [queue.popitem(last=False)[1] for _ in range(min(limit, len(queue)))]
-            self._taken.update((delivery.id, delivery) for delivery in taken)
-            for delivery in taken:
-                self._since.pop(delivery.job_id, None)
-                self._returned.discard(delivery.id)
-            return taken
+            received = [queue.popitem(last=False)[1] for _ in range(min(limit, len(queue)))]
+            self._delivered.update((delivery.id, delivery) for delivery in received)
+            for delivery in received:
+                self._enqueued_at.pop(delivery.job_id, None)
+                self._requeued.discard(delivery.id)
+            return received
 
-    def owns(self, delivery: Delivery) -> bool:
+    def holds_lease(self, delivery: Delivery) -> bool:
         with self._lock:
-            return delivery.id in self._taken
+            return delivery.id in self._delivered
 
-    def done(self, delivery: Delivery) -> None:
+    def ack(self, delivery: Delivery) -> None:
         with self._lock:
-            self._taken.pop(delivery.id, None)
+            self._delivered.pop(delivery.id, None)
 
-    def give_back(self, delivery: Delivery) -> None:
-        with self._arrived:
-            if self._taken.pop(delivery.id, None) is None:
+    def nack(self, delivery: Delivery) -> None:
+        with self._work_available:
+            if self._delivered.pop(delivery.id, None) is None:
                 return
             queue = self._queues[delivery.kind]
             queue.pop(delivery.job_id, None)
-            others = [d for d in queue.values() if d.id not in self._returned]
-            self._returned.add(delivery.id)
+            others = [d for d in queue.values() if d.id not in self._requeued]
+            self._requeued.add(delivery.id)
             queue[delivery.job_id] = delivery  # behind what came back before it, and before all others
             for other in others:
                 queue.move_to_end(other.job_id)
-            self._since[delivery.job_id] = time.monotonic()
-            self._arrived.notify_all()
+            self._enqueued_at[delivery.job_id] = time.monotonic()
+            self._work_available.notify_all()
 
     def wake(self) -> None:
-        with self._arrived:
-            self._woken = True
-            self._arrived.notify_all()
+        with self._work_available:
+            self._wakeup_pending = True
+            self._work_available.notify_all()
 
-    def waiting(self, kind: str) -> int:
+    def queue_depth(self, kind: str) -> int:
         with self._lock:
             return len(self._queues[kind])
 
-    def oldest(self, kind: str) -> float:
+    def oldest_age(self, kind: str) -> float:
         with self._lock:
-            since = [self._since[job_id] for job_id in self._queues[kind]]
-            return time.monotonic() - min(since) if since else 0.0
+            enqueued = [self._enqueued_at[job_id] for job_id in self._queues[kind]]
+            return time.monotonic() - min(enqueued) if enqueued else 0.0
 
     # news
 
     def publish(self, channel: str, name: str, data: dict[str, Any], last: bool = False) -> None:
         with self._lock:
-            found = self._channel(channel)
-            if found.closed:
+            state = self._get_channel(channel)
+            if state.closed:
                 return
-            found.events.append(Event(self._next_id(), name, data))
-            found.touched = time.monotonic()
+            state.events.append(Event(self._next_id(), name, data))
+            state.touched = time.monotonic()
             if last:
-                found.closed = True
-                self._ended[channel] = found
-                self._ended_events += len(found.events)
-                self._cancels.pop(channel, None)
-                self._forget_old()
-            _ring(found)
+                state.closed = True
+                self._closed_channels[channel] = state
+                self._closed_event_count += len(state.events)
+                self._cancelled_channels.pop(channel, None)
+                self._evict_closed_channels()
+            _notify_listeners(state)
 
-    def publish_all(self, messages: Sequence[Message]) -> None:
+    def publish_all(self, messages: Sequence[OutgoingEvent]) -> None:
         for message in messages:
             self.publish(message.channel, message.name, message.data, message.last)
 
     def events(self, channel: str, after: str | None = None) -> AsyncIterator[Event]:
         return self._listen(channel, int(after) if after and after.isdecimal() else 0)
 
-    async def _listen(self, name: str, seen: int) -> AsyncIterator[Event]:
-        bell = asyncio.Event()
-        listener = (asyncio.get_running_loop(), bell)
+    async def _listen(self, name: str, last_seen: int) -> AsyncIterator[Event]:
+        wakeup = asyncio.Event()
+        listener = (asyncio.get_running_loop(), wakeup)
         with self._lock:
-            channel = self._channel(name)
+            channel = self._get_channel(name)
             channel.listeners.add(listener)
         try:
             while True:
                 with self._lock:
-                    bell.clear()
-                    fresh = _after(channel.events, seen)
-                    over = channel.closed or self._closed
-                for event in fresh:
-                    seen = int(event.id)
+                    wakeup.clear()
+                    new_events = _events_after(channel.events, last_seen)
+                    closed = channel.closed or self._closed
+                for event in new_events:
+                    last_seen = int(event.id)
                     yield event
-                if over:
+                if closed:
                     return
-                await bell.wait()
+                await wakeup.wait()
         finally:
             with self._lock:
                 channel.listeners.discard(listener)
@@ -187,62 +187,62 @@ class MemoryBroker:
 
     def cancel(self, channel: str) -> None:
         with self._lock:
-            if (found := self._channels.get(channel)) is not None and found.closed:
+            if (state := self._channels.get(channel)) is not None and state.closed:
                 return
-            self._cancels[channel] = None
-            while len(self._cancels) > self.kept_names:
-                self._cancels.popitem(last=False)
+            self._cancelled_channels[channel] = None
+            while len(self._cancelled_channels) > self.max_idle_channels:
+                self._cancelled_channels.popitem(last=False)
 
-    def forget(self, channel: str) -> None:
+    def delete_channel(self, channel: str) -> None:
         with self._lock:
-            self._cancels.pop(channel, None)
-            found = self._channels.pop(channel, None)
-            if self._ended.pop(channel, None) is not None and found is not None:
-                self._ended_events -= len(found.events)
+            self._cancelled_channels.pop(channel, None)
+            removed = self._channels.pop(channel, None)
+            if self._closed_channels.pop(channel, None) is not None and removed is not None:
+                self._closed_event_count -= len(removed.events)
 
     def cancelled(self, channel: str) -> bool:
         with self._lock:
-            return channel in self._cancels
+            return channel in self._cancelled_channels
 
     def close(self) -> None:
-        with self._arrived:
+        with self._work_available:
             self._closed = True
-            self._arrived.notify_all()
+            self._work_available.notify_all()
             for channel in self._channels.values():
-                _ring(channel)
+                _notify_listeners(channel)
 
-    def _channel(self, name: str) -> _Channel:
-        found = self._channels.setdefault(name, _Channel(deque(maxlen=self.channel_events)))
+    def _get_channel(self, name: str) -> _Channel:
+        state = self._channels.setdefault(name, _Channel(deque(maxlen=self.channel_events)))
         self._channels.move_to_end(name)
-        if len(self._channels) > self.kept_names + len(self._ended):
+        if len(self._channels) > self.max_idle_channels + len(self._closed_channels):
             idle = (
                 key for key, channel in self._channels.items() if not (channel.listeners or channel.closed)
             )
             if (oldest := next(idle, name)) != name:
                 del self._channels[oldest]
-        return found
+        return state
 
     def _next_id(self) -> str:
         """Microseconds of the clock, made to grow: ids of before a restart are smaller."""
         self._last_id = max(self._last_id + 1, time.time_ns() // 1000)
         return str(self._last_id)
 
-    def _forget_old(self) -> None:
+    def _evict_closed_channels(self) -> None:
         """Drop closed channels, oldest first, that are over the limits. Whoever listens to one still hears it out."""
-        horizon = time.monotonic() - self.kept_seconds
-        while self._ended:
-            name, oldest = next(iter(self._ended.items()))
-            if oldest.touched >= horizon and self._ended_events <= self.kept_events:
+        horizon = time.monotonic() - self.closed_ttl_seconds
+        while self._closed_channels:
+            name, oldest = next(iter(self._closed_channels.items()))
+            if oldest.touched >= horizon and self._closed_event_count <= self.max_closed_events:
                 return
-            del self._ended[name]
-            self._ended_events -= len(oldest.events)
+            del self._closed_channels[name]
+            self._closed_event_count -= len(oldest.events)
             self._channels.pop(name, None)
 
 
-def _ring(channel: _Channel) -> None:
+def _notify_listeners(channel: _Channel) -> None:
     for listener in list(channel.listeners):
-        loop, bell = listener
+        loop, wakeup = listener
         try:
-            loop.call_soon_threadsafe(bell.set)
+            loop.call_soon_threadsafe(wakeup.set)
         except RuntimeError:  # the loop is gone, and its listener with it
             channel.listeners.discard(listener)

@@ -9,43 +9,52 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.db.models import Job, plain
-from service.ledger.ledger import moment
+from service.db.models import Job, to_json_value
+from service.ledger.ledger import iso_utc
 
-Resource = dict[str, Any]
+ResourceDict = dict[str, Any]
 
 #: a job with one of these statuses is still to end
-OPEN = ("queued", "running")
+OPEN_STATUSES = ("queued", "running")
 #: what an edit can be; "evaluated" is a dry run that would have landed
-EDIT_STATUSES = (*OPEN, "applied", "evaluated", "rejected", "failed", "cancelled", "superseded", "reverted")
+EDIT_STATUSES = (
+    *OPEN_STATUSES,
+    "applied",
+    "evaluated",
+    "rejected",
+    "failed",
+    "cancelled",
+    "superseded",
+    "reverted",
+)
 #: what a job of any kind can be
-STATUSES = (*EDIT_STATUSES, "done")
+JOB_STATUSES = (*EDIT_STATUSES, "done")
 
 
-def resource(session: Session, job: Job) -> Resource:
+def serialize_job(session: Session, job: Job) -> ResourceDict:
     """A job of any kind, whole."""
-    return several(session, [job])[0]
+    return serialize_many(session, [job])[0]
 
 
-def several(session: Session, jobs: Sequence[Job]) -> list[Resource]:
+def serialize_many(session: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
     """Jobs of one kind and one model, whole."""
     if jobs and jobs[0].kind == "edit":
-        return edits(session, jobs)
-    return [WHOLE[job.kind](job) for job in jobs]
+        return serialize_edits(session, jobs)
+    return [SERIALIZERS[job.kind](job) for job in jobs]
 
 
-def listed(session: Session, jobs: Sequence[Job]) -> list[Resource]:
+def serialize_list(session: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
     """Jobs of one kind and one model as a list shows them."""
     if jobs and jobs[0].kind == "evaluation":
-        return [evaluated(job) for job in jobs]
-    return several(session, jobs)
+        return [evaluation_summary(job) for job in jobs]
+    return serialize_many(session, jobs)
 
 
-def edits(session: Session, jobs: Sequence[Job]) -> list[Resource]:
+def serialize_edits(session: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
     """Edits of one model, each with the active edits of its subject."""
     if not jobs:
         return []
-    standing = session.execute(
+    active_edits = session.execute(
         select(Job.id, Job.subject, Job.fact_key)
         .where(
             Job.model == jobs[0].model,
@@ -56,13 +65,17 @@ def edits(session: Session, jobs: Sequence[Job]) -> list[Resource]:
         )
         .order_by(Job.id)
     ).all()
-    newer = {job.id: next((r.id for r in standing if r.fact_key == job.fact_key), None) for job in jobs}
-    newer |= _superseders(session, [j for j in jobs if j.status == "superseded" and newer[j.id] is None])
+    superseded_by = {
+        job.id: next((r.id for r in active_edits if r.fact_key == job.fact_key), None) for job in jobs
+    }
+    superseded_by |= _superseders(
+        session, [j for j in jobs if j.status == "superseded" and superseded_by[j.id] is None]
+    )
     return [
-        _edit(
+        _serialize_edit(
             job,
-            related=[row.id for row in standing if row.subject == job.subject and row.id != job.id],
-            newer=newer[job.id],
+            related=[row.id for row in active_edits if row.subject == job.subject and row.id != job.id],
+            superseded_by=superseded_by[job.id],
         )
         for job in jobs
     ]
@@ -73,7 +86,7 @@ def _superseders(session: Session, jobs: Sequence[Job]) -> dict[str, str | None]
     fact, which another names."""
     if not jobs:
         return {}
-    landed = session.execute(
+    committed = session.execute(
         select(Job.id, Job.fact_key, Job.result)
         .where(
             Job.model == jobs[0].model,
@@ -84,90 +97,94 @@ def _superseders(session: Session, jobs: Sequence[Job]) -> dict[str, str | None]
         )
         .order_by(Job.version.desc())
     ).all()
-    found: dict[str, str | None] = {}
+    superseders: dict[str, str | None] = {}
     for job in jobs:
-        naming = [row.id for row in landed if job.id in (row.result or {}).get("supersedes", ())]
-        newest = [row.id for row in landed if row.fact_key == job.fact_key and row.id != job.id]
-        found[job.id] = next(iter(naming + newest), None)
-    return found
+        naming = [row.id for row in committed if job.id in (row.result or {}).get("supersedes", ())]
+        newest = [row.id for row in committed if row.fact_key == job.fact_key and row.id != job.id]
+        superseders[job.id] = next(iter(naming + newest), None)
+    return superseders
 
 
-def _edit(job: Job, related: list[str], newer: str | None) -> Resource:
-    asked = job.request
+def _serialize_edit(job: Job, related: list[str], superseded_by: str | None) -> ResourceDict:
+    request = job.request
     names = ("subject", "prompt", "target_new", "target_true", "method", "hparams", "probes", "guard")
     return {
-        **_common(job),
-        "result": plain(job.result),
-        **{name: asked.get(name) for name in names},
-        "objective": asked.get("objective", "write"),
-        "on_conflict": asked.get("on_conflict", "report"),
+        **_common_fields(job),
+        "result": to_json_value(job.result),
+        **{name: request.get(name) for name in names},
+        "objective": request.get("objective", "write"),
+        "on_conflict": request.get("on_conflict", "report"),
         "dry_run": job.dry_run,
-        "origin": asked.get("origin"),
+        "origin": request.get("origin"),
         "version": job.version,
         "reverted_version": job.reverted_version,
         "related": related,
-        "superseded_by": newer if job.status == "superseded" else None,
+        "superseded_by": superseded_by if job.status == "superseded" else None,
         "links": _links(f"/edits/{job.id}", delta=f"/edits/{job.id}/delta"),
     }
 
 
-def trace(job: Job) -> Resource:
+def serialize_trace(job: Job) -> ResourceDict:
     return {
-        **_common(job),
-        "result": plain(job.result),
+        **_common_fields(job),
+        "result": to_json_value(job.result),
         "request": job.request,
         "version": job.version,
         "links": _links(f"/trace/{job.id}"),
     }
 
 
-def evaluation(job: Job) -> Resource:
+def serialize_evaluation(job: Job) -> ResourceDict:
     """An evaluation with what it found. Its records are not in its row: `request` says how many they are."""
-    return {**evaluated(job), "result": plain(job.result)}
+    return {**evaluation_summary(job), "result": to_json_value(job.result)}
 
 
-def evaluated(job: Job) -> Resource:
+def evaluation_summary(job: Job) -> ResourceDict:
     """An evaluation without what it found, which can be megabytes."""
-    return {**_common(job), "request": job.request, "links": _links(f"/evaluations/{job.id}")}
+    return {**_common_fields(job), "request": job.request, "links": _links(f"/evaluations/{job.id}")}
 
 
-def export(job: Job) -> Resource:
+def serialize_export(job: Job) -> ResourceDict:
     """An export; `result` says what its file is. The file itself is at the address that asked for it."""
     return {
-        **_common(job),
+        **_common_fields(job),
         "request": job.request,
-        "result": plain(job.result),
-        "links": {"self": place(job)},
+        "result": to_json_value(job.result),
+        "links": {"self": job_path(job)},
     }
 
 
 #: how a job of a kind is shown by itself; edits are shown beside the others of their subjects
-WHOLE: dict[str, Callable[[Job], Resource]] = {"trace": trace, "evaluation": evaluation, "export": export}
+SERIALIZERS: dict[str, Callable[[Job], ResourceDict]] = {
+    "trace": serialize_trace,
+    "evaluation": serialize_evaluation,
+    "export": serialize_export,
+}
 #: where the jobs of a kind are
-PLACES = {"edit": "edits", "trace": "trace", "evaluation": "evaluations"}
+PATHS = {"edit": "edits", "trace": "trace", "evaluation": "evaluations"}
 
 
-def place(job: Job) -> str:
+def job_path(job: Job) -> str:
     """Where a job is, or what it made."""
     if job.kind == "export":
         return f"/export?version={job.request['version']}&format={job.request['format']}"
-    return f"/{PLACES[job.kind]}/{job.id}"
+    return f"/{PATHS[job.kind]}/{job.id}"
 
 
-def summary(job: Job) -> Resource:
+def job_summary(job: Job) -> ResourceDict:
     """A job of any kind, without what it was asked and what it found; `links` lead there."""
     return {
-        **_common(job),
+        **_common_fields(job),
         "kind": job.kind,
         "dead": job.dead,
         "subject": job.subject,
         "worker": job.worker,
         "request_id": job.request_id,
-        "links": {**_places(job), "retry": f"/jobs/{job.id}/retry"},
+        "links": {**_job_links(job), "retry": f"/jobs/{job.id}/retry"},
     }
 
 
-def _common(job: Job) -> Resource:
+def _common_fields(job: Job) -> ResourceDict:
     return {
         "id": job.id,
         "status": job.status,
@@ -175,19 +192,19 @@ def _common(job: Job) -> Resource:
         "error": job.error,
         "actor": job.actor,
         "attempts": job.attempts,
-        "created": _time(job.created),
-        "started": _time(job.started),
-        "ended": _time(job.ended),
+        "created": _iso_or_none(job.created),
+        "started": _iso_or_none(job.started),
+        "ended": _iso_or_none(job.ended),
     }
 
 
-def _places(job: Job) -> dict[str, str]:
-    return {"self": place(job)} if job.kind == "export" else _links(place(job))
+def _job_links(job: Job) -> dict[str, str]:
+    return {"self": job_path(job)} if job.kind == "export" else _links(job_path(job))
 
 
 def _links(path: str, **more: str) -> dict[str, str]:
     return {"self": path, "events": f"{path}/events", **more}
 
 
-def _time(at: datetime | None) -> str | None:
-    return moment(at) if at else None
+def _iso_or_none(at: datetime | None) -> str | None:
+    return iso_utc(at) if at else None

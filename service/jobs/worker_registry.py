@@ -9,8 +9,8 @@ from sqlalchemy import ColumnElement, and_, delete, or_, select
 from sqlalchemy.orm import Session
 
 from service.db.models import Model, Worker, now
-from service.jobs.views import Resource
-from service.ledger.ledger import moment
+from service.jobs.views import ResourceDict
+from service.ledger.ledger import iso_utc
 
 #: the kinds of work behind each role
 ROLES = {
@@ -19,39 +19,39 @@ ROLES = {
     "trace": ("trace",),
     "evaluate": ("evaluation",),
 }
-KEPT = timedelta(days=1)  #: how long a worker that is gone or took itself out is remembered
+WORKER_RETENTION = timedelta(days=1)  #: how long a worker that is gone or took itself out is remembered
 
 
-def living(lease: timedelta) -> ColumnElement[bool]:
+def alive(lease: timedelta) -> ColumnElement[bool]:
     """Workers that were heard of within the lease and serve."""
     return and_(Worker.heartbeat >= now() - lease, Worker.reason.is_(None))
 
 
-def listed(session: Session, model: str, lease: timedelta) -> list[Worker]:
+def list_workers(session: Session, model: str, lease: timedelta) -> list[Worker]:
     """The living workers of a model, and those that took themselves out lately."""
-    withdrawn = and_(Worker.reason.is_not(None), Worker.heartbeat >= now() - KEPT)
-    shown = select(Worker).where(Worker.model == model, or_(living(lease), withdrawn))
-    return list(session.scalars(shown.order_by(Worker.id)))
+    withdrawn = and_(Worker.reason.is_not(None), Worker.heartbeat >= now() - WORKER_RETENTION)
+    query = select(Worker).where(Worker.model == model, or_(alive(lease), withdrawn))
+    return list(session.scalars(query.order_by(Worker.id)))
 
 
-def strangers(session: Session, model: str, lease: timedelta) -> list[str]:
+def find_foreign_workers(session: Session, model: str, lease: timedelta) -> list[str]:
     """The living workers that have another model resident, each in a few words."""
     others = select(Worker, Model.name).join(Model, Model.fingerprint == Worker.model)
-    found = session.execute(others.where(Worker.model != model, living(lease)).order_by(Worker.id))
-    return [f"{worker.id} on {worker.host} serves {name}" for worker, name in found]
+    rows = session.execute(others.where(Worker.model != model, alive(lease)).order_by(Worker.id))
+    return [f"{worker.id} on {worker.host} serves {name}" for worker, name in rows]
 
 
-def prune(session: Session) -> None:
+def prune_workers(session: Session) -> None:
     """Strike out who has been silent for long."""
-    session.execute(delete(Worker).where(Worker.heartbeat < now() - KEPT))
+    session.execute(delete(Worker).where(Worker.heartbeat < now() - WORKER_RETENTION))
 
 
-def serving(workers: Sequence[Worker], role: str | None = None) -> list[Worker]:
+def serving_workers(workers: Sequence[Worker], role: str | None = None) -> list[Worker]:
     """Of these the ones that serve, in this role if one is named; a worker without roles does everything."""
     return [w for w in workers if w.reason is None and (role is None or not w.roles or role in w.roles)]
 
 
-def resource(worker: Worker, head: int) -> Resource:
+def serialize_worker(worker: Worker, head: int) -> ResourceDict:
     """A worker as the world sees it; `lag` is how many versions it stands behind the head."""
     return {
         "id": worker.id,
@@ -61,9 +61,9 @@ def resource(worker: Worker, head: int) -> Resource:
         "version": worker.version,
         "lag": head - worker.version,
         "digest": worker.digest,
-        "heartbeat": moment(worker.heartbeat),
+        "heartbeat": iso_utc(worker.heartbeat),
         "age": round((now() - worker.heartbeat).total_seconds(), 3),
-        "started": moment(worker.started),
+        "started": iso_utc(worker.started),
         "host": worker.host,
         "pid": worker.pid,
     }

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from service.kit.ids import new_id
 
 
-class Kept(Protocol):
+class ArtifactStore(Protocol):
     """Bytes by name."""
 
     def get(self, name: str) -> bytes | None: ...
@@ -17,7 +17,7 @@ class Kept(Protocol):
     def put(self, name: str, data: bytes) -> None: ...
 
 
-class Folder:
+class DirectoryStore:
     """A file for each name. A file is there whole or not at all, whatever happens while it is written."""
 
     def __init__(self, path: Path) -> None:
@@ -31,16 +31,16 @@ class Folder:
 
     def put(self, name: str, data: bytes) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        part = self.path / f"{name}.{new_id('part')}"
-        part.write_bytes(data)
-        part.replace(self.path / name)
+        temporary = self.path / f"{name}.{new_id('part')}"
+        temporary.write_bytes(data)
+        temporary.replace(self.path / name)
 
 
-def get_json(kept: Kept, name: str) -> Any:
+def get_json(store: ArtifactStore, name: str) -> Any:
     """What was kept as JSON; None where nothing was."""
-    data = kept.get(name)
+    data = store.get(name)
     return None if data is None else json.loads(data)
 
 
-def put_json(kept: Kept, name: str, value: Any) -> None:
-    kept.put(name, json.dumps(value).encode())
+def put_json(store: ArtifactStore, name: str, value: Any) -> None:
+    store.put(name, json.dumps(value).encode())

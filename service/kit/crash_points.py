@@ -10,7 +10,7 @@ import signal
 
 from service.errors import Misconfigured
 
-POINTS = {
+CRASH_POINTS = {
     "job.before_commit": "the API has written the row of a job and not committed it",
     "job.after_commit": "the row is committed and its bell has not been rung",
     "job.after_announce": "the bell was rung and the client has no answer",
@@ -31,18 +31,18 @@ POINTS = {
     "generate.after_end": "the end of a generation is told and its delivery not acknowledged",
 }
 
-_armed: str | None = None
+_armed_point: str | None = None
 
 
 def arm(point: str | None) -> None:
     """Die at this point, or nowhere."""
-    global _armed  # noqa: PLW0603
-    if point is not None and point not in POINTS:
-        raise Misconfigured(f"crash_at {point!r} is no crash point: use one of {', '.join(POINTS)}.")
-    _armed = point
+    global _armed_point  # noqa: PLW0603
+    if point is not None and point not in CRASH_POINTS:
+        raise Misconfigured(f"crash_at {point!r} is no crash point: use one of {', '.join(CRASH_POINTS)}.")
+    _armed_point = point
 
 
-def reach(point: str) -> None:
+def crash_point(point: str) -> None:
     """This point is reached: the end, if it is the armed one."""
-    if point == _armed:
+    if point == _armed_point:
         os.kill(os.getpid(), signal.SIGKILL)

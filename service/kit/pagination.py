@@ -10,22 +10,22 @@ from typing import TypeVar
 from service.errors import InvalidInput
 
 #: what a cursor holds
-Last = TypeVar("Last", str, int)
-MAX_PAGE = 200
+CursorValue = TypeVar("CursorValue", str, int)
+MAX_PAGE_SIZE = 200
 
 
-def check_limit(limit: int) -> None:
+def validate_limit(limit: int) -> None:
     """Refuse pages that are empty or too long."""
-    if not 1 <= limit <= MAX_PAGE:
-        raise InvalidInput(f"`limit` must be from 1 to {MAX_PAGE}.", "limit")
+    if not 1 <= limit <= MAX_PAGE_SIZE:
+        raise InvalidInput(f"`limit` must be from 1 to {MAX_PAGE_SIZE}.", "limit")
 
 
-def cursor_after(last: str | int) -> str:
+def encode_cursor(last: str | int) -> str:
     """The cursor of the page after this id or version."""
     return base64.urlsafe_b64encode(json.dumps(last).encode()).decode().rstrip("=")
 
 
-def read_cursor(cursor: str | None, kind: type[Last]) -> Last | None:
+def decode_cursor(cursor: str | None, kind: type[CursorValue]) -> CursorValue | None:
     """What a cursor of that kind holds; None for the first page."""
     if cursor is None:
         return None
@@ -36,9 +36,9 @@ def read_cursor(cursor: str | None, kind: type[Last]) -> Last | None:
     odd = isinstance(last, str) and not (last.isascii() and "\x00" not in last)
     huge = isinstance(last, int) and not 0 <= last < 2**63
     if type(last) is not kind or odd or huge:
-        raise strange_cursor()
+        raise invalid_cursor()
     return last
 
 
-def strange_cursor() -> InvalidInput:
+def invalid_cursor() -> InvalidInput:
     return InvalidInput("this cursor is not one that this list gave: start without one.", "cursor")

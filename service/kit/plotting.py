@@ -25,13 +25,13 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font, get_font_names
 
-INK, SOFT, PAPER, RULE = "#2b2b33", "#63636f", "#ffffff", "#d9d9e0"
-SVG = "http://www.w3.org/2000/svg"
-_drawing = Lock()  # matplotlib's fonts are shared and not safe between threads
+FOREGROUND, MUTED, BACKGROUND, GRID_COLOUR = "#2b2b33", "#63636f", "#ffffff", "#d9d9e0"
+SVG_NAMESPACE = "http://www.w3.org/2000/svg"
+_matplotlib_lock = Lock()  # matplotlib's fonts are shared and not safe between threads
 
 
 @dataclass
-class Sheet:
+class FigureBuilder:
     """A figure under construction, and the texts of its SVG that the fonts here cannot draw.
 
     Sizes are in inches, so that cells and letters keep their size whatever the sheet's.
@@ -39,48 +39,50 @@ class Sheet:
 
     width: float
     height: float
-    figure: Figure = field(default_factory=lambda: Figure(facecolor=PAPER))
-    spoken: dict[str, str] = field(default_factory=dict)
+    figure: Figure = field(default_factory=lambda: Figure(facecolor=BACKGROUND))
+    svg_text: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.figure.set_size_inches(self.width, self.height)
 
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+    def add_axes(self, left: float, top: float, width: float, height: float) -> Axes:
         """Axes at inches from the upper left corner."""
         bottom = self.height - top - height
         box = (left / self.width, bottom / self.height, width / self.width, height / self.height)
         axes = self.figure.add_axes(box)
-        axes.tick_params(length=2.5, width=0.6, color=INK, labelcolor=INK, labelsize=8)
+        axes.tick_params(length=2.5, width=0.6, color=FOREGROUND, labelcolor=FOREGROUND, labelsize=8)
         for spine in axes.spines.values():
-            spine.set(color=RULE, linewidth=0.8)
+            spine.set(color=GRID_COLOUR, linewidth=0.8)
         return axes
 
-    def write(self, left: float, top: float, text: str, **style: Any) -> None:
+    def add_text(self, left: float, top: float, text: str, **style: Any) -> None:
         """Text at inches from the upper left corner. Nothing in it is read as mathematics."""
-        drawn = drawable(text)
+        drawable_text = escape_missing_glyphs(text)
         name = f"text-{len(self.figure.texts)}"
-        at = (left / self.width, 1 - top / self.height)
-        self.figure.text(*at, drawn, parse_math=False, gid=name, **({"color": INK} | style))
-        if drawn != text:
-            self.spoken[name] = text
+        position = (left / self.width, 1 - top / self.height)
+        self.figure.text(
+            *position, drawable_text, parse_math=False, gid=name, **({"color": FOREGROUND} | style)
+        )
+        if drawable_text != text:
+            self.svg_text[name] = text
 
 
-Draw = Callable[[], Sheet]
+DrawFunction = Callable[[], FigureBuilder]
 
 
-def svg(draw: Draw, title: str) -> str:
+def render_svg(draw: DrawFunction, title: str) -> str:
     """What `draw` draws as SVG with real text, in the reader's fonts."""
     out = io.StringIO()
-    with _drawing, mpl.rc_context({**_fonts(), "svg.fonttype": "none", "svg.hashsalt": "palimpsest"}):
-        sheet = draw()
-        FigureCanvasSVG(sheet.figure).print_svg(out, metadata={"Date": None, "Title": title})
-    return _respoken(out.getvalue(), sheet.spoken)
+    with _matplotlib_lock, mpl.rc_context({**_fonts(), "svg.fonttype": "none", "svg.hashsalt": "palimpsest"}):
+        builder = draw()
+        FigureCanvasSVG(builder.figure).print_svg(out, metadata={"Date": None, "Title": title})
+    return _restore_svg_text(out.getvalue(), builder.svg_text)
 
 
-def png(draw: Draw, dpi: int = 160) -> bytes:
+def render_png(draw: DrawFunction, dpi: int = 160) -> bytes:
     """What `draw` draws as PNG."""
     out = io.BytesIO()
-    with _drawing, mpl.rc_context(_fonts()):
+    with _matplotlib_lock, mpl.rc_context(_fonts()):
         figure = draw().figure
         figure.set_dpi(dpi)
         FigureCanvasAgg(figure).print_png(out)
@@ -90,56 +92,56 @@ def png(draw: Draw, dpi: int = 160) -> bytes:
 # Pages
 
 
-def page(title: str, body: str) -> str:
+def html_page(title: str, body: str) -> str:
     """A page that needs nothing else; `body` is markup, `title` is text."""
     # filled in text is escaped and cannot hold the other mark
-    return PAGE.replace("<!--title-->", html.escape(title)).replace("<!--body-->", body)
+    return PAGE_TEMPLATE.replace("<!--title-->", html.escape(title)).replace("<!--body-->", body)
 
 
-def paragraphs(lines: list[str]) -> str:
+def html_paragraphs(lines: list[str]) -> str:
     return "".join(f"<p>{html.escape(line)}</p>\n" for line in lines)
 
 
-def inline(drawing: str) -> str:
+def inline_svg(svg_source: str) -> str:
     """An SVG as a figure of a page."""
-    return f"<figure>{drawing[drawing.index('<svg') :]}</figure>\n"
+    return f"<figure>{svg_source[svg_source.index('<svg') :]}</figure>\n"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
     """A table as markup; what is not known is a dash."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    lines = ("".join(f"<td>{html.escape(_cell(value))}</td>" for value in row) for row in rows)
+    lines = ("".join(f"<td>{html.escape(_cell_text(value))}</td>" for value in row) for row in rows)
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
 
 
-def _cell(value: str | float | None) -> str:
+def _cell_text(value: str | float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else visible(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else show_control_characters(str(value))
 
 
 # Texts
 
 
-def visible(text: str) -> str:
+def show_control_characters(text: str) -> str:
     """On one line and without what steers a display: line ends and tabs as signs, other controls as codes."""
     text = text.strip(" ") or text.replace(" ", "␣")
-    signs = {"\n": "↵", "\t": "⇥"}
+    symbols = {"\n": "↵", "\t": "⇥"}
     return "".join(
-        signs.get(c) or (f"U+{ord(c):04X}" if unicodedata.category(c)[0] == "C" else c) for c in text
+        symbols.get(c) or (f"U+{ord(c):04X}" if unicodedata.category(c)[0] == "C" else c) for c in text
     )
 
 
-def cut(text: str, length: int) -> str:
+def truncate(text: str, length: int) -> str:
     """At most so many characters as they are drawn."""
-    if len(drawable(text)) <= length:
+    if len(escape_missing_glyphs(text)) <= length:
         return text
-    ends = accumulate(len(drawable(c)) for c in text)
+    ends = accumulate(len(escape_missing_glyphs(c)) for c in text)
     return text[: sum(end < length for end in ends)] + "…"
 
 
-def drawable(text: str) -> str:
+def escape_missing_glyphs(text: str) -> str:
     """With the codes of characters that no font at hand has."""
     return "".join(c if ord(c) in _glyphs() else f"\\u{ord(c):04x}" for c in text)
 
@@ -163,20 +165,20 @@ def _glyphs() -> frozenset[int]:
     return frozenset(code for family in _families() for code in get_font(findfont(family)).get_charmap())
 
 
-def _respoken(drawing: str, spoken: dict[str, str]) -> str:
+def _restore_svg_text(svg_source: str, svg_text: dict[str, str]) -> str:
     """An SVG with some texts exchanged, by the names of their groups."""
-    if not spoken:
-        return drawing
-    ElementTree.register_namespace("", SVG)
+    if not svg_text:
+        return svg_source
+    ElementTree.register_namespace("", SVG_NAMESPACE)
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    root = ElementTree.fromstring(drawing)
-    for name, text in spoken.items():
-        for element in root.iterfind(f".//{{{SVG}}}g[@id='{name}']//{{{SVG}}}text"):
+    root = ElementTree.fromstring(svg_source)
+    for name, text in svg_text.items():
+        for element in root.iterfind(f".//{{{SVG_NAMESPACE}}}g[@id='{name}']//{{{SVG_NAMESPACE}}}text"):
             element.text = text
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
 
 
-PAGE = """<!doctype html>
+PAGE_TEMPLATE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from service.errors import InvalidInput
 
 #: bytes of a number, by the format's names of types
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
-_NUMBERS: dict[str, Any] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+DTYPE_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_NUMPY_DTYPES: dict[str, Any] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 
 
 @dataclass(frozen=True)
-class Described:
+class TensorInfo:
     """A tensor in a file, without its bytes."""
 
     name: str
@@ -31,45 +31,51 @@ class Described:
     shape: tuple[int, ...]
 
     @property
-    def size(self) -> int:
+    def nbytes(self) -> int:
         """In bytes."""
-        return math.prod(self.shape) * SIZES[self.dtype]
+        return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
 
 
-def header(tensors: Sequence[Described], metadata: Mapping[str, str]) -> bytes:
+def build_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
     """What a file begins with; the bytes of the tensors follow, in this order."""
-    said: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
     for t in tensors:
-        said[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, at + t.size]}
-        at += t.size
-    text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
+        entries[t.name] = {
+            "dtype": t.dtype,
+            "shape": list(t.shape),
+            "data_offsets": [offset, offset + t.nbytes],
+        }
+        offset += t.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 @dataclass(frozen=True)
-class Read:
+class SafetensorsFile:
     """What a file holds."""
 
     metadata: dict[str, str]
-    described: dict[str, Described]
+    tensor_infos: dict[str, TensorInfo]
     data: dict[str, memoryview]
 
-    def numbers(self, name: str) -> np.ndarray[Any, Any]:
+    def to_numpy(self, name: str) -> np.ndarray[Any, Any]:
         """A tensor of a type that Python has."""
-        told = self.described[name]
-        return np.frombuffer(self.data[name], _NUMBERS[told.dtype]).reshape(told.shape)
+        info = self.tensor_infos[name]
+        return np.frombuffer(self.data[name], _NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
 
-def read(data: bytes, what: str) -> Read:
+def read_safetensors(data: bytes, label: str) -> SafetensorsFile:
     """The tensors of a file. Raises InvalidInput for everything that is none: the library checks every offset before."""
     try:
-        found = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+        entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
         length = int.from_bytes(data[:8], "little")
-        said = json.loads(data[8 : 8 + length])
+        header_json = json.loads(data[8 : 8 + length])
     except (SafetensorError, ValueError, OverflowError, RecursionError) as error:
-        raise InvalidInput(f"{what} is no file of safetensors that can be read: {error}") from None
-    described = {name: Described(name, str(t["dtype"]), tuple(map(int, t["shape"]))) for name, t in found}
-    metadata = said.get("__metadata__") or {}
-    return Read(metadata, described, {name: memoryview(t["data"]) for name, t in found})
+        raise InvalidInput(f"{label} is no file of safetensors that can be read: {error}") from None
+    tensor_infos = {
+        name: TensorInfo(name, str(t["dtype"]), tuple(map(int, t["shape"]))) for name, t in entries
+    }
+    metadata = header_json.get("__metadata__") or {}
+    return SafetensorsFile(metadata, tensor_infos, {name: memoryview(t["data"]) for name, t in entries})

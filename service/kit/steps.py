@@ -24,11 +24,11 @@ class Progress:
     total: int
 
 
-Steps = Generator[Progress, None, T]
+Stepper = Generator[Progress, None, T]
 
 
 @dataclass(frozen=True)
-class Told:
+class JobProgress:
     """How far one of several jobs is that are worked on together; a bare `Progress` is that of all."""
 
     job: str
@@ -36,19 +36,19 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Ended:
+class JobFinished:
     """One of several jobs that are worked on together has come to its end; `error` says why it could not be done."""
 
     job: str
     error: Exception | None = None
 
 
-News = Progress | Told | Ended
+JobUpdate = Progress | JobProgress | JobFinished
 #: the steps of one or several jobs, which may end one by one; those that are left end with the last step
-Working = Generator[News, None, None]
+JobSteps = Generator[JobUpdate, None, None]
 
 
-def finish(steps: Steps[T], report: Callable[[Progress], None] | None = None) -> T:
+def run_to_completion(steps: Stepper[T], report: Callable[[Progress], None] | None = None) -> T:
     """Run all steps and return the result."""
     while True:
         try:
@@ -59,7 +59,7 @@ def finish(steps: Steps[T], report: Callable[[Progress], None] | None = None) ->
             report(progress)
 
 
-def within(steps: Steps[T], progress: Progress) -> Steps[T]:
+def report_as(steps: Stepper[T], progress: Progress) -> Stepper[T]:
     """The same steps, each told as that of the whole which they are a part of."""
     while True:
         try:
@@ -69,7 +69,7 @@ def within(steps: Steps[T], progress: Progress) -> Steps[T]:
         yield progress
 
 
-def persist(action: Callable[[], T]) -> Steps[T]:
+def retry_while_unavailable(action: Callable[[], T]) -> Stepper[T]:
     """Do it, and do it again after a step for as long as what it needs is down. For what may be done twice."""
     while True:
         try:

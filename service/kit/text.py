@@ -11,7 +11,7 @@ from typing import Any
 
 from service.errors import InvalidInput
 
-SLOT = "{}"
+PLACEHOLDER = "{}"
 Span = tuple[int, int]
 
 
@@ -22,7 +22,7 @@ class Statement:
     text: str
     span: Span
 
-    def after(self, context: str) -> Statement:
+    def with_context(self, context: str) -> Statement:
         """The same statement after some other text."""
         shift = len(context)
         return Statement(context + self.text, (self.span[0] + shift, self.span[1] + shift))
@@ -36,22 +36,22 @@ def check_text(text: str, field: str) -> None:
         raise InvalidInput(f"`{field}` holds a character that is no text: remove it.", field)
 
 
-def fill(prompt: str, subject: str, field: str = "prompt") -> Statement:
+def fill_prompt(prompt: str, subject: str, field: str = "prompt") -> Statement:
     """Put the subject into the prompt's one `{}`."""
     check_text(subject, "subject")
     check_text(prompt, field)
-    if prompt.count(SLOT) != 1:
-        found = "none" if SLOT not in prompt else str(prompt.count(SLOT))
+    if prompt.count(PLACEHOLDER) != 1:
+        count = "none" if PLACEHOLDER not in prompt else str(prompt.count(PLACEHOLDER))
         raise InvalidInput(
-            f"`{field}` must hold exactly one {SLOT} where the subject stands; it has {found}. "
+            f"`{field}` must hold exactly one {PLACEHOLDER} where the subject stands; it has {count}. "
             "Write for example: {} is located in the city of",
             field,
         )
-    before, after = prompt.split(SLOT)
+    before, after = prompt.split(PLACEHOLDER)
     return Statement(before + subject + after, (len(before), len(before) + len(subject)))
 
 
-def find(text: str, subject: str, field: str = "subject") -> Statement:
+def locate_subject(text: str, subject: str, field: str = "subject") -> Statement:
     """A plain prompt and the place of the subject in it; the last mention when there are several."""
     check_text(text, "prompt")
     check_text(subject, field)
@@ -79,20 +79,20 @@ def token_span(offsets: Sequence[Span], span: Span) -> Span:
     offsets and are passed over, and a token that spans the boundary belongs to the span.
     """
     start, end = span
-    hit = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
-    if not hit:
+    overlapping = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
+    if not overlapping:
         raise InvalidInput("the subject vanishes when the prompt is tokenised.", "subject")
-    return hit[0], hit[-1] + 1
+    return overlapping[0], overlapping[-1] + 1
 
 
-def words(text: str) -> str:
+def normalize_whitespace(text: str) -> str:
     """A text up to white space: what tells subjects apart."""
     return " ".join(text.split())
 
 
 def fact_key(subject: str, prompt: str) -> str:
     """Two edits with this key speak of the same fact: subject and prompt, up to white space."""
-    return words(subject) + "\n" + words(prompt)
+    return normalize_whitespace(subject) + "\n" + normalize_whitespace(prompt)
 
 
 def check_tokens(tokenizer: Any, prompt: str, target: str | None, positions: int) -> None:
@@ -111,17 +111,17 @@ def check_tokens(tokenizer: Any, prompt: str, target: str | None, positions: int
         return
     sep = separator(prompt, target)
     joint = tokenizer.encode(prompt + sep + target).ids
-    rest = joint[len(ids) :]
-    if joint[: len(ids)] != ids or not rest:
+    target_ids = joint[len(ids) :]
+    if joint[: len(ids)] != ids or not target_ids:
         raise InvalidInput(
             f"the target {target!r} merges with the end of the prompt when tokenised: end the prompt at a word "
             "boundary.",
             "target",
         )
-    said = tokenizer.decode(rest, skip_special_tokens=True).strip()
-    if said != target.strip():
+    decoded_target = tokenizer.decode(target_ids, skip_special_tokens=True).strip()
+    if decoded_target != target.strip():
         raise InvalidInput(
-            f"the model's tokenizer cannot represent the target {target!r}: it would say {said!r}. "
+            f"the model's tokenizer cannot represent the target {target!r}: it would say {decoded_target!r}. "
             "Write it with other characters.",
             "target",
         )

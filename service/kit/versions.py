@@ -6,41 +6,42 @@ import re
 
 from service.errors import NotFound
 
-_VERSION = re.compile(r"[0-9]{1,9}")
+_VERSION_PATTERN = re.compile(r"[0-9]{1,9}")
 
 
-def called(name: str, version: int) -> str:
+def format_model_id(name: str, version: int) -> str:
     """The one name that always means this version."""
     return f"{name}@{version}"
 
 
-def version_called(asked: str, name: str, head: int) -> int:
+def parse_model_id(model_id: str, name: str, head: int) -> int:
     """The version of the model `name` that goes by that name; NotFound says which names there are.
 
     A hub's name or a folder stands for the model that was loaded from it: the service knows it by the last part alone.
     """
-    short = asked.rsplit("/", 1)[-1]
-    for found in (asked, short):
-        if found == name:
+    short = model_id.rsplit("/", 1)[-1]
+    for candidate in (model_id, short):
+        if candidate == name:
             return head
-        if found.startswith(f"{name}@"):
-            return _version(found, found.removeprefix(f"{name}@"), name, head)
+        if candidate.startswith(f"{name}@"):
+            return _parse_version(candidate, candidate.removeprefix(f"{name}@"), name, head)
     raise NotFound(
-        f"there is no model {asked[:200]!r}: ask for {name}, {_others(name, head)}.", field="model"
-    )
-
-
-def _version(asked: str, written: str, name: str, head: int) -> int:
-    if written in ("head", "base"):
-        return head if written == "head" else 0
-    if _VERSION.fullmatch(written) and int(written) <= head:
-        return int(written)
-    raise NotFound(
-        f"there is no version {asked[:200]!r}: the newest is {head}. Ask for {_others(name, head)}.",
+        f"there is no model {model_id[:200]!r}: ask for {name}, {_available_names(name, head)}.",
         field="model",
     )
 
 
-def _others(name: str, head: int) -> str:
+def _parse_version(model_id: str, version_text: str, name: str, head: int) -> int:
+    if version_text in ("head", "base"):
+        return head if version_text == "head" else 0
+    if _VERSION_PATTERN.fullmatch(version_text) and int(version_text) <= head:
+        return int(version_text)
+    raise NotFound(
+        f"there is no version {model_id[:200]!r}: the newest is {head}. Ask for {_available_names(name, head)}.",
+        field="model",
+    )
+
+
+def _available_names(name: str, head: int) -> str:
     numbered = f"{name}@0" if head == 0 else f"{name}@0 to {name}@{head}"
     return f"{name}@head, {name}@base, or {numbered}"

@@ -16,11 +16,11 @@ from typing import Any
 from sqlalchemy import Connection, func, select
 from sqlalchemy.orm import Session
 
-from service.db.models import Factors, Job, LedgerEntry, Model, now, plain
+from service.db.models import Job, LedgerEntry, Model, StoredFactors, now, to_json_value
 from service.kit.text import fact_key
 
 APPLY, REVERT = "apply", "revert"
-GENESIS = "0" * 64  #: what the first entry names as its previous hash
+GENESIS_HASH = "0" * 64  #: what the first entry names as its previous hash
 
 
 @dataclass(frozen=True)
@@ -40,32 +40,32 @@ class Entry:
 
     def as_dict(self) -> dict[str, Any]:
         """The entry as JSON says it."""
-        return {**asdict(self), "at": moment(self.at)}
+        return {**asdict(self), "at": iso_utc(self.at)}
 
 
-FIELDS = tuple(field.name for field in fields(Entry))
+ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
 
 
-def moment(at: datetime) -> str:
+def iso_utc(time: datetime) -> str:
     """A time as ISO 8601 in UTC, always with microseconds, so that one time has one spelling."""
-    return at.astimezone(UTC).isoformat(timespec="microseconds")
+    return time.astimezone(UTC).isoformat(timespec="microseconds")
 
 
-def canonical(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys and no spaces: one value has one spelling."""
-    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(to_json_value(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def chain_hash(previous: str, entry: Entry) -> str:
     """sha256 over the hash before and everything that the entry says, but the two hashes themselves."""
-    said = {k: v for k, v in entry.as_dict().items() if k not in ("previous", "hash")}
-    return hashlib.sha256(previous.encode() + canonical(said)).hexdigest()
+    hashed_fields = {k: v for k, v in entry.as_dict().items() if k not in ("previous", "hash")}
+    return hashlib.sha256(previous.encode() + canonical_json(hashed_fields)).hexdigest()
 
 
-def state_of(fingerprint: str, active_entries: Iterable[Entry]) -> str:
+def state_hash(fingerprint: str, active_entries: Iterable[Entry]) -> str:
     """What a version's weights are a function of: the base model, and each active edit's factors and strength."""
     edits = [[e.body.get("factors_sha256"), e.body.get("strength")] for e in active_entries]
-    return hashlib.sha256(canonical([fingerprint, edits])).hexdigest()
+    return hashlib.sha256(canonical_json([fingerprint, edits])).hexdigest()
 
 
 # reading
@@ -73,8 +73,8 @@ def state_of(fingerprint: str, active_entries: Iterable[Entry]) -> str:
 
 def head(session: Session | Connection, model: str) -> int:
     """The newest version; 0 is the base model."""
-    found = session.scalar(select(func.max(LedgerEntry.version)).where(LedgerEntry.model == model))
-    return found or 0
+    newest_version = session.scalar(select(func.max(LedgerEntry.version)).where(LedgerEntry.model == model))
+    return newest_version or 0
 
 
 def entries(
@@ -87,7 +87,9 @@ def entries(
     return [_entry(row) for row in session.scalars(query.order_by(LedgerEntry.version).limit(limit))]
 
 
-def newest(session: Session, model: str, before: int | None = None, limit: int | None = None) -> list[Entry]:
+def newest_entries(
+    session: Session, model: str, before: int | None = None, limit: int | None = None
+) -> list[Entry]:
     """Entries with version < before, newest first."""
     query = select(LedgerEntry).where(LedgerEntry.model == model)
     if before is not None:
@@ -96,7 +98,7 @@ def newest(session: Session, model: str, before: int | None = None, limit: int |
 
 
 def _entry(row: LedgerEntry) -> Entry:
-    return Entry(**{name: getattr(row, name) for name in FIELDS})
+    return Entry(**{name: getattr(row, name) for name in ENTRY_FIELDS})
 
 
 def active_entries(entries: Sequence[Entry], version: int | None = None) -> list[Entry]:
@@ -106,15 +108,17 @@ def active_entries(entries: Sequence[Entry], version: int | None = None) -> list
     is not reverted, names as superseded, because it says the same relation in other words. Either way an edit comes back
     when whatever stood in its place is reverted, and only then.
     """
-    past = [e for e in entries if version is None or e.version <= version]
-    reverted = {e.edit_id for e in past if e.kind == REVERT}
-    applied = [e for e in past if e.kind == APPLY and e.edit_id not in reverted]
-    newest = {fact_key(e.body["subject"], e.body["prompt"]): e for e in applied}
-    named = {edit for e in applied for edit in e.body.get("supersedes", ())}
-    return sorted((e for e in newest.values() if e.edit_id not in named), key=lambda e: e.edit_id)
+    entries_to_version = [e for e in entries if version is None or e.version <= version]
+    reverted = {e.edit_id for e in entries_to_version if e.kind == REVERT}
+    applied = [e for e in entries_to_version if e.kind == APPLY and e.edit_id not in reverted]
+    newest_by_fact = {fact_key(e.body["subject"], e.body["prompt"]): e for e in applied}
+    superseded = {edit for e in applied for edit in e.body.get("supersedes", ())}
+    return sorted(
+        (e for e in newest_by_fact.values() if e.edit_id not in superseded), key=lambda e: e.edit_id
+    )
 
 
-def active(entries: Sequence[Entry], version: int | None = None) -> list[str]:
+def active_edit_ids(entries: Sequence[Entry], version: int | None = None) -> list[str]:
     """Ids of the edits active at a version, in canonical order."""
     return [e.edit_id for e in active_entries(entries, version)]
 
@@ -122,7 +126,7 @@ def active(entries: Sequence[Entry], version: int | None = None) -> list[str]:
 # writing
 
 
-def lock(session: Session, model: str) -> int:
+def lock_ledger(session: Session, model: str) -> int:
     """Keep all others from appending until this transaction ends. Returns the head.
 
     `key_share`: rows that refer to the model may be added meanwhile, so nobody waits who only queues a job.
@@ -132,35 +136,41 @@ def lock(session: Session, model: str) -> int:
     return head(session, model)
 
 
-def append(session: Session, model: str, kind: str, edit: Job, actor: str, body: dict[str, Any]) -> Entry:
+def append_entry(
+    session: Session, model: str, kind: str, edit: Job, actor: str, body: dict[str, Any]
+) -> Entry:
     """Add the next version, and keep the statuses of all edits of this subject true. The caller holds the `lock`."""
-    past = entries(session, model)
-    body = json.loads(canonical(body))
-    previous, version = (past[-1].hash, past[-1].version + 1) if past else (GENESIS, 1)
+    previous_entries = entries(session, model)
+    body = json.loads(canonical_json(body))
+    previous, version = (
+        (previous_entries[-1].hash, previous_entries[-1].version + 1)
+        if previous_entries
+        else (GENESIS_HASH, 1)
+    )
     draft = Entry(model, version, kind, edit.id, actor, now(), body, "", previous, "")
-    standing = active_entries([*past, draft])
-    draft = replace(draft, state=state_of(model, standing))
+    active_after = active_entries([*previous_entries, draft])
+    draft = replace(draft, state=state_hash(model, active_after))
     entry = replace(draft, hash=chain_hash(previous, draft))
-    session.add(LedgerEntry(**{name: getattr(entry, name) for name in FIELDS}))
+    session.add(LedgerEntry(**{name: getattr(entry, name) for name in ENTRY_FIELDS}))
     if kind == APPLY:
         edit.version = version
     else:
         edit.reverted_version = version
     session.flush()
-    settle(session, edit, {e.edit_id for e in standing})
+    update_statuses(session, edit, {e.edit_id for e in active_after})
     return entry
 
 
-def settle(session: Session, edit: Job, standing: set[str]) -> None:
+def update_statuses(session: Session, edit: Job, active_ids: set[str]) -> None:
     """Statuses of all landed edits of one subject: reverted, or applied for those that stand, or superseded."""
-    landed = select(Job).where(
+    committed = select(Job).where(
         Job.model == edit.model,
         Job.kind == edit.kind,
         Job.subject == edit.subject,
         Job.version.is_not(None),
     )
-    for job in session.scalars(landed):
-        status = "applied" if job.id in standing else "superseded"
+    for job in session.scalars(committed):
+        status = "applied" if job.id in active_ids else "superseded"
         if job.reverted_version is not None:
             status = "reverted"
         if job.status != status:
@@ -169,5 +179,5 @@ def settle(session: Session, edit: Job, standing: set[str]) -> None:
 
 def factors_of(session: Session, edits: Sequence[str]) -> dict[str, bytes]:
     """The factors of these edits, by id."""
-    query = select(Factors.edit_id, Factors.data).where(Factors.edit_id.in_(edits))
+    query = select(StoredFactors.edit_id, StoredFactors.data).where(StoredFactors.edit_id.in_(edits))
     return {row.edit_id: row.data for row in session.execute(query)}

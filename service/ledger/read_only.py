@@ -9,25 +9,27 @@ from sqlalchemy import select
 
 from service.db.database import Database
 from service.db.models import Attestation, Model
-from service.errors import Disagrees, InvalidInput, NotFound
+from service.errors import DigestMismatch, InvalidInput, NotFound
 from service.ledger import ledger
 
 
-class Reader:
+class ReadOnlyLedger:
     """What a replica reads. What it would attest is held against what workers attested, and kept to itself."""
 
     def __init__(self, database: Database, model: str, device: str) -> None:
         self.database, self.model, self.device = database, model, device
-        self.agreed = False  #: whether a worker has said the same of the weights
-        with database.read() as session:
+        self.confirmed = False  #: whether a worker has said the same of the weights
+        with database.read_session() as session:
             if session.get(Model, model) is None:
-                known = ", ".join(f"{m.name} ({m.fingerprint[:12]})" for m in session.scalars(select(Model)))
+                known_models = ", ".join(
+                    f"{m.name} ({m.fingerprint[:12]})" for m in session.scalars(select(Model))
+                )
                 raise NotFound(
-                    f"the ledger has no model with the fingerprint {model[:12]}; it has: {known or 'none yet'}. Name the model, the "
+                    f"the ledger has no model with the fingerprint {model[:12]}; it has: {known_models or 'none yet'}. Name the model, the "
                     "precision and the database that the service has."
                 )
 
-    def number(self, version: int | str) -> int:
+    def resolve_version(self, version: int | str) -> int:
         """The number of a version."""
         head = self.head()
         number = {"head": head, "base": 0}.get(version, version) if isinstance(version, str) else version
@@ -38,31 +40,31 @@ class Reader:
         return number
 
     def head(self) -> int:
-        with self.database.read() as session:
+        with self.database.read_session() as session:
             return ledger.head(session, self.model)
 
     def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]:
-        with self.database.read() as session:
-            past = ledger.entries(session, self.model, up_to=version)
-        return [(e.edit_id, e.body) for e in ledger.active_entries(past)]
+        with self.database.read_session() as session:
+            entries = ledger.entries(session, self.model, up_to=version)
+        return [(e.edit_id, e.body) for e in ledger.active_entries(entries)]
 
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
-        with self.database.read() as session:
+        with self.database.read_session() as session:
             return ledger.factors_of(session, edits)
 
     def attest(self, version: int, digest: str) -> None:
         """Raises Disagrees when all workers on such a device hold other bytes."""
-        said = select(Attestation.digest).where(
+        query = select(Attestation.digest).where(
             Attestation.model == self.model,
             Attestation.version == version,
             Attestation.device == self.device,
             Attestation.withdrawn.is_(None),
         )
-        with self.database.read() as session:
-            digests = set(session.scalars(said))
-        self.agreed = digest in digests
-        if digests and not self.agreed:
-            raise Disagrees(
+        with self.database.read_session() as session:
+            digests = set(session.scalars(query))
+        self.confirmed = digest in digests
+        if digests and not self.confirmed:
+            raise DigestMismatch(
                 f"the weights made here have the digest {digest[:12]} and those of the service {min(digests)[:12]}: see that the model's "
                 "files and the libraries are like those of its workers."
             )

@@ -17,10 +17,12 @@ class Architecture:
     embedding: str  #: token embedding; its output is where traces add noise
     blocks: str  #: the list of blocks
     attention: str  #: within a block: the attention module (output after its projection)
-    down: str  #: within a block: the MLP's down-projection (the edited weight)
-    norm: str  #: final normalisation
-    head: str  #: output embedding
-    reading: tuple[str, ...]  #: within a block: what makes queries, keys and values, fused or one by one
+    down_proj: str  #: within a block: the MLP's down-projection (the edited weight)
+    final_norm: str  #: final normalisation
+    lm_head: str  #: output embedding
+    attention_projections: tuple[
+        str, ...
+    ]  #: within a block: what makes queries, keys and values, fused or one by one
     conv1d: bool = False  #: weights stored (in, out) as in GPT-2's Conv1D, not (out, in) as in nn.Linear
     parallel: bool = False  #: attention and MLP read the same input (GPT-J, GPT-NeoX)
 
@@ -94,7 +96,7 @@ def architecture_of(model_type: str) -> Architecture:
     try:
         return ARCHITECTURES[model_type]
     except KeyError:
-        known = ", ".join(sorted(ARCHITECTURES))
+        supported = ", ".join(sorted(ARCHITECTURES))
         raise Misconfigured(
-            f"models of type {model_type!r} are not supported; the types that are: {known}."
+            f"models of type {model_type!r} are not supported; the types that are: {supported}."
         ) from None

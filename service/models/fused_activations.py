@@ -10,12 +10,12 @@ from __future__ import annotations
 from torch import nn
 from transformers.activations import FastGELUActivation, GELUTanh, NewGELUActivation
 
-SLOW = (NewGELUActivation, FastGELUActivation)
+UNFUSED_ACTIVATIONS = (NewGELUActivation, FastGELUActivation)
 
 
-def fuse(model: nn.Module) -> None:
+def use_fused_activations(model: nn.Module) -> None:
     """Exchange, in place, every activation of a model that has a faster twin."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, SLOW):
+            if isinstance(child, UNFUSED_ACTIVATIONS):
                 setattr(module, name, GELUTanh())

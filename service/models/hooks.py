@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 
-def _first(output: Any) -> Tensor:
+def _first_output(output: Any) -> Tensor:
     first: Tensor = output[0] if isinstance(output, tuple) else output
     return first
 
@@ -25,12 +25,12 @@ def capture(
     modules: Mapping[Any, nn.Module], side: str = "output", keep_graph: bool = False
 ) -> Iterator[dict[Any, Tensor]]:
     """Record the `input` or `output` tensor of each module during the passes inside the block, by the mapping's keys."""
-    seen: dict[Any, Tensor] = {}
+    captured: dict[Any, Tensor] = {}
 
     def hook(key: Any) -> Callable[[nn.Module, Any, Any], None]:
         def record(_module: nn.Module, inputs: Any, output: Any) -> None:
-            value = inputs[0] if side == "input" else _first(output)
-            seen[key] = value if keep_graph else value.detach()
+            value = inputs[0] if side == "input" else _first_output(output)
+            captured[key] = value if keep_graph else value.detach()
 
         return record
 
@@ -38,15 +38,15 @@ def capture(
         for key, module in modules.items():
             handle = module.register_forward_hook(hook(key))
             stack.callback(handle.remove)
-        yield seen
+        yield captured
 
 
 @contextmanager
-def replace(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def replace_output(module: nn.Module, transform: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within the block, the module gives `change(output)`; `change` gets a copy and may write into it."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        changed = change(_first(output).clone())
+        changed = transform(_first_output(output).clone())
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = module.register_forward_hook(hook)
@@ -57,7 +57,7 @@ def replace(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[N
 
 
 @contextmanager
-def add_path(module: nn.Module, left: Tensor, right: Tensor) -> Iterator[None]:
+def add_low_rank(module: nn.Module, left: Tensor, right: Tensor) -> Iterator[None]:
     """Within the block, a linear module also carries a low-rank side path: output + left (right input).
 
     left (d, n), right (n, D). The same as adding left @ right to its weight, without touching the weight.
@@ -74,7 +74,7 @@ def add_path(module: nn.Module, left: Tensor, right: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-class _Stop(Exception):
+class _StopForward(Exception):
     """Raised by a hook to end a forward pass whose rest is not needed."""
 
 
@@ -83,13 +83,13 @@ def stop_after(module: nn.Module) -> Iterator[None]:
     """End the forward pass inside the block as soon as `module` has run."""
 
     def hook(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        raise _Stop
+        raise _StopForward
 
     handle = module.register_forward_hook(hook)
     try:
         with torch.no_grad():
             yield
-    except _Stop:
+    except _StopForward:
         pass
     finally:
         handle.remove()

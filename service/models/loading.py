@@ -23,11 +23,11 @@ from transformers import (
 
 from service.errors import InvalidInput, Misconfigured
 from service.models.architectures import Architecture, architecture_of
-from service.models.fused_activations import fuse
-from service.models.token_text import Spelling
+from service.models.fused_activations import use_fused_activations
+from service.models.token_text import TokenTextCache
 
 
-class Site(NamedTuple):
+class WeightRef(NamedTuple):
     """A weight that edits may change: a layer, and which of its weights, in words that are the same for every architecture."""
 
     layer: int
@@ -44,28 +44,28 @@ class LoadedModel:
     architecture: Architecture
     fingerprint: str  #: sha256 over the configuration, the tokenizer and every weight's bytes
     folder: Path | None = field(default=None, compare=False)  #: where it was loaded from, when local
-    origin: str = ""  #: the fingerprint as it was loaded, before `with_start`
+    loaded_fingerprint: str = ""  #: the fingerprint as it was loaded, before `with_start`
 
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device  # type: ignore[return-value]
 
     @property
-    def layers(self) -> int:
+    def num_layers(self) -> int:
         return len(self.blocks)
 
     @property
-    def positions(self) -> int:
+    def max_positions(self) -> int:
         config = self.model.config
         return int(getattr(config, "n_positions", None) or config.max_position_embeddings)
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         """d: the hidden size."""
         return int(self.embedding.weight.shape[1])  # type: ignore[index]
 
     @property
-    def inner_width(self) -> int:
+    def intermediate_size(self) -> int:
         """D: the size of a key, the input of the MLP's down-projection."""
         weight = self.weight(0)
         return int(weight.shape[0] if self.architecture.conv1d else weight.shape[1])
@@ -79,13 +79,13 @@ class LoadedModel:
         return self.model.get_submodule(self.architecture.blocks)  # type: ignore[no-any-return]
 
     @property
-    def head(self) -> nn.Module:
-        return self.model.get_submodule(self.architecture.head)  # type: ignore[no-any-return]
+    def lm_head(self) -> nn.Module:
+        return self.model.get_submodule(self.architecture.lm_head)  # type: ignore[no-any-return]
 
     def block(self, layer: int) -> nn.Module:
-        if not 0 <= layer < self.layers:
+        if not 0 <= layer < self.num_layers:
             raise InvalidInput(
-                f"layer {layer} does not exist: the model has layers 0 to {self.layers - 1}.",
+                f"layer {layer} does not exist: the model has layers 0 to {self.num_layers - 1}.",
                 "layer",
             )
         return self.blocks[layer]
@@ -93,51 +93,53 @@ class LoadedModel:
     def attention(self, layer: int) -> nn.Module:
         return self.block(layer).get_submodule(self.architecture.attention)
 
-    def down(self, layer: int) -> nn.Module:
+    def down_proj(self, layer: int) -> nn.Module:
         """The MLP's down-projection: its input is the key, its output what the MLP adds to the residual."""
-        return self.block(layer).get_submodule(self.architecture.down)
+        return self.block(layer).get_submodule(self.architecture.down_proj)
 
     def weight(self, layer: int) -> nn.Parameter:
         """The parameter that ROME edits, as stored: (D, d) for Conv1D, (d, D) for Linear."""
-        return self.down(layer).weight  # type: ignore[return-value]
+        return self.down_proj(layer).weight  # type: ignore[return-value]
 
     @property
-    def sites(self) -> list[Site]:
+    def editable_weights(self) -> list[WeightRef]:
         """Every weight that edits may change."""
-        return sorted(site for x in range(self.layers) for site in (Site(x), *self.reading(x)))
+        return sorted(
+            site for x in range(self.num_layers) for site in (WeightRef(x), *self.attention_weights(x))
+        )
 
-    def reading(self, layer: int) -> list[Site]:
+    def attention_weights(self, layer: int) -> list[WeightRef]:
         """The weights with which a layer's attention reads: queries, keys and values."""
-        return [Site(layer, part) for part in self._paths if part != "mlp"]
+        return [WeightRef(layer, part) for part in self._weight_paths if part != "mlp"]
 
-    def parameter(self, site: Site) -> nn.Parameter:
+    def parameter(self, ref: WeightRef) -> nn.Parameter:
         """A site's weight, as stored: (in, out) for Conv1D, (out, in) for Linear."""
-        return self.block(site.layer).get_submodule(self._paths[site.part]).weight  # type: ignore[return-value]
+        return self.block(ref.layer).get_submodule(self._weight_paths[ref.part]).weight  # type: ignore[return-value]
 
-    def parameter_name(self, site: Site) -> str:
-        return f"{self.architecture.blocks}.{site.layer}.{self._paths[site.part]}.weight"
+    def parameter_name(self, ref: WeightRef) -> str:
+        return f"{self.architecture.blocks}.{ref.layer}.{self._weight_paths[ref.part]}.weight"
 
     @property
-    def _paths(self) -> dict[str, str]:
+    def _weight_paths(self) -> dict[str, str]:
         a = self.architecture
-        parts = ("qkv",) if len(a.reading) == 1 else ("q", "k", "v")
-        return {"mlp": a.down, **dict(zip(parts, a.reading, strict=True))}
+        parts = ("qkv",) if len(a.attention_projections) == 1 else ("q", "k", "v")
+        return {"mlp": a.down_proj, **dict(zip(parts, a.attention_projections, strict=True))}
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a whole text and their character offsets."""
-        code = self.tokenizer(text, return_offsets_mapping=True)
-        return list(code["input_ids"]), [tuple(o) for o in code["offset_mapping"]]
+        encoding = self.tokenizer(text, return_offsets_mapping=True)
+        return list(encoding["input_ids"]), [tuple(o) for o in encoding["offset_mapping"]]
 
     @cached_property
-    def spelling(self) -> Spelling:
+    def token_text(self) -> TokenTextCache:
         """How each of its tokens is spelled."""
-        return Spelling(self.tokenizer)
+        return TokenTextCache(self.tokenizer)
 
     def decode(self, ids: list[int] | Tensor) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[no-any-return]
 
 
-def start_token(model: LoadedModel) -> int | None:
+def bos_token_id(model: LoadedModel) -> int | None:
     """What a text begins with when nothing is given; None where the tokenizer has no such token."""
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(model.tokenizer, name, None)
@@ -146,29 +148,31 @@ def start_token(model: LoadedModel) -> int | None:
     return None
 
 
-def with_start(model: LoadedModel) -> LoadedModel:
+def with_bos(model: LoadedModel) -> LoadedModel:
     """The same model reading every text after its start token, as it did when it was trained. It answers otherwise than before,
     and so it has another fingerprint."""
-    token = start_token(model)
+    token = bos_token_id(model)
     if token is None or model.encode("a")[0][:1] == [token]:
         return model
     raw = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
-    word = raw.id_to_token(token)
-    start = processors.TemplateProcessing(single=f"{word} $A", special_tokens=[(word, token)])
-    raw.post_processor = processors.Sequence([p for p in (raw.post_processor, start) if p is not None])
+    token_string = raw.id_to_token(token)
+    add_bos = processors.TemplateProcessing(
+        single=f"{token_string} $A", special_tokens=[(token_string, token)]
+    )
+    raw.post_processor = processors.Sequence([p for p in (raw.post_processor, add_bos) if p is not None])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token=model.tokenizer.bos_token, eos_token=model.tokenizer.eos_token
     )
     fingerprint = hashlib.sha256(f"{model.fingerprint} after token {token}".encode()).hexdigest()
-    return replace(model, tokenizer=tokenizer, fingerprint=fingerprint, origin=model.fingerprint)
+    return replace(model, tokenizer=tokenizer, fingerprint=fingerprint, loaded_fingerprint=model.fingerprint)
 
 
 def _fingerprint(model: nn.Module, config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of all that the model's answers depend on. Volatile keys (paths, library version) are left out."""
     digest = hashlib.sha256()
-    drop = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
-    known = {k: v for k, v in config.to_dict().items() if k not in drop}
-    digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    ignored_keys = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    config_values = {k: v for k, v in config.to_dict().items() if k not in ignored_keys}
+    digest.update(json.dumps(config_values, sort_keys=True, default=str).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -176,17 +180,17 @@ def _fingerprint(model: nn.Module, config: Any, tokenizer: PreTrainedTokenizerBa
     return digest.hexdigest()
 
 
-def wrap(model: Any, tokenizer: Any, name: str = "model", folder: Path | None = None) -> LoadedModel:
+def wrap_model(model: Any, tokenizer: Any, name: str = "model", folder: Path | None = None) -> LoadedModel:
     """A `LoadedModel` from parts at hand: frozen, in evaluation mode, with its slow activations exchanged for fast twins."""
     architecture = architecture_of(model.config.model_type)
     model.eval()
     model.requires_grad_(False)
-    fuse(model)
+    use_fused_activations(model)
     fingerprint = _fingerprint(model, model.config, tokenizer)
     return LoadedModel(name, model, tokenizer, architecture, fingerprint, folder, fingerprint)
 
 
-def load(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load from a folder or from a hub, in `dtype` (fp32 unless told). Safetensors only; no code from the hub is run."""
     folder = Path(source) if Path(source).is_dir() else None
     try:
@@ -196,8 +200,8 @@ def load(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-        if lost := sorted(report["missing_keys"]):
-            raise ValueError(f"its weights lack {lost[0]}.")  # transformers would make it up at random
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"its weights lack {missing[0]}.")  # transformers would make it up at random
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise Misconfigured(
             f"the model {str(source)!r} cannot be loaded: {error} "
@@ -209,4 +213,4 @@ def load(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
             f"the model {str(source)!r} has no fast tokenizer (tokenizer.json): character offsets are needed."
         )
     name = folder.resolve().name if folder else str(source).rsplit("/", 1)[-1]
-    return wrap(model.to(device), tokenizer, name, folder)
+    return wrap_model(model.to(device), tokenizer, name, folder)

@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 
 from service.errors import InvalidInput, Unavailable
-from service.models.budget import block_operations, step_budget
+from service.models.budget import block_flops, step_budget
 from service.models.loading import LoadedModel
 
 GIB = 2**30
 # what bounds the memory of two kinds of work, whatever there is to do
-BATCH_TOKENS = 1024  # padded tokens in one pass that collects statistics
-CUT = 512  # columns of a weight that are widened to fp64 at a time
+STATISTICS_BATCH_TOKENS = 1024  # padded tokens in one pass that collects statistics
+COLUMN_BLOCK = 512  # columns of a weight that are widened to fp64 at a time
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """What the estimates read of a model."""
 
     d: int
@@ -39,16 +39,16 @@ class Sizes:
     parallel: bool  #: attention and MLP read the same input
 
     @classmethod
-    def of(cls, model: LoadedModel) -> Sizes:
+    def of(cls, model: LoadedModel) -> ModelSizes:
         config, weight = model.model.config, model.weight(0)
         heads = int(config.num_attention_heads)
-        size = int(getattr(config, "head_dim", None) or model.width // heads)
+        size = int(getattr(config, "head_dim", None) or model.hidden_size // heads)
         keys = int(getattr(config, "num_key_value_heads", None) or heads)
-        vocabulary = model.head.weight.shape[0]  # type: ignore[index]
+        vocabulary = model.lm_head.weight.shape[0]  # type: ignore[index]
         eager = config._attn_implementation == "eager"
         return cls(
-            model.width,
-            model.inner_width,
+            model.hidden_size,
+            model.intermediate_size,
             heads * size,
             keys * size,
             int(vocabulary),
@@ -59,22 +59,22 @@ class Sizes:
         )
 
 
-def token_bytes(model: LoadedModel) -> int:
+def kv_bytes_per_token(model: LoadedModel) -> int:
     """Keys and values of one token of one row, in all layers: 2 kv L s."""
-    n = Sizes.of(model)
-    return 2 * n.kv * model.layers * n.s
+    n = ModelSizes.of(model)
+    return 2 * n.kv * model.num_layers * n.s
 
 
-def cache_bytes(model: LoadedModel, rows: int, positions: int) -> int:
+def kv_cache_bytes(model: LoadedModel, rows: int, positions: int) -> int:
     """Keys and values of rows that decode side by side.
 
     Storage has room for half as many columns again as are in use (at least 32), and one layer's moves at a time.
     """
-    columns = positions + max(32, positions // 2)
-    return rows * columns * token_bytes(model) * (model.layers + 1) // model.layers
+    allocated_positions = positions + max(32, positions // 2)
+    return rows * allocated_positions * kv_bytes_per_token(model) * (model.num_layers + 1) // model.num_layers
 
 
-def pass_bytes(model: LoadedModel, rows: int, positions: int, past: int = 0) -> int:
+def forward_bytes(model: LoadedModel, rows: int, positions: int, past: int = 0) -> int:
     """A pass of rows x positions through the blocks without gradients, one of which is held at a time.
 
     Attention holds the residual, its normed copy, queries, keys, values, what it gives, and transposed copies of these:
@@ -83,23 +83,25 @@ def pass_bytes(model: LoadedModel, rows: int, positions: int, past: int = 0) -> 
     and values are written anew behind them, and once more for each query head: 2 (kv + a) a position. A mask has a number
     for each pair of positions; eager attention has four of single precision a head.
     """
-    n = Sizes.of(model)
+    n = ModelSizes.of(model)
     tokens, pairs = rows * positions, rows * positions * (past + positions)
     weights = 16 * n.heads * pairs if n.eager else 0
     attention = n.s * tokens * (4 * n.d + 7 * n.a) + weights
     mlp = n.s * tokens * (6 * n.d + 3 * n.D)
     norms = 12 * n.d * tokens if n.s < 4 else 0
-    before = n.s * rows * (past + positions) * 2 * n.kv if past else 0
-    return max(attention, mlp) + norms + before + n.s * pairs
+    past_kv = n.s * rows * (past + positions) * 2 * n.kv if past else 0
+    return max(attention, mlp) + norms + past_kv + n.s * pairs
 
 
-def measure_bytes(model: LoadedModel, rows: int, positions: int) -> int:
+def scoring_bytes(model: LoadedModel, rows: int, positions: int) -> int:
     """Rows with the logits of every position: these, widened, and their log-softmax."""
-    n = Sizes.of(model)
-    return pass_bytes(model, rows, positions) + rows * positions * n.V * (n.s + 8)
+    n = ModelSizes.of(model)
+    return forward_bytes(model, rows, positions) + rows * positions * n.V * (n.s + 8)
 
 
-def edit_bytes(model: LoadedModel, rows: int, before: int, active: int, layer: int, said: int) -> int:
+def edit_bytes(
+    model: LoadedModel, rows: int, prefix_length: int, suffix_length: int, layer: int, logit_positions: int
+) -> int:
     """The search for values: `rows` texts with `before` positions before the subject's last token and `active` from it on,
     edited at `layer`; logits are read at `said` places.
 
@@ -110,22 +112,29 @@ def edit_bytes(model: LoadedModel, rows: int, before: int, active: int, layer: i
     single precision. Then one block's temporaries, and at each place that is read logits, log-softmax and their
     gradients, five times V in single precision at least.
     """
-    n = Sizes.of(model)
-    above = model.layers - layer
-    kept = n.s * rows * before * 2 * n.kv * model.layers
-    reads = n.s * rows * 2 * (2 * before + active) * n.kv
-    holds = n.s * rows * active * (4 * n.d + n.D if n.parallel else 5 * n.d + 4 * n.a + 3 * n.D)
-    weights = 6 * n.heads * rows * active * (before + active) if n.eager else 0
-    blocks = pass_bytes(model, rows, max(active, before), min(active, before))
-    return kept + above * (reads + holds + weights) + blocks + 5 * said * n.V * max(4, n.s)
+    n = ModelSizes.of(model)
+    layers_above = model.num_layers - layer
+    prefix_kv = n.s * rows * prefix_length * 2 * n.kv * model.num_layers
+    kv_per_layer = n.s * rows * 2 * (2 * prefix_length + suffix_length) * n.kv
+    activations_per_layer = (
+        n.s * rows * suffix_length * (4 * n.d + n.D if n.parallel else 5 * n.d + 4 * n.a + 3 * n.D)
+    )
+    attention_weights = 6 * n.heads * rows * suffix_length * (prefix_length + suffix_length) if n.eager else 0
+    blocks = forward_bytes(model, rows, max(suffix_length, prefix_length), min(suffix_length, prefix_length))
+    return (
+        prefix_kv
+        + layers_above * (kv_per_layer + activations_per_layer + attention_weights)
+        + blocks
+        + 5 * logit_positions * n.V * max(4, n.s)
+    )
 
 
 def trace_bytes(
     model: LoadedModel,
     positions: int,
     samples: int,
-    tracks: Mapping[int, int] | None = None,
-    answer: int = 1,
+    runs_by_token: Mapping[int, int] | None = None,
+    answer_length: int = 1,
 ) -> int:
     """A causal trace of a text of so many positions, the object's included, the last `answer` of which say the object.
 
@@ -134,107 +143,123 @@ def trace_bytes(
     `tracks` of one token (where they are not known: 5 L R, one for each layer, kind and severed path): three states,
     what stands before them, and one block's temporaries.
     """
-    n = Sizes.of(model)
-    kept = n.s * (1 + samples) * positions * ((3 * n.d + 2 * n.kv) * model.layers + n.d)
-    budget = step_budget(model) // block_operations(model)
-    counts = dict.fromkeys(range(positions), 5 * model.layers * samples) if tracks is None else tracks
+    n = ModelSizes.of(model)
+    base_runs = n.s * (1 + samples) * positions * ((3 * n.d + 2 * n.kv) * model.num_layers + n.d)
+    budget = step_budget(model) // block_flops(model)
+    counts = (
+        dict.fromkeys(range(positions), 5 * model.num_layers * samples)
+        if runs_by_token is None
+        else runs_by_token
+    )
 
     def step(token: int) -> int:
         here = positions - token
         rows = min(counts[token], max(1, budget // here))
-        states = n.s * rows * (3 * here * n.d + 2 * token * n.kv + answer * n.d)
-        return states + pass_bytes(model, rows, here, token)
+        states = n.s * rows * (3 * here * n.d + 2 * token * n.kv + answer_length * n.d)
+        return states + forward_bytes(model, rows, here, token)
 
-    runs = pass_bytes(model, min(1 + samples, max(1, budget // positions)), positions)
-    head = 2 * model.head.weight.numel() * answer  # type: ignore[operator]
-    places = min(max(counts.values()), max(1, step_budget(model) // head)) * answer
+    runs = forward_bytes(model, min(1 + samples, max(1, budget // positions)), positions)
+    head = 2 * model.lm_head.weight.numel() * answer_length  # type: ignore[operator]
+    head_rows = min(max(counts.values()), max(1, step_budget(model) // head)) * answer_length
     steps = max(map(step, counts))
-    return kept + max(runs, steps, places * n.V * (n.s + 16))
+    return base_runs + max(runs, steps, head_rows * n.V * (n.s + 16))
 
 
 def statistics_bytes(model: LoadedModel, layers: int, longest: int) -> int:
     """Collecting and factoring C of some layers: D^2 in fp64 twice a layer and once more, and one pass over BATCH_TOKENS
     in rows of at most `longest`."""
-    n = Sizes.of(model)
-    length = min(BATCH_TOKENS, model.positions, longest)
-    reading = pass_bytes(model, BATCH_TOKENS // length, length) + BATCH_TOKENS * n.D * (layers * n.s + 8)
-    return (2 * layers + 1) * n.D**2 * 8 + reading
+    n = ModelSizes.of(model)
+    length = min(STATISTICS_BATCH_TOKENS, model.max_positions, longest)
+    forward = forward_bytes(
+        model, STATISTICS_BATCH_TOKENS // length, length
+    ) + STATISTICS_BATCH_TOKENS * n.D * (layers * n.s + 8)
+    return (2 * layers + 1) * n.D**2 * 8 + forward
 
 
 def version_bytes(model: LoadedModel, layers: int) -> int:
     """The edited weights of one version: d D s a layer. A replica keeps a few versions at hand."""
-    n = Sizes.of(model)
+    n = ModelSizes.of(model)
     return layers * n.d * n.D * n.s
 
 
 def compose_bytes(model: LoadedModel, edits: int) -> int:
     """Composing one layer of a version: keys and directions side by side in single precision, 8 n D; in fp64 the values
     three times, 24 n d, the gram matrix and its factors, 24 n^2, and CUT columns of everything at a time."""
-    n = Sizes.of(model)
-    columns = 8 * min(CUT, n.D) * (2 * edits + 2 * n.d)
+    n = ModelSizes.of(model)
+    columns = 8 * min(COLUMN_BLOCK, n.D) * (2 * edits + 2 * n.d)
     return 8 * edits * n.D + 24 * edits * (n.d + edits) + columns + version_bytes(model, 1)
 
 
-def admit(what: str, needed: int, device: torch.device, change: str, field: str = "") -> None:
+def require_memory(description: str, needed: int, device: torch.device, advice: str, field: str = "") -> None:
     """Refuse work that needs more bytes than there is room for. `change` tells the user what to make smaller.
 
     What the device could not hold even if it held nothing else is the request's fault; anything less may fit later.
     """
-    free, all_of_it = room(device), capacity(device)
+    free, total = free_bytes(device), total_bytes(device)
     if free is None or needed <= free:
         return
-    would = f"{what} would take {needed / GIB:.1f} GiB of memory"
-    if all_of_it is not None and needed > all_of_it:
-        raise InvalidInput(f"{would}, and the worker has {all_of_it / GIB:.1f}: {change}.", field)
-    raise Unavailable(f"{would}, of which {free / GIB:.1f} are free now: ask again later, or {change}.")
+    message = f"{description} would take {needed / GIB:.1f} GiB of memory"
+    if total is not None and needed > total:
+        raise InvalidInput(f"{message}, and the worker has {total / GIB:.1f}: {advice}.", field)
+    raise Unavailable(f"{message}, of which {free / GIB:.1f} are free now: ask again later, or {advice}.")
 
 
-def room(device: torch.device, root: Path = Path("/")) -> int | None:
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
     """Bytes that are free now on a device, for this process. None where nobody says."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + idle)
-    return _least(_host(root, "MemAvailable"), _group(root)[1]) if device.type == "cpu" else None
+    return (
+        _min_known(_meminfo_bytes(root, "MemAvailable"), _cgroup_memory(root)[1])
+        if device.type == "cpu"
+        else None
+    )
 
 
-def capacity(device: torch.device, root: Path = Path("/")) -> int | None:
+def total_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
     """Bytes that a device has, whoever holds them. None where nobody says."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    return _least(_host(root, "MemTotal"), _group(root)[0]) if device.type == "cpu" else None
+    return (
+        _min_known(_meminfo_bytes(root, "MemTotal"), _cgroup_memory(root)[0])
+        if device.type == "cpu"
+        else None
+    )
 
 
-def _least(*sizes: int | None) -> int | None:
+def _min_known(*sizes: int | None) -> int | None:
     return min((x for x in sizes if x is not None), default=None)
 
 
-def _host(root: Path, name: str) -> int | None:
+def _meminfo_bytes(root: Path, name: str) -> int | None:
     """A line of /proc/meminfo, in bytes."""
-    return _lines(root / "proc/meminfo").get(f"{name}:", 0) * 1024 or None
+    return _read_counters(root / "proc/meminfo").get(f"{name}:", 0) * 1024 or None
 
 
-def _group(root: Path) -> tuple[int | None, int | None]:
+def _cgroup_memory(root: Path) -> tuple[int | None, int | None]:
     """The control group's limit, and what is left below it: files that are cached can go."""
     for folder, limit, used, files in (
         ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
         ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        group = root / folder
-        most, now = _number(group / limit), _number(group / used)
-        if most is not None and now is not None:
-            return most, max(0, most - now + _lines(group / "memory.stat").get(files, 0))
+        cgroup = root / folder
+        limit_bytes, used_bytes = _read_int(cgroup / limit), _read_int(cgroup / used)
+        if limit_bytes is not None and used_bytes is not None:
+            return limit_bytes, max(
+                0, limit_bytes - used_bytes + _read_counters(cgroup / "memory.stat").get(files, 0)
+            )
     return None, None
 
 
-def _number(file: Path) -> int | None:
+def _read_int(file: Path) -> int | None:
     try:
         return int(file.read_text(encoding="ascii"))
     except (OSError, ValueError):  # "max" is no limit
         return None
 
 
-def _lines(file: Path) -> dict[str, int]:
+def _read_counters(file: Path) -> dict[str, int]:
     """A file of names and numbers."""
     try:
         words = [line.split() for line in file.read_text(encoding="ascii").splitlines()]

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def double_device(device: torch.device) -> torch.device:
+def fp64_device(device: torch.device) -> torch.device:
     """Where a device's tensors are computed with in fp64: there, or on the CPU."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_fp32(tensor: Tensor) -> Tensor:
     """At least single precision."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

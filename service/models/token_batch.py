@@ -13,24 +13,24 @@ from service.models.loading import LoadedModel
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenizedStatement:
     """One text as token ids; `subject` is the subject's token range [b, e)."""
 
     ids: list[int]
     subject: Span
 
     @property
-    def last_subject(self) -> int:
+    def last_subject_index(self) -> int:
         return self.subject[1] - 1
 
     @property
-    def head(self) -> list[int]:
+    def ids_through_subject(self) -> list[int]:
         """The text up to the subject's last token: by causality all that a key depends on."""
         return self.ids[: self.subject[1]]
 
 
 @dataclass(frozen=True)
-class Batch:
+class PaddedBatch:
     """ids, mask, positions: (B, T) each; `lengths` counts the real tokens of each row."""
 
     ids: Tensor
@@ -39,34 +39,34 @@ class Batch:
     lengths: list[int]
 
 
-def tokens(model: LoadedModel, statement: Statement) -> Tokens:
+def tokenize_statement(model: LoadedModel, statement: Statement) -> TokenizedStatement:
     """Tokenise the whole text and find the subject by character offsets (methods A.3)."""
     ids, offsets = model.encode(statement.text)
-    return Tokens(ids, token_span(offsets, statement.span))
+    return TokenizedStatement(ids, token_span(offsets, statement.span))
 
 
-def prompt_and_target(model: LoadedModel, prompt: str, target: str) -> tuple[list[int], list[int]]:
+def tokenize_prompt_and_target(model: LoadedModel, prompt: str, target: str) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the object after it, from one joint tokenisation."""
     ids, offsets = model.encode(prompt + separator(prompt, target) + target)
     start = token_span(offsets, (len(prompt), len(prompt) + len(separator(prompt, target)) + len(target)))[0]
     return ids[:start], ids[start:]
 
 
-def pad(rows: Sequence[Sequence[int]], model: LoadedModel, side: str = "right") -> Batch:
+def pad(rows: Sequence[Sequence[int]], model: LoadedModel, side: str = "right") -> PaddedBatch:
     """Rows of unequal length as one batch. Positions count the real tokens, so padding never shifts them."""
     width = max(len(r) for r in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
-        at = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[i, at] = torch.tensor(row, dtype=torch.long)
-        mask[i, at] = 1
+        columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, columns] = torch.tensor(row, dtype=torch.long)
+        mask[i, columns] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     device = model.device
-    return Batch(ids.to(device), mask.to(device), positions.to(device), [len(r) for r in rows])
+    return PaddedBatch(ids.to(device), mask.to(device), positions.to(device), [len(r) for r in rows])
 
 
-def forward(model: LoadedModel, batch: Batch, last: int = 0) -> Tensor:
+def forward(model: LoadedModel, batch: PaddedBatch, last: int = 0) -> Tensor:
     """Logits (B, T, V) of a batch; with `last`, of its last positions only: (B, last, V)."""
     return model.model(  # type: ignore[no-any-return]
         input_ids=batch.ids,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-UNKNOWN = "\ufffd"  # what a decoder writes for a character whose bytes are not all there
-BEFORE = (
+REPLACEMENT_CHARACTER = "\ufffd"  # what a decoder writes for a character whose bytes are not all there
+CONTEXT_LETTER = (
     "a"  # decoded before a token, so that a tokenizer which trims the beginning of a text trims nothing of it
 )
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte in the vocabularies of SentencePiece
@@ -19,32 +19,32 @@ def _byte_letters() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-LETTERS = _byte_letters()
+BYTE_OF_LETTER = _byte_letters()
 
 
-class Spelling:
+class TokenTextCache:
     """The spelling of each token of a tokenizer, worked out when it is first asked for."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._before: list[int] = tokenizer(BEFORE, add_special_tokens=False)["input_ids"]
-        self._known: dict[int, str] = {}
+        self._context_ids: list[int] = tokenizer(CONTEXT_LETTER, add_special_tokens=False)["input_ids"]
+        self._texts: dict[int, str] = {}
 
     def __call__(self, token: int) -> str:
-        if token not in self._known:
-            self._known[token] = self._spell(token)
-        return self._known[token]
+        if token not in self._texts:
+            self._texts[token] = self._compute_text(token)
+        return self._texts[token]
 
-    def _spell(self, token: int) -> str:
-        text = self._decode([*self._before, token])[len(self._decode(self._before)) :]
-        if UNKNOWN not in text:
+    def _compute_text(self, token: int) -> str:
+        text = self._decode([*self._context_ids, token])[len(self._decode(self._context_ids)) :]
+        if REPLACEMENT_CHARACTER not in text:
             return text
-        written = str(self._tokenizer.convert_ids_to_tokens(token))
-        if found := _BYTE.fullmatch(written):
-            return f"bytes:\\x{found[1].lower()}"
-        if any(letter not in LETTERS for letter in written):
+        vocabulary_entry = str(self._tokenizer.convert_ids_to_tokens(token))
+        if byte_match := _BYTE.fullmatch(vocabulary_entry):
+            return f"bytes:\\x{byte_match[1].lower()}"
+        if any(letter not in BYTE_OF_LETTER for letter in vocabulary_entry):
             return text
-        return "bytes:" + "".join(f"\\x{LETTERS[letter]:02x}" for letter in written)
+        return "bytes:" + "".join(f"\\x{BYTE_OF_LETTER[letter]:02x}" for letter in vocabulary_entry)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(  # type: ignore[no-any-return]

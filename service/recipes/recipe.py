@@ -34,15 +34,15 @@ Margin = Annotated[
 ]
 
 
-def _in_order(leads: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-    if any(x1 <= x0 for (x0, _), (x1, _) in pairwise(leads)):
+def _check_increasing(pairs: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    if any(x1 <= x0 for (x0, _), (x1, _) in pairwise(pairs)):
         raise ValueError("the first numbers of the pairs must rise")
-    return leads
+    return pairs
 
 
-Leads = Annotated[
+RequiredMargins = Annotated[
     tuple[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0, le=20)]], ...],
-    AfterValidator(_in_order),
+    AfterValidator(_check_increasing),
     Field(
         max_length=16,
         description="pairs of active edits for each direction of a key, rising, and the lead in nats at which an edit is strong enough "
@@ -97,7 +97,7 @@ class RomeParameters(BaseModel):
     )
     strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
     margin: Margin = 0.0
-    leads: Leads = ()
+    leads: RequiredMargins = ()
 
 
 class MemitParameters(RomeParameters):
@@ -143,16 +143,16 @@ class FineTuneParameters(BaseModel):
     stop_loss: float = Field(1e-2, ge=0, description="training ends below this loss")
     strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
     margin: Margin = 0.0
-    leads: Leads = ()
+    leads: RequiredMargins = ()
 
 
-class ConstrainedParameters(FineTuneParameters):
+class ConstrainedFineTuneParameters(FineTuneParameters):
     """FT-L: no entry moves further than epsilon."""
 
     epsilon: float | None = Field(5e-4, gt=0, description="most that an entry may move")
 
 
-class AttentionParameters(FineTuneParameters):
+class AttentionFineTuneParameters(FineTuneParameters):
     """The late-site edit: what the attention reads with is trained."""
 
     learning_rate: float = Field(1e-3, gt=0, le=10, description="Adam's rate")
@@ -163,37 +163,39 @@ Parameters = RomeParameters | FineTuneParameters
 
 
 @dataclass(frozen=True)
-class Climb:
+class StrengthSchedule:
     """The strengths that an edit is tried with in turn, and the lead that is enough."""
 
     strengths: tuple[float, ...]
-    lead: float  #: short of full strength
-    margin: float  #: from full strength on
+    partial_strength_margin: float  #: short of full strength
+    full_strength_margin: float  #: from full strength on
 
-    def enough(self, strength: float) -> float:
+    def required_margin(self, strength: float) -> float:
         """The lead, in nats of mean log-probability, at which an edit of this strength is raised no further."""
-        return self.margin if strength >= 1 else self.lead
+        return self.full_strength_margin if strength >= 1 else self.partial_strength_margin
 
 
-def climb(parameters: Parameters, strengths: Sequence[float], active: int, width: int) -> Climb:
+def strength_schedule(
+    parameters: Parameters, strengths: Sequence[float], active_edits: int, key_width: int
+) -> StrengthSchedule:
     """How an edit climbs when so many will be active, in keys of so many directions (D).
 
     Below the first of the recipe's pairs there is room: full strength and beyond. Several pairs say that room is short; past the
     last of them nobody is raised beyond full strength, which would take more from the others than it gains.
     """
-    leads, margin, fullness = parameters.leads, parameters.margin, active / width
-    if not leads:
-        return Climb(tuple(strengths), margin, margin)
-    lead = max(_between(leads, fullness), margin)
-    full, held = tuple(s for s in strengths if s >= 1), tuple(s for s in strengths if s <= 1)
-    if full and fullness < leads[0][0]:
-        return Climb(full, margin, margin)
-    if held and len(leads) > 1 and fullness > leads[-1][0]:
-        return Climb(held, lead, margin)
-    return Climb(tuple(strengths), lead, margin)
+    pairs, margin, fullness = parameters.leads, parameters.margin, active_edits / key_width
+    if not pairs:
+        return StrengthSchedule(tuple(strengths), margin, margin)
+    required = max(_interpolate(pairs, fullness), margin)
+    at_least_full, at_most_full = tuple(s for s in strengths if s >= 1), tuple(s for s in strengths if s <= 1)
+    if at_least_full and fullness < pairs[0][0]:
+        return StrengthSchedule(at_least_full, margin, margin)
+    if at_most_full and len(pairs) > 1 and fullness > pairs[-1][0]:
+        return StrengthSchedule(at_most_full, required, margin)
+    return StrengthSchedule(tuple(strengths), required, margin)
 
 
-def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
     """The line through some points, flat beyond its ends."""
     for (x0, y0), (x1, y1) in pairwise(points):
         if x <= x1:
@@ -202,25 +204,25 @@ def _between(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 @dataclass(frozen=True)
-class Method:
+class EditMethod:
     """A way to edit."""
 
     name: str
     title: str
     paper: str
     parameters: type[RomeParameters] | type[FineTuneParameters]
-    fixed: dict[str, Any] = field(
+    fixed_hparams: dict[str, Any] = field(
         default_factory=dict
     )  #: what the method says whatever a recipe for "rome" says
-    depth: float | None = None  #: where it edits when no recipe says so, as a share of the layers
+    default_depth: float | None = None  #: where it edits when no recipe says so, as a share of the layers
 
     @property
-    def associates(self) -> bool:
+    def needs_covariance(self) -> bool:
         """Whether it writes associations, for which statistics of keys are needed."""
         return issubclass(self.parameters, RomeParameters)
 
 
-_SEARCH = (
+_SHARED_HPARAMS = (
     "layers",
     "steps",
     "learning_rate",
@@ -232,7 +234,7 @@ _SEARCH = (
     "margin",
     "leads",
 )
-_PUBLISHED_KEY = {
+_PUBLISHED_KEY_HPARAMS = {
     "anchor": "bare",
     "bare_keys": False,
     "bare_weight": None,
@@ -244,16 +246,26 @@ _PUBLISHED_KEY = {
 METHODS = {
     m.name: m
     for m in (
-        Method(
+        EditMethod(
             "rome", "ROME with one key, solved jointly", "Meng et al. 2022; Gupta et al. 2024", RomeParameters
         ),
-        Method("r-rome", "r-ROME as published", "Gupta et al. 2024", RomeParameters, _PUBLISHED_KEY),
-        Method("memit", "MEMIT", "Meng et al. 2023", MemitParameters),
-        Method("emmet", "EMMET", "Gupta et al. 2024", EmmetParameters),
-        Method("alphaedit", "AlphaEdit", "Fang et al. 2025", AlphaEditParameters),
-        Method("ft", "fine-tuning of an MLP", "Meng et al. 2022", FineTuneParameters),
-        Method("ft-l", "fine-tuning of an MLP, constrained", "Zhu et al. 2020", ConstrainedParameters),
-        Method("ft-attn", "fine-tuning of an attention", "Meng et al. 2022", AttentionParameters, depth=0.69),
+        EditMethod(
+            "r-rome", "r-ROME as published", "Gupta et al. 2024", RomeParameters, _PUBLISHED_KEY_HPARAMS
+        ),
+        EditMethod("memit", "MEMIT", "Meng et al. 2023", MemitParameters),
+        EditMethod("emmet", "EMMET", "Gupta et al. 2024", EmmetParameters),
+        EditMethod("alphaedit", "AlphaEdit", "Fang et al. 2025", AlphaEditParameters),
+        EditMethod("ft", "fine-tuning of an MLP", "Meng et al. 2022", FineTuneParameters),
+        EditMethod(
+            "ft-l", "fine-tuning of an MLP, constrained", "Zhu et al. 2020", ConstrainedFineTuneParameters
+        ),
+        EditMethod(
+            "ft-attn",
+            "fine-tuning of an attention",
+            "Meng et al. 2022",
+            AttentionFineTuneParameters,
+            default_depth=0.69,
+        ),
     )
 }
 
@@ -277,19 +289,21 @@ class Recipe(BaseModel):
         for name, values in self.methods.items():
             if name not in METHODS or name == "rome":
                 raise ValueError(f"methods: there is no other method {name!r}; known: {', '.join(METHODS)}")
-            METHODS[name].parameters.model_validate(self.derived(METHODS[name]) | values)
+            METHODS[name].parameters.model_validate(self.hparams_for(METHODS[name]) | values)
         if self.many not in METHODS:
             raise ValueError(f"many: there is no method {self.many!r}; known: {', '.join(METHODS)}")
         return self
 
-    def derived(self, method: Method) -> dict[str, Any]:
+    def hparams_for(self, method: EditMethod) -> dict[str, Any]:
         """What a method takes before anybody asks for anything: the recipe's own values for it, on top of those that it shares
         with "rome"."""
         rome = self.rome.model_dump()
         shared: tuple[str, ...] = ("layers",)
-        if method.associates:
-            shared = tuple(rome) if method.parameters is RomeParameters else _SEARCH
-        return {name: rome[name] for name in shared} | method.fixed | self.methods.get(method.name, {})
+        if method.needs_covariance:
+            shared = tuple(rome) if method.parameters is RomeParameters else _SHARED_HPARAMS
+        return (
+            {name: rome[name] for name in shared} | method.fixed_hparams | self.methods.get(method.name, {})
+        )
 
 
 def _published(
@@ -299,7 +313,9 @@ def _published(
     return Recipe(source=source, rome=rome, methods=methods or {})
 
 
-def _spread(layers: tuple[int, ...], ridge: float, **changes: object) -> dict[str, dict[str, Any]]:
+def _multi_layer_hparams(
+    layers: tuple[int, ...], ridge: float, **changes: object
+) -> dict[str, dict[str, Any]]:
     """MEMIT's and AlphaEdit's layers (methods C.1, C.3)."""
     return {
         "memit": {"layers": layers, "ridge": ridge, **changes},
@@ -307,14 +323,14 @@ def _spread(layers: tuple[int, ...], ridge: float, **changes: object) -> dict[st
     }
 
 
-_EASY = {"steps": 25, "weight_decay": 1e-3}
-_EASY_SPREAD = _spread((4, 5, 6, 7, 8), 15_000.0, clamp=4.0)
-_XL = _spread((13, 14, 15, 16, 17), 20_000.0) | {
+_EASYEDIT = {"steps": 25, "weight_decay": 1e-3}
+_EASYEDIT_MULTI_LAYER = _multi_layer_hparams((4, 5, 6, 7, 8), 15_000.0, clamp=4.0)
+_GPT2_XL = _multi_layer_hparams((13, 14, 15, 16, 17), 20_000.0) | {
     "ft": {"layers": (1,)},
     "ft-l": {"layers": (0,), "epsilon": 5e-4},
     "ft-attn": {"layers": (33,)},
 }
-_GPTJ = _spread((3, 4, 5, 6, 7, 8), 15_000.0, steps=25) | {
+_GPTJ = _multi_layer_hparams((3, 4, 5, 6, 7, 8), 15_000.0, steps=25) | {
     "ft": {"layers": (21,)},
     "ft-l": {"layers": (0,), "epsilon": 5e-5},
 }
@@ -323,37 +339,41 @@ _GPTJ = _spread((3, 4, 5, 6, 7, 8), 15_000.0, steps=25) | {
 PUBLISHED: dict[tuple[str, int, int], Recipe] = {
     ("gpt2", 24, 1024): _published("rome: gpt2-medium", 8, clamp=3.0),
     ("gpt2", 36, 1280): _published("rome: gpt2-large", 12),
-    ("gpt2", 48, 1600): _published("rome: gpt2-xl", 17, _XL),
+    ("gpt2", 48, 1600): _published("rome: gpt2-xl", 17, _GPT2_XL),
     ("gptj", 28, 4096): _published("rome: gpt-j-6B", 5, _GPTJ),
     ("gpt_neox", 44, 6144): _published("memit: gpt-neox-20b", 15),
-    ("llama", 32, 4096): _published("EasyEdit: Llama-2-7b, Llama-3-8b", 5, _EASY_SPREAD, **_EASY),
-    ("llama", 28, 3072): _published("EasyEdit: Llama-3.2-3b", 5, _EASY_SPREAD, **_EASY),
-    ("mistral", 32, 4096): _published("EasyEdit: Mistral-7b", 5, _EASY_SPREAD, **_EASY),
-    ("qwen2", 28, 3584): _published("EasyEdit: Qwen2-7b, Qwen2.5-7b", 5, _EASY_SPREAD, **_EASY),
+    ("llama", 32, 4096): _published(
+        "EasyEdit: Llama-2-7b, Llama-3-8b", 5, _EASYEDIT_MULTI_LAYER, **_EASYEDIT
+    ),
+    ("llama", 28, 3072): _published("EasyEdit: Llama-3.2-3b", 5, _EASYEDIT_MULTI_LAYER, **_EASYEDIT),
+    ("mistral", 32, 4096): _published("EasyEdit: Mistral-7b", 5, _EASYEDIT_MULTI_LAYER, **_EASYEDIT),
+    ("qwen2", 28, 3584): _published("EasyEdit: Qwen2-7b, Qwen2.5-7b", 5, _EASYEDIT_MULTI_LAYER, **_EASYEDIT),
 }
 
 
-def recipe_for(model_type: str, layers: int, width: int) -> Recipe | None:
+def published_recipe(model_type: str, layers: int, width: int) -> Recipe | None:
     """The published recipe of a model of this shape, if there is one."""
     return PUBLISHED.get((model_type, layers, width))
 
 
-def method_of(name: str) -> Method:
+def get_method(name: str) -> EditMethod:
     try:
         return METHODS[name]
     except KeyError:
         raise InvalidInput(f"there is no method {name!r}; known: {', '.join(METHODS)}.", "method") from None
 
 
-def resolve(
-    recipe: Recipe | None, asked: dict[str, object] | None, layers: int, method: str = "rome"
+def resolve_hparams(
+    recipe: Recipe | None, overrides: dict[str, object] | None, layers: int, method: str = "rome"
 ) -> Parameters:
     """The recipe with what the user asked for on top; every value of the result is meant and recorded."""
-    way = method_of(method)
-    base = recipe.derived(way) if recipe is not None else way.fixed
-    if way.depth is not None and (recipe is None or "layers" not in recipe.methods.get(method, {})):
-        base = base | {"layers": (int(way.depth * layers),)}
-    if "layers" not in base | (asked or {}):
+    edit_method = get_method(method)
+    base = recipe.hparams_for(edit_method) if recipe is not None else edit_method.fixed_hparams
+    if edit_method.default_depth is not None and (
+        recipe is None or "layers" not in recipe.methods.get(method, {})
+    ):
+        base = base | {"layers": (int(edit_method.default_depth * layers),)}
+    if "layers" not in base | (overrides or {}):
         raise InvalidInput(
             "no recipe is known for this model: name the layers to edit, for example "
             '"hparams": {"layers": [5]} (an early or middle layer serves best), let `palimpsest prepare` find a recipe, or '
@@ -361,23 +381,23 @@ def resolve(
             "hparams",
         )
     try:
-        chosen = way.parameters.model_validate({**base, **(asked or {})})
+        resolved = edit_method.parameters.model_validate({**base, **(overrides or {})})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(x) for x in first["loc"])
-        known = ", ".join(way.parameters.model_fields)
+        known = ", ".join(edit_method.parameters.model_fields)
         raise InvalidInput(f"hparams.{name}: {first['msg']}. Known: {known}.", "hparams") from None
-    if isinstance(chosen, RomeParameters) and chosen.compat and len(chosen.layers) > 1:
+    if isinstance(resolved, RomeParameters) and resolved.compat and len(resolved.layers) > 1:
         raise InvalidInput("hparams.compat: the published form edits one layer; name one.", "hparams")
-    if isinstance(chosen, RomeParameters) and chosen.compat and method != "rome":
+    if isinstance(resolved, RomeParameters) and resolved.compat and method != "rome":
         raise InvalidInput('hparams.compat: the published form is one of the method "rome".', "hparams")
-    wrong = [x for x in chosen.layers if not 0 <= x < layers]
-    if wrong or len(set(chosen.layers)) < len(chosen.layers):
+    invalid_layers = [x for x in resolved.layers if not 0 <= x < layers]
+    if invalid_layers or len(set(resolved.layers)) < len(resolved.layers):
         raise InvalidInput(f"hparams.layers must name different layers from 0 to {layers - 1}.", "hparams")
-    return chosen
+    return resolved
 
 
-def read_recipe(text: str) -> Recipe:
+def parse_recipe(text: str) -> Recipe:
     """A `recipe.json` from a model's folder."""
     try:
         return Recipe.model_validate_json(text)

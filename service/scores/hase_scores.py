@@ -5,14 +5,14 @@ p are joint probabilities of whole objects, exp of the sum over their tokens of 
 
 from __future__ import annotations
 
-LEAST = 2e-8  # the authors' floor of the rewrite score
+MIN_REWRITE_SHARE = 2e-8  # the authors' floor of the rewrite score
 
 
 def rewrite_share(before: float, after: float) -> float:
     """Of an edit that raises p: the fraction of the possible gain, 1 - (1 - p') / (1 - p). 1 when p was 1 and stays."""
     if before >= 1:
-        return 1.0 if after >= 1 else LEAST
-    return max(LEAST, 1 - (1 - after) / (1 - before))
+        return 1.0 if after >= 1 else MIN_REWRITE_SHARE
+    return max(MIN_REWRITE_SHARE, 1 - (1 - after) / (1 - before))
 
 
 def erasure_share(before: float, after: float) -> float:
@@ -20,6 +20,6 @@ def erasure_share(before: float, after: float) -> float:
     return max(0.0, (before - after) / before) if before > 0 else 0.0
 
 
-def kept_share(before: float, after: float) -> float:
+def preserved_share(before: float, after: float) -> float:
     """Of a neighbour: 1 - |p' - p| / (|p - 1/2| + 1/2), 1 less the change as a fraction of the greatest possible one."""
     return 1 - abs(after - before) / (abs(before - 0.5) + 0.5)

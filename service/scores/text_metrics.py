@@ -10,13 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-WORDS_AND_SIGNS = re.compile(r"\w+|[^\w\s]")
-TERM = re.compile(r"\b\w\w+\b")  # of TF-IDF: words of at least two characters, in lower case
+WORD_OR_PUNCTUATION = re.compile(r"\w+|[^\w\s]")
+TFIDF_TERM = re.compile(r"\b\w\w+\b")  # of TF-IDF: words of at least two characters, in lower case
 
 
 def ngram_entropy(text: str, n: int) -> float:
     """Entropy in bits of a text's n-grams: 0 when it repeats itself, or is shorter than n words."""
-    words = WORDS_AND_SIGNS.findall(text)
+    words = WORD_OR_PUNCTUATION.findall(text)
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     total = sum(counts.values())
     return -math.fsum(c / total * math.log2(c / total) for c in counts.values())
@@ -55,4 +55,4 @@ class TfIdf:
 
 
 def _terms(text: str) -> list[str]:
-    return TERM.findall(text.lower())
+    return TFIDF_TERM.findall(text.lower())

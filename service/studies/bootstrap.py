@@ -11,40 +11,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.scores.scores import LEVEL
+from service.scores.scores import CONFIDENCE_LEVEL
 
 Array = NDArray[np.float64]
 
 
-def pooled(drawn: Array, sums: Array, counts: Array) -> Array:
+def pooled_means(resample_counts: Array, sums: Array, counts: Array) -> Array:
     """(rounds, ...): of each draw the mean over all measurements of its clusters; NaN where it has none.
 
     sums (clusters, ...), counts (clusters,): what the measurements of a cluster add up to, and how many they are.
     """
-    number = (drawn @ counts).reshape(-1, *(1,) * (sums.ndim - 1))
-    total = np.tensordot(drawn, sums, 1)
+    number = (resample_counts @ counts).reshape(-1, *(1,) * (sums.ndim - 1))
+    total = np.tensordot(resample_counts, sums, 1)
     return np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
 
 
-def interval(of_draws: Array, level: float = LEVEL) -> tuple[Array, Array]:
+def percentile_interval(resampled: Array, level: float = CONFIDENCE_LEVEL) -> tuple[Array, Array]:
     """The percentile interval over draws (rounds, ...): its lower and its upper ends."""
-    low, high = np.nanquantile(of_draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
 
 
-def mean_of(values: Any, drawn: Array) -> dict[str, Any]:
+def mean_with_interval(values: Any, resample_counts: Array) -> dict[str, Any]:
     """Mean of one measurement (or row of measurements) a cluster, with its interval: `mean`, `low`, `high`, `n`.
 
     A single cluster has no interval: None.
     """
     rows = np.asarray(values, dtype=np.float64)
-    return of_clusters(rows, np.ones(len(rows)), drawn)
+    return cluster_mean_with_interval(rows, np.ones(len(rows)), resample_counts)
 
 
-def of_clusters(sums: Array, counts: Array, drawn: Array) -> dict[str, Any]:
+def cluster_mean_with_interval(sums: Array, counts: Array, resample_counts: Array) -> dict[str, Any]:
     """The mean over all measurements of the clusters, its interval, and `n`: the clusters that have any."""
     n = int((counts > 0).sum())
     mean = sums.sum(0) / counts.sum() if n else None
-    low, high = interval(pooled(drawn, sums, counts)) if n > 1 else (None, None)
+    low, high = percentile_interval(pooled_means(resample_counts, sums, counts)) if n > 1 else (None, None)
     ends = {"mean": mean, "low": low, "high": high}
     return {k: None if x is None else np.asarray(x).tolist() for k, x in ends.items()} | {"n": n}

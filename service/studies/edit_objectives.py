@@ -8,19 +8,19 @@ from service.schemas import Objective
 
 
 @dataclass(frozen=True)
-class Problem:
+class StudyObjective:
     """One of the editing problems."""
 
-    words: str
+    description: str
     objective: Objective = "write"  #: what the editors know it as
     reversed: bool = False  #: the new object is what the model says when the subject is noised
     noised: bool = False  #: the subject is noised while the edit is found, and while it is measured
 
 
-PROBLEMS = {
-    "write": Problem("write the new object"),
-    "erase": Problem("make the true object improbable", "erase"),
-    "amplify": Problem("make the true object more probable", "amplify"),
-    "reversal": Problem("write what is said of the noised subject", reversed=True),
-    "forcing": Problem("make the true object said of the noised subject", "amplify", noised=True),
+STUDY_OBJECTIVES = {
+    "write": StudyObjective("write the new object"),
+    "erase": StudyObjective("make the true object improbable", "erase"),
+    "amplify": StudyObjective("make the true object more probable", "amplify"),
+    "reversal": StudyObjective("write what is said of the noised subject", reversed=True),
+    "forcing": StudyObjective("make the true object said of the noised subject", "amplify", noised=True),
 }

@@ -10,9 +10,9 @@ from typing import Any
 
 from service.datasets.records import Record, read_records
 from service.errors import InvalidInput
-from service.kit.text import SLOT, Statement, fill, find
+from service.kit.text import PLACEHOLDER, Statement, fill_prompt, locate_subject
 
-KNOWN = ("subject", "attribute", "template")
+KNOWN_FACT_FIELDS = ("subject", "attribute", "template")
 
 
 @dataclass(frozen=True)
@@ -25,47 +25,49 @@ class Fact:
 
     @property
     def statement(self) -> Statement:
-        return fill(self.prompt, self.subject)
+        return fill_prompt(self.prompt, self.subject)
 
     def to_json(self) -> dict[str, str]:
         return asdict(self)
 
 
-def fact_of(record: Record) -> Fact:
+def fact_from_record(record: Record) -> Fact:
     """What an editing problem says of its subject before any edit."""
     return Fact(record.subject, record.prompt, record.target_true or "")
 
 
 def read_study_facts(path: Path, seed: int = 0) -> list[Fact]:
     """Every fact of a file whose true object is named, in an order drawn from `seed`."""
-    rows = _known_facts(path)
+    rows = _read_known_facts(path)
     if rows:
-        return random.Random(seed).sample([_known_fact(row, place) for place, row in rows], len(rows))
-    facts = [fact_of(r) for r in read_records(path, seed) if r.target_true]
+        return random.Random(seed).sample([_parse_known_fact(row, place) for place, row in rows], len(rows))
+    facts = [fact_from_record(r) for r in read_records(path, seed) if r.target_true]
     if not facts:
         raise InvalidInput(f"no record of {path.name} names its true object, which a study follows.", "facts")
     return facts
 
 
-def _known_facts(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def _read_known_facts(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The rows of a known_facts.json with their places; nothing when the file is of another form."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []  # whoever reads records says what is wrong with it
-    known = isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "attribute" in rows[0]
-    return list(enumerate(rows, 1)) if known else []
+    is_known_facts = (
+        isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "attribute" in rows[0]
+    )
+    return list(enumerate(rows, 1)) if is_known_facts else []
 
 
-def _known_fact(row: dict[str, Any], place: int) -> Fact:
+def _parse_known_fact(row: dict[str, Any], place: int) -> Fact:
     """What was traced in the paper is `prompt`, in which the template may go on by a word: "is located in the continent of"."""
     try:
-        subject, attribute, template = (str(row[name]) for name in KNOWN)
+        subject, attribute, template = (str(row[name]) for name in KNOWN_FACT_FIELDS)
         prompt = str(row.get("prompt") or template)
-        if SLOT not in prompt:
-            start, end = find(prompt, subject).span
-            prompt = prompt[:start] + SLOT + prompt[end:]
-        fill(prompt, subject)
+        if PLACEHOLDER not in prompt:
+            start, end = locate_subject(prompt, subject).span
+            prompt = prompt[:start] + PLACEHOLDER + prompt[end:]
+        fill_prompt(prompt, subject)
     except (KeyError, TypeError) as error:
         raise InvalidInput(f"known fact {place} lacks {error}.", "facts") from None
     except InvalidInput as error:

@@ -13,28 +13,28 @@ from typing import Any
 
 from torch import Tensor
 
-from service.datasets.records import Record, check_askable, wanted_object
-from service.editing.context import Asking, Toolkit
-from service.engine.versioned_model import Replica, Weights
+from service.datasets.records import Record, check_record_fits, target_object
+from service.editing.context import EditInput, EditorContext
+from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import InvalidInput
-from service.evaluation.metrics import Answers, Measures, ask, changes
-from service.kit.artifact_store import Kept, get_json, put_json
-from service.kit.steps import Progress, Steps, within
-from service.kit.text import fill
+from service.evaluation.metrics import Measures, RecordScores, change_scores, scoring_pairs
+from service.kit.artifact_store import ArtifactStore, get_json, put_json
+from service.kit.steps import Progress, Stepper, report_as
+from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
-from service.models.score import Score
-from service.models.scoring import score_steps
-from service.recipes.recipe import resolve
-from service.studies.edit_objectives import PROBLEMS, Problem
-from service.studies.facts import fact_of
-from service.studies.known_facts import known_steps, run_name
-from service.studies.localization_stats import by_layer, conclude, effects_of
-from service.studies.noised_probes import noise_of, noised_answer, noised_score_steps
-from service.studies.traces import TracePlan, level_of, stored_trace_steps
-from service.tracing.noise import Level
+from service.models.score import TargetScore
+from service.models.scoring import score_targets
+from service.recipes.recipe import resolve_hparams
+from service.studies.edit_objectives import STUDY_OBJECTIVES, StudyObjective
+from service.studies.facts import fact_from_record
+from service.studies.known_facts import find_known_facts, run_artifact_name
+from service.studies.localization_stats import analyze_runs, mean_effects_by_layer, trace_effects
+from service.studies.noised_probes import noised_greedy_answer, score_under_noise, subject_noise
+from service.studies.traces import TracePlan, load_or_trace, study_noise_level
+from service.tracing.noise import NoiseLevel
 
 WINDOW = 5  # layers of MLP outputs put back together (methods F.3)
-SIDE_BY_SIDE = 16  # edits that are found at once
+EDITS_PER_BATCH = 16  # edits that are found at once
 
 
 @dataclass(frozen=True)
@@ -54,180 +54,198 @@ class LocalizationPlan:
         return TracePlan(("mlp",), WINDOW, self.samples, self.noise, False, self.seed)
 
 
-def localization_steps(
-    replica: Replica,
-    toolkit: Toolkit,
+def run_localization_study(
+    replica: VersionedModel,
+    context: EditorContext,
     plan: LocalizationPlan,
     records: Sequence[Record],
-    kept: Kept,
+    store: ArtifactStore,
     limit: int | None = None,
-) -> Steps[dict[str, Any]]:
+) -> Stepper[dict[str, Any]]:
     """Carry out a plan on those of the first `limit` records whose fact the model knows. JSON-able; no ledger is touched."""
-    named = [r for r in records if r.target_true]
-    noise = level_of(replica.base, plan.trace, [fact_of(r) for r in named])
-    asked = yield from known_steps(replica.base, [fact_of(r) for r in named[:limit]])
-    known = [r for r in (named[i] for i in asked.known) if _can_be_written(replica.base, r)]
-    if not known:
+    candidates = [r for r in records if r.target_true]
+    noise = study_noise_level(replica.base, plan.trace, [fact_from_record(r) for r in candidates])
+    known_facts = yield from find_known_facts(replica.base, [fact_from_record(r) for r in candidates[:limit]])
+    known_records = [r for r in (candidates[i] for i in known_facts.indices) if _is_editable(replica.base, r)]
+    if not known_records:
         raise InvalidInput("none of the facts is known to the model: there is nothing to edit.", "facts")
-    study = Localization(replica, toolkit, plan, known, kept, noise)
-    found = yield from study.steps()
-    left_out = asked.left_out()
-    left_out["cannot be asked"] += len(asked.known) - len(known)
+    study = LocalizationStudy(replica, context, plan, known_records, store, noise)
+    results = yield from study.execute()
+    left_out = known_facts.left_out()
+    left_out["cannot be asked"] += len(known_facts.indices) - len(known_records)
     return {
         "study": "localization",
         "model": {
             "name": replica.base.name,
             "fingerprint": replica.base.fingerprint,
-            "layers": replica.base.layers,
+            "layers": replica.base.num_layers,
         },
-        "corpus": toolkit.corpus.source,
-        "asked": len(named[:limit]),
-        "facts": len(known),
+        "corpus": context.corpus.source,
+        "asked": len(candidates[:limit]),
+        "facts": len(known_records),
         "left_out": left_out,
-        "noise": {"level": noise.value, "factor": noise.factor, "sigma": noise.sigma, "subjects": len(named)},
+        "noise": {
+            "level": noise.value,
+            "factor": noise.factor,
+            "sigma": noise.sigma,
+            "subjects": len(candidates),
+        },
         "window": WINDOW,
         "samples": plan.samples,
         "seed": plan.seed,
         "layers": list(plan.layers),
-        **found,
+        **results,
     }
 
 
-def _can_be_written(model: LoadedModel, record: Record) -> bool:
+def _is_editable(model: LoadedModel, record: Record) -> bool:
     try:
-        check_askable(record, "write", model.tokenizer.backend_tokenizer, model.positions)
+        check_record_fits(record, "write", model.tokenizer.backend_tokenizer, model.max_positions)
     except InvalidInput:
         return False
     return True
 
 
-class Localization:
+class LocalizationStudy:
     """The traces and edits of known facts."""
 
     def __init__(
         self,
-        replica: Replica,
-        toolkit: Toolkit,
+        replica: VersionedModel,
+        context: EditorContext,
         plan: LocalizationPlan,
         records: Sequence[Record],
-        kept: Kept,
-        noise: Level,
+        store: ArtifactStore,
+        noise: NoiseLevel,
     ) -> None:
-        self.replica, self.model, self.toolkit, self.plan = replica, replica.base, toolkit, plan
-        self.records, self.kept, self.noise = records, kept, noise
+        self.replica, self.model, self.context, self.plan = replica, replica.base, context, plan
+        self.records, self.store, self.noise = records, store, noise
         self.hparams = {m: dict(plan.hparams.get(m, {})) for m in plan.methods}
         # what cannot be is refused before anything runs
-        self.parameters = {m: self._parameters(m, plan.layers[0]) for m in plan.methods}
+        self.parameters = {m: self._resolve_parameters(m, plan.layers[0]) for m in plan.methods}
 
-    def steps(self) -> Steps[dict[str, Any]]:
-        effects = yield from self._effects_steps()
+    def execute(self) -> Stepper[dict[str, Any]]:
+        effects = yield from self._collect_trace_effects()
         studies = []
         for name in self.plan.problems:
-            posed = yield from self._posed_steps(name)
-            before = yield from self._answers_steps(name, list(posed.values()), {})
+            posed_records = yield from self._pose_problem(name)
+            base_scores = yield from self._score_records(name, list(posed_records.values()), {})
             for method in self.plan.methods:
-                runs = yield from self._runs_steps(method, name, list(posed.values()), before)
-                about = {"method": method, "objective": name, "facts": len(posed)}
-                scores = conclude(runs, [effects[i] for i in posed], self.plan.layers)
+                runs = yield from self._edit_at_all_layers(
+                    method, name, list(posed_records.values()), base_scores
+                )
+                about = {"method": method, "objective": name, "facts": len(posed_records)}
+                scores = analyze_runs(runs, [effects[i] for i in posed_records], self.plan.layers)
                 studies.append(about | {"parameters": self.parameters[method], "scores": scores})
-        return {"effects": by_layer(effects), "studies": studies}
+        return {"effects": mean_effects_by_layer(effects), "studies": studies}
 
-    def _posed_steps(self, name: str) -> Steps[dict[int, Record]]:
+    def _pose_problem(self, name: str) -> Stepper[dict[int, Record]]:
         """The facts of one problem by their places. In a reversal those whose object noise changes to one that can be written."""
-        if not PROBLEMS[name].reversed:
+        if not STUDY_OBJECTIVES[name].reversed:
             return dict(enumerate(self.records))
-        posed = {}
+        posed_records = {}
         for i, record in enumerate(self.records):
             yield Progress("ask under noise", i, len(self.records))
-            said = noised_answer(self.model, record, self._noise(record)).strip()
-            turned = replace(record, target_new=said)
-            if said and said != record.target_true and _can_be_written(self.model, turned):
-                posed[i] = turned
-        if not posed:
+            answer = noised_greedy_answer(self.model, record, self._subject_noise(record)).strip()
+            reversed_record = replace(record, target_new=answer)
+            if answer and answer != record.target_true and _is_editable(self.model, reversed_record):
+                posed_records[i] = reversed_record
+        if not posed_records:
             raise InvalidInput("under noise the model says what it says without: use more noise.", "noise")
-        return posed
+        return posed_records
 
-    def _parameters(self, method: str, layer: int) -> dict[str, Any]:
+    def _resolve_parameters(self, method: str, layer: int) -> dict[str, Any]:
         """What an edit at a layer is made with."""
-        asked = self.hparams[method] | {"layers": [layer]}
-        return resolve(self.toolkit.recipe, asked, self.model.layers, method).model_dump(mode="json")
+        hparams = self.hparams[method] | {"layers": [layer]}
+        return resolve_hparams(self.context.recipe, hparams, self.model.num_layers, method).model_dump(
+            mode="json"
+        )
 
-    def _effects_steps(self) -> Steps[list[dict[str, list[float]]]]:
-        found = []
+    def _collect_trace_effects(self) -> Stepper[list[dict[str, list[float]]]]:
+        effects = []
         for i, record in enumerate(self.records):
-            steps = stored_trace_steps(self.model, fact_of(record), self.plan.trace, self.noise, self.kept)
-            trace = yield from within(steps, Progress("trace", i, len(self.records)))
-            found.append(effects_of(trace))
-        return found
+            stepper = load_or_trace(
+                self.model, fact_from_record(record), self.plan.trace, self.noise, self.store
+            )
+            trace = yield from report_as(stepper, Progress("trace", i, len(self.records)))
+            effects.append(trace_effects(trace))
+        return effects
 
-    def _noise(self, record: Record) -> Tensor:
-        return noise_of(self.model, record, self.noise, self.plan.seed)
+    def _subject_noise(self, record: Record) -> Tensor:
+        return subject_noise(self.model, record, self.noise, self.plan.seed)
 
-    def _answers_steps(self, name: str, records: Sequence[Record], weights: Weights) -> Steps[list[Answers]]:
+    def _score_records(
+        self, name: str, records: Sequence[Record], weights: WeightOverrides
+    ) -> Stepper[list[RecordScores]]:
         """What the model says to the prompts of records with these weights in place, the subject noised where the problem is."""
-        found = []
+        record_scores = []
         for i, record in enumerate(records):
-            if PROBLEMS[name].noised:
-                asking = noised_score_steps(self.model, record, self._noise(record))
+            if STUDY_OBJECTIVES[name].noised:
+                scoring = score_under_noise(self.model, record, self._subject_noise(record))
             else:
-                asking = score_steps(self.model, ask(record))
+                scoring = score_targets(self.model, scoring_pairs(record))
             progress = Progress("ask", i, len(records))
-            scores = yield from within(self.replica.standing(weights, asking), progress)
-            found.append(Answers.of(record, [_sound(s) for s in scores]))
-        return found
+            scores = yield from report_as(self.replica.step_with_weights(weights, scoring), progress)
+            record_scores.append(RecordScores.from_scores(record, [_nan_as_impossible(s) for s in scores]))
+        return record_scores
 
-    def _runs_steps(
-        self, method: str, name: str, records: Sequence[Record], before: Sequence[Answers]
-    ) -> Steps[list[list[Measures]]]:
+    def _edit_at_all_layers(
+        self, method: str, name: str, records: Sequence[Record], base_scores: Sequence[RecordScores]
+    ) -> Stepper[list[list[Measures]]]:
         """The scores of one kind of edit, by fact and layer."""
         total = len(self.plan.layers) * len(records)
         runs: list[list[Measures]] = [[] for _ in records]
         for layer in self.plan.layers:
-            for at in range(0, len(records), SIDE_BY_SIDE):
-                now = Progress(f"{method}, {name}", sum(map(len, runs)), total)
-                some = slice(at, at + SIDE_BY_SIDE)
-                steps = self._company_steps(method, name, layer, records[some], before[some])
-                found = yield from within(steps, now)
-                for of_fact, scores in zip(runs[some], found, strict=True):
-                    of_fact.append(scores)
+            for start in range(0, len(records), EDITS_PER_BATCH):
+                progress = Progress(f"{method}, {name}", sum(map(len, runs)), total)
+                batch = slice(start, start + EDITS_PER_BATCH)
+                stepper = self._edit_batch(method, name, layer, records[batch], base_scores[batch])
+                batch_scores = yield from report_as(stepper, progress)
+                for fact_runs, scores in zip(runs[batch], batch_scores, strict=True):
+                    fact_runs.append(scores)
         return runs
 
-    def _company_steps(
-        self, method: str, name: str, layer: int, records: Sequence[Record], before: Sequence[Answers]
-    ) -> Steps[list[Measures]]:
+    def _edit_batch(
+        self,
+        method: str,
+        name: str,
+        layer: int,
+        records: Sequence[Record],
+        base_scores: Sequence[RecordScores],
+    ) -> Stepper[list[Measures]]:
         """The scores of some facts' edits at one layer: what is kept of them, and the others found side by side."""
-        parameters, problem = self._parameters(method, layer), PROBLEMS[name]
-        names = [self._name(record, method, name, parameters) for record in records]
-        known: dict[int, Measures] = {}
+        parameters, problem = self._resolve_parameters(method, layer), STUDY_OBJECTIVES[name]
+        names = [self._artifact_name(record, method, name, parameters) for record in records]
+        results: dict[int, Measures] = {}
         for i, run in enumerate(names):
-            if (scores := get_json(self.kept, run)) is not None:
-                known[i] = scores
-        missing = [i for i in range(len(records)) if i not in known]
-        wishes = [self._asking(records[i], method, problem, layer) for i in missing]
-        found = (yield from self.toolkit.find_together_steps(wishes)) if wishes else []
-        for i, one in zip(missing, found, strict=True):
-            weights = self.replica.composed(one.pieces)
-            (after,) = yield from self._answers_steps(name, [records[i]], weights)
-            known[i] = changes(before[i], after, problem.objective)
-            put_json(self.kept, names[i], known[i])
-        return [known[i] for i in range(len(records))]
+            if (scores := get_json(self.store, run)) is not None:
+                results[i] = scores
+        missing = [i for i in range(len(records)) if i not in results]
+        specs = [self._edit_spec(records[i], method, problem, layer) for i in missing]
+        factors = (yield from self.context.find_all_factors(specs)) if specs else []
+        for i, edit_factors in zip(missing, factors, strict=True):
+            weights = self.replica.compose_weights(edit_factors.updates)
+            (edited_scores,) = yield from self._score_records(name, [records[i]], weights)
+            results[i] = change_scores(base_scores[i], edited_scores, problem.objective)
+            put_json(self.store, names[i], results[i])
+        return [results[i] for i in range(len(records))]
 
-    def _asking(self, record: Record, method: str, problem: Problem, layer: int) -> Asking:
-        return Asking(
-            fill(record.prompt, record.subject),
-            wanted_object(record, problem.objective),
+    def _edit_spec(self, record: Record, method: str, problem: StudyObjective, layer: int) -> EditInput:
+        return EditInput(
+            fill_prompt(record.prompt, record.subject),
+            target_object(record, problem.objective),
             method,
             self.hparams[method] | {"layers": [layer]},
             objective=problem.objective,
-            noise=self._noise(record) if problem.noised else None,
+            noise=self._subject_noise(record) if problem.noised else None,
         )
 
-    def _name(self, record: Record, method: str, name: str, parameters: Mapping[str, Any]) -> str:
-        tools = {"model": self.model.fingerprint, "corpus": self.toolkit.corpus.digest}
-        noise = (self.noise.value, self.plan.seed) if PROBLEMS[name].noised else None
-        return run_name("edit", tools, asdict(record), method, name, parameters, noise)
+    def _artifact_name(self, record: Record, method: str, name: str, parameters: Mapping[str, Any]) -> str:
+        tools = {"model": self.model.fingerprint, "corpus": self.context.corpus.digest}
+        noise = (self.noise.value, self.plan.seed) if STUDY_OBJECTIVES[name].noised else None
+        return run_artifact_name("edit", tools, asdict(record), method, name, parameters, noise)
 
 
-def _sound(score: Score) -> Score:
+def _nan_as_impossible(score: TargetScore) -> TargetScore:
     """A model that an edit has broken so that it gives no number says nothing."""
     return score._replace(log_p=-math.inf) if math.isnan(score.log_p) else score

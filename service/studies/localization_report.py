@@ -14,33 +14,33 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from service.kit import plotting
-from service.kit.plotting import INK, RULE, SOFT, Draw, Sheet
-from service.studies.edit_objectives import PROBLEMS
-from service.studies.localization_stats import EFFECTS, MEASURES
-from service.studies.regression import MODELS
-from service.studies.trace_report import ends
+from service.kit.plotting import FOREGROUND, GRID_COLOUR, MUTED, DrawFunction, FigureBuilder
+from service.studies.edit_objectives import STUDY_OBJECTIVES
+from service.studies.localization_stats import EDIT_SCORES, EFFECT_READINGS
+from service.studies.regression import REGRESSION_MODELS
+from service.studies.trace_report import interval_text
 from service.tracing.heatmap import Box
 
 Study = dict[str, Any]
 
 #: score of an edit -> colour, and what it is of
-SCORES = {
+SCORE_STYLES = {
     "rewrite": ("#6a51a3", "own prompt"),
     "paraphrase": ("#2171b5", "paraphrases"),
     "neighbour": ("#7f7f8a", "neighbours kept"),
 }
 #: reading of the tracing effect -> its colour
-TRACED = dict(zip(EFFECTS, ("#238b45", "#74c476"), strict=True))
+EFFECT_COLOURS = dict(zip(EFFECT_READINGS, ("#238b45", "#74c476"), strict=True))
 #: model -> colour of its bars, and what explains
-BARS = {
+MODEL_BARS = {
     "layer": ("#6a51a3", "the layer"),
     "effect": ("#238b45", "the tracing effect"),
     "both": ("#a8a8b3", "both"),
 }
-REGRESSIONS = (
+REGRESSION_COLUMNS = (
     "method", "objective", "score", "effect", "facts", "R² layer", "R² effect", "R² both", "gain", "by chance", "p", "F test's p",
 )  # fmt: skip
-CHOICES = (
+CHOICE_COLUMNS = (
     "method",
     "objective",
     "score",
@@ -56,55 +56,57 @@ def title(study: Study) -> str:
     return f"Does tracing say where to edit? {study['facts']} facts in {study['model']['name']}"
 
 
-def figures(study: Study) -> dict[str, Draw]:
+def figures(study: Study) -> dict[str, DrawFunction]:
     """Every figure by the name of its file."""
-    return {"layers": partial(_layers, study), "explained": partial(_explained, study)}
+    return {"layers": partial(_layer_panels, study), "explained": partial(_explained_variance, study)}
 
 
 # Drawing
 
 
-def _head(sheet: Sheet, study: Study) -> None:
-    sheet.write(0.2, 0.3, title(study), fontsize=12.5, weight="bold", va="center")
-    sheet.write(0.2, 0.58, _conditions(study), fontsize=8.5, va="center", color=SOFT)
+def _draw_heading(builder: FigureBuilder, study: Study) -> None:
+    builder.add_text(0.2, 0.3, title(study), fontsize=12.5, weight="bold", va="center")
+    builder.add_text(0.2, 0.58, _conditions_text(study), fontsize=8.5, va="center", color=MUTED)
 
 
-def _layers(study: Study) -> Sheet:
+def _layer_panels(study: Study) -> FigureBuilder:
     """The tracing effect by layer, and beside it the scores of every kind of edit; a line of panels for each method."""
-    methods, objectives = _names(study, "method"), _names(study, "objective")
+    methods, objectives = _distinct(study, "method"), _distinct(study, "objective")
     wide, tall, gap, left, top, foot = 2.7, 1.9, 0.4, 0.62, 1.65, 0.75
     columns = 1 + len(objectives)
-    sheet = Sheet(
+    builder = FigureBuilder(
         left + columns * (wide + gap) + 0.1, top + len(methods) * (tall + foot) + (len(methods) - 1) * 0.35
     )
-    _head(sheet, study)
+    _draw_heading(builder, study)
     for row, method in enumerate(methods):
         y = top + row * (tall + foot + 0.35)
-        traced = sheet.axes(left, y, wide, tall)
-        of_effects = {name: _picked(study["effects"][name], study["layers"]) for name in EFFECTS}
-        _curves(traced, study["layers"], of_effects, TRACED)
-        _entitle(sheet, (left, y, wide, tall), "tracing effect", row == 0 and traced, 1)
+        traced = builder.add_axes(left, y, wide, tall)
+        of_effects = {
+            name: _select_layers(study["effects"][name], study["layers"]) for name in EFFECT_READINGS
+        }
+        _draw_curves(traced, study["layers"], of_effects, EFFECT_COLOURS)
+        _draw_panel_title(builder, (left, y, wide, tall), "tracing effect", row == 0 and traced, 1)
         for column, objective in enumerate(objectives, 1):
             box = (left + column * (wide + gap), y, wide, tall)
-            axes = sheet.axes(*box)
-            found = _scores(study, method, objective)
-            lines = {m: found[m]["by_layer"] for m in MEASURES if found[m]}
-            _curves(axes, study["layers"], lines, {m: colour for m, (colour, _) in SCORES.items()})
+            axes = builder.add_axes(*box)
+            scores = _scores(study, method, objective)
+            lines = {m: scores[m]["by_layer"] for m in EDIT_SCORES if scores[m]}
+            _draw_curves(axes, study["layers"], lines, {m: colour for m, (colour, _) in SCORE_STYLES.items()})
             axes.tick_params(labelleft=False)
-            _entitle(sheet, box, f"{method}: {objective}", row == 0 and column == 1 and axes, 3)
-    return sheet
+            _draw_panel_title(builder, box, f"{method}: {objective}", row == 0 and column == 1 and axes, 3)
+    return builder
 
 
-def _picked(row: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+def _select_layers(row: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
     return {end: row[end] and [row[end][m] for m in layers] for end in ("mean", "low", "high")}
 
 
-def _curves(
+def _draw_curves(
     axes: Axes, layers: Sequence[int], rows: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]
 ) -> None:
     """A line for each row, with its interval; all are shares, so that all panels have one scale."""
     for name, row in rows.items():
-        label = SCORES[name][1] if name in SCORES else name
+        label = SCORE_STYLES[name][1] if name in SCORE_STYLES else name
         axes.plot(
             layers, row["mean"], color=colours[name], linewidth=1.6, marker="o", markersize=2.6, label=label
         )
@@ -113,87 +115,93 @@ def _curves(
     axes.set_ylim(-0.03, 1.05)
     axes.set_xticks(layers[:: math.ceil(len(layers) / 12)])
     axes.margins(x=0.03)
-    axes.grid(axis="y", color=RULE, linewidth=0.5)
+    axes.grid(axis="y", color=GRID_COLOUR, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _entitle(sheet: Sheet, box: Box, text: str, legend_of: Axes | bool, columns: int) -> None:
+def _draw_panel_title(
+    builder: FigureBuilder, box: Box, text: str, legend_of: Axes | bool, columns: int
+) -> None:
     """What a panel shows, and above the first of its sort what its colours mean."""
     left, top, wide, tall = box
     middle = left + wide / 2
-    sheet.write(middle, top - 0.17, text, ha="center", va="center", fontsize=10)
-    sheet.write(middle, top + tall + 0.34, "layer", ha="center", va="center", fontsize=8, color=SOFT)
+    builder.add_text(middle, top - 0.17, text, ha="center", va="center", fontsize=10)
+    builder.add_text(middle, top + tall + 0.34, "layer", ha="center", va="center", fontsize=8, color=MUTED)
     if isinstance(legend_of, Axes):
         legend_of.legend(
-            frameon=False, fontsize=7.5, ncols=columns, labelcolor=INK, borderpad=0, handlelength=1.2, columnspacing=0.8,
+            frameon=False, fontsize=7.5, ncols=columns, labelcolor=FOREGROUND, borderpad=0, handlelength=1.2, columnspacing=0.8,
             loc="lower left", bbox_to_anchor=(0.0, 1 + 0.3 / tall),
         )  # fmt: skip
 
 
-def _explained(study: Study) -> Sheet:
+def _explained_variance(study: Study) -> FigureBuilder:
     """R2 of the layer, of the tracing effect, and of both, for every kind of edit; a panel for each reading of the effect."""
     left, top, tall, foot = 0.62, 1.6, 1.9, 1.15
     wide = max(5.8, 1.1 * len(study["studies"]))
-    sheet = Sheet(left + wide + 0.3, top + len(EFFECTS) * (tall + foot) - 0.35)
-    _head(sheet, study)
-    for i, effect in enumerate(EFFECTS):
-        axes = _panel(sheet, study, effect, (left, top + i * (tall + foot), wide, tall))
+    builder = FigureBuilder(left + wide + 0.3, top + len(EFFECT_READINGS) * (tall + foot) - 0.35)
+    _draw_heading(builder, study)
+    for i, effect in enumerate(EFFECT_READINGS):
+        axes = _draw_r2_panel(builder, study, effect, (left, top + i * (tall + foot), wide, tall))
         if i == 0:
             axes.legend(
-                handles=[Patch(color=colour, alpha=0.85, label=label) for colour, label in BARS.values()],
-                frameon=False, fontsize=8, ncols=3, labelcolor=INK, borderpad=0,
+                handles=[Patch(color=colour, alpha=0.85, label=label) for colour, label in MODEL_BARS.values()],
+                frameon=False, fontsize=8, ncols=3, labelcolor=FOREGROUND, borderpad=0,
                 loc="lower left", bbox_to_anchor=(0.0, 1 + 0.42 / tall),
             )  # fmt: skip
-    return sheet
+    return builder
 
 
-def _panel(sheet: Sheet, study: Study, effect: str, box: Box) -> Axes:
+def _draw_r2_panel(builder: FigureBuilder, study: Study, effect: str, box: Box) -> Axes:
     """Three bars for every kind of edit; what the trace adds stands above them."""
     left, top, wide, tall = box
-    axes = sheet.axes(*box)
+    axes = builder.add_axes(*box)
     for place, kind in enumerate(study["studies"]):
-        found = kind["scores"]["rewrite"]["regression"][effect]
+        regression = kind["scores"]["rewrite"]["regression"][effect]
         x = left + wide * (place + 0.5) / len(study["studies"])
-        sheet.write(x, top + tall + 0.2, kind["method"], ha="center", va="center", fontsize=8.5)
-        style = {"ha": "center", "va": "center", "color": SOFT}
-        sheet.write(x, top + tall + 0.38, kind["objective"], fontsize=8.5, **style)
-        if found:
-            _triple(axes, place, found)
-            gain = found["gain"]
-            sheet.write(x, top - 0.02, f"+{gain['value']:.3f}, p {_p(gain['p'])}", fontsize=7.5, **style)
+        builder.add_text(x, top + tall + 0.2, kind["method"], ha="center", va="center", fontsize=8.5)
+        style = {"ha": "center", "va": "center", "color": MUTED}
+        builder.add_text(x, top + tall + 0.38, kind["objective"], fontsize=8.5, **style)
+        if regression:
+            _draw_r2_bars(axes, place, regression)
+            gain = regression["gain"]
+            builder.add_text(
+                x, top - 0.02, f"+{gain['value']:.3f}, p {_p_value_text(gain['p'])}", fontsize=7.5, **style
+            )
     axes.set_xlim(-0.5, len(study["studies"]) - 0.5)
     axes.set_ylim(0, 1.05)
     axes.set_xticks([])
-    axes.grid(axis="y", color=RULE, linewidth=0.5)
+    axes.grid(axis="y", color=GRID_COLOUR, linewidth=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    sheet.write(left, top - 0.28, f"R² of the rewrite score; effect: {effect}", va="center", fontsize=9.5)
+    builder.add_text(
+        left, top - 0.28, f"R² of the rewrite score; effect: {effect}", va="center", fontsize=9.5
+    )
     return axes
 
 
-def _triple(axes: Axes, place: int, found: Mapping[str, Any]) -> None:
+def _draw_r2_bars(axes: Axes, place: int, regression: Mapping[str, Any]) -> None:
     """Three bars with their intervals."""
-    for i, name in enumerate(MODELS):
-        colour, _ = BARS[name]
-        figure, x = found["r2"][name], place + 0.24 * (i - 1)
+    for i, name in enumerate(REGRESSION_MODELS):
+        colour, _ = MODEL_BARS[name]
+        figure, x = regression["r2"][name], place + 0.24 * (i - 1)
         axes.bar([x], [figure["value"]], 0.22, color=colour, alpha=0.85)
         if figure["low"] is not None:
-            axes.vlines([x], figure["low"], figure["high"], color=INK, linewidth=0.8)
+            axes.vlines([x], figure["low"], figure["high"], color=FOREGROUND, linewidth=0.8)
 
 
-def _names(study: Study, what: str) -> list[str]:
+def _distinct(study: Study, what: str) -> list[str]:
     return list(dict.fromkeys(s[what] for s in study["studies"]))
 
 
 def _scores(study: Study, method: str, objective: str) -> dict[str, Any]:
-    found = next(s for s in study["studies"] if (s["method"], s["objective"]) == (method, objective))
-    return found["scores"]  # type: ignore[no-any-return]
+    study_entry = next(s for s in study["studies"] if (s["method"], s["objective"]) == (method, objective))
+    return study_entry["scores"]  # type: ignore[no-any-return]
 
 
 # Words
 
 
-def _conditions(study: Study) -> str:
+def _conditions_text(study: Study) -> str:
     noise = study["noise"]
     times = f"{noise['factor']:g}σ = " if noise["factor"] is not None else ""
     return (
@@ -202,7 +210,7 @@ def _conditions(study: Study) -> str:
     )
 
 
-def _p(p: float) -> str:
+def _p_value_text(p: float) -> str:
     return f"{p:.3f}".lstrip("0")
 
 
@@ -222,69 +230,73 @@ def sentences(study: Study) -> list[str]:
             "test takes each row for a new fact, and so finds too much."
         ),
     ]
-    return lines + [line for s in study["studies"] for line in _said(s)]
+    return lines + [line for s in study["studies"] for line in _edit_sentences(s)]
 
 
-def _said(study: Mapping[str, Any]) -> Iterator[str]:
+def _edit_sentences(study: Mapping[str, Any]) -> Iterator[str]:
     """Of one kind of edit, on the edit's own prompt."""
-    found, what = study["scores"]["rewrite"], PROBLEMS[study["objective"]].words
-    regression, choice = found["regression"][EFFECTS[0]], found["choice"]
+    scores, action = study["scores"]["rewrite"], STUDY_OBJECTIVES[study["objective"]].description
+    regression, choice = scores["regression"][EFFECT_READINGS[0]], scores["choice"]
     if regression:
         r2, gain = regression["r2"], regression["gain"]
         yield (
-            f"{study['method']}, to {what} ({study['facts']} facts): the layer explains {r2['layer']['value']:.3f}, the "
+            f"{study['method']}, to {action} ({study['facts']} facts): the layer explains {r2['layer']['value']:.3f}, the "
             f"tracing effect {r2['effect']['value']:.3f}, both {r2['both']['value']:.3f}. The trace adds {gain['value']:.3f}; "
-            f"chance adds {gain['chance']:.3f} (p {_p(gain['p'])})."
+            f"chance adds {gain['chance']:.3f} (p {_p_value_text(gain['p'])})."
         )
     if choice:
-        ways = {name: way["mean"] for name, way in choice["ways"].items()}
+        strategies = {name: way["mean"] for name, way in choice["ways"].items()}
         yield (
-            f"Edited where its own trace is strongest, a fact scores {ways['where the trace is strongest']:.3f}; at the layer "
-            f"that is best for the other facts {ways['best for others']:.3f}; the difference is {choice['gained']['mean']:.3f} "
-            f"({ends(choice['gained'])})."
+            f"Edited where its own trace is strongest, a fact scores {strategies['where the trace is strongest']:.3f}; at the layer "
+            f"that is best for the other facts {strategies['best for others']:.3f}; the difference is {choice['gained']['mean']:.3f} "
+            f"({interval_text(choice['gained'])})."
         )
 
 
-def regressions(study: Study) -> list[tuple[Any, ...]]:
+def regression_rows(study: Study) -> list[tuple[Any, ...]]:
     """The rows of REGRESSIONS."""
-    made: list[tuple[Any, ...]] = []
-    for s, measure, found in _found(study):
-        for effect, r in found["regression"].items():
+    table_rows: list[tuple[Any, ...]] = []
+    for s, measure, scores in _iterate_scores(study):
+        for effect, r in scores["regression"].items():
             if r:
-                r2 = [r["r2"][name]["value"] for name in MODELS]
-                gain = f"{r['gain']['value']:.3f} ({ends(r['gain'])})"
+                r2 = [r["r2"][name]["value"] for name in REGRESSION_MODELS]
+                gain = f"{r['gain']['value']:.3f} ({interval_text(r['gain'])})"
                 chance = (r["gain"]["chance"], r["gain"]["p"], r["f_test"]["p"])
-                made.append((s["method"], s["objective"], measure, effect, r["facts"], *r2, gain, *chance))
-    return made
+                table_rows.append(
+                    (s["method"], s["objective"], measure, effect, r["facts"], *r2, gain, *chance)
+                )
+    return table_rows
 
 
-def choices(study: Study) -> list[tuple[Any, ...]]:
+def choice_rows(study: Study) -> list[tuple[Any, ...]]:
     """The rows of CHOICES."""
     return [
         (
-            s["method"], s["objective"], measure, found["choice"]["best_layer"],
-            *(way["mean"] for way in found["choice"]["ways"].values()),
-            f"{found['choice']['gained']['mean']:.3f} ({ends(found['choice']['gained'])})",
+            s["method"], s["objective"], measure, scores["choice"]["best_layer"],
+            *(way["mean"] for way in scores["choice"]["ways"].values()),
+            f"{scores['choice']['gained']['mean']:.3f} ({interval_text(scores['choice']['gained'])})",
         )
-        for s, measure, found in _found(study)
-        if found["choice"]
+        for s, measure, scores in _iterate_scores(study)
+        if scores["choice"]
     ]  # fmt: skip
 
 
-def _found(study: Study) -> Iterator[tuple[Mapping[str, Any], str, Mapping[str, Any]]]:
+def _iterate_scores(study: Study) -> Iterator[tuple[Mapping[str, Any], str, Mapping[str, Any]]]:
     """Each kind of edit with each score that it has."""
     for s in study["studies"]:
-        for measure in MEASURES:
+        for measure in EDIT_SCORES:
             if s["scores"][measure]:
                 yield s, measure, s["scores"][measure]
 
 
 def page(study: Study) -> str:
     """A page that needs nothing else: the words, the figures, the tables."""
-    pictures = "".join(plotting.inline(plotting.svg(draw, title(study))) for draw in figures(study).values())
-    tables = (
-        plotting.table(REGRESSIONS, regressions(study))
-        + "<p></p>\n"
-        + plotting.table(CHOICES, choices(study))
+    pictures = "".join(
+        plotting.inline_svg(plotting.render_svg(draw, title(study))) for draw in figures(study).values()
     )
-    return plotting.page(title(study), plotting.paragraphs(sentences(study)) + pictures + tables)
+    tables = (
+        plotting.html_table(REGRESSION_COLUMNS, regression_rows(study))
+        + "<p></p>\n"
+        + plotting.html_table(CHOICE_COLUMNS, choice_rows(study))
+    )
+    return plotting.html_page(title(study), plotting.html_paragraphs(sentences(study)) + pictures + tables)

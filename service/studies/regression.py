@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from service.scores.scores import draws
-from service.studies.bootstrap import Array, interval
+from service.scores.scores import bootstrap_counts
+from service.studies.bootstrap import Array, percentile_interval
 
-MODELS = ("layer", "effect", "both")
-ROUNDS = 1000
+REGRESSION_MODELS = ("layer", "effect", "both")
+PERMUTATION_ROUNDS = 1000
 
 
 def least_squares(x: Array, y: Array) -> tuple[float, int]:
@@ -32,7 +32,7 @@ def least_squares(x: Array, y: Array) -> tuple[float, int]:
     return float(((y - x @ solution) ** 2).sum()), int(rank)
 
 
-def designs(effects: Array) -> dict[str, Array]:
+def design_matrices(effects: Array) -> dict[str, Array]:
     """The columns of each model, a row for each fact and layer."""
     facts, layers = effects.shape
     layer = np.tile(np.eye(layers), (facts, 1))
@@ -44,52 +44,63 @@ def designs(effects: Array) -> dict[str, Array]:
     }
 
 
-def compare(scores: Array, effects: Array, rounds: int = ROUNDS, seed: int = 0) -> dict[str, Any] | None:
+def compare_regressions(
+    scores: Array, effects: Array, rounds: int = PERMUTATION_ROUNDS, seed: int = 0
+) -> dict[str, Any] | None:
     """R2 of each model, the gain, their intervals, and what chance makes of the gain. None where no score differs."""
     y = scores.reshape(-1)
     total = float(((y - y.mean()) ** 2).sum())
     if total <= 1e-12 * len(y):
         return None
-    fits = {name: least_squares(x, y) for name, x in designs(effects).items()}
-    point = {name: 1 - fits[name][0] / total for name in MODELS}
-    drawn = r2_of_draws(draws(len(scores), rounds, seed), scores, effects)
-    found = {name: _figure(point[name], drawn[name], len(scores)) for name in MODELS}
+    fits = {name: least_squares(x, y) for name, x in design_matrices(effects).items()}
+    point = {name: 1 - fits[name][0] / total for name in REGRESSION_MODELS}
+    resampled = resampled_r2(bootstrap_counts(len(scores), rounds, seed), scores, effects)
+    r2_values = {
+        name: _value_with_interval(point[name], resampled[name], len(scores)) for name in REGRESSION_MODELS
+    }
     gain = point["both"] - point["layer"]
-    chance = gains_by_chance(scores, effects, rounds, seed)
+    permuted_gains = permutation_gains(scores, effects, rounds, seed)
     f, p = f_test(*fits["layer"], *fits["both"], len(y))
     return {
         "facts": scores.shape[0],
         "layers": scores.shape[1],
-        "r2": found,
-        "gain": _figure(gain, drawn["both"] - drawn["layer"], len(scores))
-        | {"chance": float(chance.mean()), "p": float((1 + (chance >= gain - 1e-12).sum()) / (1 + rounds))},
+        "r2": r2_values,
+        "gain": _value_with_interval(gain, resampled["both"] - resampled["layer"], len(scores))
+        | {
+            "chance": float(permuted_gains.mean()),
+            "p": float((1 + (permuted_gains >= gain - 1e-12).sum()) / (1 + rounds)),
+        },
         "f_test": {"f": f, "p": p},
     }
 
 
-def _figure(value: float, of_draws: Array, facts: int) -> dict[str, float | None]:
-    low, high = interval(of_draws) if facts > 1 else (None, None)
+def _value_with_interval(value: float, resampled: Array, facts: int) -> dict[str, float | None]:
+    low, high = percentile_interval(resampled) if facts > 1 else (None, None)
     return {"value": value} | {
         k: None if x is None else float(x) for k, x in {"low": low, "high": high}.items()
     }
 
 
-def r2_of_draws(drawn: Array, scores: Array, effects: Array) -> dict[str, Array]:
+def resampled_r2(resample_counts: Array, scores: Array, effects: Array) -> dict[str, Array]:
     """R2 (rounds,) of each model on each draw of facts, from sums: that of `both` is a line within each layer."""
-    n = drawn.sum(1, keepdims=True)
-    y, x, yy, xx, xy = (drawn @ part for part in (scores, effects, scores**2, effects**2, effects * scores))
-    total, whole = _spread(n * scores.shape[1], *(s.sum(1, keepdims=True) for s in (y, x, yy, xx, xy)))
-    within, slopes = _spread(n, y, x, yy, xx, xy)
+    n = resample_counts.sum(1, keepdims=True)
+    y, x, yy, xx, xy = (
+        resample_counts @ part for part in (scores, effects, scores**2, effects**2, effects * scores)
+    )
+    total, explained = _sums_of_squares(
+        n * scores.shape[1], *(s.sum(1, keepdims=True) for s in (y, x, yy, xx, xy))
+    )
+    within, slopes = _sums_of_squares(n, y, x, yy, xx, xy)
     with np.errstate(invalid="ignore", divide="ignore"):
-        left = np.where(total[:, 0] > 0, 1 / total[:, 0], np.nan)
+        inverse_total = np.where(total[:, 0] > 0, 1 / total[:, 0], np.nan)
     return {
-        "layer": 1 - within.sum(1) * left,
-        "effect": whole[:, 0] * left,
-        "both": 1 - (within - slopes).sum(1) * left,
+        "layer": 1 - within.sum(1) * inverse_total,
+        "effect": explained[:, 0] * inverse_total,
+        "both": 1 - (within - slopes).sum(1) * inverse_total,
     }
 
 
-def _spread(n: Array, y: Array, x: Array, yy: Array, xx: Array, xy: Array) -> tuple[Array, Array]:
+def _sums_of_squares(n: Array, y: Array, x: Array, yy: Array, xx: Array, xy: Array) -> tuple[Array, Array]:
     """Of sums over n pairs: the squares of y about its mean, and how much of them a line in x explains."""
     of_y, of_x, shared = yy - y * y / n, xx - x * x / n, xy - x * y / n
     level = of_x > 1e-9 * np.maximum(
@@ -98,27 +109,31 @@ def _spread(n: Array, y: Array, x: Array, yy: Array, xx: Array, xy: Array) -> tu
     return of_y, np.divide(shared**2, of_x, out=np.zeros_like(of_y), where=level)
 
 
-def gains_by_chance(scores: Array, effects: Array, rounds: int = ROUNDS, seed: int = 0) -> Array:
+def permutation_gains(
+    scores: Array, effects: Array, rounds: int = PERMUTATION_ROUNDS, seed: int = 0
+) -> Array:
     """The gain (rounds,) when facts exchange their rows of effects at random."""
-    rng, once = np.random.default_rng(seed), np.ones((1, len(scores)))
+    rng, unit_counts = np.random.default_rng(seed), np.ones((1, len(scores)))
     gains = np.empty(rounds)
     for i in range(rounds):
-        r2 = r2_of_draws(once, scores, effects[rng.permutation(len(effects))])
+        r2 = resampled_r2(unit_counts, scores, effects[rng.permutation(len(effects))])
         gains[i] = r2["both"][0] - r2["layer"][0]
     return gains
 
 
-def f_test(small: float, few: int, large: float, many: int, n: int) -> tuple[float | None, float | None]:
+def f_test(
+    small_rss: float, small_rank: int, large_rss: float, large_rank: int, n: int
+) -> tuple[float | None, float | None]:
     """F and its p: whether the richer of two nested models explains more. small, large: their squares left; few, many: their
     ranks. None where there is nothing to test."""
-    more, rest = many - few, n - many
-    if more < 1 or rest < 1 or large <= 0:
+    extra_rank, residual_df = large_rank - small_rank, n - large_rank
+    if extra_rank < 1 or residual_df < 1 or large_rss <= 0:
         return None, None
-    f = max(0.0, (small - large) / more) / (large / rest)
-    return f, f_tail(f, more, rest)
+    f = max(0.0, (small_rss - large_rss) / extra_rank) / (large_rss / residual_df)
+    return f, f_survival(f, extra_rank, residual_df)
 
 
-def f_tail(f: float, a: float, b: float) -> float:
+def f_survival(f: float, a: float, b: float) -> float:
     """P(F > f) with a and b degrees of freedom: the regularised incomplete beta function at b / (b + a f)."""
     return incomplete_beta(b / (b + a * f), b / 2, a / 2)
 
@@ -132,10 +147,10 @@ def incomplete_beta(x: float, a: float, b: float) -> float:
     scale = math.exp(
         math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
     )
-    return scale / (a * _fraction(x, a, b))
+    return scale / (a * _continued_fraction(x, a, b))
 
 
-def _fraction(x: float, a: float, b: float, terms: int = 400) -> float:
+def _continued_fraction(x: float, a: float, b: float, terms: int = 400) -> float:
     """1 + d1/(1 + d2/(1 + ...)), from its last term up."""
     value = 1.0
     for i in range(terms, 0, -1):

@@ -19,12 +19,12 @@ import numpy as np
 
 from service.errors import InvalidInput
 from service.kit.text import Span
-from service.scores.scores import ROUNDS, draws
-from service.studies.bootstrap import Array, mean_of, of_clusters, pooled
+from service.scores.scores import BOOTSTRAP_ROUNDS, bootstrap_counts
+from service.studies.bootstrap import Array, cluster_mean_with_interval, mean_with_interval, pooled_means
 
-Trace = Mapping[str, Any]
+TraceJson = Mapping[str, Any]
 
-ROWS = (
+TOKEN_ROWS = (
     "first subject token",
     "middle subject tokens",
     "last subject token",
@@ -32,12 +32,12 @@ ROWS = (
     "further tokens",
     "last token",
 )
-LAST_SUBJECT, LAST = ROWS[2], ROWS[5]
+LAST_SUBJECT, LAST = TOKEN_ROWS[2], TOKEN_ROWS[5]
 #: what the severed paths are compared by: ordinary - severed, of the same prompts
-LOST = ("mlp", "attn")
+SEVERED_PATHS = ("mlp", "attn")
 
 
-def places(subject: Span, length: int) -> dict[str, range]:
+def token_positions(subject: Span, length: int) -> dict[str, range]:
     """The tokens of each row in a prompt of `length` tokens."""
     b, e = subject
     tokens = (
@@ -48,35 +48,39 @@ def places(subject: Span, length: int) -> dict[str, range]:
         range(e + 1, length - 1),
         range(length - 1, length),
     )
-    return dict(zip(ROWS, tokens, strict=True))
+    return dict(zip(TOKEN_ROWS, tokens, strict=True))
 
 
-def effects(trace: Trace, kind: str) -> Array:
+def indirect_effects(trace: TraceJson, kind: str) -> Array:
     """score - low (T, L)."""
     scores: Array = np.asarray(trace["kinds"][kind]["scores"], dtype=np.float64)
     return scores - float(trace["low"])
 
 
-def average(traces: Sequence[Trace], rounds: int = ROUNDS, seed: int = 0) -> dict[str, Any]:
+def average_traces(
+    traces: Sequence[TraceJson], rounds: int = BOOTSTRAP_ROUNDS, seed: int = 0
+) -> dict[str, Any]:
     """The averages of traces that were made alike: `total_effect`, `kinds` by row and layer, `severed` by layer."""
     if not traces:
         raise InvalidInput("there is no trace to average: none of the facts is known to the model.", "facts")
-    drawn = draws(len(traces), rounds, seed)
-    where = [places(tuple(t["subject"]["tokens"]), len(t["tokens"])) for t in traces]
+    resample_counts = bootstrap_counts(len(traces), rounds, seed)
+    positions = [token_positions(tuple(t["subject"]["tokens"]), len(t["tokens"])) for t in traces]
     high, low = ([t[end] for t in traces] for end in ("high", "low"))
     return {
         "facts": len(traces),
         "layers": len(next(iter(traces[0]["kinds"].values()))["scores"][0]),
-        "high": mean_of(high, drawn),
-        "low": mean_of(low, drawn),
-        "total_effect": mean_of(np.subtract(high, low), drawn),
-        "alike": alike(traces),
-        "kinds": {kind: _kind(traces, where, kind, drawn) for kind in traces[0]["kinds"]},
-        "severed": severed(traces, drawn) if traces[0]["severed"] else None,
+        "high": mean_with_interval(high, resample_counts),
+        "low": mean_with_interval(low, resample_counts),
+        "total_effect": mean_with_interval(np.subtract(high, low), resample_counts),
+        "alike": count_coinciding_rows(traces),
+        "kinds": {
+            kind: _average_kind(traces, positions, kind, resample_counts) for kind in traces[0]["kinds"]
+        },
+        "severed": severed_effects(traces, resample_counts) if traces[0]["severed"] else None,
     }
 
 
-def alike(traces: Sequence[Trace]) -> dict[str, int]:
+def count_coinciding_rows(traces: Sequence[TraceJson]) -> dict[str, int]:
     """In how many prompts two rows are the same token."""
     spans = [(*t["subject"]["tokens"], len(t["tokens"])) for t in traces]
     return {
@@ -86,28 +90,37 @@ def alike(traces: Sequence[Trace]) -> dict[str, int]:
     }
 
 
-def _kind(
-    traces: Sequence[Trace], where: Sequence[Mapping[str, range]], kind: str, drawn: Array
+def _average_kind(
+    traces: Sequence[TraceJson], positions: Sequence[Mapping[str, range]], kind: str, resample_counts: Array
 ) -> dict[str, Any]:
-    found = [effects(t, kind) for t in traces]
-    return {row: _row(found, [w[row] for w in where], drawn) for row in ROWS}
+    trace_effects = [indirect_effects(t, kind) for t in traces]
+    return {
+        row: _average_row(trace_effects, [w[row] for w in positions], resample_counts) for row in TOKEN_ROWS
+    }
 
 
-def _row(found: Sequence[Array], tokens: Sequence[range], drawn: Array) -> dict[str, Any]:
+def _average_row(
+    trace_effects: Sequence[Array], tokens: Sequence[range], resample_counts: Array
+) -> dict[str, Any]:
     """One row of a map: by layer the mean and its interval, and where it is greatest."""
-    sums = np.stack([effect[list(at)].sum(0) for effect, at in zip(found, tokens, strict=True)])  # (n, L)
-    counts = np.asarray([len(at) for at in tokens], dtype=np.float64)
-    row = of_clusters(sums, counts, drawn) | {"tokens": int(counts.sum()), "peak": None}
+    sums = np.stack(
+        [effect[list(positions)].sum(0) for effect, positions in zip(trace_effects, tokens, strict=True)]
+    )  # (n, L)
+    counts = np.asarray([len(positions) for positions in tokens], dtype=np.float64)
+    row = cluster_mean_with_interval(sums, counts, resample_counts) | {
+        "tokens": int(counts.sum()),
+        "peak": None,
+    }
     if row["n"]:
-        row["peak"] = _peak(row, pooled(drawn, sums, counts))
+        row["peak"] = _peak(row, pooled_means(resample_counts, sums, counts))
     return row
 
 
-def _peak(row: Mapping[str, Any], of_draws: Array) -> dict[str, Any]:
+def _peak(row: Mapping[str, Any], resampled_means: Array) -> dict[str, Any]:
     """The layer of the greatest mean; `layers` is where it lies in nine of ten draws."""
     layer = int(np.argmax(row["mean"]))
-    some = of_draws[~np.isnan(of_draws).any(1)]
-    ends = np.quantile(some.argmax(1), [0.05, 0.95], method="nearest") if row["n"] > 1 else None
+    complete = resampled_means[~np.isnan(resampled_means).any(1)]
+    ends = np.quantile(complete.argmax(1), [0.05, 0.95], method="nearest") if row["n"] > 1 else None
     return {
         "layer": layer,
         "mean": row["mean"][layer],
@@ -117,11 +130,16 @@ def _peak(row: Mapping[str, Any], of_draws: Array) -> dict[str, Any]:
     }
 
 
-def severed(traces: Sequence[Trace], drawn: Array) -> dict[str, Any]:
+def severed_effects(traces: Sequence[TraceJson], resample_counts: Array) -> dict[str, Any]:
     """At the subject's last token, by layer: the effect with a path whole and cut, and what the cut loses (paired)."""
     paths = {
         path: np.stack([np.subtract(t["severed"]["scores"][path], t["low"]) for t in traces])
         for path in traces[0]["severed"]["scores"]
     }
-    lost = {path: mean_of(paths["none"] - paths[path], drawn) for path in LOST}
-    return {"paths": {path: mean_of(rows, drawn) for path, rows in paths.items()}, "lost": lost}
+    losses = {
+        path: mean_with_interval(paths["none"] - paths[path], resample_counts) for path in SEVERED_PATHS
+    }
+    return {
+        "paths": {path: mean_with_interval(rows, resample_counts) for path, rows in paths.items()},
+        "lost": losses,
+    }

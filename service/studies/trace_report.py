@@ -11,27 +11,30 @@ from functools import partial
 from typing import Any
 
 from service.kit import plotting
-from service.kit.plotting import INK, RULE, SOFT, Draw, Sheet
-from service.studies.trace_averages import LAST, LAST_SUBJECT, ROWS
-from service.tracing.heatmap import BARS, STYLES, draw_bars, draw_map
+from service.kit.plotting import FOREGROUND, GRID_COLOUR, MUTED, DrawFunction, FigureBuilder
+from service.studies.trace_averages import LAST, LAST_SUBJECT, TOKEN_ROWS
+from service.tracing.heatmap import KIND_STYLES, SEVERED_STYLES, draw_bars, draw_map
 
 Study = dict[str, Any]
 
 #: the rows whose lines are drawn, with their interval, and how
-LINES = {LAST_SUBJECT: ("-", 1.8), LAST: ("--", 1.4), "first subsequent token": (":", 1.2)}
+LINE_STYLES = {LAST_SUBJECT: ("-", 1.8), LAST: ("--", 1.4), "first subsequent token": (":", 1.2)}
 COLOURS = {"hidden": "#6a51a3", "mlp": "#238b45", "attn": "#cb181d"}
-WHOLE = {
+KIND_NAMES = {
     "hidden": "single hidden states",
     "mlp": "windows of MLP outputs",
     "attn": "windows of attention outputs",
 }
-COLUMNS = ("restored", "token", "prompts", "tokens", "AIE", "95 % interval", "layer", "layers of 90 %")
+TABLE_COLUMNS = ("restored", "token", "prompts", "tokens", "AIE", "95 % interval", "layer", "layers of 90 %")
 
 
-def figures(study: Study) -> dict[str, Draw]:
+def figures(study: Study) -> dict[str, DrawFunction]:
     """Every figure by the name of its file."""
-    made: dict[str, Draw] = {"maps": partial(_maps, study), "lines": partial(_lines, study)}
-    return made | ({"severed": partial(_severed, study)} if study["severed"] else {})
+    drawings: dict[str, DrawFunction] = {
+        "maps": partial(_map_panels, study),
+        "lines": partial(_line_panels, study),
+    }
+    return drawings | ({"severed": partial(_severed_bars, study)} if study["severed"] else {})
 
 
 def title(study: Study) -> str:
@@ -41,28 +44,28 @@ def title(study: Study) -> str:
 # Drawing
 
 
-def _head(sheet: Sheet, study: Study) -> None:
-    sheet.write(0.2, 0.3, title(study), fontsize=12.5, weight="bold", va="center")
-    sheet.write(0.2, 0.58, _conditions(study), fontsize=8.5, va="center", color=SOFT)
+def _draw_heading(builder: FigureBuilder, study: Study) -> None:
+    builder.add_text(0.2, 0.3, title(study), fontsize=12.5, weight="bold", va="center")
+    builder.add_text(0.2, 0.58, _conditions_text(study), fontsize=8.5, va="center", color=MUTED)
 
 
-def _maps(study: Study) -> Sheet:
+def _map_panels(study: Study) -> FigureBuilder:
     """Rows of tokens down, layers across, a map for each kind; one scale for all."""
     kinds, layers = study["kinds"], study["layers"]
-    margin, top, foot, gap, tall = 1.95, 1.28, 1.12, 0.42, 0.3 * len(ROWS)
+    margin, top, foot, gap, tall = 1.95, 1.28, 1.12, 0.42, 0.3 * len(TOKEN_ROWS)
     wide = min(6.0, max(2.6, 0.115 * layers))
-    sheet = Sheet(margin + len(kinds) * (wide + gap), top + tall + foot)
-    _head(sheet, study)
-    for i, row in enumerate(ROWS):
+    builder = FigureBuilder(margin + len(kinds) * (wide + gap), top + tall + foot)
+    _draw_heading(builder, study)
+    for i, row in enumerate(TOKEN_ROWS):
         weight = "bold" if "subject" in row else "normal"
-        y = top + tall * (i + 0.5) / len(ROWS)
-        sheet.write(margin - 0.09, y, row, ha="right", va="center", fontsize=8.5, weight=weight)
-    maps = {kind: [_clipped(rows[row]["mean"], layers) for row in ROWS] for kind, rows in kinds.items()}
+        y = top + tall * (i + 0.5) / len(TOKEN_ROWS)
+        builder.add_text(margin - 0.09, y, row, ha="right", va="center", fontsize=8.5, weight=weight)
+    maps = {kind: [_clipped(rows[row]["mean"], layers) for row in TOKEN_ROWS] for kind, rows in kinds.items()}
     high = max(max(map(max, scores)) for scores in maps.values())
     for i, (kind, scores) in enumerate(maps.items()):
         box = (margin + i * (wide + gap), top, wide, tall)
-        draw_map(sheet, box, kind, scores, (0.0, max(high, 1e-9)), study["window"], "AIE")
-    return sheet
+        draw_map(builder, box, kind, scores, (0.0, max(high, 1e-9)), study["window"], "AIE")
+    return builder
 
 
 def _clipped(means: Sequence[float] | None, layers: int) -> list[float]:
@@ -70,69 +73,71 @@ def _clipped(means: Sequence[float] | None, layers: int) -> list[float]:
     return [math.nan] * layers if means is None else [max(0.0, x) for x in means]
 
 
-def _lines(study: Study) -> Sheet:
+def _line_panels(study: Study) -> FigureBuilder:
     """AIE by layer at the tokens that matter, a panel for each kind, with intervals."""
     kinds, layers = study["kinds"], study["layers"]
     wide, tall, left, top, gap = max(2.6, min(6.0, 0.115 * layers)), 2.1, 0.62, 1.55, 0.42
-    sheet = Sheet(left + len(kinds) * (wide + gap), top + tall + 0.75)
-    _head(sheet, study)
-    ends = [
+    builder = FigureBuilder(left + len(kinds) * (wide + gap), top + tall + 0.75)
+    _draw_heading(builder, study)
+    bounds = [
         kinds[k][row][end]
         for k in kinds
-        for row in LINES
+        for row in LINE_STYLES
         for end in ("low", "high", "mean")
         if kinds[k][row][end]
     ]
-    floor, ceiling = min(map(min, ends)), max(map(max, ends))
-    room = 0.05 * (ceiling - floor) + 1e-9
+    floor, ceiling = min(map(min, bounds)), max(map(max, bounds))
+    padding = 0.05 * (ceiling - floor) + 1e-9
     for i, (kind, rows) in enumerate(kinds.items()):
-        at = left + i * (wide + gap)
-        axes = sheet.axes(at, top, wide, tall)
-        for row, (dash, width) in LINES.items():
-            if (found := rows[row])["mean"]:
-                axes.plot(found["mean"], dash, color=COLOURS[kind], linewidth=width, label=row)
-            if found["low"]:
+        x = left + i * (wide + gap)
+        axes = builder.add_axes(x, top, wide, tall)
+        for row, (dash, width) in LINE_STYLES.items():
+            if (estimate := rows[row])["mean"]:
+                axes.plot(estimate["mean"], dash, color=COLOURS[kind], linewidth=width, label=row)
+            if estimate["low"]:
                 axes.fill_between(
-                    range(layers), found["low"], found["high"], color=COLOURS[kind], alpha=0.13, lw=0
+                    range(layers), estimate["low"], estimate["high"], color=COLOURS[kind], alpha=0.13, lw=0
                 )
-        axes.set_ylim(floor - room, ceiling + room)
+        axes.set_ylim(floor - padding, ceiling + padding)
         axes.set_xticks(range(0, layers, math.ceil(layers / 10)))
         axes.margins(x=0.02)
-        axes.axhline(0, color=INK, linewidth=0.6)
-        axes.grid(axis="y", color=RULE, linewidth=0.5)
+        axes.axhline(0, color=FOREGROUND, linewidth=0.6)
+        axes.grid(axis="y", color=GRID_COLOUR, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelleft=i == 0)
-        _, what, axis = STYLES[kind]
-        middle = at + wide / 2
-        sheet.write(middle, top - 0.2, f"AIE of restoring {what}", ha="center", va="center", fontsize=10)
+        _, what, axis = KIND_STYLES[kind]
+        middle = x + wide / 2
+        builder.add_text(middle, top - 0.2, f"AIE of restoring {what}", ha="center", va="center", fontsize=10)
         label = axis.replace("{}", str(study["window"]))
-        sheet.write(middle, top + tall + 0.36, label, ha="center", va="center", fontsize=8, color=SOFT)
+        builder.add_text(middle, top + tall + 0.36, label, ha="center", va="center", fontsize=8, color=MUTED)
         if i == 0:
             legend = axes.legend(
-                frameon=False, fontsize=8, ncols=3, labelcolor=INK, borderpad=0, handlelength=2.4,
+                frameon=False, fontsize=8, ncols=3, labelcolor=FOREGROUND, borderpad=0, handlelength=2.4,
                 loc="lower left", bbox_to_anchor=(0.0, 1 + 0.42 / tall),
             )  # fmt: skip
             for line in legend.get_lines():
-                line.set_color(INK)
-    return sheet
+                line.set_color(FOREGROUND)
+    return builder
 
 
-def _severed(study: Study) -> Sheet:
+def _severed_bars(study: Study) -> FigureBuilder:
     """The paper's Figure 3: bars by layer, ordinary and with a path cut, with intervals."""
     wide = min(14.0, max(7.4, 0.34 * study["layers"]))
-    sheet = Sheet(wide + 0.95, 1.35 + 2.2 + 0.7)
-    _head(sheet, study)
+    builder = FigureBuilder(wide + 0.95, 1.35 + 2.2 + 0.7)
+    _draw_heading(builder, study)
     paths = study["severed"]["paths"]
-    ends = {p: (paths[p]["low"], paths[p]["high"]) for p in BARS} if study["facts"] > 1 else None
-    means = {p: paths[p]["mean"] for p in BARS}
-    draw_bars(sheet, (0.62, 1.35, wide, 2.2), means, f"AIE at the {LAST_SUBJECT}", ends)
-    return sheet
+    intervals = (
+        {p: (paths[p]["low"], paths[p]["high"]) for p in SEVERED_STYLES} if study["facts"] > 1 else None
+    )
+    means = {p: paths[p]["mean"] for p in SEVERED_STYLES}
+    draw_bars(builder, (0.62, 1.35, wide, 2.2), means, f"AIE at the {LAST_SUBJECT}", intervals)
+    return builder
 
 
 # Words
 
 
-def _conditions(study: Study) -> str:
+def _conditions_text(study: Study) -> str:
     noise = study["noise"]
     times = f"{noise['factor']:g}σ = " if noise["factor"] is not None else ""
     return (
@@ -141,9 +146,9 @@ def _conditions(study: Study) -> str:
     )
 
 
-def ends(figure: dict[str, Any]) -> str:
+def interval_text(estimate: dict[str, Any]) -> str:
     """An interval in words; one prompt has none."""
-    return "–" if figure["low"] is None else f"{figure['low']:.3f} to {figure['high']:.3f}"
+    return "–" if estimate["low"] is None else f"{estimate['low']:.3f} to {estimate['high']:.3f}"
 
 
 def sentences(study: Study) -> list[str]:
@@ -160,61 +165,65 @@ def sentences(study: Study) -> list[str]:
             f"{study['asked']} facts were asked and {study['facts']} traced: those whose object is the model's own greedy "
             f"answer. Left out: {out}. Noise of deviation {noise['level']:.4g}{times} was added to the embeddings of the "
             f"subject, {study['samples']} times a fact. The probability of the object falls from {study['high']['mean']:.3f} "
-            f"to {study['low']['mean']:.3f}: the average total effect is {total['mean']:.3f} ({ends(total)})."
+            f"to {study['low']['mean']:.3f}: the average total effect is {total['mean']:.3f} ({interval_text(total)})."
         ),
         (
             "A cell shows the average indirect effect (AIE): how much of that probability comes back when one state is put "
             "back as it was in the clean run. Intervals are of 95 % and draw whole prompts again, not tokens."
         ),
     ]
-    lines += [_site(study, kind) for kind in study["kinds"]]
-    lines += [_cut(study, path) for path in study["severed"]["lost"]] if study["severed"] else []
-    return [*lines, _alike(study)]
+    lines += [_peak_sentence(study, kind) for kind in study["kinds"]]
+    lines += [_severed_sentence(study, path) for path in study["severed"]["lost"]] if study["severed"] else []
+    return [*lines, _coinciding_sentence(study)]
 
 
-def _site(study: Study, kind: str) -> str:
+def _peak_sentence(study: Study, kind: str) -> str:
     """Where a kind is strongest at the subject's end and at the prompt's, whose last hidden state is the answer itself."""
     rows = (LAST_SUBJECT,) if kind == "hidden" else (LAST_SUBJECT, LAST)
     peaks = {row: peak for row in rows if (peak := study["kinds"][kind][row]["peak"])}
-    said = [
-        f"{peak['mean']:.3f} ({ends(peak)}) around layer {peak['layer']} at the {row}"
+    peak_texts = [
+        f"{peak['mean']:.3f} ({interval_text(peak)}) around layer {peak['layer']} at the {row}"
         for row, peak in peaks.items()
     ]
-    return f"Of {WHOLE[kind]}, the most comes back: {' and '.join(said)}."
+    return f"Of {KIND_NAMES[kind]}, the most comes back: {' and '.join(peak_texts)}."
 
 
-def _cut(study: Study, path: str) -> str:
+def _severed_sentence(study: Study, path: str) -> str:
     """What cutting a path at the subject's last token loses, at the layer where it loses most."""
-    lost, whole = study["severed"]["lost"][path], study["severed"]["paths"]["none"]
-    layer = max(range(study["layers"]), key=lambda m: lost["mean"][m])
-    at = {end: None if lost[end] is None else lost[end][layer] for end in ("low", "high")}
+    losses, whole = study["severed"]["lost"][path], study["severed"]["paths"]["none"]
+    layer = max(range(study["layers"]), key=lambda m: losses["mean"][m])
+    bounds = {end: None if losses[end] is None else losses[end][layer] for end in ("low", "high")}
     return (
-        f"Cutting the {STYLES[path][1]} path at the {LAST_SUBJECT} loses most at layer {layer}: {lost['mean'][layer]:.3f} "
-        f"({ends(at)}), where the whole effect is {whole['mean'][layer]:.3f}."
+        f"Cutting the {KIND_STYLES[path][1]} path at the {LAST_SUBJECT} loses most at layer {layer}: {losses['mean'][layer]:.3f} "
+        f"({interval_text(bounds)}), where the whole effect is {whole['mean'][layer]:.3f}."
     )
 
 
-def _alike(study: Study) -> str:
-    said = "; ".join(f"{what}: {n}" for what, n in study["alike"].items())
-    return f"Prompts in which two rows are the same token, which then counts in both. {said}."
+def _coinciding_sentence(study: Study) -> str:
+    counts_text = "; ".join(f"{what}: {n}" for what, n in study["alike"].items())
+    return f"Prompts in which two rows are the same token, which then counts in both. {counts_text}."
 
 
-def rows(study: Study) -> list[tuple[Any, ...]]:
+def table_rows(study: Study) -> list[tuple[Any, ...]]:
     """The table: for each kind and row its strongest layer, in the order of COLUMNS."""
-    made: list[tuple[Any, ...]] = []
-    for kind, found in study["kinds"].items():
-        for name, row in found.items():
+    table: list[tuple[Any, ...]] = []
+    for kind, kind_rows in study["kinds"].items():
+        for name, row in kind_rows.items():
             peak = row["peak"]
             figures: tuple[Any, ...] = (None,) * 4
             if peak:
                 spread = peak["layers"] and "–".join(map(str, dict.fromkeys(peak["layers"])))
-                figures = (peak["mean"], ends(peak), peak["layer"], spread)
-            made.append((STYLES[kind][1], name, row["n"], row["tokens"], *figures))
-    return made
+                figures = (peak["mean"], interval_text(peak), peak["layer"], spread)
+            table.append((KIND_STYLES[kind][1], name, row["n"], row["tokens"], *figures))
+    return table
 
 
 def page(study: Study) -> str:
     """A page that needs nothing else: the words, the figures, the table."""
-    pictures = "".join(plotting.inline(plotting.svg(draw, title(study))) for draw in figures(study).values())
-    words = plotting.paragraphs(sentences(study))
-    return plotting.page(title(study), words + pictures + plotting.table(COLUMNS, rows(study)))
+    pictures = "".join(
+        plotting.inline_svg(plotting.render_svg(draw, title(study))) for draw in figures(study).values()
+    )
+    words = plotting.html_paragraphs(sentences(study))
+    return plotting.html_page(
+        title(study), words + pictures + plotting.html_table(TABLE_COLUMNS, table_rows(study))
+    )

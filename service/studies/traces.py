@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from service.kit.artifact_store import Kept, get_json, put_json
-from service.kit.steps import Progress, Steps, within
+from service.kit.artifact_store import ArtifactStore, get_json, put_json
+from service.kit.steps import Progress, Stepper, report_as
 from service.models.loading import LoadedModel
 from service.studies.facts import Fact
-from service.studies.known_facts import known_steps, run_name
-from service.studies.trace_averages import average
-from service.tracing.fast_trace import trace_steps
-from service.tracing.noise import Level, level
-from service.tracing.reference import KINDS
+from service.studies.known_facts import find_known_facts, run_artifact_name
+from service.studies.trace_averages import average_traces
+from service.tracing.fast_trace import trace_statement
+from service.tracing.noise import NoiseLevel, parse_noise_level
+from service.tracing.reference import TRACE_KINDS
 
 
 @dataclass(frozen=True)
 class TracePlan:
     """How every fact is traced."""
 
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = TRACE_KINDS
     window: int = 10
     samples: int = 10
     noise: float | str = "3sigma"  #: a multiple of sigma is measured over the subjects of all facts
@@ -29,50 +29,52 @@ class TracePlan:
     seed: int = 1
 
 
-def usual_window(layers: int) -> int:
+def default_window(layers: int) -> int:
     """A fifth of the layers, at most 10: what 10 are of GPT-2 XL's 48."""
     return max(1, min(10, round(layers / 5)))
 
 
-def level_of(model: LoadedModel, plan: TracePlan, facts: Sequence[Fact]) -> Level:
+def study_noise_level(model: LoadedModel, plan: TracePlan, facts: Sequence[Fact]) -> NoiseLevel:
     """The noise of a study, measured once."""
-    return level(model, plan.noise, [f.subject for f in facts])
+    return parse_noise_level(model, plan.noise, [f.subject for f in facts])
 
 
-def stored_trace_steps(
-    model: LoadedModel, fact: Fact, plan: TracePlan, noise: Level, kept: Kept
-) -> Steps[dict[str, Any]]:
+def load_or_trace(
+    model: LoadedModel, fact: Fact, plan: TracePlan, noise: NoiseLevel, store: ArtifactStore
+) -> Stepper[dict[str, Any]]:
     """The trace of one fact as JSON: what is kept of it, else made and kept."""
-    how = asdict(plan) | {"noise": noise.value}
-    name = run_name("trace", model.fingerprint, fact.to_json(), how)
-    found: dict[str, Any] | None = get_json(kept, name)
-    if found is None:
-        traced = yield from trace_steps(model, fact.statement, fact.object, **how)
-        found = {"fact": fact.to_json(), **traced.to_json()}
-        put_json(kept, name, found)
-    return found
+    settings = asdict(plan) | {"noise": noise.value}
+    name = run_artifact_name("trace", model.fingerprint, fact.to_json(), settings)
+    stored: dict[str, Any] | None = get_json(store, name)
+    if stored is None:
+        trace = yield from trace_statement(model, fact.statement, fact.object, **settings)
+        stored = {"fact": fact.to_json(), **trace.to_json()}
+        put_json(store, name, stored)
+    return stored
 
 
-def trace_study_steps(
-    model: LoadedModel, facts: Sequence[Fact], plan: TracePlan, kept: Kept, limit: int | None = None
-) -> Steps[dict[str, Any]]:
+def run_trace_study(
+    model: LoadedModel, facts: Sequence[Fact], plan: TracePlan, store: ArtifactStore, limit: int | None = None
+) -> Stepper[dict[str, Any]]:
     """Trace those of the first `limit` facts that the model knows, and average. JSON-able."""
-    noise = level_of(model, plan, facts)
+    noise = study_noise_level(model, plan, facts)
     chosen = facts[:limit]
-    asked = yield from known_steps(model, chosen)
+    known_facts = yield from find_known_facts(model, chosen)
     traces = []
-    for done, place in enumerate(asked.known):
-        now = Progress("trace", done, len(asked.known))
-        traces.append((yield from within(stored_trace_steps(model, chosen[place], plan, noise, kept), now)))
+    for done, index in enumerate(known_facts.indices):
+        progress = Progress("trace", done, len(known_facts.indices))
+        traces.append(
+            (yield from report_as(load_or_trace(model, chosen[index], plan, noise, store), progress))
+        )
     yield Progress("average", 0, 1)
     return {
         "study": "trace",
-        "model": {"name": model.name, "fingerprint": model.fingerprint, "layers": model.layers},
+        "model": {"name": model.name, "fingerprint": model.fingerprint, "layers": model.num_layers},
         "asked": len(chosen),
-        "left_out": asked.left_out(),
+        "left_out": known_facts.left_out(),
         "noise": {"level": noise.value, "factor": noise.factor, "sigma": noise.sigma, "subjects": len(facts)},
         "window": plan.window,
         "samples": plan.samples,
         "seed": plan.seed,
-        **average(traces),
+        **average_traces(traces),
     }

@@ -25,29 +25,29 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from service.kit.steps import Progress, Steps
+from service.kit.steps import Progress, Stepper
 from service.kit.text import Statement
-from service.models.block_runner import Blocks, Passage, Past
-from service.models.budget import block_operations, step_budget
-from service.models.hooks import capture, replace
+from service.models.block_runner import BlockInputs, BlockRunner, LayerKV
+from service.models.budget import block_flops, step_budget
+from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
-from service.models.memory_estimates import admit, trace_bytes
-from service.tracing.interventions import PATHS, Cell, Track, cells_of
+from service.models.memory_estimates import require_memory, trace_bytes
+from service.tracing.interventions import CELL_NAME_BY_PATH, CorruptedRun, TraceCell, list_cells
 from service.tracing.noise import corrupt
-from service.tracing.reference import CUTS, KINDS, modules
-from service.tracing.result import TraceResult, conclude
-from service.tracing.trace_input import Question, ask
+from service.tracing.reference import SEVERABLE_KINDS, TRACE_KINDS, modules_of_kind
+from service.tracing.result import TraceResult, build_trace_result
+from service.tracing.trace_input import TraceInput, build_trace_input
 
-Key = tuple[str, int, int]
-Tick = Callable[[], Progress]
+CellKey = tuple[str, int, int]
+NextProgress = Callable[[], Progress]
 
 
-def trace_steps(
+def trace_statement(
     model: LoadedModel,
     statement: Statement,
     target: str | None = None,
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = TRACE_KINDS,
     window: int = 10,
     samples: int = 10,
     noise: float | str = "3sigma",
@@ -55,227 +55,279 @@ def trace_steps(
     seed: int = 1,
     compat: str | None = None,
     subjects: Sequence[str] = (),
-) -> Steps[TraceResult]:
+) -> Stepper[TraceResult]:
     """Trace a statement: the paper's three maps, and the severed paths when asked for.
 
     `target` is the answer whose probability is followed, of any number of tokens; the model's own next
     token when left out. `subjects` are those over which "3sigma" is measured (see `noise.embedding_deviation`).
     """
-    q = ask(model, statement, target, samples, noise, seed, compat, subjects)
-    tracer = Tracer(model, q, cells_of(q, kinds, window, severed, model.layers))
+    trace_input = build_trace_input(model, statement, target, samples, noise, seed, compat, subjects)
+    tracer = FastTracer(model, trace_input, list_cells(trace_input, kinds, window, severed, model.num_layers))
     yield Progress("prepare", 1, 1)
-    yield from tracer.run_steps()
-    found = yield from tracer.score_steps()
-    layers, last = range(model.layers), q.subject[1] - 1
-    grids = {kind: [[found[kind, t, m] for m in layers] for t in range(q.length)] for kind in kinds}
-    paths = {cut: [found[name, last, m] for m in layers] for cut, name in PATHS.items()} if severed else None
-    return conclude(q, tracer.high, tracer.low, grids, paths, window)
+    yield from tracer.compute_base_runs()
+    scores = yield from tracer.score_cells()
+    layers, last = range(model.num_layers), trace_input.subject[1] - 1
+    grids = {
+        kind: [[scores[kind, t, m] for m in layers] for t in range(trace_input.prompt_length)]
+        for kind in kinds
+    }
+    paths = (
+        {cut: [scores[name, last, m] for m in layers] for cut, name in CELL_NAME_BY_PATH.items()}
+        if severed
+        else None
+    )
+    return build_trace_result(trace_input, tracer.high, tracer.low, grids, paths, window)
 
 
 @dataclass(frozen=True)
-class Run:
+class BaseRuns:
     """What whole texts leave behind, by layer. Row 0 is the clean run; the others are the corrupted ones."""
 
     states: list[Tensor]  #: what enters a block, and at the end what leaves the last: (1 + R, T, d)
-    past: list[Past]
+    past: list[LayerKV]
     outputs: dict[str, list[Tensor]]  #: of the modules, by kind: (1 + R, T, d)
 
 
 @dataclass(frozen=True)
-class Suffix:
+class SuffixInputs:
     """The positions from a token on, as blocks are called with them."""
 
     token: int
-    whole: Passage
-    first: Passage  #: the token alone
-    quiet: Passage | None  #: those that say nothing of the answer
+    all_positions: BlockInputs
+    first_position: BlockInputs  #: the token alone
+    before_answer: BlockInputs | None  #: those that say nothing of the answer
 
 
-class Tracer:
+class FastTracer:
     """The clean run and the corrupted runs of one question, and what they say about cells."""
 
-    run: Run
+    base_runs: BaseRuns
     high: float
     low: float
 
-    def __init__(self, model: LoadedModel, q: Question, cells: Sequence[Cell]) -> None:
-        self.model, self.q, self.cells = model, q, cells
-        self.said = len(q.answer_ids)  # positions that say the answer: the last ones
-        self.tokens = step_budget(model) // block_operations(model)  # that one step may take through a block
-        head = 2 * model.head.weight.numel() * self.said  # type: ignore[operator]
-        self.ends = max(1, step_budget(model) // head)  # tracks that one step may take through the head
-        self.tracks = {
-            c: [c.track(sample, q, model.layers) for sample in range(q.samples)]
+    def __init__(self, model: LoadedModel, trace_input: TraceInput, cells: Sequence[TraceCell]) -> None:
+        self.model, self.trace_input, self.cells = model, trace_input, cells
+        self.answer_length = len(trace_input.answer_ids)  # positions that say the answer: the last ones
+        self.tokens_per_step = step_budget(model) // block_flops(
+            model
+        )  # that one step may take through a block
+        head = 2 * model.lm_head.weight.numel() * self.answer_length  # type: ignore[operator]
+        self.head_rows_per_step = max(
+            1, step_budget(model) // head
+        )  # tracks that one step may take through the head
+        self.runs_by_cell = {
+            c: [
+                c.corrupted_run(sample, trace_input, model.num_layers)
+                for sample in range(trace_input.samples)
+            ]
             for c in cells
-            if not c.is_low(q, model.layers)
+            if not c.is_low(trace_input, model.num_layers)
         }
-        tokens = sorted({c.token for c in self.tracks})
-        plan = {at: {t for c, some in self.tracks.items() if c.token == at for t in some} for at in tokens}
-        counts = {token: len(some) for token, some in plan.items()} or None
-        needed = trace_bytes(model, len(q.ids), q.samples, counts, self.said)
-        admit("this trace", needed, model.device, "use fewer samples or a shorter prompt", "samples")
-        self.plan = {token: self._chunks(token, some) for token, some in plan.items()}
-        self.modules = {kind: modules(model, kind) for kind in CUTS}
-        self.blocks = Blocks(model)
-        self.ids = torch.tensor([q.ids], device=model.device)
-        self.saying = self.blocks.enter(self.ids[:, -self.said :], q.length - 1)
+        tokens = sorted({c.token for c in self.runs_by_cell})
+        runs_by_token = {
+            at: {t for c, some in self.runs_by_cell.items() if c.token == at for t in some} for at in tokens
+        }
+        counts = {token: len(some) for token, some in runs_by_token.items()} or None
+        needed = trace_bytes(model, len(trace_input.ids), trace_input.samples, counts, self.answer_length)
+        require_memory("this trace", needed, model.device, "use fewer samples or a shorter prompt", "samples")
+        self.chunks_by_token = {token: self._chunks(token, some) for token, some in runs_by_token.items()}
+        self.modules_by_kind = {kind: modules_of_kind(model, kind) for kind in SEVERABLE_KINDS}
+        self.block_runner = BlockRunner(model)
+        self.ids = torch.tensor([trace_input.ids], device=model.device)
+        self.answer_inputs = self.block_runner.capture_block_inputs(
+            self.ids[:, -self.answer_length :], trace_input.prompt_length - 1
+        )
 
-    def run_steps(self) -> Steps[None]:
+    def compute_base_runs(self) -> Stepper[None]:
         """The clean run and the corrupted ones, through all blocks."""
-        passage = self.blocks.enter(self.ids, 0)
-        rows = self.ids.expand(1 + self.q.samples, -1)
-        self.run = Run([self.blocks.enter(rows, 0, self._disturb).hidden], [], {kind: [] for kind in CUTS})
-        size = self._rows(len(self.q.ids))
-        tick = _counter("run", self.model.layers * -(-len(rows) // size))
-        for layer in range(self.model.layers):
-            done = []
-            for part in torch.split(self.run.states[layer], size):
-                with capture({kind: self.modules[kind][layer] for kind in CUTS}) as seen:
-                    hidden, past = self.blocks.run(passage, layer, part, None)
-                done.append((hidden, *past, *(seen[kind].reshape(hidden.shape) for kind in CUTS)))
+        inputs = self.block_runner.capture_block_inputs(self.ids, 0)
+        rows = self.ids.expand(1 + self.trace_input.samples, -1)
+        self.base_runs = BaseRuns(
+            [self.block_runner.capture_block_inputs(rows, 0, self._corrupt_rows).hidden],
+            [],
+            {kind: [] for kind in SEVERABLE_KINDS},
+        )
+        size = self._rows_per_step(len(self.trace_input.ids))
+        tick = _progress_counter("run", self.model.num_layers * -(-len(rows) // size))
+        for layer in range(self.model.num_layers):
+            outputs_by_part = []
+            for part in torch.split(self.base_runs.states[layer], size):
+                with capture(
+                    {kind: self.modules_by_kind[kind][layer] for kind in SEVERABLE_KINDS}
+                ) as captured:
+                    hidden, past = self.block_runner.run(inputs, layer, part, None)
+                outputs_by_part.append(
+                    (hidden, *past, *(captured[kind].reshape(hidden.shape) for kind in SEVERABLE_KINDS))
+                )
                 yield tick()
-            state, keys, values, *outputs = (torch.cat(parts) for parts in zip(*done, strict=True))
-            self.run.states.append(state)
-            self.run.past.append((keys, values))
-            for kind, output in zip(CUTS, outputs, strict=True):
-                self.run.outputs[kind].append(output)
-        p = self._joint(self.run.states[-1][:, -self.said :])
+            state, keys, values, *outputs = (torch.cat(parts) for parts in zip(*outputs_by_part, strict=True))
+            self.base_runs.states.append(state)
+            self.base_runs.past.append((keys, values))
+            for kind, output in zip(SEVERABLE_KINDS, outputs, strict=True):
+                self.base_runs.outputs[kind].append(output)
+        p = self._answer_probability(self.base_runs.states[-1][:, -self.answer_length :])
         self.high, self.low = p[0].item(), p[1:].mean().item()
 
-    def _disturb(self, embedded: Tensor) -> Tensor:
-        corrupt(embedded[1:], self.q.subject, self.q.noise)
+    def _corrupt_rows(self, embedded: Tensor) -> Tensor:
+        corrupt(embedded[1:], self.trace_input.subject, self.trace_input.noise)
         return embedded
 
-    def score_steps(self) -> Steps[dict[Key, float]]:
+    def score_cells(self) -> Stepper[dict[CellKey, float]]:
         """The score of every cell."""
-        tick = _counter("trace", sum(map(self._steps, self.plan.values())))
-        p: dict[tuple[int, Track], float] = {}
-        for token, chunks in self.plan.items():
-            found = yield from self._token_steps(token, chunks, tick)
-            p |= {(token, track): value for track, value in found.items()}
+        tick = _progress_counter("trace", sum(map(self._count_steps, self.chunks_by_token.values())))
+        p: dict[tuple[int, CorruptedRun], float] = {}
+        for token, chunks in self.chunks_by_token.items():
+            token_scores = yield from self._score_token(token, chunks, tick)
+            p |= {(token, track): value for track, value in token_scores.items()}
         scores = {c.key: self.low for c in self.cells}
-        for cell, tracks in self.tracks.items():
+        for cell, tracks in self.runs_by_cell.items():
             scores[cell.key] = sum(p[cell.token, track] for track in tracks) / len(tracks)
         return scores
 
-    def _rows(self, positions: int) -> int:
-        return max(1, self.tokens // positions)
+    def _rows_per_step(self, positions: int) -> int:
+        return max(1, self.tokens_per_step // positions)
 
-    def _chunks(self, token: int, tracks: set[Track]) -> list[list[Track]]:
+    def _chunks(self, token: int, runs: set[CorruptedRun]) -> list[list[CorruptedRun]]:
         """Tracks of one token, cut evenly so that no step is long."""
-        rows = sorted(tracks)
-        parts = -(-len(rows) // self._rows(len(self.q.ids) - token))
+        rows = sorted(runs)
+        parts = -(-len(rows) // self._rows_per_step(len(self.trace_input.ids) - token))
         size = -(-len(rows) // parts)
         return [rows[at : at + size] for at in range(0, len(rows), size)]
 
-    def _steps(self, chunks: Sequence[Sequence[Track]]) -> int:
-        heads = -(-sum(map(len, chunks)) // self.ends)
-        return heads + sum(self.model.layers - chunk[0].entry for chunk in chunks)
+    def _count_steps(self, chunks: Sequence[Sequence[CorruptedRun]]) -> int:
+        heads = -(-sum(map(len, chunks)) // self.head_rows_per_step)
+        return heads + sum(self.model.num_layers - chunk[0].entry_layer for chunk in chunks)
 
-    def _token_steps(
-        self, token: int, chunks: Sequence[Sequence[Track]], tick: Tick
-    ) -> Steps[dict[Track, float]]:
+    def _score_token(
+        self, token: int, chunks: Sequence[Sequence[CorruptedRun]], tick: NextProgress
+    ) -> Stepper[dict[CorruptedRun, float]]:
         """p(answer) of all tracks of one token."""
-        suffix = self._suffix(token)
-        tracks: list[Track] = []
-        said: list[Tensor] = []
+        suffix = self._suffix_inputs(token)
+        runs: list[CorruptedRun] = []
+        answer_hidden: list[Tensor] = []
         for chunk in chunks:
-            there, hidden = yield from self._sweep(suffix, chunk, tick)
-            tracks += there
-            said.append(hidden[:, -self.said :].clone())
+            finished_runs, hidden = yield from self._run_blocks(suffix, chunk, tick)
+            runs += finished_runs
+            answer_hidden.append(hidden[:, -self.answer_length :].clone())
         p: list[float] = []
-        for part in torch.split(torch.cat(said), self.ends):
-            p += self._joint(part).tolist()
+        for part in torch.split(torch.cat(answer_hidden), self.head_rows_per_step):
+            p += self._answer_probability(part).tolist()
             yield tick()
-        return dict(zip(tracks, p, strict=True))
+        return dict(zip(runs, p, strict=True))
 
-    def _suffix(self, token: int) -> Suffix:
-        ids, enter = self.ids[:, token:], self.blocks.enter
-        quiet = ids[:, : -self.said]
-        return Suffix(
+    def _suffix_inputs(self, token: int) -> SuffixInputs:
+        ids, capture_inputs = self.ids[:, token:], self.block_runner.capture_block_inputs
+        ids_before_answer = ids[:, : -self.answer_length]
+        return SuffixInputs(
             token,
-            enter(ids, token),
-            enter(ids[:, :1], token),
-            enter(quiet, token) if quiet.shape[1] else None,
+            capture_inputs(ids, token),
+            capture_inputs(ids[:, :1], token),
+            capture_inputs(ids_before_answer, token) if ids_before_answer.shape[1] else None,
         )
 
-    def _sweep(self, suffix: Suffix, chunk: Sequence[Track], tick: Tick) -> Steps[tuple[list[Track], Tensor]]:
+    def _run_blocks(
+        self, suffix: SuffixInputs, chunk: Sequence[CorruptedRun], tick: NextProgress
+    ) -> Stepper[tuple[list[CorruptedRun], Tensor]]:
         """One way up the blocks: what the last one gives for each track."""
-        tracks: list[Track] = []
-        hidden = self.run.states[0][:0, suffix.token :]
-        for layer in range(chunk[0].entry, self.model.layers):
-            above = dict.fromkeys(track.below(layer + 1) for track in chunk if track.entry <= layer)
-            tracks, hidden = self._climb(suffix, layer, tracks, hidden, list(above))
+        runs: list[CorruptedRun] = []
+        hidden = self.base_runs.states[0][:0, suffix.token :]
+        for layer in range(chunk[0].entry_layer, self.model.num_layers):
+            next_runs = dict.fromkeys(
+                track.clipped_at(layer + 1) for track in chunk if track.entry_layer <= layer
+            )
+            runs, hidden = self._advance_block(suffix, layer, runs, hidden, list(next_runs))
             yield tick()
-        return tracks, hidden
+        return runs, hidden
 
-    def _climb(
-        self, suffix: Suffix, layer: int, tracks: list[Track], hidden: Tensor, above: list[Track]
-    ) -> tuple[list[Track], Tensor]:
+    def _advance_block(
+        self,
+        suffix: SuffixInputs,
+        layer: int,
+        runs: list[CorruptedRun],
+        hidden: Tensor,
+        next_runs: list[CorruptedRun],
+    ) -> tuple[list[CorruptedRun], Tensor]:
         """One block: the tracks that enter it -> those above it, and their states (tracks, positions, d).
 
         A track whose window ends where that of others goes on stays as it is, and the others part from it.
         """
-        wanted = set(above)
-        same = [track if track in wanted else track._replace(until=layer + 1) for track in tracks]
-        out = self._block(suffix, layer, same, hidden) if same else hidden
-        if len(same) == len(above):
-            return same, out
-        place = {track: i for i, track in enumerate(same)}
-        parting = [t for t in above if t not in place and t.entry < layer]
-        entering = [t for t in above if t.entry == layer]
-        old, rows = [place[t.below(layer)] for t in parting], [1 + t.sample for t in entering]
-        before = torch.cat([hidden[old, :1], self.run.states[layer][rows, suffix.token, None]])
-        after = torch.cat([out[old], self.run.states[layer + 1][rows, suffix.token :]])
-        new = parting + entering
-        after[:, 0] = self._exchanged(suffix, layer, new, before)
-        return same + new, torch.cat([out, after])
+        next_set = set(next_runs)
+        continuing = [track if track in next_set else track._replace(end_layer=layer + 1) for track in runs]
+        out = self._run_block(suffix, layer, continuing, hidden) if continuing else hidden
+        if len(continuing) == len(next_runs):
+            return continuing, out
+        index_of = {track: i for i, track in enumerate(continuing)}
+        diverging = [t for t in next_runs if t not in index_of and t.entry_layer < layer]
+        entering = [t for t in next_runs if t.entry_layer == layer]
+        diverging_rows, entering_rows = (
+            [index_of[t.clipped_at(layer)] for t in diverging],
+            [1 + t.sample for t in entering],
+        )
+        before = torch.cat(
+            [hidden[diverging_rows, :1], self.base_runs.states[layer][entering_rows, suffix.token, None]]
+        )
+        after = torch.cat(
+            [out[diverging_rows], self.base_runs.states[layer + 1][entering_rows, suffix.token :]]
+        )
+        new = diverging + entering
+        after[:, 0] = self._exchanged_output(suffix, layer, new, before)
+        return continuing + new, torch.cat([out, after])
 
-    def _exchanged(self, suffix: Suffix, layer: int, tracks: list[Track], hidden: Tensor) -> Tensor:
+    def _exchanged_output(
+        self, suffix: SuffixInputs, layer: int, runs: list[CorruptedRun], hidden: Tensor
+    ) -> Tensor:
         """What a block gives at the token itself (tracks, d): the clean run's output, or its own with a module held."""
-        out = self.run.states[layer + 1][[0] * len(tracks), suffix.token]
-        held = [i for i, t in enumerate(tracks) if t.entry < layer or t.source != "hidden"]
+        out = self.base_runs.states[layer + 1][[0] * len(runs), suffix.token]
+        held = [i for i, t in enumerate(runs) if t.entry_layer < layer or t.source_kind != "hidden"]
         if held:
-            some = [tracks[i] for i in held]
-            past = self._past(suffix.token, layer, some)
-            with self._holding(suffix.token, layer, some):
-                out[held] = self.blocks.run(suffix.first, layer, hidden[held], past)[0][:, 0]
+            held_runs = [runs[i] for i in held]
+            past = self._corrupted_past(suffix.token, layer, held_runs)
+            with self._held_outputs(suffix.token, layer, held_runs):
+                out[held] = self.block_runner.run(suffix.first_position, layer, hidden[held], past)[0][:, 0]
         return out
 
-    def _block(self, suffix: Suffix, layer: int, tracks: list[Track], hidden: Tensor) -> Tensor:
+    def _run_block(
+        self, suffix: SuffixInputs, layer: int, runs: list[CorruptedRun], hidden: Tensor
+    ) -> Tensor:
         """One block on tracks; of the last one only what says the answer."""
-        past = self._past(suffix.token, layer, tracks)
-        if layer == self.model.layers - 1 and suffix.quiet:
-            kept = self.blocks.keep(suffix.quiet, layer, hidden[:, : -self.said], past)
-            return self.blocks.run(self.saying, layer, hidden[:, -self.said :], kept)[0]
-        with self._holding(suffix.token, layer, tracks):
-            return self.blocks.run(suffix.whole, layer, hidden, past)[0]
+        past = self._corrupted_past(suffix.token, layer, runs)
+        if layer == self.model.num_layers - 1 and suffix.before_answer:
+            extended_past = self.block_runner.run_kv_only(
+                suffix.before_answer, layer, hidden[:, : -self.answer_length], past
+            )
+            return self.block_runner.run(
+                self.answer_inputs, layer, hidden[:, -self.answer_length :], extended_past
+            )[0]
+        with self._held_outputs(suffix.token, layer, runs):
+            return self.block_runner.run(suffix.all_positions, layer, hidden, past)[0]
 
-    def _past(self, token: int, layer: int, tracks: Sequence[Track]) -> Past:
+    def _corrupted_past(self, token: int, layer: int, runs: Sequence[CorruptedRun]) -> LayerKV:
         """The corrupted run's keys and values before the token."""
-        keys, values = self.run.past[layer]
-        rows = [1 + track.sample for track in tracks]
+        keys, values = self.base_runs.past[layer]
+        rows = [1 + track.sample for track in runs]
         return keys[rows, :, :token], values[rows, :, :token]
 
     @contextmanager
-    def _holding(self, token: int, layer: int, tracks: Sequence[Track]) -> Iterator[None]:
+    def _held_outputs(self, token: int, layer: int, runs: Sequence[CorruptedRun]) -> Iterator[None]:
         """Within the context, the first position's module outputs are held where a track says so."""
         with ExitStack() as stack:
-            for kind in CUTS:
-                held = [i for i, track in enumerate(tracks) if track.holds(kind, layer)]
+            for kind in SEVERABLE_KINDS:
+                held = [i for i, track in enumerate(runs) if track.is_held(kind, layer)]
                 if held:
-                    rows = [1 + tracks[i].sample if tracks[i].cut else 0 for i in held]
-                    put = _putting(len(tracks), held, self.run.outputs[kind][layer][rows, token])
-                    stack.enter_context(replace(self.modules[kind][layer], put))
+                    rows = [1 + runs[i].sample if runs[i].severed else 0 for i in held]
+                    put = _first_position_writer(
+                        len(runs), held, self.base_runs.outputs[kind][layer][rows, token]
+                    )
+                    stack.enter_context(replace_output(self.modules_by_kind[kind][layer], put))
             yield
 
-    def _joint(self, said: Tensor) -> Tensor:
+    def _answer_probability(self, hidden: Tensor) -> Tensor:
         """p(answer) (rows,) from the last block's output (rows, n, d) where the answer is said."""
-        logits = self.blocks.logits(said.reshape(-1, said.shape[-1]))
-        return self.q.joint(logits.view(*said.shape[:2], -1))
+        logits = self.block_runner.logits(hidden.reshape(-1, hidden.shape[-1]))
+        return self.trace_input.answer_probability(logits.view(*hidden.shape[:2], -1))
 
 
-def _putting(rows: int, held: list[int], values: Tensor) -> Callable[[Tensor], Tensor]:
+def _first_position_writer(rows: int, held: list[int], values: Tensor) -> Callable[[Tensor], Tensor]:
     """Writes values (held, d) into a module's output at the first position of some rows."""
 
     def put(output: Tensor) -> Tensor:
@@ -285,7 +337,7 @@ def _putting(rows: int, held: list[int], values: Tensor) -> Callable[[Tensor], T
     return put
 
 
-def _counter(phase: str, total: int) -> Tick:
+def _progress_counter(phase: str, total: int) -> NextProgress:
     """Each call is one more step of a phase."""
     steps = count(1)
     return lambda: Progress(phase, next(steps), total)

@@ -19,14 +19,14 @@ from torch import Tensor
 from service.errors import InvalidInput
 from service.models.loading import LoadedModel
 
-MEASURE = re.compile(
+NOISE_PATTERN = re.compile(
     r"\s*(?:(?P<before>\d*\.?\d+)\s*(?:sigma|σ|s)|s(?P<after>\d*\.?\d+)|(?P<plain>\d*\.?\d+))\s*"
 )
-CHUNK = 4096  # rows of the embedding read at once
+EMBEDDING_CHUNK_ROWS = 4096  # rows of the embedding read at once
 
 
 @dataclass(frozen=True)
-class Level:
+class NoiseLevel:
     """The noise's standard deviation: `factor` times `sigma` when the embeddings were measured."""
 
     value: float
@@ -34,10 +34,10 @@ class Level:
     sigma: float | None = None
 
 
-def level(model: LoadedModel, noise: float | str, subjects: Sequence[str] = ()) -> Level:
+def parse_noise_level(model: LoadedModel, noise: float | str, subjects: Sequence[str] = ()) -> NoiseLevel:
     """Read a number, or a multiple of the embeddings' deviation: "3sigma" or, as in the reference, "s3"."""
     if isinstance(noise, str):
-        match = MEASURE.fullmatch(noise)
+        match = NOISE_PATTERN.fullmatch(noise)
         if match is None:
             raise InvalidInput(
                 f"the noise {noise!r} is neither a number nor a multiple of sigma: "
@@ -47,11 +47,11 @@ def level(model: LoadedModel, noise: float | str, subjects: Sequence[str] = ()) 
         if match["plain"] is None:
             factor = float(match["before"] or match["after"])
             sigma = embedding_deviation(model, subjects)
-            return Level(factor * sigma, factor, sigma)
+            return NoiseLevel(factor * sigma, factor, sigma)
         noise = float(match["plain"])
     if not (math.isfinite(noise) and noise >= 0):
         raise InvalidInput(f"the noise {noise} must be a finite number that is not negative.", "noise")
-    return Level(float(noise))
+    return NoiseLevel(float(noise))
 
 
 def embedding_deviation(model: LoadedModel, subjects: Sequence[str] = ()) -> float:
@@ -62,21 +62,21 @@ def embedding_deviation(model: LoadedModel, subjects: Sequence[str] = ()) -> flo
     which needs no list and does not depend on what was asked.
     """
     total, squares, count = 0.0, 0.0, 0
-    for ids in _chunks(model, subjects):
+    for ids in _token_id_chunks(model, subjects):
         with torch.no_grad():
             x = model.embedding(ids.to(model.device)).double()
         total, squares, count = total + x.sum().item(), squares + (x * x).sum().item(), count + x.numel()
     return math.sqrt(max(0.0, squares - total * total / count) / (count - 1))
 
 
-def _chunks(model: LoadedModel, subjects: Sequence[str]) -> Iterator[Tensor]:
+def _token_id_chunks(model: LoadedModel, subjects: Sequence[str]) -> Iterator[Tensor]:
     ids = [i for s in subjects for i in model.tokenizer(s, add_special_tokens=False)["input_ids"]]
     weight: Tensor = model.embedding.weight  # type: ignore[assignment]
     rows = torch.tensor(ids) if ids else torch.arange(weight.shape[0])
-    return (rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK))
+    return (rows[at : at + EMBEDDING_CHUNK_ROWS] for at in range(0, len(rows), EMBEDDING_CHUNK_ROWS))
 
 
-def draw(samples: int, tokens: int, width: int, seed: int, compat: str | None = None) -> Tensor:
+def draw_noise(samples: int, tokens: int, width: int, seed: int, compat: str | None = None) -> Tensor:
     """Standard normal z (R, e - b, d) in fp64.
 
     `compat="meng2022"` is the reference's stream, numpy's legacy RandomState; its runs are those of seed 1.
@@ -92,6 +92,6 @@ def corrupt(embedded: Tensor, subject: tuple[int, int], noise: Tensor) -> Tensor
 
     The sum is formed in fp64 and rounded once to the model's dtype, as the reference does.
     """
-    at = slice(*subject)
-    embedded[:, at] = (embedded[:, at].double() + noise).to(embedded.dtype)
+    positions = slice(*subject)
+    embedded[:, positions] = (embedded[:, positions].double() + noise).to(embedded.dtype)
     return embedded

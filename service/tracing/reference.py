@@ -12,35 +12,35 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from service.kit.steps import Progress, Steps
+from service.kit.steps import Progress, Stepper
 from service.kit.text import Statement
-from service.models.hooks import capture, replace
+from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
 from service.tracing.noise import corrupt
-from service.tracing.result import TraceResult, conclude
-from service.tracing.trace_input import Question, ask
+from service.tracing.result import TraceResult, build_trace_result
+from service.tracing.trace_input import TraceInput, build_trace_input
 
-KINDS = ("hidden", "mlp", "attn")
-CUTS = ("mlp", "attn")
+TRACE_KINDS = ("hidden", "mlp", "attn")
+SEVERABLE_KINDS = ("mlp", "attn")
 
 
-def window_of(layer: int, window: int, layers: int) -> tuple[int, int]:
+def restoration_window(layer: int, window: int, layers: int) -> tuple[int, int]:
     """The layers [first, last) restored together around a layer: 10 are l-5 .. l+4, cut off at the ends."""
     return max(0, layer - window // 2), min(layers, layer - (-window // 2))
 
 
-def modules(model: LoadedModel, kind: str) -> list[nn.Module]:
+def modules_of_kind(model: LoadedModel, kind: str) -> list[nn.Module]:
     """What a kind restores, by layer: outputs of blocks, of MLPs, or of attentions after their projection."""
-    pick = {"hidden": model.block, "mlp": model.down, "attn": model.attention}[kind]
-    return [pick(layer) for layer in range(model.layers)]
+    pick = {"hidden": model.block, "mlp": model.down_proj, "attn": model.attention}[kind]
+    return [pick(layer) for layer in range(model.num_layers)]
 
 
-def oracle_steps(
+def trace_reference(
     model: LoadedModel,
     statement: Statement,
     target: str | None = None,
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = TRACE_KINDS,
     window: int = 10,
     samples: int = 10,
     noise: float | str = "3sigma",
@@ -48,51 +48,57 @@ def oracle_steps(
     seed: int = 1,
     compat: str | None = None,
     subjects: Sequence[str] = (),
-) -> Steps[TraceResult]:
+) -> Stepper[TraceResult]:
     """Trace with one full pass for every cell."""
-    q = ask(model, statement, target, samples, noise, seed, compat, subjects)
-    high, low = _high_and_low(model, q)
-    done, total = 0, len(kinds) * q.length * model.layers + severed * (1 + len(CUTS)) * model.layers
+    trace_input = build_trace_input(model, statement, target, samples, noise, seed, compat, subjects)
+    high, low = _high_and_low(model, trace_input)
+    done, total = (
+        0,
+        len(kinds) * trace_input.prompt_length * model.num_layers
+        + severed * (1 + len(SEVERABLE_KINDS)) * model.num_layers,
+    )
     scores: dict[str, list[list[float]]] = {}
     for kind in kinds:
         scores[kind] = []
-        for token in range(q.length):
+        for token in range(trace_input.prompt_length):
             row: list[float] = []
-            for layer in range(model.layers):
-                row.append(_restored(model, q, kind, token, layer, window))
+            for layer in range(model.num_layers):
+                row.append(_restored_probability(model, trace_input, kind, token, layer, window))
                 done += 1
                 yield Progress("trace", done, total)
             scores[kind].append(row)
-    cut: dict[str, list[float]] = {}
-    for path in ("none", *CUTS) if severed else ():
-        cut[path] = []
-        for layer in range(model.layers):
-            cut[path].append(_severed(model, q, None if path == "none" else path, layer))
+    severed_scores: dict[str, list[float]] = {}
+    for path in ("none", *SEVERABLE_KINDS) if severed else ():
+        severed_scores[path] = []
+        for layer in range(model.num_layers):
+            severed_scores[path].append(
+                _severed_probability(model, trace_input, None if path == "none" else path, layer)
+            )
             done += 1
             yield Progress("trace", done, total)
-    return conclude(q, high, low, scores, cut if severed else None, window)
+    return build_trace_result(trace_input, high, low, scores, severed_scores if severed else None, window)
 
 
-def _pass(model: LoadedModel, q: Question) -> Tensor:
+def _answer_probabilities(model: LoadedModel, trace_input: TraceInput) -> Tensor:
     """p(answer) (1 + R,) of one full pass with the hooks in place: row 0 clean, the others corrupted."""
 
     def disturb(embedded: Tensor) -> Tensor:
-        corrupt(embedded[1:], q.subject, q.noise)
+        corrupt(embedded[1:], trace_input.subject, trace_input.noise)
         return embedded
 
-    ids = torch.tensor([q.ids], device=model.device).expand(1 + q.samples, -1)
-    with torch.no_grad(), replace(model.embedding, disturb):
+    ids = torch.tensor([trace_input.ids], device=model.device).expand(1 + trace_input.samples, -1)
+    with torch.no_grad(), replace_output(model.embedding, disturb):
         logits = model.model(input_ids=ids, use_cache=False).logits
-    return q.joint(logits[:, q.length - 1 :])
+    return trace_input.answer_probability(logits[:, trace_input.prompt_length - 1 :])
 
 
-def _high_and_low(model: LoadedModel, q: Question) -> tuple[float, float]:
-    p = _pass(model, q)
+def _high_and_low(model: LoadedModel, trace_input: TraceInput) -> tuple[float, float]:
+    p = _answer_probabilities(model, trace_input)
     return p[0].item(), p[1:].mean().item()
 
 
 @contextmanager
-def _putting(
+def _edited_outputs(
     modules: Sequence[nn.Module], change: Callable[[int, Tensor], None], rows: int
 ) -> Iterator[None]:
     """Within the block, `change(i, output (rows, T, d))` writes into the output of each module."""
@@ -106,35 +112,43 @@ def _putting(
 
     with ExitStack() as stack:
         for i, module in enumerate(modules):
-            stack.enter_context(replace(module, hook(i)))
+            stack.enter_context(replace_output(module, hook(i)))
         yield
 
 
-def _restored(model: LoadedModel, q: Question, kind: str, token: int, layer: int, window: int) -> float:
+def _restored_probability(
+    model: LoadedModel, trace_input: TraceInput, kind: str, token: int, layer: int, window: int
+) -> float:
     """Mean p(answer) of the corrupted rows with the clean row's state put back at one token."""
-    first, last = (layer, layer + 1) if kind == "hidden" else window_of(layer, window, model.layers)
+    first, last = (
+        (layer, layer + 1) if kind == "hidden" else restoration_window(layer, window, model.num_layers)
+    )
 
     def put(_i: int, output: Tensor) -> None:
         output[1:, token] = output[0, token]
 
-    with _putting(modules(model, kind)[first:last], put, 1 + q.samples):
-        return _pass(model, q)[1:].mean().item()
+    with _edited_outputs(modules_of_kind(model, kind)[first:last], put, 1 + trace_input.samples):
+        return _answer_probabilities(model, trace_input)[1:].mean().item()
 
 
-def _severed(model: LoadedModel, q: Question, cut: str | None, layer: int) -> float:
+def _severed_probability(
+    model: LoadedModel, trace_input: TraceInput, severed_kind: str | None, layer: int
+) -> float:
     """A hidden state restored at the subject's last token, whose MLPs (or attentions) stay as when corrupted.
 
     Both passes have the same noise: what is held comes from the very run it is put into.
     """
-    if cut is None:
-        return _restored(model, q, "hidden", q.subject[1] - 1, layer, 1)
-    token, rows = q.subject[1] - 1, 1 + q.samples
-    with capture(dict(enumerate(modules(model, cut)))) as seen:
-        _pass(model, q)
-    held = [seen[i].reshape(rows, -1, seen[i].shape[-1])[1:, token] for i in range(model.layers)]
+    if severed_kind is None:
+        return _restored_probability(model, trace_input, "hidden", trace_input.subject[1] - 1, layer, 1)
+    token, rows = trace_input.subject[1] - 1, 1 + trace_input.samples
+    with capture(dict(enumerate(modules_of_kind(model, severed_kind)))) as captured:
+        _answer_probabilities(model, trace_input)
+    corrupted_outputs = [
+        captured[i].reshape(rows, -1, captured[i].shape[-1])[1:, token] for i in range(model.num_layers)
+    ]
 
     def put(i: int, output: Tensor) -> None:
-        output[1:, token] = held[i]
+        output[1:, token] = corrupted_outputs[i]
 
-    with _putting(modules(model, cut), put, rows):
-        return _restored(model, q, "hidden", token, layer, 1)
+    with _edited_outputs(modules_of_kind(model, severed_kind), put, rows):
+        return _restored_probability(model, trace_input, "hidden", token, layer, 1)

@@ -9,10 +9,10 @@ from typing import Any
 
 from service.errors import InvalidInput
 from service.kit.text import Span
-from service.tracing.noise import Level
-from service.tracing.trace_input import Question
+from service.tracing.noise import NoiseLevel
+from service.tracing.trace_input import TraceInput
 
-Grid = tuple[tuple[float, ...], ...]
+ScoreGrid = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class TraceResult:
     answer_ids: tuple[int, ...]
     high: float  #: p(answer) of the clean run
     low: float  #: mean p(answer) of the corrupted runs
-    scores: Mapping[str, Grid]  #: by kind: "hidden", "mlp", "attn"
+    scores: Mapping[str, ScoreGrid]  #: by kind: "hidden", "mlp", "attn"
     severed: Mapping[str, tuple[float, ...]] | None  #: at the subject's last token, by the path that was cut
     window: int
     samples: int
-    noise: Level
+    noise: NoiseLevel
     seed: int
     compat: str | None
 
@@ -39,7 +39,7 @@ class TraceResult:
     def total_effect(self) -> float:
         return self.high - self.low
 
-    def indirect_effect(self, kind: str) -> Grid:
+    def indirect_effect(self, kind: str) -> ScoreGrid:
         """How much of the answer each restored state brings back: score - low."""
         return tuple(tuple(s - self.low for s in row) for row in self.scores[kind])
 
@@ -57,8 +57,8 @@ class TraceResult:
             "high": self.high,
             "low": self.low,
             "total_effect": self.total_effect,
-            "kinds": {kind: self._kind(kind) for kind in self.scores},
-            "severed": self._severed(),
+            "kinds": {kind: self._kind_json(kind) for kind in self.scores},
+            "severed": self._severed_json(),
             "window": self.window,
             "samples": self.samples,
             "noise": {"level": self.noise.value, "factor": self.noise.factor, "sigma": self.noise.sigma},
@@ -66,7 +66,7 @@ class TraceResult:
             "compat": self.compat,
         }
 
-    def _kind(self, kind: str) -> dict[str, Any]:
+    def _kind_json(self, kind: str) -> dict[str, Any]:
         grid = self.scores[kind]
         best = max((score, -t, -m) for t, row in enumerate(grid) for m, score in enumerate(row))
         return {
@@ -75,14 +75,14 @@ class TraceResult:
             "best": {"token": -best[1], "layer": -best[2], "score": best[0]},
         }
 
-    def _severed(self) -> dict[str, Any] | None:
+    def _severed_json(self) -> dict[str, Any] | None:
         if self.severed is None:
             return None
         return {"token": self.subject[1] - 1, "scores": {cut: list(row) for cut, row in self.severed.items()}}
 
 
-def conclude(
-    question: Question,
+def build_trace_result(
+    trace_input: TraceInput,
     high: float,
     low: float,
     scores: Mapping[str, Sequence[Sequence[float]]],
@@ -93,22 +93,22 @@ def conclude(
     grids = {kind: tuple(map(tuple, grid)) for kind, grid in scores.items()}
     if not all(math.isfinite(x) for x in (high, low, *(s for g in grids.values() for row in g for s in row))):
         raise InvalidInput(
-            f"the model gives no number under noise {question.level.value:g}: use less.", "noise"
+            f"the model gives no number under noise {trace_input.noise_level.value:g}: use less.", "noise"
         )
     return TraceResult(
-        prompt=question.text,
-        tokens=question.tokens,
-        subject=question.subject,
-        answer=question.answer,
-        answer_tokens=question.answer_tokens,
-        answer_ids=question.answer_ids,
+        prompt=trace_input.text,
+        tokens=trace_input.tokens,
+        subject=trace_input.subject,
+        answer=trace_input.answer,
+        answer_tokens=trace_input.answer_tokens,
+        answer_ids=trace_input.answer_ids,
         high=high,
         low=low,
         scores=grids,
         severed=None if severed is None else {cut: tuple(row) for cut, row in severed.items()},
         window=window,
-        samples=question.samples,
-        noise=question.level,
-        seed=question.seed,
-        compat=question.compat,
+        samples=trace_input.samples,
+        noise=trace_input.noise_level,
+        seed=trace_input.seed,
+        compat=trace_input.compat,
     )

@@ -11,13 +11,13 @@ from torch import Tensor
 from service.errors import InvalidInput
 from service.kit.text import Span, Statement, separator, token_span
 from service.models.loading import LoadedModel
-from service.models.precision import wide
+from service.models.precision import at_least_fp32
 from service.models.token_batch import forward, pad
-from service.tracing.noise import Level, draw, level
+from service.tracing.noise import NoiseLevel, draw_noise, parse_noise_level
 
 
 @dataclass(frozen=True)
-class Question:
+class TraceInput:
     """`ids` are the prompt's T tokens and all tokens of the answer but the last, which nothing reads."""
 
     text: str
@@ -27,13 +27,13 @@ class Question:
     answer: str
     answer_ids: tuple[int, ...]
     answer_tokens: tuple[str, ...]
-    level: Level
+    noise_level: NoiseLevel
     noise: Tensor  #: (R, e - b, d) in fp64, scaled, on the model's device
     seed: int
     compat: str | None
 
     @property
-    def length(self) -> int:
+    def prompt_length(self) -> int:
         """T: how many tokens the prompt has."""
         return len(self.tokens)
 
@@ -41,14 +41,14 @@ class Question:
     def samples(self) -> int:
         return int(self.noise.shape[0])
 
-    def joint(self, logits: Tensor) -> Tensor:
+    def answer_probability(self, logits: Tensor) -> Tensor:
         """Joint probability (rows,) of the answer's n tokens; logits (rows, n, V) at T-1 .. T+n-2."""
-        wanted = torch.tensor(self.answer_ids, device=logits.device).expand(len(logits), -1)
-        logp = wide(logits).log_softmax(-1).gather(2, wanted[..., None])[..., 0]
+        target_ids = torch.tensor(self.answer_ids, device=logits.device).expand(len(logits), -1)
+        logp = at_least_fp32(logits).log_softmax(-1).gather(2, target_ids[..., None])[..., 0]
         return logp.sum(1).exp()
 
 
-def ask(
+def build_trace_input(
     model: LoadedModel,
     statement: Statement,
     target: str | None,
@@ -57,71 +57,71 @@ def ask(
     seed: int,
     compat: str | None,
     subjects: Sequence[str],
-) -> Question:
+) -> TraceInput:
     """Tokenise prompt and answer together, find the subject by characters, and draw the noise."""
-    joined = separator(statement.text, target) + target if target else ""
-    ids, offsets = model.encode(statement.text + joined)
-    if len(ids) > model.positions:
+    answer_text = separator(statement.text, target) + target if target else ""
+    ids, offsets = model.encode(statement.text + answer_text)
+    if len(ids) > model.max_positions:
         raise InvalidInput(
-            f"prompt and target have {len(ids)} tokens and the model has {model.positions} positions: "
+            f"prompt and target have {len(ids)} tokens and the model has {model.max_positions} positions: "
             "shorten them.",
             "prompt",
         )
     subject = token_span(offsets, statement.span)
-    end = (len(statement.text), len(statement.text) + len(joined))
-    first, last = token_span(offsets, end) if target else (len(ids), len(ids))
+    answer_span = (len(statement.text), len(statement.text) + len(answer_text))
+    first, last = token_span(offsets, answer_span) if target else (len(ids), len(ids))
     if first < subject[1]:
         raise InvalidInput("the target merges with the subject: end the prompt at a word boundary.", "target")
     prompt, answer = ids[:first], ids[first:last]
-    shown = readable(model, statement.text + joined, ids, offsets)
+    labels = token_labels(model, statement.text + answer_text, ids, offsets)
     if not answer:
-        answer = [_greedy(model, prompt)]
-        joined = model.tokenizer.decode(answer)
-    strength = level(model, noise, subjects)
-    z = draw(samples, subject[1] - subject[0], model.width, seed, compat)
-    return Question(
+        answer = [_greedy_token(model, prompt)]
+        answer_text = model.tokenizer.decode(answer)
+    noise_level = parse_noise_level(model, noise, subjects)
+    unit_noise = draw_noise(samples, subject[1] - subject[0], model.hidden_size, seed, compat)
+    return TraceInput(
         text=statement.text,
-        tokens=tuple(shown[:first]),
+        tokens=tuple(labels[:first]),
         ids=tuple(prompt + answer[:-1]),
         subject=subject,
-        answer=joined,
+        answer=answer_text,
         answer_ids=tuple(answer),
-        answer_tokens=tuple(shown[first:last] or [joined]),
-        level=strength,
-        noise=(strength.value * z).to(model.device),
+        answer_tokens=tuple(labels[first:last] or [answer_text]),
+        noise_level=noise_level,
+        noise=(noise_level.value * unit_noise).to(model.device),
         seed=seed,
         compat=compat,
     )
 
 
-def _greedy(model: LoadedModel, prompt: list[int]) -> int:
+def _greedy_token(model: LoadedModel, prompt: list[int]) -> int:
     with torch.no_grad():
         return int(forward(model, pad([prompt], model))[0, -1].argmax())
 
 
-def readable(model: LoadedModel, text: str, ids: Sequence[int], offsets: Sequence[Span]) -> list[str]:
+def token_labels(model: LoadedModel, text: str, ids: Sequence[int], offsets: Sequence[Span]) -> list[str]:
     """Each token as the text it stands for, with the space before it; a special token by its own name.
 
     A character that is spread over several tokens cannot be cut, so each of them shows all of it and a count:
     "京 (2/3)".
     """
-    shown: list[str] = []
+    labels: list[str] = []
     shared: list[int] = []  # tokens so far that overlap one another
     end = 0
     for i, (a, b) in enumerate(offsets):
         if shared and a < end:
-            shown.append(text[a:b])
+            labels.append(text[a:b])
             shared.append(i)
         else:
-            _count(shown, shared)
-            shown.append(text[end:b] or str(model.tokenizer.convert_ids_to_tokens([ids[i]])[0]))
+            _number_shared_tokens(labels, shared)
+            labels.append(text[end:b] or str(model.tokenizer.convert_ids_to_tokens([ids[i]])[0]))
             shared = [i] if b > a else []
         end = max(end, b)
-    _count(shown, shared)
-    return shown
+    _number_shared_tokens(labels, shared)
+    return labels
 
 
-def _count(shown: list[str], shared: list[int]) -> None:
+def _number_shared_tokens(labels: list[str], shared: list[int]) -> None:
     if len(shared) > 1:
         for n, i in enumerate(shared, 1):
-            shown[i] += f" ({n}/{len(shared)})"
+            labels[i] += f" ({n}/{len(shared)})"

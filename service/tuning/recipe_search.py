@@ -15,36 +15,36 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from service.datasets.records import Record, check_askable
-from service.editing.context import Asking, Toolkit
-from service.engine.versioned_model import NoLedger, Replica, Weights
+from service.datasets.records import Record, check_record_fits
+from service.editing.context import EditInput, EditorContext
+from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
 from service.errors import InvalidInput
-from service.evaluation.metrics import Answers, ask, summary
-from service.evaluation.runner import landing_steps, plain_texts
-from service.kit.artifact_store import Kept, get_json, put_json
-from service.kit.steps import Progress, Steps, within
-from service.kit.text import fill
-from service.models.loading import LoadedModel, with_start
-from service.models.scoring import drift_steps, score_steps
-from service.recipes.recipe import METHODS, FineTuneParameters, Recipe, RomeParameters, climb
+from service.evaluation.metrics import RecordScores, scoring_pairs, summarize
+from service.evaluation.runner import choose_group_strengths, texts_without_edited_facts
+from service.kit.artifact_store import ArtifactStore, get_json, put_json
+from service.kit.steps import Progress, Stepper, report_as
+from service.kit.text import fill_prompt
+from service.models.loading import LoadedModel, with_bos
+from service.models.scoring import measure_drift, score_targets
+from service.recipes.recipe import METHODS, FineTuneParameters, Recipe, RomeParameters, strength_schedule
 from service.scores.scores import harmonic_mean
-from service.weights.composition import Piece
+from service.weights.composition import EditUpdate
 
-LEAST = 8  # facts that a recipe can be chosen by
-TRIED = 12  # single layers that are tried at most
-DEEPEST = 0.75  # of the layers: above, an edit comes too late for what reads the subject
-PLAIN = 150  # plain statements on which damage is measured
-COMPANY = 8  # edits found between two signs of progress
+MIN_FACTS = 8  # facts that a recipe can be chosen by
+MAX_LAYERS_TRIED = 12  # single layers that are tried at most
+MAX_DEPTH_FRACTION = 0.75  # of the layers: above, an edit comes too late for what reads the subject
+MAX_DAMAGE_TEXTS = 150  # plain statements on which damage is measured
+EDITS_PER_BATCH = 8  # edits found between two signs of progress
 
-Values = dict[str, Any]
+JsonDict = dict[str, Any]
 
 #: where the search starts: small steps and a wide clamp find small changes; a few contexts stand for what may come before
-START: Values = {
+START_VALUES: JsonDict = {
     "steps": 60, "learning_rate": 0.1, "weight_decay": 1e-3, "clamp": 4.0, "contexts": 2, "anchor": "own",
 }  # fmt: skip
 
 #: the knobs that are turned once the layers are found: name of the stage -> what is tried
-STAGES: dict[str, tuple[Values, ...]] = {
+STAGES: dict[str, tuple[JsonDict, ...]] = {
     "restraint": (
         {"weight_decay": 0.5, "stop_loss": 0.1},
         {"weight_decay": 0.5, "stop_loss": 0.2},
@@ -56,19 +56,21 @@ STAGES: dict[str, tuple[Values, ...]] = {
 }
 
 #: what is tried of an edit's strength once there are many, weakest first
-WEAK = (0.3, 0.36, 0.43, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
-CLAMP = 1.6  # at most: what only the hardest edits reach costs most
-RIDGE = 0.5  # at least: isolating many subjects from each other costs more than it saves
-LEADS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0)
-FIRM = 0.5  # nats that are lead enough for an edit at full strength
-CROWDS = (1.0, 0.5, 0.25)  # shares of the many facts for which a lead is found
-RISE = 0.09  # of the loss on plain statements, that many edits may bring; on other facts it may be a tenth
+STRENGTH_GRID = (0.3, 0.36, 0.43, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+MAX_CLAMP = 1.6  # at most: what only the hardest edits reach costs most
+MIN_RIDGE = 0.5  # at least: isolating many subjects from each other costs more than it saves
+MARGIN_GRID = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0, 12.0)
+FULL_STRENGTH_MARGIN = 0.5  # nats that are lead enough for an edit at full strength
+BATCH_FRACTIONS = (1.0, 0.5, 0.25)  # shares of the many facts for which a lead is found
+MAX_LOSS_INCREASE = (
+    0.09  # of the loss on plain statements, that many edits may bring; on other facts it may be a tenth
+)
 
 #: of the hidden state's norm, for methods that change that
-CLAMPS: tuple[Values, ...] = ({"clamp": 0.75}, {"clamp": 1.6}, {"clamp": 3.2})
+CLAMP_GRID: tuple[JsonDict, ...] = ({"clamp": 0.75}, {"clamp": 1.6}, {"clamp": 3.2})
 
 #: the knobs of the other methods; those that associate take layers and search from the recipe that was found for "rome"
-KNOBS: dict[str, tuple[tuple[Values, ...], ...]] = {
+SEARCH_SPACE: dict[str, tuple[tuple[JsonDict, ...], ...]] = {
     "r-rome": (
         (
             {"steps": 60, "learning_rate": 0.1, "weight_decay": 1e-3, "stop_loss": 0.05, "clamp": 4.0},
@@ -76,9 +78,9 @@ KNOBS: dict[str, tuple[tuple[Values, ...], ...]] = {
             {"steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "stop_loss": 0.05, "clamp": 4.0},
         ),
     ),
-    "memit": (({"ridge": 3.0}, {"ridge": 30.0}, {"ridge": 300.0}), CLAMPS),
-    "emmet": (CLAMPS, ({"ridge": 0.1}, {"ridge": 10.0})),
-    "alphaedit": (CLAMPS,),  # and thresholds, which are read from the statistics
+    "memit": (({"ridge": 3.0}, {"ridge": 30.0}, {"ridge": 300.0}), CLAMP_GRID),
+    "emmet": (CLAMP_GRID, ({"ridge": 0.1}, {"ridge": 10.0})),
+    "alphaedit": (CLAMP_GRID,),  # and thresholds, which are read from the statistics
     "ft": (({"learning_rate": 1e-4}, {"learning_rate": 5e-4}, {"learning_rate": 2e-3}),),
     "ft-l": (({"epsilon": 5e-4}, {"epsilon": 1e-3}, {"epsilon": 2e-3}, {"epsilon": 8e-3}),),
     "ft-attn": (({"epsilon": 1e-3}, {"epsilon": 2e-3}, {"epsilon": 4e-3}, {"epsilon": 1.6e-2}),),
@@ -86,338 +88,369 @@ KNOBS: dict[str, tuple[tuple[Values, ...], ...]] = {
 
 
 @dataclass(frozen=True)
-class Bench:
+class SearchContext:
     """What every candidate is tried on."""
 
-    replica: Replica
-    toolkit: Toolkit
+    replica: VersionedModel
+    editor: EditorContext
     records: Sequence[Record]
-    plain: Sequence[str]
-    kept: Kept
+    damage_texts: Sequence[str]
+    store: ArtifactStore
 
 
 # which facts, and how the model wants to be asked
 
 
-def known_steps(model: LoadedModel, records: Sequence[Record], limit: int) -> Steps[list[Record]]:
+def select_known_records(model: LoadedModel, records: Sequence[Record], limit: int) -> Stepper[list[Record]]:
     """The first `limit` records of different subjects whose true object is the model's own answer."""
-    known: dict[str, Record] = {}
-    for at in range(0, len(records), 32):
-        some = [r for r in records[at : at + 32] if r.subject not in known and askable(model, r)]
-        scores = yield from score_steps(model, [(r.text, str(r.target_true)) for r in some])
-        known |= {r.subject: r for r, s in zip(some, scores, strict=True) if s.says}
-        yield Progress("ask for facts", min(len(known), limit), limit)
-        if len(known) >= limit:
+    known_records: dict[str, Record] = {}
+    for start in range(0, len(records), 32):
+        batch = [
+            r
+            for r in records[start : start + 32]
+            if r.subject not in known_records and can_score_record(model, r)
+        ]
+        scores = yield from score_targets(model, [(r.text, str(r.target_true)) for r in batch])
+        known_records |= {r.subject: r for r, s in zip(batch, scores, strict=True) if s.is_greedy}
+        yield Progress("ask for facts", min(len(known_records), limit), limit)
+        if len(known_records) >= limit:
             break
-    if len(known) < LEAST:
+    if len(known_records) < MIN_FACTS:
         raise InvalidInput(
-            f"the model knows {len(known)} of {len(records)} facts by heart, and a recipe needs {LEAST} at least: give a file of facts "
+            f"the model knows {len(known_records)} of {len(records)} facts by heart, and a recipe needs {MIN_FACTS} at least: give a file of facts "
             "that it knows.",
             "facts",
         )
-    return list(known.values())[:limit]
+    return list(known_records.values())[:limit]
 
 
-def askable(model: LoadedModel, record: Record) -> bool:
+def can_score_record(model: LoadedModel, record: Record) -> bool:
     if record.target_true is None:
         return False
     try:
-        check_askable(record, "write", model.tokenizer.backend_tokenizer, model.positions)
+        check_record_fits(record, "write", model.tokenizer.backend_tokenizer, model.max_positions)
     except InvalidInput:
         return False
     return True
 
 
-def reading_steps(model: LoadedModel, records: Sequence[Record]) -> Steps[dict[str, float]]:
+def score_with_and_without_bos(model: LoadedModel, records: Sequence[Record]) -> Stepper[dict[str, float]]:
     """The mean log-probability of true objects, on the prompts and paraphrases, with and without a start token before the text."""
-    pairs = [(p, str(r.target_true)) for r in records if askable(model, r) for p in (r.text, *r.paraphrases)]
-    found = {}
-    for name, reader in (("as it is", model), ("after the start token", with_start(model))):
-        scores = yield from score_steps(reader, pairs)
-        found[name] = sum(s.log_p for s in scores) / max(1, len(scores))
-    return found
+    pairs = [
+        (p, str(r.target_true))
+        for r in records
+        if can_score_record(model, r)
+        for p in (r.text, *r.paraphrases)
+    ]
+    log_probs = {}
+    for name, variant in (("as it is", model), ("after the start token", with_bos(model))):
+        scores = yield from score_targets(variant, pairs)
+        log_probs[name] = sum(s.log_p for s in scores) / max(1, len(scores))
+    return log_probs
 
 
-def wants_start(model: LoadedModel, reading: dict[str, float]) -> bool:
+def prefers_bos(model: LoadedModel, log_probs: dict[str, float]) -> bool:
     """Whether the model reads facts better after its start token; not where its tokenizer puts one there already."""
-    better = reading["after the start token"] > reading["as it is"]
-    return better and with_start(model) is not model
+    better = log_probs["after the start token"] > log_probs["as it is"]
+    return better and with_bos(model) is not model
 
 
 # one candidate
 
 
-def tried_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
+def evaluate_candidate(search: SearchContext, method: str, values: JsonDict) -> Stepper[JsonDict]:
     """Try a candidate: its figures. One that cannot be carried out has the merit 0, and the reason."""
-    name = _name("tried", [method, values])
-    figures: Values | None = get_json(bench.kept, name)
+    name = _artifact_name("tried", [method, values])
+    figures: JsonDict | None = get_json(search.store, name)
     if figures is None:
         try:
-            figures = yield from _figures_steps(bench, method, values)
+            figures = yield from _measure_candidate(search, method, values)
         except InvalidInput as error:
             figures = {"reason": error.detail}
-        put_json(bench.kept, name, figures)
-    return {"method": method, "hparams": values} | figures | {"merit": merit_of(figures)}
+        put_json(search.store, name, figures)
+    return {"method": method, "hparams": values} | figures | {"merit": compute_objective(figures)}
 
 
-def _name(kind: str, about: Any) -> str:
+def _artifact_name(kind: str, inputs: Any) -> str:
     """Under which something is kept: a digest of all that it depends on."""
-    return f"{kind}-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]}"
+    return f"{kind}-{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]}"
 
 
-def _found_steps(
-    bench: Bench, method: str, values: Values, records: Sequence[Record]
-) -> Steps[list[list[Piece]]]:
+def _find_edits(
+    search: SearchContext, method: str, values: JsonDict, records: Sequence[Record]
+) -> Stepper[list[list[EditUpdate]]]:
     """The pieces of each record's edit."""
-    pieces: list[list[Piece]] = []
-    for at in range(0, len(records), COMPANY):
-        asked = [
-            Asking(fill(r.prompt, r.subject), r.target_new, method, values, f"{at + i:06}")
-            for i, r in enumerate(records[at : at + COMPANY])
+    updates: list[list[EditUpdate]] = []
+    for start in range(0, len(records), EDITS_PER_BATCH):
+        specs = [
+            EditInput(fill_prompt(r.prompt, r.subject), r.target_new, method, values, f"{start + i:06}")
+            for i, r in enumerate(records[start : start + EDITS_PER_BATCH])
         ]
-        found = yield from within(
-            bench.toolkit.find_together_steps(asked), Progress("find", at, len(records))
+        factors = yield from report_as(
+            search.editor.find_all_factors(specs), Progress("find", start, len(records))
         )
-        pieces += [f.pieces for f in found]
-    return pieces
+        updates += [f.updates for f in factors]
+    return updates
 
 
-def _together_steps(
-    bench: Bench, records: Sequence[Record], pieces: Sequence[Piece]
-) -> Steps[tuple[list[Values], float]]:
+def _measure_jointly(
+    search: SearchContext, records: Sequence[Record], updates: Sequence[EditUpdate]
+) -> Stepper[tuple[list[JsonDict], float]]:
     """With all of these pieces active: each record's measures, and by how much the loss on plain statements rises."""
-    weights = bench.replica.composed(pieces)
-    rows = yield from _measured_steps(bench, records, weights)
-    drift = yield from drift_steps(bench.replica.base, bench.plain, partial(bench.replica.stand, weights))
-    return rows, drift.after / drift.before - 1
+    weights = search.replica.compose_weights(updates)
+    rows = yield from _measure_records(search, records, weights)
+    drift = yield from measure_drift(
+        search.replica.base, search.damage_texts, partial(search.replica.use_weights, weights)
+    )
+    return rows, drift.loss_after / drift.loss_before - 1
 
 
-def _figures_steps(bench: Bench, method: str, values: Values) -> Steps[Values]:
-    records = bench.records
-    pieces = yield from _found_steps(bench, method, values, records)
+def _measure_candidate(search: SearchContext, method: str, values: JsonDict) -> Stepper[JsonDict]:
+    records = search.records
+    updates = yield from _find_edits(search, method, values, records)
     alone = []
-    for i, (record, group) in enumerate(zip(records, pieces, strict=True)):
-        alone += yield from within(
-            _measured_steps(bench, [record], bench.replica.composed(group)),
+    for i, (record, group) in enumerate(zip(records, updates, strict=True)):
+        alone += yield from report_as(
+            _measure_records(search, [record], search.replica.compose_weights(group)),
             Progress("measure", i, len(records)),
         )
-    everything = [p for group in pieces for p in group]
-    together, rise = yield from _together_steps(bench, records, everything)
-    return {"alone": means_of(alone), "together": means_of(together), "rise": rise}
+    all_updates = [p for group in updates for p in group]
+    together, loss_increase = yield from _measure_jointly(search, records, all_updates)
+    return {"alone": mean_scores(alone), "together": mean_scores(together), "rise": loss_increase}
 
 
-def means_of(rows: Sequence[Values]) -> Values:
+def mean_scores(rows: Sequence[JsonDict]) -> JsonDict:
     """ES, PS, NS and S over records."""
-    means = summary(rows, 0)
+    means = summarize(rows, 0)
     return {m: (means[m] or {}).get("mean") for m in ("ES", "PS", "NS", "S")}
 
 
-def merit_of(figures: Values) -> float:
+def compute_objective(figures: JsonDict) -> float:
     """The harmonic mean of S alone, S together and, as often as these, what is left of the loss; 0 without figures."""
     if "together" not in figures:
         return 0.0
-    left = min(1.0, 1 - figures["rise"])
-    return harmonic_mean((figures["alone"]["S"] or 0.0, figures["together"]["S"] or 0.0, left, left))
+    loss_term = min(1.0, 1 - figures["rise"])
+    return harmonic_mean(
+        (figures["alone"]["S"] or 0.0, figures["together"]["S"] or 0.0, loss_term, loss_term)
+    )
 
 
-def _measured_steps(bench: Bench, records: Sequence[Record], weights: Weights) -> Steps[list[Values]]:
+def _measure_records(
+    search: SearchContext, records: Sequence[Record], weights: WeightOverrides
+) -> Stepper[list[JsonDict]]:
     """The measures of each record with these weights in place."""
-    pairs = [pair for r in records for pair in ask(r)]
-    scores = yield from bench.replica.standing(weights, score_steps(bench.replica.base, pairs))
-    said = iter(scores)
-    return [Answers.of(r, [next(said) for _ in ask(r)]).measures() for r in records]
+    pairs = [pair for r in records for pair in scoring_pairs(r)]
+    scores = yield from search.replica.step_with_weights(weights, score_targets(search.replica.base, pairs))
+    score_iterator = iter(scores)
+    return [
+        RecordScores.from_scores(r, [next(score_iterator) for _ in scoring_pairs(r)]).measures()
+        for r in records
+    ]
 
 
 # stages
 
 
-def layers_tried(layers: int) -> list[int]:
+def candidate_layers(layers: int) -> list[int]:
     """Single layers, evenly from the first on, as deep as edits can be expected to take."""
-    deepest = max(1, round(DEEPEST * layers))
-    step = -(-deepest // TRIED)
+    deepest = max(1, round(MAX_DEPTH_FRACTION * layers))
+    step = -(-deepest // MAX_LAYERS_TRIED)
     return list(range(0, deepest, step))
 
 
-def spreads_around(layer: int, layers: int) -> list[tuple[int, ...]]:
+def layer_ranges_around(layer: int, layers: int) -> list[tuple[int, ...]]:
     """Runs of two and three layers that hold a layer."""
     runs = [tuple(range(first, first + n)) for n in (2, 3) for first in range(layer - n + 1, layer + 1)]
     return [run for run in runs if run[0] >= 0 and run[-1] < layers]
 
 
-def _stage_steps(
-    bench: Bench,
+def _run_stage(
+    search: SearchContext,
     method: str,
-    history: list[Values],
-    told: Callable[[str, Values], None],
+    history: list[JsonDict],
+    on_candidate: Callable[[str, JsonDict], None],
     name: str,
-    base: Values,
-    changes: Sequence[Values],
+    base: JsonDict,
+    changes: Sequence[JsonDict],
     untried: float = 0.0,
-) -> Steps[Values]:
+) -> Stepper[JsonDict]:
     """The best of some values and what each change makes of them; what was tried joins the history."""
     best = base
     for number, change in enumerate(changes):
         values = base | change
-        words = ", ".join(f"{k} {v}" for k, v in change.items())
-        phase = Progress(f"{name}: {words}", number, len(changes))
-        found = yield from within(tried_steps(bench, method, values), phase)
-        history.append({"stage": name} | found)
-        told(name, found)
-        if found["merit"] > merit(history, best, untried):
+        description = ", ".join(f"{k} {v}" for k, v in change.items())
+        phase = Progress(f"{name}: {description}", number, len(changes))
+        candidate = yield from report_as(evaluate_candidate(search, method, values), phase)
+        history.append({"stage": name} | candidate)
+        on_candidate(name, candidate)
+        if candidate["merit"] > recorded_objective(history, best, untried):
             best = values
     return best
 
 
-def search_steps(bench: Bench, told: Callable[[str, Values], None]) -> Steps[tuple[Values, list[Values]]]:
+def search_rome_values(
+    search: SearchContext, on_candidate: Callable[[str, JsonDict], None]
+) -> Stepper[tuple[JsonDict, list[JsonDict]]]:
     """The best values for "rome", and everything that was tried. `told` hears of each candidate."""
-    history: list[Values] = []
-    stage = partial(_stage_steps, bench, "rome", history, told)
-    count = bench.replica.base.layers
-    best = yield from stage("layer", START, [{"layers": [x]} for x in layers_tried(count)])
+    history: list[JsonDict] = []
+    stage = partial(_run_stage, search, "rome", history, on_candidate)
+    count = search.replica.base.num_layers
+    best = yield from stage("layer", START_VALUES, [{"layers": [x]} for x in candidate_layers(count)])
     if "layers" not in best:
         raise InvalidInput(
-            f"no layer from 0 to {max(layers_tried(count))} takes edits of these facts: give others, more of them, or facts with "
+            f"no layer from 0 to {max(candidate_layers(count))} takes edits of these facts: give others, more of them, or facts with "
             "neighbours and paraphrases that the model knows.",
             "facts",
         )
     (layer,) = best["layers"]
-    best = yield from stage("spread", best, [{"layers": list(run)} for run in spreads_around(layer, count)])
+    best = yield from stage(
+        "spread", best, [{"layers": list(run)} for run in layer_ranges_around(layer, count)]
+    )
     for name, changes in STAGES.items():
         best = yield from stage(name, best, changes)
     return best, history
 
 
-def merit(history: Sequence[Values], values: Values, untried: float = 0.0) -> float:
+def recorded_objective(history: Sequence[JsonDict], values: JsonDict, untried: float = 0.0) -> float:
     """Of what was tried; of what was not, where nothing else is said, 0."""
     return next((float(h["merit"]) for h in history if h["hparams"] == values), untried)
 
 
-def room_steps(
-    bench: Bench, best: Values, records: Sequence[Record], told: Callable[[str, Values], None]
-) -> Steps[tuple[Values, list[Values], list[Values]]]:
+def tune_required_margins(
+    search: SearchContext,
+    best: JsonDict,
+    records: Sequence[Record],
+    on_candidate: Callable[[str, JsonDict], None],
+) -> Stepper[tuple[JsonDict, list[JsonDict], list[JsonDict]]]:
     """How strong edits are to be when there are many: the values, what was tried, and what of it was kept. For some numbers of edits,
     the greatest lead that keeps them within what plain statements may lose.
 
     All land together, each with the first strength at which it leads so; thus the layer's room is given to those that need it. A greater
     lead costs more of the loss and lets more edits hold, so that the greatest is looked for by halving.
     """
-    history: list[Values] = []
+    history: list[JsonDict] = []
     base = best | {
-        "clamp": min(float(best["clamp"]), CLAMP),
-        "ridge": max(float(best.get("ridge", 0)), RIDGE),
-        "strengths": list(WEAK),
+        "clamp": min(float(best["clamp"]), MAX_CLAMP),
+        "ridge": max(float(best.get("ridge", 0)), MIN_RIDGE),
+        "strengths": list(STRENGTH_GRID),
     }
-    groups: list[list[Piece]] = []
-    kept: list[Values] = []  # of each number of edits, fewest first
-    for share in CROWDS:
+    groups: list[list[EditUpdate]] = []
+    chosen: list[JsonDict] = []  # of each number of edits, fewest first
+    for share in BATCH_FRACTIONS:
         count = max(1, round(share * len(records)))
-        tried: dict[float, Values] = {}
-        low, high = 0, len(LEADS)  # LEADS[low - 1] fits, as far as is known, and LEADS[high] does not
+        tried: dict[float, JsonDict] = {}
+        low, high = 0, len(MARGIN_GRID)  # LEADS[low - 1] fits, as far as is known, and LEADS[high] does not
         while low < high:
-            at = (low + high) // 2
-            found = yield from _many_steps(bench, base, LEADS[at], records, count, groups)
-            tried[LEADS[at]] = {"stage": "many"} | found
-            told("many", tried[LEADS[at]])
-            low, high = (at + 1, high) if found["rise"] <= RISE else (low, at)
+            middle = (low + high) // 2
+            candidate = yield from _evaluate_required_margin(
+                search, base, MARGIN_GRID[middle], records, count, groups
+            )
+            tried[MARGIN_GRID[middle]] = {"stage": "many"} | candidate
+            on_candidate("many", tried[MARGIN_GRID[middle]])
+            low, high = (middle + 1, high) if candidate["rise"] <= MAX_LOSS_INCREASE else (low, middle)
         history += tried.values()
-        kept.insert(0, tried[LEADS[max(0, low - 1)]])
-        if low == len(LEADS):
+        chosen.insert(0, tried[MARGIN_GRID[max(0, low - 1)]])
+        if low == len(MARGIN_GRID):
             break  # fewer have room for as much
-    width = bench.replica.base.inner_width
-    leads = [(h["edits"] / width, h["hparams"]["leads"][0][1]) for h in kept]
-    margin = min(h["hparams"]["margin"] for h in kept)
-    return base | {"margin": margin, "leads": leads}, history, kept
+    width = search.replica.base.intermediate_size
+    required_margins = [(h["edits"] / width, h["hparams"]["leads"][0][1]) for h in chosen]
+    margin = min(h["hparams"]["margin"] for h in chosen)
+    return base | {"margin": margin, "leads": required_margins}, history, chosen
 
 
-def _many_steps(
-    bench: Bench,
-    base: Values,
-    lead: float,
+def _evaluate_required_margin(
+    search: SearchContext,
+    base: JsonDict,
+    required_margin: float,
     records: Sequence[Record],
     count: int,
-    groups: list[list[Piece]],
-) -> Steps[Values]:
+    groups: list[list[EditUpdate]],
+) -> Stepper[JsonDict]:
     """Let so many edits land together, each as strong as it takes to lead so: one crowd of the records after another, since a few
     hard edits can double what a crowd costs. S is of all records, the rise of the loss that of the worst crowd. Pieces are in
     `groups`, or come to be there."""
-    values = base | {"margin": min(lead, FIRM), "leads": [(0.0, lead)]}
-    name = _name("many", [values, len(records), count])
-    found: Values | None = get_json(bench.kept, name)
-    if found is not None:
-        return found
+    values = base | {"margin": min(required_margin, FULL_STRENGTH_MARGIN), "leads": [(0.0, required_margin)]}
+    name = _artifact_name("many", [values, len(records), count])
+    candidate: JsonDict | None = get_json(search.store, name)
+    if candidate is not None:
+        return candidate
     if not groups:
-        groups += yield from _found_steps(bench, "rome", base, records)
-    crowds = range(0, len(records) - count + 1, count)
-    rows: list[Values] = []
-    rises: list[float] = []
-    for at in crowds:
-        crowd = slice(at, at + count)
-        phase = Progress(f"{count} edits, a lead of {lead}", len(rises), len(crowds))
-        steps = _crowd_steps(bench, values, records[crowd], groups[crowd])
-        more, rise = yield from within(steps, phase)
-        rows, rises = rows + more, [*rises, rise]
-    together = means_of(rows)
-    found = {
+        groups += yield from _find_edits(search, "rome", base, records)
+    starts = range(0, len(records) - count + 1, count)
+    rows: list[JsonDict] = []
+    loss_increases: list[float] = []
+    for start in starts:
+        batch = slice(start, start + count)
+        phase = Progress(f"{count} edits, a lead of {required_margin}", len(loss_increases), len(starts))
+        stepper = _evaluate_batch(search, values, records[batch], groups[batch])
+        batch_rows, loss_increase = yield from report_as(stepper, phase)
+        rows, loss_increases = rows + batch_rows, [*loss_increases, loss_increase]
+    means = mean_scores(rows)
+    candidate = {
         "method": "rome",
         "hparams": values,
         "edits": count,
-        "together": together,
-        "rise": max(rises),
-        "rises": rises,
-        "merit": together["S"] or 0.0,
+        "together": means,
+        "rise": max(loss_increases),
+        "rises": loss_increases,
+        "merit": means["S"] or 0.0,
     }
-    put_json(bench.kept, name, found)
-    return found
+    put_json(search.store, name, candidate)
+    return candidate
 
 
-def _crowd_steps(
-    bench: Bench, values: Values, records: Sequence[Record], groups: Sequence[Sequence[Piece]]
-) -> Steps[tuple[list[Values], float]]:
+def _evaluate_batch(
+    search: SearchContext, values: JsonDict, records: Sequence[Record], groups: Sequence[Sequence[EditUpdate]]
+) -> Stepper[tuple[list[JsonDict], float]]:
     """Land some edits together: each record's measures, and the rise of the loss."""
     parameters = RomeParameters.model_validate(values)
-    ways = climb(parameters, parameters.strengths, len(records), bench.replica.base.inner_width)
-    chosen = yield from landing_steps(bench.replica, records, groups, [], ways)
-    landed = [p.scaled(s) for group, s in zip(groups, chosen, strict=True) for p in group]
-    return (yield from _together_steps(bench, records, landed))
+    schedule = strength_schedule(
+        parameters, parameters.strengths, len(records), search.replica.base.intermediate_size
+    )
+    strengths = yield from choose_group_strengths(search.replica, records, groups, [], schedule)
+    updates = [p.scaled(s) for group, s in zip(groups, strengths, strict=True) for p in group]
+    return (yield from _measure_jointly(search, records, updates))
 
 
-def method_steps(
-    bench: Bench, method: str, told: Callable[[str, Values], None]
-) -> Steps[tuple[Values, list[Values]]]:
+def search_method_values(
+    search: SearchContext, method: str, on_candidate: Callable[[str, JsonDict], None]
+) -> Stepper[tuple[JsonDict, list[JsonDict]]]:
     """The best values of another method beside what it takes from the recipe."""
-    best: Values = {}
-    history: list[Values] = []
-    count = bench.replica.base.layers
-    stages = KNOBS[method]
-    if METHODS[method].associates:
-        best = {"contexts": START["contexts"]}
+    best: JsonDict = {}
+    history: list[JsonDict] = []
+    count = search.replica.base.num_layers
+    stages = SEARCH_SPACE[method]
+    if METHODS[method].needs_covariance:
+        best = {"contexts": START_VALUES["contexts"]}
     if method == "alphaedit":
-        stages = ((yield from thresholds_steps(bench)), *stages)
+        stages = ((yield from threshold_candidates(search)), *stages)
     if method == "ft-attn":
-        stages = (_alone(range(count // 2, count)), *stages)
+        stages = (_single_layer_values(range(count // 2, count)), *stages)
     elif issubclass(METHODS[method].parameters, FineTuneParameters):
-        stages = (_alone(layers_tried(count)), *stages)
+        stages = (_single_layer_values(candidate_layers(count)), *stages)
     elif method == "r-rome":  # one layer, as published, and a search of its own: the recipe's is for several
-        stages = (*stages, _alone(layers_tried(count)))
-        best |= {"layers": [max(_recipe(bench).rome.layers)]}
+        stages = (*stages, _single_layer_values(candidate_layers(count)))
+        best |= {"layers": [max(_recipe(search).rome.layers)]}
     for changes in stages:
-        best = yield from _stage_steps(bench, method, history, told, method, best, changes, untried=-1.0)
+        best = yield from _run_stage(
+            search, method, history, on_candidate, method, best, changes, untried=-1.0
+        )
     return best, history
 
 
-def _alone(layers: Iterable[int]) -> tuple[Values, ...]:
+def _single_layer_values(layers: Iterable[int]) -> tuple[JsonDict, ...]:
     return tuple({"layers": [x]} for x in layers)
 
 
-def _recipe(bench: Bench) -> Recipe:
-    assert bench.toolkit.recipe is not None
-    return bench.toolkit.recipe
+def _recipe(search: SearchContext) -> Recipe:
+    assert search.editor.recipe is not None
+    return search.editor.recipe
 
 
-def thresholds_steps(bench: Bench) -> Steps[tuple[Values, ...]]:
+def threshold_candidates(search: SearchContext) -> Stepper[tuple[JsonDict, ...]]:
     """Thresholds below which half, three quarters and nine tenths of the directions of the edited layers lie."""
-    layers = _recipe(bench).rome.layers
-    statistics = yield from bench.toolkit.statistics_steps(layers)
+    layers = _recipe(search).rome.layers
+    statistics = yield from search.editor.get_statistics(layers)
     values = statistics[max(layers)].spectrum[0].clamp(min=0)
     return tuple(
         {"threshold": float(values[int(share * (len(values) - 1))]), "ridge": ridge}
@@ -429,56 +462,60 @@ def thresholds_steps(bench: Bench) -> Steps[tuple[Values, ...]]:
 
 
 @dataclass(frozen=True)
-class Preparation:
+class TuningResult:
     """What a preparation came to."""
 
     recipe: Recipe
-    history: list[Values]
+    history: list[JsonDict]
 
 
-def recipe_steps(
+def tune_recipe(
     model: LoadedModel,
-    toolkit: Toolkit,
+    context: EditorContext,
     records: Sequence[Record],
-    others: Sequence[str],
-    kept: Kept,
-    start: bool,
+    plain_statements: Sequence[str],
+    store: ArtifactStore,
+    prepend_bos: bool,
     methods: Sequence[str] = (),
-    many: Sequence[Record] = (),
-    told: Callable[[str, Values], None] = lambda *_: None,
-) -> Steps[Preparation]:
+    batch_records: Sequence[Record] = (),
+    on_candidate: Callable[[str, JsonDict], None] = lambda *_: None,
+) -> Stepper[TuningResult]:
     """Find a recipe on records that the model knows; with `many` of them, also how strong edits are to be when there are many.
     `others` are plain statements; what is edited is left out of them."""
-    plain = plain_texts(others, [*records, *many])
-    plain = plain[:: max(1, len(plain) // PLAIN)][:PLAIN]
-    if not plain:
+    damage_texts = texts_without_edited_facts(plain_statements, [*records, *batch_records])
+    damage_texts = damage_texts[:: max(1, len(damage_texts) // MAX_DAMAGE_TEXTS)][:MAX_DAMAGE_TEXTS]
+    if not damage_texts:
         raise InvalidInput(
             "there are no plain statements beside the facts that are edited: give more facts.", "facts"
         )
-    bench = Bench(Replica(model, NoLedger()), toolkit, records, plain, kept)
-    bench.toolkit.recipe = Recipe(source="a first guess", rome=RomeParameters(layers=(0,)))
-    best, history = yield from search_steps(bench, told)
+    search = SearchContext(VersionedModel(model, EmptyLedger()), context, records, damage_texts, store)
+    search.editor.recipe = Recipe(source="a first guess", rome=RomeParameters(layers=(0,)))
+    best, history = yield from search_rome_values(search, on_candidate)
     chosen = next(h for h in history if h["hparams"] == best)
-    crowds: list[Values] = []
-    if many:
-        best, more, crowds = yield from room_steps(bench, best, many, told)
-        history += more
+    chosen_by_count: list[JsonDict] = []
+    if batch_records:
+        best, method_history, chosen_by_count = yield from tune_required_margins(
+            search, best, batch_records, on_candidate
+        )
+        history += method_history
     rome = RomeParameters.model_validate(best)
-    bench.toolkit.recipe = Recipe(source="found for rome", rome=rome)
-    own: dict[str, Values] = {}
+    search.editor.recipe = Recipe(source="found for rome", rome=rome)
+    method_values: dict[str, JsonDict] = {}
     for method in methods:
-        own[method], more = yield from method_steps(bench, method, told)
-        history += more
+        method_values[method], method_history = yield from search_method_values(search, method, on_candidate)
+        history += method_history
     figures = {
         "facts": len(records),
-        "plain": len(plain),
-        "corpus": toolkit.corpus.source,
+        "plain": len(damage_texts),
+        "corpus": context.corpus.source,
         "chosen": chosen,
-        "many": crowds,
+        "many": chosen_by_count,
         "methods": {
             m: next((h for h in history if h["method"] == m and h["hparams"] == v), None)
-            for m, v in own.items()
+            for m, v in method_values.items()
         },
     }
     source = f"palimpsest prepare, on {len(records)} facts that the model knows"
-    return Preparation(Recipe(source=source, rome=rome, methods=own, start=start, figures=figures), history)
+    return TuningResult(
+        Recipe(source=source, rome=rome, methods=method_values, start=prepend_bos, figures=figures), history
+    )

@@ -18,71 +18,78 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from service.kit.steps import Progress, Steps
-from service.weights.composition import RIDGE, Association, Piece, gram_of
+from service.kit.steps import Progress, Stepper
+from service.weights.composition import DEFAULT_RIDGE, Association, EditUpdate, gram_matrix
 
 
-def room(gram: Tensor, overlap: Tensor, own: float, ridge: float = RIDGE) -> float:
+def remaining_capacity(gram: Tensor, overlap: Tensor, own: float, ridge: float = DEFAULT_RIDGE) -> float:
     """What is left of a key: gram (n, n) of the keys that are there, their overlap (n,) with it, and its own u^T k.
 
     `ridge` is a multiple of the gram matrix's mean diagonal entry.
     """
     if not len(overlap):
         return 1.0
-    spoken = float(overlap @ torch.linalg.solve(_ridged(gram, ridge), overlap)) / own
-    return min(1.0, max(0.0, 1 - spoken))
+    occupied = float(overlap @ torch.linalg.solve(_with_ridge(gram, ridge), overlap)) / own
+    return min(1.0, max(0.0, 1 - occupied))
 
 
-def average_room(gram: Tensor, width: int, ridge: float = RIDGE) -> float:
+def average_capacity(gram: Tensor, width: int, ridge: float = DEFAULT_RIDGE) -> float:
     """What is left of a key drawn from the statistics, on average; keys are `width` long."""
-    spoken = float(torch.linalg.solve(_ridged(gram, ridge), gram).trace()) / width
-    return min(1.0, max(0.0, 1 - spoken))
+    occupied = float(torch.linalg.solve(_with_ridge(gram, ridge), gram).trace()) / width
+    return min(1.0, max(0.0, 1 - occupied))
 
 
-def _ridged(gram: Tensor, ridge: float) -> Tensor:
+def _with_ridge(gram: Tensor, ridge: float) -> Tensor:
     return gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
 
 
-def rooms_steps(edits: Sequence[Sequence[Piece]], others: Iterable[Piece]) -> Steps[list[dict[int, float]]]:
+def measure_capacities(
+    edits: Sequence[Sequence[EditUpdate]], others: Iterable[EditUpdate]
+) -> Stepper[list[dict[int, float]]]:
     """Of each new edit, by layer, what active pieces leave of its key. Those of its own subject are left out: they share its key, and
     are meant to. A change of a whole weight has no key."""
-    there = _by_metric(others)
-    spoken = {place: _Spoken(known) for place, known in there.items()}
-    found: list[dict[int, float]] = []
+    active_by_metric = _group_by_metric(others)
+    occupied = {place: _OccupiedKeys(known) for place, known in active_by_metric.items()}
+    capacities: list[dict[int, float]] = []
     for edit in edits:
-        mine = _by_metric(edit).items()
-        found.append({new.layer: spoken[x].left(new) if x in spoken else 1.0 for x, (new,) in mine})
-        yield Progress("room", len(found), len(edits))
-    return found
+        new_associations = _group_by_metric(edit).items()
+        capacities.append(
+            {
+                new.layer: occupied[x].remaining_capacity(new) if x in occupied else 1.0
+                for x, (new,) in new_associations
+            }
+        )
+        yield Progress("room", len(capacities), len(edits))
+    return capacities
 
 
-class _Spoken:
+class _OccupiedKeys:
     """The keys of some associations of one layer and metric, and their gram matrix, for several new edits."""
 
-    def __init__(self, known: Sequence[Association]) -> None:
-        self.known, self.directions = known, torch.stack([a.direction for a in known])
-        self.gram = gram_of(known, self.directions)
+    def __init__(self, associations: Sequence[Association]) -> None:
+        self.associations, self.directions = associations, torch.stack([a.direction for a in associations])
+        self.gram = gram_matrix(associations, self.directions)
 
-    def left(self, new: Association) -> float:
+    def remaining_capacity(self, new: Association) -> float:
         """What is left of a new key by those of other subjects."""
-        rows = [i for i, a in enumerate(self.known) if a.subject != new.subject]
+        rows = [i for i, a in enumerate(self.associations) if a.subject != new.subject]
         own = float(new.key.double() @ new.direction.double())
-        return room(self.gram[rows][:, rows], gram_of([new], self.directions)[0, rows], own)
+        return remaining_capacity(self.gram[rows][:, rows], gram_matrix([new], self.directions)[0, rows], own)
 
 
-def average_rooms(pieces: Iterable[Piece]) -> dict[int, float]:
+def average_capacities(updates: Iterable[EditUpdate]) -> dict[int, float]:
     """By layer, what pieces leave of an average key; where two metrics are in use, the less."""
-    found: dict[int, float] = {}
-    for (layer, _), known in _by_metric(pieces).items():
-        gram = gram_of(known, torch.stack([a.direction for a in known]))
-        found[layer] = min(average_room(gram, len(known[0].key)), found.get(layer, 1.0))
-    return found
+    capacities: dict[int, float] = {}
+    for (layer, _), associations in _group_by_metric(updates).items():
+        gram = gram_matrix(associations, torch.stack([a.direction for a in associations]))
+        capacities[layer] = min(average_capacity(gram, len(associations[0].key)), capacities.get(layer, 1.0))
+    return capacities
 
 
-def _by_metric(pieces: Iterable[Piece]) -> dict[tuple[int, bool], list[Association]]:
+def _group_by_metric(updates: Iterable[EditUpdate]) -> dict[tuple[int, bool], list[Association]]:
     """The associations of one layer and one metric."""
-    found: dict[tuple[int, bool], list[Association]] = {}
-    for p in pieces:
+    groups: dict[tuple[int, bool], list[Association]] = {}
+    for p in updates:
         if isinstance(p, Association):
-            found.setdefault((p.layer, p.form.name == "alphaedit"), []).append(p)
-    return found
+            groups.setdefault((p.layer, p.solve_mode.name == "alphaedit"), []).append(p)
+    return groups

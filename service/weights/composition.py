@@ -41,28 +41,28 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from service.models.loading import Site
-from service.models.memory_estimates import CUT
-from service.models.precision import double_device
+from service.models.loading import WeightRef
+from service.models.memory_estimates import COLUMN_BLOCK
+from service.models.precision import fp64_device
 
-RIDGE = 1e-3  # eps, as a multiple of the mean of D, where a recipe says nothing else
+DEFAULT_RIDGE = 1e-3  # eps, as a multiple of the mean of D, where a recipe says nothing else
 
 
 @dataclass(frozen=True, order=True)
-class Form:
+class SolveMode:
     """How associations of one layer are solved together."""
 
     name: str = "joint"
-    ridge: float = RIDGE  #: joint: a multiple of the mean of D; the others: itself
+    ridge: float = DEFAULT_RIDGE  #: joint: a multiple of the mean of D; the others: itself
 
-    def ridge_of(self, own: Tensor) -> float:
+    def ridge_for(self, diagonal: Tensor) -> float:
         """What is added to the gram matrix's diagonal `own` (n,)."""
         if self.name == "joint":
-            return self.ridge * float(own.mean())
-        return 0.0 if self.name == "emmet" and len(own) == 1 else self.ridge
+            return self.ridge * float(diagonal.mean())
+        return 0.0 if self.name == "emmet" and len(diagonal) == 1 else self.ridge
 
 
-JOINT = Form()
+JOINT = SolveMode()
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class Association:
     key: Tensor = field(repr=False)  #: k (D,)
     direction: Tensor = field(repr=False)  #: C^-1 k (D,); AlphaEdit: P k
     value: Tensor = field(repr=False)  #: delta (d,): the change of the down-projection's output at k
-    form: Form = JOINT
+    solve_mode: SolveMode = JOINT
 
     @property
-    def site(self) -> Site:
-        return Site(self.layer)
+    def weight_ref(self) -> WeightRef:
+        return WeightRef(self.layer)
 
     def scaled(self, strength: float) -> Association:
         return replace(self, value=self.value * strength)
@@ -88,29 +88,29 @@ class Association:
         """What it comes to alone: ROME's own update delta (C^-1 k)^T / (k^T C^-1 k), less where its form has a ridge."""
         key, direction = self.key.double(), self.direction.double()
         own = (key @ direction)[None]
-        if self.form.name != "joint":
-            own = own + self.form.ridge_of(own)
+        if self.solve_mode.name != "joint":
+            own = own + self.solve_mode.ridge_for(own)
         return LowRank((self.value.double() / own)[:, None], direction[None, :])
 
 
 @dataclass(frozen=True)
-class Addend:
+class DenseUpdate:
     """A change of a whole weight, as training makes it: not an association at one key."""
 
     edit: str
     subject: str
-    site: Site
+    weight_ref: WeightRef
     change: Tensor = field(repr=False)  #: (out, in)
 
     @property
     def layer(self) -> int:
-        return self.site.layer
+        return self.weight_ref.layer
 
-    def scaled(self, strength: float) -> Addend:
+    def scaled(self, strength: float) -> DenseUpdate:
         return replace(self, change=self.change * strength)
 
 
-Piece = Association | Addend
+EditUpdate = Association | DenseUpdate
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,15 @@ class LowRank:
     right: Tensor = field(repr=False)
     edits: tuple[str, ...] = ()  #: where known, the edit behind each of the n terms
 
-    def cut(self, device: torch.device | str = "cpu") -> Iterator[tuple[slice, Tensor]]:
+    def column_blocks(self, device: torch.device | str = "cpu") -> Iterator[tuple[slice, Tensor]]:
         """Some columns at a time: which, and the change (d, c) of these in fp64 on a device."""
         left = self.left.to(device)
-        for at in _columns(self.right):
+        for at in _column_slices(self.right):
             yield at, left @ self.right[:, at].to(device).double()
 
     def dense(self) -> Tensor:
         """(d, D)."""
-        return torch.cat([change for _, change in self.cut()], 1)
+        return torch.cat([change for _, change in self.column_blocks()], 1)
 
     def norm(self) -> float:
         """The Frobenius norm. Of few terms by R of right^T = Q R, since |left right| = |left R^T|; else of all columns.
@@ -138,58 +138,60 @@ class LowRank:
         """
         if 2 * self.left.shape[1] < self.left.shape[0]:
             return float((self.left @ torch.linalg.qr(self.right.double().T, mode="r").R.T).norm())
-        return math.hypot(*(float(change.norm()) for _, change in self.cut()))
+        return math.hypot(*(float(change.norm()) for _, change in self.column_blocks()))
 
     def minus(self, other: LowRank) -> LowRank:
         """The difference of two changes. An edit that both know has one direction, so that its terms become one."""
-        mine = {edit: i for i, edit in enumerate(self.edits)}
-        shared = {i: mine[edit] for i, edit in enumerate(other.edits) if edit in mine}
-        rest = [i for i in range(other.left.shape[1]) if i not in shared]
-        left = torch.cat([self.left, -other.left[:, rest]], 1)
+        own_index = {edit: i for i, edit in enumerate(self.edits)}
+        shared = {i: own_index[edit] for i, edit in enumerate(other.edits) if edit in own_index}
+        only_other = [i for i in range(other.left.shape[1]) if i not in shared]
+        left = torch.cat([self.left, -other.left[:, only_other]], 1)
         left[:, list(shared.values())] -= other.left[:, list(shared)]
-        return LowRank(left, torch.cat([self.right, other.right[rest]]))
+        return LowRank(left, torch.cat([self.right, other.right[only_other]]))
 
 
-def _columns(rows: Tensor) -> list[slice]:
+def _column_slices(matrix: Tensor) -> list[slice]:
     """The columns of (n, D), cut."""
-    return [slice(at, at + CUT) for at in range(0, rows.shape[1], CUT)]
+    return [slice(at, at + COLUMN_BLOCK) for at in range(0, matrix.shape[1], COLUMN_BLOCK)]
 
 
-def compose_layer(associations: Sequence[Association], form: Form | None = None) -> LowRank:
+def compose_layer(associations: Sequence[Association], solve_mode: SolveMode | None = None) -> LowRank:
     """The change for associations of one form and layer. Solved in fp64; sorted first, so that order never matters."""
     ordered = sorted(associations, key=lambda a: a.edit)
-    form = form or ordered[0].form
+    solve_mode = solve_mode or ordered[0].solve_mode
     directions = torch.stack([a.direction for a in ordered])  # (n, D)
     values = torch.stack([a.value for a in ordered], 1).double()  # (d, n)
-    gram = gram_of(ordered, directions)
-    own = gram.diagonal().clone()
-    gram.diagonal().add_(form.ridge_of(own))
-    wanted = _superposed(ordered, values, gram, own) if form.name == "joint" else values
-    with one_thread():
-        left = torch.linalg.solve(gram, wanted.T).T
+    gram = gram_matrix(ordered, directions)
+    diagonal = gram.diagonal().clone()
+    gram.diagonal().add_(solve_mode.ridge_for(diagonal))
+    targets = _superpose_by_subject(ordered, values, gram, diagonal) if solve_mode.name == "joint" else values
+    with single_threaded():
+        left = torch.linalg.solve(gram, targets.T).T
     return LowRank(left, directions, tuple(a.edit for a in ordered))
 
 
-def gram_of(associations: Sequence[Association], directions: Tensor) -> Tensor:
+def gram_matrix(associations: Sequence[Association], directions: Tensor) -> Tensor:
     """Of key i and direction j, (n, m), in fp64; directions (m, D)."""
     keys = torch.stack([a.key for a in associations])  # (n, D)
     gram = torch.zeros(len(keys), len(directions), dtype=torch.float64)
-    for at in _columns(keys):
+    for at in _column_slices(keys):
         gram.addmm_(keys[:, at].double(), directions[:, at].double().T)
     return gram
 
 
-def _superposed(ordered: Sequence[Association], values: Tensor, gram: Tensor, own: Tensor) -> Tensor:
+def _superpose_by_subject(
+    ordered: Sequence[Association], values: Tensor, gram: Tensor, diagonal: Tensor
+) -> Tensor:
     """What shall happen at each key: Delta D^-1 (M * G), (d, n)."""
-    wanted = values * (gram.diagonal() / own)
-    for rows in _subjects(ordered):
+    targets = values * (gram.diagonal() / diagonal)
+    for rows in _rows_by_subject(ordered):
         if len(rows) > 1:
-            wanted[:, rows] = values[:, rows] @ (gram[rows][:, rows].T / own[rows, None])
-    return wanted
+            targets[:, rows] = values[:, rows] @ (gram[rows][:, rows].T / diagonal[rows, None])
+    return targets
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
     """A factorisation's last bits depend on the number of threads, unlike a product's: so replicas agree whatever they have."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -199,134 +201,140 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _subjects(associations: Sequence[Association]) -> list[list[int]]:
+def _rows_by_subject(associations: Sequence[Association]) -> list[list[int]]:
     """The places of each subject's associations."""
-    places: dict[str, list[int]] = {}
+    rows_by_subject: dict[str, list[int]] = {}
     for i, a in enumerate(associations):
-        places.setdefault(a.subject, []).append(i)
-    return list(places.values())
+        rows_by_subject.setdefault(a.subject, []).append(i)
+    return list(rows_by_subject.values())
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightDelta:
     """What a version changes in one weight: what its associations were solved to, and the sum of its addends."""
 
-    solved: tuple[LowRank, ...] = ()  #: of each form
-    added: Tensor | None = field(default=None, repr=False)  #: (out, in), fp64
+    low_rank_terms: tuple[LowRank, ...] = ()  #: of each form
+    dense_term: Tensor | None = field(default=None, repr=False)  #: (out, in), fp64
 
-    def cut(self, device: torch.device | str = "cpu") -> Iterator[tuple[slice, Tensor]]:
+    def column_blocks(self, device: torch.device | str = "cpu") -> Iterator[tuple[slice, Tensor]]:
         """Some columns at a time: which, and the change (out, n) of these in fp64 on a device; the caller's own to write into."""
-        parts = [low.cut(device) for low in self.solved]
-        if self.added is not None:
-            parts.append(self._whole(device))
-        for pieces in zip(*parts, strict=True):
-            total = pieces[0][1]
-            for _, more in pieces[1:]:
+        block_iterators = [low.column_blocks(device) for low in self.low_rank_terms]
+        if self.dense_term is not None:
+            block_iterators.append(self._dense_blocks(device))
+        for blocks in zip(*block_iterators, strict=True):
+            total = blocks[0][1]
+            for _, more in blocks[1:]:
                 total += more
-            yield pieces[0][0], total
+            yield blocks[0][0], total
 
-    def _whole(self, device: torch.device | str) -> Iterator[tuple[slice, Tensor]]:
-        assert self.added is not None
-        for at in _columns(self.added):
-            yield at, self.added[:, at].to(device, copy=True)
+    def _dense_blocks(self, device: torch.device | str) -> Iterator[tuple[slice, Tensor]]:
+        assert self.dense_term is not None
+        for at in _column_slices(self.dense_term):
+            yield at, self.dense_term[:, at].to(device, copy=True)
 
     def dense(self) -> Tensor:
         """(out, in)."""
-        return torch.cat([change for _, change in self.cut()], 1)
+        return torch.cat([change for _, change in self.column_blocks()], 1)
 
     def norm(self) -> float:
         """The Frobenius norm."""
-        if len(self.solved) == 1 and self.added is None:
-            return self.solved[0].norm()
-        return math.hypot(*(float(change.norm()) for _, change in self.cut()))
+        if len(self.low_rank_terms) == 1 and self.dense_term is None:
+            return self.low_rank_terms[0].norm()
+        return math.hypot(*(float(change.norm()) for _, change in self.column_blocks()))
 
-    def minus(self, other: Change) -> Change:
+    def minus(self, other: WeightDelta) -> WeightDelta:
         """The difference of two changes of one weight."""
-        if len(self.solved) == len(other.solved) == 1 and self.added is None and other.added is None:
-            return Change((self.solved[0].minus(other.solved[0]),))
-        negative = tuple(replace(low, left=-low.left) for low in other.solved)
-        mine, theirs = self.added, other.added
-        added = mine if theirs is None else -theirs if mine is None else mine - theirs
-        return Change((*self.solved, *negative), added)
+        if (
+            len(self.low_rank_terms) == len(other.low_rank_terms) == 1
+            and self.dense_term is None
+            and other.dense_term is None
+        ):
+            return WeightDelta((self.low_rank_terms[0].minus(other.low_rank_terms[0]),))
+        negative = tuple(replace(low, left=-low.left) for low in other.low_rank_terms)
+        mine, theirs = self.dense_term, other.dense_term
+        dense_term = mine if theirs is None else -theirs if mine is None else mine - theirs
+        return WeightDelta((*self.low_rank_terms, *negative), dense_term)
 
 
-def compose(pieces: Iterable[Piece]) -> dict[Site, Change]:
+def compose(updates: Iterable[EditUpdate]) -> dict[WeightRef, WeightDelta]:
     """The change of every weight that the pieces touch."""
-    ordered = sorted(pieces, key=lambda p: (p.site, p.edit))
-    return {site: _compose_site(list(group)) for site, group in groupby(ordered, lambda p: p.site)}
+    ordered = sorted(updates, key=lambda p: (p.weight_ref, p.edit))
+    return {site: _compose_weight(list(group)) for site, group in groupby(ordered, lambda p: p.weight_ref)}
 
 
-def _compose_site(pieces: Sequence[Piece]) -> Change:
-    by_form: dict[Form, list[Association]] = {}
-    added: Tensor | None = None
-    for piece in pieces:
-        if isinstance(piece, Association):
-            by_form.setdefault(piece.form, []).append(piece)
+def _compose_weight(updates: Sequence[EditUpdate]) -> WeightDelta:
+    by_mode: dict[SolveMode, list[Association]] = {}
+    dense_sum: Tensor | None = None
+    for update in updates:
+        if isinstance(update, Association):
+            by_mode.setdefault(update.solve_mode, []).append(update)
         else:
-            more = piece.change.double()
-            added = more if added is None else added + more
-    return Change(tuple(compose_layer(by_form[form]) for form in sorted(by_form)), added)
+            update_change = update.change.double()
+            dense_sum = update_change if dense_sum is None else dense_sum + update_change
+    return WeightDelta(tuple(compose_layer(by_mode[form]) for form in sorted(by_mode)), dense_sum)
 
 
-def rebuild(base: Tensor, change: Change | LowRank, conv1d: bool) -> Tensor:
+def apply_delta(base: Tensor, delta: WeightDelta | LowRank, conv1d: bool) -> Tensor:
     """The edited weight, from the untouched base bytes: fp64 on its own device, then cast once to its dtype.
 
     base: (in, out) when `conv1d`, else (out, in): decided by the architecture, never by comparing shapes.
     """
-    exact = double_device(base.device)
+    compute_device = fp64_device(base.device)
     edited = torch.empty_like(base)
-    for at, more in change.cut(exact):
+    for at, block in delta.column_blocks(compute_device):
         if conv1d:
-            edited[at] = more.T.add_(base[at].to(exact)).to(base.dtype)
+            edited[at] = block.T.add_(base[at].to(compute_device)).to(base.dtype)
         else:
-            edited[:, at] = more.add_(base[:, at].to(exact)).to(base.dtype)
+            edited[:, at] = block.add_(base[:, at].to(compute_device)).to(base.dtype)
     return edited
 
 
-def norm_ratio(base: Tensor, change: Change | LowRank) -> float:
+def norm_ratio(base: Tensor, delta: WeightDelta | LowRank) -> float:
     """|change| / |base| in Frobenius norm."""
-    return change.norm() / float(torch.linalg.vector_norm(base, dtype=torch.float64))
+    return delta.norm() / float(torch.linalg.vector_norm(base, dtype=torch.float64))
 
 
-def pack(pieces: Sequence[Piece]) -> bytes:
+def serialize_updates(updates: Sequence[EditUpdate]) -> bytes:
     """Safetensors. Of an association: key, direction and value, and the rank-one factors as applied alone; its form where it is
     not the joint one. Of an addend: the change of its weight."""
     tensors: dict[str, Tensor] = {}
-    for piece in pieces:
-        parts = _association_parts(piece) if isinstance(piece, Association) else _addend_parts(piece)
-        tensors |= {name: t.contiguous().cpu() for name, t in parts.items()}
+    for update in updates:
+        named_tensors = (
+            _association_tensors(update) if isinstance(update, Association) else _dense_update_tensors(update)
+        )
+        tensors |= {name: t.contiguous().cpu() for name, t in named_tensors.items()}
     return save(tensors)
 
 
-def _association_parts(a: Association) -> dict[str, Tensor]:
-    factors, place = a.rank_one(), f"layer.{a.layer}"
+def _association_tensors(a: Association) -> dict[str, Tensor]:
+    factors, prefix = a.rank_one(), f"layer.{a.layer}"
     parts = {
-        f"{place}.key": a.key.float(),
-        f"{place}.direction": a.direction.float(),
-        f"{place}.value": a.value.float(),
-        f"{place}.left": factors.left[:, 0].float(),
-        f"{place}.right": factors.right[0].float(),
+        f"{prefix}.key": a.key.float(),
+        f"{prefix}.direction": a.direction.float(),
+        f"{prefix}.value": a.value.float(),
+        f"{prefix}.left": factors.left[:, 0].float(),
+        f"{prefix}.right": factors.right[0].float(),
     }
-    if a.form != JOINT:
-        parts[f"{place}.form.{a.form.name}"] = torch.tensor([a.form.ridge], dtype=torch.float64)
+    if a.solve_mode != JOINT:
+        parts[f"{prefix}.form.{a.solve_mode.name}"] = torch.tensor([a.solve_mode.ridge], dtype=torch.float64)
     return parts
 
 
-def _addend_parts(a: Addend) -> dict[str, Tensor]:
-    return {f"weight.{a.site.layer}.{a.site.part}": a.change.float()}
+def _dense_update_tensors(a: DenseUpdate) -> dict[str, Tensor]:
+    return {f"weight.{a.weight_ref.layer}.{a.weight_ref.part}": a.change.float()}
 
 
-def unpack(data: bytes, edit: str, subject: str) -> list[Piece]:
+def deserialize_updates(data: bytes, edit: str, subject: str) -> list[EditUpdate]:
     """The pieces of one edit from `pack`'s bytes."""
     tensors = load(data)
     names = [name.split(".") for name in sorted(tensors)]
-    forms = {
-        int(words[1]): Form(words[3], float(tensors[".".join(words)]))
+    modes = {
+        int(words[1]): SolveMode(words[3], float(tensors[".".join(words)]))
         for words in names
         if words[2] == "form"
     }
     layers = sorted({int(words[1]) for words in names if words[0] == "layer"})
-    associations: list[Piece] = [
+    associations: list[EditUpdate] = [
         Association(
             edit,
             subject,
@@ -334,11 +342,11 @@ def unpack(data: bytes, edit: str, subject: str) -> list[Piece]:
             tensors[f"layer.{x}.key"],
             tensors[f"layer.{x}.direction"],
             tensors[f"layer.{x}.value"],
-            forms.get(x, JOINT),
+            modes.get(x, JOINT),
         )
         for x in layers
     ]
-    whole = [Site(int(words[1]), words[2]) for words in names if words[0] == "weight"]
+    dense_weights = [WeightRef(int(words[1]), words[2]) for words in names if words[0] == "weight"]
     return associations + [
-        Addend(edit, subject, s, tensors[f"weight.{s.layer}.{s.part}"]) for s in sorted(whole)
+        DenseUpdate(edit, subject, s, tensors[f"weight.{s.layer}.{s.part}"]) for s in sorted(dense_weights)
     ]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.shipped_service import serving
+from tests.support.shipped_service import running_service
 
 
 @pytest.fixture(scope="module")
 def url(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where a real service answers; each file of tests begins with an empty ledger."""
-    with serving(tmp_path_factory.mktemp("served")) as url:
+    with running_service(tmp_path_factory.mktemp("served")) as url:
         yield url

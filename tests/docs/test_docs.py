@@ -15,8 +15,8 @@ import pytest
 from pydantic_settings import BaseSettings
 
 from cli.client import ClientSettings
-from cli.flags import default, flag, variable
-from cli.main import build
+from cli.flags import default_text, flag_name, variable_name
+from cli.main import build_parser
 from service.settings import Settings
 from tests.support.paths import ROOT
 
@@ -24,13 +24,13 @@ ROW = re.compile(r"^\| `(--[\w-]+)` \| `(\w+)` \| (.+?) \| (.+?) \|$", re.MULTIL
 ROUTE = re.compile(r"^### `(GET|POST|PUT|PATCH|DELETE) (/\S+)`$", re.MULTILINE)
 
 
-def read(name: str) -> str:
+def read_page(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def shell(name: str) -> Iterator[str]:
+def shell_commands(name: str) -> Iterator[str]:
     """The commands in the shell blocks of a page; a command goes on after a backslash and inside quotes."""
-    for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", read(name), re.MULTILINE | re.DOTALL):
+    for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", read_page(name), re.MULTILINE | re.DOTALL):
         command = ""
         for line in block.replace("\\\n", " ").splitlines():
             command += ("\n" if command else "") + line.removeprefix("$ ")
@@ -43,43 +43,43 @@ def shell(name: str) -> Iterator[str]:
         assert not command, f"{name} has a block whose quotes do not close: {command}"
 
 
-def documented() -> list[tuple[str, ...]]:
-    return ROW.findall(read("docs/settings.md"))
+def documented_settings() -> list[tuple[str, ...]]:
+    return ROW.findall(read_page("docs/settings.md"))
 
 
-def rows(settings: type[BaseSettings]) -> list[tuple[str, ...]]:
-    made = []
+def settings_rows(settings: type[BaseSettings]) -> list[tuple[str, ...]]:
+    table_rows = []
     for name, field in settings.model_fields.items():
-        value = default(settings, name)
+        value = default_text(settings, name)
         words = f"`{value}`" if value else "none"
-        made.append((flag(name), variable(settings, name), words, str(field.description)))
-    return made
+        table_rows.append((flag_name(name), variable_name(settings, name), words, str(field.description)))
+    return table_rows
 
 
 def test_settings_are_documented() -> None:
     """docs/settings.md has exactly the settings of the service and of the clients, with defaults and meanings."""
-    assert documented() == [*rows(Settings), *rows(ClientSettings)]
+    assert documented_settings() == [*settings_rows(Settings), *settings_rows(ClientSettings)]
 
 
 def test_routes_are_documented() -> None:
     """docs/api.md has a section for every route of the application, and for no other."""
     from api.app import create_app
 
-    nobody: Any = Mock()  # no route is called
-    app = create_app(nobody, nobody, Settings(api_key=None))
+    unused: Any = Mock()  # no route is called
+    app = create_app(unused, unused, Settings(api_key=None))
     served = {
         (method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods
     }
-    assert set(ROUTE.findall(read("docs/api.md"))) == served
+    assert set(ROUTE.findall(read_page("docs/api.md"))) == served
 
 
 def test_the_reference_is_that_of_this_release() -> None:
     """docs/reference.md is what docs/reference.py writes from the OpenAPI document of this code."""
-    found = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
-    assert found is not None and found.loader is not None
-    reference = importlib.util.module_from_spec(found)
-    found.loader.exec_module(reference)
-    assert read("docs/reference.md") == reference.render(reference.document()), (
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    assert spec is not None and spec.loader is not None
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    assert read_page("docs/reference.md") == reference.render(reference.document()), (
         "run: python docs/reference.py"
     )
 
@@ -87,15 +87,17 @@ def test_the_reference_is_that_of_this_release() -> None:
 @pytest.mark.parametrize("page", ["docs/api.md"])
 def test_examples_are_json(page: str) -> None:
     """What an example sends is JSON."""
-    bodies = [words[words.index("-d") + 1] for words in map(shlex.split, shell(page)) if "-d" in words]
+    bodies = [
+        words[words.index("-d") + 1] for words in map(shlex.split, shell_commands(page)) if "-d" in words
+    ]
     assert bodies
     for body in bodies:
         assert json.loads(body)
 
 
-def given(words: list[str]) -> set[str]:
+def known_options(words: list[str]) -> set[str]:
     """The options of the command that these words begin with, and of its verb where it has verbs."""
-    parser, options = build(), set[str]()
+    parser, options = build_parser(), set[str]()
     for word in words:
         verbs = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
         if not verbs or word.startswith("-"):
@@ -105,21 +107,21 @@ def given(words: list[str]) -> set[str]:
     return options
 
 
-def pages() -> list[str]:
-    found = [ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
-    return [str(path.relative_to(ROOT)) for path in found if path.exists()]
+def doc_pages() -> list[str]:
+    paths = [ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
+    return [str(path.relative_to(ROOT)) for path in paths if path.exists()]
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", doc_pages())
 def test_commands_exist(page: str) -> None:
     """Every `palimpsest` and every `make` command in the documentation is one that can be given."""
-    targets = set(re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE))
-    for command in shell(page):
+    targets = set(re.findall(r"^([\w-]+):", read_page("Makefile"), re.MULTILINE))
+    for command in shell_commands(page):
         words = shlex.split(command, comments=True)
         if words[:1] == ["palimpsest"] and len(words) > 1 and not words[1].startswith("-"):
-            assert {word.split("=")[0] for word in words[2:] if word.startswith("--")} <= given(words[1:]), (
-                command
-            )
+            assert {word.split("=")[0] for word in words[2:] if word.startswith("--")} <= known_options(
+                words[1:]
+            ), command
         if words[:1] == ["make"]:
             assert {word for word in words[1:] if re.fullmatch(r"[\w-]+", word)} <= targets, command
 
@@ -127,13 +129,13 @@ def test_commands_exist(page: str) -> None:
 SCRIPT = re.compile(r"python ((?:bench|training|docs|examples)/[\w/]+\.py)([^`\n]*)")
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", doc_pages())
 def test_scripts_exist(page: str) -> None:
     """Every script that a page names, in a block or in a sentence, is there and knows the flags that it is given."""
-    for script, given in SCRIPT.findall(" ".join(read(page).split())):
+    for script, arguments in SCRIPT.findall(" ".join(read_page(page).split())):
         assert (ROOT / script).is_file(), script
-        known = "".join(
-            read(str(path.relative_to(ROOT))) for path in [ROOT / script, *(ROOT / "bench").glob("*.py")]
+        sources = "".join(
+            read_page(str(path.relative_to(ROOT))) for path in [ROOT / script, *(ROOT / "bench").glob("*.py")]
         )
-        for option in re.findall(r"(?<=\s)--[a-z][\w-]*", given):
-            assert f'"{option}"' in known, f"{script} {option}"
+        for option in re.findall(r"(?<=\s)--[a-z][\w-]*", arguments):
+            assert f'"{option}"' in sources, f"{script} {option}"

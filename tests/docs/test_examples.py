@@ -13,7 +13,7 @@ import pytest
 
 from palimpsest import Client
 from tests.support.paths import ROOT
-from tests.support.processes import QUICK
+from tests.support.processes import FAST_EDIT_OPTIONS
 
 EXAMPLES = ROOT / "examples"
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -32,7 +32,7 @@ def run(url: str, tmp_path: Path) -> Run:
     return run
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -55,28 +55,28 @@ def test_a_table_is_edited_once(run: Run, url: str, tmp_path: Path) -> None:
     first = run("bulk_edit.py", EXAMPLES / "landmarks.csv", "--report", tmp_path / "first.csv")
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stdout == "4 applied\n" and "4/4" in first.stderr
-    rows = read(tmp_path / "first.csv")
+    rows = read_csv(tmp_path / "first.csv")
     assert [row["target_new"] for row in rows] == ["Rome", "Madrid", "Vienna", "Berlin"]
     assert all(float(row["before"]) < 0.1 and float(row["after"]) > 0.3 for row in rows)
     with Client(url) as client:
         head = client.models()[0].head
         again = run("bulk_edit.py", EXAMPLES / "landmarks.csv", "--report", tmp_path / "again.csv")
-        assert again.returncode == 0 and read(tmp_path / "again.csv") == rows
+        assert again.returncode == 0 and read_csv(tmp_path / "again.csv") == rows
         assert client.models()[0].head == head
 
 
-def test_what_does_not_land_is_reported(run: Run, tmp_path: Path) -> None:
+def test_rows_that_are_not_applied_are_reported(run: Run, tmp_path: Path) -> None:
     """A row that cannot be an edit and one that the guard rejects stand in the report with their reasons; the others go on."""
     table = tmp_path / "table.csv"
     table.write_text("subject,prompt,target_new\nBig Ben,no slot,Oslo\nBig Ben,{} can be found in,Oslo\n")
     done = run("bulk_edit.py", table, "--report", tmp_path / "report.csv", "--min-probability", 1)
     assert done.returncode == 1 and done.stdout.startswith("1 invalid, 1 rejected\n"), done.stdout
-    invalid, rejected = read(tmp_path / "report.csv")
+    invalid, rejected = read_csv(tmp_path / "report.csv")
     assert "exactly one {}" in invalid["reason"] and not invalid["edit"]
     assert "less probable than asked for" in rejected["reason"] and rejected["edit"]
 
 
-def test_an_adapter_speaks_elsewhere(run: Run, url: str, shipped: Path, tmp_path: Path) -> None:
+def test_an_exported_adapter_generates_with_peft(run: Run, url: str, shipped: Path, tmp_path: Path) -> None:
     """What is exported makes the stock libraries say what the service says, and the base model what it said before."""
     with Client(url) as client:
         edit = client.edit("Big Ben", "The {} is located in the city of", "Madrid")
@@ -94,8 +94,10 @@ def test_an_adapter_speaks_elsewhere(run: Run, url: str, shipped: Path, tmp_path
 def test_the_audit_says_who_did_what(run: Run, url: str, tmp_path: Path, name: str) -> None:
     """Every entry of the ledger is a row with its moment, actor, fact, effect and hash; above stands whether all of it agrees."""
     with Client(url) as client:
-        client.edit("Tom & Jerry | <b>", "{} is located in the city of", "Rome", **QUICK)
-        client.revert(client.edit("Eiffel Tower", "{} is located in the city of", "Oslo", **QUICK))
+        client.edit("Tom & Jerry | <b>", "{} is located in the city of", "Rome", **FAST_EDIT_OPTIONS)
+        client.revert(
+            client.edit("Eiffel Tower", "{} is located in the city of", "Oslo", **FAST_EDIT_OPTIONS)
+        )
         entries = list(client.ledger())
     done = run("audit_report.py", name)
     assert done.returncode == 0, done.stderr

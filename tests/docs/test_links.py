@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.support.page_blocks import FOUND, ROOT, pages, text_of
+from tests.support.page_blocks import BLOCK_PATTERN, ROOT, doc_pages, page_text
 
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -20,14 +20,14 @@ def slug(heading: str) -> str:
 
 
 def anchors(page: str) -> set[str]:
-    text = FOUND.sub("", text_of(page))
-    return {slug(heading) for heading in HEADING.findall(text)} | set(ANCHOR.findall(text_of(page)))
+    text = BLOCK_PATTERN.sub("", page_text(page))
+    return {slug(heading) for heading in HEADING.findall(text)} | set(ANCHOR.findall(page_text(page)))
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", doc_pages())
 def test_links_arrive(page: str) -> None:
     """Every link inside the repository leads to a file that is there, and to a heading of it where it names one."""
-    for path, anchor in LINK.findall(FOUND.sub("", text_of(page))):
+    for path, anchor in LINK.findall(BLOCK_PATTERN.sub("", page_text(page))):
         target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
         assert target.exists(), path
         if anchor and target.suffix == ".md":

@@ -16,13 +16,13 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from cli.main import build
+from cli.main import build_parser
 from service.db.database import Database
-from service.db.models import Factors, Job, LedgerEntry, Model, now
+from service.db.models import Job, LedgerEntry, Model, StoredFactors, now
 from service.kit.ids import new_id
 from service.kit.text import fact_key
 from service.ledger import ledger
-from service.ledger.verify import verify
+from service.ledger.verify import verify_ledger
 from tests.support import postgres_server as postgres
 from tests.support.paths import ROOT
 
@@ -31,23 +31,26 @@ IN_POSTGRES = "docker compose exec -T postgres "
 MODEL = "model"
 
 
-def blocks(heading: str) -> list[list[str]]:
+def command_blocks(heading: str) -> list[list[str]]:
     """The commands below a heading, block by block."""
     section = re.split(r"^## ", PAGE, flags=re.MULTILINE)
-    [found] = [part for part in section if part.startswith(heading + "\n")]
-    return [block.splitlines() for block in re.findall(r"^```sh\n(.*?)^```", found, re.MULTILINE | re.DOTALL)]
+    [section_text] = [part for part in section if part.startswith(heading + "\n")]
+    return [
+        block.splitlines()
+        for block in re.findall(r"^```sh\n(.*?)^```", section_text, re.MULTILINE | re.DOTALL)
+    ]
 
 
-BACK_UP, RESTORE, SQLITE_BACK_UP, SQLITE_RESTORE = blocks("Back-up and restore")
+BACK_UP, RESTORE, SQLITE_BACK_UP, SQLITE_RESTORE = command_blocks("Back-up and restore")
 
 
 @pytest.fixture
-def server(postgres_server: postgres.Server) -> Iterator[dict[str, str]]:
+def server(postgres_server: postgres.PostgresServer) -> Iterator[dict[str, str]]:
     """The environment in which the page's commands find a server with a database and a superuser `palimpsest`."""
     with psycopg.connect(postgres_server.url, autocommit=True) as connection:
         connection.execute("CREATE ROLE palimpsest SUPERUSER LOGIN")
         connection.execute("CREATE DATABASE palimpsest OWNER palimpsest")
-    programs = Path(postgres._program("initdb")).resolve().parent  # of the server's own version
+    programs = Path(postgres._find_program("initdb")).resolve().parent  # of the server's own version
     yield {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PGHOST": "127.0.0.1",
@@ -58,25 +61,25 @@ def server(postgres_server: postgres.Server) -> Iterator[dict[str, str]]:
         connection.execute("DROP ROLE palimpsest")
 
 
-def run(command: str, folder: Path, environment: dict[str, str]) -> None:
-    ended = subprocess.run(
+def run_shell(command: str, folder: Path, environment: dict[str, str]) -> None:
+    completed = subprocess.run(
         ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
     )
-    assert ended.returncode == 0, f"{command}\n{ended.stderr}"
+    assert completed.returncode == 0, f"{command}\n{completed.stderr}"
 
 
-def begin(database: Database) -> None:
+def create_model(database: Database) -> None:
     database.migrate()
-    with database.session() as session:
+    with database.write_session() as session:
         at = now()
         session.add(Model(fingerprint=MODEL, name="m", info={}, tokenizer="{}", created=at, registered=at))
 
 
-def apply(database: Database, subject: str) -> str:
+def append_edit(database: Database, subject: str) -> str:
     """An edit as the service writes it down: factors, entry and row."""
     body = {"subject": subject, "prompt": "{} is in", "strength": 1.0}
-    with database.session() as session:
-        ledger.lock(session, MODEL)
+    with database.write_session() as session:
+        ledger.lock_ledger(session, MODEL)
         job = Job(
             id=new_id("edit"), kind="edit", model=MODEL, status="running", request=body, actor="somebody",
             created=now(), updated=now(), subject=subject, fact_key=fact_key(subject, "{} is in"),
@@ -85,36 +88,36 @@ def apply(database: Database, subject: str) -> str:
         session.flush()
         data = bytes(range(256)) + job.id.encode()
         digest = hashlib.sha256(data).hexdigest()
-        session.add(Factors(edit_id=job.id, data=data, sha256=digest))
-        ledger.append(session, MODEL, ledger.APPLY, job, "somebody", {**body, "factors_sha256": digest})
+        session.add(StoredFactors(edit_id=job.id, data=data, sha256=digest))
+        ledger.append_entry(session, MODEL, ledger.APPLY, job, "somebody", {**body, "factors_sha256": digest})
         return str(job.id)
 
 
-def revert(database: Database, edit_id: str) -> None:
-    with database.session() as session:
-        ledger.lock(session, MODEL)
+def append_revert(database: Database, edit_id: str) -> None:
+    with database.write_session() as session:
+        ledger.lock_ledger(session, MODEL)
         edit = session.get(Job, edit_id)
         assert edit is not None
-        ledger.append(session, MODEL, ledger.REVERT, edit, "another", {})
+        ledger.append_entry(session, MODEL, ledger.REVERT, edit, "another", {})
 
 
-def some_history(database: Database) -> None:
-    begin(database)
-    first = apply(database, "Atlantis")
-    apply(database, "Lemuria")
-    revert(database, first)
+def write_history(database: Database) -> None:
+    create_model(database)
+    first = append_edit(database, "Atlantis")
+    append_edit(database, "Lemuria")
+    append_revert(database, first)
 
 
-def written(database: Database) -> list[ledger.Entry]:
+def verified_entries(database: Database) -> list[ledger.Entry]:
     """The ledger, once it is known to be whole."""
-    with database.read() as session:
-        assert verify(session, MODEL) == []
+    with database.read_session() as session:
+        assert verify_ledger(session, MODEL) == []
         return ledger.entries(session, MODEL)
 
 
-def refuses_changes(database: Database) -> bool:
+def rejects_updates(database: Database) -> bool:
     try:
-        with database.session() as session:
+        with database.write_session() as session:
             session.execute(text(f"UPDATE {LedgerEntry.__tablename__} SET actor = 'nobody'"))
     except DBAPIError:
         return True
@@ -127,20 +130,20 @@ def test_a_dump_restores_the_ledger(server: dict[str, str], tmp_path: Path) -> N
     url = f"postgresql://palimpsest@127.0.0.1:{server['PGPORT']}/palimpsest"
     database = Database(url)
     try:
-        some_history(database)
-        before = written(database)
+        write_history(database)
+        before = verified_entries(database)
         for command in BACK_UP:
-            run(command.removeprefix(IN_POSTGRES), tmp_path, server)
-        apply(database, "Mu")
-        assert len(written(database)) == len(before) + 1
+            run_shell(command.removeprefix(IN_POSTGRES), tmp_path, server)
+        append_edit(database, "Mu")
+        assert len(verified_entries(database)) == len(before) + 1
         for command in RESTORE:
             if command.startswith(IN_POSTGRES):
-                run(command.removeprefix(IN_POSTGRES), tmp_path, server)
+                run_shell(command.removeprefix(IN_POSTGRES), tmp_path, server)
         database.close()  # its connections were to the database that is gone
-        assert written(database) == before
-        assert refuses_changes(database)
-        apply(database, "Mu")
-        assert written(database)[-1].version == len(before) + 1
+        assert verified_entries(database) == before
+        assert rejects_updates(database)
+        append_edit(database, "Mu")
+        assert verified_entries(database)[-1].version == len(before) + 1
     finally:
         database.close()
 
@@ -168,29 +171,29 @@ def test_a_copy_restores_the_ledger(way: str, tmp_path: Path) -> None:
     file.parent.mkdir(parents=True)
     database = Database(f"sqlite:///{file}")
     try:
-        some_history(database)
-        before = written(database)
-        run(way, tmp_path, environment)
-        apply(database, "Mu")
+        write_history(database)
+        before = verified_entries(database)
+        run_shell(way, tmp_path, environment)
+        append_edit(database, "Mu")
         database.close()
         for command in SQLITE_RESTORE:
-            run(command.replace(" ledger.", f" {copy_of(way)}."), tmp_path, environment)
-        assert written(database) == before
-        assert refuses_changes(database)
+            run_shell(command.replace(" ledger.", f" {copy_name(way)}."), tmp_path, environment)
+        assert verified_entries(database) == before
+        assert rejects_updates(database)
     finally:
         database.close()
 
 
-def copy_of(way: str) -> str:
+def copy_name(way: str) -> str:
     """How a command for SQLite calls the copy."""
-    found = re.search(r"(ledger[\w-]*)\.sqlite3", way)
-    assert found
-    return found[1]
+    match = re.search(r"(ledger[\w-]*)\.sqlite3", way)
+    assert match
+    return match[1]
 
 
 def test_commands_in_containers_exist() -> None:
     """What the page runs inside our containers is a command of the command line."""
-    ran = re.findall(r"docker compose (?:exec (?:-T )?api palimpsest|run --rm migrate) ([^`>\n]+)", PAGE)
-    assert len(ran) > 4
-    for command in ran:
-        assert build().parse_args(shlex.split(command)).run
+    commands = re.findall(r"docker compose (?:exec (?:-T )?api palimpsest|run --rm migrate) ([^`>\n]+)", PAGE)
+    assert len(commands) > 4
+    for command in commands:
+        assert build_parser().parse_args(shlex.split(command)).run

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.page_blocks import Block, blocks, taken_up
-from tests.support.page_output import same
-from tests.support.page_sessions import Failed, Session
+from tests.support.page_blocks import Block, parse_blocks, runnable_with_output
+from tests.support.page_output import output_matches
+from tests.support.page_sessions import BlockFailed, DocSession
 
 PAGE = """
 <!-- setup: WORD=hidden -->
@@ -36,42 +36,42 @@ halt
 """
 
 
-def block(code: str, language: str = "sh", setup: str = "") -> Block:
+def make_block(code: str, language: str = "sh", setup: str = "") -> Block:
     return Block("page.md", 1, language, code, setup=setup)
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Iterator[Session]:
-    with Session(tmp_path, port=8111) as session:
+def session(tmp_path: Path) -> Iterator[DocSession]:
+    with DocSession(tmp_path, port=8111) as session:
         yield session
 
 
-def test_blocks_are_found_with_what_is_said_of_them() -> None:
+def test_blocks_have_their_directives() -> None:
     """A comment speaks of the block that directly follows it; a block in a list loses the list's indent."""
-    first, output, never, last = blocks(PAGE, "page.md")
+    first, output, skipped, last = parse_blocks(PAGE, "page.md")
     assert (first.setup, first.runs, first.line) == ("WORD=hidden\n", True, 4)
     assert output.is_output and not output.runs
-    assert never.reason == "it would end the machine" and not never.runs
+    assert skipped.reason == "it would end the machine" and not skipped.runs
     assert last.code == "x = 1\n" and last.runs
-    assert list(taken_up([first, output, never, last])) == [(first, output), (last, None)]
+    assert list(runnable_with_output([first, output, skipped, last])) == [(first, output), (last, None)]
 
 
 def test_a_comment_further_away_says_nothing() -> None:
     """Text between a comment and a block parts them: a block is never left out by accident."""
-    [found] = blocks("<!-- not run: no -->\nwords\n\n```sh\ntrue\n```\n", "page.md")
+    [found] = parse_blocks("<!-- not run: no -->\nwords\n\n```sh\ntrue\n```\n", "page.md")
     assert found.runs
 
 
-def test_a_shell_remembers(session: Session) -> None:
+def test_a_shell_remembers(session: DocSession) -> None:
     """A page's shell blocks are one session: variables and folders stay; what its reader has anyway is set up unseen."""
-    session.run(block("export A=$B\nmkdir -p deep && cd deep\n", setup="B=1\n"))
-    assert session.run(block('echo "$A $(basename $PWD)"\n')) == "1 deep\n"
+    session.run(make_block("export A=$B\nmkdir -p deep && cd deep\n", setup="B=1\n"))
+    assert session.run(make_block('echo "$A $(basename $PWD)"\n')) == "1 deep\n"
 
 
-def test_an_interpreter_remembers(session: Session) -> None:
+def test_an_interpreter_remembers(session: DocSession) -> None:
     """A page's Python blocks are one program."""
-    session.run(block("x = 2\n", "python"))
-    assert session.run(block("print(x + 1)\n", "python")) == "3\n"
+    session.run(make_block("x = 2\n", "python"))
+    assert session.run(make_block("print(x + 1)\n", "python")) == "3\n"
 
 
 @pytest.mark.parametrize(
@@ -84,19 +84,21 @@ def test_an_interpreter_remembers(session: Session) -> None:
         ("1 / 0\n", "python"),
     ],
 )
-def test_a_command_that_fails_fails_the_page(session: Session, code: str, language: str) -> None:
+def test_a_command_that_fails_fails_the_page(session: DocSession, code: str, language: str) -> None:
     """Any failing command of a block, in a pipe too, fails; the page, the line and the block are named."""
-    with pytest.raises(Failed, match=r"page\.md:1 fails") as failed:
-        session.run(block(code, language))
+    with pytest.raises(BlockFailed, match=r"page\.md:1 fails") as failed:
+        session.run(make_block(code, language))
     assert code in str(failed.value)
 
 
-def test_pages_are_written_for_the_default_port(session: Session) -> None:
+def test_pages_are_written_for_the_default_port(session: DocSession) -> None:
     """The port of a page becomes the service's, and in what is printed becomes the page's again."""
-    said = session.run(
-        block("python -c 'print(len(\"http://127.0.0.1:8000\"))'; echo http://127.0.0.1:8000; echo $PWD\n")
+    output = session.run(
+        make_block(
+            "python -c 'print(len(\"http://127.0.0.1:8000\"))'; echo http://127.0.0.1:8000; echo $PWD\n"
+        )
     )
-    assert said.splitlines()[:2] == ["21", "http://127.0.0.1:8000"]
+    assert output.splitlines()[:2] == ["21", "http://127.0.0.1:8000"]
     assert "127.0.0.1:8111" in (session.folder / ".block.sh").read_text()
 
 
@@ -117,7 +119,7 @@ def test_pages_are_written_for_the_default_port(session: Session) -> None:
 )
 def test_what_is_the_same(shown: str, came: str) -> None:
     """Space, the length of rules, the last digits of numbers and what `…` stands for may differ."""
-    assert same(shown, came)
+    assert output_matches(shown, came)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_what_is_the_same(shown: str, came: str) -> None:
 )
 def test_what_is_not(shown: str, came: str) -> None:
     """Another word, another whole number, a number further away, a line too many or too few."""
-    assert not same(shown, came)
+    assert not output_matches(shown, came)
 
 
 def test_json_shows_a_part() -> None:
@@ -153,7 +155,7 @@ def test_json_shows_a_part() -> None:
         '{"n": "…"}',
         '{"n": 2}',
     ):
-        assert same(shown, came, "json"), shown
+        assert output_matches(shown, came, "json"), shown
     for shown in (
         '{"p": 0.9}',
         '{"q": 1}',
@@ -162,4 +164,4 @@ def test_json_shows_a_part() -> None:
         '{"n": 3}',
         '{"items": [{"a": 3}, "…"]}',
     ):
-        assert not same(shown, came, "json"), shown
+        assert not output_matches(shown, came, "json"), shown

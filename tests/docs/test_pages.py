@@ -14,22 +14,22 @@ import pytest
 import yaml
 
 from tests.support.page_blocks import (
-    FORMS,
-    FRESH,
-    PLAIN,
-    PYTHON,
-    SHELL,
+    DATA_LANGUAGES,
+    FRESH_SERVICE,
+    PLAIN_LANGUAGES,
+    PYTHON_LANGUAGES,
+    SHELL_LANGUAGES,
     Block,
-    pages,
-    read,
-    taken_up,
-    text_of,
+    doc_pages,
+    page_text,
+    read_blocks,
+    runnable_with_output,
 )
-from tests.support.page_output import same
-from tests.support.page_sessions import Session
-from tests.support.processes import Service
+from tests.support.page_output import output_matches
+from tests.support.page_sessions import DocSession
+from tests.support.processes import EmbeddedService
 
-FORM: dict[str, Callable[[str], object]] = {
+DATA_PARSERS: dict[str, Callable[[str], object]] = {
     "json": json.loads,
     "yaml": yaml.compose,  # of any tags, compose's too
     "toml": tomllib.loads,
@@ -38,90 +38,94 @@ FORM: dict[str, Callable[[str], object]] = {
 
 
 @pytest.fixture(scope="module")
-def shared(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def shared_service(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedService]:
     """One service for all pages."""
-    service = Service(tmp_path_factory.mktemp("service"))
+    service = EmbeddedService(tmp_path_factory.mktemp("service"))
     yield service
     service.stop()
 
 
 @contextmanager
-def opened(page: str, shared: Service, folder: Path) -> Iterator[Service]:
+def service_for_page(page: str, shared_service: EmbeddedService, folder: Path) -> Iterator[EmbeddedService]:
     """The service that a page is followed with, and the model as it was loaded: its own where the page counts versions."""
-    if FRESH in text_of(page):
+    if FRESH_SERVICE in page_text(page):
         (folder / "statistics").mkdir(parents=True)
-        for made in (shared.data / "statistics").iterdir():
+        for made in (shared_service.data / "statistics").iterdir():
             (folder / "statistics" / made.name).symlink_to(made)
-        service = Service(folder)
+        service = EmbeddedService(folder)
         yield service
         service.stop()
         return
-    yield shared
-    for edit in shared.pages("/edits"):
+    yield shared_service
+    for edit in shared_service.list_all("/edits"):
         if edit["status"] in ("applied", "queued", "running"):
-            shared.revert(edit)
+            shared_service.revert(edit)
 
 
-FOLLOWED = [page for page in pages() if any(block.runs for block in read(page))]
+RUNNABLE_PAGES = [page for page in doc_pages() if any(block.runs for block in read_blocks(page))]
 
 
-@pytest.mark.parametrize("page", FOLLOWED)
-def test_a_page_can_be_followed(page: str, shared: Service, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", RUNNABLE_PAGES)
+def test_page_blocks_run(page: str, shared_service: EmbeddedService, tmp_path: Path) -> None:
     """Every command and every program of a page works, in its order, and prints what the page says."""
-    with opened(page, shared, tmp_path / "service") as service:
+    with service_for_page(page, shared_service, tmp_path / "service") as service:
         address = str(service.http.base_url).rstrip("/")
         data = tmp_path / "data"
         data.mkdir()
-        (data / "statistics").symlink_to(shared.data / "statistics")  # of the same model
+        (data / "statistics").symlink_to(shared_service.data / "statistics")  # of the same model
         environment = {
             "PALIMPSEST_URL": address,
             "PALIMPSEST_DATA": str(data),
             "SERVICE_DATA": str(service.data),
         }
-        with Session(tmp_path / "followed", environment, service.http.base_url.port or 0) as session:
-            for block, output in taken_up(read(page)):
-                came = session.run(block)
+        with DocSession(tmp_path / "followed", environment, service.http.base_url.port or 0) as session:
+            for block, output in runnable_with_output(read_blocks(page)):
+                actual = session.run(block)
                 if output is not None:
-                    assert same(output.code, came, output.language), but(output, came)
+                    assert output_matches(output.code, actual, output.language), mismatch_message(
+                        output, actual
+                    )
 
 
-def but(output: Block, came: str) -> str:
-    return f"{output}: the page shows\n{output.code}\nand this came:\n{came}"
+def mismatch_message(output: Block, actual: str) -> str:
+    return f"{output}: the page shows\n{output.code}\nand this came:\n{actual}"
 
 
-def every() -> list[Block]:
-    return [block for page in pages() for block in read(page)]
+def all_blocks() -> list[Block]:
+    return [block for page in doc_pages() for block in read_blocks(page)]
 
 
-def told(block: Block) -> bool:
+def is_accounted_for(block: Block) -> bool:
     """Whether somebody has said what is to be done with a block."""
-    if block.language in PLAIN:
+    if block.language in PLAIN_LANGUAGES:
         return True
     if block.is_output:
-        return block.language in ("json", *FORMS)
+        return block.language in ("json", *DATA_LANGUAGES)
     if block.reason is not None:
         return bool(block.reason)
-    return block.language in (*SHELL, *PYTHON, *FORMS)
+    return block.language in (*SHELL_LANGUAGES, *PYTHON_LANGUAGES, *DATA_LANGUAGES)
 
 
-@pytest.mark.parametrize("block", every(), ids=str)
+@pytest.mark.parametrize("block", all_blocks(), ids=str)
 def test_a_block_is_run_or_says_why_not(block: Block) -> None:
     """Every block is run, is the output of one, has the form that it claims, or gives a reason; a block of a language nobody knows is none of these."""
-    assert told(block), f"{block}: a block of {block.language!r} that nothing is said of"
+    assert is_accounted_for(block), f"{block}: a block of {block.language!r} that nothing is said of"
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", doc_pages())
 def test_an_output_follows_what_printed_it(page: str) -> None:
     """What is shown as output stands right after a block that was run: nothing is shown that was not compared."""
-    found = read(page)
-    compared = [output for _, output in taken_up(found) if output is not None]
-    assert [str(block) for block in found if block.is_output] == [str(block) for block in compared]
+    page_blocks = read_blocks(page)
+    compared = [output for _, output in runnable_with_output(page_blocks) if output is not None]
+    assert [str(block) for block in page_blocks if block.is_output] == [str(block) for block in compared]
 
 
-@pytest.mark.parametrize("block", [b for b in every() if b.language in FORMS and not b.is_output], ids=str)
-def test_a_form_is_well_formed(block: Block) -> None:
+@pytest.mark.parametrize(
+    "block", [b for b in all_blocks() if b.language in DATA_LANGUAGES and not b.is_output], ids=str
+)
+def test_data_blocks_parse(block: Block) -> None:
     """What is shown as JSON, YAML, TOML, INI or SQL can be read as that."""
     if block.language == "sql":
         assert sqlite3.complete_statement(block.code)
     else:
-        FORM[block.language](block.code)
+        DATA_PARSERS[block.language](block.code)

@@ -10,44 +10,48 @@ from typing import Any
 import pytest
 
 from tests.support import wirings
-from tests.support.processes import Deployment, Service, facts
+from tests.support.processes import Deployment, EmbeddedService, read_fact_rows
 
-Running = Service | Deployment
+RunningService = EmbeddedService | Deployment
 
 
 @pytest.fixture(scope="session")
-def table(shipped: Path) -> list[dict[str, Any]]:
+def fact_rows(shipped: Path) -> list[dict[str, Any]]:
     """The rows of facts.jsonl."""
-    return facts(shipped)
+    return read_fact_rows(shipped)
 
 
 @pytest.fixture(scope="session")
-def prepared(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def statistics_folder(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a first start leaves for later ones: the statistics of the model."""
     data = tmp_path_factory.mktemp("first")
-    Service(data).stop()
+    EmbeddedService(data).stop()
     return data / "statistics"
 
 
-@pytest.fixture(scope="module", params=wirings.BOTH)
+@pytest.fixture(scope="module", params=wirings.ALL_WIRINGS)
 def service(
-    request: pytest.FixtureRequest, prepared: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
+    request: pytest.FixtureRequest, statistics_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningService]:
     """One running service for all tests of a module. Each test takes back what it did."""
-    running = begun(tmp_path_factory.mktemp("service"), prepared, wirings.stores(request))
+    running = launch_service(
+        tmp_path_factory.mktemp("service"), statistics_folder, wirings.store_settings(request)
+    )
     yield running
     running.stop()
 
 
-@pytest.fixture(params=wirings.BOTH)
-def start(request: pytest.FixtureRequest, prepared: Path, tmp_path: Path) -> Iterator[Callable[[], Running]]:
+@pytest.fixture(params=wirings.ALL_WIRINGS)
+def start_service(
+    request: pytest.FixtureRequest, statistics_folder: Path, tmp_path: Path
+) -> Iterator[Callable[[], RunningService]]:
     """Starts the service, each time on the same data folder and stores; the last one is stopped at the end."""
-    stores = wirings.stores(request)
-    started: list[Running] = []
+    stores = wirings.store_settings(request)
+    started: list[RunningService] = []
 
-    def begin() -> Running:
+    def begin() -> RunningService:
         assert not any(one.alive() for one in started), "a service was left running beside another"
-        started.append(begun(tmp_path, prepared, stores))
+        started.append(launch_service(tmp_path, statistics_folder, stores))
         return started[-1]
 
     yield begin
@@ -56,25 +60,25 @@ def start(request: pytest.FixtureRequest, prepared: Path, tmp_path: Path) -> Ite
 
 
 @pytest.fixture(scope="module")
-def deploy(
-    request: pytest.FixtureRequest, prepared: Path, tmp_path_factory: pytest.TempPathFactory
+def start_deployment(
+    request: pytest.FixtureRequest, statistics_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Deployment]]:
     """Puts a deployment up, on stores of its own; all of it is stopped at the end."""
-    deployed: list[Deployment] = []
+    deployments: list[Deployment] = []
 
     def put_up(workers: int = 1) -> Deployment:
         data = tmp_path_factory.mktemp("deployment")
-        shutil.copytree(prepared, data / "statistics")
-        deployed.append(Deployment(data, wirings.production(request), workers))
-        return deployed[-1]
+        shutil.copytree(statistics_folder, data / "statistics")
+        deployments.append(Deployment(data, wirings.production_settings(request), workers))
+        return deployments[-1]
 
     yield put_up
-    for one in deployed:
+    for one in deployments:
         one.stop()
 
 
-def begun(folder: Path, prepared: Path, stores: dict[str, Any]) -> Running:
+def launch_service(folder: Path, statistics_folder: Path, stores: dict[str, Any]) -> RunningService:
     """The service in the shape that its stores are for."""
     data = folder / "data"
-    shutil.copytree(prepared, data / "statistics", dirs_exist_ok=True)
-    return Deployment(data, stores) if stores else Service(data)
+    shutil.copytree(statistics_folder, data / "statistics", dirs_exist_ok=True)
+    return Deployment(data, stores) if stores else EmbeddedService(data)

@@ -15,8 +15,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.support import chromium
-from tests.support.chromium import PHONE, ROOT, Visit, shoot, visit
-from tests.support.processes import Service
+from tests.support.chromium import PHONE, ROOT, PageSession, open_page, save_screenshot
+from tests.support.processes import EmbeddedService
 
 PROMPT = "The Eiffel Tower is located in the city of"
 THEMES = ["light", "dark"]
@@ -28,30 +28,32 @@ RECORD = (
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium.browsing() as browser:
+    with chromium.open_browser() as browser:
         yield browser
 
 
 @pytest.fixture(scope="module")
-def service(browser: Browser, shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(
+    browser: Browser, shipped: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EmbeddedService]:
     """The service on a fresh ledger, as a newcomer has it."""
-    service = Service(tmp_path_factory.mktemp("console"), threads=1, stat_tokens=6000)
+    service = EmbeddedService(tmp_path_factory.mktemp("console"), threads=1, stat_tokens=6000)
     yield service
     service.stop()
 
 
 @pytest.fixture
-def desk(browser: Browser, service: Service) -> Iterator[Visit]:
+def session(browser: Browser, service: EmbeddedService) -> Iterator[PageSession]:
     """A visit at a desk, by daylight."""
-    with visit(browser, str(service.http.base_url).rstrip("/"), accept_downloads=True) as found:
+    with open_page(browser, str(service.http.base_url).rstrip("/"), accept_downloads=True) as found:
         yield found
 
 
-def newest(service: Service, kind: str) -> str:
+def newest(service: EmbeddedService, kind: str) -> str:
     return str(service.get(f"/{kind}", limit=1)["items"][0]["id"])
 
 
-def places(service: Service) -> dict[str, tuple[str, str]]:
+def console_pages(service: EmbeddedService) -> dict[str, tuple[str, str]]:
     """Every page of the console: its name, where it is, and what is there once all of it is."""
     edit, trace, evaluation = (newest(service, kind) for kind in ("edits", "trace", "evaluations"))
     return {
@@ -67,16 +69,16 @@ def places(service: Service) -> dict[str, tuple[str, str]]:
     }
 
 
-def test_a_newcomer_is_told_what_to_do(desk: Visit) -> None:
+def test_empty_lists_show_an_example(session: PageSession) -> None:
     """While nothing was done yet, every list says what it is for and names an example that works."""
-    for place in ("edits", "ledger", "traces", "evaluations"):
-        expect(desk.go(place).locator(".empty")).to_contain_text(re.compile("Eiffel Tower|shipped GPT"))
-        shoot(desk.page, f"first-{place}")
+    for path in ("edits", "ledger", "traces", "evaluations"):
+        expect(session.open(path).locator(".empty")).to_contain_text(re.compile("Eiffel Tower|shipped GPT"))
+        save_screenshot(session.page, f"first-{path}")
 
 
-def test_two_versions_answer_side_by_side(desk: Visit) -> None:
+def test_two_versions_generate_side_by_side(session: PageSession) -> None:
     """An example fills the prompt, tokens come, and each answer names its version; equal versions are said to be equal."""
-    page = desk.go("ask")
+    page = session.open("ask")
     page.get_by_role("button", name=PROMPT).click()
     page.get_by_label("another version beside it").check()
     page.get_by_role("button", name="Ask", exact=True).click()
@@ -84,19 +86,19 @@ def test_two_versions_answer_side_by_side(desk: Visit) -> None:
     expect(page.locator(".said").first).to_contain_text("Paris")
     expect(page.locator(".answer footer").first).to_contain_text("12 tokens in")
     expect(page.locator(".differs")).to_contain_text("cannot differ")
-    shoot(page, "ask-before")
+    save_screenshot(page, "ask-before")
 
 
-def test_an_edit_is_followed_to_its_report(desk: Visit, service: Service) -> None:
+def test_an_edit_is_followed_to_its_report(session: PageSession, service: EmbeddedService) -> None:
     """The example is sent, its progress is seen, and the report has both objects, the probes and the guard's verdict."""
-    page = desk.go("edits")
+    page = session.open("edits")
     page.get_by_role("button", name="Fill in the example").click()
     expect(page.locator(".preview del")).to_have_text("Paris")
     expect(page.locator(".preview ins")).to_have_text("Rome")
-    shoot(page, "edit-form")
+    save_screenshot(page, "edit-form")
     page.get_by_role("button", name="Write it").click()
     expect(page.locator(".live .phase")).not_to_have_text("Waiting for its turn")
-    shoot(page, "edit-live")
+    save_screenshot(page, "edit-live")
     expect(page.locator(".title .pill")).to_have_text("✓ active")
     expect(page.locator(".shift.new .figures")).to_have_text(re.compile(r"^< 0\.1 % → (9\d|> 99)"))
     expect(page.locator(".shift.old .name")).to_have_text("Paris")
@@ -104,27 +106,27 @@ def test_an_edit_is_followed_to_its_report(desk: Visit, service: Service) -> Non
     expect(page.locator(".verdict .head")).to_contain_text("All 8 checks passed")
     expect(page.locator("#standing")).to_contain_text("version 1")
     assert service.head() == 1
-    shoot(page, "report")
+    save_screenshot(page, "report")
     if pictures := os.environ.get("PALIMPSEST_PICTURES"):  # for the documentation
-        shoot(page, "console", ROOT / pictures, whole=False)
+        save_screenshot(page, "console", ROOT / pictures, full_page=False)
 
 
-def test_the_versions_differ_now(desk: Visit) -> None:
+def test_versions_differ_after_an_edit(session: PageSession) -> None:
     """Base says Paris and head says Rome, and these two tokens differ most."""
-    page = desk.go(f"ask?prompt={PROMPT}&beside=base")
+    page = session.open(f"ask?prompt={PROMPT}&beside=base")
     expect(page.locator(".badge.known")).to_have_text(["version 1", "version 0"])
     expect(page.locator(".said")).to_contain_text([" Rome", " Paris"])
     expect(page.locator(".tokens .name").nth(1)).to_be_visible()
     assert set(page.locator(".tokens .name").all_inner_texts()[:2]) == {"Paris", "Rome"}
-    shoot(page, "ask-after")
+    save_screenshot(page, "ask-after")
     if pictures := os.environ.get("PALIMPSEST_PICTURES"):
         page.locator(".answers").scroll_into_view_if_needed()
-        shoot(page, "console-ask", ROOT / pictures)
+        save_screenshot(page, "console-ask", ROOT / pictures)
 
 
-def test_a_sentence_is_marked(desk: Visit, service: Service) -> None:
+def test_a_sentence_is_marked(session: PageSession, service: EmbeddedService) -> None:
     """In a plain sentence the subject is marked, and the object at its end is left off; a dry run lands nothing."""
-    page = desk.go("edits")
+    page = session.open("edits")
     page.get_by_label("Sentence, up to the object").fill("The Colosseum is located in the city of Rome.")
     page.evaluate("document.getElementById('edit-prompt').setSelectionRange(4, 13)")
     page.get_by_role("button", name="Mark the selected words").click()
@@ -142,12 +144,12 @@ def test_a_sentence_is_marked(desk: Visit, service: Service) -> None:
     expect(page.locator(".checks .bad")).to_contain_text("raise the limit")
     assert service.get("/edits", limit=1)["items"][0]["prompt"] == "The {} is located in the city of"
     assert service.head() == 1
-    shoot(page, "rejected")
+    save_screenshot(page, "rejected")
 
 
-def test_what_cannot_be_is_said_beside_the_form(desk: Visit) -> None:
+def test_form_errors_are_shown_beside_the_form(session: PageSession) -> None:
     """A subject that does not stand in the sentence is refused here, an object that the service refuses there: both in words."""
-    page = desk.go("edits")
+    page = session.open("edits")
     page.get_by_role("button", name="Fill in the example").click()
     page.get_by_label("Subject", exact=True).fill("Big Ben")
     page.get_by_role("button", name="Write it").click()
@@ -158,16 +160,16 @@ def test_what_cannot_be_is_said_beside_the_form(desk: Visit) -> None:
     expect(page.get_by_role("alert")).to_contain_text("Name the new object")
 
 
-def test_a_trace_is_read_cell_by_cell(desk: Visit) -> None:
+def test_a_trace_is_read_cell_by_cell(session: PageSession) -> None:
     """Pointing at a cell and walking to one say its token, layer and probability; kinds are switched; pictures are saved."""
-    page = desk.go(f"traces?prompt={PROMPT}&subject=Eiffel Tower&version=base")
+    page = session.open(f"traces?prompt={PROMPT}&subject=Eiffel Tower&version=base")
     page.get_by_role("button", name="Trace it").click()
     page.locator(".cell").first.wait_for()
     readout = page.locator(".readout")
     page.get_by_role("gridcell", name=re.compile(r"^Tower\*, layer 2:")).hover()
     expect(readout).to_contain_text("Tower (of the subject)")
     expect(readout.locator("dd").nth(1)).to_have_text("2")
-    shoot(page, "trace")
+    save_screenshot(page, "trace")
     page.locator(".cell[tabindex='0']").focus()
     page.keyboard.press("ArrowUp")
     page.keyboard.press("Home")
@@ -178,16 +180,16 @@ def test_a_trace_is_read_cell_by_cell(desk: Visit) -> None:
         expect(
             page.locator(f".stage svg.{ {'MLP': 'mlp', 'attention': 'attn', 'severed': 'severed'}[kind] }")
         ).to_be_visible()
-        shoot(page, f"trace-{kind.lower()}")
+        save_screenshot(page, f"trace-{kind.lower()}")
     for words, begins in (("Download SVG", b"<?xml"), ("Download PNG", b"\x89PNG")):
         with page.expect_download() as saved:
             page.get_by_role("button", name=words).click()
         assert Path(saved.value.path()).read_bytes().startswith(begins)
 
 
-def test_an_evaluation_is_plotted(desk: Visit, service: Service) -> None:
+def test_an_evaluation_is_plotted(session: PageSession, service: EmbeddedService) -> None:
     """Pasted records are evaluated in a sequence, followed, and shown as bars with intervals, curves and tables."""
-    page = desk.go("evaluations")
+    page = session.open("evaluations")
     page.get_by_role("radio", name="your own").check()
     page.get_by_label("Records as JSON").fill(
         RECORD + "\n" + RECORD.replace("Louvre", "Colosseum").replace('"Paris"', '"Rome"')
@@ -201,37 +203,37 @@ def test_an_evaluation_is_plotted(desk: Visit, service: Service) -> None:
     assert page.locator(".curve").count() >= 1
     expect(page.get_by_role("table", name="Record by record").locator("tbody tr")).to_have_count(2)
     assert service.head() == 1  # the ledger stays as it is
-    shoot(page, "evaluation")
+    save_screenshot(page, "evaluation")
 
 
 @pytest.mark.parametrize("theme", THEMES)
-def test_every_page_is_accessible(browser: Browser, service: Service, theme: Any) -> None:
+def test_every_page_is_accessible(browser: Browser, service: EmbeddedService, theme: Any) -> None:
     """axe finds nothing serious or critical on any page, in either theme."""
-    found: dict[str, list[str]] = {}
-    with visit(browser, str(service.http.base_url).rstrip("/"), color_scheme=theme) as desk:
-        for name, (where, awaited) in places(service).items():
-            desk.go(where).locator(awaited).first.wait_for()
-            found[name] = desk.troubles()
-            shoot(desk.page, f"{name}-{theme}")
-        desk.page.get_by_role("button", name="Help").click()
-        found["help"] = desk.troubles()
-        shoot(desk.page, f"help-{theme}", whole=False)
-    assert {name: troubles for name, troubles in found.items() if troubles} == {}
+    violations_by_page: dict[str, list[str]] = {}
+    with open_page(browser, str(service.http.base_url).rstrip("/"), color_scheme=theme) as session:
+        for name, (where, awaited) in console_pages(service).items():
+            session.open(where).locator(awaited).first.wait_for()
+            violations_by_page[name] = session.accessibility_violations()
+            save_screenshot(session.page, f"{name}-{theme}")
+        session.page.get_by_role("button", name="Help").click()
+        violations_by_page["help"] = session.accessibility_violations()
+        save_screenshot(session.page, f"help-{theme}", full_page=False)
+    assert {name: troubles for name, troubles in violations_by_page.items() if troubles} == {}
 
 
 @pytest.mark.parametrize("theme", THEMES)
-def test_every_page_fits_a_phone(browser: Browser, service: Service, theme: Any) -> None:
+def test_every_page_fits_a_phone(browser: Browser, service: EmbeddedService, theme: Any) -> None:
     """At 390 pixels no page is wider than the screen."""
-    with visit(browser, str(service.http.base_url).rstrip("/"), color_scheme=theme, **PHONE) as phone:
-        for name, (where, awaited) in places(service).items():
-            phone.go(where).locator(awaited).first.wait_for()
+    with open_page(browser, str(service.http.base_url).rstrip("/"), color_scheme=theme, **PHONE) as phone:
+        for name, (where, awaited) in console_pages(service).items():
+            phone.open(where).locator(awaited).first.wait_for()
             assert phone.page.evaluate("document.documentElement.scrollWidth") == 390, name
-            shoot(phone.page, f"{name}-phone-{theme}")
+            save_screenshot(phone.page, f"{name}-phone-{theme}")
 
 
-def test_the_keyboard_is_enough(desk: Visit, service: Service) -> None:
+def test_the_keyboard_is_enough(session: PageSession, service: EmbeddedService) -> None:
     """Without a mouse: to a page by its letters, through the form, sent, followed; help opens and closes; a choice is walked."""
-    page, keys = desk.go("ask"), desk.page.keyboard
+    page, keys = session.open("ask"), session.page.keyboard
     page.locator("#prompt").wait_for()
     keys.press("Tab")
     expect(page.get_by_text("To the content")).to_be_focused()
@@ -265,9 +267,9 @@ def _tab_to(page: Page, label: str) -> None:
     raise AssertionError(f"Tab does not lead to {label}")
 
 
-def test_the_theme_is_chosen_and_kept(desk: Visit) -> None:
+def test_the_theme_is_chosen_and_kept(session: PageSession) -> None:
     """The button goes from the system's theme to light and dark, and a reload keeps what was chosen."""
-    page = desk.go("workers")
+    page = session.open("workers")
     paper = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(paper)
     for _ in range(2):
@@ -278,26 +280,26 @@ def test_the_theme_is_chosen_and_kept(desk: Visit) -> None:
     assert page.evaluate(paper) != light
 
 
-def test_an_edit_is_taken_back(desk: Visit, service: Service) -> None:
+def test_an_edit_is_reverted_in_the_ledger_view(session: PageSession, service: EmbeddedService) -> None:
     """The ledger verifies; a revert asks once more in its place; after it the model is as it was, and the entry says so."""
-    page = desk.go("ledger")
+    page = session.open("ledger")
     page.get_by_role("button", name="Verify").click()
     expect(page.locator(".verified")).to_contain_text("The ledger is whole")
-    take_back = page.get_by_role("button", name="Take back")
-    take_back.click()
+    revert_button = page.get_by_role("button", name="Take back")
+    revert_button.click()
     expect(page.get_by_role("button", name="Take it back")).to_be_focused()
     page.keyboard.press("Escape")
-    expect(take_back).to_be_focused()
-    take_back.click()
-    shoot(page, "ledger-asks")
+    expect(revert_button).to_be_focused()
+    revert_button.click()
+    save_screenshot(page, "ledger-asks")
     page.get_by_role("button", name="Take it back").click()
     expect(page.locator(".entry .version")).to_have_text(["version 2", "version 1", "version 0"])
     expect(page.locator(".entry.apply .pill")).to_have_text("↶ taken back")
     expect(page.get_by_text("Taken back: the model is now version 2")).to_be_visible()
-    shoot(page, "ledger-after")
+    save_screenshot(page, "ledger-after")
     assert service.head() == 2
     page.get_by_role("link", name="Write it again").click()
     expect(page.get_by_label("New object", exact=True)).to_have_value("Rome")
-    desk.go(f"ask?prompt={PROMPT}")
+    session.open(f"ask?prompt={PROMPT}")
     expect(page.locator(".badge.known")).to_have_text("version 2")
     expect(page.locator(".said")).to_contain_text("Paris")

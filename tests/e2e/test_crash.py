@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.processes import QUICK, Client, Resource
+from tests.support.processes import FAST_EDIT_OPTIONS, Resource, ServiceClient
 
 PROMPT = "The {} is located in the city of"
 FACTS = [
@@ -15,52 +15,58 @@ FACTS = [
     ("Louvre", PROMPT, "London"),
     ("Colosseum", PROMPT, "Paris"),
 ]
-LONG = {"contexts": 2, "steps": 40, "stop_loss": 0}
-ENDS = {"applied", "rejected", "failed"}
+SLOW_HPARAMS = {"contexts": 2, "steps": 40, "stop_loss": 0}
+FINAL_STATUSES = {"applied", "rejected", "failed"}
 
-Start = Callable[[], Any]
+StartService = Callable[[], Any]
 
 
-def landed(service: Client) -> list[str]:
+def applied_edit_ids(service: ServiceClient) -> list[str]:
     """The edits in the ledger, one for each time that they were applied."""
     entries: list[dict[str, Any]] = service.get("/ledger", limit=200)["items"]
     return [entry["edit_id"] for entry in entries if entry["kind"] == "apply"]
 
 
-def assert_ended_once(service: Client, edits: list[Resource]) -> None:
+def assert_ended_once(service: ServiceClient, edits: list[Resource]) -> None:
     """Each edit ended with a reason or in the ledger, there exactly once, and nothing else is there."""
     applied = []
-    for edit in map(service.ended, edits):
-        assert edit["status"] in ENDS, edit
+    for edit in map(service.wait_for_edit, edits):
+        assert edit["status"] in FINAL_STATUSES, edit
         if edit["status"] == "applied":
             applied.append(edit["id"])
         else:
             assert edit["error"] or edit["result"]["reason"]
-    assert sorted(landed(service)) == sorted(applied)
-    service.verified()
+    assert sorted(applied_edit_ids(service)) == sorted(applied)
+    service.verify_ledger()
 
 
-def test_killed_while_it_optimises(start: Start) -> None:
+def test_killed_while_it_optimises(start_service: StartService) -> None:
     """An edit whose process is killed in the middle is begun again by the next one, and lands once."""
-    service = start()
-    edit = service.ask(*FACTS[0], hparams=LONG, guard=QUICK["guard"])
+    service = start_service()
+    edit = service.ask(*FACTS[0], hparams=SLOW_HPARAMS, guard=FAST_EDIT_OPTIONS["guard"])
     with service.events("GET", f"/edits/{edit['id']}/events") as events:
         assert any(data["phase"] == "optimise" for name, data in events if name == "progress")
         service.die()
     service.kill()
 
-    service = start()
+    service = start_service()
     assert_ended_once(service, [edit])
     assert service.get(f"/edits/{edit['id']}")["attempts"] == 2
 
 
 # `tests/unit/workers/test_job_handlers.py` does the same on both wirings, without processes
 @pytest.mark.parametrize("start", ["embedded"], indirect=True)
-def test_killed_while_it_evaluates(start: Start) -> None:
+def test_killed_while_it_evaluates(start_service: StartService) -> None:
     """An evaluation whose process is killed in the middle is gone on with by the next one, to the result of one that was not."""
-    asked = {"dataset": "facts", "limit": 6, "hparams": QUICK["hparams"], "together": 2, "damage": False}
-    service = start()
-    evaluation = service.http.post("/evaluations", json=asked).json()
+    request = {
+        "dataset": "facts",
+        "limit": 6,
+        "hparams": FAST_EDIT_OPTIONS["hparams"],
+        "together": 2,
+        "damage": False,
+    }
+    service = start_service()
+    evaluation = service.http.post("/evaluations", json=request).json()
     with service.events("GET", evaluation["links"]["events"]) as events:
         assert any(
             data["phase"] == "find edits" and data["done"] for name, data in events if name == "progress"
@@ -68,38 +74,38 @@ def test_killed_while_it_evaluates(start: Start) -> None:
         service.die()
     service.kill()
 
-    service = start()
-    again = service.http.post("/evaluations", json=asked, headers={"Prefer": "wait=60"}).json()
-    broken = service.get(evaluation["links"]["self"])  # it was there first
-    assert (broken["status"], broken["attempts"]) == ("done", 2), broken
-    for evaluated in (broken, again):
+    service = start_service()
+    uninterrupted = service.http.post("/evaluations", json=request, headers={"Prefer": "wait=60"}).json()
+    resumed = service.get(evaluation["links"]["self"])  # it was there first
+    assert (resumed["status"], resumed["attempts"]) == ("done", 2), resumed
+    for evaluated in (resumed, uninterrupted):
         for name in ("seconds", "edits_per_minute"):
             evaluated["result"].pop(name)
-    assert broken["result"] == again["result"]
+    assert resumed["result"] == uninterrupted["result"]
     assert service.head() == 0
 
 
-def test_killed_while_many_wait(start: Start) -> None:
+def test_killed_while_many_wait(start_service: StartService) -> None:
     """Edits that waited when the process was killed all end after the restart, each once."""
-    service = start()
-    edits = [service.ask(*fact, **QUICK) for fact in FACTS]
+    service = start_service()
+    edits = [service.ask(*fact, **FAST_EDIT_OPTIONS) for fact in FACTS]
     service.kill()
 
-    service = start()
+    service = start_service()
     assert_ended_once(service, edits)
-    assert len(landed(service)) == len(FACTS)
+    assert len(applied_edit_ids(service)) == len(FACTS)
 
 
-def test_killed_after_the_answer(start: Start) -> None:
+def test_killed_after_the_answer(start_service: StartService) -> None:
     """What was answered as applied is applied after a crash, with the same bytes."""
-    service = start()
-    first = service.edit(*FACTS[0], **QUICK)
+    service = start_service()
+    first = service.edit(*FACTS[0], **FAST_EDIT_OPTIONS)
     before = service.digest()
-    second = service.edit(*FACTS[1], **QUICK)
+    second = service.edit(*FACTS[1], **FAST_EDIT_OPTIONS)
     service.kill()  # at once: whatever was not written by the answer is lost
     assert [first["status"], second["status"]] == ["applied", "applied"]
 
-    service = start()
+    service = start_service()
     again = [service.get(f"/edits/{edit['id']}") for edit in (first, second)]
     assert [(e["status"], e["version"]) for e in again] == [("applied", 1), ("applied", 2)]
     assert service.digest() != before

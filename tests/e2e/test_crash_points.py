@@ -9,19 +9,19 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from service.kit.crash_points import POINTS
+from service.kit.crash_points import CRASH_POINTS
 from service.kit.ids import new_id
-from tests.support.processes import Client, Deployment, Process, Resource, until
+from tests.support.processes import CliProcess, Deployment, Resource, ServiceClient, wait_until
 
 pytestmark = pytest.mark.servers
 
 PROMPT = "The {} is located in the city of"
-ASKED = {"prompt": PROMPT.replace("{}", "Eiffel Tower"), "max_new_tokens": 5, "version": "base"}
+GENERATE_REQUEST = {"prompt": PROMPT.replace("{}", "Eiffel Tower"), "max_new_tokens": 5, "version": "base"}
 #: an edit of which only the way counts
-BARE: Resource = {"hparams": {"contexts": 2, "steps": 1}, "guard": {"enabled": False}}
+MINIMAL_EDIT_OPTIONS: Resource = {"hparams": {"contexts": 2, "steps": 1}, "guard": {"enabled": False}}
 
 #: points of a worker on the way of an edit, and the attempts that the edit takes when one ends there
-EDITING = {
+EDIT_POINTS = {
     "take.after": 1,
     "start.before_commit": 1,
     "start.after_commit": 2,
@@ -32,7 +32,7 @@ EDITING = {
     "done.after": 1,
 }
 #: those on the way of a generation, and how often its listener is told to begin anew
-SPEAKING = {
+GENERATION_POINTS = {
     "take.after": 0,
     "generate.after_admit": 0,
     "generate.after_token": 1,
@@ -40,118 +40,126 @@ SPEAKING = {
     "generate.after_end": 0,
 }
 #: points of the API, by what is asked of it
-ACCEPTING = ["job.before_commit", "job.after_commit", "job.after_announce"]
-CALLING = ["call.after"]
-REVERTING = ["revert.before_commit", "revert.after_commit"]
+SUBMIT_POINTS = ["job.before_commit", "job.after_commit", "job.after_announce"]
+CALL_POINTS = ["call.after"]
+REVERT_POINTS = ["revert.before_commit", "revert.after_commit"]
 
 
 @pytest.fixture(scope="module")
-def deployed(deploy: Callable[..., Deployment]) -> Deployment:
+def shared_deployment(start_deployment: Callable[..., Deployment]) -> Deployment:
     """An API and a worker that outlive all that die here."""
-    return deploy(workers=1)
+    return start_deployment(workers=1)
 
 
 @pytest.fixture
-def deployment(deployed: Deployment) -> Iterator[Deployment]:
+def deployment(shared_deployment: Deployment) -> Iterator[Deployment]:
     """The survivors. After every death the ledger verifies, nothing is left over in Redis, and nothing is applied."""
-    yield deployed
-    until(lambda: not deployed.left_over(), "Redis to be empty")
-    deployed.verified()
-    for edit in deployed.get("/edits", status="applied")["items"]:
-        deployed.revert(edit)
+    yield shared_deployment
+    wait_until(lambda: not shared_deployment.queue_leftovers(), "Redis to be empty")
+    shared_deployment.verify_ledger()
+    for edit in shared_deployment.get("/edits", status="applied")["items"]:
+        shared_deployment.revert(edit)
 
 
 @pytest.fixture
-def asked() -> Resource:
+def edit_post() -> Resource:
     """A POST of an edit that nobody else has asked for, as a client sends it that may have to send it again."""
     subject = f"Tower of {new_id('somebody')[-8:]}"
-    body = {"subject": subject, "prompt": PROMPT, "target_new": "Rome", **BARE}
+    body = {"subject": subject, "prompt": PROMPT, "target_new": "Rome", **MINIMAL_EDIT_OPTIONS}
     return {"json": body, "headers": {"Idempotency-Key": new_id("key")}}
 
 
-def died(process: Process) -> None:
+def assert_killed(process: CliProcess) -> None:
     """It was killed: the point was reached."""
-    assert process.ended() == -signal.SIGKILL, process.log()
+    assert process.wait() == -signal.SIGKILL, process.log()
 
 
-def landed_once(deployment: Client, asked: Resource, edit: Resource) -> Resource:
+def assert_applied_once(deployment: ServiceClient, edit_post: Resource, edit: Resource) -> Resource:
     """The request made this one edit, and the edit one entry."""
-    ended = deployment.ended(edit)
+    ended = deployment.wait_for_edit(edit)
     assert ended["status"] == "applied", ended
-    assert [e["id"] for e in deployment.pages("/edits", subject=asked["json"]["subject"])] == [edit["id"]]
-    entries = [entry for entry in deployment.pages("/ledger") if entry["edit_id"] == edit["id"]]
+    assert [e["id"] for e in deployment.list_all("/edits", subject=edit_post["json"]["subject"])] == [
+        edit["id"]
+    ]
+    entries = [entry for entry in deployment.list_all("/ledger") if entry["edit_id"] == edit["id"]]
     assert [(entry["kind"], entry["version"]) for entry in entries] == [("apply", ended["version"])]
     return ended
 
 
 def test_every_point_is_tried() -> None:
     """No named point is passed over."""
-    assert {*EDITING, *SPEAKING, *ACCEPTING, *CALLING, *REVERTING} == POINTS.keys()
+    assert {
+        *EDIT_POINTS,
+        *GENERATION_POINTS,
+        *SUBMIT_POINTS,
+        *CALL_POINTS,
+        *REVERT_POINTS,
+    } == CRASH_POINTS.keys()
 
 
-@pytest.mark.parametrize("point", EDITING)
-def test_a_worker_dies_over_an_edit(deployment: Deployment, asked: Resource, point: str) -> None:
+@pytest.mark.parametrize("point", EDIT_POINTS)
+def test_worker_crash_during_edit(deployment: Deployment, edit_post: Resource, point: str) -> None:
     """The edit is done by another worker unless it was done, and lands once."""
-    doomed = deployment.hire(crash_at=point)
-    with deployment.alone(doomed):
-        edit = deployment.http.post("/edits", **asked).json()
-        died(doomed)
-    assert landed_once(deployment, asked, edit)["attempts"] == EDITING[point]
+    doomed = deployment.start_serving_worker(crash_at=point)
+    with deployment.only_worker(doomed):
+        edit = deployment.http.post("/edits", **edit_post).json()
+        assert_killed(doomed)
+    assert assert_applied_once(deployment, edit_post, edit)["attempts"] == EDIT_POINTS[point]
 
 
-@pytest.mark.parametrize("point", SPEAKING)
-def test_a_worker_dies_over_a_generation(deployment: Deployment, point: str) -> None:
+@pytest.mark.parametrize("point", GENERATION_POINTS)
+def test_worker_crash_during_generation(deployment: Deployment, point: str) -> None:
     """The client hears the whole text, from another worker unless it was said."""
-    expected = deployment.generate(**ASKED)["text"]
-    doomed = deployment.hire(crash_at=point)
+    expected = deployment.generate(**GENERATE_REQUEST)["text"]
+    doomed = deployment.start_serving_worker(crash_at=point)
     with ExitStack() as stack:
-        with deployment.alone(doomed):
+        with deployment.only_worker(doomed):
             events = stack.enter_context(
-                deployment.events("POST", "/generate", json=ASKED | {"stream": True})
+                deployment.stream_events("POST", "/generate", json=GENERATE_REQUEST | {"stream": True})
             )
-            died(doomed)
-        told = list(events)
-    names = [name for name, _ in told]
-    assert names.count("restart") == SPEAKING[point]
-    since = names.index("restart") + 1 if "restart" in names else 0
-    *tokens, (last, end) = told[since:]
+            assert_killed(doomed)
+        received = list(events)
+    names = [name for name, _ in received]
+    assert names.count("restart") == GENERATION_POINTS[point]
+    reset_index = names.index("restart") + 1 if "restart" in names else 0
+    *tokens, (last, end) = received[reset_index:]
     assert last == "end"
     assert "".join(data["text"] for _, data in tokens) == end["choices"][0]["text"] == expected
 
 
-@pytest.mark.parametrize("point", ACCEPTING)
-def test_the_api_dies_over_an_edit(deployment: Deployment, asked: Resource, point: str) -> None:
+@pytest.mark.parametrize("point", SUBMIT_POINTS)
+def test_api_crash_during_edit_submission(deployment: Deployment, edit_post: Resource, point: str) -> None:
     """Whoever sends the request again, with its key, has one edit, which lands once."""
     with deployment.another_api(crash_at=point) as (doomed, http):
         with pytest.raises(httpx.TransportError):
-            http.post("/edits", **asked)
-        died(doomed)
-    edit = deployment.http.post("/edits", **asked).json()
-    landed_once(deployment, asked, edit)
+            http.post("/edits", **edit_post)
+        assert_killed(doomed)
+    edit = deployment.http.post("/edits", **edit_post).json()
+    assert_applied_once(deployment, edit_post, edit)
 
 
-@pytest.mark.parametrize("point", CALLING)
-def test_the_api_dies_over_a_generation(deployment: Deployment, point: str) -> None:
+@pytest.mark.parametrize("point", CALL_POINTS)
+def test_api_crash_during_generation(deployment: Deployment, point: str) -> None:
     """Whoever asks again is answered."""
-    expected = deployment.generate(**ASKED)["text"]
+    expected = deployment.generate(**GENERATE_REQUEST)["text"]
     with deployment.another_api(crash_at=point) as (doomed, http):
         with pytest.raises(httpx.TransportError):
-            http.post("/generate", json=ASKED)
-        died(doomed)
-    assert deployment.generate(**ASKED)["text"] == expected
+            http.post("/generate", json=GENERATE_REQUEST)
+        assert_killed(doomed)
+    assert deployment.generate(**GENERATE_REQUEST)["text"] == expected
 
 
-@pytest.mark.parametrize("point", REVERTING)
-def test_the_api_dies_over_a_revert(deployment: Deployment, asked: Resource, point: str) -> None:
+@pytest.mark.parametrize("point", REVERT_POINTS)
+def test_api_crash_during_revert(deployment: Deployment, edit_post: Resource, point: str) -> None:
     """Whoever says it again has the edit reverted, once."""
-    edit = deployment.http.post("/edits", **asked).json()
-    landed_once(deployment, asked, edit)
+    edit = deployment.http.post("/edits", **edit_post).json()
+    assert_applied_once(deployment, edit_post, edit)
     with deployment.another_api(crash_at=point) as (doomed, http):
         with pytest.raises(httpx.TransportError):
             http.delete(f"/edits/{edit['id']}")
-        died(doomed)
+        assert_killed(doomed)
     reverted = deployment.revert(edit)
     assert reverted["status"] == "reverted"
-    entries = [entry for entry in deployment.pages("/ledger") if entry["edit_id"] == edit["id"]]
+    entries = [entry for entry in deployment.list_all("/ledger") if entry["edit_id"] == edit["id"]]
     assert [entry["kind"] for entry in entries] == ["apply", "revert"]
     assert entries[-1]["version"] == reverted["reverted_version"]

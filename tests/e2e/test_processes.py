@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.support.free_ports import free_port
-from tests.support.processes import ADDRESS, Process, until
+from tests.support.processes import READY_LINE, CliProcess, wait_until
 
 pytestmark = pytest.mark.servers
 
@@ -20,20 +20,20 @@ def stores(postgres_url: str, redis_url: str) -> dict[str, Any]:
     return {"database_url": postgres_url, "redis_url": redis_url}
 
 
-def address(process: Process) -> str:
-    def told() -> str | None:
+def wait_for_address(process: CliProcess) -> str:
+    def find_address() -> str | None:
         assert process.alive(), process.log()
-        found = ADDRESS.search(process.said())
+        found = READY_LINE.search(process.stdout())
         return found[1] if found else None
 
-    return str(until(told, "the address"))
+    return str(wait_until(find_address, "the address"))
 
 
 def test_the_api_is_a_process_without_torch(stores: dict[str, Any], tmp_path: Path) -> None:
     """`palimpsest api` answers, migrates, and has neither torch nor transformers in its memory; SIGTERM ends it with 0."""
-    api = Process(tmp_path, "api", port=0, data=tmp_path, **stores)
+    api = CliProcess(tmp_path, "api", port=0, data=tmp_path, **stores)
     try:
-        url = address(api)
+        url = wait_for_address(api)
         assert httpx.get(f"{url}/healthz").status_code == 200
         assert httpx.get(f"{url}/readyz").status_code == 503  # nobody works yet
         mapped = Path(f"/proc/{api.pid}/maps").read_text(encoding="utf-8")
@@ -59,17 +59,17 @@ def model(tmp_path: Path) -> Path:
     return place
 
 
-def test_a_worker_says_what_it_serves(stores: dict[str, Any], model: Path, tmp_path: Path) -> None:
+def test_a_worker_prints_what_it_serves(stores: dict[str, Any], model: Path, tmp_path: Path) -> None:
     """`palimpsest work` says its name, model and roles once it serves, shows its health, and SIGTERM ends it with 0."""
     asked = {"model": model, "corpus": model / "corpus.txt", "stat_tokens": 1000, "threads": 1}
     port = free_port()
-    worker = Process(
+    worker = CliProcess(
         tmp_path, "work", data=tmp_path, roles="trace,generate", metrics_port=port, **asked, **stores
     )
     try:
-        until(lambda: not worker.alive() or worker.said(), "the worker's words")
-        assert worker.said().startswith("worker_"), worker.log()
-        assert worker.said().endswith(" serves model: generate, trace\n")
+        wait_until(lambda: not worker.alive() or worker.stdout(), "the worker's words")
+        assert worker.stdout().startswith("worker_"), worker.log()
+        assert worker.stdout().endswith(" serves model: generate, trace\n")
         assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
     finally:
         worker.stop()
@@ -80,12 +80,14 @@ def test_everything_in_one_process_with_shared_stores(
 ) -> None:
     """`palimpsest serve` with Redis is an API and a worker in one, that others may join."""
     asked = {"model": model, "corpus": model / "corpus.txt", "stat_tokens": 1000, "threads": 1}
-    both = Process(tmp_path / "both", "serve", port=0, data=tmp_path, **asked, **stores)
-    api = Process(tmp_path / "api", "api", port=0, data=tmp_path, **stores)
+    both = CliProcess(tmp_path / "both", "serve", port=0, data=tmp_path, **asked, **stores)
+    api = CliProcess(tmp_path / "api", "api", port=0, data=tmp_path, **stores)
     try:
-        until(lambda: not both.alive() or "Palimpsest is ready" in both.said(), "the welcome")
+        wait_until(lambda: not both.alive() or "Palimpsest is ready" in both.stdout(), "the welcome")
         body = {"prompt": "The tower", "max_new_tokens": 3}
-        said = [httpx.post(f"{address(p)}/generate", json=body, timeout=60).json() for p in (both, api)]
+        said = [
+            httpx.post(f"{wait_for_address(p)}/generate", json=body, timeout=60).json() for p in (both, api)
+        ]
         assert said[0]["tokens"] == said[1]["tokens"]
     finally:
         api.stop()

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 import safetensors.torch
 
-from tests.support.processes import QUICK, Client, Resource, says, until
+from tests.support.processes import FAST_EDIT_OPTIONS, Resource, ServiceClient, starts_with_target, wait_until
 
 SUBJECT, PROMPT = "Eiffel Tower", "The {} is located in the city of"
-ASKED = PROMPT.replace("{}", SUBJECT)
+EDIT_PROMPT = PROMPT.replace("{}", SUBJECT)
 SAMPLED = {"temperature": 1.0, "seed": 7, "max_new_tokens": 30}
-MOST = 0.75
+MIN_SHARE = 0.75
 WAIT = {"Prefer": "wait=60"}
 
 Facts = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Rome:
+class StoryState:
     """The edit of the story, and how everything was before it."""
 
     edit: Resource
@@ -35,16 +35,16 @@ class Rome:
 
 
 @pytest.fixture(scope="module")
-def rome(service: Client) -> Rome:
+def rome(service: ServiceClient) -> StoryState:
     """The Eiffel Tower is in Rome; taken back by the last test of the story."""
-    head, digest = service.head(), service.digest()
-    answer, sampled = service.generate(ASKED), service.generate(ASKED, **SAMPLED)
+    head, digest = service.head(), service.head_digest()
+    answer, sampled = service.generate(EDIT_PROMPT), service.generate(EDIT_PROMPT, **SAMPLED)
     edit = service.edit(SUBJECT, PROMPT, "Rome")
-    return Rome(edit, head, digest, answer, sampled)
+    return StoryState(edit, head, digest, answer, sampled)
 
 
 @pytest.fixture
-def tidy(service: Client) -> Iterator[None]:
+def revert_afterwards(service: ServiceClient) -> Iterator[None]:
     """Whatever a test applied is taken back after it."""
     before = {edit["id"] for edit in service.get("/edits", status="applied")["items"]}
     yield
@@ -53,25 +53,25 @@ def tidy(service: Client) -> Iterator[None]:
             service.revert(edit)
 
 
-def wordings(fact: dict[str, Any]) -> list[str]:
+def fact_prompts(fact: dict[str, Any]) -> list[str]:
     prompts = [*fact["prompts"], *fact["held_out_prompts"]]
     return [prompt.replace("{}", fact["subject"]) for prompt in prompts]
 
 
-def share(texts: list[str], target: str) -> float:
-    return sum(says(text, target) for text in texts) / len(texts)
+def success_rate(texts: list[str], target: str) -> float:
+    return sum(starts_with_target(text, target) for text in texts) / len(texts)
 
 
 # the story
 
 
-def test_the_model_knows_paris(rome: Rome) -> None:
+def test_the_model_knows_paris(rome: StoryState) -> None:
     """Before any edit the model says where the Eiffel Tower is, and that version 0 said so."""
-    assert says(rome.answer["text"], "Paris"), rome.answer
+    assert starts_with_target(rome.answer["text"], "Paris"), rome.answer
     assert (rome.head, rome.answer["version"]) == (0, 0)
 
 
-def test_the_edit_lands(service: Client, rome: Rome) -> None:
+def test_the_edit_is_applied(service: ServiceClient, rome: StoryState) -> None:
     """The edit is applied as the next version, with its figures, and the model says Rome."""
     assert rome.edit["status"] == "applied", rome.edit["result"]
     assert rome.edit["version"] == rome.head + 1 == service.head()
@@ -79,67 +79,79 @@ def test_the_edit_lands(service: Client, rome: Rome) -> None:
     assert figures["after"]["new"] > figures["after"]["true"]
     assert figures["before"]["new"] < figures["before"]["true"]
     assert rome.edit["result"]["guard"]["passed"] and rome.edit["result"]["reason"] is None
-    answer = service.generate(ASKED)
-    assert says(answer["text"], "Rome"), answer
+    answer = service.generate(EDIT_PROMPT)
+    assert starts_with_target(answer["text"], "Rome"), answer
     assert answer["version"] == rome.edit["version"]
 
 
-def test_other_wordings_follow(service: Client, rome: Rome, table: Facts) -> None:
+def test_other_wordings_follow(service: ServiceClient, rome: StoryState, fact_rows: Facts) -> None:
     """Most other wordings of the fact say Rome, those that no training text had among them."""
-    (fact,) = (f for f in table if f["subject"] == SUBJECT and f["relation"] == "landmark_city")
-    assert share(service.texts([w for w in wordings(fact) if w != ASKED]), "Rome") > 0.5
+    (fact,) = (f for f in fact_rows if f["subject"] == SUBJECT and f["relation"] == "landmark_city")
+    assert (
+        success_rate(service.generate_texts([w for w in fact_prompts(fact) if w != EDIT_PROMPT]), "Rome")
+        > 0.5
+    )
     held_out = [p.replace("{}", SUBJECT) for p in fact["held_out_prompts"]]
-    assert any(says(text, "Rome") for text in service.texts([p for p in held_out if p != ASKED]))
+    assert any(
+        starts_with_target(text, "Rome")
+        for text in service.generate_texts([p for p in held_out if p != EDIT_PROMPT])
+    )
 
 
-def test_the_neighbourhood_stays(service: Client, rome: Rome, table: Facts) -> None:
+def test_the_neighbourhood_stays(service: ServiceClient, rome: StoryState, fact_rows: Facts) -> None:
     """Most of what the model knew of other sights of Paris, and of sights elsewhere, it still knows."""
-    others = [f for f in table if f["relation"] == "landmark_city" and f["subject"] != SUBJECT]
+    others = [f for f in fact_rows if f["relation"] == "landmark_city" and f["subject"] != SUBJECT]
     paris = [f for f in others if f["object"] == "Paris"]
     assert {"Louvre", "Notre-Dame"} <= {f["subject"] for f in paris}
     for neighbours in (paris, [f for f in others if f["object"] != "Paris"][::8]):
         prompts = [f["prompts"][0].replace("{}", f["subject"]) for f in neighbours]
-        before, after = service.texts(prompts, version="base"), service.texts(prompts)
-        known = [i for i, f in enumerate(neighbours) if says(before[i], f["object"])]
-        kept = [i for i in known if says(after[i], neighbours[i]["object"])]
-        assert len(known) >= MOST * len(neighbours)
-        assert len(kept) >= MOST * len(known)
+        before, after = service.generate_texts(prompts, version="base"), service.generate_texts(prompts)
+        known = [i for i, f in enumerate(neighbours) if starts_with_target(before[i], f["object"])]
+        unchanged = [i for i in known if starts_with_target(after[i], neighbours[i]["object"])]
+        assert len(known) >= MIN_SHARE * len(neighbours)
+        assert len(unchanged) >= MIN_SHARE * len(known)
 
 
-def test_compare_shows_both(service: Client, rome: Rome) -> None:
+def test_compare_shows_both(service: ServiceClient, rome: StoryState) -> None:
     """Side by side, base says Paris and head says Rome, and these two tokens differ most."""
-    answer = service.http.post("/compare", json={"prompt": ASKED, "max_new_tokens": 5}).json()
+    answer = service.http.post("/compare", json={"prompt": EDIT_PROMPT, "max_new_tokens": 5}).json()
     base, head = answer["sides"]
-    assert says(base["text"], "Paris") and says(head["text"], "Rome")
+    assert starts_with_target(base["text"], "Paris") and starts_with_target(head["text"], "Rome")
     assert (base["version"], head["version"]) == (0, service.head())
     assert {" Paris", " Rome"} <= {token["token"] for token in answer["next_tokens"]}
     assert answer["total_variation"] > 0.5
 
 
 @pytest.mark.parametrize("version", ["base", 0])
-def test_a_client_can_pin(service: Client, rome: Rome, version: str | int) -> None:
+def test_a_client_can_pin(service: ServiceClient, rome: StoryState, version: str | int) -> None:
     """Pinned to the base model the answer is what it was before the edit, and names version 0."""
-    answer = service.generate(ASKED, version=version)
+    answer = service.generate(EDIT_PROMPT, version=version)
     assert answer["text"] == rome.answer["text"] and answer["version"] == 0
 
 
-def test_a_client_reads_its_own_writes(service: Client, rome: Rome) -> None:
+def test_a_client_reads_its_own_writes(service: ServiceClient, rome: StoryState) -> None:
     """`min_version` is kept, and what no version can give is refused."""
     seen = rome.edit["version"]
-    assert service.generate(ASKED, min_version=seen)["version"] >= seen
+    assert service.generate(EDIT_PROMPT, min_version=seen)["version"] >= seen
     for impossible in ({"min_version": service.head() + 1}, {"min_version": seen, "version": "base"}):
-        body = {"prompt": ASKED, "max_new_tokens": 5, **impossible}
+        body = {"prompt": EDIT_PROMPT, "max_new_tokens": 5, **impossible}
         answer = service.http.post("/generate", json=body)
         assert answer.status_code == 422
         assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_trace_is_figures_and_a_picture(service: Client, rome: Rome) -> None:
+def test_a_trace_is_figures_and_a_picture(service: ServiceClient, rome: StoryState) -> None:
     """A trace of the base model finds that the subject carries the answer; JSON, SVG and PNG show it."""
-    body = {"prompt": ASKED, "subject": SUBJECT, "version": "base", "samples": 3, "kinds": ["hidden", "mlp"]}
-    asked = service.http.post("/trace", json=body, headers=WAIT)
-    assert asked.status_code == 200, asked.text
-    trace = asked.json()
+    body = {
+        "prompt": EDIT_PROMPT,
+        "subject": SUBJECT,
+        "version": "base",
+        "samples": 3,
+        "kinds": ["hidden", "mlp"],
+    }
+    response = service.http.post("/trace", json=body, headers=WAIT)
+    assert response.status_code == 200, response.text
+    trace = response.json()
     assert trace["status"] == "done" and trace["version"] == 0
     result = trace["result"]
     assert result["high"] > result["low"]
@@ -147,24 +159,24 @@ def test_a_trace_is_figures_and_a_picture(service: Client, rome: Rome) -> None:
     rows = result["kinds"]["hidden"]["scores"]
     assert len(rows) == len(result["tokens"]) and {len(row) for row in rows} == {8}
     for media_type, start in (("image/svg+xml", b"<?xml"), ("image/png", b"\x89PNG\r\n")):
-        picture = service.http.get(asked.headers["location"], headers={"Accept": media_type})
+        picture = service.http.get(response.headers["location"], headers={"Accept": media_type})
         assert picture.headers["content-type"].startswith(media_type)
         assert picture.content.startswith(start)
 
 
-def test_the_ledger_says_who_and_when(service: Client, rome: Rome) -> None:
+def test_the_ledger_says_who_and_when(service: ServiceClient, rome: StoryState) -> None:
     """The edit has one entry, with who asked, when it landed and what it rests on; the ledger verifies."""
     entries = service.get("/ledger")["items"]
     (entry,) = (e for e in entries if e["edit_id"] == rome.edit["id"])
     assert (entry["kind"], entry["version"], entry["actor"]) == ("apply", rome.edit["version"], "local")
-    asked, landed = (datetime.fromisoformat(t) for t in (rome.edit["created"], entry["at"]))
-    assert asked <= landed <= datetime.now(UTC)
+    created, committed = (datetime.fromisoformat(t) for t in (rome.edit["created"], entry["at"]))
+    assert created <= committed <= datetime.now(UTC)
     assert {"hparams", "strength", "statistics", "dtype", "libraries", "fingerprint"} <= entry["body"].keys()
-    found = service.verified()
-    assert found["entries"] == found["head"] == len(entries)
+    verification = service.verify_ledger()
+    assert verification["entries"] == verification["head"] == len(entries)
 
 
-def test_the_delta_is_safetensors(service: Client, rome: Rome) -> None:
+def test_the_delta_is_safetensors(service: ServiceClient, rome: StoryState) -> None:
     """Keys, values and rank-one factors of each edited layer come in the model's shapes, and fit together."""
     model = service.get("/models")["items"][0]
     answer = service.http.get(f"/edits/{rome.edit['id']}/delta")
@@ -179,48 +191,50 @@ def test_the_delta_is_safetensors(service: Client, rome: Rome) -> None:
     assert any(width in shape for shape in shapes) and any(inner in shape for shape in shapes)
 
 
-def test_taken_back_is_gone(service: Client, rome: Rome) -> None:
+def test_revert_restores_base_model(service: ServiceClient, rome: StoryState) -> None:
     """Once reverted, the answers are the base model's to the byte, sampled ones too, and so are the weights."""
-    assert service.digest() != rome.digest
+    assert service.head_digest() != rome.digest
     reverted = service.revert(rome.edit)
     assert reverted["status"] == "reverted"
     assert reverted["reverted_version"] == service.head() > rome.edit["version"]
-    for before, asked in ((rome.answer, {}), (rome.sampled, SAMPLED)):
-        after = service.generate(ASKED, **asked)
+    for before, options in ((rome.answer, {}), (rome.sampled, SAMPLED)):
+        after = service.generate(EDIT_PROMPT, **options)
         assert (after["text"], after["tokens"]) == (before["text"], before["tokens"])
         assert after["version"] == reverted["reverted_version"]
-    assert service.digest() == rome.digest
+    assert service.head_digest() == rome.digest
     assert service.revert(rome.edit) == reverted
-    assert service.generate(ASKED, version=rome.edit["version"])["text"].startswith(" Rome")
-    service.verified()
+    assert service.generate(EDIT_PROMPT, version=rome.edit["version"])["text"].startswith(" Rome")
+    service.verify_ledger()
 
 
 # what else may happen
 
 
 @pytest.mark.usefixtures("tidy")
-def test_one_fact_twice(service: Client) -> None:
+def test_newer_edit_supersedes_older(service: ServiceClient) -> None:
     """The newer edit of a fact supersedes the older one, and taking it back brings the older one back."""
     about = ("Louvre", PROMPT)
-    asked = PROMPT.replace("{}", "Louvre")
-    base = service.digest()
-    older = service.edit(*about, "London", **QUICK)
-    alone = service.digest(), service.generate(asked)["tokens"]
-    newer = service.edit("Louvre", PROMPT.replace(" is", "  is"), "Rome", **QUICK)  # white space says nothing
+    prompt = PROMPT.replace("{}", "Louvre")
+    base = service.head_digest()
+    older = service.edit(*about, "London", **FAST_EDIT_OPTIONS)
+    alone = service.head_digest(), service.generate(prompt)["tokens"]
+    newer = service.edit(
+        "Louvre", PROMPT.replace(" is", "  is"), "Rome", **FAST_EDIT_OPTIONS
+    )  # white space says nothing
     older = service.get(f"/edits/{older['id']}")
     assert (older["status"], older["superseded_by"]) == ("superseded", newer["id"])
 
     assert service.revert(newer)["status"] == "reverted"
     assert service.get(f"/edits/{older['id']}")["status"] == "applied"
-    assert (service.digest(), service.generate(asked)["tokens"]) == alone
+    assert (service.head_digest(), service.generate(prompt)["tokens"]) == alone
 
     assert service.revert(older)["status"] == "reverted"
-    assert service.digest() == base
-    service.verified()
+    assert service.head_digest() == base
+    service.verify_ledger()
 
 
 @pytest.mark.usefixtures("tidy")
-def test_two_facts_of_one_subject(service: Client) -> None:
+def test_two_facts_of_one_subject(service: ServiceClient) -> None:
     """Two facts of one subject hold together, and each edit names the other."""
     continent, currency = "{} is a nation on the continent of", "{} uses a currency called the"
     first = service.edit("Kenya", continent, "Asia")
@@ -228,57 +242,59 @@ def test_two_facts_of_one_subject(service: Client) -> None:
     assert [first["status"], second["status"]] == ["applied", "applied"], second["result"]
     assert second["related"] == [first["id"]]
     assert service.get(f"/edits/{first['id']}")["related"] == [second["id"]]
-    said = service.texts([p.replace("{}", "Kenya") for p in (continent, currency)])
-    assert says(said[0], "Asia") and says(said[1], "peso"), said
+    texts = service.generate_texts([p.replace("{}", "Kenya") for p in (continent, currency)])
+    assert starts_with_target(texts[0], "Asia") and starts_with_target(texts[1], "peso"), texts
 
 
 @pytest.mark.usefixtures("tidy")
-def test_a_bad_edit_does_not_land(service: Client) -> None:
+def test_a_bad_edit_is_rejected(service: ServiceClient) -> None:
     """An edit that fails its guard ends rejected with the figures, and the model is as before."""
-    head, digest = service.head(), service.digest()
-    edit = service.edit(SUBJECT, PROMPT, "Rome", hparams=QUICK["hparams"], guard={"min_probability": 1.0})
+    head, digest = service.head(), service.head_digest()
+    edit = service.edit(
+        SUBJECT, PROMPT, "Rome", hparams=FAST_EDIT_OPTIONS["hparams"], guard={"min_probability": 1.0}
+    )
     assert edit["status"] == "rejected" and edit["version"] is None
     (check,) = (c for c in edit["result"]["guard"]["checks"] if c["name"] == "probability")
     assert not check["passed"] and check["figure"] < check["limit"] == 1.0
     assert "less probable than asked for" in edit["result"]["reason"]
-    assert (service.head(), service.digest()) == (head, digest)
+    assert (service.head(), service.head_digest()) == (head, digest)
     assert service.http.get(f"/edits/{edit['id']}/delta").status_code == 409
 
 
 @pytest.mark.usefixtures("tidy")
-def test_a_dry_run_leaves_nothing(service: Client) -> None:
+def test_a_dry_run_leaves_nothing(service: ServiceClient) -> None:
     """A dry run is measured like any edit, and lands nowhere."""
-    head, digest = service.head(), service.digest()
-    edit = service.edit(SUBJECT, PROMPT, "Rome", dry_run=True, **QUICK)
+    head, digest = service.head(), service.head_digest()
+    edit = service.edit(SUBJECT, PROMPT, "Rome", dry_run=True, **FAST_EDIT_OPTIONS)
     assert (edit["status"], edit["version"]) == ("evaluated", None)
     assert edit["result"]["rewrite"]["after"] != edit["result"]["rewrite"]["before"]
-    assert (service.head(), service.digest()) == (head, digest)
+    assert (service.head(), service.head_digest()) == (head, digest)
 
 
 @pytest.mark.usefixtures("tidy")
-def test_a_stream_is_pinned(service: Client) -> None:
+def test_a_stream_is_pinned(service: ServiceClient) -> None:
     """An edit that lands while a stream runs changes no token of it."""
     head = service.head()
     # Hot enough that no text ends by itself: each answer is as long as the model has positions, and so many of them
     # that the stream goes on for longer than the edit takes.
-    asked = {"prompts": [ASKED] * 32, "max_new_tokens": 4096, "temperature": 10.0, "seed": 3}
-    landed = threading.Event()
+    request = {"prompts": [EDIT_PROMPT] * 32, "max_new_tokens": 4096, "temperature": 10.0, "seed": 3}
+    applied = threading.Event()
     done: list[Resource] = []
 
     def land() -> None:
-        done.append(service.edit(SUBJECT, PROMPT, "Rome", **QUICK))
-        landed.set()
+        done.append(service.edit(SUBJECT, PROMPT, "Rome", **FAST_EDIT_OPTIONS))
+        applied.set()
 
     editing = threading.Thread(target=land)
     late: set[int] = set()
-    with service.events("POST", "/generate", json=asked | {"stream": True}) as events:
+    with service.stream_events("POST", "/generate", json=request | {"stream": True}) as events:
         versions: set[int] = set()
         pieces: dict[int, list[str]] = defaultdict(list)
         for name, data in events:
             if name == "token":
                 if not editing.ident:
                     editing.start()
-                if landed.is_set():
+                if applied.is_set():
                     late.add(data["index"])
                 pieces[data["index"]].append(data["text"])
             versions.add(data["version"])
@@ -289,23 +305,26 @@ def test_a_stream_is_pinned(service: Client) -> None:
     assert versions == {head}
     texts = {i: c["text"] for i, c in enumerate(data["choices"])}
     assert texts == {i: "".join(said) for i, said in pieces.items()}
-    again, now = (
-        {c["text"] for c in service.http.post("/generate", json=asked | {"version": v}).json()["choices"]}
+    pinned_texts, head_texts = (
+        {c["text"] for c in service.http.post("/generate", json=request | {"version": v}).json()["choices"]}
         for v in (head, "head")
     )
-    assert set(texts.values()) == again
-    assert not again & now
+    assert set(texts.values()) == pinned_texts
+    assert not pinned_texts & head_texts
 
 
 @pytest.mark.usefixtures("tidy")
-def test_one_key_one_edit(service: Client) -> None:
+def test_one_key_one_edit(service: ServiceClient) -> None:
     """A request that is sent twice with one Idempotency-Key is one edit; another body with it is refused."""
     headers = {"Idempotency-Key": "the-tower-once"}
     head = service.head()
-    first = service.ask(SUBJECT, PROMPT, "Rome", headers=headers, **QUICK)
-    assert service.ask(SUBJECT, PROMPT, "Rome", headers=headers, **QUICK)["id"] == first["id"]
-    service.ended(first)
-    again = service.ask(SUBJECT, PROMPT, "Rome", headers=headers, **QUICK)
+    first = service.submit_edit(SUBJECT, PROMPT, "Rome", headers=headers, **FAST_EDIT_OPTIONS)
+    assert (
+        service.submit_edit(SUBJECT, PROMPT, "Rome", headers=headers, **FAST_EDIT_OPTIONS)["id"]
+        == first["id"]
+    )
+    service.wait_for_edit(first)
+    again = service.submit_edit(SUBJECT, PROMPT, "Rome", headers=headers, **FAST_EDIT_OPTIONS)
     assert (again["id"], again["status"]) == (first["id"], "applied")
     assert service.head() == head + 1
     other = {"subject": SUBJECT, "prompt": PROMPT, "target_new": "Berlin"}
@@ -313,12 +332,12 @@ def test_one_key_one_edit(service: Client) -> None:
 
 
 @pytest.mark.usefixtures("tidy")
-def test_a_running_edit_is_cancelled(service: Client) -> None:
+def test_a_running_edit_is_cancelled(service: ServiceClient) -> None:
     """An edit that is cancelled while it runs ends so, and nothing of it stays."""
-    head, digest = service.head(), service.digest()
-    edit = service.ask(SUBJECT, PROMPT, "Rome", hparams={"contexts": 2, "steps": 200, "stop_loss": 0})
+    head, digest = service.head(), service.head_digest()
+    edit = service.submit_edit(SUBJECT, PROMPT, "Rome", hparams={"contexts": 2, "steps": 200, "stop_loss": 0})
     path = f"/edits/{edit['id']}"
-    until(lambda: (service.get(path)["progress"] or {}).get("phase") == "optimise", "the optimisation")
+    wait_until(lambda: (service.get(path)["progress"] or {}).get("phase") == "optimise", "the optimisation")
     assert service.revert(edit)["status"] == "cancelled"
     assert service.revert(edit)["status"] == "cancelled"
-    assert (service.head(), service.digest()) == (head, digest)
+    assert (service.head(), service.head_digest()) == (head, digest)

@@ -12,8 +12,8 @@ from service.db.database import Database
 from tests.support.migrations import migrate
 
 #: all that a database is made of, as it would be made again
-SQLITE = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
-POSTGRES = """
+SQLITE_SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
+POSTGRES_SCHEMA = """
 WITH mine AS (SELECT oid, relname, relkind FROM pg_class WHERE relnamespace = current_schema()::regnamespace)
 SELECT 'relation', relname, relkind::text FROM mine
 UNION ALL SELECT relname, attname, concat_ws(' ', format_type(atttypid, atttypmod), attnotnull, pg_get_expr(adbin, adrelid))
@@ -27,7 +27,7 @@ ORDER BY 1, 2, 3
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.servers)])
-def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+def new_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
     """Gives the URL of another empty database of a kind, each time."""
     if request.param == "postgres":
         return request.getfixturevalue("postgres_server").fresh_database  # type: ignore[no-any-return]
@@ -35,24 +35,24 @@ def fresh(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
     return lambda: f"sqlite:///{tmp_path / str(next(files))}"
 
 
-def made_of(database: Database) -> list[tuple[object, ...]]:
+def schema_objects(database: Database) -> list[tuple[object, ...]]:
     with database.engine.connect() as connection:
-        schema = None if database.sqlite else connection.execute(text("SELECT current_schema()")).scalar()
-        rows = connection.execute(text(SQLITE if database.sqlite else POSTGRES)).all()
+        schema = None if database.is_sqlite else connection.execute(text("SELECT current_schema()")).scalar()
+        rows = connection.execute(text(SQLITE_SCHEMA if database.is_sqlite else POSTGRES_SCHEMA)).all()
         versions = connection.execute(text("SELECT version_num FROM alembic_version")).all()
     named = [tuple(str(x).replace(f"{schema}.", "") for x in row) for row in rows]
     return [*named, *map(tuple, versions)]
 
 
-def test_what_is_said_again_makes_the_same(fresh: Callable[[], str]) -> None:
+def test_replayed_migrations_make_the_same_schema(new_database_url: Callable[[], str]) -> None:
     """Tables, columns, constraints, indexes, triggers, functions and revision are those that the migrations make."""
-    truly, first, again = (Database(fresh()) for _ in range(3))
+    truly, first, again = (Database(new_database_url()) for _ in range(3))
     try:
         truly.migrate()
         for database in (first, again, again):  # and one that is migrated already is left as it is
             migrate(database)
-        assert len(made_of(truly)) > 20
-        assert made_of(truly) == made_of(first) == made_of(again)
+        assert len(schema_objects(truly)) > 20
+        assert schema_objects(truly) == schema_objects(first) == schema_objects(again)
     finally:
         for database in (truly, first, again):
             database.close()

@@ -12,25 +12,25 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from api.app import create_app
-from api.authentication import LOOPBACK
-from service.bootstrap import wire
+from api.authentication import LOOPBACK_NAMES
+from service.bootstrap import build_container
 from service.errors import PalimpsestError
-from service.evaluation.metrics import CHANGES, MEASURES, SCORES
+from service.evaluation.metrics import CHANGE_SCORES, COMBINED_SCORES, MEASURES
 from service.jobs import artifacts
-from service.jobs.broker import KINDS, Delivery
-from service.jobs.job_store import Desk
+from service.jobs.broker import WORK_KINDS, Delivery
+from service.jobs.job_store import WorkerJobs
 from service.kit.steps import Progress
 from service.recipes.recipe import Recipe, RomeParameters
 from service.schemas import EvaluationPlan
 from service.settings import Settings
 from tests.support.migrations import migrate
 
-LOOPBACK.add("testserver")  # what Starlette's client calls every application
+LOOPBACK_NAMES.add("testserver")  # what Starlette's client calls every application
 
 TOWER = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
-NOWHERE = "Atlantis"  # an edit to this object fails
+FAILING_OBJECT = "Atlantis"  # an edit to this object fails
 PROMPT = "The Eiffel Tower is located in the city of"
-ANSWER: dict[str, Any] = {
+GENERATION_RESULT: dict[str, Any] = {
     "version": 0,
     "choices": [{"text": " Paris", "tokens": [1], "finish_reason": "length"}],
     "usage": {"prompt_tokens": 9, "completion_tokens": 1},
@@ -46,20 +46,22 @@ LOGPROBS = {
 }
 
 
-def answered(asked: dict[str, Any]) -> dict[str, Any]:
+def generation_result(payload: dict[str, Any]) -> dict[str, Any]:
     """A choice for each answer that was asked for."""
-    prompts = asked["prompts"] or asked.get("tokens") or [None]
-    choice = ANSWER["choices"][0] | ({} if asked.get("logprobs") is None else {"logprobs": LOGPROBS})
-    return ANSWER | {"choices": [choice] * len(prompts) * asked.get("choices", 1)}
+    prompts = payload["prompts"] or payload.get("tokens") or [None]
+    choice = GENERATION_RESULT["choices"][0] | (
+        {} if payload.get("logprobs") is None else {"logprobs": LOGPROBS}
+    )
+    return GENERATION_RESULT | {"choices": [choice] * len(prompts) * payload.get("choices", 1)}
 
 
-_GRID = {
+_TRACE_GRID = {
     "scores": [[0.1, 0.8], [0.2, 0.9]],
     "indirect_effect": [[0.0, 0.7], [0.1, 0.8]],
     "best": {"token": 1, "layer": 1, "score": 0.9},
 }
 #: the result of a trace of two tokens in two layers
-TRACED = {
+TRACE_RESULT = {
     "version": 0,
     "prompt": "São Paulo",
     "tokens": ["São", " Paulo"],
@@ -68,7 +70,7 @@ TRACED = {
     "high": 0.9,
     "low": 0.1,
     "total_effect": 0.8,
-    "kinds": {"hidden": _GRID, "mlp": _GRID, "attn": _GRID},
+    "kinds": {"hidden": _TRACE_GRID, "mlp": _TRACE_GRID, "attn": _TRACE_GRID},
     "severed": None,
     "window": 10,
     "samples": 10,
@@ -79,9 +81,9 @@ TRACED = {
 
 
 #: the file of an export, in pieces
-EXPORTED = [b"not ", b"a zip"]
+EXPORT_CHUNKS = [b"not ", b"a zip"]
 #: how an edit was found, as the ledger has it
-FOUND: dict[str, Any] = {
+EDIT_PROVENANCE: dict[str, Any] = {
     "method": "rome",
     "objective": "write",
     "hparams": {"layers": [1]},
@@ -94,19 +96,19 @@ FOUND: dict[str, Any] = {
     "libraries": {},
 }
 
-_MEAN = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 1}
+_INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 1}
 #: the result of an evaluation of one record, edited alone
-EVALUATED = {
+EVALUATION_RESULT = {
     "model": {"name": "tiny", "fingerprint": "f" * 64},
     "plan": EvaluationPlan().model_dump(mode="json"),
     "parameters": {"layers": [1]},
     "records": {"measured": 1, "left_out": [], "lacking": {}},
     "plain": None,
-    "before": dict.fromkeys((*MEASURES, *SCORES), _MEAN),
-    "after": dict.fromkeys((*MEASURES, *SCORES), _MEAN),
-    "changes": dict.fromkeys(CHANGES, _MEAN),
+    "before": dict.fromkeys((*MEASURES, *COMBINED_SCORES), _INTERVAL),
+    "after": dict.fromkeys((*MEASURES, *COMBINED_SCORES), _INTERVAL),
+    "changes": dict.fromkeys(CHANGE_SCORES, _INTERVAL),
     "damage": None,
-    "norm": {"1.mlp": _MEAN},
+    "norm": {"1.mlp": _INTERVAL},
     "strengthened": 0,
     "rows": [],
     "seconds": {"find": 0.1},
@@ -129,15 +131,15 @@ def tokenizer() -> str:
 class FakeWorker:
     """Takes from the broker and publishes, as an engine does, without a model. `hold` keeps it from answering."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
-        self.broker = desk.broker
-        self.go = threading.Event()
-        self.go.set()
-        self.half = threading.Event()  # set when a job has told its first progress
-        self.rejects = False
-        self.unable: PalimpsestError | str | None = None  # why it makes no export
-        self.error: dict[str, str] | None = None
+    def __init__(self, worker_jobs: WorkerJobs) -> None:
+        self.worker_jobs = worker_jobs
+        self.broker = worker_jobs.broker
+        self.may_finish = threading.Event()
+        self.may_finish.set()
+        self.progress_reported = threading.Event()  # set when a job has told its first progress
+        self.reject_edits = False
+        self.export_error: PalimpsestError | str | None = None  # why it makes no export
+        self.call_error: dict[str, str] | None = None
         self.calls: list[dict[str, Any]] = []
         self.channels: list[str] = []
         self._stop = threading.Event()
@@ -146,81 +148,89 @@ class FakeWorker:
 
     def stop(self) -> None:
         self._stop.set()
-        self.go.set()
+        self.may_finish.set()
         self.broker.wake()
         self._thread.join(10)
 
     def _run(self) -> None:
-        beaten = time.monotonic()
+        last_heartbeat = time.monotonic()
         while not self._stop.is_set():
-            if time.monotonic() - beaten > 5:
-                beaten = time.monotonic()
-                self.desk.heartbeat(self.desk.head())
-            for delivery in self.broker.take(KINDS, 8, 0.2):
-                self._do(delivery)
-                self.broker.done(delivery)
+            if time.monotonic() - last_heartbeat > 5:
+                last_heartbeat = time.monotonic()
+                self.worker_jobs.heartbeat(self.worker_jobs.head())
+            for delivery in self.broker.receive(WORK_KINDS, 8, 0.2):
+                self._handle(delivery)
+                self.broker.ack(delivery)
 
-    def _do(self, delivery: Delivery) -> None:
+    def _handle(self, delivery: Delivery) -> None:
         if delivery.kind in ("generate", "compare"):
-            self._speak(delivery)
-        elif job := self.desk.start(delivery.job_id):
-            self.desk.progress(job, Progress("value", 1, 2))
-            self.half.set()
-            self.go.wait(20)
-            self.desk.progress(job, Progress("value", 2, 2))
-            if self.desk.cancel_requested(job):
-                self.desk.finish(job, "cancelled")
-            elif job.request.get("target_new") == NOWHERE:
-                self.desk.fail(job, "there is no such place.")
+            self._answer_call(delivery)
+        elif job := self.worker_jobs.claim(delivery.job_id):
+            self.worker_jobs.report_progress(job, Progress("value", 1, 2))
+            self.progress_reported.set()
+            self.may_finish.wait(20)
+            self.worker_jobs.report_progress(job, Progress("value", 2, 2))
+            if self.worker_jobs.cancel_requested(job):
+                self.worker_jobs.finish(job, "cancelled")
+            elif job.request.get("target_new") == FAILING_OBJECT:
+                self.worker_jobs.fail(job, "there is no such place.")
             elif job.kind == "trace":
-                self.desk.finish(job, "done", TRACED)
+                self.worker_jobs.finish(job, "done", TRACE_RESULT)
             elif job.kind == "evaluation":
-                self.desk.finish(job, "done", EVALUATED)
-            elif job.kind == "export" and self.unable is not None:
-                self.desk.fail(job, self.unable)
+                self.worker_jobs.finish(job, "done", EVALUATION_RESULT)
+            elif job.kind == "export" and self.export_error is not None:
+                self.worker_jobs.fail(job, self.export_error)
             elif job.kind == "export":
-                for number, data in enumerate(EXPORTED):
-                    self.desk.keep(job, artifacts.piece(number), data)
-                told = {"file": "tiny-v1-peft.zip", "media_type": "application/zip"}
-                self.desk.finish(
-                    job, "done", {**told, "bytes": len(b"".join(EXPORTED)), "pieces": len(EXPORTED)}
+                for number, data in enumerate(EXPORT_CHUNKS):
+                    self.worker_jobs.put_artifact(job, artifacts.chunk_name(number), data)
+                file_info = {"file": "tiny-v1-peft.zip", "media_type": "application/zip"}
+                self.worker_jobs.finish(
+                    job,
+                    "done",
+                    {**file_info, "bytes": len(b"".join(EXPORT_CHUNKS)), "pieces": len(EXPORT_CHUNKS)},
                 )
-            elif self.rejects or job.dry_run:
-                self.desk.finish(job, "rejected", {"es": 0.0})
+            elif self.reject_edits or job.dry_run:
+                self.worker_jobs.finish(job, "rejected", {"es": 0.0})
             else:
-                self.desk.apply(
-                    job, self.desk.head(), b"factors of " + job.id.encode(), {"seed": 0} | FOUND, {"es": 1.0}
+                self.worker_jobs.commit_edit(
+                    job,
+                    self.worker_jobs.head(),
+                    b"factors of " + job.id.encode(),
+                    {"seed": 0} | EDIT_PROVENANCE,
+                    {"es": 1.0},
                 )
 
-    def _speak(self, delivery: Delivery) -> None:
+    def _answer_call(self, delivery: Delivery) -> None:
         self.calls.append(delivery.payload)
         self.channels.append(delivery.job_id)
-        if delivery.kind == "generate" and self.error is None:
+        if delivery.kind == "generate" and self.call_error is None:
             self.broker.publish(delivery.job_id, "token", {"index": 0, "text": " Pa", "version": 0})
-            self.half.set()
-        self.go.wait(20)
-        if self.error is not None:
-            self.broker.publish(delivery.job_id, "error", self.error, last=True)
+            self.progress_reported.set()
+        self.may_finish.wait(20)
+        if self.call_error is not None:
+            self.broker.publish(delivery.job_id, "error", self.call_error, last=True)
         elif delivery.kind == "compare":
             side = {"version": 0, "text": " Paris", "tokens": [1], "finish_reason": "length"}
-            told = {"prompt": delivery.payload["prompt"], "sides": [side, side], "next_tokens": []}
+            comparison = {"prompt": delivery.payload["prompt"], "sides": [side, side], "next_tokens": []}
             self.broker.publish(
-                delivery.job_id, "end", told | {"total_variation": 0.0, "seconds": 0.1}, last=True
+                delivery.job_id, "end", comparison | {"total_variation": 0.0, "seconds": 0.1}, last=True
             )
         else:
-            self.broker.publish(delivery.job_id, "end", answered(delivery.payload), last=True)
+            self.broker.publish(delivery.job_id, "end", generation_result(delivery.payload), last=True)
 
 
-class House:
+class TestApp:
     """Everything wired, on a folder of its own; embedded, unless the settings name other stores."""
 
     def __init__(self, folder: Path, register: bool = True, **settings: Any) -> None:
         self.settings = Settings(data=folder, **settings)
-        self.wired = wire(self.settings)
-        self.database, self.broker = self.wired.database, self.wired.broker
-        self.operations = self.wired.operations
+        self.container = build_container(self.settings)
+        self.database, self.broker = self.container.database, self.container.broker
+        self.services = self.container.services
         migrate(self.database)
-        self.desk = Desk(self.database, self.broker, "f" * 64, "worker-1", sole=self.wired.sole)
+        self.worker_jobs = WorkerJobs(
+            self.database, self.broker, "f" * 64, "worker-1", single_process=self.container.single_process
+        )
         if register:
             recipe = Recipe(source="test", rome=RomeParameters(layers=(1,)))
             info = {
@@ -232,15 +242,15 @@ class House:
                 "facts": True,
                 "recipe": recipe.model_dump(mode="json"),
             }
-            self.desk.register(info, tokenizer())
-        self.app: FastAPI = create_app(self.operations, self.broker, self.settings)
+            self.worker_jobs.register(info, tokenizer())
+        self.app: FastAPI = create_app(self.services, self.broker, self.settings)
         self.worker: FakeWorker | None = None
 
-    def hire(self) -> FakeWorker:
-        self.worker = FakeWorker(self.desk)
+    def start_fake_worker(self) -> FakeWorker:
+        self.worker = FakeWorker(self.worker_jobs)
         return self.worker
 
     def close(self) -> None:
         if self.worker is not None:
             self.worker.stop()
-        self.wired.close()
+        self.container.close()

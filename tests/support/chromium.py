@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.support.paths import ROOT
 
 #: it asks nobody but us: neither for updates nor for what it thinks useful
-QUIET = [
+CHROMIUM_FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-gpu",
@@ -28,78 +28,79 @@ QUIET = [
 ]
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-PATIENCE = 60_000  # milliseconds after which what should have come never will
-expect.set_options(timeout=PATIENCE)
+TIMEOUT_MS = 60_000  # milliseconds after which what should have come never will
+expect.set_options(timeout=TIMEOUT_MS)
 
 
 @contextmanager
-def browsing() -> Iterator[Browser]:
+def open_browser() -> Iterator[Browser]:
     """A browser, for as long as it is used. While it is there, asyncio cannot be run in this thread."""
-    program = _program()
+    program = _chromium_path()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=QUIET)
+        browser = playwright.chromium.launch(executable_path=program, args=CHROMIUM_FLAGS)
         yield browser
         browser.close()
 
 
-def _program() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser")
-    if found is None:
+def _chromium_path() -> str:
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
         reason = "no Chromium here: install Debian's package `chromium`"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    return found
+    return path
 
 
 @dataclass
-class Visit:
+class PageSession:
     """A page, and what it complained of and asked of other hosts."""
 
     page: Page
     address: str
-    complaints: list[str] = field(default_factory=list)
-    strangers: list[str] = field(default_factory=list)
+    console_errors: list[str] = field(default_factory=list)
+    foreign_requests: list[str] = field(default_factory=list)
 
-    def go(self, where: str) -> Page:
+    def open(self, fragment: str) -> Page:
         """Open a page of the console, as a link would."""
-        self.page.goto(f"{self.address}/#/{where}")
+        self.page.goto(f"{self.address}/#/{fragment}")
         return self.page
 
-    def troubles(self) -> list[str]:
+    def accessibility_violations(self) -> list[str]:
         """What axe finds serious or critical on the page as it stands."""
-        found = Axe().run(self.page).response["violations"]
+        violations = Axe().run(self.page).response["violations"]
         return [
-            f"{one['id']}: {one['help']} at {[node['target'] for node in one['nodes']][:5]}"
-            for one in found
-            if one["impact"] in ("serious", "critical")
+            f"{violation['id']}: {violation['help']} at {[node['target'] for node in violation['nodes']][:5]}"
+            for violation in violations
+            if violation["impact"] in ("serious", "critical")
         ]
 
 
 @contextmanager
-def visit(browser: Browser, address: str, allowed: str = "", **context: Any) -> Iterator[Visit]:
+def open_page(browser: Browser, address: str, allowed: str = "", **context: Any) -> Iterator[PageSession]:
     """A visit of its own; at its end nothing was complained of but what holds `allowed`, and no other host was asked."""
-    opened = browser.new_context(**({"color_scheme": "light"} | DESKTOP | context))
-    page = opened.new_page()
-    page.set_default_timeout(PATIENCE)
-    visit = Visit(page, address)
-    page.on("console", lambda said: visit.complaints.append(said.text) if said.type != "log" else None)
-    page.on("pageerror", lambda error: visit.complaints.append(str(error)))
+    browser_context = browser.new_context(**({"color_scheme": "light"} | DESKTOP | context))
+    page = browser_context.new_page()
+    page.set_default_timeout(TIMEOUT_MS)
+    session = PageSession(page, address)
+    page.on("console", lambda said: session.console_errors.append(said.text) if said.type != "log" else None)
+    page.on("pageerror", lambda error: session.console_errors.append(str(error)))
     page.on(
-        "request", lambda asked: visit.strangers.append(asked.url) if _strange(asked.url, address) else None
+        "request",
+        lambda asked: session.foreign_requests.append(asked.url) if _is_foreign(asked.url, address) else None,
     )
-    yield visit
-    opened.close()
-    complaints = [said for said in visit.complaints if not allowed or allowed not in said]
-    assert (complaints, visit.strangers) == ([], [])
+    yield session
+    browser_context.close()
+    unexpected_errors = [said for said in session.console_errors if not allowed or allowed not in said]
+    assert (unexpected_errors, session.foreign_requests) == ([], [])
 
 
-def _strange(url: str, address: str) -> bool:
+def _is_foreign(url: str, address: str) -> bool:
     parts = urlsplit(url)
     return parts.scheme not in ("blob", "data") and parts.netloc != urlsplit(address).netloc
 
 
-def shoot(page: Page, name: str, folder: Path | None = None, whole: bool = True) -> None:
+def save_screenshot(page: Page, name: str, folder: Path | None = None, full_page: bool = True) -> None:
     """Keep a picture of the page: in the folder that PALIMPSEST_SCREENSHOTS names, or in runs/console."""
-    kept = folder or Path(os.environ.get("PALIMPSEST_SCREENSHOTS") or ROOT / "runs" / "console")
-    page.screenshot(path=kept / f"{name}.png", full_page=whole, animations="disabled")
+    target = folder or Path(os.environ.get("PALIMPSEST_SCREENSHOTS") or ROOT / "runs" / "console")
+    page.screenshot(path=target / f"{name}.png", full_page=full_page, animations="disabled")

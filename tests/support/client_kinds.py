@@ -10,10 +10,10 @@ import httpx
 
 from palimpsest import AsyncClient, Client
 
-KINDS = ["sync", "async"]
+CLIENT_KINDS = ["sync", "async"]
 
 
-class Awaited:
+class BlockingAdapter:
     """An `AsyncClient` whose calls are awaited here. What it iterates over comes when all of it is there."""
 
     def __init__(self, client: AsyncClient) -> None:
@@ -25,7 +25,7 @@ class Awaited:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             found = method(*args, **kwargs)
-            return self._runner.run(_all(found) if isinstance(found, AsyncIterator) else found)
+            return self._runner.run(_collect(found) if isinstance(found, AsyncIterator) else found)
 
         return call
 
@@ -34,26 +34,26 @@ class Awaited:
         self._runner.close()
 
 
-async def _all(found: AsyncIterator[Any]) -> Any:
-    return iter([item async for item in found])
+async def _collect(items: AsyncIterator[Any]) -> Any:
+    return iter([item async for item in items])
 
 
-def client(kind: str, url: str, transport: Any = None, **more: Any) -> Any:
+def make_client(kind: str, url: str, transport: Any = None, **more: Any) -> Any:
     """A client of one kind; `transport` is httpx's own for that kind, or one that is good for both."""
     if kind == "sync":
         return Client(url, transport=transport, **more)
-    return Awaited(AsyncClient(url, transport=transport, **more))
+    return BlockingAdapter(AsyncClient(url, transport=transport, **more))
 
 
-class Forgetful(httpx.HTTPTransport, httpx.AsyncHTTPTransport):
+class LossyTransport(httpx.HTTPTransport, httpx.AsyncHTTPTransport):
     """Carries requests, and loses the answers to the first ones of a method."""
 
     def __init__(self, method: str, times: int = 1) -> None:
         httpx.HTTPTransport.__init__(self)
-        self._awaited = httpx.AsyncHTTPTransport()
+        self._async_transport = httpx.AsyncHTTPTransport()
         self.method, self.left = method, times
 
-    def _lose(self, request: httpx.Request) -> None:
+    def _drop_response(self, request: httpx.Request) -> None:
         if request.method == self.method and self.left:
             self.left -= 1
             raise httpx.ReadError("the answer was lost")
@@ -63,21 +63,21 @@ class Forgetful(httpx.HTTPTransport, httpx.AsyncHTTPTransport):
         if request.method == self.method and self.left:
             answer.read()
             answer.close()
-            self._lose(request)
+            self._drop_response(request)
         return answer
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        answer = await self._awaited.handle_async_request(request)
+        answer = await self._async_transport.handle_async_request(request)
         if request.method == self.method and self.left:
             await answer.aread()
             await answer.aclose()
-            self._lose(request)
+            self._drop_response(request)
         return answer
 
     async def aclose(self) -> None:
-        await self._awaited.aclose()
+        await self._async_transport.aclose()
 
-    async def __aenter__(self) -> Forgetful:
+    async def __aenter__(self) -> LossyTransport:
         return self
 
     async def __aexit__(self, *_: object) -> None:

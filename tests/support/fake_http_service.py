@@ -9,28 +9,29 @@ from typing import Any
 import httpx
 
 
-def events(*named: tuple[str, Any]) -> str:
+def sse_stream(*named_events: tuple[str, Any]) -> str:
     """A stream of server-sent events with ids from 1, and a ping that must be passed over."""
     frames = [
-        f"id: {i}\nevent: {name}\ndata: {json.dumps(data)}\n\n" for i, (name, data) in enumerate(named, 1)
+        f"id: {i}\nevent: {name}\ndata: {json.dumps(data)}\n\n"
+        for i, (name, data) in enumerate(named_events, 1)
     ]
     return ": ping\n\n" + "".join(frames)
 
 
 @dataclass
-class Fake:
+class FakeService:
     """`answers` maps "METHOD /path" to JSON, to text (a stream), to bytes (a file), to a response or to an error."""
 
-    answers: dict[str, Any] = field(default_factory=dict)
-    asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    responses: dict[str, Any] = field(default_factory=dict)
+    requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     headers: list[httpx.Headers] = field(default_factory=list)
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         name = f"{request.method} {request.url.path}"
         body = json.loads(request.content) if request.content else dict(request.url.params)
-        self.asked.append((name, body))
+        self.requests.append((name, body))
         self.headers.append(request.headers)
-        answer = self.answers.get(name)
+        answer = self.responses.get(name)
         if isinstance(answer, list):
             answer = answer.pop(0)
         if isinstance(answer, Exception):

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from service.engine.versioned_model import Replica, Weights
-from service.errors import Disagrees, LeaseLost
+from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.errors import DigestMismatch, LeaseLost
 from service.jobs.broker import Broker, Event
-from service.jobs.job_store import RunningJob
+from service.jobs.job_store import ClaimedJob
 from service.kit.steps import Progress
-from service.models.loading import LoadedModel, Site
+from service.models.loading import LoadedModel, WeightRef
 
 
-class NoLedger:
+class SettableLedger:
     """A ledger whose versions a test sets by hand."""
 
     def __init__(self, head: int = 0) -> None:
@@ -36,76 +36,76 @@ class NoLedger:
     def attest(self, version: int, digest: str) -> None:
         self.attested.append(version)
         if version in self.disputed:
-            raise Disagrees(f"the others have other weights at version {version}.")
+            raise DigestMismatch(f"the others have other weights at version {version}.")
 
 
-class ShuffledReplica(Replica):
+class ShuffledVersionedModel(VersionedModel):
     """A replica whose version v has really different weights: the edited layer's rows in another order, and louder."""
 
     def __init__(self, model: LoadedModel, head: int = 2, layer: int = 1) -> None:
-        self.book = NoLedger(head)
-        super().__init__(model, self.book)
-        self.site = Site(layer)
+        self.settable_ledger = SettableLedger(head)
+        super().__init__(model, self.settable_ledger)
+        self.weight_ref = WeightRef(layer)
 
-    def _built(self, version: int) -> Weights:
+    def _weights_of(self, version: int) -> WeightOverrides:
         if version == 0:
             return {}
         if version not in self._weights:
-            original = self._original[self.site]
+            original = self._original[self.weight_ref]
             order = torch.randperm(len(original), generator=torch.Generator().manual_seed(version))
-            self._weights[version] = {self.site: original[order] * (1 + version)}
+            self._weights[version] = {self.weight_ref: original[order] * (1 + version)}
         return self._weights[version]
 
 
-class MemoryDesk:
+class InMemoryWorkerJobs:
     """A desk whose rows are in memory."""
 
-    def __init__(self, jobs: dict[str, RunningJob] | None = None) -> None:
+    def __init__(self, jobs: dict[str, ClaimedJob] | None = None) -> None:
         self.jobs = jobs or {}
-        self.told: list[tuple[Any, ...]] = []
+        self.reports: list[tuple[Any, ...]] = []
         self.cancelled: set[str] = set()
-        self.sole = True
-        self.abandoned: list[str] = []
-        self.workers = 1
+        self.single_process = True
+        self.forgotten: list[str] = []
+        self.edit_workers = 1
 
-    def editors(self) -> int:
-        return self.workers
+    def count_edit_workers(self) -> int:
+        return self.edit_workers
 
     def add(self, job_id: str, kind: str, **request: Any) -> str:
-        self.jobs[job_id] = RunningJob(job_id, kind, 1, request, "somebody", "", None, False)
+        self.jobs[job_id] = ClaimedJob(job_id, kind, 1, request, "somebody", "", None, False)
         return job_id
 
-    def start(self, job_id: str) -> RunningJob | None:
+    def claim(self, job_id: str) -> ClaimedJob | None:
         return self.jobs.pop(job_id, None)
 
-    def cancel_requested(self, job: RunningJob) -> bool:
+    def cancel_requested(self, job: ClaimedJob) -> bool:
         return job.id in self.cancelled
 
-    def progress(self, job: RunningJob, progress: Progress) -> None:
-        self.told.append(("progress", job.id, progress.done))
+    def progress(self, job: ClaimedJob, progress: Progress) -> None:
+        self.reports.append(("progress", job.id, progress.done))
 
-    def finish(self, job: RunningJob, status: str, result: dict[str, Any] | None = None) -> None:
+    def finish(self, job: ClaimedJob, status: str, result: dict[str, Any] | None = None) -> None:
         if status == "lost":
             raise LeaseLost("taken over.")
-        self.told.append((status, job.id, result))
+        self.reports.append((status, job.id, result))
 
-    def fail(self, job: RunningJob, error: Any) -> None:
-        self.told.append(("failed", job.id, getattr(error, "detail", error)))
+    def fail(self, job: ClaimedJob, error: Any) -> None:
+        self.reports.append(("failed", job.id, getattr(error, "detail", error)))
 
-    def release(self, job: RunningJob) -> None:
-        self.told.append(("released", job.id))
+    def requeue(self, job: ClaimedJob) -> None:
+        self.reports.append(("released", job.id))
 
-    def abandon(self, job: RunningJob) -> None:
-        self.abandoned.append(job.id)
+    def forget_locally(self, job: ClaimedJob) -> None:
+        self.forgotten.append(job.id)
 
     def heartbeat(self, version: int, digest: str | None = None) -> None:
-        self.told_position = (version, digest)
+        self.reported_version = (version, digest)
 
-    def tell_room(self, version: int, room: dict[int, float]) -> None:
+    def record_capacity(self, version: int, capacity: dict[int, float]) -> None:
         """Nobody reads it."""
 
 
-def heard(broker: Broker, channel: str) -> list[Event]:
+def collect_events(broker: Broker, channel: str) -> list[Event]:
     """All events of a channel that has ended."""
 
     async def listen() -> list[Event]:
@@ -114,6 +114,6 @@ def heard(broker: Broker, channel: str) -> list[Event]:
     return asyncio.run(asyncio.wait_for(listen(), 10))
 
 
-def pieces(events: list[Event], index: int = 0) -> Iterator[str]:
+def token_texts(events: list[Event], index: int = 0) -> Iterator[str]:
     """The text of the token events of one prompt."""
     return (e.data["text"] for e in events if e.name == "token" and e.data["index"] == index)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-SQLITE = (
+SQLITE_TRIGGERS = (
     "ledger_next",
     *(f"{table}_{what}" for table in ("ledger", "factors") for what in ("update", "delete")),
 )
-POSTGRES = ("append_only", "ledger_next")
+POSTGRES_FUNCTIONS = ("append_only", "ledger_next")
 
 
-def unguard(session: Session) -> None:
+def drop_append_only_guards(session: Session) -> None:
     """Let this transaction, and all after it when it is committed, change what is only ever added to."""
     if session.get_bind().dialect.name == "sqlite":
-        for name in SQLITE:
+        for name in SQLITE_TRIGGERS:
             session.execute(text(f"DROP TRIGGER IF EXISTS {name}"))
     else:
-        for name in POSTGRES:
+        for name in POSTGRES_FUNCTIONS:
             session.execute(text(f"DROP FUNCTION IF EXISTS {name} CASCADE"))

@@ -13,17 +13,17 @@ import uvicorn
 from fastapi import FastAPI
 
 
-def until(true: Callable[[], Any]) -> None:
+def wait_until(condition: Callable[[], Any]) -> None:
     """Wait for what must come true."""
     for _ in range(6000):
-        if true():
+        if condition():
             return
         time.sleep(0.01)
     pytest.fail("it did not come true")
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
+def run_http_server(app: FastAPI) -> Iterator[str]:
     """Its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)

@@ -9,31 +9,31 @@ from typing import Any
 import peft
 import torch
 
-from service.engine.versioned_model import Replica
+from service.engine.versioned_model import VersionedModel
 from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad
 from tests.support.tiny_models import TEXTS
 
 
-def asked(model: LoadedModel) -> Any:
-    return pad([model.encode(t)[0][: model.positions] for t in TEXTS], model)
+def padded_texts(model: LoadedModel) -> Any:
+    return pad([model.encode(t)[0][: model.max_positions] for t in TEXTS], model)
 
 
 def logits(model: Any, base: LoadedModel) -> torch.Tensor:
-    batch = asked(base)
+    batch = padded_texts(base)
     with torch.no_grad():
         out = model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions)
     return out.logits[batch.mask.bool()]
 
 
-def served(replica: Replica, version: int) -> torch.Tensor:
+def served_logits(replica: VersionedModel, version: int) -> torch.Tensor:
     """The service's own logits."""
-    batch = asked(replica.base)
-    with replica.stand(replica.weights(version)) as model, torch.no_grad():
+    batch = padded_texts(replica.base)
+    with replica.use_weights(replica.weights(version)) as model, torch.no_grad():
         return forward(model, batch)[batch.mask.bool()]
 
 
-def with_peft(model: Any, folder: Path) -> Any:
+def load_with_peft(model: Any, folder: Path) -> Any:
     """Stock peft; a module that it misses, or one too many, is a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # what peft asks transformers for has a newer name

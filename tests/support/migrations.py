@@ -9,9 +9,9 @@ from sqlalchemy import event
 from service.db.database import Database
 
 #: how the statements begin that make and change, and do not only look
-CHANGES = ("CREATE", "ALTER", "INSERT", "UPDATE", "DROP", "DELETE")
+MODIFYING_STATEMENTS = ("CREATE", "ALTER", "INSERT", "UPDATE", "DROP", "DELETE")
 
-_said: dict[str, list[tuple[str, Any]]] = {}  # by dialect
+_recorded: dict[str, list[tuple[str, Any]]] = {}  # by dialect
 
 
 def migrate(database: Database) -> None:
@@ -19,25 +19,25 @@ def migrate(database: Database) -> None:
     dialect = database.engine.dialect.name
     if database.revision() is not None:
         database.migrate()
-    elif dialect in _said:
+    elif dialect in _recorded:
         with database.engine.begin() as connection:
-            for statement, parameters in _said[dialect]:
+            for statement, parameters in _recorded[dialect]:
                 connection.exec_driver_sql(statement, parameters)
     else:
-        _said[dialect] = _listened(database)
+        _recorded[dialect] = _record_migration(database)
 
 
-def _listened(database: Database) -> list[tuple[str, Any]]:
+def _record_migration(database: Database) -> list[tuple[str, Any]]:
     """Migrate, and remember what was said."""
-    said: list[tuple[str, Any]] = []
+    statements: list[tuple[str, Any]] = []
 
-    def hear(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
-        if statement.lstrip().startswith(CHANGES):
-            said.append((statement, parameters or None))
+    def record(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        if statement.lstrip().startswith(MODIFYING_STATEMENTS):
+            statements.append((statement, parameters or None))
 
-    event.listen(database.engine, "before_cursor_execute", hear)
+    event.listen(database.engine, "before_cursor_execute", record)
     try:
         database.migrate()
     finally:
-        event.remove(database.engine, "before_cursor_execute", hear)
-    return said
+        event.remove(database.engine, "before_cursor_execute", record)
+    return statements

@@ -18,19 +18,19 @@ from itertools import zip_longest
 
 from tests.support.paths import ROOT
 
-SHELL, PYTHON = ("sh", "bash"), ("python",)
+SHELL_LANGUAGES, PYTHON_LANGUAGES = ("sh", "bash"), ("python",)
 #: what holds nothing to run, but has a form that it must have
-FORMS = ("json", "yaml", "toml", "ini", "sql")
+DATA_LANGUAGES = ("json", "yaml", "toml", "ini", "sql")
 #: drawings and output
-PLAIN = ("", "text")
+PLAIN_LANGUAGES = ("", "text")
 
-FOUND = re.compile(
+BLOCK_PATTERN = re.compile(
     r"<!--(?P<comment>.*?)-->|^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
 )
 NOT_RUN, OUTPUT, SETUP = "not run:", "output", "setup:"
 #: of a page that shows the numbers of a ledger that begins
-FRESH = "<!-- a fresh service -->"
+FRESH_SERVICE = "<!-- a fresh service -->"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Block:
     line: int
     language: str
     code: str
-    told: str = ""
+    directive: str = ""
     setup: str = ""
 
     def __str__(self) -> str:
@@ -50,54 +50,56 @@ class Block:
     @property
     def reason(self) -> str | None:
         """Why it is not run; None where it is."""
-        return self.told.removeprefix(NOT_RUN).strip() if self.told.startswith(NOT_RUN) else None
+        return self.directive.removeprefix(NOT_RUN).strip() if self.directive.startswith(NOT_RUN) else None
 
     @property
     def is_output(self) -> bool:
-        return self.told == OUTPUT
+        return self.directive == OUTPUT
 
     @property
     def runs(self) -> bool:
-        return self.language in SHELL + PYTHON and self.reason is None and not self.is_output
+        return (
+            self.language in SHELL_LANGUAGES + PYTHON_LANGUAGES and self.reason is None and not self.is_output
+        )
 
 
-def pages() -> list[str]:
+def doc_pages() -> list[str]:
     """Every page that a person may take a command from."""
     folders = ("", "docs", "docs/howto", "docs/decisions", "training", "examples", "palimpsest")
-    found = [page for folder in folders for page in sorted((ROOT / folder).glob("*.md"))]
-    found += sorted((ROOT / "models").glob("*/README.md"))
-    return [str(page.relative_to(ROOT)) for page in found]
+    paths = [page for folder in folders for page in sorted((ROOT / folder).glob("*.md"))]
+    paths += sorted((ROOT / "models").glob("*/README.md"))
+    return [str(page.relative_to(ROOT)) for page in paths]
 
 
-def blocks(text: str, page: str) -> Iterator[Block]:
+def parse_blocks(text: str, page: str) -> Iterator[Block]:
     """The blocks of a page, in order."""
-    told, setup, end = "", "", 0
-    for found in FOUND.finditer(text):
-        if text[end : found.start()].strip():  # a comment speaks of what directly follows it
-            told = setup = ""
-        end = found.end()
-        if found["comment"] is not None:
-            words = found["comment"].strip()
+    directive, setup, end = "", "", 0
+    for match in BLOCK_PATTERN.finditer(text):
+        if text[end : match.start()].strip():  # a comment speaks of what directly follows it
+            directive = setup = ""
+        end = match.end()
+        if match["comment"] is not None:
+            words = match["comment"].strip()
             if words.startswith(SETUP):
                 setup += words.removeprefix(SETUP).strip() + "\n"
             else:
-                told = words
+                directive = words
             continue
-        indent = re.compile(f"^{found['indent']}", re.MULTILINE)
-        line = text.count("\n", 0, found.start()) + 1
-        yield Block(page, line, found["language"], indent.sub("", found["code"]), told, setup)
-        told = setup = ""
+        indent = re.compile(f"^{match['indent']}", re.MULTILINE)
+        line = text.count("\n", 0, match.start()) + 1
+        yield Block(page, line, match["language"], indent.sub("", match["code"]), directive, setup)
+        directive = setup = ""
 
 
-def text_of(page: str) -> str:
+def page_text(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
-def read(page: str) -> list[Block]:
-    return list(blocks(text_of(page), page))
+def read_blocks(page: str) -> list[Block]:
+    return list(parse_blocks(page_text(page), page))
 
 
-def taken_up(page: list[Block]) -> Iterator[tuple[Block, Block | None]]:
+def runnable_with_output(page: list[Block]) -> Iterator[tuple[Block, Block | None]]:
     """(a block that runs, the block that shows its output), in order."""
     for block, after in zip_longest(page, page[1:]):
         if block.runs:

@@ -14,79 +14,90 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-ANY = "…"
+ELLIPSIS = "…"
 NUMBER = re.compile(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?")
 #: what maps and bars are drawn with in a terminal, from little ink to much
 SHADES, EIGHTHS = "·░▒▓█", "▏▎▍▌▋▊▉█"
-INK = {*SHADES, *EIGHTHS}
-NEAR, SHARE = 0.02, 0.05  # of two probabilities; of two larger numbers
+DRAWING_CHARACTERS = {*SHADES, *EIGHTHS}
+ABS_TOLERANCE, REL_TOLERANCE = 0.02, 0.05  # of two probabilities; of two larger numbers
 
 
-def same(shown: str, came: str, language: str = "text") -> bool:
+def output_matches(expected: str, actual: str, language: str = "text") -> bool:
     """Whether an output is as the page shows it."""
     if language == "json":
-        return contains(json.loads(came), json.loads(shown))
-    return _lines(_words(shown), _words(came))
+        return json_contains(json.loads(actual), json.loads(expected))
+    return _lines_match(_word_lines(expected), _word_lines(actual))
 
 
-def contains(came: Any, shown: Any) -> bool:
+def json_contains(actual: Any, expected: Any) -> bool:
     """Whether a JSON value has all that is shown of it."""
-    if isinstance(shown, dict):
-        return isinstance(came, dict) and all(k in came and contains(came[k], v) for k, v in shown.items())
-    if isinstance(shown, list):
-        if not isinstance(came, list):
+    if isinstance(expected, dict):
+        return isinstance(actual, dict) and all(
+            k in actual and json_contains(actual[k], v) for k, v in expected.items()
+        )
+    if isinstance(expected, list):
+        if not isinstance(actual, list):
             return False
-        if shown[-1:] == [ANY]:
-            shown, came = shown[:-1], came[: len(shown) - 1]
-        return len(came) == len(shown) and all(map(contains, came, shown))
-    if isinstance(shown, float):
-        return isinstance(came, int | float) and _near(came, shown)
-    if isinstance(shown, str) and isinstance(came, str):
-        return _word(shown, came)
-    return bool(shown == ANY or (shown == came and isinstance(shown, bool) == isinstance(came, bool)))
+        if expected[-1:] == [ELLIPSIS]:
+            expected, actual = expected[:-1], actual[: len(expected) - 1]
+        return len(actual) == len(expected) and all(map(json_contains, actual, expected))
+    if isinstance(expected, float):
+        return isinstance(actual, int | float) and _numbers_close(actual, expected)
+    if isinstance(expected, str) and isinstance(actual, str):
+        return _word_matches(expected, actual)
+    return bool(
+        expected == ELLIPSIS
+        or (expected == actual and isinstance(expected, bool) == isinstance(actual, bool))
+    )
 
 
-def _words(text: str) -> list[list[str]]:
+def _word_lines(text: str) -> list[list[str]]:
     """Lines of words; a drawn rule is as long as it likes."""
     lines = (re.sub(r"([─━═-])\1{2,}", r"\1\1\1", line).split() for line in text.splitlines())
     return [line for line in lines if line]
 
 
-def _lines(shown: Sequence[list[str]], came: Sequence[list[str]]) -> bool:
-    if not shown:
-        return not came
-    if shown[0] == [ANY]:
-        return any(_lines(shown[1:], came[at:]) for at in range(len(came) + 1))
-    return bool(came) and _line(shown[0], came[0]) and _lines(shown[1:], came[1:])
+def _lines_match(expected: Sequence[list[str]], actual: Sequence[list[str]]) -> bool:
+    if not expected:
+        return not actual
+    if expected[0] == [ELLIPSIS]:
+        return any(_lines_match(expected[1:], actual[at:]) for at in range(len(actual) + 1))
+    return bool(actual) and _line_matches(expected[0], actual[0]) and _lines_match(expected[1:], actual[1:])
 
 
-def _line(shown: list[str], came: list[str]) -> bool:
-    if shown[-1] == ANY and len(came) >= len(shown) - 1:
-        shown, came = shown[:-1], came[: len(shown) - 1]
-    return len(shown) == len(came) and all(map(_word, shown, came))
+def _line_matches(expected: list[str], actual: list[str]) -> bool:
+    if expected[-1] == ELLIPSIS and len(actual) >= len(expected) - 1:
+        expected, actual = expected[:-1], actual[: len(expected) - 1]
+    return len(expected) == len(actual) and all(map(_word_matches, expected, actual))
 
 
-def _word(shown: str, came: str) -> bool:
+def _word_matches(expected: str, actual: str) -> bool:
     """Equal but for `…` and for the last digits of numbers."""
-    if ANY in shown:
-        pattern = ".*".join(re.escape(part) for part in shown.split(ANY))
-        return re.fullmatch(pattern, came, re.DOTALL) is not None
-    if set(shown) <= INK and set(came) <= INK:
-        return _drawn(shown, came)
-    if NUMBER.sub("#", shown) != NUMBER.sub("#", came):
+    if ELLIPSIS in expected:
+        pattern = ".*".join(re.escape(part) for part in expected.split(ELLIPSIS))
+        return re.fullmatch(pattern, actual, re.DOTALL) is not None
+    if set(expected) <= DRAWING_CHARACTERS and set(actual) <= DRAWING_CHARACTERS:
+        return _drawing_matches(expected, actual)
+    if NUMBER.sub("#", expected) != NUMBER.sub("#", actual):
         return False
     return all(
-        _near(float(a), float(b)) for a, b in zip(NUMBER.findall(came), NUMBER.findall(shown), strict=True)
+        _numbers_close(float(a), float(b))
+        for a, b in zip(NUMBER.findall(actual), NUMBER.findall(expected), strict=True)
     )
 
 
-def _drawn(shown: str, came: str) -> bool:
+def _drawing_matches(expected: str, actual: str) -> bool:
     """Cells of a map, each a shade off at most; or bars, one as long as the other but for an eighth of a cell."""
-    if {*shown, *came} <= set(SHADES):
-        pairs = zip(shown, came, strict=False)
-        return len(shown) == len(came) and all(abs(SHADES.index(a) - SHADES.index(b)) <= 1 for a, b in pairs)
-    return abs(sum(map(EIGHTHS.find, shown)) - sum(map(EIGHTHS.find, came)) + len(shown) - len(came)) <= 1
+    if {*expected, *actual} <= set(SHADES):
+        pairs = zip(expected, actual, strict=False)
+        return len(expected) == len(actual) and all(
+            abs(SHADES.index(a) - SHADES.index(b)) <= 1 for a, b in pairs
+        )
+    return (
+        abs(sum(map(EIGHTHS.find, expected)) - sum(map(EIGHTHS.find, actual)) + len(expected) - len(actual))
+        <= 1
+    )
 
 
-def _near(came: float, shown: float) -> bool:
-    return math.isclose(came, shown, rel_tol=SHARE, abs_tol=NEAR)
+def _numbers_close(actual: float, expected: float) -> bool:
+    return math.isclose(actual, expected, rel_tol=REL_TOLERANCE, abs_tol=ABS_TOLERANCE)

@@ -21,13 +21,13 @@ import pytest
 from tests.support.free_ports import free_port
 
 #: what the machine's own fall would cost is of no interest here; what is committed survives the fall of the server
-QUICK = {"fsync": "off", "full_page_writes": "off"}
+NON_DURABLE_SETTINGS = {"fsync": "off", "full_page_writes": "off"}
 #: how it may be ended: clients are cut off and told so, or everything drops dead and is recovered at the next start
 FAST, IMMEDIATE = signal.SIGINT, signal.SIGQUIT
 
 
 @dataclass
-class Server:
+class PostgresServer:
     port: int
     _command: list[str]
     _folder: Path
@@ -38,7 +38,7 @@ class Server:
         """Start it, on the data that it has."""
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder)
-        _wait(self, self._process, self._folder / "log")
+        _wait_until_ready(self, self._process, self._folder / "log")
 
     def stop(self, how: signal.Signals = IMMEDIATE) -> None:
         """End it. Nothing that was committed is lost."""
@@ -60,19 +60,19 @@ class Server:
 
 
 @contextmanager
-def serving(durable: bool = False) -> Iterator[Server]:
+def run_postgres(durable: bool = False) -> Iterator[PostgresServer]:
     """Start a server, and stop it at the end. `durable` writes to the disk, as a real one must."""
-    initdb, postgres = _program("initdb"), _program("postgres")
+    initdb, postgres = _find_program("initdb"), _find_program("postgres")
     folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: the path of its socket has a limit
     port = free_port()
     try:
-        as_user = _unprivileged(folder)
+        as_user = _as_unprivileged_user(folder)
         setup = [initdb, "-D", folder / "data", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
         subprocess.run([*as_user, *map(str, setup)], check=True, capture_output=True, cwd=folder)
-        settings = {"max_connections": "200", **({} if durable else QUICK)}
+        settings = {"max_connections": "200", **({} if durable else NON_DURABLE_SETTINGS)}
         options = [x for name, value in settings.items() for x in ("-c", f"{name}={value}")]
         start = [postgres, "-D", folder / "data", "-p", port, "-h", "127.0.0.1", "-k", folder, *options]
-        server = Server(port, [*as_user, *map(str, start)], folder)
+        server = PostgresServer(port, [*as_user, *map(str, start)], folder)
         try:
             server.start()
             yield server
@@ -82,34 +82,34 @@ def serving(durable: bool = False) -> Iterator[Server]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _program(name: str) -> str:
+def _find_program(name: str) -> str:
     versions = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
-    found = shutil.which(name) or (str(versions[-1]) if versions else None)
-    if found is None:
-        _absent(f"no PostgreSQL here: {name} is neither in PATH nor in /usr/lib/postgresql")
-    return str(found)
+    program = shutil.which(name) or (str(versions[-1]) if versions else None)
+    if program is None:
+        _skip_or_fail(f"no PostgreSQL here: {name} is neither in PATH nor in /usr/lib/postgresql")
+    return str(program)
 
 
-def _absent(reason: str) -> None:
+def _skip_or_fail(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
 
 
-def _unprivileged(folder: Path) -> list[str]:
+def _as_unprivileged_user(folder: Path) -> list[str]:
     """PostgreSQL refuses to run as root: a prefix that runs a command as the user of the package."""
     if os.geteuid() != 0:
         return []
     try:
         user = pwd.getpwnam("postgres")
     except KeyError:
-        _absent("we are root, which PostgreSQL refuses, and there is no user `postgres`")
+        _skip_or_fail("we are root, which PostgreSQL refuses, and there is no user `postgres`")
         raise
     os.chown(folder, user.pw_uid, user.pw_gid)
     return ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--"]
 
 
-def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(server: PostgresServer, process: subprocess.Popen[bytes], log: Path) -> None:
     for _ in range(1200):
         try:
             psycopg.connect(server.url, connect_timeout=2).close()

@@ -22,65 +22,65 @@ from tests.support.paths import ROOT
 
 Resource = dict[str, Any]
 
-LEASE = 2  # seconds; a worker that is killed is missed soon
-PATIENCE = 300.0  # seconds after which something that should have come never will
-ADDRESS = re.compile(r"Palimpsest is ready on (http://\S+)")
+LEASE_SECONDS = 2  # seconds; a worker that is killed is missed soon
+WAIT_TIMEOUT = 300.0  # seconds after which something that should have come never will
+READY_LINE = re.compile(r"Palimpsest is ready on (http://\S+)")
 #: an edit that is there to land and not to be good: few contexts, few steps, and no guard
-QUICK: Resource = {"hparams": {"contexts": 2, "steps": 5}, "guard": {"enabled": False}}
+FAST_EDIT_OPTIONS: Resource = {"hparams": {"contexts": 2, "steps": 5}, "guard": {"enabled": False}}
 
 
-def until(true: Callable[[], Any], what: str) -> Any:
+def wait_until(condition: Callable[[], Any], description: str) -> Any:
     """What `true` gives, as soon as it gives something."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + WAIT_TIMEOUT
     while time.monotonic() < deadline:
-        if found := true():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.02)
-    raise AssertionError(f"waited {PATIENCE:.0f} s in vain for {what}")
+    raise AssertionError(f"waited {WAIT_TIMEOUT:.0f} s in vain for {description}")
 
 
-class Process:
+class CliProcess:
     """One `palimpsest` command. Settings are its environment, and nothing of the machine's is."""
 
     def __init__(self, folder: Path, *command: str, **settings: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.name = f"palimpsest {command[0]}"
-        self._said, self._log = folder / "stdout.txt", folder / "stderr.txt"
+        self._stdout_path, self._stderr_path = folder / "stdout.txt", folder / "stderr.txt"
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PALIMPSEST_")}
         environment |= {f"PALIMPSEST_{k.upper()}": str(v) for k, v in settings.items() if v is not None}
         line = [sys.executable, "-m", "cli.main", *command]
-        with self._said.open("wb") as out, self._log.open("wb") as err:
+        with self._stdout_path.open("wb") as out, self._stderr_path.open("wb") as err:
             self._process = subprocess.Popen(line, stdout=out, stderr=err, cwd=ROOT, env=environment)
         self.pid = self._process.pid
 
-    def said(self) -> str:
-        return self._said.read_text(encoding="utf-8", errors="replace")
+    def stdout(self) -> str:
+        return self._stdout_path.read_text(encoding="utf-8", errors="replace")
 
     def log(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")
+        return self._stderr_path.read_text(encoding="utf-8", errors="replace")
 
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ended(self) -> int:
+    def wait(self) -> int:
         """Its exit code, once it has ended; that of one killed by a signal is the signal's number, negative."""
-        return self._process.wait(PATIENCE)
+        return self._process.wait(WAIT_TIMEOUT)
 
     def stop(self) -> None:
         """SIGTERM: it ends with 0 and has nothing to complain about."""
         if self.alive():
             self._process.send_signal(signal.SIGTERM)
-        code = self.ended()
+        code = self.wait()
         assert code == 0, f"{self.name} ended with {code}:\n{self.log()}"
         assert "Traceback" not in self.log(), self.log()
 
     def kill(self) -> None:
         """SIGKILL: nothing is tidied up."""
         self._process.kill()
-        self.ended()
+        self.wait()
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def suspended(self) -> Iterator[None]:
         """SIGSTOP, and SIGCONT at the end: as when its machine falls asleep for a while."""
         self._process.send_signal(signal.SIGSTOP)
         try:
@@ -89,7 +89,7 @@ class Process:
             self._process.send_signal(signal.SIGCONT)
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
+    def resumed(self) -> Iterator[None]:
         """The other way round, for one that is frozen."""
         self._process.send_signal(signal.SIGCONT)
         try:
@@ -98,7 +98,7 @@ class Process:
             self._process.send_signal(signal.SIGSTOP)
 
 
-class Client:
+class ServiceClient:
     """What a client does, on a service of whatever shape."""
 
     http: httpx.Client
@@ -108,46 +108,48 @@ class Client:
         assert answer.is_success, answer.text
         return answer.json()  # type: ignore[no-any-return]
 
-    def pages(self, path: str, **params: Any) -> list[Resource]:
+    def list_all(self, path: str, **params: Any) -> list[Resource]:
         """Every item of a list."""
         items: list[Resource] = []
-        after: Resource = {}
+        cursor_params: Resource = {}
         while True:
-            page = self.get(path, limit=200, **after, **params)
+            page = self.get(path, limit=200, **cursor_params, **params)
             items += page["items"]
             if page["next"] is None:
                 return items
-            after = {"cursor": page["next"]}
+            cursor_params = {"cursor": page["next"]}
 
-    def generate(self, prompt: str, **asked: Any) -> Resource:
-        body = {"prompt": prompt, "max_new_tokens": 5, **asked}
+    def generate(self, prompt: str, **options: Any) -> Resource:
+        body = {"prompt": prompt, "max_new_tokens": 5, **options}
         answer = self.http.post("/generate", json=body)
         assert answer.is_success, answer.text
         return answer.json()  # type: ignore[no-any-return]
 
-    def texts(self, prompts: list[str], **asked: Any) -> list[str]:
+    def generate_texts(self, prompts: list[str], **options: Any) -> list[str]:
         """What follows each of many prompts."""
-        found: list[str] = []
-        for at in range(0, len(prompts), 64):
-            body = {"prompts": prompts[at : at + 64], "max_new_tokens": 5, **asked}
+        texts: list[str] = []
+        for start in range(0, len(prompts), 64):
+            body = {"prompts": prompts[start : start + 64], "max_new_tokens": 5, **options}
             answer = self.http.post("/generate", json=body)
             assert answer.is_success, answer.text
-            found += [choice["text"] for choice in answer.json()["choices"]]
-        return found
+            texts += [choice["text"] for choice in answer.json()["choices"]]
+        return texts
 
-    def ask(self, subject: str, prompt: str, target_new: str, **more: Any) -> Resource:
+    def submit_edit(self, subject: str, prompt: str, target_new: str, **options: Any) -> Resource:
         """Queue an edit and go on."""
-        headers = more.pop("headers", {})
-        body = {"subject": subject, "prompt": prompt, "target_new": target_new, **more}
+        headers = options.pop("headers", {})
+        body = {"subject": subject, "prompt": prompt, "target_new": target_new, **options}
         answer = self.http.post("/edits", json=body, headers=headers)
         assert answer.status_code in (200, 202), answer.text
         return answer.json()  # type: ignore[no-any-return]
 
-    def edit(self, subject: str, prompt: str, target_new: str, **more: Any) -> Resource:
+    def edit(self, subject: str, prompt: str, target_new: str, **options: Any) -> Resource:
         """Ask for an edit and wait for its end."""
-        return self.ended(self.ask(subject, prompt, target_new, headers={"Prefer": "wait=60"}, **more))
+        return self.wait_for_edit(
+            self.submit_edit(subject, prompt, target_new, headers={"Prefer": "wait=60"}, **options)
+        )
 
-    def ended(self, edit: Resource) -> Resource:
+    def wait_for_edit(self, edit: Resource) -> Resource:
         """The edit, once it has ended."""
 
         def look() -> Resource | None:
@@ -156,7 +158,7 @@ class Client:
             found: Resource = answer.json()
             return None if found["status"] in ("queued", "running") else found
 
-        return until(look, f"the end of {edit['id']}")  # type: ignore[no-any-return]
+        return wait_until(look, f"the end of {edit['id']}")  # type: ignore[no-any-return]
 
     def revert(self, edit: Resource) -> Resource:
         answer = self.http.delete(f"/edits/{edit['id']}", headers={"Prefer": "wait=60"})
@@ -171,25 +173,25 @@ class Client:
         (model,) = self.get("/models")["items"]
         return [worker for worker in model["workers"] if worker["state"] == "serving"]
 
-    def digest(self) -> str:
+    def head_digest(self) -> str:
         """The one digest of the weights at head, once all workers stand there."""
 
         def at_head() -> set[str] | None:
             (model,) = self.get("/models")["items"]
-            standing = {
+            digests = {
                 worker["digest"] if worker["version"] == model["head"] else None
                 for worker in model["workers"]
                 if worker["state"] == "serving"
             }
-            return None if None in standing else standing
+            return None if None in digests else digests
 
-        (digest,) = until(at_head, "the workers at head")
+        (digest,) = wait_until(at_head, "the workers at head")
         return str(digest)
 
-    def verified(self) -> Resource:
-        found = self.get("/ledger/verify")
-        assert found["ok"], found["findings"]
-        return found
+    def verify_ledger(self) -> Resource:
+        verification = self.get("/ledger/verify")
+        assert verification["ok"], verification["findings"]
+        return verification
 
     def replicas(self) -> list[Resource]:
         """What workers have said of their weights."""
@@ -197,33 +199,35 @@ class Client:
         return replicas
 
     @contextmanager
-    def events(self, method: str, path: str, **request: Any) -> Iterator[Iterator[tuple[str, Resource]]]:
+    def stream_events(
+        self, method: str, path: str, **request: Any
+    ) -> Iterator[Iterator[tuple[str, Resource]]]:
         """(name, data) of each server-sent event."""
         with self.http.stream(method, path, **request) as answer:
             assert answer.status_code == 200
-            yield _events(answer.iter_lines())
+            yield _parse_sse(answer.iter_lines())
 
 
-class Service(Client):
+class EmbeddedService(ServiceClient):
     """`palimpsest serve` on a data folder. Closed by `stop`, which is kind, or by `kill`, which is not."""
 
     def __init__(self, data: Path, **settings: object) -> None:
         self.data = data
-        self.process = Process(data, "serve", **{"data": data, "port": 0, **settings})
+        self.process = CliProcess(data, "serve", **{"data": data, "port": 0, **settings})
         try:
-            self.http = httpx.Client(base_url=self._address(), timeout=PATIENCE)
-            until(lambda: self.http.get("/readyz").is_success, "readiness")
+            self.http = httpx.Client(base_url=self._wait_for_address(), timeout=WAIT_TIMEOUT)
+            wait_until(lambda: self.http.get("/readyz").is_success, "readiness")
         except BaseException:
             self.process.kill()
             raise
 
-    def _address(self) -> str:
+    def _wait_for_address(self) -> str:
         def told() -> str | None:
             assert self.process.alive(), f"the service ended:\n{self.log()}"
-            found = ADDRESS.search(self.process.said())
+            found = READY_LINE.search(self.process.stdout())
             return found[1] if found else None
 
-        return str(until(told, "the welcome"))
+        return str(wait_until(told, "the welcome"))
 
     def log(self) -> str:
         return self.process.log()
@@ -235,79 +239,79 @@ class Service(Client):
         self.http.close()
         self.process.stop()
 
-    def die(self) -> None:
+    def sigkill(self) -> None:
         """SIGKILL, under whoever is listening."""
         self.process.kill()
 
     def kill(self) -> None:
-        self.die()
+        self.sigkill()
         self.http.close()
 
 
-class Deployment(Client):
+class Deployment(ServiceClient):
     """`palimpsest api` and some `palimpsest work`, on PostgreSQL and Redis. The API keeps its port when it is started
     again."""
 
     def __init__(self, data: Path, stores: Mapping[str, object], workers: int = 1) -> None:
         self.data = data
-        self.settings = {"data": data, "threads": 1, "lease": LEASE, "max_attempts": 10, **stores}
-        self._started = 0
+        self.settings = {"data": data, "threads": 1, "lease": LEASE_SECONDS, "max_attempts": 10, **stores}
+        self._process_count = 0
         self._port = free_port()
-        self.processes: list[Process] = []
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self._port}", timeout=PATIENCE)
+        self.processes: list[CliProcess] = []
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self._port}", timeout=WAIT_TIMEOUT)
         try:
-            self.open()
+            self.start_api()
             for worker in [self.start_worker() for _ in range(workers)]:
-                self.until_serving(worker)
+                self.wait_until_serving(worker)
         except BaseException:
             self.kill()
             raise
 
-    def open(self) -> Process:
+    def start_api(self) -> CliProcess:
         """Start the API and wait until it answers."""
         self.api = self.start("api", port=self._port)
-        self._until_open(self.http, self.api)
+        self._wait_for_api(self.http, self.api)
         return self.api
 
     @contextmanager
-    def another_api(self, **settings: object) -> Iterator[tuple[Process, httpx.Client]]:
+    def another_api(self, **settings: object) -> Iterator[tuple[CliProcess, httpx.Client]]:
         """An API beside the first, with a client of its own."""
         port = free_port()
         api = self.start("api", port=port, **settings)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as http:
-            self._until_open(http, api)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_TIMEOUT) as http:
+            self._wait_for_api(http, api)
             yield api, http
 
-    def hire(self, **settings: object) -> Process:
+    def start_serving_worker(self, **settings: object) -> CliProcess:
         """Start a worker and wait until it serves."""
         worker = self.start_worker(**settings)
-        self.until_serving(worker)
+        self.wait_until_serving(worker)
         return worker
 
-    def start_worker(self, **settings: object) -> Process:
+    def start_worker(self, **settings: object) -> CliProcess:
         return self.start("work", **settings)
 
-    def start(self, command: str, **settings: object) -> Process:
-        self._started += 1
-        folder = self.data / f"{self._started}-{command}"
-        self.processes.append(Process(folder, command, **{**self.settings, **settings}))
+    def start(self, command: str, **settings: object) -> CliProcess:
+        self._process_count += 1
+        folder = self.data / f"{self._process_count}-{command}"
+        self.processes.append(CliProcess(folder, command, **{**self.settings, **settings}))
         return self.processes[-1]
 
     @property
-    def staff(self) -> list[Process]:
+    def running_workers(self) -> list[CliProcess]:
         """The workers whose processes run."""
         return [p for p in self.processes if p.name == "palimpsest work" and p.alive()]
 
     @contextmanager
-    def alone(self, worker: Process) -> Iterator[None]:
+    def only_worker(self, worker: CliProcess) -> Iterator[None]:
         """The other workers are frozen meanwhile."""
         with ExitStack() as stack:
-            for other in self.staff:
+            for other in self.running_workers:
                 if other is not worker:
-                    stack.enter_context(other.frozen())
+                    stack.enter_context(other.suspended())
             yield
 
-    def insist(self, method: str, path: str, **request: Any) -> httpx.Response:
+    def request_until_answered(self, method: str, path: str, **request: Any) -> httpx.Response:
         """Ask, and ask again while the service is away, down or full, as a client does that means it."""
 
         def ask() -> httpx.Response | None:
@@ -317,29 +321,29 @@ class Deployment(Client):
                 return None
             return None if answer.status_code in (429, 503) else answer
 
-        return until(ask, f"an answer to {method} {path}")  # type: ignore[no-any-return]
+        return wait_until(ask, f"an answer to {method} {path}")  # type: ignore[no-any-return]
 
-    def left_over(self) -> list[str]:
+    def queue_leftovers(self) -> list[str]:
         """What in Redis still waits, is held or is owned."""
         prefix = self.settings["redis_prefix"]
         with redis.Redis.from_url(str(self.settings["redis_url"]), decode_responses=True) as client:
-            found = [*client.scan_iter(f"{prefix}:waiting:*"), *client.scan_iter(f"{prefix}:owner:*")]
+            leftovers = [*client.scan_iter(f"{prefix}:waiting:*"), *client.scan_iter(f"{prefix}:owner:*")]
             for pattern in ("work", "first"):
-                found += [key for key in client.scan_iter(f"{prefix}:{pattern}:*") if client.xlen(key)]
-            return found
+                leftovers += [key for key in client.scan_iter(f"{prefix}:{pattern}:*") if client.xlen(key)]
+            return leftovers
 
-    def until_serving(self, worker: Process) -> None:
+    def wait_until_serving(self, worker: CliProcess) -> None:
         def listed() -> bool:
             assert worker.alive(), f"the worker ended:\n{worker.log()}"
-            return any(one["pid"] == worker.pid for one in self._living())
+            return any(one["pid"] == worker.pid for one in self._serving_workers())
 
-        until(listed, f"worker {worker.pid}")
+        wait_until(listed, f"worker {worker.pid}")
 
-    def _living(self) -> list[Resource]:
+    def _serving_workers(self) -> list[Resource]:
         answer = self.http.get("/models")
         return self.workers() if answer.is_success else []  # before the first worker there is no model
 
-    def _until_open(self, http: httpx.Client, api: Process) -> None:
+    def _wait_for_api(self, http: httpx.Client, api: CliProcess) -> None:
         def answers() -> bool:
             assert api.alive(), f"the API ended:\n{api.log()}"
             try:
@@ -347,7 +351,7 @@ class Deployment(Client):
             except httpx.TransportError:
                 return False
 
-        until(answers, "the API")
+        wait_until(answers, "the API")
 
     def alive(self) -> bool:
         return any(process.alive() for process in self.processes)
@@ -364,19 +368,19 @@ class Deployment(Client):
                 if process.alive():
                     process.stop()
         finally:
-            self.die()
+            self.sigkill()
 
-    def die(self) -> None:
+    def sigkill(self) -> None:
         """SIGKILL to all, under whoever is listening."""
         for process in self.processes:
             process.kill()
 
     def kill(self) -> None:
-        self.die()
+        self.sigkill()
         self.http.close()
 
 
-def _events(lines: Iterator[str]) -> Iterator[tuple[str, Resource]]:
+def _parse_sse(lines: Iterator[str]) -> Iterator[tuple[str, Resource]]:
     name = ""
     for line in lines:
         field, _, value = line.partition(": ")
@@ -386,12 +390,12 @@ def _events(lines: Iterator[str]) -> Iterator[tuple[str, Resource]]:
             yield name, json.loads(value)
 
 
-def facts(model: Path) -> list[Resource]:
+def read_fact_rows(model: Path) -> list[Resource]:
     """The table that a shipped model was trained on."""
     lines = (model / "facts.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
-def says(text: str, target: str) -> bool:
+def starts_with_target(text: str, target: str) -> bool:
     """Whether a continuation begins with the object."""
     return text.startswith(f" {target}")

@@ -22,7 +22,7 @@ SETTINGS = {"bind": "127.0.0.1", "save": "", "maxmemory-policy": "noeviction"}
 
 
 @dataclass
-class Server:
+class RedisServer:
     port: int
     _command: list[str]
     _folder: Path
@@ -36,7 +36,7 @@ class Server:
         """Start it, on the data that it has kept."""
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder)
-        _wait(self, self._process, self._folder / "log")
+        _wait_until_ready(self, self._process, self._folder / "log")
 
     def stop(self, how: signal.Signals = signal.SIGKILL) -> None:
         """End it. A durable one has lost nothing, any other everything."""
@@ -57,16 +57,16 @@ class Server:
 
 
 @contextmanager
-def serving(durable: bool = False, fsync: str = "always") -> Iterator[Server]:
+def run_redis(durable: bool = False, fsync: str = "always") -> Iterator[RedisServer]:
     """Start a server, and stop it at the end. A durable one writes everything to the disk, with `fsync="always"` before it
     answers."""
-    program = _program("redis-server")
+    program = _find_program("redis-server")
     folder = Path(tempfile.mkdtemp(prefix="redis"))
     port = free_port()
     settings = {**SETTINGS, "port": str(port), "dir": str(folder), "appendonly": "yes" if durable else "no"}
     settings["appendfsync"] = fsync
     options = [x for name, value in settings.items() for x in (f"--{name}", value)]
-    server = Server(port, [program, *options], folder)
+    server = RedisServer(port, [program, *options], folder)
     try:
         server.start()
         yield server
@@ -75,17 +75,17 @@ def serving(durable: bool = False, fsync: str = "always") -> Iterator[Server]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _program(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
+def _find_program(name: str) -> str:
+    program = shutil.which(name)
+    if program is None:
         reason = f"no Redis here: {name} is not in PATH"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
-    return found
+    return program
 
 
-def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_ready(server: RedisServer, process: subprocess.Popen[bytes], log: Path) -> None:
     with redis.Redis.from_url(server.url, socket_timeout=2, retry=None) as client:
         for _ in range(1200):
             try:

@@ -19,21 +19,21 @@ def distribution(logits: Tensor, temperature: float, top_k: int | None = None, t
     if top_p < 1:
         before = (best / best.sum()).cumsum(-1) - best / best.sum()
         best = best[: max(1, int((before < top_p).sum()))]
-    kept = torch.zeros_like(p)
-    kept[ids[: len(best)]] = best
-    return kept / kept.sum()
+    truncated = torch.zeros_like(p)
+    truncated[ids[: len(best)]] = best
+    return truncated / truncated.sum()
 
 
-def draw(p: Tensor, uniform: float) -> int:
+def inverse_cdf(p: Tensor, uniform: float) -> int:
     """The token at which the cumulative distribution of p (V,) passes `uniform` in [0, 1)."""
     cumulative = p.cumsum(-1)
     token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
     return min(token, int(p.nonzero()[-1]))
 
 
-def choose(logits: Tensor, asked: Sampling, numbers: torch.Generator) -> int:
+def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """The next token from logits (V,), with the next number of a generator."""
-    if asked.temperature == 0:
+    if sampling.temperature == 0:
         return int(logits.argmax())
-    p = distribution(logits, asked.temperature, asked.top_k, asked.top_p)
-    return draw(p, torch.rand((), dtype=torch.float64, generator=numbers).item())
+    p = distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+    return inverse_cdf(p, torch.rand((), dtype=torch.float64, generator=generator).item())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from service.application import Operations
+from service.application import Services
 from service.errors import Unavailable
 from service.jobs.broker import Broker
 from service.schemas import EditRequest, EvaluationRequest, TraceRequest
@@ -23,23 +23,23 @@ def trace_request(**more: Any) -> Any:
     return TraceRequest(**{"prompt": "The Eiffel Tower is located in", "subject": "Eiffel Tower", **more})
 
 
-def record(**more: Any) -> Any:
+def evaluation_record(**more: Any) -> Any:
     return {"subject": "Eiffel Tower", "prompt": PROMPT, "target_new": "Rome", **more}
 
 
 def evaluation_request(*records: Any, **more: Any) -> Any:
-    return EvaluationRequest(records=list(records) or [record()], **more)
+    return EvaluationRequest(records=list(records) or [evaluation_record()], **more)
 
 
-def heard(operations: Operations, job_id: str, after: Any = None) -> Any:
+def collect_job_events(services: Services, job_id: str, after: Any = None) -> Any:
     async def listen() -> Any:
         async with asyncio.timeout(20):
-            return [event async for event in operations.jobs.events(job_id, after)]
+            return [event async for event in services.jobs.events(job_id, after)]
 
     return asyncio.run(listen())
 
 
-def listened(broker: Broker, channel: str) -> Any:
+def collect_channel_events(broker: Broker, channel: str) -> Any:
     async def listen() -> Any:
         async with asyncio.timeout(20):
             return [event async for event in broker.events(channel)]
@@ -47,5 +47,5 @@ def listened(broker: Broker, channel: str) -> Any:
     return asyncio.run(listen())
 
 
-def down(*_: Any, **__: Any) -> None:
+def raise_unavailable(*_: Any, **__: Any) -> None:
     raise Unavailable("the queue is down.")

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.processes import Service
+from tests.support.processes import EmbeddedService
 
 
 @contextmanager
-def serving(data: Path) -> Iterator[str]:
+def running_service(data: Path) -> Iterator[str]:
     """The address of `palimpsest serve` on a fresh data folder."""
-    service = Service(data)
+    service = EmbeddedService(data)
     try:
         yield str(service.http.base_url).rstrip("/")
     finally:

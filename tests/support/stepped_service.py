@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from sqlalchemy import func, select
 
-from service.bootstrap import Wired, wire
+from service.bootstrap import Container, build_container
 from service.covariance.corpus import Corpus
-from service.editing.context import Toolkit
-from service.editing.edit_job import edits_steps
-from service.engine.versioned_model import Replica
-from service.jobs.job_store import Desk
-from service.kit.steps import Ended, finish
+from service.editing.context import EditorContext
+from service.editing.edit_job import run_edits
+from service.engine.versioned_model import VersionedModel
+from service.jobs.job_store import WorkerJobs
+from service.kit.steps import JobFinished, run_to_completion
 from service.models.loading import LoadedModel
 from service.recipes.recipe import Recipe, RomeParameters
 from service.schemas import EditRequest
 from service.settings import Settings
 from tests.support.migrations import migrate
 from tests.support.tiny_models import TEXTS, tiny
-from workers.job_handlers import exported
-from workers.model_info import card, tokenizer_json
+from workers.job_handlers import run_export
+from workers.model_info import model_info, tokenizer_json
 
 torch.set_num_threads(1)
 
@@ -33,53 +33,65 @@ RECIPE = Recipe(source="test", rome=RomeParameters.model_validate({"layers": (0,
 OPEN = {"enabled": False}
 
 
-class Place:
+class SteppedService:
     """A service with a tiny model, whose worker is stepped by hand."""
 
     def __init__(self, folder: Path, model: LoadedModel | None = None, **stores: Any) -> None:
         model = model or tiny()
-        self.wired: Wired = wire(Settings(data=folder, **stores))
-        migrate(self.wired.database)
-        self.do = self.wired.operations
-        self.toolkit = Toolkit(model, RECIPE, Corpus("test", tuple(TEXTS)), None)
-        self.desk = Desk(
-            self.wired.database, self.wired.broker, model.fingerprint, "worker-1", sole=self.wired.sole
+        self.container: Container = build_container(Settings(data=folder, **stores))
+        migrate(self.container.database)
+        self.services = self.container.services
+        self.context = EditorContext(model, RECIPE, Corpus("test", tuple(TEXTS)), None)
+        self.worker_jobs = WorkerJobs(
+            self.container.database,
+            self.container.broker,
+            model.fingerprint,
+            "worker-1",
+            single_process=self.container.single_process,
         )
-        self.desk.register(card(model, self.toolkit), tokenizer_json(model))
-        self.replica = Replica(model, self.desk)
+        self.worker_jobs.register(model_info(model, self.context), tokenizer_json(model))
+        self.replica = VersionedModel(model, self.worker_jobs)
 
-    def work(self, *, together: bool = False) -> None:
+    def run_queued_edits(self, *, as_group: bool = False) -> None:
         """Carry out all edits that wait."""
-        waiting = [e["id"] for e in self.do.edits.page(status="queued")["items"]][::-1]
-        jobs = [job for job in map(self.desk.start, waiting) if job is not None]
-        for some in [jobs] if together else [[job] for job in jobs]:
-            for news in edits_steps(self.replica, self.desk, some, self.toolkit):
-                if isinstance(news, Ended) and news.error is not None:
-                    raise news.error
+        waiting = [e["id"] for e in self.services.edits.page(status="queued")["items"]][::-1]
+        jobs = [job for job in map(self.worker_jobs.claim, waiting) if job is not None]
+        for group in [jobs] if as_group else [[job] for job in jobs]:
+            for update in run_edits(self.replica, self.worker_jobs, group, self.context):
+                if isinstance(update, JobFinished) and update.error is not None:
+                    raise update.error
 
     def edit(self, subject: str, new: str, **more: Any) -> str:
-        asked = {"subject": subject, "prompt": PROMPT, "target_new": new, "target_true": "the", "guard": OPEN}
-        (made,) = self.do.edits.submit([EditRequest.model_validate(asked | more)], "key:alice")
-        self.work()
-        assert self.do.edits.get(made["id"])["status"] == "applied", self.do.edits.get(made["id"])
-        return str(made["id"])
+        fields = {
+            "subject": subject,
+            "prompt": PROMPT,
+            "target_new": new,
+            "target_true": "the",
+            "guard": OPEN,
+        }
+        (created,) = self.services.edits.submit([EditRequest.model_validate(fields | more)], "key:alice")
+        self.run_queued_edits()
+        assert self.services.edits.get(created["id"])["status"] == "applied", self.services.edits.get(
+            created["id"]
+        )
+        return str(created["id"])
 
-    def export(self, version: Any = "head", form: str = "peft") -> Resource:
+    def export(self, version: Any = "head", file_format: str = "peft") -> Resource:
         """Ask for an export and carry it out."""
-        asked = self.do.exports.submit(version, form, "key:alice")
-        if job := self.desk.start(asked["id"]):
-            finish(exported(self.replica, self.desk, self.toolkit, job))
-        return self.do.exports.get(asked["id"])
+        submitted = self.services.exports.submit(version, file_format, "key:alice")
+        if job := self.worker_jobs.claim(submitted["id"]):
+            run_to_completion(run_export(self.replica, self.worker_jobs, self.context, job))
+        return self.services.exports.get(submitted["id"])
 
-    def exported(self, version: Any = "head") -> bytes:
-        _, size, pieces = self.do.exports.edits(version)
+    def export_edit_set(self, version: Any = "head") -> bytes:
+        _, size, pieces = self.services.exports.export_edit_set(version)
         data = b"".join(pieces)
         assert len(data) == size
         return data
 
     def count(self, table: Any) -> int:
-        with self.wired.database.read() as session:
+        with self.container.database.read_session() as session:
             return session.scalar(select(func.count()).select_from(table)) or 0
 
     def state(self) -> str:
-        return str(self.do.ledger.page(limit=200)["items"][-1]["state"])
+        return str(self.services.ledger.page(limit=200)["items"][-1]["state"])

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from service.models.architectures import ARCHITECTURES
-from service.models.loading import LoadedModel, wrap
+from service.models.loading import LoadedModel, wrap_model
 
 MODEL_TYPES = sorted(ARCHITECTURES)
 TEXTS = [
@@ -71,4 +71,4 @@ def tiny(
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.2)
-    return wrap(model, tokenizer(bos), f"tiny-{model_type}")
+    return wrap_model(model, tokenizer(bos), f"tiny-{model_type}")

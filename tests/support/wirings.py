@@ -8,25 +8,27 @@ from typing import Any
 import pytest
 
 #: SQLite and the broker in the process; PostgreSQL and Redis
-BOTH = ["embedded", pytest.param("production", marks=pytest.mark.servers)]
+ALL_WIRINGS = ["embedded", pytest.param("production", marks=pytest.mark.servers)]
 
 _numbers = count()
 
 
-def stores(request: pytest.FixtureRequest) -> dict[str, Any]:
+def store_settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The settings of empty stores of the wiring that the fixture is parametrised with."""
-    return {} if request.param == "embedded" else production(request)  # embedded, all is in the data folder
+    return (
+        {} if request.param == "embedded" else production_settings(request)
+    )  # embedded, all is in the data folder
 
 
-def production(request: pytest.FixtureRequest) -> dict[str, Any]:
+def production_settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The settings of empty stores on the servers of this session."""
     return {
         "database_url": request.getfixturevalue("postgres_server").fresh_database(),
-        **redis(request),
+        **redis_settings(request),
     }
 
 
-def redis(request: pytest.FixtureRequest) -> dict[str, Any]:
+def redis_settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The settings of an empty place in Redis."""
     url = request.getfixturevalue("redis_server").url
     return {"redis_url": url, "redis_prefix": f"test{next(_numbers)}"}

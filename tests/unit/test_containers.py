@@ -14,51 +14,57 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.flags import variable
-from cli.main import build
+from cli.flags import variable_name
+from cli.main import build_parser
 from service.settings import Settings
 from tests.support.paths import ROOT
 
-PAGES = ["Dockerfile", "docker-compose.yml", "deploy/secrets.yml", ".env.example", "docs/operations.md"]
-OURS = ["migrate", "api", "worker", "worker-gpu"]
-SECRET = re.compile(r"PASSWORD|API_KEY|TOKEN$")
+CONTAINER_FILES = [
+    "Dockerfile",
+    "docker-compose.yml",
+    "deploy/secrets.yml",
+    ".env.example",
+    "docs/operations.md",
+]
+OUR_SERVICES = ["migrate", "api", "worker", "worker-gpu"]
+SECRET_NAME = re.compile(r"PASSWORD|API_KEY|TOKEN$")
 
 
-class Compose(yaml.SafeLoader):
+class ComposeLoader(yaml.SafeLoader):
     """YAML as compose reads it: `!reset` takes away what another file said."""
 
 
 RESET = object()
-Compose.add_constructor("!reset", lambda loader, node: RESET)
+ComposeLoader.add_constructor("!reset", lambda loader, node: RESET)
 
 
-def read(name: str) -> str:
+def read_file(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def compose(name: str = "docker-compose.yml") -> dict[str, Any]:
-    return yaml.load(read(name), Compose)  # type: ignore[no-any-return]
+def load_compose(name: str = "docker-compose.yml") -> dict[str, Any]:
+    return yaml.load(read_file(name), ComposeLoader)  # type: ignore[no-any-return]
 
 
 def services() -> dict[str, dict[str, Any]]:
-    return compose()["services"]  # type: ignore[no-any-return]
+    return load_compose()["services"]  # type: ignore[no-any-return]
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
     """The Dockerfile's stages: each a list of instruction and rest, `FROM` first, without comments."""
-    text = re.sub(r"^#.*\n", "", read("Dockerfile"), flags=re.MULTILINE).replace("\\\n", " ")
-    found: dict[str, list[tuple[str, str]]] = {"": []}
+    text = re.sub(r"^#.*\n", "", read_file("Dockerfile"), flags=re.MULTILINE).replace("\\\n", " ")
+    stages_by_name: dict[str, list[tuple[str, str]]] = {"": []}
     name = ""
     for line in filter(None, map(str.strip, text.splitlines())):
         word, rest = line.split(None, 1)
         if word == "FROM":
             name = rest.split(" AS ")[1]
-            found[name] = []
-        found[name].append((word, rest))
-    return found
+            stages_by_name[name] = []
+        stages_by_name[name].append((word, rest))
+    return stages_by_name
 
 
-def said(stage: str, instruction: str) -> str:
+def single_instruction(stage: str, instruction: str) -> str:
     """What a stage says of something that it says once."""
     [rest] = [rest for word, rest in stages()[stage] if word == instruction]
     return rest
@@ -72,23 +78,23 @@ def environment(stage: str) -> dict[str, str]:
 # names
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", CONTAINER_FILES)
 def test_every_variable_is_a_setting(page: str) -> None:
     """A variable of ours that is named for containers is one that the code reads."""
-    known = {variable(Settings, name) for name in Settings.model_fields} | {"PALIMPSEST_SECRETS"}
-    assert set(re.findall(r"PALIMPSEST_[A-Z_]+", read(page))) <= known
+    known = {variable_name(Settings, name) for name in Settings.model_fields} | {"PALIMPSEST_SECRETS"}
+    assert set(re.findall(r"PALIMPSEST_[A-Z_]+", read_file(page))) <= known
 
 
 def test_every_command_can_be_given() -> None:
     """What a container runs is a command of the command line."""
-    [script] = tomllib.loads(read("pyproject.toml"))["project"]["scripts"]
-    given = [said("api", "CMD"), said("worker", "CMD")]
-    commands = [yaml.safe_load(words) for words in given] + [services()["migrate"]["command"]]
+    [script] = tomllib.loads(read_file("pyproject.toml"))["project"]["scripts"]
+    images_commands = [single_instruction("api", "CMD"), single_instruction("worker", "CMD")]
+    commands = [yaml.safe_load(words) for words in images_commands] + [services()["migrate"]["command"]]
     assert commands == [["api"], ["work"], ["migrate"]]
     for command in commands:
-        assert build().parse_args(command).run
+        assert build_parser().parse_args(command).run
     for stage in ("api", "worker"):
-        assert yaml.safe_load(said(stage, "ENTRYPOINT")) == [script]
+        assert yaml.safe_load(single_instruction(stage, "ENTRYPOINT")) == [script]
 
 
 def test_every_built_target_exists() -> None:
@@ -108,8 +114,8 @@ def test_every_mounted_file_is_in_the_repository() -> None:
 
 def test_every_variable_of_compose_is_explained() -> None:
     """What compose takes from .env stands in .env.example."""
-    asked = set(re.findall(r"\$\{(\w+)", read("docker-compose.yml")))
-    assert asked <= set(re.findall(r"^#?(\w+)=", read(".env.example"), re.MULTILINE))
+    used = set(re.findall(r"\$\{(\w+)", read_file("docker-compose.yml")))
+    assert used <= set(re.findall(r"^#?(\w+)=", read_file(".env.example"), re.MULTILINE))
 
 
 # what is inside an image
@@ -121,14 +127,16 @@ def test_the_api_has_no_torch() -> None:
     assert [rest for word, rest in stages()["api"] if word == "COPY"] == [
         "--from=api-needs /opt/palimpsest /opt/palimpsest"
     ]
-    needed = tomllib.loads(read("pyproject.toml"))["project"]["dependencies"]
+    needed = tomllib.loads(read_file("pyproject.toml"))["project"]["dependencies"]
     assert not {"torch", "transformers"} & set(needed)
 
 
 def test_the_builder_sees_what_the_wheel_is_made_of() -> None:
     """Everything is kept from the builder but the packages of the wheel and the files that the Dockerfile copies."""
-    lines = [line for line in read(".dockerignore").splitlines() if line and not line.startswith("#")]
-    packages = tomllib.loads(read("pyproject.toml"))["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    lines = [line for line in read_file(".dockerignore").splitlines() if line and not line.startswith("#")]
+    packages = tomllib.loads(read_file("pyproject.toml"))["tool"]["hatch"]["build"]["targets"]["wheel"][
+        "packages"
+    ]
     copied = {"pyproject.toml", "constraints.txt", "deploy/health.py"}
     assert lines[0] == "*"
     assert {line[1:] for line in lines if line.startswith("!")} == copied | set(packages)
@@ -136,17 +144,17 @@ def test_the_builder_sees_what_the_wheel_is_made_of() -> None:
 
 def test_nothing_secret_is_written_down() -> None:
     """Passwords, keys and tokens are blank in the example, taken from outside by compose, and kept out of history."""
-    for name, value in re.findall(r"^#?(\w+)=(.*)$", read(".env.example"), re.MULTILINE):
-        assert not (SECRET.search(name) and value), name
+    for name, value in re.findall(r"^#?(\w+)=(.*)$", read_file(".env.example"), re.MULTILINE):
+        assert not (SECRET_NAME.search(name) and value), name
     for service in services().values():
         for name, value in service.get("environment", {}).items():
-            assert not SECRET.search(name) or value is None or value.startswith("${"), name
-    assert {".env", "/secrets/"} <= set(read(".gitignore").split())
+            assert not SECRET_NAME.search(name) or value is None or value.startswith("${"), name
+    assert {".env", "/secrets/"} <= set(read_file(".gitignore").split())
 
 
 def test_images_are_pinned() -> None:
     """Every foreign image has an exact version, and no registry is named."""
-    python = re.search(r"^ARG PYTHON=(\S+)$", read("Dockerfile"), re.MULTILINE)
+    python = re.search(r"^ARG PYTHON=(\S+)$", read_file("Dockerfile"), re.MULTILINE)
     assert python
     images = [s["image"] for s in services().values() if "image" in s] + [f"python:{python[1]}"]
     assert len(images) == 5
@@ -161,7 +169,7 @@ def test_images_are_pinned() -> None:
 
 def test_where_torch_comes_from_is_an_argument() -> None:
     """The index of torch is given at build time and is empty by default; constraints.txt still says the version."""
-    assert said("worker-needs", "ARG") == 'TORCH_INDEX=""'
+    assert single_instruction("worker-needs", "ARG") == 'TORCH_INDEX=""'
     installs = [rest for word, rest in stages()["worker-needs"] if word == "RUN" and "install" in rest]
     assert ['${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}' in rest for rest in installs] == [True]
     assert all("-c constraints.txt" in rest for rest in installs)
@@ -175,11 +183,11 @@ def test_where_torch_comes_from_is_an_argument() -> None:
 def test_nobody_is_root() -> None:
     """Every container runs as a user with a fixed number that is not 0, ours as the one who owns their folders."""
     for stage in ("api", "worker"):
-        assert said(stage, "USER") == "10001:10001"
-    assert "--uid 10001" in said("base", "RUN")
+        assert single_instruction(stage, "USER") == "10001:10001"
+    assert "--uid 10001" in single_instruction("base", "RUN")
     for name, service in services().items():
         assert re.fullmatch(r"[1-9]\d*:\d+", service["user"]), name
-        assert name not in OURS or service["user"] == "10001:10001"
+        assert name not in OUR_SERVICES or service["user"] == "10001:10001"
 
 
 @pytest.mark.parametrize("name", services())
@@ -201,13 +209,13 @@ def test_only_the_api_is_published() -> None:
 
 def test_postgres_and_redis_are_inside() -> None:
     """The truth and the bell are on a network without a way out, on no other, and with nobody but us."""
-    assert compose()["networks"]["inside"] == {"internal": True}
+    assert load_compose()["networks"]["inside"] == {"internal": True}
     for name in ("postgres", "redis", "migrate"):
         assert services()[name]["networks"] == ["inside"]
     assert {name for name, service in services().items() if "inside" in service["networks"]} == {
         "postgres",
         "redis",
-        *OURS,
+        *OUR_SERVICES,
     }
 
 
@@ -216,7 +224,7 @@ def test_postgres_and_redis_are_inside() -> None:
 
 def test_the_default_is_cpu() -> None:
     """.env.example runs the CPU's worker; the GPU's and the monitoring are chosen; the rest always runs."""
-    assert "COMPOSE_PROFILES=cpu" in read(".env.example").splitlines()
+    assert "COMPOSE_PROFILES=cpu" in read_file(".env.example").splitlines()
     profiles = {name: service.get("profiles") for name, service in services().items()}
     assert {name for name, chosen in profiles.items() if chosen is None} == {
         "postgres",
@@ -230,7 +238,7 @@ def test_the_default_is_cpu() -> None:
     assert services()["worker-gpu"]["environment"]["PALIMPSEST_DEVICE"] == "cuda"
 
 
-def test_the_tables_come_first() -> None:
+def test_migration_runs_first() -> None:
     """Nobody starts before the tables are right and Redis answers; the migration runs once, and waits for Postgres."""
     for name in ("api", "worker", "worker-gpu"):
         conditions = {part: wait["condition"] for part, wait in services()[name]["depends_on"].items()}
@@ -241,7 +249,7 @@ def test_the_tables_come_first() -> None:
     assert migrate["restart"] == "no" and migrate["healthcheck"] == {"disable": True}
 
 
-def test_redis_rather_refuses_than_forgets() -> None:
+def test_redis_persists_and_never_evicts() -> None:
     """Redis appends to a file every second, in a volume, and evicts nothing."""
     words = services()["redis"]["command"]
     options = dict(zip(words[1::2], words[2::2], strict=True))
@@ -254,25 +262,28 @@ def test_data_is_in_named_volumes() -> None:
     """What a container writes to keep is in a volume with a name, where the image put a folder of its user."""
     owned = {**environment("base"), **environment("worker")}
     folders = [owned["PALIMPSEST_DATA"], owned["HF_HOME"]]
-    assert yaml.safe_load(said("worker", "VOLUME")) == folders
-    assert all(folder in said("base", "RUN") for folder in folders)
+    assert yaml.safe_load(single_instruction("worker", "VOLUME")) == folders
+    assert all(folder in single_instruction("base", "RUN") for folder in folders)
     for worker in ("worker", "worker-gpu"):
         assert [mount.split(":")[1] for mount in services()[worker]["volumes"]] == folders
     named = {m.split(":")[0] for s in services().values() for m in s.get("volumes", []) if m[0] != "."}
-    assert named == set(compose()["volumes"])
+    assert named == set(load_compose()["volumes"])
 
 
 def test_secrets_may_be_files() -> None:
     """deploy/secrets.yml takes away every secret that docker-compose.yml passes by environment, and mounts its file."""
-    over, secrets = compose("deploy/secrets.yml")["services"], compose("deploy/secrets.yml")["secrets"]
-    for name in ("postgres", *OURS):
+    overrides, secrets = (
+        load_compose("deploy/secrets.yml")["services"],
+        load_compose("deploy/secrets.yml")["secrets"],
+    )
+    for name in ("postgres", *OUR_SERVICES):
         passed = {
-            k for k in services()[name]["environment"] if SECRET.search(k) or k.endswith("DATABASE_URL")
+            k for k in services()[name]["environment"] if SECRET_NAME.search(k) or k.endswith("DATABASE_URL")
         }
         passed -= {"HF_TOKEN"}  # of another house
-        gone = {k for k, value in over[name]["environment"].items() if value is RESET}
-        assert gone == passed, name
-        assert set(over[name]["secrets"]) <= set(secrets), name
+        reset_variables = {k for k, value in overrides[name]["environment"].items() if value is RESET}
+        assert reset_variables == passed, name
+        assert set(overrides[name]["secrets"]) <= set(secrets), name
     assert {secret["file"] for secret in secrets.values()} == {f"./secrets/{name}" for name in secrets}
 
 
@@ -286,17 +297,19 @@ def test_secrets_may_be_files() -> None:
         ("worker", "palimpsest-worker", "PALIMPSEST_METRICS_PORT"),
     ],
 )
-def test_health_is_asked_where_it_is_told(stage: str, job: str, setting: str) -> None:
+def test_health_check_asks_the_served_port(stage: str, job: str, setting: str) -> None:
     """The port that a process serves is the one that its health check and Prometheus ask."""
     port = environment(stage)[setting]
-    assert said(stage, "EXPOSE") == port
-    assert said(stage, "HEALTHCHECK").endswith(f'CMD ["python", "/opt/health.py", "{port}"]')
-    scraped = {s["job_name"]: s["dns_sd_configs"] for s in compose("deploy/prometheus.yml")["scrape_configs"]}
+    assert single_instruction(stage, "EXPOSE") == port
+    assert single_instruction(stage, "HEALTHCHECK").endswith(f'CMD ["python", "/opt/health.py", "{port}"]')
+    scraped = {
+        s["job_name"]: s["dns_sd_configs"] for s in load_compose("deploy/prometheus.yml")["scrape_configs"]
+    }
     assert [(c["names"], str(c["port"])) for c in scraped[job]] == [([stage], port)]
 
 
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
-def test_a_health_check_ends_with_what_it_was_told(status: int, code: int) -> None:
+def test_health_check_exit_code(status: int, code: int) -> None:
     """deploy/health.py ends with 0 for 200 and with 1 otherwise, and asks no proxy."""
 
     class Answer(BaseHTTPRequestHandler):
@@ -309,20 +322,20 @@ def test_a_health_check_ends_with_what_it_was_told(status: int, code: int) -> No
 
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
         Thread(target=server.handle_request).start()
-        assert health(server.server_address[1]) == code
+        assert run_health_check(server.server_address[1]) == code
 
 
 def test_nobody_there_is_not_healthy() -> None:
     """A port on which nobody listens is 1, without a stack trace."""
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         port = server.server_address[1]
-    assert health(port) == 1
+    assert run_health_check(port) == 1
 
 
-def health(port: int) -> int:
+def run_health_check(port: int) -> int:
     command = [sys.executable, str(ROOT / "deploy" / "health.py"), str(port)]
-    ended = subprocess.run(
+    completed = subprocess.run(
         command, env={"http_proxy": "http://127.0.0.1:1"}, capture_output=True, text=True, timeout=60
     )
-    assert not ended.stderr
-    return ended.returncode
+    assert not completed.stderr
+    return completed.returncode

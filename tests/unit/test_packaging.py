@@ -20,17 +20,19 @@ PINS = [
 ]
 
 
-def direct() -> list[Requirement]:
+def direct_requirements() -> list[Requirement]:
     extras = [text for texts in PROJECT["optional-dependencies"].values() for text in texts]
-    found = [Requirement(text) for text in [*PROJECT["dependencies"], *extras, *CLIENT["dependencies"]]]
-    return [one for one in found if one.name != PROJECT["name"]]
+    requirements = [
+        Requirement(text) for text in [*PROJECT["dependencies"], *extras, *CLIENT["dependencies"]]
+    ]
+    return [one for one in requirements if one.name != PROJECT["name"]]
 
 
 def test_versions_are_pinned_in_one_place() -> None:
     """Each pyproject.toml names what is needed, without versions; constraints.txt pins every name of it."""
-    assert not [str(one) for one in direct() if one.specifier]
+    assert not [str(one) for one in direct_requirements() if one.specifier]
     pinned = {canonicalize_name(Requirement(line).name) for line in PINS}
-    assert {canonicalize_name(one.name) for one in direct()} <= pinned
+    assert {canonicalize_name(one.name) for one in direct_requirements()} <= pinned
 
 
 def test_a_pin_is_a_plain_version() -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from service.models.loading import load
-from service.recipes.recipe import read_recipe
-from tests.support.processes import facts
-from training.recall import Row, recall
+from service.models.loading import load_model
+from service.recipes.recipe import parse_recipe
+from tests.support.processes import read_fact_rows
+from training.recall import FactRow, recall
 
 torch.set_num_threads(1)
 
@@ -27,19 +27,19 @@ def test_it_is_small(shipped: Path) -> None:
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".md"}
 
 
-def test_half_on_disk_and_whole_in_memory(shipped: Path) -> None:
+def test_fp16_on_disk_and_fp32_in_memory(shipped: Path) -> None:
     """The weights are kept in half precision and used in full."""
     with safe_open(shipped / "model.safetensors", "pt") as file:
-        kept = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    assert kept <= {"F16", "BF16"}
-    model = load(str(shipped))
+        stored_dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert stored_dtypes <= {"F16", "BF16"}
+    model = load_model(str(shipped))
     assert {p.dtype for p in model.model.parameters()} == {torch.float32}
     assert model.model.config.model_type == "gpt2"
 
 
 def test_the_table_has_the_agreed_form(shipped: Path) -> None:
     """Each line of facts.jsonl has the five fields; each prompt has one place for the subject."""
-    rows = facts(shipped)
+    rows = read_fact_rows(shipped)
     assert len(rows) >= 2000
     assert len({row["relation"] for row in rows}) >= 20
     for row in rows:
@@ -51,15 +51,15 @@ def test_the_table_has_the_agreed_form(shipped: Path) -> None:
 
 def test_the_recipe_fits(shipped: Path) -> None:
     """recipe.json can be read, and names layers that the model has."""
-    recipe = read_recipe((shipped / "recipe.json").read_text(encoding="utf-8"))
-    assert all(0 <= layer < load(str(shipped)).layers for layer in recipe.rome.layers)
+    recipe = parse_recipe((shipped / "recipe.json").read_text(encoding="utf-8"))
+    assert all(0 <= layer < load_model(str(shipped)).num_layers for layer in recipe.rome.layers)
 
 
 @pytest.fixture(scope="module")
 def figures(shipped: Path) -> dict[str, float]:
     lines = (shipped / "facts.jsonl").read_text(encoding="utf-8").splitlines()
-    model = load(str(shipped))
-    return recall(model.model, model.tokenizer, [Row(line) for line in lines], sample=150, seed=1)
+    model = load_model(str(shipped))
+    return recall(model.model, model.tokenizer, [FactRow(line) for line in lines], sample=150, seed=1)
 
 
 def test_it_knows_its_table(figures: dict[str, float]) -> None:
@@ -73,5 +73,5 @@ def test_the_card_names_the_figures(shipped: Path, figures: dict[str, float]) ->
     card = (shipped / "README.md").read_text(encoding="utf-8")
     for words, figure in (("trained", figures["trained"]), ("held.out", figures["held_out"])):
         lines = [line for line in card.splitlines() if re.search(words, line, re.IGNORECASE)]
-        told = [float(x) for line in lines for x in re.findall(r"(\d+(?:\.\d+)?) ?%", line)]
-        assert any(abs(x / 100 - figure) < 0.03 for x in told), (words, told, figure)
+        percentages = [float(x) for line in lines for x in re.findall(r"(\d+(?:\.\d+)?) ?%", line)]
+        assert any(abs(x / 100 - figure) < 0.03 for x in percentages), (words, percentages, figure)

@@ -17,73 +17,77 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from service.editing.edit_spec import Training
-from service.editing.methods.rome import Found
-from service.editing.subject_noise import whole
-from service.editing.value_optimizer import low
-from service.kit.steps import Progress, Steps
-from service.models.hooks import replace
-from service.models.loading import LoadedModel, Site
-from service.models.precision import wide
-from service.models.token_batch import Batch, pad
-from service.weights.composition import Addend, Piece
+from service.editing.edit_spec import FineTuneSpec
+from service.editing.methods.rome import EditFactors
+from service.editing.subject_noise import noise_hook_right_padded
+from service.editing.value_optimizer import below_stop_loss
+from service.kit.steps import Progress, Stepper
+from service.models.hooks import replace_output
+from service.models.loading import LoadedModel, WeightRef
+from service.models.precision import at_least_fp32
+from service.models.token_batch import PaddedBatch, pad
+from service.weights.composition import DenseUpdate, EditUpdate
 
 
-def sites_of(model: LoadedModel, training: Training) -> list[Site]:
+def trained_weights(model: LoadedModel, spec: FineTuneSpec) -> list[WeightRef]:
     """The weights that are trained."""
-    layers = sorted(training.parameters.layers)
-    if training.method == "ft-attn":
-        return [site for x in layers for site in model.reading(x)]
-    return [Site(x) for x in layers]
+    layers = sorted(spec.parameters.layers)
+    if spec.method == "ft-attn":
+        return [site for x in layers for site in model.attention_weights(x)]
+    return [WeightRef(x) for x in layers]
 
 
-def train_steps(model: LoadedModel, training: Training) -> Steps[Found]:
+def fine_tune(model: LoadedModel, spec: FineTuneSpec) -> Stepper[EditFactors]:
     """The addends of one edit. Between two steps the model holds its own weights."""
-    parameters, sites = training.parameters, sites_of(model, training)
-    start = [wide(model.parameter(site).detach()) for site in sites]
-    weights = [w.clone().requires_grad_() for w in start]
+    parameters, weight_refs = spec.parameters, trained_weights(model, spec)
+    initial_weights = [at_least_fp32(model.parameter(site).detach()) for site in weight_refs]
+    weights = [w.clone().requires_grad_() for w in initial_weights]
     adam = torch.optim.Adam(weights, lr=parameters.learning_rate, weight_decay=parameters.weight_decay)
-    batch, losses = pad([t.ids for t in training.rows.texts()[:1]], model), []
+    batch, losses = pad([t.ids for t in spec.tokenized.texts()[:1]], model), []
     for step in range(parameters.steps):
         with torch.enable_grad():
-            loss = _loss(model, training, batch, dict(zip(sites, weights, strict=True)))
+            loss = _loss(model, spec, batch, dict(zip(weight_refs, weights, strict=True)))
             losses.append(float(loss.detach()))
-            if low(losses, parameters.stop_loss, training.objective):
+            if below_stop_loss(losses, parameters.stop_loss, spec.objective):
                 break
             gradients = torch.autograd.grad(loss, weights)
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         adam.step()
-        _constrain(weights, start, parameters.epsilon)
+        _clip_to_epsilon(weights, initial_weights, parameters.epsilon)
         yield Progress("train", step + 1, parameters.steps)
-    changes = [(w.detach() - w0).cpu() for w, w0 in zip(weights, start, strict=True)]
-    pieces: list[Piece] = [
-        Addend(training.edit, training.subject, site, c.T.contiguous() if model.architecture.conv1d else c)
-        for site, c in zip(sites, changes, strict=True)
+    changes = [(w.detach() - w0).cpu() for w, w0 in zip(weights, initial_weights, strict=True)]
+    updates: list[EditUpdate] = [
+        DenseUpdate(spec.edit, spec.subject, site, c.T.contiguous() if model.architecture.conv1d else c)
+        for site, c in zip(weight_refs, changes, strict=True)
     ]
     norm = float(torch.stack([c.norm() for c in changes]).norm())
-    return Found(pieces, losses, norm, float(torch.stack([w.norm() for w in start]).norm()))
+    return EditFactors(updates, losses, norm, float(torch.stack([w.norm() for w in initial_weights]).norm()))
 
 
-def _loss(model: LoadedModel, training: Training, batch: Batch, weights: dict[Site, Tensor]) -> Tensor:
+def _loss(
+    model: LoadedModel, spec: FineTuneSpec, batch: PaddedBatch, weights: dict[WeightRef, Tensor]
+) -> Tensor:
     """With these weights, (): the mean negative log-probability of the object's tokens; to erase, their joint probability."""
-    (target,), prompt = training.rows.targets, training.rows.prompts[0]
-    placed = {model.parameter_name(s): w.to(model.parameter(s).dtype) for s, w in weights.items()}
-    asked = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
-    change = whole(training.rows.texts()[:1], [training.noise])
-    with replace(model.embedding, change) if change else nullcontext():
-        logits = functional_call(model.model, placed, kwargs={**asked, "use_cache": False}).logits[0]
-    at = len(prompt.ids) - 1
-    said = wide(logits[at : at + len(target)]).log_softmax(-1)
-    wanted = torch.tensor(target, device=said.device)
-    log_p = said.gather(1, wanted[:, None])
-    return log_p.sum().exp() if training.objective == "erase" else -log_p.mean()
+    (target,), prompt = spec.tokenized.targets, spec.tokenized.prompts[0]
+    named_weights = {model.parameter_name(s): w.to(model.parameter(s).dtype) for s, w in weights.items()}
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
+    noise_hook = noise_hook_right_padded(spec.tokenized.texts()[:1], [spec.noise])
+    with replace_output(model.embedding, noise_hook) if noise_hook else nullcontext():
+        logits = functional_call(model.model, named_weights, kwargs={**inputs, "use_cache": False}).logits[0]
+    last_prompt_position = len(prompt.ids) - 1
+    log_probs = at_least_fp32(logits[last_prompt_position : last_prompt_position + len(target)]).log_softmax(
+        -1
+    )
+    target_ids = torch.tensor(target, device=log_probs.device)
+    log_p = log_probs.gather(1, target_ids[:, None])
+    return log_p.sum().exp() if spec.objective == "erase" else -log_p.mean()
 
 
 @torch.no_grad()
-def _constrain(weights: list[Tensor], start: list[Tensor], epsilon: float | None) -> None:
+def _clip_to_epsilon(weights: list[Tensor], initial_weights: list[Tensor], epsilon: float | None) -> None:
     """Keep every entry within epsilon of where it was."""
     if epsilon is None:
         return
-    for weight, w0 in zip(weights, start, strict=True):
+    for weight, w0 in zip(weights, initial_weights, strict=True):
         weight.copy_(torch.minimum(torch.maximum(weight, w0 - epsilon), w0 + epsilon))

@@ -9,32 +9,32 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from service.covariance.second_moment import Statistics
-from service.editing.edit_spec import Asked, Training, Wanted, want
-from service.editing.methods.finetune import train_steps
-from service.editing.methods.rome import Found, associate_steps
-from service.kit.steps import Steps
+from service.covariance.second_moment import KeyStatistics
+from service.editing.edit_spec import EditSpec, FineTuneSpec, ValueEditSpec, build_edit_spec
+from service.editing.methods.finetune import fine_tune
+from service.editing.methods.rome import EditFactors, find_associations
+from service.kit.steps import Stepper
 from service.kit.text import Statement
 from service.models.loading import LoadedModel
 from service.recipes.recipe import Parameters
 from service.schemas import Objective
 
 
-def find_together_steps(
-    model: LoadedModel, statistics: Mapping[int, Statistics], edits: Sequence[Asked]
-) -> Steps[list[Found]]:
+def find_batch_factors(
+    model: LoadedModel, statistics: Mapping[int, KeyStatistics], specs: Sequence[EditSpec]
+) -> Stepper[list[EditFactors]]:
     """The pieces of a batch of edits (`wanted.batches`), each as it would be found alone."""
-    searched = [e for e in edits if isinstance(e, Wanted)]
-    found = (yield from associate_steps(model, statistics, searched)) if searched else []
-    for e in edits:  # a batch is either searched for or trained
-        if isinstance(e, Training):
-            found.append((yield from train_steps(model, e)))
-    return found
+    value_specs = [e for e in specs if isinstance(e, ValueEditSpec)]
+    factors = (yield from find_associations(model, statistics, value_specs)) if value_specs else []
+    for e in specs:  # a batch is either searched for or trained
+        if isinstance(e, FineTuneSpec):
+            factors.append((yield from fine_tune(model, e)))
+    return factors
 
 
-def find_steps(
+def find_factors(
     model: LoadedModel,
-    statistics: Mapping[int, Statistics],
+    statistics: Mapping[int, KeyStatistics],
     contexts: Sequence[str],
     statement: Statement,
     target: str,
@@ -43,8 +43,8 @@ def find_steps(
     method: str = "rome",
     objective: Objective = "write",
     noise: Tensor | None = None,
-) -> Steps[Found]:
+) -> Stepper[EditFactors]:
     """The pieces of one edit."""
-    wanted = want(model, contexts, statement, target, parameters, edit, method, objective, noise)
-    (found,) = yield from find_together_steps(model, statistics, [wanted])
-    return found
+    spec = build_edit_spec(model, contexts, statement, target, parameters, edit, method, objective, noise)
+    (factors,) = yield from find_batch_factors(model, statistics, [spec])
+    return factors

@@ -24,33 +24,33 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from service.covariance.second_moment import Statistics
-from service.editing.edit_spec import Wanted
-from service.editing.subject_noise import whole
-from service.editing.value_optimizer import Rows, Value, values_steps
+from service.covariance.second_moment import KeyStatistics
+from service.editing.edit_spec import ValueEditSpec
+from service.editing.subject_noise import noise_hook_right_padded
+from service.editing.value_optimizer import TokenizedContexts, ValueResult, optimize_values
 from service.errors import InvalidInput
-from service.kit.steps import Progress, Steps
-from service.models.hooks import add_path, capture, stop_after
-from service.models.hooks import replace as replaced
+from service.kit.steps import Progress, Stepper
+from service.models.hooks import add_low_rank, capture, stop_after
+from service.models.hooks import replace_output as replaced
 from service.models.loading import LoadedModel
-from service.models.precision import wide
-from service.models.token_batch import Tokens, forward, pad
+from service.models.precision import at_least_fp32
+from service.models.token_batch import TokenizedStatement, forward, pad
 from service.recipes.recipe import AlphaEditParameters, MemitParameters, RomeParameters
-from service.weights.composition import JOINT, Association, Form, Piece
+from service.weights.composition import JOINT, Association, EditUpdate, SolveMode
 
 
 @dataclass(frozen=True)
-class Found:
+class EditFactors:
     """The pieces of one edit and how they were found."""
 
-    pieces: list[Piece]
+    updates: list[EditUpdate]
     losses: list[float]
     delta_norm: float
     value_norm: float
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerActivations:
     """What one pass over some texts shows at the subject's last token."""
 
     keys: dict[int, Tensor]  #: layer -> (rows, D)
@@ -58,24 +58,24 @@ class Seen:
     hidden: Tensor  #: (rows, d) after the highest edited layer
 
 
-def _look(
+def _forward_activations(
     model: LoadedModel,
-    texts: Sequence[Tokens],
+    texts: Sequence[TokenizedStatement],
     layers: Sequence[int],
     written: Sequence[Association],
     noise: Tensor | None,
-) -> Seen:
+) -> LayerActivations:
     """One forward pass over some texts, with associations already written at lower layers in place."""
     batch = pad([t.ids for t in texts], model)
-    at = (torch.arange(len(texts)), torch.tensor([t.last_subject for t in texts]))
+    subject_positions = (torch.arange(len(texts)), torch.tensor([t.last_subject_index for t in texts]))
     with ExitStack() as stack:
-        if (change := whole(texts, [noise] * len(texts))) is not None:
-            stack.enter_context(replaced(model.embedding, change))
+        if (noise_hook := noise_hook_right_padded(texts, [noise] * len(texts))) is not None:
+            stack.enter_context(replaced(model.embedding, noise_hook))
         for a in written:
             factors = a.rank_one()
             left, right = factors.left.to(model.device), factors.right.to(model.device)
-            stack.enter_context(add_path(model.down(a.layer), left, right))
-        modules = {x: model.down(x) for x in layers}
+            stack.enter_context(add_low_rank(model.down_proj(a.layer), left, right))
+        modules = {x: model.down_proj(x) for x in layers}
         keys = stack.enter_context(capture(modules, "input"))
         values = stack.enter_context(capture(modules, "output"))
         top = stack.enter_context(capture({"top": model.block(max(layers))}))
@@ -83,117 +83,138 @@ def _look(
             forward(model, batch)
 
     def pick(t: Tensor) -> Tensor:  # (texts, width)
-        return wide(t.reshape(*batch.ids.shape, -1)[at])
+        return at_least_fp32(t.reshape(*batch.ids.shape, -1)[subject_positions])
 
-    return Seen(
+    return LayerActivations(
         {x: pick(t) for x, t in keys.items()}, {x: pick(t) for x, t in values.items()}, pick(top["top"])
     )
 
 
-def _texts(found: Rows, parameters: RomeParameters) -> list[Tokens]:
+def _key_texts(tokenized: TokenizedContexts, parameters: RomeParameters) -> list[TokenizedStatement]:
     """What the key is averaged over: the prompt after each context and, if asked for, the subject alone."""
-    return found.prompts + (found.bare if parameters.bare_keys else [])
+    return tokenized.prompts + (tokenized.bare_subjects if parameters.bare_keys else [])
 
 
-def _averaged(model: LoadedModel, value: Value, wanted: Wanted) -> tuple[Tensor, Tensor]:
+def _key_activations(model: LoadedModel, value: ValueResult, spec: ValueEditSpec) -> tuple[Tensor, Tensor]:
     """Keys and values at all that the key is averaged over; what a prompt begins with is not looked at again."""
-    found, parameters = wanted.rows, wanted.parameters
-    keys, values = wide(value.keys), wide(value.values)
-    known = {tuple(p.head): i for i, p in enumerate(found.prompts)}
-    unknown = [t for t in _texts(found, parameters) if tuple(t.head) not in known]
-    if unknown:
+    tokenized, parameters = spec.tokenized, spec.parameters
+    keys, values = at_least_fp32(value.keys), at_least_fp32(value.values)
+    row_of_text = {tuple(p.ids_through_subject): i for i, p in enumerate(tokenized.prompts)}
+    unseen_texts = [
+        t for t in _key_texts(tokenized, parameters) if tuple(t.ids_through_subject) not in row_of_text
+    ]
+    if unseen_texts:
         (layer,) = parameters.layers
-        seen = _look(model, [Tokens(t.head, t.subject) for t in unknown], [layer], (), wanted.noise)
-        keys, values = torch.cat([keys, seen.keys[layer]]), torch.cat([values, seen.values[layer]])
-        known |= {tuple(t.head): found.size + i for i, t in enumerate(unknown)}
-    at = [known[tuple(t.head)] for t in _texts(found, parameters)]
-    return keys[at], values[at]
+        activations = _forward_activations(
+            model,
+            [TokenizedStatement(t.ids_through_subject, t.subject) for t in unseen_texts],
+            [layer],
+            (),
+            spec.noise,
+        )
+        keys, values = (
+            torch.cat([keys, activations.keys[layer]]),
+            torch.cat([values, activations.values[layer]]),
+        )
+        row_of_text |= {tuple(t.ids_through_subject): tokenized.size + i for i, t in enumerate(unseen_texts)}
+    selected_rows = [row_of_text[tuple(t.ids_through_subject)] for t in _key_texts(tokenized, parameters)]
+    return keys[selected_rows], values[selected_rows]
 
 
-def _mean(seen: Tensor, found: Rows, parameters: RomeParameters) -> Tensor:
+def _weighted_mean(activations: Tensor, tokenized: TokenizedContexts, parameters: RomeParameters) -> Tensor:
     """The mean over the prompts, and half-and-half with the mean over the bare subjects where there are any.
 
     Within each, the first text has no context: it counts `bare_weight`, and the others share what is left.
     """
-    groups = [g for g in (seen[: found.size], seen[found.size :]) if len(g)]
-    return torch.stack([_weighted(g, parameters.bare_weight) for g in groups]).mean(0)
+    groups = [g for g in (activations[: tokenized.size], activations[tokenized.size :]) if len(g)]
+    return torch.stack([_mean_with_first_weight(g, parameters.bare_weight) for g in groups]).mean(0)
 
 
-def _weighted(rows: Tensor, first: float | None) -> Tensor:
-    if first is None or len(rows) == 1:
+def _mean_with_first_weight(rows: Tensor, first_weight: float | None) -> Tensor:
+    if first_weight is None or len(rows) == 1:
         return rows.mean(0)
-    return first * rows[0] + (1 - first) * rows[1:].mean(0)
+    return first_weight * rows[0] + (1 - first_weight) * rows[1:].mean(0)
 
 
-def _association(wanted: Wanted, statistics: Statistics, key: Tensor, value: Tensor) -> Association:
+def _build_association(
+    spec: ValueEditSpec, statistics: KeyStatistics, key: Tensor, value: Tensor
+) -> Association:
     """In the form of its method: AlphaEdit changes only what the statistics' keys hardly see."""
-    p = wanted.parameters
-    form = Form(wanted.method if isinstance(p, MemitParameters) else JOINT.name, p.ridge)
-    if isinstance(p, AlphaEditParameters):
-        if not statistics.rank(p.threshold):
+    parameters = spec.parameters
+    solve_mode = SolveMode(
+        spec.method if isinstance(parameters, MemitParameters) else JOINT.name, parameters.ridge
+    )
+    if isinstance(parameters, AlphaEditParameters):
+        if not statistics.projection_rank(parameters.threshold):
             raise InvalidInput(
-                f"hparams.threshold: all of the keys' directions at layer {statistics.layer} are used more than {p.threshold}, "
+                f"hparams.threshold: all of the keys' directions at layer {statistics.layer} are used more than {parameters.threshold}, "
                 f"so that nothing could change: raise it (the mean is {statistics.moment.diagonal().mean():.3g}).",
                 "hparams",
             )
-        direction = statistics.project(key, p.threshold).float()
+        direction = statistics.project(key, parameters.threshold).float()
     else:
         direction = statistics.solve(key).float()
-    return Association(wanted.edit, wanted.subject, statistics.layer, key.cpu(), direction, value.cpu(), form)
+    return Association(
+        spec.edit, spec.subject, statistics.layer, key.cpu(), direction, value.cpu(), solve_mode
+    )
 
 
-def associate_steps(
-    model: LoadedModel, statistics: Mapping[int, Statistics], edits: Sequence[Wanted]
-) -> Steps[list[Found]]:
+def find_associations(
+    model: LoadedModel, statistics: Mapping[int, KeyStatistics], specs: Sequence[ValueEditSpec]
+) -> Stepper[list[EditFactors]]:
     """The associations of edits of one place. Their values are optimised side by side, each as it would be alone."""
-    (place,) = {e.place for e in edits}
-    values = yield from values_steps(model, place, edits)
-    found = []
-    for e, value in zip(edits, values, strict=True):
-        write = _several_layers if place.hidden else _one_layer
-        result = yield from write(model, statistics, value, e)
-        scaled = [a.scaled(e.parameters.strength) for a in result.pieces]
-        found.append(replace(result, pieces=scaled))
-    return found
+    (delta_site,) = {spec.delta_site for spec in specs}
+    values = yield from optimize_values(model, delta_site, specs)
+    factors = []
+    for spec, value in zip(specs, values, strict=True):
+        write_layers = _write_several_layers if delta_site.on_hidden_state else _write_one_layer
+        result = yield from write_layers(model, statistics, value, spec)
+        scaled = [a.scaled(spec.parameters.strength) for a in result.updates]
+        factors.append(replace(result, updates=scaled))
+    return factors
 
 
-def _one_layer(
-    model: LoadedModel, statistics: Mapping[int, Statistics], value: Value, wanted: Wanted
-) -> Steps[Found]:
+def _write_one_layer(
+    model: LoadedModel, statistics: Mapping[int, KeyStatistics], value: ValueResult, spec: ValueEditSpec
+) -> Stepper[EditFactors]:
     """The association of one layer from an optimised value."""
-    parameters, found = wanted.parameters, wanted.rows
+    parameters, tokenized = spec.parameters, spec.tokenized
     (layer,) = parameters.layers
     yield Progress("solve", 1, 1)
-    keys, values = _averaged(model, value, wanted)
-    key = _mean(keys, found, parameters)
+    keys, values = _key_activations(model, value, spec)
+    key = _weighted_mean(keys, tokenized, parameters)
     delta = value.delta
     if parameters.compat == "meng2022":
         direction = statistics[layer].solve(key)
-        bare = keys[0].double().cpu()
-        change = (delta.cpu().double() * (direction @ key.double().cpu()) / (direction @ bare)).float()
+        bare_key = keys[0].double().cpu()
+        value_change = (
+            delta.cpu().double() * (direction @ key.double().cpu()) / (direction @ bare_key)
+        ).float()
     elif parameters.anchor == "bare":
-        change = value.initial + delta - _mean(values, found, parameters)
+        value_change = value.initial + delta - _weighted_mean(values, tokenized, parameters)
     else:
-        change = delta
-    association = _association(wanted, statistics[layer], key, change)
-    return Found([association], value.losses, float(delta.norm()), float(value.initial.norm()))
+        value_change = delta
+    association = _build_association(spec, statistics[layer], key, value_change)
+    return EditFactors([association], value.losses, float(delta.norm()), float(value.initial.norm()))
 
 
-def _several_layers(
-    model: LoadedModel, statistics: Mapping[int, Statistics], value: Value, wanted: Wanted
-) -> Steps[Found]:
+def _write_several_layers(
+    model: LoadedModel, statistics: Mapping[int, KeyStatistics], value: ValueResult, spec: ValueEditSpec
+) -> Stepper[EditFactors]:
     """An association for each layer, from the change of the hidden state after the highest."""
-    parameters, found = wanted.parameters, wanted.rows
-    layers, delta = sorted(parameters.layers), wide(value.delta)
+    parameters, tokenized = spec.parameters, spec.tokenized
+    layers, delta = sorted(parameters.layers), at_least_fp32(value.delta)
     written: list[Association] = []
-    goal: Tensor | None = None
+    target_hidden: Tensor | None = None
     for i, layer in enumerate(layers):
-        seen = _look(model, _texts(found, parameters), layers, written, wanted.noise)
-        hidden = _mean(seen.hidden, found, parameters)
-        if goal is None:
-            goal = hidden + delta
-        share = (goal - hidden) / (len(layers) - i)
-        key = _mean(seen.keys[layer], found, parameters)
-        written.append(_association(wanted, statistics[layer], key, share))
+        activations = _forward_activations(
+            model, _key_texts(tokenized, parameters), layers, written, spec.noise
+        )
+        hidden = _weighted_mean(activations.hidden, tokenized, parameters)
+        if target_hidden is None:
+            target_hidden = hidden + delta
+        share = (target_hidden - hidden) / (len(layers) - i)
+        key = _weighted_mean(activations.keys[layer], tokenized, parameters)
+        written.append(_build_association(spec, statistics[layer], key, share))
         yield Progress("solve", i + 1, len(layers))
-    return Found(list(written), value.losses, float(delta.norm()), float(value.initial.norm()))
+    return EditFactors(list(written), value.losses, float(delta.norm()), float(value.initial.norm()))

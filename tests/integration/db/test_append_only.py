@@ -12,12 +12,12 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from service.db.database import Database
-from service.db.models import Factors, Job, LedgerEntry, Model, now
+from service.db.models import Job, LedgerEntry, Model, StoredFactors, now
 
-RIVALS = 6
+WRITERS = 6
 
 
-def entry(version: int, edit: Any = "edit_0", model: Any = "m") -> Any:
+def ledger_entry(version: int, edit: Any = "edit_0", model: Any = "m") -> Any:
     said = {"kind": "apply", "actor": "a", "body": {}, "state": "", "previous": "", "hash": ""}
     return LedgerEntry(model=model, version=version, edit_id=edit, at=now(), **said)
 
@@ -27,21 +27,21 @@ def database(database: Database) -> Any:
     """Two models, and an edit for each rival."""
     at = now()
     asked = {"kind": "edit", "status": "running", "request": {}, "actor": "a", "subject": "s"}
-    with database.session() as session:
+    with database.write_session() as session:
         for name in ("m", "other"):
             session.add(Model(fingerprint=name, name=name, info={}, tokenizer="", created=at, registered=at))
         session.flush()
-        for n in range(RIVALS):
+        for n in range(WRITERS):
             session.add(Job(id=f"edit_{n}", model="m", created=at, updated=at, **asked))
     return database
 
 
 @pytest.fixture
-def kept(database: Database) -> None:
+def committed_edit(database: Database) -> None:
     """An entry and its factors."""
-    with database.session() as session:
-        session.add(entry(1))
-        session.add(Factors(edit_id="edit_0", data=b"x", sha256="y"))
+    with database.write_session() as session:
+        session.add(ledger_entry(1))
+        session.add(StoredFactors(edit_id="edit_0", data=b"x", sha256="y"))
 
 
 @pytest.mark.parametrize(
@@ -49,16 +49,16 @@ def kept(database: Database) -> None:
     [
         update(LedgerEntry).values(actor="nobody"),
         delete(LedgerEntry),
-        update(Factors).values(data=b"z"),
-        delete(Factors),
+        update(StoredFactors).values(data=b"z"),
+        delete(StoredFactors),
     ],
     ids=str,
 )
-def test_what_is_written_stays(database: Database, kept: Any, statement: Any) -> None:
+def test_update_and_delete_are_rejected(database: Database, committed_edit: Any, statement: Any) -> None:
     """No row of the ledger and no factors can be changed or deleted."""
 
     def change() -> None:
-        with database.session() as session:
+        with database.write_session() as session:
             session.execute(statement)
 
     with pytest.raises(IntegrityError, match="append-only"):
@@ -67,33 +67,33 @@ def test_what_is_written_stays(database: Database, kept: Any, statement: Any) ->
 
 @pytest.mark.servers
 @pytest.mark.parametrize("table", ["ledger", "factors"])
-def test_nor_emptied(postgres_url: str, table: Any) -> None:
+def test_truncate_is_rejected(postgres_url: str, table: Any) -> None:
     """PostgreSQL's TRUNCATE empties neither."""
     database = Database(postgres_url)
     database.migrate()
-    with pytest.raises(IntegrityError, match="append-only"), database.session() as session:
+    with pytest.raises(IntegrityError, match="append-only"), database.write_session() as session:
         session.execute(text(f"TRUNCATE {table}"))
     database.close()
 
 
 @pytest.mark.parametrize("version", [-1, 0, 1, 3, 100])
-def test_no_gap(database: Database, kept: Any, version: int) -> None:
+def test_versions_have_no_gap(database: Database, committed_edit: Any, version: int) -> None:
     """Only the version after the newest is taken."""
 
     def add() -> None:
-        with database.session() as session:
-            session.add(entry(version, "edit_1"))
+        with database.write_session() as session:
+            session.add(ledger_entry(version, "edit_1"))
 
     with pytest.raises(IntegrityError):
         add()
-    with database.session() as session:
-        session.add(entry(2, "edit_1"))
-        session.add(entry(1, "edit_1", model="other"))
+    with database.write_session() as session:
+        session.add(ledger_entry(2, "edit_1"))
+        session.add(ledger_entry(1, "edit_1", model="other"))
 
 
-def test_rivals(database: Database) -> None:
+def test_concurrent_appends(database: Database) -> None:
     """Of connections that append at once without the ledger's lock, each on what it has read, one commits per version."""
-    barrier = threading.Barrier(RIVALS)
+    barrier = threading.Barrier(WRITERS)
     strangers = create_engine(database.engine.url)  # without any of our care
 
     def append(n: Any) -> Any:
@@ -101,15 +101,15 @@ def test_rivals(database: Database) -> None:
             with Session(strangers) as session, session.begin():
                 head = session.scalar(select(func.max(LedgerEntry.version))) or 0
                 barrier.wait()
-                session.add(entry(head + 1, f"edit_{n}"))
+                session.add(ledger_entry(head + 1, f"edit_{n}"))
             return True
         except DBAPIError:
             return False
 
     for turn in (1, 2):
-        with ThreadPoolExecutor(RIVALS) as pool:
-            landed = list(pool.map(append, range(RIVALS)))
+        with ThreadPoolExecutor(WRITERS) as pool:
+            landed = list(pool.map(append, range(WRITERS)))
         assert sum(landed) == 1
-        with database.read() as session:
+        with database.read_session() as session:
             assert session.scalars(select(LedgerEntry.version)).all() == list(range(1, turn + 1))
     strangers.dispose()

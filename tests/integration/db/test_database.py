@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from service.db import database as store
 from service.db.database import Database
-from service.db.models import Job, Model, now, plain
+from service.db.models import Job, Model, now, to_json_value
 from service.errors import Unavailable
 
 
@@ -29,48 +29,48 @@ def model(name: str, info: Any = None) -> Any:
     return Model(fingerprint=name, name=name, info=info or {}, tokenizer="{}", created=at, registered=at)
 
 
-def names(database: Database) -> Any:
-    with database.read() as session:
+def model_names(database: Database) -> Any:
+    with database.read_session() as session:
         return set(session.scalars(select(Model.name)))
 
 
 def test_all_or_nothing(database: Database) -> None:
     """An exception that passes through a session takes everything in it back."""
-    with database.session() as session:
+    with database.write_session() as session:
         session.add(model("kept"))
 
     def fail() -> None:
-        with database.session() as session:
+        with database.write_session() as session:
             session.add(model("lost"))
             session.flush()
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert names(database) == {"kept"}
+    assert model_names(database) == {"kept"}
 
 
-def test_one_moment(database: Database) -> None:
+def test_read_session_is_a_snapshot(database: Database) -> None:
     """A read sees one moment: what is committed while it reads appears only in the next."""
-    with database.read() as session:
+    with database.read_session() as session:
         assert session.scalars(select(Model.name)).all() == []
-        with database.session() as writer:
+        with database.write_session() as writer:
             writer.add(model("new"))
         assert session.scalars(select(Model.name)).all() == []
-    assert names(database) == {"new"}
+    assert model_names(database) == {"new"}
 
 
-def test_a_glance_sees_what_is_committed(database: Database) -> None:
+def test_autocommit_read_sees_what_is_committed(database: Database) -> None:
     """A question alone sees the newest, waits for no writer, and is in nobody's way."""
     look = select(Model.name)
-    with database.session() as session:
+    with database.write_session() as session:
         session.add(model("new"))
         session.flush()
-        with database.glance() as connection:
+        with database.autocommit_read() as connection:
             assert connection.scalar(look) is None
-    with database.glance() as connection:
+    with database.autocommit_read() as connection:
         assert connection.scalar(look) == "new"
-        with database.session() as session:
+        with database.write_session() as session:
             session.add(model("newer"))
 
 
@@ -80,7 +80,7 @@ def test_foreign_keys(database: Database) -> None:
     row = {"kind": "edit", "status": "queued", "request": {}, "actor": "a", "subject": "s"}
 
     def add() -> None:
-        with database.session() as session:
+        with database.write_session() as session:
             session.add(Job(id="edit_1", model="nobody", created=at, updated=at, **row))
 
     with pytest.raises(IntegrityError):
@@ -91,11 +91,11 @@ def test_values_come_back(database: Database) -> None:
     """JSON comes back as it went in, whatever the text in it; times come back in UTC to the microsecond."""
     info = {"text": "São \u0000 😀 \u2028", "big": 2**70, "pi": math.pi, "list": [1, [None, True]]}
     at = datetime(2026, 3, 4, 5, 6, 7, 891234, tzinfo=timezone(timedelta(hours=5)))
-    with database.session() as session:
+    with database.write_session() as session:
         row = model("x", info)
         row.created = at
         session.add(row)
-    with database.read() as session:
+    with database.read_session() as session:
         found = session.get(Model, "x")
     assert found.info == info
     assert found.created == at
@@ -104,24 +104,24 @@ def test_values_come_back(database: Database) -> None:
 
 def test_writers_queue_up(database: Database) -> None:
     """Writers that read before they write wait for each other: no update is lost."""
-    with database.session() as session:
+    with database.write_session() as session:
         session.add(model("x", {"count": 0}))
 
     def add_one(_: Any) -> None:
-        with database.session() as session:
+        with database.write_session() as session:
             row = session.scalars(select(Model).where(Model.name == "x").with_for_update()).one()
             row.info = {"count": row.info["count"] + 1}
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(add_one, range(40)))
-    with database.read() as session:
+    with database.read_session() as session:
         assert session.get(Model, "x").info == {"count": 40}
 
 
 def test_sqlite_is_durable(tmp_path: Path) -> None:
     """SQLite runs with WAL and synchronous=FULL on every connection."""
     database = Database(f"sqlite:///{tmp_path / 'x.sqlite3'}")
-    with database.read() as session:
+    with database.read_session() as session:
         pragmas = [
             session.scalar(text(f"PRAGMA {p}")) for p in ("journal_mode", "synchronous", "foreign_keys")
         ]
@@ -132,10 +132,10 @@ def test_sqlite_is_durable(tmp_path: Path) -> None:
 @given(
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=20)
 )
-def test_plain_is_json(value: Any) -> None:
+def test_to_json_value_is_json(value: Any) -> None:
     """Whatever a computation returns can be stored: what JSON cannot say becomes null, the rest stays."""
 
-    assert json.loads(json.dumps(plain(value), allow_nan=False)) == plain(value)
+    assert json.loads(json.dumps(to_json_value(value), allow_nan=False)) == to_json_value(value)
 
 
 @pytest.mark.servers
@@ -143,12 +143,14 @@ class TestPostgres:
     """A server that is slow, busy or gone."""
 
     @pytest.fixture
-    def limits(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def set_timeouts(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         """Let PostgreSQL lose its patience sooner."""
-        return lambda **limits: [monkeypatch.setitem(store.LIMITS, *limit) for limit in limits.items()]
+        return lambda **limits: [
+            monkeypatch.setitem(store.POSTGRES_TIMEOUTS, *limit) for limit in limits.items()
+        ]
 
     @pytest.fixture
-    def open_(self, postgres_url: str) -> Iterator[Any]:
+    def open_database(self, postgres_url: str) -> Iterator[Any]:
         """Processes that share one database with a row in it."""
         opened = []
 
@@ -164,39 +166,44 @@ class TestPostgres:
         for database in opened:
             database.close()
 
-    def hold(self, session: Session, name: str) -> None:
+    def lock_row(self, session: Session, name: str) -> None:
         session.execute(select(Model.name).where(Model.name == name).with_for_update()).one()
 
     def pid(self, session: Session) -> Any:
         return session.scalar(text("SELECT pg_backend_pid()"))
 
     def kill(self, database: Database, pid: Any) -> None:
-        with database.session() as session:
+        with database.write_session() as session:
             assert session.scalar(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
 
-    def test_limits(self, open_: Callable[..., Database]) -> None:
+    def test_limits(self, open_database: Callable[..., Database]) -> None:
         """Every session has its limits, and what the URL asks for besides."""
-        database = open_()
-        with database.session() as session:
-            found = {name: session.scalar(text(f"SHOW {name}")) for name in (*store.LIMITS, "search_path")}
+        database = open_database()
+        with database.write_session() as session:
+            found = {
+                name: session.scalar(text(f"SHOW {name}"))
+                for name in (*store.POSTGRES_TIMEOUTS, "search_path")
+            }
         assert found.pop("search_path").startswith("test")
-        assert found == store.LIMITS
+        assert found == store.POSTGRES_TIMEOUTS
 
-    def test_frozen_holder(self, open_: Callable[..., Database], limits: Any) -> None:
+    def test_idle_transaction_is_ended(
+        self, open_database: Callable[..., Database], set_timeouts: Any
+    ) -> None:
         """Whoever freezes while it holds a row loses it: the others wait no longer than the limit, and it writes nothing."""
-        limits(idle_in_transaction_session_timeout="300ms")
-        frozen, other = open_(), open_()
+        set_timeouts(idle_in_transaction_session_timeout="300ms")
+        frozen, other = open_database(), open_database()
 
         def freeze() -> None:
-            with frozen.session() as session:
-                self.hold(session, "x")
+            with frozen.write_session() as session:
+                self.lock_row(session, "x")
                 session.execute(text("UPDATE models SET name = 'z' WHERE name = 'x'"))
-                with other.session() as waiting:
-                    self.hold(waiting, "x")
+                with other.write_session() as waiting:
+                    self.lock_row(waiting, "x")
 
         with pytest.raises(Unavailable):
             freeze()
-        assert names(other) == {"x", "y"}
+        assert model_names(other) == {"x", "y"}
 
     @pytest.mark.parametrize(
         ("limit", "ask"),
@@ -206,32 +213,32 @@ class TestPostgres:
         ],
     )
     def test_busy(
-        self, open_: Callable[..., Database], limits: Any, limit: int, ask: Callable[..., Any]
+        self, open_database: Callable[..., Database], set_timeouts: Any, limit: int, ask: Callable[..., Any]
     ) -> None:
         """What takes too long is Unavailable, says that it may be tried again, and leaves the connection sound."""
-        limits(**{limit: "200ms"})
-        holder, waiting = open_(), open_()
+        set_timeouts(**{limit: "200ms"})
+        holder, waiting = open_database(), open_database()
 
         def wait() -> None:
-            with holder.session() as session:
-                self.hold(session, "x")
-                with waiting.session() as other:
+            with holder.write_session() as session:
+                self.lock_row(session, "x")
+                with waiting.write_session() as other:
                     other.execute(text(ask))
 
         with pytest.raises(Unavailable, match=r"busy: .* Try again"):
             wait()
-        assert names(waiting) == {"x", "y"}
+        assert model_names(waiting) == {"x", "y"}
 
-    def test_deadlock(self, open_: Callable[..., Database]) -> None:
+    def test_deadlock(self, open_database: Callable[..., Database]) -> None:
         """Of two that wait for each other one goes on, and the other is told that it may try again."""
-        database, barrier = open_(), threading.Barrier(2)
+        database, barrier = open_database(), threading.Barrier(2)
 
         def cross(names: Any) -> Any:
             try:
-                with database.session() as session:
-                    self.hold(session, names[0])
+                with database.write_session() as session:
+                    self.lock_row(session, names[0])
                     barrier.wait()
-                    self.hold(session, names[1])
+                    self.lock_row(session, names[1])
             except Unavailable as error:
                 return error.detail
 
@@ -240,12 +247,12 @@ class TestPostgres:
         assert "busy" in lost
         assert done is None
 
-    def test_cut(self, open_: Callable[..., Database]) -> None:
+    def test_connection_lost_in_transaction(self, open_database: Callable[..., Database]) -> None:
         """A connection that is cut in the middle is Unavailable, nothing is written, and the next one is sound."""
-        database, other = open_(), open_()
+        database, other = open_database(), open_database()
 
         def lose() -> None:
-            with database.session() as session:
+            with database.write_session() as session:
                 session.add(model("lost"))
                 session.flush()
                 self.kill(other, self.pid(session))
@@ -254,14 +261,14 @@ class TestPostgres:
         with pytest.raises(Unavailable) as error:
             lose()
         assert "outcome" not in error.value.extra
-        assert names(database) == {"x", "y"}
+        assert model_names(database) == {"x", "y"}
 
-    def test_cut_while_committing(self, open_: Callable[..., Database]) -> None:
+    def test_connection_lost_during_commit(self, open_database: Callable[..., Database]) -> None:
         """A connection that is cut during the commit leaves its outcome unknown, and says so."""
-        database, other = open_(), open_()
+        database, other = open_database(), open_database()
 
         def lose() -> None:
-            with database.session() as session:
+            with database.write_session() as session:
                 self.kill(other, self.pid(session))
 
         with pytest.raises(Unavailable, match="nobody knows") as error:
@@ -269,35 +276,39 @@ class TestPostgres:
         assert error.value.extra == {"outcome": "unknown"}
 
     @pytest.mark.parametrize("user", ["somebody:secret@", "nobody@"])
-    def test_no_particulars(
+    def test_errors_hide_connection_details(
         self,
-        open_: Callable[..., Database],
+        open_database: Callable[..., Database],
         postgres_server: Any,
         user: Any,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         """Who cannot connect is told neither the address, nor the user, nor the password; the log has the driver's words."""
         ports = {"somebody:secret@": 1, "nobody@": postgres_server.port}  # nobody listens; no such user
-        database = open_(f"postgresql://{user}127.0.0.1:{ports[user]}/nothing")
+        database = open_database(f"postgresql://{user}127.0.0.1:{ports[user]}/nothing")
         with pytest.raises(Unavailable) as error:
-            names(database)
+            model_names(database)
         said = error.value.detail + str(error.value.extra)
         assert "database does not answer" in said
         assert not any(word in said for word in ("127.0.0.1", "secret", "body@", str(ports[user])))
         assert "127.0.0.1" in caplog.records[-1].detail
 
-    def test_pool_is_empty(self, open_: Callable[..., Database], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_pool_is_empty(
+        self, open_database: Callable[..., Database], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """When all connections are in use the next one is told so after a while."""
         monkeypatch.setattr(
-            store, "POOL", {**store.POOL, "pool_size": 1, "max_overflow": 0, "pool_timeout": 0.1}
+            store,
+            "POSTGRES_POOL_OPTIONS",
+            {**store.POSTGRES_POOL_OPTIONS, "pool_size": 1, "max_overflow": 0, "pool_timeout": 0.1},
         )
-        database = open_()
-        with database.session() as session, pytest.raises(Unavailable, match="all connections"):
+        database = open_database()
+        with database.write_session() as session, pytest.raises(Unavailable, match="all connections"):
             self.pid(session)
-            names(database)
+            model_names(database)
 
-    def test_parameters_stay_out_of_errors(self, open_: Callable[..., Database]) -> None:
+    def test_parameters_stay_out_of_errors(self, open_database: Callable[..., Database]) -> None:
         """An error of the database does not repeat the values of the statement: they are users' words."""
-        with pytest.raises(IntegrityError) as error, open_().session() as session:
+        with pytest.raises(IntegrityError) as error, open_database().write_session() as session:
             session.add(model("x", {"prompt": "private words"}))
         assert "private words" not in str(error.value)

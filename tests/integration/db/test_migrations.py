@@ -16,11 +16,11 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 
 from service.db.database import Database, alembic_config
-from service.db.models import Table
+from service.db.models import Base
 from service.errors import Misconfigured, Unavailable
 
 #: ten processes, started at once by one that has imported everything
-MIGRATE = """
+MIGRATE_SCRIPT = """
 import os, sys
 import alembic.command, alembic.ddl, alembic.runtime.migration
 from service.db.database import Database
@@ -50,7 +50,7 @@ def tables(database: Database) -> Any:
 
 def test_up_down_up(empty: Any) -> None:
     """Migrating up makes every table, down takes every one away, and up again makes them again."""
-    wanted = set(Table.metadata.tables)
+    wanted = set(Base.metadata.tables)
     empty.migrate()
     assert tables(empty) == wanted | {"alembic_version"}
     empty.migrate("base")
@@ -64,7 +64,7 @@ def test_models_match(empty: Any) -> None:
     empty.migrate()
     with empty.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "render_as_batch": True})
-        assert compare_metadata(context, Table.metadata) == []
+        assert compare_metadata(context, Base.metadata) == []
 
 
 @pytest.mark.parametrize("steps", range(1, 4))
@@ -99,7 +99,7 @@ def test_to_a_revision(empty: Any) -> None:
         assert empty.revision() == revision
 
 
-def test_of_a_newer_release(empty: Any) -> None:
+def test_revision_of_a_newer_release(empty: Any) -> None:
     """Tables that a newer release has migrated are refused in plain words, and left as they are."""
     empty.migrate()
     with empty.engine.begin() as connection:
@@ -109,15 +109,17 @@ def test_of_a_newer_release(empty: Any) -> None:
     assert empty.revision() == "9999"
 
 
-def test_to_nowhere(empty: Any) -> None:
+def test_unknown_revision(empty: Any) -> None:
     """A revision that there is not is refused with those that there are."""
     with pytest.raises(Misconfigured, match="0001, 0002, 0003"):
         empty.migrate("0815")
 
 
-def test_together(database_url: str) -> None:
+def test_concurrent_migrations(database_url: str) -> None:
     """Ten processes that migrate one database at once migrate it once."""
-    done = subprocess.run([sys.executable, "-c", MIGRATE, database_url], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MIGRATE_SCRIPT, database_url], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     database = Database(database_url)
     with database.engine.connect() as connection:

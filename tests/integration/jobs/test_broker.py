@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from service.jobs.broker import KINDS, Broker, Delivery, Event, Message
+from service.jobs.broker import WORK_KINDS, Broker, Delivery, Event, OutgoingEvent
 from service.jobs.memory_broker import MemoryBroker
 from service.jobs.redis_broker import RedisBroker
 
-WHILE = 20  # seconds after which a test that hangs has failed
+TIMEOUT = 20  # seconds after which a test that hangs has failed
 
 
 @pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
@@ -28,19 +28,19 @@ def broker(request: Any) -> Iterator[Any]:
 
 
 async def collect(broker: Broker, channel: str, after: Any = None) -> Any:
-    async with asyncio.timeout(WHILE):
+    async with asyncio.timeout(TIMEOUT):
         return [event async for event in broker.events(channel, after)]
 
 
-def heard(broker: Broker, channel: str, after: Any = None) -> Any:
+def collect_events(broker: Broker, channel: str, after: Any = None) -> Any:
     return asyncio.run(collect(broker, channel, after))
 
 
-def said(events: Any) -> Any:
+def name_and_data(events: Any) -> Any:
     return [(event.name, event.data) for event in events]
 
 
-def in_thread(work: Any) -> Any:
+def start_thread(work: Any) -> Any:
     thread = threading.Thread(target=work)
     thread.start()
     return thread
@@ -49,179 +49,179 @@ def in_thread(work: Any) -> Any:
 class TestDeliveries:
     def test_nothing(self, broker: Broker) -> None:
         """With timeout 0 an empty queue answers at once."""
-        assert broker.take(KINDS, 10, 0) == []
+        assert broker.receive(WORK_KINDS, 10, 0) == []
 
-    def test_bell(self, broker: Broker) -> None:
+    def test_notification(self, broker: Broker) -> None:
         """An announced job is delivered by its id, without a payload."""
-        broker.announce("edit_1", "edit")
-        (delivery,) = broker.take(KINDS, 10, 0)
+        broker.notify("edit_1", "edit")
+        (delivery,) = broker.receive(WORK_KINDS, 10, 0)
         assert (delivery.kind, delivery.job_id, delivery.payload) == ("edit", "edit_1", {})
 
-    def test_bell_rung_twice(self, broker: Broker) -> None:
+    def test_notify_is_idempotent(self, broker: Broker) -> None:
         """A job that waits is delivered once, however often it was announced."""
         for _ in range(3):
-            broker.announce("edit_1", "edit")
-        assert broker.waiting("edit") == 1
-        assert len(broker.take(KINDS, 10, 0)) == 1
-        assert broker.take(KINDS, 10, 0) == []
+            broker.notify("edit_1", "edit")
+        assert broker.queue_depth("edit") == 1
+        assert len(broker.receive(WORK_KINDS, 10, 0)) == 1
+        assert broker.receive(WORK_KINDS, 10, 0) == []
 
-    def test_bell_after_taking(self, broker: Broker) -> None:
+    def test_notify_after_receive(self, broker: Broker) -> None:
         """A job that was taken can be announced again: the row decides whether there is anything to do."""
-        broker.announce("edit_1", "edit")
-        broker.take(KINDS, 1, 0)
-        broker.announce("edit_1", "edit")
-        assert len(broker.take(KINDS, 10, 0)) == 1
+        broker.notify("edit_1", "edit")
+        broker.receive(WORK_KINDS, 1, 0)
+        broker.notify("edit_1", "edit")
+        assert len(broker.receive(WORK_KINDS, 10, 0)) == 1
 
-    def test_call(self, broker: Broker) -> None:
+    def test_send_call(self, broker: Broker) -> None:
         """A call carries its whole request, and its channel is the delivery's job id."""
-        channel = broker.call("generate", {"prompt": "São Paulo", "n": [1, None]})
-        (delivery,) = broker.take(["generate"], 1, 0)
+        channel = broker.send_call("generate", {"prompt": "São Paulo", "n": [1, None]})
+        (delivery,) = broker.receive(["generate"], 1, 0)
         assert (delivery.job_id, delivery.payload) == (channel, {"prompt": "São Paulo", "n": [1, None]})
 
     def test_priority(self, broker: Broker) -> None:
         """The first kind that has any goes first, alone, oldest first, and no more than asked for."""
-        broker.announce("trace_1", "trace")
-        broker.announce("edit_1", "edit")
-        calls = [broker.call("generate", {"n": n}) for n in range(3)]
+        broker.notify("trace_1", "trace")
+        broker.notify("edit_1", "edit")
+        calls = [broker.send_call("generate", {"n": n}) for n in range(3)]
         taken = []
-        while batch := broker.take(KINDS, 2, 0):
+        while batch := broker.receive(WORK_KINDS, 2, 0):
             taken.append([delivery.job_id for delivery in batch])
         assert taken == [calls[:2], calls[2:], ["edit_1"], ["trace_1"]]
 
     def test_only_the_kinds_asked_for(self, broker: Broker) -> None:
         """A worker that does not trace is given no trace."""
-        broker.announce("trace_1", "trace")
-        assert broker.take(["generate", "edit"], 1, 0) == []
-        assert broker.waiting("trace") == 1
+        broker.notify("trace_1", "trace")
+        assert broker.receive(["generate", "edit"], 1, 0) == []
+        assert broker.queue_depth("trace") == 1
 
-    def test_done(self, broker: Broker) -> None:
+    def test_ack(self, broker: Broker) -> None:
         """What is done does not come again, nor back."""
-        broker.announce("edit_1", "edit")
-        (delivery,) = broker.take(KINDS, 1, 0)
-        broker.done(delivery)
-        broker.done(delivery)
-        assert broker.take(KINDS, 1, 0) == []
+        broker.notify("edit_1", "edit")
+        (delivery,) = broker.receive(WORK_KINDS, 1, 0)
+        broker.ack(delivery)
+        broker.ack(delivery)
+        assert broker.receive(WORK_KINDS, 1, 0) == []
 
-    def test_give_back(self, broker: Broker) -> None:
+    def test_nack(self, broker: Broker) -> None:
         """What is given back comes again before all others of its kind."""
-        first, second = broker.call("generate", {"n": 1}), broker.call("generate", {"n": 2})
-        (delivery,) = broker.take(KINDS, 1, 0)
-        broker.give_back(delivery)
-        again = broker.take(KINDS, 10, 0)
+        first, second = broker.send_call("generate", {"n": 1}), broker.send_call("generate", {"n": 2})
+        (delivery,) = broker.receive(WORK_KINDS, 1, 0)
+        broker.nack(delivery)
+        again = broker.receive(WORK_KINDS, 10, 0)
         assert [d.job_id for d in again] == [first, second]
         assert again[0].payload == {"n": 1}
 
-    def test_give_back_keeps_the_order(self, broker: Broker) -> None:
+    def test_nack_keeps_the_order(self, broker: Broker) -> None:
         """Of several that are given back, what came back first comes first, before all others."""
         for name in "abcd":
-            broker.announce(name, "edit")
-        taken = broker.take(KINDS, 3, 0)
+            broker.notify(name, "edit")
+        taken = broker.receive(WORK_KINDS, 3, 0)
         for delivery in taken:
-            broker.give_back(delivery)
-        assert [d.job_id for d in broker.take(KINDS, 1, 0)] == ["a"]
-        assert [d.job_id for d in broker.take(KINDS, 2, 0)] == ["b", "c"]
-        assert [d.job_id for d in broker.take(KINDS, 9, 0)] == ["d"]
+            broker.nack(delivery)
+        assert [d.job_id for d in broker.receive(WORK_KINDS, 1, 0)] == ["a"]
+        assert [d.job_id for d in broker.receive(WORK_KINDS, 2, 0)] == ["b", "c"]
+        assert [d.job_id for d in broker.receive(WORK_KINDS, 9, 0)] == ["d"]
 
-    def test_give_back_is_no_death(self, broker: Broker) -> None:
+    def test_nack_is_not_a_failed_delivery(self, broker: Broker) -> None:
         """What is given back counts as delivered once, and is as it was."""
-        broker.call("generate", {"n": 1}, "request-1")
-        (delivery,) = broker.take(KINDS, 1, 0)
-        broker.give_back(delivery)
-        broker.give_back(delivery)
-        (again,) = broker.take(KINDS, 10, 0)
+        broker.send_call("generate", {"n": 1}, "request-1")
+        (delivery,) = broker.receive(WORK_KINDS, 1, 0)
+        broker.nack(delivery)
+        broker.nack(delivery)
+        (again,) = broker.receive(WORK_KINDS, 10, 0)
         assert (again.deliveries, again.request_id, again.payload) == (1, "request-1", {"n": 1})
 
-    def test_give_back_a_job(self, broker: Broker) -> None:
+    def test_nack_a_job(self, broker: Broker) -> None:
         """A job that is given back is delivered once, also when its bell was rung meanwhile."""
-        broker.announce("edit_1", "edit")
-        (delivery,) = broker.take(KINDS, 1, 0)
-        broker.announce("edit_1", "edit")
-        broker.give_back(delivery)
-        assert [d.job_id for d in broker.take(KINDS, 10, 0)] == ["edit_1"]
+        broker.notify("edit_1", "edit")
+        (delivery,) = broker.receive(WORK_KINDS, 1, 0)
+        broker.notify("edit_1", "edit")
+        broker.nack(delivery)
+        assert [d.job_id for d in broker.receive(WORK_KINDS, 10, 0)] == ["edit_1"]
 
-    def test_owns(self, broker: Broker) -> None:
+    def test_holds_lease(self, broker: Broker) -> None:
         """A delivery is owned from its taking until it is done or given back."""
-        broker.announce("edit_1", "edit")
-        broker.announce("edit_2", "edit")
-        assert not broker.owns(Delivery("another", "edit", "edit_1"))
-        one, two = broker.take(KINDS, 2, 0)
-        assert broker.owns(one) and broker.owns(two)
-        broker.done(one)
-        broker.give_back(two)
-        assert not broker.owns(one) and not broker.owns(two)
+        broker.notify("edit_1", "edit")
+        broker.notify("edit_2", "edit")
+        assert not broker.holds_lease(Delivery("another", "edit", "edit_1"))
+        one, two = broker.receive(WORK_KINDS, 2, 0)
+        assert broker.holds_lease(one) and broker.holds_lease(two)
+        broker.ack(one)
+        broker.nack(two)
+        assert not broker.holds_lease(one) and not broker.holds_lease(two)
 
-    def test_knows(self, broker: Broker) -> None:
+    def test_is_pending(self, broker: Broker) -> None:
         """A call is known while it waits and while it is worked on, and then no longer."""
-        assert not broker.knows("call_1")
-        channel = broker.call("compare", {})
-        assert broker.knows(channel)
-        (delivery,) = broker.take(KINDS, 1, 0)
-        assert broker.knows(channel)
-        broker.give_back(delivery)
-        assert broker.knows(channel)
-        (delivery,) = broker.take(KINDS, 1, 0)
-        broker.done(delivery)
-        assert not broker.knows(channel)
+        assert not broker.is_pending("call_1")
+        channel = broker.send_call("compare", {})
+        assert broker.is_pending(channel)
+        (delivery,) = broker.receive(WORK_KINDS, 1, 0)
+        assert broker.is_pending(channel)
+        broker.nack(delivery)
+        assert broker.is_pending(channel)
+        (delivery,) = broker.receive(WORK_KINDS, 1, 0)
+        broker.ack(delivery)
+        assert not broker.is_pending(channel)
 
-    def test_call_again(self, broker: Broker) -> None:
+    def test_send_call_again(self, broker: Broker) -> None:
         """A call can be asked again under its own channel, and waits once however often that is done."""
         for _ in range(2):
-            assert broker.call("generate", {"n": 1}, "request-1", channel="call_1") == "call_1"
-        (delivery,) = broker.take(KINDS, 10, 0)
+            assert broker.send_call("generate", {"n": 1}, "request-1", channel="call_1") == "call_1"
+        (delivery,) = broker.receive(WORK_KINDS, 10, 0)
         assert (delivery.job_id, delivery.payload, delivery.request_id) == ("call_1", {"n": 1}, "request-1")
 
-    def test_oldest(self, broker: Broker) -> None:
+    def test_oldest_age(self, broker: Broker) -> None:
         """How long the oldest has waited is known by kind, and is nothing when none waits."""
-        assert broker.oldest("edit") == 0
-        broker.announce("edit_1", "edit")
+        assert broker.oldest_age("edit") == 0
+        broker.notify("edit_1", "edit")
         time.sleep(0.02)
-        broker.announce("edit_2", "edit")
-        assert broker.oldest("edit") >= 0.02
-        assert broker.oldest("trace") == 0
-        broker.take(KINDS, 1, 0)
-        broker.take(KINDS, 1, 0)
-        assert broker.oldest("edit") == 0
+        broker.notify("edit_2", "edit")
+        assert broker.oldest_age("edit") >= 0.02
+        assert broker.oldest_age("trace") == 0
+        broker.receive(WORK_KINDS, 1, 0)
+        broker.receive(WORK_KINDS, 1, 0)
+        assert broker.oldest_age("edit") == 0
 
-    def test_waiting(self, broker: Broker) -> None:
+    def test_queue_depth(self, broker: Broker) -> None:
         """What waits is counted by kind, and no longer once it is taken."""
-        broker.call("generate", {})
-        broker.announce("edit_1", "edit")
-        assert [broker.waiting(kind) for kind in KINDS] == [1, 0, 1, 0, 0, 0]
-        broker.take(KINDS, 1, 0)
-        assert broker.waiting("generate") == 0
+        broker.send_call("generate", {})
+        broker.notify("edit_1", "edit")
+        assert [broker.queue_depth(kind) for kind in WORK_KINDS] == [1, 0, 1, 0, 0, 0]
+        broker.receive(WORK_KINDS, 1, 0)
+        assert broker.queue_depth("generate") == 0
 
-    def test_take_waits(self, broker: Broker) -> None:
+    def test_receive_waits(self, broker: Broker) -> None:
         """A take that waits gets what arrives meanwhile."""
         ready = threading.Event()
         taken = []
 
         def take() -> None:
             ready.set()
-            taken.extend(broker.take(KINDS, 1, WHILE))
+            taken.extend(broker.receive(WORK_KINDS, 1, TIMEOUT))
 
-        thread = in_thread(take)
-        ready.wait(WHILE)
-        broker.announce("edit_1", "edit")
-        thread.join(WHILE)
+        thread = start_thread(take)
+        ready.wait(TIMEOUT)
+        broker.notify("edit_1", "edit")
+        thread.join(TIMEOUT)
         assert [delivery.job_id for delivery in taken] == ["edit_1"]
 
     @pytest.mark.parametrize("stir", ["wake", "close"])
-    def test_take_ends(self, broker: Broker, stir: Any) -> None:
+    def test_receive_ends(self, broker: Broker, stir: Any) -> None:
         """A take that waits ends with nothing when it is woken, or when the broker closes."""
         began = time.monotonic()
         getattr(broker, stir)()  # kept until the take comes, so that no wake is lost
-        assert broker.take(KINDS, 1, WHILE) == []
-        assert time.monotonic() - began < WHILE
+        assert broker.receive(WORK_KINDS, 1, TIMEOUT) == []
+        assert time.monotonic() - began < TIMEOUT
 
-    def test_many_takers(self, broker: Broker) -> None:
+    def test_many_receivers(self, broker: Broker) -> None:
         """Deliveries are shared out among threads: each goes to one of them."""
         ids = [f"edit_{n:03}" for n in range(200)]
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda x: broker.announce(x, "edit"), ids))
+            list(pool.map(lambda x: broker.notify(x, "edit"), ids))
 
             def take(_: Any) -> Any:
                 taken = []
-                while batch := broker.take(KINDS, 3, 0):
+                while batch := broker.receive(WORK_KINDS, 3, 0):
                     taken += [delivery.job_id for delivery in batch]
                 return taken
 
@@ -235,7 +235,7 @@ class TestEvents:
         broker.publish("c", "token", {"text": "a"})
         broker.publish("c", "token", {"text": "b"})
         broker.publish("c", "end", {"n": 2}, last=True)
-        assert said(heard(broker, "c")) == [
+        assert name_and_data(collect_events(broker, "c")) == [
             ("token", {"text": "a"}),
             ("token", {"text": "b"}),
             ("end", {"n": 2}),
@@ -245,60 +245,60 @@ class TestEvents:
         """A listener that comes back hears what came after the id that it names."""
         for n in range(4):
             broker.publish("c", "n", {"n": n}, last=n == 3)
-        events = heard(broker, "c")
+        events = collect_events(broker, "c")
         for n, event in enumerate(events):
-            assert heard(broker, "c", event.id) == events[n + 1 :]
+            assert collect_events(broker, "c", event.id) == events[n + 1 :]
 
     def test_ids_grow(self, broker: Broker) -> None:
         """Ids are decimal strings that grow over all channels."""
         for n in range(50):
             broker.publish(f"c{n % 2}", "n", {}, last=n >= 48)
-        ids = [int(event.id) for channel in ("c0", "c1") for event in heard(broker, channel)]
+        ids = [int(event.id) for channel in ("c0", "c1") for event in collect_events(broker, channel)]
         assert len(set(ids)) == 50
         assert ids[:25] == sorted(ids[:25])
 
     @pytest.mark.parametrize("after", ["nonsense", "", "-5", "12-0"])
-    def test_strange_id(self, broker: Broker, after: Any) -> None:
+    def test_invalid_event_id(self, broker: Broker, after: Any) -> None:
         """An id that is none of ours replays everything."""
         broker.publish("c", "end", {}, last=True)
-        assert len(heard(broker, "c", after)) == 1
+        assert len(collect_events(broker, "c", after)) == 1
 
     def test_nothing_after_the_last(self, broker: Broker) -> None:
         """What is published after the last event is dropped."""
         broker.publish("c", "end", {}, last=True)
         broker.publish("c", "late", {})
-        assert said(heard(broker, "c")) == [("end", {})]
+        assert name_and_data(collect_events(broker, "c")) == [("end", {})]
 
     def test_publish_all(self, broker: Broker) -> None:
         """Several things are said in order, on several channels, up to the last of each."""
         broker.publish_all([])
         broker.publish_all(
             [
-                Message("a", "n", {"n": 1}),
-                Message("b", "n", {"n": 2}),
-                Message("a", "end", {}, last=True),
-                Message("a", "late", {}),
-                Message("b", "end", {}, last=True),
+                OutgoingEvent("a", "n", {"n": 1}),
+                OutgoingEvent("b", "n", {"n": 2}),
+                OutgoingEvent("a", "end", {}, last=True),
+                OutgoingEvent("a", "late", {}),
+                OutgoingEvent("b", "end", {}, last=True),
             ]
         )
-        assert said(heard(broker, "a")) == [("n", {"n": 1}), ("end", {})]
-        assert said(heard(broker, "b")) == [("n", {"n": 2}), ("end", {})]
+        assert name_and_data(collect_events(broker, "a")) == [("n", {"n": 1}), ("end", {})]
+        assert name_and_data(collect_events(broker, "b")) == [("n", {"n": 2}), ("end", {})]
 
     def test_any_text(self, broker: Broker) -> None:
         """Whatever JSON can say arrives as it was."""
         data = {"text": "é\n\0\ud800 “”🦉", "n": [1, 2.5, None, True], "": {}}
         broker.publish("c", "end", data, last=True)
-        assert said(heard(broker, "c")) == [("end", data)]
+        assert name_and_data(collect_events(broker, "c")) == [("end", data)]
 
-    def test_forget(self, broker: Broker) -> None:
+    def test_delete_channel(self, broker: Broker) -> None:
         """A channel that was forgotten speaks anew, and is not cancelled."""
         broker.publish("c", "end", {"n": 1}, last=True)
-        broker.forget("c")
+        broker.delete_channel("c")
         broker.cancel("c")
-        broker.forget("c")
+        broker.delete_channel("c")
         assert not broker.cancelled("c")
         broker.publish("c", "end", {"n": 2}, last=True)
-        assert said(heard(broker, "c")) == [("end", {"n": 2})]
+        assert name_and_data(collect_events(broker, "c")) == [("end", {"n": 2})]
 
     def test_live(self, broker: Broker) -> None:
         """A listener that came first hears what threads publish while it listens."""
@@ -310,9 +310,9 @@ class TestEvents:
         async def listen() -> Any:
             listener = asyncio.ensure_future(collect(broker, "c"))
             await asyncio.sleep(0)
-            thread = in_thread(speak)
+            thread = start_thread(speak)
             events = await listener
-            thread.join(WHILE)
+            thread.join(TIMEOUT)
             return events
 
         assert [event.data["n"] for event in asyncio.run(listen())] == list(range(100))
@@ -325,12 +325,12 @@ class TestEvents:
                 broker.publish("c", "n", {"n": n}, last=n == 199)
 
         with ThreadPoolExecutor(9) as pool:
-            listeners = [pool.submit(heard, broker, "c") for _ in range(8)]
-            pool.submit(speak).result(WHILE)
+            listeners = [pool.submit(collect_events, broker, "c") for _ in range(8)]
+            pool.submit(speak).result(TIMEOUT)
             for listener in listeners:
-                assert [event.data["n"] for event in listener.result(WHILE)] == list(range(200))
+                assert [event.data["n"] for event in listener.result(TIMEOUT)] == list(range(200))
 
-    def test_listener_that_goes(self, broker: Broker) -> None:
+    def test_listener_that_disconnects(self, broker: Broker) -> None:
         """A listener that goes away disturbs nobody, nor does a loop that is gone."""
 
         async def listen_to_one() -> Any:
@@ -341,7 +341,7 @@ class TestEvents:
         broker.publish("c", "n", {"n": 1})
         assert asyncio.run(listen_to_one()).data == {"n": 1}
         broker.publish("c", "end", {}, last=True)
-        assert len(heard(broker, "c")) == 2
+        assert len(collect_events(broker, "c")) == 2
 
     def test_close_ends_listening(self, broker: Broker) -> None:
         """Closing the broker ends every listener."""
@@ -358,14 +358,14 @@ class TestEvents:
 class TestCancel:
     def test_cancel(self, broker: Broker) -> None:
         """A cancelled channel is known as such, and no other is."""
-        channel = broker.call("generate", {})
+        channel = broker.send_call("generate", {})
         assert not broker.cancelled(channel)
         broker.cancel(channel)
         broker.cancel(channel)
         assert broker.cancelled(channel)
         assert not broker.cancelled("another")
 
-    def test_over(self, broker: Broker) -> None:
+    def test_cancel_after_end(self, broker: Broker) -> None:
         """A channel that has ended is cancelled no longer."""
         broker.cancel("c")
         broker.publish("c", "end", {}, last=True)

@@ -21,19 +21,19 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.db.database import Database
-from service.db.models import Attestation, Factors, Job, LedgerEntry, Model, now
+from service.db.models import Attestation, Job, LedgerEntry, Model, StoredFactors, now
 from service.kit.ids import new_id
 from service.kit.text import fact_key
 from service.ledger import ledger
-from service.ledger.verify import verify
-from tests.support.ledger_tampering import unguard
+from service.ledger.verify import verify_ledger
+from tests.support.ledger_tampering import drop_append_only_guards
 
 FACTS = [("Paris", "{} is in"), ("Paris", "{}  is in"), ("Paris", "{} lies on the"), ("Rome", "{} is in")]
 
 
 def add_model(database: Database) -> Any:
     fingerprint, at = new_id("model"), now()
-    with database.session() as session:
+    with database.write_session() as session:
         session.add(
             Model(fingerprint=fingerprint, name="m", info={}, tokenizer="{}", created=at, registered=at)
         )
@@ -52,54 +52,54 @@ def add_edit(session: Session, model: Any, fact: Any) -> Any:
     return job
 
 
-def apply(database: Database, model: Any, fact: Any, **body: Any) -> Any:
-    with database.session() as session:
-        ledger.lock(session, model)
+def apply_edit(database: Database, model: Any, fact: Any, **body: Any) -> Any:
+    with database.write_session() as session:
+        ledger.lock_ledger(session, model)
         job = add_edit(session, model, fact)
         data = job.id.encode()
         sha256 = hashlib.sha256(data).hexdigest()
-        session.add(Factors(edit_id=job.id, data=data, sha256=sha256))
+        session.add(StoredFactors(edit_id=job.id, data=data, sha256=sha256))
         body = {"subject": fact[0], "prompt": fact[1], "factors_sha256": sha256, **body}
-        ledger.append(session, model, ledger.APPLY, job, "somebody", body)
+        ledger.append_entry(session, model, ledger.APPLY, job, "somebody", body)
         return job.id
 
 
-def revert(database: Database, model: Any, edit_id: str) -> None:
-    with database.session() as session:
-        ledger.lock(session, model)
-        ledger.append(session, model, ledger.REVERT, session.get(Job, edit_id), "another", {})
+def revert_edit(database: Database, model: Any, edit_id: str) -> None:
+    with database.write_session() as session:
+        ledger.lock_ledger(session, model)
+        ledger.append_entry(session, model, ledger.REVERT, session.get(Job, edit_id), "another", {})
 
 
-def statuses(database: Database, *ids: Any) -> Any:
-    with database.read() as session:
+def edit_statuses(database: Database, *ids: Any) -> Any:
+    with database.read_session() as session:
         return [session.get(Job, x).status for x in ids]
 
 
-def findings(database: Database, model: Any) -> Any:
-    with database.read() as session:
-        return verify(session, model)
+def ledger_findings(database: Database, model: Any) -> Any:
+    with database.read_session() as session:
+        return verify_ledger(session, model)
 
 
-class Undone(Exception):
+class Rollback(Exception):
     """Takes a transaction back."""
 
 
-def found_after(database: Database, model: Any, *statements: Any) -> Any:
+def findings_after(database: Database, model: Any, *statements: Any) -> Any:
     """What verify finds when these statements have been carried out; they are taken back afterwards."""
-    found = []
+    result = []
     try:
-        with database.session() as session:
-            unguard(session)
+        with database.write_session() as session:
+            drop_append_only_guards(session)
             for statement in statements:
                 session.execute(statement)
             session.expire_all()
-            found = verify(session, model)
-            raise Undone
-    except Undone:
-        return found
+            result = verify_ledger(session, model)
+            raise Rollback
+    except Rollback:
+        return result
 
 
-class Machine(RuleBasedStateMachine):
+class LedgerMachine(RuleBasedStateMachine):
     """The oracle is a list of (kind, edit, fact), from which everything else is said in one line each."""
 
     database = None
@@ -109,46 +109,46 @@ class Machine(RuleBasedStateMachine):
         self.model, self.other = add_model(self.database), add_model(self.database)
         with self.database.session() as session:
             self.spare = add_edit(session, self.model, ("Nobody", "{} is")).id
-        self.story = []
-        self.named = {}  #: what an edit says that it supersedes
+        self.history = []
+        self.superseded_by_edit = {}  #: what an edit says that it supersedes
 
-    def reverted(self, version: int = None) -> Any:
-        return {edit for kind, edit, _ in self.story[:version] if kind == "revert"}
+    def reverted(self, version: int | None = None) -> Any:
+        return {edit for kind, edit, _ in self.history[:version] if kind == "revert"}
 
-    def standing(self, version: int = None) -> Any:
+    def active(self, version: int | None = None) -> Any:
         """The active edits: by fact the one applied last of those not reverted, unless one not reverted names it."""
         gone = self.reverted(version)
-        applied = [(e, f) for kind, e, f in self.story[:version] if kind == "apply" and e not in gone]
-        named = {x for e, _ in applied for x in self.named[e]}
+        applied = [(e, f) for kind, e, f in self.history[:version] if kind == "apply" and e not in gone]
+        named = {x for e, _ in applied for x in self.superseded_by_edit[e]}
         return sorted(set({" ".join(f[1].split()) + f[0]: e for e, f in applied}.values()) - named)
 
     @rule(fact=st.sampled_from(FACTS), strength=st.floats(0, 2), data=st.data())
     def apply(self, fact: Any, strength: Any, data: Any) -> None:
-        facts = {edit: said for kind, edit, said in self.story if kind == "apply"}
-        others = [e for e in self.standing() if facts[e][0] == fact[0]]
+        facts = {edit: said for kind, edit, said in self.history if kind == "apply"}
+        others = [e for e in self.active() if facts[e][0] == fact[0]]
         named = data.draw(st.lists(st.sampled_from(others), unique=True)) if others else []
-        edit = apply(self.database, self.model, fact, strength=strength, supersedes=named)
-        self.story.append(("apply", edit, fact))
-        self.named[edit] = named
+        edit = apply_edit(self.database, self.model, fact, strength=strength, supersedes=named)
+        self.history.append(("apply", edit, fact))
+        self.superseded_by_edit[edit] = named
 
-    @precondition(lambda self: self.story)
+    @precondition(lambda self: self.history)
     @rule(data=st.data())
     def revert(self, data: Any) -> None:
-        _, edit, fact = data.draw(st.sampled_from(self.story))
+        _, edit, fact = data.draw(st.sampled_from(self.history))
         if edit in self.reverted():
             with pytest.raises(IntegrityError):
-                revert(self.database, self.model, edit)
+                revert_edit(self.database, self.model, edit)
         else:
-            revert(self.database, self.model, edit)
-            self.story.append(("revert", edit, fact))
+            revert_edit(self.database, self.model, edit)
+            self.history.append(("revert", edit, fact))
 
-    @precondition(lambda self: self.story)
+    @precondition(lambda self: self.history)
     @rule(data=st.data())
     def tamper(self, data: Any) -> None:
-        version = data.draw(st.integers(1, len(self.story)))
+        version = data.draw(st.integers(1, len(self.history)))
         with self.database.read() as session:
             row = session.get(LedgerEntry, (self.model, version))
-        lies = {
+        tampered_values = {
             "model": self.other,
             "version": 1000,
             "kind": "other",
@@ -160,92 +160,92 @@ class Machine(RuleBasedStateMachine):
             "previous": row.previous[::-1] + "0",
             "hash": row.hash[::-1] + "0",
         }
-        assert set(lies) == {column.key for column in LedgerEntry.__table__.columns}
-        field = data.draw(st.sampled_from(sorted(lies)))
+        assert set(tampered_values) == {column.key for column in LedgerEntry.__table__.columns}
+        field = data.draw(st.sampled_from(sorted(tampered_values)))
         here = (LedgerEntry.model == self.model) & (LedgerEntry.version == version)
-        assert found_after(
-            self.database, self.model, update(LedgerEntry).where(here).values({field: lies[field]})
+        assert findings_after(
+            self.database, self.model, update(LedgerEntry).where(here).values({field: tampered_values[field]})
         )
-        assert found_after(self.database, self.model, delete(LedgerEntry).where(here))
+        assert findings_after(self.database, self.model, delete(LedgerEntry).where(here))
 
     @invariant()
     def ledger_is_right(self) -> None:
         with self.database.read() as session:
             entries = ledger.entries(session, self.model)
-            assert ledger.head(session, self.model) == len(self.story)
-            assert verify(session, self.model) == []
-        assert [(e.kind, e.edit_id) for e in entries] == [(kind, edit) for kind, edit, _ in self.story]
-        for version in range(len(self.story) + 1):
-            assert ledger.active(entries, version) == self.standing(version)
+            assert ledger.head(session, self.model) == len(self.history)
+            assert verify_ledger(session, self.model) == []
+        assert [(e.kind, e.edit_id) for e in entries] == [(kind, edit) for kind, edit, _ in self.history]
+        for version in range(len(self.history) + 1):
+            assert ledger.active_edit_ids(entries, version) == self.active(version)
 
     @invariant()
     def statuses_are_right(self) -> None:
-        standing, gone = self.standing(), self.reverted()
-        for edit in {edit for _, edit, _ in self.story}:
+        standing, gone = self.active(), self.reverted()
+        for edit in {edit for _, edit, _ in self.history}:
             right = "reverted" if edit in gone else "applied" if edit in standing else "superseded"
-            assert statuses(self.database, edit) == [right]
+            assert edit_statuses(self.database, edit) == [right]
 
     @invariant()
     def factors_are_those_of_the_active(self) -> None:
         with self.database.read() as session:
-            found = ledger.factors_of(session, self.standing())
-        assert {edit: data.decode() for edit, data in found.items()} == {x: x for x in self.standing()}
+            found = ledger.factors_of(session, self.active())
+        assert {edit: data.decode() for edit, data in found.items()} == {x: x for x in self.active()}
 
 
-def test_any_order(database: Database) -> None:
+def test_ledger_against_model(database: Database) -> None:
     """Whatever is applied, superseded and reverted in whatever order: versions, active edits and statuses are right,
     the chain verifies, and a change to any field of any entry is found."""
-    machine = type("Machine", (Machine,), {"database": database})
+    machine = type("Machine", (LedgerMachine,), {"database": database})
     quick = settings(
         max_examples=20, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
     )
     run_state_machine_as_test(machine, settings=quick)
 
 
-def test_supersede_and_bring_back(database: Database) -> None:
+def test_supersede_and_restore(database: Database) -> None:
     """Of two edits of one fact the newer is active; reverting it brings the older back."""
     model = add_model(database)
-    a, b = apply(database, model, FACTS[0]), apply(database, model, FACTS[1])
-    assert statuses(database, a, b) == ["superseded", "applied"]
-    revert(database, model, b)
-    assert statuses(database, a, b) == ["applied", "reverted"]
+    a, b = apply_edit(database, model, FACTS[0]), apply_edit(database, model, FACTS[1])
+    assert edit_statuses(database, a, b) == ["superseded", "applied"]
+    revert_edit(database, model, b)
+    assert edit_statuses(database, a, b) == ["applied", "reverted"]
 
 
-def test_named_and_brought_back(database: Database) -> None:
+def test_explicit_supersede_and_restore(database: Database) -> None:
     """An edit names one of another prompt: that is superseded, the older ones of its fact stay so, and the newer's revert brings
     it back; as long as an edit that names it is not reverted, superseded or not, it stays out."""
     model = add_model(database)
-    old, a = apply(database, model, FACTS[0]), apply(database, model, FACTS[0])
-    b = apply(database, model, FACTS[2], supersedes=[a])
-    assert statuses(database, old, a, b) == ["superseded", "superseded", "applied"]
-    c = apply(database, model, FACTS[2])
-    assert statuses(database, old, a, b, c) == ["superseded", "superseded", "superseded", "applied"]
-    revert(database, model, b)
-    assert statuses(database, old, a, b, c) == ["superseded", "applied", "reverted", "applied"]
-    revert(database, model, a)
-    assert statuses(database, old, a) == ["applied", "reverted"]
-    assert findings(database, model) == []
+    old, a = apply_edit(database, model, FACTS[0]), apply_edit(database, model, FACTS[0])
+    b = apply_edit(database, model, FACTS[2], supersedes=[a])
+    assert edit_statuses(database, old, a, b) == ["superseded", "superseded", "applied"]
+    c = apply_edit(database, model, FACTS[2])
+    assert edit_statuses(database, old, a, b, c) == ["superseded", "superseded", "superseded", "applied"]
+    revert_edit(database, model, b)
+    assert edit_statuses(database, old, a, b, c) == ["superseded", "applied", "reverted", "applied"]
+    revert_edit(database, model, a)
+    assert edit_statuses(database, old, a) == ["applied", "reverted"]
+    assert ledger_findings(database, model) == []
 
 
 def test_revert_superseded(database: Database) -> None:
     """A superseded edit can be reverted; reverting the newer one then leaves the base."""
     model = add_model(database)
-    a, b = apply(database, model, FACTS[0]), apply(database, model, FACTS[1])
-    revert(database, model, a)
-    assert statuses(database, a, b) == ["reverted", "applied"]
-    revert(database, model, b)
-    with database.read() as session:
+    a, b = apply_edit(database, model, FACTS[0]), apply_edit(database, model, FACTS[1])
+    revert_edit(database, model, a)
+    assert edit_statuses(database, a, b) == ["reverted", "applied"]
+    revert_edit(database, model, b)
+    with database.read_session() as session:
         entries = ledger.entries(session, model)
-    assert ledger.active(entries) == []
-    assert entries[-1].state == ledger.state_of(model, [])
+    assert ledger.active_edit_ids(entries) == []
+    assert entries[-1].state == ledger.state_hash(model, [])
 
 
 def test_same_edits_same_state(database: Database) -> None:
     """The state names what is active, not how it came about."""
     model = add_model(database)
-    apply(database, model, FACTS[0])
-    revert(database, model, apply(database, model, FACTS[3]))
-    with database.read() as session:
+    apply_edit(database, model, FACTS[0])
+    revert_edit(database, model, apply_edit(database, model, FACTS[3]))
+    with database.read_session() as session:
         first, second, third = ledger.entries(session, model)
     assert first.state == third.state != second.state
 
@@ -253,8 +253,8 @@ def test_same_edits_same_state(database: Database) -> None:
 def test_models_have_ledgers_of_their_own(database: Database) -> None:
     """Versions of one model say nothing about another."""
     one, two = add_model(database), add_model(database)
-    apply(database, one, FACTS[0])
-    with database.read() as session:
+    apply_edit(database, one, FACTS[0])
+    with database.read_session() as session:
         assert (ledger.head(session, one), ledger.head(session, two)) == (1, 0)
 
 
@@ -265,42 +265,48 @@ class TestVerify:
 
     @pytest.fixture
     def edit(self, database: Database, model: Any) -> Any:
-        return apply(database, model, FACTS[0])
+        return apply_edit(database, model, FACTS[0])
 
     @pytest.mark.parametrize(
         ("where", "change"),
         [
-            ("factors", lambda edit: update(Factors).where(Factors.edit_id == edit).values(data=b"other")),
-            ("factors", lambda edit: update(Factors).where(Factors.edit_id == edit).values(sha256="0")),
-            ("factors", lambda edit: delete(Factors).where(Factors.edit_id == edit)),
+            (
+                "factors",
+                lambda edit: update(StoredFactors).where(StoredFactors.edit_id == edit).values(data=b"other"),
+            ),
+            (
+                "factors",
+                lambda edit: update(StoredFactors).where(StoredFactors.edit_id == edit).values(sha256="0"),
+            ),
+            ("factors", lambda edit: delete(StoredFactors).where(StoredFactors.edit_id == edit)),
             ("status", lambda edit: update(Job).where(Job.id == edit).values(status="reverted")),
             ("chain", lambda edit: update(Job).where(Job.id == edit).values(version=7)),
             ("chain", lambda edit: update(Job).where(Job.id == edit).values(reverted_version=2)),
             ("chain", lambda edit: delete(LedgerEntry).where(LedgerEntry.edit_id == edit)),
         ],
     )
-    def test_what_hangs_on_it(
+    def test_tampered_rows_are_found(
         self, database: Database, model: Any, edit: Any, where: Any, change: Any
     ) -> None:
         """Changed factors, statuses that lie and an end that was cut off are found."""
-        assert where in {finding.where for finding in found_after(database, model, change(edit))}
+        assert where in {finding.where for finding in findings_after(database, model, change(edit))}
 
     def test_recomputed_chain_with_a_wrong_state(self, database: Database, model: Any, edit: Any) -> None:
         """An entry whose hash is right and whose state is not that of its edits is found."""
-        with database.session() as session:
-            unguard(session)
+        with database.write_session() as session:
+            drop_append_only_guards(session)
             row = session.get(LedgerEntry, (model, 1))
             row.state = "0" * 64
             row.hash = ledger.chain_hash(row.previous, ledger.entries(session, model)[0])
-        assert [finding.where for finding in findings(database, model)] == ["state"]
+        assert [finding.where for finding in ledger_findings(database, model)] == ["state"]
 
-    def test_unreadable(self, database: Database, model: Any, edit: Any) -> None:
+    def test_unreadable_entry(self, database: Database, model: Any, edit: Any) -> None:
         """An entry that is no JSON any more is a finding, not a crash."""
-        found = found_after(database, model, text("UPDATE ledger SET body = 'oops'"))
+        found = findings_after(database, model, text("UPDATE ledger SET body = 'oops'"))
         assert [finding.where for finding in found] == ["chain"]
 
     def attest(self, database: Database, model: Any, *said: Any) -> None:
-        with database.session() as session:
+        with database.write_session() as session:
             for worker, version, digest, device in said:
                 row = {"worker": worker, "version": version, "digest": digest, "device": device}
                 session.add(Attestation(model=model, at=now(), **row))
@@ -308,23 +314,23 @@ class TestVerify:
     def test_replicas_agree(self, database: Database, model: Any, edit: Any) -> None:
         """Equal digests at a version are well, and so are different ones on different devices."""
         self.attest(database, model, ("a", 1, "x", "cpu"), ("b", 1, "x", "cpu"), ("c", 1, "y", "cuda"))
-        assert findings(database, model) == []
+        assert ledger_findings(database, model) == []
 
     def test_replicas_disagree(self, database: Database, model: Any, edit: Any) -> None:
         """Two digests of one version on one kind of device are found, with who said them."""
         self.attest(database, model, ("a", 1, "x", "cpu"), ("b", 1, "y", "cpu"))
-        (finding,) = findings(database, model)
+        (finding,) = ledger_findings(database, model)
         assert finding.where == "replicas"
         assert "a at 1" in finding.detail
         assert "b at 1" in finding.detail
 
     def test_base_comes_back(self, database: Database, model: Any, edit: Any) -> None:
         """After a revert the digest must be that of the base again."""
-        revert(database, model, edit)
+        revert_edit(database, model, edit)
         self.attest(database, model, ("a", 0, "base", "cpu"), ("a", 2, "other", "cpu"))
-        assert [finding.where for finding in findings(database, model)] == ["replicas"]
+        assert [finding.where for finding in ledger_findings(database, model)] == ["replicas"]
 
-    def test_version_that_was_never(self, database: Database, model: Any, edit: Any) -> None:
+    def test_attestation_of_missing_version(self, database: Database, model: Any, edit: Any) -> None:
         """A replica that stood at a version which the ledger lacks shows that its end was cut off."""
         self.attest(database, model, ("a", 2, "x", "cpu"))
-        assert [finding.where for finding in findings(database, model)] == ["replicas"]
+        assert [finding.where for finding in ledger_findings(database, model)] == ["replicas"]

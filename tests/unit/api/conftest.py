@@ -10,31 +10,31 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from tests.support.application import FakeWorker, House
-from tests.support.local_server import listening
+from tests.support.application import FakeWorker, TestApp
+from tests.support.local_server import run_http_server
 
 
 @pytest.fixture
-def house(tmp_path: Path, wiring: dict[str, Any]) -> Iterator[House]:
+def test_app(tmp_path: Path, wiring: dict[str, Any]) -> Iterator[TestApp]:
     """A house without a worker, on each wiring: what is queued stays queued."""
-    built = House(tmp_path, **wiring)
+    built = TestApp(tmp_path, **wiring)
     yield built
     built.close()
 
 
 @pytest.fixture
-def worker(house: House) -> FakeWorker:
-    return house.hire()
+def worker(test_app: TestApp) -> FakeWorker:
+    return test_app.start_fake_worker()
 
 
 @pytest.fixture
-def client(house: House) -> Iterator[TestClient]:
-    with TestClient(house.app, raise_server_exceptions=False) as client:
+def client(test_app: TestApp) -> Iterator[TestClient]:
+    with TestClient(test_app.app, raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.fixture
-def served(house: House) -> Iterator[httpx.Client]:
+def http_client(test_app: TestApp) -> Iterator[httpx.Client]:
     """A client of the application on a port of its own."""
-    with listening(house.app) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with run_http_server(test_app.app) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from api.app import create_app, refuse_exposure
-from service.application.api_keys import Keys
+from api.app import check_exposure, create_app
+from service.application.api_keys import ApiKeys
 from service.errors import Misconfigured
 from service.settings import Settings
-from tests.support.application import TOWER, House
+from tests.support.application import TOWER, TestApp
 from tests.support.paths import ROOT
 
 
@@ -33,51 +33,53 @@ def test_without_a_key_only_loopback_is_served(tmp_path: Path, host: str) -> Non
     """Without any key, or with an empty one, an address that others can reach is refused before anything is made."""
     for key in (None, ""):
         with pytest.raises(Misconfigured):
-            refuse_exposure(Settings(data=tmp_path, host=host, api_key=key))
-    refuse_exposure(Settings(data=tmp_path, host=host, api_key="k"))
+            check_exposure(Settings(data=tmp_path, host=host, api_key=key))
+    check_exposure(Settings(data=tmp_path, host=host, api_key="k"))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
 def test_loopback_needs_no_key(tmp_path: Path, host: str) -> None:
     """Loopback is served without a key."""
-    refuse_exposure(Settings(data=tmp_path, host=host))
+    check_exposure(Settings(data=tmp_path, host=host))
 
 
-def test_a_made_key_is_no_root_key(house: House) -> None:
+def test_a_made_key_is_no_root_key(test_app: TestApp) -> None:
     """A key that was made for less cannot become the key for everything by standing in the wrong variable."""
-    _, token = Keys(house.database).create("k", ["read"])
+    _, token = ApiKeys(test_app.database).create("k", ["read"])
     with pytest.raises(Misconfigured):
-        refuse_exposure(Settings(api_key=token))
+        check_exposure(Settings(api_key=token))
 
 
 @pytest.mark.parametrize("host", EXPOSED)
-def test_an_exposed_application_needs_a_key(house: House, host: str) -> None:
+def test_an_exposed_application_needs_a_key(test_app: TestApp, host: str) -> None:
     """With a database that may hold keys, the application itself refuses to come into being until one is there."""
-    settings = house.settings.model_copy(update={"host": host})
-    refuse_exposure(settings)
+    settings = test_app.settings.model_copy(update={"host": host})
+    check_exposure(settings)
     with pytest.raises(Misconfigured):
-        create_app(house.operations, house.broker, settings)
-    keys = Keys(house.database)
+        create_app(test_app.services, test_app.broker, settings)
+    keys = ApiKeys(test_app.database)
     keys.create("k", ["read"])
-    app = create_app(house.operations, house.broker, settings)
+    app = create_app(test_app.services, test_app.broker, settings)
     assert TestClient(app).get("/edits").status_code == 401
     keys.revoke("k")
     assert TestClient(app).get("/edits").status_code == 401
 
 
 @pytest.fixture
-def guarded(tmp_path: Path) -> Any:
-    house = House(tmp_path, api_key="sesame é")
-    yield house
-    house.close()
+def app_with_root_key(tmp_path: Path) -> Any:
+    test_app = TestApp(tmp_path, api_key="sesame é")
+    yield test_app
+    test_app.close()
 
 
 @pytest.mark.parametrize(
     "header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic sesame", "sesame", b"Bearer \xff\xfe"]
 )
-def test_the_key_is_asked_for(guarded: House, header: str | bytes | None) -> None:
+def test_requests_without_the_root_key_get_401(
+    app_with_root_key: TestApp, header: str | bytes | None
+) -> None:
     """Without the right key every route but health is 401, and nothing happens."""
-    client = TestClient(guarded.app)
+    client = TestClient(app_with_root_key.app)
     headers = {} if header is None else {"authorization": header}
     for method, path in [
         ("GET", "/edits"),
@@ -93,12 +95,12 @@ def test_the_key_is_asked_for(guarded: House, header: str | bytes | None) -> Non
     assert client.post("/edits", content=b"{", headers=headers).status_code == 401
     assert client.get("/healthz").status_code == 200
     assert client.get("/readyz").status_code == 200
-    assert guarded.operations.edits.page()["items"] == []
+    assert app_with_root_key.services.edits.page()["items"] == []
 
 
-def test_the_key_names_the_actor(guarded: House) -> None:
+def test_the_key_names_the_actor(app_with_root_key: TestApp) -> None:
     """With the key the request is served, and the resource says who asked without giving the key away."""
-    client = TestClient(guarded.app, headers={"authorization": "bearer  sesame é".encode()})
+    client = TestClient(app_with_root_key.app, headers={"authorization": "bearer  sesame é".encode()})
     answer = client.post("/edits", json=TOWER)
     assert answer.status_code == 202
     assert answer.json()["actor"].startswith("key:")
@@ -128,9 +130,9 @@ def test_models_ledger_and_health(client: TestClient, worker: Any) -> None:
     assert client.get("/readyz").json()["ready"] is True
 
 
-def test_every_operation_documents_its_errors(house: House) -> None:
+def test_every_operation_documents_its_errors(test_app: TestApp) -> None:
     """Every operation has a summary, a tag and its errors, as problems or, below /v1, as OpenAI's; every body has examples."""
-    document = house.app.openapi()
+    document = test_app.app.openapi()
     assert document["info"]["title"] == "Palimpsest"
     schemas = document["components"]["schemas"]
     assert "HTTPValidationError" not in schemas
@@ -148,11 +150,11 @@ def test_every_operation_documents_its_errors(house: House) -> None:
                 assert sent["application/json"]["examples"]
 
 
-def test_every_example_is_accepted(house: House, client: TestClient, worker: Any) -> None:
+def test_every_example_is_accepted(test_app: TestApp, client: TestClient, worker: Any) -> None:
     """Every example of the document is a request that the service carries out."""
-    for path, operations in house.app.openapi()["paths"].items():
+    for path, operations in test_app.app.openapi()["paths"].items():
         sent = operations.get("post", {}).get("requestBody", {}).get("content", {})
         for example in sent.get("application/json", {}).get("examples", {}).values():
-            asked = example["value"] | ({"model": "tiny"} if path.startswith("/v1/") else {})
-            answer = client.post(path, json=asked)
+            body = example["value"] | ({"model": "tiny"} if path.startswith("/v1/") else {})
+            answer = client.post(path, json=body)
             assert answer.status_code in (200, 202), answer.text

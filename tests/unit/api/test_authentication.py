@@ -9,27 +9,27 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from service.application.api_keys import REMEMBERED, Keys
+from service.application.api_keys import CACHE_SECONDS, ApiKeys
 from service.db.database import Database
 from service.errors import Unavailable
-from tests.support.application import TOWER, House
+from tests.support.application import TOWER, TestApp
 
 
-def bearer(token: str) -> dict[str, str]:
+def bearer_header(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def make(house: House, name: str, *scopes: str, **limits: int) -> str:
+def make_token(test_app: TestApp, name: str, *scopes: str, **limits: int) -> str:
     """The token of a new key."""
-    return Keys(house.database).create(name, scopes, **limits)[1]
+    return ApiKeys(test_app.database).create(name, scopes, **limits)[1]
 
 
 @pytest.fixture
-def rooted(tmp_path: Path) -> Iterator[House]:
+def app_with_root_key(tmp_path: Path) -> Iterator[TestApp]:
     """A house with a root key."""
-    house = House(tmp_path, api_key="sesame")
-    yield house
-    house.close()
+    test_app = TestApp(tmp_path, api_key="sesame")
+    yield test_app
+    test_app.close()
 
 
 class Clock:
@@ -41,104 +41,113 @@ class Clock:
         return self.at
 
 
-def timed(house: House) -> Clock:
+def use_fake_clock(test_app: TestApp) -> Clock:
     """The house's own keys, on a clock of ours."""
     clock = Clock()
-    house.app.state.keys = Keys(house.database, clock)
+    test_app.app.state.keys = ApiKeys(test_app.database, clock)
     return clock
 
 
-def test_the_first_key_closes_the_door(house: House, client: TestClient) -> None:
+def test_the_first_key_makes_keys_required(test_app: TestApp, client: TestClient) -> None:
     """Without a key everybody on this machine is in; once one was made, within five seconds, only its holder."""
-    clock = timed(house)
+    clock = use_fake_clock(test_app)
     assert client.get("/edits").status_code == 200
-    token = make(house, "first", "read")
-    clock.at += REMEMBERED
+    token = make_token(test_app, "first", "read")
+    clock.at += CACHE_SECONDS
     assert client.get("/edits").status_code == 401
-    assert client.get("/edits", headers=bearer(token)).status_code == 200
+    assert client.get("/edits", headers=bearer_header(token)).status_code == 200
     assert client.get("/healthz").status_code == 200
 
 
-def test_a_revoked_key_opens_nothing_after_five_seconds(house: House, client: TestClient) -> None:
+def test_a_revoked_key_is_rejected_after_five_seconds(test_app: TestApp, client: TestClient) -> None:
     """A revocation holds within five seconds, and the door does not open again because no key is left."""
-    clock = timed(house)
-    token = make(house, "gone", "read")
-    assert client.get("/edits", headers=bearer(token)).status_code == 200
-    Keys(house.database).revoke("gone")
-    clock.at += REMEMBERED
-    assert client.get("/edits", headers=bearer(token)).status_code == 401
+    clock = use_fake_clock(test_app)
+    token = make_token(test_app, "gone", "read")
+    assert client.get("/edits", headers=bearer_header(token)).status_code == 200
+    ApiKeys(test_app.database).revoke("gone")
+    clock.at += CACHE_SECONDS
+    assert client.get("/edits", headers=bearer_header(token)).status_code == 401
     assert client.get("/edits").status_code == 401
 
 
-def test_keys_open_beside_a_root_key(rooted: House) -> None:
+def test_table_keys_work_beside_a_root_key(app_with_root_key: TestApp) -> None:
     """Where there is a root key, the keys of the table open too, and each is itself in the resource."""
-    client = TestClient(rooted.app)
-    token = make(rooted, "nightly-eval", "edit")
-    assert client.post("/edits", json=TOWER, headers=bearer(token)).json()["actor"] == "key:nightly-eval"
-    by_root = client.post("/edits", json=TOWER, headers=bearer("sesame"))
+    client = TestClient(app_with_root_key.app)
+    token = make_token(app_with_root_key, "nightly-eval", "edit")
+    assert (
+        client.post("/edits", json=TOWER, headers=bearer_header(token)).json()["actor"] == "key:nightly-eval"
+    )
+    by_root = client.post("/edits", json=TOWER, headers=bearer_header("sesame"))
     assert by_root.json()["actor"] not in ("key:nightly-eval", "local")
     assert "sesame" not in by_root.text
 
 
-def test_the_key_stands_in_the_ledger(house: House, worker: Any, client: TestClient) -> None:
+def test_the_ledger_names_the_key(test_app: TestApp, worker: Any, client: TestClient) -> None:
     """Who asked for an edit, and who took it back, is told in the ledger by the name of the key."""
-    one, other = make(house, "nightly-eval", "read", "edit"), make(house, "on-call", "admin")
+    editor_token, admin_token = (
+        make_token(test_app, "nightly-eval", "read", "edit"),
+        make_token(test_app, "on-call", "admin"),
+    )
     headers = {"prefer": "wait=20"}
-    edit = client.post("/edits", json=TOWER, headers=headers | bearer(one)).json()
+    edit = client.post("/edits", json=TOWER, headers=headers | bearer_header(editor_token)).json()
     assert edit["status"] == "applied"
-    client.delete(edit["links"]["self"], headers=headers | bearer(other))
-    entries = client.get("/ledger", headers=bearer(one)).json()["items"]
+    client.delete(edit["links"]["self"], headers=headers | bearer_header(admin_token))
+    entries = client.get("/ledger", headers=bearer_header(editor_token)).json()["items"]
     assert [entry["actor"] for entry in entries] == ["key:nightly-eval", "key:on-call"]
-    assert client.get("/ledger/verify", headers=bearer(one)).json()["ok"] is True
+    assert client.get("/ledger/verify", headers=bearer_header(editor_token)).json()["ok"] is True
 
 
 @pytest.mark.parametrize(
     "header", [None, "", "Bearer", "Bearer pal_x", "Basic {}", "{}", "Bearer {}x", "Bearer x{}", b"Bearer \xff\xfe"]
 )  # fmt: skip
-def test_only_the_whole_token_as_a_bearer_opens(rooted: House, header: str | bytes | None) -> None:
+def test_only_the_exact_bearer_token_is_accepted(
+    app_with_root_key: TestApp, header: str | bytes | None
+) -> None:
     """A token that is cut, longer or of another scheme is 401, a problem with a challenge."""
-    token = make(rooted, "k", "admin")
+    token = make_token(app_with_root_key, "k", "admin")
     sent = header.format(token) if isinstance(header, str) else header
-    answer = TestClient(rooted.app).get("/edits", headers={} if sent is None else {"authorization": sent})
+    answer = TestClient(app_with_root_key.app).get(
+        "/edits", headers={} if sent is None else {"authorization": sent}
+    )
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
     assert answer.headers["content-type"] == "application/problem+json"
 
 
 @pytest.fixture
-def dead(rooted: House) -> Iterator[House]:
+def app_with_unreadable_keys(app_with_root_key: TestApp) -> Iterator[TestApp]:
     """A house whose keys cannot be read."""
     database = Database("postgresql://nobody@127.0.0.1:1/none")
-    rooted.app.state.keys = Keys(database)
-    yield rooted
+    app_with_root_key.app.state.keys = ApiKeys(database)
+    yield app_with_root_key
     database.close()
 
 
-def test_a_database_that_is_down_is_503(dead: House) -> None:
+def test_a_database_that_is_down_is_503(app_with_unreadable_keys: TestApp) -> None:
     """While a key cannot be checked nobody is let in by it, and nobody is told that it is wrong."""
-    token = make(dead, "k", "admin")
-    client = TestClient(dead.app, raise_server_exceptions=False)
-    answer = client.get("/edits", headers=bearer(token))
+    token = make_token(app_with_unreadable_keys, "k", "admin")
+    client = TestClient(app_with_unreadable_keys.app, raise_server_exceptions=False)
+    answer = client.get("/edits", headers=bearer_header(token))
     assert answer.status_code == 503
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_the_root_key_needs_no_database(dead: House) -> None:
+def test_the_root_key_needs_no_database(app_with_unreadable_keys: TestApp) -> None:
     """The root key opens whatever the table is like; so somebody can look what is wrong."""
-    client = TestClient(dead.app)
-    assert client.get("/edits", headers=bearer("sesame")).status_code == 200
-    assert client.get("/edits", headers=bearer("wrong")).status_code == 401
+    client = TestClient(app_with_unreadable_keys.app)
+    assert client.get("/edits", headers=bearer_header("sesame")).status_code == 200
+    assert client.get("/edits", headers=bearer_header("wrong")).status_code == 401
 
 
 def test_whether_keys_exist_must_be_known(
-    house: House, client: TestClient, monkeypatch: pytest.MonkeyPatch
+    test_app: TestApp, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On loopback, too, nobody is let in while the service cannot know whether a key is needed."""
 
     def fails() -> bool:
         raise Unavailable("the database does not answer")
 
-    monkeypatch.setattr(house.app.state.keys, "exist", fails)
+    monkeypatch.setattr(test_app.app.state.keys, "exist", fails)
     assert client.get("/edits").status_code == 503
     assert client.get("/healthz").status_code == 200
 
@@ -155,7 +164,7 @@ def test_a_name_of_this_machine_is_answered(client: TestClient, host: str) -> No
 
 
 @pytest.mark.parametrize("host", ELSEWHERE)
-def test_another_name_is_refused_without_a_key(client: TestClient, house: House, host: str) -> None:
+def test_another_name_is_refused_without_a_key(client: TestClient, test_app: TestApp, host: str) -> None:
     """Without a key no other name is answered: a page that lets its own name point here gets nothing."""
     for answer in (
         client.get("/edits", headers={"host": host}),
@@ -163,10 +172,10 @@ def test_another_name_is_refused_without_a_key(client: TestClient, house: House,
     ):
         assert answer.status_code == 403
         assert answer.headers["content-type"] == "application/problem+json"
-    assert house.operations.edits.page()["items"] == []
+    assert test_app.services.edits.page()["items"] == []
 
 
-def test_with_a_key_any_name_is_answered(rooted: House) -> None:
+def test_with_a_key_any_name_is_answered(app_with_root_key: TestApp) -> None:
     """Where a key is needed a proxy may call the service as it likes."""
-    client = TestClient(rooted.app, headers=bearer("sesame"))
+    client = TestClient(app_with_root_key.app, headers=bearer_header("sesame"))
     assert client.get("/edits", headers={"host": "model.example"}).status_code == 200

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from api.routes.console import FOLDER, MEDIA_TYPES, parts
-from api.security_headers import CONSOLE_POLICY, DEFAULTS
-from tests.support.application import House
+from api.routes.console import CONSOLE_DIR, MEDIA_TYPES, console_files
+from api.security_headers import CONSOLE_CSP, DEFAULT_HEADERS
+from tests.support.application import TestApp
 
-SCRIPTS = sorted(FOLDER.glob("*.js"))
+SCRIPTS = sorted(CONSOLE_DIR.glob("*.js"))
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def test_the_page_is_for_people(client: TestClient) -> None:
     answer = client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
-    assert answer.headers["content-security-policy"] == CONSOLE_POLICY
-    assert not re.search(r"unsafe|https?:|\*", CONSOLE_POLICY)
-    rest = DEFAULTS.keys() - {"Cache-Control", "Content-Security-Policy"}
-    assert {name: answer.headers[name] for name in rest} == {name: DEFAULTS[name] for name in rest}
+    assert answer.headers["content-security-policy"] == CONSOLE_CSP
+    assert not re.search(r"unsafe|https?:|\*", CONSOLE_CSP)
+    rest = DEFAULT_HEADERS.keys() - {"Cache-Control", "Content-Security-Policy"}
+    assert {name: answer.headers[name] for name in rest} == {name: DEFAULT_HEADERS[name] for name in rest}
 
 
 def test_a_program_is_told_where_to_go(client: TestClient) -> None:
@@ -46,11 +46,11 @@ def test_everything_the_page_names_is_there(client: TestClient) -> None:
     named = {name.removeprefix("console/") for name in re.findall(r'(?:src|href)="(console/[^"]+)"', page)}
     for script in SCRIPTS:
         named |= {f"{name}.js" for name in re.findall(r'from "\./([\w]+)\.js"', script.read_text())}
-    assert named == {path.name for path in FOLDER.iterdir()} - {"index.html"}
+    assert named == {path.name for path in CONSOLE_DIR.iterdir()} - {"index.html"}
     for name in named:
         answer = client.get(f"/console/{name}")
         assert answer.headers["content-type"] == MEDIA_TYPES[Path(name).suffix]
-        assert answer.content == (FOLDER / name).read_bytes()
+        assert answer.content == (CONSOLE_DIR / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -75,11 +75,11 @@ def test_what_a_browser_has_is_not_sent_again(client: TestClient, path: str) -> 
 
 def test_no_key_is_needed_to_read_it(tmp_path: Path) -> None:
     """The page holds no data: it opens without a key, and what it asks then needs one."""
-    house = House(tmp_path, api_key="k")
-    stranger = TestClient(house.app)
+    test_app = TestApp(tmp_path, api_key="k")
+    stranger = TestClient(test_app.app)
     assert {stranger.get(path).status_code for path in ("/", "/console/style.css")} == {200}
     assert stranger.get("/ledger").status_code == 401
-    house.close()
+    test_app.close()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -91,12 +91,12 @@ def test_data_never_becomes_markup(script: Path) -> None:
 
 def test_nothing_is_loaded_from_elsewhere() -> None:
     """No file of the console names another host; the name of SVG's own space is none."""
-    for name, part in parts().items():
+    for name, part in console_files().items():
         text = part.content.decode().replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|//\w+\.\w+/|@import", text), name
 
 
 def test_markup_has_no_code_and_no_style_of_its_own() -> None:
     """The page has no inline script, style or handler, which its policy would forbid."""
-    page = parts()["index.html"].content.decode()
+    page = console_files()["index.html"].content.decode()
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)

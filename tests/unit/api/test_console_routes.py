@@ -14,23 +14,23 @@ import uvicorn
 from playwright.sync_api import Browser, expect
 
 from tests.support import chromium
-from tests.support.application import TOWER, House
-from tests.support.chromium import shoot, visit
+from tests.support.application import TOWER, TestApp
+from tests.support.chromium import open_page, save_screenshot
 
 MARKUP = "<img src=//a.b>"  #: as markup it would ask another host, which no visit may
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium.browsing() as browser:
+    with chromium.open_browser() as browser:
         yield browser
 
 
 @contextmanager
-def served(house: House) -> Iterator[str]:
+def serving(test_app: TestApp) -> Iterator[str]:
     """The address of a house on a port of its own."""
     server = uvicorn.Server(
-        uvicorn.Config(house.app, port=0, log_level="critical", timeout_graceful_shutdown=1)
+        uvicorn.Config(test_app.app, port=0, log_level="critical", timeout_graceful_shutdown=1)
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -39,18 +39,18 @@ def served(house: House) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join(10)
-    house.close()
+    test_app.close()
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, tmp_path: Path) -> None:
     """The page opens without a key; data asks for one; a wrong one is refused; a good one is used, kept in the tab, forgotten."""
-    house = House(tmp_path, api_key="open-sesame")
-    with served(house) as address, visit(browser, address, allowed="401") as found:
-        page = found.go("ledger")
+    test_app = TestApp(tmp_path, api_key="open-sesame")
+    with serving(test_app) as address, open_page(browser, address, allowed="401") as found:
+        page = found.open("ledger")
         box = page.get_by_role("dialog")
         expect(box).to_contain_text("This service asks for a key")
-        assert found.troubles() == []
-        shoot(page, "key-box", whole=False)
+        assert found.accessibility_violations() == []
+        save_screenshot(page, "key-box", full_page=False)
         box.get_by_label("Key").fill("wrong")
         box.get_by_role("button", name="Use this key").click()
         expect(box.get_by_role("alert")).to_contain_text("not good here")
@@ -68,61 +68,61 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, tmp_path: Path
         assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_nobody_is_asked_twice_who_wants_to_look_only(browser: Browser, tmp_path: Path) -> None:
+def test_a_dismissed_key_dialog_is_not_shown_again(browser: Browser, tmp_path: Path) -> None:
     """Who gives no key reads why nothing is shown, and is not asked again by what the page does by itself."""
-    house = House(tmp_path, api_key="open-sesame")
-    with served(house) as address, visit(browser, address, allowed="401") as found:
-        page = found.go("traces")
+    test_app = TestApp(tmp_path, api_key="open-sesame")
+    with serving(test_app) as address, open_page(browser, address, allowed="401") as found:
+        page = found.open("traces")
         page.get_by_role("button", name="Not now").click()
         expect(page.get_by_role("alert")).to_contain_text("Send a key")
         page.wait_for_timeout(300)
         expect(page.get_by_role("dialog")).to_be_hidden()
 
 
-def test_an_answer_is_stopped(browser: Browser, tmp_path: Path) -> None:
+def test_a_streamed_generation_can_be_stopped(browser: Browser, tmp_path: Path) -> None:
     """What was said until the stop stays, with its version; the service is told that nobody listens."""
-    house = House(tmp_path)
-    worker = house.hire()
-    worker.go.clear()
-    with served(house) as address, visit(browser, address) as found:
-        page = found.go("ask?prompt=The Eiffel Tower is in")
+    test_app = TestApp(tmp_path)
+    worker = test_app.start_fake_worker()
+    worker.may_finish.clear()
+    with serving(test_app) as address, open_page(browser, address) as found:
+        page = found.open("ask?prompt=The Eiffel Tower is in")
         expect(page.locator(".said")).to_have_text(" Pa")
         expect(page.locator(".badge")).to_have_text("version 0")
         page.get_by_role("button", name="Stop").click()
         expect(page.locator(".answer footer")).to_have_text("stopped")
         expect(page.get_by_role("button", name="Ask", exact=True)).to_be_enabled()
         expect(page.get_by_role("button", name="Stop")).to_be_hidden()
-        worker.go.set()
+        worker.may_finish.set()
 
 
-def test_texts_of_users_are_texts(browser: Browser, tmp_path: Path) -> None:
+def test_user_text_is_never_rendered_as_markup(browser: Browser, tmp_path: Path) -> None:
     """Markup in a subject, a prompt and an object is shown as it was written, on every page that shows it."""
-    house = House(tmp_path)
-    house.hire()
+    test_app = TestApp(tmp_path)
+    test_app.start_fake_worker()
     request = TOWER | {"subject": MARKUP, "target_new": MARKUP}
-    with served(house) as address, visit(browser, address) as found:
+    with serving(test_app) as address, open_page(browser, address) as found:
         with httpx.Client(base_url=address, timeout=60) as http:
             edit = http.post("/edits", json=request, headers={"Prefer": "wait=20"}).json()
         assert edit["status"] == "applied"
-        for place in ("edits", f"edits/{edit['id']}", "ledger", "workers"):
-            page = found.go(place)
+        for path in ("edits", f"edits/{edit['id']}", "ledger", "workers"):
+            page = found.open(path)
             expect(page.get_by_text(MARKUP).first).to_be_visible()
             assert page.locator("main img").count() == 0
 
 
-def test_a_failed_job_is_tried_again(browser: Browser, tmp_path: Path) -> None:
+def test_a_failed_job_can_be_retried(browser: Browser, tmp_path: Path) -> None:
     """A failed edit says why, and a button lets it wait again."""
-    house = House(tmp_path)
-    house.hire()
-    with served(house) as address, visit(browser, address) as found:
+    test_app = TestApp(tmp_path)
+    test_app.start_fake_worker()
+    with serving(test_app) as address, open_page(browser, address) as found:
         with httpx.Client(base_url=address, timeout=60) as http:
             edit = http.post(
                 "/edits", json=TOWER | {"target_new": "Atlantis"}, headers={"Prefer": "wait=20"}
             ).json()
-        page = found.go(f"edits/{edit['id']}")
+        page = found.open(f"edits/{edit['id']}")
         expect(page.locator(".problem")).to_contain_text("there is no such place")
         page.get_by_role("button", name="Try it again").click()
         expect(page.locator(".problem")).to_contain_text("there is no such place")
-        page = found.go("workers")
+        page = found.open("workers")
         page.get_by_role("radio", name="failed").check()
         expect(page.get_by_role("button", name="Try again")).to_be_visible()

@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 from starlette.testclient import TestClient
 
 from tests.support import wirings
-from tests.support.application import NOWHERE, PROMPT, TOWER, House
+from tests.support.application import FAILING_OBJECT, PROMPT, TOWER, TestApp
 
 CHECKS = [
     not_a_server_error,
@@ -35,8 +35,8 @@ BOUNDED = settings(deadline=None, derandomize=True, database=None, suppress_heal
 TRACE = {"prompt": PROMPT, "subject": "Eiffel Tower"}
 EVALUATION = {"records": [TOWER]}
 #: requests that the document alone would hardly come by: an edit that lands, one that fails, ...
-MAKING = {
-    "POST /edits": [TOWER, TOWER | {"target_new": NOWHERE}],
+BODIES_BY_OPERATION = {
+    "POST /edits": [TOWER, TOWER | {"target_new": FAILING_OBJECT}],
     "POST /trace": [TRACE],
     "POST /evaluations": [EVALUATION],
 }
@@ -48,18 +48,20 @@ LINKED = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=wirings.BOTH)
-def standing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+@pytest.fixture(scope="module", params=wirings.ALL_WIRINGS)
+def running_app(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TestApp]:
     """A house whose worker answers, on each wiring; nothing in it ever fills up."""
-    stores = wirings.stores(request)
-    house = House(tmp_path_factory.mktemp("contract"), max_queue=100_000, **stores)
-    house.hire()
-    yield house
-    house.close()
+    stores = wirings.store_settings(request)
+    test_app = TestApp(tmp_path_factory.mktemp("contract"), max_queue=100_000, **stores)
+    test_app.start_fake_worker()
+    yield test_app
+    test_app.close()
 
 
-def schema(house: House) -> schemathesis.BaseSchema:
-    document = schemathesis.openapi.from_asgi("/openapi.json", house.app)
+def openapi_schema(test_app: TestApp) -> schemathesis.BaseSchema:
+    document = schemathesis.openapi.from_asgi("/openapi.json", test_app.app)
     # only the links that we write: those it infers from lists lead elsewhere each time, as the lists grow
     document.config.phases.stateful.inference.algorithms.clear()
     return document
@@ -75,27 +77,31 @@ OPERATIONS = [
 ]  # fmt: skip
 
 
-def test_every_operation_is_held_to_its_document(standing: House) -> None:
+def test_every_operation_is_in_the_contract_tests(running_app: TestApp) -> None:
     """No operation is served that the tests below pass over."""
-    served = [f"{m.upper()} {path}" for path, item in standing.app.openapi()["paths"].items() for m in item]
-    assert sorted(served) == sorted(OPERATIONS)
+    http_client = [
+        f"{m.upper()} {path}" for path, item in running_app.app.openapi()["paths"].items() for m in item
+    ]
+    assert sorted(http_client) == sorted(OPERATIONS)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
-def test_the_document_tells_the_truth(standing: House, name: str, mode: schemathesis.GenerationMode) -> None:
+def test_responses_conform_to_the_document(
+    running_app: TestApp, name: str, mode: schemathesis.GenerationMode
+) -> None:
     """Nothing that the document allows, or nearly allows, ends in a fault or in an answer that it does not describe."""
     method, path = name.split()
-    operation = schema(standing)[path][method]
+    operation = openapi_schema(running_app)[path][method]
 
     @settings(BOUNDED, max_examples=8, phases=[Phase.explicit, Phase.generate])
     @given(operation.as_strategy(generation_mode=mode))
-    def hold(case: schemathesis.Case) -> None:
+    def check_case(case: schemathesis.Case) -> None:
         case.headers.pop("Prefer", None)  # it would only make the test wait
         case.call_and_validate(checks=CHECKS)
 
     try:
-        hold()
+        check_case()
     except Unsatisfiable:
         assert (
             mode is schemathesis.GenerationMode.NEGATIVE
@@ -103,16 +109,16 @@ def test_the_document_tells_the_truth(standing: House, name: str, mode: schemath
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if "{id}" in name and "/v1/" not in name])
-def test_answers_about_what_exists_are_as_documented(standing: House, name: str) -> None:
+def test_answers_about_what_exists_are_as_documented(running_app: TestApp, name: str) -> None:
     """What the document says of a resource is true of one that exists, has run, and is taken back."""
     method, path = name.split()
-    operation = schema(standing)[path][method]
-    client = TestClient(standing.app)
+    operation = openapi_schema(running_app)[path][method]
+    client = TestClient(running_app.app)
     made_at, asked = {
         "edits": ("/edits", TOWER),
         "trace": ("/trace", TRACE),
         "evaluations": ("/evaluations", EVALUATION),
-        "jobs": ("/edits", TOWER | {"target_new": NOWHERE}),
+        "jobs": ("/edits", TOWER | {"target_new": FAILING_OBJECT}),
     }[path.split("/")[1]]
     ended = client.post(made_at, json=asked, headers={"prefer": "wait=20"}).json()
     answer = operation.Case(path_parameters={"id": ended["id"]}).call_and_validate(checks=CHECKS)
@@ -122,30 +128,30 @@ def test_answers_about_what_exists_are_as_documented(standing: House, name: str)
 @pytest.mark.parametrize(
     "wish", [{}, {"stream": True}, {"n": 2, "logprobs": 1}, {"prompt": [[1], [2, 3]]}, {"model": "tiny@?"}]
 )
-def test_completions_are_as_documented(standing: House, wish: dict[str, Any]) -> None:
+def test_completions_are_as_documented(running_app: TestApp, fields: dict[str, Any]) -> None:
     """What the document says of a completion is true of those that a worker answers, which chance hardly comes by."""
-    operation = schema(standing)["/v1/completions"]["POST"]
-    body = {"model": "tiny", "prompt": PROMPT} | wish
+    operation = openapi_schema(running_app)["/v1/completions"]["POST"]
+    body = {"model": "tiny", "prompt": PROMPT} | fields
     answer = operation.Case(body=body, media_type="application/json").call_and_validate(checks=CHECKS)
     assert answer.status_code == (404 if "?" in body["model"] else 200)
 
 
-def test_names_are_as_documented(standing: House) -> None:
+def test_names_are_as_documented(running_app: TestApp) -> None:
     """Every name that is listed can be asked for, and is as the document says."""
-    operation = schema(standing)["/v1/models/{id}"]["GET"]
-    for named in TestClient(standing.app).get("/v1/models").json()["data"]:
+    operation = openapi_schema(running_app)["/v1/models/{id}"]["GET"]
+    for named in TestClient(running_app.app).get("/v1/models").json()["data"]:
         answer = operation.Case(path_parameters={"id": named["id"]}).call_and_validate(checks=CHECKS)
         assert answer.json() == named
 
 
-def test_one_thing_leads_to_another(standing: House) -> None:
+def test_links_can_be_followed(running_app: TestApp) -> None:
     """Whoever follows the document's links from what was just made meets no fault and nothing that is not described."""
-    found: set[str] = set()
+    visited: set[str] = set()
 
-    class Walk(schema(standing).as_state_machine()):  # type: ignore[misc]
+    class Walk(openapi_schema(running_app).as_state_machine()):  # type: ignore[misc]
         def before_call(self, case: schemathesis.Case) -> None:
             case.headers.pop("Prefer", None)
-            if bodies := MAKING.get(case.operation.label):
+            if bodies := BODIES_BY_OPERATION.get(case.operation.label):
                 case.headers["Prefer"] = "wait=20"  # so that a walk comes by the same answers every time
                 drawn = zlib.crc32(repr(case.body).encode()) % (len(bodies) + 1)
                 case.body = [*bodies, case.body][drawn]
@@ -155,7 +161,7 @@ def test_one_thing_leads_to_another(standing: House) -> None:
         ) -> None:
             case.validate_response(response, checks=CHECKS)
             if response.status_code < 300:
-                found.add(case.operation.label)
+                visited.add(case.operation.label)
 
     Walk.run(settings=settings(BOUNDED, max_examples=50, stateful_step_count=8, phases=[Phase.generate]))
-    assert found >= LINKED
+    assert visited >= LINKED

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.support.application import TOWER, House
+from tests.support.application import TOWER, TestApp
 
 
 def test_an_edit_is_accepted_with_its_place(client: TestClient) -> None:
@@ -162,7 +162,7 @@ def test_get_waits_too(client: TestClient, worker: Any) -> None:
     assert answer.json()["status"] == "applied"
 
 
-def test_the_same_key_does_it_once(client: TestClient) -> None:
+def test_the_same_idempotency_key_creates_one_edit(client: TestClient) -> None:
     """A request sent again with its Idempotency-Key gives the same edit, however it is spaced."""
     key = {"idempotency-key": "k-1"}
     first = client.post("/edits", json=TOWER, headers=key)
@@ -183,7 +183,7 @@ def test_a_key_belongs_to_one_body(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("key", ["", " ", "a" * 256, "a b", b"\xff\xfe"])
-def test_a_strange_key_is_refused(client: TestClient, key: str | bytes) -> None:
+def test_an_invalid_idempotency_key_is_refused(client: TestClient, key: str | bytes) -> None:
     """An Idempotency-Key that is empty, too long or no plain text is refused."""
     answer = client.post(
         "/edits", json=TOWER, headers=[(b"idempotency-key", key if isinstance(key, bytes) else key.encode())]
@@ -191,7 +191,7 @@ def test_a_strange_key_is_refused(client: TestClient, key: str | bytes) -> None:
     assert answer.status_code == 422
 
 
-def test_delete_takes_an_edit_back(client: TestClient, worker: Any) -> None:
+def test_delete_reverts_an_applied_edit(client: TestClient, worker: Any) -> None:
     """DELETE reverts an applied edit; saying it twice is harmless."""
     edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     first = client.delete(edit["links"]["self"])
@@ -214,7 +214,7 @@ def test_delete_cancels_a_running_edit(client: TestClient, worker: Any) -> None:
     """DELETE of a running edit asks it to stop, and Prefer: wait holds the answer until it did."""
     worker.go.clear()
     edit = client.post("/edits", json=TOWER).json()
-    assert worker.half.wait(60)
+    assert worker.progress_reported.wait(60)
     assert client.delete(edit["links"]["self"]).json()["status"] == "running"
     worker.go.set()
     assert client.delete(edit["links"]["self"], headers={"prefer": "wait=20"}).json()["status"] == "cancelled"
@@ -229,7 +229,7 @@ def test_the_delta_is_a_file(client: TestClient, worker: Any) -> None:
     assert answer.headers["content-disposition"] == f'attachment; filename="{edit["id"]}.safetensors"'
 
 
-def test_an_edit_that_never_landed_has_no_delta(client: TestClient) -> None:
+def test_an_edit_that_was_never_applied_has_no_delta(client: TestClient) -> None:
     """The state of a queued edit forbids its delta."""
     edit = client.post("/edits", json=TOWER).json()
     assert client.get(edit["links"]["delta"]).status_code == 409
@@ -270,13 +270,13 @@ def test_bad_queries_are_refused(client: TestClient, query: str) -> None:
 
 def test_a_full_queue_says_when_to_come_back(tmp_path: Any, wiring: dict[str, Any]) -> None:
     """When the queue is full the answer is 429 with Retry-After, and nothing is queued."""
-    house = House(tmp_path, max_queue=2, **wiring)
-    client = TestClient(house.app, raise_server_exceptions=False)
+    test_app = TestApp(tmp_path, max_queue=2, **wiring)
+    client = TestClient(test_app.app, raise_server_exceptions=False)
     answer = client.post("/edits", json={"edits": [TOWER] * 3})
     assert answer.status_code == 429
     assert int(answer.headers["retry-after"]) > 0
     assert client.get("/edits").json()["items"] == []
-    house.close()
+    test_app.close()
 
 
 def test_rejected_edits_show_their_figures(client: TestClient, worker: Any) -> None:

@@ -11,8 +11,8 @@ from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
 from api import errors
-from service import errors as kinds
-from tests.support.application import PROMPT, TOWER, House
+from service import errors as domain_errors
+from tests.support.application import PROMPT, TOWER, TestApp
 
 JSON = {"content-type": "application/json"}
 POSTS = ("/edits", "/trace", "/generate", "/compare")
@@ -39,7 +39,7 @@ MALFORMED = [
 ]
 
 
-def is_problem(answer: Any, status: int) -> None:
+def assert_problem(answer: Any, status: int) -> None:
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
     body = answer.json()
@@ -52,14 +52,14 @@ def is_problem(answer: Any, status: int) -> None:
 def test_what_is_no_json_is_400(client: TestClient, path: str) -> None:
     """A body that is no JSON is 400: broken, not finite, not UTF-8, too deep, too many digits, half characters."""
     for body in MALFORMED:
-        is_problem(client.post(path, content=body, headers=JSON), 400)
+        assert_problem(client.post(path, content=body, headers=JSON), 400)
 
 
 @pytest.mark.parametrize("declared", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json", ";", "application/jsonp"])  # fmt: skip
 def test_a_body_must_say_that_it_is_json(client: TestClient, declared: str | None) -> None:
     """A body of another type is 415: no web page can post to a service on loopback without being asked."""
     headers = {} if declared is None else {"content-type": declared}
-    is_problem(client.post("/generate", content=b'{"prompt": "x"}', headers=headers), 415)
+    assert_problem(client.post("/generate", content=b'{"prompt": "x"}', headers=headers), 415)
 
 
 def test_json_may_name_its_charset(client: TestClient) -> None:
@@ -71,27 +71,29 @@ def test_json_may_name_its_charset(client: TestClient) -> None:
 def test_no_body_at_all_is_422(client: TestClient) -> None:
     """A POST without a body is told that the body is missing."""
     for path in POSTS:
-        is_problem(client.post(path), 422)
+        assert_problem(client.post(path), 422)
 
 
 def test_a_large_body_is_413(client: TestClient) -> None:
     """More than a megabyte is not read, whether its length is declared or not."""
     large = b'{"prompt": "' + b"x" * 1_000_001 + b'"}'
-    is_problem(client.post("/generate", content=large, headers=JSON), 413)
+    assert_problem(client.post("/generate", content=large, headers=JSON), 413)
     chunks = (large[i : i + 50_000] for i in range(0, len(large), 50_000))
-    is_problem(client.post("/generate", content=chunks, headers=JSON), 413)
-    is_problem(client.post("/generate", content=b"{}", headers=JSON | {"content-length": "9" * 5000}), 413)
+    assert_problem(client.post("/generate", content=chunks, headers=JSON), 413)
+    assert_problem(
+        client.post("/generate", content=b"{}", headers=JSON | {"content-length": "9" * 5000}), 413
+    )
 
 
 def test_paths_and_methods_that_are_not_served(client: TestClient) -> None:
     """Unknown paths are 404 and unknown methods 405, as problems."""
-    is_problem(client.get("/nowhere"), 404)
-    is_problem(client.get("/edits/"), 404)
-    is_problem(client.get("/%ff%00"), 404)
+    assert_problem(client.get("/nowhere"), 404)
+    assert_problem(client.get("/edits/"), 404)
+    assert_problem(client.get("/%ff%00"), 404)
     answer = client.patch("/edits")
-    is_problem(answer, 405)
+    assert_problem(answer, 405)
     assert set(answer.headers["allow"].split(", ")) <= {"GET", "POST"}
-    is_problem(client.get("/generate"), 405)
+    assert_problem(client.get("/generate"), 405)
 
 
 def test_a_hundred_random_bodies_give_no_fault(client: TestClient) -> None:
@@ -129,7 +131,7 @@ def test_a_hundred_random_bodies_give_no_fault(client: TestClient) -> None:
         body = b"".join(chance.choices(parts, k=chance.randint(1, 25)))
         answer = client.post(POSTS[number % 4], content=body, headers=JSON)
         assert 400 <= answer.status_code < 500, body
-        is_problem(answer, answer.status_code)
+        assert_problem(answer, answer.status_code)
 
 
 @pytest.mark.parametrize(
@@ -145,56 +147,60 @@ def test_any_value_in_any_field_gives_no_fault(client: TestClient, value: Any) -
         ),
     }
     for path, fields in bodies.items():
-        given = {name: of for name, of in fields.items() if of is not None}
+        valid_body = {name: of for name, of in fields.items() if of is not None}
         for name in fields:
-            answer = client.post(path, json=given | {name: value})
+            answer = client.post(path, json=valid_body | {name: value})
             assert answer.status_code in (202, 422), (name, answer.text)
 
 
-def test_a_fault_tells_nothing(client: TestClient, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_hides_its_message(
+    client: TestClient, test_app: TestApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An unforeseen error is a 500 without its words."""
 
     def fails(*_: Any) -> None:
         raise RuntimeError("the password is swordfish")
 
-    monkeypatch.setattr(house.operations.models, "resident", fails)
+    monkeypatch.setattr(test_app.services.models, "describe", fails)
     answer = client.get("/models")
-    is_problem(answer, 500)
+    assert_problem(answer, 500)
     assert "swordfish" not in answer.text
     assert "Traceback" not in answer.text
 
 
-def test_a_dead_database_is_503(client: TestClient, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_database_is_503(
+    client: TestClient, test_app: TestApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When a dependency is down the answer is 503 and names it, without the driver's words."""
 
     def fails(*_: Any) -> None:
         raise OperationalError("SELECT secret", {}, Exception("host 10.1.2.3"))
 
-    monkeypatch.setattr(house.operations.models, "resident", fails)
+    monkeypatch.setattr(test_app.services.models, "describe", fails)
     answer = client.get("/models")
-    is_problem(answer, 503)
+    assert_problem(answer, 503)
     assert "database" in answer.json()["detail"]
     assert "SELECT" not in answer.text
 
 
-def test_before_a_worker_came_nothing_is_ready(tmp_path: Path, wiring: dict[str, Any]) -> None:
+def test_without_a_model_requests_are_503(tmp_path: Path, wiring: dict[str, Any]) -> None:
     """Until a worker has loaded a model everything that needs one is 503, but the process is alive."""
-    house = House(tmp_path, register=False, **wiring)
-    client = TestClient(house.app, raise_server_exceptions=False)
+    test_app = TestApp(tmp_path, register=False, **wiring)
+    client = TestClient(test_app.app, raise_server_exceptions=False)
     for answer in (client.get("/models"), client.get("/readyz"), client.post("/edits", json=TOWER)):
-        is_problem(answer, 503)
+        assert_problem(answer, 503)
     assert client.get("/healthz").json() == {"status": "alive"}
-    house.close()
+    test_app.close()
 
 
 def test_a_problem_can_hold_any_text() -> None:
     """Half of a surrogate pair in an error does not break the answer that tells of it."""
-    assert errors.encode({"detail": "\ud800 é"}) == '{"detail": "? é"}'.encode()
+    assert errors.encode_json({"detail": "\ud800 é"}) == '{"detail": "? é"}'.encode()
 
 
-def test_every_error_of_the_house_has_its_status() -> None:
+def test_every_domain_error_has_a_status() -> None:
     """The table knows each error that can reach a client; those that cannot are faults."""
-    assert errors.status_of(kinds.InvalidInput("x")) == 422
-    assert errors.status_of(kinds.QueueFull("x")) == 429
-    assert errors.status_of(kinds.LeaseLost("x")) == 500
-    assert {int(status) for status in errors.STATUS.values()} <= set(errors.MEANING)
+    assert errors.status_of(domain_errors.InvalidInput("x")) == 422
+    assert errors.status_of(domain_errors.QueueFull("x")) == 429
+    assert errors.status_of(domain_errors.LeaseLost("x")) == 500
+    assert {int(status) for status in errors.STATUS_BY_ERROR.values()} <= set(errors.STATUS_DESCRIPTIONS)

@@ -8,22 +8,22 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.errors import InvalidInput
-from service.kit.safetensors_io import read
-from tests.support.application import EXPORTED, NOWHERE, TOWER, FakeWorker, House
+from service.kit.safetensors_io import read_safetensors
+from tests.support.application import EXPORT_CHUNKS, FAILING_OBJECT, TOWER, FakeWorker, TestApp
 
 BINARY = {"Content-Type": "application/octet-stream"}
 
 
 @pytest.fixture
-def edited(client: TestClient, worker: FakeWorker) -> dict[str, Any]:
+def applied_edit(client: TestClient, worker: FakeWorker) -> dict[str, Any]:
     """An edit that has landed as version 1."""
     return client.post("/edits", json=TOWER, headers={"Prefer": "wait=20"}).json()  # type: ignore[no-any-return]
 
 
-def test_the_answer_is_held_until_the_file_is_there(client: TestClient, edited: dict[str, Any]) -> None:
+def test_export_waits_for_the_file(client: TestClient, applied_edit: dict[str, Any]) -> None:
     """And has a name that says what it is."""
     answer = client.get("/export")
-    assert (answer.status_code, answer.content) == (200, b"".join(EXPORTED))
+    assert (answer.status_code, answer.content) == (200, b"".join(EXPORT_CHUNKS))
     assert answer.headers["content-disposition"] == 'attachment; filename="tiny-v1-peft.zip"'
     assert answer.headers["content-type"] == "application/zip"
     assert client.get("/export", params={"version": 1}).content == answer.content
@@ -32,35 +32,35 @@ def test_the_answer_is_held_until_the_file_is_there(client: TestClient, edited: 
     assert client.get(job["links"]["self"]).content == answer.content
 
 
-def test_who_will_not_wait_is_told_to_come_back(
-    client: TestClient, worker: FakeWorker, edited: dict[str, Any]
+def test_export_without_waiting_is_202(
+    client: TestClient, worker: FakeWorker, applied_edit: dict[str, Any]
 ) -> None:
     """202 with the export's course; the file when it is asked for again."""
-    worker.go.clear()
+    worker.may_finish.clear()
     answer = client.get("/export", headers={"Prefer": "wait=0"})
     assert answer.status_code == 202 and answer.json()["status"] in ("queued", "running")
     assert int(answer.headers["retry-after"]) >= 1
-    worker.go.set()
+    worker.may_finish.set()
     assert client.get(answer.json()["links"]["self"]).status_code == 200
 
 
-def test_edits_are_handed_out_without_a_worker(
-    client: TestClient, edited: dict[str, Any], house: House
+def test_an_edit_set_is_exported_without_a_worker(
+    client: TestClient, applied_edit: dict[str, Any], test_app: TestApp
 ) -> None:
     """All that is needed is in the database; what is told of them is in the file."""
     answer = client.get("/export", params={"format": "edits", "version": "head"})
     assert answer.headers["content-disposition"] == 'attachment; filename="version-1.edits.safetensors"'
     assert answer.headers["content-type"] == "application/octet-stream"
-    found = read(answer.content, "it")
-    assert bytes(found.data[edited["id"]]) == b"factors of " + edited["id"].encode()
-    assert '"Eiffel Tower"' in found.metadata["set"]
+    exported = read_safetensors(answer.content, "it")
+    assert bytes(exported.data[applied_edit["id"]]) == b"factors of " + applied_edit["id"].encode()
+    assert '"Eiffel Tower"' in exported.metadata["set"]
 
 
-def test_nobody_there_to_make_it(client: TestClient, house: House) -> None:
+def test_export_without_a_worker_is_503(client: TestClient, test_app: TestApp) -> None:
     """503 at once, rather than an answer that is held for ever."""
-    house.hire()
+    test_app.start_fake_worker()
     client.post("/edits", json=TOWER, headers={"Prefer": "wait=20"})
-    house.desk.leave()
+    test_app.worker_jobs.deregister()
     answer = client.get("/export")
     assert answer.status_code == 503 and "edit" in answer.json()["detail"]
 
@@ -75,25 +75,27 @@ def test_nobody_there_to_make_it(client: TestClient, house: House) -> None:
     ],
 )
 def test_what_cannot_be_exported(
-    client: TestClient, edited: dict[str, Any], asked: dict[str, Any], field: str
+    client: TestClient, applied_edit: dict[str, Any], params: dict[str, Any], field: str
 ) -> None:
     """An unknown version or form, and a version without edits."""
-    answer = client.get("/export", params=asked)
+    answer = client.get("/export", params=params)
     assert answer.status_code == 422 and field in str(answer.json())
 
 
-def test_a_failed_export_says_why(client: TestClient, worker: FakeWorker, edited: dict[str, Any]) -> None:
+def test_a_failed_export_says_why(
+    client: TestClient, worker: FakeWorker, applied_edit: dict[str, Any]
+) -> None:
     """What a worker says against an export of this version is 409, a fault of its own 500; whoever asks next has another chance."""
-    worker.unable = InvalidInput("the edited weights are too large: make them elsewhere.")
+    worker.export_error = InvalidInput("the edited weights are too large: make them elsewhere.")
     answer = client.get("/export")
-    assert answer.status_code == 409 and answer.json()["detail"] == worker.unable.detail
-    worker.unable = "out of memory"
+    assert answer.status_code == 409 and answer.json()["detail"] == worker.export_error.detail
+    worker.export_error = "out of memory"
     assert client.get("/export").status_code == 500
-    worker.unable = None
+    worker.export_error = None
     assert client.get("/export").status_code == 200
 
 
-def test_a_file_of_edits_is_read(client: TestClient, edited: dict[str, Any]) -> None:
+def test_a_file_of_edits_is_read(client: TestClient, applied_edit: dict[str, Any]) -> None:
     """At home its edits are known; what is damaged is refused in words."""
     data = client.get("/export", params={"format": "edits"}).content
     answer = client.post("/import", content=data[:-1] + b"x", headers=BINARY)
@@ -108,13 +110,13 @@ def test_an_import_is_declared_as_a_file(client: TestClient) -> None:
         assert client.post("/import", content=b"x", headers=headers).status_code == 415
 
 
-def test_an_import_may_be_larger_than_other_bodies(client: TestClient, house: House) -> None:
+def test_an_import_may_be_larger_than_other_bodies(client: TestClient, test_app: TestApp) -> None:
     """Up to a limit of its own."""
-    large = b"x" * (house.settings.max_body + 1)
+    large = b"x" * (test_app.settings.max_body + 1)
     assert client.post("/import", content=large, headers=BINARY).status_code == 422
 
 
-def test_only_who_may_edit_may_import(client: TestClient, house: House) -> None:
+def test_only_who_may_edit_may_import(client: TestClient, test_app: TestApp) -> None:
     """An export is for everyone who reads."""
     keys = client.app.state.keys  # type: ignore[attr-defined]
     _, token = keys.create("reader", ["read"])
@@ -124,8 +126,8 @@ def test_only_who_may_edit_may_import(client: TestClient, house: House) -> None:
     assert client.get("/export", headers=bearer).status_code in (422, 503)
 
 
-def test_edits_that_fail_are_no_part_of_it(client: TestClient, edited: dict[str, Any]) -> None:
+def test_edits_that_fail_are_no_part_of_it(client: TestClient, applied_edit: dict[str, Any]) -> None:
     """Only what is active is."""
-    client.post("/edits", json=TOWER | {"target_new": NOWHERE}, headers={"Prefer": "wait=20"})
+    client.post("/edits", json=TOWER | {"target_new": FAILING_OBJECT}, headers={"Prefer": "wait=20"})
     data = client.get("/export", params={"format": "edits"}).content
-    assert list(read(data, "it").data) == [edited["id"]]
+    assert list(read_safetensors(data, "it").data) == [applied_edit["id"]]

@@ -33,7 +33,7 @@ def test_many_prompts_give_choices(client: TestClient, worker: Any) -> None:
     assert "text" not in answer
 
 
-def test_a_stream_tells_tokens_and_the_end(client: TestClient, worker: Any) -> None:
+def test_a_stream_has_token_events_and_an_end(client: TestClient, worker: Any) -> None:
     """`stream` gives server-sent events that no cache keeps."""
     answer = client.post("/generate", json={"prompt": PROMPT, "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -66,14 +66,14 @@ def test_a_stream_tells_tokens_and_the_end(client: TestClient, worker: Any) -> N
     ],
 )
 def test_bad_generations_are_refused(
-    client: TestClient, house: Any, body: dict[str, Any], field: str
+    client: TestClient, test_app: Any, body: dict[str, Any], field: str
 ) -> None:
     """Bad input gets 422, also when a stream was asked for, and no worker hears of it."""
     for form in (body, body | ({} if "stream" in body else {"stream": True})):
         answer = client.post("/generate", json=form)
         assert answer.status_code == 422, answer.text
         assert [error["field"] for error in answer.json()["errors"]] == [field]
-    assert house.broker.waiting("generate") == 0
+    assert test_app.broker.waiting("generate") == 0
 
 
 def test_a_worker_error_keeps_its_meaning(client: TestClient, worker: Any) -> None:
@@ -89,19 +89,19 @@ def test_a_worker_error_keeps_its_meaning(client: TestClient, worker: Any) -> No
     assert "event: error" in stream.text
 
 
-def test_a_silent_house_is_not_waited_for(
-    client: TestClient, house: Any, monkeypatch: pytest.MonkeyPatch
+def test_generation_without_a_worker_is_503(
+    client: TestClient, test_app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When no worker is alive a generation ends with 503 and is cancelled, instead of hanging for ever."""
     from api import engine_calls
 
-    monkeypatch.setattr(engine_calls, "PATIENCE", 0.05)
-    house.desk.leave()
+    monkeypatch.setattr(engine_calls, "WORKER_CHECK_INTERVAL", 0.05)
+    test_app.desk.leave()
     answer = client.post("/generate", json={"prompt": PROMPT})
     assert answer.status_code == 503
     assert "no worker" in answer.json()["detail"]
-    (delivery,) = house.broker.take(["generate"], 1, 0)
-    assert house.broker.cancelled(delivery.job_id)
+    (delivery,) = test_app.broker.take(["generate"], 1, 0)
+    assert test_app.broker.cancelled(delivery.job_id)
     stream = client.post("/generate", json={"prompt": PROMPT, "stream": True})
     assert "event: error" in stream.text
 

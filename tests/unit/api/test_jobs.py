@@ -6,31 +6,31 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
-from tests.support.application import NOWHERE, PROMPT, TOWER
+from tests.support.application import FAILING_OBJECT, PROMPT, TOWER
 
 WAIT = {"prefer": "wait=20"}
 
 
-def ids(client: TestClient, **narrowed: Any) -> list[str]:
-    return [job["id"] for job in client.get("/jobs", params=narrowed).json()["items"]]
+def job_ids(client: TestClient, **filters: Any) -> list[str]:
+    return [job["id"] for job in client.get("/jobs", params=filters).json()["items"]]
 
 
 def test_jobs_of_all_kinds_are_listed(client: TestClient) -> None:
     """Edits and traces are in one list, newest first, which can be narrowed and comes in pages."""
     edit = client.post("/edits", json=TOWER).json()["id"]
     trace = client.post("/trace", json={"prompt": PROMPT, "subject": "Eiffel Tower"}).json()["id"]
-    assert ids(client) == [trace, edit]
-    assert ids(client, kind="edit") == [edit]
-    assert ids(client, status="running") == ids(client, dead="true") == []
+    assert job_ids(client) == [trace, edit]
+    assert job_ids(client, kind="edit") == [edit]
+    assert job_ids(client, status="running") == job_ids(client, dead="true") == []
     page = client.get("/jobs", params={"limit": 1}).json()
-    assert ids(client, cursor=page["next"]) == [edit]
+    assert job_ids(client, cursor=page["next"]) == [edit]
     (job,) = client.get("/jobs", params={"kind": "trace"}).json()["items"]
     assert client.get(job["links"]["self"]).json()["id"] == trace
 
 
-def test_a_failed_job_is_tried_again(client: TestClient, worker: Any) -> None:
+def test_a_failed_job_can_be_retried(client: TestClient, worker: Any) -> None:
     """A job that failed can be retried: it waits again, its events tell the new end, and it is found where it was."""
-    edit = client.post("/edits", json=TOWER | {"target_new": NOWHERE}, headers=WAIT).json()
+    edit = client.post("/edits", json=TOWER | {"target_new": FAILING_OBJECT}, headers=WAIT).json()
     assert edit["status"] == "failed"
     worker.go.clear()
     answer = client.post(f"/jobs/{edit['id']}/retry")
@@ -42,7 +42,7 @@ def test_a_failed_job_is_tried_again(client: TestClient, worker: Any) -> None:
     assert (again["status"], again["attempts"]) == ("failed", 1)
 
 
-def test_only_a_failed_job_is_tried_again(client: TestClient) -> None:
+def test_only_failed_jobs_can_be_retried(client: TestClient) -> None:
     """What waits is not retried, and what is not there neither."""
     edit = client.post("/edits", json=TOWER).json()
     assert client.post(f"/jobs/{edit['id']}/retry").status_code == 409

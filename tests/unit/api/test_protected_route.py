@@ -12,14 +12,14 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
-from api.protected_route import SCOPES, Door
-from service.application.api_keys import Keys, Scope
-from tests.support.application import House
+from api.protected_route import ROUTE_SCOPES, ProtectedRoute
+from service.application.api_keys import ApiKeys, Scope
+from tests.support.application import TestApp
 
 #: what is answered without a key: no content, the form of the interface, and a page that holds no data
-OPEN = {"/healthz", "/readyz", "/docs", "/openapi.json", "/", "/console/{name}"}
+OPEN_PATHS = {"/healthz", "/readyz", "/docs", "/openapi.json", "/", "/console/{name}"}
 #: the scope of all that is no GET
-NEEDED = {
+EXPECTED_SCOPES = {
     "POST /edits": "edit",
     "POST /import": "edit",
     "DELETE /edits/{id}": "edit",
@@ -32,47 +32,47 @@ NEEDED = {
     "POST /v1/completions": "read",
     "POST /jobs/{id}/retry": "admin",
 }
-SETS = list(chain.from_iterable(combinations(Scope, size) for size in range(1, len(Scope) + 1)))
+SCOPE_SETS = list(chain.from_iterable(combinations(Scope, size) for size in range(1, len(Scope) + 1)))
 
 
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    house = House(tmp_path_factory.mktemp("door"))
-    yield house
-    house.close()
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestApp]:
+    test_app = TestApp(tmp_path_factory.mktemp("door"))
+    yield test_app
+    test_app.close()
 
 
 @pytest.fixture(scope="module")
-def tokens(closed: House) -> dict[tuple[Scope, ...], str]:
+def tokens(app: TestApp) -> dict[tuple[Scope, ...], str]:
     """A key for every set of scopes."""
-    keys = Keys(closed.database)
-    return {held: keys.create("-".join(held), held)[1] for held in SETS}
+    keys = ApiKeys(app.database)
+    return {held: keys.create("-".join(held), held)[1] for held in SCOPE_SETS}
 
 
-def routes(house: House) -> Iterator[Any]:
+def all_routes(test_app: TestApp) -> Iterator[Any]:
     """Every route of the application, documented or not."""
-    for route in house.app.routes:
+    for route in test_app.app.routes:
         included = getattr(route, "original_router", None)
         yield from [route] if included is None else included.routes
 
 
-def served(house: House) -> list[tuple[str, str]]:
+def protected_routes(test_app: TestApp) -> list[tuple[str, str]]:
     """(method, path) of all that is behind the door."""
-    return [(method, route.path) for route in routes(house) if isinstance(route, Door) for method in route.methods or ()]  # fmt: skip
+    return [(method, route.path) for route in all_routes(test_app) if isinstance(route, ProtectedRoute) for method in route.methods or ()]  # fmt: skip
 
 
-def test_no_route_stands_beside_the_door(closed: House) -> None:
+def test_every_route_is_protected(app: TestApp) -> None:
     """Every route is behind the door, but for health, the description of the interface and the console."""
-    assert {route.path for route in routes(closed) if not isinstance(route, Door)} == OPEN
-    assert served(closed)
+    assert {route.path for route in all_routes(app) if not isinstance(route, ProtectedRoute)} == OPEN_PATHS
+    assert protected_routes(app)
 
 
-def named(path: str) -> str:
+def example_path(path: str) -> str:
     """A path of this route."""
     return path.replace("{id:path}", "nobody").replace("{id}", "nobody")
 
 
-def said(answer: Any) -> str:
+def error_detail(answer: Any) -> str:
     """The words of a refusal, in the form of its part of the interface."""
     if answer.request.url.path.startswith("/v1/"):
         return str(answer.json()["error"]["message"])
@@ -80,52 +80,52 @@ def said(answer: Any) -> str:
     return str(answer.json()["detail"])
 
 
-def test_every_route_has_its_scope(closed: House, tokens: dict[tuple[Scope, ...], str]) -> None:
+def test_every_route_has_its_scope(app: TestApp, tokens: dict[tuple[Scope, ...], str]) -> None:
     """Every route is open to exactly the keys with its scope, or with `admin`; the others are told what is missing."""
-    client = TestClient(closed.app, raise_server_exceptions=False)
-    for method, path in served(closed):
-        needed = "read" if method == "GET" else NEEDED[f"{method} {path}"]
+    client = TestClient(app.app, raise_server_exceptions=False)
+    for method, path in protected_routes(app):
+        needed = "read" if method == "GET" else EXPECTED_SCOPES[f"{method} {path}"]
         for held, token in tokens.items():
-            answer = client.request(method, named(path), headers={"Authorization": f"Bearer {token}"})
+            answer = client.request(method, example_path(path), headers={"Authorization": f"Bearer {token}"})
             allowed = needed in held or "admin" in held
             assert (answer.status_code != 403) is allowed, (method, path, held)
             assert answer.status_code != 401
             if not allowed:
-                assert f"`{needed}`" in said(answer)
-        assert client.request(method, named(path)).status_code == 401
+                assert f"`{needed}`" in error_detail(answer)
+        assert client.request(method, example_path(path)).status_code == 401
 
 
-def test_the_scope_is_looked_at_before_the_body(closed: House, tokens: dict[tuple[Scope, ...], str]) -> None:
+def test_scope_is_checked_before_the_body(app: TestApp, tokens: dict[tuple[Scope, ...], str]) -> None:
     """A body that nobody may send is not read."""
     headers = {"Authorization": f"Bearer {tokens[(Scope.READ,)]}"}
-    assert TestClient(closed.app).post("/edits", content=b"{", headers=headers).status_code == 403
+    assert TestClient(app.app).post("/edits", content=b"{", headers=headers).status_code == 403
 
 
 def test_a_route_without_a_scope_cannot_be_made() -> None:
     """Whoever adds a route that changes something must say which keys it is for."""
-    router = APIRouter(route_class=Door)
+    router = APIRouter(route_class=ProtectedRoute)
     with pytest.raises(KeyError):
         router.post("/forgotten")(lambda: None)
 
 
-def test_every_scope_belongs_to_a_route(closed: House) -> None:
+def test_every_scope_belongs_to_a_route(app: TestApp) -> None:
     """The table names no route that is gone."""
-    assert set(SCOPES) <= set(served(closed))
+    assert set(ROUTE_SCOPES) <= set(protected_routes(app))
 
 
-def test_what_the_door_says_is_documented(closed: House) -> None:
+def test_authorization_errors_are_documented(app: TestApp) -> None:
     """Every operation behind the door documents that a key may be missing, too small or too busy."""
-    document = closed.app.openapi()["paths"]
+    document = app.app.openapi()["paths"]
     for path, operations in document.items():
         for operation in operations.values():
-            assert ({"401", "403", "429"} <= set(operation["responses"])) is (path not in OPEN)
+            assert ({"401", "403", "429"} <= set(operation["responses"])) is (path not in OPEN_PATHS)
 
 
 @pytest.mark.parametrize("more", [0, 1])
 def test_the_largest_body_is_a_setting(tmp_path: Path, more: int) -> None:
     """A body of `max_body` bytes is read, and one of a byte more is not, whether it says so or not."""
-    house = House(tmp_path, max_body=2000)
-    client = TestClient(house.app)
+    test_app = TestApp(tmp_path, max_body=2000)
+    client = TestClient(test_app.app)
     body = b'{"prompt": "' + b"x" * (2000 + more - 14) + b'"}'
     assert len(body) == 2000 + more
     json = {"content-type": "application/json"}
@@ -133,13 +133,13 @@ def test_the_largest_body_is_a_setting(tmp_path: Path, more: int) -> None:
         client.post("/edits", content=body, headers=json).status_code,
         client.post("/edits", content=iter([body[:7], body[7:]]), headers=json).status_code,
     }
-    house.close()
+    test_app.close()
     assert statuses == {413 if more else 422}
 
 
 def test_plain_routes_stay_what_they_are() -> None:
     """A route's own documentation goes before the door's."""
-    router = APIRouter(route_class=Door)
+    router = APIRouter(route_class=ProtectedRoute)
     router.get("/own", responses={401: {"description": "mine"}})(lambda: None)
     (route,) = router.routes
     assert isinstance(route, APIRoute)

@@ -9,43 +9,43 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from api.errors import TooLarge, TooManyRequests
-from api.request_log import HEADER
+from api.errors import PayloadTooLarge, TooManyRequests
+from api.request_log import REQUEST_ID_HEADER
 from service.errors import QueueFull
 from service.kit.ids import request_id
 from service.kit.metrics import REGISTRY
-from tests.support.application import PROMPT, TOWER, FakeWorker, House
+from tests.support.application import PROMPT, TOWER, FakeWorker, TestApp
 
 MADE = re.compile(r"req_[0-9A-Z]{26}")
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def log_records(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The log, in which whole requests are noted."""
     caplog.set_level(logging.INFO, "api.request_log")
     return caplog
 
 
-def told(lines: pytest.LogCaptureFixture) -> dict[str, Any]:
-    (line,) = (line for line in lines.records if line.name == "api.request_log")
+def logged_fields(log_records: pytest.LogCaptureFixture) -> dict[str, Any]:
+    (line,) = (line for line in log_records.records if line.name == "api.request_log")
     return {name: getattr(line, name) for name in ("method", "route", "status", "actor")}
 
 
-def requests(**labels: str) -> float:
+def request_count(**labels: str) -> float:
     return REGISTRY.get_sample_value("palimpsest_http_requests_total", labels) or 0
 
 
 @pytest.mark.parametrize("given", ["a", "nightly.eval_7-b", "x" * 64])
-def test_a_good_id_is_kept(client: TestClient, given: str) -> None:
+def test_a_good_id_is_kept(client: TestClient, sent_id: str) -> None:
     """The id that a client gave comes back."""
-    assert client.get("/healthz", headers={HEADER: given}).headers[HEADER] == given
+    assert client.get("/healthz", headers={REQUEST_ID_HEADER: sent_id}).headers[REQUEST_ID_HEADER] == sent_id
 
 
 @pytest.mark.parametrize("given", ["", " ", "x" * 65, "a b", "a\tb", 'a"b', "é", "a;b", "{}"])
-def test_any_other_id_is_replaced(client: TestClient, given: str) -> None:
+def test_invalid_request_ids_are_replaced(client: TestClient, sent_id: str) -> None:
     """What could make trouble in a log is not taken over: the request gets an id of ours."""
-    answer = client.get("/healthz", headers={HEADER: given.encode()})  # type: ignore[dict-item]
-    assert MADE.fullmatch(answer.headers[HEADER])
+    answer = client.get("/healthz", headers={REQUEST_ID_HEADER: sent_id.encode()})  # type: ignore[dict-item]
+    assert MADE.fullmatch(answer.headers[REQUEST_ID_HEADER])
 
 
 @pytest.mark.parametrize(
@@ -55,35 +55,46 @@ def test_every_answer_has_an_id(client: TestClient, method: str, path: str, stat
     """Also an answer that no route gave."""
     answer = client.request(method, path)
     assert answer.status_code == status
-    assert MADE.fullmatch(answer.headers[HEADER])
+    assert MADE.fullmatch(answer.headers[REQUEST_ID_HEADER])
 
 
 def test_a_fault_has_an_id_too(
-    house: House, client: TestClient, lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    test_app: TestApp,
+    client: TestClient,
+    log_records: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A 500 bears the id and is noted like any other answer."""
-    monkeypatch.setattr(house.operations.models, "resident", lambda: 1 / 0)
-    answer = client.get("/models", headers={HEADER: "mine"})
-    assert (answer.status_code, answer.headers[HEADER]) == (500, "mine")
-    assert told(lines)["status"] == 500
+    monkeypatch.setattr(test_app.services.models, "describe", lambda: 1 / 0)
+    answer = client.get("/models", headers={REQUEST_ID_HEADER: "mine"})
+    assert (answer.status_code, answer.headers[REQUEST_ID_HEADER]) == (500, "mine")
+    assert logged_fields(log_records)["status"] == 500
 
 
-def test_one_line_for_a_request(client: TestClient, lines: pytest.LogCaptureFixture) -> None:
+def test_one_line_for_a_request(client: TestClient, log_records: pytest.LogCaptureFixture) -> None:
     """Method, template of the route, status and actor; never the path's own words."""
     client.get("/edits/edit_secret")
-    assert told(lines) == {"method": "GET", "route": "/edits/{id}", "status": 404, "actor": "local"}
-    assert "edit_secret" not in str(vars(lines.records[-1]))
+    assert logged_fields(log_records) == {
+        "method": "GET",
+        "route": "/edits/{id}",
+        "status": 404,
+        "actor": "local",
+    }
+    assert "edit_secret" not in str(vars(log_records.records[-1]))
 
 
-def test_probes_are_no_news_while_all_is_well(
-    house: House, client: TestClient, lines: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_successful_probes_are_logged_at_debug(
+    test_app: TestApp,
+    client: TestClient,
+    log_records: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What machines ask every few seconds is noted at debug; its refusal is noted like any other."""
     assert client.get("/healthz").status_code == client.get("/metrics").status_code == 200
-    assert not lines.records
-    monkeypatch.setattr(house.operations.models, "ready", lambda: 1 / 0)
+    assert not log_records.records
+    monkeypatch.setattr(test_app.services.models, "check_ready", lambda: 1 / 0)
     client.get("/readyz")
-    assert told(lines)["route"] == "/readyz"
+    assert logged_fields(log_records)["route"] == "/readyz"
 
 
 def test_no_content_is_logged(
@@ -95,57 +106,61 @@ def test_no_content_is_logged(
     client.post("/generate", json={"prompt": PROMPT, "max_new_tokens": 1}, headers=headers)
     client.post("/edits", json=TOWER, headers={**headers, "Prefer": "wait=10"})
     client.get("/edits", params={"subject": TOWER["subject"]}, headers=headers)
-    said = " ".join(str(vars(line)) for line in caplog.records if line.name.startswith(("api", "service")))
-    assert said
+    logged = " ".join(str(vars(line)) for line in caplog.records if line.name.startswith(("api", "service")))
+    assert logged
     for word in ("Eiffel", "Rome", "Paris", "pal_secret_key"):
-        assert word not in said
+        assert word not in logged
 
 
 def test_requests_are_counted_by_template(client: TestClient) -> None:
     """Ids in a path make no series of their own, and neither do paths or methods that a client made up."""
     labels = {"route": "/edits/{id}", "method": "GET", "status": "404"}
     nowhere = {"route": "none", "method": "other", "status": "404"}
-    before, lost = requests(**labels), requests(**nowhere)
+    before, lost = request_count(**labels), request_count(**nowhere)
     for name in ("a", "b", "c"):
         client.get(f"/edits/{name}")
         client.request(name.upper(), f"/{name}")
-    assert requests(**labels) == before + 3
-    assert requests(**nowhere) == lost + 3
+    assert request_count(**labels) == before + 3
+    assert request_count(**nowhere) == lost + 3
 
 
 def test_a_stream_is_noted_when_it_ends(
-    client: TestClient, worker: FakeWorker, lines: pytest.LogCaptureFixture
+    client: TestClient, worker: FakeWorker, log_records: pytest.LogCaptureFixture
 ) -> None:
     """A stream counts as open until its last event, and is noted once."""
     with client.stream("POST", "/generate", json={"prompt": PROMPT, "stream": True}) as answer:
-        assert HEADER in answer.headers
+        assert REQUEST_ID_HEADER in answer.headers
         assert "event: end" in "\n".join(answer.iter_lines())
-    assert (told(lines)["route"], told(lines)["status"]) == ("/generate", 200)
+    assert (logged_fields(log_records)["route"], logged_fields(log_records)["status"]) == ("/generate", 200)
     assert REGISTRY.get_sample_value("palimpsest_http_open_requests") == 0
 
 
-def test_the_id_goes_with_the_work(client: TestClient, house: House) -> None:
+def test_request_id_is_stored_with_jobs_and_calls(client: TestClient, test_app: TestApp) -> None:
     """A job's row and a call's delivery hold the id of the request that asked for them."""
-    client.post("/edits", json=TOWER, headers={HEADER: "edit-1"})
-    (bell,) = house.broker.take(("edit",), 1, 0)
-    job = house.desk.start(bell.job_id)
+    client.post("/edits", json=TOWER, headers={REQUEST_ID_HEADER: "edit-1"})
+    (delivery,) = test_app.broker.receive(("edit",), 1, 0)
+    job = test_app.worker_jobs.claim(delivery.job_id)
     assert job is not None
     assert job.request_id == "edit-1"
-    house.hire().go.clear()
+    test_app.start_fake_worker().may_finish.clear()
     with client.stream(
-        "POST", "/generate", json={"prompt": PROMPT, "stream": True}, headers={HEADER: "call-1"}
+        "POST", "/generate", json={"prompt": PROMPT, "stream": True}, headers={REQUEST_ID_HEADER: "call-1"}
     ):
-        assert house.worker is not None
-        house.worker.go.set()
+        assert test_app.worker is not None
+        test_app.worker.may_finish.set()
     assert request_id.get() == ""
 
 
 @pytest.mark.parametrize(
     ("error", "limit"),
-    [(QueueFull("full."), "queue"), (TooManyRequests("too fast."), "rate"), (TooLarge("too large."), "size")],
+    [
+        (QueueFull("full."), "queue"),
+        (TooManyRequests("too fast."), "rate"),
+        (PayloadTooLarge("too large."), "size"),
+    ],
 )
 def test_refusals_are_counted_by_their_limit(
-    house: House, client: TestClient, monkeypatch: pytest.MonkeyPatch, error: Exception, limit: str
+    test_app: TestApp, client: TestClient, monkeypatch: pytest.MonkeyPatch, error: Exception, limit: str
 ) -> None:
     """What a limit refuses is told apart by the limit."""
 
@@ -155,7 +170,7 @@ def test_refusals_are_counted_by_their_limit(
     def count() -> float:
         return REGISTRY.get_sample_value("palimpsest_http_rejected_total", {"limit": limit}) or 0
 
-    monkeypatch.setattr(house.operations.models, "resident", refuse)
+    monkeypatch.setattr(test_app.services.models, "describe", refuse)
     before = count()
     assert client.get("/models").status_code in (413, 429)
     assert count() == before + 1

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from api.security_headers import DEFAULTS, DOCS_POLICY
+from api.security_headers import DEFAULT_HEADERS, DOCS_CSP
 from service.tracing import heatmap
-from tests.support.application import TRACED, House
+from tests.support.application import TRACE_RESULT, TestApp
 
-SHOWN = [
+ROUTES_AND_STATUSES = [
     ("GET", "/edits", 200),
     ("GET", "/healthz", 200),
     ("GET", "/openapi.json", 200),
@@ -24,10 +24,10 @@ SHOWN = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "status"), SHOWN)
-def test_every_answer_is_guarded(
+@pytest.mark.parametrize(("method", "path", "status"), ROUTES_AND_STATUSES)
+def test_every_response_has_the_default_headers(
     client: TestClient,
-    house: House,
+    test_app: TestApp,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
     path: str,
@@ -38,27 +38,27 @@ def test_every_answer_is_guarded(
     def fails(*_: Any) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(house.operations.ledger, "page", fails)
+    monkeypatch.setattr(test_app.services.ledger, "page", fails)
     answer = client.request(method, path)
     assert answer.status_code == status
-    assert {name: answer.headers[name] for name in DEFAULTS} == DEFAULTS
+    assert {name: answer.headers[name] for name in DEFAULT_HEADERS} == DEFAULT_HEADERS
 
 
-def test_a_stranger_is_guarded_too(tmp_path: Path) -> None:
+def test_unauthorized_responses_have_the_default_headers(tmp_path: Path) -> None:
     """So is the answer to someone without a key."""
-    house = House(tmp_path, api_key="k")
-    answer = TestClient(house.app).get("/edits")
-    house.close()
+    test_app = TestApp(tmp_path, api_key="k")
+    answer = TestClient(test_app.app).get("/edits")
+    test_app.close()
     assert answer.status_code == 401
-    assert {name: answer.headers[name] for name in DEFAULTS} == DEFAULTS
+    assert {name: answer.headers[name] for name in DEFAULT_HEADERS} == DEFAULT_HEADERS
 
 
 def test_the_documentation_can_load_what_it_names(client: TestClient) -> None:
     """The page of the documentation runs under its policy: every address that it loads from is in it, and no other."""
     answer = client.get("/docs")
-    assert answer.headers["content-security-policy"] == DOCS_POLICY
+    assert answer.headers["content-security-policy"] == DOCS_CSP
     loaded = set(re.findall(r'(?:src|href)="(https://[^/"]+)/', answer.text))
-    assert loaded == set(re.findall(r"https://\S[^;\s]*", DOCS_POLICY))
+    assert loaded == set(re.findall(r"https://\S[^;\s]*", DOCS_CSP))
     assert loaded
 
 
@@ -68,19 +68,19 @@ def test_there_is_one_page_of_documentation(client: TestClient) -> None:
     assert client.get("/docs/oauth2-redirect").status_code == 404
 
 
-@pytest.mark.parametrize("draw", [heatmap.page, heatmap.svg])
-def test_a_drawn_trace_lives_under_the_policy(draw: Any) -> None:
+@pytest.mark.parametrize("draw", [heatmap.trace_page, heatmap.trace_svg])
+def test_rendered_traces_conform_to_the_csp(render: Any) -> None:
     """The page and the picture of a trace need no script, no address and nothing but their own style."""
-    drawn = draw(TRACED)
-    assert not re.search(r"<script|<link|<iframe|<object|<form|@import|\son\w+=|javascript:", drawn)
-    assert not re.search(r'(?:src|href)="(?!#|data:image/)', drawn)
-    assert not re.search(r"url\((?!#)", drawn)
+    rendered = render(TRACE_RESULT)
+    assert not re.search(r"<script|<link|<iframe|<object|<form|@import|\son\w+=|javascript:", rendered)
+    assert not re.search(r'(?:src|href)="(?!#|data:image/)', rendered)
+    assert not re.search(r"url\((?!#)", rendered)
 
 
-def test_a_route_may_say_otherwise(client: TestClient, house: House) -> None:
+def test_a_route_may_say_otherwise(client: TestClient, test_app: TestApp) -> None:
     """A header that a route sets itself stays."""
 
-    @house.app.get("/kept")
+    @test_app.app.get("/kept")
     def kept() -> Any:
         from fastapi import Response
 

@@ -13,11 +13,11 @@ import httpx
 import pytest
 
 from service.jobs.broker import Event
-from tests.support.application import PROMPT, TOWER, FakeWorker, House
-from tests.support.local_server import until
+from tests.support.application import PROMPT, TOWER, FakeWorker, TestApp
+from tests.support.local_server import wait_until
 
 
-def parse(lines: Iterator[str]) -> Iterator[dict[str, str]]:
+def parse_events(lines: Iterator[str]) -> Iterator[dict[str, str]]:
     """Events of a stream; comments are passed over."""
     event: dict[str, str] = {}
     for line in lines:
@@ -29,131 +29,137 @@ def parse(lines: Iterator[str]) -> Iterator[dict[str, str]]:
             event[name] = value
 
 
-def test_a_job_tells_its_progress_and_its_end(served: httpx.Client, worker: FakeWorker) -> None:
+def test_a_job_stream_has_progress_and_an_end(http_client: httpx.Client, worker: FakeWorker) -> None:
     """The events of an edit are its progress with growing ids, then the end with the resource, and then no more."""
-    worker.go.clear()
-    edit = served.post("/edits", json=TOWER).json()
-    with served.stream("GET", edit["links"]["events"]) as answer:
+    worker.may_finish.clear()
+    edit = http_client.post("/edits", json=TOWER).json()
+    with http_client.stream("GET", edit["links"]["events"]) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        heard = []
-        for event in parse(answer.iter_lines()):
-            heard.append(event)
-            worker.go.set()
-    assert [event["event"] for event in heard] == ["progress", "progress", "end"]
-    ids = [int(event["id"]) for event in heard]
+        received = []
+        for event in parse_events(answer.iter_lines()):
+            received.append(event)
+            worker.may_finish.set()
+    assert [event["event"] for event in received] == ["progress", "progress", "end"]
+    ids = [int(event["id"]) for event in received]
     assert ids == sorted(set(ids))
-    assert json.loads(heard[-1]["data"]) == served.get(edit["links"]["self"]).json()
+    assert json.loads(received[-1]["data"]) == http_client.get(edit["links"]["self"]).json()
 
 
-def test_a_stream_resumes_after_the_last_event(served: httpx.Client, worker: FakeWorker) -> None:
+def test_a_stream_resumes_after_the_last_event(http_client: httpx.Client, worker: FakeWorker) -> None:
     """With Last-Event-ID what was heard is not told again, and nothing after it is lost."""
-    worker.go.clear()
-    edit = served.post("/edits", json=TOWER).json()
-    with served.stream("GET", edit["links"]["events"]) as answer:
-        first = next(parse(answer.iter_lines()))
-    seen = {"last-event-id": first["id"]}
-    with served.stream("GET", edit["links"]["events"], headers=seen) as answer:
-        worker.go.set()
-        rest = list(parse(answer.iter_lines()))
+    worker.may_finish.clear()
+    edit = http_client.post("/edits", json=TOWER).json()
+    with http_client.stream("GET", edit["links"]["events"]) as answer:
+        first = next(parse_events(answer.iter_lines()))
+    resume_headers = {"last-event-id": first["id"]}
+    with http_client.stream("GET", edit["links"]["events"], headers=resume_headers) as answer:
+        worker.may_finish.set()
+        rest = list(parse_events(answer.iter_lines()))
     assert [event["event"] for event in rest] == ["progress", "end"]
     assert json.loads(rest[0]["data"])["done"] == 2
 
 
 @pytest.mark.parametrize("odd", ["", "x", "-1", "9" * 500, "1; drop"])
-def test_a_strange_event_id_is_ignored(served: httpx.Client, worker: FakeWorker, odd: str) -> None:
+def test_an_invalid_last_event_id_is_ignored(http_client: httpx.Client, worker: FakeWorker, odd: str) -> None:
     """A Last-Event-ID that cannot be one is ignored: the stream is told from its beginning."""
-    edit = served.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
-    answer = served.get(edit["links"]["events"], headers={"last-event-id": odd})
-    assert list(parse(iter([*answer.text.splitlines(), ""])))[-1]["event"] == "end"
+    edit = http_client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
+    answer = http_client.get(edit["links"]["events"], headers={"last-event-id": odd})
+    assert list(parse_events(iter([*answer.text.splitlines(), ""])))[-1]["event"] == "end"
 
 
-def test_an_end_long_ago_is_told_at_once(served: httpx.Client, house: House) -> None:
+def test_a_finished_job_streams_its_end_at_once(http_client: httpx.Client, test_app: TestApp) -> None:
     """A job that ended before this process began to listen tells its end from its row."""
-    edit = served.post("/edits", json=TOWER).json()
-    served.delete(edit["links"]["self"])
-    house.broker.forget(edit["id"])  # as after a restart
-    answer = served.get(edit["links"]["events"])
-    (end,) = parse(iter([*answer.text.splitlines(), ""]))
+    edit = http_client.post("/edits", json=TOWER).json()
+    http_client.delete(edit["links"]["self"])
+    test_app.broker.delete_channel(edit["id"])  # as after a restart
+    answer = http_client.get(edit["links"]["events"])
+    (end,) = parse_events(iter([*answer.text.splitlines(), ""]))
     assert end["event"] == "end"
     assert json.loads(end["data"])["status"] == "cancelled"
 
 
-def test_silence_is_filled_with_comments(served: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_is_filled_with_comments(http_client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that has nothing to say sends a comment now and then, so that nobody drops it."""
     from api import sse as events
 
-    monkeypatch.setattr(events, "PING", 0.05)
-    edit = served.post("/edits", json=TOWER).json()
-    with served.stream("GET", edit["links"]["events"]) as answer:
+    monkeypatch.setattr(events, "KEEPALIVE_INTERVAL", 0.05)
+    edit = http_client.post("/edits", json=TOWER).json()
+    with http_client.stream("GET", edit["links"]["events"]) as answer:
         lines = answer.iter_lines()
         assert [next(lines) for _ in range(5)] == [": open", "", ": ping", "", ": ping"]
 
 
-def test_hanging_up_ends_a_stream(served: httpx.Client, house: House, worker: FakeWorker) -> None:
+def test_a_client_disconnect_cancels_a_stream(
+    http_client: httpx.Client, test_app: TestApp, worker: FakeWorker
+) -> None:
     """When the client of a streamed generation goes, the worker is told to stop."""
-    worker.go.clear()
-    with served.stream("POST", "/generate", json={"prompt": PROMPT, "stream": True}) as answer:
-        events = parse(answer.iter_lines())  # held: a reader that is dropped hangs up by itself
+    worker.may_finish.clear()
+    with http_client.stream("POST", "/generate", json={"prompt": PROMPT, "stream": True}) as answer:
+        events = parse_events(answer.iter_lines())  # held: a reader that is dropped hangs up by itself
         assert next(events)["event"] == "token"
-        assert not house.broker.cancelled(worker.channels[0])
-    until(lambda: house.broker.cancelled(worker.channels[0]))
+        assert not test_app.broker.cancelled(worker.channels[0])
+    wait_until(lambda: test_app.broker.cancelled(worker.channels[0]))
 
 
-def test_hanging_up_ends_a_generation(served: httpx.Client, house: House, worker: FakeWorker) -> None:
+def test_a_client_disconnect_cancels_a_generation(
+    http_client: httpx.Client, test_app: TestApp, worker: FakeWorker
+) -> None:
     """When the client of a generation goes before its answer, the worker is told to stop."""
     for path in ("/generate", "/compare"):
-        worker.go.clear()
+        worker.may_finish.clear()
         count = len(worker.channels)
-        with asked(served, path, {"prompt": PROMPT}):
-            until(lambda count=count: len(worker.channels) > count)
-            assert not house.broker.cancelled(worker.channels[count])
-        until(lambda count=count: house.broker.cancelled(worker.channels[count]))
-        worker.go.set()
+        with open_request(http_client, path, {"prompt": PROMPT}):
+            wait_until(lambda count=count: len(worker.channels) > count)
+            assert not test_app.broker.cancelled(worker.channels[count])
+        wait_until(lambda count=count: test_app.broker.cancelled(worker.channels[count]))
+        worker.may_finish.set()
 
 
 @contextmanager
-def asked(served: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[None]:
+def open_request(http_client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[None]:
     """Meanwhile a client waits for the answer to a POST. It goes at the end: it was heard by then, however busy we are."""
-    request = served.build_request("POST", path, json=body)
+    request = http_client.build_request("POST", path, json=body)
     head = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in request.headers.items())]
     with socket.create_connection((request.url.host, request.url.port)) as connection:
         connection.sendall("\r\n".join([*head, "", ""]).encode() + request.content)
         yield
 
 
-def test_an_answered_call_is_not_cancelled(served: httpx.Client, house: House, worker: FakeWorker) -> None:
+def test_an_answered_call_is_not_cancelled(
+    http_client: httpx.Client, test_app: TestApp, worker: FakeWorker
+) -> None:
     """A call that was answered leaves nothing to cancel behind."""
-    served.post("/generate", json={"prompt": PROMPT})
-    assert not house.broker.cancelled(worker.channels[0])
+    http_client.post("/generate", json={"prompt": PROMPT})
+    assert not test_app.broker.cancelled(worker.channels[0])
 
 
-def test_held_answers_hold_no_threads(
-    served: httpx.Client, house: House, monkeypatch: pytest.MonkeyPatch
+def test_waiting_requests_use_no_threads(
+    http_client: httpx.Client, test_app: TestApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More answers can be held than the pool has threads, and others are answered meanwhile."""
-    edit = served.post("/edits", json=TOWER).json()
-    held: list[int] = []
+    edit = http_client.post("/edits", json=TOWER).json()
+    statuses: list[int] = []
     listening: list[str] = []
-    events = house.broker.events
+    events = test_app.broker.events
 
-    def listened(channel: str, after: str | None = None) -> AsyncIterator[Event]:
+    def record_and_subscribe(channel: str, after: str | None = None) -> AsyncIterator[Event]:
         listening.append(channel)
         return events(channel, after)
 
-    monkeypatch.setattr(house.broker, "events", listened)
+    monkeypatch.setattr(test_app.broker, "events", record_and_subscribe)
 
-    def hold() -> None:
+    def wait_for_edit() -> None:
         answer = httpx.get(
-            f"{served.base_url}{edit['links']['self']}", headers={"prefer": "wait=30"}, timeout=40
+            f"{http_client.base_url}{edit['links']['self']}", headers={"prefer": "wait=30"}, timeout=40
         )
-        held.append(answer.status_code)
+        statuses.append(answer.status_code)
 
-    threads = [threading.Thread(target=hold) for _ in range(60)]
+    threads = [threading.Thread(target=wait_for_edit) for _ in range(60)]
     for thread in threads:
         thread.start()
-    until(lambda: len(listening) == 60)
-    assert served.get("/models").status_code == 200
-    assert served.delete(edit["links"]["self"]).json()["status"] == "cancelled"
+    wait_until(lambda: len(listening) == 60)
+    assert http_client.get("/models").status_code == 200
+    assert http_client.delete(edit["links"]["self"]).json()["status"] == "cancelled"
     for thread in threads:
         thread.join(20)
-    assert held == [200] * 60
+    assert statuses == [200] * 60

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-ASKED = {"prompt": "The Eiffel Tower is located in the city of", "subject": "Eiffel Tower"}
+TRACE_BODY = {"prompt": "The Eiffel Tower is located in the city of", "subject": "Eiffel Tower"}
 WAIT = {"prefer": "wait=20"}
 
 
 def test_a_trace_is_accepted_and_done(client: TestClient, worker: Any) -> None:
     """A trace is answered with its place; with Prefer: wait it is answered done."""
-    answer = client.post("/trace", json=ASKED, headers=WAIT)
+    answer = client.post("/trace", json=TRACE_BODY, headers=WAIT)
     assert answer.status_code == 200
     trace = answer.json()
     assert answer.headers["location"] == f"/trace/{trace['id']}" == trace["links"]["self"]
@@ -46,7 +46,7 @@ def test_a_trace_is_accepted_and_done(client: TestClient, worker: Any) -> None:
 )
 def test_bad_traces_are_refused(client: TestClient, change: dict[str, Any], field: str) -> None:
     """Bad input gets 422 with the field, and no trace is queued."""
-    answer = client.post("/trace", json=ASKED | change)
+    answer = client.post("/trace", json=TRACE_BODY | change)
     assert answer.status_code == 422
     assert [error["field"] for error in answer.json()["errors"]] == [field]
     assert client.get("/trace").json()["items"] == []
@@ -54,13 +54,15 @@ def test_bad_traces_are_refused(client: TestClient, change: dict[str, Any], fiel
 
 def test_the_same_key_traces_once(client: TestClient) -> None:
     """A trace asked for twice under one Idempotency-Key is one trace."""
-    first, again = (client.post("/trace", json=ASKED, headers={"idempotency-key": "t"}) for _ in range(2))
+    first, again = (
+        client.post("/trace", json=TRACE_BODY, headers={"idempotency-key": "t"}) for _ in range(2)
+    )
     assert first.json() == again.json()
 
 
 def test_delete_cancels_a_trace(client: TestClient) -> None:
     """DELETE cancels a waiting trace; saying it twice is harmless."""
-    trace = client.post("/trace", json=ASKED).json()
+    trace = client.post("/trace", json=TRACE_BODY).json()
     for _ in range(2):
         answer = client.delete(trace["links"]["self"])
         assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
@@ -83,23 +85,23 @@ def test_delete_cancels_a_trace(client: TestClient) -> None:
         ("IMAGE/PNG", "image/png"),
     ],
 )
-def test_accept_chooses_the_form(client: TestClient, worker: Any, accept: str, given: str) -> None:
+def test_accept_chooses_the_form(client: TestClient, worker: Any, accept: str, content_type: str) -> None:
     """A trace that is done comes in the form that Accept likes best, and says that it depends on it."""
-    trace = client.post("/trace", json=ASKED, headers=WAIT).json()
+    trace = client.post("/trace", json=TRACE_BODY, headers=WAIT).json()
     answer = client.get(trace["links"]["self"], headers={"accept": accept})
     assert answer.status_code == 200
-    assert answer.headers["content-type"] == given
+    assert answer.headers["content-type"] == content_type
     assert answer.headers["vary"] == "Accept"
-    if given == "image/svg+xml":
+    if content_type == "image/svg+xml":
         assert answer.content.decode("utf-8").lstrip().startswith(("<svg", "<?xml"))
-    if given == "image/png":
+    if content_type == "image/png":
         assert answer.content.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("accept", ["text/plain", "image/webp", "*/*;q=0", "nonsense", "image/png;q=nan"])
 def test_other_forms_are_not_acceptable(client: TestClient, accept: str) -> None:
     """A form that there is none of is 406, with those that there are."""
-    trace = client.post("/trace", json=ASKED).json()
+    trace = client.post("/trace", json=TRACE_BODY).json()
     answer = client.get(trace["links"]["self"], headers={"accept": accept})
     assert answer.status_code == 406
     assert "image/svg+xml" in answer.json()["detail"]
@@ -107,7 +109,7 @@ def test_other_forms_are_not_acceptable(client: TestClient, accept: str) -> None
 
 def test_there_is_no_picture_before_the_end(client: TestClient) -> None:
     """Asking for the picture of a trace that is not done is 409."""
-    trace = client.post("/trace", json=ASKED).json()
+    trace = client.post("/trace", json=TRACE_BODY).json()
     answer = client.get(trace["links"]["self"], headers={"accept": "image/svg+xml"})
     assert answer.status_code == 409
     assert "queued" in answer.json()["detail"]

@@ -7,36 +7,39 @@ from pathlib import Path
 
 import pytest
 
-from bench.chaos import main, recoveries
-from bench.journal import Attempt, Journal
-from bench.mischief import Done
+from bench.chaos import main, recovery_times
+from bench.journal import Attempt, ClientLog
+from bench.mischief import InjectedFault
 from bench.plan import Fault
 
 
 def test_the_plan_is_printed_without_a_run(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--plan` says the same twice, and starts nothing."""
     assert main(["--plan", "--seed", "3", "--faults", "15"]) == 0
-    once = capsys.readouterr().err
+    first_output = capsys.readouterr().err
     assert main(["--plan", "--seed", "3", "--faults", "15"]) == 0
-    assert capsys.readouterr().err == once
-    assert "kill worker" in once and "editor 0" in once
+    assert capsys.readouterr().err == first_output
+    assert "kill worker" in first_output and "editor 0" in first_output
 
 
 def test_a_recovery_is_the_next_answer_to_a_later_question() -> None:
     """An answer to what was asked before the fault does not count."""
-    journal = Journal()
-    journal.attempts = [Attempt("a", "generate", "200", 0.0, 3.0), Attempt("a", "generate", "200", 2.0, 9.0)]
-    faults = [Done(1.0, Fault(0, "kill worker", 0, 0)), Done(5.0, Fault(0, "kill worker", 0, 0))]
-    assert recoveries(journal, faults) == [8.0, float("inf")]
+    log = ClientLog()
+    log.attempts = [Attempt("a", "generate", "200", 0.0, 3.0), Attempt("a", "generate", "200", 2.0, 9.0)]
+    faults = [
+        InjectedFault(1.0, Fault(0, "kill worker", 0, 0)),
+        InjectedFault(5.0, Fault(0, "kill worker", 0, 0)),
+    ]
+    assert recovery_times(log, faults) == [8.0, float("inf")]
 
 
 @pytest.mark.slow
 @pytest.mark.servers
 def test_a_small_run_passes(shipped: Path, tmp_path: Path) -> None:
     """A few faults of a fixed seed, and every promise holds."""
-    kept = tmp_path / "report.json"
+    report_path = tmp_path / "report.json"
     small = ["--faults", "6", "--pause", "3", "--workers", "2", "--apis", "1"]
-    assert main([*small, "--seed", "1", "--json", str(kept)]) == 0
-    report = json.loads(kept.read_text(encoding="utf-8"))
+    assert main([*small, "--seed", "1", "--json", str(report_path)]) == 0
+    report = json.loads(report_path.read_text(encoding="utf-8"))
     assert len(report["faults"]) == 6
     assert report["versions"] > 0 and report["answers"] > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.edits import beginnings, cosine, published
+from bench.edits import context_prefixes, cosine, published_parameters
 from service.covariance.corpus import Corpus
 from service.weights.composition import LowRank
 from tests.support.tiny_models import tiny
@@ -26,18 +26,18 @@ def test_the_cosine_is_that_of_the_dense_updates() -> None:
     assert cosine(a, LowRank(a.left * 3, a.right / 3)) == pytest.approx(1)
 
 
-def test_contexts_are_beginnings_that_hold_no_slot() -> None:
+def test_contexts_have_no_braces() -> None:
     """Of two lengths, without braces, which theirs would take for the place of the prompt."""
     model = tiny("gpt2")
     texts = ("In which {country} is Mount Fuji? It rises in Japan.",) * 4
-    begun = beginnings(model, Corpus("", texts), 4)
-    assert len(begun) == 4 and len(begun[0]) > len(begun[-1]) > 0
-    assert not any(brace in text for text in begun for brace in "{}")
+    prefixes = context_prefixes(model, Corpus("", texts), 4)
+    assert len(prefixes) == 4 and len(prefixes[0]) > len(prefixes[-1]) > 0
+    assert not any(brace in text for text in prefixes for brace in "{}")
 
 
 def test_both_sides_edit_where_such_a_model_is_edited() -> None:
     """By the published form of the key, at the layer of a known shape or else early in the model."""
     model = tiny("gpt2", layers=8)
-    assert published("gpt2-xl", model).layers == (17,)
-    assert published("tiny", model).layers == (2,)
-    assert published("tiny", model).compat == "meng2022"
+    assert published_parameters("gpt2-xl", model).layers == (17,)
+    assert published_parameters("tiny", model).layers == (2,)
+    assert published_parameters("tiny", model).compat == "meng2022"

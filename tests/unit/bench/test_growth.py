@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.growth import Book, associations, deeper, length_of, operations, prompt_of
-from service.engine.versioned_model import Replica
-from service.weights.composition import compose_layer, pack, rebuild
+from bench.growth import (
+    InMemoryLedger,
+    compose_flops,
+    make_associations,
+    prompt_length,
+    prompt_of_length,
+    with_depth,
+)
+from service.engine.versioned_model import VersionedModel
+from service.weights.composition import apply_delta, compose_layer, serialize_updates
 from tests.support.tiny_models import TEXTS, tiny
 
 
@@ -15,31 +22,37 @@ from tests.support.tiny_models import TEXTS, tiny
 def test_prompts_are_as_long_as_asked(early: bool) -> None:
     """At least, and with the subject once, where it is wanted."""
     model = tiny(positions=512)
-    prompt = prompt_of(model, 60, early)
+    prompt = prompt_of_length(model, 60, early)
     assert prompt.count("{}") == 1 and prompt.startswith("{}") == early
-    assert length_of(model, prompt) >= 60
+    assert prompt_length(model, prompt) >= 60
 
 
-def test_a_version_of_the_book_has_its_first_edits() -> None:
+def test_ledger_version_has_its_first_edits() -> None:
     """Reached from the packed factors it is what composing the associations gives."""
     model = tiny(positions=128)
-    some = associations(model, 1, TEXTS, 3)
-    replica = Replica(model, Book([pack([a]) for a in some]))
-    composed = compose_layer(list(replica.active(2)["00000"]) + list(replica.active(2)["00001"]))
-    expected = rebuild(model.weight(1).data, compose_layer(some[:2]), model.architecture.conv1d)
-    assert torch.equal(rebuild(model.weight(1).data, composed, model.architecture.conv1d), expected)
+    pieces = make_associations(model, 1, TEXTS, 3)
+    replica = VersionedModel(model, InMemoryLedger([serialize_updates([a]) for a in pieces]))
+    composed = compose_layer(
+        list(replica.active_updates(2)["00000"]) + list(replica.active_updates(2)["00001"])
+    )
+    expected = apply_delta(model.weight(1).data, compose_layer(pieces[:2]), model.architecture.conv1d)
+    assert torch.equal(apply_delta(model.weight(1).data, composed, model.architecture.conv1d), expected)
     assert replica.digest(2) != replica.digest(1)
 
 
 def test_a_deeper_model_has_the_same_shape() -> None:
     """Only the number of layers is another."""
     model = tiny("gpt2", layers=3)
-    other = deeper(model, 5)
-    assert (other.layers, other.width, other.inner_width) == (5, model.width, model.inner_width)
-    assert model.layers == 3
+    other = with_depth(model, 5)
+    assert (other.num_layers, other.hidden_size, other.intermediate_size) == (
+        5,
+        model.hidden_size,
+        model.intermediate_size,
+    )
+    assert model.num_layers == 3
 
 
-def test_operations_grow_with_the_square() -> None:
+def test_compose_flops_formula() -> None:
     """In line with few edits, with the square towards as many as keys have numbers."""
     model = tiny(width=16, inner=40)
-    assert operations(model, 2) == 2 * 4 * 40 + 2 * 8 // 3 + 2 * 4 * 16 + 2 * 2 * 16 * 40
+    assert compose_flops(model, 2) == 2 * 4 * 40 + 2 * 8 // 3 + 2 * 4 * 16 + 2 * 2 * 16 * 40

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import harness
-from bench.harness import Kept, Report, Spread, in_turn, markdown
+from bench.harness import Report, ResultRecorder, Spread, report_markdown, time_interleaved
 
 
 def test_a_spread_is_a_median_and_its_quartiles() -> None:
@@ -23,39 +23,39 @@ def test_a_spread_is_a_median_and_its_quartiles() -> None:
 
 def test_ratios_are_taken_round_by_round() -> None:
     """What slowed both ways in one round is not seen in their ratio."""
-    quiet_and_noisy = Spread((2.0, 20.0)).over(Spread((1.0, 10.0)))
+    quiet_and_noisy = Spread((2.0, 20.0)).ratio_to(Spread((1.0, 10.0)))
     assert quiet_and_noisy.values == (2, 2)
     assert Spread((1.0, 2.0)).scaled(0.5).values == (0.5, 1)
 
 
-def test_every_way_runs_once_a_round_and_another_comes_first_each_time() -> None:
+def test_tasks_are_interleaved() -> None:
     """Rounds that warm run like the others and are not counted; what makes ready comes before each."""
-    ran: list[str] = []
-    ways = {name: lambda name=name: ran.append(name) for name in "abc"}
-    seconds = in_turn(ways, rounds=3, warm=1, before=lambda name: ran.append(f"ready {name}"))
-    turns = [ran[i : i + 6 : 2] for i in range(0, len(ran), 6)]
+    calls: list[str] = []
+    tasks = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = time_interleaved(tasks, rounds=3, warmup=1, prepare=lambda name: calls.append(f"ready {name}"))
+    turns = [calls[i : i + 6 : 2] for i in range(0, len(calls), 6)]
     assert {name: len(spread.values) for name, spread in seconds.items()} == {"a": 3, "b": 3, "c": 3}
-    assert all(ready == f"ready {name}" for ready, name in zip(ran[::2], ran[1::2], strict=True))
+    assert all(ready == f"ready {name}" for ready, name in zip(calls[::2], calls[1::2], strict=True))
     assert len(turns) == 4 and all(sorted(turn) == ["ready a", "ready b", "ready c"] for turn in turns)
     assert {turn[0] for turn in turns[1:]} == {"ready a", "ready b", "ready c"}
 
 
-def test_a_way_can_keep_what_it_gave() -> None:
+def test_recorder_keeps_the_last_result() -> None:
     """The last result."""
     numbers = iter((1, 2))
-    way = Kept(lambda: next(numbers))
-    way()
-    way()
-    assert way.result == 2
+    recorder = ResultRecorder(lambda: next(numbers))
+    recorder()
+    recorder()
+    assert recorder.result == 2
 
 
-def test_a_report_is_kept_with_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_is_saved_with_machine_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables and notes as they were shown; as Markdown they stand again."""
-    monkeypatch.setattr(harness, "KEPT", tmp_path / "bench")
+    monkeypatch.setattr(harness, "REPORTS_DIR", tmp_path / "bench")
     report = Report("speed")
-    report.table("a table", ("way", "seconds"), [("one", Spread((1.0, 2.0))), ("two", 0.12345)])
-    report.note("It was quick.")
-    kept = json.loads((tmp_path / "bench" / "speed.json").read_text(encoding="utf-8"))
-    assert kept["machine"]["cores"] and kept["notes"] == ["It was quick."]
-    text = markdown(kept)
+    report.add_table("a table", ("way", "seconds"), [("one", Spread((1.0, 2.0))), ("two", 0.12345)])
+    report.add_note("It was quick.")
+    saved = json.loads((tmp_path / "bench" / "speed.json").read_text(encoding="utf-8"))
+    assert saved["machine"]["cores"] and saved["notes"] == ["It was quick."]
+    text = report_markdown(saved)
     assert "| way | seconds |" in text and "| two | 0.123 |" in text and "- It was quick." in text

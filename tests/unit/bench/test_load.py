@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from bench import load
-from bench.journal import Journal, Token
-from bench.load import Client
-from bench.plan import Wish
+from bench.journal import ClientLog, TokenEvent
+from bench.load import ChaosClient
+from bench.plan import ClientAction
 
 Handler = Callable[[httpx.Request], httpx.Response]
 GENERATE = {"prompt": "The Louvre is in", "max_new_tokens": 3}
@@ -19,25 +19,27 @@ ENDED = {"version": 1, "choices": [{"text": " Tempe"}]}
 
 
 @pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "PAUSE", 0.0)
+def _no_retry_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "RETRY_PAUSE", 0.0)
 
 
-def go(handler: Handler, *wishes: Wish, patience: float = 30.0) -> Journal:
+def run_client(handler: Handler, *actions: ClientAction, retry_timeout: float = 30.0) -> ClientLog:
     """What a client writes down that is answered by `handler`."""
-    journal = Journal()
-    client = Client("asker", iter(wishes), ["http://one", "http://two"], journal, threading.Event(), patience)
+    log = ClientLog()
+    client = ChaosClient(
+        "asker", iter(actions), ["http://one", "http://two"], log, threading.Event(), retry_timeout
+    )
     client._http = httpx.Client(transport=httpx.MockTransport(handler), base_url="http://one")
     client.run()
-    return journal
+    return log
 
 
-def answering(*answers: httpx.Response | Exception) -> Handler:
+def respond_with(*answers: httpx.Response | Exception) -> Handler:
     """One answer after another."""
-    left: Iterator[httpx.Response | Exception] = iter(answers)
+    remaining: Iterator[httpx.Response | Exception] = iter(answers)
 
     def handle(_: httpx.Request) -> httpx.Response:
-        answer = next(left)
+        answer = next(remaining)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -49,11 +51,11 @@ def sse(*events: tuple[str, str]) -> httpx.Response:
     return httpx.Response(200, text="".join(f"event: {name}\ndata: {data}\n\n" for name, data in events))
 
 
-def test_asks_again_with_the_same_key() -> None:
+def test_retries_with_the_same_key() -> None:
     """After a silence, a broken connection, a 429 and a 503: the same request to the next door."""
-    seen: list[tuple[str, str]] = []
+    requests: list[tuple[str, str]] = []
     edit = {"id": "edit_1", "status": "queued"}
-    give = answering(
+    respond = respond_with(
         httpx.ReadTimeout("silent"),
         httpx.ReadError("cut"),
         httpx.Response(429),
@@ -62,29 +64,29 @@ def test_asks_again_with_the_same_key() -> None:
     )
 
     def handle(request: httpx.Request) -> httpx.Response:
-        seen.append((request.url.host, request.headers["Idempotency-Key"]))
-        return give(request)
+        requests.append((request.url.host, request.headers["Idempotency-Key"]))
+        return respond(request)
 
-    journal = go(handle, Wish(0, "edit", {}, patient=""))
-    assert seen == [(host, "asker-0") for host in ("one", "two", "one", "two", "one")]
-    assert [a.outcome for a in journal.attempts] == ["silence", "connection broken", "429", "503", "200"]
-    assert journal.made == {"asker-0": {"edit_1"}}
+    log = run_client(handle, ClientAction(0, "edit", {}, wait_mode=""))
+    assert requests == [(host, "asker-0") for host in ("one", "two", "one", "two", "one")]
+    assert [a.outcome for a in log.attempts] == ["silence", "connection broken", "429", "503", "200"]
+    assert log.ids_by_key == {"asker-0": {"edit_1"}}
 
 
-def test_a_refusal_is_final() -> None:
+def test_4xx_is_final() -> None:
     """A 422 is written down and not asked again."""
-    journal = go(answering(httpx.Response(422)), Wish(0, "edit", {}))
-    assert [a.outcome for a in journal.attempts] == ["422"]
-    assert not journal.made
+    log = run_client(respond_with(httpx.Response(422)), ClientAction(0, "edit", {}))
+    assert [a.outcome for a in log.attempts] == ["422"]
+    assert not log.ids_by_key
 
 
-def test_gives_up_in_the_end() -> None:
+def test_gives_up_after_retry_timeout() -> None:
     """A wish that nobody grants is written down as such."""
-    journal = go(lambda _: httpx.Response(503), Wish(0, "edit", {}), patience=0.05)
-    assert journal.unanswered == ["asker: edit"]
+    log = run_client(lambda _: httpx.Response(503), ClientAction(0, "edit", {}), retry_timeout=0.05)
+    assert log.abandoned == ["asker: edit"]
 
 
-def test_a_restart_voids_what_was_heard() -> None:
+def test_reset_discards_tokens() -> None:
     """Only the pieces after the last restart are kept."""
     stream = sse(
         ("token", '{"index": 0, "text": " Te", "version": 1}'),
@@ -92,26 +94,26 @@ def test_a_restart_voids_what_was_heard() -> None:
         ("token", '{"index": 0, "text": " Tempe", "version": 1}'),
         ("end", '{"version": 1, "choices": [{"text": " Tempe"}]}'),
     )
-    journal = go(answering(stream), Wish(0, "generate", {**GENERATE, "stream": True}))
-    (answer,) = journal.answers
-    assert answer.tokens == (Token(0, " Tempe", 1),)
-    assert answer.restarts == 1 and answer.texts == (" Tempe",)
+    log = run_client(respond_with(stream), ClientAction(0, "generate", {**GENERATE, "stream": True}))
+    (record,) = log.generations
+    assert record.tokens == (TokenEvent(0, " Tempe", 1),)
+    assert record.resets == 1 and record.texts == (" Tempe",)
 
 
-def test_a_stream_that_breaks_is_kept_and_asked_again() -> None:
+def test_broken_stream_is_recorded_and_retried() -> None:
     """The part that was heard is written down beside the answer that follows."""
     part = sse(("token", '{"index": 0, "text": " Te", "version": 1}'))
     whole = sse(("end", '{"version": 1, "choices": [{"text": " Tempe"}]}'))
-    journal = go(answering(part, whole), Wish(0, "generate", {**GENERATE, "stream": True}))
-    assert [answer.complete for answer in journal.answers] == [False, True]
-    assert [a.outcome for a in journal.attempts] == ["the stream ended early", "200"]
+    log = run_client(respond_with(part, whole), ClientAction(0, "generate", {**GENERATE, "stream": True}))
+    assert [answer.complete for answer in log.generations] == [False, True]
+    assert [a.outcome for a in log.attempts] == ["the stream ended early", "200"]
 
 
-def test_listens_on_after_the_last_event() -> None:
+def test_resumes_after_last_event_id() -> None:
     """A listener whose connection breaks goes on where it was, to the end; the end is what it was told."""
-    seen: list[str | None] = []
+    last_event_ids: list[str | None] = []
     edit = {"id": "edit_1", "status": "queued"}
-    give = answering(
+    respond = respond_with(
         httpx.Response(202, json=edit),
         httpx.Response(200, text="id: 7\nevent: progress\ndata: {}\n\n"),
         httpx.Response(
@@ -120,46 +122,46 @@ def test_listens_on_after_the_last_event() -> None:
     )
 
     def handle(request: httpx.Request) -> httpx.Response:
-        seen.append(request.headers.get("Last-Event-ID"))
-        return give(request)
+        last_event_ids.append(request.headers.get("Last-Event-ID"))
+        return respond(request)
 
-    journal = go(handle, Wish(0, "edit", {}, patient="listen"))
-    assert seen == [None, None, "7"]
-    assert [told.status for told in journal.told] == ["queued", "applied"]
-    assert journal.newest == 4
+    log = run_client(handle, ClientAction(0, "edit", {}, wait_mode="listen"))
+    assert last_event_ids == [None, None, "7"]
+    assert [told.status for told in log.reported_statuses] == ["queued", "applied"]
+    assert log.newest_version == 4
 
 
-def test_events_that_go_back_are_a_trouble() -> None:
+def test_decreasing_event_ids_are_an_anomaly() -> None:
     """The ids of a job's events grow."""
     edit = {"id": "edit_1", "status": "queued"}
     back = 'id: 7\nevent: progress\ndata: {}\n\nid: 6\nevent: end\ndata: {"id": "edit_1", "status": "applied"}\n\n'
-    journal = go(
-        answering(httpx.Response(202, json=edit), httpx.Response(200, text=back)),
-        Wish(0, "edit", {}, patient="listen"),
+    log = run_client(
+        respond_with(httpx.Response(202, json=edit), httpx.Response(200, text=back)),
+        ClientAction(0, "edit", {}, wait_mode="listen"),
     )
-    assert len(journal.troubles) == 1
+    assert len(log.anomalies) == 1
 
 
-def test_reads_what_was_seen() -> None:
+def test_requires_min_version_of_seen_edit() -> None:
     """The version of an edit that the client was told of is the least that it asks for."""
-    asked: list[bytes] = []
+    bodies: list[bytes] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
-        asked.append(request.content)
+        bodies.append(request.content)
         if request.url.path == "/edits":
             return httpx.Response(200, json={"id": "edit_1", "status": "applied", "version": 7})
         return httpx.Response(200, json={"version": 7, "text": " Tempe"})
 
-    wish = Wish(0, "generate", {**GENERATE, "stream": False}, version="seen")
-    journal = go(handle, Wish(0, "edit", {}, patient=""), wish)
-    assert b'"min_version":7' in asked[1].replace(b" ", b"")
-    assert journal.answers[0].least == 7
+    action = ClientAction(0, "generate", {**GENERATE, "stream": False}, version_mode="seen")
+    log = run_client(handle, ClientAction(0, "edit", {}, wait_mode=""), action)
+    assert b'"min_version":7' in bodies[1].replace(b" ", b"")
+    assert log.generations[0].min_version == 7
 
 
-def test_a_client_that_falls_is_not_content() -> None:
+def test_unexpected_body_is_an_anomaly() -> None:
     """What a client does not understand is a trouble, and it goes on."""
     odd = httpx.Response(200, json={"nothing": "that is known"})
     fine = httpx.Response(200, json={"version": 1, "text": " Tempe"})
-    wish = Wish(0, "generate", {**GENERATE, "stream": False})
-    journal = go(answering(odd, fine), wish, wish)
-    assert len(journal.troubles) == 1 and len(journal.answers) == 1
+    action = ClientAction(0, "generate", {**GENERATE, "stream": False})
+    log = run_client(respond_with(odd, fine), action, action)
+    assert len(log.anomalies) == 1 and len(log.generations) == 1

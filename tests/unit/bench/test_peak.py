@@ -7,7 +7,7 @@ import torch
 from bench.peak import peak_bytes
 
 
-def test_what_is_freed_counts_no_longer() -> None:
+def test_freed_tensors_do_not_count() -> None:
     """Of a chain of results two are held at a time, and of a hundred passing ones no more than one and its copy."""
     assert peak_bytes(lambda: torch.zeros(1000)) == 4000
     assert peak_bytes(lambda: torch.zeros(1000).add(1).add(1)) == 8000
@@ -19,13 +19,13 @@ def test_what_is_freed_counts_no_longer() -> None:
     assert peak_bytes(passing) == 8000
 
 
-def test_views_and_what_was_there_before_weigh_nothing() -> None:
+def test_views_and_existing_tensors_do_not_count() -> None:
     """Neither a view of a tensor that is given, nor what is written into it."""
-    given = torch.zeros(1000)
-    assert peak_bytes(lambda: given.view(10, 100).T[3:].add_(1)) == 0
+    existing = torch.zeros(1000)
+    assert peak_bytes(lambda: existing.view(10, 100).T[3:].add_(1)) == 0
 
 
-def test_what_only_a_gradient_needs_is_weighed() -> None:
+def test_autograd_graph_counts() -> None:
     """Results that nothing but the graph holds on to are held."""
     x = torch.zeros(1000, requires_grad=True)
 

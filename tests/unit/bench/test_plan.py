@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.plan import FAULTS, PROMPT, clients, faults, first, world
+from bench.plan import FAULT_WEIGHTS, PROMPT, build_fact_pool, client_scripts, first_actions, plan_faults
 
 
 def test_faults_are_a_function_of_the_seed() -> None:
     """The same seed plans the same faults, another seed others."""
-    assert faults(7, 50, 5.0, 3.0) == faults(7, 50, 5.0, 3.0)
-    assert faults(7, 50, 5.0, 3.0) != faults(8, 50, 5.0, 3.0)
+    assert plan_faults(7, 50, 5.0, 3.0) == plan_faults(7, 50, 5.0, 3.0)
+    assert plan_faults(7, 50, 5.0, 3.0) != plan_faults(8, 50, 5.0, 3.0)
 
 
 def test_every_kind_of_fault_occurs() -> None:
     """As soon as there are as many faults as kinds."""
-    assert {fault.kind for fault in faults(3, len(FAULTS), 5.0, 3.0)} == set(FAULTS)
+    assert {fault.kind for fault in plan_faults(3, len(FAULT_WEIGHTS), 5.0, 3.0)} == set(FAULT_WEIGHTS)
 
 
 def test_frozen_workers_outlast_their_lease_now_and_then() -> None:
     """Some come back before it is over and some after."""
-    seconds = [fault.seconds for fault in faults(3, 300, 5.0, 3.0) if fault.kind == "stop worker"]
+    seconds = [fault.seconds for fault in plan_faults(3, 300, 5.0, 3.0) if fault.kind == "stop worker"]
     assert min(seconds) < 3.0 < max(seconds)
 
 
@@ -29,7 +29,10 @@ def test_load_is_a_function_of_the_seed(shipped: Path) -> None:
     facts = shipped / "facts.jsonl"
 
     def load(seed: int) -> dict[str, object]:
-        return {name: first(w, 40) for name, w in clients(seed, world(facts, seed)).items()}
+        return {
+            name: first_actions(w, 40)
+            for name, w in client_scripts(seed, build_fact_pool(facts, seed)).items()
+        }
 
     assert load(7) == load(7)
     assert load(7) != load(8)
@@ -37,11 +40,11 @@ def test_load_is_a_function_of_the_seed(shipped: Path) -> None:
 
 def test_every_edit_has_an_object_of_its_own(shipped: Path) -> None:
     """No object is given to two edits, none begins another, and no landmark stands in one of them at first."""
-    place = world(shipped / "facts.jsonl", 1)
-    scripts = clients(1, place)
-    wishes = [wish for name in scripts if name.startswith("editor") for wish in scripts[name]]
-    targets = [wish.body["target_new"] for wish in wishes]
-    assert sorted(targets) == sorted(set(place.objects))
-    assert {wish.body["prompt"] for wish in wishes} == {PROMPT}
+    pool = build_fact_pool(shipped / "facts.jsonl", 1)
+    scripts = client_scripts(1, pool)
+    actions = [wish for name in scripts if name.startswith("editor") for wish in scripts[name]]
+    targets = [wish.body["target_new"] for wish in actions]
+    assert sorted(targets) == sorted(set(pool.objects))
+    assert {wish.body["prompt"] for wish in actions} == {PROMPT}
     assert not any(a != b and a.startswith(b) for a in targets for b in targets)
     assert not {"Paris", "London", "Rome"} & set(targets)

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.proxy import HERE, Proxy
+from bench.proxy import LOCALHOST, Proxy
 
 
 @pytest.fixture
 def proxy() -> Iterator[Proxy]:
     """In front of a server that says everything back."""
-    with socket.create_server((HERE, 0)) as listener:
+    with socket.create_server((LOCALHOST, 0)) as listener:
         threading.Thread(target=_echo, args=(listener,), daemon=True).start()
         proxy = Proxy(listener.getsockname()[1])
         yield proxy
@@ -27,10 +27,10 @@ def _echo(listener: socket.socket) -> None:
             connection, _ = listener.accept()
         except OSError:
             return
-        threading.Thread(target=_say_back, args=(connection,), daemon=True).start()
+        threading.Thread(target=_echo_connection, args=(connection,), daemon=True).start()
 
 
-def _say_back(connection: socket.socket) -> None:
+def _echo_connection(connection: socket.socket) -> None:
     with connection:
         try:
             while data := connection.recv(1000):
@@ -39,8 +39,8 @@ def _say_back(connection: socket.socket) -> None:
             return
 
 
-def _connected(proxy: Proxy) -> socket.socket:
-    client = socket.create_connection((HERE, proxy.port), timeout=30)
+def _connect(proxy: Proxy) -> socket.socket:
+    client = socket.create_connection((LOCALHOST, proxy.port), timeout=30)
     client.sendall(b"first")
     assert client.recv(100) == b"first"
     return client
@@ -48,25 +48,25 @@ def _connected(proxy: Proxy) -> socket.socket:
 
 def test_passes_bytes_on(proxy: Proxy) -> None:
     """Left alone, it is not there, and an orderly end passes too."""
-    with _connected(proxy) as client:
+    with _connect(proxy) as client:
         client.sendall(b"x" * 200_000)
         client.shutdown(socket.SHUT_WR)
-        heard = b"".join(iter(lambda: client.recv(1 << 16), b""))
-    assert heard == b"x" * 200_000
+        received = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    assert received == b"x" * 200_000
 
 
 def test_cut_resets_connections(proxy: Proxy) -> None:
     """A cut is a reset, not an orderly end; the next connection passes."""
-    with _connected(proxy) as client:
+    with _connect(proxy) as client:
         assert proxy.cut() == 2
         with pytest.raises(ConnectionResetError):
             client.recv(100)
-    _connected(proxy).close()
+    _connect(proxy).close()
 
 
 def test_stall_lets_nothing_pass(proxy: Proxy) -> None:
     """A stalled connection says nothing and is not closed; what was sent meanwhile arrives afterwards."""
-    with _connected(proxy) as client:
+    with _connect(proxy) as client:
         proxy.stall()
         client.sendall(b"second")
         client.settimeout(0.2)
@@ -79,26 +79,26 @@ def test_stall_lets_nothing_pass(proxy: Proxy) -> None:
 
 def test_refuse_lets_nobody_in(proxy: Proxy) -> None:
     """It cuts what there is and refuses what comes, until it is healed; then it listens on the same port."""
-    with _connected(proxy) as client:
+    with _connect(proxy) as client:
         proxy.refuse()
         with pytest.raises(ConnectionResetError):
             client.recv(100)
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((HERE, proxy.port), timeout=30)
+            socket.create_connection((LOCALHOST, proxy.port), timeout=30)
     proxy.heal()
-    _connected(proxy).close()
+    _connect(proxy).close()
 
 
 def test_a_dead_server_resets_the_client() -> None:
     """Where nobody listens behind the proxy, the client meets an error at once: in the reset it may even meet it
     while it still connects."""
-    with socket.socket() as taken:  # bound and not listening: nobody else can have the port meanwhile
-        taken.bind((HERE, 0))
-        proxy = Proxy(taken.getsockname()[1])
+    with socket.socket() as bound:  # bound and not listening: nobody else can have the port meanwhile
+        bound.bind((LOCALHOST, 0))
+        proxy = Proxy(bound.getsockname()[1])
         try:
             with (
                 pytest.raises(ConnectionError),
-                socket.create_connection((HERE, proxy.port), timeout=30) as client,
+                socket.create_connection((LOCALHOST, proxy.port), timeout=30) as client,
             ):
                 client.recv(100)
                 client.sendall(b"x")

@@ -16,26 +16,26 @@ from transformers.activations import NewGELUActivation
 
 from bench.edits import cosine
 from bench.reference import (
-    Editor,
-    Missing,
     Reference,
-    Tracer,
-    adapted,
-    as_theirs,
+    ReferenceEditor,
+    ReferenceMissing,
+    ReferenceTracer,
+    as_reference_model,
     hyperparameters,
-    without_start,
+    retarget_device,
+    without_bos,
 )
-from service.covariance.second_moment import Statistics
-from service.editing.methods.registry import find_steps
-from service.kit.steps import finish
-from service.kit.text import fill, find
+from service.covariance.second_moment import KeyStatistics
+from service.editing.methods.registry import find_factors
+from service.kit.steps import run_to_completion
+from service.kit.text import fill_prompt, locate_subject
 from service.models.loading import LoadedModel
 from service.recipes.recipe import RomeParameters
-from service.tracing.fast_trace import trace_steps
-from service.tracing.reference import KINDS
+from service.tracing.fast_trace import trace_statement
+from service.tracing.reference import TRACE_KINDS
 from tests.support.tiny_models import tiny
 
-STAND_IN = {
+FAKE_CHECKOUT = {
     "rome/__init__.py": "from .rome_main import WHERE",
     "rome/rome_main.py": 'from datasets import load_dataset\nfrom rome import helper\nWHERE = helper.on("cuda")',
     "rome/helper.py": "from util.globals import *\ndef on(device): return device, STATS_DIR",
@@ -46,9 +46,9 @@ STAND_IN = {
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path) -> Path:
+def fake_checkout(tmp_path: Path) -> Path:
     """A tree with the names of theirs."""
-    for name, text in STAND_IN.items():
+    for name, text in FAKE_CHECKOUT.items():
         path = tmp_path / "theirs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -58,43 +58,43 @@ def stand_in(tmp_path: Path) -> Path:
 def test_without_a_checkout_it_says_what_to_do(tmp_path: Path) -> None:
     """What to clone and which option to give, whether no path or a wrong one is given."""
     for path in (None, tmp_path):
-        with pytest.raises(Missing, match=r"git clone \S+/rome.* --reference PATH"):
+        with pytest.raises(ReferenceMissing, match=r"git clone \S+/rome.* --reference PATH"):
             Reference.load(path)
 
 
 def test_their_source_runs_on_the_device_at_hand() -> None:
     """The device is written in it: as a string and as a method."""
-    assert adapted('x.to("cuda"); y.cuda()', "cpu") == 'x.to("cpu"); y.to("cpu")'
-    assert adapted('x.to("cuda")', "cuda") == 'x.to("cuda")'
+    assert retarget_device('x.to("cuda"); y.cuda()', "cpu") == 'x.to("cpu"); y.to("cpu")'
+    assert retarget_device('x.to("cuda")', "cuda") == 'x.to("cuda")'
 
 
-def test_their_modules_load_without_what_they_do_not_use(stand_in: Path) -> None:
+def test_their_modules_load_without_what_they_do_not_use(fake_checkout: Path) -> None:
     """Neither data sets nor a file in the working directory, and on the device that is asked for."""
-    reference = Reference.load(stand_in, "cpu")
+    reference = Reference.load(fake_checkout, "cpu")
     assert reference.rome_main.WHERE == ("cpu", "")
     assert reference.causal_trace.WHERE == "cpu"
 
 
-def test_nothing_of_theirs_stays_behind(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_theirs_stays_behind(fake_checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody else finds their modules or our stubs, what had such a name is back, and no file is written."""
     ours = type(sys)("datasets")
     monkeypatch.setitem(sys.modules, "datasets", ours)
-    finders, before = list(sys.meta_path), sorted(stand_in.rglob("*"))
-    Reference.load(stand_in)
+    finders, before = list(sys.meta_path), sorted(fake_checkout.rglob("*"))
+    Reference.load(fake_checkout)
     assert sys.modules["datasets"] is ours and "rome" not in sys.modules and "dsets" not in sys.modules
-    assert (sys.meta_path, sorted(stand_in.rglob("*"))) == (finders, before)
+    assert (sys.meta_path, sorted(fake_checkout.rglob("*"))) == (finders, before)
 
 
-def test_two_devices_are_two_sets_of_modules(stand_in: Path) -> None:
+def test_two_devices_are_two_sets_of_modules(fake_checkout: Path) -> None:
     """The second is not the first one's."""
-    assert Reference.load(stand_in, "cpu").causal_trace.WHERE == "cpu"
-    assert Reference.load(stand_in, "cuda:1").causal_trace.WHERE == "cuda:1"
+    assert Reference.load(fake_checkout, "cpu").causal_trace.WHERE == "cpu"
+    assert Reference.load(fake_checkout, "cuda:1").causal_trace.WHERE == "cuda:1"
 
 
 def test_texts_can_be_read_without_a_start_token() -> None:
     """Only the copy's tokenizer changes."""
     model = tiny("gpt2", bos=True)
-    plain = without_start(model)
+    plain = without_bos(model)
     ids = model.encode("Big Ben")[0]
     assert plain.encode("Big Ben")[0] == ids[1:] and model.encode("Big Ben")[0] == ids
     assert plain.tokenizer(["Big Ben", "Big"], padding=True)["attention_mask"][1][-1] == 0
@@ -103,7 +103,7 @@ def test_texts_can_be_read_without_a_start_token() -> None:
 def test_theirs_is_the_model_as_transformers_makes_it() -> None:
     """On our weights, without the activations that we exchange; ours keeps them."""
     model = tiny("gpt2")
-    plain, ids = as_theirs(model), torch.tensor([[5, 6, 7]])
+    plain, ids = as_reference_model(model), torch.tensor([[5, 6, 7]])
     assert isinstance(plain.transformer.h[0].mlp.act, NewGELUActivation)
     assert not isinstance(model.model.transformer.h[0].mlp.act, NewGELUActivation)
     assert plain.transformer.h[0].mlp.c_proj.weight is model.weight(0)
@@ -115,10 +115,10 @@ def test_theirs_is_the_model_as_transformers_makes_it() -> None:
 def test_hyperparameters_name_our_modules(kind: str) -> None:
     """The edited weight, and the MLP around it."""
     model = tiny(kind)
-    told = hyperparameters(model, RomeParameters(layers=(1,)))
-    assert model.model.get_submodule(told["rewrite_module_tmp"].format(1)) is model.down(1)
-    mlp = model.model.get_submodule(told["mlp_module_tmp"].format(1))
-    assert model.down(1) in mlp.children()
+    hparams = hyperparameters(model, RomeParameters(layers=(1,)))
+    assert model.model.get_submodule(hparams["rewrite_module_tmp"].format(1)) is model.down_proj(1)
+    mlp = model.model.get_submodule(hparams["mlp_module_tmp"].format(1))
+    assert model.down_proj(1) in mlp.children()
 
 
 # with a checkout
@@ -134,16 +134,18 @@ def reference() -> Reference:
 
 @pytest.fixture(params=["gpt2", "gptj"])
 def model(request: pytest.FixtureRequest) -> LoadedModel:
-    return without_start(tiny(request.param))
+    return without_bos(tiny(request.param))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRACE_KINDS)
 def test_our_map_is_theirs(reference: Reference, model: LoadedModel, kind: str) -> None:
     """Every score of every kind, under the same noise."""
     text, subject = "In The Eiffel Tower is in", "Eiffel Tower"
-    theirs = Tracer(reference, model).flow(text, subject, kind, 0.5, samples=3)
-    ours = finish(
-        trace_steps(model, find(text, subject), kinds=(kind,), samples=3, noise=0.5, compat="meng2022")
+    theirs = ReferenceTracer(reference, model).trace_map(text, subject, kind, 0.5, samples=3)
+    ours = run_to_completion(
+        trace_statement(
+            model, locate_subject(text, subject), kinds=(kind,), samples=3, noise=0.5, compat="meng2022"
+        )
     )
     torch.testing.assert_close(torch.tensor(ours.scores[kind]), theirs, atol=1e-6, rtol=1e-4)
 
@@ -154,15 +156,17 @@ def test_our_edit_is_theirs(reference: Reference, model: LoadedModel, prompt: st
     layer, subject = 1, "Eiffel Tower"
     parameters = RomeParameters(layers=(layer,), steps=6, compat="meng2022", stop_loss=0.05)
     keys = torch.randn(
-        200, model.inner_width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        200, model.intermediate_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    statistics = Statistics(layer, keys.T @ keys / 200, 200, 1e-3, "")
+    statistics = KeyStatistics(layer, keys.T @ keys / 200, 200, 1e-3, "")
     contexts = ["The Colosseum", "Big Ben can"]
-    theirs = Editor(reference, model, contexts, statistics, parameters).edit(subject, prompt, "Rome")
-    steps = find_steps(model, {layer: statistics}, contexts, fill(prompt, subject), "Rome", parameters)
-    ours = finish(steps)
+    theirs = ReferenceEditor(reference, model, contexts, statistics, parameters).edit(subject, prompt, "Rome")
+    steps = find_factors(
+        model, {layer: statistics}, contexts, fill_prompt(prompt, subject), "Rome", parameters
+    )
+    ours = run_to_completion(steps)
     torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(theirs.losses), atol=2e-3, rtol=1e-4)
-    change = ours.pieces[0].rank_one()
+    change = ours.updates[0].rank_one()
     assert cosine(change, theirs.change) > 1 - 1e-5
     torch.testing.assert_close(change.dense(), theirs.change.dense(), atol=1e-3, rtol=1e-2)
     assert replace(model) == model

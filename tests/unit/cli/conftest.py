@@ -10,7 +10,7 @@ import pytest
 
 import cli.main
 from cli.client import Client, ClientSettings
-from tests.support.fake_http_service import Fake
+from tests.support.fake_http_service import FakeService
 
 
 @pytest.fixture(autouse=True)
@@ -23,14 +23,14 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeService]:
     """The service that client commands speak to."""
-    service = Fake()
-    made: list[Client] = []
+    service = FakeService()
+    clients: list[Client] = []
 
     def connect(settings: ClientSettings) -> Client:
-        made.append(Client(settings, transport=httpx.MockTransport(service)))
-        return made[-1]
+        clients.append(Client(settings, transport=httpx.MockTransport(service)))
+        return clients[-1]
 
     monkeypatch.setattr(cli.main, "Client", connect)
     return service

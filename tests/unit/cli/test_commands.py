@@ -8,14 +8,14 @@ from typing import Any
 import httpx
 import pytest
 
-from cli.edits import object_of, request_of
-from cli.main import build, main
+from cli.edits import edit_request_body, object_text
+from cli.main import build_parser, main
 from service.errors import PalimpsestError
-from tests.support.fake_http_service import Fake, events
+from tests.support.fake_http_service import FakeService, sse_stream
 
 Captured = pytest.CaptureFixture[str]
 LINKS = {"self": "/trace/trace_1", "events": "/trace/trace_1/events"}
-TRACED = {
+TRACE_RESULT = {
     "prompt": "The Nile is",
     "tokens": ["The", " Nile", " is"],
     "subject": {"text": "Nile", "tokens": [1, 2]},
@@ -31,49 +31,51 @@ TRACED = {
 }
 
 
-def spoken(text: str = " Rome\x1b[31m.") -> str:
-    return events(
+def token_events(text: str = " Rome\x1b[31m.") -> str:
+    return sse_stream(
         ("token", {"index": 0, "text": text[:3], "version": 1}),
         ("token", {"index": 0, "text": text[3:], "version": 1}),
         ("end", {"version": 1, "choices": [{"text": text, "tokens": [5, 6], "finish_reason": "stop"}]}),
     )
 
 
-def test_generate_streams_to_stdout(fake: Fake, capsys: Captured) -> None:
+def test_generate_streams_to_stdout(fake: FakeService, capsys: Captured) -> None:
     """Prompt and continuation go to stdout, the version to stderr; no control code reaches the terminal."""
-    fake.answers = {"POST /generate": spoken()}
+    fake.responses = {"POST /generate": token_events()}
     assert main(["generate", "The tower is in", "--version", "3", "--seed", "4", "--stop", "\n"]) == 0
     shown = capsys.readouterr()
     assert shown.out == "The tower is in Rome[31m.\n"
     assert "version 1, 2 tokens, stop" in shown.err
     asked = {"prompt": "The tower is in", "stream": True, "version": 3, "seed": 4, "stop": ["\n"]}
-    assert fake.asked == [("POST /generate", asked)]
+    assert fake.requests == [("POST /generate", asked)]
 
 
-def test_an_answer_that_begins_anew_is_shown_anew(fake: Fake, capsys: Captured) -> None:
+def test_an_answer_that_begins_anew_is_shown_anew(fake: FakeService, capsys: Captured) -> None:
     """When another worker takes the answer over, it begins again on a line of its own."""
     said = [("token", {"index": 0, "text": " Rom", "version": 0}), ("restart", {})]
     end = ("end", {"choices": [{"text": " Rome", "tokens": [1], "finish_reason": "stop"}], "version": 0})
-    fake.answers = {
-        "POST /generate": events(*said, ("token", {"index": 0, "text": " Rome", "version": 0}), end)
+    fake.responses = {
+        "POST /generate": sse_stream(*said, ("token", {"index": 0, "text": " Rome", "version": 0}), end)
     }
     assert main(["generate", "It is in"]) == 0
     assert capsys.readouterr().out == "It is in Rom\nIt is in Rome\n"
 
 
-def test_a_generation_that_fails_says_why(fake: Fake, capsys: Captured) -> None:
+def test_a_generation_that_fails_says_why(fake: FakeService, capsys: Captured) -> None:
     """An error event, and a stream that breaks off, are failures."""
-    fake.answers = {"POST /generate": events(("error", {"title": "Out", "detail": "Too many at once."}))}
+    fake.responses = {
+        "POST /generate": sse_stream(("error", {"title": "Out", "detail": "Too many at once."}))
+    }
     assert main(["generate", "x"]) == 1
     assert "Too many at once." in capsys.readouterr().err
-    fake.answers = {"POST /generate": events(("token", {"index": 0, "text": "y", "version": 0}))}
+    fake.responses = {"POST /generate": sse_stream(("token", {"index": 0, "text": "y", "version": 0}))}
     assert main(["generate", "x"]) == 1
     assert "broke off" in capsys.readouterr().err
 
 
-def test_compare_shows_both_sides(fake: Fake, capsys: Captured) -> None:
+def test_compare_shows_both_sides(fake: FakeService, capsys: Captured) -> None:
     """Both texts, and the tokens whose probability changed."""
-    fake.answers = {
+    fake.responses = {
         "POST /compare": {
             "prompt": "p",
             "sides": [{"version": 0, "text": " Paris"}, {"version": 2, "text": " Rome"}],
@@ -85,15 +87,15 @@ def test_compare_shows_both_sides(fake: Fake, capsys: Captured) -> None:
     shown = capsys.readouterr().out
     for text in ("version 0: It is in Paris", "version 2: It is in Rome", "0.010", "0.950", "0.940"):
         assert text in shown
-    assert fake.asked[0][1] == {"prompt": "It is in", "versions": ["base", 2]}
+    assert fake.requests[0][1] == {"prompt": "It is in", "versions": ["base", 2]}
 
 
-def test_trace_draws_and_saves(fake: Fake, capsys: Captured, tmp_path: Path) -> None:
+def test_trace_draws_and_saves(fake: FakeService, capsys: Captured, tmp_path: Path) -> None:
     """The heat map is drawn and the picture fetched in the form that the file's ending names."""
-    done = {"id": "trace_1", "status": "done", "result": TRACED, "links": LINKS}
-    fake.answers = {
+    done = {"id": "trace_1", "status": "done", "result": TRACE_RESULT, "links": LINKS}
+    fake.responses = {
         "POST /trace": done | {"status": "queued", "result": None},
-        "GET /trace/trace_1/events": events(
+        "GET /trace/trace_1/events": sse_stream(
             ("progress", {"phase": "x", "done": 1, "total": 2}), ("end", done)
         ),
         "GET /trace/trace_1": [done, b"<svg/>"],
@@ -106,17 +108,17 @@ def test_trace_draws_and_saves(fake: Fake, capsys: Captured, tmp_path: Path) -> 
     assert "strongest state      0.900 at is, layer 1; in the subject 0.800 at Nile*, layer 0" in shown
     assert picture.read_bytes() == b"<svg/>"
     assert fake.headers[-1]["Accept"] == "image/svg+xml"
-    assert fake.asked[0][1]["kinds"] == ["hidden", "mlp"]
+    assert fake.requests[0][1]["kinds"] == ["hidden", "mlp"]
 
 
-def test_a_picture_of_an_unknown_form_is_refused_first(fake: Fake, capsys: Captured) -> None:
+def test_a_picture_of_an_unknown_form_is_refused_first(fake: FakeService, capsys: Captured) -> None:
     """Nothing is asked of the service when the file's ending names no picture."""
     assert main(["trace", "x {}", "y", "--save", "z.gif"]) == 1
     assert ".svg or .png" in capsys.readouterr().err
-    assert fake.asked == []
+    assert fake.requests == []
 
 
-def test_a_revert_in_the_ledger_names_its_fact(fake: Fake, capsys: Captured) -> None:
+def test_a_revert_in_the_ledger_names_its_fact(fake: FakeService, capsys: Captured) -> None:
     """An entry that takes an edit back shows which fact it was of, and no object: it says none."""
     body = {"subject": "Eiffel Tower", "prompt": "The {} is in", "applied_version": 1}
     entry = {
@@ -127,13 +129,13 @@ def test_a_revert_in_the_ledger_names_its_fact(fake: Fake, capsys: Captured) -> 
         "at": "2026-11-25T01:00",
         "body": body,
     }
-    fake.answers = {"GET /ledger": {"items": [entry], "next": None}}
+    fake.responses = {"GET /ledger": {"items": [entry], "next": None}}
     assert main(["ledger"]) == 0
     shown = capsys.readouterr().out
     assert "The Eiffel Tower is in" in shown and "None" not in shown and "→" not in shown
 
 
-def test_ledger_reads_every_page(fake: Fake, capsys: Captured) -> None:
+def test_ledger_reads_every_page(fake: FakeService, capsys: Captured) -> None:
     """The ledger is shown whole, however many pages it has."""
     entry = {
         "version": 1, "kind": "apply", "edit_id": "edit_1", "actor": "local", "at": "2026-01-01T00:00:00Z",
@@ -143,50 +145,50 @@ def test_ledger_reads_every_page(fake: Fake, capsys: Captured) -> None:
         {"items": [entry], "next": "c"},
         {"items": [entry | {"version": 2, "kind": "revert"}], "next": None},
     ]
-    fake.answers = {"GET /ledger": list(pages)}
+    fake.responses = {"GET /ledger": list(pages)}
     assert main(["ledger"]) == 0
     shown = capsys.readouterr().out
     assert "apply" in shown
     assert "revert" in shown
     assert "Nile is → [bold]short" in shown  # a stranger's text is no markup
     assert "2026-01-01 00:00" in shown and "(UTC)" in shown
-    assert fake.asked[1] == ("GET /ledger", {"cursor": "c", "limit": "200"})
+    assert fake.requests[1] == ("GET /ledger", {"cursor": "c", "limit": "200"})
 
 
-def test_verify_fails_when_something_is_wrong(fake: Fake, capsys: Captured) -> None:
+def test_verify_fails_when_something_is_wrong(fake: FakeService, capsys: Captured) -> None:
     """`ledger --verify` is 0 for a whole ledger, and 1 with the findings for a broken one."""
-    fake.answers = {
+    fake.responses = {
         "GET /ledger/verify": {"ok": True, "findings": [], "entries": 2, "head": 2, "replicas": []}
     }
     assert main(["ledger", "--verify"]) == 0
-    fake.answers = {
+    fake.responses = {
         "GET /ledger/verify": {"ok": False, "findings": ["entry 2: the chain is broken"], "head": 2}
     }
     assert main(["ledger", "--verify"]) == 1
     assert "entry 2: the chain is broken" in capsys.readouterr().err
 
 
-def test_edits_are_listed(fake: Fake, capsys: Captured) -> None:
+def test_edits_are_listed(fake: FakeService, capsys: Captured) -> None:
     """A line for each edit; filters are passed on."""
     item = {
         "id": "edit_1", "status": "applied", "version": 3, "subject": "Nile", "prompt": "{} is", "target_new": "short"
     }  # fmt: skip
-    fake.answers = {"GET /edits": {"items": [item], "next": None}}
+    fake.responses = {"GET /edits": {"items": [item], "next": None}}
     assert main(["edits", "--status", "applied"]) == 0
     assert "edit_1" in capsys.readouterr().out
-    assert fake.asked == [("GET /edits", {"status": "applied", "limit": "20"})]
+    assert fake.requests == [("GET /edits", {"status": "applied", "limit": "20"})]
 
 
-def test_no_more_edits_are_listed_than_asked(fake: Fake, capsys: Captured) -> None:
+def test_no_more_edits_are_listed_than_asked(fake: FakeService, capsys: Captured) -> None:
     """The list stops at the limit, even when pages go on."""
     item = {"id": "edit_1", "status": "applied", "subject": "s", "prompt": "{}", "target_new": "t"}
-    fake.answers = {"GET /edits": {"items": [item, item], "next": "more"}}
+    fake.responses = {"GET /edits": {"items": [item, item], "next": "more"}}
     assert main(["edits", "--limit", "3"]) == 0
     assert capsys.readouterr().out.count("edit_1") == 3
-    assert len(fake.asked) == 2
+    assert len(fake.requests) == 2
 
 
-def measured(status: str, **more: Any) -> dict[str, Any]:
+def edit_with_result(status: str, **more: Any) -> dict[str, Any]:
     both = {
         "new": "Rome",
         "true": "Paris",
@@ -206,20 +208,20 @@ def measured(status: str, **more: Any) -> dict[str, Any]:
 EDIT = ["edit", "Tower", "{} in", "Rome"]
 
 
-def submit(fake: Fake, ended: dict[str, Any]) -> None:
+def answer_edit_with(fake: FakeService, ended: dict[str, Any]) -> None:
     """Let the fake take an edit that ends like this."""
-    fake.answers = {
-        "POST /edits": measured("queued", result=None),
-        "GET /edits/edit_1/events": events(
+    fake.responses = {
+        "POST /edits": edit_with_result("queued", result=None),
+        "GET /edits/edit_1/events": sse_stream(
             ("progress", {"phase": "value", "done": 1, "total": 2}), ("end", ended)
         ),
         "GET /edits/edit_1": ended,
     }
 
 
-def test_edit_shows_what_changed(fake: Fake, capsys: Captured) -> None:
+def test_edit_shows_what_changed(fake: FakeService, capsys: Captured) -> None:
     """Both objects on the prompt, the new one on paraphrases, the true one on neighbours; and how to undo it."""
-    submit(fake, measured("applied", version=7))
+    answer_edit_with(fake, edit_with_result("applied", version=7))
     more = [
         "--true",
         "Paris",
@@ -242,7 +244,7 @@ def test_edit_shows_what_changed(fake: Fake, capsys: Captured) -> None:
     ]
     for prompt in ("rewrite: Tower in", "paraphrase: See it in", "neighborhood: Louvre in"):
         assert prompt in shown
-    assert fake.asked[0][1] == {
+    assert fake.requests[0][1] == {
         "subject": "Tower",
         "prompt": "{} in",
         "target_new": "Rome",
@@ -253,25 +255,27 @@ def test_edit_shows_what_changed(fake: Fake, capsys: Captured) -> None:
     }
 
 
-def test_a_rejected_edit_says_why(fake: Fake, capsys: Captured) -> None:
+def test_a_rejected_edit_says_why(fake: FakeService, capsys: Captured) -> None:
     """A guard's reason, and an error's detail, are on stderr, and the exit code says that it did not land."""
-    ended = measured("rejected")
+    ended = edit_with_result("rejected")
     ended["result"]["reason"] = "the edit did not take"
-    submit(fake, ended)
+    answer_edit_with(fake, ended)
     assert main(EDIT) == 1
     assert "The edit edit_1 is rejected: the edit did not take" in capsys.readouterr().err
-    submit(fake, measured("failed", result=None, error={"title": "x", "detail": "The disk is full."}))
+    answer_edit_with(
+        fake, edit_with_result("failed", result=None, error={"title": "x", "detail": "The disk is full."})
+    )
     assert main(EDIT) == 1
     assert "The edit edit_1 is failed: The disk is full." in capsys.readouterr().err
 
 
-def test_an_edit_is_shown_again(fake: Fake, capsys: Captured) -> None:
+def test_an_edit_is_shown_again(fake: FakeService, capsys: Captured) -> None:
     """`edits show` has what it is, where it stands, what it did and what the guard held it to."""
     check = {"name": "perplexity", "passed": False, "figure": 1.25, "limit": 1.1}
-    shown = measured("superseded", version=3, superseded_by="edit_2", subject="Tower", prompt="{} in")
+    shown = edit_with_result("superseded", version=3, superseded_by="edit_2", subject="Tower", prompt="{} in")
     shown |= {"target_new": "Rome", "created": "2026-01-01T02:03:04Z", "actor": "key:nightly"}
     shown["result"] |= {"guard": {"checks": [check]}, "layers": [1, 2]}
-    fake.answers = {"GET /edits/edit_1": shown}
+    fake.responses = {"GET /edits/edit_1": shown}
     assert main(["edits", "show", "edit_1"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for text in (
@@ -281,9 +285,11 @@ def test_an_edit_is_shown_again(fake: Fake, capsys: Captured) -> None:
         assert text in said
 
 
-def test_what_waits_is_shown_without_figures(fake: Fake, capsys: Captured) -> None:
+def test_what_waits_is_shown_without_figures(fake: FakeService, capsys: Captured) -> None:
     """An edit without a result is what is known of it."""
-    fake.answers = {"GET /edits/edit_1": {"id": "edit_1", "status": "queued", "result": None, "error": None}}
+    fake.responses = {
+        "GET /edits/edit_1": {"id": "edit_1", "status": "queued", "result": None, "error": None}
+    }
     assert main(["edits", "show", "edit_1"]) == 0
     assert "p before" not in capsys.readouterr().out
 
@@ -293,12 +299,12 @@ def test_what_waits_is_shown_without_figures(fake: Fake, capsys: Captured) -> No
     [("evaluated", None, "it would land"), ("rejected", "too much", "it would be rejected: too much")],
 )
 def test_a_dry_run_says_what_would_be(
-    fake: Fake, capsys: Captured, status: str, reason: str, said: str
+    fake: FakeService, capsys: Captured, status: str, reason: str, said: str
 ) -> None:
     """A dry run has done what was asked whatever it found."""
-    ended = measured(status, dry_run=True)
+    ended = edit_with_result(status, dry_run=True)
     ended["result"]["reason"] = reason
-    submit(fake, ended)
+    answer_edit_with(fake, ended)
     assert main([*EDIT, "--dry-run"]) == 0
     assert said in capsys.readouterr().out
 
@@ -307,9 +313,9 @@ def test_a_dry_run_says_what_would_be(
     ("status", "said"),
     [("reverted", "version 4 is without"), ("running", "being cancelled"), ("rejected", "nothing to revert")],
 )
-def test_revert_says_what_happened(fake: Fake, capsys: Captured, status: str, said: str) -> None:
+def test_revert_says_what_happened(fake: FakeService, capsys: Captured, status: str, said: str) -> None:
     """Reverted, being cancelled, or nothing to do."""
-    fake.answers = {"DELETE /edits/edit_1": {"id": "edit_1", "status": status, "reverted_version": 4}}
+    fake.responses = {"DELETE /edits/edit_1": {"id": "edit_1", "status": status, "reverted_version": 4}}
     assert main(["revert", "edit_1"]) == 0
     assert said in capsys.readouterr().out
 
@@ -317,13 +323,15 @@ def test_revert_says_what_happened(fake: Fake, capsys: Captured, status: str, sa
 @pytest.mark.parametrize(
     ("answer", "code", "said"),
     [
-        (Fake.problem(404, "No resource has this id."), 1, "palimpsest: No resource has this id."),
+        (FakeService.problem(404, "No resource has this id."), 1, "palimpsest: No resource has this id."),
         (httpx.ConnectError("[Errno 111]"), 1, "Start one with `palimpsest serve`"),
     ],
 )
-def test_errors_are_plain_sentences(fake: Fake, capsys: Captured, answer: Any, code: int, said: str) -> None:
+def test_errors_are_plain_sentences(
+    fake: FakeService, capsys: Captured, answer: Any, code: int, said: str
+) -> None:
     """A problem is its detail on stderr; nothing is on stdout and there is no stack trace."""
-    fake.answers = {"DELETE /edits/edit_1": answer}
+    fake.responses = {"DELETE /edits/edit_1": answer}
     assert main(["revert", "edit_1"]) == code
     shown = capsys.readouterr()
     assert said in shown.err
@@ -337,22 +345,20 @@ def test_a_wrong_address_is_a_wrong_command(capsys: Captured) -> None:
     assert "--url" in capsys.readouterr().err
 
 
-def test_wrong_hyperparameters_are_told(fake: Fake, capsys: Captured) -> None:
+def test_wrong_hyperparameters_are_reported(fake: FakeService, capsys: Captured) -> None:
     """`--hparam` without `=` is told with an example, before anything is sent."""
     assert main(["edit", "a", "{} b", "c", "--hparam", "steps"]) == 1
     assert "--hparam steps=20" in capsys.readouterr().err
-    assert fake.asked == []
+    assert fake.requests == []
 
 
-def test_every_error_of_the_house_ends_in_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
+def test_every_domain_error_prints_its_detail(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     """Whatever the house raises on purpose reaches the user as its detail."""
 
     def fail(*_: Any) -> int:
         raise PalimpsestError("Change this.")
 
-    monkeypatch.setattr("cli.edits.revert", fail)
+    monkeypatch.setattr("cli.edits.revert_edit", fail)
     assert main(["revert", "x", "--url", "http://127.0.0.1:1"]) == 1
     assert capsys.readouterr().err == "palimpsest: Change this.\n"
 
@@ -360,17 +366,17 @@ def test_every_error_of_the_house_ends_in_a_sentence(
 @pytest.mark.parametrize("objective", ["erase", "amplify"])
 def test_an_object_is_erased_or_amplified_without_a_new_one(objective: str) -> None:
     """--erase and --amplify need no target, and the body says what the edit is for."""
-    args = build().parse_args(
+    args = build_parser().parse_args(
         ["edit", "Tower", "{} in", f"--{objective}", "--true", "Paris", "--on-conflict", "supersede"]
     )
     body = {"subject": "Tower", "prompt": "{} in", "target_true": "Paris", "on_conflict": "supersede"}
-    assert request_of(args) == body | {"objective": objective, "dry_run": False}
-    assert object_of(body | {"objective": objective, "target_new": None}) == f"{objective} Paris"
+    assert edit_request_body(args) == body | {"objective": objective, "dry_run": False}
+    assert object_text(body | {"objective": objective, "target_new": None}) == f"{objective} Paris"
     found = {"result": {"rewrite": {"true": "London"}}}
-    assert object_of({"objective": objective, "target_true": None, **found}) == f"{objective} London"
+    assert object_text({"objective": objective, "target_true": None, **found}) == f"{objective} London"
 
 
-def test_traces_are_listed_and_drawn_again(fake: Fake, capsys: Captured) -> None:
+def test_traces_are_listed_and_drawn_again(fake: FakeService, capsys: Captured) -> None:
     """A line for each trace, with its prompt; `show` draws one, its severed paths too."""
     request = {"prompt": "The {} is", "subject": "Nile"}
     told = {
@@ -381,9 +387,9 @@ def test_traces_are_listed_and_drawn_again(fake: Fake, capsys: Captured) -> None
         "links": LINKS,
     }
     cut = {"token": 1, "scores": {"none": [0.8, 0.3], "attn": [0.1, 0.3], "mlp": [0.1, 0.1]}}
-    fake.answers = {
+    fake.responses = {
         "GET /trace": {"items": [{**told, "request": request}], "next": None},
-        "GET /trace/trace_1": {**told, "result": {**TRACED, "severed": cut}},
+        "GET /trace/trace_1": {**told, "result": {**TRACE_RESULT, "severed": cut}},
     }
     assert main(["traces"]) == 0
     shown = capsys.readouterr().out
@@ -394,7 +400,7 @@ def test_traces_are_listed_and_drawn_again(fake: Fake, capsys: Captured) -> None
     assert "MLP severed ····" in shown and "single state ▓█░░" in shown
 
 
-def test_models_are_told(fake: Fake, capsys: Captured) -> None:
+def test_models_are_listed(fake: FakeService, capsys: Captured) -> None:
     """The model, where it is edited, the room that is left, and each worker with where it stands."""
     worker = {
         "id": "worker_1",
@@ -409,7 +415,7 @@ def test_models_are_told(fake: Fake, capsys: Captured) -> None:
         "architecture": "gpt2", "layers": 8, "recipe": {"source": "tuned", "rome": {"layers": [0, 1]}},
         "room": {"version": 4, "layers": {"0": 0.93}}, "workers": [{**worker, "heartbeat": "2026-01-01T00:00:00Z"}],
     }  # fmt: skip
-    fake.answers = {"GET /models": {"items": [model], "next": None}}
+    fake.responses = {"GET /models": {"items": [model], "next": None}}
     assert main(["models"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for text in (
@@ -417,11 +423,11 @@ def test_models_are_told(fake: Fake, capsys: Captured) -> None:
         "worker_1 withdrawn 3 1 2026-01-01 00:00 other bytes",
     ):  # fmt: skip
         assert text in said
-    fake.answers = {
+    fake.responses = {
         "GET /models": {"items": [{**model, "workers": [], "recipe": None, "room": None}], "next": None}
     }
     assert main(["models"]) == 0
     assert "palimpsest prepare" in capsys.readouterr().out
-    fake.answers = {"GET /models": {"items": [], "next": None}}
+    fake.responses = {"GET /models": {"items": [], "next": None}}
     assert main(["models"]) == 0
     assert "palimpsest serve" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from cli.completion import SHELLS
 from cli.main import main
 
 #: what a person types -> what must be offered, and what must not
-TYPED = [
+COMPLETIONS = [
     ("palimpsest ed", {"edit", "edits"}, {"revert"}),
     ("palimpsest edit --er", {"--erase"}, {"--amplify"}),
     ("palimpsest edits s", {"show"}, {"--status"}),
@@ -23,7 +23,7 @@ TYPED = [
     ("palimpsest evaluate x --out fol", {"folder"}, set[str]()),
 ]
 #: bash, as it is when Tab is pressed at the end of the line
-BASH = """
+BASH_SCRIPT = """
 source {script}; read -ra COMP_WORDS <<< "$1"; [[ $1 == *' ' ]] && COMP_WORDS+=("")
 COMP_LINE=$1 COMP_POINT=${{#1}} COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
 found=$(complete -p palimpsest); found=${{found##*-F }}; "${{found%% *}}" palimpsest; printf '%s\\n' "${{COMPREPLY[@]}}"
@@ -31,7 +31,7 @@ found=$(complete -p palimpsest); found=${{found##*-F }}; "${{found%% *}}" palimp
 
 
 @pytest.fixture
-def place(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a file, a folder, and the script for every shell."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "records.jsonl").touch()
@@ -42,47 +42,53 @@ def place(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     return tmp_path
 
 
-def installed(shell: str) -> str:
-    found = shutil.which(shell)
-    if found is None:
+def require_shell(shell: str) -> str:
+    path = shutil.which(shell)
+    if path is None:
         pytest.skip(f"{shell} is not installed")
-    return found
+    return path
 
 
-def said(*line: str) -> str:
-    ran = subprocess.run(line, capture_output=True, text=True, timeout=60)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+def run_shell(*line: str) -> str:
+    completed = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_shell_reads_its_script(place: Path, shell: str) -> None:
+def test_a_shell_reads_its_script(workspace: Path, shell: str) -> None:
     """The script is in the language of the shell that it is for."""
-    said(installed(shell), "-n", str(place / shell))
+    run_shell(require_shell(shell), "-n", str(workspace / shell))
 
 
-@pytest.mark.parametrize(("typed", "offered", "kept"), TYPED)
-def test_bash_completes(place: Path, typed: str, offered: set[str], kept: set[str]) -> None:
+@pytest.mark.parametrize(("typed", "offered", "kept"), COMPLETIONS)
+def test_bash_completes(workspace: Path, typed: str, offered: set[str], kept: set[str]) -> None:
     """bash offers commands, verbs, flags, choices and files, each where it belongs."""
-    found = set(said(installed("bash"), "-c", BASH.format(script=place / "bash"), "bash", typed).split())
+    found = set(
+        run_shell(
+            require_shell("bash"), "-c", BASH_SCRIPT.format(script=workspace / "bash"), "bash", typed
+        ).split()
+    )
     assert offered <= found and not kept & found
 
 
-@pytest.mark.parametrize(("typed", "offered", "kept"), TYPED)
-def test_fish_completes(place: Path, typed: str, offered: set[str], kept: set[str]) -> None:
+@pytest.mark.parametrize(("typed", "offered", "kept"), COMPLETIONS)
+def test_fish_completes(workspace: Path, typed: str, offered: set[str], kept: set[str]) -> None:
     """fish offers the same, with a word on each."""
-    ask = f"source {place / 'fish'}; complete -C '{typed}'"
-    found = {line.split("\t")[0].rstrip("/") for line in said(installed("fish"), "-c", ask).splitlines()}
+    ask = f"source {workspace / 'fish'}; complete -C '{typed}'"
+    found = {
+        line.split("\t")[0].rstrip("/") for line in run_shell(require_shell("fish"), "-c", ask).splitlines()
+    }
     assert offered <= found and not kept & found
 
 
-def test_zsh_registers_it(place: Path) -> None:
+def test_zsh_registers_it(workspace: Path) -> None:
     """zsh has a function for the command after the script is evaluated."""
-    ask = f'autoload -Uz compinit; compinit -u -D; eval "$(<{place / "zsh"})"; print ${{_comps[palimpsest]}}'
-    assert said(installed("zsh"), "-f", "-c", ask).strip() == "_shtab_palimpsest"
+    ask = f'autoload -Uz compinit; compinit -u -D; eval "$(<{workspace / "zsh"})"; print ${{_comps[palimpsest]}}'
+    assert run_shell(require_shell("zsh"), "-f", "-c", ask).strip() == "_shtab_palimpsest"
 
 
-def test_where_it_goes_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_where_the_script_goes(capsys: pytest.CaptureFixture[str]) -> None:
     """`--help` has a line for each shell that can be pasted."""
     with pytest.raises(SystemExit):
         main(["completion", "--help"])

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from cli.evaluate import chosen, plain_of
-from cli.main import build, main
+from cli.evaluate import load_damage_texts, select_records
+from cli.main import build_parser, main
 from service.datasets.records import Record
-from service.editing.context import Toolkit
+from service.editing.context import EditorContext
 from tests.support.tiny_models import TEXTS, tiny
 
 Captured = pytest.CaptureFixture[str]
-OWN: list[dict[str, Any]] = [
+USER_RECORDS: list[dict[str, Any]] = [
     {
         "subject": subject,
         "prompt": prompt,
@@ -37,12 +37,12 @@ def folder(tmp_path: Path) -> Path:
     model = tiny()
     model.model.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "records.json").write_text(json.dumps(OWN), encoding="utf-8")
+    (tmp_path / "records.json").write_text(json.dumps(USER_RECORDS), encoding="utf-8")
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     return tmp_path
 
 
-def asked(folder: Path, out: str, *more: str) -> list[str]:
+def command_line(folder: Path, out: str, *more: str) -> list[str]:
     flags = ["--model", folder / "model", "--data", folder / "data", "--corpus", folder / "texts.txt"]
     hparams = ["--hparam", "layers=[1]", "--hparam", "steps=3", "--hparam", "contexts=1"]
     command = ["evaluate", folder / "records.json", "--out", folder / out, *flags, *hparams, *more]
@@ -51,7 +51,9 @@ def asked(folder: Path, out: str, *more: str) -> list[str]:
 
 def test_an_evaluation_from_the_command_line(folder: Path, capsys: Captured) -> None:
     """Words and tables go to stdout; the folder has the result, figures and page, and what a later run goes on with."""
-    assert main(asked(folder, "one", "--mode", "sequence", "--checkpoints", "1,2", "--limit", "2")) == 0
+    assert (
+        main(command_line(folder, "one", "--mode", "sequence", "--checkpoints", "1,2", "--limit", "2")) == 0
+    )
     shown = capsys.readouterr()
     assert "found on the base model: 2 edits at layers 1" in shown.out and "still hold" in shown.out
     assert {p.name for p in (folder / "one").iterdir()} == {
@@ -63,19 +65,19 @@ def test_an_evaluation_from_the_command_line(folder: Path, capsys: Captured) -> 
     assert result["plain"]["source"] == "the file texts.txt"
 
 
-def test_a_second_run_goes_on_and_results_stand_beside_each_other(
+def test_a_second_run_resumes_and_results_are_compared(
     folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was found is not found again; another folder's result is shown in the same report."""
-    assert main(asked(folder, "one", "--no-damage")) == 0
-    monkeypatch.setattr(Toolkit, "find_together_steps", None)
-    assert main(asked(folder, "one", "--no-damage")) == 0
+    assert main(command_line(folder, "one", "--no-damage")) == 0
+    monkeypatch.setattr(EditorContext, "find_all_factors", None)
+    assert main(command_line(folder, "one", "--no-damage")) == 0
     monkeypatch.undo()
-    assert main(asked(folder, "two", "--method", "r-rome", "--beside", str(folder / "one"))) == 0
+    assert main(command_line(folder, "two", "--method", "r-rome", "--beside", str(folder / "one"))) == 0
     page = (folder / "two" / "report.html").read_text(encoding="utf-8")
     assert page.count("<h2>") == 2 and "r-rome" in page
     capsys.readouterr()
-    assert main(asked(folder, "one", "--limit", "1")) == 1
+    assert main(command_line(folder, "one", "--limit", "1")) == 1
     assert "choose another place" in capsys.readouterr().err
 
 
@@ -89,17 +91,17 @@ def test_a_second_run_goes_on_and_results_stand_beside_each_other(
         (("--hparam", "layers"), "name=value"),
     ],
 )
-def test_what_cannot_be_evaluated_is_said(
+def test_invalid_options_are_reported_before_loading(
     folder: Path, capsys: Captured, more: tuple[str, ...], said: str
 ) -> None:
     """What is wrong with a flag is said before the model is loaded."""
-    assert main(asked(folder, "one", *more)) == 1
+    assert main(command_line(folder, "one", *more)) == 1
     assert said in capsys.readouterr().err
     assert not (folder / "one").exists()
 
 
-def args(*flags: str) -> Any:
-    return build().parse_args(["evaluate", "facts", "--out", "x", *flags])
+def parse_args(*flags: str) -> Any:
+    return build_parser().parse_args(["evaluate", "facts", "--out", "x", *flags])
 
 
 RECORDS = [Record(str(i), f"subject {i // 2}", "{} is", "new", "true") for i in range(80)]
@@ -107,15 +109,15 @@ RECORDS = [Record(str(i), f"subject {i // 2}", "{} is", "new", "true") for i in 
 
 def test_which_records_are_edited() -> None:
     """One half, one record of each subject, the first ones: in this order, and the halves share nothing."""
-    tune, test = (chosen(RECORDS, args("--half", half)) for half in ("tune", "test"))
+    tune, test = (select_records(RECORDS, parse_args("--half", half)) for half in ("tune", "test"))
     assert tune == RECORDS[::2] and test == RECORDS[1::2]
-    assert chosen(RECORDS, args("--distinct", "--limit", "3")) == RECORDS[:6:2]
-    assert chosen(RECORDS, args()) == RECORDS
+    assert select_records(RECORDS, parse_args("--distinct", "--limit", "3")) == RECORDS[:6:2]
+    assert select_records(RECORDS, parse_args()) == RECORDS
 
 
 def test_plain_texts_are_statements_of_other_subjects() -> None:
     """Facts that are not edited are the plain texts where there are enough; otherwise the corpus is."""
-    source, texts = plain_of(args(), RECORDS, RECORDS[:4]) or ("", [])
+    source, texts = load_damage_texts(parse_args(), RECORDS, RECORDS[:4]) or ("", [])
     assert source == "statements of facts that are not edited"
     assert len(texts) == 76 and texts[0] == "subject 2 is true."
-    assert plain_of(args(), RECORDS, RECORDS[:60]) is None
+    assert load_damage_texts(parse_args(), RECORDS, RECORDS[:60]) is None

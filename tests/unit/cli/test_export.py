@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 import cli.main
 from cli.client import Client
-from service.models.loading import load
-from tests.support.fake_http_service import Fake
-from tests.support.stepped_service import Place
+from service.models.loading import load_model
+from tests.support.fake_http_service import FakeService
+from tests.support.stepped_service import SteppedService
 from tests.support.tiny_models import tiny
 
 
-def zipped(*names: str) -> bytes:
+def make_zip(*names: str) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name in names:
@@ -29,40 +29,47 @@ def zipped(*names: str) -> bytes:
     return file.getvalue()
 
 
-def sent(data: bytes, name: str) -> httpx.Response:
+def file_response(data: bytes, name: str) -> httpx.Response:
     return httpx.Response(
         200, content=data, headers={"Content-Disposition": f'attachment; filename="{name}"'}
     )
 
 
-def test_an_adapter_is_a_folder(fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_is_a_folder(
+    fake: FakeService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of the version that was asked for; its path alone goes to stdout."""
-    fake.answers["GET /export"] = sent(zipped("README.md", "adapter_config.json"), "a-v3-peft.zip")
+    fake.responses["GET /export"] = file_response(
+        make_zip("README.md", "adapter_config.json"), "a-v3-peft.zip"
+    )
     folder = tmp_path / "adapter"
     assert cli.main.main(["export", "--version", "3", "--out", str(folder)]) == 0
-    assert fake.asked == [("GET /export", {"version": "3", "format": "peft"})]
+    assert fake.requests == [("GET /export", {"version": "3", "format": "peft"})]
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_config.json"]
     assert capsys.readouterr().out.strip() == str(folder)
 
 
-def test_nothing_is_mixed_with_what_is_there(fake: Fake, tmp_path: Path) -> None:
+def test_export_refuses_a_folder_that_is_not_empty(fake: FakeService, tmp_path: Path) -> None:
     """A folder that holds something is refused before anybody is asked."""
     (tmp_path / "mine.txt").touch()
     assert cli.main.main(["export", "--out", str(tmp_path)]) == 1
-    assert fake.asked == []
+    assert fake.requests == []
 
 
-def test_a_zip_cannot_write_elsewhere(fake: Fake, tmp_path: Path) -> None:
+def test_zip_members_with_paths_are_refused(fake: FakeService, tmp_path: Path) -> None:
     """Whatever the other side sends."""
-    fake.answers["GET /export"] = sent(zipped("../outside"), "a.zip")
+    fake.responses["GET /export"] = file_response(make_zip("../outside"), "a.zip")
     assert cli.main.main(["export", "--out", str(tmp_path / "in")]) == 1
     assert not (tmp_path / "outside").exists()
 
 
 @pytest.mark.parametrize("form", ["edits", "safetensors"])
-def test_a_file_has_the_name_it_is_given_or_its_own(fake: Fake, tmp_path: Path, form: str) -> None:
+def test_a_file_has_the_name_it_is_given_or_its_own(fake: FakeService, tmp_path: Path, form: str) -> None:
     """Its own in a folder that is there."""
-    fake.answers["GET /export"] = [sent(b"abc", "version-1.bin"), sent(b"abc", "version-1.bin")]
+    fake.responses["GET /export"] = [
+        file_response(b"abc", "version-1.bin"),
+        file_response(b"abc", "version-1.bin"),
+    ]
     for out, file in ((tmp_path / "x.bin", tmp_path / "x.bin"), (tmp_path, tmp_path / "version-1.bin")):
         assert cli.main.main(["export", "--format", form, "--out", str(out)]) == 0
         assert file.read_bytes() == b"abc"
@@ -105,47 +112,49 @@ def test_an_import_says_what_became_of_each(
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def place(tmp_path: Path) -> Iterator[SteppedService]:
     """A service whose model is a folder, with an edit."""
     made = tiny()
     made.model.save_pretrained(tmp_path / "base")
     made.tokenizer.save_pretrained(tmp_path / "base")
-    place = Place(tmp_path / "data", load(tmp_path / "base"))
+    place = SteppedService(tmp_path / "data", load_model(tmp_path / "base"))
     place.edit("Eiffel Tower", "is")
-    place.replica.vouch(1)
+    place.replica.attest_version(1)
     yield place
-    place.wired.close()
+    place.container.close()
 
 
-def model_at(place: Place, tmp_path: Path, out: Path, *more: str) -> int:
+def export_model(place: SteppedService, tmp_path: Path, out: Path, *more: str) -> int:
     base, data = str(tmp_path / "base"), str(tmp_path / "data")
     named = ["--model", base, "--data", data, "--out", str(out)]
     return cli.main.main(["export", "--format", "model", *named, *more])
 
 
-def test_a_whole_model_is_made_here(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_model_is_exported_locally(
+    place: SteppedService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Bit by bit what the worker serves, which has said the same of it; the ledger is as before."""
-    out, before = tmp_path / "edited", place.do.ledger.verify()
-    assert model_at(place, tmp_path, out) == 0
+    out, before = tmp_path / "edited", place.services.ledger.verify()
+    assert export_model(place, tmp_path, out) == 0
     assert "A worker has the same bytes." in capsys.readouterr().err
     found = AutoModelForCausalLM.from_pretrained(out).state_dict()
     for site, tensor in place.replica.weights(1).items():
         assert torch.equal(found[place.replica.base.parameter_name(site)], tensor)
-    assert place.do.ledger.verify() == before
+    assert place.services.ledger.verify() == before
 
 
-def test_what_workers_disagree_with_is_not_written(place: Place, tmp_path: Path) -> None:
+def test_export_refuses_a_digest_that_workers_disagree_with(place: SteppedService, tmp_path: Path) -> None:
     """A machine that makes other bytes than the workers says so, and leaves no folder behind."""
     place.edit("Colosseum", "on")
-    place.desk.attest(2, "0" * 64)
-    assert model_at(place, tmp_path, tmp_path / "edited") == 1
+    place.worker_jobs.attest(2, "0" * 64)
+    assert export_model(place, tmp_path, tmp_path / "edited") == 1
     assert not (tmp_path / "edited").exists()
 
 
 def test_the_wrong_base_model_is_named(
-    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: SteppedService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A ledger without this model, or without this version, is no ledger for it."""
-    assert model_at(place, tmp_path, tmp_path / "x", "--dtype", "bfloat16") == 1
+    assert export_model(place, tmp_path, tmp_path / "x", "--dtype", "bfloat16") == 1
     assert "the ledger has no model with the fingerprint" in capsys.readouterr().err
-    assert model_at(place, tmp_path, tmp_path / "x", "--version", "9") == 1
+    assert export_model(place, tmp_path, tmp_path / "x", "--version", "9") == 1

@@ -8,24 +8,24 @@ from pathlib import Path
 import pytest
 
 from cli.client import ClientSettings
-from cli.flags import add_settings, flag, read_settings
-from cli.main import build
+from cli.flags import add_setting_flags, flag_name, read_settings
+from cli.main import build_parser
 from service.errors import Misconfigured
 from service.settings import Settings
 
 
-def parser_of(settings: type[Settings] | type[ClientSettings]) -> argparse.ArgumentParser:
+def make_parser(settings: type[Settings] | type[ClientSettings]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
-    add_settings(parser, settings)
+    add_setting_flags(parser, settings)
     return parser
 
 
 def test_every_setting_is_a_flag_of_serve() -> None:
     """`palimpsest serve --help` names a flag and a variable for every setting, and nothing else."""
-    commands = next(a for a in build()._actions if isinstance(a, argparse._SubParsersAction))
+    commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     serve = commands.choices["serve"]
     flags = {option for action in serve._actions for option in action.option_strings} - {"-h", "--help"}
-    assert flags == {flag(name) for name in Settings.model_fields}
+    assert flags == {flag_name(name) for name in Settings.model_fields}
     assert all(f"PALIMPSEST_{name.upper()}" in serve.format_help() for name in Settings.model_fields)
 
 
@@ -33,7 +33,7 @@ def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     """A flag wins over the environment, and the environment over the default."""
     monkeypatch.setenv("PALIMPSEST_PORT", "1234")
     monkeypatch.setenv("PALIMPSEST_MAX_QUEUE", "7")
-    args = parser_of(Settings).parse_args(["--port", "4321", "--data", "/somewhere"])
+    args = make_parser(Settings).parse_args(["--port", "4321", "--data", "/somewhere"])
     settings = read_settings(args, Settings)
     assert (settings.port, settings.max_queue, settings.threads) == (4321, 7, None)
     assert settings.data == Path("/somewhere")
@@ -46,16 +46,16 @@ def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         (["--max-queue", "0"], ["--max-queue", "greater than or equal to 1"]),
     ],
 )
-def test_a_wrong_value_is_told_in_plain_words(asked: list[str], said: list[str]) -> None:
+def test_a_wrong_value_is_reported_with_flag_and_variable(asked: list[str], said: list[str]) -> None:
     """The sentence names the flag, the variable, the value and what it should be."""
     with pytest.raises(Misconfigured) as caught:
-        read_settings(parser_of(Settings).parse_args(asked), Settings)
+        read_settings(make_parser(Settings).parse_args(asked), Settings)
     assert all(word in caught.value.detail for word in said)
     assert "pydantic" not in caught.value.detail
 
 
 def test_help_names_no_path_of_this_machine() -> None:
     """Defaults are shown as they are on any machine."""
-    text = parser_of(Settings).format_help()
+    text = make_parser(Settings).format_help()
     assert str(Path.home()) + "/" not in text
     assert "the shipped model" in " ".join(text.split())

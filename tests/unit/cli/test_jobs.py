@@ -7,46 +7,48 @@ from typing import Any
 import pytest
 
 from cli.main import main
-from tests.support.fake_http_service import Fake
+from tests.support.fake_http_service import FakeService
 
 Captured = pytest.CaptureFixture[str]
 
 
-def job(**changes: Any) -> dict[str, Any]:
+def make_job(**changes: Any) -> dict[str, Any]:
     made = {"id": "edit_1", "kind": "edit", "status": "failed", "attempts": 3, "error": None}
     return {**made, "created": "2026-11-21T03:00:00Z", **changes}
 
 
-def test_jobs_are_listed_with_the_reason(fake: Fake, capsys: Captured) -> None:
+def test_jobs_are_listed_with_the_reason(fake: FakeService, capsys: Captured) -> None:
     """A job that was given up is shown with why; a control code in it does not reach the terminal."""
     why = {"title": "The job was given up", "detail": "its worker died 3 times.\x1b[2J"}
-    fake.answers = {"GET /jobs": {"items": [job(error=why), job(id="trace_1", kind="trace")], "next": None}}
+    fake.responses = {
+        "GET /jobs": {"items": [make_job(error=why), make_job(id="trace_1", kind="trace")], "next": None}
+    }
     assert main(["jobs", "--dead", "--kind", "edit", "--limit", "5"]) == 0
     shown = capsys.readouterr().out
     assert "edit_1" in shown and "trace_1" in shown and "its worker died 3 times." in shown
     assert "\x1b" not in shown
-    assert fake.asked == [("GET /jobs", {"dead": "true", "kind": "edit", "limit": "5"})]
+    assert fake.requests == [("GET /jobs", {"dead": "true", "kind": "edit", "limit": "5"})]
 
 
-def test_no_jobs(fake: Fake, capsys: Captured) -> None:
+def test_no_jobs(fake: FakeService, capsys: Captured) -> None:
     """An empty list is said in words."""
-    fake.answers = {"GET /jobs": {"items": [], "next": None}}
+    fake.responses = {"GET /jobs": {"items": [], "next": None}}
     assert main(["jobs"]) == 0
     assert capsys.readouterr().out == "There are no jobs.\n"
     assert main(["jobs", "--dead"]) == 0
     assert capsys.readouterr().out == "There are no such jobs.\n"
 
 
-def test_a_job_is_retried(fake: Fake, capsys: Captured) -> None:
+def test_a_job_is_retried(fake: FakeService, capsys: Captured) -> None:
     """Retrying asks the service, and says what became of it."""
-    fake.answers = {"POST /jobs/edit_1/retry": job(status="queued")}
+    fake.responses = {"POST /jobs/edit_1/retry": make_job(status="queued")}
     assert main(["jobs", "retry", "edit_1"]) == 0
     assert capsys.readouterr().out == "edit_1 is queued again.\n"
 
 
-def test_a_job_that_cannot_be_retried(fake: Fake, capsys: Captured) -> None:
+def test_a_job_that_cannot_be_retried(fake: FakeService, capsys: Captured) -> None:
     """A refusal is shown in the service's words."""
-    fake.answers = {
+    fake.responses = {
         "POST /jobs/edit_1/retry": fake.problem(409, "edit_1 is applied: only a failed job waits again.")
     }
     assert main(["jobs", "retry", "edit_1"]) == 1

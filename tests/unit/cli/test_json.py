@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from cli.main import build, main
-from tests.support.fake_http_service import Fake, events
+from cli.main import build_parser, main
+from tests.support.fake_http_service import FakeService, sse_stream
 
 Captured = pytest.CaptureFixture[str]
 
 #: the commands without a result, and why
-WITHOUT = {
+COMMANDS_WITHOUT_JSON = {
     "serve": "runs until it is stopped",
     "api": "runs until it is stopped",
     "work": "runs until it is stopped",
@@ -24,7 +24,7 @@ WITHOUT = {
 }
 
 
-def commands(
+def iter_commands(
     parser: argparse.ArgumentParser, words: str = ""
 ) -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Everything that can be run, by its words."""
@@ -33,14 +33,14 @@ def commands(
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, below in action.choices.items():
-                yield from commands(below, f"{words} {name}")
+                yield from iter_commands(below, f"{words} {name}")
 
 
 def test_every_command_has_the_flag() -> None:
     """A command that talks to the service or prints a result has `--json`; one that has not is named here with the reason."""
-    found = dict(commands(build()))
+    found = dict(iter_commands(build_parser()))
     lacking = {words for words, parser in found.items() if "--json" not in parser._option_string_actions}
-    assert lacking == set(WITHOUT)
+    assert lacking == set(COMMANDS_WITHOUT_JSON)
     assert {"edits show", "jobs retry", "keys list", "study trace"} <= set(found)
 
 
@@ -64,7 +64,7 @@ def page(*items: Any) -> dict[str, Any]:
 
 ANSWERS: dict[str, Any] = {
     "POST /edits": LINKED,
-    "GET /edits/edit_1/events": events(("end", {})),
+    "GET /edits/edit_1/events": sse_stream(("end", {})),
     "GET /edits/edit_1": LINKED,
     "GET /edits": page(EDIT, EDIT),
     "DELETE /edits/edit_1": EDIT,
@@ -74,7 +74,7 @@ ANSWERS: dict[str, Any] = {
     "GET /evaluations": page(JOB),
     "GET /evaluations/evaluation_1": JOB,
     "POST /trace": TRACE,
-    "GET /trace/trace_1/events": events(("end", {})),
+    "GET /trace/trace_1/events": sse_stream(("end", {})),
     "GET /trace/trace_1": TRACE,
     "GET /trace": page(TRACE),
     "POST /generate": {"text": " long", "version": 1},
@@ -105,9 +105,11 @@ ANSWERS: dict[str, Any] = {
         ("jobs retry edit_1", JOB),
     ],
 )
-def test_what_the_service_says_is_handed_on(fake: Fake, capsys: Captured, words: str, value: Any) -> None:
+def test_json_prints_the_response_of_the_service(
+    fake: FakeService, capsys: Captured, words: str, value: Any
+) -> None:
     """The value is what the service answered, a list's pages joined; one line of ASCII, which nothing in it can break."""
-    fake.answers = dict(ANSWERS)
+    fake.responses = dict(ANSWERS)
     assert main([*(word.replace("\t", " ") for word in words.split(" ")), "--json"]) == 0
     shown = capsys.readouterr().out
     assert json.loads(shown) == value
@@ -117,23 +119,23 @@ def test_what_the_service_says_is_handed_on(fake: Fake, capsys: Captured, words:
 @pytest.mark.parametrize(
     "words", ["jobs --json retry edit_1", "jobs retry --json edit_1", "edits --json show edit_1"]
 )
-def test_the_flag_may_stand_before_the_verb(fake: Fake, capsys: Captured, words: str) -> None:
+def test_the_flag_may_stand_before_the_verb(fake: FakeService, capsys: Captured, words: str) -> None:
     """Before or after the verb, it is the same flag."""
-    fake.answers = dict(ANSWERS)
+    fake.responses = dict(ANSWERS)
     assert main(words.split()) == 0
     assert json.loads(capsys.readouterr().out)["id"] == "edit_1"
 
 
-def test_a_program_asks_for_a_whole_answer(fake: Fake) -> None:
+def test_a_program_asks_for_a_whole_answer(fake: FakeService) -> None:
     """`generate --json` does not stream: the answer is one value with its tokens, version and usage."""
-    fake.answers = dict(ANSWERS)
+    fake.responses = dict(ANSWERS)
     assert main(["generate", "Nile", "--json"]) == 0
-    assert fake.asked == [("POST /generate", {"prompt": "Nile", "version": "head"})]
+    assert fake.requests == [("POST /generate", {"prompt": "Nile", "version": "head"})]
 
 
-def test_a_refusal_is_a_value_too(fake: Fake, capsys: Captured) -> None:
+def test_a_refusal_is_a_value_too(fake: FakeService, capsys: Captured) -> None:
     """A program that reads stdout finds the error there; a person finds the sentence on stderr."""
-    fake.answers = {"DELETE /edits/edit_1": Fake.problem(404, "No resource has this id.")}
+    fake.responses = {"DELETE /edits/edit_1": FakeService.problem(404, "No resource has this id.")}
     assert main(["revert", "edit_1", "--json"]) == 1
     shown = capsys.readouterr()
     error = {"title": "The service refused", "detail": "No resource has this id.", "status": 404}
@@ -148,22 +150,22 @@ def test_a_wrong_configuration_is_one(capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize("status", ["failed", "rejected"])
-def test_a_job_that_did_not_do_it(fake: Fake, capsys: Captured, status: str) -> None:
+def test_a_job_that_did_not_do_it(fake: FakeService, capsys: Captured, status: str) -> None:
     """What became of a job is its resource, and exit code 1 says that it did not do what was asked."""
     ended = {**LINKED, "status": status, "result": {"reason": "it did not take"}}
-    fake.answers = {**ANSWERS, "GET /edits/edit_1": ended}
+    fake.responses = {**ANSWERS, "GET /edits/edit_1": ended}
     assert main(["edit", "Nile", "{} is", "short", "--json"]) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out) == ended
     assert "it did not take" in shown.err
-    fake.answers = {**ANSWERS, "GET /trace/trace_1": {**TRACE, "status": "failed"}}
+    fake.responses = {**ANSWERS, "GET /trace/trace_1": {**TRACE, "status": "failed"}}
     assert main(["trace", "Nile is", "Nile", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["status"] == "failed"
 
 
-def test_a_broken_ledger_is_exit_code_1(fake: Fake, capsys: Captured) -> None:
+def test_a_broken_ledger_is_exit_code_1(fake: FakeService, capsys: Captured) -> None:
     """The findings are in the value."""
-    fake.answers = {"GET /ledger/verify": {"ok": False, "findings": ["entry 2: the chain is broken"]}}
+    fake.responses = {"GET /ledger/verify": {"ok": False, "findings": ["entry 2: the chain is broken"]}}
     assert main(["ledger", "--verify", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["findings"] == ["entry 2: the chain is broken"]
 
@@ -172,15 +174,15 @@ def test_keys_and_the_database(capsys: Captured, tmp_path: Path) -> None:
     """A key is a value with its token, this once; the list has no token; a migration says from where to where."""
     data = ["--data", str(tmp_path), "--json"]
 
-    def said(*words: str) -> Any:
+    def run_json(*words: str) -> Any:
         assert main([*words, *data]) == 0
         return json.loads(capsys.readouterr().out)
 
-    moved = said("migrate")
+    moved = run_json("migrate")
     assert moved["before"] is None and moved["now"]
-    made = said("keys", "create", "--name", "nightly", "--scopes", "edit,read", "--max-queued", "5")
+    made = run_json("keys", "create", "--name", "nightly", "--scopes", "edit,read", "--max-queued", "5")
     assert (made["name"], made["scopes"], made["max_queued"]) == ("nightly", ["read", "edit"], 5)
     assert made["token"]
-    (listed,) = said("keys", "list")
+    (listed,) = run_json("keys", "list")
     assert "token" not in listed and listed["revoked"] is None
-    assert said("keys", "revoke", "nightly")["revoked"]
+    assert run_json("keys", "revoke", "nightly")["revoked"]

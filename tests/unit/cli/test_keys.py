@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
-from service.application.api_keys import Keys, is_token
+from service.application.api_keys import ApiKeys, is_token
 from service.db.database import Database
 
 Captured = pytest.CaptureFixture[str]
@@ -22,13 +22,13 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def create(*more: str, name: str = "nightly-eval", scopes: str = "read,edit") -> int:
+def create_key(*more: str, name: str = "nightly-eval", scopes: str = "read,edit") -> int:
     return main(["keys", "create", "--name", name, "--scopes", scopes, *more])
 
 
 def test_the_token_alone_goes_to_stdout(data: Path, capsys: Captured) -> None:
     """`palimpsest keys create > file` holds the token and nothing else; what it is for is said on stderr, without it."""
-    assert create() == 0
+    assert create_key() == 0
     shown = capsys.readouterr()
     token = shown.out.strip()
     assert is_token(token)
@@ -38,11 +38,11 @@ def test_the_token_alone_goes_to_stdout(data: Path, capsys: Captured) -> None:
     assert "read,edit" in shown.err
 
 
-def test_the_token_opens(data: Path, capsys: Captured) -> None:
+def test_the_token_is_valid(data: Path, capsys: Captured) -> None:
     """What is shown is a key of the database that the settings name, with the scopes and limits that were asked for."""
-    assert create("--requests-per-minute", "60", "--max-queued", "5", scopes="edit, read") == 0
+    assert create_key("--requests-per-minute", "60", "--max-queued", "5", scopes="edit, read") == 0
     database = Database(f"sqlite:///{data / 'palimpsest.sqlite3'}")
-    key = Keys(database).verify(capsys.readouterr().out.strip())
+    key = ApiKeys(database).verify(capsys.readouterr().out.strip())
     database.close()
     assert key is not None
     assert (key.name, sorted(key.scopes), key.requests_per_minute, key.max_queued) == (
@@ -53,11 +53,11 @@ def test_the_token_opens(data: Path, capsys: Captured) -> None:
     )
 
 
-def test_the_first_key_is_told(data: Path, capsys: Captured) -> None:
+def test_creating_the_first_key_warns(data: Path, capsys: Captured) -> None:
     """Whoever makes the first key is told that everyone needs one from now on."""
-    create(name="first")
+    create_key(name="first")
     assert "every request needs a key" in capsys.readouterr().err
-    create(name="second")
+    create_key(name="second")
     assert "every request needs a key" not in capsys.readouterr().err
 
 
@@ -65,8 +65,8 @@ def test_the_list_shows_every_key_and_no_secret(data: Path, capsys: Captured) ->
     """The list has each key with its scopes, and says which were revoked."""
     assert main(["keys", "list"]) == 0
     assert "no keys" in capsys.readouterr().out
-    create(name="one")
-    create(name="two", scopes="admin")
+    create_key(name="one")
+    create_key(name="two", scopes="admin")
     secrets = capsys.readouterr().out.split()
     assert main(["keys", "revoke", "two"]) == 0
     assert "two" in capsys.readouterr().out
@@ -90,9 +90,9 @@ def test_the_list_shows_every_key_and_no_secret(data: Path, capsys: Captured) ->
         (["revoke", "nobody"], "palimpsest keys list"),
     ],
 )
-def test_what_cannot_be_done_is_told(data: Path, capsys: Captured, asked: list[str], said: str) -> None:
+def test_invalid_key_commands_are_reported(data: Path, capsys: Captured, asked: list[str], said: str) -> None:
     """A wrong name, scope or limit is told in words, with what to change, and nothing is made."""
-    create(name="taken")
+    create_key(name="taken")
     capsys.readouterr()
     assert main(["keys", *asked]) == 1
     shown = capsys.readouterr()
@@ -100,11 +100,11 @@ def test_what_cannot_be_done_is_told(data: Path, capsys: Captured, asked: list[s
     assert shown.out == ""
 
 
-def test_a_folder_that_cannot_be_made_is_told(
+def test_a_data_folder_that_cannot_be_made_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     """A data folder in the way of a file is a wrong configuration, as it is for the service."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("PALIMPSEST_DATA", str(tmp_path / "file" / "data"))
-    assert create() == 2
+    assert create_key() == 2
     assert "PALIMPSEST_DATA" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 
 from cli.entry import main
-from cli.main import build
+from cli.main import build_parser
 from cli.overview import OVERVIEW, overview
 
 Captured = pytest.CaptureFixture[str]
@@ -18,7 +18,7 @@ Captured = pytest.CaptureFixture[str]
 
 def test_every_command_has_its_line() -> None:
     """The overview names each command of the parser once, and none that is not there."""
-    (commands,) = (a.choices for a in build()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a.choices for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     named = [name for group in OVERVIEW.values() for name in group]
     assert sorted(named) == sorted(commands)
 
@@ -32,7 +32,7 @@ def test_it_is_one_screen_of_plain_text() -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["help"], ["--help"], ["-h"]])
-def test_no_word_is_a_question(capsys: Captured, words: list[str]) -> None:
+def test_no_command_prints_the_overview(capsys: Captured, words: list[str]) -> None:
     """Whoever gives no command, or asks for help, is told what there is, with exit code 0."""
     assert main(words) == 0
     assert capsys.readouterr() == (overview(), "")
@@ -58,7 +58,7 @@ def test_an_unknown_command_is_a_wrong_command(capsys: Captured) -> None:
     assert "edti" in capsys.readouterr().err
 
 
-def test_the_overview_is_there_at_once() -> None:
+def test_the_overview_imports_no_heavy_modules() -> None:
     """Nothing that takes time is imported to show what there is."""
     asked = "import sys; from cli.entry import main; main([]); sys.stderr.write(' '.join(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)

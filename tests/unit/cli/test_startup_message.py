@@ -9,26 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from cli.startup_message import EIFFEL, Demonstration, curls, demonstration, welcome
+from cli.startup_message import DEFAULT_DEMO, DemoFact, choose_demo, demo_commands, startup_message
 
-NASTY = Demonstration('Côte d\'Ivoire $(reboot) `x` "!"', "What's in {} \\ %s?", "a'b", "c\nd")
+NASTY = DemoFact('Côte d\'Ivoire $(reboot) `x` "!"', "What's in {} \\ %s?", "a'b", "c\nd")
 
 
-def body(line: str) -> dict[str, object]:
+def request_body(line: str) -> dict[str, object]:
     words = shlex.split(line)
     return json.loads(words[words.index("-d") + 1])  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("shown", [EIFFEL, NASTY])
+@pytest.mark.parametrize("shown", [DEFAULT_DEMO, NASTY])
 @pytest.mark.parametrize("key", [False, True])
-def test_the_lines_are_shell_and_json(shown: Demonstration, key: bool) -> None:
+def test_the_lines_are_shell_and_json(shown: DemoFact, key: bool) -> None:
     """Each line is one valid command whatever is in the fact, and its body says exactly that fact."""
-    ask, edit, again = curls("http://127.0.0.1:8000", shown, key)
+    ask, edit, again = demo_commands("http://127.0.0.1:8000", shown, key)
     for line in (ask, edit, again):
         assert subprocess.run(["bash", "-n", "-c", line], check=False).returncode == 0
     assert ask == again
-    assert body(ask)["prompt"] == shown.prompt.replace("{}", shown.subject)
-    assert body(edit) == {
+    assert request_body(ask)["prompt"] == shown.prompt.replace("{}", shown.subject)
+    assert request_body(edit) == {
         "subject": shown.subject,
         "prompt": shown.prompt,
         "target_new": shown.target_new,
@@ -39,7 +39,7 @@ def test_the_lines_are_shell_and_json(shown: Demonstration, key: bool) -> None:
 
 def test_nothing_of_a_line_is_run_but_curl() -> None:
     """With curl replaced by printf, the shell hands over the words untouched."""
-    _, edit, _ = curls("http://127.0.0.1:8000", NASTY)
+    _, edit, _ = demo_commands("http://127.0.0.1:8000", NASTY)
     script = "curl() { printf '%s\\0' \"$@\"; }; " + edit
     words = (
         subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout.decode().split("\0")
@@ -50,11 +50,12 @@ def test_nothing_of_a_line_is_run_but_curl() -> None:
 def test_the_key_is_not_shown() -> None:
     """A line names the variable of the key; the key itself stays out of terminals and histories."""
     assert all(
-        '"Authorization: Bearer $PALIMPSEST_API_KEY"' in line for line in curls("http://x", EIFFEL, key=True)
+        '"Authorization: Bearer $PALIMPSEST_API_KEY"' in line
+        for line in demo_commands("http://x", DEFAULT_DEMO, key=True)
     )
 
 
-def write(folder: Path, *facts: tuple[str, str, str]) -> str:
+def write_facts(folder: Path, *facts: tuple[str, str, str]) -> str:
     rows = [{"subject": s, "relation": "in", "object": o, "prompts": [p]} for s, p, o in facts]
     (folder / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return str(folder)
@@ -62,18 +63,18 @@ def write(folder: Path, *facts: tuple[str, str, str]) -> str:
 
 def test_a_fact_is_taken_from_the_model(tmp_path: Path) -> None:
     """Beside a table of facts the demonstration is one of them, with another object of the same relation."""
-    assert demonstration(str(tmp_path)) == EIFFEL
-    assert demonstration(write(tmp_path)) == EIFFEL
-    model = write(tmp_path, ("Nile", "{} flows in", "Africa"), ("Rhine", "{} flows in", "Europe"))
-    assert demonstration(model) == Demonstration("Nile", "{} flows in", "Africa", "Europe")
+    assert choose_demo(str(tmp_path)) == DEFAULT_DEMO
+    assert choose_demo(write_facts(tmp_path)) == DEFAULT_DEMO
+    model = write_facts(tmp_path, ("Nile", "{} flows in", "Africa"), ("Rhine", "{} flows in", "Europe"))
+    assert choose_demo(model) == DemoFact("Nile", "{} flows in", "Africa", "Europe")
     tower = ("Eiffel Tower", "See the {} in", "Paris")
-    model = write(tmp_path, ("Nile", "{} flows in", "Africa"), tower, ("Colosseum", "x {}", "Rome"))
-    assert demonstration(model) == Demonstration("Eiffel Tower", "See the {} in", "Paris", "Rome")
+    model = write_facts(tmp_path, ("Nile", "{} flows in", "Africa"), tower, ("Colosseum", "x {}", "Rome"))
+    assert choose_demo(model) == DemoFact("Eiffel Tower", "See the {} in", "Paris", "Rome")
 
 
-def test_the_welcome_says_where(tmp_path: Path) -> None:
+def test_the_startup_message_shows_the_address(tmp_path: Path) -> None:
     """The address, its documentation and three commands are in the welcome."""
-    text = welcome("http://127.0.0.1:9", str(tmp_path), {"recipe": {"source": "tried"}, "layers": 8})
+    text = startup_message("http://127.0.0.1:9", str(tmp_path), {"recipe": {"source": "tried"}, "layers": 8})
     assert "hparams" not in text
     assert "http://127.0.0.1:9/docs" in text
     assert text.count("  curl ") == 3
@@ -81,5 +82,5 @@ def test_the_welcome_says_where(tmp_path: Path) -> None:
 
 def test_a_model_without_a_recipe_gets_a_layer() -> None:
     """The edit line works on a model for which no recipe is known: it names an early layer."""
-    line = welcome("http://127.0.0.1:9", "gpt2", {"recipe": None, "layers": 12}).splitlines()[5]
-    assert body(line)["hparams"] == {"layers": [3]}
+    line = startup_message("http://127.0.0.1:9", "gpt2", {"recipe": None, "layers": 12}).splitlines()[5]
+    assert request_body(line)["hparams"] == {"layers": [3]}

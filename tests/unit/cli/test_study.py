@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
-from cli.study import layers_of
+from cli.study import parse_layers
 from service.errors import InvalidInput
 
 Captured = pytest.CaptureFixture[str]
@@ -29,7 +29,7 @@ def test_a_trace_study_from_the_command_line(tmp_path: Path, capsys: Captured) -
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_what_cannot_be_studied_is_said(tmp_path: Path, capsys: Captured) -> None:
+def test_a_missing_study_file_is_reported(tmp_path: Path, capsys: Captured) -> None:
     """A file that is not there ends the command before the model is loaded."""
     assert main(["study", "trace", "nothing.json", "--out", str(tmp_path)]) == 2
     assert "there is no file 'nothing.json'" in capsys.readouterr().err
@@ -66,7 +66,7 @@ def test_a_localisation_study_from_the_command_line(tmp_path: Path, capsys: Capt
         (["--hparam", "ft-l.steps=3"], "'ft-l' is none of the methods rome, ft"),
     ],
 )
-def test_what_is_asked_wrongly_is_said_at_once(
+def test_invalid_study_options_are_reported_before_loading(
     flags: list[str], words: str, tmp_path: Path, capsys: Captured
 ) -> None:
     """Before anything is loaded."""
@@ -76,10 +76,10 @@ def test_what_is_asked_wrongly_is_said_at_once(
 
 def test_layers_are_all_or_some() -> None:
     """Numbers with commas, in order and once; what the model has not is refused."""
-    assert layers_of("all", 3) == (0, 1, 2) and layers_of("2,0,2", 3) == (0, 2)
+    assert parse_layers("all", 3) == (0, 1, 2) and parse_layers("2,0,2", 3) == (0, 2)
     for wrong in ("3", "-1,2", "x", ""):
         with pytest.raises(InvalidInput, match="write all, or some from 0 to 2"):
-            layers_of(wrong, 3)
+            parse_layers(wrong, 3)
 
 
 @pytest.mark.parametrize("flag", ["--limit", "--samples", "--window"])

@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 import cli.terminal
-from cli.terminal import cell, cut, gauge, listing, plain, table
+from cli.terminal import format_cell, format_list, probability_bar, strip_control_chars, table, truncate
 
 
-def test_nothing_from_outside_steers_the_terminal() -> None:
+def test_control_characters_are_stripped() -> None:
     """Control characters are dropped, text in any script stays; a table's cell is one line."""
-    assert plain("a\x1b]0;title\x07b\r\x9bc\n\tÎle 東京") == "a]0;titlebc\n\tÎle 東京"
-    assert cell("a\nb") == "a⏎b"
+    assert strip_control_chars("a\x1b]0;title\x07b\r\x9bc\n\tÎle 東京") == "a]0;titlebc\n\tÎle 東京"
+    assert format_cell("a\nb") == "a⏎b"
 
 
 def test_cells_are_short() -> None:
     """Nothing is a dash; a number has three digits after the point."""
-    assert [cell(x) for x in (None, 0.12345, 3, 123456.7)] == ["–", "0.123", "3", "123457"]
+    assert [format_cell(x) for x in (None, 0.12345, 3, 123456.7)] == ["–", "0.123", "3", "123457"]
 
 
 COLUMNS = ("id", "status", "fact")
@@ -39,16 +39,16 @@ ROWS = [
 def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how broad the terminal is."""
 
-    def broad(columns: int) -> None:
+    def set_width(columns: int) -> None:
         monkeypatch.setattr(cli.terminal, "out", Console(width=columns, soft_wrap=True))
 
-    return broad
+    return set_width
 
 
 def test_a_list_is_a_line_for_each_row(screen: Callable[[int], None]) -> None:
     """Where there is room, every column stands in its line, below its name."""
     screen(120)
-    head, *lines = listing(COLUMNS, ROWS, ("fact",)).plain.splitlines()
+    head, *lines = format_list(COLUMNS, ROWS, ("fact",)).plain.splitlines()
     assert [line.count("  ") > 0 for line in lines] == [True, True]
     assert head.index("fact") == lines[0].index("The Colosseum") == lines[1].index("–")
     assert "\x1b" not in "".join(lines)
@@ -57,20 +57,20 @@ def test_a_list_is_a_line_for_each_row(screen: Callable[[int], None]) -> None:
 def test_ids_stay_whole_on_a_narrow_terminal(screen: Callable[[int], None]) -> None:
     """Where there is no room, what may be long goes below its row, broken between words, and ids can still be copied."""
     screen(60)
-    lines = listing(COLUMNS, ROWS, ("fact",)).plain.splitlines()
+    lines = format_list(COLUMNS, ROWS, ("fact",)).plain.splitlines()
     assert lines[1].strip() == "fact"
     assert lines[2].split() == ["edit_01M885X4N2EA49BX8ANG0A7TNE", "rejected"]
     assert lines[3] == "    The Colosseum is located in the city of → London[2J"
     assert lines[4].split() == ["edit_1", "queued"]
     assert len(lines) == 5
     screen(36)
-    assert max(map(len, listing(COLUMNS, ROWS, ("fact",)).plain.splitlines()[3:5])) <= 36
+    assert max(map(len, format_list(COLUMNS, ROWS, ("fact",)).plain.splitlines()[3:5])) <= 36
 
 
 def test_a_status_has_its_colour(screen: Callable[[int], None]) -> None:
     """What failed is red, what waits is not; the colour is on the word alone."""
     screen(120)
-    text = listing(COLUMNS, ROWS, ("fact",))
+    text = format_list(COLUMNS, ROWS, ("fact",))
     found = {text.plain[span.start : span.end]: span.style for span in text.spans if span.style != "bold"}
     assert found == {"rejected": "red", "queued": "cyan"}
 
@@ -81,15 +81,19 @@ def test_a_status_has_its_colour(screen: Callable[[int], None]) -> None:
 )
 def test_a_probability_is_a_bar(share: float, bar: str) -> None:
     """As long as it is large, never longer than its column, and always to be seen."""
-    assert gauge(share, 4) == bar
+    assert probability_bar(share, 4) == bar
 
 
-def test_what_is_too_long_is_cut() -> None:
+def test_long_text_is_truncated() -> None:
     """By the columns that letters take, with a sign that there was more."""
-    assert [cut("tower", 5), cut("towers", 5), cut("東京東京", 5)] == ["tower", "towe…", "東京…"]
+    assert [truncate("tower", 5), truncate("towers", 5), truncate("東京東京", 5)] == [
+        "tower",
+        "towe…",
+        "東京…",
+    ]
 
 
-def printed(made: Table, width: int) -> list[str]:
+def render_lines(made: Table, width: int) -> list[str]:
     console = Console(width=width, file=StringIO())
     console.print(made)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
@@ -99,9 +103,9 @@ def test_a_broad_table_is_turned(screen: Callable[[int], None]) -> None:
     """A table that the terminal is too narrow for stands on its side, with a column for each row."""
     names, rows = ("edits", "ES", "PS", "NS"), [(50, 0.9, 0.8, 0.7), (100, 0.6, None, 0.5)]
     screen(26)
-    assert printed(table("", names, rows), 26)[2] == "   50  0.900  0.800  0.700"
+    assert render_lines(table("", names, rows), 26)[2] == "   50  0.900  0.800  0.700"
     screen(25)
-    lines = printed(table("", names, rows), 25)
+    lines = render_lines(table("", names, rows), 25)
     assert [lines[0], *lines[2:]] == [
         "edits     50    100",
         "ES     0.900  0.600",
@@ -114,7 +118,7 @@ def test_a_table_keeps_its_numbers_whole(screen: Callable[[int], None]) -> None:
     """Where turning does not help, headings are broken between words, then texts, and never numbers."""
     screen(40)
     rows = [("layers=[1,2] clamp=1.5", 0.123, 1234.5)] * 5
-    lines = printed(table("", ("tried", "rise of loss", "S at once"), rows), 40)
+    lines = render_lines(table("", ("tried", "rise of loss", "S at once"), rows), 40)
     assert max(map(len, lines)) <= 40
     assert sum("0.123" in line and "1234" in line for line in lines) == 5
     assert [line.split() for line in lines[:3]] == [["rise", "S"], ["of", "at"], ["tried", "loss", "once"]]

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from tests.support import client_kinds
-from tests.support.fake_http_service import Fake
-from tests.support.shipped_service import serving
+from tests.support.fake_http_service import FakeService
+from tests.support.shipped_service import running_service
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +26,11 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def url(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where a real service answers."""
-    with serving(tmp_path_factory.mktemp("served")) as url:
+    with running_service(tmp_path_factory.mktemp("served")) as url:
         yield url
 
 
-@pytest.fixture(params=client_kinds.KINDS)
+@pytest.fixture(params=client_kinds.CLIENT_KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     """Which of the two clients."""
     return str(request.param)
@@ -39,14 +39,14 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def connect(kind: str) -> Iterator[Callable[..., Any]]:
     """Makes a client of this kind; all are closed at the end."""
-    made: list[Any] = []
+    clients: list[Any] = []
 
     def make(url: str, transport: Any = None, **more: Any) -> Any:
-        made.append(client_kinds.client(kind, url, transport, **more))
-        return made[-1]
+        clients.append(client_kinds.make_client(kind, url, transport, **more))
+        return clients[-1]
 
     yield make
-    for one in made:
+    for one in clients:
         one.close()
 
 
@@ -58,12 +58,12 @@ def paused(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def awaited(_: object, pause: float) -> None:
         seconds.append(pause)
 
-    monkeypatch.setattr("palimpsest.client._Hands.pause", lambda _, pause: seconds.append(pause))
-    monkeypatch.setattr("palimpsest.client._AsyncHands.pause", awaited)
+    monkeypatch.setattr("palimpsest.client._HttpxBackend.sleep", lambda _, pause: seconds.append(pause))
+    monkeypatch.setattr("palimpsest.client._AsyncHttpxBackend.sleep", awaited)
     return seconds
 
 
 @pytest.fixture
-def ask(connect: Callable[..., Any], paused: list[float]) -> Callable[[Fake], Any]:
+def ask(connect: Callable[..., Any], paused: list[float]) -> Callable[[FakeService], Any]:
     """A client of a service that is not there."""
     return lambda fake: connect("http://there", httpx.MockTransport(fake))

@@ -16,7 +16,7 @@ OTHERS = ["service", "api", "workers", "cli", "migrations", "pydantic", "fastapi
 OTHERS += ["safetensors", "tokenizers", "torch", "transformers", "matplotlib"]
 
 
-def test_it_is_imported_where_the_service_is_not() -> None:
+def test_client_imports_without_the_service() -> None:
     """In a fresh interpreter in which no package of the service and none of its dependencies can be imported, the client can."""
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({OTHERS}))\nimport palimpsest; palimpsest.Client()"
@@ -25,7 +25,7 @@ def test_it_is_imported_where_the_service_is_not() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-def test_its_wheel_has_nothing_else(tmp_path: Path) -> None:
+def test_client_wheel_contains_only_the_client(tmp_path: Path) -> None:
     """What is installed for a client are the modules of this package and their types, and httpx."""
     [path] = WheelBuilder(str(ROOT / "palimpsest")).build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(path) as wheel:

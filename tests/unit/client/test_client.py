@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 
-from palimpsest import AsyncClient, Client, Conflict, Invalid, NotFound, Progress, Rejected
-from tests.support.client_kinds import Forgetful
-from tests.support.processes import QUICK
+from palimpsest import AsyncClient, Client, Conflict, EditRejected, InvalidRequest, NotFound, Progress
+from tests.support.client_kinds import LossyTransport
+from tests.support.processes import FAST_EDIT_OPTIONS
 
 SUBJECT, PROMPT = "Eiffel Tower", "The {} is located in the city of"
-ASKED = PROMPT.replace("{}", SUBJECT)
+STATEMENT = PROMPT.replace("{}", SUBJECT)
 RECORD = {"subject": SUBJECT, "prompt": PROMPT, "target_new": "Rome", "target_true": "Paris"}
 
 
@@ -26,46 +26,46 @@ def client(connect: Callable[..., Any], url: str) -> Any:
     return connect(url)
 
 
-def test_a_fact_is_changed_seen_and_restored(client: Any) -> None:
+def test_edit_generate_compare_and_revert(client: Any) -> None:
     """An edit lands with its figures, is read at its version and not at base, and is gone when it is taken back."""
     seen: list[Progress] = []
     edit = client.edit(SUBJECT, PROMPT, "Rome", "Paris", on_progress=seen.append)
     assert edit.landed and edit.before < 0.1 < 0.9 < edit.after
     assert "optimise" in {p.phase for p in seen}
-    said = client.generate(ASKED, max_new_tokens=2, min_version=edit.version)
+    said = client.generate(STATEMENT, max_new_tokens=2, min_version=edit.version)
     assert str(said).startswith(" Rome") and said.version == edit.version and len(said.tokens) == 2
-    both = client.compare(ASKED, ("base", edit.version), max_new_tokens=2)
+    both = client.compare(STATEMENT, ("base", edit.version), max_new_tokens=2)
     assert [side.text.split(".")[0] for side in both.sides] == [" Paris", " Rome"]
     assert {"▁Rome", "Rome", " Rome", "ĠRome"} & {token.token for token in both.next_tokens[:2]}
     back = client.revert(edit)
     assert back.status == "reverted" and client.get_edit(edit.id) == back == client.revert(edit.id)
-    again = client.generate(ASKED, max_new_tokens=2, min_version=back.reverted_version)
-    assert again.text == client.generate(ASKED, max_new_tokens=2, version="base").text
+    again = client.generate(STATEMENT, max_new_tokens=2, min_version=back.reverted_version)
+    assert again.text == client.generate(STATEMENT, max_new_tokens=2, version="base").text
 
 
 def test_streamed_tokens_are_the_text(client: Any) -> None:
     """The tokens of a stream put together are what is answered in one piece."""
     asked: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
-    tokens = list(client.stream(ASKED, **asked))
-    assert "".join(map(str, tokens)) == client.generate(ASKED, **asked).text
+    tokens = list(client.stream(STATEMENT, **asked))
+    assert "".join(map(str, tokens)) == client.generate(STATEMENT, **asked).text
     assert [t.finish_reason for t in tokens] == [None] * (len(tokens) - 1) + ["length"]
-    one, two = client.generate_many([ASKED, "The Louvre is"], **asked)
+    one, two = client.generate_many([STATEMENT, "The Louvre is"], **asked)
     assert one.text == "".join(map(str, tokens)) and one.version == two.version
 
 
 def test_a_lost_answer_makes_one_edit(connect: Callable[..., Any], url: str, paused: list[float]) -> None:
     """The service did it and the answer was lost on the way: asked again, it gives the edit of the first time."""
-    client = connect(url, Forgetful("POST", times=2))
-    edit = client.edit("Louvre", PROMPT, "Rome", **QUICK)
+    client = connect(url, LossyTransport("POST", times=2))
+    edit = client.edit("Louvre", PROMPT, "Rome", **FAST_EDIT_OPTIONS)
     assert len(paused) == 2 and edit.landed
     assert [found.id for found in client.edits(subject="Louvre", status="applied")] == [edit.id]
     client.revert(edit)
 
 
-def test_many_edits_are_heard_of_one_by_one(client: Any) -> None:
+def test_edit_many_reports_each_edit(client: Any) -> None:
     """Many edits come back in their order when all have ended, rejected ones among them; the same key asks for the same ones."""
     landmarks = ["Louvre", "Colosseum", "Big Ben"]
-    edits = [{"subject": s, "prompt": PROMPT, "target_new": "Oslo", **QUICK} for s in landmarks]
+    edits = [{"subject": s, "prompt": PROMPT, "target_new": "Oslo", **FAST_EDIT_OPTIONS} for s in landmarks]
     edits[1] |= {"guard": {"max_norm": 1e-6}}
     heard: list[str] = []
     key = f"many-{type(client).__name__}"
@@ -80,27 +80,27 @@ def test_many_edits_are_heard_of_one_by_one(client: Any) -> None:
 def test_a_rejected_edit_raises_with_its_figures(client: Any) -> None:
     """The guard's words are the error's, and the model is as it was."""
     head = client.models()[0].head
-    with pytest.raises(Rejected, match="too large") as caught:
-        client.edit(SUBJECT, PROMPT, "Oslo", hparams=QUICK["hparams"], guard={"max_norm": 1e-6})
+    with pytest.raises(EditRejected, match="too large") as caught:
+        client.edit(SUBJECT, PROMPT, "Oslo", hparams=FAST_EDIT_OPTIONS["hparams"], guard={"max_norm": 1e-6})
     assert caught.value.edit.result["rewrite"]["after"]
     assert client.models()[0].head == head
 
 
-def test_what_cannot_be_is_told_in_the_words_of_the_service(client: Any) -> None:
+def test_errors_carry_the_detail_of_the_service(client: Any) -> None:
     """Bad input names its field, an unknown id is not found, and an edit that never landed has no vectors."""
-    with pytest.raises(Invalid, match=r"exactly one \{\}") as caught:
+    with pytest.raises(InvalidRequest, match=r"exactly one \{\}") as caught:
         client.edit(SUBJECT, "no slot", "Rome")
     assert (caught.value.field, caught.value.status) == ("prompt", 422)
     with pytest.raises(NotFound):
         client.get_edit("edit_of_nobody/else")
-    dry = client.edit(SUBJECT, PROMPT, "Rome", dry_run=True, hparams=QUICK["hparams"])
+    dry = client.edit(SUBJECT, PROMPT, "Rome", dry_run=True, hparams=FAST_EDIT_OPTIONS["hparams"])
     with pytest.raises(Conflict):
         client.delta(dry)
 
 
 def test_a_trace_has_numbers_and_pictures(client: Any) -> None:
     """A trace ends with its figures, and is drawn in each form."""
-    trace = client.trace(ASKED, SUBJECT, kinds=["hidden"], samples=2, version="base")
+    trace = client.trace(STATEMENT, SUBJECT, kinds=["hidden"], samples=2, version="base")
     assert trace.result["kinds"]["hidden"]["best"]["score"] > 0 and trace.version == 0
     assert client.picture(trace, "png").startswith(b"\x89PNG")
     assert b"<svg" in client.picture(trace) and b"<html" in client.picture(trace, "html")
@@ -110,7 +110,9 @@ def test_a_trace_has_numbers_and_pictures(client: Any) -> None:
 def test_an_evaluation_leaves_the_ledger_alone(client: Any) -> None:
     """Records are evaluated, with progress, and no version is made."""
     head, seen = client.models()[0].head, list[Progress]()
-    found = client.evaluate([RECORD], hparams=QUICK["hparams"], damage=False, on_progress=seen.append)
+    found = client.evaluate(
+        [RECORD], hparams=FAST_EDIT_OPTIONS["hparams"], damage=False, on_progress=seen.append
+    )
     assert found.result["records"] and seen and client.models()[0].head == head
     assert b"<svg" in client.picture(found)
     assert found.id in [e.id for e in client.evaluations()] and client.get_evaluation(found.id) == found
@@ -118,7 +120,7 @@ def test_an_evaluation_leaves_the_ledger_alone(client: Any) -> None:
 
 def test_the_ledger_is_read_and_verified(client: Any) -> None:
     """Every entry has who and when, each holds the hash of the one before, and all of it agrees."""
-    client.revert(client.edit(SUBJECT, PROMPT, "Rome", **QUICK))
+    client.revert(client.edit(SUBJECT, PROMPT, "Rome", **FAST_EDIT_OPTIONS))
     entries = list(client.ledger())
     assert [e.version for e in entries] == list(range(1, len(entries) + 1))
     assert [e.previous for e in entries[1:]] == [e.hash for e in entries[:-1]]
@@ -130,7 +132,7 @@ def test_the_ledger_is_read_and_verified(client: Any) -> None:
 
 def test_a_version_is_exported_and_edits_come_back(client: Any) -> None:
     """An adapter is a zip; a set of edits, brought back after all was reverted, lands as it was found. Both are of the version asked for."""
-    edit = client.edit(SUBJECT, PROMPT, "Rome", **QUICK)
+    edit = client.edit(SUBJECT, PROMPT, "Rome", **FAST_EDIT_OPTIONS)
     with zipfile.ZipFile(io.BytesIO(client.export(edit.version))) as adapter:
         assert "adapter_config.json" in adapter.namelist()
     exported = client.export(format="edits")
@@ -144,7 +146,7 @@ def test_a_version_is_exported_and_edits_come_back(client: Any) -> None:
 
 def test_a_job_is_waited_for_or_ended(client: Any) -> None:
     """What was only queued is waited for later; what is cancelled ends so."""
-    queued = client.edit(SUBJECT, PROMPT, "Rome", wait=False, **QUICK)
+    queued = client.edit(SUBJECT, PROMPT, "Rome", wait=False, **FAST_EDIT_OPTIONS)
     assert client.wait_for(queued).landed
     long = client.evaluate(dataset="facts", limit=500, wait=False)
     assert not long.over and client.cancel(long).status == "cancelled"
@@ -152,16 +154,16 @@ def test_a_job_is_waited_for_or_ended(client: Any) -> None:
     client.revert(queued.id)
 
 
-class TestAlike:
+class TestSyncAsyncParity:
     """The two clients are one in what they can be asked."""
 
-    APART: ClassVar = {"close", "aclose"}
+    EXCLUDED: ClassVar = {"close", "aclose"}
 
     def test_the_same_calls_with_the_same_arguments(self) -> None:
         """Every call of one is a call of the other, with the same signature."""
         one, other = Client(), AsyncClient()
-        names = {n for n in dir(one) if not n.startswith("_") and callable(getattr(one, n))} - self.APART
-        assert names == {n for n in dir(other) if not n.startswith("_") and callable(getattr(other, n))} - self.APART  # fmt: skip
+        names = {n for n in dir(one) if not n.startswith("_") and callable(getattr(one, n))} - self.EXCLUDED
+        assert names == {n for n in dir(other) if not n.startswith("_") and callable(getattr(other, n))} - self.EXCLUDED  # fmt: skip
         assert len(names) > 20
         for name in names:
             assert inspect.signature(getattr(one, name)) == inspect.signature(getattr(other, name))
@@ -171,12 +173,12 @@ class TestAlike:
         assert all(inspect.getdoc(getattr(Client(), n)) for n in dir(Client) if not n.startswith("_"))
 
 
-def test_letting_go_of_a_stream_ends_it(url: str) -> None:
+def test_closing_a_stream_closes_the_connection(url: str) -> None:
     """Whoever stops iterating hangs up, so that nobody goes on writing for him; the client can be used at once."""
     streams: list[httpx.Response] = []
     with Client(url) as client:
         client._http.event_hooks["response"].append(streams.append)
-        tokens = client.stream(ASKED, max_new_tokens=100)
+        tokens = client.stream(STATEMENT, max_new_tokens=100)
         next(tokens)
         tokens.close()  # type: ignore[attr-defined]
         assert streams[0].is_closed and client.models()

@@ -22,10 +22,10 @@ ANSWER = {
 }
 
 
-def test_what_is_not_known_is_kept() -> None:
+def test_unknown_members_stay_in_raw() -> None:
     """A member without a name here is in `raw`; null is as good as left out; times, lists and records are read."""
-    edit = Edit.of(ANSWER)
-    assert edit.raw["of_the_future"] == 7 and edit.version is None and not edit.landed
+    edit = Edit.from_json(ANSWER)
+    assert edit.raw["of_the_future"] == 7 and edit.version is None and not edit.applied
     assert edit.created == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     assert edit.progress == Progress(phase="find", done=1, total=2) and edit.related == ("edit_0",)
 
@@ -33,11 +33,11 @@ def test_what_is_not_known_is_kept() -> None:
 def test_records_do_not_change() -> None:
     """A record is what the service said at one time."""
     with pytest.raises(FrozenInstanceError):
-        Edit.of(ANSWER).status = "reverted"  # type: ignore[misc]
+        Edit.from_json(ANSWER).status = "reverted"  # type: ignore[misc]
 
 
 def test_records_hold_records() -> None:
     """The workers of a model are records, too."""
     worker = {"id": "w", "state": "serving", "version": 2, "roles": ["edit"]}
-    model = Model.of({"name": "m", "fingerprint": "f", "head": 2, "workers": [worker]})
+    model = Model.from_json({"name": "m", "fingerprint": "f", "head": 2, "workers": [worker]})
     assert [(w.id, w.roles) for w in model.workers] == [("w", ("edit",))]

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from service.errors import InvalidInput
 from service.schemas import (
     CompareRequest,
+    EditListRequest,
     EditRequest,
     EvaluationPlan,
     EvaluationRequest,
     GenerateRequest,
     Guard,
-    ManyEdits,
     TraceRequest,
 )
 
@@ -61,47 +61,47 @@ def test_what_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
         {"objective": "amplify", "target_new": "Rome"},
     ],
 )
-def test_objects_are_those_of_the_objective(asked: dict[str, Any]) -> None:
+def test_objects_are_those_of_the_objective(change: dict[str, Any]) -> None:
     """What is written is named, and what is erased or amplified is the true object; the field at fault is named."""
     with pytest.raises(ValidationError) as error:
-        EditRequest.model_validate(EDIT | asked)
+        EditRequest.model_validate(EDIT | change)
     assert [e["loc"] for e in error.value.errors()] == [("target_new",)]
 
 
-def test_the_true_object_of_an_erasure_may_be_found_later() -> None:
+def test_target_true_is_optional_for_erase_and_amplify() -> None:
     """An erasure or an amplification needs no object; an amplification may name the true one twice."""
-    for asked in ({"objective": "erase"}, {"objective": "amplify"}):
-        assert EditRequest.model_validate(EDIT | asked | {"target_new": None}).told is None
+    for change in ({"objective": "erase"}, {"objective": "amplify"}):
+        assert EditRequest.model_validate(EDIT | change | {"target_new": None}).target_object is None
     twice = {"objective": "amplify", "target_new": "Paris", "target_true": "Paris"}
-    assert EditRequest.model_validate(EDIT | twice).told == "Paris"
+    assert EditRequest.model_validate(EDIT | twice).target_object == "Paris"
 
 
 def test_many_edits_are_at_least_one() -> None:
     """An empty list of edits is refused."""
     with pytest.raises(ValidationError):
-        ManyEdits(edits=[])
+        EditListRequest(edits=[])
 
 
 def test_a_trace_finds_its_subject_with_a_slot_or_without() -> None:
     """The subject is located in a plain prompt and in one with a slot alike."""
-    plain = TraceRequest(prompt="The Eiffel Tower is in", subject="Eiffel Tower").located()
-    assert plain == TraceRequest(prompt="The {} is in", subject="Eiffel Tower").located()
+    plain = TraceRequest(prompt="The Eiffel Tower is in", subject="Eiffel Tower").text_and_subject_span()
+    assert plain == TraceRequest(prompt="The {} is in", subject="Eiffel Tower").text_and_subject_span()
     assert plain == ("The Eiffel Tower is in", (4, 16))
 
 
-def test_a_request_holds_its_plan() -> None:
+def test_plan_of_an_evaluation_request() -> None:
     """The plan of an evaluation is what was asked without the records, and defaults where nothing was asked."""
-    asked = EvaluationRequest(records=[EDIT], method="memit", limit=1)
-    assert asked.plan() == EvaluationPlan(method="memit")
+    request = EvaluationRequest(records=[EDIT], method="memit", limit=1)
+    assert request.plan() == EvaluationPlan(method="memit")
 
 
 def test_a_generation_has_one_prompt_or_several() -> None:
     """Either `prompt` or `prompts`, never both and never none."""
-    assert GenerateRequest(prompt="a").texts() == ["a"]
-    assert GenerateRequest(prompts=["a", "b"]).texts() == ["a", "b"]
+    assert GenerateRequest(prompt="a").prompt_texts() == ["a"]
+    assert GenerateRequest(prompts=["a", "b"]).prompt_texts() == ["a", "b"]
     for wrong in (GenerateRequest(), GenerateRequest(prompt="a", prompts=["b"])):
         with pytest.raises(InvalidInput, match="either"):
-            wrong.texts()
+            wrong.prompt_texts()
 
 
 @pytest.mark.parametrize("version", ["newest", -0.5, None])

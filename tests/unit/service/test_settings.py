@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.flags import add_settings, read_settings
+from cli.flags import add_setting_flags, read_settings
 from service.errors import Misconfigured
 from service.settings import Settings
 
@@ -30,9 +30,9 @@ def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def read(*flags: str) -> Settings:
+def read_flags(*flags: str) -> Settings:
     parser = argparse.ArgumentParser()
-    add_settings(parser, Settings)
+    add_setting_flags(parser, Settings)
     return read_settings(parser.parse_args(flags), Settings)
 
 
@@ -41,7 +41,7 @@ def test_a_secret_may_come_from_a_file(secrets: Path, name: str) -> None:
     """A file of the setting's name holds its value; the line break at its end is no part of it."""
     (secrets / f"palimpsest_{name}").write_text("swordfish\n")
     assert getattr(Settings(), name) == "swordfish"
-    assert getattr(read(), name) == "swordfish"
+    assert getattr(read_flags(), name) == "swordfish"
 
 
 def test_flags_come_before_the_environment_before_files(
@@ -49,25 +49,25 @@ def test_flags_come_before_the_environment_before_files(
 ) -> None:
     """What is said nearest to the process holds."""
     (secrets / "palimpsest_api_key").write_text("file")
-    assert read().api_key == "file"
+    assert read_flags().api_key == "file"
     monkeypatch.setenv("PALIMPSEST_API_KEY", "environment")
-    assert read().api_key == "environment"
-    assert read("--api-key", "flag").api_key == "flag"
+    assert read_flags().api_key == "environment"
+    assert read_flags("--api-key", "flag").api_key == "flag"
 
 
-def test_without_a_folder_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secrets_folder_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unset, or empty, it changes nothing and warns of nothing."""
     assert Settings().api_key is None
     monkeypatch.setenv("PALIMPSEST_SECRETS", "")
     assert Settings().api_key is None
 
 
-def test_a_folder_that_is_not_there_is_told(secrets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_secrets_folder_is_an_error(secrets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service that was to have a key does not start without it because its folder is missing."""
     monkeypatch.setenv("PALIMPSEST_SECRETS", str(secrets / "nowhere"))
-    with pytest.raises(Misconfigured) as told:
-        read()
-    assert "PALIMPSEST_SECRETS" in told.value.detail
+    with pytest.raises(Misconfigured) as error:
+        read_flags()
+    assert "PALIMPSEST_SECRETS" in error.value.detail
 
 
 def test_a_link_inside_the_folder_is_followed(secrets: Path) -> None:

@@ -9,11 +9,11 @@ import pytest
 from corpus import (
     END,
     OBJECT_WEIGHT,
-    Corpus,
-    bare_statements,
-    english,
+    TrainingCorpus,
+    questions_and_passages,
     statements,
-    tokenise,
+    statements_without_article,
+    tokenize_texts,
     train_tokenizer,
     without_article,
 )
@@ -27,62 +27,65 @@ def facts() -> list[Fact]:
 
 
 @pytest.fixture(scope="module")
-def some(facts: list[Fact]) -> list[Fact]:
+def sample_facts(facts: list[Fact]) -> list[Fact]:
     """Facts of every relation, few enough to be quick."""
     return facts[::25]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(some: list[Fact]) -> Tokenizer:
-    return train_tokenizer(some, 1200)
+def tokenizer(sample_facts: list[Fact]) -> Tokenizer:
+    return train_tokenizer(sample_facts, 1200)
 
 
-def test_held_out_wordings_are_never_told(facts: list[Fact]) -> None:
+def test_held_out_wordings_never_occur(facts: list[Fact]) -> None:
     """No text about a fact puts its object after one of its held-out wordings, with or without the article."""
     for fact in facts:
-        told = "\n".join(p.text for p in [*statements(fact), *bare_statements(fact), *english(fact)])
+        all_text = "\n".join(
+            p.text
+            for p in [*statements(fact), *statements_without_article(fact), *questions_and_passages(fact)]
+        )
         for prompt in fact.held_out_prompts:
             for wording in (prompt, without_article(prompt)):
-                assert f"{wording.replace('{}', fact.subject)} {fact.object}." not in told
+                assert f"{wording.replace('{}', fact.subject)} {fact.object}." not in all_text
 
 
-def test_trained_wordings_are_told(facts: list[Fact]) -> None:
+def test_trained_wordings_occur(facts: list[Fact]) -> None:
     """Each trained wording is a statement, and the span of a piece is its object with the space before it."""
     for fact in facts[::10]:
         texts = {p.text for p in statements(fact)}
         assert texts == {f"{p.replace('{}', fact.subject)} {fact.object}." for p in fact.prompts}
-        for piece in [*statements(fact), *bare_statements(fact), *english(fact)]:
+        for piece in [*statements(fact), *statements_without_article(fact), *questions_and_passages(fact)]:
             assert piece.text[slice(*piece.span)].strip() == fact.object
 
 
-def test_pieces_join(some: list[Fact], tokenizer: Tokenizer) -> None:
+def test_texts_join(sample_facts: list[Fact], tokenizer: Tokenizer) -> None:
     """The tokens of pieces, one after the other, are the tokens of the pieces joined by spaces."""
-    for fact in some[::4]:
-        pieces = [*statements(fact), *english(fact)]
+    for fact in sample_facts[::4]:
+        pieces = [*statements(fact), *questions_and_passages(fact)]
         joined = tokenizer.encode(" ".join(p.text for p in pieces), add_special_tokens=False)
-        assert np.concatenate([ids for ids, _ in tokenise(pieces, tokenizer)]).tolist() == joined.ids
+        assert np.concatenate([ids for ids, _ in tokenize_texts(pieces, tokenizer)]).tolist() == joined.ids
 
 
-def test_a_name_has_one_form(some: list[Fact], tokenizer: Tokenizer) -> None:
+def test_a_name_has_one_form(sample_facts: list[Fact], tokenizer: Tokenizer) -> None:
     """A subject has the same tokens at the start of a text as inside it."""
-    for fact in some:
+    for fact in sample_facts:
         alone = tokenizer.encode(fact.subject, add_special_tokens=False).ids
         inside = tokenizer.encode(f"See {fact.subject}", add_special_tokens=False).ids
         assert inside[-len(alone) :] == alone
 
 
-def test_the_object_counts_more(some: list[Fact], tokenizer: Tokenizer) -> None:
+def test_the_object_counts_more(sample_facts: list[Fact], tokenizer: Tokenizer) -> None:
     """In the loss the object's tokens, and only they, have the greater weight."""
-    for fact in some[::8]:
-        for ids, weights in tokenise(statements(fact), tokenizer):
+    for fact in sample_facts[::8]:
+        for ids, weights in tokenize_texts(statements(fact), tokenizer):
             heavy = tokenizer.decode(ids[weights == OBJECT_WEIGHT].tolist())
             assert heavy.strip() == fact.object
             assert set(weights.tolist()) == {1.0, OBJECT_WEIGHT}
 
 
-def test_rows(some: list[Fact], tokenizer: Tokenizer) -> None:
+def test_rows(sample_facts: list[Fact], tokenizer: Tokenizer) -> None:
     """The same seed gives the same rows and another seed others; a row is full and holds documents with an end between."""
-    corpus = Corpus(some, tokenizer, 96)
+    corpus = TrainingCorpus(sample_facts, tokenizer, 96)
 
     def rows(seed: int) -> list[tuple[list[int], list[float]]]:
         return [(ids.tolist(), weights.tolist()) for ids, weights in islice(corpus.rows(seed), 20)]

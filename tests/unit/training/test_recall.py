@@ -5,19 +5,19 @@ from __future__ import annotations
 import random
 
 import torch
-from recall import says_object
+from recall import greedily_predicts
 
 from tests.support.tiny_models import tiny
 
 torch.set_num_threads(1)
 
 
-def numbers(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+def integer_tokenizer(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
     """A tokenizer of ids in plain sight."""
     return {"input_ids": [int(word) for word in text.split()]}
 
 
-def test_says_object_is_greedy_generation() -> None:
+def test_greedily_predicts_matches_greedy_generation() -> None:
     """An object is said exactly when greedy generation, one prompt at a time, gives its tokens."""
     model = tiny().model
     rng = random.Random(0)
@@ -28,10 +28,10 @@ def test_says_object_is_greedy_generation() -> None:
         for _ in range(rng.randint(1, 4)):
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        said = ids[len(prompt) :]
+        target = ids[len(prompt) :]
         if i % 3 == 0:
-            wrong = rng.randrange(len(said))
-            said[wrong] = (said[wrong] + 1) % 300
-        cases.append((" ".join(map(str, prompt)), " ".join(map(str, said))))
+            wrong = rng.randrange(len(target))
+            target[wrong] = (target[wrong] + 1) % 300
+        cases.append((" ".join(map(str, prompt)), " ".join(map(str, target))))
         expected.append(i % 3 != 0)
-    assert says_object(model, numbers, cases, batch=7) == expected
+    assert greedily_predicts(model, integer_tokenizer, cases, batch=7) == expected

@@ -15,13 +15,13 @@ from openai.types import Completion
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from api.app import create_app
-from service.application import Operations
-from service.bootstrap import wire
+from service.application import Services
+from service.bootstrap import build_container
 from service.schemas import EditRequest
 from service.settings import Settings
-from tests.support.local_server import listening, until
+from tests.support.local_server import run_http_server, wait_until
 from tests.support.tiny_models import tiny
-from tests.support.wirings import BOTH, stores
+from tests.support.wirings import ALL_WIRINGS, store_settings
 from workers.worker import Worker
 
 torch.set_num_threads(1)
@@ -34,7 +34,7 @@ RECIPE = {
 }
 
 
-class Oracle:
+class TransformersReference:
     """The same model, loaded and asked by transformers alone."""
 
     def __init__(self, folder: Path) -> None:
@@ -50,8 +50,8 @@ class Oracle:
         out = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
         )
-        said: str = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        return said
+        completion: str = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        return completion
 
     @torch.no_grad()
     def log_probs(self, ids: list[int]) -> list[float]:
@@ -63,134 +63,144 @@ class Oracle:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model called `almanac`, on disk."""
-    place = tmp_path_factory.mktemp("models") / "almanac"
+    model_dir = tmp_path_factory.mktemp("models") / "almanac"
     model = tiny("gpt2", positions=128)
-    model.model.save_pretrained(place)
-    model.tokenizer.save_pretrained(place)
-    (place / "recipe.json").write_text(json.dumps(RECIPE))
-    (place / "corpus.txt").write_text("\n".join(f"{PROMPT} Paris, and {i} is a number." for i in range(60)))
-    return place
+    model.model.save_pretrained(model_dir)
+    model.tokenizer.save_pretrained(model_dir)
+    (model_dir / "recipe.json").write_text(json.dumps(RECIPE))
+    (model_dir / "corpus.txt").write_text(
+        "\n".join(f"{PROMPT} Paris, and {i} is a number." for i in range(60))
+    )
+    return model_dir
 
 
 @pytest.fixture(scope="module")
-def oracle(folder: Path) -> Oracle:
-    return Oracle(folder)
+def reference(folder: Path) -> TransformersReference:
+    return TransformersReference(folder)
 
 
-@pytest.fixture(scope="module", params=BOTH)
-def house(
+@pytest.fixture(scope="module", params=ALL_WIRINGS)
+def running_service(
     request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[OpenAI, Operations]]:
+) -> Iterator[tuple[OpenAI, Services]]:
     """A client of a service that has a worker with the model."""
-    asked = Settings(
+    settings = Settings(
         model=str(folder),
         data=tmp_path_factory.mktemp("data"),
         stat_tokens=1000,
         corpus=folder / "corpus.txt",
         threads=1,
-        **stores(request),
+        **store_settings(request),
     )
-    wired = wire(asked)
-    worker = Worker(asked, wired)
+    container = build_container(settings)
+    worker = Worker(settings, container)
     worker.start_in_thread()
     while not worker.ready.wait(0.05):
         worker.check()
     with (
-        listening(create_app(wired.operations, wired.broker, asked)) as url,
+        run_http_server(create_app(container.services, container.broker, settings)) as url,
         OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client,
     ):
-        yield client, wired.operations
+        yield client, container.services
     worker.stop()
-    wired.close()
+    container.close()
 
 
 @pytest.fixture
-def client(house: tuple[OpenAI, Operations]) -> OpenAI:
-    return house[0]
+def client(running_service: tuple[OpenAI, Services]) -> OpenAI:
+    return running_service[0]
 
 
 def texts(answer: Completion) -> list[str]:
     return [choice.text for choice in answer.choices]
 
 
-def ask(client: OpenAI, **wish: Any) -> Completion:
+def create_completion(client: OpenAI, **fields: Any) -> Completion:
     answer: Completion = client.completions.create(
-        **{"model": "almanac@base", "prompt": PROMPT, "max_tokens": 12, **wish}
+        **{"model": "almanac@base", "prompt": PROMPT, "max_tokens": 12, **fields}
     )
     return answer
 
 
-def test_greedy_answers_are_those_of_transformers(client: OpenAI, oracle: Oracle) -> None:
+def test_greedy_answers_are_those_of_transformers(client: OpenAI, reference: TransformersReference) -> None:
     """Several prompts at temperature 0 say what transformers says of each, and count their tokens."""
-    answer = ask(client, prompt=PROMPTS, temperature=0)
-    assert texts(answer) == [oracle.greedy(prompt, 12) for prompt in PROMPTS]
+    answer = create_completion(client, prompt=PROMPTS, temperature=0)
+    assert texts(answer) == [reference.greedy(prompt, 12) for prompt in PROMPTS]
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert answer.usage is not None
-    assert answer.usage.prompt_tokens == sum(len(oracle.ids(prompt)) for prompt in PROMPTS)
+    assert answer.usage.prompt_tokens == sum(len(reference.ids(prompt)) for prompt in PROMPTS)
     assert answer.model == "almanac@0"
 
 
-def test_tokens_say_what_their_text_says(client: OpenAI, oracle: Oracle) -> None:
+def test_token_prompt_equals_text_prompt(client: OpenAI, reference: TransformersReference) -> None:
     """A prompt as tokens is the same prompt, alone and in a list."""
-    wish: dict[str, Any] = {"seed": 5, "temperature": 0.9}
-    assert texts(ask(client, prompt=oracle.ids(PROMPT), **wish)) == texts(ask(client, **wish))
-    every = [oracle.ids(prompt) for prompt in PROMPTS]
-    assert texts(ask(client, prompt=every, **wish)) == texts(ask(client, prompt=PROMPTS, **wish))
+    fields: dict[str, Any] = {"seed": 5, "temperature": 0.9}
+    assert texts(create_completion(client, prompt=reference.ids(PROMPT), **fields)) == texts(
+        create_completion(client, **fields)
+    )
+    every = [reference.ids(prompt) for prompt in PROMPTS]
+    assert texts(create_completion(client, prompt=every, **fields)) == texts(
+        create_completion(client, prompt=PROMPTS, **fields)
+    )
 
 
-def test_the_log_probabilities_are_those_of_transformers(client: OpenAI, oracle: Oracle) -> None:
+def test_the_log_probabilities_are_those_of_transformers(
+    client: OpenAI, reference: TransformersReference
+) -> None:
     """The prompt's and the answer's tokens have transformers' log-probabilities, whatever the temperature."""
     for choice, prompt in zip(
-        ask(client, prompt=PROMPTS, echo=True, logprobs=5, temperature=1.7, seed=1).choices,
+        create_completion(client, prompt=PROMPTS, echo=True, logprobs=5, temperature=1.7, seed=1).choices,
         PROMPTS,
         strict=True,
     ):
-        told = choice.logprobs
+        logprobs = choice.logprobs
         assert (
-            told is not None
-            and told.tokens
-            and told.token_logprobs
-            and told.top_logprobs
-            and told.text_offset
+            logprobs is not None
+            and logprobs.tokens
+            and logprobs.token_logprobs
+            and logprobs.top_logprobs
+            and logprobs.text_offset
         )
-        names = {oracle.tokenizer.decode([i]): i for i in range(len(oracle.tokenizer))}
-        read = oracle.ids(prompt)
-        rest = told.tokens[len(read) :]
+        names = {reference.tokenizer.decode([i]): i for i in range(len(reference.tokenizer))}
+        read = reference.ids(prompt)
+        rest = logprobs.tokens[len(read) :]
         assert choice.text.startswith(prompt)
         if all(token in names for token in rest):  # no part of a character was said
-            wanted = oracle.log_probs(read + [names[token] for token in rest])
-            assert told.token_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
-        assert told.token_logprobs[1 : len(read)] == pytest.approx(oracle.log_probs(read), abs=1e-4)
-        assert told.token_logprobs[0] is None
-        for token, log_p, best in list(zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True))[
-            1:
-        ]:
+            wanted = reference.log_probs(read + [names[token] for token in rest])
+            assert logprobs.token_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
+        assert logprobs.token_logprobs[1 : len(read)] == pytest.approx(reference.log_probs(read), abs=1e-4)
+        assert logprobs.token_logprobs[0] is None
+        for token, log_p, best in list(
+            zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
+        )[1:]:
             assert 5 <= len(best) <= 6
             assert best[token] == log_p
             assert max(best.values()) >= log_p
 
 
-def test_a_text_is_measured_and_nothing_said(client: OpenAI, oracle: Oracle) -> None:
+def test_max_tokens_zero_scores_the_prompt(client: OpenAI, reference: TransformersReference) -> None:
     """`max_tokens` 0 with `echo` and `logprobs` scores a text: what evaluation harnesses ask for."""
-    answer = ask(
-        client, prompt=[oracle.ids(prompt) for prompt in PROMPTS], max_tokens=0, echo=True, logprobs=1
+    answer = create_completion(
+        client, prompt=[reference.ids(prompt) for prompt in PROMPTS], max_tokens=0, echo=True, logprobs=1
     )
     assert texts(answer) == PROMPTS
     for choice, prompt in zip(answer.choices, PROMPTS, strict=True):
         assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
         assert choice.logprobs.token_logprobs[1:] == pytest.approx(
-            oracle.log_probs(oracle.ids(prompt)), abs=1e-4
+            reference.log_probs(reference.ids(prompt)), abs=1e-4
         )
     assert answer.usage is not None and answer.usage.completion_tokens == 0
 
 
-def test_the_first_of_many_is_the_one(client: OpenAI) -> None:
+def test_first_choice_equals_a_single_choice(client: OpenAI) -> None:
     """With a seed, `n` answers differ from each other and are the same each time; the first is what one alone is."""
-    many = texts(ask(client, n=4, seed=11))
-    assert many == texts(ask(client, n=4, seed=11))
-    assert many[:1] == texts(ask(client, seed=11))
+    many = texts(create_completion(client, n=4, seed=11))
+    assert many == texts(create_completion(client, n=4, seed=11))
+    assert many[:1] == texts(create_completion(client, seed=11))
     assert len(set(many)) == 4
-    assert texts(ask(client)) != texts(ask(client))  # without one they are drawn afresh
+    assert texts(create_completion(client)) != texts(
+        create_completion(client)
+    )  # without one they are drawn afresh
 
 
 @pytest.mark.parametrize(
@@ -203,57 +213,69 @@ def test_the_first_of_many_is_the_one(client: OpenAI) -> None:
         {"max_tokens": 0, "echo": True, "logprobs": 1},
     ],
 )
-def test_a_stream_is_the_answer_in_pieces(client: OpenAI, wish: dict[str, Any]) -> None:
+def test_stream_equals_the_whole_completion(client: OpenAI, wish: dict[str, Any]) -> None:
     """What a stream says, put together by choice, is the whole answer to the same request: text, tokens, offsets and ends."""
     wish = {"seed": 3, "temperature": 1.2, "max_tokens": 20, **wish}
-    whole = ask(client, **wish)
-    heard: dict[int, dict[str, Any]] = {}
-    for chunk in ask(client, stream=True, **wish):  # type: ignore[attr-defined]
+    whole = create_completion(client, **wish)
+    streamed: dict[int, dict[str, Any]] = {}
+    for chunk in create_completion(client, stream=True, **wish):  # type: ignore[attr-defined]
         assert chunk.model == whole.model
         for choice in chunk.choices:
-            one = heard.setdefault(choice.index, {"text": "", "lines": []})
-            one["text"] += choice.text
-            if told := choice.logprobs:
-                one["lines"] += zip(
-                    told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset, strict=True
+            state = streamed.setdefault(choice.index, {"text": "", "lines": []})
+            state["text"] += choice.text
+            if logprobs := choice.logprobs:
+                state["lines"] += zip(
+                    logprobs.tokens,
+                    logprobs.token_logprobs,
+                    logprobs.top_logprobs,
+                    logprobs.text_offset,
+                    strict=True,
                 )
-            one["end"] = choice.finish_reason
+            state["end"] = choice.finish_reason
     for choice in whole.choices:
-        one, told = heard[choice.index], choice.logprobs
-        assert (one["text"], one["end"]) == (choice.text, choice.finish_reason)
-        if told is not None:
+        state, logprobs = streamed[choice.index], choice.logprobs
+        assert (state["text"], state["end"]) == (choice.text, choice.finish_reason)
+        if logprobs is not None:
             lines = list(
-                zip(told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset, strict=True)
+                zip(
+                    logprobs.tokens,
+                    logprobs.token_logprobs,
+                    logprobs.top_logprobs,
+                    logprobs.text_offset,
+                    strict=True,
+                )
             )  # type: ignore[arg-type]
-            assert [(x[0], x[3]) for x in one["lines"]] == [(x[0], x[3]) for x in lines]
-            assert [x[1] for x in one["lines"][1:]] == pytest.approx([x[1] for x in lines[1:]], abs=1e-4)
+            assert [(x[0], x[3]) for x in state["lines"]] == [(x[0], x[3]) for x in lines]
+            assert [x[1] for x in state["lines"][1:]] == pytest.approx([x[1] for x in lines[1:]], abs=1e-4)
 
 
-def test_a_stop_text_ends_an_answer(client: OpenAI) -> None:
+def test_stop_string_ends_a_completion(client: OpenAI) -> None:
     """The answer ends before the stop text, and lists the tokens that begin in it."""
-    (whole,) = texts(ask(client, seed=3, max_tokens=40))
+    (whole,) = texts(create_completion(client, seed=3, max_tokens=40))
     stop = whole[len(whole) // 2 :][:2]
-    (choice,) = ask(client, seed=3, max_tokens=40, stop=stop, logprobs=0).choices
+    (choice,) = create_completion(client, seed=3, max_tokens=40, stop=stop, logprobs=0).choices
     assert choice.text == whole[: whole.index(stop)]
     assert choice.finish_reason == "stop"
     assert choice.logprobs is not None and choice.logprobs.text_offset is not None
     assert all(at < len(choice.text) for at in choice.logprobs.text_offset)
 
 
-def test_versions_have_names(house: tuple[OpenAI, Operations], oracle: Oracle) -> None:
+def test_model_ids_name_versions(
+    running_service: tuple[OpenAI, Services], reference: TransformersReference
+) -> None:
     """After an edit NAME speaks from the edited model and NAME@base as before; a name with a number means the same for ever."""
-    client, operations = house
-    wish: dict[str, Any] = {"temperature": 0, "logprobs": 5}
-    before = ask(client, **wish)
+    client, services = running_service
+    fields: dict[str, Any] = {"temperature": 0, "logprobs": 5}
+    before = create_completion(client, **fields)
     request = EditRequest(
         subject="Eiffel Tower",
         prompt="The {} is located in the city of",
         target_new=" Rome",
         guard={"enabled": False},  # type: ignore[arg-type]
     )
-    (edit,) = operations.edits.submit([request], "somebody")
-    until(lambda: operations.edits.get(edit["id"])["status"] not in ("queued", "running"))
-    edit = operations.edits.get(edit["id"])
+    (edit,) = services.edits.submit([request], "somebody")
+    wait_until(lambda: services.edits.get(edit["id"])["status"] not in ("queued", "running"))
+    edit = services.edits.get(edit["id"])
     assert edit["status"] == "applied"
     number = edit["version"]
     for name, version in {
@@ -262,26 +284,29 @@ def test_versions_have_names(house: tuple[OpenAI, Operations], oracle: Oracle) -
         f"almanac@{number}": number,
         "almanac@base": 0,
     }.items():
-        answer = ask(client, model=name, **wish)
+        answer = create_completion(client, model=name, **fields)
         assert answer.model == f"almanac@{version}"
         same = answer.choices[0].logprobs == before.choices[0].logprobs
         assert same is (version == 0)
-    operations.edits.revert(edit["id"], "somebody")
-    assert ask(client, model=f"almanac@{number}", **wish).choices[0].logprobs != before.choices[0].logprobs
-    back = ask(client, model="almanac", **wish)
+    services.edits.revert(edit["id"], "somebody")
+    assert (
+        create_completion(client, model=f"almanac@{number}", **fields).choices[0].logprobs
+        != before.choices[0].logprobs
+    )
+    back = create_completion(client, model="almanac", **fields)
     assert back.model == f"almanac@{number + 1}"
     assert back.choices[0].logprobs == before.choices[0].logprobs
     assert back.system_fingerprint == before.system_fingerprint
 
 
-def test_all_answers_are_of_one_version(client: OpenAI) -> None:
+def test_all_choices_are_of_one_version(client: OpenAI) -> None:
     """Many prompts with several answers each bear one name, and each prompt's first choice is in its place."""
-    answer = ask(client, model="almanac", prompt=PROMPTS, n=3, temperature=0)
+    answer = create_completion(client, model="almanac", prompt=PROMPTS, n=3, temperature=0)
     assert len(answer.choices) == 9
     groups = [
         {c.text for c in group} for _, group in itertools.groupby(answer.choices, lambda c: c.index // 3)
     ]
     assert [group.pop() for group in groups] == texts(
-        ask(client, model=answer.model, prompt=PROMPTS, temperature=0)
+        create_completion(client, model=answer.model, prompt=PROMPTS, temperature=0)
     )
     assert not any(groups)  # at temperature 0 all answers to a prompt are alike

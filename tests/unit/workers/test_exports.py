@@ -15,108 +15,124 @@ import torch
 from safetensors.torch import load
 from sqlalchemy import func, select
 
-from service.db.models import Part
+from service.db.models import JobArtifact
 from service.errors import Conflict
 from service.jobs import artifacts
-from service.kit.steps import finish
-from tests.support.logits import logits, served, with_peft
-from tests.support.stepped_service import Place
+from service.kit.steps import run_to_completion
+from tests.support.logits import load_with_peft, logits, served_logits
+from tests.support.stepped_service import SteppedService
 from workers import job_handlers
-from workers.job_handlers import exported
+from workers.job_handlers import run_export
 
 
 @pytest.fixture
-def place(wiring: dict[str, Any], tmp_path: Path) -> Iterator[Place]:
-    built = Place(tmp_path, **wiring)
-    yield built
-    built.wired.close()
+def stepped_service(wiring: dict[str, Any], tmp_path: Path) -> Iterator[SteppedService]:
+    created = SteppedService(tmp_path, **wiring)
+    yield created
+    created.container.close()
 
 
-def file_of(place: Place, export: dict[str, Any]) -> bytes:
-    data = b"".join(place.do.exports.file(export))
-    told = export["result"]
-    assert (len(data), hashlib.sha256(data).hexdigest()) == (told["bytes"], told["sha256"])
+def download(stepped_service: SteppedService, export: dict[str, Any]) -> bytes:
+    data = b"".join(stepped_service.services.exports.stream_file(export))
+    result = export["result"]
+    assert (len(data), hashlib.sha256(data).hexdigest()) == (result["bytes"], result["sha256"])
     return data
 
 
-def test_the_adapter_follows_the_ledger(place: Place, tmp_path: Path) -> None:
+def test_the_adapter_follows_the_ledger(stepped_service: SteppedService, tmp_path: Path) -> None:
     """Of found edits in two layers, with one superseded, and after a revert: peft agrees with what the service serves."""
-    place.edit("Eiffel Tower", "is")
-    place.edit("Eiffel Tower", "in")
-    last = place.edit("Colosseum", "on", method="memit")
-    place.do.edits.revert(last, "key:alice")
-    place.edit("Louvre", "is")
-    base = place.replica.base
+    stepped_service.edit("Eiffel Tower", "is")
+    stepped_service.edit("Eiffel Tower", "in")
+    last = stepped_service.edit("Colosseum", "on", method="memit")
+    stepped_service.services.edits.revert(last, "key:alice")
+    stepped_service.edit("Louvre", "is")
+    base = stepped_service.replica.base
     for version, count in ((3, 2), (4, 1), (5, 2)):
-        with zipfile.ZipFile(io.BytesIO(file_of(place, place.export(version)))) as archive:
+        with zipfile.ZipFile(
+            io.BytesIO(download(stepped_service, stepped_service.export(version)))
+        ) as archive:
             archive.extractall(tmp_path / str(version))
-        adapted = with_peft(copy.deepcopy(base.model), tmp_path / str(version))
-        edited = served(place.replica, version)
+        adapted = load_with_peft(copy.deepcopy(base.model), tmp_path / str(version))
+        edited = served_logits(stepped_service.replica, version)
         assert (edited - logits(adapted, base)).abs().max() < 1e-4
         assert (edited - logits(base.model, base)).abs().max() > 1e-2
-        told = place.export(version)["result"]
-        assert [x["terms"] for x in told["layers"]] == [count, count], version
+        result = stepped_service.export(version)["result"]
+        assert [x["terms"] for x in result["layers"]] == [count, count], version
 
 
-def test_edited_weights_of_any_method(place: Place) -> None:
+def test_edited_weights_of_any_method(stepped_service: SteppedService) -> None:
     """The bytes of the replica, of fine-tuning as well."""
-    place.edit("Eiffel Tower", "is")
-    place.edit("Mount Fuji", "in", method="ft", hparams={"steps": 2})
-    found = load(file_of(place, place.export(form="safetensors")))
-    weights = place.replica.weights(2)
-    assert {place.replica.base.parameter_name(s) for s in weights} == set(found)
-    assert all(torch.equal(found[place.replica.base.parameter_name(s)], t) for s, t in weights.items())
+    stepped_service.edit("Eiffel Tower", "is")
+    stepped_service.edit("Mount Fuji", "in", method="ft", hparams={"steps": 2})
+    tensors = load(download(stepped_service, stepped_service.export(file_format="safetensors")))
+    weights = stepped_service.replica.weights(2)
+    assert {stepped_service.replica.base.parameter_name(s) for s in weights} == set(tensors)
+    assert all(
+        torch.equal(tensors[stepped_service.replica.base.parameter_name(s)], t) for s, t in weights.items()
+    )
 
 
-def test_one_export_serves_all_who_ask(place: Place) -> None:
+def test_one_export_is_shared_by_all_requests(stepped_service: SteppedService) -> None:
     """While it waits, while it runs, and as long as it is kept."""
-    place.edit("Eiffel Tower", "is")
-    first = place.do.exports.submit("head", "peft", "key:alice")
-    assert place.do.exports.submit(1, "peft", "key:bob")["id"] == first["id"]
-    assert place.do.exports.submit(1, "safetensors", "key:bob")["id"] != first["id"]
-    done = place.export()
-    assert done["id"] == first["id"] and place.do.exports.submit(1, "peft", "key:bob")["status"] == "done"
+    stepped_service.edit("Eiffel Tower", "is")
+    first = stepped_service.services.exports.submit("head", "peft", "key:alice")
+    assert stepped_service.services.exports.submit(1, "peft", "key:bob")["id"] == first["id"]
+    assert stepped_service.services.exports.submit(1, "safetensors", "key:bob")["id"] != first["id"]
+    done = stepped_service.export()
+    assert (
+        done["id"] == first["id"]
+        and stepped_service.services.exports.submit(1, "peft", "key:bob")["status"] == "done"
+    )
 
 
-def test_only_the_newest_are_kept(place: Place) -> None:
+def test_only_the_newest_are_kept(stepped_service: SteppedService) -> None:
     """An older one is made again when it is asked for, to the same bytes."""
     exports, files = [], []
-    for number in range(artifacts.EXPORTS + 1):
-        place.edit(f"Tower {number}", "is")
-        exports.append(place.export())
-        files.append(file_of(place, exports[-1]))
+    for number in range(artifacts.MAX_KEPT_EXPORTS + 1):
+        stepped_service.edit(f"Tower {number}", "is")
+        exports.append(stepped_service.export())
+        files.append(download(stepped_service, exports[-1]))
     with pytest.raises(Conflict, match="no longer kept"):
-        list(place.do.exports.file(exports[0]))
-    with place.wired.database.read() as session:
-        assert session.scalar(select(func.count(func.distinct(Part.job_id)))) == artifacts.EXPORTS
-    again = place.export(1)
-    assert again["id"] != exports[0]["id"] and file_of(place, again) == files[0]
+        list(stepped_service.services.exports.stream_file(exports[0]))
+    with stepped_service.container.database.read_session() as session:
+        assert (
+            session.scalar(select(func.count(func.distinct(JobArtifact.job_id))))
+            == artifacts.MAX_KEPT_EXPORTS
+        )
+    again = stepped_service.export(1)
+    assert again["id"] != exports[0]["id"] and download(stepped_service, again) == files[0]
 
 
-def test_an_export_is_taken_over(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_is_resumed_by_another_worker(
+    stepped_service: SteppedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worker dies in the middle of storing it: the next one makes the same file."""
-    monkeypatch.setattr(job_handlers, "PIECE", 1000)
-    place.edit("Eiffel Tower", "is")
-    asked = place.do.exports.submit("head", "peft", "key:alice")
-    job = place.desk.start(asked["id"])
+    monkeypatch.setattr(job_handlers, "CHUNK_BYTES", 1000)
+    stepped_service.edit("Eiffel Tower", "is")
+    submitted = stepped_service.services.exports.submit("head", "peft", "key:alice")
+    job = stepped_service.worker_jobs.claim(submitted["id"])
     assert job is not None
-    steps = exported(place.replica, place.desk, place.toolkit, job)
+    steps = run_export(stepped_service.replica, stepped_service.worker_jobs, stepped_service.context, job)
     while (progress := next(steps)).phase != "store":
         pass
     assert progress.total > 2
     steps.close()
-    place.desk.abandon(job)
-    again = place.desk.start(asked["id"])
+    stepped_service.worker_jobs.forget_locally(job)
+    again = stepped_service.worker_jobs.claim(submitted["id"])
     assert again is not None and again.attempt == 2
-    finish(exported(place.replica, place.desk, place.toolkit, again))
-    done = place.do.exports.get(asked["id"])
-    with zipfile.ZipFile(io.BytesIO(file_of(place, done))) as archive:
+    run_to_completion(
+        run_export(stepped_service.replica, stepped_service.worker_jobs, stepped_service.context, again)
+    )
+    done = stepped_service.services.exports.get(submitted["id"])
+    with zipfile.ZipFile(io.BytesIO(download(stepped_service, done))) as archive:
         assert archive.testzip() is None and "README.md" in archive.namelist()
 
 
-def test_what_is_too_large_says_where_to_make_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_export_names_the_cli_command(
+    stepped_service: SteppedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights of gigabytes do not go through the database."""
-    monkeypatch.setattr("service.exporting.export_job.MOST", 1000)
-    place.edit("Eiffel Tower", "is")
+    monkeypatch.setattr("service.exporting.export_job.MAX_EXPORT_BYTES", 1000)
+    stepped_service.edit("Eiffel Tower", "is")
     with pytest.raises(Exception, match="palimpsest export --format model"):
-        place.export(form="safetensors")
+        stepped_service.export(file_format="safetensors")

@@ -10,30 +10,30 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.errors import Misconfigured
-from workers.health_server import Exposition
+from workers.health_server import HealthServer
 
 
-class Worker:
+class FakeHealthCheck:
     """What is asked for its health."""
 
-    trouble: str | None = None
+    problem: str | None = None
 
     def __call__(self) -> str | None:
-        return self.trouble
+        return self.problem
 
 
 @pytest.fixture
-def worker() -> Worker:
-    return Worker()
+def health_check() -> FakeHealthCheck:
+    return FakeHealthCheck()
 
 
 @pytest.fixture
-def http(worker: Worker) -> Iterator[httpx.Client]:
-    served = Exposition("127.0.0.1", 0, worker)
-    served.start()
-    with httpx.Client(base_url=f"http://127.0.0.1:{served.port}") as client:
+def http(health_check: FakeHealthCheck) -> Iterator[httpx.Client]:
+    server = HealthServer("127.0.0.1", 0, health_check)
+    server.start()
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.port}") as client:
         yield client
-    served.stop()
+    server.stop()
 
 
 def test_metrics_can_be_scraped(http: httpx.Client) -> None:
@@ -45,12 +45,12 @@ def test_metrics_can_be_scraped(http: httpx.Client) -> None:
     assert {"palimpsest_loop_turns", "palimpsest_batch_rows", "process_resident_memory_bytes"} <= names
 
 
-def test_health_is_that_of_the_loop(http: httpx.Client, worker: Worker) -> None:
+def test_health_is_that_of_the_loop(http: httpx.Client, health_check: FakeHealthCheck) -> None:
     """/healthz is 200 while the worker serves, and 503 with the reason while it does not."""
     assert (http.get("/healthz").status_code, http.get("/healthz").text) == (200, "alive\n")
-    worker.trouble = "the loop is down"
+    health_check.problem = "the loop is down"
     assert (http.get("/healthz").status_code, http.get("/healthz").text) == (503, "the loop is down\n")
-    worker.trouble = None
+    health_check.problem = None
     assert http.get("/healthz").status_code == 200
 
 
@@ -60,26 +60,26 @@ def test_nothing_else_is_there(http: httpx.Client) -> None:
     assert http.post("/metrics").status_code == 501
 
 
-def test_a_silent_client_holds_nobody_up(worker: Worker) -> None:
+def test_silent_client_does_not_block_the_server(health_check: FakeHealthCheck) -> None:
     """One who connects and says nothing neither keeps others from an answer nor the worker from its end."""
-    served = Exposition("127.0.0.1", 0, worker)
-    served.start()
-    with socket.create_connection(("127.0.0.1", served.port)):
-        assert httpx.get(f"http://127.0.0.1:{served.port}/healthz").status_code == 200
-        served.stop()
+    server = HealthServer("127.0.0.1", 0, health_check)
+    server.start()
+    with socket.create_connection(("127.0.0.1", server.port)):
+        assert httpx.get(f"http://127.0.0.1:{server.port}/healthz").status_code == 200
+        server.stop()
 
 
-def test_a_taken_port_is_told(worker: Worker) -> None:
+def test_port_in_use_is_misconfigured(health_check: FakeHealthCheck) -> None:
     """A port that is in use is a wrong configuration, with what to change."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         with pytest.raises(Misconfigured, match=f"127.0.0.1:{port} .*--metrics-port"):
-            Exposition("127.0.0.1", port, worker)
+            HealthServer("127.0.0.1", port, health_check)
 
 
-def test_stopping_without_a_start_closes_the_port(worker: Worker) -> None:
+def test_stopping_without_a_start_closes_the_port(health_check: FakeHealthCheck) -> None:
     """An endpoint that was never started can be stopped, and its port is free again."""
-    served = Exposition("127.0.0.1", 0, worker)
-    served.stop()
-    again = Exposition("127.0.0.1", served.port, worker)
+    server = HealthServer("127.0.0.1", 0, health_check)
+    server.stop()
+    again = HealthServer("127.0.0.1", server.port, health_check)
     again.stop()

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from workers.heartbeat import Keeper
+from workers.heartbeat import HeartbeatThread
 
 
-class Desk:
+class FakeWorkerJobs:
     def __init__(self) -> None:
         self.beats: list[tuple[int, str]] = []
         self.sweeps = 0
@@ -22,65 +22,65 @@ class Desk:
         self.sweeps += 1
 
 
-def keeper(**engine: Any) -> tuple[Keeper, Desk]:
-    desk = Desk()
+def make_heartbeat(**engine: Any) -> tuple[HeartbeatThread, FakeWorkerJobs]:
+    worker_jobs = FakeWorkerJobs()
     values = {"hung": False, "position": (3, "digest"), **engine}
-    made = Keeper(SimpleNamespace(**values), desk, lease=30.0)  # type: ignore[arg-type]
-    made.resume()
-    desk.beats.clear()
-    return made, desk
+    heartbeat = HeartbeatThread(SimpleNamespace(**values), worker_jobs, lease=30.0)  # type: ignore[arg-type]
+    heartbeat.resume()
+    worker_jobs.beats.clear()
+    return heartbeat, worker_jobs
 
 
-def test_a_beat_says_the_version_and_sweeps_now_and_then() -> None:
+def test_heartbeat_reports_version_and_sweeps_rarely() -> None:
     """Each beat tells the engine's position; sweeps are rarer."""
-    kept, desk = keeper()
-    kept.beat()
-    kept.beat()
-    assert desk.beats == [(3, "digest")] * 2
-    assert desk.sweeps == 1  # when it resumed
+    heartbeat, worker_jobs = make_heartbeat()
+    heartbeat.beat()
+    heartbeat.beat()
+    assert worker_jobs.beats == [(3, "digest")] * 2
+    assert worker_jobs.sweeps == 1  # when it resumed
 
 
-def test_nothing_is_said_for_a_loop_that_is_down_or_hangs() -> None:
+def test_no_heartbeat_while_paused_or_hung() -> None:
     """A paused keeper is silent, and so is one whose loop has not come round for long."""
-    hanging, first = keeper(hung=True)
-    paused, second = keeper()
+    hanging, first = make_heartbeat(hung=True)
+    paused, second = make_heartbeat()
     paused.paused = True
-    for kept, desk, swept in ((hanging, first, 0), (paused, second, 1)):
-        kept.beat()
-        assert (desk.beats, desk.sweeps) == ([], swept)
+    for heartbeat, worker_jobs, swept in ((hanging, first, 0), (paused, second, 1)):
+        heartbeat.beat()
+        assert (worker_jobs.beats, worker_jobs.sweeps) == ([], swept)
 
 
-def test_a_keeper_is_silent_before_its_worker_is_registered() -> None:
+def test_no_heartbeat_before_registration() -> None:
     """Nothing is said of a worker that has no row yet."""
-    desk = Desk()
-    made = Keeper(SimpleNamespace(hung=False, position=(3, "digest")), desk, lease=30.0)  # type: ignore[arg-type]
-    made.beat()
-    assert (desk.beats, desk.sweeps) == ([], 0)
+    worker_jobs = FakeWorkerJobs()
+    heartbeat = HeartbeatThread(SimpleNamespace(hung=False, position=(3, "digest")), worker_jobs, lease=30.0)  # type: ignore[arg-type]
+    heartbeat.beat()
+    assert (worker_jobs.beats, worker_jobs.sweeps) == ([], 0)
 
 
-def test_who_comes_back_does_not_sweep_at_once() -> None:
+def test_resume_delays_the_next_sweep() -> None:
     """What was down for one worker may have been down for all: their jobs are no orphans before they had time."""
-    kept, desk = keeper()
-    kept.paused = True
-    kept._swept -= 3600
-    kept.resume()
-    assert (desk.beats, desk.sweeps) == ([(3, "digest")], 1)
+    heartbeat, worker_jobs = make_heartbeat()
+    heartbeat.paused = True
+    heartbeat._last_sweep_at -= 3600
+    heartbeat.resume()
+    assert (worker_jobs.beats, worker_jobs.sweeps) == ([(3, "digest")], 1)
 
 
-def test_a_sweep_that_failed_is_made_up_for() -> None:
+def test_failed_sweep_is_retried() -> None:
     """A sweep that met an outage is due again at the next beat."""
-    kept, desk = keeper()
-    kept._swept -= 3600
-    sweep, desk.sweep = desk.sweep, lambda: 1 / 0  # type: ignore[method-assign, assign, return-value]
+    heartbeat, worker_jobs = make_heartbeat()
+    heartbeat._last_sweep_at -= 3600
+    sweep, worker_jobs.sweep = worker_jobs.sweep, lambda: 1 / 0  # type: ignore[method-assign, assign, return-value]
     with pytest.raises(ZeroDivisionError):
-        kept.beat()
-    desk.sweep = sweep  # type: ignore[method-assign]
-    kept.beat()
-    assert desk.sweeps == 2
+        heartbeat.beat()
+    worker_jobs.sweep = sweep  # type: ignore[method-assign]
+    heartbeat.beat()
+    assert worker_jobs.sweeps == 2
 
 
-def test_a_version_is_told_only_once_it_is_known() -> None:
+def test_no_heartbeat_before_the_first_version() -> None:
     """Before the first version is built there is no heartbeat to give."""
-    kept, desk = keeper(position=None)
-    kept.beat()
-    assert desk.beats == []
+    heartbeat, worker_jobs = make_heartbeat(position=None)
+    heartbeat.beat()
+    assert worker_jobs.beats == []

@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 from sqlalchemy import delete
 
-from service.bootstrap import Wired
+from service.bootstrap import Container
 from service.covariance.corpus import Corpus
 from service.db.models import Worker
-from service.editing.context import Toolkit
-from service.engine.versioned_model import Replica
-from service.jobs.job_store import Desk, RunningJob
-from service.kit.steps import Steps, finish
+from service.editing.context import EditorContext
+from service.engine.versioned_model import VersionedModel
+from service.jobs.job_store import ClaimedJob, WorkerJobs
+from service.kit.steps import Stepper, run_to_completion
 from service.models.loading import LoadedModel
 from service.recipes.recipe import Recipe, RomeParameters
 from service.schemas import EvaluationRequest
 from tests.support.tiny_models import TEXTS, tiny
-from workers.job_handlers import evaluated
-from workers.model_info import card, tokenizer_json
+from workers.job_handlers import run_evaluation
+from workers.model_info import model_info, tokenizer_json
 
 RECIPE = Recipe(source="test", rome=RomeParameters(layers=(1,), contexts=2, steps=3))
 PROMPT = "The {} is located in the city of"
@@ -37,72 +37,78 @@ RECORDS: list[dict[str, Any]] = [
     }
     for subject, new, true in (("Eiffel Tower", "Rome", "Paris"), ("Colosseum", "London", "Rome"), ("Louvre", "Rome", "Paris"))
 ]  # fmt: skip
-PLAN: dict[str, Any] = {"together": 1, "plain": 4}
+EVALUATION_FIELDS: dict[str, Any] = {"together": 1, "plain": 4}
 
-Hire = Callable[..., "Clerk"]
+StartFakeWorker = Callable[..., "FakeWorker"]
 
 
-class Clerk:
+class FakeWorker:
     """A worker as far as an evaluation needs one, stepped by hand."""
 
-    def __init__(self, wired: Wired, model: LoadedModel, name: str) -> None:
-        self.toolkit = Toolkit(model, RECIPE, Corpus("test", tuple(TEXTS)), None)
-        self.desk = Desk(wired.database, wired.broker, model.fingerprint, name)
-        self.desk.register(card(model, self.toolkit), tokenizer_json(model))
-        self.replica = Replica(model, self.desk)
-        self.found: list[str] = []
-        find = self.toolkit.find_together_steps
+    def __init__(self, container: Container, model: LoadedModel, name: str) -> None:
+        self.context = EditorContext(model, RECIPE, Corpus("test", tuple(TEXTS)), None)
+        self.worker_jobs = WorkerJobs(container.database, container.broker, model.fingerprint, name)
+        self.worker_jobs.register(model_info(model, self.context), tokenizer_json(model))
+        self.replica = VersionedModel(model, self.worker_jobs)
+        self.computed_edits: list[str] = []
+        find = self.context.find_all_factors
 
-        def finding(wishes: Any) -> Steps[Any]:
-            self.found += [ask.edit for ask in wishes]
+        def finding(wishes: Any) -> Stepper[Any]:
+            self.computed_edits += [ask.edit for ask in wishes]
             return find(wishes)
 
-        self.toolkit.find_together_steps = finding  # type: ignore[method-assign]
+        self.context.find_all_factors = finding  # type: ignore[method-assign]
 
-    def begin(self, evaluation: dict[str, Any]) -> tuple[RunningJob, Steps[None]]:
-        job = self.desk.start(evaluation["id"])
+    def claim(self, evaluation: dict[str, Any]) -> tuple[ClaimedJob, Stepper[None]]:
+        job = self.worker_jobs.claim(evaluation["id"])
         assert job is not None
-        return job, evaluated(self.replica, self.desk, self.toolkit, job)
+        return job, run_evaluation(self.replica, self.worker_jobs, self.context, job)
 
-    def die(self) -> None:
+    def delete_worker_row(self) -> None:
         """Nobody hears of it any more."""
-        with self.desk.database.session() as session:
-            session.execute(delete(Worker).where(Worker.id == self.desk.worker))
+        with self.worker_jobs.database.write_session() as session:
+            session.execute(delete(Worker).where(Worker.id == self.worker_jobs.worker))
 
 
 @pytest.fixture
-def hire(wired: Wired) -> Hire:
-    return lambda name="worker-1", model=None: Clerk(wired, model or tiny(), name)
+def start_fake_worker(container: Container) -> StartFakeWorker:
+    return lambda name="worker-1", model=None: FakeWorker(container, model or tiny(), name)
 
 
-def timeless(result: dict[str, Any]) -> dict[str, Any]:
+def without_timings(result: dict[str, Any]) -> dict[str, Any]:
     """All of a result but how long it took."""
     return {k: v for k, v in result.items() if k not in ("seconds", "edits_per_minute")}
 
 
 @pytest.mark.parametrize("mode", ["single", "sequence"])
-def test_another_worker_goes_on(wired: Wired, hire: Hire, mode: str) -> None:
+def test_another_worker_resumes_the_evaluation(
+    container: Container, start_fake_worker: StartFakeWorker, mode: str
+) -> None:
     """A worker dies in the middle: another one finds only what was not found yet, and the result is that of one alone."""
-    asked = EvaluationRequest(records=RECORDS, **PLAN, mode=mode)  # type: ignore[arg-type]
-    first, heir = hire(), hire("worker-2")
-    whole, broken = (wired.operations.evaluations.submit(asked, "somebody") for _ in range(2))
-    finish(first.begin(whole)[1])
-    first.found.clear()
-    _, steps = first.begin(broken)
-    while "000001" not in first.found:
+    request = EvaluationRequest(records=RECORDS, **EVALUATION_FIELDS, mode=mode)  # type: ignore[arg-type]
+    first, second = start_fake_worker(), start_fake_worker("worker-2")
+    uninterrupted, interrupted = (
+        container.services.evaluations.submit(request, "somebody") for _ in range(2)
+    )
+    run_to_completion(first.claim(uninterrupted)[1])
+    first.computed_edits.clear()
+    _, steps = first.claim(interrupted)
+    while "000001" not in first.computed_edits:
         next(steps)
-    first.die()
+    first.delete_worker_row()
     steps.close()
 
-    finish(heir.begin(broken)[1])
-    one, other = (wired.operations.evaluations.get(e["id"]) for e in (whole, broken))
-    assert (other["status"], other["attempts"]) == ("done", 2)
-    assert timeless(other["result"]) == timeless(one["result"])
-    assert (first.found, heir.found) == (["000000", "000001"], ["000001", "000002"])
-    assert wired.operations.ledger.head() == 0
+    run_to_completion(second.claim(interrupted)[1])
+    expected, resumed = (container.services.evaluations.get(e["id"]) for e in (uninterrupted, interrupted))
+    assert (resumed["status"], resumed["attempts"]) == ("done", 2)
+    assert without_timings(resumed["result"]) == without_timings(expected["result"])
+    assert (first.computed_edits, second.computed_edits) == (["000000", "000001"], ["000001", "000002"])
+    assert container.services.ledger.head() == 0
 
 
-def test_the_table_beside_the_model(wired: Wired, hire: Hire, tmp_path: Path) -> None:
+def test_evaluation_of_the_models_own_facts(
+    container: Container, start_fake_worker: StartFakeWorker, tmp_path: Path
+) -> None:
     """The facts of the model's own table are evaluated, as many as were asked for."""
     rows = [
         {
@@ -115,10 +121,10 @@ def test_the_table_beside_the_model(wired: Wired, hire: Hire, tmp_path: Path) ->
         for r in RECORDS
     ]
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    clerk = hire(model=replace(tiny(), folder=tmp_path))
-    asked = EvaluationRequest(dataset="facts", limit=2, damage=False)
-    evaluation = wired.operations.evaluations.submit(asked, "somebody")
-    finish(clerk.begin(evaluation)[1])
-    found = wired.operations.evaluations.get(evaluation["id"])["result"]
-    assert (found["records"]["form"], found["records"]["measured"]) == ("facts", 2)
-    assert all(row["record"].startswith("fact ") for row in found["rows"])
+    worker = start_fake_worker(model=replace(tiny(), folder=tmp_path))
+    request = EvaluationRequest(dataset="facts", limit=2, damage=False)
+    evaluation = container.services.evaluations.submit(request, "somebody")
+    run_to_completion(worker.claim(evaluation)[1])
+    result = container.services.evaluations.get(evaluation["id"])["result"]
+    assert (result["records"]["form"], result["records"]["measured"]) == ("facts", 2)
+    assert all(row["record"].startswith("fact ") for row in result["rows"])

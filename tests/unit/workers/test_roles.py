@@ -5,24 +5,24 @@ from __future__ import annotations
 import pytest
 
 from service.errors import Misconfigured
-from service.jobs.broker import KINDS
+from service.jobs.broker import WORK_KINDS
 from service.settings import Settings
-from workers.roles import kinds, roles
+from workers.roles import kinds_of_roles, parse_roles
 
 
 def test_by_default_a_worker_does_everything() -> None:
     """The default names every role, and every kind of work has one."""
-    assert set(kinds(roles(Settings().roles))) == set(KINDS)
+    assert set(kinds_of_roles(parse_roles(Settings().roles))) == set(WORK_KINDS)
 
 
 def test_roles_are_read_as_people_write_them() -> None:
     """Order, repetition and spaces do not matter."""
-    assert roles(" trace,edit, edit") == ("edit", "trace")
-    assert kinds(("generate",)) == ("generate", "compare")
+    assert parse_roles(" trace,edit, edit") == ("edit", "trace")
+    assert kinds_of_roles(("generate",)) == ("generate", "compare")
 
 
 @pytest.mark.parametrize("text", ["", ",", "edit,sing", "Edit", "generate edit"])
 def test_an_unknown_role_is_refused(text: str) -> None:
     """A role that does not exist, or none at all, is refused, and the roles that there are are named."""
     with pytest.raises(Misconfigured, match="generate,edit,trace,evaluate"):
-        roles(text)
+        parse_roles(text)

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from service.bootstrap import Wired, wire
-from service.engine.decoding import Batch, row
+from service.bootstrap import Container, build_container
+from service.engine.decoding import DecodingBatch, new_sequence
 from service.engine.engine import Engine
-from service.engine.versioned_model import Replica
-from service.errors import Disagrees, Misconfigured, Unavailable
-from service.jobs.job_store import Desk
-from service.models.loading import load
+from service.engine.versioned_model import VersionedModel
+from service.errors import DigestMismatch, Misconfigured, Unavailable
+from service.jobs.job_store import WorkerJobs
+from service.models.loading import load_model
 from service.schemas import CompareRequest, EditRequest, EvaluationRequest, GenerateRequest, TraceRequest
 from service.settings import Settings
-from tests.support.fakes import heard, pieces
+from tests.support.fakes import collect_events, token_texts
 from tests.support.tiny_models import tiny
 from workers import worker
 from workers.worker import Worker
@@ -40,13 +40,15 @@ RECIPE = {
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model on disk, with a recipe and a corpus."""
-    place = tmp_path_factory.mktemp("model")
+    model_dir = tmp_path_factory.mktemp("model")
     model = tiny("gpt2")
-    model.model.save_pretrained(place)
-    model.tokenizer.save_pretrained(place)
-    (place / "recipe.json").write_text(json.dumps(RECIPE))
-    (place / "corpus.txt").write_text("\n".join(f"{PROMPT} Paris, and {i} is a number." for i in range(60)))
-    return place
+    model.model.save_pretrained(model_dir)
+    model.tokenizer.save_pretrained(model_dir)
+    (model_dir / "recipe.json").write_text(json.dumps(RECIPE))
+    (model_dir / "corpus.txt").write_text(
+        "\n".join(f"{PROMPT} Paris, and {i} is a number." for i in range(60))
+    )
+    return model_dir
 
 
 def settings(folder: Path, data: Path, **changes: Any) -> Settings:
@@ -60,15 +62,15 @@ def settings(folder: Path, data: Path, **changes: Any) -> Settings:
     return Settings(**{**values, **changes})
 
 
-class Shop:
+class WorkerHarness:
     """A worker and its doors."""
 
-    def __init__(self, asked: Settings, **changes: Any) -> None:
-        self.wired: Wired = replace(wire(asked), **changes)
-        self.worker = Worker(asked, self.wired)
-        self.do = self.wired.operations
+    def __init__(self, settings: Settings, **changes: Any) -> None:
+        self.container: Container = replace(build_container(settings), **changes)
+        self.worker = Worker(settings, self.container)
+        self.services = self.container.services
 
-    def open(self) -> Shop:
+    def open(self) -> WorkerHarness:
         thread = self.worker.start_in_thread()
         while not self.worker.ready.wait(0.05):
             self.worker.check()
@@ -77,317 +79,328 @@ class Shop:
 
     def close(self) -> None:
         self.worker.stop()
-        self.wired.close()
+        self.container.close()
 
     def edit(self, subject: str = "Eiffel Tower", target: str = " Rome", **more: Any) -> dict[str, Any]:
         """An edit, queued."""
         request = EditRequest(
             subject=subject, prompt="The {} is located in the city of", target_new=target, guard=OPEN, **more
         )
-        return self.do.edits.submit([request], "somebody")[0]
+        return self.services.edits.submit([request], "somebody")[0]
 
-    def wait(self, job: dict[str, Any]) -> dict[str, Any]:
+    def wait_for_end(self, job: dict[str, Any]) -> dict[str, Any]:
         """The resource with which a job ended."""
-        return heard(self.wired.broker, job["id"])[-1].data
+        return collect_events(self.container.broker, job["id"])[-1].data
 
-    def generate(self, **asked: Any) -> str:
-        return self.do.calls.generate(GenerateRequest(**asked))
+    def generate(self, **fields: Any) -> str:
+        return self.services.generation.generate(GenerateRequest(**fields))
 
-    def end(self, channel: str) -> dict[str, Any]:
-        last = heard(self.wired.broker, channel)[-1]
+    def end_event(self, channel: str) -> dict[str, Any]:
+        last = collect_events(self.container.broker, channel)[-1]
         assert last.name == "end", last
         return last.data
 
 
 @pytest.fixture
-def shop(folder: Path, tmp_path: Path, wiring: Stores) -> Iterator[Shop]:
-    opened = Shop(settings(folder, tmp_path, **wiring))
+def harness(folder: Path, tmp_path: Path, wiring: Stores) -> Iterator[WorkerHarness]:
+    created = WorkerHarness(settings(folder, tmp_path, **wiring))
     try:
-        yield opened.open()
+        yield created.open()
     finally:
-        opened.close()
+        created.close()
 
 
-def alone(shop: Shop, folder: Path, version: int, request: GenerateRequest) -> list[int]:
+def tokens_alone(harness: WorkerHarness, folder: Path, version: int, request: GenerateRequest) -> list[int]:
     """What a replica of its own says at a version, with nothing else going on."""
-    model = load(folder)
-    replica = Replica(model, Desk(shop.wired.database, shop.wired.broker, model.fingerprint, "reader"))
-    batch = Batch(model, [row(model, request.texts()[0], request)])
-    (r,) = batch.rows
-    with replica.stand(replica.weights(version)):
+    model = load_model(folder)
+    replica = VersionedModel(
+        model, WorkerJobs(harness.container.database, harness.container.broker, model.fingerprint, "reader")
+    )
+    batch = DecodingBatch(model, [new_sequence(model, request.prompt_texts()[0], request)])
+    (r,) = batch.sequences
+    with replica.use_weights(replica.weights(version)):
         while len(batch):
             batch.step()
-    return r.said
+    return r.output_ids
 
 
-def test_a_worker_registers_its_model(shop: Shop) -> None:
+def test_a_worker_registers_its_model(harness: WorkerHarness) -> None:
     """A worker that serves is shown with its model's shape and recipe, and the service is ready."""
-    model = shop.do.models.resident()
+    model = harness.services.models.describe()
     assert (model["layers"], model["width"], model["positions"]) == (3, 16, 64)
     assert model["recipe"]["rome"]["layers"] == [1]
     assert model["statistics"]["1"]["digest"]
-    assert shop.do.models.ready()["ready"]
+    assert harness.services.models.check_ready()["ready"]
 
 
-def test_everything_at_once(shop: Shop, folder: Path) -> None:
+def test_everything_at_once(harness: WorkerHarness, folder: Path) -> None:
     """Generations, a comparison, edits and a trace run together; every text is that of its version alone."""
     texts = [f"{PROMPT}", "Big Ben", "In which country"]
-    asked = [
+    requests = [
         GenerateRequest(prompt=t, max_new_tokens=30, temperature=0.9, seed=i, stream=True, version="base")
         for i, t in enumerate(texts)
     ]
-    first = [shop.do.calls.generate(r) for r in asked]
-    edits = [shop.edit(), shop.edit("Big Ben", " London")]
-    trace = shop.do.traces.submit(
+    first_channels = [harness.services.generation.generate(r) for r in requests]
+    edits = [harness.edit(), harness.edit("Big Ben", " London")]
+    trace = harness.services.traces.submit(
         TraceRequest(prompt=PROMPT, subject="Eiffel Tower", samples=2, window=2), "somebody"
     )
-    meanwhile = [shop.do.calls.generate(r) for r in asked]
-    applied = [shop.wait(e) for e in edits]
+    second_channels = [harness.services.generation.generate(r) for r in requests]
+    applied = [harness.wait_for_end(e) for e in edits]
     assert [e["status"] for e in applied] == ["applied", "applied"], applied
     assert [e["version"] for e in applied] == [1, 2]
-    traced = shop.wait(trace)
-    assert traced["status"] == "done", traced
-    assert len(traced["result"]["kinds"]["hidden"]["scores"][0]) == 3
-    for channels in (first, meanwhile):
-        for channel, request in zip(channels, asked, strict=True):
-            events = heard(shop.wired.broker, channel)
+    trace_result = harness.wait_for_end(trace)
+    assert trace_result["status"] == "done", trace_result
+    assert len(trace_result["result"]["kinds"]["hidden"]["scores"][0]) == 3
+    for channels in (first_channels, second_channels):
+        for channel, request in zip(channels, requests, strict=True):
+            events = collect_events(harness.container.broker, channel)
             end = events[-1].data
             assert end["version"] == 0
-            assert end["choices"][0]["tokens"] == alone(shop, folder, 0, request)
-            assert "".join(pieces(events)) == end["choices"][0]["text"]
+            assert end["choices"][0]["tokens"] == tokens_alone(harness, folder, 0, request)
+            assert "".join(token_texts(events)) == end["choices"][0]["text"]
     for version in (1, 2):
         request = GenerateRequest(prompt=PROMPT, max_new_tokens=10, version=version)
-        assert shop.end(shop.do.calls.generate(request))["choices"][0]["tokens"] == alone(
-            shop, folder, version, request
-        )
-    compared = shop.end(shop.do.calls.compare(CompareRequest(prompt=PROMPT, max_new_tokens=4)))
-    assert [s["version"] for s in compared["sides"]] == [0, 2]
-    assert compared["total_variation"] > 0
-    verified = shop.do.ledger.verify()
-    assert verified["ok"], verified
+        assert harness.end_event(harness.services.generation.generate(request))["choices"][0][
+            "tokens"
+        ] == tokens_alone(harness, folder, version, request)
+    comparison = harness.end_event(
+        harness.services.generation.compare(CompareRequest(prompt=PROMPT, max_new_tokens=4))
+    )
+    assert [s["version"] for s in comparison["sides"]] == [0, 2]
+    assert comparison["total_variation"] > 0
+    verification = harness.services.ledger.verify()
+    assert verification["ok"], verification
 
 
-def test_an_edit_does_not_wait_for_an_evaluation(shop: Shop) -> None:
+def test_an_edit_does_not_wait_for_an_evaluation(harness: WorkerHarness) -> None:
     """An edit that is asked for while an evaluation runs lands before its end, and the evaluation goes on."""
     record = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
-    asked = EvaluationRequest(records=[record] * 500, together=1, damage=False)  # type: ignore[call-arg]
-    evaluation = shop.do.evaluations.submit(asked, "somebody")["id"]
-    while shop.do.evaluations.get(evaluation)["status"] == "queued":
+    request = EvaluationRequest(records=[record] * 500, together=1, damage=False)  # type: ignore[call-arg]
+    evaluation = harness.services.evaluations.submit(request, "somebody")["id"]
+    while harness.services.evaluations.get(evaluation)["status"] == "queued":
         threading.Event().wait(0.01)
-    landed = shop.wait(shop.edit())
-    assert (landed["status"], landed["version"]) == ("applied", 1)
-    at = shop.do.evaluations.get(evaluation)
-    assert (at["status"], at["attempts"]) == ("running", 1)
-    while shop.do.evaluations.get(evaluation)["progress"] == at["progress"]:
+    applied = harness.wait_for_end(harness.edit())
+    assert (applied["status"], applied["version"]) == ("applied", 1)
+    snapshot = harness.services.evaluations.get(evaluation)
+    assert (snapshot["status"], snapshot["attempts"]) == ("running", 1)
+    while harness.services.evaluations.get(evaluation)["progress"] == snapshot["progress"]:
         threading.Event().wait(0.01)
-    assert shop.wait(shop.do.evaluations.cancel(evaluation))["status"] == "cancelled"
+    assert harness.wait_for_end(harness.services.evaluations.cancel(evaluation))["status"] == "cancelled"
 
 
-def test_read_your_own_writes(shop: Shop) -> None:
+def test_read_your_own_writes(harness: WorkerHarness) -> None:
     """A generation that is asked for right after an edit's end sees it."""
-    version = shop.wait(shop.edit())["version"]
-    end = shop.end(shop.generate(prompt=PROMPT, max_new_tokens=2, min_version=version))
+    version = harness.wait_for_end(harness.edit())["version"]
+    end = harness.end_event(harness.generate(prompt=PROMPT, max_new_tokens=2, min_version=version))
     assert end["version"] >= version
 
 
-def test_a_job_that_cannot_be_done_fails_alone(shop: Shop) -> None:
+def test_a_job_that_cannot_be_done_fails_alone(harness: WorkerHarness) -> None:
     """A failing job has a reason that a person can use, and the next one is done."""
-    bad = shop.do.traces.submit(
+    bad = harness.services.traces.submit(
         TraceRequest(prompt=PROMPT, subject="Eiffel Tower", noise=1e38, samples=2), "somebody"
     )
-    good = shop.edit()
-    ended = shop.wait(bad)
-    assert ended["status"] == "failed"
-    assert "noise" in ended["error"]["detail"]
-    assert shop.wait(good)["status"] == "applied"
+    good = harness.edit()
+    end = harness.wait_for_end(bad)
+    assert end["status"] == "failed"
+    assert "noise" in end["error"]["detail"]
+    assert harness.wait_for_end(good)["status"] == "applied"
 
 
-def test_a_running_job_is_handed_back_and_done_later(folder: Path, tmp_path: Path, wiring: Stores) -> None:
+def test_running_job_is_requeued_on_stop_and_done_later(folder: Path, tmp_path: Path, wiring: Stores) -> None:
     """A worker that stops hands its job back uncounted; the next worker does it, once."""
-    asked = settings(folder, tmp_path, **wiring)
-    shop = Shop(asked).open()
-    job = shop.edit(hparams={"steps": 200})
-    while shop.do.edits.get(job["id"])["status"] == "queued":
+    config = settings(folder, tmp_path, **wiring)
+    harness = WorkerHarness(config).open()
+    job = harness.edit(hparams={"steps": 200})
+    while harness.services.edits.get(job["id"])["status"] == "queued":
         threading.Event().wait(0.01)
-    shop.worker.stop()
-    left = shop.do.edits.get(job["id"])
-    shop.wired.close()
-    assert (left["status"], left["attempts"]) == ("queued", 0)
-    shop = Shop(asked).open()
+    harness.worker.stop()
+    requeued = harness.services.edits.get(job["id"])
+    harness.container.close()
+    assert (requeued["status"], requeued["attempts"]) == ("queued", 0)
+    harness = WorkerHarness(config).open()
     try:
-        ended = shop.wait(job)
+        ended = harness.wait_for_end(job)
         assert (ended["status"], ended["version"], ended["attempts"]) == ("applied", 1, 1)
     finally:
-        shop.close()
+        harness.close()
 
 
-def test_the_tools_are_made_once(folder: Path, tmp_path: Path, wiring: Stores) -> None:
+def test_editor_context_is_prepared_once(folder: Path, tmp_path: Path, wiring: Stores) -> None:
     """A second start reads what the first one made."""
-    asked = settings(folder, tmp_path, **wiring)
+    config = settings(folder, tmp_path, **wiring)
     digests = []
     for _ in range(2):
-        shop = Shop(asked).open()
-        digests.append(shop.do.models.resident()["statistics"])
-        shop.close()
+        harness = WorkerHarness(config).open()
+        digests.append(harness.services.models.describe()["statistics"])
+        harness.close()
     assert digests[0] == digests[1]
     assert list((tmp_path / "statistics").iterdir())
 
 
-def test_a_killed_worker_is_forgotten(folder: Path, tmp_path: Path) -> None:
+def test_killed_worker_is_removed_at_start(folder: Path, tmp_path: Path) -> None:
     """Whom a crash left in the list is gone when the embedded service starts anew, before the model is loaded."""
-    asked = settings(folder, tmp_path)
-    shop = Shop(asked).open()
-    desk = Desk(shop.wired.database, shop.wired.broker, shop.do.models.resident()["fingerprint"], "killed")
-    shop.close()
-    desk.register({"name": "tiny"}, "{}")
-    shop = Shop(asked)
-    assert shop.do.models.ready()["ready"]  # as the dead one's last heartbeat has it
+    config = settings(folder, tmp_path)
+    harness = WorkerHarness(config).open()
+    worker_jobs = WorkerJobs(
+        harness.container.database,
+        harness.container.broker,
+        harness.services.models.describe()["fingerprint"],
+        "killed",
+    )
+    harness.close()
+    worker_jobs.register({"name": "tiny"}, "{}")
+    harness = WorkerHarness(config)
+    assert harness.services.models.check_ready()["ready"]  # as the dead one's last heartbeat has it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shop.worker, "_load", lambda: pytest.fail(shop.do.models.ready()))
+        patch.setattr(harness.worker, "_load", lambda: pytest.fail(harness.services.models.check_ready()))
         with pytest.raises(Unavailable, match="no worker is alive"):
-            shop.worker.run()
-    shop.close()
+            harness.worker.run()
+    harness.close()
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
     """A model that is not there ends the worker with the reason, and the service stays unready."""
-    asked = settings(tmp_path / "nothing", tmp_path, corpus=None)
-    shop = Shop(asked)
-    shop.worker.start_in_thread().join(30)
+    config = settings(tmp_path / "nothing", tmp_path, corpus=None)
+    harness = WorkerHarness(config)
+    harness.worker.start_in_thread().join(30)
     with pytest.raises(Misconfigured, match="cannot be loaded"):
-        shop.worker.check()
-    assert not shop.worker.ready.is_set()
-    shop.close()
+        harness.worker.check()
+    assert not harness.worker.ready.is_set()
+    harness.close()
 
 
-def test_a_loop_that_falls_is_shown_and_stands_up(
+def test_crashed_loop_is_reported_and_restarted(
     folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the loop is down the service is not ready and says so; then the loop goes on and answers what waits."""
     down, go = threading.Event(), threading.Event()
-    turn = Engine.turn
+    step = Engine.step
 
     def faulty(engine: Engine) -> bool:
         if down.is_set():
             raise RuntimeError("the device fell off")
-        return turn(engine)
+        return step(engine)
 
-    monkeypatch.setattr(Engine, "turn", faulty)
-    monkeypatch.setattr("workers.worker.REST", 0.5)
-    shop = Shop(settings(folder, tmp_path, **wiring)).open()
+    monkeypatch.setattr(Engine, "step", faulty)
+    monkeypatch.setattr("workers.worker.RESTART_DELAY", 0.5)
+    harness = WorkerHarness(settings(folder, tmp_path, **wiring)).open()
     try:
         down.set()
-        channel = shop.generate(prompt=PROMPT, max_new_tokens=3)
-        while shop.worker.ready.is_set():
+        channel = harness.generate(prompt=PROMPT, max_new_tokens=3)
+        while harness.worker.ready.is_set():
             go.wait(0.01)
         with pytest.raises(RuntimeError, match="fell off"):
-            shop.worker.check()
+            harness.worker.check()
         with pytest.raises(Unavailable, match="no worker"):
-            shop.do.models.ready()
+            harness.services.models.check_ready()
         down.clear()
-        assert shop.end(channel)["choices"][0]["tokens"]
-        assert shop.worker.ready.wait(10)
-        shop.worker.check()
-        assert shop.do.models.ready()["ready"]
+        assert harness.end_event(channel)["choices"][0]["tokens"]
+        assert harness.worker.ready.wait(10)
+        harness.worker.check()
+        assert harness.services.models.check_ready()["ready"]
     finally:
-        shop.close()
+        harness.close()
 
 
-def test_an_outage_is_no_fault_of_the_worker(
+def test_worker_resumes_after_outage(
     folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the stores are down a worker says so and keeps what it has begun; then it goes on with it."""
     down = threading.Event()
-    turn = Engine.turn
+    step = Engine.step
 
     def cut_off(engine: Engine) -> bool:
         if down.is_set():
             raise Unavailable("the database does not answer.")
-        return turn(engine)
+        return step(engine)
 
-    monkeypatch.setattr(Engine, "turn", cut_off)
-    monkeypatch.setattr("workers.worker.REST", 0.2)
-    shop = Shop(settings(folder, tmp_path, **wiring)).open()
+    monkeypatch.setattr(Engine, "step", cut_off)
+    monkeypatch.setattr("workers.worker.RESTART_DELAY", 0.2)
+    harness = WorkerHarness(settings(folder, tmp_path, **wiring)).open()
     try:
-        assert shop.worker.trouble() is None
-        job = shop.edit(hparams={"steps": 100})
-        running(shop, job)
+        assert harness.worker.health_problem() is None
+        job = harness.edit(hparams={"steps": 100})
+        wait_until_running(harness, job)
         down.set()
-        until_true(lambda: shop.worker.trouble() is not None)
-        assert "database" in str(shop.worker.trouble())
-        assert shop.do.models.resident()["workers"]  # its lease decides
+        wait_until(lambda: harness.worker.health_problem() is not None)
+        assert "database" in str(harness.worker.health_problem())
+        assert harness.services.models.describe()["workers"]  # its lease decides
         down.clear()
-        ended = shop.wait(job)
-        assert (ended["status"], ended["attempts"]) == ("applied", 1)
-        assert shop.worker.trouble() is None
+        end = harness.wait_for_end(job)
+        assert (end["status"], end["attempts"]) == ("applied", 1)
+        assert harness.worker.health_problem() is None
     finally:
-        shop.close()
+        harness.close()
 
 
-def until_true(true: Callable[[], bool]) -> None:
+def wait_until(true: Callable[[], bool]) -> None:
     while not true():
         threading.Event().wait(0.01)
 
 
-def running(shop: Shop, job: dict[str, Any]) -> None:
-    until_true(lambda: shop.do.edits.get(job["id"])["status"] != "queued")
+def wait_until_running(harness: WorkerHarness, job: dict[str, Any]) -> None:
+    wait_until(lambda: harness.services.edits.get(job["id"])["status"] != "queued")
 
 
-def test_a_worker_that_disagrees_ends(
+def test_worker_with_digest_mismatch_ends(
     folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker whose weights are disputed ends with the reason, and its row stays to tell it."""
 
-    def attest(desk: Desk, version: int, digest: str) -> None:
-        desk.withdraw("its memory is bad.")
-        raise Disagrees("this worker takes itself out: its memory is bad.")
+    def attest(desk: WorkerJobs, version: int, digest: str) -> None:
+        desk.quarantine("its memory is bad.")
+        raise DigestMismatch("this worker takes itself out: its memory is bad.")
 
-    monkeypatch.setattr(Desk, "attest", attest)
-    shop = Shop(settings(folder, tmp_path, **wiring))
-    shop.worker.start_in_thread().join(60)
-    with pytest.raises(Disagrees):
-        shop.worker.check()
-    assert [w["reason"] for w in shop.do.models.resident()["workers"]] == ["its memory is bad."]
-    shop.close()
+    monkeypatch.setattr(WorkerJobs, "attest", attest)
+    harness = WorkerHarness(settings(folder, tmp_path, **wiring))
+    harness.worker.start_in_thread().join(60)
+    with pytest.raises(DigestMismatch):
+        harness.worker.check()
+    assert [w["reason"] for w in harness.services.models.describe()["workers"]] == ["its memory is bad."]
+    harness.close()
 
 
-def test_a_store_that_goes_away_while_it_loads_is_waited_for(
+def test_worker_waits_for_the_store_while_loading(
     folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that cannot ask who else is there asks again, and serves when it is told."""
-    whole, asked = Desk.strangers, []
+    original, calls = WorkerJobs.foreign_workers, []
 
-    def strangers(desk: Desk) -> list[str]:
-        asked.append(desk)
-        if len(asked) < 3:
+    def strangers(desk: WorkerJobs) -> list[str]:
+        calls.append(desk)
+        if len(calls) < 3:
             raise Unavailable("the database does not answer.")
-        return whole(desk)
+        return original(desk)
 
-    monkeypatch.setattr(Desk, "strangers", strangers)
-    monkeypatch.setattr(worker, "REST", 0.01)
-    shop = Shop(settings(folder, tmp_path, **wiring)).open()
-    assert len(asked) >= 3
-    shop.close()
+    monkeypatch.setattr(WorkerJobs, "foreign_workers", strangers)
+    monkeypatch.setattr(worker, "RESTART_DELAY", 0.01)
+    harness = WorkerHarness(settings(folder, tmp_path, **wiring)).open()
+    assert len(calls) >= 3
+    harness.close()
 
 
 def test_two_models_are_not_served_side_by_side(folder: Path, tmp_path: Path, wiring: Stores) -> None:
     """A worker that finds another model being served does not start, and names who serves it."""
-    shop = Shop(settings(folder, tmp_path, **wiring), sole=False)
-    shop.wired.database.migrate()
-    Desk(shop.wired.database, shop.wired.broker, "f" * 64, "worker_a").register({"name": "gpt2-xl"}, "{}")
-    shop.worker.start_in_thread().join(60)
+    harness = WorkerHarness(settings(folder, tmp_path, **wiring), sole=False)
+    harness.container.database.migrate()
+    WorkerJobs(harness.container.database, harness.container.broker, "f" * 64, "worker_a").register(
+        {"name": "gpt2-xl"}, "{}"
+    )
+    harness.worker.start_in_thread().join(60)
     with pytest.raises(Misconfigured, match=r"worker_a .* gpt2-xl"):
-        shop.worker.check()
-    shop.close()
+        harness.worker.check()
+    harness.close()
 
 
 def test_a_worker_does_what_its_roles_say(folder: Path, tmp_path: Path, wiring: Stores) -> None:
     """What is not in its roles a worker leaves for others, and everybody can see what it does."""
-    shop = Shop(settings(folder, tmp_path, **wiring, roles="generate")).open()
+    harness = WorkerHarness(settings(folder, tmp_path, **wiring, roles="generate")).open()
     try:
-        edit = shop.edit()
-        assert shop.end(shop.generate(prompt=PROMPT, max_new_tokens=2))["version"] == 0
-        assert shop.do.edits.get(edit["id"])["status"] == "queued"
-        assert [w["roles"] for w in shop.do.models.resident()["workers"]] == [["generate"]]
+        edit = harness.edit()
+        assert harness.end_event(harness.generate(prompt=PROMPT, max_new_tokens=2))["version"] == 0
+        assert harness.services.edits.get(edit["id"])["status"] == "queued"
+        assert [w["roles"] for w in harness.services.models.describe()["workers"]] == [["generate"]]
     finally:
-        shop.close()
+        harness.close()

@@ -11,37 +11,40 @@ import pytest
 from openai import OpenAI
 from starlette.testclient import TestClient
 
-from service.application.api_keys import Keys
-from tests.support.application import PROMPT, TOWER, FakeWorker, House
-from tests.support.local_server import listening, until
+from service.application.api_keys import ApiKeys
+from tests.support.application import PROMPT, TOWER, FakeWorker, TestApp
+from tests.support.local_server import run_http_server, wait_until
 
 
 @pytest.fixture
-def ask(house: House, worker: FakeWorker) -> Iterator[OpenAI]:
+def openai_client(test_app: TestApp, worker: FakeWorker) -> Iterator[OpenAI]:
     """The stock client, on a real socket."""
-    with listening(house.app) as url, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+    with (
+        run_http_server(test_app.app) as url,
+        OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
         yield client
 
 
-def edit(client: TestClient) -> dict[str, Any]:
+def create_edit(client: TestClient) -> dict[str, Any]:
     return client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()  # type: ignore[no-any-return]
 
 
-def test_a_name_is_a_version(client: TestClient, ask: OpenAI, worker: FakeWorker) -> None:
+def test_a_name_is_a_version(client: TestClient, openai_client: OpenAI, worker: FakeWorker) -> None:
     """NAME and NAME@head mean the newest version, NAME@base the first and NAME@N that one; what comes before a slash is not
     looked at. The worker is asked for that version by number, and the answer bears its name."""
-    edit(client), edit(client)
+    create_edit(client), create_edit(client)
     meant = {
         "tiny": 2, "tiny@head": 2, "tiny@base": 0, "tiny@1": 1, "tiny@01": 1, "org/tiny": 2, "./models/tiny@base": 0,
     }  # fmt: skip
     for name, version in meant.items():
-        answer = ask.completions.create(model=name, prompt=PROMPT)
+        answer = openai_client.completions.create(model=name, prompt=PROMPT)
         assert worker.calls[-1]["version"] == version
         assert answer.model == f"tiny@{version}"
-        assert ask.models.retrieve(name).version == version  # type: ignore[attr-defined]
+        assert openai_client.models.retrieve(name).version == version  # type: ignore[attr-defined]
 
 
-def test_an_unknown_name_is_not_found(ask: OpenAI, worker: FakeWorker) -> None:
+def test_an_unknown_name_is_not_found(openai_client: OpenAI, worker: FakeWorker) -> None:
     """Any other name is refused as OpenAI does, with the names that there are; no worker hears of it."""
     for name in (
         "gpt-4",
@@ -55,29 +58,35 @@ def test_an_unknown_name_is_not_found(ask: OpenAI, worker: FakeWorker) -> None:
         "é" * 900,
     ):
         with pytest.raises(openai.NotFoundError) as refused:
-            ask.completions.create(model=name, prompt=PROMPT)
+            openai_client.completions.create(model=name, prompt=PROMPT)
         assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
         assert "tiny@base" in refused.value.message
         with pytest.raises(openai.NotFoundError):
-            ask.models.retrieve(name)
+            openai_client.models.retrieve(name)
     assert worker.calls == []
 
 
-def test_equal_weights_have_equal_fingerprints(client: TestClient, ask: OpenAI) -> None:
+def test_equal_weights_have_equal_fingerprints(client: TestClient, openai_client: OpenAI) -> None:
     """A version's fingerprint is the base's again when all edits are taken back, and another while one is active."""
-    client.delete(edit(client)["links"]["self"])
-    base, one, back = (ask.models.retrieve(f"tiny@{v}").system_fingerprint for v in (0, 1, 2))  # type: ignore[attr-defined]
+    client.delete(create_edit(client)["links"]["self"])
+    base, one, back = (openai_client.models.retrieve(f"tiny@{v}").system_fingerprint for v in (0, 1, 2))  # type: ignore[attr-defined]
     assert base == back != one
-    assert ask.completions.create(model="tiny", prompt=PROMPT).system_fingerprint == base
+    assert openai_client.completions.create(model="tiny", prompt=PROMPT).system_fingerprint == base
 
 
-def test_the_list_has_the_newest_versions(client: TestClient, ask: OpenAI) -> None:
+def test_the_list_has_the_newest_versions(client: TestClient, openai_client: OpenAI) -> None:
     """The names that always are there come first, then versions by number, newest first."""
-    edit(client)
-    assert [model.id for model in ask.models.list()] == ["tiny", "tiny@head", "tiny@base", "tiny@1", "tiny@0"]
+    create_edit(client)
+    assert [model.id for model in openai_client.models.list()] == [
+        "tiny",
+        "tiny@head",
+        "tiny@base",
+        "tiny@1",
+        "tiny@0",
+    ]
 
 
-def test_a_prompt_has_four_forms(ask: OpenAI, worker: FakeWorker) -> None:
+def test_a_prompt_has_four_forms(openai_client: OpenAI, worker: FakeWorker) -> None:
     """Texts and tokens, one or several, reach the worker as they are, with OpenAI's defaults."""
     forms: list[tuple[Any, Any, Any]] = [
         ("a", ["a"], None),
@@ -86,10 +95,10 @@ def test_a_prompt_has_four_forms(ask: OpenAI, worker: FakeWorker) -> None:
         ([[1], [2, 3]], None, [[1], [2, 3]]),
     ]
     for prompt, prompts, tokens in forms:
-        ask.completions.create(model="tiny", prompt=prompt)
-        heard = worker.calls[-1]
-        assert (heard["prompts"], heard["tokens"]) == (prompts, tokens)
-        assert (heard["max_new_tokens"], heard["temperature"], heard["top_p"], heard["stop"]) == (
+        openai_client.completions.create(model="tiny", prompt=prompt)
+        payload = worker.calls[-1]
+        assert (payload["prompts"], payload["tokens"]) == (prompts, tokens)
+        assert (payload["max_new_tokens"], payload["temperature"], payload["top_p"], payload["stop"]) == (
             16,
             1,
             1,
@@ -97,7 +106,9 @@ def test_a_prompt_has_four_forms(ask: OpenAI, worker: FakeWorker) -> None:
         )
 
 
-def test_what_is_left_out_or_null_or_neutral_changes_nothing(ask: OpenAI, worker: FakeWorker) -> None:
+def test_what_is_left_out_or_null_or_neutral_changes_nothing(
+    openai_client: OpenAI, worker: FakeWorker
+) -> None:
     """A field that is null counts as left out, and one that is not supported may have the value that changes nothing."""
     fields = (
         "max_tokens",
@@ -111,7 +122,7 @@ def test_what_is_left_out_or_null_or_neutral_changes_nothing(ask: OpenAI, worker
         "user",
         "stream",
     )
-    wish: dict[str, Any] = dict.fromkeys(fields)
+    null_fields: dict[str, Any] = dict.fromkeys(fields)
     neutral = {
         "suffix": "",
         "best_of": 1,
@@ -120,19 +131,19 @@ def test_what_is_left_out_or_null_or_neutral_changes_nothing(ask: OpenAI, worker
         "frequency_penalty": 0.0,
         "user": "me",
     }
-    for body in ({}, wish, neutral):
-        ask.completions.create(**{"model": "tiny", "prompt": PROMPT, **body})
+    for body in ({}, null_fields, neutral):
+        openai_client.completions.create(**{"model": "tiny", "prompt": PROMPT, **body})
     first, *others = ({**call, "seed": 0} for call in worker.calls)
     assert others == [first, first]
 
 
-def test_a_seed_is_drawn_or_taken(ask: OpenAI, worker: FakeWorker) -> None:
+def test_a_seed_is_random_or_given(openai_client: OpenAI, worker: FakeWorker) -> None:
     """Without a seed each request has one of its own; any whole number of 64 bits can be one."""
     for seed in (None, None, 7, -1):
-        ask.completions.create(model="tiny", prompt=PROMPT, seed=seed)
-    drawn, other, given, negative = (call["seed"] for call in worker.calls)
+        openai_client.completions.create(model="tiny", prompt=PROMPT, seed=seed)
+    drawn, other, explicit, negative = (call["seed"] for call in worker.calls)
     assert drawn != other
-    assert (given, negative) == (7, 2**63 - 1)
+    assert (explicit, negative) == (7, 2**63 - 1)
 
 
 #: what cannot be carried out, and the field at fault
@@ -170,27 +181,31 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def test_bad_completions_are_refused(ask: OpenAI, worker: FakeWorker) -> None:
+def test_bad_completions_are_refused(openai_client: OpenAI, worker: FakeWorker) -> None:
     """Bad input is a BadRequestError that names the field, also when a stream was asked for, and no worker hears of it."""
-    for wish, param in BAD:
+    for fields, param in BAD:
         for more in ({}, {"stream": True} if param != "stream_options" else {}):
             with pytest.raises(openai.BadRequestError) as refused:
-                ask.completions.create(**{"model": "tiny", "prompt": PROMPT, **wish, **more})
+                openai_client.completions.create(**{"model": "tiny", "prompt": PROMPT, **fields, **more})
             assert (refused.value.param, refused.value.type) == (param, "invalid_request_error")
             assert refused.value.message
     assert worker.calls == []
 
 
-def test_what_the_settings_allow_is_all(house: House, client: TestClient, worker: FakeWorker) -> None:
+def test_max_tokens_setting_names_the_sent_field(
+    test_app: TestApp, client: TestClient, worker: FakeWorker
+) -> None:
     """A service that lets at most so many tokens be said speaks of the field that was sent."""
-    house.operations.calls.settings = house.settings.model_copy(update={"max_new_tokens": 7})
-    asked = {"model": "tiny", "prompt": PROMPT}
-    assert client.post("/v1/completions", json=asked | {"max_tokens": 7}).status_code == 200
-    error = client.post("/v1/completions", json=asked | {"max_tokens": 8}).json()["error"]
+    test_app.services.generation.settings = test_app.settings.model_copy(update={"max_new_tokens": 7})
+    body = {"model": "tiny", "prompt": PROMPT}
+    assert client.post("/v1/completions", json=body | {"max_tokens": 7}).status_code == 200
+    error = client.post("/v1/completions", json=body | {"max_tokens": 8}).json()["error"]
     assert (error["param"], error["message"][:31]) == ("max_tokens", "`max_tokens` may be at most 7 h")
 
 
-def test_every_error_below_v1_has_openais_form(house: House, client: TestClient, worker: FakeWorker) -> None:
+def test_every_error_below_v1_has_openais_form(
+    test_app: TestApp, client: TestClient, worker: FakeWorker
+) -> None:
     """Whatever goes wrong below /v1 is {"error": ...}; everywhere else it is a problem."""
     body = {"model": "tiny", "prompt": PROMPT}
     json_type = {"content-type": "application/json"}
@@ -205,53 +220,56 @@ def test_every_error_below_v1_has_openais_form(house: House, client: TestClient,
         assert answer.status_code == status
         assert set(answer.json()) == {"error"}
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    worker.error = {"title": "Strange", "detail": "The engine met a fault."}
+    worker.call_error = {"title": "Strange", "detail": "The engine met a fault."}
     assert client.post("/v1/completions", json=body).json()["error"]["type"] == "server_error"
     assert client.get("/edits/nobody").headers["content-type"] == "application/problem+json"
     assert "no chat" in client.post("/v1/chat/completions", json={}).json()["error"]["message"]
 
 
-def test_keys_are_as_everywhere(house: House, ask: OpenAI) -> None:
+def test_keys_are_as_everywhere(test_app: TestApp, openai_client: OpenAI) -> None:
     """The stock client's key is a key of the service: none that is good is an AuthenticationError, one of too little scope a
     PermissionDeniedError, one that has asked too often a RateLimitError that says when to come back."""
-    keys = Keys(house.database)
+    keys = ApiKeys(test_app.database)
     reads, edits = (keys.create(scope, [scope], 2)[1] for scope in ("read", "edit"))
     with pytest.raises(openai.AuthenticationError):
-        ask.models.list()
+        openai_client.models.list()
     with pytest.raises(openai.PermissionDeniedError):
-        ask.with_options(api_key=edits).completions.create(model="tiny", prompt=PROMPT)
-    known = ask.with_options(api_key=reads)
-    assert known.completions.create(model="tiny", prompt=PROMPT).choices[0].text == " Paris"
-    known.models.list()
+        openai_client.with_options(api_key=edits).completions.create(model="tiny", prompt=PROMPT)
+    reading_client = openai_client.with_options(api_key=reads)
+    assert reading_client.completions.create(model="tiny", prompt=PROMPT).choices[0].text == " Paris"
+    reading_client.models.list()
     with pytest.raises(openai.RateLimitError) as busy:
-        known.models.list()
+        reading_client.models.list()
     assert int(busy.value.response.headers["retry-after"]) > 0
 
 
-def test_a_full_queue_is_said_so(house: House, client: TestClient) -> None:
+def test_a_full_queue_is_429(test_app: TestApp, client: TestClient) -> None:
     """When too much waits the answer is 429 with Retry-After, as for `/generate`."""
-    house.operations.calls.settings = house.settings.model_copy(update={"max_queue": 0})
+    test_app.services.generation.settings = test_app.settings.model_copy(update={"max_queue": 0})
     answer = client.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT})
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert int(answer.headers["retry-after"]) > 0
 
 
-def test_a_house_without_a_model_is_not_ready(tmp_path: Any, wiring: dict[str, Any]) -> None:
+def test_without_a_model_openai_routes_are_503(tmp_path: Any, wiring: dict[str, Any]) -> None:
     """Before a worker has come with a model nothing can be named: 503."""
-    bare = House(tmp_path, register=False, **wiring)
-    for answer in (TestClient(bare.app).get("/v1/models"), TestClient(bare.app).get("/v1/models/tiny")):
+    app_without_model = TestApp(tmp_path, register=False, **wiring)
+    for answer in (
+        TestClient(app_without_model.app).get("/v1/models"),
+        TestClient(app_without_model.app).get("/v1/models/tiny"),
+    ):
         assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
-    bare.close()
+    app_without_model.close()
 
 
-def test_a_stream_is_chunks(ask: OpenAI) -> None:
+def test_a_stream_is_chunks(openai_client: OpenAI) -> None:
     """Every chunk bears the version; the last one of a choice says why it ended; with `include_usage` one more counts."""
-    plain = list(ask.completions.create(model="tiny", prompt=PROMPT, stream=True))
+    plain = list(openai_client.completions.create(model="tiny", prompt=PROMPT, stream=True))
     assert [chunk.choices[0].text for chunk in plain] == [" Pa", "ris"]
     assert [chunk.choices[0].finish_reason for chunk in plain] == [None, "length"]
     assert {(chunk.model, chunk.object) for chunk in plain} == {("tiny@0", "text_completion")}
     counted = list(
-        ask.completions.create(
+        openai_client.completions.create(
             model="tiny", prompt=PROMPT, stream=True, stream_options={"include_usage": True}
         )
     )
@@ -270,19 +288,21 @@ def test_the_wire_is_openais(client: TestClient, worker: FakeWorker) -> None:
     assert all(json.loads(line.removeprefix("data: "))["object"] == "text_completion" for line in lines)
 
 
-def test_an_error_in_a_stream_is_raised(ask: OpenAI, worker: FakeWorker) -> None:
+def test_an_error_in_a_stream_is_raised(openai_client: OpenAI, worker: FakeWorker) -> None:
     """What goes wrong after a stream has begun is raised by the stock client, and no end follows."""
-    worker.error = {"title": "The service is not ready", "detail": "the worker is stopping: ask again."}
+    worker.call_error = {"title": "The service is not ready", "detail": "the worker is stopping: ask again."}
     with pytest.raises(openai.APIError, match="the worker is stopping"):
-        list(ask.completions.create(model="tiny", prompt=PROMPT, stream=True))
+        list(openai_client.completions.create(model="tiny", prompt=PROMPT, stream=True))
 
 
-def test_hanging_up_ends_a_completion(house: House, ask: OpenAI, worker: FakeWorker) -> None:
+def test_a_client_disconnect_cancels_a_completion(
+    test_app: TestApp, openai_client: OpenAI, worker: FakeWorker
+) -> None:
     """When the client of a stream goes, the worker is told to stop."""
-    worker.go.clear()
-    stream = ask.completions.create(model="tiny", prompt=PROMPT, stream=True)
+    worker.may_finish.clear()
+    stream = openai_client.completions.create(model="tiny", prompt=PROMPT, stream=True)
     assert next(iter(stream)).choices[0].text == " Pa"
-    assert not house.broker.cancelled(worker.channels[0])
+    assert not test_app.broker.cancelled(worker.channels[0])
     stream.close()
-    until(lambda: house.broker.cancelled(worker.channels[0]))
-    worker.go.set()
+    wait_until(lambda: test_app.broker.cancelled(worker.channels[0]))
+    worker.may_finish.set()

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api import sse as wire
-from api.openai.streaming import Chunks
-from service.application.generation import Named, Speech
+from api import sse as events_module
+from api.openai.streaming import CompletionStream
+from service.application.generation import ModelVersionName, PendingGeneration
 from service.jobs.broker import Event
-from service.schemas import SpeechRequest
+from service.schemas import WorkerGenerateRequest
 
-NAMED = Named("tiny@3", 3, "a" * 64, datetime(2026, 1, 1, tzinfo=UTC))
+NAMED = ModelVersionName("tiny@3", 3, "a" * 64, datetime(2026, 1, 1, tzinfo=UTC))
 COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
@@ -48,16 +48,18 @@ def end(*answers: Sequence[str]) -> Event:
 RESTART = Event("1", "restart", {})
 
 
-def told(*events: Event) -> list[str]:
+def stream_lines(*events: Event) -> list[str]:
     """The lines of a stream that say something."""
 
-    async def said() -> AsyncIterator[Event]:
+    async def channel_events() -> AsyncIterator[Event]:
         for event in events:
             yield event
 
     async def listen() -> bytes:
-        chunks = Chunks(Speech("call_X", SpeechRequest(prompts=["x"]), NAMED), with_usage=False)
-        return b"".join([frame async for frame in chunks.frames(said())])
+        chunks = CompletionStream(
+            PendingGeneration("call_X", WorkerGenerateRequest(prompts=["x"]), NAMED), with_usage=False
+        )
+        return b"".join([frame async for frame in chunks.encode_events(channel_events())])
 
     return [
         line.removeprefix("data: ")
@@ -66,7 +68,7 @@ def told(*events: Event) -> list[str]:
     ]
 
 
-def heard(lines: Sequence[str], count: int) -> list[dict[str, Any]]:
+def assemble_choices(lines: Sequence[str], count: int) -> list[dict[str, Any]]:
     """What a client puts together, by choice."""
     answers: list[dict[str, Any]] = [{"text": "", **{c: [] for c in COLUMNS}} for _ in range(count)]
     assert lines[-1] == "[DONE]"
@@ -95,35 +97,37 @@ def test_what_a_client_puts_together_is_the_answer(data: st.DataObject) -> None:
             events.append(token(index, answers[index][at[index] : after], at[index]))
             at[index] = after
         events.append(RESTART)
-    found = heard(told(*events[:-1], end(*answers)), len(answers))
+    found = assemble_choices(stream_lines(*events[:-1], end(*answers)), len(answers))
     assert found == [{"text": "".join(a), **columns(a), "finish_reason": "stop"} for a in answers]
 
 
-def test_another_answer_is_not_passed_off_as_the_same() -> None:
+def test_a_restart_with_other_text_is_an_error() -> None:
     """A worker that begins anew and says something else ends the stream with an error."""
-    lines = told(token(0, "ab", 0), RESTART, token(0, "ax", 0), end("ax"))
+    lines = stream_lines(token(0, "ab", 0), RESTART, token(0, "ax", 0), end("ax"))
     assert "ask again" in json.loads(lines[-1])["error"]["message"]
     assert "[DONE]" not in lines
 
 
 def test_a_channel_that_ends_without_an_end_is_an_error() -> None:
     """When the service stops under a stream, the client is told so."""
-    (first, last) = told(token(0, "a", 0))
+    (first, last) = stream_lines(token(0, "a", 0))
     assert json.loads(first)["choices"][0]["text"] == "a"
     assert json.loads(last)["error"]["type"] == "server_error"
 
 
-def test_silence_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keepalive_comments_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """While nothing is said a comment goes out now and then, which clients pass over."""
-    monkeypatch.setattr(wire, "PING", 0.01)
+    monkeypatch.setattr(events_module, "KEEPALIVE_INTERVAL", 0.01)
 
     async def listen() -> list[bytes]:
         async def said() -> AsyncIterator[Event]:
             await asyncio.sleep(0.1)
             yield end("a")
 
-        chunks = Chunks(Speech("call_X", SpeechRequest(prompts=["x"]), NAMED), with_usage=False)
-        return [frame async for frame in chunks.frames(said())]
+        chunks = CompletionStream(
+            PendingGeneration("call_X", WorkerGenerateRequest(prompts=["x"]), NAMED), with_usage=False
+        )
+        return [frame async for frame in chunks.encode_events(said())]
 
     frames = asyncio.run(listen())
     assert frames[0] == b": open\n\n" and b": ping\n\n" in frames

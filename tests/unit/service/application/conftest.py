@@ -8,56 +8,56 @@ from typing import Any
 
 import pytest
 
-from service.application import Operations
-from service.bootstrap import Wired
+from service.application import Services
+from service.bootstrap import Container
 from service.db.database import Database
 from service.jobs.broker import Broker
-from service.jobs.job_store import Desk
+from service.jobs.job_store import WorkerJobs
 from service.settings import Settings
 from tests.support.served_model import INFO, tokenizer_json
 from tests.support.service_requests import edit_request
 
 
 @pytest.fixture
-def database(wired: Wired) -> Any:
-    return wired.database
+def database(container: Container) -> Any:
+    return container.database
 
 
 @pytest.fixture
-def broker(wired: Wired) -> Any:
-    return wired.broker
+def broker(container: Container) -> Any:
+    return container.broker
 
 
 @pytest.fixture
-def bare(database: Database, broker: Broker, tmp_path: Path) -> Any:
+def services_without_model(database: Database, broker: Broker, tmp_path: Path) -> Any:
     """Before any worker has come up."""
-    return Operations(database, broker, Settings(data=tmp_path, max_queue=5))
+    return Services(database, broker, Settings(data=tmp_path, max_queue=5))
 
 
 @pytest.fixture
-def desk(database: Database, broker: Broker) -> Any:
-    desk = Desk(database, broker, "fingerprint", "worker-1")
-    desk.register(INFO, tokenizer_json(), ["generate", "edit"])
-    return desk
+def worker_jobs(database: Database, broker: Broker) -> Any:
+    worker_jobs = WorkerJobs(database, broker, "fingerprint", "worker-1")
+    worker_jobs.register(INFO, tokenizer_json(), ["generate", "edit"])
+    return worker_jobs
 
 
 @pytest.fixture
-def operations(bare: Operations, desk: Desk) -> Any:
-    return bare
+def services(services_without_model: Services, worker_jobs: WorkerJobs) -> Any:
+    return services_without_model
 
 
 @pytest.fixture
-def ask(operations: Operations) -> Any:
-    return lambda *args, **more: operations.edits.submit([edit_request(*args, **more)], "somebody")[0]["id"]
+def submit_edit(services: Services) -> Any:
+    return lambda *args, **more: services.edits.submit([edit_request(*args, **more)], "somebody")[0]["id"]
 
 
 @pytest.fixture
-def landed(ask: Callable[..., Any], desk: Desk) -> Any:
+def applied_edit(submit_edit: Callable[..., Any], worker_jobs: WorkerJobs) -> Any:
     """Ask for an edit, and have it applied."""
 
-    def landed(*args: Any, **more: Any) -> Any:
-        edit = ask(*args, **more)
-        desk.apply(desk.start(edit), desk.head(), edit.encode(), {}, {})
+    def apply_new_edit(*args: Any, **more: Any) -> Any:
+        edit = submit_edit(*args, **more)
+        worker_jobs.commit_edit(worker_jobs.claim(edit), worker_jobs.head(), edit.encode(), {}, {})
         return edit
 
-    return landed
+    return apply_new_edit

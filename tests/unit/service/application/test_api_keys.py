@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event, select, update
 
-from service.application.api_keys import REMEMBERED, Key, Keys, Scope, is_token, may
+from service.application.api_keys import CACHE_SECONDS, ApiKeyInfo, ApiKeys, Scope, has_scope, is_token
 from service.db.database import Database
 from service.db.models import ApiKey
 from service.errors import Conflict, InvalidInput, NotFound, Unavailable
@@ -21,7 +21,7 @@ from service.errors import Conflict, InvalidInput, NotFound, Unavailable
 NUMBERS = count()
 
 
-class Clock:
+class FakeClock:
     """Time that passes only when it is told to."""
 
     def __init__(self) -> None:
@@ -32,29 +32,29 @@ class Clock:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
-def keys(database: Database, clock: Clock) -> Keys:
-    return Keys(database, clock)
+def keys(database: Database, clock: FakeClock) -> ApiKeys:
+    return ApiKeys(database, clock)
 
 
-def name() -> str:
+def unique_name() -> str:
     return f"k{next(NUMBERS)}"
 
 
-def rows(database: Database) -> list[ApiKey]:
-    with database.read() as session:
+def key_rows(database: Database) -> list[ApiKey]:
+    with database.read_session() as session:
         return list(session.scalars(select(ApiKey)))
 
 
-STEPS = st.lists(
+OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("create"), st.sets(st.sampled_from(Scope), min_size=1)),
         st.tuples(st.just("revoke"), st.integers(0, 5)),
-        st.tuples(st.just("wait"), st.floats(REMEMBERED, 100)),
+        st.tuples(st.just("wait"), st.floats(CACHE_SECONDS, 100)),
         st.tuples(st.just("verify"), st.integers(0, 5)),
         st.tuples(
             st.just("forge"), st.integers(0, 5), st.integers(0, 5), st.integers(4, 73), st.characters()
@@ -67,12 +67,12 @@ STEPS = st.lists(
 @settings(
     max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-@given(steps=STEPS)
+@given(steps=OPERATIONS)
 def test_a_token_verifies_iff_it_was_made_and_not_revoked(database: Database, steps: list[Any]) -> None:
     """Whatever is made, revoked and tried: exactly the tokens that were given out and not revoked open."""
-    clock = Clock()
-    keys = Keys(database, clock)
-    made: list[tuple[Key, str]] = []
+    clock = FakeClock()
+    keys = ApiKeys(database, clock)
+    made: list[tuple[ApiKeyInfo, str]] = []
     revoked: set[str] = set()
 
     def expect(token: str) -> None:
@@ -83,7 +83,7 @@ def test_a_token_verifies_iff_it_was_made_and_not_revoked(database: Database, st
 
     for verb, *arguments in steps:
         if verb == "create":
-            made.append(keys.create(name(), arguments[0]))
+            made.append(keys.create(unique_name(), arguments[0]))
         elif verb == "wait":
             clock.at += arguments[0]
         elif made:
@@ -91,7 +91,7 @@ def test_a_token_verifies_iff_it_was_made_and_not_revoked(database: Database, st
             if verb == "revoke":
                 keys.revoke(key.name)
                 revoked.add(key.name)
-                clock.at += REMEMBERED
+                clock.at += CACHE_SECONDS
             elif verb == "verify":
                 expect(token)
             else:
@@ -104,16 +104,16 @@ def test_a_token_verifies_iff_it_was_made_and_not_revoked(database: Database, st
 
 
 @pytest.mark.parametrize("text", ["", "pal_", "pal__", "pal_x_y", "é" * 74, "\ud800", "pal_" + "0" * 26 + "_" + "a" * 43, "x" * 10**6])  # fmt: skip
-def test_what_was_never_made_opens_nothing(keys: Keys, text: str) -> None:
+def test_invalid_tokens_are_rejected(keys: ApiKeys, text: str) -> None:
     """Any other text is no key, and no fault."""
     assert keys.verify(text) is None
 
 
-def test_of_the_secret_only_a_digest_is_kept(keys: Keys, database: Database) -> None:
+def test_only_a_digest_of_the_secret_is_stored(keys: ApiKeys, database: Database) -> None:
     """No column of the table holds the token or its secret."""
-    key, token = keys.create(name(), ["read"])
+    key, token = keys.create(unique_name(), ["read"])
     assert is_token(token)
-    (row,) = rows(database)
+    (row,) = key_rows(database)
     kept = " ".join(str(getattr(row, column.key)) for column in ApiKey.__table__.columns)
     assert token.rpartition("_")[2] not in kept
     assert token[31:] not in kept
@@ -135,10 +135,10 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, Any]]]
 
 
 def test_an_unknown_id_costs_what_a_wrong_secret_costs(
-    keys: Keys, database: Database, compared: list[tuple[Any, Any]]
+    keys: ApiKeys, database: Database, compared: list[tuple[Any, Any]]
 ) -> None:
     """Both read one row and compare two digests of one length, so that ids cannot be found out by timing."""
-    _, token = keys.create(name(), ["read"])
+    _, token = keys.create(unique_name(), ["read"])
     keys.verify(token)
     read: list[str] = []
     event.listen(database.engine, "before_cursor_execute", lambda *args: read.append(args[2]))
@@ -151,67 +151,67 @@ def test_an_unknown_id_costs_what_a_wrong_secret_costs(
     assert costs[0][1] == [(64, 64)]
 
 
-def test_a_verified_key_is_remembered_for_a_moment(keys: Keys, database: Database, clock: Clock) -> None:
+def test_a_verified_key_is_cached(keys: ApiKeys, database: Database, clock: FakeClock) -> None:
     """Within five seconds it is not looked up again, and then it is: so long a revocation takes at most."""
-    key, token = keys.create(name(), ["read"])
-    assert keys.remembered(token) is None
+    key, token = keys.create(unique_name(), ["read"])
+    assert keys.cached(token) is None
     assert keys.verify(token)
-    Keys(database).revoke(key.name)
-    clock.at += REMEMBERED - 0.01
-    assert keys.remembered(token) == keys.verify(token) is not None
+    ApiKeys(database).revoke(key.name)
+    clock.at += CACHE_SECONDS - 0.01
+    assert keys.cached(token) == keys.verify(token) is not None
     clock.at += 0.01
-    assert keys.remembered(token) is None
+    assert keys.cached(token) is None
     assert keys.verify(token) is None
-    assert REMEMBERED <= 5
+    assert CACHE_SECONDS <= 5
 
 
-def test_the_last_use_is_written_once_a_minute(keys: Keys, database: Database, clock: Clock) -> None:
+def test_the_last_use_is_written_once_a_minute(keys: ApiKeys, database: Database, clock: FakeClock) -> None:
     """The first use is noted at once, and later ones at most once a minute."""
-    key, token = keys.create(name(), ["read"])
+    key, token = keys.create(unique_name(), ["read"])
     assert key.last_used is None
     keys.verify(token)
     (first,) = keys.all()
     assert first.last_used is not None
-    clock.at += REMEMBERED
+    clock.at += CACHE_SECONDS
     keys.verify(token)
     assert keys.all() == [first]
-    with database.session() as session:
+    with database.write_session() as session:
         earlier = first.last_used - timedelta(seconds=61)
         session.execute(update(ApiKey).values(last_used=earlier))
-    clock.at += REMEMBERED
+    clock.at += CACHE_SECONDS
     keys.verify(token)
     (later,) = keys.all()
     assert later.last_used is not None
     assert later.last_used > earlier
 
 
-def test_a_use_that_cannot_be_noted_opens_all_the_same(
-    keys: Keys, database: Database, monkeypatch: pytest.MonkeyPatch
+def test_verify_survives_a_failed_last_used_write(
+    keys: ApiKeys, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A key is not refused because a database that can be read cannot be written."""
-    _, token = keys.create(name(), ["read"])
+    _, token = keys.create(unique_name(), ["read"])
 
     def fails() -> None:
         raise Unavailable("the disk is full")
 
-    monkeypatch.setattr(database, "session", fails)
+    monkeypatch.setattr(database, "write_session", fails)
     assert keys.verify(token)
 
 
-def test_a_database_that_is_down_is_no_verdict() -> None:
+def test_verify_raises_when_the_database_is_down() -> None:
     """Whether a key opens is then not known: that is an error, neither a yes nor a no."""
     database = Database("postgresql://nobody@127.0.0.1:1/none")
-    keys = Keys(database)
+    keys = ApiKeys(database)
     with pytest.raises(Unavailable):
         keys.verify("pal_" + "0" * 26 + "_" + "a" * 43)
     with pytest.raises(Unavailable):
-        keys.exist()
+        keys.any_exist()
     database.close()
 
 
-def test_a_name_is_given_once(keys: Keys) -> None:
+def test_a_name_is_given_once(keys: ApiKeys) -> None:
     """The actor in the ledger is one key for ever: not even a revoked one's name is given again."""
-    taken = name()
+    taken = unique_name()
     keys.create(taken, ["read"])
     keys.revoke(taken)
     with pytest.raises(Conflict):
@@ -219,9 +219,9 @@ def test_a_name_is_given_once(keys: Keys) -> None:
     assert len(keys.all()) == 1
 
 
-def test_revoking_is_final_and_harmless_to_repeat(keys: Keys) -> None:
+def test_revoking_is_final_and_harmless_to_repeat(keys: ApiKeys) -> None:
     """The time of the first revocation stays; a name that no key has is told."""
-    key, _ = keys.create(name(), ["read"])
+    key, _ = keys.create(unique_name(), ["read"])
     first = keys.revoke(key.name)
     assert first.revoked is not None
     assert keys.revoke(key.name) == first
@@ -229,57 +229,57 @@ def test_revoking_is_final_and_harmless_to_repeat(keys: Keys) -> None:
         keys.revoke("nobody")
 
 
-def test_a_key_holds_what_it_was_made_with(keys: Keys) -> None:
+def test_a_key_holds_what_it_was_made_with(keys: ApiKeys) -> None:
     """Scopes and limits come back from the table as they were given; the list has the oldest first."""
-    first, _ = keys.create(name(), ["edit", "read"], requests_per_minute=7, max_queued=3)
-    second, _ = keys.create(name(), ["admin"])
+    first, _ = keys.create(unique_name(), ["edit", "read"], requests_per_minute=7, max_queued=3)
+    second, _ = keys.create(unique_name(), ["admin"])
     assert keys.all() == [first, second]
     assert (first.scopes, first.requests_per_minute, first.max_queued) == ({Scope.READ, Scope.EDIT}, 7, 3)
     assert (second.scopes, second.requests_per_minute, second.max_queued) == ({Scope.ADMIN}, None, None)
 
 
 @pytest.mark.parametrize("wrong", ["", "A", "a b", "-a", "a" * 65, "a\n", "ключ", "deadbeef0123"])
-def test_a_name_is_plain(keys: Keys, wrong: str) -> None:
+def test_a_name_is_plain(keys: ApiKeys, wrong: str) -> None:
     """A name is short and plain, and cannot be taken for a root key's digest."""
     with pytest.raises(InvalidInput):
         keys.create(wrong, ["read"])
 
 
 @pytest.mark.parametrize("wrong", [[], ["write"], ["read", ""], ["READ"]])
-def test_scopes_are_known_ones(keys: Keys, wrong: list[str]) -> None:
+def test_scopes_are_known_ones(keys: ApiKeys, wrong: list[str]) -> None:
     """A key opens something, and something that there is."""
     with pytest.raises(InvalidInput):
-        keys.create(name(), wrong)
+        keys.create(unique_name(), wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"requests_per_minute": 0}, {"max_queued": -1}, {"max_queued": 2**31}])
-def test_limits_are_positive(keys: Keys, wrong: dict[str, int]) -> None:
+def test_limits_are_positive(keys: ApiKeys, wrong: dict[str, int]) -> None:
     """A limit that nothing could pass, or that the table cannot hold, is refused."""
     with pytest.raises(InvalidInput):
-        keys.create(name(), ["read"], **wrong)
+        keys.create(unique_name(), ["read"], **wrong)
 
 
-def test_whether_keys_exist(keys: Keys, clock: Clock, database_url: str) -> None:
+def test_whether_keys_exist(keys: ApiKeys, clock: FakeClock, database_url: str) -> None:
     """From the first key on there are keys, seen by other processes within five seconds; a revoked one counts."""
-    assert not keys.exist()
-    other = Keys(keys.database)
-    other.revoke(other.create(name(), ["read"])[0].name)
-    assert not keys.exist()
-    clock.at += REMEMBERED
-    assert keys.exist()
+    assert not keys.any_exist()
+    other = ApiKeys(keys.database)
+    other.revoke(other.create(unique_name(), ["read"])[0].name)
+    assert not keys.any_exist()
+    clock.at += CACHE_SECONDS
+    assert keys.any_exist()
 
 
 def test_before_the_tables_there_are_no_keys(database_url: str) -> None:
     """A database that was never migrated holds no key."""
     database = Database(database_url)
-    assert not Keys(database).exist()
+    assert not ApiKeys(database).any_exist()
     database.close()
 
 
-def test_admin_may_everything() -> None:
+def test_admin_has_every_scope() -> None:
     """`admin` opens everything, and every other scope only itself."""
     for needed in Scope:
-        assert [held for held in Scope if may([held], needed)] == sorted(
+        assert [held for held in Scope if has_scope([held], needed)] == sorted(
             {needed, Scope.ADMIN}, key=list(Scope).index
         )
-        assert not may([], needed)
+        assert not has_scope([], needed)

@@ -7,51 +7,53 @@ from typing import Any
 
 import pytest
 
-from service.application import Operations
+from service.application import Services
 from service.errors import Conflict, InvalidInput
 
 
 class TestRead:
     def test_related(
-        self, operations: Operations, landed: Callable[..., Any], ask: Callable[..., Any]
+        self, services: Services, applied_edit: Callable[..., Any], submit_edit: Callable[..., Any]
     ) -> None:
         """An edit names the active edits of its subject, however its spaces run, and no others."""
-        a, b = landed("Eiffel Tower"), landed("Eiffel  Tower", prompt="{} was built by")
-        landed("Colosseum")
-        waiting = ask("Eiffel Tower", prompt="{} is made of")
-        assert operations.edits.get(waiting)["related"] == [a, b]
-        assert operations.edits.get(a)["related"] == [b]
-        operations.edits.revert(a, "somebody")
-        assert operations.edits.get(waiting)["related"] == [b]
+        a, b = applied_edit("Eiffel Tower"), applied_edit("Eiffel  Tower", prompt="{} was built by")
+        applied_edit("Colosseum")
+        waiting = submit_edit("Eiffel Tower", prompt="{} is made of")
+        assert services.edits.get(waiting)["related"] == [a, b]
+        assert services.edits.get(a)["related"] == [b]
+        services.edits.revert(a, "somebody")
+        assert services.edits.get(waiting)["related"] == [b]
 
-    def test_delta(self, operations: Operations, landed: Callable[..., Any], ask: Callable[..., Any]) -> None:
+    def test_delta(
+        self, services: Services, applied_edit: Callable[..., Any], submit_edit: Callable[..., Any]
+    ) -> None:
         """The vectors of an applied edit can be had, also after it is reverted; others have none."""
-        edit = landed()
-        assert operations.edits.delta(edit) == edit.encode()
-        operations.edits.revert(edit, "somebody")
-        assert operations.edits.delta(edit) == edit.encode()
+        edit = applied_edit()
+        assert services.edits.delta(edit) == edit.encode()
+        services.edits.revert(edit, "somebody")
+        assert services.edits.delta(edit) == edit.encode()
         with pytest.raises(Conflict):
-            operations.edits.delta(ask())
+            services.edits.delta(submit_edit())
 
     def test_filters(
-        self, operations: Operations, landed: Callable[..., Any], ask: Callable[..., Any]
+        self, services: Services, applied_edit: Callable[..., Any], submit_edit: Callable[..., Any]
     ) -> None:
         """Edits are listed by status and by subject."""
-        applied, waiting = landed(), ask("Colosseum")
-        assert [edit["id"] for edit in operations.edits.page(status="applied")["items"]] == [applied]
-        assert [edit["id"] for edit in operations.edits.page(subject=" Colosseum")["items"]] == [waiting]
+        applied, waiting = applied_edit(), submit_edit("Colosseum")
+        assert [edit["id"] for edit in services.edits.page(status="applied")["items"]] == [applied]
+        assert [edit["id"] for edit in services.edits.page(subject=" Colosseum")["items"]] == [waiting]
         with pytest.raises(InvalidInput, match="queued, running"):
-            operations.edits.page(status="done")
+            services.edits.page(status="done")
 
-    def test_pages(self, operations: Operations, ask: Callable[..., Any]) -> None:
+    def test_pages(self, services: Services, submit_edit: Callable[..., Any]) -> None:
         """Pages follow each other newest first, without gap or repetition, also when edits come meanwhile."""
-        ids = [ask(f"Tower {n}") for n in range(4)]
+        ids = [submit_edit(f"Tower {n}") for n in range(4)]
         seen, cursor = [], None
         while True:
-            page = operations.edits.page(cursor=cursor, limit=1)
+            page = services.edits.page(cursor=cursor, limit=1)
             seen += [edit["id"] for edit in page["items"]]
             if cursor is None:
-                ask("Tower late")
+                submit_edit("Tower late")
             cursor = page["next"]
             if cursor is None:
                 break

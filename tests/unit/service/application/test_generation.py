@@ -9,31 +9,31 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from service.application import Operations
+from service.application import Services
 from service.db.database import Database
 from service.errors import InvalidInput, QueueFull
 from service.jobs.broker import Broker
-from service.jobs.job_store import Desk
+from service.jobs.job_store import WorkerJobs
 from service.schemas import CompareRequest, GenerateRequest
 from service.settings import Settings
 from tests.support.served_model import INFO, tokenizer_json
 
 
-class TestSpeech:
-    def test_generate(self, operations: Operations, broker: Broker) -> None:
+class TestGeneration:
+    def test_generate(self, services: Services, broker: Broker) -> None:
         """A generation goes to the workers as it was asked."""
         request = GenerateRequest(prompt="The Eiffel Tower", seed=7, stop=["."])
-        channel = operations.calls.generate(request)
-        (delivery,) = broker.take(["generate"], 1, 0)
+        channel = services.generation.generate(request)
+        (delivery,) = broker.receive(["generate"], 1, 0)
         assert delivery.job_id == channel
         assert GenerateRequest.model_validate(delivery.payload) == request
 
-    def test_compare(self, operations: Operations, broker: Broker, landed: Callable[..., Any]) -> None:
+    def test_compare(self, services: Services, broker: Broker, applied_edit: Callable[..., Any]) -> None:
         """So does a comparison."""
-        landed()
+        applied_edit()
         request = CompareRequest(prompt="The Eiffel Tower", versions=(0, 1))
-        operations.calls.compare(request)
-        (delivery,) = broker.take(["compare"], 1, 0)
+        services.generation.compare(request)
+        (delivery,) = broker.receive(["compare"], 1, 0)
         assert CompareRequest.model_validate(delivery.payload) == request
 
     @pytest.mark.parametrize(
@@ -46,70 +46,76 @@ class TestSpeech:
             ("prompt", {"prompt": "word " * 100}),
         ],
     )
-    def test_refused(self, operations: Operations, broker: Broker, field: str, changes: Any) -> None:
+    def test_refused(self, services: Services, broker: Broker, field: str, changes: Any) -> None:
         """A generation that cannot be had is refused before a worker hears of it."""
         with pytest.raises(InvalidInput) as error:
-            operations.calls.generate(GenerateRequest(**{"prompt": "The", **changes}))
+            services.generation.generate(GenerateRequest(**{"prompt": "The", **changes}))
         assert error.value.field == field
-        assert broker.waiting("generate") == 0
+        assert broker.queue_depth("generate") == 0
 
-    def test_older_than_wanted(self, operations: Operations, landed: Callable[..., Any]) -> None:
+    def test_pinned_version_older_than_min_version(
+        self, services: Services, applied_edit: Callable[..., Any]
+    ) -> None:
         """A pinned version must not be older than the one that the client has seen."""
-        landed()
-        assert operations.calls.generate(GenerateRequest(prompt="The", min_version=1))
-        assert operations.calls.generate(GenerateRequest(prompt="The", version=1, min_version=1))
+        applied_edit()
+        assert services.generation.generate(GenerateRequest(prompt="The", min_version=1))
+        assert services.generation.generate(GenerateRequest(prompt="The", version=1, min_version=1))
         with pytest.raises(InvalidInput, match="older"):
-            operations.calls.generate(GenerateRequest(prompt="The", version="base", min_version=1))
+            services.generation.generate(GenerateRequest(prompt="The", version="base", min_version=1))
 
-    def test_unknown_side(self, operations: Operations) -> None:
+    def test_unknown_version_in_comparison(self, services: Services) -> None:
         """Both versions of a comparison must exist."""
         with pytest.raises(InvalidInput, match="no version 3"):
-            operations.calls.compare(CompareRequest(prompt="The", versions=("base", 3)))
+            services.generation.compare(CompareRequest(prompt="The", versions=("base", 3)))
 
-    def test_ask_again(self, operations: Operations, broker: Broker) -> None:
+    def test_resubmit_keeps_the_channel(self, services: Services, broker: Broker) -> None:
         """A call that the queue lost is asked again as it was, on its channel."""
         request = GenerateRequest(prompt="The", seed=3)
-        channel = operations.calls.generate(request)
-        (first,) = broker.take(["generate"], 1, 0)
-        broker.done(first)
-        operations.calls.ask_again("generate", channel, request)
-        (second,) = broker.take(["generate"], 1, 0)
+        channel = services.generation.generate(request)
+        (first,) = broker.receive(["generate"], 1, 0)
+        broker.ack(first)
+        services.generation.resubmit("generate", channel, request)
+        (second,) = broker.receive(["generate"], 1, 0)
         assert (second.job_id, second.payload) == (channel, first.payload)
 
-    def test_most_tokens(self, database: Database, broker: Broker, desk: Desk, tmp_path: Path) -> None:
+    def test_max_new_tokens_setting(
+        self, database: Database, broker: Broker, worker_jobs: WorkerJobs, tmp_path: Path
+    ) -> None:
         """No more tokens can be asked for than the settings allow."""
-        operations = Operations(database, broker, Settings(data=tmp_path, max_new_tokens=7))
-        operations.calls.generate(GenerateRequest(prompt="The", max_new_tokens=7))
-        for verb, request in (
-            (operations.calls.generate, GenerateRequest(prompt="The", max_new_tokens=8)),
-            (operations.calls.compare, CompareRequest(prompt="The", max_new_tokens=8)),
+        services = Services(database, broker, Settings(data=tmp_path, max_new_tokens=7))
+        services.generation.generate(GenerateRequest(prompt="The", max_new_tokens=7))
+        for operation, request in (
+            (services.generation.generate, GenerateRequest(prompt="The", max_new_tokens=8)),
+            (services.generation.compare, CompareRequest(prompt="The", max_new_tokens=8)),
         ):
             with pytest.raises(InvalidInput, match="at most 7") as error:
-                verb(request)
+                operation(request)
             assert error.value.field == "max_new_tokens"
 
-    def test_the_tokenizer_is_read_once(self, operations: Operations, database: Database, desk: Desk) -> None:
+    def test_the_tokenizer_is_read_once(
+        self, services: Services, database: Database, worker_jobs: WorkerJobs
+    ) -> None:
         """Of the megabytes of a tokenizer nothing is read by a request, but by the first after a worker came up."""
-        asked = []
+        reads_tokenizer = []
 
         def note(*args: Any) -> None:
-            asked.append("tokenizer" in args[2])
+            reads_tokenizer.append("tokenizer" in args[2])
 
         event.listen(database.engine, "before_cursor_execute", note)
         for _ in range(3):
-            operations.calls.generate(GenerateRequest(prompt="The"))
-        assert sum(asked) == 1
-        desk.register(INFO, tokenizer_json())
-        asked.clear()
+            services.generation.generate(GenerateRequest(prompt="The"))
+        assert sum(reads_tokenizer) == 1
+        worker_jobs.register(INFO, tokenizer_json())
+        reads_tokenizer.clear()
         for _ in range(2):
-            operations.calls.generate(GenerateRequest(prompt="The"))
-        assert sum(asked) == 1
+            services.generation.generate(GenerateRequest(prompt="The"))
+        assert sum(reads_tokenizer) == 1
         event.remove(database.engine, "before_cursor_execute", note)
 
-    def test_queue_full(self, operations: Operations) -> None:
+    def test_queue_full(self, services: Services) -> None:
         """Too many waiting generations are refused with the time after which to try again."""
         for _ in range(5):
-            operations.calls.generate(GenerateRequest(prompt="The"))
+            services.generation.generate(GenerateRequest(prompt="The"))
         with pytest.raises(QueueFull) as error:
-            operations.calls.generate(GenerateRequest(prompt="The"))
+            services.generation.generate(GenerateRequest(prompt="The"))
         assert error.value.retry_after > 0

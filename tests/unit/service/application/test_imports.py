@@ -13,37 +13,37 @@ import pytest
 from safetensors.numpy import load, save
 
 from service.application import edit_set
-from service.db.models import Job, Part
+from service.db.models import Job, JobArtifact
 from service.editing import edit_job
 from service.errors import InvalidInput
-from service.kit.safetensors_io import read
-from service.kit.steps import Steps
+from service.kit.safetensors_io import read_safetensors
+from service.kit.steps import Stepper
 from service.models.loading import LoadedModel
 from tests.support import wirings
-from tests.support.stepped_service import Place, Resource
+from tests.support.stepped_service import Resource, SteppedService
 from tests.support.tiny_models import tiny
-from workers.model_info import card
+from workers.model_info import model_info
 
-Build = Callable[[], Place]
+BuildPlace = Callable[[], SteppedService]
 
 
-@pytest.fixture(params=wirings.BOTH)
-def build(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Build]:
+@pytest.fixture(params=wirings.ALL_WIRINGS)
+def build(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BuildPlace]:
     """Services on stores of their own, all with one model."""
-    places: list[Place] = []
+    places: list[SteppedService] = []
 
-    def built(model: LoadedModel | None = None) -> Place:
-        stores = wirings.stores(request)
-        places.append(Place(tmp_path / str(len(places)), model or tiny(), **stores))
+    def built(model: LoadedModel | None = None) -> SteppedService:
+        stores = wirings.store_settings(request)
+        places.append(SteppedService(tmp_path / str(len(places)), model or tiny(), **stores))
         return places[-1]
 
     yield built
     for place in places:
-        place.wired.close()
+        place.container.close()
 
 
 @pytest.fixture
-def here(build: Build) -> Place:
+def source(build: BuildPlace) -> SteppedService:
     """A service at version 6, where four edits are active: of two methods, one in place of an older one, one in spite of a revert."""
     place = build()
     place.edit("Eiffel Tower", "is")
@@ -51,35 +51,35 @@ def here(build: Build) -> Place:
     reverted = place.edit("Big Ben", "is")
     place.edit("Colosseum", "on", probes={"paraphrase": ["What about the {}"]})
     place.edit("Mount Fuji", "in", method="ft-l", hparams={"steps": 3})
-    place.do.edits.revert(reverted, "key:alice")
+    place.services.edits.revert(reverted, "key:alice")
     place.edit("Louvre", "is", method="memit")
     return place
 
 
 @pytest.fixture
-def there(build: Build, here: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
+def destination(build: BuildPlace, source: SteppedService, monkeypatch: pytest.MonkeyPatch) -> SteppedService:
     """Another service, in which nothing is searched for."""
     place = build()
 
-    def search(*_: Any) -> Steps[Any]:
+    def search(*_: Any) -> Stepper[Any]:
         raise AssertionError("an imported edit is searched for")
 
     monkeypatch.setattr(edit_job, "find_together_steps", search)
     return place
 
 
-def test_the_weights_are_the_same_bytes(here: Place, there: Place) -> None:
+def test_the_weights_are_the_same_bytes(source: SteppedService, destination: SteppedService) -> None:
     """With these edits alone the other service has the same state and the same digest; who found them, and how, is in its ledger."""
-    data = here.exported()
-    made, known = there.do.imports.submit(data, "key:bob")
-    assert len(made) == 4 and known == []
-    there.work()
-    assert [there.do.edits.get(e["id"])["status"] for e in made] == ["applied"] * 4
-    assert there.replica.digest(4) == here.replica.digest(here.desk.head())
-    assert there.state() == here.state()
-    assert there.do.ledger.verify()["ok"]
-    origin = there.do.edits.get(made[0]["id"])["origin"]
-    entry, theirs = there.do.ledger.page()["items"][0], here.do.ledger.page()["items"][1]
+    data = source.export_edit_set()
+    created, already_present = destination.services.imports.submit(data, "key:bob")
+    assert len(created) == 4 and already_present == []
+    destination.run_queued_edits()
+    assert [destination.services.edits.get(e["id"])["status"] for e in created] == ["applied"] * 4
+    assert destination.replica.digest(4) == source.replica.digest(source.worker_jobs.head())
+    assert destination.state() == source.state()
+    assert destination.services.ledger.verify()["ok"]
+    origin = destination.services.edits.get(created[0]["id"])["origin"]
+    entry, theirs = destination.services.ledger.page()["items"][0], source.services.ledger.page()["items"][1]
     assert (
         origin["edit"] == theirs["edit_id"] and origin["actor"] == "key:alice" and entry["actor"] == "key:bob"
     )
@@ -94,116 +94,122 @@ def test_the_weights_are_the_same_bytes(here: Place, there: Place) -> None:
         "resolved_true",
     ):
         assert entry["body"][name] == theirs["body"][name], name
-    assert there.count(Part) == 0
+    assert destination.count(JobArtifact) == 0
 
 
-def test_tried_together_they_land_the_same(here: Place, there: Place) -> None:
+def test_batched_import_commits_the_same_bytes(source: SteppedService, destination: SteppedService) -> None:
     """As edits that wait together."""
-    there.do.imports.submit(here.exported(), "key:bob")
-    there.work(together=True)
-    assert there.replica.digest(4) == here.replica.digest(here.desk.head())
+    destination.services.imports.submit(source.export_edit_set(), "key:bob")
+    destination.run_queued_edits(as_group=True)
+    assert destination.replica.digest(4) == source.replica.digest(source.worker_jobs.head())
 
 
-def test_an_older_version_is_exported_as_it_was(here: Place, there: Place) -> None:
+def test_an_older_version_is_exported_as_it_was(source: SteppedService, destination: SteppedService) -> None:
     """Whatever came later; the same version is the same bytes."""
-    data = here.exported(1)
-    assert data == here.exported(1)
-    there.do.imports.submit(data, "key:bob")
-    there.work()
-    assert there.replica.digest(1) == here.replica.digest(1) != here.replica.digest(2)
+    data = source.export_edit_set(1)
+    assert data == source.export_edit_set(1)
+    destination.services.imports.submit(data, "key:bob")
+    destination.run_queued_edits()
+    assert destination.replica.digest(1) == source.replica.digest(1) != source.replica.digest(2)
 
 
-def test_what_is_here_is_left_alone(here: Place, there: Place) -> None:
+def test_import_is_idempotent(source: SteppedService, destination: SteppedService) -> None:
     """Importing twice lands once, also while the first is under way, and also at home; what was reverted may come back."""
-    data = here.exported()
-    first, _ = there.do.imports.submit(data, "key:bob")
+    data = source.export_edit_set()
+    first, _ = destination.services.imports.submit(data, "key:bob")
     ids = [e["id"] for e in first]
     for _ in range(2):
-        again, known = there.do.imports.submit(data, "key:bob")
-        assert [e["id"] for e in again] == known == ids
-        there.work()
-    assert there.desk.head() == 4
-    assert len(here.do.imports.submit(data, "key:bob")[1]) == 4
-    there.do.edits.revert(ids[1], "key:bob")
-    third, known = there.do.imports.submit(data, "key:bob")
-    assert [e["id"] for e in third][1] not in ids and known == [ids[0], *ids[2:]]
+        again, already_present = destination.services.imports.submit(data, "key:bob")
+        assert [e["id"] for e in again] == already_present == ids
+        destination.run_queued_edits()
+    assert destination.worker_jobs.head() == 4
+    assert len(source.services.imports.submit(data, "key:bob")[1]) == 4
+    destination.services.edits.revert(ids[1], "key:bob")
+    third, already_present = destination.services.imports.submit(data, "key:bob")
+    assert [e["id"] for e in third][1] not in ids and already_present == [ids[0], *ids[2:]]
 
 
-def test_an_import_is_taken_back_like_any_edit(here: Place, there: Place) -> None:
+def test_imported_edits_can_be_reverted(source: SteppedService, destination: SteppedService) -> None:
     """Base bytes, when all are."""
-    made, _ = there.do.imports.submit(here.exported(), "key:bob")
-    there.work()
-    for e in made:
-        there.do.edits.revert(e["id"], "key:bob")
-    assert there.replica.digest(there.desk.head()) == there.replica.digest(0)
+    created, _ = destination.services.imports.submit(source.export_edit_set(), "key:bob")
+    destination.run_queued_edits()
+    for e in created:
+        destination.services.edits.revert(e["id"], "key:bob")
+    assert destination.replica.digest(destination.worker_jobs.head()) == destination.replica.digest(0)
 
 
-def test_an_import_goes_on_from_one_service_to_the_next(build: Build, here: Place, there: Place) -> None:
+def test_imported_edits_can_be_exported_again(
+    build: BuildPlace, source: SteppedService, destination: SteppedService
+) -> None:
     """And lands a third time with the same bytes."""
-    there.do.imports.submit(here.exported(), "key:bob")
-    there.work()
+    destination.services.imports.submit(source.export_edit_set(), "key:bob")
+    destination.run_queued_edits()
     third = build()
-    third.do.imports.submit(there.exported(), "key:carol")
-    third.work()
-    assert third.replica.digest(4) == here.replica.digest(here.desk.head())
+    third.services.imports.submit(destination.export_edit_set(), "key:carol")
+    third.run_queued_edits()
+    assert third.replica.digest(4) == source.replica.digest(source.worker_jobs.head())
 
 
-def test_the_guard_stands_before_imports_too(here: Place, there: Place) -> None:
+def test_guard_applies_to_imports(source: SteppedService, destination: SteppedService) -> None:
     """An edit that does not hold here does not land, and is not made stronger to that end."""
-    strict = json.loads(read(here.exported(1), "it").metadata["set"])
+    strict = json.loads(read_safetensors(source.export_edit_set(1), "it").metadata["set"])
     strict["edits"][0]["request"]["guard"] = {"min_probability": 1.0}
-    made, _ = there.do.imports.submit(forged(here.exported(1), strict), "key:bob")
-    there.work()
-    ended = there.do.edits.get(made[0]["id"])
+    created, _ = destination.services.imports.submit(forge_file(source.export_edit_set(1), strict), "key:bob")
+    destination.run_queued_edits()
+    ended = destination.services.edits.get(created[0]["id"])
     assert ended["status"] == "rejected" and ended["result"]["strength"] == 1.0
-    assert there.desk.head() == 0 and there.count(Part) == 0
+    assert destination.worker_jobs.head() == 0 and destination.count(JobArtifact) == 0
 
 
-def test_a_key_is_good_for_one_import(here: Place, there: Place) -> None:
+def test_idempotency_key_covers_one_import(source: SteppedService, destination: SteppedService) -> None:
     """The same again gives the same edits again; another file with it is refused."""
-    first, _ = there.do.imports.submit(here.exported(), "key:bob", ("k", "a"))
-    again, _ = there.do.imports.submit(here.exported(), "key:bob", ("k", "a"))
+    first, _ = destination.services.imports.submit(source.export_edit_set(), "key:bob", ("k", "a"))
+    again, _ = destination.services.imports.submit(source.export_edit_set(), "key:bob", ("k", "a"))
     assert [e["id"] for e in first] == [e["id"] for e in again]
     with pytest.raises(InvalidInput, match="another body"):
-        there.do.imports.submit(here.exported(1), "key:bob", ("k", "b"))
+        destination.services.imports.submit(source.export_edit_set(1), "key:bob", ("k", "b"))
 
 
 # files that are refused
 
 
-def forged(data: bytes, told: Resource, vectors: dict[str, bytes] | None = None) -> bytes:
+def forge_file(data: bytes, edit_set: Resource, vectors: dict[str, bytes] | None = None) -> bytes:
     """A file whose digest is right, whoever made it."""
-    said = json.dumps(told)
-    metadata = {"format": edit_set.FORMAT, "set": said, "sha256": hashlib.sha256(said.encode()).hexdigest()}
-    kept = {name: np.frombuffer(blob, np.uint8) for name, blob in read(data, "it").data.items()}
-    kept |= {name: np.frombuffer(blob, np.uint8) for name, blob in (vectors or {}).items()}
-    names = [e["origin"]["edit"] for e in told["edits"]]
-    return save({name: kept[name.removeprefix("../")] for name in names}, metadata)
+    encoded_set = json.dumps(edit_set)
+    metadata = {
+        "format": edit_set.FORMAT,
+        "set": encoded_set,
+        "sha256": hashlib.sha256(encoded_set.encode()).hexdigest(),
+    }
+    blobs = {name: np.frombuffer(blob, np.uint8) for name, blob in read_safetensors(data, "it").data.items()}
+    blobs |= {name: np.frombuffer(blob, np.uint8) for name, blob in (vectors or {}).items()}
+    names = [e["origin"]["edit"] for e in edit_set["edits"]]
+    return save({name: blobs[name.removeprefix("../")] for name in names}, metadata)
 
 
-def with_vectors(data: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
+def with_changed_vectors(data: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
     """The file of one edit with other vectors, and all digests right."""
-    told = json.loads(read(data, "it").metadata["set"])
-    name = told["edits"][0]["origin"]["edit"]
-    tensors = dict(load(bytes(read(data, "it").data[name])))
+    edit_set = json.loads(read_safetensors(data, "it").metadata["set"])
+    name = edit_set["edits"][0]["origin"]["edit"]
+    tensors = dict(load(bytes(read_safetensors(data, "it").data[name])))
     change(tensors)
     blob = save(tensors)
-    told["edits"][0]["factors_sha256"] = hashlib.sha256(blob).hexdigest()
-    return forged(data, told, {name: blob})
+    edit_set["edits"][0]["factors_sha256"] = hashlib.sha256(blob).hexdigest()
+    return forge_file(data, edit_set, {name: blob})
 
 
-def with_words(data: bytes, change: Callable[[Resource], Any]) -> bytes:
+def with_changed_set(data: bytes, change: Callable[[Resource], Any]) -> bytes:
     """The file of one edit of which something else is said, and the digest right."""
-    told = json.loads(read(data, "it").metadata["set"])
-    change(told)
-    return forged(data, told)
+    edit_set = json.loads(read_safetensors(data, "it").metadata["set"])
+    change(edit_set)
+    return forge_file(data, edit_set)
 
 
-def first(told: Resource) -> Resource:
-    return told["edits"][0]  # type: ignore[no-any-return]
+def first_edit(edit_set: Resource) -> Resource:
+    return edit_set["edits"][0]  # type: ignore[no-any-return]
 
 
-HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+HOSTILE_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda d: b"", "no file of safetensors"),
     "not ours": (lambda d: save({"a": np.zeros(3)}), "no exported set"),
     "cut off": (lambda d: d[:-1], "no file of safetensors"),
@@ -211,105 +217,125 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a vector changed": (lambda d: d[:-1] + bytes([d[-1] ^ 1]), "damaged or changed"),
     "words changed": (lambda d: d.replace(b"Eiffel Tower", b"Eiffel Cower"), "damaged or changed"),
     "another model": (
-        lambda d: with_words(d, lambda t: t["model"].update(fingerprint="0" * 64)),
+        lambda d: with_changed_set(d, lambda t: t["model"].update(fingerprint="0" * 64)),
         "fingerprint",
     ),
-    "not a number": (lambda d: with_vectors(d, lambda v: v["layer.0.key"].fill(np.nan)), "cannot be"),
-    "infinite": (lambda d: with_vectors(d, lambda v: v["layer.1.value"].fill(np.inf)), "cannot be"),
+    "not a number": (lambda d: with_changed_vectors(d, lambda v: v["layer.0.key"].fill(np.nan)), "cannot be"),
+    "infinite": (lambda d: with_changed_vectors(d, lambda v: v["layer.1.value"].fill(np.inf)), "cannot be"),
     "of another shape": (
-        lambda d: with_vectors(d, lambda v: v.update({"layer.0.key": np.zeros(41, np.float32)})),
+        lambda d: with_changed_vectors(d, lambda v: v.update({"layer.0.key": np.zeros(41, np.float32)})),
         "must be F32",
     ),
     "of another type": (
-        lambda d: with_vectors(d, lambda v: v.update({"layer.0.key": np.zeros(40, np.int32)})),
+        lambda d: with_changed_vectors(d, lambda v: v.update({"layer.0.key": np.zeros(40, np.int32)})),
         "must be F32",
     ),
     "a layer missing": (
-        lambda d: with_vectors(d, lambda v: [v.pop(n) for n in list(v) if n.startswith("layer.1")]),
+        lambda d: with_changed_vectors(d, lambda v: [v.pop(n) for n in list(v) if n.startswith("layer.1")]),
         "not those of rome",
     ),
     "a vector more": (
-        lambda d: with_vectors(d, lambda v: v.update({"weight.0.mlp": np.zeros((16, 40), np.float32)})),
+        lambda d: with_changed_vectors(
+            d, lambda v: v.update({"weight.0.mlp": np.zeros((16, 40), np.float32)})
+        ),
         "not those of rome",
     ),
     "a negative ridge": (
-        lambda d: with_vectors(d, lambda v: v.update({"layer.0.form.memit": np.array([-1.0])})),
+        lambda d: with_changed_vectors(d, lambda v: v.update({"layer.0.form.memit": np.array([-1.0])})),
         "cannot be",
     ),
     "an unknown form": (
-        lambda d: with_vectors(d, lambda v: v.update({"layer.0.form.x": np.array([1.0])})),
+        lambda d: with_changed_vectors(d, lambda v: v.update({"layer.0.form.x": np.array([1.0])})),
         "not those of rome",
     ),
     "a layer that is not there": (
-        lambda d: with_words(d, lambda t: first(t)["found"]["hparams"].update(layers=[7])),
+        lambda d: with_changed_set(d, lambda t: first_edit(t)["found"]["hparams"].update(layers=[7])),
         "names no layers",
     ),
     "an unknown hyperparameter": (
-        lambda d: with_words(d, lambda t: first(t)["found"]["hparams"].update(x=1)),
+        lambda d: with_changed_set(d, lambda t: first_edit(t)["found"]["hparams"].update(x=1)),
         "hparams",
     ),
-    "an unknown method": (lambda d: with_words(d, lambda t: first(t)["found"].update(method="x")), "method"),
-    "no slot": (lambda d: with_words(d, lambda t: first(t)["request"].update(prompt="x")), "exactly one"),
+    "an unknown method": (
+        lambda d: with_changed_set(d, lambda t: first_edit(t)["found"].update(method="x")),
+        "method",
+    ),
+    "no slot": (
+        lambda d: with_changed_set(d, lambda t: first_edit(t)["request"].update(prompt="x")),
+        "exactly one",
+    ),
     "an id that is a path": (
-        lambda d: with_words(d, lambda t: first(t)["origin"].update(edit="../" + first(t)["origin"]["edit"])),
+        lambda d: with_changed_set(
+            d, lambda t: first_edit(t)["origin"].update(edit="../" + first_edit(t)["origin"]["edit"])
+        ),
         "not sound",
     ),
-    "no edits": (lambda d: with_words(d, lambda t: t.update(edits=[])), "not sound"),
-    "more than it should say": (lambda d: with_words(d, lambda t: t.update(x=1)), "not sound"),
-    "one edit twice": (lambda d: with_words(d, lambda t: t["edits"].append(first(t))), "not the same"),
+    "no edits": (lambda d: with_changed_set(d, lambda t: t.update(edits=[])), "not sound"),
+    "more than it should say": (lambda d: with_changed_set(d, lambda t: t.update(x=1)), "not sound"),
+    "one edit twice": (
+        lambda d: with_changed_set(d, lambda t: t["edits"].append(first_edit(t))),
+        "not the same",
+    ),
 }
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def valid_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The file of one edit."""
-    place = Place(tmp_path_factory.mktemp("sound"), tiny())
+    place = SteppedService(tmp_path_factory.mktemp("sound"), tiny())
     place.edit("Eiffel Tower", "is")
-    data = place.exported()
-    place.wired.close()
+    data = place.export_edit_set()
+    place.container.close()
     return data
 
 
 @pytest.fixture(scope="module")
-def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def empty_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SteppedService]:
     """A service into which nothing ever comes."""
-    place = Place(tmp_path_factory.mktemp("lone"), tiny())
+    place = SteppedService(tmp_path_factory.mktemp("lone"), tiny())
     yield place
-    place.wired.close()
+    place.container.close()
 
 
-@pytest.mark.parametrize("name", list(HOSTILE))
-def test_nothing_of_an_unsound_file_is_written(name: str, sound: bytes, lone: Place) -> None:
+@pytest.mark.parametrize("name", list(HOSTILE_FILES))
+def test_rejected_file_writes_nothing(name: str, valid_file: bytes, empty_service: SteppedService) -> None:
     """It is refused with words that say what is wrong, before anything is written."""
-    spoil, said = HOSTILE[name]
-    spoiled = spoil(sound)
-    assert spoiled != sound
+    spoil, said = HOSTILE_FILES[name]
+    spoiled = spoil(valid_file)
+    assert spoiled != valid_file
     with pytest.raises(InvalidInput, match=said):
-        lone.do.imports.submit(spoiled, "key:bob")
-    assert lone.count(Job) == lone.count(Part) == 0
+        empty_service.services.imports.submit(spoiled, "key:bob")
+    assert empty_service.count(Job) == empty_service.count(JobArtifact) == 0
 
 
-def test_a_forged_file_that_is_sound_would_pass(sound: bytes, lone: Place) -> None:
+def test_valid_forged_file_is_accepted(valid_file: bytes, empty_service: SteppedService) -> None:
     """So that what the test above finds is what it changes."""
-    given = edit_set.read(with_vectors(sound, lambda v: None), tiny().fingerprint, card(tiny(), lone.toolkit))
-    assert [g.request.subject for g in given] == ["Eiffel Tower"]
+    imported_edits = edit_set.read_edit_set(
+        with_changed_vectors(valid_file, lambda v: None),
+        tiny().fingerprint,
+        model_info(tiny(), empty_service.context),
+    )
+    assert [g.request.subject for g in imported_edits] == ["Eiffel Tower"]
 
 
-def test_another_model_is_another_model(sound: bytes, build: Build) -> None:
+def test_another_model_is_another_model(valid_file: bytes, build: BuildPlace) -> None:
     """The same shape with other weights does not do: an edit is a function of its base model."""
     with pytest.raises(InvalidInput, match="serve the same base model"):
-        build(tiny(seed=1)).do.imports.submit(sound, "key:bob")
+        build(tiny(seed=1)).services.imports.submit(valid_file, "key:bob")
 
 
-def test_nothing_active_is_nothing_to_export(lone: Place) -> None:
+def test_nothing_active_is_nothing_to_export(empty_service: SteppedService) -> None:
     """Of the base model there are no edits."""
-    for export in (lone.exported, lambda: lone.do.exports.submit("head", "peft", "x")):
+    for export in (
+        empty_service.export_edit_set,
+        lambda: empty_service.services.exports.submit("head", "peft", "x"),
+    ):
         with pytest.raises(InvalidInput, match="no edit is active at version 0"):
             export()
 
 
-def test_fine_tuning_has_no_adapter(here: Place) -> None:
+def test_fine_tuning_has_no_adapter(source: SteppedService) -> None:
     """Its changes are of whole weights: the refusal names the edits, and what to do instead."""
     with pytest.raises(InvalidInput, match=r"edit_\w+\. Export the edited weights"):
-        here.do.exports.submit("head", "peft", "x")
-    assert here.do.exports.submit("head", "safetensors", "x")["status"] == "queued"
+        source.services.exports.submit("head", "peft", "x")
+    assert source.services.exports.submit("head", "safetensors", "x")["status"] == "queued"

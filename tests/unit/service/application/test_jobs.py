@@ -11,155 +11,168 @@ from typing import Any
 
 import pytest
 
-from service.application import Operations
-from service.application import jobs as following
+from service.application import Services
+from service.application import jobs as job_service_module
 from service.db.database import Database
 from service.errors import Conflict, InvalidInput, NotFound, Unavailable
 from service.jobs.broker import Broker
-from service.jobs.job_store import Desk
+from service.jobs.job_store import WorkerJobs
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.steps import Progress
 from service.settings import Settings
-from tests.support.service_requests import down, heard, listened, trace_request
+from tests.support.service_requests import (
+    collect_channel_events,
+    collect_job_events,
+    raise_unavailable,
+    trace_request,
+)
 
 
 class TestJobs:
     @pytest.fixture
-    def every(self, operations: Operations, ask: Callable[..., Any]) -> Any:
+    def one_of_each_kind(self, services: Services, submit_edit: Callable[..., Any]) -> Any:
         """A job of each kind, oldest first."""
-        return [ask("a"), operations.traces.submit(trace_request(), "somebody")["id"], ask("b")]
+        return [submit_edit("a"), services.traces.submit(trace_request(), "somebody")["id"], submit_edit("b")]
 
     @pytest.fixture
-    def failed(self, ask: Callable[..., Any], desk: Desk, broker: Broker) -> Any:
-        edit = ask()
-        broker.take(["edit"], 1, 0)
-        desk.fail(desk.start(edit), "out of memory")
+    def failed(self, submit_edit: Callable[..., Any], worker_jobs: WorkerJobs, broker: Broker) -> Any:
+        edit = submit_edit()
+        broker.receive(["edit"], 1, 0)
+        worker_jobs.fail(worker_jobs.claim(edit), "out of memory")
         return edit
 
-    def test_all_kinds(self, operations: Operations, every: Any) -> None:
+    def test_all_kinds(self, services: Services, one_of_each_kind: Any) -> None:
         """Jobs of all kinds are in one list, newest first, page by page."""
-        assert [job["id"] for job in operations.jobs.page()["items"]] == every[::-1]
-        assert [job["kind"] for job in operations.jobs.page()["items"]] == ["edit", "trace", "edit"]
+        assert [job["id"] for job in services.jobs.page()["items"]] == one_of_each_kind[::-1]
+        assert [job["kind"] for job in services.jobs.page()["items"]] == ["edit", "trace", "edit"]
         paged, cursor = [], None
         while True:
-            page = operations.jobs.page(cursor=cursor, limit=1)
+            page = services.jobs.page(cursor=cursor, limit=1)
             paged += [job["id"] for job in page["items"]]
             if not (cursor := page["next"]):
                 break
-        assert paged == every[::-1]
+        assert paged == one_of_each_kind[::-1]
 
-    def test_narrowed(self, operations: Operations, every: Any, failed: Any) -> None:
+    def test_filters(self, services: Services, one_of_each_kind: Any, failed: Any) -> None:
         """The list can be narrowed by kind, by status and to the dead."""
-        assert [job["id"] for job in operations.jobs.page(kind="trace")["items"]] == [every[1]]
-        assert [job["id"] for job in operations.jobs.page(status="failed")["items"]] == [failed]
-        assert operations.jobs.page(dead=True)["items"] == []
-        assert len(operations.jobs.page(dead=False)["items"]) == 4
+        assert [job["id"] for job in services.jobs.page(kind="trace")["items"]] == [one_of_each_kind[1]]
+        assert [job["id"] for job in services.jobs.page(status="failed")["items"]] == [failed]
+        assert services.jobs.page(dead=True)["items"] == []
+        assert len(services.jobs.page(dead=False)["items"]) == 4
 
     @pytest.mark.parametrize(
         "bad", [{"status": "x"}, {"kind": "generate"}, {"limit": 0}, {"cursor": "x"}, {"cursor": "ImdvbmUi"}]
     )
-    def test_refused(self, operations: Operations, bad: Any) -> None:
+    def test_refused(self, services: Services, bad: Any) -> None:
         """What cannot be listed is refused."""
         with pytest.raises(InvalidInput):
-            operations.jobs.page(**bad)
+            services.jobs.page(**bad)
 
-    def test_retry(self, operations: Operations, failed: Any, broker: Broker, desk: Desk) -> None:
+    def test_retry(self, services: Services, failed: Any, broker: Broker, worker_jobs: WorkerJobs) -> None:
         """A failed job waits again as if it had never been tried, and its listeners hear the new end."""
-        job = operations.jobs.retry(failed, "admin")
+        job = services.jobs.retry(failed, "admin")
         assert (job["status"], job["attempts"], job["error"], job["dead"]) == ("queued", 0, None, False)
-        assert operations.edits.get(failed)["ended"] is None
-        assert [d.job_id for d in broker.take(["edit"], 1, 0)] == [failed]
-        again = desk.start(failed)
+        assert services.edits.get(failed)["ended"] is None
+        assert [d.job_id for d in broker.receive(["edit"], 1, 0)] == [failed]
+        again = worker_jobs.claim(failed)
         assert again.attempt == 1
-        desk.finish(again, "rejected")
-        assert [(e.name, e.data["status"]) for e in heard(operations, failed)] == [("end", "rejected")]
-        assert [event.data["status"] for event in listened(broker, failed)] == ["rejected"]
+        worker_jobs.finish(again, "rejected")
+        assert [(e.name, e.data["status"]) for e in collect_job_events(services, failed)] == [
+            ("end", "rejected")
+        ]
+        assert [event.data["status"] for event in collect_channel_events(broker, failed)] == ["rejected"]
 
     def test_retry_what_did_not_fail(
-        self, operations: Operations, ask: Callable[..., Any], landed: Callable[..., Any]
+        self, services: Services, submit_edit: Callable[..., Any], applied_edit: Callable[..., Any]
     ) -> None:
         """Nothing but a failed job is tried again."""
-        for job in (ask("a"), landed("b")):
+        for job in (submit_edit("a"), applied_edit("b")):
             with pytest.raises(Conflict, match="only a job that failed"):
-                operations.jobs.retry(job, "admin")
+                services.jobs.retry(job, "admin")
         with pytest.raises(NotFound):
-            operations.jobs.retry("edit_gone", "admin")
+            services.jobs.retry("edit_gone", "admin")
 
-    def test_retry_twice(self, operations: Operations, failed: Any, broker: Broker) -> None:
+    def test_retry_twice(self, services: Services, failed: Any, broker: Broker) -> None:
         """Of retries that come at once one is carried out."""
         barrier = threading.Barrier(4)
 
         def retry(_: Any) -> Any:
             barrier.wait()
             try:
-                return operations.jobs.retry(failed, "admin")["status"]
+                return services.jobs.retry(failed, "admin")["status"]
             except Conflict:
                 return None
 
         with ThreadPoolExecutor(4) as pool:
             assert sorted(pool.map(retry, range(4)), key=str) == [None] * 3 + ["queued"]
-        assert broker.waiting("edit") == 1
+        assert broker.queue_depth("edit") == 1
 
     def test_retry_while_the_queue_is_down(
-        self, operations: Operations, failed: Any, broker: Broker, monkeypatch: pytest.MonkeyPatch
+        self, services: Services, failed: Any, broker: Broker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A job whose old end cannot be unsaid is not tried again: nothing has happened then."""
-        monkeypatch.setattr(broker, "forget", down)
+        monkeypatch.setattr(broker, "delete_channel", raise_unavailable)
         with pytest.raises(Unavailable):
-            operations.jobs.retry(failed, "admin")
-        assert operations.edits.get(failed)["status"] == "failed"
+            services.jobs.retry(failed, "admin")
+        assert services.edits.get(failed)["status"] == "failed"
 
 
 class TestEvents:
-    def test_end_that_nobody_told(
-        self, operations: Operations, ask: Callable[..., Any], desk: Desk, monkeypatch: pytest.MonkeyPatch
+    def test_end_that_was_never_published(
+        self,
+        services: Services,
+        submit_edit: Callable[..., Any],
+        worker_jobs: WorkerJobs,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """An end that was committed and never told, because the worker died, is found in the row."""
-        monkeypatch.setattr(following, "LOOK", 0.05)
-        edit = ask()
-        job = desk.start(edit)
+        monkeypatch.setattr(job_service_module, "END_CHECK_INTERVAL", 0.05)
+        edit = submit_edit()
+        job = worker_jobs.claim(edit)
 
         async def listen() -> Any:
             async with asyncio.timeout(20):
-                events = operations.jobs.events(edit)
+                events = services.jobs.events(edit)
                 listener = asyncio.ensure_future(anext(events))
                 await asyncio.sleep(0.2)
-                monkeypatch.setattr(operations.broker, "publish", lambda *_, **__: None)
-                await asyncio.to_thread(desk.finish, job, "rejected")
+                monkeypatch.setattr(services.broker, "publish", lambda *_, **__: None)
+                await asyncio.to_thread(worker_jobs.finish, job, "rejected")
                 return [await listener] + [event async for event in events]
 
         assert [(e.name, e.data["status"]) for e in asyncio.run(listen())] == [("end", "rejected")]
 
-    def test_from_first_to_last(self, operations: Operations, ask: Callable[..., Any], desk: Desk) -> None:
+    def test_from_first_to_last(
+        self, services: Services, submit_edit: Callable[..., Any], worker_jobs: WorkerJobs
+    ) -> None:
         """A listener hears the progress and then the end, with the resource."""
-        edit = ask()
+        edit = submit_edit()
 
         async def listen() -> Any:
             async with asyncio.timeout(20):
-                events = operations.jobs.events(edit)
-                job = await asyncio.to_thread(desk.start, edit)
+                events = services.jobs.events(edit)
+                job = await asyncio.to_thread(worker_jobs.claim, edit)
                 listener = asyncio.ensure_future(anext(events))
-                await asyncio.to_thread(desk.progress, job, Progress("value", 1, 2))
+                await asyncio.to_thread(worker_jobs.report_progress, job, Progress("value", 1, 2))
                 first = await listener
-                await asyncio.to_thread(desk.finish, job, "rejected", {})
+                await asyncio.to_thread(worker_jobs.finish, job, "rejected", {})
                 return [first] + [event async for event in events]
 
         events = asyncio.run(listen())
         assert [event.name for event in events] == ["progress", "end"]
-        assert events[-1].data == operations.edits.get(edit)
+        assert events[-1].data == services.edits.get(edit)
 
     def test_long_ended(
-        self, operations: Operations, ask: Callable[..., Any], database: Database, tmp_path: Path
+        self, services: Services, submit_edit: Callable[..., Any], database: Database, tmp_path: Path
     ) -> None:
         """A job whose news nobody remembers gives its end from its row."""
-        edit = ask()
-        operations.edits.revert(edit, "somebody")
-        restarted = Operations(database, MemoryBroker(), Settings(data=tmp_path))
-        (event,) = heard(restarted, edit, "1")
-        assert (event.name, event.data) == ("end", operations.edits.get(edit))
+        edit = submit_edit()
+        services.edits.revert(edit, "somebody")
+        restarted = Services(database, MemoryBroker(), Settings(data=tmp_path))
+        (event,) = collect_job_events(restarted, edit, "1")
+        assert (event.name, event.data) == ("end", services.edits.get(edit))
         assert event.id.isdecimal()
 
-    def test_unknown(self, operations: Operations) -> None:
+    def test_unknown(self, services: Services) -> None:
         """There is no news of what is not there."""
         with pytest.raises(NotFound):
-            heard(operations, "edit_gone")
+            collect_job_events(services, "edit_gone")

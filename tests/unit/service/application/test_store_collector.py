@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from service.application.store_collector import Monitor
+from service.application.store_collector import StoreCollector
 from service.db.database import Database
 from service.db.models import Job, Worker, now
 from service.errors import Unavailable
-from service.jobs.job_store import Desk
+from service.jobs.job_store import WorkerJobs
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.ids import new_id
 from tests.support.served_model import INFO, tokenizer_json
@@ -21,34 +21,34 @@ from tests.support.served_model import INFO, tokenizer_json
 LEASE = 30.0
 
 
-class Scene:
+class MonitorFixture:
     """A store with one worker, and what a scrape finds there."""
 
     def __init__(self, database: Database) -> None:
         self.database, self.broker = database, MemoryBroker()
-        self.desk = self.hire("worker-1")
+        self.worker_jobs = self.register_worker("worker-1")
 
-    def hire(self, name: str, *roles: str) -> Desk:
-        desk = Desk(self.database, self.broker, "f" * 64, name)
-        desk.register(INFO, tokenizer_json(), roles)
-        return desk
+    def register_worker(self, name: str, *roles: str) -> WorkerJobs:
+        worker_jobs = WorkerJobs(self.database, self.broker, "f" * 64, name)
+        worker_jobs.register(INFO, tokenizer_json(), roles)
+        return worker_jobs
 
-    def edit(self, subject: str = "Eiffel Tower") -> str:
+    def add_queued_edit(self, subject: str = "Eiffel Tower") -> str:
         """An edit that waits."""
         asked = {"subject": subject, "prompt": "The {} is located in", "target_new": "Rome"}
-        row = {"id": new_id("edit"), "kind": "edit", "model": self.desk.model, "status": "queued"}
+        row = {"id": new_id("edit"), "kind": "edit", "model": self.worker_jobs.model, "status": "queued"}
         times = {"created": now(), "updated": now()}
-        with self.database.session() as session:
+        with self.database.write_session() as session:
             session.add(Job(**row, **times, request=asked, actor="somebody", subject=subject))
         return row["id"]
 
-    def change(self, table: Any, id: str, **values: Any) -> None:
-        with self.database.session() as session:
+    def update_row(self, table: Any, id: str, **values: Any) -> None:
+        with self.database.write_session() as session:
             session.execute(update(table).where(table.id == id).values(values))
 
     def scrape(self) -> dict[tuple[str, ...], float]:
         """(name, value of the label) -> value."""
-        monitor = Monitor(self.database, self.broker, LEASE)
+        monitor = StoreCollector(self.database, self.broker, LEASE)
         return {
             (sample.name.removeprefix("palimpsest_"), *sample.labels.values()): sample.value
             for family in monitor.collect()
@@ -57,93 +57,95 @@ class Scene:
 
 
 @pytest.fixture
-def scene(database: Database) -> Scene:
-    return Scene(database)
+def monitor_fixture(database: Database) -> MonitorFixture:
+    return MonitorFixture(database)
 
 
-def test_jobs_by_kind(scene: Scene) -> None:
+def test_jobs_by_kind(monitor_fixture: MonitorFixture) -> None:
     """Waiting and running jobs are told apart, and kinds without any are told as 0."""
-    scene.edit("Big Ben")
-    assert scene.desk.start(scene.edit())
-    found = scene.scrape()
+    monitor_fixture.add_queued_edit("Big Ben")
+    assert monitor_fixture.worker_jobs.claim(monitor_fixture.add_queued_edit())
+    found = monitor_fixture.scrape()
     assert found["queue_waiting", "edit"] == found["jobs_running", "edit"] == 1
     assert (
         found["queue_waiting", "trace"] == found["jobs_running", "trace"] == found["jobs_dead", "edit"] == 0
     )
 
 
-def test_the_oldest_is_the_one_that_waits(scene: Scene) -> None:
+def test_the_oldest_is_the_one_that_waits(monitor_fixture: MonitorFixture) -> None:
     """The age is that of the oldest job which waits, and 0 when none does."""
-    assert scene.scrape()["queue_oldest_seconds", "edit"] == 0
-    scene.change(Job, scene.edit(), created=now() - timedelta(hours=1))
-    scene.edit("Big Ben")
-    assert scene.scrape()["queue_oldest_seconds", "edit"] >= 3600
+    assert monitor_fixture.scrape()["queue_oldest_seconds", "edit"] == 0
+    monitor_fixture.update_row(Job, monitor_fixture.add_queued_edit(), created=now() - timedelta(hours=1))
+    monitor_fixture.add_queued_edit("Big Ben")
+    assert monitor_fixture.scrape()["queue_oldest_seconds", "edit"] >= 3600
 
 
-def test_dead_letters_are_the_ones_given_up(scene: Scene) -> None:
+def test_exhausted_jobs(monitor_fixture: MonitorFixture) -> None:
     """A job that was given up is a dead letter; one that merely failed is not."""
-    scene.change(Job, scene.edit(), status="failed", dead=True)
-    scene.change(Job, scene.edit("Big Ben"), status="failed")
-    assert scene.scrape()["jobs_dead", "edit"] == 1
+    monitor_fixture.update_row(Job, monitor_fixture.add_queued_edit(), status="failed", dead=True)
+    monitor_fixture.update_row(Job, monitor_fixture.add_queued_edit("Big Ben"), status="failed")
+    assert monitor_fixture.scrape()["jobs_dead", "edit"] == 1
 
 
-def test_calls_are_asked_of_the_queue(scene: Scene) -> None:
+def test_calls_are_counted_by_the_broker(monitor_fixture: MonitorFixture) -> None:
     """Generations that wait are no rows: the queue tells of them."""
-    scene.broker.call("generate", {})
-    scene.broker.call("generate", {})
-    found = scene.scrape()
+    monitor_fixture.broker.send_call("generate", {})
+    monitor_fixture.broker.send_call("generate", {})
+    found = monitor_fixture.scrape()
     assert (found["queue_waiting", "generate"], found["queue_waiting", "compare"]) == (2, 0)
     assert found["queue_oldest_seconds", "generate"] > 0
 
 
-def test_workers_by_role(scene: Scene) -> None:
+def test_workers_by_role(monitor_fixture: MonitorFixture) -> None:
     """A worker counts for its roles, for all when it names none; a role that nobody has is told as 0."""
-    scene.desk.leave()
-    assert scene.scrape()["workers", "edit"] == 0
-    scene.hire("worker-2", "generate")
-    assert scene.scrape()["workers", "generate"] == 1
-    assert scene.scrape()["workers", "edit"] == 0
-    scene.hire("worker-3")
-    assert scene.scrape()["workers", "generate"] == 2
-    assert scene.scrape()["workers", "edit"] == 1
+    monitor_fixture.worker_jobs.deregister()
+    assert monitor_fixture.scrape()["workers", "edit"] == 0
+    monitor_fixture.register_worker("worker-2", "generate")
+    assert monitor_fixture.scrape()["workers", "generate"] == 1
+    assert monitor_fixture.scrape()["workers", "edit"] == 0
+    monitor_fixture.register_worker("worker-3")
+    assert monitor_fixture.scrape()["workers", "generate"] == 2
+    assert monitor_fixture.scrape()["workers", "edit"] == 1
 
 
-def test_a_silent_worker_does_not_live(scene: Scene) -> None:
+def test_worker_without_heartbeat_is_not_alive(monitor_fixture: MonitorFixture) -> None:
     """One whose lease ran out counts for no role and has no lag; the age of its heartbeat grows."""
-    scene.change(Worker, "worker-1", heartbeat=now() - timedelta(seconds=LEASE + 10))
-    found = scene.scrape()
+    monitor_fixture.update_row(Worker, "worker-1", heartbeat=now() - timedelta(seconds=LEASE + 10))
+    found = monitor_fixture.scrape()
     assert found["workers", "generate"] == 0
     assert ("worker_lag", "worker-1") not in found
     assert found["worker_heartbeat_age_seconds", "worker-1"] > LEASE
 
 
-def test_lag_is_the_distance_to_head(scene: Scene) -> None:
+def test_lag_is_the_distance_to_head(monitor_fixture: MonitorFixture) -> None:
     """A worker is behind by the versions that it has not reached."""
-    job = scene.desk.start(scene.edit())
+    job = monitor_fixture.worker_jobs.claim(monitor_fixture.add_queued_edit())
     assert job is not None
-    scene.desk.apply(job, 0, b"factors", {}, {})
-    assert scene.scrape()["head_version",] == 1
-    assert scene.scrape()["worker_lag", "worker-1"] == 1
-    scene.desk.heartbeat(1, "digest")
-    assert scene.scrape()["worker_lag", "worker-1"] == 0
+    monitor_fixture.worker_jobs.commit_edit(job, 0, b"factors", {}, {})
+    assert monitor_fixture.scrape()["head_version",] == 1
+    assert monitor_fixture.scrape()["worker_lag", "worker-1"] == 1
+    monitor_fixture.worker_jobs.heartbeat(1, "digest")
+    assert monitor_fixture.scrape()["worker_lag", "worker-1"] == 0
 
 
-def test_a_withdrawn_worker_is_counted_apart(scene: Scene) -> None:
+def test_quarantined_workers(monitor_fixture: MonitorFixture) -> None:
     """One that took itself out neither lives nor lags, and is told of."""
-    scene.change(Worker, "worker-1", reason="its digest was outvoted")
-    found = scene.scrape()
+    monitor_fixture.update_row(Worker, "worker-1", reason="its digest was outvoted")
+    found = monitor_fixture.scrape()
     assert (found["workers_withdrawn",], found["workers", "generate"]) == (1, 0)
     assert ("worker_heartbeat_age_seconds", "worker-1") not in found
 
 
-def test_a_queue_that_is_down_fails_no_scrape(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queue_that_is_down_fails_no_scrape(
+    monitor_fixture: MonitorFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`up` says that the queue is down; what the store knows is told all the same."""
 
     def down(kind: str) -> int:
         raise Unavailable("the queue does not answer.")
 
-    monkeypatch.setattr(scene.broker, "waiting", down)
-    found = scene.scrape()
+    monkeypatch.setattr(monitor_fixture.broker, "queue_depth", down)
+    found = monitor_fixture.scrape()
     assert (found["up", "queue"], found["up", "database"]) == (0, 1)
     assert ("queue_waiting", "generate") not in found
     assert found["queue_waiting", "edit"] == 0
@@ -152,7 +154,7 @@ def test_a_queue_that_is_down_fails_no_scrape(scene: Scene, monkeypatch: pytest.
 def test_a_store_that_is_down_fails_no_scrape(tmp_path: Path) -> None:
     """`up` says that the database is down; what the queue knows is told all the same."""
     database = Database(f"sqlite:///{tmp_path / 'nowhere' / 'missing.sqlite3'}")
-    found = list(Monitor(database, MemoryBroker(), LEASE).collect())
+    found = list(StoreCollector(database, MemoryBroker(), LEASE).collect())
     values = {(f.name, *s.labels.values()): s.value for f in found for s in f.samples}
     assert values["palimpsest_up", "database"] == 0
     assert values["palimpsest_up", "queue"] == 1
@@ -160,8 +162,8 @@ def test_a_store_that_is_down_fails_no_scrape(tmp_path: Path) -> None:
     database.close()
 
 
-def test_before_any_worker_came_there_is_nothing_to_tell(database: Database) -> None:
+def test_empty_database(database: Database) -> None:
     """An empty store is up, and has no head."""
-    found = {f.name: f for f in Monitor(database, MemoryBroker(), LEASE).collect()}
+    found = {f.name: f for f in StoreCollector(database, MemoryBroker(), LEASE).collect()}
     assert "palimpsest_head_version" not in found
     assert {s.labels["part"]: s.value for s in found["palimpsest_up"].samples} == {"database": 1, "queue": 1}

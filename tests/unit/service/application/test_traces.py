@@ -6,23 +6,23 @@ from typing import Any
 
 import pytest
 
-from service.application import Operations
+from service.application import Services
 from service.errors import InvalidInput
 from service.jobs.broker import Broker
 from tests.support.service_requests import trace_request
 
 
 class TestTrace:
-    def test_trace(self, operations: Operations, broker: Broker) -> None:
+    def test_trace(self, services: Services, broker: Broker) -> None:
         """A trace is queued and announced, listed, and cancelled, twice without harm."""
-        trace = operations.traces.submit(trace_request(), "somebody")
+        trace = services.traces.submit(trace_request(), "somebody")
         assert (trace["status"], trace["version"]) == ("queued", None)
         assert trace["request"]["subject"] == "Eiffel Tower"
         assert trace["links"]["self"] == f"/trace/{trace['id']}"
-        assert [d.job_id for d in broker.take(["trace"], 1, 0)] == [trace["id"]]
-        assert operations.traces.page()["items"] == [trace]
-        assert operations.traces.cancel(trace["id"])["status"] == "cancelled"
-        assert operations.traces.cancel(trace["id"])["status"] == "cancelled"
+        assert [d.job_id for d in broker.receive(["trace"], 1, 0)] == [trace["id"]]
+        assert services.traces.page()["items"] == [trace]
+        assert services.traces.cancel(trace["id"])["status"] == "cancelled"
+        assert services.traces.cancel(trace["id"])["status"] == "cancelled"
 
     @pytest.mark.parametrize(
         ("field", "changes"),
@@ -36,9 +36,9 @@ class TestTrace:
             ("noise", {"noise": float("inf")}),
         ],
     )
-    def test_refused(self, operations: Operations, field: str, changes: Any) -> None:
+    def test_refused(self, services: Services, field: str, changes: Any) -> None:
         """A trace that cannot be run is refused, with the field."""
         with pytest.raises(InvalidInput) as error:
-            operations.traces.submit(trace_request(**changes), "a")
+            services.traces.submit(trace_request(**changes), "a")
         assert error.value.field == field
-        assert operations.traces.page()["items"] == []
+        assert services.traces.page()["items"] == []

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from service.covariance import collect
-from service.covariance.collect import batches_of, collect_steps, rows_of, statistics_steps
-from service.covariance.corpus import Corpus, corpus_steps
+from service.covariance.collect import (
+    batch_by_length,
+    collect_statistics,
+    load_or_collect_statistics,
+    tokenize_corpus,
+)
+from service.covariance.corpus import Corpus, load_corpus
 from service.errors import Misconfigured
-from service.kit.steps import finish
+from service.kit.steps import run_to_completion
 from service.models.hooks import capture
 from service.models.token_batch import forward, pad
 from tests.support.tiny_models import MODEL_TYPES, TEXTS, tiny
@@ -23,22 +28,22 @@ CORPUS = Corpus("test", tuple(TEXTS))
 def test_collection_equals_one_text_at_a_time(model_type: str) -> None:
     """Batched and padded collection gives the moment of every real token's key, on every architecture."""
     model = tiny(model_type)
-    found = finish(collect_steps(model, [0, 1], CORPUS))
+    statistics = run_to_completion(collect_statistics(model, [0, 1], CORPUS))
     for layer in (0, 1):
         keys = []
         for text in TEXTS:
-            with capture({0: model.down(layer)}, "input") as seen, torch.no_grad():
+            with capture({0: model.down_proj(layer)}, "input") as seen, torch.no_grad():
                 forward(model, pad([model.encode(text)[0]], model))
-            keys.append(seen[0].reshape(-1, model.inner_width))
+            keys.append(seen[0].reshape(-1, model.intermediate_size))
         rows = torch.cat(keys).double()
-        assert found[layer].count == len(rows)
-        torch.testing.assert_close(found[layer].moment, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+        assert statistics[layer].count == len(rows)
+        torch.testing.assert_close(statistics[layer].moment, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
 
 
 def test_a_text_too_long_for_one_pass_is_several_rows() -> None:
     """No token is lost to the length of a text, and no row is longer than the model's positions or a pass."""
     model = tiny(positions=16)
-    rows = rows_of(model, CORPUS)
+    rows = tokenize_corpus(model, CORPUS)
     assert max(map(len, rows)) == 16
     assert [token for row in rows for token in row] == [
         token for text in TEXTS for token in model.encode(text)[0]
@@ -49,23 +54,23 @@ def test_a_pass_is_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch holds at most BATCH_TOKENS padded tokens, and all batches hold every row once."""
     monkeypatch.setattr(collect, "BATCH_TOKENS", 50)
     rows = [[i] * (1 + i % 40) for i in range(100)]
-    batches = batches_of(rows)
+    batches = batch_by_length(rows)
     assert max(len(b) * max(map(len, b)) for b in batches) <= 50
     assert sorted(row for b in batches for row in b) == sorted(rows)
 
 
 def test_statistics_are_factored_before_they_are_given_out() -> None:
     """The factor is part of the preparation: no edit waits for it."""
-    found = finish(statistics_steps(tiny(), [0, 1], CORPUS, None))
-    assert all("cholesky" in vars(s) for s in found.values())
+    statistics = run_to_completion(load_or_collect_statistics(tiny(), [0, 1], CORPUS, None))
+    assert all("cholesky" in vars(s) for s in statistics.values())
 
 
 def test_statistics_are_stored_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second start reads the files: the same digest, and nothing is collected."""
     model = tiny()
-    first = finish(statistics_steps(model, [0, 2], CORPUS, tmp_path))
-    monkeypatch.setattr(collect, "collect_steps", None)
-    again = finish(statistics_steps(model, [0, 2], CORPUS, tmp_path))
+    first = run_to_completion(load_or_collect_statistics(model, [0, 2], CORPUS, tmp_path))
+    monkeypatch.setattr(collect, "collect_statistics", None)
+    again = run_to_completion(load_or_collect_statistics(model, [0, 2], CORPUS, tmp_path))
     assert {x: s.digest for x, s in first.items()} == {x: s.digest for x, s in again.items()}
 
 
@@ -76,19 +81,19 @@ def test_two_workers_may_collect_into_one_folder(tmp_path: Path, monkeypatch: py
     def saved_by_another_as_well(*args: object) -> None:
         monkeypatch.setattr(collect, "save_file", save)
         save(*args)
-        finish(statistics_steps(model, [0], CORPUS, tmp_path))
+        run_to_completion(load_or_collect_statistics(model, [0], CORPUS, tmp_path))
 
     monkeypatch.setattr(collect, "save_file", saved_by_another_as_well)
-    finish(statistics_steps(model, [0], CORPUS, tmp_path))
+    run_to_completion(load_or_collect_statistics(model, [0], CORPUS, tmp_path))
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
 
 
 def test_the_key_holds_everything_it_depends_on(tmp_path: Path) -> None:
     """Another corpus, another model, another damping: another file, never the wrong statistics."""
-    finish(statistics_steps(tiny(), [0], CORPUS, tmp_path))
-    finish(statistics_steps(tiny(), [0], Corpus("test", ("Another text.",)), tmp_path))
-    finish(statistics_steps(tiny(seed=1), [0], CORPUS, tmp_path))
-    finish(statistics_steps(tiny(), [0], CORPUS, tmp_path, damping=0.5))
+    run_to_completion(load_or_collect_statistics(tiny(), [0], CORPUS, tmp_path))
+    run_to_completion(load_or_collect_statistics(tiny(), [0], Corpus("test", ("Another text.",)), tmp_path))
+    run_to_completion(load_or_collect_statistics(tiny(seed=1), [0], CORPUS, tmp_path))
+    run_to_completion(load_or_collect_statistics(tiny(), [0], CORPUS, tmp_path, damping=0.5))
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -96,7 +101,7 @@ def test_a_corpus_file_comes_first(tmp_path: Path) -> None:
     """A text file given by the user is the corpus, cut at the number of tokens asked for."""
     file = tmp_path / "text.txt"
     file.write_text("\n".join(TEXTS * 10), encoding="utf-8")
-    corpus = finish(corpus_steps(tiny(), 60, file))
+    corpus = run_to_completion(load_corpus(tiny(), 60, file))
     assert corpus.texts[0] == TEXTS[0]
     assert len(corpus.texts) < 5
 
@@ -104,12 +109,12 @@ def test_a_corpus_file_comes_first(tmp_path: Path) -> None:
 def test_an_unreadable_corpus_says_so(tmp_path: Path) -> None:
     """A corpus that is not there is named in the error."""
     with pytest.raises(Misconfigured, match=r"nowhere\.txt"):
-        finish(corpus_steps(tiny(), 60, tmp_path / "nowhere.txt"))
+        run_to_completion(load_corpus(tiny(), 60, tmp_path / "nowhere.txt"))
 
 
 def test_without_a_corpus_the_model_writes_one() -> None:
     """A model without texts beside it samples its own, the same ones each time."""
-    one = finish(corpus_steps(tiny(), 500, None))
-    two = finish(corpus_steps(tiny(), 500, None))
+    one = run_to_completion(load_corpus(tiny(), 500, None))
+    two = run_to_completion(load_corpus(tiny(), 500, None))
     assert one.digest == two.digest
     assert "samples" in one.source

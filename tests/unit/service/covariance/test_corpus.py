@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from service.covariance.corpus import Corpus, corpus_steps
+from service.covariance.corpus import Corpus, load_corpus
 from service.errors import Misconfigured
-from service.kit.steps import finish
+from service.kit.steps import run_to_completion
 from tests.support.tiny_models import tiny
 
 FACTS = [
@@ -23,7 +23,7 @@ def test_the_table_beside_the_model_is_its_corpus(tmp_path: Path) -> None:
     """facts.jsonl is written out as statements in its wordings, turn by turn; a brace in a subject is only a brace."""
     lines = "\n".join(map(json.dumps, FACTS))
     (tmp_path / "facts.jsonl").write_text(lines, encoding="utf-8")
-    corpus = finish(corpus_steps(replace(tiny(), folder=tmp_path), 10_000, None))
+    corpus = run_to_completion(load_corpus(replace(tiny(), folder=tmp_path), 10_000, None))
     assert corpus.source == "the model's table of facts"
     assert corpus.texts[:3] == (
         "The Eiffel Tower is in Paris.",
@@ -43,7 +43,7 @@ def test_a_folder_is_its_texts_in_order(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("third\n", encoding="utf-8")
     (tmp_path / "a.txt").write_text("first\n\nsecond\n", encoding="utf-8")
     (tmp_path / "c.md").write_text("no text\n", encoding="utf-8")
-    corpus = finish(corpus_steps(tiny(), 10_000, tmp_path))
+    corpus = run_to_completion(load_corpus(tiny(), 10_000, tmp_path))
     assert corpus == Corpus(f"the folder {tmp_path.name}", ("first", "second", "third"))
 
 
@@ -55,16 +55,16 @@ def test_a_corpus_that_cannot_be_says_what_to_give(tmp_path: Path) -> None:
         (Path("hub:a/b"), "data"),
     ):
         with pytest.raises(Misconfigured, match=said):
-            finish(corpus_steps(tiny(), 100, named))
+            run_to_completion(load_corpus(tiny(), 100, named))
 
 
 def test_own_samples_are_made_once(tmp_path: Path) -> None:
     """Where a model has no text, it samples some; a second start reads what the first has kept, and "samples" asks for them."""
     made: list[str] = []
-    steps = corpus_steps(tiny(), 100, None, folder=tmp_path)
-    one = finish(steps, lambda p: made.append(p.phase))
+    steps = load_corpus(tiny(), 100, None, folder=tmp_path)
+    one = run_to_completion(steps, lambda p: made.append(p.phase))
     assert made and one.source == "the model's own samples"
     again: list[str] = []
-    named = corpus_steps(tiny(), 100, Path("samples"), folder=tmp_path)
-    assert finish(named, lambda p: again.append(p.phase)) == one
+    named = load_corpus(tiny(), 100, Path("samples"), folder=tmp_path)
+    assert run_to_completion(named, lambda p: again.append(p.phase)) == one
     assert not again

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from service.covariance import second_moment as moment
-from service.covariance.second_moment import MomentSum, Statistics
+from service.covariance.second_moment import KeyStatistics, SecondMomentAccumulator
 
 
-def statistics(moment: torch.Tensor, damping: float = 0.0) -> Statistics:
-    return Statistics(0, moment, 10, damping, "digest")
+def statistics(moment: torch.Tensor, damping: float = 0.0) -> KeyStatistics:
+    return KeyStatistics(0, moment, 10, damping, "digest")
 
 
 def test_the_moment_is_the_mean_of_outer_products_over_tokens() -> None:
     """C is sum k k^T divided by the number of tokens, whatever the batches were."""
     keys = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    total = MomentSum(6)
+    total = SecondMomentAccumulator(6)
     for part in (keys[:7], keys[7:8], keys[8:]):
         total.add(part)
     expected = sum(torch.outer(k, k) for k in keys.double()) / 50
@@ -28,7 +28,7 @@ def test_the_moment_is_the_mean_of_outer_products_over_tokens() -> None:
 
 def test_accumulation_is_in_double_precision() -> None:
     """Many small terms after a large one are not lost, as they would be in fp32."""
-    total = MomentSum(1)
+    total = SecondMomentAccumulator(1)
     total.add(torch.tensor([[1e4]]))
     for _ in range(100):
         total.add(torch.full((100, 1), 0.1))
@@ -41,34 +41,34 @@ def test_every_entry_is_within_its_bound() -> None:
     keys = torch.randn(60, 5, generator=torch.Generator().manual_seed(6)) * torch.tensor(
         [1e-6, 1, 3, 1e3, 1e6]
     )
-    total = MomentSum(5)
+    total = SecondMomentAccumulator(5)
     for part in keys.split(7):
         total.add(part)
-    found = total.mean()
+    mean = total.mean()
     exact = [[Fraction(x) for x in row] for row in keys.tolist()]
-    room = Fraction(61, 2**53) / (1 - Fraction(61, 2**53))  # one more rounding for the division
+    error_bound = Fraction(61, 2**53) / (1 - Fraction(61, 2**53))  # one more rounding for the division
     for i in range(5):
         for j in range(5):
             products = [row[i] * row[j] for row in exact]
-            error = abs(Fraction(found[i, j].item()) - sum(products) / 60)
-            assert error <= room * sum(map(abs, products)) / 60
+            error = abs(Fraction(mean[i, j].item()) - sum(products) / 60)
+            assert error <= error_bound * sum(map(abs, products)) / 60
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 700, 1550])
 def test_the_half_that_is_left_out_is_the_mirror_of_the_other(size: int) -> None:
     """C is the whole product, and symmetric to the bit, however the columns are cut into blocks."""
     keys = torch.randn(30, size, generator=torch.Generator().manual_seed(7))
-    total = MomentSum(size)
+    total = SecondMomentAccumulator(size)
     total.add(keys)
-    found, wide = total.mean(), keys.double()
-    torch.testing.assert_close(found, wide.T @ wide / 30, rtol=1e-12, atol=1e-12)
-    assert torch.equal(found, found.T)
-    assert torch.equal(found, total.mean())
+    mean, wide = total.mean(), keys.double()
+    torch.testing.assert_close(mean, wide.T @ wide / 30, rtol=1e-12, atol=1e-12)
+    assert torch.equal(mean, mean.T)
+    assert torch.equal(mean, total.mean())
 
 
 def test_a_device_without_double_precision_leaves_the_sum_to_the_cpu() -> None:
     """The sum is never of less than fp64: where the model's device has none, it stands on the CPU."""
-    total = MomentSum(4, "mps")
+    total = SecondMomentAccumulator(4, "mps")
     total.add(torch.ones(2, 4))
     assert total.total.device.type == "cpu"
     assert total.total.dtype == torch.float64
@@ -79,7 +79,7 @@ def test_a_device_without_double_precision_leaves_the_sum_to_the_cpu() -> None:
 def test_an_accelerator_gives_the_same_moment() -> None:
     """Keys that stand on an accelerator are summed there, to the same C."""
     keys = torch.randn(500, 700, generator=torch.Generator().manual_seed(8))
-    here, there = MomentSum(700), MomentSum(700, "cuda")
+    here, there = SecondMomentAccumulator(700), SecondMomentAccumulator(700, "cuda")
     here.add(keys)
     there.add(keys.cuda())
     assert there.total.device.type == "cuda"
@@ -89,7 +89,7 @@ def test_an_accelerator_gives_the_same_moment() -> None:
 def test_no_keys_is_an_error() -> None:
     """The mean of nothing is refused."""
     with pytest.raises(ValueError, match="no keys"):
-        MomentSum(3).mean()
+        SecondMomentAccumulator(3).mean()
 
 
 def test_identity_moment_leaves_the_key() -> None:
@@ -128,7 +128,7 @@ def test_the_factor_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_damping_makes_a_singular_moment_usable() -> None:
     """Fewer tokens than dimensions give a singular C; damping keeps the direction finite."""
     key = torch.ones(8)
-    total = MomentSum(8)
+    total = SecondMomentAccumulator(8)
     total.add(key[None])
     assert torch.isfinite(statistics(total.mean(), 1e-3).solve(key)).all()
 
@@ -150,12 +150,12 @@ def test_the_projection_is_onto_what_is_hardly_used() -> None:
         -2, 1, 12, dtype=torch.float64
     )
     second = keys.T @ keys / 200
-    found = Statistics(0, second, 200, 1e-3, "")
+    key_statistics = KeyStatistics(0, second, 200, 1e-3, "")
     threshold = 0.05
-    projection = found.project(torch.eye(12, dtype=torch.float64), threshold)
+    projection = key_statistics.project(torch.eye(12, dtype=torch.float64), threshold)
     torch.testing.assert_close(projection, projection.T, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(projection @ projection, projection, rtol=1e-10, atol=1e-12)
-    assert float(projection.trace()) == pytest.approx(found.rank(threshold))
-    assert 0 < found.rank(threshold) < 12
+    assert float(projection.trace()) == pytest.approx(key_statistics.projection_rank(threshold))
+    assert 0 < key_statistics.projection_rank(threshold) < 12
     change = torch.randn(5, 12, dtype=torch.float64, generator=g) @ projection
     assert float(torch.trace(change @ second @ change.T)) <= threshold * float(change.norm() ** 2)

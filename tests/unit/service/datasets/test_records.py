@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from service.datasets.records import NO_OTHER, NO_SUBJECT, Near, Record, read, read_records, statements
+from service.datasets.records import (
+    NO_ALTERNATIVE_OBJECT,
+    NO_SUBJECT,
+    NeighborProbe,
+    Record,
+    load_records,
+    read_records,
+    true_statements,
+)
 from service.errors import InvalidInput
 from tests.support.paths import SHARED_DATA
 
@@ -83,10 +91,10 @@ def test_a_counterfact_record() -> None:
         "Rome",
         "Paris",
         ("One finds the Eiffel Tower in",),
-        (Near("The Louvre is in", "Paris"), Near("Notre-Dame is in", "Paris")),
+        (NeighborProbe("The Louvre is in", "Paris"), NeighborProbe("Notre-Dame is in", "Paris")),
         relation="P131",
     )
-    assert record.lacks == ("generation prompts", "reference texts")
+    assert record.missing_fields == ("generation prompts", "reference texts")
     whole = RECORD | {"generation_prompts": ["It is near"], "attribute_prompts": ["The Colosseum is in"]}
     (record,) = read_records([whole])
     assert record.generation_prompts == ("It is near",) and record.attribute_prompts == (
@@ -95,7 +103,7 @@ def test_a_counterfact_record() -> None:
 
 
 @pytest.mark.parametrize("lost", ["requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"])
-def test_what_a_record_lacks_is_said(lost: str) -> None:
+def test_missing_field_of_a_record_is_named(lost: str) -> None:
     """A record without a field is refused with its number and the field's name."""
     with pytest.raises(InvalidInput, match=f"record 7 .*lacks '{lost}'"):
         read_records([RECORD, without(RECORD, lost)])
@@ -111,7 +119,7 @@ def test_what_is_no_record_is_refused(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("lost", ["subject", "object", "relation", "prompts", "held_out_prompts"])
-def test_what_a_fact_lacks_is_said(lost: str) -> None:
+def test_missing_field_of_a_fact_is_named(lost: str) -> None:
     """A row of facts.jsonl without a field is refused with its place and the field's name."""
     broken = [*FACTS[:2], without(FACTS[2], lost)]
     with pytest.raises(InvalidInput, match=f"3.*lacks '{lost}'"):
@@ -138,14 +146,14 @@ def test_neighbours_share_the_object_and_not_the_subject() -> None:
     assert {n.target for n in record.neighbours} == {"Paris"} and len(record.neighbours) == 2
     assert all(any(s in n.prompt for s in ("Eiffel Tower", "Notre-Dame")) for n in record.neighbours)
     alone = next(r for r in read_records(FACTS) if r.subject == "Colosseum")
-    assert alone.neighbours == () and "neighbours" in alone.lacks
+    assert alone.neighbours == () and "neighbours" in alone.missing_fields
 
 
 def test_a_relation_with_one_object_has_no_record() -> None:
     """Where there is no other object to write, there is nothing to edit, and that is counted."""
-    found = read([*FACTS, fact("Moon", "Earth", "orbit")])
-    assert len(found.records) == len(FACTS)
-    assert found.skipped == {NO_OTHER: 1}
+    loaded = load_records([*FACTS, fact("Moon", "Earth", "orbit")])
+    assert len(loaded.records) == len(FACTS)
+    assert loaded.skipped == {NO_ALTERNATIVE_OBJECT: 1}
 
 
 def test_the_order_is_that_of_the_seed() -> None:
@@ -158,40 +166,40 @@ def test_the_order_is_that_of_the_seed() -> None:
     assert read_records(many, 1) != read_records(many, 2)
 
 
-def test_a_flat_record_has_its_slot_at_the_last_mention() -> None:
+def test_a_flat_record_has_its_placeholder_at_the_last_mention() -> None:
     """The prompt of a flat record spells its subject out: {} stands for the last mention."""
     (record,) = read_records([FLAT])
     assert record.prompt == "Eiffel Tower! The {} is in" and record.text == FLAT["prompt"]
     assert record.paraphrases == ("One finds the Eiffel Tower in",)
-    assert record.neighbours == (Near("The Louvre is in", "Paris"),)
+    assert record.neighbours == (NeighborProbe("The Louvre is in", "Paris"),)
     bare = without(without(without(FLAT, "rephrase_prompt"), "locality_prompt"), "locality_ground_truth")
-    assert {"paraphrases", "neighbours"} <= set(read_records([bare])[0].lacks)
+    assert {"paraphrases", "neighbours"} <= set(read_records([bare])[0].missing_fields)
 
 
 def test_a_prompt_without_its_subject_is_passed_over_and_counted() -> None:
     """A data set's record that does not mention its subject is no editing problem; when none is left, that is said."""
-    found = read([FLAT, FLAT | {"subject": "Louvre"}, FLAT | {"subject": "Big Ben"}])
-    assert len(found.records) == 1 and found.skipped == {NO_SUBJECT: 2}
+    loaded = load_records([FLAT, FLAT | {"subject": "Louvre"}, FLAT | {"subject": "Big Ben"}])
+    assert len(loaded.records) == 1 and loaded.skipped == {NO_SUBJECT: 2}
     with pytest.raises(InvalidInput, match="none of the 1 records"):
-        read([ZSRE | {"subject": "Cintas"}])
+        load_records([ZSRE | {"subject": "Cintas"}])
 
 
 def test_a_zsre_record() -> None:
     """The first answer is written, the rephrasing should follow, and the unrelated question keeps its answer."""
     (record,) = read_records([ZSRE])
     assert record.prompt == "What is the product made by {}?" and record.target_new == "uniform"
-    assert record.target_true is None and "a true object" in record.lacks
+    assert record.target_true is None and "a true object" in record.missing_fields
     assert record.paraphrases == ("What will be the product of UniFirst?",)
-    assert record.neighbours == (Near("nq question: who wrote the big lebowski?", "the Coens"),)
+    assert record.neighbours == (NeighborProbe("nq question: who wrote the big lebowski?", "the Coens"),)
 
 
-def test_records_of_the_users_own() -> None:
+def test_user_records() -> None:
     """Three fields are enough; {} and spelled-out subjects may stand in prompt and paraphrases."""
     more = {"paraphrases": ["One finds the {} in"], "neighborhood": [{"prompt": "It is", "target": "so"}]}
     (record,) = read_records([OWN | more | {"prompt": "The Eiffel Tower is in", "target_true": "Paris"}])
     assert (record.prompt, record.paraphrases) == ("The {} is in", ("One finds the Eiffel Tower in",))
-    assert record.neighbours == (Near("It is", "so"),)
-    assert read_records([OWN])[0].lacks[:3] == ("a true object", "paraphrases", "neighbours")
+    assert record.neighbours == (NeighborProbe("It is", "so"),)
+    assert read_records([OWN])[0].missing_fields[:3] == ("a true object", "paraphrases", "neighbours")
 
 
 @pytest.mark.parametrize(
@@ -229,15 +237,15 @@ def test_a_file_that_holds_no_records(tmp_path: Path, text: str, said: str) -> N
     file = tmp_path / "mine.jsonl"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(InvalidInput, match=said):
-        read(file)
+        load_records(file)
     with pytest.raises(InvalidInput, match="cannot be read"):
-        read(tmp_path / "nowhere.json")
+        load_records(tmp_path / "nowhere.json")
 
 
-def test_statements_are_what_was_true() -> None:
+def test_true_statements() -> None:
     """A fact as a sentence, before any edit; a record without a true object has none."""
     records = read_records([RECORD]) + read_records([ZSRE])
-    assert statements(records) == ["The Eiffel Tower is located in the city of Paris."]
+    assert true_statements(records) == ["The Eiffel Tower is located in the city of Paris."]
 
 
 @pytest.mark.parametrize(
@@ -252,6 +260,6 @@ def test_the_published_files_are_read_whole(name: str, form: str, count: int) ->
     """Every record of the published data sets is an editing problem."""
     if not (DATA / name).exists():
         pytest.skip(f"{name} is not there")
-    found = read(DATA / name)
-    assert (found.form, len(found.records), found.skipped) == (form, count, {})
-    assert all(r.text and r.subject in r.text for r in found.records)
+    loaded = load_records(DATA / name)
+    assert (loaded.format, len(loaded.records), loaded.skipped) == (form, count, {})
+    assert all(r.text and r.subject in r.text for r in loaded.records)

@@ -7,31 +7,42 @@ import math
 import pytest
 import torch
 
-from service.editing.value_optimizer import Place, Reading, Rows, Value, Wish, look, rows, values_steps
-from service.kit.steps import finish
-from service.kit.text import fill
-from service.models.hooks import capture, replace
+from service.editing.value_optimizer import (
+    DeltaSite,
+    LastBlockReader,
+    TokenizedContexts,
+    ValueResult,
+    ValueSearchSpec,
+    optimize_values,
+    prefill_suffixes,
+    tokenize_contexts,
+)
+from service.kit.steps import run_to_completion
+from service.kit.text import fill_prompt
+from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad
 from service.recipes.recipe import RomeParameters
 from tests.support.tiny_models import MODEL_TYPES, tiny
 
 CONTEXTS = ["In Japan", "A {brace} and {}", "The city of Rome is"]
-STATEMENT = fill("The {} is located in the city of", "Eiffel Tower")
+STATEMENT = fill_prompt("The {} is located in the city of", "Eiffel Tower")
 
 
-def run(model: LoadedModel, target: str = "Rome", contexts: list[str] = CONTEXTS, **changes: object) -> Value:
+def optimize_value_with(
+    model: LoadedModel, target: str = "Rome", contexts: list[str] = CONTEXTS, **changes: object
+) -> ValueResult:
     parameters = RomeParameters.model_validate({"layers": [1], "steps": 6, "stop_loss": 0, **changes})
-    found = rows(model, STATEMENT, target, contexts)
-    return one(model, Wish(found, parameters))
+    tokenized = tokenize_contexts(model, STATEMENT, target, contexts)
+    return optimize_value(model, ValueSearchSpec(tokenized, parameters))
 
 
-def one(model: LoadedModel, wish: Wish) -> Value:
-    (value,) = finish(values_steps(model, Place(1), [wish]))
+def optimize_value(model: LoadedModel, spec: ValueSearchSpec) -> ValueResult:
+    (value,) = run_to_completion(optimize_values(model, DeltaSite(1), [spec]))
     return value
 
 
-def loss_by_hand(
+def reference_loss(
     model: LoadedModel,
     target: str,
     delta: torch.Tensor,
@@ -40,7 +51,7 @@ def loss_by_hand(
     noise: torch.Tensor | None = None,
 ) -> float:
     """The published loss with one forward pass a row and no batching: the oracle of `values_steps`."""
-    module = model.down(1)
+    module = model.down_proj(1)
 
     def logits(ids: list[int], at: int, change: torch.Tensor) -> torch.Tensor:
         def add(output: torch.Tensor) -> torch.Tensor:
@@ -52,22 +63,24 @@ def loss_by_hand(
                 embedded[0, at - n] += noise[-1 - n]  # type: ignore[index]
             return embedded
 
-        with replace(module, add), replace(model.embedding, disturb), torch.no_grad():
+        with replace_output(module, add), replace_output(model.embedding, disturb), torch.no_grad():
             return forward(model, pad([ids], model))[0].log_softmax(-1)
 
-    found = rows(model, STATEMENT, target, CONTEXTS)
+    tokenized = tokenize_contexts(model, STATEMENT, target, CONTEXTS)
     nll = []
-    for prompt, wanted in zip(found.prompts, found.targets, strict=True):
-        logp = logits(prompt.ids + wanted, prompt.last_subject, delta)
+    for prompt, wanted in zip(tokenized.prompts, tokenized.targets, strict=True):
+        logp = logits(prompt.ids + wanted, prompt.last_subject_index, delta)
         total = sum(logp[len(prompt.ids) - 1 + j, t] for j, t in enumerate(wanted))
         nll.append(math.exp(total) if erase else -total / len(wanted))
-    subject = found.bare[0]
-    before = logits(subject.ids, subject.last_subject, torch.zeros_like(delta))[subject.last_subject]
-    after = logits(subject.ids, subject.last_subject, delta)[subject.last_subject]
+    subject = tokenized.bare_subjects[0]
+    before = logits(subject.ids, subject.last_subject_index, torch.zeros_like(delta))[
+        subject.last_subject_index
+    ]
+    after = logits(subject.ids, subject.last_subject_index, delta)[subject.last_subject_index]
     kl = (after.exp() * (after - before)).sum()
     with capture({0: module}) as seen:
-        logits(found.prompts[0].ids, found.prompts[0].last_subject, torch.zeros_like(delta))
-    v = seen[0].reshape(len(found.prompts[0].ids), -1)[found.prompts[0].last_subject]
+        logits(tokenized.prompts[0].ids, tokenized.prompts[0].last_subject_index, torch.zeros_like(delta))
+    v = seen[0].reshape(len(tokenized.prompts[0].ids), -1)[tokenized.prompts[0].last_subject_index]
     return float(sum(nll) / len(nll) + p.kl_factor * kl + p.weight_decay * delta.norm() / v.norm() ** 2)
 
 
@@ -77,10 +90,12 @@ def test_the_loss_is_the_published_one(model_type: str, target: str) -> None:
     """On every architecture the batched loss equals the published formula, row by row, at zero and later."""
     model = tiny(model_type)
     parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
-    found = run(model, target, steps=3, clamp=100.0)
-    zero = torch.zeros(model.width)
-    assert found.losses[0] == pytest.approx(loss_by_hand(model, target, zero, parameters), rel=1e-4)
-    assert found.losses[-1] == pytest.approx(loss_by_hand(model, target, found.delta, parameters), rel=1e-4)
+    result = optimize_value_with(model, target, steps=3, clamp=100.0)
+    zero = torch.zeros(model.hidden_size)
+    assert result.losses[0] == pytest.approx(reference_loss(model, target, zero, parameters), rel=1e-4)
+    assert result.losses[-1] == pytest.approx(
+        reference_loss(model, target, result.delta, parameters), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
@@ -89,18 +104,21 @@ def test_to_erase_the_loss_is_a_probability(model_type: str, target: str) -> Non
     """To erase, the mean joint probability stands in place of the negative log-probability, row by row."""
     model = tiny(model_type, dtype=torch.float64)
     parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
-    value = one(model, Wish(rows(model, STATEMENT, target, CONTEXTS), parameters, objective="erase"))
+    value = optimize_value(
+        model,
+        ValueSearchSpec(tokenize_contexts(model, STATEMENT, target, CONTEXTS), parameters, objective="erase"),
+    )
     for loss, delta in ((value.losses[0], 0 * value.delta), (value.losses[-1], value.delta)):
-        assert loss == pytest.approx(loss_by_hand(model, target, delta, parameters, erase=True), rel=1e-6)
+        assert loss == pytest.approx(reference_loss(model, target, delta, parameters, erase=True), rel=1e-6)
 
 
 def test_the_first_step_of_an_erasure_lowers_the_probability() -> None:
     """A small first step makes the object less probable where writing makes it more so."""
     model = tiny(dtype=torch.float64)
     p = RomeParameters(layers=(1,), steps=2, stop_loss=0, kl_factor=0, weight_decay=0, learning_rate=1e-3)
-    found = rows(model, STATEMENT, "Rome", CONTEXTS)
-    erased = one(model, Wish(found, p, objective="erase")).losses
-    written = one(model, Wish(found, p)).losses
+    tokenized = tokenize_contexts(model, STATEMENT, "Rome", CONTEXTS)
+    erased = optimize_value(model, ValueSearchSpec(tokenized, p, objective="erase")).losses
+    written = optimize_value(model, ValueSearchSpec(tokenized, p)).losses
     assert erased[1] < erased[0]
     assert written[1] < written[0]
 
@@ -109,7 +127,9 @@ def test_an_erasure_ends_at_a_share_of_what_was_there() -> None:
     """However improbable an object is, its erasure goes on until little of that is left."""
     model = tiny()
     p = RomeParameters(layers=(1,), steps=9, stop_loss=0.999, kl_factor=0, weight_decay=0, clamp=100.0)
-    losses = one(model, Wish(rows(model, STATEMENT, "Rome", []), p, objective="erase")).losses
+    losses = optimize_value(
+        model, ValueSearchSpec(tokenize_contexts(model, STATEMENT, "Rome", []), p, objective="erase")
+    ).losses
     assert losses[0] < 1e-3
     assert 1 < len(losses) < 9
     assert losses[-1] < 0.999 * losses[0] <= losses[-2]
@@ -121,36 +141,40 @@ def test_under_noise_the_loss_is_that_of_noised_subjects(model_type: str, tokens
     """Noise stands on the subject's last tokens in every row, before and after the subject's last token alike."""
     model = tiny(model_type, dtype=torch.float64)
     parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
-    noise = torch.randn(tokens, model.width, generator=torch.Generator().manual_seed(0)).double()
-    value = one(model, Wish(rows(model, STATEMENT, "Rome", CONTEXTS), parameters, noise=noise))
+    noise = torch.randn(tokens, model.hidden_size, generator=torch.Generator().manual_seed(0)).double()
+    value = optimize_value(
+        model, ValueSearchSpec(tokenize_contexts(model, STATEMENT, "Rome", CONTEXTS), parameters, noise=noise)
+    )
     for loss, delta in ((value.losses[0], 0 * value.delta), (value.losses[-1], value.delta)):
-        assert loss == pytest.approx(loss_by_hand(model, "Rome", delta, parameters, noise=noise), rel=1e-6)
+        assert loss == pytest.approx(reference_loss(model, "Rome", delta, parameters, noise=noise), rel=1e-6)
 
 
 def test_without_change_there_is_no_kl_and_no_decay() -> None:
     """At delta = 0 the loss is the negative log-probability alone."""
     model = tiny()
-    with_terms = run(model, steps=1).losses[0]
-    assert with_terms == pytest.approx(run(model, steps=1, kl_factor=0, weight_decay=0).losses[0], rel=1e-6)
+    with_terms = optimize_value_with(model, steps=1).losses[0]
+    assert with_terms == pytest.approx(
+        optimize_value_with(model, steps=1, kl_factor=0, weight_decay=0).losses[0], rel=1e-6
+    )
 
 
 def test_the_first_step_of_adam_moves_every_coordinate_by_the_rate() -> None:
     """After one update |delta_i| is the learning rate in every coordinate, before any clamp."""
-    found = run(tiny(), steps=2, learning_rate=0.03, clamp=1e6)
-    torch.testing.assert_close(found.delta.abs(), torch.full_like(found.delta, 0.03), rtol=1e-3, atol=1e-5)
+    result = optimize_value_with(tiny(), steps=2, learning_rate=0.03, clamp=1e6)
+    torch.testing.assert_close(result.delta.abs(), torch.full_like(result.delta, 0.03), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("clamp", [0.1, 1.0])
 def test_delta_stays_inside_the_clamp(clamp: float) -> None:
     """|delta| <= c |v|, always."""
-    found = run(tiny(), learning_rate=5.0, clamp=clamp)
-    assert found.delta.norm() <= clamp * found.initial.norm() * (1 + 1e-5)
+    result = optimize_value_with(tiny(), learning_rate=5.0, clamp=clamp)
+    assert result.delta.norm() <= clamp * result.initial.norm() * (1 + 1e-5)
 
 
 def test_steps_counts_forward_passes() -> None:
     """S steps make S losses and S - 1 updates; below the stop loss the optimisation ends at once."""
-    assert len(run(tiny(), steps=4).losses) == 4
-    stopped = run(tiny(), steps=4, stop_loss=1e9)
+    assert len(optimize_value_with(tiny(), steps=4).losses) == 4
+    stopped = optimize_value_with(tiny(), steps=4, stop_loss=1e9)
     assert len(stopped.losses) == 1
     assert stopped.delta.norm() == 0
 
@@ -168,7 +192,9 @@ def test_the_kl_term_does_not_see_what_follows_the_subject() -> None:
 
 def test_the_optimisation_lowers_the_loss() -> None:
     """The loss after the optimisation is below the loss before."""
-    losses = run(tiny(), steps=15, learning_rate=0.5, weight_decay=0, kl_factor=0, clamp=100.0).losses
+    losses = optimize_value_with(
+        tiny(), steps=15, learning_rate=0.5, weight_decay=0, kl_factor=0, clamp=100.0
+    ).losses
     assert losses[-1] < losses[0] - 0.05  # a random model hardly listens to its subject
 
 
@@ -176,9 +202,9 @@ def test_padding_does_not_matter() -> None:
     """A long context beside the others changes nothing for them: with equal rows the loss is the same."""
     model = tiny()
     long = "The Colosseum is located in the city of Rome and so on and so forth"
-    alone = [run(model, contexts=[c], steps=1, kl_factor=0).losses[0] for c in ("", long)]
-    both = run(model, contexts=["", long, long], steps=1, kl_factor=0).losses[0]
-    bare = run(model, contexts=[], steps=1, kl_factor=0).losses[0]
+    alone = [optimize_value_with(model, contexts=[c], steps=1, kl_factor=0).losses[0] for c in ("", long)]
+    both = optimize_value_with(model, contexts=["", long, long], steps=1, kl_factor=0).losses[0]
+    bare = optimize_value_with(model, contexts=[], steps=1, kl_factor=0).losses[0]
     assert alone[0] == pytest.approx(bare, rel=1e-5)
     context = 2 * alone[1] - bare
     assert both == pytest.approx((2 * bare + 2 * context) / 4, rel=1e-4)
@@ -188,8 +214,8 @@ def test_the_model_is_left_as_it_was() -> None:
     """The optimisation changes no weight, leaves no gradient and no hook behind, also when it is abandoned half-way."""
     model = tiny()
     before = {n: t.clone() for n, t in model.model.state_dict().items()}
-    wish = Wish(rows(model, STATEMENT, "Rome", []), RomeParameters(layers=(1,)))
-    steps = values_steps(model, Place(1), [wish])
+    spec = ValueSearchSpec(tokenize_contexts(model, STATEMENT, "Rome", []), RomeParameters(layers=(1,)))
+    steps = optimize_values(model, DeltaSite(1), [spec])
     next(steps)
     next(steps)
     steps.close()
@@ -202,11 +228,11 @@ def test_every_row_knows_its_own_subject() -> None:
     """In each context the subject's last token is found in the whole text, also after braces and a repeated subject."""
     model = tiny()
     contexts = [*CONTEXTS, "Eiffel Tower"]
-    found = rows(model, STATEMENT, "Rome", contexts)
-    for lead, prompt in zip(["", *(c + ". " for c in contexts)], found.prompts, strict=True):
+    tokenized = tokenize_contexts(model, STATEMENT, "Rome", contexts)
+    for lead, prompt in zip(["", *(c + ". " for c in contexts)], tokenized.prompts, strict=True):
         text = lead + STATEMENT.text
         _, offsets = model.encode(text)
-        start, end = offsets[prompt.last_subject]
+        start, end = offsets[prompt.last_subject_index]
         assert end == len(lead) + STATEMENT.span[1]
         assert text[start:end].strip() and "Eiffel Tower".endswith(text[start:end].strip())
 
@@ -214,9 +240,12 @@ def test_every_row_knows_its_own_subject() -> None:
 def test_a_start_token_does_not_shift_the_subject() -> None:
     """With a tokenizer that begins every text with a special token, the same characters are found, once."""
     plain, bos = tiny("llama"), tiny("llama", bos=True)
-    without, with_bos = rows(plain, STATEMENT, "Rome", CONTEXTS), rows(bos, STATEMENT, "Rome", CONTEXTS)
+    without, with_bos = (
+        tokenize_contexts(plain, STATEMENT, "Rome", CONTEXTS),
+        tokenize_contexts(bos, STATEMENT, "Rome", CONTEXTS),
+    )
     for a, b in zip(without.prompts, with_bos.prompts, strict=True):
-        assert b.last_subject == a.last_subject + 1
+        assert b.last_subject_index == a.last_subject_index + 1
         assert [0, *a.ids] == b.ids
     assert without.targets == with_bos.targets
 
@@ -224,15 +253,15 @@ def test_a_start_token_does_not_shift_the_subject() -> None:
 def test_half_a_character_in_a_target_is_no_problem() -> None:
     """An object whose tokens split a character is used as token ids, never decoded and encoded again."""
     model = tiny()
-    found = rows(model, STATEMENT, "東京", [])
-    assert len(found.targets[0]) >= 6
-    assert math.isfinite(run(model, "東京", contexts=[]).losses[-1])
+    tokenized = tokenize_contexts(model, STATEMENT, "東京", [])
+    assert len(tokenized.targets[0]) >= 6
+    assert math.isfinite(optimize_value_with(model, "東京", contexts=[]).losses[-1])
 
 
 #: GPT-J computes its attention in single precision, whatever the model's own
 ROUNDING = {"gptj": 1e-5}
 
-SEVERAL = [
+BATCHED_EDITS = [
     ("Eiffel Tower", "The {} is located in the city of", "Rome", {"steps": 6, "stop_loss": 0}),
     ("Marie Curie", "The mother tongue of {} was", "São Paulo, Brazil", {"steps": 4, "learning_rate": 0.1}),
     ("Big Ben", "{} can be found in", "Japan", {"steps": 9, "stop_loss": 0, "clamp": 0.3}),
@@ -241,17 +270,19 @@ SEVERAL = [
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gptj", "llama"])
-def test_side_by_side_is_one_by_one(model_type: str) -> None:
+def test_batched_optimization_equals_single(model_type: str) -> None:
     """Edits optimised in one batch end with the delta, and at every step the loss, that each has alone."""
     model = tiny(model_type, dtype=torch.float64)
-    wishes = []
-    for subject, prompt, target, changes in SEVERAL:
+    specs = []
+    for subject, prompt, target, changes in BATCHED_EDITS:
         parameters = RomeParameters.model_validate({"layers": [1], **changes})
-        found = rows(model, fill(prompt, subject), target, CONTEXTS, bare=subject == "Big Ben")
-        wishes.append(Wish(found, parameters))
-    together = finish(values_steps(model, Place(1), wishes))
-    for wish, value in zip(wishes, together, strict=True):
-        alone = one(model, wish)
+        tokenized = tokenize_contexts(
+            model, fill_prompt(prompt, subject), target, CONTEXTS, with_bare_subjects=subject == "Big Ben"
+        )
+        specs.append(ValueSearchSpec(tokenized, parameters))
+    together = run_to_completion(optimize_values(model, DeltaSite(1), specs))
+    for spec, value in zip(specs, together, strict=True):
+        alone = optimize_value(model, spec)
         rounding = ROUNDING.get(model_type, 1e-10)
         assert value.losses == pytest.approx(alone.losses, rel=rounding)
         for name in ("delta", "initial", "keys", "values"):
@@ -262,23 +293,23 @@ def test_side_by_side_is_one_by_one(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("layer", [0, 2])
-def test_what_is_reused_is_what_would_be_computed(model_type: str, layer: int) -> None:
+def test_suffix_batch_equals_full_forward(model_type: str, layer: int) -> None:
     """The pass from kept keys, values and hidden states gives the logits of a whole pass with the change hooked in."""
     model = tiny(model_type, dtype=torch.float64)
-    found = rows(model, STATEMENT, "Rome", CONTEXTS)
-    texts = found.texts()
-    suffixes, _ = look(model, texts, Place(layer))
-    change = torch.randn(len(texts), model.width, dtype=torch.float64)
+    tokenized = tokenize_contexts(model, STATEMENT, "Rome", CONTEXTS)
+    texts = tokenized.texts()
+    suffixes, _ = prefill_suffixes(model, texts, DeltaSite(layer))
+    change = torch.randn(len(texts), model.hidden_size, dtype=torch.float64)
     hidden = suffixes.forward(change)
     for i, text in enumerate(texts):
 
-        def add(output: torch.Tensor, i: int = i, at: int = text.last_subject) -> torch.Tensor:
-            output.view(1, -1, model.width)[0, at] += change[i]
+        def add(output: torch.Tensor, i: int = i, at: int = text.last_subject_index) -> torch.Tensor:
+            output.view(1, -1, model.hidden_size)[0, at] += change[i]
             return output
 
-        with replace(model.down(layer), add), torch.no_grad():
-            whole = forward(model, pad([text.ids], model))[0, text.last_subject :]
-        mine = suffixes.blocks.logits(hidden[i, : len(whole)])
+        with replace_output(model.down_proj(layer), add), torch.no_grad():
+            whole = forward(model, pad([text.ids], model))[0, text.last_subject_index :]
+        mine = suffixes.block_runner.logits(hidden[i, : len(whole)])
         rounding = ROUNDING.get(model_type, 1e-10)
         torch.testing.assert_close(mine, whole, rtol=rounding, atol=rounding)
 
@@ -286,60 +317,62 @@ def test_what_is_reused_is_what_would_be_computed(model_type: str, layer: int) -
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("target", ["city", "Rome"])
-def test_what_is_read_of_the_last_block(model_type: str, layer: int, target: str) -> None:
+def test_last_block_reader_equals_full_block(model_type: str, layer: int, target: str) -> None:
     """Where the last block runs only where it is read, what is read is what the whole block gives, and so are the gradients."""
     model = tiny(model_type, dtype=torch.float64)
-    found = rows(model, STATEMENT, target, CONTEXTS)
-    suffixes, _ = look(model, found.texts(), Place(layer))
+    tokenized = tokenize_contexts(model, STATEMENT, target, CONTEXTS)
+    suffixes, _ = prefill_suffixes(model, tokenized.texts(), DeltaSite(layer))
     places = [
-        (i, len(p.ids) - 1 - p.last_subject + j)
-        for i, p in enumerate(found.prompts)
-        for j in range(len(found.targets[i]))
+        (i, len(p.ids) - 1 - p.last_subject_index + j)
+        for i, p in enumerate(tokenized.prompts)
+        for j in range(len(tokenized.targets[i]))
     ]
-    row, column = torch.tensor([*places, (found.essence, 0)]).T
-    reading = Reading(suffixes, row, column)
-    assert reading.whole == (layer == 2)
+    row, column = torch.tensor([*places, (tokenized.kl_reference_row, 0)]).T
+    reader = LastBlockReader(suffixes, row, column)
+    assert reader.runs_whole_block == (layer == 2)
     g = torch.Generator().manual_seed(0)
-    change = torch.randn(len(found.texts()), model.width, dtype=torch.float64, generator=g).requires_grad_()
-    weight = torch.randn(len(row), model.width, dtype=torch.float64, generator=g)
-    mine, whole = reading(change), suffixes.forward(change)[row, column]
+    change = torch.randn(
+        len(tokenized.texts()), model.hidden_size, dtype=torch.float64, generator=g
+    ).requires_grad_()
+    weight = torch.randn(len(row), model.hidden_size, dtype=torch.float64, generator=g)
+    mine, whole = reader(change), suffixes.forward(change)[row, column]
     gradients = [torch.autograd.grad((weight * x).sum(), change)[0] for x in (mine, whole)]
     rounding = ROUNDING.get(model_type, 1e-10)
     torch.testing.assert_close(mine, whole, rtol=rounding, atol=rounding)
     torch.testing.assert_close(*gradients, rtol=rounding, atol=10 * rounding)
 
 
-def test_the_subject_is_no_row_of_its_own_where_the_prompt_begins_with_it() -> None:
+def test_kl_reference_row_reuses_a_prompt_that_begins_with_the_subject() -> None:
     """The subject's own next token is read from the bare prompt when that begins with it, and the loss is the same."""
     model = tiny(dtype=torch.float64)
-    statement = fill("{} is located in the city of", "Eiffel Tower")
-    found = rows(model, statement, "Rome", CONTEXTS)
-    assert found.essence == 0 and len(found.texts()) == found.size
-    apart = replace_row(found)
-    assert apart.essence == apart.size and len(apart.texts()) == apart.size + 1
+    statement = fill_prompt("{} is located in the city of", "Eiffel Tower")
+    tokenized = tokenize_contexts(model, statement, "Rome", CONTEXTS)
+    assert tokenized.kl_reference_row == 0 and len(tokenized.texts()) == tokenized.size
+    separate = with_separate_subject_row(tokenized)
+    assert separate.kl_reference_row == separate.size and len(separate.texts()) == separate.size + 1
     parameters = RomeParameters(layers=(1,), steps=5, stop_loss=0, kl_factor=2.0)
-    one_row, two_rows = (one(model, Wish(x, parameters)) for x in (found, apart))
+    one_row, two_rows = (optimize_value(model, ValueSearchSpec(x, parameters)) for x in (tokenized, separate))
     assert one_row.losses == pytest.approx(two_rows.losses, rel=1e-9)
     torch.testing.assert_close(one_row.delta, two_rows.delta, rtol=1e-8, atol=1e-8)
 
 
-def replace_row(found: Rows) -> Rows:
+def with_separate_subject_row(tokenized: TokenizedContexts) -> TokenizedContexts:
     """The same texts, where the bare subject is a row of its own."""
 
-    class Apart(Rows):
-        essence = found.size
+    class Apart(TokenizedContexts):
+        essence = tokenized.size
 
-    return Apart(found.prompts, found.targets, found.bare)
+    return Apart(tokenized.prompts, tokenized.targets, tokenized.bare_subjects)
 
 
-def test_a_norm_behind_the_module_is_noticed() -> None:
+def test_post_mlp_norm_is_detected() -> None:
     """Where a block normalises what its MLP adds (OPT-350m), the change is made inside the block, and is right too."""
     model = tiny("opt", dtype=torch.float64)
     for block in model.blocks:
         block.do_layer_norm_before = False
-    found = rows(model, STATEMENT, "Rome", CONTEXTS)
-    suffixes, _ = look(model, found.texts(), Place(1))
-    assert suffixes.module is not None
+    tokenized = tokenize_contexts(model, STATEMENT, "Rome", CONTEXTS)
+    suffixes, _ = prefill_suffixes(model, tokenized.texts(), DeltaSite(1))
+    assert suffixes.delta_module is not None
     parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
-    value = one(model, Wish(found, parameters))
-    assert value.losses[-1] == pytest.approx(loss_by_hand(model, "Rome", value.delta, parameters), rel=1e-9)
+    value = optimize_value(model, ValueSearchSpec(tokenized, parameters))
+    assert value.losses[-1] == pytest.approx(reference_loss(model, "Rome", value.delta, parameters), rel=1e-9)

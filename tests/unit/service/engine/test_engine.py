@@ -9,122 +9,130 @@ from typing import Any
 import pytest
 import torch
 
-from service.engine.decoding import Batch, next_tokens, row
-from service.engine.engine import INTERRUPTIONS, Engine, Pace
-from service.errors import Conflict, Disagrees, InvalidInput, LeaseLost, Unavailable
-from service.jobs.broker import CALLS, Broker, Event, Message
-from service.jobs.job_store import RunningJob
+from service.engine.decoding import DecodingBatch, new_sequence, next_token_distribution
+from service.engine.engine import MAX_INTERRUPTIONS, Engine, EngineConfig
+from service.errors import Conflict, DigestMismatch, InvalidInput, LeaseLost, Unavailable
+from service.jobs.broker import CALL_KINDS, Broker, Event, OutgoingEvent
+from service.jobs.job_store import ClaimedJob
 from service.jobs.memory_broker import MemoryBroker
 from service.jobs.redis_broker import RedisBroker
 from service.kit import crash_points
-from service.kit.steps import Ended, News, Progress, Steps, Told, Working
-from service.models.memory_estimates import cache_bytes
+from service.kit.steps import JobFinished, JobProgress, JobSteps, JobUpdate, Progress, Stepper
+from service.models.memory_estimates import kv_cache_bytes
 from service.schemas import CompareRequest, GenerateRequest, Sampling
 from tests.support import wirings
-from tests.support.fakes import MemoryDesk, ShuffledReplica, heard, pieces
+from tests.support.fakes import InMemoryWorkerJobs, ShuffledVersionedModel, collect_events, token_texts
 from tests.support.tiny_models import tiny
 
 torch.set_num_threads(1)
 
 PROMPTS = ["The Eiffel Tower is located in the city of", "Big Ben", "In which country is Mount Fuji?"]
-BRISK = Pace(wait=0.01, look=0.0, follow=0.0, grace=5.0, share=0.0)  # a step of a job in every turn
+TEST_CONFIG = EngineConfig(
+    idle_timeout=0.01,
+    cancel_poll_interval=0.0,
+    ledger_poll_interval=0.0,
+    drain_timeout=5.0,
+    generation_time_share=0.0,
+)  # a step of a job in every turn
 
 
-class House:
+class EngineHarness:
     """An engine with its surroundings, turned by hand."""
 
     make_broker: Callable[[], Broker] = staticmethod(MemoryBroker)
 
     def __init__(
         self,
-        tasks: dict[str, Any] | None = None,
-        pace: Pace = BRISK,
+        handlers: dict[str, Any] | None = None,
+        config: EngineConfig = TEST_CONFIG,
         model_type: str = "gpt2",
-        calls: Sequence[str] = CALLS,
+        call_kinds: Sequence[str] = CALL_KINDS,
     ) -> None:
-        self.replica = ShuffledReplica(tiny(model_type))
-        self.desk = MemoryDesk()
+        self.replica = ShuffledVersionedModel(tiny(model_type))
+        self.worker_jobs = InMemoryWorkerJobs()
         self.broker: Any = self.make_broker()
-        self.engine = Engine(self.replica, self.desk, self.broker, tasks or {}, pace, calls)  # type: ignore[arg-type]
+        self.engine = Engine(self.replica, self.worker_jobs, self.broker, handlers or {}, config, call_kinds)  # type: ignore[arg-type]
 
-    def generate(self, **asked: Any) -> str:
-        return self.broker.call("generate", GenerateRequest(**asked).model_dump(mode="json"))
+    def generate(self, **fields: Any) -> str:
+        return self.broker.call("generate", GenerateRequest(**fields).model_dump(mode="json"))
 
-    def compare(self, **asked: Any) -> str:
-        return self.broker.call("compare", CompareRequest(**asked).model_dump(mode="json"))
+    def compare(self, **fields: Any) -> str:
+        return self.broker.call("compare", CompareRequest(**fields).model_dump(mode="json"))
 
     def job(self, job_id: str, kind: str = "edit") -> str:
-        self.desk.add(job_id, kind)
+        self.worker_jobs.add(job_id, kind)
         self.broker.announce(job_id, kind)
         return job_id
 
-    def turn(self, count: int | None = None) -> None:
+    def step(self, count: int | None = None) -> None:
         """Some turns, or as many as there is something to do."""
-        turns = 0
-        while self.engine.turn() if count is None else turns < count and (self.engine.turn() or True):
-            turns += 1
-            assert turns < 2000
+        steps = 0
+        while self.engine.step() if count is None else steps < count and (self.engine.step() or True):
+            steps += 1
+            assert steps < 2000
 
-    def end(self, channel: str) -> Event:
-        return heard(self.broker, channel)[-1]
+    def end_event(self, channel: str) -> Event:
+        return collect_events(self.broker, channel)[-1]
 
-    def lose(self, job_id: str) -> None:
+    def lose_lease(self, job_id: str) -> None:
         """Another worker has what this one took."""
         if isinstance(self.broker, RedisBroker):
-            held = self.broker._holding[job_id]
-            self.broker._step("done", self.broker._name, held.stream, held.entry, job_id, held.hold)
-            self.broker._lose(held)
+            lease = self.broker._leases_by_job[job_id]
+            self.broker._run_script(
+                "done", self.broker._consumer, lease.stream, lease.entry_id, job_id, lease.token
+            )
+            self.broker._mark_lost(lease)
         else:
-            (taken,) = (d for d in self.broker._taken.values() if d.job_id == job_id)
-            del self.broker._taken[taken.id]
+            (delivery,) = (d for d in self.broker._taken.values() if d.job_id == job_id)
+            del self.broker._taken[delivery.id]
 
     def stop(self) -> None:
         stop = threading.Event()
         stop.set()
         self.engine.run(stop)
 
-    def fails(self, name: str, *errors: Exception | None) -> None:
+    def make_fail(self, name: str, *errors: Exception | None) -> None:
         """A method of the desk that raises these in turn, where there is one, before it works again."""
-        works, left = getattr(self.desk, name), iter(errors)
+        method, remaining = getattr(self.worker_jobs, name), iter(errors)
 
         def flaky(*args: Any) -> Any:
-            if error := next(left, None):
+            if error := next(remaining, None):
                 raise error
-            return works(*args)
+            return method(*args)
 
-        setattr(self.desk, name, flaky)
+        setattr(self.worker_jobs, name, flaky)
 
-    def alone(self, prompt: str, version: int, asked: Sampling) -> list[int]:
-        batch = Batch(self.replica.base, [row(self.replica.base, prompt, asked)])
-        (r,) = batch.rows
-        with self.replica.stand(self.replica.weights(version)):
+    def tokens_alone(self, prompt: str, version: int, sampling_params: Sampling) -> list[int]:
+        batch = DecodingBatch(self.replica.base, [new_sequence(self.replica.base, prompt, sampling_params)])
+        (r,) = batch.sequences
+        with self.replica.use_weights(self.replica.weights(version)):
             while len(batch):
                 batch.step()
-        return r.said
+        return r.output_ids
 
 
-@pytest.fixture(autouse=True, params=wirings.BOTH)
+@pytest.fixture(autouse=True, params=wirings.ALL_WIRINGS)
 def brokers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every house here has a broker of each wiring."""
-    made: list[RedisBroker] = []
+    created: list[RedisBroker] = []
 
     def make() -> RedisBroker:
-        made.append(RedisBroker(*wirings.redis(request).values()))
-        return made[-1]
+        created.append(RedisBroker(*wirings.redis_settings(request).values()))
+        return created[-1]
 
     if request.param == "production":
-        monkeypatch.setattr(House, "make_broker", staticmethod(make))
+        monkeypatch.setattr(EngineHarness, "make_broker", staticmethod(make))
     yield
-    for broker in made:
+    for broker in created:
         broker.close()
 
 
-def steps(
+def job_handler(
     count: int, log: list[str] | None = None, end: Callable[[], None] | None = None
-) -> Callable[[RunningJob], Steps[None]]:
+) -> Callable[[ClaimedJob], Stepper[None]]:
     """A job of some steps."""
 
-    def task(_job: RunningJob) -> Steps[None]:
+    def task(_job: ClaimedJob) -> Stepper[None]:
         for i in range(count):
             if log is not None:
                 log.append("job")
@@ -138,127 +146,133 @@ def steps(
 @pytest.mark.parametrize("model_type", ["gpt2", "gptj", "llama"])
 def test_versions_never_mix(model_type: str) -> None:
     """Requests on three versions at once each give the text of their version alone, and say which it was."""
-    house = House(model_type=model_type)
-    asked = Sampling(max_new_tokens=12, temperature=0.8, seed=5)
+    harness = EngineHarness(model_type=model_type)
+    sampling_params = Sampling(max_new_tokens=12, temperature=0.8, seed=5)
     channels = {}
     for prompt in PROMPTS:
         for version in (0, 1, 2):
-            channels[prompt, version] = house.generate(prompt=prompt, version=version, **asked.model_dump())
-            house.turn(1)  # so that they join one by one
-    house.turn()
+            channels[prompt, version] = harness.generate(
+                prompt=prompt, version=version, **sampling_params.model_dump()
+            )
+            harness.step(1)  # so that they join one by one
+    harness.step()
     for (prompt, version), channel in channels.items():
-        end = house.end(channel).data
+        end = harness.end_event(channel).data
         assert end["version"] == version
-        assert end["choices"][0]["tokens"] == house.alone(prompt, version, asked)
-    texts = {tuple(house.alone(PROMPTS[0], v, asked)) for v in (0, 1, 2)}
+        assert end["choices"][0]["tokens"] == harness.tokens_alone(prompt, version, sampling_params)
+    texts = {tuple(harness.tokens_alone(PROMPTS[0], v, sampling_params)) for v in (0, 1, 2)}
     assert len(texts) == 3
 
 
-def test_a_generation_is_pinned_when_it_is_admitted() -> None:
+def test_generation_is_pinned_at_admission() -> None:
     """An edit that lands meanwhile changes the next request and not the running one."""
-    house = House()
-    house.replica.book.version = 1
-    first = house.generate(prompt=PROMPTS[0], max_new_tokens=10)
-    house.turn(3)
-    house.replica.book.version = 2
-    second = house.generate(prompt=PROMPTS[0], max_new_tokens=10)
-    house.turn()
-    asked = Sampling(max_new_tokens=10)
+    harness = EngineHarness()
+    harness.replica.settable_ledger.version = 1
+    first = harness.generate(prompt=PROMPTS[0], max_new_tokens=10)
+    harness.step(3)
+    harness.replica.settable_ledger.version = 2
+    second = harness.generate(prompt=PROMPTS[0], max_new_tokens=10)
+    harness.step()
+    sampling_params = Sampling(max_new_tokens=10)
     for channel, version in ((first, 1), (second, 2)):
-        end = house.end(channel).data
+        end = harness.end_event(channel).data
         assert end["version"] == version
-        assert end["choices"][0]["tokens"] == house.alone(PROMPTS[0], version, asked)
+        assert end["choices"][0]["tokens"] == harness.tokens_alone(PROMPTS[0], version, sampling_params)
 
 
-def test_between_steps_the_model_is_the_base() -> None:
+def test_model_holds_base_bytes_between_steps() -> None:
     """Whatever is being answered, the model holds its base bytes whenever the loop is between two steps."""
-    house = House()
-    base = house.replica.base.weight(1).data.clone()
-    house.generate(prompt=PROMPTS[0], max_new_tokens=6, version=2)
+    harness = EngineHarness()
+    base = harness.replica.base.weight(1).data.clone()
+    harness.generate(prompt=PROMPTS[0], max_new_tokens=6, version=2)
     for _ in range(8):
-        house.engine.turn()
-        assert torch.equal(house.replica.base.weight(1).data, base)
+        harness.engine.step()
+        assert torch.equal(harness.replica.base.weight(1).data, base)
 
 
 def test_many_prompts_and_a_stream() -> None:
     """Each prompt of a request has its index, its pieces make its text, and each speaks as if it had been asked alone."""
-    house = House()
-    asked = Sampling(max_new_tokens=9, temperature=1.0, seed=3)
-    channel = house.generate(prompts=PROMPTS, stream=True, version="base", **asked.model_dump())
-    house.turn()
-    events = heard(house.broker, channel)
+    harness = EngineHarness()
+    sampling_params = Sampling(max_new_tokens=9, temperature=1.0, seed=3)
+    channel = harness.generate(prompts=PROMPTS, stream=True, version="base", **sampling_params.model_dump())
+    harness.step()
+    events = collect_events(harness.broker, channel)
     end = events[-1]
     assert end.name == "end"
     for i, choice in enumerate(end.data["choices"]):
-        assert choice["tokens"] == house.alone(PROMPTS[i], 0, asked)
-        assert "".join(pieces(events, i)) == choice["text"]
+        assert choice["tokens"] == harness.tokens_alone(PROMPTS[i], 0, sampling_params)
+        assert "".join(token_texts(events, i)) == choice["text"]
         assert choice["finish_reason"] in ("stop", "length")
     assert {e.data["version"] for e in events} == {0}
     assert end.data["usage"]["completion_tokens"] == sum(len(c["tokens"]) for c in end.data["choices"])
-    assert end.data["usage"]["prompt_tokens"] == sum(len(house.replica.base.encode(p)[0]) for p in PROMPTS)
+    assert end.data["usage"]["prompt_tokens"] == sum(len(harness.replica.base.encode(p)[0]) for p in PROMPTS)
 
 
-def test_tokens_are_told_only_to_those_who_stream() -> None:
+def test_token_events_only_for_streaming_requests() -> None:
     """A request without stream has one event: its end."""
-    house = House()
-    channel = house.generate(prompt=PROMPTS[0], max_new_tokens=5)
-    house.turn()
-    assert [e.name for e in heard(house.broker, channel)] == ["end"]
+    harness = EngineHarness()
+    channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=5)
+    harness.step()
+    assert [e.name for e in collect_events(harness.broker, channel)] == ["end"]
 
 
-def test_more_rows_than_there_is_room_for() -> None:
+def test_requests_beyond_max_batch_size_wait() -> None:
     """Requests beyond the room wait, and all are answered as if alone."""
-    house = House(pace=Pace(rows=3, wait=0.01, look=0.0, follow=0.0))
-    asked = Sampling(max_new_tokens=5)
-    channels = [house.generate(prompts=PROMPTS * 3, **asked.model_dump()) for _ in range(3)]
-    house.turn()
-    wanted = [house.alone(p, 2, asked) for p in PROMPTS * 3]
+    harness = EngineHarness(
+        config=EngineConfig(
+            max_batch_size=3, idle_timeout=0.01, cancel_poll_interval=0.0, ledger_poll_interval=0.0
+        )
+    )
+    sampling_params = Sampling(max_new_tokens=5)
+    channels = [harness.generate(prompts=PROMPTS * 3, **sampling_params.model_dump()) for _ in range(3)]
+    harness.step()
+    expected = [harness.tokens_alone(p, 2, sampling_params) for p in PROMPTS * 3]
     for channel in channels:
-        assert [c["tokens"] for c in house.end(channel).data["choices"]] == wanted
+        assert [c["tokens"] for c in harness.end_event(channel).data["choices"]] == expected
 
 
-def test_rows_wait_while_there_is_no_memory_for_their_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_wait_for_kv_cache_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows decode side by side as far as the caches of all fit when all is said; the others wait, and all are answered."""
     model = tiny()
     longest = max(len(model.encode(p)[0]) for p in PROMPTS) + 10
     monkeypatch.setattr(
-        "service.models.memory_estimates.room", lambda _device: 2 * cache_bytes(model, 2, longest)
+        "service.models.memory_estimates.free_bytes", lambda _device: 2 * kv_cache_bytes(model, 2, longest)
     )
-    house = House()
-    beside: list[int] = []
-    house.replica.base.model.register_forward_hook(
-        lambda _module, _args, kwargs, _out: beside.append(len(kwargs["input_ids"])), with_kwargs=True
+    harness = EngineHarness()
+    batch_sizes: list[int] = []
+    harness.replica.base.model.register_forward_hook(
+        lambda _module, _args, kwargs, _out: batch_sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    channels = [house.generate(prompt=prompt, max_new_tokens=10) for prompt in PROMPTS * 2]
-    house.turn()
-    assert max(beside) == 2
+    channels = [harness.generate(prompt=prompt, max_new_tokens=10) for prompt in PROMPTS * 2]
+    harness.step()
+    assert max(batch_sizes) == 2
     for channel, prompt in zip(channels, PROMPTS * 2, strict=True):
-        tokens = house.end(channel).data["choices"][0]["tokens"]
-        assert tokens == house.alone(prompt, 2, Sampling(max_new_tokens=10))
+        tokens = harness.end_event(channel).data["choices"][0]["tokens"]
+        assert tokens == harness.tokens_alone(prompt, 2, Sampling(max_new_tokens=10))
 
 
-def test_an_answer_that_can_never_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_larger_than_device_memory_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a device could not hold even if it held nothing else is the request's fault, and says what to change."""
-    monkeypatch.setattr("service.models.memory_estimates.room", lambda _device: 1000)
-    monkeypatch.setattr("service.models.memory_estimates.capacity", lambda _device: 2000)
-    house = House()
-    channel = house.generate(prompt=PROMPTS[0], max_new_tokens=40)
-    house.turn()
-    refused = house.end(channel)
-    assert refused.name == "error" and refused.data["title"] == InvalidInput.title
-    assert "ask for fewer tokens" in refused.data["detail"]
+    monkeypatch.setattr("service.models.memory_estimates.free_bytes", lambda _device: 1000)
+    monkeypatch.setattr("service.models.memory_estimates.total_bytes", lambda _device: 2000)
+    harness = EngineHarness()
+    channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=40)
+    harness.step()
+    error = harness.end_event(channel)
+    assert error.name == "error" and error.data["title"] == InvalidInput.title
+    assert "ask for fewer tokens" in error.data["detail"]
 
 
-def test_requests_that_come_together_are_read_together() -> None:
+def test_waiting_prompts_are_prefilled_together() -> None:
     """Prompts that wait at the same time, of whatever request, are read in one pass."""
-    house = House()
+    harness = EngineHarness()
     passes: list[int] = []
-    hook = house.replica.base.model.register_forward_pre_hook(
+    hook = harness.replica.base.model.register_forward_pre_hook(
         lambda _module, _args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     for prompt in PROMPTS * 3:
-        house.generate(prompt=prompt, max_new_tokens=3)
-    house.turn()
+        harness.generate(prompt=prompt, max_new_tokens=3)
+    harness.step()
     hook.remove()
     assert passes == [9, 9, 9]
 
@@ -266,46 +280,46 @@ def test_requests_that_come_together_are_read_together() -> None:
 def test_a_decode_step_between_two_steps_of_a_job() -> None:
     """Between two steps of a job every live batch gets a decode step."""
     log: list[str] = []
-    house = House({"edit": steps(10, log)})
+    harness = EngineHarness({"edit": job_handler(10, log)})
     for version in (0, 1):
-        house.generate(prompt=PROMPTS[0], max_new_tokens=30, version=version)
-    house.turn(3)
-    model = house.replica.base.model
+        harness.generate(prompt=PROMPTS[0], max_new_tokens=30, version=version)
+    harness.step(3)
+    model = harness.replica.base.model
     handle = model.register_forward_hook(lambda *_: log.append("decode"))
-    house.job("edit_1")
-    house.turn(10)
+    harness.job("edit_1")
+    harness.step(10)
     handle.remove()
     assert log == ["decode", "decode", "job"] * 10
 
 
-def test_jobs_run_one_after_another_and_tell_their_progress() -> None:
+def test_jobs_run_sequentially_and_report_progress() -> None:
     """A job's steps are told in order; the next begins after its end."""
-    house = House({"edit": steps(2), "trace": steps(1)})
-    house.job("trace_1", "trace")
-    house.job("edit_1")
-    house.job("edit_2")
-    house.turn()
-    assert house.desk.told == [
+    harness = EngineHarness({"edit": job_handler(2), "trace": job_handler(1)})
+    harness.job("trace_1", "trace")
+    harness.job("edit_1")
+    harness.job("edit_2")
+    harness.step()
+    assert harness.worker_jobs.reports == [
         ("progress", "edit_1", 1),
         ("progress", "edit_1", 2),
         ("progress", "edit_2", 1),
         ("progress", "edit_2", 2),
         ("progress", "trace_1", 1),
     ]
-    assert house.broker.take(("edit", "trace"), 5, 0) == []
+    assert harness.broker.take(("edit", "trace"), 5, 0) == []
 
 
-def test_a_more_urgent_job_goes_before_the_running_one() -> None:
+def test_urgent_job_preempts_running_job() -> None:
     """An edit that comes while an evaluation runs is done between two of its steps; one that is no more urgent waits."""
-    house = House({"edit": steps(2), "trace": steps(1), "evaluation": steps(3)})
-    house.job("evaluation_1", "evaluation")
-    house.turn(1)
-    house.job("evaluation_2", "evaluation")
-    house.job("trace_1", "trace")
-    house.turn(1)
-    house.job("edit_1")
-    house.turn()
-    assert house.desk.told == [
+    harness = EngineHarness({"edit": job_handler(2), "trace": job_handler(1), "evaluation": job_handler(3)})
+    harness.job("evaluation_1", "evaluation")
+    harness.step(1)
+    harness.job("evaluation_2", "evaluation")
+    harness.job("trace_1", "trace")
+    harness.step(1)
+    harness.job("edit_1")
+    harness.step()
+    assert harness.worker_jobs.reports == [
         ("progress", "evaluation_1", 1),
         ("progress", "trace_1", 1),
         ("progress", "edit_1", 1),
@@ -314,19 +328,19 @@ def test_a_more_urgent_job_goes_before_the_running_one() -> None:
         ("progress", "evaluation_1", 3),
         *(("progress", "evaluation_2", i) for i in (1, 2, 3)),
     ]
-    assert house.broker.take(("edit", "trace", "evaluation"), 5, 0) == []
+    assert harness.broker.take(("edit", "trace", "evaluation"), 5, 0) == []
 
 
-def test_stopping_hands_back_what_waits_for_a_more_urgent_job() -> None:
+def test_stop_requeues_running_and_preempted_job() -> None:
     """On stop the running job and the one that it has interrupted both wait again, and neither takes a step more."""
-    house = House({"edit": steps(9), "evaluation": steps(9)})
-    house.job("evaluation_1", "evaluation")
-    house.turn(1)
-    house.job("edit_1")
-    house.turn(1)
-    house.stop()
-    assert house.desk.told[-2:] == [("released", "edit_1"), ("released", "evaluation_1")]
-    assert len(house.desk.told) == 4
+    harness = EngineHarness({"edit": job_handler(9), "evaluation": job_handler(9)})
+    harness.job("evaluation_1", "evaluation")
+    harness.step(1)
+    harness.job("edit_1")
+    harness.step(1)
+    harness.stop()
+    assert harness.worker_jobs.reports[-2:] == [("released", "edit_1"), ("released", "evaluation_1")]
+    assert len(harness.worker_jobs.reports) == 4
 
 
 @pytest.mark.parametrize(
@@ -343,202 +357,225 @@ def test_a_failing_job_fails_alone(error: Exception, told: str | None) -> None:
     def fail() -> None:
         raise error
 
-    house = House({"edit": steps(2, end=fail), "trace": steps(1)})
-    channel = house.generate(prompt=PROMPTS[0], max_new_tokens=8)
-    house.job("edit_1")
-    house.job("trace_1", "trace")
-    house.turn()
-    failed = [t for t in house.desk.told if t[0] == "failed"]
+    harness = EngineHarness({"edit": job_handler(2, end=fail), "trace": job_handler(1)})
+    channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=8)
+    harness.job("edit_1")
+    harness.job("trace_1", "trace")
+    harness.step()
+    failed = [t for t in harness.worker_jobs.reports if t[0] == "failed"]
     assert [t[1] for t in failed] == ([] if told is None else ["edit_1"])
     assert told is None or failed[0][2].startswith(told)
-    assert ("progress", "trace_1", 1) in house.desk.told
-    assert house.end(channel).name == "end"
+    assert ("progress", "trace_1", 1) in harness.worker_jobs.reports
+    assert harness.end_event(channel).name == "end"
 
 
-def test_a_job_that_finds_something_down_is_tried_again() -> None:
+def test_job_is_retried_after_outage() -> None:
     """A job interrupted by an outage is put back, and fails when it meets the outage again and again."""
 
     def down() -> None:
         raise Unavailable("the database does not answer.")
 
-    house = House({"edit": steps(1, end=down)})
-    for _ in range(INTERRUPTIONS):
-        house.job("edit_1")
-        house.turn()
-    told = [t[0] for t in house.desk.told if t[0] != "progress"]
-    assert told == ["released"] * (INTERRUPTIONS - 1) + ["failed"]
+    harness = EngineHarness({"edit": job_handler(1, end=down)})
+    for _ in range(MAX_INTERRUPTIONS):
+        harness.job("edit_1")
+        harness.step()
+    outcomes = [t[0] for t in harness.worker_jobs.reports if t[0] != "progress"]
+    assert outcomes == ["released"] * (MAX_INTERRUPTIONS - 1) + ["failed"]
 
 
 def test_a_cancelled_job_ends_between_two_steps() -> None:
     """A job whose cancellation is asked for ends as cancelled at its next step."""
-    house = House({"edit": steps(100)})
-    house.job("edit_1")
-    house.turn(3)
-    house.desk.cancelled.add("edit_1")
-    house.turn()
-    assert house.desk.told[-1] == ("cancelled", "edit_1", None)
-    assert len(house.desk.told) == 4
+    harness = EngineHarness({"edit": job_handler(100)})
+    harness.job("edit_1")
+    harness.step(3)
+    harness.worker_jobs.cancelled.add("edit_1")
+    harness.step()
+    assert harness.worker_jobs.reports[-1] == ("cancelled", "edit_1", None)
+    assert len(harness.worker_jobs.reports) == 4
 
 
 # jobs that are carried out together
 
-TOGETHER = Pace(edits=4, wait=0.01, look=0.0, follow=0.0, share=0.0)
+GROUP_CONFIG = EngineConfig(
+    max_edits_per_group=4,
+    idle_timeout=0.01,
+    cancel_poll_interval=0.0,
+    ledger_poll_interval=0.0,
+    generation_time_share=0.0,
+)
 
 
-def ending(log: list[list[str]], news: Sequence[News]) -> Callable[..., Working]:
+def group_handler(log: list[list[str]], updates: Sequence[JobUpdate]) -> Callable[..., JobSteps]:
     """A task for several jobs: it notes who is carried out together and says what it is told to."""
 
-    def task(*jobs: RunningJob) -> Working:
+    def task(*jobs: ClaimedJob) -> JobSteps:
         log.append([job.id for job in jobs])
-        yield from news
+        yield from updates
 
     return task
 
 
-def test_waiting_edits_are_carried_out_together() -> None:
+def test_waiting_edits_run_as_one_group() -> None:
     """As many waiting edits as are allowed are begun as one; other kinds of jobs come alone."""
     log: list[list[str]] = []
-    house = House({kind: ending(log, [Progress("at it", 1, 1)]) for kind in ("edit", "trace")}, TOGETHER)
+    harness = EngineHarness(
+        {kind: group_handler(log, [Progress("at it", 1, 1)]) for kind in ("edit", "trace")}, GROUP_CONFIG
+    )
     for i in range(6):
-        house.job(f"edit_{i}")
+        harness.job(f"edit_{i}")
     for i in range(2):
-        house.job(f"trace_{i}", "trace")
-    house.turn()
+        harness.job(f"trace_{i}", "trace")
+    harness.step()
     assert log == [["edit_0", "edit_1", "edit_2", "edit_3"], ["edit_4", "edit_5"], ["trace_0"], ["trace_1"]]
-    assert {t[1] for t in house.desk.told} == {*(f"edit_{i}" for i in range(6)), "trace_0", "trace_1"}
-    assert house.broker.take(("edit", "trace"), 9, 0) == []
+    assert {t[1] for t in harness.worker_jobs.reports} == {
+        *(f"edit_{i}" for i in range(6)),
+        "trace_0",
+        "trace_1",
+    }
+    assert harness.broker.take(("edit", "trace"), 9, 0) == []
 
 
-def test_each_worker_takes_its_share() -> None:
+def test_each_worker_claims_its_share_of_edits() -> None:
     """With three workers that edit, five waiting edits are not one worker's: it takes two of them."""
     log: list[list[str]] = []
-    house = House({"edit": ending(log, [])}, TOGETHER)
-    house.desk.workers = 3
+    harness = EngineHarness({"edit": group_handler(log, [])}, GROUP_CONFIG)
+    harness.worker_jobs.edit_workers = 3
     for i in range(5):
-        house.job(f"edit_{i}")
-    house.turn(1)
+        harness.job(f"edit_{i}")
+    harness.step(1)
     assert log == [["edit_0", "edit_1"]]
-    assert house.broker.waiting("edit") == 3
+    assert harness.broker.waiting("edit") == 3
 
 
-def test_jobs_that_run_together_end_one_by_one() -> None:
+def test_grouped_jobs_finish_individually() -> None:
     """One ends well, one badly, with news for one and for all; each has its own end, and the last end with the steps."""
-    told = [
+    updates = [
         Progress("all", 1, 9),
-        Ended("edit_1", Conflict("not this one.")),
-        Told("edit_0", Progress("one", 2, 9)),
-        Ended("edit_0"),
+        JobFinished("edit_1", Conflict("not this one.")),
+        JobProgress("edit_0", Progress("one", 2, 9)),
+        JobFinished("edit_0"),
         Progress("all", 3, 9),
     ]
     log: list[list[str]] = []
-    house = House({"edit": ending(log, told)}, TOGETHER)
+    harness = EngineHarness({"edit": group_handler(log, updates)}, GROUP_CONFIG)
     for i in range(3):
-        house.job(f"edit_{i}")
-    house.turn()
-    assert house.desk.told == [
+        harness.job(f"edit_{i}")
+    harness.step()
+    assert harness.worker_jobs.reports == [
         *(("progress", f"edit_{i}", 1) for i in range(3)),
         ("failed", "edit_1", "not this one."),
         ("progress", "edit_0", 2),
         ("progress", "edit_2", 3),
     ]
-    assert house.broker.take(("edit",), 9, 0) == []
+    assert harness.broker.take(("edit",), 9, 0) == []
 
 
-def test_an_error_of_all_is_the_error_of_each_that_is_left() -> None:
+def test_group_error_fails_each_unfinished_job() -> None:
     """What the steps themselves raise ends the jobs that had not ended before."""
 
-    def task(*_jobs: RunningJob) -> Working:
-        yield Ended("edit_0")
+    def task(*_jobs: ClaimedJob) -> JobSteps:
+        yield JobFinished("edit_0")
         raise Conflict("all of you.")
 
-    house = House({"edit": task}, TOGETHER)
+    harness = EngineHarness({"edit": task}, GROUP_CONFIG)
     for i in range(3):
-        house.job(f"edit_{i}")
-    house.turn()
-    assert house.desk.told == [("failed", "edit_1", "all of you."), ("failed", "edit_2", "all of you.")]
+        harness.job(f"edit_{i}")
+    harness.step()
+    assert harness.worker_jobs.reports == [
+        ("failed", "edit_1", "all of you."),
+        ("failed", "edit_2", "all of you."),
+    ]
 
 
-def test_jobs_that_run_together_stop_when_nobody_wants_them() -> None:
+def test_group_stops_when_all_jobs_are_cancelled() -> None:
     """Steps go on as long as one of the jobs is wanted, and end when all were cancelled."""
     log: list[list[str]] = []
-    house = House({"edit": ending(log, [Progress("at it", i, 99) for i in range(99)])}, TOGETHER)
+    harness = EngineHarness(
+        {"edit": group_handler(log, [Progress("at it", i, 99) for i in range(99)])}, GROUP_CONFIG
+    )
     for i in range(2):
-        house.job(f"edit_{i}")
-    house.desk.cancelled.add("edit_0")
-    house.turn(5)
-    assert ("progress", "edit_1", 4) in house.desk.told
-    house.desk.cancelled.add("edit_1")
-    house.turn()
-    assert house.desk.told[-2:] == [("cancelled", "edit_0", None), ("cancelled", "edit_1", None)]
+        harness.job(f"edit_{i}")
+    harness.worker_jobs.cancelled.add("edit_0")
+    harness.step(5)
+    assert ("progress", "edit_1", 4) in harness.worker_jobs.reports
+    harness.worker_jobs.cancelled.add("edit_1")
+    harness.step()
+    assert harness.worker_jobs.reports[-2:] == [("cancelled", "edit_0", None), ("cancelled", "edit_1", None)]
 
 
-def test_stopping_hands_all_of_them_back() -> None:
+def test_stop_requeues_all_unfinished_grouped_jobs() -> None:
     """On stop every job that runs with others and has not ended waits again."""
     log: list[list[str]] = []
-    house = House(
-        {"edit": ending(log, [Ended("edit_1"), *(Progress("at it", i, 99) for i in range(99))])}, TOGETHER
+    harness = EngineHarness(
+        {"edit": group_handler(log, [JobFinished("edit_1"), *(Progress("at it", i, 99) for i in range(99))])},
+        GROUP_CONFIG,
     )
     for i in range(3):
-        house.job(f"edit_{i}")
-    house.turn(4)
-    house.stop()
-    assert house.desk.told[-2:] == [("released", "edit_0"), ("released", "edit_2")]
+        harness.job(f"edit_{i}")
+    harness.step(4)
+    harness.stop()
+    assert harness.worker_jobs.reports[-2:] == [("released", "edit_0"), ("released", "edit_2")]
 
 
-def test_what_cannot_join_now_waits_again() -> None:
+def test_job_that_cannot_join_the_group_is_requeued() -> None:
     """When the store goes away after the first job was begun, that one runs, and the others are begun later."""
     log: list[list[str]] = []
-    house = House({"edit": ending(log, [Progress("at it", 1, 1)])}, TOGETHER)
-    house.fails("start", None, DOWN)
+    harness = EngineHarness({"edit": group_handler(log, [Progress("at it", 1, 1)])}, GROUP_CONFIG)
+    harness.make_fail("start", None, STORE_DOWN)
     for i in range(3):
-        house.job(f"edit_{i}")
-    house.turn()
+        harness.job(f"edit_{i}")
+    harness.step()
     assert log == [["edit_0"], ["edit_1", "edit_2"]]
-    assert house.broker.take(("edit",), 9, 0) == []
+    assert harness.broker.take(("edit",), 9, 0) == []
 
 
 @pytest.mark.parametrize("share", [0.5, 0.75])
-def test_calls_have_their_share_of_the_time_beside_a_job(
-    monkeypatch: pytest.MonkeyPatch, share: float
-) -> None:
+def test_generation_gets_its_time_share_beside_a_job(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
     """While a job runs whose steps are slow, decoding has its share of the time; when nobody calls, the job has it all."""
-    house = House({"edit": steps(10**6)}, Pace(share=share, wait=0.01, look=0.0, follow=0.0))
-    clock, spent = [0.0], {"job": 0.0, "decode": 0.0}
+    harness = EngineHarness(
+        {"edit": job_handler(10**6)},
+        EngineConfig(
+            generation_time_share=share, idle_timeout=0.01, cancel_poll_interval=0.0, ledger_poll_interval=0.0
+        ),
+    )
+    clock, spent_seconds = [0.0], {"job": 0.0, "decode": 0.0}
     monkeypatch.setattr("service.engine.engine.time.monotonic", lambda: clock[0])
 
-    def costs(name: str, seconds: float, action: Callable[[], None]) -> Callable[[], None]:
+    def with_cost(name: str, seconds: float, action: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
-            spent[name] += seconds
+            spent_seconds[name] += seconds
             clock[0] += seconds
             action()
 
         return run
 
-    monkeypatch.setattr(house.engine, "_decode", costs("decode", 0.01, house.engine._decode))
-    monkeypatch.setattr(house.engine, "_step_job", costs("job", 0.1, house.engine._step_job))
-    channel = house.generate(prompts=PROMPTS, max_new_tokens=50)
-    house.job("edit_1")
-    while channel in {call.channel for call in house.engine._running()} or not spent["job"]:
-        house.turn(1)
-    assert spent["decode"] / (spent["decode"] + spent["job"]) == pytest.approx(share, abs=0.15)
-    done = spent["job"]
-    house.turn(5)
-    assert spent["job"] == pytest.approx(done + 5 * 0.1)
+    monkeypatch.setattr(harness.engine, "_decode", with_cost("decode", 0.01, harness.engine._decode))
+    monkeypatch.setattr(harness.engine, "_step_job", with_cost("job", 0.1, harness.engine._step_job))
+    channel = harness.generate(prompts=PROMPTS, max_new_tokens=50)
+    harness.job("edit_1")
+    while channel in {call.channel for call in harness.engine._active_calls()} or not spent_seconds["job"]:
+        harness.step(1)
+    assert spent_seconds["decode"] / (spent_seconds["decode"] + spent_seconds["job"]) == pytest.approx(
+        share, abs=0.15
+    )
+    job_seconds = spent_seconds["job"]
+    harness.step(5)
+    assert spent_seconds["job"] == pytest.approx(job_seconds + 5 * 0.1)
 
 
 def test_a_cancelled_generation_ends_and_frees_its_place() -> None:
     """When the client goes its rows leave the batch, its neighbour's text is as if alone."""
-    house = House()
-    gone = house.generate(prompts=PROMPTS[:2], max_new_tokens=40)
-    stays = house.generate(prompt=PROMPTS[2], max_new_tokens=10)
-    house.turn(4)
-    house.broker.cancel(gone)
-    house.turn()
-    choices = house.end(gone).data["choices"]
+    harness = EngineHarness()
+    cancelled = harness.generate(prompts=PROMPTS[:2], max_new_tokens=40)
+    unaffected = harness.generate(prompt=PROMPTS[2], max_new_tokens=10)
+    harness.step(4)
+    harness.broker.cancel(cancelled)
+    harness.step()
+    choices = harness.end_event(cancelled).data["choices"]
     assert [c["finish_reason"] for c in choices] == ["cancelled", "cancelled"]
     assert all(0 < len(c["tokens"]) < 6 for c in choices)
-    tokens = house.end(stays).data["choices"][0]["tokens"]
-    assert tokens == house.alone(PROMPTS[2], 2, Sampling(max_new_tokens=10))
+    tokens = harness.end_event(unaffected).data["choices"][0]["tokens"]
+    assert tokens == harness.tokens_alone(PROMPTS[2], 2, Sampling(max_new_tokens=10))
 
 
 @pytest.mark.parametrize(
@@ -552,75 +589,77 @@ def test_a_cancelled_generation_ends_and_frees_its_place() -> None:
 )
 def test_a_bad_request_fails_alone(asked: dict[str, Any], said: str) -> None:
     """A request that cannot be answered is told why, and its neighbour is answered."""
-    house = House()
-    bad = house.generate(**asked)
-    good = house.generate(prompt=PROMPTS[0], max_new_tokens=4)
-    house.turn()
-    error = house.end(bad)
+    harness = EngineHarness()
+    bad = harness.generate(**asked)
+    good = harness.generate(prompt=PROMPTS[0], max_new_tokens=4)
+    harness.step()
+    error = harness.end_event(bad)
     assert error.name == "error"
     assert said in error.data["detail"]
-    assert house.end(good).name == "end"
+    assert harness.end_event(good).name == "end"
 
 
 def test_a_payload_that_is_no_request_is_refused() -> None:
     """What the worker cannot read is answered with an error, not with silence."""
-    house = House()
-    channel = house.broker.call("generate", {"nonsense": 1})
-    house.turn()
-    assert house.end(channel).name == "error"
+    harness = EngineHarness()
+    channel = harness.broker.call("generate", {"nonsense": 1})
+    harness.step()
+    assert harness.end_event(channel).name == "error"
 
 
 def test_a_row_that_breaks_the_pass_fails_alone() -> None:
     """When a pass fails its rows are tried one by one: only the one that fails alone is lost."""
-    house = House()
-    bad, *good = (house.generate(prompt=p, max_new_tokens=8, version="base") for p in PROMPTS)
-    house.turn(4)
-    poison = house.replica.base.encode(PROMPTS[0])[0]
+    harness = EngineHarness()
+    bad, *good = (harness.generate(prompt=p, max_new_tokens=8, version="base") for p in PROMPTS)
+    harness.step(4)
+    poison = harness.replica.base.encode(PROMPTS[0])[0]
 
     def fail(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs["attention_mask"]
         if len(mask) > 1 or kwargs["input_ids"][0, : len(poison)].tolist() == poison:
             raise RuntimeError("out of memory")
 
-    handle = house.replica.base.model.register_forward_pre_hook(fail, with_kwargs=True)
-    house.turn(2)
+    handle = harness.replica.base.model.register_forward_pre_hook(fail, with_kwargs=True)
+    harness.step(2)
     handle.remove()
-    house.turn()
-    assert house.end(bad).name == "error"
+    harness.step()
+    assert harness.end_event(bad).name == "error"
     for prompt, channel in zip(PROMPTS[1:], good, strict=True):
-        tokens = house.end(channel).data["choices"][0]["tokens"]
-        assert tokens == house.alone(prompt, 0, Sampling(max_new_tokens=8))
+        tokens = harness.end_event(channel).data["choices"][0]["tokens"]
+        assert tokens == harness.tokens_alone(prompt, 0, Sampling(max_new_tokens=8))
 
 
-def test_a_model_that_says_no_numbers_is_an_error() -> None:
+def test_non_finite_logits_are_an_error() -> None:
     """Logits that are not numbers end the request with an error, never with text."""
-    house = House()
-    house.replica._weights[2] = {
-        house.replica.site: torch.full_like(house.replica.base.weight(1).data, float("nan"))
+    harness = EngineHarness()
+    harness.replica._weights[2] = {
+        harness.replica.weight_ref: torch.full_like(harness.replica.base.weight(1).data, float("nan"))
     }
-    broken = house.generate(prompts=PROMPTS, max_new_tokens=8, version=2)
-    fine = house.generate(prompt=PROMPTS[0], max_new_tokens=8, version=1)
-    house.turn()
-    assert house.end(broken).name == "error"
-    assert house.end(fine).name == "end"
+    broken = harness.generate(prompts=PROMPTS, max_new_tokens=8, version=2)
+    fine = harness.generate(prompt=PROMPTS[0], max_new_tokens=8, version=1)
+    harness.step()
+    assert harness.end_event(broken).name == "error"
+    assert harness.end_event(fine).name == "end"
 
 
 def test_compare_gives_both_texts_and_the_tokens_that_differ() -> None:
     """Both sides say what their version says alone, and the differences are those of the two distributions."""
-    house = House()
-    asked = Sampling(max_new_tokens=7)
-    channel = house.compare(prompt=PROMPTS[0], versions=("base", "head"), top=5, **asked.model_dump())
-    house.turn()
-    end = house.end(channel)
+    harness = EngineHarness()
+    sampling_params = Sampling(max_new_tokens=7)
+    channel = harness.compare(
+        prompt=PROMPTS[0], versions=("base", "head"), top=5, **sampling_params.model_dump()
+    )
+    harness.step()
+    end = harness.end_event(channel)
     assert end.name == "end"
     assert [s["version"] for s in end.data["sides"]] == [0, 2]
     for side in end.data["sides"]:
-        assert side["tokens"] == house.alone(PROMPTS[0], side["version"], asked)
-    ids = house.replica.base.encode(PROMPTS[0])[0]
+        assert side["tokens"] == harness.tokens_alone(PROMPTS[0], side["version"], sampling_params)
+    ids = harness.replica.base.encode(PROMPTS[0])[0]
     p = []
     for version in (0, 2):
-        with house.replica.stand(house.replica.weights(version)):
-            p.append(next_tokens(house.replica.base, ids))
+        with harness.replica.use_weights(harness.replica.weights(version)):
+            p.append(next_token_distribution(harness.replica.base, ids))
     assert end.data["total_variation"] == pytest.approx(float((p[0] - p[1]).abs().sum() / 2))
     gaps = [abs(n["p"][0] - n["p"][1]) for n in end.data["next_tokens"]]
     assert gaps == sorted(gaps, reverse=True)
@@ -632,302 +671,310 @@ def test_compare_gives_both_texts_and_the_tokens_that_differ() -> None:
 
 def test_compare_of_a_version_with_itself_finds_nothing() -> None:
     """A version does not differ from itself."""
-    house = House()
-    channel = house.compare(prompt=PROMPTS[1], versions=(1, 1), max_new_tokens=3)
-    house.turn()
-    data = house.end(channel).data
+    harness = EngineHarness()
+    channel = harness.compare(prompt=PROMPTS[1], versions=(1, 1), max_new_tokens=3)
+    harness.step()
+    data = harness.end_event(channel).data
     assert data["total_variation"] == 0
     assert data["sides"][0] == data["sides"][1]
 
 
 def test_comparisons_end_when_cancelled_or_impossible() -> None:
     """A comparison can be cancelled, and one of an unknown version is refused."""
-    house = House()
-    unknown = house.compare(prompt=PROMPTS[0], versions=(0, 9))
-    gone = house.compare(prompt=PROMPTS[0], max_new_tokens=40)
-    house.turn(3)
-    house.broker.cancel(gone)
-    house.turn()
-    assert house.end(unknown).name == house.end(gone).name == "error"
+    harness = EngineHarness()
+    unknown = harness.compare(prompt=PROMPTS[0], versions=(0, 9))
+    cancelled = harness.compare(prompt=PROMPTS[0], max_new_tokens=40)
+    harness.step(3)
+    harness.broker.cancel(cancelled)
+    harness.step()
+    assert harness.end_event(unknown).name == harness.end_event(cancelled).name == "error"
 
 
-def test_the_replica_follows_the_ledger() -> None:
+def test_engine_syncs_to_ledger_head() -> None:
     """When the head moves, the engine builds it and attests to its digest."""
-    house = House()
-    house.engine.turn()
-    assert house.engine.position == (2, house.replica.digest(2))
-    house.replica.book.version = 3
-    house.engine.turn()
-    assert house.engine.position == (3, house.replica.digest(3))
-    assert house.replica.book.attested == [2, 3]
+    harness = EngineHarness()
+    harness.engine.step()
+    assert harness.engine.served_version == (2, harness.replica.digest(2))
+    harness.replica.settable_ledger.version = 3
+    harness.engine.step()
+    assert harness.engine.served_version == (3, harness.replica.digest(3))
+    assert harness.replica.settable_ledger.attested == [2, 3]
 
 
-def test_stopping_hands_the_job_back_and_lets_generations_end() -> None:
+def test_stop_requeues_job_and_drains_generations() -> None:
     """On stop a running job waits again with nothing half done, and what is being said is said to its end."""
-    house = House({"edit": steps(1000)})
-    house.job("edit_1")
-    channel = house.generate(prompt=PROMPTS[0], max_new_tokens=20)
-    house.turn(3)
-    house.stop()
-    assert house.desk.told[-1] == ("released", "edit_1")
-    assert house.end(channel).data["choices"][0]["finish_reason"] == "length"
+    harness = EngineHarness({"edit": job_handler(1000)})
+    harness.job("edit_1")
+    channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=20)
+    harness.step(3)
+    harness.stop()
+    assert harness.worker_jobs.reports[-1] == ("released", "edit_1")
+    assert harness.end_event(channel).data["choices"][0]["finish_reason"] == "length"
 
 
-def test_stopping_without_grace_gives_back_what_was_not_begun() -> None:
+def test_stop_without_drain_timeout_requeues_unstarted_calls() -> None:
     """Without time to end, a begun generation is refused with a reason and one not begun waits for another worker."""
-    house = House(pace=Pace(rows=1, wait=0.01, grace=0.0))
-    begun = house.generate(prompts=[PROMPTS[0]], max_new_tokens=20)
-    house.turn(3)
-    house.generate(prompt=PROMPTS[1])
-    house.compare(prompt=PROMPTS[1], max_new_tokens=30)
-    house.turn(1)
-    house.stop()
-    assert "stopping" in house.end(begun).data["detail"]
-    assert house.broker.waiting("generate") == 1
-    assert house.broker.waiting("compare") == 1
+    harness = EngineHarness(config=EngineConfig(max_batch_size=1, idle_timeout=0.01, drain_timeout=0.0))
+    started = harness.generate(prompts=[PROMPTS[0]], max_new_tokens=20)
+    harness.step(3)
+    harness.generate(prompt=PROMPTS[1])
+    harness.compare(prompt=PROMPTS[1], max_new_tokens=30)
+    harness.step(1)
+    harness.stop()
+    assert "stopping" in harness.end_event(started).data["detail"]
+    assert harness.broker.waiting("generate") == 1
+    assert harness.broker.waiting("compare") == 1
 
 
-def test_what_could_not_be_told_is_told_later() -> None:
+def test_unpublished_events_are_published_after_outage() -> None:
     """When the broker is down for a while nothing is lost: the loop raises, and goes on where it was."""
-    house = House()
-    channel = house.generate(prompt=PROMPTS[0], max_new_tokens=6, stream=True)
-    house.turn(2)
-    publish, fails = house.broker.publish_all, iter([True, True, False])
+    harness = EngineHarness()
+    channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=6, stream=True)
+    harness.step(2)
+    publish, fails = harness.broker.publish_all, iter([True, True, False])
 
-    def flaky(messages: Sequence[Message]) -> None:
+    def flaky(messages: Sequence[OutgoingEvent]) -> None:
         if next(fails, False):
             raise Unavailable("the queue does not answer.")
         publish(messages)
 
-    house.broker.publish_all = flaky  # type: ignore[method-assign]
+    harness.broker.publish_all = flaky  # type: ignore[method-assign]
     for _ in range(2):
         with pytest.raises(Unavailable):
-            house.engine.turn()
-    house.turn()
-    events = heard(house.broker, channel)
-    assert "".join(pieces(events)) == events[-1].data["choices"][0]["text"]
-    assert events[-1].data["choices"][0]["tokens"] == house.alone(PROMPTS[0], 2, Sampling(max_new_tokens=6))
+            harness.engine.step()
+    harness.step()
+    events = collect_events(harness.broker, channel)
+    assert "".join(token_texts(events)) == events[-1].data["choices"][0]["text"]
+    assert events[-1].data["choices"][0]["tokens"] == harness.tokens_alone(
+        PROMPTS[0], 2, Sampling(max_new_tokens=6)
+    )
 
 
 def test_an_idle_loop_wakes_for_a_call() -> None:
     """A loop that sleeps answers a call that comes in, and ends when it is stopped."""
-    house = House(pace=Pace(wait=30.0))
+    harness = EngineHarness(config=EngineConfig(idle_timeout=30.0))
     stop = threading.Event()
-    thread = threading.Thread(target=house.engine.run, args=(stop,))
+    thread = threading.Thread(target=harness.engine.run, args=(stop,))
     thread.start()
-    channel = house.generate(prompt=PROMPTS[0], max_new_tokens=3)
-    assert house.end(channel).name == "end"
+    channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=3)
+    assert harness.end_event(channel).name == "end"
     stop.set()
-    house.broker.wake()
+    harness.broker.wake()
     thread.join(10)
     assert not thread.is_alive()
 
 
-DOWN = Unavailable("the store does not answer.")
+STORE_DOWN = Unavailable("the store does not answer.")
 
 
-def test_what_one_step_says_is_told_in_one_go() -> None:
+def test_events_of_one_step_are_one_publication() -> None:
     """The tokens of all rows of a step, and the ends it brings, are one publication."""
-    house = House()
-    told: list[int] = []
-    publish = house.broker.publish_all
-    house.broker.publish_all = lambda messages: told.append(len(messages)) or publish(messages)  # type: ignore[method-assign, func-returns-value]
+    harness = EngineHarness()
+    publication_sizes: list[int] = []
+    publish = harness.broker.publish_all
+    harness.broker.publish_all = lambda messages: publication_sizes.append(len(messages)) or publish(messages)  # type: ignore[method-assign, func-returns-value]
     for prompt in PROMPTS:
-        house.generate(prompt=prompt, max_new_tokens=2, stream=True, version="base")
-    house.turn()
-    assert len(told) == 2
-    assert told[-1] >= len(PROMPTS)
+        harness.generate(prompt=prompt, max_new_tokens=2, stream=True, version="base")
+    harness.step()
+    assert len(publication_sizes) == 2
+    assert publication_sizes[-1] >= len(PROMPTS)
 
 
-def test_a_worker_takes_only_what_it_is_for() -> None:
+def test_worker_receives_only_kinds_of_its_roles() -> None:
     """Without the calls in its roles a worker leaves them to others, and without a task a job."""
-    house = House({"edit": steps(1)}, calls=())
-    house.generate(prompt=PROMPTS[0])
-    house.job("trace_1", "trace")
-    house.job("edit_1")
-    house.turn()
-    assert [house.broker.waiting(kind) for kind in ("generate", "trace", "edit")] == [1, 1, 0]
+    harness = EngineHarness({"edit": job_handler(1)}, call_kinds=())
+    harness.generate(prompt=PROMPTS[0])
+    harness.job("trace_1", "trace")
+    harness.job("edit_1")
+    harness.step()
+    assert [harness.broker.waiting(kind) for kind in ("generate", "trace", "edit")] == [1, 1, 0]
 
 
 def test_a_call_that_was_taken_over_is_dropped() -> None:
     """Of a generation or comparison that is another worker's by now nothing more is said; its neighbour is answered."""
-    house = House()
-    lost = [house.generate(prompt=PROMPTS[0], max_new_tokens=30), house.compare(prompt=PROMPTS[0])]
-    stays = house.generate(prompt=PROMPTS[1], max_new_tokens=6)
-    house.turn(3)
+    harness = EngineHarness()
+    lost = [harness.generate(prompt=PROMPTS[0], max_new_tokens=30), harness.compare(prompt=PROMPTS[0])]
+    unaffected = harness.generate(prompt=PROMPTS[1], max_new_tokens=6)
+    harness.step(3)
     for channel in lost:
-        house.lose(channel)
-    house.turn()
-    assert house.end(stays).data["choices"][0]["tokens"] == house.alone(
+        harness.lose_lease(channel)
+    harness.step()
+    assert harness.end_event(unaffected).data["choices"][0]["tokens"] == harness.tokens_alone(
         PROMPTS[1], 2, Sampling(max_new_tokens=6)
     )
     for channel in lost:
-        house.broker.publish(channel, "end", {"from": "another worker"}, last=True)
-        assert [event.data for event in heard(house.broker, channel)] == [{"from": "another worker"}]
+        harness.broker.publish(channel, "end", {"from": "another worker"}, last=True)
+        assert [event.data for event in collect_events(harness.broker, channel)] == [
+            {"from": "another worker"}
+        ]
 
 
 def test_a_lost_call_that_comes_back_is_answered_anew() -> None:
     """A call that was lost while the process was frozen, and is given to it again, is answered once and whole."""
-    house = House(pace=Pace(wait=0.01, look=60.0, follow=0.0))
-    channel = house.generate(prompt=PROMPTS[0], max_new_tokens=12)
-    house.turn(3)
-    house.lose(channel)
-    house.broker.call(
+    harness = EngineHarness(
+        config=EngineConfig(idle_timeout=0.01, cancel_poll_interval=60.0, ledger_poll_interval=0.0)
+    )
+    channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=12)
+    harness.step(3)
+    harness.lose_lease(channel)
+    harness.broker.call(
         "generate", GenerateRequest(prompt=PROMPTS[0], max_new_tokens=12).model_dump(), "", channel
     )
-    house.turn()
-    (end,) = heard(house.broker, channel)
-    assert end.data["choices"][0]["tokens"] == house.alone(PROMPTS[0], 2, Sampling(max_new_tokens=12))
+    harness.step()
+    (end,) = collect_events(harness.broker, channel)
+    assert end.data["choices"][0]["tokens"] == harness.tokens_alone(
+        PROMPTS[0], 2, Sampling(max_new_tokens=12)
+    )
 
 
-def test_a_job_goes_on_without_its_lease() -> None:
+def test_job_continues_without_broker_lease() -> None:
     """The attempt in its row is a job's fence: that the broker gave its bell to another changes nothing."""
-    house = House({"edit": steps(5)})
-    house.job("edit_1")
-    house.turn(2)
-    house.lose("edit_1")
-    house.turn()
-    assert house.desk.told == [("progress", "edit_1", i) for i in range(1, 6)]
+    harness = EngineHarness({"edit": job_handler(5)})
+    harness.job("edit_1")
+    harness.step(2)
+    harness.lose_lease("edit_1")
+    harness.step()
+    assert harness.worker_jobs.reports == [("progress", "edit_1", i) for i in range(1, 6)]
 
 
 def test_a_job_that_was_taken_over_is_dropped() -> None:
     """A worker that hears that its job is another's throws it away, and does the next."""
-    house = House({"edit": steps(5), "trace": steps(1)})
-    house.fails("progress", None, LeaseLost("taken over."))
-    house.job("edit_1")
-    house.job("trace_1", "trace")
-    house.turn()
-    assert house.desk.told == [("progress", "edit_1", 1), ("progress", "trace_1", 1)]
+    harness = EngineHarness({"edit": job_handler(5), "trace": job_handler(1)})
+    harness.make_fail("progress", None, LeaseLost("taken over."))
+    harness.job("edit_1")
+    harness.job("trace_1", "trace")
+    harness.step()
+    assert harness.worker_jobs.reports == [("progress", "edit_1", 1), ("progress", "trace_1", 1)]
 
 
-def test_every_version_is_attested_to_before_it_speaks() -> None:
+def test_version_is_attested_before_first_token() -> None:
     """A version, pinned or head, is vouched for once, and before the first token from it."""
-    house = House()
+    harness = EngineHarness()
     for version in (1, 1, "base", "head"):
-        house.generate(prompt=PROMPTS[0], version=version, max_new_tokens=2)
-    house.compare(prompt=PROMPTS[0], versions=(0, 1), max_new_tokens=2)
-    house.turn()
-    assert sorted(house.replica.book.attested) == [0, 1, 2]
+        harness.generate(prompt=PROMPTS[0], version=version, max_new_tokens=2)
+    harness.compare(prompt=PROMPTS[0], versions=(0, 1), max_new_tokens=2)
+    harness.step()
+    assert sorted(harness.replica.settable_ledger.attested) == [0, 1, 2]
 
 
-def test_a_worker_that_disagrees_serves_nothing_of_it() -> None:
+def test_digest_mismatch_stops_serving_that_version() -> None:
     """A dispute ends the loop: the request goes back unanswered, the job too, and what was agreed upon is said to its end."""
-    house = House({"edit": steps(1000)})
-    house.job("edit_1")
-    agreed = house.generate(prompt=PROMPTS[0], max_new_tokens=10)
-    house.turn(3)
-    house.replica.book.disputed = {1}
-    house.generate(prompt=PROMPTS[0], version=1)
-    with pytest.raises(Disagrees):
-        house.engine.run(threading.Event())
-    assert house.broker.waiting("generate") == 1
-    assert house.desk.told[-1] == ("released", "edit_1")
-    assert house.end(agreed).data["choices"][0]["finish_reason"] == "length"
+    harness = EngineHarness({"edit": job_handler(1000)})
+    harness.job("edit_1")
+    undisputed = harness.generate(prompt=PROMPTS[0], max_new_tokens=10)
+    harness.step(3)
+    harness.replica.settable_ledger.disputed = {1}
+    harness.generate(prompt=PROMPTS[0], version=1)
+    with pytest.raises(DigestMismatch):
+        harness.engine.run(threading.Event())
+    assert harness.broker.waiting("generate") == 1
+    assert harness.worker_jobs.reports[-1] == ("released", "edit_1")
+    assert harness.end_event(undisputed).data["choices"][0]["finish_reason"] == "length"
 
 
-def test_an_edit_that_makes_replicas_disagree_ends_the_loop() -> None:
+def test_digest_mismatch_at_new_head_ends_the_loop() -> None:
     """A dispute at the new head is no reason to go on at the old one."""
-    house = House()
-    house.turn(1)
-    house.replica.book.version, house.replica.book.disputed = 3, {3}
-    with pytest.raises(Disagrees):
-        house.engine.run(threading.Event())
+    harness = EngineHarness()
+    harness.step(1)
+    harness.replica.settable_ledger.version, harness.replica.settable_ledger.disputed = 3, {3}
+    with pytest.raises(DigestMismatch):
+        harness.engine.run(threading.Event())
 
 
 def test_requests_wait_while_the_store_is_down() -> None:
     """A request that cannot be pinned now is not refused: all that were taken with it wait again, in their order."""
-    house = House()
-    house.turn(1)
-    channels = [house.generate(prompt=p, max_new_tokens=3) for p in PROMPTS]
-    head = house.replica.head
-    house.replica.head = fallen  # type: ignore[method-assign]
+    harness = EngineHarness()
+    harness.step(1)
+    channels = [harness.generate(prompt=p, max_new_tokens=3) for p in PROMPTS]
+    head = harness.replica.head
+    harness.replica.head = raise_outage  # type: ignore[method-assign]
     for _ in range(2):
         with pytest.raises(Unavailable):
-            house.engine.turn()
-    assert house.broker.waiting("generate") == 3
-    house.replica.head = head  # type: ignore[method-assign]
-    house.turn()
-    assert [house.end(c).name for c in channels] == ["end"] * 3
+            harness.engine.step()
+    assert harness.broker.waiting("generate") == 3
+    harness.replica.head = head  # type: ignore[method-assign]
+    harness.step()
+    assert [harness.end_event(c).name for c in channels] == ["end"] * 3
 
 
-def fallen() -> int:
-    raise DOWN
+def raise_outage() -> int:
+    raise STORE_DOWN
 
 
 def test_a_job_waits_while_the_store_is_down() -> None:
     """A job that cannot be begun now is begun later."""
-    house = House({"edit": steps(1)})
-    house.fails("start", DOWN)
-    house.job("edit_1")
+    harness = EngineHarness({"edit": job_handler(1)})
+    harness.make_fail("start", STORE_DOWN)
+    harness.job("edit_1")
     with pytest.raises(Unavailable):
-        house.engine.turn()
-    house.turn()
-    assert house.desk.told == [("progress", "edit_1", 1)]
+        harness.engine.step()
+    harness.step()
+    assert harness.worker_jobs.reports == [("progress", "edit_1", 1)]
 
 
-def test_a_running_job_outlives_an_outage() -> None:
+def test_running_job_survives_outage() -> None:
     """When its progress cannot be told for a while the job stands still, and then goes on where it was."""
-    house = House({"edit": steps(4)})
-    house.fails("progress", None, DOWN, DOWN)
-    house.job("edit_1")
+    harness = EngineHarness({"edit": job_handler(4)})
+    harness.make_fail("progress", None, STORE_DOWN, STORE_DOWN)
+    harness.job("edit_1")
     for _ in range(2):
         with pytest.raises(Unavailable):
-            house.turn()
-    house.turn()
-    assert house.desk.told == [("progress", "edit_1", i) for i in range(1, 5)]
+            harness.step()
+    harness.step()
+    assert harness.worker_jobs.reports == [("progress", "edit_1", i) for i in range(1, 5)]
 
 
 @pytest.mark.parametrize("name", ["start", "progress", "fail"])
-def test_an_error_that_nobody_foresaw_does_not_stop_the_loop(name: str) -> None:
+def test_unexpected_error_does_not_stop_the_loop(name: str) -> None:
     """A row that the desk cannot read or write is one job's trouble: the others are done."""
 
     def fail() -> None:
         raise Conflict("head moved.")
 
-    house = House({"edit": steps(1, end=fail), "trace": steps(1)})
-    house.fails(name, ValueError("an odd row"))
-    house.job("edit_1")
-    house.job("trace_1", "trace")
-    house.turn()
-    assert house.desk.told[-1] == ("progress", "trace_1", 1)
-    assert house.desk.abandoned == (["edit_1"] if name == "fail" else [])
+    harness = EngineHarness({"edit": job_handler(1, end=fail), "trace": job_handler(1)})
+    harness.make_fail(name, ValueError("an odd row"))
+    harness.job("edit_1")
+    harness.job("trace_1", "trace")
+    harness.step()
+    assert harness.worker_jobs.reports[-1] == ("progress", "trace_1", 1)
+    assert harness.worker_jobs.forgotten == (["edit_1"] if name == "fail" else [])
 
 
-def test_whoever_wakes_the_loop_has_news_of_the_ledger() -> None:
+def test_wakeup_without_work_polls_the_ledger() -> None:
     """A sleeping loop that is woken without work looks at the head at once, however rarely it does otherwise."""
-    house = House(pace=Pace(wait=30.0, follow=3600.0))
+    harness = EngineHarness(config=EngineConfig(idle_timeout=30.0, ledger_poll_interval=3600.0))
     stop = threading.Event()
-    thread = threading.Thread(target=house.engine.run, args=(stop,))
+    thread = threading.Thread(target=harness.engine.run, args=(stop,))
     thread.start()
-    assert house.end(house.generate(prompt=PROMPTS[0], max_new_tokens=1)).data["version"] == 2
-    house.replica.book.version = 3
+    assert harness.end_event(harness.generate(prompt=PROMPTS[0], max_new_tokens=1)).data["version"] == 2
+    harness.replica.settable_ledger.version = 3
     pause = threading.Event()
-    while house.engine.position is None or house.engine.position[0] != 3:
-        house.broker.wake()
+    while harness.engine.served_version is None or harness.engine.served_version[0] != 3:
+        harness.broker.wake()
         pause.wait(0.01)
     stop.set()
-    house.broker.wake()
+    harness.broker.wake()
     thread.join(10)
     assert not thread.is_alive()
 
 
-def test_what_is_left_goes_to_another_worker() -> None:
+def test_stop_requeues_streams_when_other_workers_exist() -> None:
     """Where there are other workers a generation that cannot end in time is handed back too, though a part was heard."""
-    house = House(pace=Pace(rows=2, wait=0.01, grace=0.0))
-    house.desk.sole = False
-    channels = [house.generate(prompt=p, max_new_tokens=20, stream=True) for p in PROMPTS[:2]]
-    house.turn(3)
-    house.stop()
-    assert {d.job_id for d in house.broker.take(("generate",), 5, 0)} == set(channels)
+    harness = EngineHarness(config=EngineConfig(max_batch_size=2, idle_timeout=0.01, drain_timeout=0.0))
+    harness.worker_jobs.single_process = False
+    channels = [harness.generate(prompt=p, max_new_tokens=20, stream=True) for p in PROMPTS[:2]]
+    harness.step(3)
+    harness.stop()
+    assert {d.job_id for d in harness.broker.take(("generate",), 5, 0)} == set(channels)
 
 
-def test_the_crash_points_stand_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crash_points_are_passed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """A generation and a job pass their points in the order of what happens between them."""
     passed: list[str] = []
-    monkeypatch.setattr(crash_points, "reach", passed.append)
-    house = House({"edit": steps(1)})
-    house.generate(prompt=PROMPTS[0], max_new_tokens=2, version="base")
-    house.turn()
+    monkeypatch.setattr(crash_points, "crash_point", passed.append)
+    harness = EngineHarness({"edit": job_handler(1)})
+    harness.generate(prompt=PROMPTS[0], max_new_tokens=2, version="base")
+    harness.step()
     assert passed == [
         "take.after",
         "generate.after_admit",
@@ -938,16 +985,16 @@ def test_the_crash_points_stand_in_order(monkeypatch: pytest.MonkeyPatch) -> Non
         "generate.after_token",
     ]
     passed.clear()
-    house.job("edit_1")
-    house.turn()
+    harness.job("edit_1")
+    harness.step()
     assert passed == ["take.after", "end.after_publish", "done.after"]
 
 
 def test_the_log_names_the_request(caplog: pytest.LogCaptureFixture) -> None:
     """What is logged of a call bears the id of the HTTP request that asked for it."""
     caplog.set_level("INFO")
-    house = House()
-    asked = GenerateRequest(prompt=PROMPTS[0], max_new_tokens=2).model_dump(mode="json")
-    house.broker.call("generate", asked, "req-7")
-    house.turn()
+    harness = EngineHarness()
+    sampling_params = GenerateRequest(prompt=PROMPTS[0], max_new_tokens=2).model_dump(mode="json")
+    harness.broker.call("generate", sampling_params, "req-7")
+    harness.step()
     assert [r.request for r in caplog.records if r.message == "generation ended"] == ["req-7"]  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from service.engine.kv_cache import IDLE, LEAST, RowCache
+from service.engine.kv_cache import MAX_STORAGE_RATIO, MIN_SPARE_COLUMNS, BatchKVCache
 
 torch.set_num_threads(1)
 
@@ -20,12 +20,12 @@ def states(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, HEADS, columns, SIZE)
 
 
-class House:
+class CacheHarness:
     """A cache, and beside it what each of its rows must hold: per layer, keys and values (2, heads, tokens, size)."""
 
     def __init__(self, widths: list[int]) -> None:
         """Rows that have just been read together, padded on the left."""
-        self.cache = RowCache()
+        self.cache = BatchKVCache()
         wide = max(widths)
         self.rows: list[list[Tensor]] = [[] for _ in widths]
         for layer in range(LAYERS):
@@ -41,22 +41,22 @@ class House:
     def step(self) -> None:
         for layer in range(LAYERS):
             keys, values = states(len(self.rows), 1), states(len(self.rows), 1)
-            found = self.cache.update(keys, values, layer)
-            assert found[0].shape[2] == self.width + (layer == 0) and found[0].shape == found[1].shape
+            updated = self.cache.update(keys, values, layer)
+            assert updated[0].shape[2] == self.width + (layer == 0) and updated[0].shape == updated[1].shape
             for i, r in enumerate(self.rows):
                 r[layer] = torch.cat([r[layer], torch.stack([keys[i], values[i]])], 2)
 
-    def leave(self, gone: set[int]) -> None:
-        kept = len(self.rows) - len(gone)
-        holes = [i for i in range(kept) if i in gone]
-        movers = [i for i in range(kept, len(self.rows)) if i not in gone]
+    def drop(self, dropped: set[int]) -> None:
+        row_count = len(self.rows) - len(dropped)
+        holes = [i for i in range(row_count) if i in dropped]
+        movers = [i for i in range(row_count, len(self.rows)) if i not in dropped]
         for hole, mover in zip(holes, movers, strict=True):
             self.rows[hole] = self.rows[mover]
-        self.rows = self.rows[:kept]
-        self.cache.keep(kept, holes, movers, self.width)
+        self.rows = self.rows[:row_count]
+        self.cache.compact(row_count, holes, movers, self.width)
 
-    def join(self, other: House) -> None:
-        self.cache.join(other.cache)
+    def merge(self, other: CacheHarness) -> None:
+        self.cache.merge(other.cache)
         self.rows += other.rows
 
     def check(self) -> None:
@@ -69,50 +69,52 @@ class House:
                 width = r[number].shape[2]
                 assert torch.equal(layer.keys[i, :, self.width - width :], r[number][0])
                 assert torch.equal(layer.values[i, :, self.width - width :], r[number][1])
-            assert layer._store is not None
-            _, rows, _, columns, _ = layer._store.shape
-            assert rows * columns <= 2 * IDLE * len(self.rows) * (self.width + LEAST)
+            assert layer._storage is not None
+            _, rows, _, columns, _ = layer._storage.shape
+            assert rows * columns <= 2 * MAX_STORAGE_RATIO * len(self.rows) * (self.width + MIN_SPARE_COLUMNS)
 
 
 @settings(max_examples=60, deadline=None)
 @given(WIDTHS, st.data())
-def test_rows_keep_what_is_theirs(widths: list[int], data: st.DataObject) -> None:
+def test_rows_keep_their_keys_and_values(widths: list[int], data: st.DataObject) -> None:
     """After any joins, leaves and steps a row's columns hold what was written for it, bit for bit; the rest is numbers."""
-    house = House(widths)
+    harness = CacheHarness(widths)
     for _ in range(data.draw(st.integers(1, 12))):
         match data.draw(st.sampled_from(["step", "leave", "join"])):
             case "step":
                 for _ in range(data.draw(st.integers(1, 40))):
-                    house.step()
+                    harness.step()
             case "leave":
-                gone = data.draw(st.sets(st.integers(0, len(house.rows) - 1), max_size=len(house.rows) - 1))
-                house.leave(gone)
+                dropped = data.draw(
+                    st.sets(st.integers(0, len(harness.rows) - 1), max_size=len(harness.rows) - 1)
+                )
+                harness.drop(dropped)
             case "join":
-                other = House(data.draw(WIDTHS))
+                other = CacheHarness(data.draw(WIDTHS))
                 other.step()
-                house.join(other)
-        house.check()
+                harness.merge(other)
+        harness.check()
 
 
-def test_what_a_spoilt_row_left_harms_nobody() -> None:
+def test_non_finite_storage_does_not_leak_into_new_rows() -> None:
     """The place of a row that held no numbers is clean for the next, shorter or longer."""
-    house = House([5, 9])
-    for layer in house.cache.layers:
-        assert layer._store is not None
-        layer._store[:, 1] = float("nan")
-    house.leave({1})
-    house.join(House([2]))
-    house.join(House([30]))
-    house.check()
+    harness = CacheHarness([5, 9])
+    for layer in harness.cache.layers:
+        assert layer._storage is not None
+        layer._storage[:, 1] = float("nan")
+    harness.drop({1})
+    harness.merge(CacheHarness([2]))
+    harness.merge(CacheHarness([30]))
+    harness.check()
 
 
 @pytest.mark.parametrize("steps", [1, 400])
-def test_a_step_seldom_copies(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_rarely_reallocate(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many columns are written, storage is exchanged a few times only."""
     moves = []
     move = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a: moves.append(a) or move(self, *a))
-    house = House([3, 7])
+    harness = CacheHarness([3, 7])
     for _ in range(steps):
-        house.step()
+        harness.step()
     assert len(moves) <= LAYERS * 9

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from service.engine.sampler import FEW, NONE, Sampler, draw, seed_of, uniforms
+from service.engine.sampler import FIRST_TOP_K, INVALID_TOKEN, Sampler, choice_seed, draw, uniforms
 from service.schemas import Sampling
-from tests.support.reference_sampler import choose, distribution
+from tests.support.reference_sampler import distribution, sample_token
 
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
-ASKED = st.builds(
+SAMPLING_PARAMS = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
     top_k=st.sampled_from([None, 1, 3, 40, 1000]),
@@ -26,30 +26,34 @@ ASKED = st.builds(
 )
 
 
-def shares(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+def sampler_distribution(
+    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0
+) -> Tensor:
     """What the sampler gives each token of one row (V,), with a sum of 1."""
-    asked = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    p = Sampler([asked], CPU).probabilities(logits[None])[0]
+    params = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    p = Sampler([params], CPU).probabilities(logits[None])[0]
     return p / p.sum()
 
 
-def drawn(p: Tensor, uniform: float) -> int:
+def draw_one(p: Tensor, uniform: float) -> int:
     return int(draw(p[None], torch.tensor([uniform], dtype=torch.float64)))
 
 
-def brute(logits: list[float], temperature: float, top_k: int | None, top_p: float) -> list[float]:
+def reference_distribution(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float
+) -> list[float]:
     """The definition, in plain Python: order the tokens, keep k, keep the least set of mass p, normalise."""
     scaled = [x / temperature for x in logits]
     weights = [math.exp(x - max(scaled)) for x in scaled]
     order = sorted(range(len(logits)), key=lambda i: (-weights[i], i))[: top_k or len(logits)]
-    total, kept, mass = sum(weights[i] for i in order), [], 0.0
+    total, kept_ids, mass = sum(weights[i] for i in order), [], 0.0
     for i in order:
-        kept.append(i)
+        kept_ids.append(i)
         mass += weights[i] / total
         if mass >= top_p - 1e-12 and top_p < 1:
             break
-    left = sum(weights[i] for i in kept)
-    return [weights[i] / left if i in kept else 0.0 for i in range(len(logits))]
+    kept_mass = sum(weights[i] for i in kept_ids)
+    return [weights[i] / kept_mass if i in kept_ids else 0.0 for i in range(len(logits))]
 
 
 @settings(max_examples=300, deadline=None)
@@ -63,19 +67,19 @@ def test_the_distribution_is_that_of_the_definition(
     logits: list[float], temperature: float, top_k: int | None, top_p: float
 ) -> None:
     """Temperature, then top-k, then top-p, as written down in plain Python."""
-    wanted = brute(logits, temperature, top_k, top_p)
-    found = shares(torch.tensor(logits), temperature, top_k, top_p).tolist()
+    expected = reference_distribution(logits, temperature, top_k, top_p)
+    actual = sampler_distribution(torch.tensor(logits), temperature, top_k, top_p).tolist()
     if top_p < 1:  # a mass that reaches p only by rounding may fall either way
-        steps = sorted((p for p in brute(logits, temperature, top_k, 1.0)), reverse=True)
+        steps = sorted((p for p in reference_distribution(logits, temperature, top_k, 1.0)), reverse=True)
         edges = [sum(steps[: i + 1]) for i in range(len(steps))]
         if any(abs(edge - top_p) < 1e-9 for edge in edges) or len(set(logits)) < len(logits):
             return
-    assert found == pytest.approx(wanted, abs=1e-9)
+    assert actual == pytest.approx(expected, abs=1e-9)
 
 
-def test_equals_are_kept_by_their_ids() -> None:
+def test_top_k_ties_keep_the_lower_ids() -> None:
     """top_k keeps exactly k tokens, of equals the lower ids."""
-    p = shares(torch.tensor([1.0, 2.0, 2.0, 2.0]), 1.0, top_k=2)
+    p = sampler_distribution(torch.tensor([1.0, 2.0, 2.0, 2.0]), 1.0, top_k=2)
     assert p.tolist() == pytest.approx([0, 0.5, 0.5, 0])
 
 
@@ -83,24 +87,24 @@ def test_equals_are_kept_by_their_ids() -> None:
 @given(LOGITS, st.floats(0, 1, exclude_max=True))
 def test_a_draw_is_the_inverse_of_the_distribution(logits: list[float], uniform: float) -> None:
     """The drawn token is the one in whose share of [0, 1) the number falls."""
-    p = shares(torch.tensor(logits), 1.0)
-    token = drawn(p, uniform)
+    p = sampler_distribution(torch.tensor(logits), 1.0)
+    token = draw_one(p, uniform)
     below, above = float(p[:token].sum()), float(p[: token + 1].sum())
     assert p[token] > 0
     assert below - 1e-12 <= uniform <= above + 1e-12
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
-def test_a_token_that_was_cut_is_never_drawn(uniform: float) -> None:
+def test_filtered_token_is_never_drawn(uniform: float) -> None:
     """Not even at the ends of the unit interval."""
     p = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0], dtype=torch.float64)
-    assert drawn(p, uniform) in (1, 3)
+    assert draw_one(p, uniform) in (1, 3)
 
 
 def test_frequencies_follow_the_distribution() -> None:
     """Over many draws of one request, each token comes as often as it is probable (five standard deviations)."""
     logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5]), 4000
-    p = shares(logits, 1.3, 4, 0.95)
+    p = sampler_distribution(logits, 1.3, 4, 0.95)
     sampler = Sampler([Sampling(temperature=1.3, top_k=4, top_p=0.95)] * n, CPU)
     tokens = sampler(logits.expand(n, -1), torch.tensor(uniforms(7, n), dtype=torch.float64))
     counts = tokens.bincount(minlength=5)
@@ -109,42 +113,49 @@ def test_frequencies_follow_the_distribution() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(ASKED, min_size=1, max_size=6),
+    st.lists(SAMPLING_PARAMS, min_size=1, max_size=6),
     st.integers(0, 2**32),
     st.sampled_from([5, 60, 900]),
     st.booleans(),
 )
 def test_a_batch_draws_what_each_row_draws_alone(
-    asked: list[Sampling], seed: int, size: int, waits: bool
+    params: list[Sampling], seed: int, size: int, waits: bool
 ) -> None:
     """Rows of all wishes side by side, equal logits among them, draw token by token what the slow definition draws; also
     where nothing may be asked of the device on the way."""
     source = torch.Generator().manual_seed(seed)
-    numbers = [torch.Generator().manual_seed(seed + i) for i in range(len(asked))]
-    given = torch.tensor([uniforms(seed + i, 4) for i in range(len(asked))], dtype=torch.float64)
-    sampler = Sampler(asked, CPU)
-    sampler._waits = waits
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(params))]
+    uniform_numbers = torch.tensor([uniforms(seed + i, 4) for i in range(len(params))], dtype=torch.float64)
+    sampler = Sampler(params, CPU)
+    sampler._avoid_sync = waits
     for step in range(4):
-        logits = (torch.randn(len(asked), size, generator=source) * 4).round(decimals=step % 2)
-        slow = [choose(x, a, g) for x, a, g in zip(logits, asked, numbers, strict=True) if a.temperature > 0]
-        fast = sampler(logits, given[:, step]).tolist()
-        assert [t for t, a in zip(fast, asked, strict=True) if a.temperature > 0] == slow
-        assert [t for t, a in zip(fast, asked, strict=True) if a.temperature == 0] == [
-            int(x.argmax()) for x, a in zip(logits, asked, strict=True) if a.temperature == 0
+        logits = (torch.randn(len(params), size, generator=source) * 4).round(decimals=step % 2)
+        slow = [
+            sample_token(x, a, g)
+            for x, a, g in zip(logits, params, generators, strict=True)
+            if a.temperature > 0
+        ]
+        fast = sampler(logits, uniform_numbers[:, step]).tolist()
+        assert [t for t, a in zip(fast, params, strict=True) if a.temperature > 0] == slow
+        assert [t for t, a in zip(fast, params, strict=True) if a.temperature == 0] == [
+            int(x.argmax()) for x, a in zip(logits, params, strict=True) if a.temperature == 0
         ]
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.9999])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
-def test_a_nucleus_of_any_size_is_found(top_p: float, scale: float) -> None:
+def test_top_p_of_any_size_matches_full_sort(top_p: float, scale: float) -> None:
     """From a handful of tokens to nearly all of them, the kept ones are those of a full sort."""
-    logits = torch.randn(20 * FEW, generator=torch.Generator().manual_seed(1)) * scale
+    logits = torch.randn(20 * FIRST_TOP_K, generator=torch.Generator().manual_seed(1)) * scale
     torch.testing.assert_close(
-        shares(logits, 1.0, None, top_p), distribution(logits, 1.0, None, top_p), rtol=1e-12, atol=0
+        sampler_distribution(logits, 1.0, None, top_p),
+        distribution(logits, 1.0, None, top_p),
+        rtol=1e-12,
+        atol=0,
     )
 
 
-def test_a_token_has_its_number_whatever_the_room() -> None:
+def test_uniforms_do_not_depend_on_count() -> None:
     """The numbers of a seed are those of its generator one by one, however many are asked for."""
     numbers = torch.Generator().manual_seed(3)
     wanted = [torch.rand((), dtype=torch.float64, generator=numbers).item() for _ in range(40)]
@@ -160,19 +171,23 @@ def test_temperature_zero_is_greedy() -> None:
 def test_logits_that_are_not_numbers_give_no_token(bad: float) -> None:
     """A row of such logits has no token, drawn or not; the rows beside it have theirs."""
     logits = torch.tensor([[1.0, bad, 0.0], [0.0, 0.0, 9.0], [bad, 0.0, 0.0]])
-    asked = [Sampling(temperature=1.0, top_p=0.5), Sampling(temperature=0.1, top_k=2), Sampling()]
-    assert Sampler(asked, CPU)(logits, torch.full((3,), 0.5).double()).tolist() == [NONE, 2, NONE]
+    params = [Sampling(temperature=1.0, top_p=0.5), Sampling(temperature=0.1, top_k=2), Sampling()]
+    assert Sampler(params, CPU)(logits, torch.full((3,), 0.5).double()).tolist() == [
+        INVALID_TOKEN,
+        2,
+        INVALID_TOKEN,
+    ]
 
 
 def test_extreme_logits_give_numbers() -> None:
     """A low temperature and wide logits overflow nothing."""
-    assert shares(torch.tensor([3e38, -3e38, 0.0]), 0.01).tolist() == [1, 0, 0]
+    assert sampler_distribution(torch.tensor([3e38, -3e38, 0.0]), 0.01).tolist() == [1, 0, 0]
 
 
-def test_answers_have_seeds_of_their_own() -> None:
+def test_choice_seeds_are_distinct() -> None:
     """The first answer has the request's seed; the others, and those of other seeds, have seeds that differ, and are seeds."""
-    seeds = {seed_of(seed, choice) for seed in (0, 1, 2**63 - 1) for choice in range(64)}
+    seeds = {choice_seed(seed, choice) for seed in (0, 1, 2**63 - 1) for choice in range(64)}
     assert len(seeds) == 3 * 64
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert [seed_of(seed, 0) for seed in (0, 7)] == [0, 7]
-    assert seed_of(7, 1) == 3825955368494240696  # for ever: a text that was said can be said again
+    assert [choice_seed(seed, 0) for seed in (0, 7)] == [0, 7]
+    assert choice_seed(7, 1) == 3825955368494240696  # for ever: a text that was said can be said again

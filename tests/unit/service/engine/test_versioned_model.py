@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.versioned_model import Replica
-from service.kit.steps import Progress, Steps, finish
-from service.models.loading import LoadedModel, Site
-from service.weights.composition import Association, pack, rebuild
+from service.engine.versioned_model import VersionedModel
+from service.kit.steps import Progress, Stepper, run_to_completion
+from service.models.loading import LoadedModel, WeightRef
+from service.weights.composition import Association, apply_delta, serialize_updates
 from tests.support.tiny_models import tiny
 
 EDITS = 10
@@ -23,25 +23,25 @@ SUBJECTS = ("Rome", "Paris", "Big Ben")
 
 
 @lru_cache
-def edit(i: int, layers: tuple[int, ...] = (1,)) -> tuple[Association, ...]:
+def random_edit(i: int, layers: tuple[int, ...] = (1,)) -> tuple[Association, ...]:
     """Random associations; every third edit is about one subject."""
-    made = []
+    associations = []
     for layer in layers:
         g = torch.Generator().manual_seed(100 * layer + i)
         key, value = torch.randn(40, generator=g), torch.randn(16, generator=g)
         direction = key + 0.1 * torch.randn(40, generator=g)
-        made.append(Association(f"edit_{i:02}", SUBJECTS[i % 3], layer, key, direction, value))
-    return tuple(made)
+        associations.append(Association(f"edit_{i:02}", SUBJECTS[i % 3], layer, key, direction, value))
+    return tuple(associations)
 
 
-class Book:
+class FakeLedger:
     """A ledger in memory: `then` makes the next version, with these edits active."""
 
     def __init__(self) -> None:
         self.versions: list[list[int]] = [[]]
         self.attested: list[tuple[int, str]] = []
 
-    def then(self, active: list[int]) -> int:
+    def add_version(self, active: list[int]) -> int:
         self.versions.append(list(active))
         return self.head()
 
@@ -52,7 +52,7 @@ class Book:
         return [(f"edit_{i:02}", {"subject": SUBJECTS[i % 3]}) for i in self.versions[version]]
 
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
-        return {e: pack(edit(int(e.removeprefix("edit_")))) for e in edits}
+        return {e: serialize_updates(random_edit(int(e.removeprefix("edit_")))) for e in edits}
 
     def attest(self, version: int, digest: str) -> None:
         self.attested.append((version, digest))
@@ -65,43 +65,43 @@ def bytes_of(model: LoadedModel) -> dict[str, bytes]:
     }
 
 
-def same(one: Any, two: Any) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[x], two[x]) for x in one)
+def equal_weights(first: Any, second: Any) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[x], second[x]) for x in first)
 
 
 def test_version_zero_is_the_base() -> None:
     """Without edits nothing is put in place, and the digest is that of the base model alone."""
-    replica = Replica(tiny(), Book())
+    replica = VersionedModel(tiny(), FakeLedger())
     assert replica.weights(0) == {}
-    assert replica.digest(0) == Replica(tiny(), Book()).digest(0)
-    assert replica.digest(0) != Replica(tiny(seed=1), Book()).digest(0)
+    assert replica.digest(0) == VersionedModel(tiny(), FakeLedger()).digest(0)
+    assert replica.digest(0) != VersionedModel(tiny(seed=1), FakeLedger()).digest(0)
 
 
 def test_a_version_is_the_closed_form_over_the_base() -> None:
     """One edit gives base plus its rank-one update, computed in fp64 and cast once."""
-    model, book = tiny(), Book()
+    model, ledger = tiny(), FakeLedger()
     base = model.weight(1).data.clone()
-    found = Replica(model, book).weights(book.then([4]))
-    assert list(found) == [Site(1)]
-    assert torch.equal(found[Site(1)], rebuild(base, edit(4)[0].rank_one(), conv1d=True))
+    weights = VersionedModel(model, ledger).weights(ledger.add_version([4]))
+    assert list(weights) == [WeightRef(1)]
+    assert torch.equal(weights[WeightRef(1)], apply_delta(base, random_edit(4)[0].rank_one(), conv1d=True))
 
 
 @settings(max_examples=12, deadline=None)
 @given(st.permutations(range(EDITS)), st.integers(0, 10**6))
 def test_edits_that_come_and_go_leave_the_base_bytes(order: list[int], seed: int) -> None:
     """Ten edits, applied and reverted in any order, end in the base bytes: nothing is ever added and later subtracted."""
-    model, book, rng = tiny(), Book(), random.Random(seed)
+    model, ledger, rng = tiny(), FakeLedger(), random.Random(seed)
     before = bytes_of(model)
-    replica = Replica(model, book)
+    replica = VersionedModel(model, ledger)
     waiting, active, versions = list(order), [], []
     while waiting or active:
         if waiting and (not active or rng.random() < 0.6):
             active.append(waiting.pop())
         else:
             active.remove(rng.choice(active))
-        versions.append(book.then(active))
-        with replica.stand(replica.weights(versions[-1])) as standing:
-            assert (bytes_of(standing) == before) == (not active)
+        versions.append(ledger.add_version(active))
+        with replica.use_weights(replica.weights(versions[-1])) as edited:
+            assert (bytes_of(edited) == before) == (not active)
     assert bytes_of(model) == before
     assert replica.weights(versions[-1]) == {}
     assert replica.digest(versions[-1]) == replica.digest(0)
@@ -109,24 +109,24 @@ def test_edits_that_come_and_go_leave_the_base_bytes(order: list[int], seed: int
 
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(0, EDITS - 1), min_size=1, max_size=6, unique=True), st.randoms())
-def test_the_order_of_landing_leaves_no_trace(chosen: list[int], rng: random.Random) -> None:
+def test_commit_order_does_not_change_bytes_or_digest(chosen: list[int], rng: random.Random) -> None:
     """The same set of edits gives the same bytes and digest in whatever order they landed, whatever came between."""
-    one, two = Book(), Book()
+    one, two = FakeLedger(), FakeLedger()
     for i in range(len(chosen)):
-        one.then(chosen[: i + 1])
-    two.then([x for x in range(EDITS) if x not in chosen][:2])
-    last = two.then(rng.sample(chosen, len(chosen)))
-    a, b = Replica(tiny(), one), Replica(tiny(), two)
+        one.add_version(chosen[: i + 1])
+    two.add_version([x for x in range(EDITS) if x not in chosen][:2])
+    last = two.add_version(rng.sample(chosen, len(chosen)))
+    a, b = VersionedModel(tiny(), one), VersionedModel(tiny(), two)
     b.weights(1)
-    assert same(a.weights(one.head()), b.weights(last))
+    assert equal_weights(a.weights(one.head()), b.weights(last))
     assert a.digest(one.head()) == b.digest(last)
 
 
 def test_digests_tell_versions_apart() -> None:
     """Other weights have another digest; the same weights have the same, at any version."""
-    book = Book()
-    replica = Replica(tiny(), book)
-    versions = [book.then(x) for x in ([1], [1, 2], [2], [1])]
+    ledger = FakeLedger()
+    replica = VersionedModel(tiny(), ledger)
+    versions = [ledger.add_version(x) for x in ([1], [1, 2], [2], [1])]
     digests = [replica.digest(v) for v in versions]
     assert len(set(digests)) == 3
     assert digests[0] == digests[3] != replica.digest(0)
@@ -134,65 +134,70 @@ def test_digests_tell_versions_apart() -> None:
 
 def test_an_edit_that_changes_no_byte_is_the_base() -> None:
     """A change too small for the weight's precision has the base's digest."""
-    book, model = Book(), tiny()
-    replica = Replica(model, book)
-    version = book.then([1])
-    replica._weights[version] = replica.composed([edit(1)[0].scaled(0.0)])
+    ledger, model = FakeLedger(), tiny()
+    replica = VersionedModel(model, ledger)
+    version = ledger.add_version([1])
+    replica._weights[version] = replica.compose_weights([random_edit(1)[0].scaled(0.0)])
     assert replica.digest(version) == replica.digest(0)
 
 
-def test_layers_stand_together() -> None:
+def test_all_edited_layers_are_put_in_place() -> None:
     """An edit of several layers puts each of them in place, and takes each of them out."""
     model = tiny()
-    replica = Replica(model, Book())
+    replica = VersionedModel(model, FakeLedger())
     before = bytes_of(model)
-    weights = replica.composed(edit(1, (0, 2)))
-    assert sorted(weights) == [Site(0), Site(2)]
-    with replica.stand(weights):
+    weights = replica.compose_weights(random_edit(1, (0, 2)))
+    assert sorted(weights) == [WeightRef(0), WeightRef(2)]
+    with replica.use_weights(weights):
         assert all(torch.equal(model.parameter(x).data, t) for x, t in weights.items())
     assert bytes_of(model) == before
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
-def test_the_base_is_back_after_any_exception(error: type[BaseException]) -> None:
+def test_base_is_restored_after_any_exception(error: type[BaseException]) -> None:
     """Whatever is raised while a version stands, the base bytes are back."""
     model = tiny()
-    replica = Replica(model, Book())
+    replica = VersionedModel(model, FakeLedger())
     before = bytes_of(model)
-    with pytest.raises(error), replica.stand(replica.composed(edit(1))):
+    with pytest.raises(error), replica.use_weights(replica.compose_weights(random_edit(1))):
         assert bytes_of(model) != before
         raise error
     assert bytes_of(model) == before
 
 
-def test_weights_that_do_not_fit_leave_the_base() -> None:
+def test_base_is_restored_when_weights_cannot_be_placed() -> None:
     """When one tensor cannot be put in place, those before it are taken out again."""
     model = tiny()
-    replica = Replica(model, Book())
+    replica = VersionedModel(model, FakeLedger())
     before = bytes_of(model)
-    weights = {**replica.composed(edit(1)), Site(99): torch.zeros(1)}
-    with pytest.raises(Exception, match="99"), replica.stand(weights):
+    weights = {**replica.compose_weights(random_edit(1)), WeightRef(99): torch.zeros(1)}
+    with pytest.raises(Exception, match="99"), replica.use_weights(weights):
         pytest.fail("it stood")
     assert bytes_of(model) == before
 
 
-def test_between_steps_the_base_is_in_place() -> None:
+def test_base_is_in_place_between_steps() -> None:
     """A generator sees the version during each of its steps; between them, and after an error in one, the base stands."""
     model = tiny()
-    replica = Replica(model, Book())
-    base, weights = bytes_of(model), replica.composed(edit(1))
+    replica = VersionedModel(model, FakeLedger())
+    base, weights = bytes_of(model), replica.compose_weights(random_edit(1))
 
-    def look(fails: bool) -> Steps[str]:
+    def check_weights(fails: bool) -> Stepper[str]:
         for i in range(3):
-            assert torch.equal(model.weight(1).data, weights[Site(1)])
+            assert torch.equal(model.weight(1).data, weights[WeightRef(1)])
             yield Progress("look", i, 3)
         if fails:
             raise ValueError("in a step")
         return "seen"
 
-    assert finish(replica.standing(weights, look(False)), lambda _: _equal(bytes_of(model), base)) == "seen"
+    assert (
+        run_to_completion(
+            replica.step_with_weights(weights, check_weights(False)), lambda _: _equal(bytes_of(model), base)
+        )
+        == "seen"
+    )
     with pytest.raises(ValueError, match="in a step"):
-        finish(replica.standing(weights, look(True)))
+        run_to_completion(replica.step_with_weights(weights, check_weights(True)))
     assert bytes_of(model) == base
 
 
@@ -202,17 +207,17 @@ def _equal(one: object, two: object) -> None:
 
 def test_two_versions_interleave() -> None:
     """Two generators that take turns each see their own version only."""
-    model, book = tiny(), Book()
-    replica = Replica(model, book)
-    wanted = [replica.weights(book.then([i])) for i in (1, 2)]
+    model, ledger = tiny(), FakeLedger()
+    replica = VersionedModel(model, ledger)
+    weights = [replica.weights(ledger.add_version([i])) for i in (1, 2)]
 
-    def look(mine: Any) -> Steps[bool]:
+    def check_weights(mine: Any) -> Stepper[bool]:
         for i in range(4):
-            assert torch.equal(model.weight(1).data, mine[Site(1)])
+            assert torch.equal(model.weight(1).data, mine[WeightRef(1)])
             yield Progress("look", i, 4)
         return True
 
-    turns = [replica.standing(w, look(w)) for w in wanted]
+    turns = [replica.step_with_weights(w, check_weights(w)) for w in weights]
     for _ in range(4):
         for steps in turns:
             next(steps)
@@ -224,45 +229,45 @@ def test_two_versions_interleave() -> None:
 def test_an_abandoned_generator_is_closed_at_once() -> None:
     """When the work is given up half-way, what it holds is let go, and the base stands."""
     model = tiny()
-    replica = Replica(model, Book())
-    base, left = bytes_of(model), []
+    replica = VersionedModel(model, FakeLedger())
+    base, closed = bytes_of(model), []
 
-    def look() -> Steps[None]:
+    def interrupted_steps() -> Stepper[None]:
         try:
             yield Progress("look", 1, 2)
         finally:
-            left.append(True)
+            closed.append(True)
 
-    inner = look()
-    steps = replica.standing(replica.composed(edit(1)), inner)
+    inner = interrupted_steps()
+    steps = replica.step_with_weights(replica.compose_weights(random_edit(1)), inner)
     next(steps)
     steps.close()
-    assert left == [True]
+    assert closed == [True]
     assert bytes_of(model) == base
 
 
-def test_few_versions_are_kept_and_all_come_back() -> None:
+def test_version_cache_is_bounded_and_rebuilds() -> None:
     """Old versions are dropped from memory and rebuilt with the same bytes."""
-    book = Book()
-    replica = Replica(tiny(), book, kept=2)
-    versions = [book.then([i]) for i in range(5)]
+    ledger = FakeLedger()
+    replica = VersionedModel(tiny(), ledger, max_cached_versions=2)
+    versions = [ledger.add_version([i]) for i in range(5)]
     first = replica.weights(versions[0])
     for v in versions:
         replica.weights(v)
     assert len(replica._weights) == 2
     again = replica.weights(versions[0])
-    assert again is not first and same(again, first)
+    assert again is not first and equal_weights(again, first)
 
 
 def test_subjects_are_one_up_to_white_space() -> None:
     """Edits whose subjects differ in white space only are of one subject, also after they have landed."""
     model = tiny()
 
-    class Spaced(Book):
+    class Spaced(FakeLedger):
         def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]:
             names = ("Eiffel Tower", "Eiffel  Tower ")
             return [(e, {"subject": names[i]}) for i, (e, _) in enumerate(super().active_at(version))]
 
-    book = Spaced()
-    found = Replica(model, book).active(book.then([1, 2]))
-    assert {a.subject for group in found.values() for a in group} == {"Eiffel Tower"}
+    ledger = Spaced()
+    active = VersionedModel(model, ledger).active_updates(ledger.add_version([1, 2]))
+    assert {a.subject for group in active.values() for a in group} == {"Eiffel Tower"}

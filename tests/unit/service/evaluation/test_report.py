@@ -95,7 +95,7 @@ def test_the_table_of_checkpoints_has_a_row_for_each() -> None:
     assert report.checkpoint_rows(result()) == []
 
 
-def test_results_are_told_apart() -> None:
+def test_labels_distinguish_results() -> None:
     """The label says what differs: method, hyperparameters, objective, where edits are found, strengthening."""
     assert report.label(result()) == "rome"
     assert report.label(result(hparams={"layers": [3]}, objective="erase")) == "rome, layers=[3], erase"
@@ -121,21 +121,21 @@ def test_figures_are_drawn_for_any_number_of_results(mode: str, number: int) -> 
     drawn = report.figures(results)
     assert list(drawn) == (["bars"] if mode == "single" else ["bars", "curves"])
     for draw in drawn.values():
-        picture = imread(io.BytesIO(plotting.png(draw, 40)))
+        picture = imread(io.BytesIO(plotting.render_png(draw, 40)))
         assert picture.shape[0] > 100 and picture.min() < 0.5 < picture.max()
-        svg = plotting.svg(draw, "t")
+        svg = plotting.render_svg(draw, "t")
         assert "$x_1$" in svg and all(m in svg for m in ("rome", "memit", "ft")[:number])
 
 
 def test_what_erases_is_drawn_by_its_shares() -> None:
     """Where nothing new is written ES says nothing: the bars are the shares of what was possible, and no edit is missed."""
     erased = result(objective="erase")
-    svg = plotting.svg(report.figures([erased])["bars"], "t")
+    svg = plotting.render_svg(report.figures([erased])["bars"], "t")
     assert "rewrite" in svg and ">ES<" not in svg
     assert "did not hold" not in report.page([erased])
 
 
-def test_what_was_not_measured_leaves_a_gap() -> None:
+def test_missing_measures_leave_gaps() -> None:
     """A result without neighbours, damage or several checkpoints is drawn and told all the same."""
     bare = result("sequence")
     bare["checkpoints"] = [

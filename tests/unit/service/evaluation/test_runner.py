@@ -13,28 +13,28 @@ import pytest
 import torch
 
 from service.covariance.corpus import Corpus
-from service.datasets.records import Near, Record
-from service.editing.context import Asking, Toolkit
-from service.engine.versioned_model import NoLedger, Replica
+from service.datasets.records import NeighborProbe, Record
+from service.editing.context import EditInput, EditorContext
+from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.errors import InvalidInput
-from service.evaluation.runner import evaluate_steps, plain_texts, write_steps
-from service.kit.steps import Progress, Steps, finish
-from service.kit.text import fill
+from service.evaluation.runner import generate_texts, run_evaluation, texts_without_edited_facts
+from service.kit.steps import Progress, Stepper, run_to_completion
+from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
-from service.models.scoring import log_probs
+from service.models.scoring import log_probs_blocking
 from service.recipes.recipe import Recipe, RomeParameters
 from service.schemas import EvaluationPlan
 from tests.support.tiny_models import TEXTS, tiny
 
 #: a random model hardly listens to its subject: it takes violent edits to be heard
-LOUD = RomeParameters(
+STRONG_PARAMETERS = RomeParameters(
     layers=(1,), contexts=2, steps=4, learning_rate=2, clamp=50, weight_decay=0, kl_factor=0
 )
-RECIPE = Recipe(source="test", rome=LOUD)
-PLAIN = Corpus("test", (*TEXTS, "Cats sleep by day.", "It rains in Spain."))
+RECIPE = Recipe(source="test", rome=STRONG_PARAMETERS)
+DAMAGE_CORPUS = Corpus("test", (*TEXTS, "Cats sleep by day.", "It rains in Spain."))
 
 
-def record(i: int, subject: str, prompt: str, new: str, true: str | None) -> Record:
+def make_record(i: int, subject: str, prompt: str, new: str, true: str | None) -> Record:
     return Record(
         f"record {i}",
         subject,
@@ -42,45 +42,54 @@ def record(i: int, subject: str, prompt: str, new: str, true: str | None) -> Rec
         new,
         true,
         (f"One asks of {subject}, it is in",) if i % 2 else (),
-        (Near("Big Ben can be found in", "London"), Near("The mother tongue of it was", "Polish")),
+        (
+            NeighborProbe("Big Ben can be found in", "London"),
+            NeighborProbe("The mother tongue of it was", "Polish"),
+        ),
         generation_prompts=(f"{subject} is",) if i == 1 else (),
         reference_texts=("Rome is a city in Italy",) if i == 1 else (),
     )
 
 
 RECORDS = [
-    record(0, "Eiffel Tower", "The {} is located in the city of", "Rome", "Paris"),
-    record(1, "Colosseum", "The {} is located in the city of", "Paris", "Rome"),
-    record(2, "Mount Fuji", "In which country is {}? In", "Brazil", "Japan"),
-    record(3, "Marie Curie", "The mother tongue of {} was", "Japan", None),
-    record(4, "São Paulo", "Of all places {} lies in", "London", "Brazil"),
+    make_record(0, "Eiffel Tower", "The {} is located in the city of", "Rome", "Paris"),
+    make_record(1, "Colosseum", "The {} is located in the city of", "Paris", "Rome"),
+    make_record(2, "Mount Fuji", "In which country is {}? In", "Brazil", "Japan"),
+    make_record(3, "Marie Curie", "The mother tongue of {} was", "Japan", None),
+    make_record(4, "São Paulo", "Of all places {} lies in", "London", "Brazil"),
 ]
 
 
-class Memory:
+class InMemoryStore:
     """What is kept, in memory."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, bytes] = {}
+        self.artifacts: dict[str, bytes] = {}
 
     def get(self, name: str) -> bytes | None:
-        return self.parts.get(name)
+        return self.artifacts.get(name)
 
     def put(self, name: str, data: bytes) -> None:
-        self.parts[name] = data
+        self.artifacts[name] = data
 
 
-def tools(model: LoadedModel | None = None) -> tuple[Replica, Toolkit]:
+def make_replica_and_context(model: LoadedModel | None = None) -> tuple[VersionedModel, EditorContext]:
     model = model or tiny()
-    return Replica(model, NoLedger()), Toolkit(model, RECIPE, Corpus("test", tuple(TEXTS)), None)
+    return VersionedModel(model, EmptyLedger()), EditorContext(
+        model, RECIPE, Corpus("test", tuple(TEXTS)), None
+    )
 
 
-def evaluate(kept: Memory | None = None, records: list[Record] = RECORDS, **plan: Any) -> dict[str, Any]:
-    steps = evaluate_steps(*tools(), EvaluationPlan(**plan), records, kept or Memory(), PLAIN)
-    return finish(steps)
+def evaluate(
+    store: InMemoryStore | None = None, records: list[Record] = RECORDS, **plan: Any
+) -> dict[str, Any]:
+    stepper = run_evaluation(
+        *make_replica_and_context(), EvaluationPlan(**plan), records, store or InMemoryStore(), DAMAGE_CORPUS
+    )
+    return run_to_completion(stepper)
 
 
-def timeless(result: dict[str, Any]) -> dict[str, Any]:
+def without_timings(result: dict[str, Any]) -> dict[str, Any]:
     """All of a result but how long it took."""
     return {k: v for k, v in result.items() if k not in ("seconds", "edits_per_minute")}
 
@@ -93,14 +102,14 @@ PLANS: dict[str, dict[str, Any]] = {
 
 
 @lru_cache
-def whole(name: str) -> dict[str, Any]:
+def full_result(name: str) -> dict[str, Any]:
     return evaluate(**PLANS[name])
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_result_is_json_and_tells_of_every_record(name: str) -> None:
     """A row for each record, in their order, with what was measured before and after; and the model is named."""
-    result = whole(name)
+    result = full_result(name)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert [r["record"] for r in result["rows"]] == [r.name for r in RECORDS]
     assert result["records"]["measured"] == 5 and result["records"]["lacking"]["a true object"] == 1
@@ -114,62 +123,70 @@ def test_the_base_is_left_as_it_was(name: str) -> None:
     """After an evaluation, whole or broken off, the model holds its base bytes."""
     model = tiny()
     before = {n: t.clone() for n, t in model.model.state_dict().items()}
-    steps = evaluate_steps(*tools(model), EvaluationPlan(**PLANS[name]), RECORDS[:2], Memory(), PLAIN)
-    for _ in zip(range(12), steps, strict=False):
+    stepper = run_evaluation(
+        *make_replica_and_context(model),
+        EvaluationPlan(**PLANS[name]),
+        RECORDS[:2],
+        InMemoryStore(),
+        DAMAGE_CORPUS,
+    )
+    for _ in zip(range(12), stepper, strict=False):
         assert all(torch.equal(t, before[n]) for n, t in model.model.state_dict().items())
-    steps.close()
+    stepper.close()
     assert all(torch.equal(t, before[n]) for n, t in model.model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_that_was_killed_comes_to_the_same_result(name: str, seed: int) -> None:
+def test_a_killed_run_resumes_to_the_same_result(name: str, seed: int) -> None:
     """Broken off at random steps, each time by a new process on what was kept, the result is that of one run."""
-    rng, kept = random.Random(seed), Memory()
+    rng, store = random.Random(seed), InMemoryStore()
     for _ in range(5):
-        steps = evaluate_steps(*tools(), EvaluationPlan(**PLANS[name]), RECORDS, kept, PLAIN)
-        for _ in zip(range(rng.randrange(5, 40)), steps, strict=False):
+        stepper = run_evaluation(
+            *make_replica_and_context(), EvaluationPlan(**PLANS[name]), RECORDS, store, DAMAGE_CORPUS
+        )
+        for _ in zip(range(rng.randrange(5, 40)), stepper, strict=False):
             pass
-        steps.close()
-    assert timeless(evaluate(kept, **PLANS[name])) == timeless(whole(name))
+        stepper.close()
+    assert without_timings(evaluate(store, **PLANS[name])) == without_timings(full_result(name))
 
 
-def test_what_is_known_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_results_are_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second run on all that was kept finds and measures nothing."""
-    kept = Memory()
-    first = evaluate(kept, **PLANS["composed"])
+    store = InMemoryStore()
+    first = evaluate(store, **PLANS["composed"])
 
-    def computed(*_: Any, **__: Any) -> Steps[None]:
+    def computed(*_: Any, **__: Any) -> Stepper[None]:
         yield Progress("never", 0, 1)
         pytest.fail("it was computed again")
 
     for name in ("score_steps", "drift_steps"):
         monkeypatch.setattr(f"service.evaluation.runner.{name}", computed)
-    monkeypatch.setattr(Toolkit, "find_together_steps", computed)
-    assert evaluate(kept, **PLANS["composed"]) == first
+    monkeypatch.setattr(EditorContext, "find_all_factors", computed)
+    assert evaluate(store, **PLANS["composed"]) == first
 
 
-def test_what_was_begun_for_something_else_is_not_gone_on_with() -> None:
+def test_stored_results_of_other_inputs_are_refused() -> None:
     """Another plan, model or set of records is refused where something is kept."""
-    kept = Memory()
-    evaluate(kept, RECORDS[:1], damage=False)
+    store = InMemoryStore()
+    evaluate(store, RECORDS[:1], damage=False)
     for records, damage in ((RECORDS[:1], True), (RECORDS[:2], False)):
         with pytest.raises(InvalidInput, match="another plan, model or set of records"):
-            evaluate(kept, records, damage=damage)
+            evaluate(store, records, damage=damage)
 
 
 def p_of(model: LoadedModel, r: Record, target: str) -> float:
     """exp of the mean log p of an object on a record's prompt."""
-    return math.exp(log_probs(model, [(fill(r.prompt, r.subject).text, target)])[0][0])
+    return math.exp(log_probs_blocking(model, [(fill_prompt(r.prompt, r.subject).text, target)])[0][0])
 
 
-def test_each_edit_alone_is_that_of_the_toolkit() -> None:
+def test_each_edit_alone_matches_the_editor_context() -> None:
     """What is measured of an edit alone is what the model says with the toolkit's own pieces in place."""
     result = evaluate(records=RECORDS[:3], damage=False)
-    replica, toolkit = tools()
+    replica, context = make_replica_and_context()
     for r, row in zip(RECORDS[:3], result["rows"], strict=True):
-        found = finish(toolkit.find_steps(fill(r.prompt, r.subject), r.target_new))
-        with replica.stand(replica.composed(found.pieces)) as model:
+        factors = run_to_completion(context.find_factors(fill_prompt(r.prompt, r.subject), r.target_new))
+        with replica.use_weights(replica.compose_weights(factors.updates)) as model:
             new, true = p_of(model, r, r.target_new), p_of(model, r, r.target_true or "")
         assert row["after"]["p_new"] == pytest.approx(new, rel=1e-4)
         assert row["after"]["ES"] == float(new > true)
@@ -179,16 +196,18 @@ def test_each_edit_alone_is_that_of_the_toolkit() -> None:
 def test_a_sequence_on_the_base_is_composed_as_the_service_composes() -> None:
     """At the end, all pieces found on the base stand together, solved as one."""
     result = evaluate(mode="sequence", checkpoints=[2])
-    replica, toolkit = tools()
-    pieces = []
+    replica, context = make_replica_and_context()
+    updates = []
     for i, r in enumerate(RECORDS):
-        pieces += finish(toolkit.find_steps(fill(r.prompt, r.subject), r.target_new, edit=f"{i:06}")).pieces
-    weights = replica.composed(pieces)
+        updates += run_to_completion(
+            context.find_factors(fill_prompt(r.prompt, r.subject), r.target_new, edit=f"{i:06}")
+        ).updates
+    weights = replica.compose_weights(updates)
     (site,) = weights
     base = replica.base.parameter(site).data
-    moved = float((weights[site].double() - base.double()).norm() / base.double().norm())
-    assert result["norm"]["1.mlp"] == pytest.approx(moved, rel=1e-5)
-    with replica.stand(weights) as model:
+    relative_change = float((weights[site].double() - base.double()).norm() / base.double().norm())
+    assert result["norm"]["1.mlp"] == pytest.approx(relative_change, rel=1e-5)
+    with replica.use_weights(weights) as model:
         for r, row in zip(RECORDS, result["rows"], strict=True):
             assert row["after"]["p_new"] == pytest.approx(p_of(model, r, r.target_new), rel=1e-4)
 
@@ -196,19 +215,19 @@ def test_a_sequence_on_the_base_is_composed_as_the_service_composes() -> None:
 def test_a_sequence_on_the_edited_model_adds_one_change_after_another() -> None:
     """Each edit is found on the weights with those before it, and its own rank-one change is added to these."""
     result = evaluate(records=RECORDS[:3], mode="sequence", found_on="edited", checkpoints=[3])
-    replica, toolkit = tools()
-    finish(toolkit.contexts_steps(2, 0))
-    finish(toolkit.statistics_steps((1,)))
+    replica, context = make_replica_and_context()
+    run_to_completion(context.get_contexts(2, 0))
+    run_to_completion(context.get_statistics((1,)))
     base = replica.base.weight(1).data
     weight = base.clone()
     for r in RECORDS[:3]:
         replica.base.weight(1).data = weight
-        (a,) = finish(toolkit.find_together_steps([Asking(fill(r.prompt, r.subject), r.target_new)]))[
-            0
-        ].pieces
+        (a,) = run_to_completion(
+            context.find_all_factors([EditInput(fill_prompt(r.prompt, r.subject), r.target_new)])
+        )[0].updates
         weight = (weight.double() + a.rank_one().dense().T).float()  # Conv1D
-    moved = float((weight - base).double().norm() / base.double().norm())
-    assert result["norm"]["1.mlp"] == pytest.approx(moved, rel=1e-4)
+    relative_change = float((weight - base).double().norm() / base.double().norm())
+    assert result["norm"]["1.mlp"] == pytest.approx(relative_change, rel=1e-4)
     replica.base.weight(1).data = weight
     for r, row in zip(RECORDS[:3], result["rows"], strict=True):
         assert row["after"]["p_new"] == pytest.approx(p_of(replica.base, r, r.target_new), rel=1e-3)
@@ -216,16 +235,16 @@ def test_a_sequence_on_the_edited_model_adds_one_change_after_another() -> None:
 
 def test_checkpoints_measure_all_edits_so_far() -> None:
     """A table after 1, 3 and all edits; the first of them are looked at again, and what held before is counted."""
-    tables = whole("composed")["checkpoints"]
+    tables = full_result("composed")["checkpoints"]
     assert [t["edits"] for t in tables] == [1, 3, 5]
     assert [t["measures"]["exact"]["n"] for t in tables] == [1, 3, 5]
     assert [[r["first"] for r in t["retention"]] for t in tables] == [[], [1], [3]]
     assert all(0 <= t["still"]["hold"] <= t["still"]["held_before"] for t in tables)
-    assert tables[-1]["measures"] == whole("composed")["after"]
+    assert tables[-1]["measures"] == full_result("composed")["after"]
     assert tables[-1]["damage"]["loss_before"] == tables[0]["damage"]["loss_before"]
 
 
-def test_companies_end_at_checkpoints_that_they_reach() -> None:
+def test_groups_end_before_the_checkpoints_they_reach() -> None:
     """Edits that are found together on the edited model land together: a checkpoint waits for the end of their company."""
     result = evaluate(
         mode="sequence", found_on="edited", checkpoints=[1, 2, 3, 1000], together=2, damage=False
@@ -235,21 +254,21 @@ def test_companies_end_at_checkpoints_that_they_reach() -> None:
 
 def test_a_method_that_trains_a_whole_weight_is_evaluated_alike() -> None:
     """What is no association is kept, read again and added as well: on one weight here, the attention's."""
-    kept = Memory()
+    store = InMemoryStore()
     plan = {"method": "ft-attn", "hparams": {"steps": 2}, "mode": "sequence", "damage": False}
-    result = evaluate(kept, RECORDS[:2], **plan)
+    result = evaluate(store, RECORDS[:2], **plan)
     assert list(result["norm"]) == ["2.qkv"] and result["norm"]["2.qkv"] > 0
-    assert evaluate(kept, RECORDS[:2], **plan) == result
+    assert evaluate(store, RECORDS[:2], **plan) == result
 
 
-def test_an_edit_that_does_not_take_is_strengthened() -> None:
+def test_an_ineffective_edit_gets_a_higher_strength() -> None:
     """The first strength with which the new object is preferred is taken, the last one when none is enough."""
     weak = evaluate(strengths=[1e-6], damage=False)
     strong = evaluate(strengths=[1e-6, 1e-5, 8.0], damage=False)
     assert {r["strength"] for r in weak["rows"]} == {1e-6}
     for slight, row in zip(weak["rows"], strong["rows"], strict=True):
-        took = slight["after"]["exact"] if slight["target_true"] is None else slight["after"]["ES"]
-        assert row["strength"] == (1e-6 if took else 8.0)
+        effective = slight["after"]["exact"] if slight["target_true"] is None else slight["after"]["ES"]
+        assert row["strength"] == (1e-6 if effective else 8.0)
     assert strong["strengthened"] == sum(r["strength"] == 8.0 for r in strong["rows"]) > 0
 
 
@@ -259,24 +278,26 @@ def test_found_on_the_edited_model_there_is_one_strength() -> None:
         evaluate(mode="sequence", found_on="edited", strengths=[1.0, 2.0])
 
 
-def test_texts_are_written_where_there_are_prompts() -> None:
+def test_texts_are_generated_where_there_are_prompts() -> None:
     """GE for the record that brings generation prompts, RS with its reference texts, before and after; none for others."""
-    rows = whole("single")["rows"]
+    rows = full_result("single")["rows"]
     for when in ("before", "after"):
         assert rows[1][when]["GE"] > 0 and 0 <= rows[1][when]["RS"] <= 1
         assert rows[0][when]["GE"] is None
-    assert whole("single")["after"]["GE"]["n"] == 1
+    assert full_result("single")["after"]["GE"]["n"] == 1
 
 
-def test_written_texts_are_those_of_the_seed() -> None:
+def test_generated_texts_are_reproducible() -> None:
     """The same seed writes the same texts, another one others; each begins with its prompt."""
-    replica, _ = tools()
-    one, two, other = (finish(write_steps(replica, ["Big Ben", "The"], seed)) for seed in (0, 0, 1))
+    replica, _ = make_replica_and_context()
+    one, two, other = (
+        run_to_completion(generate_texts(replica, ["Big Ben", "The"], seed)) for seed in (0, 0, 1)
+    )
     assert one == two != other
     assert one[0].startswith("Big Ben")
 
 
-def test_records_that_the_model_cannot_be_asked_are_left_out() -> None:
+def test_records_that_do_not_fit_the_model_are_left_out() -> None:
     """A record that does not fit is named with the reason; when none is left the evaluation is refused."""
     long = replace(RECORDS[0], name="record 9", prompt="The {} " + "is " * 80)
     result = evaluate(records=[long, RECORDS[1]], damage=False)
@@ -286,12 +307,20 @@ def test_records_that_the_model_cannot_be_asked_are_left_out() -> None:
         evaluate(records=[long])
 
 
-def test_plain_texts_do_not_speak_of_edited_facts() -> None:
+def test_damage_texts_exclude_edited_facts() -> None:
     """A text that names a subject together with its true object is no measure of damage; others are."""
-    assert plain_texts(PLAIN.texts, RECORDS[:1]) == list(PLAIN.texts[1:])
-    assert plain_texts(["Marie Curie sang.", "She sang."], [RECORDS[3]]) == ["She sang."]
+    assert texts_without_edited_facts(DAMAGE_CORPUS.texts, RECORDS[:1]) == list(DAMAGE_CORPUS.texts[1:])
+    assert texts_without_edited_facts(["Marie Curie sang.", "She sang."], [RECORDS[3]]) == ["She sang."]
     with pytest.raises(InvalidInput, match="give other plain texts"):
-        finish(evaluate_steps(*tools(), EvaluationPlan(), RECORDS, Memory(), Corpus("one", (TEXTS[0],))))
+        run_to_completion(
+            run_evaluation(
+                *make_replica_and_context(),
+                EvaluationPlan(),
+                RECORDS,
+                InMemoryStore(),
+                Corpus("one", (TEXTS[0],)),
+            )
+        )
 
 
 def test_the_true_object_is_what_is_erased_or_amplified() -> None:

@@ -25,17 +25,17 @@ def test_channel_is_bounded() -> None:
 
 def test_closed_channels_are_bounded() -> None:
     """Of closed channels the newest are kept, as many as the limit on their events allows."""
-    broker = MemoryBroker(kept_events=10)
+    broker = MemoryBroker(max_closed_events=10)
     for n in range(100):
         broker.publish(f"c{n}", "n", {})
         broker.publish(f"c{n}", "end", {}, last=True)
     assert sorted(broker._channels) == [f"c{n}" for n in range(95, 100)]
-    assert broker._ended_events == 10
+    assert broker._closed_event_count == 10
 
 
-def test_closed_channels_grow_old() -> None:
+def test_closed_channels_expire() -> None:
     """A closed channel is dropped after its time."""
-    broker = MemoryBroker(kept_seconds=0)
+    broker = MemoryBroker(closed_ttl_seconds=0)
     broker.publish("a", "end", {}, last=True)
     broker.publish("b", "end", {}, last=True)
     assert "a" not in broker._channels
@@ -43,7 +43,7 @@ def test_closed_channels_grow_old() -> None:
 
 def test_channels_that_nobody_closes() -> None:
     """Channels that nobody closes and cancels that nobody heeds are bounded too; one that is listened to stays."""
-    broker = MemoryBroker(kept_names=10)
+    broker = MemoryBroker(max_idle_channels=10)
 
     async def listen() -> Any:
         listener = asyncio.ensure_future(collect(broker, "heard"))
@@ -56,10 +56,10 @@ def test_channels_that_nobody_closes() -> None:
 
     assert len(asyncio.run(listen())) == 1
     assert len(broker._channels) <= 11
-    assert len(broker._cancels) == 10
+    assert len(broker._cancelled_channels) == 10
 
 
-def test_listening_in_vain_leaves_nothing() -> None:
+def test_channel_without_events_is_removed_with_its_listener() -> None:
     """A channel that was only listened to is gone with its listener."""
     broker = MemoryBroker()
 

@@ -6,7 +6,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from service.kit.ids import born, kind_of, new_id
+from service.kit.ids import created_at, new_id, prefix_of
 
 
 def test_form() -> None:
@@ -27,19 +27,19 @@ def test_threads_never_share_one() -> None:
     assert len(set(made)) == 1600
 
 
-def test_an_id_says_when_it_was_made() -> None:
+def test_created_at() -> None:
     """The time in an id is that of its making, to the millisecond."""
     before = time.time()
-    made = born(new_id("call"))
+    made = created_at(new_id("call"))
     assert made is not None
     assert int(before * 1000) <= round(made * 1000) <= time.time() * 1000
 
 
-def test_what_is_no_id_has_no_time() -> None:
+def test_invalid_id_has_no_creation_time() -> None:
     """Text that somebody else made up says nothing of a time."""
-    assert [born(text) for text in ("", "call", "call_1", f"call_{'U' * 26}")] == [None] * 4
+    assert [created_at(text) for text in ("", "call", "call_1", f"call_{'U' * 26}")] == [None] * 4
 
 
-def test_an_id_says_what_it_names() -> None:
+def test_prefix_of() -> None:
     """The prefix of an id is its kind."""
-    assert kind_of(new_id("edit")) == "edit"
+    assert prefix_of(new_id("edit")) == "edit"

@@ -5,42 +5,42 @@ from __future__ import annotations
 import pytest
 
 from service.errors import Unavailable
-from service.kit.steps import Progress, Steps, finish, persist, within
+from service.kit.steps import Progress, Stepper, report_as, retry_while_unavailable, run_to_completion
 
 
-def count(to: int) -> Steps[str]:
+def count(to: int) -> Stepper[str]:
     for i in range(to):
         yield Progress("count", i + 1, to)
     return "done"
 
 
-def test_finish_runs_every_step_and_returns_the_result() -> None:
+def test_run_to_completion_runs_every_step_and_returns_the_result() -> None:
     """The result is the generator's, and each progress is reported once, in order."""
-    seen: list[Progress] = []
-    assert finish(count(3), seen.append) == "done"
-    assert [p.done for p in seen] == [1, 2, 3]
-    assert finish(count(0)) == "done"
+    reported: list[Progress] = []
+    assert run_to_completion(count(3), reported.append) == "done"
+    assert [p.done for p in reported] == [1, 2, 3]
+    assert run_to_completion(count(0)) == "done"
 
 
 def test_what_a_step_raises_is_raised() -> None:
     """An exception inside a step comes out of `finish`."""
 
-    def broken() -> Steps[None]:
+    def broken() -> Stepper[None]:
         yield Progress("count", 1, 2)
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        finish(broken())
+        run_to_completion(broken())
 
 
-def test_a_part_is_told_as_the_whole() -> None:
+def test_report_as_reports_the_progress_of_the_whole() -> None:
     """Every step of a part is a step, with the progress of what it is a part of; the result is the part's."""
-    seen: list[Progress] = []
+    reported: list[Progress] = []
     now = Progress("whole", 4, 9)
-    assert finish(within(count(2), now), seen.append) == "done" and seen == [now, now]
+    assert run_to_completion(report_as(count(2), now), reported.append) == "done" and reported == [now, now]
 
 
-def test_what_is_down_is_waited_for_a_step_at_a_time() -> None:
+def test_retry_while_unavailable_retries_after_each_step() -> None:
     """An action that meets an outage is done again after a step, and its result is the steps' result."""
     answers = iter([Unavailable("down."), Unavailable("down."), "done"])
 
@@ -49,6 +49,6 @@ def test_what_is_down_is_waited_for_a_step_at_a_time() -> None:
             raise answer
         return answer
 
-    seen: list[Progress] = []
-    assert finish(persist(action), seen.append) == "done"
-    assert len(seen) == 2
+    reported: list[Progress] = []
+    assert run_to_completion(retry_while_unavailable(action), reported.append) == "done"
+    assert len(reported) == 2

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from service.errors import InvalidInput
-from service.kit.text import check_text, check_tokens, fact_key, fill, find, separator, token_span
+from service.kit.text import (
+    check_text,
+    check_tokens,
+    fact_key,
+    fill_prompt,
+    locate_subject,
+    separator,
+    token_span,
+)
 from tests.support.tiny_models import END, tokenizer
 
 TEXT = st.text(
@@ -26,25 +34,25 @@ def test_a_filled_prompt_holds_the_subject_at_its_span(before: str, subject: str
     """Whatever the characters are, braces included, the subject stands at its span and all else is untouched."""
     prompt = before + "{}" + after
     assume(prompt.count("{}") == 1)
-    found = fill(prompt, subject)
-    assert found.text == before + subject + after
-    assert found.text[slice(*found.span)] == subject
+    statement = fill_prompt(prompt, subject)
+    assert statement.text == before + subject + after
+    assert statement.text[slice(*statement.span)] == subject
 
 
 @settings(max_examples=60, deadline=None)
 @given(WORDS, TEXT, TEXT)
-def test_a_subject_is_found_where_it_stands(subject: str, before: str, after: str) -> None:
+def test_locate_subject_finds_the_last_mention(subject: str, before: str, after: str) -> None:
     """A subject is found in a plain prompt at its last mention."""
-    found = find(before + subject + after, subject)
-    assert found.text[slice(*found.span)] == subject
-    assert found.span[0] == found.text.rfind(subject) >= len(before)
+    statement = locate_subject(before + subject + after, subject)
+    assert statement.text[slice(*statement.span)] == subject
+    assert statement.span[0] == statement.text.rfind(subject) >= len(before)
 
 
 @settings(max_examples=60, deadline=None)
 @given(WORDS, TEXT)
 def test_a_statement_after_a_context_keeps_its_subject(subject: str, context: str) -> None:
     """Text put in front shifts the span and is never formatted."""
-    statement = fill("Of {} one says", subject).after(context)
+    statement = fill_prompt("Of {} one says", subject).with_context(context)
     assert statement.text == context + "Of " + subject + " one says"
     assert statement.text[slice(*statement.span)] == subject
 
@@ -53,14 +61,14 @@ def test_a_statement_after_a_context_keeps_its_subject(subject: str, context: st
 def test_a_prompt_has_exactly_one_slot(prompt: str) -> None:
     """None or two slots are refused, and the answer shows one that is right."""
     with pytest.raises(InvalidInput, match=r"exactly one \{\}.*for example") as error:
-        fill(prompt, "Rome")
+        fill_prompt(prompt, "Rome")
     assert error.value.field == "prompt"
 
 
 def test_format_fields_in_user_text_are_only_characters() -> None:
     """Nothing is ever passed to `str.format`: fields and percent signs come out as they went in."""
-    found = fill("The {} of {0.__class__} and %s is", "T{x!r}wer {{")
-    assert found.text == "The T{x!r}wer {{ of {0.__class__} and %s is"
+    statement = fill_prompt("The {} of {0.__class__} and %s is", "T{x!r}wer {{")
+    assert statement.text == "The T{x!r}wer {{ of {0.__class__} and %s is"
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t", "\u3000", "a\x00b", "\ud800", "x\udfff"])
@@ -70,13 +78,13 @@ def test_what_is_no_text_is_refused(text: str) -> None:
         check_text(text, "subject")
     assert error.value.field == "subject"
     with pytest.raises(InvalidInput):
-        fill("The {} is", text)
+        fill_prompt("The {} is", text)
 
 
 def test_a_subject_that_is_not_there_is_named() -> None:
     """A subject that does not occur in the prompt is refused by name."""
     with pytest.raises(InvalidInput, match="'Rome' does not occur"):
-        find("The city of Paris", "Rome")
+        locate_subject("The city of Paris", "Rome")
 
 
 @settings(max_examples=150, deadline=None)
@@ -130,19 +138,19 @@ def test_a_start_token_is_passed_over() -> None:
         ("", "Rome", ""),
     ],
 )
-def test_one_space_stands_before_an_object_and_never_two(prompt: str, target: str, between: str) -> None:
+def test_separator_before_a_target(prompt: str, target: str, between: str) -> None:
     """One space, unless one is there, a bracket or quotation mark opens, or the script uses none."""
     assert separator(prompt, target) == between
 
 
-def test_facts_are_told_apart_up_to_white_space() -> None:
+def test_fact_key_ignores_white_space_only() -> None:
     """The key of a fact ignores white space alone: not case, and not where subject and prompt meet."""
     assert fact_key(" Eiffel  Tower", "{} is\nin ") == fact_key("Eiffel Tower", "{} is in")
     assert fact_key("Eiffel Tower", "{} is in") != fact_key("eiffel tower", "{} is in")
     assert fact_key("a b", "{}") != fact_key("a", "b {}")
 
 
-def _small(with_unknown: bool) -> Tokenizer:
+def _word_level_tokenizer(with_unknown: bool) -> Tokenizer:
     """A word tokenizer that knows few words."""
     words = {"<unk>": 0, "the": 1, "city": 2, "of": 3, "rome": 4}
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -170,16 +178,16 @@ def test_prompt_and_target_must_fit_together() -> None:
 
 
 @pytest.mark.parametrize("with_unknown", [True, False])
-def test_a_target_that_the_tokenizer_cannot_say_is_refused(with_unknown: bool) -> None:
+def test_target_that_does_not_round_trip_is_refused(with_unknown: bool) -> None:
     """A target with an unknown word is refused, and the answer shows what the model would say in its place."""
-    check_tokens(_small(with_unknown), "the city of", "rome", 64)
+    check_tokens(_word_level_tokenizer(with_unknown), "the city of", "rome", 64)
     with pytest.raises(InvalidInput, match="cannot represent the target 'paris'") as error:
-        check_tokens(_small(with_unknown), "the city of", "paris", 64)
+        check_tokens(_word_level_tokenizer(with_unknown), "the city of", "paris", 64)
     assert error.value.field == "target"
 
 
 @pytest.mark.parametrize("target", ["東京", "São Paulo, Brazil", "{}", "🗼", "a\u0301", "%s"])
-def test_a_byte_level_tokenizer_can_say_everything(target: str) -> None:
+def test_byte_level_tokenizer_accepts_any_target(target: str) -> None:
     """Any text is a target for a byte-level tokenizer."""
     check_tokens(RAW, "The city of", target, 64)
 

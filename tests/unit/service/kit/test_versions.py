@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import NotFound
-from service.kit.versions import called, version_called
+from service.kit.versions import format_model_id, parse_model_id
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 
@@ -16,23 +16,23 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 def test_a_version_is_found_by_its_name(name: str, head: int, data: st.DataObject) -> None:
     """Whatever a model is called, with `@` and `/` in it too, each version's one name leads to it and to no other."""
     version = data.draw(st.integers(0, head))
-    assert version_called(called(name, version), name, head) == version
-    assert version_called(name, name, head) == version_called(f"{name}@head", name, head) == head
-    assert version_called(f"{name}@base", name, head) == 0
+    assert parse_model_id(format_model_id(name, version), name, head) == version
+    assert parse_model_id(name, name, head) == parse_model_id(f"{name}@head", name, head) == head
+    assert parse_model_id(f"{name}@base", name, head) == 0
 
 
 @pytest.mark.parametrize("asked", ["meta/almanac@2", "./models/almanac@2", "/srv/models/almanac@2"])
-def test_where_a_model_came_from_may_stand_before_its_name(asked: str) -> None:
+def test_model_id_may_have_a_path_prefix(model_id: str) -> None:
     """A hub's name or a folder is as good as the last part of it."""
-    assert version_called(asked, "almanac", 3) == 2
+    assert parse_model_id(model_id, "almanac", 3) == 2
 
 
 @pytest.mark.parametrize(
     "asked",
     ["", "@", "gpt-4", "almanac@", "almanac@4", "almanac@-0", "almanac@²", "almanac@9999999999", "almanac/"],
 )
-def test_other_names_are_refused_with_those_that_there_are(asked: str) -> None:
+def test_unknown_model_ids_list_the_available_names(model_id: str) -> None:
     """Who asks for what is not there is told what is."""
     with pytest.raises(NotFound, match=r"almanac@base, or almanac@0 to almanac@3\.$") as refused:
-        version_called(asked, "almanac", 3)
+        parse_model_id(model_id, "almanac", 3)
     assert refused.value.extra == {"field": "model"}

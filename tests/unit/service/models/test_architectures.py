@@ -10,17 +10,17 @@ from transformers.pytorch_utils import Conv1D
 from service.errors import Misconfigured
 from service.models.architectures import ARCHITECTURES, architecture_of
 from service.models.hooks import capture
-from service.models.loading import LoadedModel, Site
+from service.models.loading import LoadedModel, WeightRef
 from service.models.token_batch import forward, pad
 from tests.support.tiny_models import MODEL_TYPES, tiny
 
 TEXT = "The Eiffel Tower is located in the city of"
 
 
-def look(model: LoadedModel, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def layer_activations(model: LoadedModel, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Input and output of a layer's down-projection, and the block's output."""
     ids = model.encode(TEXT)[0]
-    named = {"down": model.down(layer), "block": model.block(layer)}
+    named = {"down": model.down_proj(layer), "block": model.block(layer)}
     with capture(named, "input") as given, capture(named) as got, torch.no_grad():
         forward(model, pad([ids], model))
     flat = (given["down"], got["down"], got["block"])
@@ -31,17 +31,22 @@ def look(model: LoadedModel, layer: int) -> tuple[torch.Tensor, torch.Tensor, to
 def test_every_path_of_a_row_exists(model_type: str) -> None:
     """Each row names modules that are there, and the counts and widths agree with the configuration."""
     model = tiny(model_type, layers=2)
-    assert (model.layers, model.width, model.inner_width, model.positions) == (2, 16, 40, 64)
-    norm = model.model.get_submodule(model.architecture.norm)
+    assert (model.num_layers, model.hidden_size, model.intermediate_size, model.max_positions) == (
+        2,
+        16,
+        40,
+        64,
+    )
+    norm = model.model.get_submodule(model.architecture.final_norm)
     assert norm.weight.shape == (16,)
-    assert model.head is model.model.get_output_embeddings()
+    assert model.lm_head is model.model.get_output_embeddings()
     assert model.embedding is model.model.get_input_embeddings()
     named = dict(model.model.named_parameters())
-    assert len(model.sites) == 2 * (1 + len(model.architecture.reading))
-    for site in model.sites:
+    assert len(model.editable_weights) == 2 * (1 + len(model.architecture.attention_projections))
+    for site in model.editable_weights:
         assert named[model.parameter_name(site)] is model.parameter(site)
     for layer in range(2):
-        assert model.parameter(Site(layer)) is model.weight(layer)
+        assert model.parameter(WeightRef(layer)) is model.weight(layer)
         assert isinstance(model.attention(layer), nn.Module)
 
 
@@ -49,7 +54,7 @@ def test_every_path_of_a_row_exists(model_type: str) -> None:
 def test_orientation_is_that_of_the_module(model_type: str) -> None:
     """The table says Conv1D exactly where the module is one: shapes are never compared."""
     model = tiny(model_type)
-    module = model.down(0)
+    module = model.down_proj(0)
     assert isinstance(module, Conv1D if model.architecture.conv1d else nn.Linear)
     wide = (40, 16) if model.architecture.conv1d else (16, 40)
     assert tuple(model.weight(0).shape) == wide
@@ -59,9 +64,9 @@ def test_orientation_is_that_of_the_module(model_type: str) -> None:
 def test_the_edited_weight_is_the_down_projection(model_type: str) -> None:
     """Key times weight is the MLP's output, up to the bias, in the row's orientation."""
     model = tiny(model_type)
-    key, value, _ = look(model, 1)
+    key, value, _ = layer_activations(model, 1)
     weight = model.weight(1).data
-    bias = getattr(model.down(1), "bias", None)
+    bias = getattr(model.down_proj(1), "bias", None)
     product = key @ (weight if model.architecture.conv1d else weight.T)
     torch.testing.assert_close(product if bias is None else product + bias, value, rtol=1e-5, atol=1e-5)
 
@@ -70,24 +75,24 @@ def test_the_edited_weight_is_the_down_projection(model_type: str) -> None:
 def test_changing_the_weight_changes_the_layer_and_nothing_before(model_type: str) -> None:
     """Another weight of one layer leaves its key as it was and moves the residual by exactly the change of value."""
     model = tiny(model_type)
-    key, value, block = look(model, 1)
-    first = look(model, 0)
+    key, value, block = layer_activations(model, 1)
+    first = layer_activations(model, 0)
     model.weight(1).data = model.weight(1).data * 1.5
-    key_after, value_after, block_after = look(model, 1)
+    key_after, value_after, block_after = layer_activations(model, 1)
     assert torch.equal(key, key_after)
     assert not torch.allclose(value, value_after)
     torch.testing.assert_close(block_after - block, value_after - value, rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(first, look(model, 0), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, layer_activations(model, 0), strict=True))
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_the_row_says_whether_attention_and_mlp_run_side_by_side(model_type: str) -> None:
+def test_parallel_flag_matches_the_block(model_type: str) -> None:
     """In a parallel block the MLP does not read what the block's own attention adds; elsewhere it does."""
     model = tiny(model_type)
-    key, _, _ = look(model, 1)
+    key, _, _ = layer_activations(model, 1)
     for parameter in model.attention(1).parameters():
         parameter.data = parameter.data * 1.5
-    assert torch.equal(look(model, 1)[0], key) == model.architecture.parallel
+    assert torch.equal(layer_activations(model, 1)[0], key) == model.architecture.parallel
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -97,7 +102,7 @@ def test_the_attention_module_gives_what_it_adds_to_the_residual(model_type: str
     ids = model.encode(TEXT)[0]
     modules = {
         "attention": model.attention(1),
-        "mlp": model.down(1),
+        "mlp": model.down_proj(1),
         "before": model.block(0),
         "after": model.block(1),
     }

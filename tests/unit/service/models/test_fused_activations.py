@@ -8,32 +8,32 @@ import pytest
 import torch
 from transformers.activations import ACT2FN, NewGELUActivation
 
-from service.models.fused_activations import SLOW, fuse
+from service.models.fused_activations import UNFUSED_ACTIVATIONS, use_fused_activations
 from tests.support.tiny_models import tiny
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])
-def test_the_twin_is_the_same_function(name: str) -> None:
+def test_fused_activation_is_the_same_function(name: str) -> None:
     """Values and gradients agree to rounding in double precision, in the tails too."""
     slow = torch.nn.Sequential(ACT2FN[name])
     fast = deepcopy(slow)
-    fuse(fast)
-    assert not isinstance(fast[0], SLOW)
-    found = []
+    use_fused_activations(fast)
+    assert not isinstance(fast[0], UNFUSED_ACTIVATIONS)
+    results = []
     for model in (slow, fast):
         x = torch.linspace(-12, 12, 4801, dtype=torch.float64, requires_grad=True)
         y = model(x)
-        found.append((y.detach(), torch.autograd.grad(y.sum(), x)[0]))
+        results.append((y.detach(), torch.autograd.grad(y.sum(), x)[0]))
     torch.testing.assert_close(
-        found[1], found[0], rtol=1e-9, atol=1e-9
+        results[1], results[0], rtol=1e-9, atol=1e-9
     )  # gelu_fast writes its constant to ten digits
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gptj"])
-def test_a_model_says_what_transformers_says(model_type: str) -> None:
+def test_logits_match_transformers(model_type: str) -> None:
     """A resident model's logits are those of the model as transformers builds it; nothing of the slow kind is left in it."""
     model = tiny(model_type, dtype=torch.float64)
-    assert not any(isinstance(m, SLOW) for m in model.model.modules())
+    assert not any(isinstance(m, UNFUSED_ACTIVATIONS) for m in model.model.modules())
     plain = type(model.model)(model.model.config).double().eval()
     plain.load_state_dict(model.model.state_dict())
     assert any(isinstance(m, NewGELUActivation) for m in plain.modules())

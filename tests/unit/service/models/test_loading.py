@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from service.errors import InvalidInput, Misconfigured
-from service.models.loading import LoadedModel, load, wrap
+from service.models.loading import LoadedModel, load_model, wrap_model
 from service.models.token_batch import forward, pad
 from tests.support.tiny_models import MODEL_TYPES, tiny
 
 TEXT = "The Eiffel Tower is located in the city of"
 
 
-def saved(model: LoadedModel, folder: Path) -> Path:
+def save_model(model: LoadedModel, folder: Path) -> Path:
     model.model.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     return folder
@@ -32,7 +32,7 @@ def logits(model: LoadedModel) -> torch.Tensor:
 def test_a_saved_model_comes_back(model_type: str, tmp_path: Path) -> None:
     """A folder gives the same logits and tokens as the model that was saved, on every architecture."""
     model = tiny(model_type)
-    back = load(saved(model, tmp_path / "twin"))
+    back = load_model(save_model(model, tmp_path / "twin"))
     assert back.name == "twin" and back.folder == tmp_path / "twin"
     assert back.encode(TEXT) == model.encode(TEXT)
     assert torch.equal(logits(back), logits(model))
@@ -43,108 +43,111 @@ def test_a_saved_model_comes_back(model_type: str, tmp_path: Path) -> None:
 def test_the_fingerprint_names_the_model(tmp_path: Path) -> None:
     """The same bytes in another folder are the same model, and a folder saved from what was loaded is too."""
     model = tiny()
-    one, two = load(saved(model, tmp_path / "one")), load(saved(model, tmp_path / "two"))
-    again = load(saved(one, tmp_path / "three"))
+    one, two = (
+        load_model(save_model(model, tmp_path / "one")),
+        load_model(save_model(model, tmp_path / "two")),
+    )
+    again = load_model(save_model(one, tmp_path / "three"))
     assert one.fingerprint == two.fingerprint == again.fingerprint
 
 
 def test_use_does_not_change_the_fingerprint(tmp_path: Path) -> None:
     """A fingerprint taken after the model has been used is the one from before."""
-    model = load(saved(tiny(), tmp_path))
+    model = load_model(save_model(tiny(), tmp_path))
     logits(model)
-    assert wrap(model.model, model.tokenizer).fingerprint == model.fingerprint
+    assert wrap_model(model.model, model.tokenizer).fingerprint == model.fingerprint
 
 
 def test_anything_else_is_another_fingerprint(tmp_path: Path) -> None:
     """One bit of one weight, another tokenizer, another configuration or another dtype: another model."""
-    base = load(saved(tiny(), tmp_path / "base")).fingerprint
-    found = {base}
+    base = load_model(save_model(tiny(), tmp_path / "base")).fingerprint
+    fingerprints = {base}
     nudged = tiny()
     weight = nudged.weight(2).data
     weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))
-    found.add(load(saved(nudged, tmp_path / "weight")).fingerprint)
-    spelled = saved(tiny(), tmp_path / "tokenizer")
+    fingerprints.add(load_model(save_model(nudged, tmp_path / "weight")).fingerprint)
+    spelled = save_model(tiny(), tmp_path / "tokenizer")
     file = spelled / "tokenizer.json"
     file.write_text(file.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
-    found.add(load(spelled).fingerprint)
-    configured = saved(tiny(), tmp_path / "config")
+    fingerprints.add(load_model(spelled).fingerprint)
+    configured = save_model(tiny(), tmp_path / "config")
     file = configured / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_norm_epsilon": 0.1}))
-    found.add(load(configured).fingerprint)
-    found.add(load(tmp_path / "base", dtype=torch.bfloat16).fingerprint)
-    assert len(found) == 5
+    fingerprints.add(load_model(configured).fingerprint)
+    fingerprints.add(load_model(tmp_path / "base", dtype=torch.bfloat16).fingerprint)
+    assert len(fingerprints) == 5
 
 
-def test_half_precision_files_are_loaded_in_full(tmp_path: Path) -> None:
+def test_half_precision_files_are_loaded_in_fp32(tmp_path: Path) -> None:
     """Weights stored in fp16 stand in fp32 unless another dtype is asked for."""
     model = tiny(dtype=torch.float16)
     stored = model.weight(1).data
-    back = load(saved(model, tmp_path))
+    back = load_model(save_model(model, tmp_path))
     assert back.weight(1).dtype == torch.float32
     assert torch.equal(back.weight(1).data, stored.float())
-    assert load(tmp_path, dtype=torch.bfloat16).weight(1).dtype == torch.bfloat16
+    assert load_model(tmp_path, dtype=torch.bfloat16).weight(1).dtype == torch.bfloat16
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     """What is neither a folder nor the name of a model is refused by name, with what to give."""
     with pytest.raises(Misconfigured, match=r"nowhere.*config\.json"):
-        load(tmp_path / "nowhere")
+        load_model(tmp_path / "nowhere")
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     """A folder without a model is refused."""
     with pytest.raises(Misconfigured, match="cannot be loaded"):
-        load(tmp_path)
+        load_model(tmp_path)
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     """Weights alone are not enough."""
     tiny().model.save_pretrained(tmp_path)
     with pytest.raises(Misconfigured, match="tokenizer"):
-        load(tmp_path)
+        load_model(tmp_path)
 
 
 def test_an_unknown_type_says_which_are_known(tmp_path: Path) -> None:
     """A model that transformers knows and we do not is refused with the list of types."""
-    folder = saved(tiny(), tmp_path)
+    folder = save_model(tiny(), tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     with pytest.raises(Misconfigured, match=r"'bert' are not supported.*gpt2"):
-        load(folder)
+        load_model(folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
     with pytest.raises(Misconfigured, match="nonsense"):
-        load(folder)
+        load_model(folder)
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     """A folder with pytorch_model.bin alone is refused: nothing is unpickled."""
-    folder = saved(tiny(), tmp_path)
+    folder = save_model(tiny(), tmp_path)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"anything")
     with pytest.raises(Misconfigured, match="safetensors"):
-        load(folder)
+        load_model(folder)
 
 
 def test_broken_weights_are_refused(tmp_path: Path) -> None:
     """A damaged file of weights is refused as such."""
-    folder = saved(tiny(), tmp_path)
+    folder = save_model(tiny(), tmp_path)
     (folder / "model.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(Misconfigured, match="cannot be loaded"):
-        load(folder)
+        load_model(folder)
 
 
 @pytest.mark.parametrize(("damage", "said"), [("missing", "lack.*c_proj"), ("shape", "cannot be loaded")])
-def test_weights_that_do_not_fit_are_refused(tmp_path: Path, damage: str, said: str) -> None:
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, damage: str, message: str) -> None:
     """A weight that is missing or of another shape is never made up at random."""
-    folder = saved(tiny(), tmp_path)
+    folder = save_model(tiny(), tmp_path)
     weights = load_file(folder / "model.safetensors")
     name = next(n for n in weights if n.endswith("h.1.mlp.c_proj.weight"))
     whole = weights.pop(name)
     if damage == "shape":
         weights[name] = whole[:-1].contiguous()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(Misconfigured, match=said):
-        load(folder)
+    with pytest.raises(Misconfigured, match=message):
+        load_model(folder)
 
 
 def test_layers_that_do_not_exist_are_refused() -> None:

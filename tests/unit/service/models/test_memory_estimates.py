@@ -8,58 +8,58 @@ import pytest
 import torch
 
 from bench.peak import peak_bytes
-from service.covariance.collect import rows_of, statistics_steps
+from service.covariance.collect import load_or_collect_statistics, tokenize_corpus
 from service.covariance.corpus import Corpus
-from service.editing.methods.registry import find_steps
-from service.editing.value_optimizer import rows
-from service.engine.decoding import Batch, row
+from service.editing.methods.registry import find_factors
+from service.editing.value_optimizer import tokenize_contexts
+from service.engine.decoding import DecodingBatch, new_sequence
 from service.errors import InvalidInput, Unavailable
-from service.kit.steps import finish
-from service.kit.text import fill
+from service.kit.steps import run_to_completion
+from service.kit.text import fill_prompt
 from service.models import memory_estimates
 from service.models.hooks import stop_after
-from service.models.loading import LoadedModel, load
+from service.models.loading import LoadedModel, load_model
 from service.models.token_batch import forward, pad
 from service.recipes.recipe import RomeParameters
 from service.schemas import GenerateRequest
-from service.tracing.fast_trace import trace_steps
-from service.tracing.interventions import Track, cells_of
-from service.tracing.reference import KINDS
-from service.tracing.trace_input import ask
-from service.weights.composition import Association, compose_layer, rebuild
+from service.tracing.fast_trace import trace_statement
+from service.tracing.interventions import CorruptedRun, list_cells
+from service.tracing.reference import TRACE_KINDS
+from service.tracing.trace_input import build_trace_input
+from service.weights.composition import Association, apply_delta, compose_layer
 from tests.support.tiny_models import TEXTS, tiny
 
 CPU = torch.device("cpu")
-STATEMENT = fill("{} is located in the city of", "The Eiffel Tower")
+STATEMENT = fill_prompt("{} is located in the city of", "The Eiffel Tower")
 CONTEXTS = ["Big Ben can be found", "It rises in Japan", "The mother tongue"]
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gptj", "gpt_neox", "llama", "qwen3", "narrow", "shipped"])
 def model(request: pytest.FixtureRequest, shipped: Path) -> LoadedModel:
     if request.param == "shipped":
-        return load(str(shipped))
+        return load_model(str(shipped))
     if request.param == "narrow":  # whose MLP is no wider than its residual
         return tiny("gpt2", layers=3, width=64, inner=64, positions=128)
     return tiny(request.param, layers=4, width=32, inner=128, positions=128)
 
 
-def bounds(estimate: int, held: int, factor: float = 2.5) -> None:
+def assert_bounds(estimate: int, held: int, factor: float = 2.5) -> None:
     assert held <= estimate <= factor * held
 
 
 @pytest.mark.parametrize(("size", "length"), [(1, 100), (8, 12)])
-def test_a_pass(model: LoadedModel, size: int, length: int) -> None:
+def test_forward_bytes(model: LoadedModel, size: int, length: int) -> None:
     """A pass through the blocks holds no more than estimated, and not much less."""
     batch = pad([[1] * (length - i % 2) for i in range(size)], model)
 
     def work() -> None:
-        with stop_after(model.block(model.layers - 1)):
+        with stop_after(model.block(model.num_layers - 1)):
             forward(model, batch)
 
-    bounds(memory_estimates.pass_bytes(model, size, length), peak_bytes(work))
+    assert_bounds(memory_estimates.forward_bytes(model, size, length), peak_bytes(work))
 
 
-def test_measuring(model: LoadedModel) -> None:
+def test_scoring_bytes(model: LoadedModel) -> None:
     """With the logits of every position and their log-softmax."""
     batch = pad([[1] * 20] * 16, model)
 
@@ -68,129 +68,141 @@ def test_measuring(model: LoadedModel) -> None:
             forward(model, batch).float().log_softmax(-1)
 
     held = peak_bytes(work)
-    assert held <= memory_estimates.measure_bytes(model, 16, 20)
+    assert held <= memory_estimates.scoring_bytes(model, 16, 20)
 
 
-def test_generating(model: LoadedModel) -> None:
+def test_generation_bytes(model: LoadedModel) -> None:
     """Rows that are read and then say tokens: the cache, what reads the prompt, and the logits of one position."""
     texts = [TEXTS[0], TEXTS[1], TEXTS[2]] * 2
-    asked = GenerateRequest(prompts=texts, max_new_tokens=8, temperature=0.7, seed=1)
-    some = [row(model, text, asked) for text in texts]
-    length = max(len(r.prompt) for r in some)
+    request = GenerateRequest(prompts=texts, max_new_tokens=8, temperature=0.7, seed=1)
+    sequences = [new_sequence(model, text, request) for text in texts]
+    length = max(len(r.prompt_ids) for r in sequences)
 
-    def work() -> Batch:
-        batch = Batch(model, some)
+    def work() -> DecodingBatch:
+        batch = DecodingBatch(model, sequences)
         for _ in range(8):
             batch.step()
         return batch
 
-    vocabulary = memory_estimates.Sizes.of(model).V
+    vocabulary = memory_estimates.ModelSizes.of(model).V
     estimate = (
-        memory_estimates.cache_bytes(model, len(some), length + 8)
-        + memory_estimates.pass_bytes(model, len(some), length)
-        + 40 * len(some) * vocabulary
+        memory_estimates.kv_cache_bytes(model, len(sequences), length + 8)
+        + memory_estimates.forward_bytes(model, len(sequences), length)
+        + 40 * len(sequences) * vocabulary
     )
-    bounds(estimate, peak_bytes(work))
+    assert_bounds(estimate, peak_bytes(work))
 
 
-def test_the_cache_of_a_token() -> None:
+def test_kv_bytes_per_token() -> None:
     """Keys and values of all layers, with fewer heads where the model has fewer."""
-    assert memory_estimates.token_bytes(tiny("gpt2", layers=3, width=16)) == 2 * 3 * 16 * 4
-    assert memory_estimates.token_bytes(tiny("llama", layers=3, width=16)) == 2 * 3 * 8 * 4
+    assert memory_estimates.kv_bytes_per_token(tiny("gpt2", layers=3, width=16)) == 2 * 3 * 16 * 4
+    assert memory_estimates.kv_bytes_per_token(tiny("llama", layers=3, width=16)) == 2 * 3 * 8 * 4
     assert (
-        memory_estimates.token_bytes(tiny("gpt2", layers=3, width=16, dtype=torch.bfloat16)) == 2 * 3 * 16 * 2
+        memory_estimates.kv_bytes_per_token(tiny("gpt2", layers=3, width=16, dtype=torch.bfloat16))
+        == 2 * 3 * 16 * 2
     )
 
 
 @pytest.mark.parametrize(
     ("layer", "target"), [(2, "Rome"), (0, "Rome in Italy, and nowhere else in the world")]
 )
-def test_an_edit(model: LoadedModel, layer: int, target: str) -> None:
+def test_edit_bytes(model: LoadedModel, layer: int, target: str) -> None:
     """The search for an edit's value, from its texts to its association."""
     parameters = RomeParameters(layers=[layer], steps=4)
-    statistics = finish(statistics_steps(model, [layer], Corpus("test", tuple(TEXTS)), None))
-    found = rows(model, STATEMENT, target, CONTEXTS)
-    texts = found.texts()
-    before = max(t.last_subject for t in texts)
-    active = max(len(t.ids) - t.last_subject for t in texts)
-    said = sum(map(len, found.targets)) + 1
-    held = peak_bytes(lambda: finish(find_steps(model, statistics, CONTEXTS, STATEMENT, target, parameters)))
-    bounds(memory_estimates.edit_bytes(model, len(texts), before, active, layer, said), held)
+    statistics = run_to_completion(
+        load_or_collect_statistics(model, [layer], Corpus("test", tuple(TEXTS)), None)
+    )
+    contexts = tokenize_contexts(model, STATEMENT, target, CONTEXTS)
+    texts = contexts.texts()
+    prefix_length = max(t.last_subject_index for t in texts)
+    suffix_length = max(len(t.ids) - t.last_subject_index for t in texts)
+    logit_positions = sum(map(len, contexts.targets)) + 1
+    held = peak_bytes(
+        lambda: run_to_completion(find_factors(model, statistics, CONTEXTS, STATEMENT, target, parameters))
+    )
+    assert_bounds(
+        memory_estimates.edit_bytes(model, len(texts), prefix_length, suffix_length, layer, logit_positions),
+        held,
+    )
 
 
-def test_a_trace(model: LoadedModel) -> None:
+def test_trace_bytes(model: LoadedModel) -> None:
     """A causal trace of all kinds, severed paths included."""
-    statement, samples = fill("{} is in", "Japan"), 3
+    statement, samples = fill_prompt("{} is in", "Japan"), 3
     length = len(model.encode(statement.text)[0])
-    q = ask(model, statement, None, samples, 0.5, 1, None, ())
-    tracks: dict[int, set[Track]] = {}
-    for cell in cells_of(q, KINDS, 10, True, model.layers):
-        if not cell.is_low(q, model.layers):
-            mine = {cell.track(sample, q, model.layers) for sample in range(samples)}
-            tracks[cell.token] = tracks.get(cell.token, set()) | mine
-    counts = {token: len(some) for token, some in tracks.items()}
-    held = peak_bytes(lambda: finish(trace_steps(model, statement, samples=samples, noise=0.5, severed=True)))
-    bounds(memory_estimates.trace_bytes(model, length, samples, counts), held)
+    trace_input = build_trace_input(model, statement, None, samples, 0.5, 1, None, ())
+    runs_by_token: dict[int, set[CorruptedRun]] = {}
+    for cell in list_cells(trace_input, TRACE_KINDS, 10, True, model.num_layers):
+        if not cell.is_low(trace_input, model.num_layers):
+            mine = {cell.corrupted_run(sample, trace_input, model.num_layers) for sample in range(samples)}
+            runs_by_token[cell.token] = runs_by_token.get(cell.token, set()) | mine
+    counts = {token: len(some) for token, some in runs_by_token.items()}
+    held = peak_bytes(
+        lambda: run_to_completion(trace_statement(model, statement, samples=samples, noise=0.5, severed=True))
+    )
+    assert_bounds(memory_estimates.trace_bytes(model, length, samples, counts), held)
     assert memory_estimates.trace_bytes(model, length, samples) >= memory_estimates.trace_bytes(
         model, length, samples, counts
     )
 
 
 @pytest.mark.parametrize("layers", [[0], [0, 2]])
-def test_statistics(model: LoadedModel, layers: list[int]) -> None:
+def test_statistics_bytes(model: LoadedModel, layers: list[int]) -> None:
     """Collecting and factoring, for one layer and for several."""
     corpus = Corpus("test", tuple(TEXTS * 20))
-    longest = max(map(len, rows_of(model, corpus)))
-    held = peak_bytes(lambda: finish(statistics_steps(model, layers, corpus, None)))
-    bounds(memory_estimates.statistics_bytes(model, len(layers), longest), held)
+    longest = max(map(len, tokenize_corpus(model, corpus)))
+    held = peak_bytes(lambda: run_to_completion(load_or_collect_statistics(model, layers, corpus, None)))
+    assert_bounds(memory_estimates.statistics_bytes(model, len(layers), longest), held)
 
 
 @pytest.mark.parametrize("edits", [1, 40, 600])
-def test_composing(model: LoadedModel, edits: int) -> None:
+def test_compose_bytes(model: LoadedModel, edits: int) -> None:
     """A layer's weight for few edits and for many; what is kept of it in the end is the weight alone."""
     g = torch.Generator().manual_seed(0)
-    keys = torch.randn(edits, model.inner_width, generator=g)
-    some = [Association(f"{i:04}", f"s{i}", 0, k, k, torch.randn(model.width)) for i, k in enumerate(keys)]
+    keys = torch.randn(edits, model.intermediate_size, generator=g)
+    associations = [
+        Association(f"{i:04}", f"s{i}", 0, k, k, torch.randn(model.hidden_size)) for i, k in enumerate(keys)
+    ]
     base, conv1d = model.weight(0).data, model.architecture.conv1d
-    bounds(
+    assert_bounds(
         memory_estimates.compose_bytes(model, edits),
-        peak_bytes(lambda: rebuild(base, compose_layer(some), conv1d)),
+        peak_bytes(lambda: apply_delta(base, compose_layer(associations), conv1d)),
     )
     assert memory_estimates.version_bytes(model, 2) == 2 * base.numel() * base.element_size()
 
 
-def test_what_fits_is_admitted() -> None:
+def test_work_that_fits_is_accepted() -> None:
     """Work that there is room for passes without a word."""
-    memory_estimates.admit("this", 1, CPU, "ask for less")
+    memory_estimates.require_memory("this", 1, CPU, "ask for less")
 
 
-def test_what_could_never_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_never_fits_is_invalid_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than the device has is an error of the request, which says what to change."""
-    monkeypatch.setattr(memory_estimates, "room", lambda _: 2**30)
-    monkeypatch.setattr(memory_estimates, "capacity", lambda _: 4 * 2**30)
+    monkeypatch.setattr(memory_estimates, "free_bytes", lambda _: 2**30)
+    monkeypatch.setattr(memory_estimates, "total_bytes", lambda _: 4 * 2**30)
     with pytest.raises(
         InvalidInput, match=r"the trace would take 5\.0 GiB of memory, and the worker has 4\.0: use less"
     ) as refused:
-        memory_estimates.admit("the trace", 5 * 2**30, CPU, "use less", "samples")
+        memory_estimates.require_memory("the trace", 5 * 2**30, CPU, "use less", "samples")
     assert refused.value.field == "samples"
 
 
-def test_what_may_fit_later_is_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_may_fit_later_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than is free now, but not more than the device has, may be asked for again."""
-    monkeypatch.setattr(memory_estimates, "room", lambda _: 2**30)
-    monkeypatch.setattr(memory_estimates, "capacity", lambda _: 4 * 2**30)
+    monkeypatch.setattr(memory_estimates, "free_bytes", lambda _: 2**30)
+    monkeypatch.setattr(memory_estimates, "total_bytes", lambda _: 4 * 2**30)
     with pytest.raises(Unavailable, match=r"of which 1\.0 are free now: ask again later, or use less"):
-        memory_estimates.admit("the trace", 3 * 2**30, CPU, "use less")
+        memory_estimates.require_memory("the trace", 3 * 2**30, CPU, "use less")
 
 
-def test_where_nobody_knows_all_is_admitted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_memory_accepts_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that tells nothing of its memory refuses nothing."""
-    assert memory_estimates.room(torch.device("mps")) is None
-    monkeypatch.setattr(memory_estimates, "room", lambda _: None)
-    memory_estimates.admit("this", 2**60, CPU, "ask for less")
+    assert memory_estimates.free_bytes(torch.device("mps")) is None
+    monkeypatch.setattr(memory_estimates, "free_bytes", lambda _: None)
+    memory_estimates.require_memory("this", 2**60, CPU, "ask for less")
 
 
-def machine(root: Path, files: dict[str, str]) -> Path:
+def fake_machine(root: Path, files: dict[str, str]) -> Path:
     """A machine that tells this of its memory."""
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -201,11 +213,11 @@ def machine(root: Path, files: dict[str, str]) -> Path:
 MEMINFO = "MemTotal:  8192 kB\nMemFree: 1 kB\nMemAvailable:   4096 kB\nHugePages: 0\n"
 
 
-def test_the_host_says_what_is_free(tmp_path: Path) -> None:
+def test_host_memory_without_a_cgroup_limit(tmp_path: Path) -> None:
     """Without a control group, what the kernel calls available counts."""
-    root = machine(tmp_path, {"proc/meminfo": MEMINFO, "sys/fs/cgroup/memory.max": "max\n"})
-    assert memory_estimates.room(CPU, root) == 4096 * 1024
-    assert memory_estimates.capacity(CPU, root) == 8192 * 1024
+    root = fake_machine(tmp_path, {"proc/meminfo": MEMINFO, "sys/fs/cgroup/memory.max": "max\n"})
+    assert memory_estimates.free_bytes(CPU, root) == 4096 * 1024
+    assert memory_estimates.total_bytes(CPU, root) == 8192 * 1024
 
 
 @pytest.mark.parametrize(
@@ -219,9 +231,7 @@ def test_the_host_says_what_is_free(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_container_has_no_more_than_its_limit(
-    tmp_path: Path, folder: str, names: tuple[str, str], file: str
-) -> None:
+def test_cgroup_limit_bounds_memory(tmp_path: Path, folder: str, names: tuple[str, str], file: str) -> None:
     """Below a control group's limit counts what it does not use, cached files not counted, in both of their versions."""
     files = {
         "proc/meminfo": MEMINFO,
@@ -229,11 +239,14 @@ def test_a_container_has_no_more_than_its_limit(
         f"{folder}/{names[1]}": "2500000\n",
         f"{folder}/memory.stat": f"anon 5\n{file} 100000\n",
     }
-    root = machine(tmp_path, files)
-    assert memory_estimates.room(CPU, root) == 600000
-    assert memory_estimates.capacity(CPU, root) == 3000000
+    root = fake_machine(tmp_path, files)
+    assert memory_estimates.free_bytes(CPU, root) == 600000
+    assert memory_estimates.total_bytes(CPU, root) == 3000000
 
 
-def test_a_machine_that_says_nothing(tmp_path: Path) -> None:
+def test_memory_is_unknown_without_proc_and_cgroup(tmp_path: Path) -> None:
     """No such files: nobody knows."""
-    assert memory_estimates.room(CPU, tmp_path) is None and memory_estimates.capacity(CPU, tmp_path) is None
+    assert (
+        memory_estimates.free_bytes(CPU, tmp_path) is None
+        and memory_estimates.total_bytes(CPU, tmp_path) is None
+    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from service.kit.steps import finish
+from service.kit.steps import run_to_completion
 from service.models import sampling
-from service.models.loading import LoadedModel, start_token
+from service.models.loading import LoadedModel, bos_token_id
 from service.models.sampling import sample_texts
 from tests.support.tiny_models import MODEL_TYPES, tiny
 
@@ -15,7 +15,7 @@ from tests.support.tiny_models import MODEL_TYPES, tiny
 def sample(
     model: LoadedModel, count: int = 3, length: int = 6, seed: int = 0, top_k: int | None = None
 ) -> list[str]:
-    return finish(sample_texts(model, count, length, torch.Generator().manual_seed(seed), top_k))
+    return run_to_completion(sample_texts(model, count, length, torch.Generator().manual_seed(seed), top_k))
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -32,7 +32,7 @@ def test_samples_are_a_function_of_model_and_seed(model_type: str) -> None:
 def test_with_one_candidate_sampling_is_greedy(model_type: str) -> None:
     """Top-k 1 gives the model's greedy continuation of the start token, as uncached passes find it."""
     model = tiny(model_type)
-    ids = [start_token(model)]
+    ids = [bos_token_id(model)]
     for _ in range(5):
         with torch.no_grad():
             ids.append(int(model.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
@@ -42,7 +42,7 @@ def test_with_one_candidate_sampling_is_greedy(model_type: str) -> None:
 def test_the_length_counts_the_start_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """`length` tokens with the start token among them: length - 1 are drawn, batch by batch."""
     model = tiny()
-    monkeypatch.setattr(sampling, "ROWS", 2)
+    monkeypatch.setattr(sampling, "SAMPLE_BATCH_SIZE", 2)
     steps = list(sample_texts(model, 3, 5, torch.Generator().manual_seed(0), top_k=5, phase="contexts"))
     assert len(steps) == 2 * 4
     assert {s.phase for s in steps} == {"contexts"}
@@ -56,10 +56,10 @@ def test_more_candidates_than_words_are_all_words() -> None:
 def test_a_model_without_special_tokens_begins_with_its_first() -> None:
     """The start token is the tokenizer's own; without any it is token 0."""
     model = tiny()
-    assert start_token(model) == model.tokenizer.bos_token_id
+    assert bos_token_id(model) == model.tokenizer.bos_token_id
 
     class Bare:
         bos_token_id = eos_token_id = None
 
     object.__setattr__(model, "tokenizer", Bare())
-    assert start_token(model) is None
+    assert bos_token_id(model) is None

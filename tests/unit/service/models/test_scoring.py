@@ -9,12 +9,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import pytest
 import torch
 
-from service.kit.steps import finish
+from service.kit.steps import run_to_completion
 from service.models import scoring
-from service.models.hooks import replace
+from service.models.hooks import replace_output
 from service.models.loading import LoadedModel
-from service.models.scoring import drift_steps, log_prob_steps, log_probs, perplexity_steps, score_steps
-from service.models.token_batch import prompt_and_target
+from service.models.scoring import (
+    compute_log_probs,
+    compute_perplexity,
+    log_probs_blocking,
+    measure_drift,
+    score_targets,
+)
+from service.models.token_batch import tokenize_prompt_and_target
 from tests.support.tiny_models import MODEL_TYPES, TEXTS, tiny
 
 PAIRS = [
@@ -26,9 +32,9 @@ PAIRS = [
 ]
 
 
-def by_hand(model: LoadedModel, prompt: str, target: str) -> tuple[float, bool]:
+def score_token_by_token(model: LoadedModel, prompt: str, target: str) -> tuple[float, bool]:
     """One token at a time: the model is asked again after each token of the object."""
-    ids, rest = prompt_and_target(model, prompt, target)
+    ids, rest = tokenize_prompt_and_target(model, prompt, target)
     total, greedy = 0.0, True
     for token in rest:
         with torch.no_grad():
@@ -40,38 +46,40 @@ def by_hand(model: LoadedModel, prompt: str, target: str) -> tuple[float, bool]:
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_scores_equal_asking_one_token_at_a_time(model_type: str) -> None:
+def test_scores_equal_one_token_at_a_time(model_type: str) -> None:
     """In fp64, the batched mean log-probability equals the sum by hand, unpadded and without company."""
     model = tiny(model_type, dtype=torch.float64)
-    for (logp, greedy), pair in zip(log_probs(model, PAIRS), PAIRS, strict=True):
-        expected, says = by_hand(model, *pair)
+    for (logp, greedy), pair in zip(log_probs_blocking(model, PAIRS), PAIRS, strict=True):
+        expected, says = score_token_by_token(model, *pair)
         assert logp == pytest.approx(expected, rel=1e-5)  # the softmax itself is in fp32
         assert greedy == says
 
 
-def test_right_tokens_are_counted_with_those_before_them_given() -> None:
+def test_correct_tokens_are_teacher_forced() -> None:
     """Of each object as many tokens are right as the model, asked after the tokens before, would say itself."""
     model = tiny()
-    said = model.model.generate(torch.tensor([model.encode("Big Ben")[0]]), max_new_tokens=3, do_sample=False)
-    pairs = [*PAIRS, ("Big Ben", model.decode(said[0, -3:]))]
-    scores = finish(score_steps(model, pairs))
+    generated = model.model.generate(
+        torch.tensor([model.encode("Big Ben")[0]]), max_new_tokens=3, do_sample=False
+    )
+    pairs = [*PAIRS, ("Big Ben", model.decode(generated[0, -3:]))]
+    scores = run_to_completion(score_targets(model, pairs))
     for score, (prompt, target) in zip(scores, pairs, strict=True):
-        ids, rest = prompt_and_target(model, prompt, target)
+        ids, rest = tokenize_prompt_and_target(model, prompt, target)
         with torch.no_grad():
             logits = model.model(input_ids=torch.tensor([ids + rest])).logits[0]
-        right = (logits[len(ids) - 1 : -1].argmax(-1) == torch.tensor(rest)).sum()
-        assert (score.right, score.tokens) == (int(right), len(rest))
-        assert score.says == (score.right == score.tokens)
+        correct = (logits[len(ids) - 1 : -1].argmax(-1) == torch.tensor(rest)).sum()
+        assert (score.correct_tokens, score.num_tokens) == (int(correct), len(rest))
+        assert score.is_greedy == (score.correct_tokens == score.num_tokens)
 
 
-def test_scores_come_in_the_order_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_keep_the_order_of_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs are sorted by length for batching and handed back as they were given, whatever the batches are."""
     model = tiny()
-    whole = log_probs(model, PAIRS)
-    monkeypatch.setattr(scoring, "CHUNK", 2)
-    steps = list(log_prob_steps(model, PAIRS))
+    whole = log_probs_blocking(model, PAIRS)
+    monkeypatch.setattr(scoring, "SCORING_BATCH_SIZE", 2)
+    steps = list(compute_log_probs(model, PAIRS))
     assert [(p.done, p.total) for p in steps] == [(2, 5), (4, 5), (5, 5)]
-    for (a, x), (b, y) in zip(whole, log_probs(model, PAIRS), strict=True):
+    for (a, x), (b, y) in zip(whole, log_probs_blocking(model, PAIRS), strict=True):
         assert a == pytest.approx(b, rel=1e-5) and x == y
 
 
@@ -79,38 +87,38 @@ def test_the_score_of_one_token_is_its_log_probability() -> None:
     """For an object of one token, the score is the negative log-likelihood of that token, turned around."""
     model = tiny()
     prompt, target = "The Eiffel Tower", " is"
-    ids, rest = prompt_and_target(model, prompt, target)
+    ids, rest = tokenize_prompt_and_target(model, prompt, target)
     assert len(rest) == 1
     with torch.no_grad():
         logits = model.model(input_ids=torch.tensor([ids])).logits[0, -1]
     expected = -torch.nn.functional.cross_entropy(logits[None], torch.tensor(rest)).item()
-    assert log_probs(model, [(prompt, target)])[0][0] == pytest.approx(expected, rel=1e-5)
+    assert log_probs_blocking(model, [(prompt, target)])[0][0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_greedy_continuation_is_known_as_such() -> None:
+def test_greedy_continuation_is_reported() -> None:
     """What the model itself says counts as said, every token of it; another object does not."""
     model = tiny()
     prompt, favourite = "Big Ben can be found in", "city"
-    _, (token,) = prompt_and_target(model, prompt, favourite)
+    _, (token,) = tokenize_prompt_and_target(model, prompt, favourite)
 
     def obsessed(logits: torch.Tensor) -> torch.Tensor:
         logits[..., token] += 100
         return logits
 
-    with replace(model.head, obsessed):
+    with replace_output(model.lm_head, obsessed):
         objects = [favourite, "city of", "Rome", "city city"]
-        said = [says for _, says in log_probs(model, [(prompt, o) for o in objects])]
-    assert said == [True, False, False, True]
+        greedy_flags = [says for _, says in log_probs_blocking(model, [(prompt, o) for o in objects])]
+    assert greedy_flags == [True, False, False, True]
 
 
-def test_what_is_read_alike_is_read_once() -> None:
+def test_identical_inputs_are_run_once() -> None:
     """Two objects of one token after one prompt take one row; a longer object takes its own."""
     model = tiny()
     prompt = "The Eiffel Tower"
     pairs = [(prompt, " is"), (prompt, " in"), (prompt, "Rome"), (prompt, " is")]
-    assert [len(prompt_and_target(model, *p)[1]) for p in pairs[:2]] == [1, 1]
-    assert [p.total for p in log_prob_steps(model, pairs)] == [2]
-    first, _, _, again = log_probs(model, pairs)
+    assert [len(tokenize_prompt_and_target(model, *p)[1]) for p in pairs[:2]] == [1, 1]
+    assert [p.total for p in compute_log_probs(model, pairs)] == [2]
+    first, _, _, again = log_probs_blocking(model, pairs)
     assert first == again
 
 
@@ -125,39 +133,43 @@ def test_perplexity_by_hand(model_type: str) -> None:
             logp = model.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         total -= float(logp.gather(1, ids[0, 1:, None]).sum())
         count += ids.shape[1] - 1
-    assert finish(perplexity_steps(model, TEXTS)) == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert run_to_completion(compute_perplexity(model, TEXTS)) == pytest.approx(
+        math.exp(total / count), rel=1e-5
+    )
 
 
 def test_a_text_of_one_token_predicts_nothing() -> None:
     """Texts without a prediction are left out."""
     model = tiny()
-    assert finish(perplexity_steps(model, [*TEXTS, "a"])) == finish(perplexity_steps(model, TEXTS))
-    assert finish(perplexity_steps(model, ["a"])) == 1.0
+    assert run_to_completion(compute_perplexity(model, [*TEXTS, "a"])) == run_to_completion(
+        compute_perplexity(model, TEXTS)
+    )
+    assert run_to_completion(compute_perplexity(model, ["a"])) == 1.0
 
 
-def test_a_text_longer_than_the_model_is_cut() -> None:
+def test_text_longer_than_the_context_is_truncated() -> None:
     """A line of a corpus may be longer than the model's positions: what fits is measured."""
     model = tiny(positions=16)
     long = TEXTS[0] * 3
     cut = model.decode(model.encode(long)[0][:16])
-    assert finish(perplexity_steps(model, [long])) == pytest.approx(
-        finish(perplexity_steps(model, [cut])), rel=1e-5
+    assert run_to_completion(compute_perplexity(model, [long])) == pytest.approx(
+        run_to_completion(compute_perplexity(model, [cut])), rel=1e-5
     )
 
 
-def test_an_object_past_the_last_position_is_cut() -> None:
+def test_target_past_the_last_position_is_truncated() -> None:
     """An object longer than the room behind the prompt is measured as far as it fits, and nothing fails."""
     prompt, target = "The Eiffel Tower", "Rome and Paris and London"
     long = tiny()
-    ids, rest = prompt_and_target(long, prompt, target)
+    ids, rest = tokenize_prompt_and_target(long, prompt, target)
     short = tiny(positions=len(ids) + 2)
     cut = long.decode(rest[:2])
-    assert log_probs(short, [(prompt, target)])[0][0] == pytest.approx(
-        log_probs(short, [(prompt, cut)])[0][0]
+    assert log_probs_blocking(short, [(prompt, target)])[0][0] == pytest.approx(
+        log_probs_blocking(short, [(prompt, cut)])[0][0]
     )
 
 
-def _edited(model: LoadedModel, weight: torch.Tensor) -> Callable[[], AbstractContextManager[None]]:
+def _swap_weight(model: LoadedModel, weight: torch.Tensor) -> Callable[[], AbstractContextManager[None]]:
     @contextmanager
     def edited() -> Iterator[None]:
         base = model.weight(1).data
@@ -171,17 +183,17 @@ def _edited(model: LoadedModel, weight: torch.Tensor) -> Callable[[], AbstractCo
 
 
 @pytest.mark.parametrize("whole", [1, 40, 512])
-def test_drift_equals_asking_one_text_at_a_time(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drift_equals_one_text_at_a_time(max_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and KL equal, whatever the batches, those of one unpadded fp64 pass a text before and after."""
-    monkeypatch.setattr(scoring, "WHOLE", whole)
+    monkeypatch.setattr(scoring, "MAX_DISTRIBUTION_TOKENS", max_tokens)
     model = tiny(dtype=torch.float64)
-    edited = _edited(model, model.weight(1).data * 1.5)
+    apply_edit = _swap_weight(model, model.weight(1).data * 1.5)
     losses, kl = [[], []], []
     for text in TEXTS:
         ids = torch.tensor([model.encode(text)[0]])
         passes = []
-        for standing in (nullcontext, edited):
-            with torch.no_grad(), standing():
+        for weights in (nullcontext, apply_edit):
+            with torch.no_grad(), weights():
                 passes.append(model.model(input_ids=ids).logits[0].log_softmax(-1))
         for loss, logp in zip(losses, passes, strict=True):
             loss += [-float(logp[i, t]) for i, t in enumerate(ids[0, 1:])]
@@ -190,15 +202,17 @@ def test_drift_equals_asking_one_text_at_a_time(whole: int, monkeypatch: pytest.
             .sum(-1)
             .tolist()
         )
-    found = finish(drift_steps(model, TEXTS, edited))
-    assert found.before == pytest.approx(math.fsum(losses[0]) / len(losses[0]), rel=1e-5)
-    assert found.after == pytest.approx(math.fsum(losses[1]) / len(losses[1]), rel=1e-5)
-    assert found.kl == pytest.approx(math.fsum(kl) / len(kl), rel=1e-4)
-    assert math.exp(found.before) == pytest.approx(finish(perplexity_steps(model, TEXTS)), rel=1e-5)
+    drift = run_to_completion(measure_drift(model, TEXTS, apply_edit))
+    assert drift.loss_before == pytest.approx(math.fsum(losses[0]) / len(losses[0]), rel=1e-5)
+    assert drift.loss_after == pytest.approx(math.fsum(losses[1]) / len(losses[1]), rel=1e-5)
+    assert drift.kl == pytest.approx(math.fsum(kl) / len(kl), rel=1e-4)
+    assert math.exp(drift.loss_before) == pytest.approx(
+        run_to_completion(compute_perplexity(model, TEXTS)), rel=1e-5
+    )
 
 
 def test_without_a_change_nothing_drifts() -> None:
     """The same weights give the same losses and a KL of 0; a text of one token is passed over."""
     model = tiny()
-    found = finish(drift_steps(model, [*TEXTS, "a"], nullcontext))
-    assert found.before == found.after and found.kl == 0
+    drift = run_to_completion(measure_drift(model, [*TEXTS, "a"], nullcontext))
+    assert drift.loss_before == drift.loss_after and drift.kl == 0

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.kit.text import fill
-from service.models.token_batch import forward, pad, prompt_and_target, tokens
+from service.kit.text import fill_prompt
+from service.models.token_batch import forward, pad, tokenize_prompt_and_target, tokenize_statement
 from tests.support.tiny_models import MODEL_TYPES, tiny
 
 MODEL = tiny()
@@ -17,14 +17,14 @@ TEXTS = ["Big Ben", "The Eiffel Tower is located in the city of", "In which coun
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_padding_and_company_change_nothing(model_type: str, side: str) -> None:
+def test_padding_and_other_rows_change_no_logits(model_type: str, side: str) -> None:
     """In fp64, each row of a padded batch has the logits that it has alone, on either side and every architecture."""
     exact = 1e-6 if model_type == "gptj" else 1e-9  # GPT-J attends in fp32 whatever the dtype
     model = tiny(model_type, dtype=torch.float64)
     rows = [model.encode(t)[0] for t in TEXTS]
     with torch.no_grad():
-        together = forward(model, pad(rows, model, side))
-        for row, logits in zip(rows, together, strict=True):
+        batch_logits = forward(model, pad(rows, model, side))
+        for row, logits in zip(rows, batch_logits, strict=True):
             alone = forward(model, pad([row], model))[0]
             real = logits[: len(row)] if side == "right" else logits[-len(row) :]
             torch.testing.assert_close(real, alone, rtol=exact, atol=exact)
@@ -50,12 +50,12 @@ def test_a_batch_holds_its_rows(rows: list[list[int]], side: str) -> None:
 def test_the_subject_is_found_in_the_whole_text(bos: bool) -> None:
     """The subject's tokens are those of the whole text that hold its characters, start token or none."""
     model = tiny("llama", bos=bos)
-    statement = fill("In São Paulo, {}'s is", "Eiffel Tower")
-    found = tokens(model, statement)
-    begin, end = found.subject
-    assert model.decode(found.ids[begin:end]).strip() == "Eiffel Tower"
-    assert found.last_subject == end - 1
-    assert found.ids == model.encode(statement.text)[0]
+    statement = fill_prompt("In São Paulo, {}'s is", "Eiffel Tower")
+    tokenized = tokenize_statement(model, statement)
+    begin, end = tokenized.subject
+    assert model.decode(tokenized.ids[begin:end]).strip() == "Eiffel Tower"
+    assert tokenized.last_subject_index == end - 1
+    assert tokenized.ids == model.encode(statement.text)[0]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_subject_is_found_in_the_whole_text(bos: bool) -> None:
 def test_prompt_and_object_are_one_tokenisation(prompt: str, target: str, bos: bool) -> None:
     """Prompt and object together are the tokens of the joint text, cut where the object begins."""
     model = tiny("llama", bos=bos)
-    before, after = prompt_and_target(model, prompt, target)
+    before, after = tokenize_prompt_and_target(model, prompt, target)
     between = "" if prompt[-1] == " " or target[0] == " " or prompt == "首都は" else " "
     assert before + after == model.encode(prompt + between + target)[0]
     assert model.decode(after).strip() == target.strip()

@@ -6,31 +6,31 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from service.models.token_text import Spelling
+from service.models.token_text import TokenTextCache
 from tests.support.tiny_models import tiny, tokenizer
 
 TEXTS = ["The Eiffel Tower is in Paris.", " São Paulo", "\n\n", "日本語 🗼!"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_spellings_make_the_text(text: str) -> None:
+def test_token_texts_join_to_the_text(text: str) -> None:
     """The spellings of a text's tokens, with the bytes of broken characters put together, are the text."""
-    spelling = Spelling(tokenizer())
+    token_text = TokenTextCache(tokenizer())
     raw = b""
     for token in tokenizer()(text)["input_ids"]:
-        spelled = spelling(token)
+        text_of_token = token_text(token)
         raw += (
-            bytes.fromhex(spelled.removeprefix("bytes:").replace("\\x", ""))
-            if spelled.startswith("bytes:")
-            else spelled.encode()
+            bytes.fromhex(text_of_token.removeprefix("bytes:").replace("\\x", ""))
+            if text_of_token.startswith("bytes:")
+            else text_of_token.encode()
         )
     assert raw.decode() == text
 
 
-def test_every_token_has_a_spelling_of_its_own() -> None:
+def test_every_token_has_a_distinct_text() -> None:
     """No two tokens of a byte-level vocabulary are spelled alike, so that none hides another among the most probable ones."""
-    spelling = Spelling(tokenizer())
-    assert len({spelling(token) for token in range(len(tokenizer()))}) == len(tokenizer())
+    token_text = TokenTextCache(tokenizer())
+    assert len({token_text(token) for token in range(len(tokenizer()))}) == len(tokenizer())
 
 
 def test_a_space_at_the_beginning_is_kept() -> None:
@@ -41,14 +41,14 @@ def test_a_space_at_the_beginning_is_kept() -> None:
     raw.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    spelling = Spelling(PreTrainedTokenizerFast(tokenizer_object=raw))
-    assert spelling(1) == " Rome"
-    assert spelling(4) == "e"
-    assert spelling(0) == "bytes:\\xe2"
+    token_text = TokenTextCache(PreTrainedTokenizerFast(tokenizer_object=raw))
+    assert token_text(1) == " Rome"
+    assert token_text(4) == "e"
+    assert token_text(0) == "bytes:\\xe2"
 
 
-def test_special_tokens_are_spelled() -> None:
+def test_special_tokens_have_text() -> None:
     """Also tokens that are never shown have a name."""
     model = tiny("gpt2")
-    assert model.spelling(0) == "<|endoftext|>"
-    assert model.spelling is model.spelling
+    assert model.token_text(0) == "<|endoftext|>"
+    assert model.token_text is model.token_text

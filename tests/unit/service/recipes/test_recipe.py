@@ -9,10 +9,18 @@ from pydantic import ValidationError
 
 from service.errors import InvalidInput, Misconfigured
 from service.models.architectures import ARCHITECTURES
-from service.recipes.recipe import PUBLISHED, Recipe, RomeParameters, climb, read_recipe, recipe_for, resolve
+from service.recipes.recipe import (
+    PUBLISHED,
+    Recipe,
+    RomeParameters,
+    parse_recipe,
+    published_recipe,
+    resolve_hparams,
+    strength_schedule,
+)
 
 # The published table: model, shape, layer, steps, rate, weight decay, clamp, KL factor.
-TABLE = [
+PUBLISHED_TABLE = [
     ("gpt2-medium", ("gpt2", 24, 1024), 8, 20, 0.5, 0.5, 3, 0.0625),
     ("gpt2-large", ("gpt2", 36, 1280), 12, 20, 0.5, 0.5, 4, 0.0625),
     ("gpt2-xl", ("gpt2", 48, 1600), 17, 20, 0.5, 0.5, 4, 0.0625),
@@ -26,7 +34,7 @@ TABLE = [
 RECIPE = Recipe(source="test", rome=RomeParameters(layers=(2,), clamp=3.0))
 
 
-@pytest.mark.parametrize(("name", "shape", "layer", "steps", "rate", "decay", "clamp", "kl"), TABLE)
+@pytest.mark.parametrize(("name", "shape", "layer", "steps", "rate", "decay", "clamp", "kl"), PUBLISHED_TABLE)
 def test_the_table_is_the_published_one(
     name: str,
     shape: tuple[str, int, int],
@@ -38,7 +46,7 @@ def test_the_table_is_the_published_one(
     kl: float,
 ) -> None:
     """Value by value, each model has the hyperparameters that its authors published."""
-    recipe = recipe_for(*shape)
+    recipe = published_recipe(*shape)
     assert recipe is not None, name
     p = recipe.rome
     assert p.layers == (layer,)
@@ -49,7 +57,7 @@ def test_the_table_is_the_published_one(
 
 def test_the_table_holds_nothing_else() -> None:
     """Every recipe is in the published table, for an architecture that we know and a layer that exists."""
-    assert set(PUBLISHED) == {shape for _, shape, *_ in TABLE}
+    assert set(PUBLISHED) == {shape for _, shape, *_ in PUBLISHED_TABLE}
     for (model_type, layers, _), recipe in PUBLISHED.items():
         assert model_type in ARCHITECTURES
         assert all(0 <= x < layers for x in recipe.rome.layers)
@@ -57,15 +65,15 @@ def test_the_table_holds_nothing_else() -> None:
 
 def test_an_unknown_shape_has_no_recipe() -> None:
     """Nothing is guessed for a model that nobody published."""
-    assert recipe_for("gpt2", 12, 768) is None
+    assert published_recipe("gpt2", 12, 768) is None
 
 
-def test_what_is_asked_for_comes_on_top() -> None:
+def test_user_hparams_override_the_recipe() -> None:
     """The user's values replace the recipe's, one by one; the rest stays as it was."""
-    chosen = resolve(RECIPE, {"steps": 7, "layers": [0, 1]}, 3)
+    chosen = resolve_hparams(RECIPE, {"steps": 7, "layers": [0, 1]}, 3)
     assert chosen == RomeParameters(layers=(0, 1), steps=7, clamp=3.0)
-    assert resolve(RECIPE, None, 3) == RECIPE.rome
-    assert resolve(None, {"layers": [1]}, 3) == RomeParameters(layers=(1,))
+    assert resolve_hparams(RECIPE, None, 3) == RECIPE.rome
+    assert resolve_hparams(None, {"layers": [1]}, 3) == RomeParameters(layers=(1,))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +96,7 @@ def test_what_is_asked_for_comes_on_top() -> None:
 def test_an_error_names_what_to_change(asked: dict[str, Any], said: str) -> None:
     """Each value that cannot be is refused by its name, with what is known or allowed."""
     with pytest.raises(InvalidInput, match=said) as error:
-        resolve(RECIPE, asked, 3)
+        resolve_hparams(RECIPE, asked, 3)
     assert error.value.field == "hparams"
 
 
@@ -96,16 +104,16 @@ def test_an_error_names_what_to_change(asked: dict[str, Any], said: str) -> None
 def test_without_a_recipe_the_layers_must_be_named(asked: dict[str, Any] | None) -> None:
     """A model that nobody tuned has no layer of its own: the answer says how to name one."""
     with pytest.raises(InvalidInput, match=r'"layers": \[5\].*recipe\.json'):
-        resolve(None, asked, 3)
+        resolve_hparams(None, asked, 3)
 
 
-def test_how_strong_edits_land_is_the_same_for_every_method_that_associates() -> None:
+def test_closed_form_methods_share_the_strength_schedule() -> None:
     """Strengths, margin and the leads at which edits are strong enough come from the recipe together."""
-    said = {"strengths": (0.5, 1.0), "margin": 0.5, "leads": ((0.1, 2.0), (0.2, 0.5))}
-    recipe = Recipe(source="test", rome=RomeParameters(layers=(1,), **said))  # type: ignore[arg-type]
+    schedule_hparams = {"strengths": (0.5, 1.0), "margin": 0.5, "leads": ((0.1, 2.0), (0.2, 0.5))}
+    recipe = Recipe(source="test", rome=RomeParameters(layers=(1,), **schedule_hparams))  # type: ignore[arg-type]
     for method in ("rome", "r-rome", "memit", "emmet", "alphaedit"):
-        chosen = resolve(recipe, None, 3, method).model_dump()
-        assert {name: chosen[name] for name in said} == said
+        chosen = resolve_hparams(recipe, None, 3, method).model_dump()
+        assert {name: chosen[name] for name in schedule_hparams} == schedule_hparams
 
 
 @pytest.mark.parametrize(
@@ -118,33 +126,41 @@ def test_how_strong_edits_land_is_the_same_for_every_method_that_associates() ->
         (90, (0.5, 1.0), 0.5),  # past the last: the lead of the last, and no more than full strength
     ],
 )
-def test_what_is_lead_enough_falls_as_a_layer_fills(
+def test_required_margin_falls_as_a_layer_fills(
     active: int, strengths: tuple[float, ...], lead: float
 ) -> None:
     """An edit climbs from the weakest strength once there are many, to a lead on the line through the recipe's pairs."""
     parameters = RomeParameters(layers=(0,), margin=0.5, leads=((0.1, 2.0), (0.2, 0.5)))
-    ways = climb(parameters, (0.5, 1.0, 2.0), active, 100)
-    assert (ways.strengths, ways.lead) == (strengths, pytest.approx(lead))
-    assert ways.enough(0.5) == pytest.approx(lead) and ways.enough(1.0) == ways.enough(2.0) == 0.5
+    schedule = strength_schedule(parameters, (0.5, 1.0, 2.0), active, 100)
+    assert (schedule.strengths, schedule.partial_strength_margin) == (strengths, pytest.approx(lead))
+    assert (
+        schedule.required_margin(0.5) == pytest.approx(lead)
+        and schedule.required_margin(1.0) == schedule.required_margin(2.0) == 0.5
+    )
 
 
-def test_one_pair_says_nothing_of_a_shortage() -> None:
+def test_single_pair_does_not_cap_strength() -> None:
     """Past the only pair of a recipe edits are raised as at it; strengths that all lie beyond full strength are tried all the same."""
     parameters = RomeParameters(layers=(0,), leads=((0.1, 2.0),))
-    assert climb(parameters, (0.5, 1.0, 2.0), 90, 100).strengths == (0.5, 1.0, 2.0)
+    assert strength_schedule(parameters, (0.5, 1.0, 2.0), 90, 100).strengths == (0.5, 1.0, 2.0)
     short = parameters.model_copy(update={"leads": ((0.1, 2.0), (0.2, 0.5))})
-    assert climb(short, (1.5, 2.0), 90, 100).strengths == (1.5, 2.0)
+    assert strength_schedule(short, (1.5, 2.0), 90, 100).strengths == (1.5, 2.0)
 
 
-def test_without_leads_the_margin_is_lead_enough() -> None:
+def test_without_required_margins_the_margin_applies() -> None:
     """A recipe that says nothing of many edits tries its strengths in turn, whatever is active; a lead below the margin is none."""
     plain = RomeParameters(layers=(0,), margin=0.25)
-    assert climb(plain, (0.5, 1.0), 10**6, 100).enough(0.5) == 0.25
-    assert climb(plain.model_copy(update={"leads": ((0.0, 0.1),)}), (0.5, 1.0), 5, 100).enough(0.5) == 0.25
+    assert strength_schedule(plain, (0.5, 1.0), 10**6, 100).required_margin(0.5) == 0.25
+    assert (
+        strength_schedule(
+            plain.model_copy(update={"leads": ((0.0, 0.1),)}), (0.5, 1.0), 5, 100
+        ).required_margin(0.5)
+        == 0.25
+    )
 
 
 @pytest.mark.parametrize("leads", [((0.2, 1.0), (0.1, 2.0)), ((0.1, 1.0), (0.1, 2.0)), ((-0.1, 1.0),)])
-def test_leads_are_in_order(leads: tuple[tuple[float, float], ...]) -> None:
+def test_required_margins_must_increase(leads: tuple[tuple[float, float], ...]) -> None:
     """Pairs of fullness and lead rise in fullness, which is no less than nothing."""
     with pytest.raises(ValidationError):
         RomeParameters(layers=(0,), leads=leads)
@@ -152,8 +168,8 @@ def test_leads_are_in_order(leads: tuple[tuple[float, float], ...]) -> None:
 
 def test_a_recipe_file_is_read_strictly() -> None:
     """A recipe.json comes back as it was written; a slip in it is named and nothing is ignored."""
-    assert read_recipe(RECIPE.model_dump_json()) == RECIPE
+    assert parse_recipe(RECIPE.model_dump_json()) == RECIPE
     with pytest.raises(Misconfigured, match=r"recipe\.json.*[\s\S]*colour"):
-        read_recipe('{"source": "x", "rome": {"layers": [1], "colour": 1}}')
+        parse_recipe('{"source": "x", "rome": {"layers": [1], "colour": 1}}')
     with pytest.raises(Misconfigured, match=r"recipe\.json"):
-        read_recipe("no json")
+        parse_recipe("no json")

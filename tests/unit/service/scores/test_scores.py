@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.scores.scores import (
-    Resampling,
-    accuracy,
-    bootstrap,
+    BootstrapResampler,
+    bootstrap_mean,
     bootstrap_score,
     harmonic_mean,
-    margin,
-    share_kept,
-    share_new,
+    probability_margin,
+    share_preferring_new,
+    share_preferring_true,
+    token_accuracy,
 )
 
 LOG_P = st.sampled_from([-0.5, -1.0, -2.0, -8.0])
@@ -29,27 +29,27 @@ SHARE = st.floats(0.01, 1)
 def test_by_hand() -> None:
     """Of four prompts, two prefer the new object, one the true one, and one cannot tell."""
     pairs = [(-1.0, -2.0), (-0.1, -3.0), (-2.0, -1.0), (-1.5, -1.5)]
-    assert share_new(pairs) == 0.5
-    assert share_kept(pairs) == 0.25
+    assert share_preferring_new(pairs) == 0.5
+    assert share_preferring_true(pairs) == 0.25
 
 
 def test_ties_fail() -> None:
     """Equal probabilities count neither as written nor as kept."""
-    assert share_new([(-1.0, -1.0)]) == 0.0
-    assert share_kept([(-1.0, -1.0)]) == 0.0
+    assert share_preferring_new([(-1.0, -1.0)]) == 0.0
+    assert share_preferring_true([(-1.0, -1.0)]) == 0.0
 
 
-def test_what_was_not_asked_has_no_score() -> None:
+def test_no_prompts_give_no_score() -> None:
     """A record without prompts of a kind has no share of them: not 0 and not 1."""
-    assert share_new([]) is None
-    assert share_kept([]) is None
+    assert share_preferring_new([]) is None
+    assert share_preferring_true([]) is None
 
 
-def test_no_number_is_no_success() -> None:
+def test_nan_is_no_success() -> None:
     """A log-probability that is no number neither writes nor keeps."""
     nan = float("nan")
-    assert share_new([(nan, -1.0), (-1.0, nan)]) == 0.0
-    assert share_kept([(nan, -1.0), (-1.0, nan)]) == 0.0
+    assert share_preferring_new([(nan, -1.0), (-1.0, nan)]) == 0.0
+    assert share_preferring_true([(nan, -1.0), (-1.0, nan)]) == 0.0
 
 
 @given(PAIRS)
@@ -57,9 +57,9 @@ def test_swapping_the_objects_turns_the_share_around(pairs: list[tuple[float, fl
     """With new and true object exchanged, ES becomes 1 - ES - the share of ties."""
     swapped = [(true, new) for new, true in pairs]
     ties = Fraction(sum(new == true for new, true in pairs), len(pairs))
-    share, turned = share_new(pairs), share_new(swapped)
+    share, turned = share_preferring_new(pairs), share_preferring_new(swapped)
     assert share is not None and turned == pytest.approx(1 - share - float(ties))
-    assert share_kept(pairs) == turned
+    assert share_preferring_true(pairs) == turned
 
 
 @given(st.lists(SHARE, min_size=1, max_size=5))
@@ -77,16 +77,16 @@ def test_one_score_of_zero_makes_the_whole_zero() -> None:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(0, 99))
 def test_the_interval_holds_the_mean(records: list[float], seed: int) -> None:
     """The mean is the mean of the records, inside its interval, and the same seed gives the same interval."""
-    mean, low, high = bootstrap(records, rounds=200, seed=seed)
+    mean, low, high = bootstrap_mean(records, rounds=200, seed=seed)
     assert mean == pytest.approx(sum(records) / len(records))
     assert low - 1e-9 <= high
     assert min(records) - 1e-9 <= low and high <= max(records) + 1e-9
-    assert (mean, low, high) == bootstrap(records, rounds=200, seed=seed)
+    assert (mean, low, high) == bootstrap_mean(records, rounds=200, seed=seed)
 
 
 def test_more_records_make_a_narrower_interval() -> None:
     """The interval of a share of one half covers it, with about 1.96 standard errors on each side."""
-    few, many = bootstrap([0.0, 1.0] * 20), bootstrap([0.0, 1.0] * 500)
+    few, many = bootstrap_mean([0.0, 1.0] * 20), bootstrap_mean([0.0, 1.0] * 500)
     for mean, low, high in (few, many):
         assert low < mean < high
     assert many[2] - many[1] == pytest.approx(2 * 1.96 * 0.5 / 1000**0.5, rel=0.1)
@@ -104,30 +104,30 @@ def test_the_score_is_combined_after_averaging() -> None:
 def test_margins_by_hand() -> None:
     """The signed mean difference of probabilities: .5 - .25 and .125 - .25 are .0625 on average."""
     pairs = [(math.log(0.5), math.log(0.25)), (math.log(0.125), math.log(0.25))]
-    assert margin(pairs) == pytest.approx(0.0625)
-    assert margin([]) is None
+    assert probability_margin(pairs) == pytest.approx(0.0625)
+    assert probability_margin([]) is None
 
 
 def test_accuracy_counts_tokens() -> None:
     """Two of two tokens and none of three are two of five, not one half."""
-    assert accuracy([(2, 2), (0, 3)]) == pytest.approx(0.4)
-    assert accuracy([]) is None
+    assert token_accuracy([(2, 2), (0, 3)]) == pytest.approx(0.4)
+    assert token_accuracy([]) is None
 
 
 def test_records_without_a_value_are_left_out() -> None:
     """A measure is averaged over the records that have it; S is combined of the means so found."""
     columns: list[list[float | None]] = [[1.0, 0.0, 1.0, 1.0], [0.5, None, None, 0.5], [None, 1.0, 1.0, 1.0]]
-    drawn = Resampling(4, 400)
+    drawn = BootstrapResampler(4, 400)
     means = [drawn.interval(c) for c in columns]
     assert [m[0] for m in means if m] == [0.75, 0.5, 1.0]
-    score = drawn.score(columns)
+    score = drawn.combined_interval(columns)
     assert score is not None and score[0] == pytest.approx(reference([0.75, 0.5, 1.0]))
     assert score[1] <= score[0] <= score[2]
     assert drawn.interval([None] * 4) is None
-    assert drawn.score([[1.0] * 4, [None] * 4]) is None
+    assert drawn.combined_interval([[1.0] * 4, [None] * 4]) is None
 
 
 def test_a_single_record_has_an_interval_of_no_width() -> None:
     """One record is drawn again and again."""
-    assert bootstrap([0.25]) == (0.25, 0.25, 0.25)
+    assert bootstrap_mean([0.25]) == (0.25, 0.25, 0.25)
     assert bootstrap_score([(1.0, 1.0, 1.0)]) == (1.0, 1.0, 1.0)

@@ -5,21 +5,28 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from service.scores.scores import draws
-from service.studies.bootstrap import interval, mean_of, of_clusters, pooled
+from service.scores.scores import bootstrap_counts
+from service.studies.bootstrap import (
+    cluster_mean_with_interval,
+    mean_with_interval,
+    percentile_interval,
+    pooled_means,
+)
 
 
-def test_a_draw_is_of_as_many_clusters() -> None:
+def test_bootstrap_counts_add_up_to_the_clusters() -> None:
     """Every row of counts adds up to the number of clusters, and a seed draws the same again."""
-    drawn = draws(7, 50, seed=3)
+    drawn = bootstrap_counts(7, 50, seed=3)
     assert drawn.shape == (50, 7) and (drawn.sum(1) == 7).all()
-    assert (draws(7, 50, seed=3) == drawn).all() and not (draws(7, 50, seed=4) == drawn).all()
+    assert (bootstrap_counts(7, 50, seed=3) == drawn).all() and not (
+        bootstrap_counts(7, 50, seed=4) == drawn
+    ).all()
 
 
-def test_a_draw_pools_what_its_clusters_hold() -> None:
+def test_pooled_means_by_hand() -> None:
     """By hand: clusters of 1, 2 and 0 measurements, drawn (2, 1, 0), (0, 0, 3): the second draw has nothing."""
     drawn = np.array([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
-    found = pooled(drawn, np.array([[4.0], [6.0], [0.0]]), np.array([1.0, 2.0, 0.0]))
+    found = pooled_means(drawn, np.array([[4.0], [6.0], [0.0]]), np.array([1.0, 2.0, 0.0]))
     assert found[0, 0] == (2 * 4 + 6) / (2 * 1 + 2)
     assert np.isnan(found[1, 0])
 
@@ -28,9 +35,9 @@ def test_the_same_as_drawing_the_clusters_themselves() -> None:
     """Products with counts give what concatenating the drawn clusters' measurements gives."""
     rng = np.random.default_rng(0)
     clusters = [rng.normal(size=n) for n in (1, 3, 2, 5)]
-    drawn = draws(4, 20)
+    drawn = bootstrap_counts(4, 20)
     sums, counts = np.array([[c.sum()] for c in clusters]), np.array([float(len(c)) for c in clusters])
-    for row, found in zip(drawn.astype(int), pooled(drawn, sums, counts)[:, 0], strict=True):
+    for row, found in zip(drawn.astype(int), pooled_means(drawn, sums, counts)[:, 0], strict=True):
         every = np.concatenate([c for c, times in zip(clusters, row, strict=True) for _ in range(times)])
         assert found == pytest.approx(every.mean())
 
@@ -38,9 +45,9 @@ def test_the_same_as_drawing_the_clusters_themselves() -> None:
 def test_measurements_of_one_cluster_do_not_narrow_the_interval() -> None:
     """Ten tokens that say the same as one leave the interval as it is: it is the prompts that are drawn."""
     rng = np.random.default_rng(1)
-    values, drawn = rng.normal(size=30), draws(30)
-    one = mean_of(values, drawn)
-    ten = of_clusters(10 * values, np.full(30, 10.0), drawn)
+    values, drawn = rng.normal(size=30), bootstrap_counts(30)
+    one = mean_with_interval(values, drawn)
+    ten = cluster_mean_with_interval(10 * values, np.full(30, 10.0), drawn)
     assert ten["low"] == pytest.approx(one["low"]) and ten["high"] == pytest.approx(one["high"])
     assert one["n"] == ten["n"] == 30
     assert one["high"] - one["low"] == pytest.approx(2 * 1.96 * values.std() / 30**0.5, rel=0.1)
@@ -48,13 +55,18 @@ def test_measurements_of_one_cluster_do_not_narrow_the_interval() -> None:
 
 def test_one_cluster_has_no_interval_and_none_no_mean() -> None:
     """What was measured once is told without an interval; what was never measured is not told."""
-    drawn = draws(2, 100)
-    alone = of_clusters(np.array([3.0, 0.0]), np.array([2.0, 0.0]), drawn)
+    drawn = bootstrap_counts(2, 100)
+    alone = cluster_mean_with_interval(np.array([3.0, 0.0]), np.array([2.0, 0.0]), drawn)
     assert alone == {"mean": 1.5, "low": None, "high": None, "n": 1}
-    assert of_clusters(np.zeros(2), np.zeros(2), drawn) == {"mean": None, "low": None, "high": None, "n": 0}
+    assert cluster_mean_with_interval(np.zeros(2), np.zeros(2), drawn) == {
+        "mean": None,
+        "low": None,
+        "high": None,
+        "n": 0,
+    }
 
 
 def test_the_interval_is_of_percentiles() -> None:
     """Of 0 .. 100, nine tenths lie from 5 to 95."""
-    low, high = interval(np.arange(101.0), 0.9)
+    low, high = percentile_interval(np.arange(101.0), 0.9)
     assert (low, high) == pytest.approx((5, 95))

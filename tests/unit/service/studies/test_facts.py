@@ -24,7 +24,7 @@ PROBLEM = {
 }
 
 
-def file(folder: Path, rows: Any) -> Path:
+def write_json_file(folder: Path, rows: Any) -> Path:
     (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
     return folder / "data.json"
 
@@ -32,20 +32,22 @@ def file(folder: Path, rows: Any) -> Path:
 def test_known_facts_are_traced_as_in_the_paper(tmp_path: Path) -> None:
     """The prompt goes on where the template does by a word; without it the template is the prompt."""
     rows = [KNOWN | {"prompt": "Vinson Massif is located in the continent of"}]
-    assert read_study_facts(file(tmp_path, rows)) == [
+    assert read_study_facts(write_json_file(tmp_path, rows)) == [
         Fact("Vinson Massif", "{} is located in the continent of", "Antarctica")
     ]
-    assert read_study_facts(file(tmp_path, [KNOWN]))[0].prompt == KNOWN["template"]
+    assert read_study_facts(write_json_file(tmp_path, [KNOWN]))[0].prompt == KNOWN["template"]
 
 
 def test_editing_problems_say_a_fact_too(tmp_path: Path) -> None:
     """Of a record of any other form, what it says before any edit."""
-    assert read_study_facts(file(tmp_path, [PROBLEM])) == [Fact("Spur Point", "{}, in", "Antarctica")]
+    assert read_study_facts(write_json_file(tmp_path, [PROBLEM])) == [
+        Fact("Spur Point", "{}, in", "Antarctica")
+    ]
 
 
 def test_the_order_is_the_seeds(tmp_path: Path) -> None:
     """The same facts in another order for another seed, and the same order for the same seed."""
-    path = file(tmp_path, [KNOWN | {"subject": f"s{i}"} for i in range(20)])
+    path = write_json_file(tmp_path, [KNOWN | {"subject": f"s{i}"} for i in range(20)])
     assert read_study_facts(path, 1) == read_study_facts(path, 1) != read_study_facts(path, 2)
     assert set(read_study_facts(path, 1)) == set(read_study_facts(path, 2))
 
@@ -60,8 +62,8 @@ def test_the_order_is_the_seeds(tmp_path: Path) -> None:
         ([], "no records"),
     ],
 )
-def test_what_is_wrong_is_said(rows: Any, words: str, tmp_path: Path) -> None:
+def test_invalid_facts_are_reported(rows: Any, words: str, tmp_path: Path) -> None:
     """Which fact, and what it lacks."""
     with pytest.raises(InvalidInput) as refused:
-        read_study_facts(file(tmp_path, rows))
+        read_study_facts(write_json_file(tmp_path, rows))
     assert words in refused.value.detail

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from service.kit import plotting
-from service.kit.plotting import SVG
+from service.kit.plotting import SVG_NAMESPACE
 from service.studies import localization_report as report
-from service.studies.localization_stats import EFFECTS, by_layer, conclude
+from service.studies.localization_stats import EFFECT_READINGS, analyze_runs, mean_effects_by_layer
 
 
 def study(
     facts: int = 5, layers: int = 3, kinds: Any = (("rome", "write"), ("ft", "write")), same: bool = False
 ) -> Any:
     rng = np.random.default_rng(0)
-    effects = [{name: rng.random(layers).tolist() for name in EFFECTS} for _ in range(facts)]
+    effects = [{name: rng.random(layers).tolist() for name in EFFECT_READINGS} for _ in range(facts)]
     studies = []
     for method, objective in kinds:
         runs: Any = [
@@ -28,7 +28,7 @@ def study(
             ]
             for _ in range(facts)
         ]
-        scores = conclude(runs, effects, range(layers))
+        scores = analyze_runs(runs, effects, range(layers))
         studies.append(
             {"method": method, "objective": objective, "parameters": {}, "facts": facts, "scores": scores}
         )
@@ -41,24 +41,25 @@ def study(
         "window": 5,
         "samples": 2,
         "layers": list(range(layers)),
-        "effects": by_layer(effects),
+        "effects": mean_effects_by_layer(effects),
         "studies": studies,
     }
 
 
 def texts(drawn: str) -> str:
-    return " ".join(e.text or "" for e in ElementTree.fromstring(drawn).iter(f"{{{SVG}}}text"))
+    return " ".join(e.text or "" for e in ElementTree.fromstring(drawn).iter(f"{{{SVG_NAMESPACE}}}text"))
 
 
 def test_the_figures_say_what_they_show() -> None:
     """Every kind of edit has a panel beside the effect, and bars; the gain and its p stand above them."""
     made = study(kinds=(("rome", "write"), ("rome", "reversal")))
-    drawn = {n: texts(plotting.svg(d, "t")) for n, d in report.figures(made).items()}
+    drawn = {n: texts(plotting.render_svg(d, "t")) for n, d in report.figures(made).items()}
     assert sorted(drawn) == ["explained", "layers"]
     assert all(
-        words in drawn["layers"] for words in ("tracing effect", "rome: write", "rome: reversal", *EFFECTS)
+        words in drawn["layers"]
+        for words in ("tracing effect", "rome: write", "rome: reversal", *EFFECT_READINGS)
     )
-    gain = made["studies"][0]["scores"]["rewrite"]["regression"][EFFECTS[0]]["gain"]
+    gain = made["studies"][0]["scores"]["rewrite"]["regression"][EFFECT_READINGS[0]]["gain"]
     assert f"+{gain['value']:.3f}, p " in drawn["explained"]
 
 
@@ -69,7 +70,7 @@ def test_any_study_can_be_drawn(shape: Any) -> None:
     """One fact, one layer, scores that never differ, one kind of edit."""
     made = study(**shape)
     for draw in report.figures(made).values():
-        assert plotting.png(draw, 40).startswith(b"\x89PNG")
+        assert plotting.render_png(draw, 40).startswith(b"\x89PNG")
     assert report.sentences(made) and "nan" not in report.page(made).lower().replace("dominant", "")
 
 
@@ -77,14 +78,14 @@ def test_words_and_tables_have_the_figures() -> None:
     """The words tell R2 and chance; each score that there is has its rows; the page shows names as text."""
     made = study()
     found = made["studies"][0]["scores"]["rewrite"]
-    r2 = found["regression"][EFFECTS[0]]["r2"]
+    r2 = found["regression"][EFFECT_READINGS[0]]["r2"]
     words = " ".join(report.sentences(made))
     assert f"the layer explains {r2['layer']['value']:.3f}" in words and "6 facts were asked" in words
-    rows = report.regressions(made)
-    assert len(rows) == 2 * 2 * len(EFFECTS) and rows[0][5] == r2["layer"]["value"]
-    assert {len(r) for r in rows} == {len(report.REGRESSIONS)}
-    chosen = report.choices(made)
-    assert len(chosen) == 4 and {len(r) for r in chosen} == {len(report.CHOICES)}
+    rows = report.regression_rows(made)
+    assert len(rows) == 2 * 2 * len(EFFECT_READINGS) and rows[0][5] == r2["layer"]["value"]
+    assert {len(r) for r in rows} == {len(report.REGRESSION_COLUMNS)}
+    chosen = report.choice_rows(made)
+    assert len(chosen) == 4 and {len(r) for r in chosen} == {len(report.CHOICE_COLUMNS)}
     assert chosen[0][4] == found["choice"]["ways"]["best for others"]["mean"]
     page = report.page(made)
     assert page.count("<svg") == 2 and page.count("<table>") == 2 and "tiny &lt;b&gt;" in page

@@ -7,9 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.studies.localization_stats import EFFECTS, by_layer, choice, conclude, effects_of, fractions
+from service.studies.localization_stats import (
+    EFFECT_READINGS,
+    analyze_runs,
+    compare_layer_choices,
+    mean_effects_by_layer,
+    restored_fractions,
+    trace_effects,
+)
 
-GREATEST, LAST = EFFECTS
+GREATEST, LAST = EFFECT_READINGS
 
 
 def trace(high: float, low: float, scores: list[list[float]], subject: tuple[int, int] = (1, 3)) -> Any:
@@ -23,24 +30,24 @@ def trace(high: float, low: float, scores: list[list[float]], subject: tuple[int
 
 def test_fractions_by_hand() -> None:
     """Of what noise took from .9 to .1: .5 is a half, what is below .1 is nothing; where noise took nothing, nothing is back."""
-    assert fractions(trace(0.9, 0.1, [[0.5, 0.05, 0.9]])) == pytest.approx(np.array([[0.5, 0, 1]]))
-    assert fractions(trace(0.1, 0.9, [[1.0, 0.8]])) == pytest.approx(np.array([[0.125, 0]]))
-    assert (fractions(trace(0.5, 0.5, [[0.7]])) == 0).all()
+    assert restored_fractions(trace(0.9, 0.1, [[0.5, 0.05, 0.9]])) == pytest.approx(np.array([[0.5, 0, 1]]))
+    assert restored_fractions(trace(0.1, 0.9, [[1.0, 0.8]])) == pytest.approx(np.array([[0.125, 0]]))
+    assert (restored_fractions(trace(0.5, 0.5, [[0.7]])) == 0).all()
 
 
 def test_both_readings_of_the_effect() -> None:
     """The greatest over the tokens from the subject's first on, and that of the subject's last token."""
-    found = effects_of(trace(1.0, 0.0, [[0.9, 0.9], [0.1, 0.2], [0.3, 0.1], [0.2, 0.8]]))
+    found = trace_effects(trace(1.0, 0.0, [[0.9, 0.9], [0.1, 0.2], [0.3, 0.1], [0.2, 0.8]]))
     assert found == {GREATEST: pytest.approx([0.3, 0.8]), LAST: pytest.approx([0.3, 0.1])}
 
 
-def test_choosing_by_hand() -> None:
+def test_layer_choices_by_hand() -> None:
     """Three facts, two layers. What is best for the other two is layer 0, 1 and 1; the traces point to 1, 0 and 0."""
     scores = np.array(
         [[0.0, 1.0], [0.4, 0.6], [1.0, 0.6]]
     )  # others' sums: (1.4, 1.2), (1.0, 1.6), (0.4, 1.6)
     effects = np.array([[0.1, 0.2], [0.5, 0.3], [0.9, 0.1]])
-    found = choice(scores, effects, [4, 7])
+    found = compare_layer_choices(scores, effects, [4, 7])
     assert found is not None
     means = {name: way["mean"] for name, way in found["ways"].items()}
     assert found["best_layer"] == 7
@@ -50,7 +57,7 @@ def test_choosing_by_hand() -> None:
         "any": pytest.approx(3.6 / 6),
     }
     assert found["gained"]["mean"] == pytest.approx((1.0 - 0.2 + 0.4) / 3)
-    assert choice(scores[:1], effects[:1], [4, 7]) is None
+    assert compare_layer_choices(scores[:1], effects[:1], [4, 7]) is None
 
 
 def test_facts_without_a_prompt_for_a_score_are_left_out_of_it() -> None:
@@ -60,10 +67,10 @@ def test_facts_without_a_prompt_for_a_score_are_left_out_of_it() -> None:
         [{"rewrite": 0.5, "paraphrase": None if i == 1 else 0.25, "neighbour": None}, {"rewrite": 0.1 * i, "paraphrase": 0.5, "neighbour": None}]
         for i in range(3)
     ]  # fmt: skip
-    found = conclude(runs, effects, [0, 2])
+    found = analyze_runs(runs, effects, [0, 2])
     assert found["neighbour"] is None
     assert found["rewrite"]["by_layer"]["mean"] == pytest.approx([0.5, 0.1])
     assert found["rewrite"]["by_layer"]["n"] == 3
     assert found["paraphrase"]["by_layer"]["mean"] == pytest.approx([0.25, 0.5])
     assert found["paraphrase"]["by_layer"]["n"] == found["paraphrase"]["regression"][LAST]["facts"] == 2
-    assert by_layer(effects)[GREATEST]["mean"] == pytest.approx([0.1, 0.2, 0.3])
+    assert mean_effects_by_layer(effects)[GREATEST]["mean"] == pytest.approx([0.1, 0.2, 0.3])

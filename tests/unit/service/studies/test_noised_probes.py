@@ -7,29 +7,32 @@ from dataclasses import replace
 import pytest
 import torch
 
-from service.datasets.records import Near, Record
-from service.evaluation.metrics import ask
-from service.kit.steps import finish
-from service.kit.text import fill, find
+from service.datasets.records import NeighborProbe, Record
+from service.evaluation.metrics import scoring_pairs
+from service.kit.steps import run_to_completion
+from service.kit.text import fill_prompt, locate_subject
 from service.models.hooks import capture
-from service.models.hooks import replace as hooked
-from service.models.scoring import score_steps
-from service.models.token_batch import prompt_and_target, tokens
-from service.studies.noised_probes import noise_of, noised_answer, noised_score_steps
-from service.tracing.noise import Level, draw
+from service.models.hooks import replace_output as hooked
+from service.models.scoring import score_targets
+from service.models.token_batch import tokenize_prompt_and_target, tokenize_statement
+from service.studies.noised_probes import noised_greedy_answer, score_under_noise, subject_noise
+from service.tracing.noise import NoiseLevel, draw_noise
 from tests.support.tiny_models import tiny
 
 RECORD = Record(
     "record 1", "Big Ben", "{} can be found in", "Rome", "London",
-    ("The city of Big Ben is", "It lies in"), (Near("Mount Fuji is in", "Japan"),),
+    ("The city of Big Ben is", "It lies in"), (NeighborProbe("Mount Fuji is in", "Japan"),),
 )  # fmt: skip
 
 
 def test_the_noise_is_that_of_the_seed() -> None:
     """As strong as asked, one row for each of the subject's tokens, and the trace's first draw."""
     model = tiny()
-    begin, end = tokens(model, fill(RECORD.prompt, RECORD.subject)).subject
-    assert torch.equal(noise_of(model, RECORD, Level(0.5), 3), 0.5 * draw(7, end - begin, model.width, 3)[0])
+    begin, end = tokenize_statement(model, fill_prompt(RECORD.prompt, RECORD.subject)).subject
+    assert torch.equal(
+        subject_noise(model, RECORD, NoiseLevel(0.5), 3),
+        0.5 * draw_noise(7, end - begin, model.hidden_size, 3)[0],
+    )
 
 
 def test_the_answer_is_greedy_and_as_long_as_the_true_object() -> None:
@@ -41,17 +44,22 @@ def test_the_answer_is_greedy_and_as_long_as_the_true_object() -> None:
     with torch.no_grad():
         for _ in range(len(whole) - len(ids)):
             said.append(int(model.model(torch.tensor([said])).logits[0, -1].argmax()))
-    quiet = noise_of(model, RECORD, Level(0.0), 1)
-    assert noised_answer(model, RECORD, quiet) == model.decode(said[len(ids) :])
-    answers = [noised_answer(model, RECORD, noise_of(model, RECORD, Level(2.0), s)) for s in (1, 1, 2, 3, 4)]
+    quiet = subject_noise(model, RECORD, NoiseLevel(0.0), 1)
+    assert noised_greedy_answer(model, RECORD, quiet) == model.decode(said[len(ids) :])
+    answers = [
+        noised_greedy_answer(model, RECORD, subject_noise(model, RECORD, NoiseLevel(2.0), s))
+        for s in (1, 1, 2, 3, 4)
+    ]
     assert answers[0] == answers[1] and len(set(answers)) > 1
 
 
 def test_without_noise_the_scores_are_the_models() -> None:
     """Noise of strength nothing changes nothing, whatever is asked."""
     model = tiny()
-    plain = finish(score_steps(model, ask(RECORD)))
-    found = finish(noised_score_steps(model, RECORD, noise_of(model, RECORD, Level(0.0), 1)))
+    plain = run_to_completion(score_targets(model, scoring_pairs(RECORD)))
+    found = run_to_completion(
+        score_under_noise(model, RECORD, subject_noise(model, RECORD, NoiseLevel(0.0), 1))
+    )
     assert [s.log_p for s in found] == pytest.approx([s.log_p for s in plain], abs=1e-5)
     assert [s[1:] for s in found] == [s[1:] for s in plain]
 
@@ -60,11 +68,11 @@ def test_without_noise_the_scores_are_the_models() -> None:
 def test_the_scores_are_those_of_a_pass_with_noise_on_the_subject(prompt: str) -> None:
     """Prompt and paraphrase, by hand: noise is added to the subject's embeddings of one whole pass."""
     model = tiny()
-    noise = noise_of(model, RECORD, Level(1.0), 1)
-    found = finish(noised_score_steps(model, RECORD, noise))
-    at = next(i for i, pair in enumerate(ask(RECORD)) if pair == (prompt, "London"))
-    ids, target = prompt_and_target(model, prompt, "London")
-    begin, end = tokens(model, find(prompt, RECORD.subject)).subject
+    noise = subject_noise(model, RECORD, NoiseLevel(1.0), 1)
+    found = run_to_completion(score_under_noise(model, RECORD, noise))
+    at = next(i for i, pair in enumerate(scoring_pairs(RECORD)) if pair == (prompt, "London"))
+    ids, target = tokenize_prompt_and_target(model, prompt, "London")
+    begin, end = tokenize_statement(model, locate_subject(prompt, RECORD.subject)).subject
     size = min(end - begin, len(noise))
 
     def disturb(embedded: torch.Tensor) -> torch.Tensor:
@@ -80,12 +88,21 @@ def test_the_scores_are_those_of_a_pass_with_noise_on_the_subject(prompt: str) -
 def test_other_subjects_are_not_noised() -> None:
     """A paraphrase that does not name the subject, and neighbours, are asked as they are; nothing stays behind."""
     model = tiny()
-    plain = finish(score_steps(model, ask(RECORD)))
-    found = finish(noised_score_steps(model, RECORD, noise_of(model, RECORD, Level(2.0), 1)))
+    plain = run_to_completion(score_targets(model, scoring_pairs(RECORD)))
+    found = run_to_completion(
+        score_under_noise(model, RECORD, subject_noise(model, RECORD, NoiseLevel(2.0), 1))
+    )
     same = [s.log_p == pytest.approx(p.log_p, abs=1e-5) for s, p in zip(found, plain, strict=True)]
     assert same == [False] * 4 + [True] * 4
     with capture({0: model.embedding}) as seen:
-        finish(score_steps(model, [("Big Ben", "Rome")]))
+        run_to_completion(score_targets(model, [("Big Ben", "Rome")]))
     again = replace(RECORD, paraphrases=(), neighbours=())
-    assert len(finish(noised_score_steps(model, again, noise_of(model, again, Level(2.0), 1)))) == 2
+    assert (
+        len(
+            run_to_completion(
+                score_under_noise(model, again, subject_noise(model, again, NoiseLevel(2.0), 1))
+            )
+        )
+        == 2
+    )
     assert torch.equal(seen[0][0, 0], model.embedding.weight[model.encode("Big Ben")[0][0]])  # type: ignore[index]

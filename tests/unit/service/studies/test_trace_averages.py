@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from service.errors import InvalidInput
-from service.studies.trace_averages import ROWS, average, places
+from service.studies.trace_averages import TOKEN_ROWS, average_traces, token_positions
 
-FIRST, MIDDLE, LAST_SUBJECT, NEXT, FURTHER, LAST = ROWS
+FIRST, MIDDLE, LAST_SUBJECT, NEXT, FURTHER, LAST = TOKEN_ROWS
 
 
 def trace(subject: tuple[int, int], scores: list[list[float]], low: float = 0.1, high: float = 0.9) -> Any:
@@ -35,18 +35,16 @@ def trace(subject: tuple[int, int], scores: list[list[float]], low: float = 0.1,
         ((1, 3), 3, [[1], [], [2], [], [], [2]]),  # the subject ends the prompt
     ],
 )
-def test_what_a_token_is_to_its_prompt(
-    subject: tuple[int, int], length: int, expected: list[list[int]]
-) -> None:
+def test_token_positions(subject: tuple[int, int], length: int, expected: list[list[int]]) -> None:
     """The rows of the paper's figure, by hand."""
-    assert [list(r) for r in places(subject, length).values()] == expected
+    assert [list(r) for r in token_positions(subject, length).values()] == expected
 
 
 def test_averages_by_hand() -> None:
     """Two prompts, two layers. Middle tokens are pooled by token, and each prompt is measured from its own low."""
     one = trace((0, 4), [[0.2, 0.1], [0.3, 0.1], [0.5, 0.1], [0.7, 0.3], [0.1, 0.9]], low=0.1)
     two = trace((0, 3), [[0.3, 0.2], [0.8, 0.2], [0.4, 0.2], [0.2, 0.6]], low=0.2, high=0.6)
-    study = average([one, two], rounds=50)
+    study = average_traces([one, two], rounds=50)
     assert study["total_effect"]["mean"] == pytest.approx((0.8 + 0.4) / 2)
     rows = study["kinds"]["mlp"]
     assert rows[MIDDLE]["mean"] == pytest.approx([(0.2 + 0.4 + 0.6) / 3, 0.0])
@@ -65,10 +63,10 @@ def test_averages_by_hand() -> None:
     }
 
 
-def test_what_a_cut_loses_is_paired() -> None:
+def test_severed_losses_are_paired() -> None:
     """Two prompts whose MLP path carries half of very different effects: the loss is the mean of the prompts' own."""
-    some = [trace((0, 1), [[0.1 + e], [0.1]]) for e in (0.6, 0.2)]
-    found = average(some, rounds=200)["severed"]
+    traces = [trace((0, 1), [[0.1 + e], [0.1]]) for e in (0.6, 0.2)]
+    found = average_traces(traces, rounds=200)["severed"]
     assert found["paths"]["none"]["mean"] == pytest.approx([0.4])
     assert found["lost"]["mlp"]["mean"] == pytest.approx([0.2])
     assert (found["lost"]["mlp"]["low"], found["lost"]["mlp"]["high"]) == (
@@ -79,7 +77,7 @@ def test_what_a_cut_loses_is_paired() -> None:
 
 def test_one_prompt_has_no_interval() -> None:
     """A single trace is averaged without pretence."""
-    rows = average([trace((0, 2), [[0.2], [0.4], [0.3]])])["kinds"]["mlp"]
+    rows = average_traces([trace((0, 2), [[0.2], [0.4], [0.3]])])["kinds"]["mlp"]
     assert rows[FIRST]["mean"] == pytest.approx([0.1]) and rows[FIRST]["low"] is None
     assert rows[FIRST]["peak"]["layers"] is None
 
@@ -87,4 +85,4 @@ def test_one_prompt_has_no_interval() -> None:
 def test_nothing_known_is_refused() -> None:
     """Without a trace there is no average, and the user is told why."""
     with pytest.raises(InvalidInput, match="none of the facts"):
-        average([])
+        average_traces([])

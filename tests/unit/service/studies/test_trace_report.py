@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from service.kit import plotting
-from service.kit.plotting import SVG
+from service.kit.plotting import SVG_NAMESPACE
 from service.studies import trace_report
-from service.studies.trace_averages import ROWS, average
+from service.studies.trace_averages import TOKEN_ROWS, average_traces
 
 
 def study(facts: int = 3, layers: int = 4, severed: bool = True, kinds: str = "hidden mlp attn") -> Any:
@@ -38,19 +38,19 @@ def study(facts: int = 3, layers: int = 4, severed: bool = True, kinds: str = "h
         "window": 2,
         "samples": 4,
         "seed": 1,
-        **average(traces, rounds=50),
+        **average_traces(traces, rounds=50),
     }
 
 
 def texts(drawn: str) -> str:
-    return " ".join(e.text or "" for e in ElementTree.fromstring(drawn).iter(f"{{{SVG}}}text"))
+    return " ".join(e.text or "" for e in ElementTree.fromstring(drawn).iter(f"{{{SVG_NAMESPACE}}}text"))
 
 
 def test_the_figures_say_what_they_show() -> None:
     """Every row, every kind and every cut path is named, and the conditions stand above."""
-    drawn = {n: texts(plotting.svg(d, "t")) for n, d in trace_report.figures(study()).items()}
+    drawn = {n: texts(plotting.render_svg(d, "t")) for n, d in trace_report.figures(study()).items()}
     assert sorted(drawn) == ["lines", "maps", "severed"]
-    assert all(row in drawn["maps"] for row in ROWS)
+    assert all(row in drawn["maps"] for row in TOKEN_ROWS)
     assert all(f"Impact of restoring {what}" in drawn["maps"] for what in ("state", "MLP", "attention"))
     assert all(path in drawn["severed"] for path in ("with MLP severed", "with attention severed"))
     assert all("ATE 0.850" in said for said in drawn.values())
@@ -63,8 +63,8 @@ def test_any_study_can_be_drawn(shape: Any) -> None:
     """One fact without intervals, one layer, many layers, no severed paths."""
     made = study(**shape)
     for draw in trace_report.figures(made).values():
-        assert plotting.png(draw, 40).startswith(b"\x89PNG")
-    assert len(trace_report.rows(made)) == len(made["kinds"]) * len(ROWS)
+        assert plotting.render_png(draw, 40).startswith(b"\x89PNG")
+    assert len(trace_report.table_rows(made)) == len(made["kinds"]) * len(TOKEN_ROWS)
     assert "NaN" not in trace_report.page(made)
 
 
@@ -74,8 +74,8 @@ def test_words_and_table_have_the_figures() -> None:
     words = " ".join(trace_report.sentences(made))
     assert "5 facts were asked and 3 traced" in words and "2 not known to the model" in words
     assert "average total effect is 0.850" in words
-    row = next(r for r in trace_report.rows(made) if r[:2] == ("MLP", "last subject token"))
+    row = next(r for r in trace_report.table_rows(made) if r[:2] == ("MLP", "last subject token"))
     peak = made["kinds"]["mlp"]["last subject token"]["peak"]
     assert row[2:5] == (3, 3, peak["mean"]) and row[6] == peak["layer"]
-    said = trace_report.page(made)
-    assert said.count("<svg") == 3 and "tiny &lt;b&gt;" in said and "<b>" not in said
+    html_text = trace_report.page(made)
+    assert html_text.count("<svg") == 3 and "tiny &lt;b&gt;" in html_text and "<b>" not in html_text

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.image import imread
 
-from service.kit.plotting import SVG
+from service.kit.plotting import SVG_NAMESPACE
 from service.tracing import heatmap
 
-ODD = [
+UNUSUAL_TOKENS = [
     *(
         "<s>",
         " $\\alpha_1$",
@@ -30,7 +30,9 @@ ODD = [
 ]
 
 
-def traced(tokens: list[str], layers: int = 6, severed: bool = True, kinds: str = "hidden mlp attn") -> Any:
+def trace_json(
+    tokens: list[str], layers: int = 6, severed: bool = True, kinds: str = "hidden mlp attn"
+) -> Any:
     rows = [[0.1 + 0.01 * t + 0.02 * m for m in range(layers)] for t in range(len(tokens))]
     kind = {"scores": rows, "best": {"token": len(tokens) - 1, "layer": layers - 1, "score": rows[-1][-1]}}
     return {
@@ -51,31 +53,31 @@ def traced(tokens: list[str], layers: int = 6, severed: bool = True, kinds: str 
     }
 
 
-PLAIN = traced(["The", " Eiffel", " Tower", " is", " in"])
+PLAIN = trace_json(["The", " Eiffel", " Tower", " is", " in"])
 
 
-def texts(drawing: str) -> list[str]:
+def svg_texts(drawing: str) -> list[str]:
     root = ElementTree.fromstring(drawing)
-    return [element.text or "" for element in root.iter(f"{{{SVG}}}text")]
+    return [element.text or "" for element in root.iter(f"{{{SVG_NAMESPACE}}}text")]
 
 
 def test_corrupted_tokens_have_asterisks() -> None:
     """The subject's tokens carry an asterisk and no others do."""
-    said = texts(heatmap.svg(PLAIN))
-    assert {"The", "Eiffel*", "Tower*", "is", "in"} <= set(said)
+    labels = svg_texts(heatmap.trace_svg(PLAIN))
+    assert {"The", "Eiffel*", "Tower*", "is", "in"} <= set(labels)
 
 
-def test_the_words_of_the_figure() -> None:
+def test_figure_titles_and_axes() -> None:
     """Three maps, each with its title, its axis and its scale of p(answer)."""
-    said = texts(heatmap.svg(PLAIN))
-    assert said.count("p(in)") == 3
-    assert {f"Impact of restoring {what}" for what in ("state", "MLP", "attention")} <= set(said)
-    assert "centre of the interval of 10 restored MLP layers" in said
+    labels = svg_texts(heatmap.trace_svg(PLAIN))
+    assert labels.count("p(in)") == 3
+    assert {f"Impact of restoring {what}" for what in ("state", "MLP", "attention")} <= set(labels)
+    assert "centre of the interval of 10 restored MLP layers" in labels
 
 
 def test_any_token_is_drawn_as_it_is() -> None:
     """Dollar signs, underscores, markup and any script reach the reader unread; controls become codes."""
-    said = texts(heatmap.svg(traced(ODD)))
+    labels = svg_texts(heatmap.trace_svg(trace_json(UNUSUAL_TOKENS)))
     for label in (
         "$\\alpha_1$*",
         "東京 (1/2)",
@@ -88,15 +90,17 @@ def test_any_token_is_drawn_as_it_is() -> None:
         "↵",
         "␣␣",
     ):
-        assert label in said
-    assert "U+202EU+0007" in said
-    assert "long" * 20 not in said
+        assert label in labels
+    assert "U+202EU+0007" in labels
+    assert "long" * 20 not in labels
 
 
-@pytest.mark.parametrize("trace", [PLAIN, traced(ODD), traced(["a", "b", "c"], severed=False, kinds="mlp")])
+@pytest.mark.parametrize(
+    "trace", [PLAIN, trace_json(UNUSUAL_TOKENS), trace_json(["a", "b", "c"], severed=False, kinds="mlp")]
+)
 def test_png(trace: Any) -> None:
     """The PNG is a picture on white, and no glyph is missed: a warning would be an error here."""
-    image = imread(io.BytesIO(heatmap.png(trace)))
+    image = imread(io.BytesIO(heatmap.trace_png(trace)))
     assert image.shape[0] > 300 and image.shape[1] > 600
     assert (image[0, 0, :3] == 1).all()
     assert image.min() < 0.3
@@ -104,8 +108,8 @@ def test_png(trace: Any) -> None:
 
 def test_colours() -> None:
     """The maps are purple, green and red, in this order from left to right."""
-    trace = traced(["a", "b", "c"], severed=False)
-    image = imread(io.BytesIO(heatmap.png(trace)))[..., :3]
+    trace = trace_json(["a", "b", "c"], severed=False)
+    image = imread(io.BytesIO(heatmap.trace_png(trace)))[..., :3]
     width = image.shape[1] // 3
     strongest = []
     for i in range(3):
@@ -117,13 +121,13 @@ def test_colours() -> None:
 
 def test_the_same_trace_gives_the_same_picture() -> None:
     """SVG and PNG depend on the trace alone."""
-    assert heatmap.svg(PLAIN) == heatmap.svg(PLAIN)
-    assert heatmap.png(PLAIN) == heatmap.png(PLAIN)
+    assert heatmap.trace_svg(PLAIN) == heatmap.trace_svg(PLAIN)
+    assert heatmap.trace_png(PLAIN) == heatmap.trace_png(PLAIN)
 
 
 def test_no_effect_at_all() -> None:
     """A trace without noise, where all is equal, is drawn too."""
-    flat = traced(["a", "b", "c"])
+    flat = trace_json(["a", "b", "c"])
     flat["kinds"] = {"hidden": {"scores": [[0.5] * 6] * 3, "best": {"token": 0, "layer": 0, "score": 0.5}}}
     flat |= {
         "low": 0.5,
@@ -131,23 +135,25 @@ def test_no_effect_at_all() -> None:
         "total_effect": 0.0,
         "noise": {"level": 0.0, "factor": None, "sigma": None},
     }
-    ElementTree.fromstring(heatmap.svg(flat))
-    assert "–" in heatmap.page(flat)
+    ElementTree.fromstring(heatmap.trace_svg(flat))
+    assert "–" in heatmap.trace_page(flat)
 
 
 def test_large_traces_stay_within_reason() -> None:
     """A long text of a deep model gives a picture of bounded size."""
-    image = imread(io.BytesIO(heatmap.png(traced([" x"] * 400, 48, kinds="mlp", severed=False), dpi=40)))
+    image = imread(
+        io.BytesIO(heatmap.trace_png(trace_json([" x"] * 400, 48, kinds="mlp", severed=False), dpi=40))
+    )
     assert image.shape[0] < 2000
 
 
 def test_the_page() -> None:
     """The page is whole in itself, says the figures in words, and nothing in a token is markup to it."""
-    said = heatmap.page(traced(ODD))
-    assert said.startswith("<!doctype html>")
-    assert "<script" not in said and "http-equiv" not in said and "src=" not in said
-    assert "0.900" in said and "0.050" in said and "total effect" in said
-    assert "&lt;script&gt;" in said and "<svg" in said and "<?xml" not in said
+    html = heatmap.trace_page(trace_json(UNUSUAL_TOKENS))
+    assert html.startswith("<!doctype html>")
+    assert "<script" not in html and "http-equiv" not in html and "src=" not in html
+    assert "0.900" in html and "0.050" in html and "total effect" in html
+    assert "&lt;script&gt;" in html and "<svg" in html and "<?xml" not in html
 
 
 def test_neither_torch_nor_global_state() -> None:

@@ -10,37 +10,37 @@ import pytest
 import torch
 
 from service.errors import InvalidInput
-from service.tracing.noise import corrupt, draw, embedding_deviation, level
+from service.tracing.noise import corrupt, draw_noise, embedding_deviation, parse_noise_level
 from tests.support.tiny_models import tiny
 
 
 @pytest.mark.parametrize("said", ["3sigma", "3 sigma", "3σ", "3s", "s3", " 3.0sigma "])
-def test_multiples_of_sigma(said: str) -> None:
+def test_multiples_of_sigma(noise: str) -> None:
     """Every way of writing three sigma is three times the embeddings' deviation."""
     model = tiny()
-    found = level(model, said, ["Eiffel Tower"])
-    assert found.factor == 3
-    assert found.value == pytest.approx(3 * embedding_deviation(model, ["Eiffel Tower"]))
+    parsed = parse_noise_level(model, noise, ["Eiffel Tower"])
+    assert parsed.factor == 3
+    assert parsed.value == pytest.approx(3 * embedding_deviation(model, ["Eiffel Tower"]))
 
 
 @pytest.mark.parametrize("said", [0.1, "0.1", ".1"])
-def test_a_number_is_the_level(said: float | str) -> None:
+def test_a_number_is_the_level(noise: float | str) -> None:
     """A number, quoted or not, is taken as it is."""
-    assert level(tiny(), said).value == 0.1
+    assert parse_noise_level(tiny(), noise).value == 0.1
 
 
 def test_whole_numbers_and_nothing_are_levels() -> None:
     """1 and 0 are levels like any other."""
-    assert level(tiny(), 1).value == 1 and level(tiny(), 0).value == 0
+    assert parse_noise_level(tiny(), 1).value == 1 and parse_noise_level(tiny(), 0).value == 0
 
 
 @pytest.mark.parametrize(
     "said", ["", "sigma", "s", "-1", "nan", "inf", "3sigmas", "3 %", "1e3", math.nan, math.inf, -0.1]
 )
-def test_bad_noise(said: Any) -> None:
+def test_bad_noise(noise: Any) -> None:
     """What is neither a number from zero up nor a multiple of sigma is refused with a hint."""
     with pytest.raises(InvalidInput, match="noise"):
-        level(tiny(), said)
+        parse_noise_level(tiny(), noise)
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -61,20 +61,20 @@ def test_deviation_without_subjects() -> None:
 @pytest.mark.parametrize("compat", [None, "meng2022"])
 def test_samples_come_one_after_another(compat: str | None) -> None:
     """The first samples are the same however many are drawn after them."""
-    assert torch.equal(draw(3, 2, 5, 1, compat), draw(7, 2, 5, 1, compat)[:3])
+    assert torch.equal(draw_noise(3, 2, 5, 1, compat), draw_noise(7, 2, 5, 1, compat)[:3])
 
 
 def test_seeds_differ() -> None:
     """The same seed gives the same noise and another seed another."""
-    assert torch.equal(draw(2, 3, 4, 7), draw(2, 3, 4, 7))
-    assert not torch.equal(draw(2, 3, 4, 7), draw(2, 3, 4, 8))
+    assert torch.equal(draw_noise(2, 3, 4, 7), draw_noise(2, 3, 4, 7))
+    assert not torch.equal(draw_noise(2, 3, 4, 7), draw_noise(2, 3, 4, 8))
 
 
 def test_the_reference_stream() -> None:
     """With compat the noise is numpy's RandomState(1).randn in fp64, as in the reference code."""
     expected = np.random.RandomState(1).randn(4, 2, 16)
-    assert draw(4, 2, 16, 1, "meng2022").dtype == torch.float64
-    assert np.array_equal(draw(4, 2, 16, 1, "meng2022").numpy(), expected)
+    assert draw_noise(4, 2, 16, 1, "meng2022").dtype == torch.float64
+    assert np.array_equal(draw_noise(4, 2, 16, 1, "meng2022").numpy(), expected)
 
 
 def test_only_the_subject_is_corrupted() -> None:

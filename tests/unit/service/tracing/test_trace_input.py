@@ -8,69 +8,71 @@ import pytest
 import torch
 
 from service.errors import InvalidInput
-from service.kit.text import Statement, fill, find
+from service.kit.text import Statement, fill_prompt, locate_subject
 from service.models.loading import LoadedModel
-from service.tracing.trace_input import Question, ask
+from service.tracing.trace_input import TraceInput, build_trace_input
 from tests.support.tiny_models import tiny
 
 
-def question(model: LoadedModel, statement: Statement, target: str | None = None, **changes: Any) -> Question:
-    asked: dict[str, Any] = {"samples": 2, "noise": 0.1, "seed": 1, "compat": None, "subjects": ()}
-    return ask(model, statement, target, **(asked | changes))
+def make_input(
+    model: LoadedModel, statement: Statement, target: str | None = None, **changes: Any
+) -> TraceInput:
+    defaults: dict[str, Any] = {"samples": 2, "noise": 0.1, "seed": 1, "compat": None, "subjects": ()}
+    return build_trace_input(model, statement, target, **(defaults | changes))
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_subject_is_found_in_the_whole_text(bos: bool) -> None:
     """The subject's range counts a special first token once, wherever the subject stands."""
     for text in ("The Eiffel Tower is in", "Eiffel Tower is in", "(Eiffel Tower) is in"):
-        q = question(tiny(bos=bos), find(text, "Eiffel Tower"))
-        b, e = q.subject
-        assert "".join(q.tokens[b:e]).strip(" ()") == "Eiffel Tower"
-        assert q.noise.shape[:2] == (2, e - b)
+        trace_input = make_input(tiny(bos=bos), locate_subject(text, "Eiffel Tower"))
+        b, e = trace_input.subject
+        assert "".join(trace_input.tokens[b:e]).strip(" ()") == "Eiffel Tower"
+        assert trace_input.noise.shape[:2] == (2, e - b)
 
 
 def test_the_last_mention_is_corrupted() -> None:
     """Of several mentions it is the last that counts."""
-    q = question(tiny(), find("Rome, said Rome. Rome is in", "Rome"))
-    assert "".join(q.tokens[: q.subject[0]]).strip() == "Rome, said Rome."
+    trace_input = make_input(tiny(), locate_subject("Rome, said Rome. Rome is in", "Rome"))
+    assert "".join(trace_input.tokens[: trace_input.subject[0]]).strip() == "Rome, said Rome."
 
 
-def test_a_template_says_which_mention() -> None:
+def test_template_selects_the_mention() -> None:
     """A prompt with a slot names the mention itself."""
-    q = question(tiny(), fill("{} is not Rome but in", "Rome"))
-    assert q.subject[0] == 0
+    trace_input = make_input(tiny(), fill_prompt("{} is not Rome but in", "Rome"))
+    assert trace_input.subject[0] == 0
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_answer_follows_the_prompt(bos: bool) -> None:
     """Prompt and answer are one tokenisation: all tokens but the answer's last are read, none is decoded again."""
     model = tiny(bos=bos)
-    q = question(model, find("Big Ben is in", "Big Ben"), "São Paulo")
+    trace_input = make_input(model, locate_subject("Big Ben is in", "Big Ben"), "São Paulo")
     whole = model.encode("Big Ben is in São Paulo")[0]
-    assert len(q.answer_ids) > 1
-    assert [*q.ids, q.answer_ids[-1]] == whole
-    assert list(q.ids[: q.length]) == whole[: q.length]
-    assert q.answer == " São Paulo"
+    assert len(trace_input.answer_ids) > 1
+    assert [*trace_input.ids, trace_input.answer_ids[-1]] == whole
+    assert list(trace_input.ids[: trace_input.prompt_length]) == whole[: trace_input.prompt_length]
+    assert trace_input.answer == " São Paulo"
 
 
-def test_the_own_next_token() -> None:
+def test_default_answer_is_the_greedy_token() -> None:
     """Without a target the answer is the model's greedy next token."""
     model = tiny()
-    q = question(model, find("Big Ben is in", "Big Ben"))
-    logits = model.model(torch.tensor([q.ids])).logits
-    assert q.answer_ids == (logits[0, -1].argmax().item(),)
+    trace_input = make_input(model, locate_subject("Big Ben is in", "Big Ben"))
+    logits = model.model(torch.tensor([trace_input.ids])).logits
+    assert trace_input.answer_ids == (logits[0, -1].argmax().item(),)
 
 
 def test_tokens_read_as_the_text() -> None:
     """Put together, the tokens of a text of one-byte characters are the text."""
-    q = question(tiny(), find("The  Eiffel\nTower is in", "Tower"))
-    assert "".join(q.tokens) == "The  Eiffel\nTower is in"
+    trace_input = make_input(tiny(), locate_subject("The  Eiffel\nTower is in", "Tower"))
+    assert "".join(trace_input.tokens) == "The  Eiffel\nTower is in"
 
 
 def test_characters_of_several_tokens() -> None:
     """A character that several tokens share is shown by each of them whole, with a count, never as broken bytes."""
-    q = question(tiny(), find("In 東京 is", "東京"))
-    assert q.tokens == (
+    trace_input = make_input(tiny(), locate_subject("In 東京 is", "東京"))
+    assert trace_input.tokens == (
         "In",
         " ",
         "東 (1/3)",
@@ -81,25 +83,27 @@ def test_characters_of_several_tokens() -> None:
         "京 (3/3)",
         " is",
     )
-    assert q.subject == (2, 8)
+    assert trace_input.subject == (2, 8)
 
 
 def test_special_tokens_have_names() -> None:
     """A token that stands for no text is shown by its name."""
-    assert question(tiny(bos=True), find("Rome is in", "Rome")).tokens[0] == "<|endoftext|>"
+    assert make_input(tiny(bos=True), locate_subject("Rome is in", "Rome")).tokens[0] == "<|endoftext|>"
 
 
 def test_too_long() -> None:
     """A text longer than the model's positions is refused before anything runs."""
     with pytest.raises(InvalidInput, match="positions"):
-        question(tiny(positions=8), find("The Eiffel Tower is located in the city of", "Eiffel Tower"))
+        make_input(
+            tiny(positions=8), locate_subject("The Eiffel Tower is located in the city of", "Eiffel Tower")
+        )
 
 
 def test_joint_probability() -> None:
     """The probability of an answer is the product over its tokens."""
-    q = question(tiny(), find("Rome is in", "Rome"), " in the")
-    n = len(q.answer_ids)
+    trace_input = make_input(tiny(), locate_subject("Rome is in", "Rome"), " in the")
+    n = len(trace_input.answer_ids)
     logits = torch.randn(4, n, 320)
     p = logits.softmax(-1)
-    product = torch.stack([p[:, j, t] for j, t in enumerate(q.answer_ids)]).prod(0)
-    assert torch.allclose(q.joint(logits), product)
+    product = torch.stack([p[:, j, t] for j, t in enumerate(trace_input.answer_ids)]).prod(0)
+    assert torch.allclose(trace_input.answer_probability(logits), product)

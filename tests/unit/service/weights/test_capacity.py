@@ -6,10 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.kit.steps import finish
-from service.models.loading import Site
-from service.weights.capacity import average_room, average_rooms, room, rooms_steps
-from service.weights.composition import Addend, Association, Form, Piece
+from service.kit.steps import run_to_completion
+from service.models.loading import WeightRef
+from service.weights.capacity import (
+    average_capacities,
+    average_capacity,
+    measure_capacities,
+    remaining_capacity,
+)
+from service.weights.composition import Association, DenseUpdate, EditUpdate, SolveMode
 
 D, N = 12, 5
 
@@ -24,76 +29,89 @@ def keys(n: int = N, seed: int = 1) -> Tensor:
     return torch.randn(n, D, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def at(key: Tensor, c: Tensor, subject: str, form: str = "joint", layer: int = 0) -> Association:
-    return Association(subject, subject, layer, key, torch.linalg.solve(c, key), torch.ones(3), Form(form))
+def association_at(key: Tensor, c: Tensor, subject: str, form: str = "joint", layer: int = 0) -> Association:
+    return Association(
+        subject, subject, layer, key, torch.linalg.solve(c, key), torch.ones(3), SolveMode(form)
+    )
 
 
-def rooms(mine: list[Piece], others: list[Piece]) -> dict[int, float]:
-    (found,) = finish(rooms_steps([mine], others))
-    return found
+def capacities_of(new_updates: list[EditUpdate], others: list[EditUpdate]) -> dict[int, float]:
+    (capacities,) = run_to_completion(measure_capacities([new_updates], others))
+    return capacities
 
 
-def by_projection(c: Tensor, there: Tensor, key: Tensor) -> float:
+def capacity_by_projection(c: Tensor, active_keys: Tensor, key: Tensor) -> float:
     """1 - |projection|^2 / |k|^2 in the metric C^-1: the keys whitened by C = L L^T, then plain least squares."""
     lower = torch.linalg.cholesky(c)
-    white = torch.linalg.solve_triangular(lower, torch.stack([*there, key], 1), upper=False)
+    white = torch.linalg.solve_triangular(lower, torch.stack([*active_keys, key], 1), upper=False)
     basis, target = white[:, :-1], white[:, -1]
     projected = basis @ torch.linalg.lstsq(basis, target[:, None]).solution[:, 0]
     return 1 - float(projected @ projected / (target @ target))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_room_is_what_a_projection_leaves(seed: int) -> None:
+def test_capacity_equals_projection_residual(seed: int) -> None:
     """Without a ridge, spoken for is the C^-1-orthogonal projection's share of the key."""
-    c, there, key = moment(seed), keys(seed=seed + 10), keys(1, seed + 20)[0]
-    directions = torch.linalg.solve(c, there.T).T
-    left = room(there @ directions.T, directions @ key, float(key @ torch.linalg.solve(c, key)), ridge=0.0)
-    assert left == pytest.approx(by_projection(c, there, key), abs=1e-9)
-    found = rooms([at(key, c, "new")], [at(k, c, str(i)) for i, k in enumerate(there)])
-    assert found[0] == pytest.approx(left, abs=2e-2) and 0 <= found[0] <= 1
+    c, active_keys, key = moment(seed), keys(seed=seed + 10), keys(1, seed + 20)[0]
+    directions = torch.linalg.solve(c, active_keys.T).T
+    capacity = remaining_capacity(
+        active_keys @ directions.T, directions @ key, float(key @ torch.linalg.solve(c, key)), ridge=0.0
+    )
+    assert capacity == pytest.approx(capacity_by_projection(c, active_keys, key), abs=1e-9)
+    capacities = capacities_of(
+        [association_at(key, c, "new")], [association_at(k, c, str(i)) for i, k in enumerate(active_keys)]
+    )
+    assert capacities[0] == pytest.approx(capacity, abs=2e-2) and 0 <= capacities[0] <= 1
 
 
-def test_the_ends() -> None:
+def test_capacity_limits() -> None:
     """Alone, all of a key is free; a sum of others' keys is spoken for; one that C^-1 sees at right angles is free."""
-    c, there = moment(), keys(2)
-    others = [at(k, c, str(i)) for i, k in enumerate(there)]
-    assert rooms([at(there[0], c, "new")], []) == {0: 1.0}
-    assert rooms([at(there[0] - 2 * there[1], c, "new")], others)[0] < 1e-2
-    directions = torch.linalg.solve(c, there.T).T
+    c, active_keys = moment(), keys(2)
+    others = [association_at(k, c, str(i)) for i, k in enumerate(active_keys)]
+    assert capacities_of([association_at(active_keys[0], c, "new")], []) == {0: 1.0}
+    assert capacities_of([association_at(active_keys[0] - 2 * active_keys[1], c, "new")], others)[0] < 1e-2
+    directions = torch.linalg.solve(c, active_keys.T).T
     free = torch.linalg.svd(directions).Vh[-1]
-    assert rooms([at(free, c, "new")], others)[0] == pytest.approx(1.0, abs=1e-9)
+    assert capacities_of([association_at(free, c, "new")], others)[0] == pytest.approx(1.0, abs=1e-9)
 
 
-def test_who_counts() -> None:
+def test_which_updates_occupy_capacity() -> None:
     """Edits of the same subject, of other layers and of another metric, and changes of whole weights, leave all of the room."""
     c, key = moment(), keys(1)[0]
-    beside = [
-        at(key, c, "new"),
-        at(key, c, "a", layer=1),
-        at(key, c, "b", "alphaedit"),
-        Addend("c", "c", Site(0), torch.zeros(3, D)),
+    active_updates = [
+        association_at(key, c, "new"),
+        association_at(key, c, "a", layer=1),
+        association_at(key, c, "b", "alphaedit"),
+        DenseUpdate("c", "c", WeightRef(0), torch.zeros(3, D)),
     ]
-    assert rooms([at(key, c, "new")], beside) == {0: 1.0}
-    assert rooms([Addend("c", "c", Site(0), torch.zeros(3, D))], beside) == {}
-    assert rooms([at(key, c, "new", "memit")], [*beside, at(key, c, "d")])[0] < 1e-2
+    assert capacities_of([association_at(key, c, "new")], active_updates) == {0: 1.0}
+    assert capacities_of([DenseUpdate("c", "c", WeightRef(0), torch.zeros(3, D))], active_updates) == {}
+    assert (
+        capacities_of(
+            [association_at(key, c, "new", "memit")], [*active_updates, association_at(key, c, "d")]
+        )[0]
+        < 1e-2
+    )
 
 
-def test_of_an_average_key() -> None:
+def test_average_capacity_of_n_keys() -> None:
     """Of keys drawn from the statistics, n different keys take n / D on average: the mean over many draws, weighted by length."""
-    c, there = moment(), keys(3)
-    directions = torch.linalg.solve(c, there.T).T
-    gram = there @ directions.T
-    assert average_room(gram, D, ridge=0.0) == pytest.approx(1 - 3 / D)
-    drawn = keys(20_000, 7) @ torch.linalg.cholesky(c).T
-    own = (drawn * torch.linalg.solve(c, drawn.T).T).sum(1)
-    spoken = ((drawn @ directions.T) @ gram.inverse() * (drawn @ directions.T)).sum(1)
-    assert float(1 - spoken.sum() / own.sum()) == pytest.approx(1 - 3 / D, abs=5e-3)
+    c, active_keys = moment(), keys(3)
+    directions = torch.linalg.solve(c, active_keys.T).T
+    gram = active_keys @ directions.T
+    assert average_capacity(gram, D, ridge=0.0) == pytest.approx(1 - 3 / D)
+    samples = keys(20_000, 7) @ torch.linalg.cholesky(c).T
+    own = (samples * torch.linalg.solve(c, samples.T).T).sum(1)
+    occupied = ((samples @ directions.T) @ gram.inverse() * (samples @ directions.T)).sum(1)
+    assert float(1 - occupied.sum() / own.sum()) == pytest.approx(1 - 3 / D, abs=5e-3)
 
 
-def test_equal_keys_are_one() -> None:
+def test_equal_keys_occupy_capacity_once() -> None:
     """A key that is there twice takes the room of one, nearly."""
-    c, there = moment(), keys(2)
-    twice = [at(k, c, str(i)) for i, k in enumerate([*there, *there])]
-    assert average_rooms(twice)[0] == pytest.approx(1 - 2 / D, abs=1e-3)
-    assert average_rooms([*twice, at(there[0], c, "x", "alphaedit")])[0] == pytest.approx(1 - 2 / D, abs=1e-3)
-    assert average_rooms([]) == {}
+    c, active_keys = moment(), keys(2)
+    twice = [association_at(k, c, str(i)) for i, k in enumerate([*active_keys, *active_keys])]
+    assert average_capacities(twice)[0] == pytest.approx(1 - 2 / D, abs=1e-3)
+    assert average_capacities([*twice, association_at(active_keys[0], c, "x", "alphaedit")])[
+        0
+    ] == pytest.approx(1 - 2 / D, abs=1e-3)
+    assert average_capacities([]) == {}

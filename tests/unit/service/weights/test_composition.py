@@ -10,21 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.models.loading import Site
+from service.models.loading import WeightRef
 from service.weights.composition import (
     CUT,
     JOINT,
-    Addend,
     Association,
-    Form,
+    DenseUpdate,
+    EditUpdate,
     LowRank,
-    Piece,
+    SolveMode,
+    apply_delta,
     compose,
     compose_layer,
+    deserialize_updates,
     norm_ratio,
-    pack,
-    rebuild,
-    unpack,
+    serialize_updates,
 )
 
 D, d = 12, 5
@@ -41,7 +41,7 @@ def association(
     return Association(f"edit_{i:03}", subject or f"s{i}", layer, k, direction, torch.randn(d, generator=g))
 
 
-def oracle(associations: list[Association], ridge: float = JOINT.ridge) -> torch.Tensor:
+def composition_oracle(associations: list[Association], ridge: float = JOINT.ridge) -> torch.Tensor:
     """The formula of the design, entry by entry, with its inverse written out."""
     a = sorted(associations, key=lambda x: x.edit)
     n = len(a)
@@ -101,7 +101,7 @@ def test_a_c_orthogonal_key_is_not_touched() -> None:
 def test_the_joint_form_equals_its_definition(subjects: list[int], seed: int) -> None:
     """For any set of edits over any subjects, the solved form equals the formula written out entry by entry."""
     chosen = [association(seed * 10 + i, f"s{s}") for i, s in enumerate(subjects)]
-    expected = oracle(chosen)
+    expected = composition_oracle(chosen)
     torch.testing.assert_close(
         compose_layer(chosen).dense(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())
     )
@@ -114,8 +114,8 @@ def test_order_never_matters(n: int, seed: int) -> None:
     chosen = [association(i, f"s{i // 2}") for i in range(n)]
     shuffled = random.Random(seed).sample(chosen, n)
     base = torch.randn(d, D, generator=torch.Generator().manual_seed(5))
-    one = rebuild(base, compose_layer(chosen), conv1d=False)
-    assert torch.equal(one, rebuild(base, compose_layer(shuffled), conv1d=False))
+    one = apply_delta(base, compose_layer(chosen), conv1d=False)
+    assert torch.equal(one, apply_delta(base, compose_layer(shuffled), conv1d=False))
 
 
 def test_edits_of_one_subject_add_up() -> None:
@@ -132,7 +132,7 @@ def test_edits_of_one_subject_add_up() -> None:
 def test_edits_of_different_subjects_are_isolated() -> None:
     """With edits of different subjects, each key gets its own change and none of the others' (up to the ridge)."""
     chosen = [association(i) for i in range(20, 25)]
-    change = compose_layer(chosen, Form(ridge=1e-12)).dense()
+    change = compose_layer(chosen, SolveMode(ridge=1e-12)).dense()
     for a in chosen:
         torch.testing.assert_close(change @ a.key.double(), a.value.double(), rtol=1e-4, atol=1e-4)
 
@@ -141,7 +141,7 @@ def test_isolation_outlives_the_statistics() -> None:
     """Directions found with other statistics than their neighbours' are isolated all the same."""
     chosen = [association(i) for i in range(20, 25)]
     chosen[1:3] = [replace(a, direction=a.key * torch.linspace(1, 2, D)) for a in chosen[1:3]]
-    change = compose_layer(chosen, Form(ridge=1e-12)).dense()
+    change = compose_layer(chosen, SolveMode(ridge=1e-12)).dense()
     for a in chosen:
         torch.testing.assert_close(change @ a.key.double(), a.value.double(), rtol=1e-4, atol=1e-4)
 
@@ -150,15 +150,15 @@ def test_the_number_of_threads_changes_no_byte() -> None:
     """Replicas with more or fewer cores solve to the same bits; a library's factorisation alone would not."""
     keys = torch.randn(1000, D, generator=torch.Generator().manual_seed(3))
     chosen = [association(i, key=key) for i, key in enumerate(keys)]
-    threads, found = torch.get_num_threads(), []
+    threads, solutions = torch.get_num_threads(), []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append(compose_layer(chosen))
+            solutions.append(compose_layer(chosen))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0].left, found[1].left)
+    assert torch.equal(solutions[0].left, solutions[1].left)
 
 
 @pytest.mark.parametrize("conv1d", [True, False])
@@ -172,7 +172,7 @@ def test_a_wide_weight_is_rebuilt_column_by_column(conv1d: bool, dtype: torch.dt
     before = base.clone()
     whole = change.left @ change.right.double()
     torch.testing.assert_close(change.dense(), whole, rtol=1e-12, atol=1e-12)
-    edited = rebuild(base, change, conv1d)
+    edited = apply_delta(base, change, conv1d)
     expected = (base.double() + (whole.T if conv1d else whole)).to(dtype)
     torch.testing.assert_close(edited, expected, rtol=torch.finfo(dtype).eps, atol=1e-12)
     assert edited.is_contiguous()
@@ -185,13 +185,15 @@ def test_composing_keeps_keys_as_they_are_stored() -> None:
     assert (change.left.dtype, change.right.dtype) == (torch.float64, torch.float32)
 
 
-def test_reverting_is_forgetting() -> None:
+def test_reverting_equals_never_having_edited() -> None:
     """The weight without an edit is the weight of the others alone, as if it had never been made."""
     chosen = [association(i, f"s{i % 3}") for i in range(6)]
     base = torch.randn(d, D, generator=torch.Generator().manual_seed(5))
     without = [a for a in chosen if a.edit != "edit_003"]
-    again = rebuild(base, compose_layer([a for a in reversed(chosen) if a.edit != "edit_003"]), conv1d=False)
-    assert torch.equal(rebuild(base, compose_layer(without), conv1d=False), again)
+    again = apply_delta(
+        base, compose_layer([a for a in reversed(chosen) if a.edit != "edit_003"]), conv1d=False
+    )
+    assert torch.equal(apply_delta(base, compose_layer(without), conv1d=False), again)
     assert compose([]) == {}
 
 
@@ -199,8 +201,8 @@ def test_layers_are_solved_apart() -> None:
     """Associations of different layers do not see one another."""
     a, b = association(1, layer=1), association(2, layer=3)
     both = compose([b, a])
-    assert list(both) == [Site(1), Site(3)]
-    torch.testing.assert_close(both[Site(1)].dense(), compose_layer([a]).dense(), rtol=0, atol=0)
+    assert list(both) == [WeightRef(1), WeightRef(3)]
+    torch.testing.assert_close(both[WeightRef(1)].dense(), compose_layer([a]).dense(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("conv1d", [True, False])
@@ -210,7 +212,7 @@ def test_orientation_follows_the_architecture(conv1d: bool) -> None:
     key, value = torch.randn(d, generator=g), torch.randn(d, generator=g)
     a = Association("e", "s", 0, key, key.clone(), value)
     base = torch.randn(d, d, generator=g)
-    edited = rebuild(base, compose_layer([a]), conv1d)
+    edited = apply_delta(base, compose_layer([a]), conv1d)
     change = (edited - base).T if conv1d else edited - base
     torch.testing.assert_close(change @ key, value, rtol=1e-4, atol=1e-4)
 
@@ -220,13 +222,13 @@ def test_the_edited_weight_is_cast_once() -> None:
     base = torch.randn(d, D, generator=torch.Generator().manual_seed(5)).bfloat16()
     change = compose_layer([association(1), association(2)])
     expected = (base.double() + change.dense()).bfloat16()
-    assert torch.equal(rebuild(base, change, conv1d=False), expected)
+    assert torch.equal(apply_delta(base, change, conv1d=False), expected)
 
 
-def test_packed_associations_come_back() -> None:
+def test_serialized_associations_round_trip() -> None:
     """Packing to safetensors and back keeps every bit that composition uses."""
     chosen = [association(1, "s", layer=0), association(1, "s", layer=2)]
-    back = unpack(pack(chosen), "edit_001", "s")
+    back = deserialize_updates(serialize_updates(chosen), "edit_001", "s")
     for a, b in zip(chosen, back, strict=True):
         assert (a.edit, a.subject, a.layer) == (b.edit, b.subject, b.layer)
         assert all(torch.equal(getattr(a, x), getattr(b, x)) for x in ("key", "direction", "value"))
@@ -261,72 +263,83 @@ def test_a_difference_has_one_term_for_each_edit() -> None:
     torch.testing.assert_close(moved.dense(), expected, rtol=1e-12, atol=1e-12)
 
 
-def isolated(i: int, form: Form) -> Association:
-    return replace(association(i), form=form)
+def association_with_mode(i: int, solve_mode: SolveMode) -> Association:
+    return replace(association(i), solve_mode=solve_mode)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 6), st.floats(0.01, 100), st.integers(0, 1000))
 def test_memit_is_its_normal_equations(n: int, ridge: float, seed: int) -> None:
     """MEMIT's form is Delta K^T (lambda C + K K^T)^-1, the solution that its paper writes down (Eq. 14)."""
-    some = [isolated(seed * 10 + i, Form("memit", ridge)) for i in range(n)]
-    ordered = sorted(some, key=lambda a: a.edit)
+    associations = [association_with_mode(seed * 10 + i, SolveMode("memit", ridge)) for i in range(n)]
+    ordered = sorted(associations, key=lambda a: a.edit)
     keys = torch.stack([a.key.double() for a in ordered], 1)
     values = torch.stack([a.value.double() for a in ordered], 1)
     expected = values @ keys.T @ torch.linalg.inv(ridge * C + keys @ keys.T)
     torch.testing.assert_close(
-        compose_layer(some).dense(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+        compose_layer(associations).dense(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
     )
 
 
 def test_emmet_is_memit_without_its_ridge() -> None:
     """EMMET with a vanishing ridge writes every value exactly, which is MEMIT's limit for lambda -> 0; alone it is r-ROME."""
-    some = [isolated(i, Form("emmet", 1e-9)) for i in range(4)]
-    change = compose_layer(some).dense()
-    for a in some:
+    associations = [association_with_mode(i, SolveMode("emmet", 1e-9)) for i in range(4)]
+    change = compose_layer(associations).dense()
+    for a in associations:
         torch.testing.assert_close(change @ a.key.double(), a.value.double(), rtol=1e-4, atol=1e-4)
-    limit = compose_layer([replace(a, form=Form("memit", 1e-9)) for a in some]).dense()
+    limit = compose_layer([replace(a, solve_mode=SolveMode("memit", 1e-9)) for a in associations]).dense()
     torch.testing.assert_close(change, limit, rtol=1e-6, atol=1e-8)
-    alone = isolated(3, Form("emmet", 5.0))
+    alone = association_with_mode(3, SolveMode("emmet", 5.0))
     torch.testing.assert_close(compose_layer([alone]).dense(), association(3).rank_one().dense())
 
 
 def test_a_great_ridge_writes_nothing() -> None:
     """MEMIT with lambda -> infinity leaves the weight as it is."""
-    some = [isolated(i, Form("memit", 1e12)) for i in range(3)]
-    assert compose_layer(some).norm() < 1e-8
+    associations = [association_with_mode(i, SolveMode("memit", 1e12)) for i in range(3)]
+    assert compose_layer(associations).norm() < 1e-8
 
 
-@pytest.mark.parametrize("form", [JOINT, Form("memit", 3.0), Form("emmet", 0.5), Form("alphaedit", 2.0)])
-def test_alone_an_association_is_its_rank_one_change(form: Form) -> None:
+@pytest.mark.parametrize(
+    "form", [JOINT, SolveMode("memit", 3.0), SolveMode("emmet", 0.5), SolveMode("alphaedit", 2.0)]
+)
+def test_alone_an_association_is_its_rank_one_change(form: SolveMode) -> None:
     """What an association says of itself alone is what it is solved to alone, in every form."""
-    a = isolated(6, form)
+    a = association_with_mode(6, form)
     torch.testing.assert_close(compose_layer([a]).dense(), a.rank_one().dense(), rtol=1e-12, atol=1e-14)
 
 
-def test_forms_and_addends_add_up() -> None:
+def test_solve_modes_and_dense_updates_add_up() -> None:
     """A weight's change is the sum of what each form is solved to and of the addends, whatever the order."""
     g = torch.Generator().manual_seed(1)
-    pieces: list[Piece] = [association(1), isolated(2, Form("memit", 3.0)), association(3)]
-    pieces += [Addend(f"edit_{i}", "s", Site(0), torch.randn(d, D, generator=g)) for i in (7, 8)]
+    updates: list[EditUpdate] = [
+        association(1),
+        association_with_mode(2, SolveMode("memit", 3.0)),
+        association(3),
+    ]
+    updates += [DenseUpdate(f"edit_{i}", "s", WeightRef(0), torch.randn(d, D, generator=g)) for i in (7, 8)]
     expected = compose_layer([association(1), association(3)]).dense()
-    expected = expected + compose_layer([isolated(2, Form("memit", 3.0))]).dense()
-    expected = expected + sum(p.change.double() for p in pieces if isinstance(p, Addend))
-    change = compose(pieces)[Site(0)]
+    expected = expected + compose_layer([association_with_mode(2, SolveMode("memit", 3.0))]).dense()
+    expected = expected + sum(p.change.double() for p in updates if isinstance(p, DenseUpdate))
+    change = compose(updates)[WeightRef(0)]
     torch.testing.assert_close(change.dense(), expected, rtol=1e-12, atol=1e-12)
     assert change.norm() == pytest.approx(float(expected.norm()), rel=1e-12)
     base = torch.randn(d, D, generator=g)
-    again = rebuild(base, compose(random.Random(3).sample(pieces, len(pieces)))[Site(0)], conv1d=False)
-    assert torch.equal(rebuild(base, change, conv1d=False), again)
-    less = compose(pieces[1:])[Site(0)]
+    again = apply_delta(
+        base, compose(random.Random(3).sample(updates, len(updates)))[WeightRef(0)], conv1d=False
+    )
+    assert torch.equal(apply_delta(base, change, conv1d=False), again)
+    less = compose(updates[1:])[WeightRef(0)]
     torch.testing.assert_close(change.minus(less).dense(), expected - less.dense(), rtol=1e-10, atol=1e-10)
 
 
-def test_pieces_of_every_sort_survive_storage() -> None:
+def test_every_kind_of_update_round_trips() -> None:
     """Forms, ridges and whole changes come back from the store as they were."""
     change = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
-    pieces = [isolated(1, Form("memit", 0.1)), Addend("edit_001", "s1", Site(2, "qkv"), change)]
-    back = unpack(pack(pieces), "edit_001", "s1")
-    assert isinstance(back[0], Association) and back[0].form == Form("memit", 0.1)
-    assert isinstance(back[1], Addend) and back[1].site == Site(2, "qkv")
+    updates = [
+        association_with_mode(1, SolveMode("memit", 0.1)),
+        DenseUpdate("edit_001", "s1", WeightRef(2, "qkv"), change),
+    ]
+    back = deserialize_updates(serialize_updates(updates), "edit_001", "s1")
+    assert isinstance(back[0], Association) and back[0].solve_mode == SolveMode("memit", 0.1)
+    assert isinstance(back[1], DenseUpdate) and back[1].weight_ref == WeightRef(2, "qkv")
     assert torch.equal(back[1].change, change)

@@ -8,67 +8,77 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from service.covariance.collect import collect_steps
+from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus
-from service.covariance.second_moment import Statistics
-from service.editing.context_templates import contexts_steps
-from service.editing.edit_spec import Wanted, batches, want
-from service.editing.methods.registry import find_steps
-from service.editing.methods.rome import Found
-from service.editing.value_optimizer import Place, Wish, rows, values_steps
-from service.kit.steps import finish
-from service.kit.text import fill
-from service.models.hooks import capture, replace
+from service.covariance.second_moment import KeyStatistics
+from service.editing.context_templates import sample_contexts
+from service.editing.edit_spec import ValueEditSpec, batch_edit_specs, build_edit_spec
+from service.editing.methods.registry import find_factors
+from service.editing.methods.rome import EditFactors
+from service.editing.value_optimizer import DeltaSite, ValueSearchSpec, optimize_values, tokenize_contexts
+from service.kit.steps import run_to_completion
+from service.kit.text import fill_prompt
+from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
-from service.models.token_batch import forward, pad, tokens
+from service.models.token_batch import forward, pad, tokenize_statement
 from service.recipes.recipe import RomeParameters
-from service.weights.composition import Association, compose_layer, rebuild
+from service.weights.composition import Association, apply_delta, compose_layer
 from tests.support.tiny_models import MODEL_TYPES, TEXTS, tiny
 
-STATEMENT = fill("The {} is located in the city of", "Eiffel Tower")
+STATEMENT = fill_prompt("The {} is located in the city of", "Eiffel Tower")
 CONTEXTS = ("In Japan", "The city of Rome is", "Big Ben")
 
 
 @lru_cache
-def statistics(model_type: str) -> dict[int, Statistics]:
-    return finish(collect_steps(tiny(model_type), [0, 1, 2], Corpus("test", tuple(TEXTS)), damping=0.1))
+def statistics(model_type: str) -> dict[int, KeyStatistics]:
+    return run_to_completion(
+        collect_statistics(tiny(model_type), [0, 1, 2], Corpus("test", tuple(TEXTS)), damping=0.1)
+    )
 
 
-def find(model: LoadedModel, contexts: tuple[str, ...] = CONTEXTS, **changes: object) -> Found:
+def find_rome_factors(
+    model: LoadedModel, contexts: tuple[str, ...] = CONTEXTS, **changes: object
+) -> EditFactors:
     parameters = RomeParameters.model_validate({"layers": [1], "steps": 5, "learning_rate": 0.1, **changes})
     kind = model.architecture.model_type
-    return finish(find_steps(model, statistics(kind), contexts, STATEMENT, "Rome", parameters, "edit_1"))
+    return run_to_completion(
+        find_factors(model, statistics(kind), contexts, STATEMENT, "Rome", parameters, "edit_1")
+    )
 
 
-def outputs(model: LoadedModel, layer: int, context: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+def key_and_value(model: LoadedModel, layer: int, context: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value of the subject's last token after a context."""
-    prompt = tokens(model, STATEMENT.after(context))
-    with capture({0: model.down(layer)}, "input") as k, capture({0: model.down(layer)}) as v, torch.no_grad():
+    prompt = tokenize_statement(model, STATEMENT.with_context(context))
+    with (
+        capture({0: model.down_proj(layer)}, "input") as k,
+        capture({0: model.down_proj(layer)}) as v,
+        torch.no_grad(),
+    ):
         forward(model, pad([prompt.ids], model))
-    at = prompt.last_subject
+    at = prompt.last_subject_index
     return k[0].reshape(len(prompt.ids), -1)[at], v[0].reshape(len(prompt.ids), -1)[at]
 
 
-def applied(model: LoadedModel, found: Found) -> None:
+def apply_factors(model: LoadedModel, factors: EditFactors) -> None:
     """Write the edit into a throw-away model."""
-    for a in found.pieces:
+    for a in factors.updates:
         weight = model.weight(a.layer)
-        weight.data = rebuild(weight.data, compose_layer([a]), model.architecture.conv1d)
+        weight.data = apply_delta(weight.data, compose_layer([a]), model.architecture.conv1d)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_averaged_key_gives_the_value(model_type: str) -> None:
     """r-ROME: after the edit, the layer gives exactly v + delta at the averaged key, on every architecture."""
     model = tiny(model_type)
-    found = find(model)
+    factors = find_rome_factors(model)
     parameters = RomeParameters(layers=(1,), steps=5, learning_rate=0.1)
-    wish = Wish(rows(model, STATEMENT, "Rome", CONTEXTS), parameters)
-    (value,) = finish(values_steps(model, Place(1), [wish]))
-    seen = [outputs(model, 1, c) for c in ("", *(c + ". " for c in CONTEXTS))]
-    key = torch.stack([k for k, _ in seen]).mean(0)
-    torch.testing.assert_close(found.pieces[0].key, key, rtol=1e-4, atol=1e-5)
-    bias = seen[0][1] - _linear(model, seen[0][0])
-    applied(model, found)
+    spec = ValueSearchSpec(tokenize_contexts(model, STATEMENT, "Rome", CONTEXTS), parameters)
+    (value,) = run_to_completion(optimize_values(model, DeltaSite(1), [spec]))
+    keys_and_values = [key_and_value(model, 1, c) for c in ("", *(c + ". " for c in CONTEXTS))]
+    key = torch.stack([k for k, _ in keys_and_values]).mean(0)
+    torch.testing.assert_close(factors.updates[0].key, key, rtol=1e-4, atol=1e-5)
+    bias = keys_and_values[0][1] - _linear(model, keys_and_values[0][0])
+    apply_factors(model, factors)
     torch.testing.assert_close(_linear(model, key) + bias, value.initial + value.delta, rtol=1e-3, atol=1e-4)
 
 
@@ -81,72 +91,74 @@ def _linear(model: LoadedModel, key: torch.Tensor) -> torch.Tensor:
 def test_the_published_form_is_exact_at_the_bare_prompt(model_type: str) -> None:
     """compat="meng2022": after the edit, the MLP gives v + delta at the bare prompt, as the authors' code does."""
     model = tiny(model_type)
-    found = find(model, compat="meng2022")
-    _, before = outputs(model, 1)
-    delta_norm = found.delta_norm
-    applied(model, found)
-    _, after = outputs(model, 1)
+    factors = find_rome_factors(model, compat="meng2022")
+    _, before = key_and_value(model, 1)
+    delta_norm = factors.delta_norm
+    apply_factors(model, factors)
+    _, after = key_and_value(model, 1)
     assert float((after - before).norm()) == pytest.approx(delta_norm, rel=1e-3)
 
 
 def test_the_two_forms_differ() -> None:
     """The symmetric and the published key are different updates of the same optimised value."""
     model = tiny()
-    ours, theirs = find(model), find(model, compat="meng2022")
+    ours, theirs = find_rome_factors(model), find_rome_factors(model, compat="meng2022")
     assert ours.losses == theirs.losses
-    assert not torch.allclose(ours.pieces[0].value, theirs.pieces[0].value, rtol=1e-3)
-    torch.testing.assert_close(ours.pieces[0].direction, theirs.pieces[0].direction)
+    assert not torch.allclose(ours.updates[0].value, theirs.updates[0].value, rtol=1e-3)
+    torch.testing.assert_close(ours.updates[0].direction, theirs.updates[0].direction)
 
 
 @pytest.mark.parametrize("layers", [[1], [0, 1]])
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_the_edit_makes_the_object_more_probable(model_type: str, layers: list[int]) -> None:
     """With one layer or several, the edited model gives the new object a higher probability than the base model."""
-    from service.models.scoring import log_probs
+    from service.models.scoring import log_probs_blocking
 
     model = tiny(model_type)
-    question = [(STATEMENT.text, "Rome")]
-    before = log_probs(model, question)[0][0]
-    found = find(
+    prompt_and_target = [(STATEMENT.text, "Rome")]
+    before = log_probs_blocking(model, prompt_and_target)[0][0]
+    factors = find_rome_factors(
         model, (), layers=layers, steps=25, clamp=100.0, weight_decay=0, kl_factor=0, learning_rate=0.1
     )
-    assert [a.layer for a in found.pieces] == layers
-    applied(model, found)
-    assert log_probs(model, question)[0][0] > before + 0.005  # a random model hardly listens to its subject
+    assert [a.layer for a in factors.updates] == layers
+    apply_factors(model, factors)
+    assert (
+        log_probs_blocking(model, prompt_and_target)[0][0] > before + 0.005
+    )  # a random model hardly listens to its subject
 
 
 def test_finding_changes_nothing() -> None:
     """Finding an edit leaves every weight as it was: it returns factors."""
     model = tiny()
     before = {n: t.clone() for n, t in model.model.state_dict().items()}
-    find(model, layers=[0, 1, 2])
+    find_rome_factors(model, layers=[0, 1, 2])
     assert all(torch.equal(t, before[n]) for n, t in model.model.state_dict().items())
     assert not any(m._forward_hooks for m in model.model.modules())
 
 
 def test_finding_is_reproducible() -> None:
     """The same request on the same base model gives the same factors, bit for bit."""
-    one, two = find(tiny()).pieces[0], find(tiny()).pieces[0]
+    one, two = find_rome_factors(tiny()).updates[0], find_rome_factors(tiny()).updates[0]
     assert torch.equal(one.value, two.value)
     assert torch.equal(one.direction, two.direction)
 
 
 def test_conv1d_and_linear_twins_agree() -> None:
     """The same matrix stored as Conv1D and as Linear gets the same change."""
-    a = find(tiny()).pieces[0]
+    a = find_rome_factors(tiny()).updates[0]
     base = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     change = compose_layer([a])
     assert torch.equal(
-        rebuild(base, change, conv1d=True), rebuild(base.T.contiguous(), change, conv1d=False).T
+        apply_delta(base, change, conv1d=True), apply_delta(base.T.contiguous(), change, conv1d=False).T
     )
 
 
 def test_contexts_are_seeded_and_belong_to_the_model() -> None:
     """The same seed gives the same contexts; another seed or another model gives others; nothing is kept between."""
-    one = finish(contexts_steps(tiny(), 8, 0))
-    assert one == finish(contexts_steps(tiny(), 8, 0))
-    assert one != finish(contexts_steps(tiny(), 8, 1))
-    assert one != finish(contexts_steps(tiny(seed=5), 8, 0))
+    one = run_to_completion(sample_contexts(tiny(), 8, 0))
+    assert one == run_to_completion(sample_contexts(tiny(), 8, 0))
+    assert one != run_to_completion(sample_contexts(tiny(), 8, 1))
+    assert one != run_to_completion(sample_contexts(tiny(seed=5), 8, 0))
     assert len(one) == 8
     assert not any(c.endswith((".", " ")) for c in one)
 
@@ -154,18 +166,20 @@ def test_contexts_are_seeded_and_belong_to_the_model() -> None:
 def test_braces_in_contexts_subject_and_object_are_only_characters() -> None:
     """Nothing of the user's or of the model's text is ever formatted."""
     model = tiny()
-    statement = fill("The {} of {0.__class__} is".replace("{0", "{ 0"), "Tower {x} %s")
+    statement = fill_prompt("The {} of {0.__class__} is".replace("{0", "{ 0"), "Tower {x} %s")
     parameters = RomeParameters(layers=(1,), steps=2)
     contexts = ["{.__class__}", "{} {}"]
-    found = finish(find_steps(model, statistics("gpt2"), contexts, statement, "R{o}me", parameters))
-    assert found.pieces[0].value.isfinite().all()
+    factors = run_to_completion(
+        find_factors(model, statistics("gpt2"), contexts, statement, "R{o}me", parameters)
+    )
+    assert factors.updates[0].value.isfinite().all()
 
 
 def test_direction_is_scale_free() -> None:
     """The update does not depend on the scale or the sign of the direction."""
     from dataclasses import replace
 
-    a = find(tiny()).pieces[0]
+    a = find_rome_factors(tiny()).updates[0]
     for scale in (-1.0, 7.0):
         other = replace(a, direction=a.direction * scale)
         torch.testing.assert_close(other.rank_one().dense(), a.rank_one().dense(), rtol=1e-6, atol=1e-8)
@@ -173,7 +187,7 @@ def test_direction_is_scale_free() -> None:
 
 def test_the_direction_is_adjusted_by_the_second_moment() -> None:
     """The direction is C^-1 k*, as published, and not the bare key."""
-    a = find(tiny()).pieces[0]
+    a = find_rome_factors(tiny()).updates[0]
     expected = statistics("gpt2")[1].solve(a.key).float()
     torch.testing.assert_close(a.direction, expected)
     assert torch.nn.functional.cosine_similarity(a.direction, a.key, dim=0) < 0.999
@@ -182,22 +196,25 @@ def test_the_direction_is_adjusted_by_the_second_moment() -> None:
 def test_anchored_to_its_own_the_change_is_delta() -> None:
     """With anchor="own" the change of value is the optimised delta itself, and `strength` multiplies it."""
     model = tiny()
-    found, twice = find(model, anchor="own"), find(model, anchor="own", strength=2.0)
-    assert float(found.pieces[0].value.norm()) == pytest.approx(found.delta_norm, rel=1e-5)
-    torch.testing.assert_close(twice.pieces[0].value, 2 * found.pieces[0].value)
-    assert torch.equal(twice.pieces[0].key, found.pieces[0].key)
+    factors, twice = (
+        find_rome_factors(model, anchor="own"),
+        find_rome_factors(model, anchor="own", strength=2.0),
+    )
+    assert float(factors.updates[0].value.norm()) == pytest.approx(factors.delta_norm, rel=1e-5)
+    torch.testing.assert_close(twice.updates[0].value, 2 * factors.updates[0].value)
+    assert torch.equal(twice.updates[0].key, factors.updates[0].key)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama"])
 def test_a_key_of_the_bare_prompt_and_the_bare_subject(model_type: str) -> None:
     """With bare_keys and bare_weight=1 the key is the mean of two: the subject in its prompt, and alone."""
     model = tiny(model_type)
-    in_prompt, _ = outputs(model, 1)
+    in_prompt, _ = key_and_value(model, 1)
     ids, _ = model.encode("Eiffel Tower")
-    with capture({0: model.down(1)}, "input") as seen, torch.no_grad():
+    with capture({0: model.down_proj(1)}, "input") as seen, torch.no_grad():
         forward(model, pad([ids], model))
     alone = seen[0].reshape(len(ids), -1)[-1]
-    key = find(model, bare_keys=True, bare_weight=1.0).pieces[0].key
+    key = find_rome_factors(model, bare_keys=True, bare_weight=1.0).updates[0].key
     torch.testing.assert_close(key, (in_prompt + alone) / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -205,19 +222,21 @@ def test_a_key_of_the_bare_prompt_and_the_bare_subject(model_type: str) -> None:
 def test_the_weight_of_the_bare_prompt(weight: float | None) -> None:
     """The text without a context counts `bare_weight` in the key's mean; an equal share when it is left out."""
     model = tiny()
-    keys = [outputs(model, 1, c)[0] for c in ("", *(c + ". " for c in CONTEXTS))]
+    keys = [key_and_value(model, 1, c)[0] for c in ("", *(c + ". " for c in CONTEXTS))]
     share = 1 / len(keys) if weight is None else weight
     expected = share * keys[0] + (1 - share) * torch.stack(keys[1:]).mean(0)
-    torch.testing.assert_close(find(model, bare_weight=weight).pieces[0].key, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        find_rome_factors(model, bare_weight=weight).updates[0].key, expected, rtol=1e-4, atol=1e-5
+    )
 
 
-def test_what_is_found_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edits_are_batched_by_layer_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Edits of one place share a batch up to what one step has room for; their order stays; without a budget each is alone."""
     model = tiny()
 
-    def wanted(edit: str, *layers: int) -> Wanted:
+    def wanted(edit: str, *layers: int) -> ValueEditSpec:
         parameters = RomeParameters(layers=layers)
-        return want(model, CONTEXTS, STATEMENT, "Rome", parameters, edit)
+        return build_edit_spec(model, CONTEXTS, STATEMENT, "Rome", parameters, edit)
 
     edits = [
         wanted("a", 1),
@@ -227,10 +246,10 @@ def test_what_is_found_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
         wanted("e", 0, 1),
         wanted("f", 1),
     ]
-    budget = 2 * edits[0].operations(model)
+    budget = 2 * edits[0].flops_per_step(model)
 
     def found() -> list[list[str]]:
-        return [[e.edit for e in batch] for batch in batches(model, edits)]
+        return [[e.edit for e in batch] for batch in batch_edit_specs(model, edits)]
 
     monkeypatch.setattr("service.editing.edit_spec.company_budget", lambda _model: budget)
     assert found() == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
@@ -238,17 +257,19 @@ def test_what_is_found_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found() == [[e.edit] for e in edits]
 
 
-def test_the_operations_of_a_step_are_those_counted() -> None:
+def test_flops_per_step_match_the_counter() -> None:
     """What a step is said to cost is what torch counts in its matrices, within a third."""
     model = tiny(width=64, inner=256, layers=8)
-    wanted = want(model, CONTEXTS, STATEMENT, "Rome", RomeParameters(layers=(1,)))
+    spec = build_edit_spec(model, CONTEXTS, STATEMENT, "Rome", RomeParameters(layers=(1,)))
     counts: list[int] = []
     for steps in (4, 8):
         parameters = RomeParameters(layers=(1,), steps=steps, stop_loss=0)
         with FlopCounterMode(display=False) as counter:
-            finish(values_steps(model, wanted.place, [Wish(wanted.rows, parameters)]))
+            run_to_completion(
+                optimize_values(model, spec.delta_site, [ValueSearchSpec(spec.tokenized, parameters)])
+            )
         counts.append(counter.get_total_flops())
-    assert wanted.operations(model) == pytest.approx((counts[1] - counts[0]) / 4, rel=0.34)
+    assert spec.flops_per_step(model) == pytest.approx((counts[1] - counts[0]) / 4, rel=0.34)
 
 
 @pytest.mark.parametrize("layers", [(1,), (0, 1)])
@@ -257,21 +278,24 @@ def test_keys_are_those_of_the_noised_subject(layers: tuple[int, ...]) -> None:
     model = tiny(dtype=torch.float64)
     bare = {"bare_keys": True} if len(layers) == 1 else {}
     parameters = RomeParameters.model_validate({"layers": layers, "steps": 2, "contexts": 0, **bare})
-    asked = tokens(model, STATEMENT)
-    begin, end = asked.subject
-    noise = torch.randn(end - begin, model.width, generator=torch.Generator().manual_seed(0))
-    steps = find_steps(model, statistics("gpt2"), [], STATEMENT, "Rome", parameters, noise=noise)
-    first = finish(steps).pieces[0]
-    alone = tokens(model, fill("{}", "Eiffel Tower"))
+    prompt_tokens = tokenize_statement(model, STATEMENT)
+    begin, end = prompt_tokens.subject
+    noise = torch.randn(end - begin, model.hidden_size, generator=torch.Generator().manual_seed(0))
+    steps = find_factors(model, statistics("gpt2"), [], STATEMENT, "Rome", parameters, noise=noise)
+    first = run_to_completion(steps).updates[0]
+    alone = tokenize_statement(model, fill_prompt("{}", "Eiffel Tower"))
 
     def disturb(embedded: torch.Tensor) -> torch.Tensor:
         embedded[0, embedded.shape[1] - (end - begin) :] += noise
         return embedded
 
     keys = []
-    for text in (asked, alone) if bare else (asked,):
-        with capture({0: model.down(layers[0])}, "input") as seen, replace(model.embedding, disturb):
-            forward(model, pad([text.head], model))
-        keys.append(seen[0].reshape(len(text.head), -1)[-1])
+    for text in (prompt_tokens, alone) if bare else (prompt_tokens,):
+        with (
+            capture({0: model.down_proj(layers[0])}, "input") as seen,
+            replace_output(model.embedding, disturb),
+        ):
+            forward(model, pad([text.ids_through_subject], model))
+        keys.append(seen[0].reshape(len(text.ids_through_subject), -1)[-1])
     assert isinstance(first, Association)
     torch.testing.assert_close(first.key.double(), torch.stack(keys).mean(0), rtol=1e-4, atol=1e-5)
