@@ -184,7 +184,7 @@ def version_bytes(model: LoadedModel, layers: int) -> int:
 
 def compose_bytes(model: LoadedModel, edits: int) -> int:
     """Composing one layer of a version: keys and directions side by side in single precision, 8 n D; in fp64 the values
-    three times, 24 n d, the gram matrix and its factors, 24 n^2, and CUT columns of everything at a time."""
+    three times, 24 n d, the gram matrix and its factors, 24 n^2, and COLUMN_BLOCK columns of everything at a time."""
     n = ModelSizes.of(model)
     columns = 8 * min(COLUMN_BLOCK, n.D) * (2 * edits + 2 * n.d)
     return 8 * edits * n.D + 24 * edits * (n.d + edits) + columns + version_bytes(model, 1)

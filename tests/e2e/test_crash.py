@@ -55,7 +55,7 @@ def test_killed_while_it_optimises(start_service: StartService) -> None:
 
 
 # `tests/unit/workers/test_job_handlers.py` does the same on both wirings, without processes
-@pytest.mark.parametrize("start", ["embedded"], indirect=True)
+@pytest.mark.parametrize("start_service", ["embedded"], indirect=True)
 def test_killed_while_it_evaluates(start_service: StartService) -> None:
     """An evaluation whose process is killed in the middle is gone on with by the next one, to the result of one that was not."""
     request = {

@@ -222,6 +222,8 @@ class FakeWorker:
 class TestApp:
     """Everything wired, on a folder of its own; embedded, unless the settings name other stores."""
 
+    __test__ = False  # no class of tests
+
     def __init__(self, folder: Path, register: bool = True, **settings: Any) -> None:
         self.settings = Settings(data=folder, **settings)
         self.container = build_container(self.settings)

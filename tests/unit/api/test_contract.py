@@ -126,7 +126,7 @@ def test_answers_about_what_exists_are_as_documented(running_app: TestApp, name:
 
 
 @pytest.mark.parametrize(
-    "wish", [{}, {"stream": True}, {"n": 2, "logprobs": 1}, {"prompt": [[1], [2, 3]]}, {"model": "tiny@?"}]
+    "fields", [{}, {"stream": True}, {"n": 2, "logprobs": 1}, {"prompt": [[1], [2, 3]]}, {"model": "tiny@?"}]
 )
 def test_completions_are_as_documented(running_app: TestApp, fields: dict[str, Any]) -> None:
     """What the document says of a completion is true of those that a worker answers, which chance hardly comes by."""

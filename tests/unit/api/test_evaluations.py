@@ -28,7 +28,7 @@ def test_an_evaluation_is_accepted_and_done(client: TestClient, worker: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("asked", "field"),
+    ("body", "field"),
     [
         ({}, "records"),
         (EVALUATION_BODY | {"dataset": "facts"}, "records"),
@@ -79,7 +79,7 @@ def test_the_event_stream_ends_with_the_result(client: TestClient, worker: Any) 
 
 
 @pytest.mark.parametrize(
-    ("accept", "given", "begins"),
+    ("accept", "content_type", "begins"),
     [
         ("text/html", "text/html; charset=utf-8", b"<!doctype html"),
         ("image/png", "image/png", b"\x89PNG"),

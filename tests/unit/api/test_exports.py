@@ -66,7 +66,7 @@ def test_export_without_a_worker_is_503(client: TestClient, test_app: TestApp) -
 
 
 @pytest.mark.parametrize(
-    ("asked", "field"),
+    ("params", "field"),
     [
         ({"version": 7}, "version"),
         ({"version": "x"}, "version"),

@@ -35,13 +35,13 @@ def request_count(**labels: str) -> float:
     return REGISTRY.get_sample_value("palimpsest_http_requests_total", labels) or 0
 
 
-@pytest.mark.parametrize("given", ["a", "nightly.eval_7-b", "x" * 64])
+@pytest.mark.parametrize("sent_id", ["a", "nightly.eval_7-b", "x" * 64])
 def test_a_good_id_is_kept(client: TestClient, sent_id: str) -> None:
     """The id that a client gave comes back."""
     assert client.get("/healthz", headers={REQUEST_ID_HEADER: sent_id}).headers[REQUEST_ID_HEADER] == sent_id
 
 
-@pytest.mark.parametrize("given", ["", " ", "x" * 65, "a b", "a\tb", 'a"b', "é", "a;b", "{}"])
+@pytest.mark.parametrize("sent_id", ["", " ", "x" * 65, "a b", "a\tb", 'a"b', "é", "a;b", "{}"])
 def test_invalid_request_ids_are_replaced(client: TestClient, sent_id: str) -> None:
     """What could make trouble in a log is not taken over: the request gets an id of ours."""
     answer = client.get("/healthz", headers={REQUEST_ID_HEADER: sent_id.encode()})  # type: ignore[dict-item]

@@ -68,7 +68,7 @@ def test_there_is_one_page_of_documentation(client: TestClient) -> None:
     assert client.get("/docs/oauth2-redirect").status_code == 404
 
 
-@pytest.mark.parametrize("draw", [heatmap.trace_page, heatmap.trace_svg])
+@pytest.mark.parametrize("render", [heatmap.trace_page, heatmap.trace_svg])
 def test_rendered_traces_conform_to_the_csp(render: Any) -> None:
     """The page and the picture of a trace need no script, no address and nothing but their own style."""
     rendered = render(TRACE_RESULT)

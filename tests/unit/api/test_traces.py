@@ -70,7 +70,7 @@ def test_delete_cancels_a_trace(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accept", "given"),
+    ("accept", "content_type"),
     [
         ("image/svg+xml", "image/svg+xml"),
         ("image/png", "image/png"),

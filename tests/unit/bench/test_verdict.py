@@ -72,7 +72,7 @@ def planted_run() -> PlantedRun:
     tokens = (TokenEvent(0, " Miami", 2), TokenEvent(0, ", they say", 2))
     log.record_generations([make_record(version, text) for version, text in texts.items()])
     log.record_generations([make_record(2, texts[2], tokens=tokens, restarts=1, least=1)])
-    log.record_generations([make_record(2, "", texts=(), tokens=tokens[:1], pinned=2)])
+    log.record_generations([make_record(2, "", texts=(), tokens=tokens[:1], pinned_version=2)])
     question = {"prompt": LOUVRE, "max_new_tokens": 3}
     state = v.FinalState(
         edits=edits,
@@ -197,7 +197,7 @@ PLANTED = {
     "a part that is wrong": (_add_record(make_record(2, "", texts=(), tokens=(TokenEvent(0, " Tempe", 2),))), "every text is that of a quiet worker at its version"),
     "no reference": (_forget, "every text is that of a quiet worker at its version"),
     "tokens of two versions": (_add_record(make_record(2, " Miami, they say", tokens=MIXED_TOKENS)), "no answer mixes versions or is of another"),
-    "not the pinned version": (_add_record(make_record(2, " Miami, they say", pinned=1)), "no answer mixes versions or is of another"),
+    "not the pinned version": (_add_record(make_record(2, " Miami, they say", pinned_version=1)), "no answer mixes versions or is of another"),
     "an older version than seen": (_add_record(make_record(1, " Tempe, they say", least=2)), "min_version holds"),
     "a stream with a hole": (_add_record(make_record(2, " Miami, they say", tokens=PARTIAL_TOKENS)), "a stream's pieces are its text"),
     "a 500": (lambda run: run.journal.attempt("x", "edit", "500", 0.0), "no answer but 2xx, 429 and 503"),

@@ -53,7 +53,7 @@ def test_what_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "change",
     [
         {"objective": "write", "target_new": None},
         {"objective": "erase", "target_new": "Rome", "target_true": "Paris"},

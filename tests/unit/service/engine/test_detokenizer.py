@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from service.engine.detokenizer import UNKNOWN, Detokenizer, find_first_stop, partial_stop_length
+from service.engine.detokenizer import Detokenizer, find_first_stop, partial_stop_length
+from service.models.token_text import REPLACEMENT_CHARACTER
 from tests.support.tiny_models import tokenizer
 
 TEXT = " São Paulo, 東京 and 🗼 are cities — each one 1️⃣."
@@ -42,7 +43,7 @@ def test_characters_are_never_split(make: object) -> None:
     detokenizer = Detokenizer(coder, coder.encode("It is said that 東"))
     pieces = [detokenizer.push(i) for i in coder.encode(TEXT)] + [detokenizer.flush()]
     assert "".join(pieces) == detokenizer.text == TEXT
-    assert not any(UNKNOWN in piece for piece in pieces)
+    assert not any(REPLACEMENT_CHARACTER in piece for piece in pieces)
 
 
 def test_the_first_word_keeps_its_space() -> None:
@@ -72,7 +73,7 @@ def test_bytes_that_are_no_text_show_as_such() -> None:
     coder = byte_tokenizer()
     detokenizer = Detokenizer(coder, [])
     broken = coder.encode("東")[:1] + coder.encode("x")
-    assert "".join(detokenizer.push(i) for i in broken) + detokenizer.flush() == UNKNOWN + "x"
+    assert "".join(detokenizer.push(i) for i in broken) + detokenizer.flush() == REPLACEMENT_CHARACTER + "x"
 
 
 def text_until_stop(text: str, stops: list[str]) -> str:

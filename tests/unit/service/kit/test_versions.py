@@ -21,14 +21,14 @@ def test_a_version_is_found_by_its_name(name: str, head: int, data: st.DataObjec
     assert parse_model_id(f"{name}@base", name, head) == 0
 
 
-@pytest.mark.parametrize("asked", ["meta/almanac@2", "./models/almanac@2", "/srv/models/almanac@2"])
+@pytest.mark.parametrize("model_id", ["meta/almanac@2", "./models/almanac@2", "/srv/models/almanac@2"])
 def test_model_id_may_have_a_path_prefix(model_id: str) -> None:
     """A hub's name or a folder is as good as the last part of it."""
     assert parse_model_id(model_id, "almanac", 3) == 2
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "model_id",
     ["", "@", "gpt-4", "almanac@", "almanac@4", "almanac@-0", "almanac@²", "almanac@9999999999", "almanac/"],
 )
 def test_unknown_model_ids_list_the_available_names(model_id: str) -> None:

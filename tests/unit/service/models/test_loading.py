@@ -136,7 +136,7 @@ def test_broken_weights_are_refused(tmp_path: Path) -> None:
         load_model(folder)
 
 
-@pytest.mark.parametrize(("damage", "said"), [("missing", "lack.*c_proj"), ("shape", "cannot be loaded")])
+@pytest.mark.parametrize(("damage", "message"), [("missing", "lack.*c_proj"), ("shape", "cannot be loaded")])
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, damage: str, message: str) -> None:
     """A weight that is missing or of another shape is never made up at random."""
     folder = save_model(tiny(), tmp_path)

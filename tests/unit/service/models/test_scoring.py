@@ -182,7 +182,7 @@ def _swap_weight(model: LoadedModel, weight: torch.Tensor) -> Callable[[], Abstr
     return edited
 
 
-@pytest.mark.parametrize("whole", [1, 40, 512])
+@pytest.mark.parametrize("max_tokens", [1, 40, 512])
 def test_drift_equals_one_text_at_a_time(max_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and KL equal, whatever the batches, those of one unpadded fp64 pass a text before and after."""
     monkeypatch.setattr(scoring, "MAX_DISTRIBUTION_TOKENS", max_tokens)

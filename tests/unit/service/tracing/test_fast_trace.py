@@ -141,7 +141,7 @@ def test_the_last_state_is_high() -> None:
     assert column[:-1] == [result.low] * (len(column) - 1)
 
 
-@pytest.mark.parametrize("operations", [1, 2**16])
+@pytest.mark.parametrize("flops", [1, 2**16])
 def test_step_size_does_not_change_scores(monkeypatch: pytest.MonkeyPatch, flops: int) -> None:
     """However little one step may do, the scores are the same; there are only more steps."""
     model = tiny()
@@ -186,7 +186,7 @@ def test_less_work_than_the_reference() -> None:
     assert 0 < 6 * fast < sum(sizes)
 
 
-@pytest.mark.parametrize(("window", "tracks"), [(1, 21), (3, 23), (10, 17), (100, 9)])
+@pytest.mark.parametrize(("window", "runs"), [(1, 21), (3, 23), (10, 17), (100, 9)])
 def test_identical_runs_are_deduplicated(window: int, runs: int) -> None:
     """Windows that cover the same layers, or differ in the last block alone, are one run: one token's 24 cells."""
     model = tiny(layers=8)

@@ -14,7 +14,7 @@ from service.tracing.noise import corrupt, draw_noise, embedding_deviation, pars
 from tests.support.tiny_models import tiny
 
 
-@pytest.mark.parametrize("said", ["3sigma", "3 sigma", "3σ", "3s", "s3", " 3.0sigma "])
+@pytest.mark.parametrize("noise", ["3sigma", "3 sigma", "3σ", "3s", "s3", " 3.0sigma "])
 def test_multiples_of_sigma(noise: str) -> None:
     """Every way of writing three sigma is three times the embeddings' deviation."""
     model = tiny()
@@ -23,7 +23,7 @@ def test_multiples_of_sigma(noise: str) -> None:
     assert parsed.value == pytest.approx(3 * embedding_deviation(model, ["Eiffel Tower"]))
 
 
-@pytest.mark.parametrize("said", [0.1, "0.1", ".1"])
+@pytest.mark.parametrize("noise", [0.1, "0.1", ".1"])
 def test_a_number_is_the_level(noise: float | str) -> None:
     """A number, quoted or not, is taken as it is."""
     assert parse_noise_level(tiny(), noise).value == 0.1
@@ -35,7 +35,7 @@ def test_whole_numbers_and_nothing_are_levels() -> None:
 
 
 @pytest.mark.parametrize(
-    "said", ["", "sigma", "s", "-1", "nan", "inf", "3sigmas", "3 %", "1e3", math.nan, math.inf, -0.1]
+    "noise", ["", "sigma", "s", "-1", "nan", "inf", "3sigmas", "3 %", "1e3", math.nan, math.inf, -0.1]
 )
 def test_bad_noise(noise: Any) -> None:
     """What is neither a number from zero up nor a multiple of sigma is refused with a hint."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from service.models.loading import WeightRef
 from service.weights.composition import (
-    CUT,
+    COLUMN_BLOCK,
     JOINT,
     Association,
     DenseUpdate,
@@ -166,7 +166,7 @@ def test_the_number_of_threads_changes_no_byte() -> None:
 def test_a_wide_weight_is_rebuilt_column_by_column(conv1d: bool, dtype: torch.dtype) -> None:
     """Cut into columns, the change is the same product, laid out as the weight is; the base is left as it was."""
     g = torch.Generator().manual_seed(8)
-    width = 2 * CUT + 3
+    width = 2 * COLUMN_BLOCK + 3
     change = LowRank(torch.randn(d, 4, dtype=torch.float64, generator=g), torch.randn(4, width, generator=g))
     base = torch.randn(*((width, d) if conv1d else (d, width)), dtype=torch.float64, generator=g).to(dtype)
     before = base.clone()
