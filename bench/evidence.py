@@ -151,10 +151,10 @@ class EvidenceExperiment:
     """A model with its recipe, the records that are reported, and plain statements of the others."""
 
     def __init__(self, args: argparse.Namespace, searches: Path | None = None) -> None:
-        settings = Settings(model=args.model, data=args.data, corpus=args.corpus, threads=args.threads)
+        settings = Settings(model=args.model, data_dir=args.data, corpus=args.corpus, threads=args.threads)
         model = load_served_model(settings)
         self.context = run_to_completion(
-            build_editor_context(model, settings.data / "statistics", settings.corpus)
+            build_editor_context(model, settings.data_dir / "statistics", settings.corpus)
         )
         self.replica = VersionedModel(model, EmptyLedger())
         source = args.records or Path(args.model) / "facts.jsonl"
@@ -186,7 +186,7 @@ class EvidenceExperiment:
             began = time.perf_counter()
             shared = {"base-": self.out / f"base-{count}"}  # what the base says to these records
             if (
-                plan.found_on == "base" and plan.together is None
+                plan.search_model == "base" and plan.batch_size is None
             ):  # alone or in a sequence, the edits are the same
                 shared |= dict.fromkeys(("found-", "piece-"), self.out / f"found-{run_name}")
             cache = ResultCache(folder, shared)

@@ -261,7 +261,7 @@ def measure_capacity(client: Client, facts: Sequence[EditRequest]) -> dict[str, 
                 active.append(
                     {"subject": edit.subject, "prompt": edit.prompt, "target_new": edit.target_new or ""}
                 )
-        capacity = client.models()[0].room or {}
+        capacity = client.models()[0].capacity or {}
         average.append([len(active), min(capacity["layers"].values())])
         recall.append([len(active), recall_rate(client, active)])
         console.print(f"{len(active)} edits active, room {average[-1][1]:.3f}, said {recall[-1][1]:.3f}")

@@ -33,7 +33,7 @@ class BenchService:
     """A running service around one model. `durations` has the seconds of every step of a job, by phase."""
 
     def __init__(self, folder: Path, model: LoadedModel, config: EngineConfig | None = None) -> None:
-        self.container = build_container(Settings(data=folder, redis_url=None, database_url=None))
+        self.container = build_container(Settings(data_dir=folder, redis_url=None, database_url=None))
         self.container.database.migrate()
         context = run_to_completion(build_editor_context(model, folder))
         worker_jobs = WorkerJobs(

@@ -62,7 +62,7 @@ class InProcessClient:
     """The baseline: a worker in a thread of this process, and the broker between us."""
 
     def __init__(self, folder: Path) -> None:
-        settings = Settings(data=folder, threads=1, redis_url=None, database_url=None)
+        settings = Settings(data_dir=folder, threads=1, redis_url=None, database_url=None)
         self.container = build_container(settings)
         self.worker = make_worker(settings, self.container)
         self._loops = threading.local()
@@ -152,7 +152,7 @@ def time_components(
 ) -> Timings:
     """Each part of the way alone, on the same servers: what is left of the whole is the passing from hand to hand."""
     settings = Settings(
-        data=folder,
+        data_dir=folder,
         database_url=deployment.database_url,
         redis_url=deployment.redis_url,
         redis_prefix=f"{REDIS_PREFIX}-pieces",

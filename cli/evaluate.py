@@ -105,9 +105,9 @@ def run_evaluation(
     from service.engine.versioned_model import EmptyLedger, VersionedModel
     from service.evaluation.runner import run_evaluation
 
-    statistics = settings.data / "statistics"
+    statistics = settings.data_dir / "statistics"
     context = run_with_progress_bar(
-        build_editor_context(model, statistics, settings.corpus, settings.stat_tokens)
+        build_editor_context(model, statistics, settings.corpus, settings.covariance_tokens)
     )
     corpus = Corpus(damage_texts[0], tuple(damage_texts[1])) if damage_texts else None
     replica, store = VersionedModel(model, EmptyLedger()), DirectoryStore(folder / ARTIFACTS_DIR)

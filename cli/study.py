@@ -66,9 +66,9 @@ def run_localization_study(args: argparse.Namespace, settings: Settings) -> int:
 
     layers = parse_layers(args.layers, model.num_layers)
     plan = LocalizationPlan(layers, methods, problems, hparams, args.samples, args.noise)
-    statistics = settings.data / "statistics"
+    statistics = settings.data_dir / "statistics"
     context = run_with_progress_bar(
-        build_editor_context(model, statistics, settings.corpus, settings.stat_tokens)
+        build_editor_context(model, statistics, settings.corpus, settings.covariance_tokens)
     )
     folder, replica = Path(args.out), VersionedModel(model, EmptyLedger())
     study = run_with_progress_bar(

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     preparation = search_recipe(
         model, settings, tuning_facts, known_facts if args.many else [], records, prepend_bos, methods
     )
-    path = recipe_path(model, settings.data / RECIPES_FOLDER)
+    path = recipe_path(model, settings.data_dir / RECIPES_FOLDER)
     path.parent.mkdir(parents=True, exist_ok=True)
     recipe = preparation.recipe.model_dump_json(indent=1)
     path.write_text(recipe, encoding="utf-8")
@@ -83,9 +83,9 @@ def search_recipe(
     from service.tuning.recipe_search import tune_recipe
 
     search_model = with_bos(model) if prepend_bos else model
-    statistics = settings.data / "statistics"
+    statistics = settings.data_dir / "statistics"
     context = run_with_progress_bar(
-        build_editor_context(search_model, statistics, settings.corpus, settings.stat_tokens)
+        build_editor_context(search_model, statistics, settings.corpus, settings.covariance_tokens)
     )
     other_texts = other_statements(records, [*tuning_facts, *batch_facts])
     if len(other_texts) < MIN_DAMAGE_TEXTS:
@@ -97,7 +97,7 @@ def search_recipe(
         other_texts,
     ]
     digest = hashlib.sha256(json.dumps(search_inputs).encode()).hexdigest()[:24]
-    store = DirectoryStore(settings.data / SEARCH_DIR / digest)
+    store = DirectoryStore(settings.data_dir / SEARCH_DIR / digest)
     return run_with_progress_bar(
         tune_recipe(
             search_model, context, tuning_facts, other_texts, store, prepend_bos, methods, batch_facts

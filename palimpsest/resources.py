@@ -191,7 +191,7 @@ class Token(Resource):
 
     text: str
     version: int
-    restart: bool = False
+    reset: bool = False
     finish_reason: str | None = None
 
     def __str__(self) -> str:
@@ -281,5 +281,5 @@ class Model(Resource):
     architecture: str = ""
     layers: int = 0
     jobs: Json = field(default_factory=dict)
-    room: Json | None = None
+    capacity: Json | None = None
     workers: tuple[Worker, ...] = field(default=(), metadata=_list_of(Worker))

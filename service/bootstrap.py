@@ -40,7 +40,7 @@ def build_container(settings: Settings) -> Container:
 def open_database(settings: Settings) -> Database:
     """The store alone, for whoever needs no more."""
     try:
-        settings.data.mkdir(parents=True, exist_ok=True)
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Misconfigured(
             f"the data folder cannot be made: {error}. Set PALIMPSEST_DATA to another."
@@ -53,4 +53,4 @@ def _open_broker(settings: Settings) -> Broker:
         return MemoryBroker()
     from service.jobs.redis_broker import RedisBroker  # the embedded wiring does without the client
 
-    return RedisBroker(settings.redis_url, prefix=settings.redis_prefix, lease=settings.lease)
+    return RedisBroker(settings.redis_url, prefix=settings.redis_prefix, lease=settings.worker_timeout)

@@ -80,21 +80,23 @@ class Guard(RequestModel):
         description="least share of what was possible that an erasure takes from the true object's probability, or an "
         "amplification adds to it",
     )
-    min_room: float = Field(
+    min_capacity: float = Field(
         0.0,
         ge=0,
         le=1,
         description="least share of the edit's key, in the layer where least is left, that active edits of other subjects have "
         "not spoken for",
     )
-    conflict: float = Field(
+    conflict_threshold: float = Field(
         0.1,
         ge=0,
         le=1,
         description="least probability that the new object has, with this edit alone, on an active edit's prompt about the same "
         "subject, for the two to be called a conflict",
     )
-    max_broken: int = Field(0, ge=0, description="how many active edits that held before may cease to hold")
+    max_regressions: int = Field(
+        0, ge=0, description="how many active edits that held before may cease to hold"
+    )
 
 
 #: the methods that edit (`service/recipes/recipe.py` has the table)
@@ -176,7 +178,7 @@ class EvaluationPlan(RequestModel):
     mode: Literal["single", "sequence"] = Field(
         "single", description="each edit alone on the base model, or one after another, all of them active"
     )
-    found_on: Literal["base", "edited"] = Field(
+    search_model: Literal["base", "edited"] = Field(
         "base",
         description="in sequence: found on the base model and composed, as the service does; or found on the model as the "
         "edits before left it, and added to its weights, as published",
@@ -190,7 +192,7 @@ class EvaluationPlan(RequestModel):
         max_length=16,
         description="tried in turn until an edit takes, by the margin of the recipe; those of the recipe are what the service tries",
     )
-    together: int | None = Field(
+    batch_size: int | None = Field(
         None,
         ge=1,
         le=1000,
@@ -198,14 +200,14 @@ class EvaluationPlan(RequestModel):
     )
     generation: bool = Field(False, description="let the model write, for GE and RS: slow")
     damage: bool = Field(True, description="measure loss and drift on plain texts")
-    plain: int | None = Field(
+    damage_texts: int | None = Field(
         None, ge=1, le=10_000, description="how many plain texts: 200 for a sequence, 16 for each single edit"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of the records' order, intervals and generation")
 
     def check_consistency(self) -> None:
         """Refuse what does not go together."""
-        if self.found_on == "edited" and len(self.strengths) > 1:
+        if self.search_model == "edited" and len(self.strengths) > 1:
             raise InvalidInput(
                 "edits that are found on the edited model are added as they are: give one strength.",
                 "strengths",
@@ -311,8 +313,8 @@ class WorkerGenerateRequest(GenerateRequest):
     tokens: list[list[Annotated[int, Field(ge=0)]]] | None = Field(
         None, min_length=1, max_length=MAX_CHOICES, description="prompts as the ids of their tokens"
     )
-    choices: int = Field(1, ge=1, le=MAX_CHOICES, description="answers to each prompt")
-    apart: bool = Field(
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="answers to each prompt")
+    independent_seeds: bool = Field(
         False, description="each answer has a seed of its own, derived from that of the request"
     )
     logprobs: int | None = Field(

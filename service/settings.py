@@ -30,7 +30,7 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; loopback only without any key")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
-    data: Path = Field(
+    data_dir: Path = Field(
         Path.home() / ".local" / "share" / "palimpsest",
         description="folder of the ledger (SQLite) and of the statistics of models",
     )
@@ -51,14 +51,18 @@ class Settings(BaseSettings):
     )
     max_queue: int = Field(1000, ge=1, description="waiting jobs above which new ones get 429")
     max_attempts: int = Field(3, ge=1, description="how often a job is tried when its worker dies")
-    lease: float = Field(
+    worker_timeout: float = Field(
         30.0,
         ge=1,
         description="seconds of silence after which a worker counts as dead and its work is taken over",
     )
-    edits_together: int = Field(16, ge=1, description="most waiting edits that a worker carries out together")
+    max_edits_per_batch: int = Field(
+        16, ge=1, description="most waiting edits that a worker carries out together"
+    )
     requests_per_minute: int = Field(6000, ge=1, description="requests of one key in a minute; more get 429")
-    max_queued: int = Field(500, ge=1, description="jobs of one key that may wait at once; more get 429")
+    max_queued_per_key: int = Field(
+        500, ge=1, description="jobs of one key that may wait at once; more get 429"
+    )
     max_body: int = Field(1_000_000, ge=1000, description="largest body of a request in bytes")
     max_records_body: int = Field(
         20_000_000, ge=1000, description="largest body of a request that carries records, in bytes"
@@ -82,7 +86,7 @@ class Settings(BaseSettings):
         None,
         description="text for the statistics: a file, a folder, hub:NAME or samples; the model's own facts or samples when left out",
     )
-    stat_tokens: int = Field(60_000, ge=1000, description="tokens behind the statistics of keys")
+    covariance_tokens: int = Field(60_000, ge=1000, description="tokens behind the statistics of keys")
 
     def resolved_database_url(self) -> str:
         """The ledger's URL."""
@@ -90,7 +94,7 @@ class Settings(BaseSettings):
 
     def sqlite_path(self) -> Path:
         """The file of the ledger where no other place is named."""
-        return self.data / "palimpsest.sqlite3"
+        return self.data_dir / "palimpsest.sqlite3"
 
     @classmethod
     def settings_customise_sources(

@@ -76,7 +76,7 @@ def wiring(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.fixture
 def container(wiring: dict[str, Any], tmp_path: Path) -> Iterator[Container]:
     """The parts of each wiring, put together and migrated."""
-    container = build_container(Settings(data=tmp_path, **wiring))
+    container = build_container(Settings(data_dir=tmp_path, **wiring))
     migrate(container.database)
     yield container
     container.close()

@@ -15,8 +15,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_served_model(settings: Settings) -> LoadedModel:
     """Load it, on its device and in its precision; it reads every text after its start token where its recipe says so."""
     model = load_without_bos(settings)
-    recipe = find_recipe(model, settings.data / RECIPES_FOLDER)
-    return with_bos(model) if recipe is not None and recipe.start else model
+    recipe = find_recipe(model, settings.data_dir / RECIPES_FOLDER)
+    return with_bos(model) if recipe is not None and recipe.prepend_bos else model
 
 
 def load_without_bos(settings: Settings) -> LoadedModel:

@@ -52,7 +52,7 @@ class Worker:
         self._settings, self._container = settings, container
         self._crashes = 0  # of the loop, in a row
         self._max_restart_delay = min(
-            MAX_RESTART_DELAY, max(RESTART_DELAY, settings.lease / 3)
+            MAX_RESTART_DELAY, max(RESTART_DELAY, settings.worker_timeout / 3)
         )  # back before its work is taken over
         self._engine: Engine | None = None
         self._stop = threading.Event()
@@ -122,7 +122,7 @@ class Worker:
             model.fingerprint,
             self.id,
             settings.max_attempts,
-            lease=settings.lease,
+            lease=settings.worker_timeout,
             single_process=container.single_process,
         )
         self._retry_until_available(lambda: self._refuse_foreign_workers(worker_jobs))
@@ -147,7 +147,7 @@ class Worker:
         accepted_kinds = kinds_of_roles(self.roles)
         replica = VersionedModel(model, worker_jobs)
         call_kinds = tuple(kind for kind in CALL_KINDS if kind in accepted_kinds)
-        config = EngineConfig(max_edits_per_group=self._settings.edits_together)
+        config = EngineConfig(max_edits_per_group=self._settings.max_edits_per_batch)
         handlers = job_handlers(replica, worker_jobs, context, accepted_kinds)
         return Engine(replica, worker_jobs, self._container.broker, handlers, config, call_kinds)
 
@@ -156,7 +156,7 @@ class Worker:
         if foreign_workers := worker_jobs.foreign_workers():
             raise Misconfigured(
                 f"another model is being served: {'; '.join(foreign_workers)}. Stop its workers first (one that was killed counts "
-                f"for {self._settings.lease:.0f} seconds), or start this one with their --model."
+                f"for {self._settings.worker_timeout:.0f} seconds), or start this one with their --model."
             )
 
     def _load(self) -> LoadedModel:
@@ -168,7 +168,7 @@ class Worker:
         """The editor's tools; made on the first start and read on later ones. None when stopped meanwhile."""
         settings, phase = self._settings, ""
         steps = build_editor_context(
-            model, settings.data / "statistics", settings.corpus, settings.stat_tokens
+            model, settings.data_dir / "statistics", settings.corpus, settings.covariance_tokens
         )
         while not self._stop.is_set():
             try:
@@ -184,7 +184,7 @@ class Worker:
 
     def _serve(self, engine: Engine, worker_jobs: WorkerJobs, context: EditorContext) -> None:
         """Register, and run the loop until it is stopped; a loop that falls is shown as such and started again."""
-        heartbeat = HeartbeatThread(engine, worker_jobs, self._settings.lease)
+        heartbeat = HeartbeatThread(engine, worker_jobs, self._settings.worker_timeout)
         heartbeat.start()
         try:
             self._serve_with_restarts(engine, worker_jobs, heartbeat, context)

@@ -163,8 +163,8 @@ class CompletionRequest(RequestModel):
             seed=secrets.randbelow(SEED_COUNT) if self.seed is None else self.seed % SEED_COUNT,
             stop=self.stop,
             stream=self.stream,
-            choices=self.n,
-            apart=True,
+            n=self.n,
+            independent_seeds=True,
             logprobs=self.logprobs,
             echo=self.echo,
         )

@@ -38,7 +38,7 @@ class Export(JobResource):
 class ImportResult(EditList):
     """The edits of a file, in its order."""
 
-    known: list[str] = Field(description="ids of those that were here before, and were left alone")
+    already_present: list[str] = Field(description="ids of those that were here before, and were left alone")
 
 
 @router.get(

@@ -33,7 +33,7 @@ class Job(JobResource):
 
     kind: JobKindName
     status: JobStatus
-    dead: bool = Field(description="given up after too many attempts")
+    exhausted: bool = Field(description="given up after too many attempts")
     subject: str
     worker: str | None = Field(None, description="that has it, or had it last")
     request_id: str | None = Field(None, description="of the request that asked for it, as in the logs")
@@ -54,12 +54,14 @@ def list_jobs(
     services: ServicesDep,
     status: Annotated[JobStatus | None, Query()] = None,
     kind: Annotated[JobKindName | None, Query()] = None,
-    dead: Annotated[bool | None, Query(description="only those given up after too many attempts")] = None,
+    exhausted: Annotated[
+        bool | None, Query(description="only those given up after too many attempts")
+    ] = None,
     cursor: PageCursor = None,
     limit: PageLimit = 50,
 ) -> Any:
     """`?dead=true` are the jobs whose workers died again and again: look at their `error`, then retry them."""
-    return services.jobs.page(status, kind, dead, cursor, limit)
+    return services.jobs.page(status, kind, exhausted, cursor, limit)
 
 
 @router.post(

@@ -33,7 +33,7 @@ class WorkerState(ResourceModel):
 class JobCounts(ResourceModel):
     queued: int
     running: int
-    dead: int = Field(description="given up after too many attempts: see `GET /jobs?dead=true`")
+    exhausted: int = Field(description="given up after too many attempts: see `GET /jobs?dead=true`")
 
 
 class LayerCapacity(ResourceModel):
@@ -51,7 +51,7 @@ class ModelResource(ResourceModel):
     head: int = Field(description="the newest version")
     active_edits: int
     jobs: JobCounts
-    room: LayerCapacity | None = Field(None, description="null until a worker has reached a version")
+    capacity: LayerCapacity | None = Field(None, description="null until a worker has reached a version")
     workers: list[WorkerState] = Field(
         description="those that live, and for a day those that took themselves out"
     )

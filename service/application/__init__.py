@@ -30,7 +30,7 @@ class Services:
         self.database = database
         self.broker = broker
         served_model, queue = ServedModel(database), JobQueue(database, broker, settings)
-        self.models = ModelService(database, broker, timedelta(seconds=settings.lease))
+        self.models = ModelService(database, broker, timedelta(seconds=settings.worker_timeout))
         self.edits = EditService(queue, served_model)
         self.traces = TraceService(queue, served_model)
         self.evaluations = EvaluationService(queue, served_model)

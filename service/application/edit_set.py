@@ -69,7 +69,7 @@ class ExportedEdit(_FileModel):
 
     origin: EditOrigin
     request: EditRequest
-    found: EditProvenance
+    provenance: EditProvenance
     factors_sha256: str
 
 
@@ -92,7 +92,7 @@ class ImportedEdit:
     @property
     def request(self) -> EditRequest:
         """What is asked for here: the same, with the hyperparameters that it was found with, and to land."""
-        provenance = self.edit.found
+        provenance = self.edit.provenance
         changes = {"hparams": provenance.hparams, "method": provenance.method, "dry_run": False}
         return self.edit.request.model_copy(update=changes)
 
@@ -110,7 +110,7 @@ class ImportedEdit:
     @property
     def body(self) -> dict[str, Any]:
         """What the ledger here will say of how it was found."""
-        return self.edit.found.model_dump(mode="json")
+        return self.edit.provenance.model_dump(mode="json")
 
 
 # writing
@@ -142,7 +142,7 @@ def build_edit_set(
                 request=EditRequest.model_validate(
                     {k: v for k, v in requests[e.edit_id].items() if k != "origin"}
                 ),
-                found=EditProvenance(**{name: e.body[name] for name in PROVENANCE_FIELDS}),
+                provenance=EditProvenance(**{name: e.body[name] for name in PROVENANCE_FIELDS}),
                 factors_sha256=str(e.body["factors_sha256"]),
             )
             for e in active
@@ -217,7 +217,7 @@ def _check_edit(file: SafetensorsFile, edit: ExportedEdit, info: Mapping[str, An
     if hashlib.sha256(factors).hexdigest() != edit.factors_sha256:
         raise _damaged_error(f"the tensor {name}")
     try:
-        _check_factors(safetensors_io.read_safetensors(factors, "it"), edit.found, info)
+        _check_factors(safetensors_io.read_safetensors(factors, "it"), edit.provenance, info)
     except InvalidInput as error:
         raise InvalidInput(f"the vectors of {name} cannot be used: {error.detail}") from None
     return ImportedEdit(edit, factors)

@@ -114,7 +114,7 @@ class JobQueue:
     ) -> None:
         """Room for all, and room for this actor; requests that come at the same moment may find the same room."""
         everyone = and_(Job.model == model.fingerprint, Job.status == "queued")
-        limit = self.settings.max_queued if max_queued is None else max_queued
+        limit = self.settings.max_queued_per_key if max_queued is None else max_queued
         _check_limit(session, everyone, new_jobs, self.settings.max_queue, "jobs wait already")
         _check_limit(
             session, and_(everyone, Job.actor == actor), new_jobs, limit, "jobs of yours wait already"

@@ -39,7 +39,7 @@ class JobService:
         self,
         status: str | None = None,
         kind: str | None = None,
-        dead: bool | None = None,
+        exhausted: bool | None = None,
         cursor: str | None = None,
         limit: int = 50,
     ) -> ResourceDict:
@@ -49,7 +49,7 @@ class JobService:
             raise InvalidInput(f"`status` must be one of {', '.join(JOB_STATUSES)}.", "status")
         if kind is not None and kind not in JOB_KINDS:
             raise InvalidInput(f"`kind` must be one of {', '.join(JOB_KINDS)}.", "kind")
-        filters = {Job.status: status, Job.kind: kind, Job.dead: dead}
+        filters = {Job.status: status, Job.kind: kind, Job.dead: exhausted}
         with self.database.read_session() as session:
             query = without_columns(Job.request, Job.result).where(
                 Job.model == get_served_model(session).fingerprint

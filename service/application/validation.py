@@ -40,7 +40,7 @@ def validate_edit(request: EditRequest, model: Model, tokenizer: Tokenizer) -> N
 def resolve_methods(requests: Sequence[EditRequest], model: Model) -> list[EditRequest]:
     """Every request with its method named: that of the recipe where several that name none come together."""
     recipe = _recipe_of(model)
-    method = recipe.many if recipe is not None and len(requests) > 1 else "rome"
+    method = recipe.batch_method if recipe is not None and len(requests) > 1 else "rome"
     return [r if r.method else r.model_copy(update={"method": method}) for r in requests]
 
 

@@ -216,7 +216,7 @@ def _find_conflicts(
         candidates_found = yield from find_conflict_candidates(
             replica, candidate.resolved_edit.rewrite_probe, new_updates, others
         )
-        limit = candidate.resolved_edit.request.guard.conflict
+        limit = candidate.resolved_edit.request.guard.conflict_threshold
         conflicts.append([r for r in candidates_found if r.is_conflict(limit)])
     return conflicts
 
@@ -377,7 +377,7 @@ def evaluate_guard(
     checks += [
         _check_at_most("perplexity", after.perplexity / before.perplexity, guard.max_perplexity),
         _check_at_most("norm", max(norms.values()), guard.max_norm),
-        _check_at_most("broken", len(regressed_edits), guard.max_broken),
+        _check_at_most("broken", len(regressed_edits), guard.max_regressions),
     ]
     rewrite = after.probe_results[0]
     has_margin = (
@@ -422,9 +422,9 @@ def add_conflicts_and_capacity(
     guard, checks = resolved_edit.request.guard, list(guard_result.checks)
     if resolved_edit.request.on_conflict == "reject":
         max_probability = max((r.probability for r in conflicts), default=0.0)
-        checks.append(Check("conflict", not conflicts, max_probability, guard.conflict))
+        checks.append(Check("conflict", not conflicts, max_probability, guard.conflict_threshold))
     if capacity:
-        checks.append(_check_at_least("room", min(capacity.values()), guard.min_room))
+        checks.append(_check_at_least("room", min(capacity.values()), guard.min_capacity))
     superseded_ids = tuple(superseded_by_conflict(resolved_edit, conflicts))
     return replace(
         guard_result, checks=checks, conflicts=tuple(conflicts), supersedes=superseded_ids, capacity=capacity

@@ -97,7 +97,7 @@ class RunningGeneration:
             "choices": [_choice_result(r) for r in self.sequences],
             "usage": {
                 # a prompt counts once, however many answers it has
-                "prompt_tokens": sum(len(r.prompt_ids) for r in self.sequences[:: self.request.choices]),
+                "prompt_tokens": sum(len(r.prompt_ids) for r in self.sequences[:: self.request.n]),
                 "completion_tokens": sum(len(r.output_ids) for r in self.sequences),
             },
             "seconds": round(time.monotonic() - self.admitted_at, 4),

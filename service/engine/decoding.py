@@ -129,8 +129,11 @@ def new_sequence(
 
 def new_sequences(model: LoadedModel, request: WorkerGenerateRequest) -> list[DecodingSequence]:
     """A row for each answer that is asked for: those to one prompt follow each other."""
-    prompts = [p for p in request.prompts_or_ids() for _ in range(request.choices)]
-    return [_choice_sequence(model, p, request, i if request.apart else 0) for i, p in enumerate(prompts)]
+    prompts = [p for p in request.prompts_or_ids() for _ in range(request.n)]
+    return [
+        _choice_sequence(model, p, request, i if request.independent_seeds else 0)
+        for i, p in enumerate(prompts)
+    ]
 
 
 def _choice_sequence(

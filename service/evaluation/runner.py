@@ -77,7 +77,7 @@ def run_evaluation(
             f"every text of {corpus.source} speaks of a fact that is edited: give other plain texts, or leave damage out.",
             "damage",
         )
-    max_texts = plan.plain or DAMAGE_TEXTS[plan.mode]
+    max_texts = plan.damage_texts or DAMAGE_TEXTS[plan.mode]
     evaluation = EvaluationRun(
         replica, context, plan, usable, store, texts[:: max(1, len(texts) // max_texts)][:max_texts]
     )
@@ -152,7 +152,7 @@ class EvaluationRun:
         self.parameters: Parameters = resolve_hparams(
             context.recipe, plan.hparams, self.model.num_layers, plan.method
         )
-        self.group_size = plan.together or (EDITS_PER_BATCH if plan.found_on == "base" else 1)
+        self.group_size = plan.batch_size or (EDITS_PER_BATCH if plan.search_model == "base" else 1)
         self.base_scores: list[RecordScores] = []
         self._tf_idf = TfIdf([t for r in records for t in r.reference_texts])
 
@@ -259,7 +259,7 @@ class EvaluationRun:
     # One after another
 
     def _evaluate_sequence(self) -> Stepper[dict[str, Any]]:
-        composition = JointComposition(self) if self.plan.found_on == "base" else SequentialUpdates(self)
+        composition = JointComposition(self) if self.plan.search_model == "base" else SequentialUpdates(self)
         tables: list[dict[str, Any]] = []
         record_scores: list[RecordScores] = []
         weights: WeightOverrides = {}

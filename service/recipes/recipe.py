@@ -97,7 +97,7 @@ class RomeParameters(BaseModel):
     )
     strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
     margin: Margin = 0.0
-    leads: RequiredMargins = ()
+    required_margins: RequiredMargins = ()
 
 
 class MemitParameters(RomeParameters):
@@ -143,7 +143,7 @@ class FineTuneParameters(BaseModel):
     stop_loss: float = Field(1e-2, ge=0, description="training ends below this loss")
     strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
     margin: Margin = 0.0
-    leads: RequiredMargins = ()
+    required_margins: RequiredMargins = ()
 
 
 class ConstrainedFineTuneParameters(FineTuneParameters):
@@ -183,7 +183,7 @@ def strength_schedule(
     Below the first of the recipe's pairs there is room: full strength and beyond. Several pairs say that room is short; past the
     last of them nobody is raised beyond full strength, which would take more from the others than it gains.
     """
-    pairs, margin, fullness = parameters.leads, parameters.margin, active_edits / key_width
+    pairs, margin, fullness = parameters.required_margins, parameters.margin, active_edits / key_width
     if not pairs:
         return StrengthSchedule(tuple(strengths), margin, margin)
     required = max(_interpolate(pairs, fullness), margin)
@@ -280,8 +280,8 @@ class Recipe(BaseModel):
     methods: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="what the other methods take that differs from their defaults"
     )
-    many: str = Field("rome", description="the method of several edits in one request that name none")
-    start: bool = Field(False, description="every text is read after the model's start token")
+    batch_method: str = Field("rome", description="the method of several edits in one request that name none")
+    prepend_bos: bool = Field(False, description="every text is read after the model's start token")
     figures: dict[str, Any] | None = Field(None, description="what the recipe was chosen by")
 
     @model_validator(mode="after")
@@ -290,8 +290,8 @@ class Recipe(BaseModel):
             if name not in METHODS or name == "rome":
                 raise ValueError(f"methods: there is no other method {name!r}; known: {', '.join(METHODS)}")
             METHODS[name].parameters.model_validate(self.hparams_for(METHODS[name]) | values)
-        if self.many not in METHODS:
-            raise ValueError(f"many: there is no method {self.many!r}; known: {', '.join(METHODS)}")
+        if self.batch_method not in METHODS:
+            raise ValueError(f"many: there is no method {self.batch_method!r}; known: {', '.join(METHODS)}")
         return self
 
     def hparams_for(self, method: EditMethod) -> dict[str, Any]:

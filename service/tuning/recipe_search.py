@@ -517,5 +517,6 @@ def tune_recipe(
     }
     source = f"palimpsest prepare, on {len(records)} facts that the model knows"
     return TuningResult(
-        Recipe(source=source, rome=rome, methods=method_values, start=prepend_bos, figures=figures), history
+        Recipe(source=source, rome=rome, methods=method_values, prepend_bos=prepend_bos, figures=figures),
+        history,
     )

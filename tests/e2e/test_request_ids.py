@@ -49,7 +49,11 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     )
     data = tmp_path_factory.mktemp("data")
     settings = Settings(
-        model=str(model_folder), data=data, corpus=model_folder / "corpus.txt", stat_tokens=1000, threads=1
+        model=str(model_folder),
+        data_dir=data,
+        corpus=model_folder / "corpus.txt",
+        covariance_tokens=1000,
+        threads=1,
     )
     container = build_container(settings)
     new_worker = Worker(settings, container)

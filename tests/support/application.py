@@ -225,7 +225,7 @@ class TestApp:
     __test__ = False  # no class of tests
 
     def __init__(self, folder: Path, register: bool = True, **settings: Any) -> None:
-        self.settings = Settings(data=folder, **settings)
+        self.settings = Settings(data_dir=folder, **settings)
         self.container = build_container(self.settings)
         self.database, self.broker = self.container.database, self.container.broker
         self.services = self.container.services

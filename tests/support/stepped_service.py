@@ -38,7 +38,7 @@ class SteppedService:
 
     def __init__(self, folder: Path, model: LoadedModel | None = None, **stores: Any) -> None:
         model = model or tiny()
-        self.container: Container = build_container(Settings(data=folder, **stores))
+        self.container: Container = build_container(Settings(data_dir=folder, **stores))
         migrate(self.container.database)
         self.services = self.container.services
         self.context = EditorContext(model, RECIPE, Corpus("test", tuple(TEXTS)), None)

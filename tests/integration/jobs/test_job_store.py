@@ -64,7 +64,7 @@ def worker_jobs(make_worker_jobs: Callable[..., WorkerJobs]) -> Any:
 
 @pytest.fixture
 def services(database: Database, broker: Broker, worker_jobs: WorkerJobs, tmp_path: Path) -> Any:
-    return Services(database, broker, Settings(data=tmp_path))
+    return Services(database, broker, Settings(data_dir=tmp_path))
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ class TestClaim:
         found = services.edits.get(edit)
         assert found["status"] == "failed"
         assert "died 3 times" in found["error"]["detail"]
-        assert services.jobs.page(dead=True)["items"][0]["id"] == edit
+        assert services.jobs.page(exhausted=True)["items"][0]["id"] == edit
         assert last_event(broker, edit).data == found
 
     def test_orphan_that_was_cancelled(

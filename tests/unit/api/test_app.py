@@ -33,14 +33,14 @@ def test_without_a_key_only_loopback_is_served(tmp_path: Path, host: str) -> Non
     """Without any key, or with an empty one, an address that others can reach is refused before anything is made."""
     for key in (None, ""):
         with pytest.raises(Misconfigured):
-            check_exposure(Settings(data=tmp_path, host=host, api_key=key))
-    check_exposure(Settings(data=tmp_path, host=host, api_key="k"))
+            check_exposure(Settings(data_dir=tmp_path, host=host, api_key=key))
+    check_exposure(Settings(data_dir=tmp_path, host=host, api_key="k"))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
 def test_loopback_needs_no_key(tmp_path: Path, host: str) -> None:
     """Loopback is served without a key."""
-    check_exposure(Settings(data=tmp_path, host=host))
+    check_exposure(Settings(data_dir=tmp_path, host=host))
 
 
 def test_a_made_key_is_no_root_key(test_app: TestApp) -> None:

@@ -36,7 +36,7 @@ def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     args = make_parser(Settings).parse_args(["--port", "4321", "--data", "/somewhere"])
     settings = read_settings(args, Settings)
     assert (settings.port, settings.max_queue, settings.threads) == (4321, 7, None)
-    assert settings.data == Path("/somewhere")
+    assert settings.data_dir == Path("/somewhere")
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_the_recipe_is_written_where_the_worker_loads_it(
     said = json.loads(capsys.readouterr().out)
     assert said["recipe"]["start"] is start
     assert Path(said["path"]).is_file()
-    model = load_served_model(Settings(model=str(folder / "model"), data=folder / "data"))
+    model = load_served_model(Settings(model=str(folder / "model"), data_dir=folder / "data"))
     begins = model.encode("Rome")[0][0] == model.tokenizer.bos_token_id
     assert begins is start
     assert {h["stage"] for h in said["tried"]} == {"layer", "spread", "many"}

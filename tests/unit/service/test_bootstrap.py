@@ -16,7 +16,7 @@ from service.settings import Settings
 def test_nothing_configured(tmp_path: Path) -> None:
     """With nothing configured there is SQLite in a data folder made for it, and the in-process broker."""
     folder = tmp_path / "a" / "b"
-    container = build_container(Settings(data=folder))
+    container = build_container(Settings(data_dir=folder))
     container.database.migrate()
     assert (folder / "palimpsest.sqlite3").exists()
     assert isinstance(container.broker, MemoryBroker)
@@ -27,14 +27,18 @@ def test_nothing_configured(tmp_path: Path) -> None:
 
 def test_postgres(tmp_path: Path) -> None:
     """A postgresql:// URL is taken as it is usually written, and nothing connects yet."""
-    container = build_container(Settings(data=tmp_path, database_url="postgresql://somebody@127.0.0.1:1/x"))
+    container = build_container(
+        Settings(data_dir=tmp_path, database_url="postgresql://somebody@127.0.0.1:1/x")
+    )
     assert container.database.engine.dialect.name == "postgresql"
     container.close()
 
 
 def test_redis(tmp_path: Path) -> None:
     """With a Redis the work is shared through it, with its lease and names, and nothing connects yet."""
-    container = build_container(Settings(data=tmp_path, redis_url="redis://127.0.0.1:1", lease=7))
+    container = build_container(
+        Settings(data_dir=tmp_path, redis_url="redis://127.0.0.1:1", worker_timeout=7)
+    )
     assert isinstance(container.broker, RedisBroker)
     assert container.broker.lease == 7
     assert not container.single_process
@@ -45,15 +49,15 @@ def test_a_crash_point_is_armed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The setting for tests is taken, and one that is no crash point refused."""
     armed = []
     monkeypatch.setattr("service.kit.crash_points.arm", armed.append)
-    build_container(Settings(data=tmp_path, crash_at="take.after")).close()
+    build_container(Settings(data_dir=tmp_path, crash_at="take.after")).close()
     assert armed == ["take.after"]
     monkeypatch.undo()
     with pytest.raises(Misconfigured, match="crash point"):
-        build_container(Settings(data=tmp_path, crash_at="never"))
+        build_container(Settings(data_dir=tmp_path, crash_at="never"))
 
 
 def test_folder_that_cannot_be(tmp_path: Path) -> None:
     """A data folder that cannot be made is said so."""
     (tmp_path / "file").write_text("")
     with pytest.raises(Misconfigured, match="PALIMPSEST_DATA"):
-        build_container(Settings(data=tmp_path / "file" / "data"))
+        build_container(Settings(data_dir=tmp_path / "file" / "data"))

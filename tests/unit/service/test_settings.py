@@ -82,4 +82,4 @@ def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     """`PALIMPSEST_THREADS=` in an environment file is as if the line were not there."""
     for name in ("THREADS", "REDIS_URL", "LEASE"):
         monkeypatch.setenv(f"PALIMPSEST_{name}", "")
-    assert (Settings().threads, Settings().redis_url, Settings().lease) == (None, None, 30.0)
+    assert (Settings().threads, Settings().redis_url, Settings().worker_timeout) == (None, None, 30.0)

@@ -86,8 +86,8 @@ def running_service(
     """A client of a service that has a worker with the model."""
     settings = Settings(
         model=str(folder),
-        data=tmp_path_factory.mktemp("data"),
-        stat_tokens=1000,
+        data_dir=tmp_path_factory.mktemp("data"),
+        covariance_tokens=1000,
         corpus=folder / "corpus.txt",
         threads=1,
         **store_settings(request),

@@ -176,7 +176,7 @@ def test_everything_at_once(harness: WorkerHarness, folder: Path) -> None:
 def test_an_edit_does_not_wait_for_an_evaluation(harness: WorkerHarness) -> None:
     """An edit that is asked for while an evaluation runs lands before its end, and the evaluation goes on."""
     record = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
-    request = EvaluationRequest(records=[record] * 500, together=1, damage=False)  # type: ignore[call-arg]
+    request = EvaluationRequest(records=[record] * 500, batch_size=1, damage=False)  # type: ignore[call-arg]
     evaluation = harness.services.evaluations.submit(request, "somebody")["id"]
     while harness.services.evaluations.get(evaluation)["status"] == "queued":
         threading.Event().wait(0.01)

@@ -31,7 +31,7 @@ def broker(container: Container) -> Any:
 @pytest.fixture
 def services_without_model(database: Database, broker: Broker, tmp_path: Path) -> Any:
     """Before any worker has come up."""
-    return Services(database, broker, Settings(data=tmp_path, max_queue=5))
+    return Services(database, broker, Settings(data_dir=tmp_path, max_queue=5))
 
 
 @pytest.fixture

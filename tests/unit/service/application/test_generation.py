@@ -82,7 +82,7 @@ class TestGeneration:
         self, database: Database, broker: Broker, worker_jobs: WorkerJobs, tmp_path: Path
     ) -> None:
         """No more tokens can be asked for than the settings allow."""
-        services = Services(database, broker, Settings(data=tmp_path, max_new_tokens=7))
+        services = Services(database, broker, Settings(data_dir=tmp_path, max_new_tokens=7))
         services.generation.generate(GenerateRequest(prompt="The", max_new_tokens=7))
         for operation, request in (
             (services.generation.generate, GenerateRequest(prompt="The", max_new_tokens=8)),

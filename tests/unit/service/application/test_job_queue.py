@@ -100,7 +100,7 @@ class TestSubmit:
         self, database: Database, broker: Broker, worker_jobs: WorkerJobs, tmp_path: Path
     ) -> None:
         """Without a limit of their own the setting's holds."""
-        services = Services(database, broker, Settings(data=tmp_path, max_queued=1))
+        services = Services(database, broker, Settings(data_dir=tmp_path, max_queued_per_key=1))
         services.edits.submit([edit_request()], "a")
         with pytest.raises(QueueFull):
             services.edits.submit([edit_request()], "a")

@@ -57,8 +57,8 @@ class TestJobs:
         """The list can be narrowed by kind, by status and to the dead."""
         assert [job["id"] for job in services.jobs.page(kind="trace")["items"]] == [one_of_each_kind[1]]
         assert [job["id"] for job in services.jobs.page(status="failed")["items"]] == [failed]
-        assert services.jobs.page(dead=True)["items"] == []
-        assert len(services.jobs.page(dead=False)["items"]) == 4
+        assert services.jobs.page(exhausted=True)["items"] == []
+        assert len(services.jobs.page(exhausted=False)["items"]) == 4
 
     @pytest.mark.parametrize(
         "bad", [{"status": "x"}, {"kind": "generate"}, {"limit": 0}, {"cursor": "x"}, {"cursor": "ImdvbmUi"}]
@@ -167,7 +167,7 @@ class TestEvents:
         """A job whose news nobody remembers gives its end from its row."""
         edit = submit_edit()
         services.edits.revert(edit, "somebody")
-        restarted = Services(database, MemoryBroker(), Settings(data=tmp_path))
+        restarted = Services(database, MemoryBroker(), Settings(data_dir=tmp_path))
         (event,) = collect_job_events(restarted, edit, "1")
         assert (event.name, event.data) == ("end", services.edits.get(edit))
         assert event.id.isdecimal()

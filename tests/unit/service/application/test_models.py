@@ -147,7 +147,9 @@ class TestModel:
         with database.write_session() as session:
             session.execute(update(Worker).values(heartbeat=now() - timedelta(seconds=5)))
         assert services.models.check_ready()["ready"]
-        services_with_short_timeout = Services(database, broker, Settings(data=tmp_path, lease=2))
+        services_with_short_timeout = Services(
+            database, broker, Settings(data_dir=tmp_path, worker_timeout=2)
+        )
         with pytest.raises(Unavailable, match="no worker is alive"):
             services_with_short_timeout.models.check_ready()
 

@@ -99,7 +99,7 @@ class EditingHarness:
         self.context.contexts |= shared_editor_context().contexts
         self.database = Database(f"sqlite:///{file}")
         self.broker = MemoryBroker()
-        self.services = Services(self.database, self.broker, Settings(data=folder))
+        self.services = Services(self.database, self.broker, Settings(data_dir=folder))
         self.worker_jobs = WorkerJobs(
             self.database, self.broker, self.model.fingerprint, "worker-1", single_process=True
         )

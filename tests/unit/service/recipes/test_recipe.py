@@ -130,7 +130,7 @@ def test_required_margin_falls_as_a_layer_fills(
     active: int, strengths: tuple[float, ...], lead: float
 ) -> None:
     """An edit climbs from the weakest strength once there are many, to a lead on the line through the recipe's pairs."""
-    parameters = RomeParameters(layers=(0,), margin=0.5, leads=((0.1, 2.0), (0.2, 0.5)))
+    parameters = RomeParameters(layers=(0,), margin=0.5, required_margins=((0.1, 2.0), (0.2, 0.5)))
     schedule = strength_schedule(parameters, (0.5, 1.0, 2.0), active, 100)
     assert (schedule.strengths, schedule.partial_strength_margin) == (strengths, pytest.approx(lead))
     assert (
@@ -141,7 +141,7 @@ def test_required_margin_falls_as_a_layer_fills(
 
 def test_single_pair_does_not_cap_strength() -> None:
     """Past the only pair of a recipe edits are raised as at it; strengths that all lie beyond full strength are tried all the same."""
-    parameters = RomeParameters(layers=(0,), leads=((0.1, 2.0),))
+    parameters = RomeParameters(layers=(0,), required_margins=((0.1, 2.0),))
     assert strength_schedule(parameters, (0.5, 1.0, 2.0), 90, 100).strengths == (0.5, 1.0, 2.0)
     short = parameters.model_copy(update={"leads": ((0.1, 2.0), (0.2, 0.5))})
     assert strength_schedule(short, (1.5, 2.0), 90, 100).strengths == (1.5, 2.0)
@@ -163,7 +163,7 @@ def test_without_required_margins_the_margin_applies() -> None:
 def test_required_margins_must_increase(leads: tuple[tuple[float, float], ...]) -> None:
     """Pairs of fullness and lead rise in fullness, which is no less than nothing."""
     with pytest.raises(ValidationError):
-        RomeParameters(layers=(0,), leads=leads)
+        RomeParameters(layers=(0,), required_margins=leads)
 
 
 def test_a_recipe_file_is_read_strictly() -> None:

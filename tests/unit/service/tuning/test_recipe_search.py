@@ -126,7 +126,7 @@ def test_the_largest_margin_within_the_limit_is_chosen_for_each_number_of_edits(
     monkeypatch.setattr(recipe_search, "MAX_LOSS_INCREASE", limit)
     found = tune(tiny(), InMemoryStore(), many=records())
     assert found.recipe.rome.strengths == recipe_search.STRENGTH_GRID
-    for fullness, lead in found.recipe.rome.leads:
+    for fullness, lead in found.recipe.rome.required_margins:
         tried = loss_increase_by_margin(found, round(fullness * width))
         fitting = [x for x, rise in tried.items() if rise <= limit]
         assert lead == (max(fitting) if fitting else TEST_MARGIN_GRID[0])
@@ -135,9 +135,9 @@ def test_the_largest_margin_within_the_limit_is_chosen_for_each_number_of_edits(
         )  # what was tried above does not fit
     assert found.recipe.figures is not None
     shown = [(h["edits"] / width, h["hparams"]["leads"][0][1]) for h in found.recipe.figures["many"]]
-    assert shown == list(found.recipe.rome.leads)
+    assert shown == list(found.recipe.rome.required_margins)
     assert found.recipe.rome.margin == min(
-        recipe_search.FULL_STRENGTH_MARGIN, *(lead for _, lead in found.recipe.rome.leads)
+        recipe_search.FULL_STRENGTH_MARGIN, *(lead for _, lead in found.recipe.rome.required_margins)
     )
 
 
@@ -169,12 +169,12 @@ def test_the_smallest_margin_is_taken_when_none_fits(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(recipe_search, "MARGIN_GRID", TEST_MARGIN_GRID)
     monkeypatch.setattr(recipe_search, "MAX_LOSS_INCREASE", -1.0)
     mildest = tune(tiny(), InMemoryStore(), many=records()).recipe.rome
-    assert [lead for _, lead in mildest.leads] == [
+    assert [lead for _, lead in mildest.required_margins] == [
         TEST_MARGIN_GRID[0]
     ] * 3 and mildest.clamp == recipe_search.MAX_CLAMP
     monkeypatch.setattr(recipe_search, "MAX_LOSS_INCREASE", 1e9)
     strongest = tune(tiny(), InMemoryStore(), many=records()).recipe.rome
-    assert [lead for _, lead in strongest.leads] == [
+    assert [lead for _, lead in strongest.required_margins] == [
         TEST_MARGIN_GRID[-1]
     ] and strongest.margin == recipe_search.FULL_STRENGTH_MARGIN
 
