@@ -241,7 +241,7 @@ def _load_imported_edit(
     factors, body = artifacts[0] or b"", json.loads(artifacts[1] or b"")
     request = EditRequest.model_validate({k: v for k, v in job.request.items() if k != "origin"})
     resolved_edit = yield from resolve_edit(replica, request, context)
-    fixed_strength = {"strengths": (1.0,), "margin": 0.0, "leads": ()}
+    fixed_strength = {"strengths": (1.0,), "margin": 0.0, "required_margins": ()}
     resolved_edit = replace(
         resolved_edit, parameters=resolved_edit.parameters.model_copy(update=fixed_strength)
     )

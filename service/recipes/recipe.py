@@ -232,7 +232,7 @@ _SHARED_HPARAMS = (
     "seed",
     "strengths",
     "margin",
-    "leads",
+    "required_margins",
 )
 _PUBLISHED_KEY_HPARAMS = {
     "anchor": "bare",

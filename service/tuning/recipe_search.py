@@ -353,9 +353,9 @@ def tune_required_margins(
         if low == len(MARGIN_GRID):
             break  # fewer have room for as much
     width = search.replica.base.intermediate_size
-    required_margins = [(h["edits"] / width, h["hparams"]["leads"][0][1]) for h in chosen]
+    required_margins = [(h["edits"] / width, h["hparams"]["required_margins"][0][1]) for h in chosen]
     margin = min(h["hparams"]["margin"] for h in chosen)
-    return base | {"margin": margin, "leads": required_margins}, history, chosen
+    return base | {"margin": margin, "required_margins": required_margins}, history, chosen
 
 
 def _evaluate_required_margin(
@@ -369,7 +369,10 @@ def _evaluate_required_margin(
     """Let so many edits land together, each as strong as it takes to lead so: one crowd of the records after another, since a few
     hard edits can double what a crowd costs. S is of all records, the rise of the loss that of the worst crowd. Pieces are in
     `groups`, or come to be there."""
-    values = base | {"margin": min(required_margin, FULL_STRENGTH_MARGIN), "leads": [(0.0, required_margin)]}
+    values = base | {
+        "margin": min(required_margin, FULL_STRENGTH_MARGIN),
+        "required_margins": [(0.0, required_margin)],
+    }
     name = _artifact_name("many", [values, len(records), count])
     candidate: JsonDict | None = get_json(search.store, name)
     if candidate is not None:

@@ -427,7 +427,7 @@ def test_a_weak_edit_is_strengthened(harness: EditingHarness) -> None:
 
 
 @pytest.mark.parametrize(
-    ("leads", "strength"),
+    ("required_margins", "strength"),
     [
         (((1.0, 20.0),), 1.0),  # there is room: at full strength from the start
         (((0.0, 20.0),), 1.0),  # raised to full strength, where the margin is enough
@@ -435,10 +435,12 @@ def test_a_weak_edit_is_strengthened(harness: EditingHarness) -> None:
     ],
 )
 def test_strength_follows_the_recipe_schedule(
-    harness: EditingHarness, leads: tuple[tuple[float, float], ...], strength: float
+    harness: EditingHarness, required_margins: tuple[tuple[float, float], ...], strength: float
 ) -> None:
     """How strong an edit lands depends on the lead that is enough with so many active; what it landed with is in the ledger."""
-    edit = harness.run_edit(hparams={"strengths": [0.9, 1.0], "leads": leads}, true="the")
+    edit = harness.run_edit(
+        hparams={"strengths": [0.9, 1.0], "required_margins": required_margins}, true="the"
+    )
     assert (edit["status"], edit["result"]["strength"]) == ("applied", strength)
     assert harness.ledger_body(edit["version"])["strength"] == strength
 

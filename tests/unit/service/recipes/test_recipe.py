@@ -109,7 +109,7 @@ def test_without_a_recipe_the_layers_must_be_named(asked: dict[str, Any] | None)
 
 def test_closed_form_methods_share_the_strength_schedule() -> None:
     """Strengths, margin and the leads at which edits are strong enough come from the recipe together."""
-    schedule_hparams = {"strengths": (0.5, 1.0), "margin": 0.5, "leads": ((0.1, 2.0), (0.2, 0.5))}
+    schedule_hparams = {"strengths": (0.5, 1.0), "margin": 0.5, "required_margins": ((0.1, 2.0), (0.2, 0.5))}
     recipe = Recipe(source="test", rome=RomeParameters(layers=(1,), **schedule_hparams))  # type: ignore[arg-type]
     for method in ("rome", "r-rome", "memit", "emmet", "alphaedit"):
         chosen = resolve_hparams(recipe, None, 3, method).model_dump()
@@ -143,7 +143,7 @@ def test_single_pair_does_not_cap_strength() -> None:
     """Past the only pair of a recipe edits are raised as at it; strengths that all lie beyond full strength are tried all the same."""
     parameters = RomeParameters(layers=(0,), required_margins=((0.1, 2.0),))
     assert strength_schedule(parameters, (0.5, 1.0, 2.0), 90, 100).strengths == (0.5, 1.0, 2.0)
-    short = parameters.model_copy(update={"leads": ((0.1, 2.0), (0.2, 0.5))})
+    short = parameters.model_copy(update={"required_margins": ((0.1, 2.0), (0.2, 0.5))})
     assert strength_schedule(short, (1.5, 2.0), 90, 100).strengths == (1.5, 2.0)
 
 
@@ -153,17 +153,19 @@ def test_without_required_margins_the_margin_applies() -> None:
     assert strength_schedule(plain, (0.5, 1.0), 10**6, 100).required_margin(0.5) == 0.25
     assert (
         strength_schedule(
-            plain.model_copy(update={"leads": ((0.0, 0.1),)}), (0.5, 1.0), 5, 100
+            plain.model_copy(update={"required_margins": ((0.0, 0.1),)}), (0.5, 1.0), 5, 100
         ).required_margin(0.5)
         == 0.25
     )
 
 
-@pytest.mark.parametrize("leads", [((0.2, 1.0), (0.1, 2.0)), ((0.1, 1.0), (0.1, 2.0)), ((-0.1, 1.0),)])
-def test_required_margins_must_increase(leads: tuple[tuple[float, float], ...]) -> None:
+@pytest.mark.parametrize(
+    "required_margins", [((0.2, 1.0), (0.1, 2.0)), ((0.1, 1.0), (0.1, 2.0)), ((-0.1, 1.0),)]
+)
+def test_required_margins_must_increase(required_margins: tuple[tuple[float, float], ...]) -> None:
     """Pairs of fullness and lead rise in fullness, which is no less than nothing."""
     with pytest.raises(ValidationError):
-        RomeParameters(layers=(0,), required_margins=leads)
+        RomeParameters(layers=(0,), required_margins=required_margins)
 
 
 def test_a_recipe_file_is_read_strictly() -> None:

@@ -96,7 +96,7 @@ TEST_MARGIN_GRID = (0.1, 1.0, 3.0, 5.0)
 def loss_increase_by_margin(found: TuningResult, records: int) -> dict[float, float]:
     """The rise of the loss by lead, of what was tried with so many edits."""
     many = [h for h in found.history if h["stage"] == "many" and h["edits"] == records]
-    return {h["hparams"]["leads"][0][1]: h["rise"] for h in many}
+    return {h["hparams"]["required_margins"][0][1]: h["rise"] for h in many}
 
 
 @pytest.mark.usefixtures("quick")
@@ -134,7 +134,9 @@ def test_the_largest_margin_within_the_limit_is_chosen_for_each_number_of_edits(
             x > lead for x in tried.keys() - set(fitting) - {lead}
         )  # what was tried above does not fit
     assert found.recipe.figures is not None
-    shown = [(h["edits"] / width, h["hparams"]["leads"][0][1]) for h in found.recipe.figures["many"]]
+    shown = [
+        (h["edits"] / width, h["hparams"]["required_margins"][0][1]) for h in found.recipe.figures["many"]
+    ]
     assert shown == list(found.recipe.rome.required_margins)
     assert found.recipe.rome.margin == min(
         recipe_search.FULL_STRENGTH_MARGIN, *(lead for _, lead in found.recipe.rome.required_margins)
