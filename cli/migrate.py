@@ -10,7 +10,7 @@ from cli.flags import read_settings
 from cli.logs import log_to_stderr
 from cli.signals import stop_on_signals
 from cli.terminal import out, print_json
-from cli.wait_for_dependencies import retry_until_available
+from cli.wait_for_dependencies import wait_for_dependency
 from service.bootstrap import build_container
 from service.settings import Settings
 
@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     log_to_stderr(settings.log_format, settings.log_level)
     with stop_on_signals() as stop, closing(build_container(settings)) as container:
         revisions: list[str | None] = []
-        if not retry_until_available(lambda: revisions.append(container.database.revision()), stop):
+        if not wait_for_dependency(lambda: revisions.append(container.database.revision()), stop):
             return 0
         container.database.migrate(args.to)
         before, now = revisions[0], container.database.revision()

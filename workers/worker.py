@@ -17,6 +17,7 @@ from service.jobs.broker import CALL_KINDS
 from service.jobs.job_store import WorkerJobs, delete_all_workers
 from service.kit import metrics
 from service.kit.ids import new_id
+from service.kit.retry import retry_until_available
 from service.kit.steps import Progress
 from service.models.loading import LoadedModel
 from service.settings import Settings
@@ -132,15 +133,15 @@ class Worker:
             self._serve(self._engine, worker_jobs, context)
 
     def _retry_until_available(self, action: Callable[[], None]) -> None:
-        """What is down before the loop runs is waited for: a process that ended would have to load all over again."""
-        while not self._stop.is_set():
-            try:
-                action()
-            except Unavailable as error:
-                log.warning("waiting", extra={"worker": self.id, "detail": error.detail})
-                self._stop.wait(RESTART_DELAY)
-            else:
-                return
+        """Retry an action of the start: a process that exited would have to load the model again."""
+        retry_until_available(
+            action,
+            self._stop,
+            interval=RESTART_DELAY,
+            on_retry=lambda error: log.warning(
+                "waiting for a dependency", extra={"worker": self.id, "detail": error.detail}
+            ),
+        )
 
     def _make_engine(self, model: LoadedModel, worker_jobs: WorkerJobs, context: EditorContext) -> Engine:
         """The loop, for the kinds of work of this worker's roles."""

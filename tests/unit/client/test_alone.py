@@ -36,7 +36,7 @@ def test_client_wheel_contains_only_the_client(tmp_path: Path) -> None:
         ]
     ours = [*(ROOT / "palimpsest").glob("*.py"), ROOT / "palimpsest" / "py.typed"]
     assert installed == {str(one.relative_to(ROOT)) for one in ours}
-    assert needs == ["Requires-Dist: httpx"]
+    assert needs == ["Requires-Dist: httpx", "Requires-Dist: httpx-sse"]
 
 
 def test_client_and_service_are_of_one_version() -> None:
