@@ -37,7 +37,8 @@ from service.models.scoring import compute_perplexity, log_probs_blocking
 from service.recipes.recipe import Recipe, RomeParameters
 from service.scores.scores import bootstrap_mean, bootstrap_score, share_preferring_new, share_preferring_true
 from service.settings import SHIPPED_MODEL
-from service.weights.composition import Association, LowRank, apply_delta
+from service.weights.composition import apply_delta
+from service.weights.factors import Association, LowRank
 
 console = Console()
 SuccessRates = tuple[float, float, float]

@@ -40,7 +40,8 @@ from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
 from service.recipes.recipe import RomeParameters
 from service.settings import SHIPPED_MODEL
-from service.weights.composition import LowRank, apply_delta
+from service.weights.composition import apply_delta
+from service.weights.factors import LowRank
 
 #: subject, prompt, new object: the subject early or late in the prompt, an object of one token or of two
 CASES = (

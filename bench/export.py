@@ -36,7 +36,7 @@ from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
 from service.models.token_batch import pad
 from service.schemas import ExportRequest
-from service.weights.composition import Association, EditUpdate, serialize_updates
+from service.weights.factors import Association, EditUpdate, serialize_updates
 
 COLUMNS = (
     "edits", "rank", "numerical rank", "terms", "adapter KB", "left out", "edits move", "peft beside", "peft merged", "the card says",

@@ -43,7 +43,8 @@ from service.tracing.fast_trace import FastTracer, trace_statement
 from service.tracing.interventions import list_cells
 from service.tracing.reference import TRACE_KINDS
 from service.tracing.trace_input import build_trace_input
-from service.weights.composition import Association, apply_delta, compose_layer, serialize_updates
+from service.weights.composition import apply_delta, compose_layer
+from service.weights.factors import Association, serialize_updates
 
 CONTEXTS = [
     "The first thing to know",

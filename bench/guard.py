@@ -42,7 +42,7 @@ from service.kit.text import fill_prompt
 from service.models.loading import load_model
 from service.schemas import EditRequest, Guard
 from service.settings import SHIPPED_MODEL
-from service.weights.composition import Association
+from service.weights.factors import Association
 
 console = Console(width=160)
 FAST_HPARAMS = {"contexts": 1}  # few, to be quick

@@ -34,7 +34,7 @@ from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad
 from service.scores.scores import bootstrap_score
 from service.settings import SHIPPED_MODEL
-from service.weights.composition import Association
+from service.weights.factors import Association
 
 STRENGTHS = (1.0, 1.25, 1.5, 2.0)
 

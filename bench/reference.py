@@ -33,7 +33,7 @@ from bench.harness import Report
 from service.covariance.second_moment import KeyStatistics
 from service.models.loading import LoadedModel
 from service.recipes.recipe import RomeParameters
-from service.weights.composition import LowRank
+from service.weights.factors import LowRank
 
 REFERENCE_OPTION = "--reference"
 INSTALL_HINT = (

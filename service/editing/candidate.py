@@ -35,7 +35,8 @@ from service.models.scoring import compute_perplexity
 from service.recipes.recipe import Parameters, StrengthSchedule, strength_schedule
 from service.schemas import EditRequest, Objective, Sampling
 from service.weights.capacity import measure_capacities
-from service.weights.composition import Association, EditUpdate, WeightDelta, compose, norm_ratio
+from service.weights.composition import WeightDelta, compose, norm_ratio
+from service.weights.factors import Association, EditUpdate
 
 MAX_REGRESSION_PROBES = 64  # active edits that an edit looks at for damage: those of its subject, then those whose keys are nearest
 PREVIEW_TOKENS = 8  # tokens of what the model says, shown to people

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 from service.editing.probes import Probe, probability_of, probe_of_entry, run_probes
 from service.engine.versioned_model import VersionedModel
 from service.kit.steps import Stepper
-from service.weights.composition import Association, EditUpdate
+from service.weights.factors import Association, EditUpdate
 
 
 @dataclass(frozen=True)

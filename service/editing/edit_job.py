@@ -60,7 +60,7 @@ from service.models.memory_estimates import require_memory
 from service.recipes.recipe import RomeParameters, resolve_hparams
 from service.schemas import EditRequest
 from service.scores.scores import share_preferring_new, share_preferring_true
-from service.weights.composition import DenseUpdate, EditUpdate, deserialize_updates, serialize_updates
+from service.weights.factors import DenseUpdate, EditUpdate, deserialize_updates, serialize_updates
 
 HEAD_MOVED = Progress("another edit landed first: look again", 0, 1)
 

@@ -20,7 +20,8 @@ from service.kit.steps import Stepper
 from service.kit.text import normalize_whitespace
 from service.models.loading import LoadedModel, WeightRef
 from service.weights.capacity import average_capacities
-from service.weights.composition import EditUpdate, apply_delta, compose, deserialize_updates
+from service.weights.composition import apply_delta, compose
+from service.weights.factors import EditUpdate, deserialize_updates
 
 T = TypeVar("T")
 WeightOverrides = Mapping[WeightRef, Tensor]  # edited tensors; empty is the base model

@@ -39,13 +39,8 @@ from service.recipes.recipe import (
 )
 from service.schemas import EvaluationPlan, Sampling
 from service.scores.text_metrics import TfIdf, fluency
-from service.weights.composition import (
-    EditUpdate,
-    apply_delta,
-    compose,
-    deserialize_updates,
-    serialize_updates,
-)
+from service.weights.composition import apply_delta, compose
+from service.weights.factors import EditUpdate, deserialize_updates, serialize_updates
 
 EDITS_PER_BATCH = 16  # edits that are found at once
 RECORDS_PER_BATCH = 32  # records whose prompts are measured at once

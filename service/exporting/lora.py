@@ -26,7 +26,8 @@ from torch import Tensor
 
 from service.models.hooks import add_low_rank
 from service.models.loading import LoadedModel, WeightRef
-from service.weights.composition import LowRank, WeightDelta, single_threaded
+from service.weights.composition import WeightDelta, single_threaded
+from service.weights.factors import LowRank
 
 RELATIVE_RANK_TOLERANCE = 2.0**-24  # of the largest: half a unit in the last place of single precision
 

@@ -28,7 +28,7 @@ from service.models.loading import LoadedModel, with_bos
 from service.models.scoring import measure_drift, score_targets
 from service.recipes.recipe import METHODS, FineTuneParameters, Recipe, RomeParameters, strength_schedule
 from service.scores.scores import harmonic_mean
-from service.weights.composition import EditUpdate
+from service.weights.factors import EditUpdate
 
 MIN_FACTS = 8  # facts that a recipe can be chosen by
 MAX_LAYERS_TRIED = 12  # single layers that are tried at most

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from service.kit.steps import Progress, Stepper
-from service.weights.composition import DEFAULT_RIDGE, Association, EditUpdate, gram_matrix
+from service.weights.composition import gram_matrix
+from service.weights.factors import DEFAULT_RIDGE, Association, EditUpdate
 
 
 def remaining_capacity(gram: Tensor, overlap: Tensor, own: float, ridge: float = DEFAULT_RIDGE) -> float:
@@ -86,10 +87,10 @@ def average_capacities(updates: Iterable[EditUpdate]) -> dict[int, float]:
     return capacities
 
 
-def _group_by_metric(updates: Iterable[EditUpdate]) -> dict[tuple[int, bool], list[Association]]:
+def _group_by_metric(updates: Iterable[EditUpdate]) -> dict[tuple[int, str], list[Association]]:
     """The associations of one layer and one metric."""
-    groups: dict[tuple[int, bool], list[Association]] = {}
+    groups: dict[tuple[int, str], list[Association]] = {}
     for p in updates:
         if isinstance(p, Association):
-            groups.setdefault((p.layer, p.solve_mode.name == "alphaedit"), []).append(p)
+            groups.setdefault((p.layer, p.solve_mode.metric), []).append(p)
     return groups

@@ -38,121 +38,11 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from service.models.loading import WeightRef
-from service.models.memory_estimates import COLUMN_BLOCK
 from service.models.precision import fp64_device
-
-DEFAULT_RIDGE = 1e-3  # eps, as a multiple of the mean of D, where a recipe says nothing else
-
-
-@dataclass(frozen=True, order=True)
-class SolveMode:
-    """How associations of one layer are solved together."""
-
-    name: str = "joint"
-    ridge: float = DEFAULT_RIDGE  #: joint: a multiple of the mean of D; the others: itself
-
-    def ridge_for(self, diagonal: Tensor) -> float:
-        """What is added to the gram matrix's diagonal `own` (n,)."""
-        if self.name == "joint":
-            return self.ridge * float(diagonal.mean())
-        return 0.0 if self.name == "emmet" and len(diagonal) == 1 else self.ridge
-
-
-JOINT = SolveMode()
-
-
-@dataclass(frozen=True)
-class Association:
-    """One key and the change of value it shall bring about at one layer, found on the base model."""
-
-    edit: str  #: id of the edit; the canonical order
-    subject: str
-    layer: int
-    key: Tensor = field(repr=False)  #: k (D,)
-    direction: Tensor = field(repr=False)  #: C^-1 k (D,); AlphaEdit: P k
-    value: Tensor = field(repr=False)  #: delta (d,): the change of the down-projection's output at k
-    solve_mode: SolveMode = JOINT
-
-    @property
-    def weight_ref(self) -> WeightRef:
-        return WeightRef(self.layer)
-
-    def scaled(self, strength: float) -> Association:
-        return replace(self, value=self.value * strength)
-
-    def rank_one(self) -> LowRank:
-        """What it comes to alone: ROME's own update delta (C^-1 k)^T / (k^T C^-1 k), less where its form has a ridge."""
-        key, direction = self.key.double(), self.direction.double()
-        own = (key @ direction)[None]
-        if self.solve_mode.name != "joint":
-            own = own + self.solve_mode.ridge_for(own)
-        return LowRank((self.value.double() / own)[:, None], direction[None, :])
-
-
-@dataclass(frozen=True)
-class DenseUpdate:
-    """A change of a whole weight, as training makes it: not an association at one key."""
-
-    edit: str
-    subject: str
-    weight_ref: WeightRef
-    change: Tensor = field(repr=False)  #: (out, in)
-
-    @property
-    def layer(self) -> int:
-        return self.weight_ref.layer
-
-    def scaled(self, strength: float) -> DenseUpdate:
-        return replace(self, change=self.change * strength)
-
-
-EditUpdate = Association | DenseUpdate
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """A change of a weight, left @ right: left (d, n) in fp64; right (n, D), which is widened to fp64 where it is used."""
-
-    left: Tensor = field(repr=False)
-    right: Tensor = field(repr=False)
-    edits: tuple[str, ...] = ()  #: where known, the edit behind each of the n terms
-
-    def column_blocks(self, device: torch.device | str = "cpu") -> Iterator[tuple[slice, Tensor]]:
-        """Some columns at a time: which, and the change (d, c) of these in fp64 on a device."""
-        left = self.left.to(device)
-        for at in _column_slices(self.right):
-            yield at, left @ self.right[:, at].to(device).double()
-
-    def dense(self) -> Tensor:
-        """(d, D)."""
-        return torch.cat([change for _, change in self.column_blocks()], 1)
-
-    def norm(self) -> float:
-        """The Frobenius norm. Of few terms by R of right^T = Q R, since |left right| = |left R^T|; else of all columns.
-
-        The gram matrices of both factors would give it, too, but lose half of the digits where terms cancel.
-        """
-        if 2 * self.left.shape[1] < self.left.shape[0]:
-            return float((self.left @ torch.linalg.qr(self.right.double().T, mode="r").R.T).norm())
-        return math.hypot(*(float(change.norm()) for _, change in self.column_blocks()))
-
-    def minus(self, other: LowRank) -> LowRank:
-        """The difference of two changes. An edit that both know has one direction, so that its terms become one."""
-        own_index = {edit: i for i, edit in enumerate(self.edits)}
-        shared = {i: own_index[edit] for i, edit in enumerate(other.edits) if edit in own_index}
-        only_other = [i for i in range(other.left.shape[1]) if i not in shared]
-        left = torch.cat([self.left, -other.left[:, only_other]], 1)
-        left[:, list(shared.values())] -= other.left[:, list(shared)]
-        return LowRank(left, torch.cat([self.right, other.right[only_other]]))
-
-
-def _column_slices(matrix: Tensor) -> list[slice]:
-    """The columns of (n, D), cut."""
-    return [slice(at, at + COLUMN_BLOCK) for at in range(0, matrix.shape[1], COLUMN_BLOCK)]
+from service.weights.factors import Association, EditUpdate, LowRank, SolveMode, column_slices
 
 
 def compose_layer(associations: Sequence[Association], solve_mode: SolveMode | None = None) -> LowRank:
@@ -164,7 +54,9 @@ def compose_layer(associations: Sequence[Association], solve_mode: SolveMode | N
     gram = gram_matrix(ordered, directions)
     diagonal = gram.diagonal().clone()
     gram.diagonal().add_(solve_mode.ridge_for(diagonal))
-    targets = _superpose_by_subject(ordered, values, gram, diagonal) if solve_mode.name == "joint" else values
+    targets = (
+        _superpose_by_subject(ordered, values, gram, diagonal) if solve_mode.superposes_subjects else values
+    )
     with single_threaded():
         left = torch.linalg.solve(gram, targets.T).T
     return LowRank(left, directions, tuple(a.edit for a in ordered))
@@ -174,7 +66,7 @@ def gram_matrix(associations: Sequence[Association], directions: Tensor) -> Tens
     """Of key i and direction j, (n, m), in fp64; directions (m, D)."""
     keys = torch.stack([a.key for a in associations])  # (n, D)
     gram = torch.zeros(len(keys), len(directions), dtype=torch.float64)
-    for at in _column_slices(keys):
+    for at in column_slices(keys):
         gram.addmm_(keys[:, at].double(), directions[:, at].double().T)
     return gram
 
@@ -229,7 +121,7 @@ class WeightDelta:
 
     def _dense_blocks(self, device: torch.device | str) -> Iterator[tuple[slice, Tensor]]:
         assert self.dense_term is not None
-        for at in _column_slices(self.dense_term):
+        for at in column_slices(self.dense_term):
             yield at, self.dense_term[:, at].to(device, copy=True)
 
     def dense(self) -> Tensor:
@@ -292,61 +184,3 @@ def apply_delta(base: Tensor, delta: WeightDelta | LowRank, conv1d: bool) -> Ten
 def norm_ratio(base: Tensor, delta: WeightDelta | LowRank) -> float:
     """|change| / |base| in Frobenius norm."""
     return delta.norm() / float(torch.linalg.vector_norm(base, dtype=torch.float64))
-
-
-def serialize_updates(updates: Sequence[EditUpdate]) -> bytes:
-    """Safetensors. Of an association: key, direction and value, and the rank-one factors as applied alone; its form where it is
-    not the joint one. Of an addend: the change of its weight."""
-    tensors: dict[str, Tensor] = {}
-    for update in updates:
-        named_tensors = (
-            _association_tensors(update) if isinstance(update, Association) else _dense_update_tensors(update)
-        )
-        tensors |= {name: t.contiguous().cpu() for name, t in named_tensors.items()}
-    return save(tensors)
-
-
-def _association_tensors(a: Association) -> dict[str, Tensor]:
-    factors, prefix = a.rank_one(), f"layer.{a.layer}"
-    parts = {
-        f"{prefix}.key": a.key.float(),
-        f"{prefix}.direction": a.direction.float(),
-        f"{prefix}.value": a.value.float(),
-        f"{prefix}.left": factors.left[:, 0].float(),
-        f"{prefix}.right": factors.right[0].float(),
-    }
-    if a.solve_mode != JOINT:
-        parts[f"{prefix}.form.{a.solve_mode.name}"] = torch.tensor([a.solve_mode.ridge], dtype=torch.float64)
-    return parts
-
-
-def _dense_update_tensors(a: DenseUpdate) -> dict[str, Tensor]:
-    return {f"weight.{a.weight_ref.layer}.{a.weight_ref.part}": a.change.float()}
-
-
-def deserialize_updates(data: bytes, edit: str, subject: str) -> list[EditUpdate]:
-    """The pieces of one edit from `pack`'s bytes."""
-    tensors = load(data)
-    names = [name.split(".") for name in sorted(tensors)]
-    modes = {
-        int(words[1]): SolveMode(words[3], float(tensors[".".join(words)]))
-        for words in names
-        if words[2] == "form"
-    }
-    layers = sorted({int(words[1]) for words in names if words[0] == "layer"})
-    associations: list[EditUpdate] = [
-        Association(
-            edit,
-            subject,
-            x,
-            tensors[f"layer.{x}.key"],
-            tensors[f"layer.{x}.direction"],
-            tensors[f"layer.{x}.value"],
-            modes.get(x, JOINT),
-        )
-        for x in layers
-    ]
-    dense_weights = [WeightRef(int(words[1]), words[2]) for words in names if words[0] == "weight"]
-    return associations + [
-        DenseUpdate(edit, subject, s, tensors[f"weight.{s.layer}.{s.part}"]) for s in sorted(dense_weights)
-    ]

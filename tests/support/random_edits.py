@@ -10,7 +10,7 @@ import torch
 
 from service.engine.versioned_model import VersionedModel
 from service.models.loading import LoadedModel
-from service.weights.composition import Association, EditUpdate, serialize_updates
+from service.weights.factors import Association, EditUpdate, serialize_updates
 
 PROMPT = "Look at the {}"
 

@@ -26,7 +26,7 @@ from service.models.hooks import replace_output
 from service.models.loading import LoadedModel, WeightRef
 from service.models.precision import at_least_fp32
 from service.models.token_batch import PaddedBatch, pad
-from service.weights.composition import DenseUpdate, EditUpdate
+from service.weights.factors import DenseUpdate, EditUpdate
 
 
 def trained_weights(model: LoadedModel, spec: FineTuneSpec) -> list[WeightRef]:

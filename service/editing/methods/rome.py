@@ -36,7 +36,7 @@ from service.models.loading import LoadedModel
 from service.models.precision import at_least_fp32
 from service.models.token_batch import TokenizedStatement, forward, pad
 from service.recipes.recipe import AlphaEditParameters, MemitParameters, RomeParameters
-from service.weights.composition import JOINT, Association, EditUpdate, SolveMode
+from service.weights.factors import JOINT, Association, EditUpdate, SolveMode
 
 
 @dataclass(frozen=True)

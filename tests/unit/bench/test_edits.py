@@ -7,7 +7,7 @@ import torch
 
 from bench.edits import context_prefixes, cosine, published_parameters
 from service.covariance.corpus import Corpus
-from service.weights.composition import LowRank
+from service.weights.factors import LowRank
 from tests.support.tiny_models import tiny
 
 

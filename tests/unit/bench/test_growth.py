@@ -14,7 +14,8 @@ from bench.growth import (
     with_depth,
 )
 from service.engine.versioned_model import VersionedModel
-from service.weights.composition import apply_delta, compose_layer, serialize_updates
+from service.weights.composition import apply_delta, compose_layer
+from service.weights.factors import serialize_updates
 from tests.support.tiny_models import TEXTS, tiny
 
 

@@ -9,7 +9,7 @@ from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus
 from service.covariance.second_moment import KeyStatistics
 from service.kit.steps import run_to_completion
-from service.weights.composition import Association
+from service.weights.factors import Association
 from tests.support.tiny_models import TEXTS, tiny
 
 

@@ -34,7 +34,8 @@ from service.models.token_batch import tokenize_prompt_and_target
 from service.recipes.recipe import Recipe, RomeParameters
 from service.schemas import EditRequest
 from service.settings import Settings
-from service.weights.composition import apply_delta, compose_layer, deserialize_updates, serialize_updates
+from service.weights.composition import apply_delta, compose_layer
+from service.weights.factors import deserialize_updates, serialize_updates
 from tests.support.tiny_models import TEXTS, tiny
 
 torch.set_num_threads(1)

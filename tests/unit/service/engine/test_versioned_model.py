@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from service.engine.versioned_model import VersionedModel
 from service.kit.steps import Progress, Stepper, run_to_completion
 from service.models.loading import LoadedModel, WeightRef
-from service.weights.composition import Association, apply_delta, serialize_updates
+from service.weights.composition import apply_delta
+from service.weights.factors import Association, serialize_updates
 from tests.support.tiny_models import tiny
 
 EDITS = 10

@@ -21,7 +21,8 @@ from service.exporting.lora import RELATIVE_RANK_TOLERANCE, LoraAdapter, lora_fa
 from service.kit.steps import run_to_completion
 from service.models.loading import LoadedModel, load_model, with_bos
 from service.schemas import ExportRequest
-from service.weights.composition import LowRank, WeightDelta, compose
+from service.weights.composition import WeightDelta, compose
+from service.weights.factors import LowRank
 from tests.support.logits import load_with_peft, logits, served_logits
 from tests.support.random_edits import FakeLedger, random_associations, replica_with_random_edits
 from tests.support.tiny_models import TEXTS, tiny

@@ -26,7 +26,8 @@ from service.tracing.fast_trace import trace_statement
 from service.tracing.interventions import CorruptedRun, list_cells
 from service.tracing.reference import TRACE_KINDS
 from service.tracing.trace_input import build_trace_input
-from service.weights.composition import Association, apply_delta, compose_layer
+from service.weights.composition import apply_delta, compose_layer
+from service.weights.factors import Association
 from tests.support.tiny_models import TEXTS, tiny
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from service.weights.capacity import (
     measure_capacities,
     remaining_capacity,
 )
-from service.weights.composition import Association, DenseUpdate, EditUpdate, SolveMode
+from service.weights.factors import Association, DenseUpdate, EditUpdate, SolveMode
 
 D, N = 12, 5
 

@@ -11,19 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.models.loading import WeightRef
-from service.weights.composition import (
-    COLUMN_BLOCK,
+from service.models.memory_estimates import COLUMN_BLOCK
+from service.weights.composition import apply_delta, compose, compose_layer, norm_ratio
+from service.weights.factors import (
     JOINT,
     Association,
     DenseUpdate,
     EditUpdate,
     LowRank,
     SolveMode,
-    apply_delta,
-    compose,
-    compose_layer,
     deserialize_updates,
-    norm_ratio,
     serialize_updates,
 )
 

@@ -16,7 +16,8 @@ from service.models.hooks import replace_output
 from service.models.loading import LoadedModel, WeightRef
 from service.models.scoring import log_probs_blocking
 from service.recipes.recipe import resolve_hparams
-from service.weights.composition import DenseUpdate, apply_delta, compose
+from service.weights.composition import apply_delta, compose
+from service.weights.factors import DenseUpdate
 from tests.support.tiny_models import MODEL_TYPES, tiny
 
 STATEMENT = fill_prompt("The {} is located in the city of", "Eiffel Tower")

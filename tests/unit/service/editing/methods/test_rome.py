@@ -22,7 +22,8 @@ from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad, tokenize_statement
 from service.recipes.recipe import RomeParameters
-from service.weights.composition import Association, apply_delta, compose_layer
+from service.weights.composition import apply_delta, compose_layer
+from service.weights.factors import Association
 from tests.support.tiny_models import MODEL_TYPES, TEXTS, tiny
 
 STATEMENT = fill_prompt("The {} is located in the city of", "Eiffel Tower")

@@ -1,0 +1,203 @@
+"""The tensors of an edit, and how they are stored.
+
+An edit consists of updates. An `Association` is one key and the change of value at it, at one layer. A `DenseUpdate` is the change of a
+whole weight. `service/weights/composition.py` combines the updates of all active edits into the weights of a version.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from service.models.loading import WeightRef
+from service.models.memory_estimates import COLUMN_BLOCK
+
+DEFAULT_RIDGE = 1e-3  # eps of the mode "joint", as a multiple of the mean of D, when a recipe names none
+
+
+@dataclass(frozen=True, order=True)
+class SolveMode:
+    """How the associations of one layer are solved together."""
+
+    name: str = "joint"
+    ridge: float = DEFAULT_RIDGE  #: of "joint": a multiple of the mean of D; of the others: the ridge itself
+
+    @property
+    def superposes_subjects(self) -> bool:
+        """Whether the updates of one subject are summed, and only different subjects are isolated from each other."""
+        return self.name == "joint"
+
+    @property
+    def metric(self) -> str:
+        """The metric of the directions: "covariance" for C^-1 k, "projection" for P k."""
+        return "projection" if self.name == "alphaedit" else "covariance"
+
+    def ridge_for(self, diagonal: Tensor) -> float:
+        """Return the ridge that is added to the diagonal (n,) of the gram matrix."""
+        if self.name == "joint":
+            return self.ridge * float(diagonal.mean())
+        return 0.0 if self.name == "emmet" and len(diagonal) == 1 else self.ridge
+
+
+JOINT = SolveMode()
+
+
+@dataclass(frozen=True)
+class Association:
+    """One key and the change of value at it, at one layer, computed on the base model."""
+
+    edit: str  #: id of the edit; updates are sorted by it
+    subject: str
+    layer: int
+    key: Tensor = field(repr=False)  #: k (D,)
+    direction: Tensor = field(repr=False)  #: C^-1 k (D,); AlphaEdit: P k
+    value: Tensor = field(repr=False)  #: delta (d,): the change of the down-projection's output at k
+    solve_mode: SolveMode = JOINT
+
+    @property
+    def weight_ref(self) -> WeightRef:
+        return WeightRef(self.layer)
+
+    def scaled(self, strength: float) -> Association:
+        """Return the association with its change of value multiplied by `strength`."""
+        return replace(self, value=self.value * strength)
+
+    def rank_one(self) -> LowRank:
+        """Return the update of the association alone: delta (C^-1 k)^T / (k^T C^-1 k + ridge); ROME (Meng et al. 2022, Eq. 2) has no
+        ridge."""
+        key, direction = self.key.double(), self.direction.double()
+        own = (key @ direction)[None]
+        if self.solve_mode.name != "joint":
+            own = own + self.solve_mode.ridge_for(own)
+        return LowRank((self.value.double() / own)[:, None], direction[None, :])
+
+
+@dataclass(frozen=True)
+class DenseUpdate:
+    """The change of a whole weight, as fine-tuning produces it."""
+
+    edit: str
+    subject: str
+    weight_ref: WeightRef
+    change: Tensor = field(repr=False)  #: (out, in)
+
+    @property
+    def layer(self) -> int:
+        return self.weight_ref.layer
+
+    def scaled(self, strength: float) -> DenseUpdate:
+        """Return the update multiplied by `strength`."""
+        return replace(self, change=self.change * strength)
+
+
+EditUpdate = Association | DenseUpdate
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A change of a weight, left @ right: left (d, n) in fp64; right (n, D), which is widened to fp64 where it is used."""
+
+    left: Tensor = field(repr=False)
+    right: Tensor = field(repr=False)
+    edits: tuple[str, ...] = ()  #: the edit of each of the n terms, where known
+
+    def column_blocks(self, device: torch.device | str = "cpu") -> Iterator[tuple[slice, Tensor]]:
+        """Yield the change in blocks of columns: the slice of columns and the block (d, c) in fp64 on `device`."""
+        left = self.left.to(device)
+        for columns in column_slices(self.right):
+            yield columns, left @ self.right[:, columns].to(device).double()
+
+    def dense(self) -> Tensor:
+        """Return the change as one matrix (d, D)."""
+        return torch.cat([change for _, change in self.column_blocks()], 1)
+
+    def norm(self) -> float:
+        """Return the Frobenius norm. With few terms it is |left R^T|, where right^T = Q R; otherwise it is summed over all columns.
+
+        The gram matrices of both factors give it too, but lose half of the digits when terms cancel.
+        """
+        if 2 * self.left.shape[1] < self.left.shape[0]:
+            return float((self.left @ torch.linalg.qr(self.right.double().T, mode="r").R.T).norm())
+        return math.hypot(*(float(change.norm()) for _, change in self.column_blocks()))
+
+    def minus(self, other: LowRank) -> LowRank:
+        """Return the difference of two changes. An edit in both has the same direction in both, so that its terms become one."""
+        own_index = {edit: i for i, edit in enumerate(self.edits)}
+        shared = {i: own_index[edit] for i, edit in enumerate(other.edits) if edit in own_index}
+        only_other = [i for i in range(other.left.shape[1]) if i not in shared]
+        left = torch.cat([self.left, -other.left[:, only_other]], 1)
+        left[:, list(shared.values())] -= other.left[:, list(shared)]
+        return LowRank(left, torch.cat([self.right, other.right[only_other]]))
+
+
+def column_slices(matrix: Tensor) -> list[slice]:
+    """Return the columns of a matrix (n, D) as slices of at most COLUMN_BLOCK columns."""
+    return [slice(at, at + COLUMN_BLOCK) for at in range(0, matrix.shape[1], COLUMN_BLOCK)]
+
+
+def serialize_updates(updates: Sequence[EditUpdate]) -> bytes:
+    """Return the updates of one edit as a safetensors file.
+
+    An association stores its key, direction and value, the rank-one factors of the association alone, and its solve mode unless that is
+    "joint". A dense update stores the change of its weight. All tensors are fp32.
+    """
+    tensors: dict[str, Tensor] = {}
+    for update in updates:
+        named_tensors = (
+            _association_tensors(update) if isinstance(update, Association) else _dense_update_tensors(update)
+        )
+        tensors |= {name: t.contiguous().cpu() for name, t in named_tensors.items()}
+    return save(tensors)
+
+
+def _association_tensors(a: Association) -> dict[str, Tensor]:
+    factors, prefix = a.rank_one(), f"layer.{a.layer}"
+    tensors = {
+        f"{prefix}.key": a.key.float(),
+        f"{prefix}.direction": a.direction.float(),
+        f"{prefix}.value": a.value.float(),
+        f"{prefix}.left": factors.left[:, 0].float(),
+        f"{prefix}.right": factors.right[0].float(),
+    }
+    if a.solve_mode != JOINT:
+        tensors[f"{prefix}.form.{a.solve_mode.name}"] = torch.tensor(
+            [a.solve_mode.ridge], dtype=torch.float64
+        )
+    return tensors
+
+
+def _dense_update_tensors(a: DenseUpdate) -> dict[str, Tensor]:
+    return {f"weight.{a.weight_ref.layer}.{a.weight_ref.part}": a.change.float()}
+
+
+def deserialize_updates(data: bytes, edit: str, subject: str) -> list[EditUpdate]:
+    """Return the updates of one edit from the bytes of `serialize_updates`."""
+    tensors = load(data)
+    names = [name.split(".") for name in sorted(tensors)]
+    modes = {
+        int(words[1]): SolveMode(words[3], float(tensors[".".join(words)]))
+        for words in names
+        if words[2] == "form"
+    }
+    layers = sorted({int(words[1]) for words in names if words[0] == "layer"})
+    associations: list[EditUpdate] = [
+        Association(
+            edit,
+            subject,
+            x,
+            tensors[f"layer.{x}.key"],
+            tensors[f"layer.{x}.direction"],
+            tensors[f"layer.{x}.value"],
+            modes.get(x, JOINT),
+        )
+        for x in layers
+    ]
+    dense_weights = [WeightRef(int(words[1]), words[2]) for words in names if words[0] == "weight"]
+    return associations + [
+        DenseUpdate(edit, subject, s, tensors[f"weight.{s.layer}.{s.part}"]) for s in sorted(dense_weights)
+    ]
