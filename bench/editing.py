@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from service.datasets.records import Record, read_records
+from service.datasets.loading import read_records
+from service.datasets.record import Record
 from service.editing.context import EditorContext, build_editor_context, find_recipe
 from service.editing.methods.registry import find_factors
 from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides

@@ -28,7 +28,8 @@ from rich.table import Table
 from safetensors.torch import load, save
 
 from service.covariance.corpus import Corpus
-from service.datasets.records import Record, read_records, true_statements
+from service.datasets.loading import read_records
+from service.datasets.record import Record, true_statements
 from service.editing import value_optimizer
 from service.editing.context import EditorContext, build_editor_context
 from service.editing.methods import rome

@@ -27,7 +27,9 @@ import torch
 from bench.harness import Report
 from bench.shapes import EDIT_LAYERS, build_model
 from service.covariance.corpus import load_corpus
-from service.datasets.records import Record, find_facts_file, load_records
+from service.datasets.fact_table import find_facts_file
+from service.datasets.loading import load_records
+from service.datasets.record import Record
 from service.editing.context import EditInput, EditorContext, build_editor_context
 from service.engine.versioned_model import VersionedModel
 from service.exporting.export_job import export_version

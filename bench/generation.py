@@ -46,7 +46,8 @@ from transformers.utils.logging import disable_progress_bar
 from bench.harness import Report, Spread, device_synchronizer, time_interleaved
 from bench.house import BenchService
 from bench.shapes import build_model
-from service.datasets.records import Record, read_records
+from service.datasets.loading import read_records
+from service.datasets.record import Record
 from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
 from service.schemas import GenerateRequest, Sampling

@@ -22,7 +22,9 @@ from rich.table import Table
 
 from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus
-from service.datasets.records import Record, find_facts_file, read_fact_rows, read_records
+from service.datasets.fact_table import find_facts_file, read_fact_rows
+from service.datasets.loading import read_records
+from service.datasets.record import Record
 from service.editing.candidate import (
     CandidateEdit,
     GuardResult,

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from service.bootstrap import build_container
-from service.datasets.records import Record
+from service.datasets.record import Record
 from service.editing.context import build_editor_context
 from service.engine.engine import Engine, EngineConfig, JobHandler
 from service.engine.versioned_model import VersionedModel

@@ -28,7 +28,8 @@ from bench.harness import Report, device_synchronizer
 from service.covariance.collect import DAMPING, batch_by_length, tokenize_corpus, unpadded_keys
 from service.covariance.corpus import Corpus
 from service.covariance.second_moment import KeyStatistics, SecondMomentAccumulator
-from service.datasets.records import Record, read_records
+from service.datasets.loading import read_records
+from service.datasets.record import Record
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad

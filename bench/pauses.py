@@ -21,7 +21,7 @@ import torch
 
 from bench.harness import Report
 from bench.house import BenchService, Durations
-from service.datasets.records import read_records
+from service.datasets.loading import read_records
 from service.engine.engine import EngineConfig
 from service.models.loading import load_model
 from service.schemas import GenerateRequest

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from service.covariance.corpus import OWN_SAMPLES
-from service.datasets.records import read_records, true_statements
+from service.datasets.loading import read_records
+from service.datasets.record import true_statements
 from service.settings import SHIPPED_MODEL
 
 console = Console(width=150)

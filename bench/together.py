@@ -12,7 +12,8 @@ from pathlib import Path
 from bench.harness import Report, time_interleaved
 from bench.house import BenchService
 from bench.shapes import build_model
-from service.datasets.records import Record, read_records
+from service.datasets.loading import read_records
+from service.datasets.record import Record
 from service.engine.engine import EngineConfig
 from service.settings import SHIPPED_MODEL
 

@@ -14,7 +14,9 @@ from cli.edits import parse_hparam
 from cli.flags import read_settings
 from cli.local_model import load_served_model, resolve_source, run_with_progress_bar
 from cli.terminal import err, format_list, out, print_json, strip_control_chars, table
-from service.datasets.records import Record, load_records, true_statements
+from service.datasets.loading import load_records
+from service.datasets.parsing import SKIP_DESCRIPTIONS
+from service.datasets.record import Record, true_statements
 from service.errors import InvalidInput
 from service.evaluation import report
 from service.kit import plotting
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     damage_texts = load_damage_texts(args, dataset.records, records)
     comparisons = [load_result(Path(name)) for name in args.beside or ()]
     for reason, number in dataset.skipped.items():
-        err.print(strip_control_chars(f"{number} records are passed over: {reason}."))
+        err.print(strip_control_chars(f"{number} records are skipped: {SKIP_DESCRIPTIONS[reason]}."))
     result = run_evaluation(settings, plan, records, damage_texts, Path(args.out))
     write_report(Path(args.out), [result, *comparisons])
     print_result(result, Path(args.out), args.json)

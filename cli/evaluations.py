@@ -12,7 +12,7 @@ from cli.edits import fetch_newest, format_minute, report_job_failure, wait_for_
 from cli.evaluate import build_plan, load_result, print_result, write_report
 from cli.evaluate import print_result_tables as print_tables
 from cli.terminal import err, format_list, out, print_json, strip_control_chars
-from service.datasets.records import read_rows
+from service.datasets.loading import read_rows
 from service.errors import InvalidInput
 
 #: what the service does not do: it takes records in the seed's order, and has plain texts of its own

@@ -12,7 +12,7 @@ from cli.edits import parse_hparam
 from cli.flags import read_settings
 from cli.local_model import load_served_model, resolve_source, run_with_progress_bar
 from cli.terminal import err, out, print_json, strip_control_chars, table
-from service.datasets.records import read_records
+from service.datasets.loading import read_records
 from service.errors import InvalidInput
 from service.kit import plotting
 from service.kit.artifact_store import DirectoryStore

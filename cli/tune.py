@@ -12,7 +12,8 @@ from cli.evaluate import MIN_DAMAGE_TEXTS, other_statements, select_records
 from cli.flags import read_settings
 from cli.local_model import FACTS_FILE, load_without_bos, resolve_source, run_with_progress_bar
 from cli.terminal import err, out, print_json, strip_control_chars, table
-from service.datasets.records import Record, load_records
+from service.datasets.loading import load_records
+from service.datasets.record import Record
 from service.errors import InvalidInput
 from service.kit.artifact_store import DirectoryStore
 from service.recipes.recipe import METHODS

@@ -7,7 +7,8 @@ from functools import partial
 from hashlib import sha256
 from tempfile import SpooledTemporaryFile
 
-from service.datasets.records import find_facts_file, load_records
+from service.datasets.fact_table import find_facts_file
+from service.datasets.loading import load_records
 from service.editing.context import EditorContext
 from service.editing.edit_job import run_edits
 from service.engine.calls import resolve_version
@@ -102,7 +103,7 @@ def run_evaluation(
         raise InvalidInput("the resident model has no table of facts beside it.", "dataset")
     loaded = load_records(source, request.seed, request.limit or MAX_RECORDS)
     result = yield from runner.run_evaluation(replica, context, request.plan(), loaded.records, store)
-    result["records"] |= {"form": loaded.format, "skipped": loaded.skipped}
+    result["records"] |= {"format": loaded.format, "skipped": loaded.skipped}
     yield from retry_while_unavailable(partial(worker_jobs.finish, job, "done", result))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from service.datasets.records import find_facts_file
+from service.datasets.fact_table import find_facts_file
 from service.editing.context import EditorContext
 from service.models.loading import LoadedModel, WeightRef
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from tokenizers import Tokenizer
 
-from service.datasets.records import check_record_fits, read_records
+from service.datasets.loading import read_records
+from service.datasets.record import check_record_fits
 from service.db.models import Model
 from service.errors import InvalidInput
 from service.kit.text import check_tokens, fill_prompt, token_span

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from service.datasets.records import Record
+from service.datasets.record import Record
 from service.models.score import TargetScore
 from service.scores.hase_scores import erasure_share, preserved_share, rewrite_share
 from service.scores.scores import (

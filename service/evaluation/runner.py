@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from service.covariance.corpus import Corpus
-from service.datasets.records import Record, check_record_fits, target_object
+from service.datasets.record import Record, check_record_fits, target_object
 from service.editing.context import EditInput, EditorContext
 from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence
 from service.engine.versioned_model import VersionedModel, WeightOverrides

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from service.datasets.records import Record, read_records
+from service.datasets.loading import read_records
+from service.datasets.record import Record
 from service.errors import InvalidInput
 from service.kit.text import PLACEHOLDER, Statement, fill_prompt, locate_subject
 

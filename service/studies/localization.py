@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from service.datasets.records import Record, check_record_fits, target_object
+from service.datasets.record import Record, record_fits, target_object
 from service.editing.context import EditInput, EditorContext
 from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import InvalidInput
@@ -21,7 +21,6 @@ from service.evaluation.metrics import Measures, RecordScores, change_scores, sc
 from service.kit.artifact_store import ArtifactStore, get_json, put_json
 from service.kit.steps import Progress, Stepper, report_as
 from service.kit.text import fill_prompt
-from service.models.loading import LoadedModel
 from service.models.score import TargetScore
 from service.models.scoring import score_targets
 from service.recipes.recipe import resolve_hparams
@@ -66,7 +65,10 @@ def run_localization_study(
     candidates = [r for r in records if r.target_true]
     noise = study_noise_level(replica.base, plan.trace, [fact_from_record(r) for r in candidates])
     known_facts = yield from find_known_facts(replica.base, [fact_from_record(r) for r in candidates[:limit]])
-    known_records = [r for r in (candidates[i] for i in known_facts.indices) if _is_editable(replica.base, r)]
+    tokenizer, positions = replica.base.tokenizer.backend_tokenizer, replica.base.max_positions
+    known_records = [
+        candidates[i] for i in known_facts.indices if record_fits(candidates[i], tokenizer, positions)
+    ]
     if not known_records:
         raise InvalidInput("none of the facts is known to the model: there is nothing to edit.", "facts")
     study = LocalizationStudy(replica, context, plan, known_records, store, noise)
@@ -96,14 +98,6 @@ def run_localization_study(
         "layers": list(plan.layers),
         **results,
     }
-
-
-def _is_editable(model: LoadedModel, record: Record) -> bool:
-    try:
-        check_record_fits(record, "write", model.tokenizer.backend_tokenizer, model.max_positions)
-    except InvalidInput:
-        return False
-    return True
 
 
 class LocalizationStudy:
@@ -148,7 +142,13 @@ class LocalizationStudy:
             yield Progress("ask under noise", i, len(self.records))
             answer = noised_greedy_answer(self.model, record, self._subject_noise(record)).strip()
             reversed_record = replace(record, target_new=answer)
-            if answer and answer != record.target_true and _is_editable(self.model, reversed_record):
+            if (
+                answer
+                and answer != record.target_true
+                and record_fits(
+                    reversed_record, self.model.tokenizer.backend_tokenizer, self.model.max_positions
+                )
+            ):
                 posed_records[i] = reversed_record
         if not posed_records:
             raise InvalidInput("under noise the model says what it says without: use more noise.", "noise")

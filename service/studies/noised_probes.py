@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from service.datasets.records import Record
+from service.datasets.record import Record
 from service.editing.subject_noise import noise_hook_right_padded
 from service.errors import InvalidInput
 from service.evaluation.metrics import scoring_pairs

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from service.datasets.records import Record, check_record_fits
+from service.datasets.record import Record, check_record_fits
 from service.editing.context import EditInput, EditorContext
 from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
 from service.errors import InvalidInput

@@ -10,7 +10,7 @@ import pytest
 
 from cli.evaluate import load_damage_texts, select_records
 from cli.main import build_parser, main
-from service.datasets.records import Record
+from service.datasets.record import Record
 from service.editing.context import EditorContext
 from tests.support.tiny_models import TEXTS, tiny
 

@@ -126,5 +126,5 @@ def test_evaluation_of_the_models_own_facts(
     evaluation = container.services.evaluations.submit(request, "somebody")
     run_to_completion(worker.claim(evaluation)[1])
     result = container.services.evaluations.get(evaluation["id"])["result"]
-    assert (result["records"]["form"], result["records"]["measured"]) == ("facts", 2)
+    assert (result["records"]["format"], result["records"]["measured"]) == ("facts", 2)
     assert all(row["record"].startswith("fact ") for row in result["rows"])

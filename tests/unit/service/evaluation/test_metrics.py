@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from service.datasets.records import NeighborProbe, Record
+from service.datasets.record import NeighborProbe, Record
 from service.evaluation.metrics import (
     CHANGE_SCORES,
     MEASURES,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from service.covariance.corpus import Corpus
-from service.datasets.records import NeighborProbe, Record
+from service.datasets.record import NeighborProbe, Record
 from service.editing.context import EditInput, EditorContext
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.errors import InvalidInput

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from service.datasets.records import NeighborProbe, Record
+from service.datasets.record import NeighborProbe, Record
 from service.evaluation.metrics import scoring_pairs
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt, locate_subject

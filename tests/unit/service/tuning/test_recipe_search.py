@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from service.covariance.corpus import Corpus
-from service.datasets.records import Record, read_records
+from service.datasets.loading import read_records
+from service.datasets.record import Record
 from service.editing.context import EditorContext
 from service.errors import InvalidInput
 from service.kit.steps import run_to_completion

@@ -1,0 +1,93 @@
+"""An editing problem: a fact with the object to write, paraphrases that should follow, and neighbours that must not change.
+
+Free of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from service.errors import InvalidInput
+from service.kit.text import check_tokens, fill_prompt, separator
+from service.schemas import Objective
+
+
+class NeighborProbe(NamedTuple):
+    """A prompt about another subject, and the object that it must keep."""
+
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One editing problem. Every prompt except `prompt` is a complete text without a placeholder."""
+
+    name: str  #: identifies the record in reports
+    subject: str
+    prompt: str  #: with one {}
+    target_new: str
+    target_true: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[NeighborProbe, ...] = ()
+    attribute_prompts: tuple[str, ...] = ()  #: about other subjects that have the new object
+    generation_prompts: tuple[str, ...] = ()
+    reference_texts: tuple[str, ...] = ()  #: about subjects that have the new object
+    relation: str = ""
+
+    @property
+    def text(self) -> str:
+        """Return the prompt with the subject filled in."""
+        return fill_prompt(self.prompt, self.subject).text
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Return every text after which the model is scored on an object."""
+        return (self.text, *self.paraphrases, *(n.prompt for n in self.neighbours))
+
+    @property
+    def missing_fields(self) -> tuple[str, ...]:
+        """Return the names of the empty optional fields. Measures that need one of them are not computed."""
+        fields = {
+            "target_true": self.target_true,
+            "paraphrases": self.paraphrases,
+            "neighborhood": self.neighbours,
+            "generation_prompts": self.generation_prompts,
+            "reference_texts": self.reference_texts,
+        }
+        return tuple(name for name, value in fields.items() if not value)
+
+
+def target_object(record: Record, objective: Objective) -> str:
+    """Return the object that an edit optimises: the new one to write, the true one to erase or to amplify."""
+    if objective == "write":
+        return record.target_new
+    if record.target_true is None:
+        raise InvalidInput(f"the objective {objective!r} needs the true object: add `target_true`.")
+    return record.target_true
+
+
+def check_record_fits(record: Record, objective: Objective, tokenizer: Any, positions: int) -> None:
+    """Raise InvalidInput if a prompt exceeds the context length or the tokenizer cannot represent the object.
+
+    `tokenizer` is a `tokenizers.Tokenizer`, `positions` the model's context length in tokens.
+    """
+    check_tokens(tokenizer, record.text, target_object(record, objective), positions)
+    for prompt in record.prompts:
+        check_tokens(tokenizer, prompt, None, positions)
+
+
+def record_fits(record: Record, tokenizer: Any, positions: int) -> bool:
+    """Return whether the model can be scored on the record's prompts and its new object."""
+    try:
+        check_record_fits(record, "write", tokenizer, positions)
+    except InvalidInput:
+        return False
+    return True
+
+
+def true_statements(records: Sequence[Record]) -> list[str]:
+    """Return the unedited fact of each record as a sentence, for the records that name a true object."""
+    return [r.text + separator(r.text, r.target_true) + r.target_true + "." for r in records if r.target_true]

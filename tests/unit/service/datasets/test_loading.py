@@ -1,0 +1,269 @@
+"""Parsing of records in every supported format: service.datasets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.datasets.loading import RecordFormat, load_records, read_records
+from service.datasets.parsing import SkipReason
+from service.datasets.record import NeighborProbe, Record, true_statements
+from service.errors import InvalidInput
+from tests.support.paths import SHARED_DATA
+
+COUNTERFACT: dict[str, Any] = {
+    "case_id": 7,
+    "requested_rewrite": {
+        "prompt": "The {} is located in the city of",
+        "subject": "Eiffel Tower",
+        "target_new": {"str": "Rome", "id": "Q220"},
+        "target_true": {"str": "Paris", "id": "Q90"},
+        "relation_id": "P131",
+    },
+    "paraphrase_prompts": ["One finds the Eiffel Tower in"],
+    "neighborhood_prompts": ["The Louvre is in", "Notre-Dame is in"],
+}
+FLAT_COUNTERFACT: dict[str, Any] = {
+    "case_id": 3,
+    "subject": "Eiffel Tower",
+    "prompt": "Eiffel Tower! The Eiffel Tower is in",
+    "ground_truth": "Paris",
+    "target_new": "Rome",
+    "rephrase_prompt": "One finds the Eiffel Tower in",
+    "locality_prompt": "The Louvre is in",
+    "locality_ground_truth": "Paris",
+}
+ZSRE: dict[str, Any] = {
+    "subject": "UniFirst",
+    "src": "What is the product made by UniFirst?",
+    "pred": "shoes",
+    "rephrase": "What will be the product of UniFirst?",
+    "alt": "unmanned aircraft",
+    "answers": ["uniform", "uniforms"],
+    "loc": "nq question: who wrote the big lebowski",
+    "loc_ans": "the Coens",
+}
+USER: dict[str, Any] = {"subject": "Eiffel Tower", "prompt": "The {} is in", "target_new": "Rome"}
+
+
+def fact(subject: str, object_: str, relation: str = "city") -> dict[str, Any]:
+    return {
+        "subject": subject,
+        "object": object_,
+        "relation": relation,
+        "prompts": ["The {} is in", "{} stands in"],
+        "held_out_prompts": ["Where is {}? In"],
+    }
+
+
+FACTS = [
+    fact("Eiffel Tower", "Paris"),
+    fact("Louvre", "Paris"),
+    fact("Notre-Dame", "Paris"),
+    fact("Colosseum", "Rome"),
+    fact("Big {0} Ben", "London"),
+    fact("Eiffel Tower", "Gustave Eiffel", "builder"),
+    fact("Panama Canal", "Ferdinand", "builder"),
+]
+
+
+def without(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k != name}
+
+
+def test_counterfact_record() -> None:
+    """Every field of a CounterFact record is parsed, and empty fields are listed as missing."""
+    (record,) = read_records([COUNTERFACT])
+    assert record == Record(
+        "record 7",
+        "Eiffel Tower",
+        "The {} is located in the city of",
+        "Rome",
+        "Paris",
+        ("One finds the Eiffel Tower in",),
+        (NeighborProbe("The Louvre is in", "Paris"), NeighborProbe("Notre-Dame is in", "Paris")),
+        relation="P131",
+    )
+    assert record.missing_fields == ("generation_prompts", "reference_texts")
+    complete = COUNTERFACT | {
+        "generation_prompts": ["It is near"],
+        "attribute_prompts": ["The Colosseum is in"],
+    }
+    (record,) = read_records([complete])
+    assert record.generation_prompts == ("It is near",)
+    assert record.attribute_prompts == ("The Colosseum is in",)
+
+
+@pytest.mark.parametrize("field", ["requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"])
+def test_error_names_the_record_and_its_missing_field(field: str) -> None:
+    """A CounterFact record without a field is refused, and the error names both."""
+    with pytest.raises(InvalidInput, match=f"record 7 .*missing or malformed: '{field}'"):
+        read_records([COUNTERFACT, without(COUNTERFACT, field)])
+
+
+@pytest.mark.parametrize("row", ["text", 3, None, ["a"]])
+def test_rows_that_are_not_objects_are_refused(row: Any) -> None:
+    """A row that is not a JSON object raises InvalidInput, as the first row and as a later one."""
+    with pytest.raises(InvalidInput, match="not a CounterFact record"):
+        read_records([COUNTERFACT, row])
+    with pytest.raises(InvalidInput, match="format of the first record is unknown"):
+        read_records([row])
+
+
+@pytest.mark.parametrize("field", ["subject", "object", "relation", "prompts", "held_out_prompts"])
+def test_error_names_the_fact_and_its_missing_field(field: str) -> None:
+    """A row of facts.jsonl without a field is refused, and the error names its place and the field."""
+    malformed = [*FACTS[:2], without(FACTS[2], field)]
+    with pytest.raises(InvalidInput, match=f"fact 3 .*lacks the field '{field}'"):
+        read_records(malformed)
+
+
+def test_fact_table_gives_one_record_for_each_fact() -> None:
+    """The new object is another one of the same relation, and probes have the subject filled in, braces included."""
+    records = read_records(FACTS)
+    assert sorted((r.subject, r.target_true) for r in records) == sorted(
+        (f["subject"], f["object"]) for f in FACTS
+    )
+    for record in records:
+        objects = {f["object"] for f in FACTS if f["relation"] == record.relation}
+        assert record.target_new in objects - {record.target_true}
+        assert record.prompt.count("{}") == 1
+        assert record.paraphrases == (f"Where is {record.subject}? In",)
+        assert not any("{}" in p for p in (*record.paraphrases, *(n.prompt for n in record.neighbours)))
+
+
+def test_neighbours_of_a_fact_share_its_object() -> None:
+    """Neighbours are other subjects of the relation with the same true object."""
+    record = next(r for r in read_records(FACTS) if r.subject == "Louvre")
+    assert {n.target for n in record.neighbours} == {"Paris"} and len(record.neighbours) == 2
+    assert all(any(s in n.prompt for s in ("Eiffel Tower", "Notre-Dame")) for n in record.neighbours)
+    only_one = next(r for r in read_records(FACTS) if r.subject == "Colosseum")
+    assert only_one.neighbours == () and "neighborhood" in only_one.missing_fields
+
+
+def test_fact_without_an_alternative_object_is_skipped() -> None:
+    """A fact whose relation has a single object is skipped and counted."""
+    loaded = load_records([*FACTS, fact("Moon", "Earth", "orbit")])
+    assert len(loaded.records) == len(FACTS)
+    assert loaded.skipped == {SkipReason.NO_ALTERNATIVE_OBJECT: 1}
+
+
+def test_seed_determines_order_and_choices() -> None:
+    """The same seed gives the same records, another seed gives others, and a limit keeps the first."""
+    assert read_records(FACTS, 1) == read_records(FACTS, 1)
+    assert read_records(FACTS, 1) != read_records(FACTS, 2)
+    assert read_records(FACTS, 1, limit=3) == read_records(FACTS, 1)[:3]
+    many = [USER | {"target_new": str(i)} for i in range(20)]
+    assert sorted(r.target_new for r in read_records(many, 1)) == sorted(str(i) for i in range(20))
+    assert read_records(many, 1) != read_records(many, 2)
+
+
+def test_flat_record_has_its_placeholder_at_the_last_mention() -> None:
+    """In a flat record, {} replaces the last mention of the subject."""
+    (record,) = read_records([FLAT_COUNTERFACT])
+    assert record.prompt == "Eiffel Tower! The {} is in" and record.text == FLAT_COUNTERFACT["prompt"]
+    assert record.paraphrases == ("One finds the Eiffel Tower in",)
+    assert record.neighbours == (NeighborProbe("The Louvre is in", "Paris"),)
+    optional = ("rephrase_prompt", "locality_prompt", "locality_ground_truth")
+    bare = {k: v for k, v in FLAT_COUNTERFACT.items() if k not in optional}
+    assert {"paraphrases", "neighborhood"} <= set(read_records([bare])[0].missing_fields)
+
+
+def test_data_set_record_whose_prompt_lacks_the_subject_is_skipped() -> None:
+    """Such a record is skipped and counted, and the load fails if no record is left."""
+    loaded = load_records(
+        [
+            FLAT_COUNTERFACT,
+            FLAT_COUNTERFACT | {"subject": "Louvre"},
+            FLAT_COUNTERFACT | {"subject": "Big Ben"},
+        ]
+    )
+    assert len(loaded.records) == 1 and loaded.skipped == {SkipReason.SUBJECT_NOT_IN_PROMPT: 2}
+    with pytest.raises(InvalidInput, match=r"none of the 1 records can be used: .* \(1\)"):
+        load_records([ZSRE | {"subject": "Cintas"}])
+
+
+def test_zsre_record() -> None:
+    """The first answer is the new object, the rephrasing a paraphrase, and the unrelated question a neighbour."""
+    (record,) = read_records([ZSRE])
+    assert record.prompt == "What is the product made by {}?" and record.target_new == "uniform"
+    assert record.target_true is None and "target_true" in record.missing_fields
+    assert record.paraphrases == ("What will be the product of UniFirst?",)
+    assert record.neighbours == (NeighborProbe("nq question: who wrote the big lebowski?", "the Coens"),)
+
+
+def test_user_records() -> None:
+    """Three fields are enough. Prompt and paraphrases may hold {} or spell the subject out."""
+    more = {"paraphrases": ["One finds the {} in"], "neighborhood": [{"prompt": "It is", "target": "so"}]}
+    (record,) = read_records([USER | more | {"prompt": "The Eiffel Tower is in", "target_true": "Paris"}])
+    assert (record.prompt, record.paraphrases) == ("The {} is in", ("One finds the Eiffel Tower in",))
+    assert record.neighbours == (NeighborProbe("It is", "so"),)
+    assert read_records([USER])[0].missing_fields[:3] == ("target_true", "paraphrases", "neighborhood")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "The {} and the {} are in"}, "record 2: `prompt` must hold exactly one"),
+        ({"prompt": "The Louvre is in"}, r"record 2: .*put \{\} in its place"),
+        ({"target_new": " "}, "record 2: target_new"),
+        ({"target": "Rome"}, "record 2: target: Extra"),
+        ({"neighborhood": [{"prompt": "It is"}]}, "record 2: neighborhood.0.target"),
+        ({"case_id": 5}, "record 5: case_id"),
+    ],
+)
+def test_invalid_user_record_is_refused(changes: dict[str, Any], message: str) -> None:
+    """An invalid user record is never skipped: the error names the record and what to change."""
+    with pytest.raises(InvalidInput, match=message):
+        read_records([USER, USER | changes])
+
+
+def test_json_lists_and_json_lines_are_read(tmp_path: Path) -> None:
+    """The content decides between a JSON list and JSON lines, not the file's name."""
+    facts, records = tmp_path / "facts.jsonl", tmp_path / "counterfact.json"
+    facts.write_text("\n".join(map(json.dumps, FACTS)) + "\n\n", encoding="utf-8")
+    records.write_text(json.dumps([COUNTERFACT, COUNTERFACT | {"paraphrase_prompts": []}]), encoding="utf-8")
+    assert read_records(facts, 3) == read_records(FACTS, 3)
+    assert sorted(len(r.paraphrases) for r in read_records(records)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "no records"), ("[]", "no records"), ("[1,", "valid JSON list"), ('{"a": 1}\n{', "line 2 of")],
+)
+def test_unreadable_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    """The error says what is wrong with a file, with the number of the line."""
+    file = tmp_path / "mine.jsonl"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidInput, match=message):
+        load_records(file)
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        load_records(tmp_path / "nowhere.json")
+
+
+def test_true_statements() -> None:
+    """The statement of a fact ends with its true object. A record without a true object has no statement."""
+    records = read_records([COUNTERFACT]) + read_records([ZSRE])
+    assert true_statements(records) == ["The Eiffel Tower is located in the city of Paris."]
+
+
+@pytest.mark.parametrize(
+    ("name", "record_format", "count"),
+    [
+        ("counterfact.json", RecordFormat.COUNTERFACT_FLAT, 5000),
+        ("zsre.json", RecordFormat.ZSRE, 1000),
+        ("counterfact-gpt/cases.json", RecordFormat.COUNTERFACT, 1500),
+    ],
+)
+def test_published_data_sets_are_parsed_completely(
+    name: str, record_format: RecordFormat, count: int
+) -> None:
+    """Every row of the published data sets becomes a record."""
+    if not (SHARED_DATA / name).exists():
+        pytest.skip(f"{name} does not exist here")
+    loaded = load_records(SHARED_DATA / name)
+    assert (loaded.format, len(loaded.records), loaded.skipped) == (record_format, count, {})
+    assert all(r.text and r.subject in r.text for r in loaded.records)
