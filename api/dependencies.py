@@ -67,7 +67,7 @@ async def _resource_id(
 
 def _reject_nul(text: str) -> str:
     if "\x00" in text:
-        raise ValueError("holds a character that is no text: remove it.")
+        raise ValueError("contains a NUL or a lone surrogate: remove it.")
     return text
 
 

@@ -127,7 +127,7 @@ class FieldError(BaseModel):
     """One thing to change."""
 
     field: str = Field(examples=["edits.0.prompt"])
-    detail: str = Field(examples=["must hold exactly one {} where the subject stands; it has none."])
+    detail: str = Field(examples=["must contain exactly one {} in place of the subject; it has none."])
 
 
 class Problem(BaseModel):
@@ -248,7 +248,7 @@ _MESSAGES_BY_TYPE = {
     "model_attributes_type": "must be a JSON object.",
     "dict_type": "must be a JSON object.",
     "string_type": "must be a text.",
-    "string_unicode": "holds a character that is no text: remove it.",
+    "string_unicode": "contains a NUL or a lone surrogate: remove it.",
     "list_type": "must be a list.",
     "tuple_type": "must be a list.",
     "int_type": "must be a whole number.",

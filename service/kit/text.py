@@ -1,4 +1,4 @@
-"""Prompts with a slot for the subject, as characters. Pure, and free of torch: the API checks user text with it.
+"""Prompts with a placeholder for the subject, as text. This module does not import torch: the API validates with it.
 
 User text is never passed to `str.format`: a prompt is split at its one `{}`.
 """
@@ -17,33 +17,33 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Statement:
-    """A text that holds its subject at `span` (characters, end exclusive)."""
+    """A text and the span of its subject (characters, end exclusive)."""
 
     text: str
     span: Span
 
     def with_context(self, context: str) -> Statement:
-        """The same statement after some other text."""
+        """Return the statement with `context` before it."""
         shift = len(context)
         return Statement(context + self.text, (self.span[0] + shift, self.span[1] + shift))
 
 
 def check_text(text: str, field: str) -> None:
-    """Refuse what no tokenizer can take: nothing but white space, lone surrogates, NUL."""
+    """Raise InvalidInput for text that no tokenizer accepts: only white space, lone surrogates, or NUL."""
     if not text.strip():
         raise InvalidInput(f"`{field}` is empty: write some text.", field)
     if "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise InvalidInput(f"`{field}` holds a character that is no text: remove it.", field)
+        raise InvalidInput(f"`{field}` contains a NUL or a lone surrogate: remove it.", field)
 
 
 def fill_prompt(prompt: str, subject: str, field: str = "prompt") -> Statement:
-    """Put the subject into the prompt's one `{}`."""
+    """Return the prompt with the subject in place of its one `{}`."""
     check_text(subject, "subject")
     check_text(prompt, field)
     if prompt.count(PLACEHOLDER) != 1:
         count = "none" if PLACEHOLDER not in prompt else str(prompt.count(PLACEHOLDER))
         raise InvalidInput(
-            f"`{field}` must hold exactly one {PLACEHOLDER} where the subject stands; it has {count}. "
+            f"`{field}` must contain exactly one {PLACEHOLDER} in place of the subject; it has {count}. "
             "Write for example: {} is located in the city of",
             field,
         )
@@ -52,7 +52,7 @@ def fill_prompt(prompt: str, subject: str, field: str = "prompt") -> Statement:
 
 
 def locate_subject(text: str, subject: str, field: str = "subject") -> Statement:
-    """A plain prompt and the place of the subject in it; the last mention when there are several."""
+    """Return the prompt with the span of the subject: its last occurrence when there are several."""
     check_text(text, "prompt")
     check_text(subject, field)
     start = text.rfind(subject)
@@ -65,7 +65,7 @@ def locate_subject(text: str, subject: str, field: str = "subject") -> Statement
 
 
 def separator(prompt: str, target: str) -> str:
-    """What stands between a prompt and its object: one space, unless one is there or the script uses none."""
+    """Return the separator of a prompt and its object: one space, unless one exists or the script uses none."""
     if not prompt or prompt[-1].isspace() or target[:1].isspace():
         return ""
     cjk = "\u2e80" <= target[0] <= "\u9fff" or "\uac00" <= target[0] <= "\ud7af"
@@ -73,30 +73,32 @@ def separator(prompt: str, target: str) -> str:
 
 
 def token_span(offsets: Sequence[Span], span: Span) -> Span:
-    """Tokens [b, e) that overlap the characters [start, end), given the whole text's character offsets.
+    """Return the tokens [b, e) that overlap the characters [start, end), given the offsets of the whole text.
 
-    Always on the whole tokenised text, never by tokenising pieces (methods A.3): special tokens have empty
-    offsets and are passed over, and a token that spans the boundary belongs to the span.
+    The whole text is tokenized at once, because its parts can be tokenized differently. Special tokens have empty offsets and
+    are skipped. A token that crosses the boundary belongs to the span.
     """
     start, end = span
     overlapping = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
     if not overlapping:
-        raise InvalidInput("the subject vanishes when the prompt is tokenised.", "subject")
+        raise InvalidInput(
+            "the subject has no tokens of its own in the prompt: write it with other characters.", "subject"
+        )
     return overlapping[0], overlapping[-1] + 1
 
 
 def normalize_whitespace(text: str) -> str:
-    """A text up to white space: what tells subjects apart."""
+    """Return the text with runs of white space replaced by one space. Subjects are compared in this form."""
     return " ".join(text.split())
 
 
 def fact_key(subject: str, prompt: str) -> str:
-    """Two edits with this key speak of the same fact: subject and prompt, up to white space."""
+    """Return the key of a fact: subject and prompt, normalized. Two edits with the same key are edits of the same fact."""
     return normalize_whitespace(subject) + "\n" + normalize_whitespace(prompt)
 
 
 def check_tokens(tokenizer: Any, prompt: str, target: str | None, positions: int) -> None:
-    """Refuse a prompt that is too long and a target that is lost or merges with the prompt.
+    """Raise InvalidInput for a prompt that is too long, or a target that is lost or merges with the prompt.
 
     `tokenizer` is a `tokenizers.Tokenizer`. `positions` is the model's context length.
     """
@@ -121,7 +123,7 @@ def check_tokens(tokenizer: Any, prompt: str, target: str | None, positions: int
     decoded_target = tokenizer.decode(target_ids, skip_special_tokens=True).strip()
     if decoded_target != target.strip():
         raise InvalidInput(
-            f"the model's tokenizer cannot represent the target {target!r}: it would say {decoded_target!r}. "
+            f"the model's tokenizer cannot represent the target {target!r}: it decodes to {decoded_target!r}. "
             "Write it with other characters.",
             "target",
         )

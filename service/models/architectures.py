@@ -1,7 +1,7 @@
-"""Where things are in each architecture: one frozen row for each `config.model_type`, never the model's name.
+"""The module paths of each supported architecture: one frozen row for each `config.model_type`.
 
-The MLP's output is the output of its down-projection in every row, in evaluation mode, so one path serves both as the
-weight that ROME edits and as the place where traces read and restore the MLP.
+In every row the MLP's output, in evaluation mode, is the output of its down-projection. One path therefore names both the
+weight that ROME edits and the module whose output traces read and restore.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from service.errors import Misconfigured
 
 @dataclass(frozen=True)
 class Architecture:
+    """One row of the table. Paths are relative to the model, or to a block where a comment says so."""
+
     model_type: str
     embedding: str  #: token embedding; its output is where traces add noise
     blocks: str  #: the list of blocks
@@ -20,9 +22,8 @@ class Architecture:
     down_proj: str  #: within a block: the MLP's down-projection (the edited weight)
     final_norm: str  #: final normalisation
     lm_head: str  #: output embedding
-    attention_projections: tuple[
-        str, ...
-    ]  #: within a block: what makes queries, keys and values, fused or one by one
+    #: within a block: the projections that compute queries, keys and values, fused or separate
+    attention_projections: tuple[str, ...]
     conv1d: bool = False  #: weights stored (in, out) as in GPT-2's Conv1D, not (out, in) as in nn.Linear
     parallel: bool = False  #: attention and MLP read the same input (GPT-J, GPT-NeoX)
 
@@ -92,7 +93,7 @@ ARCHITECTURES = {
 
 
 def architecture_of(model_type: str) -> Architecture:
-    """The row for a `config.model_type`."""
+    """Return the row of a `config.model_type`. Raise Misconfigured for a type that is not supported."""
     try:
         return ARCHITECTURES[model_type]
     except KeyError:

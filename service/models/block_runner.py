@@ -1,8 +1,8 @@
-"""A model taken apart at its blocks: what comes before them, one block at a time, what comes after.
+"""Run the parts of a model one at a time: the layers before its blocks, each block, and the layers after them.
 
-The model itself says how it calls its blocks (masks, rotary angles, positions), so this works for every
-architecture alike and knows none of them. Nothing stays hooked or replaced between two calls. Gradients flow through
-`run` and `logits` to a `hidden` that asks for them; weights never do.
+The arguments of each block (masks, rotary angles, positions) are captured from the model's own forward pass, so this module
+is independent of the architecture. No hook or stub remains between two calls. Gradients flow through `run` and `logits`
+to a `hidden` that requires them; weights do not require gradients.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ LayerKV = tuple[Tensor, Tensor]  # keys and values (rows, heads, positions, head
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """Successive positions on their way into the blocks: block 0's input, and how each block is called."""
+    """Inputs of the blocks for consecutive positions: the input of block 0, and the arguments of each block."""
 
     hidden: Tensor  #: (rows, positions, d)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    cache: DynamicCache  #: stands in the calls where the keys and values of earlier positions belong
+    cache: DynamicCache  #: placeholder in the arguments for the keys and values of earlier positions
 
 
 class _KVComplete(Exception):
-    """Raised where a block has handed over its keys and values, and the rest of it is not needed."""
+    """Raised when a block has produced its keys and values and the rest of it is not needed."""
 
 
 class _LayerCache:
-    """Stands for a cache within one block: puts what the attention hands over behind what was there before."""
+    """A cache for one block: `update` appends the new keys and values to those of earlier positions."""
 
     def __init__(self, past: LayerKV | None, stop_after_update: bool = False) -> None:
         self.past, self.stop_after_update = past, stop_after_update
@@ -51,11 +51,12 @@ class _LayerCache:
 
 
 class BlockRunner:
+    """Runs single blocks of one model."""
+
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
-        self._returns_tuple = (
-            self._detect_tuple_outputs()
-        )  # GPT-J's blocks give a tuple, the others' a tensor
+        # GPT-J's blocks return a tuple; those of the other architectures return a tensor.
+        self._returns_tuple = self._detect_tuple_outputs()
 
     def capture_block_inputs(
         self,
@@ -65,13 +66,13 @@ class BlockRunner:
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> BlockInputs:
-        """Take tokens (rows, positions) after `start` others up to the blocks; `change` edits embeddings.
+        """Return the block inputs of token ids (rows, positions) that follow `start` earlier positions.
 
-        Without `positions` all rows stand at start, start + 1, ...; padded rows bring their own (rows, positions) and a
-        `mask` (rows, start + positions).
+        `edit_embeddings` receives the embeddings and returns what replaces them. Without `positions`, every row has the
+        positions start, start + 1, ...; padded rows pass their own (rows, positions) and a `mask` (rows, start + positions).
         """
         model = self.model
-        if positions is None:  # masks and angles are made for one row, and hold for any number of them
+        if positions is None:  # masks and angles of one row apply to any number of rows
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
         hidden_states: list[Tensor] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -93,14 +94,14 @@ class BlockRunner:
     def run(
         self, inputs: BlockInputs, layer: int, hidden: Tensor, past: LayerKV | None
     ) -> tuple[Tensor, LayerKV]:
-        """One block on rows of a passage: its output (rows, positions, d), and all keys and values."""
+        """Run one block. Return its output (rows, positions, d) and the keys and values of all positions."""
         cache = _LayerCache(past)
         out = self._call(inputs, layer, hidden, cache)
         assert cache.past is not None
         return (out[0] if self._returns_tuple else out), cache.past
 
     def run_kv_only(self, inputs: BlockInputs, layer: int, hidden: Tensor, past: LayerKV | None) -> LayerKV:
-        """All keys and values of one block, without what it would make of them: for positions that are only listened to."""
+        """Return the keys and values of one block without computing its output, for positions that are only attended to."""
         cache = _LayerCache(past, stop_after_update=True)
         with suppress(_KVComplete):
             self._call(inputs, layer, hidden, cache)
@@ -114,7 +115,7 @@ class BlockRunner:
         return self.model.block(layer)(hidden, *args, **kwargs)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The last block's output (rows, d) through whatever the model does after its blocks: (rows, V)."""
+        """Return the logits (rows, V) of the last block's output (rows, d): final norm and head."""
         one = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
         with self._stubbed_blocks(lambda *_: hidden[:, None]):
             return self._run(one, one, None).logits[:, 0]  # type: ignore[no-any-return]
@@ -148,7 +149,7 @@ class BlockRunner:
     def _stubbed_blocks(
         self, replacement: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
     ) -> Iterator[None]:
-        """Within the context, `instead(layer, hidden, args, kwargs)` stands for every block."""
+        """Replace the forward method of every block by `replacement(layer, hidden, args, kwargs)` within the context."""
 
         def stub(layer: int) -> Callable[..., Any]:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

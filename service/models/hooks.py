@@ -1,8 +1,8 @@
-"""The only two ways into a forward pass: `capture` reads what a module gets or gives, `replace` changes what it gives.
+"""Forward hooks as context managers: `capture` reads inputs or outputs of modules, the others change an output.
 
-Outputs that are tuples (attention in every model, whole blocks in some) are handled by their first element. What is
-captured is a detached view; what `replace` hands to its function is a copy, so that editing it never writes into a
-residual that another module still reads.
+Of outputs that are tuples (attention in every model, whole blocks in some), the first element is used. `capture` returns
+detached views. `replace_output` passes a copy to its function, so writing into it cannot change a residual that another
+module still reads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _first_output(output: Any) -> Tensor:
 def capture(
     modules: Mapping[Any, nn.Module], side: str = "output", keep_graph: bool = False
 ) -> Iterator[dict[Any, Tensor]]:
-    """Record the `input` or `output` tensor of each module during the passes inside the block, by the mapping's keys."""
+    """Record the `input` or `output` tensor of each module during forward passes in the context, by the mapping's keys."""
     captured: dict[Any, Tensor] = {}
 
     def hook(key: Any) -> Callable[[nn.Module, Any, Any], None]:
@@ -43,7 +43,7 @@ def capture(
 
 @contextmanager
 def replace_output(module: nn.Module, transform: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block, the module gives `change(output)`; `change` gets a copy and may write into it."""
+    """Within the context, the module returns `transform(output)`; `transform` receives a copy and may write into it."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         changed = transform(_first_output(output).clone())
@@ -58,9 +58,9 @@ def replace_output(module: nn.Module, transform: Callable[[Tensor], Tensor]) -> 
 
 @contextmanager
 def add_low_rank(module: nn.Module, left: Tensor, right: Tensor) -> Iterator[None]:
-    """Within the block, a linear module also carries a low-rank side path: output + left (right input).
+    """Within the context, a linear module returns output + left (right input).
 
-    left (d, n), right (n, D). The same as adding left @ right to its weight, without touching the weight.
+    left (d, n), right (n, D). The result equals that of adding left @ right to the weight; the weight is not changed.
     """
 
     def hook(_module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -75,12 +75,12 @@ def add_low_rank(module: nn.Module, left: Tensor, right: Tensor) -> Iterator[Non
 
 
 class _StopForward(Exception):
-    """Raised by a hook to end a forward pass whose rest is not needed."""
+    """Raised by a hook to end a forward pass early."""
 
 
 @contextmanager
 def stop_after(module: nn.Module) -> Iterator[None]:
-    """End the forward pass inside the block as soon as `module` has run."""
+    """End the forward pass in the context as soon as `module` has run. Gradients are disabled."""
 
     def hook(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         raise _StopForward

@@ -1,4 +1,4 @@
-"""A hub name or a folder -> a resident model with its tokenizer and its row of the architecture table."""
+"""Load a model from a hub or a folder, with its tokenizer and its row of the architecture table."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ from service.models.token_text import TokenTextCache
 
 
 class WeightRef(NamedTuple):
-    """A weight that edits may change: a layer, and which of its weights, in words that are the same for every architecture."""
+    """A weight that edits may change: a layer and one of its weights, named alike for every architecture."""
 
     layer: int
-    part: str = "mlp"  #: the MLP's down-projection; or what the attention reads with: "q", "k", "v", or all in one, "qkv"
+    part: str = (
+        "mlp"  #: "mlp", the down-projection; or an attention projection: "q", "k", "v", or the fused "qkv"
+    )
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode whose parameters need no gradient. Nothing outside `serving.replica` writes to its weights."""
+    """A model in evaluation mode without gradients. Only `service.engine.versioned_model` replaces its weights."""
 
     name: str
     model: Any  # a transformers causal language model; its forward is untyped
     tokenizer: Any
     architecture: Architecture
-    fingerprint: str  #: sha256 over the configuration, the tokenizer and every weight's bytes
-    folder: Path | None = field(default=None, compare=False)  #: where it was loaded from, when local
-    loaded_fingerprint: str = ""  #: the fingerprint as it was loaded, before `with_start`
+    fingerprint: str  #: SHA-256 of the configuration, the tokenizer and the bytes of every weight
+    folder: Path | None = field(default=None, compare=False)  #: the local folder it was loaded from
+    loaded_fingerprint: str = ""  #: the fingerprint before `with_bos`
 
     @property
     def device(self) -> torch.device:
@@ -94,26 +96,26 @@ class LoadedModel:
         return self.block(layer).get_submodule(self.architecture.attention)
 
     def down_proj(self, layer: int) -> nn.Module:
-        """The MLP's down-projection: its input is the key, its output what the MLP adds to the residual."""
+        """Return the MLP's down-projection: its input is the key; its output is what the MLP adds to the residual stream."""
         return self.block(layer).get_submodule(self.architecture.down_proj)
 
     def weight(self, layer: int) -> nn.Parameter:
-        """The parameter that ROME edits, as stored: (D, d) for Conv1D, (d, D) for Linear."""
+        """Return the parameter that ROME edits, as stored: (D, d) for Conv1D, (d, D) for Linear."""
         return self.down_proj(layer).weight  # type: ignore[return-value]
 
     @property
     def editable_weights(self) -> list[WeightRef]:
-        """Every weight that edits may change."""
+        """Every weight that edits may change, sorted."""
         return sorted(
             site for x in range(self.num_layers) for site in (WeightRef(x), *self.attention_weights(x))
         )
 
     def attention_weights(self, layer: int) -> list[WeightRef]:
-        """The weights with which a layer's attention reads: queries, keys and values."""
+        """Return the weights of a layer's query, key and value projections."""
         return [WeightRef(layer, part) for part in self._weight_paths if part != "mlp"]
 
     def parameter(self, ref: WeightRef) -> nn.Parameter:
-        """A site's weight, as stored: (in, out) for Conv1D, (out, in) for Linear."""
+        """Return the referenced weight, as stored: (in, out) for Conv1D, (out, in) for Linear."""
         return self.block(ref.layer).get_submodule(self._weight_paths[ref.part]).weight  # type: ignore[return-value]
 
     def parameter_name(self, ref: WeightRef) -> str:
@@ -126,13 +128,13 @@ class LoadedModel:
         return {"mlp": a.down_proj, **dict(zip(parts, a.attention_projections, strict=True))}
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a whole text and their character offsets."""
+        """Return the token ids of a whole text and their character offsets."""
         encoding = self.tokenizer(text, return_offsets_mapping=True)
         return list(encoding["input_ids"]), [tuple(o) for o in encoding["offset_mapping"]]
 
     @cached_property
     def token_text(self) -> TokenTextCache:
-        """How each of its tokens is spelled."""
+        """The text of each token."""
         return TokenTextCache(self.tokenizer)
 
     def decode(self, ids: list[int] | Tensor) -> str:
@@ -140,7 +142,7 @@ class LoadedModel:
 
 
 def bos_token_id(model: LoadedModel) -> int | None:
-    """What a text begins with when nothing is given; None where the tokenizer has no such token."""
+    """Return the BOS token, or the EOS token in its place; None where the tokenizer has neither."""
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(model.tokenizer, name, None)
         if token is not None:
@@ -149,8 +151,7 @@ def bos_token_id(model: LoadedModel) -> int | None:
 
 
 def with_bos(model: LoadedModel) -> LoadedModel:
-    """The same model reading every text after its start token, as it did when it was trained. It answers otherwise than before,
-    and so it has another fingerprint."""
+    """Return the model with a tokenizer that prepends the BOS token to every text. The fingerprint changes with it."""
     token = bos_token_id(model)
     if token is None or model.encode("a")[0][:1] == [token]:
         return model
@@ -168,7 +169,7 @@ def with_bos(model: LoadedModel) -> LoadedModel:
 
 
 def _fingerprint(model: nn.Module, config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of all that the model's answers depend on. Volatile keys (paths, library version) are left out."""
+    """Return a digest of everything that determines the model's outputs. Volatile keys (paths, library version) are excluded."""
     digest = hashlib.sha256()
     ignored_keys = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
     config_values = {k: v for k, v in config.to_dict().items() if k not in ignored_keys}
@@ -181,7 +182,7 @@ def _fingerprint(model: nn.Module, config: Any, tokenizer: PreTrainedTokenizerBa
 
 
 def wrap_model(model: Any, tokenizer: Any, name: str = "model", folder: Path | None = None) -> LoadedModel:
-    """A `LoadedModel` from parts at hand: frozen, in evaluation mode, with its slow activations exchanged for fast twins."""
+    """Return a `LoadedModel` of loaded parts: frozen, in evaluation mode, with fused activations."""
     architecture = architecture_of(model.config.model_type)
     model.eval()
     model.requires_grad_(False)
@@ -191,7 +192,7 @@ def wrap_model(model: Any, tokenizer: Any, name: str = "model", folder: Path | N
 
 
 def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load from a folder or from a hub, in `dtype` (fp32 unless told). Safetensors only; no code from the hub is run."""
+    """Load a model from a folder or a hub in `dtype`. Only safetensors are read, and no code from the hub is run."""
     folder = Path(source) if Path(source).is_dir() else None
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -201,14 +202,16 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
             source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"its weights lack {missing[0]}.")  # transformers would make it up at random
+            raise ValueError(f"its weights lack {missing[0]}.")  # transformers would initialize it at random
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise Misconfigured(
             f"the model {str(source)!r} cannot be loaded: {error} "
             "Give a folder with config.json, safetensors and tokenizer.json, or the name of a model on a hub that can "
             "be reached from here."
         ) from error
-    if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_ids):  # an empty one is made up
+    if not tokenizer.is_fast or len(tokenizer) <= len(
+        tokenizer.all_special_ids
+    ):  # transformers builds an empty tokenizer where none exists
         raise Misconfigured(
             f"the model {str(source)!r} has no fast tokenizer (tokenizer.json): character offsets are needed."
         )

@@ -1,9 +1,9 @@
-"""How many bytes a piece of work takes at its peak, beyond the resident weights, and whether there is room for them.
+"""Peak memory of each kind of work, in bytes beyond the resident weights, and admission by free memory.
 
-The estimates are upper bounds that stay within a small factor of what is held (tests/unit/service/models/test_memory_estimates.py weighs
-both). They count tensors between operations: d hidden size, D inner width, a the width of all query heads together, kv that
-of all key heads, V vocabulary, L layers, s bytes of a number. Nothing copies the model: an edit keeps activations, not
-weights, and a version keeps its edited weights alone.
+The estimates are upper bounds within a small factor of the measured peak (tests/unit/service/models/test_memory_estimates.py).
+They count live tensors between operations. d: hidden size; D: inner width; a: width of all query heads together; kv: width
+of all key heads; V: vocabulary; L: layers; s: bytes of a number. No work copies the model: an edit keeps activations, and a
+version keeps its edited weights only.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from service.models.budget import block_flops, step_budget
 from service.models.loading import LoadedModel
 
 GIB = 2**30
-# what bounds the memory of two kinds of work, whatever there is to do
-STATISTICS_BATCH_TOKENS = 1024  # padded tokens in one pass that collects statistics
-COLUMN_BLOCK = 512  # columns of a weight that are widened to fp64 at a time
+STATISTICS_BATCH_TOKENS = 1024  # padded tokens in one forward pass that collects statistics
+COLUMN_BLOCK = 512  # columns of a weight that are converted to fp64 at a time
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the estimates read of a model."""
+    """The sizes of a model that the estimates use."""
 
     d: int
     D: int
@@ -35,7 +34,7 @@ class ModelSizes:
     V: int
     heads: int
     s: int  #: bytes of a number
-    eager: bool  #: attention writes its weights out
+    eager: bool  #: eager attention materializes the attention weights
     parallel: bool  #: attention and MLP read the same input
 
     @classmethod
@@ -60,28 +59,28 @@ class ModelSizes:
 
 
 def kv_bytes_per_token(model: LoadedModel) -> int:
-    """Keys and values of one token of one row, in all layers: 2 kv L s."""
+    """Return the bytes of keys and values of one token in all layers: 2 kv L s."""
     n = ModelSizes.of(model)
     return 2 * n.kv * model.num_layers * n.s
 
 
 def kv_cache_bytes(model: LoadedModel, rows: int, positions: int) -> int:
-    """Keys and values of rows that decode side by side.
+    """Return the bytes of the KV cache of a decoding batch.
 
-    Storage has room for half as many columns again as are in use (at least 32), and one layer's moves at a time.
+    The cache allocates half as many columns again as are in use (at least 32). Growing copies one layer at a time.
     """
     allocated_positions = positions + max(32, positions // 2)
     return rows * allocated_positions * kv_bytes_per_token(model) * (model.num_layers + 1) // model.num_layers
 
 
 def forward_bytes(model: LoadedModel, rows: int, positions: int, past: int = 0) -> int:
-    """A pass of rows x positions through the blocks without gradients, one of which is held at a time.
+    """Return the bytes of a forward pass of rows x positions through the blocks, without gradients.
 
-    Attention holds the residual, its normed copy, queries, keys, values, what it gives, and transposed copies of these:
-    4 d + 7 a a token; the MLP the residual, its normed copy, what it gives, and at most three tensors of the inner width:
-    6 d + 3 D. Not both at once. Half precision is normed in single: 3 d of 4 bytes. With `past` positions before, keys
-    and values are written anew behind them, and once more for each query head: 2 (kv + a) a position. A mask has a number
-    for each pair of positions; eager attention has four of single precision a head.
+    One block is live at a time. Attention holds the residual, its normed copy, queries, keys, values, its output, and
+    transposed copies of these: 4 d + 7 a per token. The MLP holds the residual, its normed copy, its output, and at most
+    three tensors of the inner width: 6 d + 3 D per token. The two are not live together. Half precision is normed in single
+    precision: 3 d of 4 bytes. With `past` earlier positions, keys and values are concatenated and repeated for each query
+    head: 2 (kv + a) per position. A mask has one number per pair of positions; eager attention has four fp32 numbers per head.
     """
     n = ModelSizes.of(model)
     tokens, pairs = rows * positions, rows * positions * (past + positions)
@@ -94,7 +93,7 @@ def forward_bytes(model: LoadedModel, rows: int, positions: int, past: int = 0) 
 
 
 def scoring_bytes(model: LoadedModel, rows: int, positions: int) -> int:
-    """Rows with the logits of every position: these, widened, and their log-softmax."""
+    """Return the bytes of a forward pass with the logits of every position, their fp32 copy and their log-softmax."""
     n = ModelSizes.of(model)
     return forward_bytes(model, rows, positions) + rows * positions * n.V * (n.s + 8)
 
@@ -102,15 +101,14 @@ def scoring_bytes(model: LoadedModel, rows: int, positions: int) -> int:
 def edit_bytes(
     model: LoadedModel, rows: int, prefix_length: int, suffix_length: int, layer: int, logit_positions: int
 ) -> int:
-    """The search for values: `rows` texts with `before` positions before the subject's last token and `active` from it on,
-    edited at `layer`; logits are read at `said` places.
+    """Return the bytes of the optimization of values at `layer`.
 
-    Keys and values of what stands before are kept for all L layers. Above the edited layer a step holds them once more
-    (for the rows that are still searched for) and written out before the active ones, and for the
-    gradient what each function needs: 5 d + 4 a + 3 D a position, 4 d + D where MLP and attention stand side by side
-    (linear maps with frozen weights need nothing), and attention's weights, where it is eager, one and a half times in
-    single precision. Then one block's temporaries, and at each place that is read logits, log-softmax and their
-    gradients, five times V in single precision at least.
+    `rows` texts have `prefix_length` positions before the subject's last token and `suffix_length` from it on; logits are
+    computed at `logit_positions` places. Keys and values of the prefix are kept for all L layers. Above the edited layer a
+    step holds them twice more (the active rows, and concatenated with the suffix), and the activations that the gradient
+    needs: 5 d + 4 a + 3 D per position, or 4 d + D where MLP and attention are parallel (linear maps with frozen weights
+    need none). Eager attention keeps its weights one and a half times in fp32. Added are one block's temporaries and, at each
+    of the logit positions, logits, log-softmax and their gradients: at least five times V in fp32.
     """
     n = ModelSizes.of(model)
     layers_above = model.num_layers - layer
@@ -136,12 +134,12 @@ def trace_bytes(
     runs_by_token: Mapping[int, int] | None = None,
     answer_length: int = 1,
 ) -> int:
-    """A causal trace of a text of so many positions, the object's included, the last `answer` of which say the object.
+    """Return the bytes of a causal trace of `positions` tokens, of which the last `answer_length` predict the object.
 
-    Of 1 + R whole rows it keeps every block's output, keys, values, and the outputs of both modules: 3 d + 2 kv a
-    position and layer. A step takes tracks through a block, as many as the step's budget has room for and at most the
-    `tracks` of one token (where they are not known: 5 L R, one for each layer, kind and severed path): three states,
-    what stands before them, and one block's temporaries.
+    The base runs, 1 + R rows, keep every block's output, keys, values and the outputs of both modules: 3 d + 2 kv per
+    position and layer. A step advances runs through one block: as many as the step budget allows, and at most
+    `runs_by_token` (by default 5 L R: one for each layer, kind and severed path). It holds three states, the keys and values
+    of earlier positions, and one block's temporaries.
     """
     n = ModelSizes.of(model)
     base_runs = n.s * (1 + samples) * positions * ((3 * n.d + 2 * n.kv) * model.num_layers + n.d)
@@ -166,8 +164,10 @@ def trace_bytes(
 
 
 def statistics_bytes(model: LoadedModel, layers: int, longest: int) -> int:
-    """Collecting and factoring C of some layers: D^2 in fp64 twice a layer and once more, and one pass over BATCH_TOKENS
-    in rows of at most `longest`."""
+    """Return the bytes of collecting and factoring C of some layers.
+
+    D^2 in fp64 twice per layer and once more, and one forward pass over STATISTICS_BATCH_TOKENS in rows of at most `longest`.
+    """
     n = ModelSizes.of(model)
     length = min(STATISTICS_BATCH_TOKENS, model.max_positions, longest)
     forward = forward_bytes(
@@ -177,23 +177,26 @@ def statistics_bytes(model: LoadedModel, layers: int, longest: int) -> int:
 
 
 def version_bytes(model: LoadedModel, layers: int) -> int:
-    """The edited weights of one version: d D s a layer. A replica keeps a few versions at hand."""
+    """Return the bytes of the edited weights of one version: d D s per layer."""
     n = ModelSizes.of(model)
     return layers * n.d * n.D * n.s
 
 
 def compose_bytes(model: LoadedModel, edits: int) -> int:
-    """Composing one layer of a version: keys and directions side by side in single precision, 8 n D; in fp64 the values
-    three times, 24 n d, the gram matrix and its factors, 24 n^2, and COLUMN_BLOCK columns of everything at a time."""
+    """Return the bytes of composing one layer of a version with n edits.
+
+    Keys and directions in fp32, 8 n D; in fp64 three times the values, 24 n d, the gram matrix and its factors, 24 n^2, and
+    COLUMN_BLOCK columns of everything at a time.
+    """
     n = ModelSizes.of(model)
     columns = 8 * min(COLUMN_BLOCK, n.D) * (2 * edits + 2 * n.d)
     return 8 * edits * n.D + 24 * edits * (n.d + edits) + columns + version_bytes(model, 1)
 
 
 def require_memory(description: str, needed: int, device: torch.device, advice: str, field: str = "") -> None:
-    """Refuse work that needs more bytes than there is room for. `change` tells the user what to make smaller.
+    """Raise if work needs more bytes than are free. `advice` says what the user can reduce.
 
-    What the device could not hold even if it held nothing else is the request's fault; anything less may fit later.
+    InvalidInput: the work exceeds the total memory of the device. Unavailable: it exceeds the free memory only.
     """
     free, total = free_bytes(device), total_bytes(device)
     if free is None or needed <= free:
@@ -205,7 +208,7 @@ def require_memory(description: str, needed: int, device: torch.device, advice: 
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Bytes that are free now on a device, for this process. None where nobody says."""
+    """Return the free bytes of a device for this process; None where they are unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -218,7 +221,7 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
 
 
 def total_bytes(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Bytes that a device has, whoever holds them. None where nobody says."""
+    """Return the total bytes of a device; None where they are unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return (
@@ -233,12 +236,12 @@ def _min_known(*sizes: int | None) -> int | None:
 
 
 def _meminfo_bytes(root: Path, name: str) -> int | None:
-    """A line of /proc/meminfo, in bytes."""
+    """Return a line of /proc/meminfo, in bytes."""
     return _read_counters(root / "proc/meminfo").get(f"{name}:", 0) * 1024 or None
 
 
 def _cgroup_memory(root: Path) -> tuple[int | None, int | None]:
-    """The control group's limit, and what is left below it: files that are cached can go."""
+    """Return the control group's limit and the bytes left below it; cached files count as free."""
     for folder, limit, used, files in (
         ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
         ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

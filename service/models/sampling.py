@@ -1,4 +1,4 @@
-"""Short texts sampled from a model, seeded: contexts for keys, text for statistics where there is no corpus."""
+"""Sample short texts from a model with a seed: contexts for keys, and text for statistics when there is no corpus."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from service.kit.steps import Progress, Stepper
 from service.models.loading import LoadedModel, bos_token_id
 
-SAMPLE_BATCH_SIZE = 32  # texts sampled side by side
+SAMPLE_BATCH_SIZE = 32  # texts in one batch
 
 
 def sample_texts(
@@ -19,7 +19,7 @@ def sample_texts(
     top_k: int | None = None,
     phase: str = "sample",
 ) -> Stepper[list[str]]:
-    """`count` texts of `length` tokens, the start token included (the published lengths count it, methods A.2)."""
+    """Return `count` texts of `length` tokens, including the BOS token, which the published lengths count (Meng et al. 2022)."""
     texts: list[str] = []
     while len(texts) < count:
         rows = min(SAMPLE_BATCH_SIZE, count - len(texts))

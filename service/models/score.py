@@ -1,4 +1,4 @@
-"""How probable an object was found to be. Free of torch, unlike `scoring`, which finds it."""
+"""The score of an object. This module does not import torch; `scoring` computes the scores."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class TargetScore(NamedTuple):
-    """How probable an object is after a prompt, its own tokens before each token given."""
+    """Probability of an object after a prompt, teacher forced."""
 
-    log_p: float  #: mean over its tokens
+    log_p: float  #: mean log-probability of its tokens, in nats
     is_greedy: bool  #: it is the greedy continuation
-    correct_tokens: int  #: how many of its tokens are the most probable ones
+    correct_tokens: int  #: number of its tokens that are the argmax
     num_tokens: int

@@ -1,4 +1,4 @@
-"""How probable an object is after a prompt: teacher forced, mean log-probability over its tokens (methods E.1)."""
+"""Score objects after prompts: teacher forced, mean log-probability over the object's tokens (Meng et al. 2022)."""
 
 from __future__ import annotations
 
@@ -15,34 +15,33 @@ from service.models.loading import LoadedModel
 from service.models.score import TargetScore
 from service.models.token_batch import PaddedBatch, forward, pad, tokenize_prompt_and_target
 
-SCORING_BATCH_SIZE = 16  # rows in one forward pass: a step shorter than one optimisation step of an edit
-MAX_DISTRIBUTION_TOKENS = (
-    512  # padded tokens in one pass of which the distributions at all positions are held, twice
+SCORING_BATCH_SIZE = (
+    16  # rows in one forward pass; such a step is shorter than one optimization step of an edit
 )
+# Padded tokens in one pass that keeps the distributions at all positions, before and after a change.
+MAX_DISTRIBUTION_TOKENS = 512
 
 
 def compute_log_probs(
     model: LoadedModel, pairs: Sequence[tuple[str, str]], phase: str = "measure"
 ) -> Stepper[list[tuple[float, bool]]]:
-    """For each (prompt, object): mean log p of the object's tokens, and whether they are the greedy continuation."""
+    """Return, for each (prompt, object), the mean log p of the object's tokens and whether they are the greedy continuation."""
     return [(s.log_p, s.is_greedy) for s in (yield from score_targets(model, pairs, phase))]
 
 
 def score_targets(
     model: LoadedModel, pairs: Sequence[tuple[str, str]], phase: str = "measure"
 ) -> Stepper[list[TargetScore]]:
-    """The score of each (prompt, object).
+    """Return the score of each (prompt, object).
 
-    Of an object that leads past the model's last position, what fits is measured. Pairs that the model reads alike (one
-    prompt with two objects of one token) are read once.
+    An object that exceeds the model's positions is measured as far as it fits. Pairs with the same input tokens (one prompt
+    with two objects of one token) share one forward pass.
     """
     tokenized = [tokenize_prompt_and_target(model, p, t) for p, t in pairs]
     objects = [t[: max(1, model.max_positions - len(p))] for p, t in tokenized]
-    pairs_by_text: dict[tuple[int, ...], list[int]] = defaultdict(
-        list
-    )  # what is read -> the pairs that read it
+    pairs_by_text: dict[tuple[int, ...], list[int]] = defaultdict(list)  # input tokens -> indices of pairs
     for i, ((prompt, _), target) in enumerate(zip(tokenized, objects, strict=True)):
-        pairs_by_text[*prompt, *target[:-1]].append(i)  # nothing follows an object's last token
+        pairs_by_text[*prompt, *target[:-1]].append(i)  # the object's last token is not an input
     texts = sorted(pairs_by_text, key=len)
     result = [TargetScore(0.0, False, 0, 0)] * len(pairs)
     for start in range(0, len(texts), SCORING_BATCH_SIZE):
@@ -58,7 +57,7 @@ def score_targets(
 
 
 def _score(logits: Tensor, target: Sequence[int]) -> TargetScore:
-    """Of logits (n, V), one for each token of an object."""
+    """Return the score of an object of n tokens with logits (n, V)."""
     target_ids = torch.tensor(target, device=logits.device)
     logp = logits.log_softmax(-1).gather(1, target_ids[:, None])
     correct = int((logits.argmax(-1) == target_ids).sum())
@@ -66,14 +65,14 @@ def _score(logits: Tensor, target: Sequence[int]) -> TargetScore:
 
 
 def log_probs_blocking(model: LoadedModel, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-    """`log_prob_steps`, run to the end."""
+    """Return the result of `compute_log_probs`, run to completion."""
     return run_to_completion(compute_log_probs(model, pairs))
 
 
 def compute_perplexity(model: LoadedModel, texts: Sequence[str]) -> Stepper[float]:
-    """exp of the mean negative log-probability per predicted token over some texts (a text of n tokens has n - 1).
+    """Return exp of the mean negative log-probability per predicted token (a text of n tokens has n - 1).
 
-    Of a text longer than the model's positions, what fits is measured.
+    A text that exceeds the model's positions is truncated.
     """
     rows = _encode_sorted(model, texts)
     total, count = 0.0, 0
@@ -88,9 +87,9 @@ def compute_perplexity(model: LoadedModel, texts: Sequence[str]) -> Stepper[floa
 
 
 class Drift(NamedTuple):
-    """What a change of the weights does to the model on plain texts."""
+    """The effect of changed weights on the model's predictions for texts."""
 
-    loss_before: float  #: loss: the mean of -log p over the predicted tokens
+    loss_before: float  #: mean of -log p over the predicted tokens, in nats
     loss_after: float
     kl: float  #: mean over all positions of KL(p before || p after) of the next token, in nats
 
@@ -98,9 +97,9 @@ class Drift(NamedTuple):
 def measure_drift(
     model: LoadedModel, texts: Sequence[str], apply_edit: Callable[[], AbstractContextManager[object]]
 ) -> Stepper[Drift]:
-    """Loss before and after, and how far the predictions move. `edited` puts the changed weights in place.
+    """Return the loss before and after a change, and the KL divergence. `apply_edit` installs the changed weights.
 
-    Of a text longer than the model's positions, what fits is measured.
+    A text that exceeds the model's positions is truncated.
     """
     rows = _encode_sorted(model, texts)
     loss_before = loss_after = kl = 0.0
@@ -122,13 +121,13 @@ def measure_drift(
 
 
 def _encode_sorted(model: LoadedModel, texts: Sequence[str]) -> list[list[int]]:
-    """Texts of which something is predicted, as tokens, as far as they fit; the shortest first."""
+    """Return the token ids of texts of at least two tokens, truncated to the model's positions, shortest first."""
     coded = (model.encode(t)[0][: model.max_positions] for t in texts)
     return sorted((r for r in coded if len(r) > 1), key=len)
 
 
 def _batches_by_tokens(rows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Rows, the shortest first, in batches of at most WHOLE padded tokens, or of one."""
+    """Yield rows, shortest first, in batches of at most MAX_DISTRIBUTION_TOKENS padded tokens, or of one row."""
     batch: list[list[int]] = []
     for row in rows:
         if batch and len(row) * (len(batch) + 1) > MAX_DISTRIBUTION_TOKENS:
@@ -140,6 +139,6 @@ def _batches_by_tokens(rows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
 
 
 def _sum_log_probs(logp: Tensor, batch: PaddedBatch) -> float:
-    """The sum of log p (B, T, V) over all predicted tokens of a batch."""
+    """Return the sum of log p (B, T, V) over the predicted tokens of a batch."""
     token_log_probs = logp[:, :-1].gather(2, batch.ids[:, 1:, None])[..., 0]
     return float((token_log_probs * batch.mask[:, 1:]).double().sum())

@@ -1,4 +1,4 @@
-"""Statements -> padded batches of tokens. Right padding for index arithmetic, left padding for generation."""
+"""Tokenize statements and pad them to batches: right padding for index arithmetic, left padding for generation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TokenizedStatement:
 
     @property
     def ids_through_subject(self) -> list[int]:
-        """The text up to the subject's last token: by causality all that a key depends on."""
+        """The token ids up to the subject's last token: by causality a key depends on nothing else."""
         return self.ids[: self.subject[1]]
 
 
@@ -40,7 +40,7 @@ class PaddedBatch:
 
 
 def tokenize_statement(model: LoadedModel, statement: Statement) -> TokenizedStatement:
-    """Tokenise the whole text and find the subject by character offsets (methods A.3)."""
+    """Tokenize the whole text and locate the subject by character offsets."""
     ids, offsets = model.encode(statement.text)
     return TokenizedStatement(ids, token_span(offsets, statement.span))
 
@@ -53,7 +53,7 @@ def tokenize_prompt_and_target(model: LoadedModel, prompt: str, target: str) -> 
 
 
 def pad(rows: Sequence[Sequence[int]], model: LoadedModel, side: str = "right") -> PaddedBatch:
-    """Rows of unequal length as one batch. Positions count the real tokens, so padding never shifts them."""
+    """Return rows of unequal length as one batch. Positions count the real tokens only, so padding does not shift them."""
     width = max(len(r) for r in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -67,7 +67,7 @@ def pad(rows: Sequence[Sequence[int]], model: LoadedModel, side: str = "right") 
 
 
 def forward(model: LoadedModel, batch: PaddedBatch, last: int = 0) -> Tensor:
-    """Logits (B, T, V) of a batch; with `last`, of its last positions only: (B, last, V)."""
+    """Return the logits (B, T, V) of a batch; with `last`, those of its last positions only: (B, last, V)."""
     return model.model(  # type: ignore[no-any-return]
         input_ids=batch.ids,
         attention_mask=batch.mask,

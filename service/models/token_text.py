@@ -1,19 +1,18 @@
-"""How a single token is spelled, whatever stands beside it: as text, or as bytes where it is a part of a character."""
+"""The text of a single token, independent of its neighbors; bytes where the token is a part of a character."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-REPLACEMENT_CHARACTER = "\ufffd"  # what a decoder writes for a character whose bytes are not all there
-CONTEXT_LETTER = (
-    "a"  # decoded before a token, so that a tokenizer which trims the beginning of a text trims nothing of it
-)
+REPLACEMENT_CHARACTER = "\ufffd"  # a decoder writes it for an incomplete character
+# Decoded before a token, so that a tokenizer that trims the beginning of a text does not trim the token.
+CONTEXT_LETTER = "a"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte in the vocabularies of SentencePiece
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters in which GPT-2's vocabulary writes bytes: a printable one as itself, the others from 256 on."""
+    """Return the byte of each letter of GPT-2's byte vocabulary: printable bytes are themselves, the others start at 256."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -23,7 +22,7 @@ BYTE_OF_LETTER = _byte_letters()
 
 
 class TokenTextCache:
-    """The spelling of each token of a tokenizer, worked out when it is first asked for."""
+    """The text of each token of a tokenizer, computed on first use."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -1,18 +1,17 @@
-"""Causal tracing without recomputing what causality makes constant. Exact, not an approximation.
+"""Exact causal tracing (Meng et al. 2022) that reuses what causality leaves unchanged.
 
-With one clean state put back at token t, all positions before t are those of the corrupted run in every
-layer, so their keys and values are reused; and nothing below the restored layer changes. So a cell starts with the
-corrupted run's block outputs just above its entry layer, with token t exchanged, and runs the blocks above on
-positions t .. T-1 alone; the last block on the positions that say the answer, with no more than keys and values of
-the others.
+When the clean state of token t is restored, all positions before t equal the corrupted run in every layer, so their keys and
+values are reused; nothing below the restored layer changes either. A cell therefore starts from the corrupted run's block
+outputs above its entry layer, with token t replaced, and runs the blocks above on positions t .. T-1 only. The last block
+runs on the positions that predict the answer, and needs only keys and values of the others.
 
-Cells of all kinds that restore one token go up together as rows of one batch, called tracks. As long as nothing tells
-two cells apart they are one track; a track parts from another (or from the corrupted run, which is kept) in the
-block where a window begins or ends. There the two differ in what one module gives at token t, and within a block that
-reaches only token t: so what parts is run for that one position. Windows hold token t's module output in the blocks
-after; severed paths are hidden cells that hold it at its corrupted value up to the last layer.
+Cells of all kinds that restore the same token advance together as rows of one batch. Cells that are still identical share one
+row (`CorruptedRun`). A row diverges from another, or from the corrupted run, in the block where a window begins or ends.
+There the two differ in one module's output at token t, which within that block affects token t only, so the diverging row is
+computed for that one position. A window holds the module output of token t in the following blocks. A severed path is a
+hidden cell that holds the module output at its corrupted value up to the last layer.
 
-The work is cut into steps of bounded cost: one block on some tracks of one token, or the head on some of their ends.
+The work is split into steps of bounded cost: one block on some rows of one token, or the head on some final states.
 """
 
 from __future__ import annotations
@@ -56,10 +55,10 @@ def trace_statement(
     compat: str | None = None,
     subjects: Sequence[str] = (),
 ) -> Stepper[TraceResult]:
-    """Trace a statement: the paper's three maps, and the severed paths when asked for.
+    """Return the trace of a statement: the paper's three maps and, with `severed`, the severed paths.
 
-    `target` is the answer whose probability is followed, of any number of tokens; the model's own next
-    token when left out. `subjects` are those over which "3sigma" is measured (see `noise.embedding_deviation`).
+    `target` is the answer whose probability is measured, of any number of tokens; by default the model's next token.
+    `subjects` are the subjects over which "3sigma" is measured (see `noise.embedding_deviation`).
     """
     trace_input = build_trace_input(model, statement, target, samples, noise, seed, compat, subjects)
     tracer = FastTracer(model, trace_input, list_cells(trace_input, kinds, window, severed, model.num_layers))
@@ -81,25 +80,25 @@ def trace_statement(
 
 @dataclass(frozen=True)
 class BaseRuns:
-    """What whole texts leave behind, by layer. Row 0 is the clean run; the others are the corrupted ones."""
+    """States of the complete texts, by layer. Row 0 is the clean run; the other rows are the corrupted runs."""
 
-    states: list[Tensor]  #: what enters a block, and at the end what leaves the last: (1 + R, T, d)
+    states: list[Tensor]  #: the input of each block, then the output of the last: (1 + R, T, d)
     past: list[LayerKV]
-    outputs: dict[str, list[Tensor]]  #: of the modules, by kind: (1 + R, T, d)
+    outputs: dict[str, list[Tensor]]  #: module outputs by kind: (1 + R, T, d)
 
 
 @dataclass(frozen=True)
 class SuffixInputs:
-    """The positions from a token on, as blocks are called with them."""
+    """Block inputs for the positions from a token on."""
 
     token: int
     all_positions: BlockInputs
     first_position: BlockInputs  #: the token alone
-    before_answer: BlockInputs | None  #: those that say nothing of the answer
+    before_answer: BlockInputs | None  #: the positions that do not predict the answer
 
 
 class FastTracer:
-    """The clean run and the corrupted runs of one question, and what they say about cells."""
+    """Computes the base runs of one trace input and the scores of its cells."""
 
     base_runs: BaseRuns
     high: float
@@ -107,14 +106,10 @@ class FastTracer:
 
     def __init__(self, model: LoadedModel, trace_input: TraceInput, cells: Sequence[TraceCell]) -> None:
         self.model, self.trace_input, self.cells = model, trace_input, cells
-        self.answer_length = len(trace_input.answer_ids)  # positions that say the answer: the last ones
-        self.tokens_per_step = step_budget(model) // block_flops(
-            model
-        )  # that one step may take through a block
+        self.answer_length = len(trace_input.answer_ids)  # the last positions predict the answer
+        self.tokens_per_step = step_budget(model) // block_flops(model)  # tokens through one block
         head = 2 * model.lm_head.weight.numel() * self.answer_length  # type: ignore[operator]
-        self.head_rows_per_step = max(
-            1, step_budget(model) // head
-        )  # tracks that one step may take through the head
+        self.head_rows_per_step = max(1, step_budget(model) // head)  # rows through the head
         self.runs_by_cell = {
             c: [
                 c.corrupted_run(sample, trace_input, model.num_layers)
@@ -139,7 +134,7 @@ class FastTracer:
         )
 
     def compute_base_runs(self) -> Stepper[None]:
-        """The clean run and the corrupted ones, through all blocks."""
+        """Run the clean and the corrupted rows through all blocks."""
         inputs = self.block_runner.capture_block_inputs(self.ids, 0)
         rows = self.ids.expand(1 + self.trace_input.samples, -1)
         self.base_runs = BaseRuns(
@@ -173,22 +168,22 @@ class FastTracer:
         return embedded
 
     def score_cells(self) -> Stepper[dict[CellKey, float]]:
-        """The score of every cell."""
+        """Return the score of every cell."""
         tick = _progress_counter("trace", sum(map(self._count_steps, self.chunks_by_token.values())))
         p: dict[tuple[int, CorruptedRun], float] = {}
         for token, chunks in self.chunks_by_token.items():
             token_scores = yield from self._score_token(token, chunks, tick)
-            p |= {(token, track): value for track, value in token_scores.items()}
+            p |= {(token, run): value for run, value in token_scores.items()}
         scores = {c.key: self.low for c in self.cells}
-        for cell, tracks in self.runs_by_cell.items():
-            scores[cell.key] = sum(p[cell.token, track] for track in tracks) / len(tracks)
+        for cell, runs in self.runs_by_cell.items():
+            scores[cell.key] = sum(p[cell.token, run] for run in runs) / len(runs)
         return scores
 
     def _rows_per_step(self, positions: int) -> int:
         return max(1, self.tokens_per_step // positions)
 
     def _chunks(self, token: int, runs: set[CorruptedRun]) -> list[list[CorruptedRun]]:
-        """Tracks of one token, cut evenly so that no step is long."""
+        """Split the runs of one token evenly, so that each step stays within the budget."""
         rows = sorted(runs)
         parts = -(-len(rows) // self._rows_per_step(len(self.trace_input.ids) - token))
         size = -(-len(rows) // parts)
@@ -201,7 +196,7 @@ class FastTracer:
     def _score_token(
         self, token: int, chunks: Sequence[Sequence[CorruptedRun]], tick: NextProgress
     ) -> Stepper[dict[CorruptedRun, float]]:
-        """p(answer) of all tracks of one token."""
+        """Return p(answer) of all runs of one token."""
         suffix = self._suffix_inputs(token)
         runs: list[CorruptedRun] = []
         answer_hidden: list[Tensor] = []
@@ -228,13 +223,11 @@ class FastTracer:
     def _run_blocks(
         self, suffix: SuffixInputs, chunk: Sequence[CorruptedRun], tick: NextProgress
     ) -> Stepper[tuple[list[CorruptedRun], Tensor]]:
-        """One way up the blocks: what the last one gives for each track."""
+        """Run a chunk through all blocks. Return its runs and their outputs of the last block."""
         runs: list[CorruptedRun] = []
         hidden = self.base_runs.states[0][:0, suffix.token :]
         for layer in range(chunk[0].entry_layer, self.model.num_layers):
-            next_runs = dict.fromkeys(
-                track.clipped_at(layer + 1) for track in chunk if track.entry_layer <= layer
-            )
+            next_runs = dict.fromkeys(run.clipped_at(layer + 1) for run in chunk if run.entry_layer <= layer)
             runs, hidden = self._advance_block(suffix, layer, runs, hidden, list(next_runs))
             yield tick()
         return runs, hidden
@@ -247,16 +240,16 @@ class FastTracer:
         hidden: Tensor,
         next_runs: list[CorruptedRun],
     ) -> tuple[list[CorruptedRun], Tensor]:
-        """One block: the tracks that enter it -> those above it, and their states (tracks, positions, d).
+        """Advance the runs that enter a block. Return the runs above it and their states (runs, positions, d).
 
-        A track whose window ends where that of others goes on stays as it is, and the others part from it.
+        Where a window ends for one run and continues for others, the first keeps its row and the others diverge from it.
         """
         next_set = set(next_runs)
-        continuing = [track if track in next_set else track._replace(end_layer=layer + 1) for track in runs]
+        continuing = [run if run in next_set else run._replace(end_layer=layer + 1) for run in runs]
         out = self._run_block(suffix, layer, continuing, hidden) if continuing else hidden
         if len(continuing) == len(next_runs):
             return continuing, out
-        index_of = {track: i for i, track in enumerate(continuing)}
+        index_of = {run: i for i, run in enumerate(continuing)}
         diverging = [t for t in next_runs if t not in index_of and t.entry_layer < layer]
         entering = [t for t in next_runs if t.entry_layer == layer]
         diverging_rows, entering_rows = (
@@ -276,7 +269,7 @@ class FastTracer:
     def _exchanged_output(
         self, suffix: SuffixInputs, layer: int, runs: list[CorruptedRun], hidden: Tensor
     ) -> Tensor:
-        """What a block gives at the token itself (tracks, d): the clean run's output, or its own with a module held."""
+        """Return a block's output at the restored token (runs, d): the clean run's, or its own with a module output held."""
         out = self.base_runs.states[layer + 1][[0] * len(runs), suffix.token]
         held = [i for i, t in enumerate(runs) if t.entry_layer < layer or t.source_kind != "hidden"]
         if held:
@@ -289,7 +282,7 @@ class FastTracer:
     def _run_block(
         self, suffix: SuffixInputs, layer: int, runs: list[CorruptedRun], hidden: Tensor
     ) -> Tensor:
-        """One block on tracks; of the last one only what says the answer."""
+        """Run one block; of the last block, only the positions that predict the answer."""
         past = self._corrupted_past(suffix.token, layer, runs)
         if layer == self.model.num_layers - 1 and suffix.before_answer:
             extended_past = self.block_runner.run_kv_only(
@@ -302,17 +295,17 @@ class FastTracer:
             return self.block_runner.run(suffix.all_positions, layer, hidden, past)[0]
 
     def _corrupted_past(self, token: int, layer: int, runs: Sequence[CorruptedRun]) -> LayerKV:
-        """The corrupted run's keys and values before the token."""
+        """Return the corrupted runs' keys and values before the token."""
         keys, values = self.base_runs.past[layer]
-        rows = [1 + track.sample for track in runs]
+        rows = [1 + run.sample for run in runs]
         return keys[rows, :, :token], values[rows, :, :token]
 
     @contextmanager
     def _held_outputs(self, token: int, layer: int, runs: Sequence[CorruptedRun]) -> Iterator[None]:
-        """Within the context, the first position's module outputs are held where a track says so."""
+        """Within the context, hold the first position's module outputs of the runs that hold them in this block."""
         with ExitStack() as stack:
             for kind in SEVERABLE_KINDS:
-                held = [i for i, track in enumerate(runs) if track.is_held(kind, layer)]
+                held = [i for i, run in enumerate(runs) if run.is_held(kind, layer)]
                 if held:
                     rows = [1 + runs[i].sample if runs[i].severed else 0 for i in held]
                     put = _first_position_writer(
@@ -322,13 +315,13 @@ class FastTracer:
             yield
 
     def _answer_probability(self, hidden: Tensor) -> Tensor:
-        """p(answer) (rows,) from the last block's output (rows, n, d) where the answer is said."""
+        """Return p(answer) (rows,) from the last block's output (rows, n, d) at the positions that predict the answer."""
         logits = self.block_runner.logits(hidden.reshape(-1, hidden.shape[-1]))
         return self.trace_input.answer_probability(logits.view(*hidden.shape[:2], -1))
 
 
 def _first_position_writer(rows: int, held: list[int], values: Tensor) -> Callable[[Tensor], Tensor]:
-    """Writes values (held, d) into a module's output at the first position of some rows."""
+    """Return a function that writes values (held, d) into a module's output at the first position of some rows."""
 
     def put(output: Tensor) -> Tensor:
         output.view(rows, -1, output.shape[-1])[held, 0] = values
@@ -338,6 +331,6 @@ def _first_position_writer(rows: int, held: list[int], values: Tensor) -> Callab
 
 
 def _progress_counter(phase: str, total: int) -> NextProgress:
-    """Each call is one more step of a phase."""
+    """Return a function that returns the progress after each further step of a phase."""
     steps = count(1)
     return lambda: Progress(phase, next(steps), total)

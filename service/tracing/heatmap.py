@@ -1,6 +1,6 @@
-"""A trace as a picture, in the manner of the paper's figures: tokens down, layers across, a map per kind.
+"""Draw a trace as heat maps in the style of the paper's figures: tokens down, layers across, one map per kind.
 
-Takes the JSON of a trace and needs no torch. `service.kit.plotting` has the paper, the letters and the page.
+The input is the JSON of a trace; torch is not needed. `service.kit.plotting` has the colours, fonts and page.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from service.kit.plotting import (
 
 TraceJson = dict[str, Any]
 
-#: kind -> colour map, what is restored, what that is called on the axis
+#: kind -> colour map, what is restored, label of the axis
 KIND_STYLES = {
     "hidden": ("Purples", "state", "single restored layer"),
     "mlp": ("Greens", "MLP", "centre of the interval of {} restored MLP layers"),
     "attn": ("Reds", "attention", "centre of the interval of {} restored attention layers"),
 }
-#: path that is cut -> colour and name of its bars
+#: severed path -> colour and name of its bars
 SEVERED_STYLES = {
     "none": ("#6a51a3", "single state restored"),
     "attn": ("#cb181d", "with attention severed"),
     "mlp": ("#238b45", "with MLP severed"),
 }
-MAX_TOKEN_CHARS = 22  # characters of a token that are shown
+MAX_TOKEN_CHARS = 22  # longer token labels are truncated
 
 
 def trace_svg(trace: TraceJson) -> str:
-    """The maps as SVG with real text, in the reader's fonts."""
+    """Return the maps as SVG with text elements."""
     return plotting.render_svg(partial(_draw_figure, trace), _title(trace))
 
 
 def trace_png(trace: TraceJson, dpi: int = 160) -> bytes:
-    """The maps as PNG."""
+    """Return the maps as PNG."""
     return plotting.render_png(partial(_draw_figure, trace), dpi)
 
 
 def trace_page(trace: TraceJson) -> str:
-    """A page that needs nothing else: the maps, and the figures in words."""
+    """Return a self-contained HTML page with the maps and a summary."""
     rows = "".join(
         "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>\n" for r in _best_cell_rows(trace)
     )
@@ -100,9 +100,7 @@ def _draw_figure(trace: TraceJson) -> FigureBuilder:
 
 
 def _draw_header(figure: FigureBuilder, trace: TraceJson) -> None:
-    max_chars = int(
-        (figure.width - 0.4) / 0.13
-    )  # of the title's size; what is too long is cut before the answer
+    max_chars = int((figure.width - 0.4) / 0.13)  # at the title's font size; a longer prompt is truncated
     answer = f" → {truncate(show_control_characters(trace['answer']['text']), max_chars // 3)}"
     title = (
         truncate(show_control_characters(trace["prompt"]), max_chars - len(escape_missing_glyphs(answer)))
@@ -124,7 +122,10 @@ def draw_map(
     window: int,
     unit: str,
 ) -> None:
-    """One map, rows down and layers across: light where nothing comes back, dark at the best; `unit` is below its scale."""
+    """Draw one map, rows down and layers across, from light at the lower limit to dark at the upper limit.
+
+    `unit` is the label of its colour scale.
+    """
     colours, restored_name, axis_label = KIND_STYLES[kind]
     left, top, width, height = box
     rows, layers = len(scores), len(scores[0])
@@ -160,9 +161,9 @@ def draw_bars(
     title: str,
     intervals: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> None:
-    """The severed paths: what restoring the subject's last token brings back, by layer and path cut.
+    """Draw the severed paths: the effect of restoring the subject's last token, by layer and severed path.
 
-    `ends` are the lower and upper ends of intervals around them.
+    `intervals` are the lower and upper ends of intervals.
     """
     left, top, width, height = box
     axes = figure.add_axes(*box)
@@ -226,7 +227,7 @@ def _token_labels(trace: TraceJson) -> list[str]:
 
 
 def _summary_sentences(trace: TraceJson) -> list[str]:
-    """What the maps show, in words."""
+    """Return sentences that describe the maps."""
     noise = trace["noise"]
     answer, subject = (
         show_control_characters(trace["answer"]["text"]),
@@ -242,14 +243,14 @@ def _summary_sentences(trace: TraceJson) -> list[str]:
             f"The difference, {trace['total_effect']:.3f}, is the total effect."
         ),
         (
-            "Each cell of a map shows the probability when, in the corrupted run, one token's state is put back as "
-            "it was in the clean run: darker brings back more. Corrupted tokens carry an asterisk."
+            "Each cell of a map shows the probability when one token's state in the corrupted run is restored to "
+            "its state in the clean run. Darker cells restore more. Corrupted tokens have an asterisk."
         ),
     ]
 
 
 def _best_cell_rows(trace: TraceJson) -> list[tuple[str, ...]]:
-    """For each kind the best cell within the subject, then of all: what, token, layer, probability, share."""
+    """Return, for each kind, the best cell in the subject and of all: kind, place, token, layer, probability, share."""
     b, e = trace["subject"]["tokens"]
     rows: list[tuple[str, ...]] = []
     for kind, kind_json in trace["kinds"].items():

@@ -1,4 +1,4 @@
-"""The scores that a trace has to find, and which of them causality gives for nothing (methods B.5)."""
+"""The cells of a trace, the interventions that define them, and the cells whose score is known without computation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 from service.tracing.reference import SEVERABLE_KINDS, restoration_window
 from service.tracing.trace_input import TraceInput
 
-#: what is cut at the subject's last token -> the name of its cells: plain hidden ones when nothing is
+#: the path severed at the subject's last token -> the name of its cells; "none" are plain hidden cells
 CELL_NAME_BY_PATH = {"none": "hidden", "mlp": "mlp severed", "attn": "attn severed"}
 
 
 class CorruptedRun(NamedTuple):
-    """A corrupted run of one sample with one token exchanged. Those that share most stand together when sorted."""
+    """A corrupted run of one noise sample with one token restored. Sorting places runs that share the most together."""
 
     entry_layer: int
     source_kind: str
@@ -24,48 +24,48 @@ class CorruptedRun(NamedTuple):
     end_layer: int
 
     def clipped_at(self, layer: int) -> CorruptedRun:
-        """What of it shows below a block: not yet where its window ends."""
+        """Return the run as far as the blocks below `layer` determine it: the deduplication key at that layer."""
         return self if self.end_layer <= layer else self._replace(end_layer=layer)
 
     def is_held(self, kind: str, layer: int) -> bool:
-        """Whether the token's module output is held in a block; in the entry block that is how a window begins."""
+        """Return whether the token's module output is held in a block. A window begins in its entry block."""
         first = self.entry_layer + (self.source_kind == "hidden")
         return self.held_kind == kind and first <= layer < self.end_layer
 
 
 @dataclass(frozen=True)
 class TraceCell:
-    """One score: which it is, and what its run has at its token."""
+    """One score: its kind, token and layer, and the intervention at its token."""
 
     name: str
     token: int
     layer: int
-    source_kind: str  #: the kind whose entry state the token has after block `entry`
+    source_kind: str  #: the kind whose clean state the token has after block `entry_layer`
     entry_layer: int
-    end_layer: int  #: in the blocks entry+1 .. until-1 the token's module output is held
+    end_layer: int  #: the token's module output is held in blocks entry_layer + 1 .. end_layer - 1
     held_kind: str = ""  #: "mlp" or "attn"
-    severed: bool = False  #: held at the corrupted run's value rather than the clean run's
+    severed: bool = False  #: held at the corrupted value instead of the clean value
 
     @property
     def key(self) -> tuple[str, int, int]:
         return self.name, self.token, self.layer
 
     def corrupted_run(self, sample: int, trace_input: TraceInput, layers: int) -> CorruptedRun:
-        """Its run of one sample. In the last block, where no other token listens, holding is no matter."""
+        """Return the cell's run of one sample. In the last block no other token attends, so holding has no effect there."""
         until = (
             self.end_layer if self.token == trace_input.prompt_length - 1 else min(self.end_layer, layers - 1)
         )
         return CorruptedRun(self.entry_layer, self.source_kind, self.held_kind, self.severed, sample, until)
 
     def is_low(self, trace_input: TraceInput, layers: int) -> bool:
-        """Nothing comes back: before the subject the runs agree; after the last attention no token listens."""
+        """Return whether the score equals the corrupted score: before the subject, or after the last attention."""
         return self.token < trace_input.subject[0] or (
             self.entry_layer == layers - 1 and self.token < trace_input.prompt_length - 1
         )
 
 
 def restored_cell(kind: str, token: int, layer: int, window: int, layers: int) -> TraceCell:
-    """A clean block output at one layer, or clean module outputs in a window of layers."""
+    """Return the cell that restores a block output at one layer, or module outputs in a window of layers."""
     if kind == "hidden":
         return TraceCell(kind, token, layer, kind, layer, layer + 1)
     first, last = restoration_window(layer, window, layers)
@@ -73,9 +73,9 @@ def restored_cell(kind: str, token: int, layer: int, window: int, layers: int) -
 
 
 def severed_cell(severed_kind: str, token: int, layer: int, layers: int) -> TraceCell:
-    """A clean block output, with the token's MLPs (or attentions) as in the corrupted run in all layers.
+    """Return the cell that restores a block output and holds the token's MLPs (or attentions) at their corrupted values.
 
-    The noise being equal, up to the entry block that is what they are anyway.
+    Up to the entry block they have these values anyway, because the noise is the same.
     """
     return TraceCell(
         CELL_NAME_BY_PATH[severed_kind],

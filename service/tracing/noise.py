@@ -1,8 +1,8 @@
-"""The corruption of a subject: how strong the noise is, and which noise (methods B.1).
+"""The noise that corrupts a subject's embeddings (Meng et al. 2022, section 2.1).
 
-Noise is paired: one block z of shape (R, e - b, d) is drawn before anything runs and every pass of a trace
-uses it, so that two cells differ by what was restored and by nothing else. It is drawn in C order with the
-sample slowest, so the first samples stay the same when more are asked for.
+Noise is paired: one tensor z of shape (R, e - b, d) is drawn before the first pass, and every pass of a trace uses it, so two
+cells differ only by what was restored. It is drawn in C order with the sample as the slowest index, so the first samples do
+not depend on the number of samples.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from service.models.loading import LoadedModel
 NOISE_PATTERN = re.compile(
     r"\s*(?:(?P<before>\d*\.?\d+)\s*(?:sigma|σ|s)|s(?P<after>\d*\.?\d+)|(?P<plain>\d*\.?\d+))\s*"
 )
-EMBEDDING_CHUNK_ROWS = 4096  # rows of the embedding read at once
+EMBEDDING_CHUNK_ROWS = 4096  # rows of the embedding matrix in one chunk
 
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """The noise's standard deviation: `factor` times `sigma` when the embeddings were measured."""
+    """The standard deviation of the noise; `factor` times `sigma` where sigma was measured on the embeddings."""
 
     value: float
     factor: float | None = None
@@ -35,7 +35,7 @@ class NoiseLevel:
 
 
 def parse_noise_level(model: LoadedModel, noise: float | str, subjects: Sequence[str] = ()) -> NoiseLevel:
-    """Read a number, or a multiple of the embeddings' deviation: "3sigma" or, as in the reference, "s3"."""
+    """Parse a number, or a multiple of the embeddings' deviation: "3sigma" or, as in the authors' code, "s3"."""
     if isinstance(noise, str):
         match = NOISE_PATTERN.fullmatch(noise)
         if match is None:
@@ -55,11 +55,11 @@ def parse_noise_level(model: LoadedModel, noise: float | str, subjects: Sequence
 
 
 def embedding_deviation(model: LoadedModel, subjects: Sequence[str] = ()) -> float:
-    """Standard deviation (unbiased) over all scalars of the token embeddings of the subjects.
+    """Return the unbiased standard deviation over all scalars of the token embeddings of the subjects.
 
-    Each subject is tokenised alone and without special tokens, and a token counts as often as it occurs: the
-    reference's rule. Without subjects the deviation is that of the whole embedding matrix, each token once,
-    which needs no list and does not depend on what was asked.
+    As in the authors' code, each subject is tokenized alone without special tokens, and a token counts as often as it
+    occurs. Without subjects the deviation is that of the whole embedding matrix, each token once, which is independent of
+    the request.
     """
     total, squares, count = 0.0, 0.0, 0
     for ids in _token_id_chunks(model, subjects):
@@ -77,9 +77,9 @@ def _token_id_chunks(model: LoadedModel, subjects: Sequence[str]) -> Iterator[Te
 
 
 def draw_noise(samples: int, tokens: int, width: int, seed: int, compat: str | None = None) -> Tensor:
-    """Standard normal z (R, e - b, d) in fp64.
+    """Return standard normal z (R, e - b, d) in fp64.
 
-    `compat="meng2022"` is the reference's stream, numpy's legacy RandomState; its runs are those of seed 1.
+    `compat="meng2022"` uses the authors' generator, numpy's legacy RandomState; their runs use seed 1.
     """
     shape = (samples, tokens, width)
     if compat == "meng2022":
@@ -88,9 +88,9 @@ def draw_noise(samples: int, tokens: int, width: int, seed: int, compat: str | N
 
 
 def corrupt(embedded: Tensor, subject: tuple[int, int], noise: Tensor) -> Tensor:
-    """Add noise (R, e - b, d) to embeddings (R, T, d) at the subject. Writes into `embedded`; returns it.
+    """Add noise (R, e - b, d) to the subject's embeddings in `embedded` (R, T, d), in place, and return it.
 
-    The sum is formed in fp64 and rounded once to the model's dtype, as the reference does.
+    The sum is computed in fp64 and rounded once to the model's dtype, as in the authors' code.
     """
     positions = slice(*subject)
     embedded[:, positions] = (embedded[:, positions].double() + noise).to(embedded.dtype)

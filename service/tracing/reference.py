@@ -1,7 +1,7 @@
-"""Causal tracing by full forward passes, as the paper's code does it: slow, plain, the oracle.
+"""Reference implementation of causal tracing by full forward passes, as in the code of Meng et al. (2022).
 
-Every cell (t, l) is one pass of a batch of 1 + R rows: row 0 is clean and hands its states to the R corrupted
-rows below it. `suffix.py` beside it gives the same numbers with far less work; tests hold it to this file.
+Every cell (t, l) is one pass of a batch of 1 + R rows: row 0 is clean, and its states are copied into the R corrupted rows.
+`fast_trace.py` computes the same numbers with less work; the tests compare it with this file.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ SEVERABLE_KINDS = ("mlp", "attn")
 
 
 def restoration_window(layer: int, window: int, layers: int) -> tuple[int, int]:
-    """The layers [first, last) restored together around a layer: 10 are l-5 .. l+4, cut off at the ends."""
+    """Return the layers [first, last) restored together around a layer: a window of 10 is l-5 .. l+4, clipped at the ends."""
     return max(0, layer - window // 2), min(layers, layer - (-window // 2))
 
 
 def modules_of_kind(model: LoadedModel, kind: str) -> list[nn.Module]:
-    """What a kind restores, by layer: outputs of blocks, of MLPs, or of attentions after their projection."""
+    """Return the modules that a kind restores, by layer: blocks, MLP down-projections, or attentions."""
     pick = {"hidden": model.block, "mlp": model.down_proj, "attn": model.attention}[kind]
     return [pick(layer) for layer in range(model.num_layers)]
 
@@ -49,7 +49,7 @@ def trace_reference(
     compat: str | None = None,
     subjects: Sequence[str] = (),
 ) -> Stepper[TraceResult]:
-    """Trace with one full pass for every cell."""
+    """Return the trace of a statement, computed with one full pass for every cell."""
     trace_input = build_trace_input(model, statement, target, samples, noise, seed, compat, subjects)
     high, low = _high_and_low(model, trace_input)
     done, total = (
@@ -80,7 +80,7 @@ def trace_reference(
 
 
 def _answer_probabilities(model: LoadedModel, trace_input: TraceInput) -> Tensor:
-    """p(answer) (1 + R,) of one full pass with the hooks in place: row 0 clean, the others corrupted."""
+    """Return p(answer) (1 + R,) of one full pass with the installed hooks: row 0 clean, the others corrupted."""
 
     def disturb(embedded: Tensor) -> Tensor:
         corrupt(embedded[1:], trace_input.subject, trace_input.noise)
@@ -101,7 +101,7 @@ def _high_and_low(model: LoadedModel, trace_input: TraceInput) -> tuple[float, f
 def _edited_outputs(
     modules: Sequence[nn.Module], change: Callable[[int, Tensor], None], rows: int
 ) -> Iterator[None]:
-    """Within the block, `change(i, output (rows, T, d))` writes into the output of each module."""
+    """Within the context, `change(i, output (rows, T, d))` writes into the output of each module."""
 
     def hook(i: int) -> Callable[[Tensor], Tensor]:
         def put(output: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _edited_outputs(
 def _restored_probability(
     model: LoadedModel, trace_input: TraceInput, kind: str, token: int, layer: int, window: int
 ) -> float:
-    """Mean p(answer) of the corrupted rows with the clean row's state put back at one token."""
+    """Return the mean p(answer) of the corrupted rows with the clean row's state restored at one token."""
     first, last = (
         (layer, layer + 1) if kind == "hidden" else restoration_window(layer, window, model.num_layers)
     )
@@ -134,9 +134,9 @@ def _restored_probability(
 def _severed_probability(
     model: LoadedModel, trace_input: TraceInput, severed_kind: str | None, layer: int
 ) -> float:
-    """A hidden state restored at the subject's last token, whose MLPs (or attentions) stay as when corrupted.
+    """Return p(answer) with a hidden state restored at the subject's last token and its MLPs (or attentions) severed.
 
-    Both passes have the same noise: what is held comes from the very run it is put into.
+    Both passes use the same noise, so the held outputs are those of the run into which they are written.
     """
     if severed_kind is None:
         return _restored_probability(model, trace_input, "hidden", trace_input.subject[1] - 1, layer, 1)

@@ -1,4 +1,4 @@
-"""What a trace found, in probabilities (never logarithms), as the paper has it."""
+"""The result of a trace, in probabilities, as in the paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ScoreGrid = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class TraceResult:
-    """A score is the mean over the noise samples of p(answer) with one clean state put back."""
+    """Scores of a trace. A score is the mean over the noise samples of p(answer) with one clean state restored."""
 
     prompt: str
     tokens: tuple[str, ...]
@@ -28,7 +28,7 @@ class TraceResult:
     high: float  #: p(answer) of the clean run
     low: float  #: mean p(answer) of the corrupted runs
     scores: Mapping[str, ScoreGrid]  #: by kind: "hidden", "mlp", "attn"
-    severed: Mapping[str, tuple[float, ...]] | None  #: at the subject's last token, by the path that was cut
+    severed: Mapping[str, tuple[float, ...]] | None  #: at the subject's last token, by severed path
     window: int
     samples: int
     noise: NoiseLevel
@@ -40,7 +40,7 @@ class TraceResult:
         return self.high - self.low
 
     def indirect_effect(self, kind: str) -> ScoreGrid:
-        """How much of the answer each restored state brings back: score - low."""
+        """Return the indirect effect of each cell: score - low."""
         return tuple(tuple(s - self.low for s in row) for row in self.scores[kind])
 
     def to_json(self) -> dict[str, Any]:
@@ -89,11 +89,12 @@ def build_trace_result(
     severed: Mapping[str, Sequence[float]] | None,
     window: int,
 ) -> TraceResult:
-    """The frozen result of a trace; noise that drives the model out of its numbers is the user's to lower."""
+    """Return the immutable result of a trace. Raise InvalidInput when the noise makes a probability non-finite."""
     grids = {kind: tuple(map(tuple, grid)) for kind, grid in scores.items()}
     if not all(math.isfinite(x) for x in (high, low, *(s for g in grids.values() for row in g for s in row))):
         raise InvalidInput(
-            f"the model gives no number under noise {trace_input.noise_level.value:g}: use less.", "noise"
+            f"the model's probabilities are not finite under noise {trace_input.noise_level.value:g}: use less noise.",
+            "noise",
         )
     return TraceResult(
         prompt=trace_input.text,

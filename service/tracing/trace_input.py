@@ -1,4 +1,4 @@
-"""What a trace asks of a model: the tokens, the subject among them, the answer, and the noise."""
+"""The input of a trace: tokens, subject, answer and noise."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from service.tracing.noise import NoiseLevel, draw_noise, parse_noise_level
 
 @dataclass(frozen=True)
 class TraceInput:
-    """`ids` are the prompt's T tokens and all tokens of the answer but the last, which nothing reads."""
+    """The input of a trace. `ids` are the prompt's T tokens and the answer's tokens except the last, which is not an input."""
 
     text: str
-    tokens: tuple[str, ...]  #: the prompt's T tokens as a person reads them
+    tokens: tuple[str, ...]  #: labels of the prompt's T tokens
     ids: tuple[int, ...]
     subject: Span  #: token range [b, e)
     answer: str
@@ -34,7 +34,7 @@ class TraceInput:
 
     @property
     def prompt_length(self) -> int:
-        """T: how many tokens the prompt has."""
+        """T: the number of the prompt's tokens."""
         return len(self.tokens)
 
     @property
@@ -42,7 +42,7 @@ class TraceInput:
         return int(self.noise.shape[0])
 
     def answer_probability(self, logits: Tensor) -> Tensor:
-        """Joint probability (rows,) of the answer's n tokens; logits (rows, n, V) at T-1 .. T+n-2."""
+        """Return the joint probability (rows,) of the answer's n tokens from logits (rows, n, V) at T-1 .. T+n-2."""
         target_ids = torch.tensor(self.answer_ids, device=logits.device).expand(len(logits), -1)
         logp = at_least_fp32(logits).log_softmax(-1).gather(2, target_ids[..., None])[..., 0]
         return logp.sum(1).exp()
@@ -58,7 +58,7 @@ def build_trace_input(
     compat: str | None,
     subjects: Sequence[str],
 ) -> TraceInput:
-    """Tokenise prompt and answer together, find the subject by characters, and draw the noise."""
+    """Tokenize prompt and answer together, locate the subject by character offsets, and draw the noise."""
     answer_text = separator(statement.text, target) + target if target else ""
     ids, offsets = model.encode(statement.text + answer_text)
     if len(ids) > model.max_positions:
@@ -100,13 +100,12 @@ def _greedy_token(model: LoadedModel, prompt: list[int]) -> int:
 
 
 def token_labels(model: LoadedModel, text: str, ids: Sequence[int], offsets: Sequence[Span]) -> list[str]:
-    """Each token as the text it stands for, with the space before it; a special token by its own name.
+    """Return a label for each token: its text with the preceding space; the name of a special token.
 
-    A character that is spread over several tokens cannot be cut, so each of them shows all of it and a count:
-    "京 (2/3)".
+    When several tokens share one character, each label shows the whole character and a count: "京 (2/3)".
     """
     labels: list[str] = []
-    shared: list[int] = []  # tokens so far that overlap one another
+    shared: list[int] = []  # indices of tokens that share characters
     end = 0
     for i, (a, b) in enumerate(offsets):
         if shared and a < end:

@@ -63,7 +63,7 @@ def tiny(
     bos: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """A random model with larger weights than usual, so that its answers differ clearly from prompt to prompt."""
+    """Return a random model with enlarged weights, so that its outputs differ clearly between prompts."""
     config = AutoConfig.for_model(model_type, **_config(model_type, layers, width, inner, positions))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)

@@ -207,7 +207,7 @@ def test_user_records() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": "The {} and the {} are in"}, "record 2: `prompt` must hold exactly one"),
+        ({"prompt": "The {} and the {} are in"}, "record 2: `prompt` must contain exactly one"),
         ({"prompt": "The Louvre is in"}, r"record 2: .*put \{\} in its place"),
         ({"target_new": " "}, "record 2: target_new"),
         ({"target": "Rome"}, "record 2: target: Extra"),

@@ -1,4 +1,4 @@
-"""Prompts with a slot, spans and the checks of tokens: service.kit.text."""
+"""Tests of service.kit.text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RAW = tokenizer().backend_tokenizer
 @settings(max_examples=100, deadline=None)
 @given(TEXT, WORDS, TEXT)
 def test_a_filled_prompt_holds_the_subject_at_its_span(before: str, subject: str, after: str) -> None:
-    """Whatever the characters are, braces included, the subject stands at its span and all else is untouched."""
+    """For any characters, braces included, the subject is at its span and the rest is unchanged."""
     prompt = before + "{}" + after
     assume(prompt.count("{}") == 1)
     statement = fill_prompt(prompt, subject)
@@ -42,7 +42,7 @@ def test_a_filled_prompt_holds_the_subject_at_its_span(before: str, subject: str
 @settings(max_examples=60, deadline=None)
 @given(WORDS, TEXT, TEXT)
 def test_locate_subject_finds_the_last_mention(subject: str, before: str, after: str) -> None:
-    """A subject is found in a plain prompt at its last mention."""
+    """`locate_subject` returns the last occurrence."""
     statement = locate_subject(before + subject + after, subject)
     assert statement.text[slice(*statement.span)] == subject
     assert statement.span[0] == statement.text.rfind(subject) >= len(before)
@@ -51,7 +51,7 @@ def test_locate_subject_finds_the_last_mention(subject: str, before: str, after:
 @settings(max_examples=60, deadline=None)
 @given(WORDS, TEXT)
 def test_a_statement_after_a_context_keeps_its_subject(subject: str, context: str) -> None:
-    """Text put in front shifts the span and is never formatted."""
+    """A context shifts the span and is never formatted."""
     statement = fill_prompt("Of {} one says", subject).with_context(context)
     assert statement.text == context + "Of " + subject + " one says"
     assert statement.text[slice(*statement.span)] == subject
@@ -59,21 +59,21 @@ def test_a_statement_after_a_context_keeps_its_subject(subject: str, context: st
 
 @pytest.mark.parametrize("prompt", ["no slot", "{} and {}", "{0}", "{name}", "{ }"])
 def test_a_prompt_has_exactly_one_slot(prompt: str) -> None:
-    """None or two slots are refused, and the answer shows one that is right."""
+    """A prompt with no or two placeholders is rejected; the error shows a valid one."""
     with pytest.raises(InvalidInput, match=r"exactly one \{\}.*for example") as error:
         fill_prompt(prompt, "Rome")
     assert error.value.field == "prompt"
 
 
 def test_format_fields_in_user_text_are_only_characters() -> None:
-    """Nothing is ever passed to `str.format`: fields and percent signs come out as they went in."""
+    """User text is never passed to `str.format`: fields and percent signs are unchanged."""
     statement = fill_prompt("The {} of {0.__class__} and %s is", "T{x!r}wer {{")
     assert statement.text == "The T{x!r}wer {{ of {0.__class__} and %s is"
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t", "\u3000", "a\x00b", "\ud800", "x\udfff"])
 def test_what_is_no_text_is_refused(text: str) -> None:
-    """White space alone, NUL and lone surrogates are refused with the name of the field."""
+    """White space alone, NUL and lone surrogates are rejected with the name of the field."""
     with pytest.raises(InvalidInput) as error:
         check_text(text, "subject")
     assert error.value.field == "subject"
@@ -82,7 +82,7 @@ def test_what_is_no_text_is_refused(text: str) -> None:
 
 
 def test_a_subject_that_is_not_there_is_named() -> None:
-    """A subject that does not occur in the prompt is refused by name."""
+    """A subject that does not occur in the prompt is rejected; the error names it."""
     with pytest.raises(InvalidInput, match="'Rome' does not occur"):
         locate_subject("The city of Paris", "Rome")
 
@@ -90,7 +90,7 @@ def test_a_subject_that_is_not_there_is_named() -> None:
 @settings(max_examples=150, deadline=None)
 @given(TEXT, WORDS, TEXT)
 def test_a_token_span_is_every_token_that_touches_the_subject(before: str, subject: str, after: str) -> None:
-    """Against marking characters one by one: the first and the last token that hold a character of the subject."""
+    """The span equals that of a character-by-character oracle."""
     text = before + subject + after
     code = RAW.encode(text)
     span = (len(before), len(before) + len(subject))
@@ -102,14 +102,14 @@ def test_a_token_span_is_every_token_that_touches_the_subject(before: str, subje
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 30), st.integers(1, 10))
 def test_any_offsets_give_the_tokens_that_overlap(widths: list[int], start: int, length: int) -> None:
-    """Empty tokens (special ones) never belong to a span; a span without any token is refused."""
+    """Tokens with empty offsets never belong to a span; a span without a token is rejected."""
     offsets, at = [], 0
     for width in widths:
         offsets.append((at, at + width))
         at += width
     touching = [i for i, (a, b) in enumerate(offsets) if set(range(a, b)) & set(range(start, start + length))]
     if not touching:
-        with pytest.raises(InvalidInput, match="vanishes"):
+        with pytest.raises(InvalidInput, match="no tokens of its own"):
             token_span(offsets, (start, start + length))
     else:
         assert token_span(offsets, (start, start + length)) == (touching[0], touching[-1] + 1)
@@ -139,19 +139,19 @@ def test_a_start_token_is_passed_over() -> None:
     ],
 )
 def test_separator_before_a_target(prompt: str, target: str, between: str) -> None:
-    """One space, unless one is there, a bracket or quotation mark opens, or the script uses none."""
+    """The separator is one space, except after white space, an opening bracket or quote, or for scripts without spaces."""
     assert separator(prompt, target) == between
 
 
 def test_fact_key_ignores_white_space_only() -> None:
-    """The key of a fact ignores white space alone: not case, and not where subject and prompt meet."""
+    """`fact_key` ignores white space only, not case or the boundary of subject and prompt."""
     assert fact_key(" Eiffel  Tower", "{} is\nin ") == fact_key("Eiffel Tower", "{} is in")
     assert fact_key("Eiffel Tower", "{} is in") != fact_key("eiffel tower", "{} is in")
     assert fact_key("a b", "{}") != fact_key("a", "b {}")
 
 
 def _word_level_tokenizer(with_unknown: bool) -> Tokenizer:
-    """A word tokenizer that knows few words."""
+    """A word tokenizer with a small vocabulary."""
     words = {"<unk>": 0, "the": 1, "city": 2, "of": 3, "rome": 4}
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -161,7 +161,7 @@ def _word_level_tokenizer(with_unknown: bool) -> Tokenizer:
 
 
 def test_a_prompt_that_is_too_long_says_how_long_it_may_be() -> None:
-    """A prompt must leave one position for an answer; at the limit exactly it passes."""
+    """A prompt must leave one position for the answer; a prompt at the limit passes."""
     tokens = len(RAW.encode("The city of").ids)
     check_tokens(RAW, "The city of", None, tokens + 1)
     with pytest.raises(InvalidInput, match=f"at most {tokens - 1} tokens"):
@@ -169,7 +169,7 @@ def test_a_prompt_that_is_too_long_says_how_long_it_may_be() -> None:
 
 
 def test_prompt_and_target_must_fit_together() -> None:
-    """A target that leads past the last position is refused."""
+    """A target that exceeds the positions is rejected."""
     prompt, target = "The city of", "Rome and Paris and London"
     joint = len(RAW.encode(prompt + " " + target).ids)
     check_tokens(RAW, prompt, target, joint)
@@ -179,7 +179,7 @@ def test_prompt_and_target_must_fit_together() -> None:
 
 @pytest.mark.parametrize("with_unknown", [True, False])
 def test_target_that_does_not_round_trip_is_refused(with_unknown: bool) -> None:
-    """A target with an unknown word is refused, and the answer shows what the model would say in its place."""
+    """A target with an unknown word is rejected; the error shows what it decodes to."""
     check_tokens(_word_level_tokenizer(with_unknown), "the city of", "rome", 64)
     with pytest.raises(InvalidInput, match="cannot represent the target 'paris'") as error:
         check_tokens(_word_level_tokenizer(with_unknown), "the city of", "paris", 64)
@@ -193,13 +193,13 @@ def test_byte_level_tokenizer_accepts_any_target(target: str) -> None:
 
 
 def test_a_special_token_is_no_target() -> None:
-    """The end of a text cannot be said, so it cannot be an object."""
+    """The end-of-text token is not a valid object."""
     with pytest.raises(InvalidInput, match="cannot represent"):
         check_tokens(RAW, "The city of", END, 64)
 
 
 def test_a_target_that_merges_with_the_prompt_is_refused() -> None:
-    """When the last token of the prompt changes with the target after it, there is no place to measure at."""
+    """A target that changes the last token of the prompt is rejected."""
     raw = Tokenizer(models.BPE({"a": 0, "b": 1, "東": 2, "京": 3, "東京": 4}, [("東", "京")]))
     raw.decoder = decoders.Fuse()
     check_tokens(raw, "a東", "東", 64)

@@ -1,4 +1,4 @@
-"""The table of architectures, held against transformers itself: service.models.architectures."""
+"""Tests of service.models.architectures against transformers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def layer_activations(model: LoadedModel, layer: int) -> tuple[torch.Tensor, tor
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_path_of_a_row_exists(model_type: str) -> None:
-    """Each row names modules that are there, and the counts and widths agree with the configuration."""
+    """Each row names existing modules, and the counts and widths agree with the configuration."""
     model = tiny(model_type, layers=2)
     assert (model.num_layers, model.hidden_size, model.intermediate_size, model.max_positions) == (
         2,
@@ -52,7 +52,7 @@ def test_every_path_of_a_row_exists(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_orientation_is_that_of_the_module(model_type: str) -> None:
-    """The table says Conv1D exactly where the module is one: shapes are never compared."""
+    """`conv1d` is set exactly where the module is a Conv1D; orientation is never inferred from shapes."""
     model = tiny(model_type)
     module = model.down_proj(0)
     assert isinstance(module, Conv1D if model.architecture.conv1d else nn.Linear)
@@ -62,7 +62,7 @@ def test_orientation_is_that_of_the_module(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_edited_weight_is_the_down_projection(model_type: str) -> None:
-    """Key times weight is the MLP's output, up to the bias, in the row's orientation."""
+    """The key times the weight, in the row's orientation, is the MLP's output up to the bias."""
     model = tiny(model_type)
     key, value, _ = layer_activations(model, 1)
     weight = model.weight(1).data
@@ -73,7 +73,7 @@ def test_the_edited_weight_is_the_down_projection(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_changing_the_weight_changes_the_layer_and_nothing_before(model_type: str) -> None:
-    """Another weight of one layer leaves its key as it was and moves the residual by exactly the change of value."""
+    """Changing the weight of one layer leaves its key unchanged and moves the residual by exactly the change of value."""
     model = tiny(model_type)
     key, value, block = layer_activations(model, 1)
     first = layer_activations(model, 0)
@@ -87,7 +87,7 @@ def test_changing_the_weight_changes_the_layer_and_nothing_before(model_type: st
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_parallel_flag_matches_the_block(model_type: str) -> None:
-    """In a parallel block the MLP does not read what the block's own attention adds; elsewhere it does."""
+    """The MLP of a parallel block does not read its attention's output; that of a serial block does."""
     model = tiny(model_type)
     key, _, _ = layer_activations(model, 1)
     for parameter in model.attention(1).parameters():
@@ -97,7 +97,7 @@ def test_parallel_flag_matches_the_block(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_attention_module_gives_what_it_adds_to_the_residual(model_type: str) -> None:
-    """Block input, attention output and MLP output sum to the block's output: both are taken after their projections."""
+    """Block input, attention output and MLP output, both after their projections, sum to the block's output."""
     model = tiny(model_type)
     ids = model.encode(TEXT)[0]
     modules = {
@@ -114,7 +114,7 @@ def test_the_attention_module_gives_what_it_adds_to_the_residual(model_type: str
 
 
 def test_rows_are_chosen_by_model_type() -> None:
-    """A type is looked up by `config.model_type`; an unknown one is refused with those that are known."""
+    """`architecture_of` looks up `config.model_type`; the error for an unknown type lists the supported types."""
     assert all(architecture_of(name).model_type == name for name in ARCHITECTURES)
     with pytest.raises(Misconfigured, match=r"'bert'.*gpt2, gpt_neox"):
         architecture_of("bert")

@@ -1,4 +1,4 @@
-"""A model taken apart at its blocks."""
+"""Tests of service.models.block_runner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IDS = torch.tensor([[5, 99, 7, 150, 3, 12]])
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_running_block_by_block_gives_the_model_logits(model_type: str) -> None:
-    """Through the blocks one by one, and what comes after them, the logits are the model's own."""
+    """Running the blocks one by one and then the head gives the model's logits."""
     model = tiny(model_type)
     blocks = BlockRunner(model)
     inputs = blocks.capture_block_inputs(IDS, 0)
@@ -28,7 +28,7 @@ def test_running_block_by_block_gives_the_model_logits(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("start", [1, 3, 5])
 def test_running_a_suffix_on_past_keys_and_values(model_type: str, start: int) -> None:
-    """A passage that begins later goes on from the keys and values of the positions before, on any number of rows."""
+    """Block inputs of later positions continue from the keys and values of earlier positions, for any number of rows."""
     model = tiny(model_type)
     blocks = BlockRunner(model)
     whole, rest = blocks.capture_block_inputs(IDS, 0), blocks.capture_block_inputs(IDS[:, start:], start)
@@ -43,7 +43,7 @@ def test_running_a_suffix_on_past_keys_and_values(model_type: str, start: int) -
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("start", [0, 2])
 def test_kv_only_run_then_last_positions(model_type: str, start: int) -> None:
-    """Keys and values alone are those of the whole block, and its last positions can be run upon them."""
+    """`run_kv_only` returns the keys and values of the whole block, and its last positions can be run with them."""
     model = tiny(model_type)
     blocks, layer = BlockRunner(model), 1
     whole, kv_only, end = (
@@ -62,7 +62,7 @@ def test_kv_only_run_then_last_positions(model_type: str, start: int) -> None:
 
 
 def test_blocks_are_restored_between_calls() -> None:
-    """Between two calls the model's own blocks are in their places, also after an error."""
+    """After a call, also after an error, the model's own blocks are restored."""
     model = tiny()
     before = model.model(IDS).logits
     blocks = BlockRunner(model)

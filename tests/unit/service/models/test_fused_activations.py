@@ -1,4 +1,4 @@
-"""Activations in one kernel: service.models.fused_activations."""
+"""Tests of service.models.fused_activations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_fused_activation_is_the_same_function(name: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gptj"])
 def test_logits_match_transformers(model_type: str) -> None:
-    """A resident model's logits are those of the model as transformers builds it; nothing of the slow kind is left in it."""
+    """A wrapped model has the logits of the model that transformers builds, and no unfused activation."""
     model = tiny(model_type, dtype=torch.float64)
     assert not any(isinstance(m, UNFUSED_ACTIVATIONS) for m in model.model.modules())
     plain = type(model.model)(model.model.config).double().eval()

@@ -1,4 +1,4 @@
-"""Reading and changing what modules give: service.models.hooks."""
+"""Tests of service.models.hooks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.tiny_models import MODEL_TYPES, tiny
 
 
 class TupleModule(nn.Module):
-    """Gives a tuple, as attention does."""
+    """A module that returns a tuple, as attention does."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, str]:
         return x * 2, "weights"
@@ -30,7 +30,7 @@ def example_batch(model: LoadedModel) -> PaddedBatch:
 
 
 def test_what_is_captured_is_detached() -> None:
-    """A captured tensor carries no graph, unless the graph is asked for."""
+    """A captured tensor is detached, unless `keep_graph` is set."""
     layer, x = nn.Linear(3, 2), torch.ones(1, 3, requires_grad=True)
     with capture({"out": layer}) as seen, capture({"in": layer}, "input") as given:
         layer(x)
@@ -41,7 +41,7 @@ def test_what_is_captured_is_detached() -> None:
 
 
 def test_the_first_of_a_tuple_is_captured_and_replaced() -> None:
-    """Of a tuple the first element is read and changed; the rest goes through untouched."""
+    """Of a tuple, the first element is captured and replaced; the other elements are unchanged."""
     pair, x = TupleModule(), torch.ones(2)
     with capture({0: pair}) as seen:
         pair(x)
@@ -53,7 +53,7 @@ def test_the_first_of_a_tuple_is_captured_and_replaced() -> None:
 
 
 def test_replace_output_gets_a_copy() -> None:
-    """Writing into what `replace` hands over never writes into the module's own output, which others still read."""
+    """Writing into the tensor that `replace_output` passes does not change the module's own output."""
     shared_output = torch.zeros(3)
 
     class SharedOutput(nn.Module):
@@ -68,7 +68,7 @@ def test_replace_output_gets_a_copy() -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_replaced_output_reaches_the_logits(model_type: str) -> None:
-    """A changed output of block, attention and MLP reaches the logits, on every architecture, and only inside the block."""
+    """A replaced output of block, attention and MLP changes the logits, on every architecture, only within the context."""
     model = tiny(model_type)
     with torch.no_grad():
         plain = forward(model, example_batch(model))
@@ -80,7 +80,7 @@ def test_replaced_output_reaches_the_logits(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_add_low_rank_equals_a_weight_change(model_type: str) -> None:
-    """`add_path` gives what left @ right added to the weight gives, without touching it."""
+    """`add_low_rank` equals adding left @ right to the weight and does not change the weight."""
     model = tiny(model_type)
     g = torch.Generator().manual_seed(0)
     left = torch.randn(model.hidden_size, 2, dtype=torch.float64, generator=g)
@@ -96,7 +96,7 @@ def test_add_low_rank_equals_a_weight_change(model_type: str) -> None:
 
 
 def test_stop_after_skips_the_rest() -> None:
-    """`stop_after` runs what comes up to the module and nothing behind it, and raises nothing."""
+    """`stop_after` runs the modules up to the given one, none after it, and raises nothing."""
     model = tiny()
     with capture({i: model.block(i) for i in range(3)}) as seen, stop_after(model.block(1)):
         forward(model, example_batch(model))
@@ -105,7 +105,7 @@ def test_stop_after_skips_the_rest() -> None:
 
 
 def test_stop_after_hides_no_other_error() -> None:
-    """An error inside `stop_after` is raised as it is."""
+    """`stop_after` does not suppress other exceptions."""
     with pytest.raises(ZeroDivisionError), stop_after(nn.Linear(1, 1)):
         1 / 0  # noqa: B018
 
@@ -115,7 +115,7 @@ def _fails(*_: Any) -> Tensor:
 
 
 def test_hooks_are_removed_after_an_exception() -> None:
-    """Whatever is raised inside, in the pass or beside it, every hook is gone and the model answers as before."""
+    """After any exception in the context, all hooks are removed and the outputs are unchanged."""
     model = tiny()
     with torch.no_grad():
         plain = forward(model, example_batch(model))
@@ -135,7 +135,7 @@ def test_hooks_are_removed_after_an_exception() -> None:
 
 
 def test_a_module_that_is_missing_leaves_no_hook_on_the_others() -> None:
-    """When one of several modules cannot be hooked, the ones before it are freed again."""
+    """When one of several modules cannot be hooked, the hooks of the others are removed."""
     layer = nn.Linear(1, 1)
     with pytest.raises(AttributeError), capture({0: layer, 1: None}):  # type: ignore[dict-item]
         pass

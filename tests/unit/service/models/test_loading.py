@@ -1,4 +1,4 @@
-"""From a folder to a resident model: service.models.loading."""
+"""Tests of service.models.loading."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def logits(model: LoadedModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_saved_model_comes_back(model_type: str, tmp_path: Path) -> None:
-    """A folder gives the same logits and tokens as the model that was saved, on every architecture."""
+    """A loaded folder has the logits and tokens of the saved model, on every architecture."""
     model = tiny(model_type)
     back = load_model(save_model(model, tmp_path / "twin"))
     assert back.name == "twin" and back.folder == tmp_path / "twin"
@@ -41,7 +41,7 @@ def test_a_saved_model_comes_back(model_type: str, tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_names_the_model(tmp_path: Path) -> None:
-    """The same bytes in another folder are the same model, and a folder saved from what was loaded is too."""
+    """The same bytes in another folder, or saved again after loading, have the same fingerprint."""
     model = tiny()
     one, two = (
         load_model(save_model(model, tmp_path / "one")),
@@ -52,14 +52,14 @@ def test_the_fingerprint_names_the_model(tmp_path: Path) -> None:
 
 
 def test_use_does_not_change_the_fingerprint(tmp_path: Path) -> None:
-    """A fingerprint taken after the model has been used is the one from before."""
+    """Using a model does not change its fingerprint."""
     model = load_model(save_model(tiny(), tmp_path))
     logits(model)
     assert wrap_model(model.model, model.tokenizer).fingerprint == model.fingerprint
 
 
 def test_anything_else_is_another_fingerprint(tmp_path: Path) -> None:
-    """One bit of one weight, another tokenizer, another configuration or another dtype: another model."""
+    """One bit of one weight, the tokenizer, the configuration and the dtype each change the fingerprint."""
     base = load_model(save_model(tiny(), tmp_path / "base")).fingerprint
     fingerprints = {base}
     nudged = tiny()
@@ -79,7 +79,7 @@ def test_anything_else_is_another_fingerprint(tmp_path: Path) -> None:
 
 
 def test_half_precision_files_are_loaded_in_fp32(tmp_path: Path) -> None:
-    """Weights stored in fp16 stand in fp32 unless another dtype is asked for."""
+    """Weights stored in fp16 are loaded in fp32 unless a dtype is given."""
     model = tiny(dtype=torch.float16)
     stored = model.weight(1).data
     back = load_model(save_model(model, tmp_path))
@@ -89,26 +89,26 @@ def test_half_precision_files_are_loaded_in_fp32(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    """What is neither a folder nor the name of a model is refused by name, with what to give."""
+    """A source that is neither a folder nor a model name is rejected; the error says what to give."""
     with pytest.raises(Misconfigured, match=r"nowhere.*config\.json"):
         load_model(tmp_path / "nowhere")
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    """A folder without a model is refused."""
+    """A folder without a model is rejected."""
     with pytest.raises(Misconfigured, match="cannot be loaded"):
         load_model(tmp_path)
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    """Weights alone are not enough."""
+    """A folder with weights but no tokenizer is rejected."""
     tiny().model.save_pretrained(tmp_path)
     with pytest.raises(Misconfigured, match="tokenizer"):
         load_model(tmp_path)
 
 
 def test_an_unknown_type_says_which_are_known(tmp_path: Path) -> None:
-    """A model that transformers knows and we do not is refused with the list of types."""
+    """A model type that transformers supports and this project does not is rejected with the list of types."""
     folder = save_model(tiny(), tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
@@ -120,7 +120,7 @@ def test_an_unknown_type_says_which_are_known(tmp_path: Path) -> None:
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
-    """A folder with pytorch_model.bin alone is refused: nothing is unpickled."""
+    """A folder with only pytorch_model.bin is rejected; nothing is unpickled."""
     folder = save_model(tiny(), tmp_path)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"anything")
@@ -129,7 +129,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 
 
 def test_broken_weights_are_refused(tmp_path: Path) -> None:
-    """A damaged file of weights is refused as such."""
+    """A damaged weights file is rejected."""
     folder = save_model(tiny(), tmp_path)
     (folder / "model.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(Misconfigured, match="cannot be loaded"):
@@ -138,7 +138,7 @@ def test_broken_weights_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "message"), [("missing", "lack.*c_proj"), ("shape", "cannot be loaded")])
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, damage: str, message: str) -> None:
-    """A weight that is missing or of another shape is never made up at random."""
+    """A missing weight, or one of another shape, is rejected and never initialized at random."""
     folder = save_model(tiny(), tmp_path)
     weights = load_file(folder / "model.safetensors")
     name = next(n for n in weights if n.endswith("h.1.mlp.c_proj.weight"))
@@ -151,7 +151,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, damage: str, messag
 
 
 def test_layers_that_do_not_exist_are_refused() -> None:
-    """A layer is a number from 0 to the last; a negative one does not count from the end."""
+    """A layer index is 0 to the last; a negative index is rejected."""
     model = tiny()
     for layer in (-1, 3):
         with pytest.raises(InvalidInput, match="layers 0 to 2"):
@@ -159,7 +159,7 @@ def test_layers_that_do_not_exist_are_refused() -> None:
 
 
 def test_decoding_leaves_special_tokens_out() -> None:
-    """What is shown to people holds no special tokens."""
+    """`decode` omits special tokens."""
     model = tiny("llama", bos=True)
     ids, offsets = model.encode(TEXT)
     assert ids[0] == 0 and offsets[0] == (0, 0)

@@ -1,4 +1,4 @@
-"""Estimates of memory, weighed against what is held: service.models.memory_estimates."""
+"""Tests of service.models.memory_estimates against the measured peak."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def assert_bounds(estimate: int, held: int, factor: float = 2.5) -> None:
 
 @pytest.mark.parametrize(("size", "length"), [(1, 100), (8, 12)])
 def test_forward_bytes(model: LoadedModel, size: int, length: int) -> None:
-    """A pass through the blocks holds no more than estimated, and not much less."""
+    """The estimate of a forward pass is an upper bound within a small factor of the peak."""
     batch = pad([[1] * (length - i % 2) for i in range(size)], model)
 
     def work() -> None:
@@ -61,7 +61,7 @@ def test_forward_bytes(model: LoadedModel, size: int, length: int) -> None:
 
 
 def test_scoring_bytes(model: LoadedModel) -> None:
-    """With the logits of every position and their log-softmax."""
+    """The estimate of scoring includes the logits of every position and their log-softmax."""
     batch = pad([[1] * 20] * 16, model)
 
     def work() -> None:
@@ -73,7 +73,7 @@ def test_scoring_bytes(model: LoadedModel) -> None:
 
 
 def test_generation_bytes(model: LoadedModel) -> None:
-    """Rows that are read and then say tokens: the cache, what reads the prompt, and the logits of one position."""
+    """The estimate of generation includes the KV cache, the prefill and the logits of one position."""
     texts = [TEXTS[0], TEXTS[1], TEXTS[2]] * 2
     request = GenerateRequest(prompts=texts, max_new_tokens=8, temperature=0.7, seed=1)
     sequences = [new_sequence(model, text, request) for text in texts]
@@ -95,7 +95,7 @@ def test_generation_bytes(model: LoadedModel) -> None:
 
 
 def test_kv_bytes_per_token() -> None:
-    """Keys and values of all layers, with fewer heads where the model has fewer."""
+    """The KV cache estimate uses the number of key heads of each architecture."""
     assert memory_estimates.kv_bytes_per_token(tiny("gpt2", layers=3, width=16)) == 2 * 3 * 16 * 4
     assert memory_estimates.kv_bytes_per_token(tiny("llama", layers=3, width=16)) == 2 * 3 * 8 * 4
     assert (
@@ -108,7 +108,7 @@ def test_kv_bytes_per_token() -> None:
     ("layer", "target"), [(2, "Rome"), (0, "Rome in Italy, and nowhere else in the world")]
 )
 def test_edit_bytes(model: LoadedModel, layer: int, target: str) -> None:
-    """The search for an edit's value, from its texts to its association."""
+    """The estimate of the value optimization is an upper bound from tokenization to the association."""
     parameters = RomeParameters(layers=[layer], steps=4)
     statistics = run_to_completion(
         load_or_collect_statistics(model, [layer], Corpus("test", tuple(TEXTS)), None)
@@ -128,7 +128,7 @@ def test_edit_bytes(model: LoadedModel, layer: int, target: str) -> None:
 
 
 def test_trace_bytes(model: LoadedModel) -> None:
-    """A causal trace of all kinds, severed paths included."""
+    """The estimate of a causal trace covers all kinds and the severed paths."""
     statement, samples = fill_prompt("{} is in", "Japan"), 3
     length = len(model.encode(statement.text)[0])
     trace_input = build_trace_input(model, statement, None, samples, 0.5, 1, None, ())
@@ -149,7 +149,7 @@ def test_trace_bytes(model: LoadedModel) -> None:
 
 @pytest.mark.parametrize("layers", [[0], [0, 2]])
 def test_statistics_bytes(model: LoadedModel, layers: list[int]) -> None:
-    """Collecting and factoring, for one layer and for several."""
+    """The estimate of statistics covers collecting and factoring, for one layer and several."""
     corpus = Corpus("test", tuple(TEXTS * 20))
     longest = max(map(len, tokenize_corpus(model, corpus)))
     held = peak_bytes(lambda: run_to_completion(load_or_collect_statistics(model, layers, corpus, None)))
@@ -158,7 +158,7 @@ def test_statistics_bytes(model: LoadedModel, layers: list[int]) -> None:
 
 @pytest.mark.parametrize("edits", [1, 40, 600])
 def test_compose_bytes(model: LoadedModel, edits: int) -> None:
-    """A layer's weight for few edits and for many; what is kept of it in the end is the weight alone."""
+    """The estimate of composing a layer holds for few and many edits; only the weight is kept."""
     g = torch.Generator().manual_seed(0)
     keys = torch.randn(edits, model.intermediate_size, generator=g)
     associations = [
@@ -173,12 +173,12 @@ def test_compose_bytes(model: LoadedModel, edits: int) -> None:
 
 
 def test_work_that_fits_is_accepted() -> None:
-    """Work that there is room for passes without a word."""
+    """Work that fits is admitted."""
     memory_estimates.require_memory("this", 1, CPU, "ask for less")
 
 
 def test_work_that_never_fits_is_invalid_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than the device has is an error of the request, which says what to change."""
+    """Work that exceeds the total memory raises InvalidInput, which says what to change."""
     monkeypatch.setattr(memory_estimates, "free_bytes", lambda _: 2**30)
     monkeypatch.setattr(memory_estimates, "total_bytes", lambda _: 4 * 2**30)
     with pytest.raises(
@@ -189,7 +189,7 @@ def test_work_that_never_fits_is_invalid_input(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_work_that_may_fit_later_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than is free now, but not more than the device has, may be asked for again."""
+    """Work that exceeds only the free memory raises Unavailable."""
     monkeypatch.setattr(memory_estimates, "free_bytes", lambda _: 2**30)
     monkeypatch.setattr(memory_estimates, "total_bytes", lambda _: 4 * 2**30)
     with pytest.raises(Unavailable, match=r"of which 1\.0 are free now: ask again later, or use less"):
@@ -197,14 +197,14 @@ def test_work_that_may_fit_later_is_unavailable(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_unknown_memory_accepts_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device that tells nothing of its memory refuses nothing."""
+    """A device with unknown memory admits all work."""
     assert memory_estimates.free_bytes(torch.device("mps")) is None
     monkeypatch.setattr(memory_estimates, "free_bytes", lambda _: None)
     memory_estimates.require_memory("this", 2**60, CPU, "ask for less")
 
 
 def fake_machine(root: Path, files: dict[str, str]) -> Path:
-    """A machine that tells this of its memory."""
+    """Write the memory files of a fake machine."""
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -215,7 +215,7 @@ MEMINFO = "MemTotal:  8192 kB\nMemFree: 1 kB\nMemAvailable:   4096 kB\nHugePages
 
 
 def test_host_memory_without_a_cgroup_limit(tmp_path: Path) -> None:
-    """Without a control group, what the kernel calls available counts."""
+    """Without a control group, the kernel's available memory counts."""
     root = fake_machine(tmp_path, {"proc/meminfo": MEMINFO, "sys/fs/cgroup/memory.max": "max\n"})
     assert memory_estimates.free_bytes(CPU, root) == 4096 * 1024
     assert memory_estimates.total_bytes(CPU, root) == 8192 * 1024
@@ -233,7 +233,7 @@ def test_host_memory_without_a_cgroup_limit(tmp_path: Path) -> None:
     ],
 )
 def test_cgroup_limit_bounds_memory(tmp_path: Path, folder: str, names: tuple[str, str], file: str) -> None:
-    """Below a control group's limit counts what it does not use, cached files not counted, in both of their versions."""
+    """The free memory of a control group is its limit minus its use without cached files, in both cgroup versions."""
     files = {
         "proc/meminfo": MEMINFO,
         f"{folder}/{names[0]}": "3000000\n",
@@ -246,7 +246,7 @@ def test_cgroup_limit_bounds_memory(tmp_path: Path, folder: str, names: tuple[st
 
 
 def test_memory_is_unknown_without_proc_and_cgroup(tmp_path: Path) -> None:
-    """No such files: nobody knows."""
+    """Without these files, the memory is unknown."""
     assert (
         memory_estimates.free_bytes(CPU, tmp_path) is None
         and memory_estimates.total_bytes(CPU, tmp_path) is None

@@ -1,4 +1,4 @@
-"""Seeded samples from a model: service.models.sampling."""
+"""Tests of service.models.sampling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sample(
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_samples_are_a_function_of_model_and_seed(model_type: str) -> None:
-    """The same seed gives the same texts, another seed others, on every architecture."""
+    """The same seed gives the same texts and another seed gives others, on every architecture."""
     model = tiny(model_type)
     one = sample(model)
     assert len(one) == 3
@@ -30,7 +30,7 @@ def test_samples_are_a_function_of_model_and_seed(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama"])
 def test_with_one_candidate_sampling_is_greedy(model_type: str) -> None:
-    """Top-k 1 gives the model's greedy continuation of the start token, as uncached passes find it."""
+    """Top-k 1 gives the greedy continuation of the BOS token, as passes without a cache compute it."""
     model = tiny(model_type)
     ids = [bos_token_id(model)]
     for _ in range(5):
@@ -40,7 +40,7 @@ def test_with_one_candidate_sampling_is_greedy(model_type: str) -> None:
 
 
 def test_the_length_counts_the_start_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`length` tokens with the start token among them: length - 1 are drawn, batch by batch."""
+    """`length` counts the BOS token: length - 1 tokens are sampled."""
     model = tiny()
     monkeypatch.setattr(sampling, "SAMPLE_BATCH_SIZE", 2)
     steps = list(sample_texts(model, 3, 5, torch.Generator().manual_seed(0), top_k=5, phase="contexts"))
@@ -49,12 +49,12 @@ def test_the_length_counts_the_start_token(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_more_candidates_than_words_are_all_words() -> None:
-    """A top-k above the vocabulary is no limit."""
+    """A top-k larger than the vocabulary has no effect."""
     assert sample(tiny(), top_k=10_000) == sample(tiny())
 
 
 def test_a_model_without_special_tokens_begins_with_its_first() -> None:
-    """The start token is the tokenizer's own; without any it is token 0."""
+    """The first token is the tokenizer's BOS token, or token 0 without one."""
     model = tiny()
     assert bos_token_id(model) == model.tokenizer.bos_token_id
 

@@ -1,4 +1,4 @@
-"""How probable objects are: service.models.scoring."""
+"""Tests of service.models.scoring."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PAIRS = [
 
 
 def score_token_by_token(model: LoadedModel, prompt: str, target: str) -> tuple[float, bool]:
-    """One token at a time: the model is asked again after each token of the object."""
+    """Score an object one token at a time, with one forward pass per token."""
     ids, rest = tokenize_prompt_and_target(model, prompt, target)
     total, greedy = 0.0, True
     for token in rest:
@@ -47,7 +47,7 @@ def score_token_by_token(model: LoadedModel, prompt: str, target: str) -> tuple[
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_scores_equal_one_token_at_a_time(model_type: str) -> None:
-    """In fp64, the batched mean log-probability equals the sum by hand, unpadded and without company."""
+    """In fp64, the batched mean log-probability equals the one computed without padding and batching."""
     model = tiny(model_type, dtype=torch.float64)
     for (logp, greedy), pair in zip(log_probs_blocking(model, PAIRS), PAIRS, strict=True):
         expected, says = score_token_by_token(model, *pair)
@@ -56,7 +56,7 @@ def test_scores_equal_one_token_at_a_time(model_type: str) -> None:
 
 
 def test_correct_tokens_are_teacher_forced() -> None:
-    """Of each object as many tokens are right as the model, asked after the tokens before, would say itself."""
+    """`correct_tokens` counts the object's tokens that are the argmax after the tokens before them."""
     model = tiny()
     generated = model.model.generate(
         torch.tensor([model.encode("Big Ben")[0]]), max_new_tokens=3, do_sample=False
@@ -73,7 +73,7 @@ def test_correct_tokens_are_teacher_forced() -> None:
 
 
 def test_scores_keep_the_order_of_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pairs are sorted by length for batching and handed back as they were given, whatever the batches are."""
+    """Results have the order of the pairs, for any batch size."""
     model = tiny()
     whole = log_probs_blocking(model, PAIRS)
     monkeypatch.setattr(scoring, "SCORING_BATCH_SIZE", 2)
@@ -84,7 +84,7 @@ def test_scores_keep_the_order_of_the_pairs(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_score_of_one_token_is_its_log_probability() -> None:
-    """For an object of one token, the score is the negative log-likelihood of that token, turned around."""
+    """The score of an object of one token is that token's log-probability."""
     model = tiny()
     prompt, target = "The Eiffel Tower", " is"
     ids, rest = tokenize_prompt_and_target(model, prompt, target)
@@ -96,7 +96,7 @@ def test_the_score_of_one_token_is_its_log_probability() -> None:
 
 
 def test_greedy_continuation_is_reported() -> None:
-    """What the model itself says counts as said, every token of it; another object does not."""
+    """`is_greedy` is true for the greedy continuation and false for another object."""
     model = tiny()
     prompt, favourite = "Big Ben can be found in", "city"
     _, (token,) = tokenize_prompt_and_target(model, prompt, favourite)
@@ -112,7 +112,7 @@ def test_greedy_continuation_is_reported() -> None:
 
 
 def test_identical_inputs_are_run_once() -> None:
-    """Two objects of one token after one prompt take one row; a longer object takes its own."""
+    """Two objects of one token after the same prompt share one row; a longer object has its own."""
     model = tiny()
     prompt = "The Eiffel Tower"
     pairs = [(prompt, " is"), (prompt, " in"), (prompt, "Rome"), (prompt, " is")]
@@ -124,7 +124,7 @@ def test_identical_inputs_are_run_once() -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama"])
 def test_perplexity_by_hand(model_type: str) -> None:
-    """exp of the mean over all predicted tokens of all texts: n - 1 of a text of n tokens, none of its padding."""
+    """Perplexity is exp of the mean over all predicted tokens, n - 1 of a text of n tokens, without padding."""
     model = tiny(model_type, dtype=torch.float64)
     total, count = 0.0, 0
     for text in TEXTS:
@@ -139,7 +139,7 @@ def test_perplexity_by_hand(model_type: str) -> None:
 
 
 def test_a_text_of_one_token_predicts_nothing() -> None:
-    """Texts without a prediction are left out."""
+    """Texts of one token are skipped."""
     model = tiny()
     assert run_to_completion(compute_perplexity(model, [*TEXTS, "a"])) == run_to_completion(
         compute_perplexity(model, TEXTS)
@@ -148,7 +148,7 @@ def test_a_text_of_one_token_predicts_nothing() -> None:
 
 
 def test_text_longer_than_the_context_is_truncated() -> None:
-    """A line of a corpus may be longer than the model's positions: what fits is measured."""
+    """A text longer than the model's positions is truncated."""
     model = tiny(positions=16)
     long = TEXTS[0] * 3
     cut = model.decode(model.encode(long)[0][:16])
@@ -158,7 +158,7 @@ def test_text_longer_than_the_context_is_truncated() -> None:
 
 
 def test_target_past_the_last_position_is_truncated() -> None:
-    """An object longer than the room behind the prompt is measured as far as it fits, and nothing fails."""
+    """An object that exceeds the positions is measured as far as it fits."""
     prompt, target = "The Eiffel Tower", "Rome and Paris and London"
     long = tiny()
     ids, rest = tokenize_prompt_and_target(long, prompt, target)
@@ -184,7 +184,7 @@ def _swap_weight(model: LoadedModel, weight: torch.Tensor) -> Callable[[], Abstr
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 512])
 def test_drift_equals_one_text_at_a_time(max_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses and KL equal, whatever the batches, those of one unpadded fp64 pass a text before and after."""
+    """Losses and KL equal those of one unpadded fp64 pass per text, for any batches."""
     monkeypatch.setattr(scoring, "MAX_DISTRIBUTION_TOKENS", max_tokens)
     model = tiny(dtype=torch.float64)
     apply_edit = _swap_weight(model, model.weight(1).data * 1.5)
@@ -212,7 +212,7 @@ def test_drift_equals_one_text_at_a_time(max_tokens: int, monkeypatch: pytest.Mo
 
 
 def test_without_a_change_nothing_drifts() -> None:
-    """The same weights give the same losses and a KL of 0; a text of one token is passed over."""
+    """Unchanged weights give equal losses and a KL of 0; a text of one token is skipped."""
     model = tiny()
     drift = run_to_completion(measure_drift(model, [*TEXTS, "a"], nullcontext))
     assert drift.loss_before == drift.loss_after and drift.kl == 0

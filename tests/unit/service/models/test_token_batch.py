@@ -1,4 +1,4 @@
-"""Padded batches of tokens: service.models.token_batch."""
+"""Tests of service.models.token_batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTS = ["Big Ben", "The Eiffel Tower is located in the city of", "In which coun
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_padding_and_other_rows_change_no_logits(model_type: str, side: str) -> None:
-    """In fp64, each row of a padded batch has the logits that it has alone, on either side and every architecture."""
+    """In fp64, each row of a padded batch has the logits that it has alone, for both sides and every architecture."""
     exact = 1e-6 if model_type == "gptj" else 1e-9  # GPT-J attends in fp32 whatever the dtype
     model = tiny(model_type, dtype=torch.float64)
     rows = [model.encode(t)[0] for t in TEXTS]
@@ -36,7 +36,7 @@ def test_padding_and_other_rows_change_no_logits(model_type: str, side: str) -> 
     st.sampled_from(["left", "right"]),
 )
 def test_a_batch_holds_its_rows(rows: list[list[int]], side: str) -> None:
-    """Where the mask is one stand exactly the row's tokens, with positions from zero."""
+    """The mask selects exactly the row's tokens, with positions from zero."""
     batch = pad(rows, MODEL, side)
     assert batch.lengths == [len(r) for r in rows]
     for i, row in enumerate(rows):
@@ -48,7 +48,7 @@ def test_a_batch_holds_its_rows(rows: list[list[int]], side: str) -> None:
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_subject_is_found_in_the_whole_text(bos: bool) -> None:
-    """The subject's tokens are those of the whole text that hold its characters, start token or none."""
+    """The subject's tokens are those of the whole text that contain its characters, with or without a BOS token."""
     model = tiny("llama", bos=bos)
     statement = fill_prompt("In São Paulo, {}'s is", "Eiffel Tower")
     tokenized = tokenize_statement(model, statement)
@@ -70,7 +70,7 @@ def test_the_subject_is_found_in_the_whole_text(bos: bool) -> None:
 )
 @pytest.mark.parametrize("bos", [False, True])
 def test_prompt_and_object_are_one_tokenisation(prompt: str, target: str, bos: bool) -> None:
-    """Prompt and object together are the tokens of the joint text, cut where the object begins."""
+    """Prompt and object are tokenized jointly and split where the object begins."""
     model = tiny("llama", bos=bos)
     before, after = tokenize_prompt_and_target(model, prompt, target)
     between = "" if prompt[-1] == " " or target[0] == " " or prompt == "首都は" else " "

@@ -1,4 +1,4 @@
-"""The spelling of single tokens."""
+"""Tests of service.models.token_text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEXTS = ["The Eiffel Tower is in Paris.", " São Paulo", "\n\n", "日本語 🗼
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_token_texts_join_to_the_text(text: str) -> None:
-    """The spellings of a text's tokens, with the bytes of broken characters put together, are the text."""
+    """The texts of a text's tokens, with the bytes of split characters joined, are the text."""
     token_text = TokenTextCache(tokenizer())
     raw = b""
     for token in tokenizer()(text)["input_ids"]:
@@ -28,13 +28,13 @@ def test_token_texts_join_to_the_text(text: str) -> None:
 
 
 def test_every_token_has_a_distinct_text() -> None:
-    """No two tokens of a byte-level vocabulary are spelled alike, so that none hides another among the most probable ones."""
+    """No two tokens of a byte-level vocabulary have the same text, so top log-probabilities have distinct keys."""
     token_text = TokenTextCache(tokenizer())
     assert len({token_text(token) for token in range(len(tokenizer()))}) == len(tokenizer())
 
 
 def test_a_space_at_the_beginning_is_kept() -> None:
-    """A tokenizer that trims the beginning of a text does not trim a token that stands in its middle."""
+    """A tokenizer that trims the beginning of a text does not trim the text of a single token."""
     words = {"<0xE2>": 0, "▁Rome": 1, "a": 2, "▁a": 3, "e": 4, "<unk>": 5}
     raw = Tokenizer(models.BPE(words, [], unk_token="<unk>", byte_fallback=True))
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -48,7 +48,7 @@ def test_a_space_at_the_beginning_is_kept() -> None:
 
 
 def test_special_tokens_have_text() -> None:
-    """Also tokens that are never shown have a name."""
+    """Special tokens have a text."""
     model = tiny("gpt2")
     assert model.token_text(0) == "<|endoftext|>"
     assert model.token_text is model.token_text

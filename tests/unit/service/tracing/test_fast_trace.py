@@ -1,4 +1,4 @@
-"""The fast trace, held to the oracle."""
+"""Tests of service.tracing.fast_trace against the reference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_trace(model: LoadedModel, statement: Statement = STATEMENT, **options: A
 def assert_matches_reference(
     model: LoadedModel, statement: Statement = STATEMENT, tolerance: float = 1e-5, **options: Any
 ) -> TraceResult:
-    """The fast trace, once it is found to be the oracle's."""
+    """Return the fast trace after comparing it with the reference."""
     slow, fast = (
         run_to_completion(trace_reference(model, statement, **(TRACE_OPTIONS | options))),
         run_trace(model, statement, **options),
@@ -50,7 +50,7 @@ def assert_matches_reference(
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("target", [None, "Paris"])
 def test_fast_trace_equals_the_reference(model_type: str, target: str | None) -> None:
-    """On every architecture all cells of all kinds, severed paths too, are those of full passes."""
+    """On every architecture, all cells and severed paths equal those of full passes."""
     result = assert_matches_reference(tiny(model_type, layers=4), target=target, severed=True)
     assert result.high != result.low
     assert (len(result.answer_ids) > 1) == (target is not None)
@@ -62,7 +62,7 @@ def test_fast_trace_equals_the_reference(model_type: str, target: str | None) ->
 )
 @pytest.mark.parametrize("target", [None, "Paris"])
 def test_no_approximation(model_type: str, tolerance: float, target: str | None) -> None:
-    """In double precision the scores are those of full passes to ten places: what is left out is nothing but repetition."""
+    """In double precision the scores equal those of full passes to ten places."""
     model = tiny(model_type, layers=8, dtype=torch.float64)
     assert_matches_reference(model, tolerance=tolerance, target=target, window=4, severed=True)
 
@@ -70,7 +70,7 @@ def test_no_approximation(model_type: str, tolerance: float, target: str | None)
 @pytest.mark.parametrize("window", [1, 2, 5, 10, 100])
 @pytest.mark.parametrize("model_type", ["gpt2", "gptj"])
 def test_windows(model_type: str, window: int) -> None:
-    """Windows of any size agree with full passes, also those longer than the model."""
+    """Windows of any size, also larger than the model, agree with full passes."""
     assert_matches_reference(tiny(model_type, layers=6), window=window, kinds=["attn", "mlp"])
 
 
@@ -84,7 +84,7 @@ def test_windows(model_type: str, window: int) -> None:
     ],
 )
 def test_unusual_members_of_the_families(model_type: str, changes: dict[str, Any]) -> None:
-    """Serial NeoX, OPT with norms after its sums and narrow embeddings, sliding windows: the same engine serves them."""
+    """Serial NeoX, OPT with post-norm and projected embeddings, and sliding windows agree with full passes."""
     own = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
     common = {"vocab_size": 320, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
     torch.manual_seed(0)
@@ -107,14 +107,14 @@ def test_unusual_members_of_the_families(model_type: str, changes: dict[str, Any
 )
 @pytest.mark.parametrize("bos", [False, True])
 def test_subjects_anywhere(text: str, subject: str, bos: bool) -> None:
-    """The subject may stand anywhere and be of any tokens, with or without a special token before it."""
+    """The subject may be anywhere and have any tokens, with or without a special token before it."""
     assert_matches_reference(
         tiny("llama" if bos else "gpt2", bos=bos), locate_subject(text, subject), severed=True
     )
 
 
 def test_the_reference_noise() -> None:
-    """With compat both draw the reference's noise."""
+    """With compat, both tracers draw the noise of the authors' code."""
     model = tiny()
     assert assert_matches_reference(model, compat="meng2022").low != run_trace(model).low
 
@@ -122,7 +122,7 @@ def test_the_reference_noise() -> None:
 @pytest.mark.parametrize("kinds", [["mlp"], ["attn", "hidden"]])
 @pytest.mark.parametrize("severed", [False, True])
 def test_some_kinds(kinds: list[str], severed: bool) -> None:
-    """Only the kinds asked for are in the result, in their order, and severed paths need none of them."""
+    """The result has the requested kinds in their order; severed paths need no kind."""
     assert list(assert_matches_reference(tiny(), kinds=kinds, severed=severed).scores) == kinds
 
 
@@ -134,7 +134,7 @@ def test_no_noise() -> None:
 
 
 def test_the_last_state_is_high() -> None:
-    """The last block's output at the last token, restored, gives the high score; at other tokens the low one."""
+    """Restoring the last block's output at the last token gives the high score; at other tokens the low score."""
     result = run_trace(tiny())
     column = [row[-1] for row in result.scores["hidden"]]
     assert column[-1] == pytest.approx(result.high, rel=1e-5)
@@ -143,7 +143,7 @@ def test_the_last_state_is_high() -> None:
 
 @pytest.mark.parametrize("flops", [1, 2**16])
 def test_step_size_does_not_change_scores(monkeypatch: pytest.MonkeyPatch, flops: int) -> None:
-    """However little one step may do, the scores are the same; there are only more steps."""
+    """A smaller step budget gives the same scores in more steps."""
     model = tiny()
     large, small = run_trace(model, severed=True), []
     monkeypatch.setitem(budget.STEP_FLOPS, "cpu", flops)
@@ -156,7 +156,7 @@ def test_step_size_does_not_change_scores(monkeypatch: pytest.MonkeyPatch, flops
 
 
 def block_sizes(model: LoadedModel) -> list[int]:
-    """Filled, as the model runs, with how many tokens each block takes in."""
+    """Record the number of tokens of each block call."""
     sizes: list[int] = []
     for layer in range(model.num_layers):
         model.attention(layer).register_forward_pre_hook(
@@ -166,7 +166,7 @@ def block_sizes(model: LoadedModel) -> list[int]:
 
 
 def test_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No block call takes more rows and positions than a step may."""
+    """No block call exceeds the step budget."""
     model = tiny()
     sizes = block_sizes(model)
     cost = 2 * sum(p.numel() for p in model.block(0).parameters())
@@ -176,7 +176,7 @@ def test_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_less_work_than_the_reference() -> None:
-    """Fewer than a sixth of the oracle's tokens go through blocks."""
+    """Less than a sixth of the reference's tokens pass through blocks."""
     model = tiny(layers=8)
     sizes = block_sizes(model)
     run_trace(model)
@@ -198,7 +198,7 @@ def test_identical_runs_are_deduplicated(window: int, runs: int) -> None:
 
 
 def test_last_block_runs_at_answer_positions_only() -> None:
-    """Of the last MLP nothing is asked at other positions, but for the runs of the whole text."""
+    """The last MLP runs only on the positions that predict the answer, except in the base runs."""
     model = tiny(layers=4)
     last, sizes = model.down_proj(model.num_layers - 1), list[int]()
     last.register_forward_pre_hook(lambda _module, inputs: sizes.append(inputs[0].shape[1]))
@@ -207,7 +207,7 @@ def test_last_block_runs_at_answer_positions_only() -> None:
 
 
 def test_model_is_unhooked_between_steps() -> None:
-    """After every step the model answers as ever and gradients are on: others may use it in between."""
+    """After every step the model has no hooks, unchanged outputs and enabled gradients."""
     model = tiny()
     ids = torch.tensor([model.encode("The Colosseum is in")[0]])
     before = model.model(ids).logits
@@ -228,27 +228,27 @@ def test_progress() -> None:
 
 
 def test_the_seed_decides() -> None:
-    """Two traces of one seed are the same, and another seed gives other scores."""
+    """The same seed gives the same trace, and another seed gives other scores."""
     model = tiny()
     assert run_trace(model, seed=5) == run_trace(model, seed=5)
     assert run_trace(model, seed=6).low != run_trace(model, seed=5).low
 
 
 def test_low_precision() -> None:
-    """A model in bfloat16 is traced too, with probabilities in full precision."""
+    """A bfloat16 model is traced with probabilities in fp32."""
     model = tiny(dtype=torch.bfloat16)
     result = run_trace(model)
     assert 0 < result.low < 1
 
 
 def test_noise_that_overflows_is_refused() -> None:
-    """Noise that drives the model out of its numbers is refused, not returned as NaN."""
+    """Noise that makes probabilities non-finite is rejected, not returned as NaN."""
     with pytest.raises(InvalidInput, match="use less"):
         run_trace(tiny(), noise=1e39)
 
 
 def test_too_much_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trace that would not fit is refused before it runs, with what would make it fit."""
+    """A trace that exceeds the memory is rejected before it runs; the error says what to reduce."""
     monkeypatch.setattr(memory_estimates, "free_bytes", lambda _device: 1000)
     monkeypatch.setattr(memory_estimates, "total_bytes", lambda _device: 1000)
     with pytest.raises(InvalidInput, match="use fewer samples") as refused:

@@ -1,4 +1,4 @@
-"""A trace as a picture."""
+"""Tests of service.tracing.heatmap."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def svg_texts(drawing: str) -> list[str]:
 
 
 def test_corrupted_tokens_have_asterisks() -> None:
-    """The subject's tokens carry an asterisk and no others do."""
+    """Only the subject's tokens have an asterisk."""
     labels = svg_texts(heatmap.trace_svg(PLAIN))
     assert {"The", "Eiffel*", "Tower*", "is", "in"} <= set(labels)
 
@@ -76,7 +76,7 @@ def test_figure_titles_and_axes() -> None:
 
 
 def test_any_token_is_drawn_as_it_is() -> None:
-    """Dollar signs, underscores, markup and any script reach the reader unread; controls become codes."""
+    """Dollar signs, underscores, markup and any script are drawn literally; control characters become codes."""
     labels = svg_texts(heatmap.trace_svg(trace_json(UNUSUAL_TOKENS)))
     for label in (
         "$\\alpha_1$*",
@@ -99,7 +99,7 @@ def test_any_token_is_drawn_as_it_is() -> None:
     "trace", [PLAIN, trace_json(UNUSUAL_TOKENS), trace_json(["a", "b", "c"], severed=False, kinds="mlp")]
 )
 def test_png(trace: Any) -> None:
-    """The PNG is a picture on white, and no glyph is missed: a warning would be an error here."""
+    """The PNG has a white background and no missing glyph (a warning is an error)."""
     image = imread(io.BytesIO(heatmap.trace_png(trace)))
     assert image.shape[0] > 300 and image.shape[1] > 600
     assert (image[0, 0, :3] == 1).all()
@@ -120,13 +120,13 @@ def test_colours() -> None:
 
 
 def test_the_same_trace_gives_the_same_picture() -> None:
-    """SVG and PNG depend on the trace alone."""
+    """SVG and PNG are deterministic functions of the trace."""
     assert heatmap.trace_svg(PLAIN) == heatmap.trace_svg(PLAIN)
     assert heatmap.trace_png(PLAIN) == heatmap.trace_png(PLAIN)
 
 
 def test_no_effect_at_all() -> None:
-    """A trace without noise, where all is equal, is drawn too."""
+    """A trace without noise, whose scores are all equal, can be drawn."""
     flat = trace_json(["a", "b", "c"])
     flat["kinds"] = {"hidden": {"scores": [[0.5] * 6] * 3, "best": {"token": 0, "layer": 0, "score": 0.5}}}
     flat |= {
@@ -140,7 +140,7 @@ def test_no_effect_at_all() -> None:
 
 
 def test_large_traces_stay_within_reason() -> None:
-    """A long text of a deep model gives a picture of bounded size."""
+    """The picture of a long text and a deep model has a bounded size."""
     image = imread(
         io.BytesIO(heatmap.trace_png(trace_json([" x"] * 400, 48, kinds="mlp", severed=False), dpi=40))
     )
@@ -148,7 +148,7 @@ def test_large_traces_stay_within_reason() -> None:
 
 
 def test_the_page() -> None:
-    """The page is whole in itself, says the figures in words, and nothing in a token is markup to it."""
+    """The page is self-contained, states the figures in words, and escapes the tokens."""
     html = heatmap.trace_page(trace_json(UNUSUAL_TOKENS))
     assert html.startswith("<!doctype html>")
     assert "<script" not in html and "http-equiv" not in html and "src=" not in html
@@ -157,6 +157,6 @@ def test_the_page() -> None:
 
 
 def test_neither_torch_nor_global_state() -> None:
-    """Drawing needs neither torch nor pyplot."""
+    """Drawing imports neither torch nor pyplot."""
     code = "import sys, service.tracing.heatmap; sys.exit(bool({'torch', 'matplotlib.pyplot'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

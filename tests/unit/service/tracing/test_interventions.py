@@ -1,4 +1,4 @@
-"""The scores that a trace has to find."""
+"""Tests of service.tracing.interventions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TRACE_INPUT = build_trace_input(tiny(), locate_subject("In Rome it is in", "Rome
 
 
 def test_every_cell_once() -> None:
-    """Each map has a cell for each token and layer, and the severed paths share the map of hidden states."""
+    """Each map has a cell for each token and layer; the severed paths share the cells of hidden states."""
     t = TRACE_INPUT.prompt_length
     assert len(list_cells(TRACE_INPUT, ["hidden", "mlp", "attn"], 10, False, 3)) == 3 * t * 3
     assert len(list_cells(TRACE_INPUT, ["hidden"], 10, True, 3)) == t * 3 + 2 * 3
@@ -19,7 +19,7 @@ def test_every_cell_once() -> None:
 
 
 def test_cells_that_need_no_run() -> None:
-    """Cells before the subject are low, and so are those above the last attention except at the last token."""
+    """Cells before the subject, and above the last attention except at the last token, have the low score."""
     cells = list_cells(TRACE_INPUT, ["hidden", "mlp"], 1, False, 3)
     b, last = TRACE_INPUT.subject[0], TRACE_INPUT.prompt_length - 1
     for cell in cells:
@@ -27,7 +27,7 @@ def test_cells_that_need_no_run() -> None:
 
 
 def test_clipped_runs_are_deduplicated() -> None:
-    """Below the block where the shorter window ends, two windows of one entry are the same run; other kinds never are."""
+    """Two windows with one entry layer are the same run below the block where the shorter one ends."""
     short, long = CorruptedRun(1, "mlp", "mlp", False, 0, 4), CorruptedRun(1, "mlp", "mlp", False, 0, 6)
     assert short.clipped_at(4) == long.clipped_at(4) and short.clipped_at(5) != long.clipped_at(5)
     assert short._replace(source_kind="attn", held_kind="attn").clipped_at(4) != short.clipped_at(4)
@@ -35,7 +35,7 @@ def test_clipped_runs_are_deduplicated() -> None:
 
 
 def test_where_outputs_are_held() -> None:
-    """A window holds its module from its first layer to its last; a severed path holds it above the restored state."""
+    """A window holds its module from its first to its last layer; a severed path holds it above the restored state."""
     window, severed, plain = (
         c.corrupted_run(0, TRACE_INPUT, 6)
         for c in (
@@ -52,7 +52,7 @@ def test_where_outputs_are_held() -> None:
 
 
 def test_outputs_in_the_last_block_are_held_for_the_last_token_only() -> None:
-    """Only what the last token's module gives in the last block is heard."""
+    """In the last block, only holding the last token's module output has an effect."""
     last, other = (
         restored_cell("mlp", t, 5, 3, 6).corrupted_run(0, TRACE_INPUT, 6)
         for t in (TRACE_INPUT.prompt_length - 1, 1)

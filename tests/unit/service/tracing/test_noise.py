@@ -1,4 +1,4 @@
-"""The corruption of a subject."""
+"""Tests of service.tracing.noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.tiny_models import tiny
 
 @pytest.mark.parametrize("noise", ["3sigma", "3 sigma", "3σ", "3s", "s3", " 3.0sigma "])
 def test_multiples_of_sigma(noise: str) -> None:
-    """Every way of writing three sigma is three times the embeddings' deviation."""
+    """Every spelling of three sigma is three times the embeddings' deviation."""
     model = tiny()
     parsed = parse_noise_level(model, noise, ["Eiffel Tower"])
     assert parsed.factor == 3
@@ -25,12 +25,12 @@ def test_multiples_of_sigma(noise: str) -> None:
 
 @pytest.mark.parametrize("noise", [0.1, "0.1", ".1"])
 def test_a_number_is_the_level(noise: float | str) -> None:
-    """A number, quoted or not, is taken as it is."""
+    """A number, also as a string, is the level itself."""
     assert parse_noise_level(tiny(), noise).value == 0.1
 
 
 def test_whole_numbers_and_nothing_are_levels() -> None:
-    """1 and 0 are levels like any other."""
+    """1 and 0 are valid levels."""
     assert parse_noise_level(tiny(), 1).value == 1 and parse_noise_level(tiny(), 0).value == 0
 
 
@@ -38,14 +38,14 @@ def test_whole_numbers_and_nothing_are_levels() -> None:
     "noise", ["", "sigma", "s", "-1", "nan", "inf", "3sigmas", "3 %", "1e3", math.nan, math.inf, -0.1]
 )
 def test_bad_noise(noise: Any) -> None:
-    """What is neither a number from zero up nor a multiple of sigma is refused with a hint."""
+    """Anything but a non-negative number or a multiple of sigma is rejected with a hint."""
     with pytest.raises(InvalidInput, match="noise"):
         parse_noise_level(tiny(), noise)
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_deviation_over_subjects(bos: bool) -> None:
-    """It is torch's unbiased std over all scalars of all subjects' tokens, special tokens apart."""
+    """Sigma is torch's unbiased std over all scalars of the subjects' tokens without special tokens."""
     model, subjects = tiny(bos=bos), ["Eiffel Tower", "Big Ben", "Tower"]
     ids = [i for s in subjects for i in tiny().tokenizer(s)["input_ids"]]
     expected = model.embedding.weight[ids].std().item()
@@ -53,14 +53,14 @@ def test_deviation_over_subjects(bos: bool) -> None:
 
 
 def test_deviation_without_subjects() -> None:
-    """With no subjects at hand it is that of the whole embedding matrix."""
+    """Without subjects, sigma is that of the whole embedding matrix."""
     model = tiny()
     assert embedding_deviation(model) == pytest.approx(model.embedding.weight.std().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("compat", [None, "meng2022"])
 def test_samples_come_one_after_another(compat: str | None) -> None:
-    """The first samples are the same however many are drawn after them."""
+    """The first samples do not depend on the number of samples."""
     assert torch.equal(draw_noise(3, 2, 5, 1, compat), draw_noise(7, 2, 5, 1, compat)[:3])
 
 
@@ -71,14 +71,14 @@ def test_seeds_differ() -> None:
 
 
 def test_the_reference_stream() -> None:
-    """With compat the noise is numpy's RandomState(1).randn in fp64, as in the reference code."""
+    """With compat, the noise is numpy's RandomState(1).randn in fp64, as in the authors' code."""
     expected = np.random.RandomState(1).randn(4, 2, 16)
     assert draw_noise(4, 2, 16, 1, "meng2022").dtype == torch.float64
     assert np.array_equal(draw_noise(4, 2, 16, 1, "meng2022").numpy(), expected)
 
 
 def test_only_the_subject_is_corrupted() -> None:
-    """Noise lands on every row's subject positions and nowhere else."""
+    """Noise is added at every row's subject positions only."""
     x, z = torch.zeros(2, 5, 3), torch.ones(2, 2, 3, dtype=torch.float64)
     changed = corrupt(x.clone(), (1, 3), z)
     assert (changed[:, 1:3] == 1).all()
@@ -86,7 +86,7 @@ def test_only_the_subject_is_corrupted() -> None:
 
 
 def test_the_sum_is_rounded_once() -> None:
-    """The sum is formed in fp64 and then rounded to the model's precision."""
+    """The sum is computed in fp64 and rounded once to the model's dtype."""
     x = torch.full((1, 1, 1), 1.0, dtype=torch.bfloat16)
     z = torch.full((1, 1, 1), 0.0117, dtype=torch.float64)
     assert corrupt(x.clone(), (0, 1), z).item() == torch.tensor(1.0117, dtype=torch.float64).bfloat16().item()

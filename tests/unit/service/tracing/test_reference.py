@@ -1,4 +1,4 @@
-"""The oracle: what must be true of any causal trace."""
+"""Tests of service.tracing.reference: properties of every causal trace."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def all_close(a: Any, b: Any) -> bool:
 
 
 def test_windows() -> None:
-    """Ten layers around l are l-5 to l+4, three are l-1 to l+1, one is l alone; all cut off at the ends."""
+    """A window of ten around l is l-5 to l+4, of three l-1 to l+1, of one l; all are clipped at the ends."""
     assert restoration_window(20, 10, 48) == (15, 25)
     assert restoration_window(20, 3, 48) == (19, 22)
     assert restoration_window(20, 1, 48) == (20, 21)
@@ -43,7 +43,7 @@ def test_windows() -> None:
 
 
 def test_no_noise_no_effect() -> None:
-    """Without noise every cell, and the low score, is the high score."""
+    """Without noise, every cell and the low score equal the high score."""
     result = reference_trace(tiny(), noise=0.0, severed=True)
     assert all_close(result.low, result.high)
     for kind in TRACE_KINDS:
@@ -128,7 +128,7 @@ def test_severed_paths(model_type: str) -> None:
 
 
 def test_severing_below_changes_nothing() -> None:
-    """Holding the corrupted values in a corrupted run is no change: the last block's cell is low, as without holding."""
+    """Holding corrupted values in a corrupted run changes nothing: the last block's cell is low."""
     result = reference_trace(tiny(), severed=True)
     assert result.severed is not None
     assert all_close(result.severed["mlp"][-1], result.low) and all_close(
@@ -137,14 +137,14 @@ def test_severing_below_changes_nothing() -> None:
 
 
 def test_noise_is_paired() -> None:
-    """Two traces of one seed agree to the last bit, and another seed gives other scores."""
+    """Two traces with one seed are identical, and another seed gives other scores."""
     model = tiny()
     assert reference_trace(model) == reference_trace(model)
     assert reference_trace(model, seed=2).low != reference_trace(model).low
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    """After a trace nothing is hooked to the model."""
+    """After a trace no hook remains."""
     model = tiny()
     reference_trace(model, severed=True)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())

@@ -1,4 +1,4 @@
-"""What a trace found."""
+"""Tests of service.tracing.result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.tiny_models import tiny
 
 
 def test_as_json() -> None:
-    """The JSON has scores and effects of each kind, the subject's tokens, and survives a round trip."""
+    """The JSON has scores and effects of each kind and the subject's tokens, and is valid JSON."""
     steps = trace_statement(
         tiny(), locate_subject("In Rome it is in", "Rome"), "Paris", samples=2, severed=True
     )

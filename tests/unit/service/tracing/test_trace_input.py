@@ -1,4 +1,4 @@
-"""What a trace asks of a model."""
+"""Tests of service.tracing.trace_input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_input(
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_subject_is_found_in_the_whole_text(bos: bool) -> None:
-    """The subject's range counts a special first token once, wherever the subject stands."""
+    """The subject's range counts a special first token once."""
     for text in ("The Eiffel Tower is in", "Eiffel Tower is in", "(Eiffel Tower) is in"):
         trace_input = make_input(tiny(bos=bos), locate_subject(text, "Eiffel Tower"))
         b, e = trace_input.subject
@@ -32,20 +32,20 @@ def test_the_subject_is_found_in_the_whole_text(bos: bool) -> None:
 
 
 def test_the_last_mention_is_corrupted() -> None:
-    """Of several mentions it is the last that counts."""
+    """Of several occurrences of the subject, the last is used."""
     trace_input = make_input(tiny(), locate_subject("Rome, said Rome. Rome is in", "Rome"))
     assert "".join(trace_input.tokens[: trace_input.subject[0]]).strip() == "Rome, said Rome."
 
 
 def test_template_selects_the_mention() -> None:
-    """A prompt with a slot names the mention itself."""
+    """A prompt with a placeholder determines the occurrence."""
     trace_input = make_input(tiny(), fill_prompt("{} is not Rome but in", "Rome"))
     assert trace_input.subject[0] == 0
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_the_answer_follows_the_prompt(bos: bool) -> None:
-    """Prompt and answer are one tokenisation: all tokens but the answer's last are read, none is decoded again."""
+    """Prompt and answer are tokenized jointly; all tokens but the answer's last are inputs."""
     model = tiny(bos=bos)
     trace_input = make_input(model, locate_subject("Big Ben is in", "Big Ben"), "São Paulo")
     whole = model.encode("Big Ben is in São Paulo")[0]
@@ -64,13 +64,13 @@ def test_default_answer_is_the_greedy_token() -> None:
 
 
 def test_tokens_read_as_the_text() -> None:
-    """Put together, the tokens of a text of one-byte characters are the text."""
+    """For a text of one-byte characters, the joined labels are the text."""
     trace_input = make_input(tiny(), locate_subject("The  Eiffel\nTower is in", "Tower"))
     assert "".join(trace_input.tokens) == "The  Eiffel\nTower is in"
 
 
 def test_characters_of_several_tokens() -> None:
-    """A character that several tokens share is shown by each of them whole, with a count, never as broken bytes."""
+    """A character that several tokens share is shown whole in each label, with a count."""
     trace_input = make_input(tiny(), locate_subject("In 東京 is", "東京"))
     assert trace_input.tokens == (
         "In",
@@ -87,12 +87,12 @@ def test_characters_of_several_tokens() -> None:
 
 
 def test_special_tokens_have_names() -> None:
-    """A token that stands for no text is shown by its name."""
+    """A token without text is shown by its name."""
     assert make_input(tiny(bos=True), locate_subject("Rome is in", "Rome")).tokens[0] == "<|endoftext|>"
 
 
 def test_too_long() -> None:
-    """A text longer than the model's positions is refused before anything runs."""
+    """A text longer than the model's positions is rejected before the first pass."""
     with pytest.raises(InvalidInput, match="positions"):
         make_input(
             tiny(positions=8), locate_subject("The Eiffel Tower is located in the city of", "Eiffel Tower")
