@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from service.errors import InvalidInput, Misconfigured
 
-# what every method's parameters say of how strong an edit lands (docs/decisions/0010-strength-by-room.md)
+# what every method's parameters say of how strong an edit lands (docs/decisions/0010-strength-schedule.md)
 Strengths = Annotated[
     tuple[Annotated[float, Field(gt=0, le=10)], ...],
     Field(
