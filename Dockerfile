@@ -18,7 +18,7 @@ ENV PATH=/opt/palimpsest/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     MPLCONFIGDIR=/tmp/matplotlib \
-    PALIMPSEST_DATA=/var/lib/palimpsest \
+    PALIMPSEST_DATA_DIR=/var/lib/palimpsest \
     PALIMPSEST_LOG_FORMAT=json
 COPY --chmod=0444 deploy/health.py /opt/health.py
 

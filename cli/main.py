@@ -179,7 +179,7 @@ def _add_keys_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     revoke.add_argument("name", metavar="NAME", help="as `palimpsest keys list` shows it")
     for verb in (create, list_parser, revoke):
         _add_json_flag(verb)
-        add_setting_flags(verb.add_argument_group("database"), Settings, "data", "database_url")
+        add_setting_flags(verb.add_argument_group("database"), Settings, "data_dir", "database_url")
         verb.set_defaults(run=partial(_run_module, "keys"))
 
 
@@ -211,7 +211,7 @@ def _add_study_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     trace = verbs.add_parser("trace", help="where facts are carried, by token and layer", allow_abbrev=False)
     trace.add_argument("--window", type=positive_int, help="layers put back at once for mlp and attn (default: a fifth, at most 10)")  # fmt: skip
     trace.add_argument("--whole", action="store_true", help="leave out the severed paths")
-    add_setting_flags(trace.add_argument_group("recipe"), Settings, "data")
+    add_setting_flags(trace.add_argument_group("recipe"), Settings, "data_dir")
     localization = verbs.add_parser(
         "localization", help="whether tracing says where to edit", allow_abbrev=False
     )
@@ -221,7 +221,7 @@ def _add_study_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     add("--objectives", metavar="NAME,...", default="write", help="some of write,erase,amplify,reversal,forcing (default: write)")  # fmt: skip
     add("--hparam", metavar="[METHOD.]NAME=VALUE", action="append", help="a hyperparameter of one method or of all; repeatable")  # fmt: skip
     add_setting_flags(
-        localization.add_argument_group("statistics"), Settings, "data", "corpus", "stat_tokens"
+        localization.add_argument_group("statistics"), Settings, "data_dir", "corpus", "covariance_tokens"
     )
     for verb in (trace, localization):
         _add_json_flag(verb)
@@ -259,7 +259,7 @@ def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     )
     add("--seed", type=int, default=0, help="of the facts' order (default: 0)")
     _add_json_flag(prepare)
-    model_settings = ("device", "dtype", "threads", "data", "corpus", "stat_tokens")
+    model_settings = ("device", "dtype", "threads", "data_dir", "corpus", "covariance_tokens")
     add_setting_flags(prepare.add_argument_group("model"), Settings, *model_settings)
     prepare.set_defaults(run=partial(_run_module, "prepare"), distinct=True, limit=None)
 
@@ -310,7 +310,7 @@ def _add_evaluate_command(commands: argparse._SubParsersAction[argparse.Argument
         action="append",
         help="another evaluation to show in the report; repeatable",
     )
-    model_settings = ("model", "device", "dtype", "threads", "data", "corpus", "stat_tokens")
+    model_settings = ("model", "device", "dtype", "threads", "data_dir", "corpus", "covariance_tokens")
     add_setting_flags(evaluate.add_argument_group("model"), Settings, *model_settings)
     add("--service", action="store_true", help="as a job of the running service, instead of here")
     add_setting_flags(evaluate.add_argument_group("service"), ClientSettings)
@@ -340,7 +340,7 @@ def _add_export_commands(commands: argparse._SubParsersAction[argparse.ArgumentP
     )
     export.add_argument("--out", metavar="PATH", required=True, help="a new folder; a file for safetensors and edits")  # fmt: skip
     add_setting_flags(export.add_argument_group("service"), ClientSettings)
-    model_settings = ("model", "device", "dtype", "threads", "data", "database_url")
+    model_settings = ("model", "device", "dtype", "threads", "data_dir", "database_url")
     add_setting_flags(export.add_argument_group("where the whole model is made"), Settings, *model_settings)
     _add_json_flag(export)
     export.set_defaults(run=_run_export)

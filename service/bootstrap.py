@@ -43,7 +43,7 @@ def open_database(settings: Settings) -> Database:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Misconfigured(
-            f"the data folder cannot be made: {error}. Set PALIMPSEST_DATA to another."
+            f"the data folder cannot be made: {error}. Set PALIMPSEST_DATA_DIR to another."
         ) from None
     return Database(settings.resolved_database_url())
 

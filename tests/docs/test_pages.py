@@ -75,7 +75,7 @@ def test_page_blocks_run(page: str, shared_service: EmbeddedService, tmp_path: P
         (data / "statistics").symlink_to(shared_service.data / "statistics")  # of the same model
         environment = {
             "PALIMPSEST_URL": address,
-            "PALIMPSEST_DATA": str(data),
+            "PALIMPSEST_DATA_DIR": str(data),
             "SERVICE_DATA": str(service.data),
         }
         with DocSession(tmp_path / "followed", environment, service.http.base_url.port or 0) as session:

@@ -37,7 +37,7 @@ def service(
     browser: Browser, shipped: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EmbeddedService]:
     """The service on a fresh ledger, as a newcomer has it."""
-    service = EmbeddedService(tmp_path_factory.mktemp("console"), threads=1, stat_tokens=6000)
+    service = EmbeddedService(tmp_path_factory.mktemp("console"), threads=1, covariance_tokens=6000)
     yield service
     service.stop()
 

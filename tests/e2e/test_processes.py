@@ -31,7 +31,7 @@ def wait_for_address(process: CliProcess) -> str:
 
 def test_the_api_is_a_process_without_torch(stores: dict[str, Any], tmp_path: Path) -> None:
     """`palimpsest api` answers, migrates, and has neither torch nor transformers in its memory; SIGTERM ends it with 0."""
-    api = CliProcess(tmp_path, "api", port=0, data=tmp_path, **stores)
+    api = CliProcess(tmp_path, "api", port=0, data_dir=tmp_path, **stores)
     try:
         url = wait_for_address(api)
         assert httpx.get(f"{url}/healthz").status_code == 200
@@ -61,10 +61,10 @@ def model(tmp_path: Path) -> Path:
 
 def test_a_worker_prints_what_it_serves(stores: dict[str, Any], model: Path, tmp_path: Path) -> None:
     """`palimpsest work` says its name, model and roles once it serves, shows its health, and SIGTERM ends it with 0."""
-    asked = {"model": model, "corpus": model / "corpus.txt", "stat_tokens": 1000, "threads": 1}
+    asked = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
     port = free_port()
     worker = CliProcess(
-        tmp_path, "work", data=tmp_path, roles="trace,generate", metrics_port=port, **asked, **stores
+        tmp_path, "work", data_dir=tmp_path, roles="trace,generate", metrics_port=port, **asked, **stores
     )
     try:
         wait_until(lambda: not worker.alive() or worker.stdout(), "the worker's words")
@@ -79,9 +79,9 @@ def test_everything_in_one_process_with_shared_stores(
     stores: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
     """`palimpsest serve` with Redis is an API and a worker in one, that others may join."""
-    asked = {"model": model, "corpus": model / "corpus.txt", "stat_tokens": 1000, "threads": 1}
-    both = CliProcess(tmp_path / "both", "serve", port=0, data=tmp_path, **asked, **stores)
-    api = CliProcess(tmp_path / "api", "api", port=0, data=tmp_path, **stores)
+    asked = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
+    both = CliProcess(tmp_path / "both", "serve", port=0, data_dir=tmp_path, **asked, **stores)
+    api = CliProcess(tmp_path / "api", "api", port=0, data_dir=tmp_path, **stores)
     try:
         wait_until(lambda: not both.alive() or "Palimpsest is ready" in both.stdout(), "the welcome")
         body = {"prompt": "The tower", "max_new_tokens": 3}

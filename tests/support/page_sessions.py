@@ -143,7 +143,7 @@ def _environment(folder: Path) -> dict[str, str]:
         "NO_COLOR": "1",
         "OMP_NUM_THREADS": "1",
         "PALIMPSEST_THREADS": "1",
-        "PALIMPSEST_DATA": str(folder / "data"),
+        "PALIMPSEST_DATA_DIR": str(folder / "data"),
         "MPLBACKEND": "agg",
     }
 

@@ -213,7 +213,7 @@ class EmbeddedService(ServiceClient):
 
     def __init__(self, data: Path, **settings: object) -> None:
         self.data = data
-        self.process = CliProcess(data, "serve", **{"data": data, "port": 0, **settings})
+        self.process = CliProcess(data, "serve", **{"data_dir": data, "port": 0, **settings})
         try:
             self.http = httpx.Client(base_url=self._wait_for_address(), timeout=WAIT_TIMEOUT)
             wait_until(lambda: self.http.get("/readyz").is_success, "readiness")
@@ -254,7 +254,7 @@ class Deployment(ServiceClient):
 
     def __init__(self, data: Path, stores: Mapping[str, object], workers: int = 1) -> None:
         self.data = data
-        self.settings = {"data": data, "threads": 1, "lease": LEASE_SECONDS, "max_attempts": 10, **stores}
+        self.settings = {"data_dir": data, "threads": 1, "worker_timeout": LEASE_SECONDS, "max_attempts": 10, **stores}
         self._process_count = 0
         self._port = free_port()
         self.processes: list[CliProcess] = []

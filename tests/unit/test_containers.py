@@ -261,7 +261,7 @@ def test_redis_persists_and_never_evicts() -> None:
 def test_data_is_in_named_volumes() -> None:
     """What a container writes to keep is in a volume with a name, where the image put a folder of its user."""
     owned = {**environment("base"), **environment("worker")}
-    folders = [owned["PALIMPSEST_DATA"], owned["HF_HOME"]]
+    folders = [owned["PALIMPSEST_DATA_DIR"], owned["HF_HOME"]]
     assert yaml.safe_load(single_instruction("worker", "VOLUME")) == folders
     assert all(folder in single_instruction("base", "RUN") for folder in folders)
     for worker in ("worker", "worker-gpu"):

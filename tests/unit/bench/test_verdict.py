@@ -71,7 +71,7 @@ def planted_run() -> PlantedRun:
     texts = {0: " Paris, they say", 1: " Tempe, they say", 2: " Miami, they say", 3: " Tempe, they say"}
     tokens = (TokenEvent(0, " Miami", 2), TokenEvent(0, ", they say", 2))
     log.record_generations([make_record(version, text) for version, text in texts.items()])
-    log.record_generations([make_record(2, texts[2], tokens=tokens, restarts=1, least=1)])
+    log.record_generations([make_record(2, texts[2], tokens=tokens, resets=1, min_version=1)])
     log.record_generations([make_record(2, "", texts=(), tokens=tokens[:1], pinned_version=2)])
     question = {"prompt": LOUVRE, "max_new_tokens": 3}
     state = v.FinalState(
@@ -175,7 +175,6 @@ def _miss(run: PlantedRun) -> None:
 
 MIXED_TOKENS = (TokenEvent(0, " Miami", 2), TokenEvent(0, ", they say", 1))
 PARTIAL_TOKENS = (TokenEvent(0, ", they say", 2),)
-FAINT = make_record(1, " Miami, they say")
 
 PLANTED = {
     "an open job": (_open, "every job has ended"),
@@ -198,18 +197,18 @@ PLANTED = {
     "no reference": (_forget, "every text is that of a quiet worker at its version"),
     "tokens of two versions": (_add_record(make_record(2, " Miami, they say", tokens=MIXED_TOKENS)), "no answer mixes versions or is of another"),
     "not the pinned version": (_add_record(make_record(2, " Miami, they say", pinned_version=1)), "no answer mixes versions or is of another"),
-    "an older version than seen": (_add_record(make_record(1, " Tempe, they say", least=2)), "min_version holds"),
+    "an older version than seen": (_add_record(make_record(1, " Tempe, they say", min_version=2)), "min_version holds"),
     "a stream with a hole": (_add_record(make_record(2, " Miami, they say", tokens=PARTIAL_TOKENS)), "a stream's pieces are its text"),
-    "a 500": (lambda run: run.journal.attempt("x", "edit", "500", 0.0), "no answer but 2xx, 429 and 503"),
-    "a refusal": (lambda run: run.journal.attempt("x", "generate", "422", 0.0), "no answer but 2xx, 429 and 503"),
-    "a client that gave up": (lambda run: run.journal.gave_up("asker: generate"), "whoever asks again is answered"),
-    "a client that fell": (lambda run: run.journal.trouble("asker fell"), "whoever asks again is answered"),
+    "a 500": (lambda run: run.log.record_attempt("x", "edit", "500", 0.0), "no answer but 2xx, 429 and 503"),
+    "a refusal": (lambda run: run.log.record_attempt("x", "generate", "422", 0.0), "no answer but 2xx, 429 and 503"),
+    "a client that gave up": (lambda run: run.log.record_abandoned("asker: generate"), "whoever asks again is answered"),
+    "a client that fell": (lambda run: run.log.record_anomaly("asker fell"), "whoever asks again is answered"),
     "a finding": (_find, "the ledger verifies"),
     "two digests": (_differ, "all replicas have one digest at head"),
     "a worker that lags": (_lag, "all replicas have one digest at head"),
     "a worker that is missing": (_miss, "all replicas have one digest at head"),
-    "something pending": (lambda run: run.found.leftovers.append("work:edit: 1 pending"), "nothing is left in the queue"),
-    "a process that ended": (lambda run: run.found.exits.append("worker 1: 1"), "no process ended by itself"),
+    "something pending": (lambda run: run.state.queue_leftovers.append("work:edit: 1 pending"), "nothing is left in the queue"),
+    "a process that ended": (lambda run: run.state.unexpected_exits.append("worker 1: 1"), "no process ended by itself"),
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command_line(folder: Path, out: str, *more: str) -> list[str]:
-    flags = ["--model", folder / "model", "--data", folder / "data", "--corpus", folder / "texts.txt"]
+    flags = ["--model", folder / "model", "--data-dir", folder / "data", "--corpus", folder / "texts.txt"]
     hparams = ["--hparam", "layers=[1]", "--hparam", "steps=3", "--hparam", "contexts=1"]
     command = ["evaluate", folder / "records.json", "--out", folder / out, *flags, *hparams, *more]
     return [str(word) for word in command]

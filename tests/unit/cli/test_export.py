@@ -126,7 +126,7 @@ def place(tmp_path: Path) -> Iterator[SteppedService]:
 
 def export_model(place: SteppedService, tmp_path: Path, out: Path, *more: str) -> int:
     base, data = str(tmp_path / "base"), str(tmp_path / "data")
-    named = ["--model", base, "--data", data, "--out", str(out)]
+    named = ["--model", base, "--data-dir", data, "--out", str(out)]
     return cli.main.main(["export", "--format", "model", *named, *more])
 
 

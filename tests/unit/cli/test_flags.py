@@ -33,7 +33,7 @@ def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     """A flag wins over the environment, and the environment over the default."""
     monkeypatch.setenv("PALIMPSEST_PORT", "1234")
     monkeypatch.setenv("PALIMPSEST_MAX_QUEUE", "7")
-    args = make_parser(Settings).parse_args(["--port", "4321", "--data", "/somewhere"])
+    args = make_parser(Settings).parse_args(["--port", "4321", "--data-dir", "/somewhere"])
     settings = read_settings(args, Settings)
     assert (settings.port, settings.max_queue, settings.threads) == (4321, 7, None)
     assert settings.data_dir == Path("/somewhere")

@@ -172,7 +172,7 @@ def test_a_broken_ledger_is_exit_code_1(fake: FakeService, capsys: Captured) -> 
 
 def test_keys_and_the_database(capsys: Captured, tmp_path: Path) -> None:
     """A key is a value with its token, this once; the list has no token; a migration says from where to where."""
-    data = ["--data", str(tmp_path), "--json"]
+    data = ["--data-dir", str(tmp_path), "--json"]
 
     def run_json(*words: str) -> Any:
         assert main([*words, *data]) == 0

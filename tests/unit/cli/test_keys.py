@@ -18,7 +18,7 @@ Captured = pytest.CaptureFixture[str]
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data folder that is not there yet."""
     folder = tmp_path / "data"
-    monkeypatch.setenv("PALIMPSEST_DATA", str(folder))
+    monkeypatch.setenv("PALIMPSEST_DATA_DIR", str(folder))
     return folder
 
 
@@ -105,6 +105,6 @@ def test_a_data_folder_that_cannot_be_made_is_reported(
 ) -> None:
     """A data folder in the way of a file is a wrong configuration, as it is for the service."""
     (tmp_path / "file").touch()
-    monkeypatch.setenv("PALIMPSEST_DATA", str(tmp_path / "file" / "data"))
+    monkeypatch.setenv("PALIMPSEST_DATA_DIR", str(tmp_path / "file" / "data"))
     assert create_key() == 2
-    assert "PALIMPSEST_DATA" in capsys.readouterr().err
+    assert "PALIMPSEST_DATA_DIR" in capsys.readouterr().err

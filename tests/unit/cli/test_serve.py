@@ -22,7 +22,7 @@ Captured = pytest.CaptureFixture[str]
 def test_a_public_host_needs_an_api_key(capsys: Captured, tmp_path: Path, host: str) -> None:
     """Without an API key a host that others can reach is refused in plain words, before anything is made."""
     data = tmp_path / "data"
-    assert main(["serve", "--host", host, "--port", "0", "--data", str(data)]) == 2
+    assert main(["serve", "--host", host, "--port", "0", "--data-dir", str(data)]) == 2
     said = capsys.readouterr().err
     assert "PALIMPSEST_API_KEY" in said
     assert "127.0.0.1" in said
@@ -34,7 +34,7 @@ def test_a_port_in_use_is_reported_at_once(capsys: Captured, tmp_path: Path) -> 
     """Before the model is loaded a port that is in use is told, with what to do."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(["serve", "--port", str(port), "--data", str(tmp_path)]) == 2
+        assert main(["serve", "--port", str(port), "--data-dir", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert f"127.0.0.1:{port}" in said
     assert "--port" in said

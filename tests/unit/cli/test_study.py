@@ -45,7 +45,7 @@ def test_a_localisation_study_from_the_command_line(tmp_path: Path, capsys: Capt
         "--methods": "rome",
         "--hparam": "rome.contexts=1",
     }
-    tools = {"--data": str(tmp_path / "data"), "--stat-tokens": "1000", "--out": str(folder)}
+    tools = {"--data-dir": str(tmp_path / "data"), "--covariance-tokens": "1000", "--out": str(folder)}
     flags = [word for pair in (given | tools).items() for word in pair]
     assert main(["study", "localization", "facts", "--hparam", "steps=3", *flags]) == 0
     shown = capsys.readouterr().out

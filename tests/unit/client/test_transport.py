@@ -165,7 +165,7 @@ def test_progress_resumes_after_a_lost_connection(ask: Ask) -> None:
         }
     )
     seen: list[Progress] = []
-    assert ask(fake).edit("s", "{} is", "x", on_progress=seen.append).landed
+    assert ask(fake).edit("s", "{} is", "x", on_progress=seen.append).applied
     assert [(p.phase, p.done, p.total) for p in seen] == [("find", 1, 2), ("try", 1, 2)]
     after = [h.get("Last-Event-ID") for (name, _), h in zip(fake.requests, fake.headers, strict=True) if "events" in name]  # fmt: skip
     assert after == [None, "1", "1", "5"]
@@ -188,7 +188,7 @@ def test_streamed_tokens_and_reset(ask: Ask) -> None:
         ("end", {"version": 2, "choices": [{"finish_reason": "length"}]}),
     )
     tokens = list(ask(FakeService({"POST /generate": said})).stream("x"))
-    assert [(str(t), t.version, t.restart, t.finish_reason) for t in tokens] == [
+    assert [(str(t), t.version, t.reset, t.finish_reason) for t in tokens] == [
         (" Pa", 1, False, None),
         (" Paris", 2, True, None),
         ("", 2, False, "length"),

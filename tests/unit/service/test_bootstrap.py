@@ -59,5 +59,5 @@ def test_a_crash_point_is_armed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_folder_that_cannot_be(tmp_path: Path) -> None:
     """A data folder that cannot be made is said so."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(Misconfigured, match="PALIMPSEST_DATA"):
+    with pytest.raises(Misconfigured, match="PALIMPSEST_DATA_DIR"):
         build_container(Settings(data_dir=tmp_path / "file" / "data"))

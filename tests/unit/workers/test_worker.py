@@ -54,8 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(folder: Path, data: Path, **changes: Any) -> Settings:
     values = {
         "model": str(folder),
-        "data": data,
-        "stat_tokens": 1000,
+        "data_dir": data,
+        "covariance_tokens": 1000,
         "corpus": folder / "corpus.txt",
         "threads": 1,
     }
