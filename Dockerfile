@@ -80,4 +80,4 @@ EXPOSE 9464
 HEALTHCHECK --interval=15s --timeout=5s --start-period=30m --retries=4 \
     CMD ["python", "/opt/health.py", "9464"]
 ENTRYPOINT ["palimpsest"]
-CMD ["work"]
+CMD ["worker"]

@@ -126,12 +126,20 @@ class SupervisedDeployment:
         )
         self.redis_url = broker_server.url if direct else f"redis://{LOCALHOST}:{self.redis_proxy.port}/0"
         common = ["--database-url", self.database_url, "--redis-url", self.redis_url]
-        common += ["--redis-prefix", REDIS_PREFIX, "--worker-timeout", str(lease), "--log-level", "info", *flags]
+        common += [
+            "--redis-prefix",
+            REDIS_PREFIX,
+            "--worker-timeout",
+            str(lease),
+            "--log-level",
+            "info",
+            *flags,
+        ]
         ports = _free_ports(apis)
         self.addresses = [f"http://{LOCALHOST}:{port}" for port in ports]
         self.apis = [self._process(f"api{i}", "api", "--port", str(p), *common) for i, p in enumerate(ports)]
-        work = ["work", "--threads", "1", "--data-dir", str(logs / "data"), *common]
-        self.workers = [self._process(f"worker{i}", *work) for i in range(workers)]
+        worker = ["worker", "--threads", "1", "--data-dir", str(logs / "data"), *common]
+        self.workers = [self._process(f"worker{i}", *worker) for i in range(workers)]
         self._stop = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
 

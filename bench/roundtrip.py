@@ -4,7 +4,7 @@
 
 The baseline is the engine called in process: one process, MemoryBroker and SQLite, the request put into the broker by the
 thread that then hears its end. Beside it: the same request by HTTP on a connection that stays open, to `palimpsest api`,
-which passes it through Redis to `palimpsest work`. Both have the same model, one thread, and take turns; each turn is a few
+which passes it through Redis to `palimpsest worker`. Both have the same model, one thread, and take turns; each turn is a few
 requests. Under load another client keeps whichever side has its turn speaking.
 """
 

@@ -60,11 +60,11 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_worker_prints_what_it_serves(stores: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    """`palimpsest work` says its name, model and roles once it serves, shows its health, and SIGTERM ends it with 0."""
+    """`palimpsest worker` says its name, model and roles once it serves, shows its health, and SIGTERM ends it with 0."""
     asked = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
     port = free_port()
     worker = CliProcess(
-        tmp_path, "work", data_dir=tmp_path, roles="trace,generate", metrics_port=port, **asked, **stores
+        tmp_path, "worker", data_dir=tmp_path, roles="trace,generate", metrics_port=port, **asked, **stores
     )
     try:
         wait_until(lambda: not worker.alive() or worker.stdout(), "the worker's words")

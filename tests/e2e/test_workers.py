@@ -193,7 +193,7 @@ def test_another_model_is_refused(healthy_deployment: Deployment, tmp_path: Path
     corpus.write_text("\n".join(f"{EDIT_PROMPT} Paris, and {i} is a number." for i in range(60)))
     (tmp_path / "recipe.json").write_text(json.dumps({"source": "test", "rome": {"layers": [1], "steps": 5}}))
     foreign_worker = healthy_deployment.start(
-        "work", model=tmp_path, data_dir=tmp_path, corpus=corpus, covariance_tokens=1000
+        "worker", model=tmp_path, data_dir=tmp_path, corpus=corpus, covariance_tokens=1000
     )
     assert foreign_worker.wait() not in (0, None)
     assert "model" in foreign_worker.log() and "Traceback" not in foreign_worker.log()

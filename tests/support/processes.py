@@ -249,12 +249,18 @@ class EmbeddedService(ServiceClient):
 
 
 class Deployment(ServiceClient):
-    """`palimpsest api` and some `palimpsest work`, on PostgreSQL and Redis. The API keeps its port when it is started
+    """`palimpsest api` and some `palimpsest worker`, on PostgreSQL and Redis. The API keeps its port when it is started
     again."""
 
     def __init__(self, data: Path, stores: Mapping[str, object], workers: int = 1) -> None:
         self.data = data
-        self.settings = {"data_dir": data, "threads": 1, "worker_timeout": LEASE_SECONDS, "max_attempts": 10, **stores}
+        self.settings = {
+            "data_dir": data,
+            "threads": 1,
+            "worker_timeout": LEASE_SECONDS,
+            "max_attempts": 10,
+            **stores,
+        }
         self._process_count = 0
         self._port = free_port()
         self.processes: list[CliProcess] = []
@@ -289,7 +295,7 @@ class Deployment(ServiceClient):
         return worker
 
     def start_worker(self, **settings: object) -> CliProcess:
-        return self.start("work", **settings)
+        return self.start("worker", **settings)
 
     def start(self, command: str, **settings: object) -> CliProcess:
         self._process_count += 1
@@ -300,7 +306,7 @@ class Deployment(ServiceClient):
     @property
     def running_workers(self) -> list[CliProcess]:
         """The workers whose processes run."""
-        return [p for p in self.processes if p.name == "palimpsest work" and p.alive()]
+        return [p for p in self.processes if p.name == "palimpsest worker" and p.alive()]
 
     @contextmanager
     def only_worker(self, worker: CliProcess) -> Iterator[None]:

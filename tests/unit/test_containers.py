@@ -90,7 +90,7 @@ def test_every_command_can_be_given() -> None:
     [script] = tomllib.loads(read_file("pyproject.toml"))["project"]["scripts"]
     images_commands = [single_instruction("api", "CMD"), single_instruction("worker", "CMD")]
     commands = [yaml.safe_load(words) for words in images_commands] + [services()["migrate"]["command"]]
-    assert commands == [["api"], ["work"], ["migrate"]]
+    assert commands == [["api"], ["worker"], ["migrate"]]
     for command in commands:
         assert build_parser().parse_args(command).run
     for stage in ("api", "worker"):

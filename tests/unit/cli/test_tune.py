@@ -36,7 +36,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command_line(folder: Path, *more: str) -> list[str]:
-    given = ["--facts", folder / "facts.json", "--data-dir", folder / "data", "--corpus", folder / "texts.txt"]
+    given = [
+        "--facts",
+        folder / "facts.json",
+        "--data-dir",
+        folder / "data",
+        "--corpus",
+        folder / "texts.txt",
+    ]
     words = ["prepare", folder / "model", *given, "--limit", "10", "--many", "10", *more]
     return [str(word) for word in words]
 
