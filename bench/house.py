@@ -16,9 +16,11 @@ from service.datasets.record import Record
 from service.editing.context import build_editor_context
 from service.engine.engine import Engine, EngineConfig, JobHandler
 from service.engine.versioned_model import VersionedModel
-from service.jobs.job_store import ClaimedJob, WorkerJobs
+from service.jobs.job_store import ClaimedJob, JobStore
+from service.jobs.worker_session import WorkerSession
 from service.kit.ids import new_id
 from service.kit.steps import JobProgress, JobSteps, JobUpdate, Progress, run_to_completion
+from service.ledger.cached import CachedLedger
 from service.models.loading import LoadedModel
 from service.schemas import EditRequest
 from service.settings import Settings
@@ -36,22 +38,24 @@ class BenchService:
         self.container = build_container(Settings(data_dir=folder, redis_url=None, database_url=None))
         self.container.database.migrate()
         context = run_to_completion(build_editor_context(model, folder))
-        worker_jobs = WorkerJobs(
+        worker_session = WorkerSession(
             self.container.database,
             self.container.broker,
             model.fingerprint,
             new_id("worker"),
             single_process=True,
         )
-        self.replica = VersionedModel(model, worker_jobs)
+        job_store = JobStore(worker_session)
+        ledger = CachedLedger(self.container.database, model.fingerprint)
+        self.replica = VersionedModel(model, ledger, worker_session.attest)
         self.durations: Durations = defaultdict(list)
         handlers = {
             kind: record_step_durations(task, self.durations)
-            for kind, task in job_handlers(self.replica, worker_jobs, context).items()
+            for kind, task in job_handlers(self.replica, job_store, context).items()
         }
-        self.engine = Engine(self.replica, worker_jobs, self.container.broker, handlers, config)
-        worker_jobs.register(model_info(model, context), tokenizer_json(model))
-        worker_jobs.heartbeat(0, None)
+        self.engine = Engine(self.replica, worker_session, job_store, self.container.broker, handlers, config)
+        worker_session.register(model_info(model, context), tokenizer_json(model))
+        worker_session.heartbeat(0, None)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self.engine.run, args=(self._stop,))
         self._thread.start()

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     with closing(open_database(settings)) as database:
         reader = ReadOnlyLedger(database, model.fingerprint, device_kind(model.device))
         version = reader.resolve_version(args.version)
-        manifest = write_model(VersionedModel(model, reader), version, folder)
+        manifest = write_model(VersionedModel(model, reader, reader.attest), version, folder)
     err.print(
         strip_control_chars(
             f"{model.name} at version {version}, with {len(manifest['edits'])} edits in its weights, is in {folder}. "

@@ -7,7 +7,7 @@ import threading
 import time
 
 from service.engine.engine import Engine
-from service.jobs.job_store import WorkerJobs
+from service.jobs.worker_session import WorkerSession
 
 log = logging.getLogger(__name__)
 
@@ -18,9 +18,9 @@ class HeartbeatThread:
     There is room for several beats in a lease, and a bell that was lost is rung again within one.
     """
 
-    def __init__(self, engine: Engine, worker_jobs: WorkerJobs, lease: float) -> None:
+    def __init__(self, engine: Engine, worker_session: WorkerSession, lease: float) -> None:
         self.paused = True  # until the worker is registered
-        self._engine, self._worker_jobs = engine, worker_jobs
+        self._engine, self._worker_session = engine, worker_session
         self._interval = min(max(lease / 10, 0.2), 5.0)
         self._sweep_interval = min(max(lease / 3, 0.5), 20.0)
         self._last_sweep_at = float("-inf")
@@ -54,7 +54,7 @@ class HeartbeatThread:
         if self.paused or self._engine.hung:
             return
         if self._engine.served_version is not None:
-            self._worker_jobs.heartbeat(*self._engine.served_version)
+            self._worker_session.heartbeat(*self._engine.served_version)
         if time.monotonic() - self._last_sweep_at >= self._sweep_interval:
-            self._worker_jobs.notify_lost_jobs()
+            self._worker_session.notify_lost_jobs()
             self._last_sweep_at = time.monotonic()

@@ -18,7 +18,7 @@ from service.evaluation import runner
 from service.exporting.export_job import export_version
 from service.jobs import artifacts
 from service.jobs.broker import JOB_KINDS
-from service.jobs.job_store import ClaimedJob, WorkerJobs
+from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit.artifact_store import get_json
 from service.kit.steps import JobSteps, Progress, Stepper, retry_while_unavailable
 from service.kit.text import Statement
@@ -33,29 +33,29 @@ CHUNK_BYTES = 2**22  # bytes of an export that go to the store at once
 
 def job_handlers(
     replica: VersionedModel,
-    worker_jobs: WorkerJobs,
+    job_store: JobStore,
     context: EditorContext,
     kinds: Collection[str] = JOB_KINDS,
 ) -> JobHandlers:
     """Kind of job -> the steps of one (of an edit: of several together), for those that are asked for."""
 
     def edit(*jobs: ClaimedJob) -> JobSteps:
-        return with_job_metrics(jobs, run_edits(replica, worker_jobs, jobs, context))
+        return with_job_metrics(jobs, run_edits(replica, job_store, jobs, context))
 
     def trace(job: ClaimedJob) -> JobSteps:
-        return with_job_metrics([job], run_trace(replica, worker_jobs, job))
+        return with_job_metrics([job], run_trace(replica, job_store, job))
 
     def evaluation(job: ClaimedJob) -> JobSteps:
-        return with_job_metrics([job], run_evaluation(replica, worker_jobs, context, job))
+        return with_job_metrics([job], run_evaluation(replica, job_store, context, job))
 
     def export(job: ClaimedJob) -> JobSteps:
-        return with_job_metrics([job], run_export(replica, worker_jobs, context, job))
+        return with_job_metrics([job], run_export(replica, job_store, context, job))
 
     handlers: JobHandlers = {"edit": edit, "trace": trace, "export": export, "evaluation": evaluation}
     return {kind: steps for kind, steps in handlers.items() if kind in kinds}
 
 
-def run_trace(replica: VersionedModel, worker_jobs: WorkerJobs, job: ClaimedJob) -> Stepper[None]:
+def run_trace(replica: VersionedModel, job_store: JobStore, job: ClaimedJob) -> Stepper[None]:
     """A causal trace at the version that "head" means when the job begins."""
     request = TraceRequest.model_validate(job.request)
     version = resolve_version(request.version, replica.head())
@@ -74,28 +74,28 @@ def run_trace(replica: VersionedModel, worker_jobs: WorkerJobs, job: ClaimedJob)
     )
     result = yield from replica.step_with_weights(replica.weights(version), steps)
     yield from retry_while_unavailable(
-        partial(worker_jobs.finish, job, "done", {**result.to_json(), "version": version})
+        partial(job_store.finish, job, "done", {**result.to_json(), "version": version})
     )
 
 
 class JobArtifactStore:
     """What a job keeps as it goes, where whoever goes on with it finds it."""
 
-    def __init__(self, worker_jobs: WorkerJobs, job: ClaimedJob) -> None:
-        self._worker_jobs, self._job = worker_jobs, job
+    def __init__(self, job_store: JobStore, job: ClaimedJob) -> None:
+        self._job_store, self._job = job_store, job
 
     def get(self, name: str) -> bytes | None:
-        return self._worker_jobs.get_artifact(self._job, name)
+        return self._job_store.get_artifact(self._job, name)
 
     def put(self, name: str, data: bytes) -> None:
-        self._worker_jobs.put_artifact(self._job, name, data)
+        self._job_store.put_artifact(self._job, name, data)
 
 
 def run_evaluation(
-    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, job: ClaimedJob
+    replica: VersionedModel, job_store: JobStore, context: EditorContext, job: ClaimedJob
 ) -> Stepper[None]:
     """An evaluation of edits of the base model. An attempt goes on where the one before it was when its worker died."""
-    store = JobArtifactStore(worker_jobs, job)
+    store = JobArtifactStore(job_store, job)
     rows = get_json(store, artifacts.RECORDS)
     request = EvaluationRequest.model_validate({**job.request, "records": rows})
     source = rows if rows is not None else find_facts_file(context.model.folder)
@@ -104,11 +104,11 @@ def run_evaluation(
     loaded = load_records(source, request.seed, request.limit or MAX_RECORDS)
     result = yield from runner.run_evaluation(replica, context, request.plan(), loaded.records, store)
     result["records"] |= {"format": loaded.format, "skipped": loaded.skipped}
-    yield from retry_while_unavailable(partial(worker_jobs.finish, job, "done", result))
+    yield from retry_while_unavailable(partial(job_store.finish, job, "done", result))
 
 
 def run_export(
-    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, job: ClaimedJob
+    replica: VersionedModel, job_store: JobStore, context: EditorContext, job: ClaimedJob
 ) -> Stepper[None]:
     """An export, made here and kept in pieces where every API finds them."""
     request = ExportRequest.model_validate(job.request)
@@ -121,8 +121,8 @@ def run_export(
             data = file.read(CHUNK_BYTES)
             digest.update(data)
             yield from retry_while_unavailable(
-                partial(worker_jobs.put_artifact, job, artifacts.chunk_name(number), data)
+                partial(job_store.put_artifact, job, artifacts.chunk_name(number), data)
             )
             yield Progress("store", number + 1, count)
     result = {**manifest, "bytes": size, "sha256": digest.hexdigest(), "pieces": count}
-    yield from retry_while_unavailable(partial(worker_jobs.finish, job, "done", result))
+    yield from retry_while_unavailable(partial(job_store.finish, job, "done", result))

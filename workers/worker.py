@@ -14,11 +14,13 @@ from service.engine.engine import Engine, EngineConfig
 from service.engine.versioned_model import VersionedModel
 from service.errors import DigestMismatch, Misconfigured, PalimpsestError, Unavailable
 from service.jobs.broker import CALL_KINDS
-from service.jobs.job_store import WorkerJobs, delete_all_workers
+from service.jobs.job_store import JobStore
+from service.jobs.worker_session import WorkerSession, delete_all_workers
 from service.kit import metrics
 from service.kit.ids import new_id
 from service.kit.retry import retry_until_available
 from service.kit.steps import Progress
+from service.ledger.cached import CachedLedger
 from service.models.loading import LoadedModel
 from service.settings import Settings
 from workers.heartbeat import HeartbeatThread
@@ -117,20 +119,19 @@ class Worker:
             delete_all_workers(container.database)  # before the long loading: nobody is ready meanwhile
         model = self._load()
         self.model = model.name
-        worker_jobs = WorkerJobs(
+        worker_session = WorkerSession(
             container.database,
             container.broker,
             model.fingerprint,
             self.id,
-            settings.max_attempts,
             lease=settings.worker_timeout,
             single_process=container.single_process,
         )
-        self._retry_until_available(lambda: self._refuse_foreign_workers(worker_jobs))
+        self._retry_until_available(lambda: self._refuse_foreign_workers(worker_session))
         context = self._prepare(model)
         if context is not None:
-            self._engine = self._make_engine(model, worker_jobs, context)
-            self._serve(self._engine, worker_jobs, context)
+            self._engine = self._make_engine(model, worker_session, context)
+            self._serve(self._engine, worker_session, context)
 
     def _retry_until_available(self, action: Callable[[], None]) -> None:
         """Retry an action of the start: a process that exited would have to load the model again."""
@@ -143,18 +144,24 @@ class Worker:
             ),
         )
 
-    def _make_engine(self, model: LoadedModel, worker_jobs: WorkerJobs, context: EditorContext) -> Engine:
+    def _make_engine(
+        self, model: LoadedModel, worker_session: WorkerSession, context: EditorContext
+    ) -> Engine:
         """The loop, for the kinds of work of this worker's roles."""
         accepted_kinds = kinds_of_roles(self.roles)
-        replica = VersionedModel(model, worker_jobs)
+        ledger = CachedLedger(worker_session.database, worker_session.model)
+        job_store = JobStore(worker_session, self._settings.max_attempts)
+        replica = VersionedModel(model, ledger, worker_session.attest)
         call_kinds = tuple(kind for kind in CALL_KINDS if kind in accepted_kinds)
         config = EngineConfig(max_edits_per_group=self._settings.max_edits_per_batch)
-        handlers = job_handlers(replica, worker_jobs, context, accepted_kinds)
-        return Engine(replica, worker_jobs, self._container.broker, handlers, config, call_kinds)
+        handlers = job_handlers(replica, job_store, context, accepted_kinds)
+        return Engine(
+            replica, worker_session, job_store, self._container.broker, handlers, config, call_kinds
+        )
 
-    def _refuse_foreign_workers(self, worker_jobs: WorkerJobs) -> None:
+    def _refuse_foreign_workers(self, worker_session: WorkerSession) -> None:
         """One service has one model: edits of another would wait for ever."""
-        if foreign_workers := worker_jobs.foreign_workers():
+        if foreign_workers := worker_session.foreign_workers():
             raise Misconfigured(
                 f"another model is being served: {'; '.join(foreign_workers)}. Stop its workers first (one that was killed counts "
                 f"for {self._settings.worker_timeout:.0f} seconds), or start this one with their --model."
@@ -183,29 +190,33 @@ class Worker:
         steps.close()
         return None
 
-    def _serve(self, engine: Engine, worker_jobs: WorkerJobs, context: EditorContext) -> None:
+    def _serve(self, engine: Engine, worker_session: WorkerSession, context: EditorContext) -> None:
         """Register, and run the loop until it is stopped; a loop that falls is shown as such and started again."""
-        heartbeat = HeartbeatThread(engine, worker_jobs, self._settings.worker_timeout)
+        heartbeat = HeartbeatThread(engine, worker_session, self._settings.worker_timeout)
         heartbeat.start()
         try:
-            self._serve_with_restarts(engine, worker_jobs, heartbeat, context)
+            self._serve_with_restarts(engine, worker_session, heartbeat, context)
         finally:
             heartbeat.stop()
-            self._deregister(worker_jobs)
+            self._deregister(worker_session)
 
     def _serve_with_restarts(
-        self, engine: Engine, worker_jobs: WorkerJobs, heartbeat: HeartbeatThread, context: EditorContext
+        self,
+        engine: Engine,
+        worker_session: WorkerSession,
+        heartbeat: HeartbeatThread,
+        context: EditorContext,
     ) -> None:
         """The loop, again and again, with ever longer pauses while it falls."""
         while True:
             started = time.monotonic()
             try:
-                self._register(worker_jobs, heartbeat, context)
+                self._register(worker_session, heartbeat, context)
                 return engine.run(self._stop)
             except (DigestMismatch, Misconfigured):
                 raise
             except Exception as error:
-                self._mark_down(error, worker_jobs, heartbeat)
+                self._mark_down(error, worker_session, heartbeat)
             self._crashes = 1 if time.monotonic() - started > STABLE_AFTER else self._crashes + 1
             if self._stop.wait(min(RESTART_DELAY * 2 ** (self._crashes - 1), self._max_restart_delay)):
                 return self._requeue_work(engine)
@@ -217,16 +228,18 @@ class Worker:
         except Exception as error:  # it is taken over when its leases are over
             log.warning("cannot hand back", extra={"detail": str(error)})
 
-    def _register(self, worker_jobs: WorkerJobs, heartbeat: HeartbeatThread, context: EditorContext) -> None:
+    def _register(
+        self, worker_session: WorkerSession, heartbeat: HeartbeatThread, context: EditorContext
+    ) -> None:
         """Be among the living."""
-        self._refuse_foreign_workers(worker_jobs)
-        worker_jobs.register(model_info(context.model, context), tokenizer_json(context.model), self.roles)
+        self._refuse_foreign_workers(worker_session)
+        worker_session.register(model_info(context.model, context), tokenizer_json(context.model), self.roles)
         heartbeat.resume()
         self.error = None
         self.ready.set()
         log.info("registered", extra={"worker": self.id, "model": context.model.name})
 
-    def _mark_down(self, error: Exception, worker_jobs: WorkerJobs, heartbeat: HeartbeatThread) -> None:
+    def _mark_down(self, error: Exception, worker_session: WorkerSession, heartbeat: HeartbeatThread) -> None:
         """Nobody serves: no heartbeat. When something that all need is down, what was begun here is gone on with, if
         that is within the lease; a loop at fault gives it up at once."""
         metrics.ENGINE_RESTARTS.inc()
@@ -235,12 +248,12 @@ class Worker:
             log.warning("waiting", extra={"worker": self.id, "detail": error.detail})
         else:
             log.error("loop fell", exc_info=error, extra={"worker": self.id})
-            self._deregister(worker_jobs)
+            self._deregister(worker_session)
         self.error = error
         self.ready.clear()
 
-    def _deregister(self, worker_jobs: WorkerJobs) -> None:
+    def _deregister(self, worker_session: WorkerSession) -> None:
         try:
-            worker_jobs.deregister()
+            worker_session.deregister()
         except Exception as error:  # the lease ends it
             log.warning("cannot leave", extra={"detail": str(error)})

@@ -43,7 +43,7 @@ from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_pres
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, Unavailable
 from service.jobs import artifacts as parts
-from service.jobs.job_store import ClaimedJob, WorkerJobs
+from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit import crash_points
 from service.kit.steps import (
     JobFinished,
@@ -86,13 +86,13 @@ class PreparedEdit:
 
 
 def run_edits(
-    replica: VersionedModel, worker_jobs: WorkerJobs, jobs: Sequence[ClaimedJob], context: EditorContext
+    replica: VersionedModel, job_store: JobStore, jobs: Sequence[ClaimedJob], context: EditorContext
 ) -> JobSteps:
     """Carry out edit jobs to their ends: applied (by a dry run without a version) or rejected; or ended with an error that a
     user should read."""
     for group in group_compatible_jobs(jobs):
-        members = yield from _prepare_edits(replica, worker_jobs, context, group)
-        yield from _commit_group(replica, worker_jobs, context, members)
+        members = yield from _prepare_edits(replica, job_store, context, group)
+        yield from _commit_group(replica, job_store, context, members)
 
 
 def group_compatible_jobs(jobs: Iterable[ClaimedJob]) -> list[list[ClaimedJob]]:
@@ -129,8 +129,8 @@ def _isolate_failures(job: ClaimedJob, steps: Stepper[T]) -> Generator[JobUpdate
         return None
 
 
-def _raise_if_cancelled(worker_jobs: WorkerJobs, job: ClaimedJob) -> None:
-    if worker_jobs.cancel_requested(job):
+def _raise_if_cancelled(job_store: JobStore, job: ClaimedJob) -> None:
+    if job_store.cancel_requested(job):
         raise Cancelled("the edit was cancelled before it landed.")
 
 
@@ -148,7 +148,7 @@ class _ResolvedJob:
 
 
 def _prepare_edits(
-    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, jobs: Sequence[ClaimedJob]
+    replica: VersionedModel, job_store: JobStore, context: EditorContext, jobs: Sequence[ClaimedJob]
 ) -> Generator[JobUpdate, None, list[PreparedEdit]]:
     """Find the associations of each, on the base model whatever is active; of an edit that was imported they are given."""
     resolved_jobs: list[_ResolvedJob] = []
@@ -156,27 +156,27 @@ def _prepare_edits(
     for job in jobs:
         if is_imported(job):
             imported_edit = yield from _isolate_failures(
-                job, _load_imported_edit(replica, worker_jobs, context, job)
+                job, _load_imported_edit(replica, job_store, context, job)
             )
             members += [] if imported_edit is None else [imported_edit]
             continue
-        resolved_job = yield from _isolate_failures(job, _resolve_job(replica, worker_jobs, context, job))
+        resolved_job = yield from _isolate_failures(job, _resolve_job(replica, job_store, context, job))
         if resolved_job is not None:
             resolved_jobs.append(resolved_job)
     resolved_by_id = {s.job.id: s for s in resolved_jobs}
     for batch in batch_edit_specs(replica.base, [s.spec for s in resolved_jobs]):
         members += yield from _find_or_isolate(
-            replica, worker_jobs, context, [resolved_by_id[wanted.edit] for wanted in batch]
+            replica, job_store, context, [resolved_by_id[wanted.edit] for wanted in batch]
         )
     position = {job.id: number for number, job in enumerate(jobs)}
     return sorted(members, key=lambda m: position[m.job.id])
 
 
 def _resolve_job(
-    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, job: ClaimedJob
+    replica: VersionedModel, job_store: JobStore, context: EditorContext, job: ClaimedJob
 ) -> Stepper[_ResolvedJob]:
     started_at = time.monotonic()
-    _raise_if_cancelled(worker_jobs, job)
+    _raise_if_cancelled(job_store, job)
     request = EditRequest.model_validate(job.request)
     resolved_edit = yield from resolve_edit(replica, request, context)
     spec = yield from build_admitted_spec(replica, context, resolved_edit, job.id)
@@ -185,12 +185,12 @@ def _resolve_job(
 
 def _find_or_isolate(
     replica: VersionedModel,
-    worker_jobs: WorkerJobs,
+    job_store: JobStore,
     context: EditorContext,
     resolved_jobs: Sequence[_ResolvedJob],
 ) -> Generator[JobUpdate, None, list[PreparedEdit]]:
     """Side by side; should that fail, one by one, so that each has its own error."""
-    finding = _find_batch(replica, worker_jobs, context, resolved_jobs)
+    finding = _find_batch(replica, job_store, context, resolved_jobs)
     if len(resolved_jobs) == 1:
         return (yield from _isolate_failures(resolved_jobs[0].job, finding)) or []
     try:
@@ -200,18 +200,18 @@ def _find_or_isolate(
     except Exception:
         members: list[PreparedEdit] = []
         for s in resolved_jobs:
-            members += yield from _find_or_isolate(replica, worker_jobs, context, [s])
+            members += yield from _find_or_isolate(replica, job_store, context, [s])
         return members
 
 
 def _find_batch(
     replica: VersionedModel,
-    worker_jobs: WorkerJobs,
+    job_store: JobStore,
     context: EditorContext,
     resolved_jobs: Sequence[_ResolvedJob],
 ) -> Stepper[list[PreparedEdit]]:
     for s in resolved_jobs:
-        _raise_if_cancelled(worker_jobs, s.job)
+        _raise_if_cancelled(job_store, s.job)
     hparams = [s.resolved_edit.parameters for s in resolved_jobs]
     layers = sorted({x for p in hparams if isinstance(p, RomeParameters) for x in p.layers})
     statistics = yield from context.get_statistics(layers)
@@ -228,14 +228,12 @@ def is_imported(job: ClaimedJob) -> bool:
 
 
 def _load_imported_edit(
-    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, job: ClaimedJob
+    replica: VersionedModel, job_store: JobStore, context: EditorContext, job: ClaimedJob
 ) -> Stepper[PreparedEdit]:
     """An imported edit as it stands after the search that it has behind it: it lands as it is, or not at all."""
     started_at = time.monotonic()
-    _raise_if_cancelled(worker_jobs, job)
-    artifacts = [
-        worker_jobs.get_artifact(job, name) for name in (parts.IMPORTED_FACTORS, parts.IMPORTED_BODY)
-    ]
+    _raise_if_cancelled(job_store, job)
+    artifacts = [job_store.get_artifact(job, name) for name in (parts.IMPORTED_FACTORS, parts.IMPORTED_BODY)]
     if None in artifacts:
         raise Conflict("what was imported is no longer kept: import it again.")
     factors, body = artifacts[0] or b"", json.loads(artifacts[1] or b"")
@@ -312,7 +310,7 @@ def build_admitted_spec(
 
 
 def _commit_group(
-    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, members: Sequence[PreparedEdit]
+    replica: VersionedModel, job_store: JobStore, context: EditorContext, members: Sequence[PreparedEdit]
 ) -> JobSteps:
     """Try them in one version, and land them when all are fit; else the fit without the others, and the others alone.
 
@@ -320,7 +318,7 @@ def _commit_group(
     """
     if len(members) < 2:
         for m in members:
-            yield from _isolate_failures(m.job, commit_alone(replica, worker_jobs, context, m))
+            yield from _isolate_failures(m.job, commit_alone(replica, job_store, context, m))
             yield JobFinished(m.job.id)
         return
     head = replica.head()
@@ -333,19 +331,19 @@ def _commit_group(
         if t.accepted or not m.candidate.resolved_edit.request.guard.enabled
     ]
     if len(passing) == len(members):
-        remaining = yield from _commit_in_order(replica, worker_jobs, context, members, guard_results, head)
-        yield from _commit_group(replica, worker_jobs, context, remaining)
+        remaining = yield from _commit_in_order(replica, job_store, context, members, guard_results, head)
+        yield from _commit_group(replica, job_store, context, remaining)
         return
     failing = [m for m in members if m not in passing]
     middle = len(members) // 2
     subgroups = [passing, *([m] for m in failing)] if passing else [members[:middle], members[middle:]]
     for subgroup in subgroups:
-        yield from _commit_group(replica, worker_jobs, context, subgroup)
+        yield from _commit_group(replica, job_store, context, subgroup)
 
 
 def _commit_in_order(
     replica: VersionedModel,
-    worker_jobs: WorkerJobs,
+    job_store: JobStore,
     context: EditorContext,
     members: Sequence[PreparedEdit],
     guard_results: Sequence[GuardResult],
@@ -356,8 +354,8 @@ def _commit_in_order(
     for number, (m, guard_result) in enumerate(zip(members, guard_results, strict=True)):
         others = [name for name in edit_ids if name != m.job.id]
         try:
-            _raise_if_cancelled(worker_jobs, m.job)
-            yield from _commit_one(replica, worker_jobs, context, m, guard_result, head + number, others)
+            _raise_if_cancelled(job_store, m.job)
+            yield from _commit_one(replica, job_store, context, m, guard_result, head + number, others)
         except Conflict:
             yield HEAD_MOVED
             return members[number:]
@@ -374,7 +372,7 @@ def _commit_in_order(
 
 def _commit_one(
     replica: VersionedModel,
-    worker_jobs: WorkerJobs,
+    job_store: JobStore,
     context: EditorContext,
     member: PreparedEdit,
     guard_result: GuardResult,
@@ -396,12 +394,12 @@ def _commit_one(
         )
     crash_points.crash_point("edit.after_compute")
     yield from retry_while_unavailable(
-        partial(worker_jobs.commit_edit, member.job, head, factors, body, result)
+        partial(job_store.commit_edit, member.job, head, factors, body, result)
     )
 
 
 def commit_alone(
-    replica: VersionedModel, worker_jobs: WorkerJobs, context: EditorContext, member: PreparedEdit
+    replica: VersionedModel, job_store: JobStore, context: EditorContext, member: PreparedEdit
 ) -> Stepper[None]:
     """Try it, stronger and stronger until it takes, and land it; or end it as evaluated or rejected."""
     job, candidate = member.job, member.candidate
@@ -411,17 +409,17 @@ def commit_alone(
         baseline = yield from measure_baseline(replica, context, [candidate], head)
         guard_result = yield from choose_strength(replica, context, candidate, baseline)
         acceptable = guard_result.passed or not request.guard.enabled
-        _raise_if_cancelled(worker_jobs, job)
+        _raise_if_cancelled(job_store, job)
         if request.dry_run or not acceptable:
             result = edit_report(
                 candidate.resolved_edit, candidate.factors, guard_result, time.monotonic() - member.started_at
             )
             yield from retry_while_unavailable(
-                partial(worker_jobs.finish, job, "evaluated" if acceptable else "rejected", result)
+                partial(job_store.finish, job, "evaluated" if acceptable else "rejected", result)
             )
             return
         try:
-            yield from _commit_one(replica, worker_jobs, context, member, guard_result, head, ())
+            yield from _commit_one(replica, job_store, context, member, guard_result, head, ())
         except Conflict:
             yield HEAD_MOVED
         else:

@@ -33,7 +33,8 @@ from service.engine.scheduler import MAX_PREFILL_TOKENS, Scheduler
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, DigestMismatch, InvalidInput, LeaseLost, PalimpsestError, Unavailable
 from service.jobs.broker import CALL_KINDS, WORK_KINDS, Broker, Delivery
-from service.jobs.job_store import ClaimedJob, WorkerJobs
+from service.jobs.job_store import ClaimedJob, JobStore
+from service.jobs.worker_session import WorkerSession
 from service.kit import crash_points, metrics
 from service.kit.steps import JobFinished, JobProgress, JobSteps, JobUpdate, Progress
 from service.models import memory_estimates
@@ -87,7 +88,8 @@ class Engine:
     def __init__(
         self,
         replica: VersionedModel,
-        worker_jobs: WorkerJobs,
+        worker_session: WorkerSession,
+        job_store: JobStore,
         broker: Broker,
         handlers: Mapping[str, JobHandler],
         config: EngineConfig | None = None,
@@ -98,7 +100,8 @@ class Engine:
             None  #: the newest version that the replica can serve, and its digest
         )
         self.last_step_at = time.monotonic()  #: when the loop last came round
-        self._worker_jobs = worker_jobs
+        self._worker_session = worker_session
+        self._job_store = job_store
         self._broker = broker
         self._handlers = handlers
         self._call_kinds = tuple(kind for kind in WORK_KINDS if kind in call_kinds)
@@ -264,7 +267,7 @@ class Engine:
         members: JobsById = {}
         deliveries: list[Delivery] = []
         try:
-            share = -(-(self._broker.queue_depth("edit") + 1) // self._worker_jobs.count_edit_workers())
+            share = -(-(self._broker.queue_depth("edit") + 1) // self._worker_session.count_edit_workers())
             if (wanted_count := min(self._config.max_edits_per_group, share) - 1) > 0:
                 deliveries = self._broker.receive(("edit",), wanted_count, 0)
             while deliveries:
@@ -278,7 +281,7 @@ class Engine:
     def _claim_job(self, delivery: Delivery) -> JobsById:
         """The job, begun; nothing when there is nothing to do for it."""
         try:
-            job = self._worker_jobs.claim(delivery.job_id)
+            job = self._job_store.claim(delivery.job_id)
         except Unavailable:
             raise
         except Exception:  # the row is as it was: the sweep rings for it again
@@ -355,7 +358,7 @@ class Engine:
             return
         group = self._job_groups[-1]
         try:
-            if all(self._worker_jobs.cancel_requested(job) for job in group.jobs):
+            if all(self._job_store.cancel_requested(job) for job in group.jobs):
                 raise Cancelled("the job was cancelled while it ran.")
             update = next(group.steps)
         except DigestMismatch:
@@ -385,17 +388,15 @@ class Engine:
         fields = log_fields(job)
         if isinstance(error, Cancelled):
             log.info("job cancelled", extra=fields)
-            self._outbox.defer(self._write_job_end, self._worker_jobs.finish, job, "cancelled", None)
+            self._outbox.defer(self._write_job_end, self._job_store.finish, job, "cancelled", None)
         elif isinstance(error, LeaseLost):
             log.warning("job taken over by another worker", extra=fields)
         elif isinstance(error, PalimpsestError):
             log.info("job failed", extra={**fields, "detail": error.detail})
-            self._outbox.defer(self._write_job_end, self._worker_jobs.fail, job, error)
+            self._outbox.defer(self._write_job_end, self._job_store.fail, job, error)
         else:
             log.error("job failed", exc_info=error, extra=fields)
-            self._outbox.defer(
-                self._write_job_end, self._worker_jobs.fail, job, error_payload(error)["detail"]
-            )
+            self._outbox.defer(self._write_job_end, self._job_store.fail, job, error_payload(error)["detail"])
 
     def _interrupt_group(self, group: JobGroup, error: Unavailable) -> None:
         """Something that the jobs need is down: they wait again, a bounded number of times."""
@@ -411,7 +412,7 @@ class Engine:
         if job_id not in group.members:
             return
         try:
-            self._worker_jobs.report_progress(group.members[job_id][1], progress)
+            self._job_store.report_progress(group.members[job_id][1], progress)
         except LeaseLost as error:
             self._finish_job(group, job_id, error)
 
@@ -423,7 +424,7 @@ class Engine:
             raise
         except Exception:
             log.exception("the end of a job cannot be written", extra=log_fields(job))
-            self._worker_jobs.forget_locally(job)
+            self._job_store.forget_locally(job)
 
     def _finish_group(self, group: JobGroup, error: Exception | None = None) -> None:
         """The steps have come to an end: so have all jobs that were left."""
@@ -500,8 +501,8 @@ class Engine:
             # Older versions can still be served; readiness shows that this replica is not at head.
             log.exception("version cannot be built", extra={"version": head})
             return
-        self._worker_jobs.heartbeat(head, digest)
-        self._worker_jobs.record_capacity(head, self.replica.remaining_capacity(head))
+        self._worker_session.heartbeat(head, digest)
+        self._worker_session.record_capacity(head, self.replica.remaining_capacity(head))
         self.served_version = (head, digest)
         log.info("version reached", extra={"version": head, "digest": digest})
 
@@ -553,7 +554,7 @@ class Engine:
     def _release_call(self, call: RunningGeneration | RunningComparison) -> None:
         """Another worker answers a call that cannot be ended here. Where there is none, a client that has heard a part
         of it is told."""
-        if self._worker_jobs.single_process and isinstance(call, RunningGeneration) and call.has_output:
+        if self._worker_session.single_process and isinstance(call, RunningGeneration) and call.has_output:
             self._fail_call(call.delivery, WORKER_STOPPING)
         else:
             self._outbox.defer(self._broker.nack, call.delivery)
@@ -563,7 +564,7 @@ class Engine:
         self._drop_group(group)
         for delivery, job in group.members.values():
             log.info("job handed back", extra=log_fields(job))
-            self._outbox.defer(self._write_job_end, self._worker_jobs.requeue, job)
+            self._outbox.defer(self._write_job_end, self._job_store.requeue, job)
             self._acknowledge(delivery)
 
 

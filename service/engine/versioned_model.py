@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -29,15 +29,13 @@ MAX_CACHED_VERSIONS = 8  # versions whose weights are kept at hand
 
 
 class ReplicaLedger(Protocol):
-    """What a replica reads of the ledger, and tells it."""
+    """What a replica reads of the ledger."""
 
     def head(self) -> int: ...
 
     def active_at(self, version: int) -> list[tuple[str, dict[str, Any]]]: ...
 
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]: ...
-
-    def attest(self, version: int, digest: str) -> None: ...
 
 
 class EmptyLedger:
@@ -52,18 +50,25 @@ class EmptyLedger:
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
         return {}
 
-    def attest(self, version: int, digest: str) -> None:
-        """Nobody asks."""
-
 
 class VersionedModel:
-    """One resident model and the ledger it follows."""
+    """One resident model and the ledger it follows.
+
+    `attest` is called once for each version with the digest of its weights, before they are used; it raises
+    DigestMismatch when other replicas hold other bytes. Without it versions are not attested.
+    """
 
     def __init__(
-        self, model: LoadedModel, ledger: ReplicaLedger, max_cached_versions: int = MAX_CACHED_VERSIONS
+        self,
+        model: LoadedModel,
+        ledger: ReplicaLedger,
+        attest: Callable[[int, str], None] | None = None,
+        *,
+        max_cached_versions: int = MAX_CACHED_VERSIONS,
     ) -> None:
         self.base = model
         self.ledger = ledger
+        self._attest = attest
         self._max_cached_versions = max_cached_versions
         self._weights: OrderedDict[int, WeightOverrides] = OrderedDict()
         self._attested: dict[int, str] = {}
@@ -101,7 +106,8 @@ class VersionedModel:
         """The digest of a version, attested to once. Raises Disagrees when other replicas hold other bytes."""
         if version not in self._attested:
             digest = self.digest(version)
-            self.ledger.attest(version, digest)
+            if self._attest is not None:
+                self._attest(version, digest)
             self._attested[version] = digest
         return self._attested[version]
 

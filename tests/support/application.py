@@ -18,12 +18,12 @@ from service.errors import PalimpsestError
 from service.evaluation.metrics import CHANGE_SCORES, COMBINED_SCORES, MEASURES
 from service.jobs import artifacts
 from service.jobs.broker import WORK_KINDS, Delivery
-from service.jobs.job_store import WorkerJobs
 from service.kit.steps import Progress
 from service.recipes.recipe import Recipe, RomeParameters
 from service.schemas import EvaluationPlan
 from service.settings import Settings
 from tests.support.migrations import migrate
+from tests.support.workers import WorkerParts
 
 LOOPBACK_NAMES.add("testserver")  # what Starlette's client calls every application
 
@@ -131,9 +131,9 @@ def tokenizer() -> str:
 class FakeWorker:
     """Takes from the broker and publishes, as an engine does, without a model. `hold` keeps it from answering."""
 
-    def __init__(self, worker_jobs: WorkerJobs) -> None:
-        self.worker_jobs = worker_jobs
-        self.broker = worker_jobs.broker
+    def __init__(self, worker_parts: WorkerParts) -> None:
+        self.worker_parts = worker_parts
+        self.broker = worker_parts.broker
         self.may_finish = threading.Event()
         self.may_finish.set()
         self.progress_reported = threading.Event()  # set when a job has told its first progress
@@ -157,7 +157,7 @@ class FakeWorker:
         while not self._stop.is_set():
             if time.monotonic() - last_heartbeat > 5:
                 last_heartbeat = time.monotonic()
-                self.worker_jobs.heartbeat(self.worker_jobs.head())
+                self.worker_parts.session.heartbeat(self.worker_parts.ledger.head())
             for delivery in self.broker.receive(WORK_KINDS, 8, 0.2):
                 self._handle(delivery)
                 self.broker.ack(delivery)
@@ -165,36 +165,36 @@ class FakeWorker:
     def _handle(self, delivery: Delivery) -> None:
         if delivery.kind in ("generate", "compare"):
             self._answer_call(delivery)
-        elif job := self.worker_jobs.claim(delivery.job_id):
-            self.worker_jobs.report_progress(job, Progress("value", 1, 2))
+        elif job := self.worker_parts.jobs.claim(delivery.job_id):
+            self.worker_parts.jobs.report_progress(job, Progress("value", 1, 2))
             self.progress_reported.set()
             self.may_finish.wait(20)
-            self.worker_jobs.report_progress(job, Progress("value", 2, 2))
-            if self.worker_jobs.cancel_requested(job):
-                self.worker_jobs.finish(job, "cancelled")
+            self.worker_parts.jobs.report_progress(job, Progress("value", 2, 2))
+            if self.worker_parts.jobs.cancel_requested(job):
+                self.worker_parts.jobs.finish(job, "cancelled")
             elif job.request.get("target_new") == FAILING_OBJECT:
-                self.worker_jobs.fail(job, "there is no such place.")
+                self.worker_parts.jobs.fail(job, "there is no such place.")
             elif job.kind == "trace":
-                self.worker_jobs.finish(job, "done", TRACE_RESULT)
+                self.worker_parts.jobs.finish(job, "done", TRACE_RESULT)
             elif job.kind == "evaluation":
-                self.worker_jobs.finish(job, "done", EVALUATION_RESULT)
+                self.worker_parts.jobs.finish(job, "done", EVALUATION_RESULT)
             elif job.kind == "export" and self.export_error is not None:
-                self.worker_jobs.fail(job, self.export_error)
+                self.worker_parts.jobs.fail(job, self.export_error)
             elif job.kind == "export":
                 for number, data in enumerate(EXPORT_CHUNKS):
-                    self.worker_jobs.put_artifact(job, artifacts.chunk_name(number), data)
+                    self.worker_parts.jobs.put_artifact(job, artifacts.chunk_name(number), data)
                 file_info = {"file": "tiny-v1-peft.zip", "media_type": "application/zip"}
-                self.worker_jobs.finish(
+                self.worker_parts.jobs.finish(
                     job,
                     "done",
                     {**file_info, "bytes": len(b"".join(EXPORT_CHUNKS)), "pieces": len(EXPORT_CHUNKS)},
                 )
             elif self.reject_edits or job.dry_run:
-                self.worker_jobs.finish(job, "rejected", {"es": 0.0})
+                self.worker_parts.jobs.finish(job, "rejected", {"es": 0.0})
             else:
-                self.worker_jobs.commit_edit(
+                self.worker_parts.jobs.commit_edit(
                     job,
-                    self.worker_jobs.head(),
+                    self.worker_parts.ledger.head(),
                     b"factors of " + job.id.encode(),
                     {"seed": 0} | EDIT_PROVENANCE,
                     {"es": 1.0},
@@ -230,7 +230,7 @@ class TestApp:
         self.database, self.broker = self.container.database, self.container.broker
         self.services = self.container.services
         migrate(self.database)
-        self.worker_jobs = WorkerJobs(
+        self.worker_parts = WorkerParts(
             self.database, self.broker, "f" * 64, "worker-1", single_process=self.container.single_process
         )
         if register:
@@ -244,12 +244,12 @@ class TestApp:
                 "facts": True,
                 "recipe": recipe.model_dump(mode="json"),
             }
-            self.worker_jobs.register(info, tokenizer())
+            self.worker_parts.session.register(info, tokenizer())
         self.app: FastAPI = create_app(self.services, self.broker, self.settings)
         self.worker: FakeWorker | None = None
 
     def start_fake_worker(self) -> FakeWorker:
-        self.worker = FakeWorker(self.worker_jobs)
+        self.worker = FakeWorker(self.worker_parts)
         return self.worker
 
     def close(self) -> None:

@@ -44,7 +44,7 @@ class ShuffledVersionedModel(VersionedModel):
 
     def __init__(self, model: LoadedModel, head: int = 2, layer: int = 1) -> None:
         self.settable_ledger = SettableLedger(head)
-        super().__init__(model, self.settable_ledger)
+        super().__init__(model, self.settable_ledger, self.settable_ledger.attest)
         self.weight_ref = WeightRef(layer)
 
     def _weights_of(self, version: int) -> WeightOverrides:
@@ -57,8 +57,8 @@ class ShuffledVersionedModel(VersionedModel):
         return self._weights[version]
 
 
-class InMemoryWorkerJobs:
-    """A desk whose rows are in memory."""
+class InMemoryJobs:
+    """A job store and a worker session whose rows are in memory."""
 
     def __init__(self, jobs: dict[str, ClaimedJob] | None = None) -> None:
         self.jobs = jobs or {}
@@ -81,7 +81,7 @@ class InMemoryWorkerJobs:
     def cancel_requested(self, job: ClaimedJob) -> bool:
         return job.id in self.cancelled
 
-    def progress(self, job: ClaimedJob, progress: Progress) -> None:
+    def report_progress(self, job: ClaimedJob, progress: Progress) -> None:
         self.reports.append(("progress", job.id, progress.done))
 
     def finish(self, job: ClaimedJob, status: str, result: dict[str, Any] | None = None) -> None:

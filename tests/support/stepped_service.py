@@ -13,7 +13,6 @@ from service.covariance.corpus import Corpus
 from service.editing.context import EditorContext
 from service.editing.edit_job import run_edits
 from service.engine.versioned_model import VersionedModel
-from service.jobs.job_store import WorkerJobs
 from service.kit.steps import JobFinished, run_to_completion
 from service.models.loading import LoadedModel
 from service.recipes.recipe import Recipe, RomeParameters
@@ -21,6 +20,7 @@ from service.schemas import EditRequest
 from service.settings import Settings
 from tests.support.migrations import migrate
 from tests.support.tiny_models import TEXTS, tiny
+from tests.support.workers import WorkerParts
 from workers.job_handlers import run_export
 from workers.model_info import model_info, tokenizer_json
 
@@ -42,22 +42,22 @@ class SteppedService:
         migrate(self.container.database)
         self.services = self.container.services
         self.context = EditorContext(model, RECIPE, Corpus("test", tuple(TEXTS)), None)
-        self.worker_jobs = WorkerJobs(
+        self.worker_parts = WorkerParts(
             self.container.database,
             self.container.broker,
             model.fingerprint,
             "worker-1",
             single_process=self.container.single_process,
         )
-        self.worker_jobs.register(model_info(model, self.context), tokenizer_json(model))
-        self.replica = VersionedModel(model, self.worker_jobs)
+        self.worker_parts.session.register(model_info(model, self.context), tokenizer_json(model))
+        self.replica = VersionedModel(model, self.worker_parts.ledger, self.worker_parts.session.attest)
 
     def run_queued_edits(self, *, as_group: bool = False) -> None:
         """Carry out all edits that wait."""
         waiting = [e["id"] for e in self.services.edits.page(status="queued")["items"]][::-1]
-        jobs = [job for job in map(self.worker_jobs.claim, waiting) if job is not None]
+        jobs = [job for job in map(self.worker_parts.jobs.claim, waiting) if job is not None]
         for group in [jobs] if as_group else [[job] for job in jobs]:
-            for update in run_edits(self.replica, self.worker_jobs, group, self.context):
+            for update in run_edits(self.replica, self.worker_parts.jobs, group, self.context):
                 if isinstance(update, JobFinished) and update.error is not None:
                     raise update.error
 
@@ -79,8 +79,8 @@ class SteppedService:
     def export(self, version: Any = "head", file_format: str = "peft") -> Resource:
         """Ask for an export and carry it out."""
         submitted = self.services.exports.submit(version, file_format, "key:alice")
-        if job := self.worker_jobs.claim(submitted["id"]):
-            run_to_completion(run_export(self.replica, self.worker_jobs, self.context, job))
+        if job := self.worker_parts.jobs.claim(submitted["id"]):
+            run_to_completion(run_export(self.replica, self.worker_parts.jobs, self.context, job))
         return self.services.exports.get(submitted["id"])
 
     def export_edit_set(self, version: Any = "head") -> bytes:

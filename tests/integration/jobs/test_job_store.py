@@ -22,9 +22,8 @@ from service.db.database import Database
 from service.db.models import Job, JobArtifact, Worker, now
 from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, LeaseLost, NotFound, Unavailable
 from service.jobs import attestations
-from service.jobs import job_store as worker_jobs_module
+from service.jobs import worker_session as worker_session_module
 from service.jobs.broker import Broker
-from service.jobs.job_store import WorkerJobs
 from service.jobs.memory_broker import MemoryBroker
 from service.kit import ids
 from service.kit.steps import Progress
@@ -32,6 +31,7 @@ from service.ledger import ledger
 from service.schemas import EditRequest, EvaluationRequest, TraceRequest
 from service.settings import Settings
 from tests.support.served_model import INFO, tokenizer_json
+from tests.support.workers import WorkerParts
 
 MODEL = "fingerprint"
 RECORD = {"subject": "Eiffel Tower", "prompt": "The {} is located in", "target_new": "Rome"}
@@ -48,22 +48,22 @@ def broker(container: Container) -> Any:
 
 
 @pytest.fixture
-def make_worker_jobs(database: Database, broker: Broker) -> Any:
+def make_worker(database: Database, broker: Broker) -> Any:
     def make(worker: Any = "worker-1", model: Any = MODEL, **options: Any) -> Any:
-        worker_jobs = WorkerJobs(database, broker, model, worker, 3, **options)
-        worker_jobs.register(INFO, tokenizer_json())
-        return worker_jobs
+        worker = WorkerParts(database, broker, model, worker, 3, **options)
+        worker.session.register(INFO, tokenizer_json())
+        return worker
 
     return make
 
 
 @pytest.fixture
-def worker_jobs(make_worker_jobs: Callable[..., WorkerJobs]) -> Any:
-    return make_worker_jobs()
+def worker(make_worker: Callable[..., WorkerParts]) -> Any:
+    return make_worker()
 
 
 @pytest.fixture
-def services(database: Database, broker: Broker, worker_jobs: WorkerJobs, tmp_path: Path) -> Any:
+def services(database: Database, broker: Broker, worker: WorkerParts, tmp_path: Path) -> Any:
     return Services(database, broker, Settings(data_dir=tmp_path))
 
 
@@ -78,30 +78,30 @@ def submit_edit(services: Services) -> Any:
     return ask
 
 
-def commit_edit(worker_jobs: WorkerJobs, edit_id: str, **body: Any) -> Any:
-    job = worker_jobs.claim(edit_id)
-    return worker_jobs.commit_edit(
-        job, worker_jobs.head(), edit_id.encode(), {"seed": 1, **body}, {"seconds": 1.0}
+def commit_edit(worker: WorkerParts, edit_id: str, **body: Any) -> Any:
+    job = worker.jobs.claim(edit_id)
+    return worker.jobs.commit_edit(
+        job, worker.ledger.head(), edit_id.encode(), {"seed": 1, **body}, {"seconds": 1.0}
     )
 
 
-def expire_heartbeat(worker_jobs: WorkerJobs) -> None:
+def expire_heartbeat(worker: WorkerParts) -> None:
     """The worker is heard of no more."""
-    with worker_jobs.database.write_session() as session:
+    with worker.database.write_session() as session:
         long_ago = now() - timedelta(hours=1)
-        session.execute(update(Worker).where(Worker.id == worker_jobs.worker).values(heartbeat=long_ago))
+        session.execute(update(Worker).where(Worker.id == worker.id).values(heartbeat=long_ago))
 
 
-def worker_row(worker_jobs: WorkerJobs, worker: Any = "worker-1") -> Any:
-    with worker_jobs.database.read_session() as session:
-        return session.get(Worker, worker)
+def worker_row(worker: WorkerParts, worker_id: str = "worker-1") -> Any:
+    with worker.database.read_session() as session:
+        return session.get(Worker, worker_id)
 
 
 def lose_connection_after_commit(
-    worker_jobs: WorkerJobs, monkeypatch: pytest.MonkeyPatch, times: Any = 1
+    worker: WorkerParts, monkeypatch: pytest.MonkeyPatch, times: Any = 1
 ) -> None:
     """The desk's next commits succeed, and their answers are lost."""
-    session, left = worker_jobs.database.write_session, [times]
+    session, left = worker.database.write_session, [times]
 
     @contextmanager
     def doubtful() -> Iterator[Any]:
@@ -111,7 +111,7 @@ def lose_connection_after_commit(
         if left[0] >= 0:
             raise Unavailable("nobody knows.", outcome="unknown")
 
-    monkeypatch.setattr(worker_jobs.database, "write_session", doubtful)
+    monkeypatch.setattr(worker.database, "write_session", doubtful)
 
 
 def raise_unavailable(*_: Any, **__: Any) -> None:
@@ -127,12 +127,10 @@ def last_event(broker: Broker, job_id: str) -> Any:
 
 
 class TestClaim:
-    def test_claim(
-        self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any], services: Services
-    ) -> None:
+    def test_claim(self, worker: WorkerParts, submit_edit: Callable[..., Any], services: Services) -> None:
         """A job that waits is begun, and its row says so."""
         edit = submit_edit()
-        job = worker_jobs.claim(edit)
+        job = worker.jobs.claim(edit)
         assert (job.id, job.kind, job.attempt, job.request["target_new"]) == (edit, "edit", 1, "Rome")
         found = services.edits.get(edit)
         assert (found["status"], found["attempts"]) == ("running", 1)
@@ -140,115 +138,115 @@ class TestClaim:
 
     def test_only_once(
         self,
-        worker_jobs: WorkerJobs,
-        make_worker_jobs: Callable[..., WorkerJobs],
+        worker: WorkerParts,
+        make_worker: Callable[..., WorkerParts],
         submit_edit: Callable[..., Any],
     ) -> None:
         """A job that runs is begun by nobody else, nor twice by one worker."""
         edit = submit_edit()
-        assert worker_jobs.claim(edit)
-        assert worker_jobs.claim(edit) is None
-        assert make_worker_jobs("worker-2").claim(edit) is None
+        assert worker.jobs.claim(edit)
+        assert worker.jobs.claim(edit) is None
+        assert make_worker("worker-2").jobs.claim(edit) is None
 
-    def test_race(self, make_worker_jobs: Callable[..., WorkerJobs], submit_edit: Callable[..., Any]) -> None:
+    def test_race(self, make_worker: Callable[..., WorkerParts], submit_edit: Callable[..., Any]) -> None:
         """Of many workers that begin one job at once, one does."""
         edit = submit_edit()
-        all_worker_jobs = [make_worker_jobs(f"racer-{n}") for n in range(6)]
-        barrier = threading.Barrier(len(all_worker_jobs))
+        workers = [make_worker(f"racer-{n}") for n in range(6)]
+        barrier = threading.Barrier(len(workers))
 
-        def start(worker_jobs: WorkerJobs) -> Any:
+        def start(worker: WorkerParts) -> Any:
             barrier.wait()
-            return worker_jobs.claim(edit)
+            return worker.jobs.claim(edit)
 
-        with ThreadPoolExecutor(len(all_worker_jobs)) as pool:
-            started = [job for job in pool.map(start, all_worker_jobs) if job]
+        with ThreadPoolExecutor(len(workers)) as pool:
+            started = [job for job in pool.map(start, workers) if job]
         assert len(started) == 1
 
     def test_nothing_to_do(
-        self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any], services: Services
+        self, worker: WorkerParts, submit_edit: Callable[..., Any], services: Services
     ) -> None:
         """A job that is gone, ended or cancelled is not begun."""
         edit = submit_edit()
         services.edits.revert(edit, "somebody")
-        assert worker_jobs.claim(edit) is None
-        assert worker_jobs.claim("edit_gone") is None
+        assert worker.jobs.claim(edit) is None
+        assert worker.jobs.claim("edit_gone") is None
 
     def test_other_model(
-        self, make_worker_jobs: Callable[..., WorkerJobs], submit_edit: Callable[..., Any], services: Services
+        self, make_worker: Callable[..., WorkerParts], submit_edit: Callable[..., Any], services: Services
     ) -> None:
         """A job for another model waits for a worker that has it."""
         edit = submit_edit()
-        assert make_worker_jobs("worker-2", model="other").claim(edit) is None
+        assert make_worker("worker-2", model="other").jobs.claim(edit) is None
         assert services.edits.get(edit)["status"] == "queued"
 
     def test_orphan(
         self,
-        worker_jobs: WorkerJobs,
-        make_worker_jobs: Callable[..., WorkerJobs],
+        worker: WorkerParts,
+        make_worker: Callable[..., WorkerParts],
         submit_edit: Callable[..., Any],
     ) -> None:
         """A job whose worker died is begun again; what the dead one still writes is refused."""
         edit = submit_edit()
-        stale_job = worker_jobs.claim(edit)
-        expire_heartbeat(worker_jobs)
-        successor = make_worker_jobs("worker-2")
-        job = successor.claim(edit)
+        stale_job = worker.jobs.claim(edit)
+        expire_heartbeat(worker)
+        successor = make_worker("worker-2")
+        job = successor.jobs.claim(edit)
         assert job.attempt == 2
         for write in (
-            lambda: worker_jobs.commit_edit(stale_job, 0, b"x", {}, {}),
-            lambda: worker_jobs.finish(stale_job, "rejected", {}),
-            lambda: worker_jobs.fail(stale_job, "x"),
-            lambda: worker_jobs.report_progress(stale_job, Progress("x", 1, 2)),
-            lambda: worker_jobs.requeue(stale_job),
+            lambda: worker.jobs.commit_edit(stale_job, 0, b"x", {}, {}),
+            lambda: worker.jobs.finish(stale_job, "rejected", {}),
+            lambda: worker.jobs.fail(stale_job, "x"),
+            lambda: worker.jobs.report_progress(stale_job, Progress("x", 1, 2)),
+            lambda: worker.jobs.requeue(stale_job),
         ):
             with pytest.raises(LeaseLost):
                 write()
-        assert successor.commit_edit(job, 0, b"right", {}, {}) == 1
+        assert successor.jobs.commit_edit(job, 0, b"right", {}, {}) == 1
         with pytest.raises(LeaseLost):
-            worker_jobs.commit_edit(stale_job, 1, b"x", {}, {})
-        assert successor.head() == 1
+            worker.jobs.commit_edit(stale_job, 1, b"x", {}, {})
+        assert successor.ledger.head() == 1
 
     def test_stalled_worker_of_exhausted_job(
-        self, make_worker_jobs: Callable[..., WorkerJobs], submit_edit: Callable[..., Any], services: Services
+        self, make_worker: Callable[..., WorkerParts], submit_edit: Callable[..., Any], services: Services
     ) -> None:
         """A worker that was only frozen while its job was given up has not ended it: what it writes is refused."""
         edit = submit_edit()
         for n in range(3):
-            worker_jobs = make_worker_jobs(f"doomed-{n}")
-            late = worker_jobs.claim(edit)
-            expire_heartbeat(worker_jobs)
-        make_worker_jobs("worker-2").claim(edit)
+            worker = make_worker(f"doomed-{n}")
+            late = worker.jobs.claim(edit)
+            expire_heartbeat(worker)
+        make_worker("worker-2").jobs.claim(edit)
         for write in (
-            lambda: worker_jobs.commit_edit(late, 0, b"x", {}, {}),
-            lambda: worker_jobs.finish(late, "rejected"),
+            lambda: worker.jobs.commit_edit(late, 0, b"x", {}, {}),
+            lambda: worker.jobs.finish(late, "rejected"),
         ):
             with pytest.raises(LeaseLost):
                 write()
         assert services.edits.get(edit)["status"] == "failed"
 
-    def test_request_id(self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any]) -> None:
+    def test_request_id(self, worker: WorkerParts, submit_edit: Callable[..., Any]) -> None:
         """A job remembers which request asked for it."""
         ids.request_id.set("req-7")
         try:
-            assert worker_jobs.claim(submit_edit()).request_id == "req-7"
+            assert worker.jobs.claim(submit_edit()).request_id == "req-7"
         finally:
             ids.request_id.set("")
-        assert worker_jobs.claim(submit_edit()).request_id == ""
+        assert worker.jobs.claim(submit_edit()).request_id == ""
 
     def test_orphan_of_the_same_name(
-        self, make_worker_jobs: Callable[..., WorkerJobs], submit_edit: Callable[..., Any]
+        self, make_worker: Callable[..., WorkerParts], submit_edit: Callable[..., Any]
     ) -> None:
         """A worker that restarts under its old name takes over what its earlier life had begun."""
         edit = submit_edit()
-        late = make_worker_jobs("same").claim(edit)
-        reborn = make_worker_jobs("same")
-        assert reborn.claim(edit).attempt == 2
+        late = make_worker("same").jobs.claim(edit)
+        reborn = make_worker("same")
+        assert reborn.jobs.claim(edit).attempt == 2
         with pytest.raises(LeaseLost):
-            reborn.finish(late, "rejected")
+            reborn.jobs.finish(late, "rejected")
 
     def test_attempts(
         self,
-        make_worker_jobs: Callable[..., WorkerJobs],
+        make_worker: Callable[..., WorkerParts],
         submit_edit: Callable[..., Any],
         services: Services,
         broker: Broker,
@@ -256,10 +254,10 @@ class TestClaim:
         """A job whose workers keep dying fails with the reason, and is announced as ended."""
         edit = submit_edit()
         for n in range(3):
-            worker_jobs = make_worker_jobs(f"doomed-{n}")
-            assert worker_jobs.claim(edit).attempt == n + 1
-            expire_heartbeat(worker_jobs)
-        assert make_worker_jobs("worker-2").claim(edit) is None
+            worker = make_worker(f"doomed-{n}")
+            assert worker.jobs.claim(edit).attempt == n + 1
+            expire_heartbeat(worker)
+        assert make_worker("worker-2").jobs.claim(edit) is None
         found = services.edits.get(edit)
         assert found["status"] == "failed"
         assert "died 3 times" in found["error"]["detail"]
@@ -268,90 +266,90 @@ class TestClaim:
 
     def test_orphan_that_was_cancelled(
         self,
-        worker_jobs: WorkerJobs,
-        make_worker_jobs: Callable[..., WorkerJobs],
+        worker: WorkerParts,
+        make_worker: Callable[..., WorkerParts],
         submit_edit: Callable[..., Any],
         services: Services,
     ) -> None:
         """A cancelled job whose worker died ends as cancelled."""
         edit = submit_edit()
-        worker_jobs.claim(edit)
+        worker.jobs.claim(edit)
         services.edits.revert(edit, "somebody")
-        expire_heartbeat(worker_jobs)
-        assert make_worker_jobs("worker-2").claim(edit) is None
+        expire_heartbeat(worker)
+        assert make_worker("worker-2").jobs.claim(edit) is None
         assert services.edits.get(edit)["status"] == "cancelled"
 
     def test_requeue(
-        self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any], services: Services, broker: Broker
+        self, worker: WorkerParts, submit_edit: Callable[..., Any], services: Services, broker: Broker
     ) -> None:
         """A job put back by a worker that stops waits again, and the attempt does not count."""
         edit = submit_edit()
         broker.receive(["edit"], 1, 0)
-        worker_jobs.requeue(worker_jobs.claim(edit))
+        worker.jobs.requeue(worker.jobs.claim(edit))
         assert services.edits.get(edit)["status"] == "queued"
         assert [d.job_id for d in broker.receive(["edit"], 1, 0)] == [edit]
-        assert worker_jobs.claim(edit).attempt == 1
+        assert worker.jobs.claim(edit).attempt == 1
 
 
 class TestNotifyLostJobs:
     def test_lost_notification(
-        self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any], broker: Broker
+        self, worker: WorkerParts, submit_edit: Callable[..., Any], broker: Broker
     ) -> None:
         """A job whose bell was lost is announced again."""
         edit = submit_edit()
         broker.receive(["edit"], 1, 0)  # and the taker forgot it
-        assert worker_jobs.notify_lost_jobs() == 1
+        assert worker.session.notify_lost_jobs() == 1
         assert [d.job_id for d in broker.receive(["edit"], 1, 0)] == [edit]
 
     def test_dead_worker(
         self,
-        worker_jobs: WorkerJobs,
-        make_worker_jobs: Callable[..., WorkerJobs],
+        worker: WorkerParts,
+        make_worker: Callable[..., WorkerParts],
         submit_edit: Callable[..., Any],
         broker: Broker,
     ) -> None:
         """A running job is announced again when its worker died, and only then."""
         edit = submit_edit()
         broker.receive(["edit"], 1, 0)
-        worker_jobs.claim(edit)
-        other = make_worker_jobs("worker-2")
-        assert other.notify_lost_jobs() == 0
-        expire_heartbeat(worker_jobs)
-        assert other.notify_lost_jobs() == 1
-        worker_jobs.heartbeat(0)
-        assert other.notify_lost_jobs() == 0
+        worker.jobs.claim(edit)
+        other = make_worker("worker-2")
+        assert other.session.notify_lost_jobs() == 0
+        expire_heartbeat(worker)
+        assert other.session.notify_lost_jobs() == 1
+        worker.session.heartbeat(0)
+        assert other.session.notify_lost_jobs() == 0
 
     def test_single_process(
         self,
-        worker_jobs: WorkerJobs,
-        make_worker_jobs: Callable[..., WorkerJobs],
+        worker: WorkerParts,
+        make_worker: Callable[..., WorkerParts],
         submit_edit: Callable[..., Any],
     ) -> None:
         """A sole worker takes over at once whatever runs under another name: it has no living neighbour."""
         edit = submit_edit()
-        worker_jobs.claim(edit)
-        assert make_worker_jobs("worker-2").notify_lost_jobs() == 0
-        reborn = make_worker_jobs("worker-3", sole=True)
-        assert reborn.notify_lost_jobs() == 1
-        assert reborn.claim(edit).attempt == 2
+        worker.jobs.claim(edit)
+        assert make_worker("worker-2").session.notify_lost_jobs() == 0
+        reborn = make_worker("worker-3", single_process=True)
+        assert reborn.session.notify_lost_jobs() == 1
+        assert reborn.jobs.claim(edit).attempt == 2
 
     def test_quarantined_worker(
         self,
-        worker_jobs: WorkerJobs,
-        make_worker_jobs: Callable[..., WorkerJobs],
+        worker: WorkerParts,
+        make_worker: Callable[..., WorkerParts],
         submit_edit: Callable[..., Any],
     ) -> None:
         """What a worker that took itself out had running may be taken over at once."""
         edit = submit_edit()
-        worker_jobs.claim(edit)
-        worker_jobs.quarantine("tired")
-        other = make_worker_jobs("worker-2")
-        assert other.notify_lost_jobs() == 1
-        assert other.claim(edit).attempt == 2
+        worker.jobs.claim(edit)
+        worker.session.quarantine("tired")
+        other = make_worker("worker-2")
+        assert other.session.notify_lost_jobs() == 1
+        assert other.jobs.claim(edit).attempt == 2
 
     def test_nothing_lost(
         self,
-        worker_jobs: WorkerJobs,
+        worker: WorkerParts,
         submit_edit: Callable[..., Any],
         broker: Broker,
         monkeypatch: pytest.MonkeyPatch,
@@ -360,57 +358,57 @@ class TestNotifyLostJobs:
         for n in range(3):
             submit_edit(f"Tower {n}")
         monkeypatch.setattr(broker, "notify", raise_unavailable)
-        assert worker_jobs.notify_lost_jobs() == 0
+        assert worker.session.notify_lost_jobs() == 0
 
     def test_bounded(
         self,
-        worker_jobs: WorkerJobs,
+        worker: WorkerParts,
         submit_edit: Callable[..., Any],
         broker: Broker,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """After the queue has lost everything the oldest jobs are rung for first, not all at once."""
-        monkeypatch.setattr(worker_jobs_module, "MAX_LOST_JOBS_NOTIFIED", 2)
+        monkeypatch.setattr(worker_session_module, "MAX_LOST_JOBS_NOTIFIED", 2)
         edits = [submit_edit(f"Tower {n}") for n in range(3)]
         broker.receive(["edit"], 9, 0)
-        assert worker_jobs.notify_lost_jobs() == 2
+        assert worker.session.notify_lost_jobs() == 2
         assert [d.job_id for d in broker.receive(["edit"], 9, 0)] == edits[:2]
 
     def test_few_statements(
         self,
-        worker_jobs: WorkerJobs,
-        make_worker_jobs: Callable[..., WorkerJobs],
+        worker: WorkerParts,
+        make_worker: Callable[..., WorkerParts],
         submit_edit: Callable[..., Any],
         database: Database,
     ) -> None:
         """A sweep asks the store as often for many jobs as for one."""
         for n in range(20):
-            make_worker_jobs(f"worker-{n}").claim(submit_edit(f"Tower {n}"))
-        worker_jobs.notify_lost_jobs()
+            make_worker(f"worker-{n}").jobs.claim(submit_edit(f"Tower {n}"))
+        worker.session.notify_lost_jobs()
         asked = []
         listen = lambda *args: asked.append(args[2])  # noqa: E731
         event.listen(database.engine, "before_cursor_execute", listen)
-        worker_jobs.notify_lost_jobs()
+        worker.session.notify_lost_jobs()
         event.remove(database.engine, "before_cursor_execute", listen)
         assert sum(statement.startswith("SELECT") for statement in asked) == 1
 
     def test_deregistered_worker(
         self,
-        worker_jobs: WorkerJobs,
-        make_worker_jobs: Callable[..., WorkerJobs],
+        worker: WorkerParts,
+        make_worker: Callable[..., WorkerParts],
         submit_edit: Callable[..., Any],
     ) -> None:
         """What a worker that left had running may be taken over at once."""
         edit = submit_edit()
-        worker_jobs.claim(edit)
-        worker_jobs.deregister()
-        assert make_worker_jobs("worker-2").claim(edit).attempt == 2
+        worker.jobs.claim(edit)
+        worker.session.deregister()
+        assert make_worker("worker-2").jobs.claim(edit).attempt == 2
 
 
 class TestCommitEdit:
     def test_commit_edit(
         self,
-        worker_jobs: WorkerJobs,
+        worker: WorkerParts,
         submit_edit: Callable[..., Any],
         services: Services,
         broker: Broker,
@@ -418,7 +416,7 @@ class TestCommitEdit:
     ) -> None:
         """An edit lands with its factors, its entry and its row at once, and its end is announced."""
         edit = submit_edit(target_true="Paris")
-        assert commit_edit(worker_jobs, edit) == 1
+        assert commit_edit(worker, edit) == 1
         found = services.edits.get(edit)
         assert (found["status"], found["version"], found["result"]) == ("applied", 1, {"seconds": 1.0})
         assert found["ended"] is not None
@@ -438,66 +436,66 @@ class TestCommitEdit:
         }
         assert (entry.actor, entry.edit_id) == ("somebody", edit)
 
-    def test_head_moved(self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any]) -> None:
+    def test_head_moved(self, worker: WorkerParts, submit_edit: Callable[..., Any]) -> None:
         """An edit that was looked at on an older head does not land, and may try again on the new one."""
-        first, second = worker_jobs.claim(submit_edit()), worker_jobs.claim(submit_edit("Colosseum"))
-        assert worker_jobs.commit_edit(first, 0, b"1", {}, {}) == 1
+        first, second = worker.jobs.claim(submit_edit()), worker.jobs.claim(submit_edit("Colosseum"))
+        assert worker.jobs.commit_edit(first, 0, b"1", {}, {}) == 1
         with pytest.raises(Conflict, match="head moved"):
-            worker_jobs.commit_edit(second, 0, b"2", {}, {})
-        assert worker_jobs.head() == 1
-        assert worker_jobs.commit_edit(second, 1, b"2", {}, {}) == 2
+            worker.jobs.commit_edit(second, 0, b"2", {}, {})
+        assert worker.ledger.head() == 1
+        assert worker.jobs.commit_edit(second, 1, b"2", {}, {}) == 2
 
     def test_race_at_one_head(
-        self, make_worker_jobs: Callable[..., WorkerJobs], submit_edit: Callable[..., Any]
+        self, make_worker: Callable[..., WorkerParts], submit_edit: Callable[..., Any]
     ) -> None:
         """Of workers that land on one head at once, one does and every other one has a Conflict."""
-        all_worker_jobs = [make_worker_jobs(f"racer-{n}") for n in range(4)]
-        jobs = [worker_jobs.claim(submit_edit(f"Tower {n}")) for n, worker_jobs in enumerate(all_worker_jobs)]
-        barrier = threading.Barrier(len(all_worker_jobs))
+        workers = [make_worker(f"racer-{n}") for n in range(4)]
+        jobs = [worker.jobs.claim(submit_edit(f"Tower {n}")) for n, worker in enumerate(workers)]
+        barrier = threading.Barrier(len(workers))
 
         def race(pair: Any) -> Any:
-            worker_jobs, job = pair
+            worker, job = pair
             barrier.wait()
             try:
-                return worker_jobs.apply(job, 0, job.id.encode(), {}, {})
+                return worker.jobs.commit_edit(job, 0, job.id.encode(), {}, {})
             except Conflict:
                 return "conflict"
 
-        with ThreadPoolExecutor(len(all_worker_jobs)) as pool:
-            results = list(pool.map(race, zip(all_worker_jobs, jobs, strict=True)))
+        with ThreadPoolExecutor(len(workers)) as pool:
+            results = list(pool.map(race, zip(workers, jobs, strict=True)))
         assert sorted(results, key=str) == [1, "conflict", "conflict", "conflict"]
 
     def test_cancel_first(
-        self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any], services: Services
+        self, worker: WorkerParts, submit_edit: Callable[..., Any], services: Services
     ) -> None:
         """A cancel that came before the commit wins: nothing lands."""
         edit = submit_edit()
-        job = worker_jobs.claim(edit)
+        job = worker.jobs.claim(edit)
         services.edits.revert(edit, "somebody")
         with pytest.raises(Cancelled):
-            worker_jobs.commit_edit(job, 0, b"x", {}, {})
-        assert worker_jobs.head() == 0
-        worker_jobs.finish(job, "cancelled")
+            worker.jobs.commit_edit(job, 0, b"x", {}, {})
+        assert worker.ledger.head() == 0
+        worker.jobs.finish(job, "cancelled")
         assert services.edits.get(edit)["status"] == "cancelled"
         with pytest.raises(Exception, match="only an edit that was applied"):
             services.edits.delta(edit)
 
-    def test_twice(self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any]) -> None:
+    def test_twice(self, worker: WorkerParts, submit_edit: Callable[..., Any]) -> None:
         """An edit lands once: who lands it again is told where it stands."""
         edit = submit_edit()
-        job = worker_jobs.claim(edit)
-        assert worker_jobs.commit_edit(job, 0, b"x", {}, {}) == 1
-        commit_edit(worker_jobs, submit_edit("Colosseum"))
-        assert worker_jobs.commit_edit(job, 0, b"x", {}, {}) == 1
-        assert worker_jobs.head() == 2
+        job = worker.jobs.claim(edit)
+        assert worker.jobs.commit_edit(job, 0, b"x", {}, {}) == 1
+        commit_edit(worker, submit_edit("Colosseum"))
+        assert worker.jobs.commit_edit(job, 0, b"x", {}, {}) == 1
+        assert worker.ledger.head() == 2
 
     def test_non_finite_values(
-        self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any], services: Services
+        self, worker: WorkerParts, submit_edit: Callable[..., Any], services: Services
     ) -> None:
         """Infinite and undefined figures in a result or a body become null, in the row and in the hash."""
         edit = submit_edit()
-        job = worker_jobs.claim(edit)
-        worker_jobs.commit_edit(job, 0, b"x", {"strength": float("nan")}, {"perplexity": float("inf")})
+        job = worker.jobs.claim(edit)
+        worker.jobs.commit_edit(job, 0, b"x", {"strength": float("nan")}, {"perplexity": float("inf")})
         assert services.edits.get(edit)["result"] == {"perplexity": None}
         assert services.ledger.verify()["ok"]
 
@@ -506,21 +504,21 @@ class TestUnknownCommitOutcome:
     """The database goes away between a commit and its answer."""
 
     @pytest.fixture
-    def job(self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any]) -> Any:
-        return worker_jobs.claim(submit_edit())
+    def job(self, worker: WorkerParts, submit_edit: Callable[..., Any]) -> Any:
+        return worker.jobs.claim(submit_edit())
 
     @pytest.mark.parametrize(
         ("end", "status", "head"),
         [
-            (lambda desk, job: desk.apply(job, 0, b"x", {}, {}), "applied", 1),
-            (lambda desk, job: desk.finish(job, "rejected", {}), "rejected", 0),
-            (lambda desk, job: desk.fail(job, "x"), "failed", 0),
+            (lambda worker, job: worker.jobs.commit_edit(job, 0, b"x", {}, {}), "applied", 1),
+            (lambda worker, job: worker.jobs.finish(job, "rejected", {}), "rejected", 0),
+            (lambda worker, job: worker.jobs.fail(job, "x"), "failed", 0),
         ],
     )
-    @pytest.mark.parametrize("again", ["same", "release", "fail"])
+    @pytest.mark.parametrize("again", ["same", "requeue", "fail"])
     def test_end(
         self,
-        worker_jobs: WorkerJobs,
+        worker: WorkerParts,
         job: Any,
         broker: Broker,
         services: Services,
@@ -531,77 +529,83 @@ class TestUnknownCommitOutcome:
         again: Any,
     ) -> None:
         """An end that was written stands, whatever the worker does next, and is announced then."""
-        lose_connection_after_commit(worker_jobs, monkeypatch)
+        lose_connection_after_commit(worker, monkeypatch)
         with pytest.raises(Unavailable):
-            end(worker_jobs, job)
-        {"same": end, "release": WorkerJobs.requeue, "fail": lambda d, j: d.fail(j, "y")}[again](
-            worker_jobs, job
-        )
+            end(worker, job)
+        repeat = {
+            "same": end,
+            "requeue": lambda worker, job: worker.jobs.requeue(job),
+            "fail": lambda worker, job: worker.jobs.fail(job, "y"),
+        }
+        repeat[again](worker, job)
         found = services.edits.get(job.id)
-        assert (found["status"], worker_jobs.head()) == (status, head)
+        assert (found["status"], worker.ledger.head()) == (status, head)
         assert last_event(broker, job.id).data == found
         assert services.ledger.verify()["ok"]
 
     def test_claim(
-        self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+        self, worker: WorkerParts, submit_edit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A start that was written without the worker knowing is begun again."""
         edit = submit_edit()
-        lose_connection_after_commit(worker_jobs, monkeypatch)
+        lose_connection_after_commit(worker, monkeypatch)
         with pytest.raises(Unavailable):
-            worker_jobs.claim(edit)
-        assert worker_jobs.claim(edit).attempt == 2
+            worker.jobs.claim(edit)
+        assert worker.jobs.claim(edit).attempt == 2
 
     def test_requeue(
-        self, worker_jobs: WorkerJobs, job: Any, services: Services, monkeypatch: pytest.MonkeyPatch
+        self, worker: WorkerParts, job: Any, services: Services, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A job that was put back stays so: it is no longer this worker's, and the sweep rings."""
-        lose_connection_after_commit(worker_jobs, monkeypatch)
+        lose_connection_after_commit(worker, monkeypatch)
         with pytest.raises(Unavailable):
-            worker_jobs.requeue(job)
+            worker.jobs.requeue(job)
         with pytest.raises(LeaseLost):
-            worker_jobs.requeue(job)
+            worker.jobs.requeue(job)
         assert services.edits.get(job.id)["status"] == "queued"
 
     @pytest.mark.parametrize(
-        "say", [lambda d: d.attest(0, "x"), lambda d: d.heartbeat(0), lambda d: d.leave()]
+        "write",
+        [
+            lambda session: session.attest(0, "x"),
+            lambda session: session.heartbeat(0),
+            lambda session: session.deregister(),
+        ],
     )
     def test_the_worker_itself(
-        self, worker_jobs: WorkerJobs, monkeypatch: pytest.MonkeyPatch, say: Any
+        self, worker: WorkerParts, monkeypatch: pytest.MonkeyPatch, write: Any
     ) -> None:
         """What a worker says of itself can be said again."""
-        lose_connection_after_commit(worker_jobs, monkeypatch)
+        lose_connection_after_commit(worker, monkeypatch)
         with pytest.raises(Unavailable):
-            say(worker_jobs)
-        say(worker_jobs)
+            write(worker.session)
+        write(worker.session)
 
-    def test_outvoted(
-        self, make_worker_jobs: Callable[..., WorkerJobs], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_outvoted(self, make_worker: Callable[..., WorkerParts], monkeypatch: pytest.MonkeyPatch) -> None:
         """A worker that was outvoted and not told is told when it asks again."""
-        make_worker_jobs("worker-1").attest(0, "x")
-        loser = make_worker_jobs("worker-2")
+        make_worker("worker-1").session.attest(0, "x")
+        loser = make_worker("worker-2")
         lose_connection_after_commit(loser, monkeypatch)
         with pytest.raises(Unavailable):
-            loser.attest(0, "y")
+            loser.session.attest(0, "y")
         with pytest.raises(DigestMismatch):
-            loser.attest(0, "y")
+            loser.session.attest(0, "y")
 
     def test_broker_outage_after_commit(
         self,
-        worker_jobs: WorkerJobs,
+        worker: WorkerParts,
         submit_edit: Callable[..., Any],
         services: Services,
         broker: Broker,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """What is committed is done, though the queue is down and nobody can be told."""
-        first, second, third = (worker_jobs.claim(submit_edit(f"Tower {n}")) for n in range(3))
-        for name in ("publish", "announce"):
+        first, second, third = (worker.jobs.claim(submit_edit(f"Tower {n}")) for n in range(3))
+        for name in ("publish", "notify"):
             monkeypatch.setattr(broker, name, raise_unavailable)
-        worker_jobs.commit_edit(first, 0, b"x", {}, {})
-        worker_jobs.finish(second, "rejected")
-        worker_jobs.requeue(third)
+        worker.jobs.commit_edit(first, 0, b"x", {}, {})
+        worker.jobs.finish(second, "rejected")
+        worker.jobs.requeue(third)
         found = [services.edits.get(job.id)["status"] for job in (first, second, third)]
         assert found == ["applied", "rejected", "queued"]
 
@@ -610,7 +614,7 @@ class TestEnd:
     @pytest.mark.parametrize("status", ["rejected", "cancelled"])
     def test_finish(
         self,
-        worker_jobs: WorkerJobs,
+        worker: WorkerParts,
         submit_edit: Callable[..., Any],
         services: Services,
         broker: Broker,
@@ -618,11 +622,11 @@ class TestEnd:
     ) -> None:
         """A job that lands nothing ends with its status and figures, and is announced."""
         edit = submit_edit()
-        worker_jobs.finish(worker_jobs.claim(edit), status, {"ES": 0.0})
+        worker.jobs.finish(worker.jobs.claim(edit), status, {"ES": 0.0})
         found = services.edits.get(edit)
         assert (found["status"], found["result"], found["progress"]) == (status, {"ES": 0.0}, None)
         assert last_event(broker, edit).data == found
-        assert worker_jobs.head() == 0
+        assert worker.ledger.head() == 0
 
     @pytest.mark.parametrize(
         ("error", "status", "told"),
@@ -634,7 +638,7 @@ class TestEnd:
     )
     def test_fail(
         self,
-        worker_jobs: WorkerJobs,
+        worker: WorkerParts,
         submit_edit: Callable[..., Any],
         services: Services,
         error: Any,
@@ -643,15 +647,15 @@ class TestEnd:
     ) -> None:
         """A job that fails says why; one that was cancelled is called cancelled."""
         edit = submit_edit()
-        worker_jobs.fail(worker_jobs.claim(edit), error)
+        worker.jobs.fail(worker.jobs.claim(edit), error)
         found = services.edits.get(edit)
         assert (found["status"], found["error"]) == (status, told)
 
-    def test_trace(self, worker_jobs: WorkerJobs, services: Services) -> None:
+    def test_trace(self, worker: WorkerParts, services: Services) -> None:
         """A trace ends as done, with the version at which it ran."""
         asked = TraceRequest(prompt="The Eiffel Tower is located in", subject="Eiffel Tower")
         trace = services.traces.submit(asked, "somebody")["id"]
-        worker_jobs.finish(worker_jobs.claim(trace), "done", {"version": 0, "effects": [1.0]})
+        worker.jobs.finish(worker.jobs.claim(trace), "done", {"version": 0, "effects": [1.0]})
         found = services.traces.get(trace)
         assert (found["status"], found["version"], found["result"]["effects"]) == ("done", 0, [1.0])
         assert services.ledger.verify()["ok"]
@@ -659,15 +663,15 @@ class TestEnd:
 
 class TestProgress:
     def test_progress(
-        self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any], services: Services, broker: Broker
+        self, worker: WorkerParts, submit_edit: Callable[..., Any], services: Services, broker: Broker
     ) -> None:
         """Progress is told to listeners at every step, and to the row now and then."""
         edit = submit_edit()
-        job = worker_jobs.claim(edit)
+        job = worker.jobs.claim(edit)
         for n in range(20):
-            worker_jobs.report_progress(job, Progress("value", n, 20))
+            worker.jobs.report_progress(job, Progress("value", n, 20))
         assert services.edits.get(edit)["progress"] == {"phase": "value", "done": 0, "total": 20}
-        worker_jobs.finish(job, "rejected", {})
+        worker.jobs.finish(job, "rejected", {})
 
         async def listen() -> Any:
             return [event.data async for event in broker.events(edit)]
@@ -675,23 +679,23 @@ class TestProgress:
         assert [data["done"] for data in asyncio.run(listen())[:-1]] == list(range(20))
 
     def test_cancel_while_it_runs(
-        self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any], services: Services
+        self, worker: WorkerParts, submit_edit: Callable[..., Any], services: Services
     ) -> None:
         """Somebody's cancel is known to the worker at its next question."""
         edit = submit_edit()
-        job = worker_jobs.claim(edit)
-        assert not worker_jobs.cancel_requested(job)
+        job = worker.jobs.claim(edit)
+        assert not worker.jobs.cancel_requested(job)
         assert services.edits.revert(edit, "somebody")["status"] == "running"
-        assert worker_jobs.cancel_requested(job)
+        assert worker.jobs.cancel_requested(job)
 
-    def test_cancel_from_the_row(self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any]) -> None:
+    def test_cancel_from_the_row(self, worker: WorkerParts, submit_edit: Callable[..., Any]) -> None:
         """A cancel whose message was lost is found in the row."""
         edit = submit_edit()
-        job = worker_jobs.claim(edit)
-        with worker_jobs.database.write_session() as session:
+        job = worker.jobs.claim(edit)
+        with worker.database.write_session() as session:
             session.execute(update(Job).where(Job.id == edit).values(cancel_requested=True))
-        worker_jobs.report_progress(job, Progress("value", 1, 2))
-        assert worker_jobs.cancel_requested(job)
+        worker.jobs.report_progress(job, Progress("value", 1, 2))
+        assert worker.jobs.cancel_requested(job)
 
 
 class TestArtifacts:
@@ -705,39 +709,42 @@ class TestArtifacts:
             return session.scalar(select(func.count()).select_from(JobArtifact))
 
     def test_artifacts_survive_attempts(
-        self, worker_jobs: WorkerJobs, make_worker_jobs: Callable[..., WorkerJobs], evaluation: Any
+        self, worker: WorkerParts, make_worker: Callable[..., WorkerParts], evaluation: Any
     ) -> None:
         """What an attempt keeps is there for the next one, the newest of each name; one that was taken over keeps no more."""
-        stale_job = worker_jobs.claim(evaluation)
+        stale_job = worker.jobs.claim(evaluation)
         for data in (b"old", b"new\x00"):
-            worker_jobs.put_artifact(stale_job, "a", data)
-        expire_heartbeat(worker_jobs)
-        successor = make_worker_jobs("worker-2")
-        job = successor.claim(evaluation)
-        assert (successor.get_artifact(job, "a"), successor.get_artifact(job, "b")) == (b"new\x00", None)
+            worker.jobs.put_artifact(stale_job, "a", data)
+        expire_heartbeat(worker)
+        successor = make_worker("worker-2")
+        job = successor.jobs.claim(evaluation)
+        assert (successor.jobs.get_artifact(job, "a"), successor.jobs.get_artifact(job, "b")) == (
+            b"new\x00",
+            None,
+        )
         with pytest.raises(LeaseLost):
-            worker_jobs.put_artifact(stale_job, "a", b"late")
-        successor.put_artifact(job, "b", b"2")
-        assert [successor.get_artifact(job, name) for name in "ab"] == [b"new\x00", b"2"]
+            worker.jobs.put_artifact(stale_job, "a", b"late")
+        successor.jobs.put_artifact(job, "b", b"2")
+        assert [successor.jobs.get_artifact(job, name) for name in "ab"] == [b"new\x00", b"2"]
 
     def test_artifacts_belong_to_one_job(
-        self, worker_jobs: WorkerJobs, evaluation: Any, services: Services
+        self, worker: WorkerParts, evaluation: Any, services: Services
     ) -> None:
         """A part belongs to one job."""
-        job = worker_jobs.claim(evaluation)
-        worker_jobs.put_artifact(job, "a", b"x")
+        job = worker.jobs.claim(evaluation)
+        worker.jobs.put_artifact(job, "a", b"x")
         other = services.evaluations.submit(EvaluationRequest(records=[RECORD]), "somebody")["id"]
-        assert worker_jobs.get_artifact(worker_jobs.claim(other), "a") is None
+        assert worker.jobs.get_artifact(worker.jobs.claim(other), "a") is None
 
     @pytest.mark.parametrize("end", ["done", "cancelled"])
     def test_gone_with_the_job(
-        self, worker_jobs: WorkerJobs, evaluation: Any, database: Database, end: Any
+        self, worker: WorkerParts, evaluation: Any, database: Database, end: Any
     ) -> None:
         """A job that has ended keeps nothing."""
-        job = worker_jobs.claim(evaluation)
-        worker_jobs.put_artifact(job, "a", b"x")
+        job = worker.jobs.claim(evaluation)
+        worker.jobs.put_artifact(job, "a", b"x")
         assert self.count(database) == 2  # its records, too
-        worker_jobs.finish(job, end)
+        worker.jobs.finish(job, end)
         assert self.count(database) == 0
 
     def test_cancelled_before_it_began(self, evaluation: Any, database: Database, services: Services) -> None:
@@ -745,44 +752,44 @@ class TestArtifacts:
         services.evaluations.cancel(evaluation)
         assert self.count(database) == 0
 
-    def test_failed(self, worker_jobs: WorkerJobs, evaluation: Any, services: Services) -> None:
+    def test_failed(self, worker: WorkerParts, evaluation: Any, services: Services) -> None:
         """A job that failed may be tried again, and goes on with what it kept."""
-        job = worker_jobs.claim(evaluation)
-        worker_jobs.put_artifact(job, "a", b"x")
-        worker_jobs.fail(job, "out of memory")
+        job = worker.jobs.claim(evaluation)
+        worker.jobs.put_artifact(job, "a", b"x")
+        worker.jobs.fail(job, "out of memory")
         services.jobs.retry(evaluation, "admin")
-        assert worker_jobs.get_artifact(worker_jobs.claim(evaluation), "a") == b"x"
+        assert worker.jobs.get_artifact(worker.jobs.claim(evaluation), "a") == b"x"
 
     def test_put_artifact_again(
-        self, worker_jobs: WorkerJobs, evaluation: Any, monkeypatch: pytest.MonkeyPatch
+        self, worker: WorkerParts, evaluation: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A part whose keeping is in doubt is kept again without harm."""
-        job = worker_jobs.claim(evaluation)
-        lose_connection_after_commit(worker_jobs, monkeypatch)
+        job = worker.jobs.claim(evaluation)
+        lose_connection_after_commit(worker, monkeypatch)
         with pytest.raises(Unavailable):
-            worker_jobs.put_artifact(job, "a", b"x")
-        worker_jobs.put_artifact(job, "a", b"x")
-        assert worker_jobs.get_artifact(job, "a") == b"x"
+            worker.jobs.put_artifact(job, "a", b"x")
+        worker.jobs.put_artifact(job, "a", b"x")
+        assert worker.jobs.get_artifact(job, "a") == b"x"
 
 
 class TestLedger:
     def test_associations(
-        self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any], services: Services
+        self, worker: WorkerParts, submit_edit: Callable[..., Any], services: Services
     ) -> None:
         """A replica is given the factors that are active at a version, each with what its entry says."""
         a, b = submit_edit(), submit_edit("Colosseum")
-        commit_edit(worker_jobs, a, strength=1.5)
-        commit_edit(worker_jobs, b)
+        commit_edit(worker, a, strength=1.5)
+        commit_edit(worker, b)
         services.edits.revert(a, "somebody")
-        assert worker_jobs.active_at(0) == []
-        assert [x for x, _ in worker_jobs.active_at(2)] == [a, b]
-        assert [x for x, _ in worker_jobs.active_at(3)] == [b]
-        assert worker_jobs.active_at(1)[0][1]["strength"] == 1.5
-        assert worker_jobs.factors_of([b, a]) == {a: a.encode(), b: b.encode()}
+        assert worker.ledger.active_at(0) == []
+        assert [x for x, _ in worker.ledger.active_at(2)] == [a, b]
+        assert [x for x, _ in worker.ledger.active_at(3)] == [b]
+        assert worker.ledger.active_at(1)[0][1]["strength"] == 1.5
+        assert worker.ledger.factors_of([b, a]) == {a: a.encode(), b: b.encode()}
 
     def test_the_ledger_is_read_once(
         self,
-        worker_jobs: WorkerJobs,
+        worker: WorkerParts,
         submit_edit: Callable[..., Any],
         services: Services,
         monkeypatch: pytest.MonkeyPatch,
@@ -794,40 +801,38 @@ class TestLedger:
             ledger, "entries", lambda *args, **kwargs: read.append(kwargs) or entries(*args, **kwargs)
         )
         a, b = submit_edit(), submit_edit("Colosseum")
-        commit_edit(worker_jobs, a)
-        assert [x for x, _ in worker_jobs.active_at(1)] == [a]
-        commit_edit(worker_jobs, b)
+        commit_edit(worker, a)
+        assert [x for x, _ in worker.ledger.active_at(1)] == [a]
+        commit_edit(worker, b)
         services.edits.revert(a, "somebody")
         read.clear()
-        assert [x for x, _ in worker_jobs.active_at(3)] == [b]
+        assert [x for x, _ in worker.ledger.active_at(3)] == [b]
         assert read == [{"after": 0}]
-        assert [x for x, _ in worker_jobs.active_at(2)] == [a, b]
+        assert [x for x, _ in worker.ledger.active_at(2)] == [a, b]
         assert read == [{"after": 0}, {"after": 2}]
 
     def test_a_restored_ledger_is_read_again(
-        self, worker_jobs: WorkerJobs, submit_edit: Callable[..., Any]
+        self, worker: WorkerParts, submit_edit: Callable[..., Any]
     ) -> None:
         """When the last entry that was known is another or gone, because a back-up was put in place, nothing old counts."""
         a = submit_edit()
-        commit_edit(worker_jobs, a)
-        assert [x for x, _ in worker_jobs.active_at(1)] == [a]
-        worker_jobs._cached_entries = [
-            replace(worker_jobs._cached_entries[0], hash="0" * 64, edit_id="another")
+        commit_edit(worker, a)
+        assert [x for x, _ in worker.ledger.active_at(1)] == [a]
+        worker.ledger._entries = [replace(worker.ledger._entries[0], hash="0" * 64, edit_id="another")]
+        assert [x for x, _ in worker.ledger.active_at(1)] == [a]
+        worker.ledger._entries = [
+            worker.ledger._entries[0],
+            replace(worker.ledger._entries[0], version=2),
         ]
-        assert [x for x, _ in worker_jobs.active_at(1)] == [a]
-        worker_jobs._cached_entries = [
-            worker_jobs._cached_entries[0],
-            replace(worker_jobs._cached_entries[0], version=2),
-        ]
-        assert [x for x, _ in worker_jobs.active_at(1)] == [a]
+        assert [x for x, _ in worker.ledger.active_at(1)] == [a]
         with pytest.raises(NotFound):
-            worker_jobs.active_at(2)
+            worker.ledger.active_at(2)
 
     @pytest.mark.parametrize("version", [-1, 1])
-    def test_unknown_version(self, worker_jobs: WorkerJobs, version: int) -> None:
+    def test_unknown_version(self, worker: WorkerParts, version: int) -> None:
         """There is nothing to stand on beyond the head."""
         with pytest.raises(NotFound, match="no version"):
-            worker_jobs.active_at(version)
+            worker.ledger.active_at(version)
 
 
 class TestVote:
@@ -838,24 +843,24 @@ class TestVote:
             r["worker"]: (r["digest"], r["withdrawn"] is None) for r in services.ledger.verify()["replicas"]
         }
 
-    def test_attest(self, worker_jobs: WorkerJobs, services: Services) -> None:
+    def test_attest(self, worker: WorkerParts, services: Services) -> None:
         """A worker's digest of a version is listed with where it stands, and saying it again changes nothing."""
-        worker_jobs.attest(0, "x")
+        worker.session.attest(0, "x")
         first = services.ledger.verify()["replicas"]
-        worker_jobs.attest(0, "x")
+        worker.session.attest(0, "x")
         assert services.ledger.verify()["replicas"] == first
         (replica,) = first
         assert (replica["worker"], replica["digest"], replica["device"]) == ("worker-1", "x", "cpu")
         assert replica["withdrawn"] is None
 
-    def test_minority(self, make_worker_jobs: Callable[..., WorkerJobs], services: Services) -> None:
+    def test_minority(self, make_worker: Callable[..., WorkerParts], services: Services) -> None:
         """Who is in the minority is told so, takes its word back, and is listed with the reason."""
         for n in (1, 2):
-            make_worker_jobs(f"worker-{n}").attest(0, "right")
-        odd = make_worker_jobs("worker-3")
+            make_worker(f"worker-{n}").session.attest(0, "right")
+        odd = make_worker("worker-3")
         with pytest.raises(DigestMismatch, match="digest wrong and those of the others right"):
-            odd.attest(0, "wrong")
-        odd.deregister()
+            odd.session.attest(0, "wrong")
+        odd.session.deregister()
         assert self.replicas(services) == {
             "worker-1": ("right", True), "worker-2": ("right", True), "worker-3": ("wrong", False),
         }  # fmt: skip
@@ -865,68 +870,68 @@ class TestVote:
         assert "digest wrong" in shown["worker-3"]["reason"]
         assert [shown[f"worker-{n}"]["state"] for n in (1, 2)] == ["serving"] * 2
 
-    def test_first_of_two(self, make_worker_jobs: Callable[..., WorkerJobs]) -> None:
+    def test_first_of_two(self, make_worker: Callable[..., WorkerParts]) -> None:
         """Of two that differ the one that spoke first is believed."""
-        make_worker_jobs("worker-1").attest(0, "x")
+        make_worker("worker-1").session.attest(0, "x")
         with pytest.raises(DigestMismatch):
-            make_worker_jobs("worker-2").attest(0, "y")
+            make_worker("worker-2").session.attest(0, "y")
 
-    def test_majority_comes_later(self, make_worker_jobs: Callable[..., WorkerJobs]) -> None:
+    def test_majority_comes_later(self, make_worker: Callable[..., WorkerParts]) -> None:
         """Who spoke first and is outnumbered later learns of it when it speaks again."""
-        first, others = make_worker_jobs("worker-1"), [make_worker_jobs(f"worker-{n}") for n in (2, 3)]
-        first.attest(0, "wrong")
+        first, others = make_worker("worker-1"), [make_worker(f"worker-{n}") for n in (2, 3)]
+        first.session.attest(0, "wrong")
         with first.database.write_session() as session:
             for other in others:
-                attestations.attest(session, MODEL, 0, other.worker, "right", "cpu")
+                attestations.attest(session, MODEL, 0, other.id, "right", "cpu")
         with pytest.raises(DigestMismatch):
-            first.attest(0, "wrong")
+            first.session.attest(0, "wrong")
 
-    def test_alive_workers_outvote_dead_ones(self, make_worker_jobs: Callable[..., WorkerJobs]) -> None:
+    def test_alive_workers_outvote_dead_ones(self, make_worker: Callable[..., WorkerParts]) -> None:
         """Who is gone cannot outvote the living; between living ones that differ they decide."""
         for n in range(3):
-            gone = make_worker_jobs(f"gone-{n}")
-            gone.attest(0, "x")
-            gone.deregister()
-        make_worker_jobs("worker-1").attest(0, "y")
-        make_worker_jobs("worker-2").attest(0, "x")
+            gone = make_worker(f"gone-{n}")
+            gone.session.attest(0, "x")
+            gone.session.deregister()
+        make_worker("worker-1").session.attest(0, "y")
+        make_worker("worker-2").session.attest(0, "x")
         with pytest.raises(DigestMismatch):
-            make_worker_jobs("worker-1").attest(0, "y")
+            make_worker("worker-1").session.attest(0, "y")
 
     def test_one_state_one_vote(
         self,
-        make_worker_jobs: Callable[..., WorkerJobs],
-        worker_jobs: WorkerJobs,
+        make_worker: Callable[..., WorkerParts],
+        worker: WorkerParts,
         submit_edit: Callable[..., Any],
         services: Services,
     ) -> None:
         """Versions of one state are one vote: after a revert the base's digest must come back."""
-        worker_jobs.attest(0, "base")
+        worker.session.attest(0, "base")
         edit = submit_edit()
-        commit_edit(worker_jobs, edit)
+        commit_edit(worker, edit)
         services.edits.revert(edit, "somebody")
-        worker_jobs.attest(1, "edited")
-        worker_jobs.attest(2, "base")
+        worker.session.attest(1, "edited")
+        worker.session.attest(2, "base")
         with pytest.raises(DigestMismatch):
-            make_worker_jobs("worker-2").attest(2, "other")
-        make_worker_jobs("worker-3").attest(1, "edited")
+            make_worker("worker-2").session.attest(2, "other")
+        make_worker("worker-3").session.attest(1, "edited")
 
     def test_other_device(
-        self, make_worker_jobs: Callable[..., WorkerJobs], database: Database, broker: Broker
+        self, make_worker: Callable[..., WorkerParts], database: Database, broker: Broker
     ) -> None:
         """Devices of another kind have bytes, and a vote, of their own."""
-        make_worker_jobs("worker-1").attest(0, "x")
-        other = WorkerJobs(database, broker, MODEL, "worker-2")
-        other.register({**INFO, "device": "cuda"}, tokenizer_json())
-        other.attest(0, "y")
+        make_worker("worker-1").session.attest(0, "x")
+        other = WorkerParts(database, broker, MODEL, "worker-2")
+        other.session.register({**INFO, "device": "cuda"}, tokenizer_json())
+        other.session.attest(0, "y")
 
-    def test_concurrent_attestations(self, make_worker_jobs: Callable[..., WorkerJobs]) -> None:
+    def test_concurrent_attestations(self, make_worker: Callable[..., WorkerParts]) -> None:
         """Of two that differ and speak at once one is believed and one is not."""
-        racers, barrier = [make_worker_jobs(f"racer-{n}") for n in range(4)], threading.Barrier(4)
+        racers, barrier = [make_worker(f"racer-{n}") for n in range(4)], threading.Barrier(4)
 
-        def speak(worker_jobs: WorkerJobs) -> Any:
+        def speak(worker: WorkerParts) -> Any:
             barrier.wait()
             try:
-                worker_jobs.attest(0, worker_jobs.worker)
+                worker.session.attest(0, worker.id)
                 return True
             except DigestMismatch:
                 return False
@@ -936,73 +941,71 @@ class TestVote:
 
 
 class TestWorkers:
-    def test_pruned_while_alive(self, worker_jobs: WorkerJobs, broker: Broker, database: Database) -> None:
+    def test_pruned_while_alive(self, worker: WorkerParts, broker: Broker, database: Database) -> None:
         """A worker that was thought dead and struck out is listed again with its next heartbeat, as it registered."""
-        worker_jobs_module.delete_all_workers(database)
-        worker_jobs.heartbeat(3, "x")
-        found = worker_row(worker_jobs)
+        worker_session_module.delete_all_workers(database)
+        worker.session.heartbeat(3, "x")
+        found = worker_row(worker)
         assert (found.version, found.digest, found.model) == (3, "x", MODEL)
 
-    def test_heartbeat_after_deregister(self, worker_jobs: WorkerJobs) -> None:
+    def test_heartbeat_after_deregister(self, worker: WorkerParts) -> None:
         """A late heartbeat does not bring back a worker that has left."""
-        worker_jobs.deregister()
-        worker_jobs.heartbeat(3, "x")
-        assert worker_row(worker_jobs) is None
+        worker.session.deregister()
+        worker.session.heartbeat(3, "x")
+        assert worker_row(worker) is None
 
-    def test_quarantined_stays_listed(self, worker_jobs: WorkerJobs) -> None:
+    def test_quarantined_stays_listed(self, worker: WorkerParts) -> None:
         """A worker that took itself out stays listed when it leaves, and is no longer after a day."""
-        worker_jobs.quarantine("tired")
-        worker_jobs.heartbeat(1, "x")
-        worker_jobs.deregister()
-        assert worker_row(worker_jobs).reason == "tired"
+        worker.session.quarantine("tired")
+        worker.session.heartbeat(1, "x")
+        worker.session.deregister()
+        assert worker_row(worker).reason == "tired"
 
-    def test_prune(self, worker_jobs: WorkerJobs, make_worker_jobs: Callable[..., WorkerJobs]) -> None:
+    def test_prune(self, worker: WorkerParts, make_worker: Callable[..., WorkerParts]) -> None:
         """Workers silent for a day are struck out by the sweep; those silent for an hour are not."""
         for name, hours in (("long-gone", 25), ("gone", 1)):
-            make_worker_jobs(name)
-            with worker_jobs.database.write_session() as session:
+            make_worker(name)
+            with worker.database.write_session() as session:
                 then = now() - timedelta(hours=hours)
                 session.execute(update(Worker).where(Worker.id == name).values(heartbeat=then))
-        worker_jobs.notify_lost_jobs()
-        assert (worker_row(worker_jobs, "long-gone"), worker_row(worker_jobs, "gone") is not None) == (
+        worker.session.notify_lost_jobs()
+        assert (worker_row(worker, "long-gone"), worker_row(worker, "gone") is not None) == (
             None,
             True,
         )
 
-    def test_foreign_workers(
-        self, worker_jobs: WorkerJobs, make_worker_jobs: Callable[..., WorkerJobs]
-    ) -> None:
+    def test_foreign_workers(self, worker: WorkerParts, make_worker: Callable[..., WorkerParts]) -> None:
         """A worker can ask who else lives with another model; the dead and its own kind are none."""
-        make_worker_jobs("kin")
-        assert worker_jobs.foreign_workers() == []
-        other = make_worker_jobs("other-1", model="other")
-        (told,) = worker_jobs.foreign_workers()
+        make_worker("kin")
+        assert worker.session.foreign_workers() == []
+        other = make_worker("other-1", model="other")
+        (told,) = worker.session.foreign_workers()
         assert "other-1" in told
         expire_heartbeat(other)
-        assert worker_jobs.foreign_workers() == []
+        assert worker.session.foreign_workers() == []
 
 
-def test_workers_register_at_once(make_worker_jobs: Callable[..., WorkerJobs], database: Database) -> None:
+def test_workers_register_at_once(make_worker: Callable[..., WorkerParts], database: Database) -> None:
     """Workers that bring up one model at once all register."""
-    all_worker_jobs = [WorkerJobs(database, MemoryBroker(), "new", f"w{n}") for n in range(6)]
-    barrier = threading.Barrier(len(all_worker_jobs))
+    workers = [WorkerParts(database, MemoryBroker(), "new", f"w{n}") for n in range(6)]
+    barrier = threading.Barrier(len(workers))
 
-    def register(worker_jobs: WorkerJobs) -> None:
+    def register(worker: WorkerParts) -> None:
         barrier.wait()
-        worker_jobs.register(INFO, tokenizer_json())
+        worker.session.register(INFO, tokenizer_json())
 
-    with ThreadPoolExecutor(len(all_worker_jobs)) as pool:
-        list(pool.map(register, all_worker_jobs))
+    with ThreadPoolExecutor(len(workers)) as pool:
+        list(pool.map(register, workers))
     with database.read_session() as session:
         assert session.query(Worker).count() == 6
 
 
 def test_claim_refreshes_heartbeat(
-    make_worker_jobs: Callable[..., WorkerJobs], submit_edit: Callable[..., Any]
+    make_worker: Callable[..., WorkerParts], submit_edit: Callable[..., Any]
 ) -> None:
     """A worker that slept beyond its lease and begins a job is no dead one, whatever its last heartbeat says."""
-    first, second = make_worker_jobs("worker-1"), make_worker_jobs("worker-2")
+    first, second = make_worker("worker-1"), make_worker("worker-2")
     expire_heartbeat(first)
     edit = submit_edit()
-    assert first.claim(edit) is not None
-    assert second.claim(edit) is None
+    assert first.jobs.claim(edit) is not None
+    assert second.jobs.claim(edit) is None

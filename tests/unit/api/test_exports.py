@@ -60,7 +60,7 @@ def test_export_without_a_worker_is_503(client: TestClient, test_app: TestApp) -
     """503 at once, rather than an answer that is held for ever."""
     test_app.start_fake_worker()
     client.post("/edits", json=TOWER, headers={"Prefer": "wait=20"})
-    test_app.worker_jobs.deregister()
+    test_app.worker_parts.session.deregister()
     answer = client.get("/export")
     assert answer.status_code == 503 and "edit" in answer.json()["detail"]
 

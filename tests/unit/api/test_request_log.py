@@ -139,7 +139,7 @@ def test_request_id_is_stored_with_jobs_and_calls(client: TestClient, test_app: 
     """A job's row and a call's delivery hold the id of the request that asked for them."""
     client.post("/edits", json=TOWER, headers={REQUEST_ID_HEADER: "edit-1"})
     (delivery,) = test_app.broker.receive(("edit",), 1, 0)
-    job = test_app.worker_jobs.claim(delivery.job_id)
+    job = test_app.worker_parts.jobs.claim(delivery.job_id)
     assert job is not None
     assert job.request_id == "edit-1"
     test_app.start_fake_worker().may_finish.clear()

@@ -146,7 +146,7 @@ def test_a_whole_model_is_exported_locally(
 def test_export_refuses_a_digest_that_workers_disagree_with(place: SteppedService, tmp_path: Path) -> None:
     """A machine that makes other bytes than the workers says so, and leaves no folder behind."""
     place.edit("Colosseum", "on")
-    place.worker_jobs.attest(2, "0" * 64)
+    place.worker_parts.session.attest(2, "0" * 64)
     assert export_model(place, tmp_path, tmp_path / "edited") == 1
     assert not (tmp_path / "edited").exists()
 

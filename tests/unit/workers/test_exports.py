@@ -110,18 +110,20 @@ def test_export_is_resumed_by_another_worker(
     monkeypatch.setattr(job_handlers, "CHUNK_BYTES", 1000)
     stepped_service.edit("Eiffel Tower", "is")
     submitted = stepped_service.services.exports.submit("head", "peft", "key:alice")
-    job = stepped_service.worker_jobs.claim(submitted["id"])
+    job = stepped_service.worker_parts.jobs.claim(submitted["id"])
     assert job is not None
-    steps = run_export(stepped_service.replica, stepped_service.worker_jobs, stepped_service.context, job)
+    steps = run_export(
+        stepped_service.replica, stepped_service.worker_parts.jobs, stepped_service.context, job
+    )
     while (progress := next(steps)).phase != "store":
         pass
     assert progress.total > 2
     steps.close()
-    stepped_service.worker_jobs.forget_locally(job)
-    again = stepped_service.worker_jobs.claim(submitted["id"])
+    stepped_service.worker_parts.jobs.forget_locally(job)
+    again = stepped_service.worker_parts.jobs.claim(submitted["id"])
     assert again is not None and again.attempt == 2
     run_to_completion(
-        run_export(stepped_service.replica, stepped_service.worker_jobs, stepped_service.context, again)
+        run_export(stepped_service.replica, stepped_service.worker_parts.jobs, stepped_service.context, again)
     )
     done = stepped_service.services.exports.get(submitted["id"])
     with zipfile.ZipFile(io.BytesIO(download(stepped_service, done))) as archive:

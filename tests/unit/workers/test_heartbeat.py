@@ -10,7 +10,7 @@ import pytest
 from workers.heartbeat import HeartbeatThread
 
 
-class FakeWorkerJobs:
+class FakeWorkerSession:
     def __init__(self) -> None:
         self.beats: list[tuple[int, str]] = []
         self.sweeps = 0
@@ -18,26 +18,26 @@ class FakeWorkerJobs:
     def heartbeat(self, version: int, digest: str) -> None:
         self.beats.append((version, digest))
 
-    def sweep(self) -> None:
+    def notify_lost_jobs(self) -> None:
         self.sweeps += 1
 
 
-def make_heartbeat(**engine: Any) -> tuple[HeartbeatThread, FakeWorkerJobs]:
-    worker_jobs = FakeWorkerJobs()
-    values = {"hung": False, "position": (3, "digest"), **engine}
-    heartbeat = HeartbeatThread(SimpleNamespace(**values), worker_jobs, lease=30.0)  # type: ignore[arg-type]
+def make_heartbeat(**engine: Any) -> tuple[HeartbeatThread, FakeWorkerSession]:
+    session = FakeWorkerSession()
+    values = {"hung": False, "served_version": (3, "digest"), **engine}
+    heartbeat = HeartbeatThread(SimpleNamespace(**values), session, lease=30.0)  # type: ignore[arg-type]
     heartbeat.resume()
-    worker_jobs.beats.clear()
-    return heartbeat, worker_jobs
+    session.beats.clear()
+    return heartbeat, session
 
 
 def test_heartbeat_reports_version_and_sweeps_rarely() -> None:
     """Each beat tells the engine's position; sweeps are rarer."""
-    heartbeat, worker_jobs = make_heartbeat()
+    heartbeat, session = make_heartbeat()
     heartbeat.beat()
     heartbeat.beat()
-    assert worker_jobs.beats == [(3, "digest")] * 2
-    assert worker_jobs.sweeps == 1  # when it resumed
+    assert session.beats == [(3, "digest")] * 2
+    assert session.sweeps == 1  # when it resumed
 
 
 def test_no_heartbeat_while_paused_or_hung() -> None:
@@ -45,42 +45,44 @@ def test_no_heartbeat_while_paused_or_hung() -> None:
     hanging, first = make_heartbeat(hung=True)
     paused, second = make_heartbeat()
     paused.paused = True
-    for heartbeat, worker_jobs, swept in ((hanging, first, 0), (paused, second, 1)):
+    for heartbeat, session, swept in ((hanging, first, 0), (paused, second, 1)):
         heartbeat.beat()
-        assert (worker_jobs.beats, worker_jobs.sweeps) == ([], swept)
+        assert (session.beats, session.sweeps) == ([], swept)
 
 
 def test_no_heartbeat_before_registration() -> None:
     """Nothing is said of a worker that has no row yet."""
-    worker_jobs = FakeWorkerJobs()
-    heartbeat = HeartbeatThread(SimpleNamespace(hung=False, position=(3, "digest")), worker_jobs, lease=30.0)  # type: ignore[arg-type]
+    session = FakeWorkerSession()
+    heartbeat = HeartbeatThread(
+        SimpleNamespace(hung=False, served_version=(3, "digest")), session, lease=30.0
+    )  # type: ignore[arg-type]
     heartbeat.beat()
-    assert (worker_jobs.beats, worker_jobs.sweeps) == ([], 0)
+    assert (session.beats, session.sweeps) == ([], 0)
 
 
 def test_resume_delays_the_next_sweep() -> None:
     """What was down for one worker may have been down for all: their jobs are no orphans before they had time."""
-    heartbeat, worker_jobs = make_heartbeat()
+    heartbeat, session = make_heartbeat()
     heartbeat.paused = True
     heartbeat._last_sweep_at -= 3600
     heartbeat.resume()
-    assert (worker_jobs.beats, worker_jobs.sweeps) == ([(3, "digest")], 1)
+    assert (session.beats, session.sweeps) == ([(3, "digest")], 1)
 
 
 def test_failed_sweep_is_retried() -> None:
     """A sweep that met an outage is due again at the next beat."""
-    heartbeat, worker_jobs = make_heartbeat()
+    heartbeat, session = make_heartbeat()
     heartbeat._last_sweep_at -= 3600
-    sweep, worker_jobs.sweep = worker_jobs.sweep, lambda: 1 / 0  # type: ignore[method-assign, assign, return-value]
+    sweep, session.notify_lost_jobs = session.notify_lost_jobs, lambda: 1 / 0  # type: ignore[method-assign, assign, return-value]
     with pytest.raises(ZeroDivisionError):
         heartbeat.beat()
-    worker_jobs.sweep = sweep  # type: ignore[method-assign]
+    session.notify_lost_jobs = sweep  # type: ignore[method-assign]
     heartbeat.beat()
-    assert worker_jobs.sweeps == 2
+    assert session.sweeps == 2
 
 
 def test_no_heartbeat_before_the_first_version() -> None:
     """Before the first version is built there is no heartbeat to give."""
-    heartbeat, worker_jobs = make_heartbeat(position=None)
+    heartbeat, session = make_heartbeat(served_version=None)
     heartbeat.beat()
-    assert worker_jobs.beats == []
+    assert session.beats == []

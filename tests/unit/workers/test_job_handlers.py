@@ -16,12 +16,13 @@ from service.covariance.corpus import Corpus
 from service.db.models import Worker
 from service.editing.context import EditorContext
 from service.engine.versioned_model import VersionedModel
-from service.jobs.job_store import ClaimedJob, WorkerJobs
+from service.jobs.job_store import ClaimedJob
 from service.kit.steps import Stepper, run_to_completion
 from service.models.loading import LoadedModel
 from service.recipes.recipe import Recipe, RomeParameters
 from service.schemas import EvaluationRequest
 from tests.support.tiny_models import TEXTS, tiny
+from tests.support.workers import WorkerParts
 from workers.job_handlers import run_evaluation
 from workers.model_info import model_info, tokenizer_json
 
@@ -47,9 +48,9 @@ class FakeWorker:
 
     def __init__(self, container: Container, model: LoadedModel, name: str) -> None:
         self.context = EditorContext(model, RECIPE, Corpus("test", tuple(TEXTS)), None)
-        self.worker_jobs = WorkerJobs(container.database, container.broker, model.fingerprint, name)
-        self.worker_jobs.register(model_info(model, self.context), tokenizer_json(model))
-        self.replica = VersionedModel(model, self.worker_jobs)
+        self.worker_parts = WorkerParts(container.database, container.broker, model.fingerprint, name)
+        self.worker_parts.session.register(model_info(model, self.context), tokenizer_json(model))
+        self.replica = VersionedModel(model, self.worker_parts.ledger, self.worker_parts.session.attest)
         self.computed_edits: list[str] = []
         find = self.context.find_all_factors
 
@@ -60,14 +61,14 @@ class FakeWorker:
         self.context.find_all_factors = finding  # type: ignore[method-assign]
 
     def claim(self, evaluation: dict[str, Any]) -> tuple[ClaimedJob, Stepper[None]]:
-        job = self.worker_jobs.claim(evaluation["id"])
+        job = self.worker_parts.jobs.claim(evaluation["id"])
         assert job is not None
-        return job, run_evaluation(self.replica, self.worker_jobs, self.context, job)
+        return job, run_evaluation(self.replica, self.worker_parts.jobs, self.context, job)
 
     def delete_worker_row(self) -> None:
         """Nobody hears of it any more."""
-        with self.worker_jobs.database.write_session() as session:
-            session.execute(delete(Worker).where(Worker.id == self.worker_jobs.worker))
+        with self.worker_parts.database.write_session() as session:
+            session.execute(delete(Worker).where(Worker.id == self.worker_parts.id))
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from service.engine.decoding import DecodingBatch, new_sequence
 from service.engine.engine import Engine
 from service.engine.versioned_model import VersionedModel
 from service.errors import DigestMismatch, Misconfigured, Unavailable
-from service.jobs.job_store import WorkerJobs
 from service.models.loading import load_model
 from service.schemas import CompareRequest, EditRequest, EvaluationRequest, GenerateRequest, TraceRequest
 from service.settings import Settings
 from tests.support.fakes import collect_events, token_texts
 from tests.support.tiny_models import tiny
+from tests.support.workers import WorkerParts
 from workers import worker
 from workers.worker import Worker
 
@@ -114,7 +114,7 @@ def tokens_alone(harness: WorkerHarness, folder: Path, version: int, request: Ge
     """What a replica of its own says at a version, with nothing else going on."""
     model = load_model(folder)
     replica = VersionedModel(
-        model, WorkerJobs(harness.container.database, harness.container.broker, model.fingerprint, "reader")
+        model, WorkerParts(harness.container.database, harness.container.broker, model.fingerprint, "reader")
     )
     batch = DecodingBatch(model, [new_sequence(model, request.prompt_texts()[0], request)])
     (r,) = batch.sequences
@@ -243,14 +243,14 @@ def test_killed_worker_is_removed_at_start(folder: Path, tmp_path: Path) -> None
     """Whom a crash left in the list is gone when the embedded service starts anew, before the model is loaded."""
     config = settings(folder, tmp_path)
     harness = WorkerHarness(config).open()
-    worker_jobs = WorkerJobs(
+    worker_parts = WorkerParts(
         harness.container.database,
         harness.container.broker,
         harness.services.models.describe()["fingerprint"],
         "killed",
     )
     harness.close()
-    worker_jobs.register({"name": "tiny"}, "{}")
+    worker_parts.session.register({"name": "tiny"}, "{}")
     harness = WorkerHarness(config)
     assert harness.services.models.check_ready()["ready"]  # as the dead one's last heartbeat has it
     with pytest.MonkeyPatch.context() as patch:
@@ -349,11 +349,11 @@ def test_worker_with_digest_mismatch_ends(
 ) -> None:
     """A worker whose weights are disputed ends with the reason, and its row stays to tell it."""
 
-    def attest(desk: WorkerJobs, version: int, digest: str) -> None:
+    def attest(desk: WorkerParts, version: int, digest: str) -> None:
         desk.quarantine("its memory is bad.")
         raise DigestMismatch("this worker takes itself out: its memory is bad.")
 
-    monkeypatch.setattr(WorkerJobs, "attest", attest)
+    monkeypatch.setattr(WorkerParts, "attest", attest)
     harness = WorkerHarness(settings(folder, tmp_path, **wiring))
     harness.worker.start_in_thread().join(60)
     with pytest.raises(DigestMismatch):
@@ -366,15 +366,15 @@ def test_worker_waits_for_the_store_while_loading(
     folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that cannot ask who else is there asks again, and serves when it is told."""
-    original, calls = WorkerJobs.foreign_workers, []
+    original, calls = WorkerParts.foreign_workers, []
 
-    def strangers(desk: WorkerJobs) -> list[str]:
+    def strangers(desk: WorkerParts) -> list[str]:
         calls.append(desk)
         if len(calls) < 3:
             raise Unavailable("the database does not answer.")
         return original(desk)
 
-    monkeypatch.setattr(WorkerJobs, "foreign_workers", strangers)
+    monkeypatch.setattr(WorkerParts, "foreign_workers", strangers)
     monkeypatch.setattr(worker, "RESTART_DELAY", 0.01)
     harness = WorkerHarness(settings(folder, tmp_path, **wiring)).open()
     assert len(calls) >= 3
@@ -385,7 +385,7 @@ def test_two_models_are_not_served_side_by_side(folder: Path, tmp_path: Path, wi
     """A worker that finds another model being served does not start, and names who serves it."""
     harness = WorkerHarness(settings(folder, tmp_path, **wiring), sole=False)
     harness.container.database.migrate()
-    WorkerJobs(harness.container.database, harness.container.broker, "f" * 64, "worker_a").register(
+    WorkerParts(harness.container.database, harness.container.broker, "f" * 64, "worker_a").session.register(
         {"name": "gpt2-xl"}, "{}"
     )
     harness.worker.start_in_thread().join(60)

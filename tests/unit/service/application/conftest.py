@@ -12,10 +12,10 @@ from service.application import Services
 from service.bootstrap import Container
 from service.db.database import Database
 from service.jobs.broker import Broker
-from service.jobs.job_store import WorkerJobs
 from service.settings import Settings
 from tests.support.served_model import INFO, tokenizer_json
 from tests.support.service_requests import edit_request
+from tests.support.workers import WorkerParts
 
 
 @pytest.fixture
@@ -35,14 +35,14 @@ def services_without_model(database: Database, broker: Broker, tmp_path: Path) -
 
 
 @pytest.fixture
-def worker_jobs(database: Database, broker: Broker) -> Any:
-    worker_jobs = WorkerJobs(database, broker, "fingerprint", "worker-1")
-    worker_jobs.register(INFO, tokenizer_json(), ["generate", "edit"])
-    return worker_jobs
+def worker(database: Database, broker: Broker) -> Any:
+    worker = WorkerParts(database, broker, "fingerprint", "worker-1")
+    worker.session.register(INFO, tokenizer_json(), ["generate", "edit"])
+    return worker
 
 
 @pytest.fixture
-def services(services_without_model: Services, worker_jobs: WorkerJobs) -> Any:
+def services(services_without_model: Services, worker: WorkerParts) -> Any:
     return services_without_model
 
 
@@ -52,12 +52,12 @@ def submit_edit(services: Services) -> Any:
 
 
 @pytest.fixture
-def applied_edit(submit_edit: Callable[..., Any], worker_jobs: WorkerJobs) -> Any:
+def applied_edit(submit_edit: Callable[..., Any], worker: WorkerParts) -> Any:
     """Ask for an edit, and have it applied."""
 
     def apply_new_edit(*args: Any, **more: Any) -> Any:
         edit = submit_edit(*args, **more)
-        worker_jobs.commit_edit(worker_jobs.claim(edit), worker_jobs.head(), edit.encode(), {}, {})
+        worker.jobs.commit_edit(worker.jobs.claim(edit), worker.ledger.head(), edit.encode(), {}, {})
         return edit
 
     return apply_new_edit

@@ -11,10 +11,10 @@ from service.application import Services
 from service.db.database import Database
 from service.errors import InvalidInput
 from service.jobs.broker import Broker
-from service.jobs.job_store import WorkerJobs
 from service.schemas import EvaluationRequest
 from tests.support.served_model import INFO, tokenizer_json
 from tests.support.service_requests import evaluation_record, evaluation_request
+from tests.support.workers import WorkerParts
 
 
 class TestEvaluation:
@@ -33,10 +33,10 @@ class TestEvaluation:
         for _ in range(2):
             assert services.evaluations.cancel(evaluation["id"])["status"] == "cancelled"
 
-    def test_lists_are_light(self, services: Services, worker_jobs: WorkerJobs, database: Database) -> None:
+    def test_lists_are_light(self, services: Services, worker: WorkerParts, database: Database) -> None:
         """What was found is read where one evaluation is asked for, and by no list."""
         evaluation = services.evaluations.submit(evaluation_request(), "somebody")["id"]
-        worker_jobs.finish(worker_jobs.claim(evaluation), "done", {"found": [1.0, None]})
+        worker.jobs.finish(worker.jobs.claim(evaluation), "done", {"found": [1.0, None]})
         statements = []
         event.listen(database.engine, "before_cursor_execute", lambda *a: statements.append(a[2]))
         for page in (services.evaluations.page(), services.jobs.page()):
@@ -46,13 +46,13 @@ class TestEvaluation:
         assert not any("jobs.result" in statement for statement in statements)
         assert services.evaluations.get(evaluation)["result"] == {"found": [1.0, None]}
 
-    def test_facts(self, services: Services, worker_jobs: WorkerJobs) -> None:
+    def test_facts(self, services: Services, worker: WorkerParts) -> None:
         """The table beside the model is evaluated where there is one."""
         request = EvaluationRequest(dataset="facts", limit=3)
         with pytest.raises(InvalidInput, match="no table of facts") as error:
             services.evaluations.submit(request, "a")
         assert error.value.field == "dataset"
-        worker_jobs.register(INFO | {"facts": True}, tokenizer_json())
+        worker.session.register(INFO | {"facts": True}, tokenizer_json())
         evaluation = services.evaluations.submit(request, "a")
         assert (evaluation["request"]["records"], evaluation["request"]["limit"]) == (None, 3)
 

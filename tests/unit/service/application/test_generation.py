@@ -13,10 +13,10 @@ from service.application import Services
 from service.db.database import Database
 from service.errors import InvalidInput, QueueFull
 from service.jobs.broker import Broker
-from service.jobs.job_store import WorkerJobs
 from service.schemas import CompareRequest, GenerateRequest
 from service.settings import Settings
 from tests.support.served_model import INFO, tokenizer_json
+from tests.support.workers import WorkerParts
 
 
 class TestGeneration:
@@ -79,7 +79,7 @@ class TestGeneration:
         assert (second.job_id, second.payload) == (channel, first.payload)
 
     def test_max_new_tokens_setting(
-        self, database: Database, broker: Broker, worker_jobs: WorkerJobs, tmp_path: Path
+        self, database: Database, broker: Broker, worker: WorkerParts, tmp_path: Path
     ) -> None:
         """No more tokens can be asked for than the settings allow."""
         services = Services(database, broker, Settings(data_dir=tmp_path, max_new_tokens=7))
@@ -93,7 +93,7 @@ class TestGeneration:
             assert error.value.field == "max_new_tokens"
 
     def test_the_tokenizer_is_read_once(
-        self, services: Services, database: Database, worker_jobs: WorkerJobs
+        self, services: Services, database: Database, worker: WorkerParts
     ) -> None:
         """Of the megabytes of a tokenizer nothing is read by a request, but by the first after a worker came up."""
         reads_tokenizer = []
@@ -105,7 +105,7 @@ class TestGeneration:
         for _ in range(3):
             services.generation.generate(GenerateRequest(prompt="The"))
         assert sum(reads_tokenizer) == 1
-        worker_jobs.register(INFO, tokenizer_json())
+        worker.session.register(INFO, tokenizer_json())
         reads_tokenizer.clear()
         for _ in range(2):
             services.generation.generate(GenerateRequest(prompt="The"))

@@ -75,7 +75,7 @@ def test_the_weights_are_the_same_bytes(source: SteppedService, destination: Ste
     assert len(created) == 4 and already_present == []
     destination.run_queued_edits()
     assert [destination.services.edits.get(e["id"])["status"] for e in created] == ["applied"] * 4
-    assert destination.replica.digest(4) == source.replica.digest(source.worker_jobs.head())
+    assert destination.replica.digest(4) == source.replica.digest(source.worker_parts.ledger.head())
     assert destination.state() == source.state()
     assert destination.services.ledger.verify()["ok"]
     origin = destination.services.edits.get(created[0]["id"])["origin"]
@@ -101,7 +101,7 @@ def test_batched_import_commits_the_same_bytes(source: SteppedService, destinati
     """As edits that wait together."""
     destination.services.imports.submit(source.export_edit_set(), "key:bob")
     destination.run_queued_edits(as_group=True)
-    assert destination.replica.digest(4) == source.replica.digest(source.worker_jobs.head())
+    assert destination.replica.digest(4) == source.replica.digest(source.worker_parts.ledger.head())
 
 
 def test_an_older_version_is_exported_as_it_was(source: SteppedService, destination: SteppedService) -> None:
@@ -122,7 +122,7 @@ def test_import_is_idempotent(source: SteppedService, destination: SteppedServic
         again, already_present = destination.services.imports.submit(data, "key:bob")
         assert [e["id"] for e in again] == already_present == ids
         destination.run_queued_edits()
-    assert destination.worker_jobs.head() == 4
+    assert destination.worker_parts.ledger.head() == 4
     assert len(source.services.imports.submit(data, "key:bob")[1]) == 4
     destination.services.edits.revert(ids[1], "key:bob")
     third, already_present = destination.services.imports.submit(data, "key:bob")
@@ -135,7 +135,7 @@ def test_imported_edits_can_be_reverted(source: SteppedService, destination: Ste
     destination.run_queued_edits()
     for e in created:
         destination.services.edits.revert(e["id"], "key:bob")
-    assert destination.replica.digest(destination.worker_jobs.head()) == destination.replica.digest(0)
+    assert destination.replica.digest(destination.worker_parts.ledger.head()) == destination.replica.digest(0)
 
 
 def test_imported_edits_can_be_exported_again(
@@ -147,7 +147,7 @@ def test_imported_edits_can_be_exported_again(
     third = build()
     third.services.imports.submit(destination.export_edit_set(), "key:carol")
     third.run_queued_edits()
-    assert third.replica.digest(4) == source.replica.digest(source.worker_jobs.head())
+    assert third.replica.digest(4) == source.replica.digest(source.worker_parts.ledger.head())
 
 
 def test_guard_applies_to_imports(source: SteppedService, destination: SteppedService) -> None:
@@ -158,7 +158,7 @@ def test_guard_applies_to_imports(source: SteppedService, destination: SteppedSe
     destination.run_queued_edits()
     ended = destination.services.edits.get(created[0]["id"])
     assert ended["status"] == "rejected" and ended["result"]["strength"] == 1.0
-    assert destination.worker_jobs.head() == 0 and destination.count(JobArtifact) == 0
+    assert destination.worker_parts.ledger.head() == 0 and destination.count(JobArtifact) == 0
 
 
 def test_idempotency_key_covers_one_import(source: SteppedService, destination: SteppedService) -> None:

@@ -14,11 +14,11 @@ from service.application import Services
 from service.db.database import Database
 from service.errors import InvalidInput, NotFound, QueueFull
 from service.jobs.broker import Broker
-from service.jobs.job_store import WorkerJobs
 from service.kit import ids
 from service.schemas import GenerateRequest
 from service.settings import Settings
 from tests.support.service_requests import collect_job_events, edit_request, raise_unavailable, trace_request
+from tests.support.workers import WorkerParts
 
 
 class TestSubmit:
@@ -97,7 +97,7 @@ class TestSubmit:
         services.edits.submit(requests, "a", max_queued=3)
 
     def test_default_queue_limit_of_an_actor(
-        self, database: Database, broker: Broker, worker_jobs: WorkerJobs, tmp_path: Path
+        self, database: Database, broker: Broker, worker: WorkerParts, tmp_path: Path
     ) -> None:
         """Without a limit of their own the setting's holds."""
         services = Services(database, broker, Settings(data_dir=tmp_path, max_queued_per_key=1))
@@ -170,25 +170,21 @@ class TestIdempotency:
 
 
 class TestCancelOrRevert:
-    def test_queued(
-        self, services: Services, submit_edit: Callable[..., Any], worker_jobs: WorkerJobs
-    ) -> None:
+    def test_queued(self, services: Services, submit_edit: Callable[..., Any], worker: WorkerParts) -> None:
         """A waiting edit is cancelled at once, and its listeners hear the end."""
         edit = submit_edit()
         cancelled = services.edits.revert(edit, "another")
         assert (cancelled["status"], cancelled["version"]) == ("cancelled", None)
         assert cancelled["ended"] is not None
         assert collect_job_events(services, edit)[-1].data == cancelled
-        assert worker_jobs.claim(edit) is None
+        assert worker.jobs.claim(edit) is None
 
-    def test_running(
-        self, services: Services, submit_edit: Callable[..., Any], worker_jobs: WorkerJobs
-    ) -> None:
+    def test_running(self, services: Services, submit_edit: Callable[..., Any], worker: WorkerParts) -> None:
         """A running edit is asked to stop, and says so by ending as cancelled."""
         edit = submit_edit()
-        job = worker_jobs.claim(edit)
+        job = worker.jobs.claim(edit)
         assert services.edits.revert(edit, "another")["status"] == "running"
-        assert worker_jobs.cancel_requested(job)
+        assert worker.jobs.cancel_requested(job)
 
     def test_applied(self, services: Services, applied_edit: Callable[..., Any]) -> None:
         """An applied edit is reverted by an entry in the ledger, with who did it."""
@@ -204,11 +200,11 @@ class TestCancelOrRevert:
         services: Services,
         applied_edit: Callable[..., Any],
         submit_edit: Callable[..., Any],
-        worker_jobs: WorkerJobs,
+        worker: WorkerParts,
     ) -> None:
         """Saying it twice is harmless: the same resource, and no second entry."""
         applied, waiting, running = applied_edit(), submit_edit("a"), submit_edit("b")
-        worker_jobs.claim(running)
+        worker.jobs.claim(running)
         for edit in (applied, waiting, running):
             assert services.edits.revert(edit, "x") == services.edits.revert(edit, "y")
         assert services.ledger.head() == 2
@@ -243,12 +239,10 @@ class TestCancelOrRevert:
         assert services.models.describe()["active_edits"] == 0
         assert services.ledger.verify()["ok"]
 
-    def test_dry_run(
-        self, services: Services, submit_edit: Callable[..., Any], worker_jobs: WorkerJobs
-    ) -> None:
+    def test_dry_run(self, services: Services, submit_edit: Callable[..., Any], worker: WorkerParts) -> None:
         """A dry run that has ended leaves nothing to revert, whatever it is called."""
         edit = submit_edit(dry_run=True)
-        worker_jobs.finish(worker_jobs.claim(edit), "applied", {})
+        worker.jobs.finish(worker.jobs.claim(edit), "applied", {})
         assert services.edits.revert(edit, "somebody")["status"] == "applied"
         assert services.ledger.head() == 0
         assert services.models.describe()["active_edits"] == 0

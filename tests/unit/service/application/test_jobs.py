@@ -16,7 +16,6 @@ from service.application import jobs as job_service_module
 from service.db.database import Database
 from service.errors import Conflict, InvalidInput, NotFound, Unavailable
 from service.jobs.broker import Broker
-from service.jobs.job_store import WorkerJobs
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.steps import Progress
 from service.settings import Settings
@@ -26,6 +25,7 @@ from tests.support.service_requests import (
     raise_unavailable,
     trace_request,
 )
+from tests.support.workers import WorkerParts
 
 
 class TestJobs:
@@ -35,10 +35,10 @@ class TestJobs:
         return [submit_edit("a"), services.traces.submit(trace_request(), "somebody")["id"], submit_edit("b")]
 
     @pytest.fixture
-    def failed(self, submit_edit: Callable[..., Any], worker_jobs: WorkerJobs, broker: Broker) -> Any:
+    def failed(self, submit_edit: Callable[..., Any], worker: WorkerParts, broker: Broker) -> Any:
         edit = submit_edit()
         broker.receive(["edit"], 1, 0)
-        worker_jobs.fail(worker_jobs.claim(edit), "out of memory")
+        worker.jobs.fail(worker.jobs.claim(edit), "out of memory")
         return edit
 
     def test_all_kinds(self, services: Services, one_of_each_kind: Any) -> None:
@@ -68,15 +68,15 @@ class TestJobs:
         with pytest.raises(InvalidInput):
             services.jobs.page(**bad)
 
-    def test_retry(self, services: Services, failed: Any, broker: Broker, worker_jobs: WorkerJobs) -> None:
+    def test_retry(self, services: Services, failed: Any, broker: Broker, worker: WorkerParts) -> None:
         """A failed job waits again as if it had never been tried, and its listeners hear the new end."""
         job = services.jobs.retry(failed, "admin")
         assert (job["status"], job["attempts"], job["error"], job["dead"]) == ("queued", 0, None, False)
         assert services.edits.get(failed)["ended"] is None
         assert [d.job_id for d in broker.receive(["edit"], 1, 0)] == [failed]
-        again = worker_jobs.claim(failed)
+        again = worker.jobs.claim(failed)
         assert again.attempt == 1
-        worker_jobs.finish(again, "rejected")
+        worker.jobs.finish(again, "rejected")
         assert [(e.name, e.data["status"]) for e in collect_job_events(services, failed)] == [
             ("end", "rejected")
         ]
@@ -122,13 +122,13 @@ class TestEvents:
         self,
         services: Services,
         submit_edit: Callable[..., Any],
-        worker_jobs: WorkerJobs,
+        worker: WorkerParts,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """An end that was committed and never told, because the worker died, is found in the row."""
         monkeypatch.setattr(job_service_module, "END_CHECK_INTERVAL", 0.05)
         edit = submit_edit()
-        job = worker_jobs.claim(edit)
+        job = worker.jobs.claim(edit)
 
         async def listen() -> Any:
             async with asyncio.timeout(20):
@@ -136,13 +136,13 @@ class TestEvents:
                 listener = asyncio.ensure_future(anext(events))
                 await asyncio.sleep(0.2)
                 monkeypatch.setattr(services.broker, "publish", lambda *_, **__: None)
-                await asyncio.to_thread(worker_jobs.finish, job, "rejected")
+                await asyncio.to_thread(worker.jobs.finish, job, "rejected")
                 return [await listener] + [event async for event in events]
 
         assert [(e.name, e.data["status"]) for e in asyncio.run(listen())] == [("end", "rejected")]
 
     def test_from_first_to_last(
-        self, services: Services, submit_edit: Callable[..., Any], worker_jobs: WorkerJobs
+        self, services: Services, submit_edit: Callable[..., Any], worker: WorkerParts
     ) -> None:
         """A listener hears the progress and then the end, with the resource."""
         edit = submit_edit()
@@ -150,11 +150,11 @@ class TestEvents:
         async def listen() -> Any:
             async with asyncio.timeout(20):
                 events = services.jobs.events(edit)
-                job = await asyncio.to_thread(worker_jobs.claim, edit)
+                job = await asyncio.to_thread(worker.jobs.claim, edit)
                 listener = asyncio.ensure_future(anext(events))
-                await asyncio.to_thread(worker_jobs.report_progress, job, Progress("value", 1, 2))
+                await asyncio.to_thread(worker.jobs.report_progress, job, Progress("value", 1, 2))
                 first = await listener
-                await asyncio.to_thread(worker_jobs.finish, job, "rejected", {})
+                await asyncio.to_thread(worker.jobs.finish, job, "rejected", {})
                 return [first] + [event async for event in events]
 
         events = asyncio.run(listen())

@@ -10,8 +10,8 @@ from sqlalchemy import update
 from service.application import Services
 from service.db.database import Database
 from service.db.models import LedgerEntry
-from service.jobs.job_store import WorkerJobs
 from tests.support.ledger_tampering import drop_append_only_guards
+from tests.support.workers import WorkerParts
 
 
 class TestLedger:
@@ -37,12 +37,10 @@ class TestLedger:
         rest = services.ledger.page(cursor=cut["next"], version=2, newest_first=True)
         assert [entry["version"] for entry in cut["items"] + rest["items"]] == [2, 1]
 
-    def test_verify(
-        self, services: Services, applied_edit: Callable[..., Any], worker_jobs: WorkerJobs
-    ) -> None:
+    def test_verify(self, services: Services, applied_edit: Callable[..., Any], worker: WorkerParts) -> None:
         """Verifying tells the entries, the head and what the replicas said."""
         applied_edit()
-        worker_jobs.attest(1, "digest")
+        worker.session.attest(1, "digest")
         verification = services.ledger.verify()
         assert (
             verification["ok"],

@@ -15,12 +15,12 @@ from service.db.database import Database
 from service.db.models import LedgerEntry, Worker, now
 from service.errors import Unavailable
 from service.jobs.broker import Broker
-from service.jobs.job_store import WorkerJobs
 from service.schemas import GenerateRequest
 from service.settings import Settings
 from tests.support.ledger_tampering import drop_append_only_guards
 from tests.support.served_model import INFO, tokenizer_json
 from tests.support.service_requests import edit_request, raise_unavailable, trace_request
+from tests.support.workers import WorkerParts
 
 
 class TestModel:
@@ -54,7 +54,7 @@ class TestModel:
     def test_the_newest(self, services: Services, database: Database, broker: Broker) -> None:
         """The resident model is the one that came up last; jobs of the one before are not listed with it."""
         services.edits.submit([edit_request()], "a")
-        WorkerJobs(database, broker, "other", "worker-2").register(
+        WorkerParts(database, broker, "other", "worker-2").session.register(
             {**INFO, "name": "other"}, tokenizer_json()
         )
         assert services.models.describe()["name"] == "other"
@@ -64,9 +64,9 @@ class TestModel:
         """Ready is a database and a queue that answer and a worker that lives."""
         assert services.models.check_ready()["ready"]
 
-    def test_no_worker(self, services: Services, worker_jobs: WorkerJobs) -> None:
+    def test_no_worker(self, services: Services, worker: WorkerParts) -> None:
         """Without a living worker the service is not ready, and says why."""
-        worker_jobs.deregister()
+        worker.session.deregister()
         with pytest.raises(Unavailable) as error:
             services.models.check_ready()
         assert error.value.extra["reasons"] == ["no worker is alive"]
@@ -76,7 +76,7 @@ class TestModel:
         self,
         services: Services,
         applied_edit: Callable[..., Any],
-        worker_jobs: WorkerJobs,
+        worker: WorkerParts,
         database: Database,
     ) -> None:
         """A worker has some time to reach the head; then the service is no longer ready."""
@@ -87,7 +87,7 @@ class TestModel:
             session.execute(update(LedgerEntry).values(at=now() - timedelta(minutes=5)))
         with pytest.raises(Unavailable, match="no worker has reached version 1"):
             services.models.check_ready()
-        worker_jobs.heartbeat(1, "digest")
+        worker.session.heartbeat(1, "digest")
         assert services.models.check_ready()["workers"][0]["version"] == 1
 
     def test_role_missing(self, services: Services, submit_edit: Callable[..., Any]) -> None:
@@ -100,37 +100,39 @@ class TestModel:
         assert error.value.extra["reasons"] == ["1 jobs wait and no living worker does trace"]
 
     def test_no_worker_with_role_generate(
-        self, services: Services, worker_jobs: WorkerJobs, database: Database
+        self, services: Services, worker: WorkerParts, database: Database
     ) -> None:
         """Readiness is to be able to speak: a worker that only edits is not enough."""
-        worker_jobs.deregister()
-        WorkerJobs(database, services.broker, "fingerprint", "w").register(INFO, tokenizer_json(), ["edit"])
+        worker.session.deregister()
+        WorkerParts(database, services.broker, "fingerprint", "w").session.register(
+            INFO, tokenizer_json(), ["edit"]
+        )
         with pytest.raises(Unavailable, match="no living worker does generate"):
             services.models.check_ready()
         services.models.require_worker_for("edit")
         with pytest.raises(Unavailable, match="no worker is alive that does generate"):
             services.models.require_worker_for("compare")
 
-    def test_no_roles(self, services: Services, worker_jobs: WorkerJobs, database: Database) -> None:
+    def test_no_roles(self, services: Services, worker: WorkerParts, database: Database) -> None:
         """A worker without roles does everything."""
-        worker_jobs.deregister()
-        WorkerJobs(database, services.broker, "fingerprint", "w").register(INFO, tokenizer_json())
+        worker.session.deregister()
+        WorkerParts(database, services.broker, "fingerprint", "w").session.register(INFO, tokenizer_json())
         services.traces.submit(trace_request(), "somebody")
         assert services.models.check_ready()["ready"]
 
-    def test_withdrawn_worker(self, services: Services, worker_jobs: WorkerJobs) -> None:
+    def test_withdrawn_worker(self, services: Services, worker: WorkerParts) -> None:
         """A worker that took itself out is listed with its reason and counts for nothing."""
-        worker_jobs.quarantine("its weights differ.")
+        worker.session.quarantine("its weights differ.")
         with pytest.raises(Unavailable, match="no worker is alive"):
             services.models.check_ready()
         (worker,) = services.models.describe()["workers"]
         assert (worker["state"], worker["reason"]) == ("withdrawn", "its weights differ.")
 
     def test_every_reason(
-        self, services: Services, worker_jobs: WorkerJobs, monkeypatch: pytest.MonkeyPatch
+        self, services: Services, worker: WorkerParts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """All that is down is named at once."""
-        worker_jobs.deregister()
+        worker.session.deregister()
         monkeypatch.setattr(services.broker, "queue_depth", raise_unavailable)
         with pytest.raises(Unavailable) as error:
             services.models.check_ready()
@@ -141,7 +143,7 @@ class TestModel:
         assert error.value.extra["reasons"] == ["the queue is down"] * 2
 
     def test_lease(
-        self, database: Database, broker: Broker, services: Services, worker_jobs: WorkerJobs, tmp_path: Path
+        self, database: Database, broker: Broker, services: Services, worker: WorkerParts, tmp_path: Path
     ) -> None:
         """How long a silent worker counts as living is a setting."""
         with database.write_session() as session:

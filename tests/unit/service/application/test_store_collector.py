@@ -13,10 +13,10 @@ from service.application.store_collector import StoreCollector
 from service.db.database import Database
 from service.db.models import Job, Worker, now
 from service.errors import Unavailable
-from service.jobs.job_store import WorkerJobs
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.ids import new_id
 from tests.support.served_model import INFO, tokenizer_json
+from tests.support.workers import WorkerParts
 
 LEASE = 30.0
 
@@ -26,17 +26,17 @@ class MonitorFixture:
 
     def __init__(self, database: Database) -> None:
         self.database, self.broker = database, MemoryBroker()
-        self.worker_jobs = self.register_worker("worker-1")
+        self.worker_parts = self.register_worker("worker-1")
 
-    def register_worker(self, name: str, *roles: str) -> WorkerJobs:
-        worker_jobs = WorkerJobs(self.database, self.broker, "f" * 64, name)
-        worker_jobs.register(INFO, tokenizer_json(), roles)
-        return worker_jobs
+    def register_worker(self, name: str, *roles: str) -> WorkerParts:
+        worker_parts = WorkerParts(self.database, self.broker, "f" * 64, name)
+        worker_parts.session.register(INFO, tokenizer_json(), roles)
+        return worker_parts
 
     def add_queued_edit(self, subject: str = "Eiffel Tower") -> str:
         """An edit that waits."""
         asked = {"subject": subject, "prompt": "The {} is located in", "target_new": "Rome"}
-        row = {"id": new_id("edit"), "kind": "edit", "model": self.worker_jobs.model, "status": "queued"}
+        row = {"id": new_id("edit"), "kind": "edit", "model": self.worker_parts.model, "status": "queued"}
         times = {"created": now(), "updated": now()}
         with self.database.write_session() as session:
             session.add(Job(**row, **times, request=asked, actor="somebody", subject=subject))
@@ -64,7 +64,7 @@ def monitor_fixture(database: Database) -> MonitorFixture:
 def test_jobs_by_kind(monitor_fixture: MonitorFixture) -> None:
     """Waiting and running jobs are told apart, and kinds without any are told as 0."""
     monitor_fixture.add_queued_edit("Big Ben")
-    assert monitor_fixture.worker_jobs.claim(monitor_fixture.add_queued_edit())
+    assert monitor_fixture.worker_parts.jobs.claim(monitor_fixture.add_queued_edit())
     found = monitor_fixture.scrape()
     assert found["queue_waiting", "edit"] == found["jobs_running", "edit"] == 1
     assert (
@@ -98,7 +98,7 @@ def test_calls_are_counted_by_the_broker(monitor_fixture: MonitorFixture) -> Non
 
 def test_workers_by_role(monitor_fixture: MonitorFixture) -> None:
     """A worker counts for its roles, for all when it names none; a role that nobody has is told as 0."""
-    monitor_fixture.worker_jobs.deregister()
+    monitor_fixture.worker_parts.session.deregister()
     assert monitor_fixture.scrape()["workers", "edit"] == 0
     monitor_fixture.register_worker("worker-2", "generate")
     assert monitor_fixture.scrape()["workers", "generate"] == 1
@@ -119,12 +119,12 @@ def test_worker_without_heartbeat_is_not_alive(monitor_fixture: MonitorFixture) 
 
 def test_lag_is_the_distance_to_head(monitor_fixture: MonitorFixture) -> None:
     """A worker is behind by the versions that it has not reached."""
-    job = monitor_fixture.worker_jobs.claim(monitor_fixture.add_queued_edit())
+    job = monitor_fixture.worker_parts.jobs.claim(monitor_fixture.add_queued_edit())
     assert job is not None
-    monitor_fixture.worker_jobs.commit_edit(job, 0, b"factors", {}, {})
+    monitor_fixture.worker_parts.jobs.commit_edit(job, 0, b"factors", {}, {})
     assert monitor_fixture.scrape()["head_version",] == 1
     assert monitor_fixture.scrape()["worker_lag", "worker-1"] == 1
-    monitor_fixture.worker_jobs.heartbeat(1, "digest")
+    monitor_fixture.worker_parts.session.heartbeat(1, "digest")
     assert monitor_fixture.scrape()["worker_lag", "worker-1"] == 0
 
 

@@ -24,7 +24,7 @@ from service.editing.methods.registry import find_batch_factors, find_factors
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, Unavailable
-from service.jobs.job_store import ClaimedJob, WorkerJobs
+from service.jobs.job_store import ClaimedJob
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.steps import JobFinished, JobProgress, JobSteps, Progress, Stepper, run_to_completion
 from service.kit.text import fill_prompt
@@ -37,6 +37,7 @@ from service.settings import Settings
 from service.weights.composition import apply_delta, compose_layer
 from service.weights.factors import deserialize_updates, serialize_updates
 from tests.support.tiny_models import TEXTS, tiny
+from tests.support.workers import WorkerParts
 
 torch.set_num_threads(1)
 
@@ -101,12 +102,12 @@ class EditingHarness:
         self.database = Database(f"sqlite:///{file}")
         self.broker = MemoryBroker()
         self.services = Services(self.database, self.broker, Settings(data_dir=folder))
-        self.worker_jobs = WorkerJobs(
+        self.worker_parts = WorkerParts(
             self.database, self.broker, self.model.fingerprint, "worker-1", single_process=True
         )
         info = {"name": "tiny", "layers": 3, "positions": 64, "width": 16, **self.context.info()}
-        self.worker_jobs.register(info, self.model.tokenizer.backend_tokenizer.to_str())
-        self.replica = VersionedModel(self.model, self.worker_jobs)
+        self.worker_parts.session.register(info, self.model.tokenizer.backend_tokenizer.to_str())
+        self.replica = VersionedModel(self.model, self.worker_parts.ledger, self.worker_parts.session.attest)
         self.base_weights = {x: self.model.weight(x).data.clone() for x in range(3)}
 
     def submit(
@@ -124,9 +125,9 @@ class EditingHarness:
         )
 
     def start(self, edit: str) -> tuple[ClaimedJob, Stepper[None]]:
-        job = self.worker_jobs.claim(edit)
+        job = self.worker_parts.jobs.claim(edit)
         assert job is not None
-        return job, single_job_steps(run_edits(self.replica, self.worker_jobs, [job], self.context))
+        return job, single_job_steps(run_edits(self.replica, self.worker_parts.jobs, [job], self.context))
 
     def run_edit(self, *asked: Any, **more: Any) -> Resource:
         """Ask, carry out, and read how it ended."""
@@ -220,7 +221,7 @@ def test_committed_weights_equal_evaluated_weights(
     )
     edit = harness.run_edit(subject, hparams={"layers": layers}, guard=GUARD_OFF)
     assert edit["version"] == 3
-    assert same_tensors(composed_weights[-1], VersionedModel(harness.model, harness.worker_jobs).weights(3))
+    assert same_tensors(composed_weights[-1], VersionedModel(harness.model, harness.worker_parts).weights(3))
 
 
 def test_the_provenance_gives_the_same_factors(harness: EditingHarness) -> None:
@@ -287,7 +288,7 @@ def test_two_workers_compute_the_same_digests(harness: EditingHarness) -> None:
     harness.run_edit()
     harness.run_edit("Big Ben", "city")
     other = VersionedModel(
-        tiny(), WorkerJobs(harness.database, harness.broker, harness.model.fingerprint, "worker-2")
+        tiny(), WorkerParts(harness.database, harness.broker, harness.model.fingerprint, "worker-2")
     )
     assert [other.digest(v) for v in range(3)] == [harness.replica.digest(v) for v in range(3)]
 
@@ -388,7 +389,7 @@ def test_dry_run_commits_nothing(harness: EditingHarness) -> None:
     assert (edit["status"], edit["version"], harness.services.ledger.head()) == ("evaluated", None, 0)
     assert edit["result"]["guard"]["passed"]
     assert harness.run_edit(dry_run=True, hparams={"steps": 1})["status"] == "rejected"
-    assert harness.worker_jobs.active_at(0) == []
+    assert harness.worker_parts.ledger.active_at(0) == []
     assert harness.services.models.describe()["active_edits"] == 0
     harness.assert_base()
 
@@ -666,8 +667,8 @@ def test_layer_capacity_is_recorded(harness: EditingHarness) -> None:
     harness.run_edit(guard=GUARD_OFF)
     capacity = harness.replica.remaining_capacity(1)
     assert capacity == {1: pytest.approx(1 - 1 / 40, abs=1e-3)}
-    harness.worker_jobs.record_capacity(1, capacity)
-    harness.worker_jobs.record_capacity(0, {})
+    harness.worker_parts.session.record_capacity(1, capacity)
+    harness.worker_parts.session.record_capacity(0, {})
     assert harness.services.models.describe()["room"] == {"version": 1, "layers": {"1": capacity[1]}}
 
 
@@ -697,7 +698,7 @@ def test_edit_is_reevaluated_when_head_moved(harness: EditingHarness, meanwhile:
     assert "compose" in phases and "optimise" not in phases
     edit = harness.services.edits.get(waiting)
     assert (edit["status"], edit["version"]) == ("applied", 3)
-    active = [e for e, _ in harness.worker_jobs.active_at(3)]
+    active = [e for e, _ in harness.worker_parts.ledger.active_at(3)]
     assert (earlier["id"] in active) == (meanwhile == "edit")
     assert harness.services.ledger.verify()["ok"]
     harness.assert_base()
@@ -723,7 +724,7 @@ def test_cancelled_edit_is_not_committed(harness: EditingHarness, phase: str) ->
     harness.services.edits.revert(waiting, "somebody")
     with pytest.raises(Cancelled) as error:
         run_to_completion(steps)
-    harness.worker_jobs.fail(job, error.value)
+    harness.worker_parts.jobs.fail(job, error.value)
     assert harness.services.edits.get(waiting)["status"] == "cancelled"
     assert harness.services.ledger.head() == 0
     harness.assert_base()
@@ -748,7 +749,7 @@ def test_the_same_fact_again_and_back(harness: EditingHarness) -> None:
     first = harness.run_edit()
     second = harness.run_edit("Eiffel  Tower", "city")
     assert harness.services.edits.get(first["id"])["status"] == "superseded"
-    assert [e for e, _ in harness.worker_jobs.active_at(2)] == [second["id"]]
+    assert [e for e, _ in harness.worker_parts.ledger.active_at(2)] == [second["id"]]
     assert not same_tensors(harness.replica.weights(1), harness.replica.weights(2))
     harness.revert(second)
     assert harness.services.edits.get(first["id"])["status"] == "applied"
@@ -817,9 +818,9 @@ class EditBatch:
 
     def __init__(self, harness: EditingHarness, *edit_ids: str) -> None:
         self.harness, self.ids = harness, list(edit_ids)
-        jobs = [harness.worker_jobs.claim(edit) for edit in edit_ids]
+        jobs = [harness.worker_parts.jobs.claim(edit) for edit in edit_ids]
         self.jobs = [job for job in jobs if job is not None]
-        self.steps = run_edits(harness.replica, harness.worker_jobs, self.jobs, harness.context)
+        self.steps = run_edits(harness.replica, harness.worker_parts.jobs, self.jobs, harness.context)
 
     def run(self) -> list[Resource]:
         """To the end, as the engine does: what ended with an error is written down."""
@@ -827,7 +828,7 @@ class EditBatch:
         for update in self.steps:
             self.harness.assert_base()
             if isinstance(update, JobFinished) and isinstance(update.error, PalimpsestError):
-                self.harness.worker_jobs.fail(jobs[update.job], update.error)
+                self.harness.worker_parts.jobs.fail(jobs[update.job], update.error)
         return [self.harness.services.edits.get(edit) for edit in self.ids]
 
 
@@ -918,7 +919,7 @@ def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch:
         return composed(self, chosen)
 
     def landed() -> set[str]:
-        return {edit for edit, _ in harness.worker_jobs.active_at(harness.worker_jobs.head())}
+        return {edit for edit, _ in harness.worker_parts.ledger.active_at(harness.worker_parts.ledger.head())}
 
     monkeypatch.setattr(candidate, "evaluate_guard", evaluate_guard)
     monkeypatch.setattr(VersionedModel, "compose_weights", note)

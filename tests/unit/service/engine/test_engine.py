@@ -21,7 +21,7 @@ from service.kit.steps import JobFinished, JobProgress, JobSteps, JobUpdate, Pro
 from service.models.memory_estimates import kv_cache_bytes
 from service.schemas import CompareRequest, GenerateRequest, Sampling
 from tests.support import wirings
-from tests.support.fakes import InMemoryWorkerJobs, ShuffledVersionedModel, collect_events, token_texts
+from tests.support.fakes import InMemoryJobs, ShuffledVersionedModel, collect_events, token_texts
 from tests.support.tiny_models import tiny
 
 torch.set_num_threads(1)
@@ -49,9 +49,11 @@ class EngineHarness:
         call_kinds: Sequence[str] = CALL_KINDS,
     ) -> None:
         self.replica = ShuffledVersionedModel(tiny(model_type))
-        self.worker_jobs = InMemoryWorkerJobs()
+        self.jobs = InMemoryJobs()
         self.broker: Any = self.make_broker()
-        self.engine = Engine(self.replica, self.worker_jobs, self.broker, handlers or {}, config, call_kinds)  # type: ignore[arg-type]
+        self.engine = Engine(
+            self.replica, self.jobs, self.jobs, self.broker, handlers or {}, config, call_kinds
+        )  # type: ignore[arg-type]
 
     def generate(self, **fields: Any) -> str:
         return self.broker.call("generate", GenerateRequest(**fields).model_dump(mode="json"))
@@ -60,7 +62,7 @@ class EngineHarness:
         return self.broker.call("compare", CompareRequest(**fields).model_dump(mode="json"))
 
     def job(self, job_id: str, kind: str = "edit") -> str:
-        self.worker_jobs.add(job_id, kind)
+        self.jobs.add(job_id, kind)
         self.broker.announce(job_id, kind)
         return job_id
 
@@ -93,14 +95,14 @@ class EngineHarness:
 
     def make_fail(self, name: str, *errors: Exception | None) -> None:
         """A method of the desk that raises these in turn, where there is one, before it works again."""
-        method, remaining = getattr(self.worker_jobs, name), iter(errors)
+        method, remaining = getattr(self.jobs, name), iter(errors)
 
         def flaky(*args: Any) -> Any:
             if error := next(remaining, None):
                 raise error
             return method(*args)
 
-        setattr(self.worker_jobs, name, flaky)
+        setattr(self.jobs, name, flaky)
 
     def tokens_alone(self, prompt: str, version: int, sampling_params: Sampling) -> list[int]:
         batch = DecodingBatch(self.replica.base, [new_sequence(self.replica.base, prompt, sampling_params)])
@@ -299,7 +301,7 @@ def test_jobs_run_sequentially_and_report_progress() -> None:
     harness.job("edit_1")
     harness.job("edit_2")
     harness.step()
-    assert harness.worker_jobs.reports == [
+    assert harness.jobs.reports == [
         ("progress", "edit_1", 1),
         ("progress", "edit_1", 2),
         ("progress", "edit_2", 1),
@@ -319,7 +321,7 @@ def test_urgent_job_preempts_running_job() -> None:
     harness.step(1)
     harness.job("edit_1")
     harness.step()
-    assert harness.worker_jobs.reports == [
+    assert harness.jobs.reports == [
         ("progress", "evaluation_1", 1),
         ("progress", "trace_1", 1),
         ("progress", "edit_1", 1),
@@ -339,8 +341,8 @@ def test_stop_requeues_running_and_preempted_job() -> None:
     harness.job("edit_1")
     harness.step(1)
     harness.stop()
-    assert harness.worker_jobs.reports[-2:] == [("released", "edit_1"), ("released", "evaluation_1")]
-    assert len(harness.worker_jobs.reports) == 4
+    assert harness.jobs.reports[-2:] == [("released", "edit_1"), ("released", "evaluation_1")]
+    assert len(harness.jobs.reports) == 4
 
 
 @pytest.mark.parametrize(
@@ -362,10 +364,10 @@ def test_a_failing_job_fails_alone(error: Exception, told: str | None) -> None:
     harness.job("edit_1")
     harness.job("trace_1", "trace")
     harness.step()
-    failed = [t for t in harness.worker_jobs.reports if t[0] == "failed"]
+    failed = [t for t in harness.jobs.reports if t[0] == "failed"]
     assert [t[1] for t in failed] == ([] if told is None else ["edit_1"])
     assert told is None or failed[0][2].startswith(told)
-    assert ("progress", "trace_1", 1) in harness.worker_jobs.reports
+    assert ("progress", "trace_1", 1) in harness.jobs.reports
     assert harness.end_event(channel).name == "end"
 
 
@@ -379,7 +381,7 @@ def test_job_is_retried_after_outage() -> None:
     for _ in range(MAX_INTERRUPTIONS):
         harness.job("edit_1")
         harness.step()
-    outcomes = [t[0] for t in harness.worker_jobs.reports if t[0] != "progress"]
+    outcomes = [t[0] for t in harness.jobs.reports if t[0] != "progress"]
     assert outcomes == ["released"] * (MAX_INTERRUPTIONS - 1) + ["failed"]
 
 
@@ -388,10 +390,10 @@ def test_a_cancelled_job_ends_between_two_steps() -> None:
     harness = EngineHarness({"edit": job_handler(100)})
     harness.job("edit_1")
     harness.step(3)
-    harness.worker_jobs.cancelled.add("edit_1")
+    harness.jobs.cancelled.add("edit_1")
     harness.step()
-    assert harness.worker_jobs.reports[-1] == ("cancelled", "edit_1", None)
-    assert len(harness.worker_jobs.reports) == 4
+    assert harness.jobs.reports[-1] == ("cancelled", "edit_1", None)
+    assert len(harness.jobs.reports) == 4
 
 
 # jobs that are carried out together
@@ -427,7 +429,7 @@ def test_waiting_edits_run_as_one_group() -> None:
         harness.job(f"trace_{i}", "trace")
     harness.step()
     assert log == [["edit_0", "edit_1", "edit_2", "edit_3"], ["edit_4", "edit_5"], ["trace_0"], ["trace_1"]]
-    assert {t[1] for t in harness.worker_jobs.reports} == {
+    assert {t[1] for t in harness.jobs.reports} == {
         *(f"edit_{i}" for i in range(6)),
         "trace_0",
         "trace_1",
@@ -439,7 +441,7 @@ def test_each_worker_claims_its_share_of_edits() -> None:
     """With three workers that edit, five waiting edits are not one worker's: it takes two of them."""
     log: list[list[str]] = []
     harness = EngineHarness({"edit": group_handler(log, [])}, GROUP_CONFIG)
-    harness.worker_jobs.edit_workers = 3
+    harness.jobs.edit_workers = 3
     for i in range(5):
         harness.job(f"edit_{i}")
     harness.step(1)
@@ -461,7 +463,7 @@ def test_grouped_jobs_finish_individually() -> None:
     for i in range(3):
         harness.job(f"edit_{i}")
     harness.step()
-    assert harness.worker_jobs.reports == [
+    assert harness.jobs.reports == [
         *(("progress", f"edit_{i}", 1) for i in range(3)),
         ("failed", "edit_1", "not this one."),
         ("progress", "edit_0", 2),
@@ -481,7 +483,7 @@ def test_group_error_fails_each_unfinished_job() -> None:
     for i in range(3):
         harness.job(f"edit_{i}")
     harness.step()
-    assert harness.worker_jobs.reports == [
+    assert harness.jobs.reports == [
         ("failed", "edit_1", "all of you."),
         ("failed", "edit_2", "all of you."),
     ]
@@ -495,12 +497,12 @@ def test_group_stops_when_all_jobs_are_cancelled() -> None:
     )
     for i in range(2):
         harness.job(f"edit_{i}")
-    harness.worker_jobs.cancelled.add("edit_0")
+    harness.jobs.cancelled.add("edit_0")
     harness.step(5)
-    assert ("progress", "edit_1", 4) in harness.worker_jobs.reports
-    harness.worker_jobs.cancelled.add("edit_1")
+    assert ("progress", "edit_1", 4) in harness.jobs.reports
+    harness.jobs.cancelled.add("edit_1")
     harness.step()
-    assert harness.worker_jobs.reports[-2:] == [("cancelled", "edit_0", None), ("cancelled", "edit_1", None)]
+    assert harness.jobs.reports[-2:] == [("cancelled", "edit_0", None), ("cancelled", "edit_1", None)]
 
 
 def test_stop_requeues_all_unfinished_grouped_jobs() -> None:
@@ -514,7 +516,7 @@ def test_stop_requeues_all_unfinished_grouped_jobs() -> None:
         harness.job(f"edit_{i}")
     harness.step(4)
     harness.stop()
-    assert harness.worker_jobs.reports[-2:] == [("released", "edit_0"), ("released", "edit_2")]
+    assert harness.jobs.reports[-2:] == [("released", "edit_0"), ("released", "edit_2")]
 
 
 def test_job_that_cannot_join_the_group_is_requeued() -> None:
@@ -708,7 +710,7 @@ def test_stop_requeues_job_and_drains_generations() -> None:
     channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=20)
     harness.step(3)
     harness.stop()
-    assert harness.worker_jobs.reports[-1] == ("released", "edit_1")
+    assert harness.jobs.reports[-1] == ("released", "edit_1")
     assert harness.end_event(channel).data["choices"][0]["finish_reason"] == "length"
 
 
@@ -834,7 +836,7 @@ def test_job_continues_without_broker_lease() -> None:
     harness.step(2)
     harness.lose_lease("edit_1")
     harness.step()
-    assert harness.worker_jobs.reports == [("progress", "edit_1", i) for i in range(1, 6)]
+    assert harness.jobs.reports == [("progress", "edit_1", i) for i in range(1, 6)]
 
 
 def test_a_job_that_was_taken_over_is_dropped() -> None:
@@ -844,7 +846,7 @@ def test_a_job_that_was_taken_over_is_dropped() -> None:
     harness.job("edit_1")
     harness.job("trace_1", "trace")
     harness.step()
-    assert harness.worker_jobs.reports == [("progress", "edit_1", 1), ("progress", "trace_1", 1)]
+    assert harness.jobs.reports == [("progress", "edit_1", 1), ("progress", "trace_1", 1)]
 
 
 def test_version_is_attested_before_first_token() -> None:
@@ -868,7 +870,7 @@ def test_digest_mismatch_stops_serving_that_version() -> None:
     with pytest.raises(DigestMismatch):
         harness.engine.run(threading.Event())
     assert harness.broker.waiting("generate") == 1
-    assert harness.worker_jobs.reports[-1] == ("released", "edit_1")
+    assert harness.jobs.reports[-1] == ("released", "edit_1")
     assert harness.end_event(undisputed).data["choices"][0]["finish_reason"] == "length"
 
 
@@ -909,7 +911,7 @@ def test_a_job_waits_while_the_store_is_down() -> None:
     with pytest.raises(Unavailable):
         harness.engine.step()
     harness.step()
-    assert harness.worker_jobs.reports == [("progress", "edit_1", 1)]
+    assert harness.jobs.reports == [("progress", "edit_1", 1)]
 
 
 def test_running_job_survives_outage() -> None:
@@ -921,7 +923,7 @@ def test_running_job_survives_outage() -> None:
         with pytest.raises(Unavailable):
             harness.step()
     harness.step()
-    assert harness.worker_jobs.reports == [("progress", "edit_1", i) for i in range(1, 5)]
+    assert harness.jobs.reports == [("progress", "edit_1", i) for i in range(1, 5)]
 
 
 @pytest.mark.parametrize("name", ["start", "progress", "fail"])
@@ -936,8 +938,8 @@ def test_unexpected_error_does_not_stop_the_loop(name: str) -> None:
     harness.job("edit_1")
     harness.job("trace_1", "trace")
     harness.step()
-    assert harness.worker_jobs.reports[-1] == ("progress", "trace_1", 1)
-    assert harness.worker_jobs.forgotten == (["edit_1"] if name == "fail" else [])
+    assert harness.jobs.reports[-1] == ("progress", "trace_1", 1)
+    assert harness.jobs.forgotten == (["edit_1"] if name == "fail" else [])
 
 
 def test_wakeup_without_work_polls_the_ledger() -> None:
@@ -961,7 +963,7 @@ def test_wakeup_without_work_polls_the_ledger() -> None:
 def test_stop_requeues_streams_when_other_workers_exist() -> None:
     """Where there are other workers a generation that cannot end in time is handed back too, though a part was heard."""
     harness = EngineHarness(config=EngineConfig(max_batch_size=2, idle_timeout=0.01, drain_timeout=0.0))
-    harness.worker_jobs.single_process = False
+    harness.jobs.single_process = False
     channels = [harness.generate(prompt=p, max_new_tokens=20, stream=True) for p in PROMPTS[:2]]
     harness.step(3)
     harness.stop()
