@@ -40,6 +40,7 @@ from service.editing.edit_spec import EditSpec, batch_edit_specs, build_edit_spe
 from service.editing.methods.registry import find_batch_factors
 from service.editing.methods.rome import EditFactors
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
+from service.editing.strengthen import Assessment, choose_strengths
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, Unavailable
 from service.jobs import artifacts as parts
@@ -324,7 +325,7 @@ def _commit_group(
     head = replica.head()
     candidates = [m.candidate for m in members]
     baseline = yield from measure_baseline(replica, context, candidates, head)
-    guard_results = yield from choose_strengths(replica, context, candidates, baseline)
+    guard_results = yield from choose_candidate_strengths(replica, context, candidates, baseline)
     passing = [
         m
         for m, t in zip(members, guard_results, strict=True)
@@ -407,7 +408,7 @@ def commit_alone(
     while True:
         head = replica.head()
         baseline = yield from measure_baseline(replica, context, [candidate], head)
-        guard_result = yield from choose_strength(replica, context, candidate, baseline)
+        (guard_result,) = yield from choose_candidate_strengths(replica, context, [candidate], baseline)
         acceptable = guard_result.passed or not request.guard.enabled
         _raise_if_cancelled(job_store, job)
         if request.dry_run or not acceptable:
@@ -427,47 +428,19 @@ def commit_alone(
             return
 
 
-def choose_strengths(
+def choose_candidate_strengths(
     replica: VersionedModel, context: EditorContext, candidates: Sequence[CandidateEdit], baseline: Baseline
 ) -> Stepper[list[GuardResult]]:
-    """Several drafts in one version, each with the first of its strengths at which the model speaks beside the others, as far as
-    raising those that do not take yet brings it about."""
-    indices, schedules = (
-        [0] * len(candidates),
-        [baseline.strength_schedule(d.resolved_edit, replica.base).strengths for d in candidates],
-    )
-    while True:
-        strengths = [some[at] for some, at in zip(schedules, indices, strict=True)]
-        guard_results = yield from evaluate_candidates(replica, context, candidates, baseline, strengths)
-        raised = [
-            i
-            for i, (d, t) in enumerate(zip(candidates, guard_results, strict=True))
-            if d.resolved_edit.request.guard.enabled
-            and not t.accepted
-            and (t.passed or not t.effective)
-            and indices[i] + 1 < len(schedules[i])
-        ]
-        if not raised or all(not t.effective for t in guard_results):
-            return guard_results  # nothing to raise, or so much is wrong that it is not for want of strength
-        for i in raised:
-            indices[i] += 1
+    """Choose the strengths of candidates that are measured in one version; return the guard's result of each at its strength."""
 
+    def assess(i: int, _strength: float, result: GuardResult) -> Assessment:
+        guard_enabled = candidates[i].resolved_edit.request.guard.enabled
+        return Assessment(result.accepted or not guard_enabled, result.passed, result.effective)
 
-def choose_strength(
-    replica: VersionedModel, context: EditorContext, candidate: CandidateEdit, baseline: Baseline
-) -> Stepper[GuardResult]:
-    """The first strength that the model speaks at, else the strongest that passes, else the first."""
-    best: GuardResult | None = None
-    for strength in baseline.strength_schedule(candidate.resolved_edit, replica.base).strengths:
-        (guard_result,) = yield from evaluate_candidates(replica, context, [candidate], baseline, [strength])
-        if best is None or guard_result.passed:
-            best = guard_result
-        if guard_result.accepted or not candidate.resolved_edit.request.guard.enabled:
-            break
-        if not guard_result.passed and guard_result.effective:
-            break  # it takes, but does damage: more of it does more
-    assert best is not None
-    return best
+    schedules = [baseline.strength_schedule(c.resolved_edit, replica.base).strengths for c in candidates]
+    measure = partial(evaluate_candidates, replica, context, candidates, baseline)
+    choices = yield from choose_strengths(schedules, measure, assess)
+    return [choice.measurement for choice in choices]
 
 
 # what is said of it, and kept

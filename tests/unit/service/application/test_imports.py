@@ -64,7 +64,7 @@ def destination(build: BuildPlace, source: SteppedService, monkeypatch: pytest.M
     def search(*_: Any) -> Stepper[Any]:
         raise AssertionError("an imported edit is searched for")
 
-    monkeypatch.setattr(edit_job, "find_together_steps", search)
+    monkeypatch.setattr(edit_job, "find_batch_factors", search)
     return place
 
 

@@ -45,7 +45,7 @@ def test_everything_is_made_once_and_read_afterwards(
     """The first start collects and samples; the second reads the same contexts and statistics from the folder."""
     model, folder = tiny(), tmp_path / "stats"
     first = run_to_completion(build_editor_context(model, folder, corpus, recipe=RECIPE))
-    monkeypatch.setattr(module, "contexts_steps", fail_if_called)
+    monkeypatch.setattr(module, "sample_contexts", fail_if_called)
     monkeypatch.setattr("service.covariance.collect.collect_statistics", fail_if_called)
     second = run_to_completion(build_editor_context(model, folder, corpus, recipe=RECIPE))
     assert second.contexts == first.contexts

@@ -19,7 +19,7 @@ from service.db.database import Database
 from service.editing import candidate, edit_job
 from service.editing.candidate import CandidateEdit, Check, GuardResult, VersionMeasurement
 from service.editing.context import EditorContext
-from service.editing.edit_job import choose_strength, group_compatible_jobs, run_edits
+from service.editing.edit_job import group_compatible_jobs, run_edits
 from service.editing.methods.registry import find_batch_factors, find_factors
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
 from service.engine.versioned_model import VersionedModel
@@ -492,7 +492,9 @@ def test_which_strength_is_chosen(
     baseline = run_to_completion(
         candidate.measure_baseline(harness.replica, harness.context, [edit_candidate], 0)
     )
-    best = run_to_completion(choose_strength(harness.replica, harness.context, edit_candidate, baseline))
+    (best,) = run_to_completion(
+        edit_job.choose_candidate_strengths(harness.replica, harness.context, [edit_candidate], baseline)
+    )
     assert (best.strength, best.passed) == (strength, passed)
     assert next(outcomes, None) is None
 
@@ -853,7 +855,7 @@ def test_batched_edits_equal_single_edits(
 ) -> None:
     """Edits that wait together land in their order with the factors that each has alone: in every bit where they are not
     optimised side by side, and else but for rounding."""
-    monkeypatch.setattr("service.editing.edit_spec.company_budget", lambda _model: budget)
+    monkeypatch.setattr("service.editing.edit_spec.group_budget", lambda _model: budget)
     alone, together = open_harness(), open_harness()
     singly = [alone.run_edit(subject, "city") for subject in SUBJECTS]
     group = EditBatch(together, *(together.submit(subject, "city") for subject in SUBJECTS))
@@ -939,7 +941,7 @@ def test_a_bad_request_among_good_ones_fails_alone(
             raise InvalidInput("say it otherwise.", "prompt")
         return build_edit_spec(model, contexts, statement, *rest)
 
-    monkeypatch.setattr(edit_job, "want", fails)
+    monkeypatch.setattr(edit_job, "build_edit_spec", fails)
     edits = EditBatch(harness, *(harness.submit(subject, "city") for subject in SUBJECTS[:3])).run()
     assert [e["status"] for e in edits] == ["applied", "failed", "applied"]
     assert edits[1]["error"]["detail"] == "say it otherwise."
@@ -949,15 +951,15 @@ def test_failed_batch_search_is_retried_individually(
     harness: EditingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When edits cannot be found side by side they are found one by one, and only who fails alone fails."""
-    monkeypatch.setattr("service.editing.edit_spec.company_budget", lambda _model: 10**12)
-    find_batch_factors = edit_job.find_together_steps
+    monkeypatch.setattr("service.editing.edit_spec.group_budget", lambda _model: 10**12)
+    find_batch_factors = edit_job.find_batch_factors
 
     def fails(model: Any, statistics: Any, wanted: Sequence[Any]) -> Any:
         if len(wanted) > 1 or wanted[0].subject == "Big Ben":
             raise Conflict("no room.")
         return (yield from find_batch_factors(model, statistics, wanted))
 
-    monkeypatch.setattr(edit_job, "find_together_steps", fails)
+    monkeypatch.setattr(edit_job, "find_batch_factors", fails)
     edits = EditBatch(harness, *(harness.submit(subject, "city") for subject in SUBJECTS[:3])).run()
     assert [e["status"] for e in edits] == ["applied", "failed", "applied"]
 

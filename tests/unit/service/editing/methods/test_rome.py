@@ -252,7 +252,7 @@ def test_edits_are_batched_by_layer_and_budget(monkeypatch: pytest.MonkeyPatch) 
     def found() -> list[list[str]]:
         return [[e.edit for e in batch] for batch in batch_edit_specs(model, edits)]
 
-    monkeypatch.setattr("service.editing.edit_spec.company_budget", lambda _model: budget)
+    monkeypatch.setattr("service.editing.edit_spec.group_budget", lambda _model: budget)
     assert found() == [["a", "b"], ["c"], ["d"], ["e"], ["f"]]
     monkeypatch.undo()
     assert found() == [[e.edit] for e in edits]
