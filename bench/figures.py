@@ -256,7 +256,7 @@ def measure_capacity(client: Client, facts: Sequence[EditRequest]) -> dict[str, 
     for start in range(0, len(facts), BATCH_SIZE):
         for edit in client.edit_many(facts[start : start + BATCH_SIZE]):
             if edit.applied:
-                capacities = (edit.result or {})["room"]
+                capacities = (edit.result or {})["capacity"]
                 own_key.append([len(active), min(capacities.values())])
                 active.append(
                     {"subject": edit.subject, "prompt": edit.prompt, "target_new": edit.target_new or ""}

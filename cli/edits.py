@@ -100,7 +100,7 @@ def print_edit_result(resource: Resource) -> None:
     if result:
         out.print(measurement_table(result))
     if rewrite := result.get("rewrite"):
-        out.print(format_pairs({"said": rewrite.get("said"), "says": rewrite.get("says")}))
+        out.print(format_pairs({"before": rewrite.get("text_before"), "after": rewrite.get("text_after")}))
     superseded_ids = result.get("supersedes") or []
     for other in result.get("conflicts") or []:
         relation = "superseded" if other["edit"] in superseded_ids else "in conflict"
@@ -114,7 +114,7 @@ def outcome_message(resource: Resource) -> str:
     result, status = resource.get("result") or {}, resource["status"]
     if resource.get("dry_run") and result:
         outcome = (
-            "it would land" if status == "evaluated" else f"it would be rejected: {result.get('reason')}"
+            "it would land" if status == "dry_run_passed" else f"it would be rejected: {result.get('reason')}"
         )
         return f"Measured and thrown away, as asked; {outcome}.\n"
     if status == "applied":

@@ -36,7 +36,7 @@ def list_models(args: argparse.Namespace, client: Client) -> int:
 
 def model_details(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model in a few lines; what is not known of it is left out."""
-    recipe, capacity, jobs = model.get("recipe") or {}, model.get("room") or {}, model["jobs"]
+    recipe, capacity, jobs = model.get("recipe") or {}, model.get("capacity") or {}, model["jobs"]
     layers = (recipe.get("rome") or {}).get("layers") or []
     shape = {name: model.get(name) for name in ("architecture", "layers", "width", "parameters")}
     return {

@@ -44,7 +44,7 @@ def describe_effect(edit: Edit) -> str:
     """How probable the new object was, and became; what must not change and did is named."""
     if edit.before is None or edit.after is None:
         return ""
-    broken = (edit.result or {}).get("broken") or ()
+    broken = (edit.result or {}).get("regressed_edits") or ()
     return f"{edit.before:.3f} -> {edit.after:.3f}" + (f", broke {len(broken)}" if broken else "")
 
 

@@ -84,7 +84,7 @@ function readiness(ready) {
 }
 
 function resident(model) {
-  const room = Object.entries(model.room?.layers ?? {});
+  const room = Object.entries(model.capacity?.layers ?? {});
   const layers = model.recipe?.rome?.layers;
   return h(
     "section",

@@ -31,7 +31,15 @@ from service.schemas import EditListRequest, EditRequest, Objective, OnConflict
 router = APIRouter(tags=["edits"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
 EditStatus = Literal[
-    "queued", "running", "applied", "evaluated", "rejected", "failed", "cancelled", "superseded", "reverted"
+    "queued",
+    "running",
+    "applied",
+    "dry_run_passed",
+    "rejected",
+    "failed",
+    "cancelled",
+    "superseded",
+    "reverted",
 ]
 
 

@@ -378,7 +378,7 @@ def evaluate_guard(
     checks += [
         _check_at_most("perplexity", after.perplexity / before.perplexity, guard.max_perplexity),
         _check_at_most("norm", max(norms.values()), guard.max_norm),
-        _check_at_most("broken", len(regressed_edits), guard.max_regressions),
+        _check_at_most("regressions", len(regressed_edits), guard.max_regressions),
     ]
     rewrite = after.probe_results[0]
     has_margin = (
@@ -425,7 +425,7 @@ def add_conflicts_and_capacity(
         max_probability = max((r.probability for r in conflicts), default=0.0)
         checks.append(Check("conflict", not conflicts, max_probability, guard.conflict_threshold))
     if capacity:
-        checks.append(_check_at_least("room", min(capacity.values()), guard.min_capacity))
+        checks.append(_check_at_least("capacity", min(capacity.values()), guard.min_capacity))
     superseded_ids = tuple(superseded_by_conflict(resolved_edit, conflicts))
     return replace(
         guard_result, checks=checks, conflicts=tuple(conflicts), supersedes=superseded_ids, capacity=capacity

@@ -416,7 +416,7 @@ def commit_alone(
                 candidate.resolved_edit, candidate.factors, guard_result, time.monotonic() - member.started_at
             )
             yield from retry_while_unavailable(
-                partial(job_store.finish, job, "evaluated" if acceptable else "rejected", result)
+                partial(job_store.finish, job, "dry_run_passed" if acceptable else "rejected", result)
             )
             return
         try:
@@ -479,7 +479,7 @@ def edit_report(
     return {
         "target_true": resolved_edit.rewrite_probe.true,
         "objective": resolved_edit.request.objective,
-        "rewrite": both(0) | {"said": before.preview_text, "says": after.preview_text},
+        "rewrite": both(0) | {"text_before": before.preview_text, "text_after": after.preview_text},
         "paraphrase": [both(i) for i in range(1, first_neighbor)],
         "neighborhood": [both(i) for i in range(first_neighbor, len(resolved_edit.probes))],
         "scores": {"before": scores(before), "after": scores(after)},
@@ -491,7 +491,7 @@ def edit_report(
         "optimisation": {"steps": len(factors.losses), "first": factors.losses[0], "last": factors.losses[-1]}
         if factors.losses
         else None,
-        "broken": guard_result.regressed_edits,
+        "regressed_edits": guard_result.regressed_edits,
         "conflicts": [
             {
                 "edit": r.edit,
@@ -503,8 +503,8 @@ def edit_report(
             for r in guard_result.conflicts
         ],
         "supersedes": list(guard_result.supersedes),
-        "room": {str(x): left for x, left in sorted(guard_result.capacity.items())},
-        "together": list(batched_with),
+        "capacity": {str(x): left for x, left in sorted(guard_result.capacity.items())},
+        "batched_with": list(batched_with),
         "guard": {
             "passed": guard_result.passed,
             "checks": [
@@ -555,9 +555,9 @@ _REASON_BY_CHECK = {
     "neighborhood": "too many neighbourhood prompts lost their answer",
     "perplexity": "plain text became too improbable",
     "norm": "the change of the weight is too large",
-    "room": "active edits have spoken for too much of the edit's key: revert some, or name other layers",
+    "capacity": "active edits have spoken for too much of the edit's key: revert some, or name other layers",
     "conflict": "an active edit says the same relation in other words",
-    "broken": "other active edits would cease to hold",
+    "regressions": "other active edits would cease to hold",
 }
 
 

@@ -16,11 +16,11 @@ ResourceDict = dict[str, Any]
 
 #: a job with one of these statuses is still to end
 OPEN_STATUSES = ("queued", "running")
-#: what an edit can be; "evaluated" is a dry run that would have landed
+#: what an edit can be; "dry_run_passed" is a dry run that would have landed
 EDIT_STATUSES = (
     *OPEN_STATUSES,
     "applied",
-    "evaluated",
+    "dry_run_passed",
     "rejected",
     "failed",
     "cancelled",

@@ -111,8 +111,8 @@ class WorkerSession:
         recorded = {"version": version, "layers": {str(x): left for x, left in sorted(capacity.items())}}
         with self.database.write_session() as session:
             model = session.get(Model, self.model)
-            if model is not None and model.info.get("room", {}).get("version", -1) < version:
-                model.info = {**model.info, "room": recorded}
+            if model is not None and model.info.get("capacity", {}).get("version", -1) < version:
+                model.info = {**model.info, "capacity": recorded}
 
     # other workers
 

@@ -291,7 +291,9 @@ class Recipe(BaseModel):
                 raise ValueError(f"methods: there is no other method {name!r}; known: {', '.join(METHODS)}")
             METHODS[name].parameters.model_validate(self.hparams_for(METHODS[name]) | values)
         if self.batch_method not in METHODS:
-            raise ValueError(f"batch_method: there is no method {self.batch_method!r}; known: {', '.join(METHODS)}")
+            raise ValueError(
+                f"batch_method: there is no method {self.batch_method!r}; known: {', '.join(METHODS)}"
+            )
         return self
 
     def hparams_for(self, method: EditMethod) -> dict[str, Any]:

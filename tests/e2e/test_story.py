@@ -266,7 +266,7 @@ def test_a_dry_run_leaves_nothing(service: ServiceClient) -> None:
     """A dry run is measured like any edit, and lands nowhere."""
     head, digest = service.head(), service.head_digest()
     edit = service.edit(SUBJECT, PROMPT, "Rome", dry_run=True, **FAST_EDIT_OPTIONS)
-    assert (edit["status"], edit["version"]) == ("evaluated", None)
+    assert (edit["status"], edit["version"]) == ("dry_run_passed", None)
     assert edit["result"]["rewrite"]["after"] != edit["result"]["rewrite"]["before"]
     assert (service.head(), service.head_digest()) == (head, digest)
 

@@ -196,7 +196,7 @@ def edit_with_result(status: str, **more: Any) -> dict[str, Any]:
         "after": {"new": 0.8, "true": None},
     }
     result = {
-        "rewrite": {"prompt": "Tower in", "said": " Paris", "says": " Rome", **both},
+        "rewrite": {"prompt": "Tower in", "text_before": " Paris", "text_after": " Rome", **both},
         "paraphrase": [{"prompt": "See it in", **both}],
         "neighborhood": [{"prompt": "Louvre in", **both}],
         "reason": None,
@@ -296,7 +296,7 @@ def test_what_waits_is_shown_without_figures(fake: FakeService, capsys: Captured
 
 @pytest.mark.parametrize(
     ("status", "reason", "said"),
-    [("evaluated", None, "it would land"), ("rejected", "too much", "it would be rejected: too much")],
+    [("dry_run_passed", None, "it would land"), ("rejected", "too much", "it would be rejected: too much")],
 )
 def test_a_dry_run_says_what_would_be(
     fake: FakeService, capsys: Captured, status: str, reason: str, said: str
@@ -413,7 +413,7 @@ def test_models_are_listed(fake: FakeService, capsys: Captured) -> None:
     model = {
         "name": "almanac", "fingerprint": "30a4", "head": 4, "active_edits": 2, "jobs": {"queued": 1, "running": 0, "dead": 0},
         "architecture": "gpt2", "layers": 8, "recipe": {"source": "tuned", "rome": {"layers": [0, 1]}},
-        "room": {"version": 4, "layers": {"0": 0.93}}, "workers": [{**worker, "heartbeat": "2026-01-01T00:00:00Z"}],
+        "capacity": {"version": 4, "layers": {"0": 0.93}}, "workers": [{**worker, "heartbeat": "2026-01-01T00:00:00Z"}],
     }  # fmt: skip
     fake.responses = {"GET /models": {"items": [model], "next": None}}
     assert main(["models"]) == 0
@@ -424,7 +424,7 @@ def test_models_are_listed(fake: FakeService, capsys: Captured) -> None:
     ):  # fmt: skip
         assert text in said
     fake.responses = {
-        "GET /models": {"items": [{**model, "workers": [], "recipe": None, "room": None}], "next": None}
+        "GET /models": {"items": [{**model, "workers": [], "recipe": None, "capacity": None}], "next": None}
     }
     assert main(["models"]) == 0
     assert "palimpsest prepare" in capsys.readouterr().out

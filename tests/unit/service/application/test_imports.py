@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from service.application import edit_set
+from service.application.edit_set import FORMAT, read_edit_set
 from service.db.models import Job, JobArtifact
 from service.editing import edit_job
 from service.errors import InvalidInput
@@ -177,7 +177,7 @@ def forge_file(data: bytes, edit_set: Resource, vectors: dict[str, bytes] | None
     """A file whose digest is right, whoever made it."""
     encoded_set = json.dumps(edit_set)
     metadata = {
-        "format": edit_set.FORMAT,
+        "format": FORMAT,
         "set": encoded_set,
         "sha256": hashlib.sha256(encoded_set.encode()).hexdigest(),
     }
@@ -249,15 +249,15 @@ HOSTILE_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "not those of rome",
     ),
     "a layer that is not there": (
-        lambda d: with_changed_set(d, lambda t: first_edit(t)["found"]["hparams"].update(layers=[7])),
+        lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"]["hparams"].update(layers=[7])),
         "names no layers",
     ),
     "an unknown hyperparameter": (
-        lambda d: with_changed_set(d, lambda t: first_edit(t)["found"]["hparams"].update(x=1)),
+        lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"]["hparams"].update(x=1)),
         "hparams",
     ),
     "an unknown method": (
-        lambda d: with_changed_set(d, lambda t: first_edit(t)["found"].update(method="x")),
+        lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"].update(method="x")),
         "method",
     ),
     "no slot": (
@@ -310,7 +310,7 @@ def test_rejected_file_writes_nothing(name: str, valid_file: bytes, empty_servic
 
 def test_valid_forged_file_is_accepted(valid_file: bytes, empty_service: SteppedService) -> None:
     """So that what the test above finds is what it changes."""
-    imported_edits = edit_set.read_edit_set(
+    imported_edits = read_edit_set(
         with_changed_vectors(valid_file, lambda v: None),
         tiny().fingerprint,
         model_info(tiny(), empty_service.context),

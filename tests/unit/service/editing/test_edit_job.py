@@ -51,7 +51,7 @@ LOOSE_GUARD = {
     "min_neighborhood": 0.0,
     "max_perplexity": 1e6,
     "max_norm": 1e6,
-    "max_broken": 1000,
+    "max_regressions": 1000,
 }
 GUARD_OFF = {"enabled": False}
 
@@ -186,7 +186,7 @@ def test_edit_is_committed(harness: EditingHarness) -> None:
     assert result["guard"]["passed"] and result["reason"] is None
     assert result["scores"]["before"]["ES"] == 0.0 and result["scores"]["after"]["ES"] == 1.0
     assert result["rewrite"]["after"]["new"] > result["rewrite"]["before"]["new"]
-    assert result["rewrite"]["says"].strip().startswith("is")
+    assert result["rewrite"]["text_after"].strip().startswith("is")
     assert result["layers"] == [1]
     assert harness.services.ledger.verify()["ok"]
     harness.assert_base()
@@ -325,11 +325,11 @@ GUARD_VIOLATIONS: dict[str, dict[str, Any]] = {
     },
     "perplexity": {"subject": "Big Ben", "guard": LOOSE_GUARD | {"max_perplexity": 1.0}},
     "norm": {"guard": LOOSE_GUARD | {"max_norm": 1e-6}},
-    "broken": {
+    "regressions": {
         "prompt": "We like the {}",  # the other way for the same subject
         "new": "the",
         "true": "is",
-        "guard": LOOSE_GUARD | {"max_broken": 0},
+        "guard": LOOSE_GUARD | {"max_regressions": 0},
         "hparams": {"clamp": 80.0, "steps": 15},
     },
 }
@@ -342,7 +342,7 @@ WEAK: dict[str, Any] = {"hparams": {"steps": 6}, "guard": GUARD_OFF}
 @pytest.mark.parametrize("rule", GUARD_VIOLATIONS)
 def test_every_rule_can_reject(harness: EditingHarness, rule: str) -> None:
     """An edit that breaks one rule is rejected with that rule's figure and limit; ledger, factors and model are as before."""
-    if rule == "broken":
+    if rule == "regressions":
         harness.run_edit(**WEAK)
     head = harness.services.ledger.head()
     edit = harness.run_edit(**GUARD_VIOLATIONS[rule])
@@ -378,15 +378,15 @@ def test_disabled_guard_commits_any_edit(harness: EditingHarness) -> None:
 def test_regressed_edits_are_reported(harness: EditingHarness) -> None:
     """An edit that makes another cease to hold names it, and lands only when that is allowed."""
     first = harness.run_edit(**WEAK)
-    edit = harness.run_edit(**GUARD_VIOLATIONS["broken"] | {"guard": LOOSE_GUARD})
+    edit = harness.run_edit(**GUARD_VIOLATIONS["regressions"] | {"guard": LOOSE_GUARD})
     assert edit["status"] == "applied"
-    assert edit["result"]["broken"] == [first["id"]]
+    assert edit["result"]["regressed_edits"] == [first["id"]]
 
 
 def test_dry_run_commits_nothing(harness: EditingHarness) -> None:
     """A dry run that would land ends as evaluated, with its figures; no version, no factors, no entry."""
     edit = harness.run_edit(dry_run=True)
-    assert (edit["status"], edit["version"], harness.services.ledger.head()) == ("evaluated", None, 0)
+    assert (edit["status"], edit["version"], harness.services.ledger.head()) == ("dry_run_passed", None, 0)
     assert edit["result"]["guard"]["passed"]
     assert harness.run_edit(dry_run=True, hparams={"steps": 1})["status"] == "rejected"
     assert harness.worker_parts.ledger.active_at(0) == []
@@ -584,7 +584,7 @@ def test_erasure_defaults_to_base_model_answer(harness: EditingHarness) -> None:
 # conflicts
 
 OTHER_PROMPT = "We know the {}"
-ANY_CONFLICT = {"guard": LOOSE_GUARD | {"conflict": 0.0}}
+ANY_CONFLICT = {"guard": LOOSE_GUARD | {"conflict_threshold": 0.0}}
 
 
 def test_conflict_is_reported_with_its_probability(harness: EditingHarness) -> None:
@@ -614,7 +614,7 @@ def test_conflict_is_reported_with_its_probability(harness: EditingHarness) -> N
 def test_a_conflict_below_the_limit_is_none(harness: EditingHarness) -> None:
     """Below the limit nothing is named."""
     harness.run_edit("Eiffel Tower", "city", prompt=OTHER_PROMPT)
-    assert harness.run_edit(guard=LOOSE_GUARD | {"conflict": 1.0})["result"]["conflicts"] == []
+    assert harness.run_edit(guard=LOOSE_GUARD | {"conflict_threshold": 1.0})["result"]["conflicts"] == []
 
 
 def test_conflict_is_superseded_on_request(harness: EditingHarness) -> None:
@@ -652,10 +652,10 @@ def test_an_erasure_is_in_conflict_with_nothing(harness: EditingHarness) -> None
 def test_capacity_is_reported_and_guarded(harness: EditingHarness) -> None:
     """Alone an edit has all room; beside one of a subject with nearly its key it has little, and a limit rejects it."""
     first = harness.run_edit(guard=GUARD_OFF)
-    assert first["result"]["room"] == {"1": 1.0}
-    assert harness.run_edit(prompt=OTHER_PROMPT, guard=GUARD_OFF)["result"]["room"] == {"1": 1.0}
-    edit = harness.run_edit("the Eiffel Tower", "city", guard=LOOSE_GUARD | {"min_room": 1.0})
-    capacity = edit["result"]["room"]["1"]
+    assert first["result"]["capacity"] == {"1": 1.0}
+    assert harness.run_edit(prompt=OTHER_PROMPT, guard=GUARD_OFF)["result"]["capacity"] == {"1": 1.0}
+    edit = harness.run_edit("the Eiffel Tower", "city", guard=LOOSE_GUARD | {"min_capacity": 1.0})
+    capacity = edit["result"]["capacity"]["1"]
     assert 0 <= capacity < 1 and edit["status"] == "rejected"
     assert (
         f"too much of the edit's key: revert some, or name other layers ({capacity:.3g}"
@@ -671,7 +671,7 @@ def test_layer_capacity_is_recorded(harness: EditingHarness) -> None:
     assert capacity == {1: pytest.approx(1 - 1 / 40, abs=1e-3)}
     harness.worker_parts.session.record_capacity(1, capacity)
     harness.worker_parts.session.record_capacity(0, {})
-    assert harness.services.models.describe()["room"] == {"version": 1, "layers": {"1": capacity[1]}}
+    assert harness.services.models.describe()["capacity"] == {"version": 1, "layers": {"1": capacity[1]}}
 
 
 # what happens meanwhile
@@ -713,7 +713,7 @@ def test_dry_run_ignores_head_changes(harness: EditingHarness) -> None:
     advance_until(steps, "compose")
     harness.run_edit("Big Ben", "city")
     run_to_completion(steps)
-    assert harness.services.edits.get(waiting)["status"] == "evaluated"
+    assert harness.services.edits.get(waiting)["status"] == "dry_run_passed"
     assert harness.services.ledger.head() == 1
 
 
@@ -776,9 +776,9 @@ def test_superseded_edit_is_left_out_of_evaluation(
         return composed(self, associations)
 
     monkeypatch.setattr(VersionedModel, "compose_weights", note)
-    edit = harness.run_edit(new="city", guard=LOOSE_GUARD | {"max_broken": 0})
+    edit = harness.run_edit(new="city", guard=LOOSE_GUARD | {"max_regressions": 0})
     assert edit["status"] == "applied"
-    assert edit["result"]["broken"] == []
+    assert edit["result"]["regressed_edits"] == []
     # Head as it is, with the older one; each trial and the version, without it.
     assert all(older["id"] not in one for one in composed_edits if edit["id"] in one)
     assert [edit["id"]] in composed_edits
@@ -866,7 +866,7 @@ def test_batched_edits_equal_single_edits(
     assert [e["version"] for e in edits] == [1, 2, 3, 4]
     assert recorded.count("compose") == 1
     for i, edit in enumerate(edits):
-        assert edit["result"]["together"] == [e["id"] for e in edits if e is not edit]
+        assert edit["result"]["batched_with"] == [e["id"] for e in edits if e is not edit]
         one, other = (
             deserialize_updates(shop.services.edits.delta(e["id"]), "edit", "")[0]
             for shop, e in ((alone, singly[i]), (together, edit))
@@ -899,9 +899,9 @@ def test_ineffective_edit_in_batch_is_rejected_alone(harness: EditingHarness) ->
     first, rejected, third = group.run()
     assert (first["status"], third["status"]) == ("applied", "applied")
     assert {first["version"], third["version"]} == {1, 2} and harness.services.ledger.head() == 2
-    assert first["result"]["together"] == [third["id"]]
+    assert first["result"]["batched_with"] == [third["id"]]
     assert rejected["status"] == "rejected" and "less probable" in rejected["result"]["reason"]
-    assert rejected["result"]["together"] == []
+    assert rejected["result"]["batched_with"] == []
 
 
 def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -909,7 +909,9 @@ def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch:
     new_edit_counts: list[int] = []
     evaluate_guard = candidate.evaluate_guard
 
-    def judge(plan: Any, before: Any, after: Any, strength: float, norms: Any, lead: float) -> GuardResult:
+    def fake_guard(
+        plan: Any, before: Any, after: Any, strength: float, norms: Any, lead: float
+    ) -> GuardResult:
         found = evaluate_guard(plan, before, after, strength, norms, lead)
         return replace(found, checks=[Check("perplexity", new_edit_counts[-1] == 1, 9.0, 1.0)])
 
@@ -923,7 +925,7 @@ def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch:
     def landed() -> set[str]:
         return {edit for edit, _ in harness.worker_parts.ledger.active_at(harness.worker_parts.ledger.head())}
 
-    monkeypatch.setattr(candidate, "evaluate_guard", evaluate_guard)
+    monkeypatch.setattr(candidate, "evaluate_guard", fake_guard)
     monkeypatch.setattr(VersionedModel, "compose_weights", note)
     edits = EditBatch(harness, *(harness.submit(subject, "city") for subject in SUBJECTS)).run()
     assert [e["version"] for e in edits] == [1, 2, 3, 4]
@@ -934,7 +936,7 @@ def test_a_bad_request_among_good_ones_fails_alone(
     harness: EditingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a user must mend ends that edit, with its reason; the others land."""
-    build_edit_spec = edit_job.want
+    build_edit_spec = edit_job.build_edit_spec
 
     def fails(model: Any, contexts: Any, statement: Any, *rest: Any) -> Any:
         if "Big Ben" in statement.text:
@@ -979,7 +981,7 @@ def test_cancelled_edit_in_batch_is_not_committed(harness: EditingHarness, when:
     edits = group.run()
     assert [e["status"] for e in edits] == ["applied", "cancelled", "applied"]
     assert [e["version"] for e in edits] == [1, None, 2]
-    assert ids[1] not in edits[2]["result"]["together"]
+    assert ids[1] not in edits[2]["result"]["batched_with"]
 
 
 def test_batch_is_reevaluated_when_head_moved(harness: EditingHarness) -> None:

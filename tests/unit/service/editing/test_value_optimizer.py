@@ -360,7 +360,7 @@ def with_separate_subject_row(tokenized: TokenizedContexts) -> TokenizedContexts
     """The same texts, where the bare subject is a row of its own."""
 
     class Apart(TokenizedContexts):
-        essence = tokenized.size
+        kl_reference_row = tokenized.size
 
     return Apart(tokenized.prompts, tokenized.targets, tokenized.bare_subjects)
 
