@@ -14,7 +14,7 @@ from torch import Tensor
 
 from service.covariance.corpus import Corpus
 from service.covariance.second_moment import KeyStatistics, SecondMomentAccumulator
-from service.kit.ids import new_id
+from service.kit.files import atomic_path
 from service.kit.steps import Progress, Stepper
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel
@@ -107,11 +107,10 @@ def load_or_collect_statistics(
     if missing:
         statistics |= yield from collect_statistics(model, missing, corpus, damping)
     for layer in missing if folder else ():
-        path = paths[layer]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix("." + new_id("part"))  # other workers may share the folder
-        save_file({"moment": statistics[layer].moment}, temporary, {"count": str(statistics[layer].count)})
-        temporary.replace(path)
+        with atomic_path(paths[layer]) as temporary:  # several workers may share the folder
+            save_file(
+                {"moment": statistics[layer].moment}, temporary, {"count": str(statistics[layer].count)}
+            )
     for number, layer in enumerate(layers):
         _ = statistics[layer].cholesky  # now, and not in the first edit that needs it
         yield Progress("factor", number + 1, len(layers))

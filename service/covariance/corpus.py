@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from service.errors import Misconfigured
-from service.kit.ids import new_id
+from service.kit.files import write_atomically
 from service.kit.steps import Stepper
 from service.kit.text import separator
 from service.models.loading import LoadedModel
@@ -81,10 +81,7 @@ def _sample_corpus(model: LoadedModel, max_tokens: int, folder: Path | None, see
         model, count=-(-max_tokens // length), length=length, generator=generator, phase="text"
     )
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix("." + new_id("part"))  # other workers may share the folder
-        temporary.write_text(json.dumps(texts), encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(texts))
     return texts
 
 

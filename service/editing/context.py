@@ -18,7 +18,7 @@ from service.editing.context_templates import CONTEXT_LENGTHS, TOP_K, sample_con
 from service.editing.edit_spec import batch_edit_specs, build_edit_spec
 from service.editing.methods.registry import find_batch_factors
 from service.editing.methods.rome import EditFactors
-from service.kit.ids import new_id
+from service.kit.files import write_atomically
 from service.kit.steps import Stepper
 from service.kit.text import Statement
 from service.models.loading import LoadedModel
@@ -133,10 +133,7 @@ class EditorContext:
             else:
                 self.contexts[count, seed] = yield from sample_contexts(self.model, count, seed)
                 if path is not None:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    temporary = path.with_suffix("." + new_id("part"))  # other workers may share the folder
-                    temporary.write_text(json.dumps(self.contexts[count, seed]), encoding="utf-8")
-                    temporary.replace(path)
+                    write_atomically(path, json.dumps(self.contexts[count, seed]))
         return self.contexts[count, seed]
 
     def _contexts_path(self, count: int, seed: int) -> Path | None:

@@ -1,4 +1,4 @@
-"""What a long computation keeps by name as it goes, so that it need not begin from nothing when it was interrupted."""
+"""Named artifacts of a long computation, so that an interrupted computation can be resumed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from service.kit.ids import new_id
+from service.kit.files import write_atomically
 
 
 class ArtifactStore(Protocol):
@@ -18,7 +18,7 @@ class ArtifactStore(Protocol):
 
 
 class DirectoryStore:
-    """A file for each name. A file is there whole or not at all, whatever happens while it is written."""
+    """An artifact store with a file for each name. Files are written atomically."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,17 +30,15 @@ class DirectoryStore:
             return None
 
     def put(self, name: str, data: bytes) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f"{name}.{new_id('part')}"
-        temporary.write_bytes(data)
-        temporary.replace(self.path / name)
+        write_atomically(self.path / name, data)
 
 
 def get_json(store: ArtifactStore, name: str) -> Any:
-    """What was kept as JSON; None where nothing was."""
+    """Return an artifact parsed as JSON, or None when it does not exist."""
     data = store.get(name)
     return None if data is None else json.loads(data)
 
 
 def put_json(store: ArtifactStore, name: str, value: Any) -> None:
+    """Store a value as JSON."""
     store.put(name, json.dumps(value).encode())

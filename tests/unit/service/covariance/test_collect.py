@@ -52,7 +52,7 @@ def test_a_text_too_long_for_one_pass_is_several_rows() -> None:
 
 def test_a_pass_is_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch holds at most BATCH_TOKENS padded tokens, and all batches hold every row once."""
-    monkeypatch.setattr(collect, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(collect, "STATISTICS_BATCH_TOKENS", 50)
     rows = [[i] * (1 + i % 40) for i in range(100)]
     batches = batch_by_length(rows)
     assert max(len(b) * max(map(len, b)) for b in batches) <= 50

@@ -140,38 +140,3 @@ def test_the_reference_is_spread_over_the_corpus(count: int) -> None:
     assert chosen[0] == texts[0]
     assert len(set(chosen)) == len(chosen)
     assert texts.index(chosen[-1]) >= count // 2 - 1
-
-
-def test_a_write_cut_short_leaves_no_broken_contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start that dies while it writes is followed by one that works."""
-    context = EditorContext(tiny(), RECIPE, Corpus("test", tuple(TEXTS)), tmp_path)
-    write = Path.write_text
-
-    def dies(self: Path, data: str, **more: Any) -> int:
-        write(self, data[:5], **more)
-        raise OSError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", dies)
-        with pytest.raises(OSError, match="full"):
-            run_to_completion(context.get_contexts(4, 0))
-    fresh = EditorContext(tiny(), RECIPE, Corpus("test", tuple(TEXTS)), tmp_path)
-    assert len(run_to_completion(fresh.get_contexts(4, 0))) == 4
-
-
-def test_two_workers_may_make_the_same_contexts_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of two workers on one folder the slower one finds the faster one's file there, and no fault in that."""
-    slow, fast = (EditorContext(tiny(), None, Corpus("test", tuple(TEXTS)), tmp_path) for _ in range(2))
-    write = Path.write_text
-
-    def overtaken(self: Path, data: str, **more: Any) -> int:
-        written = write(self, data, **more)
-        monkeypatch.setattr(Path, "write_text", write)
-        run_to_completion(fast.get_contexts(4, 0))
-        return written
-
-    monkeypatch.setattr(Path, "write_text", overtaken)
-    assert run_to_completion(slow.get_contexts(4, 0)) == fast.contexts[4, 0]
-    assert len(list(tmp_path.iterdir())) == 1
