@@ -19,7 +19,7 @@ from service.engine.versioned_model import VersionedModel
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.jobs.worker_session import WorkerSession
 from service.kit.ids import new_id
-from service.kit.steps import JobProgress, JobSteps, JobUpdate, Progress, run_to_completion
+from service.kit.steps import JobReporter, Phase, Progress, Stepper, advance, run_to_completion
 from service.ledger.cached import CachedLedger
 from service.models.loading import LoadedModel
 from service.schemas import EditRequest
@@ -105,20 +105,15 @@ def edit_request(case: Record) -> EditRequest:
 def record_step_durations(handler: JobHandler, durations: Durations) -> JobHandler:
     """The same task; how long each of its steps took is kept by phase, of several jobs together as of one."""
 
-    def run(*jobs: ClaimedJob) -> JobSteps:
-        steps = handler(*jobs)
+    def run(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
+        stepper = handler(reporter, *jobs)
         while True:
             began = time.perf_counter()
-            update = next(steps, None)
-            durations[_phase_of(update)].append(time.perf_counter() - began)
-            if update is None:
+            outcome = advance(stepper)
+            phase = outcome.phase if isinstance(outcome, Progress) else Phase.COMMIT
+            durations[phase].append(time.perf_counter() - began)
+            if not isinstance(outcome, Progress):
                 return
-            yield update
+            yield outcome
 
     return run
-
-
-def _phase_of(update: JobUpdate | None) -> str:
-    if isinstance(update, JobProgress):
-        update = update.progress
-    return update.phase if isinstance(update, Progress) else "commit"

@@ -96,7 +96,7 @@ def main() -> None:
         "Pauses between two tokens of a stream",
         {"no edit running": idle_pauses, "edits running": busy_pauses},
     )
-    limit = max(bench_service.durations["optimise"]) + max(idle_pauses)
+    limit = max(bench_service.durations["optimize"]) + max(idle_pauses)
     verdict = "within" if max(busy_pauses) <= limit else "ABOVE"
     report.add_note(
         f"The longest pause is {1000 * max(busy_pauses):.0f} ms: {verdict} one optimisation step plus one decode step "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from cli.terminal import progress_bar
 from service.errors import Misconfigured
-from service.kit.steps import Stepper, run_to_completion
+from service.kit.steps import Stepper, run_steps
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def resolve_source(source: str, model: str) -> Path:
     return path
 
 
-def run_with_progress_bar(stepper: Stepper[T], describe_phase: Callable[[str], str] = str) -> T:
+def run_with_progress_bar(stepper: Stepper[T]) -> T:
     """Run all steps under a bar."""
     with progress_bar() as display:
-        return run_to_completion(stepper, lambda p: display.update(describe_phase(p.phase), p.done, p.total))
+        return run_steps(stepper, lambda p: display.update(p.label, p.done, p.total))

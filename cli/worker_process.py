@@ -59,7 +59,7 @@ def wait_until_ready(worker: Worker, thread: threading.Thread, stop: threading.E
             if progress is None:
                 display.update("starting", 0, 0)
             else:
-                display.update(progress.phase, progress.done, progress.total)
+                display.update(progress.label, progress.done, progress.total)
     return True
 
 

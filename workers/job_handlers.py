@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
+from contextlib import closing
 from functools import partial
 from hashlib import sha256
 from tempfile import SpooledTemporaryFile
@@ -12,6 +13,7 @@ from service.datasets.loading import load_records
 from service.editing.context import EditorContext
 from service.editing.edit_job import run_edits
 from service.engine.calls import resolve_version
+from service.engine.engine import JobHandler
 from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
 from service.evaluation import runner
@@ -20,13 +22,23 @@ from service.jobs import artifacts
 from service.jobs.broker import JOB_KINDS
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit.artifact_store import get_json
-from service.kit.steps import JobSteps, Progress, Stepper, retry_while_unavailable
+from service.kit.steps import (
+    JobFinished,
+    JobProgress,
+    JobReporter,
+    JobSteps,
+    Phase,
+    Progress,
+    Stepper,
+    report_to,
+    retry_while_unavailable,
+)
 from service.kit.text import Statement
 from service.schemas import MAX_RECORDS, EvaluationRequest, ExportRequest, TraceRequest
 from service.tracing.fast_trace import trace_statement
 from workers.job_metrics import with_job_metrics
 
-JobHandlers = dict[str, Callable[..., JobSteps]]
+JobHandlers = dict[str, JobHandler]
 SPOOL_BYTES = 2**24  # bytes of an export that are held in memory
 CHUNK_BYTES = 2**22  # bytes of an export that go to the store at once
 
@@ -37,22 +49,41 @@ def job_handlers(
     context: EditorContext,
     kinds: Collection[str] = JOB_KINDS,
 ) -> JobHandlers:
-    """Kind of job -> the steps of one (of an edit: of several together), for those that are asked for."""
+    """Return the handler of each of the given kinds. The handler of edits takes several jobs, the others take one."""
 
-    def edit(*jobs: ClaimedJob) -> JobSteps:
-        return with_job_metrics(jobs, run_edits(replica, job_store, jobs, context))
+    def edit(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
+        return _dispatch_updates(reporter, jobs, run_edits(replica, job_store, jobs, context))
 
-    def trace(job: ClaimedJob) -> JobSteps:
-        return with_job_metrics([job], run_trace(replica, job_store, job))
+    def trace(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
+        (job,) = jobs
+        return report_to(reporter, [job.id], run_trace(replica, job_store, job))
 
-    def evaluation(job: ClaimedJob) -> JobSteps:
-        return with_job_metrics([job], run_evaluation(replica, job_store, context, job))
+    def evaluation(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
+        (job,) = jobs
+        return report_to(reporter, [job.id], run_evaluation(replica, job_store, context, job))
 
-    def export(job: ClaimedJob) -> JobSteps:
-        return with_job_metrics([job], run_export(replica, job_store, context, job))
+    def export(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
+        (job,) = jobs
+        return report_to(reporter, [job.id], run_export(replica, job_store, context, job))
 
     handlers: JobHandlers = {"edit": edit, "trace": trace, "export": export, "evaluation": evaluation}
-    return {kind: steps for kind, steps in handlers.items() if kind in kinds}
+    return {kind: with_job_metrics(handler) for kind, handler in handlers.items() if kind in kinds}
+
+
+def _dispatch_updates(reporter: JobReporter, jobs: Sequence[ClaimedJob], updates: JobSteps) -> Stepper[None]:
+    """Report the updates of `run_edits` until it takes a reporter itself."""
+    with closing(updates):
+        for update in updates:
+            if isinstance(update, JobFinished):
+                reporter.finished(update.job, update.error)
+                yield Progress(Phase.COMMIT, 1, 1)
+            elif isinstance(update, JobProgress):
+                reporter.progress(update.job, update.progress)
+                yield update.progress
+            else:
+                for job in jobs:
+                    reporter.progress(job.id, update)
+                yield update
 
 
 def run_trace(replica: VersionedModel, job_store: JobStore, job: ClaimedJob) -> Stepper[None]:
@@ -123,6 +154,6 @@ def run_export(
             yield from retry_while_unavailable(
                 partial(job_store.put_artifact, job, artifacts.chunk_name(number), data)
             )
-            yield Progress("store", number + 1, count)
+            yield Progress(Phase.STORE, number + 1, count)
     result = {**manifest, "bytes": size, "sha256": digest.hexdigest(), "pieces": count}
     yield from retry_while_unavailable(partial(job_store.finish, job, "done", result))

@@ -19,7 +19,7 @@ from service.jobs.worker_session import WorkerSession, delete_all_workers
 from service.kit import metrics
 from service.kit.ids import new_id
 from service.kit.retry import retry_until_available
-from service.kit.steps import Progress
+from service.kit.steps import Completion, Progress, advance
 from service.ledger.cached import CachedLedger
 from service.models.loading import LoadedModel
 from service.settings import Settings
@@ -174,16 +174,16 @@ class Worker:
 
     def _prepare(self, model: LoadedModel) -> EditorContext | None:
         """The editor's tools; made on the first start and read on later ones. None when stopped meanwhile."""
-        settings, phase = self._settings, ""
+        settings, phase = self._settings, None
         steps = build_editor_context(
             model, settings.data_dir / "statistics", settings.corpus, settings.covariance_tokens
         )
         while not self._stop.is_set():
-            try:
-                self.progress = next(steps)
-            except StopIteration as end:
+            outcome = advance(steps)
+            if isinstance(outcome, Completion):
                 self.progress = None
-                return end.value  # type: ignore[no-any-return]
+                return outcome.result
+            self.progress = outcome
             if self.progress.phase != phase:
                 phase = self.progress.phase
                 log.info("preparing", extra={"phase": phase, "total": self.progress.total})

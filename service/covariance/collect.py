@@ -15,7 +15,7 @@ from torch import Tensor
 from service.covariance.corpus import Corpus
 from service.covariance.second_moment import KeyStatistics, SecondMomentAccumulator
 from service.kit.files import atomic_path
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel
 from service.models.memory_estimates import STATISTICS_BATCH_TOKENS
@@ -61,7 +61,7 @@ def collect_statistics(
             forward(model, batch)
         for layer, keys in captured.items():
             sums[layer].add(unpadded_keys(keys, batch))
-        yield Progress("statistics", i + 1, len(batches))
+        yield Progress(Phase.STATISTICS, i + 1, len(batches))
     return {layer: _build_statistics(layer, s.mean(), s.count, damping) for layer, s in sums.items()}
 
 
@@ -113,5 +113,5 @@ def load_or_collect_statistics(
             )
     for number, layer in enumerate(layers):
         _ = statistics[layer].cholesky  # now, and not in the first edit that needs it
-        yield Progress("factor", number + 1, len(layers))
+        yield Progress(Phase.FACTORIZE, number + 1, len(layers))
     return {layer: statistics[layer] for layer in layers}

@@ -13,7 +13,7 @@ import torch
 
 from service.errors import Misconfigured
 from service.kit.files import write_atomically
-from service.kit.steps import Stepper
+from service.kit.steps import Phase, Stepper
 from service.kit.text import separator
 from service.models.loading import LoadedModel
 from service.models.sampling import sample_texts
@@ -78,7 +78,7 @@ def _sample_corpus(model: LoadedModel, max_tokens: int, folder: Path | None, see
         return [str(text) for text in json.loads(path.read_text(encoding="utf-8"))]
     generator = torch.Generator().manual_seed(seed)
     texts = yield from sample_texts(
-        model, count=-(-max_tokens // length), length=length, generator=generator, phase="text"
+        model, count=-(-max_tokens // length), length=length, generator=generator, phase=Phase.CORPUS
     )
     if path is not None:
         write_atomically(path, json.dumps(texts))

@@ -28,7 +28,7 @@ from service.editing.probes import (
 from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence
 from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import fact_key
 from service.models.loading import LoadedModel, WeightRef
 from service.models.scoring import compute_perplexity
@@ -193,7 +193,7 @@ def measure_baseline(
             for m, answer in zip(measurements, bare_results, strict=True)
         ]
     capacity = yield from measure_capacities([d.factors.updates for d in candidates], other_updates)
-    yield Progress("stand", 1, 1)
+    yield Progress(Phase.BASELINE, 1, 1)
     return Baseline(
         version, other_updates, compose(other_updates), regression_probes, measurements, conflicts, capacity
     )
@@ -254,7 +254,7 @@ def evaluate_candidates(
     ]
     all_updates = baseline.active_updates + [a for group in scaled_updates for a in group]
     weights = replica.compose_weights(all_updates)
-    yield Progress("compose", 1, 1)
+    yield Progress(Phase.COMPOSE, 1, 1)
     resolved_edits = [d.resolved_edit for d in candidates]
     after = yield from replica.step_with_weights(
         weights, measure_version(replica, context, resolved_edits, baseline.regression_probes)
@@ -274,7 +274,7 @@ def evaluate_candidates(
             )
         )
         if len(candidates) > 1:
-            yield Progress("judge", len(guard_results), len(candidates))
+            yield Progress(Phase.GUARD, len(guard_results), len(candidates))
     return guard_results
 
 
@@ -323,7 +323,7 @@ def generate_greedy(
     while len(batch):
         batch.step()
         step += 1
-        yield Progress("answer", step, length)
+        yield Progress(Phase.ANSWER, step, length)
     return [r.text if r is not None else "" for r in rows]
 
 

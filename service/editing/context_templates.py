@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from service.kit.steps import Stepper
+from service.kit.steps import Phase, Stepper
 from service.models.loading import LoadedModel
 from service.models.sampling import sample_texts
 
@@ -27,5 +27,7 @@ def sample_contexts(model: LoadedModel, count: int, seed: int) -> Stepper[list[s
     for i, length in enumerate(CONTEXT_LENGTHS):
         share = count // 2 if i == 0 else count - count // 2
         if share:
-            texts += yield from sample_texts(model, share, length, generator, top_k=TOP_K, phase="contexts")
+            texts += yield from sample_texts(
+                model, share, length, generator, top_k=TOP_K, phase=Phase.CONTEXTS
+            )
     return [_clean_context(t) for t in texts]

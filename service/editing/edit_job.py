@@ -51,6 +51,7 @@ from service.kit.steps import (
     JobProgress,
     JobSteps,
     JobUpdate,
+    Phase,
     Progress,
     Stepper,
     retry_while_unavailable,
@@ -63,7 +64,7 @@ from service.schemas import EditRequest
 from service.scores.scores import share_preferring_new, share_preferring_true
 from service.weights.factors import DenseUpdate, EditUpdate, deserialize_updates, serialize_updates
 
-HEAD_MOVED = Progress("another edit landed first: look again", 0, 1)
+HEAD_MOVED = Progress(Phase.RETRY, 0, 1)
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from service.editing.subject_noise import EmbeddingHook, noise_hooks_split
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import Statement, separator, token_span
 from service.models.block_runner import BlockInputs, BlockRunner, LayerKV
 from service.models.hooks import capture, replace_output
@@ -478,7 +478,7 @@ def optimize_values(
     ]
     rows = {s: range(at, at + len(t)) for s, at, t in zip(optimizers, firsts, texts, strict=True)}
     total = max(w.parameters.steps for w in specs)
-    yield Progress("optimise", 0, total)
+    yield Progress(Phase.OPTIMIZE, 0, total)
     batch = OptimizerBatch(suffix_batch, optimizers, rows)
     for step in range(total):
         batch.step()
@@ -487,7 +487,7 @@ def optimize_values(
             break
         if unfinished != batch.optimizers:
             batch = OptimizerBatch(suffix_batch, unfinished, rows)
-        yield Progress("optimise", step + 1, total)
+        yield Progress(Phase.OPTIMIZE, step + 1, total)
     prompts = [slice(at, at + w.tokenized.size) for w, at in zip(specs, firsts, strict=True)]
     return [
         ValueResult(s.delta.detach(), s.losses, s.initial, activations.keys[at], activations.values[at])

@@ -12,7 +12,7 @@ from torch import Tensor
 from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence, next_token_distribution
 from service.engine.versioned_model import WeightOverrides
 from service.errors import Unavailable
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
 from service.schemas import CompareRequest
 
@@ -35,12 +35,12 @@ def run_comparison(
     for _, weights in sides:
         with use_weights(weights):
             p.append(next_token_distribution(model, sequences[0].prompt_ids))
-    yield Progress("compare", 0, sequences[0].max_new_tokens)
+    yield Progress(Phase.COMPARE, 0, sequences[0].max_new_tokens)
     while any(map(len, batches)):
         for batch, (_, weights) in zip(batches, sides, strict=True):
             with use_weights(weights):
                 batch.step()
-        yield Progress("compare", max(len(r.output_ids) for r in sequences), sequences[0].max_new_tokens)
+        yield Progress(Phase.COMPARE, max(len(r.output_ids) for r in sequences), sequences[0].max_new_tokens)
     return {
         "prompt": request.prompt,
         "sides": [_side_result(version, r) for (version, _), r in zip(sides, sequences, strict=True)],

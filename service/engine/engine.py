@@ -18,10 +18,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from pydantic import ValidationError
 
@@ -36,13 +37,19 @@ from service.jobs.broker import CALL_KINDS, WORK_KINDS, Broker, Delivery
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.jobs.worker_session import WorkerSession
 from service.kit import crash_points, metrics
-from service.kit.steps import JobFinished, JobProgress, JobSteps, JobUpdate, Progress
+from service.kit.steps import Completion, JobReporter, Progress, Stepper, advance
 from service.models import memory_estimates
 from service.schemas import CompareRequest, WorkerGenerateRequest
 
 log = logging.getLogger(__name__)
 
-JobHandler = Callable[..., JobSteps]  # given the jobs that are to be carried out together
+
+class JobHandler(Protocol):
+    """Makes the stepper of a group of jobs. It writes the end of each job and reports to `reporter`."""
+
+    def __call__(self, reporter: JobReporter, /, *jobs: ClaimedJob) -> Stepper[None]: ...
+
+
 STALL_TIMEOUT = 300.0  # seconds after which a loop that did not come round counts as dead
 MAX_INTERRUPTIONS = 10  # times a job may find something down that it needs before it fails
 WORKER_STOPPING = Unavailable("the worker is stopping: ask again.")
@@ -51,13 +58,27 @@ WORKER_STOPPING = Unavailable("the worker is stopping: ask again.")
 JobsById = dict[str, tuple[Delivery, ClaimedJob]]  # by the job's id
 
 
+@dataclass
+class ReportQueue:
+    """The reports that a job handler makes during a step. The engine applies them after the step."""
+
+    reports: deque[tuple[str, Progress | Exception | None]] = field(default_factory=deque)
+
+    def progress(self, job_id: str, progress: Progress) -> None:
+        self.reports.append((job_id, progress))
+
+    def finished(self, job_id: str, error: Exception | None = None) -> None:
+        self.reports.append((job_id, error))
+
+
 @dataclass(eq=False)
 class JobGroup:
-    """The jobs that are carried out together, as long as they have not ended, and what remains of them."""
+    """Jobs that run in one stepper, and those of them that have not ended."""
 
     kind: str
     members: JobsById
-    steps: JobSteps
+    reporter: ReportQueue
+    steps: Stepper[None]
 
     @property
     def jobs(self) -> list[ClaimedJob]:
@@ -260,7 +281,9 @@ class Engine:
             members |= self._claim_more_edits()
         if members:
             jobs = [job for _, job in members.values()]
-            self._job_groups.append(JobGroup(delivery.kind, members, self._handlers[delivery.kind](*jobs)))
+            reporter = ReportQueue()
+            steps = self._handlers[delivery.kind](reporter, *jobs)
+            self._job_groups.append(JobGroup(delivery.kind, members, reporter, steps))
 
     def _claim_more_edits(self) -> JobsById:
         """Begin more of the waiting edits: an equal part for each worker that edits. What cannot be begun waits again."""
@@ -342,10 +365,10 @@ class Engine:
     def _step_comparisons(self) -> None:
         for comparison in list(self._comparisons):
             try:
-                next(comparison.steps)
-                continue
-            except StopIteration as end:
-                self._outbox.publish(comparison.channel, "end", end.value, last=True)
+                outcome = advance(comparison.steps)
+                if isinstance(outcome, Progress):
+                    continue
+                self._outbox.publish(comparison.channel, "end", outcome.result, last=True)
                 self._acknowledge(comparison.delivery)
             except Exception as error:
                 self._fail_call(comparison.delivery, error)
@@ -360,28 +383,29 @@ class Engine:
         try:
             if all(self._job_store.cancel_requested(job) for job in group.jobs):
                 raise Cancelled("the job was cancelled while it ran.")
-            update = next(group.steps)
+            outcome = advance(group.steps)
         except DigestMismatch:
             raise
-        except Unavailable as error:
-            self._interrupt_group(group, error)
-        except StopIteration:
-            self._finish_group(group)
         except Exception as error:
-            self._finish_group(group, error)
+            self._apply_reports(group)
+            if isinstance(error, Unavailable):
+                self._interrupt_group(group, error)
+            else:
+                self._finish_group(group, error)
         else:
-            self._on_job_update(group, update)
+            self._apply_reports(group)
+            if isinstance(outcome, Completion):
+                self._finish_group(group)
         self._outbox.flush()
 
-    def _on_job_update(self, group: JobGroup, update: JobUpdate) -> None:
-        """How far the jobs are, or that one of them has ended."""
-        if isinstance(update, JobFinished):
-            self._finish_job(group, update.job, update.error)
-        elif isinstance(update, JobProgress):
-            self._outbox.defer(self._report_progress, group, update.job, update.progress)
-        else:
-            for job in group.jobs:
-                self._outbox.defer(self._report_progress, group, job.id, update)
+    def _apply_reports(self, group: JobGroup) -> None:
+        """Publish the progress that the last step reported, and end the jobs that it reported as finished."""
+        while group.reporter.reports:
+            job_id, report = group.reporter.reports.popleft()
+            if isinstance(report, Progress):
+                self._outbox.defer(self._report_progress, group, job_id, report)
+            else:
+                self._finish_job(group, job_id, report)
 
     def _fail_job(self, job: ClaimedJob, error: Exception) -> None:
         """The row says how the job ended, unless it is another's by now."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from service.kit import metrics
-from service.kit.steps import Stepper
+from service.kit.steps import Stepper, step_within
 from service.kit.text import normalize_whitespace
 from service.models.loading import LoadedModel, WeightRef
 from service.weights.capacity import average_capacities
@@ -141,14 +141,7 @@ class VersionedModel:
 
     def step_with_weights(self, weights: WeightOverrides, steps: Stepper[T]) -> Stepper[T]:
         """Run a generator with these weights in place during each of its steps, and the base in between."""
-        with closing(steps):
-            while True:
-                with self.use_weights(weights):
-                    try:
-                        progress = next(steps)
-                    except StopIteration as end:
-                        return end.value  # type: ignore[no-any-return]
-                yield progress
+        return step_within(steps, lambda: self.use_weights(weights))
 
     def digest(self, version: int) -> str:
         """sha256 over the bytes of every edited weight at a version and over the base model's fingerprint."""

@@ -6,12 +6,13 @@ import hashlib
 import json
 import time
 from collections import Counter
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 from service.errors import InvalidInput
 from service.kit.artifact_store import ArtifactStore, get_json, put_json
-from service.kit.steps import Stepper
+from service.kit.steps import Stepper, step_within
 
 T = TypeVar("T")
 
@@ -48,11 +49,12 @@ class StageCache:
 def run_timed(stepper: Stepper[T]) -> Stepper[tuple[T, float]]:
     """What steps give, and the seconds that were spent within them."""
     seconds = 0.0
-    while True:
+
+    @contextmanager
+    def timer() -> Iterator[None]:
+        nonlocal seconds
         started = time.perf_counter()
-        try:
-            progress = next(stepper)
-        except StopIteration as end:
-            return end.value, seconds + time.perf_counter() - started
+        yield
         seconds += time.perf_counter() - started
-        yield progress
+
+    return (yield from step_within(stepper, timer)), seconds

@@ -26,7 +26,7 @@ from service.errors import InvalidInput
 from service.evaluation.checkpointing import StageCache
 from service.evaluation.metrics import Measures, RecordScores, change_scores, scoring_pairs, summarize
 from service.kit.artifact_store import ArtifactStore
-from service.kit.steps import Progress, Stepper, report_as
+from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.kit.text import fill_prompt, normalize_whitespace
 from service.models.score import TargetScore
 from service.models.scoring import measure_drift, score_targets
@@ -191,7 +191,7 @@ class EvaluationRun:
             groups, group_details = yield from self.find_group(len(rows) // self.group_size, {})
             for updates, details in zip(groups, group_details, strict=True):
                 i = len(rows)
-                progress = Progress("measure each edit", i, len(self.records))
+                progress = Progress(Phase.MEASURE, i, len(self.records), "each edit alone")
                 rows.append(
                     (yield from report_as(self._evaluate_record_alone(i, updates), progress)) | details
                 )
@@ -237,7 +237,7 @@ class EvaluationRun:
         schedule = self.strength_schedule_for(1)
         for strength in schedule.strengths:
             weights = self.replica.compose_weights([*others, *(p.scaled(strength) for p in updates)])
-            yield Progress("compose", 1, 1)
+            yield Progress(Phase.COMPOSE, 1, 1)
             scores = yield from self.replica.step_with_weights(
                 weights, score_targets(self.model, scoring_pairs(record))
             )
@@ -260,15 +260,15 @@ class EvaluationRun:
         weights: WeightOverrides = {}
         for count in composition.checkpoints():
             weights = yield from composition.advance_to(count)
-            previous_scores, phase = record_scores, f"measure {count} edits"
-            record_scores = yield from self._score_records(f"after-{count:06}", phase, count, weights)
+            previous_scores, detail = record_scores, f"{count} edits"
+            record_scores = yield from self._score_records(f"after-{count:06}", detail, count, weights)
             tables.append(
                 (yield from self._evaluate_checkpoint(count, weights, previous_scores, record_scores))
             )
         rows = [self._result_row(i, a) | composition.edit_details[i] for i, a in enumerate(record_scores)]
         if self.plan.generation:
             for i, result_row in enumerate(rows):
-                progress, record = Progress("write texts", i, len(rows)), self.records[i]
+                progress, record = Progress(Phase.GENERATE, i, len(rows), "continuations"), self.records[i]
                 for when, overrides in (("before", NO_OVERRIDES), ("after", weights)):
                     stepper = self._score_generated_texts(f"written-{when}-{i:06}", record, overrides)
                     result_row[when] |= yield from report_as(stepper, progress)
@@ -327,7 +327,7 @@ class EvaluationRun:
         indices = range(first, min(first + self.group_size, len(self.records)))
         stepper = self.replica.step_with_weights(weights, self._find_and_store(indices))
         stage = self.stages.run_once(f"found-{group_index:06}", "find", stepper)
-        details = yield from report_as(stage, Progress("find edits", first, len(self.records)))
+        details = yield from report_as(stage, Progress(Phase.FIND, first, len(self.records)))
         groups: list[list[EditUpdate]] = []
         for i in indices:
             data = self.stages.store.get(f"piece-{i:06}")
@@ -348,7 +348,7 @@ class EvaluationRun:
         return EditInput(statement, target, plan.method, plan.hparams, f"{i:06}", plan.objective)
 
     def _score_records(
-        self, name: str, phase: str, count: int, weights: WeightOverrides
+        self, name: str, detail: str, count: int, weights: WeightOverrides
     ) -> Stepper[list[RecordScores]]:
         """What the model says with these weights in place to the prompts of the first records, of many at once."""
         record_scores: list[RecordScores] = []
@@ -357,7 +357,7 @@ class EvaluationRun:
             pairs = [pair for r in batch for pair in scoring_pairs(r)]
             stepper = self.replica.step_with_weights(weights, score_targets(self.model, pairs))
             stage = self.stages.run_once(f"{name}-{start:06}", "measure", stepper)
-            scores = yield from report_as(stage, Progress(phase, start, count))
+            scores = yield from report_as(stage, Progress(Phase.MEASURE, start, count, detail))
             score_iterator = iter(scores)
             record_scores += [
                 RecordScores.from_scores(r, [TargetScore(*next(score_iterator)) for _ in scoring_pairs(r)])
@@ -422,7 +422,7 @@ class EvaluationRun:
     def _summarize_measures(self, rows: Sequence[Measures]) -> Stepper[dict[str, Any]]:
         """Means over records with their intervals: a step of its own, since many draws take a while."""
         means = summarize(rows, self.plan.seed)
-        yield Progress("sum up", 1, 1)
+        yield Progress(Phase.SUMMARIZE, 1, 1)
         return means
 
 
@@ -452,13 +452,13 @@ class JointComposition:
             stage = run.stages.run_once(
                 f"landed-{first:06}-{count:06}", "land", self._choose_strengths(first, groups[selected])
             )
-            strengths = yield from report_as(stage, Progress("land edits", first, len(run.records)))
+            strengths = yield from report_as(stage, Progress(Phase.STRENGTHEN, first, len(run.records)))
             for group, details, strength in zip(
                 groups[selected], group_details[selected], strengths, strict=True
             ):
                 self._applied += [p.scaled(strength) for p in group]
                 self.edit_details.append(details | {"strength": strength})
-        yield Progress("compose", count, count)
+        yield Progress(Phase.COMPOSE, count, count)
         return run.replica.compose_weights(self._applied)
 
     def _choose_strengths(self, first: int, groups: Sequence[list[EditUpdate]]) -> Stepper[list[float]]:
@@ -488,7 +488,7 @@ def choose_group_strengths(
             p.scaled(strengths[level]) for group, level in zip(groups, levels, strict=True) for p in group
         ]
         weights = replica.compose_weights([*applied, *scaled_updates])
-        yield Progress("compose", 1, 1)
+        yield Progress(Phase.COMPOSE, 1, 1)
         scores = iter((yield from replica.step_with_weights(weights, score_targets(replica.base, pairs))))
         record_scores = [
             RecordScores.from_scores(r, [next(scores) for _ in scoring_pairs(r)]) for r in rewrite_only
@@ -583,7 +583,7 @@ def generate_texts(replica: VersionedModel, prompts: Sequence[str], seed: int) -
         batch = DecodingBatch(model, rows)
         while len(batch):
             batch.step()
-            yield Progress("write", start, len(prompts))
+            yield Progress(Phase.GENERATE, start, len(prompts))
         texts += [prompt + r.text for prompt, r in zip(batch_prompts, rows, strict=True)]
     return texts
 

@@ -19,7 +19,7 @@ from service.exporting.archive import ByteChunks
 from service.exporting.fidelity import measure_logit_difference
 from service.exporting.lora import LoraAdapter, module_name, pretty_json
 from service.kit.safetensors_io import TensorInfo, build_header
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import fill_prompt, separator
 from service.models.loading import LoadedModel, bos_token_id
 from service.models.memory_estimates import GIB
@@ -41,7 +41,7 @@ def export_version(
 ) -> Stepper[ExportManifest]:
     """Write an export to a file; what is said of it. `plain`: texts that no edit is about."""
     manifest = build_manifest(replica, request.version)
-    yield Progress("compose", 0, 1)
+    yield Progress(Phase.COMPOSE, 0, 1)
     if request.format == "peft":
         return (yield from _export_adapter(replica, plain_texts, manifest, file))
     return _export_weights(replica, manifest, file)
@@ -97,7 +97,7 @@ def _export_adapter(
     adapter = LoraAdapter.from_changes(
         compose(p for group in replica.active_updates(version).values() for p in group)
     )
-    yield Progress("factorise", 1, 1)
+    yield Progress(Phase.FACTORIZE, 1, 1)
     texts = [
         *_evenly_spaced(_edit_statements(manifest["edits"]), MAX_TEXTS_PER_SOURCE),
         *_evenly_spaced(plain_texts, MAX_TEXTS_PER_SOURCE),

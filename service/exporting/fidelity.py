@@ -10,7 +10,7 @@ from torch import Tensor
 
 from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.exporting.lora import LoraAdapter
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
 from service.models.token_batch import PaddedBatch, forward, pad
 
@@ -38,7 +38,7 @@ def measure_logit_difference(
     same = positions = 0
     for start in range(0, len(rows), TEXTS_PER_BATCH):
         batch = pad(rows[start : start + TEXTS_PER_BATCH], model)
-        progress = Progress("compare with the edited model", start, len(rows))
+        progress = Progress(Phase.VERIFY, start, len(rows))
         with replica.use_weights(weights):
             edited = _logits(model, batch)
         yield progress
@@ -51,7 +51,7 @@ def measure_logit_difference(
         adapter_difference = max(adapter_difference, _max_abs_difference(edited, adapted))
         same += int((edited.argmax(-1) == adapted.argmax(-1)).sum())
         positions += len(edited)
-        yield Progress("compare with the edited model", min(start + TEXTS_PER_BATCH, len(rows)), len(rows))
+        yield Progress(Phase.VERIFY, min(start + TEXTS_PER_BATCH, len(rows)), len(rows))
     return LogitDifference(
         adapter_difference, edit_difference, same / max(1, positions), len(rows), positions
     )

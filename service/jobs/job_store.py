@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import select, update
@@ -143,10 +143,10 @@ class JobStore:
             self._progress_written_at[job.id] = current_time
             with self.database.write_session() as session:
                 row = self._row_under_fence(session, job)
-                row.progress, row.updated = asdict(progress), now()
+                row.progress, row.updated = progress.to_json(), now()
                 if row.cancel_requested:
                     self._cancelled_jobs.add(job.id)
-        self.broker.publish(job.id, "progress", asdict(progress))
+        self.broker.publish(job.id, "progress", progress.to_json())
 
     def put_artifact(self, job: ClaimedJob, name: str, data: bytes) -> None:
         """Keep a part of a job for whoever goes on with it. Raises LeaseLost when the job was taken over."""

@@ -35,12 +35,12 @@ EDIT_PHASES = (
     "answer",
     "contexts",
     "statistics",
-    "optimise",
+    "optimize",
     "solve",
     "compose",
     "measure",
     "perplexity",
-    "land",
+    "commit",
 )
 
 

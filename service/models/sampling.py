@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel, bos_token_id
 
 SAMPLE_BATCH_SIZE = 32  # texts in one batch
@@ -17,7 +17,7 @@ def sample_texts(
     length: int,
     generator: torch.Generator,
     top_k: int | None = None,
-    phase: str = "sample",
+    phase: Phase = Phase.SAMPLE,
 ) -> Stepper[list[str]]:
     """Return `count` texts of `length` tokens, including the BOS token, which the published lengths count (Meng et al. 2022)."""
     texts: list[str] = []

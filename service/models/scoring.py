@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from service.kit.steps import Progress, Stepper, run_to_completion
+from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.loading import LoadedModel
 from service.models.score import TargetScore
 from service.models.token_batch import PaddedBatch, forward, pad, tokenize_prompt_and_target
@@ -23,14 +23,14 @@ MAX_DISTRIBUTION_TOKENS = 512
 
 
 def compute_log_probs(
-    model: LoadedModel, pairs: Sequence[tuple[str, str]], phase: str = "measure"
+    model: LoadedModel, pairs: Sequence[tuple[str, str]], phase: Phase = Phase.MEASURE
 ) -> Stepper[list[tuple[float, bool]]]:
     """Return, for each (prompt, object), the mean log p of the object's tokens and whether they are the greedy continuation."""
     return [(s.log_p, s.is_greedy) for s in (yield from score_targets(model, pairs, phase))]
 
 
 def score_targets(
-    model: LoadedModel, pairs: Sequence[tuple[str, str]], phase: str = "measure"
+    model: LoadedModel, pairs: Sequence[tuple[str, str]], phase: Phase = Phase.MEASURE
 ) -> Stepper[list[TargetScore]]:
     """Return the score of each (prompt, object).
 
@@ -82,7 +82,7 @@ def compute_perplexity(model: LoadedModel, texts: Sequence[str]) -> Stepper[floa
             logp = forward(model, batch).float().log_softmax(-1)
         total -= _sum_log_probs(logp, batch)
         count += int(batch.mask[:, 1:].sum())
-        yield Progress("perplexity", min(start + SCORING_BATCH_SIZE, len(rows)), len(rows))
+        yield Progress(Phase.PERPLEXITY, min(start + SCORING_BATCH_SIZE, len(rows)), len(rows))
     return float(torch.tensor(total / max(1, count)).exp())
 
 
@@ -116,7 +116,7 @@ def measure_drift(
         predicted += int(batch.mask[:, 1:].sum())
         positions += int(batch.mask.sum())
         done += len(batch_rows)
-        yield Progress("plain texts", done, len(rows))
+        yield Progress(Phase.DRIFT, done, len(rows))
     return Drift(loss_before / max(1, predicted), loss_after / max(1, predicted), kl / max(1, positions))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.errors import InvalidInput
-from service.kit.steps import Stepper
+from service.kit.steps import Phase, Stepper
 from service.kit.text import check_tokens
 from service.models.loading import LoadedModel
 from service.models.scoring import compute_log_probs
@@ -32,7 +32,7 @@ def find_known_facts(model: LoadedModel, facts: Sequence[Fact]) -> Stepper[Known
     """Ask for every fact, teacher forced: known are those whose every token is the most probable one."""
     scorable = [i for i, fact in enumerate(facts) if _is_scorable(model, fact)]
     pairs = [(facts[i].statement.text, facts[i].object) for i in scorable]
-    answers = yield from compute_log_probs(model, pairs, "ask")
+    answers = yield from compute_log_probs(model, pairs, Phase.PROBE)
     known = [i for i, (_, greedy) in zip(scorable, answers, strict=True) if greedy]
     return KnownFacts(known, len(scorable) - len(known), len(facts) - len(scorable))
 

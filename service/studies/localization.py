@@ -19,7 +19,7 @@ from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import InvalidInput
 from service.evaluation.metrics import Measures, RecordScores, change_scores, scoring_pairs
 from service.kit.artifact_store import ArtifactStore, get_json, put_json
-from service.kit.steps import Progress, Stepper, report_as
+from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.kit.text import fill_prompt
 from service.models.score import TargetScore
 from service.models.scoring import score_targets
@@ -139,7 +139,7 @@ class LocalizationStudy:
             return dict(enumerate(self.records))
         posed_records = {}
         for i, record in enumerate(self.records):
-            yield Progress("ask under noise", i, len(self.records))
+            yield Progress(Phase.PROBE, i, len(self.records), "under noise")
             answer = noised_greedy_answer(self.model, record, self._subject_noise(record)).strip()
             reversed_record = replace(record, target_new=answer)
             if (
@@ -167,7 +167,7 @@ class LocalizationStudy:
             stepper = load_or_trace(
                 self.model, fact_from_record(record), self.plan.trace, self.noise, self.store
             )
-            trace = yield from report_as(stepper, Progress("trace", i, len(self.records)))
+            trace = yield from report_as(stepper, Progress(Phase.TRACE, i, len(self.records)))
             effects.append(trace_effects(trace))
         return effects
 
@@ -184,7 +184,7 @@ class LocalizationStudy:
                 scoring = score_under_noise(self.model, record, self._subject_noise(record))
             else:
                 scoring = score_targets(self.model, scoring_pairs(record))
-            progress = Progress("ask", i, len(records))
+            progress = Progress(Phase.PROBE, i, len(records))
             scores = yield from report_as(self.replica.step_with_weights(weights, scoring), progress)
             record_scores.append(RecordScores.from_scores(record, [_nan_as_impossible(s) for s in scores]))
         return record_scores
@@ -197,7 +197,7 @@ class LocalizationStudy:
         runs: list[list[Measures]] = [[] for _ in records]
         for layer in self.plan.layers:
             for start in range(0, len(records), EDITS_PER_BATCH):
-                progress = Progress(f"{method}, {name}", sum(map(len, runs)), total)
+                progress = Progress(Phase.EDIT, sum(map(len, runs)), total, f"{method}, {name}")
                 batch = slice(start, start + EDITS_PER_BATCH)
                 stepper = self._edit_batch(method, name, layer, records[batch], base_scores[batch])
                 batch_scores = yield from report_as(stepper, progress)

@@ -11,7 +11,7 @@ from service.datasets.record import Record
 from service.editing.subject_noise import noise_hook_right_padded
 from service.errors import InvalidInput
 from service.evaluation.metrics import scoring_pairs
-from service.kit.steps import Progress, Stepper, run_to_completion
+from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.kit.text import Statement, fill_prompt, locate_subject
 from service.models.hooks import replace_output
 from service.models.loading import LoadedModel
@@ -59,7 +59,7 @@ def score_under_noise(model: LoadedModel, record: Record, noise: Tensor) -> Step
             model, tokenize_statement(model, statement), noise
         ):  # one row: no padding moves the subject
             scores += run_to_completion(score_targets(model, [(prompt, target)]))
-        yield Progress("measure", len(scores), len(pairs))
+        yield Progress(Phase.MEASURE, len(scores), len(pairs))
     return scores + (yield from score_targets(model, pairs[subject_pair_count:]))
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from service.kit.artifact_store import ArtifactStore, get_json, put_json
-from service.kit.steps import Progress, Stepper, report_as
+from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.models.loading import LoadedModel
 from service.studies.facts import Fact
 from service.studies.known_facts import find_known_facts, run_artifact_name
@@ -62,11 +62,11 @@ def run_trace_study(
     known_facts = yield from find_known_facts(model, chosen)
     traces = []
     for done, index in enumerate(known_facts.indices):
-        progress = Progress("trace", done, len(known_facts.indices))
+        progress = Progress(Phase.TRACE, done, len(known_facts.indices))
         traces.append(
             (yield from report_as(load_or_trace(model, chosen[index], plan, noise, store), progress))
         )
-    yield Progress("average", 0, 1)
+    yield Progress(Phase.AVERAGE, 0, 1)
     return {
         "study": "trace",
         "model": {"name": model.name, "fingerprint": model.fingerprint, "layers": model.num_layers},

@@ -24,7 +24,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import Statement
 from service.models.block_runner import BlockInputs, BlockRunner, LayerKV
 from service.models.budget import block_flops, step_budget
@@ -62,7 +62,7 @@ def trace_statement(
     """
     trace_input = build_trace_input(model, statement, target, samples, noise, seed, compat, subjects)
     tracer = FastTracer(model, trace_input, list_cells(trace_input, kinds, window, severed, model.num_layers))
-    yield Progress("prepare", 1, 1)
+    yield Progress(Phase.PREPARE, 1, 1)
     yield from tracer.compute_base_runs()
     scores = yield from tracer.score_cells()
     layers, last = range(model.num_layers), trace_input.subject[1] - 1
@@ -143,7 +143,7 @@ class FastTracer:
             {kind: [] for kind in SEVERABLE_KINDS},
         )
         size = self._rows_per_step(len(self.trace_input.ids))
-        tick = _progress_counter("run", self.model.num_layers * -(-len(rows) // size))
+        tick = _progress_counter(Phase.RUN, self.model.num_layers * -(-len(rows) // size))
         for layer in range(self.model.num_layers):
             outputs_by_part = []
             for part in torch.split(self.base_runs.states[layer], size):
@@ -169,7 +169,7 @@ class FastTracer:
 
     def score_cells(self) -> Stepper[dict[CellKey, float]]:
         """Return the score of every cell."""
-        tick = _progress_counter("trace", sum(map(self._count_steps, self.chunks_by_token.values())))
+        tick = _progress_counter(Phase.TRACE, sum(map(self._count_steps, self.chunks_by_token.values())))
         p: dict[tuple[int, CorruptedRun], float] = {}
         for token, chunks in self.chunks_by_token.items():
             token_scores = yield from self._score_token(token, chunks, tick)
@@ -330,7 +330,7 @@ def _first_position_writer(rows: int, held: list[int], values: Tensor) -> Callab
     return put
 
 
-def _progress_counter(phase: str, total: int) -> NextProgress:
+def _progress_counter(phase: Phase, total: int) -> NextProgress:
     """Return a function that returns the progress after each further step of a phase."""
     steps = count(1)
     return lambda: Progress(phase, next(steps), total)

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import Statement
 from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
@@ -65,7 +65,7 @@ def trace_reference(
             for layer in range(model.num_layers):
                 row.append(_restored_probability(model, trace_input, kind, token, layer, window))
                 done += 1
-                yield Progress("trace", done, total)
+                yield Progress(Phase.TRACE, done, total)
             scores[kind].append(row)
     severed_scores: dict[str, list[float]] = {}
     for path in ("none", *SEVERABLE_KINDS) if severed else ():
@@ -75,7 +75,7 @@ def trace_reference(
                 _severed_probability(model, trace_input, None if path == "none" else path, layer)
             )
             done += 1
-            yield Progress("trace", done, total)
+            yield Progress(Phase.TRACE, done, total)
     return build_trace_result(trace_input, high, low, scores, severed_scores if severed else None, window)
 
 

@@ -22,7 +22,7 @@ from service.errors import InvalidInput
 from service.evaluation.metrics import RecordScores, scoring_pairs, summarize
 from service.evaluation.runner import choose_group_strengths, texts_without_edited_facts
 from service.kit.artifact_store import ArtifactStore, get_json, put_json
-from service.kit.steps import Progress, Stepper, report_as
+from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel, with_bos
 from service.models.scoring import measure_drift, score_targets
@@ -112,7 +112,7 @@ def select_known_records(model: LoadedModel, records: Sequence[Record], limit: i
         ]
         scores = yield from score_targets(model, [(r.text, str(r.target_true)) for r in batch])
         known_records |= {r.subject: r for r, s in zip(batch, scores, strict=True) if s.is_greedy}
-        yield Progress("ask for facts", min(len(known_records), limit), limit)
+        yield Progress(Phase.PROBE, min(len(known_records), limit), limit)
         if len(known_records) >= limit:
             break
     if len(known_records) < MIN_FACTS:
@@ -187,7 +187,7 @@ def _find_edits(
             for i, r in enumerate(records[start : start + EDITS_PER_BATCH])
         ]
         factors = yield from report_as(
-            search.editor.find_all_factors(specs), Progress("find", start, len(records))
+            search.editor.find_all_factors(specs), Progress(Phase.FIND, start, len(records))
         )
         updates += [f.updates for f in factors]
     return updates
@@ -212,7 +212,7 @@ def _measure_candidate(search: SearchContext, method: str, values: JsonDict) -> 
     for i, (record, group) in enumerate(zip(records, updates, strict=True)):
         alone += yield from report_as(
             _measure_records(search, [record], search.replica.compose_weights(group)),
-            Progress("measure", i, len(records)),
+            Progress(Phase.MEASURE, i, len(records)),
         )
     all_updates = [p for group in updates for p in group]
     together, loss_increase = yield from _measure_jointly(search, records, all_updates)
@@ -279,7 +279,7 @@ def _run_stage(
     for number, change in enumerate(changes):
         values = base | change
         description = ", ".join(f"{k} {v}" for k, v in change.items())
-        phase = Progress(f"{name}: {description}", number, len(changes))
+        phase = Progress(Phase.SEARCH, number, len(changes), f"{name}: {description}")
         candidate = yield from report_as(evaluate_candidate(search, method, values), phase)
         history.append({"stage": name} | candidate)
         on_candidate(name, candidate)
@@ -384,7 +384,9 @@ def _evaluate_required_margin(
     loss_increases: list[float] = []
     for start in starts:
         batch = slice(start, start + count)
-        phase = Progress(f"{count} edits, a lead of {required_margin}", len(loss_increases), len(starts))
+        phase = Progress(
+            Phase.SEARCH, len(loss_increases), len(starts), f"{count} edits, margin {required_margin}"
+        )
         stepper = _evaluate_batch(search, values, records[batch], groups[batch])
         batch_rows, loss_increase = yield from report_as(stepper, phase)
         rows, loss_increases = rows + batch_rows, [*loss_increases, loss_increase]

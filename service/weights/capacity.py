@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.weights.composition import gram_matrix
 from service.weights.factors import DEFAULT_RIDGE, Association, EditUpdate
 
@@ -60,7 +60,7 @@ def measure_capacities(
                 for x, (new,) in new_associations
             }
         )
-        yield Progress("room", len(capacities), len(edits))
+        yield Progress(Phase.CAPACITY, len(capacities), len(edits))
     return capacities
 
 

@@ -45,7 +45,7 @@ def test_killed_while_it_optimises(start_service: StartService) -> None:
     service = start_service()
     edit = service.ask(*FACTS[0], hparams=SLOW_HPARAMS, guard=FAST_EDIT_OPTIONS["guard"])
     with service.events("GET", f"/edits/{edit['id']}/events") as events:
-        assert any(data["phase"] == "optimise" for name, data in events if name == "progress")
+        assert any(data["phase"] == "optimize" for name, data in events if name == "progress")
         service.die()
     service.kill()
 

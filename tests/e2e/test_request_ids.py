@@ -140,7 +140,7 @@ def test_generation_and_edit_metrics(client: TestClient) -> None:
     assert more("loop_turns_total") > 4
     assert more("version_build_seconds_count") >= 1
     assert more("jobs_ended_total edit applied") == more("job_seconds_count edit") == 1
-    for phase in ("optimise", "solve", "measure", "perplexity", "land"):
+    for phase in ("optimize", "solve", "measure", "perplexity", "commit"):
         assert more(f"edit_phase_seconds_count {phase}") == 1
     assert more("head_version") == 1
 

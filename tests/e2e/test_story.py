@@ -337,7 +337,7 @@ def test_a_running_edit_is_cancelled(service: ServiceClient) -> None:
     head, digest = service.head(), service.head_digest()
     edit = service.submit_edit(SUBJECT, PROMPT, "Rome", hparams={"contexts": 2, "steps": 200, "stop_loss": 0})
     path = f"/edits/{edit['id']}"
-    wait_until(lambda: (service.get(path)["progress"] or {}).get("phase") == "optimise", "the optimisation")
+    wait_until(lambda: (service.get(path)["progress"] or {}).get("phase") == "optimize", "the optimisation")
     assert service.revert(edit)["status"] == "cancelled"
     assert service.revert(edit)["status"] == "cancelled"
     assert (service.head(), service.head_digest()) == (head, digest)

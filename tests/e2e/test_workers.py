@@ -88,7 +88,7 @@ def wait_until_optimising(deployment: Deployment, edit: Resource) -> None:
     """Wait until some worker is in the middle of it."""
     path = f"/edits/{edit['id']}"
     wait_until(
-        lambda: (deployment.get(path)["progress"] or {}).get("phase") == "optimise", "the optimisation"
+        lambda: (deployment.get(path)["progress"] or {}).get("phase") == "optimize", "the optimisation"
     )
 
 

@@ -18,7 +18,7 @@ from service.errors import PalimpsestError
 from service.evaluation.metrics import CHANGE_SCORES, COMBINED_SCORES, MEASURES
 from service.jobs import artifacts
 from service.jobs.broker import WORK_KINDS, Delivery
-from service.kit.steps import Progress
+from service.kit.steps import Phase, Progress
 from service.recipes.recipe import Recipe, RomeParameters
 from service.schemas import EvaluationPlan
 from service.settings import Settings
@@ -166,10 +166,10 @@ class FakeWorker:
         if delivery.kind in ("generate", "compare"):
             self._answer_call(delivery)
         elif job := self.worker_parts.jobs.claim(delivery.job_id):
-            self.worker_parts.jobs.report_progress(job, Progress("value", 1, 2))
+            self.worker_parts.jobs.report_progress(job, Progress(Phase.OPTIMIZE, 1, 2))
             self.progress_reported.set()
             self.may_finish.wait(20)
-            self.worker_parts.jobs.report_progress(job, Progress("value", 2, 2))
+            self.worker_parts.jobs.report_progress(job, Progress(Phase.OPTIMIZE, 2, 2))
             if self.worker_parts.jobs.cancel_requested(job):
                 self.worker_parts.jobs.finish(job, "cancelled")
             elif job.request.get("target_new") == FAILING_OBJECT:

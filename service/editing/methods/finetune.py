@@ -21,7 +21,7 @@ from service.editing.edit_spec import FineTuneSpec
 from service.editing.methods.rome import EditFactors
 from service.editing.subject_noise import noise_hook_right_padded
 from service.editing.value_optimizer import below_stop_loss
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.models.hooks import replace_output
 from service.models.loading import LoadedModel, WeightRef
 from service.models.precision import at_least_fp32
@@ -55,7 +55,7 @@ def fine_tune(model: LoadedModel, spec: FineTuneSpec) -> Stepper[EditFactors]:
             weight.grad = gradient
         adam.step()
         _clip_to_epsilon(weights, initial_weights, parameters.epsilon)
-        yield Progress("train", step + 1, parameters.steps)
+        yield Progress(Phase.TRAIN, step + 1, parameters.steps)
     changes = [(w.detach() - w0).cpu() for w, w0 in zip(weights, initial_weights, strict=True)]
     updates: list[EditUpdate] = [
         DenseUpdate(spec.edit, spec.subject, site, c.T.contiguous() if model.architecture.conv1d else c)

@@ -29,7 +29,7 @@ from service.editing.edit_spec import ValueEditSpec
 from service.editing.subject_noise import noise_hook_right_padded
 from service.editing.value_optimizer import TokenizedContexts, ValueResult, optimize_values
 from service.errors import InvalidInput
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.models.hooks import add_low_rank, capture, stop_after
 from service.models.hooks import replace_output as replaced
 from service.models.loading import LoadedModel
@@ -180,7 +180,7 @@ def _write_one_layer(
     """The association of one layer from an optimised value."""
     parameters, tokenized = spec.parameters, spec.tokenized
     (layer,) = parameters.layers
-    yield Progress("solve", 1, 1)
+    yield Progress(Phase.SOLVE, 1, 1)
     keys, values = _key_activations(model, value, spec)
     key = _weighted_mean(keys, tokenized, parameters)
     delta = value.delta
@@ -216,5 +216,5 @@ def _write_several_layers(
         share = (target_hidden - hidden) / (len(layers) - i)
         key = _weighted_mean(activations.keys[layer], tokenized, parameters)
         written.append(_build_association(spec, statistics[layer], key, share))
-        yield Progress("solve", i + 1, len(layers))
+        yield Progress(Phase.SOLVE, i + 1, len(layers))
     return EditFactors(list(written), value.losses, float(delta.norm()), float(value.initial.norm()))

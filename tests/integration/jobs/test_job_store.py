@@ -26,7 +26,7 @@ from service.jobs import worker_session as worker_session_module
 from service.jobs.broker import Broker
 from service.jobs.memory_broker import MemoryBroker
 from service.kit import ids
-from service.kit.steps import Progress
+from service.kit.steps import Phase, Progress
 from service.ledger import ledger
 from service.schemas import EditRequest, EvaluationRequest, TraceRequest
 from service.settings import Settings
@@ -196,7 +196,7 @@ class TestClaim:
             lambda: worker.jobs.commit_edit(stale_job, 0, b"x", {}, {}),
             lambda: worker.jobs.finish(stale_job, "rejected", {}),
             lambda: worker.jobs.fail(stale_job, "x"),
-            lambda: worker.jobs.report_progress(stale_job, Progress("x", 1, 2)),
+            lambda: worker.jobs.report_progress(stale_job, Progress(Phase.RUN, 1, 2)),
             lambda: worker.jobs.requeue(stale_job),
         ):
             with pytest.raises(LeaseLost):
@@ -669,8 +669,8 @@ class TestProgress:
         edit = submit_edit()
         job = worker.jobs.claim(edit)
         for n in range(20):
-            worker.jobs.report_progress(job, Progress("value", n, 20))
-        assert services.edits.get(edit)["progress"] == {"phase": "value", "done": 0, "total": 20}
+            worker.jobs.report_progress(job, Progress(Phase.OPTIMIZE, n, 20))
+        assert services.edits.get(edit)["progress"] == {"phase": "optimize", "done": 0, "total": 20}
         worker.jobs.finish(job, "rejected", {})
 
         async def listen() -> Any:
@@ -694,7 +694,7 @@ class TestProgress:
         job = worker.jobs.claim(edit)
         with worker.database.write_session() as session:
             session.execute(update(Job).where(Job.id == edit).values(cancel_requested=True))
-        worker.jobs.report_progress(job, Progress("value", 1, 2))
+        worker.jobs.report_progress(job, Progress(Phase.OPTIMIZE, 1, 2))
         assert worker.jobs.cancel_requested(job)
 
 

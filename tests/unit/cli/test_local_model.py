@@ -8,7 +8,7 @@ import pytest
 
 from cli.local_model import load_served_model, missing_dependency_error, resolve_source, run_with_progress_bar
 from service.errors import Misconfigured
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.settings import SHIPPED_MODEL, Settings
 
 
@@ -41,7 +41,7 @@ def test_run_with_progress_bar_returns_the_result() -> None:
     """The result is the steps' own."""
 
     def steps() -> Stepper[str]:
-        yield Progress("count", 0, 1)
+        yield Progress(Phase.RUN, 0, 1)
         return "done"
 
     assert run_with_progress_bar(steps()) == "done"

@@ -11,7 +11,7 @@ import pytest
 from cli.main import main
 from cli.tune import candidate_row, parse_methods, resolve_facts
 from service.errors import InvalidInput
-from service.kit.steps import Progress, Stepper
+from service.kit.steps import Phase, Progress, Stepper
 from service.settings import SHIPPED_MODEL, Settings
 from service.tuning import recipe_search
 from tests.support.tiny_models import TEXTS, tiny
@@ -55,7 +55,7 @@ def test_the_recipe_is_written_where_the_worker_loads_it(
     """A recipe that was found is the one that the model is resident with afterwards, its start token included."""
 
     def known(_model: Any, records: list[Any], limit: int) -> Stepper[list[Any]]:
-        yield Progress("ask", 1, 1)
+        yield Progress(Phase.PROBE, 1, 1)
         return records[:limit]
 
     monkeypatch.setattr(recipe_search, "select_known_records", known)

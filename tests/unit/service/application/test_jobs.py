@@ -17,7 +17,7 @@ from service.db.database import Database
 from service.errors import Conflict, InvalidInput, NotFound, Unavailable
 from service.jobs.broker import Broker
 from service.jobs.memory_broker import MemoryBroker
-from service.kit.steps import Progress
+from service.kit.steps import Phase, Progress
 from service.settings import Settings
 from tests.support.service_requests import (
     collect_channel_events,
@@ -152,7 +152,7 @@ class TestEvents:
                 events = services.jobs.events(edit)
                 job = await asyncio.to_thread(worker.jobs.claim, edit)
                 listener = asyncio.ensure_future(anext(events))
-                await asyncio.to_thread(worker.jobs.report_progress, job, Progress("value", 1, 2))
+                await asyncio.to_thread(worker.jobs.report_progress, job, Progress(Phase.OPTIMIZE, 1, 2))
                 first = await listener
                 await asyncio.to_thread(worker.jobs.finish, job, "rejected", {})
                 return [first] + [event async for event in events]

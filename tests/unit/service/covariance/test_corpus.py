@@ -10,7 +10,7 @@ import pytest
 
 from service.covariance.corpus import Corpus, load_corpus
 from service.errors import Misconfigured
-from service.kit.steps import run_to_completion
+from service.kit.steps import run_steps, run_to_completion
 from tests.support.tiny_models import tiny
 
 FACTS = [
@@ -62,9 +62,9 @@ def test_own_samples_are_made_once(tmp_path: Path) -> None:
     """Where a model has no text, it samples some; a second start reads what the first has kept, and "samples" asks for them."""
     made: list[str] = []
     steps = load_corpus(tiny(), 100, None, folder=tmp_path)
-    one = run_to_completion(steps, lambda p: made.append(p.phase))
+    one = run_steps(steps, lambda p: made.append(p.phase))
     assert made and one.source == "the model's own samples"
     again: list[str] = []
     named = load_corpus(tiny(), 100, Path("samples"), folder=tmp_path)
-    assert run_to_completion(named, lambda p: again.append(p.phase)) == one
+    assert run_steps(named, lambda p: again.append(p.phase)) == one
     assert not again

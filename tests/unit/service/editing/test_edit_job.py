@@ -26,7 +26,15 @@ from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, Unavailable
 from service.jobs.job_store import ClaimedJob
 from service.jobs.memory_broker import MemoryBroker
-from service.kit.steps import JobFinished, JobProgress, JobSteps, Progress, Stepper, run_to_completion
+from service.kit.steps import (
+    JobFinished,
+    JobProgress,
+    JobSteps,
+    Progress,
+    Stepper,
+    run_steps,
+    run_to_completion,
+)
 from service.kit.text import fill_prompt
 from service.models.loading import WeightRef
 from service.models.scoring import log_probs_blocking
@@ -132,7 +140,7 @@ class EditingHarness:
     def run_edit(self, *asked: Any, **more: Any) -> Resource:
         """Ask, carry out, and read how it ended."""
         edit = self.submit(*asked, **more)
-        run_to_completion(self.start(edit)[1], lambda _: self.assert_base())
+        run_steps(self.start(edit)[1], lambda _: self.assert_base())
         return self.services.edits.get(edit)
 
     def revert(self, edit: Resource) -> Resource:
@@ -696,8 +704,8 @@ def test_edit_is_reevaluated_when_head_moved(harness: EditingHarness, meanwhile:
     else:
         harness.revert(earlier)
     phases = [p.phase for p in steps]
-    assert "another edit landed first: look again" in phases
-    assert "compose" in phases and "optimise" not in phases
+    assert "retry" in phases
+    assert "compose" in phases and "optimize" not in phases
     edit = harness.services.edits.get(waiting)
     assert (edit["status"], edit["version"]) == ("applied", 3)
     active = [e for e, _ in harness.worker_parts.ledger.active_at(3)]
@@ -717,7 +725,7 @@ def test_dry_run_ignores_head_changes(harness: EditingHarness) -> None:
     assert harness.services.ledger.head() == 1
 
 
-@pytest.mark.parametrize("phase", ["optimise", "compose", "perplexity"])
+@pytest.mark.parametrize("phase", ["optimize", "compose", "perplexity"])
 def test_cancelled_edit_is_not_committed(harness: EditingHarness, phase: str) -> None:
     """An edit cancelled between two steps raises before it lands; nothing is written and the base stands."""
     waiting = harness.submit()
@@ -737,7 +745,7 @@ def test_an_abandoned_edit_leaves_nothing(harness: EditingHarness) -> None:
     harness.run_edit("Big Ben", "city")
     _, steps = harness.start(harness.submit())
     for _ in range(3):
-        advance_until(steps, "measure") if _ else advance_until(steps, "optimise")
+        advance_until(steps, "measure") if _ else advance_until(steps, "optimize")
     steps.close()
     harness.assert_base()
     assert not any(m._forward_hooks for m in harness.model.model.modules())
@@ -966,7 +974,7 @@ def test_failed_batch_search_is_retried_individually(
     assert [e["status"] for e in edits] == ["applied", "failed", "applied"]
 
 
-@pytest.mark.parametrize("when", ["optimise", "compose"])
+@pytest.mark.parametrize("when", ["optimize", "compose"])
 def test_cancelled_edit_in_batch_is_not_committed(harness: EditingHarness, when: str) -> None:
     """A cancel is heard before the edit lands; those after it are tried again without it."""
     ids = [harness.submit(subject, "city") for subject in SUBJECTS[:3]]
@@ -994,7 +1002,7 @@ def test_batch_is_reevaluated_when_head_moved(harness: EditingHarness) -> None:
     recorded: list[str] = []
     group.steps = recording_phases(group.steps, recorded)
     assert [e["version"] for e in group.run()] == [2, 3]
-    assert recorded.count("compose") == 1 and "optimise" not in recorded
+    assert recorded.count("compose") == 1 and "optimize" not in recorded
 
 
 def test_same_fact_twice_is_committed_in_order(harness: EditingHarness) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
 from service.engine.decoding import DecodingBatch, new_sequence, next_token_distribution
-from service.engine.engine import MAX_INTERRUPTIONS, Engine, EngineConfig
+from service.engine.engine import MAX_INTERRUPTIONS, Engine, EngineConfig, JobHandler
 from service.errors import Conflict, DigestMismatch, InvalidInput, LeaseLost, Unavailable
 from service.jobs.broker import CALL_KINDS, Broker, Event, OutgoingEvent
 from service.jobs.job_store import ClaimedJob
 from service.jobs.memory_broker import MemoryBroker
 from service.jobs.redis_broker import RedisBroker
 from service.kit import crash_points
-from service.kit.steps import JobFinished, JobProgress, JobSteps, JobUpdate, Progress, Stepper
+from service.kit.steps import JobReporter, Phase, Progress, Stepper
 from service.models.memory_estimates import kv_cache_bytes
 from service.schemas import CompareRequest, GenerateRequest, Sampling
 from tests.support import wirings
@@ -131,14 +132,15 @@ def brokers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def job_handler(
     count: int, log: list[str] | None = None, end: Callable[[], None] | None = None
-) -> Callable[[ClaimedJob], Stepper[None]]:
-    """A job of some steps."""
+) -> JobHandler:
+    """A handler of one job with some steps."""
 
-    def task(_job: ClaimedJob) -> Stepper[None]:
+    def task(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
         for i in range(count):
             if log is not None:
                 log.append("job")
-            yield Progress("work", i + 1, count)
+            reporter.progress(jobs[0].id, Progress(Phase.RUN, i + 1, count))
+            yield Progress(Phase.RUN, i + 1, count)
         if end is not None:
             end()
 
@@ -407,12 +409,32 @@ GROUP_CONFIG = EngineConfig(
 )
 
 
-def group_handler(log: list[list[str]], updates: Sequence[JobUpdate]) -> Callable[..., JobSteps]:
-    """A task for several jobs: it notes who is carried out together and says what it is told to."""
+@dataclass
+class Finish:
+    """A step in which a group handler reports one job as finished."""
 
-    def task(*jobs: ClaimedJob) -> JobSteps:
+    job_id: str
+    error: Exception | None = None
+
+
+def group_handler(
+    log: list[list[str]], updates: Sequence[Progress | Finish | tuple[str, Progress]]
+) -> JobHandler:
+    """A handler of several jobs. It records the group and makes a step of each update: the progress of all jobs, or of
+    one, or the end of one."""
+
+    def task(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
         log.append([job.id for job in jobs])
-        yield from updates
+        for update in updates:
+            if isinstance(update, Finish):
+                reporter.finished(update.job_id, update.error)
+                yield Progress(Phase.COMMIT, 1, 1)
+                continue
+            job_ids = [job.id for job in jobs] if isinstance(update, Progress) else [update[0]]
+            progress = update if isinstance(update, Progress) else update[1]
+            for job_id in job_ids:
+                reporter.progress(job_id, progress)
+            yield progress
 
     return task
 
@@ -421,7 +443,7 @@ def test_waiting_edits_run_as_one_group() -> None:
     """As many waiting edits as are allowed are begun as one; other kinds of jobs come alone."""
     log: list[list[str]] = []
     harness = EngineHarness(
-        {kind: group_handler(log, [Progress("at it", 1, 1)]) for kind in ("edit", "trace")}, GROUP_CONFIG
+        {kind: group_handler(log, [Progress(Phase.RUN, 1, 1)]) for kind in ("edit", "trace")}, GROUP_CONFIG
     )
     for i in range(6):
         harness.job(f"edit_{i}")
@@ -452,11 +474,11 @@ def test_each_worker_claims_its_share_of_edits() -> None:
 def test_grouped_jobs_finish_individually() -> None:
     """One ends well, one badly, with news for one and for all; each has its own end, and the last end with the steps."""
     updates = [
-        Progress("all", 1, 9),
-        JobFinished("edit_1", Conflict("not this one.")),
-        JobProgress("edit_0", Progress("one", 2, 9)),
-        JobFinished("edit_0"),
-        Progress("all", 3, 9),
+        Progress(Phase.RUN, 1, 9),
+        Finish("edit_1", Conflict("not this one.")),
+        ("edit_0", Progress(Phase.RUN, 2, 9)),
+        Finish("edit_0"),
+        Progress(Phase.RUN, 3, 9),
     ]
     log: list[list[str]] = []
     harness = EngineHarness({"edit": group_handler(log, updates)}, GROUP_CONFIG)
@@ -475,8 +497,9 @@ def test_grouped_jobs_finish_individually() -> None:
 def test_group_error_fails_each_unfinished_job() -> None:
     """What the steps themselves raise ends the jobs that had not ended before."""
 
-    def task(*_jobs: ClaimedJob) -> JobSteps:
-        yield JobFinished("edit_0")
+    def task(reporter: JobReporter, *_jobs: ClaimedJob) -> Stepper[None]:
+        reporter.finished("edit_0")
+        yield Progress(Phase.COMMIT, 1, 1)
         raise Conflict("all of you.")
 
     harness = EngineHarness({"edit": task}, GROUP_CONFIG)
@@ -493,7 +516,7 @@ def test_group_stops_when_all_jobs_are_cancelled() -> None:
     """Steps go on as long as one of the jobs is wanted, and end when all were cancelled."""
     log: list[list[str]] = []
     harness = EngineHarness(
-        {"edit": group_handler(log, [Progress("at it", i, 99) for i in range(99)])}, GROUP_CONFIG
+        {"edit": group_handler(log, [Progress(Phase.RUN, i, 99) for i in range(99)])}, GROUP_CONFIG
     )
     for i in range(2):
         harness.job(f"edit_{i}")
@@ -509,7 +532,7 @@ def test_stop_requeues_all_unfinished_grouped_jobs() -> None:
     """On stop every job that runs with others and has not ended waits again."""
     log: list[list[str]] = []
     harness = EngineHarness(
-        {"edit": group_handler(log, [JobFinished("edit_1"), *(Progress("at it", i, 99) for i in range(99))])},
+        {"edit": group_handler(log, [Finish("edit_1"), *(Progress(Phase.RUN, i, 99) for i in range(99))])},
         GROUP_CONFIG,
     )
     for i in range(3):
@@ -522,7 +545,7 @@ def test_stop_requeues_all_unfinished_grouped_jobs() -> None:
 def test_job_that_cannot_join_the_group_is_requeued() -> None:
     """When the store goes away after the first job was begun, that one runs, and the others are begun later."""
     log: list[list[str]] = []
-    harness = EngineHarness({"edit": group_handler(log, [Progress("at it", 1, 1)])}, GROUP_CONFIG)
+    harness = EngineHarness({"edit": group_handler(log, [Progress(Phase.RUN, 1, 1)])}, GROUP_CONFIG)
     harness.make_fail("start", None, STORE_DOWN)
     for i in range(3):
         harness.job(f"edit_{i}")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.versioned_model import VersionedModel
-from service.kit.steps import Progress, Stepper, run_to_completion
+from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.loading import LoadedModel, WeightRef
 from service.weights.composition import apply_delta
 from service.weights.factors import Association, serialize_updates
@@ -186,7 +186,7 @@ def test_base_is_in_place_between_steps() -> None:
     def check_weights(fails: bool) -> Stepper[str]:
         for i in range(3):
             assert torch.equal(model.weight(1).data, weights[WeightRef(1)])
-            yield Progress("look", i, 3)
+            yield Progress(Phase.RUN, i, 3)
         if fails:
             raise ValueError("in a step")
         return "seen"
@@ -215,7 +215,7 @@ def test_two_versions_interleave() -> None:
     def check_weights(mine: Any) -> Stepper[bool]:
         for i in range(4):
             assert torch.equal(model.weight(1).data, mine[WeightRef(1)])
-            yield Progress("look", i, 4)
+            yield Progress(Phase.RUN, i, 4)
         return True
 
     turns = [replica.step_with_weights(w, check_weights(w)) for w in weights]
@@ -235,7 +235,7 @@ def test_an_abandoned_generator_is_closed_at_once() -> None:
 
     def interrupted_steps() -> Stepper[None]:
         try:
-            yield Progress("look", 1, 2)
+            yield Progress(Phase.RUN, 1, 2)
         finally:
             closed.append(True)
 

@@ -18,7 +18,7 @@ from service.editing.context import EditInput, EditorContext
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.errors import InvalidInput
 from service.evaluation.runner import generate_texts, run_evaluation, texts_without_edited_facts
-from service.kit.steps import Progress, Stepper, run_to_completion
+from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
 from service.models.scoring import log_probs_blocking
@@ -157,7 +157,7 @@ def test_stored_results_are_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> N
     first = evaluate(store, **PLANS["composed"])
 
     def computed(*_: Any, **__: Any) -> Stepper[None]:
-        yield Progress("never", 0, 1)
+        yield Progress(Phase.RUN, 0, 1)
         pytest.fail("it was computed again")
 
     for name in ("score_steps", "drift_steps"):

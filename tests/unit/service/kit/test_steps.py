@@ -5,19 +5,27 @@ from __future__ import annotations
 import pytest
 
 from service.errors import Unavailable
-from service.kit.steps import Progress, Stepper, report_as, retry_while_unavailable, run_to_completion
+from service.kit.steps import (
+    Phase,
+    Progress,
+    Stepper,
+    report_as,
+    retry_while_unavailable,
+    run_steps,
+    run_to_completion,
+)
 
 
 def count(to: int) -> Stepper[str]:
     for i in range(to):
-        yield Progress("count", i + 1, to)
+        yield Progress(Phase.RUN, i + 1, to)
     return "done"
 
 
 def test_run_to_completion_runs_every_step_and_returns_the_result() -> None:
     """The result is the generator's, and each progress is reported once, in order."""
     reported: list[Progress] = []
-    assert run_to_completion(count(3), reported.append) == "done"
+    assert run_steps(count(3), reported.append) == "done"
     assert [p.done for p in reported] == [1, 2, 3]
     assert run_to_completion(count(0)) == "done"
 
@@ -26,7 +34,7 @@ def test_what_a_step_raises_is_raised() -> None:
     """An exception inside a step comes out of `finish`."""
 
     def broken() -> Stepper[None]:
-        yield Progress("count", 1, 2)
+        yield Progress(Phase.RUN, 1, 2)
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
@@ -36,8 +44,8 @@ def test_what_a_step_raises_is_raised() -> None:
 def test_report_as_reports_the_progress_of_the_whole() -> None:
     """Every step of a part is a step, with the progress of what it is a part of; the result is the part's."""
     reported: list[Progress] = []
-    now = Progress("whole", 4, 9)
-    assert run_to_completion(report_as(count(2), now), reported.append) == "done" and reported == [now, now]
+    now = Progress(Phase.RUN, 4, 9)
+    assert run_steps(report_as(count(2), now), reported.append) == "done" and reported == [now, now]
 
 
 def test_retry_while_unavailable_retries_after_each_step() -> None:
@@ -50,5 +58,5 @@ def test_retry_while_unavailable_retries_after_each_step() -> None:
         return answer
 
     reported: list[Progress] = []
-    assert run_to_completion(retry_while_unavailable(action), reported.append) == "done"
+    assert run_steps(retry_while_unavailable(action), reported.append) == "done"
     assert len(reported) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from service.kit.steps import run_to_completion
+from service.kit.steps import Phase, run_to_completion
 from service.models import sampling
 from service.models.loading import LoadedModel, bos_token_id
 from service.models.sampling import sample_texts
@@ -43,7 +43,7 @@ def test_the_length_counts_the_start_token(monkeypatch: pytest.MonkeyPatch) -> N
     """`length` counts the BOS token: length - 1 tokens are sampled."""
     model = tiny()
     monkeypatch.setattr(sampling, "SAMPLE_BATCH_SIZE", 2)
-    steps = list(sample_texts(model, 3, 5, torch.Generator().manual_seed(0), top_k=5, phase="contexts"))
+    steps = list(sample_texts(model, 3, 5, torch.Generator().manual_seed(0), top_k=5, phase=Phase.CONTEXTS))
     assert len(steps) == 2 * 4
     assert {s.phase for s in steps} == {"contexts"}
 

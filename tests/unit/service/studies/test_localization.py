@@ -14,7 +14,7 @@ from service.editing.context import EditInput, EditorContext
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.errors import InvalidInput
 from service.evaluation.metrics import RecordScores, change_scores, scoring_pairs
-from service.kit.steps import Progress, Stepper, run_to_completion
+from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.kit.text import fill_prompt
 from service.models.scoring import score_targets
 from service.recipes.recipe import Recipe, RomeParameters
@@ -46,8 +46,8 @@ class InMemoryStore(dict[str, bytes]):
 def all_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model knows nothing: it is taken at its word that it does."""
 
-    def said(_model: Any, pairs: list[Any], _phase: str) -> Stepper[list[tuple[float, bool]]]:
-        yield Progress("ask", 1, 1)
+    def said(_model: Any, pairs: list[Any], _phase: Phase) -> Stepper[list[tuple[float, bool]]]:
+        yield Progress(Phase.PROBE, 1, 1)
         return [(0.0, True) for _ in pairs]
 
     monkeypatch.setattr(known_module, "log_prob_steps", said)

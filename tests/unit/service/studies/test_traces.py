@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from service.errors import InvalidInput
-from service.kit.steps import Progress, Stepper, run_to_completion
+from service.kit.steps import Phase, Progress, Stepper, run_steps, run_to_completion
 from service.studies import known_facts as known_module
 from service.studies import traces as module
 from service.studies.facts import Fact
@@ -36,8 +36,8 @@ class InMemoryStore(dict[str, bytes]):
 def all_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model knows nothing: it is taken at its word that it says all of them but the last."""
 
-    def said(_model: Any, pairs: list[Any], _phase: str) -> Stepper[list[tuple[float, bool]]]:
-        yield Progress("ask", 1, 1)
+    def said(_model: Any, pairs: list[Any], _phase: Phase) -> Stepper[list[tuple[float, bool]]]:
+        yield Progress(Phase.PROBE, 1, 1)
         return [(0.0, target != "Polish") for _, target in pairs]
 
     monkeypatch.setattr(known_module, "log_prob_steps", said)
@@ -88,7 +88,7 @@ def test_stored_traces_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_limit_counts_scored_facts() -> None:
     """The first facts are asked; the noise is still that of all subjects. Progress tells the fact."""
     updates: list[Progress] = []
-    study = run_to_completion(run_trace_study(tiny(), FACTS, PLAN, InMemoryStore(), 1), updates.append)
+    study = run_steps(run_trace_study(tiny(), FACTS, PLAN, InMemoryStore(), 1), updates.append)
     assert (study["asked"], study["facts"], study["noise"]["subjects"]) == (1, 1, 3)
     assert {p.done for p in updates if p.phase == "trace"} == {0}
 

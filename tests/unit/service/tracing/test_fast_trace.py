@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from service.errors import InvalidInput
-from service.kit.steps import Progress, run_to_completion
+from service.kit.steps import Progress, run_steps, run_to_completion
 from service.kit.text import Statement, locate_subject
 from service.models import budget, memory_estimates
 from service.models.loading import LoadedModel, wrap_model
@@ -147,7 +147,7 @@ def test_step_size_does_not_change_scores(monkeypatch: pytest.MonkeyPatch, flops
     model = tiny()
     large, small = run_trace(model, severed=True), []
     monkeypatch.setitem(budget.STEP_FLOPS, "cpu", flops)
-    result = run_to_completion(trace_statement(model, STATEMENT, severed=True, **TRACE_OPTIONS), small.append)
+    result = run_steps(trace_statement(model, STATEMENT, severed=True, **TRACE_OPTIONS), small.append)
     for kind, grid in large.scores.items():
         torch.testing.assert_close(
             torch.tensor(result.scores[kind]), torch.tensor(grid), atol=1e-7, rtol=1e-4
@@ -220,7 +220,7 @@ def test_model_is_unhooked_between_steps() -> None:
 def test_progress() -> None:
     """Each phase counts its steps from one to its total."""
     reported: list[Progress] = []
-    run_to_completion(trace_statement(tiny(), STATEMENT, **TRACE_OPTIONS), reported.append)
+    run_steps(trace_statement(tiny(), STATEMENT, **TRACE_OPTIONS), reported.append)
     for phase in ("run", "trace"):
         steps = [p for p in reported if p.phase == phase]
         assert [p.done for p in steps] == list(range(1, len(steps) + 1))
