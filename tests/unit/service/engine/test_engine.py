@@ -57,14 +57,14 @@ class EngineHarness:
         )  # type: ignore[arg-type]
 
     def generate(self, **fields: Any) -> str:
-        return self.broker.call("generate", GenerateRequest(**fields).model_dump(mode="json"))
+        return self.broker.send_call("generate", GenerateRequest(**fields).model_dump(mode="json"))
 
     def compare(self, **fields: Any) -> str:
-        return self.broker.call("compare", CompareRequest(**fields).model_dump(mode="json"))
+        return self.broker.send_call("compare", CompareRequest(**fields).model_dump(mode="json"))
 
     def job(self, job_id: str, kind: str = "edit") -> str:
         self.jobs.add(job_id, kind)
-        self.broker.announce(job_id, kind)
+        self.broker.notify(job_id, kind)
         return job_id
 
     def step(self, count: int | None = None) -> None:
@@ -310,7 +310,7 @@ def test_jobs_run_sequentially_and_report_progress() -> None:
         ("progress", "edit_2", 2),
         ("progress", "trace_1", 1),
     ]
-    assert harness.broker.take(("edit", "trace"), 5, 0) == []
+    assert harness.broker.receive(("edit", "trace"), 5, 0) == []
 
 
 def test_urgent_job_preempts_running_job() -> None:
@@ -332,7 +332,7 @@ def test_urgent_job_preempts_running_job() -> None:
         ("progress", "evaluation_1", 3),
         *(("progress", "evaluation_2", i) for i in (1, 2, 3)),
     ]
-    assert harness.broker.take(("edit", "trace", "evaluation"), 5, 0) == []
+    assert harness.broker.receive(("edit", "trace", "evaluation"), 5, 0) == []
 
 
 def test_stop_requeues_running_and_preempted_job() -> None:
@@ -456,7 +456,7 @@ def test_waiting_edits_run_as_one_group() -> None:
         "trace_0",
         "trace_1",
     }
-    assert harness.broker.take(("edit", "trace"), 9, 0) == []
+    assert harness.broker.receive(("edit", "trace"), 9, 0) == []
 
 
 def test_each_worker_claims_its_share_of_edits() -> None:
@@ -468,7 +468,7 @@ def test_each_worker_claims_its_share_of_edits() -> None:
         harness.job(f"edit_{i}")
     harness.step(1)
     assert log == [["edit_0", "edit_1"]]
-    assert harness.broker.waiting("edit") == 3
+    assert harness.broker.queue_depth("edit") == 3
 
 
 def test_grouped_jobs_finish_individually() -> None:
@@ -491,7 +491,7 @@ def test_grouped_jobs_finish_individually() -> None:
         ("progress", "edit_0", 2),
         ("progress", "edit_2", 3),
     ]
-    assert harness.broker.take(("edit",), 9, 0) == []
+    assert harness.broker.receive(("edit",), 9, 0) == []
 
 
 def test_group_error_fails_each_unfinished_job() -> None:
@@ -546,12 +546,12 @@ def test_job_that_cannot_join_the_group_is_requeued() -> None:
     """When the store goes away after the first job was begun, that one runs, and the others are begun later."""
     log: list[list[str]] = []
     harness = EngineHarness({"edit": group_handler(log, [Progress(Phase.RUN, 1, 1)])}, GROUP_CONFIG)
-    harness.make_fail("start", None, STORE_DOWN)
+    harness.make_fail("claim", None, STORE_DOWN)
     for i in range(3):
         harness.job(f"edit_{i}")
     harness.step()
     assert log == [["edit_0"], ["edit_1", "edit_2"]]
-    assert harness.broker.take(("edit",), 9, 0) == []
+    assert harness.broker.receive(("edit",), 9, 0) == []
 
 
 @pytest.mark.parametrize("share", [0.5, 0.75])
@@ -627,7 +627,7 @@ def test_a_bad_request_fails_alone(asked: dict[str, Any], said: str) -> None:
 def test_a_payload_that_is_no_request_is_refused() -> None:
     """What the worker cannot read is answered with an error, not with silence."""
     harness = EngineHarness()
-    channel = harness.broker.call("generate", {"nonsense": 1})
+    channel = harness.broker.send_call("generate", {"nonsense": 1})
     harness.step()
     assert harness.end_event(channel).name == "error"
 
@@ -747,8 +747,8 @@ def test_stop_without_drain_timeout_requeues_unstarted_calls() -> None:
     harness.step(1)
     harness.stop()
     assert "stopping" in harness.end_event(started).data["detail"]
-    assert harness.broker.waiting("generate") == 1
-    assert harness.broker.waiting("compare") == 1
+    assert harness.broker.queue_depth("generate") == 1
+    assert harness.broker.queue_depth("compare") == 1
 
 
 def test_unpublished_events_are_published_after_outage() -> None:
@@ -812,7 +812,7 @@ def test_worker_receives_only_kinds_of_its_roles() -> None:
     harness.job("trace_1", "trace")
     harness.job("edit_1")
     harness.step()
-    assert [harness.broker.waiting(kind) for kind in ("generate", "trace", "edit")] == [1, 1, 0]
+    assert [harness.broker.queue_depth(kind) for kind in ("generate", "trace", "edit")] == [1, 1, 0]
 
 
 def test_a_call_that_was_taken_over_is_dropped() -> None:
@@ -842,7 +842,7 @@ def test_a_lost_call_that_comes_back_is_answered_anew() -> None:
     channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=12)
     harness.step(3)
     harness.lose_lease(channel)
-    harness.broker.call(
+    harness.broker.send_call(
         "generate", GenerateRequest(prompt=PROMPTS[0], max_new_tokens=12).model_dump(), "", channel
     )
     harness.step()
@@ -865,7 +865,7 @@ def test_job_continues_without_broker_lease() -> None:
 def test_a_job_that_was_taken_over_is_dropped() -> None:
     """A worker that hears that its job is another's throws it away, and does the next."""
     harness = EngineHarness({"edit": job_handler(5), "trace": job_handler(1)})
-    harness.make_fail("progress", None, LeaseLost("taken over."))
+    harness.make_fail("report_progress", None, LeaseLost("taken over."))
     harness.job("edit_1")
     harness.job("trace_1", "trace")
     harness.step()
@@ -892,7 +892,7 @@ def test_digest_mismatch_stops_serving_that_version() -> None:
     harness.generate(prompt=PROMPTS[0], version=1)
     with pytest.raises(DigestMismatch):
         harness.engine.run(threading.Event())
-    assert harness.broker.waiting("generate") == 1
+    assert harness.broker.queue_depth("generate") == 1
     assert harness.jobs.reports[-1] == ("released", "edit_1")
     assert harness.end_event(undisputed).data["choices"][0]["finish_reason"] == "length"
 
@@ -916,7 +916,7 @@ def test_requests_wait_while_the_store_is_down() -> None:
     for _ in range(2):
         with pytest.raises(Unavailable):
             harness.engine.step()
-    assert harness.broker.waiting("generate") == 3
+    assert harness.broker.queue_depth("generate") == 3
     harness.replica.head = head  # type: ignore[method-assign]
     harness.step()
     assert [harness.end_event(c).name for c in channels] == ["end"] * 3
@@ -929,7 +929,7 @@ def raise_outage() -> int:
 def test_a_job_waits_while_the_store_is_down() -> None:
     """A job that cannot be begun now is begun later."""
     harness = EngineHarness({"edit": job_handler(1)})
-    harness.make_fail("start", STORE_DOWN)
+    harness.make_fail("claim", STORE_DOWN)
     harness.job("edit_1")
     with pytest.raises(Unavailable):
         harness.engine.step()
@@ -940,7 +940,7 @@ def test_a_job_waits_while_the_store_is_down() -> None:
 def test_running_job_survives_outage() -> None:
     """When its progress cannot be told for a while the job stands still, and then goes on where it was."""
     harness = EngineHarness({"edit": job_handler(4)})
-    harness.make_fail("progress", None, STORE_DOWN, STORE_DOWN)
+    harness.make_fail("report_progress", None, STORE_DOWN, STORE_DOWN)
     harness.job("edit_1")
     for _ in range(2):
         with pytest.raises(Unavailable):
@@ -990,7 +990,7 @@ def test_stop_requeues_streams_when_other_workers_exist() -> None:
     channels = [harness.generate(prompt=p, max_new_tokens=20, stream=True) for p in PROMPTS[:2]]
     harness.step(3)
     harness.stop()
-    assert {d.job_id for d in harness.broker.take(("generate",), 5, 0)} == set(channels)
+    assert {d.job_id for d in harness.broker.receive(("generate",), 5, 0)} == set(channels)
 
 
 def test_crash_points_are_passed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1020,6 +1020,6 @@ def test_the_log_names_the_request(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     harness = EngineHarness()
     sampling_params = GenerateRequest(prompt=PROMPTS[0], max_new_tokens=2).model_dump(mode="json")
-    harness.broker.call("generate", sampling_params, "req-7")
+    harness.broker.send_call("generate", sampling_params, "req-7")
     harness.step()
     assert [r.request for r in caplog.records if r.message == "generation ended"] == ["req-7"]  # type: ignore[attr-defined]
