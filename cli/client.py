@@ -6,20 +6,34 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
+from httpx_sse import EventSource
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from palimpsest.client import is_loopback
-from palimpsest.sse import Event, parse_events
 from service.errors import Misconfigured, PalimpsestError, Unavailable
 
 OCTET_STREAM = "application/octet-stream"
 _FILENAME = re.compile(r'filename="([\w.-]+)"', re.ASCII)
 MAX_RECONNECTS = 5  # in a row, without an event between them
+
+
+class Event(NamedTuple):
+    """A server-sent event."""
+
+    id: str
+    name: str
+    data: Any
+
+
+def _iter_events(response: httpx.Response) -> Iterator[Event]:
+    for event in EventSource(response).iter_sse():
+        if event.data:
+            yield Event(event.id, event.event, event.json())
 
 
 class ClientSettings(BaseSettings):
@@ -123,7 +137,7 @@ class Client:
         """The events that answer a POST."""
         with self._translate_transport_errors(), self._http.stream("POST", path, json=body) as response:
             _raise_for_status(response)
-            yield from parse_events(response.iter_lines())
+            yield from _iter_events(response)
 
     def follow_events(self, path: str, retry_delay: float = 0.5) -> Iterator[Event]:
         """The events of a job up to its end, taken up again where they were when the connection is lost."""
@@ -133,7 +147,7 @@ class Client:
                 headers = {"Last-Event-ID": last_event_id} if last_event_id else {}
                 with self._http.stream("GET", path, headers=headers) as response:
                     _raise_for_status(response)
-                    for event in parse_events(response.iter_lines()):
+                    for event in _iter_events(response):
                         last_event_id, failures = event.id or last_event_id, 0
                         yield event
                         if event.name in ("end", "error"):

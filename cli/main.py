@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 PROCESS_COMMANDS = {
     "serve": "start the service in one process",
     "api": "start the HTTP door alone; workers find it through Redis",
-    "work": "start one worker",
+    "worker": "start one worker",
     "migrate": "bring the database to this release",
 }
 
@@ -241,7 +241,7 @@ def _add_study_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
 
 def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     words = "find a recipe for a model by editing facts that it knows; gone on with when it was interrupted"
-    prepare = commands.add_parser("prepare", help=words, description=words, allow_abbrev=False)
+    prepare = commands.add_parser("tune", help=words, description=words, allow_abbrev=False)
     add = prepare.add_argument
     add("model", metavar="MODEL", help="folder or hub name")
     add(
@@ -261,7 +261,7 @@ def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     _add_json_flag(prepare)
     model_settings = ("device", "dtype", "threads", "data_dir", "corpus", "covariance_tokens")
     add_setting_flags(prepare.add_argument_group("model"), Settings, *model_settings)
-    prepare.set_defaults(run=partial(_run_module, "prepare"), distinct=True, limit=None)
+    prepare.set_defaults(run=partial(_run_module, "tune"), distinct=True, limit=None)
 
 
 def _add_evaluate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

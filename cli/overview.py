@@ -31,11 +31,11 @@ OVERVIEW = {
         "evaluate": "measure how good edits are on a set of records",
         "evaluations": "list them; `evaluations show ID` is one in tables",
         "study": "what many facts say together: trace, localization",
-        "prepare": "find a recipe for a model of your own",
+        "tune": "find a recipe for a model of your own",
     },
     "Production": {
         "api": "the HTTP door alone",
-        "work": "one worker",
+        "worker": "one worker",
         "migrate": "bring the database to this release",
         "keys": "make, list and revoke keys",
         "jobs": "what waits, runs and was given up; `jobs retry ID`",

@@ -19,7 +19,7 @@ from service.settings import Settings
 def run(args: argparse.Namespace) -> int:
     """Work until Ctrl-C or SIGTERM."""
     settings = read_settings(args, Settings)
-    require_redis(settings, "work")
+    require_redis(settings, "worker")
     log_to_stderr(settings.log_format, settings.log_level)
     with stop_on_signals() as stop, closing(build_container(settings)) as container:
         return run_worker(settings, container, stop)

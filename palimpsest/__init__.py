@@ -1,4 +1,4 @@
-"""A client of Palimpsest: locate, edit and roll back facts inside a resident GPT model.
+"""Python client of Palimpsest, a service that locates, edits and reverts facts in GPT models.
 
     from palimpsest import Client
 
@@ -7,7 +7,7 @@
         print(client.generate("The Eiffel Tower is located in the city of", max_new_tokens=3))
         client.revert(edit)
 
-`AsyncClient` is the same for asyncio. Neither needs more than httpx.
+`AsyncClient` has the same calls for asyncio.
 """
 
 from palimpsest.client import AsyncClient, Client
@@ -35,6 +35,7 @@ from palimpsest.resources import (
     Evaluation,
     Generation,
     Job,
+    JobFailure,
     Model,
     NextToken,
     Progress,
@@ -64,6 +65,7 @@ __all__ = [
     "Job",
     "JobError",
     "JobFailed",
+    "JobFailure",
     "Model",
     "Neighbour",
     "NextToken",

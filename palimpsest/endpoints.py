@@ -1,13 +1,14 @@
-"""Everything that can be asked, each call once: `Client` takes its steps, and so does `AsyncClient`."""
+"""The calls of the service, written once for `Client` and `AsyncClient`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, TypeVar
+import io
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import IO, Any, Literal, TypedDict, TypeVar
 from urllib.parse import quote
 
 from palimpsest.errors import EditRejected, JobFailed, error_from_problem
-from palimpsest.flow import Emit, Flow, Listing
 from palimpsest.resources import (
     Comparison,
     Edit,
@@ -21,26 +22,26 @@ from palimpsest.resources import (
     Trace,
     Verification,
 )
-from palimpsest.sse import Event
 from palimpsest.sync_async import endpoint, iterable_endpoint
 from palimpsest.transport import Transport, drop_none
 
 J = TypeVar("J", bound=Job)
 Version = int | Literal["head", "base"]
+ExportFormat = Literal["peft", "safetensors", "edits"]
 OnProgress = Callable[[Progress], object]
 MEDIA_TYPES = {"svg": "image/svg+xml", "png": "image/png", "html": "text/html"}
-MAX_PREFER_WAIT = 30.0  #: seconds that the service holds an answer back
+MAX_PREFER_WAIT = 30.0  #: seconds that the service may delay a response
 
 
 class Neighbour(TypedDict):
-    """A prompt that must keep its answer."""
+    """A prompt whose answer the edit must preserve."""
 
     prompt: str
     target: str
 
 
 class Probes(TypedDict, total=False):
-    """Prompts that measure an edit: those that should change, and those that must not."""
+    """Prompts that measure an edit: paraphrases that must change, and neighbours that must not."""
 
     paraphrase: Sequence[str]
     neighborhood: Sequence[Neighbour]
@@ -52,7 +53,7 @@ class _RequiredEditFields(TypedDict):
 
 
 class EditRequest(_RequiredEditFields, total=False):
-    """An edit among many, in the words of `POST /edits`."""
+    """The body of `POST /edits`."""
 
     target_new: str
     target_true: str
@@ -66,15 +67,15 @@ class EditRequest(_RequiredEditFields, total=False):
 
 
 class Endpoints:
-    """The calls. What is left out is left to the service; its `/docs` has every field."""
+    """The calls of both clients. Arguments that are None take the service's default; `/docs` of the service lists all fields."""
 
     _transport: Transport
-    _prefer_wait: float  #: seconds that an answer may be held back, less than the client has patience for
+    _prefer_wait: float  #: seconds that the service may delay a response; less than the client's timeout
 
     # edits
 
     @endpoint
-    def edit(
+    async def edit(
         self,
         subject: str,
         prompt: str,
@@ -91,11 +92,11 @@ class Endpoints:
         key: str | None = None,
         wait: bool = True,
         on_progress: OnProgress | None = None,
-    ) -> Flow[Edit]:
-        """Make the model say `target_new` for the subject; the prompt has one `{}` where the subject stands.
+    ) -> Edit:
+        """Edit the model so that the prompt continues with `target_new`; `{}` in the prompt stands for the subject.
 
-        Returns when the edit has landed, and raises `Rejected`, with the figures, when the guard did not let it; a dry run is returned
-        either way. With `wait=False` it returns as soon as the edit is queued. `key`: the same key never makes a second edit.
+        Return the applied edit. Raise `EditRejected` when the guard rejects it. A dry run is returned in either case. With
+        `wait=False` return the queued edit. `key` is an idempotency key: a second call with it returns the same edit.
         """
         body = drop_none(
             subject=subject,
@@ -110,51 +111,52 @@ class Endpoints:
             guard=guard,
             dry_run=dry_run,
         )
-        edit = yield from self._create_job(Edit, body, key, wait, on_progress)
+        edit = await self._create_job(Edit, body, key, wait, on_progress)
         return _require_applied(edit) if wait else edit
 
     @endpoint
-    def edit_many(
+    async def edit_many(
         self,
         edits: Iterable[EditRequest],
         *,
         key: str | None = None,
         wait: bool = True,
         on_end: Callable[[Edit], object] | None = None,
-    ) -> Flow[list[Edit]]:
-        """Ask for many edits at once, up to 1,000: all are queued, or none when one is invalid.
+    ) -> list[Edit]:
+        """Submit up to 1,000 edits. All of them are queued, or none if one is invalid.
 
-        Returns them in their order when all have ended. Some may be rejected: look at `landed` and `reason`. `on_end` hears of each
-        that has ended.
+        Return them in order once all have ended. Rejected edits do not raise: check `applied` and `reason`. `on_end` is called
+        with each edit that has ended.
         """
-        response = yield from self._transport.create("/edits", {"edits": list(edits)}, key, 0)
-        created = [Edit.from_json(one) for one in response["items"]]
-        return (yield from self._wait_for_all(created, on_end)) if wait else created
+        response = await self._transport.create("/edits", {"edits": list(edits)}, key, 0)
+        return await self._edits_of(response, wait, on_end)
 
     @endpoint
-    def get_edit(self, id: str) -> Flow[Edit]:
-        """The edit as it stands."""
-        return (yield from self._get_job(Edit, id))
+    async def get_edit(self, id: str) -> Edit:
+        """Return an edit."""
+        return await self._get_job(Edit, id)
 
     @iterable_endpoint
-    def edits(self, *, status: str | None = None, subject: str | None = None) -> Listing[Edit]:
-        """All edits, newest first."""
-        yield from self._transport.iter_items("/edits", Edit, **drop_none(status=status, subject=subject))
+    def edits(
+        self, *, status: str | None = None, subject: str | None = None, limit: int | None = None
+    ) -> AsyncIterator[Edit]:
+        """Yield edits, newest first; at most `limit`."""
+        return self._transport.iter_items("/edits", Edit, limit, status=status, subject=subject)
 
     @endpoint
-    def revert(self, edit: Edit | str, *, wait: bool = True) -> Flow[Edit]:
-        """Take an edit back, whatever came after it; cancel one that has not landed. Saying it twice is harmless."""
-        return (yield from self._cancel_or_revert(Edit, edit, wait))
+    async def revert(self, edit: Edit | str, *, wait: bool = True) -> Edit:
+        """Revert an applied edit, or cancel one that is not applied yet. Repeating the call has no further effect."""
+        return await self._cancel_or_revert(Edit, edit, wait)
 
     @endpoint
-    def delta(self, edit: Edit | str) -> Flow[bytes]:
-        """The edit's vectors as safetensors."""
-        return (yield from self._transport.download(f"{_job_path(Edit, edit)}/delta"))
+    async def delta(self, edit: Edit | str) -> bytes:
+        """Return the factors of an edit in the safetensors format."""
+        return await self._transport.download(f"{_job_path(Edit, edit)}/delta")
 
     # traces
 
     @endpoint
-    def trace(
+    async def trace(
         self,
         prompt: str,
         subject: str,
@@ -170,8 +172,8 @@ class Endpoints:
         key: str | None = None,
         wait: bool = True,
         on_progress: OnProgress | None = None,
-    ) -> Flow[Trace]:
-        """Which hidden states carry the fact. `picture` draws what it found."""
+    ) -> Trace:
+        """Compute which hidden states carry a fact (causal tracing). `picture` renders the result."""
         body = drop_none(
             prompt=prompt,
             subject=subject,
@@ -184,28 +186,28 @@ class Endpoints:
             version=version,
             seed=seed,
         )
-        trace = yield from self._create_job(Trace, body, key, wait, on_progress)
+        trace = await self._create_job(Trace, body, key, wait, on_progress)
         return _require_success(trace) if wait else trace
 
     @endpoint
-    def get_trace(self, id: str) -> Flow[Trace]:
-        """The trace as it stands."""
-        return (yield from self._get_job(Trace, id))
+    async def get_trace(self, id: str) -> Trace:
+        """Return a trace."""
+        return await self._get_job(Trace, id)
 
     @iterable_endpoint
-    def traces(self) -> Listing[Trace]:
-        """All traces, newest first."""
-        yield from self._transport.iter_items("/trace", Trace)
+    def traces(self, *, limit: int | None = None) -> AsyncIterator[Trace]:
+        """Yield traces, newest first; at most `limit`."""
+        return self._transport.iter_items("/trace", Trace, limit)
 
     @endpoint
-    def picture(self, job: Trace | Evaluation, form: Literal["svg", "png", "html"] = "svg") -> Flow[bytes]:
-        """A trace's heat map, or an evaluation's plot; as `html` a page that needs nothing else."""
-        return (yield from self._transport.download(_job_path(type(job), job), MEDIA_TYPES[form]))
+    async def picture(self, job: Trace | Evaluation, form: Literal["svg", "png", "html"] = "svg") -> bytes:
+        """Return the heat map of a trace or the plot of an evaluation; `html` is a self-contained page."""
+        return await self._transport.download(_job_path(type(job), job), MEDIA_TYPES[form])
 
     # evaluations
 
     @endpoint
-    def evaluate(
+    async def evaluate(
         self,
         records: Sequence[Mapping[str, Any]] | None = None,
         *,
@@ -226,8 +228,8 @@ class Endpoints:
         key: str | None = None,
         wait: bool = True,
         on_progress: OnProgress | None = None,
-    ) -> Flow[Evaluation]:
-        """How good edits are on many records, or on the table of facts beside the model. The ledger stays as it is."""
+    ) -> Evaluation:
+        """Measure the quality of edits on records, or on the fact table of the model. The ledger does not change."""
         body = drop_none(
             records=None if records is None else list(records),
             dataset=dataset,
@@ -237,56 +239,53 @@ class Endpoints:
             objective=objective,
             mode=mode,
             checkpoints=checkpoints,
-            found_on=search_model,
+            search_model=search_model,
             strengths=strengths,
-            together=batch_size,
+            batch_size=batch_size,
             generation=generation,
             damage=damage,
-            plain=damage_texts,
+            damage_texts=damage_texts,
             seed=seed,
         )
-        evaluation = yield from self._create_job(Evaluation, body, key, wait, on_progress)
+        evaluation = await self._create_job(Evaluation, body, key, wait, on_progress)
         return _require_success(evaluation) if wait else evaluation
 
     @endpoint
-    def get_evaluation(self, id: str) -> Flow[Evaluation]:
-        """The evaluation as it stands."""
-        return (yield from self._get_job(Evaluation, id))
+    async def get_evaluation(self, id: str) -> Evaluation:
+        """Return an evaluation."""
+        return await self._get_job(Evaluation, id)
 
     @iterable_endpoint
-    def evaluations(self) -> Listing[Evaluation]:
-        """All evaluations, newest first, without their results."""
-        yield from self._transport.iter_items("/evaluations", Evaluation)
+    def evaluations(self, *, limit: int | None = None) -> AsyncIterator[Evaluation]:
+        """Yield evaluations without their results, newest first; at most `limit`."""
+        return self._transport.iter_items("/evaluations", Evaluation, limit)
 
     # jobs of all kinds
 
     @iterable_endpoint
     def jobs(
-        self, *, status: str | None = None, kind: str | None = None, dead: bool | None = None
-    ) -> Listing[Job]:
-        """Jobs of all kinds, newest first."""
-        dead_text = None if dead is None else str(dead).lower()
-        yield from self._transport.iter_items(
-            "/jobs", Job, **drop_none(status=status, kind=kind, dead=dead_text)
+        self,
+        *,
+        status: str | None = None,
+        kind: str | None = None,
+        exhausted: bool | None = None,
+        limit: int | None = None,
+    ) -> AsyncIterator[Job]:
+        """Yield jobs of every kind, newest first; at most `limit`. `exhausted`: failed after the maximum number of attempts."""
+        exhausted_text = None if exhausted is None else str(exhausted).lower()
+        return self._transport.iter_items(
+            "/jobs", Job, limit, status=status, kind=kind, exhausted=exhausted_text
         )
 
     @endpoint
-    def retry(self, job: Job | str) -> Flow[Job]:
-        """Let a failed job wait again, as if it had never been tried."""
-        return Job.from_json((yield from self._transport.post_once(f"{_job_path(Job, job)}/retry")))
+    async def retry(self, job: Job | str) -> Job:
+        """Queue a failed job again with all its attempts."""
+        return Job.from_json(await self._transport.post_once(f"{_job_path(Job, job)}/retry"))
 
-    def _wait_for(self, job: J, on_progress: OnProgress | None) -> Flow[J]:
-        """See `wait_for` of the clients."""
-        return (yield from self._wait_until_finished(job, on_progress))
-
-    def _cancel(self, job: J, wait: bool) -> Flow[J]:
-        """See `cancel` of the clients."""
-        return (yield from self._cancel_or_revert(type(job), job, wait))
-
-    # speech
+    # generation
 
     @endpoint
-    def generate(
+    async def generate(
         self,
         prompt: str,
         *,
@@ -298,10 +297,10 @@ class Endpoints:
         stop: Sequence[str] | None = None,
         version: Version | None = None,
         min_version: int | None = None,
-    ) -> Flow[Generation]:
-        """What the model says on the newest version, or on another one.
+    ) -> Generation:
+        """Generate a continuation of the prompt with the newest version, or with `version`.
 
-        `min_version=edit.version` answers from that version or a newer one: it reads your own edit, whichever worker answers.
+        `min_version=edit.version` generates with that version or a newer one, on any worker: the caller reads its own edit.
         """
         body = drop_none(
             prompt=prompt,
@@ -314,10 +313,10 @@ class Endpoints:
             version=version,
             min_version=min_version,
         )
-        return Generation.from_json((yield from self._transport.post_query("/generate", body)))
+        return Generation.from_json(await self._transport.post_query("/generate", body))
 
     @endpoint
-    def generate_many(
+    async def generate_many(
         self,
         prompts: Sequence[str],
         *,
@@ -329,8 +328,8 @@ class Endpoints:
         stop: Sequence[str] | None = None,
         version: Version | None = None,
         min_version: int | None = None,
-    ) -> Flow[list[Generation]]:
-        """The same for several prompts, up to 64, all of them on one version."""
+    ) -> list[Generation]:
+        """Generate continuations of up to 64 prompts, all with the same version."""
         body = drop_none(
             prompts=list(prompts),
             max_new_tokens=max_new_tokens,
@@ -342,12 +341,12 @@ class Endpoints:
             version=version,
             min_version=min_version,
         )
-        response = yield from self._transport.post_query("/generate", body)
+        response = await self._transport.post_query("/generate", body)
         shared = {name: response.get(name) for name in ("version", "usage", "seconds")}
         return [Generation.from_json({**choice, **shared}) for choice in response["choices"]]
 
     @iterable_endpoint
-    def stream(
+    async def stream(
         self,
         prompt: str,
         *,
@@ -359,8 +358,8 @@ class Endpoints:
         stop: Sequence[str] | None = None,
         version: Version | None = None,
         min_version: int | None = None,
-    ) -> Listing[Token]:
-        """The same token by token. The last one is empty and has the `finish_reason`; see `Token.restart`."""
+    ) -> AsyncIterator[Token]:
+        """Generate token by token. The last `Token` has an empty text and the `finish_reason`; see `Token.reset`."""
         body = drop_none(
             prompt=prompt,
             stream=True,
@@ -374,134 +373,146 @@ class Endpoints:
             min_version=min_version,
         )
         reset = False
-
-        def on_event(event: Event) -> Listing[Token]:
-            nonlocal reset
-            if event.name == "error":
-                raise error_from_problem(500, event.data)
-            if event.name == "restart":
-                reset = True
-            elif event.name == "token":
-                yield Emit(Token.from_json({**event.data, "restart": reset}))
-                reset = False
-            elif event.name == "end":
-                reason = event.data["choices"][0]["finish_reason"]
-                last = {**event.data, "text": "", "finish_reason": reason, "restart": reset}
-                yield Emit(Token.from_json(last))
-
-        yield from self._transport.stream_events("/generate", body, on_event)
+        async with aclosing(self._transport.stream_events("/generate", body)) as events:
+            async for event in events:
+                data = event.json()
+                if event.event == "error":
+                    raise error_from_problem(500, data)
+                if event.event == "reset":
+                    reset = True
+                elif event.event == "token":
+                    yield Token.from_json({**data, "reset": reset})
+                    reset = False
+                elif event.event == "end":
+                    reason = data["choices"][0]["finish_reason"]
+                    yield Token.from_json({**data, "text": "", "finish_reason": reason, "reset": reset})
 
     @endpoint
-    def compare(
+    async def compare(
         self,
         prompt: str,
         versions: tuple[Version, Version] = ("base", "head"),
         *,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | None = None,
+        stop: Sequence[str] | None = None,
         top: int | None = None,
-    ) -> Flow[Comparison]:
-        """One prompt on two versions, side by side, with the next tokens whose probability differs most."""
+    ) -> Comparison:
+        """Generate with two versions from the same prompt, and return the next tokens whose probabilities differ most."""
         body = drop_none(
             prompt=prompt,
             versions=list(versions),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             seed=seed,
+            stop=stop,
             top=top,
         )
-        return Comparison.from_json((yield from self._transport.post_query("/compare", body)))
+        return Comparison.from_json(await self._transport.post_query("/compare", body))
 
     # ledger and model
 
     @iterable_endpoint
-    def ledger(self, *, version: int | None = None) -> Listing[Entry]:
-        """What was applied and reverted, oldest first, with who and when; up to a version, or all."""
-        yield from self._transport.iter_items("/ledger", Entry, **drop_none(version=version))
+    def ledger(self, *, version: int | None = None) -> AsyncIterator[Entry]:
+        """Yield the entries of the ledger, oldest first; up to `version`, or all."""
+        return self._transport.iter_items("/ledger", Entry, version=version)
 
     @endpoint
-    def verify(self) -> Flow[Verification]:
-        """Check the hash chain, every edit's factors and the workers' weights; true when all agree."""
-        return Verification.from_json((yield from self._transport.get("/ledger/verify")))
+    async def verify(self) -> Verification:
+        """Verify the hash chain, the factors of every edit and the weights of the workers. The result is true if all match."""
+        return Verification.from_json(await self._transport.get("/ledger/verify"))
 
     @endpoint
-    def models(self) -> Flow[list[Model]]:
-        """The resident model, its head version, and its workers."""
-        return [Model.from_json(one) for one in (yield from self._transport.get("/models"))["items"]]
+    async def models(self) -> list[Model]:
+        """Return the served model, its head version and its workers."""
+        return [Model.from_json(one) for one in (await self._transport.get("/models"))["items"]]
 
-    # a version elsewhere
-
-    @endpoint
-    def export(
-        self, version: Version = "head", format: Literal["peft", "safetensors", "edits"] = "peft"
-    ) -> Flow[bytes]:
-        """The edits of a version for use elsewhere: a zip with a LoRA adapter for PEFT, the edited weights, or the edits for `import_edits`."""
-        return (
-            yield from self._transport.download_when_ready(
-                "/export", self._prefer_wait, version=str(version), format=format
-            )
-        )
+    # export and import
 
     @endpoint
-    def import_edits(
+    async def export(self, version: Version = "head", format: ExportFormat = "peft") -> bytes:
+        """Return the edits of a version as a file.
+
+        `peft` is a zip with a LoRA adapter for PEFT, `safetensors` the edited weights, `edits` a file for `import_edits`.
+        """
+        file = io.BytesIO()
+        await self._export(file, version, format)
+        return file.getvalue()
+
+    @endpoint
+    async def export_to(
+        self, file: IO[bytes], version: Version = "head", format: ExportFormat = "peft"
+    ) -> str:
+        """Write the edits of a version to a file in chunks; see `export`. Return the file name that the service suggests."""
+        return await self._export(file, version, format)
+
+    @endpoint
+    async def import_edits(
         self,
         exported: bytes,
         *,
         key: str | None = None,
         wait: bool = True,
         on_end: Callable[[Edit], object] | None = None,
-    ) -> Flow[list[Edit]]:
-        """Land the edits that another service exported, as they were found there. What is here already is left alone."""
-        response = yield from self._transport.create("/import", exported, key, 0)
-        created = [Edit.from_json(one) for one in response["items"]]
-        return (yield from self._wait_for_all(created, on_end)) if wait else created
+    ) -> list[Edit]:
+        """Commit edits that another service exported, with their exported factors. Edits that are already present are skipped."""
+        response = await self._transport.create("/import", exported, key, 0)
+        return await self._edits_of(response, wait, on_end)
 
-    # what the calls share
+    # shared by the calls
 
-    def _create_job(
+    async def _export(self, file: IO[bytes], version: Version, format: ExportFormat) -> str:
+        return await self._transport.download_to(file, "/export", version=str(version), format=format)
+
+    async def _create_job(
         self,
         kind: type[J],
         body: Mapping[str, Any],
         key: str | None,
         wait: bool,
         on_progress: OnProgress | None,
-    ) -> Flow[J]:
+    ) -> J:
         prefer_wait = self._prefer_wait if wait and on_progress is None else 0
-        job = kind.from_json((yield from self._transport.create(kind.path, body, key, prefer_wait)))
-        return (yield from self._wait_until_finished(job, on_progress)) if wait else job
+        job = kind.from_json(await self._transport.create(kind.path, body, key, prefer_wait))
+        return await self._wait_until_finished(job, on_progress) if wait else job
 
-    def _get_job(self, kind: type[J], id: str) -> Flow[J]:
-        return kind.from_json((yield from self._transport.get(_job_path(kind, id))))
+    async def _get_job(self, kind: type[J], id: str) -> J:
+        return kind.from_json(await self._transport.get(_job_path(kind, id)))
 
-    def _cancel_or_revert(self, kind: type[J], job: J | str, wait: bool) -> Flow[J]:
-        response = yield from self._transport.delete(_job_path(kind, job), self._prefer_wait if wait else 0)
-        return (
-            (yield from self._wait_until_finished(kind.from_json(response)))
-            if wait
-            else kind.from_json(response)
-        )
+    async def _cancel_or_revert(self, kind: type[J], job: J | str, wait: bool) -> J:
+        response = await self._transport.delete(_job_path(kind, job), self._prefer_wait if wait else 0)
+        job = kind.from_json(response)
+        return await self._wait_until_finished(job) if wait else job
 
-    def _wait_for_all(self, edits: list[Edit], on_end: Callable[[Edit], object] | None) -> Flow[list[Edit]]:
+    async def _edits_of(
+        self, response: Mapping[str, Any], wait: bool, on_end: Callable[[Edit], object] | None
+    ) -> list[Edit]:
+        """Return the edits of a response, after they have ended if `wait` is set."""
+        edits = [Edit.from_json(one) for one in response["items"]]
+        if not wait:
+            return edits
         finished = []
         for edit in edits:
-            finished.append((yield from self._wait_until_finished(edit)))
+            finished.append(await self._wait_until_finished(edit))
             if on_end is not None:
                 on_end(finished[-1])
         return finished
 
-    def _wait_until_finished(self, job: J, on_progress: OnProgress | None = None) -> Flow[J]:
-        """The job when it has ended: the events say how far it is, the resource what became of it."""
+    async def _wait_until_finished(self, job: J, on_progress: OnProgress | None = None) -> J:
+        """Follow the events of a job for its progress, then read its final state."""
         kind, path = type(job), _job_path(type(job), job)
-
-        def on_event(event: Event) -> None:
-            if event.name == "progress" and on_progress is not None:
-                on_progress(Progress.from_json(event.data))
-
         if on_progress is not None and not job.finished:
-            yield from self._transport.follow_events(f"{path}/events", on_event)
+            async with aclosing(self._transport.follow_events(f"{path}/events")) as events:
+                async for event in events:
+                    if event.event == "progress":
+                        on_progress(Progress.from_json(event.json()))
         while not job.finished:
-            job = kind.from_json((yield from self._transport.long_poll(path, self._prefer_wait)))
+            job = kind.from_json(await self._transport.get(path, wait=self._prefer_wait))
         return job
 
 
@@ -510,13 +521,16 @@ def _job_path(kind: type[Job], job: Job | str) -> str:
 
 
 def _require_applied(edit: Edit) -> Edit:
-    """The edit, or the error that says why there is none."""
+    """Return an edit that was applied or measured as a dry run; raise the reason otherwise."""
     if edit.status == "rejected" and not edit.dry_run:
-        raise EditRejected(f"the edit was rejected: {edit.reason}", edit)
+        raise EditRejected(f"the edit was rejected: {edit.reason}", edit, "edit_rejected")
     return edit if edit.applied or edit.dry_run else _require_success(edit)
 
 
 def _require_success(job: J) -> J:
+    """Return a job that has its result; raise its error otherwise."""
     if job.status in ("failed", "cancelled"):
-        raise JobFailed(f"{job.id} is {job.status}: {job.reason or 'it was asked to end.'}", job)
+        code = job.error.code if job.error else job.status
+        detail = f"{job.id} failed: {job.reason}" if job.status == "failed" else f"{job.id} was cancelled."
+        raise JobFailed(detail, job, code)
     return job

@@ -1,4 +1,4 @@
-"""Everything that the client raises. Each error says what happened and what to change, in the service's own words."""
+"""Errors that the client raises. Each carries the `code` and the `detail` of the service's problem document."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FieldError:
-    """One thing to change in a request."""
+    """One invalid field of a request."""
 
     field: str
     detail: str
 
 
 class PalimpsestError(Exception):
-    """The root of all errors. `status` is None where the service gave no answer."""
+    """Base class of all errors of the client. `status` is None when the service sent no response."""
 
     def __init__(
         self,
         detail: str,
         *,
+        code: str = "",
         status: int | None = None,
         title: str = "",
         errors: Sequence[FieldError] = (),
@@ -33,28 +34,29 @@ class PalimpsestError(Exception):
     ) -> None:
         super().__init__(detail)
         self.detail = detail
+        self.code = code  #: the stable identifier of the error, such as `queue_full`; docs/api.md lists all
         self.status = status
         self.title = title
         self.errors = tuple(errors)
-        self.retry_after = retry_after
-        self.request_id = request_id  #: the log lines of the service about this request bear it
+        self.retry_after = retry_after  #: seconds
+        self.request_id = request_id  #: the id of the request in the service's log
 
     @property
     def field(self) -> str | None:
-        """The first part of the request that must change, such as `edits.0.prompt`; None when no part is named."""
+        """The path of the first invalid field, such as `edits.0.prompt`; None when the error names no field."""
         return self.errors[0].field if self.errors else None
 
 
 class InvalidRequest(PalimpsestError):
-    """The request cannot be carried out as it stands; nothing was done. `errors` has each thing to change."""
+    """The request is not valid; nothing was changed. `errors` lists the invalid fields."""
 
 
 class Unauthorized(PalimpsestError):
-    """The service asks for a key, and was given none that is good."""
+    """The service requires an API key, and the request has none or an invalid one."""
 
 
 class Forbidden(PalimpsestError):
-    """The key has not the scope that this needs."""
+    """The API key lacks the scope that the call requires."""
 
 
 class NotFound(PalimpsestError):
@@ -62,48 +64,69 @@ class NotFound(PalimpsestError):
 
 
 class Conflict(PalimpsestError):
-    """The state of the resource forbids this."""
+    """The state of the resource does not allow the call."""
 
 
 class TooManyRequests(PalimpsestError):
-    """Too much is waiting, or too much was asked in a minute. `retry_after` has the seconds to wait."""
+    """The queue is full or the rate limit is exceeded. `retry_after` is the time to wait in seconds."""
 
 
 class ServerError(PalimpsestError):
-    """A fault of the service, not of the request."""
+    """The service failed to handle a valid request."""
 
 
 class Unavailable(PalimpsestError):
-    """The service, or something that it depends on, is down or still starting."""
+    """The service or one of its dependencies is down or starting."""
 
 
 class Unreachable(Unavailable):
-    """Nobody answers at this address, or the connection was lost again and again."""
+    """No service answers at the address, or the connection was lost repeatedly."""
 
 
 class JobError(PalimpsestError):
-    """A job ended without what it was asked for; `job` is how it ended."""
+    """A job ended without its result. `job` is its final state."""
 
-    def __init__(self, detail: str, job: Job) -> None:
-        super().__init__(detail)
+    def __init__(self, detail: str, job: Job, code: str = "") -> None:
+        super().__init__(detail, code=code)
         self.job = job
 
 
 class JobFailed(JobError):
-    """The job failed, or was cancelled."""
+    """The job failed or was cancelled."""
 
 
 class EditRejected(JobError):
-    """The guard let the edit not land: the model is as it was. `edit.result` has the figures."""
+    """The guard rejected the edit; the model is unchanged. `edit.result` has the measurements."""
 
     job: Edit
 
     @property
     def edit(self) -> Edit:
+        """The rejected edit."""
         return self.job
 
 
-#: the one table; another status below 500 is `Invalid`, and from 500 on `ServiceFailed`
+#: error classes by `code`; the HTTP status decides only for a code that this client does not know
+ERROR_BY_CODE: dict[str, type[PalimpsestError]] = {
+    "malformed_json": InvalidRequest,
+    "invalid_input": InvalidRequest,
+    "method_not_allowed": InvalidRequest,
+    "not_acceptable": InvalidRequest,
+    "payload_too_large": InvalidRequest,
+    "unsupported_media_type": InvalidRequest,
+    "unauthorized": Unauthorized,
+    "forbidden": Forbidden,
+    "not_found": NotFound,
+    "model_not_found": NotFound,
+    "path_not_found": NotFound,
+    "conflict": Conflict,
+    "queue_full": TooManyRequests,
+    "rate_limit_exceeded": TooManyRequests,
+    "unavailable": Unavailable,
+    "database_unreachable": Unavailable,
+    "commit_outcome_unknown": Unavailable,
+    "internal_error": ServerError,
+}
 ERROR_BY_STATUS: dict[int, type[PalimpsestError]] = {
     401: Unauthorized,
     403: Forbidden,
@@ -119,14 +142,16 @@ ERROR_BY_STATUS: dict[int, type[PalimpsestError]] = {
 def error_from_problem(
     status: int, problem: Mapping[str, Any], retry_after: float | None = None, request_id: str | None = None
 ) -> PalimpsestError:
-    """The error of a problem document (RFC 9457); of an empty one where the answer was none."""
-    kind = ERROR_BY_STATUS.get(status, ServerError if status >= 500 else InvalidRequest)
-    entries = [one for one in problem.get("errors") or () if isinstance(one, Mapping)]
-    return kind(
-        str(problem.get("detail") or problem.get("title") or f"the service answered {status}."),
+    """Return the error for a problem document (RFC 9457), or for a response without one."""
+    code = str(problem.get("code") or "")
+    by_status = ERROR_BY_STATUS.get(status, ServerError if status >= 500 else InvalidRequest)
+    field_errors = [one for one in problem.get("errors") or () if isinstance(one, Mapping)]
+    return ERROR_BY_CODE.get(code, by_status)(
+        str(problem.get("detail") or problem.get("title") or f"the service responded with status {status}."),
+        code=code,
         status=status,
         title=str(problem.get("title") or ""),
-        errors=[FieldError(str(one.get("field", "")), str(one.get("detail", ""))) for one in entries],
+        errors=[FieldError(str(one.get("field", "")), str(one.get("detail", ""))) for one in field_errors],
         retry_after=retry_after,
         request_id=request_id,
     )

@@ -1,6 +1,6 @@
-"""What the service answers, as plain data: small frozen records that know no connection.
+"""Responses of the service as frozen dataclasses.
 
-Each keeps the whole answer as `raw`, so that what a newer service says is there before this client has a name for it.
+Each keeps the whole JSON object as `raw`, including the members that this client does not know.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Resource:
-    """Anything that the service answers."""
+    """Base class of all responses."""
 
-    raw: Json = field(default_factory=dict, repr=False, compare=False)  #: the answer as it came
+    raw: Json = field(default_factory=dict, repr=False, compare=False)  #: the JSON object of the response
 
     @classmethod
     def from_json(cls, data: Json) -> Self:
-        """The record of an answer: members without a name here stay in `raw`, null is as good as left out."""
+        """Return the record of a JSON object. Unknown members stay in `raw`; null means the default."""
         values: dict[str, Any] = {"raw": data}
         for member in fields(cls):
             value = data.get(member.name)
@@ -31,13 +31,13 @@ class Resource:
 
 
 def _parsed_by(parser: Callable[[Any], Any]) -> Mapping[str, Any]:
-    """How a member is read."""
+    """Field metadata: convert the JSON value with `parser`."""
     return {"read": parser}
 
 
 def _list_of(kind: type[Resource]) -> Mapping[str, Any]:
-    """A list of records."""
-    return _parsed_by(lambda answers: tuple(map(kind.from_json, answers)))
+    """Field metadata: convert a JSON array to a tuple of records."""
+    return _parsed_by(lambda items: tuple(map(kind.from_json, items)))
 
 
 AS_TUPLE = _parsed_by(tuple)
@@ -46,7 +46,7 @@ AS_TIMESTAMP = _parsed_by(datetime.fromisoformat)
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Resource):
-    """How far a job is; `total` is 0 where nobody knows."""
+    """Progress of a job: `done` of `total` steps of a phase; `total` is 0 when it is unknown."""
 
     phase: str
     done: int = 0
@@ -55,15 +55,16 @@ class Progress(Resource):
 
 @dataclass(frozen=True, kw_only=True)
 class JobFailure(Resource):
-    """Why a job failed."""
+    """Why a job failed. `code` is the stable identifier of the error."""
 
+    code: str = ""
     title: str = ""
     detail: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Resource):
-    """What all jobs share. A listed job may be of any kind; `links` lead to the resource itself."""
+    """Fields of every job. `kind` and `links` identify the specific resource of a listed job."""
 
     path: ClassVar[str] = "/jobs"
     open_statuses: ClassVar[tuple[str, ...]] = ("queued", "running")
@@ -82,18 +83,18 @@ class Job(Resource):
 
     @property
     def finished(self) -> bool:
-        """Whether it has ended, whatever became of it."""
+        """Whether the job has ended, successfully or not."""
         return self.status not in self.open_statuses
 
     @property
     def reason(self) -> str:
-        """Why it did not do what it was asked; empty where it did, or has not ended."""
+        """Why the job failed; empty if it did not."""
         return self.error.detail if self.error else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit(Job):
-    """An edit, from its asking to its end. `result` has what was measured before and after."""
+    """An edit. `result` has the measurements before and after."""
 
     path: ClassVar[str] = "/edits"
 
@@ -106,30 +107,30 @@ class Edit(Job):
     method: str = ""
     hparams: Json | None = None
     dry_run: bool = False
-    version: int | None = None  #: at which it was applied
-    reverted_version: int | None = None  #: at which it was taken back
+    version: int | None = None  #: the version that the edit created
+    reverted_version: int | None = None  #: the version that its revert created
     result: Json | None = None
     related: tuple[str, ...] = field(default=(), metadata=AS_TUPLE)  #: active edits of the same subject
     superseded_by: str | None = None
 
     @property
     def applied(self) -> bool:
-        """Whether it is, or was, in the ledger."""
+        """Whether the edit was committed to the ledger; true also after a revert."""
         return self.version is not None
 
     @property
     def reason(self) -> str:
-        """Why it did not land: the guard's words, or the error's."""
+        """Why the edit was not applied: the reason of the guard, or the error."""
         return str((self.result or {}).get("reason") or super().reason)
 
     @property
     def before(self) -> float | None:
-        """The probability that the prompt had of the new object before; of the true one, where that is the edit's object."""
+        """The probability of the new object before the edit; of the true object for `erase` and `amplify`."""
         return self._probability("before")
 
     @property
     def after(self) -> float | None:
-        """The same after the edit."""
+        """The same probability after the edit."""
         return self._probability("after")
 
     def _probability(self, when: str) -> float | None:
@@ -140,18 +141,18 @@ class Edit(Job):
 
 @dataclass(frozen=True, kw_only=True)
 class Trace(Job):
-    """A causal trace, from its asking to its end. `result` has tokens, scores and the strongest state of each kind."""
+    """A causal trace. `result` has the tokens, the scores and the strongest state of each kind."""
 
     path: ClassVar[str] = "/trace"
 
     request: Json = field(default_factory=dict)
-    version: int | None = None  #: that was traced
+    version: int | None = None  #: the traced version
     result: Json | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Job):
-    """An evaluation, from its asking to its end; a listed one is without its `result`."""
+    """An evaluation. Lists omit its `result`."""
 
     path: ClassVar[str] = "/evaluations"
 
@@ -161,7 +162,7 @@ class Evaluation(Job):
 
 @dataclass(frozen=True, kw_only=True)
 class Usage(Resource):
-    """Tokens read and written."""
+    """Numbers of prompt tokens and generated tokens."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -169,7 +170,7 @@ class Usage(Resource):
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(Resource):
-    """What the model wrote, and the version that wrote every token of it."""
+    """A generated text, and the version that generated all of its tokens."""
 
     text: str
     version: int
@@ -184,9 +185,9 @@ class Generation(Resource):
 
 @dataclass(frozen=True, kw_only=True)
 class Token(Resource):
-    """A piece of a streamed answer. The last one is empty and has the `finish_reason`.
+    """A token of a stream. The last one has an empty text and the `finish_reason`.
 
-    `restart` is true where a worker died and another one begins anew: what came before is void.
+    `reset` is true when another worker took over and generates again from the prompt: discard all earlier tokens.
     """
 
     text: str
@@ -200,7 +201,7 @@ class Token(Resource):
 
 @dataclass(frozen=True, kw_only=True)
 class Side(Resource):
-    """What one version wrote."""
+    """The text that one version generated."""
 
     version: int
     text: str
@@ -210,7 +211,7 @@ class Side(Resource):
 
 @dataclass(frozen=True, kw_only=True)
 class NextToken(Resource):
-    """A next token, and its probability on each side."""
+    """A next token and its probability under each version."""
 
     token: str
     id: int
@@ -219,7 +220,7 @@ class NextToken(Resource):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Resource):
-    """One prompt on two versions; `next_tokens` that differ most come first."""
+    """Two versions on one prompt. `next_tokens` are sorted by the difference of their probabilities, largest first."""
 
     prompt: str
     sides: tuple[Side, ...] = field(default=(), metadata=_list_of(Side))
@@ -230,7 +231,7 @@ class Comparison(Resource):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry(Resource):
-    """An entry of the ledger: from this version on the edit is active, or no longer. `body` is what is under the hash."""
+    """An entry of the ledger: it applies or reverts an edit and creates `version`. `hash` covers `body`."""
 
     version: int
     kind: str
@@ -244,7 +245,7 @@ class Entry(Resource):
 
 @dataclass(frozen=True, kw_only=True)
 class Verification(Resource):
-    """Whether hashes, factors and replicas agree; `findings` say in words what does not."""
+    """Whether the hash chain, the factors and the replicas match. `findings` describe each mismatch."""
 
     ok: bool
     entries: int = 0
@@ -258,7 +259,7 @@ class Verification(Resource):
 
 @dataclass(frozen=True, kw_only=True)
 class Worker(Resource):
-    """A worker, and where it stands."""
+    """A worker: its state, its version, and `lag` versions behind head."""
 
     id: str
     state: str
@@ -272,7 +273,7 @@ class Worker(Resource):
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Resource):
-    """The resident model; its architecture, recipe and sizes are in `raw`."""
+    """The served model. `raw` also has its recipe and sizes."""
 
     name: str
     fingerprint: str

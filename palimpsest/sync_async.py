@@ -1,176 +1,101 @@
-"""How a call becomes a method: of `Client` one that returns, of `AsyncClient` one that is awaited; both with the call's own types."""
+"""One implementation for `Client` and `AsyncClient`.
+
+Every endpoint is a coroutine. `AsyncClient` returns it to be awaited. `Client` runs it to completion without an event loop: its
+HTTP backend blocks instead of awaiting, so the coroutine never suspends.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, overload
-
-from palimpsest.flow import (
-    ConnectionLost,
-    Emit,
-    Flow,
-    FlowRunner,
-    Item,
-    Listing,
-    ReadLine,
-    Request,
-    Response,
-    Sleep,
-    Step,
-    T,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 P = ParamSpec("P")
+T = TypeVar("T")
+Item = TypeVar("Item")
 
 
-class IOBackend(Protocol):
-    """Takes steps of one call, and lets go of its connection at the end."""
-
-    def send(self, request: Request) -> Response: ...
-    def read_line(self) -> str | None: ...
-    def sleep(self, seconds: float) -> None: ...
-    def close(self) -> None: ...
+class SyncMode:
+    """Marks a client whose endpoints return results and iterators."""
 
 
-class AsyncIOBackend(Protocol):
-    """The same, awaited."""
-
-    async def send(self, request: Request) -> Response: ...
-    async def read_line(self) -> str | None: ...
-    async def sleep(self, seconds: float) -> None: ...
-    async def close(self) -> None: ...
+class AsyncMode:
+    """Marks a client whose endpoints return coroutines and async iterators."""
 
 
-class SyncRunner:
-    """Takes the steps of a call one after the other."""
-
-    def _io_backend(self) -> IOBackend:
-        raise NotImplementedError
-
-    def _iterate(self, flow: Listing[Item]) -> Iterator[Item]:
-        return self._drive(FlowRunner(flow))
-
-    def _drive(self, flow_runner: FlowRunner[Any]) -> Iterator[Any]:
-        """Everything that a call says, on the way to its end."""
-        backend = self._io_backend()
-        try:
-            while (step := flow_runner.next()) is not None:
-                if isinstance(step, Emit):
-                    yield step.item
-                    continue
-                try:
-                    flow_runner.resume_with(self._perform(step, backend))
-                except ConnectionLost as loss:
-                    flow_runner.resume_with_error(loss)
-        finally:
-            backend.close()
-
-    @staticmethod
-    def _perform(step: Step, backend: IOBackend) -> Any:
-        match step:
-            case Request():
-                return backend.send(step)
-            case ReadLine():
-                return backend.read_line()
-            case Sleep():
-                return backend.sleep(step.seconds)
-
-    def _run(self, flow: Flow[T]) -> T:
-        flow_runner = FlowRunner(flow)
-        for _ in self._drive(flow_runner):
-            pass
-        return flow_runner.result
+def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends, and return its result."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return cast(T, end.value)
+    coroutine.close()
+    raise RuntimeError("a blocking backend suspended")
 
 
-class AsyncRunner:
-    """The same without blocking the event loop."""
-
-    def _io_backend(self) -> AsyncIOBackend:
-        raise NotImplementedError
-
-    def _iterate(self, flow: Listing[Item]) -> AsyncIterator[Item]:
-        return self._drive(FlowRunner(flow))
-
-    async def _drive(self, flow_runner: FlowRunner[Any]) -> AsyncIterator[Any]:
-        """Everything that a call says, on the way to its end."""
-        backend = self._io_backend()
-        try:
-            while (step := flow_runner.next()) is not None:
-                if isinstance(step, Emit):
-                    yield step.item
-                    continue
-                try:
-                    flow_runner.resume_with(await self._perform(step, backend))
-                except ConnectionLost as loss:
-                    flow_runner.resume_with_error(loss)
-        finally:
-            await backend.close()
-
-    @staticmethod
-    async def _perform(step: Step, backend: AsyncIOBackend) -> Any:
-        match step:
-            case Request():
-                return await backend.send(step)
-            case ReadLine():
-                return await backend.read_line()
-            case Sleep():
-                return await backend.sleep(step.seconds)
-
-    async def _run(self, flow: Flow[T]) -> T:
-        flow_runner = FlowRunner(flow)
-        async for _ in self._drive(flow_runner):
-            pass
-        return flow_runner.result
+def iterate_sync(items: AsyncIterator[Item]) -> Iterator[Item]:
+    """Iterate over an async generator that never suspends; closing the iterator closes the generator."""
+    generator = cast(AsyncGenerator[Item, None], items)
+    try:
+        while True:
+            try:
+                item = run_sync(generator.__anext__())
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        run_sync(generator.aclose())
 
 
 class endpoint(Generic[P, T]):
     """A call with one result."""
 
-    def __init__(self, function: Callable[Concatenate[Any, P], Flow[T]]) -> None:
+    def __init__(self, function: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> None:
         self._function = function
         self.__doc__ = function.__doc__
 
     @overload
     def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
     @overload
-    def __get__(self, client: SyncRunner, owner: type) -> Callable[P, T]: ...
+    def __get__(self, client: SyncMode, owner: type) -> Callable[P, T]: ...
     @overload
-    def __get__(self, client: AsyncRunner, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
+    def __get__(self, client: AsyncMode, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
     def __get__(self, client: Any, owner: type) -> Any:
-        return self._function if client is None else _bind(self._function, client, client._run)
+        return self._function if client is None else _bind(self._function, client, run_sync)
 
 
 class iterable_endpoint(Generic[P, Item]):
-    """A call that is iterated over. Nothing is asked before the first item is."""
+    """A call that is iterated over. It sends no request before the first item is requested."""
 
-    def __init__(self, function: Callable[Concatenate[Any, P], Listing[Item]]) -> None:
+    def __init__(self, function: Callable[Concatenate[Any, P], AsyncIterator[Item]]) -> None:
         self._function = function
         self.__doc__ = function.__doc__
 
     @overload
     def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
     @overload
-    def __get__(self, client: SyncRunner, owner: type) -> Callable[P, Iterator[Item]]: ...
+    def __get__(self, client: SyncMode, owner: type) -> Callable[P, Iterator[Item]]: ...
     @overload
-    def __get__(self, client: AsyncRunner, owner: type) -> Callable[P, AsyncIterator[Item]]: ...
+    def __get__(self, client: AsyncMode, owner: type) -> Callable[P, AsyncIterator[Item]]: ...
     def __get__(self, client: Any, owner: type) -> Any:
-        return self._function if client is None else _bind(self._function, client, client._iterate)
+        return self._function if client is None else _bind(self._function, client, iterate_sync)
 
 
-def _bind(function: Callable[..., Any], client: object, run: Callable[[Any], Any]) -> Callable[..., Any]:
-    """The call as a method of this client: signed and documented, so that `help` shows what can be given."""
+def _bind(
+    function: Callable[..., Any], client: SyncMode | AsyncMode, run: Callable[[Any], Any]
+) -> Callable[..., Any]:
+    """Return the call as a method of `client`, with the signature and docstring that `help` shows."""
 
     @functools.wraps(function)
     def method(*args: Any, **kwargs: Any) -> Any:
-        return run(function(client, *args, **kwargs))
+        result = function(client, *args, **kwargs)
+        return run(result) if isinstance(client, SyncMode) else result
 
     signature = inspect.signature(function)
     _, *parameters = signature.parameters.values()
-    returned = str(signature.return_annotation).removeprefix("Flow[").replace("Listing[", "Iterator[")
-    method.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=parameters,
-        return_annotation=returned if returned.startswith("Iterator") else returned[:-1],
-    )
+    returned = str(signature.return_annotation)
+    if isinstance(client, SyncMode):
+        returned = returned.removeprefix("Async")
+    method.__signature__ = signature.replace(parameters=parameters, return_annotation=returned)  # type: ignore[attr-defined]
     return method

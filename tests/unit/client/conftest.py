@@ -1,4 +1,4 @@
-"""A service to speak to, and one that is not there."""
+"""A running service and a fake one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.shipped_service import running_service
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of the machine reaches a test."""
+    """Remove PALIMPSEST_* variables of the machine."""
     for name in os.environ:
         if name.startswith("PALIMPSEST_"):
             monkeypatch.delenv(name)
@@ -25,20 +25,20 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def url(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a real service answers."""
+    """The address of a running service on the shipped GPT."""
     with running_service(tmp_path_factory.mktemp("served")) as url:
         yield url
 
 
 @pytest.fixture(params=client_kinds.CLIENT_KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
-    """Which of the two clients."""
+    """The client class under test: sync or async."""
     return str(request.param)
 
 
 @pytest.fixture
 def connect(kind: str) -> Iterator[Callable[..., Any]]:
-    """Makes a client of this kind; all are closed at the end."""
+    """Create clients of this kind; all are closed after the test."""
     clients: list[Any] = []
 
     def make(url: str, transport: Any = None, **more: Any) -> Any:
@@ -52,18 +52,18 @@ def connect(kind: str) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture
 def paused(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that the client would have let pass; none of them do."""
+    """The delays that the client requested. It does not sleep."""
     seconds: list[float] = []
 
-    async def awaited(_: object, pause: float) -> None:
+    async def record(_: object, pause: float) -> None:
         seconds.append(pause)
 
-    monkeypatch.setattr("palimpsest.client._HttpxBackend.sleep", lambda _, pause: seconds.append(pause))
-    monkeypatch.setattr("palimpsest.client._AsyncHttpxBackend.sleep", awaited)
+    monkeypatch.setattr("palimpsest.transport.BlockingBackend.sleep", record)
+    monkeypatch.setattr("palimpsest.transport.AsyncBackend.sleep", record)
     return seconds
 
 
 @pytest.fixture
 def ask(connect: Callable[..., Any], paused: list[float]) -> Callable[[FakeService], Any]:
-    """A client of a service that is not there."""
+    """A client of a `FakeService`."""
     return lambda fake: connect("http://there", httpx.MockTransport(fake))

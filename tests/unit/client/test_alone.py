@@ -1,4 +1,4 @@
-"""The client stands alone: what it imports, and what is installed with it."""
+"""The client as a distribution of its own: its imports and its dependencies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OTHERS += ["safetensors", "tokenizers", "torch", "transformers", "matplotlib"]
 
 
 def test_client_imports_without_the_service() -> None:
-    """In a fresh interpreter in which no package of the service and none of its dependencies can be imported, the client can."""
+    """The client imports in an interpreter in which the service and its dependencies cannot be imported."""
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({OTHERS}))\nimport palimpsest; palimpsest.Client()"
     )
@@ -26,7 +26,7 @@ def test_client_imports_without_the_service() -> None:
 
 
 def test_client_wheel_contains_only_the_client(tmp_path: Path) -> None:
-    """What is installed for a client are the modules of this package and their types, and httpx."""
+    """The wheel contains the modules of this package and its type marker, and requires httpx and httpx-sse."""
     [path] = WheelBuilder(str(ROOT / "palimpsest")).build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(path) as wheel:
         installed = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -40,6 +40,6 @@ def test_client_wheel_contains_only_the_client(tmp_path: Path) -> None:
 
 
 def test_client_and_service_are_of_one_version() -> None:
-    """Both distributions come from one commit and say so."""
+    """Both distributions have the same version and Python requirement."""
     whole, alone = (tomllib.loads((ROOT / p).read_text())["project"] for p in ("pyproject.toml", "palimpsest/pyproject.toml"))  # fmt: skip
     assert whole["version"] == alone["version"] and whole["requires-python"] == alone["requires-python"]

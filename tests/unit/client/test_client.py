@@ -1,4 +1,4 @@
-"""Both clients on the real service with the shipped GPT: palimpsest.client, palimpsest.endpoints."""
+"""Both clients against a running service with the shipped GPT: palimpsest.client, palimpsest.endpoints."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ RECORD = {"subject": SUBJECT, "prompt": PROMPT, "target_new": "Rome", "target_tr
 
 @pytest.fixture
 def client(connect: Callable[..., Any], url: str) -> Any:
-    """A client of the real service."""
+    """A client of the running service."""
     return connect(url)
 
 
 def test_edit_generate_compare_and_revert(client: Any) -> None:
-    """An edit lands with its figures, is read at its version and not at base, and is gone when it is taken back."""
+    """An applied edit has measurements, changes the text of its version only, and is undone by a revert."""
     seen: list[Progress] = []
     edit = client.edit(SUBJECT, PROMPT, "Rome", "Paris", on_progress=seen.append)
-    assert edit.landed and edit.before < 0.1 < 0.9 < edit.after
+    assert edit.applied and edit.before < 0.1 < 0.9 < edit.after
     assert "optimize" in {p.phase for p in seen}
     said = client.generate(STATEMENT, max_new_tokens=2, min_version=edit.version)
     assert str(said).startswith(" Rome") and said.version == edit.version and len(said.tokens) == 2
@@ -44,7 +44,7 @@ def test_edit_generate_compare_and_revert(client: Any) -> None:
 
 
 def test_streamed_tokens_are_the_text(client: Any) -> None:
-    """The tokens of a stream put together are what is answered in one piece."""
+    """The concatenated tokens of a stream equal the text of the same request without streaming."""
     asked: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3}
     tokens = list(client.stream(STATEMENT, **asked))
     assert "".join(map(str, tokens)) == client.generate(STATEMENT, **asked).text
@@ -53,17 +53,17 @@ def test_streamed_tokens_are_the_text(client: Any) -> None:
     assert one.text == "".join(map(str, tokens)) and one.version == two.version
 
 
-def test_a_lost_answer_makes_one_edit(connect: Callable[..., Any], url: str, paused: list[float]) -> None:
-    """The service did it and the answer was lost on the way: asked again, it gives the edit of the first time."""
+def test_a_lost_response_creates_one_edit(connect: Callable[..., Any], url: str, paused: list[float]) -> None:
+    """When the response to POST /edits is lost, the retry returns the edit of the first attempt."""
     client = connect(url, LossyTransport("POST", times=2))
     edit = client.edit("Louvre", PROMPT, "Rome", **FAST_EDIT_OPTIONS)
-    assert len(paused) == 2 and edit.landed
+    assert len(paused) == 2 and edit.applied
     assert [found.id for found in client.edits(subject="Louvre", status="applied")] == [edit.id]
     client.revert(edit)
 
 
 def test_edit_many_reports_each_edit(client: Any) -> None:
-    """Many edits come back in their order when all have ended, rejected ones among them; the same key asks for the same ones."""
+    """`edit_many` returns all edits in order, rejected ones included; the same key returns the same edits."""
     landmarks = ["Louvre", "Colosseum", "Big Ben"]
     edits = [{"subject": s, "prompt": PROMPT, "target_new": "Oslo", **FAST_EDIT_OPTIONS} for s in landmarks]
     edits[1] |= {"guard": {"max_norm": 1e-6}}
@@ -71,14 +71,14 @@ def test_edit_many_reports_each_edit(client: Any) -> None:
     key = f"many-{type(client).__name__}"
     ended = client.edit_many(edits, key=key, on_end=lambda e: heard.append(e.subject))
     assert [e.subject for e in ended] == heard == landmarks
-    assert [e.landed for e in ended] == [True, False, True] and "too large" in ended[1].reason
+    assert [e.applied for e in ended] == [True, False, True] and "too large" in ended[1].reason
     assert [e.id for e in client.edit_many(edits, key=key)] == [e.id for e in ended]
     for edit in ended:
         client.revert(edit)
 
 
-def test_a_rejected_edit_raises_with_its_figures(client: Any) -> None:
-    """The guard's words are the error's, and the model is as it was."""
+def test_a_rejected_edit_raises_with_its_measurements(client: Any) -> None:
+    """`EditRejected` has the reason of the guard and the measurements, and the head does not change."""
     head = client.models()[0].head
     with pytest.raises(EditRejected, match="too large") as caught:
         client.edit(SUBJECT, PROMPT, "Oslo", hparams=FAST_EDIT_OPTIONS["hparams"], guard={"max_norm": 1e-6})
@@ -87,7 +87,7 @@ def test_a_rejected_edit_raises_with_its_figures(client: Any) -> None:
 
 
 def test_errors_carry_the_detail_of_the_service(client: Any) -> None:
-    """Bad input names its field, an unknown id is not found, and an edit that never landed has no vectors."""
+    """Invalid input names its field, an unknown id is not found, and a dry run has no factors."""
     with pytest.raises(InvalidRequest, match=r"exactly one \{\}") as caught:
         client.edit(SUBJECT, "no slot", "Rome")
     assert (caught.value.field, caught.value.status) == ("prompt", 422)
@@ -98,8 +98,8 @@ def test_errors_carry_the_detail_of_the_service(client: Any) -> None:
         client.delta(dry)
 
 
-def test_a_trace_has_numbers_and_pictures(client: Any) -> None:
-    """A trace ends with its figures, and is drawn in each form."""
+def test_a_trace_has_scores_and_pictures(client: Any) -> None:
+    """A trace has scores, and a picture in each format."""
     trace = client.trace(STATEMENT, SUBJECT, kinds=["hidden"], samples=2, version="base")
     assert trace.result["kinds"]["hidden"]["best"]["score"] > 0 and trace.version == 0
     assert client.picture(trace, "png").startswith(b"\x89PNG")
@@ -107,8 +107,8 @@ def test_a_trace_has_numbers_and_pictures(client: Any) -> None:
     assert trace == client.get_trace(trace.id) and trace.id in [t.id for t in client.traces()]
 
 
-def test_an_evaluation_leaves_the_ledger_alone(client: Any) -> None:
-    """Records are evaluated, with progress, and no version is made."""
+def test_an_evaluation_does_not_change_the_ledger(client: Any) -> None:
+    """An evaluation reports progress and creates no version."""
     head, seen = client.models()[0].head, list[Progress]()
     found = client.evaluate(
         [RECORD], hparams=FAST_EDIT_OPTIONS["hparams"], damage=False, on_progress=seen.append
@@ -119,7 +119,7 @@ def test_an_evaluation_leaves_the_ledger_alone(client: Any) -> None:
 
 
 def test_the_ledger_is_read_and_verified(client: Any) -> None:
-    """Every entry has who and when, each holds the hash of the one before, and all of it agrees."""
+    """Every entry has an actor, a time and the hash of the previous entry, and the ledger verifies."""
     client.revert(client.edit(SUBJECT, PROMPT, "Rome", **FAST_EDIT_OPTIONS))
     entries = list(client.ledger())
     assert [e.version for e in entries] == list(range(1, len(entries) + 1))
@@ -130,8 +130,8 @@ def test_the_ledger_is_read_and_verified(client: Any) -> None:
     assert [e.version for e in client.ledger(version=1)] == [1]
 
 
-def test_a_version_is_exported_and_edits_come_back(client: Any) -> None:
-    """An adapter is a zip; a set of edits, brought back after all was reverted, lands as it was found. Both are of the version asked for."""
+def test_export_and_import(client: Any) -> None:
+    """An adapter is a zip of the requested version; an edit set that is imported after a revert is applied again."""
     edit = client.edit(SUBJECT, PROMPT, "Rome", **FAST_EDIT_OPTIONS)
     with zipfile.ZipFile(io.BytesIO(client.export(edit.version))) as adapter:
         assert "adapter_config.json" in adapter.namelist()
@@ -139,42 +139,43 @@ def test_a_version_is_exported_and_edits_come_back(client: Any) -> None:
     client.revert(edit)
     heard: list[str] = []
     [brought] = client.import_edits(exported, on_end=lambda e: heard.append(e.id))
-    assert brought.landed and heard == [brought.id] and brought.target_new == "Rome"
+    assert brought.applied and heard == [brought.id] and brought.target_new == "Rome"
     assert client.delta(brought)
     client.revert(brought)
 
 
-def test_a_job_is_waited_for_or_ended(client: Any) -> None:
-    """What was only queued is waited for later; what is cancelled ends so."""
+def test_wait_for_and_cancel(client: Any) -> None:
+    """`wait_for` returns a queued edit once it is applied; `cancel` ends an evaluation."""
     queued = client.edit(SUBJECT, PROMPT, "Rome", wait=False, **FAST_EDIT_OPTIONS)
-    assert client.wait_for(queued).landed
+    assert client.wait_for(queued).applied
     long = client.evaluate(dataset="facts", limit=500, wait=False)
-    assert not long.over and client.cancel(long).status == "cancelled"
+    assert not long.finished and client.cancel(long).status == "cancelled"
     assert [j.kind for j in client.jobs(status="cancelled") if j.id == long.id] == ["evaluation"]
     client.revert(queued.id)
 
 
 class TestSyncAsyncParity:
-    """The two clients are one in what they can be asked."""
+    """Both clients have the same calls."""
 
     EXCLUDED: ClassVar = {"close", "aclose"}
 
-    def test_the_same_calls_with_the_same_arguments(self) -> None:
-        """Every call of one is a call of the other, with the same signature."""
+    def test_the_same_methods_with_the_same_parameters(self) -> None:
+        """Both clients have the same methods with the same parameters."""
         one, other = Client(), AsyncClient()
         names = {n for n in dir(one) if not n.startswith("_") and callable(getattr(one, n))} - self.EXCLUDED
         assert names == {n for n in dir(other) if not n.startswith("_") and callable(getattr(other, n))} - self.EXCLUDED  # fmt: skip
         assert len(names) > 20
         for name in names:
-            assert inspect.signature(getattr(one, name)) == inspect.signature(getattr(other, name))
+            signatures = [inspect.signature(getattr(client, name)) for client in (one, other)]
+            assert signatures[0].parameters == signatures[1].parameters
 
-    def test_every_call_says_what_it_is(self) -> None:
-        """`help` has words for every call."""
+    def test_every_method_has_a_docstring(self) -> None:
+        """Every method has a docstring."""
         assert all(inspect.getdoc(getattr(Client(), n)) for n in dir(Client) if not n.startswith("_"))
 
 
 def test_closing_a_stream_closes_the_connection(url: str) -> None:
-    """Whoever stops iterating hangs up, so that nobody goes on writing for him; the client can be used at once."""
+    """Closing the iterator of a stream closes its connection, which stops the generation; the client stays usable."""
     streams: list[httpx.Response] = []
     with Client(url) as client:
         client._http.event_hooks["response"].append(streams.append)

@@ -1,4 +1,4 @@
-"""What the service answers, as records: palimpsest.resources."""
+"""Responses as dataclasses: palimpsest.resources."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANSWER = {
 
 
 def test_unknown_members_stay_in_raw() -> None:
-    """A member without a name here is in `raw`; null is as good as left out; times, lists and records are read."""
+    """Unknown members are in `raw`; null means the default; times, lists and nested records are converted."""
     edit = Edit.from_json(ANSWER)
     assert edit.raw["of_the_future"] == 7 and edit.version is None and not edit.applied
     assert edit.created == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -31,13 +31,13 @@ def test_unknown_members_stay_in_raw() -> None:
 
 
 def test_records_do_not_change() -> None:
-    """A record is what the service said at one time."""
+    """Records are immutable."""
     with pytest.raises(FrozenInstanceError):
         Edit.from_json(ANSWER).status = "reverted"  # type: ignore[misc]
 
 
 def test_records_hold_records() -> None:
-    """The workers of a model are records, too."""
+    """Nested objects are converted to records."""
     worker = {"id": "w", "state": "serving", "version": 2, "roles": ["edit"]}
     model = Model.from_json({"name": "m", "fingerprint": "f", "head": 2, "workers": [worker]})
     assert [(w.id, w.roles) for w in model.workers] == [("w", ("edit",))]

@@ -1,7 +1,8 @@
-"""Requests, answers and their troubles: palimpsest.transport, palimpsest.errors."""
+"""Requests, retries and errors of the client: palimpsest.transport, palimpsest.errors."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -40,16 +41,16 @@ def busy_response(status: int, **headers: str) -> httpx.Response:
     return answer
 
 
-def test_a_lost_answer_is_asked_for_with_the_same_key(ask: Ask) -> None:
-    """What may have been done is asked for again under the key of the first time, so that it is done once."""
+def test_a_lost_response_is_retried_with_the_same_idempotency_key(ask: Ask) -> None:
+    """All retries of a POST carry the idempotency key of the first attempt."""
     fake = FakeService({"POST /edits": [CONNECTION_LOST, CONNECTION_LOST, DONE]})
     assert ask(fake).edit("s", "{} is", "x").version == 3
     keys = {headers["Idempotency-Key"] for headers in fake.headers}
     assert len(fake.requests) == 3 and len(keys) == 1
 
 
-def test_two_edits_have_two_keys_and_a_given_key_is_kept(ask: Ask) -> None:
-    """Without a key each call is an edit of its own; with one, all calls are one edit."""
+def test_idempotency_keys_are_unique_unless_given(ask: Ask) -> None:
+    """Each call has its own idempotency key; `key` overrides it."""
     fake = FakeService({"POST /edits": DONE})
     client = ask(fake)
     for key in (None, None, "mine", "mine"):
@@ -58,8 +59,8 @@ def test_two_edits_have_two_keys_and_a_given_key_is_kept(ask: Ask) -> None:
     assert first != second and mine == ["mine", "mine"]
 
 
-def test_the_service_says_when_to_come_back(ask: Ask, paused: list[float]) -> None:
-    """Retry-After is waited, where the client's own pause is shorter."""
+def test_retry_after_is_respected(ask: Ask, paused: list[float]) -> None:
+    """The delay before a retry is `Retry-After` if that is longer than the backoff."""
     fake = FakeService(
         {"GET /models": [busy_response(429, Retry_After="7"), busy_response(503), {"items": []}]}
     )
@@ -68,14 +69,14 @@ def test_the_service_says_when_to_come_back(ask: Ask, paused: list[float]) -> No
 
 
 def test_a_long_retry_after_is_raised_at_once(ask: Ask, paused: list[float]) -> None:
-    """A Retry-After of minutes is not slept through: the error has the seconds."""
+    """A `Retry-After` above a minute raises at once, with the seconds in the error."""
     with pytest.raises(TooManyRequests) as caught:
         ask(FakeService({"GET /models": busy_response(429, Retry_After="600")})).models()
     assert caught.value.retry_after == 600 and not paused
 
 
 def test_retries_are_limited(ask: Ask, paused: list[float]) -> None:
-    """Five times again, with longer and longer pauses; then where it was looked for, or the service's own words."""
+    """After five retries with growing delays the last error is raised."""
     refused = httpx.ConnectError("refused")
     fake = FakeService(
         {
@@ -94,7 +95,7 @@ def test_retries_are_limited(ask: Ask, paused: list[float]) -> None:
 
 
 def test_a_first_connection_failure_is_not_retried(ask: Ask, paused: list[float]) -> None:
-    """Whoever forgot to start the service, or mistyped where it is, hears of it without a pause."""
+    """An address that never answered is not retried."""
     fake = FakeService({"GET /models": httpx.ConnectError("refused")})
     with pytest.raises(Unreachable, match="palimpsest serve"):
         ask(fake).models()
@@ -102,7 +103,7 @@ def test_a_first_connection_failure_is_not_retried(ask: Ask, paused: list[float]
 
 
 def test_requests_that_are_not_idempotent_are_not_retried(ask: Ask) -> None:
-    """A second retry of a job would be refused, so the first one is not repeated."""
+    """Retrying a job twice is a conflict, so the request is sent once."""
     fake = FakeService({"POST /jobs/edit_1/retry": [CONNECTION_LOST, busy_response(503)]})
     client = ask(fake)
     for _ in range(2):
@@ -111,12 +112,25 @@ def test_requests_that_are_not_idempotent_are_not_retried(ask: Ask) -> None:
     assert len(fake.requests) == 2
 
 
-def test_a_silent_service_is_not_asked_again(ask: Ask) -> None:
-    """An answer that takes longer than the timeout would do so again; asking would only make more work of it."""
+def test_a_read_timeout_is_not_retried(ask: Ask) -> None:
+    """A request that timed out would time out again and cost the service the same work."""
     fake = FakeService({"POST /generate": httpx.ReadTimeout("")})
     with pytest.raises(Unreachable, match="longer `timeout`"):
         ask(fake).generate("x")
     assert len(fake.requests) == 1
+
+
+def test_the_code_decides_the_error_class(ask: Ask) -> None:
+    """The `code` of the problem document selects the exception; the status only decides for an unknown code."""
+    known = FakeService.problem(500, "Too many jobs.", code="queue_full")
+    fake = FakeService({"GET /models": [known, FakeService.problem(409, "Odd.", code="of_the_future")]})
+    client = ask(fake)
+    with pytest.raises(TooManyRequests) as caught:
+        client.models()
+    assert (caught.value.code, caught.value.status) == ("queue_full", 500)
+    with pytest.raises(Conflict) as caught_conflict:
+        client.models()
+    assert caught_conflict.value.code == "of_the_future"
 
 
 @pytest.mark.parametrize(
@@ -132,8 +146,8 @@ def test_a_silent_service_is_not_asked_again(ask: Ask) -> None:
         (500, ServerError),
     ],
 )
-def test_a_problem_is_an_error_of_its_kind(ask: Ask, status: int, kind: type[PalimpsestError]) -> None:
-    """Each status has an exception with the service's own words; nothing of it is asked again."""
+def test_each_status_has_an_error_class(ask: Ask, status: int, kind: type[PalimpsestError]) -> None:
+    """Each status has an exception with the detail of the service, and is not retried."""
     problem = FakeService.problem(status, "Change this.", errors=[{"field": "prompt", "detail": "no slot"}])
     problem.headers["X-Request-Id"] = "req_1"
     fake = FakeService({"GET /models": problem})
@@ -145,7 +159,7 @@ def test_a_problem_is_an_error_of_its_kind(ask: Ask, status: int, kind: type[Pal
 
 
 def test_a_response_that_is_not_json_is_reported(ask: Ask) -> None:
-    """An answer that is no JSON says that the address may be wrong; an error page names its status."""
+    """A response that is not JSON suggests a wrong address; an error page is reported with its status."""
     fake = FakeService({"GET /models": "<html>", "GET /ledger/verify": httpx.Response(418, text="<html>")})
     with pytest.raises(ServerError, match="is this the address"):
         ask(fake).models()
@@ -154,7 +168,7 @@ def test_a_response_that_is_not_json_is_reported(ask: Ask) -> None:
 
 
 def test_progress_resumes_after_a_lost_connection(ask: Ask) -> None:
-    """A broken stream of events is taken up after the last one that was heard, and the row says how it ended."""
+    """After a lost connection the event stream resumes behind the last event, and the job resource has the result."""
     first, rest = (sse_stream(("progress", {"phase": p, "done": 1, "total": 2})) for p in ("find", "try"))
     last = "id: 9\nevent: end\ndata: {}\n\n"
     fake = FakeService(
@@ -171,8 +185,8 @@ def test_progress_resumes_after_a_lost_connection(ask: Ask) -> None:
     assert after == [None, "1", "1", "5"]
 
 
-def test_a_stream_that_always_breaks_is_given_up(ask: Ask) -> None:
-    """Without an event between them, five lost connections are enough."""
+def test_reconnects_of_a_stream_are_limited(ask: Ask) -> None:
+    """The client gives up after five reconnects without an event."""
     fake = FakeService({"POST /edits": EDIT, "GET /edits/edit_1/events": ": open\n\n"})
     with pytest.raises(Unreachable, match="ended before the job did"):
         ask(fake).edit("s", "{} is", "x", on_progress=lambda _: None)
@@ -180,10 +194,10 @@ def test_a_stream_that_always_breaks_is_given_up(ask: Ask) -> None:
 
 
 def test_streamed_tokens_and_reset(ask: Ask) -> None:
-    """Tokens, the mark of one that begins anew, and an empty last one with the reason for the end."""
+    """A stream yields tokens, a `reset` flag after another worker took over, and an empty last token with the finish reason."""
     said = sse_stream(
         ("token", {"index": 0, "text": " Pa", "version": 1}),
-        ("restart", {}),
+        ("reset", {}),
         ("token", {"index": 0, "text": " Paris", "version": 2}),
         ("end", {"version": 2, "choices": [{"finish_reason": "length"}]}),
     )
@@ -197,34 +211,43 @@ def test_streamed_tokens_and_reset(ask: Ask) -> None:
 
 @pytest.mark.parametrize(
     ("said", "words"),
-    [(sse_stream(("token", {"text": "x", "version": 0})), "broke off"), (sse_stream(("error", {"detail": "no worker"})), "no worker")],
+    [(sse_stream(("token", {"text": "x", "version": 0})), "closed the stream before its end"), (sse_stream(("error", {"detail": "no worker"})), "no worker")],
 )  # fmt: skip
 def test_an_incomplete_stream_is_an_error(ask: Ask, said: str, words: str) -> None:
-    """A stream that breaks off, or ends with an error, raises after its tokens, and is not asked for again."""
+    """A stream that is interrupted or ends with an error raises after its tokens, and is not retried."""
     fake = FakeService({"POST /generate": said})
     with pytest.raises(PalimpsestError, match=words):
         list(ask(fake).stream("x"))
     assert len(fake.requests) == 1
 
 
+def test_a_limit_stops_a_list(ask: Ask) -> None:
+    """`limit` is the maximum number of items, over all pages."""
+    fake = FakeService({"GET /edits": {"items": [EDIT, EDIT], "next": "more"}})
+    assert len(list(ask(fake).edits(limit=3))) == 3
+    assert [body["limit"] for _, body in fake.requests] == ["3", "3"]
+
+
 def test_lists_are_read_to_their_end(ask: Ask) -> None:
-    """Pages follow one another; what was asked is asked of each."""
+    """A list requests page after page with the same filters."""
     pages = [{"items": [EDIT], "next": "c"}, {"items": [DONE], "next": None}]
     fake = FakeService({"GET /edits": pages})
     assert [e.status for e in ask(fake).edits(subject="s")] == ["queued", "applied"]
     assert [body for _, body in fake.requests] == [{"limit": "200", "subject": "s"}, {"limit": "200", "subject": "s", "cursor": "c"}]  # fmt: skip
 
 
-def test_export_is_polled_until_ready(ask: Ask, paused: list[float]) -> None:
-    """An export that is still being made is asked for again when the service says."""
-    later = httpx.Response(202, json={"status": "running"}, headers={"Retry-After": "2"})
-    fake = FakeService({"GET /export": [later, b"zip"]})
-    assert ask(fake).export(3) == b"zip" and paused == [2]
+def test_an_export_is_written_to_a_file(ask: Ask) -> None:
+    """An export returns bytes, or is written in chunks with the file name of the service."""
+    named = httpx.Response(200, content=b"zip", headers={"Content-Disposition": 'attachment; filename="a.zip"'})
+    fake = FakeService({"GET /export": [b"zip", named]})
+    client, file = ask(fake), io.BytesIO()
+    assert client.export(3) == b"zip"
+    assert client.export_to(file, 3) == "a.zip" and file.getvalue() == b"zip"
     assert [body for _, body in fake.requests] == [{"version": "3", "format": "peft"}] * 2
 
 
 def test_an_edit_that_was_not_applied_is_an_error(ask: Ask) -> None:
-    """A rejected edit raises with the guard's words and its figures, a failed one with the error's; a dry run does not."""
+    """A rejected edit and a failed one raise with their reasons; a dry run does not raise."""
     rejected = EDIT | {"status": "rejected", "result": {"reason": "too weak"}}
     failed = EDIT | {"status": "failed", "error": {"title": "x", "detail": "no memory"}}
     fake = FakeService({"POST /edits": [rejected, failed, rejected | {"dry_run": True}]})
@@ -232,13 +255,13 @@ def test_an_edit_that_was_not_applied_is_an_error(ask: Ask) -> None:
     with pytest.raises(EditRejected, match="too weak") as caught:
         client.edit("s", "{} is", "x")
     assert caught.value.edit.id == "edit_1"
-    with pytest.raises(JobFailed, match="edit_1 is failed: no memory"):
+    with pytest.raises(JobFailed, match="edit_1 failed: no memory"):
         client.edit("s", "{} is", "x")
     assert client.edit("s", "{} is", "x", dry_run=True).reason == "too weak"
 
 
 def test_the_key_and_the_address_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PALIMPSEST_URL and PALIMPSEST_API_KEY stand in for what is left out; every request carries the key."""
+    """PALIMPSEST_URL and PALIMPSEST_API_KEY are the defaults; every request carries the key."""
     monkeypatch.setenv("PALIMPSEST_URL", "http://elsewhere/prefix/")
     monkeypatch.setenv("PALIMPSEST_API_KEY", "secret")
     fake = FakeService({"GET /prefix/models": {"items": []}})
@@ -249,8 +272,8 @@ def test_the_key_and_the_address_come_from_the_environment(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://"])
-def test_an_address_that_is_none_is_refused(url: str) -> None:
-    """A URL without scheme or host is told as such, before anything is asked."""
+def test_an_invalid_address_is_rejected(url: str) -> None:
+    """A URL without scheme or host raises before any request."""
     with pytest.raises(ValueError, match="http://127"):
         Client(url)
 
@@ -260,6 +283,6 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
     [(host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")]
     + [(host, False) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "", "localhost.example.org")],
 )
-def test_loopback_is_known_by_its_address(host: str, answer: bool) -> None:
-    """Only addresses that stay on this machine are asked without a proxy; a name that could lead anywhere is not one of them."""
+def test_is_loopback(host: str, answer: bool) -> None:
+    """Only loopback addresses and `localhost` are loopback; other names may resolve to any machine."""
     assert is_loopback(host) is answer
