@@ -15,7 +15,9 @@ from palimpsest.sync_async import AsyncMode, SyncMode, run_sync
 from palimpsest.transport import AsyncBackend, BlockingBackend, HttpBackend, Transport
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-STREAM_TIMEOUT = 60.0  #: seconds; the service sends a ping every 15, so a longer silence means a dead connection
+STREAM_TIMEOUT = (
+    60.0  #: seconds; the service sends a ping every 15, so a longer silence means a dead connection
+)
 
 
 class _HttpOptions(TypedDict):
@@ -33,7 +35,9 @@ class _BaseClient(Endpoints):
         key = key or os.environ.get("PALIMPSEST_API_KEY")
         parsed_url = urlsplit(self.url)
         if parsed_url.scheme not in ("http", "https") or not parsed_url.hostname:
-            raise ValueError(f"{self.url!r} is not the address of a service: use a form such as {DEFAULT_URL}.")
+            raise ValueError(
+                f"{self.url!r} is not the address of a service: use a form such as {DEFAULT_URL}."
+            )
         self._timeout = timeout
         self._prefer_wait = min(MAX_PREFER_WAIT, timeout / 2)
         self._http_options = _HttpOptions(

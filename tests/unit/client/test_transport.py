@@ -238,7 +238,9 @@ def test_lists_are_read_to_their_end(ask: Ask) -> None:
 
 def test_an_export_is_written_to_a_file(ask: Ask) -> None:
     """An export returns bytes, or is written in chunks with the file name of the service."""
-    named = httpx.Response(200, content=b"zip", headers={"Content-Disposition": 'attachment; filename="a.zip"'})
+    named = httpx.Response(
+        200, content=b"zip", headers={"Content-Disposition": 'attachment; filename="a.zip"'}
+    )
     fake = FakeService({"GET /export": [b"zip", named]})
     client, file = ask(fake), io.BytesIO()
     assert client.export(3) == b"zip"
