@@ -19,7 +19,7 @@ from service.errors import InvalidInput
 from service.evaluation import runner
 from service.exporting.export_job import export_version
 from service.jobs import artifacts
-from service.jobs.broker import JOB_KINDS
+from service.jobs.job_kinds import JOB_KINDS
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit.artifact_store import get_json
 from service.kit.steps import (

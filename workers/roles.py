@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.errors import Misconfigured
-from service.jobs.worker_registry import ROLES
+from service.jobs.job_kinds import ROLES
 
 
 def parse_roles(text: str) -> tuple[str, ...]:

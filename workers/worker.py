@@ -13,7 +13,7 @@ from service.editing.context import EditorContext, build_editor_context
 from service.engine.engine import Engine, EngineConfig
 from service.engine.versioned_model import VersionedModel
 from service.errors import DigestMismatch, Misconfigured, PalimpsestError, Unavailable
-from service.jobs.broker import CALL_KINDS
+from service.jobs.job_kinds import CALL_KINDS
 from service.jobs.job_store import JobStore
 from service.jobs.worker_session import WorkerSession, delete_all_workers
 from service.kit import metrics

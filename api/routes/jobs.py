@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
 from pydantic import Field
@@ -21,10 +21,14 @@ from api.errors import problem_responses
 from api.job_resource import JobResource
 from api.protected_route import ProtectedRoute
 from api.routes.edits import EditStatus
+from service.jobs.job_kinds import JOB_KINDS
 
 router = APIRouter(tags=["jobs"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
-JobKindName = Literal["edit", "trace", "export", "evaluation"]
+if TYPE_CHECKING:
+    JobKindName = str
+else:
+    JobKindName = Literal[*JOB_KINDS]
 JobStatus = EditStatus | Literal["done"]
 
 

@@ -15,6 +15,7 @@ from service.db.models import IdempotencyKey, Job, Model, now
 from service.errors import InvalidInput, NotFound, QueueFull
 from service.jobs import artifacts, views
 from service.jobs.broker import Broker, ignoring_broker_outage
+from service.jobs.job_kinds import JOB_KINDS
 from service.jobs.views import ResourceDict
 from service.kit import crash_points, metrics
 from service.kit.ids import new_id, prefix_of, request_id
@@ -130,7 +131,7 @@ class JobQueue:
         validate_limit(limit)
         before = decode_cursor(cursor, str)
         with self.database.read_session() as session:
-            query = select(Job) if kind != "evaluation" else without_columns(Job.result)
+            query = without_columns(Job.result) if JOB_KINDS[kind].list_serializer else select(Job)
             query = query.where(Job.model == get_served_model(session).fingerprint, Job.kind == kind)
             for name, value in filters.items():
                 if value is not None:
@@ -212,7 +213,7 @@ def new_job_row(kind: str, model: Model, request: dict[str, Any], actor: str) ->
     """The row of a new job, before it is written."""
     created = now()
     row = {
-        "id": new_id(kind),
+        "id": new_id(JOB_KINDS[kind].id_prefix),
         "kind": kind,
         "model": model.fingerprint,
         "status": "queued",

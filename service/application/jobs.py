@@ -16,8 +16,9 @@ from service.db.database import Database
 from service.db.models import Job, now
 from service.errors import Conflict, InvalidInput, NotFound, Unavailable
 from service.jobs import views
-from service.jobs.broker import JOB_KINDS, Broker, Event, ignoring_broker_outage
+from service.jobs.broker import Broker, Event, ignoring_broker_outage
 from service.jobs.event_stream import with_idle_ticks
+from service.jobs.job_kinds import JOB_KINDS
 from service.jobs.views import JOB_STATUSES, OPEN_STATUSES, ResourceDict
 from service.kit.ids import request_id
 from service.kit.pagination import decode_cursor, encode_cursor, invalid_cursor, validate_limit

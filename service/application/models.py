@@ -14,7 +14,8 @@ from service.db.database import Database
 from service.db.models import Job, LedgerEntry, Model, Worker, now
 from service.errors import Unavailable
 from service.jobs import worker_registry
-from service.jobs.broker import CALL_KINDS, JOB_KINDS, Broker
+from service.jobs.broker import Broker
+from service.jobs.job_kinds import CALL_KINDS, JOB_KINDS, ROLES
 from service.jobs.views import OPEN_STATUSES, ResourceDict
 from service.ledger import ledger
 
@@ -76,7 +77,7 @@ class ModelService:
 
     def require_worker_for(self, kind: str) -> None:
         """Raise Unavailable when no living worker does this kind of work: whoever waits for it waits in vain."""
-        role = next(role for role, kinds in worker_registry.ROLES.items() if kind in kinds)
+        role = next(role for role, kinds in ROLES.items() if kind in kinds)
         with self.database.read_session() as session:
             worker_rows = worker_registry.list_workers(
                 session, get_served_model(session).fingerprint, self.lease
@@ -106,7 +107,7 @@ def _unready_reasons(
         reasons.append("no living worker does generate")
     elif all(worker.version < required_version for worker in generating):
         reasons.append(f"no worker has reached version {required_version} yet")
-    for role, kinds in worker_registry.ROLES.items():
+    for role, kinds in ROLES.items():
         count = sum(waiting.get(kind, 0) for kind in kinds)
         if count and role != "generate" and not worker_registry.serving_workers(worker_rows, role):
             reasons.append(f"{count} jobs wait and no living worker does {role}")

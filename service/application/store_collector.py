@@ -16,9 +16,10 @@ from sqlalchemy.orm import Session
 
 from service.db.database import Database
 from service.db.models import Job, Model, Worker, now
-from service.jobs.broker import CALL_KINDS, JOB_KINDS, Broker
+from service.jobs.broker import Broker
+from service.jobs.job_kinds import CALL_KINDS, JOB_KINDS, ROLES
 from service.jobs.views import OPEN_STATUSES
-from service.jobs.worker_registry import ROLES, serving_workers
+from service.jobs.worker_registry import serving_workers
 from service.ledger import ledger
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -33,7 +33,8 @@ from service.engine.outbox import Outbox
 from service.engine.scheduler import MAX_PREFILL_TOKENS, Scheduler
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, DigestMismatch, InvalidInput, LeaseLost, PalimpsestError, Unavailable
-from service.jobs.broker import CALL_KINDS, WORK_KINDS, Broker, Delivery
+from service.jobs.broker import Broker, Delivery
+from service.jobs.job_kinds import CALL_KINDS, WORK_KINDS
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.jobs.worker_session import WorkerSession
 from service.kit import crash_points, metrics
@@ -114,7 +115,7 @@ class Engine:
         broker: Broker,
         handlers: Mapping[str, JobHandler],
         config: EngineConfig | None = None,
-        call_kinds: Sequence[str] = CALL_KINDS,
+        call_kinds: Collection[str] = CALL_KINDS,
     ) -> None:
         self.replica = replica
         self.served_version: tuple[int, str] | None = (

@@ -13,12 +13,6 @@ from typing import Any, Protocol
 
 from service.errors import Unavailable
 
-#: every kind of work, most urgent first
-WORK_KINDS = ("generate", "compare", "edit", "trace", "export", "evaluation")
-#: the kinds whose message is the whole request; the others are rows
-CALL_KINDS = ("generate", "compare")
-JOB_KINDS = tuple(kind for kind in WORK_KINDS if kind not in CALL_KINDS)
-
 log = logging.getLogger(__name__)
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from service.jobs.broker import WORK_KINDS, Delivery, Event, OutgoingEvent
+from service.jobs.broker import Delivery, Event, OutgoingEvent
+from service.jobs.job_kinds import WORK_KINDS
 from service.kit.ids import new_id
 
 Listener = tuple[asyncio.AbstractEventLoop, asyncio.Event]

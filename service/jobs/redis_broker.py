@@ -25,7 +25,8 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from service.errors import Unavailable
-from service.jobs.broker import CALL_KINDS, WORK_KINDS, Delivery, Event, OutgoingEvent
+from service.jobs.broker import Delivery, Event, OutgoingEvent
+from service.jobs.job_kinds import CALL_KINDS, WORK_KINDS
 from service.jobs.redis_connection import (
     as_unavailable,
     async_redis_client,

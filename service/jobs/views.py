@@ -1,8 +1,8 @@
-"""Rows as the world sees them: the resources of the HTTP contract, as plain JSON."""
+"""The resources of the HTTP API, built from rows as plain JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -10,13 +10,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.db.models import Job, to_json_value
+from service.jobs.job_kinds import JOB_KINDS
 from service.ledger.ledger import iso_utc
 
 ResourceDict = dict[str, Any]
 
-#: a job with one of these statuses is still to end
+#: statuses of jobs that have not ended
 OPEN_STATUSES = ("queued", "running")
-#: what an edit can be; "dry_run_passed" is a dry run that would have landed
+#: statuses of edits; "dry_run_passed" is a dry run that passed its guard
 EDIT_STATUSES = (
     *OPEN_STATUSES,
     "applied",
@@ -27,31 +28,27 @@ EDIT_STATUSES = (
     "superseded",
     "reverted",
 )
-#: what a job of any kind can be
+#: statuses of jobs of all kinds
 JOB_STATUSES = (*EDIT_STATUSES, "done")
 
 
 def serialize_job(session: Session, job: Job) -> ResourceDict:
-    """A job of any kind, whole."""
+    """Return the full resource of a job of any kind."""
     return serialize_many(session, [job])[0]
 
 
 def serialize_many(session: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
-    """Jobs of one kind and one model, whole."""
-    if jobs and jobs[0].kind == "edit":
-        return serialize_edits(session, jobs)
-    return [SERIALIZERS[job.kind](job) for job in jobs]
+    """Return the full resources of jobs of one kind and one model."""
+    return list(JOB_KINDS[jobs[0].kind].serialize(session, jobs)) if jobs else []
 
 
 def serialize_list(session: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
-    """Jobs of one kind and one model as a list shows them."""
-    if jobs and jobs[0].kind == "evaluation":
-        return [evaluation_summary(job) for job in jobs]
-    return serialize_many(session, jobs)
+    """Return the resources of jobs of one kind and one model as a list shows them."""
+    return list(JOB_KINDS[jobs[0].kind].serialize_list(session, jobs)) if jobs else []
 
 
 def serialize_edits(session: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
-    """Edits of one model, each with the active edits of its subject."""
+    """Return edits of one model, each with the other active edits of its subject."""
     if not jobs:
         return []
     active_edits = session.execute(
@@ -82,8 +79,10 @@ def serialize_edits(session: Session, jobs: Sequence[Job]) -> list[ResourceDict]
 
 
 def _superseders(session: Session, jobs: Sequence[Job]) -> dict[str, str | None]:
-    """What stands in the place of superseded edits whose facts have no active edit: the edit that names it, or the newest of its
-    fact, which another names."""
+    """Return, for superseded edits whose facts have no active edit, the id of the edit that supersedes each.
+
+    This is the edit that names it in `supersedes`, or else the newest committed edit of the same fact.
+    """
     if not jobs:
         return {}
     committed = session.execute(
@@ -124,55 +123,58 @@ def _serialize_edit(job: Job, related: list[str], superseded_by: str | None) -> 
     }
 
 
-def serialize_trace(job: Job) -> ResourceDict:
-    return {
-        **_common_fields(job),
-        "result": to_json_value(job.result),
-        "request": job.request,
-        "version": job.version,
-        "links": _links(f"/trace/{job.id}"),
-    }
+def serialize_traces(_: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
+    """Return traces with their requests and results."""
+    return [
+        {
+            **_common_fields(job),
+            "result": to_json_value(job.result),
+            "request": job.request,
+            "version": job.version,
+            "links": _job_links(job),
+        }
+        for job in jobs
+    ]
 
 
-def serialize_evaluation(job: Job) -> ResourceDict:
-    """An evaluation with what it found. Its records are not in its row: `request` says how many they are."""
-    return {**evaluation_summary(job), "result": to_json_value(job.result)}
+def serialize_evaluations(session: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
+    """Return evaluations with their results.
+
+    The records are an artifact, not a part of the row: `request` states their number.
+    """
+    summaries = summarize_evaluations(session, jobs)
+    return [
+        {**summary, "result": to_json_value(job.result)} for summary, job in zip(summaries, jobs, strict=True)
+    ]
 
 
-def evaluation_summary(job: Job) -> ResourceDict:
-    """An evaluation without what it found, which can be megabytes."""
-    return {**_common_fields(job), "request": job.request, "links": _links(f"/evaluations/{job.id}")}
+def summarize_evaluations(_: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
+    """Return evaluations without their results, which can be megabytes."""
+    return [{**_common_fields(job), "request": job.request, "links": _job_links(job)} for job in jobs]
 
 
-def serialize_export(job: Job) -> ResourceDict:
-    """An export; `result` says what its file is. The file itself is at the address that asked for it."""
-    return {
-        **_common_fields(job),
-        "request": job.request,
-        "result": to_json_value(job.result),
-        "links": {"self": job_path(job)},
-    }
-
-
-#: how a job of a kind is shown by itself; edits are shown beside the others of their subjects
-SERIALIZERS: dict[str, Callable[[Job], ResourceDict]] = {
-    "trace": serialize_trace,
-    "evaluation": serialize_evaluation,
-    "export": serialize_export,
-}
-#: where the jobs of a kind are
-PATHS = {"edit": "edits", "trace": "trace", "evaluation": "evaluations"}
+def serialize_exports(_: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
+    """Return exports; `result` describes the file."""
+    return [
+        {
+            **_common_fields(job),
+            "request": job.request,
+            "result": to_json_value(job.result),
+            "links": _job_links(job),
+        }
+        for job in jobs
+    ]
 
 
 def job_path(job: Job) -> str:
-    """Where a job is, or what it made."""
+    """Return the path of a job's resource, or of the file that an export makes."""
     if job.kind == "export":
         return f"/export?version={job.request['version']}&format={job.request['format']}"
-    return f"/{PATHS[job.kind]}/{job.id}"
+    return f"{JOB_KINDS[job.kind].path}/{job.id}"
 
 
 def job_summary(job: Job) -> ResourceDict:
-    """A job of any kind, without what it was asked and what it found; `links` lead there."""
+    """Return a job of any kind without its request and result; `links` lead to them."""
     return {
         **_common_fields(job),
         "kind": job.kind,

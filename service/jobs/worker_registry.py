@@ -12,13 +12,6 @@ from service.db.models import Model, Worker, now
 from service.jobs.views import ResourceDict
 from service.ledger.ledger import iso_utc
 
-#: the kinds of work behind each role
-ROLES = {
-    "generate": ("generate", "compare"),
-    "edit": ("edit", "export"),
-    "trace": ("trace",),
-    "evaluate": ("evaluation",),
-}
 WORKER_RETENTION = timedelta(days=1)  #: how long a worker that is gone or took itself out is remembered
 
 

@@ -17,7 +17,8 @@ from service.bootstrap import build_container
 from service.errors import PalimpsestError
 from service.evaluation.metrics import CHANGE_SCORES, COMBINED_SCORES, MEASURES
 from service.jobs import artifacts
-from service.jobs.broker import WORK_KINDS, Delivery
+from service.jobs.broker import Delivery
+from service.jobs.job_kinds import WORK_KINDS
 from service.kit.steps import Phase, Progress
 from service.recipes.recipe import Recipe, RomeParameters
 from service.schemas import EvaluationPlan

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from service.jobs.broker import WORK_KINDS, Broker, Delivery, Event, OutgoingEvent
+from service.jobs.broker import Broker, Delivery, Event, OutgoingEvent
+from service.jobs.job_kinds import WORK_KINDS
 from service.jobs.memory_broker import MemoryBroker
 from service.jobs.redis_broker import RedisBroker
 

@@ -16,7 +16,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from service.jobs.broker import WORK_KINDS, Delivery
+from service.jobs.broker import Delivery
+from service.jobs.job_kinds import WORK_KINDS
 from service.jobs.redis_broker import RedisBroker
 
 JOBS = ("edit_1", "edit_2", "edit_3")

@@ -18,7 +18,8 @@ import redis as redis_client
 
 from service.errors import Unavailable
 from service.jobs import redis_broker as module
-from service.jobs.broker import WORK_KINDS, Broker, OutgoingEvent
+from service.jobs.broker import Broker, OutgoingEvent
+from service.jobs.job_kinds import WORK_KINDS
 from service.jobs.redis_broker import RedisBroker
 from service.kit import metrics
 from tests.support import redis_server as redis_servers

@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 
 from service.db.models import JobArtifact
 from service.errors import Conflict
-from service.jobs import artifacts
+from service.jobs.job_kinds import JOB_KINDS
 from service.kit.steps import run_to_completion
 from tests.support.logits import load_with_peft, logits, served_logits
 from tests.support.stepped_service import SteppedService
@@ -88,7 +88,7 @@ def test_one_export_is_shared_by_all_requests(stepped_service: SteppedService) -
 def test_only_the_newest_are_kept(stepped_service: SteppedService) -> None:
     """An older one is made again when it is asked for, to the same bytes."""
     exports, files = [], []
-    for number in range(artifacts.MAX_KEPT_EXPORTS + 1):
+    for number in range(JOB_KINDS["export"].max_kept + 1):
         stepped_service.edit(f"Tower {number}", "is")
         exports.append(stepped_service.export())
         files.append(download(stepped_service, exports[-1]))
@@ -97,7 +97,7 @@ def test_only_the_newest_are_kept(stepped_service: SteppedService) -> None:
     with stepped_service.container.database.read_session() as session:
         assert (
             session.scalar(select(func.count(func.distinct(JobArtifact.job_id))))
-            == artifacts.MAX_KEPT_EXPORTS
+            == JOB_KINDS["export"].max_kept
         )
     again = stepped_service.export(1)
     assert again["id"] != exports[0]["id"] and download(stepped_service, again) == files[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.errors import Misconfigured
-from service.jobs.broker import WORK_KINDS
+from service.jobs.job_kinds import WORK_KINDS
 from service.settings import Settings
 from workers.roles import kinds_of_roles, parse_roles
 

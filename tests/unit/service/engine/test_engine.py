@@ -13,7 +13,8 @@ import torch
 from service.engine.decoding import DecodingBatch, new_sequence, next_token_distribution
 from service.engine.engine import MAX_INTERRUPTIONS, Engine, EngineConfig, JobHandler
 from service.errors import Conflict, DigestMismatch, InvalidInput, LeaseLost, Unavailable
-from service.jobs.broker import CALL_KINDS, Broker, Event, OutgoingEvent
+from service.jobs.broker import Broker, Event, OutgoingEvent
+from service.jobs.job_kinds import CALL_KINDS
 from service.jobs.job_store import ClaimedJob
 from service.jobs.memory_broker import MemoryBroker
 from service.jobs.redis_broker import RedisBroker
@@ -47,7 +48,7 @@ class EngineHarness:
         handlers: dict[str, Any] | None = None,
         config: EngineConfig = TEST_CONFIG,
         model_type: str = "gpt2",
-        call_kinds: Sequence[str] = CALL_KINDS,
+        call_kinds: Any = CALL_KINDS,
     ) -> None:
         self.replica = ShuffledVersionedModel(tiny(model_type))
         self.jobs = InMemoryJobs()
