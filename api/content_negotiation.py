@@ -53,15 +53,15 @@ def render_trace(resource: dict[str, Any], media_type: str) -> str | bytes:
 def render_evaluation(resource: dict[str, Any], media_type: str) -> str | bytes:
     """The report of an evaluation that is done; as a picture the curves of a sequence, and else the bars."""
     _require_done("evaluation", resource)
-    from service.evaluation import report
+    from service.evaluation import report, report_figures, report_text
     from service.kit import plotting
 
     results = [resource["result"]]
     if media_type == HTML:
         return report.page(results)
-    *_, figure = report.figures(results).values()
+    *_, figure = report_figures.figures(results).values()
     return (
-        plotting.render_svg(figure, report.title(results))
+        plotting.render_svg(figure, report_text.title(results))
         if media_type == SVG
         else plotting.render_png(figure)
     )

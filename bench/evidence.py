@@ -35,6 +35,7 @@ from service.editing.context import EditorContext, build_editor_context
 from service.editing.methods import rome
 from service.editing.value_optimizer import DeltaSite, ValueResult, ValueSearchSpec
 from service.engine.versioned_model import EmptyLedger, VersionedModel
+from service.evaluation.checkpointing import ArtifactKind
 from service.evaluation.runner import run_evaluation
 from service.kit.artifact_store import DirectoryStore
 from service.kit.steps import Stepper, run_to_completion
@@ -174,9 +175,9 @@ class EvidenceExperiment:
                 "hparams": row.hparams,
                 "mode": mode,
                 "strengths": list(strengths) if mode == "sequence" or row.strengths else [1.0],
-                "found_on": row.base_model_for_search if mode == "sequence" else "base",
+                "search_model": row.base_model_for_search if mode == "sequence" else "base",
                 "checkpoints": list(checkpoints),
-                "together": min(count, 1000) if row.strengths is None else None,
+                "batch_size": min(count, 1000) if row.strengths is None else None,
             }
         )
         records = self.records[:count]
@@ -185,11 +186,12 @@ class EvidenceExperiment:
         result_path = folder / "result.json"
         if not result_path.exists():
             began = time.perf_counter()
-            shared = {"base-": self.out / f"base-{count}"}  # what the base says to these records
+            shared: dict[str, Path] = {ArtifactKind.SCORES_BEFORE: self.out / f"base-{count}"}
             if (
                 plan.search_model == "base" and plan.batch_size is None
             ):  # alone or in a sequence, the edits are the same
-                shared |= dict.fromkeys(("found-", "piece-"), self.out / f"found-{run_name}")
+                edits = self.out / f"found-{run_name}"
+                shared |= dict.fromkeys((ArtifactKind.SEARCH, ArtifactKind.FACTORS), edits)
             cache = ResultCache(folder, shared)
             evaluation = run_to_completion(
                 run_evaluation(self.replica, self.context, plan, records, cache, self.damage_texts(records))
@@ -225,7 +227,7 @@ def print_single(results: dict[str, dict[str, Any]], table: Table) -> None:
     for name, result in results.items():
         m, damage = result["after"], result["damage"]
         rise = f"{100 * damage['loss_rise']['mean']:.2f} %" if damage else ""
-        rate = result["edits_per_minute"].get("all", "")
+        rate = result["edits_per_minute"].get("total", "")
         cells = [percent(m[x], x == "S") for x in ("ES", "PS", "NS", "S", "EM", "exact")]
         table.add_row(name, *cells, rise, str(rate))
     console.print(table)
@@ -247,7 +249,7 @@ def print_sequences(results: dict[str, Checkpoints], table: Table) -> None:
         for c in checkpoints:
             cells = [percent(c["measures"][x], x == "S") for x in ("ES", "PS", "NS", "S")]
             norm = f"{max(c['norm'].values(), default=0):.2f}"
-            still = c["still"]
+            still = c["still_holding"]
             retention = f"{still['hold']} of {still['held_before']}" if still["held_before"] else ""
             table.add_row(name, str(c["edits"]), *cells, format_loss_increase(c), norm, retention)
     console.print(table)

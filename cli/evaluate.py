@@ -18,7 +18,7 @@ from service.datasets.loading import load_records
 from service.datasets.parsing import SKIP_DESCRIPTIONS
 from service.datasets.record import Record, true_statements
 from service.errors import InvalidInput
-from service.evaluation import report
+from service.evaluation import report, report_figures, report_text
 from service.kit import plotting
 from service.kit.artifact_store import DirectoryStore
 from service.schemas import EvaluationPlan
@@ -121,7 +121,7 @@ def load_result(path: Path) -> dict[str, Any]:
     file = path / RESULT_FILE if path.is_dir() else path
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        report.title([result])
+        report_text.title([result])
     except (OSError, ValueError, KeyError, TypeError):
         raise InvalidInput(f"{str(path)!r} holds no result of an evaluation: name its folder.") from None
     return result  # type: ignore[no-any-return]
@@ -131,7 +131,7 @@ def write_report(folder: Path, results: Sequence[dict[str, Any]]) -> None:
     """The first result as JSON; the figures and the page of all of them."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT_FILE).write_text(json.dumps(results[0], indent=1), encoding="utf-8")
-    for name, draw in report.figures(results).items():
+    for name, draw in report_figures.figures(results).items():
         (folder / f"{name}.png").write_bytes(plotting.render_png(draw, DPI))
     (folder / REPORT_FILE).write_text(report.page(results), encoding="utf-8")
 
@@ -151,10 +151,10 @@ def print_result(result: dict[str, Any], folder: Path, as_json: bool) -> None:
 
 def print_result_tables(result: dict[str, Any]) -> None:
     """The result in words and tables."""
-    for line in report.sentences(result):
+    for line in report_text.sentences(result):
         out.print(strip_control_chars(line))
-    if rows := report.checkpoint_rows(result):
-        out.print(table("", report.CHECKPOINT_COLUMNS, rows))
+    if rows := report_text.checkpoint_rows(result):
+        out.print(table("", report_text.CHECKPOINT_COLUMNS, rows))
         out.print()
-    columns = report.MEASURE_COLUMNS
-    out.print(format_list(columns, report.measure_rows(result), columns[-1:]))
+    columns = report_text.MEASURE_COLUMNS
+    out.print(format_list(columns, report_text.measure_rows(result), columns[-1:]))

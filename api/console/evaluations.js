@@ -142,7 +142,7 @@ function form() {
       method: method.value,
       seed: Number(seed.value),
       ...(mode.value === "sequence" ? { checkpoints: numbers } : {}),
-      ...(plain.value ? { plain: Number(plain.value) } : {}),
+      ...(plain.value ? { damage_texts: Number(plain.value) } : {}),
     };
   }
   async function submit(event) {

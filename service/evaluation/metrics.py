@@ -1,9 +1,9 @@
-"""What is asked of a model about a record, and what its answers come to: a record's measures, and their means with intervals."""
+"""The prompts on which a model is scored for a record, the measures of a record, and their means with intervals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,39 +22,39 @@ from service.scores.scores import (
 
 Measures = dict[str, float | None]
 
-#: a measure -> what it is, for people; S is their harmonic mean where it says so
+#: measure -> its description (Meng et al. 2022, Section 3.4 and Appendix; zsRE as in Meng et al. 2023)
 MEASURES = {
-    "ES": "the prompt prefers the new object to the true one",
-    "PS": "the paraphrases do",
-    "NS": "the neighbours prefer their own object to the new one",
+    "ES": "efficacy: p(new) > p(true) on the prompt",
+    "PS": "p(new) > p(true) on the paraphrases",
+    "NS": "p(own) > p(new) on the neighbours",
     "EM": "p(new) - p(true) on the prompt",
     "PM": "p(new) - p(true) on the paraphrases",
     "NM": "p(own) - p(new) on the neighbours",
     "p_new": "p(new) on the prompt",
-    "exact": "the model says the new object, every token of it",
-    "exact_paraphrase": "it does after the paraphrases",
-    "exact_neighbour": "it says their own object after the neighbours",
-    "accuracy": "tokens of the new object that are right (zsRE: efficacy)",
-    "accuracy_paraphrase": "after the paraphrases (zsRE: paraphrase)",
-    "accuracy_neighbour": "of the neighbours' own object (zsRE: specificity)",
+    "exact": "the new object is the greedy continuation of the prompt",
+    "exact_paraphrase": "the same for the paraphrases",
+    "exact_neighbour": "the own object is the greedy continuation of the neighbours",
+    "accuracy": "correct tokens of the new object (zsRE: efficacy)",
+    "accuracy_paraphrase": "the same for the paraphrases (zsRE: paraphrase)",
+    "accuracy_neighbour": "correct tokens of the neighbours' own object (zsRE: specificity)",
     "GE": "entropy of generated n-grams",
-    "RS": "likeness of generated texts to reference texts",
+    "RS": "similarity of generated texts to reference texts",
 }
-#: harmonic mean -> of which measures
+#: harmonic mean -> the measures that it combines
 COMBINED_SCORES = {
     "S": ("ES", "PS", "NS"),
     "S_accuracy": ("accuracy", "accuracy_paraphrase", "accuracy_neighbour"),
 }
-#: how much of what was possible the edits did (Hase et al. 2023)
+#: share of the possible change that the edits made -> its description (Hase et al. 2023)
 CHANGE_SCORES = {
-    "rewrite": "of the possible change of p on the prompt",
-    "paraphrase": "of the possible change of p on the paraphrases",
-    "neighbour": "that the neighbours' p did not use of its possible change",
+    "rewrite": "share of the possible change of p on the prompt",
+    "paraphrase": "share of the possible change of p on the paraphrases",
+    "neighbour": "share of the possible change that p on the neighbours did not make",
 }
 
 
 def scoring_pairs(record: Record) -> list[tuple[str, str]]:
-    """(prompt, object) pairs, whose scores `Answers.of` reads in the same order."""
+    """Return the (prompt, object) pairs of a record in the order in which `RecordScores.from_scores` reads their scores."""
     objects = (record.target_new,) if record.target_true is None else (record.target_new, record.target_true)
     pairs = [(prompt, object_) for prompt in (record.text, *record.paraphrases) for object_ in objects]
     return pairs + [
@@ -64,7 +64,7 @@ def scoring_pairs(record: Record) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class PromptScores:
-    """Of one prompt: the new object, and the one that it contends with, where there is one."""
+    """The scores of one prompt: of the new object, and of the object that it competes with, if there is one."""
 
     new: TargetScore
     true: TargetScore | None
@@ -72,14 +72,15 @@ class PromptScores:
 
 @dataclass(frozen=True)
 class RecordScores:
-    """What a model says to one record's prompts."""
+    """The scores of a model on one record's prompts."""
 
     rewrite: PromptScores
     paraphrases: list[PromptScores]
     neighbours: list[PromptScores]
 
     @classmethod
-    def from_scores(cls, record: Record, scores: Sequence[TargetScore]) -> RecordScores:
+    def from_scores(cls, record: Record, scores: Iterable[TargetScore]) -> RecordScores:
+        """Build the scores of a record from those of its `scoring_pairs`. Consumes exactly as many scores."""
         score_iterator = iter(scores)
         has_true_object = record.target_true is not None
         prompt_scores = [
@@ -94,16 +95,16 @@ class RecordScores:
 
     @property
     def edit_holds(self) -> bool:
-        """The new object is the more probable one, or is said where there is no other to compare it with."""
+        """Whether the new object is more probable than the true one, or greedy if no true object is known."""
         return self.has_margin(0.0)
 
     def has_margin(self, margin: float) -> bool:
-        """The same by some nats of mean log-probability."""
+        """Return the same, with a margin in nats of mean log-probability."""
         new, true = self.rewrite.new, self.rewrite.true
         return new.is_greedy if true is None else new.log_p - true.log_p > margin
 
     def measures(self) -> Measures:
-        """Shares and differences of one record; None for what it has no prompts or no objects for."""
+        """Return the measures of the record, None for those whose prompts or objects it lacks."""
         rewrites, paraphrases, neighbours = [self.rewrite], self.paraphrases, self.neighbours
         neighbour_margin = probability_margin(_log_prob_pairs(neighbours))
         return {
@@ -127,10 +128,16 @@ class RecordScores:
         }
 
 
-def change_scores(before: RecordScores, after: RecordScores, objective: str) -> Measures:
-    """How much of what was possible an edit did, by what it is for; on paraphrases and neighbours the mean.
+def split_scores(records: Sequence[Record], scores: Iterable[TargetScore]) -> list[RecordScores]:
+    """Return the scores of each record, from those of the `scoring_pairs` of all records."""
+    score_iterator = iter(scores)
+    return [RecordScores.from_scores(record, score_iterator) for record in records]
 
-    p is that of the object that was optimised: the new one, or the true one where it is to be erased or amplified.
+
+def change_scores(before: RecordScores, after: RecordScores, objective: str) -> Measures:
+    """Return the share of the possible change that an edit made, as a mean over paraphrases and over neighbours.
+
+    p is the joint probability of the optimised object: the new one to write, the true one to erase or amplify.
     """
     true = objective != "write"
     share = erasure_share if objective == "erase" else rewrite_share
@@ -149,7 +156,7 @@ def change_scores(before: RecordScores, after: RecordScores, objective: str) -> 
 
 
 def summarize(rows: Sequence[Mapping[str, float | None]], seed: int) -> dict[str, Any]:
-    """The mean of every measure over records with its interval, and the scores combined of them; None where none has it."""
+    """Return the mean of every measure over records with its interval, and the combined scores. None if no record has it."""
     resampler = _resampler(len(rows), seed)
     names = dict.fromkeys(name for row in rows for name in row)
     summarized: dict[str, Any] = {}
@@ -165,7 +172,7 @@ def summarize(rows: Sequence[Mapping[str, float | None]], seed: int) -> dict[str
 
 @lru_cache(maxsize=4)
 def _resampler(n: int, seed: int) -> BootstrapResampler:
-    """Of as many records, the same for all that is said of them: to draw takes longer than to average."""
+    """Return the resampler for `n` records. It is cached, because drawing takes longer than averaging."""
     return BootstrapResampler(n, seed=seed)
 
 
@@ -184,5 +191,5 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _joint_probability(score: TargetScore) -> float:
-    """The probability of the whole object."""
+    """Return the probability of all tokens of the object."""
     return math.exp(score.log_p * score.num_tokens)

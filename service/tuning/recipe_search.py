@@ -19,8 +19,9 @@ from service.datasets.record import Record, check_record_fits
 from service.editing.context import EditInput, EditorContext
 from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
 from service.errors import InvalidInput
+from service.evaluation.composition import choose_group_strengths
+from service.evaluation.measuring import texts_without_edited_facts
 from service.evaluation.metrics import RecordScores, scoring_pairs, summarize
-from service.evaluation.runner import choose_group_strengths, texts_without_edited_facts
 from service.kit.artifact_store import ArtifactStore, get_json, put_json
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.kit.text import fill_prompt

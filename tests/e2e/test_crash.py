@@ -62,7 +62,7 @@ def test_killed_while_it_evaluates(start_service: StartService) -> None:
         "dataset": "facts",
         "limit": 6,
         "hparams": FAST_EDIT_OPTIONS["hparams"],
-        "together": 2,
+        "batch_size": 2,
         "damage": False,
     }
     service = start_service()

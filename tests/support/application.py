@@ -103,8 +103,8 @@ EVALUATION_RESULT = {
     "model": {"name": "tiny", "fingerprint": "f" * 64},
     "plan": EvaluationPlan().model_dump(mode="json"),
     "parameters": {"layers": [1]},
-    "records": {"measured": 1, "left_out": [], "lacking": {}},
-    "plain": None,
+    "records": {"measured": 1, "left_out": [], "missing_fields": {}},
+    "damage_texts": None,
     "before": dict.fromkeys((*MEASURES, *COMBINED_SCORES), _INTERVAL),
     "after": dict.fromkeys((*MEASURES, *COMBINED_SCORES), _INTERVAL),
     "changes": dict.fromkeys(CHANGE_SCORES, _INTERVAL),
@@ -113,7 +113,7 @@ EVALUATION_RESULT = {
     "strengthened": 0,
     "rows": [],
     "seconds": {"find": 0.1},
-    "edits_per_minute": {"all": 60.0},
+    "edits_per_minute": {"total": 60.0},
 }
 
 

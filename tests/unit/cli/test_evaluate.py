@@ -62,7 +62,7 @@ def test_an_evaluation_from_the_command_line(folder: Path, capsys: Captured) -> 
     result = json.loads((folder / "one" / "result.json").read_text(encoding="utf-8"))
     assert [t["edits"] for t in result["checkpoints"]] == [1, 2]
     assert result["plan"]["hparams"] == {"layers": [1], "steps": 3, "contexts": 1}
-    assert result["plain"]["source"] == "the file texts.txt"
+    assert result["damage_texts"]["source"] == "the file texts.txt"
 
 
 def test_a_second_run_resumes_and_results_are_compared(

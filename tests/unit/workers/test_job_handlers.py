@@ -38,7 +38,7 @@ RECORDS: list[dict[str, Any]] = [
     }
     for subject, new, true in (("Eiffel Tower", "Rome", "Paris"), ("Colosseum", "London", "Rome"), ("Louvre", "Rome", "Paris"))
 ]  # fmt: skip
-EVALUATION_FIELDS: dict[str, Any] = {"together": 1, "plain": 4}
+EVALUATION_FIELDS: dict[str, Any] = {"batch_size": 1, "damage_texts": 4}
 
 StartFakeWorker = Callable[..., "FakeWorker"]
 

@@ -61,7 +61,7 @@ class TestEvaluation:
         [
             ("hparams", {"hparams": {"layers": [9]}}),
             ("hparams", {"hparams": {"soul": 1}}),
-            ("strengths", {"mode": "sequence", "found_on": "edited", "strengths": [1.0, 2.0]}),
+            ("strengths", {"mode": "sequence", "search_model": "edited", "strengths": [1.0, 2.0]}),
             ("records", {"records": None}),
             ("records", {"dataset": "facts"}),
             ("records", {"records": [{}]}),

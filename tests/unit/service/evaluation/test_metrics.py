@@ -1,4 +1,4 @@
-"""From a model's answers to measures: service.evaluation.metrics."""
+"""Measures of records and their means: service.evaluation.metrics."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ RECORD = Record(
 )
 
 
-def score(p: float, right: int = 0, tokens: int = 1) -> TargetScore:
-    """Of an object whose tokens have the geometric mean p."""
-    return TargetScore(math.log(p), right == tokens, right, tokens)
+def score(p: float, correct: int = 0, tokens: int = 1) -> TargetScore:
+    """Return the score of an object whose token probabilities have the geometric mean p."""
+    return TargetScore(math.log(p), correct == tokens, correct, tokens)
 
 
-ANSWERS = RecordScores.from_scores(
+SCORES = RecordScores.from_scores(
     RECORD,
     [
         *(score(0.5, 2, 2), score(0.25)),
@@ -47,7 +47,7 @@ ANSWERS = RecordScores.from_scores(
 
 
 def test_scoring_pairs() -> None:
-    """The new object and the true one on every wording; on neighbours the new one and their own."""
+    """A prompt is scored on the new and the true object, a neighbour on the new object and its own."""
     assert scoring_pairs(RECORD)[:3] == [
         ("The Eiffel Tower is in", "Rome"),
         ("The Eiffel Tower is in", "Paris"),
@@ -57,7 +57,7 @@ def test_scoring_pairs() -> None:
 
 
 def test_measures_by_hand() -> None:
-    """One record with two paraphrases and two neighbours, every measure written out."""
+    """The measures of a record with two paraphrases and two neighbours equal those computed by hand."""
     expected = {
         "ES": 1.0,
         "PS": 0.5,
@@ -73,40 +73,44 @@ def test_measures_by_hand() -> None:
         "accuracy_paraphrase": 3 / 4,
         "accuracy_neighbour": 1 / 2,
     }
-    assert ANSWERS.measures() == pytest.approx(expected, abs=1e-12)
-    assert ANSWERS.edit_holds
+    assert SCORES.measures() == pytest.approx(expected, abs=1e-12)
+    assert SCORES.edit_holds
 
 
-def test_without_a_true_object_little_can_be_said() -> None:
-    """What compares with the true object is not measured; whether the new one is said is, and then it holds."""
+def test_measures_without_a_true_object() -> None:
+    """Comparisons with the true object are None, and the edit holds if the new object is greedy."""
     bare = Record("record 2", "Eiffel Tower", "The {} is in", "Rome")
     assert scoring_pairs(bare) == [("The Eiffel Tower is in", "Rome")]
-    for says in (True, False):
-        answers = RecordScores.from_scores(bare, [score(0.4, int(says))])
-        found = answers.measures()
-        assert {name for name, value in found.items() if value is not None} == {"p_new", "exact", "accuracy"}
-        assert answers.edit_holds is says
+    for greedy in (True, False):
+        scores = RecordScores.from_scores(bare, [score(0.4, int(greedy))])
+        measures = scores.measures()
+        assert {name for name, value in measures.items() if value is not None} == {
+            "p_new",
+            "exact",
+            "accuracy",
+        }
+        assert scores.edit_holds is greedy
 
 
-def test_swapping_the_objects_swaps_the_edit() -> None:
-    """With new and true exchanged, ES and PS are what is left of 1, and EM and PM change their sign."""
+def test_swapping_new_and_true_object_inverts_the_measures() -> None:
+    """With new and true object swapped, ES and PS become 1 - ES and 1 - PS, and EM and PM change sign."""
 
-    def swapped_scores(answer: PromptScores) -> PromptScores:
-        assert answer.true
-        return PromptScores(answer.true, answer.new)
+    def swapped_scores(scores: PromptScores) -> PromptScores:
+        assert scores.true
+        return PromptScores(scores.true, scores.new)
 
     swapped = RecordScores(
-        swapped_scores(ANSWERS.rewrite), [*map(swapped_scores, ANSWERS.paraphrases)], ANSWERS.neighbours
+        swapped_scores(SCORES.rewrite), [*map(swapped_scores, SCORES.paraphrases)], SCORES.neighbours
     )
-    mine, theirs = ANSWERS.measures(), swapped.measures()
+    original, inverted = SCORES.measures(), swapped.measures()
     for name in ("ES", "PS"):
-        assert theirs[name] == 1 - (mine[name] or 0)
+        assert inverted[name] == 1 - (original[name] or 0)
     for name in ("EM", "PM"):
-        assert theirs[name] == pytest.approx(-(mine[name] or 0))
+        assert inverted[name] == pytest.approx(-(original[name] or 0))
 
 
-def test_changes_take_the_joint_probability_of_what_was_optimised() -> None:
-    """Of an object of two tokens p is the product; erasing and amplifying look at the true object, writing at the new one."""
+def test_change_scores_use_the_joint_probability_of_the_optimised_object() -> None:
+    """p of a two-token object is the product. Erase and amplify use the true object, write the new one."""
     alone = Record("record 3", "it", "{} is", "new", "true")
     before = RecordScores.from_scores(alone, [score(0.5, 0, 2), score(0.8)])
     after = RecordScores.from_scores(alone, [score(0.8, 0, 2), score(0.2)])
@@ -116,22 +120,22 @@ def test_changes_take_the_joint_probability_of_what_was_optimised() -> None:
     assert change_scores(before, after, "write")["neighbour"] is None
 
 
-def test_nothing_changed_is_nothing_done() -> None:
-    """Without a change neighbours are kept whole, and nothing was written."""
-    found = change_scores(ANSWERS, ANSWERS, "write")
-    assert found["neighbour"] == 1
-    assert found["rewrite"] == pytest.approx(0, abs=1e-6) == found["paraphrase"]
-    assert set(found) == set(CHANGE_SCORES)
+def test_change_scores_without_a_change() -> None:
+    """Equal scores before and after give 1 for neighbours and 0 for prompt and paraphrases."""
+    changes = change_scores(SCORES, SCORES, "write")
+    assert changes["neighbour"] == 1
+    assert changes["rewrite"] == pytest.approx(0, abs=1e-6) == changes["paraphrase"]
+    assert set(changes) == set(CHANGE_SCORES)
 
 
-def test_a_summary_has_means_and_combined_scores() -> None:
-    """Each measure over the records that have it, and S of the three means."""
-    rows = [ANSWERS.measures(), ANSWERS.measures() | {"PS": None, "ES": 0.0}]
-    found = summarize(rows, seed=0)
-    assert found["ES"]["mean"] == 0.5 and found["ES"]["n"] == 2
-    assert found["PS"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 1}
-    assert found["S"]["mean"] == pytest.approx(0.5)
-    assert found["S_accuracy"]["mean"] == pytest.approx(3 / (1 + 4 / 3 + 2))
-    assert set(found) - {"S", "S_accuracy"} <= set(MEASURES)
-    nothing = summarize([{"ES": None, "PS": 1.0, "NS": 1.0}], seed=0)
-    assert nothing["ES"] is None and nothing["S"] is None
+def test_summary_has_means_and_combined_scores() -> None:
+    """Each mean is over the records that have the measure, and S is the harmonic mean of the three means."""
+    rows = [SCORES.measures(), SCORES.measures() | {"PS": None, "ES": 0.0}]
+    summary = summarize(rows, seed=0)
+    assert summary["ES"]["mean"] == 0.5 and summary["ES"]["n"] == 2
+    assert summary["PS"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 1}
+    assert summary["S"]["mean"] == pytest.approx(0.5)
+    assert summary["S_accuracy"]["mean"] == pytest.approx(3 / (1 + 4 / 3 + 2))
+    assert set(summary) - {"S", "S_accuracy"} <= set(MEASURES)
+    without_es = summarize([{"ES": None, "PS": 1.0, "NS": 1.0}], seed=0)
+    assert without_es["ES"] is None and without_es["S"] is None

@@ -1,4 +1,4 @@
-"""Edits on a set of records, each alone or one after another: service.evaluation.runner."""
+"""Evaluation of edits on a set of records, each alone or in sequence: service.evaluation.runner."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from service.datasets.record import NeighborProbe, Record
 from service.editing.context import EditInput, EditorContext
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.errors import InvalidInput
-from service.evaluation.runner import generate_texts, run_evaluation, texts_without_edited_facts
+from service.evaluation.measuring import generate_texts, texts_without_edited_facts
+from service.evaluation.runner import run_evaluation
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
 from service.models.scoring import log_probs_blocking
 from service.recipes.recipe import Recipe, RomeParameters
 from service.schemas import EvaluationPlan
+from tests.support.in_memory_store import InMemoryStore
 from tests.support.tiny_models import TEXTS, tiny
 
-#: a random model hardly listens to its subject: it takes violent edits to be heard
+#: the output of a random model depends little on the subject, so that only strong edits change it
 STRONG_PARAMETERS = RomeParameters(
     layers=(1,), contexts=2, steps=4, learning_rate=2, clamp=50, weight_decay=0, kl_factor=0
 )
@@ -60,19 +62,6 @@ RECORDS = [
 ]
 
 
-class InMemoryStore:
-    """What is kept, in memory."""
-
-    def __init__(self) -> None:
-        self.artifacts: dict[str, bytes] = {}
-
-    def get(self, name: str) -> bytes | None:
-        return self.artifacts.get(name)
-
-    def put(self, name: str, data: bytes) -> None:
-        self.artifacts[name] = data
-
-
 def make_replica_and_context(model: LoadedModel | None = None) -> tuple[VersionedModel, EditorContext]:
     model = model or tiny()
     return VersionedModel(model, EmptyLedger()), EditorContext(
@@ -84,20 +73,24 @@ def evaluate(
     store: InMemoryStore | None = None, records: list[Record] = RECORDS, **plan: Any
 ) -> dict[str, Any]:
     stepper = run_evaluation(
-        *make_replica_and_context(), EvaluationPlan(**plan), records, store or InMemoryStore(), DAMAGE_CORPUS
+        *make_replica_and_context(),
+        EvaluationPlan(**plan),
+        records,
+        InMemoryStore() if store is None else store,
+        DAMAGE_CORPUS,
     )
     return run_to_completion(stepper)
 
 
 def without_timings(result: dict[str, Any]) -> dict[str, Any]:
-    """All of a result but how long it took."""
+    """Return the result without the fields that hold times."""
     return {k: v for k, v in result.items() if k not in ("seconds", "edits_per_minute")}
 
 
 PLANS: dict[str, dict[str, Any]] = {
     "single": {"mode": "single", "strengths": [1.0, 2.0], "generation": True},
-    "composed": {"mode": "sequence", "checkpoints": [1, 3], "strengths": [1.0, 2.0], "together": 2},
-    "added": {"mode": "sequence", "checkpoints": [2], "found_on": "edited"},
+    "composed": {"mode": "sequence", "checkpoints": [1, 3], "strengths": [1.0, 2.0], "batch_size": 2},
+    "added": {"mode": "sequence", "checkpoints": [2], "search_model": "edited"},
 }
 
 
@@ -107,20 +100,20 @@ def full_result(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_result_is_json_and_tells_of_every_record(name: str) -> None:
-    """A row for each record, in their order, with what was measured before and after; and the model is named."""
+def test_result_is_json_with_a_row_for_every_record(name: str) -> None:
+    """The result has one row for each record, in order, and names the model, its parameters and the stages."""
     result = full_result(name)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert [r["record"] for r in result["rows"]] == [r.name for r in RECORDS]
-    assert result["records"]["measured"] == 5 and result["records"]["lacking"]["a true object"] == 1
+    assert result["records"]["measured"] == 5 and result["records"]["missing_fields"]["target_true"] == 1
     assert result["model"]["fingerprint"] == tiny().fingerprint
     assert result["parameters"]["layers"] == [1]
     assert set(result["seconds"]) >= {"find", "measure", "damage"}
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_the_base_is_left_as_it_was(name: str) -> None:
-    """After an evaluation, whole or broken off, the model holds its base bytes."""
+def test_base_weights_are_unchanged(name: str) -> None:
+    """Between the steps of an evaluation and after closing it, the model has its base bytes."""
     model = tiny()
     before = {n: t.clone() for n, t in model.model.state_dict().items()}
     stepper = run_evaluation(
@@ -138,8 +131,8 @@ def test_the_base_is_left_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_killed_run_resumes_to_the_same_result(name: str, seed: int) -> None:
-    """Broken off at random steps, each time by a new process on what was kept, the result is that of one run."""
+def test_interrupted_evaluation_resumes_to_the_same_result(name: str, seed: int) -> None:
+    """Five runs on one store, each closed at a random step, do not change the result of a sixth."""
     rng, store = random.Random(seed), InMemoryStore()
     for _ in range(5):
         stepper = run_evaluation(
@@ -152,22 +145,22 @@ def test_a_killed_run_resumes_to_the_same_result(name: str, seed: int) -> None:
 
 
 def test_stored_results_are_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second run on all that was kept finds and measures nothing."""
+    """A second run on a complete store searches and scores nothing."""
     store = InMemoryStore()
     first = evaluate(store, **PLANS["composed"])
 
     def computed(*_: Any, **__: Any) -> Stepper[None]:
         yield Progress(Phase.RUN, 0, 1)
-        pytest.fail("it was computed again")
+        pytest.fail("a stored stage was computed again")
 
-    for name in ("score_steps", "drift_steps"):
-        monkeypatch.setattr(f"service.evaluation.runner.{name}", computed)
+    for name in ("score_targets", "measure_drift"):
+        monkeypatch.setattr(f"service.evaluation.measuring.{name}", computed)
     monkeypatch.setattr(EditorContext, "find_all_factors", computed)
     assert evaluate(store, **PLANS["composed"]) == first
 
 
-def test_stored_results_of_other_inputs_are_refused() -> None:
-    """Another plan, model or set of records is refused where something is kept."""
+def test_store_of_other_inputs_is_refused() -> None:
+    """A store that holds results of another plan or set of records is refused."""
     store = InMemoryStore()
     evaluate(store, RECORDS[:1], damage=False)
     for records, damage in ((RECORDS[:1], True), (RECORDS[:2], False)):
@@ -176,12 +169,12 @@ def test_stored_results_of_other_inputs_are_refused() -> None:
 
 
 def p_of(model: LoadedModel, r: Record, target: str) -> float:
-    """exp of the mean log p of an object on a record's prompt."""
+    """Return exp of the mean log-probability of an object on a record's prompt."""
     return math.exp(log_probs_blocking(model, [(fill_prompt(r.prompt, r.subject).text, target)])[0][0])
 
 
-def test_each_edit_alone_matches_the_editor_context() -> None:
-    """What is measured of an edit alone is what the model says with the toolkit's own pieces in place."""
+def test_edit_alone_matches_the_editor() -> None:
+    """The measures of an edit alone equal those of the model with the updates that the editor finds."""
     result = evaluate(records=RECORDS[:3], damage=False)
     replica, context = make_replica_and_context()
     for r, row in zip(RECORDS[:3], result["rows"], strict=True):
@@ -193,8 +186,8 @@ def test_each_edit_alone_matches_the_editor_context() -> None:
         assert row["before"]["p_new"] == pytest.approx(p_of(replica.base, r, r.target_new), rel=1e-4)
 
 
-def test_a_sequence_on_the_base_is_composed_as_the_service_composes() -> None:
-    """At the end, all pieces found on the base stand together, solved as one."""
+def test_joint_sequence_composes_all_updates() -> None:
+    """A sequence found on the base model ends with all updates composed jointly, as the service does."""
     result = evaluate(mode="sequence", checkpoints=[2])
     replica, context = make_replica_and_context()
     updates = []
@@ -212,9 +205,9 @@ def test_a_sequence_on_the_base_is_composed_as_the_service_composes() -> None:
             assert row["after"]["p_new"] == pytest.approx(p_of(model, r, r.target_new), rel=1e-4)
 
 
-def test_a_sequence_on_the_edited_model_adds_one_change_after_another() -> None:
-    """Each edit is found on the weights with those before it, and its own rank-one change is added to these."""
-    result = evaluate(records=RECORDS[:3], mode="sequence", found_on="edited", checkpoints=[3])
+def test_sequence_on_the_edited_model_adds_updates_one_by_one() -> None:
+    """Each edit is found on the weights with the edits before it, and its rank-one update is added to them."""
+    result = evaluate(records=RECORDS[:3], mode="sequence", search_model="edited", checkpoints=[3])
     replica, context = make_replica_and_context()
     run_to_completion(context.get_contexts(2, 0))
     run_to_completion(context.get_statistics((1,)))
@@ -234,26 +227,26 @@ def test_a_sequence_on_the_edited_model_adds_one_change_after_another() -> None:
 
 
 def test_checkpoints_measure_all_edits_so_far() -> None:
-    """A table after 1, 3 and all edits; the first of them are looked at again, and what held before is counted."""
+    """A checkpoint measures all edits so far, the first ones by themselves, and how many still hold."""
     tables = full_result("composed")["checkpoints"]
     assert [t["edits"] for t in tables] == [1, 3, 5]
     assert [t["measures"]["exact"]["n"] for t in tables] == [1, 3, 5]
     assert [[r["first"] for r in t["retention"]] for t in tables] == [[], [1], [3]]
-    assert all(0 <= t["still"]["hold"] <= t["still"]["held_before"] for t in tables)
+    assert all(0 <= t["still_holding"]["hold"] <= t["still_holding"]["held_before"] for t in tables)
     assert tables[-1]["measures"] == full_result("composed")["after"]
     assert tables[-1]["damage"]["loss_before"] == tables[0]["damage"]["loss_before"]
 
 
-def test_groups_end_before_the_checkpoints_they_reach() -> None:
-    """Edits that are found together on the edited model land together: a checkpoint waits for the end of their company."""
+def test_checkpoints_are_rounded_up_to_whole_groups() -> None:
+    """On the edited model a checkpoint within a group moves to the end of the group."""
     result = evaluate(
-        mode="sequence", found_on="edited", checkpoints=[1, 2, 3, 1000], together=2, damage=False
+        mode="sequence", search_model="edited", checkpoints=[1, 2, 3, 1000], batch_size=2, damage=False
     )
     assert [t["edits"] for t in result["checkpoints"]] == [2, 4, 5]
 
 
-def test_a_method_that_trains_a_whole_weight_is_evaluated_alike() -> None:
-    """What is no association is kept, read again and added as well: on one weight here, the attention's."""
+def test_fine_tuning_is_evaluated() -> None:
+    """Dense updates of the attention weights are stored, loaded and composed like associations."""
     store = InMemoryStore()
     plan = {"method": "ft-attn", "hparams": {"steps": 2}, "mode": "sequence", "damage": False}
     result = evaluate(store, RECORDS[:2], **plan)
@@ -261,25 +254,26 @@ def test_a_method_that_trains_a_whole_weight_is_evaluated_alike() -> None:
     assert evaluate(store, RECORDS[:2], **plan) == result
 
 
-def test_an_ineffective_edit_gets_a_higher_strength() -> None:
-    """The first strength with which the new object is preferred is taken, the last one when none is enough."""
+def test_ineffective_edit_gets_a_higher_strength() -> None:
+    """An edit gets the first strength at which it is effective, or the last one if there is none."""
     weak = evaluate(strengths=[1e-6], damage=False)
     strong = evaluate(strengths=[1e-6, 1e-5, 8.0], damage=False)
     assert {r["strength"] for r in weak["rows"]} == {1e-6}
-    for slight, row in zip(weak["rows"], strong["rows"], strict=True):
-        effective = slight["after"]["exact"] if slight["target_true"] is None else slight["after"]["ES"]
+    for weak_row, row in zip(weak["rows"], strong["rows"], strict=True):
+        after = weak_row["after"]
+        effective = after["exact"] if weak_row["target_true"] is None else after["ES"]
         assert row["strength"] == (1e-6 if effective else 8.0)
     assert strong["strengthened"] == sum(r["strength"] == 8.0 for r in strong["rows"]) > 0
 
 
-def test_found_on_the_edited_model_there_is_one_strength() -> None:
-    """What is added as published is not strengthened."""
+def test_several_strengths_are_refused_on_the_edited_model() -> None:
+    """Updates that are added one by one have a single strength."""
     with pytest.raises(InvalidInput, match="one strength"):
-        evaluate(mode="sequence", found_on="edited", strengths=[1.0, 2.0])
+        evaluate(mode="sequence", search_model="edited", strengths=[1.0, 2.0])
 
 
-def test_texts_are_generated_where_there_are_prompts() -> None:
-    """GE for the record that brings generation prompts, RS with its reference texts, before and after; none for others."""
+def test_generation_measures_need_prompts() -> None:
+    """A record with generation prompts and reference texts has GE and RS before and after, other records have none."""
     rows = full_result("single")["rows"]
     for when in ("before", "after"):
         assert rows[1][when]["GE"] > 0 and 0 <= rows[1][when]["RS"] <= 1
@@ -288,7 +282,7 @@ def test_texts_are_generated_where_there_are_prompts() -> None:
 
 
 def test_generated_texts_are_reproducible() -> None:
-    """The same seed writes the same texts, another one others; each begins with its prompt."""
+    """The same seed gives the same texts, another seed gives others, and each text begins with its prompt."""
     replica, _ = make_replica_and_context()
     one, two, other = (
         run_to_completion(generate_texts(replica, ["Big Ben", "The"], seed)) for seed in (0, 0, 1)
@@ -298,7 +292,7 @@ def test_generated_texts_are_reproducible() -> None:
 
 
 def test_records_that_do_not_fit_the_model_are_left_out() -> None:
-    """A record that does not fit is named with the reason; when none is left the evaluation is refused."""
+    """Name and reason of a record that does not fit are in the result. If none is left the evaluation is refused."""
     long = replace(RECORDS[0], name="record 9", prompt="The {} " + "is " * 80)
     result = evaluate(records=[long, RECORDS[1]], damage=False)
     assert [x["record"] for x in result["records"]["left_out"]] == ["record 9"]
@@ -308,7 +302,7 @@ def test_records_that_do_not_fit_the_model_are_left_out() -> None:
 
 
 def test_damage_texts_exclude_edited_facts() -> None:
-    """A text that names a subject together with its true object is no measure of damage; others are."""
+    """A text that contains a subject and its true object is excluded. If none is left the evaluation is refused."""
     assert texts_without_edited_facts(DAMAGE_CORPUS.texts, RECORDS[:1]) == list(DAMAGE_CORPUS.texts[1:])
     assert texts_without_edited_facts(["Marie Curie sang.", "She sang."], [RECORDS[3]]) == ["She sang."]
     with pytest.raises(InvalidInput, match="give other plain texts"):
@@ -323,8 +317,8 @@ def test_damage_texts_exclude_edited_facts() -> None:
         )
 
 
-def test_the_true_object_is_what_is_erased_or_amplified() -> None:
-    """More of it is left where it is amplified than where it is erased; a record that names none is left out."""
+def test_erase_and_amplify_change_the_true_object() -> None:
+    """p(true) is higher after amplifying than after erasing, and a record without a true object is left out."""
     erased, amplified = (evaluate(objective=o, damage=False) for o in ("erase", "amplify"))
     for result in (erased, amplified):
         assert [x["record"] for x in result["records"]["left_out"]] == ["record 3"]

@@ -1,0 +1,154 @@
+"""How a sequence of edits becomes one set of weights: composed jointly, as the service does, or added one by one, as published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from service.datasets.record import Record
+from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.evaluation.checkpointing import ArtifactKind, StageKind
+from service.evaluation.edit_search import FoundEdit, find_group
+from service.evaluation.evaluation_context import EvaluationContext
+from service.evaluation.measuring import score_records
+from service.kit.steps import Phase, Progress, Stepper, report_as
+from service.recipes.recipe import StrengthSchedule
+from service.weights.composition import apply_delta, compose
+from service.weights.factors import EditUpdate
+
+
+class SequenceComposition(Protocol):
+    """The weights after a growing number of edits."""
+
+    edit_details: list[
+        dict[str, Any]
+    ]  #: of every active edit: loss and steps of its search, and its strength
+
+    def checkpoints(self) -> list[int]:
+        """Return the numbers of edits after which the model is measured."""
+
+    def advance_to(self, count: int) -> Stepper[WeightOverrides]:
+        """Return the weights with the first `count` edits active. `count` must not decrease."""
+
+
+class JointComposition:
+    """Edits found on the base model, all active ones composed in closed form.
+
+    The edits of a group become active together, each with the first strength at which it is effective beside the others.
+    """
+
+    def __init__(self, evaluation: EvaluationContext) -> None:
+        self.evaluation = evaluation
+        self.edit_details: list[dict[str, Any]] = []
+        self._active: list[EditUpdate] = []
+
+    def checkpoints(self) -> list[int]:
+        return _checkpoint_counts(self.evaluation, 1)
+
+    def advance_to(self, count: int) -> Stepper[WeightOverrides]:
+        """Return the weights with the first `count` edits active. A checkpoint within a group splits it in two."""
+        evaluation = self.evaluation
+        while len(self.edit_details) < count:
+            first = len(self.edit_details)
+            group_index, offset = divmod(first, evaluation.batch_size)
+            group = yield from find_group(evaluation, group_index, {})
+            edits = group[offset : count - group_index * evaluation.batch_size]
+            stage = evaluation.stages.run_once(
+                ArtifactKind.STRENGTHS.name_of(first, count),
+                StageKind.STRENGTH,
+                self._choose_strengths(first, edits),
+            )
+            progress = Progress(Phase.STRENGTHEN, first, len(evaluation.records))
+            strengths = yield from report_as(stage, progress)
+            for edit, strength in zip(edits, strengths, strict=True):
+                self._active += [u.scaled(strength) for u in edit.updates]
+                self.edit_details.append(edit.search | {"strength": strength})
+        yield Progress(Phase.COMPOSE, count, count)
+        return evaluation.replica.compose_weights(self._active)
+
+    def _choose_strengths(self, first: int, edits: Sequence[FoundEdit]) -> Stepper[list[float]]:
+        """Return the strengths of some edits beside the active ones."""
+        evaluation = self.evaluation
+        schedule = evaluation.strength_schedule(first + len(edits))
+        if len(schedule.strengths) == 1 or evaluation.plan.objective != "write":
+            return [schedule.strengths[0]] * len(edits)
+        records = evaluation.records[first : first + len(edits)]
+        groups = [edit.updates for edit in edits]
+        return (
+            yield from choose_group_strengths(evaluation.replica, records, groups, self._active, schedule)
+        )
+
+
+def choose_group_strengths(
+    replica: VersionedModel,
+    records: Sequence[Record],
+    groups: Sequence[Sequence[EditUpdate]],
+    active: Sequence[EditUpdate],
+    schedule: StrengthSchedule,
+) -> Stepper[list[float]]:
+    """Return for each edit the first strength at which it is effective beside the active edits and the other ones.
+
+    All edits start at the lowest strength. Those without the required margin are raised together until none can be raised.
+    """
+    strengths, levels = schedule.strengths, [0] * len(groups)
+    rewrite_only = [replace(r, paraphrases=(), neighbours=()) for r in records]
+    while True:
+        scaled_updates = [
+            u.scaled(strengths[level]) for group, level in zip(groups, levels, strict=True) for u in group
+        ]
+        weights = replica.compose_weights([*active, *scaled_updates])
+        yield Progress(Phase.COMPOSE, 1, 1)
+        scores = yield from score_records(replica, rewrite_only, weights)
+        raised = [
+            i
+            for i, record_scores in enumerate(scores)
+            if not record_scores.has_margin(schedule.required_margin(strengths[levels[i]]))
+            and levels[i] + 1 < len(strengths)
+        ]
+        if not raised:
+            return [strengths[level] for level in levels]
+        for i in raised:
+            levels[i] += 1
+
+
+class SequentialUpdates:
+    """Each edit found on the model that the edits before it left, and its update added to those weights."""
+
+    def __init__(self, evaluation: EvaluationContext) -> None:
+        self.evaluation = evaluation
+        self.edit_details: list[dict[str, Any]] = []
+        self._weights: WeightOverrides = {}
+
+    def checkpoints(self) -> list[int]:
+        return _checkpoint_counts(self.evaluation, self.evaluation.batch_size)
+
+    def advance_to(self, count: int) -> Stepper[WeightOverrides]:
+        evaluation, strength = self.evaluation, self.evaluation.plan.strengths[0]
+        while len(self.edit_details) < count:
+            group_index = len(self.edit_details) // evaluation.batch_size
+            group = yield from find_group(evaluation, group_index, self._weights)
+            updates = [u.scaled(strength) for edit in group for u in edit.updates]
+            self._weights = add_updates(evaluation.replica, self._weights, updates)
+            self.edit_details += [edit.search | {"strength": strength} for edit in group]
+        return self._weights
+
+
+def add_updates(
+    replica: VersionedModel, weights: WeightOverrides, updates: Sequence[EditUpdate]
+) -> WeightOverrides:
+    """Return the weights plus the change that these updates alone amount to."""
+    conv1d = replica.base.architecture.conv1d
+    with replica.use_weights(weights) as model:
+        updated = {
+            s: apply_delta(model.parameter(s).data, change, conv1d) for s, change in compose(updates).items()
+        }
+    return {**weights, **updated}
+
+
+def _checkpoint_counts(evaluation: EvaluationContext, multiple: int) -> list[int]:
+    """Return the plan's checkpoints, each rounded up to a multiple, and the number of all edits."""
+    total = len(evaluation.records)
+    counts = {math.ceil(c / multiple) * multiple for c in evaluation.plan.checkpoints}
+    return sorted({min(c, total) for c in counts if c < total + multiple} | {total})
