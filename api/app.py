@@ -74,11 +74,11 @@ def create_app(services: Services, broker: Broker, settings: Settings) -> FastAP
         swagger_ui_oauth2_redirect_url=None,
         lifespan=lifespan,
     )
-    app.state.operations = services
+    app.state.services = services
     app.state.broker = broker
     app.state.settings = settings
     app.state.keys = keys
-    app.state.rate = rate_limiter
+    app.state.rate_limiter = rate_limiter
     errors.install_error_handlers(app)
     for route_module in (
         edits,

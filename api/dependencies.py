@@ -38,7 +38,7 @@ class ResourceModel(BaseModel):
 
 
 async def _services(request: Request) -> Services:
-    services: Services = request.app.state.operations
+    services: Services = request.app.state.services
     return services
 
 

@@ -12,9 +12,8 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 
 from api.disconnects import cancel_on_disconnect
-from api.errors import error_from_event
 from service.application import Services
-from service.errors import Unavailable
+from service.errors import Unavailable, error_from_document
 from service.jobs.broker import Broker, Event
 from service.jobs.event_stream import with_idle_ticks
 from service.schemas import CompareRequest, GenerateRequest
@@ -63,7 +62,7 @@ class EngineCall:
                     if event.name == "end":
                         return event.data
                     if event.name == "error":
-                        raise error_from_event(event.data)
+                        raise error_from_document(event.data)
             raise Unavailable("The service is stopping: ask again in a moment.")
 
         try:

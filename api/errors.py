@@ -1,14 +1,14 @@
-"""What goes wrong, as HTTP: one table from errors to statuses, and one form, RFC 9457 `application/problem+json`.
+"""Errors as HTTP responses: the table of statuses, and problem documents (RFC 9457, `application/problem+json`).
 
-Below /v1 the form is OpenAI's (`api/openai/errors.py`). An error says what to change. It never holds a stack trace, a path of this
-machine or the words of a driver.
+Paths below /v1 use the error form of OpenAI's API instead (`api/openai/errors.py`). A response never contains a stack trace, a
+file path of the server or the message of a driver.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -22,7 +22,17 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from api.openai import errors as openai
-from service.errors import Conflict, InvalidInput, NotFound, PalimpsestError, QueueFull, Unavailable
+from api.validation_messages import validation_messages
+from service.errors import (
+    Conflict,
+    InternalError,
+    InvalidInput,
+    NotFound,
+    PalimpsestError,
+    QueueFull,
+    Unavailable,
+    error_type,
+)
 from service.kit import metrics
 
 log = logging.getLogger("palimpsest.api")
@@ -31,120 +41,142 @@ PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 
 class MalformedJson(PalimpsestError):
-    """The body is no JSON."""
+    """The body is not valid JSON."""
 
-    title = "The body is not JSON"
+    code = "malformed_json"
+    title = "Malformed JSON"
 
 
 class Unauthorized(PalimpsestError):
-    """The bearer key is missing, wrong or revoked."""
+    """The API key is missing, unknown or revoked."""
 
-    title = "A key is needed"
+    code = "unauthorized"
+    title = "API key required"
 
 
 class Forbidden(PalimpsestError):
-    """Who asks is known, and may not do this."""
+    """The API key does not have the required scope, or the `Host` header is not allowed."""
 
-    title = "This is not allowed"
+    code = "forbidden"
+    title = "Forbidden"
 
 
-class TooManyRequests(QueueFull):
-    """The key has used up its requests of this minute."""
+class PathNotFound(NotFound):
+    """No route has this path."""
 
-    title = "Too many requests"
+    code = "path_not_found"
+    title = "Path not found"
+
+
+class MethodNotAllowed(PalimpsestError):
+    """The path does not support this method."""
+
+    code = "method_not_allowed"
+    title = "Method not allowed"
+
+
+class RateLimitExceeded(QueueFull):
+    """The API key has used up its requests per minute."""
+
+    code = "rate_limit_exceeded"
+    title = "Rate limit exceeded"
 
 
 class NotAcceptable(PalimpsestError):
-    """The resource has none of the forms that `Accept` asks for."""
+    """The resource has none of the media types in the `Accept` header."""
 
-    title = "There is no such form of this"
+    code = "not_acceptable"
+    title = "Not acceptable"
 
 
 class PayloadTooLarge(PalimpsestError):
-    """The body is larger than this service reads."""
+    """The body is larger than the limit of the route."""
 
-    title = "The body is too large"
+    code = "payload_too_large"
+    title = "Payload too large"
 
 
 class UnsupportedMediaType(PalimpsestError):
-    """The body is not declared to be JSON."""
+    """The `Content-Type` is not the one that the route reads."""
 
-    title = "The body must be JSON"
-
-
-class WorkerFailure(PalimpsestError):
-    """A worker met an error that is not the user's doing."""
-
-    title = "The work failed"
+    code = "unsupported_media_type"
+    title = "Unsupported media type"
 
 
-#: the one table; an error that is not in it is a 500
+#: HTTP status by error class. A class that is not listed has the status of its nearest base, else 500.
 STATUS_BY_ERROR: dict[type[PalimpsestError], HTTPStatus] = {
     MalformedJson: HTTPStatus.BAD_REQUEST,
     Unauthorized: HTTPStatus.UNAUTHORIZED,
     Forbidden: HTTPStatus.FORBIDDEN,
     NotFound: HTTPStatus.NOT_FOUND,
+    MethodNotAllowed: HTTPStatus.METHOD_NOT_ALLOWED,
     NotAcceptable: HTTPStatus.NOT_ACCEPTABLE,
     Conflict: HTTPStatus.CONFLICT,
     PayloadTooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     UnsupportedMediaType: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     InvalidInput: HTTPStatus.UNPROCESSABLE_ENTITY,
     QueueFull: HTTPStatus.TOO_MANY_REQUESTS,
-    WorkerFailure: HTTPStatus.INTERNAL_SERVER_ERROR,
+    InternalError: HTTPStatus.INTERNAL_SERVER_ERROR,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 
-#: the limits that refuse, as the metrics call them
+#: label of the metric `http_rejected_total`, by error class
 LIMIT_LABELS: dict[type[PalimpsestError], str] = {
-    TooManyRequests: "rate",
+    RateLimitExceeded: "rate",
     QueueFull: "queue",
     PayloadTooLarge: "size",
 }
 
-#: what each status means here, for the OpenAPI document
+#: description of each status in the OpenAPI document
 STATUS_DESCRIPTIONS: dict[int, str] = {
-    400: "The body is not JSON: broken syntax, NaN or Infinity, text that is not UTF-8, or nested too deeply.",
-    401: "The service asks for a key, and the request carries none that is good.",
-    403: "The key has not the scope that this needs; or, where no key is needed, `Host` is no name of this machine.",
+    400: "The body is not valid JSON: a syntax error, NaN or Infinity, text that is not UTF-8, or too many nested levels.",
+    401: "The service requires an API key, and the request has no valid one.",
+    403: "The API key does not have the required scope. Without API keys: the `Host` header is not a loopback name.",
     404: "No resource has this id.",
-    406: "The resource has none of the forms that `Accept` asks for.",
-    409: "The state of the resource forbids this.",
-    413: "The body is larger than the service reads: 1 MB, 20 MB of records, 200 MB of edits, where nothing else is set.",
-    415: "The body is not declared as `application/json`, or a file not as `application/octet-stream`.",
-    422: "Something in the request cannot be carried out; `errors` says what to change. Nothing else happened.",
-    429: "Too much is waiting, or the key has sent too many requests; try again after `Retry-After` seconds.",
-    500: "A fault of the service.",
-    503: "Something that the service depends on is down or not ready; `detail` says what.",
+    405: "The path does not support this method.",
+    406: "The resource has none of the media types in the `Accept` header.",
+    409: "The current state of the resource does not allow the operation.",
+    413: "The body is larger than the limit. Defaults: 1 MB, 20 MB for records, 200 MB for imports.",
+    415: "The `Content-Type` is not `application/json`, or for a file not `application/octet-stream`.",
+    422: "The request is well-formed and cannot be carried out. `errors` lists what to change. Nothing was changed.",
+    429: "The queue is full, or the API key has exceeded its rate limit. Retry after `Retry-After` seconds.",
+    500: "The service failed.",
+    503: "A dependency of the service is down or not ready. `detail` says which.",
 }
 
-_FRAMEWORK_DETAIL: dict[int, str] = {
-    404: "Nothing is served at this path: see /docs for the paths there are.",
-    405: "This path does not answer this method: see /docs for those it does.",
+_FRAMEWORK_ERRORS: dict[int, PalimpsestError] = {
+    404: PathNotFound("No route has this path: see /docs for the list of routes."),
+    405: MethodNotAllowed("This path does not support this method: see /docs for the methods it supports."),
 }
 
 
 class FieldError(BaseModel):
-    """One thing to change."""
+    """A field to change."""
 
     field: str = Field(examples=["edits.0.prompt"])
     detail: str = Field(examples=["must contain exactly one {} in place of the subject; it has none."])
 
 
 class Problem(BaseModel):
-    """An error in the form of RFC 9457. Further members may say more."""
+    """A problem document (RFC 9457). It may have further members."""
 
     model_config = ConfigDict(extra="allow")
 
-    type: str = Field("about:blank", description="always about:blank: `status` and `title` name the kind")
-    title: str
+    type: str = Field(
+        description="`urn:palimpsest:error:` and the code", examples=["urn:palimpsest:error:not_found"]
+    )
+    code: str = Field(
+        description="stable identifier of the error; docs/errors.md lists all codes", examples=["not_found"]
+    )
+    title: str = Field(description="summary of the kind of error")
     status: int
     detail: str = Field(description="what happened and what to change")
-    instance: str | None = Field(None, description="the path that was asked for")
-    errors: list[FieldError] | None = Field(None, description="each thing to change; with 422")
+    instance: str | None = Field(None, description="path of the request")
+    errors: list[FieldError] | None = Field(None, description="the fields to change, with status 422")
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The documentation of these statuses for a route."""
+    """Return the OpenAPI responses of these statuses."""
     content = {PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     documented: dict[int | str, dict[str, Any]] = {}
     for status in sorted(statuses):
@@ -156,49 +188,49 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def encode_json(content: Any) -> bytes:
-    """JSON that is always UTF-8, whatever text is in it."""
+    """Return JSON as valid UTF-8. Lone surrogates are replaced."""
     return json.dumps(content, ensure_ascii=False, default=str).encode("utf-8", errors="replace")
 
 
-def problem_response(
+def error_response(
     request: Request,
-    status: int,
-    title: str,
-    detail: str,
+    error: PalimpsestError,
+    status: int | None = None,
     extra: Mapping[str, Any] | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The answer that tells a person what went wrong."""
+    """Return the response of an error: a problem document, or OpenAI's form below /v1."""
+    status = status_of(error) if status is None else status
     if openai.is_openai_path(request.url.path):
-        status, openai_body = openai.error_body(status, detail, extra or {})
+        status, openai_body = openai.error_body(status, error)
         return Response(encode_json(openai_body), status, headers, "application/json")
-    body = dict(extra or {}) | {
-        "type": "about:blank",
-        "title": title,
+    body = {**error.extra, **(extra or {})}
+    if error.field and not isinstance(error, InvalidInput):  # `errors` names the fields of InvalidInput
+        body["field"] = error.field
+    body |= {
+        "type": error_type(error.code),
+        "code": error.code,
+        "title": error.title,
         "status": int(status),
-        "detail": detail,
+        "detail": error.detail,
         "instance": request.url.path,
     }
     return Response(encode_json(body), int(status), headers, PROBLEM_MEDIA_TYPE)
 
 
 def status_of(error: PalimpsestError) -> HTTPStatus:
-    """The status of the nearest class in the table."""
-    statuses = (STATUS_BY_ERROR[kind] for kind in type(error).__mro__ if kind in STATUS_BY_ERROR)
+    """Return the HTTP status of the nearest class in the table."""
+    return status_of_class(type(error))
+
+
+def status_of_class(error_class: type[PalimpsestError]) -> HTTPStatus:
+    """Return the HTTP status of an error class: that of its nearest base in the table, else 500."""
+    statuses = (STATUS_BY_ERROR[base] for base in error_class.__mro__ if base in STATUS_BY_ERROR)
     return next(statuses, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def error_from_event(data: Mapping[str, Any]) -> PalimpsestError:
-    """The error that a worker published, told by its title; an unknown one is the service's own fault."""
-    detail = str(data.get("detail") or "The worker said no more.")
-    for kind in STATUS_BY_ERROR:
-        if kind.title == data.get("title"):
-            return kind(detail)
-    return WorkerFailure(detail)
-
-
 def _handle_domain_error(request: Request, error: PalimpsestError) -> Response:
-    extra = dict(error.extra)
+    extra: dict[str, Any] = {}
     headers: dict[str, str] = {}
     if limit := LIMIT_LABELS.get(type(error)):
         metrics.HTTP_REJECTED.labels(limit).inc()
@@ -208,116 +240,47 @@ def _handle_domain_error(request: Request, error: PalimpsestError) -> Response:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    return problem_response(request, status_of(error), error.title, error.detail, extra, headers)
+    return error_response(request, error, extra=extra, headers=headers)
 
 
 def _handle_framework_error(request: Request, error: HTTPException) -> Response:
-    title = HTTPStatus(error.status_code).phrase
-    detail = _FRAMEWORK_DETAIL.get(error.status_code, str(error.detail))
-    return problem_response(request, error.status_code, title, detail, headers=error.headers)
+    domain_error = _FRAMEWORK_ERRORS.get(error.status_code) or InvalidInput(str(error.detail))
+    return error_response(request, domain_error, error.status_code, headers=error.headers)
 
 
 def _handle_validation_error(request: Request, error: RequestValidationError) -> Response:
-    errors = humanize_validation_errors(error.errors())
+    errors = validation_messages(error.errors())
     detail = " ".join(f"`{item['field']}` {item['detail']}" for item in errors[:5])
     more = len(errors) - 5
     if more > 0:
         detail += f" And {more} more."
-    return problem_response(request, 422, InvalidInput.title, detail, {"errors": errors})
+    return error_response(request, InvalidInput(detail, errors[0]["field"]), extra={"errors": errors})
 
 
 def _handle_dependency_error(request: Request, error: Exception) -> Response:
     name = "database" if isinstance(error, SQLAlchemyError) else "queue"
     log.warning("dependency failed", extra={"dependency": name, "error": type(error).__name__})
-    detail = f"The {name} does not answer: try again; if it goes on, see that it runs."
-    return problem_response(request, 503, Unavailable.title, detail)
+    return error_response(
+        request, Unavailable(f"The {name} does not respond: try again, and check that it is running.")
+    )
 
 
 def _handle_unexpected(request: Request, error: Exception) -> Response:
     log.error("request failed", extra={"path": request.url.path, "error": type(error).__name__})
-    detail = "A fault of the service, not of the request. Its log has the particulars."
-    return problem_response(request, 500, "The service failed", detail)
-
-
-#: words of pydantic that would puzzle a user, by the kind of error
-_MESSAGES_BY_TYPE = {
-    "missing": "is missing: add it.",
-    "extra_forbidden": "is not known here: remove it or check its spelling.",
-    "json_invalid": "is not JSON.",
-    "model_type": "must be a JSON object.",
-    "model_attributes_type": "must be a JSON object.",
-    "dict_type": "must be a JSON object.",
-    "string_type": "must be a text.",
-    "string_unicode": "contains a NUL or a lone surrogate: remove it.",
-    "list_type": "must be a list.",
-    "tuple_type": "must be a list.",
-    "int_type": "must be a whole number.",
-    "int_parsing": "must be a whole number.",
-    "int_parsing_size": "must be a whole number of at most 4300 digits.",
-    "int_from_float": "must be a whole number.",
-    "float_type": "must be a number.",
-    "float_parsing": "must be a number.",
-    "finite_number": "must be a finite number.",
-    "bool_type": "must be true or false.",
-    "bool_parsing": "must be true or false.",
-}
-
-
-def humanize_validation_errors(errors: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Pydantic's errors as [{field, detail}]; the branches of a union speak as one."""
-    messages_by_field: dict[str, list[str]] = {}
-    for error in errors:
-        messages = messages_by_field.setdefault(_field_path(error["loc"]), [])
-        if (message := _humanize_error(error)) not in messages:
-            messages.append(message)
-    return [
-        {"field": field, "detail": _join_alternatives(messages)}
-        for field, messages in messages_by_field.items()
-    ]
-
-
-def _field_path(loc: Sequence[Any]) -> str:
-    """`edits.0.version` for ("body", "many", "edits", 0, "version", "int")."""
-    location, *path = (str(part) for part in loc)
-    if location == "body" and path[:1] in (["one"], ["many"]):
-        path = path[1:]
-    while path and (path[-1] in ("int", "float", "str") or path[-1].startswith(("literal[", "constrained-"))):
-        path = path[:-1]
-    return ".".join(path) or location
-
-
-def _humanize_error(error: Mapping[str, Any]) -> str:
-    kind, context = error["type"], error.get("ctx") or {}
-    if kind in _MESSAGES_BY_TYPE:
-        return _MESSAGES_BY_TYPE[kind]
-    if kind == "string_too_short" and context.get("min_length") == 1:
-        return "is empty: write some text."
-    if kind == "literal_error":
-        return f"must be {context.get('expected')}."
-    if kind == "value_error":
-        # A check of service.kit.text names its own "field"; here the place is known better.
-        text = str(context.get("error", error["msg"]))
-        return text.removeprefix("`text` ")
-    text = str(error["msg"]).removeprefix("Input ").removeprefix("Value error, ")
-    return text.replace("should ", "must ", 1).replace("String should", "must").rstrip(".") + "."
-
-
-def _join_alternatives(messages: Sequence[str]) -> str:
-    first, *rest = messages
-    return " or ".join([first.rstrip("."), *(w.removeprefix("must be ").rstrip(".") for w in rest)]) + "."
+    return error_response(request, InternalError("The service failed. Its log has the details."))
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every error of this application as a problem."""
+    """Register the handlers that turn every error of this application into a response of this module."""
     app.add_exception_handler(PalimpsestError, _handle_domain_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _handle_framework_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _handle_validation_error)  # type: ignore[arg-type]
-    for error_type in (
+    for error_class in (
         OperationalError,
         InterfaceError,
         PoolTimeout,
         RedisConnectionError,
         RedisTimeoutError,
     ):
-        app.add_exception_handler(error_type, _handle_dependency_error)
+        app.add_exception_handler(error_class, _handle_dependency_error)
     app.add_exception_handler(Exception, _handle_unexpected)

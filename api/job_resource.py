@@ -14,6 +14,9 @@ class Progress(ResourceModel):
 
 
 class JobError(ResourceModel):
+    """Why a job failed."""
+
+    code: str = Field(description="stable identifier of the error; docs/errors.md lists all codes")
     title: str
     detail: str
 

@@ -119,8 +119,8 @@ async def authorize(request: Request, scope: Scope) -> None:
     principal = await authenticate(request)
     request.state.actor, request.state.limits = principal.actor, principal.limits
     if principal.limits.requests_per_minute is not None:
-        rate_limiter = request.app.state.rate
-        await run_in_threadpool(rate_limiter.count, principal.actor, principal.limits.requests_per_minute)
+        rate_limiter = request.app.state.rate_limiter
+        await run_in_threadpool(rate_limiter.check, principal.actor, principal.limits.requests_per_minute)
     _check_scope(principal, scope)
 
 

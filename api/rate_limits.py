@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from api.errors import TooManyRequests
+from api.errors import RateLimitExceeded
 from service.kit import metrics
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class RateLimiter:
         self._next_outage_log_at = float("-inf")
 
     def check(self, key: str, per_minute: int) -> None:
-        """One request more; TooManyRequests when it is one too many."""
+        """One request more; RateLimitExceeded when it is one too many."""
         item = RateLimitItemPerMinute(per_minute)
         try:
             if time.monotonic() < self._redis_retry_at or self._limiter.hit(item, key):
@@ -56,7 +56,7 @@ class RateLimiter:
             self._allow_without_redis(error)
             return
         metrics.HTTP_REJECTED.labels("rate").inc()
-        raise TooManyRequests(
+        raise RateLimitExceeded(
             f"This key may send {per_minute} requests in a minute, and has: wait, then go on more slowly.",
             retry_after=max(1, math.ceil(reset_in)),
         )

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from api.errors import encode_json, problem_responses
-from service.errors import PalimpsestError
+from service.errors import PalimpsestError, error_document
 from service.jobs.broker import Event
 from service.jobs.event_stream import with_idle_ticks
 
@@ -51,7 +51,7 @@ async def encode_event_stream(events: AsyncIterator[Event]) -> AsyncGenerator[by
             async for event in events_or_idle:
                 yield b": ping\n\n" if event is None else encode_event(event)
     except PalimpsestError as error:
-        yield encode_event(Event("", "error", {"title": error.title, "detail": error.detail}))
+        yield encode_event(Event("", "error", error_document(error)))
 
 
 class EventStreamResponse(StreamingResponse):

@@ -121,7 +121,7 @@ class ChaosClient(threading.Thread):
                 _raise_for_status(response)
                 for number, name, data in parse_sse(response.iter_lines()):
                     if name == "error":
-                        raise RetryableError(f"error: {data['title']}")
+                        raise RetryableError(f"error: {data['code']}")
                     if number:
                         self._check_event_order(path, headers.get("Last-Event-ID"), number)
                         headers["Last-Event-ID"] = number
@@ -211,7 +211,7 @@ class ChaosClient(threading.Thread):
                     elif name == "restart":
                         tokens, resets = [], resets + 1
                     elif name == "error":
-                        raise RetryableError(f"error: {data['title']}")
+                        raise RetryableError(f"error: {data['code']}")
                     elif name == "end":
                         texts = tuple(choice["text"] for choice in data["choices"])
                         token_events = tuple(tokens)

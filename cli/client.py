@@ -50,6 +50,7 @@ class ClientSettings(BaseSettings):
 class ProblemResponse(PalimpsestError):
     """The service answered with a problem."""
 
+    code = "problem_response"
     title = "The service refused"
 
 

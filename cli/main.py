@@ -19,7 +19,7 @@ from cli.client import Client, ClientSettings
 from cli.flags import add_setting_flags, positive_int, read_settings
 from cli.overview import overview
 from cli.terminal import err, print_json, strip_control_chars
-from service.errors import Misconfigured, PalimpsestError
+from service.errors import Misconfigured, PalimpsestError, error_document
 from service.schemas import MethodName
 from service.settings import Settings
 
@@ -433,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except PalimpsestError as error:
         if args.json:
-            print_json({"error": {"title": error.title, "detail": error.detail, **error.extra}})
+            print_json({"error": {**error_document(error), **error.extra}})
         err.print(f"palimpsest: {strip_control_chars(error.detail)}")
         return 2 if isinstance(error, Misconfigured) else 1
     except KeyboardInterrupt:

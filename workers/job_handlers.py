@@ -12,7 +12,6 @@ from service.datasets.fact_table import find_facts_file
 from service.datasets.loading import load_records
 from service.editing.context import EditorContext
 from service.editing.edit_job import run_edits
-from service.engine.calls import resolve_version
 from service.engine.engine import JobHandler
 from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
@@ -34,6 +33,7 @@ from service.kit.steps import (
     retry_while_unavailable,
 )
 from service.kit.text import Statement
+from service.kit.versions import resolve_version
 from service.schemas import MAX_RECORDS, EvaluationRequest, ExportRequest, TraceRequest
 from service.tracing.fast_trace import trace_statement
 from workers.job_metrics import with_job_metrics

@@ -1,73 +1,77 @@
-"""How the part below /v1 says that something is wrong: in the form that clients of OpenAI's API read."""
+"""Errors in the form of OpenAI's API, for all paths below /v1."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-OPENAI_PREFIX = "/v1/"
-AVAILABLE_PATHS = "Here are POST /v1/completions and GET /v1/models: the resident model continues texts, and there is no chat."
+from service.errors import PalimpsestError
 
-#: status -> type and code, in OpenAI's words where it has some
-ERROR_TYPES: dict[int, tuple[str, str | None]] = {
-    401: ("invalid_request_error", "invalid_api_key"),
-    403: ("permission_error", "insufficient_permissions"),
-    409: ("invalid_request_error", "conflict"),
-    429: ("rate_limit_error", "rate_limit_exceeded"),
-    503: ("server_error", "service_unavailable"),
+OPENAI_PREFIX = "/v1/"
+AVAILABLE_PATHS = "Available are POST /v1/completions and GET /v1/models; there is no chat endpoint."
+
+#: `type` by status; other statuses below 500 are `invalid_request_error`, others from 500 on `server_error`
+TYPE_BY_STATUS = {403: "permission_error", 429: "rate_limit_error"}
+
+#: `code` of OpenAI's API by the code of this service; every other code is sent unchanged
+OPENAI_CODES = {
+    "unauthorized": "invalid_api_key",
+    "forbidden": "insufficient_permissions",
+    "queue_full": "rate_limit_exceeded",
 }
 
-#: what each status means here, for the OpenAPI document
+#: description of each status in the OpenAPI document
 OPENAI_STATUS_DESCRIPTIONS: dict[int, str] = {
-    400: "Something in the request cannot be carried out; `param` names it and `message` says what to change.",
-    401: "The service asks for a key, and the request carries none that is good.",
-    403: "The key has not the scope that this needs; or, where no key is needed, `Host` is no name of this machine.",
-    404: "There is no such model or version; `message` says which there are.",
-    413: "The body is larger than the service reads.",
-    415: "The body is not declared as `application/json`.",
-    429: "Too much is waiting, or the key has sent too many requests; try again after `Retry-After` seconds.",
-    500: "A fault of the service.",
-    503: "Something that the service depends on is down or not ready; `message` says what.",
+    400: "The request is not valid. `param` names the field and `message` says what to change.",
+    401: "The service requires an API key, and the request has no valid one.",
+    403: "The API key does not have the required scope. Without API keys: the `Host` header is not a loopback name.",
+    404: "The model or version does not exist. `message` lists the valid names.",
+    413: "The body is larger than the limit.",
+    415: "The `Content-Type` is not `application/json`.",
+    429: "The queue is full, or the API key has exceeded its rate limit. Retry after `Retry-After` seconds.",
+    500: "The service failed.",
+    503: "A dependency of the service is down or not ready. `message` says which.",
 }
 
 
 class OpenAiErrorDetail(BaseModel):
-    """What is wrong."""
+    """What went wrong."""
 
     message: str = Field(description="what happened and what to change")
     type: str
-    param: str | None = Field(description="the field that it is about")
-    code: str | None
+    param: str | None = Field(description="the field at fault")
+    code: str | None = Field(description="stable identifier of the error; docs/errors.md lists all codes")
 
 
 class OpenAiError(BaseModel):
-    """An error, as clients of OpenAI's API read it."""
+    """An error in the form of OpenAI's API."""
 
     error: OpenAiErrorDetail
 
 
 def is_openai_path(path: str) -> bool:
-    """Whether a path is one of this part."""
+    """Return whether errors of this path have OpenAI's form."""
     return path.startswith(OPENAI_PREFIX)
 
 
-def error_body(status: int, message: str, extra: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error. What is 422 elsewhere is 400 here: clients expect it."""
+def error_body(status: int, error: PalimpsestError) -> tuple[int, dict[str, Any]]:
+    """Return the status and the body of an error. Status 422 becomes 400, which OpenAI's clients expect."""
     status = HTTPStatus.BAD_REQUEST if status == HTTPStatus.UNPROCESSABLE_ENTITY else status
     default_type = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-    error_type, code = ERROR_TYPES.get(status, (default_type, None))
-    param = next((error["field"] for error in extra.get("errors", ())), extra.get("field")) or None
-    if status == HTTPStatus.NOT_FOUND:
-        code = "model_not_found" if param == "model" else "not_found"
-        message += "" if param else f" {AVAILABLE_PATHS}"
-    return int(status), {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+    message = f"{error.detail} {AVAILABLE_PATHS}" if error.code == "path_not_found" else error.detail
+    body = {
+        "message": message,
+        "type": TYPE_BY_STATUS.get(status, default_type),
+        "param": error.field or None,
+        "code": OPENAI_CODES.get(error.code, error.code),
+    }
+    return int(status), {"error": body}
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The documentation of these statuses for a route."""
+    """Return the OpenAPI responses of these statuses."""
     documented: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
         documented[status] = {"model": OpenAiError, "description": OPENAI_STATUS_DESCRIPTIONS[status]}
@@ -75,5 +79,5 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
             seconds = {"description": "seconds to wait", "schema": {"type": "integer"}}
             documented[status]["headers"] = {"Retry-After": seconds}
     return documented | {
-        "4XX": {"model": OpenAiError, "description": "Whatever else is refused has this form, too."}
+        "4XX": {"model": OpenAiError, "description": "Any other client error has the same form."}
     }

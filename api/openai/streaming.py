@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from api import sse
-from api.errors import encode_json, error_from_event, status_of
+from api.errors import encode_json, status_of
 from api.openai import errors
 from service.application.generation import ModelVersionName, PendingGeneration
-from service.errors import PalimpsestError, Unavailable
+from service.errors import PalimpsestError, Unavailable, error_from_document
 from service.jobs.broker import Event
 from service.jobs.event_stream import with_idle_ticks
 
@@ -128,12 +128,12 @@ class CompletionStream:
                         return
             raise Unavailable("the service is stopping: ask again in a moment.")
         except PalimpsestError as error:
-            _, body = errors.error_body(status_of(error), error.detail, error.extra)
+            _, body = errors.error_body(status_of(error), error)
             yield b"data: " + encode_json(body) + b"\n\n"
 
     def _chunks_of(self, event: Event) -> list[dict[str, Any]]:
         if event.name == "error":
-            raise error_from_event(event.data)
+            raise error_from_document(event.data)
         if event.name == "restart":
             for choice_stream in self._choice_streams.values():
                 choice_stream.restart()

@@ -12,13 +12,13 @@ from pydantic import Field
 
 from api.dependencies import ActorDep, ServicesDep, bearer_scheme
 from api.disconnects import MAX_WAIT, WaitSeconds, cancel_on_disconnect, is_finished, wait_until_finished
-from api.errors import WorkerFailure, problem_responses
+from api.errors import problem_responses
 from api.job_resource import JobResource
 from api.job_submission import SubmissionDep, job_responses
 from api.protected_route import BINARY_MEDIA_TYPE, ProtectedRoute
 from api.routes.edits import EditList
 from service.application import Services
-from service.errors import Conflict, InvalidInput
+from service.errors import Conflict, InvalidInput, PalimpsestError, error_from_document
 from service.schemas import Version
 
 router = APIRouter(tags=["export"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
@@ -102,10 +102,12 @@ async def _wait_for_export(services: Services, job: dict[str, Any], wait: float 
     return job
 
 
-def _export_error(job: dict[str, Any]) -> Conflict | WorkerFailure:
-    """What a worker says against an export of this version is the version's doing; anything else is its own."""
-    error = job["error"] or {"title": "", "detail": f"{job['id']} is {job['status']}: ask again."}
-    return (Conflict if error["title"] in ("", InvalidInput.title) else WorkerFailure)(error["detail"])
+def _export_error(job: dict[str, Any]) -> PalimpsestError:
+    """Return why an export has no file: a conflict if this version cannot be exported, else the error of the worker."""
+    if job["error"] is None:
+        return Conflict(f"{job['id']} is {job['status']}: ask again.")
+    error = error_from_document(job["error"])
+    return Conflict(error.detail) if isinstance(error, InvalidInput) else error
 
 
 def _file_response(name: str, media_type: str, size: int, chunks: Iterator[bytes]) -> StreamingResponse:
@@ -131,5 +133,5 @@ async def import_edits(request: Request, submission: SubmissionDep) -> Any:
     )
     return {
         "items": await submission.wait_for_all(items, services.edits.get, "/edits"),
-        "known": already_present,
+        "already_present": already_present,
     }

@@ -22,5 +22,5 @@ _TEXT = {"text/plain": {"schema": {"type": "string"}, "example": "palimpsest_hea
 )
 def get_metrics(request: Request, services: ServicesDep) -> Response:
     """Counters and timings of this process and gauges of the whole service, in the text format of Prometheus."""
-    monitor = StoreCollector(services.database, services.broker, request.app.state.settings.lease)
+    monitor = StoreCollector(services.database, services.broker, request.app.state.settings.worker_timeout)
     return Response(metrics.render_metrics(monitor), media_type=metrics.CONTENT_TYPE)

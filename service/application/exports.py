@@ -10,11 +10,11 @@ from sqlalchemy.orm import Session
 from service.application import edit_set
 from service.application.job_queue import JobQueue, new_job_row
 from service.application.served_model import get_served_model
-from service.application.validation import validate_version
 from service.db.models import Job, Model, StoredFactors
 from service.errors import Conflict, InvalidInput
 from service.jobs import artifacts, views
 from service.jobs.views import OPEN_STATUSES, ResourceDict
+from service.kit.versions import resolve_version
 from service.ledger import ledger
 from service.recipes.recipe import METHODS
 from service.schemas import ExportRequest, Version
@@ -97,8 +97,7 @@ class ExportService:
 def _active_entries_at(session: Session, model: Model, version: Version) -> tuple[int, list[ledger.Entry]]:
     """The number of a version, and the entries of the edits active at it."""
     head = ledger.head(session, model.fingerprint)
-    validate_version(head, version)
-    number = {"head": head, "base": 0}[version] if isinstance(version, str) else version
+    number = resolve_version(version, head)
     return number, ledger.active_entries(ledger.entries(session, model.fingerprint, up_to=number))
 
 

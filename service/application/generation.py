@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.application.served_model import ServedModel, get_served_model
-from service.application.validation import validate_generation, validate_version
+from service.application.validation import validate_generation
 from service.db.database import Database
 from service.db.models import LedgerEntry, Model
 from service.errors import InvalidInput, QueueFull
@@ -19,7 +19,7 @@ from service.jobs.broker import Broker
 from service.kit import crash_points
 from service.kit.ids import request_id
 from service.kit.text import check_tokens
-from service.kit.versions import format_model_id, parse_model_id
+from service.kit.versions import format_model_id, parse_model_id, resolve_version
 from service.ledger import ledger
 from service.schemas import CompareRequest, GenerateRequest, WorkerGenerateRequest
 from service.settings import Settings
@@ -64,7 +64,7 @@ class GenerationService:
         """
         self._check_max_new_tokens(request)
         model, tokenizer, head = self.served_model.current()
-        validate_version(head, request.version, request.min_version)
+        resolve_version(request.version, head, request.min_version)
         for text in request.prompt_texts():
             check_tokens(tokenizer, text, None, model.info["positions"])
         return self._send_call("generate", request.model_dump(mode="json"))
@@ -110,7 +110,7 @@ class GenerationService:
         self._check_max_new_tokens(request)
         model, tokenizer, head = self.served_model.current()
         for version in request.versions:
-            validate_version(head, version, field="versions")
+            resolve_version(version, head, field="versions")
         check_tokens(tokenizer, request.prompt, None, model.info["positions"])
         return self._send_call("compare", request.model_dump(mode="json"))
 

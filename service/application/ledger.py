@@ -7,11 +7,11 @@ from dataclasses import asdict
 from sqlalchemy import func, select
 
 from service.application.served_model import get_served_model
-from service.application.validation import validate_version
 from service.db.database import Database
 from service.db.models import Attestation, LedgerEntry
 from service.jobs.views import ResourceDict
 from service.kit.pagination import decode_cursor, encode_cursor, validate_limit
+from service.kit.versions import resolve_version
 from service.ledger import ledger
 from service.ledger.verify import verify_ledger
 
@@ -39,7 +39,7 @@ class LedgerService:
         with self.database.read_session() as session:
             model = get_served_model(session)
             if version is not None:
-                validate_version(ledger.head(session, model.fingerprint), version)
+                resolve_version(version, ledger.head(session, model.fingerprint))
             if newest_first:
                 before = version + 1 if last_version is None and version is not None else last_version
                 page_entries = ledger.newest_entries(session, model.fingerprint, before, limit + 1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from service.application.job_queue import Idempotency, JobQueue, new_job_row
 from service.application.served_model import ServedModel
-from service.application.validation import validate_trace, validate_version
+from service.application.validation import validate_trace
 from service.jobs.views import ResourceDict
 from service.kit.text import normalize_whitespace
+from service.kit.versions import resolve_version
 from service.schemas import TraceRequest
 
 
@@ -26,7 +27,7 @@ class TraceService:
         if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
             return previous[0]
         model, tokenizer, head = self.served_model.current()
-        validate_version(head, request.version)
+        resolve_version(request.version, head)
         validate_trace(request, model, tokenizer)
         job = new_job_row("trace", model, request.model_dump(mode="json"), actor) | {
             "subject": normalize_whitespace(request.subject)

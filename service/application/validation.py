@@ -14,7 +14,7 @@ from service.db.models import Model
 from service.errors import InvalidInput
 from service.kit.text import check_tokens, fill_prompt, token_span
 from service.recipes.recipe import Recipe, resolve_hparams
-from service.schemas import EditRequest, EvaluationRequest, TraceRequest, Version, WorkerGenerateRequest
+from service.schemas import EditRequest, EvaluationRequest, TraceRequest, WorkerGenerateRequest
 
 MAX_TOKEN_ID = 2**31  #: no vocabulary comes near
 NOISE_PATTERN = re.compile(r"\d+(\.\d+)?sigma")
@@ -103,20 +103,6 @@ def _validate_target(tokenizer: Tokenizer, text: str, target: str, positions: in
         check_tokens(tokenizer, text, target, positions)
     except InvalidInput as error:
         raise InvalidInput(error.detail, field if error.field == "target" else error.field) from None
-
-
-def validate_version(
-    head: int, version: Version, min_version: int | None = None, field: str = "version"
-) -> None:
-    number = {"head": head, "base": 0}.get(version, version) if isinstance(version, str) else version
-    if not isinstance(number, int) or not 0 <= number <= head:
-        raise InvalidInput(
-            f"there is no version {version}: the newest is {head}, the base model is 0.", field
-        )
-    if min_version is not None and min_version > head:
-        raise InvalidInput(f"there is no version {min_version} yet: the newest is {head}.", "min_version")
-    if min_version is not None and min_version > number:
-        raise InvalidInput(f"version {number} is older than the `min_version` {min_version}.", "min_version")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalEr
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.errors import Misconfigured, Unavailable
+from service.errors import CommitOutcomeUnknown, DatabaseUnreachable, Misconfigured, Unavailable
 
 MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
 MIGRATION_LOCK_KEY = 0x70616C696D70  # any number will do, as long as every process takes the same
@@ -113,7 +113,7 @@ class Database:
     def write_session(self) -> Iterator[Session]:
         """One transaction that writes: committed at the end, rolled back when an exception passes through.
 
-        A connection that is lost during the commit is Unavailable with `outcome="unknown"`: it may have been written.
+        A connection that is lost during the commit is CommitOutcomeUnknown: it may have been written.
         """
         committing = False
         try:
@@ -122,8 +122,8 @@ class Database:
                 session.flush()
                 committing = True
         except Unavailable as error:
-            if committing and error.detail == UNREACHABLE_MESSAGE:
-                raise Unavailable(UNKNOWN_OUTCOME_MESSAGE, outcome="unknown") from error
+            if committing and error.code == DatabaseUnreachable.code:
+                raise CommitOutcomeUnknown(UNKNOWN_OUTCOME_MESSAGE) from error
             raise
 
     @contextmanager
@@ -157,7 +157,7 @@ class Database:
             log.warning(
                 "database failed", extra={"error": type(cause).__name__, "detail": str(cause).strip()}
             )
-            raise Unavailable(_outage_message(error)) from error
+            raise _outage_error(error) from error
 
 
 def _is_outage(error: DBAPIError | PoolTimeout) -> bool:
@@ -172,15 +172,21 @@ def _sqlite_error_name(error: DBAPIError | PoolTimeout) -> str:
     return str(getattr(getattr(error, "orig", None), "sqlite_errorname", ""))
 
 
-def _outage_message(error: DBAPIError | PoolTimeout) -> str:
-    """What happened, for a person: never the driver's text."""
+def _outage_error(error: DBAPIError | PoolTimeout) -> Unavailable:
+    """Return the error that describes an outage, without the text of the driver."""
+    message = _busy_message(error)
+    return DatabaseUnreachable(UNREACHABLE_MESSAGE) if message is None else Unavailable(message)
+
+
+def _busy_message(error: DBAPIError | PoolTimeout) -> str | None:
+    """Return the message of an outage of a database that responds; None if the database does not respond."""
     if isinstance(error, PoolTimeout):
         return "the database is busy: all connections to it are in use. Try again."
     if _sqlite_error_name(error).startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return SQLSTATE_MESSAGES["55P03"]
     if _sqlite_error_name(error) == "SQLITE_FULL":
         return SQLSTATE_MESSAGES["53100"]
-    return SQLSTATE_MESSAGES.get(getattr(error.orig, "sqlstate", None) or "", UNREACHABLE_MESSAGE)
+    return SQLSTATE_MESSAGES.get(getattr(error.orig, "sqlstate", None) or "")
 
 
 def _is_downgrade(config: Config, current: str | None, target: str) -> bool:

@@ -8,35 +8,11 @@ from typing import Any
 
 from service.engine.decoding import DecodingSequence
 from service.engine.logprobs import to_openai
-from service.errors import InvalidInput, PalimpsestError
 from service.jobs.broker import Delivery
 from service.kit import metrics
 from service.kit.ids import created_at
 from service.kit.steps import Stepper
-from service.schemas import Version, WorkerGenerateRequest
-
-
-def resolve_version(version: Version, head: int, min_version: int | None = None) -> int:
-    """The number of a version, given the newest; refused when it does not exist or is older than `least`."""
-    resolved = {"head": head, "base": 0}[version] if isinstance(version, str) else version
-    if not 0 <= resolved <= head:
-        raise InvalidInput(f"version {resolved} does not exist: give 0 to {head}.", "version")
-    if min_version is not None and resolved < min_version:
-        raise InvalidInput(
-            f"version {resolved} is older than min_version {min_version} (the newest is {head}): ask for one that is not.",
-            "min_version",
-        )
-    return resolved
-
-
-def error_payload(error: BaseException) -> dict[str, str]:
-    """What a user hears of an error: the house's own words, never another's."""
-    if isinstance(error, PalimpsestError):
-        return {"title": error.title, "detail": error.detail}
-    return {
-        "title": "The work failed",
-        "detail": "the worker met an error that it does not know: its log has the details. Ask again.",
-    }
+from service.schemas import WorkerGenerateRequest
 
 
 @dataclass(eq=False)

@@ -26,19 +26,28 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from service.engine.calls import RunningComparison, RunningGeneration, error_payload, resolve_version
+from service.engine.calls import RunningComparison, RunningGeneration
 from service.engine.comparison import run_comparison
 from service.engine.decoding import DecodingSequence, TokenOutput, new_sequences
 from service.engine.outbox import Outbox
 from service.engine.scheduler import MAX_PREFILL_TOKENS, Scheduler
 from service.engine.versioned_model import VersionedModel
-from service.errors import Cancelled, DigestMismatch, InvalidInput, LeaseLost, PalimpsestError, Unavailable
+from service.errors import (
+    Cancelled,
+    DigestMismatch,
+    InvalidInput,
+    LeaseLost,
+    PalimpsestError,
+    Unavailable,
+    error_document,
+)
 from service.jobs.broker import Broker, Delivery
 from service.jobs.job_kinds import CALL_KINDS, WORK_KINDS
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.jobs.worker_session import WorkerSession
 from service.kit import crash_points, metrics
 from service.kit.steps import Completion, JobReporter, Progress, Stepper, advance
+from service.kit.versions import resolve_version
 from service.models import memory_estimates
 from service.schemas import CompareRequest, WorkerGenerateRequest
 
@@ -356,7 +365,7 @@ class Engine:
             detail = (
                 f"version {generation.version} could not speak: the worker's log has the details. Ask again."
             )
-            self._outbox.publish(generation.channel, "error", error_payload(Unavailable(detail)), last=True)
+            self._outbox.publish(generation.channel, "error", error_document(Unavailable(detail)), last=True)
             return
         event = generation.end_event()
         self._outbox.publish(generation.channel, "end", event, last=True)
@@ -421,7 +430,7 @@ class Engine:
             self._outbox.defer(self._write_job_end, self._job_store.fail, job, error)
         else:
             log.error("job failed", exc_info=error, extra=fields)
-            self._outbox.defer(self._write_job_end, self._job_store.fail, job, error_payload(error)["detail"])
+            self._outbox.defer(self._write_job_end, self._job_store.fail, job, error)
 
     def _interrupt_group(self, group: JobGroup, error: Unavailable) -> None:
         """Something that the jobs need is down: they wait again, a bounded number of times."""
@@ -546,7 +555,7 @@ class Engine:
             error = InvalidInput("the request was not understood by the worker: update it with the API.")
         if not isinstance(error, PalimpsestError):
             log.error("call failed", exc_info=error, extra={**log_fields(delivery), "kind": delivery.kind})
-        self._outbox.publish(delivery.job_id, "error", error_payload(error), last=True)
+        self._outbox.publish(delivery.job_id, "error", error_document(error), last=True)
         self._acknowledge(delivery)
 
     def _drop_call(self, call: RunningGeneration | RunningComparison) -> None:

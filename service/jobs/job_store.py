@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.db.models import Job, StoredFactors, Worker, now, to_json_value
-from service.errors import Cancelled, Conflict, LeaseLost, PalimpsestError
+from service.errors import AttemptsExhausted, Cancelled, Conflict, LeaseLost, error_document
 from service.jobs import artifacts
 from service.jobs.broker import ignoring_broker_outage
 from service.jobs.views import OPEN_STATUSES, ResourceDict, serialize_job
@@ -207,14 +207,12 @@ class JobStore:
         """End a job that leaves the ledger as it is."""
         self._finish(job, status, result=result)
 
-    def fail(self, job: ClaimedJob, error: PalimpsestError | str) -> None:
-        """End a job that cannot be done, and say why; Cancelled ends it as cancelled."""
+    def fail(self, job: ClaimedJob, error: Exception) -> None:
+        """Finish a job as failed and store the error document; Cancelled finishes it as cancelled."""
         if isinstance(error, Cancelled):
             self._finish(job, "cancelled")
-        elif isinstance(error, PalimpsestError):
-            self._finish(job, "failed", error={"title": error.title, "detail": error.detail})
         else:
-            self._finish(job, "failed", error={"title": "The job failed", "detail": error})
+            self._finish(job, "failed", error=error_document(error))
 
     def _finish(self, job: ClaimedJob, status: str, **values: Any) -> None:
         with self.database.write_session() as session:
@@ -266,7 +264,7 @@ def _mark_exhausted(session: Session, job: Job) -> ResourceDict:
     """The job has killed too many workers, or met too many that died: a person may look, and retry it."""
     detail = f"its worker died {job.attempts} times while it ran; it is not tried again."
     job.worker, job.dead = None, True  # nobody's: a worker that was only frozen has not ended it
-    return _finish_row(session, job, "failed", error={"title": "The job was given up", "detail": detail})
+    return _finish_row(session, job, "failed", error=error_document(AttemptsExhausted(detail)))
 
 
 def _finish_row(

@@ -24,7 +24,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from service.errors import Unavailable
+from service.errors import AttemptsExhausted, Unavailable, error_document
 from service.jobs.broker import Delivery, Event, OutgoingEvent
 from service.jobs.job_kinds import CALL_KINDS, WORK_KINDS
 from service.jobs.redis_connection import (
@@ -47,10 +47,9 @@ RECONNECT_INTERVAL = 0.1  #: and between two tries
 CANCEL_CACHE_SECONDS = 0.05  #: seconds for which `cancelled` knows without asking
 MAX_IDLE = 2**53
 READ_COUNT = 1000  #: events heard in one go
-DEAD_LETTER_ERROR = {
-    "title": "The work failed",
-    "detail": "every worker that began this request died with it. Ask for less at once, or see the log.",
-}
+DEAD_LETTER_ERROR = error_document(
+    AttemptsExhausted("every worker that started this request died. Reduce the request, or see the log.")
+)
 
 
 @dataclass(eq=False)

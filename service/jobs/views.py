@@ -178,7 +178,7 @@ def job_summary(job: Job) -> ResourceDict:
     return {
         **_common_fields(job),
         "kind": job.kind,
-        "dead": job.dead,
+        "exhausted": job.dead,
         "subject": job.subject,
         "worker": job.worker,
         "request_id": job.request_id,

@@ -9,7 +9,8 @@ from sqlalchemy import select
 
 from service.db.database import Database
 from service.db.models import Attestation, Model
-from service.errors import DigestMismatch, InvalidInput, NotFound
+from service.errors import DigestMismatch, NotFound
+from service.kit.versions import resolve_version
 from service.ledger import ledger
 
 
@@ -30,14 +31,8 @@ class ReadOnlyLedger:
                 )
 
     def resolve_version(self, version: int | str) -> int:
-        """The number of a version."""
-        head = self.head()
-        number = {"head": head, "base": 0}.get(version, version) if isinstance(version, str) else version
-        if not isinstance(number, int) or not 0 <= number <= head:
-            raise InvalidInput(
-                f"there is no version {version}: the newest is {head}, the base model is 0.", "version"
-            )
-        return number
+        """Return the number of a version."""
+        return resolve_version(version, self.head())
 
     def head(self) -> int:
         with self.database.read_session() as session:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from api.app import create_app
 from api.authentication import LOOPBACK_NAMES
 from service.bootstrap import build_container
-from service.errors import PalimpsestError
+from service.errors import InvalidInput
 from service.evaluation.metrics import CHANGE_SCORES, COMBINED_SCORES, MEASURES
 from service.jobs import artifacts
 from service.jobs.broker import Delivery
@@ -53,7 +53,7 @@ def generation_result(payload: dict[str, Any]) -> dict[str, Any]:
     choice = GENERATION_RESULT["choices"][0] | (
         {} if payload.get("logprobs") is None else {"logprobs": LOGPROBS}
     )
-    return GENERATION_RESULT | {"choices": [choice] * len(prompts) * payload.get("choices", 1)}
+    return GENERATION_RESULT | {"choices": [choice] * len(prompts) * payload.get("n", 1)}
 
 
 _TRACE_GRID = {
@@ -139,7 +139,7 @@ class FakeWorker:
         self.may_finish.set()
         self.progress_reported = threading.Event()  # set when a job has told its first progress
         self.reject_edits = False
-        self.export_error: PalimpsestError | str | None = None  # why it makes no export
+        self.export_error: Exception | None = None  # why it makes no export
         self.call_error: dict[str, str] | None = None
         self.calls: list[dict[str, Any]] = []
         self.channels: list[str] = []
@@ -174,7 +174,7 @@ class FakeWorker:
             if self.worker_parts.jobs.cancel_requested(job):
                 self.worker_parts.jobs.finish(job, "cancelled")
             elif job.request.get("target_new") == FAILING_OBJECT:
-                self.worker_parts.jobs.fail(job, "there is no such place.")
+                self.worker_parts.jobs.fail(job, InvalidInput("there is no such place."))
             elif job.kind == "trace":
                 self.worker_parts.jobs.finish(job, "done", TRACE_RESULT)
             elif job.kind == "evaluation":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from service.engine.versioned_model import VersionedModel, WeightOverrides
-from service.errors import DigestMismatch, LeaseLost
+from service.errors import DigestMismatch, LeaseLost, error_document
 from service.jobs.broker import Broker, Event
 from service.jobs.job_store import ClaimedJob
 from service.kit.steps import Progress
@@ -90,7 +90,7 @@ class InMemoryJobs:
         self.reports.append((status, job.id, result))
 
     def fail(self, job: ClaimedJob, error: Any) -> None:
-        self.reports.append(("failed", job.id, getattr(error, "detail", error)))
+        self.reports.append(("failed", job.id, error_document(error)["code"]))
 
     def requeue(self, job: ClaimedJob) -> None:
         self.reports.append(("released", job.id))

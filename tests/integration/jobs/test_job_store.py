@@ -20,7 +20,17 @@ from service.application import Services
 from service.bootstrap import Container
 from service.db.database import Database
 from service.db.models import Job, JobArtifact, Worker, now
-from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, LeaseLost, NotFound, Unavailable
+from service.errors import (
+    Cancelled,
+    CommitOutcomeUnknown,
+    Conflict,
+    DigestMismatch,
+    InvalidInput,
+    LeaseLost,
+    NotFound,
+    Unavailable,
+    error_document,
+)
 from service.jobs import attestations
 from service.jobs import worker_session as worker_session_module
 from service.jobs.broker import Broker
@@ -109,7 +119,7 @@ def lose_connection_after_commit(
             yield opened
         left[0] -= 1
         if left[0] >= 0:
-            raise Unavailable("nobody knows.", outcome="unknown")
+            raise CommitOutcomeUnknown("nobody knows.")
 
     monkeypatch.setattr(worker.database, "write_session", doubtful)
 
@@ -631,8 +641,8 @@ class TestEnd:
     @pytest.mark.parametrize(
         ("error", "status", "told"),
         [
-            (InvalidInput("write it so."), "failed", {"title": InvalidInput.title, "detail": "write it so."}),
-            ("out of memory", "failed", {"title": "The job failed", "detail": "out of memory"}),
+            (InvalidInput("write it so."), "failed", error_document(InvalidInput("write it so."))),
+            (RuntimeError("a secret"), "failed", error_document(RuntimeError())),
             (Cancelled("stop"), "cancelled", None),
         ],
     )

@@ -147,7 +147,7 @@ def test_whether_keys_exist_must_be_known(
     def fails() -> bool:
         raise Unavailable("the database does not answer")
 
-    monkeypatch.setattr(test_app.app.state.keys, "exist", fails)
+    monkeypatch.setattr(test_app.app.state.keys, "any_exist", fails)
     assert client.get("/edits").status_code == 503
     assert client.get("/healthz").status_code == 200
 

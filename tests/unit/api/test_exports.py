@@ -89,7 +89,7 @@ def test_a_failed_export_says_why(
     worker.export_error = InvalidInput("the edited weights are too large: make them elsewhere.")
     answer = client.get("/export")
     assert answer.status_code == 409 and answer.json()["detail"] == worker.export_error.detail
-    worker.export_error = "out of memory"
+    worker.export_error = RuntimeError("out of memory")
     assert client.get("/export").status_code == 500
     worker.export_error = None
     assert client.get("/export").status_code == 200

@@ -78,11 +78,11 @@ def test_bad_generations_are_refused(
 
 def test_a_worker_error_keeps_its_meaning(client: TestClient, worker: Any) -> None:
     """An error that a worker publishes has the status of its kind; an unknown one is a 500 with its words."""
-    worker.error = {"title": "The request is not valid", "detail": "shorten it."}
+    worker.error = {"code": "invalid_input", "title": "", "detail": "shorten it."}
     assert client.post("/generate", json={"prompt": PROMPT}).status_code == 422
-    worker.error = {"title": "The service is not ready", "detail": "stopping."}
+    worker.error = {"code": "unavailable", "title": "", "detail": "stopping."}
     assert client.post("/generate", json={"prompt": PROMPT}).status_code == 503
-    worker.error = {"title": "Strange", "detail": "The engine met a fault."}
+    worker.error = {"code": "unknown", "title": "", "detail": "The engine met a fault."}
     answer = client.post("/generate", json={"prompt": PROMPT})
     assert (answer.status_code, answer.json()["detail"]) == (500, "The engine met a fault.")
     stream = client.post("/generate", json={"prompt": PROMPT, "stream": True})

@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 from starlette.testclient import TestClient
 
-from api.errors import TooManyRequests
+from api.errors import RateLimitExceeded
 from api.rate_limits import OUTAGE_LOG_INTERVAL, RateLimiter
 from service.application.api_keys import ApiKeys
 from tests.support.application import TOWER, TestApp
@@ -44,7 +44,7 @@ def count_allowed(rate_limiter: RateLimiter, key: str, per_minute: int, times: i
         try:
             rate_limiter.check(key, per_minute)
             allowed += 1
-        except TooManyRequests:
+        except RateLimitExceeded:
             pass
     return allowed
 
@@ -63,7 +63,7 @@ def test_keys_do_not_share_their_limit(rate_limiter: RateLimiter) -> None:
 def test_rejections_have_retry_after(rate_limiter: RateLimiter) -> None:
     """The wait is at least a second, and at most the minute."""
     count_allowed(rate_limiter, "key:a", 1, 1)
-    with pytest.raises(TooManyRequests) as refused:
+    with pytest.raises(RateLimitExceeded) as refused:
         rate_limiter.check("key:a", 1)
     assert 1 <= refused.value.retry_after <= 61
     assert "1 requests" in refused.value.detail

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from api.errors import PayloadTooLarge, TooManyRequests
+from api.errors import PayloadTooLarge, RateLimitExceeded
 from api.request_log import REQUEST_ID_HEADER
 from service.errors import QueueFull
 from service.kit.ids import request_id
@@ -155,7 +155,7 @@ def test_request_id_is_stored_with_jobs_and_calls(client: TestClient, test_app: 
     ("error", "limit"),
     [
         (QueueFull("full."), "queue"),
-        (TooManyRequests("too fast."), "rate"),
+        (RateLimitExceeded("too fast."), "rate"),
         (PayloadTooLarge("too large."), "size"),
     ],
 )

@@ -94,14 +94,15 @@ def test_a_sound_run_passes(planted_run: PlantedRun) -> None:
         check.name: check.checked_count for check in v.run_checks(planted_run.log, planted_run.state, WORLD)
     }
     assert [name for name, count in checked_counts.items() if not count] == [
-        "none failed but for: the job was given up"
+        "none failed but for: attempts_exhausted"
     ]
 
 
 def test_a_job_that_was_given_up_is_allowed(planted_run: PlantedRun) -> None:
     """A job whose workers were killed too often is counted and is no defect."""
     planted_run.state.edits.append(
-        edit_resource(4, "failed", "Lima", None) | {"error": {"title": "The job was given up", "detail": ""}}
+        edit_resource(4, "failed", "Lima", None)
+        | {"error": {"code": "attempts_exhausted", "title": "", "detail": ""}}
     )
     planted_run.log.ids_by_key["key 4"] = {"edit_4"}
     assert planted_run.failing() == set()
@@ -122,7 +123,10 @@ def _open(run: PlantedRun) -> None:
 
 
 def _fail(run: PlantedRun) -> None:
-    run.state.traces[0] |= {"status": "failed", "error": {"title": "The work failed", "detail": ""}}
+    run.state.traces[0] |= {
+        "status": "failed",
+        "error": {"code": "internal_error", "title": "", "detail": ""},
+    }
     run.log.reported_statuses.clear()
 
 
@@ -178,7 +182,7 @@ PARTIAL_TOKENS = (TokenEvent(0, ", they say", 2),)
 
 PLANTED = {
     "an open job": (_open, "every job has ended"),
-    "a failure": (_fail, "none failed but for: the job was given up"),
+    "a failure": (_fail, "none failed but for: attempts_exhausted"),
     "a lost job": (_lose, "a key is a job, and none is lost"),
     "two jobs of a key": (_twins, "a key is a job, and none is lost"),
     "a job of no key": (_stranger, "a key is a job, and none is lost"),

@@ -220,7 +220,7 @@ def test_every_error_below_v1_has_openais_form(
         assert answer.status_code == status
         assert set(answer.json()) == {"error"}
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    worker.call_error = {"title": "Strange", "detail": "The engine met a fault."}
+    worker.call_error = {"code": "unknown", "title": "", "detail": "The engine met a fault."}
     assert client.post("/v1/completions", json=body).json()["error"]["type"] == "server_error"
     assert client.get("/edits/nobody").headers["content-type"] == "application/problem+json"
     assert "no chat" in client.post("/v1/chat/completions", json={}).json()["error"]["message"]
@@ -290,7 +290,7 @@ def test_the_wire_is_openais(client: TestClient, worker: FakeWorker) -> None:
 
 def test_an_error_in_a_stream_is_raised(openai_client: OpenAI, worker: FakeWorker) -> None:
     """What goes wrong after a stream has begun is raised by the stock client, and no end follows."""
-    worker.call_error = {"title": "The service is not ready", "detail": "the worker is stopping: ask again."}
+    worker.call_error = {"code": "unavailable", "title": "", "detail": "the worker is stopping: ask again."}
     with pytest.raises(openai.APIError, match="the worker is stopping"):
         list(openai_client.completions.create(model="tiny", prompt=PROMPT, stream=True))
 

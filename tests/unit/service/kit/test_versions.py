@@ -35,4 +35,4 @@ def test_unknown_model_ids_list_the_available_names(model_id: str) -> None:
     """Who asks for what is not there is told what is."""
     with pytest.raises(NotFound, match=r"almanac@base, or almanac@0 to almanac@3\.$") as refused:
         parse_model_id(model_id, "almanac", 3)
-    assert refused.value.extra == {"field": "model"}
+    assert refused.value.field == "model"
