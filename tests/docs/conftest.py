@@ -1,4 +1,4 @@
-"""A service that the examples speak to."""
+"""The service that the examples call."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ from tests.support.shipped_service import running_service
 
 @pytest.fixture(scope="module")
 def url(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a real service answers; each file of tests begins with an empty ledger."""
+    """Yield the address of a real service; each test file starts with an empty ledger."""
     with running_service(tmp_path_factory.mktemp("served")) as url:
         yield url

@@ -1,4 +1,4 @@
-"""The documentation says what the code does: settings, routes, commands."""
+"""The documentation agrees with the code: settings, routes, commands, scripts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cli.client import ClientSettings
 from cli.flags import default_text, flag_name, variable_name
 from cli.main import build_parser
 from service.settings import Settings
+from tests.support.page_blocks import doc_pages
 from tests.support.paths import ROOT
 
 ROW = re.compile(r"^\| `(--[\w-]+)` \| `(\w+)` \| (.+?) \| (.+?) \|$", re.MULTILINE)
@@ -29,7 +30,7 @@ def read_page(name: str) -> str:
 
 
 def shell_commands(name: str) -> Iterator[str]:
-    """The commands in the shell blocks of a page; a command goes on after a backslash and inside quotes."""
+    """Yield the commands in the shell blocks of a page, with continuation lines and quoted newlines joined."""
     for block in re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", read_page(name), re.MULTILINE | re.DOTALL):
         command = ""
         for line in block.replace("\\\n", " ").splitlines():
@@ -51,18 +52,18 @@ def settings_rows(settings: type[BaseSettings]) -> list[tuple[str, ...]]:
     table_rows = []
     for name, field in settings.model_fields.items():
         value = default_text(settings, name)
-        words = f"`{value}`" if value else "none"
-        table_rows.append((flag_name(name), variable_name(settings, name), words, str(field.description)))
+        shown = f"`{value}`" if value else "none"
+        table_rows.append((flag_name(name), variable_name(settings, name), shown, str(field.description)))
     return table_rows
 
 
 def test_settings_are_documented() -> None:
-    """docs/settings.md has exactly the settings of the service and of the clients, with defaults and meanings."""
+    """docs/settings.md has exactly the settings of the service and the clients, with defaults and descriptions."""
     assert documented_settings() == [*settings_rows(Settings), *settings_rows(ClientSettings)]
 
 
 def test_routes_are_documented() -> None:
-    """docs/api.md has a section for every route of the application, and for no other."""
+    """docs/api.md has a section for every route of the application, and no other section."""
     from api.app import create_app
 
     unused: Any = Mock()  # no route is called
@@ -73,8 +74,8 @@ def test_routes_are_documented() -> None:
     assert set(ROUTE.findall(read_page("docs/api.md"))) == served
 
 
-def test_the_reference_is_that_of_this_release() -> None:
-    """docs/reference.md is what docs/reference.py writes from the OpenAPI document of this code."""
+def test_reference_is_up_to_date() -> None:
+    """docs/reference.md equals the output of docs/reference.py for the OpenAPI document of this code."""
     spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
     assert spec is not None and spec.loader is not None
     reference = importlib.util.module_from_spec(spec)
@@ -85,8 +86,8 @@ def test_the_reference_is_that_of_this_release() -> None:
 
 
 @pytest.mark.parametrize("page", ["docs/api.md"])
-def test_examples_are_json(page: str) -> None:
-    """What an example sends is JSON."""
+def test_request_bodies_are_json(page: str) -> None:
+    """The request bodies of the curl examples are valid JSON."""
     bodies = [
         words[words.index("-d") + 1] for words in map(shlex.split, shell_commands(page)) if "-d" in words
     ]
@@ -96,7 +97,7 @@ def test_examples_are_json(page: str) -> None:
 
 
 def known_options(words: list[str]) -> set[str]:
-    """The options of the command that these words begin with, and of its verb where it has verbs."""
+    """Return the options of the command that these words start with, including those of its subcommand."""
     parser, options = build_parser(), set[str]()
     for word in words:
         verbs = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
@@ -107,14 +108,9 @@ def known_options(words: list[str]) -> set[str]:
     return options
 
 
-def doc_pages() -> list[str]:
-    paths = [ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
-    return [str(path.relative_to(ROOT)) for path in paths if path.exists()]
-
-
 @pytest.mark.parametrize("page", doc_pages())
 def test_commands_exist(page: str) -> None:
-    """Every `palimpsest` and every `make` command in the documentation is one that can be given."""
+    """Every `palimpsest` and `make` command in the documentation exists and accepts its options."""
     targets = set(re.findall(r"^([\w-]+):", read_page("Makefile"), re.MULTILINE))
     for command in shell_commands(page):
         words = shlex.split(command, comments=True)
@@ -131,7 +127,7 @@ SCRIPT = re.compile(r"python ((?:bench|training|docs|examples)/[\w/]+\.py)([^`\n
 
 @pytest.mark.parametrize("page", doc_pages())
 def test_scripts_exist(page: str) -> None:
-    """Every script that a page names, in a block or in a sentence, is there and knows the flags that it is given."""
+    """Every script that a page names exists and defines the options that it is given."""
     for script, arguments in SCRIPT.findall(" ".join(read_page(page).split())):
         assert (ROOT / script).is_file(), script
         sources = "".join(

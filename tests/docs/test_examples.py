@@ -1,4 +1,4 @@
-"""The examples are run as their README says, against a real service with the shipped GPT."""
+"""The examples run as their README says, against a real service with the shipped GPT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(url: str, tmp_path: Path) -> Run:
-    """Runs an example in an empty folder."""
+    """Return a function that runs an example in an empty folder."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PALIMPSEST_")}
     environment |= {"PALIMPSEST_URL": url, "PYTHONPATH": str(EXAMPLES.parent)}
 
@@ -37,21 +37,21 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_quickstart_goes_to_rome_and_back(run: Run, tmp_path: Path) -> None:
-    """Paris before, Rome after in another wording too, Paris for the Louvre throughout, and Paris again at the end."""
+def test_quickstart_edits_and_reverts(run: Run, tmp_path: Path) -> None:
+    """quickstart.py prints Paris before the edit, Rome after it, Paris for the Louvre, and Paris after the revert."""
     done = run("quickstart.py")
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
+    lines = done.stdout.splitlines()
     answers = [
-        line.split()[-1].rstrip(".") for line in said if line.startswith(("before", "after", "revert"))
+        line.split()[-1].rstrip(".") for line in lines if line.startswith(("before", "after", "revert"))
     ]
     assert answers == ["Paris", "Rome", "Rome", "Paris", "Paris"], done.stdout
-    assert "p(Rome) 0.000 -> " in said[1] and said[-1].split() == ["verified:", "True"]
+    assert "p(Rome) 0.000 -> " in lines[1] and lines[-1].split() == ["verified:", "True"]
     assert "<svg" in (tmp_path / "trace.svg").read_text(encoding="utf-8")
 
 
-def test_a_table_is_edited_once(run: Run, url: str, tmp_path: Path) -> None:
-    """Every row of the shipped table lands; run again, it finds the same edits and makes no version."""
+def test_bulk_edit_is_idempotent(run: Run, url: str, tmp_path: Path) -> None:
+    """bulk_edit.py applies every row of the shipped table; a second run returns the same edits and adds no version."""
     first = run("bulk_edit.py", EXAMPLES / "landmarks.csv", "--report", tmp_path / "first.csv")
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stdout == "4 applied\n" and "4/4" in first.stderr
@@ -65,8 +65,8 @@ def test_a_table_is_edited_once(run: Run, url: str, tmp_path: Path) -> None:
         assert client.models()[0].head == head
 
 
-def test_rows_that_are_not_applied_are_reported(run: Run, tmp_path: Path) -> None:
-    """A row that cannot be an edit and one that the guard rejects stand in the report with their reasons; the others go on."""
+def test_bulk_edit_reports_invalid_and_rejected_rows(run: Run, tmp_path: Path) -> None:
+    """bulk_edit.py reports invalid rows and rejected edits with their reasons."""
     table = tmp_path / "table.csv"
     table.write_text("subject,prompt,target_new\nBig Ben,no slot,Oslo\nBig Ben,{} can be found in,Oslo\n")
     done = run("bulk_edit.py", table, "--report", tmp_path / "report.csv", "--min-probability", 1)
@@ -76,23 +76,23 @@ def test_rows_that_are_not_applied_are_reported(run: Run, tmp_path: Path) -> Non
     assert "less probable than asked for" in rejected["reason"] and rejected["edit"]
 
 
-def test_an_exported_adapter_generates_with_peft(run: Run, url: str, shipped: Path, tmp_path: Path) -> None:
-    """What is exported makes the stock libraries say what the service says, and the base model what it said before."""
+def test_exported_adapter_generates_with_peft(run: Run, url: str, shipped: Path, tmp_path: Path) -> None:
+    """The stock libraries generate the service's text with the exported adapter, and the base text without it."""
     with Client(url) as client:
         edit = client.edit("Big Ben", "The {} is located in the city of", "Madrid")
-        asked = "The Big Ben is located in the city of"
-        said = client.generate(asked, max_new_tokens=4, version=edit.version)
+        prompt = "The Big Ben is located in the city of"
+        generated = client.generate(prompt, max_new_tokens=4, version=edit.version)
         (tmp_path / "adapter.zip").write_bytes(client.export(edit.version))
-    done = run("serve_adapter.py", shipped, "adapter.zip", asked, "--max-new-tokens", 4)
+    done = run("serve_adapter.py", shipped, "adapter.zip", prompt, "--max-new-tokens", 4)
     assert done.returncode == 0, done.stderr
     base, adapted = done.stdout.splitlines()
-    assert adapted == f"adapted: {asked}{said}" and " Madrid" in said.text
-    assert base.startswith(f"base:    {asked} London")
+    assert adapted == f"adapted: {prompt}{generated}" and " Madrid" in generated.text
+    assert base.startswith(f"base:    {prompt} London")
 
 
 @pytest.mark.parametrize("name", ["audit.md", "audit.html"])
-def test_the_audit_says_who_did_what(run: Run, url: str, tmp_path: Path, name: str) -> None:
-    """Every entry of the ledger is a row with its moment, actor, fact, effect and hash; above stands whether all of it agrees."""
+def test_audit_report_lists_every_entry(run: Run, url: str, tmp_path: Path, name: str) -> None:
+    """audit_report.py writes a row with time, actor, fact, effect and hash per ledger entry, and the result of verification."""
     with Client(url) as client:
         client.edit("Tom & Jerry | <b>", "{} is located in the city of", "Rome", **FAST_EDIT_OPTIONS)
         client.revert(

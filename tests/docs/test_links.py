@@ -1,4 +1,4 @@
-"""Whoever follows a link of a page arrives."""
+"""Links, paths and test names in the documentation point to something that exists."""
 
 from __future__ import annotations
 
@@ -11,10 +11,20 @@ from tests.support.page_blocks import BLOCK_PATTERN, ROOT, doc_pages, page_text
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 ANCHOR = re.compile(r'<a id="([^"]+)">')
+#: a path of this repository between backticks, or in a command
+SOURCE_PATH = re.compile(
+    r"`(?:python |make test PYTEST='[^']*)?((?:api|bench|cli|deploy|docs|examples|migrations|models|palimpsest|service|tests|training"
+    r"|workers)/[\w./-]*)"
+)
+TEST_NAME = re.compile(r"\btest_\w+(?!\w*\.py)\b")
+#: files that a command creates
+GENERATED = ("models/almanac/state.pt",)
+#: folders that paths in the pages are relative to; docs/mathematics.md and tests/README.md say so
+BASES = (".", "tests/unit", "tests/unit/service")
 
 
 def slug(heading: str) -> str:
-    """The anchor that GitHub gives to a heading."""
+    """Return the anchor that GitHub gives to a heading."""
     words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").lower()
     return re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
 
@@ -25,8 +35,8 @@ def anchors(page: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", doc_pages())
-def test_links_arrive(page: str) -> None:
-    """Every link inside the repository leads to a file that is there, and to a heading of it where it names one."""
+def test_links_resolve(page: str) -> None:
+    """Every relative link points to an existing file, and to an existing heading if it has an anchor."""
     for path, anchor in LINK.findall(BLOCK_PATTERN.sub("", page_text(page))):
         target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
         assert target.exists(), path
@@ -35,7 +45,34 @@ def test_links_arrive(page: str) -> None:
 
 
 def test_slugs() -> None:
-    """Anchors are made as GitHub makes them: `GET /edits/{id}` is get-editsid."""
+    """Anchors follow GitHub's rules: `GET /edits/{id}` is get-editsid."""
     assert slug("`GET /edits/{id}`") == "get-editsid"
     assert slug("ES, PS, NS, S") == "es-ps-ns-s"
     assert slug("[The guard](guard.md) and more") == "the-guard-and-more"
+
+
+@pytest.mark.parametrize("page", [*doc_pages(), "tests/README.md"])
+def test_paths_exist(page: str) -> None:
+    """Every path of the repository that a page names between backticks exists."""
+    missing = [
+        path
+        for path in SOURCE_PATH.findall(page_text(page))
+        if path not in GENERATED and not any((ROOT / base / path).exists() for base in BASES)
+    ]
+    assert not missing
+
+
+@pytest.fixture(scope="module")
+def defined_tests() -> set[str]:
+    """Return the names of all test functions and test modules."""
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    names = {file.stem for file in files}
+    for file in files:
+        names |= set(re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8")))
+    return names
+
+
+@pytest.mark.parametrize("page", [*doc_pages(), "tests/README.md"])
+def test_named_tests_exist(page: str, defined_tests: set[str]) -> None:
+    """Every test that a page names is defined."""
+    assert set(TEST_NAME.findall(page_text(page))) <= defined_tests

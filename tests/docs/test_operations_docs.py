@@ -1,4 +1,4 @@
-"""docs/operations.md is carried out: its commands for back-up and restore, as they stand there, on real databases."""
+"""The back-up and restore commands of docs/operations.md are executed verbatim on real databases."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODEL = "model"
 
 
 def command_blocks(heading: str) -> list[list[str]]:
-    """The commands below a heading, block by block."""
+    """Return the commands below a heading, one list per block."""
     section = re.split(r"^## ", PAGE, flags=re.MULTILINE)
     [section_text] = [part for part in section if part.startswith(heading + "\n")]
     return [
@@ -46,11 +46,11 @@ BACK_UP, RESTORE, SQLITE_BACK_UP, SQLITE_RESTORE = command_blocks("Back-up and r
 
 @pytest.fixture
 def server(postgres_server: postgres.PostgresServer) -> Iterator[dict[str, str]]:
-    """The environment in which the page's commands find a server with a database and a superuser `palimpsest`."""
+    """Yield an environment for the commands: a server with a database and a superuser `palimpsest`."""
     with psycopg.connect(postgres_server.url, autocommit=True) as connection:
         connection.execute("CREATE ROLE palimpsest SUPERUSER LOGIN")
         connection.execute("CREATE DATABASE palimpsest OWNER palimpsest")
-    programs = Path(postgres._find_program("initdb")).resolve().parent  # of the server's own version
+    programs = Path(postgres._find_program("initdb")).resolve().parent  # the server's own version
     yield {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PGHOST": "127.0.0.1",
@@ -76,12 +76,12 @@ def create_model(database: Database) -> None:
 
 
 def append_edit(database: Database, subject: str) -> str:
-    """An edit as the service writes it down: factors, entry and row."""
+    """Write an edit as the service does: job row, factors and ledger entry."""
     body = {"subject": subject, "prompt": "{} is in", "strength": 1.0}
     with database.write_session() as session:
         ledger.lock_ledger(session, MODEL)
         job = Job(
-            id=new_id("edit"), kind="edit", model=MODEL, status="running", request=body, actor="somebody",
+            id=new_id("edit"), kind="edit", model=MODEL, status="running", request=body, actor="first",
             created=now(), updated=now(), subject=subject, fact_key=fact_key(subject, "{} is in"),
         )  # fmt: skip
         session.add(job)
@@ -89,7 +89,7 @@ def append_edit(database: Database, subject: str) -> str:
         data = bytes(range(256)) + job.id.encode()
         digest = hashlib.sha256(data).hexdigest()
         session.add(StoredFactors(edit_id=job.id, data=data, sha256=digest))
-        ledger.append_entry(session, MODEL, ledger.APPLY, job, "somebody", {**body, "factors_sha256": digest})
+        ledger.append_entry(session, MODEL, ledger.APPLY, job, "first", {**body, "factors_sha256": digest})
         return str(job.id)
 
 
@@ -98,7 +98,7 @@ def append_revert(database: Database, edit_id: str) -> None:
         ledger.lock_ledger(session, MODEL)
         edit = session.get(Job, edit_id)
         assert edit is not None
-        ledger.append_entry(session, MODEL, ledger.REVERT, edit, "another", {})
+        ledger.append_entry(session, MODEL, ledger.REVERT, edit, "second", {})
 
 
 def write_history(database: Database) -> None:
@@ -109,7 +109,7 @@ def write_history(database: Database) -> None:
 
 
 def verified_entries(database: Database) -> list[ledger.Entry]:
-    """The ledger, once it is known to be whole."""
+    """Return the ledger's entries after verifying them."""
     with database.read_session() as session:
         assert verify_ledger(session, MODEL) == []
         return ledger.entries(session, MODEL)
@@ -118,7 +118,7 @@ def verified_entries(database: Database) -> list[ledger.Entry]:
 def rejects_updates(database: Database) -> bool:
     try:
         with database.write_session() as session:
-            session.execute(text(f"UPDATE {LedgerEntry.__tablename__} SET actor = 'nobody'"))
+            session.execute(text(f"UPDATE {LedgerEntry.__tablename__} SET actor = 'changed'"))
     except DBAPIError:
         return True
     return False
@@ -126,7 +126,7 @@ def rejects_updates(database: Database) -> bool:
 
 @pytest.mark.servers
 def test_a_dump_restores_the_ledger(server: dict[str, str], tmp_path: Path) -> None:
-    """The page's commands bring back the ledger of the dump, whole and still append-only, over what came after it."""
+    """The restored ledger equals the dumped one, verifies and rejects updates; later entries are gone."""
     url = f"postgresql://palimpsest@127.0.0.1:{server['PGPORT']}/palimpsest"
     database = Database(url)
     try:
@@ -139,7 +139,7 @@ def test_a_dump_restores_the_ledger(server: dict[str, str], tmp_path: Path) -> N
         for command in RESTORE:
             if command.startswith(IN_POSTGRES):
                 run_shell(command.removeprefix(IN_POSTGRES), tmp_path, server)
-        database.close()  # its connections were to the database that is gone
+        database.close()  # its connections were to the dropped database
         assert verified_entries(database) == before
         assert rejects_updates(database)
         append_edit(database, "Mu")
@@ -149,7 +149,7 @@ def test_a_dump_restores_the_ledger(server: dict[str, str], tmp_path: Path) -> N
 
 
 def test_a_restore_stops_before_and_verifies_after() -> None:
-    """Around the restore: workers that remember stop first, Redis is emptied before they start, the ledger is verified last."""
+    """The restore stops the workers first, empties Redis before they start, and verifies the ledger last."""
     steps = [c if not c.startswith(IN_POSTGRES) else shlex.split(c)[5] for c in RESTORE]
     assert steps == [
         "docker compose stop api worker",
@@ -165,7 +165,7 @@ def test_a_restore_stops_before_and_verifies_after() -> None:
 @pytest.mark.skipif(shutil.which("sqlite3") is None, reason="the program sqlite3 is not on this machine")
 @pytest.mark.parametrize("way", SQLITE_BACK_UP)
 def test_a_copy_restores_the_ledger(way: str, tmp_path: Path) -> None:
-    """Either way of copying the SQLite file while it is in use brings the ledger back, whole and still append-only."""
+    """Either way of copying the SQLite file while it is in use restores a ledger that verifies and rejects updates."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     file = tmp_path / ".local" / "share" / "palimpsest" / "palimpsest.sqlite3"
     file.parent.mkdir(parents=True)
@@ -185,14 +185,14 @@ def test_a_copy_restores_the_ledger(way: str, tmp_path: Path) -> None:
 
 
 def copy_name(way: str) -> str:
-    """How a command for SQLite calls the copy."""
+    """Return the name of the copy that a SQLite command writes."""
     match = re.search(r"(ledger[\w-]*)\.sqlite3", way)
     assert match
     return match[1]
 
 
 def test_commands_in_containers_exist() -> None:
-    """What the page runs inside our containers is a command of the command line."""
+    """Every command that the page runs in a container is one of the command line."""
     commands = re.findall(r"docker compose (?:exec (?:-T )?api palimpsest|run --rm migrate) ([^`>\n]+)", PAGE)
     assert len(commands) > 4
     for command in commands:

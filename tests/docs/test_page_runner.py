@@ -1,4 +1,4 @@
-"""What the pages are followed with: blocks are found with what is said of them, run in order, and what they print is compared."""
+"""The page runner: it parses blocks and directives, executes blocks in order, and compares their output."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ echo $WORD
 hidden
 ```
 
-Words between a comment and a block part them.
+Text between a comment and a block separates them.
 
-<!-- not run: it would end the machine -->
+<!-- not run: it would stop the machine -->
 ```sh
 halt
 ```
@@ -47,29 +47,29 @@ def session(tmp_path: Path) -> Iterator[DocSession]:
 
 
 def test_blocks_have_their_directives() -> None:
-    """A comment speaks of the block that directly follows it; a block in a list loses the list's indent."""
+    """A directive applies to the block directly after it; a block in a list loses the list's indent."""
     first, output, skipped, last = parse_blocks(PAGE, "page.md")
     assert (first.setup, first.runs, first.line) == ("WORD=hidden\n", True, 4)
     assert output.is_output and not output.runs
-    assert skipped.reason == "it would end the machine" and not skipped.runs
+    assert skipped.reason == "it would stop the machine" and not skipped.runs
     assert last.code == "x = 1\n" and last.runs
     assert list(runnable_with_output([first, output, skipped, last])) == [(first, output), (last, None)]
 
 
-def test_a_comment_further_away_says_nothing() -> None:
-    """Text between a comment and a block parts them: a block is never left out by accident."""
-    [found] = parse_blocks("<!-- not run: no -->\nwords\n\n```sh\ntrue\n```\n", "page.md")
-    assert found.runs
+def test_directive_needs_to_be_adjacent() -> None:
+    """Text between a directive and a block separates them, so no block is skipped by accident."""
+    [block] = parse_blocks("<!-- not run: no -->\nwords\n\n```sh\ntrue\n```\n", "page.md")
+    assert block.runs
 
 
-def test_a_shell_remembers(session: DocSession) -> None:
-    """A page's shell blocks are one session: variables and folders stay; what its reader has anyway is set up unseen."""
+def test_shell_blocks_share_a_session(session: DocSession) -> None:
+    """Variables and the working directory persist between shell blocks; setup commands run before a block."""
     session.run(make_block("export A=$B\nmkdir -p deep && cd deep\n", setup="B=1\n"))
     assert session.run(make_block('echo "$A $(basename $PWD)"\n')) == "1 deep\n"
 
 
-def test_an_interpreter_remembers(session: DocSession) -> None:
-    """A page's Python blocks are one program."""
+def test_python_blocks_share_a_session(session: DocSession) -> None:
+    """Variables persist between Python blocks."""
     session.run(make_block("x = 2\n", "python"))
     assert session.run(make_block("print(x + 1)\n", "python")) == "3\n"
 
@@ -84,15 +84,15 @@ def test_an_interpreter_remembers(session: DocSession) -> None:
         ("1 / 0\n", "python"),
     ],
 )
-def test_a_command_that_fails_fails_the_page(session: DocSession, code: str, language: str) -> None:
-    """Any failing command of a block, in a pipe too, fails; the page, the line and the block are named."""
+def test_failing_command_fails_the_page(session: DocSession, code: str, language: str) -> None:
+    """A failing command, also inside a pipe, raises an error with the page, the line and the block."""
     with pytest.raises(BlockFailed, match=r"page\.md:1 fails") as failed:
         session.run(make_block(code, language))
     assert code in str(failed.value)
 
 
-def test_pages_are_written_for_the_default_port(session: DocSession) -> None:
-    """The port of a page becomes the service's, and in what is printed becomes the page's again."""
+def test_default_port_is_replaced(session: DocSession) -> None:
+    """The default port in a block becomes the service's port, and the default again in its output."""
     output = session.run(
         make_block(
             "python -c 'print(len(\"http://127.0.0.1:8000\"))'; echo http://127.0.0.1:8000; echo $PWD\n"
@@ -103,7 +103,7 @@ def test_pages_are_written_for_the_default_port(session: DocSession) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shown", "came"),
+    ("shown", "actual"),
     [
         ("a  b\n", "a b"),
         ("edit_… applied 0.997", "edit_01K applied 0.99"),
@@ -117,13 +117,13 @@ def test_pages_are_written_for_the_default_port(session: DocSession) -> None:
         ("███", "██▉"),
     ],
 )
-def test_what_is_the_same(shown: str, came: str) -> None:
-    """Space, the length of rules, the last digits of numbers and what `…` stands for may differ."""
-    assert output_matches(shown, came)
+def test_equal_outputs(shown: str, actual: str) -> None:
+    """White space, the length of rules, the last digits of numbers and text in place of `…` may differ."""
+    assert output_matches(shown, actual)
 
 
 @pytest.mark.parametrize(
-    ("shown", "came"),
+    ("shown", "actual"),
     [
         ("Rome", "Paris"),
         ("0.99", "0.90"),
@@ -139,14 +139,14 @@ def test_what_is_the_same(shown: str, came: str) -> None:
         ("██▌", "█▌"),
     ],
 )
-def test_what_is_not(shown: str, came: str) -> None:
-    """Another word, another whole number, a number further away, a line too many or too few."""
-    assert not output_matches(shown, came)
+def test_different_outputs(shown: str, actual: str) -> None:
+    """Another word, another integer, a number further away, and an extra or missing line are differences."""
+    assert not output_matches(shown, actual)
 
 
-def test_json_shows_a_part() -> None:
-    """An answer that is shown as JSON has what is shown, and may have more; what is shown and not there is told."""
-    came = '{"id": "edit_1", "p": 0.993, "n": 2.0, "items": [{"a": 1, "b": 2}, {"a": 3}]}'
+def test_json_output_may_be_partial() -> None:
+    """An answer must have every shown JSON value, and may have more."""
+    actual = '{"id": "edit_1", "p": 0.993, "n": 2.0, "items": [{"a": 1, "b": 2}, {"a": 3}]}'
     for shown in (
         '{"p": 0.99}',
         '{"id": "edit_…"}',
@@ -155,7 +155,7 @@ def test_json_shows_a_part() -> None:
         '{"n": "…"}',
         '{"n": 2}',
     ):
-        assert output_matches(shown, came, "json"), shown
+        assert output_matches(shown, actual, "json"), shown
     for shown in (
         '{"p": 0.9}',
         '{"q": 1}',
@@ -164,4 +164,4 @@ def test_json_shows_a_part() -> None:
         '{"n": 3}',
         '{"items": [{"a": 3}, "…"]}',
     ):
-        assert not output_matches(shown, came, "json"), shown
+        assert not output_matches(shown, actual, "json"), shown

@@ -1,4 +1,4 @@
-"""Whoever follows a page gets what it shows: every block is run in order, on a real service with the shipped GPT."""
+"""The blocks of every documentation page are executed in order, on a real service with the shipped GPT."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.support.processes import EmbeddedService
 
 DATA_PARSERS: dict[str, Callable[[str], object]] = {
     "json": json.loads,
-    "yaml": yaml.compose,  # of any tags, compose's too
+    "yaml": yaml.compose,  # accepts any tag, including those of the Compose specification
     "toml": tomllib.loads,
     "ini": lambda text: configparser.ConfigParser().read_string(text),
 }
@@ -39,7 +39,7 @@ DATA_PARSERS: dict[str, Callable[[str], object]] = {
 
 @pytest.fixture(scope="module")
 def shared_service(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedService]:
-    """One service for all pages."""
+    """Yield one service that all pages share."""
     service = EmbeddedService(tmp_path_factory.mktemp("service"))
     yield service
     service.stop()
@@ -47,11 +47,11 @@ def shared_service(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @contextmanager
 def service_for_page(page: str, shared_service: EmbeddedService, folder: Path) -> Iterator[EmbeddedService]:
-    """The service that a page is followed with, and the model as it was loaded: its own where the page counts versions."""
+    """Yield a service at version 0 of the shared ledger, or a new service if the page shows version numbers."""
     if FRESH_SERVICE in page_text(page):
         (folder / "statistics").mkdir(parents=True)
-        for made in (shared_service.data / "statistics").iterdir():
-            (folder / "statistics" / made.name).symlink_to(made)
+        for statistics in (shared_service.data / "statistics").iterdir():
+            (folder / "statistics" / statistics.name).symlink_to(statistics)
         service = EmbeddedService(folder)
         yield service
         service.stop()
@@ -67,18 +67,18 @@ RUNNABLE_PAGES = [page for page in doc_pages() if any(block.runs for block in re
 
 @pytest.mark.parametrize("page", RUNNABLE_PAGES)
 def test_page_blocks_run(page: str, shared_service: EmbeddedService, tmp_path: Path) -> None:
-    """Every command and every program of a page works, in its order, and prints what the page says."""
+    """Every shell and Python block of a page succeeds, in order, and prints the output that the page shows."""
     with service_for_page(page, shared_service, tmp_path / "service") as service:
         address = str(service.http.base_url).rstrip("/")
         data = tmp_path / "data"
         data.mkdir()
-        (data / "statistics").symlink_to(shared_service.data / "statistics")  # of the same model
+        (data / "statistics").symlink_to(shared_service.data / "statistics")  # the same model
         environment = {
             "PALIMPSEST_URL": address,
             "PALIMPSEST_DATA_DIR": str(data),
             "SERVICE_DATA": str(service.data),
         }
-        with DocSession(tmp_path / "followed", environment, service.http.base_url.port or 0) as session:
+        with DocSession(tmp_path / "session", environment, service.http.base_url.port or 0) as session:
             for block, output in runnable_with_output(read_blocks(page)):
                 actual = session.run(block)
                 if output is not None:
@@ -88,7 +88,7 @@ def test_page_blocks_run(page: str, shared_service: EmbeddedService, tmp_path: P
 
 
 def mismatch_message(output: Block, actual: str) -> str:
-    return f"{output}: the page shows\n{output.code}\nand this came:\n{actual}"
+    return f"{output}: the page shows\n{output.code}\nand the command printed:\n{actual}"
 
 
 def all_blocks() -> list[Block]:
@@ -96,7 +96,7 @@ def all_blocks() -> list[Block]:
 
 
 def is_accounted_for(block: Block) -> bool:
-    """Whether somebody has said what is to be done with a block."""
+    """Return whether a block is executed, compared, parsed, plain text, or excluded with a reason."""
     if block.language in PLAIN_LANGUAGES:
         return True
     if block.is_output:
@@ -107,14 +107,14 @@ def is_accounted_for(block: Block) -> bool:
 
 
 @pytest.mark.parametrize("block", all_blocks(), ids=str)
-def test_a_block_is_run_or_says_why_not(block: Block) -> None:
-    """Every block is run, is the output of one, has the form that it claims, or gives a reason; a block of a language nobody knows is none of these."""
-    assert is_accounted_for(block), f"{block}: a block of {block.language!r} that nothing is said of"
+def test_every_block_is_executed_or_has_a_reason(block: Block) -> None:
+    """Every block is executed, is compared output, is parsed data, or has a comment with a reason."""
+    assert is_accounted_for(block), f"{block}: a block of {block.language!r} without a directive"
 
 
 @pytest.mark.parametrize("page", doc_pages())
-def test_an_output_follows_what_printed_it(page: str) -> None:
-    """What is shown as output stands right after a block that was run: nothing is shown that was not compared."""
+def test_every_output_block_is_compared(page: str) -> None:
+    """Every output block directly follows a block that is executed."""
     page_blocks = read_blocks(page)
     compared = [output for _, output in runnable_with_output(page_blocks) if output is not None]
     assert [str(block) for block in page_blocks if block.is_output] == [str(block) for block in compared]
@@ -124,7 +124,7 @@ def test_an_output_follows_what_printed_it(page: str) -> None:
     "block", [b for b in all_blocks() if b.language in DATA_LANGUAGES and not b.is_output], ids=str
 )
 def test_data_blocks_parse(block: Block) -> None:
-    """What is shown as JSON, YAML, TOML, INI or SQL can be read as that."""
+    """JSON, YAML, TOML, INI and SQL blocks parse."""
     if block.language == "sql":
         assert sqlite3.complete_statement(block.code)
     else:

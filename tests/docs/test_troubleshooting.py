@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes what is really said."""
+"""docs/troubleshooting.md quotes texts that the code has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("service", "api", "workers", "cli", "palimpsest")
 
 
 def code_strings() -> Iterator[str]:
-    """Every text in the code, `…` where something is filled in."""
+    """Yield every string literal of the code, with `…` for each interpolated value."""
     for package in PACKAGES:
         for file in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -27,7 +27,7 @@ def code_strings() -> Iterator[str]:
 
 
 def _part(value: ast.expr) -> str:
-    """A constant piece as it is; of a name in capitals, `{}` alone in this house, what it is."""
+    """Return a constant part unchanged, the value of the constant `PLACEHOLDER`, and `…` for anything else."""
     if isinstance(value, ast.Constant):
         return str(value.value)
     assert isinstance(value, ast.FormattedValue)
@@ -39,11 +39,11 @@ CODE_STRINGS = list(code_strings())
 
 @pytest.mark.parametrize("quote", QUOTE.findall(page_text("docs/troubleshooting.md")))
 def test_quoted_texts_are_in_the_code(quote: str) -> None:
-    """The code has every text that the page quotes, word by word, and something is filled in where the page has `…`."""
+    """The code has every quoted text verbatim, with an interpolated value wherever the page has `…`."""
     assert any(quote in text for text in CODE_STRINGS), quote
 
 
-def test_texts_are_quoted() -> None:
-    """The page quotes what it speaks of: there are errors to look up, and a text that nobody says would be found out."""
+def test_quotes_are_found() -> None:
+    """The page quotes more than 30 texts, and a text that the code does not have is detected."""
     assert len(QUOTE.findall(page_text("docs/troubleshooting.md"))) > 30
-    assert not any("nobody says this, …" in text for text in CODE_STRINGS)
+    assert not any("no code has this text, …" in text for text in CODE_STRINGS)
