@@ -22,13 +22,13 @@ FACTS_FILE = "facts.jsonl"
 
 def load_served_model(settings: Settings) -> LoadedModel:
     """The model of the settings, loaded into this process as a worker has it."""
-    loaded: LoadedModel = _import_model_loader().resident(settings)
+    loaded: LoadedModel = _import_model_loader().load_served_model(settings)
     return loaded
 
 
 def load_without_bos(settings: Settings) -> LoadedModel:
     """The same without what its recipe says of its start token: as it is before it is prepared."""
-    loaded: LoadedModel = _import_model_loader().unstarted(settings)
+    loaded: LoadedModel = _import_model_loader().load_without_bos(settings)
     return loaded
 
 

@@ -126,10 +126,10 @@ def _add_list_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     words = "list the evaluations of the service, newest first"
     list_parser = _add_client_command(
-        commands, "evaluations", words, _lazy_command("cli.evaluations", "evaluations")
+        commands, "evaluations", words, _lazy_command("cli.evaluations", "list_evaluations")
     )
     list_parser.add_argument("--limit", type=positive_int, default=20, help="how many (default: 20)")
-    show = _lazy_command("cli.evaluations", "show")
+    show = _lazy_command("cli.evaluations", "show_evaluation")
     _add_show_command(list_parser, "one evaluation in words and tables", show, "palimpsest evaluations")
 
 
@@ -258,7 +258,7 @@ def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
         help="other methods to tune, too: r-rome,memit,emmet,alphaedit,ft,ft-l,ft-attn",
     )
     add("--seed", type=int, default=0, help="of the facts' order (default: 0)")
-    _add_json_flag(prepare)
+    _add_json_flag(tune)
     model_settings = ("device", "dtype", "threads", "data_dir", "corpus", "covariance_tokens")
     add_setting_flags(prepare.add_argument_group("model"), Settings, *model_settings)
     prepare.set_defaults(run=partial(_run_module, "tune"), distinct=True, limit=None)
@@ -321,7 +321,7 @@ def _add_evaluate_command(commands: argparse._SubParsersAction[argparse.Argument
 def _run_evaluate(args: argparse.Namespace) -> int:
     """Here, or as a job of the running service."""
     if args.service:
-        return _run_with_client(import_module("cli.evaluations").evaluate, args)
+        return _run_with_client(import_module("cli.evaluations").submit_evaluation, args)
     return _run_module("evaluate", args)
 
 
@@ -349,14 +349,16 @@ def _add_export_commands(commands: argparse._SubParsersAction[argparse.ArgumentP
     import_parser.add_argument("file", metavar="FILE", help="made by `palimpsest export --format edits`")
     _add_json_flag(import_parser)
     add_setting_flags(import_parser.add_argument_group("service"), ClientSettings)
-    import_parser.set_defaults(run=lambda args: _run_with_client(import_module("cli.export").bring, args))
+    import_parser.set_defaults(
+        run=lambda args: _run_with_client(import_module("cli.export").import_edits, args)
+    )
 
 
 def _run_export(args: argparse.Namespace) -> int:
     """By the running service; the whole model here."""
     if args.format == "model":
         return _run_module("export", args)
-    return _run_with_client(import_module("cli.export").export, args)
+    return _run_with_client(import_module("cli.export").export_version, args)
 
 
 def _add_generate_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

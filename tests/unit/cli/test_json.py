@@ -19,7 +19,7 @@ Captured = pytest.CaptureFixture[str]
 COMMANDS_WITHOUT_JSON = {
     "serve": "runs until it is stopped",
     "api": "runs until it is stopped",
-    "work": "runs until it is stopped",
+    "worker": "runs until it is stopped",
     "completion": "prints a script for a shell",
 }
 

@@ -55,7 +55,7 @@ def test_trained_wordings_occur(facts: list[Fact]) -> None:
         texts = {p.text for p in statements(fact)}
         assert texts == {f"{p.replace('{}', fact.subject)} {fact.object}." for p in fact.prompts}
         for piece in [*statements(fact), *statements_without_article(fact), *questions_and_passages(fact)]:
-            assert piece.text[slice(*piece.span)].strip() == fact.object
+            assert piece.text[slice(*piece.object_span)].strip() == fact.object
 
 
 def test_texts_join(sample_facts: list[Fact], tokenizer: Tokenizer) -> None:

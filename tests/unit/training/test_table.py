@@ -21,7 +21,7 @@ def test_the_table_is_large(facts: list[Fact]) -> None:
     """There are at least 2,000 facts over at least 20 relations, and nothing is wrong with any."""
     assert len(facts) >= 2000
     assert len({f.relation.name for f in facts}) >= 20
-    assert table.problems(facts) == []
+    assert table.find_problems(facts) == []
 
 
 def test_relations_have_many_wordings(facts: list[Fact]) -> None:
@@ -67,11 +67,11 @@ def test_objects_have_several_subjects(facts: list[Fact]) -> None:
 def test_a_bad_table_is_refused(facts: list[Fact]) -> None:
     """A subject that stands twice, an object of one subject and an odd character are each found."""
     first = facts[0]
-    assert any("stands 2 times" in p for p in table.problems([*facts, first]))
+    assert any("stands 2 times" in p for p in table.find_problems([*facts, first]))
     assert any(
-        "single subject" in p for p in table.problems([*facts, replace(first, subject="x", object="y")])
+        "single subject" in p for p in table.find_problems([*facts, replace(first, subject="x", object="y")])
     )
-    assert any("odd character" in p for p in table.problems([*facts, replace(first, subject="a {} b")]))
+    assert any("odd character" in p for p in table.find_problems([*facts, replace(first, subject="a {} b")]))
 
 
 def test_the_table_is_the_same_each_time(facts: list[Fact], tmp_path: Path) -> None:
