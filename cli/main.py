@@ -241,8 +241,8 @@ def _add_study_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
 
 def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     words = "find a recipe for a model by editing facts that it knows; gone on with when it was interrupted"
-    prepare = commands.add_parser("tune", help=words, description=words, allow_abbrev=False)
-    add = prepare.add_argument
+    tune = commands.add_parser("tune", help=words, description=words, allow_abbrev=False)
+    add = tune.add_argument
     add("model", metavar="MODEL", help="folder or hub name")
     add(
         "--facts",
@@ -260,8 +260,8 @@ def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     add("--seed", type=int, default=0, help="of the facts' order (default: 0)")
     _add_json_flag(tune)
     model_settings = ("device", "dtype", "threads", "data_dir", "corpus", "covariance_tokens")
-    add_setting_flags(prepare.add_argument_group("model"), Settings, *model_settings)
-    prepare.set_defaults(run=partial(_run_module, "tune"), distinct=True, limit=None)
+    add_setting_flags(tune.add_argument_group("model"), Settings, *model_settings)
+    tune.set_defaults(run=partial(_run_module, "tune"), distinct=True, limit=None)
 
 
 def _add_evaluate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
