@@ -29,13 +29,14 @@ from rich.table import Table
 from service.datasets.loading import read_records
 from service.datasets.record import Record
 from service.editing.context import EditorContext, build_editor_context, find_recipe
-from service.editing.methods.registry import find_factors
+from service.editing.find_factors import find_factors
 from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
 from service.models.loading import WeightRef, load_model
 from service.models.scoring import compute_perplexity, log_probs_blocking
-from service.recipes.recipe import Recipe, RomeParameters
+from service.methods.parameters import RomeParameters
+from service.recipes.recipe import Recipe
 from service.scores.scores import bootstrap_mean, bootstrap_score, share_preferring_new, share_preferring_true
 from service.settings import SHIPPED_MODEL
 from service.weights.composition import apply_delta

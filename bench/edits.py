@@ -33,12 +33,12 @@ from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus, load_corpus
 from service.covariance.second_moment import KeyStatistics
 from service.editing.context import find_recipe
-from service.editing.methods.registry import find_factors
+from service.editing.find_factors import find_factors
 from service.editing.value_optimizer import tokenize_contexts
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
-from service.recipes.recipe import RomeParameters
+from service.methods.parameters import RomeParameters
 from service.settings import SHIPPED_MODEL
 from service.weights.composition import apply_delta
 from service.weights.factors import LowRank

@@ -28,7 +28,7 @@ from service.covariance.collect import collect_statistics, tokenize_corpus
 from service.covariance.corpus import Corpus, load_corpus
 from service.covariance.second_moment import KeyStatistics
 from service.editing.edit_spec import build_edit_spec
-from service.editing.methods.registry import find_batch_factors
+from service.editing.find_factors import find_batch_factors
 from service.engine.decoding import DecodingBatch, new_sequence
 from service.engine.versioned_model import VersionedModel
 from service.kit.steps import run_to_completion
@@ -37,7 +37,7 @@ from service.models import memory_estimates
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel, wrap_model
 from service.models.token_batch import forward, pad
-from service.recipes.recipe import RomeParameters
+from service.methods.parameters import RomeParameters
 from service.schemas import GenerateRequest
 from service.tracing.fast_trace import FastTracer, trace_statement
 from service.tracing.interventions import list_cells

@@ -36,7 +36,7 @@ from service.editing.candidate import (
 from service.editing.conflicts import ConflictCandidate, find_conflict_candidates
 from service.editing.context import EditorContext, build_editor_context
 from service.editing.edit_job import resolve_edit
-from service.editing.methods.rome import EditFactors
+from service.editing.edit_spec import EditFactors
 from service.editing.probes import Probe
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.kit.steps import run_to_completion

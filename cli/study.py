@@ -17,7 +17,7 @@ from service.errors import InvalidInput
 from service.kit import plotting
 from service.kit.artifact_store import DirectoryStore
 from service.kit.plotting import DrawFunction
-from service.recipes.recipe import METHODS
+from service.methods.registry import METHODS
 from service.settings import Settings
 from service.studies import localization_report, trace_report
 from service.studies.edit_objectives import STUDY_OBJECTIVES

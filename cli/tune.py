@@ -16,7 +16,7 @@ from service.datasets.loading import load_records
 from service.datasets.record import Record
 from service.errors import InvalidInput
 from service.kit.artifact_store import DirectoryStore
-from service.recipes.recipe import METHODS
+from service.methods.registry import METHODS
 from service.settings import SHIPPED_MODEL, Settings
 
 if TYPE_CHECKING:

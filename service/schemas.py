@@ -6,13 +6,14 @@ Checks that need no model stand here; those that need its tokenizer or its shape
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from service.errors import InvalidInput
 from service.kit.text import check_text, fill_prompt, locate_subject
+from service.methods.registry import METHODS
 
 MAX_TEXT = 20_000  # characters; the model's positions are checked with its tokenizer
 
@@ -99,8 +100,11 @@ class Guard(RequestModel):
     )
 
 
-#: the methods that edit (`service/recipes/recipe.py` has the table)
-MethodName = Literal["rome", "r-rome", "memit", "emmet", "alphaedit", "ft", "ft-l", "ft-attn"]
+#: the names in `service/methods/registry.py`
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 
 
 #: what an edit is for: to write a new object, to make the true one improbable, or more probable (Hase et al. 2023)

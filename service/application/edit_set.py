@@ -22,7 +22,7 @@ from service.kit import safetensors_io
 from service.kit.safetensors_io import SafetensorsFile, TensorInfo
 from service.kit.text import fact_key
 from service.ledger.ledger import Entry, canonical_json, iso_utc
-from service.recipes.recipe import METHODS
+from service.methods.registry import METHODS, SOLVE_RULES
 from service.schemas import EditRequest, MethodName
 
 FORMAT = "palimpsest-edits-1"
@@ -235,7 +235,7 @@ def _check_factors(file: SafetensorsFile, provenance: EditProvenance, info: Mapp
     if method.needs_covariance:
         expected_shapes = {n: s for x in layers for n, s in _association_shapes(str(x), shapes).items()}
     else:
-        parts = [part for part in shapes if (part != "mlp") == (provenance.method == "ft-attn")]
+        parts = [part for part in shapes if (part != "mlp") == (method.trained_part == "attention")]
         expected_shapes = {f"weight.{x}.{part}": tuple(shapes[part]) for x in layers for part in parts}
     mode_names = (
         {n for n in file.tensor_infos if _is_solve_mode(n, layers)} if method.needs_covariance else set()
@@ -267,9 +267,5 @@ def _is_solve_mode(name: str, layers: Sequence[Any]) -> bool:
         and parts[0] == "layer"
         and parts[2] == "form"
         and parts[1] in map(str, layers)
-        and parts[3] in SOLVE_MODES
+        and parts[3] in SOLVE_RULES
     )
-
-
-#: the forms in which associations are solved (`service/weights/composition.py`); what is not named is joint
-SOLVE_MODES = ("joint", "memit", "emmet", "alphaedit")

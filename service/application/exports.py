@@ -16,7 +16,7 @@ from service.jobs import artifacts, views
 from service.jobs.views import OPEN_STATUSES, ResourceDict
 from service.kit.versions import resolve_version
 from service.ledger import ledger
-from service.recipes.recipe import METHODS
+from service.methods.registry import METHODS
 from service.schemas import ExportRequest, Version
 
 

@@ -14,7 +14,7 @@ import torch
 
 from service.editing.conflicts import ConflictCandidate, find_conflict_candidates
 from service.editing.context import EditorContext
-from service.editing.methods.rome import EditFactors
+from service.editing.edit_spec import EditFactors
 from service.editing.probes import (
     Probe,
     ProbeResult,
@@ -30,9 +30,10 @@ from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
 from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import fact_key
+from service.methods.parameters import Parameters
 from service.models.loading import LoadedModel, WeightRef
 from service.models.scoring import compute_perplexity
-from service.recipes.recipe import Parameters, StrengthSchedule, strength_schedule
+from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.schemas import EditRequest, Objective, Sampling
 from service.weights.capacity import measure_capacities
 from service.weights.composition import WeightDelta, compose, norm_ratio

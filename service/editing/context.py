@@ -15,14 +15,15 @@ from service.covariance.collect import load_or_collect_statistics
 from service.covariance.corpus import Corpus, load_corpus
 from service.covariance.second_moment import KeyStatistics
 from service.editing.context_templates import CONTEXT_LENGTHS, TOP_K, sample_contexts
-from service.editing.edit_spec import batch_edit_specs, build_edit_spec
-from service.editing.methods.registry import find_batch_factors
-from service.editing.methods.rome import EditFactors
+from service.editing.edit_spec import EditFactors, batch_edit_specs, build_edit_spec
+from service.editing.find_factors import find_batch_factors
 from service.kit.files import write_atomically
 from service.kit.steps import Stepper
 from service.kit.text import Statement
+from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel
-from service.recipes.recipe import Recipe, RomeParameters, parse_recipe, published_recipe, resolve_hparams
+from service.recipes.published import published_recipe
+from service.recipes.recipe import Recipe, parse_recipe, resolve_hparams
 from service.schemas import Objective
 
 REFERENCE_TEXTS = 48  # texts of the corpus on which the guard measures perplexity

@@ -36,9 +36,8 @@ from service.editing.candidate import (
     measure_baseline,
 )
 from service.editing.context import EditorContext
-from service.editing.edit_spec import EditSpec, batch_edit_specs, build_edit_spec
-from service.editing.methods.registry import find_batch_factors
-from service.editing.methods.rome import EditFactors
+from service.editing.edit_spec import EditFactors, EditSpec, batch_edit_specs, build_edit_spec
+from service.editing.find_factors import find_batch_factors
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
 from service.editing.strengthen import Assessment, choose_strengths
 from service.engine.versioned_model import VersionedModel
@@ -57,9 +56,10 @@ from service.kit.steps import (
     retry_while_unavailable,
 )
 from service.kit.text import fill_prompt
+from service.methods.parameters import RomeParameters
 from service.models.loading import WeightRef
 from service.models.memory_estimates import require_memory
-from service.recipes.recipe import RomeParameters, resolve_hparams
+from service.recipes.recipe import resolve_hparams
 from service.schemas import EditRequest
 from service.scores.scores import share_preferring_new, share_preferring_true
 from service.weights.factors import DenseUpdate, EditUpdate, deserialize_updates, serialize_updates

@@ -1,4 +1,4 @@
-"""An edit that is wanted, with all that the search for it needs: what several methods share before they part."""
+"""The specification of an edit, the input of an editing method, and the factors that a method returns."""
 
 from __future__ import annotations
 
@@ -9,37 +9,50 @@ from torch import Tensor
 
 from service.editing.value_optimizer import DeltaSite, TokenizedContexts, ValueSearchSpec, tokenize_contexts
 from service.kit.text import Statement, normalize_whitespace
+from service.methods.parameters import FineTuneParameters, Parameters
+from service.methods.registry import DEFAULT_METHOD, get_method
 from service.models.budget import block_flops, group_budget
 from service.models.loading import LoadedModel, WeightRef
 from service.models.memory_estimates import edit_bytes
-from service.recipes.recipe import FineTuneParameters, MemitParameters, Parameters
 from service.schemas import Objective
+from service.weights.factors import EditUpdate
+
+
+@dataclass(frozen=True)
+class EditFactors:
+    """The updates of one edit, and figures of the search for them."""
+
+    updates: list[EditUpdate]
+    losses: list[float]  #: of each optimization step
+    delta_norm: float  #: |delta|, or the norm of the change of the trained weights
+    value_norm: float  #: |v|, or the norm of the trained weights
 
 
 @dataclass(frozen=True)
 class ValueEditSpec(ValueSearchSpec):
-    """One edit that associations are wanted for."""
+    """An edit that is written as associations."""
 
     subject: str
     edit: str = ""
-    method: str = "rome"
+    method: str = DEFAULT_METHOD
 
     @property
     def delta_site(self) -> DeltaSite:
-        """Where its delta is optimised: at the one layer it edits, or on the hidden state after the highest of several, as
-        MEMIT and its kin do with one layer, too."""
+        """Where delta is optimized: at the output of the edited layer, or on the hidden state after the highest of several layers.
+
+        MEMIT, EMMET and AlphaEdit use the hidden state for a single layer, too.
+        """
         layers = self.parameters.layers
-        return DeltaSite(
-            max(layers), on_hidden_state=len(layers) > 1 or isinstance(self.parameters, MemitParameters)
-        )
+        on_hidden_state = len(layers) > 1 or get_method(self.method).delta_on_hidden_state
+        return DeltaSite(max(layers), on_hidden_state)
 
     def flops_per_step(self, model: LoadedModel) -> int:
-        """Floating-point operations of one optimisation step: forward, and the same again backward (methods G)."""
+        """Return the floating-point operations of one optimization step: a forward pass, and as much for the backward pass."""
         suffix = sum(len(t.ids) - t.last_subject_index for t in self.tokenized.texts())
         return 2 * suffix * block_flops(model) * (model.num_layers - self.delta_site.layer)
 
     def peak_bytes(self, model: LoadedModel) -> int:
-        """What the search takes at its peak."""
+        """Return the peak memory of the search, in bytes."""
         texts = self.tokenized.texts()
         prefix_length = max(t.last_subject_index for t in texts)
         suffix_length = max(len(t.ids) - t.last_subject_index for t in texts)
@@ -51,7 +64,7 @@ class ValueEditSpec(ValueSearchSpec):
 
 @dataclass(frozen=True)
 class FineTuneSpec:
-    """One edit that a weight is to be trained for: the bare statement, no contexts."""
+    """An edit for which weights are trained on the bare statement, without contexts."""
 
     tokenized: TokenizedContexts
     parameters: FineTuneParameters
@@ -61,19 +74,25 @@ class FineTuneSpec:
     objective: Objective = "write"
     noise: Tensor | None = field(default=None, repr=False, compare=False)  #: (n, d) on the subject
 
+    def trained_weights(self, model: LoadedModel) -> list[WeightRef]:
+        """Return the weights that the method trains, in order of their layers."""
+        layers = sorted(self.parameters.layers)
+        if get_method(self.method).trained_part == "attention":
+            return [site for x in layers for site in model.attention_weights(x)]
+        return [WeightRef(x) for x in layers]
+
     def peak_bytes(self, model: LoadedModel) -> int:
-        """What the training takes at its peak: one row through the blocks and back, and for each entry of the weights its
-        gradient, two moments of Adam, the weight itself in single precision and its change."""
-        layers = self.parameters.layers
+        """Return the peak memory of the training, in bytes: one row through the blocks and back, and for each entry of the weights its
+        gradient, two moments of Adam, the weight in single precision and its change."""
         texts = self.tokenized.texts()
-        weight_refs = model.attention_weights(0) if self.method == "ft-attn" else [WeightRef(0)]
-        entries = len(layers) * sum(model.parameter(site).numel() for site in weight_refs)
+        entries = sum(model.parameter(site).numel() for site in self.trained_weights(model))
         length = max(len(t.ids) for t in texts)
         target_tokens = sum(map(len, self.tokenized.targets))
-        return 20 * entries + edit_bytes(model, len(texts), 0, length, min(layers), target_tokens)
+        return 20 * entries + edit_bytes(
+            model, len(texts), 0, length, min(self.parameters.layers), target_tokens
+        )
 
 
-#: what an editor is asked for
 EditSpec = ValueEditSpec | FineTuneSpec
 
 
@@ -84,12 +103,12 @@ def build_edit_spec(
     target: str,
     parameters: Parameters,
     edit: str = "",
-    method: str = "rome",
+    method: str = DEFAULT_METHOD,
     objective: Objective = "write",
     noise: Tensor | None = None,
 ) -> EditSpec:
-    """That the model, as it stands (the base model), say `target` after the statement; or, to erase, not say it. `noise` (n, d) is
-    on the subject's embeddings during the search."""
+    """Return the specification of an edit after which the model continues the statement with `target`, or no longer does so when the
+    objective is to erase. `noise` (n, d) is added to the embeddings of the subject during the search."""
     subject = normalize_whitespace(statement.text[slice(*statement.span)])
     if isinstance(parameters, FineTuneParameters):
         tokenized_prompt = tokenize_contexts(model, statement, target, ())
@@ -99,20 +118,20 @@ def build_edit_spec(
 
 
 def batch_edit_specs(model: LoadedModel, specs: Iterable[EditSpec]) -> list[list[EditSpec]]:
-    """Edits that are found side by side, in their order: of one place, and as many as one step has room for. A weight is trained
-    for one edit at a time."""
+    """Return batches of edits that share a search, in the given order: edits with one implementation and one delta site, as many as
+    the compute budget of a step allows. Weights are trained for one edit at a time."""
     budget = group_budget(model)
-    groups: list[list[EditSpec]] = []
-    remaining_budget, delta_site = 0, None
+    batches: list[list[EditSpec]] = []
+    remaining_budget, current_key = 0, None
     for spec in specs:
         if isinstance(spec, FineTuneSpec):
-            groups.append([spec])
-            delta_site = None
+            batches.append([spec])
+            current_key = None
             continue
-        cost = spec.flops_per_step(model)
-        if spec.delta_site != delta_site or cost > remaining_budget:
-            groups.append([])
-            remaining_budget, delta_site = budget, spec.delta_site
-        groups[-1].append(spec)
+        cost, key = spec.flops_per_step(model), (get_method(spec.method).implementation, spec.delta_site)
+        if key != current_key or cost > remaining_budget:
+            batches.append([])
+            remaining_budget, current_key = budget, key
+        batches[-1].append(spec)
         remaining_budget -= cost
-    return groups
+    return batches

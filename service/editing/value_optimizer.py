@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from service.editing.subject_noise import EmbeddingHook, noise_hooks_split
 from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import Statement, separator, token_span
+from service.methods.parameters import RomeParameters
 from service.models.block_runner import BlockInputs, BlockRunner, LayerKV
 from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
 from service.models.precision import at_least_fp32
 from service.models.token_batch import PaddedBatch, TokenizedStatement, pad, tokenize_statement
-from service.recipes.recipe import RomeParameters
 from service.schemas import Objective
 
 

@@ -25,9 +25,12 @@ from service.evaluation.metrics import RecordScores, scoring_pairs, summarize
 from service.kit.artifact_store import ArtifactStore, get_json, put_json
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.kit.text import fill_prompt
+from service.methods.parameters import FineTuneParameters, RomeParameters
+from service.methods.registry import METHODS
 from service.models.loading import LoadedModel, with_bos
 from service.models.scoring import measure_drift, score_targets
-from service.recipes.recipe import METHODS, FineTuneParameters, Recipe, RomeParameters, strength_schedule
+from service.recipes.recipe import Recipe
+from service.recipes.strength_schedule import strength_schedule
 from service.scores.scores import harmonic_mean
 from service.weights.factors import EditUpdate
 

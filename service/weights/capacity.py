@@ -92,5 +92,5 @@ def _group_by_metric(updates: Iterable[EditUpdate]) -> dict[tuple[int, str], lis
     groups: dict[tuple[int, str], list[Association]] = {}
     for p in updates:
         if isinstance(p, Association):
-            groups.setdefault((p.layer, p.solve_mode.metric), []).append(p)
+            groups.setdefault((p.layer, p.solve_mode.rule.metric), []).append(p)
     return groups

@@ -55,7 +55,9 @@ def compose_layer(associations: Sequence[Association], solve_mode: SolveMode | N
     diagonal = gram.diagonal().clone()
     gram.diagonal().add_(solve_mode.ridge_for(diagonal))
     targets = (
-        _superpose_by_subject(ordered, values, gram, diagonal) if solve_mode.superposes_subjects else values
+        _superpose_by_subject(ordered, values, gram, diagonal)
+        if solve_mode.rule.superposes_subjects
+        else values
     )
     with single_threaded():
         left = torch.linalg.solve(gram, targets.T).T

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from service.methods.method import JOINT_RULE, SolveRule
+from service.methods.registry import SOLVE_RULES
 from service.models.loading import WeightRef
 from service.models.memory_estimates import COLUMN_BLOCK
 
@@ -24,24 +26,19 @@ DEFAULT_RIDGE = 1e-3  # eps of the mode "joint", as a multiple of the mean of D,
 class SolveMode:
     """How the associations of one layer are solved together."""
 
-    name: str = "joint"
+    name: str = JOINT_RULE.name
     ridge: float = DEFAULT_RIDGE  #: of "joint": a multiple of the mean of D; of the others: the ridge itself
 
     @property
-    def superposes_subjects(self) -> bool:
-        """Whether the updates of one subject are summed, and only different subjects are isolated from each other."""
-        return self.name == "joint"
-
-    @property
-    def metric(self) -> str:
-        """The metric of the directions: "covariance" for C^-1 k, "projection" for P k."""
-        return "projection" if self.name == "alphaedit" else "covariance"
+    def rule(self) -> SolveRule:
+        """The rule of this mode, as its method declares it."""
+        return SOLVE_RULES[self.name]
 
     def ridge_for(self, diagonal: Tensor) -> float:
         """Return the ridge that is added to the diagonal (n,) of the gram matrix."""
-        if self.name == "joint":
+        if self.rule.relative_ridge:
             return self.ridge * float(diagonal.mean())
-        return 0.0 if self.name == "emmet" and len(diagonal) == 1 else self.ridge
+        return 0.0 if self.rule.exact_alone and len(diagonal) == 1 else self.ridge
 
 
 JOINT = SolveMode()
@@ -72,7 +69,7 @@ class Association:
         ridge."""
         key, direction = self.key.double(), self.direction.double()
         own = (key @ direction)[None]
-        if self.solve_mode.name != "joint":
+        if not self.solve_mode.rule.superposes_subjects:
             own = own + self.solve_mode.ridge_for(own)
         return LowRank((self.value.double() / own)[:, None], direction[None, :])
 

@@ -20,7 +20,8 @@ from service.jobs import artifacts
 from service.jobs.broker import Delivery
 from service.jobs.job_kinds import WORK_KINDS
 from service.kit.steps import Phase, Progress
-from service.recipes.recipe import Recipe, RomeParameters
+from service.methods.parameters import RomeParameters
+from service.recipes.recipe import Recipe
 from service.schemas import EvaluationPlan
 from service.settings import Settings
 from tests.support.migrations import migrate

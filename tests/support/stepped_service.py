@@ -14,8 +14,9 @@ from service.editing.context import EditorContext
 from service.editing.edit_job import run_edits
 from service.engine.versioned_model import VersionedModel
 from service.kit.steps import JobFinished, run_to_completion
+from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel
-from service.recipes.recipe import Recipe, RomeParameters
+from service.recipes.recipe import Recipe
 from service.schemas import EditRequest
 from service.settings import Settings
 from tests.support.migrations import migrate

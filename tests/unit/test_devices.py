@@ -10,14 +10,13 @@ import torch
 
 from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus
-from service.editing.edit_spec import batch_edit_specs, build_edit_spec
-from service.editing.methods.registry import find_batch_factors
-from service.editing.methods.rome import EditFactors
+from service.editing.edit_spec import EditFactors, batch_edit_specs, build_edit_spec
+from service.editing.find_factors import find_batch_factors
 from service.engine.decoding import DecodingBatch, new_sequence
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
+from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel
-from service.recipes.recipe import RomeParameters
 from service.schemas import Sampling
 from service.tracing.fast_trace import trace_statement
 from tests.support.tiny_models import TEXTS, tiny

@@ -9,13 +9,13 @@ import torch
 
 from bench.flops import TokenCost, avoided_fraction, count_flops, edit_bound, trace_bound
 from service.covariance.second_moment import KeyStatistics
-from service.editing.methods.registry import find_factors
+from service.editing.find_factors import find_factors
 from service.editing.value_optimizer import tokenize_contexts
 from service.kit.steps import run_to_completion
 from service.kit.text import Statement, fill_prompt, locate_subject
+from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad
-from service.recipes.recipe import RomeParameters
 from service.tracing.fast_trace import trace_statement
 from service.tracing.interventions import list_cells
 from service.tracing.reference import TRACE_KINDS, trace_reference

@@ -6,8 +6,8 @@ from bench.guard import GuardCase, conflict_table
 from service.editing.candidate import ResolvedEdit, VersionMeasurement, evaluate_guard
 from service.editing.conflicts import ConflictCandidate
 from service.editing.probes import Probe, ProbeResult
+from service.methods.parameters import RomeParameters
 from service.models.loading import WeightRef
-from service.recipes.recipe import RomeParameters
 from service.schemas import EditRequest
 
 

@@ -26,11 +26,11 @@ from bench.reference import (
     without_bos,
 )
 from service.covariance.second_moment import KeyStatistics
-from service.editing.methods.registry import find_factors
+from service.editing.find_factors import find_factors
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt, locate_subject
+from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel
-from service.recipes.recipe import RomeParameters
 from service.tracing.fast_trace import trace_statement
 from service.tracing.reference import TRACE_KINDS
 from tests.support.tiny_models import tiny

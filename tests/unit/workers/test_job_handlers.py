@@ -18,8 +18,9 @@ from service.editing.context import EditorContext
 from service.engine.versioned_model import VersionedModel
 from service.jobs.job_store import ClaimedJob
 from service.kit.steps import Stepper, run_to_completion
+from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel
-from service.recipes.recipe import Recipe, RomeParameters
+from service.recipes.recipe import Recipe
 from service.schemas import EvaluationRequest
 from tests.support.tiny_models import TEXTS, tiny
 from tests.support.workers import WorkerParts

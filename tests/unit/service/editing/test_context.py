@@ -13,8 +13,9 @@ from service.editing import context as module
 from service.editing.context import REFERENCE_TEXTS, EditorContext, build_editor_context, find_recipe
 from service.errors import InvalidInput, Misconfigured
 from service.kit.steps import Stepper, run_to_completion
+from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel, load_model
-from service.recipes.recipe import Recipe, RomeParameters
+from service.recipes.recipe import Recipe
 from tests.support.tiny_models import TEXTS, tiny
 
 RECIPE = Recipe(source="test", rome=RomeParameters(layers=(1,), contexts=4))

@@ -20,7 +20,7 @@ from service.editing import candidate, edit_job
 from service.editing.candidate import CandidateEdit, Check, GuardResult, VersionMeasurement
 from service.editing.context import EditorContext
 from service.editing.edit_job import group_compatible_jobs, run_edits
-from service.editing.methods.registry import find_batch_factors, find_factors
+from service.editing.find_factors import find_batch_factors, find_factors
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, Unavailable
@@ -36,10 +36,11 @@ from service.kit.steps import (
     run_to_completion,
 )
 from service.kit.text import fill_prompt
+from service.methods.parameters import RomeParameters
 from service.models.loading import WeightRef
 from service.models.scoring import log_probs_blocking
 from service.models.token_batch import tokenize_prompt_and_target
-from service.recipes.recipe import Recipe, RomeParameters
+from service.recipes.recipe import Recipe
 from service.schemas import EditRequest
 from service.settings import Settings
 from service.weights.composition import apply_delta, compose_layer

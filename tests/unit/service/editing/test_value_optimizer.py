@@ -19,10 +19,10 @@ from service.editing.value_optimizer import (
 )
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
+from service.methods.parameters import RomeParameters
 from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad
-from service.recipes.recipe import RomeParameters
 from tests.support.tiny_models import MODEL_TYPES, tiny
 
 CONTEXTS = ["In Japan", "A {brace} and {}", "The city of Rome is"]

@@ -21,9 +21,10 @@ from service.evaluation.measuring import generate_texts, texts_without_edited_fa
 from service.evaluation.runner import run_evaluation
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.kit.text import fill_prompt
+from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel
 from service.models.scoring import log_probs_blocking
-from service.recipes.recipe import Recipe, RomeParameters
+from service.recipes.recipe import Recipe
 from service.schemas import EvaluationPlan
 from tests.support.in_memory_store import InMemoryStore
 from tests.support.tiny_models import TEXTS, tiny

@@ -10,17 +10,17 @@ import torch
 from bench.peak import peak_bytes
 from service.covariance.collect import load_or_collect_statistics, tokenize_corpus
 from service.covariance.corpus import Corpus
-from service.editing.methods.registry import find_factors
+from service.editing.find_factors import find_factors
 from service.editing.value_optimizer import tokenize_contexts
 from service.engine.decoding import DecodingBatch, new_sequence
 from service.errors import InvalidInput, Unavailable
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
+from service.methods.parameters import RomeParameters
 from service.models import memory_estimates
 from service.models.hooks import stop_after
 from service.models.loading import LoadedModel, load_model
 from service.models.token_batch import forward, pad
-from service.recipes.recipe import RomeParameters
 from service.schemas import GenerateRequest
 from service.tracing.fast_trace import trace_statement
 from service.tracing.interventions import CorruptedRun, list_cells

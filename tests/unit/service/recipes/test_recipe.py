@@ -8,16 +8,11 @@ import pytest
 from pydantic import ValidationError
 
 from service.errors import InvalidInput, Misconfigured
+from service.methods.parameters import RomeParameters
 from service.models.architectures import ARCHITECTURES
-from service.recipes.recipe import (
-    PUBLISHED,
-    Recipe,
-    RomeParameters,
-    parse_recipe,
-    published_recipe,
-    resolve_hparams,
-    strength_schedule,
-)
+from service.recipes.published import PUBLISHED, published_recipe
+from service.recipes.recipe import Recipe, parse_recipe, resolve_hparams
+from service.recipes.strength_schedule import strength_schedule
 
 # The published table: model, shape, layer, steps, rate, weight decay, clamp, KL factor.
 PUBLISHED_TABLE = [

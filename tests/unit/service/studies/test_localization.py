@@ -16,8 +16,9 @@ from service.errors import InvalidInput
 from service.evaluation.metrics import RecordScores, change_scores, scoring_pairs
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.kit.text import fill_prompt
+from service.methods.parameters import RomeParameters
 from service.models.scoring import score_targets
-from service.recipes.recipe import Recipe, RomeParameters
+from service.recipes.recipe import Recipe
 from service.studies import known_facts as known_module
 from service.studies import localization as module
 from service.studies.facts import fact_from_record

@@ -1,18 +1,18 @@
-"""ROME as a pure question: which associations make the base model say the new object (Meng et al. 2022; methods A).
+"""The closed-form methods: the associations that change what the base model says (ROME, MEMIT, EMMET, AlphaEdit).
 
-Nothing here touches a weight: the answer is a list of associations, one for each edited layer.
+No weight of the model is changed: the result is a list of associations, one for each edited layer.
 
-One layer: k* is the mean key of the subject's last token over the contexts; v* adds the optimised delta to the MLP's output at
-the bare prompt; the change of value is v* - W k*, measured with the same averaged key (r-ROME, Gupta et al. 2024), so
-that the edited layer gives exactly v* at k* (`anchor="bare"`). With `anchor="own"` the change is delta itself: each text keeps
-its own value and gets delta on top, as it did during the optimisation. With `bare_keys` half of the key's mean is taken over the
-bare subject after each context, so that the key stands for the subject in wordings that begin otherwise; `bare_weight` is the
-share of the text without a context (MEMIT takes 1/2). `compat="meng2022"` takes the published asymmetric form: the averaged key in the
-direction, the bare prompt's key in residual and divisor.
+One layer (ROME, Meng et al. 2022): k* is the mean key of the subject's last token over the contexts. v* is the MLP's output at the bare
+prompt plus the optimized delta. The change of value is v* - W k*, measured with the same averaged key (r-ROME, Gupta et al. 2024), so
+that the edited layer maps k* exactly to v* (`anchor="bare"`). With `anchor="own"` the change is delta: each text keeps its own value and
+delta is added to it, as during the optimization. With `bare_keys` half of the mean key is taken over the bare subject after each
+context, which makes the key valid for wordings that begin differently. `bare_weight` is the weight of the text without a context (MEMIT
+uses 1/2). `compat="meng2022"` is the published asymmetric form: the averaged key in the direction, the bare prompt's key in residual
+and divisor.
 
-Several layers: delta is found on the hidden state after the highest, and written from the lowest layer up, each taking its share
-of what is still missing, measured with this edit's own lower layers in place (after MEMIT, Meng et al. 2023, Eq. 20). That is
-how MEMIT, EMMET and AlphaEdit write, too, on one layer or several; they differ in the form in which their associations are solved.
+Several layers (MEMIT, Meng et al. 2023, Eq. 20): delta is optimized on the hidden state after the highest layer and written from the
+lowest layer up. Each layer takes its share of the remaining difference, measured with the edit's own lower layers in place. MEMIT, EMMET
+and AlphaEdit write so for one layer, too. They differ in how their associations are solved together (`SolveRule`).
 """
 
 from __future__ import annotations
@@ -25,33 +25,23 @@ import torch
 from torch import Tensor
 
 from service.covariance.second_moment import KeyStatistics
-from service.editing.edit_spec import ValueEditSpec
+from service.editing.edit_spec import EditFactors, ValueEditSpec
 from service.editing.subject_noise import noise_hook_right_padded
 from service.editing.value_optimizer import TokenizedContexts, ValueResult, optimize_values
-from service.errors import InvalidInput
 from service.kit.steps import Phase, Progress, Stepper
+from service.methods.parameters import RomeParameters
+from service.methods.registry import get_method
 from service.models.hooks import add_low_rank, capture, stop_after
 from service.models.hooks import replace_output as replaced
 from service.models.loading import LoadedModel
 from service.models.precision import at_least_fp32
 from service.models.token_batch import TokenizedStatement, forward, pad
-from service.recipes.recipe import AlphaEditParameters, MemitParameters, RomeParameters
-from service.weights.factors import JOINT, Association, EditUpdate, SolveMode
-
-
-@dataclass(frozen=True)
-class EditFactors:
-    """The pieces of one edit and how they were found."""
-
-    updates: list[EditUpdate]
-    losses: list[float]
-    delta_norm: float
-    value_norm: float
+from service.weights.factors import Association, SolveMode
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """What one pass over some texts shows at the subject's last token."""
+    """Activations of one forward pass at the last token of the subject."""
 
     keys: dict[int, Tensor]  #: layer -> (rows, D)
     values: dict[int, Tensor]  #: layer -> (rows, d), the down-projection's output
@@ -65,7 +55,7 @@ def _forward_activations(
     written: Sequence[Association],
     noise: Tensor | None,
 ) -> LayerActivations:
-    """One forward pass over some texts, with associations already written at lower layers in place."""
+    """Run one forward pass over texts, with the associations in `written` applied at lower layers."""
     batch = pad([t.ids for t in texts], model)
     subject_positions = (torch.arange(len(texts)), torch.tensor([t.last_subject_index for t in texts]))
     with ExitStack() as stack:
@@ -91,12 +81,12 @@ def _forward_activations(
 
 
 def _key_texts(tokenized: TokenizedContexts, parameters: RomeParameters) -> list[TokenizedStatement]:
-    """What the key is averaged over: the prompt after each context and, if asked for, the subject alone."""
+    """Return the texts over which the key is averaged: the prompt after each context and, with `bare_keys`, the bare subject."""
     return tokenized.prompts + (tokenized.bare_subjects if parameters.bare_keys else [])
 
 
 def _key_activations(model: LoadedModel, value: ValueResult, spec: ValueEditSpec) -> tuple[Tensor, Tensor]:
-    """Keys and values at all that the key is averaged over; what a prompt begins with is not looked at again."""
+    """Return keys (texts, D) and values (texts, d) of all key texts. A text that is the beginning of a prompt is not run again."""
     tokenized, parameters = spec.tokenized, spec.parameters
     keys, values = at_least_fp32(value.keys), at_least_fp32(value.values)
     row_of_text = {tuple(p.ids_through_subject): i for i, p in enumerate(tokenized.prompts)}
@@ -122,9 +112,9 @@ def _key_activations(model: LoadedModel, value: ValueResult, spec: ValueEditSpec
 
 
 def _weighted_mean(activations: Tensor, tokenized: TokenizedContexts, parameters: RomeParameters) -> Tensor:
-    """The mean over the prompts, and half-and-half with the mean over the bare subjects where there are any.
+    """Return the mean over the prompts, averaged with the mean over the bare subjects when there are any.
 
-    Within each, the first text has no context: it counts `bare_weight`, and the others share what is left.
+    In each of the two, the first text has no context and has weight `bare_weight`; the others share the rest equally.
     """
     groups = [g for g in (activations[: tokenized.size], activations[tokenized.size :]) if len(g)]
     return torch.stack([_mean_with_first_weight(g, parameters.bare_weight) for g in groups]).mean(0)
@@ -139,21 +129,11 @@ def _mean_with_first_weight(rows: Tensor, first_weight: float | None) -> Tensor:
 def _build_association(
     spec: ValueEditSpec, statistics: KeyStatistics, key: Tensor, value: Tensor
 ) -> Association:
-    """In the form of its method: AlphaEdit changes only what the statistics' keys hardly see."""
-    parameters = spec.parameters
-    solve_mode = SolveMode(
-        spec.method if isinstance(parameters, MemitParameters) else JOINT.name, parameters.ridge
-    )
-    if isinstance(parameters, AlphaEditParameters):
-        if not statistics.projection_rank(parameters.threshold):
-            raise InvalidInput(
-                f"hparams.threshold: all of the keys' directions at layer {statistics.layer} are used more than {parameters.threshold}, "
-                f"so that nothing could change: raise it (the mean is {statistics.moment.diagonal().mean():.3g}).",
-                "hparams",
-            )
-        direction = statistics.project(key, parameters.threshold).float()
-    else:
-        direction = statistics.solve(key).float()
+    """Return the association of a key, in the direction and the solve mode of its method."""
+    method = get_method(spec.method)
+    assert method.solve is not None
+    solve_mode = SolveMode(method.solve.name, spec.parameters.ridge)
+    direction = method.direction(statistics, key, spec.parameters).float()
     return Association(
         spec.edit, spec.subject, statistics.layer, key.cpu(), direction, value.cpu(), solve_mode
     )
@@ -162,7 +142,7 @@ def _build_association(
 def find_associations(
     model: LoadedModel, statistics: Mapping[int, KeyStatistics], specs: Sequence[ValueEditSpec]
 ) -> Stepper[list[EditFactors]]:
-    """The associations of edits of one place. Their values are optimised side by side, each as it would be alone."""
+    """Return the associations of edits with one delta site. Their values are optimized in one batch, each as it would be alone."""
     (delta_site,) = {spec.delta_site for spec in specs}
     values = yield from optimize_values(model, delta_site, specs)
     factors = []
@@ -177,7 +157,7 @@ def find_associations(
 def _write_one_layer(
     model: LoadedModel, statistics: Mapping[int, KeyStatistics], value: ValueResult, spec: ValueEditSpec
 ) -> Stepper[EditFactors]:
-    """The association of one layer from an optimised value."""
+    """Return the association of one layer for an optimized value."""
     parameters, tokenized = spec.parameters, spec.tokenized
     (layer,) = parameters.layers
     yield Progress(Phase.SOLVE, 1, 1)
@@ -201,7 +181,7 @@ def _write_one_layer(
 def _write_several_layers(
     model: LoadedModel, statistics: Mapping[int, KeyStatistics], value: ValueResult, spec: ValueEditSpec
 ) -> Stepper[EditFactors]:
-    """An association for each layer, from the change of the hidden state after the highest."""
+    """Return an association for each layer, which together change the hidden state after the highest layer by delta."""
     parameters, tokenized = spec.parameters, spec.tokenized
     layers, delta = sorted(parameters.layers), at_least_fp32(value.delta)
     written: list[Association] = []

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from service.editing.methods.registry import find_factors
-from service.editing.methods.rome import EditFactors
+from service.editing.edit_spec import EditFactors
+from service.editing.find_factors import find_factors
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt, token_span
 from service.models.hooks import replace_output

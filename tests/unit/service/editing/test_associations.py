@@ -12,16 +12,15 @@ from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus
 from service.covariance.second_moment import KeyStatistics
 from service.editing.context_templates import sample_contexts
-from service.editing.edit_spec import ValueEditSpec, batch_edit_specs, build_edit_spec
-from service.editing.methods.registry import find_factors
-from service.editing.methods.rome import EditFactors
+from service.editing.edit_spec import EditFactors, ValueEditSpec, batch_edit_specs, build_edit_spec
+from service.editing.find_factors import find_factors
 from service.editing.value_optimizer import DeltaSite, ValueSearchSpec, optimize_values, tokenize_contexts
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
+from service.methods.parameters import RomeParameters
 from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad, tokenize_statement
-from service.recipes.recipe import RomeParameters
 from service.weights.composition import apply_delta, compose_layer
 from service.weights.factors import Association
 from tests.support.tiny_models import MODEL_TYPES, TEXTS, tiny

@@ -1,24 +1,25 @@
-"""Fine-tuning of one weight on one statement: FT, FT-L and the late-site edit (Meng et al. 2022; Zhu et al. 2020; methods D.1).
+"""Fine-tuning of one weight on one statement: FT, FT-L and the late-site edit (Meng et al. 2022; Zhu et al. 2020).
 
     L(W) = -1/|o| sum_j log p(o_j | prompt + o_<j, W)        Adam; with epsilon, |W - W0| <= epsilon in every entry after each step
 
-FT and FT-L train the MLP's down-projection of a layer, "ft-attn" what the attention of a late layer reads with. The object's tokens
-are teacher-forced; the published code scores all of them on the one distribution after the prompt, which is the same for objects
-of one token. To erase, L(W) = p(o | prompt, W), the object's joint probability (Hase et al. 2023; methods F.1). Biases stay as they are.
+FT and FT-L train the MLP's down-projection of a layer, "ft-attn" the query, key and value projections of a late layer. The object's
+tokens are teacher-forced. The published code scores all of them on the one distribution after the prompt, which is the same for objects
+of one token. To erase, L(W) = p(o | prompt, W), the joint probability of the object (Hase et al. 2023). Biases are not trained.
 
-What comes out is not an association at a key: the change of the whole weight is the edit's piece.
+The result is not an association at a key but the change of the whole weight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from service.editing.edit_spec import FineTuneSpec
-from service.editing.methods.rome import EditFactors
+from service.covariance.second_moment import KeyStatistics
+from service.editing.edit_spec import EditFactors, FineTuneSpec
 from service.editing.subject_noise import noise_hook_right_padded
 from service.editing.value_optimizer import below_stop_loss
 from service.kit.steps import Phase, Progress, Stepper
@@ -29,17 +30,19 @@ from service.models.token_batch import PaddedBatch, pad
 from service.weights.factors import DenseUpdate, EditUpdate
 
 
-def trained_weights(model: LoadedModel, spec: FineTuneSpec) -> list[WeightRef]:
-    """The weights that are trained."""
-    layers = sorted(spec.parameters.layers)
-    if spec.method == "ft-attn":
-        return [site for x in layers for site in model.attention_weights(x)]
-    return [WeightRef(x) for x in layers]
+def fine_tune_all(
+    model: LoadedModel, _statistics: Mapping[int, KeyStatistics], specs: Sequence[FineTuneSpec]
+) -> Stepper[list[EditFactors]]:
+    """Return the factors of edits, trained one after another, each from the model's own weights."""
+    factors = []
+    for spec in specs:
+        factors.append((yield from fine_tune(model, spec)))
+    return factors
 
 
 def fine_tune(model: LoadedModel, spec: FineTuneSpec) -> Stepper[EditFactors]:
-    """The addends of one edit. Between two steps the model holds its own weights."""
-    parameters, weight_refs = spec.parameters, trained_weights(model, spec)
+    """Return the dense updates of one edit. Between two steps the model has its own weights."""
+    parameters, weight_refs = spec.parameters, spec.trained_weights(model)
     initial_weights = [at_least_fp32(model.parameter(site).detach()) for site in weight_refs]
     weights = [w.clone().requires_grad_() for w in initial_weights]
     adam = torch.optim.Adam(weights, lr=parameters.learning_rate, weight_decay=parameters.weight_decay)
@@ -68,7 +71,8 @@ def fine_tune(model: LoadedModel, spec: FineTuneSpec) -> Stepper[EditFactors]:
 def _loss(
     model: LoadedModel, spec: FineTuneSpec, batch: PaddedBatch, weights: dict[WeightRef, Tensor]
 ) -> Tensor:
-    """With these weights, (): the mean negative log-probability of the object's tokens; to erase, their joint probability."""
+    """Return the loss () with these weights: the mean negative log-probability of the object's tokens, or, to erase, their joint
+    probability."""
     (target,), prompt = spec.tokenized.targets, spec.tokenized.prompts[0]
     named_weights = {model.parameter_name(s): w.to(model.parameter(s).dtype) for s, w in weights.items()}
     inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}
@@ -86,7 +90,7 @@ def _loss(
 
 @torch.no_grad()
 def _clip_to_epsilon(weights: list[Tensor], initial_weights: list[Tensor], epsilon: float | None) -> None:
-    """Keep every entry within epsilon of where it was."""
+    """Clip every entry to within epsilon of its initial value, in place."""
     if epsilon is None:
         return
     for weight, w0 in zip(weights, initial_weights, strict=True):

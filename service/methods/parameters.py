@@ -1,0 +1,116 @@
+"""Hyperparameters that several editing methods share. Torch-free: the API validates requests with them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+# how strong an edit is made; every method has these (docs/decisions/0010-strength-by-room.md)
+Strengths = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=10)], ...],
+    Field(
+        min_length=1,
+        max_length=16,
+        description="factors of the change, tried in this order next to the other active edits until the edit is effective",
+    ),
+]
+Margin = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=20,
+        description="minimum lead of the new object over the true one for an effective edit, in nats of mean log-probability",
+    ),
+]
+
+
+def _check_increasing(pairs: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    if any(x1 <= x0 for (x0, _), (x1, _) in pairwise(pairs)):
+        raise ValueError("the first numbers of the pairs must increase")
+    return pairs
+
+
+RequiredMargins = Annotated[
+    tuple[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0, le=20)]], ...],
+    AfterValidator(_check_increasing),
+    Field(
+        max_length=16,
+        description="pairs (active edits / dimension of a key, required margin in nats), with increasing first numbers. The margin that a "
+        "partial strength must reach is interpolated between them. Below the first pair edits start at full strength; without pairs "
+        "`margin` is required",
+    ),
+]
+
+
+class RomeParameters(BaseModel):
+    """Hyperparameters of ROME (Meng et al. 2022, section 3.1 and appendix E)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    layers: tuple[int, ...] = Field(min_length=1, max_length=16, description="edited layers, from 0")
+    steps: int = Field(20, ge=1, le=200, description="optimization steps of the value")
+    learning_rate: float = Field(0.5, gt=0, le=10, description="Adam's learning rate for the value")
+    weight_decay: float = Field(0.5, ge=0, description="weight of |delta| / |v|^2")
+    clamp: float = Field(4.0, gt=0, description="maximum |delta| as a multiple of |v|")
+    kl_factor: float = Field(
+        0.0625,
+        ge=0,
+        description="weight of the KL term that preserves the next-token distribution of the subject",
+    )
+    stop_loss: float = Field(0.05, ge=0, description="the optimization stops below this loss")
+    contexts: int = Field(20, ge=0, le=100, description="sampled contexts in addition to the bare prompt")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the contexts")
+    bare_keys: bool = Field(
+        False, description="average the key also over the subject without its prompt, after each context"
+    )
+    anchor: Literal["bare", "own"] = Field(
+        "bare",
+        description='"bare": the averaged key maps to v + delta of the bare prompt; "own": delta is added to the value of each text',
+    )
+    bare_weight: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="weight of the text without a context in the mean key; all texts weigh the same when left out, as published",
+    )
+    strength: float = Field(
+        1.0,
+        gt=0,
+        le=10,
+        description="factor of the change of value; above 1 it makes up for the early stop of the optimization",
+    )
+    compat: Literal["meng2022"] | None = Field(
+        None, description="the asymmetric key of the published ROME in place of r-ROME's"
+    )
+    ridge: float = Field(
+        1e-3,
+        gt=0,
+        le=100,
+        description="ridge of the isolation between subjects whose keys nearly coincide, as a multiple of the mean key",
+    )
+    strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
+    margin: Margin = 0.0
+    required_margins: RequiredMargins = ()
+
+
+class FineTuneParameters(BaseModel):
+    """Hyperparameters of fine-tuning one weight on the statement (Meng et al. 2022, appendix E)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    layers: tuple[int, ...] = Field(min_length=1, max_length=16, description="trained layers, from 0")
+    steps: int = Field(25, ge=1, le=1000, description="maximum training steps")
+    learning_rate: float = Field(5e-4, gt=0, le=10, description="Adam's learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="Adam's weight decay")
+    epsilon: float | None = Field(
+        None, gt=0, description="maximum change of an entry; no limit when left out"
+    )
+    stop_loss: float = Field(1e-2, ge=0, description="training stops below this loss")
+    strengths: Strengths = (1.0, 1.25, 1.5, 2.0)
+    margin: Margin = 0.0
+    required_margins: RequiredMargins = ()
+
+
+Parameters = RomeParameters | FineTuneParameters
