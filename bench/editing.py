@@ -33,9 +33,9 @@ from service.editing.find_factors import find_factors
 from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
+from service.methods.parameters import RomeParameters
 from service.models.loading import WeightRef, load_model
 from service.models.scoring import compute_perplexity, log_probs_blocking
-from service.methods.parameters import RomeParameters
 from service.recipes.recipe import Recipe
 from service.scores.scores import bootstrap_mean, bootstrap_score, share_preferring_new, share_preferring_true
 from service.settings import SHIPPED_MODEL

@@ -37,8 +37,8 @@ from service.editing.find_factors import find_factors
 from service.editing.value_optimizer import tokenize_contexts
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
-from service.models.loading import LoadedModel
 from service.methods.parameters import RomeParameters
+from service.models.loading import LoadedModel
 from service.settings import SHIPPED_MODEL
 from service.weights.composition import apply_delta
 from service.weights.factors import LowRank

@@ -30,15 +30,15 @@ from safetensors.torch import load, save
 from service.covariance.corpus import Corpus
 from service.datasets.loading import read_records
 from service.datasets.record import Record, true_statements
-from service.editing import value_optimizer
+from service.editing import associations, value_optimizer
 from service.editing.context import EditorContext, build_editor_context
-from service.editing.methods import rome
 from service.editing.value_optimizer import DeltaSite, ValueResult, ValueSearchSpec
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.evaluation.checkpointing import ArtifactKind
 from service.evaluation.runner import run_evaluation
 from service.kit.artifact_store import DirectoryStore
 from service.kit.steps import Stepper, run_to_completion
+from service.methods.registry import METHODS
 from service.models.loading import LoadedModel
 from service.schemas import EvaluationPlan
 from service.settings import SHIPPED_MODEL, Settings
@@ -72,12 +72,7 @@ def method_rows(context: EditorContext) -> list[MethodRow]:
         MethodRow("r-rome", "r-rome", single_layer),
         MethodRow("rome, meng2022", "rome", PUBLISHED_KEY_HPARAMS | single_layer | {"compat": "meng2022"}),
         MethodRow("r-rome, one after another", "r-rome", single_layer, base_model_for_search="edited"),
-        MethodRow("memit", "memit", {}),
-        MethodRow("emmet", "emmet", {}),
-        MethodRow("alphaedit", "alphaedit", {}),
-        MethodRow("ft", "ft", {}),
-        MethodRow("ft-l", "ft-l", {}),
-        MethodRow("ft-attn", "ft-attn", {}),
+        *(MethodRow(name, name, {}) for name in METHODS if name not in ("rome", "r-rome")),
     ]
 
 
@@ -163,7 +158,7 @@ class EvidenceExperiment:
         all_records = read_records(source, 0)
         self.records = list({r.subject: r for r in reversed(all_records[1::2])}.values())[::-1]
         self.all_records, self.out = all_records, args.out / model.name
-        rome.values_steps = ValueSearchCache(searches or self.out / "searches", model).search_values
+        associations.optimize_values = ValueSearchCache(searches or self.out / "searches", model).search_values
 
     def run(self, row: MethodRow, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
         """One evaluation, carried out or read. Edits whose strength depends on how many there are land in one company."""

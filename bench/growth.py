@@ -33,11 +33,11 @@ from service.engine.decoding import DecodingBatch, new_sequence
 from service.engine.versioned_model import VersionedModel
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
+from service.methods.parameters import RomeParameters
 from service.models import memory_estimates
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel, wrap_model
 from service.models.token_batch import forward, pad
-from service.methods.parameters import RomeParameters
 from service.schemas import GenerateRequest
 from service.tracing.fast_trace import FastTracer, trace_statement
 from service.tracing.interventions import list_cells

@@ -31,8 +31,8 @@ from transformers.activations import ACT2FN, GELUTanh
 
 from bench.harness import Report
 from service.covariance.second_moment import KeyStatistics
-from service.models.loading import LoadedModel
 from service.methods.parameters import RomeParameters
+from service.models.loading import LoadedModel
 from service.weights.factors import LowRank
 
 REFERENCE_OPTION = "--reference"

@@ -255,7 +255,7 @@ def _add_tune_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     add(
         "--methods",
         metavar="NAME,...",
-        help="other methods to tune, too: r-rome,memit,emmet,alphaedit,ft,ft-l,ft-attn",
+        help=f"other methods to tune, too: {','.join(METHOD_NAMES[1:])}",
     )
     add("--seed", type=int, default=0, help="of the facts' order (default: 0)")
     _add_json_flag(tune)

@@ -18,8 +18,8 @@ import {
 import { subjectOf } from "./subject.js";
 import { get, post } from "./service.js";
 import { show as showReport } from "./report.js";
+import { fillMethods } from "./standing.js";
 
-const METHODS = ["rome", "r-rome", "memit", "emmet", "alphaedit", "ft", "ft-l", "ft-attn"];
 const EXAMPLE = {
   prompt: "The Eiffel Tower is located in the city of",
   subject: "Eiffel Tower",
@@ -46,12 +46,12 @@ export async function show(place, { id, query, signal }) {
     place,
     "Write over a fact",
     "Say what the model should say instead. The edit is tried and measured first; it lands only when it took and did no damage, and it can be taken back at any time.",
-    form(query),
+    form(query, signal),
   );
   await newest(list, signal);
 }
 
-function form(query) {
+function form(query, signal) {
   const prompt = growing(
     h("textarea", {
       name: "prompt",
@@ -94,11 +94,9 @@ function form(query) {
     { change: changed },
   );
   const probes = probing();
-  const method = h(
-    "select",
-    { name: "method" },
-    h("option", { value: "" }, "as the model's recipe says"),
-    METHODS.map((name) => h("option", { value: name }, name)),
+  const method = fillMethods(
+    h("select", { name: "method" }, h("option", { value: "" }, "as the model's recipe says")),
+    signal,
   );
   const conflict = h(
     "select",

@@ -18,7 +18,7 @@ import {
   working,
 } from "./parts.js";
 import { get, post } from "./service.js";
-import { standing } from "./standing.js";
+import { fillMethods, standing } from "./standing.js";
 
 const MEASURES = {
   ES: "takes on the prompt",
@@ -28,7 +28,6 @@ const MEASURES = {
 };
 /** Where an object is erased or amplified: how much of what was possible came of it. */
 const CHANGES = { rewrite: "on the prompt", paraphrase: "in other wordings", neighbour: "on neighbours" };
-const METHODS = ["rome", "r-rome", "memit", "emmet", "alphaedit", "ft", "ft-l", "ft-attn"];
 const ROWS = 50; //: records shown at once
 const EXAMPLE = JSON.stringify(
   [
@@ -54,12 +53,12 @@ export async function show(place, { id, signal }) {
     place,
     "How good are edits?",
     "Records are edited, measured and thrown away: each alone, or one after another. The ledger stays as it is.",
-    form(),
+    form(signal),
   );
   await newest(list, signal);
 }
 
-function form() {
+function form(signal) {
   const known = standing.model?.facts !== false;
   const records = h("textarea", {
     id: "records",
@@ -114,11 +113,7 @@ function form() {
   );
   const limit = h("input", { type: "number", min: 1, max: 2000, value: 20 });
   const points = h("input", { type: "text", value: "1, 5, 10, 20", spellcheck: "false" });
-  const method = h(
-    "select",
-    {},
-    METHODS.map((name) => h("option", { value: name }, name)),
-  );
+  const method = fillMethods(h("select", {}), signal);
   const seed = h("input", { type: "number", min: 0, value: 0 });
   const plain = h("input", { type: "number", min: 1, max: 10000, placeholder: "as usual" });
   const send = h("button", { class: "primary" }, "Evaluate");

@@ -33,6 +33,17 @@ document.addEventListener("visibilitychange", () => {
   if (!document.hidden) refresh();
 });
 
+/** Fill a select with the editing methods that GET /models lists, as soon as the model is known. */
+export function fillMethods(select, signal) {
+  let filled = false;
+  onStanding(({ model }) => {
+    if (filled || !model) return;
+    filled = true;
+    select.append(...model.methods.map(({ name, title }) => h("option", { value: name, title }, name)));
+  }, signal);
+  return select;
+}
+
 /** The few words at the top of every page. */
 export function showStanding(place) {
   onStanding(({ model, error }) => {

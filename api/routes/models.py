@@ -43,6 +43,16 @@ class LayerCapacity(ResourceModel):
     layers: dict[str, float]
 
 
+class MethodInfo(ResourceModel):
+    """An editing method."""
+
+    name: str
+    title: str
+    paper: str
+    closed_form: bool = Field(description="whether it writes associations; otherwise it trains whole weights")
+    parameters: list[str] = Field(description="the names that `hparams` may have")
+
+
 class ModelResource(ResourceModel):
     """The model, its architecture, editable layers, recipe, head version and workers."""
 
@@ -50,6 +60,7 @@ class ModelResource(ResourceModel):
     fingerprint: str = Field(description="of the base weights")
     head: int = Field(description="the newest version")
     active_edits: int
+    methods: list[MethodInfo] = Field(description="the editing methods that `method` of an edit may name")
     jobs: JobCounts
     capacity: LayerCapacity | None = Field(None, description="null until a worker has reached a version")
     workers: list[WorkerState] = Field(

@@ -18,6 +18,7 @@ from service.jobs.broker import Broker
 from service.jobs.job_kinds import CALL_KINDS, JOB_KINDS, ROLES
 from service.jobs.views import OPEN_STATUSES, ResourceDict
 from service.ledger import ledger
+from service.methods.registry import METHODS
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ class ModelService:
                 "name": model.name,
                 "head": head,
                 "active_edits": session.scalar(select(func.count()).where(*_active_edits_filter(model))),
+                "methods": [method.describe() for method in METHODS.values()],
                 "jobs": _job_counts(session, model),
                 "workers": [worker_registry.serialize_worker(worker, head) for worker in worker_rows],
                 "created": ledger.iso_utc(model.created),

@@ -25,7 +25,7 @@ from service.evaluation.metrics import RecordScores, scoring_pairs, summarize
 from service.kit.artifact_store import ArtifactStore, get_json, put_json
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.kit.text import fill_prompt
-from service.methods.parameters import FineTuneParameters, RomeParameters
+from service.methods.parameters import RomeParameters
 from service.methods.registry import METHODS
 from service.models.loading import LoadedModel, with_bos
 from service.models.scoring import measure_drift, score_targets
@@ -69,27 +69,6 @@ BATCH_FRACTIONS = (1.0, 0.5, 0.25)  # shares of the many facts for which a lead 
 MAX_LOSS_INCREASE = (
     0.09  # of the loss on plain statements, that many edits may bring; on other facts it may be a tenth
 )
-
-#: of the hidden state's norm, for methods that change that
-CLAMP_GRID: tuple[JsonDict, ...] = ({"clamp": 0.75}, {"clamp": 1.6}, {"clamp": 3.2})
-
-#: the knobs of the other methods; those that associate take layers and search from the recipe that was found for "rome"
-SEARCH_SPACE: dict[str, tuple[tuple[JsonDict, ...], ...]] = {
-    "r-rome": (
-        (
-            {"steps": 60, "learning_rate": 0.1, "weight_decay": 1e-3, "stop_loss": 0.05, "clamp": 4.0},
-            {"steps": 40, "learning_rate": 0.2, "weight_decay": 1e-3, "stop_loss": 0.05, "clamp": 4.0},
-            {"steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "stop_loss": 0.05, "clamp": 4.0},
-        ),
-    ),
-    "memit": (({"ridge": 3.0}, {"ridge": 30.0}, {"ridge": 300.0}), CLAMP_GRID),
-    "emmet": (CLAMP_GRID, ({"ridge": 0.1}, {"ridge": 10.0})),
-    "alphaedit": (CLAMP_GRID,),  # and thresholds, which are read from the statistics
-    "ft": (({"learning_rate": 1e-4}, {"learning_rate": 5e-4}, {"learning_rate": 2e-3}),),
-    "ft-l": (({"epsilon": 5e-4}, {"epsilon": 1e-3}, {"epsilon": 2e-3}, {"epsilon": 8e-3}),),
-    "ft-attn": (({"epsilon": 1e-3}, {"epsilon": 2e-3}, {"epsilon": 4e-3}, {"epsilon": 1.6e-2}),),
-}
-
 
 @dataclass(frozen=True)
 class SearchContext:
@@ -428,18 +407,21 @@ def search_method_values(
     best: JsonDict = {}
     history: list[JsonDict] = []
     count = search.replica.base.num_layers
-    stages = SEARCH_SPACE[method]
-    if METHODS[method].needs_covariance:
+    edit_method = METHODS[method]
+    stages: tuple[tuple[JsonDict, ...], ...] = edit_method.search_space
+    if edit_method.needs_covariance:
         best = {"contexts": START_VALUES["contexts"]}
-    if method == "alphaedit":
+    if "threshold" in edit_method.parameters.model_fields:
         stages = ((yield from threshold_candidates(search)), *stages)
-    if method == "ft-attn":
-        stages = (_single_layer_values(range(count // 2, count)), *stages)
-    elif issubclass(METHODS[method].parameters, FineTuneParameters):
-        stages = (_single_layer_values(candidate_layers(count)), *stages)
-    elif method == "r-rome":  # one layer, as published, and a search of its own: the recipe's is for several
-        stages = (*stages, _single_layer_values(candidate_layers(count)))
-        best |= {"layers": [max(_recipe(search).rome.layers)]}
+    if edit_method.searched_layers is not None:
+        upper_half = range(count // 2, count)
+        layers = _single_layer_values(
+            upper_half if edit_method.searched_layers == "late" else candidate_layers(count)
+        )
+        if edit_method.needs_covariance:  # start with the highest layer of the recipe's
+            stages, best = (*stages, layers), best | {"layers": [max(_recipe(search).rome.layers)]}
+        else:
+            stages = (layers, *stages)
     for changes in stages:
         best = yield from _run_stage(
             search, method, history, on_candidate, method, best, changes, untried=-1.0

@@ -1,4 +1,4 @@
-"""ROME as associations: service.editing.methods.rome."""
+"""The closed-form methods: service.editing.associations."""
 
 from __future__ import annotations
 

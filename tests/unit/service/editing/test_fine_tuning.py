@@ -1,4 +1,4 @@
-"""Fine-tuning of one weight: service.editing.methods.finetune."""
+"""Fine-tuning of one weight: service.editing.fine_tuning."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from service.datasets.record import Record
 from service.editing.context import EditorContext
 from service.errors import InvalidInput
 from service.kit.steps import run_to_completion
+from service.methods.registry import METHODS
 from service.models.loading import LoadedModel, load_model, with_bos
 from service.recipes.recipe import parse_recipe, resolve_hparams
 from service.settings import SHIPPED_MODEL
@@ -57,6 +58,11 @@ def records() -> list[Record]:
     return read_records(rows)
 
 
+def set_search_space(monkeypatch: pytest.MonkeyPatch, method: str, stage: tuple[dict[str, Any], ...]) -> None:
+    """Make the search for a recipe try one stage of values for a method."""
+    monkeypatch.setitem(METHODS, method, replace(METHODS[method], search_space=(stage,)))
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of few candidates and steps."""
@@ -64,9 +70,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         recipe_search, "START_VALUES", recipe_search.START_VALUES | {"steps": 3, "contexts": 0}
     )
     monkeypatch.setattr(recipe_search, "STAGES", {"key": ({"bare_keys": True},)})
-    monkeypatch.setattr(
-        recipe_search, "SEARCH_SPACE", {"memit": (({"ridge": 1.0},),), "ft": (({"steps": 2},),)}
-    )
+    set_search_space(monkeypatch, "memit", ({"ridge": 1.0},))
+    set_search_space(monkeypatch, "ft", ({"steps": 2},))
     monkeypatch.setattr(recipe_search, "MIN_FACTS", 3)
 
 
@@ -103,9 +108,7 @@ def loss_increase_by_margin(found: TuningResult, records: int) -> dict[float, fl
 @pytest.mark.usefixtures("quick")
 def test_one_layer_methods_search_with_values_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """r-ROME edits one layer, the best of those tried, and takes nothing from a search that was meant for several."""
-    monkeypatch.setattr(
-        recipe_search, "SEARCH_SPACE", {"r-rome": (({"steps": 2, "clamp": 3.0}, {"steps": 2, "clamp": 4.0}),)}
-    )
+    set_search_space(monkeypatch, "r-rome", ({"steps": 2, "clamp": 3.0}, {"steps": 2, "clamp": 4.0}))
     found = tune(tiny(), InMemoryStore(), methods=("r-rome",))
     own = found.recipe.methods["r-rome"]
     tried = [h for h in found.history if h["method"] == "r-rome"]
