@@ -158,7 +158,9 @@ class EvidenceExperiment:
         all_records = read_records(source, 0)
         self.records = list({r.subject: r for r in reversed(all_records[1::2])}.values())[::-1]
         self.all_records, self.out = all_records, args.out / model.name
-        associations.optimize_values = ValueSearchCache(searches or self.out / "searches", model).search_values
+        associations.optimize_values = ValueSearchCache(
+            searches or self.out / "searches", model
+        ).search_values
 
     def run(self, row: MethodRow, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
         """One evaluation, carried out or read. Edits whose strength depends on how many there are land in one company."""

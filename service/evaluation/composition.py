@@ -14,7 +14,7 @@ from service.evaluation.edit_search import FoundEdit, find_group
 from service.evaluation.evaluation_context import EvaluationContext
 from service.evaluation.measuring import score_records
 from service.kit.steps import Phase, Progress, Stepper, report_as
-from service.recipes.recipe import StrengthSchedule
+from service.recipes.strength_schedule import StrengthSchedule
 from service.weights.composition import apply_delta, compose
 from service.weights.factors import EditUpdate
 

@@ -9,7 +9,8 @@ from service.datasets.record import Record
 from service.editing.context import EditorContext
 from service.engine.versioned_model import VersionedModel
 from service.evaluation.checkpointing import StageCache
-from service.recipes.recipe import Parameters, StrengthSchedule, strength_schedule
+from service.methods.parameters import Parameters
+from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.schemas import EvaluationPlan
 
 EDITS_PER_BATCH = 16  # edits whose searches run as one batch

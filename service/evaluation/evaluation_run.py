@@ -19,8 +19,8 @@ from service.evaluation.measuring import (
 )
 from service.evaluation.metrics import Measures, RecordScores, change_scores, split_scores, summarize
 from service.kit.steps import Phase, Progress, Stepper, report_as
+from service.methods.parameters import RomeParameters
 from service.models.score import TargetScore
-from service.recipes.recipe import RomeParameters
 from service.scores.text_metrics import TfIdf, fluency
 
 RECORDS_PER_BATCH = 32  # records that are scored as one stage

@@ -70,6 +70,7 @@ MAX_LOSS_INCREASE = (
     0.09  # of the loss on plain statements, that many edits may bring; on other facts it may be a tenth
 )
 
+
 @dataclass(frozen=True)
 class SearchContext:
     """What every candidate is tried on."""
