@@ -4,12 +4,12 @@
 #   docker build --target worker -t palimpsest-worker .
 #   docker build --target worker -t palimpsest-worker --build-arg TORCH_INDEX=ADDRESS .
 #
-# ADDRESS is an index with the builds of torch for your CPU or your GPU, the one that its makers name for it. Left out, torch
-# comes from where everything else comes from. It is asked beside the usual index, so constraints.txt still says the version.
+# ADDRESS is a package index with the builds of torch for your CPU or GPU. Without it, torch comes from the default index.
+# It is used beside the default index; constraints.txt pins the version either way.
 
 ARG PYTHON=3.11.14-slim-bookworm
 
-# The interpreter, a user who may write into two folders, and the question that a health check asks.
+# The interpreter, a user with two writable folders, and the script of the health check.
 FROM python:${PYTHON} AS base
 RUN groupadd --gid 10001 palimpsest \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/palimpsest --shell /usr/sbin/nologin palimpsest \
@@ -22,7 +22,7 @@ ENV PATH=/opt/palimpsest/bin:$PATH \
     PALIMPSEST_LOG_FORMAT=json
 COPY --chmod=0444 deploy/health.py /opt/health.py
 
-# What the API needs, in a folder that is copied as a whole. It changes less often than the code, so it comes first.
+# Dependencies of the API, in a folder that is copied as a whole. They change less often than the code, so they come first.
 FROM base AS api-needs
 WORKDIR /build
 RUN python -m venv --without-pip /opt/palimpsest
@@ -31,7 +31,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip --python /opt/palimpsest/bin/python install -c constraints.txt -r api.txt
 
-# And what a worker needs besides.
+# Additional dependencies of a worker.
 FROM api-needs AS worker-needs
 ARG TORCH_INDEX=""
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['worker'], sep='\n')" > worker.txt
@@ -68,7 +68,7 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     pip --python /opt/palimpsest/bin/python install --no-deps --no-cache-dir /dist/*.whl
 LABEL org.opencontainers.image.title="Palimpsest worker" \
       org.opencontainers.image.description="A worker of Palimpsest: holds the model, computes edits and traces, serves generation"
-# Statistics of keys lie in the first volume, models from a hub in the second. Both can be made again.
+# The first volume holds statistics of keys, the second models from a hub. Both can be created again.
 ENV HF_HOME=/var/cache/palimpsest \
     PALIMPSEST_METRICS_HOST=0.0.0.0 \
     PALIMPSEST_METRICS_PORT=9464
@@ -76,7 +76,7 @@ VOLUME ["/var/lib/palimpsest", "/var/cache/palimpsest"]
 USER 10001:10001
 WORKDIR /var/lib/palimpsest
 EXPOSE 9464
-# A large model takes minutes to load, the first time with a download and its statistics: a long start is no illness.
+# A large model takes minutes to load, and longer at the first start, which downloads it and collects statistics.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=30m --retries=4 \
     CMD ["python", "/opt/health.py", "9464"]
 ENTRYPOINT ["palimpsest"]

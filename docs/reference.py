@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the OpenAPI document: `python docs/reference.py`. A test holds the page to the code."""
+"""Write docs/reference.md from the OpenAPI document: `python docs/reference.py`. A test compares the page with the code."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ TITLES = {"openai": "OpenAI"}
 METHODS = ("get", "post", "put", "patch", "delete")
 INTRODUCTION = """# HTTP reference
 
-Every call, every field and every answer, written from the OpenAPI document of the service by `python docs/reference.py`. A running service
-has the same at `/docs` and `/openapi.json`. [The HTTP interface](api.md) says how the calls go together; start there.
+Every call, every field and every answer, generated from the OpenAPI document of the service by `python docs/reference.py`.
+A running service has the same at `/docs` and `/openapi.json`. [The HTTP interface](api.md) says how the calls work together;
+start there.
 """
 
 Schema = Mapping[str, Any]
 
 
 def document() -> dict[str, Any]:
-    """The OpenAPI document of this release."""
+    """Return the OpenAPI document of this code."""
     from api.app import create_app
     from service.settings import Settings
 
@@ -30,7 +31,7 @@ def document() -> dict[str, Any]:
 
 
 def render(openapi: Mapping[str, Any]) -> str:
-    """The page that says what an OpenAPI document says."""
+    """Return the Markdown page for an OpenAPI document."""
     calls: dict[str, list[str]] = {}
     for path, methods in openapi["paths"].items():
         for method in METHODS:
@@ -40,7 +41,7 @@ def render(openapi: Mapping[str, Any]) -> str:
     parts = [INTRODUCTION, _contents(calls)]
     for tag, sections in calls.items():
         parts += [f"## {TITLES.get(tag, tag.capitalize())}\n", *sections]
-    parts.append("## Forms\n\nA field in **bold** must be given.\n")
+    parts.append("## Schemas\n\nA field in **bold** is required.\n")
     parts += [
         _schema_section(name, schema)
         for name, schema in sorted(openapi["components"]["schemas"].items(), key=_sort_key)
@@ -54,7 +55,8 @@ def _sort_key(item: tuple[str, Schema]) -> str:
 
 def _contents(calls: Mapping[str, list[str]]) -> str:
     return (
-        " · ".join(f"[{TITLES.get(tag, tag.capitalize())}](#{tag})" for tag in calls) + " · [Forms](#forms)\n"
+        " · ".join(f"[{TITLES.get(tag, tag.capitalize())}](#{tag})" for tag in calls)
+        + " · [Schemas](#schemas)\n"
     )
 
 
@@ -91,7 +93,7 @@ def _operation_section(method: str, path: str, call: Schema) -> str:
 
 
 def _responses_line(responses: Schema) -> str:
-    """What succeeds with what is in it; what fails by its number, for their meaning is one for all calls."""
+    """Return the line with successful answers and their schemas, and the statuses of errors."""
     good, bad = [], []
     for status, answer in sorted(responses.items()):
         kinds = {_type(content.get("schema", {})) for content in (answer.get("content") or {}).values()} - {
@@ -101,7 +103,7 @@ def _responses_line(responses: Schema) -> str:
             good.append(f"`{status}` {' or '.join(sorted(kinds)) or _cell(answer['description'])}")
         else:
             bad.append(f"`{status}`")
-    return f"Answers: {'; '.join(good)}. Problems: {', '.join(bad) or 'none'}."
+    return f"Answers: {'; '.join(good)}. Errors: {', '.join(bad) or 'none'}."
 
 
 def _schema_section(name: str, schema: Schema) -> str:
@@ -125,17 +127,17 @@ def _schema_section(name: str, schema: Schema) -> str:
 
 
 def _display_name(schema: str) -> str:
-    """`generate Choice` for api__routes__generate__Choice."""
+    """Return a short name: `generate Choice` for api__routes__generate__Choice."""
     return " ".join(schema.split("__")[-2:])
 
 
 def _schema_anchor(schema: str) -> str:
-    """Of a form: calls have headings of like names."""
-    return "form-" + _display_name(schema).lower().replace(" ", "-")
+    """Return the anchor of a schema, with a prefix that no heading of a call has."""
+    return "schema-" + _display_name(schema).lower().replace(" ", "-")
 
 
 def _type(schema: Schema) -> str:
-    """A type in a few words, with a link where it is a form of its own."""
+    """Return a short description of a type, with a link if it is a schema of its own."""
     if reference := schema.get("$ref"):
         name = reference.rsplit("/", 1)[-1]
         return f"[{_display_name(name)}](#{_schema_anchor(name)})"
@@ -153,13 +155,13 @@ def _type(schema: Schema) -> str:
 
 
 def _bounds(schema: Schema) -> Iterator[str]:
-    """Limits of a number, of a length."""
-    for least, most, unit in (
+    """Yield the limits of a number or a length."""
+    for minimum, maximum, unit in (
         ("minimum", "maximum", ""),
         ("minLength", "maxLength", " characters"),
         ("minItems", "maxItems", " items"),
     ):
-        low, high = schema.get(least, 0), schema.get(most)
+        low, high = schema.get(minimum, 0), schema.get(maximum)
         if high is not None:
             yield (
                 f" ({_number(low)} to {_number(high)}{unit})"

@@ -1,4 +1,4 @@
-"""The ledger as a report that can be handed on: what was changed, by whom and when, what it did, and whether all of it agrees.
+"""Write the ledger as a report: what was changed, by whom and when, to what effect, and whether it verifies.
 
 python examples/audit_report.py audit.md
 python examples/audit_report.py audit.html
@@ -18,7 +18,7 @@ COLUMNS = ("version", "when (UTC)", "who", "what", "subject", "prompt", "from", 
 
 
 def ledger_rows(client: Client) -> list[tuple[str, ...]]:
-    """A row for every entry of the ledger, oldest first. An edit that was reverted has two."""
+    """Return a row per ledger entry, oldest first. A reverted edit has two."""
     edits: dict[str, Edit] = {}
     rows = []
     for entry in client.ledger():
@@ -41,15 +41,15 @@ def ledger_row(entry: Entry, edit: Edit) -> tuple[str, ...]:
 
 
 def describe_effect(edit: Edit) -> str:
-    """How probable the new object was, and became; what must not change and did is named."""
+    """Return the probability of the new object before and after, and the number of regressed edits."""
     if edit.before is None or edit.after is None:
         return ""
-    broken = (edit.result or {}).get("regressed_edits") or ()
-    return f"{edit.before:.3f} -> {edit.after:.3f}" + (f", broke {len(broken)}" if broken else "")
+    regressed = (edit.result or {}).get("regressed_edits") or ()
+    return f"{edit.before:.3f} -> {edit.after:.3f}" + (f", {len(regressed)} regressed" if regressed else "")
 
 
 def build_summary(client: Client) -> list[str]:
-    """What stands above the table."""
+    """Return the lines above the table."""
     [model] = client.models()
     verification = client.verify()
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")

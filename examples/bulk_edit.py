@@ -1,10 +1,10 @@
-"""Edit the facts of a CSV file, with a progress bar, and report what landed and what did not.
+"""Edit the facts of a CSV file, with a progress bar and a report of applied and rejected edits.
 
     python examples/bulk_edit.py examples/landmarks.csv --report report.csv
 
-The columns are subject, prompt, target_new and, where it is known, target_true. Every row has an idempotency key made of what it says
-and of the run's name: stopped in the middle and started again, it goes on where it was, and no edit is made twice. Rows
-that were rejected stay so; to have them tried again, or reverted ones made again, give the run another name (--run).
+The columns are subject, prompt, target_new and, if known, target_true. Every row has an idempotency key made of its content and
+the name of the run: run again after an interruption, the script continues, and no edit is made twice. Rejected rows stay rejected;
+to retry them, or to make reverted edits again, give the run another name (--run).
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ from pathlib import Path
 
 from palimpsest import Client, Edit, InvalidRequest
 
-MAX_PENDING = (
-    32  # edits that wait at once: enough for the service to find several together, and not all of its queue
-)
+MAX_PENDING = 32  # edits that wait at once: enough for a batch, and a small part of the queue
 
 Row = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a row: an edit that ended, or the reason why there is none."""
+    """The result of a row: an edit that has ended, or the reason why there is none."""
 
     row: Row
     edit: Edit | None
@@ -51,18 +49,18 @@ class Outcome:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows, without what is empty."""
+    """Return the rows without empty cells."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         return [{name: text for name, text in row.items() if text} for row in csv.DictReader(file)]
 
 
 def idempotency_key(run: str, row: Row, guard: dict[str, float]) -> str:
-    """The same for the same wish, and for no other."""
+    """Return a key that is equal for equal requests of one run, and different otherwise."""
     return hashlib.sha256(json.dumps([run, row, guard], sort_keys=True).encode()).hexdigest()
 
 
 def submit(client: Client, row: Row, run: str, guard: dict[str, float]) -> Outcome:
-    """The row's edit, waiting to be carried out; or why it cannot be."""
+    """Submit the edit of a row; return the queued edit, or the reason why the row is invalid."""
     try:
         edit = client.edit(
             row.get("subject", ""),
@@ -86,7 +84,7 @@ def wait_for_outcome(client: Client, outcome: Outcome) -> Outcome:
 
 
 def apply_rows(client: Client, rows: Iterable[Row], run: str, guard: dict[str, float]) -> Iterator[Outcome]:
-    """The outcome of every row, in their order. Some rows are asked ahead of the one that is waited for."""
+    """Yield the outcome of every row, in order. Up to `MAX_PENDING` rows are submitted ahead."""
     pending: deque[Outcome] = deque()
     for row in rows:
         if len(pending) == MAX_PENDING:
@@ -104,11 +102,11 @@ def progress_bar(done: int, total: int, width: int = 30) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("file", type=Path, help="a CSV file: subject, prompt, target_new, target_true")
-    parser.add_argument("--report", type=Path, help="where to write what became of each row, as CSV")
+    parser.add_argument("--report", type=Path, help="write the outcome of each row to this CSV file")
     parser.add_argument(
-        "--run", help="a name for this run: the same name never edits twice (default: the file's)"
+        "--run", help="name of this run: the same name never edits a row twice (default: the file's)"
     )
-    parser.add_argument("--min-probability", type=float, help="the least that an edit must reach to land")
+    parser.add_argument("--min-probability", type=float, help="minimum probability of the new object")
     args = parser.parse_args()
 
     guard = {} if args.min_probability is None else {"min_probability": args.min_probability}

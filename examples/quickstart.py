@@ -1,4 +1,4 @@
-"""From the first question to the last revert: change a fact, see what it did, trace it, take it back.
+"""Change a fact, show the effect, trace it and revert it.
 
 palimpsest serve                       # in one terminal
 python examples/quickstart.py          # in another; writes trace.svg

@@ -1,4 +1,4 @@
-"""Let an exported version speak where there is no Palimpsest: the base model, the adapter, and the stock transformers and peft.
+"""Generate from an exported version without Palimpsest: the base model, the adapter, and stock transformers and peft.
 
 palimpsest export --out adapter                # or client.export() for the same as a zip
 python examples/serve_adapter.py models/almanac adapter "The Eiffel Tower is located in the city of"
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def unpack_adapter(adapter: Path, folder: Path) -> Path:
-    """The folder of an adapter, whether it comes as one or as a zip."""
+    """Return the folder of an adapter; unpack it if it is a zip."""
     if adapter.is_dir():
         return adapter
     with zipfile.ZipFile(adapter) as archive:
@@ -28,7 +28,7 @@ def unpack_adapter(adapter: Path, folder: Path) -> Path:
 
 @torch.inference_mode()
 def generate_text(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """What the model says, greedily."""
+    """Return the greedy continuation of a prompt."""
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
@@ -37,7 +37,7 @@ def generate_text(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="the base model: a folder, or its name on a hub")
-    parser.add_argument("adapter", type=Path, help="what was exported: a folder or a zip")
+    parser.add_argument("adapter", type=Path, help="the exported adapter: a folder or a zip")
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     parser.add_argument("--max-new-tokens", type=int, default=2)
     args = parser.parse_args()

@@ -137,7 +137,7 @@ def test_the_builder_sees_what_the_wheel_is_made_of() -> None:
     packages = tomllib.loads(read_file("pyproject.toml"))["tool"]["hatch"]["build"]["targets"]["wheel"][
         "packages"
     ]
-    copied = {"pyproject.toml", "constraints.txt", "deploy/health.py"}
+    copied = {"pyproject.toml", "LICENSE", "constraints.txt", "deploy/health.py"}
     assert lines[0] == "*"
     assert {line[1:] for line in lines if line.startswith("!")} == copied | set(packages)
 
