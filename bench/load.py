@@ -208,7 +208,7 @@ class ChaosClient(threading.Thread):
                 for _, name, data in parse_sse(response.iter_lines()):
                     if name == "token":
                         tokens.append(TokenEvent(data["index"], data["text"], data["version"]))
-                    elif name == "restart":
+                    elif name == "reset":
                         tokens, resets = [], resets + 1
                     elif name == "error":
                         raise RetryableError(f"error: {data['code']}")

@@ -42,7 +42,7 @@ def generate(args: argparse.Namespace, client: Client) -> int:
         if not started:  # not before the service has agreed
             _write(args.prompt)
             started = True
-        if event.name == "restart":  # another worker begins the answer anew
+        if event.name == "reset":  # another worker begins the answer anew
             _write("\n" + args.prompt)
         elif event.name == "token":
             _write(event.data["text"])

@@ -164,7 +164,7 @@ function column(prompt, asked) {
         body: { ...body, version: asked, stream: true },
         signal,
       })) {
-        if (kind === "restart") text.textContent = "";
+        if (kind === "reset") text.textContent = "";
         if (kind === "error") throw new Problem(503, data);
         if (kind === "token") {
           text.textContent += data.text;

@@ -134,7 +134,7 @@ class CompletionStream:
     def _chunks_of(self, event: Event) -> list[dict[str, Any]]:
         if event.name == "error":
             raise error_from_document(event.data)
-        if event.name == "restart":
+        if event.name == "reset":
             for choice_stream in self._choice_streams.values():
                 choice_stream.restart()
         elif event.name == "token":

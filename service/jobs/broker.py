@@ -1,6 +1,7 @@
-"""How work and news travel between the doors and the workers: the interface, whatever carries it.
+"""The interface of a broker: it carries notifications of jobs, calls, and events between the API and the workers.
 
-The row in the store is the truth and the broker only rings the bell: losing a bell costs time, never a job.
+A job is a row in the database, which is authoritative: the broker only delivers the job's id, and a lost notification
+costs time, never a job. A call has no row: its message is the whole request, and the broker leases it to a worker.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Event:
-    """News on a channel. Ids are decimal strings that grow, also across restarts."""
+    """An event on a channel. Ids are decimal strings that increase, also across restarts."""
 
     id: str
     name: str
@@ -27,22 +28,24 @@ class Event:
 
 @dataclass(frozen=True)
 class Delivery:
-    """Work handed to one worker, which owes a `done` or a `give_back`.
+    """A unit of work that one worker received.
 
-    `job_id` is the row of an announced job, or the channel of a call; `payload` is a call's whole request.
+    A call is leased to the worker until `ack` or `nack`. A job is only named: its id has left the queue, and the worker
+    claims the row in SQL.
     """
 
     id: str
     kind: str
-    job_id: str
-    payload: dict[str, Any] = field(default_factory=dict)
+    job_id: str  #: the id of a job's row, or the channel of a call
+    payload: dict[str, Any] = field(default_factory=dict)  #: the whole request of a call
     request_id: str = ""  #: of the HTTP request behind a call; that of a job is in its row
-    deliveries: int = 1  #: how often it was handed out, this time included: more than once when workers died
+    deliveries: int = 1  #: deliveries of a call including this one; more than 1 when workers died
+    queued_at: float = 0.0  #: time at which a job was queued, on the clock of the broker
 
 
 @dataclass(frozen=True)
 class OutgoingEvent:
-    """One thing to publish."""
+    """An event to publish; `last` closes its channel."""
 
     channel: str
     name: str
@@ -52,80 +55,86 @@ class OutgoingEvent:
 
 class Broker(Protocol):
     def notify(self, job_id: str, kind: str) -> None:
-        """Ring the bell for a job that is a committed row. Ringing again while it waits changes nothing."""
+        """Queue the id of a job whose row is committed. Has no effect while the id waits."""
 
     def send_call(
         self, kind: str, payload: dict[str, Any], request_id: str = "", channel: str | None = None
     ) -> str:
-        """Ask for a generation or a comparison: the message is the whole request. Returns its channel.
+        """Queue a generation or a comparison and return its channel.
 
-        With a `channel` the same call is asked again, because the broker lost it (`knows` says so).
+        With a `channel` the same call is sent again after the broker lost it, which `is_pending` shows. This has no
+        effect on a call that waits, is leased or has ended.
         """
 
     def is_pending(self, channel: str) -> bool:
-        """Whether a call waits or is worked on. False once it has ended, or when the broker has lost it."""
+        """Return whether a call waits or is leased. False once it has ended or when the broker has lost it."""
 
     def receive(self, kinds: Sequence[str], limit: int, timeout: float) -> list[Delivery]:
-        """Up to `limit` deliveries of one kind, the first of `kinds` that has any, oldest first.
+        """Return up to `limit` deliveries of one kind, the first of `kinds` with any, oldest first.
 
-        Waits at most `timeout` seconds for the first one (0: not at all) and returns nothing after `wake`.
+        Waits at most `timeout` seconds for the first one (0: not at all). Returns an empty list after `wake`.
         """
 
     def holds_lease(self, delivery: Delivery) -> bool:
-        """Whether the delivery is still this worker's: not once its lease ran out and another may have it.
+        """Return whether this broker still holds the lease of a call.
 
-        What this broker publishes on the channel of a call that it no longer owns is dropped.
+        A lease is lost when it expires and another worker may have received the call. Events that this broker
+        publishes on the channel of a call whose lease it lost are dropped.
         """
 
     def ack(self, delivery: Delivery) -> None:
-        """The delivery is dealt with. Harmless when it is no longer owned."""
+        """Remove a call that was answered. Has no effect when the lease is lost, or on a job."""
 
     def nack(self, delivery: Delivery) -> None:
-        """The delivery was not begun: it waits again, before all others of its kind but those that came back earlier.
-        Harmless when not owned."""
+        """Return a delivery that was not begun: it waits again before the others of its kind, in its old order.
+
+        Has no effect on a call whose lease is lost.
+        """
 
     def publish(self, channel: str, name: str, data: dict[str, Any], last: bool = False) -> None:
-        """Tell the listeners of a channel; `last` closes it, and what is published after that is dropped."""
+        """Append an event to a channel; `last` closes it, and later events are dropped."""
 
     def publish_all(self, messages: Sequence[OutgoingEvent]) -> None:
-        """Publish several things in order, in one go where that is faster."""
+        """Append events in order, in one round trip where possible."""
 
     def events(self, channel: str, after: str | None = None) -> AsyncIterator[Event]:
-        """The kept events after that id, then the live ones; ends after the last.
+        """Yield the stored events after that id, then new ones; end after the last event.
 
-        A channel that nobody has published on is listened to until somebody does. A channel keeps only its
-        newest events, so the last one must say everything that a late listener needs.
+        A channel stores only its newest events, so the last event must be complete by itself.
 
-        When a call was taken over from a worker that died after it had spoken, an event "restart" comes first: what
-        was heard before it is void, and the whole answer follows.
+        An event "reset" precedes the events of a worker that took a call over after another had published: the events
+        before it are void, and the whole answer follows.
         """
 
     def delete_channel(self, channel: str) -> None:
-        """Drop all that was said on a channel, its end and its cancel: a job that is tried again speaks anew."""
+        """Delete the events of a channel, its end and its cancellation, so that it can be used again for a retry."""
 
     def cancel(self, channel: str) -> None:
-        """Ask whoever works for this channel to stop."""
+        """Request that the work for this channel stops."""
 
     def cancelled(self, channel: str) -> bool:
-        """Whether `cancel` was called for this channel."""
+        """Return whether `cancel` was called for this channel. The answer may be some milliseconds old."""
 
     def wake(self) -> None:
-        """Make one `take`, waiting now or called next, return at once."""
+        """Make one `receive`, blocked now or called next, return at once."""
 
     def queue_depth(self, kind: str) -> int:
-        """How many deliveries of this kind wait to be taken."""
+        """Return the number of deliveries of this kind that wait."""
 
     def oldest_age(self, kind: str) -> float:
-        """For how many seconds the oldest of them has waited; 0 when none does."""
+        """Return the seconds for which the oldest of them has waited; 0 when none waits."""
 
     def close(self) -> None:
-        """End every `take` and every `events`."""
+        """End every `receive` and every `events`."""
 
 
 @contextmanager
 def ignoring_broker_outage(job_id: str) -> Iterator[None]:
-    """News after a commit are never a reason to fail: whoever misses them reads the row, and a sweep rings again."""
+    """Log Unavailable instead of raising it, for events and notifications after a commit.
+
+    The row holds the state that a client missed, and the sweep repeats a lost notification.
+    """
     try:
         yield
     except Unavailable as error:
-        log.warning("news lost", extra={"job": job_id, "detail": error.detail})
+        log.warning("event publish failed", extra={"job": job_id, "detail": error.detail})

@@ -1,4 +1,4 @@
-"""The broker inside one process: threads that work on one side, event loops that listen on the other."""
+"""The broker inside one process: threads receive and publish, asyncio event loops listen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from service.jobs.broker import Delivery, Event, OutgoingEvent
-from service.jobs.job_kinds import WORK_KINDS
+from service.jobs.job_kinds import CALL_KINDS, WORK_KINDS
 from service.kit.ids import new_id
 
 Listener = tuple[asyncio.AbstractEventLoop, asyncio.Event]
@@ -27,14 +27,17 @@ class _Channel:
 
 
 def _events_after(events: deque[Event], last_seen: int) -> list[Event]:
-    """The events with larger ids than that, from the end: a listener that keeps up looks at few."""
+    """Return the events with ids above `last_seen`. Searches from the newest, so that a listener that keeps up reads few."""
     return list(takewhile(lambda event: int(event.id) > last_seen, reversed(events)))[::-1]
 
 
 class MemoryBroker:
-    """Everything is kept in bounded memory: a channel's newest `channel_events` events, of closed channels the newest
-    with `kept_events` events in all, and those for `kept_seconds`; of channels that nobody closed or listens to, and
-    of cancels, the newest `kept_names`."""
+    """A broker in bounded memory.
+
+    It stores the newest `channel_events` events of a channel; the newest closed channels, with at most
+    `max_closed_events` events in all, for `closed_ttl_seconds`; and the newest `max_idle_channels` open channels without
+    a listener, and as many cancellations.
+    """
 
     def __init__(
         self,
@@ -50,10 +53,10 @@ class MemoryBroker:
         self._lock = threading.RLock()
         self._work_available = threading.Condition(self._lock)
         self._queues: dict[str, OrderedDict[str, Delivery]] = {kind: OrderedDict() for kind in WORK_KINDS}
-        self._delivered: dict[str, Delivery] = {}
-        self._requeued: set[str] = set()  # what waits again
-        self._enqueued_at: dict[str, float] = {}  # what waits, and since when
-        self._channels: OrderedDict[str, _Channel] = OrderedDict()  # the one touched last comes last
+        self._leased_calls: dict[str, Delivery] = {}
+        self._requeued: set[str] = set()  # ids of the deliveries that wait again
+        self._enqueued_at: dict[str, float] = {}  # job or channel that waits -> time
+        self._channels: OrderedDict[str, _Channel] = OrderedDict()  # the one used last comes last
         self._closed_channels: OrderedDict[str, _Channel] = OrderedDict()  # closed channels, oldest first
         self._closed_event_count = 0
         self._cancelled_channels: OrderedDict[str, None] = OrderedDict()
@@ -66,7 +69,7 @@ class MemoryBroker:
     def notify(self, job_id: str, kind: str) -> None:
         with self._work_available:
             if job_id not in self._queues[kind]:
-                self._queues[kind][job_id] = Delivery(new_id("bell"), kind, job_id)
+                self._queues[kind][job_id] = Delivery(job_id, kind, job_id)
                 self._enqueued_at[job_id] = time.monotonic()
                 self._work_available.notify_all()
 
@@ -82,7 +85,7 @@ class MemoryBroker:
 
     def is_pending(self, channel: str) -> bool:
         with self._lock:
-            return channel in self._delivered or any(channel in queue for queue in self._queues.values())
+            return channel in self._leased_calls or any(channel in queue for queue in self._queues.values())
 
     def receive(self, kinds: Sequence[str], limit: int, timeout: float) -> list[Delivery]:
         deadline = time.monotonic() + timeout
@@ -96,29 +99,32 @@ class MemoryBroker:
             if queue is None or self._closed:
                 return []
             received = [queue.popitem(last=False)[1] for _ in range(min(limit, len(queue)))]
-            self._delivered.update((delivery.id, delivery) for delivery in received)
             for delivery in received:
+                if delivery.kind in CALL_KINDS:
+                    self._leased_calls[delivery.id] = delivery
                 self._enqueued_at.pop(delivery.job_id, None)
                 self._requeued.discard(delivery.id)
             return received
 
     def holds_lease(self, delivery: Delivery) -> bool:
         with self._lock:
-            return delivery.id in self._delivered
+            return delivery.id in self._leased_calls
 
     def ack(self, delivery: Delivery) -> None:
         with self._lock:
-            self._delivered.pop(delivery.id, None)
+            self._leased_calls.pop(delivery.id, None)
 
     def nack(self, delivery: Delivery) -> None:
         with self._work_available:
-            if self._delivered.pop(delivery.id, None) is None:
+            if delivery.kind in CALL_KINDS and self._leased_calls.pop(delivery.id, None) is None:
                 return
             queue = self._queues[delivery.kind]
             queue.pop(delivery.job_id, None)
             others = [d for d in queue.values() if d.id not in self._requeued]
             self._requeued.add(delivery.id)
-            queue[delivery.job_id] = delivery  # behind what came back before it, and before all others
+            queue[delivery.job_id] = (
+                delivery  # after the deliveries that were returned before it, and before all others
+            )
             for other in others:
                 queue.move_to_end(other.job_id)
             self._enqueued_at[delivery.job_id] = time.monotonic()
@@ -138,7 +144,7 @@ class MemoryBroker:
             enqueued = [self._enqueued_at[job_id] for job_id in self._queues[kind]]
             return time.monotonic() - min(enqueued) if enqueued else 0.0
 
-    # news
+    # events
 
     def publish(self, channel: str, name: str, data: dict[str, Any], last: bool = False) -> None:
         with self._lock:
@@ -224,12 +230,12 @@ class MemoryBroker:
         return state
 
     def _next_id(self) -> str:
-        """Microseconds of the clock, made to grow: ids of before a restart are smaller."""
+        """Return the time in microseconds, increased where needed: ids increase, also across restarts."""
         self._last_id = max(self._last_id + 1, time.time_ns() // 1000)
         return str(self._last_id)
 
     def _evict_closed_channels(self) -> None:
-        """Drop closed channels, oldest first, that are over the limits. Whoever listens to one still hears it out."""
+        """Drop closed channels over the limits, oldest first. A listener of a dropped channel still gets all its events."""
         horizon = time.monotonic() - self.closed_ttl_seconds
         while self._closed_channels:
             name, oldest = next(iter(self._closed_channels.items()))
@@ -245,5 +251,5 @@ def _notify_listeners(channel: _Channel) -> None:
         loop, wakeup = listener
         try:
             loop.call_soon_threadsafe(wakeup.set)
-        except RuntimeError:  # the loop is gone, and its listener with it
+        except RuntimeError:  # the event loop is closed
             channel.listeners.discard(listener)

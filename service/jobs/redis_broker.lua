@@ -1,19 +1,22 @@
--- The steps of the Redis broker, each of which happens whole or not at all.
+-- The commands of the Redis broker. Redis runs each one atomically.
 --
--- ARGV is the step, the prefix of every key and the step's own arguments. The keys:
---   work:KIND, first:KIND  streams of what waits or is worked on; `first` is what came back, delivered before `work`
---   waiting:KIND           what waits, and since when: a job that is announced twice waits once
---   owner:CALL             which taking of a call may speak; "" while it waits again
---   taken:CONSUMER         what the last taking gave: an answer that was lost on its way is given again
---   out:CHANNEL, cancel:CHANNEL
---   bell, woken            a stream with one entry, rung whenever a `take` should look; the last ring that was a wake
+-- ARGV is the command, the prefix of every key, and the arguments of the command. The keys:
+--   waiting:KIND           sorted set of what waits to be received, scored by the time of enqueueing in microseconds;
+--                          for a kind of job it is the whole queue
+--   ready:KIND, retry:KIND streams of the calls that wait or are leased; `retry` is delivered before `ready`
+--   owner:CALL             the token that may publish on the call's channel; "" while the call waits again
+--   last_reply:CONSUMER    the last non-empty reply to `receive`, sent again when the consumer did not get it
+--   events:CHANNEL         stream of a channel's events
+--   cancel:CHANNEL         present while the channel is cancelled
+--   wakeup                 stream with one entry, replaced to wake every blocked receiver
+--   last_explicit_wakeup   the last wakeup entry that the command `wake` wrote
 --   clock                  the last id of an event
---   epoch                  since when this Redis has not lost its data
+--   epoch                  the time since which this Redis has not lost its data
+--   shutdown:CONSUMER      stream that ends the listeners of a closing broker; only `redis_broker.py` uses it
 
-local step, prefix = ARGV[1], ARGV[2]
+local command, prefix = ARGV[1], ARGV[2]
 local GROUP = 'workers'
-local KEPT_EVENTS, KEPT_SECONDS, ENDED_SECONDS = 4096, 3600, 300
-local LOST_BELLS = 10 -- a job may die so many times as often as a call: its attempts are counted in SQL
+local MAX_EVENTS, OPEN_TTL_SECONDS, ENDED_TTL_SECONDS = 4096, 3600, 300
 
 local function key(name, of) return prefix .. ':' .. name .. (of and ':' .. of or '') end
 
@@ -28,25 +31,29 @@ local function epoch()
 end
 
 local function fields(entry)
-  local found = {}
-  for i = 1, #entry[2], 2 do found[entry[2][i]] = entry[2][i + 1] end
-  return found
+  local by_name = {}
+  for i = 1, #entry[2], 2 do by_name[entry[2][i]] = entry[2][i + 1] end
+  return by_name
 end
 
 -- deliveries
 
-local function ring() return redis.call('XADD', key('bell'), 'MAXLEN', 1, '*', 'rung', '') end
+local function wake_receivers() return redis.call('XADD', key('wakeup'), 'MAXLEN', 1, '*', 'wakeup', '') end
 
-local function rung()
-  local newest = redis.call('XREVRANGE', key('bell'), '+', '-', 'COUNT', 1)[1]
+local function last_wakeup()
+  local newest = redis.call('XREVRANGE', key('wakeup'), '+', '-', 'COUNT', 1)[1]
   return newest and newest[1] or '0-0'
 end
 
-local function queue(where, kind, id, payload, request, deaths)
-  if redis.call('ZADD', key('waiting', kind), 'NX', now(), id) == 1 then
-    redis.call('XADD', key(where, kind), '*',
-      'id', id, 'payload', payload, 'request', request, 'deaths', deaths)
-    ring()
+local function enqueue_job(kind, id, queued_at)
+  if redis.call('ZADD', key('waiting', kind), 'NX', queued_at, id) == 1 then wake_receivers() end
+end
+
+local function enqueue_call(queue, kind, channel, payload, request, failed_deliveries)
+  if redis.call('ZADD', key('waiting', kind), 'NX', now(), channel) == 1 then
+    redis.call('XADD', key(queue, kind), '*',
+      'id', channel, 'payload', payload, 'request', request, 'failed_deliveries', failed_deliveries)
+    wake_receivers()
   end
 end
 
@@ -56,199 +63,208 @@ local function remove(stream, entry)
 end
 
 local function read(stream, consumer, limit)
-  local function fresh()
+  local function read_new()
     return redis.pcall('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', limit, 'STREAMS', stream, '>')
   end
-  local reply = fresh()
-  if reply and reply.err then -- from 0 on, or what was sent before the first worker came would be lost
+  local reply = read_new()
+  if reply and reply.err then -- the group starts at 0, so that calls sent before the first worker are delivered
     redis.call('XGROUP', 'CREATE', stream, GROUP, 0, 'MKSTREAM')
-    reply = fresh()
+    reply = read_new()
   end
   return reply and reply[1][2] or {}
 end
 
-local function holds(consumer, stream, entry)
+local function is_pending(consumer, stream, entry)
   local pending = redis.pcall('XPENDING', stream, GROUP, entry, entry, 1, consumer)
   return not pending.err and #pending > 0
 end
 
--- news
+-- events
 
-local function ending(channel) -- what was said last
-  local newest = redis.call('XREVRANGE', key('out', channel), '+', '-', 'COUNT', 1)[1]
+local function last_event(channel)
+  local newest = redis.call('XREVRANGE', key('events', channel), '+', '-', 'COUNT', 1)[1]
   return newest and fields(newest) or {}
 end
 
-local function say(channel, by, number, name, data, last)
-  local out = key('out', channel)
+local function append_event(channel, publisher, number, name, data, last)
+  local events = key('events', channel)
   local id = math.max(now(), (tonumber(redis.call('GET', key('clock'))) or 0) + 1)
   redis.call('SET', key('clock'), id)
-  local event = {'name', name, 'data', data, 'by', by, 'number', number}
+  local event = {'name', name, 'data', data, 'publisher', publisher, 'number', number}
   if last then
     event[9], event[10] = 'last', '1'
     redis.call('DEL', key('cancel', channel))
   end
-  redis.call('XADD', out, 'MAXLEN', '~', KEPT_EVENTS, string.format('%.0f-0', id), unpack(event))
-  redis.call('EXPIRE', out, last and ENDED_SECONDS or KEPT_SECONDS)
+  redis.call('XADD', events, 'MAXLEN', '~', MAX_EVENTS, string.format('%.0f-0', id), unpack(event))
+  redis.call('EXPIRE', events, last and ENDED_TTL_SECONDS or OPEN_TTL_SECONDS)
 end
 
--- steps
+-- commands
 
-local steps = {}
+local commands = {}
 
-function steps.announce()
+function commands.notify() -- idempotent: a job waits at most once
   local kind, id = ARGV[3], ARGV[4]
-  queue('work', kind, id, '', '', 0)
+  enqueue_job(kind, id, now())
 end
 
-function steps.call() -- asked twice, it waits once
+function commands.put_back() -- a job that was received and not claimed waits again, in its old place
+  local kind, id, queued_at = ARGV[3], ARGV[4], ARGV[5]
+  enqueue_job(kind, id, queued_at)
+end
+
+function commands.send_call() -- idempotent: no effect while the call waits or is leased, or after it has ended
   local kind, channel, payload, request = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-  if redis.call('EXISTS', key('owner', channel)) == 0 and not ending(channel).last then
-    queue('work', kind, channel, payload, request, 0)
+  if redis.call('EXISTS', key('owner', channel)) == 0 and not last_event(channel).last then
+    enqueue_call('ready', kind, channel, payload, request, 0)
   end
 end
 
-function steps.take()
-  local consumer, turn, lease, limit = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
-  local given = redis.call('HGET', key('taken', consumer), turn)
-  if given then return cjson.decode(given) end
-  local taken = {}
+function commands.receive() -- idempotent for one sequence number of a consumer
+  local consumer, sequence, ttl, limit = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
+  local earlier_reply = redis.call('HGET', key('last_reply', consumer), sequence)
+  if earlier_reply then return cjson.decode(earlier_reply) end
+  local calls, jobs = {}, {}
 
-  local function take(where, kind)
-    local stream = key(where, kind)
-    while #taken < limit and redis.call('ZCARD', key('waiting', kind)) > 0 do
-      local entries = read(stream, consumer, limit - #taken)
+  local function receive_calls(queue, kind)
+    local stream = key(queue, kind)
+    while #calls < limit and redis.call('ZCARD', key('waiting', kind)) > 0 do
+      local entries = read(stream, consumer, limit - #calls)
       if #entries == 0 then return end
       for _, entry in ipairs(entries) do
-        local work, hold = fields(entry), turn .. '.' .. #taken
-        local is_call, newest = work.payload ~= '', ending(work.id)
-        redis.call('ZREM', key('waiting', kind), work.id)
-        if is_call and newest.last then -- answered already by one that lost it
+        local call, token = fields(entry), sequence .. '.' .. #calls
+        local newest = last_event(call.id)
+        redis.call('ZREM', key('waiting', kind), call.id)
+        if newest.last then -- a worker that had lost the lease has answered it
           remove(stream, entry[1])
-          redis.call('DEL', key('owner', work.id))
+          redis.call('DEL', key('owner', call.id))
         else
-          if is_call then redis.call('SET', key('owner', work.id), hold) end
-          taken[#taken + 1] = {stream, entry[1], hold, kind, work.id, work.payload, work.request, work.deaths,
-            newest.by or ''}
+          redis.call('SET', key('owner', call.id), token)
+          calls[#calls + 1] = {stream, entry[1], token, kind, call.id, call.payload, call.request,
+            call.failed_deliveries, newest.publisher or ''}
         end
       end
     end
   end
 
-  for i = 7, #ARGV do
-    take('first', ARGV[i])
-    take('work', ARGV[i])
-    if #taken > 0 then break end
+  for i = 7, #ARGV, 2 do
+    local kind, is_call = ARGV[i], ARGV[i + 1] == '1'
+    if is_call then
+      receive_calls('retry', kind)
+      receive_calls('ready', kind)
+    else
+      local popped = redis.call('ZPOPMIN', key('waiting', kind), limit)
+      for n = 1, #popped, 2 do jobs[#jobs + 1] = {kind, popped[n], popped[n + 1]} end
+    end
+    if #calls + #jobs > 0 then break end
   end
-  local answer = {taken, epoch(), rung(), redis.call('GET', key('woken')) or ''}
-  if #taken > 0 then
-    redis.call('DEL', key('taken', consumer))
-    redis.call('HSET', key('taken', consumer), turn, cjson.encode(answer))
-    redis.call('PEXPIRE', key('taken', consumer), lease)
+  local reply = {calls, jobs, epoch(), last_wakeup(), redis.call('GET', key('last_explicit_wakeup')) or ''}
+  if #calls + #jobs > 0 then
+    redis.call('DEL', key('last_reply', consumer))
+    redis.call('HSET', key('last_reply', consumer), sequence, cjson.encode(reply))
+    redis.call('PEXPIRE', key('last_reply', consumer), ttl)
   end
-  return answer
+  return reply
 end
 
-function steps.done()
-  local consumer, stream, entry, channel, hold = ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
-  if holds(consumer, stream, entry) then
+function commands.ack()
+  local consumer, stream, entry, channel, token = ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+  if is_pending(consumer, stream, entry) then
     remove(stream, entry)
-    if redis.call('GET', key('owner', channel)) == hold then redis.call('DEL', key('owner', channel)) end
+    if redis.call('GET', key('owner', channel)) == token then redis.call('DEL', key('owner', channel)) end
   end
 end
 
-function steps.give_back() -- also what Redis has lost since, unless somebody else was given it
-  local consumer, stream, entry, channel, hold, since = ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8]
-  local kind, payload, request, deaths = ARGV[9], ARGV[10], ARGV[11], ARGV[12]
+function commands.nack() -- also for a call that Redis has lost, unless another consumer received it since
+  local consumer, stream, entry, channel, since = ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
+  local kind, payload, request, failed_deliveries = ARGV[8], ARGV[9], ARGV[10], ARGV[11]
   local owner = redis.call('GET', key('owner', channel))
-  if not holds(consumer, stream, entry) and (since == epoch() or owner) then return end
+  if not is_pending(consumer, stream, entry) and (since == epoch() or owner) then return end
   remove(stream, entry)
-  if payload ~= '' then redis.call('SET', key('owner', channel), '') end
-  queue('first', kind, channel, payload, request, deaths)
+  redis.call('SET', key('owner', channel), '')
+  enqueue_call('retry', kind, channel, payload, request, failed_deliveries)
 end
 
-function steps.renew() -- returns the places in the list of those that somebody else has been given
+function commands.renew() -- returns the indices of the leases that are lost
   local consumer, lost = ARGV[3], {}
   for i = 4, #ARGV, 5 do
-    local stream, entry, since, channel, hold = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
+    local stream, entry, since, channel, token = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
     local owner = redis.call('GET', key('owner', channel))
-    if holds(consumer, stream, entry) then
+    if is_pending(consumer, stream, entry) then
       redis.call('XCLAIM', stream, GROUP, consumer, 0, entry, 'IDLE', 0, 'JUSTID')
-    elseif since == epoch() or (owner and owner ~= hold) then
+    elseif since == epoch() or (owner and owner ~= token) then
       lost[#lost + 1] = (i - 4) / 5
     end
   end
   return lost
 end
 
-function steps.reclaim() -- a page of what nobody renews waits again; returns the next page, and the calls given up
-  local where, kind, cursor = ARGV[3], ARGV[4], ARGV[5]
-  local lease, most, failure = ARGV[6], tonumber(ARGV[7]), ARGV[8]
-  local stream, given_up = key(where, kind), {}
-  local page = redis.pcall('XAUTOCLAIM', stream, GROUP, 'sweeper', lease, cursor, 'COUNT', 100)
-  if page.err then return {'0-0', given_up} end -- there is no group: nothing was ever taken
+function commands.reclaim() -- requeues one page of expired leases; returns the next cursor and the dead letters
+  local queue, kind, cursor = ARGV[3], ARGV[4], ARGV[5]
+  local lease, max_deliveries, error = ARGV[6], tonumber(ARGV[7]), ARGV[8]
+  local stream, dead_letters = key(queue, kind), {}
+  local page = redis.pcall('XAUTOCLAIM', stream, GROUP, 'reclaimer', lease, cursor, 'COUNT', 100)
+  if page.err then return {'0-0', dead_letters} end -- no group: nothing was ever received
   for _, entry in ipairs(page[2]) do
     if entry and entry[2] then
-      local work = fields(entry)
-      local deaths = work.deaths + 1
+      local call = fields(entry)
+      local failed_deliveries = call.failed_deliveries + 1
       remove(stream, entry[1])
-      if work.payload == '' then
-        if deaths < most * LOST_BELLS then queue('first', kind, work.id, '', '', deaths) end
-      elseif deaths < most then
-        redis.call('SET', key('owner', work.id), '')
-        queue('first', kind, work.id, work.payload, work.request, deaths)
+      if failed_deliveries < max_deliveries then
+        redis.call('SET', key('owner', call.id), '')
+        enqueue_call('retry', kind, call.id, call.payload, call.request, failed_deliveries)
       else
-        redis.call('DEL', key('owner', work.id))
-        if not ending(work.id).last then
-          say(work.id, '', 0, 'error', failure, true)
-          given_up[#given_up + 1] = {work.id, work.request}
+        redis.call('DEL', key('owner', call.id))
+        if not last_event(call.id).last then
+          append_event(call.id, '', 0, 'error', error, true)
+          dead_letters[#dead_letters + 1] = {call.id, call.request}
         end
       end
     end
   end
-  return {page[1], given_up}
+  return {page[1], dead_letters}
 end
 
-function steps.prune() -- consumers that hold nothing: the one named, and those that have not been seen for so long
-  local leaving, silence = ARGV[3], tonumber(ARGV[4])
+function commands.prune() -- deletes consumers without leases: the one named, and those idle for too long
+  local closing, max_idle = ARGV[3], tonumber(ARGV[4])
   for i = 5, #ARGV do
     local consumers = redis.pcall('XINFO', 'CONSUMERS', ARGV[i], GROUP)
-    for _, consumer in ipairs(consumers.err and {} or consumers) do
-      local found = fields({'', consumer})
-      if found.pending == 0 and (found.name == leaving or found.idle > silence) then
-        redis.call('XGROUP', 'DELCONSUMER', ARGV[i], GROUP, found.name)
+    for _, info in ipairs(consumers.err and {} or consumers) do
+      local consumer = fields({'', info})
+      if consumer.pending == 0 and (consumer.name == closing or consumer.idle > max_idle) then
+        redis.call('XGROUP', 'DELCONSUMER', ARGV[i], GROUP, consumer.name)
       end
     end
   end
 end
 
-function steps.publish() -- returns the channels on which we may not speak any more
+function commands.publish() -- returns the channels whose token is not the owner's any more
   local fenced = {}
   for i = 3, #ARGV, 7 do
-    local channel, hold, by, number = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
-    local owner, newest = redis.call('GET', key('owner', channel)), ending(channel)
-    local repeated = by ~= '' and newest.by == by and tonumber(newest.number) >= number
-    if hold ~= '' and owner and owner ~= hold then
+    local channel, token, publisher, number = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
+    local owner, newest = redis.call('GET', key('owner', channel)), last_event(channel)
+    local is_duplicate = publisher ~= '' and newest.publisher == publisher and tonumber(newest.number) >= number
+    if token ~= '' and owner and owner ~= token then
       fenced[#fenced + 1] = channel
-    elseif not (newest.last or repeated) then
-      say(channel, by, number, ARGV[i + 4], ARGV[i + 5], ARGV[i + 6] == '1')
+    elseif not (newest.last or is_duplicate) then
+      append_event(channel, publisher, number, ARGV[i + 4], ARGV[i + 5], ARGV[i + 6] == '1')
     end
   end
   return fenced
 end
 
-function steps.cancel()
+function commands.cancel()
   local channel = ARGV[3]
-  if not ending(channel).last then redis.call('SET', key('cancel', channel), 1, 'EX', KEPT_SECONDS) end
+  if not last_event(channel).last then redis.call('SET', key('cancel', channel), 1, 'EX', OPEN_TTL_SECONDS) end
 end
 
-function steps.wake() redis.call('SET', key('woken'), ring()) end
+function commands.wake() redis.call('SET', key('last_explicit_wakeup'), wake_receivers()) end
 
-function steps.ring() ring() end
+function commands.wake_receivers() wake_receivers() end
 
-function steps.oldest()
-  local first = redis.call('ZRANGE', key('waiting', ARGV[3]), 0, 0, 'WITHSCORES')
-  return first[2] and now() - first[2] or 0
+function commands.oldest_age() -- in microseconds
+  local oldest = redis.call('ZRANGE', key('waiting', ARGV[3]), 0, 0, 'WITHSCORES')
+  return oldest[2] and now() - oldest[2] or 0
 end
 
-return steps[step]()
+return commands[command]()

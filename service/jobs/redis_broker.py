@@ -1,10 +1,14 @@
-"""The broker on Redis Streams: any number of APIs and workers, on any number of machines.
+"""The broker on Redis: any number of API processes and workers, on any number of machines.
 
-Deliveries are entries of a consumer group. Who holds one renews its lease from a thread of its own; what nobody renews
-waits again. Each step that must not be torn is a part of `redis_broker.lua`, which Redis runs whole.
+The queue of a kind of job is a sorted set of job ids. An id leaves it when a worker receives it: the worker then claims
+the row in SQL, and the lease of the job is the worker's heartbeat there.
 
-Redis may lose everything. Then nothing waits any more, and whoever wants something says so again: `Desk.sweep` the
-jobs, the API its calls. A delivery that is held meanwhile stays its holder's, until another is given the same call.
+Calls are entries of Redis Streams with a consumer group. The worker that received a call renews its lease from a thread.
+An expired lease is reclaimed, and a call whose workers died too often ends with an error (a dead letter). An operation
+that must be atomic is a command of `redis_broker.lua`.
+
+Redis may lose all data. Then nothing waits any more: workers notify for the jobs again, and the API sends its calls
+again. A worker keeps a call that it holds, until another worker receives the same call.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from redis.exceptions import RedisError
 
 from service.errors import AttemptsExhausted, Unavailable, error_document
 from service.jobs.broker import Delivery, Event, OutgoingEvent
-from service.jobs.job_kinds import CALL_KINDS, WORK_KINDS
+from service.jobs.job_kinds import CALL_KINDS
 from service.jobs.redis_connection import (
     as_unavailable,
     async_redis_client,
@@ -40,13 +44,14 @@ log = logging.getLogger(__name__)
 
 SCRIPT = Path(__file__).with_name("redis_broker.lua").read_text(encoding="utf-8")
 
-BLOCK_SECONDS = 1.5  #: seconds that Redis holds one question; more waiting is asking again
-SOCKET_TIMEOUT = 5.0  #: seconds without an answer after which Redis counts as down: well above BLOCK
+BLOCK_SECONDS = 1.5  #: seconds that one blocking read lasts at most
+SOCKET_TIMEOUT = 5.0  #: seconds without a reply after which Redis counts as down; well above BLOCK_SECONDS
 RECONNECT_TIMEOUT = 30.0  #: seconds for which a listener waits for a Redis that is down
-RECONNECT_INTERVAL = 0.1  #: and between two tries
-CANCEL_CACHE_SECONDS = 0.05  #: seconds for which `cancelled` knows without asking
-MAX_IDLE = 2**53
-READ_COUNT = 1000  #: events heard in one go
+RECONNECT_INTERVAL = 0.1  #: seconds between two attempts to reconnect
+CANCEL_CACHE_SECONDS = 0.05  #: seconds for which the state of all polled channels is cached
+CANCEL_POLL_SECONDS = 10.0  #: seconds after its last poll for which a channel is refreshed with the others
+MAX_IDLE = 2**53  #: milliseconds; no consumer is idle for longer
+READ_COUNT = 1000  #: events per read
 DEAD_LETTER_ERROR = error_document(
     AttemptsExhausted("every worker that started this request died. Reduce the request, or see the log.")
 )
@@ -54,21 +59,21 @@ DEAD_LETTER_ERROR = error_document(
 
 @dataclass(eq=False)
 class _Lease:
-    """What was taken here and not dealt with yet, and where it stands in Redis."""
+    """A call that this broker received and has not acknowledged."""
 
     delivery: Delivery
     stream: str
     entry_id: str
-    token: str  #: what `owner:` says while this call is ours
-    epoch: str
+    token: str  #: the value of `owner:CALL` while the lease is valid
+    epoch: str  #: of the Redis data that holds the entry
     published_count: int = (
-        0  #: events that Redis has acknowledged; one told again after an outage is said once
+        0  #: events that Redis has acknowledged; numbers events, so that a retry is no duplicate
     )
     lost: bool = False
 
 
 class RedisBroker:
-    """Opens no connection before it is needed; every method raises `Unavailable` while Redis is down."""
+    """Connects on first use. Every method raises `Unavailable` while Redis is down."""
 
     def __init__(
         self, url: str, prefix: str = "palimpsest", lease: float = 30.0, max_deliveries: int = 3
@@ -81,15 +86,16 @@ class RedisBroker:
         self._redis = redis_client(url, SOCKET_TIMEOUT)
         self._script = self._redis.register_script(SCRIPT)
         self._lock = threading.RLock()
-        self._publish_lock = threading.Lock()  # the numbers of what is said have one order
-        self._leases: dict[str, _Lease] = {}  # by the id of the delivery
-        self._leases_by_job: dict[str, _Lease] = {}  # by its job or channel
+        self._publish_lock = threading.Lock()  # one order of the event numbers
+        self._leases: dict[str, _Lease] = {}  # by id of the delivery
+        self._leases_by_channel: dict[str, _Lease] = {}
         self._request_seq = count(1)
         self._unacked_requests: list[int] = []
         self._last_wakeup = ""
         self._receives_finished = threading.Condition(self._lock)
         self._active_receives = 0
         self._cancelled_channels: set[str] = set()
+        self._cancel_polls: dict[str, float] = {}  # channel -> time of its last poll
         self._cancels_read_at = float("-inf")
         self._clients_by_loop: dict[asyncio.AbstractEventLoop, tuple[AsyncGenerator[Any], Any]] = {}
         self._closed = threading.Event()
@@ -98,13 +104,13 @@ class RedisBroker:
     # deliveries
 
     def notify(self, job_id: str, kind: str) -> None:
-        self._run_script("announce", kind, job_id)
+        self._run_script("notify", kind, job_id)
 
     def send_call(
         self, kind: str, payload: dict[str, Any], request_id: str = "", channel: str | None = None
     ) -> str:
         channel = channel or new_id("call")
-        self._run_script("call", kind, channel, json.dumps(payload), request_id)
+        self._run_script("send_call", kind, channel, json.dumps(payload), request_id)
         return channel
 
     def is_pending(self, channel: str) -> bool:
@@ -127,8 +133,8 @@ class RedisBroker:
                 if received or was_woken or remaining <= 0:
                     return received
                 with translate_redis_errors():
-                    wait = max(1, int(min(remaining, BLOCK_SECONDS) * 1000))  # 0 would be for ever
-                    self._redis.xread({self._key("bell"): last_wakeup}, block=wait)
+                    wait = max(1, int(min(remaining, BLOCK_SECONDS) * 1000))  # 0 would block without limit
+                    self._redis.xread({self._key("wakeup"): last_wakeup}, block=wait)
             return []
         finally:
             with self._receives_finished:
@@ -136,22 +142,28 @@ class RedisBroker:
                 self._receives_finished.notify_all()
 
     def _receive_once(self, kinds: Sequence[str], limit: int) -> tuple[list[Delivery], bool, str]:
-        """What is there now, whether somebody called `wake` since the last time, and the last ring of the bell."""
+        """Return what waits now, whether `wake` was called since the last time, and the id of the last wakeup."""
         with self._lock:
             sequence = self._unacked_requests.pop() if self._unacked_requests else next(self._request_seq)
+        kinds_and_flags = chain.from_iterable((kind, int(kind in CALL_KINDS)) for kind in kinds)
         try:
-            entries, epoch, last_wakeup, last_explicit_wakeup = self._run_script(
-                "take", self._consumer, f"{self._consumer}.{sequence}", int(self.lease * 1000), limit, *kinds
+            calls, jobs, epoch, last_wakeup, last_explicit_wakeup = self._run_script(
+                "receive",
+                self._consumer,
+                f"{self._consumer}.{sequence}",
+                int(self.lease * 1000),
+                limit,
+                *kinds_and_flags,
             )
         except Unavailable:
-            self._unacked_requests.append(
-                sequence
-            )  # if Redis did give us something, the same turn gives it again
+            self._unacked_requests.append(sequence)  # the same sequence number returns a reply that was lost
             raise
         with self._lock:
-            received = [self._record_lease(epoch, *entry) for entry in entries]
+            received = [self._record_lease(epoch, *call) for call in calls]
             was_woken, self._last_wakeup = last_explicit_wakeup != self._last_wakeup, last_explicit_wakeup
-        return [delivery for delivery in received if delivery is not None], was_woken, last_wakeup
+        deliveries = [delivery for delivery in received if delivery is not None]
+        deliveries += [Delivery(job_id, kind, job_id, queued_at=float(time)) for kind, job_id, time in jobs]
+        return deliveries, was_woken, last_wakeup
 
     def _record_lease(
         self,
@@ -160,24 +172,20 @@ class RedisBroker:
         entry_id: str,
         token: str,
         kind: str,
-        job_id: str,
+        channel: str,
         payload: str,
         request_id: str,
         failed_deliveries: str,
         last_publisher: str,
     ) -> Delivery | None:
-        """Remember what was taken. None for a call that is worked on here all along, and came back: that goes on."""
-        delivery = Delivery(
-            token,
-            kind,
-            job_id,
-            json.loads(payload) if payload else {},
-            request_id,
-            int(failed_deliveries) + 1,
-        )
+        """Record the lease of a received call and return its delivery.
+
+        None for a call that this broker already holds and that was redelivered: its work continues under the new lease.
+        """
+        delivery = Delivery(token, kind, channel, json.loads(payload), request_id, int(failed_deliveries) + 1)
         lease = _Lease(delivery, stream, entry_id, token, epoch)
-        previous = self._leases_by_job.get(job_id)
-        if previous is not None and kind in CALL_KINDS and not previous.lost:
+        previous = self._leases_by_channel.get(channel)
+        if previous is not None and not previous.lost:
             if last_publisher in ("", previous.delivery.id):
                 previous.stream, previous.entry_id, previous.token, previous.epoch = (
                     stream,
@@ -186,8 +194,8 @@ class RedisBroker:
                     epoch,
                 )
                 return None
-            self._mark_lost(previous)  # another has spoken since, and died
-        self._leases[token] = self._leases_by_job[job_id] = lease
+            self._mark_lost(previous)  # another worker has published since, and died
+        self._leases[token] = self._leases_by_channel[channel] = lease
         return delivery
 
     def holds_lease(self, delivery: Delivery) -> bool:
@@ -198,20 +206,21 @@ class RedisBroker:
     def ack(self, delivery: Delivery) -> None:
         if lease := self._lease_of(delivery):
             self._run_script(
-                "done", self._consumer, lease.stream, lease.entry_id, delivery.job_id, lease.token
+                "ack", self._consumer, lease.stream, lease.entry_id, delivery.job_id, lease.token
             )
             self._drop_lease(lease)
 
     def nack(self, delivery: Delivery) -> None:
-        if lease := self._lease_of(delivery):
-            payload = json.dumps(delivery.payload) if delivery.kind in CALL_KINDS else ""
-            work = (delivery.kind, payload, delivery.request_id, delivery.deliveries - 1)
-            position = (lease.stream, lease.entry_id, delivery.job_id, lease.token, lease.epoch)
-            self._run_script("give_back", self._consumer, *position, *work)
+        if delivery.kind not in CALL_KINDS:
+            self._run_script("put_back", delivery.kind, delivery.job_id, int(delivery.queued_at))
+        elif lease := self._lease_of(delivery):
+            position = (lease.stream, lease.entry_id, delivery.job_id, lease.epoch)
+            call = (delivery.kind, json.dumps(delivery.payload), delivery.request_id, delivery.deliveries - 1)
+            self._run_script("nack", self._consumer, *position, *call)
             self._drop_lease(lease)
 
     def _lease_of(self, delivery: Delivery) -> _Lease | None:
-        """How the delivery is held; None when it is not, and then nothing of it is kept here any more."""
+        """Return the valid lease of a delivery; None when there is none. A lost lease is dropped."""
         with self._lock:
             lease = self._leases.get(delivery.id)
             if lease is not None and lease.lost:
@@ -222,8 +231,8 @@ class RedisBroker:
     def _drop_lease(self, lease: _Lease) -> None:
         with self._lock:
             self._leases.pop(lease.delivery.id, None)
-            if self._leases_by_job.get(lease.delivery.job_id) is lease:
-                del self._leases_by_job[lease.delivery.job_id]
+            if self._leases_by_channel.get(lease.delivery.job_id) is lease:
+                del self._leases_by_channel[lease.delivery.job_id]
 
     def _mark_lost(self, lease: _Lease) -> None:
         with self._lock:
@@ -242,7 +251,7 @@ class RedisBroker:
             return int(self._redis.zcard(self._key("waiting", kind)))
 
     def oldest_age(self, kind: str) -> float:
-        return float(self._run_script("oldest", kind)) / 1e6
+        return float(self._run_script("oldest_age", kind)) / 1e6
 
     # leases
 
@@ -255,7 +264,7 @@ class RedisBroker:
                 self._lease_thread.start()
 
     def _maintain_leases(self) -> None:
-        """Renew what is held here and find what nobody renews, on a clock of its own and a connection of its own."""
+        """Renew the leases of this broker and reclaim expired ones of all brokers, in a thread with its own connection."""
         connection = redis_client(self._url, max(1.0, self.lease / 3))
         script = connection.register_script(SCRIPT)
         while not self._closed.wait(self.lease / 3):
@@ -270,33 +279,33 @@ class RedisBroker:
 
     def _renew(self, script: Any) -> None:
         with self._lock:
-            leases = [held for held in self._leases.values() if not held.lost]
-            positions = [(h.stream, h.entry_id, h.epoch, h.delivery.job_id, h.token) for h in leases]
+            leases = [lease for lease in self._leases.values() if not lease.lost]
+            positions = [(x.stream, x.entry_id, x.epoch, x.delivery.job_id, x.token) for x in leases]
         if not leases:
             return
         for index in self._run_script("renew", self._consumer, *chain(*positions), script=script):
-            if leases[index].hold == positions[index][-1]:  # and did not come back to us meanwhile
+            if leases[index].token == positions[index][-1]:  # it was not redelivered to this broker meanwhile
                 self._mark_lost(leases[index])
 
     def _reclaim(self, script: Any) -> None:
         lease, error_json = int(self.lease * 1000), json.dumps(DEAD_LETTER_ERROR)
-        for kind in WORK_KINDS:
-            for queue in ("first", "work"):
+        for kind in CALL_KINDS:
+            for queue in ("retry", "ready"):
                 cursor = "0-0"
                 while True:
-                    cursor, dead_lettered = self._run_script(
+                    cursor, dead_letters = self._run_script(
                         "reclaim", queue, kind, cursor, lease, self.max_deliveries, error_json, script=script
                     )
-                    for channel, request_id in dead_lettered:
+                    for channel, request_id in dead_letters:
                         metrics.GENERATIONS_DEAD_LETTERED.inc()
                         log.error(
-                            "call given up", extra={"kind": kind, "job": channel, "request": request_id}
+                            "call dead-lettered", extra={"kind": kind, "job": channel, "request": request_id}
                         )
                     if cursor == "0-0":
                         break
         self._run_script("prune", "", 20 * lease, *self._streams(), script=script)
 
-    # news
+    # events
 
     def publish(self, channel: str, name: str, data: dict[str, Any], last: bool = False) -> None:
         self.publish_all([OutgoingEvent(channel, name, data, last)])
@@ -307,11 +316,11 @@ class RedisBroker:
             arguments: list[str | int] = []
             for message in messages:
                 with self._lock:
-                    lease = self._leases_by_job.get(message.channel)
+                    lease = self._leases_by_channel.get(message.channel)
                     if lease is not None and lease.lost:
                         continue
                 token = publisher = ""
-                if lease is not None and lease.delivery.kind in CALL_KINDS:
+                if lease is not None:
                     token, publisher = lease.token, lease.delivery.id
                     published[lease] = published.get(lease, lease.published_count) + 1
                 number = published.get(lease, 0) if lease else 0
@@ -330,8 +339,8 @@ class RedisBroker:
 
     async def _listen(self, channel: str, last_seen: str) -> AsyncIterator[Event]:
         listener = await self._async_client()
-        stream_key, shutdown_key = self._key("out", channel), self._key("hush", self._consumer)
-        last_publisher = None if last_seen != "0" else ""  # not known yet
+        stream_key, shutdown_key = self._key("events", channel), self._key("shutdown", self._consumer)
+        last_publisher = None if last_seen != "0" else ""  # None: not known yet
         down_since: float | None = None
         while not self._closed.is_set():
             try:
@@ -353,15 +362,15 @@ class RedisBroker:
             for entry, fields in (
                 pair for stream, entries in replies if stream == stream_key for pair in entries
             ):
-                if last_publisher and fields["by"] != last_publisher:
-                    yield Event(last_seen, "restart", {})
-                last_seen, last_publisher = entry.partition("-")[0], fields["by"]
+                if last_publisher and fields["publisher"] != last_publisher:
+                    yield Event(last_seen, "reset", {})
+                last_seen, last_publisher = entry.partition("-")[0], fields["publisher"]
                 yield Event(last_seen, fields["name"], json.loads(fields["data"]))
                 if "last" in fields:
                     return
 
     async def _async_client(self) -> Any:
-        """The client of the running event loop."""
+        """Return the client of the running event loop."""
         loop = asyncio.get_running_loop()
         if loop not in self._clients_by_loop:
             lifetime = self._client_of_loop(loop)
@@ -369,7 +378,7 @@ class RedisBroker:
         return self._clients_by_loop[loop][1]
 
     async def _client_of_loop(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[Any]:
-        """A client that is closed when its loop ends: that is when asyncio closes what is still generating."""
+        """Yield a client that is closed when its loop ends, when asyncio closes its asynchronous generators."""
         loop_client = async_redis_client(self._url, SOCKET_TIMEOUT)
         try:
             yield loop_client
@@ -379,7 +388,8 @@ class RedisBroker:
 
     def delete_channel(self, channel: str) -> None:
         with translate_redis_errors():
-            self._redis.delete(self._key("out", channel), self._key("cancel", channel))
+            self._redis.delete(self._key("events", channel), self._key("cancel", channel))
+        self._cancels_read_at = float("-inf")
 
     def cancel(self, channel: str) -> None:
         self._run_script("cancel", channel)
@@ -387,27 +397,32 @@ class RedisBroker:
 
     def cancelled(self, channel: str) -> bool:
         with self._lock:
-            is_leased = channel in self._leases_by_job
-            if is_leased and time.monotonic() - self._cancels_read_at < CANCEL_CACHE_SECONDS:
+            current_time = time.monotonic()
+            is_polled = channel in self._cancel_polls
+            self._cancel_polls[channel] = current_time
+            if is_polled and current_time - self._cancels_read_at < CANCEL_CACHE_SECONDS:
                 return channel in self._cancelled_channels
-            channels = list(self._leases_by_job) if is_leased else [channel]
-            self._cancels_read_at = time.monotonic() if is_leased else self._cancels_read_at
+            self._cancel_polls = {
+                name: time
+                for name, time in self._cancel_polls.items()
+                if current_time - time < CANCEL_POLL_SECONDS
+            }
+            channels = list(self._cancel_polls)
+            self._cancels_read_at = current_time
         with translate_redis_errors():
             flags = self._redis.mget([self._key("cancel", name) for name in channels])
-        cancelled_channels = {name for name, flag in zip(channels, flags, strict=True) if flag}
-        if is_leased:
-            self._cancelled_channels = cancelled_channels
-        return channel in cancelled_channels
+        self._cancelled_channels = {name for name, flag in zip(channels, flags, strict=True) if flag}
+        return channel in self._cancelled_channels
 
     def close(self) -> None:
-        """What is still held is taken over when its lease runs out."""
+        """Close the connections. Calls that are still leased are reclaimed when their leases expire."""
         if self._closed.is_set():
             return
         self._closed.set()
         with suppress(Unavailable):
-            self._run_script("ring")
+            self._run_script("wake_receivers")
             with translate_redis_errors():
-                shutdown_key = self._key("hush", self._consumer)
+                shutdown_key = self._key("shutdown", self._consumer)
                 self._redis.xadd(shutdown_key, {"closed": ""})
                 self._redis.expire(shutdown_key, 60)
         with self._receives_finished:
@@ -424,7 +439,7 @@ class RedisBroker:
         return ":".join((self._prefix, *names))
 
     def _streams(self) -> list[str]:
-        return [self._key(where, kind) for kind in WORK_KINDS for where in ("first", "work")]
+        return [self._key(queue, kind) for kind in CALL_KINDS for queue in ("retry", "ready")]
 
     def _run_script(self, command: str, *arguments: Any, script: Any = None) -> Any:
         with translate_redis_errors():
@@ -432,8 +447,8 @@ class RedisBroker:
 
 
 async def _resume_state(listener: Any, stream_key: str, last_seen: str) -> tuple[str, bool]:
-    """Who said the last thing that a listener has heard, and whether that was the end."""
+    """Return the publisher of the last event that a listener has seen, and whether that event ended the channel."""
     before = await listener.xrevrange(stream_key, f"{last_seen}-0", "-", count=1)
     newest = await listener.xrevrange(stream_key, "+", "-", count=1)
     ended = bool(newest) and newest == before and "last" in newest[0][1]
-    return (before[0][1]["by"] if before else ""), ended
+    return (before[0][1]["publisher"] if before else ""), ended

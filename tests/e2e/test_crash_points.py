@@ -120,8 +120,8 @@ def test_worker_crash_during_generation(deployment: Deployment, point: str) -> N
             assert_killed(doomed)
         received = list(events)
     names = [name for name, _ in received]
-    assert names.count("restart") == GENERATION_POINTS[point]
-    reset_index = names.index("restart") + 1 if "restart" in names else 0
+    assert names.count("reset") == GENERATION_POINTS[point]
+    reset_index = names.index("reset") + 1 if "reset" in names else 0
     *tokens, (last, end) = received[reset_index:]
     assert last == "end"
     assert "".join(data["text"] for _, data in tokens) == end["choices"][0]["text"] == expected

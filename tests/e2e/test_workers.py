@@ -105,7 +105,7 @@ class StreamTranscript:
     end: Resource | None = None
 
     def add(self, name: str, data: Resource) -> None:
-        if name == "restart":
+        if name == "reset":
             self.text, self.resets = "", self.resets + 1
         elif name == "token":
             self.text += data["text"]

@@ -330,11 +330,11 @@ class Deployment(ServiceClient):
         return wait_until(ask, f"an answer to {method} {path}")  # type: ignore[no-any-return]
 
     def queue_leftovers(self) -> list[str]:
-        """What in Redis still waits, is held or is owned."""
+        """Return the keys in Redis of what still waits or is leased."""
         prefix = self.settings["redis_prefix"]
         with redis.Redis.from_url(str(self.settings["redis_url"]), decode_responses=True) as client:
             leftovers = [*client.scan_iter(f"{prefix}:waiting:*"), *client.scan_iter(f"{prefix}:owner:*")]
-            for pattern in ("work", "first"):
+            for pattern in ("ready", "retry"):
                 leftovers += [key for key in client.scan_iter(f"{prefix}:{pattern}:*") if client.xlen(key)]
             return leftovers
 

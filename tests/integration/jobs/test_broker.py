@@ -141,12 +141,15 @@ class TestDeliveries:
         assert [d.job_id for d in broker.receive(WORK_KINDS, 10, 0)] == ["edit_1"]
 
     def test_holds_lease(self, broker: Broker) -> None:
-        """A delivery is owned from its taking until it is done or given back."""
+        """The lease of a call is held from its receipt until ack or nack. A job has none."""
+        for n in range(2):
+            broker.send_call("generate", {"n": n})
         broker.notify("edit_1", "edit")
-        broker.notify("edit_2", "edit")
-        assert not broker.holds_lease(Delivery("another", "edit", "edit_1"))
+        assert not broker.holds_lease(Delivery("another", "generate", "call_1"))
         one, two = broker.receive(WORK_KINDS, 2, 0)
         assert broker.holds_lease(one) and broker.holds_lease(two)
+        (job,) = broker.receive(["edit"], 1, 0)
+        assert not broker.holds_lease(job)
         broker.ack(one)
         broker.nack(two)
         assert not broker.holds_lease(one) and not broker.holds_lease(two)

@@ -1,9 +1,8 @@
-"""The broker on Redis against a model of it that fits on a page, whatever comes in whatever order."""
+"""A state machine test of the Redis broker against a small model, under any order of operations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,137 +18,157 @@ from hypothesis.stateful import (
 from service.jobs.broker import Delivery
 from service.jobs.job_kinds import WORK_KINDS
 from service.jobs.redis_broker import RedisBroker
+from tests.support.redis_server import RedisServer
 
 JOBS = ("edit_1", "edit_2", "edit_3")
 CALLS = ("call_1", "call_2", "call_3")
-STREAMS = [f"palimpsest:{where}:{kind}" for kind in ("generate", "edit") for where in ("first", "work")]
-NEVER_EXPIRES = 1000.0  # leases run out only when the machine says so
+STREAMS = [f"palimpsest:{queue}:generate" for queue in ("retry", "ready")]
+NEVER_EXPIRES = 1000.0  # seconds; only the rule `expire` ends leases
 
 
 @dataclass(eq=False)
-class HeldDelivery:
-    """Work in the hands of a worker; Redis knows of it unless it was emptied since."""
+class LeasedCall:
+    """A call that a worker holds; Redis has its entry unless its data was lost since."""
 
     worker: RedisBroker
     delivery: Delivery
-    known_to_redis: bool = True
+    in_redis: bool = True
 
 
 class BrokerMachine(RuleBasedStateMachine):
-    """Three workers on one Redis that may lose everything, and whose leases may all run out at once."""
+    """Three workers on one Redis that may lose all data, and whose leases may all expire at once."""
 
-    def __init__(self, server: Any) -> None:
+    def __init__(self, server: RedisServer) -> None:
         super().__init__()
         self.server = server
         server.flush()
         self.workers = [RedisBroker(server.url, lease=NEVER_EXPIRES) for _ in range(3)]
         self.redis = self.workers[0]._redis
-        self.waiting = {}  # what waits -> how often it was delivered to workers that died
-        self.delivered_calls = set()  # calls that somebody was given and Redis knows of
-        self.held = []
+        self.waiting: dict[str, int] = {}  # job or call that waits -> failed deliveries
+        self.delivered_calls: set[str] = set()  # calls that are leased and that Redis has
+        self.leased: list[LeasedCall] = []
+        self.received_jobs: list[tuple[RedisBroker, Delivery]] = []
 
     @rule(job=st.sampled_from(JOBS))
-    def notify(self, job: Any) -> None:
+    def notify(self, job: str) -> None:
         self.workers[0].notify(job, "edit")
         self.waiting.setdefault(job, 0)
 
     @rule(call=st.sampled_from(CALLS))
-    def send_call(self, call: Any) -> None:
+    def send_call(self, call: str) -> None:
         self.workers[0].send_call("generate", {"id": call}, channel=call)
         if call not in self.delivered_calls:
             self.waiting.setdefault(call, 0)
 
-    @rule(place=st.integers(0, 2), limit=st.integers(1, 3))
-    def receive(self, place: Any, limit: int) -> None:
-        worker = self.workers[place]
+    @rule(index=st.integers(0, 2), limit=st.integers(1, 3))
+    def receive(self, index: int, limit: int) -> None:
+        worker = self.workers[index]
         due = {name for name in self.waiting if name in CALLS} or set(self.waiting)
-        received = {delivery.job_id: delivery for delivery in worker.take(WORK_KINDS, limit, 0)}
+        received = {delivery.job_id: delivery for delivery in worker.receive(WORK_KINDS, limit, 0)}
         dequeued = due - set(self.queued_names())
         assert set(received) <= dequeued and len(received) <= limit
         assert bool(dequeued) == bool(due)
         for name in dequeued:
-            deaths = self.waiting.pop(name)
-            mine = [h for h in self.held if h.worker is worker and h.delivery.job_id == name]
-            if name in CALLS:
-                self.delivered_calls.add(name)
-                self.held = [h for h in self.held if h.delivery.job_id != name]
-            if name in received:
-                self.held.append(HeldDelivery(worker, received[name]))
-                assert name in JOBS or received[name].deliveries == deaths + 1
-                assert received[name].payload == ({"id": name} if name in CALLS else {})
-            else:  # the worker is at it all along
-                assert name in CALLS
-                (same,) = mine
-                same.known = True
-                self.held.append(same)
+            failed_deliveries = self.waiting.pop(name)
+            if name in JOBS:
+                assert received[name].payload == {} and not worker.holds_lease(received[name])
+                self.received_jobs.append((worker, received[name]))
+            else:
+                self.lease(worker, name, received.get(name), failed_deliveries)
         self.renew_all_leases()
 
-    @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def ack(self, data: Any) -> None:
-        holding = data.draw(st.sampled_from(self.held))
-        holding.worker.done(holding.delivery)
-        self.held.remove(holding)
-        if holding.known:
-            self.delivered_calls.discard(holding.delivery.job_id)
+    def lease(
+        self, worker: RedisBroker, name: str, delivery: Delivery | None, failed_deliveries: int
+    ) -> None:
+        """Record a received call. Without a delivery the worker already holds the call and continues it."""
+        own = [held for held in self.leased if held.worker is worker and held.delivery.job_id == name]
+        self.delivered_calls.add(name)
+        self.leased = [held for held in self.leased if held.delivery.job_id != name]
+        if delivery is not None:
+            self.leased.append(LeasedCall(worker, delivery))
+            assert delivery.deliveries == failed_deliveries + 1
+            assert delivery.payload == {"id": name}
+        else:
+            (same,) = own
+            same.in_redis = True
+            self.leased.append(same)
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.leased)
     @rule(data=st.data())
-    def nack(self, data: Any) -> None:
-        holding = data.draw(st.sampled_from(self.held))
-        name = holding.delivery.job_id
-        holding.worker.give_back(holding.delivery)
-        self.held.remove(holding)
+    def ack(self, data: st.DataObject) -> None:
+        held = data.draw(st.sampled_from(self.leased))
+        held.worker.ack(held.delivery)
+        self.leased.remove(held)
+        if held.in_redis:
+            self.delivered_calls.discard(held.delivery.job_id)
+
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data())
+    def nack(self, data: st.DataObject) -> None:
+        held = data.draw(st.sampled_from(self.leased))
+        name = held.delivery.job_id
+        held.worker.nack(held.delivery)
+        self.leased.remove(held)
         self.delivered_calls.discard(name)
-        self.waiting.setdefault(name, holding.delivery.deliveries - 1)
+        self.waiting.setdefault(name, held.delivery.deliveries - 1)
 
-    @rule(place=st.integers(0, 2))
-    def expire(self, place: Any) -> None:
-        """Every lease runs out, one worker notices, and then all do."""
-        worker = self.workers[place]
+    @precondition(lambda self: self.received_jobs)
+    @rule(data=st.data())
+    def nack_job(self, data: st.DataObject) -> None:
+        """A job that was received and not claimed is put back; it waits once, also when it was notified again."""
+        worker, delivery = data.draw(st.sampled_from(self.received_jobs))
+        worker.nack(delivery)
+        self.received_jobs.remove((worker, delivery))
+        self.waiting.setdefault(delivery.job_id, 0)
+
+    @rule(index=st.integers(0, 2))
+    def expire(self, index: int) -> None:
+        """Every lease expires, one worker reclaims them, and all workers notice."""
+        worker = self.workers[index]
         worker.lease = 0
-        worker._reclaim(worker._run)
+        worker._reclaim(worker._script)
         worker.lease = NEVER_EXPIRES
-        for delivery in [holding.delivery for holding in self.held if holding.known]:
+        for delivery in [held.delivery for held in self.leased if held.in_redis]:
             self.delivered_calls.discard(delivery.job_id)
-            if delivery.kind == "generate" and delivery.deliveries == worker.max_deliveries:
-                worker.forget(delivery.job_id)  # its error, so that it can be asked again
+            if delivery.deliveries == worker.max_deliveries:
+                worker.delete_channel(delivery.job_id)  # its error, so that the call can be sent again
             else:
                 self.waiting.setdefault(delivery.job_id, delivery.deliveries)
-        self.held = [holding for holding in self.held if not holding.known]
+        self.leased = [held for held in self.leased if not held.in_redis]
         self.renew_all_leases()
 
     @rule()
     def flush(self) -> None:
         self.server.flush()
         self.waiting, self.delivered_calls = {}, set()
-        for holding in self.held:
-            holding.known = False
+        for held in self.leased:
+            held.in_redis = False
 
     def renew_all_leases(self) -> None:
         for worker in self.workers:
             worker._renew(worker._script)
 
-    def queued_names(self) -> Any:
-        with self.redis.pipeline() as asked:
+    def queued_names(self) -> list[str]:
+        with self.redis.pipeline() as pipeline:
             for kind in ("generate", "edit"):
-                asked.zrange(f"palimpsest:waiting:{kind}", 0, -1)
-            return sorted(name for names in asked.execute() for name in names)
+                pipeline.zrange(f"palimpsest:waiting:{kind}", 0, -1)
+            return sorted(name for names in pipeline.execute() for name in names)
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        """What waits waits once, and Redis keeps that and what is held, nothing else."""
+        """Everything that waits waits once, and Redis stores nothing but this and the leased calls."""
         assert self.queued_names() == sorted(self.waiting)
-        with self.redis.pipeline() as asked:
+        with self.redis.pipeline() as pipeline:
             for stream in STREAMS:
-                asked.xlen(stream)
-            kept = sum(asked.execute())
-        assert kept == len(self.waiting) + sum(holding.known for holding in self.held)
+                pipeline.xlen(stream)
+            stored = sum(pipeline.execute())
+        waiting_calls = sum(name in CALLS for name in self.waiting)
+        assert stored == waiting_calls + sum(held.in_redis for held in self.leased)
 
     @invariant()
     def lease_and_pending_state_agree(self) -> None:
-        """Holders own what they hold, and every call that is neither lost nor over is known."""
-        assert all(holding.worker.owns(holding.delivery) for holding in self.held)
+        """Every holder has its lease, and every call that is neither lost nor ended is pending."""
+        assert all(held.worker.holds_lease(held.delivery) for held in self.leased)
         for call in CALLS:
             assert self.workers[0].is_pending(call) == (call in self.waiting or call in self.delivered_calls)
 
@@ -159,8 +178,8 @@ class BrokerMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.servers
-def test_broker_against_model(redis_server: Any) -> None:
-    """Nothing waits twice, nothing is lost, and nobody holds a call that another was given."""
+def test_broker_against_model(redis_server: RedisServer) -> None:
+    """Nothing waits twice, nothing is lost, and no two workers hold the lease of one call."""
     checks = settings(
         max_examples=25,
         stateful_step_count=40,

@@ -38,12 +38,12 @@ from service.jobs.redis_broker import RedisBroker
 
 broker = RedisBroker(sys.argv[1], lease=float(sys.argv[2]))
 print("ready", flush=True)
-(delivery,) = broker.take(["generate"], 1, 20)
+(delivery,) = broker.receive(["generate"], 1, 20)
 broker.publish(delivery.job_id, "token", {"text": "first"})
 print("taken", flush=True)
 sys.stdin.readline()
 broker.publish(delivery.job_id, "token", {"text": "late"})
-print(broker.owns(delivery), flush=True)
+print(broker.holds_lease(delivery), flush=True)
 """
 
 
@@ -89,17 +89,17 @@ def start_worker_process(redis_url: str) -> Iterator[Any]:
 def crash(broker: Broker) -> None:
     """Leave a broker as a killed process leaves it: nobody renews, nobody gives back."""
     broker._closed.set()
-    if broker._keeper:
-        broker._keeper.join()
+    if broker._lease_thread:
+        broker._lease_thread.join()
 
 
 def expire_leases(*brokers: Any) -> None:
     """Let every lease run out, at once, and everybody notice."""
     lease, brokers[0].lease = brokers[0].lease, 0
-    brokers[0]._reclaim(brokers[0]._run)
+    brokers[0]._reclaim(brokers[0]._script)
     brokers[0].lease = lease
     for broker in brokers:
-        broker._renew(broker._run)
+        broker._renew(broker._script)
 
 
 def wait_until(condition: Any) -> Any:
@@ -169,7 +169,7 @@ class TestLeases:
         broker.ack(delivery)
         assert name_and_text(collect_events(broker, channel)) == [
             ("token", "first"),
-            ("restart", None),
+            ("reset", None),
             ("end", "whole"),
         ]
 
@@ -187,20 +187,20 @@ class TestLeases:
         assert delivery.deliveries == 1
 
     def test_reclaim_reads_every_page(self, brokers: Callable[..., RedisBroker]) -> None:
-        """However much a dead worker held, all of it is found."""
+        """All calls of a dead worker are reclaimed, also when they fill several pages."""
         dead, alive = brokers(), brokers()
-        ids = [f"edit_{n:03}" for n in range(350)]
-        for job_id in ids:
-            dead.notify(job_id, "edit")
+        channels = [f"call_{n:03}" for n in range(350)]
+        for channel in channels:
+            dead.send_call("generate", {}, channel=channel)
         receive_exactly(dead, 350, limit=1000)
         expire_leases(alive)
-        assert sorted(delivery.job_id for delivery in receive_exactly(alive, 350, limit=1000)) == ids
+        assert sorted(delivery.job_id for delivery in receive_exactly(alive, 350, limit=1000)) == channels
 
     def test_lost_lease(self, brokers: Callable[..., RedisBroker]) -> None:
-        """A worker that lost its lease is told so, it is counted, and what it still does with it has no effect."""
+        """A worker learns that it lost a lease, the loss is counted, and its later ack and nack have no effect."""
         before = metrics.LEASE_LOSSES._value.get()
         slow, other = brokers(), brokers()
-        slow.notify("edit_1", "edit")
+        slow.send_call("generate", {})
         (lost,) = receive_exactly(slow)
         expire_leases(other, slow)
         assert not slow.holds_lease(lost)
@@ -209,7 +209,7 @@ class TestLeases:
         slow.ack(lost)
         slow.nack(lost)
         assert other.holds_lease(delivery)
-        assert other.queue_depth("edit") == 0
+        assert other.queue_depth("generate") == 0
 
     def test_reclaimed_goes_first(self, brokers: Callable[..., RedisBroker]) -> None:
         """What comes back from a dead worker goes before everything that waits."""
@@ -248,14 +248,15 @@ class TestLeases:
         assert not broker.is_pending(channel)
         assert metrics.GENERATIONS_DEAD_LETTERED._value.get() == before + 1
 
-    def test_jobs_are_not_dead_lettered(self, brokers: Callable[..., RedisBroker]) -> None:
-        """A job is delivered more often than a call: its row counts the attempts, and ends it."""
+    def test_jobs_are_not_leased(self, brokers: Callable[..., RedisBroker], redis_data: Any) -> None:
+        """The id of a job leaves Redis when it is received. No lease returns it, only a new notification."""
         broker = brokers()
-        broker.notify("edit_1", "edit")
         for _ in range(6):
+            broker.notify("edit_1", "edit")
             receive_exactly(brokers())
+            assert not [key for key in redis_data.scan_iter() if key.endswith(":edit")]
             expire_leases(broker)
-        receive_exactly(broker)
+            receive_exactly(broker, 0)
 
     def test_nack(self, brokers: Callable[..., RedisBroker]) -> None:
         """What one worker gives back another takes at once, and no death is counted."""
@@ -293,7 +294,7 @@ class TestLeases:
         assert not frozen.holds_lease(lost)
         frozen.publish(channel, "end", {"text": "ab"}, last=True)
         frozen.ack(delivery)
-        whole = [("token", "a"), ("restart", None)] * 2 + [("end", "ab")]
+        whole = [("token", "a"), ("reset", None)] * 2 + [("end", "ab")]
         assert name_and_text(collect_events(other, channel)) == whole
 
 
@@ -330,24 +331,39 @@ class TestDeliveries:
         broker.delete_channel(channel)
         broker.close()
         keys = set(redis_data.scan_iter())
-        streams = {key for key in keys if key.split(":")[1] in ("work", "first")}
+        streams = {key for key in keys if key.split(":")[1] in ("ready", "retry")}
         assert [redis_data.xlen(stream) for stream in streams] == [0] * len(streams)
         assert all(redis_data.xinfo_consumers(stream, "workers") == [] for stream in streams)
-        small = {"palimpsest:bell", "palimpsest:clock", "palimpsest:epoch"}
+        small = {"palimpsest:wakeup", "palimpsest:clock", "palimpsest:epoch"}
         passing = {key for key in keys if redis_data.ttl(key) > 0}
         assert keys - streams - passing == small
 
     def test_dead_consumers_are_pruned(self, brokers: Callable[..., RedisBroker], redis_data: Any) -> None:
-        """A dead worker that holds nothing is forgotten after a while; one that holds something is not before."""
+        """A consumer that is idle for too long is deleted, but not while it holds a lease."""
         dead, alive = brokers(), brokers()
-        dead.notify("edit_1", "edit")
+        dead.send_call("generate", {})
         receive_exactly(dead)
-        stream = "palimpsest:work:edit"
+        stream = "palimpsest:ready:generate"
         alive._run_script("prune", "", -1, stream)
         assert len(redis_data.xinfo_consumers(stream, "workers")) == 1
         expire_leases(alive)
         alive._run_script("prune", "", -1, stream)
         assert redis_data.xinfo_consumers(stream, "workers") == []
+
+    def test_lost_reply_with_a_job(
+        self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """When a reply with a job is lost, the next `receive` returns it, and `nack` restores its place."""
+        broker = brokers()
+        for job in ("edit_1", "edit_2"):
+            broker.notify(job, "edit")
+        lose_next_reply(broker, monkeypatch)
+        with pytest.raises(Unavailable):
+            receive_exactly(broker, 1, limit=1)
+        (delivery,) = receive_exactly(broker, 1, limit=1)
+        assert delivery.job_id == "edit_1"
+        broker.nack(delivery)
+        assert [delivery.job_id for delivery in receive_exactly(broker, 2)] == ["edit_1", "edit_2"]
 
     def test_lost_reply(self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch) -> None:
         """When what Redis gave is lost on its way, the next take gets it."""
@@ -414,7 +430,7 @@ class TestEvents:
             alive.publish(channel, "token", {"text": text})
         alive.publish(channel, "end", {"text": "abc"}, last=True)
         events = collect_events(alive, channel)
-        assert [event.data.get("text", event.name) for event in events] == [*"ab", "restart", *"abc", "abc"]
+        assert [event.data.get("text", event.name) for event in events] == [*"ab", "reset", *"abc", "abc"]
         assert events[2].id == events[1].id
         # whoever comes back after any of them hears the rest, and is told to start again only if that is still to come
         for n, event in enumerate(events):
@@ -472,10 +488,10 @@ class TestEvents:
         broker = brokers()
         for _ in range(3):
             broker.publish_all([OutgoingEvent("c", "n", {})] * 2000)
-        assert 4096 <= redis_data.xlen("palimpsest:out:c") <= 4500
-        assert 300 < redis_data.ttl("palimpsest:out:c") <= 3600
+        assert 4096 <= redis_data.xlen("palimpsest:events:c") <= 4500
+        assert 300 < redis_data.ttl("palimpsest:events:c") <= 3600
         broker.publish("c", "end", {}, last=True)
-        assert 0 < redis_data.ttl("palimpsest:out:c") <= 300
+        assert 0 < redis_data.ttl("palimpsest:events:c") <= 300
 
     def test_clock(self, brokers: Callable[..., RedisBroker], redis_data: Any) -> None:
         """Ids grow, also when the clock of Redis was set back."""
@@ -498,9 +514,9 @@ class TestEvents:
         broker = brokers()
         channel = broker.send_call("generate", {"prompt": "é"})
         broker.publish(channel, "n", {"text": "é"})
-        (_, entry), *_ = redis_data.xrange("palimpsest:work:generate")
+        (_, entry), *_ = redis_data.xrange("palimpsest:ready:generate")
         assert json.loads(entry["payload"]) == {"prompt": "é"}
-        (_, entry), *_ = redis_data.xrange(f"palimpsest:out:{channel}")
+        (_, entry), *_ = redis_data.xrange(f"palimpsest:events:{channel}")
         assert json.loads(entry["data"]) == {"text": "é"}
 
 
@@ -593,7 +609,7 @@ class TestDataLoss:
         assert int(two.id) > int(one.id)
 
     def test_blocked_receive(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
-        """A take that waits through it hears the bells that are rung after it."""
+        """A `receive` that is blocked meanwhile gets the jobs that are queued afterwards."""
         broker, other = brokers(), brokers()
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(broker.receive, WORK_KINDS, 1, TIMEOUT)
@@ -648,17 +664,17 @@ class TestDown:
     @pytest.mark.parametrize(
         "ask",
         [
-            lambda broker: broker.announce("edit_1", "edit"),
-            lambda broker: broker.call("generate", {}),
-            lambda broker: broker.knows("c"),
-            lambda broker: broker.take(WORK_KINDS, 1, 0),
+            lambda broker: broker.notify("edit_1", "edit"),
+            lambda broker: broker.send_call("generate", {}),
+            lambda broker: broker.is_pending("c"),
+            lambda broker: broker.receive(WORK_KINDS, 1, 0),
             lambda broker: broker.publish("c", "n", {}),
-            lambda broker: broker.forget("c"),
+            lambda broker: broker.delete_channel("c"),
             lambda broker: broker.cancel("c"),
             lambda broker: broker.cancelled("c"),
             lambda broker: broker.wake(),
-            lambda broker: broker.waiting("edit"),
-            lambda broker: broker.oldest("edit"),
+            lambda broker: broker.queue_depth("edit"),
+            lambda broker: broker.oldest_age("edit"),
             lambda broker: collect_events(broker, "c"),
         ],
     )
@@ -700,14 +716,14 @@ class TestDown:
 
 def lose_next_reply(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis does what it is asked next, and its answer does not arrive."""
-    run = broker._run
+    script = broker._script
 
     def losing(args: Any) -> None:
-        monkeypatch.setattr(broker, "_run", run)
-        run(args=args)
+        monkeypatch.setattr(broker, "_script", script)
+        script(args=args)
         raise redis_client.exceptions.TimeoutError
 
-    monkeypatch.setattr(broker, "_run", losing)
+    monkeypatch.setattr(broker, "_script", losing)
 
 
 def test_listener_that_is_cancelled(brokers: Callable[..., RedisBroker]) -> None:

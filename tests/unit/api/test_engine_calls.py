@@ -19,7 +19,7 @@ from service.schemas import GenerateRequest
 from tests.support.application import PROMPT
 
 TOKEN = Event("1", "token", {"index": 0, "text": "x", "version": 0})
-RESTART = Event("2", "restart", {})
+RESTART = Event("2", "reset", {})
 END = Event("3", "end", {"choices": []})
 
 

@@ -90,7 +90,7 @@ def test_reset_discards_tokens() -> None:
     """Only the pieces after the last restart are kept."""
     stream = sse(
         ("token", '{"index": 0, "text": " Te", "version": 1}'),
-        ("restart", "{}"),
+        ("reset", "{}"),
         ("token", '{"index": 0, "text": " Tempe", "version": 1}'),
         ("end", '{"version": 1, "choices": [{"text": " Tempe"}]}'),
     )

@@ -52,7 +52,7 @@ def test_generate_streams_to_stdout(fake: FakeService, capsys: Captured) -> None
 
 def test_an_answer_that_begins_anew_is_shown_anew(fake: FakeService, capsys: Captured) -> None:
     """When another worker takes the answer over, it begins again on a line of its own."""
-    said = [("token", {"index": 0, "text": " Rom", "version": 0}), ("restart", {})]
+    said = [("token", {"index": 0, "text": " Rom", "version": 0}), ("reset", {})]
     end = ("end", {"choices": [{"text": " Rome", "tokens": [1], "finish_reason": "stop"}], "version": 0})
     fake.responses = {
         "POST /generate": sse_stream(*said, ("token", {"index": 0, "text": " Rome", "version": 0}), end)

@@ -45,7 +45,7 @@ def end(*answers: Sequence[str]) -> Event:
     return Event("9", "end", {"version": 3, "choices": choices, "usage": counted, "seconds": 0.1})
 
 
-RESTART = Event("1", "restart", {})
+RESTART = Event("1", "reset", {})
 
 
 def stream_lines(*events: Event) -> list[str]:
