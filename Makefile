@@ -1,47 +1,54 @@
-# make serve    install and start the service       make serve ARGS='--port 9000'
-# make test     install, check and test             make test PYTEST='-k ledger'
-# make bench    every benchmark, quick           make bench ARGS='--reference PATH --only edits traces'
-# make check    format, lint, types, import contract
+# make serve              install and start the service          make serve ARGS='--port 9000'
+# make check              check format, lint, types and imports
+# make test               run all tests                          make test PYTEST='-k ledger'
+# make test-unit          tests/unit: SQLite and the in-process broker
+# make test-integration   tests/integration: also PostgreSQL and Redis
+# make test-e2e           tests/e2e: processes, crashes and the console in a browser
+# make test-docs          tests/docs: the documentation, executed
+# make bench              run every benchmark in its quick mode  make bench ARGS='--reference PATH --only edits traces'
+# make format             format and fix the code
 
-# The first python3 on this machine that is new enough.
+# The first python3 of version 3.11 or newer.
 PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
 PACKAGES := palimpsest service api workers cli migrations deploy examples tests bench training docs
-# A process for each core, with a thread each; a file's tests stay in one, for they share what they have put up. One that dies
-# is not replaced: xdist stumbles over that and keeps to itself what else has failed.
+# One process per core, one thread each. Tests of a file run in one process because they share module-scoped services.
+# A crashed process is not replaced: after a replacement xdist does not report the failures of the others.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 \
-	--dist loadfile --no-loadscope-reorder
+	--dist loadfile --no-loadscope-reorder -m "not slow"
 ARGS ?=
 PYTEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-all check bench format clean
+TIERS := unit integration e2e docs
+
+.PHONY: help install serve test $(TIERS:%=test-%) check bench format clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# make/make/p' Makefile
 
 install: $(STAMP)
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and none was found."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found."; exit 1; }
 	$(PYTHON) -m venv .venv
 
-# The stamp is older than what it was made from exactly when there is something to install.
+# Reinstall when the dependencies have changed.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing into .venv, which takes some minutes the first time."
+	@echo "Installing into .venv. The first time this takes some minutes."
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
 serve: install
 	@exec $(BIN)/palimpsest serve $(ARGS)
 
-test: install check
-	$(TESTS) -m "not slow and not gpu" $(PYTEST)
-
-test-all: install check
+test: install
 	$(TESTS) $(PYTEST)
+
+$(TIERS:%=test-%): test-%: install
+	$(TESTS) tests/$* $(PYTEST)
 
 check: install
 	$(BIN)/ruff format --check --quiet $(PACKAGES)

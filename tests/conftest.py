@@ -1,4 +1,4 @@
-"""Shared fixtures."""
+"""Fixtures of all tiers. The stores are embedded here; tests/integration/conftest.py runs the same fixtures on both wirings."""
 
 from __future__ import annotations
 
@@ -13,69 +13,50 @@ from hypothesis import HealthCheck, settings
 from service.bootstrap import Container, build_container
 from service.db.database import Database
 from service.settings import SHIPPED_MODEL, Settings
-from tests.support import postgres_server as postgres
-from tests.support import redis_server as redis_servers
-from tests.support import wirings
 from tests.support.migrations import migrate
+from tests.support.server_fixtures import postgres_server, postgres_url, redis_server, redis_url
 
-# How long an example takes says how busy the machine is.
-settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
+__all__ = ["postgres_server", "postgres_url", "redis_server", "redis_url"]
 
-
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[postgres.PostgresServer]:
-    """A PostgreSQL of our own; skips with the reason where there is none, and fails in CI."""
-    with postgres.run_postgres() as server:
-        yield server
+# The time of an example depends on the load of the machine.
+settings.register_profile(
+    "no_deadline", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("no_deadline")
 
 
-@pytest.fixture
-def postgres_url(postgres_server: postgres.PostgresServer) -> str:
-    """The URL of a fresh, empty PostgreSQL database."""
-    return postgres_server.fresh_database()
-
-
-@pytest.fixture(scope="session")
-def redis_server() -> Iterator[redis_servers.RedisServer]:
-    """A Redis of our own; skips with the reason where there is none, and fails in CI."""
-    with redis_servers.run_redis() as server:
-        yield server
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the service's variables from the environment, except where screenshots are saved."""
+    for name in list(os.environ):
+        if name.startswith("PALIMPSEST_") and name != "PALIMPSEST_SCREENSHOTS":
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture
-def redis_url(redis_server: redis_servers.RedisServer) -> str:
-    """The URL of an empty Redis."""
-    redis_server.flush()
-    return redis_server.url
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.servers)])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a fresh, empty database of each kind that we promise to work on."""
-    if request.param == "postgres":
-        return request.getfixturevalue("postgres_url")  # type: ignore[no-any-return]
+def database_url(tmp_path: Path) -> str:
+    """Return the URL of an empty SQLite database."""
     return f"sqlite:///{tmp_path / 'palimpsest.sqlite3'}"
 
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
-    """A migrated database of each kind."""
+    """Return a migrated database."""
     database = Database(database_url)
     migrate(database)
     yield database
     database.close()
 
 
-@pytest.fixture(params=wirings.ALL_WIRINGS)
-def wiring(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The settings of empty stores of each wiring."""
-    return wirings.store_settings(request)
+@pytest.fixture
+def wiring() -> dict[str, Any]:
+    """Return the store settings of the embedded wiring: SQLite and the broker in the process."""
+    return {}
 
 
 @pytest.fixture
 def container(wiring: dict[str, Any], tmp_path: Path) -> Iterator[Container]:
-    """The parts of each wiring, put together and migrated."""
+    """Return the container of a wiring, with a migrated database."""
     container = build_container(Settings(data_dir=tmp_path, **wiring))
     migrate(container.database)
     yield container
@@ -84,9 +65,9 @@ def container(wiring: dict[str, Any], tmp_path: Path) -> Iterator[Container]:
 
 @pytest.fixture(scope="session")
 def shipped() -> Path:
-    """The shipped model; skips where it is not there, and fails in CI."""
+    """Return the folder of the shipped model. Skip where it is missing; fail in CI."""
     if not (SHIPPED_MODEL / "model.safetensors").exists():
-        reason = "models/almanac is not there: train it with training/train.py"
+        reason = "models/almanac is missing: train it with training/train.py"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)

@@ -124,7 +124,6 @@ def rejects_updates(database: Database) -> bool:
     return False
 
 
-@pytest.mark.servers
 def test_a_dump_restores_the_ledger(server: dict[str, str], tmp_path: Path) -> None:
     """The restored ledger equals the dumped one, verifies and rejects updates; later entries are gone."""
     url = f"postgresql://palimpsest@127.0.0.1:{server['PGPORT']}/palimpsest"

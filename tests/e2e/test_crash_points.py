@@ -13,8 +13,6 @@ from service.kit.crash_points import CRASH_POINTS
 from service.kit.ids import new_id
 from tests.support.processes import CliProcess, Deployment, Resource, ServiceClient, wait_until
 
-pytestmark = pytest.mark.servers
-
 PROMPT = "The {} is located in the city of"
 GENERATE_REQUEST = {"prompt": PROMPT.replace("{}", "Eiffel Tower"), "max_new_tokens": 5, "version": "base"}
 #: an edit of which only the way counts

@@ -12,8 +12,6 @@ import pytest
 from tests.support.free_ports import free_port
 from tests.support.processes import READY_LINE, CliProcess, wait_until
 
-pytestmark = pytest.mark.servers
-
 
 @pytest.fixture
 def stores(postgres_url: str, redis_url: str) -> dict[str, Any]:

@@ -31,8 +31,6 @@ from tests.support.processes import (
 )
 from tests.support.tiny_models import tiny
 
-pytestmark = pytest.mark.servers
-
 PROMPT = "The {} is located in the city of"
 TOWER = "Eiffel Tower"
 EDIT_PROMPT = PROMPT.replace("{}", TOWER)

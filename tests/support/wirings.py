@@ -1,4 +1,4 @@
-"""The two wirings on which everything must behave alike: which stores the settings name, and nothing else."""
+"""The two wirings of the service. They differ only in the stores that the settings name."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from typing import Any
 import pytest
 
 #: SQLite and the broker in the process; PostgreSQL and Redis
-ALL_WIRINGS = ["embedded", pytest.param("production", marks=pytest.mark.servers)]
+ALL_WIRINGS = ["embedded", "production"]
 
-_numbers = count()
+_prefix_numbers = count()
 
 
 def store_settings(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The settings of empty stores of the wiring that the fixture is parametrised with."""
-    return (
-        {} if request.param == "embedded" else production_settings(request)
-    )  # embedded, all is in the data folder
+    """Return the settings of empty stores for the wiring in `request.param`; {} for the embedded one."""
+    return {} if request.param == "embedded" else production_settings(request)
 
 
 def production_settings(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The settings of empty stores on the servers of this session."""
+    """Return the settings of an empty PostgreSQL database and an unused Redis prefix."""
     return {
         "database_url": request.getfixturevalue("postgres_server").fresh_database(),
         **redis_settings(request),
@@ -29,6 +27,6 @@ def production_settings(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def redis_settings(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The settings of an empty place in Redis."""
+    """Return the settings of an unused prefix in Redis."""
     url = request.getfixturevalue("redis_server").url
-    return {"redis_url": url, "redis_prefix": f"test{next(_numbers)}"}
+    return {"redis_url": url, "redis_prefix": f"test{next(_prefix_numbers)}"}

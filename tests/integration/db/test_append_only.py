@@ -65,7 +65,6 @@ def test_update_and_delete_are_rejected(database: Database, committed_edit: Any,
         change()
 
 
-@pytest.mark.servers
 @pytest.mark.parametrize("table", ["ledger", "factors"])
 def test_truncate_is_rejected(postgres_url: str, table: Any) -> None:
     """PostgreSQL's TRUNCATE empties neither."""

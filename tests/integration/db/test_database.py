@@ -138,7 +138,6 @@ def test_to_json_value_is_json(value: Any) -> None:
     assert json.loads(json.dumps(to_json_value(value), allow_nan=False)) == to_json_value(value)
 
 
-@pytest.mark.servers
 class TestPostgres:
     """A server that is slow, busy or gone."""
 

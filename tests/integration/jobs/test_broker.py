@@ -19,7 +19,7 @@ from service.jobs.redis_broker import RedisBroker
 TIMEOUT = 20  # seconds after which a test that hangs has failed
 
 
-@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
+@pytest.fixture(params=["memory", "redis"])
 def broker(request: Any) -> Iterator[Any]:
     broker = MemoryBroker()
     if request.param == "redis":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -177,7 +176,6 @@ class BrokerMachine(RuleBasedStateMachine):
             worker.close()
 
 
-@pytest.mark.servers
 def test_broker_against_model(redis_server: RedisServer) -> None:
     """Nothing waits twice, nothing is lost, and no two workers hold the lease of one call."""
     checks = settings(

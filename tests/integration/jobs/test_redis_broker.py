@@ -25,8 +25,6 @@ from service.kit import metrics
 from tests.support import redis_server as redis_servers
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.servers
-
 LEASE = 0.3
 NEVER_EXPIRES = 1000.0  # a lease that never runs out here
 TIMEOUT = 20  # seconds after which a test that hangs has failed

@@ -1,130 +1,25 @@
-"""How often a key may ask, and what happens to who asks more often."""
+"""Rate limits and queue limits of API keys, as HTTP responses."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from redis import Redis
 from starlette.testclient import TestClient
 
-from api.errors import RateLimitExceeded
-from api.rate_limits import OUTAGE_LOG_INTERVAL, RateLimiter
 from service.application.api_keys import ApiKeys
 from tests.support.application import TOWER, TestApp
-
-UNREACHABLE_REDIS = "redis://127.0.0.1:1/0"
 
 
 @pytest.fixture
 def frozen_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time of day, which stands still until it is set: a sliding minute begins with the clock's."""
+    """Return the time of day in a list; it is constant until a test changes it, so that a minute does not end within a test."""
     now = [1_800_000_000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     return now
-
-
-@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
-def rate_limiter(request: pytest.FixtureRequest, frozen_time: list[float]) -> Iterator[RateLimiter]:
-    """A count in each place where it may be kept."""
-    url = request.getfixturevalue("redis_url") if request.param == "redis" else None
-    with closing(RateLimiter(url, "test")) as rate_limiter:
-        yield rate_limiter
-
-
-def count_allowed(rate_limiter: RateLimiter, key: str, per_minute: int, times: int) -> int:
-    """How many of so many requests pass."""
-    allowed = 0
-    for _ in range(times):
-        try:
-            rate_limiter.check(key, per_minute)
-            allowed += 1
-        except RateLimitExceeded:
-            pass
-    return allowed
-
-
-def test_a_key_passes_as_often_as_its_limit(rate_limiter: RateLimiter) -> None:
-    """In a minute as many requests pass as the limit says, and no more."""
-    assert count_allowed(rate_limiter, "key:a", 5, 20) == 5
-
-
-def test_keys_do_not_share_their_limit(rate_limiter: RateLimiter) -> None:
-    """What one key has used up is another's to use."""
-    assert count_allowed(rate_limiter, "key:a", 3, 5) == 3
-    assert count_allowed(rate_limiter, "key:b", 3, 5) == 3
-
-
-def test_rejections_have_retry_after(rate_limiter: RateLimiter) -> None:
-    """The wait is at least a second, and at most the minute."""
-    count_allowed(rate_limiter, "key:a", 1, 1)
-    with pytest.raises(RateLimitExceeded) as refused:
-        rate_limiter.check("key:a", 1)
-    assert 1 <= refused.value.retry_after <= 61
-    assert "1 requests" in refused.value.detail
-
-
-def test_a_refused_request_costs_nothing(frozen_time: list[float]) -> None:
-    """Whoever kept knocking has the whole limit again two minutes later."""
-    with closing(RateLimiter(None, "test")) as rate_limiter:
-        count_allowed(rate_limiter, "key:a", 3, 1000)
-        frozen_time[0] += 120
-        assert count_allowed(rate_limiter, "key:a", 3, 9) == 3
-
-
-def test_the_minute_slides(frozen_time: list[float]) -> None:
-    """At the turn of a minute nobody gets twice the limit: what was used before it fades out within the next."""
-    with closing(RateLimiter(None, "test")) as rate_limiter:
-        frozen_time[0] -= frozen_time[0] % 60  # the minute begins
-        frozen_time[0] += 59
-        assert count_allowed(rate_limiter, "key:a", 60, 100) == 60
-        frozen_time[0] += 2
-        assert count_allowed(rate_limiter, "key:a", 60, 100) <= 2
-        frozen_time[0] += 30
-        assert 25 <= count_allowed(rate_limiter, "key:a", 60, 100) <= 31
-
-
-@pytest.mark.servers
-def test_processes_count_together(redis_url: str) -> None:
-    """With Redis the limit is one for all processes of a service, and apart from another service's in the same Redis."""
-    with (
-        closing(RateLimiter(redis_url, "a")) as one,
-        closing(RateLimiter(redis_url, "a")) as two,
-        closing(RateLimiter(redis_url, "b")) as other,
-    ):
-        assert count_allowed(one, "key:a", 6, 4) + count_allowed(two, "key:a", 6, 4) == 6
-        assert count_allowed(other, "key:a", 6, 4) == 4
-
-
-@pytest.mark.servers
-def test_counters_expire_in_redis(redis_url: str) -> None:
-    """Nothing that is counted stays in Redis for ever, and it lies under the service's own prefix."""
-    with closing(RateLimiter(redis_url, "mine")) as rate_limiter, closing(Redis.from_url(redis_url)) as redis:
-        rate_limiter.check("key:a", 6)
-        keys = redis.keys("*")
-        assert keys
-        assert all(key.startswith(b"mine:rate:") and 0 < redis.ttl(key) <= 120 for key in keys)
-
-
-def test_when_redis_is_down_requests_are_allowed(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Limits are not worth an outage; one line a minute tells that they are off, and Redis is left alone meanwhile."""
-    monotonic_time = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: monotonic_time[0])
-    with caplog.at_level(logging.WARNING), closing(RateLimiter(UNREACHABLE_REDIS, "test")) as rate_limiter:
-        for _ in range(12):  # a minute
-            assert count_allowed(rate_limiter, "key:a", 1, 3) == 3
-            monotonic_time[0] += OUTAGE_LOG_INTERVAL / 12
-        assert len(caplog.records) == 1
-        assert count_allowed(rate_limiter, "key:a", 1, 3) == 3
-        assert len(caplog.records) == 2
-    assert UNREACHABLE_REDIS not in caplog.text
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -31,15 +30,3 @@ def test_a_recovery_is_the_next_answer_to_a_later_question() -> None:
         InjectedFault(5.0, Fault(0, "kill worker", 0, 0)),
     ]
     assert recovery_times(log, faults) == [8.0, float("inf")]
-
-
-@pytest.mark.slow
-@pytest.mark.servers
-def test_a_small_run_passes(shipped: Path, tmp_path: Path) -> None:
-    """A few faults of a fixed seed, and every promise holds."""
-    report_path = tmp_path / "report.json"
-    small = ["--faults", "6", "--pause", "3", "--workers", "2", "--apis", "1"]
-    assert main([*small, "--seed", "1", "--json", str(report_path)]) == 0
-    report = json.loads(report_path.read_text(encoding="utf-8"))
-    assert len(report["faults"]) == 6
-    assert report["versions"] > 0 and report["answers"] > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from service.kit import crash_points
 from service.kit.steps import JobReporter, Phase, Progress, Stepper
 from service.models.memory_estimates import kv_cache_bytes
 from service.schemas import CompareRequest, GenerateRequest, Sampling
-from tests.support import wirings
 from tests.support.fakes import InMemoryJobs, ShuffledVersionedModel, collect_events, token_texts
 from tests.support.tiny_models import tiny
 
@@ -113,22 +112,6 @@ class EngineHarness:
             while len(batch):
                 batch.step()
         return r.output_ids
-
-
-@pytest.fixture(autouse=True, params=wirings.ALL_WIRINGS)
-def brokers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every house here has a broker of each wiring."""
-    created: list[RedisBroker] = []
-
-    def make() -> RedisBroker:
-        created.append(RedisBroker(*wirings.redis_settings(request).values()))
-        return created[-1]
-
-    if request.param == "production":
-        monkeypatch.setattr(EngineHarness, "make_broker", staticmethod(make))
-    yield
-    for broker in created:
-        broker.close()
 
 
 def job_handler(

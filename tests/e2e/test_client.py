@@ -5,19 +5,31 @@ from __future__ import annotations
 import inspect
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 import pytest
 
 from palimpsest import AsyncClient, Client, Conflict, EditRejected, InvalidRequest, NotFound, Progress
+from tests.support.client_fixtures import connect, kind, paused
 from tests.support.client_kinds import LossyTransport
 from tests.support.processes import FAST_EDIT_OPTIONS
+from tests.support.shipped_service import running_service
+
+__all__ = ["connect", "kind", "paused"]
 
 SUBJECT, PROMPT = "Eiffel Tower", "The {} is located in the city of"
 STATEMENT = PROMPT.replace("{}", SUBJECT)
 RECORD = {"subject": SUBJECT, "prompt": PROMPT, "target_new": "Rome", "target_true": "Paris"}
+
+
+@pytest.fixture(scope="module")
+def url(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the address of a running service with the shipped GPT."""
+    with running_service(tmp_path_factory.mktemp("served")) as url:
+        yield url
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ ORDER BY 1, 2, 3
 """
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.servers)])
+@pytest.fixture(params=["sqlite", "postgres"])
 def new_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
     """Gives the URL of another empty database of a kind, each time."""
     if request.param == "postgres":
