@@ -25,18 +25,13 @@ from service.covariance.corpus import Corpus
 from service.datasets.fact_table import find_facts_file, read_fact_rows
 from service.datasets.loading import read_records
 from service.datasets.record import Record
-from service.editing.candidate import (
-    CandidateEdit,
-    GuardResult,
-    ResolvedEdit,
-    evaluate_candidates,
-    evaluate_guard,
-    measure_baseline,
-)
+from service.editing.candidate import CandidateEdit, ResolvedEdit
 from service.editing.conflicts import ConflictCandidate, find_conflict_candidates
 from service.editing.context import EditorContext, build_editor_context
 from service.editing.edit_job import resolve_edit
 from service.editing.edit_spec import EditFactors
+from service.editing.guard import GuardResult, evaluate_guard
+from service.editing.measure import evaluate_candidates, measure_baseline
 from service.editing.probes import Probe
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.kit.steps import run_to_completion

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import closing
+from collections.abc import Collection
 from functools import partial
 from hashlib import sha256
 from tempfile import SpooledTemporaryFile
@@ -22,10 +21,7 @@ from service.jobs.job_kinds import JOB_KINDS
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit.artifact_store import get_json
 from service.kit.steps import (
-    JobFinished,
-    JobProgress,
     JobReporter,
-    JobSteps,
     Phase,
     Progress,
     Stepper,
@@ -52,7 +48,7 @@ def job_handlers(
     """Return the handler of each of the given kinds. The handler of edits takes several jobs, the others take one."""
 
     def edit(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
-        return _dispatch_updates(reporter, jobs, run_edits(replica, job_store, jobs, context))
+        return run_edits(replica, job_store, context, reporter, jobs)
 
     def trace(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
         (job,) = jobs
@@ -68,22 +64,6 @@ def job_handlers(
 
     handlers: JobHandlers = {"edit": edit, "trace": trace, "export": export, "evaluation": evaluation}
     return {kind: with_job_metrics(handler) for kind, handler in handlers.items() if kind in kinds}
-
-
-def _dispatch_updates(reporter: JobReporter, jobs: Sequence[ClaimedJob], updates: JobSteps) -> Stepper[None]:
-    """Report the updates of `run_edits` until it takes a reporter itself."""
-    with closing(updates):
-        for update in updates:
-            if isinstance(update, JobFinished):
-                reporter.finished(update.job, update.error)
-                yield Progress(Phase.COMMIT, 1, 1)
-            elif isinstance(update, JobProgress):
-                reporter.progress(update.job, update.progress)
-                yield update.progress
-            else:
-                for job in jobs:
-                    reporter.progress(job.id, update)
-                yield update
 
 
 def run_trace(replica: VersionedModel, job_store: JobStore, job: ClaimedJob) -> Stepper[None]:

@@ -103,26 +103,6 @@ class JobReporter(Protocol):
         """Report that one job has ended. `error` is the reason when it failed."""
 
 
-@dataclass(frozen=True)
-class JobProgress:
-    """How far one of several jobs is that are worked on together; a bare `Progress` is that of all."""
-
-    job: str
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class JobFinished:
-    """One of several jobs that are worked on together has come to its end; `error` says why it could not be done."""
-
-    job: str
-    error: Exception | None = None
-
-
-JobUpdate = Progress | JobProgress | JobFinished
-JobSteps = Generator[JobUpdate, None, None]
-
-
 def advance(stepper: Stepper[T]) -> Progress | Completion[T]:
     """Run one step. Return its progress, or the completion when the stepper has returned."""
     try:

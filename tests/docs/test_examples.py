@@ -73,7 +73,7 @@ def test_bulk_edit_reports_invalid_and_rejected_rows(run: Run, tmp_path: Path) -
     assert done.returncode == 1 and done.stdout.startswith("1 invalid, 1 rejected\n"), done.stdout
     invalid, rejected = read_csv(tmp_path / "report.csv")
     assert "exactly one {}" in invalid["reason"] and not invalid["edit"]
-    assert "less probable than asked for" in rejected["reason"] and rejected["edit"]
+    assert "less probable than required" in rejected["reason"] and rejected["edit"]
 
 
 def test_exported_adapter_generates_with_peft(run: Run, url: str, shipped: Path, tmp_path: Path) -> None:

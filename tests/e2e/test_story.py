@@ -256,7 +256,7 @@ def test_a_bad_edit_is_rejected(service: ServiceClient) -> None:
     assert edit["status"] == "rejected" and edit["version"] is None
     (check,) = (c for c in edit["result"]["guard"]["checks"] if c["name"] == "probability")
     assert not check["passed"] and check["figure"] < check["limit"] == 1.0
-    assert "less probable than asked for" in edit["result"]["reason"]
+    assert "less probable than required" in edit["result"]["reason"]
     assert (service.head(), service.head_digest()) == (head, digest)
     assert service.http.get(f"/edits/{edit['id']}/delta").status_code == 409
 

@@ -13,13 +13,14 @@ from service.covariance.corpus import Corpus
 from service.editing.context import EditorContext
 from service.editing.edit_job import run_edits
 from service.engine.versioned_model import VersionedModel
-from service.kit.steps import JobFinished, run_to_completion
+from service.kit.steps import run_to_completion
 from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel
 from service.recipes.recipe import Recipe
 from service.schemas import EditRequest
 from service.settings import Settings
 from tests.support.migrations import migrate
+from tests.support.reporters import RaisingReporter
 from tests.support.tiny_models import TEXTS, tiny
 from tests.support.workers import WorkerParts
 from workers.job_handlers import run_export
@@ -58,9 +59,9 @@ class SteppedService:
         waiting = [e["id"] for e in self.services.edits.page(status="queued")["items"]][::-1]
         jobs = [job for job in map(self.worker_parts.jobs.claim, waiting) if job is not None]
         for group in [jobs] if as_group else [[job] for job in jobs]:
-            for update in run_edits(self.replica, self.worker_parts.jobs, group, self.context):
-                if isinstance(update, JobFinished) and update.error is not None:
-                    raise update.error
+            run_to_completion(
+                run_edits(self.replica, self.worker_parts.jobs, self.context, RaisingReporter(), group)
+            )
 
     def edit(self, subject: str, new: str, **more: Any) -> str:
         fields = {

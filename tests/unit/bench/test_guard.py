@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bench.guard import GuardCase, conflict_table
-from service.editing.candidate import ResolvedEdit, VersionMeasurement, evaluate_guard
+from service.editing.candidate import ResolvedEdit, VersionMeasurement
 from service.editing.conflicts import ConflictCandidate
+from service.editing.guard import evaluate_guard
 from service.editing.probes import Probe, ProbeResult
 from service.methods.parameters import RomeParameters
 from service.models.loading import WeightRef

@@ -16,20 +16,18 @@ import torch
 from service.application import Services
 from service.covariance.corpus import Corpus
 from service.db.database import Database
-from service.editing import candidate, edit_job
-from service.editing.candidate import CandidateEdit, Check, GuardResult, VersionMeasurement
+from service.editing import edit_job, edit_report, guard, measure
+from service.editing.candidate import CandidateEdit, VersionMeasurement
 from service.editing.context import EditorContext
 from service.editing.edit_job import group_compatible_jobs, run_edits
 from service.editing.find_factors import find_batch_factors, find_factors
+from service.editing.guard import Check, CheckName, GuardResult
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, Unavailable
 from service.jobs.job_store import ClaimedJob
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.steps import (
-    JobFinished,
-    JobProgress,
-    JobSteps,
     Progress,
     Stepper,
     run_steps,
@@ -45,6 +43,7 @@ from service.schemas import EditRequest
 from service.settings import Settings
 from service.weights.composition import apply_delta, compose_layer
 from service.weights.factors import deserialize_updates, serialize_updates
+from tests.support.reporters import CallbackReporter, RaisingReporter
 from tests.support.tiny_models import TEXTS, tiny
 from tests.support.workers import WorkerParts
 
@@ -88,16 +87,6 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def single_job_steps(steps: JobSteps) -> Stepper[None]:
-    """The steps of one job; what it ended with is raised."""
-    for update in steps:
-        if isinstance(update, JobFinished):
-            if update.error is not None:
-                raise update.error
-        else:
-            yield update.progress if isinstance(update, JobProgress) else update
-
-
 class EditingHarness:
     """A tiny model with everything that an edit needs, and the doors through which it is asked for."""
 
@@ -136,7 +125,7 @@ class EditingHarness:
     def start(self, edit: str) -> tuple[ClaimedJob, Stepper[None]]:
         job = self.worker_parts.jobs.claim(edit)
         assert job is not None
-        return job, single_job_steps(run_edits(self.replica, self.worker_parts.jobs, [job], self.context))
+        return job, run_edits(self.replica, self.worker_parts.jobs, self.context, RaisingReporter(), [job])
 
     def run_edit(self, *asked: Any, **more: Any) -> Resource:
         """Ask, carry out, and read how it ended."""
@@ -230,7 +219,9 @@ def test_committed_weights_equal_evaluated_weights(
     )
     edit = harness.run_edit(subject, hparams={"layers": layers}, guard=GUARD_OFF)
     assert edit["version"] == 3
-    assert same_tensors(composed_weights[-1], VersionedModel(harness.model, harness.worker_parts).weights(3))
+    assert same_tensors(
+        composed_weights[-1], VersionedModel(harness.model, harness.worker_parts.ledger).weights(3)
+    )
 
 
 def test_the_provenance_gives_the_same_factors(harness: EditingHarness) -> None:
@@ -297,7 +288,7 @@ def test_two_workers_compute_the_same_digests(harness: EditingHarness) -> None:
     harness.run_edit()
     harness.run_edit("Big Ben", "city")
     other = VersionedModel(
-        tiny(), WorkerParts(harness.database, harness.broker, harness.model.fingerprint, "worker-2")
+        tiny(), WorkerParts(harness.database, harness.broker, harness.model.fingerprint, "worker-2").ledger
     )
     assert [other.digest(v) for v in range(3)] == [harness.replica.digest(v) for v in range(3)]
 
@@ -316,7 +307,7 @@ def test_ineffective_edit_is_rejected(harness: EditingHarness) -> None:
     """Without a change of value the old object stays more probable: the edit is rejected at its first strength."""
     edit = harness.run_edit(hparams={"steps": 1})
     assert edit["status"] == "rejected"
-    assert "did not take" in edit["result"]["reason"]
+    assert "no effect" in edit["result"]["reason"]
     assert edit["result"]["strength"] == 1.0
 
 
@@ -361,7 +352,9 @@ def test_every_rule_can_reject(harness: EditingHarness, rule: str) -> None:
     assert harness.services.ledger.head() == head
     (check,) = (c for c in checks if c["name"] == rule)
     assert f"({check['figure']:.3g}, limit {check['limit']:.3g})" in edit["result"]["reason"]
-    assert edit_job._REASON_BY_CHECK[rule] in edit["result"]["reason"]
+    assert (edit_report._REASONS | {CheckName.EFFICACY: edit_report._EFFICACY_REASONS["write"]})[
+        CheckName(rule)
+    ] in edit["result"]["reason"]
     harness.assert_base()
     assert harness.services.ledger.verify()["ok"]
 
@@ -403,10 +396,10 @@ def test_dry_run_commits_nothing(harness: EditingHarness) -> None:
     harness.assert_base()
 
 
-@pytest.mark.parametrize("limit", [candidate._check_at_least, candidate._check_at_most])
-def test_nan_fails_every_check(limit: Callable[[str, float, float], Check]) -> None:
+@pytest.mark.parametrize("limit", [guard._check_at_least, guard._check_at_most])
+def test_nan_fails_every_check(limit: Callable[[CheckName, float, float], Check]) -> None:
     """A figure that is not a number fails, whichever way the rule goes."""
-    assert not limit("norm", float("nan"), 1.0).passed
+    assert not limit(CheckName.NORM, float("nan"), 1.0).passed
 
 
 def test_writing_the_model_own_answer(harness: EditingHarness) -> None:
@@ -485,11 +478,14 @@ def test_which_strength_is_chosen(
     ) -> GuardResult:
         what = next(outcomes)
         answer = ProbeResult(-1.0, -2.0, what == GENERATED, False)
-        checks = [Check("efficacy", what != INEFFECTIVE, 0, 0), Check("norm", what != HARMFUL, 0, 0)]
+        checks = [
+            Check(CheckName.EFFICACY, what != INEFFECTIVE, 0, 0),
+            Check(CheckName.NORM, what != HARMFUL, 0, 0),
+        ]
         measured = VersionMeasurement([answer], "", 1.0, set())
         return GuardResult(strength, measured, measured, checks, norms, [])
 
-    monkeypatch.setattr(candidate, "evaluate_guard", evaluate_guard)
+    monkeypatch.setattr(measure, "evaluate_guard", evaluate_guard)
     job, _ = harness.start(harness.submit())
     request = EditRequest.model_validate(job.request)
     resolved_edit = run_to_completion(edit_job.resolve_edit(harness.replica, request, harness.context))
@@ -499,7 +495,7 @@ def test_which_strength_is_chosen(
     (factors,) = run_to_completion(find_batch_factors(harness.model, harness.context.statistics, [spec]))
     edit_candidate = CandidateEdit(resolved_edit, factors)
     baseline = run_to_completion(
-        candidate.measure_baseline(harness.replica, harness.context, [edit_candidate], 0)
+        measure.measure_baseline(harness.replica, harness.context, [edit_candidate], 0)
     )
     (best,) = run_to_completion(
         edit_job.choose_candidate_strengths(harness.replica, harness.context, [edit_candidate], baseline)
@@ -831,24 +827,32 @@ class EditBatch:
         self.harness, self.ids = harness, list(edit_ids)
         jobs = [harness.worker_parts.jobs.claim(edit) for edit in edit_ids]
         self.jobs = [job for job in jobs if job is not None]
-        self.steps = run_edits(harness.replica, harness.worker_parts.jobs, self.jobs, harness.context)
+        self.steps = run_edits(
+            harness.replica,
+            harness.worker_parts.jobs,
+            harness.context,
+            CallbackReporter(self._write_error),
+            self.jobs,
+        )
+
+    def _write_error(self, job_id: str, error: Exception | None) -> None:
+        """Write the error that a job ended with to its row, as the engine does."""
+        (job,) = (job for job in self.jobs if job.id == job_id)
+        if isinstance(error, PalimpsestError):
+            self.harness.worker_parts.jobs.fail(job, error)
 
     def run(self) -> list[Resource]:
-        """To the end, as the engine does: what ended with an error is written down."""
-        jobs = {job.id: job for job in self.jobs}
-        for update in self.steps:
+        """Run all steps and return the edits."""
+        for _ in self.steps:
             self.harness.assert_base()
-            if isinstance(update, JobFinished) and isinstance(update.error, PalimpsestError):
-                self.harness.worker_parts.jobs.fail(jobs[update.job], update.error)
         return [self.harness.services.edits.get(edit) for edit in self.ids]
 
 
-def recording_phases(steps: JobSteps, recorded: list[str]) -> JobSteps:
-    """The same steps; their phases are noted."""
-    for update in steps:
-        if not isinstance(update, JobFinished):
-            recorded.append((update.progress if isinstance(update, JobProgress) else update).phase)
-        yield update
+def recording_phases(steps: Stepper[None], recorded: list[str]) -> Stepper[None]:
+    """Run the same steps and record the phase of each."""
+    for progress in steps:
+        recorded.append(progress.phase)
+        yield progress
 
 
 SUBJECTS = ("Eiffel Tower", "Big Ben", "Colosseum", "Mount Fuji")
@@ -916,13 +920,13 @@ def test_ineffective_edit_in_batch_is_rejected_alone(harness: EditingHarness) ->
 def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a version of all is harmful and none is to blame, halves are tried, down to each alone: all land."""
     new_edit_counts: list[int] = []
-    evaluate_guard = candidate.evaluate_guard
+    evaluate_guard = measure.evaluate_guard
 
     def fake_guard(
         plan: Any, before: Any, after: Any, strength: float, norms: Any, lead: float
     ) -> GuardResult:
         found = evaluate_guard(plan, before, after, strength, norms, lead)
-        return replace(found, checks=[Check("perplexity", new_edit_counts[-1] == 1, 9.0, 1.0)])
+        return replace(found, checks=[Check(CheckName.PERPLEXITY, new_edit_counts[-1] == 1, 9.0, 1.0)])
 
     composed = VersionedModel.compose_weights
 
@@ -934,7 +938,7 @@ def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch:
     def landed() -> set[str]:
         return {edit for edit, _ in harness.worker_parts.ledger.active_at(harness.worker_parts.ledger.head())}
 
-    monkeypatch.setattr(candidate, "evaluate_guard", fake_guard)
+    monkeypatch.setattr(measure, "evaluate_guard", fake_guard)
     monkeypatch.setattr(VersionedModel, "compose_weights", note)
     edits = EditBatch(harness, *(harness.submit(subject, "city") for subject in SUBJECTS)).run()
     assert [e["version"] for e in edits] == [1, 2, 3, 4]
@@ -980,12 +984,7 @@ def test_cancelled_edit_in_batch_is_not_committed(harness: EditingHarness, when:
     """A cancel is heard before the edit lands; those after it are tried again without it."""
     ids = [harness.submit(subject, "city") for subject in SUBJECTS[:3]]
     group = EditBatch(harness, *ids)
-    for update in group.steps:
-        if (
-            not isinstance(update, JobFinished)
-            and (update.progress if isinstance(update, JobProgress) else update).phase == when
-        ):
-            break
+    next(progress for progress in group.steps if progress.phase == when)
     harness.revert({"id": ids[1]})
     edits = group.run()
     assert [e["status"] for e in edits] == ["applied", "cancelled", "applied"]

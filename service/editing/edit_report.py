@@ -1,0 +1,159 @@
+"""The result of an edit as JSON, the reason of a rejection, and the provenance that the ledger records."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version as library_version
+from typing import Any
+
+from service.editing.candidate import ResolvedEdit, VersionMeasurement
+from service.editing.context import EditorContext
+from service.editing.edit_spec import EditFactors
+from service.editing.guard import CheckName, GuardResult
+from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
+from service.engine.versioned_model import VersionedModel
+from service.methods.registry import get_method
+from service.models.loading import WeightRef
+from service.scores.scores import share_preferring_new, share_preferring_true
+
+
+def edit_report(
+    resolved_edit: ResolvedEdit,
+    factors: EditFactors,
+    guard_result: GuardResult,
+    seconds: float,
+    batched_with: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the `result` of an edit. `batched_with`: the edits that were measured in the same version."""
+    before, after = guard_result.before, guard_result.after
+    first_neighbor = resolved_edit.first_neighbor
+
+    def probabilities(i: int) -> dict[str, Any]:
+        return {
+            "prompt": resolved_edit.probes[i].prompt,
+            "new": resolved_edit.probes[i].new,
+            "true": resolved_edit.probes[i].true,
+            "before": before.probe_results[i].probabilities(),
+            "after": after.probe_results[i].probabilities(),
+        }
+
+    return {
+        "target_true": resolved_edit.rewrite_probe.true,
+        "objective": resolved_edit.request.objective,
+        "rewrite": probabilities(0) | {"text_before": before.preview_text, "text_after": after.preview_text},
+        "paraphrase": [probabilities(i) for i in range(1, first_neighbor)],
+        "neighborhood": [probabilities(i) for i in range(first_neighbor, len(resolved_edit.probes))],
+        "scores": {"before": _scores(resolved_edit, before), "after": _scores(resolved_edit, after)},
+        "perplexity": {"before": before.perplexity, "after": after.perplexity},
+        "delta_norm": factors.delta_norm,
+        "norm_ratio": {weight_label(site): r for site, r in guard_result.norm_ratio.items()},
+        "layers": sorted({p.layer for p in factors.updates}),
+        "strength": guard_result.strength,
+        "optimisation": {"steps": len(factors.losses), "first": factors.losses[0], "last": factors.losses[-1]}
+        if factors.losses
+        else None,
+        "regressed_edits": guard_result.regressed_edits,
+        "conflicts": [
+            {
+                "edit": r.edit,
+                "prompt": r.prompt,
+                "target_new": r.target_new,
+                "probability": r.probability,
+                "cosine": r.cosine,
+            }
+            for r in guard_result.conflicts
+        ],
+        "supersedes": list(guard_result.supersedes),
+        "capacity": {str(layer): left for layer, left in sorted(guard_result.capacity.items())},
+        "batched_with": list(batched_with),
+        "guard": {
+            "passed": guard_result.passed,
+            "checks": [
+                {"name": str(c.name), "passed": c.passed, "figure": c.figure, "limit": c.limit}
+                for c in guard_result.checks
+            ],
+        },
+        "reason": _rejection_reason(guard_result),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _scores(resolved_edit: ResolvedEdit, measurement: VersionMeasurement) -> dict[str, float | None]:
+    """Return ES, PS and NS (Meng et al. 2022, section 3.3). To erase or amplify: the shares of the prompts on which the edit holds, and of
+    the neighborhood that keeps its answer."""
+    first_neighbor = resolved_edit.first_neighbor
+    if resolved_edit.request.objective == "write":
+        log_p = [(a.new, a.true) for a in measurement.probe_results]
+        return {
+            "ES": share_preferring_new(log_p[:1]),
+            "PS": share_preferring_new(log_p[1:first_neighbor]),
+            "NS": share_preferring_true(log_p[first_neighbor:]),
+        }
+    probe_results = list(zip(resolved_edit.probes, measurement.probe_results, strict=True))
+
+    def share(holds: Callable[[Probe, ProbeResult], bool], selected: slice) -> float | None:
+        outcomes = [holds(probe, result) for probe, result in probe_results[selected]]
+        return sum(outcomes) / len(outcomes) if outcomes else None
+
+    return {
+        "ES": share(edit_holds, slice(0, 1)),
+        "PS": share(edit_holds, slice(1, first_neighbor)),
+        "NS": share(neighbor_preserved, slice(first_neighbor, None)),
+    }
+
+
+def weight_label(site: WeightRef) -> str:
+    """Return the name of an edited weight in a report: the layer, with the part unless it is the MLP's."""
+    return str(site.layer) if site.part == "mlp" else f"{site.layer}.{site.part}"
+
+
+_EFFICACY_REASONS = {
+    "write": "the edit has no effect: the new object is not more probable than the old one",
+    "erase": "the edit has too little effect: the model still generates the true object, or too little of its probability is gone",
+    "amplify": "the edit has too little effect: the model does not generate the true object, or its probability rose too little",
+}
+_REASONS = {
+    CheckName.PROBABILITY: "the new object is less probable than required",
+    CheckName.PARAPHRASE: "too few paraphrases prefer the new object",
+    CheckName.NEIGHBORHOOD: "too many neighborhood prompts lost their answer",
+    CheckName.PERPLEXITY: "the perplexity on plain text rose too much",
+    CheckName.NORM: "the change of the weight is too large",
+    CheckName.CAPACITY: "active edits occupy too much of the edit's key: revert some, or name other layers",
+    CheckName.CONFLICT: "an active edit covers the same relation in other words",
+    CheckName.REGRESSIONS: "other active edits would no longer hold",
+}
+
+
+def _rejection_reason(guard_result: GuardResult) -> str | None:
+    """Return the failed checks as a sentence, or None when all passed."""
+    reasons = _REASONS | {CheckName.EFFICACY: _EFFICACY_REASONS[guard_result.objective]}
+    failed = [
+        f"{reasons[CheckName(c.name)]} ({c.figure:.3g}, limit {c.limit:.3g})"
+        for c in guard_result.checks
+        if not c.passed
+    ]
+    return "; ".join(failed) or None
+
+
+def build_provenance(
+    replica: VersionedModel, context: EditorContext, resolved_edit: ResolvedEdit, guard_result: GuardResult
+) -> dict[str, Any]:
+    """Return what the ledger records of the computation, so that repeating it gives the same factors."""
+    model, layers = replica.base, resolved_edit.parameters.layers
+    layers_with_statistics = layers if get_method(resolved_edit.method).needs_covariance else ()
+    return {
+        "method": resolved_edit.method,
+        "objective": resolved_edit.request.objective,
+        "hparams": resolved_edit.parameters.model_dump(mode="json"),
+        "strength": guard_result.strength,
+        "resolved_true": resolved_edit.rewrite_probe.true,
+        "supersedes": list(guard_result.supersedes),
+        "statistics": {str(x): context.statistics[x].digest for x in layers_with_statistics},
+        "corpus": context.corpus.digest,
+        "dtype": str(model.weight(layers[0]).dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "libraries": {name: library_version(name) for name in ("torch", "transformers")}
+        | {"python": platform.python_version()},
+        "fingerprint": model.fingerprint,
+    }

@@ -1,0 +1,249 @@
+"""Measurements of a version: of the version before an edit (the baseline), and of the version that contains candidates.
+
+Nothing is written. Several candidates may be measured in one version. Each has its own probes and its own guard. The perplexity and the
+regressions are those of the version, and count for every candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from service.editing.candidate import CandidateEdit, ResolvedEdit, VersionMeasurement
+from service.editing.conflicts import ConflictCandidate, find_conflict_candidates
+from service.editing.context import EditorContext
+from service.editing.guard import (
+    GuardResult,
+    add_conflicts_and_capacity,
+    evaluate_guard,
+    superseded_by_conflict,
+)
+from service.editing.probes import Probe, edit_holds, probe_of_entry, run_probes
+from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence
+from service.engine.versioned_model import VersionedModel
+from service.errors import InvalidInput
+from service.kit.steps import Phase, Progress, Stepper
+from service.kit.text import fact_key
+from service.models.loading import LoadedModel, WeightRef
+from service.models.scoring import compute_perplexity
+from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
+from service.schemas import Sampling
+from service.weights.capacity import measure_capacities
+from service.weights.composition import WeightDelta, compose, norm_ratio
+from service.weights.factors import Association, EditUpdate
+
+MAX_REGRESSION_PROBES = 64  # active edits that are probed for each candidate: those of its subject, then those with the nearest keys
+PREVIEW_TOKENS = 8  # tokens of the continuation that a report shows
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The version before the candidates: the edits that stay active, the regression probes and the measurements."""
+
+    version: int
+    active_updates: list[EditUpdate]
+    weight_deltas: dict[WeightRef, WeightDelta]  #: the changes of `active_updates`
+    regression_probes: dict[str, Probe]
+    measurements: list[VersionMeasurement]  #: one for each candidate
+    conflicts: list[
+        list[ConflictCandidate]
+    ]  #: of each candidate, with active edits of the same relation in other words
+    capacity: list[dict[int, float]]  #: of each candidate's key, by layer
+
+    def strength_schedule(self, resolved_edit: ResolvedEdit, model: LoadedModel) -> StrengthSchedule:
+        """Return the strengths that are tried for an edit next to the other active edits."""
+        active = len({p.edit for p in self.active_updates}) + len(self.measurements)
+        return strength_schedule(
+            resolved_edit.parameters, resolved_edit.parameters.strengths, active, model.intermediate_size
+        )
+
+
+def measure_baseline(
+    replica: VersionedModel, context: EditorContext, candidates: Sequence[CandidateEdit], version: int
+) -> Stepper[Baseline]:
+    """Measure a version before the candidates.
+
+    Edits that a candidate supersedes are left out, as at the new version: an older edit of the same fact, and one in conflict when the
+    request says so.
+    """
+    facts = {d.resolved_edit.fact for d in candidates}
+    bodies = {
+        edit: body
+        for edit, body in replica.ledger.active_at(version)
+        if fact_key(str(body["subject"]), str(body["prompt"])) not in facts
+    }
+    active_updates = replica.active_updates(version)
+    conflicts = yield from _find_conflicts(replica, candidates, bodies, active_updates)
+    superseded_ids = {
+        e
+        for d, found in zip(candidates, conflicts, strict=True)
+        for e in superseded_by_conflict(d.resolved_edit, found)
+    }
+    bodies = {edit: body for edit, body in bodies.items() if edit not in superseded_ids}
+    active = {edit: active_updates[edit] for edit in bodies}
+    regression_probes = {edit: probe_of_entry(bodies[edit]) for edit in _nearest_edits(active, candidates)}
+    resolved_edits = [d.resolved_edit for d in candidates]
+    weights = replica.weights(version)
+    measurements = yield from replica.step_with_weights(
+        weights, measure_version(replica, context, resolved_edits, regression_probes, version)
+    )
+    other_updates = [a for group in active.values() for a in group]
+    if len(active) < len(active_updates) and any(p.request.objective != "write" for p in resolved_edits):
+        rewrite_probing = run_probes(replica.base, [p.rewrite_probe for p in resolved_edits])
+        bare_results = yield from replica.step_with_weights(
+            replica.compose_weights(other_updates), rewrite_probing
+        )
+        measurements = [
+            replace(m, rewrite_without_superseded=answer)
+            for m, answer in zip(measurements, bare_results, strict=True)
+        ]
+    capacity = yield from measure_capacities([d.factors.updates for d in candidates], other_updates)
+    yield Progress(Phase.BASELINE, 1, 1)
+    return Baseline(
+        version, other_updates, compose(other_updates), regression_probes, measurements, conflicts, capacity
+    )
+
+
+def _find_conflicts(
+    replica: VersionedModel,
+    candidates: Sequence[CandidateEdit],
+    bodies: Mapping[str, Mapping[str, Any]],
+    updates: Mapping[str, list[EditUpdate]],
+) -> Stepper[list[list[ConflictCandidate]]]:
+    """Return the conflicts of each candidate with active edits of its subject."""
+    conflicts = []
+    for candidate in candidates:
+        new_updates = candidate.factors.updates
+        others = {
+            e: (body, updates[e])
+            for e, body in bodies.items()
+            if updates[e][0].subject == new_updates[0].subject
+        }
+        candidates_found = yield from find_conflict_candidates(
+            replica, candidate.resolved_edit.rewrite_probe, new_updates, others
+        )
+        limit = candidate.resolved_edit.request.guard.conflict_threshold
+        conflicts.append([r for r in candidates_found if r.is_conflict(limit)])
+    return conflicts
+
+
+def _nearest_edits(active: dict[str, list[EditUpdate]], candidates: Sequence[CandidateEdit]) -> list[str]:
+    """Return the active edits to probe for regressions: for each candidate those of its subject, then those whose keys overlap most with
+    its direction, then the newest edits without a key."""
+    keyed = {e: a for e, group in active.items() for a in group[:1] if isinstance(a, Association)}
+    keyless = [e for e in active if e not in keyed]
+    keys = torch.stack([a.key for a in keyed.values()]) if keyed else torch.empty(0, 0)
+    selected: dict[str, None] = {}
+    for candidate in candidates:
+        first_update = candidate.factors.updates[0]
+        same_subject = [e for e, group in active.items() if group[0].subject == first_update.subject]
+        nearest_keys: list[str] = []
+        if keyed and isinstance(first_update, Association):
+            overlap = (keys @ first_update.direction).abs().sort(descending=True, stable=True).indices
+            nearest_keys = [list(keyed)[i] for i in overlap.tolist()]
+        order = dict.fromkeys([*same_subject, *nearest_keys, *reversed(keyless), *active])
+        selected |= dict.fromkeys(list(order)[:MAX_REGRESSION_PROBES])
+    return list(selected)
+
+
+def evaluate_candidates(
+    replica: VersionedModel,
+    context: EditorContext,
+    candidates: Sequence[CandidateEdit],
+    baseline: Baseline,
+    strengths: Sequence[float],
+) -> Stepper[list[GuardResult]]:
+    """Compose the version that contains the candidates at the given strengths, measure it, and apply the guard to each."""
+    scaled_updates = [
+        [p.scaled(s) for p in d.factors.updates] for d, s in zip(candidates, strengths, strict=True)
+    ]
+    all_updates = baseline.active_updates + [a for group in scaled_updates for a in group]
+    weights = replica.compose_weights(all_updates)
+    yield Progress(Phase.COMPOSE, 1, 1)
+    resolved_edits = [d.resolved_edit for d in candidates]
+    after = yield from replica.step_with_weights(
+        weights, measure_version(replica, context, resolved_edits, baseline.regression_probes)
+    )
+    guard_results: list[GuardResult] = []
+    for i, (candidate, group) in enumerate(zip(candidates, scaled_updates, strict=True)):
+        norms = _norm_ratios(replica, baseline, group)
+        required_margin = baseline.strength_schedule(candidate.resolved_edit, replica.base).required_margin(
+            strengths[i]
+        )
+        guard_result = evaluate_guard(
+            candidate.resolved_edit, baseline.measurements[i], after[i], strengths[i], norms, required_margin
+        )
+        guard_results.append(
+            add_conflicts_and_capacity(
+                candidate.resolved_edit, guard_result, baseline.conflicts[i], baseline.capacity[i]
+            )
+        )
+        if len(candidates) > 1:
+            yield Progress(Phase.GUARD, len(guard_results), len(candidates))
+    return guard_results
+
+
+def measure_version(
+    replica: VersionedModel,
+    context: EditorContext,
+    resolved_edits: Sequence[ResolvedEdit],
+    regression_probes: dict[str, Probe],
+    version: int | None = None,
+) -> Stepper[list[VersionMeasurement]]:
+    """Measure the model with its current weights for each of the edits.
+
+    With the number of a committed version its perplexity is cached.
+    """
+    probes = [q for plan in resolved_edits for q in plan.probes]
+    results = iter((yield from run_probes(replica.base, [*probes, *regression_probes.values()])))
+    results_by_edit = [[next(results) for _ in plan.probes] for plan in resolved_edits]
+    holding = {edit for edit, question in regression_probes.items() if edit_holds(question, next(results))}
+    preview_texts = yield from generate_greedy(
+        replica.base, [plan.rewrite_probe.prompt for plan in resolved_edits]
+    )
+    perplexity = context.perplexities.get(version) if version is not None else None
+    if perplexity is None:
+        perplexity = yield from compute_perplexity(replica.base, context.reference_texts)
+    if version is not None:
+        context.cache_perplexity(version, perplexity)
+    return [
+        VersionMeasurement(a, s, perplexity, holding)
+        for a, s in zip(results_by_edit, preview_texts, strict=True)
+    ]
+
+
+def generate_greedy(
+    model: LoadedModel, prompts: Sequence[str], length: int = PREVIEW_TOKENS
+) -> Stepper[list[str]]:
+    """Return the greedy continuations of the prompts, at most `length` tokens each, decoded in one batch."""
+    greedy = Sampling(max_new_tokens=length, temperature=0)
+    rows: list[DecodingSequence | None] = []
+    for prompt in prompts:
+        try:
+            rows.append(new_sequence(model, prompt, greedy))
+        except InvalidInput:  # the prompt fills all positions of the model
+            rows.append(None)
+    batch = DecodingBatch(model, [r for r in rows if r is not None])
+    step = 0
+    while len(batch):
+        batch.step()
+        step += 1
+        yield Progress(Phase.ANSWER, step, length)
+    return [r.text if r is not None else "" for r in rows]
+
+
+def _norm_ratios(
+    replica: VersionedModel, baseline: Baseline, updates: Sequence[EditUpdate]
+) -> dict[WeightRef, float]:
+    """Return the norm of the change that an edit adds to the other active edits, as a multiple of the weight's norm.
+
+    The change of the edit alone, not of the version: many sound edits together change a weight more than one unsound edit.
+    """
+    touched_weights = {p.weight_ref for p in updates}
+    after = compose(p for p in [*baseline.active_updates, *updates] if p.weight_ref in touched_weights)
+    before = baseline.weight_deltas
+    own_deltas = {x: after[x].minus(before[x]) if x in before else after[x] for x in touched_weights}
+    return {x: norm_ratio(replica.base.parameter(x).data, change) for x, change in own_deltas.items()}
