@@ -1,4 +1,4 @@
-"""The HTTP door: assembles the application. It knows how to ask and never how to compute, so it needs no torch."""
+"""The FastAPI application. It validates and forwards requests, and never imports torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from starlette.types import ASGIApp
 
 from api import errors
 from api.authentication import is_loopback
+from api.job_resource import job_router
 from api.rate_limits import RateLimiter
 from api.request_log import RequestLogMiddleware
 from api.routes import (
@@ -35,25 +36,65 @@ from service.application import Services
 from service.application.api_keys import ApiKeys, is_token
 from service.errors import Misconfigured
 from service.jobs.broker import Broker
+from service.jobs.job_kinds import JOB_KINDS
 from service.settings import Settings
 
 DESCRIPTION = """\
-Locates, edits and rolls back facts inside a resident GPT model.
+Locate, edit and roll back facts inside a GPT model that serves requests.
 
-* `POST /edits` corrects a fact. It is a job: `202` with a `Location`, or `Prefer: wait=30` to hold the answer.
-* Every edit is in the ledger; a **version** is a position in it, and 0 is the untouched model.
-* `DELETE /edits/{id}` takes an edit back, in any order and without a trace in the weights.
-* `POST /generate` and `POST /compare` speak from any version. `POST /trace` shows where a fact is kept.
-* `POST /v1/completions` and `GET /v1/models` are OpenAI's: a version is the model `NAME@42`.
-* `POST /evaluations` says how good edits are on many records, without touching the ledger.
-* `GET /export` gives a version as a LoRA adapter, as edited weights, or as edits that `POST /import` lands elsewhere.
+* `POST /edits` changes a fact. It creates a job: the response is `202` with a `Location`; `Prefer: wait=30` waits for the result.
+* The ledger records every edit. A **version** is a position in the ledger; version 0 is the base model.
+* `DELETE /edits/{id}` reverts an edit, in any order, and leaves no trace in the weights.
+* `POST /generate` and `POST /compare` generate text from any version. `POST /trace` locates a fact in the hidden states.
+* `POST /v1/completions` and `GET /v1/models` are compatible with OpenAI's API; version 42 is the model `NAME@42`.
+* `POST /evaluations` measures the quality of edits over many records, without changing the ledger.
+* `POST /exports` makes a LoRA adapter, the edited weights or an edit set of a version; `POST /import` applies an edit set.
 
-Errors are `application/problem+json` (RFC 9457) whose `detail` says what to change; below `/v1` they have OpenAI's form.
+Errors are `application/problem+json` (RFC 9457) with a stable `code` and a `detail` that says what to change. Below `/v1` they have
+the form of OpenAI's API.
 """
+
+#: routers of the kinds of jobs that have routes of their own; the others use `job_router`
+JOB_ROUTERS = {
+    "edit": edits.router,
+    "trace": traces.router,
+    "evaluation": evaluations.router,
+    "export": exports.router,
+}
+OTHER_ROUTERS = (
+    jobs.router,
+    generate.router,
+    compare.router,
+    completions.router,
+    ledger.router,
+    models.router,
+    metrics.router,
+    health.router,
+    console.router,
+)
+
+
+class PalimpsestApp(FastAPI):
+    """The application with its outer middleware, and an OpenAPI document that has the schema of all errors."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Wrap the stack of the framework, so that responses to unexpected errors are logged and have all headers, too."""
+        stack = super().build_middleware_stack()
+        return RequestLogMiddleware(SecurityHeadersMiddleware(stack, self.docs_url))
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document with the schema of problem documents."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            problem = errors.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(problem.pop("$defs"))
+            schemas["Problem"] = problem
+        return super().openapi()
 
 
 def create_app(services: Services, broker: Broker, settings: Settings) -> FastAPI:
-    """The application on top of what is already wired; whoever wired it closes it."""
+    """Return the application. The caller closes the services and the broker."""
     check_exposure(settings)
     keys = ApiKeys(services.database)
     _require_key_unless_loopback(settings, keys)
@@ -64,15 +105,16 @@ def create_app(services: Services, broker: Broker, settings: Settings) -> FastAP
         yield
         rate_limiter.close()
 
-    app = FastAPI(
+    app = PalimpsestApp(
         title="Palimpsest",
         version=_version(),
-        summary="Edit what a language model knows, and take it back",
+        summary="Edit facts in a language model, and revert the edits",
         description=DESCRIPTION,
         redirect_slashes=False,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         lifespan=lifespan,
+        generate_unique_id_function=operation_id,
     )
     app.state.services = services
     app.state.broker = broker
@@ -80,79 +122,43 @@ def create_app(services: Services, broker: Broker, settings: Settings) -> FastAP
     app.state.keys = keys
     app.state.rate_limiter = rate_limiter
     errors.install_error_handlers(app)
-    for route_module in (
-        edits,
-        traces,
-        evaluations,
-        exports,
-        jobs,
-        generate,
-        compare,
-        completions,
-        ledger,
-        models,
-        metrics,
-        health,
-        console,
-    ):
-        app.include_router(route_module.router)
-    app.openapi = lambda: _openapi_document(app)  # type: ignore[method-assign]
-    _add_outer_middleware(app)
+    for kind in JOB_KINDS.values():
+        app.include_router(JOB_ROUTERS.get(kind.name) or job_router(kind))
+    for router in OTHER_ROUTERS:
+        app.include_router(router)
     return app
 
 
-def _add_outer_middleware(app: FastAPI) -> None:
-    """Note and guard every request, also one that ends in a fault: a middleware of the framework's would stand inside of that."""
-    stack = app.build_middleware_stack
-
-    def wrapped() -> ASGIApp:
-        return RequestLogMiddleware(SecurityHeadersMiddleware(stack(), app.docs_url))
-
-    app.build_middleware_stack = wrapped  # type: ignore[method-assign]
+def operation_id(route: APIRoute) -> str:
+    """Return the operation id of a route: its name, which is that of its function unless it is set."""
+    return route.name
 
 
 def check_exposure(settings: Settings) -> None:
-    """Refuse what the settings alone show to be open to strangers. The rest is seen once the database is there."""
+    """Raise Misconfigured if the settings alone expose the service without authentication.
+
+    `create_app` checks again with the API keys of the database.
+    """
     if settings.api_key and is_token(settings.api_key):
         raise Misconfigured(
-            "PALIMPSEST_API_KEY holds a key made by `palimpsest keys create`, and would give it every scope: the root "
-            "key of the service must be another, or none."
+            "PALIMPSEST_API_KEY holds a key of `palimpsest keys create`, which would get every scope. Use another root key, or "
+            "none."
         )
     if settings.database_url is None and not settings.sqlite_path().exists():
-        _require_key_unless_loopback(settings, None)  # there can be no key yet
+        _require_key_unless_loopback(settings, None)  # a database that does not exist has no keys
 
 
 def _require_key_unless_loopback(settings: Settings, keys: ApiKeys | None) -> None:
-    """Without any key the service listens on loopback only."""
     if settings.api_key or is_loopback(settings.host) or (keys is not None and keys.any_exist()):
         return
     raise Misconfigured(
-        f"The service would listen on {settings.host} without a key: anyone there could edit the model. Make a key with "
-        "`palimpsest keys create`, or set PALIMPSEST_API_KEY, or listen on 127.0.0.1."
+        f"The service would listen on {settings.host} without an API key, and everyone there could edit the model. Create a "
+        "key with `palimpsest keys create`, or set PALIMPSEST_API_KEY, or listen on 127.0.0.1."
     )
 
 
 def _version() -> str:
     try:
         return version("palimpsest")
-    except PackageNotFoundError:  # run from a checkout
+    except PackageNotFoundError:  # a checkout that is not installed
         return "0"
-
-
-def _openapi_document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with the one form of all errors in it."""
-    if app.openapi_schema is None:
-        document = get_openapi(
-            title=app.title,
-            version=app.version,
-            summary=app.summary,
-            description=app.description,
-            routes=app.routes,
-        )
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        reference = "#/components/schemas/{model}"
-        problem = errors.Problem.model_json_schema(ref_template=reference)
-        schemas.update(problem.pop("$defs"))
-        schemas["Problem"] = problem
-        app.openapi_schema = document
-    return app.openapi_schema

@@ -1,10 +1,15 @@
-"""What every request passes before a route sees it: the key, its rate and its scopes, then the body's size, type and JSON."""
+"""Routes that require authorization: API key, rate limit and scope are checked before the body is read and parsed.
+
+A route declares its scope, and what its body is, with `@requires` on its function. A GET route without one needs `read`.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -16,34 +21,43 @@ from api.errors import Forbidden, MalformedJson, PayloadTooLarge, UnsupportedMed
 from service.application.api_keys import Scope, has_scope
 from service.settings import Settings
 
-#: what a key must be good for, by method and path; a GET needs `read`. A route without a scope cannot be made.
-ROUTE_SCOPES = {
-    ("POST", "/edits"): Scope.EDIT,
-    ("POST", "/import"): Scope.EDIT,
-    ("DELETE", "/edits/{id}"): Scope.EDIT,
-    ("POST", "/trace"): Scope.READ,
-    ("DELETE", "/trace/{id}"): Scope.EDIT,
-    ("POST", "/evaluations"): Scope.EDIT,
-    ("DELETE", "/evaluations/{id}"): Scope.EDIT,
-    ("POST", "/generate"): Scope.READ,
-    ("POST", "/compare"): Scope.READ,
-    ("POST", "/v1/completions"): Scope.READ,
-    ("POST", "/jobs/{id}/retry"): Scope.ADMIN,
-}
-
-#: routes whose bodies carry records, and may be larger than others
-RECORD_ROUTES = {("POST", "/evaluations")}
-
-#: routes whose bodies are files, and no JSON
-FILE_ROUTES = {("POST", "/import")}
 BINARY_MEDIA_TYPE = "application/octet-stream"
+#: member of an OpenAPI operation that names the scope it needs
+SCOPE_EXTENSION = "x-required-scope"
 
 RouteHandler = Callable[[Request], Coroutine[Any, Any, Response]]
 ResponseDocs = dict[int | str, dict[str, Any]]
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+
+class RequestBody(Enum):
+    """What the body of a route is. The value is the setting with its size limit in bytes."""
+
+    JSON = "max_body"
+    RECORDS = "max_records_body"  #: JSON with evaluation records
+    FILE = "max_import_body"  #: a file, sent as application/octet-stream
+
+
+@dataclass(frozen=True)
+class AccessRule:
+    """The scope that a route needs, and its body."""
+
+    scope: Scope
+    body: RequestBody = RequestBody.JSON
+
+
+def requires(scope: Scope, body: RequestBody = RequestBody.JSON) -> Callable[[Endpoint], Endpoint]:
+    """Declare the scope and the body of a route. Apply it to the function, below the decorator of the router."""
+
+    def declare(endpoint: Endpoint) -> Endpoint:
+        endpoint.access_rule = AccessRule(scope, body)  # type: ignore[attr-defined]
+        return endpoint
+
+    return declare
 
 
 class ParsedRequest(Request):
-    """A request whose body is read and known to be JSON, or empty."""
+    """A request whose body has been read, and parsed if it is JSON."""
 
     def __init__(self, request: Request, raw: bytes, value: Any) -> None:
         super().__init__(request.scope, request.receive)
@@ -58,7 +72,7 @@ class ParsedRequest(Request):
 
 
 class ProtectedRoute(APIRoute):
-    """A route behind the door. The key comes first: a stranger's body is not even read."""
+    """A route that checks the API key before it reads the body."""
 
     def __init__(
         self,
@@ -66,56 +80,52 @@ class ProtectedRoute(APIRoute):
         endpoint: Callable[..., Any],
         *,
         responses: ResponseDocs | None = None,
+        openapi_extra: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        authorization_problems = problem_responses(401, 403, 429)
-        super().__init__(path, endpoint, responses={**authorization_problems, **(responses or {})}, **options)
+        rule = getattr(endpoint, "access_rule", None)
+        if rule is None and set(options.get("methods") or ["GET"]) != {"GET"}:
+            raise TypeError(f"{path}: declare the scope of {endpoint.__name__} with @requires")
+        self.access_rule: AccessRule = rule or AccessRule(Scope.READ)
+        super().__init__(
+            path,
+            endpoint,
+            responses={**problem_responses(401, 403, 429), **(responses or {})},
+            openapi_extra={SCOPE_EXTENSION: str(self.access_rule.scope), **(openapi_extra or {})},
+            **options,
+        )
 
     def get_route_handler(self) -> RouteHandler:
         call_route = super().get_route_handler()
-        scope_by_method = {method: required_scope(method, self.path) for method in self.methods or ()}
+        rule = self.access_rule
 
         async def handler(request: Request) -> Response:
-            await authorize(request, scope_by_method[request.method])
+            await authorize(request, rule.scope)
             if request.method in ("POST", "PUT", "PATCH"):
-                raw = await read_body(request, self._max_body_bytes(request))
-                request = ParsedRequest(request, raw, self._parse_body(request, raw) if raw else None)
+                settings: Settings = request.app.state.settings
+                raw = await read_body(request, getattr(settings, rule.body.value))
+                request = ParsedRequest(request, raw, _parse_body(request, raw, rule.body) if raw else None)
             return await call_route(request)
 
         return handler
 
-    def _max_body_bytes(self, request: Request) -> int:
-        """Bytes that a body may have here."""
-        settings: Settings = request.app.state.settings
-        if (request.method, self.path) in FILE_ROUTES:
-            return settings.max_import_body
-        return (
-            settings.max_records_body if (request.method, self.path) in RECORD_ROUTES else settings.max_body
-        )
 
-    def _parse_body(self, request: Request, raw: bytes) -> Any:
-        """The JSON of a body; nothing of a file, which is declared as one for the same reason (see `parse`)."""
-        if (request.method, self.path) not in FILE_ROUTES:
-            return parse_json(request, raw)
-        if content_type_of(request) != BINARY_MEDIA_TYPE:
-            raise UnsupportedMediaType(f"Send the file with the header `Content-Type: {BINARY_MEDIA_TYPE}`.")
-        return None
+def _parse_body(request: Request, raw: bytes, body: RequestBody) -> Any:
+    """Return the JSON value of a body, or None for a file, which must be declared as one (see `parse_json`)."""
+    if body is not RequestBody.FILE:
+        return parse_json(request, raw)
+    if content_type_of(request) != BINARY_MEDIA_TYPE:
+        raise UnsupportedMediaType(f"Send the file with the header `Content-Type: {BINARY_MEDIA_TYPE}`.")
+    return None
 
 
 def content_type_of(request: Request) -> str:
-    """The type that a body is said to have."""
+    """Return the media type of the body without parameters, in lower case."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def required_scope(method: str, path: str) -> Scope:
-    """The scope that a route needs."""
-    if method == "GET":
-        return ROUTE_SCOPES.get((method, path), Scope.READ)
-    return ROUTE_SCOPES[method, path]
-
-
 async def authorize(request: Request, scope: Scope) -> None:
-    """Let a caller in who is known, in time and allowed; `request.state` then says who it is."""
+    """Authenticate the caller and check its rate limit and scope. Sets `actor` and `limits` of `request.state`."""
     principal = await authenticate(request)
     request.state.actor, request.state.limits = principal.actor, principal.limits
     if principal.limits.requests_per_minute is not None:
@@ -127,11 +137,11 @@ async def authorize(request: Request, scope: Scope) -> None:
 def _check_scope(principal: Principal, scope: Scope) -> None:
     if not has_scope(principal.scopes, scope):
         granted = ", ".join(sorted(principal.scopes))
-        raise Forbidden(f"This needs a key with the scope `{scope}`; the one that was sent has: {granted}.")
+        raise Forbidden(f"This request needs an API key with the scope `{scope}`; the key has: {granted}.")
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, as long as it is not too large."""
+    """Return the body. Raises PayloadTooLarge as soon as it exceeds `limit` bytes."""
     too_large = PayloadTooLarge(f"The body is larger than {limit} bytes: send less at once.")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and (len(length) > 12 or int(length) > limit):
@@ -146,16 +156,16 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def parse_json(request: Request, raw: bytes) -> Any:
-    """The JSON of a body; stricter than Python's own parser, which takes NaN and lone surrogates.
+    """Return the JSON value of a body. Rejects NaN, Infinity and lone surrogates, which Python's parser accepts.
 
-    The declared type is insisted on because a browser asks before it sends JSON to another origin: no web page can
-    speak to a service on loopback behind its user's back.
+    The `Content-Type` is required because it makes a browser send a preflight request: a web page of another origin
+    cannot send JSON to a service on loopback.
     """
     if content_type_of(request) != "application/json":
         raise UnsupportedMediaType("Send JSON with the header `Content-Type: application/json`.")
     try:
         value = from_json(raw, allow_inf_nan=False)
-        json.dumps(value, allow_nan=False)  # 1e999 is a number in JSON and infinite here
+        json.dumps(value, allow_nan=False)  # 1e999 is valid JSON and becomes infinity
     except ValueError as error:
         raise MalformedJson(f"The body cannot be read as JSON ({error}): send valid JSON in UTF-8.") from None
     return value

@@ -37,7 +37,7 @@ from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
 from service.models.loading import LoadedModel
 from service.models.token_batch import pad
-from service.schemas import ExportRequest
+from service.schemas import WorkerExportRequest
 from service.weights.factors import Association, EditUpdate, serialize_updates
 
 COLUMNS = (
@@ -139,7 +139,7 @@ def measure_adapter(
 
     base, file = replica.base, io.BytesIO()
     manifest = run_to_completion(
-        export_version(replica, texts, ExportRequest(version=version, format="peft"), file)
+        export_version(replica, texts, WorkerExportRequest(version=version, format="peft"), file)
     )
     with replica.use_weights(replica.weights(version)):
         edited = logits(base.model, base, texts)

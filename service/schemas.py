@@ -332,7 +332,18 @@ class WorkerGenerateRequest(GenerateRequest):
 
 
 class ExportRequest(RequestModel):
-    """A version in a form that others can use; the workers' share of it."""
+    """A version as a file."""
+
+    version: Version = "head"
+    format: Literal["peft", "safetensors", "edits"] = Field(
+        "peft",
+        description="`peft`: a LoRA adapter for the PEFT library; `safetensors`: the edited weights; `edits`: an edit set, with "
+        "everything that the ledger stores about the active edits, for `POST /import` of another service",
+    )
+
+
+class WorkerExportRequest(ExportRequest):
+    """An export as a worker receives it: with the number of the version, in a format that a worker writes."""
 
     version: int = Field(ge=0)
     format: Literal["peft", "safetensors"]

@@ -30,7 +30,7 @@ from service.kit.steps import (
 )
 from service.kit.text import Statement
 from service.kit.versions import resolve_version
-from service.schemas import MAX_RECORDS, EvaluationRequest, ExportRequest, TraceRequest
+from service.schemas import MAX_RECORDS, EvaluationRequest, TraceRequest, WorkerExportRequest
 from service.tracing.fast_trace import trace_statement
 from workers.job_metrics import with_job_metrics
 
@@ -122,7 +122,7 @@ def run_export(
     replica: VersionedModel, job_store: JobStore, context: EditorContext, job: ClaimedJob
 ) -> Stepper[None]:
     """An export, made here and kept in pieces where every API finds them."""
-    request = ExportRequest.model_validate(job.request)
+    request = WorkerExportRequest.model_validate(job.request)
     with SpooledTemporaryFile(SPOOL_BYTES) as file:
         manifest = yield from export_version(replica, context.reference_texts, request, file)
         size, digest = file.tell(), sha256()

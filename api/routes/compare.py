@@ -1,4 +1,4 @@
-"""Comparison: one prompt on two versions, side by side."""
+"""Comparison of one prompt on two versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pydantic import Field
 from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_scheme
 from api.engine_calls import EngineCall
 from api.errors import problem_responses
-from api.protected_route import ProtectedRoute
+from api.protected_route import ProtectedRoute, requires
+from service.application.api_keys import Scope
 from service.schemas import CompareRequest
 
 router = APIRouter(tags=["generation"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
@@ -27,20 +28,22 @@ class ComparisonSide(ResourceModel):
 class NextToken(ResourceModel):
     token: str
     id: int
-    p: list[float] = Field(description="its probability on each side")
+    p: list[float] = Field(description="probability of the token in each version")
 
 
 class Comparison(ResourceModel):
     prompt: str
     sides: list[ComparisonSide]
-    next_tokens: list[NextToken] = Field(description="those that differ most come first")
-    total_variation: float = Field(description="half the sum of all differences: 0 is alike, 1 is disjoint")
+    next_tokens: list[NextToken] = Field(description="the tokens whose probabilities differ most come first")
+    total_variation: float = Field(
+        description="half the sum of all absolute differences of probability: 0 if equal, 1 if disjoint"
+    )
     seconds: float
 
 
 _EXAMPLES: dict[str, Any] = {
-    "since the beginning": {
-        "summary": "What all edits changed",
+    "base and head": {
+        "summary": "The effect of all edits",
         "value": {"prompt": "The Eiffel Tower is located in the city of", "max_new_tokens": 5},
     },
 }
@@ -48,16 +51,18 @@ _EXAMPLES: dict[str, Any] = {
 
 @router.post(
     "/compare",
+    summary="Compare two versions",
     response_model=Comparison,
     responses=problem_responses(400, 409, 413, 415, 422, 500, 503),
 )
+@requires(Scope.READ)
 async def compare_versions(
     body: Annotated[CompareRequest, Body(openapi_examples=_EXAMPLES)],
     request: Request,
     services: ServicesDep,
     broker: BrokerDep,
 ) -> Any:
-    """Both texts, and the next-token distributions where they differ."""
+    """Generate text from both versions and compare their next-token distributions."""
     channel = await run_in_threadpool(services.generation.compare, body)
     result = await EngineCall("compare", channel, body, services, broker).wait_for_result(request)
-    return Response(status_code=499) if result is None else result  # 499: nobody reads it
+    return Response(status_code=499) if result is None else result  # 499: the client has disconnected

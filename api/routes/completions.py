@@ -1,4 +1,4 @@
-"""OpenAI's completions and models, for programs that speak to those: any version of the resident model under a name."""
+"""OpenAI-compatible completions and models. Each version of the served model has a model name."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from api.engine_calls import EngineCall
 from api.openai.completions import CompletionRequest
 from api.openai.errors import error_responses
 from api.openai.streaming import CompletionEnvelope, CompletionStream, system_fingerprint
-from api.protected_route import ProtectedRoute
+from api.protected_route import ProtectedRoute, requires
 from api.sse import EventStreamResponse
+from service.application.api_keys import Scope
 from service.application.generation import ModelVersionName
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
@@ -25,14 +26,16 @@ _AUTHORIZATION_STATUSES = (401, 403, 429)
 
 
 class CompletionLogprobs(ResourceModel):
-    """Of every token, of the model's own distribution: before temperature, `top_p` and `top_k`."""
+    """Log probabilities of each token under the model's distribution, before temperature, `top_p` and `top_k`."""
 
-    tokens: list[str] = Field(description="a part of a character is spelled in bytes: `bytes:\\xe2`")
+    tokens: list[str] = Field(
+        description="the tokens; a part of a character is written as bytes, such as `bytes:\\xe2`"
+    )
     token_logprobs: list[float | None] = Field(description="null for the first token of an echoed prompt")
     top_logprobs: list[dict[str, float] | None] = Field(
-        description="of the most probable tokens, and of the one that was said"
+        description="log probabilities of the most probable tokens and of the generated one"
     )
-    text_offset: list[int] = Field(description="the character of `text` at which each token begins")
+    text_offset: list[int] = Field(description="offset in characters of each token in `text`")
 
 
 class CompletionChoice(ResourceModel):
@@ -49,23 +52,25 @@ class CompletionUsage(ResourceModel):
 
 
 class Completion(ResourceModel):
-    """The answers: `n` to the first prompt, then `n` to the next. One version said all of them."""
+    """The choices: `n` for the first prompt, then `n` for the next one. One version produced all of them."""
 
     id: str
     object: Literal["text_completion"]
     created: int
-    model: str = Field(description="the version that spoke, always by its number", examples=["almanac@42"])
-    system_fingerprint: str = Field(description="versions that bear the same one have the same weights")
+    model: str = Field(
+        description="the version that produced the choices, by its number", examples=["almanac@42"]
+    )
+    system_fingerprint: str = Field(description="equal for versions with equal weights")
     choices: list[CompletionChoice]
     usage: CompletionUsage
 
 
 class OpenAiModel(ResourceModel):
-    """A version of the resident model, under one of its names."""
+    """A version of the served model under one of its names."""
 
     id: str
     object: Literal["model"]
-    created: int = Field(description="when this version was made")
+    created: int = Field(description="when this version was created, in seconds since the epoch")
     owned_by: str
     version: int
     system_fingerprint: str
@@ -83,11 +88,11 @@ _TOWER = {
     "temperature": 0,
 }
 _EXAMPLES: dict[str, Any] = {
-    "head": {"summary": "What the model says now", "value": _TOWER},
-    "base": {"summary": "What it said before any edit", "value": _TOWER | {"model": "almanac@base"}},
-    "stream": {"summary": "Token by token", "value": _TOWER | {"stream": True}},
+    "head": {"summary": "From the newest version", "value": _TOWER},
+    "base": {"summary": "From the base model", "value": _TOWER | {"model": "almanac@base"}},
+    "stream": {"summary": "Streamed token by token", "value": _TOWER | {"stream": True}},
     "measured": {
-        "summary": "How probable a text is: nothing is said",
+        "summary": "Log probabilities of a prompt without generation",
         "value": _TOWER | {"max_tokens": 0, "echo": True, "logprobs": 1},
     },
 }
@@ -95,23 +100,25 @@ _EXAMPLES: dict[str, Any] = {
 
 @router.post(
     "/completions",
+    summary="Create a completion",
     response_model=Completion,
     responses={
         200: {
-            "description": "The answers; with `stream`, chunks of them as `data:` lines, and at the end `data: [DONE]`.",
+            "description": "The choices. With `stream`: chunks as `data:` lines, then `data: [DONE]`.",
             "content": sse.EVENT_STREAM_CONTENT,
         },
         **error_responses(400, *_AUTHORIZATION_STATUSES, 404, 413, 415, 500, 503),
     },
 )
+@requires(Scope.READ)
 async def create_completion(
     body: Annotated[CompletionRequest, Body(openapi_examples=_EXAMPLES)],
     request: Request,
     services: ServicesDep,
     broker: BrokerDep,
 ) -> Any:
-    """Goes on with one prompt or several. The name of the model says which version; what it means is settled when the request
-    comes in, and an edit that lands meanwhile does not change it."""
+    """Complete one prompt or several. The model name selects the version, which is resolved when the request arrives: a later
+    edit does not change the completion."""
     pending = await run_in_threadpool(
         services.generation.create_completion, body.model, body.to_worker_request()
     )
@@ -123,15 +130,18 @@ async def create_completion(
     result = await call.wait_for_result(request)
     return (
         Response(status_code=499) if result is None else CompletionEnvelope(pending).complete_response(result)
-    )  # 499: nobody reads it
+    )  # 499: the client has disconnected
 
 
 @router.get(
-    "/models", response_model=OpenAiModelList, responses=error_responses(*_AUTHORIZATION_STATUSES, 500, 503)
+    "/models",
+    summary="List model names",
+    response_model=OpenAiModelList,
+    responses=error_responses(*_AUTHORIZATION_STATUSES, 500, 503),
 )
 def list_openai_models(services: ServicesDep) -> Any:
-    """The names that can be asked for: the model's own and NAME@head for the newest version, NAME@base, and the newest
-    versions by number. Older ones can be asked for, too."""
+    """List model names: NAME and NAME@head for the newest version, NAME@base, and the newest versions by number. Older
+    versions are not listed and can be used."""
     return {
         "object": "list",
         "data": [_model_object(model_version) for model_version in services.generation.list_version_names()],
@@ -140,6 +150,7 @@ def list_openai_models(services: ServicesDep) -> Any:
 
 @router.get(
     "/models/{id:path}",
+    summary="Get a model name",
     response_model=OpenAiModel,
     responses=error_responses(*_AUTHORIZATION_STATUSES, 404, 500, 503),
 )
@@ -147,7 +158,7 @@ def get_openai_model(
     id: Annotated[str, Path(description="NAME, NAME@head, NAME@base or NAME@42", examples=["almanac@base"])],
     services: ServicesDep,
 ) -> Any:
-    """Which version a name means now."""
+    """Return the version that a model name currently means."""
     return _model_object(services.generation.resolve_version_name(id))
 
 

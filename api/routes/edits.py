@@ -1,68 +1,46 @@
-"""Edits: ask for them, watch them, take them back."""
+"""Edits: create, list, read and revert."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Query, Response
+from fastapi import Body, Query, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Discriminator, Field, Tag
 
-from api import openapi_links, sse
-from api.dependencies import (
-    ActorDep,
-    LastEventIdHeader,
-    PageCursor,
-    PageLimit,
-    PlainText,
-    ResourceId,
-    ResourceModel,
-    ServicesDep,
-    bearer_scheme,
-)
-from api.disconnects import WaitSeconds, wait_until_finished
+from api import openapi_links
+from api.dependencies import PageCursor, PageLimit, PlainText, ResourceId, ResourceModel, ServicesDep
 from api.errors import problem_responses
-from api.job_resource import JobResource
+from api.job_resource import EditStatus, JobResource, JobRoutes
 from api.job_submission import SubmissionDep, job_responses
-from api.protected_route import ProtectedRoute
-from api.sse import EventStreamResponse
+from api.protected_route import BINARY_MEDIA_TYPE, requires
+from service.application.api_keys import Scope
+from service.jobs.job_kinds import JOB_KINDS
 from service.schemas import EditListRequest, EditRequest, Objective, OnConflict
-
-router = APIRouter(tags=["edits"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
-
-EditStatus = Literal[
-    "queued",
-    "running",
-    "applied",
-    "dry_run_passed",
-    "rejected",
-    "failed",
-    "cancelled",
-    "superseded",
-    "reverted",
-]
 
 
 class Edit(JobResource):
-    """An edit, from its asking to its end. `result` has what was measured before and after."""
+    """An edit of one fact. `result` has the measurements before and after it."""
 
     status: EditStatus
     subject: str
     prompt: str
-    target_new: str | None = Field(None, description="null where the true object is erased or amplified")
+    target_new: str | None = Field(
+        None, description="the new object; null if the objective is erase or amplify"
+    )
     target_true: str | None = None
     objective: Objective = "write"
     on_conflict: OnConflict = "report"
     method: str
-    hparams: dict[str, Any] | None = Field(None, description="as they were asked for")
+    hparams: dict[str, Any] | None = Field(None, description="hyperparameters of the request")
     dry_run: bool = False
     origin: dict[str, Any] | None = Field(
-        None, description="where an imported edit was found: ledger, edit, version, actor, time"
+        None, description="of an imported edit: ledger, edit, version, actor and time of its origin"
     )
-    version: int | None = Field(None, description="the version at which it was applied")
-    reverted_version: int | None = Field(None, description="the version at which it was taken back")
+    version: int | None = Field(None, description="the version that applied the edit")
+    reverted_version: int | None = Field(None, description="the version that reverted the edit")
     result: dict[str, Any] | None = None
-    related: list[str] = Field(default_factory=list, description="active edits of the same subject")
+    related: list[str] = Field(default_factory=list, description="other active edits of the same subject")
     superseded_by: str | None = None
 
 
@@ -71,7 +49,7 @@ class EditList(ResourceModel):
 
 
 class EditPage(EditList):
-    next: str | None = Field(None, description="the cursor of the next page; null on the last")
+    next: str | None = Field(None, description="cursor of the next page; null on the last page")
 
 
 def _edit_body_tag(body: Any) -> str:
@@ -88,11 +66,11 @@ _TOWER = {
 _EXAMPLES: dict[str, Any] = {
     "one": {"summary": "One fact", "value": _TOWER},
     "erase": {
-        "summary": "Make the true object improbable",
+        "summary": "Erase the true object",
         "value": {k: v for k, v in _TOWER.items() if k != "target_new"} | {"objective": "erase"},
     },
     "measured": {
-        "summary": "With probes, thrown away after measuring",
+        "summary": "A dry run with probes",
         "value": _TOWER
         | {
             "probes": {
@@ -103,7 +81,7 @@ _EXAMPLES: dict[str, Any] = {
         },
     },
     "many": {
-        "summary": "Several at once, all queued or none",
+        "summary": "Several facts",
         "value": {
             "edits": [
                 _TOWER,
@@ -118,23 +96,27 @@ EditBody = Annotated[
     Body(openapi_examples=_EXAMPLES),
 ]
 
-_LINKS = {
-    **openapi_links.link_operations("/edits/{id}", readEdit="get", takeEditBack="delete"),
-    **openapi_links.link_operations("/edits/{id}/delta", readDelta="get"),
-    **openapi_links.link_operations("/edits/{id}/events", hearEdit="get"),
-    **openapi_links.link_operations("/jobs/{id}/retry", retryEdit="post"),
-}
+_routes = JobRoutes(JOB_KINDS["edit"], Edit, cancel_name="revert_edit")
+router = _routes.router
 
 
 @router.post(
     "/edits",
     status_code=202,
     response_model=Edit | EditList,
-    summary="Ask for one edit or for several",
-    responses=job_responses(Edit | EditList, response_links=_LINKS),
+    summary="Create one edit or several",
+    responses=job_responses(
+        Edit | EditList,
+        response_links=_routes.response_links
+        | openapi_links.link_operations("/edits/{id}/delta", get_edit_delta="get"),
+    ),
 )
+@requires(Scope.EDIT)
 async def create_edits(body: EditBody, submission: SubmissionDep) -> Any:
-    """One edit gives the edit, `{"edits": [...]}` gives `{"items": [...]}`. All are queued, or none when one is invalid."""
+    """Queue one edit, or several as `{"edits": [...]}`, which returns `{"items": [...]}`.
+
+    Several edits are all queued, or none if one is invalid.
+    """
     edits, idempotency = submission.services.edits, submission.idempotency("edits", body)
     requests = body.edits if isinstance(body, EditListRequest) else [body]
     items = await run_in_threadpool(
@@ -145,57 +127,42 @@ async def create_edits(body: EditBody, submission: SubmissionDep) -> Any:
     return await submission.wait_for_one(items[0], edits.get, "/edits")
 
 
-@router.get("/edits", summary="All edits, newest first", responses=problem_responses(422, 500, 503))
+@router.get("/edits", summary="List edits, newest first", responses=problem_responses(422, 500, 503))
 def list_edits(
     services: ServicesDep,
     cursor: PageCursor = None,
     limit: PageLimit = 50,
-    status: Annotated[EditStatus | None, Query(description="only edits of this status")] = None,
+    status: Annotated[EditStatus | None, Query(description="only edits with this status")] = None,
     subject: Annotated[
         PlainText | None, Query(max_length=500, description="only edits of exactly this subject")
     ] = None,
 ) -> EditPage:
-    return EditPage.model_validate(services.edits.page(status, subject, cursor, limit))
+    return EditPage.model_validate(services.edits.page(cursor, limit, status=status, subject=subject))
 
 
-@router.get("/edits/{id}", response_model=Edit, responses=problem_responses(404, 422, 500, 503))
-async def get_edit(id: ResourceId, services: ServicesDep, wait: WaitSeconds) -> Any:
-    """The edit as it stands; with `Prefer: wait=SECONDS` when it has ended."""
-    edit = await run_in_threadpool(services.edits.get, id)
-    return await wait_until_finished(edit, services.edits.get, services.jobs.events, wait)
-
-
-@router.delete("/edits/{id}", response_model=Edit, responses=problem_responses(404, 409, 422, 500, 503))
-async def revert_edit(id: ResourceId, services: ServicesDep, actor: ActorDep, wait: WaitSeconds) -> Any:
-    """Revert an applied edit; cancel a waiting or a running one. Saying it twice is harmless."""
-    edit = await run_in_threadpool(services.edits.revert, id, actor)
-    return await wait_until_finished(edit, services.edits.get, services.jobs.events, wait)
+_routes.add_get()
+_routes.add_cancel(
+    "Revert or cancel an edit",
+    "Revert an applied edit, in any order; cancel a queued or running one. The call is idempotent.",
+)
 
 
 @router.get(
     "/edits/{id}/delta",
+    summary="Download the factors of an edit",
     response_class=Response,
     responses={
         200: {
-            "description": "keys, values and the rank-one factors as applied, as safetensors",
-            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+            "description": "The keys, the values and the low-rank factors as applied, as safetensors.",
+            "content": {BINARY_MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
         },
         **problem_responses(404, 409, 422, 500, 503),
     },
 )
 def get_edit_delta(id: ResourceId, services: ServicesDep) -> Response:
-    """The edit's vectors as safetensors; 409 for an edit that was never applied."""
+    """Return the factors of the edit as safetensors. Status 409 means that the edit was never applied."""
     headers = {"Content-Disposition": f'attachment; filename="{id}.safetensors"'}
-    return Response(services.edits.delta(id), headers=headers, media_type="application/octet-stream")
+    return Response(services.edits.delta(id), headers=headers, media_type=BINARY_MEDIA_TYPE)
 
 
-@router.get(
-    "/edits/{id}/events",
-    status_code=200,
-    response_class=EventStreamResponse,
-    responses=sse.JOB_EVENTS_RESPONSES,
-)
-async def stream_edit_events(id: ResourceId, services: ServicesDep, after: LastEventIdHeader) -> Response:
-    """Progress as server-sent events, then one `end` with the edit. Resumes from `Last-Event-ID`."""
-    await run_in_threadpool(services.edits.get, id)
-    return EventStreamResponse(services.jobs.events(id, after))
+_routes.add_events()

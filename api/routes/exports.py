@@ -1,131 +1,89 @@
-"""A version in forms that others use, and the way back: export and import."""
+"""Exports of a version as a file, and imports of edit sets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import Field
 
-from api.dependencies import ActorDep, ServicesDep, bearer_scheme
-from api.disconnects import MAX_WAIT, WaitSeconds, cancel_on_disconnect, is_finished, wait_until_finished
+from api.dependencies import ResourceId, ServicesDep
 from api.errors import problem_responses
-from api.job_resource import JobResource
+from api.job_resource import JobRoutes, ResultJobResource
 from api.job_submission import SubmissionDep, job_responses
-from api.protected_route import BINARY_MEDIA_TYPE, ProtectedRoute
+from api.protected_route import BINARY_MEDIA_TYPE, RequestBody, requires
 from api.routes.edits import EditList
-from service.application import Services
-from service.errors import Conflict, InvalidInput, PalimpsestError, error_from_document
-from service.schemas import Version
+from service.application.api_keys import Scope
+from service.jobs.job_kinds import JOB_KINDS
 
-router = APIRouter(tags=["export"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
-
-RETRY_HEADERS = {"Retry-After": "1"}
 _BINARY_CONTENT: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 
 
-class Export(JobResource):
-    """An export that a worker makes. `links.self` is the file, once it is there."""
-
-    status: Literal["queued", "running", "done", "failed", "cancelled"]
-    request: dict[str, Any]
-    result: dict[str, Any] | None = None
+class Export(ResultJobResource):
+    """A version as a file. `result` describes the file and `links.file` is its address."""
 
 
 class ImportResult(EditList):
-    """The edits of a file, in its order."""
+    """The edits of an edit set, in its order."""
 
-    already_present: list[str] = Field(description="ids of those that were here before, and were left alone")
+    already_present: list[str] = Field(
+        description="ids of the edits that were already present and were not changed"
+    )
+
+
+_EXAMPLES: dict[str, Any] = {
+    "adapter": {"summary": "A LoRA adapter of the newest version", "value": {"format": "peft"}},
+    "edits": {"summary": "An edit set of a version", "value": {"version": "head", "format": "edits"}},
+}
+
+_routes = JobRoutes(JOB_KINDS["export"], Export, examples=_EXAMPLES)
+router = _routes.router
+_routes.add_create(
+    "Make a file of a version: a LoRA adapter, the edited weights, or an edit set. The same version and format give the "
+    "same export while it is open or its file is kept. An edit set is done at once."
+)
+_routes.add_list()
+_routes.add_get()
+_routes.add_cancel()
+_routes.add_events()
 
 
 @router.get(
-    "/export",
-    summary="The edits of a version, for use elsewhere",
-    response_class=Response,
+    "/exports/{id}/file",
+    summary="Download the file of an export",
+    response_class=StreamingResponse,
     responses={
         200: {
-            "description": "The file: a zip with a PEFT LoRA adapter, or a file of safetensors.",
+            "description": "A zip archive with a PEFT LoRA adapter, or a safetensors file.",
             "content": {"application/zip": _BINARY_CONTENT, BINARY_MEDIA_TYPE: _BINARY_CONTENT},
         },
-        202: {
-            "description": "It is still being made: ask again.",
-            "model": Export,
-            "content": {"application/json": {}},
-            "headers": {"Retry-After": {"schema": {"type": "string"}}},
-        },
-        **problem_responses(409, 422, 500, 503),
+        **problem_responses(404, 409, 422, 500, 503),
     },
 )
-async def export_version(
-    request: Request,
-    services: ServicesDep,
-    actor: ActorDep,
-    wait: WaitSeconds,
-    version: Annotated[Version, Query()] = "head",
-    format: Annotated[
-        Literal["peft", "safetensors", "edits"],
-        Query(
-            description="`peft`: a LoRA adapter; `safetensors`: the edited weights alone; `edits`: all that the ledger knows of the "
-            "edits, for `POST /import` elsewhere"
-        ),
-    ] = "peft",
-) -> Response:
-    """The answer is held until the file is there; with `Prefer: wait=SECONDS` for so long, and then it is `202`."""
-    if format == "edits":
-        number, size, chunks = await run_in_threadpool(services.exports.export_edit_set, version)
-        return _file_response(f"version-{number}.edits.safetensors", BINARY_MEDIA_TYPE, size, chunks)
-    await run_in_threadpool(services.models.require_worker_for, "export")
-    job = await run_in_threadpool(services.exports.submit, version, format, actor)
-    pending = _wait_for_export(services, job, wait if "prefer" in request.headers else None)
-    job = await cancel_on_disconnect(request, pending) or job
-    if not is_finished(job):
-        return JSONResponse(job, 202, RETRY_HEADERS)
-    if job["status"] != "done":
-        raise _export_error(job)
-    result = job["result"]
-    return _file_response(
-        result["file"], result["media_type"], result["bytes"], services.exports.stream_file(job)
-    )
-
-
-async def _wait_for_export(services: Services, job: dict[str, Any], wait: float | None) -> dict[str, Any]:
-    """The export when it has ended, or after the wait; without one, as long as somebody is there to make it."""
-    job = await wait_until_finished(
-        job, services.exports.get, services.jobs.events, MAX_WAIT if wait is None else wait
-    )
-    while wait is None and not is_finished(job):
-        await run_in_threadpool(services.models.require_worker_for, "export")
-        job = await wait_until_finished(job, services.exports.get, services.jobs.events, MAX_WAIT)
-    return job
-
-
-def _export_error(job: dict[str, Any]) -> PalimpsestError:
-    """Return why an export has no file: a conflict if this version cannot be exported, else the error of the worker."""
-    if job["error"] is None:
-        return Conflict(f"{job['id']} is {job['status']}: ask again.")
-    error = error_from_document(job["error"])
-    return Conflict(error.detail) if isinstance(error, InvalidInput) else error
-
-
-def _file_response(name: str, media_type: str, size: int, chunks: Iterator[bytes]) -> StreamingResponse:
-    headers = {"Content-Disposition": f'attachment; filename="{name}"', "Content-Length": str(size)}
-    return StreamingResponse(chunks, headers=headers, media_type=media_type)
+def get_export_file(id: ResourceId, services: ServicesDep) -> StreamingResponse:
+    """Return the file. Status 409 means that the export is not done or failed, or that its file is no longer kept."""
+    file = services.exports.open_file(id)
+    headers = {"Content-Disposition": f'attachment; filename="{file.name}"', "Content-Length": str(file.size)}
+    return StreamingResponse(file.chunks, headers=headers, media_type=file.media_type)
 
 
 @router.post(
     "/import",
     status_code=202,
     response_model=ImportResult,
-    summary="Edits that another ledger exported",
+    summary="Import an edit set",
     openapi_extra={"requestBody": {"required": True, "content": {BINARY_MEDIA_TYPE: _BINARY_CONTENT}}},
     responses=job_responses(ImportResult, 409),
 )
+@requires(Scope.EDIT, RequestBody.FILE)
 async def import_edits(request: Request, submission: SubmissionDep) -> Any:
-    """The body is a file made by `GET /export?format=edits`. Its edits pass the guard here as any others, but are not searched for
-    again: they land as they were found, or not at all. What is here already is left alone."""
+    """Commit the edits of an edit set, which `POST /exports` with `format: "edits"` creates.
+
+    The factors of the file are used: they are evaluated by the guard like those of any edit, and are not computed again.
+    Edits that are already present are not changed.
+    """
     data, services = await request.body(), submission.services
     idempotency = submission.idempotency("import", data)
     items, already_present = await run_in_threadpool(

@@ -1,4 +1,4 @@
-"""Generation: let the model speak, at any version."""
+"""Text generation from any version."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from api import sse
 from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_scheme
 from api.engine_calls import EngineCall
 from api.errors import problem_responses
-from api.protected_route import ProtectedRoute
+from api.protected_route import ProtectedRoute, requires
 from api.sse import EventStreamResponse
+from service.application.api_keys import Scope
 from service.schemas import GenerateRequest
 
 router = APIRouter(tags=["generation"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
@@ -30,7 +31,7 @@ class GenerationChoice(ResourceModel):
 
 
 class GenerationResponse(GenerationChoice):
-    """The answer to `prompt`. `version` is the one that produced every token of it."""
+    """The generation for `prompt`. `version` produced every token of it."""
 
     version: int
     usage: GenerationUsage
@@ -38,7 +39,7 @@ class GenerationResponse(GenerationChoice):
 
 
 class GenerationListResponse(ResourceModel):
-    """The answer to `prompts`, in their order."""
+    """The generations for `prompts`, in their order."""
 
     choices: list[GenerationChoice]
     version: int
@@ -48,9 +49,9 @@ class GenerationListResponse(ResourceModel):
 
 _TOWER = {"prompt": "The Eiffel Tower is located in the city of", "max_new_tokens": 5}
 _EXAMPLES: dict[str, Any] = {
-    "head": {"summary": "What the model says now", "value": _TOWER},
-    "base": {"summary": "What it said before any edit", "value": _TOWER | {"version": "base"}},
-    "stream": {"summary": "Token by token", "value": _TOWER | {"stream": True}},
+    "head": {"summary": "From the newest version", "value": _TOWER},
+    "base": {"summary": "From the base model", "value": _TOWER | {"version": "base"}},
+    "stream": {"summary": "Streamed token by token", "value": _TOWER | {"stream": True}},
     "many": {
         "summary": "Several prompts, sampled",
         "value": {
@@ -66,25 +67,27 @@ _EXAMPLES: dict[str, Any] = {
 
 @router.post(
     "/generate",
+    summary="Generate text",
     response_model=GenerationResponse | GenerationListResponse,
     responses={
         200: {
-            "description": "The text; with `stream`, `token` events and then `end` or `error`; after `restart` the answer begins anew.",
+            "description": "The text. With `stream`: `token` events, then `end` or `error`; `reset` makes the tokens so far void.",
             "content": sse.EVENT_STREAM_CONTENT,
         },
         **problem_responses(400, 409, 413, 415, 422, 500, 503),
     },
 )
+@requires(Scope.READ)
 async def generate_text(
     body: Annotated[GenerateRequest, Body(openapi_examples=_EXAMPLES)],
     request: Request,
     services: ServicesDep,
     broker: BrokerDep,
 ) -> Any:
-    """Pinned to one version when it is admitted: an edit that lands meanwhile does not change it.
+    """Generate text from one version. The version is fixed at admission: a later edit does not change the generation.
 
-    A stream tells `token` events and then `end` or `error`. Should the worker die on the way, another one begins anew:
-    a `restart` event says that all tokens so far are void, and the whole answer follows.
+    A stream sends `token` events, then `end` or `error`. If the worker dies, another one starts the generation again: a
+    `reset` event makes all tokens so far void, and the whole generation follows.
     """
     channel = await run_in_threadpool(services.generation.generate, body)
     call = EngineCall("generate", channel, body, services, broker)
@@ -92,7 +95,7 @@ async def generate_text(
         return EventStreamResponse(call.events(), call.cancel)
     result = await call.wait_for_result(request)
     if result is None:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client has disconnected
     if body.prompts is not None:
         return result
     return {**result["choices"][0], **{name: result[name] for name in ("version", "usage", "seconds")}}

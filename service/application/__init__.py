@@ -1,11 +1,12 @@
-"""The verbs of the house: what the doors call, by the noun that they are about. Each is one transaction, and free of torch.
+"""Application services: what the API and the command line call, one service per noun.
 
-Everything is checked before anything is written; what is announced is committed.
+Each method is one transaction. It validates before it writes, and notifies after it commits. No module imports torch.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import cast
 
 from service.application.edits import EditService
 from service.application.evaluations import EvaluationService
@@ -13,6 +14,7 @@ from service.application.exports import ExportService
 from service.application.generation import GenerationService
 from service.application.imports import ImportService
 from service.application.job_queue import JobQueue
+from service.application.job_resource import JobResourceService
 from service.application.jobs import JobService
 from service.application.ledger import LedgerService
 from service.application.models import ModelService
@@ -20,21 +22,26 @@ from service.application.served_model import ServedModel
 from service.application.traces import TraceService
 from service.db.database import Database
 from service.jobs.broker import Broker
+from service.jobs.job_kinds import JOB_KINDS
 from service.settings import Settings
 
 
 class Services:
-    """All methods but `jobs.events` block on the database: call them from a thread. Safe to share between threads."""
+    """All services. Their methods block on the database, except `jobs.events`: call them from a thread. Thread-safe."""
 
     def __init__(self, database: Database, broker: Broker, settings: Settings) -> None:
         self.database = database
         self.broker = broker
         served_model, queue = ServedModel(database), JobQueue(database, broker, settings)
         self.models = ModelService(database, broker, timedelta(seconds=settings.worker_timeout))
-        self.edits = EditService(queue, served_model)
-        self.traces = TraceService(queue, served_model)
-        self.evaluations = EvaluationService(queue, served_model)
-        self.exports = ExportService(queue)
+        #: the service of each kind of job, by the name of the kind
+        self.by_kind: dict[str, JobResourceService] = {
+            kind.name: kind.service_class()(kind, queue, served_model) for kind in JOB_KINDS.values()
+        }
+        self.edits = cast(EditService, self.by_kind["edit"])
+        self.traces = cast(TraceService, self.by_kind["trace"])
+        self.evaluations = cast(EvaluationService, self.by_kind["evaluation"])
+        self.exports = cast(ExportService, self.by_kind["export"])
         self.imports = ImportService(queue, served_model)
         self.jobs = JobService(database, broker)
         self.generation = GenerationService(database, broker, settings, served_model)

@@ -1,14 +1,18 @@
-"""Exports: an adapter or edited weights, which a worker makes, and edits for another ledger, which are read."""
+"""Exports of a version: an adapter or edited weights, which a worker writes, and edit sets, which are read from the ledger."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.application import edit_set
-from service.application.job_queue import JobQueue, new_job_row
+from service.application.job_queue import Idempotency, get_job, new_job_row, save_idempotency_key
+from service.application.job_resource import JobResourceService
 from service.application.served_model import get_served_model
 from service.db.models import Job, Model, StoredFactors
 from service.errors import Conflict, InvalidInput
@@ -19,97 +23,180 @@ from service.ledger import ledger
 from service.methods.registry import METHODS
 from service.schemas import ExportRequest, Version
 
+EDIT_SET_MEDIA_TYPE = "application/octet-stream"
 
-class ExportService:
-    """What leaves the house."""
 
-    def __init__(self, queue: JobQueue) -> None:
-        self.queue, self.database = queue, queue.database
+@dataclass(frozen=True)
+class ExportFile:
+    """The file of a finished export."""
 
-    def submit(self, version: Version, format: str, actor: str) -> ResourceDict:
-        """The job that makes a version's export, which is the same whoever asks: one that waits, runs or is still kept, or a new one."""
-        with self.database.write_session() as session:
-            model = get_served_model(session)
-            number, active_entries = _active_entries_at(session, model, version)
-            _check_exportable(number, active_entries, format)
-            request = ExportRequest(version=number, format=format)
-            subject = f"{format} of version {number}"
-            ledger.lock_ledger(session, model.fingerprint)  # two who ask at once get one job
-            matching = select(Job).where(
-                Job.model == model.fingerprint, Job.kind == "export", Job.subject == subject
-            )
-            for job in session.scalars(matching.order_by(Job.id.desc())):
-                if job.status in OPEN_STATUSES or (
-                    job.status == "done" and artifacts.has_artifact(session, job.id, artifacts.chunk_name(0))
-                ):
-                    return views.serialize_job(session, job)
-            self.queue.check_queue_limits(session, model, actor, 1, None)
-            row = new_job_row("export", model, request.model_dump(mode="json"), actor) | {"subject": subject}
-            new_job = Job(**row)
-            session.add(new_job)
-            session.flush()
-            view = views.serialize_job(session, new_job)
-        self.queue.notify_workers([row])
+    name: str
+    media_type: str
+    size: int  #: bytes
+    chunks: Iterator[bytes]
+
+
+class ExportService(JobResourceService):
+    """Jobs that make a file of a version.
+
+    An edit set needs no worker: its job is done when it is created, and its file is read from the ledger on download.
+    """
+
+    def submit(
+        self,
+        request: ExportRequest,
+        actor: str,
+        idempotency: Idempotency | None = None,
+        max_queued: int | None = None,
+    ) -> ResourceDict:
+        """Return the export of this version and format: one that is open or whose file is kept, else a new one."""
+        if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
+            return previous[0]
+        try:
+            with self.queue.database.write_session() as session:
+                model = get_served_model(session)
+                ledger.lock_ledger(session, model.fingerprint)  # concurrent requests share one job
+                version, active_entries = _active_entries_at(session, model, request.version)
+                _check_exportable(version, active_entries, request.format)
+                row = self._new_row(session, model, version, active_entries, request, actor)
+                job = _reusable_job(session, model, row["subject"])
+                is_new = job is None
+                if job is None:
+                    if row["status"] == "queued":
+                        self.queue.check_queue_limits(session, model, actor, 1, max_queued)
+                    job = Job(**row)
+                    session.add(job)
+                    session.flush()
+                if idempotency is not None:
+                    save_idempotency_key(session, actor, idempotency, [job.id])
+                view = views.serialize_job(session, job)
+        except IntegrityError:  # a concurrent request with the same key was first
+            previous = self.queue.find_by_idempotency_key(actor, idempotency)
+            if previous is None:
+                raise
+            return previous[0]
+        if is_new and row["status"] == "queued":
+            self.queue.notify_workers([row])
         return view
 
-    def get(self, export_id: str) -> ResourceDict:
-        return self.queue.get("export", export_id)
-
-    def stream_file(self, export: ResourceDict) -> Iterator[bytes]:
-        """The file of an export that is done, piece by piece."""
-        for number in range(export["result"]["pieces"]):
-            with self.database.read_session() as session:
-                chunk = artifacts.get_artifact(session, export["id"], artifacts.chunk_name(number))
-            if chunk is None:
-                raise Conflict(f"{export['id']} is no longer kept: ask for the export again.")
-            yield chunk
+    def open_file(self, export_id: str) -> ExportFile:
+        """Return the file of a finished export. Raises Conflict if it is not finished, or no longer kept."""
+        with self.queue.database.read_session() as session:
+            job = get_job(session, self.kind.name, export_id)
+            result: dict[str, Any] = job.result or {}
+            if job.status != "done":
+                reason = (job.error or {}).get("detail")
+                raise Conflict(
+                    f"{export_id} is {job.status}" + (f": {reason}" if reason else "; it has no file.")
+                )
+            if job.request["format"] != "edits" and not _has_file(session, job):
+                raise Conflict(f"The file of {export_id} is no longer kept: create the export again.")
+        if job.request["format"] == "edits":
+            _, size, chunks = self.export_edit_set(job.request["version"])
+            return ExportFile(result["file"], result["media_type"], size, chunks)
+        return ExportFile(
+            result["file"], result["media_type"], result["bytes"], self._stream_file(job.id, result["pieces"])
+        )
 
     def export_edit_set(self, version: Version) -> tuple[int, int, Iterator[bytes]]:
-        """The edits active at a version as a file for another ledger (`service/application/edit_set.py`): the version's number, the size of the
-        file in bytes, and the file piece by piece."""
-        with self.database.read_session() as session:
+        """Return an edit set (`service/application/edit_set.py`): the number of the version, the size in bytes and the chunks."""
+        with self.queue.database.read_session() as session:
             model = get_served_model(session)
             number, active_entries = _active_entries_at(session, model, version)
             _check_exportable(number, active_entries, "edits")
-            ledger_entries = ledger.entries(session, model.fingerprint, up_to=number)
-            ids = [e.edit_id for e in active_entries]
-            requests = session.execute(select(Job.id, Job.request).where(Job.id.in_(ids)))
-            request_by_edit = {row.id: row.request for row in requests}
-            lengths = select(StoredFactors.edit_id, func.length(StoredFactors.data).label("size"))
-            sizes = {
-                row.edit_id: row.size
-                for row in session.execute(lengths.where(StoredFactors.edit_id.in_(ids)))
-            }
-        base = {"name": model.name, "fingerprint": model.fingerprint}
-        base |= {name: model.info[name] for name in ("architecture", "dtype") if name in model.info}
-        header = edit_set.edit_set_header(
-            edit_set.build_edit_set(base, number, ledger_entries, active_entries, request_by_edit), sizes
-        )
-        return number, len(header) + sum(sizes.values()), self._stream_edit_set(header, ids)
+            header, sizes = _edit_set_header(session, model, number, active_entries)
+        return number, len(header) + sum(sizes.values()), self._stream_edit_set(header, list(sizes))
 
-    def _stream_edit_set(self, header: bytes, ids: Sequence[str]) -> Iterator[bytes]:
+    def _new_row(
+        self,
+        session: Session,
+        model: Model,
+        version: int,
+        active_entries: Sequence[ledger.Entry],
+        request: ExportRequest,
+        actor: str,
+    ) -> dict[str, Any]:
+        stored_request = {"version": version, "format": request.format}
+        row = new_job_row(self.kind.name, model, stored_request, actor)
+        row["subject"] = f"{request.format} of version {version}"
+        if request.format == "edits":
+            header, sizes = _edit_set_header(session, model, version, active_entries)
+            row |= {
+                "status": "done",
+                "started": row["created"],
+                "ended": row["created"],
+                "result": {
+                    "file": f"version-{version}.edits.safetensors",
+                    "media_type": EDIT_SET_MEDIA_TYPE,
+                    "bytes": len(header) + sum(sizes.values()),
+                },
+            }
+        return row
+
+    def _stream_file(self, export_id: str, chunk_count: int) -> Iterator[bytes]:
+        for number in range(chunk_count):
+            with self.queue.database.read_session() as session:
+                chunk = artifacts.get_artifact(session, export_id, artifacts.chunk_name(number))
+            if chunk is None:
+                raise Conflict(f"The file of {export_id} is no longer kept: create the export again.")
+            yield chunk
+
+    def _stream_edit_set(self, header: bytes, edit_ids: Sequence[str]) -> Iterator[bytes]:
         yield header
-        for edit_id in ids:
-            with self.database.read_session() as session:
+        for edit_id in edit_ids:
+            with self.queue.database.read_session() as session:
                 yield ledger.factors_of(session, [edit_id])[edit_id]
 
 
+def _reusable_job(session: Session, model: Model, subject: str) -> Job | None:
+    """Return the newest export with this subject that is open, or whose file can be read."""
+    matching = select(Job).where(Job.model == model.fingerprint, Job.kind == "export", Job.subject == subject)
+    for job in session.scalars(matching.order_by(Job.id.desc())):
+        is_done = job.status == "done" and (job.request["format"] == "edits" or _has_file(session, job))
+        if job.status in OPEN_STATUSES or is_done:
+            return job
+    return None
+
+
+def _has_file(session: Session, job: Job) -> bool:
+    return artifacts.has_artifact(session, job.id, artifacts.chunk_name(0))
+
+
+def _edit_set_header(
+    session: Session, model: Model, version: int, active_entries: Sequence[ledger.Entry]
+) -> tuple[bytes, dict[str, int]]:
+    """Return the header of an edit set, and the size of the factors of each edit in the order of the file."""
+    ledger_entries = ledger.entries(session, model.fingerprint, up_to=version)
+    ids = [e.edit_id for e in active_entries]
+    requests = session.execute(select(Job.id, Job.request).where(Job.id.in_(ids)))
+    request_by_edit = {row.id: row.request for row in requests}
+    lengths = select(StoredFactors.edit_id, func.length(StoredFactors.data).label("size"))
+    size_by_edit = {
+        row.edit_id: row.size for row in session.execute(lengths.where(StoredFactors.edit_id.in_(ids)))
+    }
+    sizes = {edit_id: size_by_edit[edit_id] for edit_id in ids}
+    base = {"name": model.name, "fingerprint": model.fingerprint}
+    base |= {name: model.info[name] for name in ("architecture", "dtype") if name in model.info}
+    exported = edit_set.build_edit_set(base, version, ledger_entries, active_entries, request_by_edit)
+    return edit_set.edit_set_header(exported, sizes), sizes
+
+
 def _active_entries_at(session: Session, model: Model, version: Version) -> tuple[int, list[ledger.Entry]]:
-    """The number of a version, and the entries of the edits active at it."""
+    """Return the number of a version, and the entries of the edits active at it."""
     head = ledger.head(session, model.fingerprint)
     number = resolve_version(version, head)
     return number, ledger.active_entries(ledger.entries(session, model.fingerprint, up_to=number))
 
 
 def _check_exportable(version: int, active_entries: Sequence[ledger.Entry], format: str) -> None:
-    """There is something to export, and the form can hold it."""
+    """Raise InvalidInput if the version has no active edits, or if an adapter cannot represent them."""
     if not active_entries:
         raise InvalidInput(f"no edit is active at version {version}: there is nothing to export.", "version")
     dense = [e.edit_id for e in active_entries if not METHODS[e.body.get("method", "rome")].needs_covariance]
     if format == "peft" and dense:
         shown_ids = ", ".join(dense[:5]) + (f" and {len(dense) - 5} more" if len(dense) > 5 else "")
         raise InvalidInput(
-            f"an adapter holds changes of low rank, and fine-tuning changes a whole weight: {shown_ids}. Export the edited weights "
+            f"an adapter holds low-rank changes, and fine-tuning changes whole weights: {shown_ids}. Export the edited weights "
             "(format=safetensors), or a version without these edits.",
             "format",
         )

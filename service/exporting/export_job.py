@@ -23,7 +23,7 @@ from service.kit.steps import Phase, Progress, Stepper
 from service.kit.text import fill_prompt, separator
 from service.models.loading import LoadedModel, bos_token_id
 from service.models.memory_estimates import GIB
-from service.schemas import ExportRequest
+from service.schemas import WorkerExportRequest
 from service.weights.composition import compose
 
 MAX_TEXTS_PER_SOURCE = (
@@ -37,7 +37,7 @@ ArchiveFiles = dict[str, tuple[int, ByteChunks]]
 
 
 def export_version(
-    replica: VersionedModel, plain_texts: Sequence[str], request: ExportRequest, file: IO[bytes]
+    replica: VersionedModel, plain_texts: Sequence[str], request: WorkerExportRequest, file: IO[bytes]
 ) -> Stepper[ExportManifest]:
     """Write an export to a file; what is said of it. `plain`: texts that no edit is about."""
     manifest = build_manifest(replica, request.version)

@@ -33,6 +33,7 @@ class JobKind:
     request_model: str  #: "module:class" of the validated request
     serializer: str  #: "module:function" from (session, jobs of this kind and one model) to resources
     list_serializer: str = ""  #: the same for lists, when these show less
+    service: str = "service.application.job_resource:JobResourceService"  #: "module:class" that validates and submits requests
     submit_scope: str = "edit"  #: API key scope to submit one
     cancel_scope: str = "edit"  #: API key scope to cancel one
     has_artifacts: bool = False  #: whether its jobs store artifacts while they are open, or after they failed
@@ -41,6 +42,10 @@ class JobKind:
     def request_class(self) -> Any:
         """Return the pydantic model of its requests."""
         return resolve_name(self.request_model)
+
+    def service_class(self) -> Any:
+        """Return the subclass of JobResourceService that validates and submits its requests."""
+        return resolve_name(self.service)
 
     def serialize(self, *args: Any) -> Any:
         """Return the resources of jobs in full."""
@@ -63,6 +68,7 @@ _JOBS = (
         id_prefix="edit",
         path="/edits",
         request_model="service.schemas:EditRequest",
+        service="service.application.edits:EditService",
         serializer="service.jobs.views:serialize_edits",
         has_artifacts=True,
     ),
@@ -73,6 +79,7 @@ _JOBS = (
         id_prefix="trace",
         path="/trace",
         request_model="service.schemas:TraceRequest",
+        service="service.application.traces:TraceService",
         serializer="service.jobs.views:serialize_traces",
         submit_scope="read",
     ),
@@ -83,6 +90,7 @@ _JOBS = (
         id_prefix="export",
         path="/exports",
         request_model="service.schemas:ExportRequest",
+        service="service.application.exports:ExportService",
         serializer="service.jobs.views:serialize_exports",
         submit_scope="read",
         has_artifacts=True,
@@ -95,6 +103,7 @@ _JOBS = (
         id_prefix="evaluation",
         path="/evaluations",
         request_model="service.schemas:EvaluationRequest",
+        service="service.application.evaluations:EvaluationService",
         serializer="service.jobs.views:serialize_evaluations",
         list_serializer="service.jobs.views:summarize_evaluations",
         has_artifacts=True,

@@ -160,16 +160,14 @@ def serialize_exports(_: Session, jobs: Sequence[Job]) -> list[ResourceDict]:
             **_common_fields(job),
             "request": job.request,
             "result": to_json_value(job.result),
-            "links": _job_links(job),
+            "links": _links(job_path(job), file=f"{job_path(job)}/file"),
         }
         for job in jobs
     ]
 
 
 def job_path(job: Job) -> str:
-    """Return the path of a job's resource, or of the file that an export makes."""
-    if job.kind == "export":
-        return f"/export?version={job.request['version']}&format={job.request['format']}"
+    """Return the path of a job's resource."""
     return f"{JOB_KINDS[job.kind].path}/{job.id}"
 
 
@@ -201,7 +199,7 @@ def _common_fields(job: Job) -> ResourceDict:
 
 
 def _job_links(job: Job) -> dict[str, str]:
-    return {"self": job_path(job)} if job.kind == "export" else _links(job_path(job))
+    return _links(job_path(job))
 
 
 def _links(path: str, **more: str) -> dict[str, str]:

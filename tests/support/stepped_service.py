@@ -17,7 +17,7 @@ from service.kit.steps import run_to_completion
 from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel
 from service.recipes.recipe import Recipe
-from service.schemas import EditRequest
+from service.schemas import EditRequest, ExportRequest
 from service.settings import Settings
 from tests.support.migrations import migrate
 from tests.support.reporters import RaisingReporter
@@ -80,7 +80,10 @@ class SteppedService:
 
     def export(self, version: Any = "head", file_format: str = "peft") -> Resource:
         """Ask for an export and carry it out."""
-        submitted = self.services.exports.submit(version, file_format, "key:alice")
+        submitted = self.services.exports.submit(
+            ExportRequest(version=version, format=file_format),  # type: ignore[arg-type]
+            "key:alice",
+        )
         if job := self.worker_parts.jobs.claim(submitted["id"]):
             run_to_completion(run_export(self.replica, self.worker_parts.jobs, self.context, job))
         return self.services.exports.get(submitted["id"])

@@ -39,12 +39,14 @@ BODIES_BY_OPERATION = {
     "POST /edits": [TOWER, TOWER | {"target_new": FAILING_OBJECT}],
     "POST /trace": [TRACE],
     "POST /evaluations": [EVALUATION],
+    "POST /exports": [{"format": "edits"}],
 }
 #: all of these must have been asked about what exists for the walk to mean anything
 LINKED = {
     "GET /edits/{id}", "DELETE /edits/{id}", "GET /edits/{id}/delta", "GET /edits/{id}/events",
     "GET /trace/{id}", "DELETE /trace/{id}", "GET /trace/{id}/events",
-    "GET /evaluations/{id}", "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "POST /jobs/{id}/retry",
+    "GET /evaluations/{id}", "DELETE /evaluations/{id}", "GET /evaluations/{id}/events",
+    "GET /exports/{id}", "POST /jobs/{id}/retry",
 }  # fmt: skip
 
 
@@ -72,7 +74,8 @@ OPERATIONS = [
     "GET /edits/{id}/events", "POST /trace", "GET /trace", "GET /trace/{id}", "DELETE /trace/{id}",
     "GET /trace/{id}/events", "POST /evaluations", "GET /evaluations", "GET /evaluations/{id}",
     "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "POST /generate", "POST /compare", "GET /ledger", "GET /ledger/verify",
-    "GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "GET /jobs", "POST /jobs/{id}/retry", "GET /export", "POST /import",
+    "GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "GET /jobs", "POST /jobs/{id}/retry", "POST /exports", "GET /exports", "GET /exports/{id}",
+    "DELETE /exports/{id}", "GET /exports/{id}/events", "GET /exports/{id}/file", "POST /import",
     "POST /v1/completions", "GET /v1/models", "GET /v1/models/{id}",
 ]  # fmt: skip
 

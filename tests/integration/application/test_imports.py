@@ -19,6 +19,7 @@ from service.errors import InvalidInput
 from service.kit.safetensors_io import read_safetensors
 from service.kit.steps import Stepper
 from service.models.loading import LoadedModel
+from service.schemas import ExportRequest
 from tests.support import wirings
 from tests.support.stepped_service import Resource, SteppedService
 from tests.support.tiny_models import tiny
@@ -328,7 +329,7 @@ def test_nothing_active_is_nothing_to_export(empty_service: SteppedService) -> N
     """Of the base model there are no edits."""
     for export in (
         empty_service.export_edit_set,
-        lambda: empty_service.services.exports.submit("head", "peft", "x"),
+        lambda: empty_service.services.exports.submit(ExportRequest(version="head", format="peft"), "x"),
     ):
         with pytest.raises(InvalidInput, match="no edit is active at version 0"):
             export()
@@ -337,5 +338,8 @@ def test_nothing_active_is_nothing_to_export(empty_service: SteppedService) -> N
 def test_fine_tuning_has_no_adapter(source: SteppedService) -> None:
     """Its changes are of whole weights: the refusal names the edits, and what to do instead."""
     with pytest.raises(InvalidInput, match=r"edit_\w+\. Export the edited weights"):
-        source.services.exports.submit("head", "peft", "x")
-    assert source.services.exports.submit("head", "safetensors", "x")["status"] == "queued"
+        source.services.exports.submit(ExportRequest(version="head", format="peft"), "x")
+    assert (
+        source.services.exports.submit(ExportRequest(version="head", format="safetensors"), "x")["status"]
+        == "queued"
+    )

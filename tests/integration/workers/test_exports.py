@@ -19,6 +19,7 @@ from service.db.models import JobArtifact
 from service.errors import Conflict
 from service.jobs.job_kinds import JOB_KINDS
 from service.kit.steps import run_to_completion
+from service.schemas import ExportRequest
 from tests.support.logits import load_with_peft, logits, served_logits
 from tests.support.stepped_service import SteppedService
 from workers import job_handlers
@@ -33,7 +34,7 @@ def stepped_service(wiring: dict[str, Any], tmp_path: Path) -> Iterator[SteppedS
 
 
 def download(stepped_service: SteppedService, export: dict[str, Any]) -> bytes:
-    data = b"".join(stepped_service.services.exports.stream_file(export))
+    data = b"".join(stepped_service.services.exports.open_file(export["id"]).chunks)
     result = export["result"]
     assert (len(data), hashlib.sha256(data).hexdigest()) == (result["bytes"], result["sha256"])
     return data
@@ -75,13 +76,24 @@ def test_edited_weights_of_any_method(stepped_service: SteppedService) -> None:
 def test_one_export_is_shared_by_all_requests(stepped_service: SteppedService) -> None:
     """While it waits, while it runs, and as long as it is kept."""
     stepped_service.edit("Eiffel Tower", "is")
-    first = stepped_service.services.exports.submit("head", "peft", "key:alice")
-    assert stepped_service.services.exports.submit(1, "peft", "key:bob")["id"] == first["id"]
-    assert stepped_service.services.exports.submit(1, "safetensors", "key:bob")["id"] != first["id"]
+    first = stepped_service.services.exports.submit(ExportRequest(version="head", format="peft"), "key:alice")
+    assert (
+        stepped_service.services.exports.submit(ExportRequest(version=1, format="peft"), "key:bob")["id"]
+        == first["id"]
+    )
+    assert (
+        stepped_service.services.exports.submit(ExportRequest(version=1, format="safetensors"), "key:bob")[
+            "id"
+        ]
+        != first["id"]
+    )
     done = stepped_service.export()
     assert (
         done["id"] == first["id"]
-        and stepped_service.services.exports.submit(1, "peft", "key:bob")["status"] == "done"
+        and stepped_service.services.exports.submit(ExportRequest(version=1, format="peft"), "key:bob")[
+            "status"
+        ]
+        == "done"
     )
 
 
@@ -93,7 +105,7 @@ def test_only_the_newest_are_kept(stepped_service: SteppedService) -> None:
         exports.append(stepped_service.export())
         files.append(download(stepped_service, exports[-1]))
     with pytest.raises(Conflict, match="no longer kept"):
-        list(stepped_service.services.exports.stream_file(exports[0]))
+        stepped_service.services.exports.open_file(exports[0]["id"])
     with stepped_service.container.database.read_session() as session:
         assert (
             session.scalar(select(func.count(func.distinct(JobArtifact.job_id))))
@@ -109,7 +121,9 @@ def test_export_is_resumed_by_another_worker(
     """A worker dies in the middle of storing it: the next one makes the same file."""
     monkeypatch.setattr(job_handlers, "CHUNK_BYTES", 1000)
     stepped_service.edit("Eiffel Tower", "is")
-    submitted = stepped_service.services.exports.submit("head", "peft", "key:alice")
+    submitted = stepped_service.services.exports.submit(
+        ExportRequest(version="head", format="peft"), "key:alice"
+    )
     job = stepped_service.worker_parts.jobs.claim(submitted["id"])
     assert job is not None
     steps = run_export(

@@ -14,7 +14,7 @@ from api.app import check_exposure, create_app
 from service.application.api_keys import ApiKeys
 from service.errors import Misconfigured
 from service.settings import Settings
-from tests.support.application import TOWER, TestApp
+from tests.support.application import TOWER, FakeWorker, TestApp
 from tests.support.paths import ROOT
 
 
@@ -112,7 +112,7 @@ def test_without_a_key_the_actor_is_local(client: TestClient) -> None:
     assert client.post("/edits", json=TOWER).json()["actor"] == "local"
 
 
-def test_models_ledger_and_health(client: TestClient, worker: Any) -> None:
+def test_models_ledger_and_health(client: TestClient, worker: FakeWorker) -> None:
     """The model, the ledger and its verification are served."""
     edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     client.delete(edit["links"]["self"])
@@ -150,7 +150,7 @@ def test_every_operation_documents_its_errors(test_app: TestApp) -> None:
                 assert sent["application/json"]["examples"]
 
 
-def test_every_example_is_accepted(test_app: TestApp, client: TestClient, worker: Any) -> None:
+def test_every_example_is_accepted(test_app: TestApp, client: TestClient, worker: FakeWorker) -> None:
     """Every example of the document is a request that the service carries out."""
     for path, operations in test_app.app.openapi()["paths"].items():
         sent = operations.get("post", {}).get("requestBody", {}).get("content", {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -12,7 +11,7 @@ from starlette.testclient import TestClient
 from service.application.api_keys import CACHE_SECONDS, ApiKeys
 from service.db.database import Database
 from service.errors import Unavailable
-from tests.support.application import TOWER, TestApp
+from tests.support.application import TOWER, FakeWorker, TestApp
 
 
 def bearer_header(token: str) -> dict[str, str]:
@@ -82,7 +81,7 @@ def test_table_keys_work_beside_a_root_key(app_with_root_key: TestApp) -> None:
     assert "sesame" not in by_root.text
 
 
-def test_the_ledger_names_the_key(test_app: TestApp, worker: Any, client: TestClient) -> None:
+def test_the_ledger_names_the_key(test_app: TestApp, worker: FakeWorker, client: TestClient) -> None:
     """Who asked for an edit, and who took it back, is told in the ledger by the name of the key."""
     editor_token, admin_token = (
         make_token(test_app, "nightly-eval", "read", "edit"),

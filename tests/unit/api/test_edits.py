@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.support.application import TOWER, TestApp
+from tests.support.application import TOWER, FakeWorker, TestApp
 
 
 def test_an_edit_is_accepted_with_its_place(client: TestClient) -> None:
@@ -119,7 +119,7 @@ def test_a_trace_is_no_edit(client: TestClient) -> None:
     assert client.get(f"/edits/{trace['id']}").status_code == 404
 
 
-def test_waiting_holds_the_answer(client: TestClient, worker: Any) -> None:
+def test_waiting_holds_the_answer(client: TestClient, worker: FakeWorker) -> None:
     """With Prefer: wait the answer comes when the edit has ended, with 200 and its result."""
     answer = client.post("/edits", json=TOWER, headers={"prefer": "respond-async, wait=20"})
     assert answer.status_code == 200
@@ -146,17 +146,17 @@ def test_a_preference_that_says_nothing_is_ignored(client: TestClient, prefer: s
     assert "preference-applied" not in answer.headers
 
 
-def test_the_wait_is_capped(client: TestClient, worker: Any) -> None:
+def test_the_wait_is_capped(client: TestClient, worker: FakeWorker) -> None:
     """Nobody holds an answer for longer than a minute."""
     answer = client.post("/edits", json=TOWER, headers={"prefer": 'wait="999999"'})
     assert answer.headers["preference-applied"] == "wait=60"
 
 
-def test_get_waits_too(client: TestClient, worker: Any) -> None:
+def test_get_waits_too(client: TestClient, worker: FakeWorker) -> None:
     """A GET with Prefer: wait is answered when the edit ends."""
-    worker.go.clear()
+    worker.may_finish.clear()
     edit = client.post("/edits", json=TOWER).json()
-    threading.Timer(0.2, worker.go.set).start()
+    threading.Timer(0.2, worker.may_finish.set).start()
     answer = client.get(edit["links"]["self"], headers={"prefer": "wait=20"})
     assert answer.status_code == 200
     assert answer.json()["status"] == "applied"
@@ -191,7 +191,7 @@ def test_an_invalid_idempotency_key_is_refused(client: TestClient, key: str | by
     assert answer.status_code == 422
 
 
-def test_delete_reverts_an_applied_edit(client: TestClient, worker: Any) -> None:
+def test_delete_reverts_an_applied_edit(client: TestClient, worker: FakeWorker) -> None:
     """DELETE reverts an applied edit; saying it twice is harmless."""
     edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     first = client.delete(edit["links"]["self"])
@@ -210,17 +210,17 @@ def test_delete_cancels_a_waiting_edit(client: TestClient) -> None:
     assert client.delete(edit["links"]["self"]).json()["status"] == "cancelled"
 
 
-def test_delete_cancels_a_running_edit(client: TestClient, worker: Any) -> None:
+def test_delete_cancels_a_running_edit(client: TestClient, worker: FakeWorker) -> None:
     """DELETE of a running edit asks it to stop, and Prefer: wait holds the answer until it did."""
-    worker.go.clear()
+    worker.may_finish.clear()
     edit = client.post("/edits", json=TOWER).json()
     assert worker.progress_reported.wait(60)
     assert client.delete(edit["links"]["self"]).json()["status"] == "running"
-    worker.go.set()
+    worker.may_finish.set()
     assert client.delete(edit["links"]["self"], headers={"prefer": "wait=20"}).json()["status"] == "cancelled"
 
 
-def test_the_delta_is_a_file(client: TestClient, worker: Any) -> None:
+def test_the_delta_is_a_file(client: TestClient, worker: FakeWorker) -> None:
     """An applied edit's factors come as a file named after it."""
     edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     answer = client.get(edit["links"]["delta"])
@@ -279,8 +279,8 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Any, wiring: dict[str, An
     test_app.close()
 
 
-def test_rejected_edits_show_their_figures(client: TestClient, worker: Any) -> None:
+def test_rejected_edits_show_their_figures(client: TestClient, worker: FakeWorker) -> None:
     """An edit that fails its guard ends as rejected with what was measured, and has no version."""
-    worker.rejects = True
+    worker.reject_edits = True
     edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     assert (edit["status"], edit["version"], edit["result"]) == ("rejected", None, {"es": 0.0})

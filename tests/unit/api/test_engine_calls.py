@@ -16,7 +16,7 @@ from api.engine_calls import EngineCall
 from service.errors import Unavailable
 from service.jobs.broker import Event
 from service.schemas import GenerateRequest
-from tests.support.application import PROMPT
+from tests.support.application import PROMPT, TestApp
 
 TOKEN = Event("1", "token", {"index": 0, "text": "x", "version": 0})
 RESTART = Event("2", "reset", {})
@@ -123,11 +123,11 @@ def test_a_queue_that_is_down_is_waited_for() -> None:
     assert services.resubmitted == []
 
 
-def test_a_waiting_request_survives_a_lost_call(client: TestClient, test_app: Any) -> None:
+def test_a_waiting_request_survives_a_lost_call(client: TestClient, test_app: TestApp) -> None:
     """A client whose request was lost by the queue before any worker saw it gets its answer."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.post, "/generate", json={"prompt": PROMPT})
-        (lost,) = test_app.broker.take(["generate"], 1, 10)
+        (lost,) = test_app.broker.receive(["generate"], 1, 10)
         test_app.broker.done(lost)
         test_app.hire()
         assert answer.result(20).json()["text"] == " Paris"
@@ -137,5 +137,5 @@ def test_cancel_ignores_a_broker_outage() -> None:
     """Whoever goes while the queue is down goes quietly."""
     services = FakeServices(FakeBroker())
     call: Any = EngineCall("generate", "c", GenerateRequest(prompt="x"), services, services.broker)  # type: ignore[arg-type]
-    asyncio.run(call.hang_up())
+    asyncio.run(call.cancel())
     assert services.broker.cancelled == ["c"]

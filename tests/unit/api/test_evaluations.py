@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.support.application import EVALUATION_RESULT, TOWER, TestApp
+from tests.support.application import EVALUATION_RESULT, TOWER, FakeWorker, TestApp
 
 EVALUATION_BODY = {"records": [TOWER]}
 WAIT = {"prefer": "wait=20"}
 
 
-def test_an_evaluation_is_accepted_and_done(client: TestClient, worker: Any) -> None:
+def test_an_evaluation_is_accepted_and_done(client: TestClient, worker: FakeWorker) -> None:
     """An evaluation is answered with its place; with Prefer: wait it is answered done. A list leaves out what it found."""
     answer = client.post("/evaluations", json=EVALUATION_BODY, headers=WAIT)
     assert answer.status_code == 200
@@ -71,7 +71,7 @@ def test_delete_cancels_an_evaluation(client: TestClient) -> None:
     assert client.delete("/evaluations/evaluation_0").status_code == 404
 
 
-def test_the_event_stream_ends_with_the_result(client: TestClient, worker: Any) -> None:
+def test_the_event_stream_ends_with_the_result(client: TestClient, worker: FakeWorker) -> None:
     """The events of an evaluation end with what it found."""
     evaluation = client.post("/evaluations", json=EVALUATION_BODY, headers=WAIT).json()
     stream_text = client.get(evaluation["links"]["events"]).text
@@ -88,7 +88,7 @@ def test_the_event_stream_ends_with_the_result(client: TestClient, worker: Any) 
     ],
 )
 def test_accept_chooses_the_form(
-    client: TestClient, worker: Any, accept: str, content_type: str, begins: bytes
+    client: TestClient, worker: FakeWorker, accept: str, content_type: str, begins: bytes
 ) -> None:
     """An evaluation that is done comes as its report, as the plot or as JSON."""
     evaluation = client.post("/evaluations", json=EVALUATION_BODY, headers=WAIT).json()

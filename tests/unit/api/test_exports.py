@@ -1,4 +1,4 @@
-"""Export and import over HTTP, on each wiring: api.routes.exports."""
+"""Exports and imports over HTTP, on each wiring: api.routes.exports."""
 
 from __future__ import annotations
 
@@ -12,122 +12,144 @@ from service.kit.safetensors_io import read_safetensors
 from tests.support.application import EXPORT_CHUNKS, FAILING_OBJECT, TOWER, FakeWorker, TestApp
 
 BINARY = {"Content-Type": "application/octet-stream"}
+WAIT = {"Prefer": "wait=20"}
 
 
 @pytest.fixture
 def applied_edit(client: TestClient, worker: FakeWorker) -> dict[str, Any]:
-    """An edit that has landed as version 1."""
-    return client.post("/edits", json=TOWER, headers={"Prefer": "wait=20"}).json()  # type: ignore[no-any-return]
+    """An edit that is applied at version 1."""
+    return client.post("/edits", json=TOWER, headers=WAIT).json()  # type: ignore[no-any-return]
 
 
-def test_export_waits_for_the_file(client: TestClient, applied_edit: dict[str, Any]) -> None:
-    """And has a name that says what it is."""
-    answer = client.get("/export")
+def export_edit_set(client: TestClient) -> bytes:
+    """The edit set of the newest version."""
+    export = client.post("/exports", json={"format": "edits"})
+    return client.get(export.json()["links"]["file"]).content
+
+
+def test_export_of_an_adapter(client: TestClient, applied_edit: dict[str, Any]) -> None:
+    """An export is a job; its file is downloaded from `links.file` with a name that states its content."""
+    created = client.post("/exports", json={"version": "head", "format": "peft"}, headers=WAIT)
+    export = created.json()
+    assert (created.status_code, created.headers["location"]) == (200, f"/exports/{export['id']}")
+    assert (export["status"], export["request"]) == ("done", {"version": 1, "format": "peft"})
+    answer = client.get(export["links"]["file"])
     assert (answer.status_code, answer.content) == (200, b"".join(EXPORT_CHUNKS))
     assert answer.headers["content-disposition"] == 'attachment; filename="tiny-v1-peft.zip"'
     assert answer.headers["content-type"] == "application/zip"
-    assert client.get("/export", params={"version": 1}).content == answer.content
     (job,) = client.get("/jobs", params={"kind": "export"}).json()["items"]
-    assert job["links"]["self"] == "/export?version=1&format=peft"
-    assert client.get(job["links"]["self"]).content == answer.content
+    assert client.get(job["links"]["self"]).json() == export
+    assert [e["id"] for e in client.get("/exports").json()["items"]] == [export["id"]]
 
 
-def test_export_without_waiting_is_202(
+def test_export_is_202_while_it_is_open(
     client: TestClient, worker: FakeWorker, applied_edit: dict[str, Any]
 ) -> None:
-    """202 with the export's course; the file when it is asked for again."""
+    """The response is 202, and the file 409, until the worker has finished."""
     worker.may_finish.clear()
-    answer = client.get("/export", headers={"Prefer": "wait=0"})
-    assert answer.status_code == 202 and answer.json()["status"] in ("queued", "running")
-    assert int(answer.headers["retry-after"]) >= 1
+    created = client.post("/exports", json={})
+    export = created.json()
+    assert created.status_code == 202 and export["status"] in ("queued", "running")
+    assert client.get(export["links"]["file"]).status_code == 409
+    assert client.post("/exports", json={}).json()["id"] == export["id"]
     worker.may_finish.set()
-    assert client.get(answer.json()["links"]["self"]).status_code == 200
+    assert client.get(export["links"]["self"], headers=WAIT).json()["status"] == "done"
+    assert client.get(export["links"]["file"]).status_code == 200
 
 
-def test_an_edit_set_is_exported_without_a_worker(
-    client: TestClient, applied_edit: dict[str, Any], test_app: TestApp
-) -> None:
-    """All that is needed is in the database; what is told of them is in the file."""
-    answer = client.get("/export", params={"format": "edits", "version": "head"})
+def test_edit_set_needs_no_worker(client: TestClient, test_app: TestApp) -> None:
+    """An edit set is read from the ledger: the export is done when it is created."""
+    test_app.start_fake_worker()
+    edit = client.post("/edits", json=TOWER, headers=WAIT).json()
+    test_app.worker_parts.session.deregister()
+    created = client.post("/exports", json={"format": "edits", "version": "head"})
+    assert created.status_code == 200
+    export = created.json()
+    answer = client.get(export["links"]["file"])
     assert answer.headers["content-disposition"] == 'attachment; filename="version-1.edits.safetensors"'
     assert answer.headers["content-type"] == "application/octet-stream"
+    assert len(answer.content) == export["result"]["bytes"]
     exported = read_safetensors(answer.content, "it")
-    assert bytes(exported.data[applied_edit["id"]]) == b"factors of " + applied_edit["id"].encode()
+    assert bytes(exported.data[edit["id"]]) == b"factors of " + edit["id"].encode()
     assert '"Eiffel Tower"' in exported.metadata["set"]
-
-
-def test_export_without_a_worker_is_503(client: TestClient, test_app: TestApp) -> None:
-    """503 at once, rather than an answer that is held for ever."""
-    test_app.start_fake_worker()
-    client.post("/edits", json=TOWER, headers={"Prefer": "wait=20"})
-    test_app.worker_parts.session.deregister()
-    answer = client.get("/export")
-    assert answer.status_code == 503 and "edit" in answer.json()["detail"]
+    assert client.post("/exports", json={"format": "edits", "version": 1}).json()["id"] == export["id"]
 
 
 @pytest.mark.parametrize(
-    ("params", "field"),
+    ("body", "field"),
     [
         ({"version": 7}, "version"),
         ({"version": "x"}, "version"),
         ({"version": 0}, "version"),
         ({"format": "x"}, "format"),
+        ({"formats": "peft"}, "formats"),
     ],
 )
-def test_what_cannot_be_exported(
-    client: TestClient, applied_edit: dict[str, Any], params: dict[str, Any], field: str
+def test_invalid_exports_are_422(
+    client: TestClient, applied_edit: dict[str, Any], body: dict[str, Any], field: str
 ) -> None:
-    """An unknown version or form, and a version without edits."""
-    answer = client.get("/export", params=params)
-    assert answer.status_code == 422 and field in str(answer.json())
+    """Unknown versions and formats, and versions without active edits, are rejected."""
+    answer = client.post("/exports", json=body)
+    assert answer.status_code == 422
+    assert [error["field"] for error in answer.json()["errors"]] == [field]
 
 
-def test_a_failed_export_says_why(
+def test_failed_export_has_a_code(
     client: TestClient, worker: FakeWorker, applied_edit: dict[str, Any]
 ) -> None:
-    """What a worker says against an export of this version is 409, a fault of its own 500; whoever asks next has another chance."""
-    worker.export_error = InvalidInput("the edited weights are too large: make them elsewhere.")
-    answer = client.get("/export")
-    assert answer.status_code == 409 and answer.json()["detail"] == worker.export_error.detail
-    worker.export_error = RuntimeError("out of memory")
-    assert client.get("/export").status_code == 500
+    """A failed export has the code of its error and no file; the next request creates a new one."""
+    worker.export_error = InvalidInput("the edited weights are too large.")
+    failed = client.post("/exports", json={}, headers=WAIT).json()
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "invalid_input")
+    answer = client.get(failed["links"]["file"])
+    assert answer.status_code == 409 and "too large" in answer.json()["detail"]
     worker.export_error = None
-    assert client.get("/export").status_code == 200
+    assert client.post("/exports", json={}, headers=WAIT).json()["status"] == "done"
 
 
-def test_a_file_of_edits_is_read(client: TestClient, applied_edit: dict[str, Any]) -> None:
-    """At home its edits are known; what is damaged is refused in words."""
-    data = client.get("/export", params={"format": "edits"}).content
+def test_idempotency_key_returns_the_same_export(client: TestClient, applied_edit: dict[str, Any]) -> None:
+    """A repeated key returns the first export, and is rejected with another body."""
+    headers = WAIT | {"Idempotency-Key": "k"}
+    first = client.post("/exports", json={}, headers=headers).json()
+    assert client.post("/exports", json={}, headers=headers).json() == first
+    assert client.post("/exports", json={"format": "edits"}, headers=headers).status_code == 422
+
+
+def test_import_reads_an_edit_set(client: TestClient, applied_edit: dict[str, Any]) -> None:
+    """Edits that are present are listed; a damaged or empty file is rejected."""
+    data = export_edit_set(client)
+    assert client.post("/import", content=data, headers=BINARY).json()["already_present"] == [
+        applied_edit["id"]
+    ]
     answer = client.post("/import", content=data[:-1] + b"x", headers=BINARY)
     assert answer.status_code == 422 and "damaged" in answer.json()["detail"]
     answer = client.post("/import", content=b"", headers=BINARY)
     assert answer.status_code == 422
 
 
-def test_an_import_is_declared_as_a_file(client: TestClient) -> None:
-    """A browser asks before it sends that to another origin, as with JSON: no page can import behind its user's back."""
+def test_import_requires_a_binary_content_type(client: TestClient) -> None:
+    """A browser sends a preflight request for this type: no page of another origin can import."""
     for headers in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/json"}):
         assert client.post("/import", content=b"x", headers=headers).status_code == 415
 
 
-def test_an_import_may_be_larger_than_other_bodies(client: TestClient, test_app: TestApp) -> None:
-    """Up to a limit of its own."""
+def test_import_has_a_body_limit_of_its_own(client: TestClient, test_app: TestApp) -> None:
+    """A body above `max_body` is read by POST /import."""
     large = b"x" * (test_app.settings.max_body + 1)
     assert client.post("/import", content=large, headers=BINARY).status_code == 422
 
 
-def test_only_who_may_edit_may_import(client: TestClient, test_app: TestApp) -> None:
-    """An export is for everyone who reads."""
+def test_scopes_of_export_and_import(client: TestClient, test_app: TestApp) -> None:
+    """An import needs the scope `edit`, an export the scope `read`."""
     keys = client.app.state.keys  # type: ignore[attr-defined]
     _, token = keys.create("reader", ["read"])
     bearer = {"Authorization": f"Bearer {token}"}
     answer = client.post("/import", content=b"x", headers=BINARY | bearer)
     assert answer.status_code == 403 and "`edit`" in answer.json()["detail"]
-    assert client.get("/export", headers=bearer).status_code in (422, 503)
+    assert client.post("/exports", json={}, headers=bearer).status_code == 422
 
 
-def test_edits_that_fail_are_no_part_of_it(client: TestClient, applied_edit: dict[str, Any]) -> None:
-    """Only what is active is."""
-    client.post("/edits", json=TOWER | {"target_new": FAILING_OBJECT}, headers={"Prefer": "wait=20"})
-    data = client.get("/export", params={"format": "edits"}).content
-    assert list(read_safetensors(data, "it").data) == [applied_edit["id"]]
+def test_failed_edits_are_not_exported(client: TestClient, applied_edit: dict[str, Any]) -> None:
+    """An edit set contains active edits only."""
+    client.post("/edits", json=TOWER | {"target_new": FAILING_OBJECT}, headers=WAIT)
+    assert list(read_safetensors(export_edit_set(client), "it").data) == [applied_edit["id"]]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.support.application import PROMPT
+from tests.support.application import PROMPT, FakeWorker, TestApp
 
 
-def test_one_prompt_gives_one_text(client: TestClient, worker: Any) -> None:
+def test_one_prompt_gives_one_text(client: TestClient, worker: FakeWorker) -> None:
     """`prompt` gives the text, its tokens and the version that produced it."""
     answer = client.post("/generate", json={"prompt": PROMPT, "seed": 3})
     assert answer.status_code == 200
@@ -25,7 +25,7 @@ def test_one_prompt_gives_one_text(client: TestClient, worker: Any) -> None:
     assert worker.calls[0]["seed"] == 3
 
 
-def test_many_prompts_give_choices(client: TestClient, worker: Any) -> None:
+def test_many_prompts_give_choices(client: TestClient, worker: FakeWorker) -> None:
     """`prompts` gives a choice for each, under one version."""
     answer = client.post("/generate", json={"prompts": [PROMPT, PROMPT]}).json()
     assert len(answer["choices"]) == 2
@@ -33,7 +33,7 @@ def test_many_prompts_give_choices(client: TestClient, worker: Any) -> None:
     assert "text" not in answer
 
 
-def test_a_stream_has_token_events_and_an_end(client: TestClient, worker: Any) -> None:
+def test_a_stream_has_token_events_and_an_end(client: TestClient, worker: FakeWorker) -> None:
     """`stream` gives server-sent events that no cache keeps."""
     answer = client.post("/generate", json={"prompt": PROMPT, "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -66,23 +66,23 @@ def test_a_stream_has_token_events_and_an_end(client: TestClient, worker: Any) -
     ],
 )
 def test_bad_generations_are_refused(
-    client: TestClient, test_app: Any, body: dict[str, Any], field: str
+    client: TestClient, test_app: TestApp, body: dict[str, Any], field: str
 ) -> None:
     """Bad input gets 422, also when a stream was asked for, and no worker hears of it."""
     for form in (body, body | ({} if "stream" in body else {"stream": True})):
         answer = client.post("/generate", json=form)
         assert answer.status_code == 422, answer.text
         assert [error["field"] for error in answer.json()["errors"]] == [field]
-    assert test_app.broker.waiting("generate") == 0
+    assert test_app.broker.queue_depth("generate") == 0
 
 
-def test_a_worker_error_keeps_its_meaning(client: TestClient, worker: Any) -> None:
+def test_a_worker_error_keeps_its_meaning(client: TestClient, worker: FakeWorker) -> None:
     """An error that a worker publishes has the status of its kind; an unknown one is a 500 with its words."""
-    worker.error = {"code": "invalid_input", "title": "", "detail": "shorten it."}
+    worker.call_error = {"code": "invalid_input", "title": "", "detail": "shorten it."}
     assert client.post("/generate", json={"prompt": PROMPT}).status_code == 422
-    worker.error = {"code": "unavailable", "title": "", "detail": "stopping."}
+    worker.call_error = {"code": "unavailable", "title": "", "detail": "stopping."}
     assert client.post("/generate", json={"prompt": PROMPT}).status_code == 503
-    worker.error = {"code": "unknown", "title": "", "detail": "The engine met a fault."}
+    worker.call_error = {"code": "unknown", "title": "", "detail": "The engine met a fault."}
     answer = client.post("/generate", json={"prompt": PROMPT})
     assert (answer.status_code, answer.json()["detail"]) == (500, "The engine met a fault.")
     stream = client.post("/generate", json={"prompt": PROMPT, "stream": True})
@@ -90,23 +90,23 @@ def test_a_worker_error_keeps_its_meaning(client: TestClient, worker: Any) -> No
 
 
 def test_generation_without_a_worker_is_503(
-    client: TestClient, test_app: Any, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, test_app: TestApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When no worker is alive a generation ends with 503 and is cancelled, instead of hanging for ever."""
     from api import engine_calls
 
     monkeypatch.setattr(engine_calls, "WORKER_CHECK_INTERVAL", 0.05)
-    test_app.desk.leave()
+    test_app.worker_parts.session.deregister()
     answer = client.post("/generate", json={"prompt": PROMPT})
     assert answer.status_code == 503
     assert "no worker" in answer.json()["detail"]
-    (delivery,) = test_app.broker.take(["generate"], 1, 0)
+    (delivery,) = test_app.broker.receive(["generate"], 1, 0)
     assert test_app.broker.cancelled(delivery.job_id)
     stream = client.post("/generate", json={"prompt": PROMPT, "stream": True})
     assert "event: error" in stream.text
 
 
-def test_comparison_shows_both_sides(client: TestClient, worker: Any) -> None:
+def test_comparison_shows_both_sides(client: TestClient, worker: FakeWorker) -> None:
     """A comparison has two sides and the tokens that differ."""
     answer = client.post("/compare", json={"prompt": PROMPT})
     assert answer.status_code == 200

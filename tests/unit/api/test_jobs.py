@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
-from tests.support.application import FAILING_OBJECT, PROMPT, TOWER
+from tests.support.application import FAILING_OBJECT, PROMPT, TOWER, FakeWorker
 
 WAIT = {"prefer": "wait=20"}
 
@@ -21,23 +21,23 @@ def test_jobs_of_all_kinds_are_listed(client: TestClient) -> None:
     trace = client.post("/trace", json={"prompt": PROMPT, "subject": "Eiffel Tower"}).json()["id"]
     assert job_ids(client) == [trace, edit]
     assert job_ids(client, kind="edit") == [edit]
-    assert job_ids(client, status="running") == job_ids(client, dead="true") == []
+    assert job_ids(client, status="running") == job_ids(client, exhausted="true") == []
     page = client.get("/jobs", params={"limit": 1}).json()
     assert job_ids(client, cursor=page["next"]) == [edit]
     (job,) = client.get("/jobs", params={"kind": "trace"}).json()["items"]
     assert client.get(job["links"]["self"]).json()["id"] == trace
 
 
-def test_a_failed_job_can_be_retried(client: TestClient, worker: Any) -> None:
+def test_a_failed_job_can_be_retried(client: TestClient, worker: FakeWorker) -> None:
     """A job that failed can be retried: it waits again, its events tell the new end, and it is found where it was."""
     edit = client.post("/edits", json=TOWER | {"target_new": FAILING_OBJECT}, headers=WAIT).json()
     assert edit["status"] == "failed"
-    worker.go.clear()
+    worker.may_finish.clear()
     answer = client.post(f"/jobs/{edit['id']}/retry")
     assert answer.status_code == 202
     assert answer.headers["location"] == edit["links"]["self"]
     assert (answer.json()["status"], answer.json()["attempts"]) == ("queued", 0)
-    worker.go.set()
+    worker.may_finish.set()
     again = client.get(edit["links"]["self"], headers=WAIT).json()
     assert (again["status"], again["attempts"]) == ("failed", 1)
 

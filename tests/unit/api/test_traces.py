@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from tests.support.application import FakeWorker
+
 TRACE_BODY = {"prompt": "The Eiffel Tower is located in the city of", "subject": "Eiffel Tower"}
 WAIT = {"prefer": "wait=20"}
 
 
-def test_a_trace_is_accepted_and_done(client: TestClient, worker: Any) -> None:
+def test_a_trace_is_accepted_and_done(client: TestClient, worker: FakeWorker) -> None:
     """A trace is answered with its place; with Prefer: wait it is answered done."""
     answer = client.post("/trace", json=TRACE_BODY, headers=WAIT)
     assert answer.status_code == 200
@@ -85,7 +87,9 @@ def test_delete_cancels_a_trace(client: TestClient) -> None:
         ("IMAGE/PNG", "image/png"),
     ],
 )
-def test_accept_chooses_the_form(client: TestClient, worker: Any, accept: str, content_type: str) -> None:
+def test_accept_chooses_the_form(
+    client: TestClient, worker: FakeWorker, accept: str, content_type: str
+) -> None:
     """A trace that is done comes in the form that Accept likes best, and says that it depends on it."""
     trace = client.post("/trace", json=TRACE_BODY, headers=WAIT).json()
     answer = client.get(trace["links"]["self"], headers={"accept": accept})

@@ -20,7 +20,7 @@ from service.exporting.export_job import export_version, public_base_name, write
 from service.exporting.lora import RELATIVE_RANK_TOLERANCE, LoraAdapter, lora_factors
 from service.kit.steps import run_to_completion
 from service.models.loading import LoadedModel, load_model, with_bos
-from service.schemas import ExportRequest
+from service.schemas import WorkerExportRequest
 from service.weights.composition import WeightDelta, compose
 from service.weights.factors import LowRank
 from tests.support.logits import load_with_peft, logits, served_logits
@@ -35,7 +35,7 @@ CLOSE = 1e-4  # of two logits, in single precision
 def export_bytes(replica: VersionedModel, version: int, format: str = "peft") -> tuple[bytes, dict[str, Any]]:
     file = io.BytesIO()
     manifest = run_to_completion(
-        export_version(replica, TEXTS, ExportRequest(version=version, format=format), file)
+        export_version(replica, TEXTS, WorkerExportRequest(version=version, format=format), file)
     )
     return file.getvalue(), manifest
 
