@@ -32,12 +32,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bench.chaos_checks import PENDING_STATUSES, Check, FinalState, all_passed, reference_key, run_checks
+from bench.chaos_clients import ChaosClient
+from bench.chaos_plan import FactPool, Fault, build_fact_pool, client_scripts, first_actions, plan_faults
+from bench.client_log import ClientLog, GenerationRecord, Resource
 from bench.deployment import SupervisedDeployment, managed_deployment, wait_until
-from bench.journal import ClientLog, GenerationRecord, Resource
-from bench.load import ChaosClient
-from bench.mischief import FaultInjector, InjectedFault
-from bench.plan import FactPool, Fault, build_fact_pool, client_scripts, first_actions, plan_faults
-from bench.verdict import PENDING_STATUSES, Check, FinalState, all_passed, reference_key, run_checks
+from bench.fault_injector import FaultInjector, InjectedFault
 from service.settings import SHIPPED_MODEL
 
 FACTS_PATH = SHIPPED_MODEL / "facts.jsonl"

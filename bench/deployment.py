@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import redis
 
-from bench.journal import Resource
+from bench.client_log import Resource
 from bench.proxy import LOCALHOST, Proxy
 from tests.support import postgres_server, redis_server
 

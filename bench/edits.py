@@ -27,8 +27,14 @@ import torch
 
 from bench.flops import TokenCost, avoided_fraction, count_flops, edit_bound
 from bench.harness import Report, ResultRecorder, Spread, device_synchronizer, time_interleaved
-from bench.reference import ReferenceEdit, ReferenceEditor, add_reference_option, load_reference, without_bos
-from bench.shapes import EDIT_LAYERS, build_model
+from bench.meng_reference import (
+    ReferenceEdit,
+    ReferenceEditor,
+    add_reference_option,
+    load_reference,
+    without_bos,
+)
+from bench.model_shapes import EDIT_LAYERS, build_model
 from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus, load_corpus
 from service.covariance.second_moment import KeyStatistics
@@ -215,7 +221,9 @@ def bench_shipped_recipe(report: Report, rounds: int, cases: Sequence[EditCase])
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_reference_option(p)
-    p.add_argument("--models", nargs="+", default=["shipped", "gpt2-small"], help="names of bench/shapes.py")
+    p.add_argument(
+        "--models", nargs="+", default=["shipped", "gpt2-small"], help="names of bench/model_shapes.py"
+    )
     p.add_argument("--rounds", type=int, help="1, of the shipped model 3")
     p.add_argument("--cases", type=int, choices=range(1, len(CASES) + 1), help="2, of the shipped model 4")
     p.add_argument("--device", default="cpu")
@@ -223,7 +231,7 @@ def main() -> None:
     p.add_argument("--active", type=int, nargs="+", default=[0], metavar="N", help="edits active beside them")
     args = p.parse_args()
     if args.together:
-        from bench.together import bench_batched_edits
+        from bench.batched_edits import bench_batched_edits
 
         report = Report("edits-together", args.device)
         for active in args.active:

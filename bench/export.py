@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bench.harness import Report
-from bench.shapes import EDIT_LAYERS, build_model
+from bench.model_shapes import EDIT_LAYERS, build_model
 from service.covariance.corpus import load_corpus
 from service.datasets.fact_table import find_facts_file
 from service.datasets.loading import load_records
@@ -168,7 +168,7 @@ def measure_adapter(
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--models", nargs="+", default=["shipped"], help="names of bench/shapes.py")
+    p.add_argument("--models", nargs="+", default=["shipped"], help="names of bench/model_shapes.py")
     p.add_argument("--counts", type=int, nargs="+", default=[1, 50, 300], metavar="N", help="active edits (default: 1 50 300)")  # fmt: skip
     p.add_argument("--steps", type=int, default=5, help="of the optimisation of a found edit (default: 5)")
     p.add_argument("--layers", type=int, nargs="+", help="edited layers (default: the recipe's)")

@@ -43,9 +43,9 @@ from transformers import (
 from transformers.generation import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
+from bench.embedded_service import BenchService
 from bench.harness import Report, Spread, device_synchronizer, time_interleaved
-from bench.house import BenchService
-from bench.shapes import build_model
+from bench.model_shapes import build_model
 from service.datasets.loading import read_records
 from service.datasets.record import Record
 from service.kit.text import fill_prompt
@@ -385,7 +385,7 @@ class BackendComparison:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="shipped", help="a name of bench/shapes.py, or what `load` takes")
+    p.add_argument("--model", default="shipped", help="a name of bench/model_shapes.py, or what `load` takes")
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16", "float64"])
     p.add_argument("--threads", type=int)

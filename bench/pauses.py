@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.embedded_service import BenchService, Durations
 from bench.harness import Report
-from bench.house import BenchService, Durations
 from service.datasets.loading import read_records
 from service.engine.engine import EngineConfig
 from service.models.loading import load_model

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.harness import REPORTS_DIR, ROOT, console, report_markdown
-from bench.reference import REFERENCE_OPTION, add_reference_option
+from bench.meng_reference import REFERENCE_OPTION, add_reference_option
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ BENCH_SCRIPTS = (
     BenchScript("edits-together", "edits.py", ("--together", "16")),
     BenchScript("traces", "traces.py", uses_reference=True),
     BenchScript("generation", "generation.py"),
-    BenchScript("moments", "moments.py"),
-    BenchScript("growth", "growth.py"),
+    BenchScript("covariance_tokens", "covariance_tokens.py"),
+    BenchScript("scaling", "scaling.py"),
     BenchScript("pauses", "pauses.py"),
 )
 

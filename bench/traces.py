@@ -21,8 +21,8 @@ import torch
 
 from bench.flops import TokenCost, avoided_fraction, count_flops, trace_bound
 from bench.harness import Report, ResultRecorder, Spread, device_synchronizer, time_interleaved
-from bench.reference import Reference, ReferenceTracer, add_reference_option, load_reference, without_bos
-from bench.shapes import build_model
+from bench.meng_reference import Reference, ReferenceTracer, add_reference_option, load_reference, without_bos
+from bench.model_shapes import build_model
 from service.kit.steps import run_to_completion
 from service.kit.text import locate_subject
 from service.models.loading import LoadedModel
@@ -148,7 +148,9 @@ def _sum_spreads(spreads: Sequence[Spread]) -> Spread:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_reference_option(p)
-    p.add_argument("--models", nargs="+", default=["shipped", "gpt2-small"], help="names of bench/shapes.py")
+    p.add_argument(
+        "--models", nargs="+", default=["shipped", "gpt2-small"], help="names of bench/model_shapes.py"
+    )
     p.add_argument("--rounds", type=int, help="1, of the shipped model 2")
     p.add_argument(
         "--prompts", type=int, choices=range(1, len(PROMPTS) + 1), help="1, of the shipped model 2"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bench.chaos import main, recovery_times
-from bench.journal import Attempt, ClientLog
-from bench.mischief import InjectedFault
-from bench.plan import Fault
+from bench.chaos_plan import Fault
+from bench.client_log import Attempt, ClientLog
+from bench.fault_injector import InjectedFault
 
 
 def test_the_plan_is_printed_without_a_run(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from bench.embedded_service import BenchService
 from bench.generation import (
     BackendComparison,
     ContinuousBatchingBackend,
@@ -17,7 +18,6 @@ from bench.generation import (
     stock_model,
     without_end_tokens,
 )
-from bench.house import BenchService
 from service.engine.decoding import eos_token_ids
 from service.models.loading import LoadedModel
 from service.schemas import Sampling

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.peak import peak_bytes
+from bench.peak_memory import peak_bytes
 from service.covariance.collect import load_or_collect_statistics, tokenize_corpus
 from service.covariance.corpus import Corpus
 from service.editing.find_factors import find_factors

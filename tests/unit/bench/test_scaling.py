@@ -1,11 +1,11 @@
-"""What the growth bench asks: bench.growth."""
+"""What the growth bench asks: bench.scaling."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from bench.growth import (
+from bench.scaling import (
     InMemoryLedger,
     compose_flops,
     make_associations,

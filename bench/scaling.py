@@ -1,9 +1,9 @@
 """How cost grows: of a version with its edits, of an edit and a trace with their size, and the memory of each method.
 
-    python bench/growth.py
-    python bench/growth.py versions --models shipped gpt2-small --edits 1 10 100 500 1000 2000
-    python bench/growth.py edits traces
-    python bench/growth.py memory --models gpt2-xl --device cuda
+    python bench/scaling.py
+    python bench/scaling.py versions --models shipped gpt2-small --edits 1 10 100 500 1000 2000
+    python bench/scaling.py edits traces
+    python bench/scaling.py memory --models gpt2-xl --device cuda
 
 Keys are real: those of the model's corpus at the edited layer, one of each text. Values are random, which costs the same.
 """
@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.harness import Report, Spread, device_synchronizer, time_interleaved
-from bench.peak import peak_bytes
-from bench.shapes import EDIT_LAYERS, build_model
+from bench.model_shapes import EDIT_LAYERS, build_model
+from bench.peak_memory import peak_bytes
 from service.covariance.collect import collect_statistics, tokenize_corpus
 from service.covariance.corpus import Corpus, load_corpus
 from service.covariance.second_moment import KeyStatistics
@@ -379,7 +379,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
-    report = Report("growth", args.device)
+    report = Report("scaling", args.device)
     texts = corpus_texts()
     if "versions" in args.what:
         for name in args.models:

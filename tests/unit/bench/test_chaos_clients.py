@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from bench import load
-from bench.journal import ClientLog, TokenEvent
-from bench.load import ChaosClient
-from bench.plan import ClientAction
+from bench import chaos_clients as load
+from bench.chaos_clients import ChaosClient
+from bench.chaos_plan import ClientAction
+from bench.client_log import ClientLog, TokenEvent
 
 Handler = Callable[[httpx.Request], httpx.Response]
 GENERATE = {"prompt": "The Louvre is in", "max_new_tokens": 3}

@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 
-from bench.journal import ClientLog, GenerationRecord, Resource, TokenEvent
-from bench.plan import ClientAction
+from bench.chaos_plan import ClientAction
+from bench.client_log import ClientLog, GenerationRecord, Resource, TokenEvent
 
 RETRY_STATUSES = {429, 503}
 RETRY_TIMEOUT = 180.0  # seconds after which a wish that nobody grants is given up, which is a failure

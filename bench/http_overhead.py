@@ -1,6 +1,6 @@
 """What the way through HTTP, Redis, PostgreSQL and a worker's process adds to a tiny generation.
 
-    python bench/roundtrip.py --repeat 300
+    python bench/http_overhead.py --repeat 300
 
 The baseline is the engine called in process: one process, MemoryBroker and SQLite, the request put into the broker by the
 thread that then hears its end. Beside it: the same request by HTTP on a connection that stays open, to `palimpsest api`,

@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+from bench.embedded_service import BenchService
 from bench.harness import Report, time_interleaved
-from bench.house import BenchService
-from bench.shapes import build_model
+from bench.model_shapes import build_model
 from service.datasets.loading import read_records
 from service.datasets.record import Record
 from service.engine.engine import EngineConfig

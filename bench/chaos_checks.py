@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bench.journal import ClientLog, GenerationRecord, Resource
-from bench.plan import PROMPT, FactPool
+from bench.chaos_plan import PROMPT, FactPool
+from bench.client_log import ClientLog, GenerationRecord, Resource
 
 PENDING_STATUSES = ("queued", "running")
 #: error codes of jobs that may fail: their workers were killed too often

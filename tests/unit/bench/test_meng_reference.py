@@ -1,6 +1,6 @@
 """The authors' own code is run as it is, from a checkout that is not ours.
 
-The last tests run it on tiny models. They need a checkout: REFERENCE=PATH pytest tests/unit/bench/test_reference.py.
+The last tests run it on tiny models. They need a checkout: REFERENCE=PATH pytest tests/unit/bench/test_meng_reference.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from transformers.activations import NewGELUActivation
 
 from bench.edits import cosine
-from bench.reference import (
+from bench.meng_reference import (
     Reference,
     ReferenceEditor,
     ReferenceMissing,

@@ -1,10 +1,10 @@
-"""What is held at once: bench.peak."""
+"""What is held at once: bench.peak_memory."""
 
 from __future__ import annotations
 
 import torch
 
-from bench.peak import peak_bytes
+from bench.peak_memory import peak_bytes
 
 
 def test_freed_tensors_do_not_count() -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from bench import verdict as v
-from bench.journal import ClientLog, GenerationRecord, ReportedStatus, Resource, TokenEvent
-from bench.plan import PROMPT, FactPool
+from bench import chaos_checks as v
+from bench.chaos_plan import PROMPT, FactPool
+from bench.client_log import ClientLog, GenerationRecord, ReportedStatus, Resource, TokenEvent
 
 WORLD = FactPool(("Louvre", "Big Ben"), ("Tempe", "Miami", "Nice"))
 LOUVRE = PROMPT.replace("{}", "Louvre")

@@ -1,7 +1,7 @@
 """What each source of text for the statistics costs: the same edits of the same model, alone and 100 together, by that text alone.
 
-    python bench/sources.py
-    python bench/sources.py --model FOLDER --records cases.json --data DATA
+    python bench/corpus_sources.py
+    python bench/corpus_sources.py --model FOLDER --records cases.json --data DATA
 
 The values that an edit looks for do not depend on the statistics; where it is written does. The recipe is the one that
 `palimpsest prepare` has written into DATA, else the model's own. Texts: the model's own samples, statements of its facts
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence import EvidenceExperiment, MethodRow, new_table, percent
 from rich.console import Console
 from rich.table import Table
 
+from bench.evidence import EvidenceExperiment, MethodRow, new_table, percent
 from service.covariance.corpus import OWN_SAMPLES
 from service.datasets.loading import read_records
 from service.datasets.record import true_statements

@@ -1,10 +1,10 @@
-"""C by its tokens: bench.moments."""
+"""C by its tokens: bench.covariance_tokens."""
 
 from __future__ import annotations
 
 import torch
 
-from bench.moments import collect_moments, format_scores, with_statistics
+from bench.covariance_tokens import collect_moments, format_scores, with_statistics
 from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus
 from service.covariance.second_moment import KeyStatistics

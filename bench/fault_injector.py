@@ -11,8 +11,8 @@ from typing import Any
 
 import redis
 
+from bench.chaos_plan import Fault
 from bench.deployment import SupervisedDeployment, SupervisedProcess
-from bench.plan import Fault
 from bench.proxy import LOCALHOST, Proxy
 
 #: how a server is ended: PostgreSQL's fast and immediate shutdown, Redis's shutdown and its sudden death

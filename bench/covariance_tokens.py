@@ -1,8 +1,8 @@
 """How many tokens of text are enough for C = E[k k^T]: what edits are worth against the tokens they were computed from.
 
-    python bench/moments.py
-    python bench/moments.py --cases 200 --together 100 --tokens 250 500 1000 2000 4000 8000 16000 32000 60000
-    python bench/moments.py --device cuda
+    python bench/covariance_tokens.py
+    python bench/covariance_tokens.py --cases 200 --together 100 --tokens 250 500 1000 2000 4000 8000 16000 32000 60000
+    python bench/covariance_tokens.py --device cuda
 
 Texts of the model's own corpus are read in one seeded order, so that C of n tokens is made of the first n. An edit's value
 does not depend on C: it is found once, and each C gives it another direction. So the same edits are measured with every C, on
@@ -153,7 +153,7 @@ def main() -> None:
         for i, c in enumerate(dict.fromkeys([*single_cases, *joint_cases]))
     }
 
-    report = Report("moments", args.device)
+    report = Report("covariance_tokens", args.device)
     full_moment = snapshots[-1].moment
     rows = []
     for c in snapshots:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.plan import FAULT_WEIGHTS, PROMPT, build_fact_pool, client_scripts, first_actions, plan_faults
+from bench.chaos_plan import (
+    FAULT_WEIGHTS,
+    PROMPT,
+    build_fact_pool,
+    client_scripts,
+    first_actions,
+    plan_faults,
+)
 
 
 def test_faults_are_a_function_of_the_seed() -> None:
