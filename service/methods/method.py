@@ -42,9 +42,7 @@ class SolveRule:
     """How the associations that a method writes at one layer are solved together (`service/weights/composition.py`)."""
 
     name: str  #: stored with the factors of an edit
-    metric: Literal["covariance", "projection"] = (
-        "covariance"  #: C^-1 k or P k; keys are compared within one metric
-    )
+    metric: str = "covariance"  #: of the directions, which are C^-1 k for "covariance"; capacities compare keys within one
     superposes_subjects: bool = (
         False  #: the updates of one subject are summed; only different subjects are isolated
     )
