@@ -21,9 +21,10 @@ from service.settings import SHIPPED_MODEL, Settings
 
 if TYPE_CHECKING:
     from service.models.loading import LoadedModel
+    from service.tuning.objective import Candidate
     from service.tuning.recipe_search import TuningResult
 
-HISTORY_COLUMNS = ("stage", "tried", "ES", "PS", "NS", "S alone", "S at once", "rise of loss", "merit")
+HISTORY_COLUMNS = ("stage", "tried", "ES", "PS", "NS", "S alone", "S at once", "loss increase", "objective")
 SEARCH_DIR = "prepared"  # folder of what a later run goes on with
 
 
@@ -34,19 +35,21 @@ def run(args: argparse.Namespace) -> int:
     selection = select_records(records, args)
     model = load_without_bos(settings)
     from service.editing.context import RECIPES_FOLDER, recipe_path
-    from service.tuning.recipe_search import (
-        START_VALUES,
+    from service.tuning.fact_selection import (
         prefers_bos,
         score_with_and_without_bos,
         select_known_records,
     )
+    from service.tuning.search_space import START_VALUES
 
     known_facts = run_with_progress_bar(select_known_records(model, selection, max(args.most, args.many)))
     tuning_facts = known_facts[: args.most]
     mean_log_probs = run_with_progress_bar(score_with_and_without_bos(model, tuning_facts))
     prepend_bos = prefers_bos(model, mean_log_probs)
-    for name, log_p in mean_log_probs.items():
-        err.print(strip_control_chars(f"Facts are read with a mean log-probability of {log_p:.3f} {name}."))
+    err.print(
+        f"Mean log-probability of true objects: {mean_log_probs.without_bos:.3f} without BOS, "
+        f"{mean_log_probs.with_bos:.3f} with BOS."
+    )
     preparation = search_recipe(
         model, settings, tuning_facts, known_facts if args.many else [], records, prepend_bos, methods
     )
@@ -55,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = preparation.recipe.model_dump_json(indent=1)
     path.write_text(recipe, encoding="utf-8")
     if args.json:
-        print_json({"recipe": json.loads(recipe), "tried": preparation.history, "path": str(path)})
+        tried = [candidate.to_json() for candidate in preparation.history]
+        print_json({"recipe": json.loads(recipe), "tried": tried, "path": str(path)})
         return 0
     out.print(table("", HISTORY_COLUMNS, [candidate_row(h, START_VALUES) for h in preparation.history]))
     out.print(
@@ -123,23 +127,21 @@ def parse_methods(text: str | None) -> tuple[str, ...]:
     return names
 
 
-def candidate_row(candidate: dict[str, Any], defaults: dict[str, Any]) -> tuple[Any, ...]:
-    """One candidate as a line of the table, by what it has that is not usual; what has no figures says why."""
-    label = " ".join(f"{k}={json.dumps(v)}" for k, v in candidate["hparams"].items() if defaults.get(k) != v)
-    if "edits" in candidate:
-        label = f"{candidate['edits']} edits {label}"
-    if "together" not in candidate:
-        return candidate["stage"], label, *("" for _ in range(5)), candidate.get("reason", ""), 0.0
-    batched = candidate["together"]
-    alone = candidate.get("alone", {"S": None})
-    scores = candidate.get("alone", batched)
+def candidate_row(candidate: Candidate, defaults: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the row of HISTORY_COLUMNS of a candidate: the hyperparameters that differ from the defaults, and its scores or the reason."""
+    label = " ".join(f"{k}={json.dumps(v)}" for k, v in candidate.hparams.items() if defaults.get(k) != v)
+    if candidate.edits is not None:
+        label = f"{candidate.edits} edits {label}"
+    if candidate.joint is None:
+        return candidate.stage, label, *("" for _ in range(5)), candidate.reason or "", 0.0
+    scores = candidate.alone or candidate.joint
     figures = (
         scores["ES"],
         scores["PS"],
         scores["NS"],
-        alone["S"],
-        batched["S"],
-        candidate["rise"],
-        candidate["merit"],
+        candidate.alone["S"] if candidate.alone else None,
+        candidate.joint["S"],
+        candidate.loss_increase,
+        candidate.objective,
     )
-    return candidate["stage"], label, *(None if x is None else round(x, 3) for x in figures)
+    return str(candidate.stage), label, *(None if x is None else round(x, 3) for x in figures)

@@ -46,8 +46,8 @@ def choose_strengths(
     `measure` receives a strength for each edit and returns a measurement for each, of one version that contains all of them.
     `assess` receives the index of an edit, its strength and its measurement.
 
-    Several edits get the strengths of the last round. The search ends early when no edit is effective: the cause is then not a lack of
-    strength. A single edit gets the last strength that passes, or its first strength when none passes.
+    Several edits get the strengths of the last round. The search ends early when no edit is effective at full strength (1) or more: the
+    cause is then not a lack of strength. A single edit gets the last strength that passes, or its first strength when none passes.
     """
     levels = [0] * len(schedules)
     choices: list[StrengthChoice[M]] = []
@@ -62,7 +62,8 @@ def choose_strengths(
             for i, a in enumerate(assessments)
             if not a.accepted and (a.passed or not a.effective) and levels[i] + 1 < len(schedules[i])
         ]
-        if not raised or (len(schedules) > 1 and not any(a.effective for a in assessments)):
+        hopeless = min(strengths) >= 1 and not any(a.effective for a in assessments)
+        if not raised or (len(schedules) > 1 and hopeless):
             return choices
         for i in raised:
             levels[i] += 1

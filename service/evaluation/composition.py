@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
-from service.datasets.record import Record
 from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.evaluation.checkpointing import ArtifactKind, StageKind
 from service.evaluation.edit_search import FoundEdit, find_group
 from service.evaluation.evaluation_context import EvaluationContext
-from service.evaluation.measuring import score_records
+from service.evaluation.strengths import choose_group_strengths
 from service.kit.steps import Phase, Progress, Stepper, report_as
-from service.recipes.strength_schedule import StrengthSchedule
 from service.weights.composition import apply_delta, compose
 from service.weights.factors import EditUpdate
 
@@ -36,7 +33,7 @@ class SequenceComposition(Protocol):
 class JointComposition:
     """Edits found on the base model, all active ones composed in closed form.
 
-    The edits of a group become active together, each with the first strength at which it is effective beside the others.
+    The edits of a group become active together, each with the strength that the service's policy chooses.
     """
 
     def __init__(self, evaluation: EvaluationContext) -> None:
@@ -71,46 +68,15 @@ class JointComposition:
     def _choose_strengths(self, first: int, edits: Sequence[FoundEdit]) -> Stepper[list[float]]:
         """Return the strengths of some edits beside the active ones."""
         evaluation = self.evaluation
-        schedule = evaluation.strength_schedule(first + len(edits))
-        if len(schedule.strengths) == 1 or evaluation.plan.objective != "write":
-            return [schedule.strengths[0]] * len(edits)
+        if len(evaluation.plan.strengths) == 1 or evaluation.plan.objective != "write":
+            return [evaluation.strength_schedule(first + len(edits)).strengths[0]] * len(edits)
         records = evaluation.records[first : first + len(edits)]
-        groups = [edit.updates for edit in edits]
+        updates = [edit.updates for edit in edits]
         return (
-            yield from choose_group_strengths(evaluation.replica, records, groups, self._active, schedule)
+            yield from choose_group_strengths(
+                evaluation.replica, records, updates, self._active, first, evaluation.strength_schedule
+            )
         )
-
-
-def choose_group_strengths(
-    replica: VersionedModel,
-    records: Sequence[Record],
-    groups: Sequence[Sequence[EditUpdate]],
-    active: Sequence[EditUpdate],
-    schedule: StrengthSchedule,
-) -> Stepper[list[float]]:
-    """Return for each edit the first strength at which it is effective beside the active edits and the other ones.
-
-    All edits start at the lowest strength. Those without the required margin are raised together until none can be raised.
-    """
-    strengths, levels = schedule.strengths, [0] * len(groups)
-    rewrite_only = [replace(r, paraphrases=(), neighbours=()) for r in records]
-    while True:
-        scaled_updates = [
-            u.scaled(strengths[level]) for group, level in zip(groups, levels, strict=True) for u in group
-        ]
-        weights = replica.compose_weights([*active, *scaled_updates])
-        yield Progress(Phase.COMPOSE, 1, 1)
-        scores = yield from score_records(replica, rewrite_only, weights)
-        raised = [
-            i
-            for i, record_scores in enumerate(scores)
-            if not record_scores.has_margin(schedule.required_margin(strengths[levels[i]]))
-            and levels[i] + 1 < len(strengths)
-        ]
-        if not raised:
-            return [strengths[level] for level in levels]
-        for i in raised:
-            levels[i] += 1
 
 
 class SequentialUpdates:

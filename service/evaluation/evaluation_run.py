@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from service.engine.versioned_model import WeightOverrides
@@ -18,6 +18,7 @@ from service.evaluation.measuring import (
     score_pairs,
 )
 from service.evaluation.metrics import Measures, RecordScores, change_scores, split_scores, summarize
+from service.evaluation.strengths import choose_strength_alone
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.methods.parameters import RomeParameters
 from service.models.score import TargetScore
@@ -117,20 +118,12 @@ class EvaluationRun:
         return row
 
     def _choose_strength_alone(self, i: int, edit: FoundEdit) -> Stepper[dict[str, Any]]:
-        """Return the first strength at which the edit alone is effective, else the last one, and the scores at it."""
-        record = self.records[i]
-        scores: list[TargetScore] = []
-        strength = self.plan.strengths[0]
+        """Return the strength of an edit that is active alone, and the scores at it."""
         schedule = self.evaluation.strength_schedule(1)
-        for strength in schedule.strengths:
-            weights = self.replica.compose_weights([u.scaled(strength) for u in edit.updates])
-            yield Progress(Phase.COMPOSE, 1, 1)
-            scores = yield from score_pairs(self.replica, [record], weights)
-            if self.plan.objective != "write" or RecordScores.from_scores(record, scores).has_margin(
-                schedule.required_margin(strength)
-            ):
-                break
-        return {"strength": strength, "scores": scores}
+        if self.plan.objective != "write":
+            schedule = replace(schedule, strengths=schedule.strengths[:1])
+        choice = yield from choose_strength_alone(self.replica, self.records[i], edit.updates, schedule)
+        return {"strength": choice.strength, "scores": choice.measurement}
 
     # A sequence of edits
 

@@ -96,12 +96,8 @@ class RecordScores:
     @property
     def edit_holds(self) -> bool:
         """Whether the new object is more probable than the true one, or greedy if no true object is known."""
-        return self.has_margin(0.0)
-
-    def has_margin(self, margin: float) -> bool:
-        """Return the same, with a margin in nats of mean log-probability."""
         new, true = self.rewrite.new, self.rewrite.true
-        return new.is_greedy if true is None else new.log_p - true.log_p > margin
+        return new.is_greedy if true is None else new.log_p > true.log_p
 
     def measures(self) -> Measures:
         """Return the measures of the record, None for those whose prompts or objects it lacks."""

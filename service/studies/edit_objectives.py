@@ -1,4 +1,4 @@
-"""What the edits of a study are to do with a fact (Hase et al. 2023, Section 5.3; methods F.1)."""
+"""The editing problems of the localization study (Hase et al. 2023, Section 5.3)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from service.schemas import Objective
 
 @dataclass(frozen=True)
 class StudyObjective:
-    """One of the editing problems."""
+    """One editing problem."""
 
     description: str
-    objective: Objective = "write"  #: what the editors know it as
-    reversed: bool = False  #: the new object is what the model says when the subject is noised
-    noised: bool = False  #: the subject is noised while the edit is found, and while it is measured
+    objective: Objective = "write"  #: what the editing methods optimise
+    reversed: bool = False  #: the new object is the model's answer when the subject is noised
+    noised: bool = False  #: the subject is noised during the search and the measurement
 
 
 STUDY_OBJECTIVES = {
     "write": StudyObjective("write the new object"),
-    "erase": StudyObjective("make the true object improbable", "erase"),
-    "amplify": StudyObjective("make the true object more probable", "amplify"),
-    "reversal": StudyObjective("write what is said of the noised subject", reversed=True),
-    "forcing": StudyObjective("make the true object said of the noised subject", "amplify", noised=True),
+    "erase": StudyObjective("minimise the probability of the true object", "erase"),
+    "amplify": StudyObjective("maximise the probability of the true object", "amplify"),
+    "reversal": StudyObjective("write the model's answer to the noised subject", reversed=True),
+    "forcing": StudyObjective(
+        "maximise the probability of the true object for the noised subject", "amplify", noised=True
+    ),
 }

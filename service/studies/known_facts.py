@@ -1,12 +1,9 @@
-"""Which facts a model knows: only what it says by itself can be lost and brought back (methods B.1)."""
+"""The facts that a model knows. Only the effect on an answer that the model gives by itself can be traced (Meng et al. 2022)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from service.errors import InvalidInput
 from service.kit.steps import Phase, Stepper
@@ -18,18 +15,19 @@ from service.studies.facts import Fact
 
 @dataclass(frozen=True)
 class KnownFacts:
-    """What came of asking a model for facts."""
+    """The outcome of scoring a model on facts."""
 
-    indices: list[int]  #: places of those whose object is its greedy answer
-    unknown: int  #: how many it answers otherwise
-    unscorable: int  #: how many it cannot be asked: too long, or the object merges with the prompt
+    indices: list[int]  #: of the facts whose object is the greedy answer
+    unknown: int  #: number of facts with another greedy answer
+    unscorable: int  #: number of facts that are too long, or whose object merges with the prompt
 
     def left_out(self) -> dict[str, int]:
-        return {"not known to the model": self.unknown, "cannot be asked": self.unscorable}
+        """Return the number of facts that are left out, by reason."""
+        return {"unknown": self.unknown, "unscorable": self.unscorable}
 
 
 def find_known_facts(model: LoadedModel, facts: Sequence[Fact]) -> Stepper[KnownFacts]:
-    """Ask for every fact, teacher forced: known are those whose every token is the most probable one."""
+    """Score every fact teacher-forced. A fact is known if every token of its object is the most probable one."""
     scorable = [i for i, fact in enumerate(facts) if _is_scorable(model, fact)]
     pairs = [(facts[i].statement.text, facts[i].object) for i in scorable]
     answers = yield from compute_log_probs(model, pairs, Phase.PROBE)
@@ -43,9 +41,3 @@ def _is_scorable(model: LoadedModel, fact: Fact) -> bool:
     except InvalidInput:
         return False
     return True
-
-
-def run_artifact_name(kind: str, *inputs: Any) -> str:
-    """The name under which a run is kept: a digest of all that its figures depend on."""
-    text = json.dumps(inputs, sort_keys=True, ensure_ascii=False)
-    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"

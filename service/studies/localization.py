@@ -1,7 +1,7 @@
-"""Every fact edited at every layer, and traced: does the trace say where an edit succeeds? (Hase et al. 2023; methods F)
+"""The localization study: whether causal tracing tells at which layer an edit succeeds (Hase et al. 2023).
 
-Each edit stands alone on the base model, is measured and thrown away; what is kept are its scores, under a name that holds all
-that they depend on. So a study that was interrupted goes on, and one that is widened computes what is new.
+Every known fact is traced, and edited at every layer, alone on the base model. Scores are stored under a digest of their inputs, so
+that an interrupted study resumes, and an extended one computes only what is new.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from service.datasets.record import Record, record_fits, target_object
 from service.editing.context import EditInput, EditorContext
 from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import InvalidInput
+from service.evaluation.evaluation_context import EDITS_PER_BATCH
 from service.evaluation.metrics import Measures, RecordScores, change_scores, scoring_pairs
-from service.kit.artifact_store import ArtifactStore, get_json, put_json
+from service.kit.artifact_store import ArtifactStore, content_addressed_name, get_json, put_json
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.kit.text import fill_prompt
 from service.models.score import TargetScore
@@ -26,23 +27,23 @@ from service.models.scoring import score_targets
 from service.recipes.recipe import resolve_hparams
 from service.studies.edit_objectives import STUDY_OBJECTIVES, StudyObjective
 from service.studies.facts import fact_from_record
-from service.studies.known_facts import find_known_facts, run_artifact_name
+from service.studies.known_facts import find_known_facts
 from service.studies.localization_stats import analyze_runs, mean_effects_by_layer, trace_effects
 from service.studies.noised_probes import noised_greedy_answer, score_under_noise, subject_noise
+from service.studies.regression import scipy_stats
 from service.studies.traces import TracePlan, load_or_trace, study_noise_level
 from service.tracing.noise import NoiseLevel
 
-WINDOW = 5  # layers of MLP outputs put back together (methods F.3)
-EDITS_PER_BATCH = 16  # edits that are found at once
+WINDOW = 5  # layers whose MLP outputs are restored together (Hase et al. 2023)
 
 
 @dataclass(frozen=True)
 class LocalizationPlan:
-    """Which edits, and how facts are traced."""
+    """The edits and the settings of the traces."""
 
     layers: tuple[int, ...]
     methods: tuple[str, ...] = ("rome",)
-    problems: tuple[str, ...] = ("write",)  #: of PROBLEMS
+    problems: tuple[str, ...] = ("write",)  #: keys of STUDY_OBJECTIVES
     hparams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  #: by method
     samples: int = 10
     noise: float | str = "3sigma"
@@ -61,7 +62,8 @@ def run_localization_study(
     store: ArtifactStore,
     limit: int | None = None,
 ) -> Stepper[dict[str, Any]]:
-    """Carry out a plan on those of the first `limit` records whose fact the model knows. JSON-able; no ledger is touched."""
+    """Carry out a plan on the records among the first `limit` whose fact the model knows. Returns JSON, and does not touch the ledger."""
+    scipy_stats()  # fail before hours of tracing, not after
     candidates = [r for r in records if r.target_true]
     noise = study_noise_level(replica.base, plan.trace, [fact_from_record(r) for r in candidates])
     known_facts = yield from find_known_facts(replica.base, [fact_from_record(r) for r in candidates[:limit]])
@@ -70,11 +72,11 @@ def run_localization_study(
         candidates[i] for i in known_facts.indices if record_fits(candidates[i], tokenizer, positions)
     ]
     if not known_records:
-        raise InvalidInput("none of the facts is known to the model: there is nothing to edit.", "facts")
+        raise InvalidInput("the model knows none of the facts: give facts that it knows.", "facts")
     study = LocalizationStudy(replica, context, plan, known_records, store, noise)
     results = yield from study.execute()
     left_out = known_facts.left_out()
-    left_out["cannot be asked"] += len(known_facts.indices) - len(known_records)
+    left_out["unscorable"] += len(known_facts.indices) - len(known_records)
     return {
         "study": "localization",
         "model": {
@@ -115,7 +117,7 @@ class LocalizationStudy:
         self.replica, self.model, self.context, self.plan = replica, replica.base, context, plan
         self.records, self.store, self.noise = records, store, noise
         self.hparams = {m: dict(plan.hparams.get(m, {})) for m in plan.methods}
-        # what cannot be is refused before anything runs
+        # raises InvalidInput for invalid hyperparameters before anything runs
         self.parameters = {m: self._resolve_parameters(m, plan.layers[0]) for m in plan.methods}
 
     def execute(self) -> Stepper[dict[str, Any]]:
@@ -134,7 +136,7 @@ class LocalizationStudy:
         return {"effects": mean_effects_by_layer(effects), "studies": studies}
 
     def _pose_problem(self, name: str) -> Stepper[dict[int, Record]]:
-        """The facts of one problem by their places. In a reversal those whose object noise changes to one that can be written."""
+        """Return the records of one problem by index. A reversal has those whose answer changes under noise to one that can be written."""
         if not STUDY_OBJECTIVES[name].reversed:
             return dict(enumerate(self.records))
         posed_records = {}
@@ -151,11 +153,11 @@ class LocalizationStudy:
             ):
                 posed_records[i] = reversed_record
         if not posed_records:
-            raise InvalidInput("under noise the model says what it says without: use more noise.", "noise")
+            raise InvalidInput("noise does not change the answer to any fact: use more noise.", "noise")
         return posed_records
 
     def _resolve_parameters(self, method: str, layer: int) -> dict[str, Any]:
-        """What an edit at a layer is made with."""
+        """Return the resolved hyperparameters of an edit at a layer."""
         hparams = self.hparams[method] | {"layers": [layer]}
         return resolve_hparams(self.context.recipe, hparams, self.model.num_layers, method).model_dump(
             mode="json"
@@ -177,7 +179,7 @@ class LocalizationStudy:
     def _score_records(
         self, name: str, records: Sequence[Record], weights: WeightOverrides
     ) -> Stepper[list[RecordScores]]:
-        """What the model says to the prompts of records with these weights in place, the subject noised where the problem is."""
+        """Return the scores of records with these weights, with the subject noised if the problem demands it."""
         record_scores = []
         for i, record in enumerate(records):
             if STUDY_OBJECTIVES[name].noised:
@@ -192,7 +194,7 @@ class LocalizationStudy:
     def _edit_at_all_layers(
         self, method: str, name: str, records: Sequence[Record], base_scores: Sequence[RecordScores]
     ) -> Stepper[list[list[Measures]]]:
-        """The scores of one kind of edit, by fact and layer."""
+        """Return the change scores of one kind of edit, by fact and layer."""
         total = len(self.plan.layers) * len(records)
         runs: list[list[Measures]] = [[] for _ in records]
         for layer in self.plan.layers:
@@ -213,24 +215,19 @@ class LocalizationStudy:
         records: Sequence[Record],
         base_scores: Sequence[RecordScores],
     ) -> Stepper[list[Measures]]:
-        """The scores of some facts' edits at one layer: what is kept of them, and the others found side by side."""
+        """Return the change scores of some facts' edits at one layer. Those that are not stored are searched as one batch."""
         parameters, problem = self._resolve_parameters(method, layer), STUDY_OBJECTIVES[name]
         names = [self._artifact_name(record, method, name, parameters) for record in records]
-        results: dict[int, Measures] = {}
-        for i, run in enumerate(names):
-            if (scores := get_json(self.store, run)) is not None:
-                results[i] = scores
-        missing = [i for i in range(len(records)) if i not in results]
-        specs = [self._edit_spec(records[i], method, problem, layer) for i in missing]
-        factors = (yield from self.context.find_all_factors(specs)) if specs else []
+        missing = [i for i, artifact in enumerate(names) if self.store.get(artifact) is None]
+        inputs = [self._edit_input(records[i], method, problem, layer) for i in missing]
+        factors = (yield from self.context.find_all_factors(inputs)) if inputs else []
         for i, edit_factors in zip(missing, factors, strict=True):
             weights = self.replica.compose_weights(edit_factors.updates)
             (edited_scores,) = yield from self._score_records(name, [records[i]], weights)
-            results[i] = change_scores(base_scores[i], edited_scores, problem.objective)
-            put_json(self.store, names[i], results[i])
-        return [results[i] for i in range(len(records))]
+            put_json(self.store, names[i], change_scores(base_scores[i], edited_scores, problem.objective))
+        return [get_json(self.store, artifact) for artifact in names]
 
-    def _edit_spec(self, record: Record, method: str, problem: StudyObjective, layer: int) -> EditInput:
+    def _edit_input(self, record: Record, method: str, problem: StudyObjective, layer: int) -> EditInput:
         return EditInput(
             fill_prompt(record.prompt, record.subject),
             target_object(record, problem.objective),
@@ -243,9 +240,10 @@ class LocalizationStudy:
     def _artifact_name(self, record: Record, method: str, name: str, parameters: Mapping[str, Any]) -> str:
         tools = {"model": self.model.fingerprint, "corpus": self.context.corpus.digest}
         noise = (self.noise.value, self.plan.seed) if STUDY_OBJECTIVES[name].noised else None
-        return run_artifact_name("edit", tools, asdict(record), method, name, parameters, noise)
+        inputs = [tools, asdict(record), method, name, parameters, noise]
+        return content_addressed_name("edit", inputs)
 
 
 def _nan_as_impossible(score: TargetScore) -> TargetScore:
-    """A model that an edit has broken so that it gives no number says nothing."""
+    """Return the score with probability 0 in place of NaN, which a model with non-finite outputs gives."""
     return score._replace(log_p=-math.inf) if math.isnan(score.log_p) else score

@@ -216,7 +216,7 @@ def _p_value_text(p: float) -> str:
 
 def sentences(study: Study) -> list[str]:
     """What was done, and what came of it."""
-    out = "; ".join(f"{n} {why}" for why, n in study["left_out"].items() if n) or "none"
+    out = "; ".join(f"{n} {reason}" for reason, n in study["left_out"].items() if n) or "none"
     lines = [
         (
             f"{study['asked']} facts were asked; {study['facts']} that the model knows were traced, and edited alone at "

@@ -1,24 +1,24 @@
-"""Does the tracing effect say anything about an edit's success that its layer does not? (Hase et al. 2023, Section 5; methods F.4)
+"""Whether the tracing effect explains an edit's success beyond its layer (Hase et al. 2023, Section 5).
 
-scores and effects (facts, layers): of every fact the success of its edit at every layer, and its tracing effect there. Three
-least-squares models of all scores, each with its share of explained variance:
+scores and effects are (facts, layers): the success of the edit of every fact at every layer, and the tracing effect there. Three
+least-squares models of all scores are fitted, each with its share of explained variance:
 
     layer     a mean for each layer                     score = a_l
     effect    one line through all                      score = a + b effect
     both      a line for each layer                     score = a_l + b_l effect
 
-The gain R2(both) - R2(layer) is never negative, and noise alone makes it greater than nothing. So it is held against what it
-is when the facts exchange their effects (whole rows, so that repeated measures of a fact stay together); intervals draw whole
-facts again. The plain F test, which takes every row for a new fact, is told beside them because the paper tells it.
+The gain R2(both) - R2(layer) is never negative, and noise alone makes it positive. It is therefore compared with its value after
+permuting the facts' rows of effects, which keeps repeated measures of a fact together. Intervals resample whole facts. The F test,
+which treats every row as an independent fact, is reported as well because the paper reports it.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
+from service.errors import Misconfigured
 from service.scores.scores import bootstrap_counts
 from service.studies.bootstrap import Array, percentile_interval
 
@@ -27,13 +27,13 @@ PERMUTATION_ROUNDS = 1000
 
 
 def least_squares(x: Array, y: Array) -> tuple[float, int]:
-    """Residual sum of squares of y (n,) on the columns of x (n, p), and how many of these are independent."""
+    """Return the residual sum of squares of y (n,) regressed on x (n, p), and the rank of x."""
     solution, _, rank, _ = np.linalg.lstsq(x, y, rcond=None)
     return float(((y - x @ solution) ** 2).sum()), int(rank)
 
 
 def design_matrices(effects: Array) -> dict[str, Array]:
-    """The columns of each model, a row for each fact and layer."""
+    """Return the design matrix of each model, with a row for each fact and layer."""
     facts, layers = effects.shape
     layer = np.tile(np.eye(layers), (facts, 1))
     effect = effects.reshape(-1, 1)
@@ -47,7 +47,7 @@ def design_matrices(effects: Array) -> dict[str, Array]:
 def compare_regressions(
     scores: Array, effects: Array, rounds: int = PERMUTATION_ROUNDS, seed: int = 0
 ) -> dict[str, Any] | None:
-    """R2 of each model, the gain, their intervals, and what chance makes of the gain. None where no score differs."""
+    """Return R2 of each model and the gain with intervals, the permutation test and the F test. None if all scores are equal."""
     y = scores.reshape(-1)
     total = float(((y - y.mean()) ** 2).sum())
     if total <= 1e-12 * len(y):
@@ -82,7 +82,7 @@ def _value_with_interval(value: float, resampled: Array, facts: int) -> dict[str
 
 
 def resampled_r2(resample_counts: Array, scores: Array, effects: Array) -> dict[str, Array]:
-    """R2 (rounds,) of each model on each draw of facts, from sums: that of `both` is a line within each layer."""
+    """Return R2 (rounds,) of each model on each resample of facts, computed from sums. `both` fits a line within each layer."""
     n = resample_counts.sum(1, keepdims=True)
     y, x, yy, xx, xy = (
         resample_counts @ part for part in (scores, effects, scores**2, effects**2, effects * scores)
@@ -101,18 +101,16 @@ def resampled_r2(resample_counts: Array, scores: Array, effects: Array) -> dict[
 
 
 def _sums_of_squares(n: Array, y: Array, x: Array, yy: Array, xx: Array, xy: Array) -> tuple[Array, Array]:
-    """Of sums over n pairs: the squares of y about its mean, and how much of them a line in x explains."""
+    """Return the sum of squares of y about its mean, and the part that a line in x explains, from sums over n pairs."""
     of_y, of_x, shared = yy - y * y / n, xx - x * x / n, xy - x * y / n
-    level = of_x > 1e-9 * np.maximum(
-        xx, 1e-12
-    )  # else x is the same everywhere, and no line explains anything
-    return of_y, np.divide(shared**2, of_x, out=np.zeros_like(of_y), where=level)
+    varies = of_x > 1e-9 * np.maximum(xx, 1e-12)  # a line in a constant x explains nothing
+    return of_y, np.divide(shared**2, of_x, out=np.zeros_like(of_y), where=varies)
 
 
 def permutation_gains(
     scores: Array, effects: Array, rounds: int = PERMUTATION_ROUNDS, seed: int = 0
 ) -> Array:
-    """The gain (rounds,) when facts exchange their rows of effects at random."""
+    """Return the gain (rounds,) under random permutations of the facts' rows of effects."""
     rng, unit_counts = np.random.default_rng(seed), np.ones((1, len(scores)))
     gains = np.empty(rounds)
     for i in range(rounds):
@@ -124,40 +122,23 @@ def permutation_gains(
 def f_test(
     small_rss: float, small_rank: int, large_rss: float, large_rank: int, n: int
 ) -> tuple[float | None, float | None]:
-    """F and its p: whether the richer of two nested models explains more. small, large: their squares left; few, many: their
-    ranks. None where there is nothing to test."""
+    """Return F and its p value of the hypothesis that the larger of two nested models explains no more than the smaller.
+
+    Takes their residual sums of squares and ranks. Returns None if there is no degree of freedom or no residual.
+    """
     extra_rank, residual_df = large_rank - small_rank, n - large_rank
     if extra_rank < 1 or residual_df < 1 or large_rss <= 0:
         return None, None
     f = max(0.0, (small_rss - large_rss) / extra_rank) / (large_rss / residual_df)
-    return f, f_survival(f, extra_rank, residual_df)
+    return f, float(scipy_stats().f.sf(f, extra_rank, residual_df))
 
 
-def f_survival(f: float, a: float, b: float) -> float:
-    """P(F > f) with a and b degrees of freedom: the regularised incomplete beta function at b / (b + a f)."""
-    return incomplete_beta(b / (b + a * f), b / 2, a / 2)
-
-
-def incomplete_beta(x: float, a: float, b: float) -> float:
-    """I_x(a, b), by its continued fraction (Abramowitz and Stegun 26.5.8), on the side where that converges fast."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - incomplete_beta(1 - x, b, a)
-    scale = math.exp(
-        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    )
-    return scale / (a * _continued_fraction(x, a, b))
-
-
-def _continued_fraction(x: float, a: float, b: float, terms: int = 400) -> float:
-    """1 + d1/(1 + d2/(1 + ...)), from its last term up."""
-    value = 1.0
-    for i in range(terms, 0, -1):
-        m, odd = divmod(i, 2)
-        if odd:
-            d = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        else:
-            d = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        value = 1 + d / value
-    return value
+def scipy_stats() -> Any:
+    """Return the module `scipy.stats`. Raise Misconfigured if SciPy, an optional dependency, is not installed."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise Misconfigured(
+            "the localization study needs SciPy: install it with `pip install 'palimpsest[studies]'`."
+        ) from None
+    return stats

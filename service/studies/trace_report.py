@@ -153,7 +153,7 @@ def interval_text(estimate: dict[str, Any]) -> str:
 
 def sentences(study: Study) -> list[str]:
     """What was done, and what the figures show."""
-    out = "; ".join(f"{n} {why}" for why, n in study["left_out"].items() if n) or "none"
+    out = "; ".join(f"{n} {reason}" for reason, n in study["left_out"].items() if n) or "none"
     noise, total = study["noise"], study["total_effect"]
     times = (
         f", {noise['factor']:g} times the deviation of the embeddings of {noise['subjects']} subjects"

@@ -1,4 +1,4 @@
-"""Where a model carries its facts: many causal traces and their averages, from stored runs (Meng et al. 2022, Section 2)."""
+"""The tracing study: causal traces of many facts and their averages (Meng et al. 2022, Section 2)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from service.kit.artifact_store import ArtifactStore, get_json, put_json
+from service.kit.artifact_store import ArtifactStore, content_addressed_name, load_or_compute
 from service.kit.steps import Phase, Progress, Stepper, report_as
 from service.models.loading import LoadedModel
 from service.studies.facts import Fact
-from service.studies.known_facts import find_known_facts, run_artifact_name
+from service.studies.known_facts import find_known_facts
 from service.studies.trace_averages import average_traces
 from service.tracing.fast_trace import trace_statement
 from service.tracing.noise import NoiseLevel, parse_noise_level
@@ -19,44 +19,45 @@ from service.tracing.reference import TRACE_KINDS
 
 @dataclass(frozen=True)
 class TracePlan:
-    """How every fact is traced."""
+    """The settings of every trace."""
 
     kinds: tuple[str, ...] = TRACE_KINDS
     window: int = 10
     samples: int = 10
-    noise: float | str = "3sigma"  #: a multiple of sigma is measured over the subjects of all facts
+    noise: float | str = "3sigma"  #: sigma is measured over the subjects of all facts
     severed: bool = True
     seed: int = 1
 
 
 def default_window(layers: int) -> int:
-    """A fifth of the layers, at most 10: what 10 are of GPT-2 XL's 48."""
+    """Return a fifth of the layers, at most 10, which is the paper's window for the 48 layers of GPT-2 XL."""
     return max(1, min(10, round(layers / 5)))
 
 
 def study_noise_level(model: LoadedModel, plan: TracePlan, facts: Sequence[Fact]) -> NoiseLevel:
-    """The noise of a study, measured once."""
+    """Return the noise level of a study, which is the same for all facts."""
     return parse_noise_level(model, plan.noise, [f.subject for f in facts])
 
 
 def load_or_trace(
     model: LoadedModel, fact: Fact, plan: TracePlan, noise: NoiseLevel, store: ArtifactStore
 ) -> Stepper[dict[str, Any]]:
-    """The trace of one fact as JSON: what is kept of it, else made and kept."""
+    """Return the trace of one fact as JSON, loaded from the store if it is there."""
     settings = asdict(plan) | {"noise": noise.value}
-    name = run_artifact_name("trace", model.fingerprint, fact.to_json(), settings)
-    stored: dict[str, Any] | None = get_json(store, name)
-    if stored is None:
-        trace = yield from trace_statement(model, fact.statement, fact.object, **settings)
-        stored = {"fact": fact.to_json(), **trace.to_json()}
-        put_json(store, name, stored)
+    name = content_addressed_name("trace", [model.fingerprint, fact.to_json(), settings])
+    stored: dict[str, Any] = yield from load_or_compute(store, name, _trace(model, fact, settings))
     return stored
+
+
+def _trace(model: LoadedModel, fact: Fact, settings: dict[str, Any]) -> Stepper[dict[str, Any]]:
+    trace = yield from trace_statement(model, fact.statement, fact.object, **settings)
+    return {"fact": fact.to_json(), **trace.to_json()}
 
 
 def run_trace_study(
     model: LoadedModel, facts: Sequence[Fact], plan: TracePlan, store: ArtifactStore, limit: int | None = None
 ) -> Stepper[dict[str, Any]]:
-    """Trace those of the first `limit` facts that the model knows, and average. JSON-able."""
+    """Trace the facts among the first `limit` that the model knows, and return their averages as JSON."""
     noise = study_noise_level(model, plan, facts)
     chosen = facts[:limit]
     known_facts = yield from find_known_facts(model, chosen)

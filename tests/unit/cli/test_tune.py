@@ -1,4 +1,4 @@
-"""`palimpsest prepare` on a tiny model."""
+"""`palimpsest tune` on a tiny model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from cli.tune import candidate_row, parse_methods, resolve_facts
 from service.errors import InvalidInput
 from service.kit.steps import Phase, Progress, Stepper
 from service.settings import SHIPPED_MODEL, Settings
-from service.tuning import recipe_search
+from service.tuning import fact_selection, objective, search_space
+from service.tuning.objective import Candidate
 from tests.support.tiny_models import TEXTS, tiny
 from workers.resident_model import load_served_model
 
@@ -58,16 +59,14 @@ def test_the_recipe_is_written_where_the_worker_loads_it(
         yield Progress(Phase.PROBE, 1, 1)
         return records[:limit]
 
-    monkeypatch.setattr(recipe_search, "select_known_records", known)
-    monkeypatch.setattr(recipe_search, "prefers_bos", lambda *_: start)
+    monkeypatch.setattr(fact_selection, "select_known_records", known)
+    monkeypatch.setattr(fact_selection, "prefers_bos", lambda *_: start)
+    monkeypatch.setattr(search_space, "START_VALUES", search_space.START_VALUES | {"steps": 3, "contexts": 0})
+    monkeypatch.setattr(search_space, "STAGES", {})
+    monkeypatch.setattr(search_space, "MARGIN_GRID", (0.5,))
     monkeypatch.setattr(
-        recipe_search, "START_VALUES", recipe_search.START_VALUES | {"steps": 3, "contexts": 0}
-    )
-    monkeypatch.setattr(recipe_search, "STAGES", {})
-    monkeypatch.setattr(recipe_search, "MARGIN_GRID", (0.5,))
-    monkeypatch.setattr(
-        recipe_search, "compute_objective", lambda figures: float("together" in figures)
-    )  # random models take no edit
+        objective, "compute_objective", lambda figures: float("joint" in figures)
+    )  # edits of a random model are not effective
     assert main(command_line(folder, "--json")) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["recipe"]["start"] is start
@@ -75,15 +74,15 @@ def test_the_recipe_is_written_where_the_worker_loads_it(
     model = load_served_model(Settings(model=str(folder / "model"), data_dir=folder / "data"))
     begins = model.encode("Rome")[0][0] == model.tokenizer.bos_token_id
     assert begins is start
-    assert {h["stage"] for h in said["tried"]} == {"layer", "spread", "many"}
+    assert {h["stage"] for h in said["tried"]} == {"layer", "layer_range", "margin"}
     assert main(command_line(folder)) == 0
-    assert "merit" in capsys.readouterr().out
+    assert "objective" in capsys.readouterr().out
 
 
 def test_a_model_that_knows_nothing_has_no_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without facts that the model knows nothing is written, and the message says what to give."""
     assert main(command_line(folder)) == 1
-    assert "a recipe needs 8 at least" in " ".join(capsys.readouterr().err.split())
+    assert "a recipe needs at least 8" in " ".join(capsys.readouterr().err.split())
     assert not (folder / "data" / "recipes").exists()
 
 
@@ -96,19 +95,11 @@ def test_facts_and_methods_are_resolved() -> None:
         parse_methods("rome")
 
 
-def test_a_candidate_is_a_table_row() -> None:
-    """What could not be tried says why in its line; what has figures shows them."""
-    assert candidate_row(
-        {"stage": "layer", "hparams": {"layers": [9]}, "reason": "no layer", "merit": 0.0}, {}
-    )[-2:] == (
-        "no layer",
-        0.0,
-    )
-    together = {"ES": 1.0, "PS": 0.5, "NS": 0.25, "S": 0.4}
-    many = {"stage": "many", "hparams": {"margin": 1}, "edits": 50} | {
-        "together": together,
-        "rise": 0.05,
-        "merit": 0.4,
-    }
-    assert candidate_row(many, {})[1] == "50 edits margin=1"
-    assert candidate_row(many, {})[2:] == (1.0, 0.5, 0.25, None, 0.4, 0.05, 0.4)
+def test_candidate_is_a_table_row() -> None:
+    """A candidate that was not carried out shows its reason, another one its scores."""
+    failed = Candidate("layer", "rome", {"layers": [9]}, 0.0, reason="no layer")
+    assert candidate_row(failed, {})[-2:] == ("no layer", 0.0)
+    joint: dict[str, float | None] = {"ES": 1.0, "PS": 0.5, "NS": 0.25, "S": 0.4}
+    batch = Candidate("margin", "rome", {"margin": 1}, 0.4, joint=joint, loss_increase=0.05, edits=50)
+    assert candidate_row(batch, {})[1] == "50 edits margin=1"
+    assert candidate_row(batch, {})[2:] == (1.0, 0.5, 0.25, None, 0.4, 0.05, 0.4)

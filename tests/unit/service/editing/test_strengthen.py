@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from service.editing.strengthen import Assessment, choose_strengths
-from service.kit.steps import Progress, Stepper, run_to_completion
+from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 
 ACCEPTED, WEAK = Assessment(True), Assessment(False, passed=True, effective=False)
 INEFFECTIVE, HARMFUL = Assessment(False, False, False), Assessment(False, False, True)
@@ -22,7 +22,7 @@ def choose(
 
     def measure(strengths: Sequence[float]) -> Stepper[list[Assessment]]:
         measured.append(list(strengths))
-        yield Progress("measure", 1, 1)
+        yield Progress(Phase.MEASURE, 1, 1)
         return list(rounds[len(measured) - 1])
 
     schedules = schedules or [SCHEDULE] * len(rounds[0])
@@ -64,5 +64,8 @@ def test_edit_is_not_raised_beyond_its_schedule() -> None:
 
 
 def test_group_without_an_effective_edit_is_not_raised() -> None:
-    """A group in which no edit is effective is measured once."""
+    """A group in which no edit is effective at full strength is not raised further. At partial strength it is."""
     assert choose([[INEFFECTIVE, INEFFECTIVE]])[0] == [1.0, 1.0]
+    partial = [(0.5, 1.0, 2.0)] * 2
+    assert choose([[INEFFECTIVE, INEFFECTIVE]] * 2, partial)[0] == [1.0, 1.0]
+    assert choose([[INEFFECTIVE, INEFFECTIVE], [ACCEPTED, ACCEPTED]], partial)[0] == [1.0, 1.0]

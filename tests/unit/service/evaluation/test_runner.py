@@ -15,9 +15,12 @@ import torch
 from service.covariance.corpus import Corpus
 from service.datasets.record import NeighborProbe, Record
 from service.editing.context import EditInput, EditorContext
+from service.editing.strengthen import Assessment
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.errors import InvalidInput
+from service.evaluation import strengths
 from service.evaluation.measuring import generate_texts, texts_without_edited_facts
+from service.evaluation.metrics import PromptScores
 from service.evaluation.runner import run_evaluation
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.kit.text import fill_prompt
@@ -26,6 +29,7 @@ from service.models.loading import LoadedModel
 from service.models.scoring import log_probs_blocking
 from service.recipes.recipe import Recipe
 from service.schemas import EvaluationPlan
+from service.weights.factors import Association
 from tests.support.in_memory_store import InMemoryStore
 from tests.support.tiny_models import TEXTS, tiny
 
@@ -216,10 +220,11 @@ def test_sequence_on_the_edited_model_adds_updates_one_by_one() -> None:
     weight = base.clone()
     for r in RECORDS[:3]:
         replica.base.weight(1).data = weight
-        (a,) = run_to_completion(
+        (update,) = run_to_completion(
             context.find_all_factors([EditInput(fill_prompt(r.prompt, r.subject), r.target_new)])
         )[0].updates
-        weight = (weight.double() + a.rank_one().dense().T).float()  # Conv1D
+        assert isinstance(update, Association)
+        weight = (weight.double() + update.rank_one().dense().T).float()  # Conv1D
     relative_change = float((weight - base).double().norm() / base.double().norm())
     assert result["norm"]["1.mlp"] == pytest.approx(relative_change, rel=1e-4)
     replica.base.weight(1).data = weight
@@ -255,8 +260,14 @@ def test_fine_tuning_is_evaluated() -> None:
     assert evaluate(store, RECORDS[:2], **plan) == result
 
 
-def test_ineffective_edit_gets_a_higher_strength() -> None:
-    """An edit gets the first strength at which it is effective, or the last one if there is none."""
+def test_ineffective_edit_gets_a_higher_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edit alone gets the first strength at which it is accepted, or the last one that passes."""
+
+    def assess(_record: Record, scores: PromptScores, _margin: float) -> Assessment:
+        new, true = scores.new, scores.true
+        return Assessment(accepted=new.is_greedy if true is None else new.log_p > true.log_p)
+
+    monkeypatch.setattr(strengths, "assess_rewrite", assess)
     weak = evaluate(strengths=[1e-6], damage=False)
     strong = evaluate(strengths=[1e-6, 1e-5, 8.0], damage=False)
     assert {r["strength"] for r in weak["rows"]} == {1e-6}

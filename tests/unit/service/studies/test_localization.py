@@ -25,6 +25,7 @@ from service.studies.facts import fact_from_record
 from service.studies.localization import LocalizationPlan, run_localization_study
 from service.studies.localization_stats import trace_effects
 from service.tracing.fast_trace import trace_statement
+from tests.support.in_memory_store import InMemoryStore
 from tests.support.tiny_models import TEXTS, tiny
 
 RECORDS = [
@@ -34,13 +35,6 @@ RECORDS = [
 ]  # fmt: skip
 RECIPE = Recipe(source="test", rome=RomeParameters(layers=(1,), contexts=1, steps=3))
 PLAN = LocalizationPlan((0, 2), samples=1, noise=0.5)
-
-
-class InMemoryStore(dict[str, bytes]):
-    """What is kept, at hand."""
-
-    def put(self, name: str, data: bytes) -> None:
-        self[name] = data
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,7 @@ def study(
         "model": {"name": "tiny <b>", "fingerprint": "f", "layers": layers},
         "asked": facts + 1,
         "facts": facts,
-        "left_out": {"not known to the model": 1, "cannot be asked": 0},
+        "left_out": {"unknown": 1, "unscorable": 0},
         "noise": {"level": 0.3, "factor": 3.0, "sigma": 0.1, "subjects": 9},
         "window": 5,
         "samples": 2,

@@ -33,7 +33,7 @@ def study(facts: int = 3, layers: int = 4, severed: bool = True, kinds: str = "h
     return {
         "model": {"name": "tiny <b>", "fingerprint": "f", "layers": layers},
         "asked": facts + 2,
-        "left_out": {"not known to the model": 2, "cannot be asked": 0},
+        "left_out": {"unknown": 2, "unscorable": 0},
         "noise": {"level": 0.3, "factor": 3.0, "sigma": 0.1, "subjects": 9},
         "window": 2,
         "samples": 4,
@@ -72,7 +72,7 @@ def test_words_and_table_have_the_figures() -> None:
     """The words tell who was left out and the total effect; the table has the peak of each row; the page shows both as text."""
     made = study()
     words = " ".join(trace_report.sentences(made))
-    assert "5 facts were asked and 3 traced" in words and "2 not known to the model" in words
+    assert "5 facts were asked and 3 traced" in words and "2 unknown" in words
     assert "average total effect is 0.850" in words
     row = next(r for r in trace_report.table_rows(made) if r[:2] == ("MLP", "last subject token"))
     peak = made["kinds"]["mlp"]["last subject token"]["peak"]

@@ -15,6 +15,7 @@ from service.studies.trace_averages import average_traces
 from service.studies.traces import TracePlan, run_trace_study
 from service.tracing.fast_trace import trace_statement
 from service.tracing.noise import parse_noise_level
+from tests.support.in_memory_store import InMemoryStore
 from tests.support.tiny_models import tiny
 
 FACTS = [
@@ -23,13 +24,6 @@ FACTS = [
     Fact("Marie Curie", "The mother tongue of {} was", "Polish"),
 ]
 PLAN = TracePlan(window=2, samples=2)
-
-
-class InMemoryStore(dict[str, bytes]):
-    """What is kept, at hand."""
-
-    def put(self, name: str, data: bytes) -> None:
-        self[name] = data
 
 
 @pytest.fixture
@@ -59,7 +53,7 @@ def test_a_study_is_the_average_of_single_traces() -> None:
     ]
     assert {key: study[key] for key in average_traces(alone)} == average_traces(alone)
     assert study["noise"] == {"level": noise.value, "factor": 3.0, "sigma": noise.sigma, "subjects": 3}
-    assert study["left_out"] == {"not known to the model": 1, "cannot be asked": 0}
+    assert study["left_out"] == {"unknown": 1, "unscorable": 0}
 
 
 @pytest.mark.usefixtures("all_known")
