@@ -40,7 +40,7 @@ from service.covariance.corpus import Corpus, load_corpus
 from service.covariance.second_moment import KeyStatistics
 from service.editing.context import find_recipe
 from service.editing.find_factors import find_factors
-from service.editing.value_optimizer import tokenize_contexts
+from service.editing.tokenized_contexts import tokenize_contexts
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters

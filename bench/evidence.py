@@ -32,7 +32,8 @@ from service.datasets.loading import read_records
 from service.datasets.record import Record, true_statements
 from service.editing import associations, value_optimizer
 from service.editing.context import EditorContext, build_editor_context
-from service.editing.value_optimizer import DeltaSite, ValueResult, ValueSearchSpec
+from service.editing.suffix_batch import DeltaSite
+from service.editing.value_optimizer import ValueResult, ValueSearchSpec
 from service.engine.versioned_model import EmptyLedger, VersionedModel
 from service.evaluation.checkpointing import ArtifactKind
 from service.evaluation.runner import run_evaluation

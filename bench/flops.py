@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from service.editing.value_optimizer import TokenizedContexts
+from service.editing.tokenized_contexts import TokenizedContexts
 from service.models.loading import LoadedModel
 from service.tracing.interventions import TraceCell
 from service.tracing.trace_input import TraceInput

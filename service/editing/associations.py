@@ -27,7 +27,8 @@ from torch import Tensor
 from service.covariance.second_moment import KeyStatistics
 from service.editing.edit_spec import EditFactors, ValueEditSpec
 from service.editing.subject_noise import noise_hook_right_padded
-from service.editing.value_optimizer import TokenizedContexts, ValueResult, optimize_values
+from service.editing.tokenized_contexts import TokenizedContexts
+from service.editing.value_optimizer import ValueResult, optimize_values
 from service.kit.steps import Phase, Progress, Stepper
 from service.methods.parameters import RomeParameters
 from service.methods.registry import get_method

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from service.editing.value_optimizer import DeltaSite, TokenizedContexts, ValueSearchSpec, tokenize_contexts
+from service.editing.suffix_batch import DeltaSite
+from service.editing.tokenized_contexts import TokenizedContexts, tokenize_contexts
+from service.editing.value_optimizer import ValueSearchSpec
 from service.kit.text import Statement, normalize_whitespace
 from service.methods.parameters import FineTuneParameters, Parameters
 from service.methods.registry import DEFAULT_METHOD, get_method

@@ -10,7 +10,7 @@ import torch
 from bench.flops import TokenCost, avoided_fraction, count_flops, edit_bound, trace_bound
 from service.covariance.second_moment import KeyStatistics
 from service.editing.find_factors import find_factors
-from service.editing.value_optimizer import tokenize_contexts
+from service.editing.tokenized_contexts import tokenize_contexts
 from service.kit.steps import run_to_completion
 from service.kit.text import Statement, fill_prompt, locate_subject
 from service.methods.parameters import RomeParameters

@@ -14,7 +14,9 @@ from service.covariance.second_moment import KeyStatistics
 from service.editing.context_templates import sample_contexts
 from service.editing.edit_spec import EditFactors, ValueEditSpec, batch_edit_specs, build_edit_spec
 from service.editing.find_factors import find_factors
-from service.editing.value_optimizer import DeltaSite, ValueSearchSpec, optimize_values, tokenize_contexts
+from service.editing.suffix_batch import DeltaSite
+from service.editing.tokenized_contexts import tokenize_contexts
+from service.editing.value_optimizer import ValueSearchSpec, optimize_values
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters

@@ -7,16 +7,9 @@ import math
 import pytest
 import torch
 
-from service.editing.value_optimizer import (
-    DeltaSite,
-    LastBlockReader,
-    TokenizedContexts,
-    ValueResult,
-    ValueSearchSpec,
-    optimize_values,
-    prefill_suffixes,
-    tokenize_contexts,
-)
+from service.editing.suffix_batch import DeltaSite, LastBlockReader, prefill_suffixes
+from service.editing.tokenized_contexts import TokenizedContexts, tokenize_contexts
+from service.editing.value_optimizer import ValueResult, ValueSearchSpec, optimize_values
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters

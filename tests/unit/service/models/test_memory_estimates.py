@@ -11,7 +11,7 @@ from bench.peak_memory import peak_bytes
 from service.covariance.collect import load_or_collect_statistics, tokenize_corpus
 from service.covariance.corpus import Corpus
 from service.editing.find_factors import find_factors
-from service.editing.value_optimizer import tokenize_contexts
+from service.editing.tokenized_contexts import tokenize_contexts
 from service.engine.decoding import DecodingBatch, new_sequence
 from service.errors import InvalidInput, Unavailable
 from service.kit.steps import run_to_completion

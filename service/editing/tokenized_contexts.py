@@ -1,0 +1,84 @@
+"""The texts of one edit as tokens: the statement with its object, bare and after contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.kit.text import Statement, separator, token_span
+from service.models.loading import LoadedModel
+from service.models.token_batch import TokenizedStatement, tokenize_statement
+
+
+@dataclass(frozen=True)
+class TokenizedContexts:
+    """The statements of one edit as tokens. Row 0 is the bare prompt, the other rows follow contexts."""
+
+    prompts: list[TokenizedStatement]
+    targets: list[list[int]]
+    #: the bare subject and, when the key is averaged over it, the subject after each context
+    bare_subjects: list[TokenizedStatement]
+
+    @property
+    def size(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def kl_reference_row(self) -> int:
+        """The row whose next-token distribution after the subject the KL term preserves: the bare prompt when it begins with the subject,
+        else an additional row."""
+        return (
+            0
+            if self.prompts[0].ids_through_subject == self.bare_subjects[0].ids_through_subject
+            else self.size
+        )
+
+    def texts(self) -> list[TokenizedStatement]:
+        """Return the prompts, each with its object without the last token, and the bare subject when `kl_reference_row` needs it."""
+        with_targets = [
+            TokenizedStatement(p.ids + t[:-1], p.subject)
+            for p, t in zip(self.prompts, self.targets, strict=True)
+        ]
+        return (
+            with_targets
+            if self.kl_reference_row == 0
+            else [
+                *with_targets,
+                TokenizedStatement(self.bare_subjects[0].ids_through_subject, self.bare_subjects[0].subject),
+            ]
+        )
+
+
+def _context_prefixes(contexts: Sequence[str]) -> list[str]:
+    """Return the empty prefix, and the contexts as sentences."""
+    return ["", *(f"{c}. " if c else "" for c in contexts)]
+
+
+def tokenize_contexts(
+    model: LoadedModel,
+    statement: Statement,
+    target: str,
+    contexts: Sequence[str],
+    with_bare_subjects: bool = False,
+) -> TokenizedContexts:
+    """Tokenize prompt and object together, bare and after each context that fits the model's positions; with `with_bare_subjects` also the
+    subject after each context."""
+    prompts, targets = [], []
+    for prefix in _context_prefixes(contexts):
+        prefixed = statement.with_context(prefix)
+        sep = separator(prefixed.text, target)
+        ids, offsets = model.encode(prefixed.text + sep + target)
+        if prefix and len(ids) > model.max_positions:
+            continue
+        start = token_span(offsets, (len(prefixed.text), len(prefixed.text + sep + target)))[0]
+        prompts.append(TokenizedStatement(ids[:start], token_span(offsets[:start], prefixed.span)))
+        targets.append(ids[start:])
+    begin, end = statement.span
+    subject = statement.text[begin:end]
+    subject_statement = Statement(subject, (0, len(subject)))
+    prefixes = _context_prefixes(contexts) if with_bare_subjects else [""]
+    return TokenizedContexts(
+        prompts,
+        targets,
+        [tokenize_statement(model, subject_statement.with_context(prefix)) for prefix in prefixes],
+    )
