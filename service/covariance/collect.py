@@ -26,19 +26,20 @@ FILE_FORMAT = 2  # raised when the meaning of a stored file changes
 
 
 def unpadded_keys(captured: Tensor, batch: PaddedBatch) -> Tensor:
-    """Keys of the real tokens, (N, D): padding rows are removed by the mask."""
+    """Return the keys (N, D) of the tokens that are not padding."""
     return captured.reshape(*batch.ids.shape, -1)[batch.mask.bool()]
 
 
 def tokenize_corpus(model: LoadedModel, corpus: Corpus) -> list[list[int]]:
-    """The corpus as tokens; a text too long for one pass is several rows, so that the memory of a pass is bounded."""
+    """Return the corpus as rows of tokens. A text that is too long for one pass is split, so that the memory of a
+    pass is bounded."""
     limit = min(model.max_positions, STATISTICS_BATCH_TOKENS)
     token_ids = (model.encode(text)[0] for text in corpus.texts)
     return [ids[at : at + limit] for ids in token_ids for at in range(0, len(ids), limit)]
 
 
 def batch_by_length(rows: list[list[int]]) -> list[list[list[int]]]:
-    """Rows of similar length together, at most BATCH_TOKENS padded tokens a batch."""
+    """Return batches of rows of similar length, with at most STATISTICS_BATCH_TOKENS tokens each, padding included."""
     batches: list[list[list[int]]] = []
     for row in sorted(rows, key=len):
         if batches and len(row) * (len(batches[-1]) + 1) <= STATISTICS_BATCH_TOKENS:
@@ -51,7 +52,7 @@ def batch_by_length(rows: list[list[int]]) -> list[list[list[int]]]:
 def collect_statistics(
     model: LoadedModel, layers: Sequence[int], corpus: Corpus, damping: float = DAMPING
 ) -> Stepper[dict[int, KeyStatistics]]:
-    """C of each layer over the corpus: one forward pass for all layers, stopped at the highest."""
+    """Collect the second moment of each layer over the corpus, in one forward pass that stops at the highest layer."""
     batches = batch_by_length(tokenize_corpus(model, corpus))
     sums = {layer: SecondMomentAccumulator(model.intermediate_size, model.device) for layer in layers}
     modules = {layer: model.down_proj(layer) for layer in layers}
@@ -90,7 +91,8 @@ def load_or_collect_statistics(
     folder: Path | None,
     damping: float = DAMPING,
 ) -> Stepper[dict[int, KeyStatistics]]:
-    """Statistics of each layer, factored: read where they are stored, else collected and stored."""
+    """Return the statistics of each layer, factorized. Stored statistics are loaded; missing ones are collected and
+    stored."""
     statistics: dict[int, KeyStatistics] = {}
     paths = (
         {x: folder / f"moment-{_cache_key(model, x, corpus, damping)}.safetensors" for x in layers}
@@ -112,6 +114,6 @@ def load_or_collect_statistics(
                 {"moment": statistics[layer].moment}, temporary, {"count": str(statistics[layer].count)}
             )
     for number, layer in enumerate(layers):
-        _ = statistics[layer].cholesky  # now, and not in the first edit that needs it
+        _ = statistics[layer].cholesky  # factorize now, not in the first edit
         yield Progress(Phase.FACTORIZE, number + 1, len(layers))
     return {layer: statistics[layer] for layer in layers}

@@ -1,5 +1,5 @@
-"""Text for the statistics and for the reference perplexity: a file or a folder of text, a public data set, the model's own table of
-facts, or its own samples."""
+"""The corpus for the statistics of keys and the reference perplexity: a file or folder of text, a public data set,
+the model's table of facts, or samples of the model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from service.kit.text import separator
 from service.models.loading import LoadedModel
 from service.models.sampling import sample_texts
 
-HUB_PREFIX = "hub:"  # what stands before the name of a public data set
-OWN_SAMPLES = "samples"  # what asks for the model's own samples
-SAMPLE_LENGTH = 48  # tokens of one of the model's own samples
+HUB_PREFIX = "hub:"  # prefix of the name of a public data set
+OWN_SAMPLES = "samples"  # the name of the model's own samples
+SAMPLE_LENGTH = 48  # tokens of a sample
 
 
 @dataclass(frozen=True)
 class Corpus:
-    source: str  #: in words, for people
+    source: str  #: description for reports
     texts: tuple[str, ...]
 
     @property
@@ -34,7 +34,7 @@ class Corpus:
 
 
 def _facts_as_sentences(path: Path) -> list[str]:
-    """Statements of the model's table: its first trained wordings, one after another over all facts."""
+    """Return the statements of the model's table of facts: the first four trained wordings, each over all facts."""
     rows = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines() if x]
     texts = []
     for wording in range(4):
@@ -47,8 +47,11 @@ def _facts_as_sentences(path: Path) -> list[str]:
 def load_corpus(
     model: LoadedModel, max_tokens: int, file: Path | None, seed: int = 0, folder: Path | None = None
 ) -> Stepper[Corpus]:
-    """About `size` tokens of text. What is named comes first: a file or a folder, a text a line, or "hub:NAME" for a data set on a
-    hub; then facts.jsonl beside the model, then the model's own samples. "samples" names those."""
+    """Load or sample about `max_tokens` tokens of text.
+
+    `file` names a file or a folder with one text a line, "hub:NAME" a data set on a hub, and "samples" the model's
+    own samples. When it is None, the corpus is facts.jsonl next to the model, or else the model's own samples.
+    """
     source_name = str(file) if file is not None else ""
     if source_name.startswith(HUB_PREFIX):
         return Corpus(
@@ -68,7 +71,7 @@ def load_corpus(
 
 
 def _sample_corpus(model: LoadedModel, max_tokens: int, folder: Path | None, seed: int) -> Stepper[list[str]]:
-    """The model's own samples; made once for a folder, since they take a minute or more."""
+    """Return samples of the model, cached in `folder`: sampling takes a minute or more."""
     length = min(SAMPLE_LENGTH, model.max_positions)
     fingerprint = f"{model.fingerprint} {max_tokens} {seed} {length}"
     path = (
@@ -86,11 +89,11 @@ def _sample_corpus(model: LoadedModel, max_tokens: int, folder: Path | None, see
 
 
 def _read_lines(path: Path) -> Iterator[str]:
-    """The lines of a file, or of the .txt files of a folder in the order of their names; empty ones are left out."""
+    """Yield the non-empty lines of a file, or of the .txt files of a folder in the order of their names."""
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise Misconfigured(
-            f"the corpus {str(path)!r} holds no .txt file: name a folder that does, or a file."
+            f"the corpus {str(path)!r} contains no .txt file: name another folder, or a file."
         )
     for file in files:
         try:
@@ -101,7 +104,8 @@ def _read_lines(path: Path) -> Iterator[str]:
 
 
 def _stream_hub_dataset(name: str) -> Iterator[str]:
-    """Texts of a public data set, streamed: NAME or NAME/CONFIGURATION, such as "Salesforce/wikitext/wikitext-103-raw-v1"."""
+    """Yield the texts of a public data set: NAME or NAME/CONFIGURATION, such as
+    "Salesforce/wikitext/wikitext-103-raw-v1"."""
     try:
         from datasets import load_dataset
     except ModuleNotFoundError:
@@ -112,9 +116,9 @@ def _stream_hub_dataset(name: str) -> Iterator[str]:
     try:
         rows = load_dataset("/".join(words[:2]), *words[2:3], split="train", streaming=True)
         yield from (str(row["text"]) for row in rows if str(row.get("text") or "").strip())
-    except Exception as error:  # whatever it is, it is about a name or a network
+    except Exception as error:  # the name or the network
         raise Misconfigured(
-            f"the data set {name!r} cannot be read: {error} Give a file or a folder of text, or the name of a data set with a "
+            f"the data set {name!r} cannot be read: {error} Give a file or a folder of text, or a data set with a "
             'column "text" on a hub that can be reached from here.'
         ) from error
 

@@ -1,4 +1,5 @@
-"""The second moment of keys, C = E[k k^T], accumulated in fp64, damped, and factored once (methods A.4)."""
+"""The second moment of keys, C = E[k k^T] (Meng et al. 2022, Eq. 2), accumulated in fp64, damped, and factorized
+once."""
 
 from __future__ import annotations
 
@@ -10,35 +11,36 @@ from torch import Tensor
 
 from service.models.precision import fp64_device
 
-MAX_BLOCKS = 6  # C is accumulated in so many columns of blocks, each from its diagonal down
-MIN_BLOCK_WIDTH = 256  # a block is not narrower
+MAX_BLOCKS = 6  # columns of blocks in which C is accumulated, each from its diagonal down
+MIN_BLOCK_WIDTH = 256  # minimum width of a block
 
 
 class SecondMomentAccumulator:
-    """A running sum of k k^T over tokens. Uncentred; divided by the number of tokens.
+    """A running sum of k k^T over tokens. The moment is uncentered and divided by the number of tokens.
 
-    Keys are widened and multiplied in fp64 where they are, so that they never travel; only the finished moment comes to
-    the CPU. fp64 has no reduced form on any device (TF32 is a mode of fp32 products), so that an entry over N tokens is
-    within N 2^-53 / (1 - N 2^-53) of the mean of |k_i k_j|, whatever the batches were: 1e-8 for 1e8 tokens. C is symmetric,
-    and the blocks above the diagonal are not computed: with b columns of blocks (1 + 1/b) / 2 of the products are.
+    Keys are converted to fp64 and multiplied on their device; only the finished moment is copied to the CPU. No
+    device has a reduced form of fp64 (TF32 is a mode of fp32 products), so that the error of an entry over N tokens
+    is at most N 2^-53 / (1 - N 2^-53) times the mean of |k_i k_j|, for any batches: 1e-8 for 1e8 tokens. C is
+    symmetric, and the blocks above the diagonal are not computed: with b columns of blocks the share (1 + 1/b) / 2 of
+    the products is.
     """
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         self.device = fp64_device(torch.device(device))
         self.total = torch.zeros(
             size, size, dtype=torch.float64, device=self.device
-        )  # read from the diagonal down
+        )  # only the blocks from the diagonal down are used
         self.count = 0
 
     def add(self, keys: Tensor) -> None:
-        """Add keys (N, D), one a token."""
+        """Add the keys (N, D) of N tokens."""
         wide = keys.detach().to(self.device, torch.float64)
         for block in self._blocks():
             self.total[block.start :, block].addmm_(wide[:, block.start :].T, wide[:, block])
         self.count += len(wide)
 
     def mean(self) -> Tensor:
-        """C, (D, D), on the CPU."""
+        """Return C (D, D) on the CPU."""
         if not self.count:
             raise ValueError("no keys were added")
         moment = (self.total / self.count).cpu()
@@ -49,7 +51,7 @@ class SecondMomentAccumulator:
         return moment
 
     def _blocks(self) -> list[slice]:
-        """The columns, cut into blocks."""
+        """Return the blocks of columns."""
         size = len(self.total)
         step = max(MIN_BLOCK_WIDTH, -(-size // MAX_BLOCKS))
         return [slice(at, min(at + step, size)) for at in range(0, size, step)]
@@ -57,7 +59,7 @@ class SecondMomentAccumulator:
 
 @dataclass(frozen=True)
 class KeyStatistics:
-    """C of one layer, (D, D) fp64, and all that it was made from."""
+    """The second moment C of one layer's keys, (D, D) in fp64, with the values that identify it."""
 
     layer: int
     moment: Tensor = field(repr=False)
@@ -67,17 +69,18 @@ class KeyStatistics:
 
     @cached_property
     def cholesky(self) -> Tensor:
-        """Lower L with L L^T = C + damping * mean(diag C) * I."""
+        """The lower triangular L with L L^T = C + damping * mean(diag C) * I."""
         damped = self.moment.clone()
         damped.diagonal().add_(self.damping * self.moment.diagonal().mean())
         lower: Tensor = torch.linalg.cholesky(damped)
         return lower
 
     def solve(self, keys: Tensor) -> Tensor:
-        """C^-1 k for a key (D,) or for keys as columns (D, n), in fp64 (methods A.5).
+        """Return C^-1 k for a key (D,) or for keys as columns (D, n), in fp64.
 
-        Two triangular solves, which read L where it is. `cholesky_solve` gives the same bits, but copies L each time: for
-        one key the copy costs several times the solve, and tens of times where its pages are not yet mapped.
+        Two triangular solves read L in place. `cholesky_solve` gives the same bits but copies L each time, which
+        costs several times as much as the solve for one key, and tens of times as much when the pages of L are not
+        yet mapped.
         """
         columns = keys.to("cpu", torch.float64)
         single_key = columns.ndim == 1
@@ -88,17 +91,17 @@ class KeyStatistics:
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (D,), ascending, and eigenvectors (D, D) as columns of C, undamped."""
+        """The eigenvalues (D,), ascending, and the eigenvectors (D, D), as columns, of the undamped C."""
         values, vectors = torch.linalg.eigh(self.moment)
         return values, vectors
 
     def projection_rank(self, threshold: float) -> int:
-        """How many directions the projection keeps; all or none of D means that it says nothing."""
+        """Return the number of directions whose second moment is below `threshold`: the rank of P."""
         return int((self.spectrum[0] < threshold).sum())
 
     def project(self, keys: Tensor, threshold: float) -> Tensor:
-        """P k for a key (D,) or keys as columns (D, n), in fp64: onto the directions in which E[(k^T e)^2] < threshold (AlphaEdit,
-        Fang et al. 2025, Eq. 8; methods C.3)."""
+        """Return P k for a key (D,) or keys as columns (D, n), in fp64. P projects onto the directions e with E[(k^T
+        e)^2] < threshold (AlphaEdit, Fang et al. 2025, Eq. 8)."""
         null = self.spectrum[1][:, : self.projection_rank(threshold)]
         projected: Tensor = null @ (null.T @ keys.to("cpu", torch.float64))
         return projected

@@ -2,17 +2,19 @@
 
 No weight of the model is changed: the result is a list of associations, one for each edited layer.
 
-One layer (ROME, Meng et al. 2022): k* is the mean key of the subject's last token over the contexts. v* is the MLP's output at the bare
-prompt plus the optimized delta. The change of value is v* - W k*, measured with the same averaged key (r-ROME, Gupta et al. 2024), so
-that the edited layer maps k* exactly to v* (`anchor="bare"`). With `anchor="own"` the change is delta: each text keeps its own value and
-delta is added to it, as during the optimization. With `bare_keys` half of the mean key is taken over the bare subject after each
-context, which makes the key valid for wordings that begin differently. `bare_weight` is the weight of the text without a context (MEMIT
-uses 1/2). `compat="meng2022"` is the published asymmetric form: the averaged key in the direction, the bare prompt's key in residual
-and divisor.
+One layer (ROME, Meng et al. 2022): k* is the mean key of the subject's last token over the contexts. v* is the MLP's
+output at the bare prompt plus the optimized delta. The change of value is v* - W k*, measured with the same averaged
+key (r-ROME, Gupta et al. 2024), so that the edited layer maps k* exactly to v* (`anchor="bare"`). With `anchor="own"`
+the change is delta: each text keeps its own value and delta is added to it, as during the optimization. With
+`bare_keys` half of the mean key is taken over the bare subject after each context, which makes the key valid for
+wordings that begin differently. `bare_weight` is the weight of the text without a context (MEMIT uses 1/2).
+`compat="meng2022"` is the published asymmetric form: the averaged key in the direction, the bare prompt's key in
+residual and divisor.
 
-Several layers (MEMIT, Meng et al. 2023, Eq. 20): delta is optimized on the hidden state after the highest layer and written from the
-lowest layer up. Each layer takes its share of the remaining difference, measured with the edit's own lower layers in place. MEMIT, EMMET
-and AlphaEdit write so for one layer, too. They differ in how their associations are solved together (`SolveRule`).
+Several layers (MEMIT, Meng et al. 2023, Eq. 20): delta is optimized on the hidden state after the highest layer and
+written from the lowest layer up. Each layer takes its share of the remaining difference, measured with the edit's own
+lower layers in place. MEMIT, EMMET and AlphaEdit write so for one layer, too. They differ in how their associations
+are solved together (`SolveRule`).
 """
 
 from __future__ import annotations
@@ -82,12 +84,14 @@ def _forward_activations(
 
 
 def _key_texts(tokenized: TokenizedContexts, parameters: RomeParameters) -> list[TokenizedStatement]:
-    """Return the texts over which the key is averaged: the prompt after each context and, with `bare_keys`, the bare subject."""
+    """Return the texts over which the key is averaged: the prompt after each context and, with `bare_keys`, the bare
+    subject."""
     return tokenized.prompts + (tokenized.bare_subjects if parameters.bare_keys else [])
 
 
 def _key_activations(model: LoadedModel, value: ValueResult, spec: ValueEditSpec) -> tuple[Tensor, Tensor]:
-    """Return keys (texts, D) and values (texts, d) of all key texts. A text that is the beginning of a prompt is not run again."""
+    """Return keys (texts, D) and values (texts, d) of all key texts. A text that is the beginning of a prompt is not
+    run again."""
     tokenized, parameters = spec.tokenized, spec.parameters
     keys, values = at_least_fp32(value.keys), at_least_fp32(value.values)
     row_of_text = {tuple(p.ids_through_subject): i for i, p in enumerate(tokenized.prompts)}
@@ -143,7 +147,8 @@ def _build_association(
 def find_associations(
     model: LoadedModel, statistics: Mapping[int, KeyStatistics], specs: Sequence[ValueEditSpec]
 ) -> Stepper[list[EditFactors]]:
-    """Return the associations of edits with one delta site. Their values are optimized in one batch, each as it would be alone."""
+    """Return the associations of edits with one delta site. Their values are optimized in one batch, each as it would
+    be alone."""
     (delta_site,) = {spec.delta_site for spec in specs}
     values = yield from optimize_values(model, delta_site, specs)
     factors = []

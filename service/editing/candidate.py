@@ -1,4 +1,5 @@
-"""An edit before it is committed: its resolved request, its factors, and what is measured of a version that contains it."""
+"""An edit before it is committed: its resolved request, its factors, and what is measured of a version that contains
+it."""
 
 from __future__ import annotations
 

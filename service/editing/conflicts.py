@@ -1,8 +1,8 @@
-"""Edits that say an active edit's relation in other words: one subject, another prompt, and objects that pull against each other.
+"""Conflicts: active edits of the same subject and relation with another prompt and another object.
 
-What an edit writes at its subject speaks on every prompt about the subject, and on those of its own relation most of all. So an
-active edit is asked its own question with the new edit alone in place, on the base model: where the new object is then
-the more probable one there, the two are about one relation.
+An edit influences all prompts about its subject, and those of its own relation most. To detect a conflict, the
+rewrite probe of the active edit is scored on the base model with the new edit alone. When the new object is the most
+probable one there, both edits are about one relation.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ from service.weights.factors import Association, EditUpdate
 
 @dataclass(frozen=True)
 class ConflictCandidate:
-    """An active edit of the same subject with another prompt and another object, beside a new edit."""
+    """An active edit of the same subject with another prompt and another object, scored with the new edit alone."""
 
     edit: str
     prompt: str
     target_new: str
-    probability: float  #: of the new object on the rival's prompt, with the new edit alone in place
-    own_probability: float  #: there, of the rival's own object
-    true_probability: float  #: there, of what the base model answers
-    cosine: (
-        float | None
-    )  #: of both changes of value at their lowest layer; None where one of them has none there
+    probability: float  #: of the new object on the prompt of the active edit
+    own_probability: float  #: of the active edit's object on its prompt
+    true_probability: float  #: of the true object on that prompt
+    #: between both changes of value at their lowest layer; None unless both are associations of one layer
+    cosine: float | None
 
     def is_conflict(self, limit: float) -> bool:
-        """Whether the new object is the most probable of the three, and at least as probable as the limit."""
+        """Whether the new object is the most probable of the three objects, and at least as probable as `limit`."""
         return (
             self.probability >= max(limit, self.true_probability) and self.probability > self.own_probability
         )
@@ -46,9 +45,10 @@ def find_conflict_candidates(
     updates: Sequence[EditUpdate],
     others: Mapping[str, tuple[Mapping[str, Any], Sequence[EditUpdate]]],
 ) -> Stepper[list[ConflictCandidate]]:
-    """What a new edit does alone on the prompts of others of its subject: their ledger's bodies and pieces, by id.
+    """Score the prompts of active edits of the same subject with the new edit alone. `others`: their ledger bodies
+    and updates, by id.
 
-    Only those with another object; none beside an erasure or with one, since what is not to be said is no other object.
+    Only edits with another object are scored. An erasure has no object of its own, so that it conflicts with no edit.
     """
     probes = {edit: probe_of_entry(body) for edit, (body, _) in others.items()}
     probes = {
@@ -76,7 +76,8 @@ def find_conflict_candidates(
 
 
 def value_cosine(updates: Sequence[EditUpdate], other_updates: Sequence[EditUpdate]) -> float | None:
-    """Of the changes of value of two edits at their lowest layer, where that is one and both are associations."""
+    """Return the cosine between the changes of value of two edits at their lowest layer, or None unless both are
+    associations of one layer."""
     a, b = (min(pieces, key=lambda p: p.layer) for pieces in (updates, other_updates))
     if not (isinstance(a, Association) and isinstance(b, Association) and a.layer == b.layer):
         return None

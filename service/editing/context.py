@@ -1,4 +1,5 @@
-"""What an editor needs besides the model: a recipe, contexts, statistics and a reference text. Made once, stored."""
+"""What editing methods need in addition to the model: a recipe, contexts, statistics of keys and reference texts.
+Cached on disk."""
 
 from __future__ import annotations
 
@@ -26,17 +27,17 @@ from service.recipes.published import published_recipe
 from service.recipes.recipe import Recipe, parse_recipe, resolve_hparams
 from service.schemas import Objective
 
-REFERENCE_TEXTS = 48  # texts of the corpus on which the guard measures perplexity
-RECIPES_FOLDER = "recipes"  # folder of what `palimpsest prepare` writes, beside that of the statistics
-PERPLEXITY_CACHE_SIZE = 16  # versions whose perplexity is kept
+REFERENCE_TEXTS = 48  # texts of the corpus on which the guard measures the perplexity
+RECIPES_FOLDER = "recipes"  # the folder of tuned recipes, next to that of the statistics
+PERPLEXITY_CACHE_SIZE = 16  # versions whose perplexity is cached
 
 
 @dataclass(frozen=True)
 class EditInput:
-    """One edit as an evaluation, a study or a bench asks for it; `edit` names its pieces and is their order.
+    """An edit of an evaluation, a study or a bench. Updates are sorted by `edit`.
 
-    To erase or amplify, `target` is the true object. With `noise` (n, d) the edit is found while that stands on the embeddings of
-    the subject's tokens in every text: fact forcing (`service/editing/subject_noise.py`).
+    To erase or amplify, `target` is the true object. With `noise` (n, d) the factors are computed while the noise is
+    added to the embeddings of the subject's tokens: fact forcing (`service/editing/subject_noise.py`).
     """
 
     statement: Statement
@@ -50,7 +51,8 @@ class EditInput:
 
 @dataclass
 class EditorContext:
-    """The editor's tools for one base model; statistics and contexts not yet at hand are made when first needed."""
+    """The recipe, contexts, statistics and reference texts of one base model. Missing ones are computed when first
+    needed."""
 
     model: LoadedModel
     recipe: Recipe | None
@@ -60,22 +62,22 @@ class EditorContext:
     contexts: dict[tuple[int, int], list[str]] = field(default_factory=dict)
     perplexities: dict[int, float] = field(
         default_factory=dict
-    )  #: of the reference text, at versions lately seen
+    )  #: version -> perplexity on the reference texts
 
     def cache_perplexity(self, version: int, perplexity: float) -> None:
-        """The perplexity at a version that has landed: the next edit finds it there."""
+        """Store the perplexity of a committed version, for the next edit."""
         self.perplexities[version] = perplexity
         while len(self.perplexities) > PERPLEXITY_CACHE_SIZE:
             self.perplexities.pop(next(iter(self.perplexities)))
 
     @property
     def reference_texts(self) -> Sequence[str]:
-        """Texts spread evenly over the corpus."""
+        """The texts on which the perplexity is measured, evenly spaced over the corpus."""
         texts = self.corpus.texts
         return texts[:: max(1, len(texts) // REFERENCE_TEXTS)][:REFERENCE_TEXTS]
 
     def get_statistics(self, layers: Sequence[int]) -> Stepper[dict[int, KeyStatistics]]:
-        """Statistics of these layers."""
+        """Return the statistics of keys of the layers, and collect the missing ones."""
         missing = [x for x in layers if x not in self.statistics]
         if missing:
             self.statistics |= yield from load_or_collect_statistics(
@@ -84,7 +86,8 @@ class EditorContext:
         return {x: self.statistics[x] for x in layers}
 
     def find_all_factors(self, inputs: Sequence[EditInput]) -> Stepper[list[EditFactors]]:
-        """The pieces of some edits on the model as it stands, side by side where a step has room for more than one."""
+        """Return the factors of edits on the model with its current weights, in batches within the compute budget of
+        a step."""
         specs = []
         for number, edit_input in enumerate(inputs):
             parameters = resolve_hparams(
@@ -120,13 +123,13 @@ class EditorContext:
         objective: Objective = "write",
         noise: Tensor | None = None,
     ) -> Stepper[EditFactors]:
-        """The pieces of one edit on the model as it stands."""
+        """Return the factors of one edit on the model with its current weights."""
         edit_input = EditInput(statement, target, method, hparams, edit, objective, noise)
         (factors,) = yield from self.find_all_factors([edit_input])
         return factors
 
     def get_contexts(self, count: int, seed: int) -> Stepper[list[str]]:
-        """Contexts sampled from the base model, stored under all that they depend on."""
+        """Return contexts sampled from the base model, cached under a key of everything that they depend on."""
         if (count, seed) not in self.contexts:
             path = self._contexts_path(count, seed)
             if path is not None and path.exists():
@@ -144,7 +147,7 @@ class EditorContext:
         return self.folder / f"contexts-{key}.json" if self.folder else None
 
     def info(self) -> dict[str, Any]:
-        """What GET /models says of it."""
+        """Return the part of GET /models about the recipe, the corpus and the statistics."""
         return {
             "recipe": self.recipe.model_dump(mode="json") if self.recipe else None,
             "corpus": {"source": self.corpus.source, "digest": self.corpus.digest},
@@ -155,8 +158,8 @@ class EditorContext:
 
 
 def find_recipe(model: LoadedModel, recipes: Path | None = None) -> Recipe | None:
-    """What `palimpsest prepare` has written for this model; else `recipe.json` in the model's folder; else the published recipe of a
-    model of this shape."""
+    """Return the tuned recipe of the model, else `recipe.json` in the model's folder, else the published recipe of a
+    model of its shape, else None."""
     tuned = recipe_path(model, recipes) if recipes else None
     bundled = model.folder / "recipe.json" if model.folder else None
     for path in (tuned, bundled):
@@ -166,7 +169,7 @@ def find_recipe(model: LoadedModel, recipes: Path | None = None) -> Recipe | Non
 
 
 def recipe_path(model: LoadedModel, recipes: Path) -> Path:
-    """Where a recipe is written and found: by the fingerprint of what was loaded, in the folder of recipes."""
+    """Return the path of a model's tuned recipe, named by the fingerprint of the loaded files."""
     return recipes / f"{model.loaded_fingerprint or model.fingerprint}.json"
 
 
@@ -177,9 +180,10 @@ def build_editor_context(
     tokens: int = 60_000,
     recipe: Recipe | None = None,
 ) -> Stepper[EditorContext]:
-    """Make or read all that the recipe needs. Seconds for the shipped model on first start, nothing afterwards.
+    """Load or compute everything that the recipe needs. It takes seconds for the shipped model on the first start,
+    and is cached.
 
-    `folder` is that of the statistics; recipes stand beside it.
+    `folder`: of the statistics; the folder of recipes is next to it. `tokens`: maximum tokens of the corpus.
     """
     loaded_corpus = yield from load_corpus(model, tokens, corpus, folder=folder)
     chosen_recipe = recipe or find_recipe(model, folder.parent / RECIPES_FOLDER if folder else None)

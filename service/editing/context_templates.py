@@ -1,7 +1,7 @@
-"""Texts put in front of a prompt, so that a key stands for its subject rather than for one wording (methods A.2).
+"""Contexts: texts before a prompt, over which the key of a subject is averaged (Meng et al. 2022, section 3.1).
 
-Sampled from the *base* model with a seed and stored with it, never cached by name and never formatted: a brace in a
-sampled text is only a brace.
+Contexts are sampled from the base model with a seed. They are never passed to `str.format`: a brace in a sampled text
+is a brace.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Edit jobs, from the request to the ledger: resolved, computed on the base model, measured at head, and committed or rejected.
+"""Edit jobs, from the request to the ledger: resolved, computed on the base model, measured at head, and committed or
+rejected.
 
-The factors of an edit are computed on the base model, once. Only the measurement depends on the other active edits: the version that
-would result is composed and measured before anything is written. When another edit is committed meanwhile, the measurement is repeated
-at the new head.
+The factors of an edit are computed on the base model, once. Only the measurement depends on the other active edits:
+the version that would result is composed and measured before anything is written. When another edit is committed
+meanwhile, the measurement is repeated at the new head.
 
-Jobs that wait together are processed together: their values are optimized in one batch when the compute budget of a step allows it, and
-they are measured in one version. When all pass they are committed in the order of their submission, one ledger entry each. Otherwise
-those that pass are measured without the others, and each of the others alone. An error ends only the job that caused it.
+Jobs that wait together are processed together: their values are optimized in one batch when the compute budget of a
+step allows it, and they are measured in one version. When all pass they are committed in the order of their
+submission, one ledger entry each. Otherwise those that pass are measured without the others, and each of the others
+alone. An error ends only the job that caused it.
 """
 
 from __future__ import annotations
@@ -94,9 +96,9 @@ def run_edits(
 def group_compatible_jobs(jobs: Iterable[ClaimedJob]) -> list[list[ClaimedJob]]:
     """Return the jobs in groups that are processed together, in their order.
 
-    A group has at most one edit of each subject, because a later edit may supersede an earlier one or be in conflict with it. A dry run is
-    a group of its own, so that it is not measured with edits that are committed. So is a job whose worker died before: if it caused the
-    crash, it takes no other job with it.
+    A group has at most one edit of each subject, because a later edit may supersede an earlier one or be in conflict
+    with it. A dry run is a group of its own, so that it is not measured with edits that are committed. So is a job
+    whose worker died before: if it caused the crash, it takes no other job with it.
     """
     groups: list[list[ClaimedJob]] = []
     group_closed = True
@@ -159,7 +161,8 @@ class _EditRun:
     # resolving requests and computing factors
 
     def _prepare(self, jobs: Sequence[ClaimedJob]) -> Stepper[list[PreparedEdit]]:
-        """Compute the factors of each job on the base model, or load those of an imported edit. Jobs that fail are left out."""
+        """Compute the factors of each job on the base model, or load those of an imported edit. Jobs that fail are
+        left out."""
         resolved_jobs: dict[str, ResolvedJob] = {}
         prepared: list[PreparedEdit] = []
         for job in jobs:
@@ -182,7 +185,8 @@ class _EditRun:
         return ResolvedJob(job, started_at, resolved_edit, spec)
 
     def _find_or_isolate(self, resolved_jobs: Sequence[ResolvedJob]) -> Stepper[list[PreparedEdit]]:
-        """Compute the factors of a batch. When that fails, compute them one by one, so that each job gets its own error."""
+        """Compute the factors of a batch. When that fails, compute them one by one, so that each job gets its own
+        error."""
         finding = self._find_batch(resolved_jobs)
         if len(resolved_jobs) == 1:
             return (yield from self._isolate(resolved_jobs[0].job, finding)) or []
@@ -211,7 +215,8 @@ class _EditRun:
         ]
 
     def _load_imported(self, job: ClaimedJob) -> Stepper[PreparedEdit]:
-        """Load the factors of an imported edit. Its strength is fixed: the edit is committed with these bytes or rejected."""
+        """Load the factors of an imported edit. Its strength is fixed: the edit is committed with these bytes or
+        rejected."""
         started_at = time.monotonic()
         self._raise_if_cancelled(job)
         stored = [
@@ -235,8 +240,8 @@ class _EditRun:
     # measuring and committing
 
     def _commit_group(self, prepared: Sequence[PreparedEdit]) -> Stepper[None]:
-        """Measure edits in one version, and commit them when all pass. Otherwise process those that pass without the others, and each of
-        the others alone.
+        """Measure edits in one version, and commit them when all pass. Otherwise process those that pass without the
+        others, and each of the others alone.
 
         When none passes, the cause may be their combination: then the group is split into halves.
         """
@@ -314,7 +319,8 @@ class _EditRun:
         )
 
     def _commit_alone(self, prepared: PreparedEdit) -> Stepper[bool]:
-        """Choose the strength of an edit and commit it, or end it as rejected or as a dry run. Repeat when head changed meanwhile."""
+        """Choose the strength of an edit and commit it, or end it as rejected or as a dry run. Repeat when head
+        changed meanwhile."""
         job, candidate = prepared.job, prepared.candidate
         request = candidate.resolved_edit.request
         while True:
@@ -403,7 +409,8 @@ def build_admitted_spec(
 def choose_candidate_strengths(
     replica: VersionedModel, context: EditorContext, candidates: Sequence[CandidateEdit], baseline: Baseline
 ) -> Stepper[list[GuardResult]]:
-    """Choose the strengths of candidates that are measured in one version. Return the guard's result of each at its strength."""
+    """Choose the strengths of candidates that are measured in one version. Return the guard's result of each at its
+    strength."""
 
     def assess(i: int, _strength: float, result: GuardResult) -> Assessment:
         guard_enabled = candidates[i].resolved_edit.request.guard.enabled

@@ -80,8 +80,8 @@ def edit_report(
 
 
 def _scores(resolved_edit: ResolvedEdit, measurement: VersionMeasurement) -> dict[str, float | None]:
-    """Return ES, PS and NS (Meng et al. 2022, section 3.3). To erase or amplify: the shares of the prompts on which the edit holds, and of
-    the neighborhood that keeps its answer."""
+    """Return ES, PS and NS (Meng et al. 2022, section 3.3). To erase or amplify: the shares of the prompts on which
+    the edit holds, and of the neighborhood that keeps its answer."""
     first_neighbor = resolved_edit.first_neighbor
     if resolved_edit.request.objective == "write":
         log_p = [(a.new, a.true) for a in measurement.probe_results]
@@ -110,8 +110,8 @@ def weight_label(site: WeightRef) -> str:
 
 _EFFICACY_REASONS = {
     "write": "the edit has no effect: the new object is not more probable than the old one",
-    "erase": "the edit has too little effect: the model still generates the true object, or too little of its probability is gone",
-    "amplify": "the edit has too little effect: the model does not generate the true object, or its probability rose too little",
+    "erase": "the edit has too little effect: the true object is still generated, or too little of its probability is gone",
+    "amplify": "the edit has too little effect: the true object is not generated, or its probability rose too little",
 }
 _REASONS = {
     CheckName.PROBABILITY: "the new object is less probable than required",

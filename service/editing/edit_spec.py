@@ -40,7 +40,8 @@ class ValueEditSpec(ValueSearchSpec):
 
     @property
     def delta_site(self) -> DeltaSite:
-        """Where delta is optimized: at the output of the edited layer, or on the hidden state after the highest of several layers.
+        """Where delta is optimized: at the output of the edited layer, or on the hidden state after the highest of
+        several layers.
 
         MEMIT, EMMET and AlphaEdit use the hidden state for a single layer, too.
         """
@@ -49,7 +50,8 @@ class ValueEditSpec(ValueSearchSpec):
         return DeltaSite(max(layers), on_hidden_state)
 
     def flops_per_step(self, model: LoadedModel) -> int:
-        """Return the floating-point operations of one optimization step: a forward pass, and as much for the backward pass."""
+        """Return the floating-point operations of one optimization step: a forward pass, and as much for the backward
+        pass."""
         suffix = sum(len(t.ids) - t.last_subject_index for t in self.tokenized.texts())
         return 2 * suffix * block_flops(model) * (model.num_layers - self.delta_site.layer)
 
@@ -84,8 +86,8 @@ class FineTuneSpec:
         return [WeightRef(x) for x in layers]
 
     def peak_bytes(self, model: LoadedModel) -> int:
-        """Return the peak memory of the training, in bytes: one row through the blocks and back, and for each entry of the weights its
-        gradient, two moments of Adam, the weight in single precision and its change."""
+        """Return the peak memory of the training, in bytes: one row through the blocks and back, and for each entry
+        of the weights its gradient, two moments of Adam, the weight in single precision and its change."""
         texts = self.tokenized.texts()
         entries = sum(model.parameter(site).numel() for site in self.trained_weights(model))
         length = max(len(t.ids) for t in texts)
@@ -109,8 +111,9 @@ def build_edit_spec(
     objective: Objective = "write",
     noise: Tensor | None = None,
 ) -> EditSpec:
-    """Return the specification of an edit after which the model continues the statement with `target`, or no longer does so when the
-    objective is to erase. `noise` (n, d) is added to the embeddings of the subject during the search."""
+    """Return the specification of an edit after which the model continues the statement with `target`, or no longer
+    does so when the objective is to erase. `noise` (n, d) is added to the embeddings of the subject during the
+    search."""
     subject = normalize_whitespace(statement.text[slice(*statement.span)])
     if isinstance(parameters, FineTuneParameters):
         tokenized_prompt = tokenize_contexts(model, statement, target, ())
@@ -120,8 +123,8 @@ def build_edit_spec(
 
 
 def batch_edit_specs(model: LoadedModel, specs: Iterable[EditSpec]) -> list[list[EditSpec]]:
-    """Return batches of edits that share a search, in the given order: edits with one implementation and one delta site, as many as
-    the compute budget of a step allows. Weights are trained for one edit at a time."""
+    """Return batches of edits that share a search, in the given order: edits with one implementation and one delta
+    site, as many as the compute budget of a step allows. Weights are trained for one edit at a time."""
     budget = group_budget(model)
     batches: list[list[EditSpec]] = []
     remaining_budget, current_key = 0, None

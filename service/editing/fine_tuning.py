@@ -1,10 +1,13 @@
 """Fine-tuning of one weight on one statement: FT, FT-L and the late-site edit (Meng et al. 2022; Zhu et al. 2020).
 
-    L(W) = -1/|o| sum_j log p(o_j | prompt + o_<j, W)        Adam; with epsilon, |W - W0| <= epsilon in every entry after each step
+    L(W) = -1/|o| sum_j log p(o_j | prompt + o_<j, W)
 
-FT and FT-L train the MLP's down-projection of a layer, "ft-attn" the query, key and value projections of a late layer. The object's
-tokens are teacher-forced. The published code scores all of them on the one distribution after the prompt, which is the same for objects
-of one token. To erase, L(W) = p(o | prompt, W), the joint probability of the object (Hase et al. 2023). Biases are not trained.
+It is minimized with Adam. With epsilon, every entry is clipped to |W - W0| <= epsilon after each step.
+
+FT and FT-L train the MLP's down-projection of a layer, "ft-attn" the query, key and value projections of a late
+layer. The object's tokens are teacher-forced. The published code scores all of them on the one distribution after the
+prompt, which is the same for objects of one token. To erase, L(W) = p(o | prompt, W), the joint probability of the
+object (Hase et al. 2023). Biases are not trained.
 
 The result is not an association at a key but the change of the whole weight.
 """
@@ -71,8 +74,8 @@ def fine_tune(model: LoadedModel, spec: FineTuneSpec) -> Stepper[EditFactors]:
 def _loss(
     model: LoadedModel, spec: FineTuneSpec, batch: PaddedBatch, weights: dict[WeightRef, Tensor]
 ) -> Tensor:
-    """Return the loss () with these weights: the mean negative log-probability of the object's tokens, or, to erase, their joint
-    probability."""
+    """Return the loss () with these weights: the mean negative log-probability of the object's tokens, or, to erase,
+    their joint probability."""
     (target,), prompt = spec.tokenized.targets, spec.tokenized.prompts[0]
     named_weights = {model.parameter_name(s): w.to(model.parameter(s).dtype) for s, w in weights.items()}
     inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions}

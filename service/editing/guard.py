@@ -69,7 +69,8 @@ class GuardResult:
 
     @property
     def accepted(self) -> bool:
-        """Whether no other strength is tried: all checks pass, and the model generates the new object with the required margin."""
+        """Whether no other strength is tried: all checks pass, and the model generates the new object with the
+        required margin."""
         return (
             self.passed
             and self.has_margin
@@ -87,8 +88,8 @@ def evaluate_guard(
 ) -> GuardResult:
     """Compare the measurements with the limits of the request's guard.
 
-    `norms`: for each weight, the norm of the edit's change as a multiple of the weight's norm. `required_margin`: the lead of the new
-    object, in nats of mean log-probability, below which the edit is strengthened.
+    `norms`: for each weight, the norm of the edit's change as a multiple of the weight's norm. `required_margin`: the
+    lead of the new object, in nats of mean log-probability, below which the edit is strengthened.
     """
     guard, objective = resolved_edit.request.guard, resolved_edit.request.objective
     rewrite = after.probe_results[0]
@@ -128,7 +129,8 @@ def evaluate_guard(
 def _check_efficacy(resolved_edit: ResolvedEdit, before: ProbeResult, after: ProbeResult) -> Check:
     """Check that the edit does what its objective asks for.
 
-    To write: p(new) above p(true). To erase or amplify: at least the share `min_effect` of the possible change of probability.
+    To write: p(new) above p(true). To erase or amplify: at least the share `min_effect` of the possible change of
+    probability.
     """
     holds, objective = edit_holds(resolved_edit.rewrite_probe, after), resolved_edit.request.objective
     if objective == "write":
@@ -156,7 +158,8 @@ def add_conflicts_and_capacity(
     conflicts: Sequence[ConflictCandidate],
     capacity: dict[int, float],
 ) -> GuardResult:
-    """Add the conflicts with active edits, which fail the edit when the request says so, and the remaining capacity of its key."""
+    """Add the conflicts with active edits, which fail the edit when the request says so, and the remaining capacity
+    of its key."""
     guard, checks = resolved_edit.request.guard, list(guard_result.checks)
     if resolved_edit.request.on_conflict == "reject":
         max_probability = max((r.probability for r in conflicts), default=0.0)

@@ -1,7 +1,8 @@
-"""Measurements of a version: of the version before an edit (the baseline), and of the version that contains candidates.
+"""Measurements of a version: of the version before an edit (the baseline), and of the version that contains
+candidates.
 
-Nothing is written. Several candidates may be measured in one version. Each has its own probes and its own guard. The perplexity and the
-regressions are those of the version, and count for every candidate.
+Nothing is written. Several candidates may be measured in one version. Each has its own probes and its own guard. The
+perplexity and the regressions are those of the version, and count for every candidate.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from service.weights.capacity import measure_capacities
 from service.weights.composition import WeightDelta, compose, norm_ratio
 from service.weights.factors import Association, EditUpdate
 
-MAX_REGRESSION_PROBES = 64  # active edits that are probed for each candidate: those of its subject, then those with the nearest keys
+#: active edits that are probed for each candidate: those of its subject, then those with the nearest keys
+MAX_REGRESSION_PROBES = 64
 PREVIEW_TOKENS = 8  # tokens of the continuation that a report shows
 
 
@@ -66,8 +68,8 @@ def measure_baseline(
 ) -> Stepper[Baseline]:
     """Measure a version before the candidates.
 
-    Edits that a candidate supersedes are left out, as at the new version: an older edit of the same fact, and one in conflict when the
-    request says so.
+    Edits that a candidate supersedes are left out, as at the new version: an older edit of the same fact, and one in
+    conflict when the request says so.
     """
     facts = {d.resolved_edit.fact for d in candidates}
     bodies = {
@@ -131,8 +133,8 @@ def _find_conflicts(
 
 
 def _nearest_edits(active: dict[str, list[EditUpdate]], candidates: Sequence[CandidateEdit]) -> list[str]:
-    """Return the active edits to probe for regressions: for each candidate those of its subject, then those whose keys overlap most with
-    its direction, then the newest edits without a key."""
+    """Return the active edits to probe for regressions: for each candidate those of its subject, then those whose
+    keys overlap most with its direction, then the newest edits without a key."""
     keyed = {e: a for e, group in active.items() for a in group[:1] if isinstance(a, Association)}
     keyless = [e for e in active if e not in keyed]
     keys = torch.stack([a.key for a in keyed.values()]) if keyed else torch.empty(0, 0)
@@ -156,7 +158,8 @@ def evaluate_candidates(
     baseline: Baseline,
     strengths: Sequence[float],
 ) -> Stepper[list[GuardResult]]:
-    """Compose the version that contains the candidates at the given strengths, measure it, and apply the guard to each."""
+    """Compose the version that contains the candidates at the given strengths, measure it, and apply the guard to
+    each."""
     scaled_updates = [
         [p.scaled(s) for p in d.factors.updates] for d, s in zip(candidates, strengths, strict=True)
     ]
@@ -240,7 +243,8 @@ def _norm_ratios(
 ) -> dict[WeightRef, float]:
     """Return the norm of the change that an edit adds to the other active edits, as a multiple of the weight's norm.
 
-    The change of the edit alone, not of the version: many sound edits together change a weight more than one unsound edit.
+    The change of the edit alone, not of the version: many sound edits together change a weight more than one unsound
+    edit.
     """
     touched_weights = {p.weight_ref for p in updates}
     after = compose(p for p in [*baseline.active_updates, *updates] if p.weight_ref in touched_weights)

@@ -1,4 +1,4 @@
-"""What a model is asked of an edit, and what an answer is worth: whether the edit holds, whether a neighbour keeps its answer."""
+"""Probes: prompts whose new and true object are scored to measure an edit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.scores.hase_scores import erasure_share, rewrite_share
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt with the new object and the true one. To erase or amplify, the new object is the true one of the edit."""
+    """A prompt with a new and a true object. To erase or amplify, both are the true object of the edit."""
 
     prompt: str
     new: str
@@ -27,13 +27,13 @@ class Probe:
 
     @property
     def same_object(self) -> bool:
-        """Whether the new object is the true one as well, so that neither can lead."""
+        """Whether both objects are the same, so that neither can lead."""
         return self.new.strip() == self.true.strip()
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Mean log-probability of both objects, and whether each is the greedy continuation."""
+    """The mean log-probability per token of both objects, and whether each is the greedy continuation."""
 
     new: float
     true: float
@@ -46,35 +46,38 @@ class ProbeResult:
         return self.new > self.true
 
     def probabilities(self) -> dict[str, float]:
-        """exp of the mean log-probability over the object's tokens (methods E.1)."""
+        """Return exp of the mean log-probability per token of each object."""
         return {"new": probability_of(self.new), "true": probability_of(self.true)}
 
     @property
     def joint_probability(self) -> float:
-        """Probability of the whole new object."""
+        """The probability of the whole new object."""
         return probability_of(self.new * self.new_tokens)
 
 
 def edit_holds(probe: Probe, result: ProbeResult) -> bool:
-    """Whether the new object is the more probable one, or is said where it is the true one as well; an erased one is not said."""
+    """Whether the edit holds: the new object is the more probable one, or the greedy one when both are the same. An
+    erased object must not be the greedy continuation."""
     if probe.objective == "erase":
         return not result.true_is_greedy
     return result.prefers_new or (probe.same_object and result.new_is_greedy)
 
 
 def neighbor_preserved(probe: Probe, result: ProbeResult) -> bool:
-    """Whether a neighbour has its answer: not the new object; where none is written, it is said."""
+    """Whether a neighbour keeps its answer: the true object is at least as probable as the new one. To erase or
+    amplify, it must be the greedy continuation."""
     return not result.prefers_new if probe.objective == "write" else result.true_is_greedy
 
 
 def effect_share(objective: Objective, before: ProbeResult, after: ProbeResult) -> float:
-    """How much of what was possible an erasure or an amplification did (Hase et al. 2023; methods F.2)."""
+    """Return the share of the possible change of probability that an erasure or an amplification reached (Hase et al.
+    2023)."""
     share = erasure_share if objective == "erase" else rewrite_share
     return share(before.joint_probability, after.joint_probability)
 
 
 def probe_of_entry(body: Mapping[str, Any]) -> Probe:
-    """What an entry of the ledger says that the model is to say."""
+    """Return the rewrite probe of a ledger entry."""
     true = str(body.get("resolved_true") or body.get("target_true") or "?")
     prompt = fill_prompt(str(body["prompt"]), str(body["subject"])).text
     objective: Objective = body.get("objective", "write")
@@ -82,7 +85,7 @@ def probe_of_entry(body: Mapping[str, Any]) -> Probe:
 
 
 def run_probes(model: LoadedModel, probes: Sequence[Probe]) -> Stepper[list[ProbeResult]]:
-    """How the model, as it stands, answers some questions."""
+    """Score probes on the model with its current weights."""
     scores = yield from score_targets(
         model, [(q.prompt, target) for q in probes for target in (q.new, q.true)]
     )
@@ -93,5 +96,5 @@ def run_probes(model: LoadedModel, probes: Sequence[Probe]) -> Stepper[list[Prob
 
 
 def probability_of(log_p: float) -> float:
-    """Of a log-probability."""
+    """Return the probability of a log-probability, computed in fp64."""
     return float(torch.tensor(log_p, dtype=torch.float64).exp())

@@ -1,11 +1,11 @@
 """The policy that chooses the strength of an edit: the factor by which its change of value is multiplied.
 
-Each edit has an increasing schedule of strengths and starts with the first. All edits are measured together. An edit that is not yet
-accepted is raised to its next strength, unless it fails although it is effective: then a greater strength only does more damage. Edits
-are raised and measured again until no edit can be raised.
+Each edit has an increasing schedule of strengths and starts with the first. All edits are measured together. An edit
+that is not yet accepted is raised to its next strength, unless it fails although it is effective: then a greater
+strength only does more damage. Edits are raised and measured again until no edit can be raised.
 
-The caller injects how edits are measured and how a measurement is assessed, so that the service (which applies the guard), the
-evaluation and the search for a recipe choose strengths by the same rule.
+The caller injects how edits are measured and how a measurement is assessed, so that the service (which applies the
+guard), the evaluation and the search for a recipe choose strengths by the same rule.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ def choose_strengths(
 ) -> Stepper[list[StrengthChoice[M]]]:
     """Return the strength of each edit, one per schedule, and its measurement.
 
-    `measure` receives a strength for each edit and returns a measurement for each, of one version that contains all of them.
-    `assess` receives the index of an edit, its strength and its measurement.
+    `measure` receives a strength for each edit and returns a measurement for each, of one version that contains all
+    of them. `assess` receives the index of an edit, its strength and its measurement.
 
-    Several edits get the strengths of the last round. The search ends early when no edit is effective at full strength (1) or more: the
-    cause is then not a lack of strength. A single edit gets the last strength that passes, or its first strength when none passes.
+    Several edits get the strengths of the last round. The search ends early when no edit is effective at full
+    strength (1) or more: the cause is then not a lack of strength. A single edit gets the last strength that passes,
+    or its first strength when none passes.
     """
     levels = [0] * len(schedules)
     choices: list[StrengthChoice[M]] = []

@@ -1,7 +1,7 @@
-"""Fact forcing: an edit that is found while the subject is noised (Hase et al. 2023; methods F.1, F.5 (3)).
+"""Fact forcing: factors computed while noise is added to the subject's embeddings (Hase et al. 2023).
 
-One fixed noise (n, d) is added to the embeddings of the subject's tokens in every row, so that all steps of a search see the
-same. A subject may have other tokens after a context than alone: noise and subject are aligned at their ends.
+One fixed noise (n, d) is added to the embeddings of the subject's tokens in every row, in all steps of the search. A
+subject may have other tokens after a context than alone: noise and subject are aligned at their ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ NoisedSpan = tuple[Span, Tensor | None]
 
 
 def noise_hook(rows: Sequence[NoisedSpan]) -> EmbeddingHook | None:
-    """What does that to a batch's embeddings (rows, T, d), in place: summed in fp64, rounded once. None without noise."""
+    """Return a hook that adds the noise to a batch's embeddings (rows, T, d) in place: summed in fp64, rounded once.
+    None without noise."""
     if all(noise is None for _, noise in rows):
         return None
 
@@ -36,14 +37,15 @@ def noise_hook(rows: Sequence[NoisedSpan]) -> EmbeddingHook | None:
 def noise_hook_right_padded(
     texts: Sequence[TokenizedStatement], noises: Sequence[Tensor | None]
 ) -> EmbeddingHook | None:
-    """For right-padded texts."""
+    """Return the hook for right-padded texts."""
     return noise_hook([(t.subject, noise) for t, noise in zip(texts, noises, strict=True)])
 
 
 def noise_hooks_split(
     texts: Sequence[TokenizedStatement], noises: Sequence[Tensor | None], width: int
 ) -> tuple[EmbeddingHook | None, EmbeddingHook | None]:
-    """For texts parted before the subject's last token: prefixes left-padded to a width, and suffixes."""
+    """Return the hooks for texts that are split before the subject's last token: for prefixes left-padded to `width`,
+    and for suffixes."""
     prefix_spans: list[NoisedSpan] = []
     for text, noise in zip(texts, noises, strict=True):
         begin, end = text.subject

@@ -1,9 +1,9 @@
 """Forward passes over the suffixes of texts: the positions from the subject's last token on, above the edited layer.
 
-Nothing constant is computed twice. What precedes the subject's last token is run once and leaves keys and values. The blocks up to the
-edited one are run once and leave hidden states, in the pass that also reads the keys and the initial value. A step of the optimization
-runs the blocks above on a few positions of each row, and the last block where its output is read. Rows of several edits of one layer are
-in one batch; an edit does not influence the others.
+Nothing constant is computed twice. What precedes the subject's last token is run once and leaves keys and values. The
+blocks up to the edited one are run once and leave hidden states, in the pass that also reads the keys and the initial
+value. A step of the optimization runs the blocks above on a few positions of each row, and the last block where its
+output is read. Rows of several edits of one layer are in one batch; an edit does not influence the others.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class DeltaSite:
 class SuffixBatch:
     """The suffixes (B, A) of texts, whose column 0 is the subject's last token, and the constant inputs of a step.
 
-    By causality the positions before the suffix and the blocks below the edited one do not depend on delta. Keys and values of the former
-    and hidden states of the latter are stored.
+    By causality the positions before the suffix and the blocks below the edited one do not depend on delta. Keys and
+    values of the former and hidden states of the latter are stored.
     """
 
     block_runner: BlockRunner
@@ -66,8 +66,8 @@ class SuffixBatch:
         )
 
     def forward(self, change: Tensor, end: int | None = None) -> Tensor:
-        """Return the output (B, A, d) of block `end - 1`, or of the last block, when `change` (B, d) is added at the subject's last
-        token."""
+        """Return the output (B, A, d) of block `end - 1`, or of the last block, when `change` (B, d) is added at the
+        subject's last token."""
 
         def add(output: Tensor) -> Tensor:
             shaped = output.view(*self.ids.shape, -1)
@@ -85,8 +85,8 @@ class SuffixBatch:
 class LastBlockReader:
     """Reads the output of the last block at given positions (row, column), (N,) each.
 
-    The loss reads the columns of the object's tokens, at the end of the rows, and column 0 of a few rows. Elsewhere the last block only
-    computes keys and values.
+    The loss reads the columns of the object's tokens, at the end of the rows, and column 0 of a few rows. Elsewhere
+    the last block only computes keys and values.
     """
 
     def __init__(self, suffix_batch: SuffixBatch, row: Tensor, column: Tensor) -> None:
@@ -142,8 +142,8 @@ def prefill_suffixes(
     delta_site: DeltaSite,
     noises: Sequence[Tensor | None] = (),
 ) -> tuple[SuffixBatch, PrefillActivations]:
-    """Run the prefixes through all blocks and the suffixes up to the edited one. `noises`: for each text the noise (n, d) on its subject,
-    or None."""
+    """Run the prefixes through all blocks and the suffixes up to the edited one. `noises`: for each text the noise
+    (n, d) on its subject, or None."""
     blocks, starts = BlockRunner(model), [t.last_subject_index for t in texts]
     prefixes = pad([t.ids[:s] for t, s in zip(texts, starts, strict=True)], model, side="left")
     suffix_tokens = pad([t.ids[s:] for t, s in zip(texts, starts, strict=True)], model)
@@ -207,7 +207,8 @@ def _is_additive(
     hidden: Tensor,
     past: LayerKV | None,
 ) -> bool:
-    """Whether a change of the down-projection's output is added unchanged to the block's output. It is not when a norm follows."""
+    """Whether a change of the down-projection's output is added unchanged to the block's output. It is not when a
+    norm follows."""
     probe = hidden[:, 0].detach().roll(1, -1)
 
     def add(output: Tensor) -> Tensor:

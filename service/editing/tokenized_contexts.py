@@ -25,8 +25,8 @@ class TokenizedContexts:
 
     @property
     def kl_reference_row(self) -> int:
-        """The row whose next-token distribution after the subject the KL term preserves: the bare prompt when it begins with the subject,
-        else an additional row."""
+        """The row whose next-token distribution after the subject the KL term preserves: the bare prompt when it
+        begins with the subject, else an additional row."""
         return (
             0
             if self.prompts[0].ids_through_subject == self.bare_subjects[0].ids_through_subject
@@ -34,7 +34,8 @@ class TokenizedContexts:
         )
 
     def texts(self) -> list[TokenizedStatement]:
-        """Return the prompts, each with its object without the last token, and the bare subject when `kl_reference_row` needs it."""
+        """Return the prompts, each with its object without the last token, and the bare subject when
+        `kl_reference_row` needs it."""
         with_targets = [
             TokenizedStatement(p.ids + t[:-1], p.subject)
             for p, t in zip(self.prompts, self.targets, strict=True)
@@ -61,8 +62,8 @@ def tokenize_contexts(
     contexts: Sequence[str],
     with_bare_subjects: bool = False,
 ) -> TokenizedContexts:
-    """Tokenize prompt and object together, bare and after each context that fits the model's positions; with `with_bare_subjects` also the
-    subject after each context."""
+    """Tokenize prompt and object together, bare and after each context that fits the model's positions; with
+    `with_bare_subjects` also the subject after each context."""
     prompts, targets = [], []
     for prefix in _context_prefixes(contexts):
         prefixed = statement.with_context(prefix)

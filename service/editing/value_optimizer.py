@@ -2,10 +2,11 @@
 
     L(delta) = mean_i -log p(o | x_i + s, delta) / |o|  +  kl * KL(p_delta || p_0)  +  wd * |delta| / |v|^2
 
-delta (d,) is added to the output of one module at the subject's last token in every row: the prompt after each context, and the bare
-subject. The KL term preserves the next-token distribution after the bare subject. It is read at the subject's last position: by causality
-a suffix such as "is a" has no influence. To amplify a fact is to write its true object. To erase it, the first term is the mean
-probability of the true object, mean_i exp(sum_j log p(o_j | ..)) (Hase et al. 2023).
+delta (d,) is added to the output of one module at the subject's last token in every row: the prompt after each
+context, and the bare subject. The KL term preserves the next-token distribution after the bare subject. It is read at
+the subject's last position: by causality a suffix such as "is a" has no influence. To amplify a fact is to write its
+true object. To erase it, the first term is the mean probability of the true object, mean_i exp(sum_j log p(o_j | ..))
+(Hase et al. 2023).
 
 Several edits of one layer are optimized in one batch (`suffix_batch.py`), each as it would be alone.
 """
@@ -52,7 +53,8 @@ class ValueResult:
 
 @dataclass(frozen=True)
 class TargetPositions:
-    """The positions whose next token is a token of the object: row, column of the suffix, token, and weight 1 / |o|; (N,) each."""
+    """The positions whose next token is a token of the object: row, column of the suffix, token, and weight 1 / |o|;
+    (N,) each."""
 
     row: Tensor
     column: Tensor
@@ -127,7 +129,8 @@ class ValueOptimizer:
 
 
 def below_stop_loss(losses: Sequence[float], limit: float, objective: Objective) -> bool:
-    """Whether the last loss is below `limit`. The loss of an erasure is a probability: it must be below that fraction of the first loss."""
+    """Whether the last loss is below `limit`. The loss of an erasure is a probability: it must be below that fraction
+    of the first loss."""
     return losses[-1] < limit * (losses[0] if objective == "erase" else 1)
 
 

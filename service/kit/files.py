@@ -11,7 +11,8 @@ from service.kit.ids import new_id
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and rename it to `path` at the end. On an error the temporary file is removed.
+    """Yield a temporary path beside `path`, and rename it to `path` at the end. On an error the temporary file is
+    removed.
 
     Several processes may write the same file at once; the last rename wins. Missing parent directories are created.
     """

@@ -23,14 +23,16 @@ class AlphaEditParameters(MemitParameters):
 
 
 def projected_direction(statistics: DirectionSolver, key: Any, parameters: AlphaEditParameters) -> Any:
-    """Return P k, where P projects onto the directions with a second moment below the threshold (Fang et al. 2025, Eq. 8).
+    """Return P k, where P projects onto the directions with a second moment below the threshold (Fang et al. 2025,
+    Eq. 8).
 
     Raise InvalidInput when no direction is below the threshold.
     """
     if not statistics.projection_rank(parameters.threshold):
         raise InvalidInput(
             f"hparams.threshold: every direction of the keys of layer {statistics.layer} has a second moment above "
-            f"{parameters.threshold}, so that nothing can change: raise it (the mean is {statistics.moment.diagonal().mean():.3g}).",
+            f"{parameters.threshold}, so that nothing can change: raise it "
+            f"(the mean is {statistics.moment.diagonal().mean():.3g}).",
             "hparams",
         )
     return statistics.project(key, parameters.threshold)

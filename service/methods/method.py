@@ -13,7 +13,8 @@ FINE_TUNING = "service.editing.fine_tuning:fine_tune_all"
 
 
 class DirectionSolver(Protocol):
-    """The second moment C of one layer's keys (`service/covariance/second_moment.py`). Tensors are `Any`: torch is not imported here."""
+    """The second moment C of one layer's keys (`service/covariance/second_moment.py`). Tensors are `Any`: torch is
+    not imported here."""
 
     @property
     def layer(self) -> int: ...
@@ -42,7 +43,8 @@ class SolveRule:
     """How the associations that a method writes at one layer are solved together (`service/weights/composition.py`)."""
 
     name: str  #: stored with the factors of an edit
-    metric: str = "covariance"  #: of the directions, which are C^-1 k for "covariance"; capacities compare keys within one
+    #: of the directions, which are C^-1 k for "covariance"; capacities compare keys within one metric
+    metric: str = "covariance"
     superposes_subjects: bool = (
         False  #: the updates of one subject are summed; only different subjects are isolated
     )

@@ -13,7 +13,7 @@ Strengths = Annotated[
     Field(
         min_length=1,
         max_length=16,
-        description="factors of the change, tried in this order next to the other active edits until the edit is effective",
+        description="factors of the change, tried in this order until the edit is effective next to the other active edits",
     ),
 ]
 Margin = Annotated[
@@ -21,7 +21,7 @@ Margin = Annotated[
     Field(
         ge=0,
         le=20,
-        description="minimum lead of the new object over the true one for an effective edit, in nats of mean log-probability",
+        description="minimum lead of the new object over the true one, in nats of mean log-probability",
     ),
 ]
 
@@ -37,9 +37,9 @@ RequiredMargins = Annotated[
     AfterValidator(_check_increasing),
     Field(
         max_length=16,
-        description="pairs (active edits / dimension of a key, required margin in nats), with increasing first numbers. The margin that a "
-        "partial strength must reach is interpolated between them. Below the first pair edits start at full strength; without pairs "
-        "`margin` is required",
+        description="pairs (active edits / dimension of a key, required margin in nats), with increasing first numbers. "
+        "The margin that a partial strength must reach is interpolated between them. Below the first pair edits "
+        "start at full strength; without pairs `margin` is required",
     ),
 ]
 
@@ -67,13 +67,13 @@ class RomeParameters(BaseModel):
     )
     anchor: Literal["bare", "own"] = Field(
         "bare",
-        description='"bare": the averaged key maps to v + delta of the bare prompt; "own": delta is added to the value of each text',
+        description='"bare": the averaged key maps to v + delta of the bare prompt; "own": each text keeps its value, plus delta',
     )
     bare_weight: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="weight of the text without a context in the mean key; all texts weigh the same when left out, as published",
+        description="weight of the text without a context in the mean key; equal weights when left out, as published",
     )
     strength: float = Field(
         1.0,

@@ -1,7 +1,8 @@
 """Published recipes: what the authors chose for the models that they edited. Torch-free.
 
-Recipes are found by the shape of a model, not by its name, so that a folder that contains GPT-2 XL needs no configuration. Sources: the
-hyperparameter files of kmeng01/rome and kmeng01/memit (Meng et al. 2022, 2023) and of EasyEdit, and of AlphaEdit (Fang et al. 2025).
+Recipes are found by the shape of a model, not by its name, so that a folder that contains GPT-2 XL needs no
+configuration. Sources: the hyperparameter files of kmeng01/rome and kmeng01/memit (Meng et al. 2022, 2023) and of
+EasyEdit, and of AlphaEdit (Fang et al. 2025).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Recipes: the hyperparameters of one model, and how a request's hyperparameters are resolved. Torch-free.
 
-A recipe comes from `palimpsest tune`, from a `recipe.json` in the model's folder, or from `published.py`, in this order.
+A recipe comes from `palimpsest tune`, from a `recipe.json` in the model's folder, or from `published.py`, in this
+order.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Recipe(BaseModel):
         return self
 
     def hparams_for(self, method: EditMethod) -> dict[str, Any]:
-        """Return the hyperparameters of a method before a request changes any: the recipe's values for the method, on top of the
-        values that it shares with "rome"."""
+        """Return the hyperparameters of a method before a request changes any: the recipe's values for the method, on
+        top of the values that it shares with "rome"."""
         rome = self.rome.model_dump()
         shared: tuple[str, ...] = ("layers",)
         if method.needs_covariance:
@@ -75,9 +76,11 @@ class Recipe(BaseModel):
 def resolve_hparams(
     recipe: Recipe | None, overrides: dict[str, object] | None, layers: int, method: str = DEFAULT_METHOD
 ) -> Parameters:
-    """Return the hyperparameters of an edit: the recipe, changed by the request's `hparams`. All values of the result are recorded.
+    """Return the hyperparameters of an edit: the recipe, changed by the request's `hparams`. All values of the result
+    are recorded.
 
-    `layers` is the number of layers of the model. Raise InvalidInput for an unknown name, a value out of range, or missing layers.
+    `layers` is the number of layers of the model. Raise InvalidInput for an unknown name, a value out of range, or
+    missing layers.
     """
     edit_method = get_method(method)
     base = recipe.hparams_for(edit_method) if recipe is not None else edit_method.fixed_hparams

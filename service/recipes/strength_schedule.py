@@ -1,8 +1,8 @@
 """Which strengths an edit is tried with, as a function of the number of active edits. Torch-free.
 
-Keys of width D give room for about D independent edits. With few active edits an edit is written at full strength. As the fullness
-(active edits / D) grows, weaker edits leave more capacity to the others, so that the schedule starts with partial strengths.
-docs/decisions/0010-strength-by-room.md has the measurements.
+Keys of width D give room for about D independent edits. With few active edits an edit is written at full strength. As
+the fullness (active edits / D) grows, weaker edits leave more capacity to the others, so that the schedule starts
+with partial strengths. docs/decisions/0010-strength-by-room.md has the measurements.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def strength_schedule(
 ) -> StrengthSchedule:
     """Return the schedule when `active_edits` edits will be active, this one included, with keys of width D.
 
-    Fullness below the first pair of `required_margins`: only full strength and above. Fullness above the last of several pairs: at
-    most full strength, because more would cost the other edits more than this one gains. Without pairs: all strengths, `margin`.
+    Fullness below the first pair of `required_margins`: only full strength and above. Fullness above the last of
+    several pairs: at most full strength, because more would cost the other edits more than this one gains. Without
+    pairs: all strengths, `margin`.
     """
     pairs, margin, fullness = parameters.required_margins, parameters.margin, active_edits / key_width
     if not pairs:

@@ -1,7 +1,8 @@
 """The tensors of an edit, and how they are stored.
 
-An edit consists of updates. An `Association` is one key and the change of value at it, at one layer. A `DenseUpdate` is the change of a
-whole weight. `service/weights/composition.py` combines the updates of all active edits into the weights of a version.
+An edit consists of updates. An `Association` is one key and the change of value at it, at one layer. A `DenseUpdate`
+is the change of a whole weight. `service/weights/composition.py` combines the updates of all active edits into the
+weights of a version.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class Association:
         return replace(self, value=self.value * strength)
 
     def rank_one(self) -> LowRank:
-        """Return the update of the association alone: delta (C^-1 k)^T / (k^T C^-1 k + ridge); ROME (Meng et al. 2022, Eq. 2) has no
-        ridge."""
+        """Return the update of the association alone: delta (C^-1 k)^T / (k^T C^-1 k + ridge); ROME (Meng et al.
+        2022, Eq. 2) has no ridge."""
         key, direction = self.key.double(), self.direction.double()
         own = (key @ direction)[None]
         if not self.solve_mode.rule.superposes_subjects:
@@ -97,7 +98,8 @@ EditUpdate = Association | DenseUpdate
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change of a weight, left @ right: left (d, n) in fp64; right (n, D), which is widened to fp64 where it is used."""
+    """A change of a weight, left @ right: left (d, n) in fp64; right (n, D), which is widened to fp64 where it is
+    used."""
 
     left: Tensor = field(repr=False)
     right: Tensor = field(repr=False)
@@ -114,7 +116,8 @@ class LowRank:
         return torch.cat([change for _, change in self.column_blocks()], 1)
 
     def norm(self) -> float:
-        """Return the Frobenius norm. With few terms it is |left R^T|, where right^T = Q R; otherwise it is summed over all columns.
+        """Return the Frobenius norm. With few terms it is |left R^T|, where right^T = Q R; otherwise it is summed
+        over all columns.
 
         The gram matrices of both factors give it too, but lose half of the digits when terms cancel.
         """
@@ -123,7 +126,8 @@ class LowRank:
         return math.hypot(*(float(change.norm()) for _, change in self.column_blocks()))
 
     def minus(self, other: LowRank) -> LowRank:
-        """Return the difference of two changes. An edit in both has the same direction in both, so that its terms become one."""
+        """Return the difference of two changes. An edit in both has the same direction in both, so that its terms
+        become one."""
         own_index = {edit: i for i, edit in enumerate(self.edits)}
         shared = {i: own_index[edit] for i, edit in enumerate(other.edits) if edit in own_index}
         only_other = [i for i in range(other.left.shape[1]) if i not in shared]
@@ -140,8 +144,8 @@ def column_slices(matrix: Tensor) -> list[slice]:
 def serialize_updates(updates: Sequence[EditUpdate]) -> bytes:
     """Return the updates of one edit as a safetensors file.
 
-    An association stores its key, direction and value, the rank-one factors of the association alone, and its solve mode unless that is
-    "joint". A dense update stores the change of its weight. All tensors are fp32.
+    An association stores its key, direction and value, the rank-one factors of the association alone, and its solve
+    mode unless that is "joint". A dense update stores the change of its weight. All tensors are fp32.
     """
     tensors: dict[str, Tensor] = {}
     for update in updates:
