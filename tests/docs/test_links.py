@@ -17,8 +17,12 @@ SOURCE_PATH = re.compile(
     r"|workers)/[\w./-]*)"
 )
 TEST_NAME = re.compile(r"\btest_\w+(?!\w*\.py)\b")
-#: files that a command creates
-GENERATED = ("models/almanac/state.pt",)
+#: files that a command or a reader creates
+GENERATED = (
+    "models/almanac/state.pt",
+    "service/methods/rome_identity.py",
+    "tests/unit/service/methods/",
+)
 #: folders that paths in the pages are relative to; docs/mathematics.md and tests/README.md say so
 BASES = (".", "tests/unit", "tests/unit/service")
 

@@ -65,7 +65,16 @@ class Block:
 
 def doc_pages() -> list[str]:
     """Every page that a person may take a command from."""
-    folders = ("", "docs", "docs/howto", "docs/decisions", "training", "examples", "palimpsest")
+    folders = (
+        "",
+        "docs",
+        "docs/howto",
+        "docs/decisions",
+        "docs/contributing",
+        "training",
+        "examples",
+        "palimpsest",
+    )
     paths = [page for folder in folders for page in sorted((ROOT / folder).glob("*.md"))]
     paths += sorted((ROOT / "models").glob("*/README.md"))
     return [str(page.relative_to(ROOT)) for page in paths]
