@@ -1,1 +1,1 @@
-"""The command line: the door for people. It starts the service, and speaks to a running one over HTTP."""
+"""The command line: starts the processes of the service, and calls a running service over HTTP."""

@@ -1,37 +1,50 @@
-"""`completion`: the script that lets a shell complete commands and flags. It is made of the parser itself, by shtab, and
-starts nothing when a key is pressed."""
+"""`palimpsest completion`: print a shell completion script, generated from the parser by shtab."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 
+from cli.flags import add_command
 from cli.terminal import out
 
 SHELLS = ("bash", "zsh", "fish")
-#: what a value is called in the help -> what shtab completes it with
+#: placeholder of a value in `--help` -> completion of shtab
 METAVAR_COMPLETIONS = {"FILE": "file", "FOLDER": "directory", "PATH": "file"}
-#: where each shell looks for it
 INSTALL_HELP = """\
-where it goes:
+installation:
   bash  eval "$(palimpsest completion bash)"     in ~/.bashrc
   zsh   palimpsest completion zsh > ~/.zfunc/_palimpsest
         with `fpath+=~/.zfunc` before `autoload -Uz compinit && compinit` in ~/.zshrc
   fish  palimpsest completion fish > ~/.config/fish/completions/palimpsest.fish
 
-Start a new shell, type `palimpsest ed` and press Tab. Make the script anew after an upgrade."""
+Start a new shell, type `palimpsest ed` and press Tab. Print the script again after an upgrade."""
 
 
-def run(args: argparse.Namespace) -> int:
-    """The script for one shell, on stdout."""
-    from cli.main import build_parser
+def add_parser(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], root: argparse.ArgumentParser
+) -> None:
+    """Add the command. `root` is the parser of the whole command line, which the script completes."""
+    parser = add_command(
+        commands,
+        "completion",
+        partial(run, root),
+        description="Print a script that completes commands, flags and files in a shell.",
+        epilog=INSTALL_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shell", choices=SHELLS, help="name of the shell")
 
-    out.file.write(completion_script(build_parser(), args.shell))
+
+def run(root: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Print the script of a shell on stdout."""
+    out.file.write(completion_script(root, args.shell))
     return 0
 
 
 def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """The whole command line for one shell."""
+    """Return the completion script of a parser."""
     import shtab
 
     for action in iter_actions(parser):
@@ -41,7 +54,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def iter_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Every argument of a parser and of the parsers below it."""
+    """Yield every argument of a parser and of its subparsers."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

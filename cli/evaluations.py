@@ -1,60 +1,32 @@
-"""`evaluate --service`, `evaluations`, `evaluations show`: evaluations as jobs of the running service."""
+"""`palimpsest evaluations` and `palimpsest evaluations show`: list evaluations of the service, and show one."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
-from cli.client import Client
-from cli.edits import fetch_newest, format_minute, report_job_failure, wait_for_job
-from cli.evaluate import build_plan, load_result, print_result, write_report
-from cli.evaluate import print_result_tables as print_tables
-from cli.terminal import err, format_list, out, print_json, strip_control_chars
-from service.datasets.loading import read_rows
-from service.errors import InvalidInput
-
-#: what the service does not do: it takes records in the seed's order, and has plain texts of its own
-LOCAL_ONLY_OPTIONS = ("half", "distinct", "texts")
+from cli.client import add_client_command, add_show_command
+from cli.evaluate import print_result_tables
+from cli.flags import add_limit_flag
+from cli.job_output import JobJson, format_minute, report_job_failure
+from cli.terminal import format_list, out, print_json
+from palimpsest import Client
 
 
-def submit_evaluation(args: argparse.Namespace, client: Client) -> int:
-    """Ask for an evaluation, follow it to its end, write result and report, and say what came of it."""
-    body = evaluation_request_body(args)
-    comparisons = [load_result(Path(name)) for name in args.beside or ()]
-    evaluation = client.post("/evaluations", body)
-    err.print(
-        strip_control_chars(f"{evaluation['id']} goes on in the service, also when this command is stopped.")
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands."""
+    parser = add_client_command(
+        commands,
+        "evaluations",
+        list_evaluations,
+        description="List evaluations of the service, newest first.",
     )
-    job = wait_for_job(client, evaluation)
-    if job["status"] != "done":
-        if args.json:
-            print_json(job)
-        return report_job_failure("evaluation", job)
-    write_report(Path(args.out), [job["result"], *comparisons])
-    print_result(job["result"], Path(args.out), args.json)
-    return 0
-
-
-def evaluation_request_body(args: argparse.Namespace) -> dict[str, Any]:
-    """The body of POST /evaluations."""
-    if unsupported := [
-        name for name in LOCAL_ONLY_OPTIONS if getattr(args, name) not in (None, False, "all")
-    ]:
-        raise InvalidInput(
-            f"--{unsupported[0]} is for an evaluation that is computed here: leave it or --service out."
-        )
-    body = build_plan(args).model_dump(mode="json", exclude_unset=True)
-    if args.limit is not None:
-        body["limit"] = args.limit
-    source = {"dataset": "facts"} if args.source == "facts" else {"records": read_rows(Path(args.source))}
-    return body | source
+    add_limit_flag(parser)
+    add_show_command(parser, show_evaluation, "show the result of an evaluation as tables", "evaluations")
 
 
 def list_evaluations(args: argparse.Namespace, client: Client) -> int:
-    """The newest evaluations, without what they found."""
-    items = fetch_newest(client, "/evaluations", args.limit)
+    """Print the newest evaluations without their results."""
+    items = [evaluation.raw for evaluation in client.evaluations(limit=args.limit)]
     if args.json:
         print_json(items)
         return 0
@@ -62,12 +34,12 @@ def list_evaluations(args: argparse.Namespace, client: Client) -> int:
         out.print("There are no evaluations.")
         return 0
     rows = [(e["id"], e["status"], format_minute(e["created"]), describe_request(e)) for e in items]
-    out.print(format_list(("id", "status", "when (UTC)", "what"), rows, ("what",)))
+    out.print(format_list(("id", "status", "created (UTC)", "evaluation"), rows, ("evaluation",)))
     return 0
 
 
-def describe_request(evaluation: dict[str, Any]) -> str:
-    """What an evaluation is of, and how far it is while it runs."""
+def describe_request(evaluation: JobJson) -> str:
+    """Return what an evaluation measures, and its progress while it runs."""
     request, progress = evaluation["request"], evaluation.get("progress")
     limit, record_count = request.get("limit"), request.get("records")
     source = request.get("dataset") or (
@@ -83,12 +55,12 @@ def describe_request(evaluation: dict[str, Any]) -> str:
 
 
 def show_evaluation(args: argparse.Namespace, client: Client) -> int:
-    """One evaluation in words and tables."""
-    evaluation = client.get(f"/evaluations/{quote(args.id, safe='')}")
+    """Print the result of an evaluation as sentences and tables."""
+    evaluation = client.get_evaluation(args.id).raw
     if args.json:
         print_json(evaluation)
         return 0
     if not evaluation.get("result"):
         return report_job_failure("evaluation", evaluation)
-    print_tables(evaluation["result"])
+    print_result_tables(evaluation["result"])
     return 0

@@ -1,71 +1,94 @@
-"""`export` and `import`: a version for use elsewhere, and edits that come from elsewhere."""
+"""`palimpsest export`: save a version as an adapter, as edited weights, as a model or as a set of edits."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
 import zipfile
-from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import IO
 
-from cli.client import Client
-from cli.edits import fact_text, status_text, wait_for_job
-from cli.flags import read_settings
-from cli.local_model import load_served_model
-from cli.terminal import err, format_list, out, print_json, progress_bar, strip_control_chars
-from service.bootstrap import open_database
-from service.errors import InvalidInput, Misconfigured
-from service.ledger.read_only import ReadOnlyLedger
+from cli.client import add_connection_flags, run_with_client
+from cli.flags import add_command, add_json_flag, add_setting_flags, add_version_flag, read_settings
+from cli.local_model import MODEL_SETTINGS, load_served_model
+from cli.terminal import err, out, print_json, progress_bar, strip_control_chars
+from palimpsest import Client
+from service.errors import InvalidInput
 from service.settings import Settings
 
-#: what the running service makes; "model" is made here
-SERVICE_FORMATS = ("peft", "safetensors", "edits")
+FORMAT_NAMES = {
+    "peft": "The LoRA adapter",
+    "safetensors": "The file of edited weights",
+    "edits": "The set of edits",
+}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "export",
+        run,
+        description="Save a version of the model for use elsewhere. The service makes the file. "
+        "`--format model` runs without the service: it reads the base model and the database.",
+    )
+    add_version_flag(parser)
+    parser.add_argument(
+        "--format",
+        choices=["peft", "model", "safetensors", "edits"],
+        default="peft",
+        help="peft: a LoRA adapter; model: a complete model for from_pretrained; safetensors: the edited weights; "
+        "edits: a file for `palimpsest import` (default: peft)",
+    )
+    parser.add_argument(
+        "--out", metavar="PATH", required=True, help="new or empty folder; a file for safetensors and edits"
+    )
+    add_json_flag(parser)
+    add_connection_flags(parser)
+    model = parser.add_argument_group("with --format model")
+    add_setting_flags(model, Settings, *MODEL_SETTINGS, "data_dir", "database_url")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export a version."""
+    return export_model(args) if args.format == "model" else run_with_client(export_version, args)
 
 
 def export_version(args: argparse.Namespace, client: Client) -> int:
-    """A folder with an adapter, or a file."""
+    """Export by the service: a folder with an adapter, or a file."""
+    path = Path(args.out)
     if args.format == "peft":
-        _require_empty(Path(args.out))
+        _require_empty(path)
     with tempfile.TemporaryFile() as file:
         with progress_bar() as display:
-            display.update("the service makes the export", 0, 0)
-            name = client.download("/export", file, version=args.version, format=args.format)
+            display.update("export", 0, 0)
+            name = client.export_to(file, args.version, args.format)
         file.seek(0)
-        path = (
-            _extract_zip(file, Path(args.out))
-            if args.format == "peft"
-            else _save_file(file, Path(args.out), name)
-        )
-    err.print(strip_control_chars(f"{_FORMAT_NAMES[args.format]} of version {args.version} is in {path}."))
+        path = _extract_zip(file, path) if args.format == "peft" else _save_file(file, path, name)
+    err.print(strip_control_chars(f"{FORMAT_NAMES[args.format]} of version {args.version} is in {path}."))
     return _print_export(args, args.version, path)
 
 
-_FORMAT_NAMES = {"peft": "The LoRA adapter", "safetensors": "The edited weights", "edits": "The set of edits"}
-
-
 def _require_empty(folder: Path) -> None:
-    """What is in a folder already would be mixed with what comes."""
+    """Raise `InvalidInput` unless the folder is new or empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidInput(f"--out {str(folder)!r} is there already: name a new or an empty folder.")
+        raise InvalidInput(f"--out {str(folder)!r} exists and is not an empty folder: name a new one.")
 
 
 def _extract_zip(file: IO[bytes], folder: Path) -> Path:
-    """The files of a zip in a folder; only plain names are taken."""
+    """Extract a zip into a folder. Names with a path are rejected."""
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             if Path(member.filename).name != member.filename:
-                raise InvalidInput(
-                    f"the service sent a file with the name {member.filename!r}: nothing more is unpacked."
-                )
+                raise InvalidInput(f"the export contains a file with the unsafe name {member.filename!r}.")
             archive.extract(member, folder)
     return folder
 
 
 def _save_file(file: IO[bytes], path: Path, name: str) -> Path:
-    """A file under its own name in a folder, or under the name that was given."""
+    """Save a file as `path`, or as `name` inside the folder `path`."""
     target = path / name if path.is_dir() and name else path
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".part")
@@ -76,71 +99,38 @@ def _save_file(file: IO[bytes], path: Path, name: str) -> Path:
     return target
 
 
-def run(args: argparse.Namespace) -> int:
-    """The whole model at a version, made here from the base model and the ledger. Only reads, both."""
+def export_model(args: argparse.Namespace) -> int:
+    """Export a complete model in this process, from the base model and the ledger. Both are only read."""
     settings, folder = read_settings(args, Settings), Path(args.out)
     _require_empty(folder)
     model = load_served_model(settings)
+    from service.bootstrap import open_database
     from service.engine.versioned_model import VersionedModel
     from service.exporting.export_job import write_model
+    from service.ledger.read_only import ReadOnlyLedger
     from workers.model_info import device_kind
 
     with closing(open_database(settings)) as database:
         reader = ReadOnlyLedger(database, model.fingerprint, device_kind(model.device))
         version = reader.resolve_version(args.version)
-        manifest = write_model(VersionedModel(model, reader, reader.attest), version, folder)
+        manifest = write_model(VersionedModel(model, reader), version, folder)
+    confirmation = (
+        "Its weights match the digest of a worker."
+        if reader.confirmed
+        else "No worker has reported the digest of this version yet."
+    )
     err.print(
         strip_control_chars(
-            f"{model.name} at version {version}, with {len(manifest['edits'])} edits in its weights, is in {folder}. "
-            f"{'A worker has the same bytes.' if reader.confirmed else 'No worker has said yet what its bytes are.'}"
+            f"{model.name} at version {version} with {len(manifest['edits'])} edits is in {folder}. {confirmation}"
         )
     )
     return _print_export(args, version, folder)
 
 
 def _print_export(args: argparse.Namespace, version: int | str, path: Path) -> int:
-    """Where the export is, alone on stdout."""
+    """Print the path of the export."""
     if args.json:
         print_json({"format": args.format, "version": version, "path": str(path)})
     else:
         out.print(str(path))
     return 0
-
-
-def import_edits(args: argparse.Namespace, client: Client) -> int:
-    """Land the edits of a file, and say what became of each."""
-    try:
-        data = Path(args.file).read_bytes()
-    except OSError as error:
-        raise Misconfigured(f"{args.file!r} cannot be read: {error.strerror or error}.") from None
-    response = client.upload("/import", data)
-    already_present = set(response["known"])
-    edits = [
-        e if e["status"] not in ("queued", "running") else wait_for_job(client, e) for e in response["items"]
-    ]
-    if args.json:
-        print_json([{**e, "known": e["id"] in already_present} for e in edits])
-    else:
-        rows = [
-            (
-                e["id"],
-                "here before" if e["id"] in already_present else status_text(e),
-                e.get("version"),
-                fact_text(e),
-            )
-            for e in edits
-        ]
-        out.print(format_list(("id", "status", "version", "fact"), rows, ("fact",)))
-    not_applied = [
-        e for e in edits if e["id"] not in already_present and e["status"] not in ("applied", "superseded")
-    ]
-    for e in not_applied:
-        reason = (
-            (e.get("error") or {}).get("detail")
-            or (e.get("result") or {}).get("reason")
-            or "see palimpsest edits"
-        )
-        err.print(strip_control_chars(f"{e['id']} is {e['status']}: {reason}"))
-    counts = Counter("here before" if e["id"] in already_present else e["status"] for e in edits)
-    err.print(", ".join(f"{count} {what}" for what, count in counts.items()) + ".")
-    return 1 if not_applied else 0

@@ -1,33 +1,116 @@
-"""Settings as flags: one flag for every field of `service.settings.Settings`, derived from the fields themselves."""
+"""Flags of the command line: one for every field of the settings, and the flags that several commands share."""
 
 from __future__ import annotations
 
 import argparse
 import types
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsError
 
+from cli.overview import summary_of
 from service.errors import Misconfigured
 from service.settings import SHIPPED_MODEL
 
 S = TypeVar("S", bound=BaseSettings)
+Commands = argparse._SubParsersAction  #: the action that holds the commands of a parser
+Run = Callable[[argparse.Namespace], int]
+VERSION_NAMES: dict[str, Literal["head", "base"]] = {"head": "head", "base": "base"}
+FORMATS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}  #: placeholders of values in `--help`
+
+
+def add_command(
+    commands: Commands[argparse.ArgumentParser],
+    name: str,
+    run: Run,
+    summary: str | None = None,
+    **options: Any,
+) -> argparse.ArgumentParser:
+    """Add a command that `run` carries out. `summary` defaults to that of the overview."""
+    summary = summary or summary_of(name)
+    description = options.pop("description", None) or _sentence(summary)
+    parser = commands.add_parser(name, help=summary, description=description, allow_abbrev=False, **options)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`. It has no default, so that in `jobs --json retry ID` the inner parser keeps the outer value."""
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the result as one JSON value on stdout (docs/terminal.md)",
+    )
+
+
+def add_limit_flag(parser: argparse.ArgumentParser, default: int = 20) -> None:
+    """Add `--limit` to a list command."""
+    parser.add_argument(
+        "--limit",
+        type=positive_int,
+        default=default,
+        metavar="N",
+        help=f"maximum number of items (default: {default})",
+    )
+
+
+def add_version_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--version` to a command that reads one version of the model."""
+    parser.add_argument(
+        "--version",
+        type=parse_version,
+        default="head",
+        help="version of the model: head, base or a number (default: head)",
+    )
+
+
+def add_hparam_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--hparam NAME=VALUE`."""
+    parser.add_argument(
+        "--hparam",
+        metavar="NAME=VALUE",
+        action="append",
+        help="set a hyperparameter of the method; repeatable",
+    )
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return int(text)
+
+
+def parse_version(text: str) -> int | Literal["head", "base"]:
+    """Parse a version: `head`, `base` or a number."""
+    if text in VERSION_NAMES:
+        return VERSION_NAMES[text]
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a version: use head, base or a number") from None
 
 
 def flag_name(name: str) -> str:
-    """`database_url` -> `--database-url`."""
+    """Return the flag of a field: `database_url` -> `--database-url`."""
     return "--" + name.replace("_", "-")
 
 
 def variable_name(settings: type[BaseSettings], name: str) -> str:
-    """`database_url` -> `PALIMPSEST_DATABASE_URL`."""
+    """Return the environment variable of a field: `database_url` -> `PALIMPSEST_DATABASE_URL`."""
     return f"{settings.model_config.get('env_prefix', '')}{name}".upper()
 
 
 def default_text(settings: type[BaseSettings], name: str) -> str:
-    """The default of a field in words; empty when there is none to show."""
+    """Return the default of a field as text; empty when there is none."""
     value = settings.model_fields[name].default
     if value is None:
         return ""
@@ -36,16 +119,17 @@ def default_text(settings: type[BaseSettings], name: str) -> str:
     return str(value).replace(str(Path.home()), "~")
 
 
-def _metavar(annotation: Any) -> str:
-    """What a value looks like, for `--help`: the plain type's name without `None`."""
+def _value_options(annotation: Any) -> dict[str, Any]:
+    """Return the placeholder of a value in `--help`, or its choices."""
     if isinstance(annotation, types.UnionType):
         annotation = next(a for a in get_args(annotation) if a is not type(None))
-    name = getattr(annotation, "__name__", "value").upper()
-    return "TEXT" if name == "STR" else name
+    if get_origin(annotation) is Literal:
+        return {"metavar": "|".join(get_args(annotation))}
+    return {"metavar": FORMATS.get(annotation, "VALUE")}
 
 
 def add_setting_flags(parser: argparse._ActionsContainer, settings: type[BaseSettings], *only: str) -> None:
-    """A flag for every field, or for these. Values stay text: pydantic reads them, as it reads the environment."""
+    """Add a flag for every field, or for the given ones. Values stay text: pydantic parses them as it parses variables."""
     for name in only or settings.model_fields:
         field = settings.model_fields[name]
         default = default_text(settings, name)
@@ -58,11 +142,11 @@ def add_setting_flags(parser: argparse._ActionsContainer, settings: type[BaseSet
         if field.annotation is bool:
             parser.add_argument(flag_name(name), action=argparse.BooleanOptionalAction, **options)
         else:
-            parser.add_argument(flag_name(name), metavar=_metavar(field.annotation), **options)
+            parser.add_argument(flag_name(name), **_value_options(field.annotation), **options)
 
 
 def read_settings(args: argparse.Namespace, settings: type[S]) -> S:
-    """Flags before environment before defaults."""
+    """Return the settings: flags override environment variables, which override defaults."""
     overrides = {name: getattr(args, name) for name in settings.model_fields if hasattr(args, name)}
     try:
         return settings(**overrides)
@@ -73,12 +157,5 @@ def read_settings(args: argparse.Namespace, settings: type[S]) -> S:
         raise Misconfigured(
             f"{flag_name(name)} (or {variable_name(settings, name)}) cannot be {first['input']!r}: {message}."
         ) from None
-    except (SettingsError, OSError) as error:  # the folder of secrets
+    except (SettingsError, OSError) as error:  # an invalid folder of secrets
         raise Misconfigured(f"the settings cannot be read: {error}") from None
-
-
-def positive_int(text: str) -> int:
-    """A whole number from 1 on, as the value of a flag."""
-    if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
-    return int(text)

@@ -1,84 +1,47 @@
-"""`generate` and `compare`: the model speaks, at any version."""
+"""`palimpsest generate`: continue a prompt with any version of the model."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
-from cli.client import Client, ProblemResponse
-from cli.terminal import err, out, print_json, strip_control_chars, table
-
-
-def parse_version(text: str) -> int | str:
-    """`head`, `base` or a number, as the contract has it."""
-    if text in ("head", "base"):
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no version: write head, base or a number") from None
+from cli.client import add_client_command
+from cli.flags import add_version_flag
+from cli.sampling_flags import add_sampling_flags, sampling_options
+from cli.terminal import err, print_json, strip_control_chars
+from palimpsest import Client
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What was asked of the sampler; what was not is left to the service."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = add_client_command(
+        commands, "generate", generate, description="Continue a prompt with any version of the model."
+    )
+    add_sampling_flags(parser)
+    add_version_flag(parser)
 
 
 def generate(args: argparse.Namespace, client: Client) -> int:
-    """The prompt and its continuation, as it comes; the whole answer at its end for a program."""
-    body = {"prompt": args.prompt, "version": args.version, **sampling_options(args)}
+    """Print the prompt and its continuation token by token; with --json the complete response."""
+    options = {"version": args.version, **sampling_options(args)}
     if args.json:
-        print_json(client.post("/generate", body))
+        print_json(client.generate(args.prompt, **options).raw)
         return 0
-    events = client.stream("/generate", {**body, "stream": True})
     started = False
-    for event in events:
-        if event.name == "error":
-            raise ProblemResponse(
-                event.data.get("detail") or event.data.get("title") or "the generation failed."
-            )
-        if not started:  # not before the service has agreed
+    for token in client.stream(args.prompt, **options):
+        if not started:  # only after the service has accepted the request
             _write(args.prompt)
             started = True
-        if event.name == "reset":  # another worker begins the answer anew
+        elif token.reset:  # another worker took over and generates again from the prompt
             _write("\n" + args.prompt)
-        elif event.name == "token":
-            _write(event.data["text"])
-        elif event.name == "end":
+        _write(token.text)
+        if token.finish_reason is not None:
             _write("\n")
-            choice = event.data["choices"][0]
-            err.print(
-                f"version {event.data['version']}, {len(choice['tokens'])} tokens, {choice['finish_reason']}",
-                style="dim",
-            )
-            return 0
-    raise ProblemResponse("the stream broke off before its end.")
+            count = len(token.raw["choices"][0]["tokens"])
+            err.print(f"version {token.version}, {count} tokens, {token.finish_reason}", style="dim")
+    return 0
 
 
 def _write(text: str) -> None:
     sys.stdout.write(strip_control_chars(text))
     sys.stdout.flush()
-
-
-def compare(args: argparse.Namespace, client: Client) -> int:
-    """Two versions side by side."""
-    comparison = client.post(
-        "/compare", {"prompt": args.prompt, "versions": args.versions, **sampling_options(args)}
-    )
-    if args.json:
-        print_json(comparison)
-        return 0
-    sides = comparison["sides"]
-    names = [f"version {side['version']}" for side in sides]
-    for name, side in zip(names, sides, strict=True):
-        out.print(f"{name}: {strip_control_chars(args.prompt)}{strip_control_chars(side['text'])}")
-    rows = [
-        (token["token"], *token["p"], token["p"][1] - token["p"][0]) for token in comparison["next_tokens"]
-    ]
-    out.print()
-    out.print(table("", ("next token", *names, "change"), rows))
-    out.print()
-    out.print(f"total variation {comparison['total_variation']:.3f}")
-    return 0

@@ -1,53 +1,98 @@
-"""`palimpsest keys`: make, list and revoke the keys of a service, straight in its database."""
+"""`palimpsest keys`: create, list and revoke API keys, directly in the database."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from cli.flags import read_settings
+from cli.flags import add_command, add_json_flag, add_setting_flags, positive_int, read_settings
+from cli.overview import summary_of
 from cli.terminal import err, format_list, out, print_json
-from service.application.api_keys import CACHE_SECONDS, ApiKeyInfo, ApiKeys, Scope
-from service.bootstrap import open_database
 from service.settings import Settings
 
-KeyCommand = Callable[[argparse.Namespace, ApiKeys], int]
+if TYPE_CHECKING:
+    from service.application.api_keys import ApiKeyInfo, ApiKeys, Scope
+
+KeyCommand = Callable[[argparse.Namespace, "ApiKeys"], int]
 
 
-def run(args: argparse.Namespace) -> int:
-    """One of the verbs."""
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands."""
+    parser = commands.add_parser(
+        "keys",
+        help=summary_of("keys"),
+        description="Create, list and revoke API keys, directly in the database.",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    create = add_command(verbs, "create", partial(run, create_key), "create an API key and print it once")
+    create.add_argument(
+        "--name",
+        required=True,
+        metavar="NAME",
+        help="actor that the ledger records for this key, such as nightly-eval",
+    )
+    create.add_argument("--scopes", required=True, metavar="SCOPE,...", help="some of read,edit,admin")
+    create.add_argument(
+        "--requests-per-minute",
+        type=positive_int,
+        metavar="N",
+        help="rate limit (default: the setting of the service)",
+    )
+    create.add_argument(
+        "--max-queued",
+        type=positive_int,
+        metavar="N",
+        help="maximum number of queued jobs (default: the setting of the service)",
+    )
+    list_parser = add_command(
+        verbs, "list", partial(run, list_keys), "list API keys with their scopes and last use"
+    )
+    revoke = add_command(verbs, "revoke", partial(run, revoke_key), "revoke an API key")
+    revoke.add_argument("name", metavar="NAME", help="name, as listed by `palimpsest keys list`")
+    for verb in (create, list_parser, revoke):
+        add_json_flag(verb)
+        add_setting_flags(verb.add_argument_group("database"), Settings, "data_dir", "database_url")
+
+
+def run(command: KeyCommand, args: argparse.Namespace) -> int:
+    """Migrate the database and run a command on its keys."""
+    from service.application.api_keys import ApiKeys
+    from service.bootstrap import open_database
+
     database = open_database(read_settings(args, Settings))
     try:
         database.migrate()
-        verb: KeyCommand = {"create": create_key, "list": list_keys, "revoke": revoke_key}[args.verb]
-        return verb(args, ApiKeys(database))
+        return command(args, ApiKeys(database))
     finally:
         database.close()
 
 
 def create_key(args: argparse.Namespace, keys: ApiKeys) -> int:
-    """The token goes to stdout, alone or as a field of the key, and all that is said about it to stderr."""
+    """Create a key. Its token goes to stdout, the instructions to stderr."""
     is_first = not keys.any_exist()
-    key, token = keys.create(args.name, map(str.strip, args.scopes.split(",")), args.per_minute, args.queued)
+    scopes = map(str.strip, args.scopes.split(","))
+    key, token = keys.create(args.name, scopes, args.requests_per_minute, args.max_queued)
     if args.json:
         print_json({**_key_json(key), "token": token})
     else:
         out.print(token)
     err.print(
-        f"The key {key.name!r} is good for {_format_scopes(key.scopes)}. It is shown this once and kept nowhere: store it now. "
-        "Send it as the header\n"
+        f"Created the key {key.name!r} with the scopes {_format_scopes(key.scopes)}. It is not stored and not shown again: save it now.\n"
+        "Send it in the header\n"
         "  Authorization: Bearer KEY\n"
-        "or give it to the commands here as PALIMPSEST_API_KEY (never to the service: there that is the root key)."
+        "or set PALIMPSEST_API_KEY for the client commands. (For the service this variable is the root key.)"
     )
     if is_first:
-        err.print("It is the first one: from now on every request needs a key.")
+        err.print("This is the first key: from now on every request needs a key.")
     return 0
 
 
 def list_keys(args: argparse.Namespace, keys: ApiKeys) -> int:
-    """Every key, oldest first."""
+    """List all keys, oldest first."""
     items = keys.all()
     if args.json:
         print_json([_key_json(key) for key in items])
@@ -58,21 +103,29 @@ def list_keys(args: argparse.Namespace, keys: ApiKeys) -> int:
     if not rows:
         out.print("There are no keys.")
         return 0
-    out.print(format_list(("name", "scopes", "per minute", "queued", "created (UTC)", "use"), rows, ("use",)))
+    out.print(
+        format_list(
+            ("name", "scopes", "per minute", "max queued", "created (UTC)", "last use"), rows, ("last use",)
+        )
+    )
     return 0
 
 
 def revoke_key(args: argparse.Namespace, keys: ApiKeys) -> int:
-    """The key is refused from now on."""
+    """Revoke a key."""
+    from service.application.api_keys import CACHE_SECONDS
+
     key = keys.revoke(args.name)
     if args.json:
         print_json(_key_json(key))
     else:
-        out.print(f"{key.name} opens nothing any more, in every process within {CACHE_SECONDS:.0f} seconds.")
+        out.print(f"Revoked {key.name}. Every process rejects it within {CACHE_SECONDS:.0f} seconds.")
     return 0
 
 
 def _format_scopes(scopes: frozenset[Scope]) -> str:
+    from service.application.api_keys import Scope
+
     return ",".join(scope for scope in Scope if scope in scopes)
 
 
@@ -81,14 +134,16 @@ def _format_minute(timestamp: datetime) -> str:
 
 
 def _usage_text(key: ApiKeyInfo) -> str:
-    """Whether a key still opens, and when it last did."""
+    """Return when a key was last used or revoked."""
     if key.revoked:
         return f"revoked {_format_minute(key.revoked)}"
-    return f"last used {_format_minute(key.last_used)}" if key.last_used else "not used yet"
+    return _format_minute(key.last_used) if key.last_used else "never"
 
 
 def _key_json(key: ApiKeyInfo) -> dict[str, Any]:
-    """A key as JSON, times in UTC."""
+    """Return a key as JSON, with times in UTC."""
+    from service.application.api_keys import Scope
+
     limits = {"requests_per_minute": key.requests_per_minute, "max_queued": key.max_queued}
     times = {name: getattr(key, name) for name in ("created", "last_used", "revoked")}
     return {

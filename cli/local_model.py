@@ -1,4 +1,4 @@
-"""What a command computes by itself, without a running service: the model is loaded here, and a bar says how far things are."""
+"""Commands that load the model into their own process: loading, sources of records, progress bars."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from service.models.loading import LoadedModel
 
 T = TypeVar("T")
-#: the settings that say which model, where, and how it computes
+#: the settings of the model
 MODEL_SETTINGS = ("model", "device", "dtype", "threads")
 FACTS_FILE = "facts.jsonl"
 
 
 def load_served_model(settings: Settings) -> LoadedModel:
-    """The model of the settings, loaded into this process as a worker has it."""
+    """Load the configured model as a worker does."""
     loaded: LoadedModel = _import_model_loader().load_served_model(settings)
     return loaded
 
 
 def load_without_bos(settings: Settings) -> LoadedModel:
-    """The same without what its recipe says of its start token: as it is before it is prepared."""
+    """Load the configured model without the start token of its recipe, as it is before tuning."""
     loaded: LoadedModel = _import_model_loader().load_without_bos(settings)
     return loaded
 
@@ -39,24 +39,24 @@ def _import_model_loader() -> ModuleType:
         from workers import resident_model as resident
     except ModuleNotFoundError as error:
         raise missing_dependency_error(error) from None
-    logging.disable_progress_bar()  # ours says how far things are
+    logging.disable_progress_bar()  # the progress bar of this process shows the loading
     return resident
 
 
 def missing_dependency_error(missing: ModuleNotFoundError) -> Exception:
-    """What to say when a module is missing: of those that compute, how to install them."""
+    """Return the error for a missing module; for torch and transformers it says how to install them."""
     if missing.name not in ("torch", "transformers"):
         return missing
     return Misconfigured(
-        f"{missing.name} is not installed, and the model needs it: pip install -c constraints.txt -e '.[worker]'"
+        f"{missing.name} is not installed; loading a model requires it: pip install -c constraints.txt -e '.[worker]'"
     )
 
 
 def resolve_source(source: str, model: str) -> Path:
-    """A file by its name; "facts" is the table beside the model."""
+    """Return the path of a file of records; "facts" is the fact table in the folder of the model."""
     path = Path(model) / FACTS_FILE if source == "facts" else Path(source)
     if not path.is_file():
-        hint = " The model has no table of facts beside it: name a file." if source == "facts" else ""
+        hint = " The model has no fact table: name a file." if source == "facts" else ""
         raise Misconfigured(f"there is no file {str(path)!r}.{hint}")
     return path
 

@@ -1,22 +1,43 @@
-"""`palimpsest migrate`: bring the database to what this release needs. Every process does so as it starts; one that does
-it alone shows what it did, before the others are started."""
+"""`palimpsest migrate`: migrate the database, and print the revisions before and after.
+
+Every process of the service migrates the database when it starts. This command does it as a separate step of a deployment.
+"""
 
 from __future__ import annotations
 
 import argparse
 from contextlib import closing
 
-from cli.flags import read_settings
-from cli.logs import log_to_stderr
-from cli.signals import stop_on_signals
+from cli.flags import add_command, add_json_flag, add_setting_flags, read_settings
 from cli.terminal import out, print_json
-from cli.wait_for_dependencies import wait_for_dependency
-from service.bootstrap import build_container
 from service.settings import Settings
 
 
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "migrate",
+        run,
+        description="Migrate the database to the schema of this release. The processes of the service also do this when they start.",
+    )
+    parser.add_argument(
+        "--to",
+        metavar="REVISION",
+        default="head",
+        help="target revision, which may be an older one (default: head)",
+    )
+    add_json_flag(parser)
+    add_setting_flags(parser, Settings)
+
+
 def run(args: argparse.Namespace) -> int:
-    """From the revision that is there to the newest, or to the one that was asked for."""
+    """Migrate the database, and print the revisions before and after."""
+    from cli.logs import log_to_stderr
+    from cli.signals import stop_on_signals
+    from cli.wait_for_dependencies import wait_for_dependency
+    from service.bootstrap import build_container
+
     settings = read_settings(args, Settings)
     log_to_stderr(settings.log_format, settings.log_level)
     with stop_on_signals() as stop, closing(build_container(settings)) as container:
@@ -28,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"before": before, "now": now})
     elif before == now:
-        out.print(f"The database is at {now} already.")
+        out.print(f"The database is already at revision {now}.")
     else:
-        old_text, new_text = (f"at {revision}" if revision else "empty" for revision in (before, now))
-        out.print(f"The database was {old_text} and is {new_text} now.")
+        out.print(f"Migrated the database from {before or 'empty'} to {now or 'empty'}.")
     return 0

@@ -1,4 +1,4 @@
-"""`models`: the resident model, the recipe that edits start from, the room left in its layers, and its workers."""
+"""`palimpsest models`: the served model, its recipe, the remaining capacity of its layers, and its workers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from cli.client import Client
-from cli.edits import format_minute
+from cli.client import add_client_command
+from cli.job_output import format_minute
 from cli.terminal import format_list, format_pairs, out, print_json
+from palimpsest import Client
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    add_client_command(
+        commands,
+        "models",
+        list_models,
+        description="Show the served model, its recipe, the remaining capacity of its layers, and its workers.",
+    )
 
 
 def list_models(args: argparse.Namespace, client: Client) -> int:
-    """Everything that GET /models says and a person asks for."""
-    items = client.get("/models")["items"]
+    """Print the model and a table of its workers."""
+    items = [model.raw for model in client.models()]
     if args.json:
         print_json(items)
         return 0
@@ -21,44 +32,34 @@ def list_models(args: argparse.Namespace, client: Client) -> int:
         out.print(format_pairs(model_details(model)))
         if model["workers"]:
             out.print()
-            rows = [worker_row(w) for w in model["workers"]]
-            out.print(
-                format_list(
-                    ("worker", "status", "version", "behind", "heard (UTC)", "roles"), rows, ("roles",)
-                )
-            )
+            columns = ("worker", "status", "version", "lag", "heartbeat (UTC)", "roles")
+            out.print(format_list(columns, [worker_row(w) for w in model["workers"]], ("roles",)))
     if not items:
         out.print(
-            "No worker has told of a model yet. Start one with `palimpsest serve` or `palimpsest work`."
+            "No worker has registered a model. Start one with `palimpsest serve` or `palimpsest worker`."
         )
     return 0
 
 
 def model_details(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model in a few lines; what is not known of it is left out."""
+    """Return the fields of a model that are known, for `format_pairs`."""
     recipe, capacity, jobs = model.get("recipe") or {}, model.get("capacity") or {}, model["jobs"]
     layers = (recipe.get("rome") or {}).get("layers") or []
     shape = {name: model.get(name) for name in ("architecture", "layers", "width", "parameters")}
     return {
         "model": model["name"],
         "shape": ", ".join(f"{name} {value:,}" if isinstance(value, int) else str(value) for name, value in shape.items() if value),
-        "resident": " on ".join(str(model[name]) for name in ("dtype", "device") if model.get(name)) or None,
+        "weights": " on ".join(str(model[name]) for name in ("dtype", "device") if model.get(name)) or None,
         "fingerprint": model["fingerprint"],
         "head": f"version {model['head']}, {model['active_edits']} active edits",
-        "recipe": f"edits at layers {', '.join(map(str, layers))}; {recipe.get('source')}" if layers else "none yet: see `palimpsest prepare`",
-        "room left": ", ".join(f"layer {k} {100 * v:.1f} %" for k, v in (capacity.get("layers") or {}).items()) or None,
-        "jobs": ", ".join(f"{jobs[name]} {name}" for name in ("queued", "running", "dead")),
+        "recipe": f"edits at layers {', '.join(map(str, layers))}; {recipe.get('source')}" if layers else "none: see `palimpsest tune --help`",
+        "capacity": ", ".join(f"layer {k} {100 * v:.1f} %" for k, v in (capacity.get("layers") or {}).items()) or None,
+        "jobs": ", ".join(f"{jobs[name]} {name}" for name in ("queued", "running", "exhausted")),
     }  # fmt: skip
 
 
-def worker_row(resource: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A worker as a line: who, how it is, where it stands, when it was heard of, what it does or why it does nothing."""
-    activity = resource.get("reason") or ", ".join(resource["roles"]) or "everything"
-    return (
-        resource["id"],
-        resource["state"],
-        resource["version"],
-        resource["lag"],
-        format_minute(resource["heartbeat"]),
-        activity,
-    )
+def worker_row(worker: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return a worker as a table row; the last cell has its roles, or the reason why it does not serve."""
+    roles = worker.get("reason") or ", ".join(worker["roles"]) or "all"
+    heartbeat = format_minute(worker["heartbeat"])
+    return worker["id"], worker["state"], worker["version"], worker["lag"], heartbeat, roles

@@ -1,62 +1,62 @@
-"""What the command line can do, on one screen: `palimpsest` alone, `palimpsest help`, `palimpsest --help`.
+"""The overview of all commands: `palimpsest`, `palimpsest help`, `palimpsest --help`.
 
-Plain text, and nothing is imported for it, so that it is there at once and reads the same in a pipe.
+Plain text without imports, so that it prints at once and reads the same in a pipe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-#: what a person wants -> command -> what it does. A test holds this to the parser.
+#: group -> command -> summary. A test compares it with the parser.
 OVERVIEW = {
-    "Serve": {"serve": "start the service in one process, on the shipped GPT"},
-    "Ask": {
-        "generate": "let the model continue a prompt, at any version",
-        "compare": "one prompt on two versions, side by side",
+    "Serve": {"serve": "run API and worker in one process, on the shipped GPT"},
+    "Generate": {
+        "generate": "continue a prompt, with any version",
+        "compare": "continue a prompt with two versions, side by side",
     },
     "Edit": {
-        "edit": "make the model say a new object for a subject",
-        "edits": "list edits; `edits show ID` is one with its figures",
-        "revert": "take an edit back, whatever came after it",
+        "edit": "change a fact",
+        "edits": "list edits; `edits show ID` shows one with its measurements",
+        "revert": "revert an edit, also after later edits",
+        "import": "apply edits that another service exported",
     },
-    "Look": {
+    "Inspect": {
         "trace": "show where a fact is stored, as a heat map",
         "traces": "list traces; `traces show ID` draws one again",
-        "ledger": "what was applied and reverted; --verify checks it",
-        "models": "the resident model, its recipe and its workers",
-        "export": "a version as an adapter, a model or a set of edits",
-        "import": "land the edits that another service exported",
+        "ledger": "list applied and reverted edits; --verify checks the ledger",
+        "models": "show the served model, its recipe and its workers",
+        "export": "save a version as an adapter, a model or a set of edits",
     },
-    "Measure": {
-        "evaluate": "measure how good edits are on a set of records",
-        "evaluations": "list them; `evaluations show ID` is one in tables",
-        "study": "what many facts say together: trace, localization",
+    "Evaluate": {
+        "evaluate": "measure the quality of edits on a set of records",
+        "evaluations": "list evaluations; `evaluations show ID` shows one",
+        "study": "trace or edit many facts and aggregate the results",
         "tune": "find a recipe for a model of your own",
     },
-    "Production": {
-        "api": "the HTTP door alone",
-        "worker": "one worker",
-        "migrate": "bring the database to this release",
-        "keys": "make, list and revoke keys",
-        "jobs": "what waits, runs and was given up; `jobs retry ID`",
-        "completion": "complete commands and flags in bash, zsh or fish",
+    "Operate": {
+        "api": "run an API process",
+        "worker": "run a worker process",
+        "migrate": "migrate the database to this release",
+        "keys": "create, list and revoke API keys",
+        "jobs": "list jobs; `jobs retry ID` retries a failed one",
+        "completion": "print a completion script for bash, zsh or fish",
     },
 }
 
-INTRODUCTION = "Palimpsest locates, edits and rolls back facts inside a resident GPT model."
+INTRODUCTION = "Palimpsest locates, edits and reverts facts in a GPT model while it serves."
 
 GETTING_STARTED = """\
-To begin, start the service, and in a second terminal ask and edit:
+Start the service, then generate and edit in a second terminal:
   palimpsest serve
   palimpsest generate 'The Eiffel Tower is located in the city of'
   palimpsest edit 'Eiffel Tower' 'The {} is located in the city of' Rome
 
-`palimpsest COMMAND --help` has the flags; --json prints a result for programs.
-A service elsewhere is named by --url or PALIMPSEST_URL."""
+`palimpsest COMMAND --help` lists the options of a command; --json prints its
+result for programs. --url or PALIMPSEST_URL sets the address of the service."""
 
 
 def overview() -> str:
-    """Every command in a line, grouped by what it is for; then what to try first."""
+    """Return the commands with their summaries, by group, and the first commands to try."""
     return "\n".join([INTRODUCTION, "", *_command_lines(), "", GETTING_STARTED, ""])
 
 
@@ -66,5 +66,10 @@ def _command_lines() -> Iterator[str]:
         max(len(name) for group in OVERVIEW.values() for name in group),
     )
     for group, commands in OVERVIEW.items():
-        for i, (name, words) in enumerate(commands.items()):
-            yield f"{'' if i else group:<{group_width}}  {name:<{name_width}}  {words}"
+        for i, (name, summary) in enumerate(commands.items()):
+            yield f"{'' if i else group:<{group_width}}  {name:<{name_width}}  {summary}"
+
+
+def summary_of(command: str) -> str:
+    """Return the summary of a command."""
+    return next(commands[command] for commands in OVERVIEW.values() if command in commands)

@@ -1,4 +1,4 @@
-"""`palimpsest serve`: API and worker in one process, with everything embedded unless settings say otherwise."""
+"""`palimpsest serve`: API and worker in one process, by default with SQLite and an in-process queue."""
 
 from __future__ import annotations
 
@@ -6,23 +6,36 @@ import argparse
 import socket
 import threading
 from contextlib import closing
+from typing import TYPE_CHECKING
 
-from api.app import check_exposure, create_app
-from cli.flags import read_settings
-from cli.http_server import HttpServerThread, listening_socket
-from cli.logs import log_to_stderr
-from cli.signals import stop_on_signals
-from cli.startup_message import startup_message
+from cli.flags import add_command, add_setting_flags, read_settings
 from cli.terminal import out
-from cli.wait_for_dependencies import wait_for_stores
-from cli.worker_process import make_worker, wait_until_ready, wait_until_stopped, worker_health_server
-from service.application.api_keys import ApiKeys
-from service.bootstrap import Container, build_container
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.bootstrap import Container
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "serve",
+        run,
+        description="Run the API and a worker in one process. Each option can be set as an environment variable (docs/settings.md).",
+    )
+    add_setting_flags(parser, Settings)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until Ctrl-C or SIGTERM."""
+    """Serve until SIGINT or SIGTERM."""
+    from api.app import check_exposure
+    from cli.http_server import listening_socket
+    from cli.logs import log_to_stderr
+    from cli.signals import stop_on_signals
+    from cli.wait_for_dependencies import wait_for_stores
+    from service.bootstrap import build_container
+
     settings = read_settings(args, Settings)
     check_exposure(settings)
     log_to_stderr(settings.log_format, settings.log_level)
@@ -37,7 +50,13 @@ def run(args: argparse.Namespace) -> int:
 def serve(
     settings: Settings, container: Container, server_socket: socket.socket, stop: threading.Event
 ) -> int:
-    """Start both doors, welcome, wait, and stop both."""
+    """Start the HTTP server and the worker, print the startup message, and stop both when `stop` is set."""
+    from api.app import create_app
+    from cli.http_server import HttpServerThread
+    from cli.startup_message import startup_message
+    from cli.worker_process import make_worker, wait_until_ready, wait_until_stopped, worker_health_server
+    from service.application.api_keys import ApiKeys
+
     server = HttpServerThread(create_app(container.services, container.broker, settings), server_socket)
     worker = make_worker(settings, container)
     with worker_health_server(worker, settings):
@@ -52,5 +71,5 @@ def serve(
         finally:
             server.stop_accepting()
             worker.stop()
-            container.broker.close()  # ends the streams that are still open
+            container.broker.close()  # ends the open event streams
             server.stop()

@@ -1,4 +1,4 @@
-"""`study`: what many facts say together. Computed here, from stored runs; a study that was interrupted goes on where it was."""
+"""`palimpsest study`: trace or edit many facts, and aggregate the results."""
 
 from __future__ import annotations
 
@@ -6,41 +6,114 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cli.edits import parse_hparam
-from cli.flags import read_settings
-from cli.local_model import load_served_model, resolve_source, run_with_progress_bar
+from cli.edit_output import parse_hparam
+from cli.flags import add_command, add_json_flag, add_setting_flags, positive_int, read_settings
+from cli.local_model import MODEL_SETTINGS, load_served_model, resolve_source, run_with_progress_bar
+from cli.overview import summary_of
 from cli.terminal import err, out, print_json, strip_control_chars, table
-from service.datasets.loading import read_records
 from service.errors import InvalidInput
-from service.kit import plotting
-from service.kit.artifact_store import DirectoryStore
-from service.kit.plotting import DrawFunction
 from service.methods.registry import METHODS
 from service.settings import Settings
-from service.studies import localization_report, trace_report
-from service.studies.edit_objectives import STUDY_OBJECTIVES
-from service.studies.facts import read_study_facts
+
+if TYPE_CHECKING:
+    from service.kit.plotting import DrawFunction
 
 RUNS_DIR, DPI = "runs", 200
 
 
-def run(args: argparse.Namespace) -> int:
-    """One of the studies."""
-    return {"trace": run_trace_study, "localization": run_localization_study}[args.verb](
-        args, read_settings(args, Settings)
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the commands."""
+    parser = commands.add_parser(
+        "study",
+        help=summary_of("study"),
+        description="Trace or edit many facts and aggregate the results. The model is loaded in this process; an interrupted "
+        "study resumes.",
+        allow_abbrev=False,
     )
+    verbs = parser.add_subparsers(title="studies", metavar="STUDY", required=True)
+    trace = add_command(verbs, "trace", run_trace_study, "average causal traces by token position and layer")
+    _add_common_flags(trace)
+    trace.add_argument(
+        "--window",
+        type=positive_int,
+        metavar="N",
+        help="number of layers restored at once for mlp and attn (default: a fifth of the layers, at most 10)",
+    )
+    trace.add_argument("--no-severed", action="store_true", help="do not trace with severed paths")
+    add_setting_flags(trace.add_argument_group("recipe"), Settings, "data_dir")
+    localization = add_command(
+        verbs,
+        "localization",
+        run_localization_study,
+        "compare the layers that tracing finds with the layers where edits succeed",
+    )
+    _add_common_flags(localization)
+    add = localization.add_argument
+    add("--layers", metavar="N,...", default="all", help="layers to edit (default: all)")
+    add(
+        "--methods",
+        metavar="NAME,...",
+        default="rome,ft",
+        help=f"editing methods, some of {','.join(METHODS)} (default: rome,ft)",
+    )
+    add(
+        "--objectives",
+        metavar="NAME,...",
+        default="write",
+        help="some of write,erase,amplify,reversal,forcing (default: write)",
+    )
+    add(
+        "--hparam",
+        metavar="[METHOD.]NAME=VALUE",
+        action="append",
+        help="set a hyperparameter of one method or of all; repeatable",
+    )
+    statistics = localization.add_argument_group("statistics")
+    add_setting_flags(statistics, Settings, "data_dir", "corpus", "covariance_tokens")
 
 
-def run_trace_study(args: argparse.Namespace, settings: Settings) -> int:
-    """Effects of many facts by what a token is to its prompt."""
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="FILE",
+        help="file of records or known facts, or `facts` for the fact table of the model",
+    )
+    add("--out", metavar="FOLDER", required=True, help="folder of the runs, the figures and the report")
+    add("--limit", type=positive_int, metavar="N", help="maximum number of facts (default: all)")
+    add(
+        "--samples",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="noise samples of each trace (default: 10)",
+    )
+    add(
+        "--noise",
+        default="3sigma",
+        metavar="NOISE",
+        help="standard deviation of the noise, or a multiple of that of the subject embeddings (default: 3sigma)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="seed of the order of the facts (default: 0)")
+    add_setting_flags(parser.add_argument_group("model"), Settings, *MODEL_SETTINGS)
+    add_json_flag(parser)
+
+
+def run_trace_study(args: argparse.Namespace) -> int:
+    """Trace many facts and average the effects by the role of each token in its prompt."""
+    from service.kit.artifact_store import DirectoryStore
+    from service.studies import trace_report
+    from service.studies.facts import read_study_facts
+
+    settings = read_settings(args, Settings)
     facts = read_study_facts(resolve_source(args.source, settings.model), args.seed)
     model = load_served_model(settings)
     from service.studies.traces import TracePlan, default_window, run_trace_study
 
     window = args.window or default_window(model.num_layers)
-    plan = TracePlan(window=window, samples=args.samples, noise=args.noise, severed=not args.whole)
+    plan = TracePlan(window=window, samples=args.samples, noise=args.noise, severed=not args.no_severed)
     folder = Path(args.out)
     study = run_with_progress_bar(
         run_trace_study(model, facts, plan, DirectoryStore(folder / RUNS_DIR), args.limit)
@@ -51,12 +124,16 @@ def run_trace_study(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def run_localization_study(args: argparse.Namespace, settings: Settings) -> int:
-    """Every fact edited at every layer, and traced."""
-    methods, problems = (
-        parse_names(args.methods, tuple(METHODS), "--methods"),
-        parse_names(args.objectives, tuple(STUDY_OBJECTIVES), "--objectives"),
-    )
+def run_localization_study(args: argparse.Namespace) -> int:
+    """Trace every fact, and edit it at every layer."""
+    from service.datasets.loading import read_records
+    from service.kit.artifact_store import DirectoryStore
+    from service.studies import localization_report
+    from service.studies.edit_objectives import STUDY_OBJECTIVES
+
+    settings = read_settings(args, Settings)
+    methods = parse_names(args.methods, tuple(METHODS), "--methods")
+    problems = parse_names(args.objectives, tuple(STUDY_OBJECTIVES), "--objectives")
     hparams = parse_hparams(args.hparam or (), methods)
     records = read_records(resolve_source(args.source, settings.model), args.seed)
     model = load_served_model(settings)
@@ -84,15 +161,15 @@ def run_localization_study(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def parse_names(text: str, allowed: Sequence[str], option: str) -> tuple[str, ...]:
-    """The names in a list, each of which is known."""
+    """Parse a comma-separated list of allowed names."""
     names = tuple(dict.fromkeys(text.split(",")))
     if unknown := [name for name in names if name not in allowed]:
-        raise InvalidInput(f"{option}: there is no {unknown[0]!r}; known: {', '.join(allowed)}.")
+        raise InvalidInput(f"{option}: {unknown[0]!r} is not one of {', '.join(allowed)}.")
     return names
 
 
 def parse_layers(text: str, layers: int) -> tuple[int, ...]:
-    """`all`, or numbers with commas."""
+    """Parse `all` or a comma-separated list of layers."""
     try:
         selection = (
             tuple(range(layers)) if text == "all" else tuple(sorted({int(x) for x in text.split(",")}))
@@ -100,18 +177,20 @@ def parse_layers(text: str, layers: int) -> tuple[int, ...]:
     except ValueError:
         selection = ()
     if not selection or not 0 <= selection[0] <= selection[-1] < layers:
-        raise InvalidInput(f"--layers {text!r}: write all, or some from 0 to {layers - 1} such as 0,2,5.")
+        raise InvalidInput(f"--layers {text!r}: use all, or numbers from 0 to {layers - 1} such as 0,2,5.")
     return selection
 
 
 def parse_hparams(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By method: `rome.steps=20` is for one of them, `steps=20` for all."""
+    """Return the hyperparameters of each method: `rome.steps=20` sets one method, `steps=20` all."""
     by_method: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for text in texts:
         name, value = parse_hparam(text)
         method, _, hparam_name = name.rpartition(".")
         if method and method not in by_method:
-            raise InvalidInput(f"--hparam {text!r}: {method!r} is none of the methods {', '.join(methods)}.")
+            raise InvalidInput(
+                f"--hparam {text!r}: {method!r} is not one of the methods {', '.join(methods)}."
+            )
         for target in [method] if method else methods:
             by_method[target][hparam_name] = value
     return by_method
@@ -120,7 +199,9 @@ def parse_hparams(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dic
 def write_study(
     folder: Path, study: Mapping[str, Any], figures: Mapping[str, DrawFunction], page: str
 ) -> None:
-    """The study as JSON, its figures as PNG and as SVG, and its page."""
+    """Write the study as JSON, its figures as PNG and SVG, and its report."""
+    from service.kit import plotting
+
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.json").write_text(json.dumps(study, indent=1), encoding="utf-8")
     for name, draw in figures.items():
@@ -136,7 +217,7 @@ def print_study(
     sentences: Sequence[str],
     tables: Sequence[tuple[Sequence[str], Sequence[Sequence[Any]]]],
 ) -> None:
-    """The study on stdout, in words and tables or as JSON, and where there is more of it."""
+    """Print the study as sentences and tables or as JSON, and the paths of the files on stderr."""
     if args.json:
         print_json(study)
     else:
@@ -144,8 +225,4 @@ def print_study(
             out.print(strip_control_chars(line))
         for columns, rows in tables:
             out.print(table("", columns, rows))
-    err.print(
-        strip_control_chars(
-            f"{folder / 'report.html'} has the figures and the words, {folder / 'study.json'} the numbers."
-        )
-    )
+    err.print(strip_control_chars(f"Report: {folder / 'report.html'}. Data: {folder / 'study.json'}."))

@@ -1,4 +1,4 @@
-"""`prepare`: find a recipe for a model by editing facts that it knows; computed here, and gone on with when it was interrupted."""
+"""`palimpsest tune`: find a recipe for a model by editing facts that it knows."""
 
 from __future__ import annotations
 
@@ -8,28 +8,79 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.evaluate import MIN_DAMAGE_TEXTS, other_statements, select_records
-from cli.flags import read_settings
+from cli.evaluate import MIN_DAMAGE_TEXTS, add_record_flags, other_statements, select_records
+from cli.flags import add_command, add_json_flag, add_setting_flags, positive_int, read_settings
 from cli.local_model import FACTS_FILE, load_without_bos, resolve_source, run_with_progress_bar
 from cli.terminal import err, out, print_json, strip_control_chars, table
-from service.datasets.loading import load_records
-from service.datasets.record import Record
 from service.errors import InvalidInput
-from service.kit.artifact_store import DirectoryStore
 from service.methods.registry import METHODS
 from service.settings import SHIPPED_MODEL, Settings
 
 if TYPE_CHECKING:
+    from service.datasets.record import Record
     from service.models.loading import LoadedModel
     from service.tuning.objective import Candidate
     from service.tuning.recipe_search import TuningResult
 
-HISTORY_COLUMNS = ("stage", "tried", "ES", "PS", "NS", "S alone", "S at once", "loss increase", "objective")
-SEARCH_DIR = "prepared"  # folder of what a later run goes on with
+OTHER_METHODS = tuple(name for name in METHODS if name != "rome")
+HISTORY_COLUMNS = (
+    "stage",
+    "candidate",
+    "ES",
+    "PS",
+    "NS",
+    "S single",
+    "S batch",
+    "loss increase",
+    "objective",
+)
+SEARCH_DIR = "prepared"  # folder of the intermediate results
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "tune",
+        run,
+        description="Find a recipe (layers, hyperparameters, strengths) for a model by editing facts that it knows. The model is "
+        "loaded in this process; an interrupted search resumes.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder or Hugging Face name of the model")
+    add(
+        "--facts",
+        metavar="FILE",
+        help="file of records (docs/evaluation.md; default: the fact table of the model, else that of the shipped model)",
+    )
+    add_record_flags(parser)
+    add(
+        "--limit",
+        dest="max_facts",
+        type=positive_int,
+        default=48,
+        metavar="N",
+        help="maximum number of facts that are edited one by one (default: 48)",
+    )
+    add(
+        "--batch-facts",
+        type=int,
+        default=200,
+        metavar="N",
+        help="number of facts that are edited together to tune the strengths; 0 skips this stage (default: 200)",
+    )
+    add("--methods", metavar="NAME,...", help=f"other methods to tune, some of {','.join(OTHER_METHODS)}")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the order of the facts (default: 0)")
+    add_json_flag(parser)
+    settings = ("device", "dtype", "threads", "data_dir", "corpus", "covariance_tokens")
+    add_setting_flags(parser.add_argument_group("model"), Settings, *settings)
+    parser.set_defaults(unique_subjects=True, limit=None)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Find a recipe, write it where the worker finds it, and show what it was chosen by."""
+    """Find a recipe, write it into the data folder, and print the candidates."""
+    from service.datasets.loading import load_records
+
     settings, methods = read_settings(args, Settings), parse_methods(args.methods)
     records = load_records(resolve_facts(args.facts, settings.model), args.seed).records
     selection = select_records(records, args)
@@ -42,32 +93,32 @@ def run(args: argparse.Namespace) -> int:
     )
     from service.tuning.search_space import START_VALUES
 
-    known_facts = run_with_progress_bar(select_known_records(model, selection, max(args.most, args.many)))
-    tuning_facts = known_facts[: args.most]
+    known_facts = run_with_progress_bar(
+        select_known_records(model, selection, max(args.max_facts, args.batch_facts))
+    )
+    tuning_facts = known_facts[: args.max_facts]
     mean_log_probs = run_with_progress_bar(score_with_and_without_bos(model, tuning_facts))
     prepend_bos = prefers_bos(model, mean_log_probs)
     err.print(
         f"Mean log-probability of true objects: {mean_log_probs.without_bos:.3f} without BOS, "
         f"{mean_log_probs.with_bos:.3f} with BOS."
     )
-    preparation = search_recipe(
-        model, settings, tuning_facts, known_facts if args.many else [], records, prepend_bos, methods
+    result = search_recipe(
+        model, settings, tuning_facts, known_facts if args.batch_facts else [], records, prepend_bos, methods
     )
     path = recipe_path(model, settings.data_dir / RECIPES_FOLDER)
     path.parent.mkdir(parents=True, exist_ok=True)
-    recipe = preparation.recipe.model_dump_json(indent=1)
+    recipe = result.recipe.model_dump_json(indent=1)
     path.write_text(recipe, encoding="utf-8")
     if args.json:
-        tried = [candidate.to_json() for candidate in preparation.history]
+        tried = [candidate.to_json() for candidate in result.history]
         print_json({"recipe": json.loads(recipe), "tried": tried, "path": str(path)})
         return 0
-    out.print(table("", HISTORY_COLUMNS, [candidate_row(h, START_VALUES) for h in preparation.history]))
-    out.print(
-        strip_control_chars(f"The recipe: {preparation.recipe.rome.model_dump_json(exclude_defaults=True)}")
-    )
+    out.print(table("", HISTORY_COLUMNS, [candidate_row(h, START_VALUES) for h in result.history]))
+    out.print(strip_control_chars(f"Recipe: {result.recipe.rome.model_dump_json(exclude_defaults=True)}"))
     err.print(
         strip_control_chars(
-            f"It stands in {path}, where `palimpsest serve` and `work` find it with this data folder."
+            f"Saved {path}. `palimpsest serve` and `palimpsest worker` use it with this data folder."
         )
     )
     return 0
@@ -82,8 +133,9 @@ def search_recipe(
     prepend_bos: bool,
     methods: tuple[str, ...],
 ) -> TuningResult:
-    """The search, under a bar; what was tried is kept in the data folder."""
+    """Search with a progress bar. Intermediate results are stored in the data folder."""
     from service.editing.context import build_editor_context
+    from service.kit.artifact_store import DirectoryStore
     from service.models.loading import with_bos
     from service.tuning.recipe_search import tune_recipe
 
@@ -111,7 +163,7 @@ def search_recipe(
 
 
 def resolve_facts(source: str | None, model: str) -> Path:
-    """A file by its name; else the table beside the model; else that of the shipped model, whose facts many models know."""
+    """Return the given file, else the fact table of the model, else that of the shipped model."""
     if source is not None:
         return resolve_source(source, model)
     default_path = Path(model) / FACTS_FILE
@@ -119,11 +171,10 @@ def resolve_facts(source: str | None, model: str) -> Path:
 
 
 def parse_methods(text: str | None) -> tuple[str, ...]:
-    """The methods that are tuned beside "rome"."""
+    """Parse the methods to tune in addition to "rome"."""
     names = tuple(word.strip() for word in (text or "").split(",") if word.strip())
-    others = [name for name in METHODS if name != "rome"]
-    if unknown := [name for name in names if name not in others]:
-        raise InvalidInput(f"--methods cannot be {unknown[0]!r}: name some of {','.join(others)}.")
+    if unknown := [name for name in names if name not in OTHER_METHODS]:
+        raise InvalidInput(f"--methods cannot be {unknown[0]!r}: use some of {','.join(OTHER_METHODS)}.")
     return names
 
 

@@ -1,23 +1,39 @@
-"""`palimpsest work`: one worker. It takes its work from Redis and keeps its word in the ledger's database."""
+"""`palimpsest worker`: a worker process. It receives jobs through Redis and commits results to the database."""
 
 from __future__ import annotations
 
 import argparse
 import threading
 from contextlib import closing
+from typing import TYPE_CHECKING
 
-from cli.flags import read_settings
-from cli.logs import log_to_stderr
-from cli.signals import stop_on_signals
+from cli.flags import add_command, add_setting_flags, read_settings
 from cli.terminal import out, strip_control_chars
-from cli.wait_for_dependencies import require_redis, wait_for_stores
-from cli.worker_process import make_worker, wait_until_ready, wait_until_stopped, worker_health_server
-from service.bootstrap import Container, build_container
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.bootstrap import Container
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "worker",
+        run,
+        description="Run a worker process. It receives jobs from the API processes through Redis. Each option can be set as an "
+        "environment variable (docs/settings.md).",
+    )
+    add_setting_flags(parser, Settings)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Work until Ctrl-C or SIGTERM."""
+    """Work until SIGINT or SIGTERM."""
+    from cli.logs import log_to_stderr
+    from cli.signals import stop_on_signals
+    from cli.wait_for_dependencies import require_redis
+    from service.bootstrap import build_container
+
     settings = read_settings(args, Settings)
     require_redis(settings, "worker")
     log_to_stderr(settings.log_format, settings.log_level)
@@ -26,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_worker(settings: Settings, container: Container, stop: threading.Event) -> int:
-    """Load, serve, and stop kindly: what is being said is said to its end, the rest is handed back."""
+    """Load the model and work until `stop` is set; then finish running generations and requeue all other work."""
+    from cli.wait_for_dependencies import wait_for_stores
+    from cli.worker_process import make_worker, wait_until_ready, wait_until_stopped, worker_health_server
+
     worker = make_worker(settings, container)
     with worker_health_server(worker, settings):
         if not wait_for_stores(container, stop):

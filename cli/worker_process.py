@@ -1,4 +1,4 @@
-"""The worker of a process: made if what computes is installed, watched until it serves, heard when it ends."""
+"""The worker of a process: its creation, its health server, and waiting until it is ready or has stopped."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from workers.worker import Worker
 
-POLL_INTERVAL = 0.1  # seconds between two looks at the worker
+POLL_INTERVAL = 0.1  # seconds between two checks of the worker
 
 
 def make_worker(settings: Settings, container: Container) -> Worker:
-    """The worker, once the parts that compute are known to be installed."""
+    """Return the worker; raise `Misconfigured` if torch or transformers are not installed."""
     try:
         from huggingface_hub.utils.tqdm import enable_progress_bars
         from transformers.utils import logging
@@ -28,14 +28,14 @@ def make_worker(settings: Settings, container: Container) -> Worker:
         from workers.worker import Worker
     except ModuleNotFoundError as error:
         raise missing_dependency_error(error) from None
-    logging.disable_progress_bar()  # ours says how far the loading is
-    enable_progress_bars()  # but a download may take long
+    logging.disable_progress_bar()  # the progress bar of this process shows the loading
+    enable_progress_bars()  # of downloads, which can be long
     return Worker(settings, container)
 
 
 @contextmanager
 def worker_health_server(worker: Worker, settings: Settings) -> Iterator[None]:
-    """The worker's own metrics and health, where a port is set for them."""
+    """Serve the metrics and the health of the worker, if `metrics_port` is set."""
     if settings.metrics_port is None:
         yield
         return
@@ -50,7 +50,7 @@ def worker_health_server(worker: Worker, settings: Settings) -> Iterator[None]:
 
 
 def wait_until_ready(worker: Worker, thread: threading.Thread, stop: threading.Event) -> bool:
-    """Show how far the worker is until it serves; False when it ended, or was to stop, before that."""
+    """Show the progress of the worker until it serves; return False when it or the process stops before."""
     with progress_bar() as display:
         while not worker.ready.wait(POLL_INTERVAL):
             if stop.is_set() or not thread.is_alive():
@@ -64,15 +64,15 @@ def wait_until_ready(worker: Worker, thread: threading.Thread, stop: threading.E
 
 
 def wait_until_stopped(worker: Worker, thread: threading.Thread, stop: threading.Event) -> int:
-    """Wait until the worker is to stop or ends by itself; the process's exit code."""
+    """Wait until `stop` is set or the worker exits; return the exit code of the process."""
     while thread.is_alive() and not stop.wait(POLL_INTERVAL):
         pass
     return 0 if stop.is_set() else report_worker_exit(worker)
 
 
 def report_worker_exit(worker: Worker) -> int:
-    """A worker that ended unasked: an error of the house is raised, and main says it; the rest is in the log."""
+    """Raise the domain error of a worker that exited unexpectedly, for `main` to print; the log has any other error."""
     if isinstance(worker.error, PalimpsestError):
         raise worker.error
-    err.print("palimpsest: the worker ended, and the process with it. The log above says why.")
+    err.print("palimpsest: the worker stopped unexpectedly; the log above has the reason.")
     return 1

@@ -464,6 +464,14 @@ class Endpoints:
         response = await self._transport.create("/import", exported, key, 0)
         return await self._edits_of(response, wait, on_end)
 
+    @endpoint
+    async def submit_import(
+        self, exported: bytes, *, key: str | None = None
+    ) -> tuple[list[Edit], frozenset[str]]:
+        """Submit edits that another service exported; return them, and the ids of those that were already present."""
+        response = await self._transport.create("/import", exported, key, 0)
+        return await self._edits_of(response, False, None), frozenset(response["already_present"])
+
     # shared by the calls
 
     async def _export(self, file: IO[bytes], version: Version, format: ExportFormat) -> str:

@@ -1,0 +1,108 @@
+"""Edits on the terminal: measurements as bars, and a fact in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.cells import cell_len
+from rich.text import Text
+
+from cli.job_output import JobJson
+from cli.terminal import format_cell, format_pairs, out, probability_bar, strip_control_chars, truncate
+from service.errors import InvalidInput
+
+BAR_WIDTH = 14  # columns of a probability bar
+MAX_OBJECT_WIDTH = 24  # columns
+
+
+def parse_hparam(text: str) -> tuple[str, Any]:
+    """Parse NAME=VALUE: `layers=[1,2]` -> ("layers", [1, 2]). A value that is not JSON is a string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InvalidInput(f"--hparam {text!r} is not of the form NAME=VALUE, such as --hparam steps=20.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def print_edit_result(edit: JobJson) -> None:
+    """Print the probabilities before and after an edit, the generated texts and the conflicts."""
+    result = edit.get("result") or {}
+    if result:
+        out.print(measurement_table(result))
+    if rewrite := result.get("rewrite"):
+        out.print(
+            format_pairs({"text before": rewrite.get("text_before"), "text after": rewrite.get("text_after")})
+        )
+    superseded_ids = result.get("supersedes") or []
+    for other in result.get("conflicts") or []:
+        relation = "superseded" if other["edit"] in superseded_ids else "conflict"
+        out.print(
+            strip_control_chars(f"{relation}: {other['edit']}, {other['prompt']!r}: {other['target_new']}")
+        )
+
+
+def measurement_table(result: JobJson) -> Text:
+    """Return each prompt, and below it the probabilities of its objects before and after as bars."""
+    rows = [
+        (what, format_cell(prompt), format_cell(name), *p)
+        for what, prompt, name, *p in iter_measurements(result)
+    ]
+    width = max((min(MAX_OBJECT_WIDTH, cell_len(name)) for _, _, name, *_ in rows), default=0)
+    text, last = Text().append(f"{'':{width}}  {'p before':<{BAR_WIDTH + 9}}p after", "bold"), ("", "")
+    for what, prompt, name, before, after in rows:
+        if (what, prompt) != last:
+            text.append("\n").append(what, "bold").append(f": {prompt}")
+        name, last = truncate(name, width), (what, prompt)
+        text.append(
+            f"\n{name}{' ' * (width - cell_len(name))}  {_format_probability(before)}  {_format_probability(after).rstrip()}"
+        )
+    return text
+
+
+def _format_probability(p: float | None) -> str:
+    return f"{format_cell(p):<5}  {probability_bar(p, BAR_WIDTH) if p is not None else '':{BAR_WIDTH}}"
+
+
+def iter_measurements(result: JobJson) -> Iterator[tuple[Any, ...]]:
+    """Yield (kind, prompt, object, before, after): both objects on the edited prompt, the expected one on each probe."""
+    for probe_kind, objects in (
+        ("rewrite", ("new", "true")),
+        ("paraphrase", ("new",)),
+        ("neighborhood", ("true",)),
+    ):
+        probes = result.get(probe_kind) or []
+        for probe in [probes] if isinstance(probes, Mapping) else probes:
+            for kind in objects if probe["new"] != probe["true"] else objects[:1]:
+                yield probe_kind, probe["prompt"], probe[kind], probe["before"][kind], probe["after"][kind]
+
+
+def status_text(edit: JobJson) -> str:
+    """Return the status of an edit."""
+    return f"{edit['status']} (dry run)" if edit.get("dry_run") else str(edit["status"])
+
+
+def fact_text(item: JobJson) -> str:
+    """Return a fact in one line: the prompt with its subject, and the new object. A revert has no object."""
+    sentence, new_object = (
+        prompt_with_subject(str(item.get("prompt") or "{}"), str(item.get("subject"))),
+        object_text(item),
+    )
+    return f"{sentence} → {new_object}" if new_object else sentence
+
+
+def prompt_with_subject(prompt: str, subject: str) -> str:
+    """Return a prompt with `{}` replaced by the subject."""
+    return prompt.replace("{}", subject, 1)
+
+
+def object_text(item: JobJson) -> str | None:
+    """Return the new object of an edit or ledger entry; for `erase` and `amplify` the objective and the true object."""
+    objective = item.get("objective") or "write"
+    if objective == "write":
+        return item.get("target_new")
+    true_object = ((item.get("result") or {}).get("rewrite") or {}).get("true")
+    return f"{objective} {item.get('resolved_true') or item.get('target_true') or true_object or 'the predicted object'}"
