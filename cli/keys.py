@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cli.flags import add_command, add_json_flag, add_setting_flags, positive_int, read_settings
+from cli.flags import add_command, add_json_flag, add_setting_flags, read_settings
 from cli.overview import summary_of
 from cli.terminal import err, format_list, out, print_json
 from service.settings import Settings
@@ -38,13 +38,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     create.add_argument("--scopes", required=True, metavar="SCOPE,...", help="some of read,edit,admin")
     create.add_argument(
         "--requests-per-minute",
-        type=positive_int,
+        dest="key_rate",
+        type=int,
         metavar="N",
         help="rate limit (default: the setting of the service)",
     )
     create.add_argument(
         "--max-queued",
-        type=positive_int,
+        dest="key_max_queued",
+        type=int,
         metavar="N",
         help="maximum number of queued jobs (default: the setting of the service)",
     )
@@ -75,7 +77,7 @@ def create_key(args: argparse.Namespace, keys: ApiKeys) -> int:
     """Create a key. Its token goes to stdout, the instructions to stderr."""
     is_first = not keys.any_exist()
     scopes = map(str.strip, args.scopes.split(","))
-    key, token = keys.create(args.name, scopes, args.requests_per_minute, args.max_queued)
+    key, token = keys.create(args.name, scopes, args.key_rate, args.key_max_queued)
     if args.json:
         print_json({**_key_json(key), "token": token})
     else:

@@ -38,7 +38,7 @@ from cli.entry import installed_version
 from cli.overview import overview
 from cli.terminal import err, print_json, strip_control_chars
 from palimpsest import PalimpsestError as ClientError
-from service.errors import Misconfigured, PalimpsestError
+from service.errors import Misconfigured, PalimpsestError, error_document
 
 COMMANDS = (
     serve,
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClientError as error:
         return report_error(args, client_error_json(error), [e.detail for e in error.errors])
     except PalimpsestError as error:
-        report_error(args, {"code": error.code, "title": error.title, "detail": error.detail, **error.extra})
+        report_error(args, error_document(error))
         return 2 if isinstance(error, Misconfigured) else 1
     except KeyboardInterrupt:
         return 130

@@ -16,14 +16,14 @@ OVERVIEW = {
     },
     "Edit": {
         "edit": "change a fact",
-        "edits": "list edits; `edits show ID` shows one with its measurements",
+        "edits": "list edits; `edits show ID` shows one with its details",
         "revert": "revert an edit, also after later edits",
         "import": "apply edits that another service exported",
     },
     "Inspect": {
         "trace": "show where a fact is stored, as a heat map",
         "traces": "list traces; `traces show ID` draws one again",
-        "ledger": "list applied and reverted edits; --verify checks the ledger",
+        "ledger": "list applied and reverted edits; --verify checks it",
         "models": "show the served model, its recipe and its workers",
         "export": "save a version as an adapter, a model or a set of edits",
     },

@@ -14,6 +14,7 @@ from palimpsest.resources import (
     Edit,
     Entry,
     Evaluation,
+    Export,
     Generation,
     Job,
     Model,
@@ -475,7 +476,9 @@ class Endpoints:
     # shared by the calls
 
     async def _export(self, file: IO[bytes], version: Version, format: ExportFormat) -> str:
-        return await self._transport.download_to(file, "/export", version=str(version), format=format)
+        body = {"version": version, "format": format}
+        job = _require_success(await self._create_job(Export, body, None, True, None))
+        return await self._transport.download_to(file, f"{_job_path(Export, job)}/file")
 
     async def _create_job(
         self,

@@ -161,6 +161,16 @@ class Evaluation(Job):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export(Job):
+    """A version as a file; `result` describes the file."""
+
+    path: ClassVar[str] = "/exports"
+
+    request: Json = field(default_factory=dict)
+    result: Json | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Usage(Resource):
     """Numbers of prompt tokens and generated tokens."""
 
@@ -222,7 +232,7 @@ class NextToken(Resource):
 class Comparison(Resource):
     """Two versions on one prompt. `next_tokens` are sorted by the difference of their probabilities, largest first."""
 
-    prompt: str
+    prompt: str = ""
     sides: tuple[Side, ...] = field(default=(), metadata=_list_of(Side))
     next_tokens: tuple[NextToken, ...] = field(default=(), metadata=_list_of(NextToken))
     total_variation: float = 0.0
@@ -236,8 +246,8 @@ class Entry(Resource):
     version: int
     kind: str
     edit_id: str
-    actor: str
-    hash: str
+    actor: str = ""
+    hash: str = ""
     previous: str = ""
     at: datetime | None = field(default=None, metadata=AS_TIMESTAMP)
     body: Json = field(default_factory=dict)
@@ -263,7 +273,7 @@ class Worker(Resource):
 
     id: str
     state: str
-    version: int
+    version: int = 0
     lag: int = 0
     digest: str | None = None
     reason: str | None = None
@@ -276,8 +286,8 @@ class Model(Resource):
     """The served model. `raw` also has its recipe and sizes."""
 
     name: str
-    fingerprint: str
-    head: int
+    fingerprint: str = ""
+    head: int = 0
     active_edits: int = 0
     architecture: str = ""
     layers: int = 0

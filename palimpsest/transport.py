@@ -125,9 +125,9 @@ class Transport:
         """Return a file."""
         return (await self._send("GET", path, headers={"Accept": media_type})).content
 
-    async def download_to(self, file: IO[bytes], path: str, **params: str) -> str:
+    async def download_to(self, file: IO[bytes], path: str) -> str:
         """Write a file in chunks, and return the name that the service gives it."""
-        async with self._stream("GET", path, params=params) as response:
+        async with self._stream("GET", path) as response:
             try:
                 async with aclosing(self._backend.iter_bytes(response)) as chunks:
                     async for chunk in chunks:

@@ -1,32 +1,38 @@
-"""A command line whose service is a fake."""
+"""The command line with a fake service."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from typing import Any
 
 import httpx
 import pytest
 
-import cli.main
-from cli.client import Client, ClientSettings
+import cli.client
+from palimpsest import Client
 from tests.support.fake_http_service import FakeService
 
 
 @pytest.fixture(autouse=True)
-def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Format output for 160 columns."""
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove PALIMPSEST_* variables of the machine."""
+    for name in os.environ:
+        if name.startswith("PALIMPSEST_"):
+            monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "160")
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeService]:
-    """The service that client commands speak to."""
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeService:
+    """The service that client commands call."""
     service = FakeService()
-    clients: list[Client] = []
 
-    def connect(settings: ClientSettings) -> Client:
-        clients.append(Client(settings, transport=httpx.MockTransport(service)))
-        return clients[-1]
+    async def skip_sleep(_: object, seconds: float) -> None:
+        pass
 
-    monkeypatch.setattr(cli.main, "Client", connect)
+    def connect(url: str, key: str | None, **options: Any) -> Client:
+        return Client(url, key, transport=httpx.MockTransport(service), **options)
+
+    monkeypatch.setattr("palimpsest.transport.BlockingBackend.sleep", skip_sleep)
+    monkeypatch.setattr(cli.client, "Client", connect)
     return service

@@ -8,9 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from cli.edits import edit_request_body, object_text
+from cli.edit import edit_fields
+from cli.edit_output import object_text
 from cli.main import build_parser, main
-from service.errors import PalimpsestError
+from service.errors import Conflict
 from tests.support.fake_http_service import FakeService, sse_stream
 
 Captured = pytest.CaptureFixture[str]
@@ -70,7 +71,7 @@ def test_a_generation_that_fails_says_why(fake: FakeService, capsys: Captured) -
     assert "Too many at once." in capsys.readouterr().err
     fake.responses = {"POST /generate": sse_stream(("token", {"index": 0, "text": "y", "version": 0}))}
     assert main(["generate", "x"]) == 1
-    assert "broke off" in capsys.readouterr().err
+    assert "closed the stream before its end" in capsys.readouterr().err
 
 
 def test_compare_shows_both_sides(fake: FakeService, capsys: Captured) -> None:
@@ -202,10 +203,11 @@ def edit_with_result(status: str, **more: Any) -> dict[str, Any]:
         "reason": None,
     }
     links = {"self": "/edits/edit_1", "events": "/edits/edit_1/events"}
-    return {"id": "edit_1", "status": status, "version": None, "links": links, "result": result, **more}
+    return {**EDIT_FIELDS, "id": "edit_1", "status": status, "links": links, "result": result, **more}
 
 
 EDIT = ["edit", "Tower", "{} in", "Rome"]
+EDIT_FIELDS = {"subject": "Tower", "prompt": "{} in"}
 
 
 def answer_edit_with(fake: FakeService, ended: dict[str, Any]) -> None:
@@ -234,7 +236,7 @@ def test_edit_shows_what_changed(fake: FakeService, capsys: Captured) -> None:
     ]
     assert main([*EDIT, *more]) == 0
     shown = capsys.readouterr().out
-    assert "Applied as version 7. Take it back with: palimpsest revert edit_1" in shown
+    assert "Applied as version 7. Revert it with: palimpsest revert edit_1" in shown
     bars = ["0.010  ▏", "0.900  ████████████▋"]
     assert [line.split()[0] for line in shown.splitlines() if any(bar in line for bar in bars)] == [
         "Rome",
@@ -261,12 +263,12 @@ def test_a_rejected_edit_says_why(fake: FakeService, capsys: Captured) -> None:
     ended["result"]["reason"] = "the edit did not take"
     answer_edit_with(fake, ended)
     assert main(EDIT) == 1
-    assert "The edit edit_1 is rejected: the edit did not take" in capsys.readouterr().err
+    assert "edit edit_1 is rejected: the edit did not take" in capsys.readouterr().err
     answer_edit_with(
         fake, edit_with_result("failed", result=None, error={"title": "x", "detail": "The disk is full."})
     )
     assert main(EDIT) == 1
-    assert "The edit edit_1 is failed: The disk is full." in capsys.readouterr().err
+    assert "edit edit_1 is failed: The disk is full." in capsys.readouterr().err
 
 
 def test_an_edit_is_shown_again(fake: FakeService, capsys: Captured) -> None:
@@ -280,7 +282,7 @@ def test_an_edit_is_shown_again(fake: FakeService, capsys: Captured) -> None:
     said = " ".join(capsys.readouterr().out.split())
     for text in (
         "status superseded", "fact Tower in → Rome", "layers 1, 2", "applied as version 3", "superseded by edit_2",
-        "by key:nightly", "when (UTC) 2026-01-01 02:03", "rewrite: Tower in", "perplexity 1.250 1.100 failed",
+        "actor key:nightly", "created (UTC) 2026-01-01 02:03", "rewrite: Tower in", "perplexity 1.250 1.100 failed",
     ):  # fmt: skip
         assert text in said
 
@@ -288,7 +290,7 @@ def test_an_edit_is_shown_again(fake: FakeService, capsys: Captured) -> None:
 def test_what_waits_is_shown_without_figures(fake: FakeService, capsys: Captured) -> None:
     """An edit without a result is what is known of it."""
     fake.responses = {
-        "GET /edits/edit_1": {"id": "edit_1", "status": "queued", "result": None, "error": None}
+        "GET /edits/edit_1": {**EDIT_FIELDS, "id": "edit_1", "status": "queued", "result": None, "error": None}
     }
     assert main(["edits", "show", "edit_1"]) == 0
     assert "p before" not in capsys.readouterr().out
@@ -296,7 +298,7 @@ def test_what_waits_is_shown_without_figures(fake: FakeService, capsys: Captured
 
 @pytest.mark.parametrize(
     ("status", "reason", "said"),
-    [("dry_run_passed", None, "it would land"), ("rejected", "too much", "it would be rejected: too much")],
+    [("dry_run_passed", None, "the edit would be applied"), ("rejected", "too much", "the edit would be rejected: too much")],
 )
 def test_a_dry_run_says_what_would_be(
     fake: FakeService, capsys: Captured, status: str, reason: str, said: str
@@ -311,11 +313,11 @@ def test_a_dry_run_says_what_would_be(
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [("reverted", "version 4 is without"), ("running", "being cancelled"), ("rejected", "nothing to revert")],
+    [("reverted", "Version 4 is the new head"), ("running", "Cancelling edit_1"), ("rejected", "nothing to revert")],
 )
 def test_revert_says_what_happened(fake: FakeService, capsys: Captured, status: str, said: str) -> None:
     """Reverted, being cancelled, or nothing to do."""
-    fake.responses = {"DELETE /edits/edit_1": {"id": "edit_1", "status": status, "reverted_version": 4}}
+    fake.responses = {"DELETE /edits/edit_1": {**EDIT_FIELDS, "id": "edit_1", "status": status, "reverted_version": 4}}
     assert main(["revert", "edit_1"]) == 0
     assert said in capsys.readouterr().out
 
@@ -356,9 +358,9 @@ def test_every_domain_error_prints_its_detail(monkeypatch: pytest.MonkeyPatch, c
     """Whatever the house raises on purpose reaches the user as its detail."""
 
     def fail(*_: Any) -> int:
-        raise PalimpsestError("Change this.")
+        raise Conflict("Change this.")
 
-    monkeypatch.setattr("cli.edits.revert_edit", fail)
+    monkeypatch.setattr("cli.revert.revert_edit", fail)
     assert main(["revert", "x", "--url", "http://127.0.0.1:1"]) == 1
     assert capsys.readouterr().err == "palimpsest: Change this.\n"
 
@@ -370,7 +372,7 @@ def test_an_object_is_erased_or_amplified_without_a_new_one(objective: str) -> N
         ["edit", "Tower", "{} in", f"--{objective}", "--true", "Paris", "--on-conflict", "supersede"]
     )
     body = {"subject": "Tower", "prompt": "{} in", "target_true": "Paris", "on_conflict": "supersede"}
-    assert edit_request_body(args) == body | {"objective": objective, "dry_run": False}
+    assert edit_fields(args) == body | {"objective": objective, "dry_run": False}
     assert object_text(body | {"objective": objective, "target_new": None}) == f"{objective} Paris"
     found = {"result": {"rewrite": {"true": "London"}}}
     assert object_text({"objective": objective, "target_true": None, **found}) == f"{objective} London"
@@ -396,7 +398,7 @@ def test_traces_are_listed_and_drawn_again(fake: FakeService, capsys: Captured) 
     assert "trace_1" in shown and "The Nile is" in shown
     assert main(["traces", "show", "trace_1"]) == 0
     shown = capsys.readouterr().out
-    assert "The Nile is → long" in shown and "Nile* put back" in shown
+    assert "The Nile is → long" in shown and "Nile* restored" in shown
     assert "MLP severed ····" in shown and "single state ▓█░░" in shown
 
 
@@ -411,7 +413,7 @@ def test_models_are_listed(fake: FakeService, capsys: Captured) -> None:
         "lag": 1,
     }
     model = {
-        "name": "almanac", "fingerprint": "30a4", "head": 4, "active_edits": 2, "jobs": {"queued": 1, "running": 0, "dead": 0},
+        "name": "almanac", "fingerprint": "30a4", "head": 4, "active_edits": 2, "jobs": {"queued": 1, "running": 0, "exhausted": 0},
         "architecture": "gpt2", "layers": 8, "recipe": {"source": "tuned", "rome": {"layers": [0, 1]}},
         "capacity": {"version": 4, "layers": {"0": 0.93}}, "workers": [{**worker, "heartbeat": "2026-01-01T00:00:00Z"}],
     }  # fmt: skip
@@ -427,7 +429,7 @@ def test_models_are_listed(fake: FakeService, capsys: Captured) -> None:
         "GET /models": {"items": [{**model, "workers": [], "recipe": None, "capacity": None}], "next": None}
     }
     assert main(["models"]) == 0
-    assert "palimpsest prepare" in capsys.readouterr().out
+    assert "palimpsest tune" in capsys.readouterr().out
     fake.responses = {"GET /models": {"items": [], "next": None}}
     assert main(["models"]) == 0
     assert "palimpsest serve" in capsys.readouterr().out

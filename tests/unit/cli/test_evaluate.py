@@ -73,12 +73,12 @@ def test_a_second_run_resumes_and_results_are_compared(
     monkeypatch.setattr(EditorContext, "find_all_factors", None)
     assert main(command_line(folder, "one", "--no-damage")) == 0
     monkeypatch.undo()
-    assert main(command_line(folder, "two", "--method", "r-rome", "--beside", str(folder / "one"))) == 0
+    assert main(command_line(folder, "two", "--method", "r-rome", "--compare-with", str(folder / "one"))) == 0
     page = (folder / "two" / "report.html").read_text(encoding="utf-8")
     assert page.count("<h2>") == 2 and "r-rome" in page
     capsys.readouterr()
     assert main(command_line(folder, "one", "--limit", "1")) == 1
-    assert "choose another place" in capsys.readouterr().err
+    assert "choose another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_a_second_run_resumes_and_results_are_compared(
     [
         (("--checkpoints", "1,none"), "checkpoints.1"),
         (("--strengths", "0"), "strengths.0"),
-        (("--beside", "nowhere"), "holds no result"),
-        (("--texts", "nowhere.txt"), "cannot be read"),
-        (("--hparam", "layers"), "name=value"),
+        (("--compare-with", "nowhere"), "contains no result"),
+        (("--damage-corpus", "nowhere.txt"), "cannot be read"),
+        (("--hparam", "layers"), "NAME=VALUE"),
     ],
 )
 def test_invalid_options_are_reported_before_loading(
@@ -109,9 +109,9 @@ RECORDS = [Record(str(i), f"subject {i // 2}", "{} is", "new", "true") for i in 
 
 def test_which_records_are_edited() -> None:
     """One half, one record of each subject, the first ones: in this order, and the halves share nothing."""
-    tune, test = (select_records(RECORDS, parse_args("--half", half)) for half in ("tune", "test"))
+    tune, test = (select_records(RECORDS, parse_args("--split", split)) for split in ("tune", "test"))
     assert tune == RECORDS[::2] and test == RECORDS[1::2]
-    assert select_records(RECORDS, parse_args("--distinct", "--limit", "3")) == RECORDS[:6:2]
+    assert select_records(RECORDS, parse_args("--unique-subjects", "--limit", "3")) == RECORDS[:6:2]
     assert select_records(RECORDS, parse_args()) == RECORDS
 
 

@@ -40,7 +40,7 @@ def test_the_service_evaluates_a_file(fake: FakeService, capsys: Captured, tmp_p
     asked = {"mode": "sequence", "generation": False, "damage": True, "limit": 1, "records": [TOWER]}
     assert fake.requests[0] == ("POST /evaluations", asked)
     shown = capsys.readouterr()
-    assert "ES" in shown.out and "evaluation_1 goes on" in shown.err
+    assert "ES" in shown.out and "evaluation_1 runs in the service" in shown.err
     assert json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8")) == EVALUATION_RESULT
     assert (tmp_path / "out" / "report.html").exists()
 
@@ -54,7 +54,7 @@ def test_an_evaluation_that_fails_says_why(fake: FakeService, capsys: Captured, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", ["--distinct", "--half=tune", "--texts=x"])
+@pytest.mark.parametrize("flag", ["--unique-subjects", "--split=tune", "--damage-corpus=x"])
 def test_local_only_options_are_refused_with_service(
     fake: FakeService, capsys: Captured, tmp_path: Path, flag: str
 ) -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import cli.client
 import cli.main
-from cli.client import Client
+from palimpsest import Client
 from service.models.loading import load_model
 from tests.support.fake_http_service import FakeService
 from tests.support.stepped_service import SteppedService
@@ -35,16 +36,22 @@ def file_response(data: bytes, name: str) -> httpx.Response:
     )
 
 
+def answer_export_with(fake: FakeService, file: Any) -> None:
+    """Let the fake finish an export at once."""
+    fake.responses = {
+        "POST /exports": {"id": "export_1", "status": "done"},
+        "GET /exports/export_1/file": file,
+    }
+
+
 def test_an_adapter_is_a_folder(
     fake: FakeService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of the version that was asked for; its path alone goes to stdout."""
-    fake.responses["GET /export"] = file_response(
-        make_zip("README.md", "adapter_config.json"), "a-v3-peft.zip"
-    )
+    answer_export_with(fake, file_response(make_zip("README.md", "adapter_config.json"), "a-v3-peft.zip"))
     folder = tmp_path / "adapter"
     assert cli.main.main(["export", "--version", "3", "--out", str(folder)]) == 0
-    assert fake.requests == [("GET /export", {"version": "3", "format": "peft"})]
+    assert fake.requests[0] == ("POST /exports", {"version": 3, "format": "peft"})
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_config.json"]
     assert capsys.readouterr().out.strip() == str(folder)
 
@@ -58,7 +65,7 @@ def test_export_refuses_a_folder_that_is_not_empty(fake: FakeService, tmp_path: 
 
 def test_zip_members_with_paths_are_refused(fake: FakeService, tmp_path: Path) -> None:
     """Whatever the other side sends."""
-    fake.responses["GET /export"] = file_response(make_zip("../outside"), "a.zip")
+    answer_export_with(fake, file_response(make_zip("../outside"), "a.zip"))
     assert cli.main.main(["export", "--out", str(tmp_path / "in")]) == 1
     assert not (tmp_path / "outside").exists()
 
@@ -66,10 +73,7 @@ def test_zip_members_with_paths_are_refused(fake: FakeService, tmp_path: Path) -
 @pytest.mark.parametrize("form", ["edits", "safetensors"])
 def test_a_file_has_the_name_it_is_given_or_its_own(fake: FakeService, tmp_path: Path, form: str) -> None:
     """Its own in a folder that is there."""
-    fake.responses["GET /export"] = [
-        file_response(b"abc", "version-1.bin"),
-        file_response(b"abc", "version-1.bin"),
-    ]
+    answer_export_with(fake, [file_response(b"abc", "version-1.bin"), file_response(b"abc", "version-1.bin")])
     for out, file in ((tmp_path / "x.bin", tmp_path / "x.bin"), (tmp_path, tmp_path / "version-1.bin")):
         assert cli.main.main(["export", "--format", form, "--out", str(out)]) == 0
         assert file.read_bytes() == b"abc"
@@ -96,16 +100,18 @@ def test_an_import_says_what_became_of_each(
     def service(request: httpx.Request) -> httpx.Response:
         assert request.headers["content-type"] == "application/octet-stream"
         bodies.append(request.content)
-        return httpx.Response(200, json={"items": items, "known": ["edit_1"]})
+        return httpx.Response(200, json={"items": items, "already_present": ["edit_1"]})
 
-    made = lambda settings: Client(settings, transport=httpx.MockTransport(service))  # noqa: E731
-    monkeypatch.setattr(cli.main, "Client", made)
+    def connect(url: str, key: str | None, **options: Any) -> Client:
+        return Client(url, key, transport=httpx.MockTransport(service), **options)
+
+    monkeypatch.setattr(cli.client, "Client", connect)
     file = tmp_path / "edits.safetensors"
     file.write_bytes(b"all of it")
     assert cli.main.main(["import", str(file)]) == 1
     said = capsys.readouterr()
     assert bodies == [b"all of it"]
-    assert "here before" in said.out and "edit_2 is rejected: it did not take" in said.err
+    assert "already present" in said.out and "edit_2 is rejected: it did not take" in said.err
     items.pop()
     assert cli.main.main(["import", str(file)]) == 0
     assert cli.main.main(["import", str(tmp_path / "none")]) == 2
@@ -136,7 +142,7 @@ def test_a_whole_model_is_exported_locally(
     """Bit by bit what the worker serves, which has said the same of it; the ledger is as before."""
     out, before = tmp_path / "edited", place.services.ledger.verify()
     assert export_model(place, tmp_path, out) == 0
-    assert "A worker has the same bytes." in capsys.readouterr().err
+    assert "Its weights match the digest of a worker." in capsys.readouterr().err
     found = AutoModelForCausalLM.from_pretrained(out).state_dict()
     for site, tensor in place.replica.weights(1).items():
         assert torch.equal(found[place.replica.base.parameter_name(site)], tensor)

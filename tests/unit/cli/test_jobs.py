@@ -23,11 +23,11 @@ def test_jobs_are_listed_with_the_reason(fake: FakeService, capsys: Captured) ->
     fake.responses = {
         "GET /jobs": {"items": [make_job(error=why), make_job(id="trace_1", kind="trace")], "next": None}
     }
-    assert main(["jobs", "--dead", "--kind", "edit", "--limit", "5"]) == 0
+    assert main(["jobs", "--exhausted", "--kind", "edit", "--limit", "5"]) == 0
     shown = capsys.readouterr().out
     assert "edit_1" in shown and "trace_1" in shown and "its worker died 3 times." in shown
     assert "\x1b" not in shown
-    assert fake.requests == [("GET /jobs", {"dead": "true", "kind": "edit", "limit": "5"})]
+    assert fake.requests == [("GET /jobs", {"exhausted": "true", "kind": "edit", "limit": "5"})]
 
 
 def test_no_jobs(fake: FakeService, capsys: Captured) -> None:
@@ -35,8 +35,8 @@ def test_no_jobs(fake: FakeService, capsys: Captured) -> None:
     fake.responses = {"GET /jobs": {"items": [], "next": None}}
     assert main(["jobs"]) == 0
     assert capsys.readouterr().out == "There are no jobs.\n"
-    assert main(["jobs", "--dead"]) == 0
-    assert capsys.readouterr().out == "There are no such jobs.\n"
+    assert main(["jobs", "--exhausted"]) == 0
+    assert capsys.readouterr().out == "No jobs match.\n"
 
 
 def test_a_job_is_retried(fake: FakeService, capsys: Captured) -> None:

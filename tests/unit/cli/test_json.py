@@ -63,7 +63,7 @@ def page(*items: Any) -> dict[str, Any]:
 
 
 ANSWERS: dict[str, Any] = {
-    "POST /edits": LINKED,
+    "POST /edits": {**LINKED, "status": "queued"},
     "GET /edits/edit_1/events": sse_stream(("end", {})),
     "GET /edits/edit_1": LINKED,
     "GET /edits": page(EDIT, EDIT),
@@ -73,7 +73,7 @@ ANSWERS: dict[str, Any] = {
     "GET /models": page({"name": "almanac"}),
     "GET /evaluations": page(JOB),
     "GET /evaluations/evaluation_1": JOB,
-    "POST /trace": TRACE,
+    "POST /trace": {**TRACE, "status": "queued"},
     "GET /trace/trace_1/events": sse_stream(("end", {})),
     "GET /trace/trace_1": TRACE,
     "GET /trace": page(TRACE),
@@ -138,7 +138,7 @@ def test_a_refusal_is_a_value_too(fake: FakeService, capsys: Captured) -> None:
     fake.responses = {"DELETE /edits/edit_1": FakeService.problem(404, "No resource has this id.")}
     assert main(["revert", "edit_1", "--json"]) == 1
     shown = capsys.readouterr()
-    error = {"title": "The service refused", "detail": "No resource has this id.", "status": 404}
+    error = {"title": "x", "detail": "No resource has this id.", "status": 404}
     assert json.loads(shown.out) == {"error": error}
     assert shown.err == "palimpsest: No resource has this id.\n"
 

@@ -16,7 +16,7 @@ def test_facts_are_the_table_beside_the_model(tmp_path: Path) -> None:
     """A name is a file's, but for `facts`; what is not there is said."""
     assert resolve_source("facts", str(SHIPPED_MODEL)) == SHIPPED_MODEL / "facts.jsonl"
     assert resolve_source(__file__, "x") == Path(__file__)
-    with pytest.raises(Misconfigured, match="no table of facts beside it"):
+    with pytest.raises(Misconfigured, match="has no fact table"):
         resolve_source("facts", str(tmp_path))
     with pytest.raises(Misconfigured, match="there is no file 'nothing"):
         resolve_source("nothing.json", str(tmp_path))

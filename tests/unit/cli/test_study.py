@@ -1,4 +1,4 @@
-"""`palimpsest study` on the shipped model."""
+"""`palimpsest study` on the shipped model: cli.study."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 def test_a_trace_study_from_the_command_line(tmp_path: Path, capsys: Captured) -> None:
-    """Words and table go to stdout; the folder has the numbers, the figures, the page, and a run for each fact."""
+    """Sentences and a table go to stdout; the folder has the data, the figures, the report and a run for each fact."""
     asked = ["study", "trace", "facts", "--limit", "2", "--samples", "1", "--out", str(tmp_path)]
     assert main(asked) == 0
     shown = capsys.readouterr()
@@ -30,13 +30,13 @@ def test_a_trace_study_from_the_command_line(tmp_path: Path, capsys: Captured) -
 
 
 def test_a_missing_study_file_is_reported(tmp_path: Path, capsys: Captured) -> None:
-    """A file that is not there ends the command before the model is loaded."""
+    """A missing file exits with 2 before the model is loaded."""
     assert main(["study", "trace", "nothing.json", "--out", str(tmp_path)]) == 2
     assert "there is no file 'nothing.json'" in capsys.readouterr().err
 
 
 def test_a_localisation_study_from_the_command_line(tmp_path: Path, capsys: Captured) -> None:
-    """Words and both tables go to stdout; the folder has the numbers, the figures and the page."""
+    """Sentences and both tables go to stdout; the folder has the data, the figures and the report."""
     folder = tmp_path / "study"
     given = {
         "--limit": "2",
@@ -61,31 +61,31 @@ def test_a_localisation_study_from_the_command_line(tmp_path: Path, capsys: Capt
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--methods", "rome,roma"], "there is no 'roma'"),
-        (["--objectives", "forget"], "there is no 'forget'"),
-        (["--hparam", "ft-l.steps=3"], "'ft-l' is none of the methods rome, ft"),
+        (["--methods", "rome,roma"], "'roma' is not one of rome"),
+        (["--objectives", "forget"], "'forget' is not one of write"),
+        (["--hparam", "ft-l.steps=3"], "'ft-l' is not one of the methods rome, ft"),
     ],
 )
 def test_invalid_study_options_are_reported_before_loading(
     flags: list[str], words: str, tmp_path: Path, capsys: Captured
 ) -> None:
-    """Before anything is loaded."""
+    """Invalid names are reported before the model is loaded."""
     assert main(["study", "localization", "facts", "--out", str(tmp_path), *flags]) == 1
     assert words in capsys.readouterr().err
 
 
-def test_layers_are_all_or_some() -> None:
-    """Numbers with commas, in order and once; what the model has not is refused."""
+def test_parse_layers() -> None:
+    """`--layers` is a comma-separated list, sorted without duplicates; layers that do not exist are rejected."""
     assert parse_layers("all", 3) == (0, 1, 2) and parse_layers("2,0,2", 3) == (0, 2)
     for wrong in ("3", "-1,2", "x", ""):
-        with pytest.raises(InvalidInput, match="write all, or some from 0 to 2"):
+        with pytest.raises(InvalidInput, match="use all, or numbers from 0 to 2"):
             parse_layers(wrong, 3)
 
 
 @pytest.mark.parametrize("flag", ["--limit", "--samples", "--window"])
 @pytest.mark.parametrize("value", ["0", "-3", "two"])
-def test_what_is_counted_is_at_least_one(flag: str, value: str, tmp_path: Path, capsys: Captured) -> None:
-    """No facts, no samples and no layers make no study."""
+def test_counts_are_at_least_one(flag: str, value: str, tmp_path: Path, capsys: Captured) -> None:
+    """Counts must be integers of at least 1."""
     with pytest.raises(SystemExit):
         main(["study", "trace", "facts", "--out", str(tmp_path), f"{flag}={value}"])
-    assert "is no number from 1 on" in capsys.readouterr().err
+    assert "is not an integer of at least 1" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def command_line(folder: Path, *more: str) -> list[str]:
         "--corpus",
         folder / "texts.txt",
     ]
-    words = ["tune", folder / "model", *given, "--limit", "10", "--many", "10", *more]
+    words = ["tune", folder / "model", *given, "--limit", "10", "--batch-facts", "10", *more]
     return [str(word) for word in words]
 
 

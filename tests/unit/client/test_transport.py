@@ -237,15 +237,20 @@ def test_lists_are_read_to_their_end(ask: Ask) -> None:
 
 
 def test_an_export_is_written_to_a_file(ask: Ask) -> None:
-    """An export returns bytes, or is written in chunks with the file name of the service."""
+    """An export is a job; its file is returned as bytes, or written in chunks with the file name of the service."""
     named = httpx.Response(
         200, content=b"zip", headers={"Content-Disposition": 'attachment; filename="a.zip"'}
     )
-    fake = FakeService({"GET /export": [b"zip", named]})
+    export = {"id": "export_1", "status": "queued"}
+    done = {**export, "status": "done"}
+    fake = FakeService(
+        {"POST /exports": [export, done], "GET /exports/export_1": done, "GET /exports/export_1/file": [b"zip", named]}
+    )
     client, file = ask(fake), io.BytesIO()
     assert client.export(3) == b"zip"
     assert client.export_to(file, 3) == "a.zip" and file.getvalue() == b"zip"
-    assert [body for _, body in fake.requests] == [{"version": "3", "format": "peft"}] * 2
+    created = [body for name, body in fake.requests if name == "POST /exports"]
+    assert created == [{"version": 3, "format": "peft"}] * 2
 
 
 def test_an_edit_that_was_not_applied_is_an_error(ask: Ask) -> None:
