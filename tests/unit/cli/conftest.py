@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import httpx
@@ -14,11 +13,8 @@ from tests.support.fake_http_service import FakeService
 
 
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove PALIMPSEST_* variables of the machine."""
-    for name in os.environ:
-        if name.startswith("PALIMPSEST_"):
-            monkeypatch.delenv(name)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Format output for 160 columns."""
     monkeypatch.setenv("COLUMNS", "160")
 
 

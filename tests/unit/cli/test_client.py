@@ -21,7 +21,9 @@ def test_the_key_is_sent(fake: FakeService, monkeypatch: pytest.MonkeyPatch) -> 
 def test_invalid_fields_are_listed_below_the_detail(fake: FakeService, capsys: Captured) -> None:
     """A problem document is printed as its detail and the details of its fields."""
     fake.responses = {
-        "GET /models": FakeService.problem(422, "Two things.", errors=[{"field": "prompt", "detail": "no slot"}])
+        "GET /models": FakeService.problem(
+            422, "Two things.", errors=[{"field": "prompt", "detail": "no slot"}]
+        )
     }
     assert main(["models"]) == 1
     assert capsys.readouterr().err == "palimpsest: Two things.\n  no slot\n"

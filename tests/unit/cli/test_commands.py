@@ -290,7 +290,13 @@ def test_an_edit_is_shown_again(fake: FakeService, capsys: Captured) -> None:
 def test_what_waits_is_shown_without_figures(fake: FakeService, capsys: Captured) -> None:
     """An edit without a result is what is known of it."""
     fake.responses = {
-        "GET /edits/edit_1": {**EDIT_FIELDS, "id": "edit_1", "status": "queued", "result": None, "error": None}
+        "GET /edits/edit_1": {
+            **EDIT_FIELDS,
+            "id": "edit_1",
+            "status": "queued",
+            "result": None,
+            "error": None,
+        }
     }
     assert main(["edits", "show", "edit_1"]) == 0
     assert "p before" not in capsys.readouterr().out
@@ -298,7 +304,10 @@ def test_what_waits_is_shown_without_figures(fake: FakeService, capsys: Captured
 
 @pytest.mark.parametrize(
     ("status", "reason", "said"),
-    [("dry_run_passed", None, "the edit would be applied"), ("rejected", "too much", "the edit would be rejected: too much")],
+    [
+        ("dry_run_passed", None, "the edit would be applied"),
+        ("rejected", "too much", "the edit would be rejected: too much"),
+    ],
 )
 def test_a_dry_run_says_what_would_be(
     fake: FakeService, capsys: Captured, status: str, reason: str, said: str
@@ -313,11 +322,17 @@ def test_a_dry_run_says_what_would_be(
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [("reverted", "Version 4 is the new head"), ("running", "Cancelling edit_1"), ("rejected", "nothing to revert")],
+    [
+        ("reverted", "Version 4 is the new head"),
+        ("running", "Cancelling edit_1"),
+        ("rejected", "nothing to revert"),
+    ],
 )
 def test_revert_says_what_happened(fake: FakeService, capsys: Captured, status: str, said: str) -> None:
     """Reverted, being cancelled, or nothing to do."""
-    fake.responses = {"DELETE /edits/edit_1": {**EDIT_FIELDS, "id": "edit_1", "status": status, "reverted_version": 4}}
+    fake.responses = {
+        "DELETE /edits/edit_1": {**EDIT_FIELDS, "id": "edit_1", "status": status, "reverted_version": 4}
+    }
     assert main(["revert", "edit_1"]) == 0
     assert said in capsys.readouterr().out
 

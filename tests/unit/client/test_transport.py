@@ -244,7 +244,11 @@ def test_an_export_is_written_to_a_file(ask: Ask) -> None:
     export = {"id": "export_1", "status": "queued"}
     done = {**export, "status": "done"}
     fake = FakeService(
-        {"POST /exports": [export, done], "GET /exports/export_1": done, "GET /exports/export_1/file": [b"zip", named]}
+        {
+            "POST /exports": [export, done],
+            "GET /exports/export_1": done,
+            "GET /exports/export_1/file": [b"zip", named],
+        }
     )
     client, file = ask(fake), io.BytesIO()
     assert client.export(3) == b"zip"
