@@ -26,7 +26,7 @@ CORPUS = Corpus("test", tuple(TEXTS))
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_collection_equals_one_text_at_a_time(model_type: str) -> None:
-    """Batched and padded collection gives the moment of every real token's key, on every architecture."""
+    """Batched collection gives the moment of collecting each text alone, on every architecture."""
     model = tiny(model_type)
     statistics = run_to_completion(collect_statistics(model, [0, 1], CORPUS))
     for layer in (0, 1):
@@ -41,7 +41,7 @@ def test_collection_equals_one_text_at_a_time(model_type: str) -> None:
 
 
 def test_a_text_too_long_for_one_pass_is_several_rows() -> None:
-    """No token is lost to the length of a text, and no row is longer than the model's positions or a pass."""
+    """A long text is split into rows without losing tokens."""
     model = tiny(positions=16)
     rows = tokenize_corpus(model, CORPUS)
     assert max(map(len, rows)) == 16
@@ -51,7 +51,7 @@ def test_a_text_too_long_for_one_pass_is_several_rows() -> None:
 
 
 def test_a_pass_is_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch holds at most BATCH_TOKENS padded tokens, and all batches hold every row once."""
+    """A batch has at most STATISTICS_BATCH_TOKENS tokens, and the batches have every row once."""
     monkeypatch.setattr(collect, "STATISTICS_BATCH_TOKENS", 50)
     rows = [[i] * (1 + i % 40) for i in range(100)]
     batches = batch_by_length(rows)
@@ -60,13 +60,13 @@ def test_a_pass_is_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_statistics_are_factored_before_they_are_given_out() -> None:
-    """The factor is part of the preparation: no edit waits for it."""
+    """Statistics are factorized before they are returned."""
     statistics = run_to_completion(load_or_collect_statistics(tiny(), [0, 1], CORPUS, None))
     assert all("cholesky" in vars(s) for s in statistics.values())
 
 
 def test_statistics_are_stored_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second start reads the files: the same digest, and nothing is collected."""
+    """A second start loads the stored statistics with the same digest."""
     model = tiny()
     first = run_to_completion(load_or_collect_statistics(model, [0, 2], CORPUS, tmp_path))
     monkeypatch.setattr(collect, "collect_statistics", None)
@@ -75,7 +75,7 @@ def test_statistics_are_stored_and_read_again(tmp_path: Path, monkeypatch: pytes
 
 
 def test_two_workers_may_collect_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that stores what another is just storing, too, takes nothing away from it."""
+    """Two workers may store the same statistics at the same time."""
     model, save = tiny(), collect.save_file
 
     def saved_by_another_as_well(*args: object) -> None:
@@ -89,7 +89,7 @@ def test_two_workers_may_collect_into_one_folder(tmp_path: Path, monkeypatch: py
 
 
 def test_the_key_holds_everything_it_depends_on(tmp_path: Path) -> None:
-    """Another corpus, another model, another damping: another file, never the wrong statistics."""
+    """Corpus, model and damping are part of the cache key."""
     run_to_completion(load_or_collect_statistics(tiny(), [0], CORPUS, tmp_path))
     run_to_completion(load_or_collect_statistics(tiny(), [0], Corpus("test", ("Another text.",)), tmp_path))
     run_to_completion(load_or_collect_statistics(tiny(seed=1), [0], CORPUS, tmp_path))
@@ -98,7 +98,7 @@ def test_the_key_holds_everything_it_depends_on(tmp_path: Path) -> None:
 
 
 def test_a_corpus_file_comes_first(tmp_path: Path) -> None:
-    """A text file given by the user is the corpus, cut at the number of tokens asked for."""
+    """A given text file is the corpus, cut at the maximum number of tokens."""
     file = tmp_path / "text.txt"
     file.write_text("\n".join(TEXTS * 10), encoding="utf-8")
     corpus = run_to_completion(load_corpus(tiny(), 60, file))
@@ -107,13 +107,13 @@ def test_a_corpus_file_comes_first(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_corpus_says_so(tmp_path: Path) -> None:
-    """A corpus that is not there is named in the error."""
+    """The error of an unreadable corpus names it."""
     with pytest.raises(Misconfigured, match=r"nowhere\.txt"):
         run_to_completion(load_corpus(tiny(), 60, tmp_path / "nowhere.txt"))
 
 
 def test_without_a_corpus_the_model_writes_one() -> None:
-    """A model without texts beside it samples its own, the same ones each time."""
+    """A model without texts samples its corpus, reproducibly."""
     one = run_to_completion(load_corpus(tiny(), 500, None))
     two = run_to_completion(load_corpus(tiny(), 500, None))
     assert one.digest == two.digest

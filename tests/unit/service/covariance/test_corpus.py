@@ -20,7 +20,7 @@ FACTS = [
 
 
 def test_the_table_beside_the_model_is_its_corpus(tmp_path: Path) -> None:
-    """facts.jsonl is written out as statements in its wordings, turn by turn; a brace in a subject is only a brace."""
+    """facts.jsonl is written as statements in its wordings; braces in a subject are kept."""
     lines = "\n".join(map(json.dumps, FACTS))
     (tmp_path / "facts.jsonl").write_text(lines, encoding="utf-8")
     corpus = run_to_completion(load_corpus(replace(tiny(), folder=tmp_path), 10_000, None))
@@ -33,13 +33,13 @@ def test_the_table_beside_the_model_is_its_corpus(tmp_path: Path) -> None:
 
 
 def test_the_digest_is_of_the_texts() -> None:
-    """Other texts, or the same characters cut elsewhere, have another digest; the source's name does not matter."""
+    """The digest depends on the texts and their boundaries, not on the name of the source."""
     assert Corpus("a", ("one", "two")).digest == Corpus("b", ("one", "two")).digest
     assert len({Corpus("a", t).digest for t in (("one", "two"), ("onetwo",), ("two", "one"))}) == 3
 
 
 def test_a_folder_is_its_texts_in_order(tmp_path: Path) -> None:
-    """The .txt files of a folder are read in the order of their names, a line a text; what is empty is left out."""
+    """The .txt files of a folder are read in the order of their names, one text a line, without empty lines."""
     (tmp_path / "b.txt").write_text("third\n", encoding="utf-8")
     (tmp_path / "a.txt").write_text("first\n\nsecond\n", encoding="utf-8")
     (tmp_path / "c.md").write_text("no text\n", encoding="utf-8")
@@ -48,7 +48,7 @@ def test_a_folder_is_its_texts_in_order(tmp_path: Path) -> None:
 
 
 def test_a_corpus_that_cannot_be_says_what_to_give(tmp_path: Path) -> None:
-    """A folder without texts, a file that is none and a data set that cannot be read are refused in words."""
+    """A folder without texts, an invalid file and an unreadable data set are rejected with advice."""
     for named, said in (
         (tmp_path, "no .txt file"),
         (tmp_path / "none", "cannot be read"),
@@ -59,7 +59,7 @@ def test_a_corpus_that_cannot_be_says_what_to_give(tmp_path: Path) -> None:
 
 
 def test_own_samples_are_made_once(tmp_path: Path) -> None:
-    """Where a model has no text, it samples some; a second start reads what the first has kept, and "samples" asks for them."""
+    """Samples of the model are cached, and "samples" names them."""
     made: list[str] = []
     steps = load_corpus(tiny(), 100, None, folder=tmp_path)
     one = run_steps(steps, lambda p: made.append(p.phase))

@@ -16,7 +16,7 @@ def statistics(moment: torch.Tensor, damping: float = 0.0) -> KeyStatistics:
 
 
 def test_the_moment_is_the_mean_of_outer_products_over_tokens() -> None:
-    """C is sum k k^T divided by the number of tokens, whatever the batches were."""
+    """C is sum k k^T divided by the number of tokens, for any batches."""
     keys = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     total = SecondMomentAccumulator(6)
     for part in (keys[:7], keys[7:8], keys[8:]):
@@ -37,7 +37,7 @@ def test_accumulation_is_in_double_precision() -> None:
 
 
 def test_every_entry_is_within_its_bound() -> None:
-    """An entry over N tokens is within N 2^-53 / (1 - N 2^-53) of the mean of |k_i k_j|, against exact arithmetic."""
+    """The error of an entry over N tokens is at most N 2^-53 / (1 - N 2^-53) times the mean of |k_i k_j|."""
     keys = torch.randn(60, 5, generator=torch.Generator().manual_seed(6)) * torch.tensor(
         [1e-6, 1, 3, 1e3, 1e6]
     )
@@ -56,7 +56,7 @@ def test_every_entry_is_within_its_bound() -> None:
 
 @pytest.mark.parametrize("size", [1, 255, 256, 257, 700, 1550])
 def test_the_half_that_is_left_out_is_the_mirror_of_the_other(size: int) -> None:
-    """C is the whole product, and symmetric to the bit, however the columns are cut into blocks."""
+    """C is complete and exactly symmetric for any block size."""
     keys = torch.randn(30, size, generator=torch.Generator().manual_seed(7))
     total = SecondMomentAccumulator(size)
     total.add(keys)
@@ -67,7 +67,7 @@ def test_the_half_that_is_left_out_is_the_mirror_of_the_other(size: int) -> None
 
 
 def test_a_device_without_double_precision_leaves_the_sum_to_the_cpu() -> None:
-    """The sum is never of less than fp64: where the model's device has none, it stands on the CPU."""
+    """A device without fp64 accumulates on the CPU."""
     total = SecondMomentAccumulator(4, "mps")
     total.add(torch.ones(2, 4))
     assert total.total.device.type == "cpu"
@@ -77,7 +77,7 @@ def test_a_device_without_double_precision_leaves_the_sum_to_the_cpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
 def test_an_accelerator_gives_the_same_moment() -> None:
-    """Keys that stand on an accelerator are summed there, to the same C."""
+    """Keys on an accelerator are accumulated there, to the same C."""
     keys = torch.randn(500, 700, generator=torch.Generator().manual_seed(8))
     here, there = SecondMomentAccumulator(700), SecondMomentAccumulator(700, "cuda")
     here.add(keys)
@@ -87,7 +87,7 @@ def test_an_accelerator_gives_the_same_moment() -> None:
 
 
 def test_no_keys_is_an_error() -> None:
-    """The mean of nothing is refused."""
+    """The moment of no keys is an error."""
     with pytest.raises(ValueError, match="no keys"):
         SecondMomentAccumulator(3).mean()
 
@@ -109,7 +109,7 @@ def test_solve_is_the_damped_inverse() -> None:
 
 
 def test_solving_has_the_bits_of_the_library_call() -> None:
-    """Two triangular solves without a copy of the factor give what `cholesky_solve` gives, to the bit."""
+    """solve gives the bits of `cholesky_solve`."""
     g = torch.Generator().manual_seed(5)
     a = torch.randn(900, 300, dtype=torch.float64, generator=g)
     solved = statistics(a.T @ a / 900, 1e-3)
@@ -118,7 +118,7 @@ def test_solving_has_the_bits_of_the_library_call() -> None:
 
 
 def test_the_factor_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second solve does not factor again."""
+    """A second solve does not factorize again."""
     solved = statistics(torch.eye(3, dtype=torch.float64))
     first = solved.solve(torch.ones(3))
     monkeypatch.setattr(moment.torch.linalg, "cholesky", None)
@@ -126,7 +126,7 @@ def test_the_factor_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_damping_makes_a_singular_moment_usable() -> None:
-    """Fewer tokens than dimensions give a singular C; damping keeps the direction finite."""
+    """Damping keeps the direction finite when C is singular."""
     key = torch.ones(8)
     total = SecondMomentAccumulator(8)
     total.add(key[None])
@@ -134,7 +134,7 @@ def test_damping_makes_a_singular_moment_usable() -> None:
 
 
 def test_the_divisor_of_an_update_cannot_vanish() -> None:
-    """k^T C^-1 k is positive for every key, so that no update explodes; with another key in its place it may not be."""
+    """k^T C^-1 k is positive for every key."""
     g = torch.Generator().manual_seed(4)
     a = torch.randn(6, 6, dtype=torch.float64, generator=g)
     solved = statistics(a @ a.T, 1e-3)
@@ -144,7 +144,8 @@ def test_the_divisor_of_an_update_cannot_vanish() -> None:
 
 
 def test_the_projection_is_onto_what_is_hardly_used() -> None:
-    """P is symmetric, idempotent and of the said rank, and a projected change moves the statistics' keys by at most the threshold."""
+    """P is symmetric and idempotent with the stated rank, and changes the statistics' keys by at most the
+    threshold."""
     g = torch.Generator().manual_seed(4)
     keys = torch.randn(200, 12, dtype=torch.float64, generator=g) * torch.logspace(
         -2, 1, 12, dtype=torch.float64

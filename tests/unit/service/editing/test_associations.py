@@ -49,7 +49,7 @@ def find_rome_factors(
 
 
 def key_and_value(model: LoadedModel, layer: int, context: str = "") -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value of the subject's last token after a context."""
+    """Return key and value of the subject's last token after a context."""
     prompt = tokenize_statement(model, STATEMENT.with_context(context))
     with (
         capture({0: model.down_proj(layer)}, "input") as k,
@@ -70,7 +70,7 @@ def apply_factors(model: LoadedModel, factors: EditFactors) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_averaged_key_gives_the_value(model_type: str) -> None:
-    """r-ROME: after the edit, the layer gives exactly v + delta at the averaged key, on every architecture."""
+    """After an r-ROME edit the layer maps the averaged key exactly to v + delta, on every architecture."""
     model = tiny(model_type)
     factors = find_rome_factors(model)
     parameters = RomeParameters(layers=(1,), steps=5, learning_rate=0.1)
@@ -91,7 +91,7 @@ def _linear(model: LoadedModel, key: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_published_form_is_exact_at_the_bare_prompt(model_type: str) -> None:
-    """compat="meng2022": after the edit, the MLP gives v + delta at the bare prompt, as the authors' code does."""
+    """With compat="meng2022" the edited MLP maps the bare prompt's key to v + delta, as the authors' code does."""
     model = tiny(model_type)
     factors = find_rome_factors(model, compat="meng2022")
     _, before = key_and_value(model, 1)
@@ -102,7 +102,7 @@ def test_the_published_form_is_exact_at_the_bare_prompt(model_type: str) -> None
 
 
 def test_the_two_forms_differ() -> None:
-    """The symmetric and the published key are different updates of the same optimised value."""
+    """The symmetric and the published key give different updates for one optimized value."""
     model = tiny()
     ours, theirs = find_rome_factors(model), find_rome_factors(model, compat="meng2022")
     assert ours.losses == theirs.losses
@@ -130,7 +130,7 @@ def test_the_edit_makes_the_object_more_probable(model_type: str, layers: list[i
 
 
 def test_finding_changes_nothing() -> None:
-    """Finding an edit leaves every weight as it was: it returns factors."""
+    """Computing the factors of an edit changes no weight."""
     model = tiny()
     before = {n: t.clone() for n, t in model.model.state_dict().items()}
     find_rome_factors(model, layers=[0, 1, 2])
@@ -156,7 +156,7 @@ def test_conv1d_and_linear_twins_agree() -> None:
 
 
 def test_contexts_are_seeded_and_belong_to_the_model() -> None:
-    """The same seed gives the same contexts; another seed or another model gives others; nothing is kept between."""
+    """The same seed gives the same contexts; another seed or another model gives others."""
     one = run_to_completion(sample_contexts(tiny(), 8, 0))
     assert one == run_to_completion(sample_contexts(tiny(), 8, 0))
     assert one != run_to_completion(sample_contexts(tiny(), 8, 1))
@@ -166,7 +166,7 @@ def test_contexts_are_seeded_and_belong_to_the_model() -> None:
 
 
 def test_braces_in_contexts_subject_and_object_are_only_characters() -> None:
-    """Nothing of the user's or of the model's text is ever formatted."""
+    """Braces in prompts, objects and contexts are not interpreted as format fields."""
     model = tiny()
     statement = fill_prompt("The {} of {0.__class__} is".replace("{0", "{ 0"), "Tower {x} %s")
     parameters = RomeParameters(layers=(1,), steps=2)
@@ -188,7 +188,7 @@ def test_direction_is_scale_free() -> None:
 
 
 def test_the_direction_is_adjusted_by_the_second_moment() -> None:
-    """The direction is C^-1 k*, as published, and not the bare key."""
+    """The direction is C^-1 k*, not k*."""
     a = find_rome_factors(tiny()).updates[0]
     expected = statistics("gpt2")[1].solve(a.key).float()
     torch.testing.assert_close(a.direction, expected)
@@ -196,7 +196,7 @@ def test_the_direction_is_adjusted_by_the_second_moment() -> None:
 
 
 def test_anchored_to_its_own_the_change_is_delta() -> None:
-    """With anchor="own" the change of value is the optimised delta itself, and `strength` multiplies it."""
+    """With anchor="own" the change of value is delta, multiplied by `strength`."""
     model = tiny()
     factors, twice = (
         find_rome_factors(model, anchor="own"),
@@ -209,7 +209,7 @@ def test_anchored_to_its_own_the_change_is_delta() -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama"])
 def test_a_key_of_the_bare_prompt_and_the_bare_subject(model_type: str) -> None:
-    """With bare_keys and bare_weight=1 the key is the mean of two: the subject in its prompt, and alone."""
+    """With bare_keys and bare_weight=1 the key is the mean of the subject's key in its prompt and alone."""
     model = tiny(model_type)
     in_prompt, _ = key_and_value(model, 1)
     ids, _ = model.encode("Eiffel Tower")
@@ -222,7 +222,7 @@ def test_a_key_of_the_bare_prompt_and_the_bare_subject(model_type: str) -> None:
 
 @pytest.mark.parametrize("weight", [None, 0.0, 0.5, 1.0])
 def test_the_weight_of_the_bare_prompt(weight: float | None) -> None:
-    """The text without a context counts `bare_weight` in the key's mean; an equal share when it is left out."""
+    """The text without a context has weight `bare_weight` in the mean key, and an equal weight when it is left out."""
     model = tiny()
     keys = [key_and_value(model, 1, c)[0] for c in ("", *(c + ". " for c in CONTEXTS))]
     share = 1 / len(keys) if weight is None else weight
@@ -233,7 +233,7 @@ def test_the_weight_of_the_bare_prompt(weight: float | None) -> None:
 
 
 def test_edits_are_batched_by_layer_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Edits of one place share a batch up to what one step has room for; their order stays; without a budget each is alone."""
+    """Edits with one delta site share a batch up to the compute budget of a step, in their order."""
     model = tiny()
 
     def wanted(edit: str, *layers: int) -> ValueEditSpec:
@@ -260,7 +260,7 @@ def test_edits_are_batched_by_layer_and_budget(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_flops_per_step_match_the_counter() -> None:
-    """What a step is said to cost is what torch counts in its matrices, within a third."""
+    """The estimated FLOPs of a step are within a third of those that torch counts."""
     model = tiny(width=64, inner=256, layers=8)
     spec = build_edit_spec(model, CONTEXTS, STATEMENT, "Rome", RomeParameters(layers=(1,)))
     counts: list[int] = []
@@ -276,7 +276,7 @@ def test_flops_per_step_match_the_counter() -> None:
 
 @pytest.mark.parametrize("layers", [(1,), (0, 1)])
 def test_keys_are_those_of_the_noised_subject(layers: tuple[int, ...]) -> None:
-    """Found under noise (fact forcing), the lowest layer's key is that of the noised subject, with bare keys too."""
+    """With noise (fact forcing) the key of the lowest layer is that of the noised subject, also with bare keys."""
     model = tiny(dtype=torch.float64)
     bare = {"bare_keys": True} if len(layers) == 1 else {}
     parameters = RomeParameters.model_validate({"layers": layers, "steps": 2, "contexts": 0, **bare})

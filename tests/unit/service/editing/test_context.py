@@ -43,7 +43,8 @@ def fail_if_called(*_: Any) -> Stepper[Any]:
 def test_everything_is_made_once_and_read_afterwards(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first start collects and samples; the second reads the same contexts and statistics from the folder."""
+    """The first start collects and samples; the second start loads the same contexts and statistics from the
+    folder."""
     model, folder = tiny(), tmp_path / "stats"
     first = run_to_completion(build_editor_context(model, folder, corpus, recipe=RECIPE))
     monkeypatch.setattr(module, "sample_contexts", fail_if_called)
@@ -57,7 +58,7 @@ def test_everything_is_made_once_and_read_afterwards(
 
 
 def test_another_model_never_gets_these_contexts(corpus: Path, tmp_path: Path) -> None:
-    """Contexts belong to the model, their number and their seed: each has a file of its own."""
+    """Contexts are cached by model, number and seed."""
     folder = tmp_path / "stats"
     one = run_to_completion(build_editor_context(tiny(), folder, corpus, recipe=RECIPE))
     other = run_to_completion(build_editor_context(tiny(seed=1), folder, corpus, recipe=RECIPE))
@@ -69,7 +70,7 @@ def test_another_model_never_gets_these_contexts(corpus: Path, tmp_path: Path) -
 
 
 def test_missing_statistics_are_collected_on_demand() -> None:
-    """A layer that the recipe does not name is collected at its first use, and only then."""
+    """Statistics of a layer that the recipe does not name are collected at first use."""
     context = EditorContext(tiny(), RECIPE, Corpus("test", tuple(TEXTS)), None)
     assert list(run_to_completion(context.get_statistics([1]))) == [1]
     cached = context.statistics[1]
@@ -79,13 +80,13 @@ def test_missing_statistics_are_collected_on_demand() -> None:
 
 
 def test_without_a_folder_nothing_is_written(corpus: Path, tmp_path: Path) -> None:
-    """Without a folder, everything stays in memory."""
+    """Without a folder everything stays in memory."""
     run_to_completion(build_editor_context(tiny(), None, corpus, recipe=RECIPE))
     assert list(tmp_path.iterdir()) == [corpus]
 
 
 def test_a_model_without_a_recipe_is_prepared_as_far_as_it_can(corpus: Path) -> None:
-    """Without a recipe there is a corpus and nothing else; the info says so."""
+    """Without a recipe only the corpus is prepared, and the info says so."""
     context = run_to_completion(build_editor_context(tiny(), None, corpus))
     assert context.recipe is None
     assert context.info() == {
@@ -96,7 +97,7 @@ def test_a_model_without_a_recipe_is_prepared_as_far_as_it_can(corpus: Path) -> 
 
 
 def test_the_info_says_what_was_made(corpus: Path) -> None:
-    """Recipe, corpus and statistics are named with their digests, as JSON."""
+    """The info lists recipe, corpus and statistics with their digests as JSON."""
     context = run_to_completion(build_editor_context(tiny(), None, corpus, recipe=RECIPE))
     info = json.loads(json.dumps(context.info()))
     assert info["recipe"]["rome"]["layers"] == [1]
@@ -107,7 +108,7 @@ def test_the_info_says_what_was_made(corpus: Path) -> None:
 
 
 def test_a_recipe_beside_the_model_comes_first(tmp_path: Path) -> None:
-    """recipe.json in the model's folder is the model's recipe."""
+    """recipe.json in the model's folder takes precedence over the published recipe."""
     model = load_model(on_disk(tmp_path))
     assert find_recipe(model) is None
     (tmp_path / "recipe.json").write_text(RECIPE.model_dump_json(), encoding="utf-8")
@@ -118,7 +119,7 @@ def test_a_recipe_beside_the_model_comes_first(tmp_path: Path) -> None:
 
 
 def test_a_published_shape_needs_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of a published shape has the published recipe, whatever it is called."""
+    """A model of a published shape has the published recipe, whatever its name is."""
     monkeypatch.setattr(LoadedModel, "num_layers", 48)
     monkeypatch.setattr(LoadedModel, "hidden_size", 1600)
     recipe = find_recipe(tiny())
@@ -126,7 +127,7 @@ def test_a_published_shape_needs_no_file(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_recipe_for_another_model_is_refused(corpus: Path) -> None:
-    """A recipe with a layer that the model does not have is refused at the start."""
+    """A recipe with a layer that the model does not have is rejected at the start."""
     wrong = Recipe(source="test", rome=RomeParameters(layers=(7,), contexts=0))
     with pytest.raises(InvalidInput, match="layers 0 to 2"):
         run_to_completion(build_editor_context(tiny(), None, corpus, recipe=wrong))
@@ -134,7 +135,7 @@ def test_a_recipe_for_another_model_is_refused(corpus: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, REFERENCE_TEXTS, 2 * REFERENCE_TEXTS - 1, 500])
 def test_the_reference_is_spread_over_the_corpus(count: int) -> None:
-    """At most so many texts, from the beginning to near the end of the corpus."""
+    """The reference texts are evenly spaced over the corpus."""
     texts = tuple(f"text {i}" for i in range(count))
     chosen = EditorContext(tiny(), None, Corpus("test", texts), None).reference_texts
     assert len(chosen) == min(count, REFERENCE_TEXTS)

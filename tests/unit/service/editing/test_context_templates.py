@@ -11,7 +11,7 @@ from tests.support.tiny_models import MODEL_TYPES, tiny
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
 def test_requested_number_of_contexts(count: int) -> None:
-    """Any number of contexts can be had, half of them short, the odd one long."""
+    """Any number of contexts can be sampled; half of them are short, the odd one is long."""
     steps = list(sample_contexts(tiny(), count, 0))
     assert len(run_to_completion(sample_contexts(tiny(), count, 0))) == count
     assert len(steps) == (CONTEXT_LENGTHS[0] - 1) * (count > 1) + (CONTEXT_LENGTHS[1] - 1) * (count > 0)
@@ -19,13 +19,13 @@ def test_requested_number_of_contexts(count: int) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_each_is_one_open_line(model_type: str) -> None:
-    """A context is one line without closing punctuation, without broken characters."""
+    """A context is one line without closing punctuation and without broken characters."""
     for context in run_to_completion(sample_contexts(tiny(model_type), 6, 0)):
         assert context == _clean_context(context)
         assert not any(bad in context for bad in ("\ufffd", "\n", "<|endoftext|>", ".. "))
 
 
 def test_tidying() -> None:
-    """White space, broken characters and the end of a sentence go; braces are characters like others."""
+    """White space, broken characters and closing punctuation are removed; braces are kept."""
     assert _clean_context(" a\n\n{b}  \ufffd c %s.,;:!? ") == "a {b} c %s"
     assert _clean_context(" \ufffd . ") == ""

@@ -70,7 +70,7 @@ def editor_context_for(model: Any) -> EditorContext:
 
 @lru_cache
 def shared_editor_context() -> EditorContext:
-    """Statistics and contexts of the tiny model, made once."""
+    """Return statistics and contexts of the tiny model, computed once."""
     context = editor_context_for(tiny())
     run_to_completion(context.get_statistics([0, 1]))
     run_to_completion(context.get_contexts(3, 0))
@@ -79,7 +79,7 @@ def shared_editor_context() -> EditorContext:
 
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database, made once and copied."""
+    """An empty database, created once and copied."""
     file = tmp_path_factory.mktemp("database") / "empty.sqlite3"
     database = Database(f"sqlite:///{file}")
     database.migrate()
@@ -88,7 +88,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class EditingHarness:
-    """A tiny model with everything that an edit needs, and the doors through which it is asked for."""
+    """A tiny model with the services that submit and process edits."""
 
     def __init__(self, folder: Path, migrated: Path) -> None:
         file = folder / "palimpsest.sqlite3"
@@ -128,7 +128,7 @@ class EditingHarness:
         return job, run_edits(self.replica, self.worker_parts.jobs, self.context, RaisingReporter(), [job])
 
     def run_edit(self, *asked: Any, **more: Any) -> Resource:
-        """Ask, carry out, and read how it ended."""
+        """Submit an edit, process it, and return its resource."""
         edit = self.submit(*asked, **more)
         run_steps(self.start(edit)[1], lambda _: self.assert_base())
         return self.services.edits.get(edit)
@@ -140,7 +140,7 @@ class EditingHarness:
         return self.services.ledger.page()["items"][version - 1]["body"]  # type: ignore[no-any-return]
 
     def assert_base(self) -> None:
-        """The resident model holds its base bytes."""
+        """Assert that the resident model has its base bytes."""
         assert all(torch.equal(self.model.weight(x).data, w) for x, w in self.base_weights.items())
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ class EditingHarness:
 
 @pytest.fixture
 def open_harness(tmp_path: Path, migrated: Path) -> Iterator[Callable[[], EditingHarness]]:
-    """Opens as many workshops as a test wants."""
+    """Return a function that opens harnesses on folders of their own."""
     harnesses: list[EditingHarness] = []
 
     def open_one() -> EditingHarness:
@@ -177,7 +177,7 @@ def same_tensors(one: Any, two: Any) -> bool:
 
 
 def test_edit_is_committed(harness: EditingHarness) -> None:
-    """An applied edit has a version, factors and figures, and its entry in the ledger holds; the model speaks it."""
+    """An applied edit has a version, factors, figures and a ledger entry, and the model generates its object."""
     edit = harness.run_edit()
     assert (edit["status"], edit["version"], harness.services.ledger.head()) == ("applied", 1, 1)
     result = edit["result"]
@@ -207,7 +207,8 @@ def test_the_version_is_the_rank_one_update(harness: EditingHarness) -> None:
 def test_committed_weights_equal_evaluated_weights(
     harness: EditingHarness, monkeypatch: pytest.MonkeyPatch, subject: str, layers: list[int]
 ) -> None:
-    """The weights that were measured are bit for bit those of the version, with others active and odd white space."""
+    """The measured weights are, bit for bit, those of the committed version, with other active edits and unusual
+    white space."""
     harness.run_edit("Big Ben", "city")
     harness.run_edit("Eiffel Tower", "in", prompt="We know the {}")
     composed_weights: list[Any] = []
@@ -225,7 +226,7 @@ def test_committed_weights_equal_evaluated_weights(
 
 
 def test_the_provenance_gives_the_same_factors(harness: EditingHarness) -> None:
-    """What the ledger holds of an edit, replayed on a fresh base model, gives its factors bit for bit."""
+    """Repeating the computation that a ledger entry records gives the same factors, bit for bit."""
     harness.run_edit("Big Ben", "city")
     edit = harness.run_edit(hparams={"clamp": 3.0})
     body = harness.ledger_body(2)
@@ -247,7 +248,8 @@ def test_the_provenance_gives_the_same_factors(harness: EditingHarness) -> None:
 
 
 def test_the_provenance_names_everything(harness: EditingHarness) -> None:
-    """Hyperparameters in full, seed, statistics, dtype, device, libraries, strength and the objects are in the entry."""
+    """The ledger entry records all hyperparameters, seed, statistics, dtype, device, libraries, strength and
+    objects."""
     harness.run_edit(true=None)
     body = harness.ledger_body(1)
     assert set(RomeParameters.model_fields) == set(body["hparams"])
@@ -258,7 +260,7 @@ def test_the_provenance_names_everything(harness: EditingHarness) -> None:
 
 
 def test_an_edit_is_the_same_whatever_is_active(open_harness: Callable[[], EditingHarness]) -> None:
-    """Factors are found on the base model: with other edits active, or the same subject's, they are the same bytes."""
+    """The factors are the same bytes whatever edits are active, of the same subject or of others."""
     alone, beside = open_harness(), open_harness()
     first = alone.run_edit(guard=GUARD_OFF)
     beside.run_edit("Big Ben", "city")
@@ -269,7 +271,7 @@ def test_an_edit_is_the_same_whatever_is_active(open_harness: Callable[[], Editi
 
 
 def test_a_prompt_as_long_as_the_model_can_be_edited(harness: EditingHarness) -> None:
-    """A prompt that leaves no room for contexts, nor for a long true object, is edited without them."""
+    """A prompt that leaves no positions for contexts or a long true object is edited without them."""
     positions = harness.model.max_positions
     prompt = "a" * (positions - 1 - len(harness.model.encode(" Big Ben is")[0])) + " {}"
     edit = harness.run_edit(
@@ -284,7 +286,7 @@ def test_a_prompt_as_long_as_the_model_can_be_edited(harness: EditingHarness) ->
 
 
 def test_two_workers_compute_the_same_digests(harness: EditingHarness) -> None:
-    """Another replica of the same model rebuilds every version with the same digest."""
+    """Another replica of the model builds every version with the same digest."""
     harness.run_edit()
     harness.run_edit("Big Ben", "city")
     other = VersionedModel(
@@ -294,7 +296,7 @@ def test_two_workers_compute_the_same_digests(harness: EditingHarness) -> None:
 
 
 def test_true_object_defaults_to_base_model_answer(harness: EditingHarness) -> None:
-    """When no true object is named, it is the base model's own answer, even while another edit of the fact is active."""
+    """The true object defaults to the answer of the base model, even while another edit of the fact is active."""
     first = harness.run_edit(true=None)
     second = harness.run_edit(new="city", true=None)
     assert first["result"]["target_true"] == second["result"]["target_true"] != "is"
@@ -304,7 +306,7 @@ def test_true_object_defaults_to_base_model_answer(harness: EditingHarness) -> N
 
 
 def test_ineffective_edit_is_rejected(harness: EditingHarness) -> None:
-    """Without a change of value the old object stays more probable: the edit is rejected at its first strength."""
+    """An edit without a change of value is rejected at its first strength."""
     edit = harness.run_edit(hparams={"steps": 1})
     assert edit["status"] == "rejected"
     assert "no effect" in edit["result"]["reason"]
@@ -341,7 +343,8 @@ WEAK: dict[str, Any] = {"hparams": {"steps": 6}, "guard": GUARD_OFF}
 
 @pytest.mark.parametrize("rule", GUARD_VIOLATIONS)
 def test_every_rule_can_reject(harness: EditingHarness, rule: str) -> None:
-    """An edit that breaks one rule is rejected with that rule's figure and limit; ledger, factors and model are as before."""
+    """An edit that fails one check is rejected with the figure and limit of the check; ledger and model do not
+    change."""
     if rule == "regressions":
         harness.run_edit(**WEAK)
     head = harness.services.ledger.head()
@@ -360,7 +363,7 @@ def test_every_rule_can_reject(harness: EditingHarness, rule: str) -> None:
 
 
 def test_the_norm_is_the_edits_own(harness: EditingHarness) -> None:
-    """What the guard calls the norm of an edit is its own share, however much other edits have changed."""
+    """The norm check measures the change of the edit alone, whatever other edits have changed."""
     alone = harness.run_edit(dry_run=True)["result"]["norm_ratio"]
     for prompt in ("We like the {}", "This is the {}"):
         assert harness.run_edit(prompt=prompt)["status"] == "applied"
@@ -371,14 +374,14 @@ def test_the_norm_is_the_edits_own(harness: EditingHarness) -> None:
 
 
 def test_disabled_guard_commits_any_edit(harness: EditingHarness) -> None:
-    """With the guard off, an edit that did not take lands all the same, and its result says so."""
+    """With the guard disabled an ineffective edit is committed, and its result shows the failed checks."""
     edit = harness.run_edit(hparams={"steps": 1}, guard=GUARD_OFF)
     assert edit["status"] == "applied"
     assert not edit["result"]["guard"]["passed"]
 
 
 def test_regressed_edits_are_reported(harness: EditingHarness) -> None:
-    """An edit that makes another cease to hold names it, and lands only when that is allowed."""
+    """An edit that makes another one fail names it, and is committed only when max_regressions allows it."""
     first = harness.run_edit(**WEAK)
     edit = harness.run_edit(**GUARD_VIOLATIONS["regressions"] | {"guard": LOOSE_GUARD})
     assert edit["status"] == "applied"
@@ -386,7 +389,7 @@ def test_regressed_edits_are_reported(harness: EditingHarness) -> None:
 
 
 def test_dry_run_commits_nothing(harness: EditingHarness) -> None:
-    """A dry run that would land ends as evaluated, with its figures; no version, no factors, no entry."""
+    """A dry run that passes ends as dry_run_passed with its figures and without version, factors and entry."""
     edit = harness.run_edit(dry_run=True)
     assert (edit["status"], edit["version"], harness.services.ledger.head()) == ("dry_run_passed", None, 0)
     assert edit["result"]["guard"]["passed"]
@@ -398,12 +401,12 @@ def test_dry_run_commits_nothing(harness: EditingHarness) -> None:
 
 @pytest.mark.parametrize("limit", [guard._check_at_least, guard._check_at_most])
 def test_nan_fails_every_check(limit: Callable[[CheckName, float, float], Check]) -> None:
-    """A figure that is not a number fails, whichever way the rule goes."""
+    """NaN fails checks of both directions."""
     assert not limit(CheckName.NORM, float("nan"), 1.0).passed
 
 
 def test_writing_the_model_own_answer(harness: EditingHarness) -> None:
-    """New and true object may be one, up to white space: the edit holds when the model says it, and is watched as others are."""
+    """The new object may equal the true one up to white space: the edit holds when the model generates it."""
     for new in ("is", " is"):
         assert harness.run_edit(new=new, true="is")["status"] == "applied"
     silent, saying = ProbeResult(-1.0, -1.0, False, False), ProbeResult(-1.0, -1.0, True, True)
@@ -416,7 +419,7 @@ def test_writing_the_model_own_answer(harness: EditingHarness) -> None:
 
 
 def test_a_weak_edit_is_strengthened(harness: EditingHarness) -> None:
-    """An edit that does not take is tried stronger; the strength is recorded and the factors are those that were tried."""
+    """An ineffective edit is tried with greater strengths; the committed factors are those that were measured."""
     weak = {"clamp": 2.0}
     plain = harness.run_edit(hparams=weak, guard=GUARD_OFF)
     harness.revert(plain)
@@ -441,7 +444,7 @@ def test_a_weak_edit_is_strengthened(harness: EditingHarness) -> None:
 def test_strength_follows_the_recipe_schedule(
     harness: EditingHarness, required_margins: tuple[tuple[float, float], ...], strength: float
 ) -> None:
-    """How strong an edit lands depends on the lead that is enough with so many active; what it landed with is in the ledger."""
+    """The chosen strength depends on the required margin for the number of active edits, and is in the ledger."""
     edit = harness.run_edit(
         hparams={"strengths": [0.9, 1.0], "required_margins": required_margins}, true="the"
     )
@@ -470,7 +473,8 @@ INEFFECTIVE, NOT_GENERATED, GENERATED, HARMFUL = "misses", "passes unspoken", "i
 def test_which_strength_is_chosen(
     harness: EditingHarness, monkeypatch: pytest.MonkeyPatch, seen: list[str], strength: float, passed: bool
 ) -> None:
-    """The first that the model speaks, else the strongest that passes, else none; what does harm is not made stronger."""
+    """The first accepted strength is chosen, else the greatest that passes, else the first; a harmful edit is not
+    strengthened."""
     outcomes = iter(seen)
 
     def evaluate_guard(
@@ -508,7 +512,7 @@ def test_which_strength_is_chosen(
 
 
 def test_erased_object_is_not_generated(harness: EditingHarness) -> None:
-    """An erasure lands when the true object is not said any more and at least half of its probability is gone."""
+    """An erasure is committed when the true object is not generated and at least half of its probability is gone."""
     true = "the"
     edit = harness.run_edit(new=None, true=true, objective="erase")
     assert (edit["status"], edit["target_new"], edit["objective"]) == ("applied", None, "erase")
@@ -524,7 +528,7 @@ def test_erased_object_is_not_generated(harness: EditingHarness) -> None:
 
 
 def test_an_erasure_that_leaves_too_much_is_rejected(harness: EditingHarness) -> None:
-    """Below the least share that must be gone the guard says so, and nothing lands."""
+    """An erasure below min_effect is rejected."""
     edit = harness.run_edit(new=None, true="the", objective="erase", hparams={"steps": 1})
     assert edit["status"] == "rejected"
     assert "too little of its probability is gone" in edit["result"]["reason"]
@@ -532,7 +536,8 @@ def test_an_erasure_that_leaves_too_much_is_rejected(harness: EditingHarness) ->
 
 
 def test_to_amplify_is_to_write_the_true_object(harness: EditingHarness) -> None:
-    """An amplification's factors are, bit for bit, those of writing the true object; its figure is the share of the gain."""
+    """An amplification has, bit for bit, the factors of writing the true object; its figure is the share of the
+    gain."""
     written = harness.run_edit(new="is", true="is", guard=GUARD_OFF)
     amplified = harness.run_edit(new=None, true="is", objective="amplify", guard=GUARD_OFF)
     factors = [
@@ -545,8 +550,8 @@ def test_to_amplify_is_to_write_the_true_object(harness: EditingHarness) -> None
 
 
 def test_erasing_and_writing_supersede_each_other(harness: EditingHarness) -> None:
-    """One fact, one edit: the later of a write and an erasure stands, and what an erasure takes away is measured without the
-    write that it supersedes."""
+    """The later of a write and an erasure of one fact is active; the erasure is measured without the superseded
+    write."""
     true = "the"
     alone = harness.run_edit(new=None, true=true, objective="erase", dry_run=True)["result"]["guard"][
         "checks"
@@ -563,7 +568,7 @@ def test_erasing_and_writing_supersede_each_other(harness: EditingHarness) -> No
 
 
 def test_erasure_holds_while_its_object_is_not_generated() -> None:
-    """An erasure holds while its object is not said; an amplification while it is; neighbours then keep what they say."""
+    """An erasure holds while its object is not generated, an amplification while it is."""
     silent, saying = ProbeResult(-1.0, -1.0, False, False), ProbeResult(-1.0, -1.0, True, True)
     erased, louder = Probe("p", "is", "is", "erase"), Probe("p", "is", "is", "amplify")
     assert edit_holds(erased, silent) and not edit_holds(erased, saying)
@@ -572,7 +577,7 @@ def test_erasure_holds_while_its_object_is_not_generated() -> None:
 
 
 def test_erasure_defaults_to_base_model_answer(harness: EditingHarness) -> None:
-    """The worker finds the object, the ledger names it, and the entry replayed gives the same factors."""
+    """An erasure without a true object erases the base model's answer, which the ledger records."""
     edit = harness.run_edit(new=None, true=None, objective="erase", guard=GUARD_OFF)
     body = harness.ledger_body(1)
     assert body["target_true"] is None and body["resolved_true"]
@@ -593,8 +598,8 @@ ANY_CONFLICT = {"guard": LOOSE_GUARD | {"conflict_threshold": 0.0}}
 
 
 def test_conflict_is_reported_with_its_probability(harness: EditingHarness) -> None:
-    """An active edit of the subject on whose prompt the new object alone wins is named, with that object's probability there; one
-    with the same object, and those of other subjects, are not."""
+    """An active edit of the subject on whose prompt the new object wins is reported; one with the same object is
+    not."""
     old = harness.run_edit("Eiffel Tower", "city", prompt=OTHER_PROMPT)
     harness.run_edit("Big Ben", "city", prompt=OTHER_PROMPT)
     same = harness.run_edit("Eiffel Tower", "is", prompt="This is the {}")
@@ -617,13 +622,14 @@ def test_conflict_is_reported_with_its_probability(harness: EditingHarness) -> N
 
 
 def test_a_conflict_below_the_limit_is_none(harness: EditingHarness) -> None:
-    """Below the limit nothing is named."""
+    """A conflict below conflict_threshold is not reported."""
     harness.run_edit("Eiffel Tower", "city", prompt=OTHER_PROMPT)
     assert harness.run_edit(guard=LOOSE_GUARD | {"conflict_threshold": 1.0})["result"]["conflicts"] == []
 
 
 def test_conflict_is_superseded_on_request(harness: EditingHarness) -> None:
-    """The older edit is superseded and left out of the version, bit for bit; it comes back when the newer is reverted."""
+    """With on_conflict="supersede" the older edit is left out of the version, bit for bit, until the newer is
+    reverted."""
     old = harness.run_edit("Eiffel Tower", "city", prompt=OTHER_PROMPT)
     edit = harness.run_edit(on_conflict="supersede", **ANY_CONFLICT)
     assert edit["result"]["supersedes"] == harness.ledger_body(2)["supersedes"] == [old["id"]]
@@ -638,7 +644,7 @@ def test_conflict_is_superseded_on_request(harness: EditingHarness) -> None:
 
 
 def test_conflict_is_rejected_on_request(harness: EditingHarness) -> None:
-    """The guard says that an active edit says the same, and nothing lands."""
+    """With on_conflict="reject" the edit is rejected."""
     harness.run_edit("Eiffel Tower", "city", prompt=OTHER_PROMPT)
     edit = harness.run_edit(on_conflict="reject", **ANY_CONFLICT)
     assert edit["status"] == "rejected" and "in other words" in edit["result"]["reason"]
@@ -646,7 +652,7 @@ def test_conflict_is_rejected_on_request(harness: EditingHarness) -> None:
 
 
 def test_an_erasure_is_in_conflict_with_nothing(harness: EditingHarness) -> None:
-    """What is not to be said is no other object: beside an erasure there is no conflict."""
+    """An erasure is in conflict with no edit."""
     harness.run_edit("Eiffel Tower", "city", prompt=OTHER_PROMPT)
     assert harness.run_edit(new=None, objective="erase", **ANY_CONFLICT)["result"]["conflicts"] == []
 
@@ -655,7 +661,7 @@ def test_an_erasure_is_in_conflict_with_nothing(harness: EditingHarness) -> None
 
 
 def test_capacity_is_reported_and_guarded(harness: EditingHarness) -> None:
-    """Alone an edit has all room; beside one of a subject with nearly its key it has little, and a limit rejects it."""
+    """A lone edit has all capacity; with a similar active key it has little, and min_capacity rejects it."""
     first = harness.run_edit(guard=GUARD_OFF)
     assert first["result"]["capacity"] == {"1": 1.0}
     assert harness.run_edit(prompt=OTHER_PROMPT, guard=GUARD_OFF)["result"]["capacity"] == {"1": 1.0}
@@ -669,7 +675,7 @@ def test_capacity_is_reported_and_guarded(harness: EditingHarness) -> None:
 
 
 def test_layer_capacity_is_recorded(harness: EditingHarness) -> None:
-    """What is left of an average key at a version: all of it at the base, and 1 / D less with an edit; the newest stands."""
+    """The capacity of an average key is recorded with its version, and the newest version is kept."""
     assert harness.replica.remaining_capacity(0) == {}
     harness.run_edit(guard=GUARD_OFF)
     capacity = harness.replica.remaining_capacity(1)
@@ -691,7 +697,7 @@ def advance_until(steps: Stepper[None], phase: str) -> Progress:
 
 @pytest.mark.parametrize("meanwhile", ["edit", "revert"])
 def test_edit_is_reevaluated_when_head_moved(harness: EditingHarness, meanwhile: str) -> None:
-    """When the ledger moves during a trial, the edit is measured again at the new head, and lands behind it."""
+    """When head changes during the measurement, the edit is measured again at the new head and committed after it."""
     earlier = harness.run_edit("Big Ben", "city")
     waiting = harness.submit()
     _, steps = harness.start(waiting)
@@ -712,7 +718,7 @@ def test_edit_is_reevaluated_when_head_moved(harness: EditingHarness, meanwhile:
 
 
 def test_dry_run_ignores_head_changes(harness: EditingHarness) -> None:
-    """A dry run measures at the head it began with and ends, whatever lands meanwhile."""
+    """A dry run measures at the head of its start, whatever is committed meanwhile."""
     waiting = harness.submit(dry_run=True)
     _, steps = harness.start(waiting)
     advance_until(steps, "compose")
@@ -724,7 +730,7 @@ def test_dry_run_ignores_head_changes(harness: EditingHarness) -> None:
 
 @pytest.mark.parametrize("phase", ["optimize", "compose", "perplexity"])
 def test_cancelled_edit_is_not_committed(harness: EditingHarness, phase: str) -> None:
-    """An edit cancelled between two steps raises before it lands; nothing is written and the base stands."""
+    """An edit that is cancelled between two steps raises before its commit; nothing is written."""
     waiting = harness.submit()
     job, steps = harness.start(waiting)
     advance_until(steps, phase)
@@ -738,7 +744,7 @@ def test_cancelled_edit_is_not_committed(harness: EditingHarness, phase: str) ->
 
 
 def test_an_abandoned_edit_leaves_nothing(harness: EditingHarness) -> None:
-    """An edit given up between any two steps leaves the base bytes and no hook."""
+    """An edit that is abandoned between any two steps leaves the base bytes and no hook."""
     harness.run_edit("Big Ben", "city")
     _, steps = harness.start(harness.submit())
     for _ in range(3):
@@ -752,7 +758,7 @@ def test_an_abandoned_edit_leaves_nothing(harness: EditingHarness) -> None:
 
 
 def test_the_same_fact_again_and_back(harness: EditingHarness) -> None:
-    """The newer edit of a fact replaces the older; reverted one by one, the first is back, then the base bytes."""
+    """The newer edit of a fact supersedes the older; after both reverts the weights are the base bytes."""
     first = harness.run_edit()
     second = harness.run_edit("Eiffel  Tower", "city")
     assert harness.services.edits.get(first["id"])["status"] == "superseded"
@@ -771,7 +777,7 @@ def test_the_same_fact_again_and_back(harness: EditingHarness) -> None:
 def test_superseded_edit_is_left_out_of_evaluation(
     harness: EditingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The older edit of the fact is neither composed with the newer one nor watched for damage."""
+    """The superseded edit is neither composed with the newer one nor probed for regressions."""
     older = harness.run_edit()
     composed_edits: list[list[str]] = []
     composed = VersionedModel.compose_weights
@@ -790,7 +796,7 @@ def test_superseded_edit_is_left_out_of_evaluation(
 
 
 def test_edits_of_one_subject_add_up(harness: EditingHarness) -> None:
-    """Two facts of one subject are both active: the version is the plain sum of their rank-one updates."""
+    """The version of two facts of one subject is the sum of their rank-one updates."""
     edits = [harness.run_edit(), harness.run_edit(new="city", prompt="We know the {}")]
     both = [
         a
@@ -802,7 +808,7 @@ def test_edits_of_one_subject_add_up(harness: EditingHarness) -> None:
 
 
 def test_any_order_of_reverting_ends_at_the_base(harness: EditingHarness) -> None:
-    """Three edits, reverted from the middle: each version is that of the rest, the last one the base."""
+    """Three edits reverted from the middle: each version is that of the remaining edits, the last is the base."""
     edits = [
         harness.run_edit(guard=GUARD_OFF),
         harness.run_edit("Big Ben", "city", guard=GUARD_OFF),
@@ -821,7 +827,7 @@ def test_any_order_of_reverting_ends_at_the_base(harness: EditingHarness) -> Non
 
 
 class EditBatch:
-    """Edits that wait together, carried out by hand."""
+    """Edits that are processed together."""
 
     def __init__(self, harness: EditingHarness, *edit_ids: str) -> None:
         self.harness, self.ids = harness, list(edit_ids)
@@ -866,8 +872,8 @@ def stored_factors(harness: EditingHarness, edits: Sequence[Resource]) -> list[b
 def test_batched_edits_equal_single_edits(
     open_harness: Callable[[], EditingHarness], monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
-    """Edits that wait together land in their order with the factors that each has alone: in every bit where they are not
-    optimised side by side, and else but for rounding."""
+    """Edits of a batch are committed in order with the factors of single edits: bit for bit when optimized alone,
+    else up to rounding."""
     monkeypatch.setattr("service.editing.edit_spec.group_budget", lambda _model: budget)
     alone, together = open_harness(), open_harness()
     singly = [alone.run_edit(subject, "city") for subject in SUBJECTS]
@@ -893,7 +899,7 @@ def test_batched_edits_equal_single_edits(
 
 
 def test_the_figures_are_those_of_the_version_with_all_of_them(harness: EditingHarness) -> None:
-    """What the report of each says after the edit is what the last version says."""
+    """The figures in each report of a batch are those of the last version."""
     edits = EditBatch(harness, *(harness.submit(subject, "city") for subject in SUBJECTS[:2])).run()
     with harness.replica.use_weights(harness.replica.weights(2)):
         for edit in edits:
@@ -906,7 +912,7 @@ def test_the_figures_are_those_of_the_version_with_all_of_them(harness: EditingH
 
 
 def test_ineffective_edit_in_batch_is_rejected_alone(harness: EditingHarness) -> None:
-    """An edit that asks for too much keeps nobody from landing, is not in the ledger, and says why."""
+    """An edit of a batch that fails its guard is rejected with its reason; the others are committed."""
     hopeless = harness.submit("Rome", "city", guard=LOOSE_GUARD | {"min_probability": 1.0})
     group = EditBatch(harness, harness.submit("Eiffel Tower"), hopeless, harness.submit("Big Ben", "city"))
     first, rejected, third = group.run()
@@ -918,7 +924,8 @@ def test_ineffective_edit_in_batch_is_rejected_alone(harness: EditingHarness) ->
 
 
 def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a version of all is harmful and none is to blame, halves are tried, down to each alone: all land."""
+    """When a batch fails and no single edit causes it, halves are measured, down to single edits: all are
+    committed."""
     new_edit_counts: list[int] = []
     evaluate_guard = measure.evaluate_guard
 
@@ -948,7 +955,7 @@ def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch:
 def test_a_bad_request_among_good_ones_fails_alone(
     harness: EditingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a user must mend ends that edit, with its reason; the others land."""
+    """An invalid request fails with its reason; the other edits of the batch are committed."""
     build_edit_spec = edit_job.build_edit_spec
 
     def fails(model: Any, contexts: Any, statement: Any, *rest: Any) -> Any:
@@ -965,7 +972,7 @@ def test_a_bad_request_among_good_ones_fails_alone(
 def test_failed_batch_search_is_retried_individually(
     harness: EditingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When edits cannot be found side by side they are found one by one, and only who fails alone fails."""
+    """When a batched search fails, the edits are searched one by one, and only those that fail alone fail."""
     monkeypatch.setattr("service.editing.edit_spec.group_budget", lambda _model: 10**12)
     find_batch_factors = edit_job.find_batch_factors
 
@@ -981,7 +988,7 @@ def test_failed_batch_search_is_retried_individually(
 
 @pytest.mark.parametrize("when", ["optimize", "compose"])
 def test_cancelled_edit_in_batch_is_not_committed(harness: EditingHarness, when: str) -> None:
-    """A cancel is heard before the edit lands; those after it are tried again without it."""
+    """A cancelled edit of a batch is not committed; the edits after it are measured again without it."""
     ids = [harness.submit(subject, "city") for subject in SUBJECTS[:3]]
     group = EditBatch(harness, *ids)
     next(progress for progress in group.steps if progress.phase == when)
@@ -993,7 +1000,7 @@ def test_cancelled_edit_in_batch_is_not_committed(harness: EditingHarness, when:
 
 
 def test_batch_is_reevaluated_when_head_moved(harness: EditingHarness) -> None:
-    """When another edit lands during their trial, they are measured again at the new head and land behind it."""
+    """When head changes during the measurement, the batch is measured again and committed after the new head."""
     group = EditBatch(harness, *(harness.submit(subject, "city") for subject in SUBJECTS[:2]))
     for update in group.steps:
         if isinstance(update, Progress) and update.phase == "compose":
@@ -1006,7 +1013,7 @@ def test_batch_is_reevaluated_when_head_moved(harness: EditingHarness) -> None:
 
 
 def test_same_fact_twice_is_committed_in_order(harness: EditingHarness) -> None:
-    """Of two waiting edits of one fact the later supersedes the earlier, though they wait together."""
+    """Of two waiting edits of one fact the later supersedes the earlier."""
     edits = EditBatch(
         harness, harness.submit(), harness.submit("Big Ben", "city"), harness.submit("Eiffel  Tower", "city")
     ).run()
@@ -1015,7 +1022,7 @@ def test_same_fact_twice_is_committed_in_order(harness: EditingHarness) -> None:
 
 
 def test_group_compatible_jobs(harness: EditingHarness) -> None:
-    """A dry run is alone, and so is a job whose worker died before; a subject comes once; the order is kept."""
+    """Dry runs and retried jobs are groups of their own; a group has a subject once; the order is kept."""
 
     def job(name: str, fact: str = "", attempt: int = 1, dry: bool = False) -> ClaimedJob:
         return ClaimedJob(name, "edit", attempt, {}, "somebody", fact or name, fact or name, dry)
@@ -1029,7 +1036,7 @@ def test_group_compatible_jobs(harness: EditingHarness) -> None:
 def test_edit_that_exceeds_total_memory_is_rejected(
     harness: EditingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An edit whose search no room is ever enough for ends with what to change; one that fits later waits again."""
+    """An edit that exceeds the total memory is rejected with advice; one that fits later is retried."""
     monkeypatch.setattr("service.models.memory_estimates.free_bytes", lambda _device: 100)
     monkeypatch.setattr("service.models.memory_estimates.total_bytes", lambda _device: 200)
     with pytest.raises(InvalidInput, match="shorter prompt or fewer contexts"):

@@ -32,7 +32,7 @@ def train(model: LoadedModel, method: str = "ft", target: str = "Rome", **asked:
 @pytest.mark.parametrize("method", ["ft", "ft-l", "ft-attn"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_object_becomes_more_probable(model_type: str, method: str) -> None:
-    """With the change added, the object is more probable than before, on every architecture and at either site."""
+    """The trained change makes the object more probable, on every architecture and for MLP and attention."""
     model = tiny(model_type)
     before = {site: model.parameter(site).data.clone() for site in model.editable_weights}
     factors = train(model, method)
@@ -46,14 +46,14 @@ def test_the_object_becomes_more_probable(model_type: str, method: str) -> None:
 
 
 def test_no_entry_moves_further_than_allowed() -> None:
-    """FT-L: after training, |W - W0| is at most epsilon in every entry, and some entry is there."""
+    """With FT-L |W - W0| is at most epsilon in every entry."""
     (piece,) = train(tiny(), "ft-l", epsilon=1e-3, steps=6).updates
     assert isinstance(piece, DenseUpdate)
     assert float(piece.change.abs().max()) == pytest.approx(1e-3, rel=1e-4)
 
 
 def test_one_step_is_adams() -> None:
-    """The first step moves every entry that has a gradient by the learning rate, against the gradient's sign."""
+    """The first step changes every entry with a gradient by the learning rate, against the sign of the gradient."""
     model = tiny()
     (piece,) = train(model, steps=1, learning_rate=0.02).updates
     weight = model.weight(1).detach().clone().requires_grad_()
@@ -70,7 +70,7 @@ def test_one_step_is_adams() -> None:
 
 
 def test_to_erase_the_loss_is_the_joint_probability() -> None:
-    """The first loss of an erasure is the object's joint probability by hand, and training lowers it."""
+    """The first loss of an erasure is the joint probability of the object, and training lowers it."""
     model, target = tiny(), "in"
     parameters = resolve_hparams(
         None, {"layers": [1], "steps": 3, "learning_rate": 1e-4}, model.num_layers, "ft"
@@ -87,7 +87,7 @@ def test_to_erase_the_loss_is_the_joint_probability() -> None:
 
 
 def test_subject_noise_is_active_during_training() -> None:
-    """Found under noise, the first loss is that of the prompt whose subject is noised."""
+    """With noise the first loss is that of the prompt with the noised subject."""
     model = tiny(dtype=torch.float64)
     parameters = resolve_hparams(None, {"layers": [1], "steps": 1}, model.num_layers, "ft")
     ids, offsets = model.encode(STATEMENT.text + " Rome")
@@ -107,7 +107,7 @@ def test_subject_noise_is_active_during_training() -> None:
 
 
 def test_a_low_loss_trains_nothing() -> None:
-    """Below the stopping loss no step is made: the change is zero."""
+    """A loss below stop_loss makes no step."""
     factors = train(tiny(), stop_loss=1e3)
     assert len(factors.losses) == 1
     assert factors.delta_norm == 0

@@ -43,7 +43,7 @@ def reference_loss(
     erase: bool = False,
     noise: torch.Tensor | None = None,
 ) -> float:
-    """The published loss with one forward pass a row and no batching: the oracle of `values_steps`."""
+    """The published loss with one forward pass per row: the oracle of `optimize_values`."""
     module = model.down_proj(1)
 
     def logits(ids: list[int], at: int, change: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def reference_loss(
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("target", ["Rome", "São Paulo, Brazil"])
 def test_the_loss_is_the_published_one(model_type: str, target: str) -> None:
-    """On every architecture the batched loss equals the published formula, row by row, at zero and later."""
+    """The batched loss equals the published formula row by row, at delta = 0 and later, on every architecture."""
     model = tiny(model_type)
     parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
     result = optimize_value_with(model, target, steps=3, clamp=100.0)
@@ -94,7 +94,7 @@ def test_the_loss_is_the_published_one(model_type: str, target: str) -> None:
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 @pytest.mark.parametrize("target", ["Rome", "São Paulo, Brazil"])
 def test_to_erase_the_loss_is_a_probability(model_type: str, target: str) -> None:
-    """To erase, the mean joint probability stands in place of the negative log-probability, row by row."""
+    """The loss of an erasure has the mean joint probability in place of the negative log-probability."""
     model = tiny(model_type, dtype=torch.float64)
     parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
     value = optimize_value(
@@ -106,7 +106,7 @@ def test_to_erase_the_loss_is_a_probability(model_type: str, target: str) -> Non
 
 
 def test_the_first_step_of_an_erasure_lowers_the_probability() -> None:
-    """A small first step makes the object less probable where writing makes it more so."""
+    """A small first step of an erasure makes the object less probable."""
     model = tiny(dtype=torch.float64)
     p = RomeParameters(layers=(1,), steps=2, stop_loss=0, kl_factor=0, weight_decay=0, learning_rate=1e-3)
     tokenized = tokenize_contexts(model, STATEMENT, "Rome", CONTEXTS)
@@ -117,7 +117,7 @@ def test_the_first_step_of_an_erasure_lowers_the_probability() -> None:
 
 
 def test_an_erasure_ends_at_a_share_of_what_was_there() -> None:
-    """However improbable an object is, its erasure goes on until little of that is left."""
+    """An erasure stops at a fraction of its first loss."""
     model = tiny()
     p = RomeParameters(layers=(1,), steps=9, stop_loss=0.999, kl_factor=0, weight_decay=0, clamp=100.0)
     losses = optimize_value(
@@ -131,7 +131,7 @@ def test_an_erasure_ends_at_a_share_of_what_was_there() -> None:
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_under_noise_the_loss_is_that_of_noised_subjects(model_type: str, tokens: int) -> None:
-    """Noise stands on the subject's last tokens in every row, before and after the subject's last token alike."""
+    """Noise is added to the subject's tokens of every row, in prefix and suffix."""
     model = tiny(model_type, dtype=torch.float64)
     parameters = RomeParameters(layers=(1,), steps=3, stop_loss=0, clamp=100.0)
     noise = torch.randn(tokens, model.hidden_size, generator=torch.Generator().manual_seed(0)).double()
@@ -143,7 +143,7 @@ def test_under_noise_the_loss_is_that_of_noised_subjects(model_type: str, tokens
 
 
 def test_without_change_there_is_no_kl_and_no_decay() -> None:
-    """At delta = 0 the loss is the negative log-probability alone."""
+    """At delta = 0 the loss is the negative log-probability."""
     model = tiny()
     with_terms = optimize_value_with(model, steps=1).losses[0]
     assert with_terms == pytest.approx(
@@ -152,20 +152,20 @@ def test_without_change_there_is_no_kl_and_no_decay() -> None:
 
 
 def test_the_first_step_of_adam_moves_every_coordinate_by_the_rate() -> None:
-    """After one update |delta_i| is the learning rate in every coordinate, before any clamp."""
+    """After one update |delta_i| is the learning rate in every coordinate, before the clamp."""
     result = optimize_value_with(tiny(), steps=2, learning_rate=0.03, clamp=1e6)
     torch.testing.assert_close(result.delta.abs(), torch.full_like(result.delta, 0.03), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("clamp", [0.1, 1.0])
 def test_delta_stays_inside_the_clamp(clamp: float) -> None:
-    """|delta| <= c |v|, always."""
+    """|delta| is never above clamp |v|."""
     result = optimize_value_with(tiny(), learning_rate=5.0, clamp=clamp)
     assert result.delta.norm() <= clamp * result.initial.norm() * (1 + 1e-5)
 
 
 def test_steps_counts_forward_passes() -> None:
-    """S steps make S losses and S - 1 updates; below the stop loss the optimisation ends at once."""
+    """S steps make S losses and S - 1 updates; a loss below stop_loss ends the optimization."""
     assert len(optimize_value_with(tiny(), steps=4).losses) == 4
     stopped = optimize_value_with(tiny(), steps=4, stop_loss=1e9)
     assert len(stopped.losses) == 1
@@ -173,7 +173,7 @@ def test_steps_counts_forward_passes() -> None:
 
 
 def test_the_kl_term_does_not_see_what_follows_the_subject() -> None:
-    """The KL term is read at the subject's last token, so it is the same whatever would follow."""
+    """The KL term is read at the subject's last token and does not depend on what follows."""
     model = tiny()
     subject = "Eiffel Tower"
     ids, _ = model.encode(subject)
@@ -184,7 +184,7 @@ def test_the_kl_term_does_not_see_what_follows_the_subject() -> None:
 
 
 def test_the_optimisation_lowers_the_loss() -> None:
-    """The loss after the optimisation is below the loss before."""
+    """The last loss is below the first."""
     losses = optimize_value_with(
         tiny(), steps=15, learning_rate=0.5, weight_decay=0, kl_factor=0, clamp=100.0
     ).losses
@@ -192,7 +192,7 @@ def test_the_optimisation_lowers_the_loss() -> None:
 
 
 def test_padding_does_not_matter() -> None:
-    """A long context beside the others changes nothing for them: with equal rows the loss is the same."""
+    """A long context in the batch does not change the loss of the other rows."""
     model = tiny()
     long = "The Colosseum is located in the city of Rome and so on and so forth"
     alone = [optimize_value_with(model, contexts=[c], steps=1, kl_factor=0).losses[0] for c in ("", long)]
@@ -204,7 +204,7 @@ def test_padding_does_not_matter() -> None:
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    """The optimisation changes no weight, leaves no gradient and no hook behind, also when it is abandoned half-way."""
+    """The optimization changes no weight and leaves no gradient and no hook, also when it is abandoned."""
     model = tiny()
     before = {n: t.clone() for n, t in model.model.state_dict().items()}
     spec = ValueSearchSpec(tokenize_contexts(model, STATEMENT, "Rome", []), RomeParameters(layers=(1,)))
@@ -218,7 +218,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_every_row_knows_its_own_subject() -> None:
-    """In each context the subject's last token is found in the whole text, also after braces and a repeated subject."""
+    """The subject's last token is found in each context, also after braces and a repeated subject."""
     model = tiny()
     contexts = [*CONTEXTS, "Eiffel Tower"]
     tokenized = tokenize_contexts(model, STATEMENT, "Rome", contexts)
@@ -231,7 +231,7 @@ def test_every_row_knows_its_own_subject() -> None:
 
 
 def test_a_start_token_does_not_shift_the_subject() -> None:
-    """With a tokenizer that begins every text with a special token, the same characters are found, once."""
+    """A tokenizer that adds a start token does not shift the subject."""
     plain, bos = tiny("llama"), tiny("llama", bos=True)
     without, with_bos = (
         tokenize_contexts(plain, STATEMENT, "Rome", CONTEXTS),
@@ -244,7 +244,7 @@ def test_a_start_token_does_not_shift_the_subject() -> None:
 
 
 def test_half_a_character_in_a_target_is_no_problem() -> None:
-    """An object whose tokens split a character is used as token ids, never decoded and encoded again."""
+    """An object whose tokens split a character is used as token ids."""
     model = tiny()
     tokenized = tokenize_contexts(model, STATEMENT, "東京", [])
     assert len(tokenized.targets[0]) >= 6
@@ -264,7 +264,7 @@ BATCHED_EDITS = [
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gptj", "llama"])
 def test_batched_optimization_equals_single(model_type: str) -> None:
-    """Edits optimised in one batch end with the delta, and at every step the loss, that each has alone."""
+    """Edits optimized in one batch have the losses and the delta that each has alone."""
     model = tiny(model_type, dtype=torch.float64)
     specs = []
     for subject, prompt, target, changes in BATCHED_EDITS:
@@ -287,7 +287,7 @@ def test_batched_optimization_equals_single(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("layer", [0, 2])
 def test_suffix_batch_equals_full_forward(model_type: str, layer: int) -> None:
-    """The pass from kept keys, values and hidden states gives the logits of a whole pass with the change hooked in."""
+    """The suffix pass gives the logits of a full pass with the change hooked in."""
     model = tiny(model_type, dtype=torch.float64)
     tokenized = tokenize_contexts(model, STATEMENT, "Rome", CONTEXTS)
     texts = tokenized.texts()
@@ -311,7 +311,7 @@ def test_suffix_batch_equals_full_forward(model_type: str, layer: int) -> None:
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("target", ["city", "Rome"])
 def test_last_block_reader_equals_full_block(model_type: str, layer: int, target: str) -> None:
-    """Where the last block runs only where it is read, what is read is what the whole block gives, and so are the gradients."""
+    """The last block reader gives the outputs and gradients of the full block."""
     model = tiny(model_type, dtype=torch.float64)
     tokenized = tokenize_contexts(model, STATEMENT, target, CONTEXTS)
     suffixes, _ = prefill_suffixes(model, tokenized.texts(), DeltaSite(layer))
@@ -336,7 +336,7 @@ def test_last_block_reader_equals_full_block(model_type: str, layer: int, target
 
 
 def test_kl_reference_row_reuses_a_prompt_that_begins_with_the_subject() -> None:
-    """The subject's own next token is read from the bare prompt when that begins with it, and the loss is the same."""
+    """The KL term reads the bare prompt when it begins with the subject, with the same loss."""
     model = tiny(dtype=torch.float64)
     statement = fill_prompt("{} is located in the city of", "Eiffel Tower")
     tokenized = tokenize_contexts(model, statement, "Rome", CONTEXTS)
@@ -350,7 +350,7 @@ def test_kl_reference_row_reuses_a_prompt_that_begins_with_the_subject() -> None
 
 
 def with_separate_subject_row(tokenized: TokenizedContexts) -> TokenizedContexts:
-    """The same texts, where the bare subject is a row of its own."""
+    """Return the same texts with a row of its own for the bare subject."""
 
     class Apart(TokenizedContexts):
         kl_reference_row = tokenized.size
@@ -359,7 +359,7 @@ def with_separate_subject_row(tokenized: TokenizedContexts) -> TokenizedContexts
 
 
 def test_post_mlp_norm_is_detected() -> None:
-    """Where a block normalises what its MLP adds (OPT-350m), the change is made inside the block, and is right too."""
+    """When a block normalizes the MLP's output (OPT-350m), delta is added inside the block."""
     model = tiny("opt", dtype=torch.float64)
     for block in model.blocks:
         block.do_layer_norm_before = False

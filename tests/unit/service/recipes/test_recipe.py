@@ -40,7 +40,7 @@ def test_the_table_is_the_published_one(
     clamp: float,
     kl: float,
 ) -> None:
-    """Value by value, each model has the hyperparameters that its authors published."""
+    """Each published recipe has the hyperparameters of its authors."""
     recipe = published_recipe(*shape)
     assert recipe is not None, name
     p = recipe.rome
@@ -51,7 +51,7 @@ def test_the_table_is_the_published_one(
 
 
 def test_the_table_holds_nothing_else() -> None:
-    """Every recipe is in the published table, for an architecture that we know and a layer that exists."""
+    """The table has only recipes for known architectures and existing layers."""
     assert set(PUBLISHED) == {shape for _, shape, *_ in PUBLISHED_TABLE}
     for (model_type, layers, _), recipe in PUBLISHED.items():
         assert model_type in ARCHITECTURES
@@ -59,12 +59,12 @@ def test_the_table_holds_nothing_else() -> None:
 
 
 def test_an_unknown_shape_has_no_recipe() -> None:
-    """Nothing is guessed for a model that nobody published."""
+    """A model of an unknown shape has no published recipe."""
     assert published_recipe("gpt2", 12, 768) is None
 
 
 def test_user_hparams_override_the_recipe() -> None:
-    """The user's values replace the recipe's, one by one; the rest stays as it was."""
+    """Given hyperparameters replace those of the recipe; the others stay."""
     chosen = resolve_hparams(RECIPE, {"steps": 7, "layers": [0, 1]}, 3)
     assert chosen == RomeParameters(layers=(0, 1), steps=7, clamp=3.0)
     assert resolve_hparams(RECIPE, None, 3) == RECIPE.rome
@@ -89,7 +89,7 @@ def test_user_hparams_override_the_recipe() -> None:
     ],
 )
 def test_an_error_names_what_to_change(asked: dict[str, Any], said: str) -> None:
-    """Each value that cannot be is refused by its name, with what is known or allowed."""
+    """Each invalid hyperparameter is rejected by name with the allowed values."""
     with pytest.raises(InvalidInput, match=said) as error:
         resolve_hparams(RECIPE, asked, 3)
     assert error.value.field == "hparams"
@@ -97,13 +97,13 @@ def test_an_error_names_what_to_change(asked: dict[str, Any], said: str) -> None
 
 @pytest.mark.parametrize("asked", [None, {}, {"steps": 3}])
 def test_without_a_recipe_the_layers_must_be_named(asked: dict[str, Any] | None) -> None:
-    """A model that nobody tuned has no layer of its own: the answer says how to name one."""
+    """Without a recipe the error says how to name layers."""
     with pytest.raises(InvalidInput, match=r'"layers": \[5\].*recipe\.json'):
         resolve_hparams(None, asked, 3)
 
 
 def test_closed_form_methods_share_the_strength_schedule() -> None:
-    """Strengths, margin and the leads at which edits are strong enough come from the recipe together."""
+    """Strengths, margin and required margins of the recipe apply to all closed-form methods."""
     schedule_hparams = {"strengths": (0.5, 1.0), "margin": 0.5, "required_margins": ((0.1, 2.0), (0.2, 0.5))}
     recipe = Recipe(source="test", rome=RomeParameters(layers=(1,), **schedule_hparams))  # type: ignore[arg-type]
     for method in ("rome", "r-rome", "memit", "emmet", "alphaedit"):
@@ -124,7 +124,7 @@ def test_closed_form_methods_share_the_strength_schedule() -> None:
 def test_required_margin_falls_as_a_layer_fills(
     active: int, strengths: tuple[float, ...], lead: float
 ) -> None:
-    """An edit climbs from the weakest strength once there are many, to a lead on the line through the recipe's pairs."""
+    """The required margin is interpolated between the recipe's pairs."""
     parameters = RomeParameters(layers=(0,), margin=0.5, required_margins=((0.1, 2.0), (0.2, 0.5)))
     schedule = strength_schedule(parameters, (0.5, 1.0, 2.0), active, 100)
     assert (schedule.strengths, schedule.partial_strength_margin) == (strengths, pytest.approx(lead))
@@ -135,7 +135,7 @@ def test_required_margin_falls_as_a_layer_fills(
 
 
 def test_single_pair_does_not_cap_strength() -> None:
-    """Past the only pair of a recipe edits are raised as at it; strengths that all lie beyond full strength are tried all the same."""
+    """Above the only pair of a recipe strengths are not capped."""
     parameters = RomeParameters(layers=(0,), required_margins=((0.1, 2.0),))
     assert strength_schedule(parameters, (0.5, 1.0, 2.0), 90, 100).strengths == (0.5, 1.0, 2.0)
     short = parameters.model_copy(update={"required_margins": ((0.1, 2.0), (0.2, 0.5))})
@@ -143,7 +143,7 @@ def test_single_pair_does_not_cap_strength() -> None:
 
 
 def test_without_required_margins_the_margin_applies() -> None:
-    """A recipe that says nothing of many edits tries its strengths in turn, whatever is active; a lead below the margin is none."""
+    """Without pairs `margin` applies for any number of active edits."""
     plain = RomeParameters(layers=(0,), margin=0.25)
     assert strength_schedule(plain, (0.5, 1.0), 10**6, 100).required_margin(0.5) == 0.25
     assert (
@@ -158,13 +158,13 @@ def test_without_required_margins_the_margin_applies() -> None:
     "required_margins", [((0.2, 1.0), (0.1, 2.0)), ((0.1, 1.0), (0.1, 2.0)), ((-0.1, 1.0),)]
 )
 def test_required_margins_must_increase(required_margins: tuple[tuple[float, float], ...]) -> None:
-    """Pairs of fullness and lead rise in fullness, which is no less than nothing."""
+    """The first numbers of the pairs increase and are not negative."""
     with pytest.raises(ValidationError):
         RomeParameters(layers=(0,), required_margins=required_margins)
 
 
 def test_a_recipe_file_is_read_strictly() -> None:
-    """A recipe.json comes back as it was written; a slip in it is named and nothing is ignored."""
+    """A recipe.json is parsed strictly, and an error names the field."""
     assert parse_recipe(RECIPE.model_dump_json()) == RECIPE
     with pytest.raises(Misconfigured, match=r"recipe\.json.*[\s\S]*colour"):
         parse_recipe('{"source": "x", "rome": {"layers": [1], "colour": 1}}')
