@@ -111,7 +111,7 @@ def known_options(words: list[str]) -> set[str]:
 @pytest.mark.parametrize("page", doc_pages())
 def test_commands_exist(page: str) -> None:
     """Every `palimpsest` and `make` command in the documentation exists and accepts its options."""
-    targets = set(re.findall(r"^([\w-]+):", read_page("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^(?:# make )?([\w-]+)(?=:| )", read_page("Makefile"), re.MULTILINE))
     for command in shell_commands(page):
         words = shlex.split(command, comments=True)
         if words[:1] == ["palimpsest"] and len(words) > 1 and not words[1].startswith("-"):
