@@ -1,4 +1,4 @@
-"""Edits that wait in a running service: taken one after another, and side by side. Run by bench/edits.py --together."""
+"""Queued edits of a running service, one after another and in batches. Run by bench/edits.py --batch-size."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from service.datasets.record import Record
 from service.engine.engine import EngineConfig
 from service.settings import SHIPPED_MODEL
 
-CHUNK = 16  # edits asked for at once while a ledger is filled
+CHUNK = 16  # edits submitted at once while a ledger is filled
 
 
 def bench_batched_edits(count: int, active_count: int, rounds: int, report: Report) -> None:
-    """So many waiting edits, one after another and side by side, with so many others active."""
+    """Time `count` queued edits, one after another and as one batch, with `active_count` other edits active."""
     cases = read_records(SHIPPED_MODEL / "facts.jsonl", seed=1)
     others, batch_cases = cases[:active_count], cases[active_count : active_count + count]
     configs = {
         "one after another": EngineConfig(max_edits_per_group=1),
-        "together": EngineConfig(max_edits_per_group=count),
+        "batched": EngineConfig(max_edits_per_group=count),
     }
     statuses: dict[str, list[str]] = {name: [] for name in configs}
     applied_edits: dict[str, list[str]] = {name: [] for name in configs}
@@ -47,20 +47,20 @@ def bench_batched_edits(count: int, active_count: int, rounds: int, report: Repo
         seconds = time_interleaved(
             {name: partial(ask, name) for name in bench_services}, rounds, prepare=clear
         )
-    slow, fast = seconds["one after another"], seconds["together"]
+    slow, fast = seconds["one after another"], seconds["batched"]
     rows = [
         [name, s, s.scaled(1 / count), f"{statuses[name].count('applied')} of {len(statuses[name])}"]
         for name, s in seconds.items()
     ]
-    columns = ("way", "seconds", "seconds an edit", "applied")
-    report.add_table(f"{count} waiting edits, {active_count} others active", columns, rows)
+    columns = ("method", "seconds", "seconds an edit", "applied")
+    report.add_table(f"{count} queued edits, {active_count} others active", columns, rows)
     report.add_note(
-        f"{count} edits together take 1 / {slow.ratio_to(fast):.3g} of the time, with {active_count} others active."
+        f"{count} edits as one batch take 1 / {slow.ratio_to(fast):.3g} of the time, with {active_count} others active."
     )
 
 
 def _revert_and_wait(bench_service: BenchService, edits: Sequence[str]) -> None:
-    """Take edits back, and wait until the engine serves what is left."""
+    """Revert edits, and wait until the engine serves the new head."""
     for edit in edits:
         bench_service.container.services.edits.revert(edit, "bench")
     while (
@@ -74,7 +74,7 @@ def _revert_and_wait(bench_service: BenchService, edits: Sequence[str]) -> None:
 def _service_with_edits(
     config: EngineConfig, others: Sequence[Record], device: str
 ) -> Iterator[BenchService]:
-    """A running service of its own, with these edits active."""
+    """Start a service with these edits active."""
     with (
         tempfile.TemporaryDirectory() as folder,
         BenchService(Path(folder), build_model("shipped", device), config) as bench_service,

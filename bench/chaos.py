@@ -1,11 +1,11 @@
-"""Kill, freeze, cut and empty everything, at random and under load, and see that every promise holds.
+"""Inject faults into a deployment under load, and check that every guarantee holds.
 
     python bench/chaos.py --faults 200 --seed 7 --workers 3
-    python bench/chaos.py --seed 7 --plan          what such a run will do
+    python bench/chaos.py --seed 7 --plan          print the faults and the load of such a run
 
-PostgreSQL, Redis, API processes and workers are its own, on loopback. Faults and load are a function of the seed: a
-failing run is replayed with it, as far as the machine's own timing allows. The exit code is 1 when a check fails; the
-logs of all processes are kept then.
+The bench starts its own PostgreSQL, Redis, API processes and workers on loopback. Faults and load are a function of the
+seed, so a failing run can be repeated up to timing. The exit code is 1 when a check fails; the logs of all processes
+are then kept.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from bench.fault_injector import FaultInjector, InjectedFault
 from service.settings import SHIPPED_MODEL
 
 FACTS_PATH = SHIPPED_MODEL / "facts.jsonl"
-SETTLE_TIMEOUT = 300.0  #: seconds within which everything that was accepted ends
-MAX_ATTEMPTS = 50  #: of a job: with so many kills three would give honest jobs up
-MAX_SHOWN_VIOLATIONS = 5  #: violations of one check that are shown
+SETTLE_TIMEOUT = 300.0  #: seconds within which every accepted job must end
+MAX_ATTEMPTS = 50  #: of a job; the default of 3 would be exhausted by the injected kills
+MAX_SHOWN_VIOLATIONS = 5  #: violations printed per check
 
 console = Console(stderr=True)
 
 
 @dataclass
 class ChaosRun:
-    """What happened, and what is to be said of it."""
+    """Log, faults, final state and check results of one run."""
 
     seed: int
     log: ClientLog
@@ -65,7 +65,7 @@ class ChaosRun:
 
 
 def run_chaos(args: argparse.Namespace, logs: Path) -> ChaosRun:
-    """Start everything, let it be disturbed, heal it, and look at what is left."""
+    """Start a deployment, inject the planned faults under load, heal it, and check the final state."""
     pool, log, stop = build_fact_pool(FACTS_PATH, args.seed), ClientLog(), threading.Event()
     flags = ["--max-attempts", str(MAX_ATTEMPTS)]
     began = time.monotonic()
@@ -86,7 +86,7 @@ def run_chaos(args: argparse.Namespace, logs: Path) -> ChaosRun:
         injector.heal()
         _wait_for_answer(log, injector)
         stop.set()
-        _show_status(bar, "waiting for quiet", None)
+        _show_status(bar, "waiting for jobs", None)
         for client in chaos_clients:
             client.join()
         deployment.wait_until_ready()
@@ -102,7 +102,7 @@ def planned_faults(args: argparse.Namespace) -> list[Fault]:
 
 
 def inject_faults(injector: FaultInjector, plan: Sequence[Fault], seconds: float, bar: Progress) -> None:
-    """Fault after fault, until they are done or the time is up. Without any, the load runs for that time alone."""
+    """Inject each planned fault, until `seconds` have passed. With an empty plan, only wait for `seconds`."""
     task = bar.add_task("faults", total=len(plan))
     deadline = time.monotonic() + seconds
     for fault in plan:
@@ -118,16 +118,16 @@ def inject_faults(injector: FaultInjector, plan: Sequence[Fault], seconds: float
 
 
 def _wait_for_answer(log: ClientLog, injector: FaultInjector) -> None:
-    """The load goes on until something that was asked after the last fault is answered."""
+    """Wait until a request that was sent after the last fault is answered."""
     last = injector.injected_faults[-1:]
-    with suppress(TimeoutError):  # a report without it says so
+    with suppress(TimeoutError):  # the report then shows inf
         wait_until(
             lambda: max(recovery_times(log, last), default=0.0) < math.inf, "an answer", SETTLE_TIMEOUT
         )
 
 
 def _wait_for_jobs(deployment: SupervisedDeployment, log: ClientLog) -> None:
-    """Until no job is open. Those that never end are found by the check."""
+    """Wait until no job is queued or running; after a timeout the checks report the open jobs."""
 
     def quiet() -> bool:
         return not any(
@@ -143,7 +143,7 @@ def _wait_for_jobs(deployment: SupervisedDeployment, log: ClientLog) -> None:
 
 
 def collect_final_state(deployment: SupervisedDeployment, log: ClientLog, bar: Progress) -> FinalState:
-    """Read everything that the checks compare, and ask every question again, one at a time."""
+    """Read the state that the checks compare, and repeat every generation sequentially."""
     reference = collect_reference_texts(deployment, log.generations, bar)
     return FinalState(
         edits=deployment.list_all("/edits"),
@@ -160,9 +160,9 @@ def collect_final_state(deployment: SupervisedDeployment, log: ClientLog, bar: P
 def collect_reference_texts(
     deployment: SupervisedDeployment, records: Iterable[GenerationRecord], bar: Progress
 ) -> dict[str, list[str]]:
-    """What the service says when nothing disturbs it, to every question that was answered, at the version of the answer."""
+    """Return the texts of every recorded request, generated again at its version without load."""
     requests = {reference_key(a.request, a.version): (a.request, a.version) for a in records}
-    task = bar.add_task("asking again", total=len(requests))
+    task = bar.add_task("repeating requests", total=len(requests))
     texts = {}
     with httpx.Client(base_url=deployment.addresses[0], timeout=60) as client:
         for key, (request, version) in requests.items():
@@ -188,9 +188,9 @@ def print_run(run: ChaosRun) -> None:
 
 
 def fault_table(run: ChaosRun) -> Table:
-    """Faults by kind, and how long after them the next question was answered that was asked after them."""
+    """Return a table of faults by kind, with the recovery time after each."""
     times = recovery_times(run.log, run.injected_faults)
-    table = _table("faults", "kind", "count", "next answer after s: median", "longest")
+    table = _table("faults", "kind", "count", "recovery s: median", "longest")
     by_kind = defaultdict(list)
     for injected, seconds in zip(run.injected_faults, times, strict=True):
         by_kind[injected.fault.kind].append(seconds)
@@ -202,7 +202,7 @@ def fault_table(run: ChaosRun) -> Table:
 
 
 def recovery_times(log: ClientLog, injected: Sequence[InjectedFault]) -> list[float]:
-    """For each fault the seconds until a question was answered that was asked after it."""
+    """Return, for each fault, the seconds until a request that began after it was answered; inf when none was."""
     answers = [a for a in log.attempts if a.action == "generate" and a.outcome == "200"]
     return [
         min((a.ended - fault.started_at for a in answers if a.began >= fault.started_at), default=math.inf)
@@ -211,8 +211,8 @@ def recovery_times(log: ClientLog, injected: Sequence[InjectedFault]) -> list[fl
 
 
 def load_table(run: ChaosRun) -> Table:
-    """What was asked, what became of it on the wire, and how the jobs ended."""
-    table = _table("load", "what", "requests", "answered", "503", "429", "broken or silent", "came to")
+    """Return a table of requests, their outcomes, and the final statuses of jobs."""
+    table = _table("load", "action", "requests", "200", "503", "429", "broken or timed out", "result")
     by_action: dict[str, Counter[str]] = defaultdict(Counter)
     for attempt in run.log.attempts:
         by_action[attempt.action][attempt.outcome] += 1
@@ -232,7 +232,8 @@ def _status_summary(jobs: Sequence[Resource]) -> str:
     counts = Counter(job["status"] for job in jobs)
     takeovers = sum(job["attempts"] > 1 for job in jobs)
     return (
-        ", ".join(f"{count} {status}" for status, count in counts.most_common()) + f"; {takeovers} taken over"
+        ", ".join(f"{count} {status}" for status, count in counts.most_common())
+        + f"; {takeovers} with several attempts"
     )
 
 
@@ -240,11 +241,11 @@ def _stream_summary(log: ClientLog) -> str:
     streams = [a for a in log.generations if a.tokens is not None]
     incomplete = sum(not a.complete for a in streams)
     restarted = sum(a.resets > 0 for a in streams)
-    return f"{len(streams)} streams, {restarted} restarted, {incomplete} broken off"
+    return f"{len(streams)} streams, {restarted} reset, {incomplete} incomplete"
 
 
 def check_table(run: ChaosRun) -> Table:
-    table = _table("checks", "check", "looked at", "wrong", "")
+    table = _table("checks", "check", "checked", "violations", "")
     for check in run.checks:
         word = "[green]passed[/]" if check.passed else "[red]FAILED[/]"
         table.add_row(check.name, str(check.checked_count), str(len(check.violations)), word)
@@ -259,7 +260,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def build_report(run: ChaosRun) -> dict[str, Any]:
-    """Everything that a later reader may want, as JSON."""
+    """Return the run as JSON."""
     times = recovery_times(run.log, run.injected_faults)
     return {
         "seed": run.seed,
@@ -296,7 +297,7 @@ def _progress_bar() -> Progress:
 
 
 def _show_status(bar: Progress, message: str, total: int | None) -> None:
-    """The one line of the bar that is not a count."""
+    """Replace the tasks of the bar by one line of text."""
     for task in bar.task_ids:
         bar.remove_task(task)
     bar.add_task(message, total=total)
@@ -308,11 +309,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--workers", type=int, default=3)
     p.add_argument("--apis", type=int, default=2)
-    p.add_argument("--lease", type=float, default=3.0, help="seconds")
+    p.add_argument("--lease", type=float, default=3.0, help="seconds of `worker_timeout`")
     p.add_argument("--pause", type=float, default=5.0, help="mean seconds between two faults")
-    p.add_argument("--minutes", type=float, default=30.0, help="no fault begins after that")
-    p.add_argument("--plan", action="store_true", help="print what the run would do")
-    p.add_argument("--json", type=Path, metavar="FILE", help="keep the report")
+    p.add_argument("--minutes", type=float, default=30.0, help="inject no fault after this time")
+    p.add_argument("--plan", action="store_true", help="print the plan and exit")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE")
     return p
 
 
@@ -322,19 +323,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_plan(args, build_fact_pool(FACTS_PATH, args.seed))
         return 0
     logs = Path(tempfile.mkdtemp(prefix="chaos"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whoever ends us leaves no processes behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run the cleanup of the context managers
     result = None
     try:
         result = run_chaos(args, logs)
     finally:
         if result is None or not result.passed:
-            console.print(f"logs of all processes: {logs}")
+            console.print(f"Logs of all processes: {logs}")
         else:
             shutil.rmtree(logs)
     print_run(result)
     words = f"--faults {args.faults} --seed {args.seed} --workers {args.workers} --apis {args.apis}"
     again = f"python bench/chaos.py {words} --lease {args.lease} --pause {args.pause}"
-    console.print(f"{result.seconds / 60:.1f} minutes; the same again: {again}", soft_wrap=True)
+    console.print(f"{result.seconds / 60:.1f} minutes. To repeat the run: {again}", soft_wrap=True)
     if args.json:
         args.json.write_text(json.dumps(build_report(result), indent=1, ensure_ascii=False), encoding="utf-8")
     return 0 if result.passed else 1

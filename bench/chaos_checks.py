@@ -1,7 +1,7 @@
-"""The checks of the chaos bench: pure functions from what was told and what there is to what is wrong.
+"""The checks of the chaos bench: pure functions from the client log and the final state to violations.
 
-The ledger is what they compare with. Its text form is enough: each edit of a run has an object of its own, so an answer
-shows which edits were active when it was made.
+The checks compare both with the ledger entries. Each edit of a run has a different object, so a generated text shows
+which edits were active in its version.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from bench.chaos_plan import PROMPT, FactPool
 from bench.client_log import ClientLog, GenerationRecord, Resource
 
 PENDING_STATUSES = ("queued", "running")
-#: error codes of jobs that may fail: their workers were killed too often
+#: error codes that a failed job may have: its workers were killed too often
 ALLOWED_FAILURES = ("attempts_exhausted",)
-#: what a client may meet while things die; everything else is a defect
+#: outcomes that a client may observe during faults; every other outcome is a defect
 EXPECTED_OUTCOMES = {"200", "202", "429", "503", "silence", "connection broken", "the stream ended early"}
 EXPECTED_OUTCOMES |= {"error: unavailable"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """A promise, how many things were looked at, and those that break it."""
+    """A guarantee, the number of items checked, and the violations."""
 
     name: str
     checked_count: int
@@ -37,17 +37,17 @@ class Check:
 
 @dataclass
 class FinalState:
-    """What there is when everything is healed and quiet."""
+    """State of the service after all faults are healed and all jobs have ended."""
 
     edits: list[Resource]
     traces: list[Resource]
     ledger: list[Resource]
     verification: Resource
     model: Resource
-    expected_workers: int  #: how many should be there
-    queue_leftovers: list[str] = field(default_factory=list)  #: what waits or is owned in the queue
-    unexpected_exits: list[str] = field(default_factory=list)  #: processes that ended and were not killed
-    #: (question, version) -> what a quiet worker says
+    expected_workers: int  #: expected number of serving workers
+    queue_leftovers: list[str] = field(default_factory=list)  #: entries and leases left in the queue
+    unexpected_exits: list[str] = field(default_factory=list)  #: processes that exited without being killed
+    #: reference_key(request, version) -> texts generated without load
     reference_texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
@@ -56,7 +56,7 @@ def reference_key(request: Resource, version: int) -> str:
 
 
 def run_checks(log: ClientLog, state: FinalState, pool: FactPool) -> list[Check]:
-    """Every check, in the order of the design's promises."""
+    """Return the result of every check."""
     ledger_view = LedgerView(state.ledger)
     return [
         check_all_jobs_ended(log, state),
@@ -78,11 +78,11 @@ def run_checks(log: ClientLog, state: FinalState, pool: FactPool) -> list[Check]
     ]
 
 
-# the ledger, read without the service's own code
+# the ledger, evaluated independently of the service's code
 
 
 class LedgerView:
-    """Who is active at which version, told from the entries alone."""
+    """The active edits of each version, computed from the ledger entries alone."""
 
     def __init__(self, entries: Sequence[Resource]) -> None:
         self.entries = entries
@@ -94,7 +94,7 @@ class LedgerView:
                 self._by_subject[entry["body"]["subject"]].append(entry)
 
     def active_object(self, subject: str, version: int) -> str | None:
-        """What the newest edit of this subject says that is applied and not reverted; None: the base model speaks."""
+        """Return the object of the newest active edit of a subject at a version; None when none is active."""
         target = None
         for entry in self._by_subject[subject]:
             reverted_at = self.reverted_versions.get(entry["edit_id"])
@@ -107,39 +107,39 @@ class LedgerView:
 
 
 def check_all_jobs_ended(log: ClientLog, state: FinalState) -> Check:
-    """Every job that was accepted, and every other that there is, has ended."""
+    """No job is queued or running."""
     jobs = {job["id"]: job["status"] for job in (*state.edits, *state.traces)}
     violations = [f"{job} is {status}" for job, status in jobs.items() if status in PENDING_STATUSES]
-    return Check("every job has ended", len(jobs), violations)
+    return Check("all jobs have ended", len(jobs), violations)
 
 
 def check_failed_jobs(state: FinalState) -> Check:
-    """No job failed, but for those whose workers were killed too often."""
+    """Failed jobs have only the allowed error codes."""
     failed = [job for job in (*state.edits, *state.traces) if job["status"] == "failed"]
     violations = [
         f"{job['id']}: {job['error']}"
         for job in failed
         if (job["error"] or {}).get("code") not in ALLOWED_FAILURES
     ]
-    return Check(f"none failed but for: {', '.join(ALLOWED_FAILURES)}", len(failed), violations)
+    return Check(f"failed jobs have only these codes: {', '.join(ALLOWED_FAILURES)}", len(failed), violations)
 
 
 def check_accepted_jobs(log: ClientLog, state: FinalState) -> Check:
-    """A key made one job, which is there; a job that no answered key made came of one that was not answered."""
+    """Each idempotency key created one job, and it exists. Other jobs come from requests without a response."""
     existing_ids = {job["id"] for job in (*state.edits, *state.traces)}
-    violations = [f"{key} made {sorted(ids)}" for key, ids in log.ids_by_key.items() if len(ids) != 1]
+    violations = [f"{key} created {sorted(ids)}" for key, ids in log.ids_by_key.items() if len(ids) != 1]
     accepted_ids = set().union(*log.ids_by_key.values())
-    violations += [f"{job} was accepted and is lost" for job in sorted(accepted_ids - existing_ids)]
+    violations += [f"{job} was accepted and does not exist" for job in sorted(accepted_ids - existing_ids)]
     unaccounted_jobs = len(existing_ids - accepted_ids) - sum(
         " edit" in w or " trace" in w for w in log.abandoned
     )
     if unaccounted_jobs > 0:
         violations.append(f"{unaccounted_jobs} more jobs than keys")
-    return Check("a key is a job, and none is lost", len(log.ids_by_key), violations)
+    return Check("each idempotency key has one job", len(log.ids_by_key), violations)
 
 
 def check_applied_once(state: FinalState, ledger_view: LedgerView) -> Check:
-    """No edit is applied twice, and no object by two edits."""
+    """No edit has two ledger entries of a kind, and no object is applied by two edits."""
     kinds = Counter((entry["edit_id"], entry["kind"]) for entry in state.ledger)
     violations = [f"{edit}: {count} entries {kind}" for (edit, kind), count in kinds.items() if count > 1]
     applied_targets = Counter(e["body"]["target_new"] for e in state.ledger if e["kind"] == "apply")
@@ -148,15 +148,15 @@ def check_applied_once(state: FinalState, ledger_view: LedgerView) -> Check:
     ]
     requested_targets = Counter(edit["target_new"] for edit in state.edits)
     violations += [
-        f"{target!r} is asked for by {count} edits"
+        f"{target!r} is requested by {count} edits"
         for target, count in requested_targets.items()
         if count > 1
     ]
-    return Check("no edit is in the ledger twice", len(ledger_view.entries), violations)
+    return Check("no edit is applied twice", len(ledger_view.entries), violations)
 
 
 def check_reports_match_ledger(log: ClientLog, state: FinalState, ledger_view: LedgerView) -> Check:
-    """What clients were told, and what the rows say now, is what the ledger says."""
+    """Reported and current statuses and versions of edits agree with the ledger."""
     violations = []
     for report in log.reported_statuses:
         if report.id.startswith("edit"):
@@ -169,7 +169,7 @@ def check_reports_match_ledger(log: ClientLog, state: FinalState, ledger_view: L
         )
     violations += _changed_final_statuses(log, state)
     return Check(
-        "what was told is in the ledger",
+        "reports agree with the ledger",
         len(log.reported_statuses) + len(state.edits),
         sorted(set(violations)),
     )
@@ -179,19 +179,19 @@ def _ledger_mismatches(
     ledger_view: LedgerView, edit: str, status: str, version: int | None, reverted: int | None
 ) -> Iterator[str]:
     if version is not None and ledger_view.applied_versions.get(edit) != version:
-        yield f"{edit} was told to be applied at {version}, the ledger says {ledger_view.applied_versions.get(edit)}"
+        yield f"{edit} was reported applied at {version}, the ledger has {ledger_view.applied_versions.get(edit)}"
     if reverted is not None and ledger_view.reverted_versions.get(edit) != reverted:
-        yield f"{edit} was told to be reverted at {reverted}, the ledger says {ledger_view.reverted_versions.get(edit)}"
+        yield f"{edit} was reported reverted at {reverted}, the ledger has {ledger_view.reverted_versions.get(edit)}"
     if status in ("applied", "superseded", "reverted") and version is None:
-        yield f"{edit} was told to be {status} at no version"
+        yield f"{edit} was reported {status} without a version"
     if status == "reverted" and reverted is None:
-        yield f"{edit} was told to be reverted at no version"
+        yield f"{edit} was reported reverted without a version"
     if status in ("rejected", "failed", "cancelled") and edit in ledger_view.applied_versions:
-        yield f"{edit} was told to be {status} and is in the ledger"
+        yield f"{edit} was reported {status} and is in the ledger"
 
 
 def _changed_final_statuses(log: ClientLog, state: FinalState) -> Iterator[str]:
-    """An end is an end: only what was applied may be called otherwise later."""
+    """Yield jobs whose final status changed, other than from applied to superseded or reverted."""
     current_statuses = {job["id"]: job["status"] for job in (*state.edits, *state.traces)}
     applied_statuses = ("applied", "superseded", "reverted")
     for report in log.reported_statuses:
@@ -200,32 +200,32 @@ def _changed_final_statuses(log: ClientLog, state: FinalState) -> Iterator[str]:
         if current_statuses[report.id] != report.status and not (
             current_statuses[report.id] in applied_statuses and report.status in applied_statuses
         ):
-            yield f"{report.id} was told to be {report.status} and is {current_statuses[report.id]}"
+            yield f"{report.id} was reported {report.status} and is {current_statuses[report.id]}"
 
 
-# answers
+# generated texts
 
 
 def check_texts_reproducible(log: ClientLog, state: FinalState) -> Check:
-    """A quiet worker gives the same text for the same question and version, to the last letter."""
+    """A request repeated without load at the same version gives the same text."""
     violations = []
     for record in log.generations:
         expected = state.reference_texts.get(reference_key(record.request, record.version))
         if expected is None:
-            violations.append(f"{_describe(record)}: nobody asked again")
+            violations.append(f"{_describe(record)}: no reference text")
         elif record.complete and list(record.texts) != list(expected):
             violations.append(
-                f"{_describe(record)}: said {record.texts}, a quiet worker says {list(expected)}"
+                f"{_describe(record)}: generated {record.texts}, the reference is {list(expected)}"
             )
         elif not record.complete:
             parts = _joined_tokens(record, len(expected))
             if not all(whole.startswith(part) for part, whole in zip(parts, expected, strict=True)):
-                violations.append(f"{_describe(record)}: began {parts}, a quiet worker says {list(expected)}")
-    return Check("every text is that of a quiet worker at its version", len(log.generations), violations)
+                violations.append(f"{_describe(record)}: streamed {parts}, the reference is {list(expected)}")
+    return Check("texts are reproducible at their version", len(log.generations), violations)
 
 
 def check_texts_match_ledger(log: ClientLog, ledger_view: LedgerView, pool: FactPool) -> Check:
-    """A greedy answer begins with the object that is active at its version, and no answer with another edit's."""
+    """A greedy text begins with the object that is active at its version, and with no other edit's object."""
     violations, checked_count = [], 0
     subject_of = {PROMPT.replace("{}", subject): subject for subject in pool.subjects}
     objects = {e["body"]["target_new"] for e in ledger_view.entries if e["kind"] == "apply"}
@@ -238,43 +238,43 @@ def check_texts_match_ledger(log: ClientLog, ledger_view: LedgerView, pool: Fact
             begins = next((o for o in objects if text.startswith(f" {o}")), None)
             if begins != expected:
                 violations.append(
-                    f"{_describe(record)}: {prompt!r} gave {text!r}, the ledger has {expected or 'the base'}"
+                    f"{_describe(record)}: {prompt!r} gave {text!r}, the ledger has {expected or 'no edit'}"
                 )
-    return Check("every text begins with the object of its version", checked_count, violations)
+    return Check("texts begin with the object of their version", checked_count, violations)
 
 
 def check_single_version(log: ClientLog) -> Check:
-    """All of one answer is of one version, and of the one that was asked for."""
+    """All tokens of a generation have one version: the requested one, when one was requested."""
     violations = []
     for record in log.generations:
         versions = {record.version, *(token.version for token in record.tokens or ())}
         if len(versions) > 1:
             violations.append(f"{_describe(record)}: tokens of versions {sorted(versions)}")
         if record.pinned_version is not None and record.version != record.pinned_version:
-            violations.append(f"{_describe(record)}: version {record.pinned_version} was asked for")
-    return Check("no answer mixes versions or is of another", len(log.generations), violations)
+            violations.append(f"{_describe(record)}: version {record.pinned_version} was requested")
+    return Check("a generation has one version", len(log.generations), violations)
 
 
 def check_min_version(log: ClientLog) -> Check:
-    """Whoever has seen a version is answered from it or from a newer one."""
+    """The version of a generation is at least the requested `min_version`."""
     with_min_version = [answer for answer in log.generations if answer.min_version is not None]
     violations = [
         f"{_describe(a)}: min_version was {a.min_version}"
         for a in with_min_version
         if a.version < (a.min_version or 0)
     ]
-    return Check("min_version holds", len(with_min_version), violations)
+    return Check("min_version is respected", len(with_min_version), violations)
 
 
 def check_stream_text(log: ClientLog) -> Check:
-    """The pieces of a stream since its last restart are its text."""
+    """The tokens of a stream since its last reset form its text."""
     streams = [answer for answer in log.generations if answer.complete and answer.tokens is not None]
     violations = [
         f"{_describe(answer)}: streamed {_joined_tokens(answer, len(answer.texts))}, ended with {list(answer.texts)}"
         for answer in streams
         if _joined_tokens(answer, len(answer.texts)) != list(answer.texts)
     ]
-    return Check("a stream's pieces are its text", len(streams), violations)
+    return Check("streamed tokens form the text", len(streams), violations)
 
 
 def _joined_tokens(record: GenerationRecord, rows: int) -> list[str]:
@@ -288,55 +288,53 @@ def _describe(record: GenerationRecord) -> str:
     return f"{record.client} at version {record.version}"
 
 
-# the doors
+# HTTP
 
 
 def check_outcomes(log: ClientLog) -> Check:
-    """Nothing but what a client may meet while things die: no 500, no refusal of what is right."""
+    """Every outcome is expected during faults: no 500, and no rejection of a valid request."""
     odd = Counter((a.action, a.outcome) for a in log.attempts if a.outcome not in EXPECTED_OUTCOMES)
     violations = [f"{action}: {outcome} ({count} times)" for (action, outcome), count in odd.items()]
-    return Check("no answer but 2xx, 429 and 503", len(log.attempts), violations)
+    return Check("responses are 2xx, 429 or 503", len(log.attempts), violations)
 
 
 def check_nothing_abandoned(log: ClientLog) -> Check:
-    """Whoever asks again is answered in the end, and no client met what it could not understand."""
-    return Check("whoever asks again is answered", len(log.ids_by_key), log.abandoned + log.anomalies)
+    """Every retried request succeeds in the end, and no client raised an unexpected exception."""
+    return Check("retried requests succeed", len(log.ids_by_key), log.abandoned + log.anomalies)
 
 
-# the house
+# the service
 
 
 def check_ledger_verifies(state: FinalState) -> Check:
-    """`/ledger/verify` finds nothing."""
+    """`GET /ledger/verify` reports no finding."""
     violations = [json.dumps(finding) for finding in state.verification["findings"]]
     if not state.verification["ok"] and not violations:
-        violations = ["not ok, and no finding says why"]
+        violations = ["not ok without a finding"]
     return Check("the ledger verifies", len(state.ledger), violations)
 
 
 def check_one_digest(state: FinalState) -> Check:
-    """Every worker is there, stands at head, and all have the same bytes."""
+    """Every worker serves head, and all have the same digest."""
     head, serving = state.model["head"], state.model["workers"]
     serving = [worker for worker in serving if worker.get("state", "serving") == "serving"]
-    violations = [
-        f"{w['id']} stands at {w['version']}, head is {head}" for w in serving if w["version"] != head
-    ]
+    violations = [f"{w['id']} serves {w['version']}, head is {head}" for w in serving if w["version"] != head]
     if len(serving) != state.expected_workers:
-        violations.append(f"{len(serving)} workers of {state.expected_workers} are there")
+        violations.append(f"{len(serving)} of {state.expected_workers} workers serve")
     digests = {worker["digest"] for worker in serving}
     if len(digests) != 1 or None in digests:
         violations.append(f"digests at head: {sorted(map(str, digests))}")
-    return Check("all replicas have one digest at head", len(serving), violations)
+    return Check("workers have one digest at head", len(serving), violations)
 
 
 def check_queue_empty(state: FinalState) -> Check:
-    """Nothing waits in the queue and nothing in it is owned."""
-    return Check("nothing is left in the queue", 1, list(state.queue_leftovers))
+    """The queue has no entries and no leases."""
+    return Check("the queue is empty", 1, list(state.queue_leftovers))
 
 
 def check_no_unexpected_exits(state: FinalState) -> Check:
-    """No process ended that was not killed."""
-    return Check("no process ended by itself", 1, list(state.unexpected_exits))
+    """No process exited without being killed."""
+    return Check("no process exited unexpectedly", 1, list(state.unexpected_exits))
 
 
 def all_passed(checks: Iterable[Check]) -> bool:

@@ -1,7 +1,7 @@
-"""The clients of the chaos bench: threads that go through their wishes and ask again when they are not answered.
+"""The clients of the chaos bench: threads that carry out actions and retry requests that get no response.
 
-A client asks again after a broken connection, a silence, a 429 or a 503, with the same Idempotency-Key; every other
-answer is final. So it does what `docs/api.md` tells a client to do, and nothing that a client could not do.
+A client retries after a broken connection, a timeout, a 429 or a 503, with the same Idempotency-Key. Every other
+response is final. This is the behaviour that `docs/api.md` asks of clients.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from bench.chaos_plan import ClientAction
 from bench.client_log import ClientLog, GenerationRecord, Resource, TokenEvent
 
 RETRY_STATUSES = {429, 503}
-RETRY_TIMEOUT = 180.0  # seconds after which a wish that nobody grants is given up, which is a failure
-READ_TIMEOUT = 20.0  # seconds without a byte after which a connection is taken for dead
-RETRY_PAUSE = 0.3  # seconds before asking again
+RETRY_TIMEOUT = 180.0  # seconds of retries after which an action is abandoned, which fails a check
+READ_TIMEOUT = 20.0  # seconds without a byte after which a connection counts as broken
+RETRY_PAUSE = 0.3  # seconds before a retry
 PREFER_WAIT_SECONDS = 5  # seconds of `Prefer: wait`
 
 
 class RetryableError(Exception):
-    """Not answered this time: ask again."""
+    """The request may be retried."""
 
 
 class ChaosClient(threading.Thread):
-    """One of them. It ends when `stop` is set and its present wish is granted."""
+    """A client thread. It ends when `stop` is set and its current action has ended."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ChaosClient(threading.Thread):
         self.log, self.retry_timeout = log, retry_timeout
         self._actions, self._stop_requested = actions, stop
         self._key_numbers = itertools.count()
-        first = sum(map(ord, name)) % len(addresses)  # clients begin at different doors
+        first = sum(map(ord, name)) % len(addresses)  # clients start with different APIs
         self._urls = itertools.cycle([*addresses[first:], *addresses[:first]])
         self._http = httpx.Client(base_url=next(self._urls), timeout=httpx.Timeout(READ_TIMEOUT, connect=3.0))
 
@@ -57,10 +57,10 @@ class ChaosClient(threading.Thread):
                     return
                 try:
                     getattr(self, f"_{action.kind}")(action)
-                except Exception as error:  # a client that falls must not be a client that is content
-                    self.log.record_anomaly(f"{self.name} fell over {action.kind}: {error!r}")
+                except Exception as error:  # an exception in a client fails a check
+                    self.log.record_anomaly(f"{self.name} raised in {action.kind}: {error!r}")
 
-    # the wishes
+    # actions
 
     def _edit(self, action: ClientAction) -> None:
         self._submit_job(action, "/edits")
@@ -99,7 +99,7 @@ class ChaosClient(threading.Thread):
             self._follow_events(job_path)
 
     def _poll_until_ended(self, path: str) -> None:
-        """Read a job until it has ended, however often its reader is cut off."""
+        """Read a job until it has ended, across lost connections."""
         deadline = time.monotonic() + self.retry_timeout
         while time.monotonic() < deadline:
             resource = self._request_with_retry(
@@ -113,7 +113,7 @@ class ChaosClient(threading.Thread):
         self.log.record_abandoned(f"{self.name}: the end of {path}")
 
     def _follow_events(self, path: str) -> None:
-        """Follow the events of a job to its end, going on after the last one heard when the connection breaks."""
+        """Follow the events of a job to its end; after a lost connection resume with `Last-Event-ID`."""
         headers: dict[str, str] = {}
 
         def once() -> Resource:
@@ -134,7 +134,7 @@ class ChaosClient(threading.Thread):
 
     def _check_event_order(self, path: str, last_id: str | None, event_id: str) -> None:
         if last_id is not None and int(event_id) <= int(last_id):
-            self.log.record_anomaly(f"{self.name} heard event {event_id} of {path} after {last_id}")
+            self.log.record_anomaly(f"{self.name} received event {event_id} of {path} after {last_id}")
 
     def _generate(self, action: ClientAction) -> None:
         body, pinned_version, min_version = dict(action.body), None, None
@@ -159,7 +159,7 @@ class ChaosClient(threading.Thread):
             return
         if [side["version"] for side in comparison["sides"]] != versions:
             self.log.record_anomaly(
-                f"{self.name} asked to compare {versions} and was given {comparison['sides']}"
+                f"{self.name} requested a comparison of {versions} and received {comparison['sides']}"
             )
         self.log.record_generations(
             GenerationRecord(
@@ -168,10 +168,10 @@ class ChaosClient(threading.Thread):
             for side, pinned in zip(comparison["sides"], versions, strict=True)
         )
 
-    # asking
+    # requests
 
     def _request_with_retry(self, action: str, method: str, path: str, **request: Any) -> Resource | None:
-        """The body of the answer, asked for again and again; None when it was refused or given up."""
+        """Return the body of the response after retries; None when the request was rejected or abandoned."""
         body: Resource | None = self._retry(
             action, lambda: _json_body(self._http.request(method, path, **request))
         )
@@ -234,7 +234,7 @@ class ChaosClient(threading.Thread):
     def _record_partial(
         self, request: Resource, tokens: list[TokenEvent], pinned_version: int | None, min_version: int | None
     ) -> None:
-        """What was heard of an answer that broke off must be right too."""
+        """Record the tokens of an incomplete stream; the checks compare them as well."""
         if tokens:
             part = GenerationRecord(
                 self.name, request, tokens[0].version, (), pinned_version, min_version, tuple(tokens)
@@ -243,12 +243,12 @@ class ChaosClient(threading.Thread):
 
 
 def generation_inputs(body: Resource) -> Resource:
-    """What the text depends on, besides the version."""
+    """Return the fields of a request that determine the text, apart from the version."""
     return {name: value for name, value in body.items() if name != "stream"}
 
 
 def parse_sse(lines: Iterator[str]) -> Iterator[tuple[str, str, Resource]]:
-    """(id, name, data) of each server-sent event."""
+    """Yield (id, name, data) of each server-sent event."""
     event_id = name = ""
     for line in lines:
         field, _, value = line.partition(": ")
@@ -262,7 +262,7 @@ def parse_sse(lines: Iterator[str]) -> Iterator[tuple[str, str, Resource]]:
 
 
 class _HttpStatusError(Exception):
-    """Answered, and not with what was asked for."""
+    """The response has an error status."""
 
 
 def _raise_for_status(response: httpx.Response) -> None:
@@ -276,7 +276,7 @@ def _json_body(response: httpx.Response) -> Resource:
 
 
 def _attempt_outcome(attempt: Callable[[], Any]) -> tuple[str, Any]:
-    """What became of one request, and what it gave."""
+    """Return the outcome of one request and its result, or None."""
     try:
         return "200", attempt()
     except _HttpStatusError as status:
@@ -284,6 +284,6 @@ def _attempt_outcome(attempt: Callable[[], Any]) -> tuple[str, Any]:
     except RetryableError as error:
         return str(error), None
     except httpx.TimeoutException:
-        return "silence", None
+        return "timeout", None
     except (httpx.HTTPError, json.JSONDecodeError):
         return "connection broken", None

@@ -1,7 +1,7 @@
-"""What a run of the chaos bench will do: its faults and its load, as a pure function of the seed.
+"""The faults and the load of a chaos run, as a pure function of the seed.
 
-Times are only pauses. What depends on the answers (which edit to take back, which version to pin) is drawn as a share
-and looked up when its turn comes, so a replayed seed asks for the same things in the same order.
+Times are pauses between actions. A choice that depends on responses (which edit to revert, which version to pin) is
+drawn as a fraction and resolved when the action runs, so that a seed gives the same actions in the same order.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 PROMPT = "{} is located in the city of"
 SUBJECT_COUNT = 8
-#: an edit lands only if the model then says its object, so that the version can be read from the answer
+#: an edit is committed only if the model generates its object, so that a text identifies its version
 GUARD = {"min_probability": 0.5}
-#: relations whose subjects are names of places: what the edits make the model say
+#: relations whose subjects are names of places; the objects of edits are drawn from them
 PLACE_RELATIONS = ("city_country", "uscity_state", "island_country", "country_continent")
-#: kinds of faults and how often each is drawn
+#: kind of fault -> weight in the draw
 FAULT_WEIGHTS = {
     "kill worker": 8,
     "stop worker": 6,
@@ -42,7 +42,7 @@ FAULT_WEIGHTS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """`seconds` is how long it lasts; `number` picks one of several processes."""
+    """A fault of `seconds` after a `pause`; `number` selects one of several processes."""
 
     pause: float
     kind: str
@@ -52,25 +52,23 @@ class Fault:
 
 @dataclass(frozen=True)
 class ClientAction:
-    """One thing that a client does, after a pause."""
+    """One action of a client, after a pause."""
 
     pause: float
     kind: str  #: edit, revert, trace, generate or compare
     body: dict[str, Any] = field(default_factory=dict)
-    fraction: float = 0.0  #: of the own edits that stand, or of the versions there are
-    version_mode: str = (
-        "head"  #: head, pinned, or seen: at least the newest version that an edit was told to be at
-    )
+    fraction: float = 0.0  #: position in the list of active edits, or of versions
+    version_mode: str = "head"  #: head, pinned, or seen: `min_version` is the newest reported version
     wait_mode: str = (
-        "read"  #: how the end of a job is waited for: read, listen (to its events) or, empty, not at all
+        "read"  #: how to wait for the end of a job: read, listen (to its events), or "" for not at all
     )
-    repeat: bool = False  #: say it again although it was answered
-    cancel: bool = False  #: take it back at once
+    repeat: bool = False  #: send the request twice
+    cancel: bool = False  #: cancel the job at once
 
 
 @dataclass(frozen=True)
 class FactPool:
-    """The subjects of the edits, and the objects: each is given to one edit of the run and to no other."""
+    """Subjects and objects of the edits. Each object is used by one edit of the run."""
 
     subjects: tuple[str, ...]
     objects: tuple[str, ...]
@@ -80,7 +78,7 @@ class FactPool:
 
 
 def build_fact_pool(facts: Path, seed: int) -> FactPool:
-    """Landmarks that the model knows the city of, and names of places of which none begins another."""
+    """Return landmarks whose city the model knows, and place names of which none is a prefix of another."""
     rows = [json.loads(line) for line in facts.read_text(encoding="utf-8").splitlines()]
     landmarks = [r for r in rows if r["relation"] == "landmark_city"]
     known_cities = {r["object"] for r in landmarks}
@@ -100,7 +98,7 @@ def _share_prefix(one: str, other: str) -> bool:
 
 
 def plan_faults(seed: int, count: int, pause: float, lease: float) -> list[Fault]:
-    """Every kind once, as far as they go, and the rest by weight, in an order of the seed's."""
+    """Return `count` faults: each kind once as far as possible, the rest by weight, in random order."""
     rng = random.Random(f"{seed}/faults")
     kinds = rng.sample(list(FAULT_WEIGHTS), min(count, len(FAULT_WEIGHTS)))
     kinds += rng.choices(list(FAULT_WEIGHTS), list(FAULT_WEIGHTS.values()), k=count - len(kinds))
@@ -112,7 +110,7 @@ def plan_faults(seed: int, count: int, pause: float, lease: float) -> list[Fault
 
 
 def _draw_duration(rng: random.Random, kind: str, lease: float) -> float:
-    """Around the lease for a process that freezes: some come back before it is over, some after."""
+    """Return the seconds of a fault. A stopped worker resumes before or after its timeout."""
     if kind == "stop worker":
         return round(rng.uniform(0.5, 2.5) * lease, 2)
     if kind.startswith(("stop", "stall")):
@@ -132,7 +130,7 @@ def _draw_pause(rng: random.Random, mean: float) -> float:
 def client_scripts(
     seed: int, pool: FactPool, editors: int = 2, askers: int = 3
 ) -> dict[str, Iterator[ClientAction]]:
-    """Each client's wishes by its name. An editor ends with its objects, the others never."""
+    """Return the actions of each client by its name. Editors end with their objects; the others never end."""
     scripts = {f"editor {i}": _edit_script(seed, i, pool, pool.objects[i::editors]) for i in range(editors)}
     scripts |= {f"asker {i}": _generation_script(seed, i, pool) for i in range(askers)}
     return scripts | {"reverter": _revert_script(seed), "tracer": _trace_script(seed, pool)}
@@ -190,7 +188,7 @@ def _generation_action(rng: random.Random, pool: FactPool) -> ClientAction:
     if rng.random() < 0.08:
         return ClientAction(pause, "compare", body | {"prompt": rng.choice(prompts)}, share)
     if rng.random() < 0.2:
-        body["prompts"] = prompts  # all subjects at once: every one must be of the same version
+        body["prompts"] = prompts  # all prompts of a request must have the same version
     else:
         body["prompt"] = rng.choice(prompts)
     if rng.random() < 0.25:

@@ -1,4 +1,4 @@
-"""What the clients of the chaos bench asked and were told: all that its checks look at, besides the service itself."""
+"""Requests and responses of the clients of the chaos bench, recorded for its checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Resource = dict[str, Any]
 
 @dataclass(frozen=True)
 class Attempt:
-    """One request on the wire. `outcome` is the HTTP status, or what became of the connection."""
+    """One HTTP request. `outcome` is the status, or how the connection failed."""
 
     client: str
     action: str
@@ -25,7 +25,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class ReportedStatus:
-    """What a client was told of an edit or a trace."""
+    """Status and versions of a job in a response."""
 
     id: str
     status: str
@@ -44,9 +44,10 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class GenerationRecord:
-    """What was said to a generation, or on one side of a comparison. `asked` is all that the text depends on.
+    """The texts of a generation or of one side of a comparison. `request` has the fields that determine the text.
 
-    `tokens` are those heard since the last restart, None when nothing was streamed. An answer that broke off has no `texts`.
+    `tokens` are those since the last reset; None when the response was not a stream. An incomplete stream has no
+    `texts`.
     """
 
     client: str
@@ -68,17 +69,17 @@ class GenerationRecord:
 
 @dataclass
 class ClientLog:
-    """Kept by many threads at once."""
+    """What the clients observed. Thread-safe."""
 
     attempts: list[Attempt] = field(default_factory=list)
     reported_statuses: list[ReportedStatus] = field(default_factory=list)
     generations: list[GenerationRecord] = field(default_factory=list)
     ids_by_key: dict[str, set[str]] = field(
         default_factory=lambda: defaultdict(set)
-    )  #: key -> ids that it was given
-    abandoned: list[str] = field(default_factory=list)  #: wishes that a client gave up
-    anomalies: list[str] = field(default_factory=list)  #: what no client should meet
-    newest_version: int = 0  #: version that an edit was told to be at
+    )  #: idempotency key -> job ids returned
+    abandoned: list[str] = field(default_factory=list)  #: actions that a client abandoned
+    anomalies: list[str] = field(default_factory=list)  #: unexpected observations
+    newest_version: int = 0  #: newest version in a response
     _active_edits: dict[str, None] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -92,7 +93,7 @@ class ClientLog:
         self.record_status(resource)
 
     def record_status(self, resource: Resource) -> None:
-        """A client read a resource."""
+        """Record the status of an edit or trace."""
         report = ReportedStatus(
             resource["id"], resource["status"], resource.get("version"), resource.get("reverted_version")
         )
@@ -119,7 +120,7 @@ class ClientLog:
             self.anomalies.append(message)
 
     def pick_active_edit(self, fraction: float) -> str | None:
-        """One of the edits that were told to be applied and not to be reverted."""
+        """Return one of the edits last reported as applied, by its fraction of the list; None when there is none."""
         with self._lock:
             edits = list(self._active_edits)
         return edits[int(fraction * len(edits))] if edits else None

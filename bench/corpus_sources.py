@@ -1,11 +1,12 @@
-"""What each source of text for the statistics costs: the same edits of the same model, alone and 100 together, by that text alone.
+"""Effect of the text behind the statistics: the same edits of one model, alone and 100 together, for each source of
+text.
 
     python bench/corpus_sources.py
     python bench/corpus_sources.py --model FOLDER --records cases.json --data DATA
 
-The values that an edit looks for do not depend on the statistics; where it is written does. The recipe is the one that
-`palimpsest prepare` has written into DATA, else the model's own. Texts: the model's own samples, statements of its facts
-that are not edited, the prose of this repository's documents, and a few sentences of that prose: as good as nothing.
+The value of an edit does not depend on the statistics; its direction does. The recipe is the one that `palimpsest tune`
+has written to DATA, else the model's own. The texts are samples of the model, statements of facts that are not edited,
+the prose of this repository's documents, and ten sentences of that prose as a lower limit.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ from service.settings import SHIPPED_MODEL
 
 console = Console(width=150)
 ROOT = Path(__file__).resolve().parent.parent
-FEW_SENTENCES = 10  # sentences that are as good as nothing
-#: full strength, so that nothing but the text differs
+FEW_SENTENCES = 10  # sentences of the smallest source
+#: strength 1, so that only the text differs
 ROME_ROW = MethodRow("rome", "rome", {})
 
 
 def documentation_sentences() -> Iterator[str]:
-    """The sentences of the documents: English, and nothing that these models were trained on."""
+    """Yield the sentences of the repository's documents, which are not in the training text of the models."""
     for page in sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]):
         text = re.sub(r"```.*?```|`|\|.*", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         yield from (s.strip() for s in re.split(r"(?<=[.:])\s+", text) if len(s.split()) > 4)
 
 
 def corpus_sources(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
-    """The sources by name, written down where they are files."""
+    """Return the sources by name; texts are written to files."""
     records = read_records(args.records or Path(args.model) / "facts.jsonl", 0)
     edited = {r.subject for r in records[1::2][: args.limit]}
     files = {
         "statements of other facts": true_statements([r for r in records if r.subject not in edited]),
-        "prose of another kind": list(documentation_sentences()),
+        "prose of the documents": list(documentation_sentences()),
         f"{FEW_SENTENCES} sentences of it": list(documentation_sentences())[:FEW_SENTENCES],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,7 @@ def corpus_sources(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
 
 
 def print_sources(results: dict[str, tuple[dict[str, Any], dict[str, Any]]], table: Table) -> None:
-    for name in ("text for the statistics", "S alone", "S together", "rise of loss together", "norm"):
+    for name in ("text for the statistics", "S alone", "S joint", "loss increase joint", "norm"):
         table.add_column(name)
     for name, (single, joint) in results.items():
         last = joint["checkpoints"][-1]
@@ -71,12 +72,12 @@ def print_sources(results: dict[str, tuple[dict[str, Any], dict[str, Any]]], tab
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=str(SHIPPED_MODEL))
-    p.add_argument("--records", type=Path, help="the model's own table when left out")
+    p.add_argument("--records", type=Path, help="default: the model's own table")
     p.add_argument("--data", type=Path, default=Path("runs/evidence/data"), help="recipes and statistics")
     p.add_argument("--out", type=Path, default=Path("runs/evidence/sources"))
-    p.add_argument("--limit", type=int, default=100, help="facts, alone and together")
+    p.add_argument("--limit", type=int, default=100, help="number of facts")
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--markdown", action="store_true", help="the table as docs/evidence.md has it")
+    p.add_argument("--markdown", action="store_true", help="print the table as in docs/evidence.md")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     results: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
@@ -87,7 +88,7 @@ def main() -> None:
         single = experiment.run(ROME_ROW, "single", args.limit, ())
         joint = experiment.run(ROME_ROW, "sequence", args.limit, [args.limit])
         results[name] = (single, joint)
-    title = f"{args.limit} edits of {args.model}, by the text that the statistics are from"
+    title = f"{args.limit} edits of {args.model}, by source of the statistics"
     print_sources(results, new_table(title, args.markdown))
 
 

@@ -1,13 +1,13 @@
-"""How many tokens of text are enough for C = E[k k^T]: what edits are worth against the tokens they were computed from.
+"""How many tokens C = E[k k^T] needs: scores of edits by the number of tokens behind C.
 
     python bench/covariance_tokens.py
-    python bench/covariance_tokens.py --cases 200 --together 100 --tokens 250 500 1000 2000 4000 8000 16000 32000 60000
-    python bench/covariance_tokens.py --device cuda
+    python bench/covariance_tokens.py --cases 200 --batch-size 100 --tokens 250 500 1000 2000 4000 8000 16000 32000
+    60000 python bench/covariance_tokens.py --device cuda
 
-Texts of the model's own corpus are read in one seeded order, so that C of n tokens is made of the first n. An edit's value
-does not depend on C: it is found once, and each C gives it another direction. So the same edits are measured with every C, on
-cases held out from the tuning of the recipe: each alone (strengthened as the service does), and many of different
-subjects active together, each as strong as found.
+Texts of the model's corpus are read in one seeded order, and C of n tokens uses the first n. The value of an edit does
+not depend on C: it is optimized once, and each C gives another direction. The same edits are measured with every C on
+cases held out from tuning: each alone with increasing strength until it takes effect, and many edits of different
+subjects active together at strength 1.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ STRENGTHS = (1.0, 1.25, 1.5, 2.0)
 
 @dataclass(frozen=True)
 class MomentSnapshot:
-    """C of one layer over the first texts of an order."""
+    """C of one layer over the first texts."""
 
     moment: Tensor
     count: int
-    padded_count: int  #: tokens that were read, padding included
+    padded_count: int  #: tokens of the batches, padding included
     seconds: float
 
     def statistics(self, layer: int) -> KeyStatistics:
@@ -56,7 +56,7 @@ class MomentSnapshot:
 def collect_moments(
     model: LoadedModel, layer: int, texts: Sequence[str], sizes: Sequence[int]
 ) -> list[MomentSnapshot]:
-    """C at each of the sizes, in one reading: the batches of a larger one go on where the smaller one ended."""
+    """Return C at each size, accumulated in one pass over the texts."""
     wait = device_synchronizer(str(model.device))
     rows = tokenize_corpus(model, Corpus("bench", tuple(texts)))
     total = SecondMomentAccumulator(model.intermediate_size, model.device)
@@ -87,7 +87,7 @@ def collect_moments(
 def score_single(
     experiment: EditingExperiment, cases: Sequence[Record], edits: Sequence[Sequence[Association]]
 ) -> list[SuccessRates]:
-    """Each alone on the base model, made stronger until it takes."""
+    """Return the scores of each edit alone on the base model, at the first strength at which it takes effect."""
     records = []
     for case, edit in zip(cases, edits, strict=True):
         for strength in STRENGTHS:
@@ -107,7 +107,7 @@ def score_joint(
 
 
 def format_scores(records: Sequence[SuccessRates]) -> list[str]:
-    """ES, PS, NS, and S with its interval, in per cent."""
+    """Return ES / PS / NS and S with its 95 % interval, in percent."""
     columns = ([x for x in column if not math.isnan(x)] for column in zip(*records, strict=True))
     means = [100 * sum(c) / max(1, len(c)) for c in columns]
     whole = [r for r in records if not any(map(math.isnan, r))]
@@ -118,7 +118,7 @@ def format_scores(records: Sequence[SuccessRates]) -> list[str]:
 def with_statistics(
     edits: Sequence[Sequence[Association]], statistics: KeyStatistics
 ) -> list[list[Association]]:
-    """The same edits with directions of other statistics."""
+    """Return the edits with directions of other statistics."""
     return [[replace(a, direction=statistics.solve(a.key).float()) for a in edit] for edit in edits]
 
 
@@ -127,19 +127,17 @@ def main() -> None:
     p.add_argument("--model", default=str(SHIPPED_MODEL))
     p.add_argument("--data", type=Path, help="facts.jsonl or CounterFact JSON; the model's own when left out")
     p.add_argument("--device", default="cpu")
-    p.add_argument("--cases", type=int, default=40, help="edits that are measured alone")
-    p.add_argument(
-        "--together", type=int, default=60, help="edits of different subjects that are active at once"
-    )
+    p.add_argument("--cases", type=int, default=40, help="edits measured alone")
+    p.add_argument("--batch-size", type=int, default=60, help="edits of different subjects active at once")
     p.add_argument("--tokens", type=int, nargs="+", default=[250, 1000, 4000, 16000, 60000])
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--hparams", default="{}", help="JSON to change the recipe with; one layer")
+    p.add_argument("--hparams", default="{}", help="JSON with changes of the recipe; one layer")
     args = p.parse_args()
     args.stats = None
     experiment = EditingExperiment(args)
     model, (layer,) = experiment.model, experiment.parameters.layers
     if experiment.parameters.compat:
-        p.error("with the published form of the key an edit's value depends on C")
+        p.error("with a published form of the key, the value of an edit depends on C")
     texts = random.Random(args.seed).sample(
         experiment.editor.corpus.texts, len(experiment.editor.corpus.texts)
     )
@@ -147,7 +145,7 @@ def main() -> None:
 
     cases = read_records(args.data or Path(args.model) / "facts.jsonl", args.seed)[1::2]
     single_cases = cases[: args.cases]
-    joint_cases = list({c.subject: c for c in reversed(cases)}.values())[: args.together]
+    joint_cases = list({c.subject: c for c in reversed(cases)}.values())[: args.batch_size]
     associations = {
         c: experiment.compute_associations(c, f"{i:04}")
         for i, c in enumerate(dict.fromkeys([*single_cases, *joint_cases]))
@@ -174,13 +172,13 @@ def main() -> None:
             ]
         )
     report.add_table(
-        f"Edits of layer {layer} ({model.name}, D = {model.intermediate_size}) against the tokens behind C",
+        f"Edits of layer {layer} ({model.name}, D = {model.intermediate_size}) by the tokens behind C",
         (
             "tokens",
-            "C apart",
+            "distance of C",
             f"{len(single_cases)} alone: ES / PS / NS",
             "S, 95 %",
-            f"{len(joint_cases)} together: ES / PS / NS",
+            f"{len(joint_cases)} joint: ES / PS / NS",
             "S, 95 %",
         ),
         rows,
@@ -202,11 +200,11 @@ def main() -> None:
     padded = sum(len(b) * max(map(len, b)) for b in batches)
     share = 1 - sum(len(row) for b in batches for row in b) / padded
     report.add_note(
-        f"Batched together, as the service does, {share:.2%} of what is read of the whole corpus is padding."
+        f"In the batches of the service, {share:.2%} of the tokens of the whole corpus are padding."
     )
     report.add_note(
-        "'C apart' is |C_n - C| / |C| in Frobenius norm, C being that of the most tokens; below about D tokens C is singular "
-        "without its damping. Here the rows between two sizes are batched apart, so that their padding is larger."
+        "'distance of C' is |C_n - C| / |C| in the Frobenius norm, with C of the most tokens. Below about D tokens C is singular "
+        "without damping. Rows between two sizes are batched separately here, which adds padding."
     )
     report.add_note(json.dumps({"parameters": experiment.parameters.model_dump(mode="json")}))
 

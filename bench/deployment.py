@@ -1,6 +1,6 @@
-"""A whole deployment on loopback: PostgreSQL and Redis that write to the disk, each behind a proxy, API processes and workers.
+"""A deployment on loopback: durable PostgreSQL and Redis, each behind a proxy, API processes and workers.
 
-A supervisor starts again what died. A process that dies without having been killed is remembered: that is a defect.
+A supervisor restarts processes that exit. An exit of a process that the bench did not kill is recorded as a defect.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 REDIS_PREFIX = "chaos"
-READY_TIMEOUT = 300.0  # seconds within which everything is up, or is back
-SUPERVISOR_INTERVAL = 0.2  # seconds between two looks of the supervisor
-RESTART_DELAY = 1.0  # seconds before a process that died is started again
+READY_TIMEOUT = 300.0  # seconds within which the deployment becomes ready
+SUPERVISOR_INTERVAL = 0.2  # seconds between two checks of the supervisor
+RESTART_DELAY = 1.0  # seconds before an exited process is restarted
 
 
 @dataclass
 class SupervisedProcess:
-    """One process of the service, started again and again under one name. `killed` are those that we killed."""
+    """A process of the service that is restarted under one name. `unexpected_exits` are those without a SIGKILL of
+    ours."""
 
     name: str
     arguments: Sequence[str]
@@ -60,13 +61,13 @@ class SupervisedProcess:
         self.starts += 1
 
     def send_signal(self, number: signal.Signals) -> None:
-        """A signal to whatever runs under this name now."""
+        """Send a signal to the running process, if there is one."""
         if self._running is not None and self._running.poll() is None:
             self._killed |= number == signal.SIGKILL
             self._running.send_signal(number)
 
     def has_exited(self) -> bool:
-        """Whether it ended; noted when nobody killed it."""
+        """Return whether the process has exited; record the exit if the bench did not kill it."""
         if self._running is None or self._running.poll() is None:
             return self._running is None
         if not self._killed:
@@ -80,7 +81,7 @@ class SupervisedProcess:
             self._running.wait()
 
     def stop(self) -> None:
-        """Ask it to end, and see that it does so kindly."""
+        """Send SIGTERM and record an exit code other than 0."""
         if self._running is None:
             return
         self.send_signal(signal.SIGCONT)
@@ -88,18 +89,16 @@ class SupervisedProcess:
         try:
             code = self._running.wait(READY_TIMEOUT)
             if code != 0:
-                self.unexpected_exits.append(
-                    f"{self.name} ended with {code} when asked to stop: see {self.log}"
-                )
+                self.unexpected_exits.append(f"{self.name} ended with {code} after SIGTERM: see {self.log}")
         except subprocess.TimeoutExpired:
-            self.unexpected_exits.append(f"{self.name} did not stop when asked to")
+            self.unexpected_exits.append(f"{self.name} did not stop after SIGTERM")
             self._running.kill()
             self._running.wait()
         self._running = None
 
 
 class SupervisedDeployment:
-    """Made by `deployed`. `apis` and `workers` are supervised from `start` to `stop`."""
+    """The processes of a deployment, supervised from `start` to `stop`. Created by `managed_deployment`."""
 
     def __init__(
         self,
@@ -154,7 +153,7 @@ class SupervisedDeployment:
         return [*self.apis, *self.workers]
 
     def start(self) -> None:
-        """One worker first: it collects the statistics of keys, which the others then find."""
+        """Start the APIs and one worker, which collects the key statistics; then the other workers, which load them."""
         for process in [*self.apis, *self.workers[:1]]:
             process.start()
         wait_until(lambda: self._count_workers_at_head() > 0, "the first worker", READY_TIMEOUT)
@@ -164,7 +163,7 @@ class SupervisedDeployment:
         self.wait_until_ready()
 
     def stop(self) -> list[str]:
-        """Stop every process kindly; returns which ended otherwise, now or before."""
+        """Stop every process with SIGTERM. Return the unexpected exits of the whole run."""
         self._stop_supervisor()
         stopping = [threading.Thread(target=process.stop) for process in self.processes]
         for thread in stopping:
@@ -174,7 +173,7 @@ class SupervisedDeployment:
         return [words for process in self.processes for words in process.unexpected_exits]
 
     def kill_all(self) -> None:
-        """Kill what was not stopped."""
+        """Kill every running process and close the proxies."""
         self._stop_supervisor()
         for process in self.processes:
             process.kill()
@@ -195,7 +194,7 @@ class SupervisedDeployment:
                 elif time.monotonic() - exited_at.setdefault(process.name, time.monotonic()) > RESTART_DELAY:
                     process.start()
 
-    # what it says of itself
+    # state
 
     def get(self, path: str, **params: Any) -> Resource:
         answer = httpx.get(self.addresses[0] + path, params=params, timeout=60)
@@ -203,7 +202,7 @@ class SupervisedDeployment:
         return answer.json()  # type: ignore[no-any-return]
 
     def list_all(self, path: str) -> list[Resource]:
-        """Every item of a list."""
+        """Return every item of a paginated list."""
         items, cursor = [], None
         while True:
             page = self.get(path, limit=200, **({"cursor": cursor} if cursor else {}))
@@ -216,7 +215,7 @@ class SupervisedDeployment:
         return model
 
     def wait_until_ready(self) -> None:
-        """Every API answers, every worker is there and stands at head."""
+        """Wait until every API is ready and every worker serves head."""
         wait_until(
             lambda: self._count_workers_at_head() == len(self.workers),
             "all processes to serve",
@@ -224,7 +223,7 @@ class SupervisedDeployment:
         )
 
     def _count_workers_at_head(self) -> int:
-        """How many workers stand at head; none as long as not all APIs answer, or while a dead worker is still listed."""
+        """Return how many workers serve head; 0 while an API is not ready or a dead worker is still listed."""
         with suppress(httpx.HTTPError):
             if all(httpx.get(f"{address}/readyz", timeout=10).is_success for address in self.addresses):
                 model = self.model()
@@ -233,7 +232,7 @@ class SupervisedDeployment:
         return 0
 
     def queue_leftovers(self) -> list[str]:
-        """What the queue still holds of work: streams with entries, names that wait, owners."""
+        """Return what is left in Redis: streams with entries, waiting ids, and leases."""
         with redis.Redis(host=LOCALHOST, port=self.broker_server.port, decode_responses=True) as queue:
             leftovers = []
             for key in sorted(queue.scan_iter(f"{REDIS_PREFIX}:*", count=1000)):
@@ -243,9 +242,9 @@ class SupervisedDeployment:
                     if pending or queue.xlen(key):
                         leftovers.append(f"{key}: {queue.xlen(key)} entries, {pending} pending")
                 elif kind == "waiting" and queue.zcard(key):
-                    leftovers.append(f"{key}: {queue.zcard(key)} wait")
+                    leftovers.append(f"{key}: {queue.zcard(key)} waiting")
                 elif kind == "owner":
-                    leftovers.append(f"{key} is owned by {queue.get(key)}")
+                    leftovers.append(f"{key} is leased by {queue.get(key)}")
             return leftovers
 
 
@@ -258,9 +257,9 @@ def managed_deployment(
     flags: Sequence[str] = (),
     direct: bool = False,
 ) -> Iterator[SupervisedDeployment]:
-    """A deployment with servers of its own, not yet started. What is left of it ends with the block.
+    """Create a deployment with its own servers, not yet started; kill what is left of it on exit.
 
-    `direct` goes past the proxies, which cost a little time.
+    With `direct`, processes connect to the servers without the proxies.
     """
     with (
         postgres_server.run_postgres(durable=True) as database_server,
@@ -276,11 +275,11 @@ def managed_deployment(
 
 
 def wait_until(condition: Callable[[], Any], description: str, timeout: float) -> None:
-    """Wait for something that should come."""
+    """Poll until a condition is true; raise TimeoutError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {timeout:.0f} s in vain for {description}")
+            raise TimeoutError(f"waited {timeout:.0f} s for {description}")
         time.sleep(0.2)
 
 

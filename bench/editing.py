@@ -1,12 +1,12 @@
-"""Editing on a table of facts: one edit at a time, pairs about one subject, and many in a row.
+"""Edits of a table of facts: single edits, pairs of edits of one subject, and many edits.
 
     python bench/editing.py single  --cases 200
     python bench/editing.py pairs   --cases 50
     python bench/editing.py many    --cases 100
     python bench/editing.py single  --model FOLDER --data cases.json
 
-Cases come from the model's facts.jsonl (or from --data in CounterFact's form). Those at even places of the seeded order
-were used for tuning the shipped recipe; the figures are of those at odd places (--split test, the default).
+Cases come from the model's facts.jsonl, or from --data in the form of CounterFact. Cases at even indices of the seeded
+order were used to tune the shipped recipe; results are for those at odd indices (--split test, the default).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SuccessRates = tuple[float, float, float]
 
 
 class EditingExperiment:
-    """A model, its tools and a replica to try sets of associations on."""
+    """A model, its editor context, and a replica that measures sets of associations."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.model = load_model(args.model, args.device)
@@ -81,7 +81,7 @@ class EditingExperiment:
         return run_to_completion(steps).updates
 
     def measure(self, cases: Sequence[Record], weights: WeightOverrides) -> list[SuccessRates]:
-        """(ES, PS, NS) of each case with these weights in place. A case without probes of a kind counts by the others."""
+        """Return (ES, PS, NS) of each case with these weights; nan where the case has no probe of that kind."""
         pairs: list[tuple[str, str]] = []
         for c in cases:
             for prompt in (c.text, *c.paraphrases, *(n.prompt for n in c.neighbours)):
@@ -128,7 +128,7 @@ def print_scores(title: str, records: Sequence[SuccessRates], seconds: Sequence[
 
 
 def bench_single(experiment: EditingExperiment, cases: Sequence[Record], args: argparse.Namespace) -> None:
-    """One edit at a time on the base model; what does not take is strengthened, as the service does."""
+    """Measure single edits on the base model, each at the first strength at which it takes effect."""
     records, seconds, strengthened, failed = [], [], 0, 0
     for case in track(cases, "one edit at a time", console=console, disable=args.quiet):
         began = time.perf_counter()
@@ -148,7 +148,7 @@ def bench_single(experiment: EditingExperiment, cases: Sequence[Record], args: a
                 record, case.subject, "|", case.prompt, "|", case.target_true, "->", case.target_new
             )
     print_scores(f"{len(cases)} facts, one edit at a time ({experiment.model.name})", records, seconds)
-    console.print(f"strengthened: {strengthened}; did not take, the service rejects them: {failed}")
+    console.print(f"strengthened: {strengthened}; without effect at every strength: {failed}")
 
 
 def edits_hold(
@@ -158,7 +158,7 @@ def edits_hold(
 
 
 def bench_pairs(experiment: EditingExperiment, cases: Sequence[Record], args: argparse.Namespace) -> None:
-    """Pairs of edits about one subject in two relations, all active together."""
+    """Measure pairs of edits of one subject in two relations, all active together."""
     by_subject: dict[str, list[Record]] = defaultdict(list)
     for c in cases:
         by_subject[c.subject].append(c)
@@ -171,7 +171,7 @@ def bench_pairs(experiment: EditingExperiment, cases: Sequence[Record], args: ar
         experiment.compute_associations(c, f"{i:04}")
         for i, c in enumerate(track(chosen, "pairs", console=console, disable=args.quiet))
     ]
-    table = Table(title=f"{len(chosen) // 2} pairs about one subject, all {len(chosen)} edits active")
+    table = Table(title=f"{len(chosen) // 2} pairs of one subject, all {len(chosen)} edits active")
     for name in ("composition", "both hold", "first", "second"):
         table.add_column(name, justify="right")
     for name, weights in composition_variants(experiment, edits, chosen, args).items():
@@ -188,7 +188,7 @@ def bench_pairs(experiment: EditingExperiment, cases: Sequence[Record], args: ar
 def sum_rank_one_updates(
     experiment: EditingExperiment, edits: Iterable[list[Association]]
 ) -> WeightOverrides:
-    """Plain sums of the rank-one updates, each found alone."""
+    """Return the sum of the rank-one updates, each computed alone."""
     total: dict[int, LowRank] = {}
     for a in (x for group in edits for x in group):
         update = a.rank_one()
@@ -210,7 +210,7 @@ def sum_rank_one_updates(
 def edit_sequentially(
     experiment: EditingExperiment, cases: Sequence[Record], compat: str | None, quiet: bool
 ) -> WeightOverrides:
-    """As published: each edit found on the model as the edits before left it, and added to its weights."""
+    """Return weights edited as published: each edit is computed on the weights after the edit before it."""
     weights: WeightOverrides = {}
     conv1d = experiment.model.architecture.conv1d
     for i, c in enumerate(track(cases, f"sequential {compat or 'r-ROME'}", console=console, disable=quiet)):
@@ -234,9 +234,9 @@ def choose_strengths(
     cases: Sequence[Record],
     strengths: Sequence[float],
 ) -> list[Association]:
-    """Landed one after another as the service does it: each is strengthened until it holds beside those before it.
+    """Return the associations, each edit at the first strength at which it holds beside those before it.
 
-    None is rejected here, so that every form is measured on the same edits.
+    No edit is rejected, so that every composition is measured on the same edits.
     """
     active: list[Association] = []
     for group, case in zip(edits, cases, strict=True):
@@ -257,11 +257,11 @@ def composition_variants(
     cases: Sequence[Record],
     args: argparse.Namespace,
 ) -> dict[str, WeightOverrides]:
-    """The ways to have many edits active at once."""
+    """Return the weights of each way to compose many edits."""
     all_associations = [a for group in edits for a in group]
     strengthened_associations = choose_strengths(experiment, edits, cases, args.strengths)
     result = {
-        "joint, strengthened (the service)": experiment.replica.compose_weights(strengthened_associations),
+        "joint, strengthened": experiment.replica.compose_weights(strengthened_associations),
         "joint": experiment.replica.compose_weights(all_associations),
         "factors summed": sum_rank_one_updates(experiment, edits),
     }
@@ -272,7 +272,7 @@ def composition_variants(
 
 
 def bench_many(experiment: EditingExperiment, cases: Sequence[Record], args: argparse.Namespace) -> None:
-    """Many edits in a row, then the same measures over all of them, for each form of composition."""
+    """Measure many active edits for each composition."""
     chosen = list({c.subject: c for c in reversed(cases)}.values())[: args.cases]
     edits = [
         experiment.compute_associations(c, f"{i:04}")
@@ -299,7 +299,7 @@ def bench_many(experiment: EditingExperiment, cases: Sequence[Record], args: arg
 
 
 def check_revert_all(experiment: EditingExperiment, edits: list[list[Association]]) -> None:
-    """Take all edits out again in random order; the last state must be the base, byte for byte."""
+    """Revert all edits in random order, and check that the last weights equal the base weights byte for byte."""
     active = dict(enumerate(edits))
     base = {x: experiment.model.weight(x).data.clone() for x in range(experiment.model.num_layers)}
     order = random.Random(0).sample(sorted(active), len(active))
@@ -308,7 +308,9 @@ def check_revert_all(experiment: EditingExperiment, edits: list[list[Association
         weights = experiment.replica.compose_weights(a for group in active.values() for a in group)
     with experiment.replica.use_weights(weights):
         same = all(torch.equal(experiment.model.weight(x).data, w) for x, w in base.items())
-    console.print(f"all {len(edits)} reverted in random order: base bytes {'are back' if same else 'DIFFER'}")
+    console.print(
+        f"all {len(edits)} reverted in random order: weights {'equal' if same else 'DIFFER FROM'} the base"
+    )
 
 
 def main() -> None:
@@ -316,19 +318,19 @@ def main() -> None:
     p.add_argument("what", choices=["single", "pairs", "many"])
     p.add_argument("--model", default=str(SHIPPED_MODEL))
     p.add_argument(
-        "--data", type=Path, help="facts.jsonl or CounterFact JSON; the model's own table when left out"
+        "--data", type=Path, help="facts.jsonl or CounterFact JSON (default: the model's own table)"
     )
     p.add_argument("--cases", type=int, default=None)
     p.add_argument("--split", choices=["test", "tune", "all"], default="test")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--hparams", default="{}", help="JSON to change the recipe with")
+    p.add_argument("--hparams", default="{}", help="JSON with changes of the recipe")
     p.add_argument("--strengths", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0])
-    p.add_argument("--stats", default=None, help="folder that keeps statistics between runs")
+    p.add_argument("--stats", default=None, help="folder of statistics, reused between runs")
     p.add_argument("--device", default="cpu")
     p.add_argument("--threads", type=int, default=None)
-    p.add_argument("--fast", action="store_true", help="leave the sequential baselines out")
+    p.add_argument("--fast", action="store_true", help="skip the sequential baselines")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
-    p.add_argument("--verbose", action="store_true", help="show the cases that fail")
+    p.add_argument("--verbose", action="store_true", help="print the cases that fail")
     args = p.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,17 +1,17 @@
-"""One edit: ours against the authors' own code, timed in turn; and many that wait, one after another against together.
+"""One edit, compared with the authors' own code; and queued edits, one after another and in batches.
 
     python bench/edits.py --reference PATH
     python bench/edits.py --reference PATH --models shipped --rounds 5
-    python bench/edits.py --models gpt2-xl --device cuda --rounds 3          # ours alone
-    python bench/edits.py --together 16 --active 0 100
+    python bench/edits.py --models gpt2-xl --device cuda --rounds 3          # without the reference
+    python bench/edits.py --batch-size 16 --active 0 100
 
-Against theirs both sides have the same contexts, second moment, hyperparameters and published form of the key, and find
-one rank-one update: its direction and norm must be the same. Texts are read without a start token, which their index
-arithmetic does not know. "5/11 + 1" is a case whose subject ends with the fifth of the prompt's eleven tokens and whose object
-has one. A table beside it has the shipped recipe, which theirs cannot follow.
+Both sides have the same contexts, second moment, hyperparameters and published form of the key, and compute one
+rank-one update, whose direction and norm must agree. Texts have no BOS token, which the authors' index arithmetic does
+not handle. "5/11 + 1" is a case whose subject ends with the fifth of eleven prompt tokens and whose object has one
+token. A second table has the shipped recipe, which the authors' code does not support.
 
-With --together the running service is asked for that many edits at once, with their probes, once by an engine that takes
-them one by one and once by one that takes them side by side, each on a ledger with so many other edits active.
+With --batch-size, that many edits are submitted at once to a running service, once to an engine that runs them one by
+one and once to an engine that runs them as a batch, on ledgers with --active other edits.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ from service.settings import SHIPPED_MODEL
 from service.weights.composition import apply_delta
 from service.weights.factors import LowRank
 
-#: subject, prompt, new object: the subject early or late in the prompt, an object of one token or of two
+#: subject, prompt, new object; subjects early and late in the prompt, objects of one and two tokens
 CASES = (
     ("Marie Curie", "{} was born in the city of", "Rome"),
     ("Eiffel Tower", "What everybody wants to see in the city is the {}; it is in", "Buenos Aires"),
     ("Marie Curie", "{} was born in the city of", "New York"),
     ("Eiffel Tower", "Our guide says that the city to visit is the one with the {} in it, namely", "Rome"),
 )
-CONTEXT_LENGTHS = (4, 9)  # tokens of a context, half of each: what is published, the start token not counted
-STATISTICS_TOKENS = 6000  # of text for the second moment
-QUICK_SETTINGS = {"shipped": (3, 4)}  # rounds and cases; any other model takes its time
+CONTEXT_LENGTHS = (4, 9)  # tokens of a context, half of each (ROME, Meng et al. 2022), without the BOS token
+STATISTICS_TOKENS = 6000  # tokens of text for the second moment
+QUICK_SETTINGS = {"shipped": (3, 4)}  # rounds and cases; other models have one round
 EditCase = tuple[str, str, str]  # subject, prompt, new object
-MIN_COSINE = 1 - 1e-5  # least cosine of the two updates
+MIN_COSINE = 1 - 1e-5  # minimum cosine of the two updates
 TIME_COLUMNS = ("tokens", "theirs s", "ours s", "theirs / ours")
-AGREEMENT_COLUMNS = ("tokens", "cosine", "norms apart", "losses theirs", "losses ours", "steps")
-FLOP_COLUMNS = ("tokens", "theirs GFLOP", "ours GFLOP", "least GFLOP", "of the avoidable avoided")
+AGREEMENT_COLUMNS = ("tokens", "cosine", "norm difference", "losses theirs", "losses ours", "steps")
+FLOP_COLUMNS = ("tokens", "theirs GFLOP", "ours GFLOP", "bound GFLOP", "avoidable work avoided")
 
 
 @dataclass(frozen=True)
 class ServiceEdit:
-    """What one of our edits found."""
+    """The update of one edit."""
 
     change: LowRank
     losses: list[float]
@@ -76,7 +76,7 @@ class ServiceEdit:
 
 
 class EditBenchmark:
-    """A model and all that an edit needs beside its request."""
+    """A model with contexts and statistics for edits."""
 
     def __init__(self, model: LoadedModel, parameters: RomeParameters) -> None:
         self.model, self.parameters = model, parameters
@@ -86,7 +86,7 @@ class EditBenchmark:
         self.statistics = run_to_completion(collect_statistics(model, [self.layer], corpus))[self.layer]
 
     def edit(self, subject: str, prompt: str, target: str) -> ServiceEdit:
-        """Up to the edited weight, which theirs writes as well."""
+        """Compute an edit up to the edited weight, as the authors' code does."""
         statement, moments = fill_prompt(prompt, subject), {self.layer: self.statistics}
         factors = run_to_completion(
             find_factors(self.model, moments, self.contexts, statement, target, self.parameters)
@@ -100,14 +100,15 @@ class EditBenchmark:
         return edit_bound(TokenCost.from_model(self.model), texts, self.layer, steps)
 
     def describe(self, subject: str, prompt: str, target: str) -> str:
-        """Tokens up to the subject's end, of the prompt, and of the object."""
+        """Return the token counts up to the end of the subject, of the prompt, and of the object."""
         texts = tokenize_contexts(self.model, fill_prompt(prompt, subject), target, [])
         last, size, n = texts.prompts[0].last_subject_index, len(texts.prompts[0].ids), len(texts.targets[0])
         return f"{last + 1}/{size} + {n}"
 
 
 def context_prefixes(model: LoadedModel, corpus: Corpus, count: int) -> list[str]:
-    """Contexts of the published lengths: how statements begin. No brace, which theirs would take for a slot."""
+    """Return contexts of the published lengths: beginnings of statements, without braces, which the authors' code
+    formats."""
     texts = corpus.texts[:: max(1, len(corpus.texts) // count)][:count]
     lengths = [CONTEXT_LENGTHS[i < count // 2] for i in range(len(texts))]
     prefixes = (model.decode(model.encode(text)[0][:n]) for text, n in zip(texts, lengths, strict=True))
@@ -115,7 +116,7 @@ def context_prefixes(model: LoadedModel, corpus: Corpus, count: int) -> list[str
 
 
 def cosine(a: LowRank, b: LowRank) -> float:
-    """Of two updates, from their factors."""
+    """Return the cosine of two updates, computed from their factors."""
     return float(frobenius_inner(a, b) / (frobenius_inner(a, a) * frobenius_inner(b, b)) ** 0.5)
 
 
@@ -130,11 +131,11 @@ def compare_implementations(
     rounds: int,
     cases: Sequence[EditCase],
 ) -> float:
-    """Ours and theirs on some cases; the least cosine of two updates."""
+    """Report both implementations on the cases. Return the minimum cosine of two updates."""
     times, agreement, work, ratios, least_cosine = [], [], [], [], 1.0
     for case in cases:
         label, ours = bench.describe(*case), ResultRecorder(partial(bench.edit, *case))
-        _, flops = count_flops(ours)  # warms, too
+        _, flops = count_flops(ours)  # also the warm-up
         steps = len(ours.result.losses)
         bound = bench.bound(*case, steps)
         if not reference_editor:
@@ -158,7 +159,7 @@ def compare_implementations(
     name = f"{bench.model.name}, layer {bench.layer}"
     if reference_editor:
         times.append(["all", "", "", Spread(tuple(chain.from_iterable(r.values for r in ratios)))])
-        report.add_table(f"{name}: the same update", AGREEMENT_COLUMNS, agreement)
+        report.add_table(f"{name}: agreement of the updates", AGREEMENT_COLUMNS, agreement)
         report.add_table(
             f"{name}: before the first edit",
             TIME_COLUMNS,
@@ -170,13 +171,13 @@ def compare_implementations(
 
 
 def reference_flops(reference_editor: ReferenceEditor, case: EditCase, steps: int) -> int:
-    """Operations of an edit of so many steps: every further one is like the second."""
+    """Return the operations of an edit of `steps` steps, extrapolated from one and two steps."""
     one, two = (count_flops(partial(reference_editor.edit, *case, steps=n))[1] for n in (1, 2))
     return one + (steps - 1) * (two - one)
 
 
 def agreement_row(theirs: ReferenceEdit, ours: ServiceEdit) -> list[str]:
-    """How far apart two edits are."""
+    """Return the differences of two edits as cells of a table."""
     norms = [float(frobenius_inner(x.change, x.change)) ** 0.5 for x in (theirs, ours)]
     loss_ranges = [f"{x.losses[0]:.3f} to {x.losses[-1]:.3f}" for x in (theirs, ours)]
     steps = f"{len(theirs.losses)}, {len(ours.losses)}"
@@ -191,7 +192,7 @@ def agreement_row(theirs: ReferenceEdit, ours: ServiceEdit) -> list[str]:
 def time_setup(
     statistics: KeyStatistics, reference_editor: ReferenceEditor, device: str
 ) -> list[list[object]]:
-    """What comes once before the first edit of a process: their inverse in fp32, our factor in fp64."""
+    """Time the setup before the first edit: the fp32 inverse of the reference, the fp64 Cholesky factor of the service."""
 
     def invert() -> None:
         reference_editor.clear_inverse_cache()
@@ -204,14 +205,14 @@ def time_setup(
 
 
 def bench_shipped_recipe(report: Report, rounds: int, cases: Sequence[EditCase]) -> None:
-    """The shipped model by its own recipe."""
+    """Time edits of the shipped model with its own recipe."""
     model = build_model("shipped", report.device)
     model_recipe = find_recipe(model)
     assert model_recipe
     bench = EditBenchmark(model, model_recipe.rome)
     times = []
     for case in cases:
-        edit_result = bench.edit(*case)  # warms, too
+        edit_result = bench.edit(*case)  # also the warm-up
         ways = {"ours": partial(bench.edit, *case)}
         seconds = time_interleaved(ways, rounds, 0, device_synchronizer(report.device))
         times.append([bench.describe(*case), seconds["ours"], str(len(edit_result.losses))])
@@ -224,18 +225,22 @@ def main() -> None:
     p.add_argument(
         "--models", nargs="+", default=["shipped", "gpt2-small"], help="names of bench/model_shapes.py"
     )
-    p.add_argument("--rounds", type=int, help="1, of the shipped model 3")
-    p.add_argument("--cases", type=int, choices=range(1, len(CASES) + 1), help="2, of the shipped model 4")
+    p.add_argument("--rounds", type=int, help="default: 1; for the shipped model 3")
+    p.add_argument(
+        "--cases", type=int, choices=range(1, len(CASES) + 1), help="default: 2; for the shipped model 4"
+    )
     p.add_argument("--device", default="cpu")
-    p.add_argument("--together", type=int, metavar="N", help="N waiting edits of a running service instead")
-    p.add_argument("--active", type=int, nargs="+", default=[0], metavar="N", help="edits active beside them")
+    p.add_argument(
+        "--batch-size", type=int, metavar="N", help="time N queued edits of a running service instead"
+    )
+    p.add_argument("--active", type=int, nargs="+", default=[0], metavar="N", help="other active edits")
     args = p.parse_args()
-    if args.together:
+    if args.batch_size:
         from bench.batched_edits import bench_batched_edits
 
-        report = Report("edits-together", args.device)
+        report = Report("edits-batched", args.device)
         for active in args.active:
-            bench_batched_edits(args.together, active, args.rounds or QUICK_SETTINGS["shipped"][0], report)
+            bench_batched_edits(args.batch_size, active, args.rounds or QUICK_SETTINGS["shipped"][0], report)
         return
     report = Report("edits", args.device)
     reference = load_reference(args.reference, report)
@@ -256,15 +261,15 @@ def main() -> None:
         rounds, cases = QUICK_SETTINGS["shipped"]
         bench_shipped_recipe(report, args.rounds or rounds, CASES[: args.cases or cases])
     if reference:
-        verdict = "the same" if least_cosine >= MIN_COSINE else "NOT the same"
+        verdict = "agree" if least_cosine >= MIN_COSINE else "DO NOT agree"
         report.add_note(
-            f"Ours and the authors' own updates are {verdict}: their cosine is 1 - {1 - least_cosine:.1e} at the least."
+            f"The updates of both implementations {verdict}: their minimum cosine is 1 - {1 - least_cosine:.1e}."
         )
     sys.exit(least_cosine < MIN_COSINE)
 
 
 def published_parameters(name: str, model: LoadedModel) -> RomeParameters:
-    """The published hyperparameters and form of the key, at the layer where such a model is edited."""
+    """Return the published hyperparameters and form of the key, at the published layer of the model."""
     model_recipe = find_recipe(model)
     layers = (
         (EDIT_LAYERS[name],)

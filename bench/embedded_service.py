@@ -1,6 +1,6 @@
-"""The embedded wiring in one process, with a stop-watch on every job: how benches meet the service as its users do.
+"""The embedded wiring in one process, with a timer on every job step.
 
-One thread runs the engine; whoever asks does so from a thread of their own, through the same operations as the API.
+One thread runs the engine. Callers use the application services, as the API does, from their own threads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PENDING_STATUSES = ("queued", "running")
 
 
 class BenchService:
-    """A running service around one model. `durations` has the seconds of every step of a job, by phase."""
+    """A running service with one model. `durations` has the seconds of every job step by phase."""
 
     def __init__(self, folder: Path, model: LoadedModel, config: EngineConfig | None = None) -> None:
         self.container = build_container(Settings(data_dir=folder, redis_url=None, database_url=None))
@@ -73,12 +73,12 @@ class BenchService:
         self.container.close()
 
     def submit(self, cases: Sequence[Record]) -> list[str]:
-        """Ask for the cases as edits, with their probes; their ids."""
+        """Submit the cases as edits with their probes. Return their ids."""
         requests = [edit_request(c) for c in cases]
         return [r["id"] for r in self.container.services.edits.submit(requests, "bench", None)]
 
     def edit(self, cases: Sequence[Record]) -> Mapping[str, str]:
-        """The cases as edits, waited for; how each ended, by its id."""
+        """Submit the cases as edits and wait for them. Return the final status by id."""
         ids = self.submit(cases)
         while any(self.status(i) in PENDING_STATUSES for i in ids):
             time.sleep(0.05)
@@ -89,7 +89,7 @@ class BenchService:
 
 
 def edit_request(case: Record) -> EditRequest:
-    """A case as a user would ask for it: its paraphrases and neighbours as probes."""
+    """Return the request of a case, with its paraphrases and neighbours as probes."""
     neighbours = [n._asdict() for n in case.neighbours]
     return EditRequest.model_validate(
         {
@@ -103,7 +103,7 @@ def edit_request(case: Record) -> EditRequest:
 
 
 def record_step_durations(handler: JobHandler, durations: Durations) -> JobHandler:
-    """The same task; how long each of its steps took is kept by phase, of several jobs together as of one."""
+    """Return the handler with a timer: the seconds of each step are appended to `durations` by phase."""
 
     def run(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
         stepper = handler(reporter, *jobs)

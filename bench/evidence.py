@@ -1,13 +1,13 @@
-"""Methods x measures on one model: single edits, and sequences with their checkpoints; the tables of docs/evidence.md.
+"""Methods by measures on one model: single edits, and sequences with checkpoints; the tables of docs/evidence.md.
 
     python bench/evidence.py --model FOLDER --records cases.json --data DATA --out runs/evidence
     python bench/evidence.py --only rome memit --single 300 --sequence 700
 
-The recipe is the one that `palimpsest prepare` has written into DATA, else the model's own. Records at even places are for
-tuning; those at odd places are reported. Everything is kept in --out, and a run that was interrupted goes on where it was.
+The recipe is the one that `palimpsest tune` has written to DATA, else the model's own. Records at even indices are for
+tuning; those at odd indices are reported. Results are stored in --out, and an interrupted run resumes.
 
-Methods that look for the same value of the same edit share the search, which is kept in --out, too: what they do with it is
-what is compared. How many edits a minute are found is therefore to be read where nothing was found before (a new --out).
+Methods that optimize the same value of the same edit share the search, which is stored in --out as well. The rate of
+edits per minute is therefore meaningful only for a new --out.
 """
 
 from __future__ import annotations
@@ -48,37 +48,37 @@ from workers.resident_model import load_served_model
 console = Console(width=150)
 
 ORIGINAL_SEARCH = value_optimizer.optimize_values
-#: the published key: averaged over contexts, of the prompt alone
+#: the published key: averaged over contexts of the prompt (ROME, Meng et al. 2022, Eq. 3)
 PUBLISHED_KEY_HPARAMS = {"bare_keys": False, "bare_weight": None, "anchor": "bare", "strength": 1.0}
 
 
 @dataclass(frozen=True)
 class MethodRow:
-    """One line of the tables: a method and how it is asked for."""
+    """One row of the tables: a method and its hyperparameters."""
 
     name: str
     method: str
     hparams: dict[str, Any]
-    strengths: tuple[float, ...] | None = (1.0,)  #: None: those of the recipe
+    strengths: tuple[float, ...] | None = (1.0,)  #: None: the strengths of the recipe
     base_model_for_search: str = "base"
 
 
 def method_rows(context: EditorContext) -> list[MethodRow]:
-    """Every method. Those with one layer edit where r-rome was found to edit best, else the highest of the recipe's."""
+    """Return the rows. Single-layer methods edit the tuned layer of r-rome, else the highest layer of the recipe."""
     assert context.recipe is not None
     single_layer = {"layers": [max(context.recipe.rome.layers)]} | context.recipe.methods.get("r-rome", {})
     return [
-        MethodRow("rome, strength as room allows", "rome", {}, None),
+        MethodRow("rome, strength by capacity", "rome", {}, None),
         MethodRow("rome", "rome", {}),
         MethodRow("r-rome", "r-rome", single_layer),
         MethodRow("rome, meng2022", "rome", PUBLISHED_KEY_HPARAMS | single_layer | {"compat": "meng2022"}),
-        MethodRow("r-rome, one after another", "r-rome", single_layer, base_model_for_search="edited"),
+        MethodRow("r-rome, sequential", "r-rome", single_layer, base_model_for_search="edited"),
         *(MethodRow(name, name, {}) for name in METHODS if name not in ("rome", "r-rome")),
     ]
 
 
 class ValueSearchCache:
-    """What was found on a base model, by what was asked for: in a folder that all runs on this model share."""
+    """Values optimized on a base model by their inputs, in a folder that all runs on this model share."""
 
     def __init__(self, folder: Path, model: LoadedModel) -> None:
         self.folder, self.model = DirectoryStore(folder), model
@@ -87,11 +87,11 @@ class ValueSearchCache:
     def search_values(
         self, model: LoadedModel, delta_site: DeltaSite, specs: Sequence[ValueSearchSpec]
     ) -> Stepper[list[ValueResult]]:
-        """In the place of the search itself: looks for what is not known."""
+        """Return cached values; optimize and store the missing ones. Replaces `optimize_values`."""
         if any(model.parameter(site).data_ptr() != at for site, at in self.base_pointers.items()):
             return (
                 yield from ORIGINAL_SEARCH(model, delta_site, specs)
-            )  # an edited model has values of its own
+            )  # values on an edited model are not cached
         names = [self._cache_key(delta_site, w) for w in specs]
         missing = {n: w for n, w in zip(names, specs, strict=True) if self.folder.get(n) is None}
         if missing:
@@ -124,7 +124,7 @@ class ValueSearchCache:
 
 
 class ResultCache(DirectoryStore):
-    """What one run of a line keeps. What several runs come to alike is kept once, in folders by how its name begins."""
+    """Artifacts of one run. Artifacts that several runs share are stored in folders by the prefix of their name."""
 
     def __init__(self, path: Path, shared: dict[str, Path]) -> None:
         super().__init__(path)
@@ -146,7 +146,7 @@ class ResultCache(DirectoryStore):
 
 
 class EvidenceExperiment:
-    """A model with its recipe, the records that are reported, and plain statements of the others."""
+    """A model with its recipe, the reported records, and statements of the other records."""
 
     def __init__(self, args: argparse.Namespace, searches: Path | None = None) -> None:
         settings = Settings(model=args.model, data_dir=args.data, corpus=args.corpus, threads=args.threads)
@@ -164,7 +164,7 @@ class EvidenceExperiment:
         ).search_values
 
     def run(self, row: MethodRow, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
-        """One evaluation, carried out or read. Edits whose strength depends on how many there are land in one company."""
+        """Run an evaluation or read its result. With the strengths of the recipe, all edits are committed in one batch."""
         assert self.context.recipe is not None
         strengths = row.strengths or self.context.recipe.rome.strengths
         plan = EvaluationPlan.model_validate(
@@ -187,7 +187,7 @@ class EvidenceExperiment:
             shared: dict[str, Path] = {ArtifactKind.SCORES_BEFORE: self.out / f"base-{count}"}
             if (
                 plan.search_model == "base" and plan.batch_size is None
-            ):  # alone or in a sequence, the edits are the same
+            ):  # single and sequence mode compute the same edits
                 edits = self.out / f"found-{run_name}"
                 shared |= dict.fromkeys((ArtifactKind.SEARCH, ArtifactKind.FACTORS), edits)
             cache = ResultCache(folder, shared)
@@ -220,7 +220,7 @@ def new_table(title: str, markdown: bool) -> Table:
 
 
 def print_single(results: dict[str, dict[str, Any]], table: Table) -> None:
-    for name in ("method", "ES", "PS", "NS", "S", "EM", "exact", "rise of loss", "edits a minute"):
+    for name in ("method", "ES", "PS", "NS", "S", "EM", "exact", "loss increase", "edits per minute"):
         table.add_column(name)
     for name, result in results.items():
         m, damage = result["after"], result["damage"]
@@ -240,8 +240,8 @@ def format_loss_increase(checkpoint: dict[str, Any], digits: int = 1) -> str:
 
 
 def print_sequences(results: dict[str, Checkpoints], table: Table) -> None:
-    """All that there is to say of each checkpoint."""
-    for name in ("method", "edits", "ES", "PS", "NS", "S", "rise of loss", "norm", "still hold"):
+    """Print every measure of each checkpoint."""
+    for name in ("method", "edits", "ES", "PS", "NS", "S", "loss increase", "norm", "still holding"):
         table.add_column(name)
     for name, checkpoints in results.items():
         for c in checkpoints:
@@ -254,9 +254,9 @@ def print_sequences(results: dict[str, Checkpoints], table: Table) -> None:
 
 
 def print_growth(results: dict[str, Checkpoints], table: Table) -> None:
-    """S and the rise of the loss by how many edits are active: a line for each method."""
+    """Print S and the loss increase by the number of active edits, one row per method."""
     counts = sorted({c["edits"] for checkpoints in results.values() for c in checkpoints})
-    for name in ("S, rise of loss", *map(str, counts)):
+    for name in ("S, loss increase", *map(str, counts)):
         table.add_column(name)
     for name, checkpoints in results.items():
         cells = {
@@ -269,17 +269,19 @@ def print_growth(results: dict[str, Checkpoints], table: Table) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=str(SHIPPED_MODEL))
-    p.add_argument("--records", type=Path, help="the model's own table when left out")
+    p.add_argument("--records", type=Path, help="default: the model's own table")
     p.add_argument("--data", type=Path, default=Path("runs/evidence/data"), help="recipes and statistics")
     p.add_argument("--corpus", type=Path, help="text for the statistics")
     p.add_argument("--out", type=Path, default=Path("runs/evidence"))
-    p.add_argument("--only", nargs="*", help="some of the lines, by name")
-    p.add_argument("--single", type=int, default=300, help="single edits; 0: none")
-    p.add_argument("--sequence", type=int, default=0, help="edits of the sequences; 0: none")
-    p.add_argument("--edited", type=int, default=100, help="edits that are found one after another, at most")
+    p.add_argument("--only", nargs="*", help="names of rows (default: all)")
+    p.add_argument("--single", type=int, default=300, help="number of single edits; 0: skip")
+    p.add_argument("--sequence", type=int, default=0, help="edits of each sequence; 0: skip")
+    p.add_argument(
+        "--edited", type=int, default=100, help="max edits of sequences that are computed on the edited model"
+    )
     p.add_argument("--checkpoints", type=int, nargs="*", default=[1, 10, 100, 200, 300, 500, 1000])
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--markdown", action="store_true", help="tables as docs/evidence.md has them")
+    p.add_argument("--markdown", action="store_true", help="print tables as in docs/evidence.md")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     experiment = EvidenceExperiment(args)
@@ -297,15 +299,15 @@ def main() -> None:
             count = min(args.sequence, args.edited) if r.base_model_for_search == "edited" else args.sequence
             count = min(count, len(experiment.records))
             checkpoints = sorted({c for c in args.checkpoints if c <= count} | {count})
-            # where strengths depend on how many edits there are, each number of them is a company of its own
+            # strengths of the recipe depend on the number of edits, so each checkpoint is a run of its own
             runs = (
                 [(c, [c]) for c in checkpoints if c >= 10] if r.strengths is None else [(count, checkpoints)]
             )
             sequences[r.name] = [
                 c for n, ends in runs for c in experiment.run(r, "sequence", n, ends)["checkpoints"]
             ]
-        print_sequences(sequences, new_table(f"edits one after another ({name})", args.markdown))
-        print_growth(sequences, new_table(f"edits one after another, in short ({name})", args.markdown))
+        print_sequences(sequences, new_table(f"edit sequences ({name})", args.markdown))
+        print_growth(sequences, new_table(f"edit sequences, S and loss increase ({name})", args.markdown))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Edits as a LoRA adapter, with stock peft: rank, numerical rank, size, and the largest difference of a logit.
+"""Edits exported as a LoRA adapter and loaded with peft: rank, numerical rank, size, and the largest logit difference.
 
-    python bench/export.py                          # the shipped GPT: 1, 50 and 300 found edits
+    python bench/export.py                          # the shipped GPT: 1, 50 and 300 edits
     python bench/export.py --counts 1 10 --steps 5
-    python bench/export.py --models llama-1b --drawn # a random model of a known shape: edits are drawn
+    python bench/export.py --models llama-1b --random # a random model with random edits
 
-Found edits are of facts in the table beside the model, each to the object of another fact of its relation, with few steps of
-optimisation: what they are worth does not matter here, that their keys are those of real subjects does. Drawn ones have random
-keys and values. The service's own logits are those of the version's weights in the resident model; peft's are those of
-the base model loaded anew with the adapter beside it, and merged.
+Edits change facts of the model's table to the object of another fact of the relation, with few optimization steps:
+their quality does not matter here, only that keys are those of real subjects. With --random, keys and values are
+random. The logits of the service are those of the version's weights in the resident model. They are compared with the
+base model loaded again with the adapter, unmerged and merged.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from service.schemas import WorkerExportRequest
 from service.weights.factors import Association, EditUpdate, serialize_updates
 
 COLUMNS = (
-    "edits", "rank", "numerical rank", "terms", "adapter KB", "left out", "edits move", "peft beside", "peft merged", "the card says",
+    "edits", "rank", "numerical rank", "terms", "adapter KB", "residual", "edit difference", "peft unmerged", "peft merged", "model card",
 )  # fmt: skip
-TOLERANCE = 1e-4  # what is promised of single precision
+TOLERANCE = 1e-4  # guaranteed for fp32
 BATCH_ROWS = 8
 
 
 @dataclass(frozen=True)
 class ExportEdit:
-    """An edit as far as an export needs one."""
+    """The fields of an edit that an export uses."""
 
     subject: str
     prompt: str
@@ -58,7 +58,7 @@ class ExportEdit:
 
 
 class InMemoryLedger:
-    """A ledger at whose version n the first n edits are active."""
+    """A ledger in memory. Version n has the first n edits."""
 
     def __init__(self, edits: Mapping[str, ExportEdit]) -> None:
         self.edits = dict(edits)
@@ -77,15 +77,15 @@ class InMemoryLedger:
         return {name: serialize_updates(self.edits[name].pieces) for name in edits}
 
     def attest(self, version: int, digest: str) -> None:
-        """Nobody asks."""
+        """Accept every digest."""
 
 
 def compute_edits(
     model: LoadedModel, count: int, steps: int, layers: Sequence[int] | None
 ) -> dict[str, ExportEdit]:
-    """Edits of facts that the table knows, of different subjects, found with few steps."""
+    """Return edits of facts of different subjects, computed with few optimization steps."""
     source = find_facts_file(model.folder)
-    assert source is not None, "the model has no table of facts beside it: --drawn"
+    assert source is not None, "the model has no table of facts: use --random"
     records = {r.subject: r for r in load_records(source, 0).records}
     chosen = list(records.values())[:count]
     toolkit: EditorContext = run_to_completion(build_editor_context(model, None, None, 20_000))
@@ -103,7 +103,7 @@ def _export_edit(record: Record, pieces: list[EditUpdate]) -> ExportEdit:
 
 
 def random_edits(model: LoadedModel, count: int, layers: Sequence[int]) -> dict[str, ExportEdit]:
-    """Random keys and values, one association a layer."""
+    """Return edits with random keys and values, one association per layer."""
     generator = torch.Generator().manual_seed(0)
     edits: dict[str, ExportEdit] = {}
     for i in range(count):
@@ -119,7 +119,7 @@ def random_edits(model: LoadedModel, count: int, layers: Sequence[int]) -> dict[
 
 
 def logits(model: Any, base: LoadedModel, texts: Sequence[str]) -> torch.Tensor:
-    """Of all real tokens, on the CPU."""
+    """Return the logits (N, V) of all tokens without padding, fp32, on the CPU."""
     parts = []
     for start in range(0, len(texts), BATCH_ROWS):
         batch = pad(
@@ -134,7 +134,7 @@ def logits(model: Any, base: LoadedModel, texts: Sequence[str]) -> torch.Tensor:
 def measure_adapter(
     name: str, device: str, replica: VersionedModel, version: int, texts: Sequence[str]
 ) -> list[object]:
-    """A row of the table."""
+    """Export a version, load it with peft, and return a row of the table."""
     import peft
 
     base, file = replica.base, io.BytesIO()
@@ -170,10 +170,10 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", nargs="+", default=["shipped"], help="names of bench/model_shapes.py")
     p.add_argument("--counts", type=int, nargs="+", default=[1, 50, 300], metavar="N", help="active edits (default: 1 50 300)")  # fmt: skip
-    p.add_argument("--steps", type=int, default=5, help="of the optimisation of a found edit (default: 5)")
+    p.add_argument("--steps", type=int, default=5, help="optimization steps of an edit (default: 5)")
     p.add_argument("--layers", type=int, nargs="+", help="edited layers (default: the recipe's)")
-    p.add_argument("--drawn", action="store_true", help="random keys and values in place of found edits")
-    p.add_argument("--texts", type=int, default=64, help="plain texts that are compared on (default: 64)")
+    p.add_argument("--random", action="store_true", help="edits with random keys and values")
+    p.add_argument("--texts", type=int, default=64, help="texts to compare logits on (default: 64)")
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
     report = Report("export", args.device)
@@ -183,7 +183,7 @@ def main() -> None:
         layers = args.layers or ([EDIT_LAYERS[name]] if name in EDIT_LAYERS else None)
         edits = (
             random_edits(model, max_count, layers or [0])
-            if args.drawn
+            if args.random
             else compute_edits(model, max_count, args.steps, layers)
         )
         replica = VersionedModel(model, InMemoryLedger(edits))
@@ -197,7 +197,7 @@ def main() -> None:
             for n in sorted(args.counts)
         ]
         report.add_table(
-            f"{model.name}: {'drawn' if args.drawn else 'found'} edits as an adapter", COLUMNS, rows
+            f"{model.name}: {'random' if args.random else 'computed'} edits as an adapter", COLUMNS, rows
         )
         max_difference = max(max_difference, *(float(str(row[i])) for row in rows for i in (7, 8)))
     report.add_note(

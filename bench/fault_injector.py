@@ -1,4 +1,4 @@
-"""Carries out planned faults on a deployment. What lasts is ended by a thread beside the next ones: faults overlap."""
+"""Inject planned faults into a deployment. A fault with a duration ends in a thread, so that faults overlap."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.chaos_plan import Fault
 from bench.deployment import SupervisedDeployment, SupervisedProcess
 from bench.proxy import LOCALHOST, Proxy
 
-#: how a server is ended: PostgreSQL's fast and immediate shutdown, Redis's shutdown and its sudden death
+#: signals: PostgreSQL's fast and immediate shutdown, Redis's shutdown, and SIGKILL
 STOP_SIGNALS = {
     "restart postgres": signal.SIGINT,
     "crash postgres": signal.SIGQUIT,
@@ -26,14 +26,14 @@ STOP_SIGNALS = {
 
 @dataclass(frozen=True)
 class InjectedFault:
-    """A fault that was begun, and when."""
+    """A fault and the time of its start."""
 
     started_at: float
     fault: Fault
 
 
 class FaultInjector:
-    """`do` and `heal` belong to one thread."""
+    """Injects faults. `inject` and `heal` are called by one thread."""
 
     def __init__(self, deployment: SupervisedDeployment) -> None:
         self.injected_faults: list[InjectedFault] = []
@@ -43,7 +43,7 @@ class FaultInjector:
         self._threads: list[threading.Thread] = []
 
     def inject(self, fault: Fault) -> None:
-        """Begin a fault."""
+        """Start a fault."""
         verb, target = fault.kind.split()
         deployment = self._deployment
         self.injected_faults.append(InjectedFault(time.monotonic(), fault))
@@ -59,7 +59,7 @@ class FaultInjector:
             )
 
     def heal(self) -> None:
-        """End what still lasts, and wait until the servers are back."""
+        """Wait until all faults have ended and the servers are running."""
         for thread in self._threads:
             thread.join()
         self._threads = []
@@ -100,6 +100,6 @@ class FaultInjector:
 
     def _run_in_background(self, action: Callable[..., object], *arguments: Any) -> None:
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        thread = threading.Thread(target=action, args=arguments, name="mischief", daemon=True)
+        thread = threading.Thread(target=action, args=arguments, name="fault", daemon=True)
         thread.start()
         self._threads.append(thread)

@@ -1,10 +1,10 @@
-"""The figures of docs/concepts.md and of the README, drawn from what a running service answers.
+"""Draw the figures of docs/concepts.md and the README from the responses of a running service.
 
-    palimpsest serve --data runs/figures
+    palimpsest serve --data-dir runs/figures
     python bench/figures.py
 
-The service begins with an empty ledger and the shipped GPT; five to ten minutes on one core, most of them for the figure of the
-room, which lets `--many` edits land. All that the figures show was asked over HTTP, with the Python client.
+The service must have an empty ledger and the shipped GPT. A run takes five to ten minutes on one core, most of them for
+the capacity figure, which commits `--batch-facts` edits. All data is requested over HTTP with the Python client.
 """
 
 from __future__ import annotations
@@ -45,46 +45,48 @@ NEIGHBOURS = [
     "The Arc de Triomphe is located in the city of",
     "The Centre Pompidou is located in the city of",
 ]
-WEIGHT = "transformer.h.{}.mlp.c_proj.weight"  # of GPT-2: (inner width, width)
-BATCH_SIZE = 10  # edits between two looks at the room
+WEIGHT = "transformer.h.{}.mlp.c_proj.weight"  # of GPT-2: (D, d)
+BATCH_SIZE = 10  # edits between two measurements of the capacity
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", help="of the service (default: PALIMPSEST_URL, or http://127.0.0.1:8000)")
+    parser.add_argument(
+        "--url", help="URL of the service (default: PALIMPSEST_URL, or http://127.0.0.1:8000)"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder of the figures")
     parser.add_argument(
-        "--trace", type=Path, default=Path("docs/trace.png"), help="where the README's trace goes"
+        "--trace", type=Path, default=Path("docs/trace.png"), help="file of the README's trace"
     )
-    parser.add_argument("--many", type=int, default=120, help="edits that fill the room")
-    parser.add_argument("--seed", type=int, default=0, help="of the facts that are edited")
+    parser.add_argument("--batch-facts", type=int, default=120, help="edits of the capacity figure")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of facts")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with Client(args.url) as client:
         head = client.models()[0].head
         if head:
-            parser.error(f"the ledger stands at version {head}: start a service on an empty data folder")
-        facts = sample_facts(args.many + BATCH_SIZE, args.seed)
+            parser.error(f"the ledger is at version {head}: start the service with an empty data folder")
+        facts = sample_facts(args.batch_facts + BATCH_SIZE, args.seed)
         (args.out / "trace-base.png").write_bytes(trace_png(client))
         edit = apply_edit(client)
         args.trace.write_bytes(trace_png(client))
         client.revert(edit)
         _save_figure(args.out, "edit", draw_edit, edit_measurements(edit))
         _save_figure(args.out, "revert", draw_revert, compare_reverts(client, facts[:BATCH_SIZE], args.seed))
-        _save_figure(args.out, "room", draw_capacity, measure_capacity(client, facts[BATCH_SIZE:]))
+        _save_figure(args.out, "capacity", draw_capacity, measure_capacity(client, facts[BATCH_SIZE:]))
 
 
 def _save_figure(folder: Path, name: str, draw: Any, data: dict[str, Any]) -> None:
-    """A figure and the numbers that it shows."""
+    """Save a figure and its data."""
     (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     (folder / f"{name}.png").write_bytes(render_png(lambda: draw(data)))
     console.print(f"{folder / name}.png")
 
 
 def sample_facts(count: int, seed: int) -> list[EditRequest]:
-    """Facts of the shipped GPT, one of each subject, each with another object of its relation."""
+    """Return edits of facts of the shipped GPT, one per subject, each to another object of its relation."""
     rows = [
         json.loads(line) for line in (SHIPPED_MODEL / "facts.jsonl").read_text(encoding="utf-8").splitlines()
     ]
@@ -111,7 +113,7 @@ def sample_facts(count: int, seed: int) -> list[EditRequest]:
 
 
 def apply_edit(client: Client) -> Edit:
-    """An edit that is measured on other wordings and on its neighbours too."""
+    """Apply an edit with paraphrase and neighborhood probes."""
     neighbours = [{"prompt": prompt, "target": "Paris"} for prompt in NEIGHBOURS]
     probes: Any = {"paraphrase": PARAPHRASES, "neighborhood": neighbours}
     return client.edit(SUBJECT, PROMPT, "Rome", "Paris", probes=probes)
@@ -123,14 +125,14 @@ def edit_measurements(edit: Edit) -> dict[str, Any]:
 
 
 def trace_png(client: Client) -> bytes:
-    """The service's own picture of where head keeps the fact."""
+    """Return the heat map of a trace at head."""
     return client.picture(client.trace(STATEMENT, SUBJECT, window=3), "png")
 
 
 def draw_edit(data: dict[str, Any]) -> FigureBuilder:
     groups = [
         ("the edit's own prompt", [data["rewrite"]]),
-        ("other wordings", data["paraphrase"]),
+        ("paraphrases", data["paraphrase"]),
         ("neighbours", data["neighborhood"]),
     ]
     rows = sum(len(prompts) for _, prompts in groups)
@@ -161,11 +163,11 @@ def _bars(axes: Axes, p: dict[str, float]) -> None:
         axes.spines[side].set_visible(False)
 
 
-# Taking edits back
+# Reverts
 
 
 def compare_reverts(client: Client, facts: Sequence[EditRequest], seed: int) -> dict[str, Any]:
-    """Entries of the weight that differ from the base's when edits were added and taken out again, and the service's digests."""
+    """Return fractions of weight entries changed after adding and subtracting edits, and the digests of the service."""
     base = digest(client)
     edits = [edit for edit in client.edit_many(facts) if edit.applied]
     changes = [edit_delta(client.delta(edit)) for edit in edits]
@@ -192,7 +194,7 @@ def edited_layer(edit: Edit) -> int:
 
 
 def edit_delta(delta: bytes) -> Matrix:
-    """An edit's change of its weight, as applied."""
+    """Return the weight delta of an edit, as applied."""
     factors = load(delta)
     [left] = [value for name, value in factors.items() if name.endswith(".left")]
     [right] = [value for name, value in factors.items() if name.endswith(".right")]
@@ -200,7 +202,7 @@ def edit_delta(delta: bytes) -> Matrix:
 
 
 def changed_fraction(weight: Matrix, changes: Sequence[Matrix], order: Sequence[int]) -> float:
-    """The share of entries that are not the base's when changes were added and then subtracted, in fp32."""
+    """Return the fraction of entries that differ after adding and then subtracting the deltas in fp32."""
     edited = weight.copy()
     for delta in changes:
         edited += delta
@@ -210,7 +212,7 @@ def changed_fraction(weight: Matrix, changes: Sequence[Matrix], order: Sequence[
 
 
 def digest(client: Client) -> str:
-    """Of the bytes that the worker holds at head."""
+    """Return the digest of the worker's weights at head."""
     while True:
         model = client.models()[0]
         [worker] = [w.raw for w in model.workers if w.state == "serving"]
@@ -229,7 +231,7 @@ def draw_revert(data: dict[str, Any]) -> FigureBuilder:
     sheet.add_text(
         0.15,
         0.3,
-        f"entries of the weight that are not the base's any more, after {data['edits']} edits and {data['edits']} reverts",
+        f"weight entries that differ from the base after {data['edits']} edits and {data['edits']} reverts",
         fontsize=10,
         va="center",
     )
@@ -239,18 +241,18 @@ def draw_revert(data: dict[str, Any]) -> FigureBuilder:
     axes.set(xlim=(0, 1), ylim=(-0.6, 2.6), yticks=[], xticks=[0, 0.5, 1], xticklabels=["0", "50 %", "100 %"])
     for place, (name, share, _) in zip(places, ways, strict=True):
         sheet.add_text(0.15, 0.55 + 1.25 * (2.6 - place) / 3.2, name, fontsize=9, va="center")
-        label = f"{100 * share:.0f} %" if share else "none: the same digest"
+        label = f"{100 * share:.0f} %" if share else "none: the digest is equal"
         axes.text(share + 0.02, place, label, fontsize=9, va="center", color=FOREGROUND)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return sheet
 
 
-# Room
+# Capacity
 
 
 def measure_capacity(client: Client, facts: Sequence[EditRequest]) -> dict[str, Any]:
-    """Room by number of active edits: that of an average key, of each new edit's own key, and how many edits are said."""
+    """Return, by number of active edits, the capacity for an average key and for each new key, and the recall."""
     average, own_key, recall = [[0, 1.0]], [], []
     active: list[EditRequest] = []
     for start in range(0, len(facts), BATCH_SIZE):
@@ -264,12 +266,14 @@ def measure_capacity(client: Client, facts: Sequence[EditRequest]) -> dict[str, 
         capacity = client.models()[0].capacity or {}
         average.append([len(active), min(capacity["layers"].values())])
         recall.append([len(active), recall_rate(client, active)])
-        console.print(f"{len(active)} edits active, room {average[-1][1]:.3f}, said {recall[-1][1]:.3f}")
-    return {"average": average, "own": own_key, "said": recall, "asked": len(facts)}
+        console.print(
+            f"{len(active)} edits active, capacity {average[-1][1]:.3f}, recall {recall[-1][1]:.3f}"
+        )
+    return {"average": average, "own_key": own_key, "recall": recall, "submitted": len(facts)}
 
 
 def recall_rate(client: Client, active: Sequence[EditRequest]) -> float:
-    """How many of the active edits' new objects are what the model says."""
+    """Return the fraction of active edits whose new object the model generates."""
     hits = 0
     for start in range(0, len(active), 64):
         part = active[start : start + 64]
@@ -286,24 +290,24 @@ def draw_capacity(data: dict[str, Any]) -> FigureBuilder:
     sheet = FigureBuilder(8.0, 4.0)
     axes = sheet.add_axes(0.75, 0.3, 6.9, 3.0)
     axes.scatter(
-        *zip(*data["own"], strict=True),
+        *zip(*data["own_key"], strict=True),
         s=12,
         color=NEW_COLOR,
         alpha=FAINT_ALPHA,
         linewidths=0,
-        label="room for each new edit's key",
+        label="capacity for each new edit's key",
     )
     axes.plot(
         *zip(*data["average"], strict=True),
         color=NEW_COLOR,
         linewidth=1.8,
-        label="room for an average key (GET /models)",
+        label="capacity for an average key (GET /models)",
     )
     axes.plot(
-        *zip(*data["said"], strict=True),
+        *zip(*data["recall"], strict=True),
         color=OLD_COLOR,
         linewidth=1.8,
-        label="active edits whose new object the model says",
+        label="active edits whose new object the model generates",
     )
     axes.set(xlim=(0, data["average"][-1][0]), ylim=(0.6, 1.02))
     axes.set_xlabel(

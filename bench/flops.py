@@ -1,8 +1,8 @@
-"""Floating-point operations: counted as they happen, and the least that an edit or a trace is known to need.
+"""Floating-point operations: counts during execution, and lower bounds for an edit and a trace.
 
-The bounds follow methods B.6 and G for blocks of the GPT-2 and GPT-J kind (four square matrices in the attention, two in the
-MLP): what causality makes constant is run once, what nobody reads not at all, and what several cells share once. They
-are of one request alone: of what several requests could share nothing is taken off.
+The bounds hold for blocks of the GPT-2 and GPT-J kind (four square matrices in the attention, two in the MLP). Work
+that is constant because of causal attention is counted once, outputs that are not read are not counted, and work that
+cells share is counted once. Sharing between requests is not considered.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ T = TypeVar("T")
 
 
 def count_flops(work: Callable[[], T]) -> tuple[T, int]:
-    """What it gives, and the operations of its matrix products. The fused attention of a CPU is not counted, so the plain one runs."""
+    """Return the result and the operations of its matrix products, with the math attention kernel, which is counted."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         result = work()
     return result, counter.get_total_flops()
 
 
 def avoided_fraction(theirs: float, ours: float, bound: float) -> float:
-    """Of the work that need not be done, the fraction that is not."""
+    """Return the avoided fraction of the avoidable work."""
     return (theirs - ours) / (theirs - bound)
 
 
 @dataclass(frozen=True)
 class TokenCost:
-    """Operations of one token, from a model's shape."""
+    """Operations per token of a model."""
 
     layers: int
     width: int  #: d
@@ -51,7 +51,7 @@ class TokenCost:
 
     @property
     def projection(self) -> int:
-        """Through one square matrix of the attention."""
+        """One square matrix of the attention."""
         return 2 * self.width**2
 
     @property
@@ -60,17 +60,17 @@ class TokenCost:
 
     @property
     def key_value(self) -> int:
-        """What a token gives the others of a block: its key and its value."""
+        """The key and value projections."""
         return 2 * self.projection
 
     @property
     def query_output(self) -> int:
-        """Its query, and what its attention comes out through."""
+        """The query and output projections."""
         return 2 * self.projection
 
     @property
     def block(self) -> int:
-        """Through all matrices of a block."""
+        """All matrices of a block."""
         return self.key_value + self.query_output + self.mlp
 
     @property
@@ -78,30 +78,30 @@ class TokenCost:
         return 2 * self.width * self.vocabulary
 
     def attention(self, first: int, count: int) -> int:
-        """Looking back: `count` tokens from position `first` on, each at all up to itself."""
+        """Causal attention of `count` tokens from position `first`, each over all positions up to its own."""
         return 4 * self.width * sum(range(first + 1, first + count + 1))
 
     def block_span(self, first: int, count: int) -> int:
-        """`count` tokens from position `first` on through one block."""
+        """One block for `count` tokens from position `first`."""
         return count * self.block + self.attention(first, count)
 
     def last_block(self, first: int, count: int, read: int) -> int:
-        """The same through the last block, of whose tokens only the last `read` are read."""
+        """The last block for `count` tokens, of which only the last `read` outputs are read."""
         alone = read * (self.block - self.key_value) + self.attention(first + count - read, read)
         return count * self.key_value + alone
 
 
 def edit_bound(cost: TokenCost, rows: TokenizedContexts, layer: int, steps: int) -> int:
-    """An edit of one layer whose optimisation takes `steps` forward passes and one backward pass fewer (methods G).
+    """Return a lower bound for an edit of one layer with `steps` forward and `steps - 1` backward passes (ROME, Eq. 4).
 
-    Once: all tokens up to the edited layer, and above it those before the subject's last. In every pass: the others, above the
-    edited layer. A backward pass is counted as a forward one.
+    Once: all tokens up to the edited layer, and above it the tokens before the subject's last. In every pass: the other
+    tokens above the edited layer. A backward pass is counted as a forward pass.
     """
     above = cost.layers - 1 - layer
     read_counts = [
         *map(len, rows.targets),
         1,
-    ]  # the last where the subject stands bare, if that is a text of its own
+    ]  # 1 for the KL reference text, if it is a separate row
     fixed, per_pass = 0, (cost.head if rows.kl_reference_row == 0 else 0)
     for text, n in zip(rows.texts(), read_counts, strict=False):
         size, before = len(text.ids), text.last_subject_index
@@ -116,11 +116,11 @@ def edit_bound(cost: TokenCost, rows: TokenizedContexts, layer: int, steps: int)
 
 
 def trace_bound(cost: TokenCost, q: TraceInput, cells: Sequence[TraceCell], parallel: bool = False) -> int:
-    """A trace's cells (methods B.6).
+    """Return a lower bound for the cells of a causal trace (Meng et al. 2022, Section 2).
 
-    Once: the clean run, and the corrupted ones from the subject on. For each token and layer: the rows that differ below the
-    block, from the token on. Those that begin to differ within it, because a window ends there, differ in it at that
-    token alone, and a module whose output is held does not run for it.
+    Once: the clean run, and the corrupted runs from the subject on. For each token and layer: the rows that differ
+    below the block, from the token on. Rows that begin to differ within the block, because a window ends there, differ
+    at that token only, and a module whose output is held does not run for it.
     """
     begin, size, n = q.subject[0], len(q.ids), len(q.answer_ids)
     run = (cost.layers - 1) * cost.block_span(begin, size - begin) + cost.last_block(begin, size - begin, n)
@@ -133,13 +133,15 @@ def trace_bound(cost: TokenCost, q: TraceInput, cells: Sequence[TraceCell], para
 
 
 def _cell_group_flops(cost: TokenCost, q: TraceInput, cells: Sequence[TraceCell], parallel: bool) -> int:
-    """One sample of the cells of one map and token."""
+    """Return the operations of one sample of the cells of one map and token."""
     cell, n = cells[0], len(q.answer_ids)
     first, count, last = cell.token, len(q.ids) - cell.token, cost.layers - 1
     entries = {c.entry_layer for c in cells}
     work = cost.mlp * len(entries) if cell.source_kind == "attn" and not parallel else 0
     for layer in range(1, cost.layers):
-        below: dict[tuple[int, int], set[bool]] = {}  # those alike below the block: is the token held in it?
+        below: dict[
+            tuple[int, int], set[bool]
+        ] = {}  # (entry, end) equal below the block -> whether the token is held in it
         for c in cells:
             if c.entry_layer < layer:
                 below.setdefault((c.entry_layer, min(c.end_layer, layer)), set()).add(c.end_layer > layer)
@@ -149,18 +151,18 @@ def _cell_group_flops(cost: TokenCost, q: TraceInput, cells: Sequence[TraceCell]
             _token_flops(cost, cell.held_kind, held, first, count > 1, parallel) for held in below.values()
         ]
         work += len(below) * others + (sum(token_flops) if read == count else len(below) * cost.key_value)
-    # the token itself is read after the last block, or what is held in that block is no matter
+    # the token is read after the last block, or the output held in that block is not read
     ends = {(c.entry_layer, min(c.end_layer, cost.layers if count <= n else last)) for c in cells}
     clean = (
         cell.source_kind == "hidden" and count <= n
-    )  # the last block's output put back is the clean run's own
+    )  # the restored output of the last block is that of the clean run
     return work + n * cost.head * sum(not (clean and entry == last) for entry, _ in ends)
 
 
 def _token_flops(
     cost: TokenCost, kind: str, held: set[bool], first: int, has_later_tokens: bool, parallel: bool
 ) -> int:
-    """The token itself in one block, once or twice: with a module's output held, without, or both. Others may hear it."""
+    """Return the operations of the token in one block: with a module's output held, without, or both."""
     free = False in held
     attend = cost.query_output + cost.attention(first, 1)
     if kind == "mlp":

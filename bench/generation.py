@@ -1,20 +1,22 @@
-"""How fast the service speaks to several callers at once, against transformers: tokens per second and time to first token.
+"""Throughput and time to first token of the service with several concurrent callers, compared with transformers.
 
     python bench/generation.py
     python bench/generation.py --draw greedy --callers 32 --rounds 3
     python bench/generation.py --model gpt2-xl --device cuda --dtype float16 --without-edits
 
-The ways take turns within every round, on the same prompts:
+The backends take turns within every round, on the same prompts:
 
-- one by one: transformers' own `generate` on a plain model, one request after another. With several callers the others
-  wait in a queue; the wait is reckoned from the measured starts and ends.
-- continuous: transformers' continuous batching on a plain model, as many requests in flight as there are callers.
-- ours: the embedded wiring (operations, broker, engine, streams); every caller listens to a stream and asks again when
-  it has its answer.
-- ours, editing: the same while one edit after another runs, at the newest version.
+- one by one: `generate` of transformers, one request after another. With several callers the others wait in a queue;
+  the
+  wait is computed from the measured starts and ends.
+- continuous: continuous batching of transformers, with as many requests in flight as there are callers.
+- ours: the embedded wiring (services, broker, engine, streams). Every caller reads a stream and sends its next request
+  when
+  the stream ends.
+- ours, editing: the same at the newest version, while one edit after another runs.
 
-Every answer has the same number of tokens, as far as the model's positions go: end-of-text tokens are said like any other.
-Every figure is also given as a multiple of one-by-one in the same round. Greedy texts are compared token by token.
+Every generation has the same number of tokens within the model's max positions; end-of-text tokens do not stop it.
+Every figure is also given as a multiple of "one by one" in the same round. Greedy texts are compared token by token.
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ from service.models.loading import LoadedModel
 from service.schemas import GenerateRequest, Sampling
 from service.settings import SHIPPED_MODEL
 
-PAGE_TOKENS = 32  # tokens of a page of continuous batching's cache
-STALL_TIMEOUT = 60.0  # seconds without an answer after which continuous batching counts as stuck
+PAGE_TOKENS = 32  # page size of the cache of continuous batching
+STALL_TIMEOUT = 60.0  # seconds without a result after which continuous batching has failed
 SAMPLING_MODES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
@@ -63,16 +65,16 @@ SAMPLING_MODES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class RunResult:
-    """What the callers of one run heard."""
+    """Timings and tokens of one run."""
 
     seconds: float = 0.0
-    first_token_seconds: list[float] = field(default_factory=list)  #: seconds from asking to the first token
+    first_token_seconds: list[float] = field(
+        default_factory=list
+    )  #: seconds from the request to the first token
     inter_token_seconds: list[float] = field(
         default_factory=list
     )  #: seconds between two tokens of one stream
-    token_ids: dict[str, list[int]] = field(
-        default_factory=dict
-    )  #: the answer to each prompt, the last time it was given
+    token_ids: dict[str, list[int]] = field(default_factory=dict)  #: the last generation of each prompt
     tokens: int = 0
 
     def add_answer(self, prompt: str, token_ids: list[int], first_token_seconds: float) -> None:
@@ -86,13 +88,13 @@ class RunResult:
 
 
 class Backend(Protocol):
-    """One way of answering prompts for a number of callers."""
+    """Generates continuations of prompts for a number of callers."""
 
     def __call__(self, prompts: Sequence[str], sampling: Sampling, callers: int) -> RunResult: ...
 
 
 def stock_model(model: LoadedModel) -> PreTrainedModel:
-    """The same weights in transformers' own modules."""
+    """Return a transformers model with the same weights."""
     with torch.device(model.device):
         copy = AutoModelForCausalLM.from_config(model.model.config, dtype=model.embedding.weight.dtype)
     copy.load_state_dict(model.model.state_dict(), assign=True)
@@ -101,7 +103,7 @@ def stock_model(model: LoadedModel) -> PreTrainedModel:
 
 
 def to_generation_config(model: LoadedModel, sampling: Sampling) -> GenerationConfig:
-    """What is asked, in transformers' words."""
+    """Return sampling parameters as a GenerationConfig."""
     sampling_options = {
         "do_sample": True,
         "temperature": sampling.temperature,
@@ -117,7 +119,7 @@ def to_generation_config(model: LoadedModel, sampling: Sampling) -> GenerationCo
 
 @contextmanager
 def without_end_tokens(model: LoadedModel) -> Iterator[None]:
-    """No token ends a text."""
+    """Remove the end-of-text token, so that no token stops a generation."""
     sources = (model.model.generation_config, model.model.config, model.tokenizer)
     end_token_ids = [source.eos_token_id for source in sources]
     for source in sources:
@@ -130,7 +132,7 @@ def without_end_tokens(model: LoadedModel) -> Iterator[None]:
 
 
 class TokenTimer(BaseStreamer):  # type: ignore[misc]
-    """Notes when the first token was there: what comes before it is the prompt."""
+    """Records the time of each token; the first call has the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -151,7 +153,7 @@ class SequentialBackend:
     def __call__(self, prompts: Sequence[str], sampling: Sampling, callers: int) -> RunResult:
         result, config = RunResult(), to_generation_config(self.model, sampling)
         began = time.perf_counter()
-        ended = [began] * callers  # when each of the callers was answered last: the queue serves them in turn
+        ended = [began] * callers  # end of the last generation of each caller; the queue serves them in turn
         for number, prompt in enumerate(prompts):
             ids = torch.tensor([self.model.encode(prompt)[0]], device=self.model.device)
             streamer = TokenTimer()
@@ -166,7 +168,7 @@ class SequentialBackend:
 
 
 class ContinuousBatchingBackend:
-    """Transformers' continuous batching. Prefixes are not shared: that serves stale keys after an edit (design, section 4)."""
+    """Continuous batching of transformers, without shared prefixes, whose cached keys would be stale after an edit."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model, self.stock_model = model, stock_model(model)
@@ -197,7 +199,7 @@ class ContinuousBatchingBackend:
         def ask(number: int) -> None:
             name = manager.add_request(ids[number], record_timestamps=True)
             if name is None:
-                raise RuntimeError("continuous batching takes no more requests")
+                raise RuntimeError("continuous batching rejected a request")
             in_flight[name] = number, time.perf_counter()
 
         began = time.perf_counter()
@@ -206,7 +208,7 @@ class ContinuousBatchingBackend:
         while in_flight:
             result = manager.get_result(timeout=STALL_TIMEOUT)
             if result is None or result.error is not None:
-                raise RuntimeError(f"continuous batching gave {(result and result.error) or 'no answer'}")
+                raise RuntimeError(f"continuous batching gave {(result and result.error) or 'no result'}")
             if not result.is_finished():
                 continue
             number, since = in_flight.pop(result.request_id)
@@ -220,7 +222,7 @@ class ContinuousBatchingBackend:
 
 
 class ServiceBackend:
-    """The service: as many streams as callers, all in one event loop, as the API has them."""
+    """The service: one stream per caller, all in one event loop, as in the API."""
 
     def __init__(self, bench_service: BenchService, version: str) -> None:
         self.bench_service, self.version = bench_service, version
@@ -259,7 +261,7 @@ class ServiceBackend:
 
 @contextmanager
 def continuous_editing(bench_service: BenchService, cases: Sequence[Record]) -> Iterator[None]:
-    """One edit after another in a thread, from before the body begins until after it has ended."""
+    """Run one edit after another in a thread while the body runs."""
     stop, running = threading.Event(), threading.Event()
 
     def edit() -> None:
@@ -284,7 +286,7 @@ def continuous_editing(bench_service: BenchService, cases: Sequence[Record]) -> 
 
 
 class BackendComparison:
-    """All ways for one way of drawing, in turn; what each heard in each round."""
+    """Runs of all backends in one sampling mode, with the results of each round."""
 
     def __init__(self, backends: dict[str, Backend], callers: Sequence[int], prompts: Sequence[str]) -> None:
         self.backends, self.callers, self.prompts = backends, callers, prompts
@@ -298,12 +300,12 @@ class BackendComparison:
         context_for: Callable[[str], Any],
         synchronise: Callable[[], None],
     ) -> None:
-        for way in list(self.backends):  # a few words first, so that nobody's first time is timed
+        for way in list(self.backends):  # warm-up
             self._run_backend(way, sampling, 1, self.prompts[:2], context_for)
         turns = [(way, n) for way in self.backends if way not in self.errors for n in self.callers]
 
         def turn(way: str, callers: int) -> None:
-            # every caller has several turns; one by one needs each prompt once, whatever the callers
+            # every caller has several requests; "one by one" runs each prompt once
             count = len(self.prompts) if way == "one by one" else max(len(self.prompts), 3 * callers)
             prompts = list(itertools.islice(itertools.cycle(self.prompts), count))
             if (heard := self._run_backend(way, sampling, callers, prompts, context_for)) is not None:
@@ -333,7 +335,7 @@ class BackendComparison:
             return None
 
     def table_rows(self) -> list[list[object]]:
-        """For the table: speed and wait, each also as a multiple of one by one's."""
+        """Return the rows of the table: throughput and latency, also as multiples of "one by one"."""
         rows: list[list[object]] = []
         for (name, callers), results in sorted(
             self.results.items(), key=lambda x: (x[0][1], list(self.backends).index(x[0][0]))
@@ -365,7 +367,7 @@ class BackendComparison:
         return rows
 
     def token_parity(self, name: str) -> str:
-        """How many of the prompts have the same answer as one by one."""
+        """Return how many generations equal those of "one by one", as a sentence."""
         base = {
             p: s
             for (w, _), hs in self.results.items()
@@ -380,19 +382,21 @@ class BackendComparison:
             for h in hs
             for p, s in h.token_ids.items()
         ]
-        return f"{name}: {sum(base[p] == s for p, s in answers)} of {len(answers)} answers are one by one's, token by token"
+        return f"{name}: {sum(base[p] == s for p, s in answers)} of {len(answers)} generations equal those of one by one, token by token"
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="shipped", help="a name of bench/model_shapes.py, or what `load` takes")
+    p.add_argument(
+        "--model", default="shipped", help="a name of bench/model_shapes.py, a folder, or a name on the hub"
+    )
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16", "float64"])
     p.add_argument("--threads", type=int)
     p.add_argument("--callers", type=int, nargs="+", default=[1, 8, 32])
     p.add_argument("--draw", choices=SAMPLING_MODES, nargs="+", default=list(SAMPLING_MODES))
-    p.add_argument("--prompts", type=int, default=12, help="different prompts")
-    p.add_argument("--tokens", type=int, default=48, help="tokens of an answer")
+    p.add_argument("--prompts", type=int, default=12, help="number of prompts")
+    p.add_argument("--tokens", type=int, default=48, help="tokens of a generation")
     p.add_argument("--rounds", type=int, default=1)
     p.add_argument("--without-edits", action="store_true")
     p.add_argument("--without-continuous", action="store_true")
@@ -411,7 +415,7 @@ def main() -> None:
             backends["continuous"] = ContinuousBatchingBackend(model)
         backends["ours"] = ServiceBackend(bench_service, "base")
         if not args.without_edits:
-            bench_service.edit(cases[:1])  # what an editor needs is made at the first
+            bench_service.edit(cases[:1])  # the first edit prepares the editor context
             backends["ours, editing"] = ServiceBackend(bench_service, "head")
         for mode in args.draw:
             comparison = BackendComparison(backends, args.callers, prompts)
@@ -433,11 +437,11 @@ def main() -> None:
 def report_results(
     report: Report, comparison: BackendComparison, mode: str, args: argparse.Namespace
 ) -> None:
-    title = f"{args.model}, {args.dtype}, {mode}, answers of {args.tokens} tokens"
-    columns = ["way", "callers", "tokens/s", "x one by one", "first token ms", "p95", "x one by one"]
+    title = f"{args.model}, {args.dtype}, {mode}, {args.tokens} tokens"
+    columns = ["backend", "callers", "tokens/s", "x one by one", "first token ms", "p95", "x one by one"]
     report.add_table(title, [*columns, "pause p95 ms", "longest"], comparison.table_rows())
     for name, error in comparison.errors.items():
-        report.add_note(f"{name} does not work here: {error}")
+        report.add_note(f"{name} failed: {error}")
     if mode == "greedy":
         for name in comparison.backends:
             if name in ("continuous", "ours") and name not in comparison.errors:

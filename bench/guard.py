@@ -1,10 +1,10 @@
-"""What the guard lets through and what it stops: good edits, deliberately bad ones, and pairs of edits in conflict or not.
+"""What the guard accepts and rejects: good edits, deliberately bad edits, and pairs of conflicting and other edits.
 
     python bench/guard.py
     python bench/guard.py --cases 100
 
-Every edit is found on the base model and judged alone by the guard itself, at strength 1, with two paraphrases and five
-neighbours. Facts at even places of the seeded order are for choosing limits, those at odd places for reporting them.
+Every edit is computed on the base model and evaluated alone by the guard at strength 1, with two paraphrases and five
+neighbours. Facts at even indices of the seeded order are for choosing limits, those at odd indices for reporting.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from service.settings import SHIPPED_MODEL
 from service.weights.factors import Association
 
 console = Console(width=160)
-FAST_HPARAMS = {"contexts": 1}  # few, to be quick
-EXPLODING_FACTORS = (4.0, 10.0, 30.0)  # how many times too large: a divisor that is nearly nought
-#: the limits that are tried one by one, the others as they are by default
+FAST_HPARAMS = {"contexts": 1}  # to save time
+EXPLODING_FACTORS = (4.0, 10.0, 30.0)  # factors of an update with a divisor close to zero
+#: limits varied one at a time, with defaults for the others
 GUARD_LIMIT_GRID: dict[str, tuple[float, ...]] = {
     "min_probability": (0.0, 0.1, 0.3, 0.5),
     "min_paraphrase": (0.5, 1.0),
@@ -52,18 +52,18 @@ GUARD_LIMIT_GRID: dict[str, tuple[float, ...]] = {
     "max_perplexity": (1.01, 1.02, 1.05, 1.1, 1.25),
     "max_norm": (0.2, 0.5, 1.0, 1.5, 2.0, 5.0),
 }
-CONFLICT_LIMITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of a conflict
+CONFLICT_LIMITS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # values of `conflict_threshold`
 
 
 @dataclass(frozen=True)
 class GuardCase:
-    """An edit that was tried."""
+    """An edit and its evaluation by the guard."""
 
     resolved_edit: ResolvedEdit
     guard_result: GuardResult
 
     def passes_guard(self, probes: bool = True, **limits: float) -> bool:
-        """Whether the guard lets it land with these limits; without probes it knows neither paraphrases nor neighbours."""
+        """Return whether the edit passes with these limits; `probes=False` ignores paraphrase and neighborhood checks."""
         guard = self.resolved_edit.request.guard.model_copy(update=limits)
         resolved_edit = replace(
             self.resolved_edit, request=self.resolved_edit.request.model_copy(update={"guard": guard})
@@ -76,7 +76,7 @@ class GuardCase:
 
 
 class GuardExperiment:
-    """The shipped model, its tools, and facts for choosing and for reporting."""
+    """A model, its editor context, and facts for choosing limits and for reporting."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.model = load_model(args.model)
@@ -87,7 +87,7 @@ class GuardExperiment:
         assert recipe is not None
         layers = list(recipe.rome.layers)
         self.poor_statistics = run_to_completion(collect_statistics(self.model, layers, few))
-        self.good_factors: dict[str, EditFactors] = {}  #: by the record's name
+        self.good_factors: dict[str, EditFactors] = {}  #: by record name
         path = find_facts_file(self.model.folder)
         assert path is not None
         self.fact_rows = {(r["subject"], r["relation"]): r for r in read_fact_rows(path)}
@@ -98,7 +98,7 @@ class GuardExperiment:
     # good edits and bad ones
 
     def evaluate_cases(self, kind: str, records: Sequence[Record]) -> list[GuardCase]:
-        """Edits of a kind, judged."""
+        """Compute and evaluate edits of one kind."""
         return [self.evaluate_case(kind, r) for r in track(records, kind, transient=True, console=console)]
 
     def evaluate_case(self, kind: str, record: Record) -> GuardCase:
@@ -131,7 +131,7 @@ class GuardExperiment:
         return EditRequest.model_validate(body | {"target_new": target})
 
     def compute_factors(self, kind: str, record: Record, resolved_edit: ResolvedEdit) -> EditFactors:
-        """What is found; too large, or in a direction from poor statistics, it is the good one's otherwise."""
+        """Return the factors of an edit; bad kinds scale or redirect those of the good edit."""
         if kind in ("exploding", "poor statistics"):
             good = self.good_factors[record.name]
             if kind == "exploding":
@@ -158,21 +158,21 @@ class GuardExperiment:
     # pairs
 
     def conflict_pairs(self, split: str, count: int) -> dict[str, list[ConflictCandidate]]:
-        """Of pairs of edits about one subject: the same relation in other words, and another relation."""
+        """Return pairs of edits of one subject: the same relation in another wording, and another relation."""
         of_subject: dict[str, list[Record]] = defaultdict(list)
         for record in self.splits[split]:
             of_subject[record.subject].append(record)
         single = [records[0] for records in of_subject.values()]
         multiple = [records for records in of_subject.values() if len(records) > 1]
-        words = track(single[:count], "other words", transient=True, console=console)
+        words = track(single[:count], "other wording", transient=True, console=console)
         relations = track(multiple[:count], "other relation", transient=True, console=console)
         return {
-            "other words": [self.measure_conflict(r, self.paraphrased_record(r)) for r in words],
+            "other wording": [self.measure_conflict(r, self.paraphrased_record(r)) for r in words],
             "other relation": [self.measure_conflict(a, b) for a, b, *_ in relations],
         }
 
     def paraphrased_record(self, record: Record) -> Record:
-        """The record with another of its prompts and another of its relation's objects."""
+        """Return the record with another prompt and another object of its relation."""
         row = self.fact_rows[record.subject, record.relation]
         prompt = self.rng.choice([p for p in row["prompts"] if p != record.prompt])
         used_objects = (record.target_new, record.target_true)
@@ -181,7 +181,7 @@ class GuardExperiment:
         return replace(record, prompt=prompt, target_new=str(target))
 
     def measure_conflict(self, old: Record, new: Record) -> ConflictCandidate:
-        """What a new edit does alone on an older one's prompt."""
+        """Return the effect of a new edit alone on the prompt of an older edit."""
         factors = [
             run_to_completion(
                 self.context.find_factors(
@@ -203,11 +203,11 @@ BAD_KINDS = ("wrong layer", "exploding", "nonsense", "poor statistics")
 
 
 def rejection_table(cases: dict[str, list[GuardCase]], split: str) -> Table:
-    """Of each limit: how many good edits are stopped, and how many bad ones of each kind land."""
+    """Return, for each limit, the percentage of good edits rejected and of bad edits accepted."""
     table = Table(
-        title=f"facts for {split}: % of good edits stopped, % of bad ones that land", title_style=""
+        title=f"facts for {split}: % of good edits rejected, % of bad edits accepted", title_style=""
     )
-    for name in ("limits", "good stopped", *BAD_KINDS):
+    for name in ("limits", "good rejected", *BAD_KINDS):
         table.add_column(name, justify="left" if name == "limits" else "right")
 
     def row(name: str, passes: Callable[[GuardCase], bool]) -> None:
@@ -218,17 +218,17 @@ def rejection_table(cases: dict[str, list[GuardCase]], split: str) -> Table:
         ]
         table.add_row(name, *cells)
 
-    row("as they are", lambda c: c.passes_guard())
-    row("as they are, without probes", lambda c: c.passes_guard(probes=False))
+    row("defaults", lambda c: c.passes_guard())
+    row("defaults, without probes", lambda c: c.passes_guard(probes=False))
     for name, limits in GUARD_LIMIT_GRID.items():
         for limit in limits:
-            row(f"{name} {limit:g}", lambda c, n=name, x=limit: c.lands(**{n: x}))  # type: ignore[misc]
+            row(f"{name} {limit:g}", lambda c, n=name, x=limit: c.passes_guard(**{n: x}))  # type: ignore[misc]
     return table
 
 
 def figures_table(cases: dict[str, list[GuardCase]]) -> Table:
-    """Where the figures of each rule lie: least, median, greatest."""
-    table = Table(title="figures: least, median, greatest", title_style="")
+    """Return the min, median and max figure of each check by kind of edit."""
+    table = Table(title="figures: min, median, max", title_style="")
     names = sorted(
         {c.name for kind_cases in cases.values() for case in kind_cases for c in case.guard_result.checks}
     )
@@ -250,8 +250,8 @@ def figures_table(cases: dict[str, list[GuardCase]]) -> Table:
 
 
 def conflict_table(pairs: dict[str, list[ConflictCandidate]], split: str) -> Table:
-    """Of each limit: how many pairs are called a conflict."""
-    table = Table(title=f"pairs for {split}: % called a conflict", title_style="")
+    """Return, for each limit, the percentage of pairs classified as a conflict."""
+    table = Table(title=f"pairs for {split}: % classified as a conflict", title_style="")
     for name in ("limit", *pairs):
         table.add_column(name, justify="right")
     for limit in CONFLICT_LIMITS:
@@ -267,15 +267,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(SHIPPED_MODEL))
-    parser.add_argument("--cases", type=int, default=20, help="edits of each kind, and pairs, in each half")
+    parser.add_argument("--cases", type=int, default=20, help="edits of each kind, and pairs, in each split")
     parser.add_argument(
-        "--halves", nargs="*", default=["choose", "report"], help="of the facts (default: both)"
+        "--splits", nargs="*", default=["choose", "report"], help="splits of the facts (default: both)"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     experiment = GuardExperiment(args)
     console.print(f"{Path(args.model).name}, {args.cases} of each kind; limits: {Guard()}")
-    for split in args.halves:
+    for split in args.splits:
         records = experiment.splits[split][: args.cases]
         cases = {kind: experiment.evaluate_cases(kind, records) for kind in ("good", *BAD_KINDS)}
         others = {kind: experiment.evaluate_cases(kind, records) for kind in ("erase", "amplify")}

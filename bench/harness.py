@@ -1,8 +1,7 @@
-"""Ways of doing one thing, timed in turn within one run; tables that are printed and kept.
+"""Interleaved timing of alternatives, and reports as printed and saved tables.
 
-No figure of ours is a time alone: the ways that are compared take turns, so that whatever else the machine does meets
-all of them alike, and what counts is their ratio. A report goes to the terminal and, with a description of the machine,
-to runs/bench/NAME.json.
+Alternatives are timed in turn within each round, so that other load on the machine affects all of them, and their ratio
+is reported. A report is printed and saved with a description of the machine in runs/bench/NAME.json.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ REPORTS_DIR = ROOT / "runs" / "bench"
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure measured several times: its median and its quartiles."""
+    """Repeated measurements, formatted as median and quartiles."""
 
     values: tuple[float, ...]
 
@@ -51,7 +50,7 @@ class Spread:
         return low, high
 
     def ratio_to(self, other: Spread) -> Spread:
-        """The ratios, round by round: what both met in one round cancels."""
+        """Return the ratios by round, in which load common to both cancels."""
         return Spread(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
 
     def scaled(self, factor: float) -> Spread:
@@ -63,7 +62,7 @@ class Spread:
 
 
 class ResultRecorder(Generic[T]):
-    """A way whose last result is kept."""
+    """A callable that keeps the result of its last call."""
 
     result: T
 
@@ -81,9 +80,9 @@ def time_interleaved(
     synchronise: Callable[[], None] = lambda: None,
     prepare: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Spread]:
-    """Seconds of each way. A round runs every way once; which comes first moves on from round to round.
+    """Return the seconds of each task. A round runs every task once; the order rotates from round to round.
 
-    `before(name)` makes ready for a way and is not timed.
+    `prepare(name)` runs before each task and is not timed.
     """
     names = list(tasks)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -102,12 +101,12 @@ def time_interleaved(
 
 
 def device_synchronizer(device: str) -> Callable[[], None]:
-    """Waits until the device has done all that it was given."""
+    """Return a function that waits until the device has finished its queued work."""
     return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
 
 def machine_info(device: str = "cpu") -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return the hardware, library versions and commit of a measurement."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -137,7 +136,7 @@ def _commit() -> str | None:
 
 @dataclass
 class Report:
-    """Tables of one benchmark, under one name."""
+    """The tables and notes of one benchmark."""
 
     name: str
     device: str = "cpu"
@@ -145,7 +144,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def add_table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print a table and keep it. A `Spread` shows as median (quartiles) to three figures; give text for any other form."""
+        """Print and save a table. A `Spread` is shown as median (quartiles) with three digits."""
         rich_table = Table(title=title, title_justify="left")
         for i, name in enumerate(columns):
             rich_table.add_column(name, justify="right" if i else "left")
@@ -157,13 +156,13 @@ class Report:
         self._save()
 
     def add_note(self, text: str) -> None:
-        """A sentence beside the tables: a verdict, a caution."""
+        """Print and save a sentence about the tables."""
         console.print(text)
         self.notes.append(text)
         self._save()
 
     def _save(self) -> None:
-        """After every table, so that a run that is cut short leaves what it found."""
+        """Write the report; called after every table, so that an interrupted run keeps its results."""
         REPORTS_DIR.mkdir(parents=True, exist_ok=True)
         content = {
             "name": self.name,
@@ -184,7 +183,7 @@ def _format_cell(value: object) -> str:
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:
-    """A kept report as Markdown."""
+    """Return a saved report as Markdown."""
     lines = [f"## {report['name']}", "", f"`{report['command']}`, {report['when']}", ""]
     for table in report["tables"]:
         lines += [

@@ -1,11 +1,11 @@
-"""What the way through HTTP, Redis, PostgreSQL and a worker's process adds to a tiny generation.
+"""Latency that HTTP, Redis, PostgreSQL and a worker process add to a short generation.
 
     python bench/http_overhead.py --repeat 300
 
-The baseline is the engine called in process: one process, MemoryBroker and SQLite, the request put into the broker by the
-thread that then hears its end. Beside it: the same request by HTTP on a connection that stays open, to `palimpsest api`,
-which passes it through Redis to `palimpsest worker`. Both have the same model, one thread, and take turns; each turn is a few
-requests. Under load another client keeps whichever side has its turn speaking.
+The baseline is the engine in process, with MemoryBroker and SQLite. It is compared with the same request over a
+persistent HTTP connection to `palimpsest api`, which passes it through Redis to `palimpsest worker`. Both have the same
+model and one thread, and take turns of a few requests. Under load, a second client sends requests to the side whose
+turn it is.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from service.ledger import ledger
 from service.schemas import GenerateRequest
 from service.settings import Settings
 
-MAX_ADDED_MS = 10.0  #: milliseconds that may be added, as a median
-REQUESTS_PER_TURN = 10  #: requests in a row on one side
+MAX_ADDED_MS = 10.0  #: limit of the added milliseconds, as a median
+REQUESTS_PER_TURN = 10  #: consecutive requests on one side
 WARMUP_REQUESTS = 30
 TINY_REQUEST = {"prompt": "The Louvre is located in the city of", "max_new_tokens": 1}
 LOAD_REQUEST = {"prompt": "The Louvre is located in the city of", "max_new_tokens": 12}
-LOAD_INTERVAL = 0.1  #: seconds between two requests of the other client
+LOAD_INTERVAL = 0.1  #: seconds between two requests of the second client
 
 console = Console(stderr=True)
 SendRequest = Callable[[dict[str, Any]], Any]
@@ -59,7 +59,7 @@ async def _wait_for_end(broker: Broker, channel: str) -> dict[str, Any]:
 
 
 class InProcessClient:
-    """The baseline: a worker in a thread of this process, and the broker between us."""
+    """The baseline: a worker in a thread of this process, called through the broker."""
 
     def __init__(self, folder: Path) -> None:
         settings = Settings(data_dir=folder, threads=1, redis_url=None, database_url=None)
@@ -89,7 +89,7 @@ class InProcessClient:
 
 
 class HttpClient:
-    """The production shape, asked by clients that keep their connection."""
+    """The production wiring, over persistent connections."""
 
     def __init__(self, deployment: SupervisedDeployment) -> None:
         self._address = deployment.addresses[0]
@@ -108,7 +108,7 @@ class HttpClient:
 
 @contextmanager
 def background_load(send: SendRequest) -> Iterator[None]:
-    """Another client that keeps asking for a longer answer."""
+    """Run a second client that sends longer requests."""
     stop = threading.Event()
 
     def keep_asking() -> None:
@@ -125,7 +125,7 @@ def background_load(send: SendRequest) -> Iterator[None]:
 
 
 def time_alternately(sides: dict[str, SendRequest], repeat: int, load: bool, what: str) -> Timings:
-    """Milliseconds of every request, the sides taking turns; "decode" is what the worker says that it needed."""
+    """Return the milliseconds of every request by side; "decode" is the time that the worker reports."""
     timings: Timings = {name: [] for name in (*sides, "decode")}
     for _ in track(range(repeat // REQUESTS_PER_TURN), what, console=console, transient=True):
         for name, send in sides.items():
@@ -144,13 +144,13 @@ def _no_load() -> Iterator[None]:
     yield
 
 
-# where the time goes
+# components
 
 
 def time_components(
     deployment: SupervisedDeployment, http_client: HttpClient, repeat: int, folder: Path
 ) -> Timings:
-    """Each part of the way alone, on the same servers: what is left of the whole is the passing from hand to hand."""
+    """Time each component alone on the same servers."""
     settings = Settings(
         data_dir=folder,
         database_url=deployment.database_url,
@@ -161,15 +161,15 @@ def time_components(
     fingerprint = container.services.models.describe()["fingerprint"]
     try:
         components = {
-            "HTTP without work (GET /healthz)": lambda: http_client.client().get("/healthz"),
-            "API: checks and the call": lambda: container.services.generation.generate(
+            "HTTP alone (GET /healthz)": lambda: http_client.client().get("/healthz"),
+            "API: validation and the call": lambda: container.services.generation.generate(
                 GenerateRequest(**TINY_REQUEST)
             ),
-            "worker: the ledger's head": lambda: _ledger_head(container, fingerprint),
+            "worker: read the ledger's head": lambda: _ledger_head(container, fingerprint),
         }
         timings = {name: _time_calls(act, repeat) for name, act in components.items()}
         return timings | {
-            "Redis: call, take, publish, done, hear": _time_redis_round_trip(container.broker, repeat)
+            "Redis: send, receive, publish, ack, read": _time_redis_round_trip(container.broker, repeat)
         }
     finally:
         container.close()
@@ -190,8 +190,8 @@ def _time_calls(action: Callable[[], object], repeat: int) -> list[float]:
 
 
 def _time_redis_round_trip(broker: Broker, repeat: int) -> list[float]:
-    """A call that is answered at once by another thread, until its end is heard. Nothing is computed."""
-    while deliveries := broker.receive(("generate",), 1000, 0):  # what the timing of the checks has left
+    """Time a call that another thread answers at once, from sending to its end event."""
+    while deliveries := broker.receive(("generate",), 1000, 0):  # calls left by the timing of validation
         for delivery in deliveries:
             broker.ack(delivery)
     stop = threading.Event()
@@ -234,7 +234,7 @@ def print_timings(title: str, timings: Timings) -> None:
 
 
 def added_milliseconds(timings: Timings) -> float:
-    """Milliseconds between the medians."""
+    """Return the difference of the medians in milliseconds."""
     return float(np.median(timings["by HTTP"]) - np.median(timings["engine in process"]))
 
 
@@ -254,9 +254,7 @@ def run_measurements(repeat: int, folder: Path) -> dict[str, Timings]:
             results = {
                 "alone": time_alternately(sides, repeat, load=False, what="alone"),
                 "beside another client": time_alternately(sides, repeat, load=True, what="under load"),
-                "where the time goes: each part alone": time_components(
-                    deployment, http_client, repeat, folder / "pieces"
-                ),
+                "each component alone": time_components(deployment, http_client, repeat, folder / "pieces"),
             }
         finally:
             in_process_client.close()
@@ -267,7 +265,7 @@ def run_measurements(repeat: int, folder: Path) -> dict[str, Timings]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeat", type=int, default=300)
-    p.add_argument("--json", type=Path, metavar="FILE", help="keep the timings")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the timings to FILE")
     return p
 
 
@@ -283,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overhead = added_milliseconds(results["alone"])
     comparison = "within" if overhead <= MAX_ADDED_MS else "ABOVE"
     console.print(
-        f"added by the way, as a median: {overhead:.2f} ms alone, {comparison} {MAX_ADDED_MS:.0f} ms;",
+        f"median overhead: {overhead:.2f} ms alone, {comparison} {MAX_ADDED_MS:.0f} ms;",
         end=" ",
     )
     console.print(f"{added_milliseconds(results['beside another client']):.2f} ms beside another client")

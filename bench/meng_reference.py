@@ -1,10 +1,10 @@
-"""The authors' own ROME and causal tracing (Meng et al. 2022), run from a checkout of their repository beside ours.
+"""The authors' implementation of ROME and causal tracing (Meng et al. 2022), run from a checkout of their repository.
 
-Nothing of theirs is here. Their modules are read from the checkout when asked for, changed in memory so far that they
-run on the device at hand, and their own functions are called: `execute_rome`, `calculate_hidden_flow` and
-`trace_with_repatch`. The contexts, the second moment and the noise are ours, so that both sides solve the same problem.
+Their code is not included. Their modules are loaded from the checkout, changed in memory to run on the given device,
+and their functions `execute_rome`, `calculate_hidden_flow` and `trace_with_repatch` are called with our contexts,
+second moment and noise, so that both implementations solve the same problem.
 
-Their index arithmetic takes it that a tokenizer adds no start token; `without_start` makes a model that both sides read alike.
+Their index arithmetic assumes that a tokenizer adds no BOS token; `without_bos` returns such a model.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from service.weights.factors import LowRank
 
 REFERENCE_OPTION = "--reference"
 INSTALL_HINT = (
-    f"git clone https://github.com/kmeng01/rome, and say where it is with {REFERENCE_OPTION} PATH; "
-    "without it only our own figures are taken."
+    f"git clone https://github.com/kmeng01/rome and pass {REFERENCE_OPTION} PATH; "
+    "without it only our own code is measured."
 )
-REFERENCE_PACKAGES = ("rome", "util", "experiments")  # of theirs, which are read
-#: what their modules import beside and never touch in the functions that are called here
+REFERENCE_PACKAGES = ("rome", "util", "experiments")  # packages of the checkout that are loaded
+#: modules that theirs import and the functions called here do not use
 STUB_MODULES: Mapping[str, Mapping[str, Any]] = {
     "datasets": {"load_dataset": None},
     "dsets": {"KnownsDataset": None},
-    "util.globals": {"STATS_DIR": "", "DATA_DIR": ""},  # theirs is read from a file in the working directory
+    "util.globals": {"STATS_DIR": "", "DATA_DIR": ""},  # theirs reads a file in the working directory
 }
-LOSS_PATTERN = re.compile(r"^loss (\S+) =", re.MULTILINE)  # they only print it
+LOSS_PATTERN = re.compile(r"^loss (\S+) =", re.MULTILINE)  # the loss is only printed
 
 
 class ReferenceMissing(Exception):
-    """There is no checkout to run."""
+    """There is no checkout of the reference implementation."""
 
 
 def add_reference_option(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def add_reference_option(parser: argparse.ArgumentParser) -> None:
 
 
 def load_reference(path: Path | None, report: Report) -> Reference | None:
-    """The checkout, if there is one; else the report says what to do."""
+    """Return the reference, or None after a note in the report on how to get it."""
     try:
         return Reference.load(path, report.device)
     except ReferenceMissing as error:
@@ -70,7 +70,7 @@ def load_reference(path: Path | None, report: Report) -> Reference | None:
 
 
 def without_bos(model: LoadedModel) -> LoadedModel:
-    """The same model, whose tokenizer adds no start token and can pad."""
+    """Return the model with a tokenizer that adds no BOS token and has a pad token."""
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.backend_tokenizer.post_processor = None
     tokenizer.pad_token = tokenizer.eos_token
@@ -78,7 +78,7 @@ def without_bos(model: LoadedModel) -> LoadedModel:
 
 
 def as_reference_model(model: LoadedModel) -> Any:
-    """The transformers model as theirs would load it, on the same weights: without the activations that we exchange."""
+    """Return the transformers model on the same weights with its original activation functions."""
     reference_model = copy.deepcopy(model.model, {id(p): p for p in model.model.parameters()})
     for module in list(reference_model.modules()):
         for name, child in module.named_children():
@@ -88,12 +88,12 @@ def as_reference_model(model: LoadedModel) -> Any:
 
 
 def retarget_device(source: str, device: str) -> str:
-    """Their source for another device than the one that is written in it."""
+    """Return source code with "cuda" replaced by `device`."""
     return source.replace('"cuda"', f'"{device}"').replace(".cuda()", f'.to("{device}")')
 
 
 class _Loader(SourceFileLoader):
-    """Compiles what `adapted` makes of a file; no byte code is read or kept."""
+    """Compiles a file after `retarget_device`, without byte code."""
 
     def __init__(self, name: str, path: str, device: str) -> None:
         super().__init__(name, path)
@@ -101,7 +101,7 @@ class _Loader(SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:
         source = retarget_device(Path(self.path).read_text(encoding="utf-8"), self.device)
-        with warnings.catch_warnings(action="ignore"):  # of how they escape characters
+        with warnings.catch_warnings(action="ignore"):  # invalid escape sequences
             return compile(source, self.path, "exec", dont_inherit=True)
 
 
@@ -126,7 +126,7 @@ def _is_reference_module(name: str) -> bool:
 
 @contextlib.contextmanager
 def _reference_importable(root: Path, device: str) -> Iterator[None]:
-    """Within the context their packages can be imported; afterwards nobody else finds them, whatever their names."""
+    """Make their packages importable within the context, and remove them from `sys.modules` afterwards."""
     finder = _Finder(root, device)
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_reference_module(name)}
     for name, contents in STUB_MODULES.items():
@@ -146,7 +146,7 @@ def _reference_importable(root: Path, device: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reference:
-    """Their modules, read for one device."""
+    """Their modules, loaded for one device."""
 
     rome_main: Any
     compute_u: Any
@@ -154,9 +154,9 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path | None, device: str = "cpu") -> Reference:
-        """Raises `Missing`, which says what to do, where there is no checkout."""
+        """Load the modules. Raises ReferenceMissing without a checkout."""
         if path is None:
-            raise ReferenceMissing(f"The reference implementation is not at hand: {INSTALL_HINT}")
+            raise ReferenceMissing(f"There is no checkout of the reference implementation: {INSTALL_HINT}")
         required = [path / "rome" / "rome_main.py", path / "experiments" / "causal_trace.py"]
         if missing := [x for x in required if not x.is_file()]:
             raise ReferenceMissing(
@@ -169,16 +169,16 @@ class Reference:
 
 @dataclass(frozen=True)
 class ReferenceEdit:
-    """What one of their edits found."""
+    """The update of one edit of theirs."""
 
     change: LowRank
-    losses: list[float]  #: as printed, to three digits after the point
+    losses: list[float]  #: as printed, with three decimals
 
 
 class ReferenceEditor:
-    """Their editor on one model, with our contexts and our second moment where theirs would be.
+    """Their editor for one model, with our contexts and second moment.
 
-    Their caches are globals of their modules, so only the editor made last may be used.
+    Their caches are module globals, so only the newest editor may be used.
     """
 
     def __init__(
@@ -194,25 +194,25 @@ class ReferenceEditor:
         self._hparams = self._rome_main.ROMEHyperParams(**hyperparameters(model, parameters))
         self._steps = parameters.steps
         self._rome_main.CONTEXT_TEMPLATES_CACHE = ["{}", *(f"{c}. {{}}" for c in contexts)]
-        damped = (statistics.cholesky @ statistics.cholesky.T).float()  # they keep it in single precision
+        damped = (statistics.cholesky @ statistics.cholesky.T).float()  # theirs is fp32
         self._compute_u.layer_stats = lambda *_, **__: SimpleNamespace(
             mom2=SimpleNamespace(moment=lambda: damped)
         )
         self.clear_inverse_cache()
 
     def clear_inverse_cache(self) -> None:
-        """The inverse of the second moment, which is taken before the first edit."""
+        """Clear their cached inverse of the second moment."""
         self._compute_u.inv_mom2_cache.clear()
 
     def compute_inverse(self) -> Tensor:
-        """What comes once before all edits: their inverse of the second moment."""
+        """Return their inverse of the second moment, which the first edit computes."""
         h = self._hparams
         layer = h.rewrite_module_tmp.format(h.layers[0])
         with _captured_stdout():
             return self._compute_u.get_inv_cov(self._model, None, layer, h.mom2_dataset, "", h.mom2_dtype)  # type: ignore[no-any-return]
 
     def edit(self, subject: str, prompt: str, target: str, steps: int | None = None) -> ReferenceEdit:
-        """One edit, which leaves the model as it was; of so many steps at the most."""
+        """Compute one edit of at most `steps` steps; the model is unchanged."""
         self._hparams.v_num_grad_steps = steps or self._steps
         request = {"subject": subject, "prompt": prompt, "target_new": {"str": target}}
         with _captured_stdout() as output:
@@ -223,7 +223,7 @@ class ReferenceEditor:
 
 
 def hyperparameters(model: LoadedModel, parameters: RomeParameters) -> dict[str, Any]:
-    """Ours in their words. Their loss at which the optimisation ends is written in their code: 0.05."""
+    """Return our hyperparameters in their names. Their stop loss of 0.05 is a constant in their code."""
     blocks, down = model.architecture.blocks, model.architecture.down_proj
     block = f"{blocks}.{{}}"
     return {
@@ -250,7 +250,7 @@ def hyperparameters(model: LoadedModel, parameters: RomeParameters) -> dict[str,
 
 
 class ReferenceTracer:
-    """Their tracer on one model."""
+    """Their tracer for one model."""
 
     def __init__(self, reference: Reference, model: LoadedModel) -> None:
         self._causal_trace = reference.causal_trace
@@ -260,7 +260,7 @@ class ReferenceTracer:
     def trace_map(
         self, text: str, subject: str, kind: str, noise: float, rows: str | None = None, samples: int = 10
     ) -> Tensor:
-        """One map (T, L): "hidden", "mlp" or "attn"; with `rows="subject_last"` that token's row alone."""
+        """Return the map (T, L) of "hidden", "mlp" or "attn"; with `rows="subject_last"` only that row."""
         result = self._causal_trace.calculate_hidden_flow(
             self._mt,
             text,
@@ -273,10 +273,10 @@ class ReferenceTracer:
         return result["scores"]  # type: ignore[no-any-return]
 
     def severed(self, text: str, subject: str, cut: str, noise: float, samples: int = 10) -> Tensor:
-        """One severed path (L,) at the subject's last token.
+        """Return the severed path (L,) at the subject's last token.
 
-        What is held comes from other noise than the run that it is held in, as in the paper's figure: the scores are not
-        ours, the work is the same.
+        The held outputs come from other noise than the run, as in the figure of the paper: the scores differ from ours,
+        the work is the same.
         """
         causal_trace = self._causal_trace
         tokens = causal_trace.make_inputs(self._tokenizer, [text] * (samples + 1))
@@ -302,7 +302,7 @@ class ReferenceTracer:
 
 @contextlib.contextmanager
 def _captured_stdout() -> Iterator[io.StringIO]:
-    """Keep what they print."""
+    """Capture their output."""
     buffer = io.StringIO()
     with contextlib.redirect_stdout(buffer):
         yield buffer

@@ -1,4 +1,4 @@
-"""Models of the sizes that people know, with random weights and the shipped tokenizer: for figures of cost, not of truth."""
+"""Models of well-known sizes with random weights and the shipped tokenizer, for measurements of cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from service.models.loading import LoadedModel, load_model, wrap_model
 from service.settings import SHIPPED_MODEL
 
-#: name -> configuration; the vocabulary's width counts, though the tokenizer speaks only its first entries
+#: name -> configuration. The vocabulary has the published size; the tokenizer uses its first entries.
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-small": {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
     "gpt2-xl": {"model_type": "gpt2", "n_layer": 48, "n_embd": 1600, "n_head": 25, "vocab_size": 50257},
@@ -39,13 +39,13 @@ EDIT_LAYERS = {
     "gpt2-xl": 17,
     "gptj-6b": 5,
     "llama-1b": 5,
-}  # where such a model is edited (methods A.9)
+}  # layer that the published recipes edit (ROME, Meng et al. 2022; EasyEdit)
 
 
 def build_model(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LoadedModel:
-    """One of SHAPES with random weights, or whatever `load` makes of the name. "shipped" is the shipped GPT."""
+    """Return a model of SHAPES with random weights, the shipped GPT for "shipped", else the model of that path or name."""
     if name not in SHAPES:
         return load_model(SHIPPED_MODEL if name == "shipped" else name, device, dtype)
     shape = dict(SHAPES[name])

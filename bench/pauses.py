@@ -1,9 +1,9 @@
-"""How long a streaming generation waits while edits run beside it, on the shipped GPT.
+"""Pauses of a streaming generation while edits run, on the shipped GPT.
 
     python bench/pauses.py --edits 8
 
-Prints the durations of one decode step alone, of the steps of an edit by phase, and of the pauses between two tokens of a stream
-while edits run; then whether the longest pause stays below one optimisation step plus one decode step.
+Prints the durations of the steps of an edit by phase and of the pauses between two tokens of a stream, with and without
+edits; then whether the longest pause is within one optimization step plus one decode step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from service.settings import SHIPPED_MODEL
 
 
 async def measure_stream_pauses(bench_service: BenchService, stop: threading.Event) -> list[float]:
-    """One stream after another until told to stop; the pauses between tokens of one stream."""
+    """Run one stream after another until `stop` is set. Return the seconds between two tokens of a stream."""
     pauses: list[float] = []
     request = GenerateRequest(
         prompt="The Eiffel Tower", max_new_tokens=80, stream=True, version="base", temperature=0.8
@@ -47,7 +47,7 @@ async def measure_stream_pauses(bench_service: BenchService, stop: threading.Eve
 
 
 def measure_pauses_during(bench_service: BenchService, work: Callable[[], object]) -> list[float]:
-    """The pauses of a stream while `work()` runs in another thread."""
+    """Return the pauses of streams in another thread while `work()` runs."""
     stop = threading.Event()
     pauses: list[float] = []
     listener = threading.Thread(
@@ -73,9 +73,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=str(SHIPPED_MODEL))
     p.add_argument("--edits", type=int, default=8)
-    p.add_argument(
-        "--together", type=int, default=16, help="most waiting edits that are carried out together"
-    )
+    p.add_argument("--batch-size", type=int, default=16, help="max edits per batch")
     p.add_argument("--threads", type=int, default=None)
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
@@ -83,7 +81,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     report = Report("pauses", args.device)
     cases = read_records(Path(args.model) / "facts.jsonl", seed=1)[: args.edits + 1]
-    config = EngineConfig(max_edits_per_group=args.together)
+    config = EngineConfig(max_edits_per_group=args.batch_size)
     model = load_model(args.model, args.device)
     with tempfile.TemporaryDirectory() as folder, BenchService(Path(folder), model, config) as bench_service:
         bench_service.edit(cases[:1])  # warm
@@ -99,7 +97,7 @@ def main() -> None:
     limit = max(bench_service.durations["optimize"]) + max(idle_pauses)
     verdict = "within" if max(busy_pauses) <= limit else "ABOVE"
     report.add_note(
-        f"The longest pause is {1000 * max(busy_pauses):.0f} ms: {verdict} one optimisation step plus one decode step "
+        f"The longest pause is {1000 * max(busy_pauses):.0f} ms: {verdict} one optimization step plus one decode step "
         f"({1000 * limit:.0f} ms)."
     )
 

@@ -1,7 +1,7 @@
-"""The most memory that a piece of work holds at once: counted exactly on the CPU, asked of the allocator on an accelerator.
+"""Peak memory of a function: counted exactly on the CPU, read from the allocator on an accelerator.
 
-On the CPU every tensor that an operation gives is weighed when it appears and forgotten when its storage is freed, those
-included that only the gradient's graph holds. What a kernel takes and frees within itself is not seen.
+On the CPU the storage of every tensor that an operation returns is counted until it is freed, including storages that
+only the autograd graph holds. Memory that a kernel allocates and frees internally is not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Within the context, weighs the storages that come to be."""
+    """Track the bytes of storages created within the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,9 +28,7 @@ class AllocationTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if (
-            func not in self._allocates
-        ):  # what is a view of an argument, or is written into one, is nothing new
+        if func not in self._allocates:  # views and in-place results allocate nothing
             self._allocates[func] = all(r.alias_info is None for r in func._schema.returns)
         if self._allocates[func]:
             for tensor in out if isinstance(out, tuple | list) else (out,):
@@ -53,7 +51,7 @@ class AllocationTracker(TorchDispatchMode):
 
 
 def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
-    """The most bytes that `work` holds at once beyond what was held before, its result included."""
+    """Return the peak bytes of `work` beyond those allocated before, its result included."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""A TCP proxy that misbehaves on demand: it resets connections, lets nothing pass, lets nobody in."""
+"""A TCP proxy that can reset connections, stall them, or refuse new ones."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 LOCALHOST = "127.0.0.1"
 CHUNK_SIZE = 1 << 16
-LINGER_RESET = struct.pack(
-    "ii", 1, 0
-)  # SO_LINGER of zero seconds: closing sends RST and drops what is unsent
+LINGER_RESET = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds: close sends RST and drops unsent data
 
 
 class Proxy:
-    """Forwards a free port of this machine to `target`. It runs in a thread with an event loop of its own."""
+    """Forwards a free local port to `target`. Runs in a thread with its own event loop."""
 
     def __init__(self, target: int) -> None:
         self.target = target
@@ -32,22 +30,22 @@ class Proxy:
         self._thread.start()
         self.port = self._run_in_loop(self._listen(0))
 
-    # what it can do to those who pass
+    # faults
 
     def cut(self) -> int:
-        """Reset every connection; returns how many ends that were."""
+        """Reset every connection. Return the number of sockets closed."""
         return self._run_in_loop(self._cut())
 
     def stall(self) -> None:
-        """Let nothing pass: whoever is connected stays so and hears nothing."""
+        """Stop forwarding data; connections stay open."""
         self._loop.call_soon_threadsafe(self._flow_allowed.clear)
 
     def refuse(self) -> None:
-        """Reset every connection and let nobody in."""
+        """Reset every connection and refuse new ones."""
         self._run_in_loop(self._refuse())
 
     def heal(self) -> None:
-        """Behave again. What was held up passes now."""
+        """Resume normal operation. Stalled data is forwarded."""
         self._run_in_loop(self._heal())
 
     def close(self) -> None:
@@ -56,7 +54,7 @@ class Proxy:
         self._thread.join()
         self._loop.close()
 
-    # in the loop
+    # on the event loop
 
     def _run_in_loop(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -90,7 +88,7 @@ class Proxy:
         await asyncio.gather(*forwarding, return_exceptions=True)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, both ways, until either end is gone."""
+        """Forward one connection in both directions until either side closes it."""
         writers = {writer}
         self._writers |= writers
         try:
@@ -98,13 +96,13 @@ class Proxy:
             upstream_reader, upstream = await asyncio.open_connection(LOCALHOST, self.target)
             writers |= {upstream}
             self._writers |= writers
-            if writer.transport.is_closing():  # cut while we knocked
+            if writer.transport.is_closing():  # reset during the connect
                 _reset(upstream)
             await asyncio.gather(self._pump(reader, upstream), self._pump(upstream_reader, writer))
         except OSError:
             _reset(writer)
         except asyncio.CancelledError:
-            pass  # the proxy ends; a cancelled callback would only be logged
+            pass  # the proxy is closing; asyncio would log the cancelled callback
         finally:
             self._writers -= writers
             for end in writers:
@@ -122,7 +120,7 @@ class Proxy:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close at once, so that the other side meets an error and no orderly end."""
+    """Close with RST, so that the peer gets an error and not an orderly end."""
     with suppress(OSError):
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
     writer.transport.abort()

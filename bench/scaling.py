@@ -1,11 +1,11 @@
-"""How cost grows: of a version with its edits, of an edit and a trace with their size, and the memory of each method.
+"""Scaling of cost: of a version with its edits, of an edit and a trace with their size, and peak memory.
 
     python bench/scaling.py
     python bench/scaling.py versions --models shipped gpt2-small --edits 1 10 100 500 1000 2000
     python bench/scaling.py edits traces
     python bench/scaling.py memory --models gpt2-xl --device cuda
 
-Keys are real: those of the model's corpus at the edited layer, one of each text. Values are random, which costs the same.
+Keys are those of the model's corpus at the edited layer, one for each text. Values are random; the cost is the same.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ CONTEXTS = [
 ]
 SUBJECT = "Marie Curie"
 FILLER = "and then there was a long way to go before "
-SAMPLES = 5  # of the trace whose memory is weighed
+SAMPLES = 5  # of the trace whose memory is measured
 MIB = 2**20
 
 
 def corpus_texts() -> tuple[str, ...]:
-    """The shipped model's statements: every model here speaks its tokens."""
+    """Return the statements of the shipped model. Every model of the bench uses its tokenizer."""
     return run_to_completion(load_corpus(build_model("shipped"), 60_000, None)).texts
 
 
 class InMemoryLedger:
-    """A ledger in memory: version n has the first n edits."""
+    """A ledger in memory. Version n has the first n edits."""
 
     def __init__(self, packed: Sequence[bytes]) -> None:
         self.packed = packed
@@ -79,11 +79,11 @@ class InMemoryLedger:
         return {e: self.packed[int(e)] for e in edits}
 
     def attest(self, version: int, digest: str) -> None:
-        """Nobody asks."""
+        """Accept every digest."""
 
 
 def make_associations(model: LoadedModel, layer: int, texts: Sequence[str], count: int) -> list[Association]:
-    """Real keys, each of the last token of a text; directions of the moment of that text; random values."""
+    """Return associations with keys of the last tokens of texts, directions C^-1 k, and random values."""
     step = max(1, len(texts) // count)
     chosen = [model.encode(t)[0] for t in texts[::step][:count]]
     keys = []
@@ -117,14 +117,12 @@ def make_associations(model: LoadedModel, layer: int, texts: Sequence[str], coun
 def bench_versions(
     name: str, counts: Sequence[int], texts: Sequence[str], rounds: int, report: Report
 ) -> None:
-    """Reaching a version from nothing, and from the one before it."""
+    """Time the composition of a version from nothing and from the version before it."""
     model = build_model(name, report.device)
     layer = EDIT_LAYERS.get(name, 0)
     all_associations = make_associations(model, layer, texts, max(counts))
     if len(all_associations) < max(counts):
-        report.add_note(
-            f"{name}: the corpus has {len(all_associations)} texts; larger versions are left out."
-        )
+        report.add_note(f"{name}: the corpus has {len(all_associations)} texts; larger versions are skipped.")
     packed = [serialize_updates([a]) for a in all_associations]
     base, conv1d = model.weight(layer).data, model.architecture.conv1d
     wait, times, sizes = device_synchronizer(report.device), [], []
@@ -177,7 +175,7 @@ def bench_versions(
 
 
 def compose_flops(model: LoadedModel, n: int) -> int:
-    """Floating-point operations in fp64 of composing n edits of one layer and of adding their change to the weight."""
+    """Return the fp64 operations of composing n edits of one layer and adding their delta to the weight."""
     d, D = model.hidden_size, model.intermediate_size
     return 2 * n * n * D + 2 * n**3 // 3 + 2 * n * n * d + 2 * n * d * D
 
@@ -195,7 +193,7 @@ def _time_call(work: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, 
 
 
 def prompt_of_length(model: LoadedModel, tokens: int, early: bool = False) -> str:
-    """A prompt of at least so many tokens, its subject close to the end or at the beginning."""
+    """Return a prompt of at least `tokens` tokens, with the subject near the end or, if `early`, at the beginning."""
     prefix, text = ("{} ", "was born in the city of") if early else ("", "{} was born in the city of")
     while prompt_length(model, prefix + text) < tokens:
         text = FILLER + text
@@ -207,7 +205,7 @@ def prompt_length(model: LoadedModel, prompt: str) -> int:
 
 
 def with_depth(model: LoadedModel, layers: int) -> LoadedModel:
-    """A random model of the same shape with another number of layers."""
+    """Return a random model of the same shape with `layers` layers."""
     config = copy.deepcopy(model.model.config)
     config.num_hidden_layers = layers
     torch.manual_seed(0)
@@ -217,7 +215,7 @@ def with_depth(model: LoadedModel, layers: int) -> LoadedModel:
 
 
 def unit_statistics(model: LoadedModel, layers: Sequence[int]) -> dict[int, KeyStatistics]:
-    """C = I: what C is does not change what an edit costs."""
+    """Return C = I; the cost of an edit does not depend on C."""
     eye = torch.eye(model.intermediate_size, dtype=torch.float64)
     return {x: KeyStatistics(x, eye, 1, 0.0, "unit") for x in layers}
 
@@ -225,7 +223,7 @@ def unit_statistics(model: LoadedModel, layers: Sequence[int]) -> dict[int, KeyS
 def edit_task(
     model: LoadedModel, prompt: str, contexts: Sequence[str], layers: Sequence[int], steps: int = 25
 ) -> Callable[[], object]:
-    """One edit with a fixed number of steps."""
+    """Return a function that computes one edit with a fixed number of steps."""
     parameters = RomeParameters(layers=list(layers), steps=steps, stop_loss=0.0, bare_keys=True)
     statistics = unit_statistics(model, layers)
     for s in statistics.values():
@@ -240,14 +238,14 @@ def edit_task(
 
 
 def trace_task(model: LoadedModel, prompt: str, samples: int) -> Callable[[], object]:
-    """One trace of all three kinds."""
+    """Return a function that computes one trace of all three kinds."""
     return lambda: run_to_completion(
         trace_statement(model, fill_prompt(prompt, SUBJECT), samples=samples, noise=0.1)
     )
 
 
 def report_scaling(title: str, tasks: dict[str, Callable[[], object]], rounds: int, report: Report) -> None:
-    """Seconds of each way, and how much more that is than the first."""
+    """Report the seconds of each task and their ratio to the first."""
     seconds = time_interleaved(tasks, rounds, warmup=0, synchronise=device_synchronizer(report.device))
     first = next(iter(seconds.values()))
     report.add_table(
@@ -256,7 +254,7 @@ def report_scaling(title: str, tasks: dict[str, Callable[[], object]], rounds: i
 
 
 def bench_edits(name: str, rounds: int, report: Report) -> None:
-    """An edit's cost against the length of its prompt, its contexts, its layers, and the model's depth."""
+    """Time an edit by the length of its prompt, its contexts, its layers, and the depth of the model."""
     model = build_model(name, report.device)
     layer, short = EDIT_LAYERS.get(name, 0), "{} was born in the city of"
     longest = min(model.max_positions - 20, 96)
@@ -295,7 +293,7 @@ def bench_edits(name: str, rounds: int, report: Report) -> None:
 
 
 def bench_traces(name: str, rounds: int, report: Report) -> None:
-    """A trace's cost against length, depth and samples."""
+    """Time a trace by its length, samples and depth of the model."""
     model = build_model(name, report.device)
     short = "{} was born in the city of"
     early_prompts = {
@@ -312,7 +310,7 @@ def bench_traces(name: str, rounds: int, report: Report) -> None:
 
 
 def bench_memory(name: str, texts: Sequence[str], report: Report) -> None:
-    """The most memory of each method beyond the weights, beside the estimate that admission goes by."""
+    """Report the peak memory of each task beyond the weights, and the estimate that admission uses."""
     model = build_model(name, report.device)
     layer, short = EDIT_LAYERS.get(name, 0), "{} was born in the city of"
     contexts = (CONTEXTS * 5)[:20]
@@ -385,24 +383,23 @@ def main() -> None:
         for name in args.models:
             bench_versions(name, args.edits, texts, args.rounds, report)
         report.add_note(
-            "A version of n edits costs 2 n^2 D for all products of keys and directions, 2/3 n^3 + 2 n^2 d to solve for their "
-            "common change, and 2 n d D to add it to the weight; what is kept of n edits is n (2 D + d) numbers, and of a "
-            "version its d D. So up to some hundred edits time grows in line with them and is little; towards n = D it "
-            "grows with the square. One edit more costs the whole solution again, but neither reading nor unpacking: a "
-            "version is a function of its set of edits alone, which a solution that is carried on would not be."
+            "A version of n edits costs 2 n^2 D for the products of keys and directions, 2/3 n^3 + 2 n^2 d to solve for their "
+            "joint delta, and 2 n d D to add it to the weight. The edits need n (2 D + d) numbers, a version d D. Up to some "
+            "hundred edits time grows linearly; towards n = D it grows with the square. One more edit repeats the solve but "
+            "neither reading nor unpacking: a version is a function of its set of edits, which an updated solve would not be."
         )
     if "edits" in args.what:
         bench_edits(args.model, args.rounds, report)
         report.add_note(
-            "A step of the search runs the layers above the edited one on the positions from the subject's last token on, for "
-            "each context: it grows with these three in line. What stands before the subject is read once."
+            "An optimization step runs the layers above the edited one on the positions from the subject's last token, for each "
+            "context: it is linear in each of the three. The text before the subject is run once."
         )
     if "traces" in args.what:
         bench_traces(args.model, args.rounds, report)
         report.add_note(
-            "A trace has a cell for each token and layer, each of which runs the layers above on the tokens that follow: it grows "
-            "with the square of the depth and of the length from the subject on (less where cells share a run, and where a step "
-            "is too small to fill the machine), and in line with the samples."
+            "A trace has a cell for each token and layer, and each cell runs the layers above on the tokens that follow: cost is "
+            "quadratic in the depth and in the length from the subject (less where cells share a run or a step does not fill "
+            "the machine), and linear in the samples."
         )
     if "memory" in args.what:
         for name in args.models:

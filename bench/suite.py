@@ -1,11 +1,11 @@
-"""All benchmarks with their quick settings, one after another: `make bench`.
+"""Run all benchmarks with quick settings, one after another: `make bench`.
 
     python bench/suite.py
-    python bench/suite.py --reference PATH          # with the authors' own code beside ours
+    python bench/suite.py --reference PATH          # compared with the authors' code
     python bench/suite.py --only edits traces
 
-What each has kept in runs/bench is put together in runs/bench/report.md. One that fails does not keep the others from
-running; the exit code tells.
+The reports in runs/bench are combined in runs/bench/report.md. After a failure the other benchmarks still run, and the
+exit code is 1.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from bench.meng_reference import REFERENCE_OPTION, add_reference_option
 
 @dataclass(frozen=True)
 class BenchScript:
-    """A script, and the name of the report that it keeps."""
+    """A script and the name of the report that it writes."""
 
     name: str
     script: str
     arguments: tuple[str, ...] = ()
-    uses_reference: bool = False  #: whether it can run the authors' own code beside ours
+    uses_reference: bool = False  #: whether it can compare with the authors' code
 
     def command(self, reference: Path | None, device: str) -> list[str]:
         reference_arguments = (
@@ -48,7 +48,7 @@ class BenchScript:
 
 BENCH_SCRIPTS = (
     BenchScript("edits", "edits.py", uses_reference=True),
-    BenchScript("edits-together", "edits.py", ("--together", "16")),
+    BenchScript("edits-batched", "edits.py", ("--batch-size", "16")),
     BenchScript("traces", "traces.py", uses_reference=True),
     BenchScript("generation", "generation.py"),
     BenchScript("covariance_tokens", "covariance_tokens.py"),
@@ -59,7 +59,7 @@ BENCH_SCRIPTS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one benchmark ended."""
+    """Exit code and duration of one benchmark."""
 
     name: str
     code: int
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def run_script(script: BenchScript, command: Sequence[str]) -> Outcome:
-    """One benchmark in a process of its own; what it kept before is removed, so that nothing old is taken for new."""
+    """Run one benchmark in a process; its earlier report is removed first."""
     (REPORTS_DIR / f"{script.name}.json").unlink(missing_ok=True)
     began = time.perf_counter()
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
@@ -79,7 +79,7 @@ def run_script(script: BenchScript, command: Sequence[str]) -> Outcome:
 
 
 def combined_report(outcomes: Sequence[Outcome], folder: Path) -> str:
-    """What the benchmarks kept, as one Markdown text; what failed is said first."""
+    """Return the outcomes and all reports as one Markdown text."""
     parts = ["# Benchmarks", "", *(f"- {outcome}" for outcome in outcomes), ""]
     for outcome in outcomes:
         path = folder / f"{outcome.name}.json"

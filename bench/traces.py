@@ -1,13 +1,12 @@
-"""Causal traces: ours against the authors' own code on the same noise, timed in turn.
+"""Causal traces, compared with the authors' own code on the same noise.
 
     python bench/traces.py --reference PATH
     python bench/traces.py --reference PATH --models shipped --rounds 5 --prompts 2
-    python bench/traces.py --models gpt2-xl --device cuda --rounds 3          # ours alone
+    python bench/traces.py --models gpt2-xl --device cuda --rounds 3          # without the reference
 
-One map of each kind, all three together, and the severed paths. The scores of the maps must be the same on both sides; those
-of severed paths are not compared, because theirs hold what was seen under other noise. Three kinds share nothing in
-theirs, so their "all three" is the sum of their three calls of a round. Texts are read without a start token, which
-their index arithmetic does not know.
+One map of each kind, all three together, and the severed paths. The scores of the maps must agree. Scores of severed
+paths are not compared, because the authors' code holds outputs of other noise. Its three kinds share no work, so its
+"all three" is the sum of three calls. Texts have no BOS token, which its index arithmetic does not handle.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ PROMPTS = (
     ("Marie Curie was born in", "Marie Curie"),
     ("Our guide says that the Eiffel Tower is in the city of", "Eiffel Tower"),
 )
-QUICK_SETTINGS = {"shipped": (2, 2)}  # rounds and prompts; any other model takes its time
-TOLERANCE = 1e-4  # of a score, which is a probability
+QUICK_SETTINGS = {"shipped": (2, 2)}  # rounds and prompts; other models have one of each
+TOLERANCE = 1e-4  # of a score, a probability
 SEVERED = "severed"
 ALL = "all three"
 TRACE_VARIANTS: dict[str, tuple[tuple[str, ...], bool]] = {
@@ -45,8 +44,8 @@ TRACE_VARIANTS: dict[str, tuple[tuple[str, ...], bool]] = {
     ALL: (TRACE_KINDS, False),
     SEVERED: ((), True),
 }
-TIME_COLUMNS = ("what", "theirs s", "ours s", "theirs / ours", "greatest difference")
-FLOP_COLUMNS = ("what", "theirs GFLOP", "ours GFLOP", "least GFLOP", "of the avoidable avoided")
+TIME_COLUMNS = ("trace", "theirs s", "ours s", "theirs / ours", "max difference")
+FLOP_COLUMNS = ("trace", "theirs GFLOP", "ours GFLOP", "bound GFLOP", "avoidable work avoided")
 
 
 class TraceBenchmark:
@@ -73,7 +72,7 @@ class TraceBenchmark:
         )
 
     def theirs(self, what: str) -> dict[str, torch.Tensor]:
-        """Their map of a kind, or their severed paths by what is cut."""
+        """Return their map of a kind, or their severed paths by the cut module."""
         assert self.tracer
         noise = self.question.noise_level.value
         if what == SEVERED:
@@ -81,7 +80,8 @@ class TraceBenchmark:
         return {what: self.tracer.trace_map(self.text, self.subject, what, noise)}
 
     def reference_flops(self, what: str) -> int:
-        """Operations of `theirs`. All passes of a map are alike, so one token's row tells what all cost."""
+        """Return the operations of `theirs`, extrapolated from one token's row, since all passes of a map cost the
+        same."""
         assert self.tracer
         if what == SEVERED:
             return count_flops(partial(self.theirs, what))[1]
@@ -98,9 +98,9 @@ class TraceBenchmark:
 
 
 def compare_implementations(bench: TraceBenchmark, report: Report, rounds: int) -> float:
-    """Two tables, of time and of work; the greatest difference of two scores."""
+    """Report time and work. Return the largest difference of two scores."""
     reference_variants = [*TRACE_KINDS, SEVERED] if bench.tracer else []
-    ours = {what: count_flops(partial(bench.ours, what)) for what in TRACE_VARIANTS}  # warms, too
+    ours = {what: count_flops(partial(bench.ours, what)) for what in TRACE_VARIANTS}  # also the warm-up
     reference_work = {what: bench.reference_flops(what) for what in reference_variants}
     theirs = {what: ResultRecorder(partial(bench.theirs, what)) for what in reference_variants}
     ways: dict[str, Callable[[], object]] = {
@@ -123,7 +123,7 @@ def compare_implementations(bench: TraceBenchmark, report: Report, rounds: int) 
             absolute, relative = max_score_difference(maps, result)
             max_difference, difference_text = (
                 max(max_difference, absolute),
-                f"{absolute:.1e}, {relative:.1e} of it",
+                f"{absolute:.1e}, {relative:.1e} relative",
             )
         times.append([what, their_seconds, our_seconds, their_seconds.ratio_to(our_seconds), difference_text])
         whole = sum(reference_work[relative] for relative in parts)
@@ -135,7 +135,7 @@ def compare_implementations(bench: TraceBenchmark, report: Report, rounds: int) 
 
 
 def max_score_difference(theirs: Mapping[str, torch.Tensor], ours: TraceResult) -> tuple[float, float]:
-    """The greatest difference of two scores of one cell, and the greatest as a part of the score."""
+    """Return the largest absolute and relative difference of the scores of a cell."""
     pairs = [(torch.tensor(grid), theirs[kind]) for kind, grid in ours.scores.items()]
     apart = [((a - b).abs().max().item(), ((a - b) / b).abs().max().item()) for a, b in pairs]
     return max(x for x, _ in apart), max(x for _, x in apart)
@@ -151,9 +151,9 @@ def main() -> None:
     p.add_argument(
         "--models", nargs="+", default=["shipped", "gpt2-small"], help="names of bench/model_shapes.py"
     )
-    p.add_argument("--rounds", type=int, help="1, of the shipped model 2")
+    p.add_argument("--rounds", type=int, help="default: 1; for the shipped model 2")
     p.add_argument(
-        "--prompts", type=int, choices=range(1, len(PROMPTS) + 1), help="1, of the shipped model 2"
+        "--prompts", type=int, choices=range(1, len(PROMPTS) + 1), help="default: 1; for the shipped model 2"
     )
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
@@ -171,7 +171,7 @@ def main() -> None:
     if reference:
         verdict = "within" if max_difference <= TOLERANCE else "NOT WITHIN"
         report.add_note(
-            f"All scores of the maps are {verdict} {TOLERANCE:g} of the authors' own: {max_difference:.1e}."
+            f"The scores of the maps are {verdict} {TOLERANCE:g} of the authors' scores: {max_difference:.1e}."
         )
     sys.exit(max_difference > TOLERANCE)
 

@@ -1,4 +1,4 @@
-"""The checks of the chaos bench can fail: each finds the violation that is planted for it, and finds nothing in a sound run."""
+"""Each check of the chaos bench finds a planted violation, and no check fails on a correct run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_record(version: int, text: str, **more: object) -> GenerationRecord:
 
 @dataclass
 class PlantedRun:
-    """Tempe at version 1, Miami at 2, which is taken back at 3; a third edit is rejected; all is asked for and told."""
+    """A correct run: Tempe applied at version 1, Miami at 2 and reverted at 3, a third edit rejected."""
 
     log: ClientLog
     state: v.FinalState
@@ -87,19 +87,19 @@ def planted_run() -> PlantedRun:
     return PlantedRun(log, state)
 
 
-def test_a_sound_run_passes(planted_run: PlantedRun) -> None:
-    """Nothing is found where nothing is wrong, and every check has looked at something."""
+def test_a_correct_run_passes(planted_run: PlantedRun) -> None:
+    """A correct run has no violation, and every check has checked at least one item."""
     assert planted_run.failing() == set()
     checked_counts = {
         check.name: check.checked_count for check in v.run_checks(planted_run.log, planted_run.state, WORLD)
     }
     assert [name for name, count in checked_counts.items() if not count] == [
-        "none failed but for: attempts_exhausted"
+        "failed jobs have only these codes: attempts_exhausted"
     ]
 
 
-def test_a_job_that_was_given_up_is_allowed(planted_run: PlantedRun) -> None:
-    """A job whose workers were killed too often is counted and is no defect."""
+def test_exhausted_attempts_are_allowed(planted_run: PlantedRun) -> None:
+    """A job that failed because its attempts are exhausted is no violation."""
     planted_run.state.edits.append(
         edit_resource(4, "failed", "Lima", None)
         | {"error": {"code": "attempts_exhausted", "title": "", "detail": ""}}
@@ -181,57 +181,57 @@ MIXED_TOKENS = (TokenEvent(0, " Miami", 2), TokenEvent(0, ", they say", 1))
 PARTIAL_TOKENS = (TokenEvent(0, ", they say", 2),)
 
 PLANTED = {
-    "an open job": (_open, "every job has ended"),
-    "a failure": (_fail, "none failed but for: attempts_exhausted"),
-    "a lost job": (_lose, "a key is a job, and none is lost"),
-    "two jobs of a key": (_twins, "a key is a job, and none is lost"),
-    "a job of no key": (_stranger, "a key is a job, and none is lost"),
-    "an edit applied twice": (_same_edit_again, "no edit is in the ledger twice"),
-    "an object applied twice": (_same_object_again, "no edit is in the ledger twice"),
-    "an entry that is gone": (_gone, "what was told is in the ledger"),
-    "another version told": (_report_status("applied", 2), "what was told is in the ledger"),
-    "a revert told that is not": (_report_status("reverted", 1, 3), "what was told is in the ledger"),
-    "applied at no version": (_report_status("applied"), "what was told is in the ledger"),
-    "rejected and in the ledger": (_report_status("rejected"), "what was told is in the ledger"),
-    "cancelled and in the ledger": (_report_status("cancelled"), "what was told is in the ledger"),
-    "an answer of an older version": (_add_record(make_record(2, " Tempe, they say")), "every text begins with the object of its version"),
-    "an answer of the base": (_add_record(make_record(2, " Paris, they say")), "every text begins with the object of its version"),
-    "another ending": (_add_record(make_record(2, " Miami, we say")), "every text is that of a quiet worker at its version"),
-    "a part that is wrong": (_add_record(make_record(2, "", texts=(), tokens=(TokenEvent(0, " Tempe", 2),))), "every text is that of a quiet worker at its version"),
-    "no reference": (_forget, "every text is that of a quiet worker at its version"),
-    "tokens of two versions": (_add_record(make_record(2, " Miami, they say", tokens=MIXED_TOKENS)), "no answer mixes versions or is of another"),
-    "not the pinned version": (_add_record(make_record(2, " Miami, they say", pinned_version=1)), "no answer mixes versions or is of another"),
-    "an older version than seen": (_add_record(make_record(1, " Tempe, they say", min_version=2)), "min_version holds"),
-    "a stream with a hole": (_add_record(make_record(2, " Miami, they say", tokens=PARTIAL_TOKENS)), "a stream's pieces are its text"),
-    "a 500": (lambda run: run.log.record_attempt("x", "edit", "500", 0.0), "no answer but 2xx, 429 and 503"),
-    "a refusal": (lambda run: run.log.record_attempt("x", "generate", "422", 0.0), "no answer but 2xx, 429 and 503"),
-    "a client that gave up": (lambda run: run.log.record_abandoned("asker: generate"), "whoever asks again is answered"),
-    "a client that fell": (lambda run: run.log.record_anomaly("asker fell"), "whoever asks again is answered"),
+    "an open job": (_open, "all jobs have ended"),
+    "a failure": (_fail, "failed jobs have only these codes: attempts_exhausted"),
+    "a lost job": (_lose, "each idempotency key has one job"),
+    "two jobs of a key": (_twins, "each idempotency key has one job"),
+    "a job of no key": (_stranger, "each idempotency key has one job"),
+    "an edit applied twice": (_same_edit_again, "no edit is applied twice"),
+    "an object applied twice": (_same_object_again, "no edit is applied twice"),
+    "an entry that is gone": (_gone, "reports agree with the ledger"),
+    "another version told": (_report_status("applied", 2), "reports agree with the ledger"),
+    "a revert told that is not": (_report_status("reverted", 1, 3), "reports agree with the ledger"),
+    "applied at no version": (_report_status("applied"), "reports agree with the ledger"),
+    "rejected and in the ledger": (_report_status("rejected"), "reports agree with the ledger"),
+    "cancelled and in the ledger": (_report_status("cancelled"), "reports agree with the ledger"),
+    "an answer of an older version": (_add_record(make_record(2, " Tempe, they say")), "texts begin with the object of their version"),
+    "an answer of the base": (_add_record(make_record(2, " Paris, they say")), "texts begin with the object of their version"),
+    "another ending": (_add_record(make_record(2, " Miami, we say")), "texts are reproducible at their version"),
+    "a part that is wrong": (_add_record(make_record(2, "", texts=(), tokens=(TokenEvent(0, " Tempe", 2),))), "texts are reproducible at their version"),
+    "no reference": (_forget, "texts are reproducible at their version"),
+    "tokens of two versions": (_add_record(make_record(2, " Miami, they say", tokens=MIXED_TOKENS)), "a generation has one version"),
+    "not the pinned version": (_add_record(make_record(2, " Miami, they say", pinned_version=1)), "a generation has one version"),
+    "an older version than seen": (_add_record(make_record(1, " Tempe, they say", min_version=2)), "min_version is respected"),
+    "a stream with a hole": (_add_record(make_record(2, " Miami, they say", tokens=PARTIAL_TOKENS)), "streamed tokens form the text"),
+    "a 500": (lambda run: run.log.record_attempt("x", "edit", "500", 0.0), "responses are 2xx, 429 or 503"),
+    "a refusal": (lambda run: run.log.record_attempt("x", "generate", "422", 0.0), "responses are 2xx, 429 or 503"),
+    "a client that gave up": (lambda run: run.log.record_abandoned("asker: generate"), "retried requests succeed"),
+    "a client that fell": (lambda run: run.log.record_anomaly("asker fell"), "retried requests succeed"),
     "a finding": (_find, "the ledger verifies"),
-    "two digests": (_differ, "all replicas have one digest at head"),
-    "a worker that lags": (_lag, "all replicas have one digest at head"),
-    "a worker that is missing": (_miss, "all replicas have one digest at head"),
-    "something pending": (lambda run: run.state.queue_leftovers.append("work:edit: 1 pending"), "nothing is left in the queue"),
-    "a process that ended": (lambda run: run.state.unexpected_exits.append("worker 1: 1"), "no process ended by itself"),
+    "two digests": (_differ, "workers have one digest at head"),
+    "a worker that lags": (_lag, "workers have one digest at head"),
+    "a worker that is missing": (_miss, "workers have one digest at head"),
+    "something pending": (lambda run: run.state.queue_leftovers.append("work:edit: 1 pending"), "the queue is empty"),
+    "a process that ended": (lambda run: run.state.unexpected_exits.append("worker 1: 1"), "no process exited unexpectedly"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_finds_what_is_planted(planted_run: PlantedRun, planted: str) -> None:
-    """Each check fails on its violation."""
+def test_planted_violation_is_found(planted_run: PlantedRun, planted: str) -> None:
+    """Each check fails on its planted violation."""
     plant, name = PLANTED[planted]
     plant(planted_run)
     assert name in planted_run.failing()
 
 
 def test_every_check_can_fail(planted_run: PlantedRun) -> None:
-    """There is no check without a planted violation."""
+    """Every check has a planted violation."""
     names = {check.name for check in v.run_checks(planted_run.log, planted_run.state, WORLD)}
     assert names == {name for _, name in PLANTED.values()}
 
 
 def test_ledger_view_knows_active_object(planted_run: PlantedRun) -> None:
-    """The newest edit speaks until it is taken back, and then the one before it."""
+    """The active object is that of the newest edit; after its revert that of the edit before it."""
     ledger_view = v.LedgerView(copy.deepcopy(planted_run.state.ledger))
     assert [ledger_view.active_object("Louvre", version) for version in range(4)] == [
         None,

@@ -14,7 +14,8 @@ from tests.support.tiny_models import TEXTS, tiny
 
 
 def test_a_prefix_of_the_text_gives_its_own_moment() -> None:
-    """What is collected at a size is what the service collects over those texts alone; sizes past the end fall together."""
+    """What is collected at a size is what the service collects over those texts alone; sizes past the end fall
+    together."""
     model, texts = tiny(), TEXTS * 3
     sizes = [len(model.encode(TEXTS[0])[0]), 60, 10_000, 20_000]
     snapshots = collect_moments(model, 1, texts, sizes)
