@@ -22,6 +22,7 @@ from service.kit.files import write_atomically
 from service.kit.steps import Stepper
 from service.kit.text import Statement
 from service.methods.parameters import RomeParameters
+from service.methods.registry import DEFAULT_METHOD
 from service.models.loading import LoadedModel
 from service.recipes.published import published_recipe
 from service.recipes.recipe import Recipe, parse_recipe, resolve_hparams
@@ -42,7 +43,7 @@ class EditInput:
 
     statement: Statement
     target: str
-    method: str = "rome"
+    method: str = DEFAULT_METHOD
     hparams: dict[str, Any] | None = None
     edit: str = ""
     objective: Objective = "write"
@@ -117,7 +118,7 @@ class EditorContext:
         self,
         statement: Statement,
         target: str,
-        method: str = "rome",
+        method: str = DEFAULT_METHOD,
         hparams: dict[str, Any] | None = None,
         edit: str = "",
         objective: Objective = "write",
