@@ -1,0 +1,101 @@
+"""Dense linear systems in bounded steps, with the same bytes on every replica.
+
+All of it is fp64 on one thread: the last bits of a factorization depend on the number of threads.
+
+A matrix of at most `UNBLOCKED_SIZE` rows is factorized by one LAPACK call. A larger one is factorized by the blocked
+right-looking LU with partial pivoting (Golub and Van Loan, Matrix Computations, section 3.2.11): panels of `PANEL_WIDTH`
+columns are factorized by LAPACK, then the columns to the right are updated, `UPDATE_COLUMNS` at a time. The block sizes
+are part of the definition of a version's bytes: every replica uses these, whatever its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from service.kit.steps import Phase, Progress, Stepper
+
+UNBLOCKED_SIZE = 1024  # rows of a matrix that one step factorizes
+PANEL_WIDTH = 256  # columns of a larger matrix that one step factorizes
+UPDATE_COLUMNS = 512  # columns that one step updates
+SOLVE_COLUMNS = 64  # right-hand sides that one step solves for, where the matrix is larger than UNBLOCKED_SIZE
+
+
+class LuFactors(NamedTuple):
+    """P A = L U as LAPACK packs it: `lu` (n, n), and the row that each row was exchanged with, `pivots` (n,), from 1."""
+
+    lu: Tensor
+    pivots: Tensor
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Use one thread inside the block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def factorize(matrix: Tensor) -> Stepper[LuFactors]:
+    """Return the LU factors of a matrix (n, n) in fp64. Raises LinAlgError when it is singular."""
+    n = len(matrix)
+    if n <= UNBLOCKED_SIZE:
+        with single_threaded():
+            factors = LuFactors(*torch.linalg.lu_factor(matrix))
+        yield Progress(Phase.SOLVE, n, n)
+        return factors
+    matrix = matrix.mT.contiguous().mT  # by columns, as LAPACK reads it
+    yield Progress(Phase.SOLVE, 0, n)
+    pivots = torch.empty(n, dtype=torch.int32)
+    for start in range(0, n, PANEL_WIDTH):
+        end = min(start + PANEL_WIDTH, n)
+        with single_threaded():
+            panel, local_pivots = torch.linalg.lu_factor(matrix[start:, start:end])
+        matrix[start:, start:end] = panel
+        pivots[start:end] = local_pivots + start
+        targets, sources = _exchanges(local_pivots, start)
+        yield Progress(Phase.SOLVE, end, n)
+        lower = panel[: end - start]
+        for at in [*_slices(0, start), *_slices(end, n)]:
+            columns = matrix[:, at]
+            columns[targets] = columns[sources]
+            if at.start >= end:
+                with single_threaded():
+                    top = columns[start:end]
+                    top.copy_(torch.linalg.solve_triangular(lower, top, upper=False, unitriangular=True))
+                    columns[end:].addmm_(panel[end - start :], top, alpha=-1)
+            yield Progress(Phase.SOLVE, end, n)
+    return LuFactors(matrix, pivots)
+
+
+def solve(factors: LuFactors, right: Tensor) -> Stepper[Tensor]:
+    """Return the solution (n, m) of A x = right (n, m)."""
+    n, m = right.shape
+    step = m if n <= UNBLOCKED_SIZE else SOLVE_COLUMNS
+    parts: list[Tensor] = []
+    for start in range(0, m, max(1, step)):
+        with single_threaded():
+            parts.append(torch.linalg.lu_solve(*factors, right[:, start : start + step]))
+        yield Progress(Phase.SOLVE, min(start + step, m), m)
+    return parts[0] if len(parts) == 1 else torch.cat([part.mT for part in parts]).mT
+
+
+def _exchanges(pivots: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Return the rows that change when row start + i is exchanged with row start + pivots[i] - 1, for each i in turn, and
+    the rows that they come from."""
+    moved: dict[int, int] = {}
+    for i, pivot in enumerate(pivots.tolist()):
+        a, b = start + i, start + pivot - 1
+        moved[a], moved[b] = moved.get(b, b), moved.get(a, a)
+    return torch.tensor(list(moved)), torch.tensor(list(moved.values()))
+
+
+def _slices(start: int, end: int) -> list[slice]:
+    return [slice(at, min(at + UPDATE_COLUMNS, end)) for at in range(start, end, UPDATE_COLUMNS)]
