@@ -14,7 +14,8 @@ from pathlib import Path
 from service.bootstrap import build_container
 from service.datasets.record import Record
 from service.editing.context import build_editor_context
-from service.engine.engine import Engine, EngineConfig, JobHandler
+from service.engine.engine import Engine, EngineConfig
+from service.engine.job_runner import JobHandler
 from service.engine.versioned_model import VersionedModel
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.jobs.worker_session import WorkerSession

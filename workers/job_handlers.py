@@ -11,7 +11,7 @@ from service.datasets.fact_table import find_facts_file
 from service.datasets.loading import load_records
 from service.editing.context import EditorContext
 from service.editing.edit_job import run_edits
-from service.engine.engine import JobHandler
+from service.engine.job_runner import JobHandler
 from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
 from service.evaluation import runner

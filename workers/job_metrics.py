@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from contextlib import closing
 
-from service.engine.engine import JobHandler
+from service.engine.job_runner import JobHandler
 from service.jobs.job_store import ClaimedJob
 from service.kit import metrics
 from service.kit.ids import request_id

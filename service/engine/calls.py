@@ -1,14 +1,17 @@
-"""A generation or a comparison as it is answered: pinned to its version when it is admitted."""
+"""The calls that are being answered. Each is pinned to its version at admission."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from service.engine.decoding import DecodingSequence
 from service.engine.logprobs import to_openai
+from service.engine.versioned_model import WeightOverrides
 from service.jobs.broker import Delivery
+from service.jobs.job_store import ClaimedJob
 from service.kit import metrics
 from service.kit.ids import created_at
 from service.kit.steps import Stepper
@@ -17,14 +20,14 @@ from service.schemas import WorkerGenerateRequest
 
 @dataclass(eq=False)
 class RunningGeneration:
-    """A request whose prompts are rows; they may stand in different batches, always of one version."""
+    """A generation request and its sequences, which may be in different batches, all of one version."""
 
     delivery: Delivery
     request: WorkerGenerateRequest
     version: int
     sequences: list[DecodingSequence]
     admitted_at: float = field(default_factory=time.monotonic)
-    has_first_token: bool = False  #: whether it has its first token
+    has_first_token: bool = False
 
     @property
     def channel(self) -> str:
@@ -39,7 +42,7 @@ class RunningGeneration:
         return any(r.output_ids or r.finish_reason for r in self.sequences)
 
     def mark_first_token(self) -> None:
-        """Its rows have said something: the wait for the first of it is a metric."""
+        """Observe the time to the first token, once."""
         if self.has_first_token:
             return
         self.has_first_token = True
@@ -48,7 +51,7 @@ class RunningGeneration:
             metrics.TIME_TO_FIRST_TOKEN.labels("arrival").observe(max(0.0, time.time() - submitted_at))
 
     def token_event(self, index: int, text: str) -> dict[str, Any] | None:
-        """The event "token" of one of its rows; None when there is nothing to tell yet."""
+        """Return the event "token" of one sequence; None when it has no new text."""
         event: dict[str, Any] = {"index": index, "text": text, "version": self.version}
         sequence = self.sequences[index]
         logprobs = (
@@ -61,18 +64,18 @@ class RunningGeneration:
         return event if text or logprobs else None
 
     def cancel(self) -> None:
-        """End the rows that still speak; they leave their batches at the next step."""
+        """Finish the running sequences as cancelled. They leave their batches at the next step."""
         for r in self.sequences:
             if r.finish_reason is None:
                 r.finish("cancelled")
 
     def end_event(self) -> dict[str, Any]:
-        """The event "end"."""
+        """Return the event "end"."""
         return {
             "version": self.version,
             "choices": [_choice_result(r) for r in self.sequences],
             "usage": {
-                # a prompt counts once, however many answers it has
+                # a prompt counts once for all its choices
                 "prompt_tokens": sum(len(r.prompt_ids) for r in self.sequences[:: self.request.n]),
                 "completion_tokens": sum(len(r.output_ids) for r in self.sequences),
             },
@@ -91,7 +94,7 @@ def _choice_result(sequence: DecodingSequence) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class RunningComparison:
-    """A comparison and its steps."""
+    """A comparison and its stepper."""
 
     delivery: Delivery
     steps: Stepper[dict[str, Any]]
@@ -99,3 +102,27 @@ class RunningComparison:
     @property
     def channel(self) -> str:
         return self.delivery.job_id
+
+
+RunningCall = RunningGeneration | RunningComparison
+
+
+@dataclass(eq=False)
+class PendingAdmission:
+    """A call that waits until its versions are built. `start` receives the weights of each version."""
+
+    call: RunningCall
+    versions: tuple[int, ...]
+    start: Callable[[dict[int, WeightOverrides]], None]
+    weights: dict[int, WeightOverrides] = field(default_factory=dict)
+
+    @property
+    def next_version(self) -> int | None:
+        """The next version to build; None when all are built."""
+        return next((v for v in self.versions if v not in self.weights), None)
+
+
+def log_fields(item: Delivery | ClaimedJob) -> dict[str, str]:
+    """Return the log fields of a call or job: its id, and the id of the HTTP request that submitted it."""
+    job_id = item.job_id if isinstance(item, Delivery) else item.id
+    return {"job": job_id, **({"request": item.request_id} if item.request_id else {})}

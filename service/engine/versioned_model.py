@@ -1,35 +1,45 @@
-"""A resident model that can stand at any version, rebuilt from its untouched base bytes (design, section 2.1).
+"""A resident model that serves any version, rebuilt from its untouched base bytes.
 
-Edited tensors are put in place by exchanging pointers and taken out again after every step: between steps the model always
-holds its base bytes, so whatever fails, nothing stays behind.
+Edited tensors are put in place by exchanging pointers and are taken out after every step. Between steps the model holds its
+base bytes, so an error during a step leaves nothing behind.
+
+Building a version (reading its edits, composing, hashing, attesting) is a stepper, whose steps stay short whatever the
+number of active edits. Callers that need the same version share one build: each advances it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from service.kit import metrics
-from service.kit.steps import Stepper, step_within
+from service.kit.steps import Phase, Progress, Stepper, advance, run_to_completion, step_within
 from service.kit.text import normalize_whitespace
 from service.models.loading import LoadedModel, WeightRef
-from service.weights.capacity import average_capacities
-from service.weights.composition import apply_delta, compose
-from service.weights.factors import EditUpdate, deserialize_updates
+from service.models.memory_estimates import free_bytes
+from service.weights.capacity import average_capacities_in_steps
+from service.weights.composition import apply_delta_in_steps, compose_in_steps
+from service.weights.factors import Association, EditUpdate, deserialize_updates
 
 T = TypeVar("T")
-WeightOverrides = Mapping[WeightRef, Tensor]  # edited tensors; empty is the base model
-MAX_CACHED_VERSIONS = 8  # versions whose weights are kept at hand
+WeightOverrides = Mapping[WeightRef, Tensor]  # edited tensors by weight; empty for the base model
+MAX_CACHED_VERSIONS = 8  # versions whose weights are cached
+CACHE_FRACTION = 0.1  # of the memory that is free at the start, for each cache
+DEFAULT_CACHE_BYTES = 2**30  # for each cache, where the free memory is unknown
+FACTORS_PER_STEP = 64  # edits whose factors one step reads
+DIGEST_BYTES = 2**23  # bytes that one step hashes
 
 
 class ReplicaLedger(Protocol):
-    """What a replica reads of the ledger."""
+    """The read access to the ledger that a replica needs."""
 
     def head(self) -> int: ...
 
@@ -39,7 +49,7 @@ class ReplicaLedger(Protocol):
 
 
 class EmptyLedger:
-    """A ledger without entries, for work that composes edits by hand and leaves nothing behind."""
+    """A ledger without entries, for computations that compose edits themselves and commit none."""
 
     def head(self) -> int:
         return 0
@@ -51,11 +61,22 @@ class EmptyLedger:
         return {}
 
 
+@dataclass
+class _VersionBuild:
+    """A version that is being built, and the seconds that its steps took."""
+
+    stepper: Stepper[None]
+    seconds: float = 0.0
+
+
 class VersionedModel:
-    """One resident model and the ledger it follows.
+    """One resident model and the ledger that it follows. Not thread-safe: it belongs to the engine's thread.
 
     `attest` is called once for each version with the digest of its weights, before they are used; it raises
     DigestMismatch when other replicas hold other bytes. Without it versions are not attested.
+
+    The caches of weights (on the model's device) and of edit factors (in host memory) evict their least recently used
+    entries beyond `max_weight_bytes` and `max_factor_bytes`. The default of each is a share of the free memory.
     """
 
     def __init__(
@@ -65,90 +86,220 @@ class VersionedModel:
         attest: Callable[[int, str], None] | None = None,
         *,
         max_cached_versions: int = MAX_CACHED_VERSIONS,
+        max_weight_bytes: int | None = None,
+        max_factor_bytes: int | None = None,
     ) -> None:
         self.base = model
         self.ledger = ledger
+        self.edited_weights = 0  #: weights of the model that are not in their base state now
         self._attest = attest
         self._max_cached_versions = max_cached_versions
+        self._max_weight_bytes = max_weight_bytes or _default_cache_bytes(model.device)
+        self._max_factor_bytes = max_factor_bytes or _default_cache_bytes(torch.device("cpu"))
         self._weights: OrderedDict[int, WeightOverrides] = OrderedDict()
         self._attested: dict[int, str] = {}
-        self._updates: dict[str, list[EditUpdate]] = {}
+        self._builds: dict[int, _VersionBuild] = {}
+        self._updates: OrderedDict[str, list[EditUpdate]] = OrderedDict()
+        self._factor_bytes = 0
         self._parameters = {site: model.parameter(site) for site in model.editable_weights}
         self._original = {site: parameter.data for site, parameter in self._parameters.items()}
 
     def head(self) -> int:
+        """Return the newest version of the ledger."""
         return self.ledger.head()
 
+    # edits of a version
+
     def active_updates(self, version: int) -> dict[str, list[EditUpdate]]:
-        """The pieces of every edit active at a version, by the edit's id. Each is read and unpacked once."""
+        """Run `active_updates_in_steps` to completion."""
+        return run_to_completion(self.active_updates_in_steps(version))
+
+    def active_updates_in_steps(self, version: int) -> Stepper[dict[str, list[EditUpdate]]]:
+        """Return the updates of every edit that is active at a version, by the edit's id."""
         subjects = {
             edit: normalize_whitespace(str(body["subject"])) for edit, body in self.ledger.active_at(version)
         }
-        if missing := [edit for edit in subjects if edit not in self._updates]:
-            factors = self.ledger.factors_of(missing)
-            self._updates |= {e: deserialize_updates(factors[e], e, subjects[e]) for e in missing}
-        return {edit: self._updates[edit] for edit in subjects}
+        updates = {edit: self._updates[edit] for edit in subjects if edit in self._updates}
+        for edit in updates:
+            self._updates.move_to_end(edit)
+        missing = [edit for edit in subjects if edit not in updates]
+        for start in range(0, len(missing), FACTORS_PER_STEP):
+            batch = missing[start : start + FACTORS_PER_STEP]
+            factors = self.ledger.factors_of(batch)
+            for edit in batch:
+                updates[edit] = deserialize_updates(factors[edit], edit, subjects[edit])
+                self._cache_updates(edit, updates[edit])
+            yield Progress(Phase.COMPOSE, start + len(batch), len(missing))
+        return {edit: updates[edit] for edit in subjects}
+
+    def _cache_updates(self, edit: str, updates: list[EditUpdate]) -> None:
+        if edit not in self._updates:  # another stepper may have read it meanwhile
+            self._updates[edit] = updates
+            self._factor_bytes += _factor_bytes(updates)
+        while self._factor_bytes > self._max_factor_bytes:
+            _, oldest = self._updates.popitem(last=False)
+            self._factor_bytes -= _factor_bytes(oldest)
+
+    # weights of a version
 
     def compose_weights(self, updates: Iterable[EditUpdate]) -> WeightOverrides:
-        """The edited weights for a set of pieces, from the base bytes."""
-        conv1d = self.base.architecture.conv1d
-        return {
-            site: apply_delta(self._original[site], change, conv1d)
-            for site, change in compose(updates).items()
-        }
+        """Run `compose_weights_in_steps` to completion."""
+        return run_to_completion(self.compose_weights_in_steps(updates))
+
+    def compose_weights_in_steps(self, updates: Iterable[EditUpdate]) -> Stepper[WeightOverrides]:
+        """Return the edited weights for a set of updates, from the base bytes."""
+        deltas = yield from compose_in_steps(updates)
+        weights: dict[WeightRef, Tensor] = {}
+        for site, delta in deltas.items():
+            weights[site] = yield from apply_delta_in_steps(
+                self._original[site], delta, self.base.architecture.conv1d
+            )
+        return weights
 
     def weights(self, version: int) -> WeightOverrides:
-        """The edited weights of a version, vouched for before they are first given out."""
-        self.attest_version(version)
-        return self._weights_of(version)
+        """Run `weights_in_steps` to completion."""
+        return run_to_completion(self.weights_in_steps(version))
+
+    def weights_in_steps(self, version: int) -> Stepper[WeightOverrides]:
+        """Return the edited weights of a version, attested. Raises DigestMismatch when other replicas hold other bytes."""
+        while not self.advance_build(version):
+            yield Progress(Phase.COMPOSE, 0, 1)
+        return self.built_weights(version)
 
     def attest_version(self, version: int) -> str:
-        """The digest of a version, attested to once. Raises Disagrees when other replicas hold other bytes."""
-        if version not in self._attested:
-            digest = self.digest(version)
-            if self._attest is not None:
-                self._attest(version, digest)
-            self._attested[version] = digest
+        """Return the digest of a version, which is built and attested first if it is not yet."""
+        self.weights(version)
         return self._attested[version]
 
-    def _weights_of(self, version: int) -> WeightOverrides:
-        """The edited weights of a version; the newest few are kept."""
+    def attested_digest(self, version: int) -> str:
+        """Return the digest of a version that `advance_build` has built."""
+        return self._attested[version]
+
+    def built_weights(self, version: int) -> WeightOverrides:
+        """Return the edited weights of a version that `advance_build` has built."""
         if version == 0:
             return {}
-        if version not in self._weights:
-            with metrics.VERSION_BUILD_SECONDS.time():
-                active = self.active_updates(version)
-                self._weights[version] = self.compose_weights(a for group in active.values() for a in group)
-            while len(self._weights) > self._max_cached_versions:
-                self._weights.popitem(last=False)
         self._weights.move_to_end(version)
         return self._weights[version]
 
-    def remaining_capacity(self, version: int) -> dict[int, float]:
-        """What is left of an average key at a version, by edited layer."""
-        return average_capacities(a for group in self.active_updates(version).values() for a in group)
+    def is_built(self, version: int) -> bool:
+        """Return whether the weights of a version are cached and attested."""
+        return version in self._attested and (version == 0 or version in self._weights)
 
-    @contextmanager
-    def use_weights(self, weights: WeightOverrides) -> Iterator[LoadedModel]:
-        """Put edited tensors in place; the base tensors are back afterwards, whatever happens."""
+    def advance_build(self, version: int) -> bool:
+        """Run one step of building a version. Return True when it is built and attested."""
+        if self.is_built(version):
+            return True
+        build = self._builds.setdefault(version, _VersionBuild(self._build(version)))
+        started = time.monotonic()
         try:
-            for site, tensor in weights.items():
-                self._parameters[site].data = tensor
-            yield self.base
-        finally:
-            for site in weights:
-                self._parameters[site].data = self._original[site]
+            outcome = advance(build.stepper)
+        except Exception:
+            del self._builds[version]
+            raise
+        build.seconds += time.monotonic() - started
+        if isinstance(outcome, Progress):
+            return False
+        del self._builds[version]
+        metrics.VERSION_BUILD_SECONDS.observe(build.seconds)
+        return True
 
-    def step_with_weights(self, weights: WeightOverrides, steps: Stepper[T]) -> Stepper[T]:
-        """Run a generator with these weights in place during each of its steps, and the base in between."""
-        return step_within(steps, lambda: self.use_weights(weights))
+    def _build(self, version: int) -> Stepper[None]:
+        weights = yield from self._load_weights(version)
+        if version not in self._attested:
+            digest = yield from self._digest_weights(weights)
+            if self._attest is not None:
+                self._attest(version, digest)
+            self._attested[version] = digest
+        self._cache_weights(version, weights)
+
+    def _load_weights(self, version: int) -> Stepper[WeightOverrides]:
+        """Return the weights of a version, not attested, from the cache or composed."""
+        if version not in self._weights:
+            weights = yield from self._compose_version(version)
+            self._cache_weights(version, weights)
+            return weights
+        return self._weights[version]
+
+    def _compose_version(self, version: int) -> Stepper[WeightOverrides]:
+        active = yield from self.active_updates_in_steps(version)
+        return (yield from self.compose_weights_in_steps(a for group in active.values() for a in group))
+
+    def _cache_weights(self, version: int, weights: WeightOverrides) -> None:
+        """Cache the weights of a version as the newest entry, which is never evicted itself."""
+        if version == 0:
+            return
+        self._weights[version] = weights
+        self._weights.move_to_end(version)
+        while len(self._weights) > 1 and (
+            len(self._weights) > self._max_cached_versions
+            or sum(map(_weight_bytes, self._weights.values())) > self._max_weight_bytes
+        ):
+            self._weights.popitem(last=False)
 
     def digest(self, version: int) -> str:
-        """sha256 over the bytes of every edited weight at a version and over the base model's fingerprint."""
+        """Return the digest of a version without attesting it."""
+        return run_to_completion(self._digest_weights(run_to_completion(self._load_weights(version))))
+
+    def _digest_weights(self, weights: WeightOverrides) -> Stepper[str]:
+        """Return the sha256 of the base model's fingerprint and the name and bytes of every weight that differs from it."""
         digest = hashlib.sha256(self.base.fingerprint.encode())
-        for site, tensor in sorted(self._weights_of(version).items()):
+        hashed = 0
+        for site, tensor in sorted(weights.items()):
             if torch.equal(tensor, self._original[site]):
                 continue  # an edit that changed no byte is the base
             digest.update(self.base.parameter_name(site).encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(data), DIGEST_BYTES):
+                digest.update(data[start : start + DIGEST_BYTES])
+                hashed += len(data[start : start + DIGEST_BYTES])
+                if hashed >= DIGEST_BYTES:
+                    hashed = 0
+                    yield Progress(Phase.DIGEST, start, len(data))
         return digest.hexdigest()
+
+    def remaining_capacity(self, version: int) -> dict[int, float]:
+        """Run `remaining_capacity_in_steps` to completion."""
+        return run_to_completion(self.remaining_capacity_in_steps(version))
+
+    def remaining_capacity_in_steps(self, version: int) -> Stepper[dict[int, float]]:
+        """Return the mean capacity of each edited layer at a version."""
+        active = yield from self.active_updates_in_steps(version)
+        return (yield from average_capacities_in_steps(a for group in active.values() for a in group))
+
+    # use
+
+    @contextmanager
+    def use_weights(self, weights: WeightOverrides) -> Iterator[LoadedModel]:
+        """Put edited tensors in place inside the block. The base tensors are back afterwards, also after an error."""
+        edited: list[WeightRef] = []
+        try:
+            for site, tensor in weights.items():
+                self._parameters[site].data = tensor
+                edited.append(site)
+                self.edited_weights += 1
+            yield self.base
+        finally:
+            for site in edited:
+                self._parameters[site].data = self._original[site]
+                self.edited_weights -= 1
+
+    def step_with_weights(self, weights: WeightOverrides, steps: Stepper[T]) -> Stepper[T]:
+        """Run the same steps with these weights in place during each of them, and the base weights in between."""
+        return step_within(steps, lambda: self.use_weights(weights))
+
+
+def _default_cache_bytes(device: torch.device) -> int:
+    free = free_bytes(device)
+    return DEFAULT_CACHE_BYTES if free is None else int(free * CACHE_FRACTION)
+
+
+def _weight_bytes(weights: WeightOverrides) -> int:
+    return sum(tensor.nbytes for tensor in weights.values())
+
+
+def _factor_bytes(updates: Sequence[EditUpdate]) -> int:
+    return sum(
+        u.key.nbytes + u.direction.nbytes + u.value.nbytes if isinstance(u, Association) else u.change.nbytes
+        for u in updates
+    )

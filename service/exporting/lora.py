@@ -26,8 +26,9 @@ from torch import Tensor
 
 from service.models.hooks import add_low_rank
 from service.models.loading import LoadedModel, WeightRef
-from service.weights.composition import WeightDelta, single_threaded
+from service.weights.composition import WeightDelta
 from service.weights.factors import LowRank
+from service.weights.solve import single_threaded
 
 RELATIVE_RANK_TOLERANCE = 2.0**-24  # of the largest: half a unit in the last place of single precision
 

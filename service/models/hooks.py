@@ -3,16 +3,43 @@
 Of outputs that are tuples (attention in every model, whole blocks in some), the first element is used. `capture` returns
 detached views. `replace_output` passes a copy to its function, so writing into it cannot change a residual that another
 module still reads.
+
+The hooks that are in place in a thread are counted, so that the engine can check that none outlives a step.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class _ThreadState(threading.local):
+    installed = 0
+
+
+_state = _ThreadState()
+
+
+def installed_hooks() -> int:
+    """Return how many hooks of this module are in place, of those that this thread installed."""
+    return _state.installed
+
+
+@contextmanager
+def _install(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """Install a forward hook inside the block, and count it."""
+    handle = module.register_forward_hook(hook)
+    _state.installed += 1
+    try:
+        yield
+    finally:
+        handle.remove()
+        _state.installed -= 1
 
 
 def _first_output(output: Any) -> Tensor:
@@ -36,8 +63,7 @@ def capture(
 
     with ExitStack() as stack:
         for key, module in modules.items():
-            handle = module.register_forward_hook(hook(key))
-            stack.callback(handle.remove)
+            stack.enter_context(_install(module, hook(key)))
         yield captured
 
 
@@ -49,11 +75,8 @@ def replace_output(module: nn.Module, transform: Callable[[Tensor], Tensor]) -> 
         changed = transform(_first_output(output).clone())
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with _install(module, hook):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -67,11 +90,8 @@ def add_low_rank(module: nn.Module, left: Tensor, right: Tensor) -> Iterator[Non
         wide: Tensor = inputs[0].to(right.dtype) @ right.T @ left.T
         return (output + wide.to(output.dtype)).to(output.dtype)
 
-    handle = module.register_forward_hook(hook)
-    try:
+    with _install(module, hook):
         yield
-    finally:
-        handle.remove()
 
 
 class _StopForward(Exception):
@@ -85,11 +105,8 @@ def stop_after(module: nn.Module) -> Iterator[None]:
     def hook(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         raise _StopForward
 
-    handle = module.register_forward_hook(hook)
     try:
-        with torch.no_grad():
+        with _install(module, hook), torch.no_grad():
             yield
     except _StopForward:
         pass
-    finally:
-        handle.remove()

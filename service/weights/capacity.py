@@ -1,14 +1,14 @@
-"""How much of a layer is already spoken for.
+"""The share of a layer's keys that active edits have not yet occupied.
 
-The keys k_i of a layer's active associations, with directions u_i = C^-1 k_i, span a space in which a new change cannot be chosen
-freely. Of a new key k the share that lies in it is that of its projection, orthogonal in the metric C^-1:
+The keys k_i of a layer's active associations, with directions u_i = C^-1 k_i, span a subspace in which a new change cannot
+be chosen freely. The occupied share of a new key k is that of its projection onto it, orthogonal in the metric C^-1:
 
-    spoken = g^T G^-1 g / (k^T C^-1 k)        g_i = u_i^T k        G_ij = k_i^T C^-1 k_j, plus a ridge        room = 1 - spoken
+    occupied = g^T G^-1 g / (k^T C^-1 k)      g_i = u_i^T k      G_ij = k_i^T C^-1 k_j, plus a ridge      capacity = 1 - occupied
 
 For keys drawn from the statistics, E[k k^T] = C, so that E[g g^T] = G and E[k^T C^-1 k] = D, the width: on average
-tr(G (G + ridge)^-1) / D is spoken for, the number of keys that are really different over the number that there could be.
+tr(G (G + ridge)^-1) / D is occupied, the number of distinct keys over the number of possible ones.
 
-Keys are compared within one metric: AlphaEdit's directions are P k, those of all other forms C^-1 k.
+Keys are compared within one metric: the directions of AlphaEdit are P k, those of all other methods C^-1 k.
 """
 
 from __future__ import annotations
@@ -18,77 +18,110 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from service.kit.steps import Phase, Progress, Stepper
-from service.weights.composition import gram_matrix
+from service.kit.steps import Phase, Progress, Stepper, run_to_completion
+from service.weights.composition import gram_matrix, gram_matrix_in_steps
 from service.weights.factors import DEFAULT_RIDGE, Association, EditUpdate
+from service.weights.solve import SOLVE_COLUMNS, LuFactors, factorize, solve
 
 
 def remaining_capacity(gram: Tensor, overlap: Tensor, own: float, ridge: float = DEFAULT_RIDGE) -> float:
-    """What is left of a key: gram (n, n) of the keys that are there, their overlap (n,) with it, and its own u^T k.
-
-    `ridge` is a multiple of the gram matrix's mean diagonal entry.
-    """
+    """Run `_occupied_share` to completion and return the capacity: gram (n, n) of the active keys, their overlap (n,) with
+    the new key, and its own u^T k. `ridge` is a multiple of the gram matrix's mean diagonal entry."""
     if not len(overlap):
         return 1.0
-    occupied = float(overlap @ torch.linalg.solve(_with_ridge(gram, ridge), overlap)) / own
+    factors = run_to_completion(factorize(_with_ridge(gram, ridge)))
+    return run_to_completion(_remaining(factors, overlap, own))
+
+
+def _remaining(factors: LuFactors, overlap: Tensor, own: float) -> Stepper[float]:
+    """Return the capacity of a key from the factors of the gram matrix with its ridge."""
+    solution = yield from solve(factors, overlap[:, None])
+    occupied = float(overlap @ solution[:, 0]) / own
     return min(1.0, max(0.0, 1 - occupied))
 
 
 def average_capacity(gram: Tensor, width: int, ridge: float = DEFAULT_RIDGE) -> float:
-    """What is left of a key drawn from the statistics, on average; keys are `width` long."""
-    occupied = float(torch.linalg.solve(_with_ridge(gram, ridge), gram).trace()) / width
+    """Run `average_capacity_in_steps` to completion."""
+    return run_to_completion(average_capacity_in_steps(gram, width, ridge))
+
+
+def average_capacity_in_steps(gram: Tensor, width: int, ridge: float = DEFAULT_RIDGE) -> Stepper[float]:
+    """Return the mean capacity of a key of `width` entries drawn from the statistics."""
+    factors = yield from factorize(_with_ridge(gram, ridge))
+    diagonal: list[float] = []
+    for start in range(0, len(gram), SOLVE_COLUMNS):
+        part = yield from solve(factors, gram[:, start : start + SOLVE_COLUMNS])
+        diagonal += part[start:].diagonal().tolist()
+    occupied = sum(diagonal) / width
     return min(1.0, max(0.0, 1 - occupied))
 
 
 def _with_ridge(gram: Tensor, ridge: float) -> Tensor:
-    return gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    raised = gram.clone()
+    raised.diagonal().add_(ridge * gram.diagonal().mean())
+    return raised
 
 
 def measure_capacities(
     edits: Sequence[Sequence[EditUpdate]], others: Iterable[EditUpdate]
 ) -> Stepper[list[dict[int, float]]]:
-    """Of each new edit, by layer, what active pieces leave of its key. Those of its own subject are left out: they share its key, and
-    are meant to. A change of a whole weight has no key."""
-    active_by_metric = _group_by_metric(others)
-    occupied = {place: _OccupiedKeys(known) for place, known in active_by_metric.items()}
+    """Return the capacity that the active updates leave of each new edit's key, by layer.
+
+    Active edits of the same subject are left out: they share the key on purpose. A dense update has no key.
+    """
+    occupied: dict[tuple[int, str], _OccupiedKeys] = {}
+    for place, associations in _group_by_metric(others).items():
+        directions = torch.stack([a.direction for a in associations])
+        gram = yield from gram_matrix_in_steps(associations, directions)
+        occupied[place] = _OccupiedKeys(associations, directions, gram)
     capacities: list[dict[int, float]] = []
     for edit in edits:
-        new_associations = _group_by_metric(edit).items()
-        capacities.append(
-            {
-                new.layer: occupied[x].remaining_capacity(new) if x in occupied else 1.0
-                for x, (new,) in new_associations
-            }
-        )
+        by_layer: dict[int, float] = {}
+        for place, (new,) in _group_by_metric(edit).items():
+            by_layer[new.layer] = (yield from occupied[place].remaining(new)) if place in occupied else 1.0
+        capacities.append(by_layer)
         yield Progress(Phase.CAPACITY, len(capacities), len(edits))
     return capacities
 
 
 class _OccupiedKeys:
-    """The keys of some associations of one layer and metric, and their gram matrix, for several new edits."""
+    """The keys of the associations of one layer and metric, and their gram matrix, for several new edits."""
 
-    def __init__(self, associations: Sequence[Association]) -> None:
-        self.associations, self.directions = associations, torch.stack([a.direction for a in associations])
-        self.gram = gram_matrix(associations, self.directions)
+    def __init__(self, associations: Sequence[Association], directions: Tensor, gram: Tensor) -> None:
+        self._associations, self._directions, self._gram = associations, directions, gram
+        self._factors: tuple[list[int], LuFactors] | None = None  # of the rows that were used last
 
-    def remaining_capacity(self, new: Association) -> float:
-        """What is left of a new key by those of other subjects."""
-        rows = [i for i, a in enumerate(self.associations) if a.subject != new.subject]
+    def remaining(self, new: Association) -> Stepper[float]:
+        """Return the capacity that the keys of other subjects leave of a new key."""
+        rows = [i for i, a in enumerate(self._associations) if a.subject != new.subject]
+        if not rows:
+            return 1.0
+        if self._factors is None or self._factors[0] != rows:
+            gram = self._gram if len(rows) == len(self._gram) else self._gram[rows][:, rows]
+            factors = yield from factorize(_with_ridge(gram, DEFAULT_RIDGE))
+            self._factors = rows, factors
+        overlap = gram_matrix([new], self._directions)[0, rows]
         own = float(new.key.double() @ new.direction.double())
-        return remaining_capacity(self.gram[rows][:, rows], gram_matrix([new], self.directions)[0, rows], own)
+        return (yield from _remaining(self._factors[1], overlap, own))
 
 
 def average_capacities(updates: Iterable[EditUpdate]) -> dict[int, float]:
-    """By layer, what pieces leave of an average key; where two metrics are in use, the less."""
+    """Run `average_capacities_in_steps` to completion."""
+    return run_to_completion(average_capacities_in_steps(updates))
+
+
+def average_capacities_in_steps(updates: Iterable[EditUpdate]) -> Stepper[dict[int, float]]:
+    """Return the mean capacity of each edited layer; the smaller where two metrics are in use."""
     capacities: dict[int, float] = {}
     for (layer, _), associations in _group_by_metric(updates).items():
-        gram = gram_matrix(associations, torch.stack([a.direction for a in associations]))
-        capacities[layer] = min(average_capacity(gram, len(associations[0].key)), capacities.get(layer, 1.0))
+        gram = yield from gram_matrix_in_steps(associations, torch.stack([a.direction for a in associations]))
+        capacity = yield from average_capacity_in_steps(gram, len(associations[0].key))
+        capacities[layer] = min(capacity, capacities.get(layer, 1.0))
     return capacities
 
 
 def _group_by_metric(updates: Iterable[EditUpdate]) -> dict[tuple[int, str], list[Association]]:
-    """The associations of one layer and one metric."""
+    """Return the associations of each layer and metric."""
     groups: dict[tuple[int, str], list[Association]] = {}
     for p in updates:
         if isinstance(p, Association):

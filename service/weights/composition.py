@@ -1,102 +1,129 @@
-"""A version's weights as a function of the pieces of the edits active at it: order-free, exact, reversible.
+"""The weights of a version as a function of the set of edits active at it: independent of order, exact, reversible.
 
-A piece is an association, a key and the change of value at it, or an addend, the change of a whole weight. The associations of
-one form at one layer are solved together; what the forms come to, and the addends, are added in one fixed order. The form
-"joint" is the service's own:
+The updates of an edit are associations (a key and the change of value at it) or dense updates (the change of a whole
+weight). The associations of one layer and one solve mode are solved together. The results of the modes and the dense
+updates are added in one fixed order. The mode "joint" is the service's own:
 
     G = U^T K + eps I        M_ij = 1 if associations i and j have the same subject, else 0
     W = W0 + Delta D^-1 (M * G) G^-1 U^T        U = C^-1 K        D = diag(U^T K)
 
-Superpose within a subject, isolate across subjects. K (D, n) are the keys, Delta (d, n) the changes of value. What the
-change should do at key j is sum_i M_ij delta_i G_ij / D_ii, the sum of the plain rank-one updates of j's own subject;
-the change of least C-norm that does this at every key is the right-hand side. Two identities hold exactly, whatever eps:
-one association gives ROME's rank-one update delta (C^-1 k)^T / (k^T C^-1 k), and associations of one subject give the plain
-sum of theirs. (eps stands on both sides of the inverse, unlike in a usual ridge: it damps nothing but the exchange between
-subjects whose keys nearly coincide.) The directions U are as they were found: where the statistics have changed
-since, U^T K is not symmetric, and each key still gets its own change alone.
+It superposes the edits of one subject and isolates those of different subjects. K (D, n) are the keys, Delta (d, n) the
+changes of value. The target at key j is sum_i M_ij delta_i G_ij / D_ii, the sum of the rank-one updates of j's own subject
+(ROME, Meng et al. 2022, Eq. 2); the right-hand side is the change of least C-norm that attains every target. Two
+identities hold exactly, whatever eps is: one association gives ROME's rank-one update delta (C^-1 k)^T / (k^T C^-1 k), and
+the associations of one subject give the sum of theirs. (eps is on both sides of the inverse, unlike in a usual ridge: it
+damps only the exchange between subjects whose keys nearly coincide.) The directions U are those that were stored with the
+edits: where the statistics have changed since, U^T K is not symmetric, and each key still gets its own change alone.
 
-The other forms are those of methods that write many associations at once (methods C). All are one formula,
+The other modes are those of methods that write many associations at once. All are one formula,
 
     W = W0 + Delta (U^T K + ridge I)^-1 U^T
 
-with U = C^-1 K and ridge = lambda for MEMIT, U = C^-1 K and a small ridge for EMMET (none for a lone association), and U = P K,
-P the projection onto what the statistics hardly use, and ridge = L2 for AlphaEdit. Here they are solved for all active
-edits at once, from the base weights, where the authors write batch upon batch.
+with U = C^-1 K and ridge = lambda for MEMIT (Meng et al. 2023, Eq. 14), U = C^-1 K and a small ridge for EMMET (none for a
+single association; Gupta et al. 2024), and U = P K, P the projection onto the null space of the statistics, and ridge = L2
+for AlphaEdit (Fang et al. 2025). Here they are solved for all active edits at once, from the base weights, where the authors
+write batch upon batch.
 
-All of it is a function of the set of associations: sorted first, multiplied and solved in fp64 in one fixed order. What is
-as long as a key stays as it is stored, fp32, and is widened a few columns at a time. Addends know nothing of each other and of
-the associations: they are summed in fp64 in the order of the edits' ids, so that they are exact and free of order, too; but
-nothing isolates one from another.
+All of it is a function of the set of updates: sorted first, multiplied and solved in fp64 in one fixed order. Keys and
+directions stay fp32, as stored, and are converted a few columns at a time. Dense updates are summed in fp64 in the order of
+the edits' ids, so that the sum is independent of order too; nothing isolates one from another.
+
+Each computation is a stepper, whose steps stay short whatever the number of active edits, and has a blocking twin. Both run
+the same operations in the same order, so that they give the same bytes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.loading import WeightRef
 from service.models.precision import fp64_device
 from service.weights.factors import Association, EditUpdate, LowRank, SolveMode, column_slices
+from service.weights.solve import factorize, solve
+
+GRAM_ROWS = 256  # rows of a gram matrix that one step computes
+GRAM_SPLIT_SIZE = 512  # rows of the largest gram matrix that is not split
+TARGET_ROWS = 64  # rows of the targets of one subject that one step computes
 
 
 def compose_layer(associations: Sequence[Association], solve_mode: SolveMode | None = None) -> LowRank:
-    """The change for associations of one form and layer. Solved in fp64; sorted first, so that order never matters."""
+    """Run `compose_layer_in_steps` to completion."""
+    return run_to_completion(compose_layer_in_steps(associations, solve_mode))
+
+
+def compose_layer_in_steps(
+    associations: Sequence[Association], solve_mode: SolveMode | None = None
+) -> Stepper[LowRank]:
+    """Return the change for the associations of one layer and solve mode, solved in fp64."""
     ordered = sorted(associations, key=lambda a: a.edit)
     solve_mode = solve_mode or ordered[0].solve_mode
     directions = torch.stack([a.direction for a in ordered])  # (n, D)
     values = torch.stack([a.value for a in ordered], 1).double()  # (d, n)
-    gram = gram_matrix(ordered, directions)
+    gram = yield from gram_matrix_in_steps(ordered, directions)
     diagonal = gram.diagonal().clone()
     gram.diagonal().add_(solve_mode.ridge_for(diagonal))
-    targets = (
-        _superpose_by_subject(ordered, values, gram, diagonal)
-        if solve_mode.rule.superposes_subjects
-        else values
-    )
-    with single_threaded():
-        left = torch.linalg.solve(gram, targets.T).T
-    return LowRank(left, directions, tuple(a.edit for a in ordered))
+    targets = values
+    if solve_mode.rule.superposes_subjects:
+        targets = yield from _superpose_by_subject(ordered, values, gram, diagonal)
+    factors = yield from factorize(gram)
+    solution = yield from solve(factors, targets.T)
+    return LowRank(solution.T, directions, tuple(a.edit for a in ordered))
 
 
 def gram_matrix(associations: Sequence[Association], directions: Tensor) -> Tensor:
-    """Of key i and direction j, (n, m), in fp64; directions (m, D)."""
+    """Run `gram_matrix_in_steps` to completion."""
+    return run_to_completion(gram_matrix_in_steps(associations, directions))
+
+
+def gram_matrix_in_steps(associations: Sequence[Association], directions: Tensor) -> Stepper[Tensor]:
+    """Return the products of key i and direction j, (n, m) in fp64; directions (m, D)."""
     keys = torch.stack([a.key for a in associations])  # (n, D)
     gram = torch.zeros(len(keys), len(directions), dtype=torch.float64)
-    for at in column_slices(keys):
-        gram.addmm_(keys[:, at].double(), directions[:, at].double().T)
+    slices = column_slices(keys)
+    for number, at in enumerate(slices):
+        columns = directions[:, at].double().T
+        for rows in _gram_row_slices(len(keys)):
+            gram[rows].addmm_(keys[rows, at].double(), columns)
+            yield Progress(Phase.COMPOSE, number, len(slices))
     return gram
+
+
+def _gram_row_slices(n: int) -> list[slice]:
+    """Return slices of at least GRAM_ROWS rows each: products of very few rows use other kernels, with other last bits."""
+    if n <= GRAM_SPLIT_SIZE:
+        return [slice(0, n)]
+    starts = range(0, n - GRAM_ROWS + 1, GRAM_ROWS)
+    return [slice(at, at + GRAM_ROWS if at != starts[-1] else n) for at in starts]
 
 
 def _superpose_by_subject(
     ordered: Sequence[Association], values: Tensor, gram: Tensor, diagonal: Tensor
-) -> Tensor:
-    """What shall happen at each key: Delta D^-1 (M * G), (d, n)."""
+) -> Stepper[Tensor]:
+    """Return the targets at each key, Delta D^-1 (M * G), (d, n)."""
     targets = values * (gram.diagonal() / diagonal)
     for rows in _rows_by_subject(ordered):
-        if len(rows) > 1:
-            targets[:, rows] = values[:, rows] @ (gram[rows][:, rows].T / diagonal[rows, None])
+        if len(rows) < 2:
+            continue
+        exchange = gram[rows][:, rows].T / diagonal[rows, None]
+        own_values = values[:, rows]
+        step = len(own_values) if len(rows) <= GRAM_SPLIT_SIZE else TARGET_ROWS
+        parts: list[Tensor] = []
+        for start in range(0, len(own_values), step):
+            parts.append(own_values[start : start + step] @ exchange)
+            yield Progress(Phase.COMPOSE, 1, 1)
+        targets[:, rows] = torch.cat(parts)
     return targets
 
 
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """A factorisation's last bits depend on the number of threads, unlike a product's: so replicas agree whatever they have."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _rows_by_subject(associations: Sequence[Association]) -> list[list[int]]:
-    """The places of each subject's associations."""
+    """Return the positions of each subject's associations."""
     rows_by_subject: dict[str, list[int]] = {}
     for i, a in enumerate(associations):
         rows_by_subject.setdefault(a.subject, []).append(i)
@@ -105,13 +132,13 @@ def _rows_by_subject(associations: Sequence[Association]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """What a version changes in one weight: what its associations were solved to, and the sum of its addends."""
+    """The change of one weight at a version: one low-rank term for each solve mode, and the sum of the dense updates."""
 
-    low_rank_terms: tuple[LowRank, ...] = ()  #: of each form
+    low_rank_terms: tuple[LowRank, ...] = ()  #: one for each solve mode
     dense_term: Tensor | None = field(default=None, repr=False)  #: (out, in), fp64
 
     def column_blocks(self, device: torch.device | str = "cpu") -> Iterator[tuple[slice, Tensor]]:
-        """Some columns at a time: which, and the change (out, n) of these in fp64 on a device; the caller's own to write into."""
+        """Yield slices of columns and the change (out, n) of these columns in fp64 on a device. The caller may overwrite it."""
         block_iterators = [low.column_blocks(device) for low in self.low_rank_terms]
         if self.dense_term is not None:
             block_iterators.append(self._dense_blocks(device))
@@ -127,17 +154,17 @@ class WeightDelta:
             yield at, self.dense_term[:, at].to(device, copy=True)
 
     def dense(self) -> Tensor:
-        """(out, in)."""
+        """Return the whole change, (out, in)."""
         return torch.cat([change for _, change in self.column_blocks()], 1)
 
     def norm(self) -> float:
-        """The Frobenius norm."""
+        """Return the Frobenius norm."""
         if len(self.low_rank_terms) == 1 and self.dense_term is None:
             return self.low_rank_terms[0].norm()
         return math.hypot(*(float(change.norm()) for _, change in self.column_blocks()))
 
     def minus(self, other: WeightDelta) -> WeightDelta:
-        """The difference of two changes of one weight."""
+        """Return the difference of two changes of one weight."""
         if (
             len(self.low_rank_terms) == len(other.low_rank_terms) == 1
             and self.dense_term is None
@@ -151,27 +178,44 @@ class WeightDelta:
 
 
 def compose(updates: Iterable[EditUpdate]) -> dict[WeightRef, WeightDelta]:
-    """The change of every weight that the pieces touch."""
+    """Run `compose_in_steps` to completion."""
+    return run_to_completion(compose_in_steps(updates))
+
+
+def compose_in_steps(updates: Iterable[EditUpdate]) -> Stepper[dict[WeightRef, WeightDelta]]:
+    """Return the change of every weight that the updates touch."""
     ordered = sorted(updates, key=lambda p: (p.weight_ref, p.edit))
-    return {site: _compose_weight(list(group)) for site, group in groupby(ordered, lambda p: p.weight_ref)}
+    deltas: dict[WeightRef, WeightDelta] = {}
+    for weight_ref, group in groupby(ordered, lambda p: p.weight_ref):
+        deltas[weight_ref] = yield from _compose_weight(list(group))
+    return deltas
 
 
-def _compose_weight(updates: Sequence[EditUpdate]) -> WeightDelta:
+def _compose_weight(updates: Sequence[EditUpdate]) -> Stepper[WeightDelta]:
     by_mode: dict[SolveMode, list[Association]] = {}
     dense_sum: Tensor | None = None
     for update in updates:
         if isinstance(update, Association):
             by_mode.setdefault(update.solve_mode, []).append(update)
         else:
-            update_change = update.change.double()
-            dense_sum = update_change if dense_sum is None else dense_sum + update_change
-    return WeightDelta(tuple(compose_layer(by_mode[form]) for form in sorted(by_mode)), dense_sum)
+            change = update.change.double()
+            dense_sum = change if dense_sum is None else dense_sum + change
+            yield Progress(Phase.COMPOSE, 1, 1)
+    terms: list[LowRank] = []
+    for mode in sorted(by_mode):
+        terms.append((yield from compose_layer_in_steps(by_mode[mode])))
+    return WeightDelta(tuple(terms), dense_sum)
 
 
 def apply_delta(base: Tensor, delta: WeightDelta | LowRank, conv1d: bool) -> Tensor:
-    """The edited weight, from the untouched base bytes: fp64 on its own device, then cast once to its dtype.
+    """Run `apply_delta_in_steps` to completion."""
+    return run_to_completion(apply_delta_in_steps(base, delta, conv1d))
 
-    base: (in, out) when `conv1d`, else (out, in): decided by the architecture, never by comparing shapes.
+
+def apply_delta_in_steps(base: Tensor, delta: WeightDelta | LowRank, conv1d: bool) -> Stepper[Tensor]:
+    """Return the edited weight: the base bytes plus the change in fp64 on the weight's device, cast once to its dtype.
+
+    base: (in, out) when `conv1d`, else (out, in). The architecture decides, never a comparison of shapes.
     """
     compute_device = fp64_device(base.device)
     edited = torch.empty_like(base)
@@ -180,9 +224,23 @@ def apply_delta(base: Tensor, delta: WeightDelta | LowRank, conv1d: bool) -> Ten
             edited[at] = block.T.add_(base[at].to(compute_device)).to(base.dtype)
         else:
             edited[:, at] = block.add_(base[:, at].to(compute_device)).to(base.dtype)
+        yield Progress(Phase.COMPOSE, at.stop, at.stop)
     return edited
 
 
+def norm_ratio_in_steps(base: Tensor, delta: WeightDelta | LowRank) -> Stepper[float]:
+    """Return |change| / |base| in Frobenius norm, as `norm_ratio` does."""
+    few_terms = isinstance(delta, LowRank) or (len(delta.low_rank_terms) == 1 and delta.dense_term is None)
+    low_rank = delta if isinstance(delta, LowRank) else delta.low_rank_terms[0] if few_terms else None
+    if low_rank is not None and 2 * low_rank.left.shape[1] < low_rank.left.shape[0]:
+        return norm_ratio(base, low_rank)
+    norms: list[float] = []
+    for _, change in delta.column_blocks():
+        norms.append(float(change.norm()))
+        yield Progress(Phase.GUARD, 1, 1)
+    return math.hypot(*norms) / float(torch.linalg.vector_norm(base, dtype=torch.float64))
+
+
 def norm_ratio(base: Tensor, delta: WeightDelta | LowRank) -> float:
-    """|change| / |base| in Frobenius norm."""
+    """Return |change| / |base| in Frobenius norm."""
     return delta.norm() / float(torch.linalg.vector_norm(base, dtype=torch.float64))

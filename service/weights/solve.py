@@ -22,7 +22,9 @@ from service.kit.steps import Phase, Progress, Stepper
 UNBLOCKED_SIZE = 1024  # rows of a matrix that one step factorizes
 PANEL_WIDTH = 256  # columns of a larger matrix that one step factorizes
 UPDATE_COLUMNS = 512  # columns that one step updates
-SOLVE_COLUMNS = 64  # right-hand sides that one step solves for, where the matrix is larger than UNBLOCKED_SIZE
+SOLVE_COLUMNS = (
+    64  # right-hand sides that one step solves for, where the matrix is larger than UNBLOCKED_SIZE
+)
 
 
 class LuFactors(NamedTuple):
@@ -47,8 +49,7 @@ def factorize(matrix: Tensor) -> Stepper[LuFactors]:
     """Return the LU factors of a matrix (n, n) in fp64. Raises LinAlgError when it is singular."""
     n = len(matrix)
     if n <= UNBLOCKED_SIZE:
-        with single_threaded():
-            factors = LuFactors(*torch.linalg.lu_factor(matrix))
+        factors = _lapack_factors(matrix)
         yield Progress(Phase.SOLVE, n, n)
         return factors
     matrix = matrix.mT.contiguous().mT  # by columns, as LAPACK reads it
@@ -56,8 +57,7 @@ def factorize(matrix: Tensor) -> Stepper[LuFactors]:
     pivots = torch.empty(n, dtype=torch.int32)
     for start in range(0, n, PANEL_WIDTH):
         end = min(start + PANEL_WIDTH, n)
-        with single_threaded():
-            panel, local_pivots = torch.linalg.lu_factor(matrix[start:, start:end])
+        panel, local_pivots = _lapack_factors(matrix[start:, start:end])
         matrix[start:, start:end] = panel
         pivots[start:end] = local_pivots + start
         targets, sources = _exchanges(local_pivots, start)
@@ -85,6 +85,14 @@ def solve(factors: LuFactors, right: Tensor) -> Stepper[Tensor]:
             parts.append(torch.linalg.lu_solve(*factors, right[:, start : start + step]))
         yield Progress(Phase.SOLVE, min(start + step, m), m)
     return parts[0] if len(parts) == 1 else torch.cat([part.mT for part in parts]).mT
+
+
+def _lapack_factors(matrix: Tensor) -> LuFactors:
+    with single_threaded():
+        lu, pivots, info = torch.linalg.lu_factor_ex(matrix)
+    if int(info):
+        raise torch.linalg.LinAlgError("the matrix is singular")  # type: ignore[attr-defined]
+    return LuFactors(lu, pivots)
 
 
 def _exchanges(pivots: Tensor, start: int) -> tuple[Tensor, Tensor]:

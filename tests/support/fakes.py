@@ -12,7 +12,7 @@ from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import DigestMismatch, LeaseLost, error_document
 from service.jobs.broker import Broker, Event
 from service.jobs.job_store import ClaimedJob
-from service.kit.steps import Progress
+from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel, WeightRef
 
 
@@ -47,14 +47,11 @@ class ShuffledVersionedModel(VersionedModel):
         super().__init__(model, self.settable_ledger, self.settable_ledger.attest)
         self.weight_ref = WeightRef(layer)
 
-    def _weights_of(self, version: int) -> WeightOverrides:
-        if version == 0:
-            return {}
-        if version not in self._weights:
-            original = self._original[self.weight_ref]
-            order = torch.randperm(len(original), generator=torch.Generator().manual_seed(version))
-            self._weights[version] = {self.weight_ref: original[order] * (1 + version)}
-        return self._weights[version]
+    def _compose_version(self, version: int) -> Stepper[WeightOverrides]:
+        original = self._original[self.weight_ref]
+        order = torch.randperm(len(original), generator=torch.Generator().manual_seed(version))
+        yield Progress(Phase.COMPOSE, 1, 1)
+        return {} if version == 0 else {self.weight_ref: original[order] * (1 + version)}
 
 
 class InMemoryJobs:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.engine.engine import JobHandler
+from service.engine.job_runner import JobHandler
 from service.jobs.job_store import ClaimedJob
 from service.kit.ids import request_id
 from service.kit.metrics import EDIT_PHASES, REGISTRY

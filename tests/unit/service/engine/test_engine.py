@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from service.engine.decoding import DecodingBatch, new_sequence, next_token_distribution
-from service.engine.engine import MAX_INTERRUPTIONS, Engine, EngineConfig, JobHandler
+from service.engine.engine import Engine, EngineConfig
+from service.engine.job_runner import MAX_INTERRUPTIONS, JobHandler
 from service.errors import Conflict, DigestMismatch, InvalidInput, LeaseLost, Unavailable
 from service.jobs.broker import Broker, Event, OutgoingEvent
 from service.jobs.job_kinds import CALL_KINDS

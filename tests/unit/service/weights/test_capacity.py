@@ -15,6 +15,7 @@ from service.weights.capacity import (
     remaining_capacity,
 )
 from service.weights.factors import Association, DenseUpdate, EditUpdate, SolveMode
+from service.weights.solve import single_threaded
 
 D, N = 12, 5
 
@@ -115,3 +116,14 @@ def test_equal_keys_occupy_capacity_once() -> None:
         0
     ] == pytest.approx(1 - 2 / D, abs=1e-3)
     assert average_capacities([]) == {}
+
+
+@pytest.mark.parametrize("n", [5, 300])
+def test_average_capacity_in_steps_equals_one_computation(n: int) -> None:
+    """Solving for some columns at a time gives the same figure as solving for all of them."""
+    known = torch.randn(n, 400, generator=torch.Generator().manual_seed(2)).double()
+    gram = known @ known.T
+    raised = gram + 1e-3 * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype)
+    with single_threaded():
+        occupied = float(torch.linalg.solve(raised, gram).trace()) / 400
+    assert average_capacity(gram, 400) == min(1.0, max(0.0, 1 - occupied))

@@ -10,9 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.kit.steps import run_to_completion
 from service.models.loading import WeightRef
 from service.models.memory_estimates import COLUMN_BLOCK
-from service.weights.composition import apply_delta, compose, compose_layer, norm_ratio
+from service.weights.composition import (
+    apply_delta,
+    compose,
+    compose_layer,
+    compose_layer_in_steps,
+    norm_ratio,
+    norm_ratio_in_steps,
+)
 from service.weights.factors import (
     JOINT,
     Association,
@@ -23,6 +31,7 @@ from service.weights.factors import (
     deserialize_updates,
     serialize_updates,
 )
+from service.weights.solve import single_threaded
 
 D, d = 12, 5
 SPREAD = torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
@@ -340,3 +349,65 @@ def test_every_kind_of_update_round_trips() -> None:
     assert isinstance(back[0], Association) and back[0].solve_mode == SolveMode("memit", 0.1)
     assert isinstance(back[1], DenseUpdate) and back[1].weight_ref == WeightRef(2, "qkv")
     assert torch.equal(back[1].change, change)
+
+
+# steps
+
+
+def long_association(i: int, subject: str, width: int = 700, out: int = 96) -> Association:
+    g = torch.Generator().manual_seed(1000 + i)
+    key = torch.randn(width, generator=g)
+    direction = key * 0.5 + 0.05 * torch.randn(width, generator=g)
+    return Association(f"edit_{i:05}", subject, 0, key, direction, torch.randn(out, generator=g))
+
+
+def compose_at_once(associations: list[Association]) -> LowRank:
+    """The composition as one computation, without steps: the oracle for its bytes."""
+    ordered = sorted(associations, key=lambda a: a.edit)
+    directions = torch.stack([a.direction for a in ordered])
+    values = torch.stack([a.value for a in ordered], 1).double()
+    keys = torch.stack([a.key for a in ordered])
+    gram = torch.zeros(len(keys), len(keys), dtype=torch.float64)
+    for start in range(0, keys.shape[1], COLUMN_BLOCK):
+        at = slice(start, start + COLUMN_BLOCK)
+        gram.addmm_(keys[:, at].double(), directions[:, at].double().T)
+    diagonal = gram.diagonal().clone()
+    gram.diagonal().add_(JOINT.ridge_for(diagonal))
+    targets = values * (gram.diagonal() / diagonal)
+    for subject in dict.fromkeys(a.subject for a in ordered):
+        rows = [i for i, a in enumerate(ordered) if a.subject == subject]
+        if len(rows) > 1:
+            targets[:, rows] = values[:, rows] @ (gram[rows][:, rows].T / diagonal[rows, None])
+    with single_threaded():
+        return LowRank(torch.linalg.solve(gram, targets.T).T, directions)
+
+
+@pytest.mark.parametrize("n", [3, 256, 513, 769, 1000])
+@pytest.mark.parametrize("one_subject", [False, True])
+def test_steps_give_the_bytes_of_one_computation(n: int, one_subject: bool) -> None:
+    """Composing in steps gives the same bytes as composing at once, whatever the number of edits of a subject."""
+    if one_subject and n > 600:
+        n = 600
+    chosen = [long_association(i, "s" if one_subject else f"s{i // 2}") for i in range(n)]
+    expected = compose_at_once(chosen)
+    found = compose_layer(chosen)
+    assert torch.equal(found.left, expected.left) and torch.equal(found.right, expected.right)
+    base = torch.randn(96, 700, generator=torch.Generator().manual_seed(3))
+    at_once = torch.empty_like(base)
+    for at, block in expected.column_blocks():
+        at_once[:, at] = (block + base[:, at].double()).to(base.dtype)
+    assert torch.equal(apply_delta(base, found, conv1d=False), at_once)
+
+
+def test_composition_has_many_steps() -> None:
+    """A composition of many edits has a step for each block of rows and columns, so that no step is long."""
+    chosen = [long_association(i, f"s{i}") for i in range(1100)]
+    assert sum(1 for _ in compose_layer_in_steps(chosen)) >= 20
+
+
+@pytest.mark.parametrize("terms", [3, 200])
+def test_norm_ratio_in_steps_equals_norm_ratio(terms: int) -> None:
+    """The norm ratio computed in steps is the same number."""
+    base = torch.randn(96, 700, generator=torch.Generator().manual_seed(3))
+    change = compose([long_association(i, f"s{i}") for i in range(terms)])[WeightRef(0)]
+    assert run_to_completion(norm_ratio_in_steps(base, change)) == norm_ratio(base, change)

@@ -1,0 +1,324 @@
+"""Runs generations and comparisons: admits them, steps them, publishes their events, and releases them.
+
+A call waits for its version to be built, one step at a time, so that building never delays the tokens of other calls. Another
+worker may take over a call whose lease has expired; such a call is dropped without an event.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from pydantic import ValidationError
+
+from service.engine.batch_executor import BatchExecutor
+from service.engine.calls import (
+    PendingAdmission,
+    RunningCall,
+    RunningComparison,
+    RunningGeneration,
+    log_fields,
+)
+from service.engine.comparison import run_comparison
+from service.engine.decoding import DecodingSequence, TokenOutput, new_sequences
+from service.engine.outbox import Outbox
+from service.engine.scheduler import MAX_PREFILL_TOKENS, Scheduler
+from service.engine.step_guard import check_step
+from service.engine.versioned_model import VersionedModel, WeightOverrides
+from service.errors import (
+    Cancelled,
+    DigestMismatch,
+    InvalidInput,
+    PalimpsestError,
+    Unavailable,
+    error_document,
+)
+from service.jobs.broker import Broker, Delivery
+from service.kit import crash_points, metrics
+from service.kit.steps import Progress, Stepper, advance
+from service.kit.versions import resolve_version
+from service.models.memory_estimates import free_bytes, kv_cache_bytes, require_memory, scoring_bytes
+from service.schemas import CompareRequest, WorkerGenerateRequest
+
+log = logging.getLogger(__name__)
+
+WORKER_STOPPING = Unavailable("the worker is stopping: send the request again.")
+
+
+class CallRunner:
+    """The calls of one engine."""
+
+    def __init__(
+        self,
+        replica: VersionedModel,
+        broker: Broker,
+        outbox: Outbox,
+        *,
+        max_batch_size: int,
+        max_comparisons: int,
+        kv_memory_fraction: float,
+        cancel_poll_interval: float,
+        single_process: bool,
+    ) -> None:
+        self._replica = replica
+        self._broker = broker
+        self._outbox = outbox
+        self._max_batch_size = max_batch_size
+        self._max_comparisons = max_comparisons
+        free = free_bytes(replica.base.device)
+        self._kv_memory_bytes = None if free is None else int(free * kv_memory_fraction)
+        self._cancel_poll_interval = cancel_poll_interval
+        self._last_cancel_poll = float("-inf")
+        self._single_process = single_process
+        self._admissions: deque[PendingAdmission] = deque()
+        self._sequence_owners: dict[DecodingSequence, tuple[RunningGeneration, int]] = {}
+        self._comparisons: list[RunningComparison] = []
+        self._reset_batches()
+
+    def _reset_batches(self) -> None:
+        self._scheduler = Scheduler(
+            self._max_batch_size, partial(kv_cache_bytes, self._replica.base), self._kv_memory_bytes
+        )
+        self._executor = BatchExecutor(self._replica, self._scheduler)
+
+    @property
+    def active(self) -> bool:
+        """Whether a generation is decoding or a comparison is running."""
+        return bool(self._scheduler or self._comparisons)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a call waits for its version to be built."""
+        return bool(self._admissions)
+
+    @property
+    def calls(self) -> list[RunningCall]:
+        """All calls that this worker holds."""
+        waiting = [a.call for a in self._admissions]
+        owners = [generation for generation, _ in self._sequence_owners.values()]
+        return list(dict.fromkeys([*owners, *waiting, *self._comparisons]))
+
+    def free_slots(self, kind: str) -> int:
+        """Return how many prompts (of kind "generate") or comparisons can be admitted."""
+        waiting = [a.call for a in self._admissions]
+        if kind == "generate":
+            sequences = sum(len(call.sequences) for call in waiting if isinstance(call, RunningGeneration))
+            return max(0, self._scheduler.free_slots - sequences)
+        comparisons = sum(isinstance(call, RunningComparison) for call in waiting)
+        return self._max_comparisons - len(self._comparisons) - comparisons
+
+    # admission
+
+    def start(self, delivery: Delivery) -> None:
+        """Admit a call. An invalid call ends with an error; only errors that concern all calls are raised."""
+        for call in self.calls:
+            if call.channel == delivery.job_id:  # its lease expired while this process was suspended
+                self._drop(call)
+        try:
+            if delivery.kind == "generate":
+                self._admit(self._new_generation(delivery))
+            else:
+                self._admit(self._new_comparison(delivery))
+        except (Unavailable, DigestMismatch):
+            raise
+        except Exception as error:
+            self._fail(delivery, error)
+
+    def _new_generation(self, delivery: Delivery) -> PendingAdmission:
+        request = WorkerGenerateRequest.model_validate(delivery.payload)
+        version = resolve_version(request.version, self._replica.head(), request.min_version)
+        model = self._replica.base
+        sequences = new_sequences(model, request)
+        needed = kv_cache_bytes(model, 1, max(s.max_length for s in sequences))
+        if (
+            request.echo and request.logprobs is not None
+        ):  # the distributions at all positions of a prefill group
+            longest = max(len(s.prompt_ids) for s in sequences)
+            needed += scoring_bytes(model, 1, max(MAX_PREFILL_TOKENS, longest))
+        require_memory("this generation", needed, model.device, "ask for fewer tokens", "max_new_tokens")
+        generation = RunningGeneration(delivery, request, version, sequences)
+
+        def begin(weights: dict[int, WeightOverrides]) -> None:
+            self._executor.add(version, weights[version], sequences)
+
+        self._sequence_owners |= {s: (generation, i) for i, s in enumerate(sequences)}
+        return PendingAdmission(generation, (version,), begin)
+
+    def _new_comparison(self, delivery: Delivery) -> PendingAdmission:
+        request = CompareRequest.model_validate(delivery.payload)
+        head = self._replica.head()
+        a, b = (resolve_version(v, head) for v in request.versions)
+        weights: dict[int, WeightOverrides] = {}
+
+        def stepper() -> Stepper[dict[str, Any]]:
+            sides = ((a, weights[a]), (b, weights[b]))
+            return (yield from run_comparison(self._replica.base, self._replica.use_weights, request, sides))
+
+        comparison = RunningComparison(delivery, stepper())
+
+        def begin(built: dict[int, WeightOverrides]) -> None:
+            weights.update(built)
+            self._comparisons.append(comparison)
+
+        return PendingAdmission(comparison, (a, b), begin)
+
+    def _admit(self, admission: PendingAdmission) -> None:
+        """Start a call whose versions are built already; queue it otherwise."""
+        for version in admission.versions:
+            if self._replica.is_built(version):
+                admission.weights[version] = self._replica.built_weights(version)
+        if admission.next_version is None:
+            self._begin(admission)
+        else:
+            self._admissions.append(admission)
+
+    def _begin(self, admission: PendingAdmission) -> None:
+        admission.start(admission.weights)
+        if isinstance(admission.call, RunningGeneration):
+            crash_points.crash_point("generate.after_admit")
+
+    def step(self) -> None:
+        """Run one step of building the version that the first waiting call needs."""
+        if not self._admissions:
+            return
+        admission = self._admissions[0]
+        version = admission.next_version
+        try:
+            if version is not None:
+                if not self._replica.advance_build(version):
+                    return
+                admission.weights[version] = self._replica.built_weights(version)
+            if admission.next_version is None:
+                self._admissions.popleft()
+                self._begin(admission)
+        except (Unavailable, DigestMismatch):
+            raise
+        except Exception as error:
+            self._drop(admission.call)
+            self._fail(admission.call.delivery, error)
+            self._outbox.flush()
+
+    # steps
+
+    def decode(self) -> None:
+        """Prefill at most one group of sequences and decode one token of every running sequence."""
+        for outputs in self._executor.step():
+            check_step(self._replica, "decode")
+            self._emit_tokens(outputs)
+            self._outbox.flush()
+            if outputs:
+                crash_points.crash_point("generate.after_token")
+
+    def _emit_tokens(self, outputs: Sequence[TokenOutput]) -> None:
+        """Publish the tokens of one batch, then the ends of the generations that they finish."""
+        generations: dict[RunningGeneration, None] = {}
+        for output in outputs:
+            generation, index = self._sequence_owners[output.sequence]
+            generation.mark_first_token()
+            generations[generation] = None
+            if generation.request.stream and (event := generation.token_event(index, output.text)):
+                self._outbox.publish(generation.channel, "token", event)
+            if output.sequence.finish_reason == "error":
+                generation.cancel()
+        self._finish_generations([generation for generation in generations if generation.is_finished])
+
+    def _finish_generations(self, generations: Sequence[RunningGeneration]) -> None:
+        """Publish the ends of generations, then acknowledge them."""
+        for generation in generations:
+            crash_points.crash_point("generate.before_end")
+            self._drop(generation)
+            self._publish_end(generation)
+        for generation in generations:
+            self._outbox.acknowledge(generation.delivery, "generate.after_end")
+
+    def _publish_end(self, generation: RunningGeneration) -> None:
+        """A generation fails as a whole when one of its sequences failed."""
+        for s in generation.sequences:
+            metrics.GENERATIONS_FINISHED.labels(s.finish_reason).inc()
+        if any(s.finish_reason == "error" for s in generation.sequences):
+            error = Unavailable(
+                f"version {generation.version} failed to generate: the worker's log has the details. Send the request again."
+            )
+            self._outbox.publish(generation.channel, "error", error_document(error), last=True)
+            return
+        event = generation.end_event()
+        self._outbox.publish(generation.channel, "end", event, last=True)
+        fields = {"version": generation.version, "seconds": event["seconds"], **event["usage"]}
+        log.info("generation ended", extra={**log_fields(generation.delivery), **fields})
+
+    def step_comparisons(self) -> None:
+        """Run one step of every comparison."""
+        for comparison in list(self._comparisons):
+            try:
+                outcome = advance(comparison.steps)
+                check_step(self._replica, "compare")
+                if isinstance(outcome, Progress):
+                    continue
+                self._outbox.publish(comparison.channel, "end", outcome.result, last=True)
+                self._outbox.acknowledge(comparison.delivery)
+            except Exception as error:
+                self._fail(comparison.delivery, error)
+            self._drop(comparison)
+        self._outbox.flush()
+
+    # cancellation and release
+
+    def poll_cancellations(self) -> None:
+        """Drop the calls that another worker has taken over, and end those that were cancelled."""
+        now = time.monotonic()
+        if now - self._last_cancel_poll < self._cancel_poll_interval:
+            return
+        self._last_cancel_poll = now
+        for call in self.calls:
+            if not self._broker.holds_lease(call.delivery):
+                log.warning("call taken over by another worker", extra=log_fields(call.delivery))
+                self._drop(call)
+                self._outbox.defer(self._broker.ack, call.delivery)  # only clears the broker's local state
+            elif self._broker.cancelled(call.channel):
+                self._cancel(call)
+        self._outbox.flush()
+
+    def _cancel(self, call: RunningCall) -> None:
+        if isinstance(call, RunningGeneration):
+            call.cancel()
+            self._finish_generations([call])
+        else:
+            self._drop(call)
+            self._fail(call.delivery, Cancelled("the comparison was cancelled."))
+
+    def _fail(self, delivery: Delivery, error: Exception) -> None:
+        """End a call with an error event."""
+        if isinstance(error, ValidationError):
+            error = InvalidInput(
+                "the worker does not understand the request: update the worker with the API."
+            )
+        if not isinstance(error, PalimpsestError):
+            log.error("call failed", exc_info=error, extra={**log_fields(delivery), "kind": delivery.kind})
+        self._outbox.publish(delivery.job_id, "error", error_document(error), last=True)
+        self._outbox.acknowledge(delivery)
+
+    def _drop(self, call: RunningCall) -> None:
+        """Forget a call, without an event."""
+        self._admissions = deque(a for a in self._admissions if a.call is not call)
+        if isinstance(call, RunningComparison):
+            call.steps.close()
+            if call in self._comparisons:
+                self._comparisons.remove(call)
+            return
+        for s in call.sequences:
+            self._sequence_owners.pop(s, None)
+        call.cancel()
+
+    def release_all(self) -> None:
+        """Release all calls to other workers. Where there is none, end those whose client has received a part of the output."""
+        for call in self.calls:
+            self._drop(call)
+            if self._single_process and isinstance(call, RunningGeneration) and call.has_output:
+                self._fail(call.delivery, WORKER_STOPPING)
+            else:
+                self._outbox.defer(self._broker.nack, call.delivery)
+        self._reset_batches()

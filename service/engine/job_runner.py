@@ -1,0 +1,270 @@
+"""Runs jobs one step at a time: claims them, applies their reports, and hands them back when the engine stops.
+
+A job of a more urgent kind suspends the running one. Another worker may take over a job whose lease has expired; the attempt
+number in the job's row is the fence, so a job runs on until the store rejects a write.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from service.engine.calls import log_fields
+from service.engine.outbox import Outbox
+from service.engine.step_guard import check_step
+from service.engine.versioned_model import VersionedModel
+from service.errors import Cancelled, DigestMismatch, LeaseLost, PalimpsestError, Unavailable
+from service.jobs.broker import Broker, Delivery
+from service.jobs.job_kinds import WORK_KINDS
+from service.jobs.job_store import ClaimedJob, JobStore
+from service.kit import metrics
+from service.kit.steps import Completion, JobReporter, Phase, Progress, Stepper, advance
+
+log = logging.getLogger(__name__)
+
+MAX_INTERRUPTIONS = 10  # times that an outage interrupts a job before the job fails
+
+JobsById = dict[str, tuple[Delivery, ClaimedJob]]
+
+
+class JobHandler(Protocol):
+    """Makes the stepper of a group of jobs. It writes the end of each job and reports to `reporter`."""
+
+    def __call__(self, reporter: JobReporter, /, *jobs: ClaimedJob) -> Stepper[None]: ...
+
+
+@dataclass
+class ReportQueue:
+    """The reports that a handler makes during a step. The runner applies them after the step."""
+
+    reports: deque[tuple[str, Progress | Exception | None]] = field(default_factory=deque)
+
+    def progress(self, job_id: str, progress: Progress) -> None:
+        self.reports.append((job_id, progress))
+
+    def finished(self, job_id: str, error: Exception | None = None) -> None:
+        self.reports.append((job_id, error))
+
+
+@dataclass(eq=False)
+class JobGroup:
+    """Jobs that run in one stepper, and those of them that have not ended."""
+
+    kind: str
+    members: JobsById
+    reporter: ReportQueue
+    steps: Stepper[None]
+    phase: str = ""  #: of the last step
+
+    @property
+    def jobs(self) -> list[ClaimedJob]:
+        return [job for _, job in self.members.values()]
+
+
+class EditWorkers(Protocol):
+    """What the runner reads of the other workers."""
+
+    def count_edit_workers(self) -> int: ...
+
+
+class JobRunner:
+    """The running group of jobs and those that it suspended. `on_job_end` is called when a job ends: the head may have moved."""
+
+    def __init__(
+        self,
+        replica: VersionedModel,
+        workers: EditWorkers,
+        job_store: JobStore,
+        broker: Broker,
+        outbox: Outbox,
+        handlers: Mapping[str, JobHandler],
+        max_edits_per_group: int,
+        on_job_end: Callable[[], None],
+    ) -> None:
+        self._replica = replica
+        self._workers = workers
+        self._job_store = job_store
+        self._broker = broker
+        self._outbox = outbox
+        self._handlers = handlers
+        self._kinds = tuple(kind for kind in WORK_KINDS if kind in handlers)
+        self._max_edits_per_group = max_edits_per_group
+        self._on_job_end = on_job_end
+        self._groups: list[JobGroup] = []  # the last one runs; each is more urgent than the one before
+        self._interruptions: Counter[str] = Counter()
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is a step to run."""
+        return bool(self._groups)
+
+    @property
+    def startable_kinds(self) -> tuple[str, ...]:
+        """The kinds of job that may start now: all, or those that are more urgent than the running one."""
+        return self._kinds[: self._kinds.index(self._groups[-1].kind)] if self._groups else self._kinds
+
+    def start(self, delivery: Delivery) -> None:
+        """Claim a job, and with an edit this worker's share of the waiting edits, and make their stepper."""
+        members = self._claim(delivery)
+        if delivery.kind == "edit" and self._max_edits_per_group > 1:
+            members |= self._claim_more_edits()
+        if members:
+            reporter = ReportQueue()
+            steps = self._handlers[delivery.kind](reporter, *(job for _, job in members.values()))
+            self._groups.append(JobGroup(delivery.kind, members, reporter, steps))
+
+    def _claim_more_edits(self) -> JobsById:
+        """Claim an equal part of the waiting edits for each edit worker. Those that cannot be claimed wait again."""
+        members: JobsById = {}
+        deliveries: list[Delivery] = []
+        try:
+            share = -(-(self._broker.queue_depth("edit") + 1) // self._workers.count_edit_workers())
+            if (count := min(self._max_edits_per_group, share) - 1) > 0:
+                deliveries = self._broker.receive(("edit",), count, 0)
+            while deliveries:
+                members |= self._claim(deliveries[0])
+                deliveries.pop(0)
+        except (Unavailable, OSError):
+            for delivery in deliveries:
+                self._outbox.defer(self._broker.nack, delivery)
+        return members
+
+    def _claim(self, delivery: Delivery) -> JobsById:
+        """Return the claimed job, or nothing when it needs no work."""
+        try:
+            job = self._job_store.claim(delivery.job_id)
+        except Unavailable:
+            raise
+        except Exception:  # the row is unchanged: the sweep finds it again
+            log.exception("job cannot be started", extra={"job": delivery.job_id})
+            job = None
+        if job is None:
+            self._outbox.acknowledge(delivery)
+            return {}
+        log.info("job started", extra={**log_fields(job), "kind": job.kind, "attempt": job.attempt})
+        return {job.id: (delivery, job)}
+
+    def step(self) -> None:
+        """Run one step of the running group. An error of the step ends its jobs and nothing else."""
+        if not self._groups:
+            return
+        group = self._groups[-1]
+        started = time.monotonic()
+        try:
+            if all(self._job_store.cancel_requested(job) for job in group.jobs):
+                raise Cancelled("the job was cancelled while it ran.")
+            outcome = advance(group.steps)
+            group.phase = str(Phase.COMMIT if isinstance(outcome, Completion) else outcome.phase)
+            check_step(self._replica, f"{group.kind} {group.phase}")
+        except DigestMismatch:
+            raise
+        except Exception as error:
+            self._apply_reports(group)
+            if isinstance(error, Unavailable):
+                self._interrupt(group, error)
+            else:
+                self._finish_group(group, error)
+        else:
+            _observe_step(group.phase, time.monotonic() - started)
+            self._apply_reports(group)
+            if isinstance(outcome, Completion):
+                self._finish_group(group)
+        self._outbox.flush()
+
+    def _apply_reports(self, group: JobGroup) -> None:
+        """Publish the progress that the last step reported, and end the jobs that it reported as finished."""
+        while group.reporter.reports:
+            job_id, report = group.reporter.reports.popleft()
+            if isinstance(report, Progress):
+                self._outbox.defer(self._report_progress, group, job_id, report)
+            else:
+                self._finish_job(group, job_id, report)
+
+    def _report_progress(self, group: JobGroup, job_id: str, progress: Progress) -> None:
+        if job_id not in group.members:
+            return
+        try:
+            self._job_store.report_progress(group.members[job_id][1], progress)
+        except LeaseLost as error:
+            self._finish_job(group, job_id, error)
+
+    def _interrupt(self, group: JobGroup, error: Unavailable) -> None:
+        """Requeue the jobs of a group after an outage, a bounded number of times; then they fail."""
+        for job in group.jobs:
+            log.warning("job interrupted", extra={**log_fields(job), "detail": error.detail})
+            self._interruptions[job.id] += 1
+            if self._interruptions[job.id] >= MAX_INTERRUPTIONS:
+                self._finish_job(group, job.id, error)
+        self._requeue(group)
+
+    def _finish_group(self, group: JobGroup, error: Exception | None = None) -> None:
+        """End all jobs of a group that have not ended."""
+        for job in group.jobs:
+            self._finish_job(group, job.id, error)
+        self._drop(group)
+
+    def _finish_job(self, group: JobGroup, job_id: str, error: Exception | None = None) -> None:
+        """End one job of a group and acknowledge its delivery."""
+        if job_id not in group.members:
+            return
+        delivery, job = group.members.pop(job_id)
+        if error is None:
+            log.info("job ended", extra=log_fields(job))
+        else:
+            self._fail(job, error)
+        self._on_job_end()
+        self._interruptions.pop(job_id, None)
+        self._outbox.acknowledge(delivery, "end.after_publish")
+        if not group.members:
+            self._drop(group)
+
+    def _fail(self, job: ClaimedJob, error: Exception) -> None:
+        """Write the error of a job to its row, unless another worker has taken the job over."""
+        fields = log_fields(job)
+        if isinstance(error, Cancelled):
+            log.info("job cancelled", extra=fields)
+            self._outbox.defer(self._write_end, self._job_store.finish, job, "cancelled", None)
+        elif isinstance(error, LeaseLost):
+            log.warning("job taken over by another worker", extra=fields)
+        elif isinstance(error, PalimpsestError):
+            log.info("job failed", extra={**fields, "detail": error.detail})
+            self._outbox.defer(self._write_end, self._job_store.fail, job, error)
+        else:
+            log.error("job failed", exc_info=error, extra=fields)
+            self._outbox.defer(self._write_end, self._job_store.fail, job, error)
+
+    def _write_end(self, action: Callable[..., None], job: ClaimedJob, *arguments: object) -> None:
+        """Write the end of a job. When that fails for a reason other than an outage, the sweep finds the job again."""
+        try:
+            action(job, *arguments)
+        except (PalimpsestError, OSError):
+            raise
+        except Exception:
+            log.exception("end of job cannot be written", extra=log_fields(job))
+            self._job_store.forget_locally(job)
+
+    def requeue_all(self) -> None:
+        """Requeue all jobs, as if they had not been started."""
+        for group in self._groups[::-1]:
+            self._requeue(group)
+
+    def _requeue(self, group: JobGroup) -> None:
+        self._drop(group)
+        for delivery, job in group.members.values():
+            log.info("job requeued", extra=log_fields(job))
+            self._outbox.defer(self._write_end, self._job_store.requeue, job)
+            self._outbox.acknowledge(delivery)
+
+    def _drop(self, group: JobGroup) -> None:
+        group.steps.close()
+        if group in self._groups:
+            self._groups.remove(group)
+
+
+def _observe_step(phase: str, seconds: float) -> None:
+    metrics.ENGINE_STEP_SECONDS.labels("job").observe(seconds)
+    metrics.JOB_STEP_SECONDS.labels(phase).observe(seconds)

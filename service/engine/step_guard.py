@@ -1,0 +1,20 @@
+"""The invariant of every step: between two steps no hook is installed and the model holds its base weights."""
+
+from __future__ import annotations
+
+from service.engine.versioned_model import VersionedModel
+from service.models.hooks import installed_hooks
+
+
+class StepGuardError(RuntimeError):
+    """A step ended while a hook or edited weights were still in place. It is a defect of the code of that step."""
+
+
+def check_step(replica: VersionedModel, step: str) -> None:
+    """Raise StepGuardError, which names the step, when it left a hook or edited weights in place."""
+    hooks, weights = installed_hooks(), replica.edited_weights
+    if hooks or weights:
+        raise StepGuardError(
+            f"the step {step!r} left {hooks} hooks and {weights} edited weights in place. A stepper must close its "
+            "contexts before it yields."
+        )

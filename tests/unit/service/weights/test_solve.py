@@ -1,0 +1,80 @@
+"""Linear systems in bounded steps: service.weights.solve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from service.kit.steps import run_to_completion
+from service.weights import solve as solve_module
+from service.weights.solve import factorize, single_threaded, solve
+
+
+def system(n: int, m: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A matrix (n, n) that is not symmetric and needs pivoting, and right-hand sides (n, m)."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, n, generator=g).double(), torch.randn(n, m, generator=g).double()
+
+
+def solution(matrix: Tensor, right: Tensor) -> Tensor:
+    return run_to_completion(solve(run_to_completion(factorize(matrix)), right))
+
+
+@pytest.mark.parametrize("n", [1, 2, 65, 300, 700])
+def test_an_unblocked_system_has_the_bytes_of_one_lapack_call(n: int) -> None:
+    """Up to UNBLOCKED_SIZE rows the solution equals torch.linalg.solve bit for bit."""
+    matrix, right = system(n)
+    with single_threaded():
+        expected = torch.linalg.solve(matrix, right)
+    found = solution(matrix, right)
+    assert torch.equal(found, expected) and found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("n", [9, 64, 100, 130])
+def test_blocked_factors_are_lapack_factors(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """The blocked factorization gives P, L and U of the same matrix with partial pivoting, and the same solution."""
+    monkeypatch.setattr(solve_module, "UNBLOCKED_SIZE", 8)
+    monkeypatch.setattr(solve_module, "PANEL_WIDTH", 16)
+    monkeypatch.setattr(solve_module, "UPDATE_COLUMNS", 24)
+    monkeypatch.setattr(solve_module, "SOLVE_COLUMNS", 16)
+    matrix, right = system(n)
+    lu, pivots = run_to_completion(factorize(matrix))
+    expected_lu, expected_pivots = torch.linalg.lu_factor(matrix)
+    assert torch.equal(pivots, expected_pivots)
+    torch.testing.assert_close(lu, expected_lu, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        solution(matrix, right), torch.linalg.solve(matrix, right), rtol=1e-8, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bytes_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Replicas with different numbers of threads agree on every byte, also when the factorization is blocked."""
+    monkeypatch.setattr(solve_module, "UNBLOCKED_SIZE", 128)
+    matrix, right = system(300)
+    reference = solution(matrix, right)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(solution(matrix, right), reference)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_matrix_is_not_changed() -> None:
+    """A factorization leaves the matrix that it is given unchanged."""
+    matrix, _ = system(50)
+    before = matrix.clone()
+    run_to_completion(factorize(matrix))
+    assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("unblocked", [8, 1024])
+def test_a_singular_matrix_raises(monkeypatch: pytest.MonkeyPatch, unblocked: int) -> None:
+    """A singular matrix raises LinAlgError with either algorithm."""
+    monkeypatch.setattr(solve_module, "UNBLOCKED_SIZE", unblocked)
+    monkeypatch.setattr(solve_module, "PANEL_WIDTH", 4)
+    with pytest.raises(torch.linalg.LinAlgError):
+        run_to_completion(factorize(torch.zeros(20, 20, dtype=torch.float64)))
