@@ -36,7 +36,7 @@ class StoreCollector(Collector):
 
     def collect(self) -> Iterator[GaugeFamily]:
         up = _gauge("up", "whether a part that the service depends on answers", "part")
-        depth = _gauge("queue_waiting", "jobs and calls that wait to be taken", "kind")
+        depth = _gauge("queue_depth", "jobs and calls that wait to be taken", "kind")
         oldest = _gauge("queue_oldest_seconds", "seconds that the oldest of them has waited", "kind")
         sources = {"database": self._from_database, "queue": self._from_broker}
         for part, collect_part in sources.items():
@@ -56,7 +56,7 @@ class StoreCollector(Collector):
         try:
             return list(collect_part(depth, oldest))
         except Exception as error:
-            log.warning("no figures", extra={"part": part, "error": type(error).__name__})
+            log.warning("metrics collector failed", extra={"part": part, "error": type(error).__name__})
             return None
 
     def _from_broker(self, depth: GaugeFamily, oldest: GaugeFamily) -> Iterable[GaugeFamily]:
@@ -120,7 +120,9 @@ def _job_gauges(
     )
     exhausted_counts = {row.kind: row.number for row in session.execute(exhausted_jobs)}
     running = _gauge("jobs_running", "jobs that some worker has begun", "kind")
-    exhausted = _gauge("jobs_dead", "jobs given up after too many attempts, that a person may retry", "kind")
+    exhausted = _gauge(
+        "jobs_exhausted", "jobs given up after too many attempts, that a person may retry", "kind"
+    )
     for kind in JOB_KINDS:
         number, age = counts.get((kind, "queued"), (0, 0.0))
         depth.add_metric([kind], number)

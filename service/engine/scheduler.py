@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from service.engine.decoding import DecodingSequence
 
@@ -95,9 +96,7 @@ class Scheduler:
         """Return the plan of the next step. The sequences of its prefill group leave the queue until `update`."""
         decode = [version for version, queue in self._queues.items() if queue.running]
         for queue in self._queues.values():
-            if group := queue.next_prefill_group(
-                self._unused_slots(), lambda new, queue=queue: self._fits(queue, new)
-            ):
+            if group := queue.next_prefill_group(self._unused_slots(), partial(self._fits, queue)):
                 return StepPlan(PrefillGroup(queue.version, group), decode)
         return StepPlan(None, decode)
 

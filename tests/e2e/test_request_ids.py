@@ -132,12 +132,13 @@ def test_generation_and_edit_metrics(client: TestClient) -> None:
 
     assert more("tokens_total") >= generation["usage"]["completion_tokens"] + 1
     reasons = [choice["finish_reason"] for choice in generation["choices"]]
-    assert more(f"answers_total {reasons[0]}") >= 1
+    assert more(f"generations_finished_total {reasons[0]}") >= 1
     for name in ("admission", "arrival"):
-        assert more(f"first_token_seconds_count {name}") == 2
-    assert more("decode_step_seconds_count prompt") == 2
-    assert more("decode_step_seconds_count token") == more("batch_rows_count") >= 3
-    assert more("loop_turns_total") > 4
+        assert more(f"time_to_first_token_seconds_count {name}") == 2
+    assert more("engine_step_seconds_count prefill") == 2
+    assert more("engine_step_seconds_count decode") == more("batch_size_count") >= 3
+    assert more("engine_step_seconds_count job") >= 5
+    assert more("engine_steps_total") > 4
     assert more("version_build_seconds_count") >= 1
     assert more("jobs_ended_total edit applied") == more("job_seconds_count edit") == 1
     for phase in ("optimize", "solve", "measure", "perplexity", "commit"):

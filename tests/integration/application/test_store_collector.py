@@ -66,9 +66,12 @@ def test_jobs_by_kind(monitor_fixture: MonitorFixture) -> None:
     monitor_fixture.add_queued_edit("Big Ben")
     assert monitor_fixture.worker_parts.jobs.claim(monitor_fixture.add_queued_edit())
     found = monitor_fixture.scrape()
-    assert found["queue_waiting", "edit"] == found["jobs_running", "edit"] == 1
+    assert found["queue_depth", "edit"] == found["jobs_running", "edit"] == 1
     assert (
-        found["queue_waiting", "trace"] == found["jobs_running", "trace"] == found["jobs_dead", "edit"] == 0
+        found["queue_depth", "trace"]
+        == found["jobs_running", "trace"]
+        == found["jobs_exhausted", "edit"]
+        == 0
     )
 
 
@@ -84,7 +87,7 @@ def test_exhausted_jobs(monitor_fixture: MonitorFixture) -> None:
     """A job that was given up is a dead letter; one that merely failed is not."""
     monitor_fixture.update_row(Job, monitor_fixture.add_queued_edit(), status="failed", dead=True)
     monitor_fixture.update_row(Job, monitor_fixture.add_queued_edit("Big Ben"), status="failed")
-    assert monitor_fixture.scrape()["jobs_dead", "edit"] == 1
+    assert monitor_fixture.scrape()["jobs_exhausted", "edit"] == 1
 
 
 def test_calls_are_counted_by_the_broker(monitor_fixture: MonitorFixture) -> None:
@@ -92,7 +95,7 @@ def test_calls_are_counted_by_the_broker(monitor_fixture: MonitorFixture) -> Non
     monitor_fixture.broker.send_call("generate", {})
     monitor_fixture.broker.send_call("generate", {})
     found = monitor_fixture.scrape()
-    assert (found["queue_waiting", "generate"], found["queue_waiting", "compare"]) == (2, 0)
+    assert (found["queue_depth", "generate"], found["queue_depth", "compare"]) == (2, 0)
     assert found["queue_oldest_seconds", "generate"] > 0
 
 
@@ -147,8 +150,8 @@ def test_a_queue_that_is_down_fails_no_scrape(
     monkeypatch.setattr(monitor_fixture.broker, "queue_depth", down)
     found = monitor_fixture.scrape()
     assert (found["up", "queue"], found["up", "database"]) == (0, 1)
-    assert ("queue_waiting", "generate") not in found
-    assert found["queue_waiting", "edit"] == 0
+    assert ("queue_depth", "generate") not in found
+    assert found["queue_depth", "edit"] == 0
 
 
 def test_a_store_that_is_down_fails_no_scrape(tmp_path: Path) -> None:
@@ -158,7 +161,7 @@ def test_a_store_that_is_down_fails_no_scrape(tmp_path: Path) -> None:
     values = {(f.name, *s.labels.values()): s.value for f in found for s in f.samples}
     assert values["palimpsest_up", "database"] == 0
     assert values["palimpsest_up", "queue"] == 1
-    assert values["palimpsest_queue_waiting", "generate"] == 0
+    assert values["palimpsest_queue_depth", "generate"] == 0
     database.close()
 
 

@@ -132,7 +132,7 @@ def test_a_stream_is_noted_when_it_ends(
         assert REQUEST_ID_HEADER in answer.headers
         assert "event: end" in "\n".join(answer.iter_lines())
     assert (logged_fields(log_records)["route"], logged_fields(log_records)["status"]) == ("/generate", 200)
-    assert REGISTRY.get_sample_value("palimpsest_http_open_requests") == 0
+    assert REGISTRY.get_sample_value("palimpsest_http_requests_in_progress") == 0
 
 
 def test_request_id_is_stored_with_jobs_and_calls(client: TestClient, test_app: TestApp) -> None:

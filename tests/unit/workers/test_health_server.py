@@ -42,7 +42,7 @@ def test_metrics_can_be_scraped(http: httpx.Client) -> None:
     assert answer.status_code == 200
     assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     names = {family.name for family in text_string_to_metric_families(answer.text)}
-    assert {"palimpsest_loop_turns", "palimpsest_batch_rows", "process_resident_memory_bytes"} <= names
+    assert {"palimpsest_loop_turns", "palimpsest_batch_size", "process_resident_memory_bytes"} <= names
 
 
 def test_health_is_that_of_the_loop(http: httpx.Client, health_check: FakeHealthCheck) -> None:

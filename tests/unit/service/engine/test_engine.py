@@ -559,11 +559,12 @@ def test_generation_gets_its_time_share_beside_a_job(monkeypatch: pytest.MonkeyP
 
         return run
 
-    monkeypatch.setattr(harness.engine, "_decode", with_cost("decode", 0.01, harness.engine._decode))
-    monkeypatch.setattr(harness.engine, "_step_job", with_cost("job", 0.1, harness.engine._step_job))
+    calls, jobs = harness.engine._calls, harness.engine._jobs
+    monkeypatch.setattr(calls, "decode", with_cost("decode", 0.01, calls.decode))
+    monkeypatch.setattr(jobs, "step", with_cost("job", 0.1, jobs.step))
     channel = harness.generate(prompts=PROMPTS, max_new_tokens=50)
     harness.job("edit_1")
-    while channel in {call.channel for call in harness.engine._active_calls()} or not spent_seconds["job"]:
+    while channel in {call.channel for call in calls.calls} or not spent_seconds["job"]:
         harness.step(1)
     assert spent_seconds["decode"] / (spent_seconds["decode"] + spent_seconds["job"]) == pytest.approx(
         share, abs=0.15

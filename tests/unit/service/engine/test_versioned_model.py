@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.versioned_model import VersionedModel
-from service.kit.steps import Phase, Progress, Stepper, run_to_completion
+from service.kit.steps import Phase, Progress, Stepper, run_steps, run_to_completion
 from service.models.loading import LoadedModel, WeightRef
 from service.weights.composition import apply_delta
 from service.weights.factors import Association, serialize_updates
@@ -192,7 +192,7 @@ def test_base_is_in_place_between_steps() -> None:
         return "seen"
 
     assert (
-        run_to_completion(
+        run_steps(
             replica.step_with_weights(weights, check_weights(False)), lambda _: _equal(bytes_of(model), base)
         )
         == "seen"
