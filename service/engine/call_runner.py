@@ -41,7 +41,7 @@ from service.jobs.broker import Broker, Delivery
 from service.kit import crash_points, metrics
 from service.kit.steps import Progress, Stepper, advance
 from service.kit.versions import resolve_version
-from service.models.memory_estimates import free_bytes, kv_cache_bytes, require_memory, scoring_bytes
+from service.models import memory_estimates
 from service.schemas import CompareRequest, WorkerGenerateRequest
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class CallRunner:
         self._outbox = outbox
         self._max_batch_size = max_batch_size
         self._max_comparisons = max_comparisons
-        free = free_bytes(replica.base.device)
+        free = memory_estimates.free_bytes(replica.base.device)
         self._kv_memory_bytes = None if free is None else int(free * kv_memory_fraction)
         self._cancel_poll_interval = cancel_poll_interval
         self._last_cancel_poll = float("-inf")
@@ -81,7 +81,9 @@ class CallRunner:
 
     def _reset_batches(self) -> None:
         self._scheduler = Scheduler(
-            self._max_batch_size, partial(kv_cache_bytes, self._replica.base), self._kv_memory_bytes
+            self._max_batch_size,
+            partial(memory_estimates.kv_cache_bytes, self._replica.base),
+            self._kv_memory_bytes,
         )
         self._executor = BatchExecutor(self._replica, self._scheduler)
 
@@ -133,13 +135,15 @@ class CallRunner:
         version = resolve_version(request.version, self._replica.head(), request.min_version)
         model = self._replica.base
         sequences = new_sequences(model, request)
-        needed = kv_cache_bytes(model, 1, max(s.max_length for s in sequences))
+        needed = memory_estimates.kv_cache_bytes(model, 1, max(s.max_length for s in sequences))
         if (
             request.echo and request.logprobs is not None
         ):  # the distributions at all positions of a prefill group
             longest = max(len(s.prompt_ids) for s in sequences)
-            needed += scoring_bytes(model, 1, max(MAX_PREFILL_TOKENS, longest))
-        require_memory("this generation", needed, model.device, "ask for fewer tokens", "max_new_tokens")
+            needed += memory_estimates.scoring_bytes(model, 1, max(MAX_PREFILL_TOKENS, longest))
+        memory_estimates.require_memory(
+            "this generation", needed, model.device, "ask for fewer tokens", "max_new_tokens"
+        )
         generation = RunningGeneration(delivery, request, version, sequences)
 
         def begin(weights: dict[int, WeightOverrides]) -> None:
@@ -316,8 +320,9 @@ class CallRunner:
     def release_all(self) -> None:
         """Release all calls to other workers. Where there is none, end those whose client has received a part of the output."""
         for call in self.calls:
+            has_output = isinstance(call, RunningGeneration) and call.has_output
             self._drop(call)
-            if self._single_process and isinstance(call, RunningGeneration) and call.has_output:
+            if self._single_process and has_output:
                 self._fail(call.delivery, WORKER_STOPPING)
             else:
                 self._outbox.defer(self._broker.nack, call.delivery)

@@ -151,21 +151,23 @@ class Engine:
             max(0.0, self._generation_time_debt - (ended - started)) if has_calls else 0.0
         )
         if self._generation_time_debt == 0:
-            self._step_background()
+            self._step_background(one=has_calls)
             share = self._config.generation_time_share
             self._generation_time_debt = (time.monotonic() - ended) * share / (1 - share)
         return busy
 
-    def _step_background(self) -> None:
-        """Run one step of the next background work in turn. Very short steps of a build run together."""
+    def _step_background(self, one: bool) -> None:
+        """Run one step of the next background work in turn; of each, where no call is active that it could delay."""
         for _ in range(len(self._background)):
             work = self._background[0]
             self._background.rotate(-1)
             if work.pending:
                 self._run_background(work)
-                return
+                if one:
+                    return
 
     def _run_background(self, work: BackgroundWork) -> None:
+        """Run one step, or steps of building a version for at most `BUILD_SLICE` seconds and one step."""
         if work is self._jobs:
             work.step()
         else:

@@ -23,8 +23,8 @@ from torch import Tensor
 from service.kit import metrics
 from service.kit.steps import Phase, Progress, Stepper, advance, run_to_completion, step_within
 from service.kit.text import normalize_whitespace
+from service.models import memory_estimates
 from service.models.loading import LoadedModel, WeightRef
-from service.models.memory_estimates import free_bytes
 from service.weights.capacity import average_capacities_in_steps
 from service.weights.composition import apply_delta_in_steps, compose_in_steps
 from service.weights.factors import Association, EditUpdate, deserialize_updates
@@ -290,7 +290,7 @@ class VersionedModel:
 
 
 def _default_cache_bytes(device: torch.device) -> int:
-    free = free_bytes(device)
+    free = memory_estimates.free_bytes(device)
     return DEFAULT_CACHE_BYTES if free is None else int(free * CACHE_FRACTION)
 
 

@@ -173,7 +173,7 @@ def test_cache_shrinks_when_sequences_leave() -> None:
     )
 
 
-@pytest.mark.parametrize("failing", ["keep", "join"])
+@pytest.mark.parametrize("failing", ["compact", "merge"])
 def test_sequences_survive_a_lost_cache(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When there is no memory to rearrange the cache, nothing that was said is lost, and all rows go on."""
     model = tiny("gpt2")

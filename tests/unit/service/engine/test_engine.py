@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from service.engine.calls import RunningGeneration
 from service.engine.decoding import DecodingBatch, new_sequence, next_token_distribution
-from service.engine.engine import Engine, EngineConfig
+from service.engine.engine import BUILD_SLICE, Engine, EngineConfig
 from service.engine.job_runner import MAX_INTERRUPTIONS, JobHandler
+from service.engine.step_guard import StepGuardError
 from service.errors import Conflict, DigestMismatch, InvalidInput, LeaseLost, Unavailable
 from service.jobs.broker import Broker, Event, OutgoingEvent
 from service.jobs.job_kinds import CALL_KINDS
@@ -21,6 +24,7 @@ from service.jobs.memory_broker import MemoryBroker
 from service.jobs.redis_broker import RedisBroker
 from service.kit import crash_points
 from service.kit.steps import JobReporter, Phase, Progress, Stepper
+from service.models.hooks import installed_hooks, replace_output
 from service.models.memory_estimates import kv_cache_bytes
 from service.schemas import CompareRequest, GenerateRequest, Sampling
 from tests.support.fakes import InMemoryJobs, ShuffledVersionedModel, collect_events, token_texts
@@ -49,9 +53,11 @@ class EngineHarness:
         config: EngineConfig = TEST_CONFIG,
         model_type: str = "gpt2",
         call_kinds: Any = CALL_KINDS,
+        single_process: bool = True,
     ) -> None:
         self.replica = ShuffledVersionedModel(tiny(model_type))
         self.jobs = InMemoryJobs()
+        self.jobs.single_process = single_process
         self.broker: Any = self.make_broker()
         self.engine = Engine(
             self.replica, self.jobs, self.jobs, self.broker, handlers or {}, config, call_kinds
@@ -81,14 +87,14 @@ class EngineHarness:
     def lose_lease(self, job_id: str) -> None:
         """Another worker has what this one took."""
         if isinstance(self.broker, RedisBroker):
-            lease = self.broker._leases_by_job[job_id]
+            lease = self.broker._leases_by_channel[job_id]
             self.broker._run_script(
-                "done", self.broker._consumer, lease.stream, lease.entry_id, job_id, lease.token
+                "ack", self.broker._consumer, lease.stream, lease.entry_id, job_id, lease.token
             )
             self.broker._mark_lost(lease)
         else:
-            (delivery,) = (d for d in self.broker._taken.values() if d.job_id == job_id)
-            del self.broker._taken[delivery.id]
+            (delivery,) = (d for d in self.broker._leased_calls.values() if d.job_id == job_id)
+            del self.broker._leased_calls[delivery.id]
 
     def stop(self) -> None:
         stop = threading.Event()
@@ -472,7 +478,7 @@ def test_grouped_jobs_finish_individually() -> None:
     harness.step()
     assert harness.jobs.reports == [
         *(("progress", f"edit_{i}", 1) for i in range(3)),
-        ("failed", "edit_1", "not this one."),
+        ("failed", "edit_1", "conflict"),
         ("progress", "edit_0", 2),
         ("progress", "edit_2", 3),
     ]
@@ -485,15 +491,15 @@ def test_group_error_fails_each_unfinished_job() -> None:
     def task(reporter: JobReporter, *_jobs: ClaimedJob) -> Stepper[None]:
         reporter.finished("edit_0")
         yield Progress(Phase.COMMIT, 1, 1)
-        raise Conflict("all of you.")
+        raise Conflict("all of them.")
 
     harness = EngineHarness({"edit": task}, GROUP_CONFIG)
     for i in range(3):
         harness.job(f"edit_{i}")
     harness.step()
     assert harness.jobs.reports == [
-        ("failed", "edit_1", "all of you."),
-        ("failed", "edit_2", "all of you."),
+        ("failed", "edit_1", "conflict"),
+        ("failed", "edit_2", "conflict"),
     ]
 
 
@@ -593,7 +599,7 @@ def test_a_cancelled_generation_ends_and_frees_its_place() -> None:
     ("asked", "said"),
     [
         ({"prompt": "Big Ben", "version": 9}, "version 9 does not exist"),
-        ({"prompt": "Big Ben", "min_version": 9}, "min_version 9"),
+        ({"prompt": "Big Ben", "min_version": 9}, "`min_version` 9"),
         ({"prompt": "Big Ben " * 60}, "positions"),
         ({}, "prompt"),
     ],
@@ -838,16 +844,6 @@ def test_a_lost_call_that_comes_back_is_answered_anew() -> None:
     )
 
 
-def test_job_continues_without_broker_lease() -> None:
-    """The attempt in its row is a job's fence: that the broker gave its bell to another changes nothing."""
-    harness = EngineHarness({"edit": job_handler(5)})
-    harness.job("edit_1")
-    harness.step(2)
-    harness.lose_lease("edit_1")
-    harness.step()
-    assert harness.jobs.reports == [("progress", "edit_1", i) for i in range(1, 6)]
-
-
 def test_a_job_that_was_taken_over_is_dropped() -> None:
     """A worker that hears that its job is another's throws it away, and does the next."""
     harness = EngineHarness({"edit": job_handler(5), "trace": job_handler(1)})
@@ -935,7 +931,7 @@ def test_running_job_survives_outage() -> None:
     assert harness.jobs.reports == [("progress", "edit_1", i) for i in range(1, 5)]
 
 
-@pytest.mark.parametrize("name", ["start", "progress", "fail"])
+@pytest.mark.parametrize("name", ["claim", "report_progress", "fail"])
 def test_unexpected_error_does_not_stop_the_loop(name: str) -> None:
     """A row that the desk cannot read or write is one job's trouble: the others are done."""
 
@@ -971,8 +967,8 @@ def test_wakeup_without_work_polls_the_ledger() -> None:
 
 def test_stop_requeues_streams_when_other_workers_exist() -> None:
     """Where there are other workers a generation that cannot end in time is handed back too, though a part was heard."""
-    harness = EngineHarness(config=EngineConfig(max_batch_size=2, idle_timeout=0.01, drain_timeout=0.0))
-    harness.jobs.single_process = False
+    config = EngineConfig(max_batch_size=2, idle_timeout=0.01, drain_timeout=0.0)
+    harness = EngineHarness(config=config, single_process=False)
     channels = [harness.generate(prompt=p, max_new_tokens=20, stream=True) for p in PROMPTS[:2]]
     harness.step(3)
     harness.stop()
@@ -1009,3 +1005,102 @@ def test_the_log_names_the_request(caplog: pytest.LogCaptureFixture) -> None:
     harness.broker.send_call("generate", sampling_params, "req-7")
     harness.step()
     assert [r.request for r in caplog.records if r.message == "generation ended"] == ["req-7"]  # type: ignore[attr-defined]
+
+
+# versions that are built, and the invariant of a step
+
+
+def slow_build(harness: EngineHarness, version: int, steps: int) -> None:
+    """Building this version takes so many steps, each longer than a slice."""
+    compose = harness.replica._compose_version
+
+    def composed(asked: int) -> Stepper[Any]:
+        for i in range(steps if asked == version else 0):
+            time.sleep(BUILD_SLICE)
+            yield Progress(Phase.COMPOSE, i, steps)
+        return (yield from compose(asked))
+
+    harness.replica._compose_version = composed  # type: ignore[method-assign]
+
+
+def token_counts(harness: EngineHarness, steps: int) -> list[int]:
+    """How many tokens the running generation has after each of some steps of the loop."""
+    (generation,) = (c for c in harness.engine._calls.calls if isinstance(c, RunningGeneration))
+    counts = []
+    for _ in range(steps):
+        harness.step(1)
+        counts.append(len(generation.sequences[0].output_ids))
+    return counts
+
+
+def test_a_stream_decodes_between_the_steps_of_a_new_version() -> None:
+    """While a version is built for the head, a stream gets a token between every two steps of the build."""
+    harness = EngineHarness()
+    harness.step(2)
+    slow_build(harness, 3, 8)
+    harness.generate(prompt=PROMPTS[0], max_new_tokens=40)
+    harness.step(1)
+    harness.replica.settable_ledger.version = 3
+    counts = token_counts(harness, 6)
+    assert counts == list(range(counts[0], counts[0] + 6))
+    assert harness.engine.served_version == (2, harness.replica.digest(2))
+    harness.step()
+    assert harness.engine.served_version == (3, harness.replica.digest(3))
+
+
+def test_a_stream_decodes_while_another_request_waits_for_its_version() -> None:
+    """A request for a version that is not built waits for it; a running stream gets a token at every step meanwhile."""
+    harness = EngineHarness()
+    harness.step(2)
+    slow_build(harness, 1, 8)
+    first = harness.generate(prompt=PROMPTS[0], max_new_tokens=40)
+    harness.step(1)
+    (generation,) = harness.engine._calls.calls
+    second = harness.generate(prompt=PROMPTS[0], max_new_tokens=4, version=1)
+    before = len(generation.sequences[0].output_ids)  # type: ignore[union-attr]
+    harness.step(5)
+    assert len(generation.sequences[0].output_ids) == before + 5  # type: ignore[union-attr]
+    assert len(harness.engine._calls.calls) == 2
+    harness.step()
+    for channel, version, count in ((first, 2, 40), (second, 1, 4)):
+        end = harness.end_event(channel).data
+        expected = harness.tokens_alone(PROMPTS[0], version, Sampling(max_new_tokens=count))
+        assert (end["version"], end["choices"][0]["tokens"]) == (version, expected)
+
+
+def test_a_waiting_request_can_be_cancelled() -> None:
+    """A request that waits for its version is cancelled like a running one, and its build is not begun again."""
+    harness = EngineHarness()
+    harness.step(2)
+    slow_build(harness, 1, 8)
+    channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=4, version=1)
+    harness.step(1)
+    harness.broker.cancel(channel)
+    harness.step()
+    assert harness.end_event(channel).data["choices"][0]["finish_reason"] == "cancelled"
+    assert not harness.engine._calls.calls
+
+
+def test_a_step_that_leaves_a_hook_fails_its_job() -> None:
+    """A job whose step leaves a hook in place fails with an error that names the step, and the hook is removed."""
+
+    def leaking(_reporter: JobReporter, *_jobs: ClaimedJob) -> Stepper[None]:
+        with replace_output(harness.replica.base.model, lambda output: output):
+            yield Progress(Phase.MEASURE, 1, 1)
+
+    harness = EngineHarness({"edit": leaking, "trace": job_handler(1)})
+    harness.job("edit_1")
+    harness.job("trace_1", "trace")
+    harness.step()
+    assert harness.jobs.reports == [("failed", "edit_1", "internal_error"), ("progress", "trace_1", 1)]
+    assert installed_hooks() == 0
+
+
+def test_edited_weights_between_steps_stop_the_engine() -> None:
+    """Weights that outlive a step are an error of the engine that names the step, never another call's output."""
+    harness = EngineHarness()
+    harness.step(2)
+    harness.replica.edited_weights = 1
+    harness.generate(prompt=PROMPTS[0], max_new_tokens=4)
+    with pytest.raises(StepGuardError, match="'decode' left 0 hooks and 1 edited weights"):
+        harness.step()

@@ -188,10 +188,14 @@ def test_offsets_of_a_text_are_those_of_its_tokens(trims: bool) -> None:
 def test_choices_have_independent_seeds() -> None:
     """Several answers to a prompt, or to prompts that are alike, are drawn apart; the first is what one alone would be."""
     model = tiny("gpt2")
-    fields = {"temperature": 1.0, "seed": 7, "logprobs": None, "max_new_tokens": 10, "apart": True}
-    three = [
-        r.output_ids for r in decode_all(model, logprob_request(prompts=PROMPTS[:1], choices=3, **fields))
-    ]
+    fields = {
+        "temperature": 1.0,
+        "seed": 7,
+        "logprobs": None,
+        "max_new_tokens": 10,
+        "independent_seeds": True,
+    }
+    three = [r.output_ids for r in decode_all(model, logprob_request(prompts=PROMPTS[:1], n=3, **fields))]
     assert len({tuple(said) for said in three}) == 3
     assert three[:1] == [
         r.output_ids for r in decode_all(model, logprob_request(prompts=PROMPTS[:1], **fields))
@@ -201,7 +205,9 @@ def test_choices_have_independent_seeds() -> None:
     ]
     (alike,) = {
         tuple(r.output_ids)
-        for r in decode_all(model, logprob_request(prompts=PROMPTS[:1] * 3, **fields | {"apart": False}))
+        for r in decode_all(
+            model, logprob_request(prompts=PROMPTS[:1] * 3, **fields | {"independent_seeds": False})
+        )
     }
     assert list(alike) == three[0]  # what `/generate` promises: a prompt in a list is as it is alone
 

@@ -272,3 +272,39 @@ def test_subjects_are_one_up_to_white_space() -> None:
     ledger = Spaced()
     active = VersionedModel(model, ledger).active_updates(ledger.add_version([1, 2]))
     assert {a.subject for group in active.values() for a in group} == {"Eiffel Tower"}
+
+
+def test_versions_share_one_build() -> None:
+    """Two callers that need one version advance the same build: it is composed and attested once."""
+    ledger = FakeLedger()
+    replica = VersionedModel(tiny(), ledger, ledger.attest)
+    version = ledger.add_version([1, 2])
+    first, second = replica.weights_in_steps(version), replica.weights_in_steps(version)
+    next(first, None)
+    next(second, None)
+    assert equal_weights(run_to_completion(first), run_to_completion(second))
+    assert [v for v, _ in ledger.attested] == [version]
+
+
+def test_weights_cache_is_bounded_in_bytes() -> None:
+    """The least recently used versions leave the cache when it exceeds its bytes; the newest always stays."""
+    ledger = FakeLedger()
+    size = tiny().weight(1).data.nbytes
+    replica = VersionedModel(tiny(), ledger, max_weight_bytes=2 * size)
+    versions = [ledger.add_version([i]) for i in range(1, 6)]
+    for version in versions:
+        replica.weights(version)
+    assert list(replica._weights) == versions[-2:]
+    small = VersionedModel(tiny(), ledger, max_weight_bytes=1)
+    weights = small.weights(versions[0])
+    assert list(small._weights) == versions[:1] and equal_weights(weights, replica.weights(versions[0]))
+
+
+def test_factor_cache_is_bounded_in_bytes() -> None:
+    """Factors beyond the bytes of the cache are read from the ledger again, and the weights are the same."""
+    ledger = FakeLedger()
+    version = ledger.add_version([1, 2, 3, 4])
+    unbounded, bounded = (VersionedModel(tiny(), ledger, max_factor_bytes=size) for size in (2**30, 1000))
+    assert equal_weights(bounded.weights(version), unbounded.weights(version))
+    assert bounded._factor_bytes <= 1000 < unbounded._factor_bytes
+    assert list(bounded.active_updates(version)) == list(unbounded.active_updates(version))
