@@ -77,10 +77,10 @@ class RunResult:
     token_ids: dict[str, list[int]] = field(default_factory=dict)  #: the last generation of each prompt
     tokens: int = 0
 
-    def add_answer(self, prompt: str, token_ids: list[int], time_to_first_token_seconds: float) -> None:
+    def add_answer(self, prompt: str, token_ids: list[int], first_token_seconds: float) -> None:
         self.token_ids[prompt] = token_ids
         self.tokens += len(token_ids)
-        self.time_to_first_token_seconds.append(time_to_first_token_seconds)
+        self.first_token_seconds.append(first_token_seconds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -347,10 +347,9 @@ class BackendComparison:
                 Spread(tuple(h.tokens_per_second for h in x)) for x in (results, baseline)
             )
             first, baseline_first = (
-                Spread(tuple(float(np.median(h.time_to_first_token_seconds)) for h in x))
-                for x in (results, baseline)
+                Spread(tuple(float(np.median(h.first_token_seconds)) for h in x)) for x in (results, baseline)
             )
-            firsts = [1000 * x for h in results for x in h.time_to_first_token_seconds]
+            firsts = [1000 * x for h in results for x in h.first_token_seconds]
             pauses = [1000 * x for h in results for x in h.inter_token_seconds]
             rows.append(
                 [

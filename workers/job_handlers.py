@@ -83,7 +83,8 @@ def run_trace(replica: VersionedModel, job_store: JobStore, job: ClaimedJob) -> 
         seed=request.seed,
         compat=request.compat,
     )
-    result = yield from replica.step_with_weights(replica.weights(version), steps)
+    weights = yield from replica.weights_in_steps(version)
+    result = yield from replica.step_with_weights(weights, steps)
     yield from retry_while_unavailable(
         partial(job_store.finish, job, "done", {**result.to_json(), "version": version})
     )

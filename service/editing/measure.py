@@ -33,7 +33,7 @@ from service.models.scoring import compute_perplexity
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.schemas import Sampling
 from service.weights.capacity import measure_capacities
-from service.weights.composition import WeightDelta, compose, norm_ratio
+from service.weights.composition import WeightDelta, compose_in_steps, norm_ratio_in_steps
 from service.weights.factors import Association, EditUpdate
 
 #: active edits that are probed for each candidate: those of its subject, then those with the nearest keys
@@ -77,7 +77,7 @@ def measure_baseline(
         for edit, body in replica.ledger.active_at(version)
         if fact_key(str(body["subject"]), str(body["prompt"])) not in facts
     }
-    active_updates = replica.active_updates(version)
+    active_updates = yield from replica.active_updates_in_steps(version)
     conflicts = yield from _find_conflicts(replica, candidates, bodies, active_updates)
     superseded_ids = {
         e
@@ -88,24 +88,24 @@ def measure_baseline(
     active = {edit: active_updates[edit] for edit in bodies}
     regression_probes = {edit: probe_of_entry(bodies[edit]) for edit in _nearest_edits(active, candidates)}
     resolved_edits = [d.resolved_edit for d in candidates]
-    weights = replica.weights(version)
+    weights = yield from replica.weights_in_steps(version)
     measurements = yield from replica.step_with_weights(
         weights, measure_version(replica, context, resolved_edits, regression_probes, version)
     )
     other_updates = [a for group in active.values() for a in group]
     if len(active) < len(active_updates) and any(p.request.objective != "write" for p in resolved_edits):
         rewrite_probing = run_probes(replica.base, [p.rewrite_probe for p in resolved_edits])
-        bare_results = yield from replica.step_with_weights(
-            replica.compose_weights(other_updates), rewrite_probing
-        )
+        weights = yield from replica.compose_weights_in_steps(other_updates)
+        bare_results = yield from replica.step_with_weights(weights, rewrite_probing)
         measurements = [
             replace(m, rewrite_without_superseded=answer)
             for m, answer in zip(measurements, bare_results, strict=True)
         ]
     capacity = yield from measure_capacities([d.factors.updates for d in candidates], other_updates)
+    weight_deltas = yield from compose_in_steps(other_updates)
     yield Progress(Phase.BASELINE, 1, 1)
     return Baseline(
-        version, other_updates, compose(other_updates), regression_probes, measurements, conflicts, capacity
+        version, other_updates, weight_deltas, regression_probes, measurements, conflicts, capacity
     )
 
 
@@ -164,15 +164,16 @@ def evaluate_candidates(
         [p.scaled(s) for p in d.factors.updates] for d, s in zip(candidates, strengths, strict=True)
     ]
     all_updates = baseline.active_updates + [a for group in scaled_updates for a in group]
-    weights = replica.compose_weights(all_updates)
+    composition = yield from replica.compose_in_steps(all_updates)
     yield Progress(Phase.COMPOSE, 1, 1)
     resolved_edits = [d.resolved_edit for d in candidates]
     after = yield from replica.step_with_weights(
-        weights, measure_version(replica, context, resolved_edits, baseline.regression_probes)
+        composition.weights, measure_version(replica, context, resolved_edits, baseline.regression_probes)
     )
     guard_results: list[GuardResult] = []
     for i, (candidate, group) in enumerate(zip(candidates, scaled_updates, strict=True)):
-        norms = _norm_ratios(replica, baseline, group)
+        alone = composition.deltas if len(candidates) == 1 else None
+        norms = yield from _norm_ratios(replica, baseline, group, alone)
         required_margin = baseline.strength_schedule(candidate.resolved_edit, replica.base).required_margin(
             strengths[i]
         )
@@ -239,15 +240,23 @@ def generate_greedy(
 
 
 def _norm_ratios(
-    replica: VersionedModel, baseline: Baseline, updates: Sequence[EditUpdate]
-) -> dict[WeightRef, float]:
+    replica: VersionedModel,
+    baseline: Baseline,
+    updates: Sequence[EditUpdate],
+    after: Mapping[WeightRef, WeightDelta] | None,
+) -> Stepper[dict[WeightRef, float]]:
     """Return the norm of the change that an edit adds to the other active edits, as a multiple of the weight's norm.
 
     The change of the edit alone, not of the version: many sound edits together change a weight more than one unsound
-    edit.
+    edit. `after`: the changes of the active edits and this one, where they are composed already.
     """
     touched_weights = {p.weight_ref for p in updates}
-    after = compose(p for p in [*baseline.active_updates, *updates] if p.weight_ref in touched_weights)
+    if after is None:
+        beside = [p for p in [*baseline.active_updates, *updates] if p.weight_ref in touched_weights]
+        after = yield from compose_in_steps(beside)
     before = baseline.weight_deltas
-    own_deltas = {x: after[x].minus(before[x]) if x in before else after[x] for x in touched_weights}
-    return {x: norm_ratio(replica.base.parameter(x).data, change) for x, change in own_deltas.items()}
+    ratios: dict[WeightRef, float] = {}
+    for x in touched_weights:
+        own_delta = after[x].minus(before[x]) if x in before else after[x]
+        ratios[x] = yield from norm_ratio_in_steps(replica.base.parameter(x).data, own_delta)
+    return ratios

@@ -63,7 +63,7 @@ class JointComposition:
                 self._active += [u.scaled(strength) for u in edit.updates]
                 self.edit_details.append(edit.search | {"strength": strength})
         yield Progress(Phase.COMPOSE, count, count)
-        return evaluation.replica.compose_weights(self._active)
+        return (yield from evaluation.replica.compose_weights_in_steps(self._active))
 
     def _choose_strengths(self, first: int, edits: Sequence[FoundEdit]) -> Stepper[list[float]]:
         """Return the strengths of some edits beside the active ones."""

@@ -106,7 +106,7 @@ class EvaluationRun:
         )
         record, strength = self.records[i], outcome["strength"]
         scores = RecordScores.from_scores(record, [TargetScore(*s) for s in outcome["scores"]])
-        weights = self.replica.compose_weights(u.scaled(strength) for u in edit.updates)
+        weights = yield from self.replica.compose_weights_in_steps(u.scaled(strength) for u in edit.updates)
         row = self._result_row(i, scores) | {
             "strength": strength,
             "norm": relative_weight_changes(self.replica, weights),

@@ -47,7 +47,7 @@ def choose_strength_alone(
 
     def measure(strengths: Sequence[float]) -> Stepper[list[list[TargetScore]]]:
         (strength,) = strengths
-        weights = replica.compose_weights(u.scaled(strength) for u in updates)
+        weights = yield from replica.compose_weights_in_steps(u.scaled(strength) for u in updates)
         yield Progress(Phase.COMPOSE, 1, 1)
         return [(yield from score_pairs(replica, [record], weights))]
 
@@ -119,7 +119,7 @@ def _score_with_strengths(
 ) -> Stepper[list[RecordScores]]:
     """Return the scores of each record's own prompt, with all edits active at their strengths."""
     scaled = [u.scaled(s) for group, s in zip(groups, strengths, strict=True) for u in group]
-    weights = replica.compose_weights([*active, *scaled])
+    weights = yield from replica.compose_weights_in_steps([*active, *scaled])
     yield Progress(Phase.COMPOSE, 1, 1)
     prompts_only = [replace(r, paraphrases=(), neighbours=()) for r in records]
     return (yield from score_records(replica, prompts_only, weights))

@@ -24,7 +24,7 @@ from service.kit.text import fill_prompt, separator
 from service.models.loading import LoadedModel, bos_token_id
 from service.models.memory_estimates import GIB
 from service.schemas import WorkerExportRequest
-from service.weights.composition import compose
+from service.weights.composition import compose_in_steps
 
 MAX_TEXTS_PER_SOURCE = (
     64  # of edits that the difference is measured on; the same again of plain texts at most
@@ -40,6 +40,7 @@ def export_version(
     replica: VersionedModel, plain_texts: Sequence[str], request: WorkerExportRequest, file: IO[bytes]
 ) -> Stepper[ExportManifest]:
     """Write an export to a file; what is said of it. `plain`: texts that no edit is about."""
+    yield from replica.weights_in_steps(request.version)
     manifest = build_manifest(replica, request.version)
     yield Progress(Phase.COMPOSE, 0, 1)
     if request.format == "peft":
@@ -94,15 +95,17 @@ def _export_adapter(
 ) -> Stepper[ExportManifest]:
     """A zip with what peft loads, and a page that says what it is worth."""
     model, version = replica.base, manifest["version"]
+    active = yield from replica.active_updates_in_steps(version)
     adapter = LoraAdapter.from_changes(
-        compose(p for group in replica.active_updates(version).values() for p in group)
+        (yield from compose_in_steps(p for group in active.values() for p in group))
     )
     yield Progress(Phase.FACTORIZE, 1, 1)
     texts = [
         *_evenly_spaced(_edit_statements(manifest["edits"]), MAX_TEXTS_PER_SOURCE),
         *_evenly_spaced(plain_texts, MAX_TEXTS_PER_SOURCE),
     ]
-    difference = yield from measure_logit_difference(replica, replica.weights(version), adapter, texts)
+    weights = yield from replica.weights_in_steps(version)
+    difference = yield from measure_logit_difference(replica, weights, adapter, texts)
     manifest = manifest | {
         "rank": adapter.rank,
         "layers": [

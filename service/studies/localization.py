@@ -222,7 +222,7 @@ class LocalizationStudy:
         inputs = [self._edit_input(records[i], method, problem, layer) for i in missing]
         factors = (yield from self.context.find_all_factors(inputs)) if inputs else []
         for i, edit_factors in zip(missing, factors, strict=True):
-            weights = self.replica.compose_weights(edit_factors.updates)
+            weights = yield from self.replica.compose_weights_in_steps(edit_factors.updates)
             (edited_scores,) = yield from self._score_records(name, [records[i]], weights)
             put_json(self.store, names[i], change_scores(base_scores[i], edited_scores, problem.objective))
         return [get_json(self.store, artifact) for artifact in names]

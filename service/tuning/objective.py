@@ -84,7 +84,7 @@ def _measure_candidate(search: SearchContext, method: str, hparams: JsonDict) ->
     updates = yield from find_edits(search, method, hparams, records)
     alone = []
     for i, (record, group) in enumerate(zip(records, updates, strict=True)):
-        weights = search.replica.compose_weights(group)
+        weights = yield from search.replica.compose_weights_in_steps(group)
         progress = Progress(Phase.MEASURE, i, len(records))
         alone += yield from report_as(_measure_records(search, [record], weights), progress)
     joint, loss_increase = yield from measure_jointly(
@@ -122,7 +122,7 @@ def measure_jointly(
     search: SearchContext, records: Sequence[Record], updates: Sequence[EditUpdate]
 ) -> Stepper[tuple[list[dict[str, Any]], float]]:
     """Return each record's measures with all updates active, and the relative increase of the loss on plain statements."""
-    weights = search.replica.compose_weights(updates)
+    weights = yield from search.replica.compose_weights_in_steps(updates)
     rows = yield from _measure_records(search, records, weights)
     drift = yield from measure_drift(
         search.replica.base, search.damage_texts, partial(search.replica.use_weights, weights)

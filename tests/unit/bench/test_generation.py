@@ -74,11 +74,8 @@ def test_sequential_backend_counts_queueing(model: LoadedModel) -> None:
     """With callers that wait for each other, one by one's first tokens come later and later, and never out of turn."""
     backend = SequentialBackend(model)
     alone, queued = backend(PROMPTS, GREEDY, 1), backend(PROMPTS, GREEDY, 3)
-    assert sorted(queued.time_to_first_token_seconds) == queued.time_to_first_token_seconds
-    assert (
-        sum(alone.time_to_first_token_seconds) < alone.seconds
-        and queued.time_to_first_token_seconds[-1] < queued.seconds
-    )
+    assert sorted(queued.first_token_seconds) == queued.first_token_seconds
+    assert sum(alone.first_token_seconds) < alone.seconds and queued.first_token_seconds[-1] < queued.seconds
 
 
 def test_failing_backend_is_reported_and_skipped(model: LoadedModel, bench_service: BenchService) -> None:
