@@ -599,7 +599,7 @@ def test_a_cancelled_generation_ends_and_frees_its_place() -> None:
     ("asked", "said"),
     [
         ({"prompt": "Big Ben", "version": 9}, "version 9 does not exist"),
-        ({"prompt": "Big Ben", "min_version": 9}, "`min_version` 9"),
+        ({"prompt": "Big Ben", "min_version": 9}, "version 9 does not exist yet"),
         ({"prompt": "Big Ben " * 60}, "positions"),
         ({}, "prompt"),
     ],

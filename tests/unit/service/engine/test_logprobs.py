@@ -154,12 +154,12 @@ def test_offsets_lead_to_the_tokens(ids: list[int], stop: list[str], echo: bool,
             lines += sequence.logprob_recorder.unsent(sequence.emitted_chars)  # type: ignore[union-attr]
     assert text == sequence.text
     assert to_openai(lines) == reported_logprobs(sequence)
-    assert all(a.at <= b.at for a, b in itertools.pairwise(lines))
+    assert all(a.text_offset <= b.text_offset for a, b in itertools.pairwise(lines))
     for line in lines:
         shown = not line.token.startswith("bytes:") and line.token != "<|endoftext|>"
-        end = min(line.at + len(line.token), len(text))  # a stop string may have cut the last one
+        end = min(line.text_offset + len(line.token), len(text))  # a stop string may have cut the last one
         if shown:
-            assert text[line.at : end] == line.token[: end - line.at]
+            assert text[line.text_offset : end] == line.token[: end - line.text_offset]
 
 
 @pytest.mark.parametrize("trims", [False, True])
