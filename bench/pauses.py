@@ -171,7 +171,8 @@ def main() -> None:
     limit = max(bench_service.durations["optimize"]) + max(idle_pauses)
     verdict = "within" if max(busy_pauses) <= limit else "ABOVE"
     report.add_note(
-        f"{args.active} active edits. The longest pause is {1000 * max(busy_pauses):.0f} ms: {verdict} one optimization step plus one decode step "
+        f"{args.active} active edits. The longest pause is {1000 * max(busy_pauses):.0f} ms: {verdict} one "
+        "optimization step plus one decode step "
         f"({1000 * limit:.0f} ms)."
     )
 
