@@ -13,14 +13,16 @@ import uvicorn
 from service.errors import Misconfigured
 from service.settings import Settings
 
-KEEP_ALIVE_TIMEOUT = 75  # seconds that an idle connection is kept: longer than the usual proxy keeps it
-DRAIN_TIMEOUT = 5.0  # seconds that requests are given to end by themselves
-SHUTDOWN_TIMEOUT = 8  # and seconds after which they are cut off
+KEEP_ALIVE_TIMEOUT = (
+    75  # seconds until an idle connection is closed; longer than the timeout of common proxies
+)
+DRAIN_TIMEOUT = 5.0  # seconds for open requests to finish at shutdown
+SHUTDOWN_TIMEOUT = 8  # seconds after which open requests are cancelled
 
 
 @contextmanager
 def listening_socket(settings: Settings) -> Iterator[socket.socket]:
-    """The socket to serve on, bound before anything slow, so that a taken port is known at once."""
+    """Bind the socket of the server. It is bound before the model is loaded, so that a port in use is reported at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -39,20 +41,20 @@ def listening_socket(settings: Settings) -> Iterator[socket.socket]:
 
 def _cannot_listen(settings: Settings, error: OSError) -> Misconfigured:
     return Misconfigured(
-        f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}. "
-        "Choose another --port (0 takes a free one) or another --host."
+        f"{settings.host}:{settings.port} is not available: {error.strerror}. "
+        "Choose another --port (0 selects a free one) or another --host."
     )
 
 
 def url_of_socket(server_socket: socket.socket) -> str:
-    """Where a client on this machine finds the service."""
+    """Return the URL of the service for clients on this machine."""
     host, port = server_socket.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class HttpServerThread:
-    """The HTTP server in a thread of its own: the main thread is for signals and for the terminal."""
+    """The HTTP server in a thread of its own; the main thread handles signals and the terminal."""
 
     def __init__(self, app: Any, server_socket: socket.socket) -> None:
         config = uvicorn.Config(
@@ -76,15 +78,15 @@ class HttpServerThread:
         return self._thread.is_alive()
 
     def stop_accepting(self) -> None:
-        """Let nobody in any more."""
+        """Stop accepting connections."""
         self._server.should_exit = True
 
     def drain(self) -> None:
-        """Give those who are in a while to leave by themselves."""
+        """Stop accepting connections and wait up to DRAIN_TIMEOUT for open requests to finish."""
         self.stop_accepting()
         self._thread.join(DRAIN_TIMEOUT)
 
     def stop(self) -> None:
-        """Wait until everybody has left."""
+        """Stop the server and wait for its thread."""
         self.stop_accepting()
         self._thread.join()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as an event: who runs a process asks it to stop, and it stops kindly."""
+"""SIGINT and SIGTERM as an event, for a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def stop_on_signals(*signals: signal.Signals) -> Iterator[threading.Event]:
-    """An event that these signals set. The second one of them ends the process on the spot."""
+    """Yield an event that these signals set. A second signal exits the process immediately."""
     stop = threading.Event()
 
     def handle(number: int, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""The first words of a started service: where it is, and three lines of curl that show what it does."""
+"""The message of a started service: its address, and three curl commands that show an edit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FACTS_FILE = "facts.jsonl"  # the table of facts that a shipped model was trained on
+FACTS_FILE = "facts.jsonl"  # fact table in the folder of a shipped model
 
 
 @dataclass(frozen=True)
 class DemoFact:
-    """A fact that the model should know, and another object for it."""
+    """A fact that the model should know, and a new object for it."""
 
     subject: str
     prompt: str
@@ -33,7 +33,7 @@ def _read_facts(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def choose_demo(model: str) -> DemoFact:
-    """A fact from the table beside the model, the Eiffel Tower's if it is there; the Eiffel Tower without a table."""
+    """Return a fact of the model's fact table, preferably that of the Eiffel Tower; DEFAULT_DEMO without a table."""
     path = Path(model) / FACTS_FILE
     if not path.is_file():
         return DEFAULT_DEMO
@@ -56,7 +56,7 @@ def choose_demo(model: str) -> DemoFact:
 
 
 def curl_command(url: str, path: str, body: dict[str, Any], *headers: str, key: bool = False) -> str:
-    """One line of shell. The key is named, never written out."""
+    """Return a curl command. The API key appears as a variable only."""
     words = ["curl", "-sS", shlex.quote(url + path), "-H", "'Content-Type: application/json'"]
     for header in headers:
         words += ["-H", shlex.quote(header)]
@@ -68,7 +68,7 @@ def curl_command(url: str, path: str, body: dict[str, Any], *headers: str, key: 
 def demo_commands(
     url: str, demo: DemoFact, key: bool = False, hparams: dict[str, Any] | None = None
 ) -> tuple[str, str, str]:
-    """Ask, edit, ask again."""
+    """Return the commands that generate, edit, and generate again."""
     before, after = demo.prompt.split("{}")
     ask = curl_command(
         url, "/generate", {"prompt": before + demo.subject + after, "max_new_tokens": 8}, key=key
@@ -84,23 +84,23 @@ def demo_commands(
 
 
 def default_hparams(info: dict[str, Any]) -> dict[str, Any] | None:
-    """Hyperparameters for a model without a recipe: an early layer serves best."""
+    """Return hyperparameters for a model without a recipe: an early layer."""
     return None if info.get("recipe") else {"layers": [info["layers"] // 4]}
 
 
 def startup_message(url: str, model: str, info: dict[str, Any], key: bool = False) -> str:
-    """All that is said when the service is ready. `info` is the resident model's entry of GET /models."""
+    """Return the startup message. `info` is the entry of the model in GET /models."""
     demo = choose_demo(model)
     ask, edit, again = demo_commands(url, demo, key, default_hparams(info))
     return "\n".join(
         [
-            f"Palimpsest is ready on {url}   (open it in a browser; documentation: {url}/docs; stop: Ctrl-C)",
+            f"Palimpsest is ready on {url}   (console: {url}, documentation: {url}/docs, stop: Ctrl-C)",
             "",
-            f"What does the model say about {demo.subject}?",
+            f"Generate a text about {demo.subject}:",
             f"  {ask}",
-            f"Make it say {demo.target_new}:",
+            f"Change its object to {demo.target_new}:",
             f"  {edit}",
-            "Ask again:",
+            "Generate again:",
             f"  {again}",
         ]
     )

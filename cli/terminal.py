@@ -1,4 +1,4 @@
-"""What the terminal shows: progress bars, tables, lists; or JSON. Text from outside is never read as markup or control codes."""
+"""Output on the terminal: progress bars, tables, lists and JSON. External text is never interpreted as markup or control codes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-DEFAULT_WIDTH = 160  # columns where no terminal says how many there are
+DEFAULT_WIDTH = 160  # columns when stdout is not a terminal
 EMPTY_CELL = "–"
 
-#: answers go to stdout, all that is said about them to stderr: `palimpsest generate ... > file` holds only the text
+#: results go to stdout, everything else to stderr: `palimpsest generate ... > file` writes the text only
 out = Console(
     width=None if sys.stdout.isatty() else DEFAULT_WIDTH,
     markup=False,
@@ -37,7 +37,7 @@ out = Console(
 )
 err = Console(markup=False, highlight=False, emoji=False, soft_wrap=True, stderr=True)
 
-#: how what became of a job is coloured; all that is over and done is not
+#: colour of a status; statuses of finished work that needs no attention have none
 STATUS_COLOURS = {
     "queued": "cyan", "running": "cyan", "applied": "green", "done": "green", "rejected": "red", "failed": "red",
     "serving": "green", "withdrawn": "red",
@@ -46,12 +46,12 @@ BAR_BLOCKS = " ▏▎▍▌▋▊▉█"
 
 
 def strip_control_chars(text: str) -> str:
-    """Text without control characters: a model or a stranger's edit cannot steer the terminal."""
+    """Remove control characters, so that generated text and edits cannot control the terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 class ProgressBar:
-    """One progress bar whose words change with the phase."""
+    """A progress bar that shows the current phase."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -71,7 +71,7 @@ class ProgressBar:
 
 @contextmanager
 def progress_bar() -> Iterator[ProgressBar]:
-    """A bar on stderr that is gone when the work is done; nothing where stderr is no terminal."""
+    """Show a progress bar on stderr and remove it at the end; show nothing if stderr is not a terminal."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -84,8 +84,8 @@ def progress_bar() -> Iterator[ProgressBar]:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """A table of figures; numbers stand to the right. One that is too broad is turned on its side; where that does not help,
-    headings are broken between words, then texts, and never numbers."""
+    """Return a table with right-aligned numbers. A table that is too wide is transposed if that fits; otherwise its headings and
+    then its texts are wrapped, never its numbers."""
     rows = [list(row) for row in rows]
     cells = [[format_cell(value) for value in row] for row in rows]
     right = _numeric_columns(rows, len(columns))
@@ -117,14 +117,14 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 
 
 def _numeric_columns(rows: Sequence[Sequence[Any]], columns: int) -> list[bool]:
-    """Which columns hold nothing but numbers."""
+    """Return for each column whether all of its cells are numbers."""
     return [
         bool(rows) and all(isinstance(row[i], int | float | None) for row in rows) for i in range(columns)
     ]
 
 
 def _table_width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
-    """How many columns of the terminal a table takes."""
+    """Return the width of a table in terminal columns."""
     widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
     return sum(widths) + 2 * (len(widths) - 1)
 
@@ -132,8 +132,8 @@ def _table_width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
 def format_list(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], wrapped_columns: Sequence[str] = ()
 ) -> Text:
-    """A list whose ids and times stay whole: where the terminal is too narrow, the columns `below`, which stand last, have a
-    line of their own in each row."""
+    """Return a list whose ids and times are never wrapped. If the terminal is too narrow, `wrapped_columns`, which are the last
+    ones, are printed below each row."""
     rows = [list(row) for row in rows]
     cells = [[format_cell(value) for value in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
@@ -152,7 +152,7 @@ def format_list(
 
 
 def _format_row(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Cells in their columns; those with a negative width stand to the right."""
+    """Return a row with padded cells; a negative width aligns to the right."""
     parts = []
     for value, width in zip(row, widths, strict=False):
         padding = " " * (abs(width) - cell_len(value))
@@ -161,7 +161,7 @@ def _format_row(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _colour_status(columns: Sequence[str], row: Sequence[str], line: str) -> Text:
-    """A line of a list with its status in colour."""
+    """Return a line of a list with a coloured status."""
     text = Text(line)
     if "status" in columns:
         status = row[columns.index("status")]
@@ -171,24 +171,24 @@ def _colour_status(columns: Sequence[str], row: Sequence[str], line: str) -> Tex
 
 
 def probability_bar(probability: float, width: int) -> str:
-    """A probability as a bar of so many columns; the least that is not nothing can be seen."""
+    """Return a probability as a bar of `width` columns; the shortest bar is an eighth of a column."""
     eighths = round(min(1.0, max(0.0, probability)) * width * 8)
     whole, part = divmod(max(eighths, 1), 8)
     return ("█" * whole + BAR_BLOCKS[part]).ljust(width)[:width]
 
 
 def truncate(text: str, width: int) -> str:
-    """At most so many columns."""
+    """Truncate text to `width` columns."""
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on one line of stdout. ASCII, so that no character can steer a terminal or break a reader."""
+    """Print a JSON value on one line of stdout, in ASCII, so that no character can control a terminal or split the line."""
     out.file.write(json.dumps(value, default=str) + "\n")
 
 
 def format_cell(value: Any) -> str:
-    """A value in a table: nothing is a dash, a probability has three digits."""
+    """Return the text of a table cell: a dash for None, three decimals for a small float."""
     if value is None:
         return EMPTY_CELL
     if isinstance(value, float):
@@ -197,7 +197,7 @@ def format_cell(value: Any) -> str:
 
 
 def format_pairs(pairs: Mapping[str, Any]) -> str:
-    """`name  value`, one to a line, for what is known; on a terminal a long value goes on below itself."""
+    """Return `name  value` lines for the values that are not None. On a terminal long values are wrapped."""
     cells = {name: format_cell(value) for name, value in pairs.items() if value is not None}
     width = max(map(len, cells), default=0)
     value_width = max(20, out.width - width - 2) if out.is_terminal else None
@@ -208,5 +208,5 @@ def format_pairs(pairs: Mapping[str, Any]) -> str:
 
 
 def wrap_text(text: str, width: int | None) -> list[str]:
-    """Lines of at most so many columns, broken between words where that can be."""
+    """Wrap text at `width` columns."""
     return [text] if width is None else [line.plain.rstrip() for line in Text(text).wrap(out, width)] or [""]

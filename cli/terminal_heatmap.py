@@ -1,7 +1,7 @@
-"""Heat maps in a terminal: tokens down, layers across, a map for each kind, as in the paper's figures.
+"""Heat maps in a terminal: tokens down, layers across, one map for each kind (as in Meng et al. 2022, Fig. 1).
 
-With colours a cell bears its own ground, so that a map reads the same on a light and on a dark terminal. Without them (a file, NO_COLOR,
-sixteen colours) characters of more or less ink take their place.
+In colour a cell sets its background, so that a map looks the same on light and dark terminals. Without colours (a file, NO_COLOR,
+16 colours) characters of increasing density are used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AXIS_STEPS = (1, 2, 5, 10, 20, 50, 100)
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The scores of one kind: a row per token, a column per layer. `best` is the cell that is pointed at."""
+    """The scores of one kind: a row per token, a column per layer. `best` is the cell that is marked."""
 
     kind: str
     title: str
@@ -39,7 +39,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class MapLayout:
-    """How maps fit a width: columns of a cell, layers in a cell, and whether maps stand side by side."""
+    """Layout of maps: columns per cell, layers per cell, and whether the maps are side by side."""
 
     cell_width: int
     layers_per_cell: int = 1
@@ -48,24 +48,22 @@ class MapLayout:
 
 @dataclass(frozen=True)
 class ColourScale:
-    """From `low` (pale) to `high` (full), in colours or in characters."""
+    """The scale from `low` (pale) to `high` (full), in colours or in characters."""
 
     low: float
     high: float
     coloured: bool
 
     def fraction(self, value: float) -> float:
-        """Where a value stands between the two: 0 to 1."""
+        """Return the position of a value on the scale, from 0 to 1."""
         return (
             0.0 if self.high <= self.low else min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
         )
 
     def draw_cell(self, text: Text, kind: str, fraction: float, width: int, best: bool = False) -> None:
-        """One cell at the end of a line; the best one bears a sign where it can be seen."""
+        """Append a cell to a line. In colour the best cell is marked."""
         if not self.coloured:
-            level = round(
-                fraction * (len(SHADES) - 1) * width
-            )  # a cell of two characters has the steps between, too
+            level = round(fraction * (len(SHADES) - 1) * width)  # two characters have intermediate levels
             text.append("".join(SHADES[(level + i) // width] for i in range(width)))
             return
         full = FULL_COLOURS.get(kind, FULL_COLOURS["hidden"])
@@ -86,7 +84,7 @@ def render_heat_maps(
     width: int,
     coloured: bool,
 ) -> Text:
-    """All maps in so many columns, side by side where they fit; `rows` are the tokens, those of the subject (`marked`) bear a star."""
+    """Render maps in `width` columns, side by side if they fit. Tokens of the subject have a star."""
     labels = _token_labels(tokens, subject)
     margin = max(map(cell_len, [*labels, "layer"])) + 1
     layers = len(maps[0].scores[0])
@@ -104,7 +102,7 @@ def render_heat_maps(
 
 
 def fit_layout(maps: Sequence[HeatMap], layers: int, width: int) -> MapLayout:
-    """Side by side before one below the other, broad cells before narrow ones; several layers in a cell where nothing else fits."""
+    """Choose a layout: side by side first, wide cells before narrow ones, several layers per cell as the last resort."""
     titles = [len(one.title) for one in maps]
     for wide in (2, 1):
         if sum(max(title, wide * layers) for title in titles) + GAP * (len(maps) - 1) <= width:
@@ -116,7 +114,7 @@ def fit_layout(maps: Sequence[HeatMap], layers: int, width: int) -> MapLayout:
 
 
 def axis_labels(layers: int, layout: MapLayout) -> str:
-    """The numbers of layers, as many as find room, each below the beginning of its cell."""
+    """Return the layer numbers that fit, each below the first column of its cell."""
     label_width = len(str(layers - 1)) + 1
     step = next(
         (s for s in AXIS_STEPS if s * layout.cell_width // layout.layers_per_cell >= label_width), layers
@@ -128,7 +126,7 @@ def axis_labels(layers: int, layout: MapLayout) -> str:
 
 
 def _token_labels(tokens: Sequence[str], subject: range) -> list[str]:
-    """Tokens as they stand beside their lines: on one line, cut, with a star for the subject's."""
+    """Return the row labels: truncated tokens, with a star for those of the subject."""
     return [
         truncate(format_cell(token).strip() or "␣", MAX_TOKEN_WIDTH) + ("*" if i in subject else "")
         for i, token in enumerate(tokens)
@@ -143,7 +141,7 @@ def _map_lines(
     layout: MapLayout,
     scale: ColourScale,
 ) -> Iterator[Text]:
-    """The lines of maps that stand side by side: titles, a line per token, the layers."""
+    """Yield the lines of maps that are side by side: titles, a line per token, layer numbers."""
     layers = len(maps[0].scores[0])
     cells = math.ceil(layers / layout.layers_per_cell) * layout.cell_width
     width = [max(len(one.title), cells) + GAP for one in maps]
@@ -169,7 +167,7 @@ def _map_lines(
         yield line
     yield _join_columns(["layer"] + [axis_labels(layers, layout)] * len(maps), [margin, *width])
     if layout.layers_per_cell > 1:
-        yield Text(f"{'':{margin}}{layout.layers_per_cell} layers in a cell, the strongest of them shown")
+        yield Text(f"{'':{margin}}{layout.layers_per_cell} layers per cell; each cell shows their maximum")
 
 
 def _join_columns(parts: Sequence[str], widths: Sequence[int]) -> Text:

@@ -89,7 +89,7 @@ def test_layers_that_share_a_cell_show_the_strongest() -> None:
     scores[0][101] = 0.9
     text = render(scores, width=60, coloured=False)
     assert text.plain.count("█") == 2  # the cell, and the end of the scale
-    assert "3 layers in a cell" in text.plain
+    assert "3 layers per cell" in text.plain
 
 
 @pytest.mark.parametrize(
