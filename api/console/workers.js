@@ -101,7 +101,7 @@ function resident(model) {
       ["Head", `version ${model.head}`],
       ["Active edits", figure(model.active_edits)],
       ["Room left", room.map(([layer, left]) => `${percent(left)} in layer ${layer}`).join(", ") || null],
-      ["Given-up jobs", model.jobs.dead || null],
+      ["Given-up jobs", model.jobs.exhausted || null],
       ["Fingerprint", h("code", { title: model.fingerprint }, model.fingerprint.slice(0, 16))],
     ]),
   );

@@ -33,7 +33,7 @@ class WorkerState(ResourceModel):
 class JobCounts(ResourceModel):
     queued: int
     running: int
-    exhausted: int = Field(description="given up after too many attempts: see `GET /jobs?dead=true`")
+    exhausted: int = Field(description="given up after too many attempts: see `GET /jobs?exhausted=true`")
 
 
 class LayerCapacity(ResourceModel):

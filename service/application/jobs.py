@@ -44,13 +44,13 @@ class JobService:
         cursor: str | None = None,
         limit: int = 50,
     ) -> ResourceDict:
-        """Jobs of all kinds: {"items": newest first, "next": cursor or None}. `dead`: given up after too many attempts."""
+        """Jobs of all kinds: {"items": newest first, "next": cursor or None}. `exhausted`: only those that failed after all their attempts."""
         validate_limit(limit)
         if status is not None and status not in JOB_STATUSES:
             raise InvalidInput(f"`status` must be one of {', '.join(JOB_STATUSES)}.", "status")
         if kind is not None and kind not in JOB_KINDS:
             raise InvalidInput(f"`kind` must be one of {', '.join(JOB_KINDS)}.", "kind")
-        filters = {Job.status: status, Job.kind: kind, Job.dead: exhausted}
+        filters = {Job.status: status, Job.kind: kind, Job.exhausted: exhausted}
         with self.database.read_session() as session:
             query = without_columns(Job.request, Job.result).where(
                 Job.model == get_served_model(session).fingerprint
@@ -67,7 +67,7 @@ class JobService:
             job = lock_job(session, get_job(session, None, job_id))
             if job.status != "failed":
                 raise Conflict(f"{job_id} is {job.status}: only a job that failed can be tried again.")
-            job.status, job.attempts, job.dead, job.cancel_requested = "queued", 0, False, False
+            job.status, job.attempts, job.exhausted, job.cancel_requested = "queued", 0, False, False
             job.error = job.result = job.progress = job.worker = job.started = job.ended = None
             job.updated, job.request_id = now(), request_id.get() or job.request_id
             session.flush()

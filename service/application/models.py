@@ -129,7 +129,7 @@ def _queued_by_kind(session: Session, model: Model) -> dict[str, int]:
 
 def _job_counts(session: Session, model: Model) -> dict[str, int]:
     """How many jobs wait, run, and were given up."""
-    counted_statuses = or_(Job.status.in_(OPEN_STATUSES), and_(Job.status == "failed", Job.dead))
+    counted_statuses = or_(Job.status.in_(OPEN_STATUSES), and_(Job.status == "failed", Job.exhausted))
     count_by_status = _count_by(session, Job.status, and_(Job.model == model.fingerprint, counted_statuses))
     names = {"queued": "queued", "running": "running", "exhausted": "failed"}
     return {name: count_by_status.get(status, 0) for name, status in names.items()}

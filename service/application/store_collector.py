@@ -115,7 +115,7 @@ def _job_gauges(
     }
     exhausted_jobs = (
         select(Job.kind, count.label("number"))
-        .where(of_model, Job.status == "failed", Job.dead)
+        .where(of_model, Job.status == "failed", Job.exhausted)
         .group_by(Job.kind)
     )
     exhausted_counts = {row.kind: row.number for row in session.execute(exhausted_jobs)}

@@ -124,9 +124,9 @@ class Job(Base):
     version: Mapped[int | None]  #: at which an edit was applied
     reverted_version: Mapped[int | None]
     request_id: Mapped[str | None]  #: of the HTTP request that asked for it, for the logs
-    dead: Mapped[bool] = mapped_column(
+    exhausted: Mapped[bool] = mapped_column(
         default=False
-    )  #: given up after too many attempts; a person may retry it
+    )  #: whether it failed because all its attempts were used; it can be retried by hand
 
 
 class StoredFactors(Base):
@@ -142,7 +142,7 @@ class StoredFactors(Base):
 class JobArtifact(Base):
     """Something that is kept of a job while it is open (`service/jobs/artifacts.py`)."""
 
-    __tablename__ = "parts"
+    __tablename__ = "job_artifacts"
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -165,6 +165,20 @@ class LedgerEntry(Base):
     state: Mapped[str]
     previous: Mapped[str]
     hash: Mapped[str]
+
+
+class LedgerHead(Base):
+    """The active edits at the head of a ledger, so that an append need not read all entries.
+
+    It is derived from the ledger, and is valid while `version` and `hash` are those of the newest entry.
+    """
+
+    __tablename__ = "ledger_heads"
+
+    model: Mapped[str] = mapped_column(ForeignKey("models.fingerprint"), primary_key=True)
+    version: Mapped[int]
+    hash: Mapped[str]
+    active: Mapped[dict[str, Any]]  #: edit id -> [sha256 of its factors, its strength]
 
 
 class Attestation(Base):

@@ -263,7 +263,7 @@ def _check_can_commit(row: Job, head: int, expected_head: int) -> None:
 def _mark_exhausted(session: Session, job: Job) -> ResourceDict:
     """The job has killed too many workers, or met too many that died: a person may look, and retry it."""
     detail = f"its worker died {job.attempts} times while it ran; it is not tried again."
-    job.worker, job.dead = None, True  # nobody's: a worker that was only frozen has not ended it
+    job.worker, job.exhausted = None, True  # nobody's: a worker that was only frozen has not ended it
     return _finish_row(session, job, "failed", error=error_document(AttemptsExhausted(detail)))
 
 

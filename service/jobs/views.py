@@ -176,7 +176,7 @@ def job_summary(job: Job) -> ResourceDict:
     return {
         **_common_fields(job),
         "kind": job.kind,
-        "exhausted": job.dead,
+        "exhausted": job.exhausted,
         "subject": job.subject,
         "worker": job.worker,
         "request_id": job.request_id,

@@ -1,31 +1,31 @@
-"""The append-only list of what was applied and reverted, one per model, chained by hashes.
+"""The append-only ledger of one model: every applied and every reverted edit, chained by hashes.
 
-A version is a position in it and a pure function of the base weights and the edits active there. Functions on a
-session do no more than read or add rows: whoever calls them owns the transaction. Whoever appends holds `lock`.
+A version is a position in the ledger. It is a pure function of the base weights and of the edits active there. The
+functions read or add rows within the caller's transaction. A caller that appends holds the ledger's lock.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, func, select
 from sqlalchemy.orm import Session
 
-from service.db.models import Job, LedgerEntry, Model, StoredFactors, now, to_json_value
+from service.db.models import Job, LedgerEntry, LedgerHead, Model, StoredFactors, now, to_json_value
 from service.kit.text import fact_key
 
 APPLY, REVERT = "apply", "revert"
-GENESIS_HASH = "0" * 64  #: what the first entry names as its previous hash
+GENESIS_HASH = "0" * 64  #: the previous hash of the first entry
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the ledger. The `body` of an apply holds all that is needed to compute the edit again."""
+    """One entry of the ledger. The `body` of an apply entry holds everything that reproduces the edit."""
 
     model: str
     version: int
@@ -34,45 +34,85 @@ class Entry:
     actor: str
     at: datetime
     body: dict[str, Any]
-    state: str  #: names the weights of this version: see `state_of`
-    previous: str
+    state: str  #: identifies the weights of this version, see `state_hash`
+    previous: str  #: hash of the previous entry
     hash: str
 
+    @property
+    def fact(self) -> str:
+        """The key of the fact of an apply entry."""
+        return fact_key(self.body["subject"], self.body["prompt"])
+
+    @property
+    def supersedes(self) -> Sequence[str]:
+        """Ids of the edits that an apply entry names as superseded."""
+        return tuple(self.body.get("supersedes", ()))
+
     def as_dict(self) -> dict[str, Any]:
-        """The entry as JSON says it."""
+        """Return the entry as JSON."""
         return {**asdict(self), "at": iso_utc(self.at)}
 
+
+class HistoryItem(Protocol):
+    """The fields of an entry that decide which edits are active. `fact` and `supersedes` are read of apply entries only."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def edit_id(self) -> str: ...
+    @property
+    def fact(self) -> str: ...
+    @property
+    def supersedes(self) -> Sequence[str]: ...
+
+
+HistoryItemT = TypeVar("HistoryItemT", bound=HistoryItem)
+
+#: the active edits of a version: edit id -> (sha256 of its factors, its strength)
+ActiveEdits = Mapping[str, Sequence[Any]]
 
 ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
 
 
 def iso_utc(time: datetime) -> str:
-    """A time as ISO 8601 in UTC, always with microseconds, so that one time has one spelling."""
+    """Return a time as ISO 8601 in UTC with microseconds. Equal times give equal strings."""
     return time.astimezone(UTC).isoformat(timespec="microseconds")
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces: one value has one spelling."""
+    """Return JSON with sorted keys and no spaces. Equal values give equal bytes."""
     return json.dumps(to_json_value(value), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def chain_hash(previous: str, entry: Entry) -> str:
-    """sha256 over the hash before and everything that the entry says, but the two hashes themselves."""
+    """Return sha256 over the previous hash and all fields of the entry except its two hashes."""
     hashed_fields = {k: v for k, v in entry.as_dict().items() if k not in ("previous", "hash")}
     return hashlib.sha256(previous.encode() + canonical_json(hashed_fields)).hexdigest()
 
 
 def state_hash(fingerprint: str, active_entries: Iterable[Entry]) -> str:
-    """What a version's weights are a function of: the base model, and each active edit's factors and strength."""
-    edits = [[e.body.get("factors_sha256"), e.body.get("strength")] for e in active_entries]
-    return hashlib.sha256(canonical_json([fingerprint, edits])).hexdigest()
+    """Return the hash of everything that determines a version's weights.
+
+    These are the base model's fingerprint and the factors and the strength of each active edit, in canonical order.
+    """
+    return _hash_state(fingerprint, (_weights_key(e) for e in active_entries))
+
+
+def _weights_key(entry: Entry) -> list[Any]:
+    return [entry.body.get("factors_sha256"), entry.body.get("strength")]
+
+
+def _hash_state(fingerprint: str, weights_keys: Iterable[Sequence[Any]]) -> str:
+    return hashlib.sha256(canonical_json([fingerprint, list(weights_keys)])).hexdigest()
 
 
 # reading
 
 
 def head(session: Session | Connection, model: str) -> int:
-    """The newest version; 0 is the base model."""
+    """Return the newest version; 0 is the base model."""
     newest_version = session.scalar(select(func.max(LedgerEntry.version)).where(LedgerEntry.model == model))
     return newest_version or 0
 
@@ -80,7 +120,7 @@ def head(session: Session | Connection, model: str) -> int:
 def entries(
     session: Session, model: str, after: int = 0, up_to: int | None = None, limit: int | None = None
 ) -> list[Entry]:
-    """Entries with after < version <= up_to, oldest first."""
+    """Return the entries with after < version <= up_to, oldest first."""
     query = select(LedgerEntry).where(LedgerEntry.model == model, LedgerEntry.version > after)
     if up_to is not None:
         query = query.where(LedgerEntry.version <= up_to)
@@ -90,7 +130,7 @@ def entries(
 def newest_entries(
     session: Session, model: str, before: int | None = None, limit: int | None = None
 ) -> list[Entry]:
-    """Entries with version < before, newest first."""
+    """Return the entries with version < before, newest first."""
     query = select(LedgerEntry).where(LedgerEntry.model == model)
     if before is not None:
         query = query.where(LedgerEntry.version < before)
@@ -101,25 +141,25 @@ def _entry(row: LedgerEntry) -> Entry:
     return Entry(**{name: getattr(row, name) for name in ENTRY_FIELDS})
 
 
-def active_entries(entries: Sequence[Entry], version: int | None = None) -> list[Entry]:
-    """The apply entries of the edits active at a version (the newest when None), in canonical order: by edit id.
+def active_entries(entries: Sequence[HistoryItemT], version: int | None = None) -> list[HistoryItemT]:
+    """Return the apply entries of the edits active at a version (the newest when None), in canonical order: by edit id.
 
-    Active is what is applied and not reverted; of several edits of one fact only the one applied last; and none that another, which
-    is not reverted, names as superseded, because it says the same relation in other words. Either way an edit comes back
-    when whatever stood in its place is reverted, and only then.
+    An edit is active when it is applied and not reverted, when it is the newest such edit of its fact, and when no
+    edit that is not reverted names it as superseded. A superseded edit becomes active again when all edits that
+    supersede it are reverted.
     """
     entries_to_version = [e for e in entries if version is None or e.version <= version]
     reverted = {e.edit_id for e in entries_to_version if e.kind == REVERT}
     applied = [e for e in entries_to_version if e.kind == APPLY and e.edit_id not in reverted]
-    newest_by_fact = {fact_key(e.body["subject"], e.body["prompt"]): e for e in applied}
-    superseded = {edit for e in applied for edit in e.body.get("supersedes", ())}
+    newest_by_fact = {e.fact: e for e in applied}
+    superseded = {edit for e in applied for edit in e.supersedes}
     return sorted(
         (e for e in newest_by_fact.values() if e.edit_id not in superseded), key=lambda e: e.edit_id
     )
 
 
 def active_edit_ids(entries: Sequence[Entry], version: int | None = None) -> list[str]:
-    """Ids of the edits active at a version, in canonical order."""
+    """Return the ids of the edits active at a version, in canonical order."""
     return [e.edit_id for e in active_entries(entries, version)]
 
 
@@ -127,9 +167,10 @@ def active_edit_ids(entries: Sequence[Entry], version: int | None = None) -> lis
 
 
 def lock_ledger(session: Session, model: str) -> int:
-    """Keep all others from appending until this transaction ends. Returns the head.
+    """Lock the ledger against other appends until the transaction ends, and return the head.
 
-    `key_share`: rows that refer to the model may be added meanwhile, so nobody waits who only queues a job.
+    The lock is FOR NO KEY UPDATE: rows that refer to the model can be inserted meanwhile, so it does not block
+    submissions of jobs.
     """
     row = select(Model.fingerprint).where(Model.fingerprint == model)
     session.execute(row.with_for_update(key_share=True))
@@ -139,30 +180,63 @@ def lock_ledger(session: Session, model: str) -> int:
 def append_entry(
     session: Session, model: str, kind: str, edit: Job, actor: str, body: dict[str, Any]
 ) -> Entry:
-    """Add the next version, and keep the statuses of all edits of this subject true. The caller holds the `lock`."""
-    previous_entries = entries(session, model)
+    """Add the next version and update the statuses of the edits of its subject. The caller holds the lock.
+
+    Whether an edit is active depends on the entries of its subject alone. So this reads the newest entry, the row of
+    `ledger_heads`, and the entries of one subject, however long the ledger is.
+    """
+    newest = next(iter(newest_entries(session, model, limit=1)), None)
+    head_row = session.get(LedgerHead, model, populate_existing=True)
+    subject_entries = _entries_of_subject(session, model, edit.subject)
+    previous, version = (newest.hash, newest.version + 1) if newest else (GENESIS_HASH, 1)
     body = json.loads(canonical_json(body))
-    previous, version = (
-        (previous_entries[-1].hash, previous_entries[-1].version + 1)
-        if previous_entries
-        else (GENESIS_HASH, 1)
-    )
     draft = Entry(model, version, kind, edit.id, actor, now(), body, "", previous, "")
-    active_after = active_entries([*previous_entries, draft])
-    draft = replace(draft, state=state_hash(model, active_after))
+    active_of_subject = active_entries([*subject_entries, draft])
+    active = dict(_active_at_head(session, model, newest, head_row))
+    for entry in subject_entries:
+        active.pop(entry.edit_id, None)
+    active |= {e.edit_id: _weights_key(e) for e in active_of_subject}
+    draft = replace(draft, state=_hash_state(model, (active[edit_id] for edit_id in sorted(active))))
     entry = replace(draft, hash=chain_hash(previous, draft))
     session.add(LedgerEntry(**{name: getattr(entry, name) for name in ENTRY_FIELDS}))
+    session.merge(LedgerHead(model=model, version=version, hash=entry.hash, active=active))
     if kind == APPLY:
         edit.version = version
     else:
         edit.reverted_version = version
     session.flush()
-    update_statuses(session, edit, {e.edit_id for e in active_after})
+    update_statuses(session, edit, {e.edit_id for e in active_of_subject})
     return entry
 
 
+def active_edits(entries: Sequence[Entry]) -> ActiveEdits:
+    """Return the active edits after these entries, as the row of `ledger_heads` stores them."""
+    return {e.edit_id: _weights_key(e) for e in active_entries(entries)}
+
+
+def _active_at_head(
+    session: Session, model: str, newest: Entry | None, head_row: LedgerHead | None
+) -> ActiveEdits:
+    """Return the active edits at the head: from its row, or from the whole ledger when that row is not the head's."""
+    if newest is None:
+        return {}
+    if head_row is not None and (head_row.version, head_row.hash) == (newest.version, newest.hash):
+        return head_row.active
+    return active_edits(entries(session, model))
+
+
+def _entries_of_subject(session: Session, model: str, subject: str) -> list[Entry]:
+    """Return the entries of all edits of one subject, oldest first."""
+    query = (
+        select(LedgerEntry)
+        .join(Job, Job.id == LedgerEntry.edit_id)
+        .where(LedgerEntry.model == model, Job.model == model, Job.subject == subject)
+    )
+    return [_entry(row) for row in session.scalars(query.order_by(LedgerEntry.version))]
+
+
 def update_statuses(session: Session, edit: Job, active_ids: set[str]) -> None:
-    """Statuses of all landed edits of one subject: reverted, or applied for those that stand, or superseded."""
+    """Set the statuses of all committed edits of one subject: reverted, applied if active, or superseded."""
     committed = select(Job).where(
         Job.model == edit.model,
         Job.kind == edit.kind,
@@ -178,6 +252,14 @@ def update_statuses(session: Session, edit: Job, active_ids: set[str]) -> None:
 
 
 def factors_of(session: Session, edits: Sequence[str]) -> dict[str, bytes]:
-    """The factors of these edits, by id."""
+    """Return the serialized factors of these edits, by edit id."""
     query = select(StoredFactors.edit_id, StoredFactors.data).where(StoredFactors.edit_id.in_(edits))
     return {row.edit_id: row.data for row in session.execute(query)}
+
+
+def bodies_of(session: Session, model: str, edits: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the bodies of the apply entries of these edits, by edit id."""
+    query = select(LedgerEntry.edit_id, LedgerEntry.body).where(
+        LedgerEntry.model == model, LedgerEntry.kind == APPLY, LedgerEntry.edit_id.in_(edits)
+    )
+    return {row.edit_id: row.body for row in session.execute(query)}

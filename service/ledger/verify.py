@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from service.db.models import Attestation, Job, StoredFactors
+from service.db.models import Attestation, Job, LedgerHead, StoredFactors
 from service.ledger.ledger import (
     APPLY,
     GENESIS_HASH,
     Entry,
     active_edit_ids,
+    active_edits,
     active_entries,
     chain_hash,
     entries,
@@ -48,6 +49,7 @@ def verify_ledger(session: Session, model: str) -> list[LedgerFinding]:
         *chain_findings,
         *_check_factors(session, intact),
         *_check_states(model, intact),
+        *(() if chain_findings else _check_head(session, model, chain)),
         *_check_jobs(session, model, chain, not chain_findings),
     ]
     return [*findings, *_check_replicas(session, model, intact, complete=not chain_findings)]
@@ -85,6 +87,17 @@ def _check_states(model: str, chain: list[Entry]) -> Iterator[LedgerFinding]:
             yield LedgerFinding(
                 "state", entry.version, f"the state of version {entry.version} is not that of its edits"
             )
+
+
+def _check_head(session: Session, model: str, chain: list[Entry]) -> Iterator[LedgerFinding]:
+    """Check the stored active edits of the head. A row of another version is not used by an append, and not checked."""
+    row = session.get(LedgerHead, model, populate_existing=True)
+    if row is None or not chain or (row.version, row.hash) != (chain[-1].version, chain[-1].hash):
+        return
+    if row.active != active_edits(chain):
+        yield LedgerFinding(
+            "state", row.version, "the stored active edits of the head are not those of the ledger"
+        )
 
 
 def _check_jobs(

@@ -71,7 +71,7 @@ class TestJobs:
     def test_retry(self, services: Services, failed: Any, broker: Broker, worker: WorkerParts) -> None:
         """A failed job waits again as if it had never been tried, and its listeners hear the new end."""
         job = services.jobs.retry(failed, "admin")
-        assert (job["status"], job["attempts"], job["error"], job["dead"]) == ("queued", 0, None, False)
+        assert (job["status"], job["attempts"], job["error"], job["exhausted"]) == ("queued", 0, None, False)
         assert services.edits.get(failed)["ended"] is None
         assert [d.job_id for d in broker.receive(["edit"], 1, 0)] == [failed]
         again = worker.jobs.claim(failed)

@@ -44,7 +44,7 @@ class TestModel:
         model = services.models.describe()
         assert model.items() >= INFO.items()
         assert (model["fingerprint"], model["head"], model["active_edits"]) == ("fingerprint", 1, 1)
-        assert model["jobs"] == {"queued": 0, "running": 0, "dead": 0}
+        assert model["jobs"] == {"queued": 0, "running": 0, "exhausted": 0}
         (worker,) = model["workers"]
         assert (worker["id"], worker["state"], worker["reason"]) == ("worker-1", "serving", None)
         assert (worker["roles"], worker["version"], worker["lag"]) == (["generate", "edit"], 0, 1)

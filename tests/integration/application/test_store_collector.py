@@ -85,7 +85,7 @@ def test_the_oldest_is_the_one_that_waits(monitor_fixture: MonitorFixture) -> No
 
 def test_exhausted_jobs(monitor_fixture: MonitorFixture) -> None:
     """A job that was given up is a dead letter; one that merely failed is not."""
-    monitor_fixture.update_row(Job, monitor_fixture.add_queued_edit(), status="failed", dead=True)
+    monitor_fixture.update_row(Job, monitor_fixture.add_queued_edit(), status="failed", exhausted=True)
     monitor_fixture.update_row(Job, monitor_fixture.add_queued_edit("Big Ben"), status="failed")
     assert monitor_fixture.scrape()["jobs_exhausted", "edit"] == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,10 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect, text
+from sqlalchemy import inspect, select, text
 
 from service.db.database import Database, alembic_config
-from service.db.models import Base
+from service.db.models import Base, Job
 from service.errors import Misconfigured, Unavailable
 
 #: ten processes, started at once by one that has imported everything
@@ -67,7 +68,7 @@ def test_models_match(empty: Any) -> None:
         assert compare_metadata(context, Base.metadata) == []
 
 
-@pytest.mark.parametrize("steps", range(1, 4))
+@pytest.mark.parametrize("steps", range(1, 5))
 def test_down_and_up_with_rows(empty: Any, steps: Any) -> None:
     """Going down by any number of migrations and up again works with rows in the tables, and loses none that it need not."""
     empty.migrate()
@@ -77,9 +78,9 @@ def test_down_and_up_with_rows(empty: Any, steps: Any) -> None:
     with empty.engine.begin() as connection:
         command.downgrade(alembic_config(connection), f"-{steps}")
     empty.migrate()
-    with empty.read() as session:
+    with empty.read_session() as session:
         left = session.execute(text("SELECT version FROM ledger")).all()
-    assert left == ([(1,)] if steps < 3 else [])
+    assert left == ([(1,)] if steps < 4 else [])
 
 
 ROWS = [
@@ -87,14 +88,50 @@ ROWS = [
     """INSERT INTO jobs (id, kind, model, status, request, actor, created, updated, attempts, cancel_requested, subject, dry_run)
     VALUES ('edit_1', 'edit', 'm', 'applied', '{}', 'a', '2026-01-01', '2026-01-01', 1, false, 's', false)""",
     "INSERT INTO factors VALUES ('edit_1', 'x', 'y')",
-    "INSERT INTO parts VALUES ('edit_1', 'x', 'y')",
+    "INSERT INTO job_artifacts VALUES ('edit_1', 'x', 'y')",
     "INSERT INTO ledger VALUES ('m', 1, 'apply', 'edit_1', 'a', '2026-01-01', '{}', '', '', '')",
 ]
 
 
+def test_names_of_revision_4(empty: Any) -> None:
+    """Revision 0004 renames a status and a column, and adds the codes of errors; going down restores them."""
+    empty.migrate("0003")
+    insert_job = """INSERT INTO jobs (id, kind, model, status, request, actor, created, updated, attempts, cancel_requested,
+        subject, dry_run, dead, error)
+        VALUES (:id, 'edit', 'm', :status, '{}', 'a', '2026-01-01', '2026-01-01', 1, false, 's', false, :dead, :error)"""
+    errors = {
+        "evaluated": None,
+        "failed": {"title": "The job was given up", "detail": "its worker died 3 times."},
+        "cancelled": {"title": "The job failed", "detail": "out of memory"},
+    }
+    with empty.engine.begin() as connection:
+        connection.execute(text(ROWS[0]))
+        for status, error in errors.items():
+            values = {
+                "id": status,
+                "status": status,
+                "dead": status == "failed",
+                "error": error and json.dumps(error),
+            }
+            connection.execute(text(insert_job), values)
+    empty.migrate()
+    with empty.read_session() as session:
+        jobs = {job.id: job for job in session.scalars(select(Job))}
+    assert jobs["evaluated"].status == "dry_run_passed" and jobs["evaluated"].error is None
+    assert [jobs[name].exhausted for name in errors] == [False, True, False]
+    assert jobs["failed"].error == {"code": "attempts_exhausted", **errors["failed"]}
+    assert jobs["cancelled"].error == {"code": "internal_error", **errors["cancelled"]}
+    empty.migrate("0003")
+    with empty.engine.connect() as connection:
+        rows = connection.execute(text("SELECT id, status, dead, error FROM jobs")).all()
+    assert {row.id: (row.status, bool(row.dead), row.error and json.loads(row.error)) for row in rows} == {
+        status: (status, status == "failed", error) for status, error in errors.items()
+    }
+
+
 def test_to_a_revision(empty: Any) -> None:
     """Asked for a revision by name, the tables go there, whether that is up or down."""
-    for revision in ("0001", "0003", "0002", "0001"):
+    for revision in ("0001", "0004", "0003", "0002", "0001"):
         empty.migrate(revision)
         assert empty.revision() == revision
 
@@ -111,7 +148,7 @@ def test_revision_of_a_newer_release(empty: Any) -> None:
 
 def test_unknown_revision(empty: Any) -> None:
     """A revision that there is not is refused with those that there are."""
-    with pytest.raises(Misconfigured, match="0001, 0002, 0003"):
+    with pytest.raises(Misconfigured, match="0001, 0002, 0003, 0004"):
         empty.migrate("0815")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,12 +18,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sqlalchemy import delete, text, update
+from sqlalchemy import delete, event, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.db.database import Database
-from service.db.models import Attestation, Job, LedgerEntry, Model, StoredFactors, now
+from service.db.models import Attestation, Base, Job, LedgerEntry, LedgerHead, Model, StoredFactors, now
 from service.kit.ids import new_id
 from service.kit.text import fact_key
 from service.ledger import ledger
@@ -107,7 +109,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.model, self.other = add_model(self.database), add_model(self.database)
-        with self.database.session() as session:
+        with self.database.write_session() as session:
             self.spare = add_edit(session, self.model, ("Nobody", "{} is")).id
         self.history = []
         self.superseded_by_edit = {}  #: what an edit says that it supersedes
@@ -146,7 +148,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def tamper(self, data: Any) -> None:
         version = data.draw(st.integers(1, len(self.history)))
-        with self.database.read() as session:
+        with self.database.read_session() as session:
             row = session.get(LedgerEntry, (self.model, version))
         tampered_values = {
             "model": self.other,
@@ -170,7 +172,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def ledger_is_right(self) -> None:
-        with self.database.read() as session:
+        with self.database.read_session() as session:
             entries = ledger.entries(session, self.model)
             assert ledger.head(session, self.model) == len(self.history)
             assert verify_ledger(session, self.model) == []
@@ -187,7 +189,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def factors_are_those_of_the_active(self) -> None:
-        with self.database.read() as session:
+        with self.database.read_session() as session:
             found = ledger.factors_of(session, self.active())
         assert {edit: data.decode() for edit, data in found.items()} == {x: x for x in self.active()}
 
@@ -250,6 +252,67 @@ def test_same_edits_same_state(database: Database) -> None:
     assert first.state == third.state != second.state
 
 
+@contextmanager
+def counting_statements_and_rows(database: Database) -> Iterator[dict[str, int]]:
+    """Count the SQL statements and the rows that the ORM loads."""
+    counts = {"statements": 0, "rows": 0}
+
+    def count_statement(*_: Any) -> None:
+        counts["statements"] += 1
+
+    def count_row(*_: Any) -> None:
+        counts["rows"] += 1
+
+    event.listen(database.engine, "before_cursor_execute", count_statement)
+    event.listen(Base, "load", count_row, propagate=True)
+    event.listen(Base, "refresh", count_row, propagate=True)
+    try:
+        yield counts
+    finally:
+        event.remove(database.engine, "before_cursor_execute", count_statement)
+        event.remove(Base, "load", count_row)
+        event.remove(Base, "refresh", count_row)
+
+
+def test_append_reads_a_constant_number_of_rows(database: Database) -> None:
+    """An apply and a revert run as many statements and load as many rows at version 3 as at version 60."""
+    model = add_model(database)
+    counts = []
+    for length in (3, 60):
+        with database.read_session() as session:
+            head = ledger.head(session, model)
+        for n in range(head, length):
+            apply_edit(database, model, (f"City {n}", "{} is in"))
+        with counting_statements_and_rows(database) as applying:
+            edit = apply_edit(database, model, (f"Town {length}", "{} is in"))
+        with counting_statements_and_rows(database) as reverting:
+            revert_edit(database, model, edit)
+        counts.append((applying, reverting))
+    assert counts[0] == counts[1]
+    assert max(part["rows"] for part in counts[1]) <= 6, counts
+
+
+@pytest.mark.parametrize("change", ["missing", "other version", "other hash"])
+def test_append_without_the_row_of_the_head(database: Database, change: str) -> None:
+    """When the stored active edits are not those of the newest entry, an append computes them from the whole ledger."""
+    model = add_model(database)
+    apply_edit(database, model, FACTS[0])
+    apply_edit(database, model, FACTS[3])
+    with database.write_session() as session:
+        row = session.get(LedgerHead, model)
+        if change == "missing":
+            session.delete(row)
+        elif change == "other version":
+            row.version, row.active = 1, {}
+        else:
+            row.hash, row.active = "0" * 64, {}
+    assert ledger_findings(database, model) == []
+    apply_edit(database, model, FACTS[2])
+    assert ledger_findings(database, model) == []
+    with database.read_session() as session:
+        assert len(session.get(LedgerHead, model).active) == 3
+
+
 def test_models_have_ledgers_of_their_own(database: Database) -> None:
     """Versions of one model say nothing about another."""
     one, two = add_model(database), add_model(database)
@@ -279,6 +342,10 @@ class TestVerify:
                 lambda edit: update(StoredFactors).where(StoredFactors.edit_id == edit).values(sha256="0"),
             ),
             ("factors", lambda edit: delete(StoredFactors).where(StoredFactors.edit_id == edit)),
+            (
+                "state",
+                lambda edit: update(LedgerHead).where(LedgerHead.hash != "").values(active={}),
+            ),
             ("status", lambda edit: update(Job).where(Job.id == edit).values(status="reverted")),
             ("chain", lambda edit: update(Job).where(Job.id == edit).values(version=7)),
             ("chain", lambda edit: update(Job).where(Job.id == edit).values(reverted_version=2)),

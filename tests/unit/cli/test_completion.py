@@ -16,7 +16,7 @@ COMPLETIONS = [
     ("palimpsest ed", {"edit", "edits"}, {"revert"}),
     ("palimpsest edit --er", {"--erase"}, {"--amplify"}),
     ("palimpsest edits s", {"show"}, {"--status"}),
-    ("palimpsest jobs retry --", {"--json", "--url"}, {"--dead"}),
+    ("palimpsest jobs retry --", {"--json", "--url"}, {"--exhausted"}),
     ("palimpsest evaluate --mode ", {"single", "sequence"}, {"--mode"}),
     ("palimpsest completion ", {"bash", "zsh", "fish"}, set[str]()),
     ("palimpsest import rec", {"records.jsonl"}, set[str]()),
