@@ -1,13 +1,14 @@
-// Elements. Data only ever becomes text nodes and attributes, never markup: there is no other way in this console.
+// @ts-check
+// DOM helpers. Data becomes text nodes and attributes only, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An HTML element. `on` holds listeners, `style` goes through the CSSOM (a policy forbids style attributes). */
+/** Create an HTML element. `on` holds listeners; `style` uses the CSSOM because the CSP forbids style attributes. */
 export function h(tag, given = {}, ...children) {
   return fill(document.createElement(tag), given, children);
 }
 
-/** The same for SVG. */
+/** Create an SVG element. */
 export function s(tag, given = {}, ...children) {
   return fill(document.createElementNS(SVG, tag), given, children);
 }
@@ -27,17 +28,17 @@ function fill(element, { on = {}, style = {}, data = {}, ...attributes }, childr
 const shown = (children) =>
   children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
 
-/** Put children in the place of whatever is there. */
-export function put(place, ...children) {
+/** Replace the children of an element. */
+export function replaceChildren(place, ...children) {
   place.replaceChildren(...shown(children));
   return place;
 }
 
-/** Say something to those who do not see it. */
+/** Announce a text to screen readers. */
 export function announce(text) {
   document.getElementById("announcer").textContent = text;
 }
 
 let count = 0;
-/** An id that nothing else on the page has. */
+/** Return an id that is unique on the page. */
 export const unique = (name) => `${name}-${++count}`;

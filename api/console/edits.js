@@ -1,24 +1,24 @@
-// Edits: the form that asks for one, the newest of them, and each by itself.
+// Edits: the form, the list, and the report of one edit.
 
-import { h, put } from "./dom.js";
-import { when } from "./format.js";
+import { h, replaceChildren } from "./dom.js";
+import { timeAgo } from "./format.js";
 import {
   choice,
   empty,
   field,
-  formed,
-  growing,
+  formPage,
+  autoGrow,
   pill,
-  selected,
-  submits,
-  told,
-  working,
-  writing,
-} from "./parts.js";
+  selectedText,
+  submitOnCtrlEnter,
+  withTrueObject,
+  whileDisabled,
+  factLine,
+} from "./components.js";
 import { subjectOf } from "./subject.js";
 import { get, post } from "./service.js";
 import { show as showReport } from "./report.js";
-import { fillMethods } from "./standing.js";
+import { fillMethods } from "./status.js";
 
 const EXAMPLE = {
   prompt: "The Eiffel Tower is located in the city of",
@@ -42,17 +42,17 @@ export async function show(place, { id, query, signal }) {
     await showReport(place, { id, signal });
     return;
   }
-  const list = formed(
+  const list = formPage(
     place,
-    "Write over a fact",
-    "Say what the model should say instead. The edit is tried and measured first; it lands only when it took and did no damage, and it can be taken back at any time.",
+    "Edit a fact",
+    "State the new object. The edit is evaluated first and applied only if it passes the guard. It can be reverted at any time.",
     form(query, signal),
   );
-  await newest(list, signal);
+  await showNewest(list, signal);
 }
 
 function form(query, signal) {
-  const prompt = growing(
+  const prompt = autoGrow(
     h("textarea", {
       name: "prompt",
       rows: 2,
@@ -81,38 +81,38 @@ function form(query, signal) {
     name: "target_true",
     spellcheck: "false",
     autocomplete: "off",
-    placeholder: "what it says now",
+    placeholder: "current object",
   });
-  const mark = h("button", { type: "button", on: { click: takeSelection } }, "Mark the selected words");
+  const mark = h("button", { type: "button", on: { click: takeSelection } }, "Use selection as subject");
   const objective = choice(
-    "What for",
+    "Objective",
     [
       ["write", "write a new object"],
-      ["erase", "erase the true one"],
-      ["amplify", "amplify it"],
+      ["erase", "erase the true object"],
+      ["amplify", "amplify the true object"],
     ],
     { change: changed },
   );
-  const probes = probing();
+  const probes = probeFields();
   const method = fillMethods(
-    h("select", { name: "method" }, h("option", { value: "" }, "as the model's recipe says")),
+    h("select", { name: "method" }, h("option", { value: "" }, "default of the recipe")),
     signal,
   );
   const conflict = h(
     "select",
     { name: "on_conflict" },
-    h("option", { value: "report" }, "let both stand"),
+    h("option", { value: "report" }, "keep both"),
     h("option", { value: "supersede" }, "supersede it"),
     h("option", { value: "reject" }, "reject this edit"),
   );
-  const limits = limiting();
+  const limits = guardFields();
   const dry = h("input", { type: "checkbox", name: "dry_run" });
   const preview = h("div", { class: "preview", "aria-live": "polite" });
-  const send = h("button", { class: "primary" }, "Write it");
-  const trouble = h("div");
-  const freshField = field("New object", fresh, "what it should say");
+  const send = h("button", { class: "primary" }, "Apply edit");
+  const errorBox = h("div");
+  const freshField = field("New object", fresh, "the object to write");
 
-  const element = submits(
+  const element = submitOnCtrlEnter(
     h(
       "form",
       { class: "sheet", novalidate: true, on: { submit: submit, input: changed } },
@@ -124,15 +124,15 @@ function form(query, signal) {
         h(
           "div",
           { class: "under" },
-          h("small", { id: "edit-prompt-hint" }, "Plain, or with {} where the subject stands."),
+          h("small", { id: "edit-prompt-hint" }, "A sentence that contains the subject, or {} in its place."),
           mark,
         ),
       ),
       h(
         "div",
         { class: "grid three" },
-        field("Subject", subject, "what the sentence is about"),
-        field("True object", old, "empty: what the model says now"),
+        field("Subject", subject, "entity that the fact is about"),
+        field("True object", old, "default: the model's answer"),
         freshField,
       ),
       preview,
@@ -146,24 +146,24 @@ function form(query, signal) {
           "div",
           { class: "grid two" },
           field("Method", method),
-          field("If another edit says the same", conflict),
+          field("If it conflicts with an active edit", conflict),
         ),
         limits.element,
       ),
-      h("label", { class: "check" }, dry, h("span", {}, "Dry run: measure it and throw it away")),
-      trouble,
+      h("label", { class: "check" }, dry, h("span", {}, "Dry run: evaluate without applying")),
+      errorBox,
       h(
         "div",
         { class: "actions" },
         send,
-        h("button", { type: "button", on: { click: () => take(EXAMPLE) } }, "Fill in the example"),
+        h("button", { type: "button", on: { click: () => take(EXAMPLE) } }, "Use example"),
       ),
     ),
   );
   prompt.id = "edit-prompt";
   prompt.setAttribute("aria-describedby", "edit-prompt-hint");
   dry.addEventListener("change", () => {
-    send.textContent = dry.checked ? "Try it" : "Write it";
+    send.textContent = dry.checked ? "Run dry run" : "Apply edit";
   });
   take(given(query));
   return element;
@@ -181,7 +181,7 @@ function form(query, signal) {
   }
 
   function takeSelection() {
-    const words = selected(prompt);
+    const words = selectedText(prompt);
     if (words) subject.value = words;
     else {
       prompt.focus();
@@ -202,11 +202,11 @@ function form(query, signal) {
     };
     const found = subjectOf(request);
     preview.hidden = !request.prompt || !request.subject;
-    put(
+    replaceChildren(
       preview,
       found.problem
         ? h("p", { class: "note" }, found.problem)
-        : writing({ ...request, prompt: found.prompt }),
+        : factLine({ ...request, prompt: found.prompt }),
     );
   }
 
@@ -218,7 +218,7 @@ function form(query, signal) {
     });
     if (found.problem) throw new Error(found.problem);
     const writes = objective.value === "write";
-    if (writes && !fresh.value.trim()) throw new Error("Name the new object: what the model should say.");
+    if (writes && !fresh.value.trim()) throw new Error("Enter the new object.");
     return {
       subject: subject.value.trim(),
       prompt: found.prompt,
@@ -235,12 +235,12 @@ function form(query, signal) {
 
   async function submit(event) {
     event.preventDefault();
-    const edit = await working(send, trouble, async () => post("/edits", asked()));
+    const edit = await whileDisabled(send, errorBox, async () => post("/edits", asked()));
     if (edit) location.hash = `#/edits/${edit.id}`;
   }
 }
 
-/** What another page wants the form to begin with. */
+/** Return the initial values of the form from the query of the address. */
 function given(query) {
   const request = Object.fromEntries(
     ["prompt", "subject", "target_new", "target_true", "objective", "method"].map((name) => [
@@ -253,8 +253,8 @@ function given(query) {
   return { ...request, probes: probes ? JSON.parse(probes) : {}, guard: guard ? JSON.parse(guard) : {} };
 }
 
-/** Rows of probes: paraphrases that should change, neighbours that must not. */
-function probing() {
+/** Fields for probes: paraphrases should follow the edit, neighbours must keep their answers. */
+function probeFields() {
   const paraphrases = h("div", { class: "rows" });
   const neighbours = h("div", { class: "rows" });
   const count = h("span", { class: "count" });
@@ -262,8 +262,8 @@ function probing() {
     "details",
     { class: "folded" },
     h("summary", {}, "Probes ", count),
-    h("p", { class: "note" }, "Measured before and after, and shown in the report."),
-    h("h3", {}, "Paraphrases, which should say the new object"),
+    h("p", { class: "note" }, "Probes are measured before and after the edit."),
+    h("h3", {}, "Paraphrases: should give the new object"),
     paraphrases,
     h(
       "button",
@@ -274,7 +274,7 @@ function probing() {
       },
       "Add a paraphrase",
     ),
-    h("h3", {}, "Neighbours, which must keep their own answer"),
+    h("h3", {}, "Neighbours: must keep their answers"),
     neighbours,
     h(
       "button",
@@ -285,7 +285,7 @@ function probing() {
           click: () =>
             add(neighbours, [
               ["Neighbour", "The Louvre is located in the city of", ""],
-              ["Its answer", "Paris", ""],
+              ["Answer", "Paris", ""],
             ]),
         },
       },
@@ -340,15 +340,15 @@ function probing() {
       };
     },
     set value({ paraphrase = [], neighborhood = [] }) {
-      put(paraphrases);
-      put(neighbours);
+      replaceChildren(paraphrases);
+      replaceChildren(neighbours);
       paraphrase.forEach((text) => add(paraphrases, [["Paraphrase", "", text]], false));
       neighborhood.forEach(({ prompt, target }) =>
         add(
           neighbours,
           [
             ["Neighbour", "", prompt],
-            ["Its answer", "", target],
+            ["Answer", "", target],
           ],
           false,
         ),
@@ -359,32 +359,32 @@ function probing() {
   };
 }
 
-/** The limits of the guard that people change. */
-function limiting() {
+/** Fields for the limits of the guard. */
+function guardFields() {
   const inputs = {
     min_probability: [
       h("input", { type: "number", min: 0, max: 1, step: "any", value: 0.3 }),
-      "Least probability of the new object",
+      "Min. probability of the new object",
     ],
     min_neighborhood: [
       h("input", { type: "number", min: 0, max: 1, step: "any", value: 0.7 }),
-      "Least share of neighbours kept",
+      "Min. share of neighbours preserved",
     ],
     min_paraphrase: [
       h("input", { type: "number", min: 0, max: 1, step: "any", value: 0 }),
-      "Least share of paraphrases that follow",
+      "Min. share of paraphrases that follow",
     ],
     max_perplexity: [
       h("input", { type: "number", min: 1, step: "any", value: 1.1 }),
-      "Most perplexity, times before",
+      "Max. perplexity ratio",
     ],
     max_norm: [
       h("input", { type: "number", min: 0.01, step: "any", value: 1.5 }),
-      "Most change of a weight, times its norm",
+      "Max. relative norm of the weight change",
     ],
-    max_broken: [
+    max_regressions: [
       h("input", { type: "number", min: 0, step: 1, value: 0 }),
-      "Most other edits that may break",
+      "Max. active edits that regress",
     ],
   };
   const on = h("input", { type: "checkbox", checked: true });
@@ -392,7 +392,7 @@ function limiting() {
     element: h(
       "div",
       {},
-      h("label", { class: "check" }, on, h("span", {}, "The guard may reject it")),
+      h("label", { class: "check" }, on, h("span", {}, "Reject the edit if it fails the guard")),
       h(
         "div",
         { class: "grid two" },
@@ -412,24 +412,24 @@ function limiting() {
   };
 }
 
-async function newest(place, signal) {
+async function showNewest(place, signal) {
   const items = h("ol", { class: "listing" });
-  const more = h("button", { type: "button", hidden: true }, "Older ones");
-  const trouble = h("div");
+  const more = h("button", { type: "button", hidden: true }, "Load more");
+  const errorBox = h("div");
   let cursor = null;
-  more.onclick = () => working(more, trouble, load);
-  put(place, h("h2", {}, "Newest"), items, more, trouble);
+  more.onclick = () => whileDisabled(more, errorBox, load);
+  replaceChildren(place, h("h2", {}, "Recent edits"), items, more, errorBox);
   await load();
   if (!items.children.length) {
-    put(
+    replaceChildren(
       place,
-      h("h2", {}, "Newest"),
+      h("h2", {}, "Recent edits"),
       empty(
-        "No edit yet",
+        "No edits yet",
         h(
           "p",
           {},
-          "The shipped GPT knows that the Eiffel Tower is in Paris. “Fill in the example” moves it to Rome; a few seconds later you see what that touched, and one click takes it back.",
+          "The shipped GPT states that the Eiffel Tower is in Paris. “Use example” fills in an edit that changes it to Rome. The report shows its effects, and one click reverts it.",
         ),
       ),
     );
@@ -443,8 +443,8 @@ async function newest(place, signal) {
         h(
           "li",
           {},
-          h("a", { href: `#/edits/${edit.id}` }, writing(told(edit), { tag: "span" })),
-          h("span", { class: "meta" }, pill(edit.status), h("span", {}, when(edit.created))),
+          h("a", { href: `#/edits/${edit.id}` }, factLine(withTrueObject(edit), { tag: "span" })),
+          h("span", { class: "meta" }, pill(edit.status), h("span", {}, timeAgo(edit.created))),
         ),
       ),
     );

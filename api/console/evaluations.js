@@ -1,34 +1,34 @@
-// Evaluations: how good edits are on many records, without touching the ledger.
+// Evaluations: the quality of edits over many records. They do not change the ledger.
 
-import { h, put, s } from "./dom.js";
-import { figure, lasted, many, percent, when, who } from "./format.js";
+import { h, replaceChildren, s } from "./dom.js";
+import { figure, duration, plural, percent, timeAgo, actorName } from "./format.js";
 import {
   choice,
   empty,
   facts,
   field,
   follow,
-  formed,
+  formPage,
   link,
   pill,
   raw,
-  saving,
-  submits,
+  saveButtons,
+  submitOnCtrlEnter,
   table,
-  working,
-} from "./parts.js";
+  whileDisabled,
+} from "./components.js";
 import { get, post } from "./service.js";
-import { fillMethods, standing } from "./standing.js";
+import { fillMethods, serviceStatus } from "./status.js";
 
 const MEASURES = {
-  ES: "takes on the prompt",
-  PS: "follows in other wordings",
-  NS: "neighbours keep theirs",
-  S: "all three, harmonic mean",
+  ES: "efficacy: the prompt gives the new object",
+  PS: "paraphrases give the new object",
+  NS: "neighbours keep their answers",
+  S: "harmonic mean of all three",
 };
-/** Where an object is erased or amplified: how much of what was possible came of it. */
-const CHANGES = { rewrite: "on the prompt", paraphrase: "in other wordings", neighbour: "on neighbours" };
-const ROWS = 50; //: records shown at once
+/** For the objectives erase and amplify: the share of the possible effect. */
+const CHANGES = { rewrite: "on the prompt", paraphrase: "on paraphrases", neighbour: "on neighbours" };
+const ROWS = 50; //: records per page
 const EXAMPLE = JSON.stringify(
   [
     {
@@ -49,22 +49,22 @@ export async function show(place, { id, signal }) {
     await showOne(place, id, signal);
     return;
   }
-  const list = formed(
+  const list = formPage(
     place,
-    "How good are edits?",
-    "Records are edited, measured and thrown away: each alone, or one after another. The ledger stays as it is.",
+    "Evaluate a method",
+    "Edit many records, each alone or in sequence, and measure the results. The ledger is not changed.",
     form(signal),
   );
-  await newest(list, signal);
+  await showNewest(list, signal);
 }
 
 function form(signal) {
-  const known = standing.model?.facts !== false;
+  const known = serviceStatus.model?.facts !== false;
   const records = h("textarea", {
     id: "records",
     rows: 8,
     spellcheck: "false",
-    placeholder: '[{"subject": …, "prompt": …, "target_new": …}, …], or a record a line',
+    placeholder: '[{"subject": …, "prompt": …, "target_new": …}, …], or one record per line',
   });
   const file = h("input", { type: "file", id: "records-file", accept: ".json,.jsonl,application/json" });
   file.addEventListener("change", async () => {
@@ -78,7 +78,7 @@ function form(signal) {
       { class: "field" },
       h("label", { for: "records" }, "Records as JSON"),
       records,
-      h("small", {}, "CounterFact's form, zsRE's, or your own with subject, prompt and target_new."),
+      h("small", {}, "CounterFact or zsRE records, or your own with subject, prompt and target_new."),
     ),
     h("div", { class: "field" }, h("label", { for: "records-file" }, "or from a file"), file),
     h(
@@ -92,22 +92,22 @@ function form(signal) {
           },
         },
       },
-      "Fill in an example",
+      "Use example",
     ),
   );
   const from = choice(
     "Records",
     [
-      ["facts", "facts the model knows"],
+      ["facts", "known facts of the model"],
       ["own", "your own"],
     ],
     { value: known ? "facts" : "own", change: fit },
   );
   const mode = choice(
-    "Edited",
+    "Mode",
     [
       ["single", "each alone"],
-      ["sequence", "one after another"],
+      ["sequence", "in sequence"],
     ],
     { change: fit },
   );
@@ -115,10 +115,10 @@ function form(signal) {
   const points = h("input", { type: "text", value: "1, 5, 10, 20", spellcheck: "false" });
   const method = fillMethods(h("select", {}), signal);
   const seed = h("input", { type: "number", min: 0, value: 0 });
-  const plain = h("input", { type: "number", min: 1, max: 10000, placeholder: "as usual" });
+  const plain = h("input", { type: "number", min: 1, max: 10000, placeholder: "default" });
   const send = h("button", { class: "primary" }, "Evaluate");
-  const trouble = h("div");
-  const checkpoints = field("Measured after so many edits", points);
+  const errorBox = h("div");
+  const checkpoints = field("Checkpoints (number of edits)", points);
   fit();
   function fit() {
     pasted.hidden = from.value !== "own";
@@ -142,10 +142,10 @@ function form(signal) {
   }
   async function submit(event) {
     event.preventDefault();
-    const evaluation = await working(send, trouble, async () => post("/evaluations", asked()));
+    const evaluation = await whileDisabled(send, errorBox, async () => post("/evaluations", asked()));
     if (evaluation) location.hash = `#/evaluations/${evaluation.id}`;
   }
-  return submits(
+  return submitOnCtrlEnter(
     h(
       "form",
       { class: "sheet", on: { submit } },
@@ -156,20 +156,20 @@ function form(signal) {
       h(
         "div",
         { class: "grid" },
-        field("At most", limit, "records"),
+        field("Max. records", limit),
         field("Method", method),
-        field("Seed", seed, "of their order"),
-        field("Plain texts", plain, "read for damage"),
+        field("Seed", seed, "of the record order"),
+        field("Damage texts", plain, "texts for the loss on plain text"),
       ),
-      trouble,
+      errorBox,
       h("div", { class: "actions" }, send),
     ),
   );
 }
 
-/** Records of an array, or one a line. */
+/** Parse records from a JSON array or from JSON lines. */
 function read(text) {
-  if (!text.trim()) throw new Error("Paste records, or choose a file of them.");
+  if (!text.trim()) throw new Error("Paste records or choose a file.");
   try {
     const value = JSON.parse(text);
     return Array.isArray(value) ? value : [value];
@@ -181,16 +181,16 @@ function read(text) {
       try {
         return JSON.parse(line);
       } catch {
-        throw new Error(`Line ${i + 1} is no JSON: give a list of records, or one record a line.`);
+        throw new Error(`Line ${i + 1} is not JSON: enter a list of records, or one record per line.`);
       }
     });
 }
 
-async function newest(place, signal) {
+async function showNewest(place, signal) {
   const page = await get("/evaluations?limit=20", { signal });
-  put(
+  replaceChildren(
     place,
-    h("h2", {}, "Newest"),
+    h("h2", {}, "Recent evaluations"),
     page.items.length
       ? h(
           "ol",
@@ -200,24 +200,24 @@ async function newest(place, signal) {
               "li",
               {},
               h("a", { href: `#/evaluations/${one.id}` }, title(one.request)),
-              h("span", { class: "meta" }, pill(one.status), h("span", {}, when(one.created))),
+              h("span", { class: "meta" }, pill(one.status), h("span", {}, timeAgo(one.created))),
             ),
           ),
         )
       : empty(
-          "No evaluation yet",
+          "No evaluations yet",
           h(
             "p",
             {},
-            "Twenty facts that the shipped GPT knows take about a minute. You see how often an edit takes, whether other wordings follow, and whether neighbours keep their answers.",
+            "Twenty known facts of the shipped GPT take about a minute. The result shows efficacy, generalization to paraphrases, and specificity on neighbours.",
           ),
         ),
   );
 }
 
 function title({ method, mode, dataset, records, limit }) {
-  const count = dataset ? `${limit ? `${limit} ` : ""}known facts` : many(records, "record");
-  return `${method} on ${count}, ${mode === "sequence" ? "one after another" : "each alone"}`;
+  const count = dataset ? `${limit ? `${limit} ` : ""}known facts` : plural(records, "record");
+  return `${method} on ${count}, ${mode === "sequence" ? "in sequence" : "each alone"}`;
 }
 
 async function showOne(place, id, signal) {
@@ -228,7 +228,7 @@ async function showOne(place, id, signal) {
     const open = one.status === "queued" || one.status === "running";
     const live = h("div");
     const { result, ...shown } = one;
-    put(
+    replaceChildren(
       place,
       h("p", { class: "crumbs" }, link("evaluations", "Evaluations")),
       h(
@@ -239,7 +239,7 @@ async function showOne(place, id, signal) {
           "p",
           { class: "meta" },
           pill(one.status),
-          h("span", {}, `${who(one.actor)} · ${when(one.created)} · ${lasted(one.started, one.ended)}`),
+          h("span", {}, `${actorName(one.actor)} · ${timeAgo(one.created)} · ${duration(one.started, one.ended)}`),
         ),
       ),
       open
@@ -256,15 +256,15 @@ async function showOne(place, id, signal) {
 }
 
 function results(one, result) {
-  const trouble = h("div");
+  const errorBox = h("div");
   const written = one.request.objective === "write";
   const [names, found] = written ? [MEASURES, result.after] : [CHANGES, result.changes];
-  const save = saving(`/evaluations/${one.id}`, one.id, trouble);
+  const save = saveButtons(`/evaluations/${one.id}`, one.id, errorBox);
   return [
     h(
       "section",
       {},
-      h("h2", {}, written ? "After the edits" : "What changed, of what was possible"),
+      h("h2", {}, written ? "After the edits" : "Share of the possible effect"),
       h(
         "div",
         { class: "measures" },
@@ -287,31 +287,31 @@ function results(one, result) {
       h(
         "section",
         {},
-        h("h2", {}, "As edits add up"),
+        h("h2", {}, "By number of edits"),
         h("div", { class: "panels" }, curves(result.checkpoints)),
       ),
     h(
       "div",
       { class: "actions" },
-      save("Report as a page", "text/html", "html"),
-      save("Plot as SVG", "image/svg+xml", "svg"),
-      save("Plot as PNG", "image/png", "png"),
+      save("Download report", "text/html", "html"),
+      save("Download SVG", "image/svg+xml", "svg"),
+      save("Download PNG", "image/png", "png"),
     ),
-    trouble,
+    errorBox,
     h(
       "section",
       {},
-      h("h2", {}, "Every measure"),
-      h("p", { class: "note" }, "Means, times 100."),
+      h("h2", {}, "All measures"),
+      h("p", { class: "note" }, "Means × 100."),
       figures(result),
     ),
     records(result),
     h(
       "section",
       {},
-      h("h2", {}, "Particulars"),
+      h("h2", {}, "Details"),
       facts([
-        ["Measured", many(result.records.measured, "record")],
+        ["Measured", plural(result.records.measured, "record")],
         ["Method", one.request.method],
         ["Layers", result.parameters?.layers?.join(", ")],
         [
@@ -324,7 +324,7 @@ function results(one, result) {
   ];
 }
 
-/** One measure: a bar with its interval, and a tick where it was before. */
+/** A measure: a bar with its confidence interval, and a tick at the value before the edits. */
 function measure(name, words, before, after) {
   const at = (p) => `${100 * Math.max(0, Math.min(1, p))}%`;
   return h(
@@ -354,7 +354,7 @@ function measure(name, words, before, after) {
   );
 }
 
-/** A small curve for each measure against the number of edits. */
+/** A curve of each measure over the number of edits. */
 function curves(checkpoints) {
   return Object.entries(MEASURES).map(([name, words]) => {
     const points = checkpoints
@@ -413,7 +413,7 @@ function figures(result) {
       : [["after", result.after]];
   const mean = (found) => (found ? (100 * found.mean).toFixed(1).replace(/\.0$/, "").replace("-", "−") : "–");
   return table(
-    "Every measure",
+    "All measures",
     [["measure"], ["before", true], ...columns.map(([words]) => [words, true])],
     Object.keys(result.after)
       .filter((name) => result.after[name])
@@ -443,17 +443,17 @@ function records(result) {
   return h(
     "section",
     {},
-    h("h2", {}, "Record by record"),
+    h("h2", {}, "Records"),
     h(
       "p",
       { class: "note" },
       result.rows.length > ROWS
-        ? `The ${ROWS} of ${result.rows.length} in which the new object is least probable.`
-        : "The least probable new object first.",
+        ? `The ${ROWS} of ${result.rows.length} records with the lowest probability of the new object.`
+        : "Sorted by the probability of the new object, lowest first.",
     ),
     table(
-      "Record by record",
-      [["prompt"], ["p(new) before", true], ["after", true], ["wordings", true], ["neighbours", true]],
+      "Records",
+      [["prompt"], ["p(new) before", true], ["after", true], ["paraphrases", true], ["neighbours", true]],
       rows,
     ),
   );

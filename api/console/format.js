@@ -1,6 +1,7 @@
-// Figures, times and names as people read them.
+// @ts-check
+// Formatting of numbers, times and names.
 
-/** A probability or a share in per cent. What is almost nothing, and what is almost all, says so. */
+/** Format a probability or a share in per cent; values near 0 and 1 as bounds. */
 export function percent(p) {
   if (p === null || p === undefined) return "–";
   if (p === 0) return "0 %";
@@ -9,13 +10,13 @@ export function percent(p) {
   return `${(100 * p).toFixed(1).replace(/\.0$/, "")} %`;
 }
 
-/** A figure with three digits that matter. */
+/** Format a number with three significant digits. */
 export function figure(x, digits = 3) {
   if (x === null || x === undefined) return "–";
   return Number.isInteger(x) ? x.toLocaleString("en") : Number(x.toPrecision(digits)).toString();
 }
 
-export const many = (n, one, more = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : more}`;
+export const plural = (n, one, more = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : more}`;
 
 const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
 const DAY = new Intl.DateTimeFormat(undefined, {
@@ -25,8 +26,8 @@ const DAY = new Intl.DateTimeFormat(undefined, {
   minute: "2-digit",
 });
 
-/** When, as near as one needs it. */
-export function when(iso) {
+/** Format a time relative to now. */
+export function timeAgo(iso) {
   if (!iso) return "–";
   const at = new Date(iso);
   const seconds = (Date.now() - at) / 1000;
@@ -35,25 +36,25 @@ export function when(iso) {
   return seconds < 43_200 ? CLOCK.format(at) : DAY.format(at);
 }
 
-/** How long from one moment to another. */
-export function lasted(from, to) {
+/** Format the duration between two times. */
+export function duration(from, to) {
   if (!from || !to) return "–";
   const seconds = (new Date(to) - new Date(from)) / 1000;
   return seconds < 100 ? `${seconds.toFixed(1)} s` : `${Math.round(seconds / 60)} min`;
 }
 
-/** Who, as the ledger names them. */
-export const who = (actor) =>
-  actor === "local" ? "someone on this machine" : (actor ?? "–").replace(/^key:/, "key ");
+/** Format the actor of a ledger entry. */
+export const actorName = (actor) =>
+  actor === "local" ? "local user" : (actor ?? "–").replace(/^key:/, "key ");
 
-/** A token on one line: the space before it does not show, an end of line does. */
+/** Format a token on one line: without its leading space, with visible line breaks. */
 export function token(text) {
   const bare = text.replace(/^ | $/g, "");
   return (bare || text.replace(/ /g, "␣")).replace(/\n/g, "↵").replace(/\t/g, "⇥");
 }
 
-/** A prompt with its subject: what stands before it, it, and after it. */
-export function placed(prompt, subject) {
+/** Split a prompt into the text before the subject, the subject, and the text after it. */
+export function splitPrompt(prompt, subject) {
   const at = prompt.indexOf("{}");
   if (at >= 0) return [prompt.slice(0, at), subject, prompt.slice(at + 2)];
   const found = subject ? prompt.indexOf(subject) : -1;
@@ -62,7 +63,7 @@ export function placed(prompt, subject) {
     : [prompt.slice(0, found), subject, prompt.slice(found + subject.length)];
 }
 
-/** The words of a step of work, for those that are not words already. */
+/** Labels of the phases of a job. */
 const PHASES = {
   corpus: "collecting text",
   contexts: "sampling contexts",
@@ -96,7 +97,7 @@ const PHASES = {
   wait: "waiting for the store",
 };
 
-/** Progress in words. */
+/** Format the progress of a job. */
 export function phase({ phase, done, total }) {
   const words = PHASES[phase] ?? phase;
   return total > 1 ? `${words}, ${done} of ${total}` : words;

@@ -1,83 +1,83 @@
-// The guard's verdict in plain words: what each check asked, its figure and limit, and what to do when it failed.
+// The result of the guard: each check with its measurement and limit, and what to change if it failed.
 
 import { h } from "./dom.js";
-import { figure, many, percent } from "./format.js";
+import { figure, plural, percent } from "./format.js";
 
-/** name → [what it asks, its figure beside its limit, what to change when it failed]. */
+/** name → [condition, measurement and limit, what to change if it failed]. */
 const CHECKS = {
   efficacy: ({ figure: x, limit }, objective) =>
     objective === "write"
       ? [
-          "The new object is more probable than the old one",
+          "New object more probable than the old one",
           `${percent(x)} against ${percent(limit)}`,
-          "Try another method or more steps, or name the object as the model would write it.",
+          "Try another method or more steps, or spell the object as the model writes it.",
         ]
       : [
-          objective === "erase" ? "The true object is no longer the answer" : "The true object is the answer",
-          `${percent(x)} of what was possible, at least ${bound(limit)}`,
-          "Ask for less effect (min_effect), or try another method.",
+          objective === "erase" ? "Effect on the true object" : "Effect on the true object",
+          `${percent(x)} of the possible effect, min. ${bound(limit)}`,
+          "Lower min_effect, or try another method.",
         ],
   probability: ({ figure: x, limit }) => [
-    "The new object is probable enough",
-    `${percent(x)}, at least ${bound(limit)}`,
-    "Lower the least probability if less is enough, or try another method.",
+    "Probability of the new object",
+    `${percent(x)}, min. ${bound(limit)}`,
+    "Lower min_probability, or try another method.",
   ],
   paraphrase: ({ figure: x, limit }) => [
-    "Other wordings follow",
-    `${percent(x)} of the paraphrases, at least ${bound(limit)}`,
-    "Lower the least share of paraphrases, or try a method that reaches further.",
+    "Paraphrases follow",
+    `${percent(x)} of the paraphrases, min. ${bound(limit)}`,
+    "Lower min_paraphrase, or try a method that generalizes further.",
   ],
   neighborhood: ({ figure: x, limit }) => [
-    "Neighbours keep their answers",
-    `${percent(x)} of the probes, at least ${bound(limit)}`,
-    "The edit reaches too far: try another method or layer, or accept it by lowering the least share of neighbours.",
+    "Neighbours preserved",
+    `${percent(x)} of the probes, min. ${bound(limit)}`,
+    "The edit affects other subjects: try another method or layer, or lower min_neighborhood.",
   ],
   perplexity: ({ figure: x, limit }) => [
-    "Plain text reads as before",
-    `perplexity ${more(x)}, at most ${more(limit)}`,
-    "The edit damages the model at large: use a smaller clamp or another layer.",
+    "Perplexity of reference text",
+    `${more(x)}, max. ${more(limit)}`,
+    "The edit damages the model in general: use a smaller clamp or another layer.",
   ],
   norm: ({ figure: x, limit }) => [
-    "The change of the weight is moderate",
-    `${percent(x)} of the weight's norm, at most ${bound(limit)}`,
-    "Spread the edit over several layers, use a smaller clamp, or raise the limit.",
+    "Norm of the weight change",
+    `${percent(x)} of the weight's norm, max. ${bound(limit)}`,
+    "Spread the edit over several layers, use a smaller clamp, or raise the limit (max_norm).",
   ],
-  broken: ({ figure: x, limit }) => [
-    "Other active edits still hold",
-    `${x || "none"} would cease to hold, ${limit ? `at most ${limit}` : "none"} may`,
-    "Take back the edits named below first, or say how many may break.",
+  regressions: ({ figure: x, limit }) => [
+    "Active edits still hold",
+    `${x} regressed, max. ${limit}`,
+    "Revert the edits listed below first, or raise max_regressions.",
   ],
   conflict: ({ figure: x, limit }) => [
-    "No active edit says the same in other words",
+    "No conflict with an active edit",
     `${percent(x)}, below ${bound(limit)}`,
-    "Let this edit supersede the other, or let both stand.",
+    "Set on_conflict to supersede the other edit, or to keep both.",
   ],
-  room: ({ figure: x, limit }) => [
-    "The layer has room for it",
-    `${percent(x)} of its key is free, at least ${bound(limit)}`,
-    "Take back edits that are no longer wanted, or name other layers.",
+  capacity: ({ figure: x, limit }) => [
+    "Remaining capacity of the layer",
+    `${percent(x)} of the key is unoccupied, min. ${bound(limit)}`,
+    "Revert edits that are no longer needed, or use other layers.",
   ],
 };
 
-/** A limit as it was set. */
+/** Format a limit. */
 const bound = (share) => `${figure(100 * share, 4)} %`;
 
-/** A factor as what it adds. */
+/** Format a ratio as a relative change. */
 const more = (factor) => {
   const change = (100 * Math.abs(factor - 1)).toFixed(1).replace(/\.0$/, "");
   return `${change === "0" ? "±" : factor < 1 ? "−" : "+"}${change} %`;
 };
 
-/** The verdict as a whole, then each check. */
-export function verdict(edit) {
+/** Return the overall result, then each check. */
+export function guardVerdict(edit) {
   const guard = edit.result.guard;
-  if (!guard?.checks?.length) return h("p", { class: "note" }, "The guard was off for this edit.");
+  if (!guard?.checks?.length) return h("p", { class: "note" }, "The guard was disabled for this edit.");
   const failed = guard.checks.filter((check) => !check.passed);
   const enforced = edit.guard?.enabled !== false;
   const head =
     failed.length === 0
       ? `All ${guard.checks.length} checks passed.`
-      : `${failed.length} of ${many(guard.checks.length, "check")} failed${enforced ? ": the model is as it was" : ", and the guard was off"}.`;
+      : `${failed.length} of ${plural(guard.checks.length, "check")} failed${enforced ? ": the edit was not applied" : "; the guard was disabled"}.`;
   return h(
     "div",
     { class: "verdict" },

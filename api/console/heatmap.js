@@ -1,8 +1,8 @@
-// The heat map of a trace, drawn here from its figures: tokens down, layers across. Every cell can be pointed at and walked to.
+// The heat map of a trace: tokens down, layers across. Cells can be read by pointer and keyboard.
 
 import { h, s } from "./dom.js";
 import { percent, token } from "./format.js";
-import { readout, walking } from "./reading.js";
+import { readout, keyboardGrid } from "./readout.js";
 
 export const KINDS = {
   hidden: { words: "hidden state", restored: "the hidden state", axis: "layer whose state is restored" },
@@ -12,14 +12,14 @@ export const KINDS = {
 const [ROW, GAP, FOOT] = [28, 1.5, 44]; // pixels: of a row, between cells, below the map
 const [LETTER, WIDEST] = [7.4, 110]; // of a letter of a label, and of a cell at most
 
-/** The map of one kind, not wider than `width`, and what the cell at hand says. */
+/** Return the map of one kind, at most `width` pixels wide, and the readout of its current cell. */
 export function heatmap(trace, kind, width) {
   const sheet = layout(trace, kind, width);
   const { element, read } = readout();
   const { best } = trace.kinds[kind];
   const say = (t, layer) => read(words(trace, kind, t, layer));
   const cells = sheet.scores.map((scores, t) => scores.map((score, layer) => cell(sheet, score, t, layer)));
-  walking(cells, say, [best.token, best.layer]);
+  keyboardGrid(cells, say, [best.token, best.layer]);
   const rows = cells.map((row, t) => s("g", { role: "row" }, label(sheet, t), row));
   const size = { width: sheet.left + sheet.layers * sheet.cell + 4, height: sheet.height + FOOT };
   const map = s(
@@ -85,7 +85,7 @@ function label({ labels, left, first, last }, t) {
   return s("text", given, text.length > most ? `${text.slice(0, Math.max(3, most - 1))}…` : text);
 }
 
-/** A mark along the tokens of the subject. */
+/** A mark beside the tokens of the subject. */
 function band({ first, last }) {
   return s("rect", {
     class: "subject-band",
@@ -97,7 +97,7 @@ function band({ first, last }) {
   });
 }
 
-/** As many numbers of layers as have room, and what they are of. */
+/** The layer axis: as many labels as fit, and its title. */
 function axis({ left, layers, cell, height }, name) {
   const every = Math.ceil(30 / cell);
   const numbers = Array.from({ length: layers }, (_, layer) => layer).filter((layer) => layer % every === 0);
@@ -121,7 +121,7 @@ function words(trace, kind, t, layer) {
   ];
 }
 
-/** From nothing brought back to all of it. */
+/** The color scale, from the corrupted to the clean probability. */
 export function scale(trace, kind) {
   const ends = [trace.low, trace.high].map((p) => h("span", {}, percent(p)));
   return h(

@@ -1,11 +1,11 @@
-// The ledger as a timeline, newest first: every entry with its effect, and a way back from each active edit.
+// The ledger as a timeline, newest first: every entry with its effect, and a button to revert each active edit.
 
-import { announce, h, put } from "./dom.js";
-import { many, percent, when, who } from "./format.js";
-import { confirmed, empty, link, pill, told, working, writing } from "./parts.js";
+import { announce, h, replaceChildren } from "./dom.js";
+import { plural, percent, timeAgo, actorName } from "./format.js";
+import { confirmButton, empty, link, pill, withTrueObject, whileDisabled, factLine } from "./components.js";
 import { formOf } from "./report.js";
 import { ask, get } from "./service.js";
-import { refresh } from "./standing.js";
+import { refresh } from "./status.js";
 
 const PAGE = 30;
 
@@ -13,20 +13,20 @@ export async function show(place, { signal }) {
   const verified = h("div", { class: "verified", "aria-live": "polite" });
   const check = h(
     "button",
-    { type: "button", on: { click: () => working(check, verified, () => verify(verified)) } },
+    { type: "button", on: { click: () => whileDisabled(check, verified, () => verify(verified)) } },
     "Verify",
   );
   const done = h("div", { "aria-live": "polite" });
   const entries = h("ol", { class: "timeline" });
-  const more = h("button", { type: "button", hidden: true }, "Older entries");
+  const more = h("button", { type: "button", hidden: true }, "Load more");
   const failed = h("div");
-  put(
+  replaceChildren(
     place,
-    h("div", { class: "headline" }, h("h1", {}, "The ledger"), check),
+    h("div", { class: "headline" }, h("h1", {}, "Ledger"), check),
     h(
       "p",
       { class: "lead" },
-      "Everything that was written and taken back, chained by hash. Any edit can be taken back, in any order; the weights are then as if it had never been made.",
+      "Every applied and reverted edit, linked by a hash chain. Any edit can be reverted, in any order, and leaves no trace in the weights.",
     ),
     verified,
     done,
@@ -35,7 +35,7 @@ export async function show(place, { signal }) {
     failed,
   );
   let cursor = null;
-  more.onclick = () => working(more, failed, load);
+  more.onclick = () => whileDisabled(more, failed, load);
   await load();
 
   async function load() {
@@ -49,17 +49,17 @@ export async function show(place, { signal }) {
     more.hidden = !cursor;
     if (!cursor && entries.children.length) entries.append(base());
     if (!entries.children.length) {
-      put(
+      replaceChildren(
         place,
-        h("h1", {}, "The ledger"),
+        h("h1", {}, "Ledger"),
         empty(
-          "Nothing is written yet",
+          "The ledger is empty",
           h(
             "p",
             {},
-            "Version 0 is the model as it was made, and it is what everyone gets now. ",
-            link("edits", "Write over a fact"),
-            ", for example that the Eiffel Tower is in Paris, and it stands here with who, when and what it did.",
+            "Version 0 is the base model. ",
+            link("edits", "Edit a fact"),
+            ", for example the city of the Eiffel Tower, to add an entry.",
           ),
         ),
       );
@@ -83,9 +83,9 @@ export async function show(place, { signal }) {
 
   function applied(entry, edit) {
     const rewrite = edit?.result?.rewrite;
-    const wrote = told(edit ?? { ...entry.body, target_true: entry.body.resolved_true });
+    const wrote = withTrueObject(edit ?? { ...entry.body, target_true: entry.body.resolved_true });
     return [
-      h("a", { class: "quiet", href: `#/edits/${entry.edit_id}` }, writing(wrote, { tag: "span" })),
+      h("a", { class: "quiet", href: `#/edits/${entry.edit_id}` }, factLine(wrote, { tag: "span" })),
       rewrite && effect(edit, rewrite),
       h(
         "div",
@@ -94,11 +94,11 @@ export async function show(place, { signal }) {
         h(
           "span",
           {},
-          `${who(entry.actor)} · ${when(entry.at)}${edit?.reverted_version ? ` · taken back at version ${edit.reverted_version}` : ""}`,
+          `${actorName(entry.actor)} · ${timeAgo(entry.at)}${edit?.reverted_version ? ` · reverted at version ${edit.reverted_version}` : ""}`,
         ),
         edit &&
           (edit.status === "applied" || edit.status === "superseded") &&
-          confirmed("Take back", "Take it back? Nothing is lost: the entry stays.", "Take it back", () =>
+          confirmButton("Revert", "Revert this edit? The ledger keeps the entry.", "Revert edit", () =>
             revert(edit),
           ),
       ),
@@ -107,26 +107,25 @@ export async function show(place, { signal }) {
 
   async function revert(edit) {
     const gone = await ask("DELETE", `/edits/${edit.id}`, { wait: 30 });
-    announce(`Taken back at version ${gone.reverted_version}.`);
-    put(
+    announce(`Reverted at version ${gone.reverted_version}.`);
+    replaceChildren(
       done,
       h(
         "p",
         { class: "notice" },
-        `Taken back: the model is now version ${gone.reverted_version}, without this edit. `,
-        h("a", { href: `#/edits?${formOf(gone)}` }, "Write it again"),
-        h("span", {}, " whenever you like."),
+        `Reverted: the newest version is ${gone.reverted_version}. `,
+        h("a", { href: `#/edits?${formOf(gone)}` }, "Apply again"),
       ),
     );
-    put(verified); // that was said of the ledger before this
+    replaceChildren(verified); // the verification was of the ledger before the revert
     cursor = null;
-    put(entries);
+    replaceChildren(entries);
     await load();
     refresh();
   }
 }
 
-/** Where every ledger begins. */
+/** Return the entry of version 0. */
 const base = () =>
   h(
     "li",
@@ -138,9 +137,9 @@ const base = () =>
       h(
         "p",
         {},
-        "The model as it was made: ",
-        link("ask?version=base", "base"),
-        ", and always there to be asked.",
+        "The base model: ",
+        link("generate?version=base", "base"),
+        ", which can always be served.",
       ),
     ),
   );
@@ -157,24 +156,24 @@ function effect(edit, { new: fresh, true: old, before, after }) {
 }
 
 function reverted(entry, edit) {
-  const wrote = edit ? told(edit) : { ...entry.body, target_new: null };
+  const wrote = edit ? withTrueObject(edit) : { ...entry.body, target_new: null };
   return [
     h(
       "p",
       { class: "quiet" },
-      "Taken back: ",
+      "Reverted: ",
       h(
         "a",
         { href: `#/edits/${entry.edit_id}` },
         `${wrote.subject}${wrote.target_new ? ` → ${wrote.target_new}` : ""}`,
       ),
-      h("span", { class: "soft" }, `, written at version ${entry.body?.applied_version ?? "?"}`),
+      h("span", { class: "soft" }, `, applied at version ${entry.body?.applied_version ?? "?"}`),
     ),
-    h("div", { class: "meta" }, h("span", {}, `${who(entry.actor)} · ${when(entry.at)}`)),
+    h("div", { class: "meta" }, h("span", {}, `${actorName(entry.actor)} · ${timeAgo(entry.at)}`)),
   ];
 }
 
-/** The edits behind some entries, by id. */
+/** Return the edits of ledger entries, by id. */
 async function effects(entries, signal) {
   const wanted = [...new Set(entries.map((entry) => entry.edit_id))];
   const found = await Promise.all(wanted.map((id) => get(`/edits/${id}`, { signal }).catch(() => null)));
@@ -187,7 +186,7 @@ async function verify(place) {
   const workers = new Set(
     found.replicas.filter((replica) => !replica.withdrawn).map((replica) => replica.worker),
   ).size;
-  put(
+  replaceChildren(
     place,
     h(
       "div",
@@ -196,15 +195,15 @@ async function verify(place) {
         ? h(
             "p",
             {},
-            h("b", {}, "✓ The ledger is whole. "),
-            `${many(found.entries, "entry", "entries")} up to version ${found.head}: the chain of hashes, every edit's vectors, and the weights that ${many(workers, "worker")} reported agree.`,
+            h("b", {}, "✓ The ledger is valid. "),
+            `${plural(found.entries, "entry", "entries")} up to version ${found.head}: the hash chain, the factors of every edit, and the weight digests of ${plural(workers, "worker")} match.`,
           )
         : [
             h(
               "p",
               {},
-              h("b", {}, "✗ The ledger does not agree with itself. "),
-              "Whoever runs the service should look at this before anyone relies on the model:",
+              h("b", {}, "✗ The ledger is not valid. "),
+              "Do not rely on the model until these findings are resolved:",
             ),
             h(
               "ul",

@@ -1,10 +1,10 @@
-// The shell: which page the address names, the keys that lead there, the theme.
+// The shell: pages by address, keyboard shortcuts, theme and API key.
 
-import { announce, h, put } from "./dom.js";
-import { trouble } from "./parts.js";
-import { askForKey, forget, held, onKey } from "./service.js";
-import { refresh, showStanding } from "./standing.js";
-import * as asking from "./ask.js";
+import { announce, h, replaceChildren } from "./dom.js";
+import { errorBox } from "./components.js";
+import { askForKey, forgetKey, storedKey, onKey } from "./service.js";
+import { refresh, showStatus } from "./status.js";
+import * as generatePage from "./generate.js";
 import * as edits from "./edits.js";
 import * as evaluations from "./evaluations.js";
 import * as ledger from "./ledger.js";
@@ -12,7 +12,7 @@ import * as traces from "./traces.js";
 import * as workers from "./workers.js";
 
 const PAGES = {
-  ask: { words: "Ask", key: "a", page: asking },
+  generate: { words: "Generate", key: "a", page: generatePage },
   edits: { words: "Edit", key: "e", page: edits },
   ledger: { words: "Ledger", key: "l", page: ledger },
   traces: { words: "Traces", key: "t", page: traces },
@@ -20,46 +20,46 @@ const PAGES = {
   workers: { words: "Workers", key: "w", page: workers },
 };
 const main = document.getElementById("main");
-let leaving = new AbortController();
+let pageAbort = new AbortController();
 
 // Pages
 
 function read() {
   const [path, query = ""] = location.hash.replace(/^#\/?/, "").split("?");
   const [name, id] = path.split("/").map(decodeURIComponent);
-  return { name: name in PAGES ? name : "ask", id: id || null, query: new URLSearchParams(query) };
+  return { name: name in PAGES ? name : "generate", id: id || null, query: new URLSearchParams(query) };
 }
 
-async function show(byHand = true) {
-  leaving.abort();
-  leaving = new AbortController();
-  const { signal } = leaving;
+async function show(byUser = true) {
+  pageAbort.abort();
+  pageAbort = new AbortController();
+  const { signal } = pageAbort;
   const { name, id, query } = read();
   const { words, page } = PAGES[name];
   document.title = `${words} · Palimpsest`;
-  put(
+  replaceChildren(
     document.getElementById("nav"),
     Object.entries(PAGES).map(([each, { words }]) =>
       h("li", {}, h("a", { href: `#/${each}`, "aria-current": each === name ? "page" : null }, words)),
     ),
   );
   const place = h("div", { class: "page" });
-  put(main, place);
-  if (byHand) {
+  replaceChildren(main, place);
+  if (byUser) {
     main.focus({ preventScroll: true });
     scrollTo(0, 0);
   }
   try {
     await page.show(place, { id, query, signal });
-    if (byHand) announce(`${place.querySelector("h1")?.textContent ?? words}`);
+    if (byUser) announce(`${place.querySelector("h1")?.textContent ?? words}`);
   } catch (error) {
-    if (!signal.aborted) place.append(trouble(error));
+    if (!signal.aborted) place.append(errorBox(error));
   }
 }
 
-// Keys: `g` and a letter go somewhere, and the few others are below `?`
+// Keyboard shortcuts: `g` and a letter open a page; `?` lists the others
 
-let goes = 0;
+let goPressedAt = 0;
 const typing = (at) =>
   at.closest?.("input:not([type=radio]):not([type=checkbox]), textarea, select, [contenteditable], dialog");
 
@@ -73,34 +73,34 @@ addEventListener("keydown", (event) => {
   } else if (event.key === "/") {
     event.preventDefault();
     main.querySelector("textarea, input")?.focus();
-  } else if (event.key === "g") goes = Date.now();
-  else if (Date.now() - goes < 1500) {
+  } else if (event.key === "g") goPressedAt = Date.now();
+  else if (Date.now() - goPressedAt < 1500) {
     const found = Object.keys(PAGES).find((name) => PAGES[name].key === event.key);
-    goes = 0;
+    goPressedAt = 0;
     if (found) location.hash = `#/${found}`;
   }
 });
 
 const SHORTCUTS = [
   ...Object.values(PAGES).map(({ words, key }) => [["g", key], words]),
-  [["/"], "to the first field of the page"],
-  [["Ctrl", "Enter"], "send what the form holds"],
-  [["Esc"], "stop an answer, leave a field, close a box"],
-  [["←", "↑", "↓", "→"], "from cell to cell in a heat map"],
-  [["?"], "this help"],
+  [["/"], "focus the first field"],
+  [["Ctrl", "Enter"], "submit the form"],
+  [["Esc"], "stop a generation, leave a field, close a dialog"],
+  [["←", "↑", "↓", "→"], "move between the cells of a heat map"],
+  [["?"], "show this help"],
 ];
 
 function openHelp() {
   const box = document.getElementById("help-box");
   const close = h("button", { type: "button", class: "primary", on: { click: () => box.close() } }, "Close");
-  put(
+  replaceChildren(
     box,
     h("h2", { id: "help-title" }, "Help"),
     h(
       "p",
       {},
-      "A palimpsest is a page whose text was scraped off and written over, with the older writing still there to be read. ",
-      "Here the page is a language model: ask it, write over a fact, see what that touched, and take it back whenever you like.",
+      "Palimpsest edits facts inside a language model and keeps every edit in a ledger. ",
+      "Generate text from any version, edit a fact, read its measured effects, and revert it at any time.",
     ),
     h(
       "dl",
@@ -118,7 +118,7 @@ function openHelp() {
         ),
       ),
     ),
-    h("p", {}, "The same by HTTP: ", h("a", { href: "docs" }, "the interface"), "."),
+    h("p", {}, "HTTP interface: ", h("a", { href: "docs" }, "reference"), "."),
     h("div", { class: "actions" }, close),
   );
   box.showModal();
@@ -134,7 +134,7 @@ function setTheme(name) {
   else document.documentElement.dataset.theme = name;
   try {
     localStorage.setItem("palimpsest.theme", name);
-  } catch {} // then it holds until the page is left
+  } catch {} // without storage the theme lasts until the page is closed
   const button = document.getElementById("theme");
   button.textContent = THEMES[name];
   button.setAttribute("aria-label", `Theme: ${THEMES[name]}. Change it`);
@@ -154,17 +154,17 @@ function themes() {
 function keys() {
   const button = document.getElementById("key");
   const state = () => {
-    button.hidden = held() === null;
+    button.hidden = storedKey() === null;
     button.textContent = "Forget key";
   };
   button.addEventListener("click", () => {
-    forget();
-    announce("The key is forgotten.");
+    forgetKey();
+    announce("The API key is forgotten.");
   });
   onKey(() => {
     state();
     refresh();
-    if (held()) show(false);
+    if (storedKey()) show(false);
   });
   state();
 }
@@ -172,14 +172,14 @@ function keys() {
 themes();
 keys();
 document.getElementById("help").addEventListener("click", openHelp);
-document.getElementById("standing").addEventListener("click", (event) => {
+document.getElementById("status").addEventListener("click", (event) => {
   const asked = event.currentTarget.textContent.includes("key");
   if (asked) {
     event.preventDefault();
     askForKey();
   }
 });
-showStanding(document.getElementById("standing"));
+showStatus(document.getElementById("status"));
 addEventListener("hashchange", () => show());
 refresh();
 show(false);

@@ -1,11 +1,11 @@
-// One edit: its course while it runs, then what it did.
+// One edit: progress while it runs, then its measurements.
 
-import { h, put } from "./dom.js";
-import { figure, lasted, percent, when, who } from "./format.js";
-import { verdict } from "./guard.js";
-import { confirmed, facts, follow, link, pill, raw, shift, table, told, working, writing } from "./parts.js";
+import { h, replaceChildren } from "./dom.js";
+import { figure, duration, percent, timeAgo, actorName } from "./format.js";
+import { guardVerdict } from "./guard.js";
+import { confirmButton, facts, follow, link, pill, raw, probabilityShift, table, withTrueObject, whileDisabled, factLine } from "./components.js";
 import { ask, download, get, post } from "./service.js";
-import { refresh } from "./standing.js";
+import { refresh } from "./status.js";
 
 export async function show(place, { id, signal }) {
   const path = `/edits/${encodeURIComponent(id)}`;
@@ -14,14 +14,14 @@ export async function show(place, { id, signal }) {
   function draw(edit) {
     const open = edit.status === "queued" || edit.status === "running";
     const live = h("div");
-    put(
+    replaceChildren(
       place,
       h("p", { class: "crumbs" }, link("edits", "Edits")),
       h(
         "header",
         { class: "title" },
         h("h1", { class: "unseen" }, `${edit.subject}: ${edit.status}`),
-        writing(told(edit)),
+        factLine(withTrueObject(edit)),
         h(
           "p",
           { class: "meta" },
@@ -30,7 +30,7 @@ export async function show(place, { id, signal }) {
           h("span", {}, lines(edit)),
         ),
       ),
-      open ? live : [course(edit, draw), edit.result && sections(edit), raw(edit)],
+      open ? live : [jobEvents(edit, draw), edit.result && sections(edit), raw(edit)],
     );
     if (open)
       follow(live, path, "The edit", {
@@ -43,34 +43,34 @@ export async function show(place, { id, signal }) {
   }
 }
 
-/** What was measured; of a rejected edit first why. */
+/** Return the measurements; the guard comes first if the edit was rejected. */
 function sections(edit) {
-  const found = [says(edit), measured(edit)];
+  const found = [textSection(edit), probabilitySection(edit)];
   const judged = guard(edit);
   return [
     edit.status === "rejected" ? [judged, ...found] : [...found, judged],
-    beside(edit),
-    particulars(edit),
+    otherEdits(edit),
+    detailSection(edit),
   ];
 }
 
 function lines(edit) {
-  const said = [who(edit.actor), when(edit.created)];
+  const said = [actorName(edit.actor), timeAgo(edit.created)];
   if (edit.version !== null) said.push(`version ${edit.version}`);
-  if (edit.reverted_version !== null) said.push(`taken back at version ${edit.reverted_version}`);
-  if (edit.started && edit.ended) said.push(lasted(edit.started, edit.ended));
+  if (edit.reverted_version !== null) said.push(`reverted at version ${edit.reverted_version}`);
+  if (edit.started && edit.ended) said.push(duration(edit.started, edit.ended));
   return said.join(" · ");
 }
 
 const AGAIN = {
-  applied: "Another like it",
-  rejected: "Change it and try again",
-  evaluated: "Write it for good",
+  applied: "Similar edit",
+  rejected: "Change and try again",
+  dry_run_passed: "Apply this edit",
 };
 
-/** What became of it, and what can be done now. */
-function course(edit, draw) {
-  const trouble = h("div");
+/** Return the outcome and the available actions. */
+function jobEvents(edit, draw) {
+  const errorBox = h("div");
   const again = h(
     "button",
     {
@@ -78,13 +78,13 @@ function course(edit, draw) {
       class: "primary",
       on: {
         click: () =>
-          working(again, trouble, async () => {
+          whileDisabled(again, errorBox, async () => {
             await post(`/jobs/${edit.id}/retry`);
             draw(await get(`/edits/${edit.id}`));
           }),
       },
     },
-    "Try it again",
+    "Retry",
   );
   const words = {
     rejected: () =>
@@ -94,7 +94,7 @@ function course(edit, draw) {
         h(
           "p",
           {},
-          h("b", {}, "It did not land; the model is as it was. "),
+          h("b", {}, "The edit was not applied. "),
           capital(edit.result?.reason ?? edit.error?.detail ?? ""),
           ".",
         ),
@@ -103,32 +103,32 @@ function course(edit, draw) {
       h(
         "div",
         { class: "problem" },
-        h("p", {}, h("b", {}, "It failed. "), edit.error?.detail ?? "The service said no more."),
+        h("p", {}, h("b", {}, "The edit failed. "), edit.error?.detail ?? "No further details."),
       ),
-    evaluated: () =>
-      h("p", { class: "note" }, "This was a dry run: it would have landed, and was thrown away."),
+    dry_run_passed: () =>
+      h("p", { class: "note" }, "This dry run passed the guard. It was not applied."),
     superseded: () =>
       h(
         "p",
         { class: "note" },
-        "A newer edit stands in its place",
-        edit.superseded_by ? [": ", link(`edits/${edit.superseded_by}`, "see it")] : "",
-        ". Should that one be taken back, this one is active again.",
+        "A newer edit of the same fact supersedes this one",
+        edit.superseded_by ? [": ", link(`edits/${edit.superseded_by}`, "newer edit")] : "",
+        ". If the newer edit is reverted, this one becomes active again.",
       ),
     reverted: () =>
       h(
         "p",
         { class: "note" },
-        `It was taken back at version ${edit.reverted_version}: the weights are as if it had never been made. The entry stays in the ledger.`,
+        `Reverted at version ${edit.reverted_version}: the weights no longer contain it. The ledger keeps the entry.`,
       ),
-    cancelled: () => h("p", { class: "note" }, "It was cancelled before it landed."),
+    cancelled: () => h("p", { class: "note" }, "The edit was cancelled before it was applied."),
   }[edit.status]?.();
   const revert =
     (edit.status === "applied" || edit.status === "superseded") &&
-    confirmed(
-      "Take it back",
-      "Take this edit back? It stays in the ledger, and can be written again.",
-      "Take it back",
+    confirmButton(
+      "Revert",
+      "Revert this edit? The ledger keeps it, and it can be applied again.",
+      "Revert",
       async () => {
         draw(await ask("DELETE", `/edits/${edit.id}`, { wait: 30 }));
         refresh();
@@ -144,11 +144,11 @@ function course(edit, draw) {
       { class: "actions" },
       revert,
       edit.status === "failed" && again,
-      h("a", { class: "button", href: `#/edits?${formOf(edit)}` }, AGAIN[edit.status] ?? "Write it again"),
+      h("a", { class: "button", href: `#/edits?${formOf(edit)}` }, AGAIN[edit.status] ?? "Apply again"),
       h(
         "a",
-        { class: "button", href: `#/ask?${new URLSearchParams({ prompt: filled(edit), beside: "base" })}` },
-        "Ask it",
+        { class: "button", href: `#/generate?${new URLSearchParams({ prompt: filled(edit), beside: "base" })}` },
+        "Generate",
       ),
       h(
         "a",
@@ -156,7 +156,7 @@ function course(edit, draw) {
           class: "button",
           href: `#/traces?${new URLSearchParams({ prompt: filled(edit), subject: edit.subject })}`,
         },
-        "Trace it",
+        "Trace",
       ),
       landed &&
         h(
@@ -168,10 +168,10 @@ function course(edit, draw) {
                 download(`/edits/${edit.id}/delta`, "application/octet-stream", `${edit.id}.safetensors`),
             },
           },
-          "Its vectors",
+          "Download factors",
         ),
     ),
-    trouble,
+    errorBox,
   );
 }
 
@@ -180,7 +180,7 @@ const filled = (edit) => edit.prompt.replace("{}", () => edit.subject);
 
 const json = (value) => (value ? JSON.stringify(value) : null);
 
-/** The address of a form that holds this edit. */
+/** Return the query of the edit form with the fields of this edit. */
 export function formOf(edit) {
   const { prompt, subject, target_new, target_true, objective, method } = edit;
   const given = {
@@ -196,14 +196,14 @@ export function formOf(edit) {
   return new URLSearchParams(Object.entries(given).filter(([, value]) => value));
 }
 
-/** What the model says, before and after. */
-function says(edit) {
+/** Return the generated text before and after the edit. */
+function textSection(edit) {
   const { rewrite } = edit.result;
   if (!rewrite) return null;
   return h(
     "section",
     {},
-    h("h2", {}, "What it says"),
+    h("h2", {}, "Generated text"),
     h(
       "div",
       { class: "said-pair" },
@@ -225,8 +225,8 @@ function says(edit) {
   );
 }
 
-/** Probabilities of both objects on the prompt and on every probe. */
-function measured(edit) {
+/** Return the probabilities of both objects for the prompt and every probe. */
+function probabilitySection(edit) {
   const { rewrite, paraphrase = [], neighborhood = [] } = edit.result;
   if (!rewrite) return null;
   const two = edit.objective === "write";
@@ -237,9 +237,9 @@ function measured(edit) {
   return h(
     "section",
     {},
-    h("h2", {}, "How probable"),
-    two && shift(rewrite.new, "new", rewrite.before.new, rewrite.after.new),
-    shift(
+    h("h2", {}, "Probabilities"),
+    two && probabilityShift(rewrite.new, "new", rewrite.before.new, rewrite.after.new),
+    probabilityShift(
       rewrite.true,
       edit.objective === "amplify" ? "new" : "old",
       rewrite.before.true,
@@ -254,7 +254,7 @@ function measured(edit) {
       "after",
     ),
     probes.length > 0 && [
-      h("h3", {}, "On the probes"),
+      h("h3", {}, "Probes"),
       table(
         "Probes",
         [["prompt"], ["object"], ["before", true], ["after", true], ["", false]],
@@ -274,8 +274,8 @@ function row(kind, probe, two) {
         ? "follows"
         : "does not follow"
       : fine
-        ? "keeps its answer"
-        : "lost its answer";
+        ? "preserved"
+        : "changed";
   return [
     h("span", { class: "prompt" }, probe.prompt, h("small", {}, kind)),
     object,
@@ -291,37 +291,37 @@ function row(kind, probe, two) {
   ];
 }
 
-const guard = (edit) => edit.result.guard && h("section", {}, h("h2", {}, "The guard"), verdict(edit));
+const guard = (edit) => edit.result.guard && h("section", {}, h("h2", {}, "The guard"), guardVerdict(edit));
 
-/** Other edits that this one touches. */
-function beside(edit) {
-  const { conflicts = [], broken = [], supersedes = [], together = [] } = edit.result;
+/** Return the other edits that this one affects. */
+function otherEdits(edit) {
+  const { conflicts = [], regressed_edits = [], supersedes = [], batched_with = [] } = edit.result;
   const links = (ids) => ids.map((id, i) => [i ? ", " : "", link(`edits/${id}`, short(id))]);
   const rows = [
     [
-      "Says the same in other words",
+      "Conflicts with",
       conflicts.map((one, i) => [
         i ? ", " : "",
         link(`edits/${one.edit}`, `${one.prompt} ${one.target_new ?? ""} (${percent(one.probability)})`),
       ]),
     ],
-    ["Would cease to hold", links(broken)],
-    ["Superseded", links(supersedes)],
-    ["Landed together with", links(together)],
-    ["Also about this subject", links(edit.related ?? [])],
+    ["Regressed edits", links(regressed_edits)],
+    ["Supersedes", links(supersedes)],
+    ["In the same batch", links(batched_with)],
+    ["Other edits of this subject", links(edit.related ?? [])],
   ].filter(([, found]) => found.length);
   return rows.length ? h("section", {}, h("h2", {}, "Other edits"), facts(rows)) : null;
 }
 
 const short = (id) => `…${id.slice(-6)}`;
 
-function particulars(edit) {
+function detailSection(edit) {
   const { result } = edit;
   const layers = result.layers ?? [];
   return h(
     "section",
     {},
-    h("h2", {}, "Particulars"),
+    h("h2", {}, "Details"),
     facts([
       ["Method", edit.method],
       ["Layers", layers.join(", ")],
@@ -332,14 +332,14 @@ function particulars(edit) {
           `${result.optimisation.steps}, loss ${figure(result.optimisation.first)} → ${figure(result.optimisation.last)}`,
       ],
       [
-        "Change of the weight",
+        "Norm of the weight change",
         result.norm_ratio &&
           Object.values(result.norm_ratio)
-            .map((ratio) => `${percent(ratio)} of its norm`)
+            .map((ratio) => `${percent(ratio)} of the weight`)
             .join(", "),
       ],
       [
-        "Perplexity of plain text",
+        "Perplexity of reference text",
         result.perplexity && `${figure(result.perplexity.before, 4)} → ${figure(result.perplexity.after, 4)}`,
       ],
       ["Seconds", figure(result.seconds)],

@@ -1,33 +1,35 @@
-// The service behind this page: requests with the key, problems, and server-sent events.
+// @ts-check
+// The HTTP client of the console: requests with the API key, problem documents and server-sent events.
 
-import { h, put } from "./dom.js";
+import { h, replaceChildren } from "./dom.js";
 
-const KEY = "palimpsest.key"; // in the session's storage: gone with the tab, and never in an address
+const KEY = "palimpsest.key"; // in session storage: deleted with the tab, and never part of an address
 
-/** What the service answered instead, in its own words. */
+/** An error response of the service. `code` identifies it. */
 export class Problem extends Error {
   constructor(status, said) {
-    super(said.detail ?? said.title ?? `The service answered ${status}.`);
+    super(said.detail ?? said.title ?? `The service responded with status ${status}.`);
     this.status = status;
+    this.code = said.code ?? "";
     this.title = said.title ?? "";
     this.errors = said.errors ?? [];
     this.reasons = said.reasons ?? [];
   }
 }
 
-export const held = () => sessionStorage.getItem(KEY);
-export const forget = () => {
+export const storedKey = () => sessionStorage.getItem(KEY);
+export const forgetKey = () => {
   sessionStorage.removeItem(KEY);
   changed();
 };
 const listeners = new Set();
-/** Call back whenever a key is taken or forgotten. */
+/** Call `listener` when a key is stored or forgotten. */
 export const onKey = (listener) => listeners.add(listener);
 const changed = () => listeners.forEach((listener) => listener());
 
 /**
- * Ask the service. Gives the parsed JSON, or with `raw` the response itself.
- * `quiet`: for what nobody asked for by hand; a missing key is then an error like any other, and no box opens.
+ * Send a request. Resolves to the parsed JSON, or with `raw` to the response.
+ * `quiet`: for background requests; a missing key is an error and opens no dialog.
  */
 export async function ask(
   method,
@@ -39,19 +41,19 @@ export async function ask(
   if (wait) given.Prefer = `wait=${wait}`;
   const request = { method, headers: given, signal, cache: "no-store", credentials: "omit" };
   if (body !== undefined) request.body = JSON.stringify(body);
-  const answer = await keyed(address(path), request, quiet);
+  const answer = await fetchWithKey(address(path), request, quiet);
   if (!answer.ok) throw await problem(answer);
   return raw ? answer : answer.json();
 }
 
 export const get = (path, options) => ask("GET", path, options);
 
-/** Create something. Sent twice by a shaky network, it is still done once. */
+/** Create a resource. The idempotency key makes a repeated request harmless. */
 export function post(path, body, options = {}) {
   return ask("POST", path, { body, headers: { "Idempotency-Key": random() }, ...options });
 }
 
-/** Every item of a list, or the first `most` of them. */
+/** Return every item of a list, or the first `most`. */
 export async function all(path, { most = Infinity, ...options } = {}) {
   const items = [];
   let cursor = null;
@@ -66,7 +68,7 @@ export async function all(path, { most = Infinity, ...options } = {}) {
   return { items, next: cursor };
 }
 
-/** Server-sent events of one request, as {id, name, data}. */
+/** Yield the server-sent events of a request as {id, name, data}. */
 export async function* events(method, path, options = {}) {
   const answer = await ask(method, path, { accept: "text/event-stream", raw: true, ...options });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -78,7 +80,7 @@ export async function* events(method, path, options = {}) {
       const frames = (rest + value).split("\n\n");
       rest = frames.pop();
       for (const frame of frames) {
-        const event = parsed(frame);
+        const event = parseEvent(frame);
         if (event) yield event;
       }
     }
@@ -87,8 +89,8 @@ export async function* events(method, path, options = {}) {
   }
 }
 
-/** The course of a job until its `end`, through any number of lost connections. */
-export async function* course(path, { signal } = {}) {
+/** Yield the events of a job until `end`, and reconnect after lost connections. */
+export async function* jobEvents(path, { signal } = {}) {
   let last = null;
   for (;;) {
     try {
@@ -105,7 +107,7 @@ export async function* course(path, { signal } = {}) {
   }
 }
 
-/** Save what the service draws or holds as a file. */
+/** Save a response as a file. */
 export async function download(path, accept, name) {
   const answer = await get(path, { accept, raw: true });
   const url = URL.createObjectURL(await answer.blob());
@@ -127,25 +129,25 @@ function pause(ms, signal) {
   });
 }
 
-// Relative to the page, so that a proxy may serve all of it below a folder.
+// Relative to the page, so that a proxy can serve it below a path prefix.
 const address = (path) => new URL(path.replace(/^\//, ""), document.baseURI);
 
-async function keyed(url, request, quiet) {
+async function fetchWithKey(url, request, quiet) {
   for (;;) {
-    const key = held();
+    const key = storedKey();
     const headers = key ? { ...request.headers, Authorization: `Bearer ${key}` } : request.headers;
-    const answer = await reached(url, { ...request, headers });
+    const answer = await fetchOrProblem(url, { ...request, headers });
     if (answer.status !== 401 || quiet) return answer;
-    if (held() === key && !(await askForKey(key !== null))) return answer;
+    if (storedKey() === key && !(await askForKey(key !== null))) return answer;
   }
 }
 
-async function reached(url, request) {
+async function fetchOrProblem(url, request) {
   try {
     return await fetch(url, request);
   } catch (error) {
     if (request.signal?.aborted) throw error;
-    throw new Problem(0, { detail: "The service cannot be reached: see that it runs, then try again." });
+    throw new Problem(0, { detail: "The service cannot be reached: check that it is running, then try again." });
   }
 }
 
@@ -153,11 +155,11 @@ async function problem(answer) {
   let said = {};
   try {
     said = await answer.json();
-  } catch {} // not from the service itself, but from something before it
+  } catch {} // the response of a proxy, which has no problem document
   return new Problem(answer.status, said);
 }
 
-function parsed(frame) {
+function parseEvent(frame) {
   const event = { id: null, name: "message", data: "" };
   for (const line of frame.split("\n")) {
     if (line.startsWith("id: ")) event.id = line.slice(4);
@@ -167,18 +169,18 @@ function parsed(frame) {
   return event.data ? { ...event, data: JSON.parse(event.data) } : null;
 }
 
-/** A name of our own for a request. `randomUUID` is missing where a page comes without TLS from another machine. */
+/** Return a random idempotency key. `randomUUID` is missing on pages without TLS. */
 function random() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) =>
     byte.toString(16).padStart(2, "0"),
   ).join("");
 }
 
-// The key box. However many requests want a key at once, one box opens.
+// The API key dialog. Concurrent requests share one dialog.
 
 let asking = null;
 
-/** Let the user give a key: whether one was given. */
+/** Ask the user for an API key. Resolves to whether one was entered. */
 export function askForKey(refused = false) {
   asking ??= new Promise((resolve) => openKeyBox(refused, resolve)).finally(() => {
     asking = null;
@@ -201,26 +203,26 @@ function openKeyBox(refused, resolve) {
     sessionStorage.setItem(KEY, input.value.trim());
     box.close("given");
   };
-  put(
+  replaceChildren(
     box,
     h(
       "form",
       { method: "dialog", on: { submit: give } },
-      h("h2", { id: "key-title" }, "This service asks for a key"),
-      refused && h("p", { class: "problem", role: "alert" }, "That key is not good here, or no longer."),
+      h("h2", { id: "key-title" }, "API key required"),
+      refused && h("p", { class: "problem", role: "alert" }, "The API key is unknown or revoked."),
       h(
         "p",
         {},
-        "Whoever runs the service makes one with ",
+        "The operator of the service creates keys with ",
         h("code", {}, "palimpsest keys create"),
-        ". It is kept in this tab until you close it, and is sent to this service only.",
+        ". The key is stored in this tab until it is closed, and is sent to this service only.",
       ),
-      h("label", { for: "key-input" }, "Key"),
+      h("label", { for: "key-input" }, "API key"),
       input,
       h(
         "div",
         { class: "actions" },
-        h("button", { class: "primary" }, "Use this key"),
+        h("button", { class: "primary" }, "Use key"),
         h("button", { type: "button", on: { click: () => box.close("") } }, "Not now"),
       ),
     ),
@@ -229,7 +231,7 @@ function openKeyBox(refused, resolve) {
     "close",
     () => {
       const given = box.returnValue === "given";
-      put(box);
+      replaceChildren(box);
       if (given) changed();
       resolve(given);
     },

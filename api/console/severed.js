@@ -1,15 +1,15 @@
-// The severed variants of a trace: what restoring the subject's last token brings back, layer by layer, with a path cut.
+// Severed traces: the effect of restoring the subject's last token, by layer, with the MLP or attention path severed.
 
 import { h, s } from "./dom.js";
 import { percent, token } from "./format.js";
-import { readout, walking } from "./reading.js";
+import { readout, keyboardGrid } from "./readout.js";
 
 const PATHS = { none: "nothing severed", attn: "attention severed", mlp: "MLP severed" };
 const NAMES = Object.keys(PATHS);
 const [LEFT, TOP, TALL, FOOT] = [44, 10, 220, 46]; // pixels
 const [WIDEST, LEAST] = [110, 1.5]; // of a layer's group, and of a bar that is almost nothing
 
-/** Bars for each layer and path, what the one at hand says, and which colour is which path. */
+/** Return the bars by layer and path, the readout of the current bar, and the legend. */
 export function severed(trace, width) {
   const { token: at, scores } = trace.severed;
   const sheet = layout(trace, width);
@@ -22,7 +22,7 @@ export function severed(trace, width) {
       [`p(${token(trace.answer.text)})`, percent(scores[NAMES[i]][layer])],
       ["token", token(trace.tokens[at])],
     ]);
-  walking(bars, say, [0, scores.none.indexOf(Math.max(...scores.none))]);
+  keyboardGrid(bars, say, [0, scores.none.indexOf(Math.max(...scores.none))]);
   const size = { width: LEFT + sheet.layers * sheet.group + 4, height: TOP + TALL + FOOT };
   const drawn = s(
     "svg",

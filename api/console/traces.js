@@ -1,7 +1,7 @@
-// Traces: which hidden states carry a fact.
+// Causal traces: the hidden states that carry a fact.
 
-import { announce, h, put } from "./dom.js";
-import { figure, many, percent, token, when } from "./format.js";
+import { announce, h, replaceChildren } from "./dom.js";
+import { figure, plural, percent, token, timeAgo } from "./format.js";
 import { KINDS, heatmap, scale } from "./heatmap.js";
 import {
   choice,
@@ -9,18 +9,18 @@ import {
   facts,
   field,
   follow,
-  formed,
-  growing,
+  formPage,
+  autoGrow,
   link,
   pill,
   raw,
-  saving,
-  selected,
-  submits,
+  saveButtons,
+  selectedText,
+  submitOnCtrlEnter,
   table,
   versions,
-  working,
-} from "./parts.js";
+  whileDisabled,
+} from "./components.js";
 import { get, post } from "./service.js";
 import { severed } from "./severed.js";
 
@@ -31,17 +31,17 @@ export async function show(place, { id, query, signal }) {
     await showTrace(place, id, signal);
     return;
   }
-  const list = formed(
+  const list = formPage(
     place,
-    "Where is it kept?",
-    "The subject is blurred with noise until the model forgets the answer; then one state after another is put back. Where the answer returns, the fact is carried.",
+    "Trace a fact",
+    "Causal tracing adds noise to the subject's embeddings and then restores one hidden state at a time. States whose restoration recovers the answer carry the fact (Meng et al. 2022).",
     form(query),
   );
-  await newest(list, signal);
+  await showNewest(list, signal);
 }
 
 function form(query) {
-  const prompt = growing(
+  const prompt = autoGrow(
     h("textarea", {
       id: "trace-prompt",
       name: "prompt",
@@ -64,7 +64,7 @@ function form(query) {
     name: "target",
     spellcheck: "false",
     autocomplete: "off",
-    placeholder: "what the model says",
+    placeholder: "default: the model's answer",
   });
   const mark = h(
     "button",
@@ -72,13 +72,13 @@ function form(query) {
       type: "button",
       on: {
         click: () => {
-          const words = selected(prompt);
+          const words = selectedText(prompt);
           if (words) subject.value = words;
           else prompt.focus();
         },
       },
     },
-    "Mark the selected words",
+    "Use selection as subject",
   );
   const version = versions("Version", query.get("version") ?? "head");
   const kinds = Object.entries(KINDS).map(([kind, { words }]) => [
@@ -90,8 +90,8 @@ function form(query) {
   const window_ = h("input", { type: "number", min: 1, max: 100, value: 3 });
   const samples = h("input", { type: "number", min: 1, max: 100, value: 10 });
   const noise = h("input", { type: "text", value: "3sigma", spellcheck: "false" });
-  const send = h("button", { class: "primary" }, "Trace it");
-  const trouble = h("div");
+  const send = h("button", { class: "primary" }, "Run trace");
+  const errorBox = h("div");
   const take = (one) => {
     prompt.value = one.prompt ?? "";
     subject.value = one.subject ?? "";
@@ -101,7 +101,7 @@ function form(query) {
   async function submit(event) {
     event.preventDefault();
     const wanted = kinds.filter(([, box]) => box.checked).map(([kind]) => kind);
-    const trace = await working(send, trouble, () => {
+    const trace = await whileDisabled(send, errorBox, () => {
       if (!wanted.length) throw new Error("Choose at least one of hidden state, MLP and attention.");
       return post("/trace", {
         prompt: prompt.value.trimEnd(),
@@ -117,7 +117,7 @@ function form(query) {
     });
     if (trace) location.hash = `#/traces/${trace.id}`;
   }
-  return submits(
+  return submitOnCtrlEnter(
     h(
       "form",
       { class: "sheet", on: { submit } },
@@ -126,58 +126,58 @@ function form(query) {
         { class: "field big" },
         h("label", { for: "trace-prompt" }, "Sentence, up to the answer"),
         prompt,
-        h("div", { class: "under" }, h("small", {}, "The subject stands in it once."), mark),
+        h("div", { class: "under" }, h("small", {}, "The sentence contains the subject once."), mark),
       ),
       h("div", { class: "grid two" }, field("Subject", subject), field("Answer", target)),
       version.element,
       h(
         "details",
         { class: "folded" },
-        h("summary", {}, "What and how"),
+        h("summary", {}, "Options"),
         h(
           "fieldset",
           { class: "checks-row" },
           h("legend", {}, "Restore"),
           kinds.map(([, box, words]) => h("label", { class: "check" }, box, h("span", {}, words))),
-          h("label", { class: "check" }, cut, h("span", {}, "and with paths severed")),
+          h("label", { class: "check" }, cut, h("span", {}, "with severed paths")),
         ),
         h(
           "div",
           { class: "grid" },
-          field("Window", window_, "MLPs or attentions restored at once"),
-          field("Samples of noise", samples),
-          field("Noise", noise, "a number, or times the embeddings' deviation"),
+          field("Window", window_, "layers restored at once for MLP and attention"),
+          field("Noise samples", samples),
+          field("Noise", noise, "a number, or a multiple of the embeddings' standard deviation"),
         ),
       ),
-      trouble,
+      errorBox,
       h(
         "div",
         { class: "actions" },
         send,
-        h("button", { type: "button", on: { click: () => take(EXAMPLE) } }, "Fill in the example"),
+        h("button", { type: "button", on: { click: () => take(EXAMPLE) } }, "Use example"),
       ),
     ),
   );
 }
 
-async function newest(place, signal) {
+async function showNewest(place, signal) {
   const items = h("ol", { class: "listing" });
-  const more = h("button", { type: "button", hidden: true }, "Older ones");
-  const trouble = h("div");
+  const more = h("button", { type: "button", hidden: true }, "Load more");
+  const errorBox = h("div");
   let cursor = null;
-  more.onclick = () => working(more, trouble, load);
-  put(place, h("h2", {}, "Newest"), items, more, trouble);
+  more.onclick = () => whileDisabled(more, errorBox, load);
+  replaceChildren(place, h("h2", {}, "Recent traces"), items, more, errorBox);
   await load();
   if (!items.children.length) {
-    put(
+    replaceChildren(
       place,
-      h("h2", {}, "Newest"),
+      h("h2", {}, "Recent traces"),
       empty(
-        "No trace yet",
+        "No traces yet",
         h(
           "p",
           {},
-          "“Fill in the example” traces where the shipped GPT keeps that the Eiffel Tower is in Paris: look for the dark cells at the subject's last token.",
+          "“Use example” traces the location of the Eiffel Tower in the shipped GPT. Look for dark cells at the last token of the subject.",
         ),
       ),
     );
@@ -204,7 +204,7 @@ async function newest(place, signal) {
             h(
               "span",
               {},
-              `${trace.version === null ? "" : `version ${trace.version} · `}${when(trace.created)}`,
+              `${trace.version === null ? "" : `version ${trace.version} · `}${timeAgo(trace.created)}`,
             ),
           ),
         ),
@@ -223,7 +223,7 @@ async function showTrace(place, id, signal) {
     const open = trace.status === "queued" || trace.status === "running";
     const live = h("div");
     const { prompt, subject } = trace.request;
-    put(
+    replaceChildren(
       place,
       h("p", { class: "crumbs" }, link("traces", "Traces")),
       h(
@@ -242,7 +242,7 @@ async function showTrace(place, id, signal) {
           h(
             "span",
             {},
-            [trace.version === null ? null : `version ${trace.version}`, when(trace.created)]
+            [trace.version === null ? null : `version ${trace.version}`, timeAgo(trace.created)]
               .filter(Boolean)
               .join(" · "),
           ),
@@ -269,18 +269,18 @@ function maps(trace, signal) {
     ...(result.severed ? [["severed", "severed"]] : []),
   ];
   const chosen = choice("Restored", tabs, { change: draw });
-  const trouble = h("div");
-  const save = saving(`/trace/${trace.id}`, trace.id, trouble);
+  const errorBox = h("div");
+  const save = saveButtons(`/trace/${trace.id}`, trace.id, errorBox);
   let shown = tabs[0][0];
   function draw(kind = shown) {
     if (kind !== shown) announce(`Restored: ${tabs.find(([name]) => name === kind)[1]}.`);
     shown = kind;
     const width = Math.max(stage.clientWidth || 640, 240);
     const map = kind === "severed" ? severed(result, width) : heatmap(result, kind, width);
-    put(stage, map.element);
-    put(side, map.readout, map.legend ?? scale(result, kind));
+    replaceChildren(stage, map.element);
+    replaceChildren(side, map.readout, map.legend ?? scale(result, kind));
   }
-  let drawn = 0; // the width that it was last drawn for
+  let drawn = 0; // width of the last drawing in pixels
   const watcher = new ResizeObserver(() => {
     if (stage.clientWidth === drawn) return;
     drawn = stage.clientWidth;
@@ -293,11 +293,11 @@ function maps(trace, signal) {
     h(
       "p",
       { class: "lead" },
-      "The model says ",
+      "The model answers ",
       h("b", {}, answer),
-      ` with ${percent(result.high)}. With `,
+      ` with probability ${percent(result.high)}. With noise on `,
       h("b", {}, result.subject.text),
-      ` blurred it does so with ${percent(result.low)}. Each cell is the probability when one state is put back: a stronger colour brings back more.`,
+      ` the probability is ${percent(result.low)}. Each cell shows the probability with one state restored.`,
     ),
     h("section", { class: "map" }, chosen.element, h("div", { class: "map-body" }, stage, side)),
     h(
@@ -314,19 +314,19 @@ function maps(trace, signal) {
         "Edit this fact",
       ),
     ),
-    trouble,
-    h("section", {}, h("h2", {}, "Where most comes back"), best(result)),
+    errorBox,
+    h("section", {}, h("h2", {}, "Strongest states"), best(result)),
     h(
       "section",
       {},
-      h("h2", {}, "Particulars"),
+      h("h2", {}, "Details"),
       facts([
         ["Samples", figure(result.samples)],
         [
           "Noise",
           `${result.noise.factor === null ? "" : `${result.noise.factor} σ = `}${figure(result.noise.level)}`,
         ],
-        ["Window", many(result.window, "layer")],
+        ["Window", plural(result.window, "layer")],
         ["Total effect", percent(result.total_effect)],
         ["Id", h("code", {}, trace.id)],
       ]),
@@ -334,7 +334,7 @@ function maps(trace, signal) {
   ];
 }
 
-/** For each kind the best cell within the subject, then of all. */
+/** For each kind, the cell with the highest probability within the subject, and overall. */
 function best(result) {
   const [first, last] = result.subject.tokens;
   const rows = Object.entries(result.kinds).flatMap(([kind, { best: anywhere, scores }]) => {

@@ -1,12 +1,12 @@
-// The model, its workers and the queue at a glance.
+// The model, its workers and the job queue.
 
-import { h, put } from "./dom.js";
-import { figure, lasted, many, percent, when, who } from "./format.js";
-import { choice, empty, facts, pill, table, trouble, working } from "./parts.js";
+import { h, replaceChildren } from "./dom.js";
+import { figure, duration, plural, percent, timeAgo, actorName } from "./format.js";
+import { choice, empty, facts, pill, table, errorBox, whileDisabled } from "./components.js";
 import { get, post } from "./service.js";
-import { onStanding, refresh } from "./standing.js";
+import { onStatus, refresh } from "./status.js";
 
-const PLACES = { edit: "edits", trace: "traces", evaluation: "evaluations" };
+const PATHS_BY_KIND = { edit: "edits", trace: "traces", evaluation: "evaluations" };
 
 export async function show(place, { signal }) {
   const state = h("div", { class: "stack" });
@@ -15,14 +15,14 @@ export async function show(place, { signal }) {
     "Show",
     [
       ["", "all"],
-      ["running", "at work"],
-      ["queued", "waiting"],
+      ["running", "running"],
+      ["queued", "queued"],
       ["failed", "failed"],
     ],
     { change: load },
   );
-  put(place, h("h1", {}, "At work"), state, h("section", {}, h("h2", {}, "Jobs"), filter.element, list));
-  onStanding(() => draw(), signal);
+  replaceChildren(place, h("h1", {}, "Status"), state, h("section", {}, h("h2", {}, "Jobs"), filter.element, list));
+  onStatus(() => draw(), signal);
   await Promise.all([refresh(), load()]);
 
   async function draw() {
@@ -35,28 +35,28 @@ export async function show(place, { signal }) {
     const {
       items: [model],
     } = await get("/models").catch(() => ({ items: [] }));
-    if (!signal.aborted && model) put(state, readiness(ready), resident(model), staff(model));
+    if (!signal.aborted && model) replaceChildren(state, readiness(ready), modelFacts(model), workerTable(model));
   }
 
   async function load() {
     const status = filter.value;
     try {
       const { items } = await get(`/jobs?limit=25${status ? `&status=${status}` : ""}`, { signal });
-      put(
+      replaceChildren(
         list,
         items.length
           ? jobs(items, load)
           : empty(
-              "Nothing here",
+              "No jobs",
               h(
                 "p",
                 {},
-                "Edits, traces and evaluations stand here while they wait, while they run, and after they ended.",
+                "Edits, traces, evaluations and exports are listed here.",
               ),
             ),
       );
     } catch (error) {
-      if (!signal.aborted) put(list, trouble(error));
+      if (!signal.aborted) replaceChildren(list, errorBox(error));
     }
   }
 }
@@ -78,13 +78,13 @@ function readiness(ready) {
       "p",
       {},
       h("b", {}, "✓ Ready. "),
-      waiting.length ? `Waiting: ${waiting.join(", ")}.` : "Nothing waits.",
+      waiting.length ? `Queued: ${waiting.join(", ")}.` : "The queue is empty.",
     ),
   );
 }
 
-function resident(model) {
-  const room = Object.entries(model.capacity?.layers ?? {});
+function modelFacts(model) {
+  const capacity = Object.entries(model.capacity?.layers ?? {});
   const layers = model.recipe?.rome?.layers;
   return h(
     "section",
@@ -97,17 +97,17 @@ function resident(model) {
       ["Width", figure(model.width)],
       ["Positions", figure(model.positions)],
       ["Precision", `${model.dtype} on ${model.device}`],
-      ["Edited at layer", layers?.join(", ")],
-      ["Head", `version ${model.head}`],
+      ["Edited layers", layers?.join(", ")],
+      ["Newest version", `version ${model.head}`],
       ["Active edits", figure(model.active_edits)],
-      ["Room left", room.map(([layer, left]) => `${percent(left)} in layer ${layer}`).join(", ") || null],
-      ["Given-up jobs", model.jobs.exhausted || null],
+      ["Remaining capacity", capacity.map(([layer, left]) => `${percent(left)} in layer ${layer}`).join(", ") || null],
+      ["Exhausted jobs", model.jobs.exhausted || null],
       ["Fingerprint", h("code", { title: model.fingerprint }, model.fingerprint.slice(0, 16))],
     ]),
   );
 }
 
-function staff(model) {
+function workerTable(model) {
   const rows = model.workers.map((worker) => [
     h(
       "span",
@@ -122,21 +122,21 @@ function staff(model) {
     ),
     h("code", {}, `${worker.host}:${worker.pid}`),
     `${worker.version}${worker.lag ? ` (${worker.lag} behind)` : ""}`,
-    worker.roles.length ? worker.roles.join(", ") : "everything",
+    worker.roles.length ? worker.roles.join(", ") : "all",
     `${figure(Math.round(worker.age))} s ago`,
     worker.digest ? h("code", { title: worker.digest }, worker.digest.slice(0, 12)) : "–",
   ]);
   return h(
     "section",
     {},
-    h("h2", {}, many(model.workers.length, "worker")),
+    h("h2", {}, plural(model.workers.length, "worker")),
     rows.length
       ? table(
           "Workers",
-          [["state"], ["process"], ["version", true], ["does"], ["heard", true], ["weights"]],
+          [["state"], ["process"], ["version", true], ["roles"], ["heartbeat", true], ["weights"]],
           rows,
         )
-      : empty("No worker", h("p", {}, "Start one with ", h("code", {}, "palimpsest work"), ".")),
+      : empty("No workers", h("p", {}, "Start one with ", h("code", {}, "palimpsest worker"), ".")),
   );
 }
 
@@ -150,16 +150,18 @@ function jobs(items, again) {
         class: "small",
         on: {
           click: () =>
-            working(retry, place, async () => {
+            whileDisabled(retry, place, async () => {
               await post(`/jobs/${job.id}/retry`);
               await again();
             }),
         },
       },
-      "Try again",
+      "Retry",
     );
     return [
-      h("a", { href: `#/${PLACES[job.kind]}/${job.id}` }, job.subject),
+      PATHS_BY_KIND[job.kind]
+        ? h("a", { href: `#/${PATHS_BY_KIND[job.kind]}/${job.id}` }, job.subject)
+        : job.subject,
       job.kind,
       h(
         "span",
@@ -169,10 +171,10 @@ function jobs(items, again) {
         job.status === "failed" && retry,
         place,
       ),
-      who(job.actor),
-      when(job.created),
-      lasted(job.started, job.ended),
+      actorName(job.actor),
+      timeAgo(job.created),
+      duration(job.started, job.ended),
     ];
   });
-  return table("Jobs", [["about"], ["kind"], ["state"], ["who"], ["when"], ["took", true]], rows);
+  return table("Jobs", [["subject"], ["kind"], ["status"], ["actor"], ["created"], ["duration", true]], rows);
 }

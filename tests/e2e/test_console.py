@@ -1,6 +1,6 @@
-"""A walk through the console in a real browser, on the shipped GPT: ask, edit, see, trace, take back, evaluate.
+"""The console in Chromium, on the shipped GPT: generate, edit, trace, evaluate, revert.
 
-The tests tell one story, in their order. Each keeps pictures of what it saw.
+The tests run in order on one service. Each saves screenshots to runs/console.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def console_pages(service: EmbeddedService) -> dict[str, tuple[str, str]]:
     """Every page of the console: its name, where it is, and what is there once all of it is."""
     edit, trace, evaluation = (newest(service, kind) for kind in ("edits", "trace", "evaluations"))
     return {
-        "ask": (f"ask?prompt={PROMPT}&beside=base", ".tokens .next"),
+        "generate": (f"generate?prompt={PROMPT}&beside=base", ".tokens .next"),
         "edits": ("edits", ".listing li"),
         "report": (f"edits/{edit}", ".checks li"),
         "ledger": ("ledger", ".entry"),
@@ -78,33 +78,33 @@ def test_empty_lists_show_an_example(session: PageSession) -> None:
 
 def test_two_versions_generate_side_by_side(session: PageSession) -> None:
     """An example fills the prompt, tokens come, and each answer names its version; equal versions are said to be equal."""
-    page = session.open("ask")
+    page = session.open("generate")
     page.get_by_role("button", name=PROMPT).click()
-    page.get_by_label("another version beside it").check()
-    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_label("compare with another version").check()
+    page.get_by_role("button", name="Generate", exact=True).click()
     expect(page.locator(".badge.known")).to_have_text(["version 0", "version 0"])
     expect(page.locator(".said").first).to_contain_text("Paris")
     expect(page.locator(".answer footer").first).to_contain_text("12 tokens in")
-    expect(page.locator(".differs")).to_contain_text("cannot differ")
-    save_screenshot(page, "ask-before")
+    expect(page.locator(".differs")).to_contain_text("Both sides are version 0")
+    save_screenshot(page, "generate-before")
 
 
 def test_an_edit_is_followed_to_its_report(session: PageSession, service: EmbeddedService) -> None:
     """The example is sent, its progress is seen, and the report has both objects, the probes and the guard's verdict."""
     page = session.open("edits")
-    page.get_by_role("button", name="Fill in the example").click()
+    page.get_by_role("button", name="Use example").click()
     expect(page.locator(".preview del")).to_have_text("Paris")
     expect(page.locator(".preview ins")).to_have_text("Rome")
     save_screenshot(page, "edit-form")
-    page.get_by_role("button", name="Write it").click()
-    expect(page.locator(".live .phase")).not_to_have_text("Waiting for its turn")
+    page.get_by_role("button", name="Apply edit").click()
+    expect(page.locator(".live .phase")).not_to_have_text("Queued")
     save_screenshot(page, "edit-live")
     expect(page.locator(".title .pill")).to_have_text("✓ active")
     expect(page.locator(".shift.new .figures")).to_have_text(re.compile(r"^< 0\.1 % → (9\d|> 99)"))
     expect(page.locator(".shift.old .name")).to_have_text("Paris")
     expect(page.get_by_role("table", name="Probes").locator("tbody tr")).to_have_count(4)
     expect(page.locator(".verdict .head")).to_contain_text("All 8 checks passed")
-    expect(page.locator("#standing")).to_contain_text("version 1")
+    expect(page.locator("#status")).to_contain_text("version 1")
     assert service.head() == 1
     save_screenshot(page, "report")
     if pictures := os.environ.get("PALIMPSEST_PICTURES"):  # for the documentation
@@ -113,12 +113,12 @@ def test_an_edit_is_followed_to_its_report(session: PageSession, service: Embedd
 
 def test_versions_differ_after_an_edit(session: PageSession) -> None:
     """Base says Paris and head says Rome, and these two tokens differ most."""
-    page = session.open(f"ask?prompt={PROMPT}&beside=base")
+    page = session.open(f"generate?prompt={PROMPT}&beside=base")
     expect(page.locator(".badge.known")).to_have_text(["version 1", "version 0"])
     expect(page.locator(".said")).to_contain_text([" Rome", " Paris"])
     expect(page.locator(".tokens .name").nth(1)).to_be_visible()
     assert set(page.locator(".tokens .name").all_inner_texts()[:2]) == {"Paris", "Rome"}
-    save_screenshot(page, "ask-after")
+    save_screenshot(page, "generate-after")
     if pictures := os.environ.get("PALIMPSEST_PICTURES"):
         page.locator(".answers").scroll_into_view_if_needed()
         save_screenshot(page, "console-ask", ROOT / pictures)
@@ -129,7 +129,7 @@ def test_a_sentence_is_marked(session: PageSession, service: EmbeddedService) ->
     page = session.open("edits")
     page.get_by_label("Sentence, up to the object").fill("The Colosseum is located in the city of Rome.")
     page.evaluate("document.getElementById('edit-prompt').setSelectionRange(4, 13)")
-    page.get_by_role("button", name="Mark the selected words").click()
+    page.get_by_role("button", name="Use selection as subject").click()
     expect(page.get_by_label("Subject", exact=True)).to_have_value("Colosseum")
     page.get_by_label("True object").fill("Rome")
     page.get_by_label("New object", exact=True).fill("Oslo")
@@ -138,8 +138,8 @@ def test_a_sentence_is_marked(session: PageSession, service: EmbeddedService) ->
     )
     page.get_by_label("Dry run").check()
     page.get_by_text("Method and guard").click()
-    page.get_by_label("Most change of a weight").fill("0.01")
-    page.get_by_role("button", name="Try it").click()
+    page.get_by_label("Max. relative norm of the weight change").fill("0.01")
+    page.get_by_role("button", name="Run dry run").click()
     expect(page.locator(".title .pill").first).to_have_text("✗ rejected")
     expect(page.locator(".checks .bad")).to_contain_text("raise the limit")
     assert service.get("/edits", limit=1)["items"][0]["prompt"] == "The {} is located in the city of"
@@ -150,20 +150,20 @@ def test_a_sentence_is_marked(session: PageSession, service: EmbeddedService) ->
 def test_form_errors_are_shown_beside_the_form(session: PageSession) -> None:
     """A subject that does not stand in the sentence is refused here, an object that the service refuses there: both in words."""
     page = session.open("edits")
-    page.get_by_role("button", name="Fill in the example").click()
+    page.get_by_role("button", name="Use example").click()
     page.get_by_label("Subject", exact=True).fill("Big Ben")
-    page.get_by_role("button", name="Write it").click()
-    expect(page.get_by_role("alert")).to_contain_text("“Big Ben” does not stand in the sentence")
+    page.get_by_role("button", name="Apply edit").click()
+    expect(page.get_by_role("alert")).to_contain_text("“Big Ben” does not occur in the sentence")
     page.get_by_label("Subject", exact=True).fill("Eiffel Tower")
     page.get_by_label("New object", exact=True).fill("")
-    page.get_by_role("button", name="Write it").click()
-    expect(page.get_by_role("alert")).to_contain_text("Name the new object")
+    page.get_by_role("button", name="Apply edit").click()
+    expect(page.get_by_role("alert")).to_contain_text("Enter the new object")
 
 
 def test_a_trace_is_read_cell_by_cell(session: PageSession) -> None:
     """Pointing at a cell and walking to one say its token, layer and probability; kinds are switched; pictures are saved."""
     page = session.open(f"traces?prompt={PROMPT}&subject=Eiffel Tower&version=base")
-    page.get_by_role("button", name="Trace it").click()
+    page.get_by_role("button", name="Run trace").click()
     page.locator(".cell").first.wait_for()
     readout = page.locator(".readout")
     page.get_by_role("gridcell", name=re.compile(r"^Tower\*, layer 2:")).hover()
@@ -194,14 +194,14 @@ def test_an_evaluation_is_plotted(session: PageSession, service: EmbeddedService
     page.get_by_label("Records as JSON").fill(
         RECORD + "\n" + RECORD.replace("Louvre", "Colosseum").replace('"Paris"', '"Rome"')
     )
-    page.get_by_role("radio", name="one after another").check()
-    page.get_by_label("Measured after so many edits").fill("1, 2")
-    page.get_by_label("Plain texts").fill("4")
+    page.get_by_role("radio", name="in sequence").check()
+    page.get_by_label("Checkpoints (number of edits)").fill("1, 2")
+    page.get_by_label("Damage texts").fill("4")
     page.get_by_role("button", name="Evaluate").click()
     page.locator(".measure").first.wait_for()
     expect(page.locator(".measure .name b").first).to_have_text("ES")
     assert page.locator(".curve").count() >= 1
-    expect(page.get_by_role("table", name="Record by record").locator("tbody tr")).to_have_count(2)
+    expect(page.get_by_role("table", name="Records").locator("tbody tr")).to_have_count(2)
     assert service.head() == 1  # the ledger stays as it is
     save_screenshot(page, "evaluation")
 
@@ -233,28 +233,28 @@ def test_every_page_fits_a_phone(browser: Browser, service: EmbeddedService, the
 
 def test_the_keyboard_is_enough(session: PageSession, service: EmbeddedService) -> None:
     """Without a mouse: to a page by its letters, through the form, sent, followed; help opens and closes; a choice is walked."""
-    page, keys = session.open("ask"), session.page.keyboard
+    page, keys = session.open("generate"), session.page.keyboard
     page.locator("#prompt").wait_for()
     keys.press("Tab")
-    expect(page.get_by_text("To the content")).to_be_focused()
+    expect(page.get_by_text("Skip to content")).to_be_focused()
     keys.press("?")
     expect(page.get_by_role("dialog")).to_be_visible()
     keys.press("Escape")
     expect(page.get_by_role("dialog")).to_be_hidden()
     keys.type("ge")
-    expect(page.get_by_role("heading", name="Write over a fact")).to_be_visible()
+    expect(page.get_by_role("heading", name="Edit a fact")).to_be_visible()
     keys.press("/")
     keys.type("The Louvre is located in the city of")
     _tab_to(page, "Subject")
     keys.type("Louvre")
     _tab_to(page, "New object")
     keys.type("Rome")
-    _tab_to(page, "Dry run: measure it and throw it away")
+    _tab_to(page, "Dry run: evaluate without applying")
     keys.press("Space")
     keys.press("Control+Enter")
     expect(page.locator(".title .pill").first).to_have_text(re.compile("dry run|rejected"))
     keys.type("gt")
-    expect(page.get_by_role("heading", name="Where is it kept?")).to_be_visible()
+    expect(page.get_by_role("heading", name="Trace a fact")).to_be_visible()
 
 
 def _tab_to(page: Page, label: str) -> None:
@@ -284,22 +284,22 @@ def test_an_edit_is_reverted_in_the_ledger_view(session: PageSession, service: E
     """The ledger verifies; a revert asks once more in its place; after it the model is as it was, and the entry says so."""
     page = session.open("ledger")
     page.get_by_role("button", name="Verify").click()
-    expect(page.locator(".verified")).to_contain_text("The ledger is whole")
-    revert_button = page.get_by_role("button", name="Take back")
+    expect(page.locator(".verified")).to_contain_text("The ledger is valid")
+    revert_button = page.get_by_role("button", name="Revert", exact=True)
     revert_button.click()
-    expect(page.get_by_role("button", name="Take it back")).to_be_focused()
+    expect(page.get_by_role("button", name="Revert edit")).to_be_focused()
     page.keyboard.press("Escape")
     expect(revert_button).to_be_focused()
     revert_button.click()
     save_screenshot(page, "ledger-asks")
-    page.get_by_role("button", name="Take it back").click()
+    page.get_by_role("button", name="Revert edit").click()
     expect(page.locator(".entry .version")).to_have_text(["version 2", "version 1", "version 0"])
-    expect(page.locator(".entry.apply .pill")).to_have_text("↶ taken back")
-    expect(page.get_by_text("Taken back: the model is now version 2")).to_be_visible()
+    expect(page.locator(".entry.apply .pill")).to_have_text("↶ reverted")
+    expect(page.get_by_text("Reverted: the newest version is 2")).to_be_visible()
     save_screenshot(page, "ledger-after")
     assert service.head() == 2
-    page.get_by_role("link", name="Write it again").click()
+    page.get_by_role("link", name="Apply again").click()
     expect(page.get_by_label("New object", exact=True)).to_have_value("Rome")
-    session.open(f"ask?prompt={PROMPT}")
+    session.open(f"generate?prompt={PROMPT}")
     expect(page.locator(".badge.known")).to_have_text("version 2")
     expect(page.locator(".said")).to_contain_text("Paris")

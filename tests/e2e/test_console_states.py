@@ -1,4 +1,4 @@
-"""The console at a service that asks for a key, and before texts and answers that no good service gives."""
+"""The console with an API key, a stopped stream, failed jobs, and user text that contains markup."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def serving(test_app: TestApp) -> Iterator[str]:
-    """The address of a house on a port of its own."""
+    """Serve the application on a free port and yield its address."""
     server = uvicorn.Server(
         uvicorn.Config(test_app.app, port=0, log_level="critical", timeout_graceful_shutdown=1)
     )
@@ -43,33 +43,33 @@ def serving(test_app: TestApp) -> Iterator[str]:
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, tmp_path: Path) -> None:
-    """The page opens without a key; data asks for one; a wrong one is refused; a good one is used, kept in the tab, forgotten."""
+    """The page loads without an API key. A dialog asks for one, rejects a wrong one, and keeps a valid one in session storage."""
     test_app = TestApp(tmp_path, api_key="open-sesame")
     with serving(test_app) as address, open_page(browser, address, allowed="401") as found:
         page = found.open("ledger")
         box = page.get_by_role("dialog")
-        expect(box).to_contain_text("This service asks for a key")
+        expect(box).to_contain_text("API key required")
         assert found.accessibility_violations() == []
         save_screenshot(page, "key-box", full_page=False)
-        box.get_by_label("Key").fill("wrong")
-        box.get_by_role("button", name="Use this key").click()
-        expect(box.get_by_role("alert")).to_contain_text("not good here")
-        box.get_by_label("Key").fill("open-sesame")
-        box.get_by_role("button", name="Use this key").click()
-        expect(page.locator(".empty")).to_contain_text("Nothing is written yet")
+        box.get_by_label("API key").fill("wrong")
+        box.get_by_role("button", name="Use key").click()
+        expect(box.get_by_role("alert")).to_contain_text("unknown or revoked")
+        box.get_by_label("API key").fill("open-sesame")
+        box.get_by_role("button", name="Use key").click()
+        expect(page.locator(".empty")).to_contain_text("The ledger is empty")
         assert page.evaluate(
             "[sessionStorage.length, Object.keys(localStorage).includes('palimpsest.key')]"
         ) == [1, False]
         page.get_by_role("link", name="Edit", exact=True).click()
-        expect(page.locator(".empty")).to_contain_text("No edit yet")
+        expect(page.locator(".empty")).to_contain_text("No edits yet")
         assert "sesame" not in page.url
         page.get_by_role("button", name="Forget key").click()
-        expect(page.locator("#standing")).to_have_text("needs a key")
+        expect(page.locator("#status")).to_have_text("needs a key")
         assert page.evaluate("sessionStorage.length") == 0
 
 
 def test_a_dismissed_key_dialog_is_not_shown_again(browser: Browser, tmp_path: Path) -> None:
-    """Who gives no key reads why nothing is shown, and is not asked again by what the page does by itself."""
+    """After the dialog is dismissed the page shows the error, and background requests do not open it again."""
     test_app = TestApp(tmp_path, api_key="open-sesame")
     with serving(test_app) as address, open_page(browser, address, allowed="401") as found:
         page = found.open("traces")
@@ -80,23 +80,23 @@ def test_a_dismissed_key_dialog_is_not_shown_again(browser: Browser, tmp_path: P
 
 
 def test_a_streamed_generation_can_be_stopped(browser: Browser, tmp_path: Path) -> None:
-    """What was said until the stop stays, with its version; the service is told that nobody listens."""
+    """The text generated before Stop stays visible with its version."""
     test_app = TestApp(tmp_path)
     worker = test_app.start_fake_worker()
     worker.may_finish.clear()
     with serving(test_app) as address, open_page(browser, address) as found:
-        page = found.open("ask?prompt=The Eiffel Tower is in")
+        page = found.open("generate?prompt=The Eiffel Tower is in")
         expect(page.locator(".said")).to_have_text(" Pa")
         expect(page.locator(".badge")).to_have_text("version 0")
         page.get_by_role("button", name="Stop").click()
         expect(page.locator(".answer footer")).to_have_text("stopped")
-        expect(page.get_by_role("button", name="Ask", exact=True)).to_be_enabled()
+        expect(page.get_by_role("button", name="Generate", exact=True)).to_be_enabled()
         expect(page.get_by_role("button", name="Stop")).to_be_hidden()
         worker.may_finish.set()
 
 
 def test_user_text_is_never_rendered_as_markup(browser: Browser, tmp_path: Path) -> None:
-    """Markup in a subject, a prompt and an object is shown as it was written, on every page that shows it."""
+    """Markup in a subject, a prompt or an object is shown as text on every page."""
     test_app = TestApp(tmp_path)
     test_app.start_fake_worker()
     request = TOWER | {"subject": MARKUP, "target_new": MARKUP}
@@ -111,7 +111,7 @@ def test_user_text_is_never_rendered_as_markup(browser: Browser, tmp_path: Path)
 
 
 def test_a_failed_job_can_be_retried(browser: Browser, tmp_path: Path) -> None:
-    """A failed edit says why, and a button lets it wait again."""
+    """A failed edit shows its error, and a button retries it."""
     test_app = TestApp(tmp_path)
     test_app.start_fake_worker()
     with serving(test_app) as address, open_page(browser, address) as found:
@@ -121,8 +121,8 @@ def test_a_failed_job_can_be_retried(browser: Browser, tmp_path: Path) -> None:
             ).json()
         page = found.open(f"edits/{edit['id']}")
         expect(page.locator(".problem")).to_contain_text("there is no such place")
-        page.get_by_role("button", name="Try it again").click()
+        page.get_by_role("button", name="Retry").click()
         expect(page.locator(".problem")).to_contain_text("there is no such place")
         page = found.open("workers")
         page.get_by_role("radio", name="failed").check()
-        expect(page.get_by_role("button", name="Try again")).to_be_visible()
+        expect(page.get_by_role("button", name="Retry")).to_be_visible()

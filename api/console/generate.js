@@ -1,8 +1,8 @@
-// Ask the model: one version, or two side by side, token by token.
+// Generation: one version, or two side by side, streamed token by token.
 
-import { announce, h, put } from "./dom.js";
-import { many, percent, token } from "./format.js";
-import { field, growing, link, submits, trouble, versions } from "./parts.js";
+import { announce, h, replaceChildren } from "./dom.js";
+import { plural, percent, token } from "./format.js";
+import { field, autoGrow, link, submitOnCtrlEnter, errorBox, versions } from "./components.js";
 import { Problem, ask as request, events } from "./service.js";
 
 const EXAMPLES = [
@@ -13,7 +13,7 @@ const EXAMPLES = [
 ];
 
 export async function show(place, { query, signal }) {
-  const prompt = growing(
+  const prompt = autoGrow(
     h("textarea", {
       name: "prompt",
       rows: 2,
@@ -26,9 +26,9 @@ export async function show(place, { query, signal }) {
   prompt.value = query.get("prompt") ?? "";
   const first = versions("Version", query.get("version") ?? "head");
   const beside = h("input", { type: "checkbox", checked: query.has("beside") });
-  const second = versions("Beside it", query.get("beside") ?? "base");
-  const folded = sampling();
-  const send = h("button", { class: "primary" }, "Ask");
+  const second = versions("Compare with", query.get("beside") ?? "base");
+  const folded = samplingFields();
+  const send = h("button", { class: "primary" }, "Generate");
   const stop = h("button", { type: "button", hidden: true }, "Stop");
   const answers = h("div", { class: "answers" });
   const differs = h("section", { class: "differs" });
@@ -38,7 +38,7 @@ export async function show(place, { query, signal }) {
   beside.addEventListener("change", pair);
   pair();
 
-  const form = submits(
+  const form = submitOnCtrlEnter(
     h(
       "form",
       {
@@ -46,7 +46,7 @@ export async function show(place, { query, signal }) {
         on: {
           submit: (event) => {
             event.preventDefault();
-            speak();
+            generate();
           },
         },
       },
@@ -55,7 +55,7 @@ export async function show(place, { query, signal }) {
         "div",
         { class: "row" },
         first.element,
-        h("label", { class: "check" }, beside, h("span", {}, "another version beside it")),
+        h("label", { class: "check" }, beside, h("span", {}, "compare with another version")),
         second.element,
       ),
       folded.element,
@@ -66,7 +66,7 @@ export async function show(place, { query, signal }) {
   const examples = h(
     "p",
     { class: "examples" },
-    h("span", {}, "For example "),
+    h("span", {}, "Examples: "),
     EXAMPLES.map((text) =>
       h(
         "button",
@@ -84,26 +84,26 @@ export async function show(place, { query, signal }) {
       ),
     ),
   );
-  put(
+  replaceChildren(
     place,
-    h("h1", {}, "What does the model say?"),
+    h("h1", {}, "Generate text"),
     h(
       "p",
       { class: "lead" },
-      "Write the beginning of a sentence; the model goes on. ",
+      "Enter a prompt for the model to continue. ",
       h("b", {}, "base"),
-      " is the model as it was made, ",
+      " is the original model, ",
       h("b", {}, "head"),
-      " the model with every edit that is active.",
+      " the model with all active edits.",
     ),
     form,
     examples,
     answers,
     differs,
   );
-  if (query.has("prompt")) speak();
+  if (query.has("prompt")) generate();
 
-  async function speak() {
+  async function generate() {
     const text = prompt.value;
     if (!text.trim()) {
       prompt.focus();
@@ -120,26 +120,26 @@ export async function show(place, { query, signal }) {
     [send.disabled, stop.hidden] = [true, false];
     const asked = { prompt: text, ...folded.value };
     const wanted = beside.checked ? [first.value, second.value] : [first.value];
-    const columns = wanted.map((version) => column(text, version));
-    put(differs);
-    put(
+    const columns = wanted.map((version) => generationColumn(text, version));
+    replaceChildren(differs);
+    replaceChildren(
       answers,
       columns.map(({ element }) => element),
     );
     answers.classList.toggle("two", wanted.length > 1);
-    const found = await Promise.all(columns.map((each) => each.hear(asked, stopping.signal)));
+    const found = await Promise.all(columns.map((each) => each.stream(asked, stopping.signal)));
     [send.disabled, stop.hidden] = [false, true];
     removeEventListener("keydown", escape);
     signal.removeEventListener("abort", end);
     const said = found.filter((one) => one !== null);
-    announce(said.map(({ version, text }) => `Version ${version} answered: ${text}`).join(" "));
+    announce(said.map(({ version, text }) => `Version ${version} generated: ${text}`).join(" "));
     const pinned = said.map(({ version }) => version).sort((a, b) => a - b);
-    if (said.length === 2 && !stopping.signal.aborted) await difference(differs, asked, pinned, signal);
+    if (said.length === 2 && !stopping.signal.aborted) await showDifference(differs, asked, pinned, signal);
   }
 }
 
-/** One answer as it comes. `hear` gives {version, text}, or null when there was none. */
-function column(prompt, asked) {
+/** A generation as it is streamed. `stream` resolves to {version, text}, or to null after an error. */
+function generationColumn(prompt, asked) {
   const badge = h("span", { class: "badge" }, "…");
   const text = h("span", { class: "said" });
   const foot = h("footer", {}, "waiting");
@@ -151,14 +151,14 @@ function column(prompt, asked) {
     foot,
   );
 
-  async function hear(body, signal) {
+  async function stream(body, signal) {
     let version = null;
     const name = (number) => {
       version = number;
       badge.textContent = `version ${number}`;
       badge.classList.add("known");
     };
-    element.classList.add("speaking");
+    element.classList.add("generating");
     try {
       for await (const { name: kind, data } of events("POST", "/generate", {
         body: { ...body, version: asked, stream: true },
@@ -168,39 +168,39 @@ function column(prompt, asked) {
         if (kind === "error") throw new Problem(503, data);
         if (kind === "token") {
           text.textContent += data.text;
-          foot.textContent = "speaking";
+          foot.textContent = "generating";
           name(data.version);
         }
         if (kind === "end") {
           const one = data.choices?.[0] ?? data;
           text.textContent = one.text;
           name(data.version);
-          foot.textContent = `${many(data.usage.completion_tokens, "token")} in ${data.seconds.toFixed(2)} s, ${ENDS[one.finish_reason] ?? one.finish_reason}`;
+          foot.textContent = `${plural(data.usage.completion_tokens, "token")} in ${data.seconds.toFixed(2)} s, ${ENDS[one.finish_reason] ?? one.finish_reason}`;
         }
       }
       return version === null ? null : { version, text: text.textContent };
     } catch (error) {
       if (signal.aborted) foot.textContent = "stopped";
-      else put(foot, trouble(error));
+      else replaceChildren(foot, errorBox(error));
       return signal.aborted && version !== null ? { version, text: text.textContent } : null;
     } finally {
-      element.classList.remove("speaking");
+      element.classList.remove("generating");
     }
   }
-  return { element, hear };
+  return { element, stream };
 }
 
-const ENDS = { length: "ended at the length asked for", stop: "ended by itself" };
+const ENDS = { length: "stopped at the token limit", stop: "stopped at the end of text or a stop string" };
 
-/** Which next tokens differ most between the two versions that answered. */
-async function difference(place, asked, pinned, signal) {
+/** Show the next tokens whose probabilities differ most between both versions. */
+async function showDifference(place, asked, pinned, signal) {
   if (pinned[0] === pinned[1]) {
-    put(
+    replaceChildren(
       place,
       h(
         "p",
         { class: "note" },
-        `Both are version ${pinned[0]}, so they cannot differ. Choose another version beside it.`,
+        `Both sides are version ${pinned[0]}. Choose another version to compare.`,
       ),
     );
     return;
@@ -211,13 +211,13 @@ async function difference(place, asked, pinned, signal) {
       signal,
     });
     const [a, b] = pinned.map((number) => `version ${number}`);
-    put(
+    replaceChildren(
       place,
-      h("h2", {}, "The next token"),
+      h("h2", {}, "Next-token probabilities"),
       h(
         "p",
         { class: "note" },
-        `The tokens whose probability differs most between ${a} and ${b}. All in all the two differ by ${percent(found.total_variation)}.`,
+        `The tokens whose probabilities differ most between ${a} and ${b}. Total variation distance: ${percent(found.total_variation)}.`,
       ),
       h(
         "div",
@@ -260,18 +260,18 @@ async function difference(place, asked, pinned, signal) {
       h(
         "p",
         {},
-        link(`edits?prompt=${encodeURIComponent(asked.prompt)}`, "Edit what it says here"),
+        link(`edits?prompt=${encodeURIComponent(asked.prompt)}`, "Edit this fact"),
         " · ",
-        link(`traces?prompt=${encodeURIComponent(asked.prompt)}`, "Trace where it comes from"),
+        link(`traces?prompt=${encodeURIComponent(asked.prompt)}`, "Trace this fact"),
       ),
     );
   } catch (error) {
-    if (!signal.aborted) put(place, trouble(error));
+    if (!signal.aborted) replaceChildren(place, errorBox(error));
   }
 }
 
-/** How to speak, folded away. */
-function sampling() {
+/** Fields for the sampling parameters. */
+function samplingFields() {
   const number = (value, more) => h("input", { type: "number", value, ...more });
   const length = number(12, { min: 1, max: 4096, step: 1 });
   const temperature = number(0, { min: 0, max: 10, step: "any" });
@@ -282,16 +282,16 @@ function sampling() {
   const element = h(
     "details",
     { class: "folded" },
-    h("summary", {}, "How it speaks"),
+    h("summary", {}, "Sampling"),
     h(
       "div",
       { class: "grid" },
-      field("Tokens at most", length),
-      field("Temperature", temperature, "0 takes the most probable token"),
+      field("Max. tokens", length),
+      field("Temperature", temperature, "0 is greedy decoding"),
       field("Top-k", topK),
       field("Top-p", topP),
-      field("Seed", seed, "the same seed says the same"),
-      field("Stop at", stop),
+      field("Seed", seed, "makes sampling reproducible"),
+      field("Stop string", stop),
     ),
   );
   const given = (input) => (input.value === "" ? null : Number(input.value));

@@ -1,15 +1,15 @@
-// What several pages are made of.
+// Components that several pages use.
 
-import { announce, h, put, unique } from "./dom.js";
-import { percent, phase, placed, token } from "./format.js";
-import { Problem, ask, course, download } from "./service.js";
+import { announce, h, replaceChildren, unique } from "./dom.js";
+import { percent, phase, splitPrompt, token } from "./format.js";
+import { Problem, ask, jobEvents, download } from "./service.js";
 
-/** The sentence of an edit as this house writes it: the old object scraped, the new one over it. */
-export function writing(
+/** The sentence of an edit: the old object struck through, then the new one. */
+export function factLine(
   { prompt, subject, objective = "write", target_new: fresh, target_true: old },
   { tag = "p" } = {},
 ) {
-  const [before, middle, after] = placed(prompt, subject);
+  const [before, middle, after] = splitPrompt(prompt, subject);
   const line = h(tag, { class: "writing" }, before, middle && h("b", { class: "subject" }, middle), after);
   if (old)
     line.append(
@@ -20,33 +20,33 @@ export function writing(
   return line;
 }
 
-/** An edit as its resource has it: the true object is what was measured where none was named. */
-export const told = (edit) => ({
+/** Return an edit with its true object: that of the result if the request names none. */
+export const withTrueObject = (edit) => ({
   ...edit,
   target_true: edit.target_true ?? edit.result?.target_true ?? null,
 });
 
 const STATUSES = {
-  queued: ["…", "waiting"],
-  running: ["…", "at work"],
+  queued: ["…", "queued"],
+  running: ["…", "running"],
   applied: ["✓", "active"],
   done: ["✓", "done"],
-  evaluated: ["✓", "dry run: would have landed"],
+  dry_run_passed: ["✓", "dry run passed"],
   rejected: ["✗", "rejected"],
   failed: ["✗", "failed"],
   cancelled: ["–", "cancelled"],
   superseded: ["⤺", "superseded"],
-  reverted: ["↶", "taken back"],
+  reverted: ["↶", "reverted"],
 };
 
-/** How a job stands, as a sign and a word. */
+/** The status of a job as a sign and a word. */
 export function pill(status) {
   const [sign, word] = STATUSES[status] ?? ["", status];
   return h("span", { class: `pill ${status}` }, h("span", { "aria-hidden": "true" }, `${sign} `), word);
 }
 
-/** What went wrong, and what to change. */
-export function trouble(error) {
+/** An error message. */
+export function errorBox(error) {
   const reasons =
     error.reasons?.length > 1
       ? h(
@@ -60,17 +60,17 @@ export function trouble(error) {
 
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
-/** What a page says while there is nothing to show yet. */
+/** The content of an empty list. */
 export const empty = (title, ...words) => h("div", { class: "empty" }, h("h3", {}, title), ...words);
 
-/** Run what a button is for: it rests meanwhile, and trouble is shown in `place`. */
-export async function working(button, place, run) {
-  put(place);
+/** Run an action while its button is disabled. Errors are shown in `place`. */
+export async function whileDisabled(button, place, run) {
+  replaceChildren(place);
   button.disabled = true;
   try {
     return await run();
   } catch (error) {
-    if (error.name !== "AbortError") put(place, trouble(error));
+    if (error.name !== "AbortError") replaceChildren(place, errorBox(error));
     return undefined;
   } finally {
     button.disabled = false;
@@ -85,7 +85,7 @@ export function field(label, input, hint = null) {
   return h("div", { class: "field" }, h("label", { for: input.id }, label), input, words);
 }
 
-/** One of a few: radio buttons that look like one control. `options` are [value, words]. */
+/** A group of radio buttons. `options` are [value, label]. */
 export function choice(label, options, { value = options[0][0], change = () => {} } = {}) {
   const name = unique("choice");
   const group = h(
@@ -126,7 +126,7 @@ export function choice(label, options, { value = options[0][0], change = () => {
   };
 }
 
-/** Head, base or any version. */
+/** A choice of head, base or a version number. */
 export function versions(label, value = "head") {
   const number = h("input", {
     type: "number",
@@ -164,19 +164,19 @@ export function versions(label, value = "head") {
   };
 }
 
-/** A button that asks once more, in its own place, before it does what it says. */
-export function confirmed(words, question, yes, run) {
+/** A button that asks for confirmation in its place. */
+export function confirmButton(words, question, yes, run) {
   const place = h("span", { class: "confirm" });
-  const trouble = h("div");
+  const errorBox = h("div");
   const open = h("button", { type: "button", on: { click: () => ask() } }, words);
   const rest = (focus = true) => {
-    put(place, open);
+    replaceChildren(place, open);
     if (focus) open.focus();
   };
   function ask() {
     const go = h(
       "button",
-      { type: "button", class: "primary", on: { click: () => working(go, trouble, run) } },
+      { type: "button", class: "primary", on: { click: () => whileDisabled(go, errorBox, run) } },
       yes,
     );
     const leave = (event) => {
@@ -185,15 +185,15 @@ export function confirmed(words, question, yes, run) {
         rest();
       }
     };
-    put(
+    replaceChildren(
       place,
       h(
         "span",
         { class: "asked", role: "group", "aria-label": question, on: { keydown: leave } },
         h("span", { class: "question" }, question),
         go,
-        h("button", { type: "button", on: { click: () => rest() } }, "Keep it"),
-        trouble,
+        h("button", { type: "button", on: { click: () => rest() } }, "Cancel"),
+        errorBox,
       ),
     );
     go.focus();
@@ -202,20 +202,20 @@ export function confirmed(words, question, yes, run) {
   return place;
 }
 
-/** Follow an open job until its end, showing how far it is; `ended` then gets the resource. */
+/** Show the progress of an open job until it ends, then call `ended` with the resource. */
 export async function follow(place, path, what, { signal, ended }) {
   const bar = h("progress", { max: 1, "aria-label": "Progress" });
-  const words = h("p", { class: "phase" }, "Waiting for its turn");
+  const words = h("p", { class: "phase" }, "Queued");
   const stop = h(
     "button",
-    { type: "button", on: { click: () => working(stop, trouble, () => ask("DELETE", path)) } },
+    { type: "button", on: { click: () => whileDisabled(stop, errorBox, () => ask("DELETE", path)) } },
     "Cancel",
   );
-  const trouble = h("div");
-  put(place, h("section", { class: "live" }, bar, words, stop, trouble));
+  const errorBox = h("div");
+  replaceChildren(place, h("section", { class: "live" }, bar, words, stop, errorBox));
   let said = "";
   try {
-    for await (const event of course(path, { signal })) {
+    for await (const event of jobEvents(path, { signal })) {
       if (event.name === "end") {
         announce(`${what} has ended: ${event.data.status}.`);
         await ended(event.data);
@@ -232,16 +232,16 @@ export async function follow(place, path, what, { signal, ended }) {
       said = event.data.phase;
     }
   } catch (error) {
-    if (!signal.aborted) put(place, problemOf(error));
+    if (!signal.aborted) replaceChildren(place, problemBox(error));
   }
 }
 
-const problemOf = (error) =>
-  trouble(error instanceof Problem ? error : new Error(String(error.message ?? error)));
+const problemBox = (error) =>
+  errorBox(error instanceof Problem ? error : new Error(String(error.message ?? error)));
 
 /**
- * A table whose columns are [title, is it a figure]. On a small screen it `stacks` its cells below the first of each row, or
- * scrolls by itself. The roles are said because a table that is laid out otherwise is none to some readers.
+ * A table whose columns are [title, whether it is numeric]. On a small screen it stacks the cells of a row, or scrolls. The
+ * ARIA roles are explicit because some screen readers drop those of a table with another layout.
  */
 export function table(caption, columns, rows, { stacks = true } = {}) {
   const head = columns.map(([title, numeric]) =>
@@ -270,8 +270,8 @@ export function table(caption, columns, rows, { stacks = true } = {}) {
   );
 }
 
-/** Two probabilities of one object: a faint bar before, a full one after. */
-export function shift(name, kind, before, after) {
+/** The probability of an object before (faint bar) and after (full bar). */
+export function probabilityShift(name, kind, before, after) {
   const bar = (moment, p) =>
     h("span", { class: `bar ${moment}`, style: { "inline-size": `${Math.max(100 * p, 0.4)}%` } });
   return h(
@@ -289,7 +289,7 @@ export function shift(name, kind, before, after) {
   );
 }
 
-/** Names with what they say, for a page's small facts. */
+/** A list of names and values. Empty values are left out. */
 export const facts = (pairs) =>
   h(
     "dl",
@@ -301,10 +301,10 @@ export const facts = (pairs) =>
       ),
   );
 
-/** A form, and beside it the newest of what it makes: the place of those. */
-export function formed(place, title, lead, form) {
+/** Lay out a form with a list beside it; return the element of the list. */
+export function formPage(place, title, lead, form) {
   const newest = h("section", { class: "newest" });
-  put(
+  replaceChildren(
     place,
     h("h1", {}, title),
     h("p", { class: "lead" }, lead),
@@ -316,7 +316,7 @@ export function formed(place, title, lead, form) {
 /** A link to another page of the console. */
 export const link = (to, ...words) => h("a", { href: `#/${to}` }, ...words);
 
-/** Everything as the service says it, folded away. */
+/** The JSON of a resource, collapsed. */
 export const raw = (resource) =>
   h(
     "details",
@@ -325,17 +325,17 @@ export const raw = (resource) =>
     h("pre", { tabindex: 0 }, JSON.stringify(resource, null, 2)),
   );
 
-/** Makes buttons that save what is at `path` in one of its forms; trouble is shown in `place`. */
-export function saving(path, name, place) {
+/** Return a function that makes download buttons for `path`. Errors are shown in `place`. */
+export function saveButtons(path, name, place) {
   return (words, accept, ending) => {
-    const save = () => working(button, place, () => download(path, accept, `${name}.${ending}`));
+    const save = () => whileDisabled(button, place, () => download(path, accept, `${name}.${ending}`));
     const button = h("button", { type: "button", on: { click: save } }, words);
     return button;
   };
 }
 
-/** A form that Ctrl or Cmd with Enter sends. */
-export function submits(form) {
+/** Submit a form on Ctrl+Enter or Cmd+Enter. */
+export function submitOnCtrlEnter(form) {
   form.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
@@ -345,11 +345,11 @@ export function submits(form) {
   return form;
 }
 
-/** A text area that is as tall as its text. */
-export function growing(area) {
+/** A text area that grows with its text. */
+export function autoGrow(area) {
   area.classList.add("growing");
   return area;
 }
 
-/** The words that are selected in a text field. */
-export const selected = (area) => area.value.slice(area.selectionStart, area.selectionEnd).trim();
+/** Return the selected text of a text field. */
+export const selectedText = (area) => area.value.slice(area.selectionStart, area.selectionEnd).trim();

@@ -1,12 +1,13 @@
-// Reading a drawing: what is pointed at or focused is said beside it, and arrow keys walk from one thing to the next.
+// @ts-check
+// Reading values from a chart by pointer, focus and arrow keys.
 
-import { h, put } from "./dom.js";
+import { h, replaceChildren } from "./dom.js";
 
-/** A place beside a drawing, and `read`, which fills it with [name, words]; the third is the figure that it is about. */
+/** An element for values, and `read`, which fills it with [name, value]; the third is emphasized. */
 export function readout() {
   const element = h("div", { class: "readout" });
   const read = (pairs) =>
-    put(
+    replaceChildren(
       element,
       h(
         "dl",
@@ -21,8 +22,8 @@ export function readout() {
 
 const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
-/** Let rows of things be walked. One of them, at first `start`, is where Tab comes in; `say` tells where one is. */
-export function walking(rows, say, start) {
+/** Make rows of elements navigable with arrow keys, starting at `start`. `say(y, x)` is called for the current one. */
+export function keyboardGrid(rows, say, start) {
   rows.forEach((row, y) => row.forEach((one, x) => arrive(one, y, x)));
   say(...start);
 
