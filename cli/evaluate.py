@@ -90,7 +90,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="N",
         help="number of edits optimized in one batch (default: 16; 1 with --search-model edited)",
     )
-    add_record_flags(parser)
+    add_split_flag(parser)
+    add("--unique-subjects", action="store_true", help="keep one record of each subject")
     add("--limit", type=positive_int, metavar="N", help="maximum number of records (default: all)")
     add("--generation", action="store_true", help="also generate text, for GE and RS (slow)")
     add("--no-damage", action="store_true", help="do not measure loss and drift on unrelated texts")
@@ -124,15 +125,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_json_flag(parser)
 
 
-def add_record_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that select records."""
+def add_split_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--split`."""
     parser.add_argument(
         "--split",
         choices=["all", "tune", "test"],
         default="all",
         help="records at even (tune) or odd (test) positions of the shuffled order (default: all)",
     )
-    parser.add_argument("--unique-subjects", action="store_true", help="keep one record of each subject")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.evaluate import MIN_DAMAGE_TEXTS, add_record_flags, other_statements, select_records
+from cli.evaluate import MIN_DAMAGE_TEXTS, add_split_flag, other_statements, select_records
 from cli.flags import add_command, add_json_flag, add_setting_flags, positive_int, read_settings
 from cli.local_model import FACTS_FILE, load_without_bos, resolve_source, run_with_progress_bar
 from cli.terminal import err, out, print_json, strip_control_chars, table
@@ -53,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE",
         help="file of records (docs/evaluation.md; default: the fact table of the model, else that of the shipped model)",
     )
-    add_record_flags(parser)
+    add_split_flag(parser)
     add(
         "--limit",
         dest="max_facts",
