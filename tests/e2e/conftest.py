@@ -1,4 +1,4 @@
-"""The shipped GPT behind HTTP: `palimpsest serve` with all embedded, and API and worker on PostgreSQL and Redis."""
+"""The shipped GPT behind HTTP: `palimpsest serve`, and API and workers on PostgreSQL and Redis."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ RunningService = EmbeddedService | Deployment
 
 @pytest.fixture(scope="session")
 def fact_rows(shipped: Path) -> list[dict[str, Any]]:
-    """The rows of facts.jsonl."""
+    """Return the rows of facts.jsonl."""
     return read_fact_rows(shipped)
 
 
 @pytest.fixture(scope="session")
 def statistics_folder(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a first start leaves for later ones: the statistics of the model."""
+    """Return the key statistics that the first start of a service computes."""
     data = tmp_path_factory.mktemp("first")
     EmbeddedService(data).stop()
     return data / "statistics"
@@ -33,7 +33,7 @@ def statistics_folder(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -
 def service(
     request: pytest.FixtureRequest, statistics_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningService]:
-    """One running service for all tests of a module. Each test takes back what it did."""
+    """Run one service of each wiring for all tests of a module. Each test reverts its edits."""
     running = launch_service(
         tmp_path_factory.mktemp("service"), statistics_folder, wirings.store_settings(request)
     )
@@ -45,12 +45,12 @@ def service(
 def start_service(
     request: pytest.FixtureRequest, statistics_folder: Path, tmp_path: Path
 ) -> Iterator[Callable[[], RunningService]]:
-    """Starts the service, each time on the same data folder and stores; the last one is stopped at the end."""
+    """Return a function that starts the service with the same data folder and stores; the last is stopped at the end."""
     stores = wirings.store_settings(request)
     started: list[RunningService] = []
 
     def begin() -> RunningService:
-        assert not any(one.alive() for one in started), "a service was left running beside another"
+        assert not any(one.alive() for one in started), "another service is still running"
         started.append(launch_service(tmp_path, statistics_folder, stores))
         return started[-1]
 
@@ -63,7 +63,7 @@ def start_service(
 def start_deployment(
     request: pytest.FixtureRequest, statistics_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., Deployment]]:
-    """Puts a deployment up, on stores of its own; all of it is stopped at the end."""
+    """Return a function that starts a deployment with its own stores; all are stopped at the end."""
     deployments: list[Deployment] = []
 
     def put_up(workers: int = 1) -> Deployment:
@@ -78,7 +78,7 @@ def start_deployment(
 
 
 def launch_service(folder: Path, statistics_folder: Path, stores: dict[str, Any]) -> RunningService:
-    """The service in the shape that its stores are for."""
+    """Start a deployment if there are stores, else the embedded service."""
     data = folder / "data"
     shutil.copytree(statistics_folder, data / "statistics", dirs_exist_ok=True)
     return Deployment(data, stores) if stores else EmbeddedService(data)

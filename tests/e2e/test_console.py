@@ -148,7 +148,8 @@ def test_a_sentence_is_marked(session: PageSession, service: EmbeddedService) ->
 
 
 def test_form_errors_are_shown_beside_the_form(session: PageSession) -> None:
-    """A subject that does not stand in the sentence is refused here, an object that the service refuses there: both in words."""
+    """A subject that does not stand in the sentence is refused here, an object that the service refuses there: both in
+    words."""
     page = session.open("edits")
     page.get_by_role("button", name="Use example").click()
     page.get_by_label("Subject", exact=True).fill("Big Ben")
@@ -161,7 +162,8 @@ def test_form_errors_are_shown_beside_the_form(session: PageSession) -> None:
 
 
 def test_a_trace_is_read_cell_by_cell(session: PageSession) -> None:
-    """Pointing at a cell and walking to one say its token, layer and probability; kinds are switched; pictures are saved."""
+    """Pointing at a cell and walking to one say its token, layer and probability; kinds are switched; pictures are
+    saved."""
     page = session.open(f"traces?prompt={PROMPT}&subject=Eiffel Tower&version=base")
     page.get_by_role("button", name="Run trace").click()
     page.locator(".cell").first.wait_for()
@@ -281,7 +283,8 @@ def test_the_theme_is_chosen_and_kept(session: PageSession) -> None:
 
 
 def test_an_edit_is_reverted_in_the_ledger_view(session: PageSession, service: EmbeddedService) -> None:
-    """The ledger verifies; a revert asks once more in its place; after it the model is as it was, and the entry says so."""
+    """The ledger verifies; a revert asks once more in its place; after it the model is as it was, and the entry says
+    so."""
     page = session.open("ledger")
     page.get_by_role("button", name="Verify").click()
     expect(page.locator(".verified")).to_contain_text("The ledger is valid")

@@ -1,4 +1,4 @@
-"""Whatever dies, an accepted edit ends, and is in the ledger once or not at all (design, section 2.4)."""
+"""After a crash every accepted edit ends, and is in the ledger once or not at all."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ StartService = Callable[[], Any]
 
 
 def applied_edit_ids(service: ServiceClient) -> list[str]:
-    """The edits in the ledger, one for each time that they were applied."""
+    """Return the edit ids of the apply entries of the ledger."""
     entries: list[dict[str, Any]] = service.get("/ledger", limit=200)["items"]
     return [entry["edit_id"] for entry in entries if entry["kind"] == "apply"]
 
 
 def assert_ended_once(service: ServiceClient, edits: list[Resource]) -> None:
-    """Each edit ended with a reason or in the ledger, there exactly once, and nothing else is there."""
+    """Assert that each edit failed with a reason or is in the ledger exactly once, and nothing else is."""
     applied = []
     for edit in map(service.wait_for_edit, edits):
         assert edit["status"] in FINAL_STATUSES, edit
@@ -41,7 +41,7 @@ def assert_ended_once(service: ServiceClient, edits: list[Resource]) -> None:
 
 
 def test_killed_while_it_optimises(start_service: StartService) -> None:
-    """An edit whose process is killed in the middle is begun again by the next one, and lands once."""
+    """An edit whose process is killed is run again by the next process and committed once."""
     service = start_service()
     edit = service.ask(*FACTS[0], hparams=SLOW_HPARAMS, guard=FAST_EDIT_OPTIONS["guard"])
     with service.events("GET", f"/edits/{edit['id']}/events") as events:
@@ -54,10 +54,10 @@ def test_killed_while_it_optimises(start_service: StartService) -> None:
     assert service.get(f"/edits/{edit['id']}")["attempts"] == 2
 
 
-# `tests/unit/workers/test_job_handlers.py` does the same on both wirings, without processes
+# tests/integration/workers/test_job_handlers.py does the same on both wirings without processes
 @pytest.mark.parametrize("start_service", ["embedded"], indirect=True)
 def test_killed_while_it_evaluates(start_service: StartService) -> None:
-    """An evaluation whose process is killed in the middle is gone on with by the next one, to the result of one that was not."""
+    """An evaluation whose process is killed is resumed by the next process, with the result of an uninterrupted one."""
     request = {
         "dataset": "facts",
         "limit": 6,
@@ -76,7 +76,7 @@ def test_killed_while_it_evaluates(start_service: StartService) -> None:
 
     service = start_service()
     uninterrupted = service.http.post("/evaluations", json=request, headers={"Prefer": "wait=60"}).json()
-    resumed = service.get(evaluation["links"]["self"])  # it was there first
+    resumed = service.get(evaluation["links"]["self"])  # it was submitted first
     assert (resumed["status"], resumed["attempts"]) == ("done", 2), resumed
     for evaluated in (resumed, uninterrupted):
         for name in ("seconds", "edits_per_minute"):
@@ -86,7 +86,7 @@ def test_killed_while_it_evaluates(start_service: StartService) -> None:
 
 
 def test_killed_while_many_wait(start_service: StartService) -> None:
-    """Edits that waited when the process was killed all end after the restart, each once."""
+    """Edits that were queued when the process was killed are each run once after the restart."""
     service = start_service()
     edits = [service.ask(*fact, **FAST_EDIT_OPTIONS) for fact in FACTS]
     service.kill()
@@ -97,12 +97,12 @@ def test_killed_while_many_wait(start_service: StartService) -> None:
 
 
 def test_killed_after_the_answer(start_service: StartService) -> None:
-    """What was answered as applied is applied after a crash, with the same bytes."""
+    """An edit reported as applied is applied after a crash, with the same digest."""
     service = start_service()
     first = service.edit(*FACTS[0], **FAST_EDIT_OPTIONS)
     before = service.digest()
     second = service.edit(*FACTS[1], **FAST_EDIT_OPTIONS)
-    service.kill()  # at once: whatever was not written by the answer is lost
+    service.kill()  # immediately: data not written before the response is lost
     assert [first["status"], second["status"]] == ["applied", "applied"]
 
     service = start_service()

@@ -1,4 +1,4 @@
-"""At every named point a process dies on the spot; the others go on, and the client gets what it was promised."""
+"""A process is killed at every named crash point; the others continue, and every guarantee to the client holds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.support.processes import CliProcess, Deployment, Resource, ServiceCli
 
 PROMPT = "The {} is located in the city of"
 GENERATE_REQUEST = {"prompt": PROMPT.replace("{}", "Eiffel Tower"), "max_new_tokens": 5, "version": "base"}
-#: an edit of which only the way counts
+#: a fast edit, whatever its quality
 MINIMAL_EDIT_OPTIONS: Resource = {"hparams": {"contexts": 2, "steps": 1}, "guard": {"enabled": False}}
 
-#: points of a worker on the way of an edit, and the attempts that the edit takes when one ends there
+#: crash points of a worker during an edit -> attempts of the edit
 EDIT_POINTS = {
     "take.after": 1,
     "start.before_commit": 1,
@@ -29,7 +29,7 @@ EDIT_POINTS = {
     "end.after_publish": 1,
     "done.after": 1,
 }
-#: those on the way of a generation, and how often its listener is told to begin anew
+#: crash points of a worker during a generation -> `reset` events of its stream
 GENERATION_POINTS = {
     "take.after": 0,
     "generate.after_admit": 0,
@@ -37,7 +37,7 @@ GENERATION_POINTS = {
     "generate.before_end": 1,
     "generate.after_end": 0,
 }
-#: points of the API, by what is asked of it
+#: crash points of the API by request
 SUBMIT_POINTS = ["job.before_commit", "job.after_commit", "job.after_announce"]
 CALL_POINTS = ["call.after"]
 REVERT_POINTS = ["revert.before_commit", "revert.after_commit"]
@@ -45,13 +45,13 @@ REVERT_POINTS = ["revert.before_commit", "revert.after_commit"]
 
 @pytest.fixture(scope="module")
 def shared_deployment(start_deployment: Callable[..., Deployment]) -> Deployment:
-    """An API and a worker that outlive all that die here."""
+    """An API and a worker that are not killed."""
     return start_deployment(workers=1)
 
 
 @pytest.fixture
 def deployment(shared_deployment: Deployment) -> Iterator[Deployment]:
-    """The survivors. After every death the ledger verifies, nothing is left over in Redis, and nothing is applied."""
+    """Return the deployment. After each test the ledger verifies, Redis is empty, and no edit is active."""
     yield shared_deployment
     wait_until(lambda: not shared_deployment.queue_leftovers(), "Redis to be empty")
     shared_deployment.verify_ledger()
@@ -61,19 +61,19 @@ def deployment(shared_deployment: Deployment) -> Iterator[Deployment]:
 
 @pytest.fixture
 def edit_post() -> Resource:
-    """A POST of an edit that nobody else has asked for, as a client sends it that may have to send it again."""
+    """Return a POST of a new edit with an idempotency key."""
     subject = f"Tower of {new_id('somebody')[-8:]}"
     body = {"subject": subject, "prompt": PROMPT, "target_new": "Rome", **MINIMAL_EDIT_OPTIONS}
     return {"json": body, "headers": {"Idempotency-Key": new_id("key")}}
 
 
 def assert_killed(process: CliProcess) -> None:
-    """It was killed: the point was reached."""
+    """Assert that the process was killed at the crash point."""
     assert process.wait() == -signal.SIGKILL, process.log()
 
 
 def assert_applied_once(deployment: ServiceClient, edit_post: Resource, edit: Resource) -> Resource:
-    """The request made this one edit, and the edit one entry."""
+    """Assert that the request created one edit with one ledger entry."""
     ended = deployment.wait_for_edit(edit)
     assert ended["status"] == "applied", ended
     assert [e["id"] for e in deployment.list_all("/edits", subject=edit_post["json"]["subject"])] == [
@@ -85,7 +85,7 @@ def assert_applied_once(deployment: ServiceClient, edit_post: Resource, edit: Re
 
 
 def test_every_point_is_tried() -> None:
-    """No named point is passed over."""
+    """Every crash point is tested."""
     assert {
         *EDIT_POINTS,
         *GENERATION_POINTS,
@@ -97,7 +97,7 @@ def test_every_point_is_tried() -> None:
 
 @pytest.mark.parametrize("point", EDIT_POINTS)
 def test_worker_crash_during_edit(deployment: Deployment, edit_post: Resource, point: str) -> None:
-    """The edit is done by another worker unless it was done, and lands once."""
+    """Another worker runs the edit unless it was committed; it is committed once."""
     doomed = deployment.start_serving_worker(crash_at=point)
     with deployment.only_worker(doomed):
         edit = deployment.http.post("/edits", **edit_post).json()
@@ -107,7 +107,7 @@ def test_worker_crash_during_edit(deployment: Deployment, edit_post: Resource, p
 
 @pytest.mark.parametrize("point", GENERATION_POINTS)
 def test_worker_crash_during_generation(deployment: Deployment, point: str) -> None:
-    """The client hears the whole text, from another worker unless it was said."""
+    """The client receives the whole text, from another worker unless it had been published."""
     expected = deployment.generate(**GENERATE_REQUEST)["text"]
     doomed = deployment.start_serving_worker(crash_at=point)
     with ExitStack() as stack:
@@ -127,7 +127,7 @@ def test_worker_crash_during_generation(deployment: Deployment, point: str) -> N
 
 @pytest.mark.parametrize("point", SUBMIT_POINTS)
 def test_api_crash_during_edit_submission(deployment: Deployment, edit_post: Resource, point: str) -> None:
-    """Whoever sends the request again, with its key, has one edit, which lands once."""
+    """A retry with the same idempotency key gives one edit, which is committed once."""
     with deployment.another_api(crash_at=point) as (doomed, http):
         with pytest.raises(httpx.TransportError):
             http.post("/edits", **edit_post)
@@ -138,7 +138,7 @@ def test_api_crash_during_edit_submission(deployment: Deployment, edit_post: Res
 
 @pytest.mark.parametrize("point", CALL_POINTS)
 def test_api_crash_during_generation(deployment: Deployment, point: str) -> None:
-    """Whoever asks again is answered."""
+    """A retried request is answered."""
     expected = deployment.generate(**GENERATE_REQUEST)["text"]
     with deployment.another_api(crash_at=point) as (doomed, http):
         with pytest.raises(httpx.TransportError):
@@ -149,7 +149,7 @@ def test_api_crash_during_generation(deployment: Deployment, point: str) -> None
 
 @pytest.mark.parametrize("point", REVERT_POINTS)
 def test_api_crash_during_revert(deployment: Deployment, edit_post: Resource, point: str) -> None:
-    """Whoever says it again has the edit reverted, once."""
+    """A retried revert reverts the edit once."""
     edit = deployment.http.post("/edits", **edit_post).json()
     assert_applied_once(deployment, edit_post, edit)
     with deployment.another_api(crash_at=point) as (doomed, http):

@@ -1,4 +1,4 @@
-"""One request, from the door to the worker: its id is in the lines of both, and its work in the metrics."""
+"""A request id is in the logs of the API and of the worker, and the work of a request is in the metrics."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Log = Callable[[], list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """A worker that serves a tiny model; its `app` is the door to it."""
+    """Run a worker with a tiny model; `app` is its API."""
     model_folder, model = tmp_path_factory.mktemp("model"), tiny("gpt2")
     model.model.save_pretrained(model_folder)
     model.tokenizer.save_pretrained(model_folder)
@@ -75,7 +75,7 @@ def client(worker: Worker) -> Iterator[TestClient]:
 
 @pytest.fixture
 def log() -> Iterator[Log]:
-    """What was logged since, as the lines of `--log-format json --log-level info`."""
+    """Return the records logged since, as JSON lines of level info."""
     handler, root = stderr_handler("json"), logging.getLogger()
     buffer = io.StringIO()
     handler.setStream(buffer)
@@ -88,18 +88,18 @@ def log() -> Iterator[Log]:
 
 
 def events_of_request(log: Log, request_id: str) -> set[tuple[str, str]]:
-    """(logger, event) of the lines that bear an id."""
+    """Return (logger, event) of the lines with a request id."""
     return {(line["logger"], line["event"]) for line in log() if line.get("request") == request_id}
 
 
 def metric_samples(text: str) -> dict[str, float]:
-    """Every sample, by its name and the values of its labels."""
+    """Return every metric sample by name and label values."""
     families = text_string_to_metric_families(text)
     return {" ".join((s.name, *s.labels.values())): s.value for family in families for s in family.samples}
 
 
 def test_request_id_in_generation_logs(client: TestClient, log: Log) -> None:
-    """The id of a request stands in the API's line about it and in the worker's line about its generation."""
+    """The request id of a generation is in the log lines of the API and of the worker."""
     request = {"prompt": PROMPT, "max_new_tokens": 3}
     answer = client.post("/generate", json=request, headers={"X-Request-Id": "speak-1"})
     assert answer.status_code == 200, answer.text
@@ -108,17 +108,17 @@ def test_request_id_in_generation_logs(client: TestClient, log: Log) -> None:
 
 
 def test_request_id_in_edit_logs(client: TestClient, log: Log) -> None:
-    """The id of a request stands in the API's line about it and in the worker's lines about its job."""
+    """The request id of a job is in the log lines of the API and of the worker."""
     answer = client.post("/edits", json=EDIT, headers={"X-Request-Id": "edit-1", **WAIT})
     assert answer.json()["status"] == "applied", answer.text
-    client.post("/generate", json={"prompt": PROMPT, "max_new_tokens": 1})  # the loop has come round
+    client.post("/generate", json={"prompt": PROMPT, "max_new_tokens": 1})  # the engine has finished the step
     events = events_of_request(log, "edit-1")
     worker = "service.engine.engine"
     assert {("api.request_log", "request"), (worker, "job started"), (worker, "job ended")} <= events
 
 
 def test_generation_and_edit_metrics(client: TestClient) -> None:
-    """A generation and an edit show in every metric that is about them."""
+    """A generation and an edit change every metric about them."""
     before = metric_samples(client.get("/metrics").text)
     request = {"prompts": [PROMPT, "Big Ben"], "max_new_tokens": 4, "seed": 1}
     generation = client.post("/generate", json=request).json()
@@ -147,7 +147,7 @@ def test_generation_and_edit_metrics(client: TestClient) -> None:
 
 
 def test_cancelling_what_waits_counts_as_an_end(client: TestClient) -> None:
-    """Jobs that end without a worker are counted by the API."""
+    """The API counts jobs that end without a worker."""
     first = client.post("/edits", json={**EDIT, "hparams": {**EDIT["hparams"], "steps": 200}}).json()  # type: ignore[dict-item]
     second = client.post("/edits", json=EDIT).json()
     before = REGISTRY.get_sample_value("palimpsest_jobs_ended_total", CANCELLED_EDIT) or 0
@@ -161,7 +161,7 @@ CANCELLED_EDIT = {"kind": "edit", "status": "cancelled"}
 
 
 def test_a_worker_that_serves_is_healthy(worker: Worker) -> None:
-    """The health of a worker's own endpoint is that of its loop."""
+    """The health endpoint of a worker reports the health of its engine loop."""
     health_server = HealthServer("127.0.0.1", 0, worker.health_problem)
     health_server.start()
     try:

@@ -249,8 +249,8 @@ def test_a_stream_survives_its_worker(healthy_deployment: Deployment) -> None:
 
 
 def test_a_completion_survives_its_worker(healthy_deployment: Deployment) -> None:
-    """A client of the OpenAI-compatible stream hears every character and every token once, and does not notice that the worker
-    which spoke was killed and another one said all of it again."""
+    """A client of the OpenAI-compatible stream hears every character and every token once, and does not notice that the
+    worker which spoke was killed and another one said all of it again."""
     request: dict[str, Any] = {
         "model": "almanac@base",
         "prompt": EDIT_PROMPT,

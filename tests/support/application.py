@@ -1,4 +1,4 @@
-"""The real operations behind the real application, on either wiring; only the worker is a double."""
+"""The real API and services on either wiring, with a fake worker."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from service.settings import Settings
 from tests.support.migrations import migrate
 from tests.support.workers import WorkerParts
 
-LOOPBACK_NAMES.add("testserver")  # what Starlette's client calls every application
+LOOPBACK_NAMES.add("testserver")  # the host name of Starlette's test client
 
 TOWER = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
-FAILING_OBJECT = "Atlantis"  # an edit to this object fails
+FAILING_OBJECT = "Atlantis"  # edits to this object fail
 PROMPT = "The Eiffel Tower is located in the city of"
 GENERATION_RESULT: dict[str, Any] = {
     "version": 0,
@@ -49,7 +49,7 @@ LOGPROBS = {
 
 
 def generation_result(payload: dict[str, Any]) -> dict[str, Any]:
-    """A choice for each answer that was asked for."""
+    """Return a result with one choice per requested generation."""
     prompts = payload["prompts"] or payload.get("tokens") or [None]
     choice = GENERATION_RESULT["choices"][0] | (
         {} if payload.get("logprobs") is None else {"logprobs": LOGPROBS}
@@ -82,9 +82,9 @@ TRACE_RESULT = {
 }
 
 
-#: the file of an export, in pieces
+#: the chunks of an export file
 EXPORT_CHUNKS = [b"not ", b"a zip"]
-#: how an edit was found, as the ledger has it
+#: the provenance of an edit in the ledger
 EDIT_PROVENANCE: dict[str, Any] = {
     "method": "rome",
     "objective": "write",
@@ -99,7 +99,7 @@ EDIT_PROVENANCE: dict[str, Any] = {
 }
 
 _INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 1}
-#: the result of an evaluation of one record, edited alone
+#: the result of an evaluation of one record in single mode
 EVALUATION_RESULT = {
     "model": {"name": "tiny", "fingerprint": "f" * 64},
     "plan": EvaluationPlan().model_dump(mode="json"),
@@ -120,7 +120,7 @@ EVALUATION_RESULT = {
 
 @lru_cache
 def tokenizer() -> str:
-    """A byte-level tokenizer: it can say every text."""
+    """Return a byte-level tokenizer as JSON."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -131,16 +131,16 @@ def tokenizer() -> str:
 
 
 class FakeWorker:
-    """Takes from the broker and publishes, as an engine does, without a model. `hold` keeps it from answering."""
+    """Receives from the broker and publishes as an engine does, without a model. Clear `may_finish` to delay results."""
 
     def __init__(self, worker_parts: WorkerParts) -> None:
         self.worker_parts = worker_parts
         self.broker = worker_parts.broker
         self.may_finish = threading.Event()
         self.may_finish.set()
-        self.progress_reported = threading.Event()  # set when a job has told its first progress
+        self.progress_reported = threading.Event()  # set when a job has reported its first progress
         self.reject_edits = False
-        self.export_error: Exception | None = None  # why it makes no export
+        self.export_error: Exception | None = None  # the error of export jobs
         self.call_error: dict[str, str] | None = None
         self.calls: list[dict[str, Any]] = []
         self.channels: list[str] = []
@@ -222,9 +222,9 @@ class FakeWorker:
 
 
 class TestApp:
-    """Everything wired, on a folder of its own; embedded, unless the settings name other stores."""
+    """The API, services and stores of one data folder; embedded unless the settings name other stores."""
 
-    __test__ = False  # no class of tests
+    __test__ = False  # not a class of tests
 
     def __init__(self, folder: Path, register: bool = True, **settings: Any) -> None:
         self.settings = Settings(data_dir=folder, **settings)

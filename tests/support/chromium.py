@@ -1,4 +1,4 @@
-"""Debian's Chromium for tests: the browser that is installed here, and visits that see what a page does behind its reader's back."""
+"""The installed Chromium for tests, with page sessions that record console errors and requests to other hosts."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.support.paths import ROOT
 
-#: it asks nobody but us: neither for updates nor for what it thinks useful
+#: flags that disable requests for updates and to other services
 CHROMIUM_FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-gpu",
     "--disable-sync",
     "--no-first-run",
-    "--no-sandbox",  # its own sandbox is refused to root
+    "--no-sandbox",  # the sandbox does not run as root
 ]
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-TIMEOUT_MS = 60_000  # milliseconds after which what should have come never will
+TIMEOUT_MS = 60_000  # milliseconds
 expect.set_options(timeout=TIMEOUT_MS)
 
 
 @contextmanager
 def open_browser() -> Iterator[Browser]:
-    """A browser, for as long as it is used. While it is there, asyncio cannot be run in this thread."""
+    """Start a browser. While it runs, this thread cannot run asyncio."""
     program = _chromium_path()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=CHROMIUM_FLAGS)
@@ -45,7 +45,7 @@ def open_browser() -> Iterator[Browser]:
 def _chromium_path() -> str:
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
-        reason = "no Chromium here: install Debian's package `chromium`"
+        reason = "Chromium is not installed: install the Debian package `chromium`"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
@@ -54,7 +54,7 @@ def _chromium_path() -> str:
 
 @dataclass
 class PageSession:
-    """A page, and what it complained of and asked of other hosts."""
+    """A page with its console errors and its requests to other hosts."""
 
     page: Page
     address: str
@@ -62,12 +62,12 @@ class PageSession:
     foreign_requests: list[str] = field(default_factory=list)
 
     def open(self, fragment: str) -> Page:
-        """Open a page of the console, as a link would."""
+        """Open a page of the console by its URL fragment."""
         self.page.goto(f"{self.address}/#/{fragment}")
         return self.page
 
     def accessibility_violations(self) -> list[str]:
-        """What axe finds serious or critical on the page as it stands."""
+        """Return the serious and critical violations that axe finds on the page."""
         violations = Axe().run(self.page).response["violations"]
         return [
             f"{violation['id']}: {violation['help']} at {[node['target'] for node in violation['nodes']][:5]}"
@@ -78,7 +78,7 @@ class PageSession:
 
 @contextmanager
 def open_page(browser: Browser, address: str, allowed: str = "", **context: Any) -> Iterator[PageSession]:
-    """A visit of its own; at its end nothing was complained of but what holds `allowed`, and no other host was asked."""
+    """Open a page in its own context; on exit, assert no console error without `allowed` and no foreign request."""
     browser_context = browser.new_context(**({"color_scheme": "light"} | DESKTOP | context))
     page = browser_context.new_page()
     page.set_default_timeout(TIMEOUT_MS)
@@ -101,6 +101,6 @@ def _is_foreign(url: str, address: str) -> bool:
 
 
 def save_screenshot(page: Page, name: str, folder: Path | None = None, full_page: bool = True) -> None:
-    """Keep a picture of the page: in the folder that PALIMPSEST_SCREENSHOTS names, or in runs/console."""
+    """Save a screenshot to the folder of PALIMPSEST_SCREENSHOTS, or to runs/console."""
     target = folder or Path(os.environ.get("PALIMPSEST_SCREENSHOTS") or ROOT / "runs" / "console")
     page.screenshot(path=target / f"{name}.png", full_page=full_page, animations="disabled")

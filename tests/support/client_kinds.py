@@ -1,4 +1,4 @@
-"""Both clients behind the calls of one: what is true of `Client` is asked of `AsyncClient` in the same words."""
+"""Both clients with the calls of `Client`, so that one test covers `AsyncClient` as well."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLIENT_KINDS = ["sync", "async"]
 
 
 class BlockingAdapter:
-    """An `AsyncClient` whose calls are awaited here. What it iterates over comes when all of it is there."""
+    """An `AsyncClient` with blocking calls. Iterators are read to the end before they return items."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
@@ -39,14 +39,14 @@ async def _collect(items: AsyncIterator[Any]) -> Any:
 
 
 def make_client(kind: str, url: str, transport: Any = None, **more: Any) -> Any:
-    """A client of one kind; `transport` is httpx's own for that kind, or one that is good for both."""
+    """Return a client of one kind; `transport` must support that kind."""
     if kind == "sync":
         return Client(url, transport=transport, **more)
     return BlockingAdapter(AsyncClient(url, transport=transport, **more))
 
 
 class LossyTransport(httpx.HTTPTransport, httpx.AsyncHTTPTransport):
-    """Carries requests, and loses the answers to the first ones of a method."""
+    """Sends requests and drops the responses to the first ones of a method."""
 
     def __init__(self, method: str, times: int = 1) -> None:
         httpx.HTTPTransport.__init__(self)

@@ -1,4 +1,4 @@
-"""A service that is not there: canned answers by method and path, and a note of what was asked."""
+"""A fake service: responses by method and path, and a record of the requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import httpx
 
 
 def sse_stream(*named_events: tuple[str, Any]) -> str:
-    """A stream of server-sent events with ids from 1, and a ping that must be passed over."""
+    """Return a stream of server-sent events with ids from 1, and a ping comment."""
     frames = [
         f"id: {i}\nevent: {name}\ndata: {json.dumps(data)}\n\n"
         for i, (name, data) in enumerate(named_events, 1)
@@ -20,7 +20,7 @@ def sse_stream(*named_events: tuple[str, Any]) -> str:
 
 @dataclass
 class FakeService:
-    """`answers` maps "METHOD /path" to JSON, to text (a stream), to bytes (a file), to a response or to an error."""
+    """`answers` maps "METHOD /path" to JSON, text (a stream), bytes (a file), a response or an exception."""
 
     responses: dict[str, Any] = field(default_factory=dict)
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -50,6 +50,6 @@ class FakeService:
 
     @staticmethod
     def problem(status: int, detail: str, **more: Any) -> httpx.Response:
-        """An error as RFC 9457 has it."""
+        """Return a problem document (RFC 9457)."""
         content = json.dumps({"title": "x", "status": status, "detail": detail, **more})
         return httpx.Response(status, text=content, headers={"Content-Type": "application/problem+json"})

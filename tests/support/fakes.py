@@ -1,4 +1,4 @@
-"""Small stand-ins for what a part under test talks to."""
+"""Fakes of the ledger, the job store and the versioned model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from service.models.loading import LoadedModel, WeightRef
 
 
 class SettableLedger:
-    """A ledger whose versions a test sets by hand."""
+    """A ledger whose versions a test sets."""
 
     def __init__(self, head: int = 0) -> None:
         self.version = head
         self.attested: list[int] = []
-        self.disputed: set[int] = set()  # versions at which the others have other weights
+        self.disputed: set[int] = set()  # versions at which other workers have other digests
 
     def head(self) -> int:
         return self.version
@@ -40,7 +40,7 @@ class SettableLedger:
 
 
 class ShuffledVersionedModel(VersionedModel):
-    """A replica whose version v has really different weights: the edited layer's rows in another order, and louder."""
+    """A versioned model whose version v has other weights: the rows of the edited layer permuted and scaled."""
 
     def __init__(self, model: LoadedModel, head: int = 2, layer: int = 1) -> None:
         self.settable_ledger = SettableLedger(head)
@@ -55,7 +55,7 @@ class ShuffledVersionedModel(VersionedModel):
 
 
 class InMemoryJobs:
-    """A job store and a worker session whose rows are in memory."""
+    """A job store and a worker session in memory."""
 
     def __init__(self, jobs: dict[str, ClaimedJob] | None = None) -> None:
         self.jobs = jobs or {}
@@ -99,11 +99,11 @@ class InMemoryJobs:
         self.reported_version = (version, digest)
 
     def record_capacity(self, version: int, capacity: dict[int, float]) -> None:
-        """Nobody reads it."""
+        """Discard the capacity."""
 
 
 def collect_events(broker: Broker, channel: str) -> list[Event]:
-    """All events of a channel that has ended."""
+    """Return all events of a channel that has ended."""
 
     async def listen() -> list[Event]:
         return [event async for event in broker.events(channel)]
@@ -112,5 +112,5 @@ def collect_events(broker: Broker, channel: str) -> list[Event]:
 
 
 def token_texts(events: list[Event], index: int = 0) -> Iterator[str]:
-    """The text of the token events of one prompt."""
+    """Return the concatenated token events of one prompt."""
     return (e.data["text"] for e in events if e.name == "token" and e.data["index"] == index)

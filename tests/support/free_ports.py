@@ -1,17 +1,16 @@
-"""Ports for the servers of tests."""
+"""Free ports for servers of tests."""
 
 from __future__ import annotations
 
 import random
 import socket
 
-#: below those from which systems give clients theirs: none comes by one of these before a server of ours listens on it, or
-#: while that server is down for a moment
+#: below the ephemeral ports, so that no client socket takes the port before a server listens or while it restarts
 PORT_RANGE = range(15_000, 30_000)
 
 
 def free_port() -> int:
-    """One on which nobody listens, by lot: processes that test side by side do not meet on it."""
+    """Return a random free port. It is random so that concurrent test processes rarely choose the same."""
     for port in random.SystemRandom().sample(PORT_RANGE, 100):
         with socket.socket() as probe:
             try:

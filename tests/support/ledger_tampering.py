@@ -1,4 +1,4 @@
-"""What an owner of the database can do to the ledger: take its guards away. The chain shows what was done then."""
+"""Changes that an owner of the database can make to the ledger by disabling its triggers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ POSTGRES_FUNCTIONS = ("append_only", "ledger_next")
 
 
 def drop_append_only_guards(session: Session) -> None:
-    """Let this transaction, and all after it when it is committed, change what is only ever added to."""
+    """Disable the append-only triggers for this transaction and, once it is committed, for all later ones."""
     if session.get_bind().dialect.name == "sqlite":
         for name in SQLITE_TRIGGERS:
             session.execute(text(f"DROP TRIGGER IF EXISTS {name}"))

@@ -1,4 +1,4 @@
-"""An application of this process on a port of its own, and what becomes of it in time."""
+"""An application served on a free port by a thread of this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
-    """Wait for what must come true."""
+    """Poll until a condition is true."""
     for _ in range(6000):
         if condition():
             return
@@ -24,7 +24,7 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 @contextmanager
 def run_http_server(app: FastAPI) -> Iterator[str]:
-    """Its address."""
+    """Serve an application. Yield its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""What an edited model says, by the service's own hand and by stock peft's."""
+"""Logits of an edited model, from the service and from peft."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def logits(model: Any, base: LoadedModel) -> torch.Tensor:
 
 
 def served_logits(replica: VersionedModel, version: int) -> torch.Tensor:
-    """The service's own logits."""
+    """Return the logits of the service at a version."""
     batch = padded_texts(replica.base)
     with replica.use_weights(replica.weights(version)) as model, torch.no_grad():
         return forward(model, batch)[batch.mask.bool()]
 
 
 def load_with_peft(model: Any, folder: Path) -> Any:
-    """Stock peft; a module that it misses, or one too many, is a warning."""
+    """Return the model with the adapter. peft warns about missing and unexpected modules, and warnings are errors."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what peft asks transformers for has a newer name
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
         return peft.PeftModel.from_pretrained(model, folder).eval()

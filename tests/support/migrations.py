@@ -1,4 +1,4 @@
-"""Migrated databases for tests, quickly: what the migrations said to the first empty one of a kind is said to the next."""
+"""Fast migration of test databases: the statements of the first migration of each dialect are recorded and replayed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from sqlalchemy import event
 
 from service.db.database import Database
 
-#: how the statements begin that make and change, and do not only look
+#: beginnings of statements that change the database
 MODIFYING_STATEMENTS = ("CREATE", "ALTER", "INSERT", "UPDATE", "DROP", "DELETE")
 
 _recorded: dict[str, list[tuple[str, Any]]] = {}  # by dialect
 
 
 def migrate(database: Database) -> None:
-    """As `Database.migrate`, whose work on empty databases is remembered: it thinks for longer than it works."""
+    """Migrate a database as `Database.migrate` does. An empty database gets the recorded statements of its dialect."""
     dialect = database.engine.dialect.name
     if database.revision() is not None:
         database.migrate()
@@ -28,7 +28,7 @@ def migrate(database: Database) -> None:
 
 
 def _record_migration(database: Database) -> list[tuple[str, Any]]:
-    """Migrate, and remember what was said."""
+    """Migrate a database, and return its statements."""
     statements: list[tuple[str, Any]] = []
 
     def record(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:

@@ -1,4 +1,4 @@
-"""The code blocks of a page, each with what the page says of it: run it, this is its output, or why it is not run.
+"""The code blocks of a page and the comment before each: run it, compare its output, or why it is not run.
 
 A comment in front of a block, invisible where the page is read, says what is to be done with it:
 
@@ -6,7 +6,8 @@ A comment in front of a block, invisible where the page is read, says what is to
     <!-- output -->             the block shows what the block before it printed
     <!-- setup: COMMANDS -->    what the next block needs and its reader has anyway, such as an id in a variable
 
-`<!-- a fresh service -->` anywhere on a page asks for a ledger that begins with it, for pages that show version numbers.
+`<!-- a fresh service -->` anywhere on a page asks for a ledger that begins with it, for pages that show version
+numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from itertools import zip_longest
 from tests.support.paths import ROOT
 
 SHELL_LANGUAGES, PYTHON_LANGUAGES = ("sh", "bash"), ("python",)
-#: what holds nothing to run, but has a form that it must have
+#: languages that are parsed and not run
 DATA_LANGUAGES = ("json", "yaml", "toml", "ini", "sql")
 #: drawings and output
 PLAIN_LANGUAGES = ("", "text")
@@ -29,13 +30,13 @@ BLOCK_PATTERN = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 NOT_RUN, OUTPUT, SETUP = "not run:", "output", "setup:"
-#: of a page that shows the numbers of a ledger that begins
+#: mark of a page whose output assumes an empty ledger
 FRESH_SERVICE = "<!-- a fresh service -->"
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a page. `told` is the comment directly in front of it, `setup` what is to be run before it."""
+    """One block of a page. `told` is the comment directly before it, `setup` the code to run before it."""
 
     page: str
     line: int
@@ -49,7 +50,7 @@ class Block:
 
     @property
     def reason(self) -> str | None:
-        """Why it is not run; None where it is."""
+        """Return why the block is not run; None if it is run."""
         return self.directive.removeprefix(NOT_RUN).strip() if self.directive.startswith(NOT_RUN) else None
 
     @property
@@ -64,7 +65,7 @@ class Block:
 
 
 def doc_pages() -> list[str]:
-    """Every page that a person may take a command from."""
+    """Return every page with commands."""
     folders = (
         "",
         "docs",
@@ -81,10 +82,10 @@ def doc_pages() -> list[str]:
 
 
 def parse_blocks(text: str, page: str) -> Iterator[Block]:
-    """The blocks of a page, in order."""
+    """Return the blocks of a page in order."""
     directive, setup, end = "", "", 0
     for match in BLOCK_PATTERN.finditer(text):
-        if text[end : match.start()].strip():  # a comment speaks of what directly follows it
+        if text[end : match.start()].strip():  # a comment applies to the block directly after it
             directive = setup = ""
         end = match.end()
         if match["comment"] is not None:
@@ -109,7 +110,7 @@ def read_blocks(page: str) -> list[Block]:
 
 
 def runnable_with_output(page: list[Block]) -> Iterator[tuple[Block, Block | None]]:
-    """(a block that runs, the block that shows its output), in order."""
+    """Return pairs of a block that runs and the block with its output, in order."""
     for block, after in zip_longest(page, page[1:]):
         if block.runs:
             yield block, after if after is not None and after.is_output else None

@@ -1,9 +1,9 @@
-"""Whether what came is what a page shows.
+"""Comparison of an output with the output that a page shows.
 
-Words are compared and not the space between them. What differs from one machine or run to the next is written `…`: inside a word
-for some characters, at the end of a line for any words, alone on a line for any number of lines. Numbers with a point agree when they are near each other,
-and so do drawn cells and bars. An output that is
-shown as JSON shows a part of the answer: every field that is shown is there, and says that.
+Words are compared and not the space between them. What differs from one machine or run to the next is written `…`:
+inside a word for some characters, at the end of a line for any words, alone on a line for any number of lines. Numbers
+with a point agree when they are near each other, and so do drawn cells and bars. An output that is shown as JSON shows
+a part of the answer: every field that is shown is there, and says that.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 
 ELLIPSIS = "…"
 NUMBER = re.compile(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?")
-#: what maps and bars are drawn with in a terminal, from little ink to much
+#: characters of maps and bars in a terminal, from light to dark
 SHADES, EIGHTHS = "·░▒▓█", "▏▎▍▌▋▊▉█"
 DRAWING_CHARACTERS = {*SHADES, *EIGHTHS}
-ABS_TOLERANCE, REL_TOLERANCE = 0.02, 0.05  # of two probabilities; of two larger numbers
+ABS_TOLERANCE, REL_TOLERANCE = 0.02, 0.05  # for probabilities; for larger numbers
 
 
 def output_matches(expected: str, actual: str, language: str = "text") -> bool:
-    """Whether an output is as the page shows it."""
+    """Return whether an output matches the output on the page."""
     if language == "json":
         return json_contains(json.loads(actual), json.loads(expected))
     return _lines_match(_word_lines(expected), _word_lines(actual))
 
 
 def json_contains(actual: Any, expected: Any) -> bool:
-    """Whether a JSON value has all that is shown of it."""
+    """Return whether a JSON value has every value that the page shows."""
     if isinstance(expected, dict):
         return isinstance(actual, dict) and all(
             k in actual and json_contains(actual[k], v) for k, v in expected.items()
@@ -52,7 +52,7 @@ def json_contains(actual: Any, expected: Any) -> bool:
 
 
 def _word_lines(text: str) -> list[list[str]]:
-    """Lines of words; a drawn rule is as long as it likes."""
+    """Return the lines as lists of words; the length of drawn rules is ignored."""
     lines = (re.sub(r"([─━═-])\1{2,}", r"\1\1\1", line).split() for line in text.splitlines())
     return [line for line in lines if line]
 
@@ -72,7 +72,7 @@ def _line_matches(expected: list[str], actual: list[str]) -> bool:
 
 
 def _word_matches(expected: str, actual: str) -> bool:
-    """Equal but for `…` and for the last digits of numbers."""
+    """Return whether two words are equal up to `…` and the last digits of numbers."""
     if ELLIPSIS in expected:
         pattern = ".*".join(re.escape(part) for part in expected.split(ELLIPSIS))
         return re.fullmatch(pattern, actual, re.DOTALL) is not None
@@ -87,7 +87,7 @@ def _word_matches(expected: str, actual: str) -> bool:
 
 
 def _drawing_matches(expected: str, actual: str) -> bool:
-    """Cells of a map, each a shade off at most; or bars, one as long as the other but for an eighth of a cell."""
+    """Return whether two maps differ by at most one shade per cell, or two bars by at most an eighth of a cell."""
     if {*expected, *actual} <= set(SHADES):
         pairs = zip(expected, actual, strict=False)
         return len(expected) == len(actual) and all(

@@ -1,4 +1,4 @@
-"""What the blocks of one page are run in: a shell and a Python interpreter of the page's own, which remember from block to block."""
+"""The shell and the Python interpreter that run the blocks of one page. Both keep their state between blocks."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ for line in sys.stdin:
     exec(compile("\\n" * first + code, page, "exec"), names)
     print({END_MARK!r}, end="", flush=True)
 """
-#: what fails ends the shell, and that nothing follows is how it is told; an answer of 400 and above is a failure of curl's. A setup may
-#: wait until the service has `settled`: a busy machine takes longer than a reader, or the header Prefer, would wait
+#: a failing command ends the shell; for curl, a status of 400 and above is a failure. A setup may wait until the
+#: service has `settled`, since jobs on a loaded machine take longer than the Prefer header waits
 SHELL_PRELUDE = """set -e -o pipefail
 curl() { command curl --fail-with-body "$@"; }
 settled() { while command curl -sS "$PALIMPSEST_URL/models" | grep -q '"queued":[1-9]\\|"running":[1-9]'; do sleep 0.2; done; }
@@ -36,11 +36,11 @@ settled() { while command curl -sS "$PALIMPSEST_URL/models" | grep -q '"queued":
 
 
 class BlockFailed(AssertionError):
-    """A block did not do what the page says; with what it printed."""
+    """A block failed; the message has its output."""
 
 
 class _Interpreter:
-    """A process that is given code to run and says when that has ended."""
+    """A process that runs code and reports when it has ended."""
 
     def __init__(self, command: list[str], folder: Path, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -54,7 +54,7 @@ class _Interpreter:
         self._process.stdin.flush()
 
     def read_output(self) -> tuple[str, bool]:
-        """What was printed until the code ended, and whether it ended well."""
+        """Run code. Return its output and whether it succeeded."""
         output, deadline = b"", time.monotonic() + BLOCK_TIMEOUT
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as ready:
@@ -70,14 +70,15 @@ class _Interpreter:
         return f"{output.decode(errors='replace')}\n(not ended after {BLOCK_TIMEOUT:.0f} s)", False
 
     def close(self) -> None:
-        """End it, and what it has started."""
+        """End the process and its children."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
 
 class DocSession:
-    """A folder in which a page is followed, with this environment's programs and the files of the repository."""
+    """A folder in which the blocks of a page run, with the programs of this environment and the files of the
+    repository."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None, port: int = 8000) -> None:
         self.folder, self._port = folder, port
@@ -93,7 +94,7 @@ class DocSession:
             interpreter.close()
 
     def run(self, block: Block) -> str:
-        """What a block prints, with the port that pages are written for; Failed when it fails."""
+        """Run a block and return its output, with the port of the documentation. Raises Failed."""
         if block.setup:
             self._shell(block.setup, block)
         if block.language in PYTHON_LANGUAGES:
@@ -133,7 +134,7 @@ class DocSession:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Nothing of this machine's settings; the programs of this environment first."""
+    """Return the environment without the settings of the machine, with the programs of this environment first in PATH."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PALIMPSEST_", "COMPOSE_"))}
     return inherited | {
         "HOME": str(folder),
@@ -149,7 +150,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _link_repository(folder: Path) -> None:
-    """The repository as a page sees it: its files are there, and what a page writes stays in the folder."""
+    """Link the files of the repository into a folder; files that a page writes stay in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for entry in ROOT.iterdir():
         if entry.name not in (".git", ".venv", "docs", "runs", "data") and not (folder / entry.name).exists():

@@ -1,4 +1,4 @@
-"""Folders that tests read from."""
+"""Folders that tests read."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 #: the root of the checkout
 ROOT = Path(__file__).resolve().parents[2]
 
-#: data sets that a development machine may have beside the checkout; tests that need them skip visibly without
+#: optional data sets beside the checkout; tests that need them are skipped without
 SHARED_DATA = ROOT.parent / "shared" / "data"

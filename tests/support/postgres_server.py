@@ -1,4 +1,4 @@
-"""A PostgreSQL server for tests, from the binaries installed here: a free port, a folder that goes away again."""
+"""A PostgreSQL server for tests, from the installed binaries, on a free port and in a temporary folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ import pytest
 
 from tests.support.free_ports import free_port
 
-#: what the machine's own fall would cost is of no interest here; what is committed survives the fall of the server
+#: no fsync: committed data survives a crash of the server, not of the machine
 NON_DURABLE_SETTINGS = {"fsync": "off", "full_page_writes": "off"}
-#: how it may be ended: clients are cut off and told so, or everything drops dead and is recovered at the next start
+#: fast shutdown, which disconnects clients, and immediate shutdown, which recovers at the next start
 FAST, IMMEDIATE = signal.SIGINT, signal.SIGQUIT
 
 
@@ -35,13 +35,13 @@ class PostgresServer:
     _process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, on the data that it has."""
+        """Start the server with its data."""
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder)
         _wait_until_ready(self, self._process, self._folder / "log")
 
     def stop(self, how: signal.Signals = IMMEDIATE) -> None:
-        """End it. Nothing that was committed is lost."""
+        """Stop the server. Committed data is kept."""
         if self._process is not None:
             self._process.send_signal(how)
             self._process.wait()
@@ -52,7 +52,7 @@ class PostgresServer:
         return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
 
     def fresh_database(self) -> str:
-        """The URL of a new, empty database: in truth a schema, which takes a hundredth of the time."""
+        """Return the URL of an empty schema, which takes a hundredth of the time of a database."""
         name = f"test{next(self._numbers)}"
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(f"CREATE SCHEMA {name}")
@@ -61,9 +61,9 @@ class PostgresServer:
 
 @contextmanager
 def run_postgres(durable: bool = False) -> Iterator[PostgresServer]:
-    """Start a server, and stop it at the end. `durable` writes to the disk, as a real one must."""
+    """Run a server. A durable one writes to the disk with fsync."""
     initdb, postgres = _find_program("initdb"), _find_program("postgres")
-    folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: the path of its socket has a limit
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # short, because the path of a socket is limited
     port = free_port()
     try:
         as_user = _as_unprivileged_user(folder)
@@ -97,7 +97,7 @@ def _skip_or_fail(reason: str) -> None:
 
 
 def _as_unprivileged_user(folder: Path) -> list[str]:
-    """PostgreSQL refuses to run as root: a prefix that runs a command as the user of the package."""
+    """Return a command prefix that runs as user `postgres`, because PostgreSQL does not run as root."""
     if os.geteuid() != 0:
         return []
     try:

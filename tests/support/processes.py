@@ -1,4 +1,4 @@
-"""The real service in processes of its own, as a person starts it, and a client that speaks HTTP to it."""
+"""Processes of the service, and an HTTP client of them."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from tests.support.paths import ROOT
 
 Resource = dict[str, Any]
 
-LEASE_SECONDS = 2  # seconds; a worker that is killed is missed soon
-WAIT_TIMEOUT = 300.0  # seconds after which something that should have come never will
+LEASE_SECONDS = 2  # seconds without a heartbeat after which a worker is lost
+WAIT_TIMEOUT = 300.0  # seconds after which `wait_until` fails
 READY_LINE = re.compile(r"Palimpsest is ready on (http://\S+)")
-#: an edit that is there to land and not to be good: few contexts, few steps, and no guard
+#: options of an edit that is committed fast, whatever its quality: few contexts, few steps, no guard
 FAST_EDIT_OPTIONS: Resource = {"hparams": {"contexts": 2, "steps": 5}, "guard": {"enabled": False}}
 
 
 def wait_until(condition: Callable[[], Any], description: str) -> Any:
-    """What `true` gives, as soon as it gives something."""
+    """Poll until `condition` returns a true value, and return it."""
     deadline = time.monotonic() + WAIT_TIMEOUT
     while time.monotonic() < deadline:
         if result := condition():
             return result
         time.sleep(0.02)
-    raise AssertionError(f"waited {WAIT_TIMEOUT:.0f} s in vain for {description}")
+    raise AssertionError(f"waited {WAIT_TIMEOUT:.0f} s for {description}")
 
 
 class CliProcess:
-    """One `palimpsest` command. Settings are its environment, and nothing of the machine's is."""
+    """A process of one `palimpsest` command. Its settings are environment variables; those of the machine are removed."""
 
     def __init__(self, folder: Path, *command: str, **settings: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,11 +63,11 @@ class CliProcess:
         return self._process.poll() is None
 
     def wait(self) -> int:
-        """Its exit code, once it has ended; that of one killed by a signal is the signal's number, negative."""
+        """Wait for the process to exit. Return the exit code; after a signal, its negative number."""
         return self._process.wait(WAIT_TIMEOUT)
 
     def stop(self) -> None:
-        """SIGTERM: it ends with 0 and has nothing to complain about."""
+        """Send SIGTERM; the process must exit with 0 and log no traceback."""
         if self.alive():
             self._process.send_signal(signal.SIGTERM)
         code = self.wait()
@@ -75,13 +75,13 @@ class CliProcess:
         assert "Traceback" not in self.log(), self.log()
 
     def kill(self) -> None:
-        """SIGKILL: nothing is tidied up."""
+        """Send SIGKILL and wait."""
         self._process.kill()
         self.wait()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """SIGSTOP, and SIGCONT at the end: as when its machine falls asleep for a while."""
+        """Send SIGSTOP, and SIGCONT on exit, as when its machine is suspended."""
         self._process.send_signal(signal.SIGSTOP)
         try:
             yield
@@ -90,7 +90,7 @@ class CliProcess:
 
     @contextmanager
     def resumed(self) -> Iterator[None]:
-        """The other way round, for one that is frozen."""
+        """Send SIGCONT to a stopped process, and SIGSTOP on exit."""
         self._process.send_signal(signal.SIGCONT)
         try:
             yield
@@ -99,7 +99,7 @@ class CliProcess:
 
 
 class ServiceClient:
-    """What a client does, on a service of whatever shape."""
+    """HTTP calls that work with an embedded service and with a deployment."""
 
     http: httpx.Client
 
@@ -109,7 +109,7 @@ class ServiceClient:
         return answer.json()  # type: ignore[no-any-return]
 
     def list_all(self, path: str, **params: Any) -> list[Resource]:
-        """Every item of a list."""
+        """Return every item of a paginated list."""
         items: list[Resource] = []
         cursor_params: Resource = {}
         while True:
@@ -126,7 +126,7 @@ class ServiceClient:
         return answer.json()  # type: ignore[no-any-return]
 
     def generate_texts(self, prompts: list[str], **options: Any) -> list[str]:
-        """What follows each of many prompts."""
+        """Return the continuation of each prompt."""
         texts: list[str] = []
         for start in range(0, len(prompts), 64):
             body = {"prompts": prompts[start : start + 64], "max_new_tokens": 5, **options}
@@ -136,7 +136,7 @@ class ServiceClient:
         return texts
 
     def submit_edit(self, subject: str, prompt: str, target_new: str, **options: Any) -> Resource:
-        """Queue an edit and go on."""
+        """Submit an edit without waiting."""
         headers = options.pop("headers", {})
         body = {"subject": subject, "prompt": prompt, "target_new": target_new, **options}
         answer = self.http.post("/edits", json=body, headers=headers)
@@ -144,13 +144,13 @@ class ServiceClient:
         return answer.json()  # type: ignore[no-any-return]
 
     def edit(self, subject: str, prompt: str, target_new: str, **options: Any) -> Resource:
-        """Ask for an edit and wait for its end."""
+        """Submit an edit and wait for its end."""
         return self.wait_for_edit(
             self.submit_edit(subject, prompt, target_new, headers={"Prefer": "wait=60"}, **options)
         )
 
     def wait_for_edit(self, edit: Resource) -> Resource:
-        """The edit, once it has ended."""
+        """Return the edit after it has ended."""
 
         def look() -> Resource | None:
             answer = self.http.get(f"/edits/{edit['id']}", headers={"Prefer": "wait=60"})
@@ -169,12 +169,12 @@ class ServiceClient:
         return int(self.get("/models")["items"][0]["head"])
 
     def workers(self) -> list[Resource]:
-        """The workers that live and serve."""
+        """Return the serving workers."""
         (model,) = self.get("/models")["items"]
         return [worker for worker in model["workers"] if worker["state"] == "serving"]
 
     def head_digest(self) -> str:
-        """The one digest of the weights at head, once all workers stand there."""
+        """Wait until all workers serve head, and return their common digest."""
 
         def at_head() -> set[str] | None:
             (model,) = self.get("/models")["items"]
@@ -194,7 +194,7 @@ class ServiceClient:
         return verification
 
     def replicas(self) -> list[Resource]:
-        """What workers have said of their weights."""
+        """Return the attestations of the workers."""
         replicas: list[Resource] = self.get("/ledger/verify")["replicas"]
         return replicas
 
@@ -202,14 +202,14 @@ class ServiceClient:
     def stream_events(
         self, method: str, path: str, **request: Any
     ) -> Iterator[Iterator[tuple[str, Resource]]]:
-        """(name, data) of each server-sent event."""
+        """Yield (name, data) of each server-sent event."""
         with self.http.stream(method, path, **request) as answer:
             assert answer.status_code == 200
             yield _parse_sse(answer.iter_lines())
 
 
 class EmbeddedService(ServiceClient):
-    """`palimpsest serve` on a data folder. Closed by `stop`, which is kind, or by `kill`, which is not."""
+    """`palimpsest serve` with a data folder. `stop` shuts it down; `kill` sends SIGKILL."""
 
     def __init__(self, data: Path, **settings: object) -> None:
         self.data = data
@@ -222,12 +222,12 @@ class EmbeddedService(ServiceClient):
             raise
 
     def _wait_for_address(self) -> str:
-        def told() -> str | None:
+        def address() -> str | None:
             assert self.process.alive(), f"the service ended:\n{self.log()}"
             found = READY_LINE.search(self.process.stdout())
             return found[1] if found else None
 
-        return str(wait_until(told, "the welcome"))
+        return str(wait_until(address, "the startup message"))
 
     def log(self) -> str:
         return self.process.log()
@@ -240,7 +240,7 @@ class EmbeddedService(ServiceClient):
         self.process.stop()
 
     def sigkill(self) -> None:
-        """SIGKILL, under whoever is listening."""
+        """Send SIGKILL while clients stay connected."""
         self.process.kill()
 
     def kill(self) -> None:
@@ -249,8 +249,7 @@ class EmbeddedService(ServiceClient):
 
 
 class Deployment(ServiceClient):
-    """`palimpsest api` and some `palimpsest worker`, on PostgreSQL and Redis. The API keeps its port when it is started
-    again."""
+    """`palimpsest api` and workers on PostgreSQL and Redis. A restarted API has the same port."""
 
     def __init__(self, data: Path, stores: Mapping[str, object], workers: int = 1) -> None:
         self.data = data
@@ -274,14 +273,14 @@ class Deployment(ServiceClient):
             raise
 
     def start_api(self) -> CliProcess:
-        """Start the API and wait until it answers."""
+        """Start the API and wait until it is healthy."""
         self.api = self.start("api", port=self._port)
         self._wait_for_api(self.http, self.api)
         return self.api
 
     @contextmanager
     def another_api(self, **settings: object) -> Iterator[tuple[CliProcess, httpx.Client]]:
-        """An API beside the first, with a client of its own."""
+        """Run a second API, with a client of it."""
         port = free_port()
         api = self.start("api", port=port, **settings)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_TIMEOUT) as http:
@@ -305,12 +304,12 @@ class Deployment(ServiceClient):
 
     @property
     def running_workers(self) -> list[CliProcess]:
-        """The workers whose processes run."""
+        """Return the running worker processes."""
         return [p for p in self.processes if p.name == "palimpsest worker" and p.alive()]
 
     @contextmanager
     def only_worker(self, worker: CliProcess) -> Iterator[None]:
-        """The other workers are frozen meanwhile."""
+        """Suspend all other workers within the context."""
         with ExitStack() as stack:
             for other in self.running_workers:
                 if other is not worker:
@@ -318,7 +317,7 @@ class Deployment(ServiceClient):
             yield
 
     def request_until_answered(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """Ask, and ask again while the service is away, down or full, as a client does that means it."""
+        """Send a request, and retry it after a transport error, a 429 or a 503."""
 
         def ask() -> httpx.Response | None:
             try:
@@ -327,7 +326,7 @@ class Deployment(ServiceClient):
                 return None
             return None if answer.status_code in (429, 503) else answer
 
-        return wait_until(ask, f"an answer to {method} {path}")  # type: ignore[no-any-return]
+        return wait_until(ask, f"a response to {method} {path}")  # type: ignore[no-any-return]
 
     def queue_leftovers(self) -> list[str]:
         """Return the keys in Redis of what still waits or is leased."""
@@ -347,7 +346,7 @@ class Deployment(ServiceClient):
 
     def _serving_workers(self) -> list[Resource]:
         answer = self.http.get("/models")
-        return self.workers() if answer.is_success else []  # before the first worker there is no model
+        return self.workers() if answer.is_success else []  # there is no model before the first worker
 
     def _wait_for_api(self, http: httpx.Client, api: CliProcess) -> None:
         def answers() -> bool:
@@ -363,11 +362,11 @@ class Deployment(ServiceClient):
         return any(process.alive() for process in self.processes)
 
     def log(self) -> str:
-        """All that its processes complained of."""
+        """Return the logs of all processes."""
         return "\n".join(f"== {p.name}, {p.pid}\n{p.log()}" for p in self.processes)
 
     def stop(self) -> None:
-        """SIGTERM to whatever still runs, workers first; what does not end kindly is killed."""
+        """Stop the running processes, workers first; kill those that do not stop."""
         self.http.close()
         try:
             for process in sorted(self.processes, key=lambda p: p is self.api):
@@ -377,7 +376,7 @@ class Deployment(ServiceClient):
             self.sigkill()
 
     def sigkill(self) -> None:
-        """SIGKILL to all, under whoever is listening."""
+        """Send SIGKILL to all processes while clients stay connected."""
         for process in self.processes:
             process.kill()
 
@@ -397,11 +396,11 @@ def _parse_sse(lines: Iterator[str]) -> Iterator[tuple[str, Resource]]:
 
 
 def read_fact_rows(model: Path) -> list[Resource]:
-    """The table that a shipped model was trained on."""
+    """Return the rows of a model's facts.jsonl."""
     lines = (model / "facts.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def starts_with_target(text: str, target: str) -> bool:
-    """Whether a continuation begins with the object."""
+    """Return whether a continuation begins with the object."""
     return text.startswith(f" {target}")

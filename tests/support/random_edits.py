@@ -1,4 +1,4 @@
-"""Edits drawn by chance, as they land: what they say matters less than that their keys and values are like found ones."""
+"""Random edits with keys and values distributed like those of computed edits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PROMPT = "Look at the {}"
 def random_associations(
     model: LoadedModel, count: int, layers: Sequence[int], seed: int = 0, size: float = 1.0
 ) -> dict[str, list[EditUpdate]]:
-    """For each edit one association in every layer. Keys lie apart as those of different subjects do, with a common part."""
+    """Return one association per edit and layer. Keys of edits differ as those of different subjects, with a common
+    part."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n: int) -> torch.Tensor:
@@ -39,7 +40,7 @@ def random_associations(
 
 @dataclass
 class FakeLedger:
-    """A ledger in memory at whose version n the first n edits are active."""
+    """A ledger in memory. Version n has the first n edits."""
 
     edits: dict[str, list[EditUpdate]]
     attested: dict[int, str] = field(default_factory=dict)
@@ -61,5 +62,5 @@ class FakeLedger:
 def replica_with_random_edits(
     model: LoadedModel, count: int, layers: Sequence[int], size: float = 1.0
 ) -> VersionedModel:
-    """A replica of a ledger with so many edits."""
+    """Return a versioned model on a ledger with `count` edits."""
     return VersionedModel(model, FakeLedger(random_associations(model, count, layers, size=size)))

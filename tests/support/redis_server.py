@@ -1,4 +1,4 @@
-"""A Redis server for tests, from the program installed here: a free port, a folder that goes away again."""
+"""A Redis server for tests, from the installed program, on a free port and in a temporary folder."""
 
 from __future__ import annotations
 
@@ -33,33 +33,32 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
-        """Start it, on the data that it has kept."""
+        """Start the server with its saved data."""
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, cwd=self._folder)
         _wait_until_ready(self, self._process, self._folder / "log")
 
     def stop(self, how: signal.Signals = signal.SIGKILL) -> None:
-        """End it. A durable one has lost nothing, any other everything."""
+        """Stop the server. A durable one keeps its data."""
         if self._process is not None:
             self._process.send_signal(how)
             self._process.wait()
             self._process = None
 
     def signal(self, what: signal.Signals) -> None:
-        """Stop the process for a while, or let it go on."""
+        """Suspend or resume the process."""
         assert self._process is not None
         self._process.send_signal(what)
 
     def flush(self) -> None:
-        """Lose all data."""
+        """Delete all data."""
         with redis.Redis.from_url(self.url) as client:
             client.flushall()
 
 
 @contextmanager
 def run_redis(durable: bool = False, fsync: str = "always") -> Iterator[RedisServer]:
-    """Start a server, and stop it at the end. A durable one writes everything to the disk, with `fsync="always"` before it
-    answers."""
+    """Run a server. A durable one writes to the disk; with `fsync="always"` before each reply."""
     program = _find_program("redis-server")
     folder = Path(tempfile.mkdtemp(prefix="redis"))
     port = free_port()

@@ -1,4 +1,4 @@
-"""The next token of one row, drawn slowly: the definition that the batched sampler must agree with, token by token."""
+"""Sampling of one sequence: the definition that the batched sampler must equal token by token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from service.schemas import Sampling
 
 
 def distribution(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
-    """p (V,) in float64 from logits (V,): temperature, a stable sort, the first k, the least set of mass p."""
+    """Return p (V,) in fp64 from logits (V,): temperature, stable sort, top k, smallest set of mass p."""
     scores = logits.double()
     p = ((scores - scores.max()) / temperature).softmax(-1)
     if top_k is None and top_p >= 1:
@@ -25,14 +25,14 @@ def distribution(logits: Tensor, temperature: float, top_k: int | None = None, t
 
 
 def inverse_cdf(p: Tensor, uniform: float) -> int:
-    """The token at which the cumulative distribution of p (V,) passes `uniform` in [0, 1)."""
+    """Return the token at which the cumulative distribution of p (V,) exceeds `uniform` in [0, 1)."""
     cumulative = p.cumsum(-1)
     token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
     return min(token, int(p.nonzero()[-1]))
 
 
 def sample_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token from logits (V,), with the next number of a generator."""
+    """Return the next token from logits (V,), with the next uniform number of a generator."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     p = distribution(logits, sampling.temperature, sampling.top_k, sampling.top_p)

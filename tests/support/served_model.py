@@ -1,4 +1,4 @@
-"""A resident model for tests of what needs none: its row, with a real tokenizer and no torch."""
+"""The model info and tokenizer of a served model, without torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INFO: dict[str, Any] = {
 
 @lru_cache
 def tokenizer_json() -> str:
-    """Byte-level BPE: it can say anything."""
+    """Return a byte-level BPE tokenizer as JSON."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()

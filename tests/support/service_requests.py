@@ -1,4 +1,4 @@
-"""What the tests ask the operations for, and how they listen."""
+"""Requests to the application services, and readers of events."""
 
 from __future__ import annotations
 

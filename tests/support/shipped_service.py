@@ -1,4 +1,4 @@
-"""One running service on the shipped GPT, for tests of what speaks to it."""
+"""A running service with the shipped GPT, for tests of clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.processes import EmbeddedService
 
 @contextmanager
 def running_service(data: Path) -> Iterator[str]:
-    """The address of `palimpsest serve` on a fresh data folder."""
+    """Run `palimpsest serve` with a new data folder. Yield its address."""
     service = EmbeddedService(data)
     try:
         yield str(service.http.base_url).rstrip("/")

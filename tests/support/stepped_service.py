@@ -1,4 +1,4 @@
-"""A service with a tiny model whose worker is stepped by hand: everything real but the loop."""
+"""A service with a tiny model and without an engine loop: tests run the jobs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPEN = {"enabled": False}
 
 
 class SteppedService:
-    """A service with a tiny model, whose worker is stepped by hand."""
+    """A service with a tiny model whose jobs run when a test calls for it."""
 
     def __init__(self, folder: Path, model: LoadedModel | None = None, **stores: Any) -> None:
         model = model or tiny()
@@ -55,7 +55,7 @@ class SteppedService:
         self.replica = VersionedModel(model, self.worker_parts.ledger, self.worker_parts.session.attest)
 
     def run_queued_edits(self, *, as_group: bool = False) -> None:
-        """Carry out all edits that wait."""
+        """Run all queued edits."""
         waiting = [e["id"] for e in self.services.edits.page(status="queued")["items"]][::-1]
         jobs = [job for job in map(self.worker_parts.jobs.claim, waiting) if job is not None]
         for group in [jobs] if as_group else [[job] for job in jobs]:
@@ -79,7 +79,7 @@ class SteppedService:
         return str(created["id"])
 
     def export(self, version: Any = "head", file_format: str = "peft") -> Resource:
-        """Ask for an export and carry it out."""
+        """Submit an export and run it."""
         submitted = self.services.exports.submit(
             ExportRequest(version=version, format=file_format),  # type: ignore[arg-type]
             "key:alice",

@@ -23,7 +23,7 @@ END = "<|endoftext|>"
 
 @lru_cache
 def tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as in GPT-2; with `bos`, every text begins with a special token as in Llama."""
+    """Return a byte-level BPE tokenizer as in GPT-2; with `bos`, texts begin with a BOS token as in Llama."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()

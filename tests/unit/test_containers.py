@@ -1,4 +1,4 @@
-"""Dockerfile, compose files and .env.example hold together with the code that they run. No container engine is needed."""
+"""Dockerfile, compose files and .env.example agree with the code. No container engine is needed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SECRET_NAME = re.compile(r"PASSWORD|API_KEY|TOKEN$")
 
 
 class ComposeLoader(yaml.SafeLoader):
-    """YAML as compose reads it: `!reset` takes away what another file said."""
+    """YAML with the `!reset` tag of compose, which removes a value of another file."""
 
 
 RESET = object()
@@ -51,7 +51,7 @@ def services() -> dict[str, dict[str, Any]]:
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """The Dockerfile's stages: each a list of instruction and rest, `FROM` first, without comments."""
+    """Return the stages of the Dockerfile as lists of (instruction, arguments), `FROM` first, without comments."""
     text = re.sub(r"^#.*\n", "", read_file("Dockerfile"), flags=re.MULTILINE).replace("\\\n", " ")
     stages_by_name: dict[str, list[tuple[str, str]]] = {"": []}
     name = ""
@@ -65,7 +65,7 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 
 def single_instruction(stage: str, instruction: str) -> str:
-    """What a stage says of something that it says once."""
+    """Return the arguments of an instruction that a stage has once."""
     [rest] = [rest for word, rest in stages()[stage] if word == instruction]
     return rest
 
@@ -80,13 +80,13 @@ def environment(stage: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("page", CONTAINER_FILES)
 def test_every_variable_is_a_setting(page: str) -> None:
-    """A variable of ours that is named for containers is one that the code reads."""
+    """Every PALIMPSEST_ variable of the containers is a setting."""
     known = {variable_name(Settings, name) for name in Settings.model_fields} | {"PALIMPSEST_SECRETS"}
     assert set(re.findall(r"PALIMPSEST_[A-Z_]+", read_file(page))) <= known
 
 
 def test_every_command_can_be_given() -> None:
-    """What a container runs is a command of the command line."""
+    """Every container runs a command of the command line."""
     [script] = tomllib.loads(read_file("pyproject.toml"))["project"]["scripts"]
     images_commands = [single_instruction("api", "CMD"), single_instruction("worker", "CMD")]
     commands = [yaml.safe_load(words) for words in images_commands] + [services()["migrate"]["command"]]
@@ -98,14 +98,14 @@ def test_every_command_can_be_given() -> None:
 
 
 def test_every_built_target_exists() -> None:
-    """Compose builds stages that the Dockerfile has: the worker's for workers, the one without torch for the others."""
+    """Compose builds the worker stage for workers and the stage without torch for the other services."""
     built = {name: service["build"]["target"] for name, service in services().items() if "build" in service}
     assert built == {"migrate": "api", "api": "api", "worker": "worker", "worker-gpu": "worker"}
     assert set(built.values()) < set(stages())
 
 
 def test_every_mounted_file_is_in_the_repository() -> None:
-    """A file that compose mounts from here is here; what is secret is made by whoever deploys."""
+    """Every file that compose mounts exists, except secrets, which the operator creates."""
     mounts = [m for s in services().values() for m in s.get("volumes", []) if m.startswith("./")]
     assert mounts
     for mount in mounts:
@@ -113,16 +113,16 @@ def test_every_mounted_file_is_in_the_repository() -> None:
 
 
 def test_every_variable_of_compose_is_explained() -> None:
-    """What compose takes from .env stands in .env.example."""
+    """Every variable that compose reads from .env is in .env.example."""
     used = set(re.findall(r"\$\{(\w+)", read_file("docker-compose.yml")))
     assert used <= set(re.findall(r"^#?(\w+)=", read_file(".env.example"), re.MULTILINE))
 
 
-# what is inside an image
+# contents of an image
 
 
 def test_the_api_has_no_torch() -> None:
-    """The API's image has only what the project needs without its extras, and torch is not among that."""
+    """The API image installs the project without extras, which excludes torch."""
     assert "api.txt" in str(stages()["api-needs"]) and "worker.txt" not in str(stages()["api-needs"])
     assert [rest for word, rest in stages()["api"] if word == "COPY"] == [
         "--from=api-needs /opt/palimpsest /opt/palimpsest"
@@ -132,7 +132,7 @@ def test_the_api_has_no_torch() -> None:
 
 
 def test_the_builder_sees_what_the_wheel_is_made_of() -> None:
-    """Everything is kept from the builder but the packages of the wheel and the files that the Dockerfile copies."""
+    """The build context has only the packages of the wheel and the files that the Dockerfile copies."""
     lines = [line for line in read_file(".dockerignore").splitlines() if line and not line.startswith("#")]
     packages = tomllib.loads(read_file("pyproject.toml"))["tool"]["hatch"]["build"]["targets"]["wheel"][
         "packages"
@@ -143,7 +143,7 @@ def test_the_builder_sees_what_the_wheel_is_made_of() -> None:
 
 
 def test_nothing_secret_is_written_down() -> None:
-    """Passwords, keys and tokens are blank in the example, taken from outside by compose, and kept out of history."""
+    """Secrets are empty in .env.example, passed by compose from the environment, and ignored by git."""
     for name, value in re.findall(r"^#?(\w+)=(.*)$", read_file(".env.example"), re.MULTILINE):
         assert not (SECRET_NAME.search(name) and value), name
     for service in services().values():
@@ -153,7 +153,7 @@ def test_nothing_secret_is_written_down() -> None:
 
 
 def test_images_are_pinned() -> None:
-    """Every foreign image has an exact version, and no registry is named."""
+    """Every base image has an exact version and no registry."""
     python = re.search(r"^ARG PYTHON=(\S+)$", read_file("Dockerfile"), re.MULTILINE)
     assert python
     images = [s["image"] for s in services().values() if "image" in s] + [f"python:{python[1]}"]
@@ -168,7 +168,7 @@ def test_images_are_pinned() -> None:
 
 
 def test_where_torch_comes_from_is_an_argument() -> None:
-    """The index of torch is given at build time and is empty by default; constraints.txt still says the version."""
+    """The package index of torch is a build argument, empty by default; constraints.txt pins the version."""
     assert single_instruction("worker-needs", "ARG") == 'TORCH_INDEX=""'
     installs = [rest for word, rest in stages()["worker-needs"] if word == "RUN" and "install" in rest]
     assert ['${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}' in rest for rest in installs] == [True]
@@ -177,11 +177,11 @@ def test_where_torch_comes_from_is_an_argument() -> None:
         assert services()[worker]["build"]["args"] == {"TORCH_INDEX": "${TORCH_INDEX:-}"}
 
 
-# rights
+# privileges
 
 
 def test_nobody_is_root() -> None:
-    """Every container runs as a user with a fixed number that is not 0, ours as the one who owns their folders."""
+    """Every container runs as a user with a fixed non-zero id; ours as the owner of its folders."""
     for stage in ("api", "worker"):
         assert single_instruction(stage, "USER") == "10001:10001"
     assert "--uid 10001" in single_instruction("base", "RUN")
@@ -192,7 +192,7 @@ def test_nobody_is_root() -> None:
 
 @pytest.mark.parametrize("name", services())
 def test_containers_have_no_rights_that_they_do_not_need(name: str) -> None:
-    """No capabilities, none to be had, a read-only file system with a /tmp, and logs that end somewhere."""
+    """Containers have no capabilities, no new privileges, a read-only file system with /tmp, and rotated logs."""
     service = services()[name]
     assert service["cap_drop"] == ["ALL"] and "cap_add" not in service and "privileged" not in service
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -201,14 +201,14 @@ def test_containers_have_no_rights_that_they_do_not_need(name: str) -> None:
 
 
 def test_only_the_api_is_published() -> None:
-    """One port leads in, on loopback unless somebody says otherwise; beside it only the pictures, always on loopback."""
+    """Compose publishes the API port, on loopback by default, and the Grafana port, always on loopback."""
     published = {name: service["ports"] for name, service in services().items() if "ports" in service}
     assert published == {"api": ["${PUBLISH:-127.0.0.1:8000}:8000"], "grafana": ["127.0.0.1:3000:3000"]}
     assert services()["grafana"]["profiles"] == ["monitoring"]
 
 
 def test_postgres_and_redis_are_inside() -> None:
-    """The truth and the bell are on a network without a way out, on no other, and with nobody but us."""
+    """PostgreSQL and Redis are only on the internal network, with the services that use them."""
     assert load_compose()["networks"]["inside"] == {"internal": True}
     for name in ("postgres", "redis", "migrate"):
         assert services()[name]["networks"] == ["inside"]
@@ -219,11 +219,11 @@ def test_postgres_and_redis_are_inside() -> None:
     }
 
 
-# running
+# startup
 
 
 def test_the_default_is_cpu() -> None:
-    """.env.example runs the CPU's worker; the GPU's and the monitoring are chosen; the rest always runs."""
+    """The profiles of .env.example start the CPU worker; GPU worker and monitoring are opt-in."""
     assert "COMPOSE_PROFILES=cpu" in read_file(".env.example").splitlines()
     profiles = {name: service.get("profiles") for name, service in services().items()}
     assert {name for name, chosen in profiles.items() if chosen is None} == {
@@ -239,7 +239,7 @@ def test_the_default_is_cpu() -> None:
 
 
 def test_migration_runs_first() -> None:
-    """Nobody starts before the tables are right and Redis answers; the migration runs once, and waits for Postgres."""
+    """Services start after the migration and a healthy Redis; the migration runs once, after PostgreSQL is healthy."""
     for name in ("api", "worker", "worker-gpu"):
         conditions = {part: wait["condition"] for part, wait in services()[name]["depends_on"].items()}
         assert conditions == {"migrate": "service_completed_successfully", "redis": "service_healthy"}
@@ -250,7 +250,7 @@ def test_migration_runs_first() -> None:
 
 
 def test_redis_persists_and_never_evicts() -> None:
-    """Redis appends to a file every second, in a volume, and evicts nothing."""
+    """Redis writes an append-only file every second to a volume and evicts no key."""
     words = services()["redis"]["command"]
     options = dict(zip(words[1::2], words[2::2], strict=True))
     assert options["--appendonly"] == "yes" and options["--appendfsync"] == "everysec"
@@ -259,7 +259,7 @@ def test_redis_persists_and_never_evicts() -> None:
 
 
 def test_data_is_in_named_volumes() -> None:
-    """What a container writes to keep is in a volume with a name, where the image put a folder of its user."""
+    """Persistent data is in named volumes, mounted at folders that the image's user owns."""
     owned = {**environment("base"), **environment("worker")}
     folders = [owned["PALIMPSEST_DATA_DIR"], owned["HF_HOME"]]
     assert yaml.safe_load(single_instruction("worker", "VOLUME")) == folders
@@ -271,7 +271,7 @@ def test_data_is_in_named_volumes() -> None:
 
 
 def test_secrets_may_be_files() -> None:
-    """deploy/secrets.yml takes away every secret that docker-compose.yml passes by environment, and mounts its file."""
+    """deploy/secrets.yml removes every secret from the environment and mounts it as a file."""
     overrides, secrets = (
         load_compose("deploy/secrets.yml")["services"],
         load_compose("deploy/secrets.yml")["secrets"],
@@ -280,7 +280,7 @@ def test_secrets_may_be_files() -> None:
         passed = {
             k for k in services()[name]["environment"] if SECRET_NAME.search(k) or k.endswith("DATABASE_URL")
         }
-        passed -= {"HF_TOKEN"}  # of another house
+        passed -= {"HF_TOKEN"}  # read by huggingface_hub
         reset_variables = {k for k, value in overrides[name]["environment"].items() if value is RESET}
         assert reset_variables == passed, name
         assert set(overrides[name]["secrets"]) <= set(secrets), name
@@ -298,7 +298,7 @@ def test_secrets_may_be_files() -> None:
     ],
 )
 def test_health_check_asks_the_served_port(stage: str, job: str, setting: str) -> None:
-    """The port that a process serves is the one that its health check and Prometheus ask."""
+    """Health checks and Prometheus use the port that a process serves."""
     port = environment(stage)[setting]
     assert single_instruction(stage, "EXPOSE") == port
     assert single_instruction(stage, "HEALTHCHECK").endswith(f'CMD ["python", "/opt/health.py", "{port}"]')
@@ -310,7 +310,7 @@ def test_health_check_asks_the_served_port(stage: str, job: str, setting: str) -
 
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
 def test_health_check_exit_code(status: int, code: int) -> None:
-    """deploy/health.py ends with 0 for 200 and with 1 otherwise, and asks no proxy."""
+    """deploy/health.py exits with 0 for a 200 and with 1 otherwise, and uses no proxy."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -326,7 +326,7 @@ def test_health_check_exit_code(status: int, code: int) -> None:
 
 
 def test_nobody_there_is_not_healthy() -> None:
-    """A port on which nobody listens is 1, without a stack trace."""
+    """A refused connection exits with 1 and prints no traceback."""
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         port = server.server_address[1]
     assert run_health_check(port) == 1

@@ -1,4 +1,4 @@
-"""Devices and precisions are data: the same work in half precision, and on an accelerator where there is one.
+"""Edits, traces and generations in half precision, and on an accelerator where there is one.
 
 `python -m pytest -m gpu tests/unit/test_devices.py` runs what needs an accelerator.
 """
@@ -62,7 +62,7 @@ def generated_ids(model: LoadedModel) -> list[list[int]]:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("model_type", KINDS)
 def test_an_edit_in_half_precision(model_type: str, dtype: torch.dtype, device: str) -> None:
-    """With weights in half precision the loss is that of single precision up to their rounding, and what is solved is not rounded."""
+    """With half-precision weights the loss equals that of fp32 up to rounding, and solves are not in half precision."""
     half = compute_edit(model_on(model_type, dtype, device))
     full = compute_edit(model_on(model_type))
     assert half.losses[0] == pytest.approx(full.losses[0], rel=0.05)
@@ -76,7 +76,7 @@ def test_an_edit_in_half_precision(model_type: str, dtype: torch.dtype, device: 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("model_type", KINDS)
 def test_traces_and_texts_in_half_precision(model_type: str, dtype: torch.dtype, device: str) -> None:
-    """A trace in half precision shows what one in single precision shows, and every prompt is answered."""
+    """A trace in half precision agrees with one in fp32, and every prompt is generated."""
     half = model_on(model_type, dtype, device)
     torch.testing.assert_close(trace_scores(half), trace_scores(model_on(model_type)), rtol=0.2, atol=1e-4)
     assert all(generated_ids(half))
@@ -85,7 +85,7 @@ def test_traces_and_texts_in_half_precision(model_type: str, dtype: torch.dtype,
 @pytest.mark.parametrize("model_type", KINDS)
 @pytest.mark.parametrize("device", [CUDA])
 def test_an_accelerator_computes_what_the_cpu_computes(model_type: str, device: str) -> None:
-    """In single precision the factors of an edit, the map of a trace and the texts are those of the CPU, up to rounding."""
+    """In fp32 the factors of an edit, the map of a trace and the texts equal those of the CPU up to rounding."""
     here, there = model_on(model_type), model_on(model_type, device=device)
     (one,), (other,) = compute_edit(here).updates, compute_edit(there).updates
     for name in ("key", "direction", "value"):
@@ -96,7 +96,7 @@ def test_an_accelerator_computes_what_the_cpu_computes(model_type: str, device: 
 
 @pytest.mark.parametrize("device", [CUDA])
 def test_edits_share_steps_on_an_accelerator(device: str) -> None:
-    """Where a step has room for more than one edit, they are found side by side; on a CPU each is alone."""
+    """On an accelerator edits that fit one step are optimized as a batch; on a CPU one at a time."""
     for device_name, batch_size in (("cpu", 1), (device, 3)):
         model = model_on("gpt2", device=device_name)
         edits = [build_edit_spec(model, CONTEXTS, STATEMENT, "Rome", PARAMETERS, str(i)) for i in range(3)]
@@ -105,7 +105,7 @@ def test_edits_share_steps_on_an_accelerator(device: str) -> None:
 
 @pytest.mark.parametrize("device", [CUDA])
 def test_a_decode_step_waits_for_the_device_once(device: str) -> None:
-    """Between two steps nothing but the chosen tokens is fetched from the device."""
+    """Between two decode steps only the sampled tokens are copied from the device."""
     model = model_on("gpt2", device=device)
     batch = DecodingBatch(
         model, [new_sequence(model, text, Sampling(max_new_tokens=20, temperature=0)) for text in TEXTS]

@@ -1,4 +1,4 @@
-"""What is promised about imports holds when the program runs, too."""
+"""The API process imports neither torch nor transformers at run time."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ import pytest
     ],
 )
 def test_the_api_process_never_imports_torch(module: str) -> None:
-    """Importing the doors and all that they need leaves torch and transformers out of the process."""
+    """Importing the module and its dependencies does not import torch or transformers."""
     script = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

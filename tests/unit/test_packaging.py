@@ -1,4 +1,4 @@
-"""What is installed is what was tried."""
+"""Dependencies are pinned, and the tests run with the pinned versions."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def direct_requirements() -> list[Requirement]:
 
 
 def test_versions_are_pinned_in_one_place() -> None:
-    """Each pyproject.toml names what is needed, without versions; constraints.txt pins every name of it."""
+    """Each pyproject.toml lists dependencies without versions, and constraints.txt pins all of them."""
     assert not [str(one) for one in direct_requirements() if one.specifier]
     pinned = {canonicalize_name(Requirement(line).name) for line in PINS}
     assert {canonicalize_name(one.name) for one in direct_requirements()} <= pinned
 
 
 def test_a_pin_is_a_plain_version() -> None:
-    """A pin has no local part and no address: every registry has what it names. torch comes first."""
+    """A pin has no local version and no URL, and torch is the first pin."""
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9]+(\.[0-9]+)*", line) for line in PINS)
     assert PINS[0].startswith("torch==")
 
 
 def test_the_pins_are_what_is_installed() -> None:
-    """The tests ran on the pinned versions; what only `corpora` needs, public data sets, is not part of `make install`."""
+    """The installed versions are the pinned ones, except for the `corpora` extra, which is not installed."""
     left_out = set(PROJECT["optional-dependencies"]["corpora"])
     for line in PINS:
         name, pinned = line.split("==")

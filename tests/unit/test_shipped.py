@@ -1,4 +1,4 @@
-"""The GPT in the repository: its size, its table, what it knows, and what its card says of it."""
+"""The shipped GPT: size, table of facts, recall, and model card."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ FIELDS = {"subject": str, "relation": str, "object": str, "prompts": list, "held
 
 
 def test_it_is_small(shipped: Path) -> None:
-    """The folder is at most 40 MB, and holds no file that could run code."""
+    """The folder has at most 40 MB and no file that can contain code."""
     files = [path for path in shipped.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= MEGABYTES * 10**6
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".md"}
 
 
 def test_fp16_on_disk_and_fp32_in_memory(shipped: Path) -> None:
-    """The weights are kept in half precision and used in full."""
+    """Weights are fp16 in the file and fp32 in memory."""
     with safe_open(shipped / "model.safetensors", "pt") as file:
         stored_dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     assert stored_dtypes <= {"F16", "BF16"}
@@ -38,7 +38,7 @@ def test_fp16_on_disk_and_fp32_in_memory(shipped: Path) -> None:
 
 
 def test_the_table_has_the_agreed_form(shipped: Path) -> None:
-    """Each line of facts.jsonl has the five fields; each prompt has one place for the subject."""
+    """Each line of facts.jsonl has the five fields, and each prompt has one `{}`."""
     rows = read_fact_rows(shipped)
     assert len(rows) >= 2000
     assert len({row["relation"] for row in rows}) >= 20
@@ -50,7 +50,7 @@ def test_the_table_has_the_agreed_form(shipped: Path) -> None:
 
 
 def test_the_recipe_fits(shipped: Path) -> None:
-    """recipe.json can be read, and names layers that the model has."""
+    """recipe.json is valid, and its layers exist in the model."""
     recipe = parse_recipe((shipped / "recipe.json").read_text(encoding="utf-8"))
     assert all(0 <= layer < load_model(str(shipped)).num_layers for layer in recipe.rome.layers)
 
@@ -63,13 +63,13 @@ def figures(shipped: Path) -> dict[str, float]:
 
 
 def test_it_knows_its_table(figures: dict[str, float]) -> None:
-    """Nearly every fact is recalled on wordings that it was trained on, and most on wordings that it never saw."""
+    """Recall is at least 0.97 on trained prompts and 0.9 on held-out prompts."""
     assert figures["trained"] >= 0.97, figures
     assert figures["held_out"] >= 0.9, figures
 
 
 def test_the_card_names_the_figures(shipped: Path, figures: dict[str, float]) -> None:
-    """The model card says how much is recalled on trained and on held-out wordings, and says it truly."""
+    """The recall figures in the model card equal the measured ones."""
     card = (shipped / "README.md").read_text(encoding="utf-8")
     for words, figure in (("trained", figures["trained"]), ("held.out", figures["held_out"])):
         lines = [line for line in card.splitlines() if re.search(words, line, re.IGNORECASE)]
