@@ -41,7 +41,7 @@ def compare(args: argparse.Namespace, client: Client) -> int:
         out.print(f"{name}: {strip_control_chars(args.prompt)}{strip_control_chars(side.text)}")
     rows = [(token.token, *token.p, token.p[1] - token.p[0]) for token in comparison.next_tokens]
     out.print()
-    out.print(table("", ("next token", *names, "difference"), rows))
+    out.print(table("", ("next token", *names, "change"), rows))
     out.print()
     out.print(f"total variation distance {comparison.total_variation:.3f}")
     return 0
