@@ -1,33 +1,40 @@
-"""A worker's own small HTTP server: its metrics, and whether it serves. For probes and Prometheus, never for users."""
+"""The HTTP server of a worker, for probes and Prometheus: GET /metrics and GET /healthz."""
 
 from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import make_wsgi_app
 
 from service.errors import Misconfigured
 from service.kit import metrics
 
-CLIENT_TIMEOUT = 5.0  # seconds that a client may be silent
-PLAIN_TEXT = "text/plain; charset=utf-8"
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-#: why the worker does not serve now; None when it does
+CLIENT_TIMEOUT = 5.0  # seconds that a client may be silent
+
+#: returns why the worker does not serve now; None when it serves
 HealthCheck = Callable[[], str | None]
 
 
 class HealthServer:
-    """Serves GET /metrics and GET /healthz from `start` to `stop`. /healthz is 503, with the reason, while there is trouble."""
+    """Serves from `start` to `stop`. /healthz is 503, with the reason, while the health check returns one."""
 
     def __init__(self, host: str, port: int, health_check: HealthCheck) -> None:
         try:
-            self._server = _HttpServer((host, port), health_check)
+            self._server = _HttpServer((host, port), _RequestHandler)
         except OSError as error:
             raise Misconfigured(
-                f"{host}:{port} cannot be listened on: {error.strerror}. "
+                f"cannot listen on {host}:{port}: {error.strerror}. "
                 "Choose another --metrics-port (0 takes a free one) or another --metrics-host."
             ) from None
+        self._server.set_app(_wsgi_app(health_check))
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.2,), name="metrics", daemon=True
@@ -37,48 +44,47 @@ class HealthServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Also without a `start` before."""
+        """Stop and close the port; also a server that was not started."""
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()
         self._server.server_close()
 
 
-class _HttpServer(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False  # a silent client must not hold up the worker's end
+def _wsgi_app(health_check: HealthCheck) -> WSGIApplication:
+    metrics_app: WSGIApplication = make_wsgi_app(metrics.REGISTRY, disable_compression=True)
 
-    def __init__(self, address: tuple[str, int], health_check: HealthCheck) -> None:
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        def respond(status: str, text: str) -> Iterable[bytes]:
+            start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+            return [text.encode()]
+
+        if environ["REQUEST_METHOD"] != "GET":
+            return respond("405 Method Not Allowed", "use GET\n")
+        if environ["PATH_INFO"] == "/metrics":
+            return metrics_app(environ, start_response)
+        if environ["PATH_INFO"] == "/healthz":
+            problem = health_check()
+            return respond("503 Service Unavailable" if problem else "200 OK", f"{problem or 'alive'}\n")
+        return respond("404 Not Found", "use /metrics or /healthz\n")
+
+    return app
+
+
+class _HttpServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    block_on_close = False  # a silent client must not delay the shutdown
+
+    def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.health_check = health_check
-        super().__init__(address, _RequestHandler)
+        super().__init__(address, handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is nobody's concern."""
+        """Ignore clients that disconnect."""
 
 
-class _RequestHandler(BaseHTTPRequestHandler):
-    server: _HttpServer
+class _RequestHandler(WSGIRequestHandler):
     timeout = CLIENT_TIMEOUT
-    server_version = "palimpsest"
-    sys_version = ""
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/metrics":
-            self._respond(200, metrics.CONTENT_TYPE, metrics.render_metrics())
-        elif path == "/healthz":
-            problem = self.server.health_check()
-            self._respond(503 if problem else 200, PLAIN_TEXT, f"{problem or 'alive'}\n".encode())
-        else:
-            self._respond(404, PLAIN_TEXT, b"Here are /metrics and /healthz.\n")
-
-    def _respond(self, status: int, kind: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Probes are no news."""
+        """Do not log probes."""

@@ -1,4 +1,4 @@
-"""The thread beside the loop: it says that the worker lives, and rings again for jobs whose bell was lost."""
+"""The thread beside the engine loop: it sends the heartbeats of a worker and notifies workers of lost jobs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ log = logging.getLogger(__name__)
 
 
 class HeartbeatThread:
-    """Runs from `start` to `stop`. While `paused` it is silent, so that readiness shows that nobody serves.
+    """Runs from `start` to `stop`. While `paused` it sends no heartbeat, so that readiness shows that the worker is down.
 
-    There is room for several beats in a lease, and a bell that was lost is rung again within one.
+    It beats several times within a lease, and finds a job whose notification was lost within one.
     """
 
     def __init__(self, engine: Engine, worker_session: WorkerSession, lease: float) -> None:
@@ -25,7 +25,7 @@ class HeartbeatThread:
         self._sweep_interval = min(max(lease / 3, 0.5), 20.0)
         self._last_sweep_at = float("-inf")
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -35,7 +35,7 @@ class HeartbeatThread:
         self._thread.join()
 
     def resume(self) -> None:
-        """Speak again. What was down for this worker may have been down for others: they come back before a sweep."""
+        """Send heartbeats again. The next sweep waits: an outage may have stopped the heartbeats of other workers too."""
         if self._last_sweep_at > float("-inf"):
             self._last_sweep_at = time.monotonic()
         self.paused = False
@@ -45,12 +45,12 @@ class HeartbeatThread:
         while not self._stop.is_set():
             try:
                 self.beat()
-            except Exception as error:  # the next beat tries again; a lease has room for several
+            except Exception as error:  # the next beat tries again, within the lease
                 log.warning("heartbeat failed", extra={"detail": str(error)})
             self._stop.wait(self._interval)
 
     def beat(self) -> None:
-        """One heartbeat, and a sweep when one is due."""
+        """Send one heartbeat, and sweep for lost jobs when a sweep is due."""
         if self.paused or self._engine.hung:
             return
         if self._engine.served_version is not None:

@@ -1,4 +1,4 @@
-"""Which steps a kind of job takes. Each task ends its own job at the desk; what it raises, the engine reports."""
+"""The handlers of the kinds of jobs. Each writes the end of its job; the engine writes the errors that it raises."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from service.tracing.fast_trace import trace_statement
 from workers.job_metrics import with_job_metrics
 
 JobHandlers = dict[str, JobHandler]
-SPOOL_BYTES = 2**24  # bytes of an export that are held in memory
-CHUNK_BYTES = 2**22  # bytes of an export that go to the store at once
+SPOOL_BYTES = 2**24  # bytes of an export that stay in memory
+CHUNK_BYTES = 2**22  # bytes of an export that are stored as one artifact
 
 
 def job_handlers(
@@ -67,7 +67,7 @@ def job_handlers(
 
 
 def run_trace(replica: VersionedModel, job_store: JobStore, job: ClaimedJob) -> Stepper[None]:
-    """A causal trace at the version that "head" means when the job begins."""
+    """Run a causal trace. "head" is resolved when the job starts."""
     request = TraceRequest.model_validate(job.request)
     version = resolve_version(request.version, replica.head())
     text, span = request.text_and_subject_span()
@@ -91,7 +91,7 @@ def run_trace(replica: VersionedModel, job_store: JobStore, job: ClaimedJob) -> 
 
 
 class JobArtifactStore:
-    """What a job keeps as it goes, where whoever goes on with it finds it."""
+    """The artifacts of a job, which a later attempt reads again."""
 
     def __init__(self, job_store: JobStore, job: ClaimedJob) -> None:
         self._job_store, self._job = job_store, job
@@ -106,13 +106,13 @@ class JobArtifactStore:
 def run_evaluation(
     replica: VersionedModel, job_store: JobStore, context: EditorContext, job: ClaimedJob
 ) -> Stepper[None]:
-    """An evaluation of edits of the base model. An attempt goes on where the one before it was when its worker died."""
+    """Evaluate edits of the base model. An attempt resumes where the previous one ended."""
     store = JobArtifactStore(job_store, job)
     rows = get_json(store, artifacts.RECORDS)
     request = EvaluationRequest.model_validate({**job.request, "records": rows})
     source = rows if rows is not None else find_facts_file(context.model.folder)
     if source is None:
-        raise InvalidInput("the resident model has no table of facts beside it.", "dataset")
+        raise InvalidInput("the resident model has no facts.jsonl: send records.", "dataset")
     loaded = load_records(source, request.seed, request.limit or MAX_RECORDS)
     result = yield from runner.run_evaluation(replica, context, request.plan(), loaded.records, store)
     result["records"] |= {"format": loaded.format, "skipped": loaded.skipped}
@@ -122,7 +122,7 @@ def run_evaluation(
 def run_export(
     replica: VersionedModel, job_store: JobStore, context: EditorContext, job: ClaimedJob
 ) -> Stepper[None]:
-    """An export, made here and kept in pieces where every API finds them."""
+    """Make an export and store it in chunks that every API can read."""
     request = WorkerExportRequest.model_validate(job.request)
     with SpooledTemporaryFile(SPOOL_BYTES) as file:
         manifest = yield from export_version(replica, context.reference_texts, request, file)

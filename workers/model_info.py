@@ -1,4 +1,4 @@
-"""What a worker says of its resident model: the info of GET /models."""
+"""The description of a resident model that GET /models returns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.models.loading import LoadedModel, WeightRef
 
 
 def model_info(model: LoadedModel, context: EditorContext) -> dict[str, Any]:
-    """Shape, place and tools of a model, as plain JSON."""
+    """Return the shapes, device, recipe and methods of a model as JSON."""
     return {
         "name": model.name,
         "fingerprint": model.fingerprint,
@@ -32,17 +32,17 @@ def model_info(model: LoadedModel, context: EditorContext) -> dict[str, Any]:
 
 
 def weight_shapes(model: LoadedModel) -> dict[str, list[int]]:
-    """The weights of a layer that edits may change, with the shapes of their changes: (out, in)."""
+    """Return the editable weights of a layer, with the shapes of their changes, (out, in)."""
     parts = [site.part for site in model.editable_weights if site.layer == 0]
     shapes = {part: list(model.parameter(WeightRef(0, part)).shape) for part in parts}
     return {part: shape[::-1] if model.architecture.conv1d else shape for part, shape in shapes.items()}
 
 
 def device_kind(device: torch.device) -> str:
-    """Devices of one kind hold identical bytes at one version."""
+    """Return the kind of a device. Devices of one kind hold identical bytes at one version."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def tokenizer_json(model: LoadedModel) -> str:
-    """The tokenizer as the torch-free side reads it."""
+    """Return the tokenizer as JSON, which the torch-free API reads."""
     return str(model.tokenizer.backend_tokenizer.to_str())

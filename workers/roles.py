@@ -1,4 +1,4 @@
-"""What a worker does: its roles as a setting names them, and the kinds of work that they take."""
+"""The roles of a worker and the kinds of work that they receive."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from service.jobs.job_kinds import ROLES
 
 
 def parse_roles(text: str) -> tuple[str, ...]:
-    """The roles named in a setting, each once, in the order of the table."""
+    """Return the roles that a setting lists, without duplicates, in the order of `ROLES`."""
     names = {word.strip() for word in text.split(",")} - {""}
     if not names or not names <= set(ROLES):
-        raise Misconfigured(f"roles cannot be {text!r}: name some of {','.join(ROLES)}.")
+        raise Misconfigured(f"invalid roles {text!r}: choose from {','.join(ROLES)}.")
     return tuple(role for role in ROLES if role in names)
 
 
 def kinds_of_roles(roles: Sequence[str]) -> tuple[str, ...]:
-    """The kinds of work that these roles take."""
+    """Return the kinds of work that the roles receive."""
     return tuple(kind for role in roles for kind in ROLES[role])

@@ -1,4 +1,4 @@
-"""One worker: a resident model, the loop that serves it, and the thread that says that it lives."""
+"""A worker: a resident model, the engine that serves it, and the thread that sends its heartbeats."""
 
 from __future__ import annotations
 
@@ -31,18 +31,16 @@ from workers.roles import kinds_of_roles, parse_roles
 
 log = logging.getLogger(__name__)
 
-RESTART_DELAY, MAX_RESTART_DELAY = (
-    1.0,
-    10.0,
-)  # seconds before a loop that fell is started again: the first time, and at most
-STABLE_AFTER = 60.0  # seconds after which a loop counts as sound again
+RESTART_DELAY = 1.0  # seconds before the first restart of a loop that crashed; doubled for each further crash
+MAX_RESTART_DELAY = 10.0  # seconds
+STABLE_AFTER = 60.0  # seconds after which a restarted loop counts as stable
 
 
 class Worker:
     """`run` serves in the calling thread, `start_in_thread` in one of its own, until `stop`.
 
-    `ready` is set once requests are served, `progress` tells how far the preparation is, `check` raises what ended or
-    stopped the worker.
+    `ready` is set while requests are served, `progress` is that of the preparation, and `check` raises the error that ended
+    the worker or crashed its loop.
     """
 
     def __init__(self, settings: Settings, container: Container) -> None:
@@ -51,18 +49,18 @@ class Worker:
         self.model = ""  #: its name, once it is loaded
         self.ready = threading.Event()
         self.progress: Progress | None = None
-        self.error: Exception | None = None  #: what ended the worker, or what the loop last fell over
+        self.error: Exception | None = None  #: the error that ended the worker or last crashed its loop
         self._settings, self._container = settings, container
-        self._crashes = 0  # of the loop, in a row
+        self._crashes = 0  # consecutive
         self._max_restart_delay = min(
             MAX_RESTART_DELAY, max(RESTART_DELAY, settings.worker_timeout / 3)
-        )  # back before its work is taken over
+        )  # restarted before its leases expire
         self._engine: Engine | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
-        """Load, prepare, register and serve. Raises what makes that impossible."""
+        """Load the model, prepare, register and serve. Raises the error that ends the worker."""
         try:
             self._run()
         except Exception as error:
@@ -73,7 +71,7 @@ class Worker:
             self.ready.clear()
 
     def start_in_thread(self) -> threading.Thread:
-        """The embedded wiring: errors are logged, and `check` raises them."""
+        """Run in a thread, for the single-process wiring. Errors are logged, and `check` raises them."""
 
         def quietly() -> None:
             try:
@@ -86,37 +84,39 @@ class Worker:
         return self._thread
 
     def stop(self) -> None:
-        """Stop kindly: no job is left half done, and what runs is handed back. Waits for a thread that was started."""
+        """Stop: let calls end, requeue jobs, and join the thread that `start_in_thread` started."""
         self._stop.set()
-        with suppress(Unavailable):  # a queue that is down holds no loop asleep
+        with suppress(Unavailable):  # without a broker no loop sleeps in `receive`
             self._container.broker.wake()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def check(self) -> None:
-        """Raise what the worker fell over, if it is down now."""
+        """Raise the error of the worker if it is down now."""
         if self.error is not None:
             raise self.error
 
     def health_problem(self) -> str | None:
-        """Why this worker serves nothing now; None while it does."""
+        """Return why this worker does not serve now; None while it serves."""
         if self.error is not None:
             return (
                 self.error.detail
                 if isinstance(self.error, PalimpsestError)
-                else "its loop fell: see the log."
+                else "the engine loop crashed: see the log."
             )
         if not self.ready.is_set():
-            return "it is starting or stopping."
+            return "the worker is starting or stopping."
         if self._engine is not None and self._engine.hung:
-            return "its loop hangs."
+            return "the engine loop hangs."
         return None
 
     def _run(self) -> None:
         settings, container = self._settings, self._container
         self._retry_until_available(container.database.migrate)
         if container.single_process:
-            delete_all_workers(container.database)  # before the long loading: nobody is ready meanwhile
+            delete_all_workers(
+                container.database
+            )  # before loading, which takes long: no worker is ready meanwhile
         model = self._load()
         self.model = model.name
         worker_session = WorkerSession(
@@ -147,7 +147,7 @@ class Worker:
     def _make_engine(
         self, model: LoadedModel, worker_session: WorkerSession, context: EditorContext
     ) -> Engine:
-        """The loop, for the kinds of work of this worker's roles."""
+        """Return the engine for the kinds of work of this worker's roles."""
         accepted_kinds = kinds_of_roles(self.roles)
         ledger = CachedLedger(worker_session.database, worker_session.model)
         job_store = JobStore(worker_session, self._settings.max_attempts)
@@ -160,10 +160,10 @@ class Worker:
         )
 
     def _refuse_foreign_workers(self, worker_session: WorkerSession) -> None:
-        """One service has one model: edits of another would wait for ever."""
+        """Raise Misconfigured when workers serve another model: one service has one model."""
         if foreign_workers := worker_session.foreign_workers():
             raise Misconfigured(
-                f"another model is being served: {'; '.join(foreign_workers)}. Stop its workers first (one that was killed counts "
+                f"another model is being served: {'; '.join(foreign_workers)}. Stop its workers first (a killed one counts "
                 f"for {self._settings.worker_timeout:.0f} seconds), or start this one with their --model."
             )
 
@@ -173,7 +173,7 @@ class Worker:
         return load_served_model(settings)
 
     def _prepare(self, model: LoadedModel) -> EditorContext | None:
-        """The editor's tools; made on the first start and read on later ones. None when stopped meanwhile."""
+        """Return the context of the editor, computed at the first start and read later; None when stopped meanwhile."""
         settings, phase = self._settings, None
         steps = build_editor_context(
             model, settings.data_dir / "statistics", settings.corpus, settings.covariance_tokens
@@ -191,7 +191,7 @@ class Worker:
         return None
 
     def _serve(self, engine: Engine, worker_session: WorkerSession, context: EditorContext) -> None:
-        """Register, and run the loop until it is stopped; a loop that falls is shown as such and started again."""
+        """Run the loop until it is stopped, with heartbeats beside it."""
         heartbeat = HeartbeatThread(engine, worker_session, self._settings.worker_timeout)
         heartbeat.start()
         try:
@@ -207,7 +207,7 @@ class Worker:
         heartbeat: HeartbeatThread,
         context: EditorContext,
     ) -> None:
-        """The loop, again and again, with ever longer pauses while it falls."""
+        """Run the loop, and restart it after a crash with an exponential delay."""
         while True:
             started = time.monotonic()
             try:
@@ -222,16 +222,16 @@ class Worker:
                 return self._requeue_work(engine)
 
     def _requeue_work(self, engine: Engine) -> None:
-        """Stopped while the loop is down: a last try to hand back what it holds."""
+        """Try once to release the work of a loop that is stopped while it is down."""
         try:
             engine.run(self._stop)
-        except Exception as error:  # it is taken over when its leases are over
-            log.warning("cannot hand back", extra={"detail": str(error)})
+        except Exception as error:  # other workers take it over when its leases expire
+            log.warning("release failed", extra={"detail": str(error)})
 
     def _register(
         self, worker_session: WorkerSession, heartbeat: HeartbeatThread, context: EditorContext
     ) -> None:
-        """Be among the living."""
+        """Register the worker and send its first heartbeat."""
         self._refuse_foreign_workers(worker_session)
         worker_session.register(model_info(context.model, context), tokenizer_json(context.model), self.roles)
         heartbeat.resume()
@@ -240,14 +240,17 @@ class Worker:
         log.info("registered", extra={"worker": self.id, "model": context.model.name})
 
     def _mark_down(self, error: Exception, worker_session: WorkerSession, heartbeat: HeartbeatThread) -> None:
-        """Nobody serves: no heartbeat. When something that all need is down, what was begun here is gone on with, if
-        that is within the lease; a loop at fault gives it up at once."""
+        """Stop the heartbeats after a crash of the loop.
+
+        After an outage the loop resumes its work if it restarts within the lease. After another error the worker is
+        deregistered, so that others take its work over at once.
+        """
         metrics.ENGINE_RESTARTS.inc()
         heartbeat.paused = True
         if isinstance(error, Unavailable):
             log.warning("waiting", extra={"worker": self.id, "detail": error.detail})
         else:
-            log.error("loop fell", exc_info=error, extra={"worker": self.id})
+            log.error("engine loop crashed", exc_info=error, extra={"worker": self.id})
             self._deregister(worker_session)
         self.error = error
         self.ready.clear()
@@ -255,5 +258,5 @@ class Worker:
     def _deregister(self, worker_session: WorkerSession) -> None:
         try:
             worker_session.deregister()
-        except Exception as error:  # the lease ends it
-            log.warning("cannot leave", extra={"detail": str(error)})
+        except Exception as error:  # the lease expires
+            log.warning("deregistration failed", extra={"detail": str(error)})

@@ -1,4 +1,4 @@
-"""A worker's own endpoint: metrics and health."""
+"""The HTTP server of a worker: workers.health_server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.health_server import HealthServer
 
 
 class FakeHealthCheck:
-    """What is asked for its health."""
+    """A health check whose result a test sets."""
 
     problem: str | None = None
 
@@ -37,16 +37,16 @@ def http(health_check: FakeHealthCheck) -> Iterator[httpx.Client]:
 
 
 def test_metrics_can_be_scraped(http: httpx.Client) -> None:
-    """/metrics is text that Prometheus can read, with the metrics of the house in it."""
+    """GET /metrics returns the metrics of the process in the Prometheus text format."""
     answer = http.get("/metrics")
     assert answer.status_code == 200
     assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     names = {family.name for family in text_string_to_metric_families(answer.text)}
-    assert {"palimpsest_loop_turns", "palimpsest_batch_size", "process_resident_memory_bytes"} <= names
+    assert {"palimpsest_engine_steps", "palimpsest_batch_size", "process_resident_memory_bytes"} <= names
 
 
 def test_health_is_that_of_the_loop(http: httpx.Client, health_check: FakeHealthCheck) -> None:
-    """/healthz is 200 while the worker serves, and 503 with the reason while it does not."""
+    """GET /healthz is 200 while the worker serves, and 503 with the reason while it does not."""
     assert (http.get("/healthz").status_code, http.get("/healthz").text) == (200, "alive\n")
     health_check.problem = "the loop is down"
     assert (http.get("/healthz").status_code, http.get("/healthz").text) == (503, "the loop is down\n")
@@ -55,13 +55,13 @@ def test_health_is_that_of_the_loop(http: httpx.Client, health_check: FakeHealth
 
 
 def test_nothing_else_is_there(http: httpx.Client) -> None:
-    """Any other path is 404, and nothing can be sent."""
+    """Another path is 404, another method 405."""
     assert http.get("/").status_code == 404
-    assert http.post("/metrics").status_code == 501
+    assert http.post("/metrics").status_code == 405
 
 
 def test_silent_client_does_not_block_the_server(health_check: FakeHealthCheck) -> None:
-    """One who connects and says nothing neither keeps others from an answer nor the worker from its end."""
+    """A client that connects and sends nothing delays neither other clients nor the shutdown."""
     server = HealthServer("127.0.0.1", 0, health_check)
     server.start()
     with socket.create_connection(("127.0.0.1", server.port)):
@@ -70,7 +70,7 @@ def test_silent_client_does_not_block_the_server(health_check: FakeHealthCheck) 
 
 
 def test_port_in_use_is_misconfigured(health_check: FakeHealthCheck) -> None:
-    """A port that is in use is a wrong configuration, with what to change."""
+    """A port in use raises Misconfigured, whose detail says what to change."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(Misconfigured, match=f"127.0.0.1:{port} .*--metrics-port"):
@@ -78,7 +78,7 @@ def test_port_in_use_is_misconfigured(health_check: FakeHealthCheck) -> None:
 
 
 def test_stopping_without_a_start_closes_the_port(health_check: FakeHealthCheck) -> None:
-    """An endpoint that was never started can be stopped, and its port is free again."""
+    """A server that was not started can be stopped, and its port is free again."""
     server = HealthServer("127.0.0.1", 0, health_check)
     server.stop()
     again = HealthServer("127.0.0.1", server.port, health_check)
