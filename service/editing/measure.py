@@ -33,8 +33,8 @@ from service.models.scoring import compute_perplexity
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.schemas import Sampling
 from service.weights.capacity import measure_capacities
-from service.weights.composition import WeightDelta, compose_in_steps, norm_ratio_in_steps
 from service.weights.factors import Association, EditUpdate
+from service.weights.own_change import OwnChanges
 
 #: active edits that are probed for each candidate: those of its subject, then those with the nearest keys
 MAX_REGRESSION_PROBES = 64
@@ -47,7 +47,7 @@ class Baseline:
 
     version: int
     active_updates: list[EditUpdate]
-    weight_deltas: dict[WeightRef, WeightDelta]  #: the changes of `active_updates`
+    own_changes: OwnChanges  #: the changes that the candidates add to `active_updates`
     regression_probes: dict[str, Probe]
     measurements: list[VersionMeasurement]  #: one for each candidate
     conflicts: list[
@@ -101,11 +101,12 @@ def measure_baseline(
             replace(m, rewrite_without_superseded=answer)
             for m, answer in zip(measurements, bare_results, strict=True)
         ]
-    capacity = yield from measure_capacities([d.factors.updates for d in candidates], other_updates)
-    weight_deltas = yield from compose_in_steps(other_updates)
+    new_updates = [d.factors.updates for d in candidates]
+    capacity = yield from measure_capacities(new_updates, other_updates)
+    own_changes = yield from OwnChanges.build(new_updates, other_updates)
     yield Progress(Phase.BASELINE, 1, 1)
     return Baseline(
-        version, other_updates, weight_deltas, regression_probes, measurements, conflicts, capacity
+        version, other_updates, own_changes, regression_probes, measurements, conflicts, capacity
     )
 
 
@@ -164,16 +165,15 @@ def evaluate_candidates(
         [p.scaled(s) for p in d.factors.updates] for d, s in zip(candidates, strengths, strict=True)
     ]
     all_updates = baseline.active_updates + [a for group in scaled_updates for a in group]
-    composition = yield from replica.compose_in_steps(all_updates)
+    weights = yield from replica.compose_weights_in_steps(all_updates)
     yield Progress(Phase.COMPOSE, 1, 1)
     resolved_edits = [d.resolved_edit for d in candidates]
     after = yield from replica.step_with_weights(
-        composition.weights, measure_version(replica, context, resolved_edits, baseline.regression_probes)
+        weights, measure_version(replica, context, resolved_edits, baseline.regression_probes)
     )
     guard_results: list[GuardResult] = []
     for i, (candidate, group) in enumerate(zip(candidates, scaled_updates, strict=True)):
-        alone = composition.deltas if len(candidates) == 1 else None
-        norms = yield from _norm_ratios(replica, baseline, group, alone)
+        norms = _norm_ratios(replica, baseline, group)
         required_margin = baseline.strength_schedule(candidate.resolved_edit, replica.base).required_margin(
             strengths[i]
         )
@@ -240,23 +240,16 @@ def generate_greedy(
 
 
 def _norm_ratios(
-    replica: VersionedModel,
-    baseline: Baseline,
-    updates: Sequence[EditUpdate],
-    after: Mapping[WeightRef, WeightDelta] | None,
-) -> Stepper[dict[WeightRef, float]]:
+    replica: VersionedModel, baseline: Baseline, updates: Sequence[EditUpdate]
+) -> dict[WeightRef, float]:
     """Return the norm of the change that an edit adds to the other active edits, as a multiple of the weight's norm.
 
     The change of the edit alone, not of the version: many sound edits together change a weight more than one unsound
-    edit. `after`: the changes of the active edits and this one, where they are composed already.
+    edit.
     """
-    touched_weights = {p.weight_ref for p in updates}
-    if after is None:
-        beside = [p for p in [*baseline.active_updates, *updates] if p.weight_ref in touched_weights]
-        after = yield from compose_in_steps(beside)
-    before = baseline.weight_deltas
     ratios: dict[WeightRef, float] = {}
-    for x in touched_weights:
-        own_delta = after[x].minus(before[x]) if x in before else after[x]
-        ratios[x] = yield from norm_ratio_in_steps(replica.base.parameter(x).data, own_delta)
+    for update in updates:
+        base = replica.base.parameter(update.weight_ref).data
+        base_norm = float(torch.linalg.vector_norm(base, dtype=torch.float64))
+        ratios[update.weight_ref] = baseline.own_changes.norm(update) / base_norm
     return ratios

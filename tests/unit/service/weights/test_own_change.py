@@ -1,0 +1,75 @@
+"""The change that one edit adds to other edits: service.weights.own_change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from service.kit.steps import run_to_completion
+from service.models.loading import WeightRef
+from service.weights.composition import compose
+from service.weights.factors import Association, DenseUpdate, EditUpdate, SolveMode
+from service.weights.own_change import OwnChanges
+
+D, d = 12, 5
+SPREAD = torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+C = SPREAD @ SPREAD.T / D + 0.1 * torch.eye(D, dtype=torch.float64)
+MODES = [SolveMode(), SolveMode("joint", 0.1), SolveMode("memit", 3.0), SolveMode("emmet", 0.1)]
+
+
+def association(i: int, subject: str, mode: SolveMode, layer: int = 0) -> Association:
+    """Return a random association whose key has k^T C^-1 k = 1, so that the ridge does not depend on the set of edits."""
+    g = torch.Generator().manual_seed(i)
+    key = torch.randn(D, generator=g)
+    direction = torch.linalg.solve(C, key.double())
+    scale = float((key.double() @ direction) ** 0.5)
+    return Association(
+        f"edit_{i:03}",
+        subject,
+        layer,
+        (key / scale).float(),
+        (direction / scale).float(),
+        torch.randn(d, generator=g),
+        mode,
+    )
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("others", [0, 1, 6])
+def test_change_is_the_difference_of_two_compositions(mode: SolveMode, others: int) -> None:
+    """The change equals the composition with the edit minus the composition without it, also for edits of one subject."""
+    if mode.rule.exact_alone and others == 1:
+        pytest.skip("a lone association is solved without the ridge of two")
+    active = [association(i, f"s{i % 4}", mode) for i in range(others)]
+    new = [association(90 + i, f"s{i}", mode) for i in range(3)]
+    changes = run_to_completion(OwnChanges.build([[a] for a in new], active))
+    before = compose(active)[WeightRef(0)].dense() if active else torch.zeros(d, D, dtype=torch.float64)
+    for a in new:
+        expected = compose([*active, a])[WeightRef(0)].dense() - before
+        torch.testing.assert_close(changes.change(a).dense(), expected, rtol=1e-5, atol=1e-6)
+        assert changes.norm(a) == pytest.approx(float(expected.norm()), rel=1e-5)
+
+
+def test_change_scales_with_the_strength() -> None:
+    """One preparation serves all strengths of an edit."""
+    active = [association(i, f"s{i}", MODES[0]) for i in range(4)]
+    new = association(90, "s1", MODES[0])
+    changes = run_to_completion(OwnChanges.build([[new]], active))
+    scaled = new.scaled(0.5)
+    expected = compose([*active, scaled])[WeightRef(0)].dense() - compose(active)[WeightRef(0)].dense()
+    torch.testing.assert_close(changes.change(scaled).dense(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_modes_and_dense_updates_are_separate() -> None:
+    """An edit is compared with the edits of its layer and mode only; a dense update is its own change."""
+    active: list[EditUpdate] = [
+        association(1, "a", MODES[0]),
+        association(2, "b", MODES[0], layer=1),
+        association(3, "c", MODES[2]),
+    ]
+    new = association(90, "d", MODES[0])
+    dense = DenseUpdate("edit_091", "e", WeightRef(0), torch.randn(d, D))
+    changes = run_to_completion(OwnChanges.build([[new], [dense]], active))
+    expected = compose([*active, new])[WeightRef(0)].dense() - compose(active)[WeightRef(0)].dense()
+    torch.testing.assert_close(changes.change(new).dense(), expected, rtol=1e-5, atol=1e-6)
+    assert changes.norm(dense) == pytest.approx(float(dense.change.norm()), rel=1e-6)
