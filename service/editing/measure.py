@@ -105,9 +105,7 @@ def measure_baseline(
     capacity = yield from measure_capacities(new_updates, other_updates)
     own_changes = yield from OwnChanges.build(new_updates, other_updates)
     yield Progress(Phase.BASELINE, 1, 1)
-    return Baseline(
-        version, other_updates, own_changes, regression_probes, measurements, conflicts, capacity
-    )
+    return Baseline(version, other_updates, own_changes, regression_probes, measurements, conflicts, capacity)
 
 
 def _find_conflicts(

@@ -41,8 +41,9 @@ from service.models.token_batch import tokenize_prompt_and_target
 from service.recipes.recipe import Recipe
 from service.schemas import EditRequest
 from service.settings import Settings
+from service.weights import composition
 from service.weights.composition import apply_delta, compose_layer
-from service.weights.factors import deserialize_updates, serialize_updates
+from service.weights.factors import Association, deserialize_updates, serialize_updates
 from tests.support.reporters import CallbackReporter, RaisingReporter
 from tests.support.tiny_models import TEXTS, tiny
 from tests.support.workers import WorkerParts
@@ -457,6 +458,39 @@ def test_strength_follows_the_recipe_schedule(
 INEFFECTIVE, NOT_GENERATED, GENERATED, HARMFUL = "misses", "passes unspoken", "is spoken", "does harm"
 
 
+def build_candidate(harness: EditingHarness, *edit: Any) -> CandidateEdit:
+    """Return a submitted edit with its factors."""
+    job, _ = harness.start(harness.submit(*edit))
+    request = EditRequest.model_validate(job.request)
+    resolved_edit = run_to_completion(edit_job.resolve_edit(harness.replica, request, harness.context))
+    spec = run_to_completion(
+        edit_job.build_admitted_spec(harness.replica, harness.context, resolved_edit, job.id)
+    )
+    (factors,) = run_to_completion(find_batch_factors(harness.model, harness.context.statistics, [spec]))
+    return CandidateEdit(resolved_edit, factors)
+
+
+def test_a_measurement_composes_the_version_once(
+    harness: EditingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring several candidates in one version solves for the version once, not once for each candidate."""
+    harness.run_edit("Mount Fuji", "in")
+    candidates = [build_candidate(harness, subject, "city") for subject in SUBJECTS[:3]]
+    baseline = run_to_completion(measure.measure_baseline(harness.replica, harness.context, candidates, 1))
+    solved: list[int] = []
+    compose_layer_in_steps = composition.compose_layer_in_steps
+
+    def counted(associations: Sequence[Association], *mode: Any) -> Any:
+        solved.append(len(associations))
+        return compose_layer_in_steps(associations, *mode)
+
+    monkeypatch.setattr(composition, "compose_layer_in_steps", counted)
+    results = run_to_completion(
+        measure.evaluate_candidates(harness.replica, harness.context, candidates, baseline, [1.0] * 3)
+    )
+    assert len(results) == 3 and solved == [4]
+
+
 @pytest.mark.parametrize(
     ("seen", "strength", "passed"),
     [
@@ -492,14 +526,7 @@ def test_which_strength_is_chosen(
         return GuardResult(strength, measured, measured, checks, norms, [])
 
     monkeypatch.setattr(measure, "evaluate_guard", evaluate_guard)
-    job, _ = harness.start(harness.submit())
-    request = EditRequest.model_validate(job.request)
-    resolved_edit = run_to_completion(edit_job.resolve_edit(harness.replica, request, harness.context))
-    spec = run_to_completion(
-        edit_job.build_admitted_spec(harness.replica, harness.context, resolved_edit, job.id)
-    )
-    (factors,) = run_to_completion(find_batch_factors(harness.model, harness.context.statistics, [spec]))
-    edit_candidate = CandidateEdit(resolved_edit, factors)
+    edit_candidate = build_candidate(harness)
     baseline = run_to_completion(
         measure.measure_baseline(harness.replica, harness.context, [edit_candidate], 0)
     )
