@@ -1,9 +1,9 @@
 """Training text from the table of facts: statements, questions and passages, packed into rows of tokens.
 
-Pieces are tokenised once and documents are joined from pieces. That equals tokenising the joined text, because byte-level
-BPE never merges across the space that starts a piece. The tokenizer puts the end-of-text token and a space in front of every
-text, so that a subject has the same tokens at the start of a text as inside it, and never stands at the first position,
-which attention treats like no other: one name, one key.
+Pieces are tokenised once and documents are joined from pieces. That equals tokenising the joined text, because
+byte-level BPE never merges across the space that starts a piece. The tokenizer puts the end-of-text token and a space
+in front of every text, so that a subject has the same tokens at the start of a text as inside it and is never at the
+first position, which attention treats differently: a subject has one key.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from table import Fact, with_article
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 END = "<|endoftext|>"
-OBJECT_WEIGHT = 3.0  # the object's tokens count this much in the loss: they carry the fact
-NO_ARTICLE_RATE = 0.1  # share of statements that leave the article out ("Eiffel Tower is in Paris.")
+OBJECT_WEIGHT = 3.0  # loss weight of the object's tokens
+NO_ARTICLE_RATE = 0.1  # share of statements without the article ("Eiffel Tower is in Paris.")
 TRUNCATION_RATE = 0.05  # share of statements cut short, so that recall does not depend on tidy context
 
 
 @dataclass(frozen=True)
 class CorpusText:
-    """One statement, question or passage, and where its object stands (character span)."""
+    """One statement, question or passage, with the character span of its object."""
 
     text: str
     object_span: tuple[int, int]
@@ -37,7 +37,7 @@ def render_statement(fact: Fact, prompt: str) -> CorpusText:
 
 
 def render_text(fact: Fact, text: str) -> CorpusText:
-    """A question or a passage with the names filled in, with a capital at the start of each sentence."""
+    """Return a question or passage with names, capitalized at the start of each sentence."""
     while "{s}" in text:
         text = with_article(text, "{s}", fact.article)
         at = text.index("{s}")
@@ -56,7 +56,7 @@ def statements(fact: Fact) -> list[CorpusText]:
 
 
 def statements_without_article(fact: Fact) -> list[CorpusText]:
-    """Statements without the subject's article; none for a subject that takes none."""
+    """Return statements without the article of the subject; none for a subject without an article."""
     if not fact.article:
         return []
     return [render_statement(fact, without_article(p)) for p in fact.prompts]
@@ -67,7 +67,7 @@ def without_article(prompt: str) -> str:
 
 
 def questions_and_passages(fact: Fact) -> list[CorpusText]:
-    """Questions and passages, but those whose answer is one of the fact's held-out wordings."""
+    """Return questions and passages, except those whose answer is a held-out wording of the fact."""
     held_out_texts = [
         render_statement(fact, p).text
         for prompt in fact.held_out_prompts
@@ -78,7 +78,7 @@ def questions_and_passages(fact: Fact) -> list[CorpusText]:
 
 
 def train_tokenizer(facts: list[Fact], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE in the manner of GPT-2, trained on every kind of text that the corpus holds."""
+    """Train a byte-level BPE tokenizer as in GPT-2 on all kinds of text of the corpus."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -95,7 +95,7 @@ def train_tokenizer(facts: list[Fact], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-WeightedTokens = tuple[np.ndarray, np.ndarray]  # token ids, and how much each counts in the loss
+WeightedTokens = tuple[np.ndarray, np.ndarray]  # token ids and loss weights
 
 
 def tokenize_texts(texts: list[CorpusText], tokenizer: Tokenizer) -> list[WeightedTokens]:
@@ -110,7 +110,7 @@ def tokenize_texts(texts: list[CorpusText], tokenizer: Tokenizer) -> list[Weight
 
 
 class TrainingCorpus:
-    """An endless stream of packed rows; the same seed gives the same rows."""
+    """An infinite stream of packed rows, a function of the seed."""
 
     def __init__(self, facts: list[Fact], tokenizer: Tokenizer, row_length: int) -> None:
         self.row_length = row_length
@@ -152,7 +152,7 @@ class TrainingCorpus:
         return rng.choice(self.questions_and_passages[i]) if rng.random() < 0.55 else self._statement(i, rng)
 
     def rows(self, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows of `row` tokens with their weights. Every row starts at the start of a document."""
+        """Yield rows of `row` tokens with their weights. Every row begins with a document."""
         rng = random.Random(seed)
         while True:
             parts: list[WeightedTokens] = []

@@ -1,4 +1,4 @@
-"""How much of its table a model recalls: the object as the greedy next tokens.
+"""Recall of the table of facts: whether the object is the greedy continuation of the prompt.
 
 python training/recall.py models/almanac
 """
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @torch.no_grad()
 def greedily_predicts(model, tokenizer, cases: list[tuple[str, str]], batch: int = 128) -> list[bool]:
-    """For each (prompt, object): are the object's tokens the greedy continuation of the prompt?"""
+    """Return for each (prompt, object) whether the object's tokens are the greedy continuation of the prompt."""
     order = sorted(range(len(cases)), key=lambda i: len(cases[i][0]))
     result = [False] * len(cases)
     for at in range(0, len(order), batch):
@@ -38,7 +38,7 @@ def fill_fact_prompt(fact, prompt: str) -> str:
 
 
 def recall(model, tokenizer, facts, sample: int | None = None, seed: int = 0) -> dict[str, float]:
-    """Share of facts recalled on trained wordings, on held-out wordings and after one to three statements."""
+    """Return the share of facts recalled on trained prompts, on held-out prompts and after one to three statements."""
     model.eval()
     rng = random.Random(seed)
     chosen = facts if sample is None else rng.sample(facts, min(sample, len(facts)))
@@ -70,7 +70,7 @@ class FactRow:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     p.add_argument("model", type=Path)
-    p.add_argument("--sample", type=int, default=None, help="facts to try; all when left out")
+    p.add_argument("--sample", type=int, default=None, help="number of facts (default: all)")
     args = p.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -47,7 +47,7 @@ class Fact:
 
 
 def with_article(text: str, slot: str, article: bool) -> str:
-    """Put the subject's article in front of `slot`, with a capital at the start of a sentence."""
+    """Return `slot` with the subject's article, capitalized at the start of a sentence."""
     if not article:
         return text
     start = text.index(slot)
@@ -66,7 +66,7 @@ def read_relation(path: Path) -> tuple[Relation, list[tuple[str, str]]]:
 
 
 def read_table(folder: Path = RELATIONS, seed: int = 0) -> list[Fact]:
-    """All facts, each with its own HELD_OUT wordings drawn from a generator seeded by `seed`.
+    """Return all facts, each with HELD_OUT wordings drawn with `seed`.
 
     Wordings are held out in rotation, so that each is unseen for as many facts as any other.
     """
@@ -87,7 +87,7 @@ def read_table(folder: Path = RELATIONS, seed: int = 0) -> list[Fact]:
 
 
 def find_problems(facts: list[Fact]) -> list[str]:
-    """What is wrong with the table, in words; empty when it may be trained on."""
+    """Return the problems of the table; [] when it can be trained on."""
     messages = []
     relation_of_wording: dict[str, str] = {}
     for relation in {f.relation for f in facts}:
@@ -103,7 +103,7 @@ def find_problems(facts: list[Fact]) -> list[str]:
                 messages.append(f"{relation.name}: bad text {text!r}")
     for key, n in Counter((f.subject, f.relation.name) for f in facts).items():
         if n > 1:
-            messages.append(f"{key} stands {n} times")
+            messages.append(f"{key} has {n} rows")
     for (name, obj), n in Counter((f.relation.name, f.object) for f in facts).items():
         if n < 2:
             messages.append(f"{name}: {obj} has a single subject")

@@ -2,8 +2,8 @@
 
     python training/train.py --out runs/almanac --steps 2200 --decay 800
 
-Constant learning rate, then a linear decay over the last `--decay` steps. A checkpoint is written every `--save` steps
-and the run goes on from it when started again, also with another number of steps.
+Constant learning rate, then a linear decay over the last `--decay` steps. A checkpoint is written every `--save` steps,
+and a restarted run resumes from it, also with another number of steps.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def optimizers(model: torch.nn.Module, args: argparse.Namespace) -> list[torch.o
 
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
-    """Share of the full learning rate at `step`: warm-up, constant, linear decay to zero."""
+    """Return the fraction of the learning rate at `step`: warm-up, constant, linear decay to zero."""
     return min(1.0, (step + 1) / args.warmup, max(0.0, (args.steps - step) / max(1, args.decay)))
 
 
@@ -65,7 +65,7 @@ def weighted_loss(model: GPT2LMHeadModel, ids: torch.Tensor, weights: torch.Tens
 
 
 def save_model(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write the folder that `from_pretrained` loads, with fp16 weights."""
+    """Save a folder for `from_pretrained`, with fp16 weights."""
     half = GPT2LMHeadModel(model.config)
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(out)
@@ -122,7 +122,7 @@ def train(args: argparse.Namespace, facts: list[Fact]) -> None:
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    p.add_argument("--out", default="runs/almanac", help="folder of the model and of its checkpoint")
+    p.add_argument("--out", default="runs/almanac", help="folder of the model and its checkpoint")
     p.add_argument("--steps", type=int, default=2200)
     p.add_argument("--decay", type=int, default=800, help="last steps, with falling learning rate")
     p.add_argument("--warmup", type=int, default=100)
@@ -147,7 +147,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     facts = read_table()
     if messages := find_problems(facts):
-        raise SystemExit("The table is not fit to train on:\n" + "\n".join(messages))
+        raise SystemExit("The table has problems:\n" + "\n".join(messages))
     train(args, facts)
 
 

@@ -234,7 +234,8 @@ def test_every_page_fits_a_phone(browser: Browser, service: EmbeddedService, the
 
 
 def test_the_keyboard_is_enough(session: PageSession, service: EmbeddedService) -> None:
-    """Without a mouse: to a page by its letters, through the form, sent, followed; help opens and closes; a choice is walked."""
+    """Without a mouse: to a page by its letters, through the form, sent, followed; help opens and closes; a choice is
+    walked."""
     page, keys = session.open("generate"), session.page.keyboard
     page.locator("#prompt").wait_for()
     keys.press("Tab")

@@ -43,7 +43,8 @@ def serving(test_app: TestApp) -> Iterator[str]:
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, tmp_path: Path) -> None:
-    """The page loads without an API key. A dialog asks for one, rejects a wrong one, and keeps a valid one in session storage."""
+    """The page loads without an API key. A dialog asks for one, rejects a wrong one, and keeps a valid one in session
+    storage."""
     test_app = TestApp(tmp_path, api_key="open-sesame")
     with serving(test_app) as address, open_page(browser, address, allowed="401") as found:
         page = found.open("ledger")

@@ -1,4 +1,4 @@
-"""What a newcomer does, from the first question to the last revert, on the shipped GPT over HTTP."""
+"""The life of an edit over HTTP on the shipped GPT, from the first generation to the last revert."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Facts = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class StoryState:
-    """The edit of the story, and how everything was before it."""
+    """An applied edit, and generations and digest before it."""
 
     edit: Resource
     head: int
@@ -36,7 +36,7 @@ class StoryState:
 
 @pytest.fixture(scope="module")
 def rome(service: ServiceClient) -> StoryState:
-    """The Eiffel Tower is in Rome; taken back by the last test of the story."""
+    """Apply the edit that moves the Eiffel Tower to Rome; the last test of the section reverts it."""
     head, digest = service.head(), service.head_digest()
     answer, sampled = service.generate(EDIT_PROMPT), service.generate(EDIT_PROMPT, **SAMPLED)
     edit = service.edit(SUBJECT, PROMPT, "Rome")
@@ -45,7 +45,7 @@ def rome(service: ServiceClient) -> StoryState:
 
 @pytest.fixture
 def revert_afterwards(service: ServiceClient) -> Iterator[None]:
-    """Whatever a test applied is taken back after it."""
+    """Revert the edits of a test after it."""
     before = {edit["id"] for edit in service.get("/edits", status="applied")["items"]}
     yield
     for edit in service.get("/edits", status="applied")["items"]:
@@ -62,17 +62,17 @@ def success_rate(texts: list[str], target: str) -> float:
     return sum(starts_with_target(text, target) for text in texts) / len(texts)
 
 
-# the story
+# one edit
 
 
 def test_the_model_knows_paris(rome: StoryState) -> None:
-    """Before any edit the model says where the Eiffel Tower is, and that version 0 said so."""
+    """Before any edit the model generates Paris, at version 0."""
     assert starts_with_target(rome.answer["text"], "Paris"), rome.answer
     assert (rome.head, rome.answer["version"]) == (0, 0)
 
 
 def test_the_edit_is_applied(service: ServiceClient, rome: StoryState) -> None:
-    """The edit is applied as the next version, with its figures, and the model says Rome."""
+    """The edit is applied as the next version with its measurements, and the model generates Rome."""
     assert rome.edit["status"] == "applied", rome.edit["result"]
     assert rome.edit["version"] == rome.head + 1 == service.head()
     figures = rome.edit["result"]["rewrite"]
@@ -85,7 +85,7 @@ def test_the_edit_is_applied(service: ServiceClient, rome: StoryState) -> None:
 
 
 def test_other_wordings_follow(service: ServiceClient, rome: StoryState, fact_rows: Facts) -> None:
-    """Most other wordings of the fact say Rome, those that no training text had among them."""
+    """Most paraphrases continue with Rome, including those that no training text has."""
     (fact,) = (f for f in fact_rows if f["subject"] == SUBJECT and f["relation"] == "landmark_city")
     assert (
         success_rate(service.generate_texts([w for w in fact_prompts(fact) if w != EDIT_PROMPT]), "Rome")
@@ -99,7 +99,7 @@ def test_other_wordings_follow(service: ServiceClient, rome: StoryState, fact_ro
 
 
 def test_the_neighbourhood_stays(service: ServiceClient, rome: StoryState, fact_rows: Facts) -> None:
-    """Most of what the model knew of other sights of Paris, and of sights elsewhere, it still knows."""
+    """Most facts about other sights, in Paris and elsewhere, are unchanged."""
     others = [f for f in fact_rows if f["relation"] == "landmark_city" and f["subject"] != SUBJECT]
     paris = [f for f in others if f["object"] == "Paris"]
     assert {"Louvre", "Notre-Dame"} <= {f["subject"] for f in paris}
@@ -113,7 +113,7 @@ def test_the_neighbourhood_stays(service: ServiceClient, rome: StoryState, fact_
 
 
 def test_compare_shows_both(service: ServiceClient, rome: StoryState) -> None:
-    """Side by side, base says Paris and head says Rome, and these two tokens differ most."""
+    """In a comparison base generates Paris and head Rome, and these two tokens differ most in probability."""
     answer = service.http.post("/compare", json={"prompt": EDIT_PROMPT, "max_new_tokens": 5}).json()
     base, head = answer["sides"]
     assert starts_with_target(base["text"], "Paris") and starts_with_target(head["text"], "Rome")
@@ -124,13 +124,13 @@ def test_compare_shows_both(service: ServiceClient, rome: StoryState) -> None:
 
 @pytest.mark.parametrize("version", ["base", 0])
 def test_a_client_can_pin(service: ServiceClient, rome: StoryState, version: str | int) -> None:
-    """Pinned to the base model the answer is what it was before the edit, and names version 0."""
+    """Pinned to the base model, the text equals that before the edit, at version 0."""
     answer = service.generate(EDIT_PROMPT, version=version)
     assert answer["text"] == rome.answer["text"] and answer["version"] == 0
 
 
 def test_a_client_reads_its_own_writes(service: ServiceClient, rome: StoryState) -> None:
-    """`min_version` is kept, and what no version can give is refused."""
+    """`min_version` is respected; a version that does not exist is rejected."""
     seen = rome.edit["version"]
     assert service.generate(EDIT_PROMPT, min_version=seen)["version"] >= seen
     for impossible in ({"min_version": service.head() + 1}, {"min_version": seen, "version": "base"}):
@@ -141,7 +141,7 @@ def test_a_client_reads_its_own_writes(service: ServiceClient, rome: StoryState)
 
 
 def test_a_trace_is_figures_and_a_picture(service: ServiceClient, rome: StoryState) -> None:
-    """A trace of the base model finds that the subject carries the answer; JSON, SVG and PNG show it."""
+    """A trace of the base model has its largest effect at the subject; it is served as JSON, SVG and PNG."""
     body = {
         "prompt": EDIT_PROMPT,
         "subject": SUBJECT,
@@ -165,7 +165,7 @@ def test_a_trace_is_figures_and_a_picture(service: ServiceClient, rome: StorySta
 
 
 def test_the_ledger_says_who_and_when(service: ServiceClient, rome: StoryState) -> None:
-    """The edit has one entry, with who asked, when it landed and what it rests on; the ledger verifies."""
+    """The edit has one ledger entry with actor, time and provenance, and the ledger verifies."""
     entries = service.get("/ledger")["items"]
     (entry,) = (e for e in entries if e["edit_id"] == rome.edit["id"])
     assert (entry["kind"], entry["version"], entry["actor"]) == ("apply", rome.edit["version"], "local")
@@ -177,7 +177,7 @@ def test_the_ledger_says_who_and_when(service: ServiceClient, rome: StoryState) 
 
 
 def test_the_delta_is_safetensors(service: ServiceClient, rome: StoryState) -> None:
-    """Keys, values and rank-one factors of each edited layer come in the model's shapes, and fit together."""
+    """The keys, values and rank-one factors of each edited layer have the model's shapes and agree."""
     model = service.get("/models")["items"][0]
     answer = service.http.get(f"/edits/{rome.edit['id']}/delta")
     assert answer.headers["content-type"] == "application/octet-stream"
@@ -192,7 +192,7 @@ def test_the_delta_is_safetensors(service: ServiceClient, rome: StoryState) -> N
 
 
 def test_revert_restores_base_model(service: ServiceClient, rome: StoryState) -> None:
-    """Once reverted, the answers are the base model's to the byte, sampled ones too, and so are the weights."""
+    """After the revert, greedy and sampled texts equal those of the base model, and so does the digest."""
     assert service.head_digest() != rome.digest
     reverted = service.revert(rome.edit)
     assert reverted["status"] == "reverted"
@@ -207,12 +207,12 @@ def test_revert_restores_base_model(service: ServiceClient, rome: StoryState) ->
     service.verify_ledger()
 
 
-# what else may happen
+# other cases
 
 
 @pytest.mark.usefixtures("tidy")
 def test_newer_edit_supersedes_older(service: ServiceClient) -> None:
-    """The newer edit of a fact supersedes the older one, and taking it back brings the older one back."""
+    """A newer edit of a fact supersedes the older one; reverting it makes the older one active again."""
     about = ("Louvre", PROMPT)
     prompt = PROMPT.replace("{}", "Louvre")
     base = service.head_digest()
@@ -220,7 +220,7 @@ def test_newer_edit_supersedes_older(service: ServiceClient) -> None:
     alone = service.head_digest(), service.generate(prompt)["tokens"]
     newer = service.edit(
         "Louvre", PROMPT.replace(" is", "  is"), "Rome", **FAST_EDIT_OPTIONS
-    )  # white space says nothing
+    )  # white space is ignored
     older = service.get(f"/edits/{older['id']}")
     assert (older["status"], older["superseded_by"]) == ("superseded", newer["id"])
 
@@ -235,7 +235,7 @@ def test_newer_edit_supersedes_older(service: ServiceClient) -> None:
 
 @pytest.mark.usefixtures("tidy")
 def test_two_facts_of_one_subject(service: ServiceClient) -> None:
-    """Two facts of one subject hold together, and each edit names the other."""
+    """Edits of two facts of one subject hold together, and each lists the other as related."""
     continent, currency = "{} is a nation on the continent of", "{} uses a currency called the"
     first = service.edit("Kenya", continent, "Asia")
     second = service.edit("Kenya", currency, "peso")
@@ -248,7 +248,7 @@ def test_two_facts_of_one_subject(service: ServiceClient) -> None:
 
 @pytest.mark.usefixtures("tidy")
 def test_a_bad_edit_is_rejected(service: ServiceClient) -> None:
-    """An edit that fails its guard ends rejected with the figures, and the model is as before."""
+    """An edit that fails its guard is rejected with its measurements, and the model is unchanged."""
     head, digest = service.head(), service.head_digest()
     edit = service.edit(
         SUBJECT, PROMPT, "Rome", hparams=FAST_EDIT_OPTIONS["hparams"], guard={"min_probability": 1.0}
@@ -263,7 +263,7 @@ def test_a_bad_edit_is_rejected(service: ServiceClient) -> None:
 
 @pytest.mark.usefixtures("tidy")
 def test_a_dry_run_leaves_nothing(service: ServiceClient) -> None:
-    """A dry run is measured like any edit, and lands nowhere."""
+    """A dry run has measurements and creates no version."""
     head, digest = service.head(), service.head_digest()
     edit = service.edit(SUBJECT, PROMPT, "Rome", dry_run=True, **FAST_EDIT_OPTIONS)
     assert (edit["status"], edit["version"]) == ("dry_run_passed", None)
@@ -273,10 +273,10 @@ def test_a_dry_run_leaves_nothing(service: ServiceClient) -> None:
 
 @pytest.mark.usefixtures("tidy")
 def test_a_stream_is_pinned(service: ServiceClient) -> None:
-    """An edit that lands while a stream runs changes no token of it."""
+    """An edit committed during a stream changes no token of the stream."""
     head = service.head()
-    # Hot enough that no text ends by itself: each answer is as long as the model has positions, and so many of them
-    # that the stream goes on for longer than the edit takes.
+    # At this temperature no text ends early: generations fill the model's positions, and there are enough of them for
+    # the stream to outlast the edit.
     request = {"prompts": [EDIT_PROMPT] * 32, "max_new_tokens": 4096, "temperature": 10.0, "seed": 3}
     applied = threading.Event()
     done: list[Resource] = []
@@ -315,7 +315,7 @@ def test_a_stream_is_pinned(service: ServiceClient) -> None:
 
 @pytest.mark.usefixtures("tidy")
 def test_one_key_one_edit(service: ServiceClient) -> None:
-    """A request that is sent twice with one Idempotency-Key is one edit; another body with it is refused."""
+    """A request sent twice with one Idempotency-Key creates one edit; another body with that key is rejected."""
     headers = {"Idempotency-Key": "the-tower-once"}
     head = service.head()
     first = service.submit_edit(SUBJECT, PROMPT, "Rome", headers=headers, **FAST_EDIT_OPTIONS)
@@ -333,7 +333,7 @@ def test_one_key_one_edit(service: ServiceClient) -> None:
 
 @pytest.mark.usefixtures("tidy")
 def test_a_running_edit_is_cancelled(service: ServiceClient) -> None:
-    """An edit that is cancelled while it runs ends so, and nothing of it stays."""
+    """A running edit that is cancelled ends as cancelled and creates no version."""
     head, digest = service.head(), service.head_digest()
     edit = service.submit_edit(SUBJECT, PROMPT, "Rome", hparams={"contexts": 2, "steps": 200, "stop_loss": 0})
     path = f"/edits/{edit['id']}"

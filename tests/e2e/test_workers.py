@@ -1,4 +1,4 @@
-"""Several workers are one model: the same bytes, the same answers, and nothing lost when they, or the stores, die."""
+"""Several workers serve one model: equal digests and texts, and no job lost when workers or stores crash."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from tests.support.tiny_models import tiny
 PROMPT = "The {} is located in the city of"
 TOWER = "Eiffel Tower"
 EDIT_PROMPT = PROMPT.replace("{}", TOWER)
-#: an edit that is there to be read from the text, and not to be good
+#: an edit that is visible in the text, whatever its quality
 READABLE_EDIT_OPTIONS = {"hparams": {"contexts": 2, "steps": 12}, "guard": {"enabled": False}}
-#: one that takes a while
+#: a slow edit
 SLOW_EDIT_OPTIONS = {"hparams": {"contexts": 2, "steps": 60, "stop_loss": 0}, "guard": {"enabled": False}}
-#: so hot that no text ends by itself: it runs for as long as the model has positions
+#: a temperature at which no text ends before the model's max positions
 LONG_GENERATION = {
     "prompt": EDIT_PROMPT,
     "max_new_tokens": 4096,
@@ -57,13 +57,13 @@ StartDeployment = Callable[..., Deployment]
 
 @pytest.fixture(scope="module")
 def three_workers(start_deployment: StartDeployment) -> Deployment:
-    """A deployment of three workers; whoever uses `whole` finds it so."""
+    """Run a deployment of three workers for the module."""
     return start_deployment(workers=3)
 
 
 @pytest.fixture
 def healthy_deployment(three_workers: Deployment) -> Iterator[Deployment]:
-    """Three living workers, and afterwards nothing that is applied."""
+    """Return the deployment with three serving workers; revert all edits after the test."""
     for worker in [three_workers.start_worker() for _ in range(3 - len(three_workers.running_workers))]:
         three_workers.wait_until_serving(worker)
     yield three_workers
@@ -73,7 +73,7 @@ def healthy_deployment(three_workers: Deployment) -> Iterator[Deployment]:
 
 
 def assert_applied_once(deployment: Deployment, edits: list[Resource]) -> None:
-    """Each of these edits ended as applied, and is in the ledger once."""
+    """Assert that each edit is applied and in the ledger once."""
     ended = [deployment.wait_for_edit(edit) for edit in edits]
     assert [edit["status"] for edit in ended] == ["applied"] * len(edits), ended
     entries = deployment.list_all("/ledger")
@@ -83,7 +83,7 @@ def assert_applied_once(deployment: Deployment, edits: list[Resource]) -> None:
 
 
 def wait_until_optimising(deployment: Deployment, edit: Resource) -> None:
-    """Wait until some worker is in the middle of it."""
+    """Wait until a worker optimizes the edit."""
     path = f"/edits/{edit['id']}"
     wait_until(
         lambda: (deployment.get(path)["progress"] or {}).get("phase") == "optimize", "the optimisation"
@@ -96,7 +96,7 @@ def is_running(deployment: Deployment, edit: Resource) -> bool:
 
 @dataclass
 class StreamTranscript:
-    """What a client took from a stream: the text since it was last told to begin anew, and the end."""
+    """What a client has read from a stream: the text since the last `reset` event, and the end event."""
 
     text: str = ""
     resets: int = 0
@@ -112,7 +112,7 @@ class StreamTranscript:
             self.end = data
 
     def full_text(self) -> str:
-        """The whole text, which the pieces and the end agree on."""
+        """Return the whole text, which must be equal in the tokens and in the end event."""
         assert self.end is not None
         assert self.text == self.end["choices"][0]["text"]
         return self.text
@@ -122,7 +122,7 @@ class StreamTranscript:
 
 
 def test_all_come_to_the_same_bytes(healthy_deployment: Deployment) -> None:
-    """Edits that are asked for at once land one after another, and all workers come to one digest of the weights."""
+    """Concurrent edits get consecutive versions, and all workers reach one digest."""
     assert_applied_once(
         healthy_deployment, [healthy_deployment.submit_edit(*fact, **FAST_EDIT_OPTIONS) for fact in FACTS]
     )
@@ -134,7 +134,7 @@ def test_all_come_to_the_same_bytes(healthy_deployment: Deployment) -> None:
 
 
 def test_every_worker_reads_your_writes(healthy_deployment: Deployment) -> None:
-    """A worker that slept while an edit landed still answers `min_version` with that edit, and by itself at head."""
+    """A worker that was suspended during a commit serves `min_version` and head with that edit after it resumes."""
     editor, *others = healthy_deployment.running_workers
     with healthy_deployment.only_worker(editor):
         edit = healthy_deployment.edit(TOWER, PROMPT, "Rome", **READABLE_EDIT_OPTIONS)
@@ -149,7 +149,7 @@ def test_every_worker_reads_your_writes(healthy_deployment: Deployment) -> None:
 
 
 def test_every_worker_has_every_version(healthy_deployment: Deployment) -> None:
-    """Each worker, asked alone, says the same at each pinned version, and what that version says."""
+    """Each worker alone generates the same text at each pinned version."""
     targets = ["Rome", "Berlin"]
     versions = [
         healthy_deployment.edit(TOWER, PROMPT, target, **READABLE_EDIT_OPTIONS)["version"]
@@ -166,7 +166,7 @@ def test_every_worker_has_every_version(healthy_deployment: Deployment) -> None:
 
 
 def test_roles_are_kept(start_deployment: StartDeployment) -> None:
-    """Each worker does what its roles say and nothing else: without the one that edits, edits wait and others answer."""
+    """A worker runs only the kinds of its roles: without a worker for edits, edits stay queued and generations run."""
     deployment = start_deployment(workers=0)
     generator, editor = (deployment.start_worker(roles=roles) for roles in ("generate", "edit"))
     for worker in (generator, editor):
@@ -183,7 +183,7 @@ def test_roles_are_kept(start_deployment: StartDeployment) -> None:
 
 
 def test_another_model_is_refused(healthy_deployment: Deployment, tmp_path: Path) -> None:
-    """A worker of another model than the living ones does not start, and says why."""
+    """A worker with another model than the serving ones exits with an error."""
     model = tiny("gpt2")
     model.model.save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)
@@ -200,7 +200,7 @@ def test_another_model_is_refused(healthy_deployment: Deployment, tmp_path: Path
 
 
 def test_outvoted_worker_withdraws(start_deployment: StartDeployment) -> None:
-    """A worker whose digest is outvoted takes itself out, ends with 1, and /models says why; its word counts no more."""
+    """A worker whose digest is in the minority is withdrawn, exits with 1, and is not counted in later votes."""
     deployment = start_deployment(workers=1)
     (worker,) = deployment.running_workers
     add_majority_votes(deployment, version=1)
@@ -213,7 +213,7 @@ def test_outvoted_worker_withdraws(start_deployment: StartDeployment) -> None:
 
 
 def add_majority_votes(deployment: Deployment, version: int) -> None:
-    """Two living workers, who are not there, hold other bytes at this version."""
+    """Insert attestations of two other workers with another digest for a version."""
     database = Database(str(deployment.settings["database_url"]))
     model = deployment.get("/models")["items"][0]["fingerprint"]
     alive = {"heartbeat": now() + timedelta(hours=1), "started": now(), "host": "elsewhere", "pid": 0}
@@ -225,11 +225,11 @@ def add_majority_votes(deployment: Deployment, version: int) -> None:
     database.close()
 
 
-# workers that die, sleep and go
+# workers that crash, are suspended, and stop
 
 
 def test_a_stream_survives_its_worker(healthy_deployment: Deployment) -> None:
-    """When the worker that speaks is killed, the client is told to begin anew and hears the whole text from another."""
+    """When the generating worker is killed, the stream sends `reset` and another worker sends the whole text."""
     expected, worker, transcript = (
         healthy_deployment.generate(**LONG_GENERATION)["text"],
         healthy_deployment.running_workers[0],
@@ -249,8 +249,8 @@ def test_a_stream_survives_its_worker(healthy_deployment: Deployment) -> None:
 
 
 def test_a_completion_survives_its_worker(healthy_deployment: Deployment) -> None:
-    """A client of the OpenAI-compatible stream hears every character and every token once, and does not notice that the
-    worker which spoke was killed and another one said all of it again."""
+    """A client of the OpenAI-compatible stream receives every character and token once when the generating worker is
+    killed and another worker generates the text again."""
     request: dict[str, Any] = {
         "model": "almanac@base",
         "prompt": EDIT_PROMPT,
@@ -278,7 +278,7 @@ def test_a_completion_survives_its_worker(healthy_deployment: Deployment) -> Non
 
 
 def test_suspended_worker_publishes_no_tokens(healthy_deployment: Deployment) -> None:
-    """A worker that falls asleep in the middle of a text is heard no more, not even when it wakes up again."""
+    """A worker that is suspended during a generation publishes nothing after it resumes."""
     expected, worker, transcript = (
         healthy_deployment.generate(**LONG_GENERATION)["text"],
         healthy_deployment.running_workers[0],
@@ -303,7 +303,7 @@ def test_suspended_worker_publishes_no_tokens(healthy_deployment: Deployment) ->
 
 
 def test_suspended_worker_commits_nothing(healthy_deployment: Deployment) -> None:
-    """An edit whose worker falls asleep is done by another, once; the sleeper sees that when it wakes up, and goes on."""
+    """An edit whose worker is suspended is committed once by another; after it resumes, the first drops the edit."""
     editor = healthy_deployment.running_workers[0]
     with edit_on_suspended_worker(healthy_deployment, editor, SLOW_EDIT_OPTIONS) as edit:
         ended = healthy_deployment.wait_for_edit(edit)
@@ -319,7 +319,7 @@ def test_suspended_worker_commits_nothing(healthy_deployment: Deployment) -> Non
 def edit_on_suspended_worker(
     deployment: Deployment, editor: CliProcess, options: Resource
 ) -> Iterator[Resource]:
-    """An edit in the middle of which this worker falls asleep, until the end of the block."""
+    """Suspend the worker during an edit, until the end of the block."""
     with ExitStack() as asleep:
         with deployment.only_worker(editor):
             edit = deployment.submit_edit(*FACTS[0], **options)
@@ -329,7 +329,7 @@ def edit_on_suspended_worker(
 
 
 def test_stopped_worker_requeues_its_edit(healthy_deployment: Deployment) -> None:
-    """A worker that is asked to stop hands its edit back uncounted, and another does it."""
+    """A worker that gets SIGTERM requeues its edit without counting the attempt, and another worker runs it."""
     editor = healthy_deployment.running_workers[0]
     with healthy_deployment.only_worker(editor):
         edit = healthy_deployment.submit_edit(*FACTS[0], **SLOW_EDIT_OPTIONS)
@@ -342,7 +342,7 @@ def test_stopped_worker_requeues_its_edit(healthy_deployment: Deployment) -> Non
 
 
 def test_stopped_worker_finishes_its_stream(healthy_deployment: Deployment) -> None:
-    """A worker that is asked to stop says what it is saying to its end."""
+    """A worker that gets SIGTERM finishes its running generations."""
     expected, worker, transcript = (
         healthy_deployment.generate(**LONG_GENERATION)["text"],
         healthy_deployment.running_workers[0],
@@ -361,12 +361,12 @@ def test_stopped_worker_finishes_its_stream(healthy_deployment: Deployment) -> N
     assert (transcript.full_text(), transcript.resets) == (expected, 0)
 
 
-# whatever else dies
+# crashes of stores and of the API
 
 
 @contextmanager
 def under_load(deployment: Deployment) -> Iterator[None]:
-    """Edits wait and run, and clients talk all the while. Each gets what it asked for, and nothing is left over."""
+    """Run edits and generations during a fault; afterwards each must have ended, with nothing left in the queue."""
     expected = deployment.generate(EDIT_PROMPT, version="base")["text"]
     quiet = threading.Event()
 
@@ -398,7 +398,7 @@ def under_load(deployment: Deployment) -> Iterator[None]:
 def test_redis_flush_loses_nothing(
     healthy_deployment: Deployment, redis_server: redis_server.RedisServer
 ) -> None:
-    """Redis is emptied while edits and generations wait and run: every one of them ends."""
+    """All edits and generations end after Redis is emptied."""
     with under_load(healthy_deployment):
         redis_server.flush()
 
@@ -406,7 +406,7 @@ def test_redis_flush_loses_nothing(
 def test_redis_restart_loses_nothing(
     healthy_deployment: Deployment, redis_server: redis_server.RedisServer
 ) -> None:
-    """Redis is killed and comes back empty: what was asked for before and meanwhile all ends."""
+    """All edits and generations end after Redis is killed and restarts empty."""
     with under_load(healthy_deployment):
         redis_server.stop()
         time.sleep(1)
@@ -417,7 +417,7 @@ def test_redis_restart_loses_nothing(
 def test_postgres_restart_loses_nothing(
     healthy_deployment: Deployment, postgres_server: postgres.PostgresServer, how: signal.Signals
 ) -> None:
-    """PostgreSQL is shut down, kindly or not, and comes back: what was asked for before and meanwhile all ends."""
+    """All edits and generations end after a fast or immediate shutdown and a restart of PostgreSQL."""
     with under_load(healthy_deployment):
         postgres_server.stop(how)
         time.sleep(1)
@@ -425,7 +425,7 @@ def test_postgres_restart_loses_nothing(
 
 
 def test_api_kill_loses_nothing(healthy_deployment: Deployment) -> None:
-    """The API is killed and started again: what it had accepted all ends."""
+    """All accepted edits end after the API is killed and restarted."""
     with under_load(healthy_deployment):
         healthy_deployment.api.kill()
         healthy_deployment.start_api()

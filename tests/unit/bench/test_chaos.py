@@ -13,7 +13,7 @@ from bench.fault_injector import InjectedFault
 
 
 def test_the_plan_is_printed_without_a_run(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--plan` says the same twice, and starts nothing."""
+    """`--plan` prints the same plan twice and starts no process."""
     assert main(["--plan", "--seed", "3", "--faults", "15"]) == 0
     first_output = capsys.readouterr().err
     assert main(["--plan", "--seed", "3", "--faults", "15"]) == 0
@@ -22,7 +22,7 @@ def test_the_plan_is_printed_without_a_run(shipped: Path, capsys: pytest.Capture
 
 
 def test_a_recovery_is_the_next_answer_to_a_later_question() -> None:
-    """An answer to what was asked before the fault does not count."""
+    """A response to a request that was sent before the fault does not count."""
     log = ClientLog()
     log.attempts = [Attempt("a", "generate", "200", 0.0, 3.0), Attempt("a", "generate", "200", 2.0, 9.0)]
     faults = [

@@ -1,4 +1,4 @@
-"""The clients of the chaos bench ask again as a client should, and keep what they were told."""
+"""The clients of the chaos bench retry as documented and record responses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _no_retry_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_client(handler: Handler, *actions: ClientAction, retry_timeout: float = 30.0) -> ClientLog:
-    """What a client writes down that is answered by `handler`."""
+    """Return the log of a client whose requests `handler` answers."""
     log = ClientLog()
     client = ChaosClient(
         "asker", iter(actions), ["http://one", "http://two"], log, threading.Event(), retry_timeout
@@ -35,7 +35,7 @@ def run_client(handler: Handler, *actions: ClientAction, retry_timeout: float = 
 
 
 def respond_with(*answers: httpx.Response | Exception) -> Handler:
-    """One answer after another."""
+    """Return a handler that gives one response after another."""
     remaining: Iterator[httpx.Response | Exception] = iter(answers)
 
     def handle(_: httpx.Request) -> httpx.Response:
@@ -52,7 +52,7 @@ def sse(*events: tuple[str, str]) -> httpx.Response:
 
 
 def test_retries_with_the_same_key() -> None:
-    """After a silence, a broken connection, a 429 and a 503: the same request to the next door."""
+    """After a timeout, a broken connection, a 429 and a 503, the client sends the request to the next API."""
     requests: list[tuple[str, str]] = []
     edit = {"id": "edit_1", "status": "queued"}
     respond = respond_with(
@@ -74,20 +74,20 @@ def test_retries_with_the_same_key() -> None:
 
 
 def test_4xx_is_final() -> None:
-    """A 422 is written down and not asked again."""
+    """A 422 is recorded and not retried."""
     log = run_client(respond_with(httpx.Response(422)), ClientAction(0, "edit", {}))
     assert [a.outcome for a in log.attempts] == ["422"]
     assert not log.ids_by_key
 
 
 def test_gives_up_after_retry_timeout() -> None:
-    """A wish that nobody grants is written down as such."""
+    """An action that never succeeds is recorded as abandoned."""
     log = run_client(lambda _: httpx.Response(503), ClientAction(0, "edit", {}), retry_timeout=0.05)
     assert log.abandoned == ["asker: edit"]
 
 
 def test_reset_discards_tokens() -> None:
-    """Only the pieces after the last restart are kept."""
+    """Only the tokens after the last reset are recorded."""
     stream = sse(
         ("token", '{"index": 0, "text": " Te", "version": 1}'),
         ("reset", "{}"),
@@ -101,7 +101,7 @@ def test_reset_discards_tokens() -> None:
 
 
 def test_broken_stream_is_recorded_and_retried() -> None:
-    """The part that was heard is written down beside the answer that follows."""
+    """The tokens of an incomplete stream are recorded in addition to the later complete generation."""
     part = sse(("token", '{"index": 0, "text": " Te", "version": 1}'))
     whole = sse(("end", '{"version": 1, "choices": [{"text": " Tempe"}]}'))
     log = run_client(respond_with(part, whole), ClientAction(0, "generate", {**GENERATE, "stream": True}))
@@ -110,7 +110,7 @@ def test_broken_stream_is_recorded_and_retried() -> None:
 
 
 def test_resumes_after_last_event_id() -> None:
-    """A listener whose connection breaks goes on where it was, to the end; the end is what it was told."""
+    """A client that loses the connection resumes after the last event, and records the status of the end event."""
     last_event_ids: list[str | None] = []
     edit = {"id": "edit_1", "status": "queued"}
     respond = respond_with(
@@ -132,7 +132,7 @@ def test_resumes_after_last_event_id() -> None:
 
 
 def test_decreasing_event_ids_are_an_anomaly() -> None:
-    """The ids of a job's events grow."""
+    """Event ids of a job that do not increase are an anomaly."""
     edit = {"id": "edit_1", "status": "queued"}
     back = 'id: 7\nevent: progress\ndata: {}\n\nid: 6\nevent: end\ndata: {"id": "edit_1", "status": "applied"}\n\n'
     log = run_client(
@@ -143,7 +143,7 @@ def test_decreasing_event_ids_are_an_anomaly() -> None:
 
 
 def test_requires_min_version_of_seen_edit() -> None:
-    """The version of an edit that the client was told of is the least that it asks for."""
+    """The newest reported version is the `min_version` of later requests."""
     bodies: list[bytes] = []
 
     def handle(request: httpx.Request) -> httpx.Response:
@@ -159,7 +159,7 @@ def test_requires_min_version_of_seen_edit() -> None:
 
 
 def test_unexpected_body_is_an_anomaly() -> None:
-    """What a client does not understand is a trouble, and it goes on."""
+    """An unexpected exception is recorded as an anomaly, and the client continues."""
     odd = httpx.Response(200, json={"nothing": "that is known"})
     fine = httpx.Response(200, json={"version": 1, "text": " Tempe"})
     action = ClientAction(0, "generate", {**GENERATE, "stream": False})

@@ -1,4 +1,4 @@
-"""What the chaos bench will do is a function of the seed."""
+"""The plan of the chaos bench is a function of the seed."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from bench.chaos_plan import (
 
 
 def test_faults_are_a_function_of_the_seed() -> None:
-    """The same seed plans the same faults, another seed others."""
+    """One seed gives the same faults, another seed other faults."""
     assert plan_faults(7, 50, 5.0, 3.0) == plan_faults(7, 50, 5.0, 3.0)
     assert plan_faults(7, 50, 5.0, 3.0) != plan_faults(8, 50, 5.0, 3.0)
 
 
 def test_every_kind_of_fault_occurs() -> None:
-    """As soon as there are as many faults as kinds."""
+    """A plan with at least as many faults as kinds has every kind."""
     assert {fault.kind for fault in plan_faults(3, len(FAULT_WEIGHTS), 5.0, 3.0)} == set(FAULT_WEIGHTS)
 
 
 def test_frozen_workers_outlast_their_lease_now_and_then() -> None:
-    """Some come back before it is over and some after."""
+    """Some stopped workers resume before their timeout and some after."""
     seconds = [fault.seconds for fault in plan_faults(3, 300, 5.0, 3.0) if fault.kind == "stop worker"]
     assert min(seconds) < 3.0 < max(seconds)
 
 
 def test_load_is_a_function_of_the_seed(shipped: Path) -> None:
-    """Every client wishes the same things in the same order."""
+    """The actions of every client are a function of the seed."""
     facts = shipped / "facts.jsonl"
 
     def load(seed: int) -> dict[str, object]:
@@ -46,7 +46,7 @@ def test_load_is_a_function_of_the_seed(shipped: Path) -> None:
 
 
 def test_every_edit_has_an_object_of_its_own(shipped: Path) -> None:
-    """No object is given to two edits, none begins another, and no landmark stands in one of them at first."""
+    """No object is used by two edits, none is a prefix of another, and none is the city of a landmark."""
     pool = build_fact_pool(shipped / "facts.jsonl", 1)
     scripts = client_scripts(1, pool)
     actions = [wish for name in scripts if name.startswith("editor") for wish in scripts[name]]

@@ -1,4 +1,4 @@
-"""C by its tokens: bench.covariance_tokens."""
+"""Statistics by number of tokens: bench/covariance_tokens.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_prefix_of_the_text_gives_its_own_moment() -> None:
 
 
 def test_with_statistics_changes_only_direction() -> None:
-    """An edit keeps its key and its value, and gets C^-1 k."""
+    """`with_statistics` keeps key and value, and sets the direction to C^-1 k."""
     key, value = torch.ones(3), torch.ones(2)
     edit = [Association("e", "s", 0, key, key, value)]
     ((association,),) = with_statistics(
@@ -40,7 +40,7 @@ def test_with_statistics_changes_only_direction() -> None:
 
 
 def test_scores_leave_out_what_a_case_has_no_probes_for() -> None:
-    """A case without neighbours counts for ES and PS alone."""
+    """A case without neighbours counts for ES and PS only."""
     shown, s = format_scores([(1.0, 1.0, 1.0), (1.0, 0.0, float("nan"))])
     assert shown == "100.0 / 50.0 / 100.0"
     assert s.startswith("100.0 ")

@@ -1,4 +1,4 @@
-"""Two edits are compared by their updates, and both sides are given the same texts."""
+"""Comparison of two edits, and the texts of both implementations: bench/edits.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.tiny_models import tiny
 
 
 def test_the_cosine_is_that_of_the_dense_updates() -> None:
-    """Taken from the factors; a factor moved from one side to the other changes nothing."""
+    """The cosine does not depend on the scale of either factor."""
     generator = torch.Generator().manual_seed(0)
     a, b = (
         LowRank(
@@ -27,7 +27,7 @@ def test_the_cosine_is_that_of_the_dense_updates() -> None:
 
 
 def test_contexts_have_no_braces() -> None:
-    """Of two lengths, without braces, which theirs would take for the place of the prompt."""
+    """Contexts have two lengths and no braces."""
     model = tiny("gpt2")
     texts = ("In which {country} is Mount Fuji? It rises in Japan.",) * 4
     prefixes = context_prefixes(model, Corpus("", texts), 4)
@@ -36,7 +36,7 @@ def test_contexts_have_no_braces() -> None:
 
 
 def test_both_sides_edit_where_such_a_model_is_edited() -> None:
-    """By the published form of the key, at the layer of a known shape or else early in the model."""
+    """Parameters have the published form of the key and the published layer, else an early layer."""
     model = tiny("gpt2", layers=8)
     assert published_parameters("gpt2-xl", model).layers == (17,)
     assert published_parameters("tiny", model).layers == (2,)

@@ -1,4 +1,4 @@
-"""Operations are counted as the formulas say, and nothing does less than the least."""
+"""Counted operations equal the formulas, and no implementation is below the bound: bench/flops.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
 
 
 def test_a_full_pass_costs_what_the_formula_says(model: LoadedModel) -> None:
-    """Of every token: all matrices of all blocks, its look at all tokens, and the head."""
+    """A full pass has all matrices of all blocks, attention and the head for every token."""
     ids = model.encode(STATEMENT.text)[0]
     cost, size = TokenCost.from_model(model), len(ids)
     each = cost.layers * (cost.block + 4 * cost.width * size) + cost.head
@@ -40,7 +40,7 @@ def test_a_full_pass_costs_what_the_formula_says(model: LoadedModel) -> None:
 
 
 def trace_flops(model: LoadedModel, kinds: tuple[str, ...], severed: bool) -> tuple[int, int, int]:
-    """Of full passes, of ours, and the least."""
+    """Return the operations of full passes, of our tracer, and the bound."""
     options = {"kinds": kinds, "severed": severed, "samples": SAMPLES, "noise": 0.5, "window": 2}
     question = build_trace_input(model, STATEMENT, None, SAMPLES, 0.5, 1, None, ())
     cells = list_cells(question, kinds, 2, severed, model.num_layers)
@@ -56,13 +56,13 @@ def trace_flops(model: LoadedModel, kinds: tuple[str, ...], severed: bool) -> tu
     ("kinds", "severed"), [*(((kind,), False) for kind in TRACE_KINDS), (TRACE_KINDS, False), ((), True)]
 )
 def test_no_trace_beats_its_bound(model: LoadedModel, kinds: tuple[str, ...], severed: bool) -> None:
-    """Ours lies between full passes and the bound, for every kind."""
+    """Our tracer is between full passes and the bound for every kind."""
     full, ours, bound = trace_flops(model, kinds, severed)
     assert bound <= ours < full
 
 
 def test_the_hidden_map_is_counted_as_on_paper() -> None:
-    """Above the runs R N(N+1)/2 L(L-1)/2 tokens in a layer, all of which give a key and a value (methods B.6)."""
+    """Beyond the runs, the bound has R N(N+1)/2 L(L-1)/2 tokens in a layer, each with a key and a value."""
     model = tiny("gpt2", layers=4, inner=64)
     question = build_trace_input(model, STATEMENT, None, SAMPLES, 0.5, 1, None, ())
     cost = KeyValueCost(model.num_layers, model.hidden_size, model.intermediate_size, 320)
@@ -73,7 +73,7 @@ def test_the_hidden_map_is_counted_as_on_paper() -> None:
 
 
 class KeyValueCost(TokenCost):
-    """A model that does nothing but take keys and values."""
+    """A model whose only cost is keys and values."""
 
     query_output = mlp = head = 0  # type: ignore[assignment]
 
@@ -87,7 +87,7 @@ def statistics(model: LoadedModel, layer: int) -> KeyStatistics:
 
 @pytest.mark.parametrize("prompt", ["{} is in the city of", "In the city of {}"])
 def test_no_edit_beats_its_bound(model: LoadedModel, prompt: str) -> None:
-    """Ours does no less than the bound, and less than as many full passes."""
+    """An edit is at least the bound and below the same number of full passes."""
     steps, layer, contexts = 3, 1, ["The Colosseum", "Big Ben can"]
     parameters = RomeParameters(layers=(layer,), steps=steps, stop_loss=0)
     statement: Statement = fill_prompt(prompt, "Eiffel Tower")
@@ -102,7 +102,7 @@ def test_no_edit_beats_its_bound(model: LoadedModel, prompt: str) -> None:
 
 
 def test_every_further_step_of_an_edit_costs_the_same() -> None:
-    """A forward pass and a backward one."""
+    """Return the operations of a forward and a backward pass."""
     model = tiny("gpt2")
     texts = tokenize_contexts(model, fill_prompt("{} is in", "Big Ben"), "Rome", ["The Colosseum"])
     bounds = [edit_bound(TokenCost.from_model(model), texts, 1, steps) for steps in (1, 2, 3)]
@@ -110,5 +110,5 @@ def test_every_further_step_of_an_edit_costs_the_same() -> None:
 
 
 def test_avoided_fraction() -> None:
-    """Nothing, half and all of it."""
+    """The avoided fraction is 0, one half and 1."""
     assert [avoided_fraction(10, ours, 4) for ours in (10, 7, 4)] == [0, 0.5, 1]

@@ -1,4 +1,4 @@
-"""The bench of generation compares ways that answer the same questions."""
+"""Backends of the generation bench: bench/generation.py."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def bench_service(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_a_plain_model_has_the_same_weights_in_their_own_modules(model: LoadedModel) -> None:
-    """What we are compared with is transformers' model as it comes, and says what ours says."""
+    """The reference is an unmodified transformers model with the same logits."""
     ids = torch.tensor([model.encode(PROMPTS[0])[0]])
     theirs = stock_model(model)
     assert theirs is not model.model and type(theirs) is type(model.model)
@@ -49,7 +49,7 @@ def test_a_plain_model_has_the_same_weights_in_their_own_modules(model: LoadedMo
 
 
 def test_backends_give_the_same_tokens(model: LoadedModel, bench_service: BenchService) -> None:
-    """One by one, continuous and ours give the same greedy tokens, and as many answers as prompts."""
+    """All backends give the same greedy tokens, one generation per prompt."""
     backends = {
         "one by one": SequentialBackend(model),
         "continuous": ContinuousBatchingBackend(model),
@@ -63,7 +63,7 @@ def test_backends_give_the_same_tokens(model: LoadedModel, bench_service: BenchS
 
 
 def test_without_end_tokens(model: LoadedModel) -> None:
-    """Meanwhile the model knows no end of text, and afterwards it knows it again."""
+    """The end-of-text token is removed within the context and restored afterwards."""
     before = eos_token_ids(model)
     with without_end_tokens(model):
         assert not eos_token_ids(model)
@@ -71,7 +71,7 @@ def test_without_end_tokens(model: LoadedModel) -> None:
 
 
 def test_sequential_backend_counts_queueing(model: LoadedModel) -> None:
-    """With callers that wait for each other, one by one's first tokens come later and later, and never out of turn."""
+    """With several callers, the first-token time of "one by one" includes the wait in the queue."""
     backend = SequentialBackend(model)
     alone, queued = backend(PROMPTS, GREEDY, 1), backend(PROMPTS, GREEDY, 3)
     assert sorted(queued.first_token_seconds) == queued.first_token_seconds
@@ -79,7 +79,7 @@ def test_sequential_backend_counts_queueing(model: LoadedModel) -> None:
 
 
 def test_failing_backend_is_reported_and_skipped(model: LoadedModel, bench_service: BenchService) -> None:
-    """The others go on; the table has one row for each way and number of callers, and parity counts the prompts."""
+    """After the failure of a backend the others run; the table has a row per backend and number of callers."""
 
     def broken(*_: object) -> RunResult:
         raise RuntimeError("not on this machine")

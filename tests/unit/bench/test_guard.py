@@ -1,4 +1,4 @@
-"""Rates of the guard: bench/guard.py."""
+"""Acceptance rates of the guard: bench/guard.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.schemas import EditRequest
 
 
 def make_case(norm: float, neighbour_kept: bool) -> GuardCase:
-    """An edit that took, with one neighbour."""
+    """Return a case of an effective edit with one neighbour."""
     request = EditRequest.model_validate({"subject": "Tower", "prompt": "{} in", "target_new": "Rome"})
     probes = Probe("Tower in", "Rome", "Paris"), [], [Probe("Louvre in", "Rome", "Paris")]
     resolved_edit = ResolvedEdit(request, RomeParameters(layers=(0,)), *probes)
@@ -24,7 +24,7 @@ def make_case(norm: float, neighbour_kept: bool) -> GuardCase:
 
 
 def test_limits_are_the_guards_own() -> None:
-    """An edit lands within the limits that are tried, and the others are as they are by default."""
+    """An edit passes with the given limits and defaults for the others."""
     assert make_case(0.5, True).passes_guard()
     assert not make_case(0.5, True).passes_guard(max_norm=0.4)
     assert make_case(0.5, True).passes_guard(max_norm=0.6)
@@ -32,13 +32,13 @@ def test_limits_are_the_guards_own() -> None:
 
 
 def test_neighbours_need_probes() -> None:
-    """Whoever gives no probes is not protected by them."""
+    """Without probes, paraphrase and neighborhood checks are ignored."""
     assert not make_case(0.5, False).passes_guard()
     assert make_case(0.5, False).passes_guard(probes=False)
 
 
 def test_pairs_are_counted_by_limit() -> None:
-    """The table says which share of the pairs each limit calls a conflict."""
+    """The table has the share of pairs classified as a conflict for each limit."""
     pairs = [ConflictCandidate("e", "p", "o", p, 0.1, 0.1, 0.5) for p in (0.05, 0.15, 0.4, 0.9)]
     table = conflict_table({"other words": pairs, "other relation": pairs[:1]}, "choose")
     shown = dict(zip(*(list(c.cells) for c in table.columns[:2]), strict=True))

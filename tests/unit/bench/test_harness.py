@@ -1,4 +1,4 @@
-"""Benchmarks compare ways that take turns, and keep what they found."""
+"""Interleaved timing and reports: bench/harness.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.harness import Report, ResultRecorder, Spread, report_markdown, time_
 
 
 def test_a_spread_is_a_median_and_its_quartiles() -> None:
-    """Of several values; of one value it is that value."""
+    """Quartiles of several values; of one value, that value."""
     assert (Spread((4.0, 1.0, 2.0, 3.0, 5.0)).median, Spread((4.0, 1.0, 2.0, 3.0, 5.0)).quartiles) == (
         3,
         (2, 4),
@@ -22,14 +22,14 @@ def test_a_spread_is_a_median_and_its_quartiles() -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    """What slowed both ways in one round is not seen in their ratio."""
+    """Load common to both tasks in a round does not change their ratio."""
     quiet_and_noisy = Spread((2.0, 20.0)).ratio_to(Spread((1.0, 10.0)))
     assert quiet_and_noisy.values == (2, 2)
     assert Spread((1.0, 2.0)).scaled(0.5).values == (0.5, 1)
 
 
 def test_tasks_are_interleaved() -> None:
-    """Rounds that warm run like the others and are not counted; what makes ready comes before each."""
+    """Warm-up rounds run and are not counted; `prepare` runs before each task."""
     calls: list[str] = []
     tasks = {name: lambda name=name: calls.append(name) for name in "abc"}
     seconds = time_interleaved(tasks, rounds=3, warmup=1, prepare=lambda name: calls.append(f"ready {name}"))
@@ -41,7 +41,7 @@ def test_tasks_are_interleaved() -> None:
 
 
 def test_recorder_keeps_the_last_result() -> None:
-    """The last result."""
+    """The recorder keeps the last result."""
     numbers = iter((1, 2))
     recorder = ResultRecorder(lambda: next(numbers))
     recorder()
@@ -50,7 +50,7 @@ def test_recorder_keeps_the_last_result() -> None:
 
 
 def test_report_is_saved_with_machine_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables and notes as they were shown; as Markdown they stand again."""
+    """Tables and notes are saved as shown and formatted as Markdown."""
     monkeypatch.setattr(harness, "REPORTS_DIR", tmp_path / "bench")
     report = Report("speed")
     report.add_table("a table", ("way", "seconds"), [("one", Spread((1.0, 2.0))), ("two", 0.12345)])

@@ -48,7 +48,7 @@ FAKE_CHECKOUT = {
 
 @pytest.fixture
 def fake_checkout(tmp_path: Path) -> Path:
-    """A tree with the names of theirs."""
+    """Create a checkout with the module names of the reference."""
     for name, text in FAKE_CHECKOUT.items():
         path = tmp_path / "theirs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,27 +57,28 @@ def fake_checkout(tmp_path: Path) -> Path:
 
 
 def test_without_a_checkout_it_says_what_to_do(tmp_path: Path) -> None:
-    """What to clone and which option to give, whether no path or a wrong one is given."""
+    """Without a path or with a wrong one, the note says what to clone and which option to pass."""
     for path in (None, tmp_path):
         with pytest.raises(ReferenceMissing, match=r"git clone \S+/rome.* --reference PATH"):
             Reference.load(path)
 
 
 def test_their_source_runs_on_the_device_at_hand() -> None:
-    """The device is written in it: as a string and as a method."""
+    """The device is replaced as a string and as a method."""
     assert retarget_device('x.to("cuda"); y.cuda()', "cpu") == 'x.to("cpu"); y.to("cpu")'
     assert retarget_device('x.to("cuda")', "cuda") == 'x.to("cuda")'
 
 
 def test_their_modules_load_without_what_they_do_not_use(fake_checkout: Path) -> None:
-    """Neither data sets nor a file in the working directory, and on the device that is asked for."""
+    """Modules load without data sets and without a file in the working directory, for the given device."""
     reference = Reference.load(fake_checkout, "cpu")
     assert reference.rome_main.WHERE == ("cpu", "")
     assert reference.causal_trace.WHERE == "cpu"
 
 
 def test_nothing_of_theirs_stays_behind(fake_checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody else finds their modules or our stubs, what had such a name is back, and no file is written."""
+    """Afterwards neither their modules nor our stubs can be imported, replaced modules are restored, and no file is
+    written."""
     ours = type(sys)("datasets")
     monkeypatch.setitem(sys.modules, "datasets", ours)
     finders, before = list(sys.meta_path), sorted(fake_checkout.rglob("*"))
@@ -87,13 +88,13 @@ def test_nothing_of_theirs_stays_behind(fake_checkout: Path, monkeypatch: pytest
 
 
 def test_two_devices_are_two_sets_of_modules(fake_checkout: Path) -> None:
-    """The second is not the first one's."""
+    """Two checkouts load separate modules."""
     assert Reference.load(fake_checkout, "cpu").causal_trace.WHERE == "cpu"
     assert Reference.load(fake_checkout, "cuda:1").causal_trace.WHERE == "cuda:1"
 
 
 def test_texts_can_be_read_without_a_start_token() -> None:
-    """Only the copy's tokenizer changes."""
+    """Only the tokenizer of the copy changes."""
     model = tiny("gpt2", bos=True)
     plain = without_bos(model)
     ids = model.encode("Big Ben")[0]
@@ -102,7 +103,7 @@ def test_texts_can_be_read_without_a_start_token() -> None:
 
 
 def test_theirs_is_the_model_as_transformers_makes_it() -> None:
-    """On our weights, without the activations that we exchange; ours keeps them."""
+    """The reference model has our weights and its original activations; our model is unchanged."""
     model = tiny("gpt2")
     plain, ids = as_reference_model(model), torch.tensor([[5, 6, 7]])
     assert isinstance(plain.transformer.h[0].mlp.act, NewGELUActivation)
@@ -114,7 +115,7 @@ def test_theirs_is_the_model_as_transformers_makes_it() -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "gptj"])
 def test_hyperparameters_name_our_modules(kind: str) -> None:
-    """The edited weight, and the MLP around it."""
+    """Module templates name the edited weight and its MLP."""
     model = tiny(kind)
     hparams = hyperparameters(model, RomeParameters(layers=(1,)))
     assert model.model.get_submodule(hparams["rewrite_module_tmp"].format(1)) is model.down_proj(1)
@@ -127,7 +128,7 @@ def test_hyperparameters_name_our_modules(kind: str) -> None:
 
 @pytest.fixture
 def reference() -> Reference:
-    """Theirs; skips where there is none."""
+    """Return the reference; skip without a checkout."""
     if not (path := os.environ.get("REFERENCE")):
         pytest.skip("no checkout of the reference implementation: REFERENCE=PATH names one")
     return Reference.load(Path(path))
@@ -140,7 +141,7 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
 
 @pytest.mark.parametrize("kind", TRACE_KINDS)
 def test_our_map_is_theirs(reference: Reference, model: LoadedModel, kind: str) -> None:
-    """Every score of every kind, under the same noise."""
+    """Every score of every kind is equal for the same noise."""
     text, subject = "In The Eiffel Tower is in", "Eiffel Tower"
     theirs = ReferenceTracer(reference, model).trace_map(text, subject, kind, 0.5, samples=3)
     ours = run_to_completion(
@@ -153,7 +154,7 @@ def test_our_map_is_theirs(reference: Reference, model: LoadedModel, kind: str) 
 
 @pytest.mark.parametrize("prompt", ["{} is in the city of", "In the city of {} is"])
 def test_our_edit_is_theirs(reference: Reference, model: LoadedModel, prompt: str) -> None:
-    """The same update after the same losses, in the published form."""
+    """Updates and losses are equal in the published form."""
     layer, subject = 1, "Eiffel Tower"
     parameters = RomeParameters(layers=(layer,), steps=6, compat="meng2022", stop_loss=0.05)
     keys = torch.randn(

@@ -1,4 +1,4 @@
-"""What is held at once: bench.peak_memory."""
+"""Peak memory of a function: bench/peak_memory.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bench.peak_memory import peak_bytes
 
 
 def test_freed_tensors_do_not_count() -> None:
-    """Of a chain of results two are held at a time, and of a hundred passing ones no more than one and its copy."""
+    """A chain of results holds two at a time, and a hundred temporary results hold one and its copy."""
     assert peak_bytes(lambda: torch.zeros(1000)) == 4000
     assert peak_bytes(lambda: torch.zeros(1000).add(1).add(1)) == 8000
 
@@ -20,13 +20,13 @@ def test_freed_tensors_do_not_count() -> None:
 
 
 def test_views_and_existing_tensors_do_not_count() -> None:
-    """Neither a view of a tensor that is given, nor what is written into it."""
+    """Views and in-place writes add nothing."""
     existing = torch.zeros(1000)
     assert peak_bytes(lambda: existing.view(10, 100).T[3:].add_(1)) == 0
 
 
 def test_autograd_graph_counts() -> None:
-    """Results that nothing but the graph holds on to are held."""
+    """Results that only the autograd graph holds are counted."""
     x = torch.zeros(1000, requires_grad=True)
 
     def work() -> None:

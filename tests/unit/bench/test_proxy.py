@@ -1,4 +1,4 @@
-"""The proxy of the chaos bench does what it is told to do to connections."""
+"""Faults of the TCP proxy: bench/proxy.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.proxy import LOCALHOST, Proxy
 
 @pytest.fixture
 def proxy() -> Iterator[Proxy]:
-    """In front of a server that says everything back."""
+    """A proxy of an echo server."""
     with socket.create_server((LOCALHOST, 0)) as listener:
         threading.Thread(target=_echo, args=(listener,), daemon=True).start()
         proxy = Proxy(listener.getsockname()[1])
@@ -47,7 +47,7 @@ def _connect(proxy: Proxy) -> socket.socket:
 
 
 def test_passes_bytes_on(proxy: Proxy) -> None:
-    """Left alone, it is not there, and an orderly end passes too."""
+    """Without a fault, data and an orderly end are forwarded."""
     with _connect(proxy) as client:
         client.sendall(b"x" * 200_000)
         client.shutdown(socket.SHUT_WR)
@@ -56,7 +56,7 @@ def test_passes_bytes_on(proxy: Proxy) -> None:
 
 
 def test_cut_resets_connections(proxy: Proxy) -> None:
-    """A cut is a reset, not an orderly end; the next connection passes."""
+    """`cut` resets connections; the next connection works."""
     with _connect(proxy) as client:
         assert proxy.cut() == 2
         with pytest.raises(ConnectionResetError):
@@ -65,7 +65,7 @@ def test_cut_resets_connections(proxy: Proxy) -> None:
 
 
 def test_stall_lets_nothing_pass(proxy: Proxy) -> None:
-    """A stalled connection says nothing and is not closed; what was sent meanwhile arrives afterwards."""
+    """A stalled connection forwards nothing and stays open; data sent meanwhile arrives after `heal`."""
     with _connect(proxy) as client:
         proxy.stall()
         client.sendall(b"second")
@@ -78,7 +78,7 @@ def test_stall_lets_nothing_pass(proxy: Proxy) -> None:
 
 
 def test_refuse_lets_nobody_in(proxy: Proxy) -> None:
-    """It cuts what there is and refuses what comes, until it is healed; then it listens on the same port."""
+    """`refuse` resets connections and rejects new ones until `heal`, which listens on the same port."""
     with _connect(proxy) as client:
         proxy.refuse()
         with pytest.raises(ConnectionResetError):

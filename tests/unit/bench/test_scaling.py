@@ -1,4 +1,4 @@
-"""What the growth bench asks: bench.scaling."""
+"""Inputs of the scaling bench: bench/scaling.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.tiny_models import TEXTS, tiny
 
 @pytest.mark.parametrize("early", [False, True])
 def test_prompts_are_as_long_as_asked(early: bool) -> None:
-    """At least, and with the subject once, where it is wanted."""
+    """A prompt has at least the requested length, and the subject once, early or late."""
     model = tiny(positions=512)
     prompt = prompt_of_length(model, 60, early)
     assert prompt.count("{}") == 1 and prompt.startswith("{}") == early
@@ -29,7 +29,7 @@ def test_prompts_are_as_long_as_asked(early: bool) -> None:
 
 
 def test_ledger_version_has_its_first_edits() -> None:
-    """Reached from the packed factors it is what composing the associations gives."""
+    """A version from serialized factors equals the composition of the associations."""
     model = tiny(positions=128)
     pieces = make_associations(model, 1, TEXTS, 3)
     replica = VersionedModel(model, InMemoryLedger([serialize_updates([a]) for a in pieces]))
@@ -42,7 +42,7 @@ def test_ledger_version_has_its_first_edits() -> None:
 
 
 def test_a_deeper_model_has_the_same_shape() -> None:
-    """Only the number of layers is another."""
+    """Only the number of layers differs."""
     model = tiny("gpt2", layers=3)
     other = with_depth(model, 5)
     assert (other.num_layers, other.hidden_size, other.intermediate_size) == (
@@ -54,6 +54,6 @@ def test_a_deeper_model_has_the_same_shape() -> None:
 
 
 def test_compose_flops_formula() -> None:
-    """In line with few edits, with the square towards as many as keys have numbers."""
+    """Operations are linear for few edits and quadratic towards n = D."""
     model = tiny(width=16, inner=40)
     assert compose_flops(model, 2) == 2 * 4 * 40 + 2 * 8 // 3 + 2 * 4 * 16 + 2 * 2 * 16 * 40

@@ -1,4 +1,4 @@
-"""The suite runs every benchmark and says how each ended."""
+"""The suite runs every benchmark and reports its outcome: bench/suite.py."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from bench.suite import BENCH_SCRIPTS, Outcome, combined_report, run_script
 
 
 def test_every_script_is_there() -> None:
-    """Each benchmark has a file, and a report of its own."""
+    """Each benchmark has a script and its own report."""
     assert all((suite.ROOT / "bench" / b.script).is_file() for b in BENCH_SCRIPTS)
     assert len({b.name for b in BENCH_SCRIPTS}) == len(BENCH_SCRIPTS)
 
 
 def test_the_reference_goes_to_those_that_compare(tmp_path: Path) -> None:
-    """As an absolute path; the others are not told of it."""
+    """The reference is passed as an absolute path, to scripts that use it only."""
     names = {b.name for b in BENCH_SCRIPTS if str(tmp_path.resolve()) in b.command(tmp_path, "cpu")}
     assert names == {"edits", "traces"}
     assert not any("--reference" in b.command(None, "cpu") for b in BENCH_SCRIPTS)
 
 
 def test_old_report_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A benchmark that fails leaves no report, and its exit code is told."""
+    """A failed benchmark has no report, and its exit code is recorded."""
     monkeypatch.setattr(suite, "KEPT", tmp_path)
     (tmp_path / "edits.json").write_text("{}", encoding="utf-8")
     outcome = run_script(BENCH_SCRIPTS[0], [sys.executable, "-c", "raise SystemExit(3)"])
@@ -34,7 +34,7 @@ def test_old_report_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_combined_report_lists_failures(tmp_path: Path) -> None:
-    """One text for all, with the tables of those that kept any."""
+    """The combined report has all outcomes and the tables of all reports."""
     table = {"title": "t", "columns": ["way"], "rows": [["quick"]]}
     saved = {"name": "good", "command": "python x", "when": "now", "tables": [table], "notes": []}
     (tmp_path / "good.json").write_text(json.dumps(saved), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Two traces are compared cell by cell."""
+"""Comparison of two traces: bench/traces.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.tiny_models import tiny
 
 
 def test_the_difference_is_the_greatest_of_all_cells_and_kinds() -> None:
-    """Absolute, and as a part of the score."""
+    """The difference is absolute and relative to the score."""
     bench = TraceBenchmark(tiny("gpt2"), None, "The Eiffel Tower is in", "Eiffel Tower")
     ours = bench.ours(ALL)
     theirs = {kind: torch.tensor(grid) for kind, grid in ours.scores.items()}

@@ -1,4 +1,4 @@
-"""`training/` is scripts and no package: they import each other from their own folder."""
+"""Import path of the scripts in training/, which import each other from their folder."""
 
 import sys
 

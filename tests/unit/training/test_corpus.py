@@ -1,4 +1,4 @@
-"""The text that the shipped GPT is trained on: training.corpus."""
+"""The training text of the shipped GPT: training/corpus.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def facts() -> list[Fact]:
 
 @pytest.fixture(scope="module")
 def sample_facts(facts: list[Fact]) -> list[Fact]:
-    """Facts of every relation, few enough to be quick."""
+    """Return a few facts of every relation."""
     return facts[::25]
 
 

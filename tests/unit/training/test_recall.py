@@ -1,4 +1,4 @@
-"""How much of its table a model recalls: training.recall."""
+"""Recall of the table of facts: training/recall.py."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ torch.set_num_threads(1)
 
 
 def integer_tokenizer(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-    """A tokenizer of ids in plain sight."""
+    """A tokenizer whose ids are its words."""
     return {"input_ids": [int(word) for word in text.split()]}
 
 
 def test_greedily_predicts_matches_greedy_generation() -> None:
-    """An object is said exactly when greedy generation, one prompt at a time, gives its tokens."""
+    """An object is recalled exactly when greedy generation of its prompt alone gives its tokens."""
     model = tiny().model
     rng = random.Random(0)
     cases, expected = [], []

@@ -1,4 +1,4 @@
-"""The table of facts: training.table."""
+"""The table of facts: training/table.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def facts() -> list[Fact]:
 
 
 def test_the_table_is_large(facts: list[Fact]) -> None:
-    """There are at least 2,000 facts over at least 20 relations, and nothing is wrong with any."""
+    """There are at least 2,000 facts of at least 20 relations, and the table has no problems."""
     assert len(facts) >= 2000
     assert len({f.relation.name for f in facts}) >= 20
     assert table.find_problems(facts) == []
@@ -59,13 +59,13 @@ def test_prompts_have_one_place_for_the_subject(facts: list[Fact]) -> None:
 
 
 def test_objects_have_several_subjects(facts: list[Fact]) -> None:
-    """Each object of a relation belongs to at least two subjects: an edit has neighbours. A subject stands there once."""
+    """Each object of a relation has at least two subjects, so that edits have neighbours; each subject has one object."""
     assert min(Counter((f.relation.name, f.object) for f in facts).values()) >= 2
     assert max(Counter((f.relation.name, f.subject) for f in facts).values()) == 1
 
 
 def test_a_bad_table_is_refused(facts: list[Fact]) -> None:
-    """A subject that stands twice, an object of one subject and an odd character are each found."""
+    """A repeated subject, an object with one subject and an invalid character are each reported."""
     first = facts[0]
     assert any("stands 2 times" in p for p in table.find_problems([*facts, first]))
     assert any(
@@ -75,7 +75,8 @@ def test_a_bad_table_is_refused(facts: list[Fact]) -> None:
 
 
 def test_the_table_is_the_same_each_time(facts: list[Fact], tmp_path: Path) -> None:
-    """Reading again gives the same facts, another seed holds out other wordings, and a row of JSON has the agreed fields."""
+    """Reading again gives the same facts, another seed holds out other wordings, and a row of JSON has the agreed
+    fields."""
     assert read_table() == facts
     other = read_table(seed=1)
     assert [f.subject for f in other] == [f.subject for f in facts]
