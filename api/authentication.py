@@ -1,4 +1,4 @@
-"""Who asks: the holder of the root key, of a key from the table, or, where no key is needed, whoever is on this machine."""
+"""Authentication: the root key, API keys of the database, or local access without a key on loopback."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from service.application.api_keys import ALL_SCOPES, ApiKeys, Scope, is_token
 from service.settings import Settings
 
 LOCAL_ACTOR = "local"
-#: names of this machine that no stranger's name server can give away
+#: host names of loopback that DNS rebinding cannot use
 LOOPBACK_NAMES = {"localhost"}
 _HOST_PATTERN = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(?::\d*)?")
 
 
 @dataclass(frozen=True)
 class Principal:
-    """`actor` is how the ledger will name them; it never holds a secret."""
+    """An authenticated caller. `actor` is recorded in the ledger and contains no secret."""
 
     actor: str
     scopes: frozenset[Scope]
@@ -32,7 +32,7 @@ class Principal:
 
 
 async def authenticate(request: Request) -> Principal:
-    """The caller; Unauthorized when a key is needed and none that is good was sent."""
+    """Return the caller. Raises Unauthorized if an API key is required and the request has no valid one."""
     settings: Settings = request.app.state.settings
     keys: ApiKeys = request.app.state.keys
     token = _bearer_token(request)
@@ -44,18 +44,18 @@ async def authenticate(request: Request) -> Principal:
         per_minute = key.requests_per_minute or settings.requests_per_minute
         return Principal(f"key:{key.name}", key.scopes, PrincipalLimits(per_minute, key.max_queued))
     if settings.api_key or not is_loopback(settings.host) or await run_in_threadpool(keys.any_exist):
-        raise Unauthorized("Send a key of this service in the header `Authorization: Bearer KEY`.")
+        raise Unauthorized("Send an API key of this service in the header `Authorization: Bearer KEY`.")
     _reject_dns_rebinding(request)
     return Principal(LOCAL_ACTOR, ALL_SCOPES, PrincipalLimits())
 
 
 def root_actor(api_key: str) -> str:
-    """The actor behind the root key: its digest, so that the ledger tells one root key from the next."""
+    """Return the actor of the root key: a digest, which distinguishes root keys in the ledger."""
     return f"key:{hashlib.sha256(api_key.encode()).hexdigest()[:12]}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Return whether an address is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -68,16 +68,16 @@ def _bearer_token(request: Request) -> str:
 
 
 def _matches_root_key(token: str, api_key: str) -> bool:
-    """Digests have one length, so the comparison takes the same time whatever was sent."""
+    """Compare digests in constant time, independent of the length of the token."""
     token_digest = hashlib.sha256(token.encode("latin-1")).digest()
     return hmac.compare_digest(token_digest, hashlib.sha256(api_key.encode()).digest())
 
 
 def _reject_dns_rebinding(request: Request) -> None:
-    """A page in a browser here can give its own name this machine's address, and would then speak to us as itself."""
+    """Reject requests whose `Host` is not loopback: a web page could resolve its own name to this machine (DNS rebinding)."""
     match = _HOST_PATTERN.fullmatch(request.headers.get("host", ""))
     if match is None or not is_loopback(match["six"] or match["name"]):
         raise Forbidden(
-            "Without a key the service answers only to the names of this machine: ask for it as 127.0.0.1 or "
-            "localhost, or make a key with `palimpsest keys create`."
+            "Without API keys the service accepts only loopback host names: use 127.0.0.1 or localhost, or create a key with "
+            "`palimpsest keys create`."
         )

@@ -1,4 +1,4 @@
-"""The forms of a trace and of an evaluation: JSON, or a picture or a page of it, as `Accept` asks."""
+"""Content negotiation of traces and evaluations: JSON, SVG, PNG or HTML by the header `Accept`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.errors import Conflict
 
 JSON = "application/json"
 SVG, PNG, HTML = "image/svg+xml", "image/png", "text/html"
-#: in the order of preference where the client has none
+#: in the order of preference
 OFFERED_MEDIA_TYPES = (JSON, SVG, PNG, HTML)
 
 #: for the OpenAPI document
@@ -24,7 +24,7 @@ IMAGE_CONTENT: dict[str, Any] = {
 def negotiate(
     accept: str | None, offered: Sequence[str] = OFFERED_MEDIA_TYPES, error_detail: str | None = None
 ) -> str:
-    """The offered media type that the client likes best; the first where it does not care (RFC 9110, 12.5.1)."""
+    """Return the offered media type that the client prefers; the first without a preference (RFC 9110, 12.5.1)."""
     if not accept or not accept.strip():
         return offered[0]
     ranges = [_parse_media_range(part) for part in accept.split(",") if part.strip()]
@@ -32,15 +32,16 @@ def negotiate(
     best = max(offered, key=lambda offer: scores[offer])  # the first of equals
     if scores[best] <= (0.0, 0):
         raise NotAcceptable(
-            error_detail or f"This can be had as {', '.join(offered)}: ask for one of these in `Accept`."
+            error_detail
+            or f"The resource is available as {', '.join(offered)}: use one of these in `Accept`."
         )
     return best
 
 
 def render_trace(resource: dict[str, Any], media_type: str) -> str | bytes:
-    """The heat map of a trace that is done, in the manner of the paper's figures."""
+    """Return the heat map of a finished trace, as in Meng et al. 2022, figure 1. Raises Conflict if it is not done."""
     _require_done("trace", resource)
-    from service.tracing import heatmap  # and matplotlib with it, which only this needs
+    from service.tracing import heatmap  # imports matplotlib
 
     renderers: dict[str, Callable[[dict[str, Any]], str | bytes]] = {
         SVG: heatmap.trace_svg,
@@ -51,7 +52,7 @@ def render_trace(resource: dict[str, Any], media_type: str) -> str | bytes:
 
 
 def render_evaluation(resource: dict[str, Any], media_type: str) -> str | bytes:
-    """The report of an evaluation that is done; as a picture the curves of a sequence, and else the bars."""
+    """Return the report of a finished evaluation as HTML, or its plot. Raises Conflict if it is not done."""
     _require_done("evaluation", resource)
     from service.evaluation import report, report_figures, report_text
     from service.kit import plotting
@@ -70,7 +71,7 @@ def render_evaluation(resource: dict[str, Any], media_type: str) -> str | bytes:
 def _require_done(kind: str, resource: dict[str, Any]) -> None:
     if resource["status"] != "done":
         raise Conflict(
-            f"The {kind} is {resource['status']}: there is a picture once it is done. Ask for {JSON} to see how it stands."
+            f"The {kind} is {resource['status']}: images are available when it is done. Request {JSON} for its state."
         )
 
 
@@ -84,7 +85,7 @@ def _parse_media_range(part: str) -> tuple[str, float]:
 
 
 def _match_quality(offer: str, ranges: list[tuple[str, float]]) -> tuple[float, int]:
-    """(quality, how exactly it is named): the most exact range speaks for the offer."""
+    """Return (quality, specificity) of an offer: the most specific range applies."""
     specificity = {offer: 3, offer.partition("/")[0] + "/*": 2, "*/*": 1}
     matching = [(specificity[media], quality) for media, quality in ranges if media in specificity]
     if not matching:

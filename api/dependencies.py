@@ -1,4 +1,4 @@
-"""The names that routes take: each is one thing from the request or from the application."""
+"""Dependencies of routes: values from the request or the application."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _RESOURCE_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _EVENT_ID_PATTERN = re.compile(r"[0-9]{1,30}")
 _IDEMPOTENCY_KEY_PATTERN = re.compile(r"[\x21-\x7e]{1,255}")
 
-#: documents the key; `api.protected_route` checks it before the body is read
+#: documents the API key; `api.protected_route` checks it before the body is read
 bearer_scheme = Security(
-    HTTPBearer(auto_error=False, description="A key of the service, where it asks for one.")
+    HTTPBearer(auto_error=False, description="An API key of the service, if it requires one.")
 )
 
 
-#: a time as the service wrote it: ISO 8601 in UTC
+#: time in ISO 8601, UTC
 Timestamp = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
 class ResourceModel(BaseModel):
-    """A resource as it is shown. Clients must accept members that they do not know."""
+    """A resource. Clients must ignore unknown members."""
 
     model_config = ConfigDict(extra="allow")
 
 
-# They are `async` though they wait for nothing: each that is not would take a thread, and its time, on every request.
+# These are `async` because FastAPI runs every synchronous dependency in a thread.
 
 
 async def _services(request: Request) -> Services:
@@ -58,10 +58,10 @@ async def _limits(request: Request) -> PrincipalLimits:
 
 
 async def _resource_id(
-    id: Annotated[str, Path(description="the resource's id", examples=["edit_01JABCDEFGHJKMNPQRSTVWXYZ0"])],
+    id: Annotated[str, Path(description="id of the resource", examples=["edit_01JABCDEFGHJKMNPQRSTVWXYZ0"])],
 ) -> str:
     if not _RESOURCE_ID_PATTERN.fullmatch(id):
-        raise NotFound("No resource has this id: ids are as the service gave them out.")
+        raise NotFound("No resource has this id: the id is malformed.")
     return id
 
 
@@ -75,13 +75,13 @@ async def _idempotency_key(
     idempotency_key: Annotated[
         str | None,
         Header(
-            description="any text of your own, up to 255 characters: the same request sent again with it is not done again"
+            description="a unique string of up to 255 characters; a repeated request with the same key has no further effect"
         ),
     ] = None,
 ) -> str | None:
     if idempotency_key is not None and not _IDEMPOTENCY_KEY_PATTERN.fullmatch(idempotency_key):
         raise InvalidInput(
-            "`Idempotency-Key` must be 1 to 255 visible ASCII characters without spaces: a UUID serves.",
+            "`Idempotency-Key` must be 1 to 255 visible ASCII characters without spaces, for example a UUID.",
             "Idempotency-Key",
         )
     return idempotency_key
@@ -89,7 +89,7 @@ async def _idempotency_key(
 
 async def _last_event_id(
     last_event_id: Annotated[
-        str | None, Header(description="go on after this event; what cannot be an id is ignored")
+        str | None, Header(description="resume after this event; a malformed id is ignored")
     ] = None,
 ) -> str | None:
     return last_event_id if last_event_id and _EVENT_ID_PATTERN.fullmatch(last_event_id) else None
@@ -104,6 +104,7 @@ IdempotencyKeyHeader = Annotated[str | None, Depends(_idempotency_key)]
 LastEventIdHeader = Annotated[str | None, Depends(_last_event_id)]
 PlainText = Annotated[str, AfterValidator(_reject_nul)]
 PageCursor = Annotated[
-    PlainText | None, Query(max_length=1000, description="`next` of the page before; leave out for the first")
+    PlainText | None,
+    Query(max_length=1000, description="`next` of the previous page; omit it for the first page"),
 ]
-PageLimit = Annotated[int, Query(ge=1, le=200, description="how many at most")]
+PageLimit = Annotated[int, Query(ge=1, le=200, description="maximum number of items")]

@@ -1,4 +1,4 @@
-"""Waiting without holding a thread: for the end of a job, for a client to go."""
+"""Waiting without a thread: for the end of a job, and for the disconnect of a client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.jobs.event_stream import with_idle_ticks
 T = TypeVar("T")
 MAX_WAIT = 60
 _WAIT_PATTERN = re.compile(r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9})"?\s*(?:$|[,;])', re.IGNORECASE)
-#: the row is read again this often while its end is waited for, should the bell be lost
+#: seconds between reads of the row while waiting, in case the event is lost
 _POLL_INTERVAL = 2.0
 
 
@@ -28,9 +28,7 @@ async def _preferred_wait(
     response: Response,
     prefer: Annotated[
         str | None,
-        Header(
-            description="`wait=SECONDS` holds the answer until the job ends or the time is up; 60 at most"
-        ),
+        Header(description="`wait=SECONDS` waits until the job ends, at most 60 seconds"),
     ] = None,
 ) -> float:
     match = _WAIT_PATTERN.search(prefer or "")
@@ -41,12 +39,12 @@ async def _preferred_wait(
     return seconds
 
 
-#: seconds that the client wants to wait (RFC 7240)
+#: seconds that the client waits (RFC 7240)
 WaitSeconds = Annotated[float, Depends(_preferred_wait)]
 
 
 def is_finished(resource: dict[str, Any]) -> bool:
-    """Whether a job is over, whatever became of it."""
+    """Return whether a job has ended."""
     return resource["status"] not in ("queued", "running")
 
 
@@ -56,7 +54,7 @@ async def wait_until_finished(
     subscribe: Callable[[str], AsyncIterator[Event]],
     seconds: float,
 ) -> dict[str, Any]:
-    """The resource when it has ended, or as it stands after `seconds`. Its row is the truth; `news` is the bell."""
+    """Return the resource when it has ended, or its state after `seconds`. The row is authoritative; events only wake."""
     deadline = time.monotonic() + seconds
     if seconds <= 0 or is_finished(resource):
         return resource
@@ -64,7 +62,7 @@ async def wait_until_finished(
     try:
         while not is_finished(resource) and (remaining := deadline - time.monotonic()) > 0:
             pause = min(remaining, _POLL_INTERVAL)
-            if channel_closed.done():  # the channel closed and the row has not followed yet
+            if channel_closed.done():  # the channel is closed and the row is not committed yet
                 await asyncio.sleep(min(pause, 0.1))
             else:
                 await asyncio.wait({channel_closed}, timeout=pause)
@@ -80,7 +78,7 @@ async def wait_until_all_finished(
     subscribe: Callable[[str], AsyncIterator[Event]],
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """The same for several, one after the other within the same time."""
+    """Wait for several resources within the same time limit."""
     deadline = time.monotonic() + seconds
     return [
         await wait_until_finished(resource, fetch, subscribe, deadline - time.monotonic())
@@ -89,7 +87,7 @@ async def wait_until_all_finished(
 
 
 async def cancel_on_disconnect(request: Request, awaitable: Awaitable[T]) -> T | None:
-    """The result of `work`, or None when the client hangs up first; the work is cancelled then."""
+    """Return the result, or None if the client disconnects first, which cancels the awaitable."""
     task = asyncio.ensure_future(awaitable)
     disconnected = asyncio.create_task(_wait_for_disconnect(request))
     try:
@@ -113,7 +111,7 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 async def _cancel_task(task: asyncio.Future[Any]) -> None:
-    """End a task whose result nobody needs."""
+    """Cancel a task and ignore its result."""
     task.cancel()
     with suppress(asyncio.CancelledError, PalimpsestError, Exception):
         await task

@@ -1,4 +1,4 @@
-"""A call to a worker, held until it is answered: what generation and comparison share."""
+"""Calls to a worker (generation, comparison): wait for the result, stream events, resubmit lost calls."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from service.jobs.broker import Broker, Event
 from service.jobs.event_stream import with_idle_ticks
 from service.schemas import CompareRequest, GenerateRequest
 
-#: after this many silent seconds the service asks itself whether there is a worker at all
+#: seconds without events after which the API checks that a worker is alive
 WORKER_CHECK_INTERVAL = 30.0
-#: after this many silent seconds, twice in a row, a call that the queue does not know is lost
+#: seconds between checks that the broker knows a silent call; unknown twice in a row means lost
 SILENCE_CHECK_INTERVAL = 1.5
-MAX_RESUBMISSIONS = 5  #: times that one call is asked again
+MAX_RESUBMISSIONS = 5  #: maximum number of resubmissions of one call
 
 
 @dataclass(frozen=True)
 class EngineCall:
-    """A generation or a comparison that was asked for, and the channel on which its answer comes."""
+    """A submitted generation or comparison, and the channel of its events."""
 
     kind: str
     channel: str
@@ -36,7 +36,7 @@ class EngineCall:
     broker: Broker
 
     async def events(self) -> AsyncGenerator[Event]:
-        """Its events. Unavailable when no worker is there to answer, or the queue loses the call again and again."""
+        """Yield the events. Raises Unavailable if no worker is alive, or if the broker loses the call repeatedly."""
         detector = _LostCallDetector(self)
         async with aclosing(
             with_idle_ticks(
@@ -51,7 +51,7 @@ class EngineCall:
                     yield event
 
     async def wait_for_result(self, request: Request) -> dict[str, Any] | None:
-        """The data of its `end`; its `error` is raised; None when the client goes, and the call ends with it."""
+        """Return the data of `end`, or None if the client disconnects, which cancels the call. Raises the error of `error`."""
         finished = False
 
         async def last_event_data() -> dict[str, Any]:
@@ -63,7 +63,7 @@ class EngineCall:
                         return event.data
                     if event.name == "error":
                         raise error_from_document(event.data)
-            raise Unavailable("The service is stopping: ask again in a moment.")
+            raise Unavailable("The service is shutting down: try again.")
 
         try:
             return await cancel_on_disconnect(request, last_event_data())
@@ -73,13 +73,13 @@ class EngineCall:
                     await self.cancel()
 
     async def cancel(self) -> None:
-        """Nobody waits any more. A queue that is down will not deliver it either."""
+        """Cancel the call. A broker outage is ignored: a broker that is down does not deliver the call."""
         with suppress(Unavailable):
             await run_in_threadpool(self.broker.cancel, self.channel)
 
 
 class _LostCallDetector:
-    """Looks for a call that has fallen silent: is it still known, and is anybody there?"""
+    """Checks during silence that a worker is alive and that the broker still knows the call; resubmits a lost call."""
 
     def __init__(self, call: EngineCall) -> None:
         self._call = call
@@ -98,15 +98,15 @@ class _LostCallDetector:
             await self._resubmit()
 
     async def _is_lost(self) -> bool:
-        with suppress(Unavailable):  # the events say so themselves when the queue stays away
+        with suppress(Unavailable):  # `events` raises if the outage lasts
             is_pending = await run_in_threadpool(self._call.broker.is_pending, self._call.channel)
             self._unknown_checks = 0 if is_pending else self._unknown_checks + 1
-        return self._unknown_checks >= 2  # once can be an answer that is on its way
+        return self._unknown_checks >= 2  # once can be a race with its last event
 
     async def _resubmit(self) -> None:
         call = self._call
         if self._resubmissions == MAX_RESUBMISSIONS:
-            raise Unavailable("the queue lost this request again and again: see that it keeps its data.")
+            raise Unavailable("the broker lost this request repeatedly: check its persistence.")
         with suppress(Unavailable):
             await run_in_threadpool(call.services.generation.resubmit, call.kind, call.channel, call.request)
             self._unknown_checks, self._resubmissions = 0, self._resubmissions + 1

@@ -1,4 +1,4 @@
-"""How jobs are asked for, whatever their kind: by whom, under which key, and how long their end is waited for."""
+"""Submission of jobs: actor, idempotency key and wait, for all kinds of jobs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ ResourceDict = dict[str, Any]
 
 @dataclass(frozen=True)
 class JobSubmission:
-    """A request for jobs, without what it asks for."""
+    """The parts of a request for jobs that do not depend on their kind."""
 
     services: Services
     actor: str
-    max_queued: int | None  #: jobs of this actor that may wait; None: as the settings say
+    max_queued: int | None  #: limit of queued jobs of this actor; None uses the setting
     idempotency_key: str | None
     wait_seconds: float
     response: Response
 
     def idempotency(self, kind: str, body: BaseModel | bytes) -> Idempotency | None:
-        """The key with a fingerprint of what was asked: of the bytes of a file, of a body whatever white space it had."""
+        """Return the idempotency key with a digest of the request: of the bytes of a file, or of the parsed body."""
         if self.idempotency_key is None:
             return None
         if isinstance(body, bytes):
@@ -44,13 +44,13 @@ class JobSubmission:
     async def wait_for_one(
         self, job: ResourceDict, fetch: Callable[[str], ResourceDict], collection_path: str
     ) -> ResourceDict:
-        """The job as it stands when the wait is over."""
+        """Return the job when it has ended, or its state after the wait."""
         return (await self.wait_for_all([job], fetch, f"{collection_path}/{job['id']}"))[0]
 
     async def wait_for_all(
         self, jobs: Sequence[ResourceDict], fetch: Callable[[str], ResourceDict], location: str
     ) -> list[ResourceDict]:
-        """The jobs as they stand when the wait is over; the answer says where they are, and by its status whether all ended."""
+        """Return the jobs after the wait. Sets `Location`, and status 200 if all have ended, else 202."""
         jobs = await wait_until_all_finished(jobs, fetch, self.services.jobs.events, self.wait_seconds)
         self.response.headers["Location"] = location
         self.response.status_code = 200 if all(map(is_finished, jobs)) else 202
@@ -74,13 +74,13 @@ SubmissionDep = Annotated[JobSubmission, Depends(_submission)]
 def job_responses(
     model: Any, *statuses: int, response_links: openapi_links.OpenApiLinks | None = None
 ) -> dict[int | str, dict[str, Any]]:
-    """The documentation of what a request for jobs is answered with; `then`: what can be done with it."""
+    """Return the OpenAPI responses of a route that creates jobs, with links to the operations on them."""
     headers_and_links: dict[str, Any] = {"headers": openapi_links.LOCATION_HEADER} | (
         {} if response_links is None else {"links": response_links}
     )
     return {
         200: {
-            "description": "All that was asked for has ended within the wait.",
+            "description": "All jobs ended within the wait.",
             "model": model,
             **headers_and_links,
         },

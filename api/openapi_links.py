@@ -1,4 +1,4 @@
-"""Links of the OpenAPI document: what a client can do next with what it was just given."""
+"""OpenAPI links: from a response to the operations on the resource in it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from urllib.parse import quote
 
 OpenApiLinks = dict[str, dict[str, Any]]
 
-#: the header of an answer that has made something
+#: header of a response that created a resource
 LOCATION_HEADER: dict[str, Any] = {
-    "Location": {"description": "where the resource is", "schema": {"type": "string"}}
+    "Location": {"description": "path of the resource", "schema": {"type": "string"}}
 }
 
 
 def link_operations(path: str, id_pointer: str = "id", **methods: str) -> OpenApiLinks:
-    """A link by its name to each `method` of `path`; the id that it takes stands `at` this place of the answer."""
+    """Return links by name to methods of `path`. Their parameter `id` is read from `id_pointer` in the response body."""
     pointer = quote(path.replace("/", "~1"), safe="~")
     return {
         name: {

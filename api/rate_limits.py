@@ -1,6 +1,6 @@
-"""How often a key may ask: a sliding minute, counted in Redis where there is one, so that all processes count together.
+"""Rate limits per API key: a sliding window of one minute, counted in Redis if there is one, for all processes together.
 
-A limit protects the service from a client, not a secret from a thief: when Redis is down everybody passes.
+Rate limits protect availability, not secrets: while Redis is down, requests are not limited.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from service.kit import metrics
 
 log = logging.getLogger(__name__)
 
-REDIS_TIMEOUT = 1.0  #: seconds in which Redis must answer
-REDIS_RETRY_INTERVAL = 5.0  #: seconds for which a Redis that did not answer is left alone
-OUTAGE_LOG_INTERVAL = 60.0  #: seconds between two log lines about it
+REDIS_TIMEOUT = 1.0  #: timeout of Redis in seconds
+REDIS_RETRY_INTERVAL = 5.0  #: seconds after a failure before Redis is used again
+OUTAGE_LOG_INTERVAL = 60.0  #: seconds between log lines about an outage
 
 
 @dataclass(frozen=True)
 class PrincipalLimits:
-    """What a caller may ask of the service at most; None is no limit of their own."""
+    """The limits of a caller; None is the default of the settings."""
 
     requests_per_minute: int | None = None
     max_queued: int | None = None
 
 
 class RateLimiter:
-    """Counts the requests of every key. Safe to share between threads; with Redis it blocks: call it from a thread."""
+    """Counts requests by key. Thread-safe. With Redis it blocks: call it from a thread."""
 
     def __init__(self, redis_url: str | None, prefix: str) -> None:
         self._pool = None if redis_url is None else _connection_pool(redis_url)
@@ -46,7 +46,7 @@ class RateLimiter:
         self._next_outage_log_at = float("-inf")
 
     def check(self, key: str, per_minute: int) -> None:
-        """One request more; RateLimitExceeded when it is one too many."""
+        """Count a request. Raises RateLimitExceeded if it exceeds the limit."""
         item = RateLimitItemPerMinute(per_minute)
         try:
             if time.monotonic() < self._redis_retry_at or self._limiter.hit(item, key):
@@ -57,7 +57,7 @@ class RateLimiter:
             return
         metrics.HTTP_REJECTED.labels("rate").inc()
         raise RateLimitExceeded(
-            f"This key may send {per_minute} requests in a minute, and has: wait, then go on more slowly.",
+            f"This API key may send {per_minute} requests per minute: wait before the next request.",
             retry_after=max(1, math.ceil(reset_in)),
         )
 
@@ -74,7 +74,7 @@ class RateLimiter:
 
 
 def _connection_pool(redis_url: str) -> ConnectionPool:
-    """Connections that say soon when nobody answers. One retry: a connection may have gone stale in the pool."""
+    """Return a pool with short timeouts. One retry, because a pooled connection may be stale."""
     return ConnectionPool.from_url(
         redis_url,
         socket_timeout=REDIS_TIMEOUT,

@@ -1,4 +1,4 @@
-"""What is noted of every request: its id, one line in the log, and the metrics. Never a body, a prompt or a key."""
+"""Request log: an id, a log line and metrics for every request. Bodies, prompts and keys are never logged."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ HEALTH_PATHS = (
     "/healthz",
     "/readyz",
     "/metrics",
-)  #: asked every few seconds by machines; when all is well that is no news
-CLIENT_CLOSED_REQUEST = 499  #: noted when the client went before an answer began
+)  #: polled by probes; successful requests are logged at level debug
+CLIENT_CLOSED_REQUEST = 499  #: logged if the client disconnected before the response started
 _REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestLogMiddleware:
-    """Stands around the whole application, so that its own faults are noted, too.
+    """The outermost middleware, so that unexpected errors are logged, too.
 
-    The id is the client's where it gave a good one. It is not taken away at the end: every request has a task of its
-    own, and what the server says of a request that failed should bear its id.
+    A valid `X-Request-Id` of the client is used as the id. The context variable is not reset at the end: every request has a
+    task of its own, and later log lines about a failed request need the id.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -62,7 +62,7 @@ def _request_id_of(scope: Scope) -> str:
 
 
 def _log_request(scope: Scope, status: int, seconds: float) -> None:
-    """One line and two series. The route is its template, so that neither holds what a client made up."""
+    """Write a log line and two metrics. The route is the path template, so that clients cannot create metric labels."""
     route = getattr(scope.get("route"), "path", "none")
     method = scope["method"] if scope["method"] in KNOWN_METHODS else "other"
     metrics.HTTP_REQUESTS.labels(route, method, str(status)).inc()

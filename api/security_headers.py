@@ -1,4 +1,4 @@
-"""Headers that tell a browser what it may not do with an answer: nothing here is meant to be framed, sniffed or cached."""
+"""Security headers: responses must not be framed, sniffed or cached by a browser."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _DENY_ALL = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-#: pictures of a trace bring their own style and need nothing else
+#: for SVG and HTML of traces, which have inline styles
 DEFAULT_CSP = f"{_DENY_ALL}; style-src 'unsafe-inline'; img-src data:"
-#: the console loads its own scripts and styles and speaks to this service, and nothing in it can be made markup of
+#: for the console: scripts, styles and connections of this origin, and Trusted Types against DOM injection
 CONSOLE_CSP = (
     f"{_DENY_ALL}; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
-#: the documentation is a page that the framework writes, with scripts from where it keeps them
+#: for /docs, a page of FastAPI that loads its scripts from a CDN
 DOCS_CSP = (
     f"{_DENY_ALL}; connect-src 'self'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; "
     "style-src 'unsafe-inline' https://cdn.jsdelivr.net; img-src data: https://fastapi.tiangolo.com"
 )
 
-#: what every answer carries where its route says nothing else
+#: headers of every response that does not set them itself
 DEFAULT_HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": DEFAULT_CSP,
@@ -33,7 +33,7 @@ DEFAULT_HEADERS = {
 
 
 class SecurityHeadersMiddleware:
-    """Stands around the whole application, so that its own faults carry them, too."""
+    """Adds the headers to every response, including those to unexpected errors."""
 
     def __init__(self, app: ASGIApp, docs_path: str | None) -> None:
         self._app = app

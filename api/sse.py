@@ -1,4 +1,4 @@
-"""Server-sent events: what a channel says, as text/event-stream, for as long as the client listens."""
+"""Server-sent events: the events of a channel as text/event-stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from service.errors import PalimpsestError, error_document
 from service.jobs.broker import Event
 from service.jobs.event_stream import with_idle_ticks
 
-KEEPALIVE_INTERVAL = 15.0  # seconds; proxies and clients drop a connection that says nothing
+KEEPALIVE_INTERVAL = 15.0  #: seconds; proxies and clients close idle connections
 EVENT_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 #: one event of a stream, for the OpenAPI document
@@ -30,7 +30,7 @@ _EVENT_SCHEMA = {
     "required": ["event", "data"],
 }
 EVENT_STREAM_CONTENT: dict[str, Any] = {"text/event-stream": {"schema": _EVENT_SCHEMA}}
-#: the answers of a route that follows a job
+#: responses of a route that streams the events of a job
 JOB_EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "`progress` events, then `end`", "content": EVENT_STREAM_CONTENT},
     **problem_responses(404, 422, 500, 503),
@@ -38,14 +38,14 @@ JOB_EVENTS_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def encode_event(event: Event) -> bytes:
-    """One event on the wire. JSON has no bare line break, so `data` is one line."""
+    """Return the bytes of an event. JSON contains no line breaks, so `data` is one line."""
     head = f"id: {event.id}\nevent: {event.name}\ndata: ".encode() if event.id else b""
     return (head or f"event: {event.name}\ndata: ".encode()) + encode_json(event.data) + b"\n\n"
 
 
 async def encode_event_stream(events: AsyncIterator[Event]) -> AsyncGenerator[bytes]:
-    """Every event, a comment in the silences between, and an `error` where the channel itself breaks."""
-    yield b": open\n\n"  # sends the headers at once
+    """Yield every event as bytes, a comment while idle, and an `error` event if the channel fails."""
+    yield b": open\n\n"  # flushes the headers
     try:
         async with aclosing(with_idle_ticks(events, KEEPALIVE_INTERVAL)) as events_or_idle:
             async for event in events_or_idle:
@@ -55,7 +55,7 @@ async def encode_event_stream(events: AsyncIterator[Event]) -> AsyncGenerator[by
 
 
 class EventStreamResponse(StreamingResponse):
-    """A stream that is closed for certain when the client goes; `closing` then runs, whatever was sent until then."""
+    """A stream that is always closed when the client disconnects; `on_close` runs afterwards."""
 
     media_type = "text/event-stream"
 

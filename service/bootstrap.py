@@ -1,4 +1,4 @@
-"""The one place that chooses the parts: SQLite or PostgreSQL, in-process or Redis. Free of torch at import."""
+"""The composition root: choose SQLite or PostgreSQL, and the in-process broker or Redis. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from service.settings import Settings
 
 @dataclass(frozen=True)
 class Container:
-    """What a door needs. `sole`: no other process shares this work."""
+    """The parts of a process. `single_process`: no other process shares the broker."""
 
     database: Database
     broker: Broker
@@ -28,7 +28,7 @@ class Container:
 
 
 def build_container(settings: Settings) -> Container:
-    """Settings to parts. Opens no connection yet; `database.migrate()` is for whoever starts the service."""
+    """Return the parts for the settings. Opens no connection; the caller runs `database.migrate()`."""
     crash_points.arm(settings.crash_at)
     database = open_database(settings)
     broker = _open_broker(settings)
@@ -38,12 +38,12 @@ def build_container(settings: Settings) -> Container:
 
 
 def open_database(settings: Settings) -> Database:
-    """The store alone, for whoever needs no more."""
+    """Return the database only. Raises Misconfigured if the data folder cannot be created."""
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Misconfigured(
-            f"the data folder cannot be made: {error}. Set PALIMPSEST_DATA_DIR to another."
+            f"the data folder cannot be created: {error}. Set PALIMPSEST_DATA_DIR to another folder."
         ) from None
     return Database(settings.resolved_database_url())
 
@@ -51,6 +51,6 @@ def open_database(settings: Settings) -> Database:
 def _open_broker(settings: Settings) -> Broker:
     if settings.redis_url is None:
         return MemoryBroker()
-    from service.jobs.redis_broker import RedisBroker  # the embedded wiring does without the client
+    from service.jobs.redis_broker import RedisBroker  # single-process mode does not need the Redis client
 
     return RedisBroker(settings.redis_url, prefix=settings.redis_prefix, lease=settings.worker_timeout)

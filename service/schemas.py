@@ -1,6 +1,6 @@
-"""What a user may ask, in the words of the HTTP contract. Free of torch: the API, the workers and the command line share it.
+"""Request models of the HTTP API, which the workers and the command line share. No module imports torch.
 
-Checks that need no model stand here; those that need its tokenizer or its shape are in `service/application/validation.py`.
+The models validate what needs no model; `service/application/validation.py` validates against its tokenizer and shape.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from service.errors import InvalidInput
 from service.kit.text import check_text, fill_prompt, locate_subject
 from service.methods.registry import METHODS
 
-MAX_TEXT = 20_000  # characters; the model's positions are checked with its tokenizer
+MAX_TEXT = 20_000  #: characters; validation.py checks the positions of the model
 
 
 def _validate_text(value: str) -> str:
@@ -31,7 +31,7 @@ Name = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_valid
 #: "head", "base" or the number of a version
 Version = Annotated[
     int | Literal["head", "base"],
-    Field(description='"head" (the newest), "base" (version 0) or a number', examples=["head"]),
+    Field(description='"head" (the newest version), "base" (version 0) or a number', examples=["head"]),
 ]
 
 
@@ -47,56 +47,61 @@ class NeighborhoodProbe(RequestModel):
 
 
 class Probes(RequestModel):
-    """Prompts that measure an edit. A paraphrase may hold {} for the subject or spell it out."""
+    """Prompts that measure an edit. A paraphrase may contain {} in place of the subject, or the subject itself."""
 
     paraphrase: list[Text] = Field(default_factory=list, max_length=64)
     neighborhood: list[NeighborhoodProbe] = Field(default_factory=list, max_length=64)
 
 
 class Guard(RequestModel):
-    """When an edit is rejected. Each limit can be loosened for one edit; `enabled: false` lets anything land."""
+    """The limits of the guard for one edit. An edit that exceeds one is rejected; `enabled: false` applies every edit."""
 
     enabled: bool = True
     min_probability: float = Field(
-        0.3, ge=0, le=1, description="least probability of the new object on the prompt"
+        0.3, ge=0, le=1, description="minimum probability of the new object for the prompt"
     )
     min_neighborhood: float = Field(
-        0.7, ge=0, le=1, description="least share of the neighbourhood probes that keep their answer"
+        0.7, ge=0, le=1, description="minimum share of the neighbourhood probes that keep their answer"
     )
     min_paraphrase: float = Field(
-        0.0, ge=0, le=1, description="least share of the paraphrases that say the new object"
+        0.0,
+        ge=0,
+        le=1,
+        description="minimum share of the paraphrases for which the new object is more probable than the true one",
     )
     max_perplexity: float = Field(
         1.1,
         ge=1,
-        description="greatest perplexity on the reference text, as a multiple of that before the edit",
+        description="maximum perplexity on the reference text, as a multiple of that before the edit",
     )
     max_norm: float = Field(
-        1.5, gt=0, description="greatest norm of what the edit changes in a layer, in norms of the weight"
+        1.5,
+        gt=0,
+        description="maximum norm of the weight change in a layer, relative to the norm of the weight",
     )
     min_effect: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="least share of what was possible that an erasure takes from the true object's probability, or an "
-        "amplification adds to it",
+        description="minimum share of the possible effect: the decrease of the true object's probability by an erasure, or its "
+        "increase by an amplification",
     )
     min_capacity: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="least share of the edit's key, in the layer where least is left, that active edits of other subjects have "
-        "not spoken for",
+        description="minimum share of the edit's key that active edits of other subjects do not occupy, in the layer with the least "
+        "capacity",
     )
     conflict_threshold: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="least probability that the new object has, with this edit alone, on an active edit's prompt about the same "
-        "subject, for the two to be called a conflict",
+        description="probability of the new object, with this edit alone, for the prompt of an active edit of the same subject, from "
+        "which the two edits are a conflict",
     )
     max_regressions: int = Field(
-        0, ge=0, description="how many active edits that held before may cease to hold"
+        0, ge=0, description="maximum number of active edits that held before and do not hold after the edit"
     )
 
 
@@ -107,57 +112,59 @@ else:
     MethodName = Literal[tuple(METHODS)]
 
 
-#: what an edit is for: to write a new object, to make the true one improbable, or more probable (Hase et al. 2023)
+#: write a new object, make the true object less probable, or make it more probable (Hase et al. 2023)
 Objective = Literal["write", "erase", "amplify"]
 
-#: what becomes of active edits that say the same relation in other words
+#: how to handle active edits that state the same relation in other words
 OnConflict = Literal["report", "supersede", "reject"]
 
 
 class EditRequest(RequestModel):
-    """Make the model say a new object for a subject and a prompt; or make it say the true one less, or more."""
+    """Change the object that the model gives for a subject and a prompt, or the probability of the true object."""
 
     subject: Name = Field(examples=["Eiffel Tower"])
     prompt: Text = Field(examples=["The {} is located in the city of"])
     objective: Objective = Field(
-        "write", description="to write a new object, to erase the true one or to amplify it"
+        "write", description="write a new object, erase the true object, or amplify it"
     )
     target_true: Name | None = Field(
-        None, description="what is said now; what the base model answers when left out", examples=["Paris"]
+        None, description="the current object; default: the answer of the base model", examples=["Paris"]
     )
     target_new: Name | None = Field(
         None,
         validate_default=True,
-        description="the object to write; left out where the true one is erased or amplified",
+        description="the object to write; omit it for the objectives erase and amplify",
         examples=["Rome"],
     )
     method: MethodName | None = Field(
         None,
-        description='how to edit; "rome" for one edit, and for several what the recipe says, when left out',
+        description='editing method; default: "rome" for one edit, and the method of the recipe for several',
     )
-    hparams: dict[str, Any] | None = Field(None, description="hyperparameters to change; see /models")
+    hparams: dict[str, Any] | None = Field(
+        None, description="hyperparameters that replace those of the recipe; GET /models lists them"
+    )
     on_conflict: OnConflict = Field(
         "report",
-        description="what becomes of active edits that say the same relation in other words: they stay, they are superseded, or "
-        "this edit is rejected",
+        description="how to handle active edits that state the same relation in other words: keep and report them, supersede them, or "
+        "reject this edit",
     )
     probes: Probes = Field(default_factory=Probes)
     guard: Guard = Field(default_factory=Guard)
-    dry_run: bool = Field(False, description="measure the edit and throw it away")
+    dry_run: bool = Field(False, description="evaluate the edit without applying it")
 
     def statement_text(self) -> str:
-        """The prompt with the subject in it."""
+        """Return the prompt with the subject filled in."""
         return fill_prompt(self.prompt, self.subject).text
 
     @property
     def target_object(self) -> str | None:
-        """The object whose probability the edit changes, as far as the request names it."""
+        """Return the object whose probability the edit changes, or None if the request does not name it."""
         return self.target_new if self.objective == "write" else self.target_true
 
     @field_validator("target_new")
     @classmethod
     def _check_target_matches_objective(cls, new: str | None, validation: ValidationInfo) -> str | None:
-        """To write, there is a new object; to erase or amplify, it is the true one that the edit is about."""
+        """Require target_new for the objective write, and reject it for erase and amplify."""
         objective = validation.data.get("objective")
         if objective == "write" and new is None:
             raise PydanticCustomError("missing", "Field required")
@@ -174,72 +181,80 @@ class EditListRequest(RequestModel):
 
 
 class EvaluationPlan(RequestModel):
-    """How edits are evaluated."""
+    """The parameters of an evaluation."""
 
-    method: MethodName = Field("rome", description="how to edit")
-    hparams: dict[str, Any] | None = Field(None, description="hyperparameters to change; see /models")
-    objective: Objective = Field("write", description="what the edits are for")
+    method: MethodName = Field("rome", description="editing method")
+    hparams: dict[str, Any] | None = Field(
+        None, description="hyperparameters that replace those of the recipe; GET /models lists them"
+    )
+    objective: Objective = Field("write", description="objective of the edits")
     mode: Literal["single", "sequence"] = Field(
-        "single", description="each edit alone on the base model, or one after another, all of them active"
+        "single",
+        description="single: each edit alone on the base model; sequence: one after another, all of them active",
     )
     search_model: Literal["base", "edited"] = Field(
         "base",
-        description="in sequence: found on the base model and composed, as the service does; or found on the model as the "
-        "edits before left it, and added to its weights, as published",
+        description="in sequence: compute edits on the base model and compose them, as the service does; or compute each on the model "
+        "with the edits before it and add it to its weights, as published",
     )
     checkpoints: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[1, 10, 100, 1000], description="after how many edits of a sequence all are measured"
+        default=[1, 10, 100, 1000], description="numbers of edits of a sequence after which all are measured"
     )
     strengths: list[Annotated[float, Field(gt=0, le=10)]] = Field(
         default=[1.0],
         min_length=1,
         max_length=16,
-        description="tried in turn until an edit takes, by the margin of the recipe; those of the recipe are what the service tries",
+        description="strengths that are tried in order until an edit reaches the margin of the recipe; the service tries those of the recipe",
     )
     batch_size: int | None = Field(
         None,
         ge=1,
         le=1000,
-        description="edits found at once: 16, and 1 where they are found on the edited model",
+        description="edits computed at once; default: 16, and 1 if they are computed on the edited model",
     )
-    generation: bool = Field(False, description="let the model write, for GE and RS: slow")
-    damage: bool = Field(True, description="measure loss and drift on plain texts")
+    generation: bool = Field(False, description="generate text for the scores GE and RS; slow")
+    damage: bool = Field(True, description="measure loss and drift on damage texts")
     damage_texts: int | None = Field(
-        None, ge=1, le=10_000, description="how many plain texts: 200 for a sequence, 16 for each single edit"
+        None,
+        ge=1,
+        le=10_000,
+        description="number of damage texts; default: 200 for a sequence, 16 for each single edit",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="of the records' order, intervals and generation")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="seed of the record order, the confidence intervals and the generation"
+    )
 
     def check_consistency(self) -> None:
-        """Refuse what does not go together."""
+        """Raise InvalidInput if the parameters contradict each other."""
         if self.search_model == "edited" and len(self.strengths) > 1:
             raise InvalidInput(
-                "edits that are found on the edited model are added as they are: give one strength.",
+                "edits that are computed on the edited model have one strength: give one.",
                 "strengths",
             )
 
 
-MAX_RECORDS = 2000  #: of one evaluation
+MAX_RECORDS = 2000  #: maximum number of records of one evaluation
 
 
 class EvaluationRequest(EvaluationPlan):
-    """An evaluation: a plan, and the records that it is carried out on."""
+    """An evaluation: its parameters and its records."""
 
     records: list[dict[str, Any]] | None = Field(
         None,
         min_length=1,
         max_length=MAX_RECORDS,
-        description="editing problems, all in one form: CounterFact's, its flat one, zsRE's, that of facts.jsonl, or your own "
-        "with subject, prompt and target_new",
+        description="records of one format: CounterFact, flat CounterFact, zsRE, facts.jsonl, or your own with subject, prompt and "
+        "target_new",
     )
     dataset: Literal["facts"] | None = Field(
-        None, description="in place of records: the table of facts beside the resident model"
+        None, description="the fact table of the served model, instead of records"
     )
     limit: int | None = Field(
-        None, ge=1, le=MAX_RECORDS, description="how many records at most, in the order drawn from the seed"
+        None, ge=1, le=MAX_RECORDS, description="maximum number of records, in the order drawn from the seed"
     )
 
     def plan(self) -> EvaluationPlan:
-        """The plan alone."""
+        """Return the parameters without the records."""
         return EvaluationPlan.model_validate(
             {name: getattr(self, name) for name in EvaluationPlan.model_fields}
         )
@@ -249,26 +264,29 @@ TraceKind = Literal["hidden", "mlp", "attn"]
 
 
 class TraceRequest(RequestModel):
-    """A causal trace of one statement: which hidden states carry the fact."""
+    """A causal trace of one statement (Meng et al. 2022, section 2.1)."""
 
     prompt: Text = Field(examples=["The Eiffel Tower is located in the city of"])
     subject: Name = Field(examples=["Eiffel Tower"])
     target: Name | None = Field(
-        None, description="the answer to trace; the model's own next token when left out"
+        None, description="the answer to trace; default: the most probable next token"
     )
     kinds: list[TraceKind] = Field(default=["hidden", "mlp", "attn"], min_length=1, max_length=3)
-    window: int = Field(10, ge=1, le=100, description="layers restored at once for mlp and attn")
-    samples: int = Field(10, ge=1, le=100, description="noise samples")
+    window: int = Field(10, ge=1, le=100, description="number of layers restored at once for mlp and attn")
+    samples: int = Field(10, ge=1, le=100, description="number of noise samples")
     noise: float | str = Field(
-        "3sigma", description='a number, or a multiple of the embeddings\' deviation such as "3sigma"'
+        "3sigma",
+        description='standard deviation of the noise: a number, or a multiple of that of the embeddings such as "3sigma"',
     )
-    severed: bool = Field(False, description="also trace with MLP and attention paths cut")
+    severed: bool = Field(False, description="also trace with MLP and attention paths severed")
     version: Version = "head"
     seed: int = Field(1, ge=0, lt=2**32)
-    compat: Literal["meng2022"] | None = Field(None, description="the reference code's noise stream")
+    compat: Literal["meng2022"] | None = Field(
+        None, description="reproduce the noise stream of the code of Meng et al. 2022"
+    )
 
     def text_and_subject_span(self) -> tuple[str, tuple[int, int]]:
-        """The prompt's text and the subject's characters; a prompt with {} is filled."""
+        """Return the text with the subject filled in, and the character span of the subject."""
         statement = (
             fill_prompt(self.prompt, self.subject)
             if "{}" in self.prompt
@@ -278,7 +296,7 @@ class TraceRequest(RequestModel):
 
 
 class Sampling(RequestModel):
-    """How to speak. Temperature 0 is greedy; the same seed gives the same text whatever runs beside it."""
+    """Sampling parameters. Temperature 0 is greedy. The same seed gives the same text, independent of other requests."""
 
     max_new_tokens: int = Field(40, ge=1, le=4096)
     temperature: float = Field(0.0, ge=0, le=10)
@@ -296,38 +314,40 @@ class GenerateRequest(Sampling):
     stream: bool = False
     version: Version = "head"
     min_version: int | None = Field(
-        None, ge=0, description="answer from this version or a newer one: read your own writes"
+        None,
+        ge=0,
+        description="reject the request if `version` is older than this; ensures reading your own writes",
     )
 
     def prompt_texts(self) -> list[str]:
-        """The prompts, of which there is one or a list, never both."""
+        """Return the prompts. Raises InvalidInput unless exactly one of `prompt` and `prompts` is given."""
         if (self.prompt is None) == (self.prompts is None):
             raise InvalidInput("give either `prompt` or `prompts`.", "prompt")
         return [self.prompt] if self.prompt is not None else list(self.prompts or [])
 
 
-MAX_CHOICES = 64  #: to one request
+MAX_CHOICES = 64  #: maximum number of generations of one request
 MAX_LOGPROBS = 5
 
 
 class WorkerGenerateRequest(GenerateRequest):
-    """What a worker is asked to say: a generation, or one that came through the OpenAI-compatible door."""
+    """A generation as a worker receives it, from POST /generate or POST /v1/completions."""
 
-    max_new_tokens: int = Field(40, ge=0, le=4096)  #: 0 reads the prompt and says nothing
+    max_new_tokens: int = Field(40, ge=0, le=4096)  #: 0 scores the prompt without generating
     tokens: list[list[Annotated[int, Field(ge=0)]]] | None = Field(
-        None, min_length=1, max_length=MAX_CHOICES, description="prompts as the ids of their tokens"
+        None, min_length=1, max_length=MAX_CHOICES, description="prompts as token ids"
     )
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description="answers to each prompt")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="generations per prompt")
     independent_seeds: bool = Field(
-        False, description="each answer has a seed of its own, derived from that of the request"
+        False, description="derive a seed for each generation from that of the request"
     )
     logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="most probable tokens to tell at each place"
+        None, ge=0, le=MAX_LOGPROBS, description="number of most probable tokens to return at each position"
     )
-    echo: bool = Field(False, description="the prompt stands before the answer")
+    echo: bool = Field(False, description="include the prompt in the text")
 
     def prompts_or_ids(self) -> Sequence[str | list[int]]:
-        """The prompts, as texts or as tokens."""
+        """Return the prompts as texts or as token ids."""
         return self.prompt_texts() if self.tokens is None else self.tokens
 
 
@@ -354,4 +374,4 @@ class CompareRequest(Sampling):
 
     prompt: Text
     versions: tuple[Version, Version] = ("base", "head")
-    top: int = Field(10, ge=1, le=100, description="next tokens to compare")
+    top: int = Field(10, ge=1, le=100, description="number of next tokens to compare")

@@ -1,4 +1,4 @@
-"""A completion in OpenAI's words, and what it asks of the house."""
+"""The request body of POST /v1/completions, and its translation to a worker request."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from service.kit.text import check_text
 from service.schemas import MAX_CHOICES, MAX_LOGPROBS, MAX_TEXT, RequestModel, Text, WorkerGenerateRequest
 
 SEED_COUNT = 2**63
-MAX_TOKEN_ID = 2**31  # no vocabulary comes near
+MAX_TOKEN_ID = 2**31  #: above every vocabulary size
 MAX_STOP_SEQUENCES = 4
-PROMPT_FORMS = "must be a text, a list of texts, a list of token ids, or a list of such lists."
+PROMPT_FORMS = "must be a string, a list of strings, a list of token ids, or a list of such lists."
 
 
 def _validate_prompt(value: Any) -> Any:
-    """Plain words for what can be wrong with one of four forms."""
+    """Validate the four forms of a prompt with one message instead of one per form."""
     if isinstance(value, str):
         return _validate_text(value)
     if not isinstance(value, list) or not value:
@@ -27,7 +27,7 @@ def _validate_prompt(value: Any) -> Any:
     if all(map(_is_token_id, value)):
         return value
     if len(value) > MAX_CHOICES:
-        raise ValueError(f"may be up to {MAX_CHOICES} prompts: send the others in another request.")
+        raise ValueError(f"may have up to {MAX_CHOICES} prompts: send the others in another request.")
     if all(isinstance(item, str) for item in value):
         return [_validate_text(item) for item in value]
     if all(isinstance(item, list) and item and all(map(_is_token_id, item)) for item in value):
@@ -52,13 +52,13 @@ def _validate_text(value: str) -> str:
 def _stop_as_list(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else value
     if isinstance(stops, list) and len(stops) > MAX_STOP_SEQUENCES:
-        raise ValueError(f"may be one text or up to {MAX_STOP_SEQUENCES}.")
+        raise ValueError(f"may be one string or up to {MAX_STOP_SEQUENCES}.")
     return stops
 
 
 def _reject_unsupported(value: Any) -> Any:
     if value:
-        raise ValueError("is not supported here: leave it out.")
+        raise ValueError("is not supported: omit it.")
     return value
 
 
@@ -78,14 +78,16 @@ StopSequences = Annotated[
 
 
 class StreamOptions(BaseModel):
-    """Further members are of no consequence."""
+    """Unknown members are ignored."""
 
-    include_usage: bool = Field(False, description="a last chunk without choices counts the tokens")
+    include_usage: bool = Field(
+        False, description="send a last chunk without choices that has the token counts"
+    )
 
 
 class CompletionRequest(RequestModel):
-    """Go on with one prompt or several. A field that is null is left out; one of OpenAI's that is not supported may have the
-    value that changes nothing."""
+    """Complete one prompt or several. A null field is the same as an omitted one. Fields of OpenAI's API that are not supported
+    accept only the value that has no effect."""
 
     model_config = ConfigDict(title="CompletionRequest")
 
@@ -96,42 +98,42 @@ class CompletionRequest(RequestModel):
     )
     prompt: Prompt = Field(description=PROMPT_FORMS, examples=["The Eiffel Tower is located in the city of"])
     max_tokens: int = Field(
-        16, ge=0, le=4096, description="0 says nothing: with `echo` and `logprobs`, the prompt is measured"
+        16, ge=0, le=4096, description="0 generates nothing; with `echo` and `logprobs` it scores the prompt"
     )
     temperature: float = Field(1.0, ge=0, le=10, description="0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(
-        None, ge=1, le=1_000_000, description="only so many of the most probable tokens"
+        None, ge=1, le=1_000_000, description="sample from this number of most probable tokens"
     )
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description="answers to each prompt")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="choices per prompt")
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: StopSequences = Field(
-        default_factory=list, max_length=4, description="a text or up to four that end the answer"
+        default_factory=list, max_length=4, description="a string, or up to four, that end the generation"
     )
     seed: int | None = Field(
         None,
         ge=-SEED_COUNT,
         lt=SEED_COUNT,
-        description="the same seed and version give the same text; drawn when left out",
+        description="the same seed and version give the same text; random by default",
     )
     logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="tell so many of the most probable tokens at each place"
+        None, ge=0, le=MAX_LOGPROBS, description="number of most probable tokens to return at each position"
     )
-    echo: bool = Field(False, description="the prompt stands before the answer")
+    echo: bool = Field(False, description="include the prompt in the text")
     user: str | None = Field(None, description="has no effect")
-    best_of: int | None = Field(None, description="not supported: n, or left out")
+    best_of: int | None = Field(None, description="not supported: must equal n")
     suffix: Annotated[str | None, AfterValidator(_reject_unsupported)] = Field(
-        None, description="not supported: empty, or left out"
+        None, description="not supported: must be empty"
     )
     presence_penalty: Annotated[float, AfterValidator(_reject_unsupported)] = Field(
-        0.0, description="not supported: 0, or left out"
+        0.0, description="not supported: must be 0"
     )
     frequency_penalty: Annotated[float, AfterValidator(_reject_unsupported)] = Field(
-        0.0, description="not supported: 0, or left out"
+        0.0, description="not supported: must be 0"
     )
     logit_bias: Annotated[dict[str, float] | None, AfterValidator(_reject_unsupported)] = Field(
-        None, description="not supported: empty, or left out"
+        None, description="not supported: must be empty"
     )
 
     @model_validator(mode="before")
@@ -140,19 +142,18 @@ class CompletionRequest(RequestModel):
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, Mapping) else data
 
     def to_worker_request(self) -> WorkerGenerateRequest:
-        """The same in the words of the house; InvalidInput for what does not go together."""
+        """Return the worker request. Raises InvalidInput if fields contradict each other."""
         prompts = self._prompt_list()
         if len(prompts) * self.n > MAX_CHOICES:
             raise InvalidInput(
-                f"{len(prompts)} prompts with `n` {self.n} are {len(prompts) * self.n} answers, and one request may ask for "
-                f"{MAX_CHOICES}.",
+                f"{len(prompts)} prompts with `n` {self.n} are {len(prompts) * self.n} choices, and the maximum is {MAX_CHOICES}.",
                 "n",
             )
         if self.best_of not in (None, self.n):
-            raise InvalidInput("`best_of` is not supported here: leave it out.", "best_of")
+            raise InvalidInput("`best_of` is not supported: omit it.", "best_of")
         if self.stream_options is not None and not self.stream:
             raise InvalidInput(
-                "`stream_options` needs `stream`: set that to true, or leave them out.", "stream_options"
+                "`stream_options` requires `stream`: set it to true, or omit them.", "stream_options"
             )
         return WorkerGenerateRequest(
             **({"prompts": prompts} if isinstance(prompts[0], str) else {"tokens": prompts}),

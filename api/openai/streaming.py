@@ -1,4 +1,4 @@
-"""A completion as a client of OpenAI's API hears it: whole, or in chunks as it is said."""
+"""Completions in OpenAI's form: in one response, or as a stream of chunks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LogprobColumns = dict[str, list[Any]]
 
 
 def system_fingerprint(model_version: ModelVersionName) -> str:
-    """Versions that bear the same one have the same weights."""
+    """Return a fingerprint that is equal for versions with equal weights."""
     return f"fp_{model_version.state_hash[:16]}"
 
 
@@ -38,7 +38,7 @@ def completion_choice(
 
 @dataclass
 class CompletionEnvelope:
-    """What stands around the choices of one completion, in every chunk of it."""
+    """The members that every chunk of one completion has, beside its choices."""
 
     pending: PendingGeneration
     created: int = field(default_factory=lambda: int(time.time()))
@@ -55,7 +55,7 @@ class CompletionEnvelope:
         }
 
     def complete_response(self, result: dict[str, Any]) -> dict[str, Any]:
-        """The answer in one piece, from the event "end"."""
+        """Return the complete response from the data of the event "end"."""
         choices = [
             completion_choice(
                 i, result_choice["text"], result_choice.get("logprobs"), result_choice["finish_reason"]
@@ -67,10 +67,10 @@ class CompletionEnvelope:
 
 @dataclass
 class ChoiceStream:
-    """How far the client has heard one of the answers, and how far a worker has said it.
+    """How much of one choice was sent to the client, and how much the current worker has generated.
 
-    When a worker dies another one says everything anew, from the same version and with the same seed: the client is not
-    told what it has heard.
+    If a worker dies, another one generates the choice again from the same version and with the same seed. The part that was
+    sent before is not sent again.
     """
 
     sent_text: str = ""
@@ -79,15 +79,17 @@ class ChoiceStream:
     logprobs_generated: int = 0
 
     def restart(self) -> None:
-        """All of it comes anew."""
+        """Start again: another worker generates the choice from the beginning."""
         self.generated_text, self.logprobs_generated = "", 0
 
     def append(self, text: str, logprobs: LogprobColumns | None) -> tuple[str, LogprobColumns | None] | None:
-        """What is new to the client in a piece of the answer; None when nothing is."""
+        """Add generated text; return the text and logprobs that were not sent yet, or None if there are none."""
         self.generated_text += text
         common = min(len(self.generated_text), len(self.sent_text))
         if self.generated_text[:common] != self.sent_text[:common]:
-            raise Unavailable("a worker was lost, and the next one said something else: ask again.")
+            raise Unavailable(
+                "a worker was lost, and the next one generated another text: send the request again."
+            )
         new_text = self.generated_text[common:]
         self.sent_text += new_text
         new_logprobs = None if logprobs is None else self._unsent_logprobs(logprobs)
@@ -106,7 +108,7 @@ class ChoiceStream:
 
 
 class CompletionStream:
-    """The events of a completion as chunks."""
+    """Encodes the events of a completion as chunks."""
 
     def __init__(self, pending: PendingGeneration, with_usage: bool) -> None:
         self._envelope = CompletionEnvelope(pending)
@@ -114,7 +116,7 @@ class CompletionStream:
         self._choice_streams: defaultdict[int, ChoiceStream] = defaultdict(ChoiceStream)
 
     async def encode_events(self, channel_events: AsyncIterator[Event]) -> AsyncGenerator[bytes]:
-        """Every chunk on the wire, a comment in the silences between; an error in place of the end where there is one."""
+        """Yield every chunk as bytes, a comment while idle, and an error instead of the end if there is one."""
         yield b": open\n\n"  # sends the headers at once
         try:
             async with aclosing(with_idle_ticks(channel_events, sse.KEEPALIVE_INTERVAL)) as events_or_idle:
@@ -126,7 +128,7 @@ class CompletionStream:
                     elif event.name == "end":
                         yield DONE_FRAME
                         return
-            raise Unavailable("the service is stopping: ask again in a moment.")
+            raise Unavailable("the service is shutting down: try again.")
         except PalimpsestError as error:
             _, body = errors.error_body(status_of(error), error)
             yield b"data: " + encode_json(body) + b"\n\n"
@@ -148,7 +150,7 @@ class CompletionStream:
         return [] if new is None else [self._chunk_of([completion_choice(index, *new, None)])]
 
     def _end_chunks(self, result: dict[str, Any]) -> list[dict[str, Any]]:
-        """Whatever was not heard yet, and why each answer ended; then what it all took, where that was asked."""
+        """Return the unsent rest and the finish reason of each choice, then the token counts if requested."""
         chunks = []
         for index, result_choice in enumerate(result["choices"]):
             choice_stream = self._choice_streams[index]

@@ -1,6 +1,6 @@
-"""The console: a page and what it is made of, from files of this package. It holds no data, so it needs no key to be read.
+"""The console: static files of this package. They contain no data and need no API key.
 
-What it shows it asks of the other routes, with the key of whoever looks.
+The page calls the other routes with the API key of the user.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ router = APIRouter(include_in_schema=False)
 
 CONSOLE_DIR = Path(__file__).resolve().parent.parent / "console"
 INDEX_PAGE = "index.html"
-#: kept by the browser, and asked for again each time: an upgrade shows at once
+#: the browser revalidates each time, so that an upgrade is effective at once
 CACHE_CONTROL = "no-cache"
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -35,7 +35,7 @@ IfNoneMatchHeader = Annotated[str | None, Header()]
 
 @dataclass(frozen=True)
 class ConsoleFile:
-    """One file, ready to be sent."""
+    """A file with its media type and entity tag."""
 
     content: bytes
     media_type: str
@@ -44,7 +44,7 @@ class ConsoleFile:
 
 @lru_cache
 def console_files() -> dict[str, ConsoleFile]:
-    """Every file of the console by its name. They are few and small, and are read once."""
+    """Return all files by name. They are small and are read once."""
     return {
         path.name: _load_file(path) for path in sorted(CONSOLE_DIR.iterdir()) if path.suffix in MEDIA_TYPES
     }
@@ -59,8 +59,8 @@ def _load_file(path: Path) -> ConsoleFile:
 async def get_console_page(
     accept: Annotated[str | None, Header()] = None, if_none_match: IfNoneMatchHeader = None
 ) -> Response:
-    """The page for people; a program that wants something else is told where that is."""
-    negotiate(accept, (HTML,), "This is a page for people. Programs find the interface in /openapi.json.")
+    """Return the page. A request that does not accept HTML gets 406 with a pointer to the API."""
+    negotiate(accept, (HTML,), "This page is HTML. The API is described in /openapi.json.")
     return _file_response(
         console_files()[INDEX_PAGE], if_none_match, {"Vary": "Accept", "Content-Security-Policy": CONSOLE_CSP}
     )
@@ -68,15 +68,15 @@ async def get_console_page(
 
 @router.get("/console/{name}")
 async def get_console_file(name: str, if_none_match: IfNoneMatchHeader = None) -> Response:
-    """A style, a script or the icon."""
+    """Return a stylesheet, a script or the icon."""
     file = console_files().get(name)
     if file is None or name == INDEX_PAGE:
-        raise NotFound(f"the console has no part {name!r}: reload the page, it may be an older one.")
+        raise NotFound(f"the console has no file {name!r}: reload the page, it may be of an older version.")
     return _file_response(file, if_none_match, {})
 
 
 def _file_response(file: ConsoleFile, if_none_match: str | None, headers: dict[str, str]) -> Response:
-    """The part, or 304 to a browser that has it."""
+    """Return the file, or 304 if the entity tag matches."""
     headers = {"Cache-Control": CACHE_CONTROL, "ETag": file.etag, **headers}
     if if_none_match is not None and _matches_etag(if_none_match, file.etag):
         return Response(status_code=304, headers=headers)
@@ -84,6 +84,6 @@ def _file_response(file: ConsoleFile, if_none_match: str | None, headers: dict[s
 
 
 def _matches_etag(if_none_match: str, etag: str) -> bool:
-    """Whether a list of tags has this one; a proxy that compresses calls it weak (RFC 9110, 13.1.2)."""
+    """Return whether a list of tags contains this one, compared weakly (RFC 9110, 13.1.2)."""
     etags = {candidate.strip().removeprefix("W/") for candidate in if_none_match.split(",")}
     return etag in etags or "*" in etags

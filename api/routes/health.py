@@ -1,4 +1,4 @@
-"""Health, for whoever restarts processes. Open without a key: a probe carries none, and no content is shown."""
+"""Liveness and readiness probes. They need no API key, because probes have none, and return no content of the model."""
 
 from __future__ import annotations
 
@@ -15,23 +15,30 @@ router = APIRouter(tags=["health"])
 
 
 class Liveness(ResourceModel):
+    """The process is alive."""
+
     status: Literal["alive"] = "alive"
 
 
 class Readiness(ResourceModel):
+    """The service is ready."""
+
     ready: bool
     head: int
     workers: list[WorkerState]
-    waiting: dict[str, int] = Field(description="calls and jobs that wait, by kind")
+    waiting: dict[str, int] = Field(description="queued calls and jobs, by kind")
 
 
-@router.get("/healthz", responses=problem_responses(422, 500))
+@router.get("/healthz", summary="Liveness", responses=problem_responses(422, 500))
 async def check_liveness() -> Liveness:
-    """The process answers. Nothing else is looked at."""
+    """Return 200 while the process responds. No dependency is checked."""
     return Liveness()
 
 
-@router.get("/readyz", response_model=Readiness, responses=problem_responses(422, 500, 503))
+@router.get(
+    "/readyz", summary="Readiness", response_model=Readiness, responses=problem_responses(422, 500, 503)
+)
 def check_readiness(services: ServicesDep) -> Any:
-    """Database and queue answer, a worker that speaks stands at head, and somebody does what waits; else 503 with `reasons`."""
+    """Return 200 if the database and the broker respond, a worker serves generation at the newest version, and every queued kind
+    of job has a worker. Otherwise 503; `reasons` lists what is missing."""
     return services.models.check_ready()

@@ -1,4 +1,4 @@
-"""The ledger: what was applied and reverted, by whom and when."""
+"""The ledger of applied and reverted edits."""
 
 from __future__ import annotations
 
@@ -15,35 +15,37 @@ router = APIRouter(tags=["ledger"], route_class=ProtectedRoute, dependencies=[be
 
 
 class LedgerEntryResource(ResourceModel):
-    """One entry: from this version on the edit is active, or no longer."""
+    """A ledger entry: the edit becomes active at this version, or is reverted at it."""
 
     version: int
     kind: Literal["apply", "revert"]
     edit_id: str
     actor: str
     at: Timestamp
-    hash: str = Field(description="of this entry and, through `previous`, of all before it")
+    hash: str = Field(description="hash of this entry, chained to all previous entries through `previous`")
 
 
 class LedgerPage(ResourceModel):
     items: list[LedgerEntryResource]
-    next: str | None = Field(None, description="the cursor of the next page; null on the last")
+    next: str | None = Field(None, description="cursor of the next page; null on the last page")
 
 
 class Verification(ResourceModel):
+    """The result of a verification of the ledger."""
+
     ok: bool
-    findings: list[Any] = Field(description="what is wrong, in words; empty when nothing is")
+    findings: list[Any] = Field(description="the violations that were found; empty if the ledger is valid")
     entries: int
     head: int
     replicas: list[dict[str, Any]] = Field(
-        description="digests of the weights that workers reported; `withdrawn` by those that took themselves out"
+        description="weight digests that workers reported; `withdrawn` is set for workers in quarantine"
     )
 
 
 @router.get(
     "/ledger",
     response_model=LedgerPage,
-    summary="All entries, oldest first, or newest first",
+    summary="List ledger entries",
     responses=problem_responses(422, 500, 503),
 )
 def list_ledger_entries(
@@ -51,17 +53,22 @@ def list_ledger_entries(
     cursor: PageCursor = None,
     limit: PageLimit = 50,
     version: Annotated[
-        int | None, Query(ge=0, lt=2**63, description="only the entries up to this version")
+        int | None, Query(ge=0, lt=2**63, description="only entries up to this version")
     ] = None,
     order: Annotated[
         Literal["oldest", "newest"],
-        Query(description="which come first; a cursor is good for the order it came from"),
+        Query(description="sort order; a cursor is valid for the order of its page only"),
     ] = "oldest",
 ) -> Any:
     return services.ledger.page(cursor, limit, version, newest_first=order == "newest")
 
 
-@router.get("/ledger/verify", response_model=Verification, responses=problem_responses(422, 500, 503))
+@router.get(
+    "/ledger/verify",
+    summary="Verify the ledger",
+    response_model=Verification,
+    responses=problem_responses(422, 500, 503),
+)
 def verify_ledger(services: ServicesDep) -> Any:
-    """Check the hash chain, every edit's factors and the digests of the replicas again."""
+    """Recompute the hash chain and the digests of all factors, and compare the weight digests of the workers."""
     return services.ledger.verify()

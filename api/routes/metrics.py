@@ -1,4 +1,4 @@
-"""Metrics, for Prometheus."""
+"""Metrics in the Prometheus text format."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _TEXT = {"text/plain": {"schema": {"type": "string"}, "example": "palimpsest_hea
 
 @router.get(
     "/metrics",
+    summary="Prometheus metrics",
     response_class=Response,
     responses={200: {"content": _TEXT}, **problem_responses(422, 500, 503)},
 )
 def get_metrics(request: Request, services: ServicesDep) -> Response:
-    """Counters and timings of this process and gauges of the whole service, in the text format of Prometheus."""
+    """Return counters and timings of this process, and gauges of the whole service, in the Prometheus text format."""
     monitor = StoreCollector(services.database, services.broker, request.app.state.settings.worker_timeout)
     return Response(metrics.render_metrics(monitor), media_type=metrics.CONTENT_TYPE)

@@ -1,4 +1,4 @@
-"""The resident model."""
+"""The served model and its workers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ router = APIRouter(tags=["models"], route_class=ProtectedRoute, dependencies=[be
 
 
 class WorkerState(ResourceModel):
-    """A worker: where it stands, when it was last heard of, and why it serves no more if it took itself out."""
+    """A worker: its version, its last heartbeat, and why it is in quarantine if it is."""
 
     id: str
     state: Literal["serving", "withdrawn"]
-    reason: str | None = Field(None, description="why it took itself out")
-    roles: list[str] = Field(description="what it does; everything when empty")
+    reason: str | None = Field(None, description="why the worker is in quarantine")
+    roles: list[str] = Field(description="roles of the worker; all roles if empty")
     version: int
-    lag: int = Field(description="versions behind the head")
-    digest: str | None = Field(None, description="of its weights at that version")
+    lag: int = Field(description="number of versions behind the newest")
+    digest: str | None = Field(None, description="digest of its weights at that version")
     heartbeat: Timestamp
     age: float = Field(description="seconds since the heartbeat")
     host: str
@@ -31,15 +31,19 @@ class WorkerState(ResourceModel):
 
 
 class JobCounts(ResourceModel):
+    """Numbers of jobs by state."""
+
     queued: int
     running: int
-    exhausted: int = Field(description="given up after too many attempts: see `GET /jobs?exhausted=true`")
+    exhausted: int = Field(
+        description="failed jobs whose attempts are used up: see `GET /jobs?exhausted=true`"
+    )
 
 
 class LayerCapacity(ResourceModel):
-    """How much of each edited layer is left: of a key drawn from the statistics, the share that active edits have not spoken for."""
+    """The remaining capacity of each edited layer: the mean share of a random key that active edits do not occupy."""
 
-    version: int = Field(description="the version that this was last measured at")
+    version: int = Field(description="the version at which the capacity was measured")
     layers: dict[str, float]
 
 
@@ -54,25 +58,28 @@ class MethodInfo(ResourceModel):
 
 
 class ModelResource(ResourceModel):
-    """The model, its architecture, editable layers, recipe, head version and workers."""
+    """The served model: architecture, editable layers, methods, recipe, newest version and workers."""
 
     name: str
-    fingerprint: str = Field(description="of the base weights")
+    fingerprint: str = Field(description="SHA-256 of the base weights")
     head: int = Field(description="the newest version")
     active_edits: int
     methods: list[MethodInfo] = Field(description="the editing methods that `method` of an edit may name")
     jobs: JobCounts
-    capacity: LayerCapacity | None = Field(None, description="null until a worker has reached a version")
-    workers: list[WorkerState] = Field(
-        description="those that live, and for a day those that took themselves out"
-    )
+    capacity: LayerCapacity | None = Field(None, description="null until a worker has measured it")
+    workers: list[WorkerState] = Field(description="live workers, and for one day those in quarantine")
 
 
 class ModelResourceList(ResourceModel):
     items: list[ModelResource]
 
 
-@router.get("/models", response_model=ModelResourceList, responses=problem_responses(422, 500, 503))
+@router.get(
+    "/models",
+    summary="List models",
+    response_model=ModelResourceList,
+    responses=problem_responses(422, 500, 503),
+)
 def list_models(services: ServicesDep) -> Any:
-    """What is resident: architecture, editable layers, recipe, head version, active edits and workers."""
+    """Return the served model. The list has one item."""
     return {"items": [services.models.describe()]}

@@ -1,4 +1,4 @@
-"""Speech: what a worker is asked to say, at a version that the ledger knows."""
+"""Generation and comparison: validate, resolve the version, and send the call to a worker."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from service.settings import Settings
 
 @dataclass(frozen=True)
 class ModelVersionName:
-    """A version under the name that it is asked for. Versions of one `state` have the same weights."""
+    """A version under a model name. Versions with the same `state_hash` have the same weights."""
 
     id: str
     version: int
@@ -37,7 +37,7 @@ class ModelVersionName:
 
 @dataclass(frozen=True)
 class PendingGeneration:
-    """What was asked of a worker, pinned to a version, and the channel on which it comes."""
+    """A generation that was sent to a worker, with its version and the channel of its events."""
 
     channel: str
     request: WorkerGenerateRequest
@@ -45,7 +45,7 @@ class PendingGeneration:
 
 
 class GenerationService:
-    """Calls to workers, and the names of what they may speak for."""
+    """Sends calls to workers, and resolves model names."""
 
     def __init__(
         self, database: Database, broker: Broker, settings: Settings, served_model: ServedModel
@@ -58,9 +58,9 @@ class GenerationService:
         )
 
     def generate(self, request: GenerateRequest) -> str:
-        """Ask a worker to speak; the payload is the request as JSON. The answer comes on the channel returned.
+        """Send a generation to a worker and return the channel of its events.
 
-        What is asked for beyond the model's positions is not refused: the text ends there, with "length".
+        `max_new_tokens` beyond the positions of the model is accepted: the text then ends with the reason "length".
         """
         self._check_max_new_tokens(request)
         model, tokenizer, head = self.served_model.current()
@@ -70,9 +70,9 @@ class GenerationService:
         return self._send_call("generate", request.model_dump(mode="json"))
 
     def create_completion(self, name: str, request: WorkerGenerateRequest) -> PendingGeneration:
-        """Ask a worker to go on with prompts, at the version that the name means now.
+        """Send a completion to a worker, at the version that the model name currently means.
 
-        The version and the seed are settled here, so that whoever begins the answer anew says the same.
+        The version and the seed are fixed here, so that another worker that starts again produces the same text.
         """
         model, tokenizer, head = self.served_model.current()
         version = parse_model_id(name, model.name, head)
@@ -88,7 +88,7 @@ class GenerationService:
         )
 
     def list_version_names(self, recent: int = 20) -> list[ModelVersionName]:
-        """What the model and its versions are called: the head and the base, and by number the newest ones."""
+        """Return the model names of the newest version, the base model, and the `recent` newest versions by number."""
         with self.database.read_session() as session:
             model = get_served_model(session)
             head = ledger.head(session, model.fingerprint)
@@ -99,14 +99,14 @@ class GenerationService:
             )
 
     def resolve_version_name(self, name: str) -> ModelVersionName:
-        """The version that a name means now, under this name."""
+        """Return the version that a model name currently means."""
         with self.database.read_session() as session:
             model = get_served_model(session)
             version = parse_model_id(name, model.name, ledger.head(session, model.fingerprint))
             return _version_names(session, model, [(name, version)])[0]
 
     def compare(self, request: CompareRequest) -> str:
-        """Ask a worker to say one prompt on two versions; the payload is the request as JSON."""
+        """Send a comparison to a worker and return the channel of its events."""
         self._check_max_new_tokens(request)
         model, tokenizer, head = self.served_model.current()
         for version in request.versions:
@@ -115,7 +115,7 @@ class GenerationService:
         return self._send_call("compare", request.model_dump(mode="json"))
 
     def resubmit(self, kind: str, channel: str, request: GenerateRequest | CompareRequest) -> None:
-        """The same call on the same channel, because the broker has lost it: the whole answer comes anew."""
+        """Send a call again on its channel after the broker lost it."""
         self.broker.send_call(kind, request.model_dump(mode="json"), request_id.get(), channel)
 
     def _check_max_new_tokens(
@@ -123,11 +123,13 @@ class GenerationService:
     ) -> None:
         max_new_tokens = self.settings.max_new_tokens
         if request.max_new_tokens > max_new_tokens:
-            raise InvalidInput(f"`{field}` may be at most {max_new_tokens} here: ask for fewer.", field)
+            raise InvalidInput(f"`{field}` may be at most {max_new_tokens} on this service.", field)
 
     def _send_call(self, kind: str, payload: dict[str, Any]) -> str:
         if self.broker.queue_depth(kind) >= self.settings.max_queue:
-            raise QueueFull(f"{self.settings.max_queue} requests wait already: try again in a few seconds.")
+            raise QueueFull(
+                f"{self.settings.max_queue} requests are queued already: try again in a few seconds."
+            )
         channel = self.broker.send_call(kind, payload, request_id.get())
         crash_points.crash_point("call.after")
         return channel
@@ -136,7 +138,7 @@ class GenerationService:
 def _version_names(
     session: Session, model: Model, names: Sequence[tuple[str, int]]
 ) -> list[ModelVersionName]:
-    """Names and the versions that they mean; the ledger knows what each is and since when."""
+    """Return model names with the state and the creation time of their versions."""
     query = select(LedgerEntry.version, LedgerEntry.state, LedgerEntry.at).where(
         LedgerEntry.model == model.fingerprint, LedgerEntry.version.in_({version for _, version in names})
     )

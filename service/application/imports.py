@@ -1,4 +1,4 @@
-"""Imports: edits that another ledger made, queued to land here as they are."""
+"""Imports: queue the edits of an edit set with their factors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from service.ledger import ledger
 
 
 class ImportService:
-    """What comes into the house."""
+    """Imports edit sets of other ledgers."""
 
     def __init__(self, queue: JobQueue, served_model: ServedModel) -> None:
         self.queue, self.served_model = queue, served_model
@@ -36,8 +36,10 @@ class ImportService:
         idempotency: Idempotency | None = None,
         max_queued: int | None = None,
     ) -> tuple[list[ResourceDict], list[str]]:
-        """Queue the edits of a file that another ledger made, all or none; those that are here already are left alone. All of them,
-        in the order of the file, and the ids of those that were here."""
+        """Queue the edits of an edit set, all or none, without those that are already present.
+
+        Return all edits in the order of the file, and the ids of those that were present.
+        """
         if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
             return previous, [edit["id"] for edit in previous]
         model, tokenizer, _ = self.served_model.current()
@@ -49,7 +51,7 @@ class ImportService:
             with self.queue.database.write_session() as session:
                 ledger.lock_ledger(
                     session, model.fingerprint
-                )  # who imports the same beside us waits, and finds ours
+                )  # a concurrent import of the same edits waits and finds these
                 present = _find_present(session, model, imported)
                 jobs = {
                     g.identity: _new_imported_row(model, g, actor)
@@ -68,7 +70,7 @@ class ImportService:
                     save_idempotency_key(session, actor, idempotency, ids)
                 rows = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(ids)))}
                 created = views.serialize_many(session, [rows[edit_id] for edit_id in ids])
-        except IntegrityError:  # the same key came in beside us, and was first
+        except IntegrityError:  # a concurrent request with the same key was first
             previous = self.queue.find_by_idempotency_key(actor, idempotency)
             if previous is None:
                 raise
@@ -80,7 +82,7 @@ class ImportService:
 def _find_present(
     session: Session, model: Model, imported: Sequence[ImportedEdit]
 ) -> dict[tuple[str, str], str]:
-    """Of edits of a file those that have landed here and were not reverted, or are about to: their names -> ids here."""
+    """Return the edits of a file that are open, active or superseded here: identity -> id."""
     subjects = {normalize_whitespace(g.request.subject) for g in imported}
     query = (
         select(Job.id, Job.fact_key, Job.request, StoredFactors.sha256)

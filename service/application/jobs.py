@@ -1,4 +1,4 @@
-"""Jobs whatever their kind: listed, tried again, followed."""
+"""Jobs of all kinds: list, retry and stream events."""
 
 from __future__ import annotations
 
@@ -25,13 +25,11 @@ from service.kit.pagination import decode_cursor, encode_cursor, invalid_cursor,
 
 log = logging.getLogger(__name__)
 
-END_CHECK_INTERVAL = (
-    3.0  #: silent seconds after which a listener looks whether the row has ended without a word
-)
+END_CHECK_INTERVAL = 3.0  #: seconds without events after which the row is checked for an end
 
 
 class JobService:
-    """What is the same for every job."""
+    """Operations on jobs of all kinds."""
 
     def __init__(self, database: Database, broker: Broker) -> None:
         self.database, self.broker = database, broker
@@ -62,18 +60,18 @@ class JobService:
             return {"items": [views.job_summary(job) for job in jobs[:limit]], "next": next_cursor}
 
     def retry(self, job_id: str, actor: str) -> ResourceDict:
-        """Let a failed job wait again, as if it had never been tried."""
+        """Queue a failed job again with a new set of attempts. Raises Conflict if it has not failed."""
         with self.database.write_session() as session:
             job = lock_job(session, get_job(session, None, job_id))
             if job.status != "failed":
-                raise Conflict(f"{job_id} is {job.status}: only a job that failed can be tried again.")
+                raise Conflict(f"{job_id} is {job.status}: only a failed job can be retried.")
             job.status, job.attempts, job.exhausted, job.cancel_requested = "queued", 0, False, False
             job.error = job.result = job.progress = job.worker = job.started = job.ended = None
             job.updated, job.request_id = now(), request_id.get() or job.request_id
             session.flush()
             self.broker.delete_channel(
                 job_id
-            )  # before the commit: a worker's first word about it must not be lost
+            )  # before the commit, so that no event of the new attempt is deleted
             kind, summary = job.kind, views.job_summary(job)
         log.info("job retried", extra={"job": job_id, "actor": actor})
         with ignoring_broker_outage(job_id):
@@ -81,9 +79,9 @@ class JobService:
         return summary
 
     async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:
-        """Progress, then a last event "end" with the resource. A job that has ended gives its end at once.
+        """Yield progress events, then "end" with the resource. A finished job yields "end" at once.
 
-        The row is looked at in the silences: a worker can die between the commit of an end and telling it.
+        The row is checked while idle: a worker can die after it commits the end and before it publishes it.
         """
         if end_event := await asyncio.to_thread(self._end_event, job_id):
             yield end_event
@@ -107,14 +105,14 @@ class JobService:
         with self.database.read_session() as session:
             job = session.get(Job, job_id)
             if job is None:
-                raise NotFound(f"there is no {job_id}.")
+                raise NotFound(f"no job has the id {job_id}.")
             if job.status in OPEN_STATUSES or job.ended is None:
                 return None
             return Event(str(int(job.ended.timestamp() * 1e6)), "end", views.serialize_job(session, job))
 
 
 def _after_cursor(session: Session, last_id: str | None) -> tuple[ColumnElement[bool], ...]:
-    """What comes after a job in a list of all kinds, whose ids do not sort by time together."""
+    """Return the condition for jobs after a cursor. Ids of different kinds do not sort by time, so it compares `created`."""
     if last_id is None:
         return ()
     job = session.get(Job, last_id)

@@ -1,4 +1,4 @@
-"""The ledger as it is shown, and checked."""
+"""The ledger: list its entries and verify it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service.ledger.verify import verify_ledger
 
 
 class LedgerService:
-    """What was done to the model, in order."""
+    """Reads the ledger of the served model."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -33,7 +33,7 @@ class LedgerService:
         version: int | None = None,
         newest_first: bool = False,
     ) -> ResourceDict:
-        """{"items": entries, oldest first or newest first, "next", "head"}; with `version` only those up to that version."""
+        """Return {"items": entries, "next": cursor or None, "head"}; with `version` only entries up to it."""
         validate_limit(limit)
         last_version = decode_cursor(cursor, int)
         with self.database.read_session() as session:
@@ -54,7 +54,7 @@ class LedgerService:
             return {"items": items, "next": next_cursor, "head": ledger.head(session, model.fingerprint)}
 
     def verify(self) -> ResourceDict:
-        """Check the hash chain, the factors, the statuses and what the replicas say of their weights."""
+        """Verify the hash chain, the factors, the statuses of edits and the weight digests of the workers."""
         with self.database.read_session(no_idle_timeout=True) as session:
             model = get_served_model(session).fingerprint
             findings = [asdict(finding) for finding in verify_ledger(session, model)]

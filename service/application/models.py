@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 
 class ModelService:
-    """What is loaded, and who serves it."""
+    """The served model, its workers and the readiness of the service."""
 
     def __init__(self, database: Database, broker: Broker, lease: timedelta) -> None:
         self.database, self.broker, self.lease = database, broker, lease
 
     def describe(self) -> ResourceDict:
-        """The resident model: all of its info, its head, workers and active edits, and how many jobs wait and run."""
+        """Return the served model: its info, newest version, workers, active edits and job counts."""
         with self.database.read_session() as session:
             model = get_served_model(session)
             head = ledger.head(session, model.fingerprint)
@@ -48,7 +48,7 @@ class ModelService:
             }
 
     def check_ready(self) -> ResourceDict:
-        """What is up; raises Unavailable, whose `extra["reasons"]` lists all that is not."""
+        """Return the state of a ready service. Raises Unavailable, whose `extra["reasons"]` lists what is missing."""
         reasons: list[str] = []
         queued_calls = _try_collecting_reasons(
             lambda: {kind: self.broker.queue_depth(kind) for kind in CALL_KINDS}, reasons
@@ -64,7 +64,7 @@ class ModelService:
         return {"ready": True, "head": head, "workers": worker_views, "waiting": waiting}
 
     def _readiness_state(self) -> tuple[int, int, list[Worker], dict[str, int]]:
-        """The head, the newest version that a worker has had time to reach, the workers, and how many jobs wait."""
+        """Return the newest version, the version that workers must have reached, the workers and the queued jobs by kind."""
         with self.database.read_session() as session:
             model = get_served_model(session)
             worker_rows = worker_registry.list_workers(session, model.fingerprint, self.lease)
@@ -78,18 +78,18 @@ class ModelService:
         return session.scalar(newest_due) or 0
 
     def require_worker_for(self, kind: str) -> None:
-        """Raise Unavailable when no living worker does this kind of work: whoever waits for it waits in vain."""
+        """Raise Unavailable if no live worker has the role of this kind of work."""
         role = next(role for role, kinds in ROLES.items() if kind in kinds)
         with self.database.read_session() as session:
             worker_rows = worker_registry.list_workers(
                 session, get_served_model(session).fingerprint, self.lease
             )
         if not worker_registry.serving_workers(worker_rows, role):
-            raise Unavailable(f"no worker is alive that does {role}: start one, and ask again.")
+            raise Unavailable(f"no worker with the role {role} is alive: start one and try again.")
 
 
 def _try_collecting_reasons(query: Callable[[], T], reasons: list[str]) -> T | None:
-    """What a dependency says, or the reason why it says nothing."""
+    """Return the result of a query, or None and add the reason if a dependency is unavailable."""
     try:
         return query()
     except Unavailable as error:
@@ -100,19 +100,19 @@ def _try_collecting_reasons(query: Callable[[], T], reasons: list[str]) -> T | N
 def _unready_reasons(
     worker_rows: Sequence[Worker], required_version: int, waiting: dict[str, int]
 ) -> list[str]:
-    """Why the service is not ready: nobody lives, nobody speaks at head, or work waits that nobody does."""
+    """Return why the service is not ready: no live worker, none at the newest version, or queued work without a worker."""
     if not worker_registry.serving_workers(worker_rows):
         return ["no worker is alive"]
     reasons = []
     generating = worker_registry.serving_workers(worker_rows, "generate")
     if not generating:
-        reasons.append("no living worker does generate")
+        reasons.append("no live worker has the role generate")
     elif all(worker.version < required_version for worker in generating):
         reasons.append(f"no worker has reached version {required_version} yet")
     for role, kinds in ROLES.items():
         count = sum(waiting.get(kind, 0) for kind in kinds)
         if count and role != "generate" and not worker_registry.serving_workers(worker_rows, role):
-            reasons.append(f"{count} jobs wait and no living worker does {role}")
+            reasons.append(f"{count} jobs are queued and no live worker has the role {role}")
     return reasons
 
 
@@ -128,7 +128,7 @@ def _queued_by_kind(session: Session, model: Model) -> dict[str, int]:
 
 
 def _job_counts(session: Session, model: Model) -> dict[str, int]:
-    """How many jobs wait, run, and were given up."""
+    """Return the numbers of queued, running and exhausted jobs."""
     counted_statuses = or_(Job.status.in_(OPEN_STATUSES), and_(Job.status == "failed", Job.exhausted))
     count_by_status = _count_by(session, Job.status, and_(Job.model == model.fingerprint, counted_statuses))
     names = {"queued": "queued", "running": "running", "exhausted": "failed"}

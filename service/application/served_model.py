@@ -1,4 +1,4 @@
-"""The model that is resident, its tokenizer and its newest version: what every question begins with."""
+"""The served model, its tokenizer and its newest version."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from service.errors import Unavailable
 
 
 class ServedModel:
-    """Knows the resident model of a database. Safe to share between threads."""
+    """Caches the served model of a database. Thread-safe."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._cached: tuple[Model, Tokenizer] | None = None  # the model as it was last registered
+        self._cached: tuple[Model, Tokenizer] | None = None  # of the latest registration
 
     def current(self) -> tuple[Model, Tokenizer, int]:
-        """The resident model, its tokenizer and the newest version. Every call asks this, so it is one short question.
+        """Return the served model, its tokenizer and the newest version. Every request calls this, so it is one short query.
 
-        A tokenizer's text has megabytes: it is read and parsed once for each registration of the model.
+        The tokenizer has megabytes of JSON: it is read and parsed once per registration of the model.
         """
         with self.database.autocommit_read() as connection:
             newest = connection.execute(_NEWEST_MODEL).one_or_none()
@@ -37,7 +37,7 @@ class ServedModel:
 
 
 def get_served_model(session: Session) -> Model:
-    """The model that a worker came up with last."""
+    """Return the model that a worker registered last. Raises Unavailable if there is none."""
     model = session.scalar(select(Model).order_by(Model.registered.desc()).limit(1))
     if model is None:
         raise _no_model_loaded()
@@ -46,7 +46,7 @@ def get_served_model(session: Session) -> Model:
 
 def _no_model_loaded() -> Unavailable:
     return Unavailable(
-        "no worker has loaded a model yet: ask again when one says that it is ready, or start one.",
+        "no worker has loaded a model yet: start a worker, or try again when one is ready.",
         reasons=["no worker has loaded a model yet"],
     )
 
@@ -55,7 +55,7 @@ def _registration(model: Model) -> tuple[str, datetime]:
     return model.fingerprint, model.registered
 
 
-#: which model is resident, since which registration, and its newest version
+#: the served model, its registration time and its newest version
 _NEWEST_MODEL = (
     select(
         Model.fingerprint,

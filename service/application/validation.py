@@ -1,4 +1,4 @@
-"""What can be known of a request before any work: the model's tokenizer, shape, recipe and versions are enough for it."""
+"""Validation of requests against the tokenizer, the shape and the recipe of the served model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from service.kit.text import check_tokens, fill_prompt, token_span
 from service.recipes.recipe import Recipe, resolve_hparams
 from service.schemas import EditRequest, EvaluationRequest, TraceRequest, WorkerGenerateRequest
 
-MAX_TOKEN_ID = 2**31  #: no vocabulary comes near
+MAX_TOKEN_ID = 2**31  #: above every vocabulary size
 NOISE_PATTERN = re.compile(r"\d+(\.\d+)?sigma")
 
 
 def validate_edit(request: EditRequest, model: Model, tokenizer: Tokenizer) -> None:
-    """All that can be known of an edit without computing it."""
+    """Raise InvalidInput if an edit cannot be computed."""
     positions = model.info["positions"]
     statement = fill_prompt(request.prompt, request.subject)
     for name in ("target_new", "target_true"):
@@ -39,7 +39,7 @@ def validate_edit(request: EditRequest, model: Model, tokenizer: Tokenizer) -> N
 
 
 def resolve_methods(requests: Sequence[EditRequest], model: Model) -> list[EditRequest]:
-    """Every request with its method named: that of the recipe where several that name none come together."""
+    """Return the requests with their methods. The default is the batch method of the recipe for several, else rome."""
     recipe = _recipe_of(model)
     method = recipe.batch_method if recipe is not None and len(requests) > 1 else "rome"
     return [r if r.method else r.model_copy(update={"method": method}) for r in requests]
@@ -50,7 +50,7 @@ def _recipe_of(model: Model) -> Recipe | None:
 
 
 def validate_trace(request: TraceRequest, model: Model, tokenizer: Tokenizer) -> None:
-    """All that can be known of a trace without running it."""
+    """Raise InvalidInput if a trace cannot be run."""
     text, span = request.text_and_subject_span()
     check_tokens(tokenizer, text, request.target, model.info["positions"])
     token_span(tokenizer.encode(text).offsets, span)
@@ -64,7 +64,7 @@ def validate_trace(request: TraceRequest, model: Model, tokenizer: Tokenizer) ->
 
 
 def validate_evaluation(request: EvaluationRequest, model: Model, tokenizer: Tokenizer) -> None:
-    """All that can be known of an evaluation without running it; records of the model's own are left to the worker."""
+    """Raise InvalidInput if an evaluation cannot be run. The worker validates the fact table of the model."""
     resolve_hparams(_recipe_of(model), request.hparams, model.info["layers"], request.method)
     request.check_consistency()
     if (request.records is None) == (request.dataset is None):
@@ -83,7 +83,7 @@ def validate_evaluation(request: EvaluationRequest, model: Model, tokenizer: Tok
 
 
 def validate_generation(request: WorkerGenerateRequest, model: Model, tokenizer: Tokenizer) -> None:
-    """Every prompt, given as text or as tokens, is one that the model can read and go on from."""
+    """Raise InvalidInput if a prompt has unknown tokens or does not fit the positions of the model."""
     max_prompt_tokens = model.info["positions"] - min(1, request.max_new_tokens)
     for prompt in request.prompts_or_ids():
         ids = tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
@@ -107,7 +107,7 @@ def _validate_target(tokenizer: Tokenizer, text: str, target: str, positions: in
 
 @contextmanager
 def error_path(path: str) -> Iterator[None]:
-    """Errors inside name the part of the request that they speak of."""
+    """Prefix the field of an InvalidInput raised inside with a path."""
     try:
         yield
     except InvalidInput as error:

@@ -87,7 +87,7 @@ class TestJobs:
     ) -> None:
         """Nothing but a failed job is tried again."""
         for job in (submit_edit("a"), applied_edit("b")):
-            with pytest.raises(Conflict, match="only a job that failed"):
+            with pytest.raises(Conflict, match="only a failed job"):
                 services.jobs.retry(job, "admin")
         with pytest.raises(NotFound):
             services.jobs.retry("edit_gone", "admin")

@@ -97,7 +97,7 @@ class TestModel:
         services.traces.submit(trace_request(), "somebody")
         with pytest.raises(Unavailable) as error:
             services.models.check_ready()
-        assert error.value.extra["reasons"] == ["1 jobs wait and no living worker does trace"]
+        assert error.value.extra["reasons"] == ["1 jobs are queued and no live worker has the role trace"]
 
     def test_no_worker_with_role_generate(
         self, services: Services, worker: WorkerParts, database: Database
@@ -107,10 +107,10 @@ class TestModel:
         WorkerParts(database, services.broker, "fingerprint", "w").session.register(
             INFO, tokenizer_json(), ["edit"]
         )
-        with pytest.raises(Unavailable, match="no living worker does generate"):
+        with pytest.raises(Unavailable, match="no live worker has the role generate"):
             services.models.check_ready()
         services.models.require_worker_for("edit")
-        with pytest.raises(Unavailable, match="no worker is alive that does generate"):
+        with pytest.raises(Unavailable, match="no worker with the role generate is alive"):
             services.models.require_worker_for("compare")
 
     def test_no_roles(self, services: Services, worker: WorkerParts, database: Database) -> None:

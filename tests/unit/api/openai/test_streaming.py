@@ -104,7 +104,7 @@ def test_what_a_client_puts_together_is_the_answer(data: st.DataObject) -> None:
 def test_a_restart_with_other_text_is_an_error() -> None:
     """A worker that begins anew and says something else ends the stream with an error."""
     lines = stream_lines(token(0, "ab", 0), RESTART, token(0, "ax", 0), end("ax"))
-    assert "ask again" in json.loads(lines[-1])["error"]["message"]
+    assert "a worker was lost" in json.loads(lines[-1])["error"]["message"]
     assert "[DONE]" not in lines
 
 
