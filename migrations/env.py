@@ -11,7 +11,7 @@ context.configure(
     connection=connection,
     target_metadata=Base.metadata,
     render_as_batch=True,
-    transactional_ddl=True,  # SQLite can, though Alembic is shy of it: a failed migration leaves nothing behind
+    transactional_ddl=True,  # SQLite supports it, though Alembic's default is off: a failed migration is rolled back
     compare_type=True,
 )
 with context.begin_transaction():

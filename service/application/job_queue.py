@@ -1,4 +1,4 @@
-"""What jobs of every kind share: how they are queued, once for each key; shown; and taken back."""
+"""Operations on jobs of every kind: submit with an idempotency key, list, cancel, revert."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from service.kit.pagination import decode_cursor, encode_cursor, validate_limit
 from service.ledger import ledger
 from service.settings import Settings
 
-#: an Idempotency-Key and a fingerprint of the body that came with it
+#: an Idempotency-Key and the fingerprint of its request body
 Idempotency = tuple[str, str]
 
 MAX_IDEMPOTENCY_KEY_LENGTH = 255
 
 
 class JobQueue:
-    """The rows of jobs, and the bell for whoever does them."""
+    """Inserts and reads the rows of jobs, and notifies workers."""
 
     def __init__(self, database: Database, broker: Broker, settings: Settings) -> None:
         self.database, self.broker, self.settings = database, broker, settings
@@ -38,7 +38,7 @@ class JobQueue:
     def find_by_idempotency_key(
         self, actor: str, idempotency: Idempotency | None
     ) -> list[ResourceDict] | None:
-        """What this key made before, if anything."""
+        """Return the jobs that an earlier request with this key created; None when there was none."""
         if idempotency is None:
             return None
         key, fingerprint = idempotency
@@ -52,7 +52,7 @@ class JobQueue:
                 return None
             if row.fingerprint != fingerprint:
                 raise InvalidInput(
-                    "this Idempotency-Key came with another body before: use a new key for a new request.",
+                    "this Idempotency-Key was used with another request body: use a new key for a new request.",
                     "Idempotency-Key",
                 )
             jobs = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(row.resources)))}
@@ -67,7 +67,10 @@ class JobQueue:
         max_queued: int | None,
         initial_artifacts: Mapping[str, Mapping[str, bytes]] | None = None,
     ) -> list[ResourceDict]:
-        """`kept`: the parts that jobs begin with, by their ids."""
+        """Insert jobs, commit and notify. Return their resources.
+
+        `initial_artifacts` maps job ids to the artifacts that are stored with the job, by name.
+        """
         try:
             with self.database.write_session() as session:
                 if idempotency is not None:
@@ -75,7 +78,7 @@ class JobQueue:
                 rows = self.insert_jobs(session, jobs, model, actor, max_queued, initial_artifacts or {})
                 created = views.serialize_many(session, rows)
                 crash_points.crash_point("job.before_commit")
-        except IntegrityError:  # the same key came in beside us, and was first
+        except IntegrityError:  # a concurrent request with the same key committed first
             previous = self.find_by_idempotency_key(actor, idempotency)
             if previous is None:
                 raise
@@ -92,7 +95,7 @@ class JobQueue:
         max_queued: int | None,
         initial_artifacts: Mapping[str, Mapping[str, bytes]],
     ) -> list[Job]:
-        """Rows for jobs for which there is room, and the parts that they begin with."""
+        """Insert the rows of jobs and their initial artifacts. Raises QueueFull when a limit is exceeded."""
         self.check_queue_limits(session, model, actor, len(jobs), max_queued)
         rows = [Job(**job) for job in jobs]
         session.add_all(rows)
@@ -103,7 +106,7 @@ class JobQueue:
         return rows
 
     def notify_workers(self, jobs: Sequence[dict[str, Any]]) -> None:
-        """The bell for jobs that are committed."""
+        """Notify workers of committed jobs."""
         crash_points.crash_point("job.after_commit")
         for job in jobs:
             with ignoring_broker_outage(job["id"]):
@@ -113,21 +116,22 @@ class JobQueue:
     def check_queue_limits(
         self, session: Session, model: Model, actor: str, new_jobs: int, max_queued: int | None
     ) -> None:
-        """Room for all, and room for this actor; requests that come at the same moment may find the same room."""
+        """Raise QueueFull when the jobs would exceed the limit of the queue or that of the actor.
+
+        The check does not lock: concurrent submissions can exceed a limit by their own number.
+        """
         everyone = and_(Job.model == model.fingerprint, Job.status == "queued")
         limit = self.settings.max_queued_per_key if max_queued is None else max_queued
-        _check_limit(session, everyone, new_jobs, self.settings.max_queue, "jobs wait already")
-        _check_limit(
-            session, and_(everyone, Job.actor == actor), new_jobs, limit, "jobs of yours wait already"
-        )
+        _check_limit(session, everyone, new_jobs, self.settings.max_queue, "jobs are queued")
+        _check_limit(session, and_(everyone, Job.actor == actor), new_jobs, limit, "of your jobs are queued")
 
     def get(self, kind: str, job_id: str) -> ResourceDict:
-        """A job as it stands; NotFound when there is none of this kind by this id."""
+        """Return a job. Raises NotFound when there is none of this kind with this id."""
         with self.database.read_session() as session:
             return views.serialize_job(session, get_job(session, kind, job_id))
 
     def page(self, kind: str, cursor: str | None, limit: int, **filters: str | None) -> ResourceDict:
-        """Jobs of a kind, newest first, whose columns are equal to what is given."""
+        """Return {"items": jobs of a kind, newest first, "next": cursor or None}; `filters` are values of columns."""
         validate_limit(limit)
         before = decode_cursor(cursor, str)
         with self.database.read_session() as session:
@@ -143,10 +147,10 @@ class JobQueue:
             return {"items": views.serialize_list(session, rows[:limit]), "next": next_cursor}
 
     def cancel_or_revert(self, kind: str, job_id: str, actor: str) -> ResourceDict:
-        """Cancel what waits or runs, revert what was applied; harmless when there is nothing to take back."""
+        """Cancel a job that is queued or running, or revert an applied edit. Has no effect on any other job."""
         with self.database.write_session() as session:
             unlocked = get_job(session, kind, job_id)
-            # always before the row of a job, as `Desk.apply` does: no deadlock
+            # the ledger is locked before the row, as in JobStore.commit_edit: no deadlock
             ledger.lock_ledger(session, unlocked.model)
             job = lock_job(session, unlocked)
             previous_status = job.status
@@ -165,7 +169,7 @@ class JobQueue:
         elif previous_status == "running":
             self.broker.cancel(job["id"])
         elif job["status"] != previous_status:
-            self.broker.wake()  # workers move to the new head
+            self.broker.wake()  # workers follow the new head
 
 
 def _check_limit(
@@ -173,10 +177,11 @@ def _check_limit(
 ) -> None:
     waiting = session.scalar(select(func.count()).select_from(Job).where(condition)) or 0
     if waiting + new_jobs > limit:
-        raise QueueFull(f"{waiting} {description} and at most {limit} may: try again later, or with fewer.")
+        raise QueueFull(f"{waiting} {description}, at most {limit} can be: retry later or submit fewer.")
 
 
 def get_job(session: Session, kind: str | None, job_id: str) -> Job:
+    """Return a job, of any kind when `kind` is None. Raises NotFound."""
     job = session.get(Job, job_id) if job_id.isascii() and "\x00" not in job_id else None
     if job is None or kind not in (None, job.kind):
         raise NotFound(f"there is no {kind or 'job'} {job_id!r}.")
@@ -184,13 +189,13 @@ def get_job(session: Session, kind: str | None, job_id: str) -> Job:
 
 
 def lock_job(session: Session, job: Job) -> Job:
-    """The job as it is now, kept from all others until the transaction ends."""
+    """Return the current row of a job, locked until the transaction ends."""
     row = select(Job).where(Job.id == job.id).with_for_update()
     return session.scalars(row.execution_options(populate_existing=True)).one()
 
 
 def _apply_cancel_or_revert(session: Session, job: Job, actor: str) -> None:
-    """Take a job back, as far as it has come."""
+    """Cancel or revert a job, depending on its status."""
     if job.status == "queued":
         job.status, job.ended, job.updated = "cancelled", now(), now()
         artifacts.delete_artifacts(session, job)
@@ -210,7 +215,7 @@ def _revert_body(job: Job) -> dict[str, Any]:
 
 
 def new_job_row(kind: str, model: Model, request: dict[str, Any], actor: str) -> dict[str, Any]:
-    """The row of a new job, before it is written."""
+    """Return the columns of a new job. Nothing is written."""
     created = now()
     row = {
         "id": new_id(JOB_KINDS[kind].id_prefix),
@@ -226,7 +231,7 @@ def new_job_row(kind: str, model: Model, request: dict[str, Any], actor: str) ->
 def save_idempotency_key(
     session: Session, actor: str, idempotency: Idempotency, job_ids: Sequence[str]
 ) -> None:
-    """What a key has made. Raises IntegrityError when it came in beside us, and was first."""
+    """Store the jobs of an idempotency key. Raises IntegrityError when a concurrent request with it committed first."""
     key, fingerprint = idempotency
     row = {"resources": list(job_ids), "status_code": 202, "created": now()}
     session.add(IdempotencyKey(actor=actor, key=key, fingerprint=fingerprint, **row))
@@ -234,5 +239,5 @@ def save_idempotency_key(
 
 
 def without_columns(*columns: InstrumentedAttribute[Any]) -> Select[Job]:
-    """Jobs without these columns, for a list: each can be megabytes."""
+    """Return a query for jobs that does not load these columns, which can be megabytes each."""
     return select(Job).options(*map(defer, columns))

@@ -1,4 +1,4 @@
-"""The store: one class for SQLite and PostgreSQL. A `session` is a transaction, and so is a `read`."""
+"""One database class for SQLite and PostgreSQL. Every session is one transaction."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.errors import CommitOutcomeUnknown, DatabaseUnreachable, Misconfigured, Unavailable
 
 MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
-MIGRATION_LOCK_KEY = 0x70616C696D70  # any number will do, as long as every process takes the same
+MIGRATION_LOCK_KEY = 0x70616C696D70  # arbitrary, and the same in every process
 SQLITE_BUSY_TIMEOUT = 30
 
 log = logging.getLogger(__name__)
 
-#: how long PostgreSQL lets a session of ours go on: a worker that froze while it held the ledger must not stop the others
+#: PostgreSQL timeouts of each session: a worker that stalls with the ledger lock must not block the others
 POSTGRES_TIMEOUTS = {
     "idle_in_transaction_session_timeout": "10s",
     "lock_timeout": "15s",
     "statement_timeout": "30s",
 }
-#: how a connection to nowhere is noticed; the URL may say otherwise
+#: detection of dead connections; parameters of the URL take precedence
 POSTGRES_CONNECT_ARGS = {
     "connect_timeout": 5,
     "keepalives": 1,
@@ -49,20 +49,20 @@ POSTGRES_POOL_OPTIONS = {
     "pool_timeout": 10,
     "pool_recycle": 1800,
 }
-#: what a driver's error means for a person, by SQLSTATE; the driver's own words name addresses and users
+#: messages by SQLSTATE; the driver's own message can contain addresses and user names
 SQLSTATE_MESSAGES = {
-    "40001": "the database is busy: others write the same rows. Try again.",
-    "40P01": "the database is busy: others write the same rows. Try again.",
-    "55P03": "the database is busy: others hold the same rows for long. Try again.",
-    "57014": "the database is busy: it took too long to answer. Try again.",
-    "25006": "the database takes no writes: see that this is the primary server.",
-    "53100": "the database has no room left: free some on its disk.",
-    "53300": "the database takes no more connections: raise its max_connections, or run fewer processes.",
+    "40001": "the database is busy: a concurrent transaction writes the same rows. Retry.",
+    "40P01": "the database is busy: a concurrent transaction writes the same rows. Retry.",
+    "55P03": "the database is busy: another transaction holds the lock. Retry.",
+    "57014": "the database is busy: the statement timed out. Retry.",
+    "25006": "the database is read-only: connect to the primary server.",
+    "53100": "the database's disk is full: free space on it.",
+    "53300": "the database has no free connections: raise its max_connections or run fewer processes.",
 }
-UNREACHABLE_MESSAGE = "the database does not answer: see that it runs and can be reached."
+UNREACHABLE_MESSAGE = "the database does not answer: check that it runs and is reachable."
 UNKNOWN_OUTCOME_MESSAGE = (
-    "the database went away while it wrote this down, and nobody knows whether it did: look before you ask again, or "
-    "send requests with an Idempotency-Key, which can be repeated without harm."
+    "the database connection was lost during the commit, and its outcome is unknown: check the resource before you retry. "
+    "A request with an Idempotency-Key can be repeated safely."
 )
 
 # Alembic keeps its context in module globals, so one process migrates one database at a time.
@@ -70,7 +70,7 @@ _migration_lock = threading.Lock()
 
 
 class Database:
-    """Safe to share between threads. Opens no connection before the first use."""
+    """A database and its connection pools. Thread-safe. Connects on first use."""
 
     def __init__(self, url: str) -> None:
         self.engine = _create_engine(url)
@@ -88,9 +88,9 @@ class Database:
         )
 
     def migrate(self, revision: str = "head") -> None:
-        """Bring the tables to a revision, up or down ("base" takes them away). Whoever comes second waits, and finds it done.
+        """Upgrade or downgrade the tables to a revision ("base" drops them). Concurrent migrations run one after another.
 
-        Raises Misconfigured when the tables are of a newer release, or there is no such revision.
+        Raises Misconfigured when the revision does not exist, or when a newer release has migrated the tables.
         """
         with _migration_lock, self._translate_outages(), self.engine.begin() as connection:
             if not self.is_sqlite:  # SQLite's BEGIN IMMEDIATE is the lock
@@ -105,15 +105,15 @@ class Database:
             migrate_command(config, revision)
 
     def revision(self) -> str | None:
-        """Where the tables stand; None before the first migration."""
+        """Return the revision of the tables; None before the first migration."""
         with self._translate_outages(), self.engine.connect() as connection:
             return MigrationContext.configure(connection).get_current_revision()
 
     @contextmanager
     def write_session(self) -> Iterator[Session]:
-        """One transaction that writes: committed at the end, rolled back when an exception passes through.
+        """Yield a session in one transaction, which is committed at the end and rolled back on an exception.
 
-        A connection that is lost during the commit is CommitOutcomeUnknown: it may have been written.
+        Raises CommitOutcomeUnknown when the connection is lost during the commit.
         """
         committing = False
         try:
@@ -121,16 +121,16 @@ class Database:
                 yield session
                 session.flush()
                 committing = True
-        except Unavailable as error:
-            if committing and error.code == DatabaseUnreachable.code:
+        except DatabaseUnreachable as error:
+            if committing:
                 raise CommitOutcomeUnknown(UNKNOWN_OUTCOME_MESSAGE) from error
             raise
 
     @contextmanager
     def read_session(self, no_idle_timeout: bool = False) -> Iterator[Session]:
-        """One transaction that sees one moment of the database and waits for no writer.
+        """Yield a session on one snapshot of the database. It blocks no writer and is blocked by none.
 
-        A `long` one may think between its questions: it holds nothing that others wait for.
+        `no_idle_timeout` disables idle_in_transaction_session_timeout, for a session that computes between statements.
         """
         with self._translate_outages(), self._read_sessionmaker.begin() as session:
             if no_idle_timeout and not self.is_sqlite:
@@ -139,7 +139,7 @@ class Database:
 
     @contextmanager
     def autocommit_read(self) -> Iterator[Connection]:
-        """For one question alone: PostgreSQL is asked once, with no transaction around it. The fastest way to look."""
+        """Yield a connection for a single query: one round trip to PostgreSQL, without a transaction."""
         with self._translate_outages(), self._autocommit_engine.connect() as connection:
             yield connection
 
@@ -161,8 +161,10 @@ class Database:
 
 
 def _is_outage(error: DBAPIError | PoolTimeout) -> bool:
-    """Whether the database is at fault, and not what it was asked."""
-    if _sqlite_error_name(error) == "SQLITE_ERROR":  # it calls a statement that is wrong by the same class
+    """Return whether the database failed, as opposed to the statement."""
+    if (
+        _sqlite_error_name(error) == "SQLITE_ERROR"
+    ):  # an invalid statement, which SQLite reports with the same class
         return False
     outages = (OperationalError, InterfaceError, InternalError, PoolTimeout)
     return isinstance(error, outages) or bool(getattr(error, "connection_invalidated", False))
@@ -181,7 +183,7 @@ def _outage_error(error: DBAPIError | PoolTimeout) -> Unavailable:
 def _busy_message(error: DBAPIError | PoolTimeout) -> str | None:
     """Return the message of an outage of a database that responds; None if the database does not respond."""
     if isinstance(error, PoolTimeout):
-        return "the database is busy: all connections to it are in use. Try again."
+        return "the database is busy: all connections of the pool are in use. Retry."
     if _sqlite_error_name(error).startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return SQLSTATE_MESSAGES["55P03"]
     if _sqlite_error_name(error) == "SQLITE_FULL":
@@ -190,13 +192,13 @@ def _busy_message(error: DBAPIError | PoolTimeout) -> str | None:
 
 
 def _is_downgrade(config: Config, current: str | None, target: str) -> bool:
-    """Whether the way from one revision to another leads back."""
+    """Return whether the target revision is older than the current one."""
     scripts = ScriptDirectory.from_config(config).walk_revisions("base", "head")  # newest first
     revisions: list[str | None] = [None, *reversed([s.revision for s in scripts])]
     if current not in revisions:
         raise Misconfigured(
-            f"the database is at revision {current}, which this release does not know: a newer one has migrated it. Run that "
-            "release, or let it go back first with `palimpsest migrate --to REVISION`."
+            f"the database is at revision {current}, which this release does not know: a newer release has migrated it. Run that "
+            "release, or downgrade the database with it: `palimpsest migrate --to REVISION`."
         )
     if target in ("base", "head"):
         return target == "base"
@@ -208,7 +210,7 @@ def _is_downgrade(config: Config, current: str | None, target: str) -> bool:
 
 
 def alembic_config(connection: Connection) -> Config:
-    """Alembic on a connection of ours; there is no alembic.ini."""
+    """Return an Alembic configuration for a connection. There is no alembic.ini."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS_DIR).replace("%", "%%"))
     config.attributes["connection"] = connection
@@ -220,7 +222,7 @@ def _create_engine(url: str) -> Engine:
         parsed = make_url(url)
     except ArgumentError:
         raise Misconfigured(
-            "database_url is no URL: write for example postgresql://user:password@host/name"
+            "database_url is not a URL: use for example postgresql://user:password@host/name"
         ) from None
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
@@ -230,7 +232,7 @@ def _create_engine(url: str) -> Engine:
         raise Misconfigured(f"database_url names {parsed.drivername!r}: use postgresql:// or sqlite:///")
     if parsed.database in (None, "", ":memory:"):
         raise Misconfigured(
-            "SQLite in memory is lost with its connection: name a file, sqlite:////path/to/file"
+            "an in-memory SQLite database is lost with its connection: use a file, sqlite:////path/to/file"
         )
     return _create_sqlite_engine(parsed)
 
@@ -245,25 +247,27 @@ def _create_postgres_engine(url: URL) -> Engine:
 def _set_up_postgres(connection: Any, _: Any) -> None:
     with connection.cursor() as cursor:
         cursor.execute("; ".join(f"SET {name} = '{value}'" for name, value in POSTGRES_TIMEOUTS.items()))
-    connection.commit()  # or the rollback of the first transaction would take them back
+    connection.commit()  # otherwise the rollback of the first transaction resets them
 
 
 def _create_sqlite_engine(url: URL) -> Engine:
     connect_args = {"timeout": SQLITE_BUSY_TIMEOUT, "check_same_thread": False}
-    engine = create_engine(url, connect_args=connect_args, hide_parameters=True)  # parameters are users' text
+    engine = create_engine(
+        url, connect_args=connect_args, hide_parameters=True
+    )  # parameters contain text of users
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:
-    """Durable to the last commit, readers beside a writer, and transactions begun by us, not by the driver."""
+    """Use WAL and full synchronization, enforce foreign keys, and disable the driver's implicit transactions."""
     connection.isolation_level = None
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """A writer takes the lock at once: one that begins as a reader could not wait for it later."""
+    """Begin a transaction. A writer takes the lock at once, because SQLite cannot wait to upgrade a read lock."""
     reading = connection.get_execution_options().get("reading", False)
     connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")

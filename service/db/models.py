@@ -1,6 +1,6 @@
-"""The tables. The migrations under `migrations/` make them; a test holds the two to each other.
+"""The tables. The migrations in `migrations/` create them; a test compares the two.
 
-JSON is text, so that SQLite and PostgreSQL give back exactly what was stored; times are UTC.
+JSON is stored as text, so that SQLite and PostgreSQL return exactly the stored value. Times are in UTC.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ NAMING_CONVENTION = {
 
 
 def now() -> datetime:
+    """Return the current time in UTC."""
     return datetime.now(UTC)
 
 
 def to_json_value(value: Any) -> Any:
-    """The value as JSON can say it: tuples become lists, and NaN and the infinities, which it lacks, become null."""
+    """Return a value as plain JSON: tuples become lists; NaN and infinities become null."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -39,7 +40,7 @@ def to_json_value(value: Any) -> Any:
 
 
 class JsonText(TypeDecorator[Any]):
-    """Any JSON value as text; None is SQL's NULL."""
+    """Any JSON value as text; None is NULL."""
 
     impl = Text
     cache_ok = True
@@ -52,7 +53,7 @@ class JsonText(TypeDecorator[Any]):
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A moment. SQLite drops the zone, which is put back on reading."""
+    """A time in UTC. SQLite drops the zone, which is restored on reading."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -78,20 +79,20 @@ class Base(DeclarativeBase):
 
 
 class Model(Base):
-    """A model that some worker has had resident."""
+    """A model that a worker has registered."""
 
     __tablename__ = "models"
 
     fingerprint: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
     info: Mapped[dict[str, Any]]
-    tokenizer: Mapped[str] = mapped_column(deferred=True)  #: megabytes, and rarely asked for
+    tokenizer: Mapped[str] = mapped_column(deferred=True)  #: megabytes, and rarely read
     created: Mapped[datetime]
-    registered: Mapped[datetime]  #: when a worker last came up with it
+    registered: Mapped[datetime]  #: time of the last registration by a worker
 
 
 class Job(Base):
-    """An edit, a trace or an evaluation, from the moment it is accepted. The row is the truth about it."""
+    """A job of any kind. The row is authoritative for its state."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -110,27 +111,25 @@ class Job(Base):
     updated: Mapped[datetime]
     started: Mapped[datetime | None]
     ended: Mapped[datetime | None]
-    attempts: Mapped[int] = mapped_column(default=0)  #: the fence: a write of an older attempt is refused
+    attempts: Mapped[int] = mapped_column(default=0)  #: the fence: writes of older attempts are rejected
     worker: Mapped[str | None]
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     progress: Mapped[dict[str, Any] | None] = mapped_column(JsonText)
     result: Mapped[dict[str, Any] | None] = mapped_column(JsonText)
     error: Mapped[dict[str, Any] | None] = mapped_column(JsonText)
-    subject: Mapped[str]  #: up to white space; of an evaluation, what it evaluates in a few words
-    fact_key: Mapped[
-        str | None
-    ]  #: edits of one key speak of one fact; too long for an index, found by subject
+    subject: Mapped[str]  #: with normalized white space; of an evaluation or export, a short description
+    fact_key: Mapped[str | None]  #: equal for edits of one fact; too long for an index, looked up by subject
     dry_run: Mapped[bool] = mapped_column(default=False)
-    version: Mapped[int | None]  #: at which an edit was applied
+    version: Mapped[int | None]  #: version that an edit created
     reverted_version: Mapped[int | None]
-    request_id: Mapped[str | None]  #: of the HTTP request that asked for it, for the logs
+    request_id: Mapped[str | None]  #: of the HTTP request that submitted it, for the logs
     exhausted: Mapped[bool] = mapped_column(
         default=False
     )  #: whether it failed because all its attempts were used; it can be retried by hand
 
 
 class StoredFactors(Base):
-    """The vectors of an applied edit, as safetensors."""
+    """The factors of an applied edit, as safetensors."""
 
     __tablename__ = "factors"
 
@@ -140,7 +139,7 @@ class StoredFactors(Base):
 
 
 class JobArtifact(Base):
-    """Something that is kept of a job while it is open (`service/jobs/artifacts.py`)."""
+    """Named bytes that belong to a job (`service/jobs/artifacts.py`)."""
 
     __tablename__ = "job_artifacts"
 
@@ -150,7 +149,7 @@ class JobArtifact(Base):
 
 
 class LedgerEntry(Base):
-    """What was applied and reverted; rows are only ever added (`service/ledger/ledger.py`)."""
+    """An applied or reverted edit. The table is append-only (`service/ledger/ledger.py`)."""
 
     __tablename__ = "ledger"
     __table_args__ = (UniqueConstraint("model", "edit_id", "kind"),)
@@ -190,13 +189,13 @@ class Attestation(Base):
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     worker: Mapped[str] = mapped_column(primary_key=True)
     digest: Mapped[str]
-    device: Mapped[str]  #: bytes are promised to be the same on one kind of device
+    device: Mapped[str]  #: digests are comparable on one kind of device only
     at: Mapped[datetime]
-    withdrawn: Mapped[datetime | None]  #: when the worker was outvoted and took itself out
+    withdrawn: Mapped[datetime | None]  #: time at which the worker was quarantined
 
 
 class IdempotencyKey(Base):
-    """What a request with this key made the first time."""
+    """The resources that the first request with an Idempotency-Key created."""
 
     __tablename__ = "idempotency"
 
@@ -209,7 +208,7 @@ class IdempotencyKey(Base):
 
 
 class Worker(Base):
-    """A worker process. Its heartbeat says whether it lives."""
+    """A worker process. It is alive while its heartbeat is within the lease."""
 
     __tablename__ = "workers"
 
@@ -222,23 +221,21 @@ class Worker(Base):
     started: Mapped[datetime]
     host: Mapped[str]
     pid: Mapped[int]
-    reason: Mapped[str | None]  #: why the worker took itself out; None while it serves
+    reason: Mapped[str | None]  #: reason of a quarantine; None while it serves
 
 
 class ApiKey(Base):
-    """A key that opens the HTTP door. Of the secret only a digest is kept."""
+    """An API key. Only a digest of its secret is stored."""
 
     __tablename__ = "api_keys"
     __table_args__ = (UniqueConstraint("name"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[
-        str
-    ]  #: the actor in the ledger; never given to another key, not even when this one is revoked
+    name: Mapped[str]  #: the actor in the ledger; unique for ever, also after the key is revoked
     digest: Mapped[str]  #: sha256 of the secret, which is 256 random bits: no slow hash is needed
     scopes: Mapped[list[str]]
     requests_per_minute: Mapped[int | None]  #: None: the service's default
-    max_queued: Mapped[int | None]  #: jobs of this key that may wait at once; None: the service's default
+    max_queued: Mapped[int | None]  #: maximum number of queued jobs of this key; None: the service's default
     created: Mapped[datetime]
     last_used: Mapped[datetime | None]
     revoked: Mapped[datetime | None]

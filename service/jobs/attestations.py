@@ -1,7 +1,7 @@
-"""What workers say of their weights, and whose word holds when they differ.
+"""Attested weight digests of workers, and the majority vote when they differ.
 
-Equal states have equal bytes on one kind of device, so all that was said of one state there is one vote. Functions on a
-session: whoever votes holds the ledger's lock, so that two who differ cannot miss each other.
+Equal states have equal bytes on one kind of device, so all attestations of one state and one device are one vote. A
+caller that attests holds the ledger's lock, so that two workers that differ see each other's attestation.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from service.ledger.ledger import state_hash
 
 
 def attest(session: Session, model: str, version: int, worker: str, digest: str, device: str) -> None:
-    """The weights at this version have this digest at this worker."""
+    """Record the digest of a worker's weights at a version."""
     before = session.get(Attestation, (model, version, worker))
     if before and (before.digest, before.device, before.withdrawn) == (digest, device, None):
-        return  # the first time counts
+        return  # the time of the first attestation counts
     row = {"digest": digest, "device": device, "at": now(), "withdrawn": None}
     session.merge(Attestation(model=model, version=version, worker=worker, **row))
     session.flush()
 
 
 def majority_digest(session: Session, model: str, version: int, device: str, lease: timedelta) -> str | None:
-    """The digest that holds for a version's state: the one that most workers attest, of several the first.
+    """Return the digest that most workers attest for a version's state; of several such digests the earliest.
 
-    Living workers count before those that are gone. So nobody is outvoted for ever by what is no more: when all
-    workers are stopped and others are started (with other libraries, say), the new ones agree among themselves.
+    Live workers take precedence over dead ones: when all workers are replaced by others, with other library versions for
+    example, the new workers are not outvoted by the old ones.
     """
     voted_by_alive = and_(Worker.id == Attestation.worker, worker_registry.alive(lease))
     query = (
@@ -56,13 +56,13 @@ def majority_digest(session: Session, model: str, version: int, device: str, lea
 
 
 def withdraw_attestations(session: Session, model: str, worker: str) -> None:
-    """What this worker attested counts no longer, and stays to be read."""
+    """Mark the attestations of a worker as withdrawn. They stay readable and no longer count."""
     conditions = (Attestation.model == model, Attestation.worker == worker, Attestation.withdrawn.is_(None))
     session.execute(update(Attestation).where(*conditions).values(withdrawn=now()))
 
 
 def _versions_with_same_state(session: Session, model: str, version: int) -> set[int]:
-    """The versions with the same state as this one."""
+    """Return the versions with the same state as this one, itself included."""
     base = state_hash(model, [])
     states = select(LedgerEntry.state).where(LedgerEntry.model == model, LedgerEntry.version == version)
     state = session.scalar(states) if version else base

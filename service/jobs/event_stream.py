@@ -1,4 +1,4 @@
-"""Listening with a look around in the silences."""
+"""Event streams with idle ticks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.jobs.broker import Event
 
 
 async def with_idle_ticks(events: AsyncIterator[Event], idle_interval: float) -> AsyncGenerator[Event | None]:
-    """The events, and None after every `silence` seconds without one."""
+    """Yield the events, and None after every `idle_interval` seconds without one."""
     pending: asyncio.Task[Event | None] | None = None
     try:
         while True:
@@ -39,7 +39,7 @@ async def _next_event(events: AsyncIterator[Event]) -> Event | None:
 
 
 async def _cancel_and_wait(task: asyncio.Task[Event | None]) -> None:
-    """End a task whose result nobody needs."""
+    """Cancel a task, wait for its end and ignore its result."""
     task.cancel()
     with suppress(asyncio.CancelledError, PalimpsestError, Exception):
         await task

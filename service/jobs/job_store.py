@@ -1,7 +1,7 @@
-"""What a worker may do with the rows of jobs.
+"""A worker's access to the rows of jobs: claim, progress, artifacts, finish, and the commit of an edit.
 
-A job may be delivered twice and to two workers. Each start counts an attempt, and every later write is fenced by it:
-a worker whose job was taken over can no longer write anything.
+The id of a job may be delivered twice and to two workers. Each claim increments the row's attempt counter, and every
+later write is fenced by it: a worker whose job another worker has claimed can no longer write.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from service.ledger import ledger
 
 log = logging.getLogger(__name__)
 
-PROGRESS_WRITE_INTERVAL = 0.5  #: progress is written to the row at most this often
+PROGRESS_WRITE_INTERVAL = 0.5  #: seconds between two writes of progress to the row
 
 
 @dataclass(frozen=True)
 class ClaimedJob:
-    """A job that this worker has begun."""
+    """A job that this worker has claimed."""
 
     id: str
     kind: str
@@ -44,7 +44,7 @@ class ClaimedJob:
     subject: str
     fact_key: str | None
     dry_run: bool
-    request_id: str = ""  #: of the HTTP request that asked for it
+    request_id: str = ""  #: of the HTTP request that submitted it
 
 
 class JobStore:
@@ -66,7 +66,10 @@ class JobStore:
         self._cancelled_jobs: set[str] = set()
 
     def claim(self, job_id: str) -> ClaimedJob | None:
-        """Begin a job that waits, or whose worker died. None when there is nothing to do for this worker."""
+        """Claim a queued job, or a running one whose worker died, and count an attempt.
+
+        None when the job cannot be claimed. A cancelled job and one without attempts left are finished instead.
+        """
         finished = claimed = None
         with self.database.write_session() as session:
             job = self._lock_row(session, job_id)
@@ -81,7 +84,7 @@ class JobStore:
                 finished = _mark_exhausted(session, job)
             else:
                 claimed = self._start_attempt(job)
-                # who begins a job lives, also when it slept so long that its heartbeat says otherwise
+                # the claim proves that this worker is alive, even if its last heartbeat has expired
                 session.execute(update(Worker).where(Worker.id == self.worker).values(heartbeat=now()))
             session.flush()
             crash_points.crash_point("start.before_commit")
@@ -114,7 +117,7 @@ class JobStore:
         )
 
     def requeue(self, job: ClaimedJob) -> None:
-        """Put a job back that this worker cannot finish because it stops; the attempt does not count."""
+        """Return a job to the queue, without counting the attempt, because this worker stops."""
         finished = None
         with self.database.write_session() as session:
             row = self._row_under_fence(session, job, allow_finished=True)
@@ -130,11 +133,14 @@ class JobStore:
             self.broker.notify(job.id, job.kind)
 
     def forget_locally(self, job: ClaimedJob) -> None:
-        """This worker does a job no longer and cannot write so: the sweep finds it, and it is tried again."""
+        """Stop running a job without writing its row. The sweep finds it as an orphan, and it is tried again."""
         self._clear_local_state(job.id)
 
     def report_progress(self, job: ClaimedJob, progress: Progress) -> None:
-        """Tell the listeners at once, and the row every now and then. Raises LeaseLost when the job was taken over."""
+        """Publish progress, and write it to the row every PROGRESS_WRITE_INTERVAL seconds.
+
+        Raises LeaseLost when another worker has claimed the job.
+        """
         current_time = time.monotonic()
         if (
             current_time - self._progress_written_at.get(job.id, -PROGRESS_WRITE_INTERVAL)
@@ -149,18 +155,21 @@ class JobStore:
         self.broker.publish(job.id, "progress", progress.to_json())
 
     def put_artifact(self, job: ClaimedJob, name: str, data: bytes) -> None:
-        """Keep a part of a job for whoever goes on with it. Raises LeaseLost when the job was taken over."""
+        """Store an artifact for this and later attempts. Raises LeaseLost when another worker has claimed the job."""
         with self.database.write_session() as session:
             self._row_under_fence(session, job)
             artifacts.put_artifact(session, job.id, name, data)
 
     def get_artifact(self, job: ClaimedJob, name: str) -> bytes | None:
-        """A part of a job, kept by this attempt or by one before it. What reads needs no fence."""
+        """Return an artifact that this or an earlier attempt stored; None when there is none. Reads need no fence."""
         with self.database.read_session() as session:
             return artifacts.get_artifact(session, job.id, name)
 
     def cancel_requested(self, job: ClaimedJob) -> bool:
-        """Whether somebody wants this job to stop: known at once from the broker, in any case from the row."""
+        """Return whether the job shall stop.
+
+        The broker delivers a cancellation at once. When it is lost, the next write of progress reads it from the row.
+        """
         return job.id in self._cancelled_jobs or self.broker.cancelled(job.id)
 
     def commit_edit(
@@ -171,10 +180,10 @@ class JobStore:
         body: dict[str, Any],
         result: dict[str, Any],
     ) -> int:
-        """Land an edit: its factors, the next entry of the ledger and its row, in one transaction. Returns the version.
+        """Commit an edit: its factors, the next ledger entry and its row, in one transaction. Return the version.
 
-        Raises Conflict when the head is not the expected one (look at the edit again at the new head and come back),
-        Cancelled when a cancel came first, LeaseLost when the job was taken over. Nothing is written then.
+        Raises Conflict when the head is not the expected one (evaluate the edit again at the new head), Cancelled when
+        a cancellation came first, LeaseLost when another worker has claimed the job. Nothing is written then.
         """
         try:
             with self.database.write_session() as session:
@@ -185,12 +194,12 @@ class JobStore:
                     self._insert_edit(session, row, factors, body, result)
                 version, finished = row.version, serialize_job(session, row)
                 crash_points.crash_point("apply.before_commit")
-        except IntegrityError as error:  # the lock makes this impossible; the schema makes it certain
+        except IntegrityError as error:  # the lock prevents this; the constraint guarantees it
             raise Conflict(f"head moved from {expected_head}.") from error
         crash_points.crash_point("apply.after_commit")
         self._publish_end(finished)
         if version is None:
-            raise LeaseLost(f"{job.id} has ended without landing.")
+            raise LeaseLost(f"{job.id} has ended without a commit.")
         return version
 
     def _insert_edit(
@@ -204,7 +213,7 @@ class JobStore:
         _finish_row(session, row, "applied", result)
 
     def finish(self, job: ClaimedJob, status: str, result: dict[str, Any] | None = None) -> None:
-        """End a job that leaves the ledger as it is."""
+        """Finish a job that does not change the ledger."""
         self._finish(job, status, result=result)
 
     def fail(self, job: ClaimedJob, error: Exception) -> None:
@@ -237,9 +246,9 @@ class JobStore:
         return session.scalar(select(Job).where(Job.id == job_id).with_for_update())
 
     def _row_under_fence(self, session: Session, job: ClaimedJob, allow_finished: bool = False) -> Job:
-        """The row, held for this transaction, if this attempt still owns it.
+        """Return the locked row if this attempt still owns it. Raises LeaseLost otherwise.
 
-        `or_ended`: also if this very attempt has ended it before, and was left in doubt whether that was committed.
+        `allow_finished` also accepts a row that this attempt has finished, after a commit with an unknown outcome.
         """
         row = self._lock_row(session, job.id)
         owned = row is not None and (row.worker, row.attempts) == (self.worker, job.attempt)
@@ -250,20 +259,23 @@ class JobStore:
         ):
             return row
         self._clear_local_state(job.id)
-        raise LeaseLost(f"attempt {job.attempt} at {job.id} is no longer the running one.")
+        raise LeaseLost(f"attempt {job.attempt} at {job.id} is no longer the running attempt.")
 
 
 def _check_can_commit(row: Job, head: int, expected_head: int) -> None:
     if row.cancel_requested:
-        raise Cancelled("the edit was cancelled before it landed.")
+        raise Cancelled("the edit was cancelled before it was committed.")
     if head != expected_head:
         raise Conflict(f"head moved from {expected_head} to {head}.", head=head)
 
 
 def _mark_exhausted(session: Session, job: Job) -> ResourceDict:
-    """The job has killed too many workers, or met too many that died: a person may look, and retry it."""
+    """Finish a job whose workers died in all its attempts. It can be retried by hand."""
     detail = f"its worker died {job.attempts} times while it ran; it is not tried again."
-    job.worker, job.exhausted = None, True  # nobody's: a worker that was only frozen has not ended it
+    job.worker, job.exhausted = (
+        None,
+        True,
+    )  # without a worker, so that the fence rejects a worker that was only stalled
     return _finish_row(session, job, "failed", error=error_document(AttemptsExhausted(detail)))
 
 
@@ -274,7 +286,7 @@ def _finish_row(
     result: dict[str, Any] | None = None,
     error: dict[str, Any] | None = None,
 ) -> ResourceDict:
-    """Write a job's end; returns the resource to announce after the commit."""
+    """Write the end of a job. Return the resource to publish after the commit."""
     if job.kind == "trace" and result is not None:
         job.version = result.get("version")
     job.status, job.result, job.error = status, to_json_value(result), error

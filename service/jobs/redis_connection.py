@@ -1,4 +1,4 @@
-"""Connections to Redis, and the house's word for every way in which Redis can be away."""
+"""Redis clients, and the translation of Redis outages to `Unavailable`."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from redis.retry import Retry
 
 from service.errors import Unavailable
 
-CONNECT_TIMEOUT = 2.0  #: seconds until a connection stands
-HEALTH_CHECK_INTERVAL = 15  #: a connection that was idle for so many seconds is tried before it is used
-MAX_CONNECTIONS = 4096  #: of one process at most: every listener holds one
+CONNECT_TIMEOUT = 2.0  #: seconds for establishing a connection
+HEALTH_CHECK_INTERVAL = 15  #: idle seconds after which a connection is checked before it is used
+MAX_CONNECTIONS = 4096  #: per process; every event listener uses one
 
-#: why Redis does not serve us, the narrower first
+#: reasons of an outage by exception class, subclasses first
 UNAVAILABLE_REASONS: dict[type[Exception], str] = {
     exceptions.AuthenticationError: "it refuses our credentials",
     exceptions.BusyLoadingError: "it is loading its data",
     exceptions.ConnectionError: "it cannot be reached",
-    exceptions.TimeoutError: "it is silent",
+    exceptions.TimeoutError: "it does not respond in time",
     exceptions.ReadOnlyError: "it is a read-only replica",
     exceptions.OutOfMemoryError: "its memory is full",
     exceptions.MasterDownError: "its master is down",
     exceptions.NoScriptError: "it has just been started",
 }
 
-#: refusals that are no mistake of ours: it cannot write its files, a script runs away, a cluster is in pieces
+#: prefixes of error replies that mean an unhealthy server: failed persistence, a script that runs too long, a partial cluster
 UNHEALTHY_PREFIXES = ("MISCONF", "BUSY", "CLUSTERDOWN")
 
 
 def redis_client(url: str, socket_timeout: float) -> redis.Redis:
-    """A connection that was cut is made anew at once; a Redis that is silent for `answer` seconds is not asked twice."""
+    """Return a client that reconnects after a lost connection. A command that times out after `socket_timeout` is not repeated."""
     retry = Retry(ExponentialBackoff(cap=0.2, base=0.02), 3, (exceptions.ConnectionError,))
     return redis.Redis.from_url(url, retry=retry, **_connection_options(socket_timeout))
 
 
 def async_redis_client(url: str, socket_timeout: float) -> Any:
-    """The same for an event loop; nothing is asked twice."""
+    """Return a client for an event loop. No command is repeated."""
     return redis.asyncio.Redis.from_url(
         url, retry=AsyncRetry(NoBackoff(), 0), **_connection_options(socket_timeout)
     )
@@ -61,18 +61,18 @@ def _connection_options(socket_timeout: float) -> dict[str, Any]:
 
 
 def as_unavailable(error: Exception) -> Unavailable | None:
-    """What the house raises for it, without addresses; None when it is no outage but a mistake."""
+    """Return the Unavailable error for an outage, without addresses in its text; None for any other error."""
     for kind, reason in UNAVAILABLE_REASONS.items():
         if isinstance(error, kind):
             return Unavailable(f"the queue does not answer: {reason}.")
     if isinstance(error, exceptions.ResponseError) and str(error).startswith(UNHEALTHY_PREFIXES):
-        return Unavailable("the queue does not answer: it is not fit to serve.")
+        return Unavailable("the queue does not answer: it is unhealthy.")
     return None
 
 
 @contextmanager
 def translate_redis_errors() -> Iterator[None]:
-    """What Redis raises while it is away is `Unavailable`."""
+    """Raise `Unavailable` for errors of Redis that mean an outage."""
     try:
         yield
     except exceptions.RedisError as error:

@@ -145,10 +145,10 @@ class WorkerSession:
                 return
             reason = (
                 f"its weights at version {version} have the digest {digest[:12]} and those of the others "
-                f"{str(expected)[:12]}: see that the model's files, the libraries and the memory are sound and like theirs."
+                f"{str(expected)[:12]}: check the model files, the library versions and the memory of this worker."
             )
             self._quarantine(session, reason)
-        raise DigestMismatch(f"this worker takes itself out: {reason}")
+        raise DigestMismatch(f"this worker stops serving: {reason}")
 
     def quarantine(self, reason: str) -> None:
         """Withdraw this worker's attestations and mark it as not serving; its running jobs can be taken over."""

@@ -1,4 +1,7 @@
-"""Ids that sort by time: a prefix that says what it names, and a ULID."""
+"""Ids that sort by time: the kind of resource as a prefix, and a ULID.
+
+The generator is local because an id must exceed all earlier ids of the process, also after the clock is set back.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import threading
 import time
 from contextvars import ContextVar
 
-#: the id of the HTTP request that is being answered, here or for a worker; "" where there is none
+#: id of the HTTP request that is being processed, in the API or a worker; "" outside a request
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 _ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
@@ -15,7 +18,7 @@ _RANDOM_BITS = 80
 
 
 class _UlidGenerator:
-    """128 bits each, 48 of milliseconds and 80 of chance, and each greater than the one before."""
+    """Strictly increasing 128-bit values: 48 bits of milliseconds and 80 random bits."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,19 +35,19 @@ _ulid_generator = _UlidGenerator()
 
 
 def new_id(prefix: str) -> str:
-    """A fresh id, such as "edit_01J...", greater than every earlier one of its prefix in this process."""
+    """Return a new id such as "edit_01J...", greater than every earlier one with its prefix in this process."""
     value = _ulid_generator.next()
-    # 26 digits, most significant first, so that text sorts as the number does
+    # 26 digits, most significant first, so that the text sorts like the number
     return f"{prefix}_{''.join(_ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))}"
 
 
 def prefix_of(id: str) -> str:
-    """What an id names: its prefix."""
+    """Return the prefix of an id, the kind of its resource."""
     return id.partition("_")[0]
 
 
 def created_at(id: str) -> float | None:
-    """When an id was made, in seconds by the clock of whoever made it; None when it is not one of ours."""
+    """Return the Unix time in seconds at which an id was generated; None for a text that is not such an id."""
     digits = id.rpartition("_")[2]
     if len(digits) != 26 or not set(digits) <= set(_ALPHABET):
         return None

@@ -1,4 +1,4 @@
-"""Lists in pages: a cursor holds the last id or version of the page before, and nobody needs to know that."""
+"""Cursor pagination. A cursor is opaque to clients and encodes the last id or version of the previous page."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import TypeVar
 
 from service.errors import InvalidInput
 
-#: what a cursor holds
+#: type of the value in a cursor
 CursorValue = TypeVar("CursorValue", str, int)
 MAX_PAGE_SIZE = 200
 
 
 def validate_limit(limit: int) -> None:
-    """Refuse pages that are empty or too long."""
+    """Raise InvalidInput for a page size outside 1 to MAX_PAGE_SIZE."""
     if not 1 <= limit <= MAX_PAGE_SIZE:
         raise InvalidInput(f"`limit` must be from 1 to {MAX_PAGE_SIZE}.", "limit")
 
 
 def encode_cursor(last: str | int) -> str:
-    """The cursor of the page after this id or version."""
+    """Return the cursor of the page after this id or version."""
     return base64.urlsafe_b64encode(json.dumps(last).encode()).decode().rstrip("=")
 
 
 def decode_cursor(cursor: str | None, kind: type[CursorValue]) -> CursorValue | None:
-    """What a cursor of that kind holds; None for the first page."""
+    """Return the value of a cursor; None for the first page. Raises InvalidInput for an invalid cursor."""
     if cursor is None:
         return None
     try:
@@ -41,4 +41,7 @@ def decode_cursor(cursor: str | None, kind: type[CursorValue]) -> CursorValue | 
 
 
 def invalid_cursor() -> InvalidInput:
-    return InvalidInput("this cursor is not one that this list gave: start without one.", "cursor")
+    """Return the error for a cursor that this service did not issue."""
+    return InvalidInput(
+        "the cursor is not valid for this list: omit it to start from the first page.", "cursor"
+    )

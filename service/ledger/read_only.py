@@ -1,4 +1,4 @@
-"""A ledger that is only read, for a replica outside of the service."""
+"""Read-only access to a ledger, for a replica outside the service."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from service.ledger import ledger
 
 
 class ReadOnlyLedger:
-    """What a replica reads. What it would attest is held against what workers attested, and kept to itself."""
+    """The ledger of one model. `attest` compares a digest with those of the workers and writes nothing."""
 
     def __init__(self, database: Database, model: str, device: str) -> None:
         self.database, self.model, self.device = database, model, device
-        self.confirmed = False  #: whether a worker has said the same of the weights
+        self.confirmed = False  #: whether a worker attested the same digest
         with database.read_session() as session:
             if session.get(Model, model) is None:
                 known_models = ", ".join(
@@ -35,6 +35,7 @@ class ReadOnlyLedger:
         return resolve_version(version, self.head())
 
     def head(self) -> int:
+        """Return the newest version; 0 is the base model."""
         with self.database.read_session() as session:
             return ledger.head(session, self.model)
 
@@ -48,7 +49,7 @@ class ReadOnlyLedger:
             return ledger.factors_of(session, edits)
 
     def attest(self, version: int, digest: str) -> None:
-        """Raises Disagrees when all workers on such a device hold other bytes."""
+        """Raise DigestMismatch when workers on the same kind of device attested this version with other digests only."""
         query = select(Attestation.digest).where(
             Attestation.model == self.model,
             Attestation.version == version,
@@ -60,6 +61,6 @@ class ReadOnlyLedger:
         self.confirmed = digest in digests
         if digests and not self.confirmed:
             raise DigestMismatch(
-                f"the weights made here have the digest {digest[:12]} and those of the service {min(digests)[:12]}: see that the model's "
-                "files and the libraries are like those of its workers."
+                f"the local weights have the digest {digest[:12]}, those of the service {min(digests)[:12]}: use the model files and "
+                "the library versions of its workers."
             )

@@ -1,4 +1,4 @@
-"""Does the ledger still say what it said? Every hash is computed again, and all that hangs on it is compared."""
+"""Verification of a ledger: recompute every hash and compare factors, states, job rows and attested digests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from service.ledger.ledger import (
 
 @dataclass(frozen=True)
 class LedgerFinding:
-    """Something that is not as it was written: in the chain, the factors, the states, the statuses or the replicas."""
+    """An inconsistency in the chain, the factors, the states, the statuses or the replicas."""
 
     where: str
     version: int | None
@@ -34,11 +34,11 @@ class LedgerFinding:
 
 
 def verify_ledger(session: Session, model: str) -> list[LedgerFinding]:
-    """Everything that is wrong with a model's ledger; empty when all is well."""
+    """Return all inconsistencies of a model's ledger."""
     try:
         chain = entries(session, model)
     except ValueError as error:
-        return [LedgerFinding("chain", None, f"an entry can no longer be read: {error}")]
+        return [LedgerFinding("chain", None, f"an entry cannot be parsed: {error}")]
     chain_findings = list(_check_chain(chain))
     intact = (
         chain[: chain_findings[0].version - 1 if chain_findings and chain_findings[0].version else 0]
@@ -85,7 +85,9 @@ def _check_states(model: str, chain: list[Entry]) -> Iterator[LedgerFinding]:
     for entry in chain:
         if entry.state != state_hash(model, active_entries(chain, entry.version)):
             yield LedgerFinding(
-                "state", entry.version, f"the state of version {entry.version} is not that of its edits"
+                "state",
+                entry.version,
+                f"the state of version {entry.version} does not match its active edits",
             )
 
 
@@ -103,7 +105,7 @@ def _check_head(session: Session, model: str, chain: list[Entry]) -> Iterator[Le
 def _check_jobs(
     session: Session, model: str, chain: list[Entry], chain_intact: bool
 ) -> Iterator[LedgerFinding]:
-    """The rows of edits and the ledger tell one story; a ledger whose end was cut off is found here."""
+    """Compare the rows of edits with the ledger. A ledger that was truncated at the end is found here."""
     committed = select(Job).where(
         Job.model == model,
         Job.kind == "edit",
@@ -127,13 +129,15 @@ def _check_jobs(
     for job in session.scalars(committed):
         expected = "reverted" if job.id in reverted else "applied" if job.id in active_ids else "superseded"
         if job.status != expected:
-            yield LedgerFinding("status", job.version, f"{job.id} is called {job.status} and is {expected}")
+            yield LedgerFinding(
+                "status", job.version, f"{job.id} has the status {job.status} instead of {expected}"
+            )
 
 
 def _check_replicas(
     session: Session, model: str, chain: list[Entry], complete: bool
 ) -> Iterator[LedgerFinding]:
-    """On one kind of device equal states have equal bytes, whichever worker and whichever version."""
+    """Check that all digests of one state on one kind of device are equal, over workers and versions."""
     states = {0: state_hash(model, [])} | {entry.version: entry.state for entry in chain}
     digests: dict[tuple[str, str], dict[str, Attestation]] = defaultdict(dict)
     rows = (
@@ -148,7 +152,7 @@ def _check_replicas(
             yield LedgerFinding(
                 "replicas",
                 row.version,
-                f"{row.worker} stood at version {row.version}, which the ledger lacks",
+                f"{row.worker} attested version {row.version}, which is not in the ledger",
             )
     for (_, device), by_digest in digests.items():
         if len(by_digest) > 1:

@@ -37,7 +37,8 @@ from service.jobs.broker import Broker
 from service.jobs.memory_broker import MemoryBroker
 from service.kit import ids
 from service.kit.steps import Phase, Progress
-from service.ledger import ledger
+from service.ledger import cached, ledger
+from service.ledger.cached import CachedLedger
 from service.schemas import EditRequest, EvaluationRequest, TraceRequest
 from service.settings import Settings
 from tests.support.served_model import INFO, tokenizer_json
@@ -782,11 +783,11 @@ class TestArtifacts:
         assert worker.jobs.get_artifact(job, "a") == b"x"
 
 
-class TestLedger:
+class TestCachedLedger:
     def test_associations(
         self, worker: WorkerParts, submit_edit: Callable[..., Any], services: Services
     ) -> None:
-        """A replica is given the factors that are active at a version, each with what its entry says."""
+        """Return the edits active at a version with the bodies of their entries, and their factors."""
         a, b = submit_edit(), submit_edit("Colosseum")
         commit_edit(worker, a, strength=1.5)
         commit_edit(worker, b)
@@ -797,19 +798,22 @@ class TestLedger:
         assert worker.ledger.active_at(1)[0][1]["strength"] == 1.5
         assert worker.ledger.factors_of([b, a]) == {a: a.encode(), b: b.encode()}
 
-    def test_the_ledger_is_read_once(
+    def test_entries_are_read_once(
         self,
         worker: WorkerParts,
         submit_edit: Callable[..., Any],
         services: Services,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Only entries that are new are read, and what is active is what a desk that knows nothing finds."""
-        read = []
+        """Only new entries are read, and the active edits are those of the whole ledger."""
+        read: list[int] = []
         entries = ledger.entries
-        monkeypatch.setattr(
-            ledger, "entries", lambda *args, **kwargs: read.append(kwargs) or entries(*args, **kwargs)
-        )
+
+        def recording(*args: Any, after: int = 0, **kwargs: Any) -> Any:
+            read.append(after)
+            return entries(*args, after=after, **kwargs)
+
+        monkeypatch.setattr(ledger, "entries", recording)
         a, b = submit_edit(), submit_edit("Colosseum")
         commit_edit(worker, a)
         assert [x for x, _ in worker.ledger.active_at(1)] == [a]
@@ -817,30 +821,59 @@ class TestLedger:
         services.edits.revert(a, "somebody")
         read.clear()
         assert [x for x, _ in worker.ledger.active_at(3)] == [b]
-        assert read == [{"after": 0}]
+        assert read == [0]
         assert [x for x, _ in worker.ledger.active_at(2)] == [a, b]
-        assert read == [{"after": 0}, {"after": 2}]
+        assert read == [0, 2]
+
+    def test_pages(
+        self, worker: WorkerParts, submit_edit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A ledger that is longer than a page is read whole, at once and as it grows."""
+        monkeypatch.setattr(cached, "PAGE_SIZE", 2)
+        edits = [submit_edit(f"Tower {n}") for n in range(9)]
+        for number, edit in enumerate(edits[:5], start=1):
+            commit_edit(worker, edit)
+            if number in (1, 2):
+                assert [x for x, _ in worker.ledger.active_at(number)] == edits[:number]
+        assert [x for x, _ in worker.ledger.active_at(5)] == edits[:5]
+        for edit in edits[5:]:
+            commit_edit(worker, edit)
+        assert [x for x, _ in worker.ledger.active_at(9)] == edits
+        fresh = CachedLedger(worker.database, worker.model)
+        assert fresh.active_at(9) == worker.ledger.active_at(9)
+
+    @pytest.mark.parametrize("max_body_bytes", [0, 500])
+    def test_bodies_are_bounded_in_bytes(
+        self, worker: WorkerParts, submit_edit: Callable[..., Any], max_body_bytes: int
+    ) -> None:
+        """The cached bodies never exceed the limit, and the results do not depend on it."""
+        for n in range(6):
+            commit_edit(worker, submit_edit(f"Tower {n}"), note="x" * 50)
+        small = CachedLedger(worker.database, worker.model, max_body_bytes)
+        for version in (6, 3, 6, 0):
+            assert small.active_at(version) == worker.ledger.active_at(version)
+            sizes = [len(ledger.canonical_json(body)) for body, _ in small._bodies.values()]
+            assert sum(sizes) == small._body_bytes <= max_body_bytes
+        assert len(worker.ledger._bodies) == 6
 
     def test_a_restored_ledger_is_read_again(
         self, worker: WorkerParts, submit_edit: Callable[..., Any]
     ) -> None:
-        """When the last entry that was known is another or gone, because a back-up was put in place, nothing old counts."""
+        """When the newest cached entry changed or is missing, because a backup was restored, nothing cached is used."""
         a = submit_edit()
         commit_edit(worker, a)
         assert [x for x, _ in worker.ledger.active_at(1)] == [a]
-        worker.ledger._entries = [replace(worker.ledger._entries[0], hash="0" * 64, edit_id="another")]
+        (entry,) = worker.ledger._index
+        worker.ledger._index = [replace(entry, hash="0" * 64, edit_id="another")]
         assert [x for x, _ in worker.ledger.active_at(1)] == [a]
-        worker.ledger._entries = [
-            worker.ledger._entries[0],
-            replace(worker.ledger._entries[0], version=2),
-        ]
+        worker.ledger._index = [entry, replace(entry, version=2)]
         assert [x for x, _ in worker.ledger.active_at(1)] == [a]
         with pytest.raises(NotFound):
             worker.ledger.active_at(2)
 
     @pytest.mark.parametrize("version", [-1, 1])
     def test_unknown_version(self, worker: WorkerParts, version: int) -> None:
-        """There is nothing to stand on beyond the head."""
+        """A version that does not exist raises NotFound."""
         with pytest.raises(NotFound, match="no version"):
             worker.ledger.active_at(version)
 
