@@ -76,7 +76,7 @@ class TestSubmit:
     def test_queue_full(self, services: Services, submit_edit: Callable[..., Any]) -> None:
         """Too many waiting jobs are refused, all or none, until some have gone."""
         first = submit_edit()
-        with pytest.raises(QueueFull, match="1 jobs wait already and at most 5"):
+        with pytest.raises(QueueFull, match="1 jobs are queued, at most 5"):
             services.edits.submit([edit_request()] * 5, "somebody")
         services.edits.submit([edit_request()] * 4, "somebody")
         with pytest.raises(QueueFull):
@@ -88,7 +88,7 @@ class TestSubmit:
         """One actor may not fill the queue: each has room of their own, which a key may have more or less of."""
         requests = [edit_request()]
         services.edits.submit(requests * 2, "a", max_queued=2)
-        with pytest.raises(QueueFull, match="2 jobs of yours wait already and at most 2") as error:
+        with pytest.raises(QueueFull, match="2 of your jobs are queued, at most 2") as error:
             services.edits.submit(requests, "a", max_queued=2)
         assert error.value.retry_after > 0
         with pytest.raises(QueueFull):
