@@ -1,10 +1,10 @@
-"""A set of edits on its way from one ledger to another: one file of safetensors with all that the first knows of them.
+"""Edit sets: edits exported from one ledger as one safetensors file, to be imported into another.
 
-Each tensor is named like an edit and is, byte by byte, the file of safetensors that `GET /edits/{id}/delta` gives; the metadata
-says in JSON what was asked for and how it was found. A digest over the metadata, which holds a digest of every tensor, tells a
-file that was damaged or changed. It tells nobody who wrote it: whoever may edit may import.
+Each tensor is named by the id of an edit and holds the bytes of the safetensors file that `GET /edits/{id}/delta` returns. The
+metadata describes the edits in JSON: request, provenance and origin. Its digest covers a digest of every tensor and detects a damaged
+or modified file. It does not authenticate the author: anyone with the scope to edit may import.
 
-Free of torch. Nothing of a file is believed before it is checked against the model that it is for.
+Free of torch. Everything in a file is checked against the model before it is used.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from service.ledger.ledger import Entry, canonical_json, iso_utc
 from service.methods.registry import METHODS, SOLVE_RULES
 from service.schemas import EditRequest, MethodName
 
-FORMAT = "palimpsest-edits-1"
+FORMAT = "palimpsest-edits-2"
 MAX_EDITS = 1000  #: edits in one file
-#: of an entry's body: how the edit was found. The rest is the request's, or is said anew where the edit lands.
+#: fields of a ledger entry's body that an export takes. The others come from the request, or from the importing service.
 PROVENANCE_FIELDS = (
     "method", "objective", "hparams", "strength", "resolved_true", "statistics", "corpus", "dtype", "device", "libraries",
 )  # fmt: skip
@@ -39,7 +39,7 @@ class _FileModel(BaseModel):
 
 
 class EditProvenance(_FileModel):
-    """How an edit was found, as its ledger has it."""
+    """How an edit was computed, as recorded in its ledger."""
 
     method: MethodName
     objective: str
@@ -54,18 +54,18 @@ class EditProvenance(_FileModel):
 
 
 class EditOrigin(_FileModel):
-    """Where an edit comes from."""
+    """The ledger and the entry that an edit comes from."""
 
-    ledger: str = Field(max_length=64, description="hash of that ledger's first entry")
-    edit: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="its id there")
-    version: int = Field(ge=1, description="at which it was applied there")
+    ledger: str = Field(max_length=64, description="hash of the first entry of that ledger")
+    edit: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="id of the edit in that ledger")
+    version: int = Field(ge=1, description="version at which it was applied")
     actor: str = Field(max_length=300)
     at: str = Field(max_length=40)
-    entry: str = Field(max_length=64, description="hash of its entry there")
+    entry: str = Field(max_length=64, description="hash of its entry in that ledger")
 
 
 class ExportedEdit(_FileModel):
-    """An edit of a set, without its vectors."""
+    """An edit of a set, without its tensors."""
 
     origin: EditOrigin
     request: EditRequest
@@ -74,7 +74,7 @@ class ExportedEdit(_FileModel):
 
 
 class EditSet(_FileModel):
-    """What the metadata says."""
+    """The metadata of a file."""
 
     model: dict[str, JsonValue]
     version: int = Field(ge=0)
@@ -84,32 +84,32 @@ class EditSet(_FileModel):
 
 @dataclass(frozen=True)
 class ImportedEdit:
-    """An edit of a file that was found sound."""
+    """An edit of a file that passed all checks."""
 
     edit: ExportedEdit
     factors: bytes
 
     @property
     def request(self) -> EditRequest:
-        """What is asked for here: the same, with the hyperparameters that it was found with, and to land."""
+        """Return the request of the import: the original one with the resolved hyperparameters, and to be committed."""
         provenance = self.edit.provenance
         changes = {"hparams": provenance.hparams, "method": provenance.method, "dry_run": False}
         return self.edit.request.model_copy(update=changes)
 
     @property
     def identity(self) -> tuple[str, str]:
-        """What tells it from others, in every ledger: its fact, and the digest of its vectors."""
+        """Return what identifies the edit in every ledger: its fact, and the digest of its tensors."""
         request = self.edit.request
         return fact_key(request.subject, request.prompt), self.edit.factors_sha256
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where it comes from, as the edit's resource and the ledger here say it."""
+        """Return the origin as the edit's resource and the importing ledger record it."""
         return {**self.edit.origin.model_dump(mode="json"), "factors_sha256": self.edit.factors_sha256}
 
     @property
     def body(self) -> dict[str, Any]:
-        """What the ledger here will say of how it was found."""
+        """Return the provenance that the importing ledger records."""
         return self.edit.provenance.model_dump(mode="json")
 
 
@@ -123,7 +123,7 @@ def build_edit_set(
     active: Sequence[Entry],
     requests: Mapping[str, Any],
 ) -> EditSet:
-    """The set of the edits that stand at a version. `past`: the ledger so far; `asked`: the request of each edit, by its id."""
+    """Return the set of the edits active at a version, from all entries up to it and the requests of the edits by id."""
     first = entries[0].hash
     return EditSet(
         model=dict(model),
@@ -151,7 +151,7 @@ def build_edit_set(
 
 
 def edit_set_header(edit_set: EditSet, sizes: Mapping[str, int]) -> bytes:
-    """What the file of a set begins with; the vectors of its edits follow, in order. `sizes`: of these, in bytes."""
+    """Return the header of a set's file. The tensors follow in the order of its edits; `sizes` are their bytes."""
     text = canonical_json(edit_set.model_dump(mode="json"))
     metadata = {
         "format": FORMAT,
@@ -166,13 +166,13 @@ def edit_set_header(edit_set: EditSet, sizes: Mapping[str, int]) -> bytes:
 
 
 def read_edit_set(data: bytes, fingerprint: str, info: Mapping[str, Any]) -> list[ImportedEdit]:
-    """The edits of a file, in the order of their ids. Raises InvalidInput when it is damaged, for another model, or not sound."""
+    """Return the edits of a file, ordered by id. Raise InvalidInput if it is damaged, invalid, or for another model."""
     file = safetensors_io.read_safetensors(data, _FILE_LABEL)
     edit_set = _parse_edit_set(file)
     _check_model(edit_set, fingerprint, info)
     names = [e.origin.edit for e in edit_set.edits]
     if len(set(names)) < len(names) or set(names) != set(file.tensor_infos):
-        raise InvalidInput("the file is damaged: its edits and its tensors are not the same.")
+        raise InvalidInput("the file is damaged: its edits and its tensors do not match.")
     imported = [_check_edit(file, e, info) for e in edit_set.edits]
     return sorted(imported, key=lambda g: g.edit.origin.edit)
 
@@ -180,34 +180,34 @@ def read_edit_set(data: bytes, fingerprint: str, info: Mapping[str, Any]) -> lis
 def _parse_edit_set(file: SafetensorsFile) -> EditSet:
     if file.metadata.get("format") != FORMAT:
         raise InvalidInput(
-            f"the file is no exported set of edits (its metadata has no format {FORMAT!r}): give one made by "
+            f"the file is not an edit set: its metadata lacks the format {FORMAT!r}. Give a file made by "
             "`palimpsest export --format edits`."
         )
     set_json = file.metadata.get("set", "")
     if hashlib.sha256(set_json.encode()).hexdigest() != file.metadata.get("sha256"):
-        raise _damaged_error("what it says of its edits")
+        raise _damaged_error("the description of its edits")
     try:
         return EditSet.model_validate_json(set_json)
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidInput(
-            f"the file is not sound: {'.'.join(map(str, first['loc']))}: {first['msg']}."
+            f"the file is invalid: {'.'.join(map(str, first['loc']))}: {first['msg']}."
         ) from None
 
 
 def _damaged_error(what: str) -> InvalidInput:
     return InvalidInput(
-        f"the file was damaged or changed on its way: {what} has another digest. Export it again."
+        f"the file is damaged or modified: the digest of {what} does not match. Export it again."
     )
 
 
 def _check_model(edit_set: EditSet, fingerprint: str, info: Mapping[str, Any]) -> None:
-    """An edit is a function of its base model's weights: on any other it would be noise."""
+    """Raise InvalidInput if the set is for another base model: an edit depends on the weights that it was computed on."""
     exported_fingerprint = str(edit_set.model.get("fingerprint"))
     if exported_fingerprint != fingerprint:
         raise InvalidInput(
-            f"the edits are of the model {str(edit_set.model.get('name'))!r} with the fingerprint {exported_fingerprint[:12]}, and the "
-            f"resident one is {str(info.get('name'))!r} with {fingerprint[:12]}: serve the same base model in the same precision."
+            f"the edits are for the model {str(edit_set.model.get('name'))!r} with the fingerprint {exported_fingerprint[:12]}, and the "
+            f"served model is {str(info.get('name'))!r} with {fingerprint[:12]}: serve the same base model in the same precision."
         )
 
 
@@ -219,18 +219,18 @@ def _check_edit(file: SafetensorsFile, edit: ExportedEdit, info: Mapping[str, An
     try:
         _check_factors(safetensors_io.read_safetensors(factors, "it"), edit.provenance, info)
     except InvalidInput as error:
-        raise InvalidInput(f"the vectors of {name} cannot be used: {error.detail}") from None
+        raise InvalidInput(f"the tensors of {name} are invalid: {error.detail}") from None
     return ImportedEdit(edit, factors)
 
 
 def _check_factors(file: SafetensorsFile, provenance: EditProvenance, info: Mapping[str, Any]) -> None:
-    """They are those of the method at its layers, of the model's shapes, and finite."""
+    """Raise InvalidInput unless the tensors are those of the method at its layers, with the model's shapes, and finite."""
     layers = provenance.hparams.get("layers")
     method = METHODS[provenance.method]
     if not isinstance(layers, list) or not all(
         isinstance(x, int) and 0 <= x < info["layers"] for x in layers
     ):
-        raise InvalidInput("hparams.layers names no layers of the model.")
+        raise InvalidInput("hparams.layers must name layers of the model.")
     shapes: Mapping[str, Sequence[int]] = info.get("weights") or {"mlp": (info["width"], info["inner_width"])}
     if method.needs_covariance:
         expected_shapes = {n: s for x in layers for n, s in _association_shapes(str(x), shapes).items()}
@@ -241,7 +241,7 @@ def _check_factors(file: SafetensorsFile, provenance: EditProvenance, info: Mapp
         {n for n in file.tensor_infos if _is_solve_mode(n, layers)} if method.needs_covariance else set()
     )
     if set(file.tensor_infos) - mode_names != set(expected_shapes) or len(mode_names) > len(layers):
-        raise InvalidInput(f"they are not those of {provenance.method} at the layers {layers}.")
+        raise InvalidInput(f"their names are not those of {provenance.method} at the layers {layers}.")
     for name, tensor_info in file.tensor_infos.items():
         dtype, shape = ("F64", (1,)) if name in mode_names else ("F32", expected_shapes[name])
         if (tensor_info.dtype, tensor_info.shape) != (dtype, shape):
@@ -250,11 +250,11 @@ def _check_factors(file: SafetensorsFile, provenance: EditProvenance, info: Mapp
             )
         numbers = file.to_numpy(name)
         if not np.isfinite(numbers).all() or (name in mode_names and numbers.min() < 0):
-            raise InvalidInput(f"{name} holds numbers that cannot be.")
+            raise InvalidInput(f"{name} has values that are not finite, or negative where they must not be.")
 
 
 def _association_shapes(layer: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """The vectors of an association and their shapes."""
+    """Return the tensors of an association with their shapes."""
     d, D = shapes["mlp"]
     sizes = {"key": D, "direction": D, "value": d, "left": d, "right": D}
     return {f"layer.{layer}.{name}": (n,) for name, n in sizes.items()}

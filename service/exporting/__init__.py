@@ -1,1 +1,1 @@
-"""A version in forms that other programs read: a LoRA adapter, or the edited weights."""
+"""Exports of a version in formats that other programs read: a LoRA adapter, the edited weights, a whole model."""

@@ -1,7 +1,4 @@
-"""A folder as one file: a zip without compression, clocks or chance, so that the same files are always the same bytes.
-
-Free of torch. Written to a file of its own, so that nothing large is held in memory.
-"""
+"""Reproducible zip archives: no compression and no timestamps, so that equal files give equal bytes. Free of torch."""
 
 from __future__ import annotations
 
@@ -10,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import IO
 
 ByteChunks = Iterable[bytes | memoryview]
-_EARLIEST_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest that the format has
-_ZIP64_THRESHOLD = 2**31  # from here on sizes take more room in the format
+_EARLIEST_DATE = (1980, 1, 1, 0, 0, 0)  # the earliest date of the format
+_ZIP64_THRESHOLD = 2**31  # bytes from which an entry uses 64-bit sizes
 
 
 def write_zip(file: IO[bytes], files: Mapping[str, tuple[int, ByteChunks]]) -> None:
-    """Each file by its name: its size in bytes, and its pieces."""
+    """Write a zip of files, given by name as the size in bytes and the chunks, one chunk at a time."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, (size, chunks) in sorted(files.items()):
             info = zipfile.ZipInfo(name, _EARLIEST_DATE)

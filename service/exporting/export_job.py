@@ -1,4 +1,4 @@
-"""Exports, from a replica at a version to the bytes of a file or the files of a folder."""
+"""Exports of a version to a file or a folder."""
 
 from __future__ import annotations
 
@@ -26,10 +26,8 @@ from service.models.memory_estimates import GIB
 from service.schemas import WorkerExportRequest
 from service.weights.composition import compose_in_steps
 
-MAX_TEXTS_PER_SOURCE = (
-    64  # of edits that the difference is measured on; the same again of plain texts at most
-)
-MAX_EXPORT_BYTES = GIB  # bytes of edited weights that go through the store of the service
+MAX_TEXTS_PER_SOURCE = 64  # texts on which the adapter is verified, of edits and again of plain texts
+MAX_EXPORT_BYTES = GIB  # edited weights that the service stores for download
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 ExportManifest = dict[str, Any]
@@ -39,7 +37,7 @@ ArchiveFiles = dict[str, tuple[int, ByteChunks]]
 def export_version(
     replica: VersionedModel, plain_texts: Sequence[str], request: WorkerExportRequest, file: IO[bytes]
 ) -> Stepper[ExportManifest]:
-    """Write an export to a file; what is said of it. `plain`: texts that no edit is about."""
+    """Write an export to a file and return its manifest. An adapter is verified on `plain_texts` and the edits' statements."""
     yield from replica.weights_in_steps(request.version)
     manifest = build_manifest(replica, request.version)
     yield Progress(Phase.COMPOSE, 0, 1)
@@ -49,7 +47,7 @@ def export_version(
 
 
 def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
-    """What every export says of itself."""
+    """Return the manifest that all exports share: base model, version, digest and edits."""
     model = replica.base
     return {
         "base": {
@@ -57,7 +55,7 @@ def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
             "architecture": model.architecture.model_type,
             "dtype": str(model.weight(0).dtype).removeprefix("torch."),
             "fingerprint": model.fingerprint,
-            "start": required_bos_token(model),
+            "bos_token": required_bos_token(model),
         },
         "version": version,
         "digest": replica.attest_version(version),
@@ -77,13 +75,13 @@ def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
 
 
 def public_base_name(model: LoadedModel) -> str:
-    """What others call the base model: its name on the hub where it came from there. Never a path of this machine."""
+    """Return the base model's hub name if it was loaded from the hub, else its name. Never a local path."""
     hub_name = str(getattr(model.model.config, "_name_or_path", "") or "")
     return hub_name if model.folder is None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_name) else model.name
 
 
 def required_bos_token(model: LoadedModel) -> str | None:
-    """The token that every text is read after, where the recipe asks for one that the model's own tokenizer does not write."""
+    """Return the BOS token if the recipe prepends one that the model's tokenizer does not add, else None."""
     token = bos_token_id(model)
     if not model.loaded_fingerprint or model.loaded_fingerprint == model.fingerprint or token is None:
         return None
@@ -93,7 +91,7 @@ def required_bos_token(model: LoadedModel) -> str | None:
 def _export_adapter(
     replica: VersionedModel, plain_texts: Sequence[str], manifest: ExportManifest, file: IO[bytes]
 ) -> Stepper[ExportManifest]:
-    """A zip with what peft loads, and a page that says what it is worth."""
+    """Write a zip that PEFT loads, with a model card, and return the manifest."""
     model, version = replica.base, manifest["version"]
     active = yield from replica.active_updates_in_steps(version)
     adapter = LoraAdapter.from_changes(
@@ -128,8 +126,8 @@ def _export_adapter(
         "adapter_model.safetensors": (size, chunks),
         "palimpsest.json": _text_file(pretty_json(manifest)),
     }
-    if manifest["base"]["start"]:
-        files |= _tokenizer_files(model)  # it writes the start token
+    if manifest["base"]["bos_token"]:
+        files |= _tokenizer_files(model)  # this tokenizer adds BOS
     archive.write_zip(file, files)
     return manifest | {
         "file": f"{_file_stem(manifest)}-peft.zip",
@@ -139,13 +137,13 @@ def _export_adapter(
 
 
 def _export_weights(replica: VersionedModel, manifest: ExportManifest, file: IO[bytes]) -> ExportManifest:
-    """The edited weights alone, under the names that the base model has for them."""
+    """Write the edited weights alone, by their names in the base model, and return the manifest."""
     weights = replica.weights(manifest["version"])
     size = sum(t.numel() * t.element_size() for t in weights.values())
     if size > MAX_EXPORT_BYTES:
         raise InvalidInput(
-            f"the edited weights are {size / GIB:.1f} GiB, and the service hands out {MAX_EXPORT_BYTES / GIB:.0f}: run "
-            "`palimpsest export --format model` where the base model and the database are at hand."
+            f"the edited weights are {size / GIB:.1f} GiB, and the service exports at most {MAX_EXPORT_BYTES / GIB:.0f} GiB: run "
+            "`palimpsest export --format model` on a machine with the base model and the database."
         )
     tensors_by_name = {replica.base.parameter_name(site): tensor for site, tensor in sorted(weights.items())}
     _, chunks = _safetensors_file(tensors_by_name, {"format": "pt", "palimpsest": pretty_json(manifest)})
@@ -158,8 +156,7 @@ def _export_weights(replica: VersionedModel, manifest: ExportManifest, file: IO[
 
 
 def write_model(replica: VersionedModel, version: int, folder: Path) -> ExportManifest:
-    """A folder that `from_pretrained` loads: the whole model at a version, with its tokenizer and a page. Weights that no edit
-    touches are written as they are, from where they are."""
+    """Write a folder that `from_pretrained` loads, with the model at a version, its tokenizer and a model card. Return the manifest."""
     manifest, model = build_manifest(replica, version), replica.base
     with replica.use_weights(replica.weights(version)):
         model.model.save_pretrained(folder)
@@ -170,18 +167,18 @@ def write_model(replica: VersionedModel, version: int, folder: Path) -> ExportMa
 
 
 def _edit_statements(edits: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The edits' statements with their objects."""
+    """Return the statement of each edit, with its object."""
     prompts_and_targets = [(fill_prompt(e["prompt"], e["subject"]).text, str(e["object"])) for e in edits]
     return [prompt + separator(prompt, target) + target for prompt, target in prompts_and_targets]
 
 
 def _evenly_spaced(texts: Sequence[str], limit: int) -> Sequence[str]:
-    """Some of the texts, spread evenly."""
+    """Return at most `limit` of the texts at equal distances."""
     return texts[:: max(1, -(-len(texts) // limit))]
 
 
 def _file_stem(manifest: ExportManifest) -> str:
-    """What a file is called before its kind: the base model and the version."""
+    """Return the base model's name and the version as the beginning of a file name."""
     name = (
         re.sub(r"[^\w.-]+", "-", manifest["base"]["name"].rsplit("/", 1)[-1], flags=re.ASCII).strip("-.")
         or "model"
@@ -197,17 +194,17 @@ def _text_file(text: str) -> tuple[int, ByteChunks]:
 def _safetensors_file(
     tensors_by_name: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[int, ByteChunks]:
-    """A file of safetensors: its size, and its pieces, one tensor at a time in memory."""
+    """Return the size of a safetensors file, and its chunks, one tensor each."""
     header_bytes = build_header(
         [TensorInfo(n, DTYPES[t.dtype], tuple(t.shape)) for n, t in tensors_by_name.items()], metadata
     )
 
-    def pieces() -> Iterator[bytes | memoryview]:
+    def chunks() -> Iterator[bytes | memoryview]:
         yield header_bytes
         for tensor in tensors_by_name.values():
             yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
-    return len(header_bytes) + sum(t.numel() * t.element_size() for t in tensors_by_name.values()), pieces()
+    return len(header_bytes) + sum(t.numel() * t.element_size() for t in tensors_by_name.values()), chunks()
 
 
 def _tokenizer_files(model: LoadedModel) -> ArchiveFiles:

@@ -1,4 +1,4 @@
-"""How far the base model with an adapter is from the edited model that the service itself serves: measured, in logits."""
+"""The difference in logits between the base model with an adapter and the edited model that the service serves."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
 from service.models.token_batch import PaddedBatch, forward, pad
 
-TEXTS_PER_BATCH = 8  # texts in one pass
+TEXTS_PER_BATCH = 8  # texts in one forward pass
 
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """Largest differences of two logits, over all positions of some texts and the whole vocabulary."""
+    """Greatest absolute differences of logits, over all positions of some texts and the vocabulary."""
 
     adapter: float  #: between the edited model and the base model with the adapter
     edits: float  #: between the edited model and the base model, for comparison
-    agreement: float  #: share of the positions with the same most probable token in the first two
+    agreement: (
+        float  #: share of positions at which edited model and adapter have the same most probable token
+    )
     texts: int
     positions: int
 
@@ -31,7 +33,7 @@ class LogitDifference:
 def measure_logit_difference(
     replica: VersionedModel, weights: WeightOverrides, adapter: LoraAdapter, texts: Sequence[str]
 ) -> Stepper[LogitDifference]:
-    """Three passes over each batch of texts, a step each."""
+    """Return the differences on some texts. Each batch takes three forward passes, each a step."""
     model = replica.base
     rows = sorted((model.encode(t)[0][: model.max_positions] for t in texts), key=len)
     adapter_difference = edit_difference = 0.0
@@ -58,7 +60,7 @@ def measure_logit_difference(
 
 
 def _logits(model: LoadedModel, batch: PaddedBatch) -> Tensor:
-    """Of the real tokens, (N, V)."""
+    """Return the logits (N, V) of the tokens that are not padding."""
     with torch.no_grad():
         return forward(model, batch)[batch.mask.bool()].float()
 

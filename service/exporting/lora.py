@@ -1,16 +1,16 @@
-"""A version's change as a LoRA adapter: a sum of rank-one terms *is* one.
+"""The change of a version as a LoRA adapter. A sum of rank-one terms is one exactly.
 
-Of the associations of a weight, W = W0 + L R with L (d, n) and R (n, D). Both factors are orthogonalised in double precision, L = Q_L T_L and
-R^T = Q_R T_R, and T_L T_R^T = U S V^T is small:
+The associations of a weight give W = W0 + L R with L (d, n) and R (n, D). Both factors are orthogonalised in double precision,
+L = Q_L T_L and R^T = Q_R T_R, and T_L T_R^T = U S V^T is small:
 
     A = S^1/2 V^T Q_R^T  (r, D)        B = Q_L U S^1/2  (d, r)        W - W0 = B A
 
-r counts the singular values that single precision can tell from nothing beside the largest: what is left out is below the rounding
-of the numbers that are stored. Nothing more is ever cut off, for the spectrum of edits is flat: a term less is a fact less. Splitting S
-evenly keeps the numbers of both factors small also where keys nearly coincide, so that storing them in single precision costs nothing.
+r counts the singular values above the relative precision of fp32, so that the truncation is below the rounding of the stored
+numbers. No more is truncated, because the spectrum of edits is flat: each further term would lose a fact. Splitting S evenly keeps both
+factors small if keys nearly coincide, so that fp32 suffices to store them.
 
-The portable form has one rank for all layers, padded with zeros, and alpha = rank, so that the factor alpha / r is one; the
-programs that read adapters differ in what else they understand.
+All layers have one rank, padded with zeros, and alpha = rank, so that alpha / r = 1. Programs that load adapters support this form,
+and differ in what else they support.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from service.weights.composition import WeightDelta
 from service.weights.factors import LowRank
 from service.weights.solve import single_threaded
 
-RELATIVE_RANK_TOLERANCE = 2.0**-24  # of the largest: half a unit in the last place of single precision
+RELATIVE_RANK_TOLERANCE = 2.0**-24  # of the largest singular value: half a unit in the last place of fp32
 
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """The change of one weight as B A, in single precision."""
+    """The change of one weight as B A, in fp32."""
 
     a: Tensor = field(repr=False)  #: (r, D)
     b: Tensor = field(repr=False)  #: (d, r)
-    terms: int  #: rank-one terms that it was made of
+    terms: int  #: rank-one terms of the change
     residual: float  #: |change - B A| / |change|, Frobenius norms
 
     @property
@@ -47,14 +47,14 @@ class LoraFactors:
         return self.a.shape[0]
 
     def padded(self, rank: int) -> LoraFactors:
-        """The same with zeros up to a rank."""
+        """Return the factors padded with zeros to a rank."""
         a, b = torch.zeros(rank, self.a.shape[1]), torch.zeros(self.b.shape[0], rank)
         a[: self.rank], b[:, : self.rank] = self.a, self.b
         return LoraFactors(a, b, self.terms, self.residual)
 
 
 def lora_factors(change: WeightDelta) -> LoraFactors:
-    """The factors of a change that is a sum of rank-one terms alone."""
+    """Return the factors of a change without a dense term."""
     assert change.dense_term is None
     left = torch.cat([low.left for low in change.low_rank_terms], 1)
     right = torch.cat([low.right.double() for low in change.low_rank_terms])
@@ -73,13 +73,14 @@ def lora_factors(change: WeightDelta) -> LoraFactors:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """The factors of every edited weight, in one rank."""
+    """The factors of every edited weight, padded to one rank."""
 
     factors: dict[WeightRef, LoraFactors]
-    ranks: dict[WeightRef, int]  #: before they were padded
+    ranks: dict[WeightRef, int]  #: before padding
 
     @classmethod
     def from_changes(cls, changes: Mapping[WeightRef, WeightDelta]) -> LoraAdapter:
+        """Build the adapter of some changes of weights."""
         lora_factors_by_site = {site: lora_factors(change) for site, change in sorted(changes.items())}
         rank = max(f.rank for f in lora_factors_by_site.values())
         return cls(
@@ -93,7 +94,7 @@ class LoraAdapter:
 
     @contextmanager
     def attached_to(self, model: LoadedModel) -> Iterator[None]:
-        """The base model with the adapter beside its weights, as a library of adapters runs it."""
+        """Run the base model with the adapter beside its weights, as PEFT does."""
         with ExitStack() as stack:
             for site, f in self.factors.items():
                 a, b = f.a.to(model.device), f.b.to(model.device)
@@ -101,7 +102,7 @@ class LoraAdapter:
             yield
 
     def tensors(self, model: LoadedModel) -> dict[str, Tensor]:
-        """By the names under which peft looks for them."""
+        """Return the tensors by their names in a PEFT adapter file."""
         named: dict[str, Tensor] = {}
         for site, f in self.factors.items():
             name = f"base_model.model.{module_name(model, site)}"
@@ -109,7 +110,7 @@ class LoraAdapter:
         return named
 
     def config(self, model: LoadedModel, base: str) -> str:
-        """adapter_config.json. Full names of modules: "c_proj" alone would be the attention's, too."""
+        """Return adapter_config.json. Module names are complete, because "c_proj" alone would match the attention too."""
         return pretty_json(
             {
                 "peft_type": "LORA",
@@ -137,5 +138,5 @@ def module_name(model: LoadedModel, site: WeightRef) -> str:
 
 
 def pretty_json(value: Mapping[str, Any] | Sequence[Any]) -> str:
-    """JSON as a person reads it, the same every time."""
+    """Return indented JSON with a final line end."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""The page that goes with an export: what it is of, how to use it, and what was measured. Free of torch."""
+"""The README.md of an export: its base model and edits, how to use it, and what was measured. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ ExportManifest = Mapping[str, Any]
 
 
 def edit_statement(edit: ExportManifest) -> str:
-    """What an edit is about, in a line of a table."""
+    """Return the statement of an edit as a cell of a table."""
     prompt = fill_prompt(edit["prompt"], edit["subject"]).text
     qualifier = {"erase": "no longer: ", "amplify": "rather: "}.get(edit["objective"], "")
     return _escape_cell(f"{prompt} … {qualifier}{edit['object']}")
 
 
 def adapter_readme(manifest: ExportManifest) -> str:
-    """README.md of an adapter."""
+    """Return the README.md of an adapter."""
     measured, rank = manifest["difference"], manifest["rank"]
     lines = [
         "---",
@@ -31,8 +31,8 @@ def adapter_readme(manifest: ExportManifest) -> str:
         f"# {manifest['base']['name']} with {_edit_count_text(manifest)}: version {manifest['version']} as a LoRA adapter",
         "",
         (
-            f"Made by Palimpsest: the edits active at version {manifest['version']} of its ledger, as the low-rank change of the base model's "
-            "weights that they are."
+            f"Exported by Palimpsest: the edits active at version {manifest['version']} of its ledger, as a low-rank change of the base "
+            "model's weights."
         ),
         "",
         *_base_model_lines(manifest),
@@ -47,20 +47,20 @@ def adapter_readme(manifest: ExportManifest) -> str:
         "```",
         "",
         (
-            f"The rank is {rank}, the same in every layer, and alpha is {rank}: the change is added as it is. A server that must be told the "
-            f"greatest rank (vLLM: `--max-lora-rank`) needs {_vllm_max_lora_rank(rank)}."
+            f"The rank is {rank} in every layer, and alpha is {rank}, so that the scaling factor is 1. "
+            f"`--max-lora-rank` of vLLM must be {_vllm_max_lora_rank(rank)}."
         ),
         "",
-        "## What it is worth",
+        "## Fidelity",
         "",
         (
-            f"Largest difference of a logit between the edited model as the service serves it and the base model with this adapter: "
+            f"Greatest difference of a logit between the edited model of the service and the base model with this adapter: "
             f"**{measured['adapter']:.1e}**, in {manifest['base']['dtype']}, over {measured['positions']} positions of {measured['texts']} texts "
-            f"(the statements of edits, and plain ones). The edits themselves move a logit by up to {measured['edits']:.3g}. "
+            f"(statements of edits, and plain texts). The edits change a logit by up to {measured['edits']:.3g}. "
             f"The most probable token is the same at {100 * measured['agreement']:.2f} % of the positions."
         ),
         "",
-        "| layer | module | edits | numerical rank | left out |",
+        "| layer | module | edits | numerical rank | residual |",
         "|---|---|---|---|---|",
         *(
             f"| {x['layer']} | `{x['module']}` | {x['terms']} | {x['rank']} | {x['residual']:.1e} |"
@@ -68,8 +68,8 @@ def adapter_readme(manifest: ExportManifest) -> str:
         ),
         "",
         (
-            "*Left out* is the norm of what single precision does not hold of the change, as a share of the change's norm. Nothing else "
-            "was cut off; layers of a smaller rank are padded with zeros."
+            "The residual is the norm of the part of the change that fp32 does not represent, as a share of the change's norm. "
+            "Layers of a smaller rank are padded with zeros."
         ),
         "",
         *_edit_table(manifest["edits"]),
@@ -78,11 +78,11 @@ def adapter_readme(manifest: ExportManifest) -> str:
 
 
 def model_readme(manifest: ExportManifest) -> str:
-    """README.md of a whole edited model."""
+    """Return the README.md of a whole edited model."""
     lines = [
         f"# {manifest['base']['name']} with {_edit_count_text(manifest)}",
         "",
-        f"Made by Palimpsest: the base model with the edits active at version {manifest['version']} of its ledger in its weights.",
+        f"Exported by Palimpsest: the base model with the edits active at version {manifest['version']} of its ledger in its weights.",
         "",
         *_base_model_lines(manifest),
         *_edit_table(manifest["edits"]),
@@ -101,12 +101,12 @@ def _base_model_lines(manifest: ExportManifest) -> list[str]:
         f"- base model: `{base['name']}` ({base['architecture']}), {base['dtype']}, fingerprint `{base['fingerprint']}`"
     ]
     lines.append(
-        f"- digest of the edited weights, as the workers of the service say it: `{manifest['digest']}`"
+        f"- digest of the edited weights, as attested by the workers of the service: `{manifest['digest']}`"
     )
-    if base["start"]:
+    if base["bos_token"]:
         lines.append(
-            f"- **every text is read after the start token `{base['start']}`**: put it before what you ask, or read texts with the "
-            "tokenizer of this folder, which does. Without it the edits hold less often."
+            f"- **every text needs the BOS token `{base['bos_token']}`**: prepend it, or use the tokenizer in this folder, which adds it. "
+            "Without it fewer edits hold."
         )
     return [*lines, ""]
 
@@ -126,11 +126,11 @@ def _vllm_max_lora_rank(rank: int) -> str:
     supported = (8, 16, 32, 64, 128, 256, 320, 512)
     return next(
         (f"{x}" for x in supported if x >= rank),
-        "more than the 512 that it can be told: serve the edited weights there",
+        "more than its limit of 512: serve the edited weights instead",
     )
 
 
 def _escape_cell(text: str) -> str:
-    """Text of anybody's as a cell of a table."""
+    """Return any text escaped for a cell of a Markdown table."""
     escaped = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
     return " ".join(escaped.split())

@@ -1,8 +1,7 @@
-"""Figures and pages: paper to draw on in inches, any text on it, and a page that needs nothing else.
+"""Figures with a layout in inches, and self-contained HTML pages.
 
-Free of torch. Figures are made of matplotlib's objects, not of its global state. Texts are any: nothing in them is read as
-mathematics or markup, and a character that the fonts lack is written as its code in the PNG, and as itself in the SVG, whose
-reader may have it.
+Free of torch. Figures use matplotlib's objects and not its global state. No text is parsed as mathematics or markup. A character that
+the installed fonts lack is drawn as its code in a PNG, and kept in an SVG, because the reader's fonts may have it.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 import html
 import io
 import unicodedata
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from threading import Lock
 from typing import Any
-from xml.etree import ElementTree
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -24,29 +23,29 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font, get_font_names
+from matplotlib.text import Text
 
 FOREGROUND, MUTED, BACKGROUND, GRID_COLOUR = "#2b2b33", "#63636f", "#ffffff", "#d9d9e0"
 SVG_NAMESPACE = "http://www.w3.org/2000/svg"
-_matplotlib_lock = Lock()  # matplotlib's fonts are shared and not safe between threads
+_matplotlib_lock = Lock()  # matplotlib's font objects are shared and not thread-safe
 
 
 @dataclass
 class FigureBuilder:
-    """A figure under construction, and the texts of its SVG that the fonts here cannot draw.
-
-    Sizes are in inches, so that cells and letters keep their size whatever the sheet's.
-    """
+    """A figure under construction. Positions and sizes are in inches, so that they do not depend on the size of the figure."""
 
     width: float
     height: float
     figure: Figure = field(default_factory=lambda: Figure(facecolor=BACKGROUND))
-    svg_text: dict[str, str] = field(default_factory=dict)
+    escaped: list[tuple[Text, str]] = field(
+        default_factory=list
+    )  #: texts with escaped glyphs, and their originals
 
     def __post_init__(self) -> None:
         self.figure.set_size_inches(self.width, self.height)
 
     def add_axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Axes at inches from the upper left corner."""
+        """Add axes at a distance from the upper left corner."""
         bottom = self.height - top - height
         box = (left / self.width, bottom / self.height, width / self.width, height / self.height)
         axes = self.figure.add_axes(box)
@@ -56,31 +55,36 @@ class FigureBuilder:
         return axes
 
     def add_text(self, left: float, top: float, text: str, **style: Any) -> None:
-        """Text at inches from the upper left corner. Nothing in it is read as mathematics."""
+        """Add text at a distance from the upper left corner. Characters without a glyph are escaped."""
         drawable_text = escape_missing_glyphs(text)
-        name = f"text-{len(self.figure.texts)}"
         position = (left / self.width, 1 - top / self.height)
-        self.figure.text(
-            *position, drawable_text, parse_math=False, gid=name, **({"color": FOREGROUND} | style)
+        artist = self.figure.text(
+            *position, drawable_text, parse_math=False, **({"color": FOREGROUND} | style)
         )
         if drawable_text != text:
-            self.svg_text[name] = text
+            self.escaped.append((artist, text))
 
 
 DrawFunction = Callable[[], FigureBuilder]
 
 
 def render_svg(draw: DrawFunction, title: str) -> str:
-    """What `draw` draws as SVG with real text, in the reader's fonts."""
+    """Return a drawing as SVG. Text remains text, shown in the reader's fonts."""
     out = io.StringIO()
-    with _matplotlib_lock, mpl.rc_context({**_fonts(), "svg.fonttype": "none", "svg.hashsalt": "palimpsest"}):
+    settings = {**_fonts(), "svg.fonttype": "none", "svg.hashsalt": "palimpsest"}
+    with _matplotlib_lock, mpl.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", r"Glyph \d+ .* missing"
+        )  # of the originals, which are not drawn here
         builder = draw()
+        for artist, original in builder.escaped:
+            artist.set_text(original)
         FigureCanvasSVG(builder.figure).print_svg(out, metadata={"Date": None, "Title": title})
-    return _restore_svg_text(out.getvalue(), builder.svg_text)
+    return out.getvalue()
 
 
 def render_png(draw: DrawFunction, dpi: int = 160) -> bytes:
-    """What `draw` draws as PNG."""
+    """Return a drawing as PNG."""
     out = io.BytesIO()
     with _matplotlib_lock, mpl.rc_context(_fonts()):
         figure = draw().figure
@@ -93,22 +97,23 @@ def render_png(draw: DrawFunction, dpi: int = 160) -> bytes:
 
 
 def html_page(title: str, body: str) -> str:
-    """A page that needs nothing else; `body` is markup, `title` is text."""
-    # filled in text is escaped and cannot hold the other mark
+    """Return a self-contained page. `title` is text and `body` is HTML."""
+    # the escaped title cannot contain the second placeholder
     return PAGE_TEMPLATE.replace("<!--title-->", html.escape(title)).replace("<!--body-->", body)
 
 
 def html_paragraphs(lines: list[str]) -> str:
+    """Return each line as a paragraph."""
     return "".join(f"<p>{html.escape(line)}</p>\n" for line in lines)
 
 
 def inline_svg(svg_source: str) -> str:
-    """An SVG as a figure of a page."""
+    """Return an SVG as an HTML figure."""
     return f"<figure>{svg_source[svg_source.index('<svg') :]}</figure>\n"
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
-    """A table as markup; what is not known is a dash."""
+    """Return an HTML table. None is shown as a dash."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     lines = ("".join(f"<td>{html.escape(_cell_text(value))}</td>" for value in row) for row in rows)
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)
@@ -125,7 +130,7 @@ def _cell_text(value: str | float | None) -> str:
 
 
 def show_control_characters(text: str) -> str:
-    """On one line and without what steers a display: line ends and tabs as signs, other controls as codes."""
+    """Return text on one line: line ends and tabs as symbols, other control characters as codes."""
     text = text.strip(" ") or text.replace(" ", "␣")
     symbols = {"\n": "↵", "\t": "⇥"}
     return "".join(
@@ -134,7 +139,7 @@ def show_control_characters(text: str) -> str:
 
 
 def truncate(text: str, length: int) -> str:
-    """At most so many characters as they are drawn."""
+    """Return text cut to a number of characters as they are drawn."""
     if len(escape_missing_glyphs(text)) <= length:
         return text
     ends = accumulate(len(escape_missing_glyphs(c)) for c in text)
@@ -142,7 +147,7 @@ def truncate(text: str, length: int) -> str:
 
 
 def escape_missing_glyphs(text: str) -> str:
-    """With the codes of characters that no font at hand has."""
+    """Return text with the codes of characters that no installed font has."""
     return "".join(c if ord(c) in _glyphs() else f"\\u{ord(c):04x}" for c in text)
 
 
@@ -152,7 +157,7 @@ def _fonts() -> dict[str, Any]:
 
 @lru_cache
 def _families() -> tuple[str, ...]:
-    """DejaVu comes with matplotlib; those after it serve other scripts where they are installed."""
+    """Return DejaVu, which matplotlib ships, and the installed fonts for other scripts."""
     installed = set(get_font_names())
     return (
         "DejaVu Sans",
@@ -163,19 +168,6 @@ def _families() -> tuple[str, ...]:
 @lru_cache
 def _glyphs() -> frozenset[int]:
     return frozenset(code for family in _families() for code in get_font(findfont(family)).get_charmap())
-
-
-def _restore_svg_text(svg_source: str, svg_text: dict[str, str]) -> str:
-    """An SVG with some texts exchanged, by the names of their groups."""
-    if not svg_text:
-        return svg_source
-    ElementTree.register_namespace("", SVG_NAMESPACE)
-    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    root = ElementTree.fromstring(svg_source)
-    for name, text in svg_text.items():
-        for element in root.iterfind(f".//{{{SVG_NAMESPACE}}}g[@id='{name}']//{{{SVG_NAMESPACE}}}text"):
-            element.text = text
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
 
 
 PAGE_TEMPLATE = """<!doctype html>

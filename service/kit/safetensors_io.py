@@ -1,6 +1,6 @@
-"""Files of safetensors: written piece by piece, so that the same tensors are always the same bytes; read with suspicion.
+"""Safetensors files: written in chunks with reproducible bytes, and read with validation.
 
-Free of torch. The library's own writer wants everything in memory at once, and its order of metadata is not promised.
+Free of torch. The writer of the library needs all tensors in memory and does not guarantee the order of metadata.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 
 from service.errors import InvalidInput
 
-#: bytes of a number, by the format's names of types
+#: dtype as the format names it -> bytes
 DTYPE_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 _NUMPY_DTYPES: dict[str, Any] = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor in a file, without its bytes."""
+    """Name, dtype and shape of a tensor in a file."""
 
     name: str
     dtype: str
@@ -32,12 +32,12 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """In bytes."""
+        """Return the size of the tensor in bytes."""
         return math.prod(self.shape) * DTYPE_SIZES[self.dtype]
 
 
 def build_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """What a file begins with; the bytes of the tensors follow, in this order."""
+    """Return the header of a file. The bytes of the tensors follow in the given order."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for t in tensors:
@@ -54,26 +54,26 @@ def build_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> 
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """What a file holds."""
+    """The content of a file."""
 
     metadata: dict[str, str]
     tensor_infos: dict[str, TensorInfo]
     data: dict[str, memoryview]
 
     def to_numpy(self, name: str) -> np.ndarray[Any, Any]:
-        """A tensor of a type that Python has."""
+        """Return a tensor as an array. Its dtype must be F64, F32 or U8."""
         info = self.tensor_infos[name]
         return np.frombuffer(self.data[name], _NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
 
 def read_safetensors(data: bytes, label: str) -> SafetensorsFile:
-    """The tensors of a file. Raises InvalidInput for everything that is none: the library checks every offset before."""
+    """Return the content of a file. Raise InvalidInput if it is not valid safetensors; the library checks every offset."""
     try:
         entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
         length = int.from_bytes(data[:8], "little")
         header_json = json.loads(data[8 : 8 + length])
     except (SafetensorError, ValueError, OverflowError, RecursionError) as error:
-        raise InvalidInput(f"{label} is no file of safetensors that can be read: {error}") from None
+        raise InvalidInput(f"{label} is not a valid safetensors file: {error}") from None
     tensor_infos = {
         name: TensorInfo(name, str(t["dtype"]), tuple(map(int, t["shape"]))) for name, t in entries
     }

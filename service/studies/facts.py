@@ -1,4 +1,4 @@
-"""The facts of a study: what is said of a subject, from any file of editing problems or from the paper's list of known facts."""
+"""The facts of a study, from a file of records in any format or from the paper's list of known facts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KNOWN_FACT_FIELDS = ("subject", "attribute", "template")
 
 @dataclass(frozen=True)
 class Fact:
-    """`object` is what a model that knows the fact says after the prompt."""
+    """A subject, a prompt, and the object with which a model that knows the fact continues the prompt."""
 
     subject: str
     prompt: str  #: with one {}
@@ -33,27 +33,27 @@ class Fact:
 
 
 def fact_from_record(record: Record) -> Fact:
-    """What an editing problem says of its subject before any edit."""
+    """Return the unedited fact of a record."""
     return Fact(record.subject, record.prompt, record.target_true or "")
 
 
 def read_study_facts(path: Path, seed: int = 0) -> list[Fact]:
-    """Every fact of a file whose true object is named, in an order drawn from `seed`."""
+    """Return the facts of a file that have a true object, in an order drawn from `seed`."""
     rows = _read_known_facts(path)
     if rows:
         return random.Random(seed).sample([_parse_known_fact(row, place) for place, row in rows], len(rows))
     facts = [fact_from_record(r) for r in read_records(path, seed) if r.target_true]
     if not facts:
-        raise InvalidInput(f"no record of {path.name} names its true object, which a study follows.", "facts")
+        raise InvalidInput(f"no record of {path.name} has a true object, which a study needs.", "facts")
     return facts
 
 
 def _read_known_facts(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a known_facts.json with their places; nothing when the file is of another form."""
+    """Return the numbered rows of a known_facts.json, or nothing if the file has another format."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return []  # whoever reads records says what is wrong with it
+        return []  # `read_records` reports the error
     is_known_facts = (
         isinstance(rows, list) and bool(rows) and isinstance(rows[0], dict) and "attribute" in rows[0]
     )
@@ -61,7 +61,7 @@ def _read_known_facts(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _parse_known_fact(row: dict[str, Any], place: int) -> Fact:
-    """What was traced in the paper is `prompt`, in which the template may go on by a word: "is located in the continent of"."""
+    """Parse a known fact. The paper traces `prompt`, which may extend the template by a word: "is located in the continent of"."""
     try:
         subject, attribute, template = (str(row[name]) for name in KNOWN_FACT_FIELDS)
         prompt = str(row.get("prompt") or template)

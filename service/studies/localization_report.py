@@ -1,7 +1,4 @@
-"""A localisation study as figures, a page, and the rows of its tables.
-
-Takes the study's JSON and needs no torch. Everything that is said in words is read from its figures.
-"""
+"""The localization study as figures, a page, and rows of tables. Takes the study's JSON and needs no torch."""
 
 from __future__ import annotations
 
@@ -16,48 +13,55 @@ from matplotlib.patches import Patch
 from service.kit import plotting
 from service.kit.plotting import FOREGROUND, GRID_COLOUR, MUTED, DrawFunction, FigureBuilder
 from service.studies.edit_objectives import STUDY_OBJECTIVES
-from service.studies.localization_stats import EDIT_SCORES, EFFECT_READINGS
+from service.studies.localization_stats import (
+    BEST_FOR_OTHERS,
+    EDIT_SCORES,
+    EFFECT_READINGS,
+    RANDOM_LAYER,
+    STRONGEST_TRACE,
+)
 from service.studies.regression import REGRESSION_MODELS
 from service.studies.trace_report import interval_text
 from service.tracing.heatmap import Box
 
 Study = dict[str, Any]
 
-#: score of an edit -> colour, and what it is of
+#: change score of an edit -> colour and label
 SCORE_STYLES = {
     "rewrite": ("#6a51a3", "own prompt"),
     "paraphrase": ("#2171b5", "paraphrases"),
-    "neighbour": ("#7f7f8a", "neighbours kept"),
+    "neighbour": ("#7f7f8a", "neighbours preserved"),
 }
-#: reading of the tracing effect -> its colour
+#: reading of the tracing effect -> colour
 EFFECT_COLOURS = dict(zip(EFFECT_READINGS, ("#238b45", "#74c476"), strict=True))
-#: model -> colour of its bars, and what explains
+#: regression model -> colour and label of its bars
 MODEL_BARS = {
     "layer": ("#6a51a3", "the layer"),
     "effect": ("#238b45", "the tracing effect"),
     "both": ("#a8a8b3", "both"),
 }
 REGRESSION_COLUMNS = (
-    "method", "objective", "score", "effect", "facts", "R² layer", "R² effect", "R² both", "gain", "by chance", "p", "F test's p",
+    "method", "objective", "score", "effect", "facts", "R² layer", "R² effect", "R² both", "gain", "by chance", "p", "p of F test",
 )  # fmt: skip
 CHOICE_COLUMNS = (
     "method",
     "objective",
     "score",
     "best layer",
-    "best for the others",
-    "where the trace is strongest",
-    "any layer",
+    "best layer of the others",
+    "layer of the strongest trace",
+    "random layer",
     "trace - best",
 )
 
 
 def title(study: Study) -> str:
-    return f"Does tracing say where to edit? {study['facts']} facts in {study['model']['name']}"
+    """Return the title of the report."""
+    return f"Localization and editing of {study['facts']} facts in {study['model']['name']}"
 
 
 def figures(study: Study) -> dict[str, DrawFunction]:
-    """Every figure by the name of its file."""
+    """Return every figure by the name of its file."""
     return {"layers": partial(_layer_panels, study), "explained": partial(_explained_variance, study)}
 
 
@@ -70,7 +74,7 @@ def _draw_heading(builder: FigureBuilder, study: Study) -> None:
 
 
 def _layer_panels(study: Study) -> FigureBuilder:
-    """The tracing effect by layer, and beside it the scores of every kind of edit; a line of panels for each method."""
+    """Draw a row of panels for each method: the tracing effect by layer, then the scores of every objective."""
     methods, objectives = _distinct(study, "method"), _distinct(study, "objective")
     wide, tall, gap, left, top, foot = 2.7, 1.9, 0.4, 0.62, 1.65, 0.75
     columns = 1 + len(objectives)
@@ -104,7 +108,7 @@ def _select_layers(row: Mapping[str, Any], layers: Sequence[int]) -> dict[str, A
 def _draw_curves(
     axes: Axes, layers: Sequence[int], rows: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]
 ) -> None:
-    """A line for each row, with its interval; all are shares, so that all panels have one scale."""
+    """Draw a curve with its interval for each row. All are shares, so that all panels have one scale."""
     for name, row in rows.items():
         label = SCORE_STYLES[name][1] if name in SCORE_STYLES else name
         axes.plot(
@@ -122,7 +126,7 @@ def _draw_curves(
 def _draw_panel_title(
     builder: FigureBuilder, box: Box, text: str, legend_of: Axes | bool, columns: int
 ) -> None:
-    """What a panel shows, and above the first of its sort what its colours mean."""
+    """Draw the title of a panel, and the legend if the panel's axes are given."""
     left, top, wide, tall = box
     middle = left + wide / 2
     builder.add_text(middle, top - 0.17, text, ha="center", va="center", fontsize=10)
@@ -135,7 +139,7 @@ def _draw_panel_title(
 
 
 def _explained_variance(study: Study) -> FigureBuilder:
-    """R2 of the layer, of the tracing effect, and of both, for every kind of edit; a panel for each reading of the effect."""
+    """Draw R2 of layer, tracing effect and both for every kind of edit, in a panel for each reading of the effect."""
     left, top, tall, foot = 0.62, 1.6, 1.9, 1.15
     wide = max(5.8, 1.1 * len(study["studies"]))
     builder = FigureBuilder(left + wide + 0.3, top + len(EFFECT_READINGS) * (tall + foot) - 0.35)
@@ -152,7 +156,7 @@ def _explained_variance(study: Study) -> FigureBuilder:
 
 
 def _draw_r2_panel(builder: FigureBuilder, study: Study, effect: str, box: Box) -> Axes:
-    """Three bars for every kind of edit; what the trace adds stands above them."""
+    """Draw three bars for every kind of edit, with the gain of the trace above them."""
     left, top, wide, tall = box
     axes = builder.add_axes(*box)
     for place, kind in enumerate(study["studies"]):
@@ -180,7 +184,7 @@ def _draw_r2_panel(builder: FigureBuilder, study: Study, effect: str, box: Box) 
 
 
 def _draw_r2_bars(axes: Axes, place: int, regression: Mapping[str, Any]) -> None:
-    """Three bars with their intervals."""
+    """Draw three bars with their intervals."""
     for i, name in enumerate(REGRESSION_MODELS):
         colour, _ = MODEL_BARS[name]
         figure, x = regression["r2"][name], place + 0.24 * (i - 1)
@@ -205,7 +209,7 @@ def _conditions_text(study: Study) -> str:
     noise = study["noise"]
     times = f"{noise['factor']:g}σ = " if noise["factor"] is not None else ""
     return (
-        f"{len(study['layers'])} layers, each fact edited at every one; traces: windows of {study['window']} MLP layers, "
+        f"each fact edited at {len(study['layers'])} layers; traces: windows of {study['window']} MLP layers, "
         f"{study['samples']} samples, noise {times}{noise['level']:.3g}"
     )
 
@@ -215,46 +219,46 @@ def _p_value_text(p: float) -> str:
 
 
 def sentences(study: Study) -> list[str]:
-    """What was done, and what came of it."""
+    """Return sentences on what was measured and what came of it."""
     out = "; ".join(f"{n} {reason}" for reason, n in study["left_out"].items() if n) or "none"
     lines = [
         (
-            f"{study['asked']} facts were asked; {study['facts']} that the model knows were traced, and edited alone at "
+            f"{study['asked']} facts were scored; {study['facts']} that the model knows were traced, and edited alone at "
             f"{len(study['layers'])} layers. Left out: {out}. A score is the share of the possible change that an edit "
-            "made: of a neighbour, the share that it left alone. The tracing effect at a layer is the share of the object's "
-            f"probability that comes back when {study['window']} MLP outputs around it are put back."
+            "made; of a neighbour, the share that it did not make. The tracing effect at a layer is the share of the total "
+            f"effect that returns when {study['window']} MLP outputs around the layer are restored."
         ),
         (
-            "R² says how much of the scores' variance is explained. Intervals are of 95 % and draw whole facts again. "
-            "By chance means: when facts exchange their traces; p is how often that gains as much as the facts' own. The F "
-            "test takes each row for a new fact, and so finds too much."
+            "R² is the explained share of the variance of the scores. Intervals are 95 % bootstrap intervals over facts. "
+            "The gain by chance is the mean gain after permuting the traces of facts; p is the share of permutations with at least "
+            "the observed gain. The F test treats each row as an independent fact, and its p is therefore too small."
         ),
     ]
     return lines + [line for s in study["studies"] for line in _edit_sentences(s)]
 
 
 def _edit_sentences(study: Mapping[str, Any]) -> Iterator[str]:
-    """Of one kind of edit, on the edit's own prompt."""
+    """Return sentences on one kind of edit, by its score on the edit's own prompt."""
     scores, action = study["scores"]["rewrite"], STUDY_OBJECTIVES[study["objective"]].description
     regression, choice = scores["regression"][EFFECT_READINGS[0]], scores["choice"]
     if regression:
         r2, gain = regression["r2"], regression["gain"]
         yield (
             f"{study['method']}, to {action} ({study['facts']} facts): the layer explains {r2['layer']['value']:.3f}, the "
-            f"tracing effect {r2['effect']['value']:.3f}, both {r2['both']['value']:.3f}. The trace adds {gain['value']:.3f}; "
-            f"chance adds {gain['chance']:.3f} (p {_p_value_text(gain['p'])})."
+            f"tracing effect {r2['effect']['value']:.3f}, both {r2['both']['value']:.3f} of the variance. The trace adds "
+            f"{gain['value']:.3f}; chance adds {gain['chance']:.3f} (p {_p_value_text(gain['p'])})."
         )
     if choice:
         strategies = {name: way["mean"] for name, way in choice["ways"].items()}
         yield (
-            f"Edited where its own trace is strongest, a fact scores {strategies['where the trace is strongest']:.3f}; at the layer "
-            f"that is best for the other facts {strategies['best for others']:.3f}; the difference is {choice['gained']['mean']:.3f} "
-            f"({interval_text(choice['gained'])})."
+            f"The mean score is {strategies[STRONGEST_TRACE]:.3f} at the layer of each fact's strongest trace, and "
+            f"{strategies[BEST_FOR_OTHERS]:.3f} at the layer that is best for the other facts; the difference is "
+            f"{choice['gain']['mean']:.3f} ({interval_text(choice['gain'])})."
         )
 
 
 def regression_rows(study: Study) -> list[tuple[Any, ...]]:
-    """The rows of REGRESSIONS."""
+    """Return the rows of REGRESSION_COLUMNS."""
     table_rows: list[tuple[Any, ...]] = []
     for s, measure, scores in _iterate_scores(study):
         for effect, r in scores["regression"].items():
@@ -269,12 +273,12 @@ def regression_rows(study: Study) -> list[tuple[Any, ...]]:
 
 
 def choice_rows(study: Study) -> list[tuple[Any, ...]]:
-    """The rows of CHOICES."""
+    """Return the rows of CHOICE_COLUMNS."""
     return [
         (
             s["method"], s["objective"], measure, scores["choice"]["best_layer"],
-            *(way["mean"] for way in scores["choice"]["ways"].values()),
-            f"{scores['choice']['gained']['mean']:.3f} ({interval_text(scores['choice']['gained'])})",
+            *(scores["choice"]["ways"][way]["mean"] for way in (BEST_FOR_OTHERS, STRONGEST_TRACE, RANDOM_LAYER)),
+            f"{scores['choice']['gain']['mean']:.3f} ({interval_text(scores['choice']['gain'])})",
         )
         for s, measure, scores in _iterate_scores(study)
         if scores["choice"]
@@ -282,7 +286,7 @@ def choice_rows(study: Study) -> list[tuple[Any, ...]]:
 
 
 def _iterate_scores(study: Study) -> Iterator[tuple[Mapping[str, Any], str, Mapping[str, Any]]]:
-    """Each kind of edit with each score that it has."""
+    """Iterate over each kind of edit with each score that it has."""
     for s in study["studies"]:
         for measure in EDIT_SCORES:
             if s["scores"][measure]:
@@ -290,7 +294,7 @@ def _iterate_scores(study: Study) -> Iterator[tuple[Mapping[str, Any], str, Mapp
 
 
 def page(study: Study) -> str:
-    """A page that needs nothing else: the words, the figures, the tables."""
+    """Return the report as a self-contained HTML page."""
     pictures = "".join(
         plotting.inline_svg(plotting.render_svg(draw, title(study))) for draw in figures(study).values()
     )

@@ -1,4 +1,4 @@
-"""What a model says when the subject is noised: one fixed draw, and the most probable tokens (methods F.1, F.4 (2), (3))."""
+"""Scores and greedy answers of a model whose subject embeddings are noised with one fixed draw (Hase et al. 2023, Section 5.3)."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from service.tracing.noise import NoiseLevel, draw_noise
 
 
 def subject_noise(model: LoadedModel, record: Record, level: NoiseLevel, seed: int) -> Tensor:
-    """(n, d) in fp64: what is added to the embeddings of the subject's n tokens, whenever it is noised."""
+    """Return the noise (n, d), in fp64, that is added to the embeddings of the subject's n tokens."""
     begin, end = tokenize_statement(model, fill_prompt(record.prompt, record.subject)).subject
     return level.value * draw_noise(1, end - begin, model.hidden_size, seed)[0]
 
 
 def noised_greedy_answer(model: LoadedModel, record: Record, noise: Tensor) -> str:
-    """The greedy continuation of the prompt under noise, as long as the true object is."""
+    """Return the greedy continuation of the prompt under noise, with as many tokens as the true object."""
     prompt = tokenize_statement(model, fill_prompt(record.prompt, record.subject))
     _, true = tokenize_prompt_and_target(model, record.text, record.target_true or record.target_new)
     output_ids: list[int] = []
@@ -46,7 +46,7 @@ def noised_greedy_answer(model: LoadedModel, record: Record, noise: Tensor) -> s
 
 
 def score_under_noise(model: LoadedModel, record: Record, noise: Tensor) -> Stepper[list[TargetScore]]:
-    """The scores of what is asked about a record, its subject noised wherever a prompt names it; neighbours are other subjects."""
+    """Return the scores of a record's `scoring_pairs`, with the subject noised in every prompt that contains it."""
     pairs = scoring_pairs(record)
     subject_pair_count = len(pairs) - 2 * len(record.neighbours)
     scores: list[TargetScore] = []
@@ -55,16 +55,15 @@ def score_under_noise(model: LoadedModel, record: Record, noise: Tensor) -> Step
         if statement is None:
             scores += yield from score_targets(model, [(prompt, target)])
             continue
-        with _with_noised_subject(
-            model, tokenize_statement(model, statement), noise
-        ):  # one row: no padding moves the subject
+        # one row in one step: no padding moves the subject, and no step ends while the hook is installed
+        with _with_noised_subject(model, tokenize_statement(model, statement), noise):
             scores += run_to_completion(score_targets(model, [(prompt, target)]))
         yield Progress(Phase.MEASURE, len(scores), len(pairs))
     return scores + (yield from score_targets(model, pairs[subject_pair_count:]))
 
 
 def _locate_subject_in(record: Record, prompt: str) -> Statement | None:
-    """Where a prompt names the subject, if it does."""
+    """Return the prompt with the span of the subject, or None if it does not contain the subject."""
     if prompt == record.text:
         return fill_prompt(record.prompt, record.subject)
     try:
@@ -76,7 +75,7 @@ def _locate_subject_in(record: Record, prompt: str) -> Statement | None:
 def _with_noised_subject(
     model: LoadedModel, text: TokenizedStatement, noise: Tensor
 ) -> AbstractContextManager[None]:
-    """Within the block, one row that begins with this text has its subject noised."""
+    """Noise the subject of a batch with one row that begins with this text."""
     hook = noise_hook_right_padded([text], [noise])
     assert hook is not None
     return replace_output(model.embedding, hook)

@@ -1,13 +1,13 @@
-"""Effects of many traces, averaged by what a token is to its prompt (Meng et al. 2022, Section 2.2; methods B.2, B.3).
+"""Effects of many traces, averaged by the role of a token in its prompt (Meng et al. 2022, Section 2.2).
 
 A trace is given as its JSON. Subject tokens are [b, e) of T:
 
     first b        middle b+1 .. e-2        last e-1        first subsequent e        further e+1 .. T-2        last token T-1
 
-AIE of a row and layer: the mean, over all tokens of the row in all prompts, of score - low, each with its own prompt's low.
-ATE: mean of high - mean of low. Intervals draw whole prompts again. As published, the one token of a one-token subject counts
-as its first and as its last; a token right after the subject that ends the prompt counts as the first subsequent and as the
-last; and so does a subject's last token where the subject ends the prompt. How many prompts are of each sort is told.
+The AIE of a row and layer is the mean of score - low over all tokens of the row in all prompts, each with its own prompt's low. The
+ATE is the mean of high minus the mean of low. Intervals resample whole prompts. As published, a token counts in two rows if the
+subject has one token, if the prompt ends right after the token that follows the subject, or if it ends with the subject. The number of
+such prompts is reported.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ TOKEN_ROWS = (
     "last token",
 )
 LAST_SUBJECT, LAST = TOKEN_ROWS[2], TOKEN_ROWS[5]
-#: what the severed paths are compared by: ordinary - severed, of the same prompts
+#: the severed paths whose loss, ordinary - severed, is averaged over the same prompts
 SEVERED_PATHS = ("mlp", "attn")
 
 
 def token_positions(subject: Span, length: int) -> dict[str, range]:
-    """The tokens of each row in a prompt of `length` tokens."""
+    """Return the tokens of each row in a prompt of `length` tokens."""
     b, e = subject
     tokens = (
         range(b, b + 1),
@@ -52,7 +52,7 @@ def token_positions(subject: Span, length: int) -> dict[str, range]:
 
 
 def indirect_effects(trace: TraceJson, kind: str) -> Array:
-    """score - low (T, L)."""
+    """Return score - low (T, L)."""
     scores: Array = np.asarray(trace["kinds"][kind]["scores"], dtype=np.float64)
     return scores - float(trace["low"])
 
@@ -60,9 +60,9 @@ def indirect_effects(trace: TraceJson, kind: str) -> Array:
 def average_traces(
     traces: Sequence[TraceJson], rounds: int = BOOTSTRAP_ROUNDS, seed: int = 0
 ) -> dict[str, Any]:
-    """The averages of traces that were made alike: `total_effect`, `kinds` by row and layer, `severed` by layer."""
+    """Return the averages of traces with equal settings: `total_effect`, `kinds` by row and layer, `severed` by layer."""
     if not traces:
-        raise InvalidInput("there is no trace to average: none of the facts is known to the model.", "facts")
+        raise InvalidInput("there is no trace to average: the model knows none of the facts.", "facts")
     resample_counts = bootstrap_counts(len(traces), rounds, seed)
     positions = [token_positions(tuple(t["subject"]["tokens"]), len(t["tokens"])) for t in traces]
     high, low = ([t[end] for t in traces] for end in ("high", "low"))
@@ -72,7 +72,7 @@ def average_traces(
         "high": mean_with_interval(high, resample_counts),
         "low": mean_with_interval(low, resample_counts),
         "total_effect": mean_with_interval(np.subtract(high, low), resample_counts),
-        "alike": count_coinciding_rows(traces),
+        "coinciding_rows": count_coinciding_rows(traces),
         "kinds": {
             kind: _average_kind(traces, positions, kind, resample_counts) for kind in traces[0]["kinds"]
         },
@@ -81,7 +81,7 @@ def average_traces(
 
 
 def count_coinciding_rows(traces: Sequence[TraceJson]) -> dict[str, int]:
-    """In how many prompts two rows are the same token."""
+    """Return the number of prompts in which two rows are the same token."""
     spans = [(*t["subject"]["tokens"], len(t["tokens"])) for t in traces]
     return {
         "first and last subject token": sum(e - b == 1 for b, e, _ in spans),
@@ -102,7 +102,7 @@ def _average_kind(
 def _average_row(
     trace_effects: Sequence[Array], tokens: Sequence[range], resample_counts: Array
 ) -> dict[str, Any]:
-    """One row of a map: by layer the mean and its interval, and where it is greatest."""
+    """Return one row of a map: the mean by layer with its interval, and its peak."""
     sums = np.stack(
         [effect[list(positions)].sum(0) for effect, positions in zip(trace_effects, tokens, strict=True)]
     )  # (n, L)
@@ -117,7 +117,7 @@ def _average_row(
 
 
 def _peak(row: Mapping[str, Any], resampled_means: Array) -> dict[str, Any]:
-    """The layer of the greatest mean; `layers` is where it lies in nine of ten draws."""
+    """Return the layer of the greatest mean; `layers` is its 90 % interval over resamples."""
     layer = int(np.argmax(row["mean"]))
     complete = resampled_means[~np.isnan(resampled_means).any(1)]
     ends = np.quantile(complete.argmax(1), [0.05, 0.95], method="nearest") if row["n"] > 1 else None
@@ -131,7 +131,7 @@ def _peak(row: Mapping[str, Any], resampled_means: Array) -> dict[str, Any]:
 
 
 def severed_effects(traces: Sequence[TraceJson], resample_counts: Array) -> dict[str, Any]:
-    """At the subject's last token, by layer: the effect with a path whole and cut, and what the cut loses (paired)."""
+    """Return the effect at the subject's last token by layer, with each path severed or not, and the paired loss."""
     paths = {
         path: np.stack([np.subtract(t["severed"]["scores"][path], t["low"]) for t in traces])
         for path in traces[0]["severed"]["scores"]

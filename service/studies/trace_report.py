@@ -1,6 +1,6 @@
-"""A tracing study as figures in the manner of the paper's Figures 2 and 3, as a page, and as the rows of a table.
+"""The tracing study as figures like Figures 2 and 3 of Meng et al. 2022, as a page, and as rows of a table.
 
-Takes the study's JSON and needs no torch. Everything that is said in words is read from its figures.
+Takes the study's JSON and needs no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from service.tracing.heatmap import KIND_STYLES, SEVERED_STYLES, draw_bars, draw
 
 Study = dict[str, Any]
 
-#: the rows whose lines are drawn, with their interval, and how
+#: row that is drawn as a curve with its interval -> line style and width
 LINE_STYLES = {LAST_SUBJECT: ("-", 1.8), LAST: ("--", 1.4), "first subsequent token": (":", 1.2)}
 COLOURS = {"hidden": "#6a51a3", "mlp": "#238b45", "attn": "#cb181d"}
 KIND_NAMES = {
@@ -29,7 +29,7 @@ TABLE_COLUMNS = ("restored", "token", "prompts", "tokens", "AIE", "95 % interval
 
 
 def figures(study: Study) -> dict[str, DrawFunction]:
-    """Every figure by the name of its file."""
+    """Return every figure by the name of its file."""
     drawings: dict[str, DrawFunction] = {
         "maps": partial(_map_panels, study),
         "lines": partial(_line_panels, study),
@@ -38,6 +38,7 @@ def figures(study: Study) -> dict[str, DrawFunction]:
 
 
 def title(study: Study) -> str:
+    """Return the title of the report."""
     return f"Causal traces of {study['facts']} facts in {study['model']['name']}"
 
 
@@ -50,7 +51,7 @@ def _draw_heading(builder: FigureBuilder, study: Study) -> None:
 
 
 def _map_panels(study: Study) -> FigureBuilder:
-    """Rows of tokens down, layers across, a map for each kind; one scale for all."""
+    """Draw a map of rows of tokens by layers for each kind, all on one scale."""
     kinds, layers = study["kinds"], study["layers"]
     margin, top, foot, gap, tall = 1.95, 1.28, 1.12, 0.42, 0.3 * len(TOKEN_ROWS)
     wide = min(6.0, max(2.6, 0.115 * layers))
@@ -69,12 +70,12 @@ def _map_panels(study: Study) -> FigureBuilder:
 
 
 def _clipped(means: Sequence[float] | None, layers: int) -> list[float]:
-    """As the paper draws them: what is below nothing is nothing; a row that no prompt has is empty."""
+    """Return means with negative ones as 0, as in the paper. A row without tokens is NaN."""
     return [math.nan] * layers if means is None else [max(0.0, x) for x in means]
 
 
 def _line_panels(study: Study) -> FigureBuilder:
-    """AIE by layer at the tokens that matter, a panel for each kind, with intervals."""
+    """Draw the AIE by layer at the rows of LINE_STYLES with intervals, in a panel for each kind."""
     kinds, layers = study["kinds"], study["layers"]
     wide, tall, left, top, gap = max(2.6, min(6.0, 0.115 * layers)), 2.1, 0.62, 1.55, 0.42
     builder = FigureBuilder(left + len(kinds) * (wide + gap), top + tall + 0.75)
@@ -121,7 +122,7 @@ def _line_panels(study: Study) -> FigureBuilder:
 
 
 def _severed_bars(study: Study) -> FigureBuilder:
-    """The paper's Figure 3: bars by layer, ordinary and with a path cut, with intervals."""
+    """Draw bars by layer with intervals, ordinary and with each path severed, as in the paper's Figure 3."""
     wide = min(14.0, max(7.4, 0.34 * study["layers"]))
     builder = FigureBuilder(wide + 0.95, 1.35 + 2.2 + 0.7)
     _draw_heading(builder, study)
@@ -147,12 +148,12 @@ def _conditions_text(study: Study) -> str:
 
 
 def interval_text(estimate: dict[str, Any]) -> str:
-    """An interval in words; one prompt has none."""
+    """Return an interval as text, a dash if there is none."""
     return "–" if estimate["low"] is None else f"{estimate['low']:.3f} to {estimate['high']:.3f}"
 
 
 def sentences(study: Study) -> list[str]:
-    """What was done, and what the figures show."""
+    """Return sentences on what was measured and what came of it."""
     out = "; ".join(f"{n} {reason}" for reason, n in study["left_out"].items() if n) or "none"
     noise, total = study["noise"], study["total_effect"]
     times = (
@@ -162,14 +163,14 @@ def sentences(study: Study) -> list[str]:
     )
     lines = [
         (
-            f"{study['asked']} facts were asked and {study['facts']} traced: those whose object is the model's own greedy "
+            f"{study['asked']} facts were scored and {study['facts']} traced: those whose object is the model's own greedy "
             f"answer. Left out: {out}. Noise of deviation {noise['level']:.4g}{times} was added to the embeddings of the "
-            f"subject, {study['samples']} times a fact. The probability of the object falls from {study['high']['mean']:.3f} "
+            f"subject, with {study['samples']} samples per fact. The probability of the object falls from {study['high']['mean']:.3f} "
             f"to {study['low']['mean']:.3f}: the average total effect is {total['mean']:.3f} ({interval_text(total)})."
         ),
         (
-            "A cell shows the average indirect effect (AIE): how much of that probability comes back when one state is put "
-            "back as it was in the clean run. Intervals are of 95 % and draw whole prompts again, not tokens."
+            "A cell shows the average indirect effect (AIE): how much of that probability returns when one state is restored "
+            "from the clean run. Intervals are 95 % bootstrap intervals over prompts, not tokens."
         ),
     ]
     lines += [_peak_sentence(study, kind) for kind in study["kinds"]]
@@ -178,34 +179,37 @@ def sentences(study: Study) -> list[str]:
 
 
 def _peak_sentence(study: Study, kind: str) -> str:
-    """Where a kind is strongest at the subject's end and at the prompt's, whose last hidden state is the answer itself."""
+    """Return the peaks of a kind at the last token of the subject and of the prompt.
+
+    The last hidden state of the prompt is the answer itself, and is left out.
+    """
     rows = (LAST_SUBJECT,) if kind == "hidden" else (LAST_SUBJECT, LAST)
     peaks = {row: peak for row in rows if (peak := study["kinds"][kind][row]["peak"])}
     peak_texts = [
         f"{peak['mean']:.3f} ({interval_text(peak)}) around layer {peak['layer']} at the {row}"
         for row, peak in peaks.items()
     ]
-    return f"Of {KIND_NAMES[kind]}, the most comes back: {' and '.join(peak_texts)}."
+    return f"The AIE of {KIND_NAMES[kind]} peaks with {' and '.join(peak_texts)}."
 
 
 def _severed_sentence(study: Study, path: str) -> str:
-    """What cutting a path at the subject's last token loses, at the layer where it loses most."""
+    """Return the loss from severing a path at the subject's last token, at the layer of the greatest loss."""
     losses, whole = study["severed"]["lost"][path], study["severed"]["paths"]["none"]
     layer = max(range(study["layers"]), key=lambda m: losses["mean"][m])
     bounds = {end: None if losses[end] is None else losses[end][layer] for end in ("low", "high")}
     return (
-        f"Cutting the {KIND_STYLES[path][1]} path at the {LAST_SUBJECT} loses most at layer {layer}: {losses['mean'][layer]:.3f} "
-        f"({interval_text(bounds)}), where the whole effect is {whole['mean'][layer]:.3f}."
+        f"Severing the {KIND_STYLES[path][1]} path at the {LAST_SUBJECT} loses most at layer {layer}: {losses['mean'][layer]:.3f} "
+        f"({interval_text(bounds)}), where the ordinary effect is {whole['mean'][layer]:.3f}."
     )
 
 
 def _coinciding_sentence(study: Study) -> str:
-    counts_text = "; ".join(f"{what}: {n}" for what, n in study["alike"].items())
-    return f"Prompts in which two rows are the same token, which then counts in both. {counts_text}."
+    counts_text = "; ".join(f"{rows}: {n}" for rows, n in study["coinciding_rows"].items())
+    return f"Prompts in which one token belongs to two rows, and counts in both: {counts_text}."
 
 
 def table_rows(study: Study) -> list[tuple[Any, ...]]:
-    """The table: for each kind and row its strongest layer, in the order of COLUMNS."""
+    """Return the rows of TABLE_COLUMNS: the peak of each kind and row."""
     table: list[tuple[Any, ...]] = []
     for kind, kind_rows in study["kinds"].items():
         for name, row in kind_rows.items():
@@ -219,7 +223,7 @@ def table_rows(study: Study) -> list[tuple[Any, ...]]:
 
 
 def page(study: Study) -> str:
-    """A page that needs nothing else: the words, the figures, the table."""
+    """Return the report as a self-contained HTML page."""
     pictures = "".join(
         plotting.inline_svg(plotting.render_svg(draw, title(study))) for draw in figures(study).values()
     )

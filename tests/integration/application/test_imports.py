@@ -211,18 +211,21 @@ def first_edit(edit_set: Resource) -> Resource:
 
 
 HOSTILE_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "empty": (lambda d: b"", "no file of safetensors"),
-    "not ours": (lambda d: save({"a": np.zeros(3)}), "no exported set"),
-    "cut off": (lambda d: d[:-1], "no file of safetensors"),
-    "longer": (lambda d: d + b"\0", "no file of safetensors"),
-    "a vector changed": (lambda d: d[:-1] + bytes([d[-1] ^ 1]), "damaged or changed"),
-    "words changed": (lambda d: d.replace(b"Eiffel Tower", b"Eiffel Cower"), "damaged or changed"),
+    "empty": (lambda d: b"", "not a valid safetensors file"),
+    "not ours": (lambda d: save({"a": np.zeros(3)}), "not an edit set"),
+    "cut off": (lambda d: d[:-1], "not a valid safetensors file"),
+    "longer": (lambda d: d + b"\0", "not a valid safetensors file"),
+    "a vector changed": (lambda d: d[:-1] + bytes([d[-1] ^ 1]), "damaged or modified"),
+    "words changed": (lambda d: d.replace(b"Eiffel Tower", b"Eiffel Cower"), "damaged or modified"),
     "another model": (
         lambda d: with_changed_set(d, lambda t: t["model"].update(fingerprint="0" * 64)),
         "fingerprint",
     ),
-    "not a number": (lambda d: with_changed_vectors(d, lambda v: v["layer.0.key"].fill(np.nan)), "cannot be"),
-    "infinite": (lambda d: with_changed_vectors(d, lambda v: v["layer.1.value"].fill(np.inf)), "cannot be"),
+    "not a number": (
+        lambda d: with_changed_vectors(d, lambda v: v["layer.0.key"].fill(np.nan)),
+        "not finite",
+    ),
+    "infinite": (lambda d: with_changed_vectors(d, lambda v: v["layer.1.value"].fill(np.inf)), "not finite"),
     "of another shape": (
         lambda d: with_changed_vectors(d, lambda v: v.update({"layer.0.key": np.zeros(41, np.float32)})),
         "must be F32",
@@ -243,7 +246,7 @@ HOSTILE_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "a negative ridge": (
         lambda d: with_changed_vectors(d, lambda v: v.update({"layer.0.form.memit": np.array([-1.0])})),
-        "cannot be",
+        "not finite",
     ),
     "an unknown form": (
         lambda d: with_changed_vectors(d, lambda v: v.update({"layer.0.form.x": np.array([1.0])})),
@@ -251,7 +254,7 @@ HOSTILE_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "a layer that is not there": (
         lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"]["hparams"].update(layers=[7])),
-        "names no layers",
+        "must name layers",
     ),
     "an unknown hyperparameter": (
         lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"]["hparams"].update(x=1)),
@@ -269,10 +272,10 @@ HOSTILE_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda d: with_changed_set(
             d, lambda t: first_edit(t)["origin"].update(edit="../" + first_edit(t)["origin"]["edit"])
         ),
-        "not sound",
+        "file is invalid",
     ),
-    "no edits": (lambda d: with_changed_set(d, lambda t: t.update(edits=[])), "not sound"),
-    "more than it should say": (lambda d: with_changed_set(d, lambda t: t.update(x=1)), "not sound"),
+    "no edits": (lambda d: with_changed_set(d, lambda t: t.update(edits=[])), "file is invalid"),
+    "more than it should say": (lambda d: with_changed_set(d, lambda t: t.update(x=1)), "file is invalid"),
     "one edit twice": (
         lambda d: with_changed_set(d, lambda t: t["edits"].append(first_edit(t))),
         "not the same",

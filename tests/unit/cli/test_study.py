@@ -49,7 +49,7 @@ def test_a_localisation_study_from_the_command_line(tmp_path: Path, capsys: Capt
     flags = [word for pair in (given | tools).items() for word in pair]
     assert main(["study", "localization", "facts", "--hparam", "steps=3", *flags]) == 0
     shown = capsys.readouterr().out
-    assert "2 facts were asked" in shown and "R² both" in shown and "where the trace is strongest" in shown
+    assert "2 facts were scored" in shown and "R² both" in shown and "layer of the strongest trace" in shown
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "study.json", "report.html", "runs", "layers.png", "layers.svg", "explained.png", "explained.svg",

@@ -69,7 +69,7 @@ def test_the_recipe_is_written_where_the_worker_loads_it(
     )  # edits of a random model are not effective
     assert main(command_line(folder, "--json")) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["recipe"]["start"] is start
+    assert said["recipe"]["prepend_bos"] is start
     assert Path(said["path"]).is_file()
     model = load_served_model(Settings(model=str(folder / "model"), data_dir=folder / "data"))
     begins = model.encode("Rome")[0][0] == model.tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""A version's change as a LoRA adapter, held to what stock peft makes of it: service.exporting."""
+"""Exports, with PEFT and transformers as judges: service.exporting."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.tiny_models import TEXTS, tiny
 
 torch.set_num_threads(1)
 
-CLOSE = 1e-4  # of two logits, in single precision
+CLOSE = 1e-4  # greatest difference of logits, in fp32
 
 
 def export_bytes(replica: VersionedModel, version: int, format: str = "peft") -> tuple[bytes, dict[str, Any]]:
@@ -47,7 +47,7 @@ def extract_zip(data: bytes, folder: Path) -> Path:
 
 
 def make_wide_model(model_type: str) -> LoadedModel:
-    """Room for 300 edits in a layer, and sums over its width as large as in the narrow ones: as a trained model has them."""
+    """Return a model whose keys have room for 300 edits, scaled so that sums over its width are as large as in the narrow ones."""
     model = tiny(model_type, width=320, inner=640)
     with torch.no_grad():
         for parameter in model.model.parameters():
@@ -57,8 +57,8 @@ def make_wide_model(model_type: str) -> LoadedModel:
 
 @pytest.mark.parametrize("count", [1, 50, 300])
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_peft_agrees_with_the_service(model_type: str, count: int, tmp_path: Path) -> None:
-    """Base and adapter, beside each other and merged, give the logits of the edited model; every edit has its own rank."""
+def test_peft_gives_the_logits_of_the_service(model_type: str, count: int, tmp_path: Path) -> None:
+    """PEFT gives the logits of the edited model, with the adapter beside the base and merged. The rank is the number of edits."""
     model = make_wide_model(model_type)
     replica = replica_with_random_edits(model, count, layers=(0, 2))
     data, manifest = export_bytes(replica, count)
@@ -73,15 +73,15 @@ def test_peft_agrees_with_the_service(model_type: str, count: int, tmp_path: Pat
 
 @pytest.mark.parametrize("model_type", ["gptj", "gpt_neox", "opt", "qwen2"])
 def test_every_architecture(model_type: str, tmp_path: Path) -> None:
-    """The names of its modules and the orientation of its weights are peft's, too."""
+    """Module names and weight orientation of every architecture match PEFT."""
     model = tiny(model_type)
     replica = replica_with_random_edits(model, 3, layers=(0, 1, 2))
     adapted = load_with_peft(copy.deepcopy(model.model), extract_zip(export_bytes(replica, 3)[0], tmp_path))
     assert (served_logits(replica, 3) - logits(adapted, model)).abs().max() < CLOSE
 
 
-def test_a_newcomer_loads_base_and_adapter_from_folders(tmp_path: Path) -> None:
-    """With nothing of ours in between."""
+def test_adapter_loads_without_palimpsest(tmp_path: Path) -> None:
+    """Base and adapter load from their folders with transformers and PEFT alone."""
     model = tiny("gpt2")
     model.model.save_pretrained(tmp_path / "base")
     replica = replica_with_random_edits(model, 2, layers=(1,))
@@ -90,8 +90,8 @@ def test_a_newcomer_loads_base_and_adapter_from_folders(tmp_path: Path) -> None:
     assert (served_logits(replica, 2) - logits(adapted, model)).abs().max() < CLOSE
 
 
-def test_the_portable_form(tmp_path: Path) -> None:
-    """One rank, padded with zeros, alpha = rank, no patterns, whole names: what programs other than peft need."""
+def test_adapter_is_portable(tmp_path: Path) -> None:
+    """The adapter has one rank padded with zeros, alpha = rank, no patterns and complete module names, as other programs require."""
     model = tiny("gpt2")
     edits = random_associations(model, 4, layers=(0,)) | {
         f"{e}_b": [replace(p, edit=f"{e}_b") for p in group]
@@ -112,8 +112,8 @@ def test_the_portable_form(tmp_path: Path) -> None:
     assert low.shape == (4, model.intermediate_size) and not low[2:].any() and low[:2].any()
 
 
-def test_the_same_version_is_the_same_bytes() -> None:
-    """Of every form, from replicas that know nothing of each other."""
+def test_export_is_reproducible() -> None:
+    """Independent replicas export the same version as the same bytes, in every format."""
     for form in ("peft", "safetensors"):
         first, second = (
             export_bytes(replica_with_random_edits(tiny("llama"), 3, (0, 1)), 2, form)[0] for _ in range(2)
@@ -121,8 +121,8 @@ def test_the_same_version_is_the_same_bytes() -> None:
         assert first == second
 
 
-def test_only_directions_below_single_precision_are_dropped() -> None:
-    """Of two edits with one key one rank is left; where all keys differ, however little, none is lost."""
+def test_only_directions_below_fp32_precision_are_truncated() -> None:
+    """Two edits with one key have rank 1. Edits with distinct keys keep their rank."""
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(16, 5, dtype=torch.float64, generator=generator)
     right = torch.randn(5, 40, generator=generator)
@@ -134,8 +134,8 @@ def test_only_directions_below_single_precision_are_dropped() -> None:
     assert found.rank == 5 and found.residual < 2 * RELATIVE_RANK_TOLERANCE
 
 
-def test_keys_that_nearly_coincide_cost_nothing() -> None:
-    """Their terms are large and cancel; stored as they are, in single precision, they would not."""
+def test_nearly_equal_keys_keep_their_precision() -> None:
+    """Terms of nearly equal keys are large and cancel. The orthogonalised factors in fp32 keep the precision."""
     model = tiny(width=64, inner=160)
     ((a,), (b,)) = random_associations(model, 2, (1,)).values()
     b = replace(b, key=a.key + 1e-3 * b.key, direction=a.direction + 1e-3 * b.direction)
@@ -147,8 +147,8 @@ def test_keys_that_nearly_coincide_cost_nothing() -> None:
     assert off < 1e-6 and off < (raw - exact).norm() / exact.norm()
 
 
-def test_the_model_card_reports_measurements(tmp_path: Path) -> None:
-    """The base model and its fingerprint, the edits, ranks, and the largest difference; text of strangers breaks no table."""
+def test_model_card_reports_measurements(tmp_path: Path) -> None:
+    """The README has base model, fingerprint, edits, ranks and the greatest difference, and escapes user text in tables."""
     model = tiny()
     edits = random_associations(model, 2, (1,))
     edits["edit_000001"] = [replace(p, subject="a|b `c` <i>") for p in edits["edit_000001"]]
@@ -161,19 +161,19 @@ def test_the_model_card_reports_measurements(tmp_path: Path) -> None:
     assert "| 1 | `transformer.h.1.mlp.c_proj` | 2 | 2 |" in page
     assert "Look at the subject 0 … is" in page and "a\\|b \\`c\\` &lt;i>" in page
     assert json.loads((folder / "palimpsest.json").read_text())["edits"][0]["id"] == "edit_000000"
-    assert "start token" not in page and not (folder / "tokenizer.json").exists()
+    assert "BOS token" not in page and not (folder / "tokenizer.json").exists()
 
 
 def test_a_bos_token_is_documented_and_exported(tmp_path: Path) -> None:
-    """A model that reads every text after its start token is of no use to whoever does not know that."""
+    """The README of an adapter for a model with a prepended BOS token names it, and the exported tokenizer adds it."""
     model = with_bos(tiny())
     folder = extract_zip(export_bytes(replica_with_random_edits(model, 1, (1,)), 1)[0], tmp_path)
-    assert "read after the start token `<|endoftext|>`" in (folder / "README.md").read_text()
+    assert "needs the BOS token `<|endoftext|>`" in (folder / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"] == model.encode("a")[0]
 
 
-def test_the_edited_weights_are_those_that_are_served(tmp_path: Path) -> None:
-    """Bit by bit, under the names of the base model, on top of which they load."""
+def test_edited_weights_match_the_served_bytes(tmp_path: Path) -> None:
+    """The exported weights equal the served ones bit by bit, and load into the base model by name."""
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny("llama", dtype=dtype)
         replica = replica_with_random_edits(model, 3, (0, 2))
@@ -188,8 +188,8 @@ def test_the_edited_weights_are_those_that_are_served(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_a_whole_model_loads_from_its_folder(model_type: str, tmp_path: Path) -> None:
-    """`from_pretrained` gives the bits that are served; base bytes are in place afterwards; the tokenizer is the same."""
+def test_whole_model_loads_from_its_folder(model_type: str, tmp_path: Path) -> None:
+    """`from_pretrained` gives the served bits and the same tokenizer, and the replica has its base bytes afterwards."""
     model = with_bos(tiny(model_type))
     replica = replica_with_random_edits(model, 3, (0, 2))
     before = {name: t.clone() for name, t in model.model.state_dict().items()}
@@ -207,7 +207,7 @@ def test_a_whole_model_loads_from_its_folder(model_type: str, tmp_path: Path) ->
 
 
 def test_no_local_path_is_exported() -> None:
-    """The base model is called by its name on the hub, or by that of its folder."""
+    """The base model is named by its hub name, or by the name of its folder."""
     model = tiny()
     model.model.config._name_or_path = "/home/somebody/models/secret"
     assert public_base_name(model) == "tiny-gpt2"
@@ -216,8 +216,8 @@ def test_no_local_path_is_exported() -> None:
     assert public_base_name(replace(model, folder=Path("/x"))) == "tiny-gpt2"
 
 
-def test_an_adapter_has_one_rank_for_all() -> None:
-    """That of the layer with most."""
+def test_adapter_has_the_greatest_rank_of_its_layers() -> None:
+    """All layers are padded to the greatest rank."""
     model = tiny()
     pieces = [p for g in random_associations(model, 3, (0, 1)).values() for p in g][:5]
     adapter = LoraAdapter.from_changes(compose(pieces))

@@ -1,4 +1,4 @@
-"""Files of safetensors, by our own hand and by the library's: service.kit.safetensors_io."""
+"""Reading and writing of safetensors files: service.kit.safetensors_io."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from service.errors import InvalidInput
 from service.kit.safetensors_io import TensorInfo, build_header, read_safetensors
 
 
-def test_the_library_reads_what_is_written() -> None:
-    """Names, shapes, bytes and metadata; also of a tensor without entries."""
+def test_library_reads_written_files() -> None:
+    """The library reads names, shapes, bytes and metadata, also of a tensor without entries."""
     a, b = np.arange(6, dtype="<f4").reshape(2, 3), np.zeros((0, 3), "<f4")
     listed = [TensorInfo("a", "F32", (2, 3)), TensorInfo('ü "quoted"', "F32", (0, 3))]
     data = build_header(listed, {"x": "{}"}) + a.tobytes() + b.tobytes()
@@ -27,13 +27,13 @@ def test_the_library_reads_what_is_written() -> None:
 
 
 def test_tensor_data_is_aligned() -> None:
-    """At a multiple of eight bytes."""
+    """The data begins at a multiple of eight bytes."""
     for length in range(9):
         assert len(build_header([TensorInfo("x" * length, "U8", (1,))], {})) % 8 == 0
 
 
 def is_readable(data: bytes) -> bool:
-    """Whether the library takes it."""
+    """Return whether the library reads the file."""
     try:
         load(data)
     except SafetensorError:
@@ -43,11 +43,11 @@ def is_readable(data: bytes) -> bool:
 
 @given(st.binary(max_size=60))
 def test_invalid_files_are_refused(data: bytes) -> None:
-    """In words, and never with another error."""
+    """An invalid file raises InvalidInput and no other error."""
     if is_readable(data):
         assert set(read_safetensors(data, "it").data) == set(load(data))
         return
-    with pytest.raises(InvalidInput, match="it is no file of safetensors"):
+    with pytest.raises(InvalidInput, match="it is not a valid safetensors file"):
         read_safetensors(data, "it")
 
 
@@ -57,14 +57,14 @@ def test_invalid_files_are_refused(data: bytes) -> None:
     ids=["longer", "a gap", "huge", "backwards", "negative"],
 )
 def test_invalid_offsets_are_refused(offsets: list[int]) -> None:
-    """A tensor is where the file has bytes for it."""
+    """Offsets outside the data are refused."""
     header_json = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
     with pytest.raises(InvalidInput):
         read_safetensors(len(header_json).to_bytes(8, "little") + header_json + b"\0" * 4, "it")
 
 
 def test_every_truncation_is_detected() -> None:
-    """Wherever a file ends too early."""
+    """A file truncated at any byte is refused."""
     data = save({"a": np.ones(4, np.float32)}, {"x": "y"})
     for length in range(len(data)):
         with pytest.raises(InvalidInput):

@@ -26,35 +26,35 @@ PAIRS = st.lists(st.tuples(LOG_P, LOG_P), min_size=1, max_size=10)
 SHARE = st.floats(0.01, 1)
 
 
-def test_by_hand() -> None:
-    """Of four prompts, two prefer the new object, one the true one, and one cannot tell."""
+def test_shares_by_hand() -> None:
+    """Of four prompts two prefer the new object, one the true one, and one is a tie."""
     pairs = [(-1.0, -2.0), (-0.1, -3.0), (-2.0, -1.0), (-1.5, -1.5)]
     assert share_preferring_new(pairs) == 0.5
     assert share_preferring_true(pairs) == 0.25
 
 
-def test_ties_fail() -> None:
-    """Equal probabilities count neither as written nor as kept."""
+def test_ties_are_failures() -> None:
+    """Equal probabilities count as failures in ES, PS and NS."""
     assert share_preferring_new([(-1.0, -1.0)]) == 0.0
     assert share_preferring_true([(-1.0, -1.0)]) == 0.0
 
 
 def test_no_prompts_give_no_score() -> None:
-    """A record without prompts of a kind has no share of them: not 0 and not 1."""
+    """A share over no prompts is None."""
     assert share_preferring_new([]) is None
     assert share_preferring_true([]) is None
 
 
-def test_nan_is_no_success() -> None:
-    """A log-probability that is no number neither writes nor keeps."""
+def test_nan_is_a_failure() -> None:
+    """A NaN log-probability counts as a failure."""
     nan = float("nan")
     assert share_preferring_new([(nan, -1.0), (-1.0, nan)]) == 0.0
     assert share_preferring_true([(nan, -1.0), (-1.0, nan)]) == 0.0
 
 
 @given(PAIRS)
-def test_swapping_the_objects_turns_the_share_around(pairs: list[tuple[float, float]]) -> None:
-    """With new and true object exchanged, ES becomes 1 - ES - the share of ties."""
+def test_swapping_the_objects_inverts_the_share(pairs: list[tuple[float, float]]) -> None:
+    """With new and true object swapped ES becomes 1 - ES - the share of ties."""
     swapped = [(true, new) for new, true in pairs]
     ties = Fraction(sum(new == true for new, true in pairs), len(pairs))
     share, turned = share_preferring_new(pairs), share_preferring_new(swapped)
@@ -63,20 +63,20 @@ def test_swapping_the_objects_turns_the_share_around(pairs: list[tuple[float, fl
 
 
 @given(st.lists(SHARE, min_size=1, max_size=5))
-def test_the_harmonic_mean_is_its_definition(values: list[float]) -> None:
-    """S is n over the sum of reciprocals, between the least and the greatest."""
+def test_harmonic_mean_matches_its_definition(values: list[float]) -> None:
+    """The harmonic mean is n over the sum of reciprocals, between least and greatest value."""
     assert harmonic_mean(values) == pytest.approx(reference(values))
     assert min(values) - 1e-9 <= harmonic_mean(values) <= max(values) + 1e-9
 
 
-def test_one_score_of_zero_makes_the_whole_zero() -> None:
-    """S is 0 when nothing holds of one kind, where the formula would divide by zero."""
+def test_harmonic_mean_with_a_zero_is_zero() -> None:
+    """The harmonic mean is 0 if a value is 0."""
     assert harmonic_mean([1.0, 0.0, 1.0]) == 0.0
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(0, 99))
-def test_the_interval_holds_the_mean(records: list[float], seed: int) -> None:
-    """The mean is the mean of the records, inside its interval, and the same seed gives the same interval."""
+def test_interval_contains_the_mean(records: list[float], seed: int) -> None:
+    """The interval contains the mean of the records, and a seed gives the same interval again."""
     mean, low, high = bootstrap_mean(records, rounds=200, seed=seed)
     assert mean == pytest.approx(sum(records) / len(records))
     assert low - 1e-9 <= high
@@ -84,8 +84,8 @@ def test_the_interval_holds_the_mean(records: list[float], seed: int) -> None:
     assert (mean, low, high) == bootstrap_mean(records, rounds=200, seed=seed)
 
 
-def test_more_records_make_a_narrower_interval() -> None:
-    """The interval of a share of one half covers it, with about 1.96 standard errors on each side."""
+def test_interval_width_matches_the_standard_error() -> None:
+    """The interval of a share of one half has about 1.96 standard errors on each side."""
     few, many = bootstrap_mean([0.0, 1.0] * 20), bootstrap_mean([0.0, 1.0] * 500)
     for mean, low, high in (few, many):
         assert low < mean < high
@@ -93,7 +93,7 @@ def test_more_records_make_a_narrower_interval() -> None:
     assert few[2] - few[1] > 3 * (many[2] - many[1])
 
 
-def test_the_score_is_combined_after_averaging() -> None:
+def test_score_is_combined_after_averaging() -> None:
     """S is the harmonic mean of the three means, not the mean of S over records."""
     records = [(1.0, 0.5, 1.0), (1.0, 1.0, 0.8), (0.0, 0.5, 0.9)]
     score, low, high = bootstrap_score(records, rounds=200)
@@ -102,7 +102,7 @@ def test_the_score_is_combined_after_averaging() -> None:
 
 
 def test_margins_by_hand() -> None:
-    """The signed mean difference of probabilities: .5 - .25 and .125 - .25 are .0625 on average."""
+    """.5 - .25 and .125 - .25 have the mean .0625."""
     pairs = [(math.log(0.5), math.log(0.25)), (math.log(0.125), math.log(0.25))]
     assert probability_margin(pairs) == pytest.approx(0.0625)
     assert probability_margin([]) is None
@@ -115,7 +115,7 @@ def test_accuracy_counts_tokens() -> None:
 
 
 def test_records_without_a_value_are_left_out() -> None:
-    """A measure is averaged over the records that have it; S is combined of the means so found."""
+    """A measure is averaged over the records that have it, and S combines those means."""
     columns: list[list[float | None]] = [[1.0, 0.0, 1.0, 1.0], [0.5, None, None, 0.5], [None, 1.0, 1.0, 1.0]]
     drawn = BootstrapResampler(4, 400)
     means = [drawn.interval(c) for c in columns]
@@ -127,7 +127,7 @@ def test_records_without_a_value_are_left_out() -> None:
     assert drawn.combined_interval([[1.0] * 4, [None] * 4]) is None
 
 
-def test_a_single_record_has_an_interval_of_no_width() -> None:
-    """One record is drawn again and again."""
+def test_single_record_has_an_interval_of_width_0() -> None:
+    """Both bounds of the interval of a single record are its value."""
     assert bootstrap_mean([0.25]) == (0.25, 0.25, 0.25)
     assert bootstrap_score([(1.0, 1.0, 1.0)]) == (1.0, 1.0, 1.0)

@@ -12,35 +12,35 @@ from service.scores.text_metrics import TfIdf, fluency, ngram_entropy
 
 
 def test_entropy_by_hand() -> None:
-    """Of the bigrams ab, ba, ab, bc two are the same: 1.5 bits; signs are words of their own."""
+    """Of the bigrams ab, ba, ab, bc two are equal: 1.5 bits. Punctuation marks are words."""
     assert ngram_entropy("a b a b c", 2) == pytest.approx(1.5)
     assert ngram_entropy("a b a b c", 3) == pytest.approx(math.log2(3))
     assert ngram_entropy("Rome, Rome, Rome,", 1) == pytest.approx(1.0)
 
 
-def test_a_text_that_repeats_itself_has_none() -> None:
-    """Nothing new in a text, or too few words in it: no entropy, and no error."""
+def test_entropy_of_repetition_is_0() -> None:
+    """A text of one repeated n-gram, or with fewer than n words, has entropy 0."""
     assert ngram_entropy("the " * 30, 2) == 0
     assert ngram_entropy("one", 2) == ngram_entropy("", 3) == 0
 
 
 @given(st.integers(3, 200))
-def test_all_different_words_have_the_greatest_entropy(count: int) -> None:
-    """Of m n-grams that all differ the entropy is log2 m."""
+def test_entropy_of_distinct_ngrams(count: int) -> None:
+    """The entropy of m distinct n-grams is log2 m."""
     text = " ".join(f"w{i}" for i in range(count))
     expected = math.log2(count - 1) / 3 + 2 * math.log2(count - 2) / 3
     assert fluency([text]) == pytest.approx(expected)
 
 
 def test_fluency_is_averaged_over_texts() -> None:
-    """A text's 2-grams count a third and its 3-grams two; without texts there is no figure."""
+    """Bigrams weigh 1/3 and trigrams 2/3. Without texts fluency is None."""
     one = (1.5 + 2 * math.log2(3)) / 3
     assert fluency(["a b a b c", "x x x x"]) == pytest.approx(one / 2)
     assert fluency([]) is None
 
 
 def test_tf_idf_by_hand() -> None:
-    """Two texts, one word in both: weights as scikit-learn's documentation defines them, and their cosine."""
+    """Weights and cosine of two texts match the definition in scikit-learn's documentation."""
     found = TfIdf(["rome rome italy", "paris italy"])
     rare = math.log(3 / 2) + 1  # in one text of two; a word in both weighs 1
     assert found.vector("Rome rome Italy, unknown x") == pytest.approx(
@@ -50,8 +50,8 @@ def test_tf_idf_by_hand() -> None:
     assert found.similarity(["rome rome", "italy"], ["paris italy"]) == pytest.approx(expected)
 
 
-def test_the_similarity_of_what_is_alike() -> None:
-    """The same words in another order are 1, no words in common 0; nothing to compare is no figure."""
+def test_similarity_at_the_bounds() -> None:
+    """The same words in another order have similarity 1, disjoint texts 0, and no text None."""
     found = TfIdf(["one two three", "four five"])
     assert found.similarity(["one two"], ["two one"]) == pytest.approx(1)
     assert found.similarity(["one two"], ["four"]) == 0

@@ -30,7 +30,7 @@ def write_json_file(folder: Path, rows: Any) -> Path:
 
 
 def test_known_facts_are_traced_as_in_the_paper(tmp_path: Path) -> None:
-    """The prompt goes on where the template does by a word; without it the template is the prompt."""
+    """The prompt of a known fact extends its template. Without a prompt the template is used."""
     rows = [KNOWN | {"prompt": "Vinson Massif is located in the continent of"}]
     assert read_study_facts(write_json_file(tmp_path, rows)) == [
         Fact("Vinson Massif", "{} is located in the continent of", "Antarctica")
@@ -38,15 +38,15 @@ def test_known_facts_are_traced_as_in_the_paper(tmp_path: Path) -> None:
     assert read_study_facts(write_json_file(tmp_path, [KNOWN]))[0].prompt == KNOWN["template"]
 
 
-def test_editing_problems_say_a_fact_too(tmp_path: Path) -> None:
-    """Of a record of any other form, what it says before any edit."""
+def test_records_are_facts(tmp_path: Path) -> None:
+    """A record of any format gives its unedited fact."""
     assert read_study_facts(write_json_file(tmp_path, [PROBLEM])) == [
         Fact("Spur Point", "{}, in", "Antarctica")
     ]
 
 
-def test_the_order_is_the_seeds(tmp_path: Path) -> None:
-    """The same facts in another order for another seed, and the same order for the same seed."""
+def test_seed_determines_the_order(tmp_path: Path) -> None:
+    """The same seed gives the same order, another seed another order of the same facts."""
     path = write_json_file(tmp_path, [KNOWN | {"subject": f"s{i}"} for i in range(20)])
     assert read_study_facts(path, 1) == read_study_facts(path, 1) != read_study_facts(path, 2)
     assert set(read_study_facts(path, 1)) == set(read_study_facts(path, 2))
@@ -62,8 +62,8 @@ def test_the_order_is_the_seeds(tmp_path: Path) -> None:
         ([], "no records"),
     ],
 )
-def test_invalid_facts_are_reported(rows: Any, words: str, tmp_path: Path) -> None:
-    """Which fact, and what it lacks."""
+def test_invalid_facts_are_refused(rows: Any, words: str, tmp_path: Path) -> None:
+    """The error names the fact and what it lacks."""
     with pytest.raises(InvalidInput) as refused:
         read_study_facts(write_json_file(tmp_path, rows))
     assert words in refused.value.detail

@@ -1,4 +1,4 @@
-"""Every fact edited at every layer, and traced: service.studies.localization."""
+"""The localization study: service.studies.localization."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PLAN = LocalizationPlan((0, 2), samples=1, noise=0.5)
 
 @pytest.fixture(autouse=True)
 def all_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model knows nothing: it is taken at its word that it does."""
+    """Make a random model answer every fact with its object."""
 
     def said(_model: Any, pairs: list[Any], _phase: Phase) -> Stepper[list[tuple[float, bool]]]:
         yield Progress(Phase.PROBE, 1, 1)
@@ -62,7 +62,7 @@ def score_single_edit(
     layer: int,
     method: str = "rome",
 ) -> Any:
-    """One edit alone at a layer, and its scores."""
+    """Return the change scores of one edit alone at a layer."""
     replica, context = replica_and_context
     spec = EditInput(
         fill_prompt(record.prompt, record.subject), record.target_new, method, {"layers": [layer]}
@@ -76,10 +76,10 @@ def score_single_edit(
     )
 
 
-def test_scores_and_effects_are_those_of_each_alone(
+def test_scores_and_effects_match_single_edits_and_traces(
     replica_and_context: tuple[VersionedModel, EditorContext],
 ) -> None:
-    """What a study averages is what each edit alone does at each layer, and what each trace alone shows."""
+    """A study's scores equal those of each edit alone, and its effects those of each trace alone."""
     replica, context = replica_and_context
     study = run_to_completion(run_localization_study(replica, context, PLAN, RECORDS, InMemoryStore()))
     assert (study["asked"], study["facts"], study["layers"]) == (2, 2, [0, 2])
@@ -108,8 +108,8 @@ def test_scores_and_effects_are_those_of_each_alone(
         assert row["mean"] == pytest.approx([(a + b) / 2 for a, b in zip(*both, strict=True)])
 
 
-def test_the_weights_are_as_they_were(replica_and_context: tuple[VersionedModel, EditorContext]) -> None:
-    """After a study the model holds its base bytes, by every method."""
+def test_base_weights_are_unchanged(replica_and_context: tuple[VersionedModel, EditorContext]) -> None:
+    """After a study with every method the model has its base bytes."""
     replica, context = replica_and_context
     before = {name: p.clone() for name, p in replica.base.model.named_parameters()}
     plan = replace(PLAN, methods=("rome", "ft"), hparams={"ft": {"steps": 2}})
@@ -118,10 +118,10 @@ def test_the_weights_are_as_they_were(replica_and_context: tuple[VersionedModel,
     assert all(torch.equal(p, before[name]) for name, p in replica.base.model.named_parameters())
 
 
-def test_an_interrupted_study_resumes(
+def test_interrupted_study_resumes(
     replica_and_context: tuple[VersionedModel, EditorContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No edit that was measured is found again; a further layer finds its own edits only; the result is the same."""
+    """A stored edit is not computed again, a further layer computes only its own edits, and the result is the same."""
     replica, context = replica_and_context
     store, requested = InMemoryStore(), []
     original = context.find_all_factors
@@ -148,10 +148,10 @@ def test_an_interrupted_study_resumes(
     assert len(requested) == 5 and all(a.hparams["layers"] == [1] for a in requested[3:])
 
 
-def test_a_reversal_writes_the_noised_answer(
+def test_reversal_writes_the_noised_answer(
     replica_and_context: tuple[VersionedModel, EditorContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Facts whose answer noise leaves as it is are left out of it; of the others that answer is the new object."""
+    """A reversal has the facts whose answer changes under noise, with that answer as the new object."""
     replica, context = replica_and_context
     monkeypatch.setattr(module, "noised_answer", lambda _m, r, _n: {"1": " Brazil", "2": " Japan"}[r.name])
     study = run_to_completion(
@@ -175,7 +175,7 @@ def test_a_reversal_writes_the_noised_answer(
 def test_problems_become_editor_objectives(
     replica_and_context: tuple[VersionedModel, EditorContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To erase, amplify or force is asked of the true object; only to force it stands noise on the subject, one for each fact."""
+    """Erase, amplify and force optimise the true object. Only forcing noises the subject, with one draw for each fact."""
     replica, context = replica_and_context
     requested: list[EditInput] = []
     original = context.find_all_factors
@@ -199,7 +199,7 @@ def test_problems_become_editor_objectives(
 def test_forcing_without_noise_is_amplifying(
     replica_and_context: tuple[VersionedModel, EditorContext],
 ) -> None:
-    """With noise of strength nothing the two problems are one; with noise they are not, and each is kept for itself."""
+    """With noise of strength 0 forcing equals amplifying. With noise it differs, and is stored separately."""
     replica, context = replica_and_context
     store = InMemoryStore()
 
@@ -214,10 +214,10 @@ def test_forcing_without_noise_is_amplifying(
     assert scores(0.5, "forcing") != pytest.approx(scores(0.0, "forcing"), rel=1e-3)
 
 
-def test_invalid_studies_are_refused_at_once(
+def test_invalid_studies_are_refused(
     replica_and_context: tuple[VersionedModel, EditorContext],
 ) -> None:
-    """A hyperparameter that there is not, and a study without any fact."""
+    """An unknown hyperparameter and a study without known facts raise InvalidInput."""
     replica, context = replica_and_context
     with pytest.raises(InvalidInput, match=r"hparams\.stepps"):
         run_to_completion(
@@ -230,7 +230,7 @@ def test_invalid_studies_are_refused_at_once(
 
 
 def test_nan_scores_become_impossible() -> None:
-    """Where an edit leaves no number, the object has no probability."""
+    """A NaN score becomes a log-probability of minus infinity."""
     from service.models.score import TargetScore
 
     assert module._nan_as_impossible(TargetScore(float("nan"), False, 0, 1)).log_p == float("-inf")

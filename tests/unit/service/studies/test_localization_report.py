@@ -1,4 +1,4 @@
-"""A localisation study as figures, words and tables: service.studies.localization_report."""
+"""The report of the localization study: service.studies.localization_report."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def texts(drawn: str) -> str:
     return " ".join(e.text or "" for e in ElementTree.fromstring(drawn).iter(f"{{{SVG_NAMESPACE}}}text"))
 
 
-def test_the_figures_say_what_they_show() -> None:
-    """Every kind of edit has a panel beside the effect, and bars; the gain and its p stand above them."""
+def test_figures_are_labelled() -> None:
+    """Every kind of edit has a panel beside the effect, and bars with the gain and its p above them."""
     made = study(kinds=(("rome", "write"), ("rome", "reversal")))
     drawn = {n: texts(plotting.render_svg(d, "t")) for n, d in report.figures(made).items()}
     assert sorted(drawn) == ["explained", "layers"]
@@ -66,26 +66,26 @@ def test_the_figures_say_what_they_show() -> None:
 @pytest.mark.parametrize(
     "shape", [{"facts": 1}, {"layers": 1}, {"same": True}, {"kinds": (("rome", "write"),)}]
 )
-def test_any_study_can_be_drawn(shape: Any) -> None:
-    """One fact, one layer, scores that never differ, one kind of edit."""
+def test_any_study_has_figures(shape: Any) -> None:
+    """A study of one fact, one layer, equal scores or one kind of edit has figures, sentences and a page."""
     made = study(**shape)
     for draw in report.figures(made).values():
         assert plotting.render_png(draw, 40).startswith(b"\x89PNG")
     assert report.sentences(made) and "nan" not in report.page(made).lower().replace("dominant", "")
 
 
-def test_words_and_tables_have_the_figures() -> None:
-    """The words tell R2 and chance; each score that there is has its rows; the page shows names as text."""
+def test_sentences_and_tables_have_the_results() -> None:
+    """Sentences state R2, each score has its rows, and the page escapes names."""
     made = study()
     found = made["studies"][0]["scores"]["rewrite"]
     r2 = found["regression"][EFFECT_READINGS[0]]["r2"]
     words = " ".join(report.sentences(made))
-    assert f"the layer explains {r2['layer']['value']:.3f}" in words and "6 facts were asked" in words
+    assert f"the layer explains {r2['layer']['value']:.3f}" in words and "6 facts were scored" in words
     rows = report.regression_rows(made)
     assert len(rows) == 2 * 2 * len(EFFECT_READINGS) and rows[0][5] == r2["layer"]["value"]
     assert {len(r) for r in rows} == {len(report.REGRESSION_COLUMNS)}
     chosen = report.choice_rows(made)
     assert len(chosen) == 4 and {len(r) for r in chosen} == {len(report.CHOICE_COLUMNS)}
-    assert chosen[0][4] == found["choice"]["ways"]["best for others"]["mean"]
+    assert chosen[0][4] == found["choice"]["ways"]["best_for_others"]["mean"]
     page = report.page(made)
     assert page.count("<svg") == 2 and page.count("<table>") == 2 and "tiny &lt;b&gt;" in page

@@ -1,4 +1,4 @@
-"""What many edits say about tracing: service.studies.localization_stats."""
+"""Statistics of the localization study: service.studies.localization_stats."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def trace(high: float, low: float, scores: list[list[float]], subject: tuple[int
     }
 
 
-def test_fractions_by_hand() -> None:
-    """Of what noise took from .9 to .1: .5 is a half, what is below .1 is nothing; where noise took nothing, nothing is back."""
+def test_restored_fractions_by_hand() -> None:
+    """With high .9 and low .1, a score of .5 is one half and scores below .1 are 0. Without a total effect all are 0."""
     assert restored_fractions(trace(0.9, 0.1, [[0.5, 0.05, 0.9]])) == pytest.approx(np.array([[0.5, 0, 1]]))
     assert restored_fractions(trace(0.1, 0.9, [[1.0, 0.8]])) == pytest.approx(np.array([[0.125, 0]]))
     assert (restored_fractions(trace(0.5, 0.5, [[0.7]])) == 0).all()
 
 
 def test_both_readings_of_the_effect() -> None:
-    """The greatest over the tokens from the subject's first on, and that of the subject's last token."""
+    """One reading is the greatest effect over tokens from the subject's first on, the other that of the subject's last token."""
     found = trace_effects(trace(1.0, 0.0, [[0.9, 0.9], [0.1, 0.2], [0.3, 0.1], [0.2, 0.8]]))
     assert found == {GREATEST: pytest.approx([0.3, 0.8]), LAST: pytest.approx([0.3, 0.1])}
 
 
 def test_layer_choices_by_hand() -> None:
-    """Three facts, two layers. What is best for the other two is layer 0, 1 and 1; the traces point to 1, 0 and 0."""
+    """For three facts and two layers the best layers of the others are 0, 1 and 1, and the strongest traces 1, 0 and 0."""
     scores = np.array(
         [[0.0, 1.0], [0.4, 0.6], [1.0, 0.6]]
     )  # others' sums: (1.4, 1.2), (1.0, 1.6), (0.4, 1.6)
@@ -52,16 +52,16 @@ def test_layer_choices_by_hand() -> None:
     means = {name: way["mean"] for name, way in found["ways"].items()}
     assert found["best_layer"] == 7
     assert means == {
-        "best for others": pytest.approx((0.0 + 0.6 + 0.6) / 3),
-        "where the trace is strongest": pytest.approx((1.0 + 0.4 + 1.0) / 3),
-        "any": pytest.approx(3.6 / 6),
+        "best_for_others": pytest.approx((0.0 + 0.6 + 0.6) / 3),
+        "strongest_trace": pytest.approx((1.0 + 0.4 + 1.0) / 3),
+        "random": pytest.approx(3.6 / 6),
     }
-    assert found["gained"]["mean"] == pytest.approx((1.0 - 0.2 + 0.4) / 3)
+    assert found["gain"]["mean"] == pytest.approx((1.0 - 0.2 + 0.4) / 3)
     assert compare_layer_choices(scores[:1], effects[:1], [4, 7]) is None
 
 
-def test_facts_without_a_prompt_for_a_score_are_left_out_of_it() -> None:
-    """Two of three facts have paraphrases, none has neighbours; layers are picked from the effects of all."""
+def test_facts_without_prompts_for_a_score_are_left_out() -> None:
+    """A score is over the facts that have prompts for it, with the effects of those facts at the edited layers."""
     effects = [{GREATEST: [0.1 * i, 0.2, 0.3], LAST: [0.0, 0.1 * i, 0.2]} for i in range(3)]
     runs = [
         [{"rewrite": 0.5, "paraphrase": None if i == 1 else 0.25, "neighbour": None}, {"rewrite": 0.1 * i, "paraphrase": 0.5, "neighbour": None}]

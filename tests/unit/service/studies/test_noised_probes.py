@@ -1,4 +1,4 @@
-"""What a model says when the subject is noised: service.studies.noised_probes."""
+"""Scores and answers under subject noise: service.studies.noised_probes."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ RECORD = Record(
 )  # fmt: skip
 
 
-def test_the_noise_is_that_of_the_seed() -> None:
-    """As strong as asked, one row for each of the subject's tokens, and the trace's first draw."""
+def test_noise_is_the_first_draw_of_the_trace() -> None:
+    """The noise has a row for each token of the subject and equals the first draw of a trace with the same seed and strength."""
     model = tiny()
     begin, end = tokenize_statement(model, fill_prompt(RECORD.prompt, RECORD.subject)).subject
     assert torch.equal(
@@ -35,8 +35,8 @@ def test_the_noise_is_that_of_the_seed() -> None:
     )
 
 
-def test_the_answer_is_greedy_and_as_long_as_the_true_object() -> None:
-    """Without noise it is the model's greedy continuation, token by token, with as many tokens as the true object has."""
+def test_answer_is_greedy_and_as_long_as_the_true_object() -> None:
+    """Without noise the answer is the greedy continuation, with as many tokens as the true object."""
     model = tiny()
     ids, _ = model.encode(RECORD.text)
     whole, _ = model.encode(RECORD.text + " London")
@@ -53,8 +53,8 @@ def test_the_answer_is_greedy_and_as_long_as_the_true_object() -> None:
     assert answers[0] == answers[1] and len(set(answers)) > 1
 
 
-def test_without_noise_the_scores_are_the_models() -> None:
-    """Noise of strength nothing changes nothing, whatever is asked."""
+def test_scores_without_noise_are_unchanged() -> None:
+    """Noise of strength 0 changes no score."""
     model = tiny()
     plain = run_to_completion(score_targets(model, scoring_pairs(RECORD)))
     found = run_to_completion(
@@ -65,8 +65,8 @@ def test_without_noise_the_scores_are_the_models() -> None:
 
 
 @pytest.mark.parametrize("prompt", [RECORD.text, RECORD.paraphrases[0]])
-def test_the_scores_are_those_of_a_pass_with_noise_on_the_subject(prompt: str) -> None:
-    """Prompt and paraphrase, by hand: noise is added to the subject's embeddings of one whole pass."""
+def test_scores_match_a_pass_with_noised_embeddings(prompt: str) -> None:
+    """Scores of prompt and paraphrase equal those of a forward pass with noise added to the subject's embeddings."""
     model = tiny()
     noise = subject_noise(model, RECORD, NoiseLevel(1.0), 1)
     found = run_to_completion(score_under_noise(model, RECORD, noise))
@@ -86,7 +86,7 @@ def test_the_scores_are_those_of_a_pass_with_noise_on_the_subject(prompt: str) -
 
 
 def test_other_subjects_are_not_noised() -> None:
-    """A paraphrase that does not name the subject, and neighbours, are asked as they are; nothing stays behind."""
+    """A paraphrase without the subject and neighbours are scored without noise, and no hook remains."""
     model = tiny()
     plain = run_to_completion(score_targets(model, scoring_pairs(RECORD)))
     found = run_to_completion(

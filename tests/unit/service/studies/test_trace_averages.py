@@ -1,4 +1,4 @@
-"""Effects averaged by what a token is to its prompt: service.studies.trace_averages."""
+"""Averages of traces by token role: service.studies.trace_averages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIRST, MIDDLE, LAST_SUBJECT, NEXT, FURTHER, LAST = TOKEN_ROWS
 
 
 def trace(subject: tuple[int, int], scores: list[list[float]], low: float = 0.1, high: float = 0.9) -> Any:
-    """A trace of one kind; severed paths are the subject's last token's row, with the MLP cut by a half."""
+    """Return a trace of one kind. Severed paths are the scores at the subject's last token, halved for the MLP."""
     row = scores[subject[1] - 1]
     cut = [low + (s - low) / 2 for s in row]
     return {
@@ -30,18 +30,18 @@ def trace(subject: tuple[int, int], scores: list[list[float]], low: float = 0.1,
     ("subject", "length", "expected"),
     [
         ((1, 5), 9, [[1], [2, 3], [4], [5], [6, 7], [8]]),
-        ((0, 1), 4, [[0], [], [0], [1], [2], [3]]),  # one token: the first and the last of its subject
-        ((0, 2), 3, [[0], [], [1], [2], [], [2]]),  # what follows is the prompt's last token
+        ((0, 1), 4, [[0], [], [0], [1], [2], [3]]),  # a one-token subject: first and last token
+        ((0, 2), 3, [[0], [], [1], [2], [], [2]]),  # the following token ends the prompt
         ((1, 3), 3, [[1], [], [2], [], [], [2]]),  # the subject ends the prompt
     ],
 )
 def test_token_positions(subject: tuple[int, int], length: int, expected: list[list[int]]) -> None:
-    """The rows of the paper's figure, by hand."""
+    """The rows of the paper's figure have the expected tokens."""
     assert [list(r) for r in token_positions(subject, length).values()] == expected
 
 
 def test_averages_by_hand() -> None:
-    """Two prompts, two layers. Middle tokens are pooled by token, and each prompt is measured from its own low."""
+    """Middle tokens are pooled over prompts, and each prompt is measured from its own low."""
     one = trace((0, 4), [[0.2, 0.1], [0.3, 0.1], [0.5, 0.1], [0.7, 0.3], [0.1, 0.9]], low=0.1)
     two = trace((0, 3), [[0.3, 0.2], [0.8, 0.2], [0.4, 0.2], [0.2, 0.6]], low=0.2, high=0.6)
     study = average_traces([one, two], rounds=50)
@@ -56,7 +56,7 @@ def test_averages_by_hand() -> None:
     assert rows[LAST]["peak"] | {"low": 0, "high": 0} == {
         "layer": 1, "mean": pytest.approx(0.6), "low": 0, "high": 0, "layers": [1, 1],
     }  # fmt: skip
-    assert study["alike"] == {
+    assert study["coinciding_rows"] == {
         "first and last subject token": 0,
         "first subsequent and last token": 2,
         "last subject and last token": 0,
@@ -64,7 +64,7 @@ def test_averages_by_hand() -> None:
 
 
 def test_severed_losses_are_paired() -> None:
-    """Two prompts whose MLP path carries half of very different effects: the loss is the mean of the prompts' own."""
+    """The loss of two prompts with very different effects is the mean of the losses of each."""
     traces = [trace((0, 1), [[0.1 + e], [0.1]]) for e in (0.6, 0.2)]
     found = average_traces(traces, rounds=200)["severed"]
     assert found["paths"]["none"]["mean"] == pytest.approx([0.4])
@@ -75,14 +75,14 @@ def test_severed_losses_are_paired() -> None:
     assert found["lost"]["attn"] == {"mean": [0.0], "low": [0.0], "high": [0.0], "n": 2}
 
 
-def test_one_prompt_has_no_interval() -> None:
-    """A single trace is averaged without pretence."""
+def test_single_trace_has_no_interval() -> None:
+    """The average of a single trace has no interval."""
     rows = average_traces([trace((0, 2), [[0.2], [0.4], [0.3]])])["kinds"]["mlp"]
     assert rows[FIRST]["mean"] == pytest.approx([0.1]) and rows[FIRST]["low"] is None
     assert rows[FIRST]["peak"]["layers"] is None
 
 
-def test_nothing_known_is_refused() -> None:
-    """Without a trace there is no average, and the user is told why."""
+def test_no_trace_is_refused() -> None:
+    """Averaging no trace raises InvalidInput."""
     with pytest.raises(InvalidInput, match="none of the facts"):
         average_traces([])

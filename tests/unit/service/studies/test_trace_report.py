@@ -1,4 +1,4 @@
-"""A tracing study as figures, words and a table: service.studies.trace_report."""
+"""The report of the tracing study: service.studies.trace_report."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def texts(drawn: str) -> str:
     return " ".join(e.text or "" for e in ElementTree.fromstring(drawn).iter(f"{{{SVG_NAMESPACE}}}text"))
 
 
-def test_the_figures_say_what_they_show() -> None:
-    """Every row, every kind and every cut path is named, and the conditions stand above."""
+def test_figures_are_labelled() -> None:
+    """Figures name every row, kind and severed path, and state the conditions."""
     drawn = {n: texts(plotting.render_svg(d, "t")) for n, d in trace_report.figures(study()).items()}
     assert sorted(drawn) == ["lines", "maps", "severed"]
     assert all(row in drawn["maps"] for row in TOKEN_ROWS)
@@ -59,8 +59,8 @@ def test_the_figures_say_what_they_show() -> None:
 @pytest.mark.parametrize(
     "shape", [{"facts": 1}, {"layers": 1}, {"layers": 48, "kinds": "mlp"}, {"severed": False}]
 )
-def test_any_study_can_be_drawn(shape: Any) -> None:
-    """One fact without intervals, one layer, many layers, no severed paths."""
+def test_any_study_has_figures(shape: Any) -> None:
+    """A study of one fact, one layer or many, or without severed paths has figures, a table and a page."""
     made = study(**shape)
     for draw in trace_report.figures(made).values():
         assert plotting.render_png(draw, 40).startswith(b"\x89PNG")
@@ -68,11 +68,11 @@ def test_any_study_can_be_drawn(shape: Any) -> None:
     assert "NaN" not in trace_report.page(made)
 
 
-def test_words_and_table_have_the_figures() -> None:
-    """The words tell who was left out and the total effect; the table has the peak of each row; the page shows both as text."""
+def test_sentences_and_table_have_the_results() -> None:
+    """Sentences state what was left out and the total effect, the table has the peak of each row, and the page escapes names."""
     made = study()
     words = " ".join(trace_report.sentences(made))
-    assert "5 facts were asked and 3 traced" in words and "2 unknown" in words
+    assert "5 facts were scored and 3 traced" in words and "2 unknown" in words
     assert "average total effect is 0.850" in words
     row = next(r for r in trace_report.table_rows(made) if r[:2] == ("MLP", "last subject token"))
     peak = made["kinds"]["mlp"]["last subject token"]["peak"]

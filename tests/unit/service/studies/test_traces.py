@@ -1,4 +1,4 @@
-"""Many traces and their averages: service.studies.traces."""
+"""The tracing study: service.studies.traces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLAN = TracePlan(window=2, samples=2)
 
 @pytest.fixture
 def all_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model knows nothing: it is taken at its word that it says all of them but the last."""
+    """Make a random model answer all facts but the last with their objects."""
 
     def said(_model: Any, pairs: list[Any], _phase: Phase) -> Stepper[list[tuple[float, bool]]]:
         yield Progress(Phase.PROBE, 1, 1)
@@ -38,8 +38,8 @@ def all_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("all_known")
-def test_a_study_is_the_average_of_single_traces() -> None:
-    """What is stored and averaged is what tracing each known fact alone gives, under noise measured over all subjects."""
+def test_study_averages_single_traces() -> None:
+    """The stored traces equal those of each known fact alone, under noise measured over all subjects, and the study is their average."""
     model = tiny()
     study = run_to_completion(run_trace_study(model, FACTS, PLAN, InMemoryStore()))
     noise = parse_noise_level(model, "3sigma", [f.subject for f in FACTS])
@@ -58,7 +58,7 @@ def test_a_study_is_the_average_of_single_traces() -> None:
 
 @pytest.mark.usefixtures("all_known")
 def test_stored_traces_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A study that was interrupted goes on where it was, and gives the same; other settings are other runs."""
+    """An interrupted study resumes to the same result, and other settings have other traces."""
     model, store = tiny(), InMemoryStore()
     stepper = run_trace_study(model, FACTS, PLAN, store)
     while len(store) < 1:
@@ -79,15 +79,15 @@ def test_stored_traces_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("all_known")
-def test_the_limit_counts_scored_facts() -> None:
-    """The first facts are asked; the noise is still that of all subjects. Progress tells the fact."""
+def test_limit_counts_scored_facts() -> None:
+    """The limit applies to the facts that are scored, and the noise is measured over all subjects. Progress counts facts."""
     updates: list[Progress] = []
     study = run_steps(run_trace_study(tiny(), FACTS, PLAN, InMemoryStore(), 1), updates.append)
     assert (study["asked"], study["facts"], study["noise"]["subjects"]) == (1, 1, 3)
     assert {p.done for p in updates if p.phase == "trace"} == {0}
 
 
-def test_a_model_that_knows_nothing_is_refused() -> None:
-    """A study of facts that the model does not know has nothing to say."""
-    with pytest.raises(InvalidInput, match="none of the facts is known"):
+def test_study_without_known_facts_is_refused() -> None:
+    """A study of facts that the model does not know raises InvalidInput."""
+    with pytest.raises(InvalidInput, match="knows none of the facts"):
         run_to_completion(run_trace_study(tiny(), FACTS, PLAN, InMemoryStore()))
