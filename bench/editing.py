@@ -18,7 +18,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,12 +31,15 @@ from service.datasets.record import Record
 from service.editing.context import EditorContext, build_editor_context, find_recipe
 from service.editing.find_factors import find_factors
 from service.engine.versioned_model import EmptyLedger, VersionedModel, WeightOverrides
+from service.evaluation.metrics import RecordScores
+from service.evaluation.strengths import assess_rewrite, choose_group_strengths, choose_strength_alone
 from service.kit.steps import run_to_completion
 from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters
 from service.models.loading import WeightRef, load_model
 from service.models.scoring import compute_perplexity, log_probs_blocking
 from service.recipes.recipe import Recipe
+from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.scores.scores import bootstrap_mean, bootstrap_score, share_preferring_new, share_preferring_true
 from service.settings import SHIPPED_MODEL
 from service.weights.composition import apply_delta
@@ -79,6 +82,9 @@ class EditingExperiment:
             name,
         )
         return run_to_completion(steps).updates
+
+    def schedule(self, strengths: Sequence[float], active: int) -> StrengthSchedule:
+        return strength_schedule(self.parameters, strengths, active, self.model.intermediate_size)
 
     def measure(self, cases: Sequence[Record], weights: WeightOverrides) -> list[SuccessRates]:
         """Return (ES, PS, NS) of each case with these weights; nan where the case has no probe of that kind."""
@@ -128,27 +134,31 @@ def print_scores(title: str, records: Sequence[SuccessRates], seconds: Sequence[
 
 
 def bench_single(experiment: EditingExperiment, cases: Sequence[Record], args: argparse.Namespace) -> None:
-    """Measure single edits on the base model, each at the first strength at which it takes effect."""
+    """Measure one edit at a time on the base model, at the strength that the service's policy chooses."""
     records, seconds, strengthened, failed = [], [], 0, 0
     for case in track(cases, "one edit at a time", console=console, disable=args.quiet):
         began = time.perf_counter()
         associations = experiment.compute_associations(case, "e")
         seconds.append(time.perf_counter() - began)
-        for strength in args.strengths:
-            record = experiment.measure(
-                [case], experiment.replica.compose_weights(a.scaled(strength) for a in associations)
-            )[0]
-            if record[0] == 1.0:
-                break
-        strengthened += strength > args.strengths[0] and record[0] == 1.0
-        failed += record[0] < 1.0
+        choice = run_to_completion(
+            choose_strength_alone(
+                experiment.replica, case, associations, experiment.schedule(args.strengths, 1)
+            )
+        )
+        scores = RecordScores.from_scores(case, choice.measurement)
+        measures = scores.measures()
+        es, ps, ns = (float("nan") if (x := measures[name]) is None else x for name in ("ES", "PS", "NS"))
+        record = (es, ps, ns)
+        accepted = assess_rewrite(case, scores.rewrite, experiment.parameters.margin).accepted
+        strengthened += choice.strength > args.strengths[0] and accepted
+        failed += not accepted
         records.append(record)
         if args.verbose and (record[0] < 1 or record[1] < 1 or record[2] < 0.9):
             console.print(
                 record, case.subject, "|", case.prompt, "|", case.target_true, "->", case.target_new
             )
     print_scores(f"{len(cases)} facts, one edit at a time ({experiment.model.name})", records, seconds)
-    console.print(f"strengthened: {strengthened}; without effect at every strength: {failed}")
+    console.print(f"strengthened: {strengthened}; not accepted at any strength: {failed}")
 
 
 def edits_hold(
@@ -234,20 +244,17 @@ def choose_strengths(
     cases: Sequence[Record],
     strengths: Sequence[float],
 ) -> list[Association]:
-    """Return the associations, each edit at the first strength at which it holds beside those before it.
+    """Return the edits at the strengths that the service's policy chooses, one after another, each beside those before it.
 
-    No edit is rejected, so that every composition is measured on the same edits.
+    No edit is rejected, so that every form is measured on the same edits.
     """
     active: list[Association] = []
-    for group, case in zip(edits, cases, strict=True):
-        without_probes = replace(case, paraphrases=(), neighbours=())
-        for strength in strengths:
-            scaled = [a.scaled(strength) for a in group]
-            if edits_hold(
-                experiment, [without_probes], experiment.replica.compose_weights([*active, *scaled])
-            )[0]:
-                break
-        active += scaled
+    for count, (group, case) in enumerate(zip(edits, cases, strict=True)):
+        schedule_for = partial(experiment.schedule, strengths)
+        (strength,) = run_to_completion(
+            choose_group_strengths(experiment.replica, [case], [group], active, count, schedule_for)
+        )
+        active += [a.scaled(strength) for a in group]
     return active
 
 

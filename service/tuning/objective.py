@@ -15,6 +15,7 @@ from service.datasets.record import Record
 from service.editing.context import EditInput, EditorContext
 from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import InvalidInput
+from service.evaluation.evaluation_context import EDITS_PER_BATCH
 from service.evaluation.measuring import score_records
 from service.evaluation.metrics import summarize
 from service.kit.artifact_store import ArtifactStore, content_addressed_name, load_or_compute
@@ -24,8 +25,6 @@ from service.models.scoring import measure_drift
 from service.scores.scores import harmonic_mean
 from service.tuning.search_space import JsonDict
 from service.weights.factors import EditUpdate
-
-EDITS_PER_BATCH = 8  # edits whose searches run as one batch
 
 Scores = dict[str, float | None]  #: ES, PS, NS and S
 
