@@ -1,8 +1,9 @@
 """Edit sets: edits exported from one ledger as one safetensors file, to be imported into another.
 
-Each tensor is named by the id of an edit and holds the bytes of the safetensors file that `GET /edits/{id}/delta` returns. The
-metadata describes the edits in JSON: request, provenance and origin. Its digest covers a digest of every tensor and detects a damaged
-or modified file. It does not authenticate the author: anyone with the scope to edit may import.
+Each tensor is named by the id of an edit and holds the bytes of the safetensors file that `GET /edits/{id}/delta`
+returns. The metadata describes the edits in JSON: request, provenance and origin. Its digest covers a digest of every
+tensor and detects a damaged or modified file. It does not authenticate the author: anyone with the scope to edit may
+import.
 
 Free of torch. Everything in a file is checked against the model before it is used.
 """
@@ -27,7 +28,7 @@ from service.schemas import EditRequest, MethodName
 
 FORMAT = "palimpsest-edits-2"
 MAX_EDITS = 1000  #: edits in one file
-#: fields of a ledger entry's body that an export takes. The others come from the request, or from the importing service.
+#: fields of a ledger entry's body that an export takes; the others come from the request or the importing service
 PROVENANCE_FIELDS = (
     "method", "objective", "hparams", "strength", "resolved_true", "statistics", "corpus", "dtype", "device", "libraries",
 )  # fmt: skip
@@ -123,7 +124,7 @@ def build_edit_set(
     active: Sequence[Entry],
     requests: Mapping[str, Any],
 ) -> EditSet:
-    """Return the set of the edits active at a version, from all entries up to it and the requests of the edits by id."""
+    """Return the set of the active edits, from all entries up to a version and the requests of the edits by id."""
     first = entries[0].hash
     return EditSet(
         model=dict(model),
@@ -202,7 +203,9 @@ def _damaged_error(what: str) -> InvalidInput:
 
 
 def _check_model(edit_set: EditSet, fingerprint: str, info: Mapping[str, Any]) -> None:
-    """Raise InvalidInput if the set is for another base model: an edit depends on the weights that it was computed on."""
+    """Raise InvalidInput if the set is for another base model: an edit depends on the weights that it was computed
+    on.
+    """
     exported_fingerprint = str(edit_set.model.get("fingerprint"))
     if exported_fingerprint != fingerprint:
         raise InvalidInput(
@@ -224,7 +227,9 @@ def _check_edit(file: SafetensorsFile, edit: ExportedEdit, info: Mapping[str, An
 
 
 def _check_factors(file: SafetensorsFile, provenance: EditProvenance, info: Mapping[str, Any]) -> None:
-    """Raise InvalidInput unless the tensors are those of the method at its layers, with the model's shapes, and finite."""
+    """Raise InvalidInput unless the tensors are those of the method at its layers, with the model's shapes, and
+    finite.
+    """
     layers = provenance.hparams.get("layers")
     method = METHODS[provenance.method]
     if not isinstance(layers, list) or not all(

@@ -1,7 +1,8 @@
 """Records from a file or a list, in any of the supported formats.
 
-A format is recognised by a field that only its rows have: CounterFact, CounterFact in EasyEdit's flat form, zsRE in MEND's form,
-the `facts.jsonl` of a model's folder, and records that users write themselves. An error names the record and what to change.
+A format is recognised by a field that only its rows have: CounterFact, CounterFact in EasyEdit's flat form, zsRE in
+MEND's form, the `facts.jsonl` of a model's folder, and records that users write themselves. An error names the record
+and what to change.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""An editing problem: a fact with the object to write, paraphrases that should follow, and neighbours that must not change.
+"""An editing problem: a fact with the object to write, paraphrases that should follow, and neighbours that must not
+change.
 
 Free of torch.
 """

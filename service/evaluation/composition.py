@@ -1,4 +1,6 @@
-"""How a sequence of edits becomes one set of weights: composed jointly, as the service does, or added one by one, as published."""
+"""How a sequence of edits becomes one set of weights: composed jointly, as the service does, or added one by one, as
+published.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The stages of an evaluation: scores of the base model, the edits in one of two modes, and the summary of their measures."""
+"""The stages of an evaluation: scores of the base model, the edits in one of two modes, and the summary of their
+measures.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Measurements of a model with some weights in place: scores of records, damage to plain texts, generated texts, norms."""
+"""Measurements of a model with some weights in place: scores of records, damage to plain texts, generated texts,
+norms.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def score_records(
 def texts_without_edited_facts(texts: Sequence[str], records: Sequence[Record]) -> list[str]:
     """Return the texts that do not state an edited fact.
 
-    A text states a fact if it contains the record's subject and its true object, or the subject alone if no true object is known.
+    A text states a fact if it contains the record's subject and its true object, or the subject alone if no true
+    object is known.
     """
     edited_facts = [(r.subject, r.target_true or r.subject) for r in records]
     return [t for t in texts if not any(subject in t and object_ in t for subject, object_ in edited_facts)]
@@ -55,7 +58,10 @@ def evenly_spaced(texts: Sequence[str], limit: int) -> list[str]:
 def measure_damage(
     replica: VersionedModel, texts: Sequence[str], weights: WeightOverrides
 ) -> Stepper[dict[str, float]]:
-    """Return loss and perplexity on texts before and after, and the drift: KL of the next-token distribution. In nats."""
+    """Return loss and perplexity on texts before and after, and the drift.
+
+    Loss is in nats per token. Drift is the KL divergence of the next-token distribution in nats.
+    """
     drift = yield from measure_drift(replica.base, texts, partial(replica.use_weights, weights))
     return {
         "loss_before": drift.loss_before,

@@ -54,7 +54,9 @@ CHANGE_SCORES = {
 
 
 def scoring_pairs(record: Record) -> list[tuple[str, str]]:
-    """Return the (prompt, object) pairs of a record in the order in which `RecordScores.from_scores` reads their scores."""
+    """Return the (prompt, object) pairs of a record in the order in which `RecordScores.from_scores` reads their
+    scores.
+    """
     objects = (record.target_new,) if record.target_true is None else (record.target_new, record.target_true)
     pairs = [(prompt, object_) for prompt in (record.text, *record.paraphrases) for object_ in objects]
     return pairs + [
@@ -152,7 +154,10 @@ def change_scores(before: RecordScores, after: RecordScores, objective: str) -> 
 
 
 def summarize(rows: Sequence[Mapping[str, float | None]], seed: int) -> dict[str, Any]:
-    """Return the mean of every measure over records with its interval, and the combined scores. None if no record has it."""
+    """Return the mean of every measure over records with its interval, and the combined scores.
+
+    None if no record has it.
+    """
     resampler = _resampler(len(rows), seed)
     names = dict.fromkeys(name for row in rows for name in row)
     summarized: dict[str, Any] = {}

@@ -1,4 +1,7 @@
-"""Results of evaluations as figures, several beside each other to compare methods. Takes their JSON and needs no torch."""
+"""Results of evaluations as figures, several beside each other to compare methods.
+
+Takes their JSON and needs no torch.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How good edits are on a set of records: each alone on the base model, or in sequence with all of them active.
 
-An evaluation does not touch the ledger. Every expensive stage is stored as soon as it is computed, so that an interrupted evaluation
-resumes and gives the same result.
+An evaluation does not touch the ledger. Every expensive stage is stored as soon as it is computed, so that an
+interrupted evaluation resumes and gives the same result.
 """
 
 from __future__ import annotations

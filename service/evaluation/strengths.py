@@ -1,6 +1,7 @@
 """The strengths of edits in an evaluation, chosen by the service's policy (`service/editing/strengthen.py`).
 
-The service also rejects edits that damage other answers. An evaluation keeps every edit, because it measures that damage.
+The service also rejects edits that damage other answers. An evaluation keeps every edit, because it measures that
+damage.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ ScheduleFor = Callable[[int], StrengthSchedule]
 def assess_rewrite(record: Record, scores: PromptScores, required_margin: float) -> Assessment:
     """Judge an edit by its prompt, as the service does with the default guard.
 
-    The edit passes if the new object is more probable than the true one and probable enough. It is effective if it also leads by
-    the required margin, in nats of mean log-probability. It is accepted if the new object is also the greedy continuation. A
-    record without a true object passes if the new object is the greedy continuation.
+    The edit passes if the new object is more probable than the true one and probable enough. It is effective if it
+    also leads by the required margin, in nats of mean log-probability. It is accepted if the new object is also the
+    greedy continuation. A record without a true object passes if the new object is the greedy continuation.
     """
     new, true = scores.new, scores.true or scores.new
     probe = Probe(record.text, record.target_new, record.target_true or record.target_new)
@@ -67,10 +68,11 @@ def choose_group_strengths(
     active_count: int,
     schedule_for: ScheduleFor,
 ) -> Stepper[list[float]]:
-    """Return the strengths of edits that become active together, beside `active_count` edits with the updates `active`.
+    """Return the strengths of edits that become active together, beside `active_count` edits with the updates
+    `active`.
 
-    As in the service, the accepted edits of a group are tried again without the others, which follow one by one. A group without
-    an accepted edit is halved.
+    As in the service, the accepted edits of a group are tried again without the others, which follow one by one. A
+    group without an accepted edit is halved.
     """
     active = list(active)
     strengths: dict[int, float] = {}

@@ -37,7 +37,10 @@ ArchiveFiles = dict[str, tuple[int, ByteChunks]]
 def export_version(
     replica: VersionedModel, plain_texts: Sequence[str], request: WorkerExportRequest, file: IO[bytes]
 ) -> Stepper[ExportManifest]:
-    """Write an export to a file and return its manifest. An adapter is verified on `plain_texts` and the edits' statements."""
+    """Write an export to a file and return its manifest.
+
+    An adapter is verified on `plain_texts` and the edits' statements.
+    """
     yield from replica.weights_in_steps(request.version)
     manifest = build_manifest(replica, request.version)
     yield Progress(Phase.COMPOSE, 0, 1)
@@ -156,7 +159,10 @@ def _export_weights(replica: VersionedModel, manifest: ExportManifest, file: IO[
 
 
 def write_model(replica: VersionedModel, version: int, folder: Path) -> ExportManifest:
-    """Write a folder that `from_pretrained` loads, with the model at a version, its tokenizer and a model card. Return the manifest."""
+    """Write a folder that `from_pretrained` loads, with the model at a version, its tokenizer and a model card.
+
+    Return the manifest.
+    """
     manifest, model = build_manifest(replica, version), replica.base
     with replica.use_weights(replica.weights(version)):
         model.model.save_pretrained(folder)

@@ -1,16 +1,16 @@
 """The change of a version as a LoRA adapter. A sum of rank-one terms is one exactly.
 
-The associations of a weight give W = W0 + L R with L (d, n) and R (n, D). Both factors are orthogonalised in double precision,
-L = Q_L T_L and R^T = Q_R T_R, and T_L T_R^T = U S V^T is small:
+The associations of a weight give W = W0 + L R with L (d, n) and R (n, D). Both factors are orthogonalised in double
+precision, L = Q_L T_L and R^T = Q_R T_R, and T_L T_R^T = U S V^T is small:
 
     A = S^1/2 V^T Q_R^T  (r, D)        B = Q_L U S^1/2  (d, r)        W - W0 = B A
 
-r counts the singular values above the relative precision of fp32, so that the truncation is below the rounding of the stored
-numbers. No more is truncated, because the spectrum of edits is flat: each further term would lose a fact. Splitting S evenly keeps both
-factors small if keys nearly coincide, so that fp32 suffices to store them.
+r counts the singular values above the relative precision of fp32, so that the truncation is below the rounding of the
+stored numbers. No more is truncated, because the spectrum of edits is flat: each further term would lose a fact.
+Splitting S evenly keeps both factors small if keys nearly coincide, so that fp32 suffices to store them.
 
-All layers have one rank, padded with zeros, and alpha = rank, so that alpha / r = 1. Programs that load adapters support this form,
-and differ in what else they support.
+All layers have one rank, padded with zeros, and alpha = rank, so that alpha / r = 1. Programs that load adapters
+support this form, and differ in what else they support.
 """
 
 from __future__ import annotations
@@ -110,7 +110,10 @@ class LoraAdapter:
         return named
 
     def config(self, model: LoadedModel, base: str) -> str:
-        """Return adapter_config.json. Module names are complete, because "c_proj" alone would match the attention too."""
+        """Return adapter_config.json.
+
+        Module names are complete, because "c_proj" alone would match the attention too.
+        """
         return pretty_json(
             {
                 "peft_type": "LORA",

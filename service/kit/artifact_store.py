@@ -60,7 +60,8 @@ def content_addressed_name(kind: str, inputs: Any) -> str:
 def load_or_compute(store: ArtifactStore, name: str, stepper: Stepper[Any]) -> Stepper[Any]:
     """Return the stored JSON value of a name. If there is none, run the stepper, store its result, and return that.
 
-    The result goes through JSON in both cases, so that a resumed computation sees the same values as an uninterrupted one.
+    The result goes through JSON in both cases, so that a resumed computation sees the same values as an uninterrupted
+    one.
     """
     with closing(stepper):
         if store.get(name) is None:

@@ -1,7 +1,8 @@
 """Figures with a layout in inches, and self-contained HTML pages.
 
-Free of torch. Figures use matplotlib's objects and not its global state. No text is parsed as mathematics or markup. A character that
-the installed fonts lack is drawn as its code in a PNG, and kept in an SVG, because the reader's fonts may have it.
+Free of torch. Figures use matplotlib's objects and not its global state. No text is parsed as mathematics or markup.
+A character that the installed fonts lack is drawn as its code in a PNG, and kept in an SVG, because the reader's
+fonts may have it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ _matplotlib_lock = Lock()  # matplotlib's font objects are shared and not thread
 
 @dataclass
 class FigureBuilder:
-    """A figure under construction. Positions and sizes are in inches, so that they do not depend on the size of the figure."""
+    """A figure under construction.
+
+    Positions and sizes are in inches, so that they do not depend on the size of the figure.
+    """
 
     width: float
     height: float

@@ -67,7 +67,10 @@ class SafetensorsFile:
 
 
 def read_safetensors(data: bytes, label: str) -> SafetensorsFile:
-    """Return the content of a file. Raise InvalidInput if it is not valid safetensors; the library checks every offset."""
+    """Return the content of a file.
+
+    Raise InvalidInput if it is not valid safetensors; the library checks every offset.
+    """
     try:
         entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
         length = int.from_bytes(data[:8], "little")

@@ -1,9 +1,10 @@
 """The scores of CounterFact (Meng et al. 2022) and zsRE (Meng et al. 2023), as pure functions.
 
-ES and PS are the shares of prompts on which the new object is strictly more probable than the true one, NS the share of
-neighbourhood prompts on which it is strictly less probable. Ties are failures in all three. EM, PM and NM are mean differences of
-the two probabilities, signed so that greater is better. S is the harmonic mean of ES, PS and NS. Log-probabilities are means over
-the object's tokens. Accuracy is the share of an object's tokens that are most probable given the tokens before them.
+ES and PS are the shares of prompts on which the new object is strictly more probable than the true one, NS the share
+of neighbourhood prompts on which it is strictly less probable. Ties are failures in all three. EM, PM and NM are mean
+differences of the two probabilities, signed so that greater is better. S is the harmonic mean of ES, PS and NS.
+Log-probabilities are means over the object's tokens. Accuracy is the share of an object's tokens that are most
+probable given the tokens before them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def probability_margin(pairs: Sequence[LogProbPair]) -> float | None:
 
 
 def token_accuracy(tokens: Sequence[tuple[int, int]]) -> float | None:
-    """Return the share of correct tokens over all (prompt, token) pairs, from (correct, all) of each object. None without prompts."""
+    """Return the share of correct tokens over all (prompt, token) pairs, from (correct, all) of each object.
+
+    None without prompts.
+    """
     return sum(correct for correct, _ in tokens) / sum(n for _, n in tokens) if tokens else None
 
 
@@ -76,7 +80,10 @@ class BootstrapResampler:
     def combined_interval(
         self, columns: Sequence[Sequence[float | None]], level: float = CONFIDENCE_LEVEL
     ) -> Interval | None:
-        """Return S, the harmonic mean of the columns' means, with its interval. Each resample is averaged, then combined."""
+        """Return S, the harmonic mean of the columns' means, with its interval.
+
+        Each resample is averaged, then combined.
+        """
         table = np.asarray(columns, dtype=np.float64)
         if np.isnan(table).all(1).any():
             return None

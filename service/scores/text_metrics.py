@@ -1,7 +1,8 @@
-"""Measures of generated texts: fluency (GE) and consistency with reference texts (RS) of CounterFact (Meng et al. 2022).
+"""Measures of generated texts: fluency (GE) and consistency with reference texts (RS) of CounterFact (Meng et al.
+2022).
 
-The published code splits words with NLTK. Here a word is a run of word characters or one other character, so that figures are not
-comparable with published ones.
+The published code splits words with NLTK. Here a word is a run of word characters or one other character, so that
+figures are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ def ngram_entropy(text: str, n: int) -> float:
 
 
 def fluency(texts: Sequence[str]) -> float | None:
-    """Return GE, the mean over texts of H_2 / 3 + 2 H_3 / 3, None without texts. Published figures are 100 times this."""
+    """Return GE, the mean over texts of H_2 / 3 + 2 H_3 / 3, None without texts.
+
+    Published figures are 100 times this.
+    """
     if not texts:
         return None
     return math.fsum(ngram_entropy(t, 2) / 3 + 2 * ngram_entropy(t, 3) / 3 for t in texts) / len(texts)

@@ -1,7 +1,8 @@
-"""Cluster bootstrap: intervals that resample whole prompts with all their measurements (Efron and Tibshirani 1993, ch. 8).
+"""Cluster bootstrap: intervals that resample whole prompts with all their measurements (Efron and Tibshirani 1993,
+ch. 8).
 
-Tokens of one prompt, or layers of one fact, are not independent. A resample is a row of counts of clusters (`bootstrap_counts`), so that
-every statistic is a product with it, and statistics of one resample are paired.
+Tokens of one prompt, or layers of one fact, are not independent. A resample is a row of counts of clusters
+(`bootstrap_counts`), so that every statistic is a product with it, and statistics of one resample are paired.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def mean_with_interval(values: Any, resample_counts: Array) -> dict[str, Any]:
 
 
 def cluster_mean_with_interval(sums: Array, counts: Array, resample_counts: Array) -> dict[str, Any]:
-    """Return the mean over all measurements of the clusters, its interval, and `n`, the number of clusters with measurements."""
+    """Return the mean over all measurements of the clusters, its interval, and `n`, the number of clusters with
+    measurements.
+    """
     n = int((counts > 0).sum())
     mean = sums.sum(0) / counts.sum() if n else None
     low, high = percentile_interval(pooled_means(resample_counts, sums, counts)) if n > 1 else (None, None)

@@ -61,7 +61,10 @@ def _read_known_facts(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _parse_known_fact(row: dict[str, Any], place: int) -> Fact:
-    """Parse a known fact. The paper traces `prompt`, which may extend the template by a word: "is located in the continent of"."""
+    """Parse a known fact.
+
+    The paper traces `prompt`, which may extend the template by a word: "is located in the continent of".
+    """
     try:
         subject, attribute, template = (str(row[name]) for name in KNOWN_FACT_FIELDS)
         prompt = str(row.get("prompt") or template)

@@ -1,4 +1,7 @@
-"""The facts that a model knows. Only the effect on an answer that the model gives by itself can be traced (Meng et al. 2022)."""
+"""The facts that a model knows.
+
+Only the effect on an answer that the model gives by itself can be traced (Meng et al. 2022).
+"""
 
 from __future__ import annotations
 

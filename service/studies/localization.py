@@ -1,7 +1,7 @@
 """The localization study: whether causal tracing tells at which layer an edit succeeds (Hase et al. 2023).
 
-Every known fact is traced, and edited at every layer, alone on the base model. Scores are stored under a digest of their inputs, so
-that an interrupted study resumes, and an extended one computes only what is new.
+Every known fact is traced, and edited at every layer, alone on the base model. Scores are stored under a digest of
+their inputs, so that an interrupted study resumes, and an extended one computes only what is new.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def run_localization_study(
     store: ArtifactStore,
     limit: int | None = None,
 ) -> Stepper[dict[str, Any]]:
-    """Carry out a plan on the records among the first `limit` whose fact the model knows. Returns JSON, and does not touch the ledger."""
+    """Carry out a plan on the records among the first `limit` whose fact the model knows.
+
+    Returns JSON, and does not touch the ledger.
+    """
     scipy_stats()  # fail before hours of tracing, not after
     candidates = [r for r in records if r.target_true]
     noise = study_noise_level(replica.base, plan.trace, [fact_from_record(r) for r in candidates])
@@ -85,7 +88,7 @@ def run_localization_study(
             "layers": replica.base.num_layers,
         },
         "corpus": context.corpus.source,
-        "asked": len(candidates[:limit]),
+        "scored": len(candidates[:limit]),
         "facts": len(known_records),
         "left_out": left_out,
         "noise": {
@@ -136,7 +139,10 @@ class LocalizationStudy:
         return {"effects": mean_effects_by_layer(effects), "studies": studies}
 
     def _pose_problem(self, name: str) -> Stepper[dict[int, Record]]:
-        """Return the records of one problem by index. A reversal has those whose answer changes under noise to one that can be written."""
+        """Return the records of one problem by index.
+
+        A reversal has those whose answer changes under noise to one that can be written.
+        """
         if not STUDY_OBJECTIVES[name].reversed:
             return dict(enumerate(self.records))
         posed_records = {}
@@ -215,7 +221,10 @@ class LocalizationStudy:
         records: Sequence[Record],
         base_scores: Sequence[RecordScores],
     ) -> Stepper[list[Measures]]:
-        """Return the change scores of some facts' edits at one layer. Those that are not stored are searched as one batch."""
+        """Return the change scores of some facts' edits at one layer.
+
+        Those that are not stored are searched as one batch.
+        """
         parameters, problem = self._resolve_parameters(method, layer), STUDY_OBJECTIVES[name]
         names = [self._artifact_name(record, method, name, parameters) for record in records]
         missing = [i for i, artifact in enumerate(names) if self.store.get(artifact) is None]

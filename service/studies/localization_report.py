@@ -223,7 +223,7 @@ def sentences(study: Study) -> list[str]:
     out = "; ".join(f"{n} {reason}" for reason, n in study["left_out"].items() if n) or "none"
     lines = [
         (
-            f"{study['asked']} facts were scored; {study['facts']} that the model knows were traced, and edited alone at "
+            f"{study['scored']} facts were scored; {study['facts']} that the model knows were traced, and edited alone at "
             f"{len(study['layers'])} layers. Left out: {out}. A score is the share of the possible change that an edit "
             "made; of a neighbour, the share that it did not make. The tracing effect at a layer is the share of the total "
             f"effect that returns when {study['window']} MLP outputs around the layer are restored."

@@ -1,4 +1,5 @@
-"""Statistics of the localization study: edit success by layer, tracing effect by layer, and their relation (Hase et al. 2023).
+"""Statistics of the localization study: edit success by layer, tracing effect by layer, and their relation (Hase et
+al. 2023).
 
 Pure functions of stored runs. scores and effects are (facts, layers).
 """
@@ -16,7 +17,7 @@ from service.studies.regression import compare_regressions
 
 #: the change scores of an edit
 EDIT_SCORES = ("rewrite", "paraphrase", "neighbour")
-#: the two readings of a fact's tracing effect at a layer: the greatest over tokens, and that at the subject's last token
+#: readings of a fact's tracing effect at a layer: the greatest over tokens, and that at the subject's last token
 EFFECT_READINGS = ("greatest over tokens", "last subject token")
 #: the ways to choose a layer
 BEST_FOR_OTHERS, STRONGEST_TRACE, RANDOM_LAYER = "best_for_others", "strongest_trace", "random"
@@ -77,8 +78,8 @@ def analyze_runs(
 def compare_layer_choices(scores: Array, effects: Array, layers: Sequence[int]) -> dict[str, Any] | None:
     """Return the mean score of three ways to choose a layer, and the paired gain of the second over the first.
 
-    The ways are: the layer that is best for all other facts, the layer of the fact's greatest tracing effect, and a random layer. None
-    for a single fact.
+    The ways are: the layer that is best for all other facts, the layer of the fact's greatest tracing effect, and a
+    random layer. None for a single fact.
     """
     if len(scores) < 2:
         return None

@@ -1,4 +1,6 @@
-"""Scores and greedy answers of a model whose subject embeddings are noised with one fixed draw (Hase et al. 2023, Section 5.3)."""
+"""Scores and greedy answers of a model whose subject embeddings are noised with one fixed draw (Hase et al. 2023,
+Section 5.3).
+"""
 
 from __future__ import annotations
 

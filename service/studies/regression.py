@@ -1,15 +1,16 @@
 """Whether the tracing effect explains an edit's success beyond its layer (Hase et al. 2023, Section 5).
 
-scores and effects are (facts, layers): the success of the edit of every fact at every layer, and the tracing effect there. Three
-least-squares models of all scores are fitted, each with its share of explained variance:
+scores and effects are (facts, layers): the success of the edit of every fact at every layer, and the tracing effect
+there. Three least-squares models of all scores are fitted, each with its share of explained variance:
 
     layer     a mean for each layer                     score = a_l
     effect    one line through all                      score = a + b effect
     both      a line for each layer                     score = a_l + b_l effect
 
-The gain R2(both) - R2(layer) is never negative, and noise alone makes it positive. It is therefore compared with its value after
-permuting the facts' rows of effects, which keeps repeated measures of a fact together. Intervals resample whole facts. The F test,
-which treats every row as an independent fact, is reported as well because the paper reports it.
+The gain R2(both) - R2(layer) is never negative, and noise alone makes it positive. It is therefore compared with its
+value after permuting the facts' rows of effects, which keeps repeated measures of a fact together. Intervals resample
+whole facts. The F test, which treats every row as an independent fact, is reported as well because the paper reports
+it.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ def design_matrices(effects: Array) -> dict[str, Array]:
 def compare_regressions(
     scores: Array, effects: Array, rounds: int = PERMUTATION_ROUNDS, seed: int = 0
 ) -> dict[str, Any] | None:
-    """Return R2 of each model and the gain with intervals, the permutation test and the F test. None if all scores are equal."""
+    """Return R2 of each model and the gain with intervals, the permutation test and the F test.
+
+    None if all scores are equal.
+    """
     y = scores.reshape(-1)
     total = float(((y - y.mean()) ** 2).sum())
     if total <= 1e-12 * len(y):
@@ -82,7 +86,10 @@ def _value_with_interval(value: float, resampled: Array, facts: int) -> dict[str
 
 
 def resampled_r2(resample_counts: Array, scores: Array, effects: Array) -> dict[str, Array]:
-    """Return R2 (rounds,) of each model on each resample of facts, computed from sums. `both` fits a line within each layer."""
+    """Return R2 (rounds,) of each model on each resample of facts, computed from sums.
+
+    `both` fits a line within each layer.
+    """
     n = resample_counts.sum(1, keepdims=True)
     y, x, yy, xx, xy = (
         resample_counts @ part for part in (scores, effects, scores**2, effects**2, effects * scores)
@@ -122,7 +129,8 @@ def permutation_gains(
 def f_test(
     small_rss: float, small_rank: int, large_rss: float, large_rank: int, n: int
 ) -> tuple[float | None, float | None]:
-    """Return F and its p value of the hypothesis that the larger of two nested models explains no more than the smaller.
+    """Return F and its p value of the hypothesis that the larger of two nested models explains no more than the
+    smaller.
 
     Takes their residual sums of squares and ranks. Returns None if there is no degree of freedom or no residual.
     """

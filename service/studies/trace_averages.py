@@ -4,10 +4,10 @@ A trace is given as its JSON. Subject tokens are [b, e) of T:
 
     first b        middle b+1 .. e-2        last e-1        first subsequent e        further e+1 .. T-2        last token T-1
 
-The AIE of a row and layer is the mean of score - low over all tokens of the row in all prompts, each with its own prompt's low. The
-ATE is the mean of high minus the mean of low. Intervals resample whole prompts. As published, a token counts in two rows if the
-subject has one token, if the prompt ends right after the token that follows the subject, or if it ends with the subject. The number of
-such prompts is reported.
+The AIE of a row and layer is the mean of score - low over all tokens of the row in all prompts, each with its own
+prompt's low. The ATE is the mean of high minus the mean of low. Intervals resample whole prompts. As published, a
+token counts in two rows if the subject has one token, if the prompt ends right after the token that follows the
+subject, or if it ends with the subject. The number of such prompts is reported.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def indirect_effects(trace: TraceJson, kind: str) -> Array:
 def average_traces(
     traces: Sequence[TraceJson], rounds: int = BOOTSTRAP_ROUNDS, seed: int = 0
 ) -> dict[str, Any]:
-    """Return the averages of traces with equal settings: `total_effect`, `kinds` by row and layer, `severed` by layer."""
+    """Return the averages of traces with equal settings:
+
+    `total_effect`, `kinds` by row and layer, `severed` by layer.
+    """
     if not traces:
         raise InvalidInput("there is no trace to average: the model knows none of the facts.", "facts")
     resample_counts = bootstrap_counts(len(traces), rounds, seed)

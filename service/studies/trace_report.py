@@ -163,7 +163,7 @@ def sentences(study: Study) -> list[str]:
     )
     lines = [
         (
-            f"{study['asked']} facts were scored and {study['facts']} traced: those whose object is the model's own greedy "
+            f"{study['scored']} facts were scored and {study['facts']} traced: those whose object is the model's own greedy "
             f"answer. Left out: {out}. Noise of deviation {noise['level']:.4g}{times} was added to the embeddings of the "
             f"subject, with {study['samples']} samples per fact. The probability of the object falls from {study['high']['mean']:.3f} "
             f"to {study['low']['mean']:.3f}: the average total effect is {total['mean']:.3f} ({interval_text(total)})."

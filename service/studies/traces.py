@@ -71,7 +71,7 @@ def run_trace_study(
     return {
         "study": "trace",
         "model": {"name": model.name, "fingerprint": model.fingerprint, "layers": model.num_layers},
-        "asked": len(chosen),
+        "scored": len(chosen),
         "left_out": known_facts.left_out(),
         "noise": {"level": noise.value, "factor": noise.factor, "sigma": noise.sigma, "subjects": len(facts)},
         "window": plan.window,

@@ -1,7 +1,7 @@
 """The objective of the search for a recipe, and the measurement of one candidate.
 
-A candidate edits each record alone, then all records at once. Its objective is the harmonic mean of S alone, S at once and, twice,
-one minus the relative increase of the loss on plain statements.
+A candidate edits each record alone, then all records at once. Its objective is the harmonic mean of S alone, S at
+once and, twice, one minus the relative increase of the loss on plain statements.
 """
 
 from __future__ import annotations
@@ -120,7 +120,9 @@ def find_edits(
 def measure_jointly(
     search: SearchContext, records: Sequence[Record], updates: Sequence[EditUpdate]
 ) -> Stepper[tuple[list[dict[str, Any]], float]]:
-    """Return each record's measures with all updates active, and the relative increase of the loss on plain statements."""
+    """Return each record's measures with all updates active, and the relative increase of the loss on plain
+    statements.
+    """
     weights = yield from search.replica.compose_weights_in_steps(updates)
     rows = yield from _measure_records(search, records, weights)
     drift = yield from measure_drift(

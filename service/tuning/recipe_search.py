@@ -1,8 +1,8 @@
 """The search for a recipe: hyperparameters with which a model that has none is edited best.
 
-Causal tracing does not tell where a model is edited best (Hase et al. 2023), so the search edits. It varies one group of
-hyperparameters after another, starting each stage from the best values so far. All candidates are measured on the same facts, which the
-model knows. Every measurement is stored, so that an interrupted search resumes.
+Causal tracing does not tell where a model is edited best (Hase et al. 2023), so the search edits. It varies one group
+of hyperparameters after another, starting each stage from the best values so far. All candidates are measured on the
+same facts, which the model knows. Every measurement is stored, so that an interrupted search resumes.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def tune_recipe(
 ) -> Stepper[TuningResult]:
     """Search a recipe on records that the model knows.
 
-    With `batch_records` the search includes the margins that edits need when many of them are active. `methods` are tuned besides
-    "rome". Plain statements that state an edited fact are not used.
+    With `batch_records` the search includes the margins that edits need when many of them are active. `methods` are
+    tuned besides "rome". Plain statements that state an edited fact are not used.
     """
     texts = texts_without_edited_facts(plain_statements, [*records, *batch_records])
     damage_texts = evenly_spaced(texts, search_space.MAX_DAMAGE_TEXTS)
@@ -116,7 +116,9 @@ def search_rome_values(
 def search_method_values(
     search: SearchContext, method: str, on_candidate: OnCandidate
 ) -> Stepper[tuple[JsonDict, list[Candidate]]]:
-    """Return the best hyperparameters of another method besides those that it takes from the recipe, and every candidate."""
+    """Return the best hyperparameters of another method besides those that it takes from the recipe, and every
+    candidate.
+    """
     best: JsonDict = {}
     runner = _StageRunner(search, method, on_candidate, untried_objective=-1.0)
     count = search.replica.base.num_layers
@@ -185,7 +187,9 @@ def _recipe(search: SearchContext) -> Recipe:
 
 
 def threshold_candidates(search: SearchContext) -> Stepper[tuple[JsonDict, ...]]:
-    """Return AlphaEdit thresholds below which a half, three quarters and nine tenths of the eigenvalues of the key statistics lie."""
+    """Return AlphaEdit thresholds below which a half, three quarters and nine tenths of the eigenvalues of the key
+    statistics lie.
+    """
     layers = _recipe(search).rome.layers
     statistics = yield from search.editor.get_statistics(layers)
     values = statistics[max(layers)].spectrum[0].clamp(min=0)

@@ -1,7 +1,8 @@
 """The strength schedule of a recipe: how large a margin edits need, by how many of them are active.
 
-For several numbers of edits the search finds the greatest required margin that keeps the loss on plain statements within a limit. A
-greater margin makes edits stronger, so that more of them hold, and increases the loss. The margin is therefore found by bisection.
+For several numbers of edits the search finds the greatest required margin that keeps the loss on plain statements
+within a limit. A greater margin makes edits stronger, so that more of them hold, and increases the loss. The margin
+is therefore found by bisection.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class MarginSearch:
         self._groups: list[list[EditUpdate]] = []  # the updates of each record, once they are needed
 
     def execute(self) -> Stepper[tuple[JsonDict, list[Candidate]]]:
-        """Return the hyperparameters with the margins, and the candidate chosen for each number of edits, fewest first."""
+        """Return the hyperparameters with the margins, and the candidate chosen for each number of edits, fewest
+        first.
+        """
         chosen: list[Candidate] = []
         for fraction in search_space.BATCH_FRACTIONS:
             count = max(1, round(fraction * len(self.records)))
@@ -76,8 +79,8 @@ class MarginSearch:
     def _evaluate_margin(self, required_margin: float, count: int) -> Stepper[Candidate]:
         """Measure batches of `count` edits with a required margin.
 
-        The records are split into consecutive batches, because a few hard edits can double the damage of a batch. The scores are
-        those of all records, and the increase of the loss is that of the worst batch.
+        The records are split into consecutive batches, because a few hard edits can double the damage of a batch. The
+        scores are those of all records, and the increase of the loss is that of the worst batch.
         """
         hparams = self.base | {
             "margin": min(required_margin, search_space.FULL_STRENGTH_MARGIN),
@@ -113,7 +116,9 @@ class MarginSearch:
     def _measure_batch(
         self, hparams: JsonDict, records: Sequence[Record], groups: Sequence[Sequence[EditUpdate]]
     ) -> Stepper[tuple[list[JsonDict], float]]:
-        """Return each record's measures with the edits active at the strengths that the service would choose, and the loss increase."""
+        """Return each record's measures with the edits active at the strengths that the service would choose, and the
+        loss increase.
+        """
         parameters, replica = RomeParameters.model_validate(hparams), self.search.replica
 
         def schedule_for(active: int) -> StrengthSchedule:

@@ -76,7 +76,9 @@ def checkpoint(edits: int) -> dict[str, Any]:
 
 
 def test_measure_rows() -> None:
-    """There is a row for each measure that some record has, with its values before and after, its interval and the number of records."""
+    """There is a row for each measure that some record has, with its values before and after, its interval and the
+    number of records.
+    """
     rows = {r[0]: r for r in report_text.measure_rows(make_result())}
     assert rows["ES"][:5] == ("ES", 0.25, 0.75, "0.500 to 1.000", 4)
     assert "exact_paraphrase" not in rows and "share: neighbour" not in rows

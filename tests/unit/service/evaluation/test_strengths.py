@@ -44,7 +44,7 @@ def test_assessment_is_that_of_the_default_guard(
 
 @pytest.mark.parametrize("greedy", [True, False])
 def test_assessment_without_a_true_object(greedy: bool) -> None:
-    """Without a true object an edit is accepted if the new object is greedy and probable enough, whatever the margin."""
+    """Without a true object an edit is accepted if the new object is greedy and probable enough."""
     record = Record("record 2", "Eiffel Tower", "The {} is in", "Rome")
     assessment = assess_rewrite(record, PromptScores(score(0.6, greedy), None), 5.0)
     assert assessment == Assessment(greedy, greedy, greedy)
@@ -53,7 +53,9 @@ def test_assessment_without_a_true_object(greedy: bool) -> None:
 def choose(
     monkeypatch: pytest.MonkeyPatch, needed: dict[str, float], names: str
 ) -> tuple[list[float], list[str]]:
-    """Choose strengths of edits that are accepted from a strength on; return them, and the members of each measurement."""
+    """Choose strengths of edits that are accepted from a strength on; return them, and the members of each
+    measurement.
+    """
     records = [Record(name, "it", "{} is", "new", "true") for name in names]
     measured: list[str] = []
 
@@ -84,7 +86,9 @@ def test_group_is_raised_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_edits_that_are_not_accepted_follow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accepted edits are tried again without the others, which are then tried one by one and get their first strength."""
+    """Accepted edits are tried again without the others, which are then tried one by one and get their first
+    strength.
+    """
     chosen, measured = choose(monkeypatch, {"a": 1.0, "b": 9.0, "c": 1.0}, "abc")
     assert chosen == [1.0, 1.0, 1.0]
     assert measured == ["abc", "abc", "ac", "b", "b"]

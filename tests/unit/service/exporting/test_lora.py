@@ -47,7 +47,9 @@ def extract_zip(data: bytes, folder: Path) -> Path:
 
 
 def make_wide_model(model_type: str) -> LoadedModel:
-    """Return a model whose keys have room for 300 edits, scaled so that sums over its width are as large as in the narrow ones."""
+    """Return a model whose keys have room for 300 edits, scaled so that sums over its width are as large as in the
+    narrow ones.
+    """
     model = tiny(model_type, width=320, inner=640)
     with torch.no_grad():
         for parameter in model.model.parameters():
@@ -58,7 +60,10 @@ def make_wide_model(model_type: str) -> LoadedModel:
 @pytest.mark.parametrize("count", [1, 50, 300])
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_peft_gives_the_logits_of_the_service(model_type: str, count: int, tmp_path: Path) -> None:
-    """PEFT gives the logits of the edited model, with the adapter beside the base and merged. The rank is the number of edits."""
+    """PEFT gives the logits of the edited model, with the adapter beside the base and merged.
+
+    The rank is the number of edits.
+    """
     model = make_wide_model(model_type)
     replica = replica_with_random_edits(model, count, layers=(0, 2))
     data, manifest = export_bytes(replica, count)
@@ -91,7 +96,9 @@ def test_adapter_loads_without_palimpsest(tmp_path: Path) -> None:
 
 
 def test_adapter_is_portable(tmp_path: Path) -> None:
-    """The adapter has one rank padded with zeros, alpha = rank, no patterns and complete module names, as other programs require."""
+    """The adapter has one rank padded with zeros, alpha = rank, no patterns and complete module names, as other
+    programs require.
+    """
     model = tiny("gpt2")
     edits = random_associations(model, 4, layers=(0,)) | {
         f"{e}_b": [replace(p, edit=f"{e}_b") for p in group]
@@ -148,7 +155,9 @@ def test_nearly_equal_keys_keep_their_precision() -> None:
 
 
 def test_model_card_reports_measurements(tmp_path: Path) -> None:
-    """The README has base model, fingerprint, edits, ranks and the greatest difference, and escapes user text in tables."""
+    """The README has base model, fingerprint, edits, ranks and the greatest difference, and escapes user text in
+    tables.
+    """
     model = tiny()
     edits = random_associations(model, 2, (1,))
     edits["edit_000001"] = [replace(p, subject="a|b `c` <i>") for p in edits["edit_000001"]]

@@ -12,7 +12,9 @@ P = st.floats(0, 1)
 
 
 def test_shares_by_hand() -> None:
-    """From .2 to .6 is half of the possible increase, from .8 to .2 is three quarters erased, and .9 can change by at most .9."""
+    """From .2 to .6 is half of the possible increase, from .8 to .2 is three quarters erased, and .9 can change by at
+    most .9.
+    """
     assert rewrite_share(0.2, 0.6) == pytest.approx(0.5)
     assert erasure_share(0.8, 0.2) == pytest.approx(0.75)
     assert preserved_share(0.9, 0.45) == pytest.approx(0.5)

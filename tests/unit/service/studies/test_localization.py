@@ -82,7 +82,7 @@ def test_scores_and_effects_match_single_edits_and_traces(
     """A study's scores equal those of each edit alone, and its effects those of each trace alone."""
     replica, context = replica_and_context
     study = run_to_completion(run_localization_study(replica, context, PLAN, RECORDS, InMemoryStore()))
-    assert (study["asked"], study["facts"], study["layers"]) == (2, 2, [0, 2])
+    assert (study["scored"], study["facts"], study["layers"]) == (2, 2, [0, 2])
     (one,) = study["studies"]
     for place, layer in enumerate(PLAN.layers):
         alone = [score_single_edit(replica_and_context, r, layer) for r in RECORDS[:2]]
@@ -175,7 +175,10 @@ def test_reversal_writes_the_noised_answer(
 def test_problems_become_editor_objectives(
     replica_and_context: tuple[VersionedModel, EditorContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Erase, amplify and force optimise the true object. Only forcing noises the subject, with one draw for each fact."""
+    """Erase, amplify and force optimise the true object.
+
+    Only forcing noises the subject, with one draw for each fact.
+    """
     replica, context = replica_and_context
     requested: list[EditInput] = []
     original = context.find_all_factors

@@ -34,7 +34,7 @@ def study(
         )
     return {
         "model": {"name": "tiny <b>", "fingerprint": "f", "layers": layers},
-        "asked": facts + 1,
+        "scored": facts + 1,
         "facts": facts,
         "left_out": {"unknown": 1, "unscorable": 0},
         "noise": {"level": 0.3, "factor": 3.0, "sigma": 0.1, "subjects": 9},

@@ -29,20 +29,27 @@ def trace(high: float, low: float, scores: list[list[float]], subject: tuple[int
 
 
 def test_restored_fractions_by_hand() -> None:
-    """With high .9 and low .1, a score of .5 is one half and scores below .1 are 0. Without a total effect all are 0."""
+    """With high .9 and low .1, a score of .5 is one half and scores below .1 are 0.
+
+    Without a total effect all are 0.
+    """
     assert restored_fractions(trace(0.9, 0.1, [[0.5, 0.05, 0.9]])) == pytest.approx(np.array([[0.5, 0, 1]]))
     assert restored_fractions(trace(0.1, 0.9, [[1.0, 0.8]])) == pytest.approx(np.array([[0.125, 0]]))
     assert (restored_fractions(trace(0.5, 0.5, [[0.7]])) == 0).all()
 
 
 def test_both_readings_of_the_effect() -> None:
-    """One reading is the greatest effect over tokens from the subject's first on, the other that of the subject's last token."""
+    """One reading is the greatest effect over tokens from the subject's first on, the other that of the subject's
+    last token.
+    """
     found = trace_effects(trace(1.0, 0.0, [[0.9, 0.9], [0.1, 0.2], [0.3, 0.1], [0.2, 0.8]]))
     assert found == {GREATEST: pytest.approx([0.3, 0.8]), LAST: pytest.approx([0.3, 0.1])}
 
 
 def test_layer_choices_by_hand() -> None:
-    """For three facts and two layers the best layers of the others are 0, 1 and 1, and the strongest traces 1, 0 and 0."""
+    """For three facts and two layers the best layers of the others are 0, 1 and 1, and the strongest traces 1, 0 and
+    0.
+    """
     scores = np.array(
         [[0.0, 1.0], [0.4, 0.6], [1.0, 0.6]]
     )  # others' sums: (1.4, 1.2), (1.0, 1.6), (0.4, 1.6)

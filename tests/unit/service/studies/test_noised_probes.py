@@ -26,7 +26,9 @@ RECORD = Record(
 
 
 def test_noise_is_the_first_draw_of_the_trace() -> None:
-    """The noise has a row for each token of the subject and equals the first draw of a trace with the same seed and strength."""
+    """The noise has a row for each token of the subject and equals the first draw of a trace with the same seed and
+    strength.
+    """
     model = tiny()
     begin, end = tokenize_statement(model, fill_prompt(RECORD.prompt, RECORD.subject)).subject
     assert torch.equal(

@@ -89,7 +89,9 @@ def test_unrelated_effects_gain_what_permutation_gains() -> None:
 
 
 def test_fact_level_offsets_are_not_evidence() -> None:
-    """With independent offsets of each fact the permutation test is more careful than the F test, which counts every row."""
+    """With independent offsets of each fact the permutation test is more careful than the F test, which counts every
+    row.
+    """
     level, other = RNG.normal(size=(2, 20, 1))
     scores, effects = level + np.zeros((1, 8)), other + np.zeros((1, 8))
     found = compare_regressions(scores, effects, 200)
@@ -113,7 +115,9 @@ def test_permutation_gains_are_reproducible() -> None:
 
 
 def test_f_test_by_hand() -> None:
-    """Residual sums of squares 10 (rank 2) and 6 (rank 4) on 24 rows give F = (4 / 2) / (6 / 20). p is 0.05 at tabled points."""
+    """Residual sums of squares 10 (rank 2) and 6 (rank 4) on 24 rows give F = (4 / 2) / (6 / 20). p is 0.05 at tabled
+    points.
+    """
     f, p = f_test(10, 2, 6, 4, 24)
     assert f == pytest.approx(2 / 0.3) and p is not None and 0 < p < 0.01
     for critical, extra, residual in ((4.9646, 1, 10), (3.3258, 5, 10), (2.0970, 8, 60), (1.9105, 10, 120)):

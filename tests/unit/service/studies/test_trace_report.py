@@ -32,7 +32,7 @@ def study(facts: int = 3, layers: int = 4, severed: bool = True, kinds: str = "h
         )
     return {
         "model": {"name": "tiny <b>", "fingerprint": "f", "layers": layers},
-        "asked": facts + 2,
+        "scored": facts + 2,
         "left_out": {"unknown": 2, "unscorable": 0},
         "noise": {"level": 0.3, "factor": 3.0, "sigma": 0.1, "subjects": 9},
         "window": 2,
@@ -69,7 +69,9 @@ def test_any_study_has_figures(shape: Any) -> None:
 
 
 def test_sentences_and_table_have_the_results() -> None:
-    """Sentences state what was left out and the total effect, the table has the peak of each row, and the page escapes names."""
+    """Sentences state what was left out and the total effect, the table has the peak of each row, and the page
+    escapes names.
+    """
     made = study()
     words = " ".join(trace_report.sentences(made))
     assert "5 facts were scored and 3 traced" in words and "2 unknown" in words

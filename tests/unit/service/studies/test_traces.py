@@ -39,7 +39,9 @@ def all_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("all_known")
 def test_study_averages_single_traces() -> None:
-    """The stored traces equal those of each known fact alone, under noise measured over all subjects, and the study is their average."""
+    """The stored traces equal those of each known fact alone, under noise measured over all subjects, and the study
+    is their average.
+    """
     model = tiny()
     study = run_to_completion(run_trace_study(model, FACTS, PLAN, InMemoryStore()))
     noise = parse_noise_level(model, "3sigma", [f.subject for f in FACTS])
@@ -80,10 +82,13 @@ def test_stored_traces_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("all_known")
 def test_limit_counts_scored_facts() -> None:
-    """The limit applies to the facts that are scored, and the noise is measured over all subjects. Progress counts facts."""
+    """The limit applies to the facts that are scored, and the noise is measured over all subjects.
+
+    Progress counts facts.
+    """
     updates: list[Progress] = []
     study = run_steps(run_trace_study(tiny(), FACTS, PLAN, InMemoryStore(), 1), updates.append)
-    assert (study["asked"], study["facts"], study["noise"]["subjects"]) == (1, 1, 3)
+    assert (study["scored"], study["facts"], study["noise"]["subjects"]) == (1, 1, 3)
     assert {p.done for p in updates if p.phase == "trace"} == {0}
 
 

@@ -170,7 +170,10 @@ def test_margins_are_measured_on_all_batches(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("quick")
 def test_margin_is_clamped_to_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest margin is chosen if none is within the limit. If all are, the greatest is, and fewer edits are not tried."""
+    """The smallest margin is chosen if none is within the limit.
+
+    If all are, the greatest is, and fewer edits are not tried.
+    """
     monkeypatch.setattr(search_space, "MARGIN_GRID", TEST_MARGIN_GRID)
     monkeypatch.setattr(search_space, "MAX_LOSS_INCREASE", -1.0)
     mildest = tune(tiny(), InMemoryStore(), batch_records=records()).recipe.rome
@@ -224,7 +227,10 @@ def test_unknown_facts_are_left_out() -> None:
 
 
 def test_candidate_layers_and_ranges() -> None:
-    """At most twelve single layers reach three quarters of the depth. Ranges include the layer and stay in the model."""
+    """At most twelve single layers reach three quarters of the depth.
+
+    Ranges include the layer and stay in the model.
+    """
     assert candidate_layers(8) == [0, 1, 2, 3, 4, 5]
     assert len(candidate_layers(48)) == 12 and max(candidate_layers(48)) < 36
     assert candidate_layers(1) == [0]
