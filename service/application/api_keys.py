@@ -1,6 +1,6 @@
-"""Keys that open the doors: each has a name, scopes and limits. Of its secret only a digest is kept.
+"""API keys. A key has a name, scopes and limits. Only a digest of its secret is stored.
 
-A token is `pal_<id>_<secret>`. The id finds the row and the secret is compared in constant time; an id that nobody has
+A token is `pal_<id>_<secret>`. The row is looked up by id and the secret is compared in constant time. An unknown id
 costs the same read and the same comparison as a wrong secret.
 """
 
@@ -27,18 +27,18 @@ from service.errors import Conflict, InvalidInput, NotFound, Unavailable
 from service.kit.ids import new_id
 
 CACHE_SECONDS = (
-    5.0  #: seconds for which a verified token is not looked up again, and so until a revocation works
+    5.0  #: seconds for which a verified token is cached; a revocation takes effect within this time
 )
-LAST_USED_INTERVAL = timedelta(minutes=1)  #: the time of the last use is written at most this often
+LAST_USED_INTERVAL = timedelta(minutes=1)  #: minimum time between two writes of the time of last use
 
 _TOKEN = re.compile(r"pal_([0-9A-HJKMNP-TV-Z]{26})_([A-Za-z0-9_-]{43})")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _ROOT_DIGEST = re.compile(r"[0-9a-f]{12}")
-_NO_DIGEST = "0" * 64  #: what a secret is compared with where no key has the id
+_NO_DIGEST = "0" * 64  #: compared with the secret when no key has the id
 
 
 class Scope(StrEnum):
-    """What a key may do. Each one says what it opens beyond the others; `admin` opens everything."""
+    """A permission of a key. `admin` includes all others."""
 
     READ = "read"
     EDIT = "edit"
@@ -50,7 +50,7 @@ ALL_SCOPES = frozenset(Scope)
 
 @dataclass(frozen=True)
 class ApiKeyInfo:
-    """A key as it may be shown: without its secret, which nobody knows but its holder."""
+    """A key without its secret."""
 
     id: str
     name: str
@@ -63,24 +63,24 @@ class ApiKeyInfo:
 
 
 def has_scope(granted: Iterable[Scope], required: Scope) -> bool:
-    """Whether these scopes open what needs that one."""
+    """Return whether the granted scopes include the required one."""
     return required in granted or Scope.ADMIN in granted
 
 
 def is_token(text: str) -> bool:
-    """Whether a text has the form of a made key."""
+    """Return whether a text has the form of a token."""
     return _TOKEN.fullmatch(text) is not None
 
 
 class ApiKeys:
-    """The keys of a service. All methods block on the database: call them from a thread. Safe to share between threads."""
+    """The keys of a service. Thread-safe. All methods except `cached` block on the database."""
 
     def __init__(self, database: Database, clock: Callable[[], float] = time.monotonic) -> None:
         self.database = database
         self._clock = clock
         self._verified: dict[
             str, tuple[ApiKeyInfo, float]
-        ] = {}  # digest of a token -> its key, and when it was read
+        ] = {}  # digest of a token -> (its key, time of the read)
         self._any_found = False
         self._none_until = float("-inf")
 
@@ -91,7 +91,7 @@ class ApiKeys:
         requests_per_minute: int | None = None,
         max_queued: int | None = None,
     ) -> tuple[ApiKeyInfo, str]:
-        """A new key and its token, which is not kept and cannot be shown again."""
+        """Create a key and return it with its token, which is not stored. Raises Conflict for a name that was used before."""
         _check_name(name)
         _check_limits(requests_per_minute=requests_per_minute, max_queued=max_queued)
         secret = secrets.token_urlsafe(32)
@@ -111,28 +111,26 @@ class ApiKeys:
                 key = _to_key_info(row)
         except IntegrityError:
             raise Conflict(
-                f"There is or was a key named {name!r}, and the ledger tells keys apart by name: choose another."
+                f"There is or was a key named {name!r}, and the ledger identifies keys by name: choose another name."
             ) from None
         return key, f"pal_{key.id.removeprefix('key_')}_{secret}"
 
     def all(self) -> list[ApiKeyInfo]:
-        """Every key, oldest first, the revoked ones too."""
+        """Return all keys, also revoked ones, oldest first."""
         with self.database.read_session() as session:
             return [_to_key_info(row) for row in session.scalars(select(ApiKey).order_by(ApiKey.id))]
 
     def revoke(self, name: str) -> ApiKeyInfo:
-        """The key opens nothing any more, in any process after at most `REMEMBERED` seconds. Saying it twice is harmless."""
+        """Revoke a key; idempotent. Every process rejects it after at most CACHE_SECONDS."""
         with self.database.write_session() as session:
             row = session.scalar(select(ApiKey).where(ApiKey.name == name))
             if row is None:
-                raise NotFound(
-                    f"There is no key named {name!r}: `palimpsest keys list` shows those there are."
-                )
+                raise NotFound(f"There is no key named {name!r}: `palimpsest keys list` shows all keys.")
             row.revoked = row.revoked or now()
             return _to_key_info(row)
 
     def any_exist(self) -> bool:
-        """Whether a key was ever made, revoked ones too: from then on everyone needs one."""
+        """Return whether a key was ever created, also a revoked one. From then on every request needs a key."""
         checked_at = self._clock()
         if not self._any_found and checked_at >= self._none_until:
             self._any_found = self._query_any()
@@ -140,12 +138,12 @@ class ApiKeys:
         return self._any_found
 
     def cached(self, token: str) -> ApiKeyInfo | None:
-        """The key of a token that was verified a moment ago. Does not block."""
+        """Return the key of a token that was verified within CACHE_SECONDS. Does not block."""
         key, read = self._verified.get(_digest(token), (None, 0.0))
         return key if self._clock() < read + CACHE_SECONDS else None
 
     def verify(self, token: str) -> ApiKeyInfo | None:
-        """The key that this token belongs to; None when there is none, or it is revoked, or the secret is wrong."""
+        """Return the key of a token; None when there is none, when it is revoked or when the secret is wrong."""
         if (cached_key := self.cached(token)) is not None:
             return cached_key
         read_at, match = self._clock(), _TOKEN.fullmatch(token)
@@ -164,11 +162,11 @@ class ApiKeys:
     def _query_any(self) -> bool:
         with self.database.read_session() as session:
             if not inspect(session.connection()).has_table(ApiKey.__tablename__):
-                return False  # nothing was migrated yet
+                return False  # the database is not migrated yet
             return session.scalar(select(ApiKey.id).limit(1)) is not None
 
     def _record_use(self, key: ApiKeyInfo) -> None:
-        """Best effort: a key is not refused because its use could not be written down."""
+        """Store the time of the last use. An outage is ignored: it does not make the key invalid."""
         used_at = now()
         if key.last_used is not None and used_at - key.last_used < LAST_USED_INTERVAL:
             return
@@ -190,9 +188,9 @@ def _check_name(name: str) -> None:
         raise InvalidInput(
             f"a key cannot be named {name!r}: use 1 to 64 of a-z, 0-9, dot, dash and underscore.", "name"
         )
-    if _ROOT_DIGEST.fullmatch(name):  # the ledger would not tell them apart
+    if _ROOT_DIGEST.fullmatch(name):  # the ledger could not distinguish them
         raise InvalidInput(
-            f"{name!r} looks like the digest that stands in the ledger for a root key: choose another name.",
+            f"{name!r} looks like the digest that the ledger stores for a root key: choose another name.",
             "name",
         )
 

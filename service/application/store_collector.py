@@ -1,6 +1,6 @@
-"""What can only be found out by asking: rows, deliveries that wait, workers. Asked anew at every scrape of an API.
+"""Gauges that are read from the database and the broker at every scrape of an API process.
 
-A store or a queue that is down makes no scrape fail: `palimpsest_up` says so, and what it would have told is left out.
+A dependency that is down does not fail the scrape: `palimpsest_up` is 0 for it, and its gauges are omitted.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ GaugeFamily = GaugeMetricFamily
 
 
 class StoreCollector(Collector):
-    """Gauges of the whole service, for the metrics of an API."""
+    """Collects the gauges of the whole service for the metrics endpoint of an API process."""
 
     def __init__(self, database: Database, broker: Broker, lease: float) -> None:
         self._database, self._broker = database, broker
         self._lease = timedelta(seconds=lease)
 
     def collect(self) -> Iterator[GaugeFamily]:
-        up = _gauge("up", "whether a part that the service depends on answers", "part")
-        depth = _gauge("queue_depth", "jobs and calls that wait to be taken", "kind")
+        up = _gauge("up", "whether a dependency of the service answers", "part")
+        depth = _gauge("queue_depth", "jobs and calls that wait for a worker", "kind")
         oldest = _gauge("queue_oldest_seconds", "seconds that the oldest of them has waited", "kind")
         sources = {"database": self._from_database, "queue": self._from_broker}
         for part, collect_part in sources.items():
@@ -52,7 +52,7 @@ class StoreCollector(Collector):
         depth: GaugeFamily,
         oldest: GaugeFamily,
     ) -> list[GaugeFamily] | None:
-        """What a part tells; None when it does not answer, whatever it fails with."""
+        """Return the gauges of a dependency; None when reading them fails with any error."""
         try:
             return list(collect_part(depth, oldest))
         except Exception as error:
@@ -60,7 +60,7 @@ class StoreCollector(Collector):
             return None
 
     def _from_broker(self, depth: GaugeFamily, oldest: GaugeFamily) -> Iterable[GaugeFamily]:
-        """Calls are no rows: only the queue knows of them."""
+        """Add the depth and age of calls, which have no rows."""
         measurements = [
             (kind, self._broker.queue_depth(kind), self._broker.oldest_age(kind)) for kind in CALL_KINDS
         ]
@@ -84,18 +84,18 @@ class StoreCollector(Collector):
         rows = session.scalars(select(Worker).where(Worker.model == model).order_by(Worker.id)).all()
         in_service = serving_workers(rows)
         alive = [worker for worker in in_service if worker.heartbeat >= now() - self._lease]
-        workers = _gauge("workers", "living workers of a role", "role")
+        workers = _gauge("workers", "live workers with a role", "role")
         for role in ROLES:
             workers.add_metric([role], len(serving_workers(alive, role)))
-        lag = _gauge("worker_lag", "versions that a living worker is behind", "worker")
-        age = _gauge("worker_heartbeat_age_seconds", "seconds since a worker's last sign of life", "worker")
+        lag = _gauge("worker_lag", "versions that a live worker is behind the head", "worker")
+        age = _gauge("worker_heartbeat_age_seconds", "seconds since the last heartbeat of a worker", "worker")
         for worker in alive:
             lag.add_metric([worker.id], head - worker.version)
         for worker in in_service:
             age.add_metric([worker.id], (now() - worker.heartbeat).total_seconds())
         withdrawn = _gauge(
             "workers_withdrawn",
-            "workers that took themselves out, as their digest was outvoted",
+            "workers that stopped serving because their weight digest lost the vote",
             value=len(rows) - len(in_service),
         )
         yield from (workers, lag, age, withdrawn)
@@ -104,7 +104,7 @@ class StoreCollector(Collector):
 def _job_gauges(
     session: Session, model: str, depth: GaugeFamily, oldest: GaugeFamily
 ) -> Iterator[GaugeFamily]:
-    """Jobs that are still to end, and those that were given up."""
+    """Return gauges of queued, running and exhausted jobs."""
     of_model, count = Job.model == model, func.count()
     open_jobs = select(Job.kind, Job.status, count, func.min(Job.created)).where(
         of_model, Job.status.in_(OPEN_STATUSES)
@@ -119,9 +119,9 @@ def _job_gauges(
         .group_by(Job.kind)
     )
     exhausted_counts = {row.kind: row.number for row in session.execute(exhausted_jobs)}
-    running = _gauge("jobs_running", "jobs that some worker has begun", "kind")
+    running = _gauge("jobs_running", "jobs that a worker runs", "kind")
     exhausted = _gauge(
-        "jobs_exhausted", "jobs given up after too many attempts, that a person may retry", "kind"
+        "jobs_exhausted", "jobs that failed after all their attempts and can be retried by hand", "kind"
     )
     for kind in JOB_KINDS:
         number, age = counts.get((kind, "queued"), (0, 0.0))

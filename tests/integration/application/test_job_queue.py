@@ -136,7 +136,7 @@ class TestIdempotency:
     def test_other_body(self, services: Services) -> None:
         """A key that comes with another body is refused."""
         services.traces.submit(trace_request(), "a", ("key", "body"))
-        with pytest.raises(InvalidInput, match="another body"):
+        with pytest.raises(InvalidInput, match="another request body"):
             services.edits.submit([edit_request()], "a", ("key", "other"))
 
     def test_other_actor(self, services: Services) -> None:

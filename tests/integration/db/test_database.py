@@ -224,7 +224,7 @@ class TestPostgres:
                 with waiting.write_session() as other:
                     other.execute(text(ask))
 
-        with pytest.raises(Unavailable, match=r"busy: .* Try again"):
+        with pytest.raises(Unavailable, match=r"busy: .* Retry"):
             wait()
         assert model_names(waiting) == {"x", "y"}
 
