@@ -26,7 +26,7 @@ from service.kit.text import normalize_whitespace
 from service.models import memory_estimates
 from service.models.loading import LoadedModel, WeightRef
 from service.weights.capacity import average_capacities_in_steps
-from service.weights.composition import WeightDelta, apply_delta_in_steps, compose_in_steps
+from service.weights.composition import apply_delta_in_steps, compose_in_steps
 from service.weights.factors import Association, EditUpdate, deserialize_updates
 
 T = TypeVar("T")
@@ -59,14 +59,6 @@ class EmptyLedger:
 
     def factors_of(self, edits: Sequence[str]) -> dict[str, bytes]:
         return {}
-
-
-@dataclass(frozen=True)
-class Composition:
-    """A set of updates as changes of weights and as edited weights."""
-
-    deltas: dict[WeightRef, WeightDelta]
-    weights: WeightOverrides
 
 
 @dataclass
@@ -156,17 +148,13 @@ class VersionedModel:
 
     def compose_weights_in_steps(self, updates: Iterable[EditUpdate]) -> Stepper[WeightOverrides]:
         """Return the edited weights for a set of updates, from the base bytes."""
-        return (yield from self.compose_in_steps(updates)).weights
-
-    def compose_in_steps(self, updates: Iterable[EditUpdate]) -> Stepper[Composition]:
-        """Return the changes and the edited weights for a set of updates, from the base bytes."""
         deltas = yield from compose_in_steps(updates)
         weights: dict[WeightRef, Tensor] = {}
         for site, delta in deltas.items():
             weights[site] = yield from apply_delta_in_steps(
                 self._original[site], delta, self.base.architecture.conv1d
             )
-        return Composition(deltas, weights)
+        return weights
 
     def weights(self, version: int) -> WeightOverrides:
         """Run `weights_in_steps` to completion."""

@@ -34,9 +34,8 @@ the same operations in the same order, so that they give the same bytes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -74,7 +73,7 @@ def compose_layer_in_steps(
         targets = yield from _superpose_by_subject(ordered, values, gram, diagonal)
     factors = yield from factorize(gram)
     solution = yield from solve(factors, targets.T)
-    return LowRank(solution.T, directions, tuple(a.edit for a in ordered))
+    return LowRank(solution.T, directions)
 
 
 def gram_matrix(associations: Sequence[Association], directions: Tensor) -> Tensor:
@@ -157,25 +156,6 @@ class WeightDelta:
         """Return the whole change, (out, in)."""
         return torch.cat([change for _, change in self.column_blocks()], 1)
 
-    def norm(self) -> float:
-        """Return the Frobenius norm."""
-        if len(self.low_rank_terms) == 1 and self.dense_term is None:
-            return self.low_rank_terms[0].norm()
-        return math.hypot(*(float(change.norm()) for _, change in self.column_blocks()))
-
-    def minus(self, other: WeightDelta) -> WeightDelta:
-        """Return the difference of two changes of one weight."""
-        if (
-            len(self.low_rank_terms) == len(other.low_rank_terms) == 1
-            and self.dense_term is None
-            and other.dense_term is None
-        ):
-            return WeightDelta((self.low_rank_terms[0].minus(other.low_rank_terms[0]),))
-        negative = tuple(replace(low, left=-low.left) for low in other.low_rank_terms)
-        mine, theirs = self.dense_term, other.dense_term
-        dense_term = mine if theirs is None else -theirs if mine is None else mine - theirs
-        return WeightDelta((*self.low_rank_terms, *negative), dense_term)
-
 
 def compose(updates: Iterable[EditUpdate]) -> dict[WeightRef, WeightDelta]:
     """Run `compose_in_steps` to completion."""
@@ -226,21 +206,3 @@ def apply_delta_in_steps(base: Tensor, delta: WeightDelta | LowRank, conv1d: boo
             edited[:, at] = block.add_(base[:, at].to(compute_device)).to(base.dtype)
         yield Progress(Phase.COMPOSE, at.stop, at.stop)
     return edited
-
-
-def norm_ratio_in_steps(base: Tensor, delta: WeightDelta | LowRank) -> Stepper[float]:
-    """Return |change| / |base| in Frobenius norm, as `norm_ratio` does."""
-    few_terms = isinstance(delta, LowRank) or (len(delta.low_rank_terms) == 1 and delta.dense_term is None)
-    low_rank = delta if isinstance(delta, LowRank) else delta.low_rank_terms[0] if few_terms else None
-    if low_rank is not None and 2 * low_rank.left.shape[1] < low_rank.left.shape[0]:
-        return norm_ratio(base, low_rank)
-    norms: list[float] = []
-    for _, change in delta.column_blocks():
-        norms.append(float(change.norm()))
-        yield Progress(Phase.GUARD, 1, 1)
-    return math.hypot(*norms) / float(torch.linalg.vector_norm(base, dtype=torch.float64))
-
-
-def norm_ratio(base: Tensor, delta: WeightDelta | LowRank) -> float:
-    """Return |change| / |base| in Frobenius norm."""
-    return delta.norm() / float(torch.linalg.vector_norm(base, dtype=torch.float64))

@@ -103,7 +103,6 @@ class LowRank:
 
     left: Tensor = field(repr=False)
     right: Tensor = field(repr=False)
-    edits: tuple[str, ...] = ()  #: the edit of each of the n terms, where known
 
     def column_blocks(self, device: torch.device | str = "cpu") -> Iterator[tuple[slice, Tensor]]:
         """Yield the change in blocks of columns: the slice of columns and the block (d, c) in fp64 on `device`."""
@@ -124,16 +123,6 @@ class LowRank:
         if 2 * self.left.shape[1] < self.left.shape[0]:
             return float((self.left @ torch.linalg.qr(self.right.double().T, mode="r").R.T).norm())
         return math.hypot(*(float(change.norm()) for _, change in self.column_blocks()))
-
-    def minus(self, other: LowRank) -> LowRank:
-        """Return the difference of two changes. An edit in both has the same direction in both, so that its terms
-        become one."""
-        own_index = {edit: i for i, edit in enumerate(self.edits)}
-        shared = {i: own_index[edit] for i, edit in enumerate(other.edits) if edit in own_index}
-        only_other = [i for i in range(other.left.shape[1]) if i not in shared]
-        left = torch.cat([self.left, -other.left[:, only_other]], 1)
-        left[:, list(shared.values())] -= other.left[:, list(shared)]
-        return LowRank(left, torch.cat([self.right, other.right[only_other]]))
 
 
 def column_slices(matrix: Tensor) -> list[slice]:

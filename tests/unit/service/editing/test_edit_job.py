@@ -23,7 +23,7 @@ from service.editing.edit_job import group_compatible_jobs, run_edits
 from service.editing.find_factors import find_batch_factors, find_factors
 from service.editing.guard import Check, CheckName, GuardResult
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
-from service.engine.versioned_model import Composition, VersionedModel
+from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import Cancelled, Conflict, InvalidInput, PalimpsestError, Unavailable
 from service.jobs.job_store import ClaimedJob
 from service.jobs.memory_broker import MemoryBroker
@@ -213,14 +213,14 @@ def test_committed_weights_equal_evaluated_weights(
     harness.run_edit("Big Ben", "city")
     harness.run_edit("Eiffel Tower", "in", prompt="We know the {}")
     composed_weights: list[Any] = []
-    compose = VersionedModel.compose_in_steps
+    compose = VersionedModel.compose_weights_in_steps
 
-    def record(self: VersionedModel, updates: Any) -> Stepper[Composition]:
-        composition = yield from compose(self, updates)
-        composed_weights.append(composition.weights)
-        return composition
+    def record(self: VersionedModel, updates: Any) -> Stepper[WeightOverrides]:
+        weights = yield from compose(self, updates)
+        composed_weights.append(weights)
+        return weights
 
-    monkeypatch.setattr(VersionedModel, "compose_in_steps", record)
+    monkeypatch.setattr(VersionedModel, "compose_weights_in_steps", record)
     edit = harness.run_edit(subject, hparams={"layers": layers}, guard=GUARD_OFF)
     assert edit["version"] == 3
     assert same_tensors(
@@ -809,13 +809,13 @@ def test_superseded_edit_is_left_out_of_evaluation(
     """The superseded edit is neither composed with the newer one nor probed for regressions."""
     older = harness.run_edit()
     composed_edits: list[list[str]] = []
-    composed = VersionedModel.compose_in_steps
+    composed = VersionedModel.compose_weights_in_steps
 
     def note(self: VersionedModel, associations: Any) -> Any:
         composed_edits.append([a.edit for a in associations])
         return composed(self, associations)
 
-    monkeypatch.setattr(VersionedModel, "compose_in_steps", note)
+    monkeypatch.setattr(VersionedModel, "compose_weights_in_steps", note)
     edit = harness.run_edit(new="city", guard=LOOSE_GUARD | {"max_regressions": 0})
     assert edit["status"] == "applied"
     assert edit["result"]["regressed_edits"] == []
@@ -964,7 +964,7 @@ def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch:
         found = evaluate_guard(plan, before, after, strength, norms, lead)
         return replace(found, checks=[Check(CheckName.PERPLEXITY, new_edit_counts[-1] == 1, 9.0, 1.0)])
 
-    composed = VersionedModel.compose_in_steps
+    composed = VersionedModel.compose_weights_in_steps
 
     def note(self: VersionedModel, associations: Any) -> Any:
         chosen = list(associations)
@@ -975,7 +975,7 @@ def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch:
         return {edit for edit, _ in harness.worker_parts.ledger.active_at(harness.worker_parts.ledger.head())}
 
     monkeypatch.setattr(measure, "evaluate_guard", fake_guard)
-    monkeypatch.setattr(VersionedModel, "compose_in_steps", note)
+    monkeypatch.setattr(VersionedModel, "compose_weights_in_steps", note)
     edits = EditBatch(harness, *(harness.submit(subject, "city") for subject in SUBJECTS)).run()
     assert [e["version"] for e in edits] == [1, 2, 3, 4]
     assert [n for n in new_edit_counts if n] == [4, 2, 1, 1, 2, 1, 1]

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.kit.steps import run_to_completion
 from service.models.loading import WeightRef
 from service.models.memory_estimates import COLUMN_BLOCK
 from service.weights.composition import (
@@ -18,8 +17,6 @@ from service.weights.composition import (
     compose,
     compose_layer,
     compose_layer_in_steps,
-    norm_ratio,
-    norm_ratio_in_steps,
 )
 from service.weights.factors import (
     JOINT,
@@ -241,32 +238,10 @@ def test_serialized_associations_round_trip() -> None:
 
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 9])
-def test_norm_ratio(terms: int) -> None:
-    """The ratio is |dW| / |W| in Frobenius norm, for fewer terms than the weight has rows and for more."""
-    base = torch.randn(d, D, generator=torch.Generator().manual_seed(5))
+def test_norm(terms: int) -> None:
+    """The norm is the Frobenius norm, for fewer terms than the weight has rows and for more."""
     change = compose_layer([association(i) for i in range(terms)])
-    expected = float(change.dense().norm() / base.double().norm())
-    assert norm_ratio(base, change) == pytest.approx(expected, rel=1e-10)
-
-
-@pytest.mark.parametrize("others", [1, 8])
-def test_the_norm_of_a_difference_is_exact(others: int) -> None:
-    """What one edit moves beside others is found to ten digits, however little it is beside what they move."""
-    active = [association(i, f"s{i % 3}") for i in range(others)]
-    before, after = compose_layer(active), compose_layer([*active, association(90).scaled(1e-5)])
-    expected = after.dense() - before.dense()
-    for moved in (after.minus(before), replace(after, edits=()).minus(before)):
-        torch.testing.assert_close(moved.dense(), expected, rtol=1e-9, atol=1e-12)
-        assert moved.norm() == pytest.approx(float(expected.norm()), rel=1e-10)
-
-
-def test_a_difference_has_one_term_for_each_edit() -> None:
-    """The terms of an edit that is in both changes become one; one that is only in the other stays."""
-    a, b, c = (association(i) for i in (1, 2, 3))
-    moved = compose_layer([a, b]).minus(compose_layer([b, c]))
-    assert moved.left.shape == (d, 3)
-    expected = compose_layer([a, b]).dense() - compose_layer([b, c]).dense()
-    torch.testing.assert_close(moved.dense(), expected, rtol=1e-12, atol=1e-12)
+    assert change.norm() == pytest.approx(float(change.dense().norm()), rel=1e-10)
 
 
 def association_with_mode(i: int, solve_mode: SolveMode) -> Association:
@@ -328,14 +303,11 @@ def test_solve_modes_and_dense_updates_add_up() -> None:
     expected = expected + sum(p.change.double() for p in updates if isinstance(p, DenseUpdate))
     change = compose(updates)[WeightRef(0)]
     torch.testing.assert_close(change.dense(), expected, rtol=1e-12, atol=1e-12)
-    assert change.norm() == pytest.approx(float(expected.norm()), rel=1e-12)
     base = torch.randn(d, D, generator=g)
     again = apply_delta(
         base, compose(random.Random(3).sample(updates, len(updates)))[WeightRef(0)], conv1d=False
     )
     assert torch.equal(apply_delta(base, change, conv1d=False), again)
-    less = compose(updates[1:])[WeightRef(0)]
-    torch.testing.assert_close(change.minus(less).dense(), expected - less.dense(), rtol=1e-10, atol=1e-10)
 
 
 def test_every_kind_of_update_round_trips() -> None:
@@ -403,11 +375,3 @@ def test_composition_has_many_steps() -> None:
     """A composition of many edits has a step for each block of rows and columns, so that no step is long."""
     chosen = [long_association(i, f"s{i}") for i in range(1100)]
     assert sum(1 for _ in compose_layer_in_steps(chosen)) >= 20
-
-
-@pytest.mark.parametrize("terms", [3, 200])
-def test_norm_ratio_in_steps_equals_norm_ratio(terms: int) -> None:
-    """The norm ratio computed in steps is the same number."""
-    base = torch.randn(96, 700, generator=torch.Generator().manual_seed(3))
-    change = compose([long_association(i, f"s{i}") for i in range(terms)])[WeightRef(0)]
-    assert run_to_completion(norm_ratio_in_steps(base, change)) == norm_ratio(base, change)
