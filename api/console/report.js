@@ -291,7 +291,7 @@ function row(kind, probe, two) {
   ];
 }
 
-const guard = (edit) => edit.result.guard && h("section", {}, h("h2", {}, "The guard"), guardVerdict(edit));
+const guard = (edit) => edit.result.guard && h("section", {}, h("h2", {}, "Guard"), guardVerdict(edit));
 
 /** Return the other edits that this one affects. */
 function otherEdits(edit) {

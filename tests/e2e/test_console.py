@@ -131,7 +131,7 @@ def test_a_sentence_is_marked(session: PageSession, service: EmbeddedService) ->
     page.evaluate("document.getElementById('edit-prompt').setSelectionRange(4, 13)")
     page.get_by_role("button", name="Use selection as subject").click()
     expect(page.get_by_label("Subject", exact=True)).to_have_value("Colosseum")
-    page.get_by_label("True object").fill("Rome")
+    page.get_by_label("True object", exact=True).fill("Rome")
     page.get_by_label("New object", exact=True).fill("Oslo")
     expect(page.locator(".preview .writing")).to_have_text(
         "The Colosseum is located in the city of Rome Oslo"
@@ -200,7 +200,7 @@ def test_an_evaluation_is_plotted(session: PageSession, service: EmbeddedService
     page.get_by_label("Checkpoints (number of edits)").fill("1, 2")
     page.get_by_label("Damage texts").fill("4")
     page.get_by_role("button", name="Evaluate").click()
-    page.locator(".measure").first.wait_for()
+    page.locator(".measure").first.wait_for(timeout=180_000)  # two edits and their measurements
     expect(page.locator(".measure .name b").first).to_have_text("ES")
     assert page.locator(".curve").count() >= 1
     expect(page.get_by_role("table", name="Records").locator("tbody tr")).to_have_count(2)

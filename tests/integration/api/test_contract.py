@@ -54,7 +54,7 @@ LINKED = {
 def running_app(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TestApp]:
-    """A house whose worker answers, on each wiring; nothing in it ever fills up."""
+    """An application with a fake worker and a large queue limit."""
     stores = wirings.store_settings(request)
     test_app = TestApp(tmp_path_factory.mktemp("contract"), max_queue=100_000, **stores)
     test_app.start_fake_worker()
@@ -113,7 +113,7 @@ def test_responses_conform_to_the_document(
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if "{id}" in name and "/v1/" not in name])
 def test_answers_about_what_exists_are_as_documented(running_app: TestApp, name: str) -> None:
-    """What the document says of a resource is true of one that exists, has run, and is taken back."""
+    """Resources conform to the OpenAPI document while open, finished and reverted."""
     method, path = name.split()
     operation = openapi_schema(running_app)[path][method]
     client = TestClient(running_app.app)
@@ -132,7 +132,7 @@ def test_answers_about_what_exists_are_as_documented(running_app: TestApp, name:
     "fields", [{}, {"stream": True}, {"n": 2, "logprobs": 1}, {"prompt": [[1], [2, 3]]}, {"model": "tiny@?"}]
 )
 def test_completions_are_as_documented(running_app: TestApp, fields: dict[str, Any]) -> None:
-    """What the document says of a completion is true of those that a worker answers, which chance hardly comes by."""
+    """Completions conform to the OpenAPI document."""
     operation = openapi_schema(running_app)["/v1/completions"]["POST"]
     body = {"model": "tiny", "prompt": PROMPT} | fields
     answer = operation.Case(body=body, media_type="application/json").call_and_validate(checks=CHECKS)
@@ -140,7 +140,7 @@ def test_completions_are_as_documented(running_app: TestApp, fields: dict[str, A
 
 
 def test_names_are_as_documented(running_app: TestApp) -> None:
-    """Every name that is listed can be asked for, and is as the document says."""
+    """Every listed model name can be read and conforms to the OpenAPI document."""
     operation = openapi_schema(running_app)["/v1/models/{id}"]["GET"]
     for named in TestClient(running_app.app).get("/v1/models").json()["data"]:
         answer = operation.Case(path_parameters={"id": named["id"]}).call_and_validate(checks=CHECKS)
@@ -148,7 +148,7 @@ def test_names_are_as_documented(running_app: TestApp) -> None:
 
 
 def test_links_can_be_followed(running_app: TestApp) -> None:
-    """Whoever follows the document's links from what was just made meets no fault and nothing that is not described."""
+    """Following the OpenAPI links of created resources gives only documented responses."""
     visited: set[str] = set()
 
     class Walk(openapi_schema(running_app).as_state_machine()):  # type: ignore[misc]

@@ -22,7 +22,7 @@ NUMBERS = count()
 
 
 class FakeClock:
-    """Time that passes only when it is told to."""
+    """A manual clock."""
 
     def __init__(self) -> None:
         self.at = 1000.0

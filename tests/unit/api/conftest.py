@@ -16,7 +16,7 @@ from tests.support.local_server import run_http_server
 
 @pytest.fixture
 def test_app(tmp_path: Path, wiring: dict[str, Any]) -> Iterator[TestApp]:
-    """A house without a worker, on each wiring: what is queued stays queued."""
+    """An application without a worker: jobs stay queued."""
     built = TestApp(tmp_path, **wiring)
     yield built
     built.close()

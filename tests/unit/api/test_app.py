@@ -30,7 +30,7 @@ EXPOSED = ["0.0.0.0", "::", "192.168.1.4", "example.org", ""]
 
 @pytest.mark.parametrize("host", EXPOSED)
 def test_without_a_key_only_loopback_is_served(tmp_path: Path, host: str) -> None:
-    """Without any key, or with an empty one, an address that others can reach is refused before anything is made."""
+    """Without an API key a non-loopback address is rejected before anything is created."""
     for key in (None, ""):
         with pytest.raises(Misconfigured):
             check_exposure(Settings(data_dir=tmp_path, host=host, api_key=key))
@@ -39,12 +39,12 @@ def test_without_a_key_only_loopback_is_served(tmp_path: Path, host: str) -> Non
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
 def test_loopback_needs_no_key(tmp_path: Path, host: str) -> None:
-    """Loopback is served without a key."""
+    """Loopback needs no API key."""
     check_exposure(Settings(data_dir=tmp_path, host=host))
 
 
 def test_a_made_key_is_no_root_key(test_app: TestApp) -> None:
-    """A key that was made for less cannot become the key for everything by standing in the wrong variable."""
+    """A created API key is rejected as root key."""
     _, token = ApiKeys(test_app.database).create("k", ["read"])
     with pytest.raises(Misconfigured):
         check_exposure(Settings(api_key=token))
@@ -52,7 +52,7 @@ def test_a_made_key_is_no_root_key(test_app: TestApp) -> None:
 
 @pytest.mark.parametrize("host", EXPOSED)
 def test_an_exposed_application_needs_a_key(test_app: TestApp, host: str) -> None:
-    """With a database that may hold keys, the application itself refuses to come into being until one is there."""
+    """With an existing database, the application is not created until it has an API key."""
     settings = test_app.settings.model_copy(update={"host": host})
     check_exposure(settings)
     with pytest.raises(Misconfigured):
@@ -99,7 +99,7 @@ def test_requests_without_the_root_key_get_401(
 
 
 def test_the_key_names_the_actor(app_with_root_key: TestApp) -> None:
-    """With the key the request is served, and the resource says who asked without giving the key away."""
+    """The resource names the actor without exposing the API key."""
     client = TestClient(app_with_root_key.app, headers={"authorization": "bearer  sesame é".encode()})
     answer = client.post("/edits", json=TOWER)
     assert answer.status_code == 202
@@ -108,7 +108,7 @@ def test_the_key_names_the_actor(app_with_root_key: TestApp) -> None:
 
 
 def test_without_a_key_the_actor_is_local(client: TestClient) -> None:
-    """On loopback without a key everybody is local."""
+    """On loopback without an API key the actor is `local`."""
     assert client.post("/edits", json=TOWER).json()["actor"] == "local"
 
 

@@ -1,4 +1,4 @@
-"""Who is let in, and under which name."""
+"""Authentication: api.authentication."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def make_token(test_app: TestApp, name: str, *scopes: str, **limits: int) -> str
 
 @pytest.fixture
 def app_with_root_key(tmp_path: Path) -> Iterator[TestApp]:
-    """A house with a root key."""
+    """An application with a root key."""
     test_app = TestApp(tmp_path, api_key="sesame")
     yield test_app
     test_app.close()
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """A manual clock."""
 
     at = 1000.0
 
@@ -41,7 +41,7 @@ class Clock:
 
 
 def use_fake_clock(test_app: TestApp) -> Clock:
-    """The house's own keys, on a clock of ours."""
+    """API keys with a manual clock."""
     clock = Clock()
     test_app.app.state.keys = ApiKeys(test_app.database, clock)
     return clock
@@ -59,7 +59,7 @@ def test_the_first_key_makes_keys_required(test_app: TestApp, client: TestClient
 
 
 def test_a_revoked_key_is_rejected_after_five_seconds(test_app: TestApp, client: TestClient) -> None:
-    """A revocation holds within five seconds, and the door does not open again because no key is left."""
+    """A revocation is effective within five seconds, and revoking the last key does not disable authentication."""
     clock = use_fake_clock(test_app)
     token = make_token(test_app, "gone", "read")
     assert client.get("/edits", headers=bearer_header(token)).status_code == 200
@@ -82,7 +82,7 @@ def test_table_keys_work_beside_a_root_key(app_with_root_key: TestApp) -> None:
 
 
 def test_the_ledger_names_the_key(test_app: TestApp, worker: FakeWorker, client: TestClient) -> None:
-    """Who asked for an edit, and who took it back, is told in the ledger by the name of the key."""
+    """The ledger records the names of the keys that applied and reverted an edit."""
     editor_token, admin_token = (
         make_token(test_app, "nightly-eval", "read", "edit"),
         make_token(test_app, "on-call", "admin"),
@@ -115,7 +115,7 @@ def test_only_the_exact_bearer_token_is_accepted(
 
 @pytest.fixture
 def app_with_unreadable_keys(app_with_root_key: TestApp) -> Iterator[TestApp]:
-    """A house whose keys cannot be read."""
+    """An application whose API keys cannot be read."""
     database = Database("postgresql://nobody@127.0.0.1:1/none")
     app_with_root_key.app.state.keys = ApiKeys(database)
     yield app_with_root_key
@@ -123,7 +123,7 @@ def app_with_unreadable_keys(app_with_root_key: TestApp) -> Iterator[TestApp]:
 
 
 def test_a_database_that_is_down_is_503(app_with_unreadable_keys: TestApp) -> None:
-    """While a key cannot be checked nobody is let in by it, and nobody is told that it is wrong."""
+    """While API keys cannot be read, requests with one get 503, not 401."""
     token = make_token(app_with_unreadable_keys, "k", "admin")
     client = TestClient(app_with_unreadable_keys.app, raise_server_exceptions=False)
     answer = client.get("/edits", headers=bearer_header(token))
@@ -132,7 +132,7 @@ def test_a_database_that_is_down_is_503(app_with_unreadable_keys: TestApp) -> No
 
 
 def test_the_root_key_needs_no_database(app_with_unreadable_keys: TestApp) -> None:
-    """The root key opens whatever the table is like; so somebody can look what is wrong."""
+    """The root key works while the table of keys is unavailable."""
     client = TestClient(app_with_unreadable_keys.app)
     assert client.get("/edits", headers=bearer_header("sesame")).status_code == 200
     assert client.get("/edits", headers=bearer_header("wrong")).status_code == 401
@@ -141,7 +141,7 @@ def test_the_root_key_needs_no_database(app_with_unreadable_keys: TestApp) -> No
 def test_whether_keys_exist_must_be_known(
     test_app: TestApp, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On loopback, too, nobody is let in while the service cannot know whether a key is needed."""
+    """On loopback, requests are rejected while it is unknown whether API keys exist."""
 
     def fails() -> bool:
         raise Unavailable("the database does not answer")

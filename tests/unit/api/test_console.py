@@ -34,7 +34,7 @@ def test_the_page_is_for_people(client: TestClient) -> None:
 
 
 def test_a_program_is_told_where_to_go(client: TestClient) -> None:
-    """Who asks `/` for JSON alone learns where the interface is described."""
+    """A request for `/` that accepts only JSON is 406 with a pointer to the API description."""
     answer = client.get("/", headers={"Accept": "application/json"})
     assert answer.status_code == 406
     assert "/openapi.json" in answer.json()["detail"]
@@ -57,13 +57,13 @@ def test_everything_the_page_names_is_there(client: TestClient) -> None:
     "name", ["nothing.js", "index.html", "..%2fapp.py", "%2e%2e/app.py", ".", "main.js%00"]
 )
 def test_nothing_else_is_served(client: TestClient, name: str) -> None:
-    """A name that is no part of the console is not found, whatever path it tries."""
+    """A name that is not a file of the console is 404, including path traversal."""
     assert client.get(f"/console/{name}").status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/", "/console/main.js"])
 def test_what_a_browser_has_is_not_sent_again(client: TestClient, path: str) -> None:
-    """A part is kept and asked for again; to its tag, weak or strong, the answer is 304 without a body."""
+    """A matching entity tag, weak or strong, gets 304 without a body."""
     first = client.get(path)
     assert first.headers["cache-control"] == "no-cache"
     tag = first.headers["etag"]
@@ -74,7 +74,7 @@ def test_what_a_browser_has_is_not_sent_again(client: TestClient, path: str) -> 
 
 
 def test_no_key_is_needed_to_read_it(tmp_path: Path) -> None:
-    """The page holds no data: it opens without a key, and what it asks then needs one."""
+    """The page needs no API key, and the routes that it calls do."""
     test_app = TestApp(tmp_path, api_key="k")
     stranger = TestClient(test_app.app)
     assert {stranger.get(path).status_code for path in ("/", "/console/style.css")} == {200}

@@ -89,14 +89,14 @@ def test_missing_fields_are_named(client: TestClient) -> None:
 
 @pytest.mark.parametrize("body", ["[]", "null", "3", '"text"', "true"])
 def test_a_body_that_is_no_object_is_refused(client: TestClient, body: str) -> None:
-    """A JSON body that is no object gets 422, and is told to be one."""
+    """A JSON body that is not an object gets 422."""
     answer = client.post("/edits", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == "body"
 
 
 def test_a_template_in_user_text_stays_text(client: TestClient) -> None:
-    """User text is never formatted: braces and percent signs come back as they were."""
+    """User text is never passed to str.format: braces and percent signs are preserved."""
     odd = TOWER | {"subject": "{0.__class__} %s {x!r}", "prompt": "The {} is %d in {curly} city"}
     edit = client.post("/edits", json=odd).json()
     assert edit["subject"] == odd["subject"]
@@ -104,7 +104,7 @@ def test_a_template_in_user_text_stays_text(client: TestClient) -> None:
 
 
 def test_unknown_ids_are_not_found(client: TestClient) -> None:
-    """An id that was never given out is 404 on every path below it, whatever is in it."""
+    """An unknown or malformed id is 404 on every path below it."""
     for odd in ("edit_01JABCDEFGHJKMNPQRSTVWXYZ0", "x", "%00", "%F0%28", "a" * 3000, "..%2f..", "edit%20"):
         for path in (f"/edits/{odd}", f"/edits/{odd}/delta", f"/edits/{odd}/events"):
             answer = client.get(path)
@@ -140,14 +140,14 @@ def test_waiting_ends_when_the_time_is_up(client: TestClient) -> None:
     "prefer", ["wait=", "wait=-1", "wait=abc", "handling=lenient", "await=20", "", ";;,", "wait=1e9"]
 )
 def test_a_preference_that_says_nothing_is_ignored(client: TestClient, prefer: str) -> None:
-    """Preferences that cannot be understood are passed over, as RFC 7240 has it."""
+    """Unknown preferences are ignored (RFC 7240)."""
     answer = client.post("/edits", json=TOWER, headers={"prefer": prefer})
     assert answer.status_code == 202
     assert "preference-applied" not in answer.headers
 
 
 def test_the_wait_is_capped(client: TestClient, worker: FakeWorker) -> None:
-    """Nobody holds an answer for longer than a minute."""
+    """The wait is at most a minute."""
     answer = client.post("/edits", json=TOWER, headers={"prefer": 'wait="999999"'})
     assert answer.headers["preference-applied"] == "wait=60"
 
@@ -173,7 +173,7 @@ def test_the_same_idempotency_key_creates_one_edit(client: TestClient) -> None:
 
 
 def test_a_key_belongs_to_one_body(client: TestClient) -> None:
-    """The same key with another body is refused, also on another path."""
+    """The same key with another body is rejected, also on another path."""
     key = {"idempotency-key": "k-1"}
     client.post("/edits", json=TOWER, headers=key)
     other = client.post("/edits", json=TOWER | {"target_new": "Oslo"}, headers=key)
@@ -184,7 +184,7 @@ def test_a_key_belongs_to_one_body(client: TestClient) -> None:
 
 @pytest.mark.parametrize("key", ["", " ", "a" * 256, "a b", b"\xff\xfe"])
 def test_an_invalid_idempotency_key_is_refused(client: TestClient, key: str | bytes) -> None:
-    """An Idempotency-Key that is empty, too long or no plain text is refused."""
+    """An Idempotency-Key that is empty, too long or not ASCII is rejected."""
     answer = client.post(
         "/edits", json=TOWER, headers=[(b"idempotency-key", key if isinstance(key, bytes) else key.encode())]
     )
@@ -192,7 +192,7 @@ def test_an_invalid_idempotency_key_is_refused(client: TestClient, key: str | by
 
 
 def test_delete_reverts_an_applied_edit(client: TestClient, worker: FakeWorker) -> None:
-    """DELETE reverts an applied edit; saying it twice is harmless."""
+    """DELETE reverts an applied edit and is idempotent."""
     edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     first = client.delete(edit["links"]["self"])
     assert first.status_code == 200
@@ -211,7 +211,7 @@ def test_delete_cancels_a_waiting_edit(client: TestClient) -> None:
 
 
 def test_delete_cancels_a_running_edit(client: TestClient, worker: FakeWorker) -> None:
-    """DELETE of a running edit asks it to stop, and Prefer: wait holds the answer until it did."""
+    """DELETE of a running edit requests its cancellation; Prefer: wait waits for it."""
     worker.may_finish.clear()
     edit = client.post("/edits", json=TOWER).json()
     assert worker.progress_reported.wait(60)
@@ -261,7 +261,7 @@ def test_pages_hold_every_edit_once(client: TestClient) -> None:
     ],
 )  # fmt: skip
 def test_bad_queries_are_refused(client: TestClient, query: str) -> None:
-    """A limit, a status or a cursor that cannot be is refused with 422 and never a fault."""
+    """An invalid limit, status or cursor gets 422."""
     answer = client.get(f"/edits?{query}")
     assert answer.status_code == 422 or (answer.status_code == 200 and query.startswith("cursor="))
     if query.startswith("cursor="):

@@ -1,4 +1,4 @@
-"""Calls that nobody answers, or that the queue has lost."""
+"""Calls without a worker, and calls that the broker has lost: api.engine_calls."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class FakeBroker:
 
 
 class FakeServices:
-    """Operations that note how often a call is asked again; with a worker, unless it is `empty`."""
+    """Fake services that count resubmissions."""
 
     def __init__(self, broker: FakeBroker, answers_after: int = 1) -> None:
         self.resubmitted: list[tuple[str, str]] = []
@@ -73,7 +73,7 @@ def short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def collect_call_events(services: FakeServices) -> list[Event]:
-    """What a client hears of a call in this house."""
+    """The events that a client receives for a call."""
 
     async def listen() -> list[Event]:
         async with asyncio.timeout(20):
@@ -85,7 +85,7 @@ def collect_call_events(services: FakeServices) -> list[Event]:
 
 
 def test_a_lost_call_is_resubmitted() -> None:
-    """A call that the queue does not know any more, and not only for a moment, is asked again on its channel."""
+    """A call that the broker has lost is resubmitted on its channel."""
     services = FakeServices(
         FakeBroker(TOKEN, RESTART, TOKEN, END, is_pending_replies=[True, False, True, False, False])
     )
@@ -103,7 +103,7 @@ def test_resubmissions_are_limited() -> None:
 
 
 def test_a_call_fails_without_an_alive_worker() -> None:
-    """After a long silence a call ends when nobody is there who could answer, and goes on when somebody is."""
+    """A silent call fails if no worker is alive, and continues otherwise."""
     services = FakeServices(FakeBroker(END))
     services.no_worker = True
     with pytest.raises(Unavailable, match="no worker is alive"):
@@ -134,7 +134,7 @@ def test_a_waiting_request_survives_a_lost_call(client: TestClient, test_app: Te
 
 
 def test_cancel_ignores_a_broker_outage() -> None:
-    """Whoever goes while the queue is down goes quietly."""
+    """Cancelling a call ignores a broker outage."""
     services = FakeServices(FakeBroker())
     call: Any = EngineCall("generate", "c", GenerateRequest(prompt="x"), services, services.broker)  # type: ignore[arg-type]
     asyncio.run(call.cancel())

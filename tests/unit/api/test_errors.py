@@ -1,4 +1,4 @@
-"""Errors are problems: one form, whatever went wrong, and never a word too many."""
+"""Errors as problem documents: api.errors."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_is_no_json_is_400(client: TestClient, path: str) -> None:
 
 @pytest.mark.parametrize("declared", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json", ";", "application/jsonp"])  # fmt: skip
 def test_a_body_must_say_that_it_is_json(client: TestClient, declared: str | None) -> None:
-    """A body of another type is 415: no web page can post to a service on loopback without being asked."""
+    """A body of another type is 415: a web page of another origin cannot post without a preflight request."""
     headers = {} if declared is None else {"content-type": declared}
     assert_problem(client.post("/generate", content=b'{"prompt": "x"}', headers=headers), 415)
 
@@ -69,7 +69,7 @@ def test_json_may_name_its_charset(client: TestClient) -> None:
 
 
 def test_no_body_at_all_is_422(client: TestClient) -> None:
-    """A POST without a body is told that the body is missing."""
+    """A POST without a body gets 422."""
     for path in POSTS:
         assert_problem(client.post(path), 422)
 

@@ -54,7 +54,7 @@ def test_bad_evaluations_are_refused(client: TestClient, body: dict[str, Any], f
 
 
 def test_the_same_key_evaluates_once(client: TestClient) -> None:
-    """An evaluation asked for twice under one Idempotency-Key is one evaluation; other records are another request."""
+    """A repeated Idempotency-Key returns the same evaluation; with other records it is rejected."""
     key = {"idempotency-key": "e"}
     first, again = (client.post("/evaluations", json=EVALUATION_BODY, headers=key) for _ in range(2))
     assert first.json() == again.json()
@@ -107,7 +107,7 @@ def test_there_is_no_report_before_the_end(client: TestClient) -> None:
 
 
 def test_records_may_be_larger_than_other_bodies(tmp_path: Path) -> None:
-    """A body with records has a limit of its own, and is refused above it; other bodies keep theirs."""
+    """POST /evaluations has its own body limit; other routes keep theirs."""
     test_app = TestApp(tmp_path, max_body=2000, max_records_body=10_000)
     client = TestClient(test_app.app)
     assert client.post("/evaluations", json={"records": [TOWER] * 40}).status_code == 202

@@ -68,7 +68,7 @@ def test_a_stream_has_token_events_and_an_end(client: TestClient, worker: FakeWo
 def test_bad_generations_are_refused(
     client: TestClient, test_app: TestApp, body: dict[str, Any], field: str
 ) -> None:
-    """Bad input gets 422, also when a stream was asked for, and no worker hears of it."""
+    """Invalid input gets 422, also with `stream`, and no call is sent."""
     for form in (body, body | ({} if "stream" in body else {"stream": True})):
         answer = client.post("/generate", json=form)
         assert answer.status_code == 422, answer.text
@@ -77,7 +77,7 @@ def test_bad_generations_are_refused(
 
 
 def test_a_worker_error_keeps_its_meaning(client: TestClient, worker: FakeWorker) -> None:
-    """An error that a worker publishes has the status of its kind; an unknown one is a 500 with its words."""
+    """An error of a worker has the status of its code; an unknown code is 500."""
     worker.call_error = {"code": "invalid_input", "title": "", "detail": "shorten it."}
     assert client.post("/generate", json={"prompt": PROMPT}).status_code == 422
     worker.call_error = {"code": "unavailable", "title": "", "detail": "stopping."}
@@ -92,7 +92,7 @@ def test_a_worker_error_keeps_its_meaning(client: TestClient, worker: FakeWorker
 def test_generation_without_a_worker_is_503(
     client: TestClient, test_app: TestApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When no worker is alive a generation ends with 503 and is cancelled, instead of hanging for ever."""
+    """Without a live worker a generation fails with 503 and is cancelled."""
     from api import engine_calls
 
     monkeypatch.setattr(engine_calls, "WORKER_CHECK_INTERVAL", 0.05)

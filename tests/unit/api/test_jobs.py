@@ -43,7 +43,7 @@ def test_a_failed_job_can_be_retried(client: TestClient, worker: FakeWorker) -> 
 
 
 def test_only_failed_jobs_can_be_retried(client: TestClient) -> None:
-    """What waits is not retried, and what is not there neither."""
+    """A queued job is 409, and an unknown one 404."""
     edit = client.post("/edits", json=TOWER).json()
     assert client.post(f"/jobs/{edit['id']}/retry").status_code == 409
     assert client.post("/jobs/edit_gone/retry").status_code == 404

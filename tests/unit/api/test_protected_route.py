@@ -59,12 +59,12 @@ def all_routes(test_app: TestApp) -> Iterator[Any]:
 
 
 def protected_routes(test_app: TestApp) -> list[tuple[str, str]]:
-    """(method, path) of all that is behind the door."""
+    """Return (method, path) of all protected routes."""
     return [(method, route.path) for route in all_routes(test_app) if isinstance(route, ProtectedRoute) for method in route.methods or ()]  # fmt: skip
 
 
 def test_every_route_is_protected(app: TestApp) -> None:
-    """Every route is behind the door, but for health, the description of the interface and the console."""
+    """Every route is protected, except health, the API description and the console."""
     assert {route.path for route in all_routes(app) if not isinstance(route, ProtectedRoute)} == OPEN_PATHS
     assert protected_routes(app)
 
@@ -83,7 +83,7 @@ def error_detail(answer: Any) -> str:
 
 
 def test_every_route_has_its_scope(app: TestApp, tokens: dict[tuple[Scope, ...], str]) -> None:
-    """Every route is open to exactly the keys with its scope, or with `admin`; the others are told what is missing."""
+    """Every route accepts exactly the keys with its scope or `admin`; others get 403 with the missing scope."""
     client = TestClient(app.app, raise_server_exceptions=False)
     for method, path in protected_routes(app):
         needed = "read" if method == "GET" else EXPECTED_SCOPES[f"{method} {path}"]
@@ -98,7 +98,7 @@ def test_every_route_has_its_scope(app: TestApp, tokens: dict[tuple[Scope, ...],
 
 
 def test_scope_is_checked_before_the_body(app: TestApp, tokens: dict[tuple[Scope, ...], str]) -> None:
-    """A body that nobody may send is not read."""
+    """The scope is checked before the body is read."""
     headers = {"Authorization": f"Bearer {tokens[(Scope.READ,)]}"}
     assert TestClient(app.app).post("/edits", content=b"{", headers=headers).status_code == 403
 
@@ -130,7 +130,7 @@ def test_scopes_are_documented(app: TestApp) -> None:
 
 
 def test_authorization_errors_are_documented(app: TestApp) -> None:
-    """Every operation behind the door documents that a key may be missing, too small or too busy."""
+    """Every protected operation documents 401, 403 and 429."""
     document = app.app.openapi()["paths"]
     for path, operations in document.items():
         for operation in operations.values():
@@ -139,7 +139,7 @@ def test_authorization_errors_are_documented(app: TestApp) -> None:
 
 @pytest.mark.parametrize("more", [0, 1])
 def test_the_largest_body_is_a_setting(tmp_path: Path, more: int) -> None:
-    """A body of `max_body` bytes is read, and one of a byte more is not, whether it says so or not."""
+    """A body of `max_body` bytes is accepted, and a larger one is rejected with and without Content-Length."""
     test_app = TestApp(tmp_path, max_body=2000)
     client = TestClient(test_app.app)
     body = b'{"prompt": "' + b"x" * (2000 + more - 14) + b'"}'
@@ -154,7 +154,7 @@ def test_the_largest_body_is_a_setting(tmp_path: Path, more: int) -> None:
 
 
 def test_plain_routes_stay_what_they_are() -> None:
-    """A route's own documentation goes before the door's."""
+    """The responses that a route documents override those of ProtectedRoute."""
     router = APIRouter(route_class=ProtectedRoute)
     router.get("/own", responses={401: {"description": "mine"}})(lambda: None)
     (route,) = router.routes

@@ -45,7 +45,7 @@ def test_too_many_requests_are_429(limited_app: TestApp) -> None:
 
 
 def test_a_key_may_have_its_own_limit(limited_app: TestApp) -> None:
-    """What a key was made with goes before the service's default."""
+    """The limits of a key override the defaults of the settings."""
     keys = ApiKeys(limited_app.database)
     less = keys.create("less", ["read"], requests_per_minute=2)[1]
     more = keys.create("more", ["read"], requests_per_minute=6)[1]
@@ -69,7 +69,7 @@ def test_a_wrong_key_uses_up_no_limit(limited_app: TestApp) -> None:
 
 
 def test_a_key_may_leave_as_many_jobs_waiting_as_its_limit(test_app: TestApp, client: TestClient) -> None:
-    """Of a key with room for two jobs a third is 429, whatever others have waiting; none of a batch too large is taken."""
+    """A key with a limit of two jobs gets 429 for a third; a batch above the limit is rejected as a whole."""
     keys = ApiKeys(test_app.database)
     few = {"Authorization": f"Bearer {keys.create('few', ['edit'], max_queued=2)[1]}"}
     other = {"Authorization": f"Bearer {keys.create('other', ['edit', 'read'])[1]}"}
@@ -83,12 +83,12 @@ def test_a_key_may_leave_as_many_jobs_waiting_as_its_limit(test_app: TestApp, cl
 
 
 def test_health_is_not_limited(limited_app: TestApp) -> None:
-    """Whoever restarts processes may ask as often as needed."""
+    """Health routes are not limited."""
     assert {answer.status_code for answer in send_requests(limited_app, "root", 9, "/healthz")} == {200}
 
 
 def test_without_a_key_nothing_is_counted(tmp_path: Path) -> None:
-    """Limits are of keys: on loopback without one there is nobody to be protected from."""
+    """Requests on loopback without an API key are not limited."""
     test_app = TestApp(tmp_path, requests_per_minute=1)
     client = TestClient(test_app.app)
     assert {client.get("/edits").status_code for _ in range(5)} == {200}

@@ -1,4 +1,4 @@
-"""What is noted of every request."""
+"""The request log: api.request_log."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_good_id_is_kept(client: TestClient, sent_id: str) -> None:
 
 @pytest.mark.parametrize("sent_id", ["", " ", "x" * 65, "a b", "a\tb", 'a"b', "é", "a;b", "{}"])
 def test_invalid_request_ids_are_replaced(client: TestClient, sent_id: str) -> None:
-    """What could make trouble in a log is not taken over: the request gets an id of ours."""
+    """A malformed X-Request-Id is replaced."""
     answer = client.get("/healthz", headers={REQUEST_ID_HEADER: sent_id.encode()})  # type: ignore[dict-item]
     assert MADE.fullmatch(answer.headers[REQUEST_ID_HEADER])
 
@@ -89,7 +89,7 @@ def test_successful_probes_are_logged_at_debug(
     log_records: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What machines ask every few seconds is noted at debug; its refusal is noted like any other."""
+    """Successful probe requests are logged at level debug, and failed ones at level info."""
     assert client.get("/healthz").status_code == client.get("/metrics").status_code == 200
     assert not log_records.records
     monkeypatch.setattr(test_app.services.models, "check_ready", lambda: 1 / 0)
@@ -136,7 +136,7 @@ def test_a_stream_is_noted_when_it_ends(
 
 
 def test_request_id_is_stored_with_jobs_and_calls(client: TestClient, test_app: TestApp) -> None:
-    """A job's row and a call's delivery hold the id of the request that asked for them."""
+    """The row of a job and the delivery of a call have the id of their HTTP request."""
     client.post("/edits", json=TOWER, headers={REQUEST_ID_HEADER: "edit-1"})
     (delivery,) = test_app.broker.receive(("edit",), 1, 0)
     job = test_app.worker_parts.jobs.claim(delivery.job_id)
@@ -162,7 +162,7 @@ def test_request_id_is_stored_with_jobs_and_calls(client: TestClient, test_app: 
 def test_refusals_are_counted_by_their_limit(
     test_app: TestApp, client: TestClient, monkeypatch: pytest.MonkeyPatch, error: Exception, limit: str
 ) -> None:
-    """What a limit refuses is told apart by the limit."""
+    """The metric of rejected requests is labelled by limit."""
 
     def refuse() -> None:
         raise error

@@ -1,4 +1,4 @@
-"""What every answer tells a browser."""
+"""Security headers: api.security_headers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_documentation_can_load_what_it_names(client: TestClient) -> None:
 
 
 def test_there_is_one_page_of_documentation(client: TestClient) -> None:
-    """What the framework would serve besides it is off."""
+    """ReDoc and the OAuth2 redirect of FastAPI are disabled."""
     assert client.get("/redoc").status_code == 404
     assert client.get("/docs/oauth2-redirect").status_code == 404
 

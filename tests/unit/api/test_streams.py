@@ -30,7 +30,7 @@ def parse_events(lines: Iterator[str]) -> Iterator[dict[str, str]]:
 
 
 def test_a_job_stream_has_progress_and_an_end(http_client: httpx.Client, worker: FakeWorker) -> None:
-    """The events of an edit are its progress with growing ids, then the end with the resource, and then no more."""
+    """The events of an edit are progress with increasing ids, then `end` with the resource."""
     worker.may_finish.clear()
     edit = http_client.post("/edits", json=TOWER).json()
     with http_client.stream("GET", edit["links"]["events"]) as answer:
@@ -61,7 +61,7 @@ def test_a_stream_resumes_after_the_last_event(http_client: httpx.Client, worker
 
 @pytest.mark.parametrize("odd", ["", "x", "-1", "9" * 500, "1; drop"])
 def test_an_invalid_last_event_id_is_ignored(http_client: httpx.Client, worker: FakeWorker, odd: str) -> None:
-    """A Last-Event-ID that cannot be one is ignored: the stream is told from its beginning."""
+    """A malformed Last-Event-ID is ignored: the stream starts at its beginning."""
     edit = http_client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     answer = http_client.get(edit["links"]["events"], headers={"last-event-id": odd})
     assert list(parse_events(iter([*answer.text.splitlines(), ""])))[-1]["event"] == "end"
@@ -79,7 +79,7 @@ def test_a_finished_job_streams_its_end_at_once(http_client: httpx.Client, test_
 
 
 def test_silence_is_filled_with_comments(http_client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream that has nothing to say sends a comment now and then, so that nobody drops it."""
+    """An idle stream sends comments as keep-alive."""
     from api import sse as events
 
     monkeypatch.setattr(events, "KEEPALIVE_INTERVAL", 0.05)
@@ -92,7 +92,7 @@ def test_silence_is_filled_with_comments(http_client: httpx.Client, monkeypatch:
 def test_a_client_disconnect_cancels_a_stream(
     http_client: httpx.Client, test_app: TestApp, worker: FakeWorker
 ) -> None:
-    """When the client of a streamed generation goes, the worker is told to stop."""
+    """A client that disconnects cancels its streamed generation."""
     worker.may_finish.clear()
     with http_client.stream("POST", "/generate", json={"prompt": PROMPT, "stream": True}) as answer:
         events = parse_events(answer.iter_lines())  # held: a reader that is dropped hangs up by itself
@@ -104,7 +104,7 @@ def test_a_client_disconnect_cancels_a_stream(
 def test_a_client_disconnect_cancels_a_generation(
     http_client: httpx.Client, test_app: TestApp, worker: FakeWorker
 ) -> None:
-    """When the client of a generation goes before its answer, the worker is told to stop."""
+    """A client that disconnects before the response cancels its generation."""
     for path in ("/generate", "/compare"):
         worker.may_finish.clear()
         count = len(worker.channels)

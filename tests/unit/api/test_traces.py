@@ -55,7 +55,7 @@ def test_bad_traces_are_refused(client: TestClient, change: dict[str, Any], fiel
 
 
 def test_the_same_key_traces_once(client: TestClient) -> None:
-    """A trace asked for twice under one Idempotency-Key is one trace."""
+    """A repeated Idempotency-Key returns the same trace."""
     first, again = (
         client.post("/trace", json=TRACE_BODY, headers={"idempotency-key": "t"}) for _ in range(2)
     )
@@ -104,7 +104,7 @@ def test_accept_chooses_the_form(
 
 @pytest.mark.parametrize("accept", ["text/plain", "image/webp", "*/*;q=0", "nonsense", "image/png;q=nan"])
 def test_other_forms_are_not_acceptable(client: TestClient, accept: str) -> None:
-    """A form that there is none of is 406, with those that there are."""
+    """An unsupported media type is 406 and lists the supported ones."""
     trace = client.post("/trace", json=TRACE_BODY).json()
     answer = client.get(trace["links"]["self"], headers={"accept": accept})
     assert answer.status_code == 406

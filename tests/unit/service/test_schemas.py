@@ -1,4 +1,4 @@
-"""What a user may ask: service.schemas."""
+"""Request models: service.schemas."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_edit_needs_three_things() -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
-    """Unknown fields, empty texts and limits that cannot be are refused before anything is looked at."""
+    """Unknown fields, empty texts and invalid limits are rejected."""
     with pytest.raises(ValidationError):
         EditRequest.model_validate(EDIT | change)
 
@@ -62,7 +62,7 @@ def test_what_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
     ],
 )
 def test_objects_are_those_of_the_objective(change: dict[str, Any]) -> None:
-    """What is written is named, and what is erased or amplified is the true object; the field at fault is named."""
+    """The objective write requires target_new; erase and amplify reject it. The error names the field."""
     with pytest.raises(ValidationError) as error:
         EditRequest.model_validate(EDIT | change)
     assert [e["loc"] for e in error.value.errors()] == [("target_new",)]
@@ -77,7 +77,7 @@ def test_target_true_is_optional_for_erase_and_amplify() -> None:
 
 
 def test_many_edits_are_at_least_one() -> None:
-    """An empty list of edits is refused."""
+    """An empty list of edits is rejected."""
     with pytest.raises(ValidationError):
         EditListRequest(edits=[])
 
@@ -90,7 +90,7 @@ def test_a_trace_finds_its_subject_with_a_slot_or_without() -> None:
 
 
 def test_plan_of_an_evaluation_request() -> None:
-    """The plan of an evaluation is what was asked without the records, and defaults where nothing was asked."""
+    """The plan of an evaluation has the fields of the request without the records, and defaults."""
     request = EvaluationRequest(records=[EDIT], method="memit", limit=1)
     assert request.plan() == EvaluationPlan(method="memit")
 

@@ -47,7 +47,7 @@ def test_a_secret_may_come_from_a_file(secrets: Path, name: str) -> None:
 def test_flags_come_before_the_environment_before_files(
     secrets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is said nearest to the process holds."""
+    """Flags override the environment, which overrides files."""
     (secrets / "palimpsest_api_key").write_text("file")
     assert read_flags().api_key == "file"
     monkeypatch.setenv("PALIMPSEST_API_KEY", "environment")

@@ -1,4 +1,4 @@
-"""OpenAI's completions and models as a door: names, forms of prompts, refusals, chunks. What is said is a double's."""
+"""OpenAI-compatible completions and models with a fake worker: names, prompts, errors, chunks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_name_is_a_version(client: TestClient, openai_client: OpenAI, worker: 
 
 
 def test_an_unknown_name_is_not_found(openai_client: OpenAI, worker: FakeWorker) -> None:
-    """Any other name is refused as OpenAI does, with the names that there are; no worker hears of it."""
+    """An unknown model name is 404 with the valid names, and no call is sent."""
     for name in (
         "gpt-4",
         "tiny@",
@@ -67,7 +67,7 @@ def test_an_unknown_name_is_not_found(openai_client: OpenAI, worker: FakeWorker)
 
 
 def test_equal_weights_have_equal_fingerprints(client: TestClient, openai_client: OpenAI) -> None:
-    """A version's fingerprint is the base's again when all edits are taken back, and another while one is active."""
+    """The fingerprint changes with an edit and is that of the base model again after its revert."""
     client.delete(create_edit(client)["links"]["self"])
     base, one, back = (openai_client.models.retrieve(f"tiny@{v}").system_fingerprint for v in (0, 1, 2))  # type: ignore[attr-defined]
     assert base == back != one
@@ -182,7 +182,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 def test_bad_completions_are_refused(openai_client: OpenAI, worker: FakeWorker) -> None:
-    """Bad input is a BadRequestError that names the field, also when a stream was asked for, and no worker hears of it."""
+    """Invalid input is a BadRequestError that names the field, also with `stream`, and no call is sent."""
     for fields, param in BAD:
         for more in ({}, {"stream": True} if param != "stream_options" else {}):
             with pytest.raises(openai.BadRequestError) as refused:
@@ -279,7 +279,7 @@ def test_a_stream_is_chunks(openai_client: OpenAI) -> None:
 
 
 def test_the_wire_is_openais(client: TestClient, worker: FakeWorker) -> None:
-    """On the wire a stream is `data:` lines without names, and `[DONE]` at the end; nobody keeps it."""
+    """A stream consists of `data:` lines without event names and ends with `[DONE]`; it is not cached."""
     answer = client.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT, "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["cache-control"] == "no-store"
@@ -289,7 +289,7 @@ def test_the_wire_is_openais(client: TestClient, worker: FakeWorker) -> None:
 
 
 def test_an_error_in_a_stream_is_raised(openai_client: OpenAI, worker: FakeWorker) -> None:
-    """What goes wrong after a stream has begun is raised by the stock client, and no end follows."""
+    """An error after the start of a stream is raised by the OpenAI client."""
     worker.call_error = {"code": "unavailable", "title": "", "detail": "the worker is stopping: ask again."}
     with pytest.raises(openai.APIError, match="the worker is stopping"):
         list(openai_client.completions.create(model="tiny", prompt=PROMPT, stream=True))
@@ -298,7 +298,7 @@ def test_an_error_in_a_stream_is_raised(openai_client: OpenAI, worker: FakeWorke
 def test_a_client_disconnect_cancels_a_completion(
     test_app: TestApp, openai_client: OpenAI, worker: FakeWorker
 ) -> None:
-    """When the client of a stream goes, the worker is told to stop."""
+    """A client that disconnects cancels its stream."""
     worker.may_finish.clear()
     stream = openai_client.completions.create(model="tiny", prompt=PROMPT, stream=True)
     assert next(iter(stream)).choices[0].text == " Pa"

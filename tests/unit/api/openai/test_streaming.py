@@ -1,4 +1,4 @@
-"""Completions in chunks, whatever a channel tells, and however often it begins anew."""
+"""Streams of completions, with any events and resets: api.openai.streaming."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def stream_lines(*events: Event) -> list[str]:
 
 
 def assemble_choices(lines: Sequence[str], count: int) -> list[dict[str, Any]]:
-    """What a client puts together, by choice."""
+    """Concatenate the chunks of a stream, by choice."""
     answers: list[dict[str, Any]] = [{"text": "", **{c: [] for c in COLUMNS}} for _ in range(count)]
     assert lines[-1] == "[DONE]"
     for line in lines[:-1]:
@@ -102,14 +102,14 @@ def test_what_a_client_puts_together_is_the_answer(data: st.DataObject) -> None:
 
 
 def test_a_restart_with_other_text_is_an_error() -> None:
-    """A worker that begins anew and says something else ends the stream with an error."""
+    """A worker that starts again with other text ends the stream with an error."""
     lines = stream_lines(token(0, "ab", 0), RESTART, token(0, "ax", 0), end("ax"))
     assert "a worker was lost" in json.loads(lines[-1])["error"]["message"]
     assert "[DONE]" not in lines
 
 
 def test_a_channel_that_ends_without_an_end_is_an_error() -> None:
-    """When the service stops under a stream, the client is told so."""
+    """A stream that is interrupted by a shutdown ends with an error."""
     (first, last) = stream_lines(token(0, "a", 0))
     assert json.loads(first)["choices"][0]["text"] == "a"
     assert json.loads(last)["error"]["type"] == "server_error"
