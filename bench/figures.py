@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.numpy import load, load_file
 
 from palimpsest import Client, Edit, EditRequest
-from service.kit.plotting import FOREGROUND, MUTED, FigureBuilder, render_png, truncate
+from service.kit.plotting import FOREGROUND, MUTED, FigureBuilder, render_png, shorten
 from service.settings import SHIPPED_MODEL
 
 console = Console(width=160)
@@ -146,7 +146,7 @@ def draw_edit(data: dict[str, Any]) -> FigureBuilder:
         sheet.add_text(0.15, top + 0.12, title, fontsize=9, color=MUTED, va="center", style="italic")
         top += gap
         for prompt in prompts:
-            sheet.add_text(0.3, top + step / 2, truncate(prompt["prompt"], 62), fontsize=9, va="center")
+            sheet.add_text(0.3, top + step / 2, shorten(prompt["prompt"], 62), fontsize=9, va="center")
             for column, when in ((left, "before"), (left + 1.85, "after")):
                 _bars(sheet.add_axes(column, top + 0.06, 1.6, step - 0.12), prompt[when])
             top += step

@@ -44,7 +44,7 @@ class _BaseClient(Endpoints):
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
-            trust_env=not is_loopback(parsed_url.hostname),  # no proxy for a service on this machine
+            trust_env=not is_loopback_host(parsed_url.hostname),  # no proxy for a service on this machine
         )
 
     def _make_transport(self, backend: HttpBackend, retries: int) -> Transport:
@@ -129,7 +129,7 @@ class AsyncClient(_BaseClient, AsyncMode):
         await self.aclose()
 
 
-def is_loopback(host: str) -> bool:
+def is_loopback_host(host: str) -> bool:
     """Return whether an address is reachable from this machine only."""
     if host == "localhost":
         return True

@@ -10,7 +10,7 @@ from service.engine.job_runner import JobHandler
 from service.jobs.job_store import ClaimedJob
 from service.kit import metrics
 from service.kit.ids import request_id
-from service.kit.steps import Completion, JobReporter, Phase, Progress, Stepper, advance
+from service.kit.steps import JobReporter, Phase, Progress, Stepper, StepperResult, advance
 
 
 class _MetricsReporter:
@@ -67,12 +67,12 @@ def with_job_metrics(handler: JobHandler) -> JobHandler:
                     outcome = advance(stepper)
                 finally:
                     request_id.reset(context_token)
-                phase = Phase.COMMIT if isinstance(outcome, Completion) else outcome.phase
+                phase = Phase.COMMIT if isinstance(outcome, StepperResult) else outcome.phase
                 measured.seconds_by_phase[phase] += time.monotonic() - started_at
-                if isinstance(outcome, Completion):
+                if isinstance(outcome, StepperResult):
                     measured.finish_all()
                 measured.observe_ended()
-                if isinstance(outcome, Completion):
+                if isinstance(outcome, StepperResult):
                     return
                 yield outcome
 

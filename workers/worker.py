@@ -19,7 +19,7 @@ from service.jobs.worker_session import WorkerSession, delete_all_workers
 from service.kit import metrics
 from service.kit.ids import new_id
 from service.kit.retry import retry_until_available
-from service.kit.steps import Completion, Progress, advance
+from service.kit.steps import Progress, StepperResult, advance
 from service.ledger.cached import CachedLedger
 from service.models.loading import LoadedModel
 from service.settings import Settings
@@ -180,7 +180,7 @@ class Worker:
         )
         while not self._stop.is_set():
             outcome = advance(steps)
-            if isinstance(outcome, Completion):
+            if isinstance(outcome, StepperResult):
                 self.progress = None
                 return outcome.result
             self.progress = outcome

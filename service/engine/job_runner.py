@@ -22,7 +22,7 @@ from service.jobs.broker import Broker, Delivery
 from service.jobs.job_kinds import WORK_KINDS
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit import metrics
-from service.kit.steps import Completion, JobReporter, Phase, Progress, Stepper, advance
+from service.kit.steps import JobReporter, Phase, Progress, Stepper, StepperResult, advance
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class JobRunner:
             if all(self._job_store.cancel_requested(job) for job in group.jobs):
                 raise Cancelled("the job was cancelled while it ran.")
             outcome = advance(group.steps)
-            group.phase = str(Phase.COMMIT if isinstance(outcome, Completion) else outcome.phase)
+            group.phase = str(Phase.COMMIT if isinstance(outcome, StepperResult) else outcome.phase)
             check_step(self._replica, f"{group.kind} {group.phase}")
         except DigestMismatch:
             raise
@@ -171,7 +171,7 @@ class JobRunner:
         else:
             _observe_step(group.phase, time.monotonic() - started)
             self._apply_reports(group)
-            if isinstance(outcome, Completion):
+            if isinstance(outcome, StepperResult):
                 self._finish_group(group)
         self._outbox.flush()
 

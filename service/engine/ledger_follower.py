@@ -11,7 +11,7 @@ from typing import Protocol
 
 from service.engine.versioned_model import VersionedModel
 from service.errors import DigestMismatch, Unavailable
-from service.kit.steps import Completion, Stepper, advance
+from service.kit.steps import Stepper, StepperResult, advance
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,6 @@ class LedgerFollower:
             log.exception("capacity cannot be measured", extra={"version": version})
             self._capacity = None
             return
-        if isinstance(outcome, Completion):
+        if isinstance(outcome, StepperResult):
             self._reporter.record_capacity(version, outcome.result)
             self._capacity = None

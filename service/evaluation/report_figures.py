@@ -21,8 +21,8 @@ from service.kit.plotting import (
     MUTED,
     DrawFunction,
     FigureBuilder,
+    shorten,
     show_control_characters,
-    truncate,
 )
 
 COLOURS = ("#6a51a3", "#238b45", "#cb181d", "#2171b5", "#d94801", "#636363", "#b8860b", "#17a398")
@@ -164,7 +164,7 @@ def _draw_heading(builder: FigureBuilder, results: Sequence[Result]) -> None:
     builder.add_text(
         0.2,
         0.28,
-        truncate(title(results), int(builder.width / 0.12)),
+        shorten(title(results), int(builder.width / 0.12)),
         fontsize=12,
         weight="bold",
         va="center",
@@ -174,8 +174,6 @@ def _draw_heading(builder: FigureBuilder, results: Sequence[Result]) -> None:
     for i, result in enumerate(results):
         number = f"{result['records']['measured']} edits, " if several else ""
         model = f"{result['model']['name']}: " if models else ""
-        caption = truncate(
-            show_control_characters(model + number + label(result)), int(builder.width / 0.085)
-        )
+        caption = shorten(show_control_characters(model + number + label(result)), int(builder.width / 0.085))
         colour = COLOURS[i % len(COLOURS)]
         builder.add_text(0.2, 0.58 + 0.21 * i, f"■ {caption}", fontsize=8.5, va="center", color=colour)

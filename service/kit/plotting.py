@@ -142,7 +142,7 @@ def show_control_characters(text: str) -> str:
     )
 
 
-def truncate(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
     """Return text cut to a number of characters as they are drawn."""
     if len(escape_missing_glyphs(text)) <= length:
         return text

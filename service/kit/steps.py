@@ -84,7 +84,7 @@ Stepper = Generator[Progress, None, T]
 
 
 @dataclass(frozen=True)
-class Completion(Generic[T]):
+class StepperResult(Generic[T]):
     """The result of a stepper that has no more steps."""
 
     result: T
@@ -103,12 +103,12 @@ class JobReporter(Protocol):
         """Report that one job has ended. `error` is the reason when it failed."""
 
 
-def advance(stepper: Stepper[T]) -> Progress | Completion[T]:
+def advance(stepper: Stepper[T]) -> Progress | StepperResult[T]:
     """Run one step. Return its progress, or the completion when the stepper has returned."""
     try:
         return next(stepper)
     except StopIteration as end:
-        return Completion(end.value)
+        return StepperResult(end.value)
 
 
 def run_steps(stepper: Stepper[T], on_progress: Callable[[Progress], None] | None = None) -> T:
@@ -132,7 +132,7 @@ def step_within(
         while True:
             with make_context():
                 outcome = advance(stepper)
-            if isinstance(outcome, Completion):
+            if isinstance(outcome, StepperResult):
                 return outcome.result
             yield outcome
 

@@ -21,8 +21,8 @@ from service.kit.plotting import (
     MUTED,
     FigureBuilder,
     escape_missing_glyphs,
+    shorten,
     show_control_characters,
-    truncate,
 )
 
 TraceJson = dict[str, Any]
@@ -101,9 +101,9 @@ def _draw_figure(trace: TraceJson) -> FigureBuilder:
 
 def _draw_header(figure: FigureBuilder, trace: TraceJson) -> None:
     max_chars = int((figure.width - 0.4) / 0.13)  # at the title's font size; a longer prompt is truncated
-    answer = f" → {truncate(show_control_characters(trace['answer']['text']), max_chars // 3)}"
+    answer = f" → {shorten(show_control_characters(trace['answer']['text']), max_chars // 3)}"
     title = (
-        truncate(show_control_characters(trace["prompt"]), max_chars - len(escape_missing_glyphs(answer)))
+        shorten(show_control_characters(trace["prompt"]), max_chars - len(escape_missing_glyphs(answer)))
         + answer
     )
     figure.add_text(0.2, 0.3, title, fontsize=12.5, weight="bold", va="center")
@@ -208,7 +208,7 @@ def _title(trace: TraceJson) -> str:
 
 
 def _answer_label(trace: TraceJson) -> str:
-    return truncate(show_control_characters(trace["answer"]["text"]), 18)
+    return shorten(show_control_characters(trace["answer"]["text"]), 18)
 
 
 def _trace_settings_line(trace: TraceJson) -> str:
@@ -222,7 +222,7 @@ def _trace_settings_line(trace: TraceJson) -> str:
 
 def _token_labels(trace: TraceJson) -> list[str]:
     b, e = trace["subject"]["tokens"]
-    labels = [truncate(show_control_characters(token), MAX_TOKEN_CHARS) for token in trace["tokens"]]
+    labels = [shorten(show_control_characters(token), MAX_TOKEN_CHARS) for token in trace["tokens"]]
     return [label + "*" if b <= i < e else label for i, label in enumerate(labels)]
 
 

@@ -17,6 +17,7 @@ from service.engine.decoding import DecodingBatch, new_sequence
 from service.engine.engine import Engine
 from service.engine.versioned_model import VersionedModel
 from service.errors import DigestMismatch, Misconfigured, Unavailable
+from service.jobs.worker_session import WorkerSession
 from service.models.loading import load_model
 from service.schemas import CompareRequest, EditRequest, EvaluationRequest, GenerateRequest, TraceRequest
 from service.settings import Settings
@@ -347,13 +348,13 @@ def wait_until_running(harness: WorkerHarness, job: dict[str, Any]) -> None:
 def test_worker_with_digest_mismatch_ends(
     folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker whose weights are disputed ends with the reason, and its row stays to tell it."""
+    """A worker whose digest is in the minority ends with the reason, and its row keeps the reason."""
 
-    def attest(desk: WorkerParts, version: int, digest: str) -> None:
-        desk.quarantine("its memory is bad.")
+    def attest(session: WorkerSession, version: int, digest: str) -> None:
+        session.quarantine("its memory is bad.")
         raise DigestMismatch("this worker takes itself out: its memory is bad.")
 
-    monkeypatch.setattr(WorkerParts, "attest", attest)
+    monkeypatch.setattr(WorkerSession, "attest", attest)
     harness = WorkerHarness(settings(folder, tmp_path, **wiring))
     harness.worker.start_in_thread().join(60)
     with pytest.raises(DigestMismatch):
@@ -365,16 +366,17 @@ def test_worker_with_digest_mismatch_ends(
 def test_worker_waits_for_the_store_while_loading(
     folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that cannot ask who else is there asks again, and serves when it is told."""
-    original, calls = WorkerParts.foreign_workers, []
+    """A worker retries the check for workers of another model until the database responds, and then serves."""
+    original = WorkerSession.foreign_workers
+    calls: list[WorkerSession] = []
 
-    def strangers(desk: WorkerParts) -> list[str]:
-        calls.append(desk)
+    def foreign_workers(session: WorkerSession) -> list[str]:
+        calls.append(session)
         if len(calls) < 3:
             raise Unavailable("the database does not answer.")
-        return original(desk)
+        return original(session)
 
-    monkeypatch.setattr(WorkerParts, "foreign_workers", strangers)
+    monkeypatch.setattr(WorkerSession, "foreign_workers", foreign_workers)
     monkeypatch.setattr(worker, "RESTART_DELAY", 0.01)
     harness = WorkerHarness(settings(folder, tmp_path, **wiring)).open()
     assert len(calls) >= 3
@@ -383,7 +385,7 @@ def test_worker_waits_for_the_store_while_loading(
 
 def test_two_models_are_not_served_side_by_side(folder: Path, tmp_path: Path, wiring: Stores) -> None:
     """A worker that finds another model being served does not start, and names who serves it."""
-    harness = WorkerHarness(settings(folder, tmp_path, **wiring), sole=False)
+    harness = WorkerHarness(settings(folder, tmp_path, **wiring), single_process=False)
     harness.container.database.migrate()
     WorkerParts(harness.container.database, harness.container.broker, "f" * 64, "worker_a").session.register(
         {"name": "gpt2-xl"}, "{}"

@@ -97,7 +97,7 @@ def test_a_lost_call_is_resubmitted() -> None:
 def test_resubmissions_are_limited() -> None:
     """A queue that loses the same call again and again is given up."""
     services = FakeServices(FakeBroker(END, is_pending_replies=[False] * 100), answers_after=99)
-    with pytest.raises(Unavailable, match="again and again"):
+    with pytest.raises(Unavailable, match="repeatedly"):
         collect_call_events(services)
     assert len(services.resubmitted) == engine_calls.MAX_RESUBMISSIONS
 
@@ -128,8 +128,8 @@ def test_a_waiting_request_survives_a_lost_call(client: TestClient, test_app: Te
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.post, "/generate", json={"prompt": PROMPT})
         (lost,) = test_app.broker.receive(["generate"], 1, 10)
-        test_app.broker.done(lost)
-        test_app.hire()
+        test_app.broker.ack(lost)
+        test_app.start_fake_worker()
         assert answer.result(20).json()["text"] == " Paris"
 
 

@@ -26,7 +26,7 @@ from palimpsest import (
     Unavailable,
     Unreachable,
 )
-from palimpsest.client import is_loopback
+from palimpsest.client import is_loopback_host
 from tests.support.fake_http_service import FakeService, sse_stream
 
 Ask = Callable[[FakeService], Any]
@@ -294,6 +294,6 @@ def test_an_invalid_address_is_rejected(url: str) -> None:
     [(host, True) for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost")]
     + [(host, False) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "", "localhost.example.org")],
 )
-def test_is_loopback(host: str, answer: bool) -> None:
+def test_is_loopback_host(host: str, answer: bool) -> None:
     """Only loopback addresses and `localhost` are loopback; other names may resolve to any machine."""
-    assert is_loopback(host) is answer
+    assert is_loopback_host(host) is answer

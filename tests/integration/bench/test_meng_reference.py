@@ -1,7 +1,7 @@
 """The authors' own code is run as it is, from a checkout that is not ours.
 
 The last tests run it on tiny models. They need a checkout: REFERENCE=PATH pytest
-tests/unit/bench/test_meng_reference.py.
+tests/integration/bench/test_meng_reference.py.
 """
 
 from __future__ import annotations
