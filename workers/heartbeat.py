@@ -13,7 +13,8 @@ log = logging.getLogger(__name__)
 
 
 class HeartbeatThread:
-    """Runs from `start` to `stop`. While `paused` it sends no heartbeat, so that readiness shows that the worker is down.
+    """Runs from `start` to `stop`. While `paused` it sends no heartbeat, so that readiness shows that the worker is
+    down.
 
     It beats several times within a lease, and finds a job whose notification was lost within one.
     """
@@ -35,7 +36,8 @@ class HeartbeatThread:
         self._thread.join()
 
     def resume(self) -> None:
-        """Send heartbeats again. The next sweep waits: an outage may have stopped the heartbeats of other workers too."""
+        """Send heartbeats again. The next sweep waits: an outage may have stopped the heartbeats of other workers
+        too."""
         if self._last_sweep_at > float("-inf"):
             self._last_sweep_at = time.monotonic()
         self.paused = False

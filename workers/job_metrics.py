@@ -53,8 +53,8 @@ class _MetricsReporter:
 def with_job_metrics(handler: JobHandler) -> JobHandler:
     """Return a handler with the same steps that measures them and sets the request ids of what they log.
 
-    A job that ends without an error is observed once: the seconds since its stepper began, and for an edit its equal share
-    of the seconds that the steps of each phase took. Time between steps belongs to generation and is not counted.
+    A job that ends without an error is observed once: the seconds since its stepper began, and for an edit its equal
+    share of the seconds that the steps of each phase took. Time between steps belongs to generation and is not counted.
     """
 
     def run(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:

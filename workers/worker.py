@@ -39,8 +39,8 @@ STABLE_AFTER = 60.0  # seconds after which a restarted loop counts as stable
 class Worker:
     """`run` serves in the calling thread, `start_in_thread` in one of its own, until `stop`.
 
-    `ready` is set while requests are served, `progress` is that of the preparation, and `check` raises the error that ended
-    the worker or crashed its loop.
+    `ready` is set while requests are served, `progress` is that of the preparation, and `check` raises the error that
+    ended the worker or crashed its loop.
     """
 
     def __init__(self, settings: Settings, container: Container) -> None:
@@ -163,8 +163,8 @@ class Worker:
         """Raise Misconfigured when workers serve another model: one service has one model."""
         if foreign_workers := worker_session.foreign_workers():
             raise Misconfigured(
-                f"another model is being served: {'; '.join(foreign_workers)}. Stop its workers first (a killed one counts "
-                f"for {self._settings.worker_timeout:.0f} seconds), or start this one with their --model."
+                f"another model is being served: {'; '.join(foreign_workers)}. Stop its workers first (a killed one "
+                f"counts for {self._settings.worker_timeout:.0f} seconds), or start this one with their --model."
             )
 
     def _load(self) -> LoadedModel:

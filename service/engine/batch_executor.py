@@ -1,4 +1,5 @@
-"""Executes the scheduler's plans: one batch of sequences for each version, stepped with the version's weights in place."""
+"""Executes the scheduler's plans: one batch of sequences for each version, stepped with the version's weights in
+place."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs generations and comparisons: admits them, steps them, publishes their events, and releases them.
 
-A call waits for its version to be built, one step at a time, so that building never delays the tokens of other calls. Another
-worker may take over a call whose lease has expired; such a call is dropped without an event.
+A call waits for its version to be built, one step at a time, so that building never delays the tokens of other calls.
+Another worker may take over a call whose lease has expired; such a call is dropped without an event.
 """
 
 from __future__ import annotations
@@ -245,7 +245,8 @@ class CallRunner:
             metrics.GENERATIONS_FINISHED.labels(s.finish_reason).inc()
         if any(s.finish_reason == "error" for s in generation.sequences):
             error = Unavailable(
-                f"version {generation.version} failed to generate: the worker's log has the details. Send the request again."
+                f"version {generation.version} failed to generate: the worker's log has the details. Send the request "
+                "again."
             )
             self._outbox.publish(generation.channel, "error", error_document(error), last=True)
             return
@@ -318,7 +319,7 @@ class CallRunner:
         call.cancel()
 
     def release_all(self) -> None:
-        """Release all calls to other workers. Where there is none, end those whose client has received a part of the output."""
+        """Release all calls to other workers. In a single process, end those whose client has received output."""
         for call in self.calls:
             has_output = isinstance(call, RunningGeneration) and call.has_output
             self._drop(call)

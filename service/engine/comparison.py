@@ -1,4 +1,4 @@
-"""One prompt on two versions: two batches of one row, stepped in turn, and the next tokens that differ."""
+"""Comparisons: one prompt on two versions, decoded in turn, and the next-token probabilities that differ most."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
 from service.schemas import CompareRequest
 
-#: a version, and its weights
+#: a version and its weights
 VersionWeights = tuple[int, WeightOverrides]
 UseWeights = Callable[[WeightOverrides], AbstractContextManager[LoadedModel]]
 
@@ -27,7 +27,7 @@ def run_comparison(
     request: CompareRequest,
     sides: tuple[VersionWeights, VersionWeights],
 ) -> Stepper[dict[str, Any]]:
-    """The event "end" of a comparison. Each step is one forward pass on each side."""
+    """Return the event "end" of a comparison. Each step is one forward pass on each side."""
     started = time.monotonic()
     sequences = [new_sequence(model, request.prompt, request) for _ in sides]
     batches = [DecodingBatch(model, [r]) for r in sequences]
@@ -51,7 +51,7 @@ def run_comparison(
 
 
 def most_changed_tokens(model: LoadedModel, a: Tensor, b: Tensor, top: int) -> list[dict[str, Any]]:
-    """The tokens on which two distributions (V,) differ most, largest first; of equals the lower id."""
+    """Return the tokens on which two distributions (V,) differ most, largest first; of equal ones the lower id."""
     gaps = (a - b).abs().sort(descending=True, stable=True).indices[:top]
     return [
         {"token": model.tokenizer.decode([i]), "id": i, "p": [float(a[i]), float(b[i])]}
@@ -61,7 +61,9 @@ def most_changed_tokens(model: LoadedModel, a: Tensor, b: Tensor, top: int) -> l
 
 def _side_result(version: int, sequence: DecodingSequence) -> dict[str, Any]:
     if sequence.finish_reason == "error":
-        raise Unavailable(f"version {version} gives no numbers for this prompt: revert its latest edits.")
+        raise Unavailable(
+            f"version {version} gives logits that are not finite for this prompt: revert its latest edits."
+        )
     return {
         "version": version,
         "text": sequence.text,

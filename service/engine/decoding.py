@@ -1,9 +1,9 @@
-"""Decoding, one token for each row at a time. Knows nothing of versions, jobs or channels.
+"""Batched decoding, one token for each sequence per step. Independent of versions, jobs and channels.
 
-A batch is padded on the left, with positions that count real tokens, so that every architecture reads a padded row as
-it reads the row alone. Keys and values are kept (see `cache`); what the next step needs of them is on the device
-already, so that a step waits for the device once: to learn the tokens that were said. Rows that are done leave; another
-batch can join between two steps.
+A batch is padded on the left, with positions that count real tokens, so that every architecture computes the same for a
+padded sequence as for the sequence alone. Keys and values are cached (`kv_cache`). The inputs of the next step stay on
+the device, so that a step waits for the device once, to read the sampled tokens. Finished sequences leave the batch;
+another batch can be merged between two steps.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(eq=False)
 class DecodingSequence:
-    """One prompt and what was said after it. `said` are the tokens of the answer, without the end-of-text token."""
+    """One prompt and its output. `output_ids` are the generated tokens, without the end-of-text token."""
 
     prompt_ids: list[int]
     sampling_params: Sampling
-    max_new_tokens: int  #: tokens that may be said
+    max_new_tokens: int  #: most tokens to generate
     detokenizer: Detokenizer
-    uniforms: list[float]  #: one for each token that may be said; none are needed at temperature 0
-    echo: str = ""  #: what is given out before the answer: the prompt, where that is wanted
-    logprob_recorder: LogprobRecorder | None = None  #: how probable its tokens are, where that is wanted
+    uniforms: list[float]  #: one for each token to generate; empty at temperature 0
+    echo: str = ""  #: emitted before the output: the prompt, if requested
+    logprob_recorder: LogprobRecorder | None = None  #: log-probabilities of its tokens, if requested
     output_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    echo_emitted: bool = False  #: whether the echo is given out
+    echo_emitted: bool = False  #: whether the echo has been emitted
 
     @property
     def token_ids(self) -> list[int]:
@@ -52,7 +52,7 @@ class DecodingSequence:
 
     @property
     def max_length(self) -> int:
-        """Positions that it takes when it has said all it may."""
+        """The positions that the sequence uses at its full length."""
         return len(self.prompt_ids) + self.max_new_tokens
 
     @property
@@ -61,30 +61,31 @@ class DecodingSequence:
 
     @property
     def text(self) -> str:
-        """All that was given out."""
+        """The text emitted so far."""
         return (self.echo if self.echo_emitted else "") + self.detokenizer.text
 
     @property
     def emitted_chars(self) -> float:
-        """Tokens that begin before this character of the text are in it. The last ones may have no character of their own."""
+        """Tokens that begin before this character are in the text. The last tokens may have no character of their
+        own."""
         is_complete = self.finish_reason is not None and not self.detokenizer.stopped
         return math.inf if is_complete else len(self.text)
 
     @property
     def next_uniform(self) -> float:
-        """The number that the next token is drawn with. A step that is tried again draws the same."""
+        """The uniform number that samples the next token. A retried step uses the same number."""
         return self.uniforms[len(self.output_ids)] if self.uniforms else 0.0
 
     def append_token(
         self, token: int, eos_ids: frozenset[int], measurement: TokenMeasurement | None = None
     ) -> str:
-        """Say a token; returns the text that can be shown now."""
+        """Append a token and return the text that can be emitted now."""
         prefix = "" if self.echo_emitted else self.echo
         self.echo_emitted = True
         return prefix + self._append(token, eos_ids, measurement)
 
     def _append(self, token: int, eos_ids: frozenset[int], measurement: TokenMeasurement | None) -> str:
-        if self.max_new_tokens == 0:  # the prompt was to be read and no more
+        if self.max_new_tokens == 0:  # only the prompt was requested
             return self.finish("length")
         if token in eos_ids:
             return self.finish("stop")
@@ -101,7 +102,7 @@ class DecodingSequence:
         return text
 
     def finish(self, reason: FinishReason) -> str:
-        """End the row; returns the text that was held back. A stop string may still come to light in it."""
+        """Finish the sequence and return the text that was held back, which may complete a stop string."""
         remaining_text = self.detokenizer.flush()
         self.finish_reason = "stop" if reason == "length" and self.detokenizer.stopped else reason
         return remaining_text
@@ -110,7 +111,8 @@ class DecodingSequence:
 def new_sequence(
     model: LoadedModel, prompt: str | Sequence[int], sampling_params: Sampling, choice: int = 0
 ) -> DecodingSequence:
-    """A prompt as a row of its own: its tokens, its room within the model's positions, its seed."""
+    """Return a sequence for a prompt. Raises InvalidInput when the prompt does not fit the model's positions or
+    vocabulary."""
     ids = model.encode(prompt)[0] if isinstance(prompt, str) else list(prompt)
     max_new_tokens = min(sampling_params.max_new_tokens, model.max_positions - len(ids))
     if not ids or max_new_tokens < min(1, sampling_params.max_new_tokens):
@@ -128,7 +130,7 @@ def new_sequence(
 
 
 def new_sequences(model: LoadedModel, request: WorkerGenerateRequest) -> list[DecodingSequence]:
-    """A row for each answer that is asked for: those to one prompt follow each other."""
+    """Return a sequence for each requested choice; the choices of one prompt are adjacent."""
     prompts = [p for p in request.prompts_or_ids() for _ in range(request.n)]
     return [
         _choice_sequence(model, p, request, i if request.independent_seeds else 0)
@@ -149,13 +151,13 @@ def _choice_sequence(
 
 
 def _prompt_text_and_offsets(model: LoadedModel, prompt: str | Sequence[int]) -> tuple[str, list[int]]:
-    """A prompt as text, and the character at which each of its tokens begins."""
+    """Return a prompt as text, and the character at which each of its tokens begins."""
     starts: list[int] = []
     if isinstance(prompt, str):
         end = 0
         for start, after in model.encode(prompt)[1]:
-            # a token begins where the one before it ends, also when it is said to begin after its space; or in the middle
-            # of a character that it shares with that one
+            # a token begins where the previous one ends, even if the tokenizer reports it after its space, or inside a
+            # character that it shares with the previous one
             starts.append(max(min(start, end), starts[-1] if starts else 0))
             end = max(end, after)
         return prompt, starts
@@ -168,7 +170,7 @@ def _prompt_text_and_offsets(model: LoadedModel, prompt: str | Sequence[int]) ->
 
 
 def eos_token_ids(model: LoadedModel) -> frozenset[int]:
-    """The tokens that end a text: those of the generation configuration, the configuration and the tokenizer."""
+    """Return the tokens that end a text, of the generation configuration, the configuration and the tokenizer."""
     sources = (getattr(model.model, "generation_config", None), model.model.config, model.tokenizer)
     token_ids: set[int] = set()
     for source in sources:
@@ -179,17 +181,17 @@ def eos_token_ids(model: LoadedModel) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """What one step gave one row: text to show, and whether the row has ended."""
+    """The text that one step emitted for one sequence."""
 
     sequence: DecodingSequence
     text: str
 
 
 class DecodingInputs:
-    """What the model reads in a step, on its device. From one step to the next it needs nothing from the host."""
+    """The inputs of a step, on the model's device. From one step to the next nothing is copied from the host."""
 
     def __init__(self, model: LoadedModel, sequences: Sequence[DecodingSequence], prefilled: bool) -> None:
-        """All tokens of the rows, or the last ones where the others were read."""
+        """Take all tokens of the sequences, or the last ones where the others have been prefilled."""
         lengths = [r.length for r in sequences]
         self._width, self._equal_lengths = max(lengths), len(set(lengths)) == 1
         ids = [
@@ -203,14 +205,15 @@ class DecodingInputs:
 
     @property
     def positions(self) -> Tensor:
-        """(B, n): which of its row's tokens each of `ids` is."""
+        """(B, n): the position in its sequence of each of `ids`."""
         return (self._lengths - self._width + self._columns()).clamp(min=0)
 
     @property
     def mask(self) -> Tensor | None:
-        """(B, 1, n, T), to be added to attention's scores; none where every row has a token in every column.
+        """(B, 1, n, T), to be added to the attention scores; None when every sequence has a token in every column.
 
-        Where a window hides a part, transformers knows how: it is then told the columns that hold tokens, (B, T).
+        With a sliding window shorter than the batch it is (B, T), the columns that hold tokens: transformers adds the
+        window.
         """
         if self._equal_lengths:
             return None
@@ -224,32 +227,30 @@ class DecodingInputs:
         )
 
     def _columns(self) -> Tensor:
-        """(n,): the columns of `ids` among the T of their rows."""
+        """(n,): the columns of `ids` among the T columns of the batch."""
         return torch.arange(self._width - self.ids.shape[1], self._width, device=self.ids.device)
 
     def advance(self, tokens: Tensor) -> None:
-        """These tokens (B,) are what the model reads next."""
+        """Set the tokens (B,) as the inputs of the next step."""
         self.ids, self._lengths, self._width = tokens[:, None], self._lengths + 1, self._width + 1
 
 
 class DecodingBatch:
-    """Rows that decode together."""
+    """Sequences that decode together."""
 
     def __init__(self, model: LoadedModel, sequences: Iterable[DecodingSequence]) -> None:
         self.model = model
         self.sequences = list(sequences)
         self._eos_ids = eos_token_ids(model)
-        self._cache: BatchKVCache | None = None  # over all tokens but the last of each row
-        self._next_inputs: DecodingInputs | None = (
-            None  # what the next step begins with, while the rows stay the same
-        )
+        self._cache: BatchKVCache | None = None  # of all tokens but the last of each sequence
+        self._next_inputs: DecodingInputs | None = None  # of the next step, while the sequences stay the same
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     @torch.inference_mode()
     def step(self) -> list[TokenOutput]:
-        """Every row says one token. Rows that end leave the batch."""
+        """Sample one token for every sequence. Finished sequences leave the batch."""
         self.drop_finished()
         if not self.sequences:
             return []
@@ -262,7 +263,7 @@ class DecodingBatch:
 
     @torch.inference_mode()
     def drop_finished(self) -> None:
-        """Let the rows leave that have ended; the last rows take their places."""
+        """Remove finished sequences. The last sequences take their places."""
         count = len(self.sequences)
         kept_count = sum(r.finish_reason is None for r in self.sequences)
         if kept_count == count:
@@ -280,13 +281,13 @@ class DecodingBatch:
 
     @torch.inference_mode()
     def merge(self, other: DecodingBatch) -> None:
-        """Take in the rows of a batch of the same model that has made a step."""
+        """Add the sequences of another batch of the same model that has been stepped."""
         if not other.sequences:
             return
         if not self.sequences:
             self._cache = other._cache
         elif self._cache is None or other._cache is None:
-            self._cache = None  # read anew at the next step
+            self._cache = None  # prefilled again at the next step
         else:
             theirs = other._cache
             self._update_cache(lambda cache: cache.merge(theirs))
@@ -294,13 +295,14 @@ class DecodingBatch:
         other.sequences, other._cache, other._next_inputs = [], None, None
 
     def split(self) -> list[DecodingBatch]:
-        """Each row in a batch of its own, to be read anew from its tokens: how a failed step is tried again."""
+        """Return a batch for each sequence, without a cache, to retry a failed step."""
         batches = [DecodingBatch(self.model, [r]) for r in self.sequences]
         self.sequences, self._cache, self._next_inputs = [], None, None
         return batches
 
     def _update_cache(self, change: Callable[[BatchKVCache], None]) -> None:
-        """The cache follows the rows. Where there is no memory for it, all rows are read anew at the next step."""
+        """Change the cache with the sequences. Without memory for that, all sequences are prefilled again at the next
+        step."""
         assert self._cache is not None
         try:
             change(self._cache)
@@ -309,9 +311,10 @@ class DecodingBatch:
             self._cache = None
 
     def _decode(self) -> list[tuple[int, TokenMeasurement | None]]:
-        """A token for each row, and how probable it is where that is wanted; the cache then holds all tokens but these."""
+        """Return a token for each sequence, and its measurement if requested. The cache then holds all tokens but
+        these."""
         cache, inputs = self._cache, self._next_inputs
-        self._cache = self._next_inputs = None  # a pass that fails leaves no half-written cache behind
+        self._cache = self._next_inputs = None  # a failed pass leaves no partly written cache
         if cache is None:
             cache = BatchKVCache()
         uniforms = sampler.to_device_async(
@@ -343,7 +346,7 @@ class DecodingBatch:
         return list(zip(token_ids, measurements, strict=True))
 
     def _measure_tokens(self, logits: Tensor, tokens: Tensor) -> list[TokenMeasurement | None]:
-        """How probable the tokens (B,) are, of the rows that report it."""
+        """Return the measurements of the tokens (B,) for the sequences that report log-probabilities."""
         measurements: list[TokenMeasurement | None] = [None] * len(self.sequences)
         if top_by_row := {
             i: r.logprob_recorder.top for i, r in enumerate(self.sequences) if r.logprob_recorder is not None
@@ -355,7 +358,8 @@ class DecodingBatch:
         return measurements
 
     def _measure_prompt(self, sequence: DecodingSequence, logits: Tensor) -> None:
-        """How probable a row's prompt is, from the logits (T, V) of all its columns, the last of which are its tokens."""
+        """Record the log-probabilities of a prompt, from the logits (T, V) of all columns, which end with its
+        tokens."""
         assert sequence.logprob_recorder is not None
         prompt = sampler.to_device_async(
             sequence.logprob_recorder.unmeasured_prompt, torch.long, self.model.device
@@ -369,19 +373,19 @@ class DecodingBatch:
     def _append_token(
         self, sequence: DecodingSequence, token: int, measurement: TokenMeasurement | None
     ) -> str:
-        """One row's token. What goes wrong here goes wrong for this row only."""
+        """Append a token to one sequence. An error here ends only this sequence."""
         if token == sampler.INVALID_TOKEN:
             return sequence.finish("error")
         try:
             return sequence.append_token(token, self._eos_ids, measurement)
         except Exception:
-            log.exception("row failed", extra={"tokens": len(sequence.output_ids)})
+            log.exception("sequence failed", extra={"tokens": len(sequence.output_ids)})
             sequence.finish_reason = "error"
             return ""
 
 
 def next_token_distribution(model: LoadedModel, ids: Sequence[int]) -> Tensor:
-    """The distribution (V,) of the token after `ids`, in float64 on the CPU, at temperature 1."""
+    """Return the distribution (V,) of the token after `ids`, in float64 on the CPU, at temperature 1."""
     batch = pad([ids], model)
     with torch.no_grad():
         logits = model.model(

@@ -1,10 +1,10 @@
 """The loop of a worker: it interleaves decoding with single steps of long work.
 
 A step of the loop admits new requests, decodes one token for every batch, steps every comparison, then runs at most one
-bounded step of background work: building a version for an admitted call, following the ledger, or the running job, in turn.
-Background work waits until calls have had their share of the time since its last step. So no stream pauses longer than one
-such step plus one decode step, nor slows to less than that share of its pace. No output mixes two versions: between two steps
-the model holds its base weights, and a check after every step enforces it.
+bounded step of background work: building a version for an admitted call, following the ledger, or the running job, in
+turn. Background work waits until calls have had their share of the time since its last step. So no stream pauses longer
+than one such step plus one decode step, nor slows to less than that share of its pace. No output mixes two versions:
+between two steps the model holds its base weights, and a check after every step enforces it.
 
 Events and writes go through an outbox in order. When the broker or the store is down they stay in it, `run` raises, and
 the next `run` continues where it was.
@@ -122,7 +122,8 @@ class Engine:
         return time.monotonic() - self.last_step_at > STALL_TIMEOUT
 
     def run(self, stop: threading.Event) -> None:
-        """Serve until `stop` is set. Raises DigestMismatch when other replicas disagree. Drains and releases work first."""
+        """Serve until `stop` is set. Raises DigestMismatch when other replicas disagree. Drains and releases work
+        first."""
         try:
             while not stop.is_set():
                 if not self.step() and not stop.is_set():
@@ -186,7 +187,8 @@ class Engine:
         return (*calls, *self._jobs.startable_kinds)
 
     def _admit(self) -> None:
-        """Receive the work that can be admitted; all waiting generations at once, so that they are prefilled together."""
+        """Receive the work that can be admitted; all waiting generations at once, so that they are prefilled
+        together."""
         while (kinds := self._acceptable_kinds()) and (deliveries := self._broker.receive(kinds, 1, 0)):
             free_slots = self._calls.free_slots("generate") - 1
             self._start_all(deliveries)

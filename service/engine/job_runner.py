@@ -1,7 +1,7 @@
 """Runs jobs one step at a time: claims them, applies their reports, and hands them back when the engine stops.
 
-A job of a more urgent kind suspends the running one. Another worker may take over a job whose lease has expired; the attempt
-number in the job's row is the fence, so a job runs on until the store rejects a write.
+A job of a more urgent kind suspends the running one. Another worker may take over a job whose lease has expired; the
+attempt number in the job's row is the fence, so a job runs on until the store rejects a write.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class EditWorkers(Protocol):
 
 
 class JobRunner:
-    """The running group of jobs and those that it suspended. `on_job_end` is called when a job ends: the head may have moved."""
+    """The running group of jobs and those that it suspended. `on_job_end` is called when a job ends: the head may have
+    moved."""
 
     def __init__(
         self,

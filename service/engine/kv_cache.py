@@ -1,10 +1,9 @@
-"""The keys and values of rows that decode side by side, in storage that is written in place.
+"""The keys and values of a batch, in storage that is written in place.
 
-All rows end at the same column and reach back from there as far as they have tokens; what lies left of a row's first
-token is never looked at (the mask says so) but is always a number. A step writes one column. A row that leaves is
-overwritten by one from the end, a row that joins is written behind the last: neither moves the others. Only when the
-columns are used up, or most of the storage lies idle, the part in use moves to storage of the right size; that happens
-so seldom that a token costs the same however long the rows are.
+All rows end at the same column. The columns left of a row's first token are masked and always finite. A step writes one
+column. The last row overwrites a row that leaves; a new row is written after the last. Neither moves other rows. When
+the columns are used up, or most of the storage is unused, the used part is copied to storage of the right size; that is
+rare enough that the amortized cost of a token does not depend on the length of the rows.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-MIN_SPARE_COLUMNS = 32  # columns of room that new storage has, at least
-MAX_STORAGE_RATIO = 4  # storage may be this many times the part in use
+MIN_SPARE_COLUMNS = 32  # least free columns of new storage
+MAX_STORAGE_RATIO = 4  # most storage, as a multiple of the used part
 
 
 class BatchKVLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer. `keys` and `values` (rows, heads, columns, size) are views of the storage: what attention reads."""
+    """One layer. `keys` and `values` (rows, heads, columns, size) are the views of the storage that attention reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +31,7 @@ class BatchKVLayer(DynamicLayer):  # type: ignore[misc]
         return self._end - self._begin
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write new columns behind the last; give all keys and all values."""
+        """Write new columns after the last, and return all keys and all values."""
         self._rows, count = key_states.shape[0], key_states.shape[2]
         end = self._end + count
         if self._storage is None or end > self._storage.shape[3]:
@@ -46,7 +45,7 @@ class BatchKVLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def compact(self, row_count: int, holes: Sequence[int], movers: Sequence[int], width: int) -> None:
-        """The first `kept` rows stay, those at `movers` in the places of those at `holes`, with their last `width` columns."""
+        """Keep `row_count` rows with their last `width` columns; the rows at `movers` replace those at `holes`."""
         assert self._storage is not None
         for hole, mover in zip(holes, movers, strict=True):
             self._storage[:, hole, :, : self._end] = self._storage[:, mover, :, : self._end]
@@ -57,7 +56,7 @@ class BatchKVLayer(DynamicLayer):  # type: ignore[misc]
         self._update_views()
 
     def merge(self, other: BatchKVLayer) -> None:
-        """Take in the rows of another, behind mine."""
+        """Append the rows of another layer."""
         assert self._storage is not None and other._storage is not None
         rows, width = self._rows + other._rows, max(self.width, other.width)
         if rows > self._storage.shape[1] or width > self._end:
@@ -70,7 +69,7 @@ class BatchKVLayer(DynamicLayer):  # type: ignore[misc]
         self._update_views()
 
     def _reallocate(self, rows: int, end: int, columns: int, like: Tensor | None = None) -> None:
-        """New storage for that many rows, with room behind `columns`; the part in use then ends at `end`."""
+        """Allocate storage for `rows` rows and more than `columns` columns. The used part then ends at column `end`."""
         old, begin = self._storage, end - self.width
         like = like if old is None else old
         assert like is not None
@@ -89,7 +88,7 @@ class BatchKVLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class BatchKVCache(Cache):  # type: ignore[misc]
-    """The cache of a batch, as transformers' models know it. It holds every token of its rows but the last."""
+    """The cache of a batch, as transformers' models use it. It holds all tokens of each sequence but the last."""
 
     layers: list[BatchKVLayer]
 
@@ -97,7 +96,7 @@ class BatchKVCache(Cache):  # type: ignore[misc]
         super().__init__(layer_class_to_replicate=BatchKVLayer)
 
     def compact(self, row_count: int, holes: Sequence[int], movers: Sequence[int], width: int) -> None:
-        """Rows leave: the first `kept` stay, those at `movers` in the places of those at `holes`."""
+        """Keep `row_count` rows; the rows at `movers` replace those at `holes`."""
         for layer in self.layers:
             layer.compact(row_count, holes, movers, width)
 

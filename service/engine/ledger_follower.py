@@ -25,7 +25,8 @@ class VersionReporter(Protocol):
 
 
 class LedgerFollower:
-    """Follows the head of the ledger. `served_version` is the newest version that the replica serves, with its digest."""
+    """Follows the head of the ledger. `served_version` is the newest version that the replica serves, with its
+    digest."""
 
     def __init__(self, replica: VersionedModel, reporter: VersionReporter, poll_interval: float) -> None:
         self.served_version: tuple[int, str] | None = None

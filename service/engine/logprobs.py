@@ -1,4 +1,4 @@
-"""How probable a model finds the tokens of a text: by its own distribution, before temperature and cuts. In float64."""
+"""Log-probabilities of tokens under the model's own distribution, before temperature, top-k and top-p. In float64."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from service.models.token_text import TokenTextCache
 
-CHUNK = 64  # places whose distributions are widened at a time
-MIN_LOGPROB = -9999.0  # in place of minus infinity, which JSON cannot say
+CHUNK = 64  # positions that are converted to float64 at a time
+MIN_LOGPROB = -9999.0  # in place of minus infinity, which JSON cannot represent
 
 
 class TokenMeasurement(NamedTuple):
-    """What the model's distribution says where a token stands."""
+    """The log-probabilities at the position of one token."""
 
     log_p: float  #: of that token
     top_logprobs: list[tuple[int, float]]  #: the most probable tokens, in order
@@ -24,7 +24,7 @@ class TokenMeasurement(NamedTuple):
 
 @torch.inference_mode()
 def measure_logprobs(logits: Tensor, tokens: Tensor, top: int) -> list[TokenMeasurement]:
-    """For logits (n, V) and the tokens (n,) that stand there. Waits for the device once in CHUNK places."""
+    """Return the measurements of tokens (n,) from their logits (n, V). Waits for the device once in CHUNK positions."""
     measurements: list[TokenMeasurement] = []
     top = min(top, logits.shape[1])
     for start in range(0, len(tokens), CHUNK):
@@ -45,16 +45,16 @@ def measure_logprobs(logits: Tensor, tokens: Tensor, top: int) -> list[TokenMeas
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token as it is told. The first one of a text has nothing before it, and no probability."""
+    """The log-probabilities of one token, as reported. The first token of a text has none."""
 
     token: str
     log_p: float | None
-    top_logprobs: dict[str, float] | None  #: by spelling, the token itself among them
-    text_offset: int  #: the character of the text at which it begins
+    top_logprobs: dict[str, float] | None  #: by token text, the token itself included
+    text_offset: int  #: the character of the text at which the token begins
 
 
 def to_openai(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Lines in the form of OpenAI's completions."""
+    """Return the entries in the format of OpenAI's completions."""
     return {
         "tokens": [line.token for line in entries],
         "token_logprobs": [line.log_p for line in entries],
@@ -64,10 +64,10 @@ def to_openai(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
 
 
 class LogprobRecorder:
-    """The lines of one row: of its prompt, where that is echoed, and of its answer."""
+    """The log-probabilities of one sequence: of its prompt, if echoed, and of its output."""
 
     def __init__(self, spelling: TokenTextCache, top: int, prompt: Sequence[tuple[int, int]] = ()) -> None:
-        """`prompt`: its tokens and the characters at which they begin; none where it is not echoed."""
+        """`prompt`: its tokens and the characters at which they begin; empty if it is not echoed."""
         self.top = top
         self._spelling = spelling
         self._prompt = list(prompt)
@@ -76,34 +76,34 @@ class LogprobRecorder:
 
     @property
     def unmeasured_prompt(self) -> list[int]:
-        """The tokens of the prompt, as long as they are to be measured."""
+        """The tokens of the prompt until they have been measured."""
         return [] if self._entries else [token for token, _ in self._prompt]
 
     def record_prompt(self, measurements: Sequence[TokenMeasurement]) -> None:
-        """What was found of all tokens of the prompt but the first."""
+        """Record the measurements of all tokens of the prompt but the first."""
         (first, text_offset), *rest = self._prompt
         self._entries.append(TokenLogprob(self._spelling(first), None, None, text_offset))
         for (token, text_offset), measurement in zip(rest, measurements, strict=True):
             self.record(token, text_offset, measurement)
 
     def record(self, token: int, text_offset: int, measurement: TokenMeasurement) -> None:
-        """One more token of the answer."""
+        """Record one token of the output."""
         top_logprobs: dict[str, float] = {}
         for other, log_p in measurement.top_logprobs[: self.top]:
             top_logprobs.setdefault(
                 self._spelling(other), log_p
-            )  # of two that are spelled alike the more probable one
+            )  # of two with the same text the more probable one
         top_logprobs.setdefault(self._spelling(token), measurement.log_p)
         self._entries.append(
             TokenLogprob(self._spelling(token), measurement.log_p, top_logprobs, text_offset)
         )
 
     def until(self, end_offset: float) -> list[TokenLogprob]:
-        """The lines of the tokens that begin before this character."""
+        """Return the entries of the tokens that begin before this character."""
         return [line for line in self._entries if line.text_offset < end_offset]
 
     def unsent(self, end_offset: float) -> list[TokenLogprob]:
-        """Of these the ones that were not told before."""
+        """Return those of the entries until `end_offset` that have not been returned before."""
         entries = self.until(end_offset)[self._sent_count :]
         self._sent_count += len(entries)
         return entries

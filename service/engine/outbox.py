@@ -1,7 +1,7 @@
 """The events and actions that the engine owes the broker and the job store, delivered in order.
 
-When the other side is down, a delivery raises and stays first in the queue. An item that is rejected, or that fails with
-an unexpected error, is dropped: it must not block the items behind it.
+When the other side is down, a delivery raises and stays first in the queue. An item that is rejected, or that fails
+with an unexpected error, is dropped: it must not block the items behind it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A resident model that serves any version, rebuilt from its untouched base bytes.
 
-Edited tensors are put in place by exchanging pointers and are taken out after every step. Between steps the model holds its
-base bytes, so an error during a step leaves nothing behind.
+Edited tensors are put in place by exchanging pointers and are taken out after every step. Between steps the model holds
+its base bytes, so an error during a step leaves nothing behind.
 
 Building a version (reading its edits, composing, hashing, attesting) is a stepper, whose steps stay short whatever the
 number of active edits. Callers that need the same version share one build: each advances it.
@@ -161,7 +161,8 @@ class VersionedModel:
         return run_to_completion(self.weights_in_steps(version))
 
     def weights_in_steps(self, version: int) -> Stepper[WeightOverrides]:
-        """Return the edited weights of a version, attested. Raises DigestMismatch when other replicas hold other bytes."""
+        """Return the edited weights of a version, attested. Raises DigestMismatch when other replicas hold other
+        bytes."""
         while not self.advance_build(version):
             yield Progress(Phase.COMPOSE, 0, 1)
         return self.built_weights(version)
@@ -242,7 +243,8 @@ class VersionedModel:
         return run_to_completion(self._digest_weights(run_to_completion(self._load_weights(version))))
 
     def _digest_weights(self, weights: WeightOverrides) -> Stepper[str]:
-        """Return the sha256 of the base model's fingerprint and the name and bytes of every weight that differs from it."""
+        """Return the sha256 of the base model's fingerprint and the name and bytes of every weight that differs from
+        it."""
         digest = hashlib.sha256(self.base.fingerprint.encode())
         hashed = 0
         for site, tensor in sorted(weights.items()):

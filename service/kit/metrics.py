@@ -1,7 +1,7 @@
 """The Prometheus metrics of this process. `docs/metrics.md` explains each.
 
-An API exposes `REGISTRY` at GET /metrics, a worker on a port of its own. The metrics that are read from the database and the
-queue at a scrape are in `service/application/store_collector.py`.
+An API exposes `REGISTRY` at GET /metrics, a worker on a port of its own. The metrics that are read from the database
+and the queue at a scrape are in `service/application/store_collector.py`.
 """
 
 from __future__ import annotations

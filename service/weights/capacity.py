@@ -1,9 +1,11 @@
 """The share of a layer's keys that active edits have not yet occupied.
 
-The keys k_i of a layer's active associations, with directions u_i = C^-1 k_i, span a subspace in which a new change cannot
-be chosen freely. The occupied share of a new key k is that of its projection onto it, orthogonal in the metric C^-1:
+The keys k_i of a layer's active associations, with directions u_i = C^-1 k_i, span a subspace in which a new change
+cannot be chosen freely. The occupied share of a new key k is that of its projection onto it, orthogonal in the metric
+C^-1:
 
-    occupied = g^T G^-1 g / (k^T C^-1 k)      g_i = u_i^T k      G_ij = k_i^T C^-1 k_j, plus a ridge      capacity = 1 - occupied
+    occupied = g^T G^-1 g / (k^T C^-1 k)      g_i = u_i^T k      G_ij = k_i^T C^-1 k_j, plus a ridge
+    capacity = 1 - occupied
 
 For keys drawn from the statistics, E[k k^T] = C, so that E[g g^T] = G and E[k^T C^-1 k] = D, the width: on average
 tr(G (G + ridge)^-1) / D is occupied, the number of distinct keys over the number of possible ones.
@@ -25,8 +27,8 @@ from service.weights.solve import SOLVE_COLUMNS, LuFactors, factorize, solve
 
 
 def remaining_capacity(gram: Tensor, overlap: Tensor, own: float, ridge: float = DEFAULT_RIDGE) -> float:
-    """Run `_occupied_share` to completion and return the capacity: gram (n, n) of the active keys, their overlap (n,) with
-    the new key, and its own u^T k. `ridge` is a multiple of the gram matrix's mean diagonal entry."""
+    """Run `_occupied_share` to completion and return the capacity: gram (n, n) of the active keys, their overlap (n,)
+    with the new key, and its own u^T k. `ridge` is a multiple of the gram matrix's mean diagonal entry."""
     if not len(overlap):
         return 1.0
     factors = run_to_completion(factorize(_with_ridge(gram, ridge)))

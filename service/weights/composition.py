@@ -8,28 +8,29 @@ updates are added in one fixed order. The mode "joint" is the service's own:
     W = W0 + Delta D^-1 (M * G) G^-1 U^T        U = C^-1 K        D = diag(U^T K)
 
 It superposes the edits of one subject and isolates those of different subjects. K (D, n) are the keys, Delta (d, n) the
-changes of value. The target at key j is sum_i M_ij delta_i G_ij / D_ii, the sum of the rank-one updates of j's own subject
-(ROME, Meng et al. 2022, Eq. 2); the right-hand side is the change of least C-norm that attains every target. Two
-identities hold exactly, whatever eps is: one association gives ROME's rank-one update delta (C^-1 k)^T / (k^T C^-1 k), and
-the associations of one subject give the sum of theirs. (eps is on both sides of the inverse, unlike in a usual ridge: it
-damps only the exchange between subjects whose keys nearly coincide.) The directions U are those that were stored with the
-edits: where the statistics have changed since, U^T K is not symmetric, and each key still gets its own change alone.
+changes of value. The target at key j is sum_i M_ij delta_i G_ij / D_ii, the sum of the rank-one updates of j's own
+subject (ROME, Meng et al. 2022, Eq. 2); the right-hand side is the change of least C-norm that attains every target.
+Two identities hold exactly, whatever eps is: one association gives ROME's rank-one update delta (C^-1 k)^T / (k^T C^-1
+k), and the associations of one subject give the sum of theirs. (eps is on both sides of the inverse, unlike in a usual
+ridge: it damps only the exchange between subjects whose keys nearly coincide.) The directions U are those that were
+stored with the edits: where the statistics have changed since, U^T K is not symmetric, and each key still gets its own
+change alone.
 
 The other modes are those of methods that write many associations at once. All are one formula,
 
     W = W0 + Delta (U^T K + ridge I)^-1 U^T
 
-with U = C^-1 K and ridge = lambda for MEMIT (Meng et al. 2023, Eq. 14), U = C^-1 K and a small ridge for EMMET (none for a
-single association; Gupta et al. 2024), and U = P K, P the projection onto the null space of the statistics, and ridge = L2
-for AlphaEdit (Fang et al. 2025). Here they are solved for all active edits at once, from the base weights, where the authors
-write batch upon batch.
+with U = C^-1 K and ridge = lambda for MEMIT (Meng et al. 2023, Eq. 14), U = C^-1 K and a small ridge for EMMET (none
+for a single association; Gupta et al. 2024), and U = P K, P the projection onto the null space of the statistics, and
+ridge = L2 for AlphaEdit (Fang et al. 2025). Here they are solved for all active edits at once, from the base weights,
+where the authors write batch upon batch.
 
 All of it is a function of the set of updates: sorted first, multiplied and solved in fp64 in one fixed order. Keys and
-directions stay fp32, as stored, and are converted a few columns at a time. Dense updates are summed in fp64 in the order of
-the edits' ids, so that the sum is independent of order too; nothing isolates one from another.
+directions stay fp32, as stored, and are converted a few columns at a time. Dense updates are summed in fp64 in the
+order of the edits' ids, so that the sum is independent of order too; nothing isolates one from another.
 
-Each computation is a stepper, whose steps stay short whatever the number of active edits, and has a blocking twin. Both run
-the same operations in the same order, so that they give the same bytes.
+Each computation is a stepper, whose steps stay short whatever the number of active edits, and has a blocking twin. Both
+run the same operations in the same order, so that they give the same bytes.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def gram_matrix_in_steps(associations: Sequence[Association], directions: Tensor
 
 
 def _gram_row_slices(n: int) -> list[slice]:
-    """Return slices of at least GRAM_ROWS rows each: products of very few rows use other kernels, with other last bits."""
+    """Return slices of at least GRAM_ROWS rows each: products of very few rows use other kernels, with other last
+    bits."""
     if n <= GRAM_SPLIT_SIZE:
         return [slice(0, n)]
     starts = range(0, n - GRAM_ROWS + 1, GRAM_ROWS)
@@ -131,13 +133,15 @@ def _rows_by_subject(associations: Sequence[Association]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """The change of one weight at a version: one low-rank term for each solve mode, and the sum of the dense updates."""
+    """The change of one weight at a version: one low-rank term for each solve mode, and the sum of the dense
+    updates."""
 
     low_rank_terms: tuple[LowRank, ...] = ()  #: one for each solve mode
     dense_term: Tensor | None = field(default=None, repr=False)  #: (out, in), fp64
 
     def column_blocks(self, device: torch.device | str = "cpu") -> Iterator[tuple[slice, Tensor]]:
-        """Yield slices of columns and the change (out, n) of these columns in fp64 on a device. The caller may overwrite it."""
+        """Yield slices of columns and the change (out, n) of these columns in fp64 on a device. The caller may
+        overwrite it."""
         block_iterators = [low.column_blocks(device) for low in self.low_rank_terms]
         if self.dense_term is not None:
             block_iterators.append(self._dense_blocks(device))

@@ -3,9 +3,9 @@
 All of it is fp64 on one thread: the last bits of a factorization depend on the number of threads.
 
 A matrix of at most `UNBLOCKED_SIZE` rows is factorized by one LAPACK call. A larger one is factorized by the blocked
-right-looking LU with partial pivoting (Golub and Van Loan, Matrix Computations, section 3.2.11): panels of `PANEL_WIDTH`
-columns are factorized by LAPACK, then the columns to the right are updated, `UPDATE_COLUMNS` at a time. The block sizes
-are part of the definition of a version's bytes: every replica uses these, whatever its device.
+right-looking LU with partial pivoting (Golub and Van Loan, Matrix Computations, section 3.2.11): panels of
+`PANEL_WIDTH` columns are factorized by LAPACK, then the columns to the right are updated, `UPDATE_COLUMNS` at a time.
+The block sizes are part of the definition of a version's bytes: every replica uses these, whatever its device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ SOLVE_COLUMNS = (
 
 
 class LuFactors(NamedTuple):
-    """P A = L U as LAPACK packs it: `lu` (n, n), and the row that each row was exchanged with, `pivots` (n,), from 1."""
+    """P A = L U as LAPACK packs it: `lu` (n, n), and the row that each row was exchanged with, `pivots` (n,), from
+    1."""
 
     lu: Tensor
     pivots: Tensor
@@ -96,8 +97,8 @@ def _lapack_factors(matrix: Tensor) -> LuFactors:
 
 
 def _exchanges(pivots: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """Return the rows that change when row start + i is exchanged with row start + pivots[i] - 1, for each i in turn, and
-    the rows that they come from."""
+    """Return the rows that change when row start + i is exchanged with row start + pivots[i] - 1, for each i in turn,
+    and the rows that they come from."""
     moved: dict[int, int] = {}
     for i, pivot in enumerate(pivots.tolist()):
         a, b = start + i, start + pivot - 1

@@ -73,7 +73,7 @@ def test_port_in_use_is_misconfigured(health_check: FakeHealthCheck) -> None:
     """A port in use raises Misconfigured, whose detail says what to change."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(Misconfigured, match=f"127.0.0.1:{port} .*--metrics-port"):
+        with pytest.raises(Misconfigured, match=f"127.0.0.1:{port}.*--metrics-port"):
             HealthServer("127.0.0.1", port, health_check)
 
 
