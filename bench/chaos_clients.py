@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import httpx
+from httpx_sse import EventSource
 
 from bench.chaos_plan import ClientAction
 from bench.client_log import ClientLog, GenerationRecord, Resource, TokenEvent
@@ -119,7 +120,7 @@ class ChaosClient(threading.Thread):
         def once() -> Resource:
             with self._http.stream("GET", f"{path}/events", headers=headers) as response:
                 _raise_for_status(response)
-                for number, name, data in parse_sse(response.iter_lines()):
+                for number, name, data in iter_events(response):
                     if name == "error":
                         raise RetryableError(f"error: {data['code']}")
                     if number:
@@ -205,7 +206,7 @@ class ChaosClient(threading.Thread):
         with self._http.stream("POST", "/generate", json={**body, "stream": True}) as response:
             _raise_for_status(response)
             try:
-                for _, name, data in parse_sse(response.iter_lines()):
+                for _, name, data in iter_events(response):
                     if name == "token":
                         tokens.append(TokenEvent(data["index"], data["text"], data["version"]))
                     elif name == "reset":
@@ -247,18 +248,11 @@ def generation_inputs(body: Resource) -> Resource:
     return {name: value for name, value in body.items() if name != "stream"}
 
 
-def parse_sse(lines: Iterator[str]) -> Iterator[tuple[str, str, Resource]]:
+def iter_events(response: httpx.Response) -> Iterator[tuple[str, str, Resource]]:
     """Yield (id, name, data) of each server-sent event."""
-    event_id = name = ""
-    for line in lines:
-        field, _, value = line.partition(": ")
-        if field == "id":
-            event_id = value
-        elif field == "event":
-            name = value
-        elif field == "data":
-            yield event_id, name, json.loads(value)
-            event_id = ""
+    for event in EventSource(response).iter_sse():
+        if event.data:
+            yield event.id, event.event, event.json()
 
 
 class _HttpStatusError(Exception):

@@ -11,12 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import httpx
 import redis
+from httpx_sse import EventSource
 
+from palimpsest import Client, Edit
 from tests.support.free_ports import free_port
 from tests.support.paths import ROOT
 
@@ -108,6 +111,11 @@ class ServiceClient:
         assert answer.is_success, answer.text
         return answer.json()  # type: ignore[no-any-return]
 
+    @cached_property
+    def client(self) -> Client:
+        """The client of the project, without retries: a lost response fails the test."""
+        return Client(str(self.http.base_url), timeout=WAIT_TIMEOUT, retries=0)
+
     def list_all(self, path: str, **params: Any) -> list[Resource]:
         """Return every item of a paginated list."""
         items: list[Resource] = []
@@ -120,20 +128,13 @@ class ServiceClient:
             cursor_params = {"cursor": page["next"]}
 
     def generate(self, prompt: str, **options: Any) -> Resource:
-        body = {"prompt": prompt, "max_new_tokens": 5, **options}
-        answer = self.http.post("/generate", json=body)
-        assert answer.is_success, answer.text
-        return answer.json()  # type: ignore[no-any-return]
+        return dict(self.client.generate(prompt, **{"max_new_tokens": 5, **options}).raw)
 
     def generate_texts(self, prompts: list[str], **options: Any) -> list[str]:
         """Return the continuation of each prompt."""
-        texts: list[str] = []
-        for start in range(0, len(prompts), 64):
-            body = {"prompts": prompts[start : start + 64], "max_new_tokens": 5, **options}
-            answer = self.http.post("/generate", json=body)
-            assert answer.is_success, answer.text
-            texts += [choice["text"] for choice in answer.json()["choices"]]
-        return texts
+        options = {"max_new_tokens": 5, **options}
+        batches = [prompts[start : start + 64] for start in range(0, len(prompts), 64)]
+        return [one.text for batch in batches for one in self.client.generate_many(batch, **options)]
 
     def submit_edit(self, subject: str, prompt: str, target_new: str, **options: Any) -> Resource:
         """Submit an edit without waiting."""
@@ -151,19 +152,10 @@ class ServiceClient:
 
     def wait_for_edit(self, edit: Resource) -> Resource:
         """Return the edit after it has ended."""
-
-        def look() -> Resource | None:
-            answer = self.http.get(f"/edits/{edit['id']}", headers={"Prefer": "wait=60"})
-            assert answer.is_success, answer.text
-            found: Resource = answer.json()
-            return None if found["status"] in ("queued", "running") else found
-
-        return wait_until(look, f"the end of {edit['id']}")  # type: ignore[no-any-return]
+        return dict(self.client.wait_for(Edit.from_json(edit)).raw)
 
     def revert(self, edit: Resource) -> Resource:
-        answer = self.http.delete(f"/edits/{edit['id']}", headers={"Prefer": "wait=60"})
-        assert answer.status_code == 200, answer.text
-        return answer.json()  # type: ignore[no-any-return]
+        return dict(self.client.revert(edit["id"]).raw)
 
     def head(self) -> int:
         return int(self.get("/models")["items"][0]["head"])
@@ -189,14 +181,13 @@ class ServiceClient:
         return str(digest)
 
     def verify_ledger(self) -> Resource:
-        verification = self.get("/ledger/verify")
-        assert verification["ok"], verification["findings"]
-        return verification
+        verification = self.client.verify()
+        assert verification.ok, verification.findings
+        return dict(verification.raw)
 
     def replicas(self) -> list[Resource]:
         """Return the attestations of the workers."""
-        replicas: list[Resource] = self.get("/ledger/verify")["replicas"]
-        return replicas
+        return [dict(replica) for replica in self.client.verify().replicas]
 
     @contextmanager
     def stream_events(
@@ -205,7 +196,7 @@ class ServiceClient:
         """Yield (name, data) of each server-sent event."""
         with self.http.stream(method, path, **request) as answer:
             assert answer.status_code == 200
-            yield _parse_sse(answer.iter_lines())
+            yield ((e.event, e.json()) for e in EventSource(answer).iter_sse() if e.data)
 
 
 class EmbeddedService(ServiceClient):
@@ -383,16 +374,6 @@ class Deployment(ServiceClient):
     def kill(self) -> None:
         self.sigkill()
         self.http.close()
-
-
-def _parse_sse(lines: Iterator[str]) -> Iterator[tuple[str, Resource]]:
-    name = ""
-    for line in lines:
-        field, _, value = line.partition(": ")
-        if field == "event":
-            name = value
-        elif field == "data":
-            yield name, json.loads(value)
 
 
 def read_fact_rows(model: Path) -> list[Resource]:
