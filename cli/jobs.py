@@ -9,8 +9,7 @@ from cli.flags import add_limit_flag
 from cli.job_output import failure_reason, format_minute
 from cli.terminal import format_list, out, print_json, strip_control_chars
 from palimpsest import Client
-
-JOB_KINDS = ("edit", "trace", "export", "evaluation")
+from service.jobs.job_kinds import JOB_KINDS
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,7 +23,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--status", help="only jobs with this status: queued, running, failed, cancelled, ..."
     )
-    parser.add_argument("--kind", choices=JOB_KINDS, help="only jobs of this kind")
+    parser.add_argument("--kind", choices=list(JOB_KINDS), help="only jobs of this kind")
     add_limit_flag(parser)
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
     retry = add_client_command(verbs, "retry", retry_job, "queue a failed job again with all its attempts")
