@@ -70,7 +70,7 @@ def test_a_method_is_one_module_and_one_line(tmp_path: Path) -> None:
     """The method of the page is in OpenAPI, GET /models and the command line's help, and computes an edit."""
     for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    module, line = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    module, line = re.findall(r"```(?:python|text)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "service" / "methods" / "rome_identity.py").write_text(module, encoding="utf-8")
     registry = tmp_path / "service" / "methods" / "registry.py"
     text = registry.read_text(encoding="utf-8")

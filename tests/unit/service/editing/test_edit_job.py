@@ -912,7 +912,7 @@ def test_batched_edits_equal_single_edits(
     edits = group.run()
     assert [e["status"] for e in edits] == ["applied"] * 4
     assert [e["version"] for e in edits] == [1, 2, 3, 4]
-    assert recorded.count("compose") == 1
+    assert recorded.count("baseline") == 1
     for i, edit in enumerate(edits):
         assert edit["result"]["batched_with"] == [e["id"] for e in edits if e is not edit]
         one, other = (
@@ -1038,7 +1038,7 @@ def test_batch_is_reevaluated_when_head_moved(harness: EditingHarness) -> None:
     recorded: list[str] = []
     group.steps = recording_phases(group.steps, recorded)
     assert [e["version"] for e in group.run()] == [2, 3]
-    assert recorded.count("compose") == 1 and "optimize" not in recorded
+    assert recorded.count("baseline") == 1 and "optimize" not in recorded
 
 
 def test_same_fact_twice_is_committed_in_order(harness: EditingHarness) -> None:
