@@ -116,11 +116,8 @@ def test_idempotency_key_returns_the_same_export(client: TestClient, applied_edi
 
 
 def test_import_reads_an_edit_set(client: TestClient, applied_edit: dict[str, Any]) -> None:
-    """Edits that are present are listed; a damaged or empty file is rejected."""
+    """A damaged or empty file is rejected with what is wrong."""
     data = export_edit_set(client)
-    assert client.post("/import", content=data, headers=BINARY).json()["already_present"] == [
-        applied_edit["id"]
-    ]
     answer = client.post("/import", content=data[:-1] + b"x", headers=BINARY)
     assert answer.status_code == 422 and "damaged" in answer.json()["detail"]
     answer = client.post("/import", content=b"", headers=BINARY)
