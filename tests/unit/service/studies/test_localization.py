@@ -45,7 +45,7 @@ def all_known(monkeypatch: pytest.MonkeyPatch) -> None:
         yield Progress(Phase.PROBE, 1, 1)
         return [(0.0, True) for _ in pairs]
 
-    monkeypatch.setattr(known_module, "log_prob_steps", said)
+    monkeypatch.setattr(known_module, "compute_log_probs", said)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,9 @@ def test_reversal_writes_the_noised_answer(
 ) -> None:
     """A reversal has the facts whose answer changes under noise, with that answer as the new object."""
     replica, context = replica_and_context
-    monkeypatch.setattr(module, "noised_answer", lambda _m, r, _n: {"1": " Brazil", "2": " Japan"}[r.name])
+    monkeypatch.setattr(
+        module, "noised_greedy_answer", lambda _m, r, _n: {"1": " Brazil", "2": " Japan"}[r.name]
+    )
     study = run_to_completion(
         run_localization_study(
             replica, context, replace(PLAN, problems=("reversal",)), RECORDS, InMemoryStore()
@@ -163,7 +165,7 @@ def test_reversal_writes_the_noised_answer(
     assert one["facts"] == 1
     mean = score_single_edit(replica_and_context, replace(RECORDS[0], target_new="Brazil"), 2)["rewrite"]
     assert one["scores"]["rewrite"]["by_layer"]["mean"][1] == pytest.approx(mean, abs=1e-5)
-    monkeypatch.setattr(module, "noised_answer", lambda _m, r, _n: f" {r.target_true}")
+    monkeypatch.setattr(module, "noised_greedy_answer", lambda _m, r, _n: f" {r.target_true}")
     with pytest.raises(InvalidInput, match="use more noise"):
         run_to_completion(
             run_localization_study(

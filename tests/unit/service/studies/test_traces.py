@@ -34,7 +34,7 @@ def all_known(monkeypatch: pytest.MonkeyPatch) -> None:
         yield Progress(Phase.PROBE, 1, 1)
         return [(0.0, target != "Polish") for _, target in pairs]
 
-    monkeypatch.setattr(known_module, "log_prob_steps", said)
+    monkeypatch.setattr(known_module, "compute_log_probs", said)
 
 
 @pytest.mark.usefixtures("all_known")
@@ -72,7 +72,7 @@ def test_stored_traces_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
         traced.append(statement.text)
         return trace_statement(model, statement, *rest, **how)
 
-    monkeypatch.setattr(module, "trace_steps", counted)
+    monkeypatch.setattr(module, "trace_statement", counted)
     study = run_to_completion(run_trace_study(model, FACTS, PLAN, store))
     assert len(traced) == 1 and len(store) == 2
     assert run_to_completion(run_trace_study(model, FACTS, PLAN, store)) == study and len(traced) == 1
