@@ -74,7 +74,8 @@ def _matches_root_key(token: str, api_key: str) -> bool:
 
 
 def _reject_dns_rebinding(request: Request) -> None:
-    """Reject requests whose `Host` is not loopback: a web page could resolve its own name to this machine (DNS rebinding)."""
+    """Reject requests whose `Host` is not loopback: a web page could resolve its own name to this machine (DNS
+    rebinding)."""
     match = _HOST_PATTERN.fullmatch(request.headers.get("host", ""))
     if match is None or not is_loopback(match["six"] or match["name"]):
         raise Forbidden(

@@ -51,7 +51,8 @@ class EngineCall:
                     yield event
 
     async def wait_for_result(self, request: Request) -> dict[str, Any] | None:
-        """Return the data of `end`, or None if the client disconnects, which cancels the call. Raises the error of `error`."""
+        """Return the data of `end`, or None if the client disconnects, which cancels the call. Raises the error of
+        `error`."""
         finished = False
 
         async def last_event_data() -> dict[str, Any]:

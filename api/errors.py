@@ -1,7 +1,7 @@
 """Errors as HTTP responses: the table of statuses, and problem documents (RFC 9457, `application/problem+json`).
 
-Paths below /v1 use the error form of OpenAI's API instead (`api/openai/errors.py`). A response never contains a stack trace, a
-file path of the server or the message of a driver.
+Paths below /v1 use the error form of OpenAI's API instead (`api/openai/errors.py`). A response never contains a stack
+trace, a file path of the server or the message of a driver.
 """
 
 from __future__ import annotations

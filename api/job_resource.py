@@ -1,7 +1,7 @@
 """The routes that all kinds of jobs share: create, list, get, cancel and stream events.
 
-`job_router` builds all of them from a row of `service/jobs/job_kinds.py`. A kind with routes of its own uses `JobRoutes`
-to add the shared ones to its router.
+`job_router` builds all of them from a row of `service/jobs/job_kinds.py`. A kind with routes of its own uses
+`JobRoutes` to add the shared ones to its router.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Routes that require authorization: API key, rate limit and scope are checked before the body is read and parsed.
 
-A route declares its scope, and what its body is, with `@requires` on its function. A GET route without one needs `read`.
+A route declares its scope, and what its body is, with `@requires` on its function. A GET route without one needs
+`read`.
 """
 
 from __future__ import annotations

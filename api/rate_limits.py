@@ -1,4 +1,5 @@
-"""Rate limits per API key: a sliding window of one minute, counted in Redis if there is one, for all processes together.
+"""Rate limits per API key: a sliding window of one minute, counted in Redis if there is one, for all processes
+together.
 
 Rate limits protect availability, not secrets: while Redis is down, requests are not limited.
 """

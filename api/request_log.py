@@ -28,8 +28,8 @@ _REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 class RequestLogMiddleware:
     """The outermost middleware, so that unexpected errors are logged, too.
 
-    A valid `X-Request-Id` of the client is used as the id. The context variable is not reset at the end: every request has a
-    task of its own, and later log lines about a failed request need the id.
+    A valid `X-Request-Id` of the client is used as the id. The context variable is not reset at the end: every request
+    has a task of its own, and later log lines about a failed request need the id.
     """
 
     def __init__(self, app: ASGIApp) -> None:

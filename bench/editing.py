@@ -244,7 +244,8 @@ def choose_strengths(
     cases: Sequence[Record],
     strengths: Sequence[float],
 ) -> list[Association]:
-    """Return the edits at the strengths that the service's policy chooses, one after another, each beside those before it.
+    """Return the edits at the strengths that the service's policy chooses, one after another, each beside those before
+    it.
 
     No edit is rejected, so that every form is measured on the same edits.
     """

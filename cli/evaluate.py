@@ -220,7 +220,8 @@ def select_records(records: Sequence[Record], args: argparse.Namespace) -> list[
 def load_damage_texts(
     args: argparse.Namespace, records: Sequence[Record], edited: Sequence[Record]
 ) -> tuple[str, list[str]] | None:
-    """Return a name and texts: the lines of a file, or statements of records that are not edited; None if these are few."""
+    """Return a name and texts: the lines of a file, or statements of records that are not edited; None if these are
+    few."""
     if args.damage_corpus:
         try:
             lines = Path(args.damage_corpus).read_text(encoding="utf-8").splitlines()

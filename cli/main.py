@@ -89,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: success. 1: the request or the job failed, or no service answers. 2: invalid command or configuration. 130: SIGINT.
+    0: success. 1: the request or the job failed, or no service answers. 2: invalid command or configuration. 130:
+    SIGINT.
     """
     args = build_parser().parse_args(argv)
     try:

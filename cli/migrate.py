@@ -1,6 +1,7 @@
 """`palimpsest migrate`: migrate the database, and print the revisions before and after.
 
-Every process of the service migrates the database when it starts. This command does it as a separate step of a deployment.
+Every process of the service migrates the database when it starts. This command does it as a separate step of a
+deployment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Output on the terminal: progress bars, tables, lists and JSON. External text is never interpreted as markup or control codes."""
+"""Output on the terminal: progress bars, tables, lists and JSON. External text is never interpreted as markup or
+control codes."""
 
 from __future__ import annotations
 
@@ -84,8 +85,8 @@ def progress_bar() -> Iterator[ProgressBar]:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """Return a table with right-aligned numbers. A table that is too wide is transposed if that fits; otherwise its headings and
-    then its texts are wrapped, never its numbers."""
+    """Return a table with right-aligned numbers. A table that is too wide is transposed if that fits; otherwise its
+    headings and then its texts are wrapped, never its numbers."""
     rows = [list(row) for row in rows]
     cells = [[format_cell(value) for value in row] for row in rows]
     right = _numeric_columns(rows, len(columns))
@@ -132,8 +133,8 @@ def _table_width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
 def format_list(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], wrapped_columns: Sequence[str] = ()
 ) -> Text:
-    """Return a list whose ids and times are never wrapped. If the terminal is too narrow, `wrapped_columns`, which are the last
-    ones, are printed below each row."""
+    """Return a list whose ids and times are never wrapped. If the terminal is too narrow, `wrapped_columns`, which are
+    the last ones, are printed below each row."""
     rows = [list(row) for row in rows]
     cells = [[format_cell(value) for value in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
@@ -183,7 +184,8 @@ def truncate(text: str, width: int) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print a JSON value on one line of stdout, in ASCII, so that no character can control a terminal or split the line."""
+    """Print a JSON value on one line of stdout, in ASCII, so that no character can control a terminal or split the
+    line."""
     out.file.write(json.dumps(value, default=str) + "\n")
 
 

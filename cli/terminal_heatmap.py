@@ -1,7 +1,7 @@
 """Heat maps in a terminal: tokens down, layers across, one map for each kind (as in Meng et al. 2022, Fig. 1).
 
-In colour a cell sets its background, so that a map looks the same on light and dark terminals. Without colours (a file, NO_COLOR,
-16 colours) characters of increasing density are used.
+In colour a cell sets its background, so that a map looks the same on light and dark terminals. Without colours (a file,
+NO_COLOR, 16 colours) characters of increasing density are used.
 """
 
 from __future__ import annotations

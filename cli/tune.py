@@ -179,7 +179,8 @@ def parse_methods(text: str | None) -> tuple[str, ...]:
 
 
 def candidate_row(candidate: Candidate, defaults: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the row of HISTORY_COLUMNS of a candidate: the hyperparameters that differ from the defaults, and its scores or the reason."""
+    """Return the row of HISTORY_COLUMNS of a candidate: the hyperparameters that differ from the defaults, and its
+    scores or the reason."""
     label = " ".join(f"{k}={json.dumps(v)}" for k, v in candidate.hparams.items() if defaults.get(k) != v)
     if candidate.edits is not None:
         label = f"{candidate.edits} edits {label}"

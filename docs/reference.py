@@ -1,4 +1,5 @@
-"""Write docs/reference.md from the OpenAPI document: `python docs/reference.py`. A test compares the page with the code."""
+"""Write docs/reference.md from the OpenAPI document: `python docs/reference.py`. A test compares the page with the
+code."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     python examples/bulk_edit.py examples/landmarks.csv --report report.csv
 
-The columns are subject, prompt, target_new and, if known, target_true. Every row has an idempotency key made of its content and
-the name of the run: run again after an interruption, the script continues, and no edit is made twice. Rejected rows stay rejected;
-to retry them, or to make reverted edits again, give the run another name (--run).
+The columns are subject, prompt, target_new and, if known, target_true. Every row has an idempotency key made of its
+content and the name of the run: run again after an interruption, the script continues, and no edit is made twice.
+Rejected rows stay rejected; to retry them, or to make reverted edits again, give the run another name (--run).
 """
 
 from __future__ import annotations

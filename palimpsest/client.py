@@ -58,8 +58,9 @@ class Client(_BaseClient, SyncMode):
     """A client of a Palimpsest service. Threads may share it.
 
     `url` and `key` default to PALIMPSEST_URL and PALIMPSEST_API_KEY, then to http://127.0.0.1:8000 without a key. `timeout` is the
-    maximum time without a byte from the service, in seconds. `retries` is how often a request is repeated after a lost connection
-    or a response such as 503; idempotency keys prevent duplicates. An address that never answered is not retried.
+    maximum time without a byte from the service, in seconds. `retries` is how often a request is repeated after a lost
+    connection or a response such as 503; idempotency keys prevent duplicates. An address that never answered is not
+    retried.
     """
 
     def __init__(

@@ -68,7 +68,8 @@ class EditRequest(_RequiredEditFields, total=False):
 
 
 class Endpoints:
-    """The calls of both clients. Arguments that are None take the service's default; `/docs` of the service lists all fields."""
+    """The calls of both clients. Arguments that are None take the service's default; `/docs` of the service lists all
+    fields."""
 
     _transport: Transport
     _prefer_wait: float  #: seconds that the service may delay a response; less than the client's timeout
@@ -96,8 +97,9 @@ class Endpoints:
     ) -> Edit:
         """Edit the model so that the prompt continues with `target_new`; `{}` in the prompt stands for the subject.
 
-        Return the applied edit. Raise `EditRejected` when the guard rejects it. A dry run is returned in either case. With
-        `wait=False` return the queued edit. `key` is an idempotency key: a second call with it returns the same edit.
+        Return the applied edit. Raise `EditRejected` when the guard rejects it. A dry run is returned in either case.
+        With `wait=False` return the queued edit. `key` is an idempotency key: a second call with it returns the same
+        edit.
         """
         body = drop_none(
             subject=subject,
@@ -126,8 +128,8 @@ class Endpoints:
     ) -> list[Edit]:
         """Submit up to 1,000 edits. All of them are queued, or none if one is invalid.
 
-        Return them in order once all have ended. Rejected edits do not raise: check `applied` and `reason`. `on_end` is called
-        with each edit that has ended.
+        Return them in order once all have ended. Rejected edits do not raise: check `applied` and `reason`. `on_end` is
+        called with each edit that has ended.
         """
         response = await self._transport.create("/edits", {"edits": list(edits)}, key, 0)
         return await self._edits_of(response, wait, on_end)
@@ -272,7 +274,8 @@ class Endpoints:
         exhausted: bool | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[Job]:
-        """Yield jobs of every kind, newest first; at most `limit`. `exhausted`: failed after the maximum number of attempts."""
+        """Yield jobs of every kind, newest first; at most `limit`. `exhausted`: failed after the maximum number of
+        attempts."""
         exhausted_text = None if exhausted is None else str(exhausted).lower()
         return self._transport.iter_items(
             "/jobs", Job, limit, status=status, kind=kind, exhausted=exhausted_text
@@ -301,7 +304,8 @@ class Endpoints:
     ) -> Generation:
         """Generate a continuation of the prompt with the newest version, or with `version`.
 
-        `min_version=edit.version` generates with that version or a newer one, on any worker: the caller reads its own edit.
+        `min_version=edit.version` generates with that version or a newer one, on any worker: the caller reads its own
+        edit.
         """
         body = drop_none(
             prompt=prompt,
@@ -425,7 +429,8 @@ class Endpoints:
 
     @endpoint
     async def verify(self) -> Verification:
-        """Verify the hash chain, the factors of every edit and the weights of the workers. The result is true if all match."""
+        """Verify the hash chain, the factors of every edit and the weights of the workers. The result is true if all
+        match."""
         return Verification.from_json(await self._transport.get("/ledger/verify"))
 
     @endpoint
@@ -439,7 +444,8 @@ class Endpoints:
     async def export(self, version: Version = "head", format: ExportFormat = "peft") -> bytes:
         """Return the edits of a version as a file.
 
-        `peft` is a zip with a LoRA adapter for PEFT, `safetensors` the edited weights, `edits` a file for `import_edits`.
+        `peft` is a zip with a LoRA adapter for PEFT, `safetensors` the edited weights, `edits` a file for
+        `import_edits`.
         """
         file = io.BytesIO()
         await self._export(file, version, format)
@@ -449,7 +455,8 @@ class Endpoints:
     async def export_to(
         self, file: IO[bytes], version: Version = "head", format: ExportFormat = "peft"
     ) -> str:
-        """Write the edits of a version to a file in chunks; see `export`. Return the file name that the service suggests."""
+        """Write the edits of a version to a file in chunks; see `export`. Return the file name that the service
+        suggests."""
         return await self._export(file, version, format)
 
     @endpoint
@@ -461,7 +468,8 @@ class Endpoints:
         wait: bool = True,
         on_end: Callable[[Edit], object] | None = None,
     ) -> list[Edit]:
-        """Commit edits that another service exported, with their exported factors. Edits that are already present are skipped."""
+        """Commit edits that another service exported, with their exported factors. Edits that are already present are
+        skipped."""
         response = await self._transport.create("/import", exported, key, 0)
         return await self._edits_of(response, wait, on_end)
 

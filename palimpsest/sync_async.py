@@ -1,7 +1,7 @@
 """One implementation for `Client` and `AsyncClient`.
 
-Every endpoint is a coroutine. `AsyncClient` returns it to be awaited. `Client` runs it to completion without an event loop: its
-HTTP backend blocks instead of awaiting, so the coroutine never suspends.
+Every endpoint is a coroutine. `AsyncClient` returns it to be awaited. `Client` runs it to completion without an event
+loop: its HTTP backend blocks instead of awaiting, so the coroutine never suspends.
 """
 
 from __future__ import annotations

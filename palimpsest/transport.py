@@ -116,7 +116,8 @@ class Transport:
         self._has_connected = False  # a wrong address fails at once instead of after all retries
 
     async def get(self, path: str, *, wait: float = 0, **params: Any) -> Any:
-        """Return the JSON of a resource. The service delays its response up to `wait` seconds while a job is unfinished."""
+        """Return the JSON of a resource. The service delays its response up to `wait` seconds while a job is
+        unfinished."""
         return self._parse_json(
             await self._send("GET", path, params=drop_none(**params), headers=_prefer_header(wait))
         )

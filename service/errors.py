@@ -1,6 +1,7 @@
 """Domain errors. Each class has a stable `code`; `api/errors.py` maps classes to HTTP statuses.
 
-`code` identifies an error on the wire, in job rows and in events. Titles and details are text for people and may change.
+`code` identifies an error on the wire, in job rows and in events. Titles and details are text for people and may
+change.
 """
 
 from __future__ import annotations

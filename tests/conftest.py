@@ -1,4 +1,5 @@
-"""Fixtures of all tiers. The stores are embedded here; tests/integration/conftest.py runs the same fixtures on both wirings."""
+"""Fixtures of all tiers. The stores are embedded here; tests/integration/conftest.py runs the same fixtures on both
+wirings."""
 
 from __future__ import annotations
 

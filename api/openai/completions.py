@@ -86,8 +86,8 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(RequestModel):
-    """Complete one prompt or several. A null field is the same as an omitted one. Fields of OpenAI's API that are not supported
-    accept only the value that has no effect."""
+    """Complete one prompt or several. A null field is the same as an omitted one. Fields of OpenAI's API that are not
+    supported accept only the value that has no effect."""
 
     model_config = ConfigDict(title="CompletionRequest")
 

@@ -69,8 +69,8 @@ class CompletionEnvelope:
 class ChoiceStream:
     """How much of one choice was sent to the client, and how much the current worker has generated.
 
-    If a worker dies, another one generates the choice again from the same version and with the same seed. The part that was
-    sent before is not sent again.
+    If a worker dies, another one generates the choice again from the same version and with the same seed. The part that
+    was sent before is not sent again.
     """
 
     sent_text: str = ""

@@ -117,8 +117,8 @@ async def create_completion(
     services: ServicesDep,
     broker: BrokerDep,
 ) -> Any:
-    """Complete one prompt or several. The model name selects the version, which is resolved when the request arrives: a later
-    edit does not change the completion."""
+    """Complete one prompt or several. The model name selects the version, which is resolved when the request arrives: a
+    later edit does not change the completion."""
     pending = await run_in_threadpool(
         services.generation.create_completion, body.model, body.to_worker_request()
     )

@@ -81,8 +81,8 @@ def get_export_file(id: ResourceId, services: ServicesDep) -> StreamingResponse:
 async def import_edits(request: Request, submission: SubmissionDep) -> Any:
     """Commit the edits of an edit set, which `POST /exports` with `format: "edits"` creates.
 
-    The factors of the file are used: they are evaluated by the guard like those of any edit, and are not computed again.
-    Edits that are already present are not changed.
+    The factors of the file are used: they are evaluated by the guard like those of any edit, and are not computed
+    again. Edits that are already present are not changed.
     """
     data, services = await request.body(), submission.services
     idempotency = submission.idempotency("import", data)

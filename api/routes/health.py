@@ -39,6 +39,6 @@ async def check_liveness() -> Liveness:
     "/readyz", summary="Readiness", response_model=Readiness, responses=problem_responses(422, 500, 503)
 )
 def check_readiness(services: ServicesDep) -> Any:
-    """Return 200 if the database and the broker respond, a worker serves generation at the newest version, and every queued kind
-    of job has a worker. Otherwise 503; `reasons` lists what is missing."""
+    """Return 200 if the database and the broker respond, a worker serves generation at the newest version, and every
+    queued kind of job has a worker. Otherwise 503; `reasons` lists what is missing."""
     return services.models.check_ready()

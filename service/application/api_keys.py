@@ -91,7 +91,8 @@ class ApiKeys:
         requests_per_minute: int | None = None,
         max_queued: int | None = None,
     ) -> tuple[ApiKeyInfo, str]:
-        """Create a key and return it with its token, which is not stored. Raises Conflict for a name that was used before."""
+        """Create a key and return it with its token, which is not stored. Raises Conflict for a name that was used
+        before."""
         _check_name(name)
         _check_limits(requests_per_minute=requests_per_minute, max_queued=max_queued)
         secret = secrets.token_urlsafe(32)

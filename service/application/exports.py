@@ -1,4 +1,5 @@
-"""Exports of a version: an adapter or edited weights, which a worker writes, and edit sets, which are read from the ledger."""
+"""Exports of a version: an adapter or edited weights, which a worker writes, and edit sets, which are read from the
+ledger."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ class ExportService(JobResourceService):
         )
 
     def export_edit_set(self, version: Version) -> tuple[int, int, Iterator[bytes]]:
-        """Return an edit set (`service/application/edit_set.py`): the number of the version, the size in bytes and the chunks."""
+        """Return an edit set (`service/application/edit_set.py`): the number of the version, the size in bytes and the
+        chunks."""
         with self.queue.database.read_session() as session:
             model = get_served_model(session)
             number, active_entries = _active_entries_at(session, model, version)

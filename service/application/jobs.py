@@ -42,7 +42,8 @@ class JobService:
         cursor: str | None = None,
         limit: int = 50,
     ) -> ResourceDict:
-        """Jobs of all kinds: {"items": newest first, "next": cursor or None}. `exhausted`: only those that failed after all their attempts."""
+        """Jobs of all kinds: {"items": newest first, "next": cursor or None}. `exhausted`: only those that failed after
+        all their attempts."""
         validate_limit(limit)
         if status is not None and status not in JOB_STATUSES:
             raise InvalidInput(f"`status` must be one of {', '.join(JOB_STATUSES)}.", "status")
@@ -112,7 +113,8 @@ class JobService:
 
 
 def _after_cursor(session: Session, last_id: str | None) -> tuple[ColumnElement[bool], ...]:
-    """Return the condition for jobs after a cursor. Ids of different kinds do not sort by time, so it compares `created`."""
+    """Return the condition for jobs after a cursor. Ids of different kinds do not sort by time, so it compares
+    `created`."""
     if last_id is None:
         return ()
     job = session.get(Job, last_id)

@@ -64,7 +64,8 @@ class ModelService:
         return {"ready": True, "head": head, "workers": worker_views, "waiting": waiting}
 
     def _readiness_state(self) -> tuple[int, int, list[Worker], dict[str, int]]:
-        """Return the newest version, the version that workers must have reached, the workers and the queued jobs by kind."""
+        """Return the newest version, the version that workers must have reached, the workers and the queued jobs by
+        kind."""
         with self.database.read_session() as session:
             model = get_served_model(session)
             worker_rows = worker_registry.list_workers(session, model.fingerprint, self.lease)

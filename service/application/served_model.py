@@ -21,7 +21,8 @@ class ServedModel:
         self._cached: tuple[Model, Tokenizer] | None = None  # of the latest registration
 
     def current(self) -> tuple[Model, Tokenizer, int]:
-        """Return the served model, its tokenizer and the newest version. Every request calls this, so it is one short query.
+        """Return the served model, its tokenizer and the newest version. Every request calls this, so it is one short
+        query.
 
         The tokenizer has megabytes of JSON: it is read and parsed once per registration of the model.
         """

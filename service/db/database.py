@@ -88,7 +88,8 @@ class Database:
         )
 
     def migrate(self, revision: str = "head") -> None:
-        """Upgrade or downgrade the tables to a revision ("base" drops them). Concurrent migrations run one after another.
+        """Upgrade or downgrade the tables to a revision ("base" drops them). Concurrent migrations run one after
+        another.
 
         Raises Misconfigured when the revision does not exist, or when a newer release has migrated the tables.
         """

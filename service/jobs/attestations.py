@@ -30,8 +30,8 @@ def attest(session: Session, model: str, version: int, worker: str, digest: str,
 def majority_digest(session: Session, model: str, version: int, device: str, lease: timedelta) -> str | None:
     """Return the digest that most workers attest for a version's state; of several such digests the earliest.
 
-    Live workers take precedence over dead ones: when all workers are replaced by others, with other library versions for
-    example, the new workers are not outvoted by the old ones.
+    Live workers take precedence over dead ones: when all workers are replaced by others, with other library versions
+    for example, the new workers are not outvoted by the old ones.
     """
     voted_by_alive = and_(Worker.id == Attestation.worker, worker_registry.alive(lease))
     query = (

@@ -33,7 +33,8 @@ class JobKind:
     request_model: str  #: "module:class" of the validated request
     serializer: str  #: "module:function" from (session, jobs of this kind and one model) to resources
     list_serializer: str = ""  #: the same for lists, when these show less
-    service: str = "service.application.job_resource:JobResourceService"  #: "module:class" that validates and submits requests
+    #: "module:class" that validates and submits requests
+    service: str = "service.application.job_resource:JobResourceService"
     submit_scope: str = "edit"  #: API key scope to submit one
     cancel_scope: str = "edit"  #: API key scope to cancel one
     has_artifacts: bool = False  #: whether its jobs store artifacts while they are open, or after they failed

@@ -27,7 +27,8 @@ class _Channel:
 
 
 def _events_after(events: deque[Event], last_seen: int) -> list[Event]:
-    """Return the events with ids above `last_seen`. Searches from the newest, so that a listener that keeps up reads few."""
+    """Return the events with ids above `last_seen`. Searches from the newest, so that a listener that keeps up reads
+    few."""
     return list(takewhile(lambda event: int(event.id) > last_seen, reversed(events)))[::-1]
 
 
@@ -35,8 +36,8 @@ class MemoryBroker:
     """A broker in bounded memory.
 
     It stores the newest `channel_events` events of a channel; the newest closed channels, with at most
-    `max_closed_events` events in all, for `closed_ttl_seconds`; and the newest `max_idle_channels` open channels without
-    a listener, and as many cancellations.
+    `max_closed_events` events in all, for `closed_ttl_seconds`; and the newest `max_idle_channels` open channels
+    without a listener, and as many cancellations.
     """
 
     def __init__(
@@ -235,7 +236,8 @@ class MemoryBroker:
         return str(self._last_id)
 
     def _evict_closed_channels(self) -> None:
-        """Drop closed channels over the limits, oldest first. A listener of a dropped channel still gets all its events."""
+        """Drop closed channels over the limits, oldest first. A listener of a dropped channel still gets all its
+        events."""
         horizon = time.monotonic() - self.closed_ttl_seconds
         while self._closed_channels:
             name, oldest = next(iter(self._closed_channels.items()))

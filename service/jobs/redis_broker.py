@@ -3,9 +3,9 @@
 The queue of a kind of job is a sorted set of job ids. An id leaves it when a worker receives it: the worker then claims
 the row in SQL, and the lease of the job is the worker's heartbeat there.
 
-Calls are entries of Redis Streams with a consumer group. The worker that received a call renews its lease from a thread.
-An expired lease is reclaimed, and a call whose workers died too often ends with an error (a dead letter). An operation
-that must be atomic is a command of `redis_broker.lua`.
+Calls are entries of Redis Streams with a consumer group. The worker that received a call renews its lease from a
+thread. An expired lease is reclaimed, and a call whose workers died too often ends with an error (a dead letter). An
+operation that must be atomic is a command of `redis_broker.lua`.
 
 Redis may lose all data. Then nothing waits any more: workers notify for the jobs again, and the API sends its calls
 again. A worker keeps a call that it holds, until another worker receives the same call.

@@ -31,12 +31,14 @@ UNAVAILABLE_REASONS: dict[type[Exception], str] = {
     exceptions.NoScriptError: "it has just been started",
 }
 
-#: prefixes of error replies that mean an unhealthy server: failed persistence, a script that runs too long, a partial cluster
+#: prefixes of error replies that mean an unhealthy server: failed persistence, a script that runs too long, a partial
+#: cluster
 UNHEALTHY_PREFIXES = ("MISCONF", "BUSY", "CLUSTERDOWN")
 
 
 def redis_client(url: str, socket_timeout: float) -> redis.Redis:
-    """Return a client that reconnects after a lost connection. A command that times out after `socket_timeout` is not repeated."""
+    """Return a client that reconnects after a lost connection. A command that times out after `socket_timeout` is not
+    repeated."""
     retry = Retry(ExponentialBackoff(cap=0.2, base=0.02), 3, (exceptions.ConnectionError,))
     return redis.Redis.from_url(url, retry=retry, **_connection_options(socket_timeout))
 

@@ -31,7 +31,8 @@ def retry_until_available(
     """Call `action` until it no longer raises `Unavailable`; return True then, and False when `stop` is set first.
 
     `interval` and `timeout` are in seconds. The last `Unavailable` is raised after `timeout`; without one the action is
-    retried until `stop` is set. `on_retry` is called with the error before each wait. Every other error is raised at once.
+    retried until `stop` is set. `on_retry` is called with the error before each wait. Every other error is raised at
+    once.
     """
 
     def before_sleep(state: RetryCallState) -> None:

@@ -75,8 +75,8 @@ def separator(prompt: str, target: str) -> str:
 def token_span(offsets: Sequence[Span], span: Span) -> Span:
     """Return the tokens [b, e) that overlap the characters [start, end), given the offsets of the whole text.
 
-    The whole text is tokenized at once, because its parts can be tokenized differently. Special tokens have empty offsets and
-    are skipped. A token that crosses the boundary belongs to the span.
+    The whole text is tokenized at once, because its parts can be tokenized differently. Special tokens have empty
+    offsets and are skipped. A token that crosses the boundary belongs to the span.
     """
     start, end = span
     overlapping = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]

@@ -37,8 +37,8 @@ def format_model_id(name: str, version: int) -> str:
 def parse_model_id(model_id: str, name: str, head: int) -> int:
     """Return the version that a model id means, where `name` is the name of the served model.
 
-    A path or an organization before the name is ignored, as in `org/NAME@42`. Raises ModelNotFound, whose detail lists the
-    valid names.
+    A path or an organization before the name is ignored, as in `org/NAME@42`. Raises ModelNotFound, whose detail lists
+    the valid names.
     """
     short = model_id.rsplit("/", 1)[-1]
     for candidate in (model_id, short):

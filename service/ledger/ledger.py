@@ -54,7 +54,8 @@ class Entry:
 
 
 class HistoryItem(Protocol):
-    """The fields of an entry that decide which edits are active. `fact` and `supersedes` are read of apply entries only."""
+    """The fields of an entry that decide which edits are active. `fact` and `supersedes` are read of apply entries
+    only."""
 
     @property
     def version(self) -> int: ...

@@ -1,7 +1,7 @@
 """The module paths of each supported architecture: one frozen row for each `config.model_type`.
 
-In every row the MLP's output, in evaluation mode, is the output of its down-projection. One path therefore names both the
-weight that ROME edits and the module whose output traces read and restore.
+In every row the MLP's output, in evaluation mode, is the output of its down-projection. One path therefore names both
+the weight that ROME edits and the module whose output traces read and restore.
 """
 
 from __future__ import annotations

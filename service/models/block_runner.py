@@ -1,8 +1,8 @@
 """Run the parts of a model one at a time: the layers before its blocks, each block, and the layers after them.
 
-The arguments of each block (masks, rotary angles, positions) are captured from the model's own forward pass, so this module
-is independent of the architecture. No hook or stub remains between two calls. Gradients flow through `run` and `logits`
-to a `hidden` that requires them; weights do not require gradients.
+The arguments of each block (masks, rotary angles, positions) are captured from the model's own forward pass, so this
+module is independent of the architecture. No hook or stub remains between two calls. Gradients flow through `run` and
+`logits` to a `hidden` that requires them; weights do not require gradients.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class BlockRunner:
         """Return the block inputs of token ids (rows, positions) that follow `start` earlier positions.
 
         `edit_embeddings` receives the embeddings and returns what replaces them. Without `positions`, every row has the
-        positions start, start + 1, ...; padded rows pass their own (rows, positions) and a `mask` (rows, start + positions).
+        positions start, start + 1, ...; padded rows pass their own (rows, positions) and a `mask` (rows, start +
+        positions).
         """
         model = self.model
         if positions is None:  # masks and angles of one row apply to any number of rows
@@ -101,7 +102,8 @@ class BlockRunner:
         return (out[0] if self._returns_tuple else out), cache.past
 
     def run_kv_only(self, inputs: BlockInputs, layer: int, hidden: Tensor, past: LayerKV | None) -> LayerKV:
-        """Return the keys and values of one block without computing its output, for positions that are only attended to."""
+        """Return the keys and values of one block without computing its output, for positions that are only attended
+        to."""
         cache = _LayerCache(past, stop_after_update=True)
         with suppress(_KVComplete):
             self._call(inputs, layer, hidden, cache)

@@ -96,7 +96,8 @@ class LoadedModel:
         return self.block(layer).get_submodule(self.architecture.attention)
 
     def down_proj(self, layer: int) -> nn.Module:
-        """Return the MLP's down-projection: its input is the key; its output is what the MLP adds to the residual stream."""
+        """Return the MLP's down-projection: its input is the key; its output is what the MLP adds to the residual
+        stream."""
         return self.block(layer).get_submodule(self.architecture.down_proj)
 
     def weight(self, layer: int) -> nn.Parameter:
@@ -169,7 +170,8 @@ def with_bos(model: LoadedModel) -> LoadedModel:
 
 
 def _fingerprint(model: nn.Module, config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of everything that determines the model's outputs. Volatile keys (paths, library version) are excluded."""
+    """Return a digest of everything that determines the model's outputs. Volatile keys (paths, library version) are
+    excluded."""
     digest = hashlib.sha256()
     ignored_keys = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
     config_values = {k: v for k, v in config.to_dict().items() if k not in ignored_keys}

@@ -1,9 +1,9 @@
 """Peak memory of each kind of work, in bytes beyond the resident weights, and admission by free memory.
 
-The estimates are upper bounds within a small factor of the measured peak (tests/unit/service/models/test_memory_estimates.py).
-They count live tensors between operations. d: hidden size; D: inner width; a: width of all query heads together; kv: width
-of all key heads; V: vocabulary; L: layers; s: bytes of a number. No work copies the model: an edit keeps activations, and a
-version keeps its edited weights only.
+The estimates are upper bounds within a small factor of the measured peak
+(tests/unit/service/models/test_memory_estimates.py). They count live tensors between operations. d: hidden size; D:
+inner width; a: width of all query heads together; kv: width of all key heads; V: vocabulary; L: layers; s: bytes of a
+number. No work copies the model: an edit keeps activations, and a version keeps its edited weights only.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ def forward_bytes(model: LoadedModel, rows: int, positions: int, past: int = 0) 
     """Return the bytes of a forward pass of rows x positions through the blocks, without gradients.
 
     One block is live at a time. Attention holds the residual, its normed copy, queries, keys, values, its output, and
-    transposed copies of these: 4 d + 7 a per token. The MLP holds the residual, its normed copy, its output, and at most
-    three tensors of the inner width: 6 d + 3 D per token. The two are not live together. Half precision is normed in single
-    precision: 3 d of 4 bytes. With `past` earlier positions, keys and values are concatenated and repeated for each query
-    head: 2 (kv + a) per position. A mask has one number per pair of positions; eager attention has four fp32 numbers per head.
+    transposed copies of these: 4 d + 7 a per token. The MLP holds the residual, its normed copy, its output, and at
+    most three tensors of the inner width: 6 d + 3 D per token. The two are not live together. Half precision is normed
+    in single precision: 3 d of 4 bytes. With `past` earlier positions, keys and values are concatenated and repeated
+    for each query head: 2 (kv + a) per position. A mask has one number per pair of positions; eager attention has four
+    fp32 numbers per head.
     """
     n = ModelSizes.of(model)
     tokens, pairs = rows * positions, rows * positions * (past + positions)
@@ -103,12 +104,13 @@ def edit_bytes(
 ) -> int:
     """Return the bytes of the optimization of values at `layer`.
 
-    `rows` texts have `prefix_length` positions before the subject's last token and `suffix_length` from it on; logits are
-    computed at `logit_positions` places. Keys and values of the prefix are kept for all L layers. Above the edited layer a
-    step holds them twice more (the active rows, and concatenated with the suffix), and the activations that the gradient
-    needs: 5 d + 4 a + 3 D per position, or 4 d + D where MLP and attention are parallel (linear maps with frozen weights
-    need none). Eager attention keeps its weights one and a half times in fp32. Added are one block's temporaries and, at each
-    of the logit positions, logits, log-softmax and their gradients: at least five times V in fp32.
+    `rows` texts have `prefix_length` positions before the subject's last token and `suffix_length` from it on; logits
+    are computed at `logit_positions` places. Keys and values of the prefix are kept for all L layers. Above the edited
+    layer a step holds them twice more (the active rows, and concatenated with the suffix), and the activations that the
+    gradient needs: 5 d + 4 a + 3 D per position, or 4 d + D where MLP and attention are parallel (linear maps with
+    frozen weights need none). Eager attention keeps its weights one and a half times in fp32. Added are one block's
+    temporaries and, at each of the logit positions, logits, log-softmax and their gradients: at least five times V in
+    fp32.
     """
     n = ModelSizes.of(model)
     layers_above = model.num_layers - layer
@@ -138,8 +140,8 @@ def trace_bytes(
 
     The base runs, 1 + R rows, keep every block's output, keys, values and the outputs of both modules: 3 d + 2 kv per
     position and layer. A step advances runs through one block: as many as the step budget allows, and at most
-    `runs_by_token` (by default 5 L R: one for each layer, kind and severed path). It holds three states, the keys and values
-    of earlier positions, and one block's temporaries.
+    `runs_by_token` (by default 5 L R: one for each layer, kind and severed path). It holds three states, the keys and
+    values of earlier positions, and one block's temporaries.
     """
     n = ModelSizes.of(model)
     base_runs = n.s * (1 + samples) * positions * ((3 * n.d + 2 * n.kv) * model.num_layers + n.d)
@@ -166,7 +168,8 @@ def trace_bytes(
 def statistics_bytes(model: LoadedModel, layers: int, longest: int) -> int:
     """Return the bytes of collecting and factoring C of some layers.
 
-    D^2 in fp64 twice per layer and once more, and one forward pass over STATISTICS_BATCH_TOKENS in rows of at most `longest`.
+    D^2 in fp64 twice per layer and once more, and one forward pass over STATISTICS_BATCH_TOKENS in rows of at most
+    `longest`.
     """
     n = ModelSizes.of(model)
     length = min(STATISTICS_BATCH_TOKENS, model.max_positions, longest)
@@ -185,8 +188,8 @@ def version_bytes(model: LoadedModel, layers: int) -> int:
 def compose_bytes(model: LoadedModel, edits: int) -> int:
     """Return the bytes of composing one layer of a version with n edits.
 
-    Keys and directions in fp32, 8 n D; in fp64 three times the values, 24 n d, the gram matrix and its factors, 24 n^2, and
-    COLUMN_BLOCK columns of everything at a time.
+    Keys and directions in fp32, 8 n D; in fp64 three times the values, 24 n d, the gram matrix and its factors, 24 n^2,
+    and COLUMN_BLOCK columns of everything at a time.
     """
     n = ModelSizes.of(model)
     columns = 8 * min(COLUMN_BLOCK, n.D) * (2 * edits + 2 * n.d)

@@ -19,7 +19,8 @@ def sample_texts(
     top_k: int | None = None,
     phase: Phase = Phase.SAMPLE,
 ) -> Stepper[list[str]]:
-    """Return `count` texts of `length` tokens, including the BOS token, which the published lengths count (Meng et al. 2022)."""
+    """Return `count` texts of `length` tokens, including the BOS token, which the published lengths count (Meng et al.
+    2022)."""
     texts: list[str] = []
     while len(texts) < count:
         rows = min(SAMPLE_BATCH_SIZE, count - len(texts))

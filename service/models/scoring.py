@@ -25,7 +25,8 @@ MAX_DISTRIBUTION_TOKENS = 512
 def compute_log_probs(
     model: LoadedModel, pairs: Sequence[tuple[str, str]], phase: Phase = Phase.MEASURE
 ) -> Stepper[list[tuple[float, bool]]]:
-    """Return, for each (prompt, object), the mean log p of the object's tokens and whether they are the greedy continuation."""
+    """Return, for each (prompt, object), the mean log p of the object's tokens and whether they are the greedy
+    continuation."""
     return [(s.log_p, s.is_greedy) for s in (yield from score_targets(model, pairs, phase))]
 
 
@@ -34,8 +35,8 @@ def score_targets(
 ) -> Stepper[list[TargetScore]]:
     """Return the score of each (prompt, object).
 
-    An object that exceeds the model's positions is measured as far as it fits. Pairs with the same input tokens (one prompt
-    with two objects of one token) share one forward pass.
+    An object that exceeds the model's positions is measured as far as it fits. Pairs with the same input tokens (one
+    prompt with two objects of one token) share one forward pass.
     """
     tokenized = [tokenize_prompt_and_target(model, p, t) for p, t in pairs]
     objects = [t[: max(1, model.max_positions - len(p))] for p, t in tokenized]

@@ -12,7 +12,8 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte in the vocabularies of Sen
 
 
 def _byte_letters() -> dict[str, int]:
-    """Return the byte of each letter of GPT-2's byte vocabulary: printable bytes are themselves, the others start at 256."""
+    """Return the byte of each letter of GPT-2's byte vocabulary: printable bytes are themselves, the others start at
+    256."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}

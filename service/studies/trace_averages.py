@@ -2,7 +2,8 @@
 
 A trace is given as its JSON. Subject tokens are [b, e) of T:
 
-    first b        middle b+1 .. e-2        last e-1        first subsequent e        further e+1 .. T-2        last token T-1
+    first b        middle b+1 .. e-2        last e-1        first subsequent e        further e+1 .. T-2        last
+    token T-1
 
 The AIE of a row and layer is the mean of score - low over all tokens of the row in all prompts, each with its own
 prompt's low. The ATE is the mean of high minus the mean of low. Intervals resample whole prompts. As published, a

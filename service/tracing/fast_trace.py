@@ -1,15 +1,15 @@
 """Exact causal tracing (Meng et al. 2022) that reuses what causality leaves unchanged.
 
-When the clean state of token t is restored, all positions before t equal the corrupted run in every layer, so their keys and
-values are reused; nothing below the restored layer changes either. A cell therefore starts from the corrupted run's block
-outputs above its entry layer, with token t replaced, and runs the blocks above on positions t .. T-1 only. The last block
-runs on the positions that predict the answer, and needs only keys and values of the others.
+When the clean state of token t is restored, all positions before t equal the corrupted run in every layer, so their
+keys and values are reused; nothing below the restored layer changes either. A cell therefore starts from the corrupted
+run's block outputs above its entry layer, with token t replaced, and runs the blocks above on positions t .. T-1 only.
+The last block runs on the positions that predict the answer, and needs only keys and values of the others.
 
-Cells of all kinds that restore the same token advance together as rows of one batch. Cells that are still identical share one
-row (`CorruptedRun`). A row diverges from another, or from the corrupted run, in the block where a window begins or ends.
-There the two differ in one module's output at token t, which within that block affects token t only, so the diverging row is
-computed for that one position. A window holds the module output of token t in the following blocks. A severed path is a
-hidden cell that holds the module output at its corrupted value up to the last layer.
+Cells of all kinds that restore the same token advance together as rows of one batch. Cells that are still identical
+share one row (`CorruptedRun`). A row diverges from another, or from the corrupted run, in the block where a window
+begins or ends. There the two differ in one module's output at token t, which within that block affects token t only, so
+the diverging row is computed for that one position. A window holds the module output of token t in the following
+blocks. A severed path is a hidden cell that holds the module output at its corrupted value up to the last layer.
 
 The work is split into steps of bounded cost: one block on some rows of one token, or the head on some final states.
 """
@@ -242,7 +242,8 @@ class FastTracer:
     ) -> tuple[list[CorruptedRun], Tensor]:
         """Advance the runs that enter a block. Return the runs above it and their states (runs, positions, d).
 
-        Where a window ends for one run and continues for others, the first keeps its row and the others diverge from it.
+        Where a window ends for one run and continues for others, the first keeps its row and the others diverge from
+        it.
         """
         next_set = set(next_runs)
         continuing = [run if run in next_set else run._replace(end_layer=layer + 1) for run in runs]
@@ -269,7 +270,8 @@ class FastTracer:
     def _exchanged_output(
         self, suffix: SuffixInputs, layer: int, runs: list[CorruptedRun], hidden: Tensor
     ) -> Tensor:
-        """Return a block's output at the restored token (runs, d): the clean run's, or its own with a module output held."""
+        """Return a block's output at the restored token (runs, d): the clean run's, or its own with a module output
+        held."""
         out = self.base_runs.states[layer + 1][[0] * len(runs), suffix.token]
         held = [i for i, t in enumerate(runs) if t.entry_layer < layer or t.source_kind != "hidden"]
         if held:

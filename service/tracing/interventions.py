@@ -51,7 +51,8 @@ class TraceCell:
         return self.name, self.token, self.layer
 
     def corrupted_run(self, sample: int, trace_input: TraceInput, layers: int) -> CorruptedRun:
-        """Return the cell's run of one sample. In the last block no other token attends, so holding has no effect there."""
+        """Return the cell's run of one sample. In the last block no other token attends, so holding has no effect
+        there."""
         until = (
             self.end_layer if self.token == trace_input.prompt_length - 1 else min(self.end_layer, layers - 1)
         )
@@ -73,7 +74,8 @@ def restored_cell(kind: str, token: int, layer: int, window: int, layers: int) -
 
 
 def severed_cell(severed_kind: str, token: int, layer: int, layers: int) -> TraceCell:
-    """Return the cell that restores a block output and holds the token's MLPs (or attentions) at their corrupted values.
+    """Return the cell that restores a block output and holds the token's MLPs (or attentions) at their corrupted
+    values.
 
     Up to the entry block they have these values anyway, because the noise is the same.
     """

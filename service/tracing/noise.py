@@ -1,8 +1,8 @@
 """The noise that corrupts a subject's embeddings (Meng et al. 2022, section 2.1).
 
-Noise is paired: one tensor z of shape (R, e - b, d) is drawn before the first pass, and every pass of a trace uses it, so two
-cells differ only by what was restored. It is drawn in C order with the sample as the slowest index, so the first samples do
-not depend on the number of samples.
+Noise is paired: one tensor z of shape (R, e - b, d) is drawn before the first pass, and every pass of a trace uses it,
+so two cells differ only by what was restored. It is drawn in C order with the sample as the slowest index, so the first
+samples do not depend on the number of samples.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def embedding_deviation(model: LoadedModel, subjects: Sequence[str] = ()) -> flo
     """Return the unbiased standard deviation over all scalars of the token embeddings of the subjects.
 
     As in the authors' code, each subject is tokenized alone without special tokens, and a token counts as often as it
-    occurs. Without subjects the deviation is that of the whole embedding matrix, each token once, which is independent of
-    the request.
+    occurs. Without subjects the deviation is that of the whole embedding matrix, each token once, which is independent
+    of the request.
     """
     total, squares, count = 0.0, 0.0, 0
     for ids in _token_id_chunks(model, subjects):

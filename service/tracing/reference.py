@@ -1,7 +1,7 @@
 """Reference implementation of causal tracing by full forward passes, as in the code of Meng et al. (2022).
 
-Every cell (t, l) is one pass of a batch of 1 + R rows: row 0 is clean, and its states are copied into the R corrupted rows.
-`fast_trace.py` computes the same numbers with less work; the tests compare it with this file.
+Every cell (t, l) is one pass of a batch of 1 + R rows: row 0 is clean, and its states are copied into the R corrupted
+rows. `fast_trace.py` computes the same numbers with less work; the tests compare it with this file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ SEVERABLE_KINDS = ("mlp", "attn")
 
 
 def restoration_window(layer: int, window: int, layers: int) -> tuple[int, int]:
-    """Return the layers [first, last) restored together around a layer: a window of 10 is l-5 .. l+4, clipped at the ends."""
+    """Return the layers [first, last) restored together around a layer: a window of 10 is l-5 .. l+4, clipped at the
+    ends."""
     return max(0, layer - window // 2), min(layers, layer - (-window // 2))
 
 

@@ -18,7 +18,8 @@ from service.tracing.noise import NoiseLevel, draw_noise, parse_noise_level
 
 @dataclass(frozen=True)
 class TraceInput:
-    """The input of a trace. `ids` are the prompt's T tokens and the answer's tokens except the last, which is not an input."""
+    """The input of a trace. `ids` are the prompt's T tokens and the answer's tokens except the last, which is not an
+    input."""
 
     text: str
     tokens: tuple[str, ...]  #: labels of the prompt's T tokens

@@ -1,8 +1,8 @@
 """The change that one edit adds to a set of other edits, without composing a version for each edit.
 
-For the associations of one layer and one solve mode let H = U^T K + ridge I be the system of the other edits, with entries
-H_rc = k_r^T u_c, and X its solution for their targets (`service/weights/composition.py`). An edit with key k, direction u
-and change of value delta borders the system:
+For the associations of one layer and one solve mode let H = U^T K + ridge I be the system of the other edits, with
+entries H_rc = k_r^T u_c, and X its solution for their targets (`service/weights/composition.py`). An edit with key k,
+direction u and change of value delta borders the system:
 
     [ H    b ] [ X' ]   [ T + g delta^T ]        b_r = k_r^T u        g_r = b_r / k^T u for the edit's subject, else 0
     [ c^T  h ] [ x  ] = [ t             ]        c_r = k^T u_r        h = k^T u + ridge

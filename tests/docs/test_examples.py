@@ -92,7 +92,8 @@ def test_exported_adapter_generates_with_peft(run: Run, url: str, shipped: Path,
 
 @pytest.mark.parametrize("name", ["audit.md", "audit.html"])
 def test_audit_report_lists_every_entry(run: Run, url: str, tmp_path: Path, name: str) -> None:
-    """audit_report.py writes a row with time, actor, fact, effect and hash per ledger entry, and the result of verification."""
+    """audit_report.py writes a row with time, actor, fact, effect and hash per ledger entry, and the result of
+    verification."""
     with Client(url) as client:
         client.edit("Tom & Jerry | <b>", "{} is located in the city of", "Rome", **FAST_EDIT_OPTIONS)
         client.revert(

@@ -1,4 +1,5 @@
-"""Edits on their way from one ledger to another, on each wiring: service.application.edit_set, and what editing makes of what it is given."""
+"""Edits on their way from one ledger to another, on each wiring: service.application.edit_set, and what editing makes
+of what it is given."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def build(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BuildPlace
 
 @pytest.fixture
 def source(build: BuildPlace) -> SteppedService:
-    """A service at version 6, where four edits are active: of two methods, one in place of an older one, one in spite of a revert."""
+    """A service at version 6, where four edits are active: of two methods, one in place of an older one, one in spite
+    of a revert."""
     place = build()
     place.edit("Eiffel Tower", "is")
     place.edit("Eiffel Tower", "in")
@@ -70,7 +72,8 @@ def destination(build: BuildPlace, source: SteppedService, monkeypatch: pytest.M
 
 
 def test_the_weights_are_the_same_bytes(source: SteppedService, destination: SteppedService) -> None:
-    """With these edits alone the other service has the same state and the same digest; who found them, and how, is in its ledger."""
+    """With these edits alone the other service has the same state and the same digest; who found them, and how, is in
+    its ledger."""
     data = source.export_edit_set()
     created, already_present = destination.services.imports.submit(data, "key:bob")
     assert len(created) == 4 and already_present == []

@@ -189,7 +189,8 @@ class TestPostgres:
     def test_idle_transaction_is_ended(
         self, open_database: Callable[..., Database], set_timeouts: Any
     ) -> None:
-        """Whoever freezes while it holds a row loses it: the others wait no longer than the limit, and it writes nothing."""
+        """Whoever freezes while it holds a row loses it: the others wait no longer than the limit, and it writes
+        nothing."""
         set_timeouts(idle_in_transaction_session_timeout="300ms")
         frozen, other = open_database(), open_database()
 
@@ -281,7 +282,8 @@ class TestPostgres:
         user: Any,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """Who cannot connect is told neither the address, nor the user, nor the password; the log has the driver's words."""
+        """Who cannot connect is told neither the address, nor the user, nor the password; the log has the driver's
+        words."""
         ports = {"somebody:secret@": 1, "nobody@": postgres_server.port}  # nobody listens; no such user
         database = open_database(f"postgresql://{user}127.0.0.1:{ports[user]}/nothing")
         with pytest.raises(Unavailable) as error:

@@ -70,7 +70,8 @@ def test_models_match(empty: Any) -> None:
 
 @pytest.mark.parametrize("steps", range(1, 5))
 def test_down_and_up_with_rows(empty: Any, steps: Any) -> None:
-    """Going down by any number of migrations and up again works with rows in the tables, and loses none that it need not."""
+    """Going down by any number of migrations and up again works with rows in the tables, and loses none that it need
+    not."""
     empty.migrate()
     with empty.engine.begin() as connection:
         for statement in ROWS:

@@ -214,8 +214,8 @@ def test_supersede_and_restore(database: Database) -> None:
 
 
 def test_explicit_supersede_and_restore(database: Database) -> None:
-    """An edit names one of another prompt: that is superseded, the older ones of its fact stay so, and the newer's revert brings
-    it back; as long as an edit that names it is not reverted, superseded or not, it stays out."""
+    """An edit names one of another prompt: that is superseded, the older ones of its fact stay so, and the newer's
+    revert brings it back; as long as an edit that names it is not reverted, superseded or not, it stays out."""
     model = add_model(database)
     old, a = apply_edit(database, model, FACTS[0]), apply_edit(database, model, FACTS[0])
     b = apply_edit(database, model, FACTS[2], supersedes=[a])

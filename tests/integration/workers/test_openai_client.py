@@ -214,7 +214,8 @@ def test_first_choice_equals_a_single_choice(client: OpenAI) -> None:
     ],
 )
 def test_stream_equals_the_whole_completion(client: OpenAI, wish: dict[str, Any]) -> None:
-    """What a stream says, put together by choice, is the whole answer to the same request: text, tokens, offsets and ends."""
+    """What a stream says, put together by choice, is the whole answer to the same request: text, tokens, offsets and
+    ends."""
     wish = {"seed": 3, "temperature": 1.2, "max_tokens": 20, **wish}
     whole = create_completion(client, **wish)
     streamed: dict[int, dict[str, Any]] = {}
@@ -263,7 +264,8 @@ def test_stop_string_ends_a_completion(client: OpenAI) -> None:
 def test_model_ids_name_versions(
     running_service: tuple[OpenAI, Services], reference: TransformersReference
 ) -> None:
-    """After an edit NAME speaks from the edited model and NAME@base as before; a name with a number means the same for ever."""
+    """After an edit NAME speaks from the edited model and NAME@base as before; a name with a number means the same for
+    ever."""
     client, services = running_service
     fields: dict[str, Any] = {"temperature": 0, "logprobs": 5}
     before = create_completion(client, **fields)

@@ -131,7 +131,8 @@ def test_models_ledger_and_health(client: TestClient, worker: FakeWorker) -> Non
 
 
 def test_every_operation_documents_its_errors(test_app: TestApp) -> None:
-    """Every operation has a summary, a tag and its errors, as problems or, below /v1, as OpenAI's; every body has examples."""
+    """Every operation has a summary, a tag and its errors, as problems or, below /v1, as OpenAI's; every body has
+    examples."""
     document = test_app.app.openapi()
     assert document["info"]["title"] == "Palimpsest"
     schemas = document["components"]["schemas"]

@@ -16,7 +16,8 @@ from tests.support.application import TOWER, TestApp
 
 @pytest.fixture
 def frozen_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return the time of day in a list; it is constant until a test changes it, so that a minute does not end within a test."""
+    """Return the time of day in a list; it is constant until a test changes it, so that a minute does not end within a
+    test."""
     now = [1_800_000_000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
     return now

@@ -37,7 +37,8 @@ def iter_commands(
 
 
 def test_every_command_has_the_flag() -> None:
-    """A command that talks to the service or prints a result has `--json`; one that has not is named here with the reason."""
+    """A command that talks to the service or prints a result has `--json`; one that has not is named here with the
+    reason."""
     found = dict(iter_commands(build_parser()))
     lacking = {words for words, parser in found.items() if "--json" not in parser._option_string_actions}
     assert lacking == set(COMMANDS_WITHOUT_JSON)

@@ -22,7 +22,8 @@ def render(scores: list[list[float]], width: int = 80, coloured: bool = True, **
 
 
 def test_low_is_pale_and_high_is_full() -> None:
-    """A cell per score on its own ground, so that it reads on any terminal: pale at `low`, full at `high`, never beyond."""
+    """A cell per score on its own ground, so that it reads on any terminal: pale at `low`, full at `high`, never
+    beyond."""
     found = cell_backgrounds(render([[0.1, 0.9], [0.5, -1.0]]))
     assert found[:4] == ["#f3f0f7", "#58188c", "#a684c2", "#f3f0f7"]
     assert [found[4], found[6], found[8]] == [found[0], found[2], found[1]]  # the scale below

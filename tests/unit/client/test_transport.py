@@ -194,7 +194,8 @@ def test_reconnects_of_a_stream_are_limited(ask: Ask) -> None:
 
 
 def test_streamed_tokens_and_reset(ask: Ask) -> None:
-    """A stream yields tokens, a `reset` flag after another worker took over, and an empty last token with the finish reason."""
+    """A stream yields tokens, a `reset` flag after another worker took over, and an empty last token with the finish
+    reason."""
     said = sse_stream(
         ("token", {"index": 0, "text": " Pa", "version": 1}),
         ("reset", {}),

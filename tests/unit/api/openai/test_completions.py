@@ -31,8 +31,8 @@ def create_edit(client: TestClient) -> dict[str, Any]:
 
 
 def test_a_name_is_a_version(client: TestClient, openai_client: OpenAI, worker: FakeWorker) -> None:
-    """NAME and NAME@head mean the newest version, NAME@base the first and NAME@N that one; what comes before a slash is not
-    looked at. The worker is asked for that version by number, and the answer bears its name."""
+    """NAME and NAME@head mean the newest version, NAME@base the first and NAME@N that one; what comes before a slash is
+    not looked at. The worker is asked for that version by number, and the answer bears its name."""
     create_edit(client), create_edit(client)
     meant = {
         "tiny": 2, "tiny@head": 2, "tiny@base": 0, "tiny@1": 1, "tiny@01": 1, "org/tiny": 2, "./models/tiny@base": 0,
@@ -227,8 +227,8 @@ def test_every_error_below_v1_has_openais_form(
 
 
 def test_keys_are_as_everywhere(test_app: TestApp, openai_client: OpenAI) -> None:
-    """The stock client's key is a key of the service: none that is good is an AuthenticationError, one of too little scope a
-    PermissionDeniedError, one that has asked too often a RateLimitError that says when to come back."""
+    """The stock client's key is a key of the service: none that is good is an AuthenticationError, one of too little
+    scope a PermissionDeniedError, one that has asked too often a RateLimitError that says when to come back."""
     keys = ApiKeys(test_app.database)
     reads, edits = (keys.create(scope, [scope], 2)[1] for scope in ("read", "edit"))
     with pytest.raises(openai.AuthenticationError):

@@ -86,8 +86,8 @@ def assemble_choices(lines: Sequence[str], count: int) -> list[dict[str, Any]]:
 
 @given(st.data())
 def test_what_a_client_puts_together_is_the_answer(data: st.DataObject) -> None:
-    """However an answer is cut into events, wherever workers die and whatever the channel has dropped by then, a client hears
-    every character and every token once, in order, and one reason to end."""
+    """However an answer is cut into events, wherever workers die and whatever the channel has dropped by then, a client
+    hears every character and every token once, in order, and one reason to end."""
     answers = data.draw(st.lists(st.lists(st.sampled_from("abcü🗼"), max_size=6), min_size=1, max_size=3))
     events: list[Event] = []
     for _ in range(data.draw(st.integers(1, 3))):  # workers, all but the last of which die

@@ -192,7 +192,8 @@ def test_edit_is_committed(harness: EditingHarness) -> None:
 
 
 def test_the_version_is_the_rank_one_update(harness: EditingHarness) -> None:
-    """The weight of a version with one edit is base + delta (C^-1 k)^T / (k^T C^-1 k), exactly, and no other weight differs."""
+    """The weight of a version with one edit is base + delta (C^-1 k)^T / (k^T C^-1 k), exactly, and no other weight
+    differs."""
     edit = harness.run_edit()
     (association,) = deserialize_updates(harness.services.edits.delta(edit["id"]), edit["id"], "Eiffel Tower")
     weights = harness.replica.weights(1)

@@ -865,7 +865,8 @@ def test_version_is_attested_before_first_token() -> None:
 
 
 def test_digest_mismatch_stops_serving_that_version() -> None:
-    """A dispute ends the loop: the request goes back unanswered, the job too, and what was agreed upon is said to its end."""
+    """A dispute ends the loop: the request goes back unanswered, the job too, and what was agreed upon is said to its
+    end."""
     harness = EngineHarness({"edit": job_handler(1000)})
     harness.job("edit_1")
     undisputed = harness.generate(prompt=PROMPTS[0], max_new_tokens=10)

@@ -1,4 +1,5 @@
-"""The cache of a batch: whoever joins and leaves, each row has its own keys and values, and no more is kept than needed."""
+"""The cache of a batch: whoever joins and leaves, each row has its own keys and values, and no more is kept than
+needed."""
 
 from __future__ import annotations
 

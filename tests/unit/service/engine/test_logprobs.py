@@ -66,7 +66,8 @@ def check_against_definition(model: LoadedModel, sequence: DecodingSequence, fir
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_output_logprobs_are_the_models_own(model_type: str, temperature: float) -> None:
-    """Padded rows that decode together, drawn at any temperature and cut, tell the model's distribution at temperature 1."""
+    """Padded rows that decode together, drawn at any temperature and cut, tell the model's distribution at temperature
+    1."""
     model = tiny(model_type)
     for sequence in decode_all(model, logprob_request(temperature=temperature, top_p=0.9, seed=3)):
         assert sequence.output_ids
@@ -142,8 +143,8 @@ def test_sequence_prefilled_again_is_measured_once() -> None:
     st.integers(0, 2**32),
 )
 def test_offsets_lead_to_the_tokens(ids: list[int], stop: list[str], echo: bool, seed: int) -> None:
-    """Whatever is said: pieces make the text, lines told piece by piece are all lines, offsets never fall, and a token that
-    is text stands where its offset says."""
+    """Whatever is said: pieces make the text, lines told piece by piece are all lines, offsets never fall, and a token
+    that is text stands where its offset says."""
     model = tiny("gpt2")
     request = logprob_request(prompts=None, tokens=[ids], echo=echo, stop=stop, temperature=2.0, seed=seed)
     (sequence,) = new_sequences(model, request)

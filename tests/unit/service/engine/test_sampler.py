@@ -121,8 +121,8 @@ def test_frequencies_follow_the_distribution() -> None:
 def test_a_batch_draws_what_each_row_draws_alone(
     params: list[Sampling], seed: int, size: int, waits: bool
 ) -> None:
-    """Rows of all wishes side by side, equal logits among them, draw token by token what the slow definition draws; also
-    where nothing may be asked of the device on the way."""
+    """Rows of all wishes side by side, equal logits among them, draw token by token what the slow definition draws;
+    also where nothing may be asked of the device on the way."""
     source = torch.Generator().manual_seed(seed)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(params))]
     uniform_numbers = torch.tensor([uniforms(seed + i, 4) for i in range(len(params))], dtype=torch.float64)
@@ -185,7 +185,8 @@ def test_extreme_logits_give_numbers() -> None:
 
 
 def test_choice_seeds_are_distinct() -> None:
-    """The first answer has the request's seed; the others, and those of other seeds, have seeds that differ, and are seeds."""
+    """The first answer has the request's seed; the others, and those of other seeds, have seeds that differ, and are
+    seeds."""
     seeds = {choice_seed(seed, choice) for seed in (0, 1, 2**63 - 1) for choice in range(64)}
     assert len(seeds) == 3 * 64
     assert all(0 <= seed < 2**63 for seed in seeds)

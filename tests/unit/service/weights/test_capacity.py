@@ -77,7 +77,8 @@ def test_capacity_limits() -> None:
 
 
 def test_which_updates_occupy_capacity() -> None:
-    """Edits of the same subject, of other layers and of another metric, and changes of whole weights, leave all of the room."""
+    """Edits of the same subject, of other layers and of another metric, and changes of whole weights, leave all of the
+    room."""
     c, key = moment(), keys(1)[0]
     active_updates = [
         association_at(key, c, "new"),
@@ -96,7 +97,8 @@ def test_which_updates_occupy_capacity() -> None:
 
 
 def test_average_capacity_of_n_keys() -> None:
-    """Of keys drawn from the statistics, n different keys take n / D on average: the mean over many draws, weighted by length."""
+    """Of keys drawn from the statistics, n different keys take n / D on average: the mean over many draws, weighted by
+    length."""
     c, active_keys = moment(), keys(3)
     directions = torch.linalg.solve(c, active_keys.T).T
     gram = active_keys @ directions.T

@@ -221,7 +221,8 @@ def test_orientation_follows_the_architecture(conv1d: bool) -> None:
 
 
 def test_the_edited_weight_is_cast_once() -> None:
-    """A half-precision weight is rebuilt in fp64 and rounded once, so its bytes do not depend on the number of edits before."""
+    """A half-precision weight is rebuilt in fp64 and rounded once, so its bytes do not depend on the number of edits
+    before."""
     base = torch.randn(d, D, generator=torch.Generator().manual_seed(5)).bfloat16()
     change = compose_layer([association(1), association(2)])
     expected = (base.double() + change.dense()).bfloat16()
@@ -263,7 +264,8 @@ def test_memit_is_its_normal_equations(n: int, ridge: float, seed: int) -> None:
 
 
 def test_emmet_is_memit_without_its_ridge() -> None:
-    """EMMET with a vanishing ridge writes every value exactly, which is MEMIT's limit for lambda -> 0; alone it is r-ROME."""
+    """EMMET with a vanishing ridge writes every value exactly, which is MEMIT's limit for lambda -> 0; alone it is
+    r-ROME."""
     associations = [association_with_mode(i, SolveMode("emmet", 1e-9)) for i in range(4)]
     change = compose_layer(associations).dense()
     for a in associations:
