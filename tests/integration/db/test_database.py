@@ -159,7 +159,7 @@ class TestPostgres:
 
         database = open_()
         database.migrate()
-        with database.session() as session:
+        with database.write_session() as session:
             session.add_all([model("x"), model("y")])
         yield open_
         for database in opened:

@@ -278,7 +278,7 @@ class TestCommitEdit:
         assert worker.ledger.head() == 0
         worker.jobs.finish(job, "cancelled")
         assert services.edits.get(edit)["status"] == "cancelled"
-        with pytest.raises(Exception, match="only an edit that was applied"):
+        with pytest.raises(Exception, match="only an applied edit"):
             services.edits.delta(edit)
 
     def test_twice(self, worker: WorkerParts, submit_edit: Callable[..., Any]) -> None:
