@@ -78,7 +78,8 @@ class PalimpsestApp(FastAPI):
     """The application with its outer middleware, and an OpenAPI document that has the schema of all errors."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Wrap the stack of the framework, so that responses to unexpected errors are logged and have all headers, too."""
+        """Wrap the stack of the framework, so that responses to unexpected errors are logged and have all headers,
+        too."""
         stack = super().build_middleware_stack()
         return RequestLogMiddleware(SecurityHeadersMiddleware(stack, self.docs_url))
 

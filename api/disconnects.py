@@ -54,7 +54,8 @@ async def wait_until_finished(
     subscribe: Callable[[str], AsyncIterator[Event]],
     seconds: float,
 ) -> dict[str, Any]:
-    """Return the resource when it has ended, or its state after `seconds`. The row is authoritative; events only wake."""
+    """Return the resource when it has ended, or its state after `seconds`. The row is authoritative; events only
+    wake."""
     deadline = time.monotonic() + seconds
     if seconds <= 0 or is_finished(resource):
         return resource

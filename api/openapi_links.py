@@ -14,7 +14,8 @@ LOCATION_HEADER: dict[str, Any] = {
 
 
 def link_operations(path: str, id_pointer: str = "id", **methods: str) -> OpenApiLinks:
-    """Return links by name to methods of `path`. Their parameter `id` is read from `id_pointer` in the response body."""
+    """Return links by name to methods of `path`. Their parameter `id` is read from `id_pointer` in the response
+    body."""
     pointer = quote(path.replace("/", "~1"), safe="~")
     return {
         name: {

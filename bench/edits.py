@@ -192,7 +192,8 @@ def agreement_row(theirs: ReferenceEdit, ours: ServiceEdit) -> list[str]:
 def time_setup(
     statistics: KeyStatistics, reference_editor: ReferenceEditor, device: str
 ) -> list[list[object]]:
-    """Time the setup before the first edit: the fp32 inverse of the reference, the fp64 Cholesky factor of the service."""
+    """Time the setup before the first edit: the fp32 inverse of the reference, the fp64 Cholesky factor of the
+    service."""
 
     def invert() -> None:
         reference_editor.clear_inverse_cache()

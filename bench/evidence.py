@@ -164,7 +164,8 @@ class EvidenceExperiment:
         ).search_values
 
     def run(self, row: MethodRow, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
-        """Run an evaluation or read its result. With the strengths of the recipe, all edits are committed in one batch."""
+        """Run an evaluation or read its result. With the strengths of the recipe, all edits are committed in one
+        batch."""
         assert self.context.recipe is not None
         strengths = row.strengths or self.context.recipe.rome.strengths
         plan = EvaluationPlan.model_validate(

@@ -63,7 +63,8 @@ class GuardCase:
     guard_result: GuardResult
 
     def passes_guard(self, probes: bool = True, **limits: float) -> bool:
-        """Return whether the edit passes with these limits; `probes=False` ignores paraphrase and neighborhood checks."""
+        """Return whether the edit passes with these limits; `probes=False` ignores paraphrase and neighborhood
+        checks."""
         guard = self.resolved_edit.request.guard.model_copy(update=limits)
         resolved_edit = replace(
             self.resolved_edit, request=self.resolved_edit.request.model_copy(update={"guard": guard})

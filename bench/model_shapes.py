@@ -45,7 +45,8 @@ EDIT_LAYERS = {
 def build_model(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LoadedModel:
-    """Return a model of SHAPES with random weights, the shipped GPT for "shipped", else the model of that path or name."""
+    """Return a model of SHAPES with random weights, the shipped GPT for "shipped", else the model of that path or
+    name."""
     if name not in SHAPES:
         return load_model(SHIPPED_MODEL if name == "shipped" else name, device, dtype)
     shape = dict(SHAPES[name])

@@ -68,7 +68,8 @@ def _format_probability(p: float | None) -> str:
 
 
 def iter_measurements(result: JobJson) -> Iterator[tuple[Any, ...]]:
-    """Yield (kind, prompt, object, before, after): both objects on the edited prompt, the expected one on each probe."""
+    """Yield (kind, prompt, object, before, after): both objects on the edited prompt, the expected one on each
+    probe."""
     for probe_kind, objects in (
         ("rewrite", ("new", "true")),
         ("paraphrase", ("new",)),

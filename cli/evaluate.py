@@ -1,4 +1,5 @@
-"""`palimpsest evaluate`: measure the quality of edits on a set of records, in this process or as a job of the service."""
+"""`palimpsest evaluate`: measure the quality of edits on a set of records, in this process or as a job of the
+service."""
 
 from __future__ import annotations
 

@@ -129,7 +129,8 @@ def _value_options(annotation: Any) -> dict[str, Any]:
 
 
 def add_setting_flags(parser: argparse._ActionsContainer, settings: type[BaseSettings], *only: str) -> None:
-    """Add a flag for every field, or for the given ones. Values stay text: pydantic parses them as it parses variables."""
+    """Add a flag for every field, or for the given ones. Values stay text: pydantic parses them as it parses
+    variables."""
     for name in only or settings.model_fields:
         field = settings.model_fields[name]
         default = default_text(settings, name)

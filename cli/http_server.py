@@ -22,7 +22,8 @@ SHUTDOWN_TIMEOUT = 8  # seconds after which open requests are cancelled
 
 @contextmanager
 def listening_socket(settings: Settings) -> Iterator[socket.socket]:
-    """Bind the socket of the server. It is bound before the model is loaded, so that a port in use is reported at once."""
+    """Bind the socket of the server. It is bound before the model is loaded, so that a port in use is reported at
+    once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -102,7 +102,8 @@ def render_heat_maps(
 
 
 def fit_layout(maps: Sequence[HeatMap], layers: int, width: int) -> MapLayout:
-    """Choose a layout: side by side first, wide cells before narrow ones, several layers per cell as the last resort."""
+    """Choose a layout: side by side first, wide cells before narrow ones, several layers per cell as the last
+    resort."""
     titles = [len(one.title) for one in maps]
     for wide in (2, 1):
         if sum(max(title, wide * layers) for title in titles) + GAP * (len(maps) - 1) <= width:

@@ -46,7 +46,8 @@ def print_trace(args: argparse.Namespace, client: Client, trace: Trace, save: Pa
 
 
 def draw_trace(trace: JobJson) -> None:
-    """Print the maps of all kinds on one scale, the strongest state of each, and the severed paths if they were traced."""
+    """Print the maps of all kinds on one scale, the strongest state of each, and the severed paths if they were
+    traced."""
     result = trace["result"]
     tokens, low, kinds = result["tokens"], result["low"], result["kinds"]
     subject, answer = range(*result["subject"]["tokens"]), format_cell(result["answer"]["text"]).strip()

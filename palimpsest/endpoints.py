@@ -406,7 +406,8 @@ class Endpoints:
         stop: Sequence[str] | None = None,
         top: int | None = None,
     ) -> Comparison:
-        """Generate with two versions from the same prompt, and return the next tokens whose probabilities differ most."""
+        """Generate with two versions from the same prompt, and return the next tokens whose probabilities differ
+        most."""
         body = drop_none(
             prompt=prompt,
             versions=list(versions),

@@ -54,7 +54,8 @@ class Probes(RequestModel):
 
 
 class Guard(RequestModel):
-    """The limits of the guard for one edit. An edit that exceeds one is rejected; `enabled: false` applies every edit."""
+    """The limits of the guard for one edit. An edit that exceeds one is rejected; `enabled: false` applies every
+    edit."""
 
     enabled: bool = True
     min_probability: float = Field(
@@ -296,7 +297,8 @@ class TraceRequest(RequestModel):
 
 
 class Sampling(RequestModel):
-    """Sampling parameters. Temperature 0 is greedy. The same seed gives the same text, independent of other requests."""
+    """Sampling parameters. Temperature 0 is greedy. The same seed gives the same text, independent of other
+    requests."""
 
     max_new_tokens: int = Field(40, ge=1, le=4096)
     temperature: float = Field(0.0, ge=0, le=10)

@@ -101,7 +101,8 @@ def _try_collecting_reasons(query: Callable[[], T], reasons: list[str]) -> T | N
 def _unready_reasons(
     worker_rows: Sequence[Worker], required_version: int, waiting: dict[str, int]
 ) -> list[str]:
-    """Return why the service is not ready: no live worker, none at the newest version, or queued work without a worker."""
+    """Return why the service is not ready: no live worker, none at the newest version, or queued work without a
+    worker."""
     if not worker_registry.serving_workers(worker_rows):
         return ["no worker is alive"]
     reasons = []

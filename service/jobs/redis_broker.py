@@ -264,7 +264,8 @@ class RedisBroker:
                 self._lease_thread.start()
 
     def _maintain_leases(self) -> None:
-        """Renew the leases of this broker and reclaim expired ones of all brokers, in a thread with its own connection."""
+        """Renew the leases of this broker and reclaim expired ones of all brokers, in a thread with its own
+        connection."""
         connection = redis_client(self._url, max(1.0, self.lease / 3))
         script = connection.register_script(SCRIPT)
         while not self._closed.wait(self.lease / 3):

@@ -40,7 +40,8 @@ def prune_workers(session: Session) -> None:
 
 
 def serving_workers(workers: Sequence[Worker], role: str | None = None) -> list[Worker]:
-    """Return the workers that are not quarantined and have the role, if one is given. A worker without roles has all."""
+    """Return the workers that are not quarantined and have the role, if one is given. A worker without roles has
+    all."""
     return [w for w in workers if w.reason is None and (role is None or not w.roles or role in w.roles)]
 
 

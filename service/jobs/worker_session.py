@@ -209,6 +209,7 @@ class WorkerSession:
 
 
 def delete_all_workers(database: Database) -> None:
-    """Delete the rows of all workers: in the embedded wiring a row that exists at startup belongs to a killed process."""
+    """Delete the rows of all workers: in the embedded wiring a row that exists at startup belongs to a killed
+    process."""
     with database.write_session() as session:
         session.execute(delete(Worker))

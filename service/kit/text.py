@@ -93,7 +93,8 @@ def normalize_whitespace(text: str) -> str:
 
 
 def fact_key(subject: str, prompt: str) -> str:
-    """Return the key of a fact: subject and prompt, normalized. Two edits with the same key are edits of the same fact."""
+    """Return the key of a fact: subject and prompt, normalized. Two edits with the same key are edits of the same
+    fact."""
     return normalize_whitespace(subject) + "\n" + normalize_whitespace(prompt)
 
 

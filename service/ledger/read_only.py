@@ -49,7 +49,8 @@ class ReadOnlyLedger:
             return ledger.factors_of(session, edits)
 
     def attest(self, version: int, digest: str) -> None:
-        """Raise DigestMismatch when workers on the same kind of device attested this version with other digests only."""
+        """Raise DigestMismatch when workers on the same kind of device attested this version with other digests
+        only."""
         query = select(Attestation.digest).where(
             Attestation.model == self.model,
             Attestation.version == version,

@@ -151,7 +151,8 @@ class BlockRunner:
     def _stubbed_blocks(
         self, replacement: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
     ) -> Iterator[None]:
-        """Replace the forward method of every block by `replacement(layer, hidden, args, kwargs)` within the context."""
+        """Replace the forward method of every block by `replacement(layer, hidden, args, kwargs)` within the
+        context."""
 
         def stub(layer: int) -> Callable[..., Any]:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -51,7 +51,8 @@ def _first_output(output: Any) -> Tensor:
 def capture(
     modules: Mapping[Any, nn.Module], side: str = "output", keep_graph: bool = False
 ) -> Iterator[dict[Any, Tensor]]:
-    """Record the `input` or `output` tensor of each module during forward passes in the context, by the mapping's keys."""
+    """Record the `input` or `output` tensor of each module during forward passes in the context, by the mapping's
+    keys."""
     captured: dict[Any, Tensor] = {}
 
     def hook(key: Any) -> Callable[[nn.Module, Any, Any], None]:

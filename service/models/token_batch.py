@@ -53,7 +53,8 @@ def tokenize_prompt_and_target(model: LoadedModel, prompt: str, target: str) -> 
 
 
 def pad(rows: Sequence[Sequence[int]], model: LoadedModel, side: str = "right") -> PaddedBatch:
-    """Return rows of unequal length as one batch. Positions count the real tokens only, so padding does not shift them."""
+    """Return rows of unequal length as one batch. Positions count the real tokens only, so padding does not shift
+    them."""
     width = max(len(r) for r in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.long)

@@ -23,7 +23,8 @@ class StrengthSchedule:
     full_strength_margin: float  #: nats, from full strength on
 
     def required_margin(self, strength: float) -> float:
-        """Return the margin, in nats of mean log-probability, at which an edit of this strength is raised no further."""
+        """Return the margin, in nats of mean log-probability, at which an edit of this strength is raised no
+        further."""
         return self.full_strength_margin if strength >= 1 else self.partial_strength_margin
 
 

@@ -317,7 +317,8 @@ class FastTracer:
             yield
 
     def _answer_probability(self, hidden: Tensor) -> Tensor:
-        """Return p(answer) (rows,) from the last block's output (rows, n, d) at the positions that predict the answer."""
+        """Return p(answer) (rows,) from the last block's output (rows, n, d) at the positions that predict the
+        answer."""
         logits = self.block_runner.logits(hidden.reshape(-1, hidden.shape[-1]))
         return self.trace_input.answer_probability(logits.view(*hidden.shape[:2], -1))
 

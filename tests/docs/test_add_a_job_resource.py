@@ -58,7 +58,8 @@ def change(path: Path, old: str, new: str) -> None:
 
 
 def test_a_job_resource_is_three_files(tmp_path: Path) -> None:
-    """The request, the row and the handler of the page add routes that validate, queue, run and list a new kind of job."""
+    """The request, the row and the handler of the page add routes that validate, queue, run and list a new kind of
+    job."""
     for package in PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     request, row, handler, entry = blocks()

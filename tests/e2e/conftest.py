@@ -45,7 +45,8 @@ def service(
 def start_service(
     request: pytest.FixtureRequest, statistics_folder: Path, tmp_path: Path
 ) -> Iterator[Callable[[], RunningService]]:
-    """Return a function that starts the service with the same data folder and stores; the last is stopped at the end."""
+    """Return a function that starts the service with the same data folder and stores; the last is stopped at the
+    end."""
     stores = wirings.store_settings(request)
     started: list[RunningService] = []
 

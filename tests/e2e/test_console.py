@@ -77,7 +77,8 @@ def test_empty_lists_show_an_example(session: PageSession) -> None:
 
 
 def test_two_versions_generate_side_by_side(session: PageSession) -> None:
-    """An example fills the prompt, tokens come, and each answer names its version; equal versions are said to be equal."""
+    """An example fills the prompt, tokens come, and each answer names its version; equal versions are said to be
+    equal."""
     page = session.open("generate")
     page.get_by_role("button", name=PROMPT).click()
     page.get_by_label("compare with another version").check()
@@ -90,7 +91,8 @@ def test_two_versions_generate_side_by_side(session: PageSession) -> None:
 
 
 def test_an_edit_is_followed_to_its_report(session: PageSession, service: EmbeddedService) -> None:
-    """The example is sent, its progress is seen, and the report has both objects, the probes and the guard's verdict."""
+    """The example is sent, its progress is seen, and the report has both objects, the probes and the guard's
+    verdict."""
     page = session.open("edits")
     page.get_by_role("button", name="Use example").click()
     expect(page.locator(".preview del")).to_have_text("Paris")

@@ -28,7 +28,8 @@ def wait_for_address(process: CliProcess) -> str:
 
 
 def test_the_api_is_a_process_without_torch(stores: dict[str, Any], tmp_path: Path) -> None:
-    """`palimpsest api` answers, migrates, and has neither torch nor transformers in its memory; SIGTERM ends it with 0."""
+    """`palimpsest api` answers, migrates, and has neither torch nor transformers in its memory; SIGTERM ends it with
+    0."""
     api = CliProcess(tmp_path, "api", port=0, data_dir=tmp_path, **stores)
     try:
         url = wait_for_address(api)
@@ -58,7 +59,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_worker_prints_what_it_serves(stores: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    """`palimpsest worker` says its name, model and roles once it serves, shows its health, and SIGTERM ends it with 0."""
+    """`palimpsest worker` says its name, model and roles once it serves, shows its health, and SIGTERM ends it with
+    0."""
     asked = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
     port = free_port()
     worker = CliProcess(

@@ -131,7 +131,8 @@ def tokenizer() -> str:
 
 
 class FakeWorker:
-    """Receives from the broker and publishes as an engine does, without a model. Clear `may_finish` to delay results."""
+    """Receives from the broker and publishes as an engine does, without a model. Clear `may_finish` to delay
+    results."""
 
     def __init__(self, worker_parts: WorkerParts) -> None:
         self.worker_parts = worker_parts

@@ -134,7 +134,8 @@ class DocSession:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Return the environment without the settings of the machine, with the programs of this environment first in PATH."""
+    """Return the environment without the settings of the machine, with the programs of this environment first in
+    PATH."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PALIMPSEST_", "COMPOSE_"))}
     return inherited | {
         "HOME": str(folder),

@@ -43,7 +43,8 @@ def wait_until(condition: Callable[[], Any], description: str) -> Any:
 
 
 class CliProcess:
-    """A process of one `palimpsest` command. Its settings are environment variables; those of the machine are removed."""
+    """A process of one `palimpsest` command. Its settings are environment variables; those of the machine are
+    removed."""
 
     def __init__(self, folder: Path, *command: str, **settings: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -118,7 +118,8 @@ def test_an_older_version_is_exported_as_it_was(source: SteppedService, destinat
 
 
 def test_import_is_idempotent(source: SteppedService, destination: SteppedService) -> None:
-    """Importing twice lands once, also while the first is under way, and also at home; what was reverted may come back."""
+    """Importing twice lands once, also while the first is under way, and also at home; what was reverted may come
+    back."""
     data = source.export_edit_set()
     first, _ = destination.services.imports.submit(data, "key:bob")
     ids = [e["id"] for e in first]

@@ -91,7 +91,8 @@ def test_versions_have_no_gap(database: Database, committed_edit: Any, version: 
 
 
 def test_concurrent_appends(database: Database) -> None:
-    """Of connections that append at once without the ledger's lock, each on what it has read, one commits per version."""
+    """Of connections that append at once without the ledger's lock, each on what it has read, one commits per
+    version."""
     barrier = threading.Barrier(WRITERS)
     strangers = create_engine(database.engine.url)  # without any of our care
 

@@ -41,7 +41,8 @@ def download(stepped_service: SteppedService, export: dict[str, Any]) -> bytes:
 
 
 def test_the_adapter_follows_the_ledger(stepped_service: SteppedService, tmp_path: Path) -> None:
-    """Of found edits in two layers, with one superseded, and after a revert: peft agrees with what the service serves."""
+    """Of found edits in two layers, with one superseded, and after a revert: peft agrees with what the service
+    serves."""
     stepped_service.edit("Eiffel Tower", "is")
     stepped_service.edit("Eiffel Tower", "in")
     last = stepped_service.edit("Colosseum", "on", method="memit")

@@ -86,7 +86,8 @@ def without_timings(result: dict[str, Any]) -> dict[str, Any]:
 def test_another_worker_resumes_the_evaluation(
     container: Container, start_fake_worker: StartFakeWorker, mode: str
 ) -> None:
-    """A worker dies in the middle: another one finds only what was not found yet, and the result is that of one alone."""
+    """A worker dies in the middle: another one finds only what was not found yet, and the result is that of one
+    alone."""
     request = EvaluationRequest(records=RECORDS, **EVALUATION_FIELDS, mode=mode)  # type: ignore[arg-type]
     first, second = start_fake_worker(), start_fake_worker("worker-2")
     uninterrupted, interrupted = (

@@ -41,7 +41,8 @@ def test_a_program_is_told_where_to_go(client: TestClient) -> None:
 
 
 def test_everything_the_page_names_is_there(client: TestClient) -> None:
-    """Each style, script and icon that the page or a script names is served with its type, and nothing else lies there."""
+    """Each style, script and icon that the page or a script names is served with its type, and nothing else lies
+    there."""
     page = client.get("/").text
     named = {name.removeprefix("console/") for name in re.findall(r'(?:src|href)="(console/[^"]+)"', page)}
     for script in SCRIPTS:

@@ -15,7 +15,8 @@ WAIT = {"prefer": "wait=20"}
 
 
 def test_an_evaluation_is_accepted_and_done(client: TestClient, worker: FakeWorker) -> None:
-    """An evaluation is answered with its place; with Prefer: wait it is answered done. A list leaves out what it found."""
+    """An evaluation is answered with its place; with Prefer: wait it is answered done. A list leaves out what it
+    found."""
     answer = client.post("/evaluations", json=EVALUATION_BODY, headers=WAIT)
     assert answer.status_code == 200
     evaluation = answer.json()

@@ -117,7 +117,8 @@ def test_a_client_disconnect_cancels_a_generation(
 
 @contextmanager
 def open_request(http_client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[None]:
-    """Meanwhile a client waits for the answer to a POST. It goes at the end: it was heard by then, however busy we are."""
+    """Meanwhile a client waits for the answer to a POST. It goes at the end: it was heard by then, however busy we
+    are."""
     request = http_client.build_request("POST", path, json=body)
     head = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in request.headers.items())]
     with socket.create_connection((request.url.host, request.url.port)) as connection:

@@ -1,4 +1,5 @@
-"""`palimpsest export` and `palimpsest import`: folders and files that hold what the service made, or what is made here."""
+"""`palimpsest export` and `palimpsest import`: folders and files that hold what the service made, or what is made
+here."""
 
 from __future__ import annotations
 

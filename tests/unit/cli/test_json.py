@@ -109,7 +109,8 @@ ANSWERS: dict[str, Any] = {
 def test_json_prints_the_response_of_the_service(
     fake: FakeService, capsys: Captured, words: str, value: Any
 ) -> None:
-    """The value is what the service answered, a list's pages joined; one line of ASCII, which nothing in it can break."""
+    """The value is what the service answered, a list's pages joined; one line of ASCII, which nothing in it can
+    break."""
     fake.responses = dict(ANSWERS)
     assert main([*(word.replace("\t", " ") for word in words.split(" ")), "--json"]) == 0
     shown = capsys.readouterr().out

@@ -27,7 +27,8 @@ def create_key(*more: str, name: str = "nightly-eval", scopes: str = "read,edit"
 
 
 def test_the_token_alone_goes_to_stdout(data: Path, capsys: Captured) -> None:
-    """`palimpsest keys create > file` holds the token and nothing else; what it is for is said on stderr, without it."""
+    """`palimpsest keys create > file` holds the token and nothing else; what it is for is said on stderr, without
+    it."""
     assert create_key() == 0
     shown = capsys.readouterr()
     token = shown.out.strip()

@@ -55,7 +55,8 @@ def test_a_list_is_a_line_for_each_row(screen: Callable[[int], None]) -> None:
 
 
 def test_ids_stay_whole_on_a_narrow_terminal(screen: Callable[[int], None]) -> None:
-    """Where there is no room, what may be long goes below its row, broken between words, and ids can still be copied."""
+    """Where there is no room, what may be long goes below its row, broken between words, and ids can still be
+    copied."""
     screen(60)
     lines = format_list(COLUMNS, ROWS, ("fact",)).plain.splitlines()
     assert lines[1].strip() == "fact"

@@ -84,7 +84,8 @@ def test_the_object_counts_more(sample_facts: list[Fact], tokenizer: Tokenizer) 
 
 
 def test_rows(sample_facts: list[Fact], tokenizer: Tokenizer) -> None:
-    """The same seed gives the same rows and another seed others; a row is full and holds documents with an end between."""
+    """The same seed gives the same rows and another seed others; a row is full and holds documents with an end
+    between."""
     corpus = TrainingCorpus(sample_facts, tokenizer, 96)
 
     def rows(seed: int) -> list[tuple[list[int], list[float]]]:

@@ -59,7 +59,8 @@ def test_prompts_have_one_place_for_the_subject(facts: list[Fact]) -> None:
 
 
 def test_objects_have_several_subjects(facts: list[Fact]) -> None:
-    """Each object of a relation has at least two subjects, so that edits have neighbours; each subject has one object."""
+    """Each object of a relation has at least two subjects, so that edits have neighbours; each subject has one
+    object."""
     assert min(Counter((f.relation.name, f.object) for f in facts).values()) >= 2
     assert max(Counter((f.relation.name, f.subject) for f in facts).values()) == 1
 

@@ -109,7 +109,8 @@ def test_a_prompt_has_four_forms(openai_client: OpenAI, worker: FakeWorker) -> N
 def test_what_is_left_out_or_null_or_neutral_changes_nothing(
     openai_client: OpenAI, worker: FakeWorker
 ) -> None:
-    """A field that is null counts as left out, and one that is not supported may have the value that changes nothing."""
+    """A field that is null counts as left out, and one that is not supported may have the value that changes
+    nothing."""
     fields = (
         "max_tokens",
         "temperature",
@@ -263,7 +264,8 @@ def test_without_a_model_openai_routes_are_503(tmp_path: Any, wiring: dict[str, 
 
 
 def test_a_stream_is_chunks(openai_client: OpenAI) -> None:
-    """Every chunk bears the version; the last one of a choice says why it ended; with `include_usage` one more counts."""
+    """Every chunk bears the version; the last one of a choice says why it ended; with `include_usage` one more
+    counts."""
     plain = list(openai_client.completions.create(model="tiny", prompt=PROMPT, stream=True))
     assert [chunk.choices[0].text for chunk in plain] == [" Pa", "ris"]
     assert [chunk.choices[0].finish_reason for chunk in plain] == [None, "length"]

@@ -186,7 +186,8 @@ def test_model_holds_base_bytes_between_steps() -> None:
 
 
 def test_many_prompts_and_a_stream() -> None:
-    """Each prompt of a request has its index, its pieces make its text, and each speaks as if it had been asked alone."""
+    """Each prompt of a request has its index, its pieces make its text, and each speaks as if it had been asked
+    alone."""
     harness = EngineHarness()
     sampling_params = Sampling(max_new_tokens=9, temperature=1.0, seed=3)
     channel = harness.generate(prompts=PROMPTS, stream=True, version="base", **sampling_params.model_dump())
@@ -227,7 +228,8 @@ def test_requests_beyond_max_batch_size_wait() -> None:
 
 
 def test_sequences_wait_for_kv_cache_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows decode side by side as far as the caches of all fit when all is said; the others wait, and all are answered."""
+    """Rows decode side by side as far as the caches of all fit when all is said; the others wait, and all are
+    answered."""
     model = tiny()
     longest = max(len(model.encode(p)[0]) for p in PROMPTS) + 10
     monkeypatch.setattr(
@@ -305,7 +307,8 @@ def test_jobs_run_sequentially_and_report_progress() -> None:
 
 
 def test_urgent_job_preempts_running_job() -> None:
-    """An edit that comes while an evaluation runs is done between two of its steps; one that is no more urgent waits."""
+    """An edit that comes while an evaluation runs is done between two of its steps; one that is no more urgent
+    waits."""
     harness = EngineHarness({"edit": job_handler(2), "trace": job_handler(1), "evaluation": job_handler(3)})
     harness.job("evaluation_1", "evaluation")
     harness.step(1)
@@ -463,7 +466,8 @@ def test_each_worker_claims_its_share_of_edits() -> None:
 
 
 def test_grouped_jobs_finish_individually() -> None:
-    """One ends well, one badly, with news for one and for all; each has its own end, and the last end with the steps."""
+    """One ends well, one badly, with news for one and for all; each has its own end, and the last end with the
+    steps."""
     updates = [
         Progress(Phase.RUN, 1, 9),
         Finish("edit_1", Conflict("not this one.")),
@@ -547,7 +551,8 @@ def test_job_that_cannot_join_the_group_is_requeued() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.75])
 def test_generation_gets_its_time_share_beside_a_job(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    """While a job runs whose steps are slow, decoding has its share of the time; when nobody calls, the job has it all."""
+    """While a job runs whose steps are slow, decoding has its share of the time; when nobody calls, the job has it
+    all."""
     harness = EngineHarness(
         {"edit": job_handler(10**6)},
         EngineConfig(
@@ -967,7 +972,8 @@ def test_wakeup_without_work_polls_the_ledger() -> None:
 
 
 def test_stop_requeues_streams_when_other_workers_exist() -> None:
-    """Where there are other workers a generation that cannot end in time is handed back too, though a part was heard."""
+    """Where there are other workers a generation that cannot end in time is handed back too, though a part was
+    heard."""
     config = EngineConfig(max_batch_size=2, idle_timeout=0.01, drain_timeout=0.0)
     harness = EngineHarness(config=config, single_process=False)
     channels = [harness.generate(prompt=p, max_new_tokens=20, stream=True) for p in PROMPTS[:2]]

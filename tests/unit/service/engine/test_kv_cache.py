@@ -78,7 +78,8 @@ class CacheHarness:
 @settings(max_examples=60, deadline=None)
 @given(WIDTHS, st.data())
 def test_rows_keep_their_keys_and_values(widths: list[int], data: st.DataObject) -> None:
-    """After any joins, leaves and steps a row's columns hold what was written for it, bit for bit; the rest is numbers."""
+    """After any joins, leaves and steps a row's columns hold what was written for it, bit for bit; the rest is
+    numbers."""
     harness = CacheHarness(widths)
     for _ in range(data.draw(st.integers(1, 12))):
         match data.draw(st.sampled_from(["step", "leave", "join"])):

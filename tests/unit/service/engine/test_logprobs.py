@@ -187,7 +187,8 @@ def test_offsets_of_a_text_are_those_of_its_tokens(trims: bool) -> None:
 
 
 def test_choices_have_independent_seeds() -> None:
-    """Several answers to a prompt, or to prompts that are alike, are drawn apart; the first is what one alone would be."""
+    """Several answers to a prompt, or to prompts that are alike, are drawn apart; the first is what one alone would
+    be."""
     model = tiny("gpt2")
     fields = {
         "temperature": 1.0,

@@ -90,7 +90,8 @@ def test_a_version_is_the_closed_form_over_the_base() -> None:
 @settings(max_examples=12, deadline=None)
 @given(st.permutations(range(EDITS)), st.integers(0, 10**6))
 def test_edits_that_come_and_go_leave_the_base_bytes(order: list[int], seed: int) -> None:
-    """Ten edits, applied and reverted in any order, end in the base bytes: nothing is ever added and later subtracted."""
+    """Ten edits, applied and reverted in any order, end in the base bytes: nothing is ever added and later
+    subtracted."""
     model, ledger, rng = tiny(), FakeLedger(), random.Random(seed)
     before = bytes_of(model)
     replica = VersionedModel(model, ledger)
@@ -178,7 +179,8 @@ def test_base_is_restored_when_weights_cannot_be_placed() -> None:
 
 
 def test_base_is_in_place_between_steps() -> None:
-    """A generator sees the version during each of its steps; between them, and after an error in one, the base stands."""
+    """A generator sees the version during each of its steps; between them, and after an error in one, the base
+    stands."""
     model = tiny()
     replica = VersionedModel(model, FakeLedger())
     base, weights = bytes_of(model), replica.compose_weights(random_edit(1))

@@ -139,7 +139,8 @@ def test_a_start_token_is_passed_over() -> None:
     ],
 )
 def test_separator_before_a_target(prompt: str, target: str, between: str) -> None:
-    """The separator is one space, except after white space, an opening bracket or quote, or for scripts without spaces."""
+    """The separator is one space, except after white space, an opening bracket or quote, or for scripts without
+    spaces."""
     assert separator(prompt, target) == between
 
 

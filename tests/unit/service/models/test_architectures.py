@@ -73,7 +73,8 @@ def test_the_edited_weight_is_the_down_projection(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_changing_the_weight_changes_the_layer_and_nothing_before(model_type: str) -> None:
-    """Changing the weight of one layer leaves its key unchanged and moves the residual by exactly the change of value."""
+    """Changing the weight of one layer leaves its key unchanged and moves the residual by exactly the change of
+    value."""
     model = tiny(model_type)
     key, value, block = layer_activations(model, 1)
     first = layer_activations(model, 0)

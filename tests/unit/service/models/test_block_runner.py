@@ -28,7 +28,8 @@ def test_running_block_by_block_gives_the_model_logits(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("start", [1, 3, 5])
 def test_running_a_suffix_on_past_keys_and_values(model_type: str, start: int) -> None:
-    """Block inputs of later positions continue from the keys and values of earlier positions, for any number of rows."""
+    """Block inputs of later positions continue from the keys and values of earlier positions, for any number of
+    rows."""
     model = tiny(model_type)
     blocks = BlockRunner(model)
     whole, rest = blocks.capture_block_inputs(IDS, 0), blocks.capture_block_inputs(IDS[:, start:], start)

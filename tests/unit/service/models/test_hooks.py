@@ -68,7 +68,8 @@ def test_replace_output_gets_a_copy() -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_replaced_output_reaches_the_logits(model_type: str) -> None:
-    """A replaced output of block, attention and MLP changes the logits, on every architecture, only within the context."""
+    """A replaced output of block, attention and MLP changes the logits, on every architecture, only within the
+    context."""
     model = tiny(model_type)
     with torch.no_grad():
         plain = forward(model, example_batch(model))

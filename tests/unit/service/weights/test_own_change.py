@@ -18,7 +18,8 @@ MODES = [SolveMode(), SolveMode("joint", 0.1), SolveMode("memit", 3.0), SolveMod
 
 
 def association(i: int, subject: str, mode: SolveMode, layer: int = 0) -> Association:
-    """Return a random association whose key has k^T C^-1 k = 1, so that the ridge does not depend on the set of edits."""
+    """Return a random association whose key has k^T C^-1 k = 1, so that the ridge does not depend on the set of
+    edits."""
     g = torch.Generator().manual_seed(i)
     key = torch.randn(D, generator=g)
     direction = torch.linalg.solve(C, key.double())
@@ -37,7 +38,8 @@ def association(i: int, subject: str, mode: SolveMode, layer: int = 0) -> Associ
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("others", [0, 1, 6])
 def test_change_is_the_difference_of_two_compositions(mode: SolveMode, others: int) -> None:
-    """The change equals the composition with the edit minus the composition without it, also for edits of one subject."""
+    """The change equals the composition with the edit minus the composition without it, also for edits of one
+    subject."""
     if mode.rule.exact_alone and others == 1:
         pytest.skip("a lone association is solved without the ridge of two")
     active = [association(i, f"s{i % 4}", mode) for i in range(others)]
