@@ -113,7 +113,7 @@ def export_model(args: argparse.Namespace) -> int:
     with closing(open_database(settings)) as database:
         reader = ReadOnlyLedger(database, model.fingerprint, device_kind(model.device))
         version = reader.resolve_version(args.version)
-        manifest = write_model(VersionedModel(model, reader), version, folder)
+        manifest = write_model(VersionedModel(model, reader, reader.attest), version, folder)
     confirmation = (
         "Its weights match the digest of a worker."
         if reader.confirmed

@@ -48,7 +48,8 @@ def respond_with(*answers: httpx.Response | Exception) -> Handler:
 
 
 def sse(*events: tuple[str, str]) -> httpx.Response:
-    return httpx.Response(200, text="".join(f"event: {name}\ndata: {data}\n\n" for name, data in events))
+    text = "".join(f"event: {name}\ndata: {data}\n\n" for name, data in events)
+    return httpx.Response(200, text=text, headers={"content-type": "text/event-stream"})
 
 
 def test_retries_with_the_same_key() -> None:
@@ -69,7 +70,7 @@ def test_retries_with_the_same_key() -> None:
 
     log = run_client(handle, ClientAction(0, "edit", {}, wait_mode=""))
     assert requests == [(host, "asker-0") for host in ("one", "two", "one", "two", "one")]
-    assert [a.outcome for a in log.attempts] == ["silence", "connection broken", "429", "503", "200"]
+    assert [a.outcome for a in log.attempts] == ["timeout", "connection broken", "429", "503", "200"]
     assert log.ids_by_key == {"asker-0": {"edit_1"}}
 
 
@@ -115,9 +116,13 @@ def test_resumes_after_last_event_id() -> None:
     edit = {"id": "edit_1", "status": "queued"}
     respond = respond_with(
         httpx.Response(202, json=edit),
-        httpx.Response(200, text="id: 7\nevent: progress\ndata: {}\n\n"),
         httpx.Response(
-            200, text='id: 9\nevent: end\ndata: {"id": "edit_1", "status": "applied", "version": 4}\n\n'
+            200, text="id: 7\nevent: progress\ndata: {}\n\n", headers={"content-type": "text/event-stream"}
+        ),
+        httpx.Response(
+            200,
+            text='id: 9\nevent: end\ndata: {"id": "edit_1", "status": "applied", "version": 4}\n\n',
+            headers={"content-type": "text/event-stream"},
         ),
     )
 

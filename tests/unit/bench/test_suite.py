@@ -27,7 +27,7 @@ def test_the_reference_goes_to_those_that_compare(tmp_path: Path) -> None:
 
 def test_old_report_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed benchmark has no report, and its exit code is recorded."""
-    monkeypatch.setattr(suite, "KEPT", tmp_path)
+    monkeypatch.setattr(suite, "REPORTS_DIR", tmp_path)
     (tmp_path / "edits.json").write_text("{}", encoding="utf-8")
     outcome = run_script(BENCH_SCRIPTS[0], [sys.executable, "-c", "raise SystemExit(3)"])
     assert (outcome.name, outcome.code, (tmp_path / "edits.json").exists()) == ("edits", 3, False)

@@ -30,8 +30,8 @@ def test_missing_dependency_is_named() -> None:
 
 
 def test_settings_say_which_model(tmp_path: Path) -> None:
-    """A precision that there is not, and a folder without a model, are refused in the house's words."""
-    with pytest.raises(Misconfigured, match="dtype 'float8' is not known"):
+    """A precision that there is not, and a folder without a model, are rejected with a clear error."""
+    with pytest.raises(Misconfigured, match="unknown dtype 'float8'"):
         load_served_model(Settings(dtype="float8"))
     with pytest.raises(Misconfigured, match="cannot be loaded"):
         load_served_model(Settings(model=str(tmp_path)))

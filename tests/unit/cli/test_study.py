@@ -19,7 +19,7 @@ def test_a_trace_study_from_the_command_line(tmp_path: Path, capsys: Captured) -
     asked = ["study", "trace", "facts", "--limit", "2", "--samples", "1", "--out", str(tmp_path)]
     assert main(asked) == 0
     shown = capsys.readouterr()
-    assert "2 facts were asked and 2 traced" in shown.out and "last subject token" in shown.out
+    assert "2 facts were scored and 2 traced" in shown.out and "last subject token" in shown.out
     names = {p.name for p in tmp_path.iterdir()}
     figures = {f"{name}.{kind}" for name in ("maps", "lines", "severed") for kind in ("png", "svg")}
     assert names == {"study.json", "report.html", "runs", *figures}

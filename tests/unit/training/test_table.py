@@ -65,10 +65,10 @@ def test_objects_have_several_subjects(facts: list[Fact]) -> None:
     assert max(Counter((f.relation.name, f.subject) for f in facts).values()) == 1
 
 
-def test_a_bad_table_is_refused(facts: list[Fact]) -> None:
+def test_a_bad_table_is_rejected(facts: list[Fact]) -> None:
     """A repeated subject, an object with one subject and an invalid character are each reported."""
     first = facts[0]
-    assert any("stands 2 times" in p for p in table.find_problems([*facts, first]))
+    assert any("has 2 rows" in p for p in table.find_problems([*facts, first]))
     assert any(
         "single subject" in p for p in table.find_problems([*facts, replace(first, subject="x", object="y")])
     )
