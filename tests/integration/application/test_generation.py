@@ -65,7 +65,7 @@ class TestGeneration:
 
     def test_unknown_version_in_comparison(self, services: Services) -> None:
         """Both versions of a comparison must exist."""
-        with pytest.raises(InvalidInput, match="no version 3"):
+        with pytest.raises(InvalidInput, match="version 3 does not exist"):
             services.generation.compare(CompareRequest(prompt="The", versions=("base", 3)))
 
     def test_resubmit_keeps_the_channel(self, services: Services, broker: Broker) -> None:

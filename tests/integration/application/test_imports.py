@@ -171,7 +171,7 @@ def test_idempotency_key_covers_one_import(source: SteppedService, destination: 
     first, _ = destination.services.imports.submit(source.export_edit_set(), "key:bob", ("k", "a"))
     again, _ = destination.services.imports.submit(source.export_edit_set(), "key:bob", ("k", "a"))
     assert [e["id"] for e in first] == [e["id"] for e in again]
-    with pytest.raises(InvalidInput, match="another body"):
+    with pytest.raises(InvalidInput, match="another request body"):
         destination.services.imports.submit(source.export_edit_set(1), "key:bob", ("k", "b"))
 
 
@@ -282,7 +282,7 @@ HOSTILE_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "more than it should say": (lambda d: with_changed_set(d, lambda t: t.update(x=1)), "file is invalid"),
     "one edit twice": (
         lambda d: with_changed_set(d, lambda t: t["edits"].append(first_edit(t))),
-        "not the same",
+        "do not match",
     ),
 }
 

@@ -115,7 +115,8 @@ def tokens_alone(harness: WorkerHarness, folder: Path, version: int, request: Ge
     """What a replica of its own says at a version, with nothing else going on."""
     model = load_model(folder)
     replica = VersionedModel(
-        model, WorkerParts(harness.container.database, harness.container.broker, model.fingerprint, "reader")
+        model,
+        WorkerParts(harness.container.database, harness.container.broker, model.fingerprint, "reader").ledger,
     )
     batch = DecodingBatch(model, [new_sequence(model, request.prompt_texts()[0], request)])
     (r,) = batch.sequences

@@ -58,7 +58,7 @@ def test_seed_determines_the_order(tmp_path: Path) -> None:
         ([{"subject": "x", "attribute": "y"}], "known fact 1 lacks 'template'"),
         ([KNOWN | {"prompt": "It is in"}], "known fact 1: the subject 'Vinson Massif' does not occur"),
         ([KNOWN, 5], "known fact 2 lacks"),
-        ([{"subject": "a", "prompt": "{} is", "target_new": "b"}], "names its true object"),
+        ([{"subject": "a", "prompt": "{} is", "target_new": "b"}], "has a true object"),
         ([], "no records"),
     ],
 )
