@@ -104,7 +104,7 @@ def test_request_id_in_generation_logs(client: TestClient, log: Log) -> None:
     answer = client.post("/generate", json=request, headers={"X-Request-Id": "speak-1"})
     assert answer.status_code == 200, answer.text
     events = events_of_request(log, "speak-1")
-    assert {("api.request_log", "request"), ("service.engine.engine", "generation ended")} <= events
+    assert {("api.request_log", "request"), ("service.engine.call_runner", "generation ended")} <= events
 
 
 def test_request_id_in_edit_logs(client: TestClient, log: Log) -> None:
@@ -113,7 +113,7 @@ def test_request_id_in_edit_logs(client: TestClient, log: Log) -> None:
     assert answer.json()["status"] == "applied", answer.text
     client.post("/generate", json={"prompt": PROMPT, "max_new_tokens": 1})  # the engine has finished the step
     events = events_of_request(log, "edit-1")
-    worker = "service.engine.engine"
+    worker = "service.engine.job_runner"
     assert {("api.request_log", "request"), (worker, "job started"), (worker, "job ended")} <= events
 
 

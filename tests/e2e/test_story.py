@@ -210,7 +210,7 @@ def test_revert_restores_base_model(service: ServiceClient, rome: StoryState) ->
 # other cases
 
 
-@pytest.mark.usefixtures("tidy")
+@pytest.mark.usefixtures("revert_afterwards")
 def test_newer_edit_supersedes_older(service: ServiceClient) -> None:
     """A newer edit of a fact supersedes the older one; reverting it makes the older one active again."""
     about = ("Louvre", PROMPT)
@@ -233,7 +233,7 @@ def test_newer_edit_supersedes_older(service: ServiceClient) -> None:
     service.verify_ledger()
 
 
-@pytest.mark.usefixtures("tidy")
+@pytest.mark.usefixtures("revert_afterwards")
 def test_two_facts_of_one_subject(service: ServiceClient) -> None:
     """Edits of two facts of one subject hold together, and each lists the other as related."""
     continent, currency = "{} is a nation on the continent of", "{} uses a currency called the"
@@ -246,7 +246,7 @@ def test_two_facts_of_one_subject(service: ServiceClient) -> None:
     assert starts_with_target(texts[0], "Asia") and starts_with_target(texts[1], "peso"), texts
 
 
-@pytest.mark.usefixtures("tidy")
+@pytest.mark.usefixtures("revert_afterwards")
 def test_a_bad_edit_is_rejected(service: ServiceClient) -> None:
     """An edit that fails its guard is rejected with its measurements, and the model is unchanged."""
     head, digest = service.head(), service.head_digest()
@@ -261,7 +261,7 @@ def test_a_bad_edit_is_rejected(service: ServiceClient) -> None:
     assert service.http.get(f"/edits/{edit['id']}/delta").status_code == 409
 
 
-@pytest.mark.usefixtures("tidy")
+@pytest.mark.usefixtures("revert_afterwards")
 def test_a_dry_run_leaves_nothing(service: ServiceClient) -> None:
     """A dry run has measurements and creates no version."""
     head, digest = service.head(), service.head_digest()
@@ -271,7 +271,7 @@ def test_a_dry_run_leaves_nothing(service: ServiceClient) -> None:
     assert (service.head(), service.head_digest()) == (head, digest)
 
 
-@pytest.mark.usefixtures("tidy")
+@pytest.mark.usefixtures("revert_afterwards")
 def test_a_stream_is_pinned(service: ServiceClient) -> None:
     """An edit committed during a stream changes no token of the stream."""
     head = service.head()
@@ -313,7 +313,7 @@ def test_a_stream_is_pinned(service: ServiceClient) -> None:
     assert not pinned_texts & head_texts
 
 
-@pytest.mark.usefixtures("tidy")
+@pytest.mark.usefixtures("revert_afterwards")
 def test_one_key_one_edit(service: ServiceClient) -> None:
     """A request sent twice with one Idempotency-Key creates one edit; another body with that key is rejected."""
     headers = {"Idempotency-Key": "the-tower-once"}
@@ -331,7 +331,7 @@ def test_one_key_one_edit(service: ServiceClient) -> None:
     assert service.http.post("/edits", json=other, headers=headers).status_code == 422
 
 
-@pytest.mark.usefixtures("tidy")
+@pytest.mark.usefixtures("revert_afterwards")
 def test_a_running_edit_is_cancelled(service: ServiceClient) -> None:
     """A running edit that is cancelled ends as cancelled and creates no version."""
     head, digest = service.head(), service.head_digest()

@@ -117,6 +117,12 @@ class ServiceClient:
         """The client of the project, without retries: a lost response fails the test."""
         return Client(str(self.http.base_url), timeout=WAIT_TIMEOUT, retries=0)
 
+    def close_clients(self) -> None:
+        """Close the connections of both clients."""
+        self.http.close()
+        if (client := self.__dict__.pop("client", None)) is not None:
+            client.close()
+
     def list_all(self, path: str, **params: Any) -> list[Resource]:
         """Return every item of a paginated list."""
         items: list[Resource] = []
@@ -228,7 +234,7 @@ class EmbeddedService(ServiceClient):
         return self.process.alive()
 
     def stop(self) -> None:
-        self.http.close()
+        self.close_clients()
         self.process.stop()
 
     def sigkill(self) -> None:
@@ -237,7 +243,7 @@ class EmbeddedService(ServiceClient):
 
     def kill(self) -> None:
         self.sigkill()
-        self.http.close()
+        self.close_clients()
 
 
 class Deployment(ServiceClient):
@@ -359,7 +365,7 @@ class Deployment(ServiceClient):
 
     def stop(self) -> None:
         """Stop the running processes, workers first; kill those that do not stop."""
-        self.http.close()
+        self.close_clients()
         try:
             for process in sorted(self.processes, key=lambda p: p is self.api):
                 if process.alive():
@@ -374,7 +380,7 @@ class Deployment(ServiceClient):
 
     def kill(self) -> None:
         self.sigkill()
-        self.http.close()
+        self.close_clients()
 
 
 def read_fact_rows(model: Path) -> list[Resource]:
