@@ -17,12 +17,14 @@ WITHOUT_STATUS = ("misconfigured", "cancelled", "lease_lost", "digest_mismatch")
 
 INTRODUCTION = f"""# Errors
 
-Every error has a `code` that does not change between releases. Compare codes: titles and details are text for people and may
-change. This page is written from the error classes by `python docs/errors.py`.
+Every error has a `code` that does not change between releases. Compare codes: titles and details are for people
+and may change. This page is written from the error classes by `python docs/errors.py`.
 
-* A problem document (`application/problem+json`, RFC 9457) has the code as `code` and as `type`: `{ERROR_TYPE_PREFIX}CODE`.
+* A problem document (`application/problem+json`, RFC 9457) has the code as `code` and as `type`:
+  `{ERROR_TYPE_PREFIX}CODE`.
 * The `error` of a failed job and the `error` event of a stream have `code`, `title` and `detail`.
-* Below `/v1` the body is `{{"error": {{"message", "type", "param", "code"}}}}`, as in OpenAI's API. Status 422 is 400 there, and
+* Below `/v1` the body is `{{"error": {{"message", "type", "param", "code"}}}}`, as in OpenAI's API. Status 422 is 400
+  there, and
   {", ".join(f"`{own}` is `{code}`" for own, code in OPENAI_CODES.items())}.
 
 | code | status | meaning |
