@@ -1,4 +1,4 @@
-"""The resident model as it stands: its head, its workers, its edits, and whether all of it is up."""
+"""The resident model: its head, workers, editable layers and readiness."""
 
 from __future__ import annotations
 
