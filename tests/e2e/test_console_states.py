@@ -75,7 +75,7 @@ def test_a_dismissed_key_dialog_is_not_shown_again(browser: Browser, tmp_path: P
     with serving(test_app) as address, open_page(browser, address, allowed="401") as found:
         page = found.open("traces")
         page.get_by_role("button", name="Not now").click()
-        expect(page.get_by_role("alert")).to_contain_text("Send a key")
+        expect(page.get_by_role("alert")).to_contain_text("Send an API key")
         page.wait_for_timeout(300)
         expect(page.get_by_role("dialog")).to_be_hidden()
 

@@ -18,7 +18,7 @@ FACTS = [
 SLOW_HPARAMS = {"contexts": 2, "steps": 40, "stop_loss": 0}
 FINAL_STATUSES = {"applied", "rejected", "failed"}
 
-StartService = Callable[[], Any]
+StartService = Callable[[], ServiceClient]
 
 
 def applied_edit_ids(service: ServiceClient) -> list[str]:
@@ -43,10 +43,10 @@ def assert_ended_once(service: ServiceClient, edits: list[Resource]) -> None:
 def test_killed_while_it_optimises(start_service: StartService) -> None:
     """An edit whose process is killed is run again by the next process and committed once."""
     service = start_service()
-    edit = service.ask(*FACTS[0], hparams=SLOW_HPARAMS, guard=FAST_EDIT_OPTIONS["guard"])
-    with service.events("GET", f"/edits/{edit['id']}/events") as events:
+    edit = service.submit_edit(*FACTS[0], hparams=SLOW_HPARAMS, guard=FAST_EDIT_OPTIONS["guard"])
+    with service.stream_events("GET", f"/edits/{edit['id']}/events") as events:
         assert any(data["phase"] == "optimize" for name, data in events if name == "progress")
-        service.die()
+        service.sigkill()
     service.kill()
 
     service = start_service()
@@ -67,11 +67,11 @@ def test_killed_while_it_evaluates(start_service: StartService) -> None:
     }
     service = start_service()
     evaluation = service.http.post("/evaluations", json=request).json()
-    with service.events("GET", evaluation["links"]["events"]) as events:
+    with service.stream_events("GET", evaluation["links"]["events"]) as events:
         assert any(
             data["phase"] == "find edits" and data["done"] for name, data in events if name == "progress"
         )
-        service.die()
+        service.sigkill()
     service.kill()
 
     service = start_service()
@@ -88,7 +88,7 @@ def test_killed_while_it_evaluates(start_service: StartService) -> None:
 def test_killed_while_many_wait(start_service: StartService) -> None:
     """Edits that were queued when the process was killed are each run once after the restart."""
     service = start_service()
-    edits = [service.ask(*fact, **FAST_EDIT_OPTIONS) for fact in FACTS]
+    edits = [service.submit_edit(*fact, **FAST_EDIT_OPTIONS) for fact in FACTS]
     service.kill()
 
     service = start_service()
@@ -100,7 +100,7 @@ def test_killed_after_the_answer(start_service: StartService) -> None:
     """An edit reported as applied is applied after a crash, with the same digest."""
     service = start_service()
     first = service.edit(*FACTS[0], **FAST_EDIT_OPTIONS)
-    before = service.digest()
+    before = service.head_digest()
     second = service.edit(*FACTS[1], **FAST_EDIT_OPTIONS)
     service.kill()  # immediately: data not written before the response is lost
     assert [first["status"], second["status"]] == ["applied", "applied"]
@@ -108,7 +108,7 @@ def test_killed_after_the_answer(start_service: StartService) -> None:
     service = start_service()
     again = [service.get(f"/edits/{edit['id']}") for edit in (first, second)]
     assert [(e["status"], e["version"]) for e in again] == [("applied", 1), ("applied", 2)]
-    assert service.digest() != before
+    assert service.head_digest() != before
     service.revert(second)
-    assert service.digest() == before
-    service.verified()
+    assert service.head_digest() == before
+    service.verify_ledger()
