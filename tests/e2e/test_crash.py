@@ -69,7 +69,7 @@ def test_killed_while_it_evaluates(start_service: StartService) -> None:
     evaluation = service.http.post("/evaluations", json=request).json()
     with service.stream_events("GET", evaluation["links"]["events"]) as events:
         assert any(
-            data["phase"] == "find edits" and data["done"] for name, data in events if name == "progress"
+            data["phase"] == "find" and data["done"] for name, data in events if name == "progress"
         )
         service.sigkill()
     service.kill()

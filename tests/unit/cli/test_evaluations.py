@@ -23,7 +23,7 @@ QUEUED = {
 
 def fake_answers(**end: Any) -> dict[str, Any]:
     """A service that accepts an evaluation, tells one progress and the end."""
-    told = sse_stream(("progress", {"phase": "find edits", "done": 1, "total": 2}), ("end", {}))
+    told = sse_stream(("progress", {"phase": "find", "done": 1, "total": 2}), ("end", {}))
     return {
         "POST /evaluations": QUEUED,
         f"GET {EVALUATION_PATH}/events": told,
@@ -68,11 +68,11 @@ def test_evaluations_are_listed_and_shown(fake: FakeService, capsys: Captured) -
     """A line for each evaluation with what it is of and how far it is; `show` has its tables, or why there are none."""
     request = {"objective": "write", "method": "rome", "mode": "single", "records": 12, "limit": None}
     told = {**QUEUED, "created": "2026-01-01T00:00:00Z", "request": request}
-    running = {**told, "status": "running", "progress": {"phase": "find edits", "done": 3, "total": 12}}
+    running = {**told, "status": "running", "progress": {"phase": "find", "done": 3, "total": 12}}
     fake.responses = {"GET /evaluations": {"items": [told, running], "next": None}}
     assert main(["evaluations"]) == 0
     shown = capsys.readouterr().out
-    assert "write by rome, single, 12 records" in shown and "find edits: 3 of 12" in shown
+    assert "write by rome, single, 12 records" in shown and "find: 3 of 12" in shown
     fake.responses = {f"GET {EVALUATION_PATH}": {**told, "status": "done", "result": EVALUATION_RESULT}}
     assert main(["evaluations", "show", "evaluation_1"]) == 0
     assert "ES" in capsys.readouterr().out
