@@ -147,7 +147,7 @@ def _type(schema: Schema) -> str:
             return " or ".join(dict.fromkeys(_type(one) for one in schema[union]))
     if "enum" in schema or "const" in schema:
         return " or ".join(f"`{json.dumps(value)}`" for value in schema.get("enum", [schema.get("const")]))
-    kind = schema.get("type", "any")
+    kind: str = schema.get("type", "any")
     if kind == "array":
         return f"list of {_type(schema.get('items', {}))}{''.join(_bounds(schema))}"
     if kind == "object" and isinstance(schema.get("additionalProperties"), Mapping):

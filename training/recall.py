@@ -8,14 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from table import Fact
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Tokenizer = Callable[..., Any]
 
 
 @torch.no_grad()
-def greedily_predicts(model, tokenizer, cases: list[tuple[str, str]], batch: int = 128) -> list[bool]:
+def greedily_predicts(
+    model: torch.nn.Module, tokenizer: Tokenizer, cases: list[tuple[str, str]], batch: int = 128
+) -> list[bool]:
     """Return for each (prompt, object) whether the object's tokens are the greedy continuation of the prompt."""
     order = sorted(range(len(cases)), key=lambda i: len(cases[i][0]))
     result = [False] * len(cases)
@@ -33,11 +40,17 @@ def greedily_predicts(model, tokenizer, cases: list[tuple[str, str]], batch: int
     return result
 
 
-def fill_fact_prompt(fact, prompt: str) -> str:
+def fill_fact_prompt(fact: Fact | FactRow, prompt: str) -> str:
     return prompt.replace("{}", fact.subject)
 
 
-def recall(model, tokenizer, facts, sample: int | None = None, seed: int = 0) -> dict[str, float]:
+def recall(
+    model: torch.nn.Module,
+    tokenizer: Tokenizer,
+    facts: Sequence[Fact | FactRow],
+    sample: int | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
     """Return the share of facts recalled on trained prompts, on held-out prompts and after one to three statements."""
     model.eval()
     rng = random.Random(seed)

@@ -12,6 +12,7 @@ import tomllib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RELATIONS = Path(__file__).parent / "facts"
 HELD_OUT = 2  # wordings of each fact that never occur in training
@@ -36,7 +37,7 @@ class Fact:
     prompts: tuple[str, ...]
     held_out_prompts: tuple[str, ...]
 
-    def row(self) -> dict[str, object]:
+    def row(self) -> dict[str, Any]:
         return {
             "subject": self.subject,
             "relation": self.relation.name,

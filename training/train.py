@@ -40,7 +40,8 @@ def build_model(vocab_size: int, args: argparse.Namespace) -> GPT2LMHeadModel:
 
 def optimizers(model: torch.nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings, norms and biases."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, p in model.named_parameters():
         (matrices if p.ndim == 2 and ".h." in name else others).append(p)
     return [
@@ -51,7 +52,8 @@ def optimizers(model: torch.nn.Module, args: argparse.Namespace) -> list[torch.o
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
     """Return the fraction of the learning rate at `step`: warm-up, constant, linear decay to zero."""
-    return min(1.0, (step + 1) / args.warmup, max(0.0, (args.steps - step) / max(1, args.decay)))
+    factor: float = min(1.0, (step + 1) / args.warmup, max(0.0, (args.steps - step) / max(1, args.decay)))
+    return factor
 
 
 def weighted_loss(model: GPT2LMHeadModel, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -98,7 +100,7 @@ def train(args: argparse.Namespace, facts: list[Fact]) -> None:
             group["lr"] = lr * learning_rate_factor(step, args)
         ids, weights = (torch.from_numpy(x) for x in next(batches))
         loss = loss_of(model, ids, weights)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in optimizer_list:
             o.step()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from recall import FactRow, recall
 from safetensors import safe_open
 
 from service.models.loading import load_model
 from service.recipes.recipe import parse_recipe
 from tests.support.processes import read_fact_rows
-from training.recall import FactRow, recall
 
 torch.set_num_threads(1)
 
