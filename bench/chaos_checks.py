@@ -157,7 +157,7 @@ def check_applied_once(state: FinalState, ledger_view: LedgerView) -> Check:
 
 def check_reports_match_ledger(log: ClientLog, state: FinalState, ledger_view: LedgerView) -> Check:
     """Reported and current statuses and versions of edits agree with the ledger."""
-    violations = []
+    violations: list[str] = []
     for report in log.reported_statuses:
         if report.id.startswith("edit"):
             violations += _ledger_mismatches(

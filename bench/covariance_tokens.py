@@ -60,7 +60,8 @@ def collect_moments(
     wait = device_synchronizer(str(model.device))
     rows = tokenize_corpus(model, Corpus("bench", tuple(texts)))
     total = SecondMomentAccumulator(model.intermediate_size, model.device)
-    snapshots, padded, seconds, end = [], 0, 0.0, 0
+    snapshots: list[MomentSnapshot] = []
+    padded, seconds, end = 0, 0.0, 0
     for size in sorted(sizes):
         begin, count = end, total.count
         while end < len(rows) and count < size:

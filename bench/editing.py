@@ -81,7 +81,7 @@ class EditingExperiment:
             parameters,
             name,
         )
-        return run_to_completion(steps).updates
+        return [a for a in run_to_completion(steps).updates if isinstance(a, Association)]
 
     def schedule(self, strengths: Sequence[float], active: int) -> StrengthSchedule:
         return strength_schedule(self.parameters, strengths, active, self.model.intermediate_size)

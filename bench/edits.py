@@ -47,7 +47,7 @@ from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel
 from service.settings import SHIPPED_MODEL
 from service.weights.composition import apply_delta
-from service.weights.factors import LowRank
+from service.weights.factors import Association, LowRank
 
 #: subject, prompt, new object; subjects early and late in the prompt, objects of one and two tokens
 CASES = (
@@ -91,7 +91,9 @@ class EditBenchmark:
         factors = run_to_completion(
             find_factors(self.model, moments, self.contexts, statement, target, self.parameters)
         )
-        change = factors.updates[0].rank_one()
+        (update,) = factors.updates
+        assert isinstance(update, Association)
+        change = update.rank_one()
         weight = apply_delta(self.model.weight(self.layer), change, self.model.architecture.conv1d)
         return ServiceEdit(change, factors.losses, weight)
 
@@ -249,8 +251,10 @@ def main() -> None:
     for name in args.models:
         model = without_bos(build_model(name, args.device))
         bench = EditBenchmark(model, published_parameters(name, model))
-        reference_editor = reference and ReferenceEditor(
-            reference, model, bench.contexts, bench.statistics, bench.parameters
+        reference_editor = (
+            ReferenceEditor(reference, model, bench.contexts, bench.statistics, bench.parameters)
+            if reference
+            else None
         )
         rounds, cases = QUICK_SETTINGS.get(name, (1, 2))
         selected_cases = CASES[: args.cases or cases]

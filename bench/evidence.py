@@ -159,9 +159,8 @@ class EvidenceExperiment:
         all_records = read_records(source, 0)
         self.records = list({r.subject: r for r in reversed(all_records[1::2])}.values())[::-1]
         self.all_records, self.out = all_records, args.out / model.name
-        associations.optimize_values = ValueSearchCache(
-            searches or self.out / "searches", model
-        ).search_values
+        cache = ValueSearchCache(searches or self.out / "searches", model)
+        vars(associations)["optimize_values"] = cache.search_values
 
     def run(self, row: MethodRow, mode: str, count: int, checkpoints: Sequence[int]) -> dict[str, Any]:
         """Run an evaluation or read its result. With the strengths of the recipe, all edits are committed in one

@@ -14,6 +14,8 @@ import redis
 from bench.chaos_plan import Fault
 from bench.deployment import SupervisedDeployment, SupervisedProcess
 from bench.proxy import LOCALHOST, Proxy
+from tests.support.postgres_server import PostgresServer
+from tests.support.redis_server import RedisServer
 
 #: signals: PostgreSQL's fast and immediate shutdown, Redis's shutdown, and SIGKILL
 STOP_SIGNALS = {
@@ -38,7 +40,10 @@ class FaultInjector:
     def __init__(self, deployment: SupervisedDeployment) -> None:
         self.injected_faults: list[InjectedFault] = []
         self._deployment = deployment
-        self._servers = {"postgres": deployment.database_server, "redis": deployment.broker_server}
+        self._servers: dict[str, PostgresServer | RedisServer] = {
+            "postgres": deployment.database_server,
+            "redis": deployment.broker_server,
+        }
         self._locks = {name: threading.Lock() for name in self._servers}  # one restart of a server at a time
         self._threads: list[threading.Thread] = []
 

@@ -289,8 +289,10 @@ def recall_rate(client: Client, active: Sequence[EditRequest]) -> float:
 def draw_capacity(data: dict[str, Any]) -> FigureBuilder:
     sheet = FigureBuilder(8.0, 4.0)
     axes = sheet.add_axes(0.75, 0.3, 6.9, 3.0)
+    x, y = zip(*data["own_key"], strict=True)
     axes.scatter(
-        *zip(*data["own_key"], strict=True),
+        x,
+        y,
         s=12,
         color=NEW_COLOR,
         alpha=FAINT_ALPHA,

@@ -46,8 +46,11 @@ class TokenCost:
     @classmethod
     def from_model(cls, model: LoadedModel) -> TokenCost:
         return cls(
-            model.num_layers, model.hidden_size, model.intermediate_size, int(model.lm_head.weight.shape[0])
-        )  # type: ignore[index,union-attr]
+            model.num_layers,
+            model.hidden_size,
+            model.intermediate_size,
+            model.lm_head.get_parameter("weight").shape[0],
+        )
 
     @property
     def projection(self) -> int:

@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,7 +100,7 @@ def stock_model(model: LoadedModel) -> PreTrainedModel:
         copy = AutoModelForCausalLM.from_config(model.model.config, dtype=model.embedding.weight.dtype)
     copy.load_state_dict(model.model.state_dict(), assign=True)
     copy.generation_config = GenerationConfig()
-    return copy.eval()  # type: ignore[no-any-return]
+    return copy.eval()
 
 
 def to_generation_config(model: LoadedModel, sampling: Sampling) -> GenerationConfig:
@@ -311,9 +312,7 @@ class BackendComparison:
             if (heard := self._run_backend(way, sampling, callers, prompts, context_for)) is not None:
                 self.results.setdefault((way, callers), []).append(heard)
 
-        time_interleaved(
-            {f"{way} {n}": (lambda way=way, n=n: turn(way, n)) for way, n in turns}, rounds, 0, synchronise
-        )
+        time_interleaved({f"{way} {n}": partial(turn, way, n) for way, n in turns}, rounds, 0, synchronise)
 
     def _run_backend(
         self,

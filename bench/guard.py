@@ -39,7 +39,7 @@ from service.kit.text import fill_prompt
 from service.models.loading import load_model
 from service.schemas import EditRequest, Guard
 from service.settings import SHIPPED_MODEL
-from service.weights.factors import Association
+from service.weights.factors import Association, EditUpdate
 
 console = Console(width=160)
 FAST_HPARAMS = {"contexts": 1}  # to save time
@@ -138,9 +138,10 @@ class GuardExperiment:
             if kind == "exploding":
                 factor = self.rng.choice(EXPLODING_FACTORS)
                 return replace(good, updates=[p.scaled(factor) for p in good.updates])
-            associations = [p for p in good.updates if isinstance(p, Association)]
-            poor = [
-                replace(p, direction=self.poor_statistics[p.layer].solve(p.key).float()) for p in associations
+            poor: list[EditUpdate] = [
+                replace(p, direction=self.poor_statistics[p.layer].solve(p.key).float())
+                for p in good.updates
+                if isinstance(p, Association)
             ]
             return replace(good, updates=poor)
         request, statement = resolved_edit.request, fill_prompt(record.prompt, record.subject)

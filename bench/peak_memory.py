@@ -19,7 +19,7 @@ class AllocationTracker(TorchDispatchMode):
     """Track the bytes of storages created within the context."""
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.current = self.peak = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._allocates: dict[Any, bool] = {}
@@ -61,7 +61,8 @@ def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
         torch.cuda.synchronize()
         del result
         return int(torch.cuda.max_memory_allocated() - before)
-    with AllocationTracker() as tracker:
+    tracker = AllocationTracker()
+    with tracker:
         result = work()
         del result
     return tracker.peak

@@ -100,7 +100,7 @@ def train(args: argparse.Namespace, facts: list[Fact]) -> None:
             group["lr"] = lr * learning_rate_factor(step, args)
         ids, weights = (torch.from_numpy(x) for x in next(batches))
         loss = loss_of(model, ids, weights)
-        torch.autograd.backward(loss)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in optimizer_list:
             o.step()

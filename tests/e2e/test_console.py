@@ -15,7 +15,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.support import chromium
-from tests.support.chromium import PHONE, ROOT, PageSession, open_page, save_screenshot
+from tests.support.chromium import PHONE, PageSession, open_page, save_screenshot
+from tests.support.paths import ROOT
 from tests.support.processes import EmbeddedService
 
 PROMPT = "The Eiffel Tower is located in the city of"

@@ -100,7 +100,7 @@ EDIT_PROVENANCE: dict[str, Any] = {
 
 _INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 1}
 #: the result of an evaluation of one record in single mode
-EVALUATION_RESULT = {
+EVALUATION_RESULT: dict[str, Any] = {
     "model": {"name": "tiny", "fingerprint": "f" * 64},
     "plan": EvaluationPlan().model_dump(mode="json"),
     "parameters": {"layers": [1]},

@@ -45,11 +45,11 @@ def make_client(kind: str, url: str, transport: Any = None, **more: Any) -> Any:
     return BlockingAdapter(AsyncClient(url, transport=transport, **more))
 
 
-class LossyTransport(httpx.HTTPTransport, httpx.AsyncHTTPTransport):
+class LossyTransport(httpx.BaseTransport, httpx.AsyncBaseTransport):
     """Sends requests and drops the responses to the first ones of a method."""
 
     def __init__(self, method: str, times: int = 1) -> None:
-        httpx.HTTPTransport.__init__(self)
+        self._transport = httpx.HTTPTransport()
         self._async_transport = httpx.AsyncHTTPTransport()
         self.method, self.left = method, times
 
@@ -59,7 +59,7 @@ class LossyTransport(httpx.HTTPTransport, httpx.AsyncHTTPTransport):
             raise httpx.ReadError("the answer was lost")
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        answer = super().handle_request(request)
+        answer = self._transport.handle_request(request)
         if request.method == self.method and self.left:
             answer.read()
             answer.close()
@@ -74,11 +74,8 @@ class LossyTransport(httpx.HTTPTransport, httpx.AsyncHTTPTransport):
             self._drop_response(request)
         return answer
 
+    def close(self) -> None:
+        self._transport.close()
+
     async def aclose(self) -> None:
         await self._async_transport.aclose()
-
-    async def __aenter__(self) -> LossyTransport:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()

@@ -23,7 +23,8 @@ def logits(model: Any, base: LoadedModel) -> torch.Tensor:
     batch = padded_texts(base)
     with torch.no_grad():
         out = model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions)
-    return out.logits[batch.mask.bool()]
+    values: torch.Tensor = out.logits[batch.mask.bool()]
+    return values
 
 
 def served_logits(replica: VersionedModel, version: int) -> torch.Tensor:

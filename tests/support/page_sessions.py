@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from tests.support.page_blocks import PYTHON_LANGUAGES, ROOT, Block
+from tests.support.page_blocks import PYTHON_LANGUAGES, Block
+from tests.support.paths import ROOT
 
 BLOCK_TIMEOUT = 600.0  # seconds for one block
 END_MARK = "\x1eended\x1e"

@@ -177,7 +177,7 @@ class ServiceClient:
 
         def at_head() -> set[str] | None:
             (model,) = self.get("/models")["items"]
-            digests = {
+            digests: set[Any] = {
                 worker["digest"] if worker["version"] == model["head"] else None
                 for worker in model["workers"]
                 if worker["state"] == "serving"

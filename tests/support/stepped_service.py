@@ -81,7 +81,7 @@ class SteppedService:
     def export(self, version: Any = "head", file_format: str = "peft") -> Resource:
         """Submit an export and run it."""
         submitted = self.services.exports.submit(
-            ExportRequest(version=version, format=file_format),  # type: ignore[arg-type]
+            ExportRequest(version=version, format=file_format),
             "key:alice",
         )
         if job := self.worker_parts.jobs.claim(submitted["id"]):
