@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from prometheus_client import Metric
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
@@ -32,10 +33,10 @@ def read_text(name: str) -> str:
 def metric_families(application: TestApp) -> Iterator[tuple[Metric, tuple[str, ...]]]:
     """Every metric of the code, with its labels."""
     for one in list(metrics.REGISTRY._collector_to_names):
-        if hasattr(one, "_labelnames"):
+        if isinstance(one, MetricWrapperBase):
             yield from ((family, one._labelnames) for family in one.describe())
     for family in StoreCollector(application.database, application.broker, 30).collect():
-        yield family, family._labelnames  # type: ignore[attr-defined]
+        yield family, family._labelnames
 
 
 def full_name(family: Metric) -> str:

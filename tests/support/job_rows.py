@@ -17,14 +17,22 @@ from service.errors import (
     Unavailable,
 )
 from service.jobs.broker import Broker
+from service.jobs.job_store import ClaimedJob
 from tests.support.workers import WorkerParts
 
 MODEL = "fingerprint"
 RECORD = {"subject": "Eiffel Tower", "prompt": "The {} is located in", "target_new": "Rome"}
 
 
+def claim_job(worker: WorkerParts, job_id: str) -> ClaimedJob:
+    """Claim a job that can be claimed."""
+    job = worker.jobs.claim(job_id)
+    assert job is not None
+    return job
+
+
 def commit_edit(worker: WorkerParts, edit_id: str, **body: Any) -> Any:
-    job = worker.jobs.claim(edit_id)
+    job = claim_job(worker, edit_id)
     return worker.jobs.commit_edit(
         job, worker.ledger.head(), edit_id.encode(), {"seed": 1, **body}, {"seconds": 1.0}
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ PROMPT = "Look at the {}"
 
 def random_associations(
     model: LoadedModel, count: int, layers: Sequence[int], seed: int = 0, size: float = 1.0
-) -> dict[str, list[EditUpdate]]:
+) -> dict[str, list[Association]]:
     """Return one association per edit and layer. Keys of edits differ as those of different subjects, with a common
     part."""
     generator = torch.Generator().manual_seed(seed)
@@ -27,7 +27,7 @@ def random_associations(
 
     D, d = model.intermediate_size, model.hidden_size
     common, scales = draw(D), torch.rand(D, generator=generator) + 0.5
-    updates_by_edit: dict[str, list[EditUpdate]] = {}
+    updates_by_edit: dict[str, list[Association]] = {}
     for number in range(count):
         edit = f"edit_{number:06}"
         keys = [draw(D) + 0.3 * common for _ in layers]
@@ -42,7 +42,7 @@ def random_associations(
 class FakeLedger:
     """A ledger in memory. Version n has the first n edits."""
 
-    edits: dict[str, list[EditUpdate]]
+    edits: Mapping[str, Sequence[EditUpdate]]
     attested: dict[int, str] = field(default_factory=dict)
 
     def head(self) -> int:

@@ -19,6 +19,7 @@ from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel
 from service.schemas import Sampling
 from service.tracing.fast_trace import trace_statement
+from tests.support.associations import associations_of
 from tests.support.tiny_models import TEXTS, tiny
 
 KINDS = ["gpt2", "gptj", "llama"]
@@ -66,7 +67,7 @@ def test_an_edit_in_half_precision(model_type: str, dtype: torch.dtype, device: 
     half = compute_edit(model_on(model_type, dtype, device))
     full = compute_edit(model_on(model_type))
     assert half.losses[0] == pytest.approx(full.losses[0], rel=0.05)
-    (association,) = half.updates
+    (association,) = associations_of(half.updates)
     for tensor in (association.key, association.direction, association.value):
         assert tensor.dtype == torch.float32 and tensor.device.type == "cpu"
         assert bool(tensor.isfinite().all())

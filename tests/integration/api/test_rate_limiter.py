@@ -98,11 +98,14 @@ def test_processes_share_the_count_in_redis(redis_url: str) -> None:
 
 def test_counters_expire_in_redis(redis_url: str) -> None:
     """Every key in Redis has the prefix of the service and expires within 120 seconds."""
-    with closing(RateLimiter(redis_url, "mine")) as rate_limiter, closing(Redis.from_url(redis_url)) as redis:
+    with (
+        closing(RateLimiter(redis_url, "mine")) as rate_limiter,
+        closing(Redis.from_url(redis_url, decode_responses=True)) as redis,
+    ):
         rate_limiter.check("key:a", 6)
-        keys = redis.keys("*")
+        keys = [str(key) for key in redis.keys("*")]
         assert keys
-        assert all(key.startswith(b"mine:rate:") and 0 < redis.ttl(key) <= 120 for key in keys)
+        assert all(key.startswith("mine:rate:") and 0 < redis.ttl(key) <= 120 for key in keys)
 
 
 def test_when_redis_is_down_requests_are_allowed(

@@ -13,6 +13,7 @@ from service.bootstrap import Container
 from service.db.database import Database
 from service.jobs.broker import Broker
 from service.settings import Settings
+from tests.support.job_rows import claim_job
 from tests.support.served_model import INFO, tokenizer_json
 from tests.support.service_requests import edit_request
 from tests.support.workers import WorkerParts
@@ -57,7 +58,7 @@ def applied_edit(submit_edit: Callable[..., Any], worker: WorkerParts) -> Any:
 
     def apply_new_edit(*args: Any, **more: Any) -> Any:
         edit = submit_edit(*args, **more)
-        worker.jobs.commit_edit(worker.jobs.claim(edit), worker.ledger.head(), edit.encode(), {}, {})
+        worker.jobs.commit_edit(claim_job(worker, edit), worker.ledger.head(), edit.encode(), {}, {})
         return edit
 
     return apply_new_edit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterator
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -121,7 +120,7 @@ def test_only_a_digest_of_the_secret_is_stored(keys: ApiKeys, database: Database
 
 
 @pytest.fixture
-def compared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, Any]]]:
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     """Every pair that was compared in constant time."""
     pairs: list[tuple[Any, Any]] = []
     real = hmac.compare_digest
@@ -144,7 +143,8 @@ def test_an_unknown_id_costs_what_a_wrong_secret_costs(
     event.listen(database.engine, "before_cursor_execute", lambda *args: read.append(args[2]))
     costs = []
     for wrong in (token[:31] + "_" * 43, token[:4] + "0" * 26 + token[30:]):
-        read.clear(), compared.clear()
+        read.clear()
+        compared.clear()
         assert keys.verify(wrong) is None
         costs.append((list(read), [(len(a), len(b)) for a, b in compared]))
     assert costs[0] == costs[1]
@@ -234,8 +234,16 @@ def test_a_key_holds_what_it_was_made_with(keys: ApiKeys) -> None:
     first, _ = keys.create(unique_name(), ["edit", "read"], requests_per_minute=7, max_queued=3)
     second, _ = keys.create(unique_name(), ["admin"])
     assert keys.all() == [first, second]
-    assert (first.scopes, first.requests_per_minute, first.max_queued) == ({Scope.READ, Scope.EDIT}, 7, 3)
-    assert (second.scopes, second.requests_per_minute, second.max_queued) == ({Scope.ADMIN}, None, None)
+    assert (first.scopes, first.requests_per_minute, first.max_queued) == (
+        frozenset({Scope.READ, Scope.EDIT}),
+        7,
+        3,
+    )
+    assert (second.scopes, second.requests_per_minute, second.max_queued) == (
+        frozenset({Scope.ADMIN}),
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("wrong", ["", "A", "a b", "-a", "a" * 65, "a\n", "ключ", "deadbeef0123"])

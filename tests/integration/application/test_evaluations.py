@@ -12,6 +12,7 @@ from service.db.database import Database
 from service.errors import InvalidInput
 from service.jobs.broker import Broker
 from service.schemas import EvaluationRequest
+from tests.support.job_rows import claim_job
 from tests.support.served_model import INFO, tokenizer_json
 from tests.support.service_requests import evaluation_record, evaluation_request
 from tests.support.workers import WorkerParts
@@ -36,7 +37,7 @@ class TestEvaluation:
     def test_lists_are_light(self, services: Services, worker: WorkerParts, database: Database) -> None:
         """What was found is read where one evaluation is asked for, and by no list."""
         evaluation = services.evaluations.submit(evaluation_request(), "somebody")["id"]
-        worker.jobs.finish(worker.jobs.claim(evaluation), "done", {"found": [1.0, None]})
+        worker.jobs.finish(claim_job(worker, evaluation), "done", {"found": [1.0, None]})
         statements = []
         event.listen(database.engine, "before_cursor_execute", lambda *a: statements.append(a[2]))
         for page in (services.evaluations.page(), services.jobs.page()):

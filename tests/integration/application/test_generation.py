@@ -84,12 +84,13 @@ class TestGeneration:
         """No more tokens can be asked for than the settings allow."""
         services = Services(database, broker, Settings(data_dir=tmp_path, max_new_tokens=7))
         services.generation.generate(GenerateRequest(prompt="The", max_new_tokens=7))
-        for operation, request in (
-            (services.generation.generate, GenerateRequest(prompt="The", max_new_tokens=8)),
-            (services.generation.compare, CompareRequest(prompt="The", max_new_tokens=8)),
-        ):
+        operations: list[Callable[[], object]] = [
+            lambda: services.generation.generate(GenerateRequest(prompt="The", max_new_tokens=8)),
+            lambda: services.generation.compare(CompareRequest(prompt="The", max_new_tokens=8)),
+        ]
+        for operation in operations:
             with pytest.raises(InvalidInput, match="at most 7") as error:
-                operation(request)
+                operation()
             assert error.value.field == "max_new_tokens"
 
     def test_the_tokenizer_is_read_once(

@@ -26,7 +26,7 @@ from tests.support.stepped_service import Resource, SteppedService
 from tests.support.tiny_models import tiny
 from workers.model_info import model_info
 
-BuildPlace = Callable[[], SteppedService]
+BuildPlace = Callable[..., SteppedService]  # its argument is the model, if it is another one
 
 
 @pytest.fixture(params=wirings.ALL_WIRINGS)

@@ -17,6 +17,7 @@ from service.jobs.broker import Broker
 from service.kit import ids
 from service.schemas import GenerateRequest
 from service.settings import Settings
+from tests.support.job_rows import claim_job
 from tests.support.service_requests import collect_job_events, edit_request, raise_unavailable, trace_request
 from tests.support.workers import WorkerParts
 
@@ -182,7 +183,7 @@ class TestCancelOrRevert:
     def test_running(self, services: Services, submit_edit: Callable[..., Any], worker: WorkerParts) -> None:
         """A running edit is asked to stop, and says so by ending as cancelled."""
         edit = submit_edit()
-        job = worker.jobs.claim(edit)
+        job = claim_job(worker, edit)
         assert services.edits.revert(edit, "another")["status"] == "running"
         assert worker.jobs.cancel_requested(job)
 
@@ -242,7 +243,7 @@ class TestCancelOrRevert:
     def test_dry_run(self, services: Services, submit_edit: Callable[..., Any], worker: WorkerParts) -> None:
         """A dry run that has ended leaves nothing to revert, whatever it is called."""
         edit = submit_edit(dry_run=True)
-        worker.jobs.finish(worker.jobs.claim(edit), "applied", {})
+        worker.jobs.finish(claim_job(worker, edit), "applied", {})
         assert services.edits.revert(edit, "somebody")["status"] == "applied"
         assert services.ledger.head() == 0
         assert services.models.describe()["active_edits"] == 0

@@ -19,6 +19,7 @@ from service.jobs.broker import Broker
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.steps import Phase, Progress
 from service.settings import Settings
+from tests.support.job_rows import claim_job
 from tests.support.service_requests import (
     collect_channel_events,
     collect_job_events,
@@ -38,7 +39,7 @@ class TestJobs:
     def failed(self, submit_edit: Callable[..., Any], worker: WorkerParts, broker: Broker) -> Any:
         edit = submit_edit()
         broker.receive(["edit"], 1, 0)
-        worker.jobs.fail(worker.jobs.claim(edit), "out of memory")
+        worker.jobs.fail(claim_job(worker, edit), RuntimeError("out of memory"))
         return edit
 
     def test_all_kinds(self, services: Services, one_of_each_kind: Any) -> None:
@@ -74,7 +75,7 @@ class TestJobs:
         assert (job["status"], job["attempts"], job["error"], job["exhausted"]) == ("queued", 0, None, False)
         assert services.edits.get(failed)["ended"] is None
         assert [d.job_id for d in broker.receive(["edit"], 1, 0)] == [failed]
-        again = worker.jobs.claim(failed)
+        again = claim_job(worker, failed)
         assert again.attempt == 1
         worker.jobs.finish(again, "rejected")
         assert [(e.name, e.data["status"]) for e in collect_job_events(services, failed)] == [
@@ -128,7 +129,7 @@ class TestEvents:
         """An end that was committed and never told, because the worker died, is found in the row."""
         monkeypatch.setattr(job_service_module, "END_CHECK_INTERVAL", 0.05)
         edit = submit_edit()
-        job = worker.jobs.claim(edit)
+        job = claim_job(worker, edit)
 
         async def listen() -> Any:
             async with asyncio.timeout(20):
@@ -150,7 +151,7 @@ class TestEvents:
         async def listen() -> Any:
             async with asyncio.timeout(20):
                 events = services.jobs.events(edit)
-                job = await asyncio.to_thread(worker.jobs.claim, edit)
+                job = await asyncio.to_thread(claim_job, worker, edit)
                 listener = asyncio.ensure_future(anext(events))
                 await asyncio.to_thread(worker.jobs.report_progress, job, Progress(Phase.OPTIMIZE, 1, 2))
                 first = await listener

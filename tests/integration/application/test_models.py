@@ -125,8 +125,8 @@ class TestModel:
         worker.session.quarantine("its weights differ.")
         with pytest.raises(Unavailable, match="no worker is alive"):
             services.models.check_ready()
-        (worker,) = services.models.describe()["workers"]
-        assert (worker["state"], worker["reason"]) == ("withdrawn", "its weights differ.")
+        (row,) = services.models.describe()["workers"]
+        assert (row["state"], row["reason"]) == ("withdrawn", "its weights differ.")
 
     def test_every_reason(
         self, services: Services, worker: WorkerParts, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -41,14 +42,18 @@ def test_a_full_pass_costs_what_the_formula_says(model: LoadedModel) -> None:
 
 def trace_flops(model: LoadedModel, kinds: tuple[str, ...], severed: bool) -> tuple[int, int, int]:
     """Return the operations of full passes, of our tracer, and the bound."""
-    options = {"kinds": kinds, "severed": severed, "samples": SAMPLES, "noise": 0.5, "window": 2}
+    options: dict[str, Any] = {
+        "kinds": kinds,
+        "severed": severed,
+        "samples": SAMPLES,
+        "noise": 0.5,
+        "window": 2,
+    }
     question = build_trace_input(model, STATEMENT, None, SAMPLES, 0.5, 1, None, ())
     cells = list_cells(question, kinds, 2, severed, model.num_layers)
     bound = trace_bound(TokenCost.from_model(model), question, cells, model.architecture.parallel)
-    full, ours = (
-        count_flops(lambda steps=steps: run_to_completion(steps(model, STATEMENT, **options)))[1]
-        for steps in (trace_reference, trace_statement)
-    )
+    _, full = count_flops(lambda: run_to_completion(trace_reference(model, STATEMENT, **options)))
+    _, ours = count_flops(lambda: run_to_completion(trace_statement(model, STATEMENT, **options)))
     return full, ours, bound
 
 
@@ -75,7 +80,7 @@ def test_the_hidden_map_is_counted_as_on_paper() -> None:
 class KeyValueCost(TokenCost):
     """A model whose only cost is keys and values."""
 
-    query_output = mlp = head = 0  # type: ignore[assignment]
+    query_output = mlp = head = 0
 
     def attention(self, first: int, count: int) -> int:
         return 0

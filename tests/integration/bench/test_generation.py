@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 
 from bench.embedded_service import BenchService
 from bench.generation import (
+    Backend,
     BackendComparison,
     ContinuousBatchingBackend,
     RunResult,
@@ -50,7 +51,7 @@ def test_a_plain_model_has_the_same_weights_in_their_own_modules(model: LoadedMo
 
 def test_backends_give_the_same_tokens(model: LoadedModel, bench_service: BenchService) -> None:
     """All backends give the same greedy tokens, one generation per prompt."""
-    backends = {
+    backends: dict[str, Backend] = {
         "one by one": SequentialBackend(model),
         "continuous": ContinuousBatchingBackend(model),
         "ours": ServiceBackend(bench_service, "base"),
@@ -84,10 +85,10 @@ def test_sequential_backend_counts_queueing(model: LoadedModel) -> None:
 def test_failing_backend_is_reported_and_skipped(model: LoadedModel, bench_service: BenchService) -> None:
     """After the failure of a backend the others run; the table has a row per backend and number of callers."""
 
-    def broken(*_: object) -> RunResult:
+    def broken(prompts: Sequence[str], sampling: Sampling, callers: int) -> RunResult:
         raise RuntimeError("not on this machine")
 
-    backends = {
+    backends: dict[str, Backend] = {
         "one by one": SequentialBackend(model),
         "continuous": broken,
         "ours": ServiceBackend(bench_service, "base"),

@@ -100,11 +100,9 @@ def test_names_of_revision_4(empty: Any) -> None:
     insert_job = """INSERT INTO jobs (id, kind, model, status, request, actor, created, updated, attempts, cancel_requested,
         subject, dry_run, dead, error)
         VALUES (:id, 'edit', 'm', :status, '{}', 'a', '2026-01-01', '2026-01-01', 1, false, 's', false, :dead, :error)"""
-    errors = {
-        "evaluated": None,
-        "failed": {"title": "The job was given up", "detail": "its worker died 3 times."},
-        "cancelled": {"title": "The job failed", "detail": "out of memory"},
-    }
+    failed = {"title": "The job was given up", "detail": "its worker died 3 times."}
+    cancelled = {"title": "The job failed", "detail": "out of memory"}
+    errors = {"evaluated": None, "failed": failed, "cancelled": cancelled}
     with empty.engine.begin() as connection:
         connection.execute(text(ROWS[0]))
         for status, error in errors.items():
@@ -120,8 +118,8 @@ def test_names_of_revision_4(empty: Any) -> None:
         jobs = {job.id: job for job in session.scalars(select(Job))}
     assert jobs["evaluated"].status == "dry_run_passed" and jobs["evaluated"].error is None
     assert [jobs[name].exhausted for name in errors] == [False, True, False]
-    assert jobs["failed"].error == {"code": "attempts_exhausted", **errors["failed"]}
-    assert jobs["cancelled"].error == {"code": "internal_error", **errors["cancelled"]}
+    assert jobs["failed"].error == {"code": "attempts_exhausted", **failed}
+    assert jobs["cancelled"].error == {"code": "internal_error", **cancelled}
     empty.migrate("0003")
     with empty.engine.connect() as connection:
         rows = connection.execute(text("SELECT id, status, dead, error FROM jobs")).all()

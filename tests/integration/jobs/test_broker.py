@@ -21,7 +21,7 @@ TIMEOUT = 20  # seconds after which a test that hangs has failed
 
 @pytest.fixture(params=["memory", "redis"])
 def broker(request: Any) -> Iterator[Any]:
-    broker = MemoryBroker()
+    broker: Broker = MemoryBroker()
     if request.param == "redis":
         broker = RedisBroker(request.getfixturevalue("redis_url"))
     yield broker

@@ -185,4 +185,9 @@ def test_broker_against_model(redis_server: RedisServer) -> None:
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(lambda: BrokerMachine(redis_server), settings=checks)
+
+    class MachineOnServer(BrokerMachine):
+        def __init__(self) -> None:
+            super().__init__(redis_server)
+
+    run_state_machine_as_test(MachineOnServer, settings=checks)

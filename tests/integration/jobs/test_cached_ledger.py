@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from service.application import Services
 from service.errors import (
@@ -46,9 +47,9 @@ class TestCachedLedger:
         read: list[int] = []
         entries = ledger.entries
 
-        def recording(*args: Any, after: int = 0, **kwargs: Any) -> Any:
+        def recording(session: Session, model: str, after: int = 0, **kwargs: Any) -> Any:
             read.append(after)
-            return entries(*args, after=after, **kwargs)
+            return entries(session, model, after, **kwargs)
 
         monkeypatch.setattr(ledger, "entries", recording)
         a, b = submit_edit(), submit_edit("Colosseum")

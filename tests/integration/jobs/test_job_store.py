@@ -32,6 +32,7 @@ from service.schemas import EvaluationRequest, TraceRequest
 from tests.support.job_rows import (
     MODEL,
     RECORD,
+    claim_job,
     commit_edit,
     expire_heartbeat,
     last_event,
@@ -45,7 +46,7 @@ class TestClaim:
     def test_claim(self, worker: WorkerParts, submit_edit: Callable[..., Any], services: Services) -> None:
         """A queued job is claimed, and its row is running."""
         edit = submit_edit()
-        job = worker.jobs.claim(edit)
+        job = claim_job(worker, edit)
         assert (job.id, job.kind, job.attempt, job.request["target_new"]) == (edit, "edit", 1, "Rome")
         found = services.edits.get(edit)
         assert (found["status"], found["attempts"]) == ("running", 1)
@@ -102,15 +103,15 @@ class TestClaim:
     ) -> None:
         """A job whose worker died is claimed again, and later writes of the dead worker raise LeaseLost."""
         edit = submit_edit()
-        stale_job = worker.jobs.claim(edit)
+        stale_job = claim_job(worker, edit)
         expire_heartbeat(worker)
         successor = make_worker("worker-2")
-        job = successor.jobs.claim(edit)
+        job = claim_job(successor, edit)
         assert job.attempt == 2
         for write in (
             lambda: worker.jobs.commit_edit(stale_job, 0, b"x", {}, {}),
             lambda: worker.jobs.finish(stale_job, "rejected", {}),
-            lambda: worker.jobs.fail(stale_job, "x"),
+            lambda: worker.jobs.fail(stale_job, RuntimeError("x")),
             lambda: worker.jobs.report_progress(stale_job, Progress(Phase.RUN, 1, 2)),
             lambda: worker.jobs.requeue(stale_job),
         ):
@@ -128,7 +129,7 @@ class TestClaim:
         edit = submit_edit()
         for n in range(3):
             worker = make_worker(f"doomed-{n}")
-            late = worker.jobs.claim(edit)
+            late = claim_job(worker, edit)
             expire_heartbeat(worker)
         make_worker("worker-2").jobs.claim(edit)
         for write in (
@@ -143,19 +144,19 @@ class TestClaim:
         """A job stores the id of the request that submitted it."""
         ids.request_id.set("req-7")
         try:
-            assert worker.jobs.claim(submit_edit()).request_id == "req-7"
+            assert claim_job(worker, submit_edit()).request_id == "req-7"
         finally:
             ids.request_id.set("")
-        assert worker.jobs.claim(submit_edit()).request_id == ""
+        assert claim_job(worker, submit_edit()).request_id == ""
 
     def test_orphan_of_the_same_name(
         self, make_worker: Callable[..., WorkerParts], submit_edit: Callable[..., Any]
     ) -> None:
         """A worker that restarts with the same id claims the jobs that it ran before."""
         edit = submit_edit()
-        late = make_worker("same").jobs.claim(edit)
+        late = claim_job(make_worker("same"), edit)
         reborn = make_worker("same")
-        assert reborn.jobs.claim(edit).attempt == 2
+        assert claim_job(reborn, edit).attempt == 2
         with pytest.raises(LeaseLost):
             reborn.jobs.finish(late, "rejected")
 
@@ -170,7 +171,7 @@ class TestClaim:
         edit = submit_edit()
         for n in range(3):
             worker = make_worker(f"doomed-{n}")
-            assert worker.jobs.claim(edit).attempt == n + 1
+            assert claim_job(worker, edit).attempt == n + 1
             expire_heartbeat(worker)
         assert make_worker("worker-2").jobs.claim(edit) is None
         found = services.edits.get(edit)
@@ -200,10 +201,10 @@ class TestClaim:
         """A requeued job is queued and notified again, and the attempt does not count."""
         edit = submit_edit()
         broker.receive(["edit"], 1, 0)
-        worker.jobs.requeue(worker.jobs.claim(edit))
+        worker.jobs.requeue(claim_job(worker, edit))
         assert services.edits.get(edit)["status"] == "queued"
         assert [d.job_id for d in broker.receive(["edit"], 1, 0)] == [edit]
-        assert worker.jobs.claim(edit).attempt == 1
+        assert claim_job(worker, edit).attempt == 1
 
 
 class TestCommitEdit:
@@ -239,7 +240,7 @@ class TestCommitEdit:
 
     def test_head_moved(self, worker: WorkerParts, submit_edit: Callable[..., Any]) -> None:
         """A commit at an older head raises Conflict, and succeeds at the new head."""
-        first, second = worker.jobs.claim(submit_edit()), worker.jobs.claim(submit_edit("Colosseum"))
+        first, second = claim_job(worker, submit_edit()), claim_job(worker, submit_edit("Colosseum"))
         assert worker.jobs.commit_edit(first, 0, b"1", {}, {}) == 1
         with pytest.raises(Conflict, match="head moved"):
             worker.jobs.commit_edit(second, 0, b"2", {}, {})
@@ -251,7 +252,7 @@ class TestCommitEdit:
     ) -> None:
         """Of concurrent commits at one head, one succeeds and the others raise Conflict."""
         workers = [make_worker(f"racer-{n}") for n in range(4)]
-        jobs = [worker.jobs.claim(submit_edit(f"Tower {n}")) for n, worker in enumerate(workers)]
+        jobs = [claim_job(worker, submit_edit(f"Tower {n}")) for n, worker in enumerate(workers)]
         barrier = threading.Barrier(len(workers))
 
         def race(pair: Any) -> Any:
@@ -271,7 +272,7 @@ class TestCommitEdit:
     ) -> None:
         """A cancellation before the commit raises Cancelled, and nothing is written."""
         edit = submit_edit()
-        job = worker.jobs.claim(edit)
+        job = claim_job(worker, edit)
         services.edits.revert(edit, "somebody")
         with pytest.raises(Cancelled):
             worker.jobs.commit_edit(job, 0, b"x", {}, {})
@@ -284,7 +285,7 @@ class TestCommitEdit:
     def test_twice(self, worker: WorkerParts, submit_edit: Callable[..., Any]) -> None:
         """A second commit of an edit returns the version of the first."""
         edit = submit_edit()
-        job = worker.jobs.claim(edit)
+        job = claim_job(worker, edit)
         assert worker.jobs.commit_edit(job, 0, b"x", {}, {}) == 1
         commit_edit(worker, submit_edit("Colosseum"))
         assert worker.jobs.commit_edit(job, 0, b"x", {}, {}) == 1
@@ -295,7 +296,7 @@ class TestCommitEdit:
     ) -> None:
         """Infinite and NaN values in a result or a body become null, in the row and in the hash."""
         edit = submit_edit()
-        job = worker.jobs.claim(edit)
+        job = claim_job(worker, edit)
         worker.jobs.commit_edit(job, 0, b"x", {"strength": float("nan")}, {"perplexity": float("inf")})
         assert services.edits.get(edit)["result"] == {"perplexity": None}
         assert services.ledger.verify()["ok"]
@@ -306,14 +307,14 @@ class TestUnknownCommitOutcome:
 
     @pytest.fixture
     def job(self, worker: WorkerParts, submit_edit: Callable[..., Any]) -> Any:
-        return worker.jobs.claim(submit_edit())
+        return claim_job(worker, submit_edit())
 
     @pytest.mark.parametrize(
         ("end", "status", "head"),
         [
             (lambda worker, job: worker.jobs.commit_edit(job, 0, b"x", {}, {}), "applied", 1),
             (lambda worker, job: worker.jobs.finish(job, "rejected", {}), "rejected", 0),
-            (lambda worker, job: worker.jobs.fail(job, "x"), "failed", 0),
+            (lambda worker, job: worker.jobs.fail(job, RuntimeError("x")), "failed", 0),
         ],
     )
     @pytest.mark.parametrize("again", ["same", "requeue", "fail"])
@@ -336,7 +337,7 @@ class TestUnknownCommitOutcome:
         repeat = {
             "same": end,
             "requeue": lambda worker, job: worker.jobs.requeue(job),
-            "fail": lambda worker, job: worker.jobs.fail(job, "y"),
+            "fail": lambda worker, job: worker.jobs.fail(job, RuntimeError("y")),
         }
         repeat[again](worker, job)
         found = services.edits.get(job.id)
@@ -352,7 +353,7 @@ class TestUnknownCommitOutcome:
         lose_connection_after_commit(worker, monkeypatch)
         with pytest.raises(Unavailable):
             worker.jobs.claim(edit)
-        assert worker.jobs.claim(edit).attempt == 2
+        assert claim_job(worker, edit).attempt == 2
 
     def test_requeue(
         self, worker: WorkerParts, job: Any, services: Services, monkeypatch: pytest.MonkeyPatch
@@ -401,7 +402,7 @@ class TestUnknownCommitOutcome:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Commits succeed while the broker is down."""
-        first, second, third = (worker.jobs.claim(submit_edit(f"Tower {n}")) for n in range(3))
+        first, second, third = (claim_job(worker, submit_edit(f"Tower {n}")) for n in range(3))
         for name in ("publish", "notify"):
             monkeypatch.setattr(broker, name, raise_unavailable)
         worker.jobs.commit_edit(first, 0, b"x", {}, {})
@@ -423,7 +424,7 @@ class TestEnd:
     ) -> None:
         """A job without a commit ends with its status and result, and its end is published."""
         edit = submit_edit()
-        worker.jobs.finish(worker.jobs.claim(edit), status, {"ES": 0.0})
+        worker.jobs.finish(claim_job(worker, edit), status, {"ES": 0.0})
         found = services.edits.get(edit)
         assert (found["status"], found["result"], found["progress"]) == (status, {"ES": 0.0}, None)
         assert last_event(broker, edit).data == found
@@ -448,7 +449,7 @@ class TestEnd:
     ) -> None:
         """A failed job stores its error document; Cancelled ends a job as cancelled."""
         edit = submit_edit()
-        worker.jobs.fail(worker.jobs.claim(edit), error)
+        worker.jobs.fail(claim_job(worker, edit), error)
         found = services.edits.get(edit)
         assert (found["status"], found["error"]) == (status, told)
 
@@ -456,7 +457,7 @@ class TestEnd:
         """A trace ends as done with the version that it ran at."""
         asked = TraceRequest(prompt="The Eiffel Tower is located in", subject="Eiffel Tower")
         trace = services.traces.submit(asked, "somebody")["id"]
-        worker.jobs.finish(worker.jobs.claim(trace), "done", {"version": 0, "effects": [1.0]})
+        worker.jobs.finish(claim_job(worker, trace), "done", {"version": 0, "effects": [1.0]})
         found = services.traces.get(trace)
         assert (found["status"], found["version"], found["result"]["effects"]) == ("done", 0, [1.0])
         assert services.ledger.verify()["ok"]
@@ -468,7 +469,7 @@ class TestProgress:
     ) -> None:
         """Progress is published at every step, and written to the row at intervals."""
         edit = submit_edit()
-        job = worker.jobs.claim(edit)
+        job = claim_job(worker, edit)
         for n in range(20):
             worker.jobs.report_progress(job, Progress(Phase.OPTIMIZE, n, 20))
         assert services.edits.get(edit)["progress"] == {"phase": "optimize", "done": 0, "total": 20}
@@ -484,7 +485,7 @@ class TestProgress:
     ) -> None:
         """A cancellation is visible at the next poll of the worker."""
         edit = submit_edit()
-        job = worker.jobs.claim(edit)
+        job = claim_job(worker, edit)
         assert not worker.jobs.cancel_requested(job)
         assert services.edits.revert(edit, "somebody")["status"] == "running"
         assert worker.jobs.cancel_requested(job)
@@ -492,7 +493,7 @@ class TestProgress:
     def test_cancel_from_the_row(self, worker: WorkerParts, submit_edit: Callable[..., Any]) -> None:
         """A cancellation whose message was lost is read from the row."""
         edit = submit_edit()
-        job = worker.jobs.claim(edit)
+        job = claim_job(worker, edit)
         with worker.database.write_session() as session:
             session.execute(update(Job).where(Job.id == edit).values(cancel_requested=True))
         worker.jobs.report_progress(job, Progress(Phase.OPTIMIZE, 1, 2))
@@ -513,12 +514,12 @@ class TestArtifacts:
         self, worker: WorkerParts, make_worker: Callable[..., WorkerParts], evaluation: Any
     ) -> None:
         """The next attempt reads the artifacts of the last one; an attempt that lost the job can store none."""
-        stale_job = worker.jobs.claim(evaluation)
+        stale_job = claim_job(worker, evaluation)
         for data in (b"old", b"new\x00"):
             worker.jobs.put_artifact(stale_job, "a", data)
         expire_heartbeat(worker)
         successor = make_worker("worker-2")
-        job = successor.jobs.claim(evaluation)
+        job = claim_job(successor, evaluation)
         assert (successor.jobs.get_artifact(job, "a"), successor.jobs.get_artifact(job, "b")) == (
             b"new\x00",
             None,
@@ -532,17 +533,17 @@ class TestArtifacts:
         self, worker: WorkerParts, evaluation: Any, services: Services
     ) -> None:
         """An artifact belongs to one job."""
-        job = worker.jobs.claim(evaluation)
+        job = claim_job(worker, evaluation)
         worker.jobs.put_artifact(job, "a", b"x")
         other = services.evaluations.submit(EvaluationRequest(records=[RECORD]), "somebody")["id"]
-        assert worker.jobs.get_artifact(worker.jobs.claim(other), "a") is None
+        assert worker.jobs.get_artifact(claim_job(worker, other), "a") is None
 
     @pytest.mark.parametrize("end", ["done", "cancelled"])
     def test_gone_with_the_job(
         self, worker: WorkerParts, evaluation: Any, database: Database, end: Any
     ) -> None:
         """The artifacts of a finished job are deleted."""
-        job = worker.jobs.claim(evaluation)
+        job = claim_job(worker, evaluation)
         worker.jobs.put_artifact(job, "a", b"x")
         assert self.count(database) == 2  # its records, too
         worker.jobs.finish(job, end)
@@ -555,17 +556,17 @@ class TestArtifacts:
 
     def test_failed(self, worker: WorkerParts, evaluation: Any, services: Services) -> None:
         """A retried job finds the artifacts of its failed attempt."""
-        job = worker.jobs.claim(evaluation)
+        job = claim_job(worker, evaluation)
         worker.jobs.put_artifact(job, "a", b"x")
-        worker.jobs.fail(job, "out of memory")
+        worker.jobs.fail(job, RuntimeError("out of memory"))
         services.jobs.retry(evaluation, "admin")
-        assert worker.jobs.get_artifact(worker.jobs.claim(evaluation), "a") == b"x"
+        assert worker.jobs.get_artifact(claim_job(worker, evaluation), "a") == b"x"
 
     def test_put_artifact_again(
         self, worker: WorkerParts, evaluation: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Storing an artifact can be repeated after an unknown outcome."""
-        job = worker.jobs.claim(evaluation)
+        job = claim_job(worker, evaluation)
         lose_connection_after_commit(worker, monkeypatch)
         with pytest.raises(Unavailable):
             worker.jobs.put_artifact(job, "a", b"x")

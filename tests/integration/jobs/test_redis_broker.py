@@ -73,10 +73,13 @@ def start_worker_process(redis_url: str) -> Iterator[Any]:
 
     def start(lease: Any = LEASE) -> Any:
         command = [sys.executable, "-c", WORKER_SCRIPT, redis_url, str(lease)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=ROOT, **pipes))
-        assert started[-1].stdout.readline() == "ready\n"
-        return started[-1]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
 
     yield start
     for process in started:
@@ -84,7 +87,7 @@ def start_worker_process(redis_url: str) -> Iterator[Any]:
         process.communicate()
 
 
-def crash(broker: Broker) -> None:
+def crash(broker: RedisBroker) -> None:
     """Leave a broker as a killed process leaves it: nobody renews, nobody gives back."""
     broker._closed.set()
     if broker._lease_thread:
@@ -712,7 +715,7 @@ class TestDown:
         brokers(url="redis://127.0.0.1:1/0").close()
 
 
-def lose_next_reply(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+def lose_next_reply(broker: RedisBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Redis does what it is asked next, and its answer does not arrive."""
     script = broker._script
 

@@ -23,6 +23,7 @@ from service.jobs.broker import Broker
 from service.jobs.memory_broker import MemoryBroker
 from tests.support.job_rows import (
     MODEL,
+    claim_job,
     commit_edit,
     expire_heartbeat,
     raise_unavailable,
@@ -72,7 +73,7 @@ class TestNotifyLostJobs:
         assert make_worker("worker-2").session.notify_lost_jobs() == 0
         reborn = make_worker("worker-3", single_process=True)
         assert reborn.session.notify_lost_jobs() == 1
-        assert reborn.jobs.claim(edit).attempt == 2
+        assert claim_job(reborn, edit).attempt == 2
 
     def test_quarantined_worker(
         self,
@@ -86,7 +87,7 @@ class TestNotifyLostJobs:
         worker.session.quarantine("tired")
         other = make_worker("worker-2")
         assert other.session.notify_lost_jobs() == 1
-        assert other.jobs.claim(edit).attempt == 2
+        assert claim_job(other, edit).attempt == 2
 
     def test_nothing_lost(
         self,
@@ -143,7 +144,7 @@ class TestNotifyLostJobs:
         edit = submit_edit()
         worker.jobs.claim(edit)
         worker.session.deregister()
-        assert make_worker("worker-2").jobs.claim(edit).attempt == 2
+        assert claim_job(make_worker("worker-2"), edit).attempt == 2
 
 
 class TestVote:

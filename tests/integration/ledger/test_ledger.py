@@ -69,12 +69,12 @@ def apply_edit(database: Database, model: Any, fact: Any, **body: Any) -> Any:
 def revert_edit(database: Database, model: Any, edit_id: str) -> None:
     with database.write_session() as session:
         ledger.lock_ledger(session, model)
-        ledger.append_entry(session, model, ledger.REVERT, session.get(Job, edit_id), "another", {})
+        ledger.append_entry(session, model, ledger.REVERT, session.get_one(Job, edit_id), "another", {})
 
 
 def edit_statuses(database: Database, *ids: Any) -> Any:
     with database.read_session() as session:
-        return [session.get(Job, x).status for x in ids]
+        return [session.get_one(Job, x).status for x in ids]
 
 
 def ledger_findings(database: Database, model: Any) -> Any:
@@ -104,15 +104,15 @@ def findings_after(database: Database, model: Any, *statements: Any) -> Any:
 class LedgerMachine(RuleBasedStateMachine):
     """The oracle is a list of (kind, edit, fact), from which everything else is said in one line each."""
 
-    database = None
+    database: Database
 
     def __init__(self) -> None:
         super().__init__()
         self.model, self.other = add_model(self.database), add_model(self.database)
         with self.database.write_session() as session:
             self.spare = add_edit(session, self.model, ("Nobody", "{} is")).id
-        self.history = []
-        self.superseded_by_edit = {}  #: what an edit says that it supersedes
+        self.history: list[tuple[str, str, tuple[str, str]]] = []
+        self.superseded_by_edit: dict[str, list[str]] = {}  #: what an edit says that it supersedes
 
     def reverted(self, version: int | None = None) -> Any:
         return {edit for kind, edit, _ in self.history[:version] if kind == "revert"}
@@ -149,7 +149,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def tamper(self, data: Any) -> None:
         version = data.draw(st.integers(1, len(self.history)))
         with self.database.read_session() as session:
-            row = session.get(LedgerEntry, (self.model, version))
+            row = session.get_one(LedgerEntry, (self.model, version))
         tampered_values = {
             "model": self.other,
             "version": 1000,
@@ -299,7 +299,7 @@ def test_append_without_the_row_of_the_head(database: Database, change: str) -> 
     apply_edit(database, model, FACTS[0])
     apply_edit(database, model, FACTS[3])
     with database.write_session() as session:
-        row = session.get(LedgerHead, model)
+        row = session.get_one(LedgerHead, model)
         if change == "missing":
             session.delete(row)
         elif change == "other version":
@@ -310,7 +310,7 @@ def test_append_without_the_row_of_the_head(database: Database, change: str) -> 
     apply_edit(database, model, FACTS[2])
     assert ledger_findings(database, model) == []
     with database.read_session() as session:
-        assert len(session.get(LedgerHead, model).active) == 3
+        assert len(session.get_one(LedgerHead, model).active) == 3
 
 
 def test_models_have_ledgers_of_their_own(database: Database) -> None:
@@ -362,7 +362,7 @@ class TestVerify:
         """An entry whose hash is right and whose state is not that of its edits is found."""
         with database.write_session() as session:
             drop_append_only_guards(session)
-            row = session.get(LedgerEntry, (model, 1))
+            row = session.get_one(LedgerEntry, (model, 1))
             row.state = "0" * 64
             row.hash = ledger.chain_hash(row.previous, ledger.entries(session, model)[0])
         assert [finding.where for finding in ledger_findings(database, model)] == ["state"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from sqlalchemy import delete
 from service.bootstrap import Container
 from service.covariance.corpus import Corpus
 from service.db.models import Worker
-from service.editing.context import EditorContext
+from service.editing.context import EditInput, EditorContext
+from service.editing.edit_spec import EditFactors
 from service.engine.versioned_model import VersionedModel
 from service.jobs.job_store import ClaimedJob
 from service.kit.steps import Stepper, run_to_completion
@@ -55,9 +56,9 @@ class FakeWorker:
         self.computed_edits: list[str] = []
         find = self.context.find_all_factors
 
-        def finding(wishes: Any) -> Stepper[Any]:
-            self.computed_edits += [ask.edit for ask in wishes]
-            return find(wishes)
+        def finding(inputs: Sequence[EditInput]) -> Stepper[list[EditFactors]]:
+            self.computed_edits += [edit_input.edit for edit_input in inputs]
+            return find(inputs)
 
         self.context.find_all_factors = finding  # type: ignore[method-assign]
 
@@ -88,7 +89,7 @@ def test_another_worker_resumes_the_evaluation(
 ) -> None:
     """A worker dies in the middle: another one finds only what was not found yet, and the result is that of one
     alone."""
-    request = EvaluationRequest(records=RECORDS, **EVALUATION_FIELDS, mode=mode)  # type: ignore[arg-type]
+    request = EvaluationRequest(records=RECORDS, **EVALUATION_FIELDS, mode=mode)
     first, second = start_fake_worker(), start_fake_worker("worker-2")
     uninterrupted, interrupted = (
         container.services.evaluations.submit(request, "somebody") for _ in range(2)

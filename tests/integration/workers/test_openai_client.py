@@ -12,6 +12,7 @@ import pytest
 import torch
 from openai import OpenAI
 from openai.types import Completion
+from openai.types.completion_choice import Logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from api.app import create_app
@@ -122,6 +123,28 @@ def create_completion(client: OpenAI, **fields: Any) -> Completion:
     return answer
 
 
+def stream_completion(client: OpenAI, **fields: Any) -> Iterator[Completion]:
+    chunks: Iterator[Completion] = client.completions.create(
+        **{"model": "almanac@base", "prompt": PROMPT, "max_tokens": 12, "stream": True, **fields}
+    )
+    return chunks
+
+
+def logprob_lines(logprobs: Logprobs) -> list[tuple[str, float, dict[str, float], int]]:
+    """Return token, log-probability, best tokens and offset of each token."""
+    assert logprobs.tokens is not None and logprobs.token_logprobs is not None
+    assert logprobs.top_logprobs is not None and logprobs.text_offset is not None
+    return list(
+        zip(
+            logprobs.tokens,
+            logprobs.token_logprobs,
+            logprobs.top_logprobs,
+            logprobs.text_offset,
+            strict=True,
+        )
+    )
+
+
 def test_greedy_answers_are_those_of_transformers(client: OpenAI, reference: TransformersReference) -> None:
     """Several prompts at temperature 0 say what transformers says of each, and count their tokens."""
     answer = create_completion(client, prompt=PROMPTS, temperature=0)
@@ -169,7 +192,8 @@ def test_the_log_probabilities_are_those_of_transformers(
             wanted = reference.log_probs(read + [names[token] for token in rest])
             assert logprobs.token_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
         assert logprobs.token_logprobs[1 : len(read)] == pytest.approx(reference.log_probs(read), abs=1e-4)
-        assert logprobs.token_logprobs[0] is None
+        first: Any = logprobs.token_logprobs[0]  # the client's types do not say that it may be None
+        assert first is None
         for token, log_p, best in list(
             zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
         )[1:]:
@@ -219,33 +243,19 @@ def test_stream_equals_the_whole_completion(client: OpenAI, wish: dict[str, Any]
     wish = {"seed": 3, "temperature": 1.2, "max_tokens": 20, **wish}
     whole = create_completion(client, **wish)
     streamed: dict[int, dict[str, Any]] = {}
-    for chunk in create_completion(client, stream=True, **wish):  # type: ignore[attr-defined]
+    for chunk in stream_completion(client, **wish):
         assert chunk.model == whole.model
         for choice in chunk.choices:
             state = streamed.setdefault(choice.index, {"text": "", "lines": []})
             state["text"] += choice.text
             if logprobs := choice.logprobs:
-                state["lines"] += zip(
-                    logprobs.tokens,
-                    logprobs.token_logprobs,
-                    logprobs.top_logprobs,
-                    logprobs.text_offset,
-                    strict=True,
-                )
+                state["lines"] += logprob_lines(logprobs)
             state["end"] = choice.finish_reason
     for choice in whole.choices:
         state, logprobs = streamed[choice.index], choice.logprobs
         assert (state["text"], state["end"]) == (choice.text, choice.finish_reason)
         if logprobs is not None:
-            lines = list(
-                zip(
-                    logprobs.tokens,
-                    logprobs.token_logprobs,
-                    logprobs.top_logprobs,
-                    logprobs.text_offset,
-                    strict=True,
-                )
-            )  # type: ignore[arg-type]
+            lines = logprob_lines(logprobs)
             assert [(x[0], x[3]) for x in state["lines"]] == [(x[0], x[3]) for x in lines]
             assert [x[1] for x in state["lines"][1:]] == pytest.approx([x[1] for x in lines[1:]], abs=1e-4)
 
@@ -273,7 +283,7 @@ def test_model_ids_name_versions(
         subject="Eiffel Tower",
         prompt="The {} is located in the city of",
         target_new=" Rome",
-        guard={"enabled": False},  # type: ignore[arg-type]
+        guard={"enabled": False},
     )
     (edit,) = services.edits.submit([request], "somebody")
     wait_until(lambda: services.edits.get(edit["id"])["status"] not in ("queued", "running"))

@@ -178,7 +178,7 @@ def test_everything_at_once(harness: WorkerHarness, folder: Path) -> None:
 def test_an_edit_does_not_wait_for_an_evaluation(harness: WorkerHarness) -> None:
     """An edit that is asked for while an evaluation runs lands before its end, and the evaluation goes on."""
     record = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
-    request = EvaluationRequest(records=[record] * 500, batch_size=1, damage=False)  # type: ignore[call-arg]
+    request = EvaluationRequest(records=[record] * 500, batch_size=1, damage=False)
     evaluation = harness.services.evaluations.submit(request, "somebody")["id"]
     while harness.services.evaluations.get(evaluation)["status"] == "queued":
         threading.Event().wait(0.01)
@@ -256,7 +256,9 @@ def test_killed_worker_is_removed_at_start(folder: Path, tmp_path: Path) -> None
     harness = WorkerHarness(config)
     assert harness.services.models.check_ready()["ready"]  # as the dead one's last heartbeat has it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness.worker, "_load", lambda: pytest.fail(harness.services.models.check_ready()))
+        patch.setattr(
+            harness.worker, "_load", lambda: pytest.fail(str(harness.services.models.check_ready()))
+        )
         with pytest.raises(Unavailable, match="no worker is alive"):
             harness.worker.run()
     harness.close()

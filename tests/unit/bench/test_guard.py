@@ -15,8 +15,8 @@ from service.schemas import EditRequest
 def make_case(norm: float, neighbour_kept: bool) -> GuardCase:
     """Return a case of an effective edit with one neighbour."""
     request = EditRequest.model_validate({"subject": "Tower", "prompt": "{} in", "target_new": "Rome"})
-    probes = Probe("Tower in", "Rome", "Paris"), [], [Probe("Louvre in", "Rome", "Paris")]
-    resolved_edit = ResolvedEdit(request, RomeParameters(layers=(0,)), *probes)
+    rewrite, neighbour = Probe("Tower in", "Rome", "Paris"), Probe("Louvre in", "Rome", "Paris")
+    resolved_edit = ResolvedEdit(request, RomeParameters(layers=(0,)), rewrite, [], [neighbour])
     new, true = ProbeResult(-0.1, -2.0, True, False), ProbeResult(-2.0, -0.1, False, True)
     before = VersionMeasurement([true, true], "", 2.0, set())
     after = VersionMeasurement([new, true if neighbour_kept else new], "", 2.0, set())

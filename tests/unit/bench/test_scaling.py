@@ -16,6 +16,7 @@ from bench.scaling import (
 from service.engine.versioned_model import VersionedModel
 from service.weights.composition import apply_delta, compose_layer
 from service.weights.factors import serialize_updates
+from tests.support.associations import associations_of
 from tests.support.tiny_models import TEXTS, tiny
 
 
@@ -33,9 +34,8 @@ def test_ledger_version_has_its_first_edits() -> None:
     model = tiny(positions=128)
     pieces = make_associations(model, 1, TEXTS, 3)
     replica = VersionedModel(model, InMemoryLedger([serialize_updates([a]) for a in pieces]))
-    composed = compose_layer(
-        list(replica.active_updates(2)["00000"]) + list(replica.active_updates(2)["00001"])
-    )
+    active = replica.active_updates(2)
+    composed = compose_layer(associations_of([*active["00000"], *active["00001"]]))
     expected = apply_delta(model.weight(1).data, compose_layer(pieces[:2]), model.architecture.conv1d)
     assert torch.equal(apply_delta(model.weight(1).data, composed, model.architecture.conv1d), expected)
     assert replica.digest(2) != replica.digest(1)

@@ -10,11 +10,12 @@ import pytest
 
 from bench import suite
 from bench.suite import BENCH_SCRIPTS, Outcome, combined_report, run_script
+from tests.support.paths import ROOT
 
 
 def test_every_script_is_there() -> None:
     """Each benchmark has a script and its own report."""
-    assert all((suite.ROOT / "bench" / b.script).is_file() for b in BENCH_SCRIPTS)
+    assert all((ROOT / "bench" / b.script).is_file() for b in BENCH_SCRIPTS)
     assert len({b.name for b in BENCH_SCRIPTS}) == len(BENCH_SCRIPTS)
 
 

@@ -25,6 +25,7 @@ from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad, tokenize_statement
 from service.weights.composition import apply_delta, compose_layer
 from service.weights.factors import Association
+from tests.support.associations import associations_of
 from tests.support.tiny_models import MODEL_TYPES, TEXTS, tiny
 
 STATEMENT = fill_prompt("The {} is located in the city of", "Eiffel Tower")
@@ -48,6 +49,14 @@ def find_rome_factors(
     )
 
 
+def find_association(
+    model: LoadedModel, contexts: tuple[str, ...] = CONTEXTS, **changes: object
+) -> Association:
+    """Return the association of an edit at one layer."""
+    (association,) = associations_of(find_rome_factors(model, contexts, **changes).updates)
+    return association
+
+
 def key_and_value(model: LoadedModel, layer: int, context: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """Return key and value of the subject's last token after a context."""
     prompt = tokenize_statement(model, STATEMENT.with_context(context))
@@ -63,7 +72,7 @@ def key_and_value(model: LoadedModel, layer: int, context: str = "") -> tuple[to
 
 def apply_factors(model: LoadedModel, factors: EditFactors) -> None:
     """Write the edit into a throw-away model."""
-    for a in factors.updates:
+    for a in associations_of(factors.updates):
         weight = model.weight(a.layer)
         weight.data = apply_delta(weight.data, compose_layer([a]), model.architecture.conv1d)
 
@@ -78,7 +87,8 @@ def test_the_averaged_key_gives_the_value(model_type: str) -> None:
     (value,) = run_to_completion(optimize_values(model, DeltaSite(1), [spec]))
     keys_and_values = [key_and_value(model, 1, c) for c in ("", *(c + ". " for c in CONTEXTS))]
     key = torch.stack([k for k, _ in keys_and_values]).mean(0)
-    torch.testing.assert_close(factors.updates[0].key, key, rtol=1e-4, atol=1e-5)
+    (association,) = associations_of(factors.updates)
+    torch.testing.assert_close(association.key, key, rtol=1e-4, atol=1e-5)
     bias = keys_and_values[0][1] - _linear(model, keys_and_values[0][0])
     apply_factors(model, factors)
     torch.testing.assert_close(_linear(model, key) + bias, value.initial + value.delta, rtol=1e-3, atol=1e-4)
@@ -106,8 +116,9 @@ def test_the_two_forms_differ() -> None:
     model = tiny()
     ours, theirs = find_rome_factors(model), find_rome_factors(model, compat="meng2022")
     assert ours.losses == theirs.losses
-    assert not torch.allclose(ours.updates[0].value, theirs.updates[0].value, rtol=1e-3)
-    torch.testing.assert_close(ours.updates[0].direction, theirs.updates[0].direction)
+    (our_association,), (their_association,) = associations_of(ours.updates), associations_of(theirs.updates)
+    assert not torch.allclose(our_association.value, their_association.value, rtol=1e-3)
+    torch.testing.assert_close(our_association.direction, their_association.direction)
 
 
 @pytest.mark.parametrize("layers", [[1], [0, 1]])
@@ -140,14 +151,14 @@ def test_finding_changes_nothing() -> None:
 
 def test_finding_is_reproducible() -> None:
     """The same request on the same base model gives the same factors, bit for bit."""
-    one, two = find_rome_factors(tiny()).updates[0], find_rome_factors(tiny()).updates[0]
+    one, two = find_association(tiny()), find_association(tiny())
     assert torch.equal(one.value, two.value)
     assert torch.equal(one.direction, two.direction)
 
 
 def test_conv1d_and_linear_twins_agree() -> None:
     """The same matrix stored as Conv1D and as Linear gets the same change."""
-    a = find_rome_factors(tiny()).updates[0]
+    a = find_association(tiny())
     base = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     change = compose_layer([a])
     assert torch.equal(
@@ -174,14 +185,15 @@ def test_braces_in_contexts_subject_and_object_are_only_characters() -> None:
     factors = run_to_completion(
         find_factors(model, statistics("gpt2"), contexts, statement, "R{o}me", parameters)
     )
-    assert factors.updates[0].value.isfinite().all()
+    (association,) = associations_of(factors.updates)
+    assert association.value.isfinite().all()
 
 
 def test_direction_is_scale_free() -> None:
     """The update does not depend on the scale or the sign of the direction."""
     from dataclasses import replace
 
-    a = find_rome_factors(tiny()).updates[0]
+    a = find_association(tiny())
     for scale in (-1.0, 7.0):
         other = replace(a, direction=a.direction * scale)
         torch.testing.assert_close(other.rank_one().dense(), a.rank_one().dense(), rtol=1e-6, atol=1e-8)
@@ -189,7 +201,7 @@ def test_direction_is_scale_free() -> None:
 
 def test_the_direction_is_adjusted_by_the_second_moment() -> None:
     """The direction is C^-1 k*, not k*."""
-    a = find_rome_factors(tiny()).updates[0]
+    a = find_association(tiny())
     expected = statistics("gpt2")[1].solve(a.key).float()
     torch.testing.assert_close(a.direction, expected)
     assert torch.nn.functional.cosine_similarity(a.direction, a.key, dim=0) < 0.999
@@ -202,9 +214,10 @@ def test_anchored_to_its_own_the_change_is_delta() -> None:
         find_rome_factors(model, anchor="own"),
         find_rome_factors(model, anchor="own", strength=2.0),
     )
-    assert float(factors.updates[0].value.norm()) == pytest.approx(factors.delta_norm, rel=1e-5)
-    torch.testing.assert_close(twice.updates[0].value, 2 * factors.updates[0].value)
-    assert torch.equal(twice.updates[0].key, factors.updates[0].key)
+    (once_found,), (twice_found,) = associations_of(factors.updates), associations_of(twice.updates)
+    assert float(once_found.value.norm()) == pytest.approx(factors.delta_norm, rel=1e-5)
+    torch.testing.assert_close(twice_found.value, 2 * once_found.value)
+    assert torch.equal(twice_found.key, once_found.key)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama"])
@@ -216,7 +229,7 @@ def test_a_key_of_the_bare_prompt_and_the_bare_subject(model_type: str) -> None:
     with capture({0: model.down_proj(1)}, "input") as seen, torch.no_grad():
         forward(model, pad([ids], model))
     alone = seen[0].reshape(len(ids), -1)[-1]
-    key = find_rome_factors(model, bare_keys=True, bare_weight=1.0).updates[0].key
+    key = find_association(model, bare_keys=True, bare_weight=1.0).key
     torch.testing.assert_close(key, (in_prompt + alone) / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -228,7 +241,7 @@ def test_the_weight_of_the_bare_prompt(weight: float | None) -> None:
     share = 1 / len(keys) if weight is None else weight
     expected = share * keys[0] + (1 - share) * torch.stack(keys[1:]).mean(0)
     torch.testing.assert_close(
-        find_rome_factors(model, bare_weight=weight).updates[0].key, expected, rtol=1e-4, atol=1e-5
+        find_association(model, bare_weight=weight).key, expected, rtol=1e-4, atol=1e-5
     )
 
 
@@ -238,7 +251,9 @@ def test_edits_are_batched_by_layer_and_budget(monkeypatch: pytest.MonkeyPatch) 
 
     def wanted(edit: str, *layers: int) -> ValueEditSpec:
         parameters = RomeParameters(layers=layers)
-        return build_edit_spec(model, CONTEXTS, STATEMENT, "Rome", parameters, edit)
+        spec = build_edit_spec(model, CONTEXTS, STATEMENT, "Rome", parameters, edit)
+        assert isinstance(spec, ValueEditSpec)
+        return spec
 
     edits = [
         wanted("a", 1),
@@ -263,6 +278,7 @@ def test_flops_per_step_match_the_counter() -> None:
     """The estimated FLOPs of a step are within a third of those that torch counts."""
     model = tiny(width=64, inner=256, layers=8)
     spec = build_edit_spec(model, CONTEXTS, STATEMENT, "Rome", RomeParameters(layers=(1,)))
+    assert isinstance(spec, ValueEditSpec)
     counts: list[int] = []
     for steps in (4, 8):
         parameters = RomeParameters(layers=(1,), steps=steps, stop_loss=0)
@@ -284,7 +300,7 @@ def test_keys_are_those_of_the_noised_subject(layers: tuple[int, ...]) -> None:
     begin, end = prompt_tokens.subject
     noise = torch.randn(end - begin, model.hidden_size, generator=torch.Generator().manual_seed(0))
     steps = find_factors(model, statistics("gpt2"), [], STATEMENT, "Rome", parameters, noise=noise)
-    first = run_to_completion(steps).updates[0]
+    first = associations_of(run_to_completion(steps).updates)[0]
     alone = tokenize_statement(model, fill_prompt("{}", "Eiffel Tower"))
 
     def disturb(embedded: torch.Tensor) -> torch.Tensor:
@@ -299,5 +315,4 @@ def test_keys_are_those_of_the_noised_subject(layers: tuple[int, ...]) -> None:
         ):
             forward(model, pad([text.ids_through_subject], model))
         keys.append(seen[0].reshape(len(text.ids_through_subject), -1)[-1])
-    assert isinstance(first, Association)
     torch.testing.assert_close(first.key.double(), torch.stack(keys).mean(0), rtol=1e-4, atol=1e-5)

@@ -37,7 +37,6 @@ def on_disk(folder: Path) -> Path:
 
 def fail_if_called(*_: Any) -> Stepper[Any]:
     raise AssertionError("made again")
-    yield
 
 
 def test_everything_is_made_once_and_read_afterwards(

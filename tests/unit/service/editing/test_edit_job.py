@@ -20,6 +20,7 @@ from service.editing import edit_job, edit_report, guard, measure
 from service.editing.candidate import CandidateEdit, VersionMeasurement
 from service.editing.context import EditorContext
 from service.editing.edit_job import group_compatible_jobs, run_edits
+from service.editing.edit_spec import build_edit_spec
 from service.editing.find_factors import find_batch_factors, find_factors
 from service.editing.guard import Check, CheckName, GuardResult
 from service.editing.probes import Probe, ProbeResult, edit_holds, neighbor_preserved
@@ -44,6 +45,7 @@ from service.settings import Settings
 from service.weights import composition
 from service.weights.composition import apply_delta, compose_layer
 from service.weights.factors import Association, deserialize_updates, serialize_updates
+from tests.support.associations import associations_of
 from tests.support.reporters import CallbackReporter, RaisingReporter
 from tests.support.tiny_models import TEXTS, tiny
 from tests.support.workers import WorkerParts
@@ -123,6 +125,11 @@ class EditingHarness:
             self.services.edits.submit([EditRequest.model_validate(request | more)], "somebody")[0]["id"]
         )
 
+    def associations(self, edit: Resource) -> list[Association]:
+        """Return the committed updates of an edit."""
+        data = self.services.edits.delta(edit["id"])
+        return associations_of(deserialize_updates(data, edit["id"], edit["request"]["subject"]))
+
     def start(self, edit: str) -> tuple[ClaimedJob, Stepper[None]]:
         job = self.worker_parts.jobs.claim(edit)
         assert job is not None
@@ -195,7 +202,7 @@ def test_the_version_is_the_rank_one_update(harness: EditingHarness) -> None:
     """The weight of a version with one edit is base + delta (C^-1 k)^T / (k^T C^-1 k), exactly, and no other weight
     differs."""
     edit = harness.run_edit()
-    (association,) = deserialize_updates(harness.services.edits.delta(edit["id"]), edit["id"], "Eiffel Tower")
+    (association,) = harness.associations(edit)
     weights = harness.replica.weights(1)
     assert list(weights) == [WeightRef(1)]
     assert torch.equal(
@@ -431,8 +438,7 @@ def test_a_weak_edit_is_strengthened(harness: EditingHarness) -> None:
     strength = edit["result"]["strength"]
     assert edit["status"] == "applied" and strength in (1.25, 1.5, 2.0)
     assert harness.ledger_body(edit["version"])["strength"] == strength
-    (base_strength,) = deserialize_updates(harness.services.edits.delta(plain["id"]), "e", "s")
-    (stronger,) = deserialize_updates(harness.services.edits.delta(edit["id"]), "e", "s")
+    (base_strength,), (stronger,) = harness.associations(plain), harness.associations(edit)
     assert torch.equal(base_strength.value * strength, stronger.value)
     assert torch.equal(base_strength.key, stronger.key)
 
@@ -515,7 +521,12 @@ def test_which_strength_is_chosen(
     outcomes = iter(seen)
 
     def evaluate_guard(
-        _plan: object, _before: object, _after: object, strength: float, norms: dict[int, float], _: float
+        _plan: object,
+        _before: object,
+        _after: object,
+        strength: float,
+        norms: dict[WeightRef, float],
+        _: float,
     ) -> GuardResult:
         what = next(outcomes)
         answer = ProbeResult(-1.0, -2.0, what == GENERATED, False)
@@ -828,12 +839,8 @@ def test_superseded_edit_is_left_out_of_evaluation(
 def test_edits_of_one_subject_add_up(harness: EditingHarness) -> None:
     """The version of two facts of one subject is the sum of their rank-one updates."""
     edits = [harness.run_edit(), harness.run_edit(new="city", prompt="We know the {}")]
-    both = [
-        a
-        for e in edits
-        for a in deserialize_updates(harness.services.edits.delta(e["id"]), e["id"], "Eiffel Tower")
-    ]
-    total = harness.base_weights[1].double() + sum(a.rank_one().dense().T for a in both)
+    both = [a for e in edits for a in harness.associations(e)]
+    total = sum((a.rank_one().dense().T for a in both), harness.base_weights[1].double())
     torch.testing.assert_close(harness.replica.weights(2)[WeightRef(1)].double(), total, rtol=1e-6, atol=1e-6)
 
 
@@ -957,7 +964,7 @@ def test_jointly_harmful_batch_is_bisected(harness: EditingHarness, monkeypatch:
     """When a batch fails and no single edit causes it, halves are measured, down to single edits: all are
     committed."""
     new_edit_counts: list[int] = []
-    evaluate_guard = measure.evaluate_guard
+    evaluate_guard = guard.evaluate_guard
 
     def fake_guard(
         plan: Any, before: Any, after: Any, strength: float, norms: Any, lead: float
@@ -986,7 +993,6 @@ def test_a_bad_request_among_good_ones_fails_alone(
     harness: EditingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An invalid request fails with its reason; the other edits of the batch are committed."""
-    build_edit_spec = edit_job.build_edit_spec
 
     def fails(model: Any, contexts: Any, statement: Any, *rest: Any) -> Any:
         if "Big Ben" in statement.text:
@@ -1004,7 +1010,6 @@ def test_failed_batch_search_is_retried_individually(
 ) -> None:
     """When a batched search fails, the edits are searched one by one, and only those that fail alone fail."""
     monkeypatch.setattr("service.editing.edit_spec.group_budget", lambda _model: 10**12)
-    find_batch_factors = edit_job.find_batch_factors
 
     def fails(model: Any, statistics: Any, wanted: Sequence[Any]) -> Any:
         if len(wanted) > 1 or wanted[0].subject == "Big Ben":

@@ -254,7 +254,7 @@ def test_half_a_character_in_a_target_is_no_problem() -> None:
 #: GPT-J computes its attention in single precision, whatever the model's own
 ROUNDING = {"gptj": 1e-5}
 
-BATCHED_EDITS = [
+BATCHED_EDITS: list[tuple[str, str, str, dict[str, float]]] = [
     ("Eiffel Tower", "The {} is located in the city of", "Rome", {"steps": 6, "stop_loss": 0}),
     ("Marie Curie", "The mother tongue of {} was", "São Paulo, Brazil", {"steps": 4, "learning_rate": 0.1}),
     ("Big Ben", "{} can be found in", "Japan", {"steps": 9, "stop_loss": 0, "clamp": 0.3}),
@@ -362,7 +362,7 @@ def test_post_mlp_norm_is_detected() -> None:
     """When a block normalizes the MLP's output (OPT-350m), delta is added inside the block."""
     model = tiny("opt", dtype=torch.float64)
     for block in model.blocks:
-        block.do_layer_norm_before = False
+        vars(block)["do_layer_norm_before"] = False
     tokenized = tokenize_contexts(model, STATEMENT, "Rome", CONTEXTS)
     suffixes, _ = prefill_suffixes(model, tokenized.texts(), DeltaSite(1))
     assert suffixes.delta_module is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ def association_at(key: Tensor, c: Tensor, subject: str, form: str = "joint", la
     )
 
 
-def capacities_of(new_updates: list[EditUpdate], others: list[EditUpdate]) -> dict[int, float]:
+def capacities_of(new_updates: Sequence[EditUpdate], others: Sequence[EditUpdate]) -> dict[int, float]:
     (capacities,) = run_to_completion(measure_capacities([new_updates], others))
     return capacities
 
@@ -80,7 +82,7 @@ def test_which_updates_occupy_capacity() -> None:
     """Edits of the same subject, of other layers and of another metric, and changes of whole weights, leave all of the
     room."""
     c, key = moment(), keys(1)[0]
-    active_updates = [
+    active_updates: list[EditUpdate] = [
         association_at(key, c, "new"),
         association_at(key, c, "a", layer=1),
         association_at(key, c, "b", "alphaedit"),

@@ -58,7 +58,8 @@ def composition_oracle(associations: list[Association], ridge: float = JOINT.rid
             if a[i].subject == a[j].subject:
                 wanted[:, j] += a[i].value.double() * (gram + eps)[j, i] / gram[i, i]
     directions = torch.stack([x.direction.double() for x in a])
-    return wanted @ torch.linalg.inv((gram + eps).T) @ directions
+    change: torch.Tensor = wanted @ torch.linalg.inv((gram + eps).T) @ directions
+    return change
 
 
 def test_one_association_is_the_rank_one_update() -> None:
@@ -315,7 +316,7 @@ def test_solve_modes_and_dense_updates_add_up() -> None:
 def test_every_kind_of_update_round_trips() -> None:
     """Forms, ridges and whole changes come back from the store as they were."""
     change = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
-    updates = [
+    updates: list[EditUpdate] = [
         association_with_mode(1, SolveMode("memit", 0.1)),
         DenseUpdate("edit_001", "s1", WeightRef(2, "qkv"), change),
     ]

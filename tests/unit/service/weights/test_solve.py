@@ -76,5 +76,5 @@ def test_a_singular_matrix_raises(monkeypatch: pytest.MonkeyPatch, unblocked: in
     """A singular matrix raises LinAlgError with either algorithm."""
     monkeypatch.setattr(solve_module, "UNBLOCKED_SIZE", unblocked)
     monkeypatch.setattr(solve_module, "PANEL_WIDTH", 4)
-    with pytest.raises(torch.linalg.LinAlgError):
+    with pytest.raises(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         run_to_completion(factorize(torch.zeros(20, 20, dtype=torch.float64)))

@@ -1,0 +1,16 @@
+"""The updates of edits that consist of associations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from service.weights.factors import Association, EditUpdate
+
+
+def associations_of(updates: Iterable[EditUpdate]) -> list[Association]:
+    """Return updates none of which is dense."""
+    associations = []
+    for update in updates:
+        assert isinstance(update, Association), update
+        associations.append(update)
+    return associations
