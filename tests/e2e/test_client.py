@@ -94,7 +94,8 @@ def test_a_rejected_edit_raises_with_its_measurements(client: Any) -> None:
     head = client.models()[0].head
     with pytest.raises(EditRejected, match="too large") as caught:
         client.edit(SUBJECT, PROMPT, "Oslo", hparams=FAST_EDIT_OPTIONS["hparams"], guard={"max_norm": 1e-6})
-    assert caught.value.edit.result["rewrite"]["after"]
+    result = caught.value.edit.result
+    assert result is not None and result["rewrite"]["after"]
     assert client.models()[0].head == head
 
 

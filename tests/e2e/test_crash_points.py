@@ -14,7 +14,11 @@ from service.kit.ids import new_id
 from tests.support.processes import CliProcess, Deployment, Resource, ServiceClient, wait_until
 
 PROMPT = "The {} is located in the city of"
-GENERATE_REQUEST = {"prompt": PROMPT.replace("{}", "Eiffel Tower"), "max_new_tokens": 5, "version": "base"}
+GENERATE_REQUEST: Resource = {
+    "prompt": PROMPT.replace("{}", "Eiffel Tower"),
+    "max_new_tokens": 5,
+    "version": "base",
+}
 #: a fast edit, whatever its quality
 MINIMAL_EDIT_OPTIONS: Resource = {"hparams": {"contexts": 2, "steps": 1}, "guard": {"enabled": False}}
 

@@ -37,9 +37,12 @@ EDIT_PROMPT = PROMPT.replace("{}", TOWER)
 #: an edit that is visible in the text, whatever its quality
 READABLE_EDIT_OPTIONS = {"hparams": {"contexts": 2, "steps": 12}, "guard": {"enabled": False}}
 #: a slow edit
-SLOW_EDIT_OPTIONS = {"hparams": {"contexts": 2, "steps": 60, "stop_loss": 0}, "guard": {"enabled": False}}
+SLOW_EDIT_OPTIONS: dict[str, Any] = {
+    "hparams": {"contexts": 2, "steps": 60, "stop_loss": 0},
+    "guard": {"enabled": False},
+}
 #: a temperature at which no text ends before the model's max positions
-LONG_GENERATION = {
+LONG_GENERATION: dict[str, Any] = {
     "prompt": EDIT_PROMPT,
     "max_new_tokens": 4096,
     "temperature": 10.0,

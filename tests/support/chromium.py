@@ -26,8 +26,8 @@ CHROMIUM_FLAGS = [
     "--no-first-run",
     "--no-sandbox",  # the sandbox does not run as root
 ]
-DESKTOP = {"viewport": {"width": 1280, "height": 800}}
-PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
+PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 TIMEOUT_MS = 60_000  # milliseconds
 expect.set_options(timeout=TIMEOUT_MS)
 

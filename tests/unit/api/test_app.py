@@ -80,7 +80,8 @@ def test_requests_without_the_root_key_get_401(
 ) -> None:
     """Without the right key every route but health is 401, and nothing happens."""
     client = TestClient(app_with_root_key.app)
-    headers = {} if header is None else {"authorization": header}
+    sent = header.encode() if isinstance(header, str) else header
+    headers = {} if sent is None else {b"authorization": sent}
     for method, path in [
         ("GET", "/edits"),
         ("GET", "/models"),
@@ -100,8 +101,8 @@ def test_requests_without_the_root_key_get_401(
 
 def test_the_key_names_the_actor(app_with_root_key: TestApp) -> None:
     """The resource names the actor without exposing the API key."""
-    client = TestClient(app_with_root_key.app, headers={"authorization": "bearer  sesame é".encode()})
-    answer = client.post("/edits", json=TOWER)
+    headers = {b"authorization": "bearer  sesame é".encode()}
+    answer = TestClient(app_with_root_key.app).post("/edits", json=TOWER, headers=headers)
     assert answer.status_code == 202
     assert answer.json()["actor"].startswith("key:")
     assert "sesame" not in answer.text

@@ -104,9 +104,9 @@ def test_only_the_exact_bearer_token_is_accepted(
 ) -> None:
     """A token that is cut, longer or of another scheme is 401, a problem with a challenge."""
     token = make_token(app_with_root_key, "k", "admin")
-    sent = header.format(token) if isinstance(header, str) else header
+    sent = header.format(token).encode() if isinstance(header, str) else header
     answer = TestClient(app_with_root_key.app).get(
-        "/edits", headers={} if sent is None else {"authorization": sent}
+        "/edits", headers={} if sent is None else {b"authorization": sent}
     )
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -105,13 +106,17 @@ def test_a_client_disconnect_cancels_a_generation(
     http_client: httpx.Client, test_app: TestApp, worker: FakeWorker
 ) -> None:
     """A client that disconnects before the response cancels its generation."""
+
+    def called_more_than(count: int) -> bool:
+        return len(worker.channels) > count
+
     for path in ("/generate", "/compare"):
         worker.may_finish.clear()
         count = len(worker.channels)
         with open_request(http_client, path, {"prompt": PROMPT}):
-            wait_until(lambda count=count: len(worker.channels) > count)
+            wait_until(partial(called_more_than, count))
             assert not test_app.broker.cancelled(worker.channels[count])
-        wait_until(lambda count=count: test_app.broker.cancelled(worker.channels[count]))
+        wait_until(partial(test_app.broker.cancelled, worker.channels[count]))
         worker.may_finish.set()
 
 

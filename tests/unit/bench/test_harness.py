@@ -23,8 +23,8 @@ def test_a_spread_is_a_median_and_its_quartiles() -> None:
 def test_ratios_are_taken_round_by_round() -> None:
     """Load common to both tasks in a round does not change their ratio."""
     quiet_and_noisy = Spread((2.0, 20.0)).ratio_to(Spread((1.0, 10.0)))
-    assert quiet_and_noisy.values == (2, 2)
-    assert Spread((1.0, 2.0)).scaled(0.5).values == (0.5, 1)
+    assert quiet_and_noisy.values == (2.0, 2.0)
+    assert Spread((1.0, 2.0)).scaled(0.5).values == (0.5, 1.0)
 
 
 def test_tasks_are_interleaved() -> None:

@@ -66,7 +66,7 @@ def quiet() -> Iterator[None]:
 def test_a_json_line_is_valid_for_any_record(event: str, own: dict[str, Any], error: str | None) -> None:
     """Any text, any fields and any exception give one line of ASCII that is valid JSON and contains the event."""
     own = {name: value for name, value in own.items() if name not in vars(make_record(""))}
-    said = format_record(make_record(event, error and ValueError(error), **own))
+    said = format_record(make_record(event, ValueError(error) if error else None, **own))
     assert len(said.splitlines()) == 1
     assert said.isascii()
     told = json.loads(said, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

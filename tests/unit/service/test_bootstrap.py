@@ -47,7 +47,7 @@ def test_redis(tmp_path: Path) -> None:
 
 def test_a_crash_point_is_armed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash point is armed from the settings, and an unknown one is rejected."""
-    armed = []
+    armed: list[str] = []
     monkeypatch.setattr("service.kit.crash_points.arm", armed.append)
     build_container(Settings(data_dir=tmp_path, crash_at="take.after")).close()
     assert armed == ["take.after"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from service.engine.engine import Engine
+from service.jobs.worker_session import WorkerSession
 from workers.heartbeat import HeartbeatThread
 
 
@@ -22,10 +24,14 @@ class FakeWorkerSession:
         self.sweeps += 1
 
 
+def make_paused(session: FakeWorkerSession, **engine: Any) -> HeartbeatThread:
+    values = {"hung": False, "served_version": (3, "digest"), **engine}
+    return HeartbeatThread(cast(Engine, SimpleNamespace(**values)), cast(WorkerSession, session), lease=30.0)
+
+
 def make_heartbeat(**engine: Any) -> tuple[HeartbeatThread, FakeWorkerSession]:
     session = FakeWorkerSession()
-    values = {"hung": False, "served_version": (3, "digest"), **engine}
-    heartbeat = HeartbeatThread(SimpleNamespace(**values), session, lease=30.0)  # type: ignore[arg-type]
+    heartbeat = make_paused(session, **engine)
     heartbeat.resume()
     session.beats.clear()
     return heartbeat, session
@@ -53,9 +59,7 @@ def test_no_heartbeat_while_paused_or_hung() -> None:
 def test_no_heartbeat_before_registration() -> None:
     """Nothing is said of a worker that has no row yet."""
     session = FakeWorkerSession()
-    heartbeat = HeartbeatThread(
-        SimpleNamespace(hung=False, served_version=(3, "digest")), session, lease=30.0
-    )  # type: ignore[arg-type]
+    heartbeat = make_paused(session)
     heartbeat.beat()
     assert (session.beats, session.sweeps) == ([], 0)
 
@@ -69,14 +73,13 @@ def test_resume_delays_the_next_sweep() -> None:
     assert (session.beats, session.sweeps) == ([(3, "digest")], 1)
 
 
-def test_failed_sweep_is_retried() -> None:
+def test_failed_sweep_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep that met an outage is due again at the next beat."""
     heartbeat, session = make_heartbeat()
     heartbeat._last_sweep_at -= 3600
-    sweep, session.notify_lost_jobs = session.notify_lost_jobs, lambda: 1 / 0  # type: ignore[method-assign, assign, return-value]
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(session, "notify_lost_jobs", lambda: 1 / 0)
         heartbeat.beat()
-    session.notify_lost_jobs = sweep  # type: ignore[method-assign]
     heartbeat.beat()
     assert session.sweeps == 2
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from service.covariance import collect
 from service.covariance.collect import (
@@ -76,11 +78,11 @@ def test_statistics_are_stored_and_read_again(tmp_path: Path, monkeypatch: pytes
 
 def test_two_workers_may_collect_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers may store the same statistics at the same time."""
-    model, save = tiny(), collect.save_file
+    model = tiny()
 
-    def saved_by_another_as_well(*args: object) -> None:
-        monkeypatch.setattr(collect, "save_file", save)
-        save(*args)
+    def saved_by_another_as_well(*args: Any) -> None:
+        monkeypatch.setattr(collect, "save_file", save_file)
+        save_file(*args)
         run_to_completion(load_or_collect_statistics(model, [0], CORPUS, tmp_path))
 
     monkeypatch.setattr(collect, "save_file", saved_by_another_as_well)

@@ -128,7 +128,7 @@ class EditingHarness:
     def associations(self, edit: Resource) -> list[Association]:
         """Return the committed updates of an edit."""
         data = self.services.edits.delta(edit["id"])
-        return associations_of(deserialize_updates(data, edit["id"], edit["request"]["subject"]))
+        return associations_of(deserialize_updates(data, edit["id"], edit["subject"]))
 
     def start(self, edit: str) -> tuple[ClaimedJob, Stepper[None]]:
         job = self.worker_parts.jobs.claim(edit)

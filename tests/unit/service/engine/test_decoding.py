@@ -51,7 +51,7 @@ def reference(model: LoadedModel, prompt: str, count: int) -> list[int]:
     out = model.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
     )
-    output_ids = out[0, ids.shape[1] :].tolist()
+    output_ids: list[int] = out[0, ids.shape[1] :].tolist()
     return output_ids[: output_ids.index(0)] if 0 in output_ids else output_ids
 
 
@@ -142,16 +142,32 @@ def test_step_synchronizes_with_the_device_once(monkeypatch: pytest.MonkeyPatch)
     syncs: list[str] = []
 
     class Watch(TorchDispatchMode):
+        def __init__(self) -> None:
+            TorchDispatchMode.__init__(self)
+
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if op is torch.ops.aten._local_scalar_dense.default or op is torch.ops.aten.nonzero.default:
                 syncs.append(str(op))
             return op(*args, **(kwargs or {}))
 
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: syncs.append("tolist") or tolist(self))
+
+    def watched_tolist(self: torch.Tensor) -> Any:
+        syncs.append("tolist")
+        return tolist(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", watched_tolist)
     with Watch():
         batch.step()
     assert len(batch) == len(PROMPTS) and syncs == ["tolist"]
+
+
+def stored_numbers(batch: DecodingBatch) -> int:
+    """Return the size of the keys and values of the first layer."""
+    assert batch._cache is not None
+    storage = batch._cache.layers[0]._storage
+    assert storage is not None
+    return storage.numel()
 
 
 def test_cache_shrinks_when_sequences_leave() -> None:
@@ -161,10 +177,9 @@ def test_cache_shrinks_when_sequences_leave() -> None:
     short = new_sequence(model, "Big", Sampling(max_new_tokens=50))
     batch = DecodingBatch(model, [long, short])
     batch.step()
-    assert batch._cache is not None
-    before = batch._cache.layers[0]._storage.numel()
+    before = stored_numbers(batch)
     batch.step()
-    after = batch._cache.layers[0]._storage.numel()
+    after = stored_numbers(batch)
     assert len(batch) == 1 and after < before / 5
     while len(batch):
         batch.step()

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,12 +16,14 @@ from service.engine.decoding import DecodingBatch, new_sequence, next_token_dist
 from service.engine.engine import BUILD_SLICE, Engine, EngineConfig
 from service.engine.job_runner import MAX_INTERRUPTIONS, JobHandler
 from service.engine.step_guard import StepGuardError
+from service.engine.versioned_model import WeightOverrides
 from service.errors import Conflict, DigestMismatch, InvalidInput, LeaseLost, Unavailable
 from service.jobs.broker import Broker, Event, OutgoingEvent
 from service.jobs.job_kinds import CALL_KINDS
-from service.jobs.job_store import ClaimedJob
+from service.jobs.job_store import ClaimedJob, JobStore
 from service.jobs.memory_broker import MemoryBroker
 from service.jobs.redis_broker import RedisBroker
+from service.jobs.worker_session import WorkerSession
 from service.kit import crash_points
 from service.kit.steps import JobReporter, Phase, Progress, Stepper
 from service.models.hooks import installed_hooks, replace_output
@@ -60,14 +62,20 @@ class EngineHarness:
         self.jobs.single_process = single_process
         self.broker: Any = self.make_broker()
         self.engine = Engine(
-            self.replica, self.jobs, self.jobs, self.broker, handlers or {}, config, call_kinds
-        )  # type: ignore[arg-type]
+            self.replica,
+            cast(WorkerSession, self.jobs),
+            cast(JobStore, self.jobs),
+            self.broker,
+            handlers or {},
+            config,
+            call_kinds,
+        )
 
     def generate(self, **fields: Any) -> str:
-        return self.broker.send_call("generate", GenerateRequest(**fields).model_dump(mode="json"))
+        return str(self.broker.send_call("generate", GenerateRequest(**fields).model_dump(mode="json")))
 
     def compare(self, **fields: Any) -> str:
-        return self.broker.send_call("compare", CompareRequest(**fields).model_dump(mode="json"))
+        return str(self.broker.send_call("compare", CompareRequest(**fields).model_dump(mode="json")))
 
     def job(self, job_id: str, kind: str = "edit") -> str:
         self.jobs.add(job_id, kind)
@@ -468,7 +476,7 @@ def test_each_worker_claims_its_share_of_edits() -> None:
 def test_grouped_jobs_finish_individually() -> None:
     """One ends well, one badly, with news for one and for all; each has its own end, and the last end with the
     steps."""
-    updates = [
+    updates: list[Progress | Finish | tuple[str, Progress]] = [
         Progress(Phase.RUN, 1, 9),
         Finish("edit_1", Conflict("not this one.")),
         ("edit_0", Progress(Phase.RUN, 2, 9)),
@@ -760,7 +768,7 @@ def test_unpublished_events_are_published_after_outage() -> None:
             raise Unavailable("the queue does not answer.")
         publish(messages)
 
-    harness.broker.publish_all = flaky  # type: ignore[method-assign]
+    harness.broker.publish_all = flaky
     for _ in range(2):
         with pytest.raises(Unavailable):
             harness.engine.step()
@@ -794,7 +802,12 @@ def test_events_of_one_step_are_one_publication() -> None:
     harness = EngineHarness()
     publication_sizes: list[int] = []
     publish = harness.broker.publish_all
-    harness.broker.publish_all = lambda messages: publication_sizes.append(len(messages)) or publish(messages)  # type: ignore[method-assign, func-returns-value]
+
+    def counted(messages: Sequence[OutgoingEvent]) -> None:
+        publication_sizes.append(len(messages))
+        publish(messages)
+
+    harness.broker.publish_all = counted
     for prompt in PROMPTS:
         harness.generate(prompt=prompt, max_new_tokens=2, stream=True, version="base")
     harness.step()
@@ -1017,15 +1030,15 @@ def test_the_log_names_the_request(caplog: pytest.LogCaptureFixture) -> None:
 # versions that are built, and the invariant of a step
 
 
-def slow_build(harness: EngineHarness, version: int, steps: int) -> None:
+def slow_build(harness: EngineHarness, slow_version: int, steps: int) -> None:
     """Building this version takes so many steps, each longer than a slice."""
     compose = harness.replica._compose_version
 
-    def composed(asked: int) -> Stepper[Any]:
-        for i in range(steps if asked == version else 0):
+    def composed(version: int) -> Stepper[WeightOverrides]:
+        for i in range(steps if version == slow_version else 0):
             time.sleep(BUILD_SLICE)
             yield Progress(Phase.COMPOSE, i, steps)
-        return (yield from compose(asked))
+        return (yield from compose(version))
 
     harness.replica._compose_version = composed  # type: ignore[method-assign]
 

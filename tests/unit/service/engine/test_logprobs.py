@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from service.engine import logprobs
 from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequences
-from service.engine.logprobs import MIN_LOGPROB, measure_logprobs, to_openai
+from service.engine.logprobs import MIN_LOGPROB, TokenLogprob, measure_logprobs, to_openai
 from service.models.loading import LoadedModel
 from service.models.token_text import TokenTextCache
 from service.schemas import WorkerGenerateRequest
@@ -45,7 +45,8 @@ def reported_logprobs(sequence: DecodingSequence) -> dict[str, Any]:
 def distribution(model: LoadedModel, ids: Sequence[int]) -> torch.Tensor:
     """log p (T, V) of what follows each token of a text."""
     with torch.no_grad():
-        return model.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        log_p: torch.Tensor = model.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return log_p
 
 
 def check_against_definition(model: LoadedModel, sequence: DecodingSequence, first: int) -> None:
@@ -148,11 +149,14 @@ def test_offsets_lead_to_the_tokens(ids: list[int], stop: list[str], echo: bool,
     model = tiny("gpt2")
     request = logprob_request(prompts=None, tokens=[ids], echo=echo, stop=stop, temperature=2.0, seed=seed)
     (sequence,) = new_sequences(model, request)
-    batch, text, lines = DecodingBatch(model, [sequence]), "", []
+    recorder = sequence.logprob_recorder
+    assert recorder is not None
+    lines: list[TokenLogprob] = []
+    batch, text = DecodingBatch(model, [sequence]), ""
     while len(batch):
         for output in batch.step():
             text += output.text
-            lines += sequence.logprob_recorder.unsent(sequence.emitted_chars)  # type: ignore[union-attr]
+            lines += recorder.unsent(sequence.emitted_chars)
     assert text == sequence.text
     assert to_openai(lines) == reported_logprobs(sequence)
     assert all(a.text_offset <= b.text_offset for a, b in itertools.pairwise(lines))

@@ -95,7 +95,8 @@ def test_edits_that_come_and_go_leave_the_base_bytes(order: list[int], seed: int
     model, ledger, rng = tiny(), FakeLedger(), random.Random(seed)
     before = bytes_of(model)
     replica = VersionedModel(model, ledger)
-    waiting, active, versions = list(order), [], []
+    waiting, versions = list(order), list[int]()
+    active: list[int] = []
     while waiting or active:
         if waiting and (not active or rng.random() < 0.6):
             active.append(waiting.pop())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel
 
-from service.jobs.job_kinds import CALL_KINDS, JOB_KINDS, ROLES, WORK_KINDS, JobKind
+from service.jobs.job_kinds import CALL_KINDS, JOB_KINDS, ROLES, WORK_KINDS, CallKind, JobKind
 from workers.job_handlers import job_handlers
 
 
 def test_urgency_orders_all_kinds() -> None:
     """Every kind has an urgency of its own, and WORK_KINDS is sorted by it."""
-    kinds = {**CALL_KINDS, **JOB_KINDS}
+    kinds: dict[str, CallKind | JobKind] = {**CALL_KINDS, **JOB_KINDS}
     assert len({kind.urgency for kind in kinds.values()}) == len(kinds)
     assert sorted(kinds, key=lambda name: kinds[name].urgency) == list(WORK_KINDS)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from service.errors import Unavailable
@@ -50,7 +52,7 @@ def test_report_as_reports_the_progress_of_the_whole() -> None:
 
 def test_retry_while_unavailable_retries_after_each_step() -> None:
     """An action that meets an outage is done again after a step, and its result is the steps' result."""
-    answers = iter([Unavailable("down."), Unavailable("down."), "done"])
+    answers: Iterator[Exception | str] = iter([Unavailable("down."), Unavailable("down."), "done"])
 
     def action() -> str:
         if isinstance(answer := next(answers), Exception):

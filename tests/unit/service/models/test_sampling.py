@@ -32,7 +32,9 @@ def test_samples_are_a_function_of_model_and_seed(model_type: str) -> None:
 def test_with_one_candidate_sampling_is_greedy(model_type: str) -> None:
     """Top-k 1 gives the greedy continuation of the BOS token, as passes without a cache compute it."""
     model = tiny(model_type)
-    ids = [bos_token_id(model)]
+    start = bos_token_id(model)
+    assert start is not None
+    ids = [start]
     for _ in range(5):
         with torch.no_grad():
             ids.append(int(model.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))

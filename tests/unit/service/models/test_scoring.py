@@ -188,7 +188,8 @@ def test_drift_equals_one_text_at_a_time(max_tokens: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(scoring, "MAX_DISTRIBUTION_TOKENS", max_tokens)
     model = tiny(dtype=torch.float64)
     apply_edit = _swap_weight(model, model.weight(1).data * 1.5)
-    losses, kl = [[], []], []
+    losses: list[list[float]] = [[], []]
+    kl: list[float] = []
     for text in TEXTS:
         ids = torch.tensor([model.encode(text)[0]])
         passes = []

@@ -105,7 +105,7 @@ def test_without_a_recipe_the_layers_must_be_named(asked: dict[str, Any] | None)
 def test_closed_form_methods_share_the_strength_schedule() -> None:
     """Strengths, margin and required margins of the recipe apply to all closed-form methods."""
     schedule_hparams = {"strengths": (0.5, 1.0), "margin": 0.5, "required_margins": ((0.1, 2.0), (0.2, 0.5))}
-    recipe = Recipe(source="test", rome=RomeParameters(layers=(1,), **schedule_hparams))  # type: ignore[arg-type]
+    recipe = Recipe(source="test", rome=RomeParameters(layers=(1,), **schedule_hparams))
     for method in ("rome", "r-rome", "memit", "emmet", "alphaedit"):
         chosen = resolve_hparams(recipe, None, 3, method).model_dump()
         assert {name: chosen[name] for name in schedule_hparams} == schedule_hparams
@@ -127,7 +127,8 @@ def test_required_margin_falls_as_a_layer_fills(
     """The required margin is interpolated between the recipe's pairs."""
     parameters = RomeParameters(layers=(0,), margin=0.5, required_margins=((0.1, 2.0), (0.2, 0.5)))
     schedule = strength_schedule(parameters, (0.5, 1.0, 2.0), active, 100)
-    assert (schedule.strengths, schedule.partial_strength_margin) == (strengths, pytest.approx(lead))
+    assert schedule.strengths == strengths
+    assert schedule.partial_strength_margin == pytest.approx(lead)
     assert (
         schedule.required_margin(0.5) == pytest.approx(lead)
         and schedule.required_margin(1.0) == schedule.required_margin(2.0) == 0.5

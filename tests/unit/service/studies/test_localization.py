@@ -209,7 +209,7 @@ def test_forcing_without_noise_is_amplifying(
     store = InMemoryStore()
 
     def scores(noise: float, problem: str) -> Any:
-        way = {"methods": ("ft",), "hparams": {"ft": {"learning_rate": 0.02, "steps": 10}}}
+        way: dict[str, Any] = {"methods": ("ft",), "hparams": {"ft": {"learning_rate": 0.02, "steps": 10}}}
         plan = replace(PLAN, layers=(1,), problems=(problem,), noise=noise, **way)
         study = run_to_completion(run_localization_study(replica, context, plan, RECORDS, store))
         return study["studies"][0]["scores"]["rewrite"]["by_layer"]["mean"]

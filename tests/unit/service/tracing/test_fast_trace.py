@@ -21,7 +21,7 @@ from service.tracing.trace_input import build_trace_input
 from tests.support.tiny_models import MODEL_TYPES, tiny, tokenizer
 
 STATEMENT = locate_subject("In The Eiffel Tower is in", "Eiffel Tower")
-TRACE_OPTIONS = {"samples": 2, "window": 3, "noise": 0.5}
+TRACE_OPTIONS: dict[str, Any] = {"samples": 2, "window": 3, "noise": 0.5}
 
 
 def run_trace(model: LoadedModel, statement: Statement = STATEMENT, **options: Any) -> TraceResult:
@@ -38,9 +38,10 @@ def assert_matches_reference(
     )
     assert slow.scores.keys() == fast.scores.keys()
     assert (slow.tokens, slow.subject, slow.answer_ids) == (fast.tokens, fast.subject, fast.answer_ids)
-    pairs = [((slow.high, slow.low), (fast.high, fast.low))]
+    pairs: list[tuple[Any, Any]] = [((slow.high, slow.low), (fast.high, fast.low))]
     pairs += [(slow.scores[kind], fast.scores[kind]) for kind in slow.scores]
-    pairs += [(slow.severed[path], fast.severed[path]) for path in slow.severed or () if fast.severed]
+    if slow.severed and fast.severed:
+        pairs += [(scores, fast.severed[path]) for path, scores in slow.severed.items()]
     for a, b in pairs:
         expected, actual = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
         torch.testing.assert_close(actual, expected, atol=tolerance / 100, rtol=tolerance)
@@ -145,7 +146,8 @@ def test_the_last_state_is_high() -> None:
 def test_step_size_does_not_change_scores(monkeypatch: pytest.MonkeyPatch, flops: int) -> None:
     """A smaller step budget gives the same scores in more steps."""
     model = tiny()
-    large, small = run_trace(model, severed=True), []
+    large = run_trace(model, severed=True)
+    small: list[Progress] = []
     monkeypatch.setitem(budget.STEP_FLOPS, "cpu", flops)
     result = run_steps(trace_statement(model, STATEMENT, severed=True, **TRACE_OPTIONS), small.append)
     for kind, grid in large.scores.items():

@@ -48,14 +48,16 @@ def test_deviation_over_subjects(bos: bool) -> None:
     """Sigma is torch's unbiased std over all scalars of the subjects' tokens without special tokens."""
     model, subjects = tiny(bos=bos), ["Eiffel Tower", "Big Ben", "Tower"]
     ids = [i for s in subjects for i in tiny().tokenizer(s)["input_ids"]]
-    expected = model.embedding.weight[ids].std().item()
+    expected = model.embedding.get_parameter("weight")[ids].std().item()
     assert embedding_deviation(model, subjects) == pytest.approx(expected, rel=1e-5)
 
 
 def test_deviation_without_subjects() -> None:
     """Without subjects, sigma is that of the whole embedding matrix."""
     model = tiny()
-    assert embedding_deviation(model) == pytest.approx(model.embedding.weight.std().item(), rel=1e-5)
+    assert embedding_deviation(model) == pytest.approx(
+        model.embedding.get_parameter("weight").std().item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("compat", [None, "meng2022"])
