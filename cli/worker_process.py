@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,14 @@ def wait_until_ready(worker: Worker, thread: threading.Thread, stop: threading.E
                 display.update("starting", 0, 0)
             else:
                 display.update(progress.label, progress.done, progress.total)
+    exclude_from_collection()
     return True
+
+
+def exclude_from_collection() -> None:
+    """Exclude the modules and the model from garbage collection: a full one would stop all streams for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def wait_until_stopped(worker: Worker, thread: threading.Thread, stop: threading.Event) -> int:

@@ -3,6 +3,7 @@ wirings."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,3 +74,9 @@ def shipped() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return SHIPPED_MODEL
+
+
+def pytest_collection_finish() -> None:
+    """Exclude the imported modules from garbage collection; a full collection would take most of a second."""
+    gc.collect()
+    gc.freeze()

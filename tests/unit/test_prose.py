@@ -72,6 +72,8 @@ def test_lines_of_prose_are_at_most_120_characters() -> None:
         if file == GENERATED:
             continue
         text = file.read_text(encoding="utf-8")
+        if max(map(len, text.splitlines()), default=0) <= MAX_WIDTH:  # parsing takes long
+            continue
         prose = markdown_prose(text) if file.suffix == ".md" else python_prose(text)
         wide += [
             f"{file.relative_to(ROOT)}:{number}"

@@ -66,6 +66,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_space, "MIN_FACTS", 3)
 
 
+@pytest.fixture(scope="module")
+def measured() -> InMemoryStore:
+    """Return a store that tests share, so that a candidate is measured once."""
+    return InMemoryStore()
+
+
 def tune(model: LoadedModel, store: InMemoryStore, **changes: Any) -> TuningResult:
     context = EditorContext(model, None, Corpus("test", tuple(TEXTS)), None)
     return run_to_completion(
@@ -74,9 +80,9 @@ def tune(model: LoadedModel, store: InMemoryStore, **changes: Any) -> TuningResu
 
 
 @pytest.mark.usefixtures("quick")
-def test_recipe_is_the_best_candidate() -> None:
+def test_recipe_is_the_best_candidate(measured: InMemoryStore) -> None:
     """The recipe has the hyperparameters and figures of the best candidate, and can be parsed and resolved."""
-    found = tune(tiny(), InMemoryStore(), methods=("memit", "ft"))
+    found = tune(tiny(), measured, methods=("memit", "ft"))
     rome = [c for c in found.history if c.method == "rome"]
     best = max(rome, key=lambda c: c.objective)
     assert found.recipe.figures is not None
@@ -106,10 +112,12 @@ def loss_increase_by_margin(found: TuningResult, edits: int) -> dict[float, floa
 
 
 @pytest.mark.usefixtures("quick")
-def test_one_layer_methods_search_with_values_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_layer_methods_search_with_values_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, measured: InMemoryStore
+) -> None:
     """r-ROME edits the best single layer, with its own hyperparameters instead of those found for several layers."""
     set_search_space(monkeypatch, "r-rome", ({"steps": 2, "clamp": 3.0}, {"steps": 2, "clamp": 4.0}))
-    found = tune(tiny(), InMemoryStore(), methods=("r-rome",))
+    found = tune(tiny(), measured, methods=("r-rome",))
     own = found.recipe.methods["r-rome"]
     tried = [c for c in found.history if c.method == "r-rome"]
     assert {tuple(c.hparams["layers"]) for c in tried} == {(x,) for x in candidate_layers(tiny().num_layers)}
@@ -119,14 +127,14 @@ def test_one_layer_methods_search_with_values_of_their_own(monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("quick")
 def test_greatest_margin_within_the_limit_is_chosen_for_each_number_of_edits(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, measured: InMemoryStore
 ) -> None:
     """Bisection finds the greatest margin whose loss increase is within the limit, for each fraction of the records."""
     monkeypatch.setattr(search_space, "MARGIN_GRID", TEST_MARGIN_GRID)
-    width, increases = tiny().intermediate_size, loss_increase_of_each_margin(monkeypatch)
+    width, increases = tiny().intermediate_size, loss_increase_of_each_margin(monkeypatch, measured)
     limit = sorted(increases.values())[len(increases) // 2]  # some margins are within it and some are not
     monkeypatch.setattr(search_space, "MAX_LOSS_INCREASE", limit)
-    found = tune(tiny(), InMemoryStore(), batch_records=records())
+    found = tune(tiny(), measured, batch_records=records())
     assert found.recipe.rome.strengths == search_space.STRENGTH_GRID
     for fullness, margin in found.recipe.rome.required_margins:
         tried = loss_increase_by_margin(found, round(fullness * width))
@@ -141,24 +149,28 @@ def test_greatest_margin_within_the_limit_is_chosen_for_each_number_of_edits(
     )
 
 
-def loss_increase_of_each_margin(monkeypatch: pytest.MonkeyPatch) -> dict[float, float]:
+def loss_increase_of_each_margin(
+    monkeypatch: pytest.MonkeyPatch, measured: InMemoryStore
+) -> dict[float, float]:
     """Return the loss increase of all edits at once for every margin of the grid."""
     increases: dict[float, float] = {}
     for margin in TEST_MARGIN_GRID:
         with monkeypatch.context() as patch:
             patch.setattr(search_space, "MARGIN_GRID", (margin,))
             increases |= loss_increase_by_margin(
-                tune(tiny(), InMemoryStore(), batch_records=records()), len(records())
+                tune(tiny(), measured, batch_records=records()), len(records())
             )
     return increases
 
 
 @pytest.mark.usefixtures("quick")
-def test_margins_are_measured_on_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_margins_are_measured_on_all_batches(
+    monkeypatch: pytest.MonkeyPatch, measured: InMemoryStore
+) -> None:
     """Every record is in one batch, and the loss increase is that of the worst batch."""
     monkeypatch.setattr(search_space, "MARGIN_GRID", (0.5,))
     monkeypatch.setattr(search_space, "MAX_LOSS_INCREASE", -1.0)
-    found = tune(tiny(), InMemoryStore(), batch_records=records())
+    found = tune(tiny(), measured, batch_records=records())
     tried = [c for c in found.history if c.stage == Stage.MARGIN]
     increases = [c.loss_increases or [] for c in tried]
     sizes = [round(share * len(records())) for share in search_space.BATCH_FRACTIONS]
@@ -169,18 +181,18 @@ def test_margins_are_measured_on_all_batches(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("quick")
-def test_margin_is_clamped_to_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_margin_is_clamped_to_the_grid(monkeypatch: pytest.MonkeyPatch, measured: InMemoryStore) -> None:
     """The smallest margin is chosen if none is within the limit.
 
     If all are, the greatest is, and fewer edits are not tried.
     """
     monkeypatch.setattr(search_space, "MARGIN_GRID", TEST_MARGIN_GRID)
     monkeypatch.setattr(search_space, "MAX_LOSS_INCREASE", -1.0)
-    mildest = tune(tiny(), InMemoryStore(), batch_records=records()).recipe.rome
+    mildest = tune(tiny(), measured, batch_records=records()).recipe.rome
     assert [margin for _, margin in mildest.required_margins] == [TEST_MARGIN_GRID[0]] * 3
     assert mildest.clamp == search_space.MAX_CLAMP
     monkeypatch.setattr(search_space, "MAX_LOSS_INCREASE", 1e9)
-    strongest = tune(tiny(), InMemoryStore(), batch_records=records()).recipe.rome
+    strongest = tune(tiny(), measured, batch_records=records()).recipe.rome
     assert [margin for _, margin in strongest.required_margins] == [TEST_MARGIN_GRID[-1]]
     assert strongest.margin == search_space.FULL_STRENGTH_MARGIN
 
