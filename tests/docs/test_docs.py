@@ -49,7 +49,7 @@ def documented_settings() -> list[tuple[str, ...]]:
 
 
 def settings_rows(settings: type[BaseSettings]) -> list[tuple[str, ...]]:
-    table_rows = []
+    table_rows: list[tuple[str, ...]] = []
     for name, field in settings.model_fields.items():
         value = default_text(settings, name)
         shown = f"`{value}`" if value else "none"

@@ -80,6 +80,7 @@ def test_exported_adapter_generates_with_peft(run: Run, url: str, shipped: Path,
     """The stock libraries generate the service's text with the exported adapter, and the base text without it."""
     with Client(url) as client:
         edit = client.edit("Big Ben", "The {} is located in the city of", "Madrid")
+        assert edit.version is not None
         prompt = "The Big Ben is located in the city of"
         generated = client.generate(prompt, max_new_tokens=4, version=edit.version)
         (tmp_path / "adapter.zip").write_bytes(client.export(edit.version))

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from tests.support.page_blocks import BLOCK_PATTERN, ROOT, doc_pages, page_text
+from tests.support.page_blocks import BLOCK_PATTERN, doc_pages, page_text
+from tests.support.paths import ROOT
 
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)

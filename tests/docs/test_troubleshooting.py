@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.page_blocks import ROOT, page_text
+from tests.support.page_blocks import page_text
+from tests.support.paths import ROOT
 
 QUOTE = re.compile(r'^\| "(.+?)" \|', re.MULTILINE)
 PACKAGES = ("service", "api", "workers", "cli", "palimpsest")

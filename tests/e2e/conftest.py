@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support import wirings
-from tests.support.processes import Deployment, EmbeddedService, read_fact_rows
-
-RunningService = EmbeddedService | Deployment
+from tests.support.processes import Deployment, EmbeddedService, RunningService, read_fact_rows
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.processes import FAST_EDIT_OPTIONS, Resource, ServiceClient
+from tests.support.processes import FAST_EDIT_OPTIONS, Resource, RunningService, ServiceClient
 
 PROMPT = "The {} is located in the city of"
 FACTS = [
@@ -18,7 +18,7 @@ FACTS = [
 SLOW_HPARAMS = {"contexts": 2, "steps": 40, "stop_loss": 0}
 FINAL_STATUSES = {"applied", "rejected", "failed"}
 
-StartService = Callable[[], ServiceClient]
+StartService = Callable[[], RunningService]
 
 
 def applied_edit_ids(service: ServiceClient) -> list[str]:
@@ -68,9 +68,7 @@ def test_killed_while_it_evaluates(start_service: StartService) -> None:
     service = start_service()
     evaluation = service.http.post("/evaluations", json=request).json()
     with service.stream_events("GET", evaluation["links"]["events"]) as events:
-        assert any(
-            data["phase"] == "find" and data["done"] for name, data in events if name == "progress"
-        )
+        assert any(data["phase"] == "find" and data["done"] for name, data in events if name == "progress")
         service.sigkill()
     service.kill()
 

@@ -383,6 +383,9 @@ class Deployment(ServiceClient):
         self.close_clients()
 
 
+RunningService = EmbeddedService | Deployment
+
+
 def read_fact_rows(model: Path) -> list[Resource]:
     """Return the rows of a model's facts.jsonl."""
     lines = (model / "facts.jsonl").read_text(encoding="utf-8").splitlines()
