@@ -84,13 +84,14 @@ class LedgerFollower:
     def _advance_capacity(self, version: int, stepper: Stepper[dict[int, float]]) -> None:
         try:
             outcome = advance(stepper)
-        except Unavailable:
+            if isinstance(outcome, StepperResult):
+                self._reporter.record_capacity(version, outcome.result)
+                self._capacity = None
+        except (
+            Unavailable
+        ):  # of the ledger while it measures, or of the database where it is recorded: measure again
             self._capacity = (version, self._replica.remaining_capacity_in_steps(version))
             raise
         except Exception:
             log.exception("capacity cannot be measured", extra={"version": version})
-            self._capacity = None
-            return
-        if isinstance(outcome, StepperResult):
-            self._reporter.record_capacity(version, outcome.result)
             self._capacity = None

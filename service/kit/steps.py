@@ -7,6 +7,7 @@ Between two steps the model holds its base weights and no hook is installed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -104,7 +105,12 @@ class JobReporter(Protocol):
 
 
 def advance(stepper: Stepper[T]) -> Progress | StepperResult[T]:
-    """Run one step. Return its progress, or the completion when the stepper has returned."""
+    """Run one step. Return its progress, or the completion when the stepper has returned.
+
+    Raises RuntimeError for a stepper that has returned, raised or been closed: it has no result to return again.
+    """
+    if inspect.getgeneratorstate(stepper) == inspect.GEN_CLOSED:
+        raise RuntimeError("the stepper has ended: make a new one")
     try:
         return next(stepper)
     except StopIteration as end:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -11,6 +12,7 @@ from service.kit.steps import (
     Phase,
     Progress,
     Stepper,
+    advance,
     report_as,
     retry_while_unavailable,
     run_steps,
@@ -41,6 +43,23 @@ def test_what_a_step_raises_is_raised() -> None:
 
     with pytest.raises(ValueError, match="broken"):
         run_to_completion(broken())
+
+
+@pytest.mark.parametrize("end", ["returned", "raised", "closed"])
+def test_ended_stepper_cannot_be_advanced(end: str) -> None:
+    """A stepper that has ended raises RuntimeError; it does not return None as a second result."""
+
+    def steps() -> Stepper[str]:
+        yield Progress(Phase.RUN, 1, 1)
+        if end == "raised":
+            raise ValueError("broken")
+        return "done"
+
+    stepper = steps()
+    with suppress(ValueError):
+        run_to_completion(stepper) if end != "closed" else stepper.close()
+    with pytest.raises(RuntimeError, match="has ended"):
+        advance(stepper)
 
 
 def test_report_as_reports_the_progress_of_the_whole() -> None:
