@@ -28,6 +28,7 @@ from tests.support.page_blocks import (
 from tests.support.page_output import output_matches
 from tests.support.page_sessions import DocSession
 from tests.support.processes import EmbeddedService
+from tests.support.shipped_service import copy_statistics
 
 DATA_PARSERS: dict[str, Callable[[str], object]] = {
     "json": json.loads,
@@ -38,9 +39,11 @@ DATA_PARSERS: dict[str, Callable[[str], object]] = {
 
 
 @pytest.fixture(scope="module")
-def shared_service(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedService]:
+def shared_service(
+    statistics_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EmbeddedService]:
     """Yield one service that all pages share."""
-    service = EmbeddedService(tmp_path_factory.mktemp("service"))
+    service = EmbeddedService(copy_statistics(statistics_folder, tmp_path_factory.mktemp("service")))
     yield service
     service.stop()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,15 @@ import pytest
 
 from tests.support import wirings
 from tests.support.processes import Deployment, EmbeddedService, RunningService, read_fact_rows
+from tests.support.shipped_service import copy_statistics, statistics_folder
+
+__all__ = ["statistics_folder"]
 
 
 @pytest.fixture(scope="session")
 def fact_rows(shipped: Path) -> list[dict[str, Any]]:
     """Return the rows of facts.jsonl."""
     return read_fact_rows(shipped)
-
-
-@pytest.fixture(scope="session")
-def statistics_folder(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the key statistics that the first start of a service computes."""
-    data = tmp_path_factory.mktemp("first")
-    EmbeddedService(data).stop()
-    return data / "statistics"
 
 
 @pytest.fixture(scope="module", params=wirings.ALL_WIRINGS)
@@ -66,8 +60,7 @@ def start_deployment(
     deployments: list[Deployment] = []
 
     def put_up(workers: int = 1) -> Deployment:
-        data = tmp_path_factory.mktemp("deployment")
-        shutil.copytree(statistics_folder, data / "statistics")
+        data = copy_statistics(statistics_folder, tmp_path_factory.mktemp("deployment"))
         deployments.append(Deployment(data, wirings.production_settings(request), workers))
         return deployments[-1]
 
@@ -78,6 +71,5 @@ def start_deployment(
 
 def launch_service(folder: Path, statistics_folder: Path, stores: dict[str, Any]) -> RunningService:
     """Start a deployment if there are stores, else the embedded service."""
-    data = folder / "data"
-    shutil.copytree(statistics_folder, data / "statistics", dirs_exist_ok=True)
+    data = copy_statistics(statistics_folder, folder / "data")
     return Deployment(data, stores) if stores else EmbeddedService(data)

@@ -26,9 +26,9 @@ RECORD = {"subject": SUBJECT, "prompt": PROMPT, "target_new": "Rome", "target_tr
 
 
 @pytest.fixture(scope="module")
-def url(shipped: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(statistics_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Return the address of a running service with the shipped GPT."""
-    with running_service(tmp_path_factory.mktemp("served")) as url:
+    with running_service(tmp_path_factory.mktemp("served"), statistics_folder) as url:
         yield url
 
 

@@ -18,6 +18,7 @@ from tests.support import chromium
 from tests.support.chromium import PHONE, PageSession, open_page, save_screenshot
 from tests.support.paths import ROOT
 from tests.support.processes import EmbeddedService
+from tests.support.shipped_service import copy_statistics
 
 PROMPT = "The Eiffel Tower is located in the city of"
 THEMES = ["light", "dark"]
@@ -35,10 +36,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def service(
-    browser: Browser, shipped: Path, tmp_path_factory: pytest.TempPathFactory
+    browser: Browser, statistics_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EmbeddedService]:
     """The service on a fresh ledger, as a newcomer has it."""
-    service = EmbeddedService(tmp_path_factory.mktemp("console"), threads=1, covariance_tokens=6000)
+    data = copy_statistics(statistics_folder, tmp_path_factory.mktemp("console"))
+    service = EmbeddedService(data, threads=1)
     yield service
     service.stop()
 

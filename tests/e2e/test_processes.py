@@ -30,7 +30,7 @@ def wait_for_address(process: CliProcess) -> str:
 def test_the_api_is_a_process_without_torch(stores: dict[str, Any], tmp_path: Path) -> None:
     """`palimpsest api` answers, migrates, and has neither torch nor transformers in its memory; SIGTERM ends it with
     0."""
-    api = CliProcess(tmp_path, "api", port=0, data_dir=tmp_path, **stores)
+    api = CliProcess(tmp_path, "api", port=0, data_dir=tmp_path, forked=False, **stores)
     try:
         url = wait_for_address(api)
         assert httpx.get(f"{url}/healthz").status_code == 200
@@ -64,7 +64,14 @@ def test_a_worker_prints_what_it_serves(stores: dict[str, Any], model: Path, tmp
     asked = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
     port = free_port()
     worker = CliProcess(
-        tmp_path, "worker", data_dir=tmp_path, roles="trace,generate", metrics_port=port, **asked, **stores
+        tmp_path,
+        "worker",
+        data_dir=tmp_path,
+        roles="trace,generate",
+        metrics_port=port,
+        forked=False,
+        **asked,
+        **stores,
     )
     try:
         wait_until(lambda: not worker.alive() or worker.stdout(), "the worker's words")
@@ -80,8 +87,8 @@ def test_everything_in_one_process_with_shared_stores(
 ) -> None:
     """`palimpsest serve` with Redis is an API and a worker in one, that others may join."""
     asked = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
-    both = CliProcess(tmp_path / "both", "serve", port=0, data_dir=tmp_path, **asked, **stores)
-    api = CliProcess(tmp_path / "api", "api", port=0, data_dir=tmp_path, **stores)
+    both = CliProcess(tmp_path / "both", "serve", port=0, data_dir=tmp_path, forked=False, **asked, **stores)
+    api = CliProcess(tmp_path / "api", "api", port=0, data_dir=tmp_path, forked=False, **stores)
     try:
         wait_until(lambda: not both.alive() or "Palimpsest is ready" in both.stdout(), "the welcome")
         body = {"prompt": "The tower", "max_new_tokens": 3}

@@ -20,6 +20,7 @@ import redis
 from httpx_sse import EventSource
 
 from palimpsest import Client, Edit
+from tests.support.forked_commands import ForkedCommand
 from tests.support.free_ports import free_port
 from tests.support.paths import ROOT
 
@@ -44,17 +45,23 @@ def wait_until(condition: Callable[[], Any], description: str) -> Any:
 
 class CliProcess:
     """A process of one `palimpsest` command. Its settings are environment variables; those of the machine are
-    removed."""
+    removed. With `forked=False` a new interpreter runs it."""
 
-    def __init__(self, folder: Path, *command: str, **settings: object) -> None:
+    def __init__(self, folder: Path, *command: str, forked: bool = True, **settings: object) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.name = f"palimpsest {command[0]}"
         self._stdout_path, self._stderr_path = folder / "stdout.txt", folder / "stderr.txt"
+        for path in (self._stdout_path, self._stderr_path):
+            path.write_bytes(b"")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PALIMPSEST_")}
         environment |= {f"PALIMPSEST_{k.upper()}": str(v) for k, v in settings.items() if v is not None}
-        line = [sys.executable, "-m", "cli.main", *command]
-        with self._stdout_path.open("wb") as out, self._stderr_path.open("wb") as err:
-            self._process = subprocess.Popen(line, stdout=out, stderr=err, cwd=ROOT, env=environment)
+        self._process: ForkedCommand | subprocess.Popen[bytes]
+        if forked:
+            self._process = ForkedCommand(command, environment, self._stdout_path, self._stderr_path)
+        else:
+            line = [sys.executable, "-m", "cli.main", *command]
+            with self._stdout_path.open("wb") as out, self._stderr_path.open("wb") as err:
+                self._process = subprocess.Popen(line, stdout=out, stderr=err, cwd=ROOT, env=environment)
         self.pid = self._process.pid
 
     def stdout(self) -> str:
