@@ -66,7 +66,7 @@ def wait_until_ready(worker: Worker, thread: threading.Thread, stop: threading.E
 
 
 def exclude_from_collection() -> None:
-    """Exclude the modules and the model from garbage collection: a full one would stop all streams for half a second."""
+    """Exclude the modules and the model from garbage collection, which would stop all streams for half a second."""
     gc.collect()
     gc.freeze()
 

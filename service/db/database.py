@@ -18,12 +18,13 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from service.errors import CommitOutcomeUnknown, DatabaseUnreachable, Misconfigured, Unavailable
 
 MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
 MIGRATION_LOCK_KEY = 0x70616C696D70  # arbitrary, and the same in every process
-SQLITE_BUSY_TIMEOUT = 30
+SQLITE_BUSY_TIMEOUT = 30  # seconds
 
 log = logging.getLogger(__name__)
 
@@ -264,8 +265,19 @@ def _create_sqlite_engine(url: URL) -> Engine:
 def _set_up_sqlite(connection: Any, _: Any) -> None:
     """Use WAL and full synchronization, enforce foreign keys, and disable the driver's implicit transactions."""
     connection.isolation_level = None
+    # SQLite does not wait for the lock that the change of the journal mode needs.
+    retrying = Retrying(
+        retry=retry_if_exception(_is_sqlite_lock),
+        wait=wait_random(0.01, 0.05),
+        stop=stop_after_delay(SQLITE_BUSY_TIMEOUT),
+        reraise=True,
+    )
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}").close()
+        retrying(connection.execute, f"PRAGMA {pragma}").close()
+
+
+def _is_sqlite_lock(error: BaseException) -> bool:
+    return str(getattr(error, "sqlite_errorname", "")).startswith("SQLITE_BUSY")
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,21 @@ def test_to_json_value_is_json(value: Any) -> None:
     """Whatever a computation returns can be stored: what JSON cannot say becomes null, the rest stays."""
 
     assert json.loads(json.dumps(to_json_value(value), allow_nan=False)) == to_json_value(value)
+
+
+def test_first_connection_waits_for_the_lock(tmp_path: Path) -> None:
+    """A process that opens a new SQLite file while another process writes to it waits, and then uses WAL."""
+    path = tmp_path / "x.sqlite3"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("CREATE TABLE t (x)")
+        release = threading.Timer(0.3, other.execute, ("COMMIT",))
+        release.start()
+        database = Database(f"sqlite:///{path}")
+        with database.engine.connect() as connection:
+            assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+        release.join()
+        database.close()
 
 
 class TestPostgres:
