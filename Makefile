@@ -16,7 +16,8 @@ STAMP := .venv/.installed
 PACKAGES := palimpsest service api workers cli migrations deploy examples tests bench training docs
 # One process per core, one thread each. Tests of a file run in one process because they share module-scoped services.
 # A crashed process is not replaced: after a replacement xdist does not report the failures of the others.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 \
+# Bytecode is written even where the environment forbids it: each process of the service would compile every module.
+TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 \
 	--dist loadfile --no-loadscope-reorder -m "not slow"
 ARGS ?=
 PYTEST ?=

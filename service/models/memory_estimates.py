@@ -1,7 +1,7 @@
 """Peak memory of each kind of work, in bytes beyond the resident weights, and admission by free memory.
 
 The estimates are upper bounds within a small factor of the measured peak
-(tests/unit/service/models/test_memory_estimates.py). They count live tensors between operations. d: hidden size; D:
+(tests/integration/models/test_memory_estimates.py). They count live tensors between operations. d: hidden size; D:
 inner width; a: width of all query heads together; kv: width of all key heads; V: vocabulary; L: layers; s: bytes of a
 number. No work copies the model: an edit keeps activations, and a version keeps its edited weights only.
 """

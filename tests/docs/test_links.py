@@ -25,7 +25,7 @@ GENERATED = (
     "tests/unit/service/methods/",
 )
 #: folders that paths in the pages are relative to; docs/mathematics.md and tests/README.md say so
-BASES = (".", "tests/unit", "tests/unit/service")
+BASES = (".", "tests/unit", "tests/unit/service", "tests/integration")
 
 
 def slug(heading: str) -> str:

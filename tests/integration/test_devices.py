@@ -1,6 +1,6 @@
 """Edits, traces and generations in half precision, and on an accelerator where there is one.
 
-`python -m pytest -m gpu tests/unit/test_devices.py` runs what needs an accelerator.
+`python -m pytest -m gpu tests/integration/test_devices.py` runs what needs an accelerator.
 """
 
 from __future__ import annotations
