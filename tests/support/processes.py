@@ -47,7 +47,7 @@ class CliProcess:
     """A process of one `palimpsest` command. Its settings are environment variables; those of the machine are
     removed. With `forked=False` a new interpreter runs it."""
 
-    def __init__(self, folder: Path, *command: str, forked: bool = True, **settings: object) -> None:
+    def __init__(self, folder: Path, *command: str, forked: bool = True, **settings: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.name = f"palimpsest {command[0]}"
         self._stdout_path, self._stderr_path = folder / "stdout.txt", folder / "stderr.txt"
@@ -216,7 +216,7 @@ class ServiceClient:
 class EmbeddedService(ServiceClient):
     """`palimpsest serve` with a data folder. `stop` shuts it down; `kill` sends SIGKILL."""
 
-    def __init__(self, data: Path, **settings: object) -> None:
+    def __init__(self, data: Path, **settings: Any) -> None:
         self.data = data
         self.process = CliProcess(data, "serve", **{"data_dir": data, "port": 0, **settings})
         try:
@@ -258,7 +258,7 @@ class Deployment(ServiceClient):
 
     def __init__(self, data: Path, stores: Mapping[str, object], workers: int = 1) -> None:
         self.data = data
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "data_dir": data,
             "threads": 1,
             "worker_timeout": LEASE_SECONDS,
@@ -292,16 +292,16 @@ class Deployment(ServiceClient):
             self._wait_for_api(http, api)
             yield api, http
 
-    def start_serving_worker(self, **settings: object) -> CliProcess:
+    def start_serving_worker(self, **settings: Any) -> CliProcess:
         """Start a worker and wait until it serves."""
         worker = self.start_worker(**settings)
         self.wait_until_serving(worker)
         return worker
 
-    def start_worker(self, **settings: object) -> CliProcess:
+    def start_worker(self, **settings: Any) -> CliProcess:
         return self.start("worker", **settings)
 
-    def start(self, command: str, **settings: object) -> CliProcess:
+    def start(self, command: str, **settings: Any) -> CliProcess:
         self._process_count += 1
         folder = self.data / f"{self._process_count}-{command}"
         self.processes.append(CliProcess(folder, command, **{**self.settings, **settings}))
