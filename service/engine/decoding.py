@@ -352,7 +352,10 @@ class DecodingBatch:
             i: r.logprob_recorder.top for i, r in enumerate(self.sequences) if r.logprob_recorder is not None
         }:
             rows = sampler.to_device_async(list(top_by_row), torch.long, self.model.device)
-            measured = measure_logprobs(logits[rows], tokens[rows], max(top_by_row.values()))
+            drawn = tokens[rows].clamp(
+                min=0
+            )  # a sequence without a valid token ends; its index must be valid
+            measured = measure_logprobs(logits[rows], drawn, max(top_by_row.values()))
             for i, measurement in zip(top_by_row, measured, strict=True):
                 measurements[i] = measurement
         return measurements

@@ -10,6 +10,7 @@ Nothing here waits for the device; the caller's transfer of the tokens does.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from service.schemas import Sampling
 
 INVALID_TOKEN = -1  # the token of a sequence whose logits are not finite
+MIN_TEMPERATURE = sys.float_info.min  # smaller numbers are 0 where subnormal numbers are flushed
 FIRST_TOP_K = 64  # most probable tokens that are searched first for a nucleus
 
 
@@ -37,18 +39,23 @@ def choice_seed(seed: int, choice: int) -> int:
 
 
 def softmax(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Return p (B, V) in float64 from logits (B, V) at temperatures (B, 1) in float64, above 0."""
-    return logits.to(torch.float64, copy=True).div_(temperature).softmax(-1)
+    """Return p (B, V) in float64 from logits (B, V) at temperatures (B, 1) in float64, above 0.
+
+    The largest logit is subtracted before the division, which would overflow at the smallest temperatures.
+    """
+    precise = logits.to(torch.float64, copy=True)
+    return precise.sub_(precise.max(-1, keepdim=True).values).div_(temperature).softmax(-1)
 
 
 def draw(p: Tensor, uniform: Tensor) -> Tensor:
     """Return the tokens (B,) at which the cumulative sums of p (B, V), of any positive mass, exceed their shares
-    `uniform` (B,)."""
+    `uniform` (B,); INVALID_TOKEN where the mass is not a positive number."""
     cumulative = p.cumsum(-1)
     mass = cumulative[:, -1:]
     # rounding must not select a token after the last possible one
     share = torch.minimum(uniform[:, None] * mass, torch.nextafter(mass, torch.zeros_like(mass)))
-    return torch.searchsorted(cumulative, share, right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, share, right=True)[:, 0]
+    return tokens.where((mass[:, 0] > 0) & mass[:, 0].isfinite(), INVALID_TOKEN)
 
 
 class Sampler:
@@ -66,7 +73,7 @@ class Sampler:
         ]
         filtered_params = [params[sampled[i]] for i in filtered]
         self._sampled_rows = to_device_async(sampled, torch.long, device)
-        self._temperature = _column([params[i].temperature for i in sampled], device)
+        self._temperature = _column([max(params[i].temperature, MIN_TEMPERATURE) for i in sampled], device)
         self._filtered_rows = to_device_async(filtered, torch.long, device)
         self._top_k = _column([a.top_k or torch.inf for a in filtered_params], device)
         self._top_p = _column([a.top_p if a.top_p < 1 else torch.inf for a in filtered_params], device)

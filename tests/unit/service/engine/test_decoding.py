@@ -18,6 +18,7 @@ from service.engine.decoding import (
     next_token_distribution,
 )
 from service.engine.kv_cache import BatchKVCache
+from service.engine.logprobs import LogprobRecorder
 from service.errors import InvalidInput
 from service.models.loading import LoadedModel, wrap_model
 from service.schemas import Sampling
@@ -330,10 +331,14 @@ def test_a_failed_step_can_be_tried_again() -> None:
     assert [r.output_ids for r in sequences] == [tokens_alone(model, p, sampling_params) for p in PROMPTS]
 
 
-def test_non_finite_logits_fail_only_their_sequence() -> None:
-    """A row whose logits are not numbers ends with an error; the others go on."""
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_non_finite_logits_fail_only_their_sequence(logprobs: int | None) -> None:
+    """A row whose logits are not numbers ends with an error, also when it reports log-probabilities; the others go
+    on."""
     model = tiny("gpt2")
     sequences = [new_sequence(model, p, Sampling(max_new_tokens=4)) for p in PROMPTS[:2]]
+    for sequence in sequences:
+        sequence.logprob_recorder = None if logprobs is None else LogprobRecorder(model.token_text, logprobs)
     batch = DecodingBatch(model, sequences)
     batch.step()
 

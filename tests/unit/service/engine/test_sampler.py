@@ -184,6 +184,36 @@ def test_extreme_logits_give_numbers() -> None:
     assert sampler_distribution(torch.tensor([3e38, -3e38, 0.0]), 0.01).tolist() == [1, 0, 0]
 
 
+@given(
+    st.lists(st.floats(-(2.0**120), 2.0**120, width=32), min_size=1, max_size=12),
+    st.floats(5e-324, 10),
+    st.one_of(st.none(), st.integers(1, 15)),
+    st.sampled_from([1e-9, 0.5, 1.0]),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_any_accepted_parameters_draw_a_token_of_the_vocabulary(
+    logits: list[float], temperature: float, top_k: int | None, top_p: float, uniform: float
+) -> None:
+    """For finite logits, every temperature above 0, also the smallest number, gives a token of the vocabulary."""
+    params = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens = Sampler([params], CPU)(torch.tensor([logits]), torch.tensor([uniform], dtype=torch.float64))
+    assert 0 <= int(tokens) < len(logits)
+
+
+def test_smallest_temperature_is_greedy() -> None:
+    """At the smallest temperature above 0 the most probable token is drawn."""
+    sampler = Sampler([Sampling(temperature=5e-324)], CPU)
+    uniform = torch.tensor([0.999], dtype=torch.float64)
+    assert sampler(torch.tensor([[1.0, 3.0, 2.0]]), uniform).tolist() == [1]
+
+
+def test_distribution_without_mass_gives_no_token() -> None:
+    """A row whose probabilities are 0 or not numbers gives INVALID_TOKEN; other rows are drawn."""
+    p = torch.tensor([[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0], [0.25, 0.75]], dtype=torch.float64)
+    tokens = draw(p, torch.full((4,), 0.5, dtype=torch.float64))
+    assert tokens.tolist() == [INVALID_TOKEN] * 3 + [1]
+
+
 def test_choice_seeds_are_distinct() -> None:
     """The first answer has the request's seed; the others, and those of other seeds, have seeds that differ, and are
     seeds."""
