@@ -22,7 +22,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from api.openai import errors as openai
-from api.validation_messages import validation_messages
 from service.errors import (
     Conflict,
     InternalError,
@@ -34,9 +33,11 @@ from service.errors import (
     error_type,
 )
 from service.kit import metrics
+from service.kit.validation_messages import validation_messages
 
 log = logging.getLogger("palimpsest.api")
 
+MAX_REPORTED_ERRORS = 20  # of one request
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 
@@ -249,9 +250,10 @@ def _handle_framework_error(request: Request, error: HTTPException) -> Response:
 
 
 def _handle_validation_error(request: Request, error: RequestValidationError) -> Response:
-    errors = validation_messages(error.errors())
+    found = error.errors()
+    errors = validation_messages(found[:MAX_REPORTED_ERRORS])
     detail = " ".join(f"`{item['field']}` {item['detail']}" for item in errors[:5])
-    more = len(errors) - 5
+    more = len(errors) - 5 + len(found[MAX_REPORTED_ERRORS:])
     if more > 0:
         detail += f" And {more} more."
     return error_response(request, InvalidInput(detail, errors[0]["field"]), extra={"errors": errors})

@@ -7,6 +7,7 @@ A route declares its scope, and what its body is, with `@requires` on its functi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import Enum
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
@@ -23,6 +25,9 @@ from service.application.api_keys import Scope, has_scope
 from service.settings import Settings
 
 BINARY_MEDIA_TYPE = "application/octet-stream"
+MAX_INLINE_BODY = 64_000  # bytes; a larger body is parsed and validated in a thread
+#: what a number has that can exceed a float or the digits of an integer
+HUGE_NUMBER = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{300}")
 #: member of an OpenAPI operation that names the scope it needs
 SCOPE_EXTENSION = "x-required-scope"
 
@@ -105,10 +110,25 @@ class ProtectedRoute(APIRoute):
             if request.method in ("POST", "PUT", "PATCH"):
                 settings: Settings = request.app.state.settings
                 raw = await read_body(request, getattr(settings, rule.body.value))
-                request = ParsedRequest(request, raw, _parse_body(request, raw, rule.body) if raw else None)
+                if len(raw) > MAX_INLINE_BODY:
+                    value = await run_in_threadpool(self._parse_and_validate, request, raw)
+                else:
+                    value = _parse_body(request, raw, rule.body) if raw else None
+                request = ParsedRequest(request, raw, value)
             return await call_route(request)
 
         return handler
+
+    def _parse_and_validate(self, request: Request, raw: bytes) -> Any:
+        """Return the value of a large body as the route's model. FastAPI, which validates in the event loop, takes a
+        model as it is."""
+        value = _parse_body(request, raw, self.access_rule.body)
+        if self.body_field is None or self.access_rule.body is RequestBody.FILE:
+            return value
+        value, errors = self.body_field.validate(value, {}, loc=("body",))
+        if errors:
+            raise RequestValidationError(errors)
+        return value
 
 
 def _parse_body(request: Request, raw: bytes, body: RequestBody) -> Any:
@@ -166,7 +186,8 @@ def parse_json(request: Request, raw: bytes) -> Any:
         raise UnsupportedMediaType("Send JSON with the header `Content-Type: application/json`.")
     try:
         value = from_json(raw, allow_inf_nan=False)
-        json.dumps(value, allow_nan=False)  # 1e999 is valid JSON and becomes infinity
+        if HUGE_NUMBER.search(raw):
+            json.dumps(value, allow_nan=False)  # 1e999 is valid JSON and becomes infinity
     except ValueError as error:
         raise MalformedJson(f"The body cannot be read as JSON ({error}): send valid JSON in UTF-8.") from None
     return value

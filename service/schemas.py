@@ -8,13 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from service.errors import InvalidInput
 from service.kit.text import check_text, fill_prompt, locate_subject
 from service.methods.registry import METHODS
 
+MAX_UNKNOWN_FIELDS = 20  #: of an object, that are reported one by one
+MAX_CHECKPOINTS = 1000  #: of an evaluation
+MAX_HPARAMS = 64  #: members of `hparams`
+MAX_TOKEN_ID = 2**31  #: above every vocabulary size
+MAX_TOKEN_IDS = 131_072  #: tokens of one prompt
 MAX_TEXT = 20_000  #: characters; validation.py checks the positions of the model
 
 
@@ -28,6 +41,14 @@ def _validate_text(value: str) -> str:
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_validate_text)]
 Name = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_validate_text)]
+#: hyperparameters by name; service/recipes/recipe.py validates them against the method
+HparamValues = Annotated[dict[str, Any], Field(max_length=MAX_HPARAMS)]
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=MAX_TOKEN_ID)]],
+    Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True),
+]
+#: a short name that is only shown, such as a relation
+Label = Annotated[str, Field(max_length=200)]
 #: "head", "base" or the number of a version
 Version = Annotated[
     int | Literal["head", "base"],
@@ -36,7 +57,17 @@ Version = Annotated[
 
 
 class RequestModel(BaseModel):
+    """An object of a request. Every text, list and object in it has a maximum, which is checked before its items."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limit_unknown_fields(cls, value: Any) -> Any:
+        """Report a flood of unknown fields as one error; pydantic makes one, with the value, for each."""
+        if isinstance(value, dict) and len(value) > len(cls.model_fields) + MAX_UNKNOWN_FIELDS:
+            raise ValueError(f"has {len(value)} fields; the known ones are: {', '.join(cls.model_fields)}.")
+        return value
 
 
 class NeighborhoodProbe(RequestModel):
@@ -141,7 +172,7 @@ class EditRequest(RequestModel):
         None,
         description='editing method; default: "rome" for one edit, and the method of the recipe for several',
     )
-    hparams: dict[str, Any] | None = Field(
+    hparams: HparamValues | None = Field(
         None, description="hyperparameters that replace those of the recipe; GET /models lists them"
     )
     on_conflict: OnConflict = Field(
@@ -178,14 +209,14 @@ class EditRequest(RequestModel):
 
 
 class EditListRequest(RequestModel):
-    edits: list[EditRequest] = Field(min_length=1, max_length=1000)
+    edits: list[EditRequest] = Field(min_length=1, max_length=1000, fail_fast=True)
 
 
 class EvaluationPlan(RequestModel):
     """The parameters of an evaluation."""
 
     method: MethodName = Field("rome", description="editing method")
-    hparams: dict[str, Any] | None = Field(
+    hparams: HparamValues | None = Field(
         None, description="hyperparameters that replace those of the recipe; GET /models lists them"
     )
     objective: Objective = Field("write", description="objective of the edits")
@@ -199,7 +230,10 @@ class EvaluationPlan(RequestModel):
         "with the edits before it and add it to its weights, as published",
     )
     checkpoints: list[Annotated[int, Field(ge=1)]] = Field(
-        default=[1, 10, 100, 1000], description="numbers of edits of a sequence after which all are measured"
+        default=[1, 10, 100, 1000],
+        fail_fast=True,
+        max_length=MAX_CHECKPOINTS,
+        description="numbers of edits of a sequence after which all are measured",
     )
     strengths: list[Annotated[float, Field(gt=0, le=10)]] = Field(
         default=[1.0],
@@ -275,7 +309,7 @@ class TraceRequest(RequestModel):
     kinds: list[TraceKind] = Field(default=["hidden", "mlp", "attn"], min_length=1, max_length=3)
     window: int = Field(10, ge=1, le=100, description="number of layers restored at once for mlp and attn")
     samples: int = Field(10, ge=1, le=100, description="number of noise samples")
-    noise: float | str = Field(
+    noise: float | Annotated[str, Field(max_length=32)] = Field(
         "3sigma",
         description='standard deviation of the noise: a number, or a multiple of that of the embeddings such as "3sigma"',
     )
@@ -336,7 +370,7 @@ class WorkerGenerateRequest(GenerateRequest):
     """A generation as a worker receives it, from POST /generate or POST /v1/completions."""
 
     max_new_tokens: int = Field(40, ge=0, le=4096)  #: 0 scores the prompt without generating
-    tokens: list[list[Annotated[int, Field(ge=0)]]] | None = Field(
+    tokens: list[TokenIds] | None = Field(
         None, min_length=1, max_length=MAX_CHOICES, description="prompts as token ids"
     )
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="generations per prompt")

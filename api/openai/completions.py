@@ -10,10 +10,18 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from service.errors import InvalidInput
 from service.kit.text import check_text
-from service.schemas import MAX_CHOICES, MAX_LOGPROBS, MAX_TEXT, RequestModel, Text, WorkerGenerateRequest
+from service.schemas import (
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_TEXT,
+    MAX_TOKEN_ID,
+    RequestModel,
+    Text,
+    TokenIds,
+    WorkerGenerateRequest,
+)
 
 SEED_COUNT = 2**63
-MAX_TOKEN_ID = 2**31  #: above every vocabulary size
 MAX_STOP_SEQUENCES = 4
 PROMPT_FORMS = "must be a string, a list of strings, a list of token ids, or a list of such lists."
 
@@ -62,18 +70,21 @@ def _reject_unsupported(value: Any) -> Any:
     return value
 
 
-TokenIds = list[Annotated[int, Field(ge=0, lt=MAX_TOKEN_ID)]]
 Prompt = Annotated[
     Text
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
-    | Annotated[TokenIds, Field(min_length=1)]
-    | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)],
+    | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)],
     BeforeValidator(_validate_prompt),
 ]
 StopSequence = Annotated[str, Field(min_length=1, max_length=200)]
 StopSequences = Annotated[
     list[StopSequence],
-    BeforeValidator(_stop_as_list, json_schema_input_type=StopSequence | list[StopSequence]),
+    BeforeValidator(
+        _stop_as_list,
+        json_schema_input_type=StopSequence
+        | Annotated[list[StopSequence], Field(max_length=MAX_STOP_SEQUENCES)],
+    ),
 ]
 
 
@@ -121,10 +132,10 @@ class CompletionRequest(RequestModel):
         None, ge=0, le=MAX_LOGPROBS, description="number of most probable tokens to return at each position"
     )
     echo: bool = Field(False, description="include the prompt in the text")
-    user: str | None = Field(None, description="has no effect")
+    user: str | None = Field(None, max_length=1000, description="has no effect")
     best_of: int | None = Field(None, description="not supported: must equal n")
     suffix: Annotated[str | None, AfterValidator(_reject_unsupported)] = Field(
-        None, description="not supported: must be empty"
+        None, max_length=MAX_TEXT, description="not supported: must be empty"
     )
     presence_penalty: Annotated[float, AfterValidator(_reject_unsupported)] = Field(
         0.0, description="not supported: must be 0"
@@ -133,7 +144,7 @@ class CompletionRequest(RequestModel):
         0.0, description="not supported: must be 0"
     )
     logit_bias: Annotated[dict[str, float] | None, AfterValidator(_reject_unsupported)] = Field(
-        None, description="not supported: must be empty"
+        None, max_length=1000, description="not supported: must be empty"
     )
 
     @model_validator(mode="before")

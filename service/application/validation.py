@@ -14,9 +14,14 @@ from service.db.models import Model
 from service.errors import InvalidInput
 from service.kit.text import check_tokens, fill_prompt, token_span
 from service.recipes.recipe import Recipe, resolve_hparams
-from service.schemas import EditRequest, EvaluationRequest, TraceRequest, WorkerGenerateRequest
+from service.schemas import (
+    MAX_TOKEN_ID,
+    EditRequest,
+    EvaluationRequest,
+    TraceRequest,
+    WorkerGenerateRequest,
+)
 
-MAX_TOKEN_ID = 2**31  #: above every vocabulary size
 NOISE_PATTERN = re.compile(r"\d+(\.\d+)?sigma")
 
 

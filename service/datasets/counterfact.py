@@ -4,58 +4,94 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from service.datasets.parsing import (
-    malformed_record,
+    OptionalText,
+    PublishedRow,
+    Texts,
     optional_tuple,
     record_label,
     validate_record,
+    validate_row,
     with_placeholder,
 )
 from service.datasets.record import NeighborProbe, Record
+from service.schemas import Label, Name, Text
+
+
+class _Target(PublishedRow):
+    text: Name = Field(alias="str")
+
+
+class _RequestedRewrite(PublishedRow):
+    subject: Name
+    prompt: Text
+    target_new: _Target
+    target_true: _Target
+    relation_id: Label = ""
+
+
+class CounterFactRow(PublishedRow):
+    """A row of CounterFact as published."""
+
+    requested_rewrite: _RequestedRewrite
+    paraphrase_prompts: Texts
+    neighborhood_prompts: Texts
+    attribute_prompts: Texts = Field(default_factory=list)
+    generation_prompts: Texts = Field(default_factory=list)
+    reference_texts: Texts = Field(default_factory=list)
+
+
+class FlatCounterFactRow(PublishedRow):
+    """A row of EasyEdit's flat form, in which the prompt spells the subject out."""
+
+    subject: Name
+    prompt: Text
+    target_new: Name
+    ground_truth: Name
+    rephrase_prompt: OptionalText = None
+    locality_prompt: OptionalText = None
+    locality_ground_truth: OptionalText = None
 
 
 def parse_counterfact(row: Any, place: int) -> Record:
     """Parse a record of CounterFact as published."""
-    name = record_label(row, place)
-    try:
-        rewrite, true = row["requested_rewrite"], row["requested_rewrite"]["target_true"]["str"]
-        record = Record(
-            name,
-            rewrite["subject"],
-            rewrite["prompt"],
-            rewrite["target_new"]["str"],
-            true,
-            tuple(row["paraphrase_prompts"]),
-            tuple(NeighborProbe(p, true) for p in row["neighborhood_prompts"]),
-            tuple(row.get("attribute_prompts", ())),
-            tuple(row.get("generation_prompts", ())),
-            tuple(row.get("reference_texts", ())),
-            rewrite.get("relation_id", ""),
+    label = record_label(row, place)
+    fields = validate_row(CounterFactRow, row, label, "CounterFact")
+    rewrite = fields.requested_rewrite
+    return validate_record(
+        Record(
+            label,
+            rewrite.subject,
+            rewrite.prompt,
+            rewrite.target_new.text,
+            rewrite.target_true.text,
+            tuple(fields.paraphrase_prompts),
+            tuple(NeighborProbe(p, rewrite.target_true.text) for p in fields.neighborhood_prompts),
+            tuple(fields.attribute_prompts),
+            tuple(fields.generation_prompts),
+            tuple(fields.reference_texts),
+            rewrite.relation_id,
         )
-    except (KeyError, TypeError) as error:
-        raise malformed_record(name, "CounterFact", error) from None
-    return validate_record(record)
+    )
 
 
 def parse_flat_counterfact(row: Any, place: int) -> Record:
-    """Parse a record of EasyEdit's flat form, in which the prompt spells the subject out."""
-    name = record_label(row, place)
-    try:
-        record = Record(
-            name,
-            row["subject"],
-            with_placeholder(row["prompt"], row["subject"]),
-            row["target_new"],
-            row["ground_truth"],
-            optional_tuple(row.get("rephrase_prompt")),
-            tuple(
-                map(
-                    NeighborProbe,
-                    optional_tuple(row.get("locality_prompt")),
-                    optional_tuple(row.get("locality_ground_truth")),
-                )
-            ),
+    """Parse a record of EasyEdit's flat form."""
+    label = record_label(row, place)
+    fields = validate_row(FlatCounterFactRow, row, label, "flat CounterFact")
+    neighbors = zip(
+        optional_tuple(fields.locality_prompt), optional_tuple(fields.locality_ground_truth), strict=False
+    )
+    return validate_record(
+        Record(
+            label,
+            fields.subject,
+            with_placeholder(fields.prompt, fields.subject),
+            fields.target_new,
+            fields.ground_truth,
+            optional_tuple(fields.rephrase_prompt),
+            tuple(NeighborProbe(prompt, target) for prompt, target in neighbors),
         )
-    except (KeyError, TypeError) as error:
-        raise malformed_record(name, "flat CounterFact", error) from None
-    return validate_record(record)
+    )

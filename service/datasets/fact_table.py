@@ -7,16 +7,35 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from service.datasets.parsing import ParsedRecords, SkipReason, validate_record
+from pydantic import Field
+
+from service.datasets.parsing import (
+    MAX_TEXTS,
+    ParsedRecords,
+    PublishedRow,
+    SkipReason,
+    Texts,
+    fill_if_placeholder,
+    validate_record,
+    validate_row,
+)
 from service.datasets.record import NeighborProbe, Record
-from service.errors import InvalidInput
-from service.kit.text import PLACEHOLDER
+from service.schemas import Name, Text
 
 FACTS_FILE = "facts.jsonl"
-FACT_FIELDS = ("subject", "object", "relation", "prompts", "held_out_prompts")
 MAX_NEIGHBOURS = 10
+
+
+class FactRow(PublishedRow):
+    """A fact with the wordings that the model was trained on, and those that were held out."""
+
+    subject: Name
+    object: Name
+    relation: Name
+    prompts: Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+    held_out_prompts: Texts
 
 
 def find_facts_file(folder: Path | None) -> Path | None:
@@ -36,37 +55,37 @@ def build_fact_records(rows: Sequence[Any], seed: int) -> ParsedRecords:
     Paraphrases are the fact's wordings that were held out of training. Neighbours are other subjects of the relation
     with the same object, each in one of its training wordings.
     """
-    for place, row in enumerate(rows, 1):
-        if missing := [name for name in FACT_FIELDS if not isinstance(row, dict) or name not in row]:
-            raise InvalidInput(f"fact {place} of {FACTS_FILE} lacks the field {missing[0]!r}.", "records")
+    facts = [
+        validate_row(FactRow, row, f"fact {place} of {FACTS_FILE}", "fact")
+        for place, row in enumerate(rows, 1)
+    ]
     rng = random.Random(seed)
     objects: dict[str, set[str]] = defaultdict(set)
-    rows_by_object: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        objects[row["relation"]].add(row["object"])
-        rows_by_object[row["relation"], row["object"]].append(row)
+    facts_by_object: dict[tuple[str, str], list[FactRow]] = defaultdict(list)
+    for fact in facts:
+        objects[fact.relation].add(fact.object)
+        facts_by_object[fact.relation, fact.object].append(fact)
     records, skipped = [], Counter[SkipReason]()
-    for place, row in rng.sample(list(enumerate(rows, 1)), len(rows)):
-        others = sorted(objects[row["relation"]] - {row["object"]})
+    for place, fact in rng.sample(list(enumerate(facts, 1)), len(facts)):
+        others = sorted(objects[fact.relation] - {fact.object})
         if not others:
             skipped[SkipReason.NO_ALTERNATIVE_OBJECT] += 1
             continue
-        same_object_rows = [
-            r for r in rows_by_object[row["relation"], row["object"]] if r["subject"] != row["subject"]
-        ]
-        chosen = rng.sample(same_object_rows, min(MAX_NEIGHBOURS, len(same_object_rows)))
+        same_object = [f for f in facts_by_object[fact.relation, fact.object] if f.subject != fact.subject]
+        chosen = rng.sample(same_object, min(MAX_NEIGHBOURS, len(same_object)))
+        label = f"fact {place}"
         record = Record(
-            f"fact {place}",
-            row["subject"],
-            rng.choice(row["prompts"]),
+            label,
+            fact.subject,
+            rng.choice(fact.prompts),
             rng.choice(others),
-            row["object"],
-            tuple(p.replace(PLACEHOLDER, row["subject"]) for p in row["held_out_prompts"]),
+            fact.object,
+            tuple(fill_if_placeholder(p, fact.subject, label) for p in fact.held_out_prompts),
             tuple(
-                NeighborProbe(rng.choice(r["prompts"]).replace(PLACEHOLDER, r["subject"]), row["object"])
-                for r in chosen
+                NeighborProbe(fill_if_placeholder(rng.choice(f.prompts), f.subject, label), fact.object)
+                for f in chosen
             ),
-            relation=row["relation"],
+            relation=fact.relation,
         )
         records.append(validate_record(record))
     return records, skipped

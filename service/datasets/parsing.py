@@ -6,11 +6,18 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.datasets.record import Record
 from service.errors import InvalidInput
 from service.kit.text import PLACEHOLDER, fill_prompt, locate_subject
+from service.kit.validation_messages import validation_messages
+from service.schemas import MAX_TEXT, Text
+
+MAX_TEXTS = 1000  #: texts of each kind in one record
+MAX_LABEL = 100  #: characters of a record's `case_id`
 
 
 class SkipReason(StrEnum):
@@ -71,13 +78,34 @@ def validate_record(record: Record) -> Record:
 
 def record_label(row: Any, place: int) -> str:
     """Return the name of a record: its `case_id`, or its place in the file (from 1)."""
-    number = row.get("case_id", place) if isinstance(row, dict) else place
-    return f"record {number}"
+    number = row.get("case_id") if isinstance(row, dict) else None
+    is_label = isinstance(number, int) or (isinstance(number, str) and len(number) <= MAX_LABEL)
+    return f"record {number if is_label else place}"
 
 
-def malformed_record(label: str, format_name: str, error: Exception) -> InvalidInput:
-    """Return the error for a row that lacks a field of its format, or has one of the wrong type."""
-    return InvalidInput(f"{label} is not a {format_name} record: missing or malformed: {error}.", "records")
+class PublishedRow(BaseModel):
+    """A row of a published data set. Fields that no measure needs are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+Row = TypeVar("Row", bound=BaseModel)
+#: texts of one record; a longer list is refused before its items are read
+Texts = Annotated[list[Text], Field(max_length=MAX_TEXTS)]
+#: a text that may be missing or empty
+OptionalText = Annotated[str, Field(max_length=MAX_TEXT)] | None
+
+
+def validate_row(model: type[Row], row: Any, label: str, format_name: str) -> Row:
+    """Return a row as its model. Raise InvalidInput that names the first field that is missing or malformed."""
+    try:
+        return model.model_validate(row)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        (message,) = validation_messages([{**first, "loc": ("record", *first["loc"])}])
+        raise InvalidInput(
+            f"{label} is not a {format_name} record: `{message['field']}` {message['detail']}", "records"
+        ) from None
 
 
 def with_placeholder(text: str, subject: str) -> str:
@@ -87,6 +115,16 @@ def with_placeholder(text: str, subject: str) -> str:
     except InvalidInput:
         raise SkipRecord(SkipReason.SUBJECT_NOT_IN_PROMPT) from None
     return text[:start] + PLACEHOLDER + text[end:]
+
+
+def fill_if_placeholder(prompt: str, subject: str, label: str) -> str:
+    """Return the prompt with the subject in place of its `{}`, if it has one. Raise InvalidInput if it has several."""
+    if PLACEHOLDER not in prompt:
+        return prompt
+    try:
+        return fill_prompt(prompt, subject).text
+    except InvalidInput as error:
+        raise InvalidInput(f"{label}: {error.detail}", "records") from None
 
 
 def optional_tuple(value: str | None) -> tuple[str, ...]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from service.datasets.parsing import SkipRecord, record_label, validate_record, with_placeholder
+from service.datasets.parsing import (
+    MAX_TEXTS,
+    SkipRecord,
+    Texts,
+    fill_if_placeholder,
+    record_label,
+    validate_record,
+    validate_row,
+    with_placeholder,
+)
 from service.datasets.record import NeighborProbe, Record
 from service.errors import InvalidInput
 from service.kit.text import PLACEHOLDER
-from service.schemas import Name, NeighborhoodProbe, RequestModel, Text
+from service.schemas import Label, Name, NeighborhoodProbe, RequestModel, Text
 
 
 class UserRecord(RequestModel):
@@ -20,22 +29,17 @@ class UserRecord(RequestModel):
     prompt: Text
     target_new: Name
     target_true: Name | None = None
-    paraphrases: list[Text] = Field(default_factory=list)
-    neighborhood: list[NeighborhoodProbe] = Field(default_factory=list)
-    generation_prompts: list[Text] = Field(default_factory=list)
-    reference_texts: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    relation: str = ""
+    paraphrases: Texts = Field(default_factory=list)
+    neighborhood: list[NeighborhoodProbe] = Field(default_factory=list, max_length=MAX_TEXTS)
+    generation_prompts: Texts = Field(default_factory=list)
+    reference_texts: Texts = Field(default_factory=list)
+    relation: Label = ""
 
 
 def parse_user_record(row: Any, place: int) -> Record:
     """Parse a user's record. Unlike a row of a published data set, it is never skipped silently."""
     name = record_label(row, place)
-    try:
-        user_record = UserRecord.model_validate(row)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(x) for x in first["loc"]) or "the record"
-        raise InvalidInput(f"{name}: {where}: {first['msg']}.", "records") from None
+    user_record = validate_row(UserRecord, row, name, "valid")
     prompt = user_record.prompt
     if PLACEHOLDER not in prompt:
         try:
@@ -48,7 +52,7 @@ def parse_user_record(row: Any, place: int) -> Record:
         prompt,
         user_record.target_new,
         user_record.target_true,
-        tuple(p.replace(PLACEHOLDER, user_record.subject) for p in user_record.paraphrases),
+        tuple(fill_if_placeholder(p, user_record.subject, name) for p in user_record.paraphrases),
         tuple(NeighborProbe(n.prompt, n.target) for n in user_record.neighborhood),
         (),
         tuple(user_record.generation_prompts),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from service.datasets.loading import RecordFormat, load_records, read_records
 from service.datasets.parsing import SkipReason
@@ -100,7 +104,9 @@ def test_counterfact_record() -> None:
 @pytest.mark.parametrize("field", ["requested_rewrite", "paraphrase_prompts", "neighborhood_prompts"])
 def test_error_names_the_record_and_its_missing_field(field: str) -> None:
     """A CounterFact record without a field is refused, and the error names both."""
-    with pytest.raises(InvalidInput, match=f"record 7 .*missing or malformed: '{field}'"):
+    with pytest.raises(
+        InvalidInput, match=f"record 7 is not a CounterFact record: `{field}` is missing: add it"
+    ):
         read_records([COUNTERFACT, without(COUNTERFACT, field)])
 
 
@@ -117,7 +123,7 @@ def test_rows_that_are_not_objects_are_refused(row: Any) -> None:
 def test_error_names_the_fact_and_its_missing_field(field: str) -> None:
     """A row of facts.jsonl without a field is refused, and the error names its place and the field."""
     malformed = [*FACTS[:2], without(FACTS[2], field)]
-    with pytest.raises(InvalidInput, match=f"fact 3 .*lacks the field '{field}'"):
+    with pytest.raises(InvalidInput, match=f"fact 3 of facts.jsonl .*`{field}` is missing: add it"):
         read_records(malformed)
 
 
@@ -209,10 +215,10 @@ def test_user_records() -> None:
     [
         ({"prompt": "The {} and the {} are in"}, "record 2: `prompt` must contain exactly one"),
         ({"prompt": "The Louvre is in"}, r"record 2: .*put \{\} in its place"),
-        ({"target_new": " "}, "record 2: target_new"),
-        ({"target": "Rome"}, "record 2: target: Extra"),
-        ({"neighborhood": [{"prompt": "It is"}]}, "record 2: neighborhood.0.target"),
-        ({"case_id": 5}, "record 5: case_id"),
+        ({"target_new": " "}, "record 2 .*`target_new` is empty"),
+        ({"target": "Rome"}, "record 2 .*`target` is not a known field"),
+        ({"neighborhood": [{"prompt": "It is"}]}, "record 2 .*`neighborhood.0.target` is missing"),
+        ({"case_id": 5}, "record 5 .*`case_id` is not a known field"),
     ],
 )
 def test_invalid_user_record_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -267,3 +273,77 @@ def test_published_data_sets_are_parsed_completely(
     loaded = load_records(SHARED_DATA / name)
     assert (loaded.format, len(loaded.records), loaded.skipped) == (record_format, count, {})
     assert all(r.text and r.subject in r.text for r in loaded.records)
+
+
+FORMATS = {
+    "counterfact": COUNTERFACT,
+    "flat": FLAT_COUNTERFACT,
+    "zsre": ZSRE,
+    "user": USER,
+    "facts": FACTS[0],
+}
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def leaf_paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path of every value in a JSON value, itself included."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(p for key, inner in items for p in leaf_paths(inner, (*path, key)))]
+
+
+@st.composite
+def changed_rows(draw: st.DrawFn) -> list[Any]:
+    """Draw a valid row and a copy of it in which one value is any JSON value."""
+    row = draw(st.sampled_from(list(FORMATS.values())))
+    path = draw(st.sampled_from(leaf_paths(row)))
+    changed: Any = copy.deepcopy(row)
+    if not path:
+        return [row, draw(ANY_JSON)]
+    *parents, last = path
+    parent = changed
+    for key in parents:
+        parent = parent[key]
+    parent[last] = draw(ANY_JSON)
+    return [row, changed]
+
+
+@settings(max_examples=400)
+@given(changed_rows())
+def test_any_value_in_any_field_is_parsed_or_refused(rows: list[Any]) -> None:
+    """A record with any JSON value in any field is parsed to a record of texts, or raises InvalidInput."""
+    try:
+        records = read_records(rows)
+    except InvalidInput:
+        return
+    for record in records:
+        assert all(isinstance(prompt, str) for prompt in record.prompts)
+        assert isinstance(record.target_new, str) and isinstance(record.relation, str)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_prompts_with_many_placeholders_are_refused_before_they_are_filled(name: str) -> None:
+    """A prompt with thousands of {} and a long subject is refused, and little memory is used."""
+    many, long = "{}" * 9000, "x" * 500
+    row = copy.deepcopy(FORMATS[name])
+    row |= {key: long for key in ("subject",) if key in row}
+    for path in leaf_paths(row):
+        *parents, last = path or (None,)
+        parent = row
+        for key in parents:
+            parent = parent[key]
+        if isinstance(last, str) and last in ("prompt", "src", "rephrase", "rephrase_prompt"):
+            parent[last] = f"{many} {long}"
+        if isinstance(last, str) and last in ("paraphrases", "held_out_prompts", "paraphrase_prompts"):
+            parent[last] = [many] * 100
+    rows = [row, FACTS[3]] if name == "facts" else [row]
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInput):
+            read_records(rows)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
