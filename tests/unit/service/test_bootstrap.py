@@ -1,4 +1,4 @@
-"""The wiring."""
+"""Construction of the service from its settings: service.bootstrap."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.settings import Settings
 
 
 def test_nothing_configured(tmp_path: Path) -> None:
-    """With nothing configured there is SQLite in a data folder made for it, and the in-process broker."""
+    """Without settings the service uses SQLite in a new data folder and the in-process broker."""
     folder = tmp_path / "a" / "b"
     container = build_container(Settings(data_dir=folder))
     container.database.migrate()
@@ -26,7 +26,7 @@ def test_nothing_configured(tmp_path: Path) -> None:
 
 
 def test_postgres(tmp_path: Path) -> None:
-    """A postgresql:// URL is taken as it is usually written, and nothing connects yet."""
+    """A postgresql:// URL without a driver is accepted, and no connection is made."""
     container = build_container(
         Settings(data_dir=tmp_path, database_url="postgresql://somebody@127.0.0.1:1/x")
     )
@@ -35,7 +35,8 @@ def test_postgres(tmp_path: Path) -> None:
 
 
 def test_redis(tmp_path: Path) -> None:
-    """With a Redis the work is shared through it, with its lease and names, and nothing connects yet."""
+    """With a Redis URL the service uses the Redis broker with the configured lease, and no connection is
+    made."""
     container = build_container(
         Settings(data_dir=tmp_path, redis_url="redis://127.0.0.1:1", worker_timeout=7)
     )
@@ -57,7 +58,7 @@ def test_a_crash_point_is_armed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_folder_that_cannot_be(tmp_path: Path) -> None:
-    """A data folder that cannot be made is said so."""
+    """A data folder that cannot be created raises Misconfigured, which names the setting."""
     (tmp_path / "file").write_text("")
     with pytest.raises(Misconfigured, match="PALIMPSEST_DATA_DIR"):
         build_container(Settings(data_dir=tmp_path / "file" / "data"))

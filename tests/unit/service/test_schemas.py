@@ -83,7 +83,7 @@ def test_many_edits_are_at_least_one() -> None:
 
 
 def test_a_trace_finds_its_subject_with_a_slot_or_without() -> None:
-    """The subject is located in a plain prompt and in one with a slot alike."""
+    """The subject is located in a plain prompt and in a prompt with a placeholder."""
     plain = TraceRequest(prompt="The Eiffel Tower is in", subject="Eiffel Tower").text_and_subject_span()
     assert plain == TraceRequest(prompt="The {} is in", subject="Eiffel Tower").text_and_subject_span()
     assert plain == ("The Eiffel Tower is in", (4, 16))
@@ -96,7 +96,7 @@ def test_plan_of_an_evaluation_request() -> None:
 
 
 def test_a_generation_has_one_prompt_or_several() -> None:
-    """Either `prompt` or `prompts`, never both and never none."""
+    """A request has either `prompt` or `prompts`; both or neither raise InvalidInput."""
     assert GenerateRequest(prompt="a").prompt_texts() == ["a"]
     assert GenerateRequest(prompts=["a", "b"]).prompt_texts() == ["a", "b"]
     for wrong in (GenerateRequest(), GenerateRequest(prompt="a", prompts=["b"])):
@@ -106,6 +106,6 @@ def test_a_generation_has_one_prompt_or_several() -> None:
 
 @pytest.mark.parametrize("version", ["newest", -0.5, None])
 def test_a_version_is_a_number_head_or_base(version: object) -> None:
-    """Other words are no versions."""
+    """A version that is not a number, `head` or `base` is rejected."""
     with pytest.raises(ValidationError):
         CompareRequest.model_validate({"prompt": "a", "versions": ["base", version]})

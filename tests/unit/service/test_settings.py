@@ -1,4 +1,4 @@
-"""Where settings come from."""
+"""The sources of settings: flags, environment variables and secret files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from service.settings import Settings
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of the machine reaches a test."""
+    """Remove the PALIMPSEST_ variables of the machine from the environment."""
     for name in os.environ:
         if name.startswith("PALIMPSEST_"):
             monkeypatch.delenv(name)
@@ -23,7 +23,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of secrets."""
+    """Return an empty folder to which PALIMPSEST_SECRETS is set."""
     folder = tmp_path / "secrets"
     folder.mkdir()
     monkeypatch.setenv("PALIMPSEST_SECRETS", str(folder))
@@ -38,7 +38,7 @@ def read_flags(*flags: str) -> Settings:
 
 @pytest.mark.parametrize("name", ["api_key", "database_url", "redis_url"])
 def test_a_secret_may_come_from_a_file(secrets: Path, name: str) -> None:
-    """A file of the setting's name holds its value; the line break at its end is no part of it."""
+    """A secret is read from the file with its name, without the line break at the end."""
     (secrets / f"palimpsest_{name}").write_text("swordfish\n")
     assert getattr(Settings(), name) == "swordfish"
     assert getattr(read_flags(), name) == "swordfish"
@@ -56,14 +56,14 @@ def test_flags_come_before_the_environment_before_files(
 
 
 def test_no_secrets_folder_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unset, or empty, it changes nothing and warns of nothing."""
+    """An unset or empty PALIMPSEST_SECRETS has no effect."""
     assert Settings().api_key is None
     monkeypatch.setenv("PALIMPSEST_SECRETS", "")
     assert Settings().api_key is None
 
 
 def test_missing_secrets_folder_is_an_error(secrets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that was to have a key does not start without it because its folder is missing."""
+    """A missing secrets folder raises Misconfigured, so that a service does not start without its API key."""
     monkeypatch.setenv("PALIMPSEST_SECRETS", str(secrets / "nowhere"))
     with pytest.raises(Misconfigured) as error:
         read_flags()
@@ -71,7 +71,7 @@ def test_missing_secrets_folder_is_an_error(secrets: Path, monkeypatch: pytest.M
 
 
 def test_a_link_inside_the_folder_is_followed(secrets: Path) -> None:
-    """Secrets that are mounted as links to a folder beside them are found."""
+    """A secret that is mounted as a symbolic link is read."""
     (secrets / "..data").mkdir()
     (secrets / "..data" / "palimpsest_api_key").write_text("swordfish")
     (secrets / "palimpsest_api_key").symlink_to(secrets / "..data" / "palimpsest_api_key")
@@ -79,7 +79,7 @@ def test_a_link_inside_the_folder_is_followed(secrets: Path) -> None:
 
 
 def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`PALIMPSEST_THREADS=` in an environment file is as if the line were not there."""
+    """An empty variable, such as `PALIMPSEST_THREADS=`, has the effect of an unset one."""
     for name in ("THREADS", "REDIS_URL", "LEASE"):
         monkeypatch.setenv(f"PALIMPSEST_{name}", "")
     assert (Settings().threads, Settings().redis_url, Settings().worker_timeout) == (None, None, 30.0)

@@ -179,7 +179,7 @@ def test_flat_record_has_its_placeholder_at_the_last_mention() -> None:
 
 
 def test_data_set_record_whose_prompt_lacks_the_subject_is_skipped() -> None:
-    """Such a record is skipped and counted, and the load fails if no record is left."""
+    """A record whose prompt lacks the subject is skipped and counted; the load fails if no record is left."""
     loaded = load_records(
         [
             FLAT_COUNTERFACT,

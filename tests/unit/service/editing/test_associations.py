@@ -137,7 +137,7 @@ def test_the_edit_makes_the_object_more_probable(model_type: str, layers: list[i
     apply_factors(model, factors)
     assert (
         log_probs_blocking(model, prompt_and_target)[0][0] > before + 0.005
-    )  # a random model hardly listens to its subject
+    )  # in a random model the subject has little effect
 
 
 def test_finding_changes_nothing() -> None:

@@ -107,7 +107,7 @@ def test_subject_noise_is_active_during_training() -> None:
 
 
 def test_a_low_loss_trains_nothing() -> None:
-    """A loss below stop_loss makes no step."""
+    """No step is made when the first loss is below stop_loss."""
     factors = train(tiny(), stop_loss=1e3)
     assert len(factors.losses) == 1
     assert factors.delta_norm == 0

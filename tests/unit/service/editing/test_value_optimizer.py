@@ -188,7 +188,7 @@ def test_the_optimisation_lowers_the_loss() -> None:
     losses = optimize_value_with(
         tiny(), steps=15, learning_rate=0.5, weight_decay=0, kl_factor=0, clamp=100.0
     ).losses
-    assert losses[-1] < losses[0] - 0.05  # a random model hardly listens to its subject
+    assert losses[-1] < losses[0] - 0.05  # in a random model the subject has little effect
 
 
 def test_padding_does_not_matter() -> None:

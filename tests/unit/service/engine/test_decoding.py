@@ -1,4 +1,4 @@
-"""Decoding: rows side by side say what each says alone."""
+"""Batched decoding gives each sequence the tokens that it has alone: service.engine.decoding."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tokens_alone(model: LoadedModel, prompt: str, sampling_params: Sampling) -> 
 
 
 def reference(model: LoadedModel, prompt: str, count: int) -> list[int]:
-    """Greedy tokens of transformers' own generate(), without the end-of-text token."""
+    """Return the greedy tokens of transformers' generate(), without the end-of-text token."""
     ids = torch.tensor([model.encode(prompt)[0]])
     out = model.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
@@ -59,7 +59,7 @@ def reference(model: LoadedModel, prompt: str, count: int) -> list[int]:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("bos", [False, True])
 def test_padded_batch_matches_transformers_generate(model_type: str, bos: bool) -> None:
-    """Left-padded rows of unequal length say, greedily, what transformers' generate() says for each alone."""
+    """A left-padded batch gives each prompt the greedy tokens of transformers' generate()."""
     model = tiny(model_type, bos=bos)
     sampling_params = Sampling(max_new_tokens=12)
     sequences = decode_all(model, [new_sequence(model, p, sampling_params) for p in PROMPTS])
@@ -69,7 +69,7 @@ def test_padded_batch_matches_transformers_generate(model_type: str, bos: bool) 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_sequences_merge_and_leave_between_steps(model_type: str) -> None:
-    """Rows of different lengths that join late and leave early say what they say alone."""
+    """Sequences that join late or leave early have the tokens that they have alone."""
     model = tiny(model_type)
     sampling_params = [Sampling(max_new_tokens=n, temperature=1.0, seed=n) for n in (3, 20, 11, 7)]
     sequences = [new_sequence(model, p, a) for p, a in zip(PROMPTS, sampling_params, strict=True)]
@@ -95,14 +95,15 @@ def test_sequences_merge_and_leave_between_steps(model_type: str) -> None:
         ("gptj", torch.float32, 1e-5),
         ("llama", torch.float32, 1e-5),
         ("gpt2", torch.float64, 1e-10),
-        ("gptj", torch.float64, 1e-5),  # whose attention is fp32 in any case
+        ("gptj", torch.float64, 1e-5),  # GPT-J computes its attention in fp32
         ("llama", torch.float64, 1e-10),
     ],
 )
 def test_batch_matches_reference_sampling_without_cache(
     model_type: str, dtype: torch.dtype, close: float
 ) -> None:
-    """A batch has the logits of whole texts read without a cache, and says what the definition draws from those."""
+    """A batch has the logits of forward passes without a cache and the tokens that the reference sampler
+    draws from them."""
     model = tiny(model_type, dtype=dtype)
     sampling_params = [
         Sampling(max_new_tokens=15, temperature=t, top_k=k, top_p=p, seed=i)
@@ -125,7 +126,7 @@ def test_batch_matches_reference_sampling_without_cache(
 
 
 def test_step_synchronizes_with_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither rows of unequal length nor any way of drawing make a step of decoding ask for more than its tokens."""
+    """A decoding step synchronizes with the device once, for any prompt lengths and sampling parameters."""
     model = tiny("llama")
     request_fields: list[dict[str, Any]] = [
         {},
@@ -139,7 +140,7 @@ def test_step_synchronizes_with_the_device_once(monkeypatch: pytest.MonkeyPatch)
     )
     batch.step()
     assert batch._next_inputs is not None
-    batch._next_inputs.sampler._avoid_sync = True  # as where the model is not on the CPU
+    batch._next_inputs.sampler._avoid_sync = True  # as on a device other than the CPU
     syncs: list[str] = []
 
     class Watch(TorchDispatchMode):
@@ -172,7 +173,7 @@ def stored_numbers(batch: DecodingBatch) -> int:
 
 
 def test_cache_shrinks_when_sequences_leave() -> None:
-    """When a long row leaves, the columns and the place that only it needed go with it."""
+    """When a long sequence leaves the batch, the cache shrinks to what the others need."""
     model = tiny("gpt2", positions=600)
     long = new_sequence(model, PROMPTS[0] * 10, Sampling(max_new_tokens=2))
     short = new_sequence(model, "Big", Sampling(max_new_tokens=50))
@@ -191,7 +192,7 @@ def test_cache_shrinks_when_sequences_leave() -> None:
 
 @pytest.mark.parametrize("failing", ["compact", "merge"])
 def test_sequences_survive_a_lost_cache(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When there is no memory to rearrange the cache, nothing that was said is lost, and all rows go on."""
+    """When memory for rearranging the cache runs out, no sequence loses tokens, and all continue."""
     model = tiny("gpt2")
     sampling_params = [Sampling(max_new_tokens=n, temperature=1.0, seed=n) for n in (3, 9, 12)]
     sequences = [new_sequence(model, p, a) for p, a in zip(PROMPTS, sampling_params, strict=False)]
@@ -212,12 +213,12 @@ def test_sequences_survive_a_lost_cache(failing: str, monkeypatch: pytest.Monkey
 
 
 def model_with_sliding_window(model_type: str) -> LoadedModel:
-    """A model some of whose layers look back four tokens only."""
+    """Return a model with a sliding window of four tokens in some or all layers."""
     model = tiny(model_type)
     config = copy.deepcopy(model.model.config)
     config.sliding_window = 4
     config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
-    if model_type == "mistral":  # which has one kind of layer
+    if model_type == "mistral":  # Mistral has one kind of layer
         config.layer_types = ["sliding_attention"] * 3
     windowed_model = AutoModelForCausalLM.from_config(config)
     windowed_model.load_state_dict(model.model.state_dict())
@@ -226,7 +227,7 @@ def model_with_sliding_window(model_type: str) -> LoadedModel:
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
 def test_a_sliding_window_is_respected(model_type: str) -> None:
-    """A model whose attention reaches back only a few tokens says in a batch what generate() says."""
+    """A batch of a model with sliding-window attention has the tokens of generate()."""
     model = model_with_sliding_window(model_type)
     full = [reference(tiny(model_type), p, 12) for p in PROMPTS]
     expected = [reference(model, p, 12) for p in PROMPTS]
@@ -239,7 +240,7 @@ def test_a_sliding_window_is_respected(model_type: str) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_seed_decides_output_whatever_else_is_in_the_batch(seed: int) -> None:
-    """A request of one seed says the same alone and beside others; other seeds say other things."""
+    """The seed of a request determines its tokens, alone and in a batch; another seed gives other tokens."""
     model = tiny("gpt2")
     sampling_params = [
         Sampling(max_new_tokens=15, temperature=t, top_k=k, top_p=p, seed=seed + 10 * i)
@@ -256,7 +257,7 @@ def test_seed_decides_output_whatever_else_is_in_the_batch(seed: int) -> None:
 
 
 def test_the_last_position_ends_a_row() -> None:
-    """Prompt and answer together never exceed the model's positions; beyond them nothing is admitted."""
+    """Prompt and output never exceed the model's positions; a longer prompt is rejected."""
     model = tiny("gpt2", positions=16)
     r = decode_all(model, [new_sequence(model, PROMPTS[0], Sampling(max_new_tokens=500))])[0]
     assert len(r.token_ids) == 16 and r.finish_reason == "length"
@@ -265,7 +266,7 @@ def test_the_last_position_ends_a_row() -> None:
 
 
 def test_eos_token_stops_and_is_not_in_the_output() -> None:
-    """A row ends at the end-of-text token with reason stop, and the token is not in its text."""
+    """A sequence ends at an end-of-text token with the reason `stop`, and the token is not in its output."""
     model = tiny("gpt2")
     expected = tokens_alone(model, PROMPTS[0], Sampling(max_new_tokens=8))
     batch = DecodingBatch(model, [new_sequence(model, PROMPTS[0], Sampling(max_new_tokens=8))])
@@ -278,7 +279,7 @@ def test_eos_token_stops_and_is_not_in_the_output() -> None:
 
 
 def test_pieces_make_the_text() -> None:
-    """The pieces of the steps concatenate to the row's text, which is the text of its tokens."""
+    """The text pieces of the steps concatenate to the sequence's text, which is that of its tokens."""
     model = tiny("llama")
     sequences = [
         new_sequence(model, p, Sampling(max_new_tokens=25, temperature=2.0, seed=i))
@@ -294,7 +295,7 @@ def test_pieces_make_the_text() -> None:
 
 
 def test_a_cancelled_row_leaves() -> None:
-    """A row that is cancelled between steps says no more, and its neighbours go on undisturbed."""
+    """A sequence that is cancelled between steps gets no more tokens, and the others are not affected."""
     model = tiny("gpt2")
     sampling_params = Sampling(max_new_tokens=10)
     sequences = [new_sequence(model, p, sampling_params) for p in PROMPTS[:3]]
@@ -310,7 +311,7 @@ def test_a_cancelled_row_leaves() -> None:
 
 
 def test_a_failed_step_can_be_tried_again() -> None:
-    """When a pass fails, no row has lost or gained a token, and each can go on alone."""
+    """A step that raises changes no sequence, and each sequence can continue alone."""
     model = tiny("gpt2")
     sampling_params = Sampling(max_new_tokens=10, temperature=1.0, seed=3)
     sequences = [new_sequence(model, p, sampling_params) for p in PROMPTS]
@@ -357,7 +358,7 @@ def test_non_finite_logits_fail_only_their_sequence(logprobs: int | None) -> Non
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_gradients_pass_after_decoding(model_type: str) -> None:
-    """Decoding leaves nothing in the model that an edit, which needs gradients, could not use."""
+    """After decoding, gradients can be computed through the model."""
     model = tiny(model_type)
     decode_all(model, [new_sequence(model, p, Sampling(max_new_tokens=3)) for p in PROMPTS])
     embedded = model.embedding(torch.tensor([model.encode(PROMPTS[0])[0]])).requires_grad_()

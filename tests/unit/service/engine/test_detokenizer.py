@@ -1,4 +1,4 @@
-"""Text as it may be shown, piece by piece."""
+"""Incremental detokenization and stop strings: service.engine.detokenizer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ TEXT = " São Paulo, 東京 and 🗼 are cities — each one 1️⃣."
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are single bytes: every character beyond ASCII is spread over several."""
+    """Return a tokenizer whose tokens are single bytes, so that a character beyond ASCII has several
+    tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     raw = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -26,7 +27,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer as Llama's: a leading space is written as a mark that is stripped from the start of a text."""
+    """Return a tokenizer like Llama's, whose decoder strips the space at the start of a text."""
     words = ["▁The", "▁city", "▁of", "▁Paris", "▁", "P", "a", "r", "i", "s"]
     vocab = {w: i for i, w in enumerate(words + [f"<0x{b:02X}>" for b in range(256)])}
     raw = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
@@ -38,7 +39,7 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("make", [byte_tokenizer, tokenizer])
 def test_characters_are_never_split(make: object) -> None:
-    """Every piece is whole characters, and the pieces together are the text."""
+    """Every piece has only whole characters, and the pieces concatenate to the text."""
     coder = make()  # type: ignore[operator]
     detokenizer = Detokenizer(coder, coder.encode("It is said that 東"))
     pieces = [detokenizer.push(i) for i in coder.encode(TEXT)] + [detokenizer.flush()]
@@ -47,7 +48,8 @@ def test_characters_are_never_split(make: object) -> None:
 
 
 def test_the_first_word_keeps_its_space() -> None:
-    """Where decoders strip the space at the start of a text, the first new word still has it, as after its prompt."""
+    """The first word after the prompt keeps its space, although the decoder strips the space at the start of
+    a text."""
     coder = sentencepiece_tokenizer()
     detokenizer = Detokenizer(coder, [0, 1, 2])
     pieces = [
@@ -60,7 +62,7 @@ def test_the_first_word_keeps_its_space() -> None:
 
 
 def test_a_character_that_is_never_completed_is_left_out() -> None:
-    """A text cut inside a character ends with the last whole one."""
+    """A text that ends inside a character ends with the last complete character."""
     coder = byte_tokenizer()
     detokenizer = Detokenizer(coder, [])
     ids = coder.encode("ab東")
@@ -69,7 +71,7 @@ def test_a_character_that_is_never_completed_is_left_out() -> None:
 
 
 def test_bytes_that_are_no_text_show_as_such() -> None:
-    """A broken sequence in the middle does not hold back what follows it."""
+    """An invalid byte sequence becomes a replacement character and does not hold back the text after it."""
     coder = byte_tokenizer()
     detokenizer = Detokenizer(coder, [])
     broken = coder.encode("東")[:1] + coder.encode("x")
@@ -77,7 +79,7 @@ def test_bytes_that_are_no_text_show_as_such() -> None:
 
 
 def text_until_stop(text: str, stops: list[str]) -> str:
-    """The definition: read character by character, and stop when a stop string is complete."""
+    """The definition: append one character at a time and stop when a stop string is complete."""
     for end in range(1, len(text) + 1):
         for stop in sorted(stops, key=len, reverse=True):
             if text[:end].endswith(stop):
@@ -87,7 +89,7 @@ def text_until_stop(text: str, stops: list[str]) -> str:
 
 @pytest.mark.parametrize("seed", range(200))
 def test_a_stop_string_never_shows(seed: int) -> None:
-    """However the text is cut into tokens, it ends before the stop string, and no piece ran ahead of one."""
+    """The text ends before the first complete stop string, and no piece contains text after that point."""
     chance = random.Random(seed)
     text = "".join(chance.choices("abé", k=14))
     stops = ["".join(chance.choices("abé", k=chance.randint(1, 4))) for _ in range(chance.randint(1, 3))]
@@ -105,7 +107,7 @@ def test_a_stop_string_never_shows(seed: int) -> None:
 
 
 def test_a_stop_string_across_tokens() -> None:
-    """A stop string is found when it begins in one token and ends in another, or stands inside one."""
+    """A stop string is found inside a token and across tokens."""
     coder = tokenizer()
     text = " Paris. The mother tongue of Marie Curie"
     ids = coder.encode(text)
@@ -123,7 +125,7 @@ def test_a_stop_string_across_tokens() -> None:
 
 
 def test_flush_emits_pending_text() -> None:
-    """The beginning of a stop string is given out when the text ends there."""
+    """The beginning of a stop string is emitted by `flush` when the text ends there."""
     coder = tokenizer()
     detokenizer = Detokenizer(coder, [], ["Paris is"])
     shown = "".join(detokenizer.push(i) for i in coder.encode("In Paris"))
@@ -132,14 +134,14 @@ def test_flush_emits_pending_text() -> None:
 
 
 def test_the_stop_that_is_complete_first_counts() -> None:
-    """Of two stop strings, the one whose end comes first ends the text, however long the other is."""
+    """Of two stop strings, the one that is complete first ends the text, whatever their lengths are."""
     assert find_first_stop("abcdef", ["abcdef", "cd"]) == 2
     assert find_first_stop("abcdef", ["cd", "bcd"]) == 1
     assert find_first_stop("abc", ["x"]) is None
 
 
 def test_partial_stop_length_is_the_longest_possible_prefix() -> None:
-    """As much is held back as could become a stop string, and no more."""
+    """The text held back is the longest suffix that can become a stop string."""
     assert partial_stop_length("hello a", ["ab", "o ax"]) == 3
     assert partial_stop_length("hello", ["xyz"]) == 0
     assert partial_stop_length("hello", []) == 0

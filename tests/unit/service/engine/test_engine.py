@@ -41,11 +41,11 @@ TEST_CONFIG = EngineConfig(
     ledger_poll_interval=0.0,
     drain_timeout=5.0,
     generation_time_share=0.0,
-)  # a step of a job in every turn
+)  # a step of a job in every iteration
 
 
 class EngineHarness:
-    """An engine with its surroundings, turned by hand."""
+    """An engine with a fake job store and a fake ledger, stepped by the test."""
 
     make_broker: Callable[[], Broker] = staticmethod(MemoryBroker)
 
@@ -83,7 +83,7 @@ class EngineHarness:
         return job_id
 
     def step(self, count: int | None = None) -> None:
-        """Some turns, or as many as there is something to do."""
+        """Run `count` iterations of the loop; without a count, iterate until there is nothing to do."""
         steps = 0
         while self.engine.step() if count is None else steps < count and (self.engine.step() or True):
             steps += 1
@@ -93,7 +93,7 @@ class EngineHarness:
         return collect_events(self.broker, channel)[-1]
 
     def lose_lease(self, job_id: str) -> None:
-        """Another worker has what this one took."""
+        """Simulate that another worker has taken over the lease."""
         if isinstance(self.broker, RedisBroker):
             lease = self.broker._leases_by_channel[job_id]
             self.broker._run_script(
@@ -110,7 +110,7 @@ class EngineHarness:
         self.engine.run(stop)
 
     def make_fail(self, name: str, *errors: Exception | None) -> None:
-        """A method of the desk that raises these in turn, where there is one, before it works again."""
+        """Make a method of the job store raise each error in turn (None: no error) before it works again."""
         method, remaining = getattr(self.jobs, name), iter(errors)
 
         def flaky(*args: Any) -> Any:
@@ -132,7 +132,7 @@ class EngineHarness:
 def job_handler(
     count: int, log: list[str] | None = None, end: Callable[[], None] | None = None
 ) -> JobHandler:
-    """A handler of one job with some steps."""
+    """Return a handler of one job with `count` steps."""
 
     def task(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
         for i in range(count):
@@ -148,7 +148,7 @@ def job_handler(
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gptj", "llama"])
 def test_versions_never_mix(model_type: str) -> None:
-    """Requests on three versions at once each give the text of their version alone, and say which it was."""
+    """Concurrent requests for three versions each have the tokens and the number of their own version."""
     harness = EngineHarness(model_type=model_type)
     sampling_params = Sampling(max_new_tokens=12, temperature=0.8, seed=5)
     channels = {}
@@ -168,7 +168,7 @@ def test_versions_never_mix(model_type: str) -> None:
 
 
 def test_generation_is_pinned_at_admission() -> None:
-    """An edit that lands meanwhile changes the next request and not the running one."""
+    """A commit during a generation changes the version of the next request, not that of the running one."""
     harness = EngineHarness()
     harness.replica.settable_ledger.version = 1
     first = harness.generate(prompt=PROMPTS[0], max_new_tokens=10)
@@ -184,7 +184,7 @@ def test_generation_is_pinned_at_admission() -> None:
 
 
 def test_model_holds_base_bytes_between_steps() -> None:
-    """Whatever is being answered, the model holds its base bytes whenever the loop is between two steps."""
+    """The model has its base weights between two steps of the loop, also while a request is running."""
     harness = EngineHarness()
     base = harness.replica.base.weight(1).data.clone()
     harness.generate(prompt=PROMPTS[0], max_new_tokens=6, version=2)
@@ -194,8 +194,8 @@ def test_model_holds_base_bytes_between_steps() -> None:
 
 
 def test_many_prompts_and_a_stream() -> None:
-    """Each prompt of a request has its index, its pieces make its text, and each speaks as if it had been asked
-    alone."""
+    """Each prompt of a request has its own choice. Its token events concatenate to its text, and its tokens
+    are those of the prompt alone."""
     harness = EngineHarness()
     sampling_params = Sampling(max_new_tokens=9, temperature=1.0, seed=3)
     channel = harness.generate(prompts=PROMPTS, stream=True, version="base", **sampling_params.model_dump())
@@ -213,7 +213,7 @@ def test_many_prompts_and_a_stream() -> None:
 
 
 def test_token_events_only_for_streaming_requests() -> None:
-    """A request without stream has one event: its end."""
+    """A request without `stream` has one event, its end event."""
     harness = EngineHarness()
     channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=5)
     harness.step()
@@ -221,7 +221,7 @@ def test_token_events_only_for_streaming_requests() -> None:
 
 
 def test_requests_beyond_max_batch_size_wait() -> None:
-    """Requests beyond the room wait, and all are answered as if alone."""
+    """Sequences beyond max_batch_size wait, and all have the tokens that they have alone."""
     harness = EngineHarness(
         config=EngineConfig(
             max_batch_size=3, idle_timeout=0.01, cancel_poll_interval=0.0, ledger_poll_interval=0.0
@@ -236,8 +236,8 @@ def test_requests_beyond_max_batch_size_wait() -> None:
 
 
 def test_sequences_wait_for_kv_cache_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows decode side by side as far as the caches of all fit when all is said; the others wait, and all are
-    answered."""
+    """Sequences are admitted while the KV caches of all fit at full length; the others wait, and all are
+    completed."""
     model = tiny()
     longest = max(len(model.encode(p)[0]) for p in PROMPTS) + 10
     monkeypatch.setattr(
@@ -257,7 +257,7 @@ def test_sequences_wait_for_kv_cache_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_generation_larger_than_device_memory_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a device could not hold even if it held nothing else is the request's fault, and says what to change."""
+    """A generation that exceeds the total device memory is rejected, and the error says what to change."""
     monkeypatch.setattr("service.models.memory_estimates.free_bytes", lambda _device: 1000)
     monkeypatch.setattr("service.models.memory_estimates.total_bytes", lambda _device: 2000)
     harness = EngineHarness()
@@ -269,7 +269,7 @@ def test_generation_larger_than_device_memory_is_rejected(monkeypatch: pytest.Mo
 
 
 def test_waiting_prompts_are_prefilled_together() -> None:
-    """Prompts that wait at the same time, of whatever request, are read in one pass."""
+    """The prompts of all waiting requests are prefilled in one forward pass."""
     harness = EngineHarness()
     passes: list[int] = []
     hook = harness.replica.base.model.register_forward_pre_hook(
@@ -283,7 +283,7 @@ def test_waiting_prompts_are_prefilled_together() -> None:
 
 
 def test_a_decode_step_between_two_steps_of_a_job() -> None:
-    """Between two steps of a job every live batch gets a decode step."""
+    """Each live batch gets a decode step between two steps of a job."""
     log: list[str] = []
     harness = EngineHarness({"edit": job_handler(10, log)})
     for version in (0, 1):
@@ -298,7 +298,7 @@ def test_a_decode_step_between_two_steps_of_a_job() -> None:
 
 
 def test_jobs_run_sequentially_and_report_progress() -> None:
-    """A job's steps are told in order; the next begins after its end."""
+    """Jobs run one after the other, the most urgent first, and report the progress of each step."""
     harness = EngineHarness({"edit": job_handler(2), "trace": job_handler(1)})
     harness.job("trace_1", "trace")
     harness.job("edit_1")
@@ -315,8 +315,7 @@ def test_jobs_run_sequentially_and_report_progress() -> None:
 
 
 def test_urgent_job_preempts_running_job() -> None:
-    """An edit that comes while an evaluation runs is done between two of its steps; one that is no more urgent
-    waits."""
+    """A more urgent job runs between two steps of the running job; a job of the same urgency waits."""
     harness = EngineHarness({"edit": job_handler(2), "trace": job_handler(1), "evaluation": job_handler(3)})
     harness.job("evaluation_1", "evaluation")
     harness.step(1)
@@ -338,7 +337,7 @@ def test_urgent_job_preempts_running_job() -> None:
 
 
 def test_stop_requeues_running_and_preempted_job() -> None:
-    """On stop the running job and the one that it has interrupted both wait again, and neither takes a step more."""
+    """On stop the running job and the job that it preempted are both requeued without another step."""
     harness = EngineHarness({"edit": job_handler(9), "evaluation": job_handler(9)})
     harness.job("evaluation_1", "evaluation")
     harness.step(1)
@@ -358,7 +357,8 @@ def test_stop_requeues_running_and_preempted_job() -> None:
     ],
 )
 def test_a_failing_job_fails_alone(error: Exception, told: str | None) -> None:
-    """A job that raises is reported in the house's words, and everything else goes on."""
+    """A job that raises fails with the code of the error, unless its lease was lost; other jobs and calls
+    continue."""
 
     def fail() -> None:
         raise error
@@ -376,7 +376,7 @@ def test_a_failing_job_fails_alone(error: Exception, told: str | None) -> None:
 
 
 def test_job_is_retried_after_outage() -> None:
-    """A job interrupted by an outage is put back, and fails when it meets the outage again and again."""
+    """A job interrupted by an outage is requeued, and fails after MAX_INTERRUPTIONS interruptions."""
 
     def down() -> None:
         raise Unavailable("the database does not answer.")
@@ -390,7 +390,7 @@ def test_job_is_retried_after_outage() -> None:
 
 
 def test_a_cancelled_job_ends_between_two_steps() -> None:
-    """A job whose cancellation is asked for ends as cancelled at its next step."""
+    """A job whose cancellation was requested is cancelled before its next step."""
     harness = EngineHarness({"edit": job_handler(100)})
     harness.job("edit_1")
     harness.step(3)
@@ -400,7 +400,7 @@ def test_a_cancelled_job_ends_between_two_steps() -> None:
     assert len(harness.jobs.reports) == 4
 
 
-# jobs that are carried out together
+# groups of jobs
 
 GROUP_CONFIG = EngineConfig(
     max_edits_per_group=4,
@@ -422,8 +422,8 @@ class Finish:
 def group_handler(
     log: list[list[str]], updates: Sequence[Progress | Finish | tuple[str, Progress]]
 ) -> JobHandler:
-    """A handler of several jobs. It records the group and makes a step of each update: the progress of all jobs, or of
-    one, or the end of one."""
+    """Return a handler of a group of jobs. It records the group and makes one step per update: the progress
+    of all jobs or of one, or the end of one."""
 
     def task(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
         log.append([job.id for job in jobs])
@@ -442,7 +442,7 @@ def group_handler(
 
 
 def test_waiting_edits_run_as_one_group() -> None:
-    """As many waiting edits as are allowed are begun as one; other kinds of jobs come alone."""
+    """Waiting edits start as one group of at most max_edits_per_group jobs; other kinds of jobs run alone."""
     log: list[list[str]] = []
     harness = EngineHarness(
         {kind: group_handler(log, [Progress(Phase.RUN, 1, 1)]) for kind in ("edit", "trace")}, GROUP_CONFIG
@@ -462,7 +462,7 @@ def test_waiting_edits_run_as_one_group() -> None:
 
 
 def test_each_worker_claims_its_share_of_edits() -> None:
-    """With three workers that edit, five waiting edits are not one worker's: it takes two of them."""
+    """With three workers for edits and five waiting edits, one worker claims two."""
     log: list[list[str]] = []
     harness = EngineHarness({"edit": group_handler(log, [])}, GROUP_CONFIG)
     harness.jobs.edit_workers = 3
@@ -474,8 +474,7 @@ def test_each_worker_claims_its_share_of_edits() -> None:
 
 
 def test_grouped_jobs_finish_individually() -> None:
-    """One ends well, one badly, with news for one and for all; each has its own end, and the last end with the
-    steps."""
+    """The jobs of a group report progress and finish individually; the rest finish with the last step."""
     updates: list[Progress | Finish | tuple[str, Progress]] = [
         Progress(Phase.RUN, 1, 9),
         Finish("edit_1", Conflict("not this one.")),
@@ -498,7 +497,7 @@ def test_grouped_jobs_finish_individually() -> None:
 
 
 def test_group_error_fails_each_unfinished_job() -> None:
-    """What the steps themselves raise ends the jobs that had not ended before."""
+    """An error raised by the steps of a group fails the jobs that have not finished."""
 
     def task(reporter: JobReporter, *_jobs: ClaimedJob) -> Stepper[None]:
         reporter.finished("edit_0")
@@ -516,7 +515,7 @@ def test_group_error_fails_each_unfinished_job() -> None:
 
 
 def test_group_stops_when_all_jobs_are_cancelled() -> None:
-    """Steps go on as long as one of the jobs is wanted, and end when all were cancelled."""
+    """A group continues until all its jobs are cancelled."""
     log: list[list[str]] = []
     harness = EngineHarness(
         {"edit": group_handler(log, [Progress(Phase.RUN, i, 99) for i in range(99)])}, GROUP_CONFIG
@@ -532,7 +531,7 @@ def test_group_stops_when_all_jobs_are_cancelled() -> None:
 
 
 def test_stop_requeues_all_unfinished_grouped_jobs() -> None:
-    """On stop every job that runs with others and has not ended waits again."""
+    """On stop all unfinished jobs of a group are requeued."""
     log: list[list[str]] = []
     harness = EngineHarness(
         {"edit": group_handler(log, [Finish("edit_1"), *(Progress(Phase.RUN, i, 99) for i in range(99))])},
@@ -546,7 +545,8 @@ def test_stop_requeues_all_unfinished_grouped_jobs() -> None:
 
 
 def test_job_that_cannot_join_the_group_is_requeued() -> None:
-    """When the store goes away after the first job was begun, that one runs, and the others are begun later."""
+    """If the job store becomes unavailable after the first claim, the claimed job runs, and the others start
+    later."""
     log: list[list[str]] = []
     harness = EngineHarness({"edit": group_handler(log, [Progress(Phase.RUN, 1, 1)])}, GROUP_CONFIG)
     harness.make_fail("claim", None, STORE_DOWN)
@@ -559,8 +559,8 @@ def test_job_that_cannot_join_the_group_is_requeued() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.75])
 def test_generation_gets_its_time_share_beside_a_job(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    """While a job runs whose steps are slow, decoding has its share of the time; when nobody calls, the job has it
-    all."""
+    """Beside a job with slow steps decoding gets its share of the time; without calls the job gets all of
+    it."""
     harness = EngineHarness(
         {"edit": job_handler(10**6)},
         EngineConfig(
@@ -594,7 +594,7 @@ def test_generation_gets_its_time_share_beside_a_job(monkeypatch: pytest.MonkeyP
 
 
 def test_a_cancelled_generation_ends_and_frees_its_place() -> None:
-    """When the client goes its rows leave the batch, its neighbour's text is as if alone."""
+    """The sequences of a cancelled generation leave the batch, and another generation is not affected."""
     harness = EngineHarness()
     cancelled = harness.generate(prompts=PROMPTS[:2], max_new_tokens=40)
     unaffected = harness.generate(prompt=PROMPTS[2], max_new_tokens=10)
@@ -618,7 +618,7 @@ def test_a_cancelled_generation_ends_and_frees_its_place() -> None:
     ],
 )
 def test_a_bad_request_fails_alone(asked: dict[str, Any], said: str) -> None:
-    """A request that cannot be answered is told why, and its neighbour is answered."""
+    """An invalid request gets an error event that says why, and another request is completed."""
     harness = EngineHarness()
     bad = harness.generate(**asked)
     good = harness.generate(prompt=PROMPTS[0], max_new_tokens=4)
@@ -630,7 +630,7 @@ def test_a_bad_request_fails_alone(asked: dict[str, Any], said: str) -> None:
 
 
 def test_a_payload_that_is_no_request_is_refused() -> None:
-    """What the worker cannot read is answered with an error, not with silence."""
+    """A payload that is not a valid request is answered with an error event."""
     harness = EngineHarness()
     channel = harness.broker.send_call("generate", {"nonsense": 1})
     harness.step()
@@ -638,7 +638,8 @@ def test_a_payload_that_is_no_request_is_refused() -> None:
 
 
 def test_a_row_that_breaks_the_pass_fails_alone() -> None:
-    """When a pass fails its rows are tried one by one: only the one that fails alone is lost."""
+    """When a forward pass fails, its sequences are run one by one, and only those that fail alone end with an
+    error."""
     harness = EngineHarness()
     bad, *good = (harness.generate(prompt=p, max_new_tokens=8, version="base") for p in PROMPTS)
     harness.step(4)
@@ -660,7 +661,7 @@ def test_a_row_that_breaks_the_pass_fails_alone() -> None:
 
 
 def test_non_finite_logits_are_an_error() -> None:
-    """Logits that are not numbers end the request with an error, never with text."""
+    """Non-finite logits end a request with an error event; a request of another version is completed."""
     harness = EngineHarness()
     harness.replica._weights[2] = {
         harness.replica.weight_ref: torch.full_like(harness.replica.base.weight(1).data, float("nan"))
@@ -673,7 +674,8 @@ def test_non_finite_logits_are_an_error() -> None:
 
 
 def test_compare_gives_both_texts_and_the_tokens_that_differ() -> None:
-    """Both sides say what their version says alone, and the differences are those of the two distributions."""
+    """Each side of a comparison has the tokens of its version, and the differences are those of the two
+    next-token distributions."""
     harness = EngineHarness()
     sampling_params = Sampling(max_new_tokens=7)
     channel = harness.compare(
@@ -700,7 +702,7 @@ def test_compare_gives_both_texts_and_the_tokens_that_differ() -> None:
 
 
 def test_compare_of_a_version_with_itself_finds_nothing() -> None:
-    """A version does not differ from itself."""
+    """A version compared with itself has no differences."""
     harness = EngineHarness()
     channel = harness.compare(prompt=PROMPTS[1], versions=(1, 1), max_new_tokens=3)
     harness.step()
@@ -710,7 +712,7 @@ def test_compare_of_a_version_with_itself_finds_nothing() -> None:
 
 
 def test_comparisons_end_when_cancelled_or_impossible() -> None:
-    """A comparison can be cancelled, and one of an unknown version is refused."""
+    """A comparison can be cancelled, and a comparison with an unknown version is rejected."""
     harness = EngineHarness()
     unknown = harness.compare(prompt=PROMPTS[0], versions=(0, 9))
     cancelled = harness.compare(prompt=PROMPTS[0], max_new_tokens=40)
@@ -721,7 +723,7 @@ def test_comparisons_end_when_cancelled_or_impossible() -> None:
 
 
 def test_engine_syncs_to_ledger_head() -> None:
-    """When the head moves, the engine builds it and attests to its digest."""
+    """When the head changes, the engine builds the new version and attests its digest."""
     harness = EngineHarness()
     harness.engine.step()
     assert harness.engine.served_version == (2, harness.replica.digest(2))
@@ -732,7 +734,7 @@ def test_engine_syncs_to_ledger_head() -> None:
 
 
 def test_stop_requeues_job_and_drains_generations() -> None:
-    """On stop a running job waits again with nothing half done, and what is being said is said to its end."""
+    """On stop a running job is requeued, and a running generation is completed."""
     harness = EngineHarness({"edit": job_handler(1000)})
     harness.job("edit_1")
     channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=20)
@@ -743,7 +745,8 @@ def test_stop_requeues_job_and_drains_generations() -> None:
 
 
 def test_stop_without_drain_timeout_requeues_unstarted_calls() -> None:
-    """Without time to end, a begun generation is refused with a reason and one not begun waits for another worker."""
+    """With a drain timeout of 0 a started generation ends with an error, and calls that have not started are
+    requeued."""
     harness = EngineHarness(config=EngineConfig(max_batch_size=1, idle_timeout=0.01, drain_timeout=0.0))
     started = harness.generate(prompts=[PROMPTS[0]], max_new_tokens=20)
     harness.step(3)
@@ -757,7 +760,7 @@ def test_stop_without_drain_timeout_requeues_unstarted_calls() -> None:
 
 
 def test_unpublished_events_are_published_after_outage() -> None:
-    """When the broker is down for a while nothing is lost: the loop raises, and goes on where it was."""
+    """During an outage of the broker each step raises Unavailable; afterwards all events are published."""
     harness = EngineHarness()
     channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=6, stream=True)
     harness.step(2)
@@ -781,7 +784,7 @@ def test_unpublished_events_are_published_after_outage() -> None:
 
 
 def test_an_idle_loop_wakes_for_a_call() -> None:
-    """A loop that sleeps answers a call that comes in, and ends when it is stopped."""
+    """An idle loop answers a new call and ends when it is stopped."""
     harness = EngineHarness(config=EngineConfig(idle_timeout=30.0))
     stop = threading.Event()
     thread = threading.Thread(target=harness.engine.run, args=(stop,))
@@ -798,7 +801,7 @@ STORE_DOWN = Unavailable("the store does not answer.")
 
 
 def test_events_of_one_step_are_one_publication() -> None:
-    """The tokens of all rows of a step, and the ends it brings, are one publication."""
+    """The events of all sequences in one step, including end events, are one publication."""
     harness = EngineHarness()
     publication_sizes: list[int] = []
     publish = harness.broker.publish_all
@@ -816,7 +819,7 @@ def test_events_of_one_step_are_one_publication() -> None:
 
 
 def test_worker_receives_only_kinds_of_its_roles() -> None:
-    """Without the calls in its roles a worker leaves them to others, and without a task a job."""
+    """A worker receives only calls of its roles and jobs for which it has a handler."""
     harness = EngineHarness({"edit": job_handler(1)}, call_kinds=())
     harness.generate(prompt=PROMPTS[0])
     harness.job("trace_1", "trace")
@@ -826,7 +829,8 @@ def test_worker_receives_only_kinds_of_its_roles() -> None:
 
 
 def test_a_call_that_was_taken_over_is_dropped() -> None:
-    """Of a generation or comparison that is another worker's by now nothing more is said; its neighbour is answered."""
+    """A call that another worker has taken over gets no more events from this one; other calls are
+    completed."""
     harness = EngineHarness()
     lost = [harness.generate(prompt=PROMPTS[0], max_new_tokens=30), harness.compare(prompt=PROMPTS[0])]
     unaffected = harness.generate(prompt=PROMPTS[1], max_new_tokens=6)
@@ -845,7 +849,7 @@ def test_a_call_that_was_taken_over_is_dropped() -> None:
 
 
 def test_a_lost_call_that_comes_back_is_answered_anew() -> None:
-    """A call that was lost while the process was frozen, and is given to it again, is answered once and whole."""
+    """A call whose lease was lost and that is redelivered to the same worker is answered once, completely."""
     harness = EngineHarness(
         config=EngineConfig(idle_timeout=0.01, cancel_poll_interval=60.0, ledger_poll_interval=0.0)
     )
@@ -863,7 +867,7 @@ def test_a_lost_call_that_comes_back_is_answered_anew() -> None:
 
 
 def test_a_job_that_was_taken_over_is_dropped() -> None:
-    """A worker that hears that its job is another's throws it away, and does the next."""
+    """A worker drops a job that another worker has taken over and runs the next job."""
     harness = EngineHarness({"edit": job_handler(5), "trace": job_handler(1)})
     harness.make_fail("report_progress", None, LeaseLost("taken over."))
     harness.job("edit_1")
@@ -873,7 +877,7 @@ def test_a_job_that_was_taken_over_is_dropped() -> None:
 
 
 def test_version_is_attested_before_first_token() -> None:
-    """A version, pinned or head, is vouched for once, and before the first token from it."""
+    """Each version that is served, by number or as head, is attested exactly once."""
     harness = EngineHarness()
     for version in (1, 1, "base", "head"):
         harness.generate(prompt=PROMPTS[0], version=version, max_new_tokens=2)
@@ -883,8 +887,8 @@ def test_version_is_attested_before_first_token() -> None:
 
 
 def test_digest_mismatch_stops_serving_that_version() -> None:
-    """A dispute ends the loop: the request goes back unanswered, the job too, and what was agreed upon is said to its
-    end."""
+    """A digest mismatch ends the loop. The request for that version and the running job are requeued, and a
+    generation of another version is completed."""
     harness = EngineHarness({"edit": job_handler(1000)})
     harness.job("edit_1")
     undisputed = harness.generate(prompt=PROMPTS[0], max_new_tokens=10)
@@ -899,7 +903,7 @@ def test_digest_mismatch_stops_serving_that_version() -> None:
 
 
 def test_digest_mismatch_at_new_head_ends_the_loop() -> None:
-    """A dispute at the new head is no reason to go on at the old one."""
+    """A digest mismatch at a new head ends the loop."""
     harness = EngineHarness()
     harness.step(1)
     harness.replica.settable_ledger.version, harness.replica.settable_ledger.disputed = 3, {3}
@@ -908,7 +912,8 @@ def test_digest_mismatch_at_new_head_ends_the_loop() -> None:
 
 
 def test_requests_wait_while_the_store_is_down() -> None:
-    """A request that cannot be pinned now is not refused: all that were taken with it wait again, in their order."""
+    """When the head cannot be read, all received requests are requeued; they are completed after the
+    outage."""
     harness = EngineHarness()
     harness.step(1)
     channels = [harness.generate(prompt=p, max_new_tokens=3) for p in PROMPTS]
@@ -928,7 +933,7 @@ def raise_outage() -> int:
 
 
 def test_a_job_waits_while_the_store_is_down() -> None:
-    """A job that cannot be begun now is begun later."""
+    """A job that cannot be claimed during an outage is started after it."""
     harness = EngineHarness({"edit": job_handler(1)})
     harness.make_fail("claim", STORE_DOWN)
     harness.job("edit_1")
@@ -939,7 +944,8 @@ def test_a_job_waits_while_the_store_is_down() -> None:
 
 
 def test_running_job_survives_outage() -> None:
-    """When its progress cannot be told for a while the job stands still, and then goes on where it was."""
+    """A job whose progress cannot be reported during an outage pauses and then continues with the next
+    step."""
     harness = EngineHarness({"edit": job_handler(4)})
     harness.make_fail("report_progress", None, STORE_DOWN, STORE_DOWN)
     harness.job("edit_1")
@@ -952,7 +958,7 @@ def test_running_job_survives_outage() -> None:
 
 @pytest.mark.parametrize("name", ["claim", "report_progress", "fail"])
 def test_unexpected_error_does_not_stop_the_loop(name: str) -> None:
-    """A row that the desk cannot read or write is one job's trouble: the others are done."""
+    """An unexpected error of the job store affects one job; the next job runs."""
 
     def fail() -> None:
         raise Conflict("head moved.")
@@ -967,7 +973,7 @@ def test_unexpected_error_does_not_stop_the_loop(name: str) -> None:
 
 
 def test_wakeup_without_work_polls_the_ledger() -> None:
-    """A sleeping loop that is woken without work looks at the head at once, however rarely it does otherwise."""
+    """An idle loop that is woken without work reads the head at once, whatever the poll interval is."""
     harness = EngineHarness(config=EngineConfig(idle_timeout=30.0, ledger_poll_interval=3600.0))
     stop = threading.Event()
     thread = threading.Thread(target=harness.engine.run, args=(stop,))
@@ -985,8 +991,8 @@ def test_wakeup_without_work_polls_the_ledger() -> None:
 
 
 def test_stop_requeues_streams_when_other_workers_exist() -> None:
-    """Where there are other workers a generation that cannot end in time is handed back too, though a part was
-    heard."""
+    """If other workers exist, stop requeues streams that cannot end within the drain timeout, although tokens
+    were published."""
     config = EngineConfig(max_batch_size=2, idle_timeout=0.01, drain_timeout=0.0)
     harness = EngineHarness(config=config, single_process=False)
     channels = [harness.generate(prompt=p, max_new_tokens=20, stream=True) for p in PROMPTS[:2]]
@@ -996,7 +1002,7 @@ def test_stop_requeues_streams_when_other_workers_exist() -> None:
 
 
 def test_crash_points_are_passed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A generation and a job pass their points in the order of what happens between them."""
+    """A generation and a job pass their crash points in a fixed order."""
     passed: list[str] = []
     monkeypatch.setattr(crash_points, "crash_point", passed.append)
     harness = EngineHarness({"edit": job_handler(1)})
@@ -1018,7 +1024,7 @@ def test_crash_points_are_passed_in_order(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_log_names_the_request(caplog: pytest.LogCaptureFixture) -> None:
-    """What is logged of a call bears the id of the HTTP request that asked for it."""
+    """The log record of a call has the id of the HTTP request that sent it."""
     caplog.set_level("INFO")
     harness = EngineHarness()
     sampling_params = GenerateRequest(prompt=PROMPTS[0], max_new_tokens=2).model_dump(mode="json")
@@ -1027,11 +1033,11 @@ def test_the_log_names_the_request(caplog: pytest.LogCaptureFixture) -> None:
     assert [r.request for r in caplog.records if r.message == "generation ended"] == ["req-7"]  # type: ignore[attr-defined]
 
 
-# versions that are built, and the invariant of a step
+# builds of versions, and the step guard
 
 
 def slow_build(harness: EngineHarness, slow_version: int, steps: int) -> None:
-    """Building this version takes so many steps, each longer than a slice."""
+    """Make the build of `slow_version` take `steps` more steps of BUILD_SLICE seconds each."""
     compose = harness.replica._compose_version
 
     def composed(version: int) -> Stepper[WeightOverrides]:
@@ -1044,7 +1050,7 @@ def slow_build(harness: EngineHarness, slow_version: int, steps: int) -> None:
 
 
 def token_counts(harness: EngineHarness, steps: int) -> list[int]:
-    """How many tokens the running generation has after each of some steps of the loop."""
+    """Return the number of tokens of the running generation after each of `steps` iterations of the loop."""
     (generation,) = (c for c in harness.engine._calls.calls if isinstance(c, RunningGeneration))
     counts = []
     for _ in range(steps):
@@ -1054,7 +1060,7 @@ def token_counts(harness: EngineHarness, steps: int) -> list[int]:
 
 
 def test_a_stream_decodes_between_the_steps_of_a_new_version() -> None:
-    """While a version is built for the head, a stream gets a token between every two steps of the build."""
+    """While a new head is built, a stream gets a token between every two steps of the build."""
     harness = EngineHarness()
     harness.step(2)
     slow_build(harness, 3, 8)
@@ -1069,7 +1075,7 @@ def test_a_stream_decodes_between_the_steps_of_a_new_version() -> None:
 
 
 def test_a_stream_decodes_while_another_request_waits_for_its_version() -> None:
-    """A request for a version that is not built waits for it; a running stream gets a token at every step meanwhile."""
+    """A request waits until its version is built; meanwhile a running stream gets a token in every step."""
     harness = EngineHarness()
     harness.step(2)
     slow_build(harness, 1, 8)
@@ -1089,7 +1095,7 @@ def test_a_stream_decodes_while_another_request_waits_for_its_version() -> None:
 
 
 def test_a_waiting_request_can_be_cancelled() -> None:
-    """A request that waits for its version is cancelled like a running one, and its build is not begun again."""
+    """A request that waits for its version can be cancelled like a running one."""
     harness = EngineHarness()
     harness.step(2)
     slow_build(harness, 1, 8)
@@ -1117,7 +1123,7 @@ def test_a_step_that_leaves_a_hook_fails_its_job() -> None:
 
 
 def test_edited_weights_between_steps_stop_the_engine() -> None:
-    """Weights that outlive a step are an error of the engine that names the step, never another call's output."""
+    """Edited weights that remain after a step raise StepGuardError, which names the step."""
     harness = EngineHarness()
     harness.step(2)
     harness.replica.edited_weights = 1

@@ -1,5 +1,4 @@
-"""The cache of a batch: whoever joins and leaves, each row has its own keys and values, and no more is kept than
-needed."""
+"""The KV cache of a batch: service.engine.kv_cache."""
 
 from __future__ import annotations
 
@@ -24,10 +23,11 @@ def states(rows: int, columns: int) -> Tensor:
 
 
 class CacheHarness:
-    """A cache, and beside it what each of its rows must hold: per layer, keys and values (2, heads, tokens, size)."""
+    """A cache and the expected content of its rows: for each layer, keys and values (2, heads, tokens,
+    size)."""
 
     def __init__(self, widths: list[int]) -> None:
-        """Rows that have just been read together, padded on the left."""
+        """Create rows that were prefilled together with padding on the left."""
         self.cache = BatchKVCache()
         wide = max(widths)
         self.rows: list[list[Tensor]] = [[] for _ in widths]
@@ -80,8 +80,8 @@ class CacheHarness:
 @settings(max_examples=60, deadline=None)
 @given(WIDTHS, st.data())
 def test_rows_keep_their_keys_and_values(widths: list[int], data: st.DataObject) -> None:
-    """After any joins, leaves and steps a row's columns hold what was written for it, bit for bit; the rest is
-    numbers."""
+    """After any merges, removals and steps each row has its keys and values bit for bit, the padding is
+    finite, and the size of the storage is bounded."""
     harness = CacheHarness(widths)
     for _ in range(data.draw(st.integers(1, 12))):
         match data.draw(st.sampled_from(["step", "leave", "join"])):
@@ -101,7 +101,7 @@ def test_rows_keep_their_keys_and_values(widths: list[int], data: st.DataObject)
 
 
 def test_non_finite_storage_does_not_leak_into_new_rows() -> None:
-    """The place of a row that held no numbers is clean for the next, shorter or longer."""
+    """NaN in the storage of a removed row does not appear in rows that reuse it, shorter or longer."""
     harness = CacheHarness([5, 9])
     for layer in harness.cache.layers:
         assert layer._storage is not None
@@ -114,7 +114,7 @@ def test_non_finite_storage_does_not_leak_into_new_rows() -> None:
 
 @pytest.mark.parametrize("steps", [1, 400])
 def test_steps_rarely_reallocate(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many columns are written, storage is exchanged a few times only."""
+    """Storage is reallocated only a few times for any number of steps."""
     moves = 0
     new_empty = torch.Tensor.new_empty
 

@@ -1,4 +1,5 @@
-"""Log-probabilities of answers and prompts, against the definition: one pass over the whole text, without a cache."""
+"""Log-probabilities of outputs and prompts, compared with one forward pass over the whole text without a
+cache: service.engine.logprobs."""
 
 from __future__ import annotations
 
@@ -43,14 +44,14 @@ def reported_logprobs(sequence: DecodingSequence) -> dict[str, Any]:
 
 
 def distribution(model: LoadedModel, ids: Sequence[int]) -> torch.Tensor:
-    """log p (T, V) of what follows each token of a text."""
+    """Return log p (T, V) of the token after each position of a text."""
     with torch.no_grad():
         log_p: torch.Tensor = model.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
     return log_p
 
 
 def check_against_definition(model: LoadedModel, sequence: DecodingSequence, first: int) -> None:
-    """What is told of a row's tokens from that one on is what the definition says."""
+    """Compare the log-probabilities of a sequence's tokens, from index `first` on, with the definition."""
     reported, expected = reported_logprobs(sequence), distribution(model, sequence.token_ids)
     for i, token in enumerate(sequence.token_ids[first:], first):
         if i == 0:
@@ -67,8 +68,8 @@ def check_against_definition(model: LoadedModel, sequence: DecodingSequence, fir
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_output_logprobs_are_the_models_own(model_type: str, temperature: float) -> None:
-    """Padded rows that decode together, drawn at any temperature and cut, tell the model's distribution at temperature
-    1."""
+    """Log-probabilities in a padded batch are those of the model at temperature 1, for any temperature and
+    top_p."""
     model = tiny(model_type)
     for sequence in decode_all(model, logprob_request(temperature=temperature, top_p=0.9, seed=3)):
         assert sequence.output_ids
@@ -79,7 +80,7 @@ def test_output_logprobs_are_the_models_own(model_type: str, temperature: float)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("bos", [False, True])
 def test_echoed_prompt_has_logprobs(model_type: str, bos: bool) -> None:
-    """With `echo` the prompt's tokens come first; the first of all has nothing before it and no probability."""
+    """With `echo` the prompt's tokens come first; the first token of the text has no log-probability."""
     model = tiny(model_type, bos=bos)
     for sequence in decode_all(model, logprob_request(echo=True)):
         assert len(reported_logprobs(sequence)["tokens"]) == len(sequence.token_ids)
@@ -87,7 +88,8 @@ def test_echoed_prompt_has_logprobs(model_type: str, bos: bool) -> None:
 
 
 def test_max_new_tokens_zero_scores_the_prompt() -> None:
-    """No token is asked for: the prompt is read, measured and given back, though it fill all positions of the model."""
+    """With max_new_tokens=0 the prompt is scored and returned, also if it fills all positions of the
+    model."""
     model = tiny("gpt2")
     ids = [5 + i % 200 for i in range(model.max_positions)]
     (sequence,) = decode_all(model, logprob_request(prompts=None, tokens=[ids], max_new_tokens=0, echo=True))
@@ -97,7 +99,7 @@ def test_max_new_tokens_zero_scores_the_prompt() -> None:
 
 
 def test_chunk_size_does_not_change_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many places are widened at a time changes nothing."""
+    """The chunk size does not change the log-probabilities."""
     logits, tokens = torch.randn(7, 11), torch.arange(7)
     whole = measure_logprobs(logits, tokens, 4)
     monkeypatch.setattr(logprobs, "CHUNK", 3)
@@ -106,13 +108,13 @@ def test_chunk_size_does_not_change_logprobs(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_zero_probability_has_a_finite_logprob() -> None:
-    """A token of probability 0 has a logarithm that JSON can say."""
+    """A token of probability 0 has the finite log-probability MIN_LOGPROB."""
     (measurement,) = measure_logprobs(torch.tensor([[0.0, -torch.inf]]), torch.tensor([1]), 2)
     assert measurement == (MIN_LOGPROB, [(0, 0.0), (1, MIN_LOGPROB)])
 
 
 def test_requesting_logprobs_does_not_change_the_output() -> None:
-    """The same request says the same whether it and its company tell their log-probabilities or not."""
+    """The tokens of a request do not depend on whether log-probabilities are requested."""
     model = tiny("gpt2")
     plain = decode_all(model, logprob_request(logprobs=None, temperature=1.0, seed=4))
     for changes in ({"logprobs": 0}, {"logprobs": 5, "echo": True}):
@@ -122,7 +124,7 @@ def test_requesting_logprobs_does_not_change_the_output() -> None:
 
 
 def test_sequence_prefilled_again_is_measured_once() -> None:
-    """Rows that lost their cache are read anew with what they have said, and tell every token once."""
+    """Sequences that are prefilled again after the loss of their cache report each token once."""
     model = tiny("gpt2")
     sequences = new_sequences(model, logprob_request(echo=True))
     batch = DecodingBatch(model, sequences)
@@ -144,8 +146,8 @@ def test_sequence_prefilled_again_is_measured_once() -> None:
     st.integers(0, 2**32),
 )
 def test_offsets_lead_to_the_tokens(ids: list[int], stop: list[str], echo: bool, seed: int) -> None:
-    """Whatever is said: pieces make the text, lines told piece by piece are all lines, offsets never fall, and a token
-    that is text stands where its offset says."""
+    """For any output, the pieces concatenate to the text, the streamed log-probabilities equal the final
+    ones, offsets never decrease, and each text token is at its offset."""
     model = tiny("gpt2")
     request = logprob_request(prompts=None, tokens=[ids], echo=echo, stop=stop, temperature=2.0, seed=seed)
     (sequence,) = new_sequences(model, request)
@@ -162,14 +164,15 @@ def test_offsets_lead_to_the_tokens(ids: list[int], stop: list[str], echo: bool,
     assert all(a.text_offset <= b.text_offset for a, b in itertools.pairwise(lines))
     for line in lines:
         shown = not line.token.startswith("bytes:") and line.token != "<|endoftext|>"
-        end = min(line.text_offset + len(line.token), len(text))  # a stop string may have cut the last one
+        end = min(line.text_offset + len(line.token), len(text))  # a stop string may have cut the last token
         if shown:
             assert text[line.text_offset : end] == line.token[: end - line.text_offset]
 
 
 @pytest.mark.parametrize("trims", [False, True])
 def test_offsets_of_a_text_are_those_of_its_tokens(trims: bool) -> None:
-    """In an echoed text each token begins where the one before it ends, whether or not the tokenizer counts spaces."""
+    """In an echoed text each token is at its offset, whether or not the tokenizer's offsets include
+    spaces."""
     model = tiny("gpt2")
     encode = model.encode
 
@@ -191,8 +194,8 @@ def test_offsets_of_a_text_are_those_of_its_tokens(trims: bool) -> None:
 
 
 def test_choices_have_independent_seeds() -> None:
-    """Several answers to a prompt, or to prompts that are alike, are drawn apart; the first is what one alone would
-    be."""
+    """With independent seeds the choices of one prompt, or of equal prompts, differ. The first is that of a
+    request for one choice."""
     model = tiny("gpt2")
     fields = {
         "temperature": 1.0,
@@ -215,11 +218,11 @@ def test_choices_have_independent_seeds() -> None:
             model, logprob_request(prompts=PROMPTS[:1] * 3, **fields | {"independent_seeds": False})
         )
     }
-    assert list(alike) == three[0]  # what `/generate` promises: a prompt in a list is as it is alone
+    assert list(alike) == three[0]  # without it, a prompt in a list has the tokens that it has alone
 
 
 def test_token_id_beyond_the_vocabulary_is_rejected() -> None:
-    """An id beyond the embeddings never reaches the device."""
+    """A token id outside the vocabulary raises InvalidInput."""
     from service.errors import InvalidInput
 
     with pytest.raises(InvalidInput, match="no token 320"):
@@ -227,7 +230,8 @@ def test_token_id_beyond_the_vocabulary_is_rejected() -> None:
 
 
 def test_tokens_of_one_spelling_are_reported_once() -> None:
-    """Of two tokens with one spelling the more probable is told; the token that was said is always there."""
+    """Of two tokens with the same text the more probable one is reported; the sampled token is always
+    reported."""
 
     class Alike(TokenTextCache):
         def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""What is owed is told in order, once, whatever is down meanwhile."""
+"""The outbox publishes messages and runs actions in order and once, also after an outage:
+service.engine.outbox."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from service.jobs.broker import OutgoingEvent
 
 
 class FakeBroker:
-    """Keeps what is published; `down` times it does not answer."""
+    """A broker that records publications. It raises Unavailable in the next `down` calls."""
 
     def __init__(self) -> None:
         self.down = 0
@@ -26,7 +27,7 @@ class FakeBroker:
 
 
 def test_messages_between_actions_go_together() -> None:
-    """Messages that follow each other are one publication, and actions keep their place between them."""
+    """Consecutive messages are one publication, and actions keep their place between messages."""
     broker = FakeBroker()
     outbox = Outbox(broker)  # type: ignore[arg-type]
     outbox.publish("a", "1", {})
@@ -39,7 +40,7 @@ def test_messages_between_actions_go_together() -> None:
 
 
 def test_outage_keeps_all_items() -> None:
-    """While the other side is down paying raises; afterwards everything is told, in order and once."""
+    """During an outage `flush` raises Unavailable; afterwards all items are processed in order and once."""
     broker = FakeBroker()
     outbox = Outbox(broker)  # type: ignore[arg-type]
     broker.down = 2
@@ -54,7 +55,8 @@ def test_outage_keeps_all_items() -> None:
 
 @pytest.mark.parametrize("error", [Conflict("too late."), ValueError("not foreseen")])
 def test_item_that_fails_permanently_is_dropped(error: Exception) -> None:
-    """A refusal, and an error that nobody foresaw, do not stand before what is owed after them."""
+    """An item that raises an error other than Unavailable is dropped, and the items after it are
+    processed."""
 
     def fails() -> None:
         raise error

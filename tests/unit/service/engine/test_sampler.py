@@ -1,4 +1,5 @@
-"""Sampling against brute force, and against one row at a time."""
+"""The sampler compared with a reference implementation, and a batch with one row at a time:
+service.engine.sampler."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ SAMPLING_PARAMS = st.builds(
 def sampler_distribution(
     logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0
 ) -> Tensor:
-    """What the sampler gives each token of one row (V,), with a sum of 1."""
+    """Return the sampler's probabilities of the tokens of one row (V,), normalized to a sum of 1."""
     params = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     p = Sampler([params], CPU).probabilities(logits[None])[0]
     return p / p.sum()
@@ -42,7 +43,8 @@ def draw_one(p: Tensor, uniform: float) -> int:
 def reference_distribution(
     logits: list[float], temperature: float, top_k: int | None, top_p: float
 ) -> list[float]:
-    """The definition, in plain Python: order the tokens, keep k, keep the least set of mass p, normalise."""
+    """The definition in plain Python: order the tokens, keep k, keep the smallest set of mass p,
+    normalize."""
     scaled = [x / temperature for x in logits]
     weights = [math.exp(x - max(scaled)) for x in scaled]
     order = sorted(range(len(logits)), key=lambda i: (-weights[i], i))[: top_k or len(logits)]
@@ -66,10 +68,11 @@ def reference_distribution(
 def test_the_distribution_is_that_of_the_definition(
     logits: list[float], temperature: float, top_k: int | None, top_p: float
 ) -> None:
-    """Temperature, then top-k, then top-p, as written down in plain Python."""
+    """Temperature, top-k and top-p, applied in this order, give the distribution of the definition in plain
+    Python."""
     expected = reference_distribution(logits, temperature, top_k, top_p)
     actual = sampler_distribution(torch.tensor(logits), temperature, top_k, top_p).tolist()
-    if top_p < 1:  # a mass that reaches p only by rounding may fall either way
+    if top_p < 1:  # rounding decides if a mass reaches p
         steps = sorted((p for p in reference_distribution(logits, temperature, top_k, 1.0)), reverse=True)
         edges = [sum(steps[: i + 1]) for i in range(len(steps))]
         if any(abs(edge - top_p) < 1e-9 for edge in edges) or len(set(logits)) < len(logits):
@@ -78,7 +81,7 @@ def test_the_distribution_is_that_of_the_definition(
 
 
 def test_top_k_ties_keep_the_lower_ids() -> None:
-    """top_k keeps exactly k tokens, of equals the lower ids."""
+    """top_k keeps exactly k tokens; of tokens with equal logits it keeps the lower ids."""
     p = sampler_distribution(torch.tensor([1.0, 2.0, 2.0, 2.0]), 1.0, top_k=2)
     assert p.tolist() == pytest.approx([0, 0.5, 0.5, 0])
 
@@ -86,7 +89,7 @@ def test_top_k_ties_keep_the_lower_ids() -> None:
 @settings(max_examples=200, deadline=None)
 @given(LOGITS, st.floats(0, 1, exclude_max=True))
 def test_a_draw_is_the_inverse_of_the_distribution(logits: list[float], uniform: float) -> None:
-    """The drawn token is the one in whose share of [0, 1) the number falls."""
+    """The drawn token is the one whose interval of the cumulative distribution contains the number."""
     p = sampler_distribution(torch.tensor(logits), 1.0)
     token = draw_one(p, uniform)
     below, above = float(p[:token].sum()), float(p[: token + 1].sum())
@@ -96,13 +99,13 @@ def test_a_draw_is_the_inverse_of_the_distribution(logits: list[float], uniform:
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
 def test_filtered_token_is_never_drawn(uniform: float) -> None:
-    """Not even at the ends of the unit interval."""
+    """A filtered token is not drawn, also at the ends of the unit interval."""
     p = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0], dtype=torch.float64)
     assert draw_one(p, uniform) in (1, 3)
 
 
 def test_frequencies_follow_the_distribution() -> None:
-    """Over many draws of one request, each token comes as often as it is probable (five standard deviations)."""
+    """Over many draws the frequency of each token is within five standard deviations of its probability."""
     logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5]), 4000
     p = sampler_distribution(logits, 1.3, 4, 0.95)
     sampler = Sampler([Sampling(temperature=1.3, top_k=4, top_p=0.95)] * n, CPU)
@@ -121,8 +124,8 @@ def test_frequencies_follow_the_distribution() -> None:
 def test_a_batch_draws_what_each_row_draws_alone(
     params: list[Sampling], seed: int, size: int, waits: bool
 ) -> None:
-    """Rows of all wishes side by side, equal logits among them, draw token by token what the slow definition draws;
-    also where nothing may be asked of the device on the way."""
+    """Rows with different sampling parameters in one batch get the tokens that the reference draws for each
+    alone, with and without synchronization with the device."""
     source = torch.Generator().manual_seed(seed)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(params))]
     uniform_numbers = torch.tensor([uniforms(seed + i, 4) for i in range(len(params))], dtype=torch.float64)
@@ -145,7 +148,7 @@ def test_a_batch_draws_what_each_row_draws_alone(
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.9999])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
 def test_top_p_of_any_size_matches_full_sort(top_p: float, scale: float) -> None:
-    """From a handful of tokens to nearly all of them, the kept ones are those of a full sort."""
+    """The tokens that top_p keeps are those of a full sort, from a few tokens to nearly all."""
     logits = torch.randn(20 * FIRST_TOP_K, generator=torch.Generator().manual_seed(1)) * scale
     torch.testing.assert_close(
         sampler_distribution(logits, 1.0, None, top_p),
@@ -156,20 +159,20 @@ def test_top_p_of_any_size_matches_full_sort(top_p: float, scale: float) -> None
 
 
 def test_uniforms_do_not_depend_on_count() -> None:
-    """The numbers of a seed are those of its generator one by one, however many are asked for."""
+    """The numbers of a seed are those that its generator gives one by one, for any count."""
     numbers = torch.Generator().manual_seed(3)
     wanted = [torch.rand((), dtype=torch.float64, generator=numbers).item() for _ in range(40)]
     assert all(uniforms(3, n) == wanted[:n] for n in (1, 7, 16, 40))
 
 
 def test_temperature_zero_is_greedy() -> None:
-    """At temperature 0 the most probable token is taken, of equals the lowest."""
+    """At temperature 0 the most probable token is chosen; of equals the one with the lowest id."""
     assert Sampler([Sampling()], CPU)(torch.tensor([[0.0, 3.0, 3.0]]), torch.zeros(1)).tolist() == [1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_not_numbers_give_no_token(bad: float) -> None:
-    """A row of such logits has no token, drawn or not; the rows beside it have theirs."""
+    """A row with a NaN or infinite logit gets INVALID_TOKEN, and the other rows get their tokens."""
     logits = torch.tensor([[1.0, bad, 0.0], [0.0, 0.0, 9.0], [bad, 0.0, 0.0]])
     params = [Sampling(temperature=1.0, top_p=0.5), Sampling(temperature=0.1, top_k=2), Sampling()]
     assert Sampler(params, CPU)(logits, torch.full((3,), 0.5).double()).tolist() == [
@@ -180,7 +183,7 @@ def test_logits_that_are_not_numbers_give_no_token(bad: float) -> None:
 
 
 def test_extreme_logits_give_numbers() -> None:
-    """A low temperature and wide logits overflow nothing."""
+    """A low temperature and extreme logits do not overflow."""
     assert sampler_distribution(torch.tensor([3e38, -3e38, 0.0]), 0.01).tolist() == [1, 0, 0]
 
 
@@ -215,10 +218,10 @@ def test_distribution_without_mass_gives_no_token() -> None:
 
 
 def test_choice_seeds_are_distinct() -> None:
-    """The first answer has the request's seed; the others, and those of other seeds, have seeds that differ, and are
-    seeds."""
+    """The first choice has the request's seed. The seeds of all choices of several requests are distinct and
+    valid."""
     seeds = {choice_seed(seed, choice) for seed in (0, 1, 2**63 - 1) for choice in range(64)}
     assert len(seeds) == 3 * 64
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert [choice_seed(seed, 0) for seed in (0, 7)] == [0, 7]
-    assert choice_seed(7, 1) == 3825955368494240696  # for ever: a text that was said can be said again
+    assert choice_seed(7, 1) == 3825955368494240696  # fixed, so that outputs stay reproducible

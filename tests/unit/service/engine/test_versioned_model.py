@@ -25,7 +25,7 @@ SUBJECTS = ("Rome", "Paris", "Big Ben")
 
 @lru_cache
 def random_edit(i: int, layers: tuple[int, ...] = (1,)) -> tuple[Association, ...]:
-    """Random associations; every third edit is about one subject."""
+    """Return random associations; every third edit has the same subject."""
     associations = []
     for layer in layers:
         g = torch.Generator().manual_seed(100 * layer + i)
@@ -36,7 +36,7 @@ def random_edit(i: int, layers: tuple[int, ...] = (1,)) -> tuple[Association, ..
 
 
 class FakeLedger:
-    """A ledger in memory: `then` makes the next version, with these edits active."""
+    """A ledger in memory. `add_version` adds a version with the given active edits."""
 
     def __init__(self) -> None:
         self.versions: list[list[int]] = [[]]
@@ -71,7 +71,7 @@ def equal_weights(first: Any, second: Any) -> bool:
 
 
 def test_version_zero_is_the_base() -> None:
-    """Without edits nothing is put in place, and the digest is that of the base model alone."""
+    """Version 0 has no edited weights, and its digest depends on the base model."""
     replica = VersionedModel(tiny(), FakeLedger())
     assert replica.weights(0) == {}
     assert replica.digest(0) == VersionedModel(tiny(), FakeLedger()).digest(0)
@@ -79,7 +79,7 @@ def test_version_zero_is_the_base() -> None:
 
 
 def test_a_version_is_the_closed_form_over_the_base() -> None:
-    """One edit gives base plus its rank-one update, computed in fp64 and cast once."""
+    """One edit gives the base plus its rank-one update, computed in fp64 and rounded once."""
     model, ledger = tiny(), FakeLedger()
     base = model.weight(1).data.clone()
     weights = VersionedModel(model, ledger).weights(ledger.add_version([4]))
@@ -90,8 +90,7 @@ def test_a_version_is_the_closed_form_over_the_base() -> None:
 @settings(max_examples=12, deadline=None)
 @given(st.permutations(range(EDITS)), st.integers(0, 10**6))
 def test_edits_that_come_and_go_leave_the_base_bytes(order: list[int], seed: int) -> None:
-    """Ten edits, applied and reverted in any order, end in the base bytes: nothing is ever added and later
-    subtracted."""
+    """Ten edits, committed and reverted in any order, end with the base bytes and the base digest."""
     model, ledger, rng = tiny(), FakeLedger(), random.Random(seed)
     before = bytes_of(model)
     replica = VersionedModel(model, ledger)
@@ -113,7 +112,8 @@ def test_edits_that_come_and_go_leave_the_base_bytes(order: list[int], seed: int
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(0, EDITS - 1), min_size=1, max_size=6, unique=True), st.randoms())
 def test_commit_order_does_not_change_bytes_or_digest(chosen: list[int], rng: random.Random) -> None:
-    """The same set of edits gives the same bytes and digest in whatever order they landed, whatever came between."""
+    """The same set of active edits gives the same bytes and digest, whatever the commit order and the
+    versions between."""
     one, two = FakeLedger(), FakeLedger()
     for i in range(len(chosen)):
         one.add_version(chosen[: i + 1])
@@ -126,7 +126,8 @@ def test_commit_order_does_not_change_bytes_or_digest(chosen: list[int], rng: ra
 
 
 def test_digests_tell_versions_apart() -> None:
-    """Other weights have another digest; the same weights have the same, at any version."""
+    """Versions with different weights have different digests, and versions with the same weights have the
+    same."""
     ledger = FakeLedger()
     replica = VersionedModel(tiny(), ledger)
     versions = [ledger.add_version(x) for x in ([1], [1, 2], [2], [1])]
@@ -136,7 +137,7 @@ def test_digests_tell_versions_apart() -> None:
 
 
 def test_an_edit_that_changes_no_byte_is_the_base() -> None:
-    """A change too small for the weight's precision has the base's digest."""
+    """A change that changes no byte of the weights has the digest of the base."""
     ledger, model = FakeLedger(), tiny()
     replica = VersionedModel(model, ledger)
     version = ledger.add_version([1])
@@ -145,7 +146,7 @@ def test_an_edit_that_changes_no_byte_is_the_base() -> None:
 
 
 def test_all_edited_layers_are_put_in_place() -> None:
-    """An edit of several layers puts each of them in place, and takes each of them out."""
+    """The weights of all layers of an edit are put in place and then restored."""
     model = tiny()
     replica = VersionedModel(model, FakeLedger())
     before = bytes_of(model)
@@ -158,7 +159,7 @@ def test_all_edited_layers_are_put_in_place() -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
 def test_base_is_restored_after_any_exception(error: type[BaseException]) -> None:
-    """Whatever is raised while a version stands, the base bytes are back."""
+    """After any exception inside `use_weights` the base bytes are restored."""
     model = tiny()
     replica = VersionedModel(model, FakeLedger())
     before = bytes_of(model)
@@ -169,7 +170,7 @@ def test_base_is_restored_after_any_exception(error: type[BaseException]) -> Non
 
 
 def test_base_is_restored_when_weights_cannot_be_placed() -> None:
-    """When one tensor cannot be put in place, those before it are taken out again."""
+    """When one tensor cannot be put in place, those put in place before it are restored."""
     model = tiny()
     replica = VersionedModel(model, FakeLedger())
     before = bytes_of(model)
@@ -180,8 +181,8 @@ def test_base_is_restored_when_weights_cannot_be_placed() -> None:
 
 
 def test_base_is_in_place_between_steps() -> None:
-    """A generator sees the version during each of its steps; between them, and after an error in one, the base
-    stands."""
+    """A stepper sees the weights of its version during each step. Between steps, and after an error, the base
+    weights are in place."""
     model = tiny()
     replica = VersionedModel(model, FakeLedger())
     base, weights = bytes_of(model), replica.compose_weights(random_edit(1))
@@ -210,7 +211,7 @@ def _equal(one: object, two: object) -> None:
 
 
 def test_two_versions_interleave() -> None:
-    """Two generators that take turns each see their own version only."""
+    """Two steppers that alternate each see only their own version."""
     model, ledger = tiny(), FakeLedger()
     replica = VersionedModel(model, ledger)
     weights = [replica.weights(ledger.add_version([i])) for i in (1, 2)]
@@ -231,7 +232,7 @@ def test_two_versions_interleave() -> None:
 
 
 def test_an_abandoned_generator_is_closed_at_once() -> None:
-    """When the work is given up half-way, what it holds is let go, and the base stands."""
+    """Closing a stepper closes the inner stepper and restores the base weights."""
     model = tiny()
     replica = VersionedModel(model, FakeLedger())
     base, closed = bytes_of(model), []
@@ -251,7 +252,7 @@ def test_an_abandoned_generator_is_closed_at_once() -> None:
 
 
 def test_version_cache_is_bounded_and_rebuilds() -> None:
-    """Old versions are dropped from memory and rebuilt with the same bytes."""
+    """Old versions are evicted from the cache and rebuilt with the same bytes."""
     ledger = FakeLedger()
     replica = VersionedModel(tiny(), ledger, max_cached_versions=2)
     versions = [ledger.add_version([i]) for i in range(5)]
@@ -264,7 +265,7 @@ def test_version_cache_is_bounded_and_rebuilds() -> None:
 
 
 def test_subjects_are_one_up_to_white_space() -> None:
-    """Edits whose subjects differ in white space only are of one subject, also after they have landed."""
+    """Committed edits whose subjects differ only in white space have one subject."""
     model = tiny()
 
     class Spaced(FakeLedger):

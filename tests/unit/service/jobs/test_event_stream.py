@@ -1,4 +1,4 @@
-"""Listening with a look around in the silences."""
+"""Event streams with idle ticks: service.jobs.event_stream."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ONE, TWO = Event("1", "progress", {}), Event("2", "end", {})
 
 
 class FakeChannel:
-    """Says one thing, falls silent until `go`, and says another, or fails."""
+    """A channel that yields one event, waits for `resume`, and then yields another event or raises."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.resume = asyncio.Event()
@@ -35,7 +35,8 @@ class FakeChannel:
 
 
 def collect_with_idle_ticks(channel: FakeChannel, idle_ticks: int) -> list[Event | None]:
-    """What is heard when the channel goes on after some silences; whoever hears none of them goes."""
+    """Return the events and idle ticks. The channel resumes after `idle_ticks` ticks; the listener leaves
+    after 51."""
 
     async def run() -> list[Event | None]:
         told: list[Event | None] = []
@@ -52,21 +53,21 @@ def collect_with_idle_ticks(channel: FakeChannel, idle_ticks: int) -> list[Event
 
 
 def test_idle_ticks_are_yielded() -> None:
-    """Between the events a None is heard after every silence, and no event is lost by it."""
+    """An idle tick (None) is yielded after each interval without an event, and no event is lost."""
     told = collect_with_idle_ticks(FakeChannel(), idle_ticks=3)
     assert [event for event in told if event] == [ONE, TWO]
     assert told.count(None) >= 3
 
 
 def test_errors_come_through() -> None:
-    """An error of the channel is the listener's."""
+    """An error of the channel is raised in the listener."""
     with pytest.raises(Unavailable):
         collect_with_idle_ticks(FakeChannel(Unavailable("gone.")), idle_ticks=1)
 
 
 @pytest.mark.parametrize("silences", [1, 99])
 def test_the_channel_is_closed(silences: int) -> None:
-    """Whoever stops listening, in the middle of a silence too, leaves no channel open."""
+    """The channel is closed when its stream ends and when the listener leaves during an idle interval."""
     channel = FakeChannel()
     collect_with_idle_ticks(channel, silences)
     assert channel.closed

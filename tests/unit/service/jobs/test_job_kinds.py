@@ -10,7 +10,7 @@ from workers.job_handlers import job_handlers
 
 
 def test_urgency_orders_all_kinds() -> None:
-    """Every kind has an urgency of its own, and WORK_KINDS is sorted by it."""
+    """Every kind has a different urgency, and WORK_KINDS is sorted by it."""
     kinds: dict[str, CallKind | JobKind] = {**CALL_KINDS, **JOB_KINDS}
     assert len({kind.urgency for kind in kinds.values()}) == len(kinds)
     assert sorted(kinds, key=lambda name: kinds[name].urgency) == list(WORK_KINDS)

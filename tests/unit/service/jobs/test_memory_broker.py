@@ -1,4 +1,4 @@
-"""The in-process broker keeps to bounded memory."""
+"""The memory bounds of the in-process broker: service.jobs.memory_broker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ async def collect(broker: Broker, channel: str) -> Any:
 
 
 def test_channel_is_bounded() -> None:
-    """A channel keeps its newest events, of which the last is one."""
+    """A channel keeps its newest events, including the last one."""
     broker = MemoryBroker(channel_events=10)
     for n in range(1000):
         broker.publish("c", "n", {"n": n}, last=n == 999)
@@ -24,7 +24,7 @@ def test_channel_is_bounded() -> None:
 
 
 def test_closed_channels_are_bounded() -> None:
-    """Of closed channels the newest are kept, as many as the limit on their events allows."""
+    """The newest closed channels are kept, up to a limit on the number of their events."""
     broker = MemoryBroker(max_closed_events=10)
     for n in range(100):
         broker.publish(f"c{n}", "n", {})
@@ -34,7 +34,7 @@ def test_closed_channels_are_bounded() -> None:
 
 
 def test_closed_channels_expire() -> None:
-    """A closed channel is dropped after its time."""
+    """A closed channel is dropped after `closed_ttl_seconds`."""
     broker = MemoryBroker(closed_ttl_seconds=0)
     broker.publish("a", "end", {}, last=True)
     broker.publish("b", "end", {}, last=True)
@@ -42,7 +42,7 @@ def test_closed_channels_expire() -> None:
 
 
 def test_channels_that_nobody_closes() -> None:
-    """Channels that nobody closes and cancels that nobody heeds are bounded too; one that is listened to stays."""
+    """The numbers of open channels and of cancellations are bounded; a channel with a listener is kept."""
     broker = MemoryBroker(max_idle_channels=10)
 
     async def listen() -> Any:
@@ -60,7 +60,7 @@ def test_channels_that_nobody_closes() -> None:
 
 
 def test_channel_without_events_is_removed_with_its_listener() -> None:
-    """A channel that was only listened to is gone with its listener."""
+    """A channel without events is removed when its listener leaves."""
     broker = MemoryBroker()
 
     async def listen() -> None:

@@ -63,14 +63,15 @@ def test_ended_stepper_cannot_be_advanced(end: str) -> None:
 
 
 def test_report_as_reports_the_progress_of_the_whole() -> None:
-    """Every step of a part is a step, with the progress of what it is a part of; the result is the part's."""
+    """Each step of the inner stepper is reported with the given progress; the result is that of the inner
+    stepper."""
     reported: list[Progress] = []
     now = Progress(Phase.RUN, 4, 9)
     assert run_steps(report_as(count(2), now), reported.append) == "done" and reported == [now, now]
 
 
 def test_retry_while_unavailable_retries_after_each_step() -> None:
-    """An action that meets an outage is done again after a step, and its result is the steps' result."""
+    """An action that raises Unavailable is repeated after a step, and its result is the stepper's result."""
     answers: Iterator[Exception | str] = iter([Unavailable("down."), Unavailable("down."), "done"])
 
     def action() -> str:

@@ -45,7 +45,7 @@ def test_where_outputs_are_held() -> None:
         )
     )
     assert [m for m in range(6) if window.is_held("mlp", m)] == [1, 2, 3]
-    assert [m for m in range(6) if severed.is_held("attn", m)] == [3, 4]  # in the last block nobody listens
+    assert [m for m in range(6) if severed.is_held("attn", m)] == [3, 4]  # nothing reads the last block
     assert not any(
         x.is_held(k, m) for x, k in ((window, "attn"), (plain, "mlp"), (plain, "")) for m in range(6)
     )

@@ -1,4 +1,4 @@
-"""How much of a layer is spoken for: service.weights.capacity."""
+"""The remaining capacity of a layer: service.weights.capacity."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def moment(seed: int = 0) -> Tensor:
 
 
 def keys(n: int = N, seed: int = 1) -> Tensor:
-    """(n, D)."""
+    """Return n random keys (n, D)."""
     return torch.randn(n, D, generator=torch.Generator().manual_seed(seed)).double()
 
 
@@ -54,7 +54,8 @@ def capacity_by_projection(c: Tensor, active_keys: Tensor, key: Tensor) -> float
 
 @pytest.mark.parametrize("seed", range(5))
 def test_capacity_equals_projection_residual(seed: int) -> None:
-    """Without a ridge, spoken for is the C^-1-orthogonal projection's share of the key."""
+    """Without a ridge the capacity is the relative residual of the C^-1-orthogonal projection onto the active
+    keys."""
     c, active_keys, key = moment(seed), keys(seed=seed + 10), keys(1, seed + 20)[0]
     directions = torch.linalg.solve(c, active_keys.T).T
     capacity = remaining_capacity(
@@ -68,7 +69,8 @@ def test_capacity_equals_projection_residual(seed: int) -> None:
 
 
 def test_capacity_limits() -> None:
-    """Alone, all of a key is free; a sum of others' keys is spoken for; one that C^-1 sees at right angles is free."""
+    """The capacity is 1 without other edits, about 0 for a linear combination of active keys, and 1 for a key
+    that is C^-1-orthogonal to them."""
     c, active_keys = moment(), keys(2)
     others = [association_at(k, c, str(i)) for i, k in enumerate(active_keys)]
     assert capacities_of([association_at(active_keys[0], c, "new")], []) == {0: 1.0}
@@ -79,8 +81,8 @@ def test_capacity_limits() -> None:
 
 
 def test_which_updates_occupy_capacity() -> None:
-    """Edits of the same subject, of other layers and of another metric, and changes of whole weights, leave all of the
-    room."""
+    """Edits of the same subject, of another layer or of another metric, and dense updates, occupy no
+    capacity."""
     c, key = moment(), keys(1)[0]
     active_updates: list[EditUpdate] = [
         association_at(key, c, "new"),
@@ -99,7 +101,7 @@ def test_which_updates_occupy_capacity() -> None:
 
 
 def test_average_capacity_of_n_keys() -> None:
-    """Of keys drawn from the statistics, n different keys take n / D on average: the mean over many draws, weighted by
+    """For keys drawn from the statistics, n active keys occupy n / D of the capacity on average, weighted by
     length."""
     c, active_keys = moment(), keys(3)
     directions = torch.linalg.solve(c, active_keys.T).T
@@ -112,7 +114,7 @@ def test_average_capacity_of_n_keys() -> None:
 
 
 def test_equal_keys_occupy_capacity_once() -> None:
-    """A key that is there twice takes the room of one, nearly."""
+    """Two equal keys occupy about as much capacity as one."""
     c, active_keys = moment(), keys(2)
     twice = [association_at(k, c, str(i)) for i, k in enumerate([*active_keys, *active_keys])]
     assert average_capacities(twice)[0] == pytest.approx(1 - 2 / D, abs=1e-3)
@@ -124,7 +126,7 @@ def test_equal_keys_occupy_capacity_once() -> None:
 
 @pytest.mark.parametrize("n", [5, 300])
 def test_average_capacity_in_steps_equals_one_computation(n: int) -> None:
-    """Solving for some columns at a time gives the same figure as solving for all of them."""
+    """Solving in blocks of columns gives the same capacity as solving for all columns at once."""
     known = torch.randn(n, 400, generator=torch.Generator().manual_seed(2)).double()
     gram = known @ known.T
     raised = gram + 1e-3 * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype)

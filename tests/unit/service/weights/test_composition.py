@@ -45,7 +45,7 @@ def association(
 
 
 def composition_oracle(associations: list[Association], ridge: float = JOINT.ridge) -> torch.Tensor:
-    """The formula of the design, entry by entry, with its inverse written out."""
+    """The formula of the joint mode, entry by entry, with an explicit inverse."""
     a = sorted(associations, key=lambda x: x.edit)
     n = len(a)
     gram = torch.tensor(
@@ -72,7 +72,7 @@ def test_one_association_is_the_rank_one_update() -> None:
 
 
 def test_the_update_maps_its_key_to_its_value() -> None:
-    """The edited weight gives exactly the wanted change at the key: (W + dW) k = W k + delta."""
+    """The edited weight maps the key to the changed value: (W + dW) k = W k + delta."""
     a = association(2)
     torch.testing.assert_close(
         compose_layer([a]).dense() @ a.key.double(), a.value.double(), rtol=1e-6, atol=1e-6
@@ -92,7 +92,7 @@ def test_the_update_is_the_smallest_in_the_covariance_norm() -> None:
 
 
 def test_a_c_orthogonal_key_is_not_touched() -> None:
-    """A key k' with k'^T C^-1 k = 0 gets no change at all."""
+    """A key k' with k'^T C^-1 k = 0 is not changed."""
     a = association(4)
     other = torch.randn(D, dtype=torch.float64, generator=torch.Generator().manual_seed(77))
     u = a.direction.double()
@@ -103,7 +103,7 @@ def test_a_c_orthogonal_key_is_not_touched() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(0, 1000))
 def test_the_joint_form_equals_its_definition(subjects: list[int], seed: int) -> None:
-    """For any set of edits over any subjects, the solved form equals the formula written out entry by entry."""
+    """For any edits of any subjects, the joint composition equals the formula written out entry by entry."""
     chosen = [association(seed * 10 + i, f"s{s}") for i, s in enumerate(subjects)]
     expected = composition_oracle(chosen)
     torch.testing.assert_close(
@@ -114,7 +114,7 @@ def test_the_joint_form_equals_its_definition(subjects: list[int], seed: int) ->
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 9), st.integers(0, 1000))
 def test_order_never_matters(n: int, seed: int) -> None:
-    """The edited weight has the same bytes in whatever order the edits are given."""
+    """The edited weight has the same bytes for any order of the edits."""
     chosen = [association(i, f"s{i // 2}") for i in range(n)]
     shuffled = random.Random(seed).sample(chosen, n)
     base = torch.randn(d, D, generator=torch.Generator().manual_seed(5))
@@ -123,7 +123,7 @@ def test_order_never_matters(n: int, seed: int) -> None:
 
 
 def test_edits_of_one_subject_add_up() -> None:
-    """Edits of one subject superpose: their joint change is the plain sum of their rank-one updates."""
+    """The joint change of edits of one subject is the sum of their rank-one updates."""
     key = torch.randn(D, generator=torch.Generator().manual_seed(1))
     near = [
         association(i, "s", key=key + 0.01 * torch.randn(D, generator=torch.Generator().manual_seed(i)))
@@ -134,7 +134,8 @@ def test_edits_of_one_subject_add_up() -> None:
 
 
 def test_edits_of_different_subjects_are_isolated() -> None:
-    """With edits of different subjects, each key gets its own change and none of the others' (up to the ridge)."""
+    """With edits of different subjects each key gets its own change and none of the others', up to the
+    ridge."""
     chosen = [association(i) for i in range(20, 25)]
     change = compose_layer(chosen, SolveMode(ridge=1e-12)).dense()
     for a in chosen:
@@ -142,7 +143,7 @@ def test_edits_of_different_subjects_are_isolated() -> None:
 
 
 def test_isolation_outlives_the_statistics() -> None:
-    """Directions found with other statistics than their neighbours' are isolated all the same."""
+    """Edits are isolated from each other also if their directions were computed with different statistics."""
     chosen = [association(i) for i in range(20, 25)]
     chosen[1:3] = [replace(a, direction=a.key * torch.linspace(1, 2, D)) for a in chosen[1:3]]
     change = compose_layer(chosen, SolveMode(ridge=1e-12)).dense()
@@ -151,7 +152,7 @@ def test_isolation_outlives_the_statistics() -> None:
 
 
 def test_the_number_of_threads_changes_no_byte() -> None:
-    """Replicas with more or fewer cores solve to the same bits; a library's factorisation alone would not."""
+    """The number of threads does not change the bits of the solution."""
     keys = torch.randn(1000, D, generator=torch.Generator().manual_seed(3))
     chosen = [association(i, key=key) for i, key in enumerate(keys)]
     threads, solutions = torch.get_num_threads(), []
@@ -168,7 +169,8 @@ def test_the_number_of_threads_changes_no_byte() -> None:
 @pytest.mark.parametrize("conv1d", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_wide_weight_is_rebuilt_column_by_column(conv1d: bool, dtype: torch.dtype) -> None:
-    """Cut into columns, the change is the same product, laid out as the weight is; the base is left as it was."""
+    """A change applied in blocks of columns is the same product, in the layout of the weight; the base is
+    unchanged."""
     g = torch.Generator().manual_seed(8)
     width = 2 * COLUMN_BLOCK + 3
     change = LowRank(torch.randn(d, 4, dtype=torch.float64, generator=g), torch.randn(4, width, generator=g))
@@ -184,13 +186,14 @@ def test_a_wide_weight_is_rebuilt_column_by_column(conv1d: bool, dtype: torch.dt
 
 
 def test_composing_keeps_keys_as_they_are_stored() -> None:
-    """What is as long as a key is not kept in fp64."""
+    """The left factor of a composed change is fp64, and the right factor, with the length of a key, stays
+    fp32."""
     change = compose_layer([association(1), association(2)])
     assert (change.left.dtype, change.right.dtype) == (torch.float64, torch.float32)
 
 
 def test_reverting_equals_never_having_edited() -> None:
-    """The weight without an edit is the weight of the others alone, as if it had never been made."""
+    """The weight after a revert equals the weight composed from the other edits only."""
     chosen = [association(i, f"s{i % 3}") for i in range(6)]
     base = torch.randn(d, D, generator=torch.Generator().manual_seed(5))
     without = [a for a in chosen if a.edit != "edit_003"]
@@ -202,7 +205,7 @@ def test_reverting_equals_never_having_edited() -> None:
 
 
 def test_layers_are_solved_apart() -> None:
-    """Associations of different layers do not see one another."""
+    """Associations of different layers are composed independently."""
     a, b = association(1, layer=1), association(2, layer=3)
     both = compose([b, a])
     assert list(both) == [WeightRef(1), WeightRef(3)]
@@ -211,7 +214,7 @@ def test_layers_are_solved_apart() -> None:
 
 @pytest.mark.parametrize("conv1d", [True, False])
 def test_orientation_follows_the_architecture(conv1d: bool) -> None:
-    """A square weight is changed in the right orientation: Conv1D is stored transposed, and shapes cannot tell."""
+    """A square weight is changed in the right orientation, which its shape does not determine."""
     g = torch.Generator().manual_seed(3)
     key, value = torch.randn(d, generator=g), torch.randn(d, generator=g)
     a = Association("e", "s", 0, key, key.clone(), value)
@@ -222,8 +225,7 @@ def test_orientation_follows_the_architecture(conv1d: bool) -> None:
 
 
 def test_the_edited_weight_is_cast_once() -> None:
-    """A half-precision weight is rebuilt in fp64 and rounded once, so its bytes do not depend on the number of edits
-    before."""
+    """A half-precision weight is computed in fp64 and rounded once."""
     base = torch.randn(d, D, generator=torch.Generator().manual_seed(5)).bfloat16()
     change = compose_layer([association(1), association(2)])
     expected = (base.double() + change.dense()).bfloat16()
@@ -231,7 +233,7 @@ def test_the_edited_weight_is_cast_once() -> None:
 
 
 def test_serialized_associations_round_trip() -> None:
-    """Packing to safetensors and back keeps every bit that composition uses."""
+    """Serialization to safetensors and back keeps every bit that composition uses."""
     chosen = [association(1, "s", layer=0), association(1, "s", layer=2)]
     back = deserialize_updates(serialize_updates(chosen), "edit_001", "s")
     for a, b in zip(chosen, back, strict=True):
@@ -253,7 +255,7 @@ def association_with_mode(i: int, solve_mode: SolveMode) -> Association:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 6), st.floats(0.01, 100), st.integers(0, 1000))
 def test_memit_is_its_normal_equations(n: int, ridge: float, seed: int) -> None:
-    """MEMIT's form is Delta K^T (lambda C + K K^T)^-1, the solution that its paper writes down (Eq. 14)."""
+    """The MEMIT mode is Delta K^T (lambda C + K K^T)^-1, the solution in its paper (Eq. 14)."""
     associations = [association_with_mode(seed * 10 + i, SolveMode("memit", ridge)) for i in range(n)]
     ordered = sorted(associations, key=lambda a: a.edit)
     keys = torch.stack([a.key.double() for a in ordered], 1)
@@ -265,8 +267,8 @@ def test_memit_is_its_normal_equations(n: int, ridge: float, seed: int) -> None:
 
 
 def test_emmet_is_memit_without_its_ridge() -> None:
-    """EMMET with a vanishing ridge writes every value exactly, which is MEMIT's limit for lambda -> 0; alone it is
-    r-ROME."""
+    """EMMET with a ridge near 0 writes every value exactly and equals MEMIT with a ridge near 0. A single
+    EMMET edit is its rank-one update."""
     associations = [association_with_mode(i, SolveMode("emmet", 1e-9)) for i in range(4)]
     change = compose_layer(associations).dense()
     for a in associations:
@@ -278,7 +280,7 @@ def test_emmet_is_memit_without_its_ridge() -> None:
 
 
 def test_a_great_ridge_writes_nothing() -> None:
-    """MEMIT with lambda -> infinity leaves the weight as it is."""
+    """MEMIT with a very large ridge leaves the weight unchanged."""
     associations = [association_with_mode(i, SolveMode("memit", 1e12)) for i in range(3)]
     assert compose_layer(associations).norm() < 1e-8
 
@@ -287,13 +289,14 @@ def test_a_great_ridge_writes_nothing() -> None:
     "form", [JOINT, SolveMode("memit", 3.0), SolveMode("emmet", 0.5), SolveMode("alphaedit", 2.0)]
 )
 def test_alone_an_association_is_its_rank_one_change(form: SolveMode) -> None:
-    """What an association says of itself alone is what it is solved to alone, in every form."""
+    """A single association is composed to its rank-one update in every mode."""
     a = association_with_mode(6, form)
     torch.testing.assert_close(compose_layer([a]).dense(), a.rank_one().dense(), rtol=1e-12, atol=1e-14)
 
 
 def test_solve_modes_and_dense_updates_add_up() -> None:
-    """A weight's change is the sum of what each form is solved to and of the addends, whatever the order."""
+    """The change of a weight is the sum of the solutions of the modes and of the dense updates, in any
+    order."""
     g = torch.Generator().manual_seed(1)
     updates: list[EditUpdate] = [
         association(1),
@@ -314,7 +317,7 @@ def test_solve_modes_and_dense_updates_add_up() -> None:
 
 
 def test_every_kind_of_update_round_trips() -> None:
-    """Forms, ridges and whole changes come back from the store as they were."""
+    """Solve modes, ridges and dense updates are unchanged by serialization."""
     change = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
     updates: list[EditUpdate] = [
         association_with_mode(1, SolveMode("memit", 0.1)),
