@@ -1,4 +1,4 @@
-"""Queued edits of a running service, one after another and in batches. Run by bench/edits.py --batch-size."""
+"""Queued edits of a running service, in sequence and in batches. Run by bench/edits.py --batch-size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHUNK = 16  # edits submitted at once while a ledger is filled
 
 
 def bench_batched_edits(count: int, active_count: int, rounds: int, report: Report) -> None:
-    """Time `count` queued edits, one after another and as one batch, with `active_count` other edits active."""
+    """Time `count` queued edits, in sequence and as one batch, with `active_count` other edits active."""
     cases = read_records(SHIPPED_MODEL / "facts.jsonl", seed=1)
     others, batch_cases = cases[:active_count], cases[active_count : active_count + count]
     configs = {
@@ -60,7 +60,7 @@ def bench_batched_edits(count: int, active_count: int, rounds: int, report: Repo
 
 
 def _revert_and_wait(bench_service: BenchService, edits: Sequence[str]) -> None:
-    """Revert edits, and wait until the engine serves the new head."""
+    """Revert edits and wait until the engine serves the new head."""
     for edit in edits:
         bench_service.container.services.edits.revert(edit, "bench")
     while (

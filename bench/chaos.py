@@ -3,9 +3,9 @@
     python bench/chaos.py --faults 200 --seed 7 --workers 3
     python bench/chaos.py --seed 7 --plan          print the faults and the load of such a run
 
-The bench starts its own PostgreSQL, Redis, API processes and workers on loopback. Faults and load are a function of the
-seed, so a failing run can be repeated up to timing. The exit code is 1 when a check fails; the logs of all processes
-are then kept.
+The bench starts PostgreSQL, Redis, API processes and workers on loopback. The faults and the load are a
+function of the seed, so a failing run can be repeated up to timing. When a check fails, the exit code is 1
+and the logs of all processes are kept.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def planned_faults(args: argparse.Namespace) -> list[Fault]:
 
 
 def inject_faults(injector: FaultInjector, plan: Sequence[Fault], seconds: float, bar: Progress) -> None:
-    """Inject each planned fault, until `seconds` have passed. With an empty plan, only wait for `seconds`."""
+    """Inject each planned fault until `seconds` have passed. With an empty plan, only wait for `seconds`."""
     task = bar.add_task("faults", total=len(plan))
     deadline = time.monotonic() + seconds
     for fault in plan:
@@ -118,7 +118,7 @@ def inject_faults(injector: FaultInjector, plan: Sequence[Fault], seconds: float
 
 
 def _wait_for_answer(log: ClientLog, injector: FaultInjector) -> None:
-    """Wait until a request that was sent after the last fault is answered."""
+    """Wait until a request that was sent after the last fault gets a response."""
     last = injector.injected_faults[-1:]
     with suppress(TimeoutError):  # the report then shows inf
         wait_until(
@@ -202,7 +202,8 @@ def fault_table(run: ChaosRun) -> Table:
 
 
 def recovery_times(log: ClientLog, injected: Sequence[InjectedFault]) -> list[float]:
-    """Return, for each fault, the seconds until a request that began after it was answered; inf when none was."""
+    """Return, for each fault, the seconds until the response to a request that began after it; inf if there
+    is none."""
     answers = [a for a in log.attempts if a.action == "generate" and a.outcome == "200"]
     return [
         min((a.ended - fault.started_at for a in answers if a.began >= fault.started_at), default=math.inf)

@@ -244,7 +244,7 @@ def check_texts_match_ledger(log: ClientLog, ledger_view: LedgerView, pool: Fact
 
 
 def check_single_version(log: ClientLog) -> Check:
-    """All tokens of a generation have one version: the requested one, when one was requested."""
+    """All tokens of a generation have one version, which is the requested version if there is one."""
     violations = []
     for record in log.generations:
         versions = {record.version, *(token.version for token in record.tokens or ())}

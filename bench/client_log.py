@@ -120,7 +120,8 @@ class ClientLog:
             self.anomalies.append(message)
 
     def pick_active_edit(self, fraction: float) -> str | None:
-        """Return one of the edits last reported as applied, by its fraction of the list; None when there is none."""
+        """Return one of the edits last reported as applied, selected by a fraction of the list; None if there
+        is none."""
         with self._lock:
             edits = list(self._active_edits)
         return edits[int(fraction * len(edits))] if edits else None

@@ -1,12 +1,12 @@
-"""Effect of the text behind the statistics: the same edits of one model, alone and 100 together, for each source of
-text.
+"""Effect of the corpus of the key statistics on edits: single edits and 100 edits together, for each corpus.
 
     python bench/corpus_sources.py
     python bench/corpus_sources.py --model FOLDER --records cases.json --data DATA
 
-The value of an edit does not depend on the statistics; its direction does. The recipe is the one that `palimpsest tune`
-has written to DATA, else the model's own. The texts are samples of the model, statements of facts that are not edited,
-the prose of this repository's documents, and ten sentences of that prose as a lower limit.
+The value of an edit does not depend on the statistics; its direction does. The recipe is the one that
+`palimpsest tune` has written to DATA, else the model's own. The corpora are samples of the model, statements
+of facts that are not edited, the prose of this repository's documents, and ten sentences of that prose as a
+lower limit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def documentation_sentences() -> Iterator[str]:
 
 
 def corpus_sources(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
-    """Return the sources by name; texts are written to files."""
+    """Return the corpora by name, written to files."""
     records = read_records(args.records or Path(args.model) / "facts.jsonl", 0)
     edited = {r.subject for r in records[1::2][: args.limit]}
     files = {

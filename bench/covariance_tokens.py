@@ -1,13 +1,14 @@
-"""How many tokens C = E[k k^T] needs: scores of edits by the number of tokens behind C.
+"""Number of tokens that C = E[k k^T] needs: scores of edits by the number of tokens from which C is computed.
 
     python bench/covariance_tokens.py
-    python bench/covariance_tokens.py --cases 200 --batch-size 100 --tokens 250 500 1000 2000 4000 8000 16000 32000
-    60000 python bench/covariance_tokens.py --device cuda
+    python bench/covariance_tokens.py --cases 200 --batch-size 100 \\
+        --tokens 250 500 1000 2000 4000 8000 16000 32000 60000
+    python bench/covariance_tokens.py --device cuda
 
-Texts of the model's corpus are read in one seeded order, and C of n tokens uses the first n. The value of an edit does
-not depend on C: it is optimized once, and each C gives another direction. The same edits are measured with every C on
-cases held out from tuning: each alone with increasing strength until it takes effect, and many edits of different
-subjects active together at strength 1.
+Texts of the model's corpus are read in one seeded order, and C of n tokens uses the first n. The value of an
+edit does not depend on C and is optimized once; each C gives another direction. The same edits are measured
+with every C on cases held out from tuning: single edits with increasing strength until they take effect, and
+many edits of different subjects active together at strength 1.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def format_scores(records: Sequence[SuccessRates]) -> list[str]:
 def with_statistics(
     edits: Sequence[Sequence[Association]], statistics: KeyStatistics
 ) -> list[list[Association]]:
-    """Return the edits with directions of other statistics."""
+    """Return the edits with the directions of other statistics."""
     return [[replace(a, direction=statistics.solve(a.key).float()) for a in edit] for edit in edits]
 
 

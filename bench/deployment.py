@@ -36,8 +36,8 @@ RESTART_DELAY = 1.0  # seconds before an exited process is restarted
 
 @dataclass
 class SupervisedProcess:
-    """A process of the service that is restarted under one name. `unexpected_exits` are those without a SIGKILL of
-    ours."""
+    """A process of the service that is restarted under one name. `unexpected_exits` are the exits that the
+    bench did not cause by SIGKILL."""
 
     name: str
     arguments: Sequence[str]
@@ -257,7 +257,7 @@ def managed_deployment(
     flags: Sequence[str] = (),
     direct: bool = False,
 ) -> Iterator[SupervisedDeployment]:
-    """Create a deployment with its own servers, not yet started; kill what is left of it on exit.
+    """Create a deployment with its own servers, not yet started. On exit, kill its remaining processes.
 
     With `direct`, processes connect to the servers without the proxies.
     """

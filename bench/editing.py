@@ -220,7 +220,8 @@ def sum_rank_one_updates(
 def edit_sequentially(
     experiment: EditingExperiment, cases: Sequence[Record], compat: str | None, quiet: bool
 ) -> WeightOverrides:
-    """Return weights edited as published: each edit is computed on the weights after the edit before it."""
+    """Return weights edited as published: each edit is computed on the weights that contain the previous
+    edits."""
     weights: WeightOverrides = {}
     conv1d = experiment.model.architecture.conv1d
     for i, c in enumerate(track(cases, f"sequential {compat or 'r-ROME'}", console=console, disable=quiet)):
@@ -244,10 +245,9 @@ def choose_strengths(
     cases: Sequence[Record],
     strengths: Sequence[float],
 ) -> list[Association]:
-    """Return the edits at the strengths that the service's policy chooses, one after another, each beside those before
-    it.
+    """Return the edits at the strengths of the service's policy, chosen in sequence given the previous edits.
 
-    No edit is rejected, so that every form is measured on the same edits.
+    No edit is rejected, so that every composition is measured on the same edits.
     """
     active: list[Association] = []
     for count, (group, case) in enumerate(zip(edits, cases, strict=True)):
@@ -307,7 +307,8 @@ def bench_many(experiment: EditingExperiment, cases: Sequence[Record], args: arg
 
 
 def check_revert_all(experiment: EditingExperiment, edits: list[list[Association]]) -> None:
-    """Revert all edits in random order, and check that the last weights equal the base weights byte for byte."""
+    """Revert all edits in random order, and check that the final weights equal the base weights byte for
+    byte."""
     active = dict(enumerate(edits))
     base = {x: experiment.model.weight(x).data.clone() for x in range(experiment.model.num_layers)}
     order = random.Random(0).sample(sorted(active), len(active))

@@ -1,17 +1,18 @@
-"""One edit, compared with the authors' own code; and queued edits, one after another and in batches.
+"""Single edits compared with the authors' code, and queued edits, run in sequence and in batches.
 
     python bench/edits.py --reference PATH
     python bench/edits.py --reference PATH --models shipped --rounds 5
     python bench/edits.py --models gpt2-xl --device cuda --rounds 3          # without the reference
     python bench/edits.py --batch-size 16 --active 0 100
 
-Both sides have the same contexts, second moment, hyperparameters and published form of the key, and compute one
-rank-one update, whose direction and norm must agree. Texts have no BOS token, which the authors' index arithmetic does
-not handle. "5/11 + 1" is a case whose subject ends with the fifth of eleven prompt tokens and whose object has one
-token. A second table has the shipped recipe, which the authors' code does not support.
+Both implementations have the same contexts, second moment, hyperparameters and published form of the key.
+They compute one rank-one update, whose direction and norm must agree. Texts have no BOS token, which the
+index arithmetic of the authors' code does not handle. "5/11 + 1" is a case whose subject ends with the fifth
+of eleven prompt tokens and whose object has one token. A second table has the shipped recipe, which the
+authors' code does not support.
 
-With --batch-size, that many edits are submitted at once to a running service, once to an engine that runs them one by
-one and once to an engine that runs them as a batch, on ledgers with --active other edits.
+With --batch-size, that many edits are submitted at once to a running service: once to an engine that runs
+them in sequence, and once to an engine that runs them as a batch, on ledgers with --active other edits.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class ServiceEdit:
 
 
 class EditBenchmark:
-    """A model with contexts and statistics for edits."""
+    """A model with the contexts and statistics of its edits."""
 
     def __init__(self, model: LoadedModel, parameters: RomeParameters) -> None:
         self.model, self.parameters = model, parameters

@@ -1,13 +1,14 @@
-"""Methods by measures on one model: single edits, and sequences with checkpoints; the tables of docs/evidence.md.
+"""Measures of each method on one model, for single edits and for sequences: the tables of docs/evidence.md.
 
     python bench/evidence.py --model FOLDER --records cases.json --data DATA --out runs/evidence
     python bench/evidence.py --only rome memit --single 300 --sequence 700
 
-The recipe is the one that `palimpsest tune` has written to DATA, else the model's own. Records at even indices are for
-tuning; those at odd indices are reported. Results are stored in --out, and an interrupted run resumes.
+The recipe is the one that `palimpsest tune` has written to DATA, else the model's own. Records at even
+indices are used for tuning; those at odd indices are reported. Results are stored in --out, and an
+interrupted run resumes.
 
-Methods that optimize the same value of the same edit share the search, which is stored in --out as well. The rate of
-edits per minute is therefore meaningful only for a new --out.
+Methods that optimize the same value of the same edit share the search, which is stored in --out as well. The
+rate of edits per minute is therefore meaningful only for a new --out.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Edits exported as a LoRA adapter and loaded with peft: rank, numerical rank, size, and the largest logit difference.
+"""Edits exported as a LoRA adapter and loaded with peft: ranks, size, and the largest logit difference.
 
     python bench/export.py                          # the shipped GPT: 1, 50 and 300 edits
     python bench/export.py --counts 1 10 --steps 5
     python bench/export.py --models llama-1b --random # a random model with random edits
 
-Edits change facts of the model's table to the object of another fact of the relation, with few optimization steps:
-their quality does not matter here, only that keys are those of real subjects. With --random, keys and values are
-random. The logits of the service are those of the version's weights in the resident model. They are compared with the
-base model loaded again with the adapter, unmerged and merged.
+Edits change facts of the model's table to the object of another fact of the relation, with few optimization
+steps. Their quality is not measured; only their keys must be those of real subjects. With --random, keys and
+values are random. The logits of the service are those of the version's weights in the resident model. They
+are compared with the base model loaded again with the adapter, unmerged and merged.
 """
 
 from __future__ import annotations

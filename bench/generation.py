@@ -1,22 +1,21 @@
-"""Throughput and time to first token of the service with several concurrent callers, compared with transformers.
+"""Throughput and time to first token of the service with concurrent callers, compared with transformers.
 
     python bench/generation.py
     python bench/generation.py --draw greedy --callers 32 --rounds 3
     python bench/generation.py --model gpt2-xl --device cuda --dtype float16 --without-edits
 
-The backends take turns within every round, on the same prompts:
+The backends run in turn within every round, on the same prompts:
 
-- one by one: `generate` of transformers, one request after another. With several callers the others wait in a queue;
-  the
-  wait is computed from the measured starts and ends.
+- one by one: `generate` of transformers, one request after another. With several callers the others wait in a
+  queue; the wait is computed from the measured starts and ends.
 - continuous: continuous batching of transformers, with as many requests in flight as there are callers.
-- ours: the embedded wiring (services, broker, engine, streams). Every caller reads a stream and sends its next request
-  when
-  the stream ends.
-- ours, editing: the same at the newest version, while one edit after another runs.
+- ours: the embedded wiring (services, broker, engine, streams). Every caller reads a stream and sends its
+  next request when the stream ends.
+- ours, editing: the same at the newest version, while edits run in sequence.
 
-Every generation has the same number of tokens within the model's max positions; end-of-text tokens do not stop it.
-Every figure is also given as a multiple of "one by one" in the same round. Greedy texts are compared token by token.
+Every generation has the same number of tokens within the model's max positions; end-of-text tokens do not
+stop it. Every measurement is also given as a multiple of "one by one" in the same round. Greedy texts are
+compared token by token.
 """
 
 from __future__ import annotations
@@ -146,7 +145,7 @@ class TokenTimer(BaseStreamer):  # type: ignore[misc]
 
 
 class SequentialBackend:
-    """Transformers' `generate`."""
+    """The `generate` method of transformers, one request after another."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model, self.stock_model = model, stock_model(model)
@@ -169,7 +168,8 @@ class SequentialBackend:
 
 
 class ContinuousBatchingBackend:
-    """Continuous batching of transformers, without shared prefixes, whose cached keys would be stale after an edit."""
+    """Continuous batching of transformers. Prefix sharing is disabled, because cached keys would be stale
+    after an edit."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model, self.stock_model = model, stock_model(model)
@@ -262,7 +262,7 @@ class ServiceBackend:
 
 @contextmanager
 def continuous_editing(bench_service: BenchService, cases: Sequence[Record]) -> Iterator[None]:
-    """Run one edit after another in a thread while the body runs."""
+    """Run edits in sequence in a thread while the body runs."""
     stop, running = threading.Event(), threading.Event()
 
     def edit() -> None:

@@ -1,10 +1,11 @@
-"""What the guard accepts and rejects: good edits, deliberately bad edits, and pairs of conflicting and other edits.
+"""Acceptance rates of the guard: good edits, deliberately bad edits, and pairs with and without a conflict.
 
     python bench/guard.py
     python bench/guard.py --cases 100
 
-Every edit is computed on the base model and evaluated alone by the guard at strength 1, with two paraphrases and five
-neighbours. Facts at even indices of the seeded order are for choosing limits, those at odd indices for reporting.
+Every edit is computed on the base model. The guard evaluates it alone at strength 1, with two paraphrases and
+five neighbours. Facts at even indices of the seeded order are used to choose limits, those at odd indices to
+report results.
 """
 
 from __future__ import annotations
@@ -229,7 +230,7 @@ def rejection_table(cases: dict[str, list[GuardCase]], split: str) -> Table:
 
 
 def figures_table(cases: dict[str, list[GuardCase]]) -> Table:
-    """Return the min, median and max figure of each check by kind of edit."""
+    """Return the minimum, median and maximum measurement of each check by kind of edit."""
     table = Table(title="figures: min, median, max", title_style="")
     names = sorted(
         {c.name for kind_cases in cases.values() for case in kind_cases for c in case.guard_result.checks}

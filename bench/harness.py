@@ -1,7 +1,7 @@
 """Interleaved timing of alternatives, and reports as printed and saved tables.
 
-Alternatives are timed in turn within each round, so that other load on the machine affects all of them, and their ratio
-is reported. A report is printed and saved with a description of the machine in runs/bench/NAME.json.
+Alternatives are timed in turn within each round, so that other load on the machine affects all of them. Their
+ratio is reported. A report is printed and saved with a description of the machine in runs/bench/NAME.json.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Spread:
         return low, high
 
     def ratio_to(self, other: Spread) -> Spread:
-        """Return the ratios by round, in which load common to both cancels."""
+        """Return the ratios by round; load common to both cancels."""
         return Spread(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
 
     def scaled(self, factor: float) -> Spread:

@@ -2,10 +2,10 @@
 
     python bench/http_overhead.py --repeat 300
 
-The baseline is the engine in process, with MemoryBroker and SQLite. It is compared with the same request over a
-persistent HTTP connection to `palimpsest api`, which passes it through Redis to `palimpsest worker`. Both have the same
-model and one thread, and take turns of a few requests. Under load, a second client sends requests to the side whose
-turn it is.
+The baseline is the engine in process, with MemoryBroker and SQLite. It is compared with the same request over
+a persistent HTTP connection to `palimpsest api`, which passes it through Redis to `palimpsest worker`. Both
+have the same model and one thread, and are measured in turn, a few requests at a time. Under load, a second
+client sends requests to the side that is measured.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def _time_calls(action: Callable[[], object], repeat: int) -> list[float]:
 
 
 def _time_redis_round_trip(broker: Broker, repeat: int) -> list[float]:
-    """Time a call that another thread answers at once, from sending to its end event."""
+    """Time a call that another thread answers at once, from its submission to its end event."""
     while deliveries := broker.receive(("generate",), 1000, 0):  # calls left by the timing of validation
         for delivery in deliveries:
             broker.ack(delivery)

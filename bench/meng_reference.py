@@ -1,10 +1,12 @@
-"""The authors' implementation of ROME and causal tracing (Meng et al. 2022), run from a checkout of their repository.
+"""The authors' implementation of ROME and causal tracing (Meng et al. 2022), run from a checkout.
 
-Their code is not included. Their modules are loaded from the checkout, changed in memory to run on the given device,
-and their functions `execute_rome`, `calculate_hidden_flow` and `trace_with_repatch` are called with our contexts,
-second moment and noise, so that both implementations solve the same problem.
+The code is not included in this repository. The modules are loaded from the checkout and changed in memory to
+run on the given device. The functions `execute_rome`, `calculate_hidden_flow` and `trace_with_repatch` are
+called with the contexts, second moment and noise of the service, so that both implementations solve the same
+problem.
 
-Their index arithmetic assumes that a tokenizer adds no BOS token; `without_bos` returns such a model.
+The index arithmetic of the reference assumes that a tokenizer adds no BOS token; `without_bos` returns such a
+model.
 """
 
 from __future__ import annotations
@@ -41,11 +43,11 @@ INSTALL_HINT = (
     "without it only our own code is measured."
 )
 REFERENCE_PACKAGES = ("rome", "util", "experiments")  # packages of the checkout that are loaded
-#: modules that theirs import and the functions called here do not use
+#: modules that the reference imports and that the functions called here do not use
 STUB_MODULES: Mapping[str, Mapping[str, Any]] = {
     "datasets": {"load_dataset": None},
     "dsets": {"KnownsDataset": None},
-    "util.globals": {"STATS_DIR": "", "DATA_DIR": ""},  # theirs reads a file in the working directory
+    "util.globals": {"STATS_DIR": "", "DATA_DIR": ""},  # the reference reads a file in the working directory
 }
 LOSS_PATTERN = re.compile(r"^loss (\S+) =", re.MULTILINE)  # the loss is only printed
 
@@ -61,7 +63,7 @@ def add_reference_option(parser: argparse.ArgumentParser) -> None:
 
 
 def load_reference(path: Path | None, report: Report) -> Reference | None:
-    """Return the reference, or None after a note in the report on how to get it."""
+    """Return the reference, or None after adding a note to the report on how to get it."""
     try:
         return Reference.load(path, report.device)
     except ReferenceMissing as error:
@@ -126,7 +128,8 @@ def _is_reference_module(name: str) -> bool:
 
 @contextlib.contextmanager
 def _reference_importable(root: Path, device: str) -> Iterator[None]:
-    """Make their packages importable within the context, and remove them from `sys.modules` afterwards."""
+    """Make the modules of the reference importable within the context, and remove them from `sys.modules`
+    afterwards."""
     finder = _Finder(root, device)
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_reference_module(name)}
     for name, contents in STUB_MODULES.items():
@@ -146,7 +149,7 @@ def _reference_importable(root: Path, device: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reference:
-    """Their modules, loaded for one device."""
+    """The modules of the reference, loaded for one device."""
 
     rome_main: Any
     compute_u: Any
@@ -169,16 +172,16 @@ class Reference:
 
 @dataclass(frozen=True)
 class ReferenceEdit:
-    """The update of one edit of theirs."""
+    """The update of one edit by the reference."""
 
     change: LowRank
     losses: list[float]  #: as printed, with three decimals
 
 
 class ReferenceEditor:
-    """Their editor for one model, with our contexts and second moment.
+    """The editor of the reference for one model, with the contexts and second moment of the service.
 
-    Their caches are module globals, so only the newest editor may be used.
+    Its caches are module globals, so only the newest editor may be used.
     """
 
     def __init__(
@@ -194,18 +197,18 @@ class ReferenceEditor:
         self._hparams = self._rome_main.ROMEHyperParams(**hyperparameters(model, parameters))
         self._steps = parameters.steps
         self._rome_main.CONTEXT_TEMPLATES_CACHE = ["{}", *(f"{c}. {{}}" for c in contexts)]
-        damped = (statistics.cholesky @ statistics.cholesky.T).float()  # theirs is fp32
+        damped = (statistics.cholesky @ statistics.cholesky.T).float()  # the reference computes in fp32
         self._compute_u.layer_stats = lambda *_, **__: SimpleNamespace(
             mom2=SimpleNamespace(moment=lambda: damped)
         )
         self.clear_inverse_cache()
 
     def clear_inverse_cache(self) -> None:
-        """Clear their cached inverse of the second moment."""
+        """Clear the cached inverse of the second moment."""
         self._compute_u.inv_mom2_cache.clear()
 
     def compute_inverse(self) -> Tensor:
-        """Return their inverse of the second moment, which the first edit computes."""
+        """Return the inverse of the second moment, which the first edit computes."""
         h = self._hparams
         layer = h.rewrite_module_tmp.format(h.layers[0])
         with _captured_stdout():
@@ -223,7 +226,8 @@ class ReferenceEditor:
 
 
 def hyperparameters(model: LoadedModel, parameters: RomeParameters) -> dict[str, Any]:
-    """Return our hyperparameters in their names. Their stop loss of 0.05 is a constant in their code."""
+    """Return the hyperparameters of the service under their names in the reference. The stop loss of 0.05 is
+    a constant in its code."""
     blocks, down = model.architecture.blocks, model.architecture.down_proj
     block = f"{blocks}.{{}}"
     return {
@@ -250,7 +254,7 @@ def hyperparameters(model: LoadedModel, parameters: RomeParameters) -> dict[str,
 
 
 class ReferenceTracer:
-    """Their tracer for one model."""
+    """The tracer of the reference for one model."""
 
     def __init__(self, reference: Reference, model: LoadedModel) -> None:
         self._causal_trace = reference.causal_trace
@@ -275,8 +279,8 @@ class ReferenceTracer:
     def severed(self, text: str, subject: str, cut: str, noise: float, samples: int = 10) -> Tensor:
         """Return the severed path (L,) at the subject's last token.
 
-        The held outputs come from other noise than the run, as in the figure of the paper: the scores differ from ours,
-        the work is the same.
+        The held outputs come from other noise than the run, as in the figure of the paper. The scores
+        therefore differ from those of the service; the work is the same.
         """
         causal_trace = self._causal_trace
         tokens = causal_trace.make_inputs(self._tokenizer, [text] * (samples + 1))
@@ -302,7 +306,7 @@ class ReferenceTracer:
 
 @contextlib.contextmanager
 def _captured_stdout() -> Iterator[io.StringIO]:
-    """Capture their output."""
+    """Capture the output of the reference."""
     buffer = io.StringIO()
     with contextlib.redirect_stdout(buffer):
         yield buffer

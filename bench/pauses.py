@@ -3,10 +3,10 @@
     python bench/pauses.py --edits 8
     python bench/pauses.py --edits 2 --batch-size 1 --active 1000
 
-`--active N` starts with N active edits in the ledger: random values at real keys, at the layer that the recipe edits.
-Prints the durations of one decode step alone, of the steps of an edit by phase, of the steps of building a version, and
-of the pauses between two tokens of a stream while edits are applied; then whether the longest pause is within one
-optimization step plus one decode step.
+`--active N` starts with N active edits in the ledger: random values at real keys, at the layer that the
+recipe edits. The output has the durations of one decode step alone, of the steps of an edit by phase, of the
+steps of building a version, and of the pauses between two tokens of a stream while edits are applied. It then
+states whether the longest pause is within one optimization step plus one decode step.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Proxy:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Close with RST, so that the peer gets an error and not an orderly end."""
+    """Close with RST, so that the peer gets an error instead of an orderly shutdown."""
     with suppress(OSError):
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
     writer.transport.abort()

@@ -5,7 +5,8 @@
     python bench/scaling.py edits traces
     python bench/scaling.py memory --models gpt2-xl --device cuda
 
-Keys are those of the model's corpus at the edited layer, one for each text. Values are random; the cost is the same.
+Keys are those of the model's corpus at the edited layer, one for each text. Values are random, which does not
+affect the cost.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def make_associations(model: LoadedModel, layer: int, texts: Sequence[str], coun
 def bench_versions(
     name: str, counts: Sequence[int], texts: Sequence[str], rounds: int, report: Report
 ) -> None:
-    """Time the composition of a version from nothing and from the version before it."""
+    """Time the composition of a version from nothing and from the previous version."""
     model = build_model(name, report.device)
     layer = EDIT_LAYERS.get(name, 0)
     all_associations = make_associations(model, layer, texts, max(counts))
@@ -360,7 +361,7 @@ def bench_memory(name: str, texts: Sequence[str], report: Report) -> None:
 
 
 def _trace_estimate(model: LoadedModel, prompt: str, samples: int) -> int:
-    """As the tracer makes it, which knows how many tracks each token has."""
+    """Return the memory estimate of the tracer, which depends on the number of tracks of each token."""
     q = build_trace_input(model, fill_prompt(prompt, SUBJECT), None, samples, 0.1, 1, None, ())
     tracer = FastTracer(model, q, list_cells(q, TRACE_KINDS, 10, False, model.num_layers))
     counts = {token: sum(map(len, chunks)) for token, chunks in tracer.chunks_by_token.items()}

@@ -1,12 +1,13 @@
-"""Causal traces, compared with the authors' own code on the same noise.
+"""Causal traces, compared with the authors' code on the same noise.
 
     python bench/traces.py --reference PATH
     python bench/traces.py --reference PATH --models shipped --rounds 5 --prompts 2
     python bench/traces.py --models gpt2-xl --device cuda --rounds 3          # without the reference
 
-One map of each kind, all three together, and the severed paths. The scores of the maps must agree. Scores of severed
-paths are not compared, because the authors' code holds outputs of other noise. Its three kinds share no work, so its
-"all three" is the sum of three calls. Texts have no BOS token, which its index arithmetic does not handle.
+The bench measures one map of each kind, all three maps together, and the severed paths. The scores of the
+maps must agree. Scores of severed paths are not compared, because the authors' code holds outputs of other
+noise. Its three kinds share no work, so its "all three" is the sum of three calls. Texts have no BOS token,
+which its index arithmetic does not handle.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class TraceBenchmark:
         )
 
     def theirs(self, what: str) -> dict[str, torch.Tensor]:
-        """Return their map of a kind, or their severed paths by the cut module."""
+        """Return the reference's map of a kind, or its severed paths by the cut module."""
         assert self.tracer
         noise = self.question.noise_level.value
         if what == SEVERED:
@@ -116,7 +117,7 @@ def compare_implementations(bench: TraceBenchmark, report: Report, rounds: int) 
             times.append([what, "", our_seconds, "", ""])
             work.append([what, "", spent / 1e9, least / 1e9, ""])
             continue
-        parts = TRACE_KINDS if what == ALL else (what,)  # of theirs
+        parts = TRACE_KINDS if what == ALL else (what,)  # of the reference
         their_seconds = _sum_spreads([seconds[f"theirs {relative}"] for relative in parts])
         difference_text = "not compared"
         if result.scores:
@@ -135,7 +136,8 @@ def compare_implementations(bench: TraceBenchmark, report: Report, rounds: int) 
 
 
 def max_score_difference(theirs: Mapping[str, torch.Tensor], ours: TraceResult) -> tuple[float, float]:
-    """Return the largest absolute and relative difference of the scores of a cell."""
+    """Return the largest absolute and the largest relative difference of the scores of all cells and
+    kinds."""
     pairs = [(torch.tensor(grid), theirs[kind]) for kind, grid in ours.scores.items()]
     apart = [((a - b).abs().max().item(), ((a - b) / b).abs().max().item()) for a, b in pairs]
     return max(x for x, _ in apart), max(x for _, x in apart)
