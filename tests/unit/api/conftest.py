@@ -1,4 +1,4 @@
-"""Fixtures of the HTTP door."""
+"""Fixtures of the tests of the HTTP API."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def client(test_app: TestApp) -> Iterator[TestClient]:
 
 @pytest.fixture
 def http_client(test_app: TestApp) -> Iterator[httpx.Client]:
-    """A client of the application on a port of its own."""
+    """A client of the application, which is served on its own port."""
     with run_http_server(test_app.app) as url, httpx.Client(base_url=url, timeout=60) as client:
         yield client

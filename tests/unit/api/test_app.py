@@ -1,4 +1,4 @@
-"""The application as a whole: its key, its exposure, its imports, its document."""
+"""The application as a whole: its API key, its address, its imports and its OpenAPI document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 
 
 def test_the_api_never_imports_torch() -> None:
-    """A process that imports the application holds no torch and no transformers."""
+    """Importing the application imports neither torch nor transformers."""
     code = "import sys, api.app; bad = {'torch', 'transformers'} & set(sys.modules); sys.exit(', '.join(bad) or None)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -30,7 +30,7 @@ EXPOSED = ["0.0.0.0", "::", "192.168.1.4", "example.org", ""]
 
 @pytest.mark.parametrize("host", EXPOSED)
 def test_without_a_key_only_loopback_is_served(tmp_path: Path, host: str) -> None:
-    """Without an API key a non-loopback address is rejected before anything is created."""
+    """A non-loopback address is rejected without an API key and accepted with one."""
     for key in (None, ""):
         with pytest.raises(Misconfigured):
             check_exposure(Settings(data_dir=tmp_path, host=host, api_key=key))
@@ -39,12 +39,12 @@ def test_without_a_key_only_loopback_is_served(tmp_path: Path, host: str) -> Non
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
 def test_loopback_needs_no_key(tmp_path: Path, host: str) -> None:
-    """Loopback needs no API key."""
+    """A loopback address is accepted without an API key."""
     check_exposure(Settings(data_dir=tmp_path, host=host))
 
 
 def test_a_made_key_is_no_root_key(test_app: TestApp) -> None:
-    """A created API key is rejected as root key."""
+    """A key created by `palimpsest keys create` is rejected as root key."""
     _, token = ApiKeys(test_app.database).create("k", ["read"])
     with pytest.raises(Misconfigured):
         check_exposure(Settings(api_key=token))
@@ -52,7 +52,8 @@ def test_a_made_key_is_no_root_key(test_app: TestApp) -> None:
 
 @pytest.mark.parametrize("host", EXPOSED)
 def test_an_exposed_application_needs_a_key(test_app: TestApp, host: str) -> None:
-    """With an existing database, the application is not created until it has an API key."""
+    """On a non-loopback address the application is not created until the database has an API key. Requests
+    without a key then get 401, also after the key is revoked."""
     settings = test_app.settings.model_copy(update={"host": host})
     check_exposure(settings)
     with pytest.raises(Misconfigured):
@@ -78,7 +79,7 @@ def app_with_root_key(tmp_path: Path) -> Any:
 def test_requests_without_the_root_key_get_401(
     app_with_root_key: TestApp, header: str | bytes | None
 ) -> None:
-    """Without the right key every route but health is 401, and nothing happens."""
+    """Without a valid key every route except the health routes returns 401, and no edit is created."""
     client = TestClient(app_with_root_key.app)
     sent = header.encode() if isinstance(header, str) else header
     headers = {} if sent is None else {b"authorization": sent}
@@ -92,7 +93,7 @@ def test_requests_without_the_root_key_get_401(
         assert answer.status_code == 401, path
         assert answer.headers["www-authenticate"] == "Bearer"
         assert answer.headers["content-type"] == "application/problem+json"
-    # the key comes before the body
+    # the key is checked before the body
     assert client.post("/edits", content=b"{", headers=headers).status_code == 401
     assert client.get("/healthz").status_code == 200
     assert client.get("/readyz").status_code == 200
@@ -100,7 +101,7 @@ def test_requests_without_the_root_key_get_401(
 
 
 def test_the_key_names_the_actor(app_with_root_key: TestApp) -> None:
-    """The resource names the actor without exposing the API key."""
+    """The resource names the actor and does not contain the API key."""
     headers = {b"authorization": "bearer  sesame é".encode()}
     answer = TestClient(app_with_root_key.app).post("/edits", json=TOWER, headers=headers)
     assert answer.status_code == 202
@@ -114,7 +115,8 @@ def test_without_a_key_the_actor_is_local(client: TestClient) -> None:
 
 
 def test_models_ledger_and_health(client: TestClient, worker: FakeWorker) -> None:
-    """The model, the ledger and its verification are served."""
+    """The routes for models, the ledger, its verification and readiness return the state after an edit and
+    its revert."""
     edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     client.delete(edit["links"]["self"])
     (model,) = client.get("/models").json()["items"]
@@ -132,8 +134,8 @@ def test_models_ledger_and_health(client: TestClient, worker: FakeWorker) -> Non
 
 
 def test_every_operation_documents_its_errors(test_app: TestApp) -> None:
-    """Every operation has a summary, a tag and its errors, as problems or, below /v1, as OpenAI's; every body has
-    examples."""
+    """Every operation has a summary, a tag and documented errors, and every JSON body has examples. Errors
+    are problem documents, or OpenAI's errors below /v1."""
     document = test_app.app.openapi()
     assert document["info"]["title"] == "Palimpsest"
     schemas = document["components"]["schemas"]
@@ -153,7 +155,7 @@ def test_every_operation_documents_its_errors(test_app: TestApp) -> None:
 
 
 def test_every_example_is_accepted(test_app: TestApp, client: TestClient, worker: FakeWorker) -> None:
-    """Every example of the document is a request that the service carries out."""
+    """Every example request of the OpenAPI document is accepted."""
     for path, operations in test_app.app.openapi()["paths"].items():
         sent = operations.get("post", {}).get("requestBody", {}).get("content", {})
         for example in sent.get("application/json", {}).get("examples", {}).values():

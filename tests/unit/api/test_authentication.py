@@ -19,7 +19,7 @@ def bearer_header(token: str) -> dict[str, str]:
 
 
 def make_token(test_app: TestApp, name: str, *scopes: str, **limits: int) -> str:
-    """The token of a new key."""
+    """Create an API key and return its token."""
     return ApiKeys(test_app.database).create(name, scopes, **limits)[1]
 
 
@@ -41,14 +41,15 @@ class Clock:
 
 
 def use_fake_clock(test_app: TestApp) -> Clock:
-    """API keys with a manual clock."""
+    """Replace the API keys of the application by ones with a manual clock."""
     clock = Clock()
     test_app.app.state.keys = ApiKeys(test_app.database, clock)
     return clock
 
 
 def test_the_first_key_makes_keys_required(test_app: TestApp, client: TestClient) -> None:
-    """Without a key everybody on this machine is in; once one was made, within five seconds, only its holder."""
+    """Requests need no key until the first API key is created. Afterwards every request except health needs
+    one, at the latest when the cache expires."""
     clock = use_fake_clock(test_app)
     assert client.get("/edits").status_code == 200
     token = make_token(test_app, "first", "read")
@@ -59,7 +60,8 @@ def test_the_first_key_makes_keys_required(test_app: TestApp, client: TestClient
 
 
 def test_a_revoked_key_is_rejected_after_five_seconds(test_app: TestApp, client: TestClient) -> None:
-    """A revocation is effective within five seconds, and revoking the last key does not disable authentication."""
+    """A revoked key is rejected when the cache expires. Revoking the last key does not disable
+    authentication."""
     clock = use_fake_clock(test_app)
     token = make_token(test_app, "gone", "read")
     assert client.get("/edits", headers=bearer_header(token)).status_code == 200
@@ -70,7 +72,8 @@ def test_a_revoked_key_is_rejected_after_five_seconds(test_app: TestApp, client:
 
 
 def test_table_keys_work_beside_a_root_key(app_with_root_key: TestApp) -> None:
-    """Where there is a root key, the keys of the table open too, and each is itself in the resource."""
+    """Keys of the database are valid in addition to the root key, and each is recorded as a separate
+    actor."""
     client = TestClient(app_with_root_key.app)
     token = make_token(app_with_root_key, "nightly-eval", "edit")
     assert (
@@ -102,7 +105,7 @@ def test_the_ledger_names_the_key(test_app: TestApp, worker: FakeWorker, client:
 def test_only_the_exact_bearer_token_is_accepted(
     app_with_root_key: TestApp, header: str | bytes | None
 ) -> None:
-    """A token that is cut, longer or of another scheme is 401, a problem with a challenge."""
+    """A malformed token, or one of another scheme, gets 401 with a challenge."""
     token = make_token(app_with_root_key, "k", "admin")
     sent = header.format(token).encode() if isinstance(header, str) else header
     answer = TestClient(app_with_root_key.app).get(
@@ -123,7 +126,7 @@ def app_with_unreadable_keys(app_with_root_key: TestApp) -> Iterator[TestApp]:
 
 
 def test_a_database_that_is_down_is_503(app_with_unreadable_keys: TestApp) -> None:
-    """While API keys cannot be read, requests with one get 503, not 401."""
+    """While the API keys cannot be read, a request with a key gets 503, not 401."""
     token = make_token(app_with_unreadable_keys, "k", "admin")
     client = TestClient(app_with_unreadable_keys.app, raise_server_exceptions=False)
     answer = client.get("/edits", headers=bearer_header(token))
@@ -132,7 +135,7 @@ def test_a_database_that_is_down_is_503(app_with_unreadable_keys: TestApp) -> No
 
 
 def test_the_root_key_needs_no_database(app_with_unreadable_keys: TestApp) -> None:
-    """The root key works while the table of keys is unavailable."""
+    """The root key is accepted while the table of API keys is unavailable."""
     client = TestClient(app_with_unreadable_keys.app)
     assert client.get("/edits", headers=bearer_header("sesame")).status_code == 200
     assert client.get("/edits", headers=bearer_header("wrong")).status_code == 401
@@ -141,7 +144,8 @@ def test_the_root_key_needs_no_database(app_with_unreadable_keys: TestApp) -> No
 def test_whether_keys_exist_must_be_known(
     test_app: TestApp, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On loopback, requests are rejected while it is unknown whether API keys exist."""
+    """Without a key, a request gets 503 while it is unknown whether API keys exist. The health route is not
+    affected."""
 
     def fails() -> bool:
         raise Unavailable("the database does not answer")
@@ -158,13 +162,13 @@ ELSEWHERE = ["evil.example", "evil.example:8000", "192.0.2.1", "127.0.0.1.evil.e
 
 @pytest.mark.parametrize("host", HERE)
 def test_a_name_of_this_machine_is_answered(client: TestClient, host: str) -> None:
-    """Without a key the service answers to the names of this machine, on any port."""
+    """Without a key, loopback host names are accepted on any port."""
     assert client.get("/edits", headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize("host", ELSEWHERE)
 def test_another_name_is_refused_without_a_key(client: TestClient, test_app: TestApp, host: str) -> None:
-    """Without a key no other name is answered: a page that lets its own name point here gets nothing."""
+    """Without a key, other host names get 403. This prevents DNS rebinding."""
     for answer in (
         client.get("/edits", headers={"host": host}),
         client.post("/edits", headers={"host": host}, json=TOWER),
@@ -175,6 +179,6 @@ def test_another_name_is_refused_without_a_key(client: TestClient, test_app: Tes
 
 
 def test_with_a_key_any_name_is_answered(app_with_root_key: TestApp) -> None:
-    """Where a key is needed a proxy may call the service as it likes."""
+    """With a key, any host name is accepted, as a proxy may send another one."""
     client = TestClient(app_with_root_key.app, headers=bearer_header("sesame"))
     assert client.get("/edits", headers={"host": "model.example"}).status_code == 200

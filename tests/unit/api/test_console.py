@@ -1,4 +1,4 @@
-"""The console as files: how they are served, under which policy, and what they may not hold."""
+"""The static files of the console: responses, content security policy and forbidden content."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SCRIPTS = sorted(CONSOLE_DIR.glob("*.js"))
 
 @pytest.fixture
 def wiring() -> dict[str, Any]:
-    """Which stores there are makes no difference to files."""
+    """Return the embedded wiring only, because static files do not depend on the stores."""
     return {}
 
 
 def test_the_page_is_for_people(client: TestClient) -> None:
-    """`/` is HTML under a policy that lets it load from this service only, and make no markup of data."""
+    """`/` is HTML with a content security policy that allows no other host."""
     answer = client.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
@@ -34,15 +34,15 @@ def test_the_page_is_for_people(client: TestClient) -> None:
 
 
 def test_a_program_is_told_where_to_go(client: TestClient) -> None:
-    """A request for `/` that accepts only JSON is 406 with a pointer to the API description."""
+    """A request for `/` that accepts only JSON gets 406 with a pointer to the OpenAPI document."""
     answer = client.get("/", headers={"Accept": "application/json"})
     assert answer.status_code == 406
     assert "/openapi.json" in answer.json()["detail"]
 
 
 def test_everything_the_page_names_is_there(client: TestClient) -> None:
-    """Each style, script and icon that the page or a script names is served with its type, and nothing else lies
-    there."""
+    """Each style, script and icon that the page or a script references is served with its media type. The
+    folder has no other files."""
     page = client.get("/").text
     named = {name.removeprefix("console/") for name in re.findall(r'(?:src|href)="(console/[^"]+)"', page)}
     for script in SCRIPTS:
@@ -58,7 +58,7 @@ def test_everything_the_page_names_is_there(client: TestClient) -> None:
     "name", ["nothing.js", "index.html", "..%2fapp.py", "%2e%2e/app.py", ".", "main.js%00"]
 )
 def test_nothing_else_is_served(client: TestClient, name: str) -> None:
-    """A name that is not a file of the console is 404, including path traversal."""
+    """A name that is not a file of the console gets 404, including path traversal."""
     assert client.get(f"/console/{name}").status_code == 404
 
 
@@ -75,7 +75,7 @@ def test_what_a_browser_has_is_not_sent_again(client: TestClient, path: str) -> 
 
 
 def test_no_key_is_needed_to_read_it(tmp_path: Path) -> None:
-    """The page needs no API key, and the routes that it calls do."""
+    """The files of the console need no API key, and the routes that it calls need one."""
     test_app = TestApp(tmp_path, api_key="k")
     stranger = TestClient(test_app.app)
     assert {stranger.get(path).status_code for path in ("/", "/console/style.css")} == {200}
@@ -85,19 +85,19 @@ def test_no_key_is_needed_to_read_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_data_never_becomes_markup(script: Path) -> None:
-    """No script writes markup, runs text as code, or has a handler in an attribute."""
+    """No script creates markup from text, evaluates text as code, or sets a handler attribute."""
     forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|setAttribute\(.on|DOMParser"
     assert not re.search(forbidden, script.read_text(encoding="utf-8"))
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:
-    """No file of the console names another host; the name of SVG's own space is none."""
+    """No file of the console references another host, apart from the SVG namespace."""
     for name, part in console_files().items():
         text = part.content.decode().replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|//\w+\.\w+/|@import", text), name
 
 
 def test_markup_has_no_code_and_no_style_of_its_own() -> None:
-    """The page has no inline script, style or handler, which its policy would forbid."""
+    """The page has no inline script, style or handler."""
     page = console_files()["index.html"].content.decode()
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)

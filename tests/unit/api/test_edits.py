@@ -12,7 +12,7 @@ from tests.support.application import TOWER, FakeWorker, TestApp
 
 
 def test_an_edit_is_accepted_with_its_place(client: TestClient) -> None:
-    """An edit is answered with 202, its Location and the queued resource."""
+    """POST returns 202 with the Location and the queued resource."""
     answer = client.post("/edits", json=TOWER)
     assert answer.status_code == 202
     edit = answer.json()
@@ -22,7 +22,7 @@ def test_an_edit_is_accepted_with_its_place(client: TestClient) -> None:
 
 
 def test_many_edits_are_queued_together(client: TestClient) -> None:
-    """Several edits give their resources in order, and a list of one still gives items."""
+    """A list of edits returns their resources in order in `items`, also for a list of one."""
     big = {"subject": "Big Ben", "prompt": "{} stands in", "target_new": "Lisbon"}
     answer = client.post("/edits", json={"edits": [TOWER, big]})
     assert answer.status_code == 202
@@ -32,7 +32,7 @@ def test_many_edits_are_queued_together(client: TestClient) -> None:
 
 
 def test_one_bad_edit_keeps_all_out(client: TestClient) -> None:
-    """When one of several is invalid nothing is queued, and the answer says which one and what to change."""
+    """An invalid edit in a list rejects the whole list. The error names the edit and its field."""
     answer = client.post("/edits", json={"edits": [TOWER, TOWER | {"prompt": "no slot"}]})
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == "edits.1.prompt"
@@ -67,7 +67,8 @@ def test_one_bad_edit_keeps_all_out(client: TestClient) -> None:
     ],
 )
 def test_bad_input_is_refused_in_plain_words(client: TestClient, change: dict[str, Any], field: str) -> None:
-    """Bad input gets 422 with the field and what to change, and nothing else happens."""
+    """Invalid input gets 422 with the field and a message without pydantic's wording, and no edit is
+    created."""
     answer = client.post("/edits", json=TOWER | change)
     assert answer.status_code == 422
     assert answer.headers["content-type"] == "application/problem+json"
@@ -82,7 +83,7 @@ def test_bad_input_is_refused_in_plain_words(client: TestClient, change: dict[st
 
 
 def test_missing_fields_are_named(client: TestClient) -> None:
-    """Every missing field is named at once."""
+    """The error lists every missing field."""
     fields = [e["field"] for e in client.post("/edits", json={}).json()["errors"]]
     assert fields == ["subject", "prompt", "target_new"]
 
@@ -114,13 +115,13 @@ def test_unknown_ids_are_not_found(client: TestClient) -> None:
 
 
 def test_a_trace_is_no_edit(client: TestClient) -> None:
-    """The id of a trace is not found among the edits."""
+    """The id of a trace gets 404 as an edit."""
     trace = client.post("/trace", json={"prompt": "Big Ben is in", "subject": "Big Ben"}).json()
     assert client.get(f"/edits/{trace['id']}").status_code == 404
 
 
 def test_waiting_holds_the_answer(client: TestClient, worker: FakeWorker) -> None:
-    """With Prefer: wait the answer comes when the edit has ended, with 200 and its result."""
+    """With Prefer: wait the response is sent when the edit has ended, with 200 and its result."""
     answer = client.post("/edits", json=TOWER, headers={"prefer": "respond-async, wait=20"})
     assert answer.status_code == 200
     assert answer.headers["preference-applied"] == "wait=20"
@@ -130,7 +131,7 @@ def test_waiting_holds_the_answer(client: TestClient, worker: FakeWorker) -> Non
 
 
 def test_waiting_ends_when_the_time_is_up(client: TestClient) -> None:
-    """When the time is up first the answer is still 202."""
+    """If the edit has not ended within the requested time, the response is 202."""
     answer = client.post("/edits", json=TOWER, headers={"prefer": "wait=1"})
     assert answer.status_code == 202
     assert answer.json()["status"] == "queued"
@@ -140,20 +141,20 @@ def test_waiting_ends_when_the_time_is_up(client: TestClient) -> None:
     "prefer", ["wait=", "wait=-1", "wait=abc", "handling=lenient", "await=20", "", ";;,", "wait=1e9"]
 )
 def test_a_preference_that_says_nothing_is_ignored(client: TestClient, prefer: str) -> None:
-    """Unknown preferences are ignored (RFC 7240)."""
+    """Unknown and malformed preferences are ignored (RFC 7240)."""
     answer = client.post("/edits", json=TOWER, headers={"prefer": prefer})
     assert answer.status_code == 202
     assert "preference-applied" not in answer.headers
 
 
 def test_the_wait_is_capped(client: TestClient, worker: FakeWorker) -> None:
-    """The wait is at most a minute."""
+    """The wait is limited to 60 seconds."""
     answer = client.post("/edits", json=TOWER, headers={"prefer": 'wait="999999"'})
     assert answer.headers["preference-applied"] == "wait=60"
 
 
 def test_get_waits_too(client: TestClient, worker: FakeWorker) -> None:
-    """A GET with Prefer: wait is answered when the edit ends."""
+    """A GET with Prefer: wait returns when the edit has ended."""
     worker.may_finish.clear()
     edit = client.post("/edits", json=TOWER).json()
     threading.Timer(0.2, worker.may_finish.set).start()
@@ -163,7 +164,8 @@ def test_get_waits_too(client: TestClient, worker: FakeWorker) -> None:
 
 
 def test_the_same_idempotency_key_creates_one_edit(client: TestClient) -> None:
-    """A request sent again with its Idempotency-Key gives the same edit, however it is spaced."""
+    """A repeated request with the same Idempotency-Key returns the same edit, also with its fields in another
+    order."""
     key = {"idempotency-key": "k-1"}
     first = client.post("/edits", json=TOWER, headers=key)
     again = client.post("/edits", json=dict(reversed(TOWER.items())), headers=key)
@@ -173,7 +175,7 @@ def test_the_same_idempotency_key_creates_one_edit(client: TestClient) -> None:
 
 
 def test_a_key_belongs_to_one_body(client: TestClient) -> None:
-    """The same key with another body is rejected, also on another path."""
+    """An Idempotency-Key with another body, or on another path, gets 422."""
     key = {"idempotency-key": "k-1"}
     client.post("/edits", json=TOWER, headers=key)
     other = client.post("/edits", json=TOWER | {"target_new": "Oslo"}, headers=key)
@@ -184,7 +186,7 @@ def test_a_key_belongs_to_one_body(client: TestClient) -> None:
 
 @pytest.mark.parametrize("key", ["", " ", "a" * 256, "a b", b"\xff\xfe"])
 def test_an_invalid_idempotency_key_is_refused(client: TestClient, key: str | bytes) -> None:
-    """An Idempotency-Key that is empty, too long or not ASCII is rejected."""
+    """An Idempotency-Key that is empty, too long, contains spaces or is not ASCII gets 422."""
     answer = client.post(
         "/edits", json=TOWER, headers=[(b"idempotency-key", key if isinstance(key, bytes) else key.encode())]
     )
@@ -204,14 +206,15 @@ def test_delete_reverts_an_applied_edit(client: TestClient, worker: FakeWorker) 
 
 
 def test_delete_cancels_a_waiting_edit(client: TestClient) -> None:
-    """DELETE of a queued edit cancels it."""
+    """DELETE cancels a queued edit and is idempotent."""
     edit = client.post("/edits", json=TOWER).json()
     assert client.delete(edit["links"]["self"]).json()["status"] == "cancelled"
     assert client.delete(edit["links"]["self"]).json()["status"] == "cancelled"
 
 
 def test_delete_cancels_a_running_edit(client: TestClient, worker: FakeWorker) -> None:
-    """DELETE of a running edit requests its cancellation; Prefer: wait waits for it."""
+    """DELETE of a running edit requests its cancellation; with Prefer: wait it returns when the edit has
+    ended."""
     worker.may_finish.clear()
     edit = client.post("/edits", json=TOWER).json()
     assert worker.progress_reported.wait(60)
@@ -221,7 +224,7 @@ def test_delete_cancels_a_running_edit(client: TestClient, worker: FakeWorker) -
 
 
 def test_the_delta_is_a_file(client: TestClient, worker: FakeWorker) -> None:
-    """An applied edit's factors come as a file named after it."""
+    """The factors of an applied edit are downloaded as a file named after its id."""
     edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     answer = client.get(edit["links"]["delta"])
     assert answer.content == b"factors of " + edit["id"].encode()
@@ -230,13 +233,13 @@ def test_the_delta_is_a_file(client: TestClient, worker: FakeWorker) -> None:
 
 
 def test_an_edit_that_was_never_applied_has_no_delta(client: TestClient) -> None:
-    """The state of a queued edit forbids its delta."""
+    """The delta of a queued edit gets 409."""
     edit = client.post("/edits", json=TOWER).json()
     assert client.get(edit["links"]["delta"]).status_code == 409
 
 
 def test_pages_hold_every_edit_once(client: TestClient) -> None:
-    """Following `next` gives every edit once, newest first; filters narrow the list."""
+    """Following `next` returns every edit once, newest first. Filters select edits by status and subject."""
     made = [client.post("/edits", json=TOWER | {"subject": f"Tower {i}"}).json()["id"] for i in range(5)]
     client.delete(f"/edits/{made[2]}")
     seen: list[str] = []
@@ -261,7 +264,7 @@ def test_pages_hold_every_edit_once(client: TestClient) -> None:
     ],
 )  # fmt: skip
 def test_bad_queries_are_refused(client: TestClient, query: str) -> None:
-    """An invalid limit, status or cursor gets 422."""
+    """An invalid limit or status gets 422, and an invalid cursor causes no server error."""
     answer = client.get(f"/edits?{query}")
     assert answer.status_code == 422 or (answer.status_code == 200 and query.startswith("cursor="))
     if query.startswith("cursor="):
@@ -269,7 +272,7 @@ def test_bad_queries_are_refused(client: TestClient, query: str) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(tmp_path: Any, wiring: dict[str, Any]) -> None:
-    """When the queue is full the answer is 429 with Retry-After, and nothing is queued."""
+    """When the queue is full, the response is 429 with Retry-After, and no edit is queued."""
     test_app = TestApp(tmp_path, max_queue=2, **wiring)
     client = TestClient(test_app.app, raise_server_exceptions=False)
     answer = client.post("/edits", json={"edits": [TOWER] * 3})
@@ -280,7 +283,7 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Any, wiring: dict[str, An
 
 
 def test_rejected_edits_show_their_figures(client: TestClient, worker: FakeWorker) -> None:
-    """An edit that fails its guard ends as rejected with what was measured, and has no version."""
+    """An edit that the guard rejects has its measurements and no version."""
     worker.reject_edits = True
     edit = client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     assert (edit["status"], edit["version"], edit["result"]) == ("rejected", None, {"es": 0.0})

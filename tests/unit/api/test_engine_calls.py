@@ -24,7 +24,7 @@ END = Event("3", "end", {"choices": []})
 
 
 class FakeBroker:
-    """A queue that tells `events`, each after some silence, and knows a call `known` times."""
+    """A broker that sends `events` once `may_send` is set, and answers `is_pending` from a list."""
 
     def __init__(self, *events: Event, is_pending_replies: list[bool] | None = None) -> None:
         self.pending_events, self.is_pending_replies = events, is_pending_replies or []
@@ -48,7 +48,7 @@ class FakeBroker:
 
 
 class FakeServices:
-    """Fake services that count resubmissions."""
+    """Services that count resubmissions and let the broker send its events after `answers_after` of them."""
 
     def __init__(self, broker: FakeBroker, answers_after: int = 1) -> None:
         self.resubmitted: list[tuple[str, str]] = []
@@ -73,7 +73,7 @@ def short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def collect_call_events(services: FakeServices) -> list[Event]:
-    """The events that a client receives for a call."""
+    """Return the events that a client receives for a call."""
 
     async def listen() -> list[Event]:
         async with asyncio.timeout(20):
@@ -95,7 +95,7 @@ def test_a_lost_call_is_resubmitted() -> None:
 
 
 def test_resubmissions_are_limited() -> None:
-    """A queue that loses the same call again and again is given up."""
+    """A call that the broker loses repeatedly fails after `MAX_RESUBMISSIONS` resubmissions."""
     services = FakeServices(FakeBroker(END, is_pending_replies=[False] * 100), answers_after=99)
     with pytest.raises(Unavailable, match="repeatedly"):
         collect_call_events(services)
@@ -103,7 +103,7 @@ def test_resubmissions_are_limited() -> None:
 
 
 def test_a_call_fails_without_an_alive_worker() -> None:
-    """A silent call fails if no worker is alive, and continues otherwise."""
+    """A call without events fails if no worker is alive."""
     services = FakeServices(FakeBroker(END))
     services.no_worker = True
     with pytest.raises(Unavailable, match="no worker is alive"):
@@ -111,7 +111,7 @@ def test_a_call_fails_without_an_alive_worker() -> None:
 
 
 def test_a_queue_that_is_down_is_waited_for() -> None:
-    """While the queue does not answer nothing is known to be lost: its events say when it stays away."""
+    """While the broker is unavailable, a call is not treated as lost and is not resubmitted."""
     services = FakeServices(FakeBroker(END))
     services.broker.down = True
 
@@ -124,7 +124,7 @@ def test_a_queue_that_is_down_is_waited_for() -> None:
 
 
 def test_a_waiting_request_survives_a_lost_call(client: TestClient, test_app: TestApp) -> None:
-    """A client whose request was lost by the queue before any worker saw it gets its answer."""
+    """A request whose call the broker lost before any worker received it is resubmitted and answered."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.post, "/generate", json={"prompt": PROMPT})
         (lost,) = test_app.broker.receive(["generate"], 1, 10)
@@ -134,7 +134,7 @@ def test_a_waiting_request_survives_a_lost_call(client: TestClient, test_app: Te
 
 
 def test_cancel_ignores_a_broker_outage() -> None:
-    """Cancelling a call ignores a broker outage."""
+    """Cancelling a call raises no error while the broker is unavailable."""
     services = FakeServices(FakeBroker())
     call: Any = EngineCall("generate", "c", GenerateRequest(prompt="x"), services, services.broker)  # type: ignore[arg-type]
     asyncio.run(call.cancel())

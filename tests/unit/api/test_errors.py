@@ -50,20 +50,22 @@ def assert_problem(answer: Any, status: int) -> None:
 
 @pytest.mark.parametrize("path", POSTS)
 def test_what_is_no_json_is_400(client: TestClient, path: str) -> None:
-    """A body that is no JSON is 400: broken, not finite, not UTF-8, too deep, too many digits, half characters."""
+    """A malformed JSON body gets 400: invalid syntax, non-finite numbers, invalid UTF-8, lone surrogates,
+    deep nesting or too many digits."""
     for body in MALFORMED:
         assert_problem(client.post(path, content=body, headers=JSON), 400)
 
 
 @pytest.mark.parametrize("declared", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json", ";", "application/jsonp"])  # fmt: skip
 def test_a_body_must_say_that_it_is_json(client: TestClient, declared: str | None) -> None:
-    """A body of another type is 415: a web page of another origin cannot post without a preflight request."""
+    """A body of another media type gets 415, so a page of another origin cannot post without a preflight
+    request."""
     headers = {} if declared is None else {"content-type": declared}
     assert_problem(client.post("/generate", content=b'{"prompt": "x"}', headers=headers), 415)
 
 
 def test_json_may_name_its_charset(client: TestClient) -> None:
-    """A parameter after application/json changes nothing."""
+    """A charset parameter after application/json is accepted."""
     answer = client.post("/edits", json=TOWER, headers={"content-type": "Application/JSON; charset=utf-8"})
     assert answer.status_code == 202
 
@@ -75,7 +77,7 @@ def test_no_body_at_all_is_422(client: TestClient) -> None:
 
 
 def test_a_large_body_is_413(client: TestClient) -> None:
-    """More than a megabyte is not read, whether its length is declared or not."""
+    """A body of more than one megabyte gets 413, with and without Content-Length."""
     large = b'{"prompt": "' + b"x" * 1_000_001 + b'"}'
     assert_problem(client.post("/generate", content=large, headers=JSON), 413)
     chunks = (large[i : i + 50_000] for i in range(0, len(large), 50_000))
@@ -86,7 +88,7 @@ def test_a_large_body_is_413(client: TestClient) -> None:
 
 
 def test_paths_and_methods_that_are_not_served(client: TestClient) -> None:
-    """Unknown paths are 404 and unknown methods 405, as problems."""
+    """Unknown paths get 404 and unknown methods 405, as problem documents."""
     assert_problem(client.get("/nowhere"), 404)
     assert_problem(client.get("/edits/"), 404)
     assert_problem(client.get("/%ff%00"), 404)
@@ -97,7 +99,7 @@ def test_paths_and_methods_that_are_not_served(client: TestClient) -> None:
 
 
 def test_a_hundred_random_bodies_give_no_fault(client: TestClient) -> None:
-    """Whatever bytes come in, the answer is a 4xx and a problem."""
+    """A random body gets a 4xx response with a problem document."""
     chance = random.Random(7)
     parts = [
         b"{",
@@ -138,7 +140,7 @@ def test_a_hundred_random_bodies_give_no_fault(client: TestClient) -> None:
     "value", [None, True, 0, -1, 2**63, 10**400, 1.5, -0.0, "", " ", "\x00", "{}", "%s%n", "\U0001f9e8", [], [[]], {}, {"a": 1}]
 )  # fmt: skip
 def test_any_value_in_any_field_gives_no_fault(client: TestClient, value: Any) -> None:
-    """A wrong value in any one field is answered, and never with a fault."""
+    """Any value in any one field is accepted or gets 422."""
     bodies: dict[str, dict[str, Any]] = {
         "/edits": TOWER | dict.fromkeys(("target_true", "method", "hparams", "probes", "guard", "dry_run")),
         "/trace": {"prompt": PROMPT, "subject": "Eiffel Tower"}
@@ -156,7 +158,7 @@ def test_any_value_in_any_field_gives_no_fault(client: TestClient, value: Any) -
 def test_a_fault_hides_its_message(
     client: TestClient, test_app: TestApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An unforeseen error is a 500 without its words."""
+    """An unexpected exception gets 500 without its message or traceback."""
 
     def fails(*_: Any) -> None:
         raise RuntimeError("the password is swordfish")
@@ -171,7 +173,7 @@ def test_a_fault_hides_its_message(
 def test_a_dead_database_is_503(
     client: TestClient, test_app: TestApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When a dependency is down the answer is 503 and names it, without the driver's words."""
+    """An unavailable database gets 503 with a message that names it and omits the driver's message."""
 
     def fails(*_: Any) -> None:
         raise OperationalError("SELECT secret", {}, Exception("host 10.1.2.3"))
@@ -184,7 +186,7 @@ def test_a_dead_database_is_503(
 
 
 def test_without_a_model_requests_are_503(tmp_path: Path, wiring: dict[str, Any]) -> None:
-    """Until a worker has loaded a model everything that needs one is 503, but the process is alive."""
+    """Routes that need a model return 503 until a worker has loaded one, while /healthz returns 200."""
     test_app = TestApp(tmp_path, register=False, **wiring)
     client = TestClient(test_app.app, raise_server_exceptions=False)
     for answer in (client.get("/models"), client.get("/readyz"), client.post("/edits", json=TOWER)):
@@ -194,12 +196,13 @@ def test_without_a_model_requests_are_503(tmp_path: Path, wiring: dict[str, Any]
 
 
 def test_a_problem_can_hold_any_text() -> None:
-    """Half of a surrogate pair in an error does not break the answer that tells of it."""
+    """A lone surrogate in an error is replaced, and the problem document is encoded."""
     assert errors.encode_json({"detail": "\ud800 é"}) == '{"detail": "? é"}'.encode()
 
 
 def test_every_domain_error_has_a_status() -> None:
-    """The table knows each error that can reach a client; those that cannot are faults."""
+    """Domain errors that can reach a client have a status; other domain errors are 500. Every status has a
+    description."""
     assert errors.status_of(domain_errors.InvalidInput("x")) == 422
     assert errors.status_of(domain_errors.QueueFull("x")) == 429
     assert errors.status_of(domain_errors.LeaseLost("x")) == 500

@@ -15,8 +15,7 @@ WAIT = {"prefer": "wait=20"}
 
 
 def test_an_evaluation_is_accepted_and_done(client: TestClient, worker: FakeWorker) -> None:
-    """An evaluation is answered with its place; with Prefer: wait it is answered done. A list leaves out what it
-    found."""
+    """POST with Prefer: wait returns the Location and the finished evaluation. The list omits the result."""
     answer = client.post("/evaluations", json=EVALUATION_BODY, headers=WAIT)
     assert answer.status_code == 200
     evaluation = answer.json()
@@ -55,7 +54,7 @@ def test_bad_evaluations_are_refused(client: TestClient, body: dict[str, Any], f
 
 
 def test_the_same_key_evaluates_once(client: TestClient) -> None:
-    """A repeated Idempotency-Key returns the same evaluation; with other records it is rejected."""
+    """A repeated Idempotency-Key returns the same evaluation; with other records it gets 422."""
     key = {"idempotency-key": "e"}
     first, again = (client.post("/evaluations", json=EVALUATION_BODY, headers=key) for _ in range(2))
     assert first.json() == again.json()
@@ -64,7 +63,7 @@ def test_the_same_key_evaluates_once(client: TestClient) -> None:
 
 
 def test_delete_cancels_an_evaluation(client: TestClient) -> None:
-    """DELETE cancels a waiting evaluation; saying it twice is harmless."""
+    """DELETE cancels a queued evaluation and is idempotent. An unknown id gets 404."""
     evaluation = client.post("/evaluations", json={"dataset": "facts", "limit": 3}).json()
     for _ in range(2):
         answer = client.delete(evaluation["links"]["self"])
@@ -73,7 +72,7 @@ def test_delete_cancels_an_evaluation(client: TestClient) -> None:
 
 
 def test_the_event_stream_ends_with_the_result(client: TestClient, worker: FakeWorker) -> None:
-    """The events of an evaluation end with what it found."""
+    """The event stream of an evaluation ends with an `end` event that has the result."""
     evaluation = client.post("/evaluations", json=EVALUATION_BODY, headers=WAIT).json()
     stream_text = client.get(evaluation["links"]["events"]).text
     assert "event: end" in stream_text and '"ES"' in stream_text
@@ -91,7 +90,7 @@ def test_the_event_stream_ends_with_the_result(client: TestClient, worker: FakeW
 def test_accept_chooses_the_form(
     client: TestClient, worker: FakeWorker, accept: str, content_type: str, begins: bytes
 ) -> None:
-    """An evaluation that is done comes as its report, as the plot or as JSON."""
+    """The Accept header selects the report, the plot or JSON of a finished evaluation."""
     evaluation = client.post("/evaluations", json=EVALUATION_BODY, headers=WAIT).json()
     answer = client.get(evaluation["links"]["self"], headers={"accept": accept})
     assert (answer.status_code, answer.headers["content-type"]) == (200, content_type)
@@ -100,7 +99,7 @@ def test_accept_chooses_the_form(
 
 
 def test_there_is_no_report_before_the_end(client: TestClient) -> None:
-    """Asking for the report of an evaluation that is not done is 409."""
+    """The report of an evaluation that has not finished gets 409."""
     evaluation = client.post("/evaluations", json=EVALUATION_BODY).json()
     answer = client.get(evaluation["links"]["self"], headers={"accept": "text/html"})
     assert answer.status_code == 409
@@ -108,7 +107,7 @@ def test_there_is_no_report_before_the_end(client: TestClient) -> None:
 
 
 def test_records_may_be_larger_than_other_bodies(tmp_path: Path) -> None:
-    """POST /evaluations has its own body limit; other routes keep theirs."""
+    """POST /evaluations has a separate body limit; other routes have `max_body`."""
     test_app = TestApp(tmp_path, max_body=2000, max_records_body=10_000)
     client = TestClient(test_app.app)
     assert client.post("/evaluations", json={"records": [TOWER] * 40}).status_code == 202

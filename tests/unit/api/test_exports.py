@@ -1,4 +1,4 @@
-"""Exports and imports over HTTP, on each wiring: api.routes.exports."""
+"""Exports and imports over HTTP: api.routes.exports."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ WAIT = {"Prefer": "wait=20"}
 
 @pytest.fixture
 def applied_edit(client: TestClient, worker: FakeWorker) -> dict[str, Any]:
-    """An edit that is applied at version 1."""
+    """Return an edit that is applied at version 1."""
     return client.post("/edits", json=TOWER, headers=WAIT).json()  # type: ignore[no-any-return]
 
 
 def export_edit_set(client: TestClient) -> bytes:
-    """The edit set of the newest version."""
+    """Return the edit set of the newest version."""
     export = client.post("/exports", json={"format": "edits"})
     return client.get(export.json()["links"]["file"]).content
 
 
 def test_export_of_an_adapter(client: TestClient, applied_edit: dict[str, Any]) -> None:
-    """An export is a job; its file is downloaded from `links.file` with a name that states its content."""
+    """An export is a job. Its file is downloaded from `links.file` with a name that has the model, version
+    and format."""
     created = client.post("/exports", json={"version": "head", "format": "peft"}, headers=WAIT)
     export = created.json()
     assert (created.status_code, created.headers["location"]) == (200, f"/exports/{export['id']}")
@@ -45,7 +46,7 @@ def test_export_of_an_adapter(client: TestClient, applied_edit: dict[str, Any]) 
 def test_export_is_202_while_it_is_open(
     client: TestClient, worker: FakeWorker, applied_edit: dict[str, Any]
 ) -> None:
-    """The response is 202, and the file 409, until the worker has finished."""
+    """While an export is running, POST returns 202 with the same export, and its file gets 409."""
     worker.may_finish.clear()
     created = client.post("/exports", json={})
     export = created.json()
@@ -58,7 +59,7 @@ def test_export_is_202_while_it_is_open(
 
 
 def test_edit_set_needs_no_worker(client: TestClient, test_app: TestApp) -> None:
-    """An edit set is read from the ledger: the export is done when it is created."""
+    """An edit set is read from the ledger, so its export is done when it is created."""
     test_app.start_fake_worker()
     edit = client.post("/edits", json=TOWER, headers=WAIT).json()
     test_app.worker_parts.session.deregister()
@@ -88,7 +89,7 @@ def test_edit_set_needs_no_worker(client: TestClient, test_app: TestApp) -> None
 def test_invalid_exports_are_422(
     client: TestClient, applied_edit: dict[str, Any], body: dict[str, Any], field: str
 ) -> None:
-    """Unknown versions and formats, and versions without active edits, are rejected."""
+    """Unknown versions and formats, and versions without active edits, get 422."""
     answer = client.post("/exports", json=body)
     assert answer.status_code == 422
     assert [error["field"] for error in answer.json()["errors"]] == [field]
@@ -97,7 +98,7 @@ def test_invalid_exports_are_422(
 def test_failed_export_has_a_code(
     client: TestClient, worker: FakeWorker, applied_edit: dict[str, Any]
 ) -> None:
-    """A failed export has the code of its error and no file; the next request creates a new one."""
+    """A failed export has the code of its error and no file; the next request creates a new export."""
     worker.export_error = InvalidInput("the edited weights are too large.")
     failed = client.post("/exports", json={}, headers=WAIT).json()
     assert (failed["status"], failed["error"]["code"]) == ("failed", "invalid_input")
@@ -108,7 +109,7 @@ def test_failed_export_has_a_code(
 
 
 def test_idempotency_key_returns_the_same_export(client: TestClient, applied_edit: dict[str, Any]) -> None:
-    """A repeated key returns the first export, and is rejected with another body."""
+    """A repeated Idempotency-Key returns the first export, and gets 422 with another body."""
     headers = WAIT | {"Idempotency-Key": "k"}
     first = client.post("/exports", json={}, headers=headers).json()
     assert client.post("/exports", json={}, headers=headers).json() == first
@@ -116,7 +117,7 @@ def test_idempotency_key_returns_the_same_export(client: TestClient, applied_edi
 
 
 def test_import_reads_an_edit_set(client: TestClient, applied_edit: dict[str, Any]) -> None:
-    """A damaged or empty file is rejected with what is wrong."""
+    """A damaged or empty file gets 422."""
     data = export_edit_set(client)
     answer = client.post("/import", content=data[:-1] + b"x", headers=BINARY)
     assert answer.status_code == 422 and "damaged" in answer.json()["detail"]
@@ -125,19 +126,20 @@ def test_import_reads_an_edit_set(client: TestClient, applied_edit: dict[str, An
 
 
 def test_import_requires_a_binary_content_type(client: TestClient) -> None:
-    """A browser sends a preflight request for this type: no page of another origin can import."""
+    """POST /import accepts only application/octet-stream, so a page of another origin cannot import without a
+    preflight request."""
     for headers in ({}, {"Content-Type": "text/plain"}, {"Content-Type": "application/json"}):
         assert client.post("/import", content=b"x", headers=headers).status_code == 415
 
 
 def test_import_has_a_body_limit_of_its_own(client: TestClient, test_app: TestApp) -> None:
-    """A body above `max_body` is read by POST /import."""
+    """POST /import reads a body larger than `max_body`."""
     large = b"x" * (test_app.settings.max_body + 1)
     assert client.post("/import", content=large, headers=BINARY).status_code == 422
 
 
 def test_scopes_of_export_and_import(client: TestClient, test_app: TestApp) -> None:
-    """An import needs the scope `edit`, an export the scope `read`."""
+    """An import needs the scope `edit`, and an export the scope `read`."""
     keys = client.app.state.keys  # type: ignore[attr-defined]
     _, token = keys.create("reader", ["read"])
     bearer = {"Authorization": f"Bearer {token}"}

@@ -11,7 +11,7 @@ from tests.support.application import PROMPT, FakeWorker, TestApp
 
 
 def test_one_prompt_gives_one_text(client: TestClient, worker: FakeWorker) -> None:
-    """`prompt` gives the text, its tokens and the version that produced it."""
+    """`prompt` returns the text, its tokens and the version that generated it."""
     answer = client.post("/generate", json={"prompt": PROMPT, "seed": 3})
     assert answer.status_code == 200
     assert answer.json() == {
@@ -26,7 +26,7 @@ def test_one_prompt_gives_one_text(client: TestClient, worker: FakeWorker) -> No
 
 
 def test_many_prompts_give_choices(client: TestClient, worker: FakeWorker) -> None:
-    """`prompts` gives a choice for each, under one version."""
+    """`prompts` returns one choice for each prompt, all of one version."""
     answer = client.post("/generate", json={"prompts": [PROMPT, PROMPT]}).json()
     assert len(answer["choices"]) == 2
     assert answer["version"] == 0
@@ -34,7 +34,7 @@ def test_many_prompts_give_choices(client: TestClient, worker: FakeWorker) -> No
 
 
 def test_a_stream_has_token_events_and_an_end(client: TestClient, worker: FakeWorker) -> None:
-    """`stream` gives server-sent events that no cache keeps."""
+    """`stream` returns server-sent events with headers that disable caching and buffering."""
     answer = client.post("/generate", json={"prompt": PROMPT, "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["cache-control"] == "no-store"
@@ -77,7 +77,8 @@ def test_bad_generations_are_refused(
 
 
 def test_a_worker_error_keeps_its_meaning(client: TestClient, worker: FakeWorker) -> None:
-    """An error of a worker has the status of its code; an unknown code is 500."""
+    """An error of a worker has the status of its code; an unknown code is 500. In a stream it is an `error`
+    event."""
     worker.call_error = {"code": "invalid_input", "title": "", "detail": "shorten it."}
     assert client.post("/generate", json={"prompt": PROMPT}).status_code == 422
     worker.call_error = {"code": "unavailable", "title": "", "detail": "stopping."}
@@ -92,7 +93,7 @@ def test_a_worker_error_keeps_its_meaning(client: TestClient, worker: FakeWorker
 def test_generation_without_a_worker_is_503(
     client: TestClient, test_app: TestApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a live worker a generation fails with 503 and is cancelled."""
+    """Without a live worker a generation gets 503 and its call is cancelled."""
     from api import engine_calls
 
     monkeypatch.setattr(engine_calls, "WORKER_CHECK_INTERVAL", 0.05)
@@ -107,7 +108,7 @@ def test_generation_without_a_worker_is_503(
 
 
 def test_comparison_shows_both_sides(client: TestClient, worker: FakeWorker) -> None:
-    """A comparison has two sides and the tokens that differ."""
+    """A comparison returns two sides, by default of the versions base and head."""
     answer = client.post("/compare", json={"prompt": PROMPT})
     assert answer.status_code == 200
     assert len(answer.json()["sides"]) == 2
@@ -118,5 +119,5 @@ def test_comparison_shows_both_sides(client: TestClient, worker: FakeWorker) -> 
     "change", [{"versions": ["base"]}, {"versions": [0, 9]}, {"versions": "base"}, {"prompt": ""}, {"top": 0}]
 )
 def test_bad_comparisons_are_refused(client: TestClient, change: dict[str, Any]) -> None:
-    """Bad input of a comparison gets 422."""
+    """Invalid input of a comparison gets 422."""
     assert client.post("/compare", json={"prompt": PROMPT} | change).status_code == 422

@@ -1,4 +1,4 @@
-"""The list of all jobs, and another chance for those that failed."""
+"""The list of all jobs, and retries of failed jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def job_ids(client: TestClient, **filters: Any) -> list[str]:
 
 
 def test_jobs_of_all_kinds_are_listed(client: TestClient) -> None:
-    """Edits and traces are in one list, newest first, which can be narrowed and comes in pages."""
+    """GET /jobs lists edits and traces together, newest first, with filters and pages."""
     edit = client.post("/edits", json=TOWER).json()["id"]
     trace = client.post("/trace", json={"prompt": PROMPT, "subject": "Eiffel Tower"}).json()["id"]
     assert job_ids(client) == [trace, edit]
@@ -29,7 +29,7 @@ def test_jobs_of_all_kinds_are_listed(client: TestClient) -> None:
 
 
 def test_a_failed_job_can_be_retried(client: TestClient, worker: FakeWorker) -> None:
-    """A job that failed can be retried: it waits again, its events tell the new end, and it is found where it was."""
+    """A retry queues a failed job again under the same id, with its attempts reset."""
     edit = client.post("/edits", json=TOWER | {"target_new": FAILING_OBJECT}, headers=WAIT).json()
     assert edit["status"] == "failed"
     worker.may_finish.clear()
@@ -43,7 +43,7 @@ def test_a_failed_job_can_be_retried(client: TestClient, worker: FakeWorker) -> 
 
 
 def test_only_failed_jobs_can_be_retried(client: TestClient) -> None:
-    """A queued job is 409, and an unknown one 404."""
+    """A retry of a queued job gets 409, and of an unknown job 404."""
     edit = client.post("/edits", json=TOWER).json()
     assert client.post(f"/jobs/{edit['id']}/retry").status_code == 409
     assert client.post("/jobs/edit_gone/retry").status_code == 404

@@ -1,4 +1,4 @@
-"""The door: what a key must be good for, and how large a body may be."""
+"""Protected routes: the scopes of API keys and the limit of the body."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from api.protected_route import SCOPE_EXTENSION, ProtectedRoute, requires
 from service.application.api_keys import ApiKeys, Scope
 from tests.support.application import TestApp
 
-#: what is answered without a key: no content, the form of the interface, and a page that holds no data
+#: routes that need no key: health, the OpenAPI document, and the console, which contains no data
 OPEN_PATHS = {"/healthz", "/readyz", "/docs", "/openapi.json", "/", "/console/{name}"}
-#: the scope of all that is no GET
+#: the scope of each route that is not a GET
 EXPECTED_SCOPES = {
     "POST /edits": "edit",
     "POST /exports": "read",
@@ -46,13 +46,13 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestApp]:
 
 @pytest.fixture(scope="module")
 def tokens(app: TestApp) -> dict[tuple[Scope, ...], str]:
-    """A key for every set of scopes."""
+    """Create an API key for every set of scopes and return the tokens."""
     keys = ApiKeys(app.database)
     return {held: keys.create("-".join(held), held)[1] for held in SCOPE_SETS}
 
 
 def all_routes(test_app: TestApp) -> Iterator[Any]:
-    """Every route of the application, documented or not."""
+    """Yield every route of the application, documented or not."""
     for route in test_app.app.routes:
         included = getattr(route, "original_router", None)
         yield from [route] if included is None else included.routes
@@ -64,18 +64,18 @@ def protected_routes(test_app: TestApp) -> list[tuple[str, str]]:
 
 
 def test_every_route_is_protected(app: TestApp) -> None:
-    """Every route is protected, except health, the API description and the console."""
+    """Every route is protected, except health, the OpenAPI document and the console."""
     assert {route.path for route in all_routes(app) if not isinstance(route, ProtectedRoute)} == OPEN_PATHS
     assert protected_routes(app)
 
 
 def example_path(path: str) -> str:
-    """A path of this route."""
+    """Return an example path of this route."""
     return path.replace("{id:path}", "nobody").replace("{id}", "nobody")
 
 
 def error_detail(answer: Any) -> str:
-    """The words of a refusal, in the form of its part of the interface."""
+    """Return the message of a rejection, in the error format of its route."""
     if answer.request.url.path.startswith("/v1/"):
         return str(answer.json()["error"]["message"])
     assert answer.headers["content-type"] == "application/problem+json"
@@ -83,7 +83,8 @@ def error_detail(answer: Any) -> str:
 
 
 def test_every_route_has_its_scope(app: TestApp, tokens: dict[tuple[Scope, ...], str]) -> None:
-    """Every route accepts exactly the keys with its scope or `admin`; others get 403 with the missing scope."""
+    """Every route accepts exactly the keys with its scope or `admin`. Other keys get 403 that names the
+    missing scope, and no key gets 401."""
     client = TestClient(app.app, raise_server_exceptions=False)
     for method, path in protected_routes(app):
         needed = "read" if method == "GET" else EXPECTED_SCOPES[f"{method} {path}"]
@@ -104,7 +105,7 @@ def test_scope_is_checked_before_the_body(app: TestApp, tokens: dict[tuple[Scope
 
 
 def test_route_without_a_scope_is_rejected() -> None:
-    """A route that is not a GET must declare its scope."""
+    """Adding a route that is not a GET without a scope raises TypeError."""
     router = APIRouter(route_class=ProtectedRoute)
     with pytest.raises(TypeError, match="declare the scope"):
         router.post("/forgotten")(lambda: None)
@@ -122,7 +123,7 @@ def test_declared_scope_is_that_of_the_route() -> None:
 
 
 def test_scopes_are_documented(app: TestApp) -> None:
-    """Every operation that needs an API key names its scope in the OpenAPI document."""
+    """Every operation that needs an API key has its scope in the OpenAPI document."""
     for path, operations in app.app.openapi()["paths"].items():
         for method, operation in operations.items():
             scope = None if path in OPEN_PATHS else EXPECTED_SCOPES.get(f"{method.upper()} {path}", "read")

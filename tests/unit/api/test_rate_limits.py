@@ -16,7 +16,7 @@ from tests.support.application import TOWER, TestApp
 
 @pytest.fixture
 def frozen_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return the time of day in a list; it is constant until a test changes it, so that a minute does not end within a
+    """Return the time of day in a list. It is constant unless a test changes it, so no minute ends within a
     test."""
     now = [1_800_000_000.0]
     monkeypatch.setattr(time, "time", lambda: now[0])
@@ -36,7 +36,7 @@ def send_requests(test_app: TestApp, token: str, times: int, path: str = "/edits
 
 
 def test_too_many_requests_are_429(limited_app: TestApp) -> None:
-    """Above the service's limit a key gets a problem with `Retry-After`; the root key is no exception."""
+    """Requests above the limit get 429 with `Retry-After`, also with the root key."""
     token = ApiKeys(limited_app.database).create("k", ["read"])[1]
     for good in (token, "root"):
         answers = send_requests(limited_app, good, 6)
@@ -55,13 +55,13 @@ def test_a_key_may_have_its_own_limit(limited_app: TestApp) -> None:
 
 
 def test_forbidden_requests_count_too(limited_app: TestApp) -> None:
-    """Trying doors is a request like another."""
+    """Requests that get 403 count towards the limit."""
     token = ApiKeys(limited_app.database).create("k", ["edit"])[1]
     assert [answer.status_code for answer in send_requests(limited_app, token, 6)] == [403] * 4 + [429] * 2
 
 
 def test_a_wrong_key_uses_up_no_limit(limited_app: TestApp) -> None:
-    """A wrong key costs no key anything."""
+    """Requests with an invalid key do not count towards the limit of another key."""
     keys = ApiKeys(limited_app.database)
     token = keys.create("k", ["read"])[1]
     wrong = token[:-1] + ("a" if token[-1] != "a" else "b")
@@ -70,7 +70,8 @@ def test_a_wrong_key_uses_up_no_limit(limited_app: TestApp) -> None:
 
 
 def test_a_key_may_leave_as_many_jobs_waiting_as_its_limit(test_app: TestApp, client: TestClient) -> None:
-    """A key with a limit of two jobs gets 429 for a third; a batch above the limit is rejected as a whole."""
+    """A key with a limit of two queued jobs gets 429 for a third. A batch above the limit is rejected as a
+    whole. Other keys are not affected."""
     keys = ApiKeys(test_app.database)
     few = {"Authorization": f"Bearer {keys.create('few', ['edit'], max_queued=2)[1]}"}
     other = {"Authorization": f"Bearer {keys.create('other', ['edit', 'read'])[1]}"}

@@ -21,7 +21,7 @@ MADE = re.compile(r"req_[0-9A-Z]{26}")
 
 @pytest.fixture
 def log_records(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """The log, in which whole requests are noted."""
+    """Capture the request log at level info."""
     caplog.set_level(logging.INFO, "api.request_log")
     return caplog
 
@@ -37,7 +37,7 @@ def request_count(**labels: str) -> float:
 
 @pytest.mark.parametrize("sent_id", ["a", "nightly.eval_7-b", "x" * 64])
 def test_a_good_id_is_kept(client: TestClient, sent_id: str) -> None:
-    """The id that a client gave comes back."""
+    """A valid X-Request-Id is returned in the response."""
     assert client.get("/healthz", headers={REQUEST_ID_HEADER: sent_id}).headers[REQUEST_ID_HEADER] == sent_id
 
 
@@ -52,7 +52,7 @@ def test_invalid_request_ids_are_replaced(client: TestClient, sent_id: str) -> N
     ("method", "path", "status"), [("GET", "/nothing", 404), ("PUT", "/edits", 405), ("GET", "/edits/x", 404)]
 )
 def test_every_answer_has_an_id(client: TestClient, method: str, path: str, status: int) -> None:
-    """Also an answer that no route gave."""
+    """Error responses have a request id, also those of unknown paths and methods."""
     answer = client.request(method, path)
     assert answer.status_code == status
     assert MADE.fullmatch(answer.headers[REQUEST_ID_HEADER])
@@ -64,7 +64,7 @@ def test_a_fault_has_an_id_too(
     log_records: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A 500 bears the id and is noted like any other answer."""
+    """A 500 has the request id and is logged."""
     monkeypatch.setattr(test_app.services.models, "describe", lambda: 1 / 0)
     answer = client.get("/models", headers={REQUEST_ID_HEADER: "mine"})
     assert (answer.status_code, answer.headers[REQUEST_ID_HEADER]) == (500, "mine")
@@ -72,7 +72,8 @@ def test_a_fault_has_an_id_too(
 
 
 def test_one_line_for_a_request(client: TestClient, log_records: pytest.LogCaptureFixture) -> None:
-    """Method, template of the route, status and actor; never the path's own words."""
+    """A log line has the method, the route template, the status and the actor, and not the values in the
+    path."""
     client.get("/edits/edit_secret")
     assert logged_fields(log_records) == {
         "method": "GET",
@@ -100,7 +101,7 @@ def test_successful_probes_are_logged_at_debug(
 def test_no_content_is_logged(
     client: TestClient, worker: FakeWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither a body nor a prompt, an answer or a key reaches the log, at any level."""
+    """No log line contains a body, a prompt, a generated text or a key, at any level."""
     caplog.set_level(logging.DEBUG)
     headers = {"Authorization": "Bearer pal_secret_key"}
     client.post("/generate", json={"prompt": PROMPT, "max_new_tokens": 1}, headers=headers)
@@ -113,7 +114,7 @@ def test_no_content_is_logged(
 
 
 def test_requests_are_counted_by_template(client: TestClient) -> None:
-    """Ids in a path make no series of their own, and neither do paths or methods that a client made up."""
+    """Request metrics are labelled by route template. Unknown paths and methods share one series."""
     labels = {"route": "/edits/{id}", "method": "GET", "status": "404"}
     nowhere = {"route": "none", "method": "other", "status": "404"}
     before, lost = request_count(**labels), request_count(**nowhere)
@@ -127,7 +128,7 @@ def test_requests_are_counted_by_template(client: TestClient) -> None:
 def test_a_stream_is_noted_when_it_ends(
     client: TestClient, worker: FakeWorker, log_records: pytest.LogCaptureFixture
 ) -> None:
-    """A stream counts as open until its last event, and is noted once."""
+    """A stream is logged once, and counts as in progress until it ends."""
     with client.stream("POST", "/generate", json={"prompt": PROMPT, "stream": True}) as answer:
         assert REQUEST_ID_HEADER in answer.headers
         assert "event: end" in "\n".join(answer.iter_lines())
@@ -136,7 +137,7 @@ def test_a_stream_is_noted_when_it_ends(
 
 
 def test_request_id_is_stored_with_jobs_and_calls(client: TestClient, test_app: TestApp) -> None:
-    """The row of a job and the delivery of a call have the id of their HTTP request."""
+    """A job stores the id of its HTTP request."""
     client.post("/edits", json=TOWER, headers={REQUEST_ID_HEADER: "edit-1"})
     (delivery,) = test_app.broker.receive(("edit",), 1, 0)
     job = test_app.worker_parts.jobs.claim(delivery.job_id)

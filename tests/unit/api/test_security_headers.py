@@ -33,7 +33,7 @@ def test_every_response_has_the_default_headers(
     path: str,
     status: int,
 ) -> None:
-    """An answer of any kind, a fault of the service too, may not be framed, sniffed, cached or read across origins."""
+    """Every response has the default security headers, also a 500."""
 
     def fails(*_: Any) -> None:
         raise RuntimeError
@@ -45,7 +45,7 @@ def test_every_response_has_the_default_headers(
 
 
 def test_unauthorized_responses_have_the_default_headers(tmp_path: Path) -> None:
-    """So is the answer to someone without a key."""
+    """A 401 has the default security headers."""
     test_app = TestApp(tmp_path, api_key="k")
     answer = TestClient(test_app.app).get("/edits")
     test_app.close()
@@ -54,7 +54,7 @@ def test_unauthorized_responses_have_the_default_headers(tmp_path: Path) -> None
 
 
 def test_the_documentation_can_load_what_it_names(client: TestClient) -> None:
-    """The page of the documentation runs under its policy: every address that it loads from is in it, and no other."""
+    """The content security policy of /docs allows exactly the hosts that the page loads from."""
     answer = client.get("/docs")
     assert answer.headers["content-security-policy"] == DOCS_CSP
     loaded = set(re.findall(r'(?:src|href)="(https://[^/"]+)/', answer.text))
@@ -63,14 +63,14 @@ def test_the_documentation_can_load_what_it_names(client: TestClient) -> None:
 
 
 def test_there_is_one_page_of_documentation(client: TestClient) -> None:
-    """ReDoc and the OAuth2 redirect of FastAPI are disabled."""
+    """FastAPI's ReDoc page and OAuth2 redirect are disabled."""
     assert client.get("/redoc").status_code == 404
     assert client.get("/docs/oauth2-redirect").status_code == 404
 
 
 @pytest.mark.parametrize("render", [heatmap.trace_page, heatmap.trace_svg])
 def test_rendered_traces_conform_to_the_csp(render: Any) -> None:
-    """The page and the picture of a trace need no script, no address and nothing but their own style."""
+    """The page and the image of a trace have no scripts and no external references."""
     rendered = render(TRACE_RESULT)
     assert not re.search(r"<script|<link|<iframe|<object|<form|@import|\son\w+=|javascript:", rendered)
     assert not re.search(r'(?:src|href)="(?!#|data:image/)', rendered)
@@ -78,7 +78,7 @@ def test_rendered_traces_conform_to_the_csp(render: Any) -> None:
 
 
 def test_a_route_may_say_otherwise(client: TestClient, test_app: TestApp) -> None:
-    """A header that a route sets itself stays."""
+    """A header that a route sets overrides the default header."""
 
     @test_app.app.get("/kept")
     def kept() -> Any:

@@ -1,4 +1,4 @@
-"""Server-sent events and hanging up, over a real socket."""
+"""Server-sent events and client disconnects, tested over a real socket."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.local_server import wait_until
 
 
 def parse_events(lines: Iterator[str]) -> Iterator[dict[str, str]]:
-    """Events of a stream; comments are passed over."""
+    """Yield the events of a stream without its comments."""
     event: dict[str, str] = {}
     for line in lines:
         if not line and event:
@@ -31,7 +31,7 @@ def parse_events(lines: Iterator[str]) -> Iterator[dict[str, str]]:
 
 
 def test_a_job_stream_has_progress_and_an_end(http_client: httpx.Client, worker: FakeWorker) -> None:
-    """The events of an edit are progress with increasing ids, then `end` with the resource."""
+    """The event stream of an edit has progress events with increasing ids, then `end` with the resource."""
     worker.may_finish.clear()
     edit = http_client.post("/edits", json=TOWER).json()
     with http_client.stream("GET", edit["links"]["events"]) as answer:
@@ -47,7 +47,7 @@ def test_a_job_stream_has_progress_and_an_end(http_client: httpx.Client, worker:
 
 
 def test_a_stream_resumes_after_the_last_event(http_client: httpx.Client, worker: FakeWorker) -> None:
-    """With Last-Event-ID what was heard is not told again, and nothing after it is lost."""
+    """With Last-Event-ID the stream continues after that event."""
     worker.may_finish.clear()
     edit = http_client.post("/edits", json=TOWER).json()
     with http_client.stream("GET", edit["links"]["events"]) as answer:
@@ -62,17 +62,17 @@ def test_a_stream_resumes_after_the_last_event(http_client: httpx.Client, worker
 
 @pytest.mark.parametrize("odd", ["", "x", "-1", "9" * 500, "1; drop"])
 def test_an_invalid_last_event_id_is_ignored(http_client: httpx.Client, worker: FakeWorker, odd: str) -> None:
-    """A malformed Last-Event-ID is ignored: the stream starts at its beginning."""
+    """A malformed Last-Event-ID is ignored, and the stream still has the `end` event."""
     edit = http_client.post("/edits", json=TOWER, headers={"prefer": "wait=20"}).json()
     answer = http_client.get(edit["links"]["events"], headers={"last-event-id": odd})
     assert list(parse_events(iter([*answer.text.splitlines(), ""])))[-1]["event"] == "end"
 
 
 def test_a_finished_job_streams_its_end_at_once(http_client: httpx.Client, test_app: TestApp) -> None:
-    """A job that ended before this process began to listen tells its end from its row."""
+    """A job whose channel no longer exists streams its `end` event from its row."""
     edit = http_client.post("/edits", json=TOWER).json()
     http_client.delete(edit["links"]["self"])
-    test_app.broker.delete_channel(edit["id"])  # as after a restart
+    test_app.broker.delete_channel(edit["id"])  # as after a restart of the API
     answer = http_client.get(edit["links"]["events"])
     (end,) = parse_events(iter([*answer.text.splitlines(), ""]))
     assert end["event"] == "end"
@@ -96,7 +96,7 @@ def test_a_client_disconnect_cancels_a_stream(
     """A client that disconnects cancels its streamed generation."""
     worker.may_finish.clear()
     with http_client.stream("POST", "/generate", json={"prompt": PROMPT, "stream": True}) as answer:
-        events = parse_events(answer.iter_lines())  # held: a reader that is dropped hangs up by itself
+        events = parse_events(answer.iter_lines())  # kept referenced: garbage collection closes the stream
         assert next(events)["event"] == "token"
         assert not test_app.broker.cancelled(worker.channels[0])
     wait_until(lambda: test_app.broker.cancelled(worker.channels[0]))
@@ -122,8 +122,7 @@ def test_a_client_disconnect_cancels_a_generation(
 
 @contextmanager
 def open_request(http_client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[None]:
-    """Meanwhile a client waits for the answer to a POST. It goes at the end: it was heard by then, however busy we
-    are."""
+    """Send a POST, and disconnect on exit without reading the response."""
     request = http_client.build_request("POST", path, json=body)
     head = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in request.headers.items())]
     with socket.create_connection((request.url.host, request.url.port)) as connection:
@@ -134,7 +133,7 @@ def open_request(http_client: httpx.Client, path: str, body: dict[str, Any]) -> 
 def test_an_answered_call_is_not_cancelled(
     http_client: httpx.Client, test_app: TestApp, worker: FakeWorker
 ) -> None:
-    """A call that was answered leaves nothing to cancel behind."""
+    """A call whose response was sent is not cancelled."""
     http_client.post("/generate", json={"prompt": PROMPT})
     assert not test_app.broker.cancelled(worker.channels[0])
 
@@ -142,7 +141,7 @@ def test_an_answered_call_is_not_cancelled(
 def test_waiting_requests_use_no_threads(
     http_client: httpx.Client, test_app: TestApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More answers can be held than the pool has threads, and others are answered meanwhile."""
+    """More requests can wait than the thread pool has threads, and other requests are still answered."""
     edit = http_client.post("/edits", json=TOWER).json()
     statuses: list[int] = []
     listening: list[str] = []

@@ -1,4 +1,4 @@
-"""POST, GET and DELETE of traces, and their pictures."""
+"""POST, GET and DELETE of traces, and their images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WAIT = {"prefer": "wait=20"}
 
 
 def test_a_trace_is_accepted_and_done(client: TestClient, worker: FakeWorker) -> None:
-    """A trace is answered with its place; with Prefer: wait it is answered done."""
+    """POST with Prefer: wait returns the Location and the finished trace."""
     answer = client.post("/trace", json=TRACE_BODY, headers=WAIT)
     assert answer.status_code == 200
     trace = answer.json()
@@ -63,7 +63,7 @@ def test_the_same_key_traces_once(client: TestClient) -> None:
 
 
 def test_delete_cancels_a_trace(client: TestClient) -> None:
-    """DELETE cancels a waiting trace; saying it twice is harmless."""
+    """DELETE cancels a queued trace and is idempotent. An unknown id gets 404."""
     trace = client.post("/trace", json=TRACE_BODY).json()
     for _ in range(2):
         answer = client.delete(trace["links"]["self"])
@@ -90,7 +90,7 @@ def test_delete_cancels_a_trace(client: TestClient) -> None:
 def test_accept_chooses_the_form(
     client: TestClient, worker: FakeWorker, accept: str, content_type: str
 ) -> None:
-    """A trace that is done comes in the form that Accept likes best, and says that it depends on it."""
+    """The Accept header selects the media type of a finished trace, and the response has `Vary: Accept`."""
     trace = client.post("/trace", json=TRACE_BODY, headers=WAIT).json()
     answer = client.get(trace["links"]["self"], headers={"accept": accept})
     assert answer.status_code == 200
@@ -104,7 +104,7 @@ def test_accept_chooses_the_form(
 
 @pytest.mark.parametrize("accept", ["text/plain", "image/webp", "*/*;q=0", "nonsense", "image/png;q=nan"])
 def test_other_forms_are_not_acceptable(client: TestClient, accept: str) -> None:
-    """An unsupported media type is 406 and lists the supported ones."""
+    """An unsupported media type gets 406 with the supported ones."""
     trace = client.post("/trace", json=TRACE_BODY).json()
     answer = client.get(trace["links"]["self"], headers={"accept": accept})
     assert answer.status_code == 406
@@ -112,7 +112,7 @@ def test_other_forms_are_not_acceptable(client: TestClient, accept: str) -> None
 
 
 def test_there_is_no_picture_before_the_end(client: TestClient) -> None:
-    """Asking for the picture of a trace that is not done is 409."""
+    """The image of a trace that has not finished gets 409."""
     trace = client.post("/trace", json=TRACE_BODY).json()
     answer = client.get(trace["links"]["self"], headers={"accept": "image/svg+xml"})
     assert answer.status_code == 409

@@ -1,4 +1,4 @@
-"""The command line with a fake service."""
+"""Fixtures of the command line tests: a fake service."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.support.fake_http_service import FakeService
 
 @pytest.fixture(autouse=True)
 def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Format output for 160 columns."""
+    """Set the terminal width to 160 columns."""
     monkeypatch.setenv("COLUMNS", "160")
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeService:
-    """The service that client commands call."""
+    """Return the fake service that client commands call."""
     service = FakeService()
 
     async def skip_sleep(_: object, seconds: float) -> None:

@@ -31,6 +31,6 @@ def test_invalid_fields_are_listed_below_the_detail(fake: FakeService, capsys: C
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://"])
 def test_an_invalid_address_is_a_wrong_command(capsys: Captured, url: str) -> None:
-    """A URL without scheme or host exits with 2 and an example."""
+    """A URL without scheme or host exits with 2 and prints an example."""
     assert main(["models", "--url", url]) == 2
     assert "http://127" in capsys.readouterr().err

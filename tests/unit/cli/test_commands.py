@@ -1,4 +1,4 @@
-"""The client commands against a service that answers from a table."""
+"""The client commands, tested against a fake service."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def token_events(text: str = " Rome\x1b[31m.") -> str:
 
 
 def test_generate_streams_to_stdout(fake: FakeService, capsys: Captured) -> None:
-    """Prompt and continuation go to stdout, the version to stderr; no control code reaches the terminal."""
+    """The prompt and the continuation are written to stdout, and the version to stderr. Control characters
+    are removed."""
     fake.responses = {"POST /generate": token_events()}
     assert main(["generate", "The tower is in", "--version", "3", "--seed", "4", "--stop", "\n"]) == 0
     shown = capsys.readouterr()
@@ -52,7 +53,7 @@ def test_generate_streams_to_stdout(fake: FakeService, capsys: Captured) -> None
 
 
 def test_an_answer_that_begins_anew_is_shown_anew(fake: FakeService, capsys: Captured) -> None:
-    """When another worker takes the answer over, it begins again on a line of its own."""
+    """After a `reset` event the prompt and the text are printed again on a new line."""
     said = [("token", {"index": 0, "text": " Rom", "version": 0}), ("reset", {})]
     end = ("end", {"choices": [{"text": " Rome", "tokens": [1], "finish_reason": "stop"}], "version": 0})
     fake.responses = {
@@ -63,7 +64,7 @@ def test_an_answer_that_begins_anew_is_shown_anew(fake: FakeService, capsys: Cap
 
 
 def test_a_generation_that_fails_says_why(fake: FakeService, capsys: Captured) -> None:
-    """An error event, and a stream that breaks off, are failures."""
+    """An error event, or a stream without an `end` event, exits with 1 and the reason."""
     fake.responses = {
         "POST /generate": sse_stream(("error", {"title": "Out", "detail": "Too many at once."}))
     }
@@ -75,7 +76,7 @@ def test_a_generation_that_fails_says_why(fake: FakeService, capsys: Captured) -
 
 
 def test_compare_shows_both_sides(fake: FakeService, capsys: Captured) -> None:
-    """Both texts, and the tokens whose probability changed."""
+    """The output has both texts and the tokens whose probability changed."""
     fake.responses = {
         "POST /compare": {
             "prompt": "p",
@@ -92,7 +93,7 @@ def test_compare_shows_both_sides(fake: FakeService, capsys: Captured) -> None:
 
 
 def test_trace_draws_and_saves(fake: FakeService, capsys: Captured, tmp_path: Path) -> None:
-    """The heat map is drawn and the picture fetched in the form that the file's ending names."""
+    """`trace` prints the heat map, and saves the image in the format of the file extension."""
     done = {"id": "trace_1", "status": "done", "result": TRACE_RESULT, "links": LINKS}
     fake.responses = {
         "POST /trace": done | {"status": "queued", "result": None},
@@ -113,14 +114,14 @@ def test_trace_draws_and_saves(fake: FakeService, capsys: Captured, tmp_path: Pa
 
 
 def test_a_picture_of_an_unknown_form_is_refused_first(fake: FakeService, capsys: Captured) -> None:
-    """Nothing is asked of the service when the file's ending names no picture."""
+    """An unsupported file extension is rejected before a request is sent."""
     assert main(["trace", "x {}", "y", "--save", "z.gif"]) == 1
     assert ".svg or .png" in capsys.readouterr().err
     assert fake.requests == []
 
 
 def test_a_revert_in_the_ledger_names_its_fact(fake: FakeService, capsys: Captured) -> None:
-    """An entry that takes an edit back shows which fact it was of, and no object: it says none."""
+    """A revert entry is printed with its prompt and without an object."""
     body = {"subject": "Eiffel Tower", "prompt": "The {} is in", "applied_version": 1}
     entry = {
         "version": 2,
@@ -137,7 +138,7 @@ def test_a_revert_in_the_ledger_names_its_fact(fake: FakeService, capsys: Captur
 
 
 def test_ledger_reads_every_page(fake: FakeService, capsys: Captured) -> None:
-    """The ledger is shown whole, however many pages it has."""
+    """`ledger` prints the entries of all pages."""
     entry = {
         "version": 1, "kind": "apply", "edit_id": "edit_1", "actor": "local", "at": "2026-01-01T00:00:00Z",
         "body": {"subject": "Nile", "prompt": "{} is", "target_new": "[bold]short"},
@@ -151,13 +152,13 @@ def test_ledger_reads_every_page(fake: FakeService, capsys: Captured) -> None:
     shown = capsys.readouterr().out
     assert "apply" in shown
     assert "revert" in shown
-    assert "Nile is → [bold]short" in shown  # a stranger's text is no markup
+    assert "Nile is → [bold]short" in shown  # text of edits is not parsed as markup
     assert "2026-01-01 00:00" in shown and "(UTC)" in shown
     assert fake.requests[1] == ("GET /ledger", {"cursor": "c", "limit": "200"})
 
 
 def test_verify_fails_when_something_is_wrong(fake: FakeService, capsys: Captured) -> None:
-    """`ledger --verify` is 0 for a whole ledger, and 1 with the findings for a broken one."""
+    """`ledger --verify` exits with 0 for a valid ledger, and with 1 and the findings otherwise."""
     fake.responses = {
         "GET /ledger/verify": {"ok": True, "findings": [], "entries": 2, "head": 2, "replicas": []}
     }
@@ -170,7 +171,7 @@ def test_verify_fails_when_something_is_wrong(fake: FakeService, capsys: Capture
 
 
 def test_edits_are_listed(fake: FakeService, capsys: Captured) -> None:
-    """A line for each edit; filters are passed on."""
+    """`edits` prints a line for each edit, and sends its filters to the service."""
     item = {
         "id": "edit_1", "status": "applied", "version": 3, "subject": "Nile", "prompt": "{} is", "target_new": "short"
     }  # fmt: skip
@@ -181,7 +182,7 @@ def test_edits_are_listed(fake: FakeService, capsys: Captured) -> None:
 
 
 def test_no_more_edits_are_listed_than_asked(fake: FakeService, capsys: Captured) -> None:
-    """The list stops at the limit, even when pages go on."""
+    """`--limit` limits the number of listed edits over all pages."""
     item = {"id": "edit_1", "status": "applied", "subject": "s", "prompt": "{}", "target_new": "t"}
     fake.responses = {"GET /edits": {"items": [item, item], "next": "more"}}
     assert main(["edits", "--limit", "3"]) == 0
@@ -211,7 +212,7 @@ EDIT_FIELDS = {"subject": "Tower", "prompt": "{} in"}
 
 
 def answer_edit_with(fake: FakeService, ended: dict[str, Any]) -> None:
-    """Let the fake take an edit that ends like this."""
+    """Let the fake service accept an edit that ends with this resource."""
     fake.responses = {
         "POST /edits": edit_with_result("queued", result=None),
         "GET /edits/edit_1/events": sse_stream(
@@ -222,7 +223,8 @@ def answer_edit_with(fake: FakeService, ended: dict[str, Any]) -> None:
 
 
 def test_edit_shows_what_changed(fake: FakeService, capsys: Captured) -> None:
-    """Both objects on the prompt, the new one on paraphrases, the true one on neighbours; and how to undo it."""
+    """The output has the probabilities of the objects on the prompt and on each probe, and the command that
+    reverts the edit."""
     answer_edit_with(fake, edit_with_result("applied", version=7))
     more = [
         "--true",
@@ -258,7 +260,7 @@ def test_edit_shows_what_changed(fake: FakeService, capsys: Captured) -> None:
 
 
 def test_a_rejected_edit_says_why(fake: FakeService, capsys: Captured) -> None:
-    """A guard's reason, and an error's detail, are on stderr, and the exit code says that it did not land."""
+    """A rejected or failed edit exits with 1 and prints the reason to stderr."""
     ended = edit_with_result("rejected")
     ended["result"]["reason"] = "the edit did not take"
     answer_edit_with(fake, ended)
@@ -272,7 +274,7 @@ def test_a_rejected_edit_says_why(fake: FakeService, capsys: Captured) -> None:
 
 
 def test_an_edit_is_shown_again(fake: FakeService, capsys: Captured) -> None:
-    """`edits show` has what it is, where it stands, what it did and what the guard held it to."""
+    """`edits show` prints the fact, the status, the measurements and the guard checks of an edit."""
     check = {"name": "perplexity", "passed": False, "figure": 1.25, "limit": 1.1}
     shown = edit_with_result("superseded", version=3, superseded_by="edit_2", subject="Tower", prompt="{} in")
     shown |= {"target_new": "Rome", "created": "2026-01-01T02:03:04Z", "actor": "key:nightly"}
@@ -288,7 +290,7 @@ def test_an_edit_is_shown_again(fake: FakeService, capsys: Captured) -> None:
 
 
 def test_what_waits_is_shown_without_figures(fake: FakeService, capsys: Captured) -> None:
-    """An edit without a result is what is known of it."""
+    """`edits show` prints an edit without a result without measurements."""
     fake.responses = {
         "GET /edits/edit_1": {
             **EDIT_FIELDS,
@@ -312,7 +314,7 @@ def test_what_waits_is_shown_without_figures(fake: FakeService, capsys: Captured
 def test_a_dry_run_says_what_would_be(
     fake: FakeService, capsys: Captured, status: str, reason: str, said: str
 ) -> None:
-    """A dry run has done what was asked whatever it found."""
+    """A dry run exits with 0 and states whether the edit would be applied."""
     ended = edit_with_result(status, dry_run=True)
     ended["result"]["reason"] = reason
     answer_edit_with(fake, ended)
@@ -329,7 +331,7 @@ def test_a_dry_run_says_what_would_be(
     ],
 )
 def test_revert_says_what_happened(fake: FakeService, capsys: Captured, status: str, said: str) -> None:
-    """Reverted, being cancelled, or nothing to do."""
+    """`revert` states whether the edit was reverted, is being cancelled, or was not active."""
     fake.responses = {
         "DELETE /edits/edit_1": {**EDIT_FIELDS, "id": "edit_1", "status": status, "reverted_version": 4}
     }
@@ -347,7 +349,8 @@ def test_revert_says_what_happened(fake: FakeService, capsys: Captured, status: 
 def test_errors_are_plain_sentences(
     fake: FakeService, capsys: Captured, answer: Any, code: int, said: str
 ) -> None:
-    """A problem is its detail on stderr; nothing is on stdout and there is no stack trace."""
+    """An error exits with 1 and prints its message to stderr, without a stack trace and with nothing on
+    stdout."""
     fake.responses = {"DELETE /edits/edit_1": answer}
     assert main(["revert", "edit_1"]) == code
     shown = capsys.readouterr()
@@ -357,20 +360,20 @@ def test_errors_are_plain_sentences(
 
 
 def test_a_wrong_address_is_a_wrong_command(capsys: Captured) -> None:
-    """What the user typed wrong is exit code 2, without a service being asked."""
+    """An invalid URL exits with 2 and names the flag."""
     assert main(["revert", "edit_1", "--url", "nowhere"]) == 2
     assert "--url" in capsys.readouterr().err
 
 
 def test_wrong_hyperparameters_are_reported(fake: FakeService, capsys: Captured) -> None:
-    """`--hparam` without `=` is told with an example, before anything is sent."""
+    """`--hparam` without `=` is rejected with an example before a request is sent."""
     assert main(["edit", "a", "{} b", "c", "--hparam", "steps"]) == 1
     assert "--hparam steps=20" in capsys.readouterr().err
     assert fake.requests == []
 
 
 def test_every_domain_error_prints_its_detail(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    """Whatever the house raises on purpose reaches the user as its detail."""
+    """A domain error prints its detail."""
 
     def fail(*_: Any) -> int:
         raise Conflict("Change this.")
@@ -382,7 +385,7 @@ def test_every_domain_error_prints_its_detail(monkeypatch: pytest.MonkeyPatch, c
 
 @pytest.mark.parametrize("objective", ["erase", "amplify"])
 def test_an_object_is_erased_or_amplified_without_a_new_one(objective: str) -> None:
-    """--erase and --amplify need no target, and the body says what the edit is for."""
+    """--erase and --amplify need no target, and the request has the objective."""
     args = build_parser().parse_args(
         ["edit", "Tower", "{} in", f"--{objective}", "--true", "Paris", "--on-conflict", "supersede"]
     )
@@ -394,7 +397,8 @@ def test_an_object_is_erased_or_amplified_without_a_new_one(objective: str) -> N
 
 
 def test_traces_are_listed_and_drawn_again(fake: FakeService, capsys: Captured) -> None:
-    """A line for each trace, with its prompt; `show` draws one, its severed paths too."""
+    """`traces` prints a line with the prompt of each trace. `traces show` prints the heat map with its
+    severed paths."""
     request = {"prompt": "The {} is", "subject": "Nile"}
     told = {
         "id": "trace_1",
@@ -418,7 +422,8 @@ def test_traces_are_listed_and_drawn_again(fake: FakeService, capsys: Captured) 
 
 
 def test_models_are_listed(fake: FakeService, capsys: Captured) -> None:
-    """The model, where it is edited, the room that is left, and each worker with where it stands."""
+    """`models` prints the model, its layers, its remaining capacity and its workers. Without a recipe, or
+    without a model, it names the command to run."""
     worker = {
         "id": "worker_1",
         "state": "withdrawn",

@@ -1,4 +1,4 @@
-"""`palimpsest evaluate --service` against a service that answers from a table."""
+"""`palimpsest evaluate --service` and `palimpsest evaluations`, tested against a fake service."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ QUEUED = {
 
 
 def fake_answers(**end: Any) -> dict[str, Any]:
-    """A service that accepts an evaluation, tells one progress and the end."""
+    """Return the responses of a service that accepts an evaluation, and sends one progress event and
+    its end."""
     told = sse_stream(("progress", {"phase": "find", "done": 1, "total": 2}), ("end", {}))
     return {
         "POST /evaluations": QUEUED,
@@ -32,7 +33,8 @@ def fake_answers(**end: Any) -> dict[str, Any]:
 
 
 def test_the_service_evaluates_a_file(fake: FakeService, capsys: Captured, tmp_path: Path) -> None:
-    """The records are sent as they are, with what was asked of the plan; table, result and report come as from here."""
+    """The records and the plan are sent to the service. The table is printed, and the result and the report
+    are written."""
     (tmp_path / "records.jsonl").write_text(json.dumps(TOWER), encoding="utf-8")
     fake.responses = fake_answers(status="done", result=EVALUATION_RESULT)
     flags = ["--service", "--out", str(tmp_path / "out"), "--mode", "sequence", "--limit", "1"]
@@ -46,7 +48,7 @@ def test_the_service_evaluates_a_file(fake: FakeService, capsys: Captured, tmp_p
 
 
 def test_an_evaluation_that_fails_says_why(fake: FakeService, capsys: Captured, tmp_path: Path) -> None:
-    """Of an evaluation that has no result it is said what became of it, and nothing is written."""
+    """A failed evaluation exits with 1 and its error, and writes no files."""
     fake.responses = fake_answers(status="failed", error={"title": "x", "detail": "out of memory."})
     assert main(["evaluate", "facts", "--service", "--out", str(tmp_path / "out")]) == 1
     assert fake.requests[0][1]["dataset"] == "facts"
@@ -58,14 +60,15 @@ def test_an_evaluation_that_fails_says_why(fake: FakeService, capsys: Captured, 
 def test_local_only_options_are_refused_with_service(
     fake: FakeService, capsys: Captured, tmp_path: Path, flag: str
 ) -> None:
-    """A flag that only means something here is refused before anything is asked."""
+    """An option that is not supported with --service is rejected before a request is sent."""
     assert main(["evaluate", "facts", "--service", "--out", str(tmp_path), flag]) == 1
     assert flag.partition("=")[0] in capsys.readouterr().err
     assert fake.requests == []
 
 
 def test_evaluations_are_listed_and_shown(fake: FakeService, capsys: Captured) -> None:
-    """A line for each evaluation with what it is of and how far it is; `show` has its tables, or why there are none."""
+    """`evaluations` prints a line with the plan and the progress of each evaluation. `evaluations show`
+    prints the tables, or exits with 1 and the status when there is no result."""
     request = {"objective": "write", "method": "rome", "mode": "single", "records": 12, "limit": None}
     told = {**QUEUED, "created": "2026-01-01T00:00:00Z", "request": request}
     running = {**told, "status": "running", "progress": {"phase": "find", "done": 3, "total": 12}}
@@ -85,7 +88,7 @@ def test_evaluations_are_listed_and_shown(fake: FakeService, capsys: Captured) -
 
 
 def test_an_evaluation_as_json(fake: FakeService, capsys: Captured, tmp_path: Path) -> None:
-    """`--json` prints the result that is written, or the evaluation as it is when it has none."""
+    """`--json` prints the result, or the resource of an evaluation without a result."""
     place = ["evaluate", "facts", "--service", "--json", "--out", str(tmp_path / "out")]
     fake.responses = fake_answers(status="done", result=EVALUATION_RESULT)
     assert main(place) == 0

@@ -1,5 +1,4 @@
-"""`palimpsest export` and `palimpsest import`: folders and files that hold what the service made, or what is made
-here."""
+"""`palimpsest export` and `palimpsest import`, with a fake service and with a local model."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ def file_response(data: bytes, name: str) -> httpx.Response:
 
 
 def answer_export_with(fake: FakeService, file: Any) -> None:
-    """Let the fake finish an export at once."""
+    """Let the fake service complete an export at once with this file."""
     fake.responses = {
         "POST /exports": {"id": "export_1", "status": "done"},
         "GET /exports/export_1/file": file,
@@ -48,7 +47,7 @@ def answer_export_with(fake: FakeService, file: Any) -> None:
 def test_an_adapter_is_a_folder(
     fake: FakeService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the version that was asked for; its path alone goes to stdout."""
+    """An adapter of the requested version is unpacked to a folder, and only its path is printed to stdout."""
     answer_export_with(fake, file_response(make_zip("README.md", "adapter_config.json"), "a-v3-peft.zip"))
     folder = tmp_path / "adapter"
     assert cli.main.main(["export", "--version", "3", "--out", str(folder)]) == 0
@@ -58,14 +57,14 @@ def test_an_adapter_is_a_folder(
 
 
 def test_export_refuses_a_folder_that_is_not_empty(fake: FakeService, tmp_path: Path) -> None:
-    """A folder that holds something is refused before anybody is asked."""
+    """A non-empty output folder is rejected before a request is sent."""
     (tmp_path / "mine.txt").touch()
     assert cli.main.main(["export", "--out", str(tmp_path)]) == 1
     assert fake.requests == []
 
 
 def test_zip_members_with_paths_are_refused(fake: FakeService, tmp_path: Path) -> None:
-    """Whatever the other side sends."""
+    """A zip archive with a member outside the output folder is rejected."""
     answer_export_with(fake, file_response(make_zip("../outside"), "a.zip"))
     assert cli.main.main(["export", "--out", str(tmp_path / "in")]) == 1
     assert not (tmp_path / "outside").exists()
@@ -73,7 +72,7 @@ def test_zip_members_with_paths_are_refused(fake: FakeService, tmp_path: Path) -
 
 @pytest.mark.parametrize("form", ["edits", "safetensors"])
 def test_a_file_has_the_name_it_is_given_or_its_own(fake: FakeService, tmp_path: Path, form: str) -> None:
-    """Its own in a folder that is there."""
+    """The file has the path of --out, or the name of the service if --out is an existing folder."""
     answer_export_with(fake, [file_response(b"abc", "version-1.bin"), file_response(b"abc", "version-1.bin")])
     for out, file in ((tmp_path / "x.bin", tmp_path / "x.bin"), (tmp_path, tmp_path / "version-1.bin")):
         assert cli.main.main(["export", "--format", form, "--out", str(out)]) == 0
@@ -84,7 +83,8 @@ def test_a_file_has_the_name_it_is_given_or_its_own(fake: FakeService, tmp_path:
 def test_an_import_says_what_became_of_each(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """1 when one of them did not land, and why; those that were here are called so."""
+    """`import` marks edits that are already present, and exits with 1 and the reason if an edit is rejected.
+    A missing file exits with 2."""
     told: dict[str, Any] = {
         "subject": "Eiffel Tower",
         "prompt": "{} is in",
@@ -120,7 +120,7 @@ def test_an_import_says_what_became_of_each(
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[SteppedService]:
-    """A service whose model is a folder, with an edit."""
+    """A service with one edit, whose model is loaded from a folder."""
     made = tiny()
     made.model.save_pretrained(tmp_path / "base")
     made.tokenizer.save_pretrained(tmp_path / "base")
@@ -140,7 +140,8 @@ def export_model(place: SteppedService, tmp_path: Path, out: Path, *more: str) -
 def test_a_whole_model_is_exported_locally(
     place: SteppedService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Bit by bit what the worker serves, which has said the same of it; the ledger is as before."""
+    """The exported weights equal those of the worker bit for bit and match its digest. The ledger is
+    unchanged."""
     out, before = tmp_path / "edited", place.services.ledger.verify()
     assert export_model(place, tmp_path, out) == 0
     assert "Its weights match the digest of a worker." in capsys.readouterr().err
@@ -151,7 +152,7 @@ def test_a_whole_model_is_exported_locally(
 
 
 def test_export_refuses_a_digest_that_workers_disagree_with(place: SteppedService, tmp_path: Path) -> None:
-    """A machine that makes other bytes than the workers says so, and leaves no folder behind."""
+    """The export fails and leaves no folder if its digest differs from that of a worker."""
     place.edit("Colosseum", "on")
     place.worker_parts.session.attest(2, "0" * 64)
     assert export_model(place, tmp_path, tmp_path / "edited") == 1
@@ -161,7 +162,7 @@ def test_export_refuses_a_digest_that_workers_disagree_with(place: SteppedServic
 def test_the_wrong_base_model_is_named(
     place: SteppedService, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A ledger without this model, or without this version, is no ledger for it."""
+    """The export fails if the ledger does not have the model or the version."""
     assert export_model(place, tmp_path, tmp_path / "x", "--dtype", "bfloat16") == 1
     assert "the ledger has no model with the fingerprint" in capsys.readouterr().err
     assert export_model(place, tmp_path, tmp_path / "x", "--version", "9") == 1

@@ -1,4 +1,4 @@
-"""Settings and flags are one thing."""
+"""The flags of a command are its settings: cli.flags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def make_parser(settings: type[Settings] | type[ClientSettings]) -> argparse.Arg
 
 
 def test_every_setting_is_a_flag_of_serve() -> None:
-    """`palimpsest serve --help` names a flag and a variable for every setting, and nothing else."""
+    """`palimpsest serve` has a flag for each setting and no other flags. Its help names the environment
+    variable of each."""
     commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     serve = commands.choices["serve"]
     flags = {option for action in serve._actions for option in action.option_strings} - {"-h", "--help"}
@@ -30,7 +31,7 @@ def test_every_setting_is_a_flag_of_serve() -> None:
 
 
 def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flag wins over the environment, and the environment over the default."""
+    """A flag overrides the environment, which overrides the default."""
     monkeypatch.setenv("PALIMPSEST_PORT", "1234")
     monkeypatch.setenv("PALIMPSEST_MAX_QUEUE", "7")
     args = make_parser(Settings).parse_args(["--port", "4321", "--data-dir", "/somewhere"])
@@ -47,7 +48,7 @@ def test_flags_come_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_a_wrong_value_is_reported_with_flag_and_variable(asked: list[str], said: list[str]) -> None:
-    """The sentence names the flag, the variable, the value and what it should be."""
+    """The error of an invalid value names the flag, the variable, the value and what is expected."""
     with pytest.raises(Misconfigured) as caught:
         read_settings(make_parser(Settings).parse_args(asked), Settings)
     assert all(word in caught.value.detail for word in said)
@@ -55,7 +56,7 @@ def test_a_wrong_value_is_reported_with_flag_and_variable(asked: list[str], said
 
 
 def test_help_names_no_path_of_this_machine() -> None:
-    """Defaults are shown as they are on any machine."""
+    """The defaults in the help contain no path of the machine."""
     text = make_parser(Settings).format_help()
     assert str(Path.home()) + "/" not in text
     assert "the shipped model" in " ".join(text.split())

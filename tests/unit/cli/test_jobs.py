@@ -1,4 +1,4 @@
-"""`palimpsest jobs` against a service that answers from a table."""
+"""`palimpsest jobs`, tested against a fake service."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def make_job(**changes: Any) -> dict[str, Any]:
 
 
 def test_jobs_are_listed_with_the_reason(fake: FakeService, capsys: Captured) -> None:
-    """A job that was given up is shown with why; a control code in it does not reach the terminal."""
+    """A failed job is listed with its error, without control characters."""
     why = {"title": "The job was given up", "detail": "its worker died 3 times.\x1b[2J"}
     fake.responses = {
         "GET /jobs": {"items": [make_job(error=why), make_job(id="trace_1", kind="trace")], "next": None}
@@ -31,7 +31,7 @@ def test_jobs_are_listed_with_the_reason(fake: FakeService, capsys: Captured) ->
 
 
 def test_no_jobs(fake: FakeService, capsys: Captured) -> None:
-    """An empty list is said in words."""
+    """An empty list prints a sentence."""
     fake.responses = {"GET /jobs": {"items": [], "next": None}}
     assert main(["jobs"]) == 0
     assert capsys.readouterr().out == "There are no jobs.\n"
@@ -40,14 +40,14 @@ def test_no_jobs(fake: FakeService, capsys: Captured) -> None:
 
 
 def test_a_job_is_retried(fake: FakeService, capsys: Captured) -> None:
-    """Retrying asks the service, and says what became of it."""
+    """`jobs retry` sends the request and prints the new status."""
     fake.responses = {"POST /jobs/edit_1/retry": make_job(status="queued")}
     assert main(["jobs", "retry", "edit_1"]) == 0
     assert capsys.readouterr().out == "edit_1 is queued again.\n"
 
 
 def test_a_job_that_cannot_be_retried(fake: FakeService, capsys: Captured) -> None:
-    """A refusal is shown in the service's words."""
+    """`jobs retry` exits with 1 and the detail of the service if the retry is rejected."""
     fake.responses = {
         "POST /jobs/edit_1/retry": fake.problem(409, "edit_1 is applied: only a failed job waits again.")
     }

@@ -1,4 +1,4 @@
-"""`--json`: one JSON value on stdout, whatever happens, on every command that has something to say."""
+"""`--json` prints one JSON value to stdout for every command with a result, also on errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.fake_http_service import FakeService, sse_stream
 
 Captured = pytest.CaptureFixture[str]
 
-#: the commands without a result, and why
+#: commands without a result -> reason
 COMMANDS_WITHOUT_JSON = {
     "serve": "runs until it is stopped",
     "api": "runs until it is stopped",
@@ -27,7 +27,7 @@ COMMANDS_WITHOUT_JSON = {
 def iter_commands(
     parser: argparse.ArgumentParser, words: str = ""
 ) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Everything that can be run, by its words."""
+    """Yield each command by its words, with its parser."""
     if "run" in parser._defaults:
         yield words.strip(), parser
     for action in parser._actions:
@@ -37,8 +37,7 @@ def iter_commands(
 
 
 def test_every_command_has_the_flag() -> None:
-    """A command that talks to the service or prints a result has `--json`; one that has not is named here with the
-    reason."""
+    """Every command has `--json`, except those listed with a reason."""
     found = dict(iter_commands(build_parser()))
     lacking = {words for words, parser in found.items() if "--json" not in parser._option_string_actions}
     assert lacking == set(COMMANDS_WITHOUT_JSON)
@@ -109,8 +108,7 @@ ANSWERS: dict[str, Any] = {
 def test_json_prints_the_response_of_the_service(
     fake: FakeService, capsys: Captured, words: str, value: Any
 ) -> None:
-    """The value is what the service answered, a list's pages joined; one line of ASCII, which nothing in it can
-    break."""
+    """The value is the response of the service, with the pages of a list joined. It is one line of ASCII."""
     fake.responses = dict(ANSWERS)
     assert main([*(word.replace("\t", " ") for word in words.split(" ")), "--json"]) == 0
     shown = capsys.readouterr().out
@@ -122,21 +120,21 @@ def test_json_prints_the_response_of_the_service(
     "words", ["jobs --json retry edit_1", "jobs retry --json edit_1", "edits --json show edit_1"]
 )
 def test_the_flag_may_stand_before_the_verb(fake: FakeService, capsys: Captured, words: str) -> None:
-    """Before or after the verb, it is the same flag."""
+    """`--json` is accepted before and after the subcommand."""
     fake.responses = dict(ANSWERS)
     assert main(words.split()) == 0
     assert json.loads(capsys.readouterr().out)["id"] == "edit_1"
 
 
 def test_a_program_asks_for_a_whole_answer(fake: FakeService) -> None:
-    """`generate --json` does not stream: the answer is one value with its tokens, version and usage."""
+    """`generate --json` requests a response without streaming."""
     fake.responses = dict(ANSWERS)
     assert main(["generate", "Nile", "--json"]) == 0
     assert fake.requests == [("POST /generate", {"prompt": "Nile", "version": "head"})]
 
 
 def test_a_refusal_is_a_value_too(fake: FakeService, capsys: Captured) -> None:
-    """A program that reads stdout finds the error there; a person finds the sentence on stderr."""
+    """An error is printed to stdout as a JSON value, and to stderr as a sentence."""
     fake.responses = {"DELETE /edits/edit_1": FakeService.problem(404, "No resource has this id.")}
     assert main(["revert", "edit_1", "--json"]) == 1
     shown = capsys.readouterr()
@@ -146,14 +144,14 @@ def test_a_refusal_is_a_value_too(fake: FakeService, capsys: Captured) -> None:
 
 
 def test_a_wrong_configuration_is_one(capsys: Captured) -> None:
-    """So is what is wrong with the command itself, with exit code 2."""
+    """A configuration error is printed as a JSON value, with exit code 2."""
     assert main(["revert", "edit_1", "--json", "--url", "nowhere"]) == 2
     assert "--url" in json.loads(capsys.readouterr().out)["error"]["detail"]
 
 
 @pytest.mark.parametrize("status", ["failed", "rejected"])
 def test_a_job_that_did_not_do_it(fake: FakeService, capsys: Captured, status: str) -> None:
-    """What became of a job is its resource, and exit code 1 says that it did not do what was asked."""
+    """A job that fails or is rejected is printed as its resource, with exit code 1."""
     ended = {**LINKED, "status": status, "result": {"reason": "it did not take"}}
     fake.responses = {**ANSWERS, "GET /edits/edit_1": ended}
     assert main(["edit", "Nile", "{} is", "short", "--json"]) == 1
@@ -166,14 +164,15 @@ def test_a_job_that_did_not_do_it(fake: FakeService, capsys: Captured, status: s
 
 
 def test_a_broken_ledger_is_exit_code_1(fake: FakeService, capsys: Captured) -> None:
-    """The findings are in the value."""
+    """`ledger --verify --json` prints the findings, with exit code 1."""
     fake.responses = {"GET /ledger/verify": {"ok": False, "findings": ["entry 2: the chain is broken"]}}
     assert main(["ledger", "--verify", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["findings"] == ["entry 2: the chain is broken"]
 
 
 def test_keys_and_the_database(capsys: Captured, tmp_path: Path) -> None:
-    """A key is a value with its token, this once; the list has no token; a migration says from where to where."""
+    """`keys create` prints the token, and `keys list` does not. `migrate` prints the revisions before and
+    after."""
     data = ["--data-dir", str(tmp_path), "--json"]
 
     def run_json(*words: str) -> Any:

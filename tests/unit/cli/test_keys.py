@@ -1,4 +1,4 @@
-"""`palimpsest keys`, as a person gives it."""
+"""The commands of `palimpsest keys`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data folder that is not there yet."""
+    """Return a data folder that does not exist yet."""
     folder = tmp_path / "data"
     monkeypatch.setenv("PALIMPSEST_DATA_DIR", str(folder))
     return folder
@@ -27,8 +27,8 @@ def create_key(*more: str, name: str = "nightly-eval", scopes: str = "read,edit"
 
 
 def test_the_token_alone_goes_to_stdout(data: Path, capsys: Captured) -> None:
-    """`palimpsest keys create > file` holds the token and nothing else; what it is for is said on stderr, without
-    it."""
+    """`keys create` prints only the token to stdout. The usage and the scopes are printed to stderr, without
+    the token."""
     assert create_key() == 0
     shown = capsys.readouterr()
     token = shown.out.strip()
@@ -40,7 +40,7 @@ def test_the_token_alone_goes_to_stdout(data: Path, capsys: Captured) -> None:
 
 
 def test_the_token_is_valid(data: Path, capsys: Captured) -> None:
-    """What is shown is a key of the database that the settings name, with the scopes and limits that were asked for."""
+    """The printed token is a key of the configured database, with the requested scopes and limits."""
     assert create_key("--requests-per-minute", "60", "--max-queued", "5", scopes="edit, read") == 0
     database = Database(f"sqlite:///{data / 'palimpsest.sqlite3'}")
     key = ApiKeys(database).verify(capsys.readouterr().out.strip())
@@ -55,7 +55,8 @@ def test_the_token_is_valid(data: Path, capsys: Captured) -> None:
 
 
 def test_creating_the_first_key_warns(data: Path, capsys: Captured) -> None:
-    """Whoever makes the first key is told that everyone needs one from now on."""
+    """Creating the first key prints a warning that every request needs a key; creating another key
+    does not."""
     create_key(name="first")
     assert "every request needs a key" in capsys.readouterr().err
     create_key(name="second")
@@ -63,7 +64,8 @@ def test_creating_the_first_key_warns(data: Path, capsys: Captured) -> None:
 
 
 def test_the_list_shows_every_key_and_no_secret(data: Path, capsys: Captured) -> None:
-    """The list has each key with its scopes, and says which were revoked."""
+    """`keys list` prints each key with its scopes and the times of its creation and revocation, without
+    tokens."""
     assert main(["keys", "list"]) == 0
     assert "no keys" in capsys.readouterr().out
     create_key(name="one")
@@ -92,7 +94,7 @@ def test_the_list_shows_every_key_and_no_secret(data: Path, capsys: Captured) ->
     ],
 )
 def test_invalid_key_commands_are_reported(data: Path, capsys: Captured, asked: list[str], said: str) -> None:
-    """A wrong name, scope or limit is told in words, with what to change, and nothing is made."""
+    """An invalid name, scope or limit exits with 1 and a message that says what to change."""
     create_key(name="taken")
     capsys.readouterr()
     assert main(["keys", *asked]) == 1
@@ -104,7 +106,7 @@ def test_invalid_key_commands_are_reported(data: Path, capsys: Captured, asked: 
 def test_a_data_folder_that_cannot_be_made_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    """A data folder in the way of a file is a wrong configuration, as it is for the service."""
+    """A data folder that cannot be created is a configuration error that names the variable."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("PALIMPSEST_DATA_DIR", str(tmp_path / "file" / "data"))
     assert create_key() == 2

@@ -1,4 +1,4 @@
-"""What a command computes by itself: cli.local_model."""
+"""Commands that load a model locally: cli.local_model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from service.settings import SHIPPED_MODEL, Settings
 
 
 def test_facts_are_the_table_beside_the_model(tmp_path: Path) -> None:
-    """A name is a file's, but for `facts`; what is not there is said."""
+    """`facts` is the fact table in the folder of the model; any other name is a file. A missing table or file
+    raises Misconfigured."""
     assert resolve_source("facts", str(SHIPPED_MODEL)) == SHIPPED_MODEL / "facts.jsonl"
     assert resolve_source(__file__, "x") == Path(__file__)
     with pytest.raises(Misconfigured, match="has no fact table"):
@@ -23,14 +24,15 @@ def test_facts_are_the_table_beside_the_model(tmp_path: Path) -> None:
 
 
 def test_missing_dependency_is_named() -> None:
-    """What computes is told how to be installed; any other missing module is a fault of its own."""
+    """A missing optional dependency becomes an error with the install command. Other missing modules are not
+    changed."""
     assert "pip install" in str(missing_dependency_error(ModuleNotFoundError("no torch", name="torch")))
     other = ModuleNotFoundError("no x", name="x")
     assert missing_dependency_error(other) is other
 
 
 def test_settings_say_which_model(tmp_path: Path) -> None:
-    """A precision that there is not, and a folder without a model, are rejected with a clear error."""
+    """An unknown dtype, or a folder without a model, raises Misconfigured."""
     with pytest.raises(Misconfigured, match="unknown dtype 'float8'"):
         load_served_model(Settings(dtype="float8"))
     with pytest.raises(Misconfigured, match="cannot be loaded"):
@@ -38,7 +40,7 @@ def test_settings_say_which_model(tmp_path: Path) -> None:
 
 
 def test_run_with_progress_bar_returns_the_result() -> None:
-    """The result is the steps' own."""
+    """The result of the stepper is returned."""
 
     def steps() -> Stepper[str]:
         yield Progress(Phase.RUN, 0, 1)

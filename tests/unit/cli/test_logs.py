@@ -43,7 +43,7 @@ def make_record(event: str, error: BaseException | None = None, /, **own: Any) -
 
 
 def format_record(record: logging.LogRecord, log_format: LogFormat = "json") -> str:
-    """The line that the handler writes."""
+    """Return the line that the handler writes."""
     handler = stderr_handler(log_format)
     assert handler.filter(record)
     return handler.format(record)

@@ -1,4 +1,4 @@
-"""`palimpsest` with no word, and what the first word may be."""
+"""The overview that `palimpsest` prints without a command: cli.overview."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Captured = pytest.CaptureFixture[str]
 
 
 def test_every_command_has_its_line() -> None:
-    """The overview names each command of the parser once, and none that is not there."""
+    """The overview lists each command of the parser exactly once."""
     (commands,) = (a.choices for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     named = [name for group in OVERVIEW.values() for name in group]
     assert sorted(named) == sorted(commands)
 
 
 def test_it_is_one_screen_of_plain_text() -> None:
-    """80 columns and 40 lines hold it, and no control code is in it: it reads the same in a pipe."""
+    """The overview has at most 40 lines of 80 columns and no control characters."""
     lines = overview().splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 80
@@ -33,13 +33,13 @@ def test_it_is_one_screen_of_plain_text() -> None:
 
 @pytest.mark.parametrize("words", [[], ["help"], ["--help"], ["-h"]])
 def test_no_command_prints_the_overview(capsys: Captured, words: list[str]) -> None:
-    """Whoever gives no command, or asks for help, is told what there is, with exit code 0."""
+    """No command, `help` and `--help` print the overview and exit with 0."""
     assert main(words) == 0
     assert capsys.readouterr() == (overview(), "")
 
 
 def test_help_of_a_command(capsys: Captured) -> None:
-    """`palimpsest help edit` is `palimpsest edit --help`."""
+    """`palimpsest help edit` prints the same as `palimpsest edit --help`."""
     said = []
     for words in (["help", "edit"], ["edit", "--help"]):
         with pytest.raises(SystemExit) as ended:
@@ -51,7 +51,7 @@ def test_help_of_a_command(capsys: Captured) -> None:
 
 
 def test_an_unknown_command_is_a_wrong_command(capsys: Captured) -> None:
-    """A word that is no command is exit code 2."""
+    """An unknown command exits with 2 and is named in the message."""
     with pytest.raises(SystemExit) as ended:
         main(["edti"])
     assert ended.value.code == 2
@@ -59,7 +59,7 @@ def test_an_unknown_command_is_a_wrong_command(capsys: Captured) -> None:
 
 
 def test_the_overview_imports_no_heavy_modules() -> None:
-    """Nothing that takes time is imported to show what there is."""
+    """Printing the overview imports none of the modules that take long to import."""
     asked = "import sys; from cli.entry import main; main([]); sys.stderr.write(' '.join(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert ran.stdout == overview()

@@ -1,4 +1,4 @@
-"""What a newcomer pastes must work."""
+"""The commands in the startup message: cli.startup_message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def request_body(line: str) -> dict[str, object]:
 @pytest.mark.parametrize("shown", [DEFAULT_DEMO, NASTY])
 @pytest.mark.parametrize("key", [False, True])
 def test_the_lines_are_shell_and_json(shown: DemoFact, key: bool) -> None:
-    """Each line is one valid command whatever is in the fact, and its body says exactly that fact."""
+    """Each line is a valid shell command, and its body has exactly the fact, also with special characters."""
     ask, edit, again = demo_commands("http://127.0.0.1:8000", shown, key)
     for line in (ask, edit, again):
         assert subprocess.run(["bash", "-n", "-c", line], check=False).returncode == 0
@@ -38,7 +38,7 @@ def test_the_lines_are_shell_and_json(shown: DemoFact, key: bool) -> None:
 
 
 def test_nothing_of_a_line_is_run_but_curl() -> None:
-    """With curl replaced by printf, the shell hands over the words untouched."""
+    """The shell expands nothing in the arguments of curl."""
     _, edit, _ = demo_commands("http://127.0.0.1:8000", NASTY)
     script = "curl() { printf '%s\\0' \"$@\"; }; " + edit
     words = (
@@ -48,7 +48,7 @@ def test_nothing_of_a_line_is_run_but_curl() -> None:
 
 
 def test_the_key_is_not_shown() -> None:
-    """A line names the variable of the key; the key itself stays out of terminals and histories."""
+    """The commands refer to the API key by its environment variable."""
     assert all(
         '"Authorization: Bearer $PALIMPSEST_API_KEY"' in line
         for line in demo_commands("http://x", DEFAULT_DEMO, key=True)
@@ -62,7 +62,8 @@ def write_facts(folder: Path, *facts: tuple[str, str, str]) -> str:
 
 
 def test_a_fact_is_taken_from_the_model(tmp_path: Path) -> None:
-    """Beside a table of facts the demonstration is one of them, with another object of the same relation."""
+    """The demo is a fact of the model's table with another object of the same relation. Without a table it is
+    the default."""
     assert choose_demo(str(tmp_path)) == DEFAULT_DEMO
     assert choose_demo(write_facts(tmp_path)) == DEFAULT_DEMO
     model = write_facts(tmp_path, ("Nile", "{} flows in", "Africa"), ("Rhine", "{} flows in", "Europe"))
@@ -73,7 +74,7 @@ def test_a_fact_is_taken_from_the_model(tmp_path: Path) -> None:
 
 
 def test_the_startup_message_shows_the_address(tmp_path: Path) -> None:
-    """The address, its documentation and three commands are in the welcome."""
+    """The message has the URL of the documentation and three commands."""
     text = startup_message("http://127.0.0.1:9", str(tmp_path), {"recipe": {"source": "tried"}, "layers": 8})
     assert "hparams" not in text
     assert "http://127.0.0.1:9/docs" in text
@@ -81,6 +82,6 @@ def test_the_startup_message_shows_the_address(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_recipe_gets_a_layer() -> None:
-    """The edit line works on a model for which no recipe is known: it names an early layer."""
+    """For a model without a recipe the edit command specifies an early layer."""
     line = startup_message("http://127.0.0.1:9", "gpt2", {"recipe": None, "layers": 12}).splitlines()[5]
     assert request_body(line)["hparams"] == {"layers": [3]}

@@ -1,4 +1,4 @@
-"""What the terminal shows."""
+"""Formatting of terminal output: cli.terminal."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from cli.terminal import format_cell, format_list, probability_bar, strip_contro
 
 
 def test_control_characters_are_stripped() -> None:
-    """Control characters are dropped, text in any script stays; a table's cell is one line."""
+    """Control characters are removed and text in any script is kept. A table cell has one line."""
     assert strip_control_chars("a\x1b]0;title\x07b\r\x9bc\n\tÎle 東京") == "a]0;titlebc\n\tÎle 東京"
     assert format_cell("a\nb") == "a⏎b"
 
 
 def test_cells_are_short() -> None:
-    """Nothing is a dash; a number has three digits after the point."""
+    """None is a dash. A float has three decimals, or none from 1000."""
     assert [format_cell(x) for x in (None, 0.12345, 3, 123456.7)] == ["–", "0.123", "3", "123457"]
 
 
@@ -37,7 +37,7 @@ ROWS = [
 
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets how broad the terminal is."""
+    """Return a function that sets the width of the terminal."""
 
     def set_width(columns: int) -> None:
         monkeypatch.setattr(cli.terminal, "out", Console(width=columns, soft_wrap=True))
@@ -46,7 +46,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def test_a_list_is_a_line_for_each_row(screen: Callable[[int], None]) -> None:
-    """Where there is room, every column stands in its line, below its name."""
+    """On a wide terminal each row is one line, with its columns aligned below their names."""
     screen(120)
     head, *lines = format_list(COLUMNS, ROWS, ("fact",)).plain.splitlines()
     assert [line.count("  ") > 0 for line in lines] == [True, True]
@@ -55,8 +55,8 @@ def test_a_list_is_a_line_for_each_row(screen: Callable[[int], None]) -> None:
 
 
 def test_ids_stay_whole_on_a_narrow_terminal(screen: Callable[[int], None]) -> None:
-    """Where there is no room, what may be long goes below its row, broken between words, and ids can still be
-    copied."""
+    """On a narrow terminal the flexible column is printed below its row and wrapped, and ids are not
+    broken."""
     screen(60)
     lines = format_list(COLUMNS, ROWS, ("fact",)).plain.splitlines()
     assert lines[1].strip() == "fact"
@@ -69,7 +69,7 @@ def test_ids_stay_whole_on_a_narrow_terminal(screen: Callable[[int], None]) -> N
 
 
 def test_a_status_has_its_colour(screen: Callable[[int], None]) -> None:
-    """What failed is red, what waits is not; the colour is on the word alone."""
+    """A status has its colour, and only the word is coloured."""
     screen(120)
     text = format_list(COLUMNS, ROWS, ("fact",))
     found = {text.plain[span.start : span.end]: span.style for span in text.spans if span.style != "bold"}
@@ -81,12 +81,14 @@ def test_a_status_has_its_colour(screen: Callable[[int], None]) -> None:
     [(0.0, "▏   "), (1e-9, "▏   "), (0.5, "██  "), (0.53, "██▏ "), (1.0, "████"), (7.0, "████")],
 )
 def test_a_probability_is_a_bar(share: float, bar: str) -> None:
-    """As long as it is large, never longer than its column, and always to be seen."""
+    """The length of the bar is proportional to the probability, at least visible and at most the width of the
+    column."""
     assert probability_bar(share, 4) == bar
 
 
 def test_long_text_is_truncated() -> None:
-    """By the columns that letters take, with a sign that there was more."""
+    """Text is truncated to a number of terminal columns, with an ellipsis. Wide characters count as two
+    columns."""
     assert [truncate("tower", 5), truncate("towers", 5), truncate("東京東京", 5)] == [
         "tower",
         "towe…",
@@ -101,7 +103,7 @@ def render_lines(made: Table, width: int) -> list[str]:
 
 
 def test_a_broad_table_is_turned(screen: Callable[[int], None]) -> None:
-    """A table that the terminal is too narrow for stands on its side, with a column for each row."""
+    """A table that is wider than the terminal is transposed."""
     names, rows = ("edits", "ES", "PS", "NS"), [(50, 0.9, 0.8, 0.7), (100, 0.6, None, 0.5)]
     screen(26)
     assert render_lines(table("", names, rows), 26)[2] == "   50  0.900  0.800  0.700"
@@ -116,7 +118,8 @@ def test_a_broad_table_is_turned(screen: Callable[[int], None]) -> None:
 
 
 def test_a_table_keeps_its_numbers_whole(screen: Callable[[int], None]) -> None:
-    """Where turning does not help, headings are broken between words, then texts, and never numbers."""
+    """A table that is too wide also when transposed has its headings and texts wrapped. Numbers are not
+    broken."""
     screen(40)
     rows = [("layers=[1,2] clamp=1.5", 0.123, 1234.5)] * 5
     lines = render_lines(table("", ("tried", "rise of loss", "S at once"), rows), 40)

@@ -1,4 +1,4 @@
-"""Heat maps in a terminal."""
+"""Heat maps in the terminal: cli.terminal_heatmap."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def render(scores: list[list[float]], width: int = 80, coloured: bool = True, **
 
 
 def test_low_is_pale_and_high_is_full() -> None:
-    """A cell per score on its own ground, so that it reads on any terminal: pale at `low`, full at `high`, never
-    beyond."""
+    """The background of a cell ranges from pale at `low` to saturated at `high`. Values outside the range are
+    clamped. The scale has the same colours."""
     found = cell_backgrounds(render([[0.1, 0.9], [0.5, -1.0]]))
     assert found[:4] == ["#f3f0f7", "#58188c", "#a684c2", "#f3f0f7"]
-    assert [found[4], found[6], found[8]] == [found[0], found[2], found[1]]  # the scale below
+    assert [found[4], found[6], found[8]] == [found[0], found[2], found[1]]  # the scale below the map
 
 
 def test_without_colours_shades_are_used() -> None:
-    """In a file a map is drawn with characters of more or less ink, and its scale with the same."""
+    """Without colours the cells and the scale are drawn with shading characters."""
     text = render([[0.1, 0.2, 0.5, 0.9]], coloured=False)
     lines = text.plain.splitlines()
     assert lines == ["      state", "   t0 ···░▒▒██", "layer 0 1 2 3", "      0.100 ·░▒▓█ 0.900"]
@@ -38,20 +38,20 @@ def test_without_colours_shades_are_used() -> None:
 
 
 def test_the_subject_and_the_strongest_are_marked() -> None:
-    """Tokens of the subject bear a star; the strongest cell a sign where there are colours."""
+    """Tokens of the subject are marked with a star, and the highest score with `<>`."""
     lines = render([[0.1, 0.2], [0.9, 0.3]], best=(1, 0)).plain.splitlines()
     assert lines[1].split() == ["t0"]
     assert lines[2].split() == ["t1*", "<>"]
 
 
 def test_a_short_prompt_has_its_axis_below_its_cells() -> None:
-    """The word beside the axis is broader than short tokens; the numbers stand below their cells all the same."""
+    """The axis is aligned with the cells, also when the axis label is wider than the tokens."""
     lines = render([[0.1, 0.9]], coloured=False).plain.splitlines()
     assert lines[1].index("·") == lines[2].index("0")
 
 
 def test_a_flat_map_is_pale() -> None:
-    """Where nothing differs there is nothing to show, and nothing to divide by."""
+    """A map whose `low` equals `high` is pale and causes no division by zero."""
     text = render_heat_maps([HeatMap("mlp", "MLP", [[0.5]])], ["a"], range(0), 0.5, 0.5, 80, coloured=True)
     assert cell_backgrounds(text)[0] == "#f3f0f7"
 
@@ -67,7 +67,8 @@ def test_a_flat_map_is_pale() -> None:
     ],
 )
 def test_maps_fit_the_terminal(layers: int, room: int, layout: MapLayout) -> None:
-    """Side by side before one below the other, broad cells before narrow ones, every layer before several in a cell."""
+    """The layout prefers maps side by side to stacked maps, wide cells to narrow ones, and one layer per cell
+    to several."""
     maps = [HeatMap("hidden", title, [[0.0] * layers]) for title in ("state", "MLP", "attention")]
     assert fit_layout(maps, layers, room) == layout
 
@@ -75,7 +76,8 @@ def test_maps_fit_the_terminal(layers: int, room: int, layout: MapLayout) -> Non
 @pytest.mark.parametrize("coloured", [True, False])
 @pytest.mark.parametrize("layers", [2, 8, 12, 48, 126])
 def test_no_line_is_broader_than_the_terminal(layers: int, coloured: bool) -> None:
-    """80 columns hold any number of layers, long tokens and broad letters too; all lines of a map are equally long."""
+    """No line exceeds 80 columns, for any number of layers and for long or wide tokens. All lines of a map
+    have the same width."""
     maps = [HeatMap(kind, kind, [[0.1] * layers] * 3, (2, layers - 1)) for kind in ("hidden", "mlp", "attn")]
     names = [" is", "東京" * 20, "\x1b[31mred" * 9]
     text = render_heat_maps(maps, names, range(1, 3), 0.1, 0.9, 80, coloured)
@@ -85,7 +87,7 @@ def test_no_line_is_broader_than_the_terminal(layers: int, coloured: bool) -> No
 
 
 def test_layers_that_share_a_cell_show_the_strongest() -> None:
-    """Where there is no room, a cell is the strongest of its layers, and it is said how many those are."""
+    """A cell of several layers has the maximum score, and the number of layers per cell is printed."""
     scores = [[0.1] * 160]
     scores[0][101] = 0.9
     text = render(scores, width=60, coloured=False)
@@ -103,12 +105,12 @@ def test_layers_that_share_a_cell_show_the_strongest() -> None:
     ],
 )
 def test_numbers_stand_below_their_layers(layers: int, layout: MapLayout, line: str) -> None:
-    """As many numbers as find room, each where its layer's cell begins."""
+    """Layer numbers are printed below their cells, as many as fit."""
     assert axis_labels(layers, layout) == line
 
 
 def test_maps_side_by_side_stand_apart() -> None:
-    """Titles begin where the cells below them begin."""
+    """The title of each map starts at the column of its cells."""
     maps = [HeatMap("hidden", "state", FLAT), HeatMap("attn", "attention", FLAT)]
     lines = render_heat_maps(maps, ["a", "b"], range(0), 0.1, 0.9, 80, coloured=False).plain.splitlines()
     assert lines[0].index("attention") == lines[1].rindex("·" * 8) == lines[1].index("·") + 8 + GAP

@@ -16,7 +16,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 class FlakyDependency:
-    """Raises `Unavailable` on the first calls."""
+    """A dependency that raises `Unavailable` on the first calls."""
 
     def __init__(self, failures: int) -> None:
         self.failures_left = failures
@@ -33,19 +33,19 @@ def short_retry_interval(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_wait_is_announced_once(capsys: Captured) -> None:
-    """A dependency that comes up after some attempts is waited for with one line on stderr."""
+    """Waiting for an unavailable dependency prints one line to stderr."""
     assert wait_for_dependency(FlakyDependency(3), threading.Event())
     assert capsys.readouterr().err.count("the database does not answer.") == 1
 
 
 def test_nothing_is_printed_when_dependencies_are_up(capsys: Captured) -> None:
-    """A dependency that is available at once prints nothing."""
+    """Nothing is printed if the dependency is available at once."""
     assert wait_for_dependency(FlakyDependency(0), threading.Event())
     assert capsys.readouterr().err == ""
 
 
 def test_waiting_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dependency that stays down raises its own error."""
+    """A dependency that is unavailable until the timeout raises its error."""
     monkeypatch.setattr(wait_for_dependencies, "DEPENDENCY_TIMEOUT", 0.05)
     with pytest.raises(Unavailable, match="database"):
         wait_for_dependency(FlakyDependency(10_000), threading.Event())
@@ -53,7 +53,8 @@ def test_waiting_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("command", ["api", "worker"])
 def test_api_and_worker_need_redis(capsys: Captured, tmp_path: Path, command: str) -> None:
-    """Without Redis the command exits with 2 and names the variable to set and the command that needs none."""
+    """Without Redis the command exits with 2. The message names the variable to set and the command that
+    needs no Redis."""
     data = tmp_path / "data"
     assert main([command, "--port", "0", "--data-dir", str(data)]) == 2
     printed = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""OpenAI-compatible completions and models with a fake worker: names, prompts, errors, chunks."""
+"""OpenAI-compatible completions and models, tested with a fake worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.local_server import run_http_server, wait_until
 
 @pytest.fixture
 def openai_client(test_app: TestApp, worker: FakeWorker) -> Iterator[OpenAI]:
-    """The stock client, on a real socket."""
+    """The official OpenAI client, connected to the application over a real socket."""
     with (
         run_http_server(test_app.app) as url,
         OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
@@ -31,8 +31,8 @@ def create_edit(client: TestClient) -> dict[str, Any]:
 
 
 def test_a_name_is_a_version(client: TestClient, openai_client: OpenAI, worker: FakeWorker) -> None:
-    """NAME and NAME@head mean the newest version, NAME@base the first and NAME@N that one; what comes before a slash is
-    not looked at. The worker is asked for that version by number, and the answer bears its name."""
+    """NAME and NAME@head select the newest version, NAME@base version 0, and NAME@N version N. A path before
+    the name is ignored. The worker receives the version as a number, and the response names it."""
     create_edit(client), create_edit(client)
     meant = {
         "tiny": 2, "tiny@head": 2, "tiny@base": 0, "tiny@1": 1, "tiny@01": 1, "org/tiny": 2, "./models/tiny@base": 0,
@@ -45,7 +45,7 @@ def test_a_name_is_a_version(client: TestClient, openai_client: OpenAI, worker: 
 
 
 def test_an_unknown_name_is_not_found(openai_client: OpenAI, worker: FakeWorker) -> None:
-    """An unknown model name is 404 with the valid names, and no call is sent."""
+    """An unknown model name gets 404 with the valid names, and no call is sent to a worker."""
     for name in (
         "gpt-4",
         "tiny@",
@@ -67,7 +67,7 @@ def test_an_unknown_name_is_not_found(openai_client: OpenAI, worker: FakeWorker)
 
 
 def test_equal_weights_have_equal_fingerprints(client: TestClient, openai_client: OpenAI) -> None:
-    """The fingerprint changes with an edit and is that of the base model again after its revert."""
+    """An edit changes the fingerprint, and its revert restores the fingerprint of the base model."""
     client.delete(create_edit(client)["links"]["self"])
     base, one, back = (openai_client.models.retrieve(f"tiny@{v}").system_fingerprint for v in (0, 1, 2))  # type: ignore[attr-defined]
     assert base == back != one
@@ -75,7 +75,7 @@ def test_equal_weights_have_equal_fingerprints(client: TestClient, openai_client
 
 
 def test_the_list_has_the_newest_versions(client: TestClient, openai_client: OpenAI) -> None:
-    """The names that always are there come first, then versions by number, newest first."""
+    """The list has the aliases first, followed by the numbered versions, newest first."""
     create_edit(client)
     assert [model.id for model in openai_client.models.list()] == [
         "tiny",
@@ -87,7 +87,8 @@ def test_the_list_has_the_newest_versions(client: TestClient, openai_client: Ope
 
 
 def test_a_prompt_has_four_forms(openai_client: OpenAI, worker: FakeWorker) -> None:
-    """Texts and tokens, one or several, reach the worker as they are, with OpenAI's defaults."""
+    """A prompt may be one or several texts or token lists. The worker receives them unchanged, with OpenAI's
+    defaults."""
     forms: list[tuple[Any, Any, Any]] = [
         ("a", ["a"], None),
         (["a", "b"], ["a", "b"], None),
@@ -109,8 +110,7 @@ def test_a_prompt_has_four_forms(openai_client: OpenAI, worker: FakeWorker) -> N
 def test_what_is_left_out_or_null_or_neutral_changes_nothing(
     openai_client: OpenAI, worker: FakeWorker
 ) -> None:
-    """A field that is null counts as left out, and one that is not supported may have the value that changes
-    nothing."""
+    """A null field is treated as absent. An unsupported field is accepted with its neutral value."""
     fields = (
         "max_tokens",
         "temperature",
@@ -139,7 +139,7 @@ def test_what_is_left_out_or_null_or_neutral_changes_nothing(
 
 
 def test_a_seed_is_random_or_given(openai_client: OpenAI, worker: FakeWorker) -> None:
-    """Without a seed each request has one of its own; any whole number of 64 bits can be one."""
+    """A request without a seed gets a random one. Negative seeds are accepted."""
     for seed in (None, None, 7, -1):
         openai_client.completions.create(model="tiny", prompt=PROMPT, seed=seed)
     drawn, other, explicit, negative = (call["seed"] for call in worker.calls)
@@ -147,7 +147,7 @@ def test_a_seed_is_random_or_given(openai_client: OpenAI, worker: FakeWorker) ->
     assert (explicit, negative) == (7, 2**63 - 1)
 
 
-#: what cannot be carried out, and the field at fault
+#: invalid requests, and the field that the error names
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
@@ -183,7 +183,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 def test_bad_completions_are_refused(openai_client: OpenAI, worker: FakeWorker) -> None:
-    """Invalid input is a BadRequestError that names the field, also with `stream`, and no call is sent."""
+    """Invalid input raises BadRequestError that names the field, also with `stream`, and no call is sent."""
     for fields, param in BAD:
         for more in ({}, {"stream": True} if param != "stream_options" else {}):
             with pytest.raises(openai.BadRequestError) as refused:
@@ -196,7 +196,7 @@ def test_bad_completions_are_refused(openai_client: OpenAI, worker: FakeWorker) 
 def test_max_tokens_setting_names_the_sent_field(
     test_app: TestApp, client: TestClient, worker: FakeWorker
 ) -> None:
-    """A service that lets at most so many tokens be said speaks of the field that was sent."""
+    """The error for exceeding the setting `max_new_tokens` names the field `max_tokens` of the request."""
     test_app.services.generation.settings = test_app.settings.model_copy(update={"max_new_tokens": 7})
     body = {"model": "tiny", "prompt": PROMPT}
     assert client.post("/v1/completions", json=body | {"max_tokens": 7}).status_code == 200
@@ -207,7 +207,7 @@ def test_max_tokens_setting_names_the_sent_field(
 def test_every_error_below_v1_has_openais_form(
     test_app: TestApp, client: TestClient, worker: FakeWorker
 ) -> None:
-    """Whatever goes wrong below /v1 is {"error": ...}; everywhere else it is a problem."""
+    """Errors below /v1 have OpenAI's error format; errors of other routes are problem documents."""
     body = {"model": "tiny", "prompt": PROMPT}
     json_type = {"content-type": "application/json"}
     for status, answer in [
@@ -228,8 +228,9 @@ def test_every_error_below_v1_has_openais_form(
 
 
 def test_keys_are_as_everywhere(test_app: TestApp, openai_client: OpenAI) -> None:
-    """The stock client's key is a key of the service: none that is good is an AuthenticationError, one of too little
-    scope a PermissionDeniedError, one that has asked too often a RateLimitError that says when to come back."""
+    """The OpenAI client authenticates with API keys of the service. An invalid key raises
+    AuthenticationError, a missing scope PermissionDeniedError, and an exceeded rate limit RateLimitError
+    with Retry-After."""
     keys = ApiKeys(test_app.database)
     reads, edits = (keys.create(scope, [scope], 2)[1] for scope in ("read", "edit"))
     with pytest.raises(openai.AuthenticationError):
@@ -245,7 +246,7 @@ def test_keys_are_as_everywhere(test_app: TestApp, openai_client: OpenAI) -> Non
 
 
 def test_a_full_queue_is_429(test_app: TestApp, client: TestClient) -> None:
-    """When too much waits the answer is 429 with Retry-After, as for `/generate`."""
+    """A completion gets 429 with Retry-After when the queue is full."""
     test_app.services.generation.settings = test_app.settings.model_copy(update={"max_queue": 0})
     answer = client.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT})
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
@@ -253,7 +254,7 @@ def test_a_full_queue_is_429(test_app: TestApp, client: TestClient) -> None:
 
 
 def test_without_a_model_openai_routes_are_503(tmp_path: Any, wiring: dict[str, Any]) -> None:
-    """Before a worker has come with a model nothing can be named: 503."""
+    """The model routes return 503 until a worker has registered a model."""
     app_without_model = TestApp(tmp_path, register=False, **wiring)
     for answer in (
         TestClient(app_without_model.app).get("/v1/models"),
@@ -264,8 +265,8 @@ def test_without_a_model_openai_routes_are_503(tmp_path: Any, wiring: dict[str, 
 
 
 def test_a_stream_is_chunks(openai_client: OpenAI) -> None:
-    """Every chunk bears the version; the last one of a choice says why it ended; with `include_usage` one more
-    counts."""
+    """Every chunk names the version, and the last chunk of a choice has the finish reason. With
+    `include_usage` one more chunk has the usage."""
     plain = list(openai_client.completions.create(model="tiny", prompt=PROMPT, stream=True))
     assert [chunk.choices[0].text for chunk in plain] == [" Pa", "ris"]
     assert [chunk.choices[0].finish_reason for chunk in plain] == [None, "length"]
@@ -291,7 +292,7 @@ def test_the_wire_is_openais(client: TestClient, worker: FakeWorker) -> None:
 
 
 def test_an_error_in_a_stream_is_raised(openai_client: OpenAI, worker: FakeWorker) -> None:
-    """An error after the start of a stream is raised by the OpenAI client."""
+    """The OpenAI client raises an error that occurs in a stream."""
     worker.call_error = {"code": "unavailable", "title": "", "detail": "the worker is stopping: ask again."}
     with pytest.raises(openai.APIError, match="the worker is stopping"):
         list(openai_client.completions.create(model="tiny", prompt=PROMPT, stream=True))
@@ -300,7 +301,7 @@ def test_an_error_in_a_stream_is_raised(openai_client: OpenAI, worker: FakeWorke
 def test_a_client_disconnect_cancels_a_completion(
     test_app: TestApp, openai_client: OpenAI, worker: FakeWorker
 ) -> None:
-    """A client that disconnects cancels its stream."""
+    """A client that disconnects cancels its streamed completion."""
     worker.may_finish.clear()
     stream = openai_client.completions.create(model="tiny", prompt=PROMPT, stream=True)
     assert next(iter(stream)).choices[0].text == " Pa"

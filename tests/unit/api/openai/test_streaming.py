@@ -1,4 +1,4 @@
-"""Streams of completions, with any events and resets: api.openai.streaming."""
+"""Streams of completions with arbitrary events and resets: api.openai.streaming."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ RESTART = Event("1", "reset", {})
 
 
 def stream_lines(*events: Event) -> list[str]:
-    """The lines of a stream that say something."""
+    """Return the data of each `data:` line of a stream."""
 
     async def channel_events() -> AsyncIterator[Event]:
         for event in events:
@@ -86,11 +86,11 @@ def assemble_choices(lines: Sequence[str], count: int) -> list[dict[str, Any]]:
 
 @given(st.data())
 def test_what_a_client_puts_together_is_the_answer(data: st.DataObject) -> None:
-    """However an answer is cut into events, wherever workers die and whatever the channel has dropped by then, a client
-    hears every character and every token once, in order, and one reason to end."""
+    """The chunks of a stream contain every character and token once and in order, and one finish reason. This
+    holds for any split into events and for any number of restarts."""
     answers = data.draw(st.lists(st.lists(st.sampled_from("abcü🗼"), max_size=6), min_size=1, max_size=3))
     events: list[Event] = []
-    for _ in range(data.draw(st.integers(1, 3))):  # workers, all but the last of which die
+    for _ in range(data.draw(st.integers(1, 3))):  # workers; all but the last are lost
         at = [0] * len(answers)
         for index in data.draw(st.lists(st.integers(0, len(answers) - 1), max_size=8)):
             after = data.draw(st.integers(at[index], len(answers[index])))
@@ -102,21 +102,21 @@ def test_what_a_client_puts_together_is_the_answer(data: st.DataObject) -> None:
 
 
 def test_a_restart_with_other_text_is_an_error() -> None:
-    """A worker that starts again with other text ends the stream with an error."""
+    """The stream ends with an error if a worker restarts the generation with different text."""
     lines = stream_lines(token(0, "ab", 0), RESTART, token(0, "ax", 0), end("ax"))
     assert "a worker was lost" in json.loads(lines[-1])["error"]["message"]
     assert "[DONE]" not in lines
 
 
 def test_a_channel_that_ends_without_an_end_is_an_error() -> None:
-    """A stream that is interrupted by a shutdown ends with an error."""
+    """A stream whose channel ends without an `end` event ends with an error."""
     (first, last) = stream_lines(token(0, "a", 0))
     assert json.loads(first)["choices"][0]["text"] == "a"
     assert json.loads(last)["error"]["type"] == "server_error"
 
 
 def test_keepalive_comments_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While nothing is said a comment goes out now and then, which clients pass over."""
+    """An idle stream sends comments as keep-alive."""
     monkeypatch.setattr(events_module, "KEEPALIVE_INTERVAL", 0.01)
 
     async def listen() -> list[bytes]:
