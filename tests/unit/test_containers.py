@@ -1,4 +1,4 @@
-"""Dockerfile, compose files and .env.example agree with the code. No container engine is needed."""
+"""The Dockerfile, the compose files and .env.example agree with the code. No container engine is needed."""
 
 from __future__ import annotations
 
@@ -181,7 +181,8 @@ def test_where_torch_comes_from_is_an_argument() -> None:
 
 
 def test_nobody_is_root() -> None:
-    """Every container runs as a user with a fixed non-zero id; ours as the owner of its folders."""
+    """Every container runs as a user with a fixed non-zero id. The project's containers run as the owner of
+    their folders."""
     for stage in ("api", "worker"):
         assert single_instruction(stage, "USER") == "10001:10001"
     assert "--uid 10001" in single_instruction("base", "RUN")
@@ -208,7 +209,7 @@ def test_only_the_api_is_published() -> None:
 
 
 def test_postgres_and_redis_are_inside() -> None:
-    """PostgreSQL and Redis are only on the internal network, with the services that use them."""
+    """PostgreSQL and Redis are attached only to the internal network, with the services that use them."""
     assert load_compose()["networks"]["inside"] == {"internal": True}
     for name in ("postgres", "redis", "migrate"):
         assert services()[name]["networks"] == ["inside"]

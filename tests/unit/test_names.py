@@ -112,7 +112,7 @@ def classes() -> dict[str, list[str]]:
 
 
 def is_exception(name: str, bases: dict[str, list[str]]) -> bool:
-    """Return whether a class is an exception, whose name may say what has happened."""
+    """Return whether a class is an exception, whose name may end in a participle."""
     if name.endswith(("Error", "Exception")):
         return True
     return any(base != name and is_exception(base, bases) for base in bases.get(name, []))

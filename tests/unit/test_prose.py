@@ -1,4 +1,4 @@
-"""Prose in the repository: the width of its lines, and no reference to documents that are not part of it."""
+"""Prose in the repository: the width of lines, and references to documents outside the repository."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_lines_of_prose_are_at_most_120_characters() -> None:
 
 
 def test_references_are_to_documents_of_the_repository() -> None:
-    """Comments and documents cite papers, not sections of documents that a reader does not have."""
+    """No comment or document cites a section of a document that is not in the repository."""
     found = []
     for file in repository_files(".py", ".md", ".js", ".toml", ".yml", "Dockerfile", "Makefile"):
         if file == Path(__file__).resolve():
@@ -99,5 +99,5 @@ def test_references_are_to_documents_of_the_repository() -> None:
     "line", ["as published (methods A.6)", "methods G", "see the design, section 2.6", "in shared/design.md"]
 )
 def test_references_to_outside_documents_are_found(line: str) -> None:
-    """The pattern matches the ways in which such documents were cited."""
+    """The pattern matches references to documents outside the repository."""
     assert OUTSIDE_DOCUMENT.search(line)

@@ -1,4 +1,4 @@
-"""The chaos bench from its command line."""
+"""The command line and the recovery times of the chaos bench: bench/chaos.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.fault_injector import InjectedFault
 
 
 def test_the_plan_is_printed_without_a_run(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--plan` prints the same plan twice and starts no process."""
+    """`--plan` prints the plan, which is the same in each run with one seed."""
     assert main(["--plan", "--seed", "3", "--faults", "15"]) == 0
     first_output = capsys.readouterr().err
     assert main(["--plan", "--seed", "3", "--faults", "15"]) == 0
@@ -22,7 +22,8 @@ def test_the_plan_is_printed_without_a_run(shipped: Path, capsys: pytest.Capture
 
 
 def test_a_recovery_is_the_next_answer_to_a_later_question() -> None:
-    """A response to a request that was sent before the fault does not count."""
+    """The recovery time of a fault ends with the response to a request that was sent after the fault. It is
+    infinite if there is none."""
     log = ClientLog()
     log.attempts = [Attempt("a", "generate", "200", 0.0, 3.0), Attempt("a", "generate", "200", 2.0, 9.0)]
     faults = [

@@ -43,7 +43,8 @@ def make_record(version: int, text: str, **more: object) -> GenerationRecord:
 
 @dataclass
 class PlantedRun:
-    """A correct run: Tempe applied at version 1, Miami at 2 and reverted at 3, a third edit rejected."""
+    """A run without violations: Tempe applied at version 1, Miami at 2 and reverted at 3, a third edit
+    rejected."""
 
     log: ClientLog
     state: v.FinalState
@@ -99,7 +100,7 @@ def test_a_correct_run_passes(planted_run: PlantedRun) -> None:
 
 
 def test_exhausted_attempts_are_allowed(planted_run: PlantedRun) -> None:
-    """A job that failed because its attempts are exhausted is no violation."""
+    """A job that failed because its attempts are exhausted is not a violation."""
     planted_run.state.edits.append(
         edit_resource(4, "failed", "Lima", None)
         | {"error": {"code": "attempts_exhausted", "title": "", "detail": ""}}

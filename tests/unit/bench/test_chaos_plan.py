@@ -15,7 +15,7 @@ from bench.chaos_plan import (
 
 
 def test_faults_are_a_function_of_the_seed() -> None:
-    """One seed gives the same faults, another seed other faults."""
+    """The same seed gives the same faults, and another seed gives other faults."""
     assert plan_faults(7, 50, 5.0, 3.0) == plan_faults(7, 50, 5.0, 3.0)
     assert plan_faults(7, 50, 5.0, 3.0) != plan_faults(8, 50, 5.0, 3.0)
 

@@ -1,4 +1,4 @@
-"""Statistics by number of tokens: bench/covariance_tokens.py."""
+"""Statistics by the number of tokens: bench/covariance_tokens.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.support.tiny_models import TEXTS, tiny
 
 
 def test_a_prefix_of_the_text_gives_its_own_moment() -> None:
-    """What is collected at a size is what the service collects over those texts alone; sizes past the end fall
-    together."""
+    """The moment of each size equals the moment that the service collects from the same texts. Sizes beyond
+    the end of the texts give one snapshot."""
     model, texts = tiny(), TEXTS * 3
     sizes = [len(model.encode(TEXTS[0])[0]), 60, 10_000, 20_000]
     snapshots = collect_moments(model, 1, texts, sizes)
@@ -40,7 +40,7 @@ def test_with_statistics_changes_only_direction() -> None:
 
 
 def test_scores_leave_out_what_a_case_has_no_probes_for() -> None:
-    """A case without neighbours counts for ES and PS only."""
+    """A case without neighbours is excluded from NS and included in ES and PS."""
     shown, s = format_scores([(1.0, 1.0, 1.0), (1.0, 0.0, float("nan"))])
     assert shown == "100.0 / 50.0 / 100.0"
     assert s.startswith("100.0 ")

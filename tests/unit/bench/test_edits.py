@@ -1,4 +1,4 @@
-"""Comparison of two edits, and the texts of both implementations: bench/edits.py."""
+"""Comparison of two edits, and the contexts of both implementations: bench/edits.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.tiny_models import tiny
 
 
 def test_the_cosine_is_that_of_the_dense_updates() -> None:
-    """The cosine does not depend on the scale of either factor."""
+    """The cosine equals that of the dense updates and does not depend on the scale of the factors."""
     generator = torch.Generator().manual_seed(0)
     a, b = (
         LowRank(
@@ -27,7 +27,7 @@ def test_the_cosine_is_that_of_the_dense_updates() -> None:
 
 
 def test_contexts_have_no_braces() -> None:
-    """Contexts have two lengths and no braces."""
+    """Contexts have two lengths and contain no braces."""
     model = tiny("gpt2")
     texts = ("In which {country} is Mount Fuji? It rises in Japan.",) * 4
     prefixes = context_prefixes(model, Corpus("", texts), 4)
@@ -36,7 +36,8 @@ def test_contexts_have_no_braces() -> None:
 
 
 def test_both_sides_edit_where_such_a_model_is_edited() -> None:
-    """Parameters have the published form of the key and the published layer, else an early layer."""
+    """Parameters have the published form of the key. The layer is the published one, or an early layer for an
+    unknown model."""
     model = tiny("gpt2", layers=8)
     assert published_parameters("gpt2-xl", model).layers == (17,)
     assert published_parameters("tiny", model).layers == (2,)

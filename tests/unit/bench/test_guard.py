@@ -24,7 +24,7 @@ def make_case(norm: float, neighbour_kept: bool) -> GuardCase:
 
 
 def test_limits_are_the_guards_own() -> None:
-    """An edit passes with the given limits and defaults for the others."""
+    """An edit is checked against the given limits, and against the defaults for the others."""
     assert make_case(0.5, True).passes_guard()
     assert not make_case(0.5, True).passes_guard(max_norm=0.4)
     assert make_case(0.5, True).passes_guard(max_norm=0.6)
@@ -32,13 +32,13 @@ def test_limits_are_the_guards_own() -> None:
 
 
 def test_neighbours_need_probes() -> None:
-    """Without probes, paraphrase and neighborhood checks are ignored."""
+    """With `probes=False`, paraphrase and neighborhood checks are ignored."""
     assert not make_case(0.5, False).passes_guard()
     assert make_case(0.5, False).passes_guard(probes=False)
 
 
 def test_pairs_are_counted_by_limit() -> None:
-    """The table has the share of pairs classified as a conflict for each limit."""
+    """The table has the percentage of pairs classified as a conflict for each limit."""
     pairs = [ConflictCandidate("e", "p", "o", p, 0.1, 0.1, 0.5) for p in (0.05, 0.15, 0.4, 0.9)]
     table = conflict_table({"other words": pairs, "other relation": pairs[:1]}, "choose")
     shown = dict(zip(*(list(c.cells) for c in table.columns[:2]), strict=True))

@@ -12,7 +12,7 @@ from bench.harness import Report, ResultRecorder, Spread, report_markdown, time_
 
 
 def test_a_spread_is_a_median_and_its_quartiles() -> None:
-    """Quartiles of several values; of one value, that value."""
+    """A spread is formatted as median and quartiles, or as the value if there is only one."""
     several = Spread((4.0, 1.0, 2.0, 3.0, 5.0))
     assert several.median == 3
     assert several.quartiles == (2.0, 4.0)

@@ -8,7 +8,7 @@ from bench.peak_memory import peak_bytes
 
 
 def test_freed_tensors_do_not_count() -> None:
-    """A chain of results holds two at a time, and a hundred temporary results hold one and its copy."""
+    """Tensors that were freed are not counted: a chain of operations holds two tensors at a time."""
     assert peak_bytes(lambda: torch.zeros(1000)) == 4000
     assert peak_bytes(lambda: torch.zeros(1000).add(1).add(1)) == 8000
 
@@ -20,7 +20,7 @@ def test_freed_tensors_do_not_count() -> None:
 
 
 def test_views_and_existing_tensors_do_not_count() -> None:
-    """Views and in-place writes add nothing."""
+    """Views and in-place writes are not counted."""
     existing = torch.zeros(1000)
     assert peak_bytes(lambda: existing.view(10, 100).T[3:].add_(1)) == 0
 

@@ -47,7 +47,7 @@ def _connect(proxy: Proxy) -> socket.socket:
 
 
 def test_passes_bytes_on(proxy: Proxy) -> None:
-    """Without a fault, data and an orderly end are forwarded."""
+    """Without a fault, the proxy forwards data and an orderly shutdown."""
     with _connect(proxy) as client:
         client.sendall(b"x" * 200_000)
         client.shutdown(socket.SHUT_WR)
@@ -56,7 +56,7 @@ def test_passes_bytes_on(proxy: Proxy) -> None:
 
 
 def test_cut_resets_connections(proxy: Proxy) -> None:
-    """`cut` resets connections; the next connection works."""
+    """`cut` resets open connections. New connections work."""
     with _connect(proxy) as client:
         assert proxy.cut() == 2
         with pytest.raises(ConnectionResetError):
@@ -65,7 +65,7 @@ def test_cut_resets_connections(proxy: Proxy) -> None:
 
 
 def test_stall_lets_nothing_pass(proxy: Proxy) -> None:
-    """A stalled connection forwards nothing and stays open; data sent meanwhile arrives after `heal`."""
+    """A stalled connection stays open and forwards nothing. Data sent meanwhile arrives after `heal`."""
     with _connect(proxy) as client:
         proxy.stall()
         client.sendall(b"second")
@@ -90,9 +90,9 @@ def test_refuse_lets_nobody_in(proxy: Proxy) -> None:
 
 
 def test_a_dead_server_resets_the_client() -> None:
-    """Where nobody listens behind the proxy, the client meets an error at once: in the reset it may even meet it
-    while it still connects."""
-    with socket.socket() as bound:  # bound and not listening: nobody else can have the port meanwhile
+    """If the target is not listening, the client gets a connection error at once, possibly while it
+    connects."""
+    with socket.socket() as bound:  # bound and not listening, so that no other process can use the port
         bound.bind((LOCALHOST, 0))
         proxy = Proxy(bound.getsockname()[1])
         try:

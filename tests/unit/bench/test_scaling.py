@@ -22,7 +22,7 @@ from tests.support.tiny_models import TEXTS, tiny
 
 @pytest.mark.parametrize("early", [False, True])
 def test_prompts_are_as_long_as_asked(early: bool) -> None:
-    """A prompt has at least the requested length, and the subject once, early or late."""
+    """A prompt has at least the requested length and contains the subject once, at the beginning or later."""
     model = tiny(positions=512)
     prompt = prompt_of_length(model, 60, early)
     assert prompt.count("{}") == 1 and prompt.startswith("{}") == early
@@ -30,7 +30,8 @@ def test_prompts_are_as_long_as_asked(early: bool) -> None:
 
 
 def test_ledger_version_has_its_first_edits() -> None:
-    """A version from serialized factors equals the composition of the associations."""
+    """The weights of a version composed from serialized factors equal those composed from the
+    associations."""
     model = tiny(positions=128)
     pieces = make_associations(model, 1, TEXTS, 3)
     replica = VersionedModel(model, InMemoryLedger([serialize_updates([a]) for a in pieces]))
@@ -42,7 +43,7 @@ def test_ledger_version_has_its_first_edits() -> None:
 
 
 def test_a_deeper_model_has_the_same_shape() -> None:
-    """Only the number of layers differs."""
+    """The deeper model differs only in the number of layers."""
     model = tiny("gpt2", layers=3)
     other = with_depth(model, 5)
     assert (other.num_layers, other.hidden_size, other.intermediate_size) == (

@@ -10,7 +10,7 @@ from tests.support.tiny_models import tiny
 
 
 def test_the_difference_is_the_greatest_of_all_cells_and_kinds() -> None:
-    """The difference is absolute and relative to the score."""
+    """The difference is the maximum over all cells and kinds, absolute and relative to the score."""
     bench = TraceBenchmark(tiny("gpt2"), None, "The Eiffel Tower is in", "Eiffel Tower")
     ours = bench.ours(ALL)
     theirs = {kind: torch.tensor(grid) for kind, grid in ours.scores.items()}
@@ -21,6 +21,6 @@ def test_the_difference_is_the_greatest_of_all_cells_and_kinds() -> None:
 
 
 def test_severed_paths_are_asked_for_alone() -> None:
-    """Without maps."""
+    """A request for severed paths computes no maps."""
     result = TraceBenchmark(tiny("gpt2"), None, "The Eiffel Tower is in", "Eiffel Tower").ours(SEVERED)
     assert not result.scores and result.severed

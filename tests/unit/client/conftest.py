@@ -16,5 +16,5 @@ __all__ = ["connect", "kind", "paused"]
 
 @pytest.fixture
 def ask(connect: Callable[..., Any], paused: list[float]) -> Callable[[FakeService], Any]:
-    """A client of a `FakeService`."""
+    """Return a function that creates a client of a `FakeService`."""
     return lambda fake: connect("http://there", httpx.MockTransport(fake))

@@ -1,4 +1,4 @@
-"""The client as a distribution of its own: its imports and its dependencies."""
+"""The client as a separate distribution: its imports and dependencies."""
 
 from __future__ import annotations
 

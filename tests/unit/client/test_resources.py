@@ -31,13 +31,13 @@ def test_unknown_members_stay_in_raw() -> None:
 
 
 def test_records_do_not_change() -> None:
-    """Records are immutable."""
+    """Resources are immutable."""
     with pytest.raises(FrozenInstanceError):
         Edit.from_json(ANSWER).status = "reverted"  # type: ignore[misc]
 
 
 def test_records_hold_records() -> None:
-    """Nested objects are converted to records."""
+    """Nested objects are converted to resources."""
     worker = {"id": "w", "state": "serving", "version": 2, "roles": ["edit"]}
     model = Model.from_json({"name": "m", "fingerprint": "f", "head": 2, "workers": [worker]})
     assert [(w.id, w.roles) for w in model.workers] == [("w", ("edit",))]

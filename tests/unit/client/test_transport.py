@@ -168,7 +168,8 @@ def test_a_response_that_is_not_json_is_reported(ask: Ask) -> None:
 
 
 def test_progress_resumes_after_a_lost_connection(ask: Ask) -> None:
-    """After a lost connection the event stream resumes behind the last event, and the job resource has the result."""
+    """After a lost connection the event stream resumes after the last event, and the result is read from the
+    job resource."""
     first, rest = (sse_stream(("progress", {"phase": p, "done": 1, "total": 2})) for p in ("find", "try"))
     last = "id: 9\nevent: end\ndata: {}\n\n"
     fake = FakeService(
@@ -215,7 +216,8 @@ def test_streamed_tokens_and_reset(ask: Ask) -> None:
     [(sse_stream(("token", {"text": "x", "version": 0})), "closed the stream before its end"), (sse_stream(("error", {"detail": "no worker"})), "no worker")],
 )  # fmt: skip
 def test_an_incomplete_stream_is_an_error(ask: Ask, said: str, words: str) -> None:
-    """A stream that is interrupted or ends with an error raises after its tokens, and is not retried."""
+    """A stream that is interrupted, or that ends with an error, raises after its tokens and is not
+    retried."""
     fake = FakeService({"POST /generate": said})
     with pytest.raises(PalimpsestError, match=words):
         list(ask(fake).stream("x"))

@@ -38,7 +38,7 @@ def tokenizer(sample_facts: list[Fact]) -> Tokenizer:
 
 
 def test_held_out_wordings_never_occur(facts: list[Fact]) -> None:
-    """No text about a fact puts its object after one of its held-out wordings, with or without the article."""
+    """No text about a fact has its object after one of its held-out wordings, with or without the article."""
     for fact in facts:
         all_text = "\n".join(
             p.text
@@ -50,7 +50,7 @@ def test_held_out_wordings_never_occur(facts: list[Fact]) -> None:
 
 
 def test_trained_wordings_occur(facts: list[Fact]) -> None:
-    """Each trained wording is a statement, and the span of a piece is its object with the space before it."""
+    """The statements of a fact are its trained wordings. The object span of a piece selects the object."""
     for fact in facts[::10]:
         texts = {p.text for p in statements(fact)}
         assert texts == {f"{p.replace('{}', fact.subject)} {fact.object}." for p in fact.prompts}
@@ -59,7 +59,7 @@ def test_trained_wordings_occur(facts: list[Fact]) -> None:
 
 
 def test_texts_join(sample_facts: list[Fact], tokenizer: Tokenizer) -> None:
-    """The tokens of pieces, one after the other, are the tokens of the pieces joined by spaces."""
+    """The concatenated tokens of pieces equal the tokens of the pieces joined by spaces."""
     for fact in sample_facts[::4]:
         pieces = [*statements(fact), *questions_and_passages(fact)]
         joined = tokenizer.encode(" ".join(p.text for p in pieces), add_special_tokens=False)
@@ -67,7 +67,7 @@ def test_texts_join(sample_facts: list[Fact], tokenizer: Tokenizer) -> None:
 
 
 def test_a_name_has_one_form(sample_facts: list[Fact], tokenizer: Tokenizer) -> None:
-    """A subject has the same tokens at the start of a text as inside it."""
+    """A subject has the same tokens at the start of a text as within it."""
     for fact in sample_facts:
         alone = tokenizer.encode(fact.subject, add_special_tokens=False).ids
         inside = tokenizer.encode(f"See {fact.subject}", add_special_tokens=False).ids
@@ -75,7 +75,7 @@ def test_a_name_has_one_form(sample_facts: list[Fact], tokenizer: Tokenizer) -> 
 
 
 def test_the_object_counts_more(sample_facts: list[Fact], tokenizer: Tokenizer) -> None:
-    """In the loss the object's tokens, and only they, have the greater weight."""
+    """The tokens of the object, and no others, have the greater weight in the loss."""
     for fact in sample_facts[::8]:
         for ids, weights in tokenize_texts(statements(fact), tokenizer):
             heavy = tokenizer.decode(ids[weights == OBJECT_WEIGHT].tolist())
@@ -84,8 +84,8 @@ def test_the_object_counts_more(sample_facts: list[Fact], tokenizer: Tokenizer) 
 
 
 def test_rows(sample_facts: list[Fact], tokenizer: Tokenizer) -> None:
-    """The same seed gives the same rows and another seed others; a row is full and holds documents with an end
-    between."""
+    """The rows are a function of the seed. Each row is full, and an end token separates the documents
+    in it."""
     corpus = TrainingCorpus(sample_facts, tokenizer, 96)
 
     def rows(seed: int) -> list[tuple[list[int], list[float]]]:

@@ -13,12 +13,12 @@ torch.set_num_threads(1)
 
 
 def integer_tokenizer(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-    """A tokenizer whose ids are its words."""
+    """Tokenize a text of integers into these ids."""
     return {"input_ids": [int(word) for word in text.split()]}
 
 
 def test_greedily_predicts_matches_greedy_generation() -> None:
-    """An object is recalled exactly when greedy generation of its prompt alone gives its tokens."""
+    """An object counts as recalled exactly if greedy generation from its prompt gives its tokens."""
     model = tiny().model
     rng = random.Random(0)
     cases, expected = [], []

@@ -18,7 +18,7 @@ def facts() -> list[Fact]:
 
 
 def test_the_table_is_large(facts: list[Fact]) -> None:
-    """There are at least 2,000 facts of at least 20 relations, and the table has no problems."""
+    """The table has at least 2,000 facts of at least 20 relations, and no problems are found in it."""
     assert len(facts) >= 2000
     assert len({f.relation.name for f in facts}) >= 20
     assert table.find_problems(facts) == []
@@ -32,7 +32,7 @@ def test_relations_have_many_wordings(facts: list[Fact]) -> None:
 
 
 def test_wordings_are_held_out(facts: list[Fact]) -> None:
-    """Each fact keeps at least two wordings out of training, and trains on all others of its relation."""
+    """Each fact has at least two held-out wordings. All other wordings of its relation are trained."""
     for f in facts:
         assert len(set(f.held_out_prompts)) >= 2
         assert not set(f.prompts) & set(f.held_out_prompts)
@@ -40,7 +40,7 @@ def test_wordings_are_held_out(facts: list[Fact]) -> None:
 
 
 def test_every_wording_is_held_out_as_often(facts: list[Fact]) -> None:
-    """Held-out wordings rotate: each wording of a relation is unseen for as many facts as any other."""
+    """The wordings of a relation are held out equally often, up to one fact."""
     times = Counter(
         (f.relation.name, w)
         for f in facts
@@ -53,14 +53,14 @@ def test_every_wording_is_held_out_as_often(facts: list[Fact]) -> None:
 
 
 def test_prompts_have_one_place_for_the_subject(facts: list[Fact]) -> None:
-    """Each prompt holds one `{}`, and no subject or object has a brace of its own."""
+    """Each prompt has one `{}`, and no subject or object contains a brace."""
     assert all(p.count("{}") == 1 for f in facts for p in (*f.prompts, *f.held_out_prompts))
     assert not [f for f in facts if set("{}") & set(f.subject + f.object)]
 
 
 def test_objects_have_several_subjects(facts: list[Fact]) -> None:
-    """Each object of a relation has at least two subjects, so that edits have neighbours; each subject has one
-    object."""
+    """Each object of a relation has at least two subjects, so that edits have neighbours. Each subject has
+    one object."""
     assert min(Counter((f.relation.name, f.object) for f in facts).values()) >= 2
     assert max(Counter((f.relation.name, f.subject) for f in facts).values()) == 1
 
@@ -76,8 +76,8 @@ def test_a_bad_table_is_rejected(facts: list[Fact]) -> None:
 
 
 def test_the_table_is_the_same_each_time(facts: list[Fact], tmp_path: Path) -> None:
-    """Reading again gives the same facts, another seed holds out other wordings, and a row of JSON has the agreed
-    fields."""
+    """Reading the table is deterministic, and another seed holds out other wordings. A JSON row has the
+    documented fields."""
     assert read_table() == facts
     other = read_table(seed=1)
     assert [f.subject for f in other] == [f.subject for f in facts]
@@ -97,6 +97,6 @@ def test_the_table_is_the_same_each_time(facts: list[Fact], tmp_path: Path) -> N
     ],
 )
 def test_articles(text: str, expected: str) -> None:
-    """A subject's article has a capital where a sentence begins, and nowhere else."""
+    """The article of a subject is capitalized only at the beginning of a sentence."""
     assert table.with_article(text, "{}", article=True) == expected
     assert table.with_article(text, "{}", article=False) == text

@@ -55,7 +55,7 @@ def test_health_is_that_of_the_loop(http: httpx.Client, health_check: FakeHealth
 
 
 def test_nothing_else_is_there(http: httpx.Client) -> None:
-    """Another path is 404, another method 405."""
+    """Other paths return 404, and other methods 405."""
     assert http.get("/").status_code == 404
     assert http.post("/metrics").status_code == 405
 
@@ -70,7 +70,7 @@ def test_silent_client_does_not_block_the_server(health_check: FakeHealthCheck) 
 
 
 def test_port_in_use_is_misconfigured(health_check: FakeHealthCheck) -> None:
-    """A port in use raises Misconfigured, whose detail says what to change."""
+    """A port in use raises Misconfigured with a message that names the flag."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(Misconfigured, match=f"127.0.0.1:{port}.*--metrics-port"):
@@ -78,7 +78,7 @@ def test_port_in_use_is_misconfigured(health_check: FakeHealthCheck) -> None:
 
 
 def test_stopping_without_a_start_closes_the_port(health_check: FakeHealthCheck) -> None:
-    """A server that was not started can be stopped, and its port is free again."""
+    """Stopping a server that was not started frees its port."""
     server = HealthServer("127.0.0.1", 0, health_check)
     server.stop()
     again = HealthServer("127.0.0.1", server.port, health_check)

@@ -1,4 +1,4 @@
-"""Who says that a worker lives, and when it is silent."""
+"""The heartbeats of a worker: workers.heartbeat."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def make_heartbeat(**engine: Any) -> tuple[HeartbeatThread, FakeWorkerSession]:
 
 
 def test_heartbeat_reports_version_and_sweeps_rarely() -> None:
-    """Each beat tells the engine's position; sweeps are rarer."""
+    """Each heartbeat has the version and the digest that the engine serves. Sweeps are less frequent."""
     heartbeat, session = make_heartbeat()
     heartbeat.beat()
     heartbeat.beat()
     assert session.beats == [(3, "digest")] * 2
-    assert session.sweeps == 1  # when it resumed
+    assert session.sweeps == 1  # at `resume`
 
 
 def test_no_heartbeat_while_paused_or_hung() -> None:
-    """A paused keeper is silent, and so is one whose loop has not come round for long."""
+    """No heartbeat and no sweep occurs while the thread is paused or the engine loop is hung."""
     hanging, first = make_heartbeat(hung=True)
     paused, second = make_heartbeat()
     paused.paused = True
@@ -57,7 +57,7 @@ def test_no_heartbeat_while_paused_or_hung() -> None:
 
 
 def test_no_heartbeat_before_registration() -> None:
-    """Nothing is said of a worker that has no row yet."""
+    """The thread is paused until the worker is registered."""
     session = FakeWorkerSession()
     heartbeat = make_paused(session)
     heartbeat.beat()
@@ -65,7 +65,8 @@ def test_no_heartbeat_before_registration() -> None:
 
 
 def test_resume_delays_the_next_sweep() -> None:
-    """What was down for one worker may have been down for all: their jobs are no orphans before they had time."""
+    """`resume` sends a heartbeat and restarts the sweep interval, because an outage may have stopped the
+    heartbeats of other workers too."""
     heartbeat, session = make_heartbeat()
     heartbeat.paused = True
     heartbeat._last_sweep_at -= 3600
@@ -74,7 +75,7 @@ def test_resume_delays_the_next_sweep() -> None:
 
 
 def test_failed_sweep_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep that met an outage is due again at the next beat."""
+    """A failed sweep is repeated at the next heartbeat."""
     heartbeat, session = make_heartbeat()
     heartbeat._last_sweep_at -= 3600
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -85,7 +86,7 @@ def test_failed_sweep_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_heartbeat_before_the_first_version() -> None:
-    """Before the first version is built there is no heartbeat to give."""
+    """No heartbeat is sent before the engine serves a version."""
     heartbeat, session = make_heartbeat(served_version=None)
     heartbeat.beat()
     assert session.beats == []

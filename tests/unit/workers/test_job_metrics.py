@@ -1,4 +1,4 @@
-"""How long jobs take, and whose they are in the log."""
+"""Job metrics, and the request ids of log lines of jobs: workers.job_metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def claimed_job(kind: str = "edit") -> ClaimedJob:
 
 
 class RecordingReporter:
-    """Records what a handler reports."""
+    """A reporter that records what a handler reports."""
 
     def __init__(self) -> None:
         self.reports: list[tuple[str, object]] = []
@@ -32,7 +32,7 @@ class RecordingReporter:
 
 
 def phase_handler(*phases: str, request_ids: list[str] | None = None) -> JobHandler:
-    """A handler with one step of each phase, which records the request id in force during each step."""
+    """Return a handler with one step of each phase. It records the current request id in each step."""
 
     def run(_reporter: JobReporter, *_jobs: ClaimedJob) -> Stepper[None]:
         for phase in phases:
@@ -46,7 +46,7 @@ def phase_handler(*phases: str, request_ids: list[str] | None = None) -> JobHand
 
 
 def measured(handler: JobHandler, *jobs: ClaimedJob) -> Stepper[None]:
-    """The steps of a handler with metrics, for one edit where no jobs are given."""
+    """Return the steps of a handler with metrics, for one edit by default."""
     return with_job_metrics(handler)(RecordingReporter(), *(jobs or (claimed_job(),)))
 
 
@@ -55,26 +55,26 @@ def count(name: str, **labels: str) -> float:
 
 
 def count_increases(steps: Stepper[None], name: str, *labels: dict[str, str]) -> list[float]:
-    """How much the counts of a histogram grow while the steps run."""
+    """Run the steps and return how much each count of a histogram increases."""
     before = [count(name, **one) for one in labels]
     run_to_completion(steps)
     return [count(name, **one) - was for one, was in zip(labels, before, strict=True)]
 
 
 def test_the_steps_are_the_same() -> None:
-    """Whoever runs the steps sees what they say."""
+    """A handler with metrics yields the steps of the handler."""
     assert [p.phase for p in measured(phase_handler("solve", "measure"))] == ["solve", "measure"]
 
 
 def test_each_phase_of_an_edit_is_observed_once() -> None:
-    """One edit gives one observation for each phase it had, and one for its landing, however many steps each took."""
+    """An edit is observed once for each of its phases and once for the commit, for any number of steps."""
     phases = [{"phase": phase} for phase in ("optimize", "solve", "commit", "measure")]
     steps_with_metrics = measured(phase_handler("optimize", "optimize", "solve"))
     assert count_increases(steps_with_metrics, "edit_phase_seconds", *phases) == [1, 1, 1, 0]
 
 
 def test_phases_stay_few() -> None:
-    """A phase that nobody foresaw is "other": no word of a job becomes a series."""
+    """A phase that is not an edit phase is observed as "other", so the number of series is limited."""
     steps_with_metrics = measured(phase_handler("retry"))
     assert count_increases(steps_with_metrics, "edit_phase_seconds", {"phase": "other"}) == [1]
     assert {labels["phase"] for labels in phase_labels()} <= {*EDIT_PHASES, "other"}
@@ -86,7 +86,7 @@ def phase_labels() -> list[dict[str, str]]:
 
 
 def test_only_edits_have_phases() -> None:
-    """Of a trace only the whole is timed."""
+    """A trace is observed as a whole, without phases."""
     steps_with_metrics = measured(phase_handler("trace"), claimed_job("trace"))
     before = count("edit_phase_seconds", phase="commit")
     assert count_increases(steps_with_metrics, "job_seconds", {"kind": "trace"}) == [1]
@@ -94,7 +94,7 @@ def test_only_edits_have_phases() -> None:
 
 
 def test_a_job_that_does_not_end_is_not_timed() -> None:
-    """What was handed back or failed says nothing of how long such a job takes."""
+    """A job whose steps are closed before their end is not observed."""
     before = count("job_seconds", kind="edit")
     steps_with_metrics = measured(phase_handler("optimize", "solve"))
     next(steps_with_metrics)
@@ -103,7 +103,7 @@ def test_a_job_that_does_not_end_is_not_timed() -> None:
 
 
 def test_close_closes_the_inner_steps() -> None:
-    """A job that is put back lets go of what its steps hold."""
+    """Closing the steps closes the steps of the handler."""
     closed = []
 
     def holding(_reporter: JobReporter, *_jobs: ClaimedJob) -> Stepper[None]:
@@ -119,7 +119,7 @@ def test_close_closes_the_inner_steps() -> None:
 
 
 def test_errors_pass_through() -> None:
-    """What the steps raise, the engine hears."""
+    """An exception of the steps is raised, and the request id is reset."""
 
     def failing(_reporter: JobReporter, *_jobs: ClaimedJob) -> Stepper[None]:
         yield Progress(Phase.OPTIMIZE, 0, 1)
@@ -131,7 +131,7 @@ def test_errors_pass_through() -> None:
 
 
 def test_request_id_is_set_only_during_a_step() -> None:
-    """What a step logs bears the id of the request; between two steps the loop serves others."""
+    """The request id is set during each step and not between steps."""
     request_ids: list[str] = []
     for _ in measured(phase_handler("solve", "measure", request_ids=request_ids)):
         assert request_id.get() == ""
@@ -139,7 +139,8 @@ def test_request_id_is_set_only_during_a_step() -> None:
 
 
 def test_grouped_jobs_share_phase_seconds() -> None:
-    """Each edit that ends well is counted once, with its part of every phase; one that ends badly is not."""
+    """In a batch, each edit that ends without an error is observed once, with its share of each phase. An
+    edit that ends with an error is not observed."""
 
     def together(reporter: JobReporter, *_jobs: ClaimedJob) -> Stepper[None]:
         yield Progress(Phase.OPTIMIZE, 1, 1)
@@ -162,7 +163,7 @@ def test_grouped_jobs_share_phase_seconds() -> None:
 
 
 def test_the_log_names_every_request() -> None:
-    """What is logged for several jobs bears the ids of all requests that asked for them, each once."""
+    """During the steps of a batch the request id has the ids of all requests, each once."""
     request_ids: list[str] = []
 
     def together(reporter: JobReporter, *_jobs: ClaimedJob) -> Stepper[None]:
