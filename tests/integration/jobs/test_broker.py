@@ -1,4 +1,4 @@
-"""What every broker does, whatever carries it."""
+"""Tests that every implementation of the broker passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from service.jobs.job_kinds import WORK_KINDS
 from service.jobs.memory_broker import MemoryBroker
 from service.jobs.redis_broker import RedisBroker
 
-TIMEOUT = 20  # seconds after which a test that hangs has failed
+TIMEOUT = 20  # seconds after which a hanging test fails
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -49,17 +49,17 @@ def start_thread(work: Any) -> Any:
 
 class TestDeliveries:
     def test_nothing(self, broker: Broker) -> None:
-        """With timeout 0 an empty queue answers at once."""
+        """With timeout 0, `receive` on an empty queue returns at once."""
         assert broker.receive(WORK_KINDS, 10, 0) == []
 
     def test_notification(self, broker: Broker) -> None:
-        """An announced job is delivered by its id, without a payload."""
+        """A notified job is delivered by its id, without a payload."""
         broker.notify("edit_1", "edit")
         (delivery,) = broker.receive(WORK_KINDS, 10, 0)
         assert (delivery.kind, delivery.job_id, delivery.payload) == ("edit", "edit_1", {})
 
     def test_notify_is_idempotent(self, broker: Broker) -> None:
-        """A job that waits is delivered once, however often it was announced."""
+        """A queued job is delivered once, however often it was notified."""
         for _ in range(3):
             broker.notify("edit_1", "edit")
         assert broker.queue_depth("edit") == 1
@@ -67,7 +67,7 @@ class TestDeliveries:
         assert broker.receive(WORK_KINDS, 10, 0) == []
 
     def test_notify_after_receive(self, broker: Broker) -> None:
-        """A job that was taken can be announced again: the row decides whether there is anything to do."""
+        """A job that was received can be notified again."""
         broker.notify("edit_1", "edit")
         broker.receive(WORK_KINDS, 1, 0)
         broker.notify("edit_1", "edit")
@@ -80,7 +80,8 @@ class TestDeliveries:
         assert (delivery.job_id, delivery.payload) == (channel, {"prompt": "São Paulo", "n": [1, None]})
 
     def test_priority(self, broker: Broker) -> None:
-        """The first kind that has any goes first, alone, oldest first, and no more than asked for."""
+        """`receive` returns deliveries of one kind: the first kind with queued items, the oldest first, up to
+        the limit."""
         broker.notify("trace_1", "trace")
         broker.notify("edit_1", "edit")
         calls = [broker.send_call("generate", {"n": n}) for n in range(3)]
@@ -90,13 +91,13 @@ class TestDeliveries:
         assert taken == [calls[:2], calls[2:], ["edit_1"], ["trace_1"]]
 
     def test_only_the_kinds_asked_for(self, broker: Broker) -> None:
-        """A worker that does not trace is given no trace."""
+        """`receive` returns no job of a kind that is not asked for, and the job stays queued."""
         broker.notify("trace_1", "trace")
         assert broker.receive(["generate", "edit"], 1, 0) == []
         assert broker.queue_depth("trace") == 1
 
     def test_ack(self, broker: Broker) -> None:
-        """What is done does not come again, nor back."""
+        """An acknowledged delivery is not redelivered, and a second ack has no effect."""
         broker.notify("edit_1", "edit")
         (delivery,) = broker.receive(WORK_KINDS, 1, 0)
         broker.ack(delivery)
@@ -104,7 +105,7 @@ class TestDeliveries:
         assert broker.receive(WORK_KINDS, 1, 0) == []
 
     def test_nack(self, broker: Broker) -> None:
-        """What is given back comes again before all others of its kind."""
+        """After nack, a call is delivered before all others of its kind."""
         first, second = broker.send_call("generate", {"n": 1}), broker.send_call("generate", {"n": 2})
         (delivery,) = broker.receive(WORK_KINDS, 1, 0)
         broker.nack(delivery)
@@ -113,7 +114,7 @@ class TestDeliveries:
         assert again[0].payload == {"n": 1}
 
     def test_nack_keeps_the_order(self, broker: Broker) -> None:
-        """Of several that are given back, what came back first comes first, before all others."""
+        """Deliveries that are nacked are redelivered in the order of the nacks, before all others."""
         for name in "abcd":
             broker.notify(name, "edit")
         taken = broker.receive(WORK_KINDS, 3, 0)
@@ -124,7 +125,7 @@ class TestDeliveries:
         assert [d.job_id for d in broker.receive(WORK_KINDS, 9, 0)] == ["d"]
 
     def test_nack_is_not_a_failed_delivery(self, broker: Broker) -> None:
-        """What is given back counts as delivered once, and is as it was."""
+        """A nack is not counted as a failed delivery, and the payload and request id are unchanged."""
         broker.send_call("generate", {"n": 1}, "request-1")
         (delivery,) = broker.receive(WORK_KINDS, 1, 0)
         broker.nack(delivery)
@@ -133,7 +134,7 @@ class TestDeliveries:
         assert (again.deliveries, again.request_id, again.payload) == (1, "request-1", {"n": 1})
 
     def test_nack_a_job(self, broker: Broker) -> None:
-        """A job that is given back is delivered once, also when its bell was rung meanwhile."""
+        """A job that is nacked is delivered once, even when it was notified again before."""
         broker.notify("edit_1", "edit")
         (delivery,) = broker.receive(WORK_KINDS, 1, 0)
         broker.notify("edit_1", "edit")
@@ -141,7 +142,7 @@ class TestDeliveries:
         assert [d.job_id for d in broker.receive(WORK_KINDS, 10, 0)] == ["edit_1"]
 
     def test_holds_lease(self, broker: Broker) -> None:
-        """The lease of a call is held from its receipt until ack or nack. A job has none."""
+        """The lease of a call is held from its receipt until ack or nack. A job has no lease."""
         for n in range(2):
             broker.send_call("generate", {"n": n})
         broker.notify("edit_1", "edit")
@@ -155,7 +156,7 @@ class TestDeliveries:
         assert not broker.holds_lease(one) and not broker.holds_lease(two)
 
     def test_is_pending(self, broker: Broker) -> None:
-        """A call is known while it waits and while it is worked on, and then no longer."""
+        """A call is pending from `send_call` until ack."""
         assert not broker.is_pending("call_1")
         channel = broker.send_call("compare", {})
         assert broker.is_pending(channel)
@@ -168,14 +169,14 @@ class TestDeliveries:
         assert not broker.is_pending(channel)
 
     def test_send_call_again(self, broker: Broker) -> None:
-        """A call can be asked again under its own channel, and waits once however often that is done."""
+        """A call can be sent again on its own channel, and is queued once however often it is sent."""
         for _ in range(2):
             assert broker.send_call("generate", {"n": 1}, "request-1", channel="call_1") == "call_1"
         (delivery,) = broker.receive(WORK_KINDS, 10, 0)
         assert (delivery.job_id, delivery.payload, delivery.request_id) == ("call_1", {"n": 1}, "request-1")
 
     def test_oldest_age(self, broker: Broker) -> None:
-        """How long the oldest has waited is known by kind, and is nothing when none waits."""
+        """`oldest_age` returns the age of the oldest queued item of a kind, and 0 when none is queued."""
         assert broker.oldest_age("edit") == 0
         broker.notify("edit_1", "edit")
         time.sleep(0.02)
@@ -187,7 +188,7 @@ class TestDeliveries:
         assert broker.oldest_age("edit") == 0
 
     def test_queue_depth(self, broker: Broker) -> None:
-        """What waits is counted by kind, and no longer once it is taken."""
+        """`queue_depth` counts the queued items of a kind, without those that were received."""
         broker.send_call("generate", {})
         broker.notify("edit_1", "edit")
         assert [broker.queue_depth(kind) for kind in WORK_KINDS] == [1, 0, 1, 0, 0, 0]
@@ -195,7 +196,7 @@ class TestDeliveries:
         assert broker.queue_depth("generate") == 0
 
     def test_receive_waits(self, broker: Broker) -> None:
-        """A take that waits gets what arrives meanwhile."""
+        """A blocked `receive` returns a job that is notified while it waits."""
         ready = threading.Event()
         taken = []
 
@@ -211,14 +212,14 @@ class TestDeliveries:
 
     @pytest.mark.parametrize("stir", ["wake", "close"])
     def test_receive_ends(self, broker: Broker, stir: Any) -> None:
-        """A take that waits ends with nothing when it is woken, or when the broker closes."""
+        """`receive` returns an empty list before its timeout after `wake` or `close`."""
         began = time.monotonic()
-        getattr(broker, stir)()  # kept until the take comes, so that no wake is lost
+        getattr(broker, stir)()  # a wake before `receive` is kept
         assert broker.receive(WORK_KINDS, 1, TIMEOUT) == []
         assert time.monotonic() - began < TIMEOUT
 
     def test_many_receivers(self, broker: Broker) -> None:
-        """Deliveries are shared out among threads: each goes to one of them."""
+        """With concurrent receivers, each delivery goes to exactly one of them."""
         ids = [f"edit_{n:03}" for n in range(200)]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda x: broker.notify(x, "edit"), ids))
@@ -235,7 +236,7 @@ class TestDeliveries:
 
 class TestEvents:
     def test_replay(self, broker: Broker) -> None:
-        """A late listener hears everything that was said, in order, and its end."""
+        """A listener that starts after the last event receives all events of the channel in order."""
         broker.publish("c", "token", {"text": "a"})
         broker.publish("c", "token", {"text": "b"})
         broker.publish("c", "end", {"n": 2}, last=True)
@@ -246,7 +247,7 @@ class TestEvents:
         ]
 
     def test_replay_after(self, broker: Broker) -> None:
-        """A listener that comes back hears what came after the id that it names."""
+        """A listener that resumes after an event id receives the later events."""
         for n in range(4):
             broker.publish("c", "n", {"n": n}, last=n == 3)
         events = collect_events(broker, "c")
@@ -254,7 +255,7 @@ class TestEvents:
             assert collect_events(broker, "c", event.id) == events[n + 1 :]
 
     def test_ids_grow(self, broker: Broker) -> None:
-        """Ids are decimal strings that grow over all channels."""
+        """Event ids are decimal strings, unique across channels and increasing within a channel."""
         for n in range(50):
             broker.publish(f"c{n % 2}", "n", {}, last=n >= 48)
         ids = [int(event.id) for channel in ("c0", "c1") for event in collect_events(broker, channel)]
@@ -263,18 +264,18 @@ class TestEvents:
 
     @pytest.mark.parametrize("after", ["nonsense", "", "-5", "12-0"])
     def test_invalid_event_id(self, broker: Broker, after: Any) -> None:
-        """An id that is none of ours replays everything."""
+        """An invalid event id replays all events."""
         broker.publish("c", "end", {}, last=True)
         assert len(collect_events(broker, "c", after)) == 1
 
     def test_nothing_after_the_last(self, broker: Broker) -> None:
-        """What is published after the last event is dropped."""
+        """An event published after the last event is dropped."""
         broker.publish("c", "end", {}, last=True)
         broker.publish("c", "late", {})
         assert name_and_data(collect_events(broker, "c")) == [("end", {})]
 
     def test_publish_all(self, broker: Broker) -> None:
-        """Several things are said in order, on several channels, up to the last of each."""
+        """`publish_all` publishes events in order, on several channels, up to the last event of each."""
         broker.publish_all([])
         broker.publish_all(
             [
@@ -289,13 +290,13 @@ class TestEvents:
         assert name_and_data(collect_events(broker, "b")) == [("n", {"n": 2}), ("end", {})]
 
     def test_any_text(self, broker: Broker) -> None:
-        """Whatever JSON can say arrives as it was."""
+        """Any JSON value in the data of an event is received unchanged."""
         data = {"text": "é\n\0\ud800 “”🦉", "n": [1, 2.5, None, True], "": {}}
         broker.publish("c", "end", data, last=True)
         assert name_and_data(collect_events(broker, "c")) == [("end", data)]
 
     def test_delete_channel(self, broker: Broker) -> None:
-        """A channel that was forgotten speaks anew, and is not cancelled."""
+        """A deleted channel can be published on again, and is not cancelled."""
         broker.publish("c", "end", {"n": 1}, last=True)
         broker.delete_channel("c")
         broker.cancel("c")
@@ -305,7 +306,7 @@ class TestEvents:
         assert name_and_data(collect_events(broker, "c")) == [("end", {"n": 2})]
 
     def test_live(self, broker: Broker) -> None:
-        """A listener that came first hears what threads publish while it listens."""
+        """A listener receives events that threads publish while it listens."""
 
         def speak() -> None:
             for n in range(100):
@@ -322,7 +323,7 @@ class TestEvents:
         assert [event.data["n"] for event in asyncio.run(listen())] == list(range(100))
 
     def test_many_listeners_in_many_loops(self, broker: Broker) -> None:
-        """Listeners in different event loops all hear everything, whenever they come."""
+        """Listeners in different event loops all receive every event."""
 
         def speak() -> None:
             for n in range(200):
@@ -335,7 +336,7 @@ class TestEvents:
                 assert [event.data["n"] for event in listener.result(TIMEOUT)] == list(range(200))
 
     def test_listener_that_disconnects(self, broker: Broker) -> None:
-        """A listener that goes away disturbs nobody, nor does a loop that is gone."""
+        """A listener that is closed, or whose event loop has ended, does not affect other listeners."""
 
         async def listen_to_one() -> Any:
             async for event in broker.events("c"):
@@ -361,7 +362,7 @@ class TestEvents:
 
 class TestCancel:
     def test_cancel(self, broker: Broker) -> None:
-        """A cancelled channel is known as such, and no other is."""
+        """`cancelled` is true for a cancelled channel and for no other."""
         channel = broker.send_call("generate", {})
         assert not broker.cancelled(channel)
         broker.cancel(channel)
@@ -370,7 +371,7 @@ class TestCancel:
         assert not broker.cancelled("another")
 
     def test_cancel_after_end(self, broker: Broker) -> None:
-        """A channel that has ended is cancelled no longer."""
+        """A channel that has ended is not cancelled."""
         broker.cancel("c")
         broker.publish("c", "end", {}, last=True)
         broker.cancel("c")
@@ -378,5 +379,5 @@ class TestCancel:
 
 
 def test_event_is_a_value() -> None:
-    """Events are equal when they say the same."""
+    """Events with equal fields are equal."""
     assert Event("1", "a", {"x": 1}) == Event("1", "a", {"x": 1})

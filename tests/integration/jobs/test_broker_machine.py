@@ -1,4 +1,4 @@
-"""A state machine test of the Redis broker against a small model, under any order of operations."""
+"""State machine test of the Redis broker against a small model, with random sequences of operations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEVER_EXPIRES = 1000.0  # seconds; only the rule `expire` ends leases
 
 @dataclass(eq=False)
 class LeasedCall:
-    """A call that a worker holds; Redis has its entry unless its data was lost since."""
+    """A call that a worker holds. It has an entry in Redis unless the data of Redis was lost since."""
 
     worker: RedisBroker
     delivery: Delivery
@@ -35,7 +35,7 @@ class LeasedCall:
 
 
 class BrokerMachine(RuleBasedStateMachine):
-    """Three workers on one Redis that may lose all data, and whose leases may all expire at once."""
+    """Three workers on one Redis. Redis may lose all data, and all leases may expire at once."""
 
     def __init__(self, server: RedisServer) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class BrokerMachine(RuleBasedStateMachine):
         server.flush()
         self.workers = [RedisBroker(server.url, lease=NEVER_EXPIRES) for _ in range(3)]
         self.redis = self.workers[0]._redis
-        self.waiting: dict[str, int] = {}  # job or call that waits -> failed deliveries
-        self.delivered_calls: set[str] = set()  # calls that are leased and that Redis has
+        self.waiting: dict[str, int] = {}  # queued job or call -> failed deliveries
+        self.delivered_calls: set[str] = set()  # leased calls that are in Redis
         self.leased: list[LeasedCall] = []
         self.received_jobs: list[tuple[RedisBroker, Delivery]] = []
 
@@ -114,7 +114,8 @@ class BrokerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.received_jobs)
     @rule(data=st.data())
     def nack_job(self, data: st.DataObject) -> None:
-        """A job that was received and not claimed is put back; it waits once, also when it was notified again."""
+        """Put back a job that was received and not claimed. It is queued once, even when it was notified
+        again."""
         worker, delivery = data.draw(st.sampled_from(self.received_jobs))
         worker.nack(delivery)
         self.received_jobs.remove((worker, delivery))
@@ -122,7 +123,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 2))
     def expire(self, index: int) -> None:
-        """Every lease expires, one worker reclaims them, and all workers notice."""
+        """Expire every lease, let one worker reclaim the calls, and let all workers renew their leases."""
         worker = self.workers[index]
         worker.lease = 0
         worker._reclaim(worker._script)
@@ -130,7 +131,7 @@ class BrokerMachine(RuleBasedStateMachine):
         for delivery in [held.delivery for held in self.leased if held.in_redis]:
             self.delivered_calls.discard(delivery.job_id)
             if delivery.deliveries == worker.max_deliveries:
-                worker.delete_channel(delivery.job_id)  # its error, so that the call can be sent again
+                worker.delete_channel(delivery.job_id)  # deletes its error; allows sending it again
             else:
                 self.waiting.setdefault(delivery.job_id, delivery.deliveries)
         self.leased = [held for held in self.leased if not held.in_redis]
@@ -155,7 +156,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        """Everything that waits waits once, and Redis stores nothing but this and the leased calls."""
+        """Everything queued is queued once, and Redis stores only the queued and the leased calls."""
         assert self.queued_names() == sorted(self.waiting)
         with self.redis.pipeline() as pipeline:
             for stream in STREAMS:
@@ -177,7 +178,7 @@ class BrokerMachine(RuleBasedStateMachine):
 
 
 def test_broker_against_model(redis_server: RedisServer) -> None:
-    """Nothing waits twice, nothing is lost, and no two workers hold the lease of one call."""
+    """Nothing is queued twice, nothing is lost, and no two workers hold the lease of one call."""
     checks = settings(
         max_examples=25,
         stateful_step_count=40,

@@ -25,7 +25,8 @@ class TestCachedLedger:
     def test_associations(
         self, worker: WorkerParts, submit_edit: Callable[..., Any], services: Services
     ) -> None:
-        """Return the edits active at a version with the bodies of their entries, and their factors."""
+        """`active_at` returns the active edits of a version with the bodies of their entries, and
+        `factors_of` returns their factors."""
         a, b = submit_edit(), submit_edit("Colosseum")
         commit_edit(worker, a, strength=1.5)
         commit_edit(worker, b)
@@ -66,7 +67,7 @@ class TestCachedLedger:
     def test_pages(
         self, worker: WorkerParts, submit_edit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A ledger that is longer than a page is read whole, at once and as it grows."""
+        """A ledger that is longer than a page is read completely, from an empty cache and as it grows."""
         monkeypatch.setattr(cached, "PAGE_SIZE", 2)
         edits = [submit_edit(f"Tower {n}") for n in range(9)]
         for number, edit in enumerate(edits[:5], start=1):
@@ -97,7 +98,8 @@ class TestCachedLedger:
     def test_a_restored_ledger_is_read_again(
         self, worker: WorkerParts, submit_edit: Callable[..., Any]
     ) -> None:
-        """When the newest cached entry changed or is missing, because a backup was restored, nothing cached is used."""
+        """The cache is not used when its newest entry has changed or is missing, as after a restored
+        backup."""
         a = submit_edit()
         commit_edit(worker, a)
         assert [x for x, _ in worker.ledger.active_at(1)] == [a]

@@ -1,4 +1,4 @@
-"""JobStore: every job is claimed once, an edit is committed once, and every job ends."""
+"""JobStore: claims, commits of edits, and the ends of jobs."""
 
 from __future__ import annotations
 
@@ -513,7 +513,8 @@ class TestArtifacts:
     def test_artifacts_survive_attempts(
         self, worker: WorkerParts, make_worker: Callable[..., WorkerParts], evaluation: Any
     ) -> None:
-        """The next attempt reads the artifacts of the last one; an attempt that lost the job can store none."""
+        """The next attempt reads the artifacts of the last one. An attempt that lost the job cannot store
+        any."""
         stale_job = claim_job(worker, evaluation)
         for data in (b"old", b"new\x00"):
             worker.jobs.put_artifact(stale_job, "a", data)

@@ -1,4 +1,4 @@
-"""What only the broker on Redis must do: outlive its workers, its connections, its Redis and the data in it."""
+"""Tests of the Redis broker alone: failures of workers, connections and Redis, and loss of its data."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from tests.support import redis_server as redis_servers
 from tests.support.paths import ROOT
 
 LEASE = 0.3
-NEVER_EXPIRES = 1000.0  # a lease that never runs out here
-TIMEOUT = 20  # seconds after which a test that hangs has failed
+NEVER_EXPIRES = 1000.0  # seconds; longer than any test
+TIMEOUT = 20  # seconds after which a hanging test fails
 
-#: a worker of its own process: takes one call, says a token of it, waits for a line, says another
+#: worker process: receives one call, publishes a token, waits for a line, and publishes another token
 WORKER_SCRIPT = """
 import sys
 from service.jobs.redis_broker import RedisBroker
@@ -47,7 +47,7 @@ print(broker.holds_lease(delivery), flush=True)
 
 @pytest.fixture
 def brokers(redis_url: str) -> Iterator[Any]:
-    """Makes brokers on one Redis, which are closed at the end."""
+    """Return a function that creates brokers on one Redis; they are closed at the end."""
     made = []
 
     def make(lease: Any = NEVER_EXPIRES, **options: Any) -> Any:
@@ -61,14 +61,14 @@ def brokers(redis_url: str) -> Iterator[Any]:
 
 @pytest.fixture
 def redis_data(redis_url: str) -> Iterator[Any]:
-    """A look into Redis itself."""
+    """Return a client of the Redis server."""
     with redis_client.Redis.from_url(redis_url, decode_responses=True) as client:
         yield client
 
 
 @pytest.fixture
 def start_worker_process(redis_url: str) -> Iterator[Any]:
-    """Starts workers that are processes of their own, which are killed at the end."""
+    """Return a function that starts worker processes; they are killed at the end."""
     started = []
 
     def start(lease: Any = LEASE) -> Any:
@@ -88,14 +88,14 @@ def start_worker_process(redis_url: str) -> Iterator[Any]:
 
 
 def crash(broker: RedisBroker) -> None:
-    """Leave a broker as a killed process leaves it: nobody renews, nobody gives back."""
+    """Close a broker without releasing its leases, as when its process is killed."""
     broker._closed.set()
     if broker._lease_thread:
         broker._lease_thread.join()
 
 
 def expire_leases(*brokers: Any) -> None:
-    """Let every lease run out, at once, and everybody notice."""
+    """Expire all leases, and let all the given brokers detect it."""
     lease, brokers[0].lease = brokers[0].lease, 0
     brokers[0]._reclaim(brokers[0]._script)
     brokers[0].lease = lease
@@ -125,7 +125,7 @@ def name_and_text(events: Any) -> Any:
 
 
 def receive_exactly(broker: Broker, count: Any = 1, limit: int = 10) -> Any:
-    """Exactly so many deliveries."""
+    """Receive deliveries, and assert their number."""
     taken = broker.receive(WORK_KINDS, limit, 0)
     assert len(taken) == count
     return taken
@@ -133,7 +133,7 @@ def receive_exactly(broker: Broker, count: Any = 1, limit: int = 10) -> Any:
 
 class TestLeases:
     def test_renewed(self, brokers: Callable[..., RedisBroker]) -> None:
-        """Work that lasts longer than the lease stays with the worker that does it."""
+        """A worker renews the lease of a call that takes longer than the lease."""
         busy, idle = brokers(LEASE), brokers(LEASE)
         busy.send_call("generate", {})
         (delivery,) = receive_exactly(busy)
@@ -144,7 +144,7 @@ class TestLeases:
     def test_dead_worker(
         self, brokers: Callable[..., RedisBroker], start_worker_process: Any, how: Any
     ) -> None:
-        """What a worker held that was killed or stopped goes to another, though nothing else ever arrives."""
+        """A call of a worker that was killed or stopped is redelivered when its lease expires."""
         broker = brokers(LEASE)
         channel = broker.send_call("generate", {"n": 1})
         process = start_worker_process()
@@ -156,7 +156,8 @@ class TestLeases:
     def test_worker_that_resumes(
         self, brokers: Callable[..., RedisBroker], start_worker_process: Any
     ) -> None:
-        """A worker that was stopped for longer than its lease is not heard any more, and knows it."""
+        """A worker that was stopped for longer than its lease loses the lease, and its later events are
+        dropped."""
         broker = brokers(LEASE)
         channel = broker.send_call("generate", {})
         process = start_worker_process()
@@ -177,7 +178,7 @@ class TestLeases:
     def test_worker_that_dies_while_receiving(
         self, brokers: Callable[..., RedisBroker], start_worker_process: Any, redis_data: Any
     ) -> None:
-        """A worker that dies while it waits takes nothing with it: no delivery is counted for it."""
+        """No delivery is counted for a worker that is killed while it waits in `receive`."""
         process = start_worker_process()
         wait_until(lambda: any(client["cmd"] == "xread" for client in redis_data.client_list()))
         process.kill()
@@ -198,7 +199,8 @@ class TestLeases:
         assert sorted(delivery.job_id for delivery in receive_exactly(alive, 350, limit=1000)) == channels
 
     def test_lost_lease(self, brokers: Callable[..., RedisBroker]) -> None:
-        """A worker learns that it lost a lease, the loss is counted, and its later ack and nack have no effect."""
+        """A worker detects that it lost a lease, and its later ack and nack have no effect. The loss is
+        counted."""
         before = metrics.LEASE_LOSSES._value.get()
         slow, other = brokers(), brokers()
         slow.send_call("generate", {})
@@ -213,7 +215,7 @@ class TestLeases:
         assert other.queue_depth("generate") == 0
 
     def test_reclaimed_goes_first(self, brokers: Callable[..., RedisBroker]) -> None:
-        """What comes back from a dead worker goes before everything that waits."""
+        """A call reclaimed from a dead worker is delivered before the calls that are queued."""
         dead, alive = brokers(), brokers()
         first = dead.send_call("generate", {})
         receive_exactly(dead)
@@ -222,7 +224,7 @@ class TestLeases:
         assert [delivery.job_id for delivery in receive_exactly(alive, 2)] == [first, second]
 
     def test_already_answered(self, brokers: Callable[..., RedisBroker]) -> None:
-        """A call whose worker died between its end and its acknowledgement is not worked on again."""
+        """A call whose worker died after the last event and before ack is not redelivered."""
         dead, alive = brokers(), brokers()
         channel = dead.send_call("generate", {})
         receive_exactly(dead)
@@ -233,7 +235,7 @@ class TestLeases:
         assert not alive.is_pending(channel)
 
     def test_dead_letter(self, brokers: Callable[..., RedisBroker]) -> None:
-        """A call that kills whoever begins it is given up after three workers, with an error as its end."""
+        """A call whose worker died in three deliveries ends with an error and is not delivered again."""
         before = metrics.GENERATIONS_DEAD_LETTERED._value.get()
         broker = brokers()
         channel = broker.send_call("generate", {})
@@ -250,7 +252,7 @@ class TestLeases:
         assert metrics.GENERATIONS_DEAD_LETTERED._value.get() == before + 1
 
     def test_jobs_are_not_leased(self, brokers: Callable[..., RedisBroker], redis_data: Any) -> None:
-        """The id of a job leaves Redis when it is received. No lease returns it, only a new notification."""
+        """The id of a job leaves Redis when it is received. Only a new notification queues it again."""
         broker = brokers()
         for _ in range(6):
             broker.notify("edit_1", "edit")
@@ -260,7 +262,7 @@ class TestLeases:
             receive_exactly(broker, 0)
 
     def test_nack(self, brokers: Callable[..., RedisBroker]) -> None:
-        """What one worker gives back another takes at once, and no death is counted."""
+        """After nack, another worker receives the call at once, and no failed delivery is counted."""
         stopping, other = brokers(), brokers()
         channel = stopping.send_call("generate", {"n": 1})
         stopping.nack(receive_exactly(stopping)[0])
@@ -268,7 +270,7 @@ class TestLeases:
         assert (delivery.job_id, delivery.payload, delivery.deliveries) == (channel, {"n": 1}, 1)
 
     def test_own_call_is_redelivered(self, brokers: Callable[..., RedisBroker]) -> None:
-        """A worker that gets a call again on which it still works goes on with it, and is not asked twice."""
+        """A worker continues a call that it still holds when the call is redelivered to it."""
         broker, sweeper = brokers(), brokers()
         channel = broker.send_call("generate", {})
         (delivery,) = receive_exactly(broker)
@@ -282,7 +284,8 @@ class TestLeases:
         assert not broker.is_pending(channel)
 
     def test_own_call_is_redelivered_after_another_worker(self, brokers: Callable[..., RedisBroker]) -> None:
-        """When another has spoken meanwhile, a worker that gets its call again begins it anew."""
+        """A call redelivered to a worker starts again when another worker has published events for it
+        since."""
         frozen, other = brokers(), brokers()
         channel = frozen.send_call("generate", {})
         (lost,) = receive_exactly(frozen)
@@ -301,7 +304,7 @@ class TestLeases:
 
 class TestDeliveries:
     def test_racing(self, brokers: Callable[..., RedisBroker]) -> None:
-        """Of many workers exactly one gets each delivery."""
+        """Each delivery goes to exactly one of several concurrent workers."""
         racers = [brokers(), brokers()]
         ids = [f"edit_{n:03}" for n in range(500)]
 
@@ -322,7 +325,8 @@ class TestDeliveries:
         assert sorted(taken) == ids
 
     def test_nothing_remains(self, brokers: Callable[..., RedisBroker], redis_data: Any) -> None:
-        """What is done leaves nothing but the clockwork behind, and a worker that goes leaves nothing at all."""
+        """When all work is done and the broker is closed, Redis holds only empty streams, expiring keys, and
+        the keys of the wakeup, the clock and the epoch."""
         broker = brokers()
         channel = broker.send_call("generate", {})
         broker.notify("edit_1", "edit")
@@ -367,7 +371,7 @@ class TestDeliveries:
         assert [delivery.job_id for delivery in receive_exactly(broker, 2)] == ["edit_1", "edit_2"]
 
     def test_lost_reply(self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch) -> None:
-        """When what Redis gave is lost on its way, the next take gets it."""
+        """When the reply to `receive` is lost, the next `receive` returns the same call."""
         broker = brokers()
         channel = broker.send_call("generate", {"n": 1})
         lose_next_reply(broker, monkeypatch)
@@ -379,7 +383,7 @@ class TestDeliveries:
         receive_exactly(broker, 0)
 
     def test_wake_reaches_every_worker(self, brokers: Callable[..., RedisBroker]) -> None:
-        """A wake reaches every worker, whether it waits or not."""
+        """`wake` ends the current `receive` of every worker, or else its next one."""
         api, *workers = (brokers() for _ in range(4))
         with ThreadPoolExecutor(3) as pool:
             waiting = [pool.submit(worker.receive, WORK_KINDS, 1, 2 * TIMEOUT) for worker in workers[:2]]
@@ -391,14 +395,14 @@ class TestDeliveries:
     def test_receive_longer_than_socket_timeout(
         self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A take may wait for longer than any answer of Redis may."""
+        """`receive` can wait for longer than the socket timeout."""
         assert 3 * module.BLOCK_SECONDS < module.SOCKET_TIMEOUT
         monkeypatch.setattr(module, "BLOCK_SECONDS", 0.2)
         monkeypatch.setattr(module, "SOCKET_TIMEOUT", 0.5)
         assert brokers().receive(WORK_KINDS, 1, 1.2) == []
 
     def test_close(self, brokers: Callable[..., RedisBroker]) -> None:
-        """Closing ends the takes and the listeners of this broker and of no other."""
+        """Closing a broker ends its `receive` calls and listeners, and those of no other broker."""
         closing, other = brokers(), brokers()
         with ThreadPoolExecutor(4) as pool:
             ending = [
@@ -420,7 +424,8 @@ class TestDeliveries:
 
 class TestEvents:
     def test_taken_over(self, brokers: Callable[..., RedisBroker]) -> None:
-        """After a takeover a listener is told to start again, and then hears the whole answer."""
+        """After another worker takes over a call, a listener receives a reset event and then the whole
+        answer."""
         dead, alive = brokers(), brokers()
         channel = dead.send_call("generate", {})
         receive_exactly(dead)
@@ -433,20 +438,21 @@ class TestEvents:
         events = collect_events(alive, channel)
         assert [event.data.get("text", event.name) for event in events] == [*"ab", "reset", *"abc", "abc"]
         assert events[2].id == events[1].id
-        # whoever comes back after any of them hears the rest, and is told to start again only if that is still to come
+        # a listener that resumes receives the later events; the reset, event 2, has the id of event 1
         for n, event in enumerate(events):
             rest = events[2:] if n in (1, 2) else events[n + 1 :]
             assert collect_events(alive, channel, event.id) == rest
 
     def test_publish_without_lease_is_dropped(self, brokers: Callable[..., RedisBroker]) -> None:
-        """What a worker says of a call that was taken from it is dropped, and it learns of the loss by it."""
+        """Events of a worker that has lost the lease of a call are dropped. The worker detects the loss when
+        it publishes."""
         stale, other = brokers(), brokers()
         channel = stale.send_call("generate", {})
         (lost,) = receive_exactly(stale)
         lease, other.lease = other.lease, 0
         other._reclaim(other._script)
         other.lease = lease
-        assert stale.holds_lease(lost)  # it cannot know yet
+        assert stale.holds_lease(lost)  # the worker has not detected the loss yet
         stale.publish(channel, "token", {"text": "stale"})
         assert not stale.holds_lease(lost)
         receive_exactly(other)
@@ -457,7 +463,7 @@ class TestEvents:
     def test_repeated_publish_is_deduplicated(
         self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What is told again because the acknowledgement was lost is said once."""
+        """Events that are published again after a lost reply are not duplicated."""
         broker = brokers()
         channel = broker.send_call("generate", {})
         receive_exactly(broker)
@@ -476,7 +482,7 @@ class TestEvents:
         ]
 
     def test_publish_without_delivery(self, brokers: Callable[..., RedisBroker]) -> None:
-        """The API, which never took the work, may publish on its channel."""
+        """A broker that did not receive a job, such as that of the API, can publish on the job's channel."""
         worker, api = brokers(), brokers()
         worker.notify("edit_1", "edit")
         receive_exactly(worker)
@@ -485,7 +491,7 @@ class TestEvents:
         assert name_and_text(collect_events(api, "edit_1")) == [("progress", "half"), ("end", "cancelled")]
 
     def test_bounded(self, brokers: Callable[..., RedisBroker], redis_data: Any) -> None:
-        """A channel keeps some thousands of events, and goes away by itself: soon after its end."""
+        """A channel is trimmed to about 4,096 events and expires. It expires sooner after its last event."""
         broker = brokers()
         for _ in range(3):
             broker.publish_all([OutgoingEvent("c", "n", {})] * 2000)
@@ -495,14 +501,14 @@ class TestEvents:
         assert 0 < redis_data.ttl("palimpsest:events:c") <= 300
 
     def test_clock(self, brokers: Callable[..., RedisBroker], redis_data: Any) -> None:
-        """Ids grow, also when the clock of Redis was set back."""
+        """Event ids increase even when the clock of Redis was set back."""
         broker = brokers()
         redis_data.set("palimpsest:clock", 2**52)
         broker.publish_all([OutgoingEvent("c", "n", {}), OutgoingEvent("c", "end", {}, last=True)])
         assert [int(event.id) - 2**52 for event in collect_events(broker, "c")] == [1, 2]
 
     def test_cancel_reaches_the_worker(self, brokers: Callable[..., RedisBroker]) -> None:
-        """A worker learns of a cancel of what it holds, though it asks Redis only every now and then."""
+        """A worker detects the cancellation of a call that it holds, although it caches this state."""
         api, worker = brokers(), brokers()
         channel = api.send_call("generate", {})
         receive_exactly(worker)
@@ -511,7 +517,7 @@ class TestEvents:
         wait_until(lambda: worker.cancelled(channel))
 
     def test_json(self, brokers: Callable[..., RedisBroker], redis_data: Any) -> None:
-        """Everything in Redis is text: no pickle."""
+        """Payloads and event data are stored in Redis as JSON."""
         broker = brokers()
         channel = broker.send_call("generate", {"prompt": "é"})
         broker.publish(channel, "n", {"text": "é"})
@@ -522,10 +528,10 @@ class TestEvents:
 
 
 class TestDataLoss:
-    """Redis loses everything, at any moment."""
+    """Redis loses all data."""
 
     def test_jobs(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
-        """A job that waited is delivered when it is announced again."""
+        """A job whose queued id was lost is delivered after it is notified again."""
         broker = brokers()
         broker.notify("edit_1", "edit")
         redis_server.flush()
@@ -534,7 +540,7 @@ class TestDataLoss:
         receive_exactly(broker, 1)
 
     def test_calls(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
-        """A call that waited is unknown then, and asked again."""
+        """A queued call that was lost is not pending, and can be sent again on its channel."""
         broker = brokers()
         channel = broker.send_call("generate", {"n": 1})
         redis_server.flush()
@@ -543,7 +549,7 @@ class TestDataLoss:
         assert receive_exactly(broker)[0].payload == {"n": 1}
 
     def test_worker_continues(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
-        """A worker goes on with what it holds, and its answer is heard."""
+        """A worker keeps the lease of a call that it holds, and its events are published."""
         broker = brokers()
         channel = broker.send_call("generate", {})
         (delivery,) = receive_exactly(broker)
@@ -555,7 +561,8 @@ class TestDataLoss:
         assert name_and_text(collect_events(broker, channel)) == [("end", "a")]
 
     def test_call_sent_again(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
-        """When the call is asked again meanwhile, and goes to another worker, that one alone is heard."""
+        """When the call is sent again and another worker receives it, only the events of that worker are
+        published."""
         first, second = brokers(), brokers()
         channel = first.send_call("generate", {})
         (delivery,) = receive_exactly(first)
@@ -569,7 +576,7 @@ class TestDataLoss:
         assert name_and_text(collect_events(second, channel)) == [("end", "second")]
 
     def test_nack_after_redelivery(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
-        """What is given back when another has been given it changes nothing."""
+        """A nack has no effect after the call was delivered to another worker."""
         first, second = brokers(), brokers()
         channel = first.send_call("generate", {})
         (stale,) = receive_exactly(first)
@@ -583,7 +590,7 @@ class TestDataLoss:
         assert name_and_text(collect_events(second, channel)) == [("end", "a")]
 
     def test_nack(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
-        """What is given back then waits again, though Redis had forgotten it."""
+        """A nack queues the call again, although Redis has lost it."""
         broker = brokers()
         channel = broker.send_call("generate", {"n": 1})
         (delivery,) = receive_exactly(broker)
@@ -593,7 +600,7 @@ class TestDataLoss:
         assert (again.job_id, again.payload) == (channel, {"n": 1})
 
     def test_listener(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
-        """A listener hears what is said after the loss, with ids that go on growing."""
+        """A listener receives events that are published after the loss, with increasing ids."""
         broker = brokers()
 
         async def listen() -> Any:
@@ -610,7 +617,7 @@ class TestDataLoss:
         assert int(two.id) > int(one.id)
 
     def test_blocked_receive(self, brokers: Callable[..., RedisBroker], redis_server: Any) -> None:
-        """A `receive` that is blocked meanwhile gets the jobs that are queued afterwards."""
+        """A `receive` that was blocked during the loss returns a job that is notified afterwards."""
         broker, other = brokers(), brokers()
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(broker.receive, WORK_KINDS, 1, TIMEOUT)
@@ -621,7 +628,7 @@ class TestDataLoss:
 
 
 class TestDown:
-    """Redis is away for a while."""
+    """Redis is down for a while."""
 
     @pytest.fixture
     def durable(self) -> Iterator[Any]:
@@ -629,7 +636,8 @@ class TestDown:
             yield server
 
     def test_restarted(self, brokers: Callable[..., RedisBroker], durable: Any) -> None:
-        """A listener waits for a Redis that is restarted, and then all that was there is there."""
+        """After Redis restarts with its data, a listener continues, the lease is held, and the queued job is
+        delivered."""
         broker = brokers(LEASE, url=durable.url)
         channel = broker.send_call("generate", {})
         broker.notify("edit_1", "edit")
@@ -650,7 +658,7 @@ class TestDown:
         assert [delivery.job_id for delivery in broker.receive(WORK_KINDS, 1, 0)] == ["edit_1"]
 
     def test_blocked_receive(self, brokers: Callable[..., RedisBroker], durable: Any) -> None:
-        """A take that waits when Redis goes raises Unavailable; the next one works as soon as Redis is back."""
+        """`receive` raises Unavailable when Redis stops while it waits, and works again after a restart."""
         broker = brokers(url=durable.url)
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(broker.receive, WORK_KINDS, 1, TIMEOUT)
@@ -682,7 +690,8 @@ class TestDown:
     def test_unavailable(
         self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch, ask: Callable[..., Any]
     ) -> None:
-        """Whatever is asked of a Redis that is not there is Unavailable, and the reason names no address."""
+        """Every operation on an unreachable Redis raises Unavailable, with a detail that contains no
+        address."""
         monkeypatch.setattr(module, "RECONNECT_TIMEOUT", 0)
         broker = brokers(url="redis://:secret@127.0.0.1:1/0")
         with pytest.raises(Unavailable) as caught:
@@ -692,7 +701,7 @@ class TestDown:
     def test_redis_does_not_respond(
         self, brokers: Callable[..., RedisBroker], monkeypatch: pytest.MonkeyPatch, durable: Any
     ) -> None:
-        """A Redis that is stopped is Unavailable after one time-out, and serves again when it goes on."""
+        """An operation raises Unavailable while Redis does not respond, and succeeds after Redis resumes."""
         monkeypatch.setattr(module, "SOCKET_TIMEOUT", 0.3)
         broker = brokers(url=durable.url)
         broker.notify("edit_1", "edit")
@@ -703,7 +712,7 @@ class TestDown:
         assert broker.queue_depth("edit") == 1
 
     def test_full(self, brokers: Callable[..., RedisBroker], durable: Any) -> None:
-        """A Redis without memory is Unavailable, and says so."""
+        """An operation on a Redis that is out of memory raises Unavailable with this reason."""
         broker = brokers(url=durable.url)
         with redis_client.Redis.from_url(durable.url) as client:
             client.config_set("maxmemory", 1)
@@ -711,12 +720,12 @@ class TestDown:
                 broker.notify("edit_1", "edit")
 
     def test_close(self, brokers: Callable[..., RedisBroker]) -> None:
-        """A broker can be closed while Redis is away."""
+        """A broker can be closed while Redis is down."""
         brokers(url="redis://127.0.0.1:1/0").close()
 
 
 def lose_next_reply(broker: RedisBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redis does what it is asked next, and its answer does not arrive."""
+    """Let Redis execute the next command and lose its reply."""
     script = broker._script
 
     def losing(args: Any) -> None:
@@ -728,7 +737,7 @@ def lose_next_reply(broker: RedisBroker, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_listener_that_is_cancelled(brokers: Callable[..., RedisBroker]) -> None:
-    """A listener that is cancelled in the middle leaves its connection fit for the next."""
+    """After listeners were cancelled, a new listener of the same broker receives events."""
     broker = brokers()
 
     async def listen() -> Any:
@@ -744,7 +753,7 @@ def test_listener_that_is_cancelled(brokers: Callable[..., RedisBroker]) -> None
 
 
 def test_no_threads_in_an_api(brokers: Callable[..., RedisBroker]) -> None:
-    """A broker that never takes starts no thread."""
+    """A broker that does not call `receive` starts no thread."""
     before = threading.active_count()
     brokers().notify("edit_1", "edit")
     assert threading.active_count() == before

@@ -39,7 +39,7 @@ class TestNotifyLostJobs:
     ) -> None:
         """A queued job whose notification was lost is notified again."""
         edit = submit_edit()
-        broker.receive(["edit"], 1, 0)  # and the taker forgot it
+        broker.receive(["edit"], 1, 0)  # received and not claimed
         assert worker.session.notify_lost_jobs() == 1
         assert [d.job_id for d in broker.receive(["edit"], 1, 0)] == [edit]
 
@@ -189,7 +189,7 @@ class TestVote:
             make_worker("worker-2").session.attest(0, "y")
 
     def test_majority_comes_later(self, make_worker: Callable[..., WorkerParts]) -> None:
-        """A worker that attested first and is outvoted later raises DigestMismatch at its next attestation."""
+        """A worker that attested first and is then outvoted raises DigestMismatch at its next attestation."""
         first, others = make_worker("worker-1"), [make_worker(f"worker-{n}") for n in (2, 3)]
         first.session.attest(0, "wrong")
         with first.database.write_session() as session:
