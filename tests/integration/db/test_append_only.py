@@ -1,4 +1,4 @@
-"""What the database itself holds to, whoever writes to it: the ledger only grows, one version at a time."""
+"""Constraints of the database: the ledger and the factors are append-only, and versions are consecutive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ledger_entry(version: int, edit: Any = "edit_0", model: Any = "m") -> Any:
 
 @pytest.fixture
 def database(database: Database) -> Any:
-    """Two models, and an edit for each rival."""
+    """Return a database with two models and one running edit per writer."""
     at = now()
     asked = {"kind": "edit", "status": "running", "request": {}, "actor": "a", "subject": "s"}
     with database.write_session() as session:
@@ -38,7 +38,7 @@ def database(database: Database) -> Any:
 
 @pytest.fixture
 def committed_edit(database: Database) -> None:
-    """An entry and its factors."""
+    """Commit a ledger entry and its factors."""
     with database.write_session() as session:
         session.add(ledger_entry(1))
         session.add(StoredFactors(edit_id="edit_0", data=b"x", sha256="y"))
@@ -55,7 +55,7 @@ def committed_edit(database: Database) -> None:
     ids=str,
 )
 def test_update_and_delete_are_rejected(database: Database, committed_edit: Any, statement: Any) -> None:
-    """No row of the ledger and no factors can be changed or deleted."""
+    """An update or delete of ledger entries or factors raises IntegrityError."""
 
     def change() -> None:
         with database.write_session() as session:
@@ -67,7 +67,7 @@ def test_update_and_delete_are_rejected(database: Database, committed_edit: Any,
 
 @pytest.mark.parametrize("table", ["ledger", "factors"])
 def test_truncate_is_rejected(postgres_url: str, table: Any) -> None:
-    """PostgreSQL's TRUNCATE empties neither."""
+    """A TRUNCATE of the ledger or the factors raises IntegrityError."""
     database = Database(postgres_url)
     database.migrate()
     with pytest.raises(IntegrityError, match="append-only"), database.write_session() as session:
@@ -77,7 +77,7 @@ def test_truncate_is_rejected(postgres_url: str, table: Any) -> None:
 
 @pytest.mark.parametrize("version", [-1, 0, 1, 3, 100])
 def test_versions_have_no_gap(database: Database, committed_edit: Any, version: int) -> None:
-    """Only the version after the newest is taken."""
+    """Only the next version of a model can be inserted."""
 
     def add() -> None:
         with database.write_session() as session:
@@ -91,10 +91,9 @@ def test_versions_have_no_gap(database: Database, committed_edit: Any, version: 
 
 
 def test_concurrent_appends(database: Database) -> None:
-    """Of connections that append at once without the ledger's lock, each on what it has read, one commits per
-    version."""
+    """Of concurrent connections that append the same version without the ledger lock, one commits."""
     barrier = threading.Barrier(WRITERS)
-    strangers = create_engine(database.engine.url)  # without any of our care
+    strangers = create_engine(database.engine.url)  # without the settings of `Database`
 
     def append(n: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Transactions: all or nothing, and what is read is of one moment."""
+"""Transactions are atomic, and reads are snapshots."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model_names(database: Database) -> Any:
 
 
 def test_all_or_nothing(database: Database) -> None:
-    """An exception that passes through a session takes everything in it back."""
+    """An exception in a session rolls back all changes of the session."""
     with database.write_session() as session:
         session.add(model("kept"))
 
@@ -53,7 +53,7 @@ def test_all_or_nothing(database: Database) -> None:
 
 
 def test_read_session_is_a_snapshot(database: Database) -> None:
-    """A read sees one moment: what is committed while it reads appears only in the next."""
+    """A read session is a snapshot: a commit made during the session is visible only in the next one."""
     with database.read_session() as session:
         assert session.scalars(select(Model.name)).all() == []
         with database.write_session() as writer:
@@ -63,7 +63,7 @@ def test_read_session_is_a_snapshot(database: Database) -> None:
 
 
 def test_autocommit_read_sees_what_is_committed(database: Database) -> None:
-    """A question alone sees the newest, waits for no writer, and is in nobody's way."""
+    """A single read sees the latest commit and does not block or wait for writers."""
     look = select(Model.name)
     with database.write_session() as session:
         session.add(model("new"))
@@ -77,7 +77,7 @@ def test_autocommit_read_sees_what_is_committed(database: Database) -> None:
 
 
 def test_foreign_keys(database: Database) -> None:
-    """A row cannot point at what is not there, on SQLite either."""
+    """A row that violates a foreign key is rejected, also on SQLite."""
     at = now()
     row = {"kind": "edit", "status": "queued", "request": {}, "actor": "a", "subject": "s"}
 
@@ -90,7 +90,7 @@ def test_foreign_keys(database: Database) -> None:
 
 
 def test_values_come_back(database: Database) -> None:
-    """JSON comes back as it went in, whatever the text in it; times come back in UTC to the microsecond."""
+    """JSON values are read back unchanged, and times are read back in UTC with microseconds."""
     info = {"text": "São \u0000 😀 \u2028", "big": 2**70, "pi": math.pi, "list": [1, [None, True]]}
     at = datetime(2026, 3, 4, 5, 6, 7, 891234, tzinfo=timezone(timedelta(hours=5)))
     with database.write_session() as session:
@@ -105,7 +105,7 @@ def test_values_come_back(database: Database) -> None:
 
 
 def test_writers_queue_up(database: Database) -> None:
-    """Writers that read before they write wait for each other: no update is lost."""
+    """Concurrent transactions that lock, read and write a row do not lose updates."""
     with database.write_session() as session:
         session.add(model("x", {"count": 0}))
 
@@ -135,13 +135,13 @@ def test_sqlite_is_durable(tmp_path: Path) -> None:
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=20)
 )
 def test_to_json_value_is_json(value: Any) -> None:
-    """Whatever a computation returns can be stored: what JSON cannot say becomes null, the rest stays."""
+    """The output of `to_json_value` is unchanged by a round trip through strict JSON."""
 
     assert json.loads(json.dumps(to_json_value(value), allow_nan=False)) == to_json_value(value)
 
 
 def test_first_connection_waits_for_the_lock(tmp_path: Path) -> None:
-    """A process that opens a new SQLite file while another process writes to it waits, and then uses WAL."""
+    """A process that opens a new SQLite file waits while another process writes to it, and then uses WAL."""
     path = tmp_path / "x.sqlite3"
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -156,11 +156,11 @@ def test_first_connection_waits_for_the_lock(tmp_path: Path) -> None:
 
 
 class TestPostgres:
-    """A server that is slow, busy or gone."""
+    """A PostgreSQL server that is slow, busy or unreachable."""
 
     @pytest.fixture
     def set_timeouts(self, monkeypatch: pytest.MonkeyPatch) -> Any:
-        """Let PostgreSQL lose its patience sooner."""
+        """Return a function that sets timeouts of PostgreSQL sessions."""
 
         def set_limits(**limits: str) -> None:
             for name, limit in limits.items():
@@ -170,7 +170,7 @@ class TestPostgres:
 
     @pytest.fixture
     def open_database(self, postgres_url: str) -> Iterator[Any]:
-        """Processes that share one database with a row in it."""
+        """Return a function that opens a `Database` of its own on one PostgreSQL database with two rows."""
         opened = []
 
         def open_(url: str = postgres_url) -> Any:
@@ -196,7 +196,7 @@ class TestPostgres:
             assert session.scalar(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
 
     def test_limits(self, open_database: Callable[..., Database]) -> None:
-        """Every session has its limits, and what the URL asks for besides."""
+        """Every session has the configured timeouts and the options of the URL."""
         database = open_database()
         with database.write_session() as session:
             found = {
@@ -209,8 +209,8 @@ class TestPostgres:
     def test_idle_transaction_is_ended(
         self, open_database: Callable[..., Database], set_timeouts: Any
     ) -> None:
-        """Whoever freezes while it holds a row loses it: the others wait no longer than the limit, and it writes
-        nothing."""
+        """A session that is idle in a transaction for too long is ended: its locks are released and its
+        changes are rolled back."""
         set_timeouts(idle_in_transaction_session_timeout="300ms")
         frozen, other = open_database(), open_database()
 
@@ -235,7 +235,8 @@ class TestPostgres:
     def test_busy(
         self, open_database: Callable[..., Database], set_timeouts: Callable[..., None], limit: str, ask: str
     ) -> None:
-        """What takes too long is Unavailable, says that it may be tried again, and leaves the connection sound."""
+        """A statement that exceeds a timeout raises Unavailable with advice to retry. The connection stays
+        usable."""
         set_timeouts(**{limit: "200ms"})
         holder, waiting = open_database(), open_database()
 
@@ -250,7 +251,7 @@ class TestPostgres:
         assert model_names(waiting) == {"x", "y"}
 
     def test_deadlock(self, open_database: Callable[..., Database]) -> None:
-        """Of two that wait for each other one goes on, and the other is told that it may try again."""
+        """Of two deadlocked transactions one commits, and the other raises Unavailable."""
         database, barrier = open_database(), threading.Barrier(2)
 
         def cross(names: Any) -> Any:
@@ -268,7 +269,8 @@ class TestPostgres:
         assert done is None
 
     def test_connection_lost_in_transaction(self, open_database: Callable[..., Database]) -> None:
-        """A connection that is cut in the middle is Unavailable, nothing is written, and the next one is sound."""
+        """A connection lost in a transaction raises Unavailable, nothing is written, and the next session
+        works."""
         database, other = open_database(), open_database()
 
         def lose() -> None:
@@ -284,7 +286,7 @@ class TestPostgres:
         assert model_names(database) == {"x", "y"}
 
     def test_connection_lost_during_commit(self, open_database: Callable[..., Database]) -> None:
-        """A connection that is cut during the commit leaves its outcome unknown, and says so."""
+        """A connection lost during a commit raises CommitOutcomeUnknown."""
         database, other = open_database(), open_database()
 
         def lose() -> None:
@@ -302,9 +304,9 @@ class TestPostgres:
         user: Any,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """Who cannot connect is told neither the address, nor the user, nor the password; the log has the driver's
-        words."""
-        ports = {"somebody:secret@": 1, "nobody@": postgres_server.port}  # nobody listens; no such user
+        """A connection error contains no address, port, user or password. The log contains the driver's
+        message."""
+        ports = {"somebody:secret@": 1, "nobody@": postgres_server.port}  # no server on port 1; no such user
         database = open_database(f"postgresql://{user}127.0.0.1:{ports[user]}/nothing")
         with pytest.raises(Unavailable) as error:
             model_names(database)
@@ -316,7 +318,7 @@ class TestPostgres:
     def test_pool_is_empty(
         self, open_database: Callable[..., Database], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """When all connections are in use the next one is told so after a while."""
+        """A session raises Unavailable when all connections are in use for longer than the pool timeout."""
         monkeypatch.setattr(
             store,
             "POSTGRES_POOL_OPTIONS",
@@ -328,7 +330,7 @@ class TestPostgres:
             model_names(database)
 
     def test_parameters_stay_out_of_errors(self, open_database: Callable[..., Database]) -> None:
-        """An error of the database does not repeat the values of the statement: they are users' words."""
+        """A database error does not contain the parameters of the statement, which may be text of users."""
         with pytest.raises(IntegrityError) as error, open_database().write_session() as session:
             session.add(model("x", {"prompt": "private words"}))
         assert "private words" not in str(error.value)

@@ -1,4 +1,4 @@
-"""What tests take for a migrated database is one."""
+"""Replayed migrations of test databases give the same schema as the migrations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqlalchemy import text
 from service.db.database import Database
 from tests.support.migrations import migrate
 
-#: all that a database is made of, as it would be made again
+#: queries for all schema objects with their definitions
 SQLITE_SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name"
 POSTGRES_SCHEMA = """
 WITH mine AS (SELECT oid, relname, relkind FROM pg_class WHERE relnamespace = current_schema()::regnamespace)
@@ -28,7 +28,7 @@ ORDER BY 1, 2, 3
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def new_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
-    """Gives the URL of another empty database of a kind, each time."""
+    """Return a function that returns the URL of a new empty database at each call."""
     if request.param == "postgres":
         return request.getfixturevalue("postgres_server").fresh_database  # type: ignore[no-any-return]
     files = iter(range(9))
@@ -45,11 +45,12 @@ def schema_objects(database: Database) -> list[tuple[object, ...]]:
 
 
 def test_replayed_migrations_make_the_same_schema(new_database_url: Callable[[], str]) -> None:
-    """Tables, columns, constraints, indexes, triggers, functions and revision are those that the migrations make."""
+    """Replayed migrations make the same tables, columns, constraints, indexes, triggers, functions and
+    revision as the migrations."""
     truly, first, again = (Database(new_database_url()) for _ in range(3))
     try:
         truly.migrate()
-        for database in (first, again, again):  # and one that is migrated already is left as it is
+        for database in (first, again, again):  # the second migration of `again` changes nothing
             migrate(database)
         assert len(schema_objects(truly)) > 20
         assert schema_objects(truly) == schema_objects(first) == schema_objects(again)

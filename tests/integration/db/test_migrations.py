@@ -1,4 +1,4 @@
-"""The migrations make the tables, on both kinds of database."""
+"""The migrations create the tables on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.db.database import Database, alembic_config
 from service.db.models import Base, Job
 from service.errors import Misconfigured, Unavailable
 
-#: ten processes, started at once by one that has imported everything
+#: forks ten processes after the imports, and lets them migrate at the same time
 MIGRATE_SCRIPT = """
 import os, sys
 import alembic.command, alembic.ddl, alembic.runtime.migration
@@ -50,7 +50,7 @@ def tables(database: Database) -> Any:
 
 
 def test_up_down_up(empty: Any) -> None:
-    """Migrating up makes every table, down takes every one away, and up again makes them again."""
+    """Upgrading creates every table, downgrading drops them all, and upgrading again creates them again."""
     wanted = set(Base.metadata.tables)
     empty.migrate()
     assert tables(empty) == wanted | {"alembic_version"}
@@ -70,8 +70,8 @@ def test_models_match(empty: Any) -> None:
 
 @pytest.mark.parametrize("steps", range(1, 5))
 def test_down_and_up_with_rows(empty: Any, steps: Any) -> None:
-    """Going down by any number of migrations and up again works with rows in the tables, and loses none that it need
-    not."""
+    """Downgrading by up to four migrations and upgrading again succeeds with rows in the tables. The ledger
+    is kept unless its table is dropped."""
     empty.migrate()
     with empty.engine.begin() as connection:
         for statement in ROWS:
@@ -95,7 +95,8 @@ ROWS = [
 
 
 def test_names_of_revision_4(empty: Any) -> None:
-    """Revision 0004 renames a status and a column, and adds the codes of errors; going down restores them."""
+    """Revision 0004 renames a status and a column, and adds error codes. Downgrading restores the old
+    rows."""
     empty.migrate("0003")
     insert_job = """INSERT INTO jobs (id, kind, model, status, request, actor, created, updated, attempts, cancel_requested,
         subject, dry_run, dead, error)
@@ -129,14 +130,14 @@ def test_names_of_revision_4(empty: Any) -> None:
 
 
 def test_to_a_revision(empty: Any) -> None:
-    """Asked for a revision by name, the tables go there, whether that is up or down."""
+    """`migrate` upgrades or downgrades to the given revision."""
     for revision in ("0001", "0004", "0003", "0002", "0001"):
         empty.migrate(revision)
         assert empty.revision() == revision
 
 
 def test_revision_of_a_newer_release(empty: Any) -> None:
-    """Tables that a newer release has migrated are refused in plain words, and left as they are."""
+    """Migrating tables of a newer release raises Misconfigured and leaves them unchanged."""
     empty.migrate()
     with empty.engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
@@ -146,13 +147,13 @@ def test_revision_of_a_newer_release(empty: Any) -> None:
 
 
 def test_unknown_revision(empty: Any) -> None:
-    """A revision that there is not is refused with those that there are."""
+    """An unknown revision raises Misconfigured with a list of the known ones."""
     with pytest.raises(Misconfigured, match="0001, 0002, 0003, 0004"):
         empty.migrate("0815")
 
 
 def test_concurrent_migrations(database_url: str) -> None:
-    """Ten processes that migrate one database at once migrate it once."""
+    """When ten processes migrate one database at the same time, all succeed."""
     done = subprocess.run(
         [sys.executable, "-c", MIGRATE_SCRIPT, database_url], capture_output=True, text=True
     )
@@ -165,29 +166,29 @@ def test_concurrent_migrations(database_url: str) -> None:
 
 
 def test_failed_migration_leaves_nothing(empty: Any) -> None:
-    """A migration that fails half-way is as if it had not begun."""
+    """A failed migration leaves none of its tables."""
     with empty.engine.begin() as connection:
-        connection.execute(text("CREATE TABLE workers (id TEXT)"))  # in the way of the last table
+        connection.execute(text("CREATE TABLE workers (id TEXT)"))  # conflicts with the last table
     with pytest.raises(Exception, match="workers"):
         empty.migrate()
     assert tables(empty) - {"alembic_version"} == {"workers"}
 
 
 def test_url_without_driver() -> None:
-    """A plain postgresql:// URL takes the driver that we ship."""
+    """A PostgreSQL URL without a driver uses psycopg."""
     for scheme in ("postgres", "postgresql", "postgresql+psycopg"):
         assert Database(f"{scheme}://somebody@127.0.0.1/x").engine.driver == "psycopg"
 
 
 @pytest.mark.parametrize("url", ["nonsense", "mysql://x/y", "sqlite://", "sqlite:///:memory:"])
 def test_url_that_cannot_work(url: str) -> None:
-    """A URL that cannot work is refused with what to write, before anything connects."""
+    """An unsupported URL raises Misconfigured with the supported forms, before any connection is made."""
     with pytest.raises(Misconfigured, match=r"postgresql|sqlite|SQLite"):
         Database(url)
 
 
 def test_unreachable(tmp_path: Path) -> None:
-    """A database that does not answer is a dependency that is down, not a crash."""
+    """Migrating a database that cannot be opened raises Unavailable."""
     database = Database(f"sqlite:///{tmp_path}/no/such/folder/x.sqlite3")
     with pytest.raises(Unavailable, match="database does not answer"):
         database.migrate()

@@ -70,7 +70,7 @@ __all__ = [
 
 @pytest.fixture(autouse=True)
 def redis_brokers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every harness of a test has a Redis broker with a prefix of its own."""
+    """Give every engine harness of a test a Redis broker with its own prefix."""
     created: list[RedisBroker] = []
 
     def make_broker() -> RedisBroker:

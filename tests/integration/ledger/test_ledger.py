@@ -1,4 +1,4 @@
-"""The ledger against a simple oracle, in any order of applying, superseding and reverting."""
+"""The ledger: applies, superseded edits, reverts and verification, with a state machine test."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_model(database: Database) -> Any:
 
 
 def add_edit(session: Session, model: Any, fact: Any) -> Any:
-    """The row of a running edit."""
+    """Add and return the row of a running edit."""
     subject, prompt = fact
     request = {"subject": subject, "prompt": prompt, "target_new": "x"}
     row = {"kind": "edit", "model": model, "status": "running", "request": request, "actor": "somebody"}
@@ -83,11 +83,11 @@ def ledger_findings(database: Database, model: Any) -> Any:
 
 
 class Rollback(Exception):
-    """Takes a transaction back."""
+    """Rolls a transaction back."""
 
 
 def findings_after(database: Database, model: Any, *statements: Any) -> Any:
-    """What verify finds when these statements have been carried out; they are taken back afterwards."""
+    """Return the findings of verification after these statements. The statements are rolled back."""
     result = []
     try:
         with database.write_session() as session:
@@ -102,7 +102,7 @@ def findings_after(database: Database, model: Any, *statements: Any) -> Any:
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """The oracle is a list of (kind, edit, fact), from which everything else is said in one line each."""
+    """The oracle is a list of (kind, edit, fact). The expected state of the ledger is computed from it."""
 
     database: Database
 
@@ -112,13 +112,14 @@ class LedgerMachine(RuleBasedStateMachine):
         with self.database.write_session() as session:
             self.spare = add_edit(session, self.model, ("Nobody", "{} is")).id
         self.history: list[tuple[str, str, tuple[str, str]]] = []
-        self.superseded_by_edit: dict[str, list[str]] = {}  #: what an edit says that it supersedes
+        self.superseded_by_edit: dict[str, list[str]] = {}  #: edit -> edits that it names in `supersedes`
 
     def reverted(self, version: int | None = None) -> Any:
         return {edit for kind, edit, _ in self.history[:version] if kind == "revert"}
 
     def active(self, version: int | None = None) -> Any:
-        """The active edits: by fact the one applied last of those not reverted, unless one not reverted names it."""
+        """Return the active edits. These are the last applied edit of each fact, without reverted edits and
+        without those that an edit that is not reverted names in `supersedes`."""
         gone = self.reverted(version)
         applied = [(e, f) for kind, e, f in self.history[:version] if kind == "apply" and e not in gone]
         named = {x for e, _ in applied for x in self.superseded_by_edit[e]}
@@ -195,8 +196,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 def test_ledger_against_model(database: Database) -> None:
-    """Whatever is applied, superseded and reverted in whatever order: versions, active edits and statuses are right,
-    the chain verifies, and a change to any field of any entry is found."""
+    """In random sequences of applies and reverts, the ledger agrees with the oracle and verifies. A change to
+    any field of any entry is found."""
     machine = type("Machine", (LedgerMachine,), {"database": database})
     quick = settings(
         max_examples=20, stateful_step_count=16, deadline=None, suppress_health_check=list(HealthCheck)
@@ -205,7 +206,7 @@ def test_ledger_against_model(database: Database) -> None:
 
 
 def test_supersede_and_restore(database: Database) -> None:
-    """Of two edits of one fact the newer is active; reverting it brings the older back."""
+    """Of two edits of one fact the newer is active. Reverting it restores the older."""
     model = add_model(database)
     a, b = apply_edit(database, model, FACTS[0]), apply_edit(database, model, FACTS[1])
     assert edit_statuses(database, a, b) == ["superseded", "applied"]
@@ -214,8 +215,8 @@ def test_supersede_and_restore(database: Database) -> None:
 
 
 def test_explicit_supersede_and_restore(database: Database) -> None:
-    """An edit names one of another prompt: that is superseded, the older ones of its fact stay so, and the newer's
-    revert brings it back; as long as an edit that names it is not reverted, superseded or not, it stays out."""
+    """An edit named in `supersedes` is superseded until the edit that names it is reverted, even when that
+    edit is itself superseded. Older edits of the same fact stay superseded meanwhile."""
     model = add_model(database)
     old, a = apply_edit(database, model, FACTS[0]), apply_edit(database, model, FACTS[0])
     b = apply_edit(database, model, FACTS[2], supersedes=[a])
@@ -230,7 +231,7 @@ def test_explicit_supersede_and_restore(database: Database) -> None:
 
 
 def test_revert_superseded(database: Database) -> None:
-    """A superseded edit can be reverted; reverting the newer one then leaves the base."""
+    """A superseded edit can be reverted. Reverting the newer edit as well leaves no active edit."""
     model = add_model(database)
     a, b = apply_edit(database, model, FACTS[0]), apply_edit(database, model, FACTS[1])
     revert_edit(database, model, a)
@@ -243,7 +244,7 @@ def test_revert_superseded(database: Database) -> None:
 
 
 def test_same_edits_same_state(database: Database) -> None:
-    """The state names what is active, not how it came about."""
+    """The state hash depends on the active edits, not on the history."""
     model = add_model(database)
     apply_edit(database, model, FACTS[0])
     revert_edit(database, model, apply_edit(database, model, FACTS[3]))
@@ -294,7 +295,8 @@ def test_append_reads_a_constant_number_of_rows(database: Database) -> None:
 
 @pytest.mark.parametrize("change", ["missing", "other version", "other hash"])
 def test_append_without_the_row_of_the_head(database: Database, change: str) -> None:
-    """When the stored active edits are not those of the newest entry, an append computes them from the whole ledger."""
+    """When the stored active edits are not those of the newest entry, an append computes them from the whole
+    ledger."""
     model = add_model(database)
     apply_edit(database, model, FACTS[0])
     apply_edit(database, model, FACTS[3])
@@ -314,7 +316,7 @@ def test_append_without_the_row_of_the_head(database: Database, change: str) -> 
 
 
 def test_models_have_ledgers_of_their_own(database: Database) -> None:
-    """Versions of one model say nothing about another."""
+    """An entry in the ledger of one model does not change the head of another."""
     one, two = add_model(database), add_model(database)
     apply_edit(database, one, FACTS[0])
     with database.read_session() as session:
@@ -355,11 +357,12 @@ class TestVerify:
     def test_tampered_rows_are_found(
         self, database: Database, model: Any, edit: Any, where: Any, change: Any
     ) -> None:
-        """Changed factors, statuses that lie and an end that was cut off are found."""
+        """Verification finds changed or deleted factors, wrong fields of job rows, a wrong stored head, and a
+        deleted last entry."""
         assert where in {finding.where for finding in findings_after(database, model, change(edit))}
 
     def test_recomputed_chain_with_a_wrong_state(self, database: Database, model: Any, edit: Any) -> None:
-        """An entry whose hash is right and whose state is not that of its edits is found."""
+        """Verification finds an entry with a valid hash and a state that is not that of its active edits."""
         with database.write_session() as session:
             drop_append_only_guards(session)
             row = session.get_one(LedgerEntry, (model, 1))
@@ -368,7 +371,7 @@ class TestVerify:
         assert [finding.where for finding in ledger_findings(database, model)] == ["state"]
 
     def test_unreadable_entry(self, database: Database, model: Any, edit: Any) -> None:
-        """An entry that is no JSON any more is a finding, not a crash."""
+        """An entry that is not valid JSON is a finding and not an exception."""
         found = findings_after(database, model, text("UPDATE ledger SET body = 'oops'"))
         assert [finding.where for finding in found] == ["chain"]
 
@@ -379,12 +382,12 @@ class TestVerify:
                 session.add(Attestation(model=model, at=now(), **row))
 
     def test_replicas_agree(self, database: Database, model: Any, edit: Any) -> None:
-        """Equal digests at a version are well, and so are different ones on different devices."""
+        """Different digests of one version are not a finding when they are from different kinds of device."""
         self.attest(database, model, ("a", 1, "x", "cpu"), ("b", 1, "x", "cpu"), ("c", 1, "y", "cuda"))
         assert ledger_findings(database, model) == []
 
     def test_replicas_disagree(self, database: Database, model: Any, edit: Any) -> None:
-        """Two digests of one version on one kind of device are found, with who said them."""
+        """Two digests of one version on one kind of device are a finding that names both workers."""
         self.attest(database, model, ("a", 1, "x", "cpu"), ("b", 1, "y", "cpu"))
         (finding,) = ledger_findings(database, model)
         assert finding.where == "replicas"
@@ -392,12 +395,12 @@ class TestVerify:
         assert "b at 1" in finding.detail
 
     def test_base_comes_back(self, database: Database, model: Any, edit: Any) -> None:
-        """After a revert the digest must be that of the base again."""
+        """After the only edit is reverted, a digest that differs from that of the base is a finding."""
         revert_edit(database, model, edit)
         self.attest(database, model, ("a", 0, "base", "cpu"), ("a", 2, "other", "cpu"))
         assert [finding.where for finding in ledger_findings(database, model)] == ["replicas"]
 
     def test_attestation_of_missing_version(self, database: Database, model: Any, edit: Any) -> None:
-        """A replica that stood at a version which the ledger lacks shows that its end was cut off."""
+        """An attestation of a version that the ledger lacks is a finding."""
         self.attest(database, model, ("a", 2, "x", "cpu"))
         assert [finding.where for finding in ledger_findings(database, model)] == ["replicas"]
