@@ -63,7 +63,8 @@ def generated_ids(model: LoadedModel) -> list[list[int]]:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("model_type", KINDS)
 def test_an_edit_in_half_precision(model_type: str, dtype: torch.dtype, device: str) -> None:
-    """With half-precision weights the loss equals that of fp32 up to rounding, and solves are not in half precision."""
+    """With half-precision weights the loss equals that of fp32 up to rounding, and the factors are in
+    fp32."""
     half = compute_edit(model_on(model_type, dtype, device))
     full = compute_edit(model_on(model_type))
     assert half.losses[0] == pytest.approx(full.losses[0], rel=0.05)
@@ -77,7 +78,7 @@ def test_an_edit_in_half_precision(model_type: str, dtype: torch.dtype, device: 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("model_type", KINDS)
 def test_traces_and_texts_in_half_precision(model_type: str, dtype: torch.dtype, device: str) -> None:
-    """A trace in half precision agrees with one in fp32, and every prompt is generated."""
+    """A trace in half precision agrees with one in fp32, and every prompt yields tokens."""
     half = model_on(model_type, dtype, device)
     torch.testing.assert_close(trace_scores(half), trace_scores(model_on(model_type)), rtol=0.2, atol=1e-4)
     assert all(generated_ids(half))
@@ -86,7 +87,8 @@ def test_traces_and_texts_in_half_precision(model_type: str, dtype: torch.dtype,
 @pytest.mark.parametrize("model_type", KINDS)
 @pytest.mark.parametrize("device", [CUDA])
 def test_an_accelerator_computes_what_the_cpu_computes(model_type: str, device: str) -> None:
-    """In fp32 the factors of an edit, the map of a trace and the texts equal those of the CPU up to rounding."""
+    """In fp32 the factors of an edit, the scores of a trace and the generated texts equal those of the CPU up
+    to rounding."""
     here, there = model_on(model_type), model_on(model_type, device=device)
     (one,), (other,) = compute_edit(here).updates, compute_edit(there).updates
     for name in ("key", "direction", "value"):

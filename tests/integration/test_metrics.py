@@ -1,4 +1,4 @@
-"""The metrics are what the documentation, the alerts and the dashboard say they are."""
+"""The metrics of the code agree with the documentation, the alerts and the dashboard."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_text(name: str) -> str:
 
 
 def metric_families(application: TestApp) -> Iterator[tuple[Metric, tuple[str, ...]]]:
-    """Every metric of the code, with its labels."""
+    """Yield every metric of the code with its labels."""
     for one in list(metrics.REGISTRY._collector_to_names):
         if isinstance(one, MetricWrapperBase):
             yield from ((family, one._labelnames) for family in one.describe())
@@ -52,7 +52,7 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestApp]:
 
 @pytest.fixture(scope="module")
 def labels_by_name(application: TestApp) -> dict[str, tuple[str, ...]]:
-    """name -> labels."""
+    """Return the labels of every metric by name."""
     return {full_name(family): tuple(labels) for family, labels in metric_families(application)}
 
 
@@ -66,19 +66,19 @@ def panels() -> list[dict[str, Any]]:
 
 
 def expressions() -> list[str]:
-    """Every expression of the alerts, the dashboard and the documentation."""
+    """Return every expression of the alerts, the dashboard and the documentation."""
     asked = [rule["expr"] for rule in alerts()]
     asked += [target["expr"] for panel in panels() for target in panel.get("targets", ())]
     return asked + re.findall(r"^\| [^|]+ \| `(\w+\(.+\))` \|$", read_text("docs/metrics.md"), re.MULTILINE)
 
 
 def metric_names(expression: str) -> set[str]:
-    """The metrics in an expression; the parts of a histogram by the histogram's name."""
+    """Return the metrics in an expression. The parts of a histogram are returned as its name."""
     return {HISTOGRAM_SUFFIX.sub("", name) for name in METRIC_NAME.findall(expression)}
 
 
 def test_metrics_are_documented(application: TestApp) -> None:
-    """docs/metrics.md has exactly the metrics of the code, each with kind, labels and meaning."""
+    """docs/metrics.md lists exactly the metrics of the code, each with type, labels and meaning."""
     rows = {
         (
             full_name(family),
@@ -92,7 +92,8 @@ def test_metrics_are_documented(application: TestApp) -> None:
 
 
 def test_metric_names_follow_conventions(application: TestApp) -> None:
-    """One prefix, base units, no type in a name but a counter's `_total`, and meanings that are not empty."""
+    """Every metric has the common prefix, base units, a meaning, no type in its name, and no unbounded
+    label."""
     for family, labels in metric_families(application):
         assert re.fullmatch(r"palimpsest(_[a-z]+)+", family.name)
         assert not re.search(r"_(ms|minutes|gauge|histogram|counter|total|bucket|sum|count)$", family.name)
@@ -101,7 +102,7 @@ def test_metric_names_follow_conventions(application: TestApp) -> None:
 
 
 def test_the_exposition_can_be_read(application: TestApp, labels_by_name: dict[str, tuple[str, ...]]) -> None:
-    """GET /metrics is text that Prometheus reads, with every metric of the house in it, each once."""
+    """GET /metrics returns every metric once, in the format that Prometheus parses."""
     with TestClient(application.app, base_url="http://127.0.0.1") as client:
         answer = client.get("/metrics")
     assert answer.headers["Content-Type"] == metrics.CONTENT_TYPE
@@ -111,7 +112,7 @@ def test_the_exposition_can_be_read(application: TestApp, labels_by_name: dict[s
 
 
 def test_alerts_and_dashboard_use_existing_metrics(labels_by_name: dict[str, tuple[str, ...]]) -> None:
-    """Every metric that an alert, a panel or an example asks for is one of the code's, with labels that it has."""
+    """Alerts, panels and documented expressions use only existing metrics and labels."""
     asked = expressions()
     assert len(asked) > 30
     for expression in asked:
@@ -136,13 +137,13 @@ def test_alerts_and_dashboard_use_existing_metrics(labels_by_name: dict[str, tup
 
 
 def test_dashboard_shows_every_metric(labels_by_name: dict[str, tuple[str, ...]]) -> None:
-    """There is no metric that the dashboard passes over."""
+    """The dashboard shows every metric."""
     shown = {name for panel in panels() for t in panel.get("targets", ()) for name in metric_names(t["expr"])}
     assert shown == labels_by_name.keys()
 
 
 def test_service_gauges_are_not_summed(application: TestApp) -> None:
-    """Every API tells them, so a sum over APIs would count them several times."""
+    """Gauges of the whole service are aggregated by max or min, because every API process exports them."""
     whole = {
         full_name(family) for family in StoreCollector(application.database, application.broker, 30).collect()
     }
@@ -152,14 +153,14 @@ def test_service_gauges_are_not_summed(application: TestApp) -> None:
 
 
 def test_counters_are_used_with_rate_or_increase() -> None:
-    """A counter starts at 0 with its process: only its rate or its increase means something."""
+    """Counters are used only within rate or increase, because they start at 0 with each process."""
     for expression in expressions():
         for name in re.findall(r"palimpsest_\w+_(?:total|bucket|sum|count)\b", expression):
             assert re.search(rf"\b(rate|increase)\({name}\b", expression), expression
 
 
 def test_alerts_say_what_they_are_about() -> None:
-    """Each alert has a name of its own, a severity, and a summary for the person it calls."""
+    """Each alert has a unique name, a severity and a summary."""
     names = [rule["alert"] for rule in alerts()]
     assert len(names) == len(set(names))
     for rule in alerts():
@@ -169,10 +170,11 @@ def test_alerts_say_what_they_are_about() -> None:
 
 
 def test_the_dashboard_can_be_imported() -> None:
-    """It has an identity, a variable for the data source that every panel uses, and panels that do not overlap."""
+    """The dashboard has an identity, a data source variable that every panel uses, and panels that do not
+    overlap."""
     board = json.loads(read_text("deploy/grafana/palimpsest.json"))
     assert board["uid"] and board["title"] and board["schemaVersion"] >= 30
-    assert board["id"] is None  # the importer gives it one
+    assert board["id"] is None  # assigned by Grafana on import
     (variable,) = board["templating"]["list"]
     assert (variable["name"], variable["type"], variable["query"]) == (
         "datasource",
@@ -199,7 +201,8 @@ def test_the_dashboard_can_be_imported() -> None:
 
 
 def test_scrape_config_covers_api_and_worker() -> None:
-    """The jobs of the scrape configuration are those that alerts and dashboard ask for, at a path that is served."""
+    """The scrape configuration has the jobs that alerts and dashboard use, the alert rules, and the port of
+    the API."""
     config = yaml.safe_load(read_text("deploy/prometheus.yml"))
     jobs = {job["job_name"] for job in config["scrape_configs"]}
     assert jobs == {"palimpsest-api", "palimpsest-worker"}

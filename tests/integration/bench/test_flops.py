@@ -1,4 +1,4 @@
-"""Counted operations equal the formulas, and no implementation is below the bound: bench/flops.py."""
+"""bench/flops.py: counted operations equal the formulas, and no implementation is below the bound."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
 
 
 def test_a_full_pass_costs_what_the_formula_says(model: LoadedModel) -> None:
-    """A full pass has all matrices of all blocks, attention and the head for every token."""
+    """A full pass costs all matrices of all blocks, the attention and the head for every token."""
     ids = model.encode(STATEMENT.text)[0]
     cost, size = TokenCost.from_model(model), len(ids)
     each = cost.layers * (cost.block + 4 * cost.width * size) + cost.head
@@ -61,13 +61,14 @@ def trace_flops(model: LoadedModel, kinds: tuple[str, ...], severed: bool) -> tu
     ("kinds", "severed"), [*(((kind,), False) for kind in TRACE_KINDS), (TRACE_KINDS, False), ((), True)]
 )
 def test_no_trace_beats_its_bound(model: LoadedModel, kinds: tuple[str, ...], severed: bool) -> None:
-    """Our tracer is between full passes and the bound for every kind."""
+    """A trace costs at least the bound and less than full passes, for every kind."""
     full, ours, bound = trace_flops(model, kinds, severed)
     assert bound <= ours < full
 
 
 def test_the_hidden_map_is_counted_as_on_paper() -> None:
-    """Beyond the runs, the bound has R N(N+1)/2 L(L-1)/2 tokens in a layer, each with a key and a value."""
+    """In addition to the runs, the bound of the hidden map has the keys and values of R N(N+1)/2 L(L-1)/2
+    tokens in a layer."""
     model = tiny("gpt2", layers=4, inner=64)
     question = build_trace_input(model, STATEMENT, None, SAMPLES, 0.5, 1, None, ())
     cost = KeyValueCost(model.num_layers, model.hidden_size, model.intermediate_size, 320)
@@ -78,7 +79,7 @@ def test_the_hidden_map_is_counted_as_on_paper() -> None:
 
 
 class KeyValueCost(TokenCost):
-    """A model whose only cost is keys and values."""
+    """A cost model that counts only keys and values."""
 
     query_output = mlp = head = 0
 
@@ -92,7 +93,7 @@ def statistics(model: LoadedModel, layer: int) -> KeyStatistics:
 
 @pytest.mark.parametrize("prompt", ["{} is in the city of", "In the city of {}"])
 def test_no_edit_beats_its_bound(model: LoadedModel, prompt: str) -> None:
-    """An edit is at least the bound and below the same number of full passes."""
+    """An edit costs at least the bound and less than the same number of full passes."""
     steps, layer, contexts = 3, 1, ["The Colosseum", "Big Ben can"]
     parameters = RomeParameters(layers=(layer,), steps=steps, stop_loss=0)
     statement: Statement = fill_prompt(prompt, "Eiffel Tower")
@@ -107,7 +108,7 @@ def test_no_edit_beats_its_bound(model: LoadedModel, prompt: str) -> None:
 
 
 def test_every_further_step_of_an_edit_costs_the_same() -> None:
-    """Return the operations of a forward and a backward pass."""
+    """Every further step of an edit adds the same number of operations to the bound."""
     model = tiny("gpt2")
     texts = tokenize_contexts(model, fill_prompt("{} is in", "Big Ben"), "Rome", ["The Colosseum"])
     bounds = [edit_bound(TokenCost.from_model(model), texts, 1, steps) for steps in (1, 2, 3)]
@@ -115,5 +116,5 @@ def test_every_further_step_of_an_edit_costs_the_same() -> None:
 
 
 def test_avoided_fraction() -> None:
-    """The avoided fraction is 0, one half and 1."""
+    """The avoided fraction is 0 at the cost of full passes, 0.5 halfway to the bound, and 1 at the bound."""
     assert [avoided_fraction(10, ours, 4) for ours in (10, 7, 4)] == [0, 0.5, 1]

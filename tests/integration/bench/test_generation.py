@@ -1,4 +1,4 @@
-"""Backends of the generation bench: bench/generation.py."""
+"""bench/generation.py: the backends of the generation bench."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def test_sequential_backend_counts_queueing(model: LoadedModel) -> None:
 
 
 def test_failing_backend_is_reported_and_skipped(model: LoadedModel, bench_service: BenchService) -> None:
-    """After the failure of a backend the others run; the table has a row per backend and number of callers."""
+    """After the failure of a backend the others run. The table has a row per other backend and number of
+    callers."""
 
     def broken(prompts: Sequence[str], sampling: Sampling, callers: int) -> RunResult:
         raise RuntimeError("not on this machine")

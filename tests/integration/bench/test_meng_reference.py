@@ -1,4 +1,4 @@
-"""The authors' own code is run as it is, from a checkout that is not ours.
+"""bench/meng_reference.py: the reference implementation of Meng et al., loaded from its own checkout.
 
 The last tests run it on tiny models. They need a checkout: REFERENCE=PATH pytest
 tests/integration/bench/test_meng_reference.py.
@@ -58,14 +58,14 @@ def fake_checkout(tmp_path: Path) -> Path:
 
 
 def test_without_a_checkout_it_says_what_to_do(tmp_path: Path) -> None:
-    """Without a path or with a wrong one, the note says what to clone and which option to pass."""
+    """Without a path or with a wrong one, the error says what to clone and which option to pass."""
     for path in (None, tmp_path):
         with pytest.raises(ReferenceMissing, match=r"git clone \S+/rome.* --reference PATH"):
             Reference.load(path)
 
 
 def test_their_source_runs_on_the_device_at_hand() -> None:
-    """The device is replaced as a string and as a method."""
+    """`retarget_device` replaces the device in strings and in calls of `cuda()`."""
     assert retarget_device('x.to("cuda"); y.cuda()', "cpu") == 'x.to("cpu"); y.to("cpu")'
     assert retarget_device('x.to("cuda")', "cuda") == 'x.to("cuda")'
 
@@ -78,8 +78,8 @@ def test_their_modules_load_without_what_they_do_not_use(fake_checkout: Path) ->
 
 
 def test_nothing_of_theirs_stays_behind(fake_checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Afterwards neither their modules nor our stubs can be imported, replaced modules are restored, and no file is
-    written."""
+    """After loading, neither the reference modules nor the stubs can be imported, replaced modules are
+    restored, and no file is written."""
     ours = type(sys)("datasets")
     monkeypatch.setitem(sys.modules, "datasets", ours)
     finders, before = list(sys.meta_path), sorted(fake_checkout.rglob("*"))
@@ -89,13 +89,14 @@ def test_nothing_of_theirs_stays_behind(fake_checkout: Path, monkeypatch: pytest
 
 
 def test_two_devices_are_two_sets_of_modules(fake_checkout: Path) -> None:
-    """Two checkouts load separate modules."""
+    """One checkout loaded for two devices gives separate modules."""
     assert Reference.load(fake_checkout, "cpu").causal_trace.WHERE == "cpu"
     assert Reference.load(fake_checkout, "cuda:1").causal_trace.WHERE == "cuda:1"
 
 
 def test_texts_can_be_read_without_a_start_token() -> None:
-    """Only the tokenizer of the copy changes."""
+    """`without_bos` returns a model whose tokenizer adds no BOS token, and leaves the original model
+    unchanged."""
     model = tiny("gpt2", bos=True)
     plain = without_bos(model)
     ids = model.encode("Big Ben")[0]
@@ -104,7 +105,7 @@ def test_texts_can_be_read_without_a_start_token() -> None:
 
 
 def test_theirs_is_the_model_as_transformers_makes_it() -> None:
-    """The reference model has our weights and its original activations; our model is unchanged."""
+    """The reference model has our weights and the original activations. Our model is unchanged."""
     model = tiny("gpt2")
     plain, ids = as_reference_model(model), torch.tensor([[5, 6, 7]])
     assert isinstance(plain.transformer.h[0].mlp.act, NewGELUActivation)
@@ -142,7 +143,7 @@ def model(request: pytest.FixtureRequest) -> LoadedModel:
 
 @pytest.mark.parametrize("kind", TRACE_KINDS)
 def test_our_map_is_theirs(reference: Reference, model: LoadedModel, kind: str) -> None:
-    """Every score of every kind is equal for the same noise."""
+    """Traces have the same scores as the reference for the same noise, for every kind."""
     text, subject = "In The Eiffel Tower is in", "Eiffel Tower"
     theirs = ReferenceTracer(reference, model).trace_map(text, subject, kind, 0.5, samples=3)
     ours = run_to_completion(
@@ -155,7 +156,7 @@ def test_our_map_is_theirs(reference: Reference, model: LoadedModel, kind: str) 
 
 @pytest.mark.parametrize("prompt", ["{} is in the city of", "In the city of {} is"])
 def test_our_edit_is_theirs(reference: Reference, model: LoadedModel, prompt: str) -> None:
-    """Updates and losses are equal in the published form."""
+    """Edits have the same updates and losses as the reference in the published form."""
     layer, subject = 1, "Eiffel Tower"
     parameters = RomeParameters(layers=(layer,), steps=6, compat="meng2022", stop_loss=0.05)
     keys = torch.randn(
