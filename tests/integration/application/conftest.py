@@ -1,4 +1,4 @@
-"""Operations on both wirings, with a worker that is stepped by hand."""
+"""The application services on both wirings, with the parts of a worker that tests call directly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def broker(container: Container) -> Any:
 
 @pytest.fixture
 def services_without_model(database: Database, broker: Broker, tmp_path: Path) -> Any:
-    """Before any worker has come up."""
+    """The services before any worker has registered a model."""
     return Services(database, broker, Settings(data_dir=tmp_path, max_queue=5))
 
 
@@ -54,7 +54,7 @@ def submit_edit(services: Services) -> Any:
 
 @pytest.fixture
 def applied_edit(submit_edit: Callable[..., Any], worker: WorkerParts) -> Any:
-    """Ask for an edit, and have it applied."""
+    """Return a function that submits an edit, commits it, and returns its id."""
 
     def apply_new_edit(*args: Any, **more: Any) -> Any:
         edit = submit_edit(*args, **more)

@@ -1,4 +1,4 @@
-"""Keys: what opens, what no longer opens, and what is kept of it."""
+"""API keys: verification, revocation, scopes, limits and storage."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ OPERATIONS = st.lists(
 )
 @given(steps=OPERATIONS)
 def test_a_token_verifies_iff_it_was_made_and_not_revoked(database: Database, steps: list[Any]) -> None:
-    """Whatever is made, revoked and tried: exactly the tokens that were given out and not revoked open."""
+    """After any sequence of operations exactly the tokens that were created and not revoked are valid."""
     clock = FakeClock()
     keys = ApiKeys(database, clock)
     made: list[tuple[ApiKeyInfo, str]] = []
@@ -104,7 +104,7 @@ def test_a_token_verifies_iff_it_was_made_and_not_revoked(database: Database, st
 
 @pytest.mark.parametrize("text", ["", "pal_", "pal__", "pal_x_y", "é" * 74, "\ud800", "pal_" + "0" * 26 + "_" + "a" * 43, "x" * 10**6])  # fmt: skip
 def test_invalid_tokens_are_rejected(keys: ApiKeys, text: str) -> None:
-    """Any other text is no key, and no fault."""
+    """A malformed token is rejected without an error."""
     assert keys.verify(text) is None
 
 
@@ -121,7 +121,7 @@ def test_only_a_digest_of_the_secret_is_stored(keys: ApiKeys, database: Database
 
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
-    """Every pair that was compared in constant time."""
+    """Return the pairs that are compared in constant time."""
     pairs: list[tuple[Any, Any]] = []
     real = hmac.compare_digest
 
@@ -136,7 +136,8 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
 def test_an_unknown_id_costs_what_a_wrong_secret_costs(
     keys: ApiKeys, database: Database, compared: list[tuple[Any, Any]]
 ) -> None:
-    """Both read one row and compare two digests of one length, so that ids cannot be found out by timing."""
+    """An unknown id and a wrong secret cause the same reads and one comparison of digests, so timing does not
+    reveal ids."""
     _, token = keys.create(unique_name(), ["read"])
     keys.verify(token)
     read: list[str] = []
@@ -152,7 +153,7 @@ def test_an_unknown_id_costs_what_a_wrong_secret_costs(
 
 
 def test_a_verified_key_is_cached(keys: ApiKeys, database: Database, clock: FakeClock) -> None:
-    """Within five seconds it is not looked up again, and then it is: so long a revocation takes at most."""
+    """A verified key is cached for at most five seconds; then a revocation takes effect."""
     key, token = keys.create(unique_name(), ["read"])
     assert keys.cached(token) is None
     assert keys.verify(token)
@@ -166,7 +167,7 @@ def test_a_verified_key_is_cached(keys: ApiKeys, database: Database, clock: Fake
 
 
 def test_the_last_use_is_written_once_a_minute(keys: ApiKeys, database: Database, clock: FakeClock) -> None:
-    """The first use is noted at once, and later ones at most once a minute."""
+    """The first use is written immediately, and later ones at most once a minute."""
     key, token = keys.create(unique_name(), ["read"])
     assert key.last_used is None
     keys.verify(token)
@@ -188,7 +189,7 @@ def test_the_last_use_is_written_once_a_minute(keys: ApiKeys, database: Database
 def test_verify_survives_a_failed_last_used_write(
     keys: ApiKeys, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A key is not refused because a database that can be read cannot be written."""
+    """A key is valid although its last use cannot be written."""
     _, token = keys.create(unique_name(), ["read"])
 
     def fails() -> None:
@@ -199,7 +200,7 @@ def test_verify_survives_a_failed_last_used_write(
 
 
 def test_verify_raises_when_the_database_is_down() -> None:
-    """Whether a key opens is then not known: that is an error, neither a yes nor a no."""
+    """When the database is down verification raises Unavailable and neither accepts nor rejects the key."""
     database = Database("postgresql://nobody@127.0.0.1:1/none")
     keys = ApiKeys(database)
     with pytest.raises(Unavailable):
@@ -210,7 +211,7 @@ def test_verify_raises_when_the_database_is_down() -> None:
 
 
 def test_a_name_is_given_once(keys: ApiKeys) -> None:
-    """The actor in the ledger is one key for ever: not even a revoked one's name is given again."""
+    """The name of a key cannot be used again, also after its revocation."""
     taken = unique_name()
     keys.create(taken, ["read"])
     keys.revoke(taken)
@@ -220,7 +221,7 @@ def test_a_name_is_given_once(keys: ApiKeys) -> None:
 
 
 def test_revoking_is_final_and_harmless_to_repeat(keys: ApiKeys) -> None:
-    """The time of the first revocation stays; a name that no key has is told."""
+    """A repeated revocation keeps the time of the first; an unknown name is not found."""
     key, _ = keys.create(unique_name(), ["read"])
     first = keys.revoke(key.name)
     assert first.revoked is not None
@@ -230,7 +231,7 @@ def test_revoking_is_final_and_harmless_to_repeat(keys: ApiKeys) -> None:
 
 
 def test_a_key_holds_what_it_was_made_with(keys: ApiKeys) -> None:
-    """Scopes and limits come back from the table as they were given; the list has the oldest first."""
+    """Scopes and limits are stored unchanged, and keys are listed oldest first."""
     first, _ = keys.create(unique_name(), ["edit", "read"], requests_per_minute=7, max_queued=3)
     second, _ = keys.create(unique_name(), ["admin"])
     assert keys.all() == [first, second]
@@ -248,27 +249,29 @@ def test_a_key_holds_what_it_was_made_with(keys: ApiKeys) -> None:
 
 @pytest.mark.parametrize("wrong", ["", "A", "a b", "-a", "a" * 65, "a\n", "ключ", "deadbeef0123"])
 def test_a_name_is_plain(keys: ApiKeys, wrong: str) -> None:
-    """A name is short and plain, and cannot be taken for a root key's digest."""
+    """A name that is empty, too long, has other characters or looks like the digest of a root key is
+    rejected."""
     with pytest.raises(InvalidInput):
         keys.create(wrong, ["read"])
 
 
 @pytest.mark.parametrize("wrong", [[], ["write"], ["read", ""], ["READ"]])
 def test_scopes_are_known_ones(keys: ApiKeys, wrong: list[str]) -> None:
-    """A key opens something, and something that there is."""
+    """A key needs at least one scope, and unknown scopes are rejected."""
     with pytest.raises(InvalidInput):
         keys.create(unique_name(), wrong)
 
 
 @pytest.mark.parametrize("wrong", [{"requests_per_minute": 0}, {"max_queued": -1}, {"max_queued": 2**31}])
 def test_limits_are_positive(keys: ApiKeys, wrong: dict[str, int]) -> None:
-    """A limit that nothing could pass, or that the table cannot hold, is refused."""
+    """A limit of zero or less, or above the range of its column, is rejected."""
     with pytest.raises(InvalidInput):
         keys.create(unique_name(), ["read"], **wrong)
 
 
 def test_whether_keys_exist(keys: ApiKeys, clock: FakeClock, database_url: str) -> None:
-    """From the first key on there are keys, seen by other processes within five seconds; a revoked one counts."""
+    """`any_exist` is true from the first key on, within five seconds in other instances; a revoked key
+    counts."""
     assert not keys.any_exist()
     other = ApiKeys(keys.database)
     other.revoke(other.create(unique_name(), ["read"])[0].name)
@@ -278,14 +281,14 @@ def test_whether_keys_exist(keys: ApiKeys, clock: FakeClock, database_url: str) 
 
 
 def test_before_the_tables_there_are_no_keys(database_url: str) -> None:
-    """A database that was never migrated holds no key."""
+    """A database without tables has no keys."""
     database = Database(database_url)
     assert not ApiKeys(database).any_exist()
     database.close()
 
 
 def test_admin_has_every_scope() -> None:
-    """`admin` opens everything, and every other scope only itself."""
+    """`admin` includes every scope, and every other scope includes only itself."""
     for needed in Scope:
         assert [held for held in Scope if has_scope([held], needed)] == sorted(
             {needed, Scope.ADMIN}, key=list(Scope).index

@@ -1,4 +1,4 @@
-"""Edits as they are read."""
+"""Reading of edits: related edits, factors, filters and pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TestRead:
     def test_related(
         self, services: Services, applied_edit: Callable[..., Any], submit_edit: Callable[..., Any]
     ) -> None:
-        """An edit names the active edits of its subject, however its spaces run, and no others."""
+        """`related` has the other active edits of the subject; white space in the subject is normalized."""
         a, b = applied_edit("Eiffel Tower"), applied_edit("Eiffel  Tower", prompt="{} was built by")
         applied_edit("Colosseum")
         waiting = submit_edit("Eiffel Tower", prompt="{} is made of")
@@ -27,7 +27,7 @@ class TestRead:
     def test_delta(
         self, services: Services, applied_edit: Callable[..., Any], submit_edit: Callable[..., Any]
     ) -> None:
-        """The vectors of an applied edit can be had, also after it is reverted; others have none."""
+        """The factors of an applied edit can be read, also after it is reverted; a queued edit has none."""
         edit = applied_edit()
         assert services.edits.delta(edit) == edit.encode()
         services.edits.revert(edit, "somebody")
@@ -38,7 +38,7 @@ class TestRead:
     def test_filters(
         self, services: Services, applied_edit: Callable[..., Any], submit_edit: Callable[..., Any]
     ) -> None:
-        """Edits are listed by status and by subject."""
+        """Edits can be filtered by status and by subject; an unknown status is rejected."""
         applied, waiting = applied_edit(), submit_edit("Colosseum")
         assert [edit["id"] for edit in services.edits.page(status="applied")["items"]] == [applied]
         assert [edit["id"] for edit in services.edits.page(subject=" Colosseum")["items"]] == [waiting]
@@ -46,7 +46,7 @@ class TestRead:
             services.edits.page(status="done")
 
     def test_pages(self, services: Services, submit_edit: Callable[..., Any]) -> None:
-        """Pages follow each other newest first, without gap or repetition, also when edits come meanwhile."""
+        """Pages are newest first, without gaps or duplicates, also when an edit is added between pages."""
         ids = [submit_edit(f"Tower {n}") for n in range(4)]
         seen, cursor = [], None
         while True:

@@ -1,4 +1,4 @@
-"""Evaluations: what is written, and what is refused."""
+"""Submission, validation, listing and cancellation of evaluations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.workers import WorkerParts
 
 class TestEvaluation:
     def test_evaluation(self, services: Services, broker: Broker) -> None:
-        """An evaluation is queued and announced, listed, and cancelled, twice without harm."""
+        """An evaluation is queued, announced, listed and cancelled; a second cancellation has no effect."""
         request = evaluation_request(
             evaluation_record(), evaluation_record(target_true="Paris"), method="memit"
         )
@@ -35,7 +35,7 @@ class TestEvaluation:
             assert services.evaluations.cancel(evaluation["id"])["status"] == "cancelled"
 
     def test_lists_are_light(self, services: Services, worker: WorkerParts, database: Database) -> None:
-        """What was found is read where one evaluation is asked for, and by no list."""
+        """Lists of evaluations and jobs do not read results; a single evaluation has its result."""
         evaluation = services.evaluations.submit(evaluation_request(), "somebody")["id"]
         worker.jobs.finish(claim_job(worker, evaluation), "done", {"found": [1.0, None]})
         statements = []
@@ -48,7 +48,7 @@ class TestEvaluation:
         assert services.evaluations.get(evaluation)["result"] == {"found": [1.0, None]}
 
     def test_facts(self, services: Services, worker: WorkerParts) -> None:
-        """The table beside the model is evaluated where there is one."""
+        """`dataset: facts` is accepted only when the model has a table of facts."""
         request = EvaluationRequest(dataset="facts", limit=3)
         with pytest.raises(InvalidInput, match="no table of facts") as error:
             services.evaluations.submit(request, "a")
@@ -74,7 +74,7 @@ class TestEvaluation:
         ],
     )
     def test_refused(self, services: Services, field: str, changes: Any) -> None:
-        """An evaluation that cannot be run is refused, with the field."""
+        """An invalid evaluation is rejected with the name of the field, and nothing is queued."""
         with pytest.raises(InvalidInput) as error:
             services.evaluations.submit(
                 EvaluationRequest(**{"records": [evaluation_record()], **changes}), "a"
@@ -83,7 +83,7 @@ class TestEvaluation:
         assert services.evaluations.page()["items"] == []
 
     def test_which_record(self, services: Services) -> None:
-        """The refusal names the record."""
+        """The error message has the number of the invalid record."""
         with pytest.raises(InvalidInput, match="record 2: the prompt has"):
             services.evaluations.submit(
                 evaluation_request(evaluation_record(), evaluation_record(prompt="{} is" + " far" * 80)), "a"

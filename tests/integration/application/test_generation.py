@@ -1,4 +1,4 @@
-"""What a worker is asked to say, and what is refused."""
+"""Submission and validation of generations and comparisons."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.workers import WorkerParts
 
 class TestGeneration:
     def test_generate(self, services: Services, broker: Broker) -> None:
-        """A generation goes to the workers as it was asked."""
+        """The broker delivers a generation with the fields of the request."""
         request = GenerateRequest(prompt="The Eiffel Tower", seed=7, stop=["."])
         channel = services.generation.generate(request)
         (delivery,) = broker.receive(["generate"], 1, 0)
@@ -29,7 +29,7 @@ class TestGeneration:
         assert GenerateRequest.model_validate(delivery.payload) == request
 
     def test_compare(self, services: Services, broker: Broker, applied_edit: Callable[..., Any]) -> None:
-        """So does a comparison."""
+        """The broker delivers a comparison with the fields of the request."""
         applied_edit()
         request = CompareRequest(prompt="The Eiffel Tower", versions=(0, 1))
         services.generation.compare(request)
@@ -47,7 +47,7 @@ class TestGeneration:
         ],
     )
     def test_refused(self, services: Services, broker: Broker, field: str, changes: Any) -> None:
-        """A generation that cannot be had is refused before a worker hears of it."""
+        """An invalid generation is rejected with the name of the field, and nothing is queued."""
         with pytest.raises(InvalidInput) as error:
             services.generation.generate(GenerateRequest(**{"prompt": "The", **changes}))
         assert error.value.field == field
@@ -56,7 +56,7 @@ class TestGeneration:
     def test_pinned_version_older_than_min_version(
         self, services: Services, applied_edit: Callable[..., Any]
     ) -> None:
-        """A pinned version must not be older than the one that the client has seen."""
+        """A pinned version that is older than `min_version` is rejected."""
         applied_edit()
         assert services.generation.generate(GenerateRequest(prompt="The", min_version=1))
         assert services.generation.generate(GenerateRequest(prompt="The", version=1, min_version=1))
@@ -69,7 +69,7 @@ class TestGeneration:
             services.generation.compare(CompareRequest(prompt="The", versions=("base", 3)))
 
     def test_resubmit_keeps_the_channel(self, services: Services, broker: Broker) -> None:
-        """A call that the queue lost is asked again as it was, on its channel."""
+        """A call that is resubmitted has the same channel and payload."""
         request = GenerateRequest(prompt="The", seed=3)
         channel = services.generation.generate(request)
         (first,) = broker.receive(["generate"], 1, 0)
@@ -81,7 +81,7 @@ class TestGeneration:
     def test_max_new_tokens_setting(
         self, database: Database, broker: Broker, worker: WorkerParts, tmp_path: Path
     ) -> None:
-        """No more tokens can be asked for than the settings allow."""
+        """Generations and comparisons with more tokens than the setting allows are rejected."""
         services = Services(database, broker, Settings(data_dir=tmp_path, max_new_tokens=7))
         services.generation.generate(GenerateRequest(prompt="The", max_new_tokens=7))
         operations: list[Callable[[], object]] = [
@@ -96,7 +96,8 @@ class TestGeneration:
     def test_the_tokenizer_is_read_once(
         self, services: Services, database: Database, worker: WorkerParts
     ) -> None:
-        """Of the megabytes of a tokenizer nothing is read by a request, but by the first after a worker came up."""
+        """The tokenizer is read from the database once after each registration of a worker, not for each
+        request."""
         reads_tokenizer = []
 
         def note(*args: Any) -> None:
@@ -114,7 +115,7 @@ class TestGeneration:
         event.remove(database.engine, "before_cursor_execute", note)
 
     def test_queue_full(self, services: Services) -> None:
-        """Too many waiting generations are refused with the time after which to try again."""
+        """A generation that exceeds the queue limit is rejected with `retry_after`."""
         for _ in range(5):
             services.generation.generate(GenerateRequest(prompt="The"))
         with pytest.raises(QueueFull) as error:

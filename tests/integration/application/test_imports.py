@@ -1,5 +1,4 @@
-"""Edits on their way from one ledger to another, on each wiring: service.application.edit_set, and what editing makes
-of what it is given."""
+"""Export of edits from one ledger and import into another, on each wiring: service.application.edit_set."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ from tests.support.stepped_service import Resource, SteppedService
 from tests.support.tiny_models import tiny
 from workers.model_info import model_info
 
-BuildPlace = Callable[..., SteppedService]  # its argument is the model, if it is another one
+BuildPlace = Callable[..., SteppedService]  # the argument is the model; default: the tiny model
 
 
 @pytest.fixture(params=wirings.ALL_WIRINGS)
 def build(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BuildPlace]:
-    """Services on stores of their own, all with one model."""
+    """Return a function that creates services with their own stores, by default with one model."""
     places: list[SteppedService] = []
 
     def built(model: LoadedModel | None = None) -> SteppedService:
@@ -46,8 +45,8 @@ def build(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BuildPlace
 
 @pytest.fixture
 def source(build: BuildPlace) -> SteppedService:
-    """A service at version 6, where four edits are active: of two methods, one in place of an older one, one in spite
-    of a revert."""
+    """A service with four active edits of three methods. One superseded another, and one was committed after
+    a revert."""
     place = build()
     place.edit("Eiffel Tower", "is")
     place.edit("Eiffel Tower", "in")
@@ -61,7 +60,7 @@ def source(build: BuildPlace) -> SteppedService:
 
 @pytest.fixture
 def destination(build: BuildPlace, source: SteppedService, monkeypatch: pytest.MonkeyPatch) -> SteppedService:
-    """Another service, in which nothing is searched for."""
+    """Another service, which fails if it computes the factors of an edit."""
     place = build()
 
     def search(*_: Any) -> Stepper[Any]:
@@ -72,8 +71,8 @@ def destination(build: BuildPlace, source: SteppedService, monkeypatch: pytest.M
 
 
 def test_the_weights_are_the_same_bytes(source: SteppedService, destination: SteppedService) -> None:
-    """With these edits alone the other service has the same state and the same digest; who found them, and how, is in
-    its ledger."""
+    """After an import the destination has the state and digest of the source, and its ledger records the
+    origin and provenance of each edit."""
     data = source.export_edit_set()
     created, already_present = destination.services.imports.submit(data, "key:bob")
     assert len(created) == 4 and already_present == []
@@ -102,14 +101,15 @@ def test_the_weights_are_the_same_bytes(source: SteppedService, destination: Ste
 
 
 def test_batched_import_commits_the_same_bytes(source: SteppedService, destination: SteppedService) -> None:
-    """As edits that wait together."""
+    """Imported edits that run as one batch give the digest of the source."""
     destination.services.imports.submit(source.export_edit_set(), "key:bob")
     destination.run_queued_edits(as_group=True)
     assert destination.replica.digest(4) == source.replica.digest(source.worker_parts.ledger.head())
 
 
 def test_an_older_version_is_exported_as_it_was(source: SteppedService, destination: SteppedService) -> None:
-    """Whatever came later; the same version is the same bytes."""
+    """An older version is exported as the same bytes each time, and its import gives the digest of that
+    version."""
     data = source.export_edit_set(1)
     assert data == source.export_edit_set(1)
     destination.services.imports.submit(data, "key:bob")
@@ -118,8 +118,8 @@ def test_an_older_version_is_exported_as_it_was(source: SteppedService, destinat
 
 
 def test_import_is_idempotent(source: SteppedService, destination: SteppedService) -> None:
-    """Importing twice lands once, also while the first is under way, and also at home; what was reverted may come
-    back."""
+    """A repeated import creates no edits while the first ones are queued or applied, nor does an import into
+    the source. A reverted edit is imported again."""
     data = source.export_edit_set()
     first, _ = destination.services.imports.submit(data, "key:bob")
     ids = [e["id"] for e in first]
@@ -135,7 +135,7 @@ def test_import_is_idempotent(source: SteppedService, destination: SteppedServic
 
 
 def test_imported_edits_can_be_reverted(source: SteppedService, destination: SteppedService) -> None:
-    """Base bytes, when all are."""
+    """After all imported edits are reverted the weights have the digest of the base model."""
     created, _ = destination.services.imports.submit(source.export_edit_set(), "key:bob")
     destination.run_queued_edits()
     for e in created:
@@ -146,7 +146,7 @@ def test_imported_edits_can_be_reverted(source: SteppedService, destination: Ste
 def test_imported_edits_can_be_exported_again(
     build: BuildPlace, source: SteppedService, destination: SteppedService
 ) -> None:
-    """And lands a third time with the same bytes."""
+    """Imported edits can be exported; a third service that imports them has the same digest."""
     destination.services.imports.submit(source.export_edit_set(), "key:bob")
     destination.run_queued_edits()
     third = build()
@@ -156,7 +156,7 @@ def test_imported_edits_can_be_exported_again(
 
 
 def test_guard_applies_to_imports(source: SteppedService, destination: SteppedService) -> None:
-    """An edit that does not hold here does not land, and is not made stronger to that end."""
+    """An imported edit that fails its guard is rejected at its original strength and is not committed."""
     strict = json.loads(read_safetensors(source.export_edit_set(1), "it").metadata["set"])
     strict["edits"][0]["request"]["guard"] = {"min_probability": 1.0}
     created, _ = destination.services.imports.submit(forge_file(source.export_edit_set(1), strict), "key:bob")
@@ -167,7 +167,8 @@ def test_guard_applies_to_imports(source: SteppedService, destination: SteppedSe
 
 
 def test_idempotency_key_covers_one_import(source: SteppedService, destination: SteppedService) -> None:
-    """The same again gives the same edits again; another file with it is refused."""
+    """A repeated import with one idempotency key returns the same edits; another file with that key is
+    rejected."""
     first, _ = destination.services.imports.submit(source.export_edit_set(), "key:bob", ("k", "a"))
     again, _ = destination.services.imports.submit(source.export_edit_set(), "key:bob", ("k", "a"))
     assert [e["id"] for e in first] == [e["id"] for e in again]
@@ -175,11 +176,11 @@ def test_idempotency_key_covers_one_import(source: SteppedService, destination: 
         destination.services.imports.submit(source.export_edit_set(1), "key:bob", ("k", "b"))
 
 
-# files that are refused
+# rejected files
 
 
 def forge_file(data: bytes, edit_set: Resource, vectors: dict[str, bytes] | None = None) -> bytes:
-    """A file whose digest is right, whoever made it."""
+    """Return a file with a valid digest of the given edit set."""
     encoded_set = json.dumps(edit_set)
     metadata = {
         "format": FORMAT,
@@ -193,7 +194,7 @@ def forge_file(data: bytes, edit_set: Resource, vectors: dict[str, bytes] | None
 
 
 def with_changed_vectors(data: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
-    """The file of one edit with other vectors, and all digests right."""
+    """Return the file of one edit with changed tensors and valid digests."""
     edit_set = json.loads(read_safetensors(data, "it").metadata["set"])
     name = edit_set["edits"][0]["origin"]["edit"]
     tensors = dict(load(bytes(read_safetensors(data, "it").data[name])))
@@ -204,7 +205,7 @@ def with_changed_vectors(data: bytes, change: Callable[[dict[str, Any]], Any]) -
 
 
 def with_changed_set(data: bytes, change: Callable[[Resource], Any]) -> bytes:
-    """The file of one edit of which something else is said, and the digest right."""
+    """Return the file of one edit with changed metadata and a valid digest."""
     edit_set = json.loads(read_safetensors(data, "it").metadata["set"])
     change(edit_set)
     return forge_file(data, edit_set)
@@ -289,7 +290,7 @@ HOSTILE_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 @pytest.fixture(scope="module")
 def valid_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The file of one edit."""
+    """Return the file of one edit."""
     place = SteppedService(tmp_path_factory.mktemp("sound"), tiny())
     place.edit("Eiffel Tower", "is")
     data = place.export_edit_set()
@@ -299,7 +300,7 @@ def valid_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture(scope="module")
 def empty_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SteppedService]:
-    """A service into which nothing ever comes."""
+    """A service without edits."""
     place = SteppedService(tmp_path_factory.mktemp("lone"), tiny())
     yield place
     place.container.close()
@@ -307,7 +308,7 @@ def empty_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SteppedS
 
 @pytest.mark.parametrize("name", list(HOSTILE_FILES))
 def test_rejected_file_writes_nothing(name: str, valid_file: bytes, empty_service: SteppedService) -> None:
-    """It is refused with words that say what is wrong, before anything is written."""
+    """An invalid file is rejected with a message that states the error, and no job or artifact is written."""
     spoil, said = HOSTILE_FILES[name]
     spoiled = spoil(valid_file)
     assert spoiled != valid_file
@@ -317,7 +318,7 @@ def test_rejected_file_writes_nothing(name: str, valid_file: bytes, empty_servic
 
 
 def test_valid_forged_file_is_accepted(valid_file: bytes, empty_service: SteppedService) -> None:
-    """So that what the test above finds is what it changes."""
+    """A forged file without changes is accepted, so the rejections above are caused by the changes."""
     imported_edits = read_edit_set(
         with_changed_vectors(valid_file, lambda v: None),
         tiny().fingerprint,
@@ -327,13 +328,13 @@ def test_valid_forged_file_is_accepted(valid_file: bytes, empty_service: Stepped
 
 
 def test_another_model_is_another_model(valid_file: bytes, build: BuildPlace) -> None:
-    """The same shape with other weights does not do: an edit is a function of its base model."""
+    """A model of the same shape with other weights rejects the file."""
     with pytest.raises(InvalidInput, match="serve the same base model"):
         build(tiny(seed=1)).services.imports.submit(valid_file, "key:bob")
 
 
 def test_nothing_active_is_nothing_to_export(empty_service: SteppedService) -> None:
-    """Of the base model there are no edits."""
+    """A version without active edits cannot be exported."""
     for export in (
         empty_service.export_edit_set,
         lambda: empty_service.services.exports.submit(ExportRequest(version="head", format="peft"), "x"),
@@ -343,7 +344,8 @@ def test_nothing_active_is_nothing_to_export(empty_service: SteppedService) -> N
 
 
 def test_fine_tuning_has_no_adapter(source: SteppedService) -> None:
-    """Its changes are of whole weights: the refusal names the edits, and what to do instead."""
+    """An adapter of fine-tuning edits is rejected with the edits and the alternative format, which is
+    accepted."""
     with pytest.raises(InvalidInput, match=r"edit_\w+\. Export the edited weights"):
         source.services.exports.submit(ExportRequest(version="head", format="peft"), "x")
     assert (

@@ -1,4 +1,4 @@
-"""What jobs of every kind share: room, keys, and being taken back."""
+"""Submission of jobs of all kinds: queue limits, idempotency keys, cancel and revert, pages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.workers import WorkerParts
 
 class TestSubmit:
     def test_submit(self, services: Services, broker: Broker) -> None:
-        """An edit is queued as a row and then announced; the resource says all that was asked."""
+        """An edit is stored as a queued row and announced; its resource has the fields of the request."""
         (edit,) = services.edits.submit([edit_request(target_true="Paris")], "somebody")
         assert edit["id"].startswith("edit_")
         assert edit.items() >= {"status": "queued", "subject": "Eiffel Tower", "target_true": "Paris"}.items()
@@ -37,13 +37,13 @@ class TestSubmit:
         assert [delivery.job_id for delivery in broker.receive(["edit"], 9, 0)] == [edit["id"]]
 
     def test_many(self, services: Services, broker: Broker) -> None:
-        """Many edits are queued in their order."""
+        """Several edits of one request are queued in their order."""
         made = services.edits.submit([edit_request(f"Tower {n}") for n in range(4)], "somebody")
         assert [edit["subject"] for edit in made] == [f"Tower {n}" for n in range(4)]
         assert [d.job_id for d in broker.receive(["edit"], 9, 0)] == [edit["id"] for edit in made]
 
     def test_all_or_none(self, services: Services, broker: Broker) -> None:
-        """One bad edit among many: nothing is written, and the error names the place."""
+        """If one edit of a request is invalid nothing is queued, and the error names the index and field."""
         with pytest.raises(InvalidInput) as error:
             services.edits.submit([edit_request(), edit_request(prompt="no slot")], "somebody")
         assert error.value.field == "edits.1.prompt"
@@ -68,14 +68,14 @@ class TestSubmit:
         ],
     )
     def test_refused(self, services: Services, field: str, changes: Any) -> None:
-        """What cannot be carried out is refused before anything is written, with the field."""
+        """An invalid edit is rejected with the name of the field, and nothing is queued."""
         with pytest.raises(InvalidInput) as error:
             services.edits.submit([edit_request(**changes)], "a")
         assert error.value.field == field
         assert services.edits.page()["items"] == []
 
     def test_queue_full(self, services: Services, submit_edit: Callable[..., Any]) -> None:
-        """Too many waiting jobs are refused, all or none, until some have gone."""
+        """A request that exceeds the queue limit is rejected as a whole; a cancelled job makes room."""
         first = submit_edit()
         with pytest.raises(QueueFull, match="1 jobs are queued, at most 5"):
             services.edits.submit([edit_request()] * 5, "somebody")
@@ -86,7 +86,7 @@ class TestSubmit:
         services.traces.submit(trace_request(), "somebody")
 
     def test_queue_limit_of_one_actor(self, services: Services) -> None:
-        """One actor may not fill the queue: each has room of their own, which a key may have more or less of."""
+        """Each actor has a separate limit of queued jobs; the rejection has `retry_after`."""
         requests = [edit_request()]
         services.edits.submit(requests * 2, "a", max_queued=2)
         with pytest.raises(QueueFull, match="2 of your jobs are queued, at most 2") as error:
@@ -100,20 +100,20 @@ class TestSubmit:
     def test_default_queue_limit_of_an_actor(
         self, database: Database, broker: Broker, worker: WorkerParts, tmp_path: Path
     ) -> None:
-        """Without a limit of their own the setting's holds."""
+        """Without a limit of its own an actor has the limit of the settings."""
         services = Services(database, broker, Settings(data_dir=tmp_path, max_queued_per_key=1))
         services.edits.submit([edit_request()], "a")
         with pytest.raises(QueueFull):
             services.edits.submit([edit_request()], "a")
 
     def test_queue_is_down(self, services: Services, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A row that is committed is accepted, though the bell could not be rung: a sweep rings it."""
+        """When the broker is down after the commit of the row, the edit is accepted as queued."""
         monkeypatch.setattr(broker, "notify", raise_unavailable)
         (edit,) = services.edits.submit([edit_request()], "a")
         assert services.edits.get(edit["id"])["status"] == "queued"
 
     def test_request_id(self, services: Services, broker: Broker) -> None:
-        """The id of the request goes with what it asked for."""
+        """The request id is stored with the job and sent with the call."""
         token = ids.request_id.set("req-7")
         services.edits.submit([edit_request()], "a")
         services.generation.generate(GenerateRequest(prompt="The"))
@@ -124,29 +124,29 @@ class TestSubmit:
 
 class TestIdempotency:
     def test_again(self, services: Services, broker: Broker) -> None:
-        """The same key and body give the same edits, which are queued once."""
+        """The same key and body return the same edits, which are queued once."""
         first, again = (services.edits.submit([edit_request()] * 2, "a", ("key", "body")) for _ in range(2))
         assert first == again
         assert broker.queue_depth("edit") == 2
 
     def test_again_when_full(self, services: Services) -> None:
-        """A repetition is answered although the queue has filled up since."""
+        """A repeated request returns its edits although the queue is full."""
         first = services.edits.submit([edit_request()] * 5, "a", ("key", "body"))
         assert services.edits.submit([edit_request()] * 5, "a", ("key", "body")) == first
 
     def test_other_body(self, services: Services) -> None:
-        """A key that comes with another body is refused."""
+        """A key that is reused with another body is rejected."""
         services.traces.submit(trace_request(), "a", ("key", "body"))
         with pytest.raises(InvalidInput, match="another request body"):
             services.edits.submit([edit_request()], "a", ("key", "other"))
 
     def test_other_actor(self, services: Services) -> None:
-        """Keys of different people have nothing to do with each other."""
+        """One key of two actors creates two jobs."""
         first, second = (services.traces.submit(trace_request(), who, ("key", "body")) for who in "ab")
         assert first["id"] != second["id"]
 
     def test_at_once(self, services: Services) -> None:
-        """Of requests with one key that come at once, one makes the edit and all get it."""
+        """Concurrent requests with one key create one edit, and all return it."""
         barrier = threading.Barrier(5)
 
         def submit(_: Any) -> Any:
@@ -158,21 +158,21 @@ class TestIdempotency:
         assert len(services.edits.page()["items"]) == 1
 
     def test_refused_request_keeps_no_key(self, services: Services) -> None:
-        """A request that was refused leaves its key free."""
+        """A key of a rejected request can be used for another body."""
         with pytest.raises(QueueFull):
             services.edits.submit([edit_request()] * 6, "a", ("key", "body"))
         assert services.edits.submit([edit_request()], "a", ("key", "other"))
 
     @pytest.mark.parametrize("key", ["", "x" * 256])
     def test_key(self, services: Services, key: Any) -> None:
-        """A key has a sensible length."""
+        """An empty key, or one of 256 characters, is rejected."""
         with pytest.raises(InvalidInput):
             services.edits.submit([edit_request()], "a", (key, "body"))
 
 
 class TestCancelOrRevert:
     def test_queued(self, services: Services, submit_edit: Callable[..., Any], worker: WorkerParts) -> None:
-        """A waiting edit is cancelled at once, and its listeners hear the end."""
+        """A queued edit is cancelled at once, its listeners receive the end, and it cannot be claimed."""
         edit = submit_edit()
         cancelled = services.edits.revert(edit, "another")
         assert (cancelled["status"], cancelled["version"]) == ("cancelled", None)
@@ -181,14 +181,14 @@ class TestCancelOrRevert:
         assert worker.jobs.claim(edit) is None
 
     def test_running(self, services: Services, submit_edit: Callable[..., Any], worker: WorkerParts) -> None:
-        """A running edit is asked to stop, and says so by ending as cancelled."""
+        """For a running edit a cancellation is requested; it stays running until the worker ends it."""
         edit = submit_edit()
         job = claim_job(worker, edit)
         assert services.edits.revert(edit, "another")["status"] == "running"
         assert worker.jobs.cancel_requested(job)
 
     def test_applied(self, services: Services, applied_edit: Callable[..., Any]) -> None:
-        """An applied edit is reverted by an entry in the ledger, with who did it."""
+        """An applied edit is reverted by a ledger entry with the actor of the revert."""
         edit = applied_edit()
         reverted = services.edits.revert(edit, "another")
         assert (reverted["status"], reverted["version"], reverted["reverted_version"]) == ("reverted", 1, 2)
@@ -203,7 +203,7 @@ class TestCancelOrRevert:
         submit_edit: Callable[..., Any],
         worker: WorkerParts,
     ) -> None:
-        """Saying it twice is harmless: the same resource, and no second entry."""
+        """A repeated revert or cancellation returns the same resource and adds no ledger entry."""
         applied, waiting, running = applied_edit(), submit_edit("a"), submit_edit("b")
         worker.jobs.claim(running)
         for edit in (applied, waiting, running):
@@ -211,7 +211,7 @@ class TestCancelOrRevert:
         assert services.ledger.head() == 2
 
     def test_at_once(self, services: Services, applied_edit: Callable[..., Any]) -> None:
-        """Of many reverts at once, one is written."""
+        """Concurrent reverts of one edit add one ledger entry."""
         edit = applied_edit()
         barrier = threading.Barrier(5)
 
@@ -224,7 +224,7 @@ class TestCancelOrRevert:
         assert services.ledger.head() == 2
 
     def test_supersede(self, services: Services, applied_edit: Callable[..., Any]) -> None:
-        """A newer edit of a fact supersedes the older; reverting it brings the older back."""
+        """A newer edit of a fact supersedes the older one; reverting it makes the older one active again."""
         a, b = applied_edit(), applied_edit(prompt="The  {} is located\nin", target_new="Oslo")
         old = services.edits.get(a)
         assert (old["status"], old["superseded_by"], old["related"]) == ("superseded", b, [b])
@@ -233,7 +233,7 @@ class TestCancelOrRevert:
         assert (old["status"], old["superseded_by"]) == ("applied", None)
 
     def test_superseded(self, services: Services, applied_edit: Callable[..., Any]) -> None:
-        """A superseded edit can be reverted for itself; reverting the newer one then leaves the base."""
+        """A superseded edit can be reverted; after the newer one is reverted too, no edit is active."""
         a, b = applied_edit(), applied_edit(target_new="Oslo")
         assert services.edits.revert(a, "somebody")["status"] == "reverted"
         services.edits.revert(b, "somebody")
@@ -241,7 +241,7 @@ class TestCancelOrRevert:
         assert services.ledger.verify()["ok"]
 
     def test_dry_run(self, services: Services, submit_edit: Callable[..., Any], worker: WorkerParts) -> None:
-        """A dry run that has ended leaves nothing to revert, whatever it is called."""
+        """Reverting a dry run that has ended changes neither its status nor the ledger."""
         edit = submit_edit(dry_run=True)
         worker.jobs.finish(claim_job(worker, edit), "applied", {})
         assert services.edits.revert(edit, "somebody")["status"] == "applied"
@@ -250,7 +250,7 @@ class TestCancelOrRevert:
 
     @pytest.mark.parametrize("name", ["edit_gone", "", "é", "\x00", "trace"])
     def test_unknown(self, services: Services, name: str) -> None:
-        """What is no edit is not found, a trace's id included."""
+        """An id that is not that of an edit is not found, such as the id of a trace."""
         if name == "trace":
             name = services.traces.submit(trace_request(), "a")["id"]
         for verb in (services.edits.get, services.edits.delta, lambda x: services.edits.revert(x, "a")):
@@ -261,13 +261,13 @@ class TestCancelOrRevert:
 class TestPages:
     @pytest.mark.parametrize("cursor", ["nonsense!", "é", "", "bnVsbA", "MQ", "W10", "x" * 999])
     def test_invalid_cursor(self, services: Services, cursor: Any) -> None:
-        """A cursor that is none of ours is refused."""
+        """An invalid cursor is rejected."""
         with pytest.raises(InvalidInput, match="cursor"):
             services.edits.page(cursor=cursor)
 
     @pytest.mark.parametrize("limit", [0, -1, 201])
     def test_limit(self, services: Services, limit: int) -> None:
-        """A page has 1 to 200 items."""
+        """A page limit outside of 1 to 200 is rejected."""
         for page in (services.edits.page, services.traces.page, services.ledger.page):
             with pytest.raises(InvalidInput, match="limit"):
                 page(limit=limit)

@@ -1,4 +1,4 @@
-"""Jobs whatever their kind: listed, tried again, followed."""
+"""Jobs of all kinds: lists, retries and event streams."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.workers import WorkerParts
 class TestJobs:
     @pytest.fixture
     def one_of_each_kind(self, services: Services, submit_edit: Callable[..., Any]) -> Any:
-        """A job of each kind, oldest first."""
+        """Return the ids of two edits and a trace, oldest first."""
         return [submit_edit("a"), services.traces.submit(trace_request(), "somebody")["id"], submit_edit("b")]
 
     @pytest.fixture
@@ -43,7 +43,7 @@ class TestJobs:
         return edit
 
     def test_all_kinds(self, services: Services, one_of_each_kind: Any) -> None:
-        """Jobs of all kinds are in one list, newest first, page by page."""
+        """Jobs of all kinds are in one list, newest first, also when it is read in pages."""
         assert [job["id"] for job in services.jobs.page()["items"]] == one_of_each_kind[::-1]
         assert [job["kind"] for job in services.jobs.page()["items"]] == ["edit", "trace", "edit"]
         paged, cursor = [], None
@@ -55,7 +55,7 @@ class TestJobs:
         assert paged == one_of_each_kind[::-1]
 
     def test_filters(self, services: Services, one_of_each_kind: Any, failed: Any) -> None:
-        """The list can be narrowed by kind, by status and to the dead."""
+        """Jobs can be filtered by kind, by status and by exhausted attempts."""
         assert [job["id"] for job in services.jobs.page(kind="trace")["items"]] == [one_of_each_kind[1]]
         assert [job["id"] for job in services.jobs.page(status="failed")["items"]] == [failed]
         assert services.jobs.page(exhausted=True)["items"] == []
@@ -65,12 +65,12 @@ class TestJobs:
         "bad", [{"status": "x"}, {"kind": "generate"}, {"limit": 0}, {"cursor": "x"}, {"cursor": "ImdvbmUi"}]
     )
     def test_refused(self, services: Services, bad: Any) -> None:
-        """What cannot be listed is refused."""
+        """An unknown filter value, an invalid limit or an invalid cursor is rejected."""
         with pytest.raises(InvalidInput):
             services.jobs.page(**bad)
 
     def test_retry(self, services: Services, failed: Any, broker: Broker, worker: WorkerParts) -> None:
-        """A failed job waits again as if it had never been tried, and its listeners hear the new end."""
+        """A retried job is queued without attempts or error; its listeners receive only the new end event."""
         job = services.jobs.retry(failed, "admin")
         assert (job["status"], job["attempts"], job["error"], job["exhausted"]) == ("queued", 0, None, False)
         assert services.edits.get(failed)["ended"] is None
@@ -86,7 +86,7 @@ class TestJobs:
     def test_retry_what_did_not_fail(
         self, services: Services, submit_edit: Callable[..., Any], applied_edit: Callable[..., Any]
     ) -> None:
-        """Nothing but a failed job is tried again."""
+        """Only a failed job can be retried, and an unknown id is not found."""
         for job in (submit_edit("a"), applied_edit("b")):
             with pytest.raises(Conflict, match="only a failed job"):
                 services.jobs.retry(job, "admin")
@@ -94,7 +94,7 @@ class TestJobs:
             services.jobs.retry("edit_gone", "admin")
 
     def test_retry_twice(self, services: Services, failed: Any, broker: Broker) -> None:
-        """Of retries that come at once one is carried out."""
+        """Of concurrent retries of a job one succeeds, and the job is queued once."""
         barrier = threading.Barrier(4)
 
         def retry(_: Any) -> Any:
@@ -111,7 +111,7 @@ class TestJobs:
     def test_retry_while_the_queue_is_down(
         self, services: Services, failed: Any, broker: Broker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A job whose old end cannot be unsaid is not tried again: nothing has happened then."""
+        """When the broker cannot delete the channel of the job, the retry fails and the job stays failed."""
         monkeypatch.setattr(broker, "delete_channel", raise_unavailable)
         with pytest.raises(Unavailable):
             services.jobs.retry(failed, "admin")
@@ -126,7 +126,7 @@ class TestEvents:
         worker: WorkerParts,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """An end that was committed and never told, because the worker died, is found in the row."""
+        """A listener receives an end that was committed but never published, from the row of the job."""
         monkeypatch.setattr(job_service_module, "END_CHECK_INTERVAL", 0.05)
         edit = submit_edit()
         job = claim_job(worker, edit)
@@ -145,7 +145,7 @@ class TestEvents:
     def test_from_first_to_last(
         self, services: Services, submit_edit: Callable[..., Any], worker: WorkerParts
     ) -> None:
-        """A listener hears the progress and then the end, with the resource."""
+        """A listener receives the progress and then the end event with the resource."""
         edit = submit_edit()
 
         async def listen() -> Any:
@@ -165,7 +165,7 @@ class TestEvents:
     def test_long_ended(
         self, services: Services, submit_edit: Callable[..., Any], database: Database, tmp_path: Path
     ) -> None:
-        """A job whose news nobody remembers gives its end from its row."""
+        """A job that has ended and has no channel in the broker gives its end event from its row."""
         edit = submit_edit()
         services.edits.revert(edit, "somebody")
         restarted = Services(database, MemoryBroker(), Settings(data_dir=tmp_path))
@@ -174,6 +174,6 @@ class TestEvents:
         assert event.id.isdecimal()
 
     def test_unknown(self, services: Services) -> None:
-        """There is no news of what is not there."""
+        """The event stream of an unknown id is not found."""
         with pytest.raises(NotFound):
             collect_job_events(services, "edit_gone")

@@ -1,4 +1,4 @@
-"""The ledger as it is read, and checked."""
+"""Pages and verification of the ledger."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.workers import WorkerParts
 
 class TestLedger:
     def test_ledger_pages(self, services: Services, applied_edit: Callable[..., Any]) -> None:
-        """The ledger is paged oldest first, and up to a version."""
+        """The ledger is paged oldest first; `version` limits it to the entries up to that version."""
         for n in range(5):
             applied_edit(f"Tower {n}")
         first = services.ledger.page(limit=3)
@@ -26,7 +26,8 @@ class TestLedger:
         assert [entry["version"] for entry in services.ledger.page(version=2)["items"]] == [1, 2]
 
     def test_newest_first(self, services: Services, applied_edit: Callable[..., Any]) -> None:
-        """Newest first, the ledger has the same entries and pages, and `version` cuts the same ones off."""
+        """Newest first, the ledger has the same entries in reverse order, and `version` has the same
+        effect."""
         for n in range(5):
             applied_edit(f"Tower {n}")
         first = services.ledger.page(limit=3, newest_first=True)
@@ -38,7 +39,7 @@ class TestLedger:
         assert [entry["version"] for entry in cut["items"] + rest["items"]] == [2, 1]
 
     def test_verify(self, services: Services, applied_edit: Callable[..., Any], worker: WorkerParts) -> None:
-        """Verifying tells the entries, the head and what the replicas said."""
+        """A verification has the number of entries, the head and the attestations of the replicas."""
         applied_edit()
         worker.session.attest(1, "digest")
         verification = services.ledger.verify()
@@ -53,7 +54,7 @@ class TestLedger:
         ]
 
     def test_tampered(self, services: Services, applied_edit: Callable[..., Any], database: Database) -> None:
-        """Verifying a changed ledger says what is wrong, as JSON."""
+        """The verification of a modified ledger fails with the place and version of the change."""
         applied_edit()
         with database.write_session() as session:
             drop_append_only_guards(session)

@@ -1,4 +1,4 @@
-"""The resident model as it is described, and whether the house is ready."""
+"""The description of the resident model, and the readiness of the service."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.workers import WorkerParts
 
 class TestModel:
     def test_no_model_loaded(self, services_without_model: Services) -> None:
-        """Before a worker has come up every verb says so."""
+        """Before a worker has registered a model every operation raises Unavailable."""
         for verb in (
             services_without_model.models.describe,
             services_without_model.models.check_ready,
@@ -39,7 +39,7 @@ class TestModel:
                 verb()
 
     def test_model(self, services: Services, applied_edit: Callable[..., Any]) -> None:
-        """The resident model is described with its head, its active edits and its workers."""
+        """The description has the model info, head, number of active edits, jobs and workers."""
         applied_edit()
         model = services.models.describe()
         assert model.items() >= INFO.items()
@@ -52,7 +52,7 @@ class TestModel:
         assert services.models.describe()["fingerprint"] == "fingerprint"
 
     def test_the_newest(self, services: Services, database: Database, broker: Broker) -> None:
-        """The resident model is the one that came up last; jobs of the one before are not listed with it."""
+        """The resident model is the last one registered; edits of an earlier model are not listed."""
         services.edits.submit([edit_request()], "a")
         WorkerParts(database, broker, "other", "worker-2").session.register(
             {**INFO, "name": "other"}, tokenizer_json()
@@ -61,11 +61,11 @@ class TestModel:
         assert services.edits.page()["items"] == []
 
     def test_ready(self, services: Services) -> None:
-        """Ready is a database and a queue that answer and a worker that lives."""
+        """The service is ready with a database, a queue and a live worker."""
         assert services.models.check_ready()["ready"]
 
     def test_no_worker(self, services: Services, worker: WorkerParts) -> None:
-        """Without a living worker the service is not ready, and says why."""
+        """Without a live worker the service is not ready, and the reason says so."""
         worker.session.deregister()
         with pytest.raises(Unavailable) as error:
             services.models.check_ready()
@@ -79,7 +79,7 @@ class TestModel:
         worker: WorkerParts,
         database: Database,
     ) -> None:
-        """A worker has some time to reach the head; then the service is no longer ready."""
+        """If no worker has reached the head some time after its commit, the service is not ready."""
         applied_edit()
         assert services.models.check_ready()["head"] == 1
         with database.write_session() as session:
@@ -91,7 +91,8 @@ class TestModel:
         assert services.models.check_ready()["workers"][0]["version"] == 1
 
     def test_role_missing(self, services: Services, submit_edit: Callable[..., Any]) -> None:
-        """Work that waits and that no living worker does is named; a role that nobody asks for is not missed."""
+        """The service is not ready while jobs are queued for a role that no live worker has; roles without
+        queued jobs are not required."""
         submit_edit()
         assert services.models.check_ready()["waiting"]["edit"] == 1
         services.traces.submit(trace_request(), "somebody")
@@ -102,7 +103,8 @@ class TestModel:
     def test_no_worker_with_role_generate(
         self, services: Services, worker: WorkerParts, database: Database
     ) -> None:
-        """Readiness is to be able to speak: a worker that only edits is not enough."""
+        """Without a live worker for generations the service is not ready, also when a worker for edits is
+        alive."""
         worker.session.deregister()
         WorkerParts(database, services.broker, "fingerprint", "w").session.register(
             INFO, tokenizer_json(), ["edit"]
@@ -114,14 +116,14 @@ class TestModel:
             services.models.require_worker_for("compare")
 
     def test_no_roles(self, services: Services, worker: WorkerParts, database: Database) -> None:
-        """A worker without roles does everything."""
+        """A worker without roles has all roles."""
         worker.session.deregister()
         WorkerParts(database, services.broker, "fingerprint", "w").session.register(INFO, tokenizer_json())
         services.traces.submit(trace_request(), "somebody")
         assert services.models.check_ready()["ready"]
 
     def test_withdrawn_worker(self, services: Services, worker: WorkerParts) -> None:
-        """A worker that took itself out is listed with its reason and counts for nothing."""
+        """A withdrawn worker is listed with its reason and does not count as alive."""
         worker.session.quarantine("its weights differ.")
         with pytest.raises(Unavailable, match="no worker is alive"):
             services.models.check_ready()
@@ -131,7 +133,7 @@ class TestModel:
     def test_every_reason(
         self, services: Services, worker: WorkerParts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """All that is down is named at once."""
+        """The error lists all reasons for which the service is not ready."""
         worker.session.deregister()
         monkeypatch.setattr(services.broker, "queue_depth", raise_unavailable)
         with pytest.raises(Unavailable) as error:
@@ -145,7 +147,7 @@ class TestModel:
     def test_lease(
         self, database: Database, broker: Broker, services: Services, worker: WorkerParts, tmp_path: Path
     ) -> None:
-        """How long a silent worker counts as living is a setting."""
+        """The setting `worker_timeout` is the age of a heartbeat after which a worker is no longer alive."""
         with database.write_session() as session:
             session.execute(update(Worker).values(heartbeat=now() - timedelta(seconds=5)))
         assert services.models.check_ready()["ready"]
@@ -156,7 +158,7 @@ class TestModel:
             services_with_short_timeout.models.check_ready()
 
     def test_silent_worker(self, services: Services, database: Database) -> None:
-        """A worker without a heartbeat is dead."""
+        """A worker whose last heartbeat is five minutes old is not alive."""
         with database.write_session() as session:
             session.execute(update(Worker).values(heartbeat=now() - timedelta(minutes=5)))
         with pytest.raises(Unavailable, match="no worker is alive"):

@@ -1,4 +1,4 @@
-"""The gauges that are asked for at every scrape."""
+"""The gauges that are read at every scrape: service.application.store_collector."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEASE = 30.0
 
 
 class MonitorFixture:
-    """A store with one worker, and what a scrape finds there."""
+    """A database with one worker, and the gauges of a scrape."""
 
     def __init__(self, database: Database) -> None:
         self.database, self.broker = database, MemoryBroker()
@@ -34,7 +34,7 @@ class MonitorFixture:
         return worker_parts
 
     def add_queued_edit(self, subject: str = "Eiffel Tower") -> str:
-        """An edit that waits."""
+        """Insert a queued edit."""
         asked = {"subject": subject, "prompt": "The {} is located in", "target_new": "Rome"}
         row = {"id": new_id("edit"), "kind": "edit", "model": self.worker_parts.model, "status": "queued"}
         times = {"created": now(), "updated": now()}
@@ -47,7 +47,7 @@ class MonitorFixture:
             session.execute(update(table).where(table.id == id).values(values))
 
     def scrape(self) -> dict[tuple[str, ...], float]:
-        """(name, value of the label) -> value."""
+        """Return the value of each gauge by its name and label values."""
         monitor = StoreCollector(self.database, self.broker, LEASE)
         return {
             (sample.name.removeprefix("palimpsest_"), *sample.labels.values()): sample.value
@@ -62,7 +62,7 @@ def monitor_fixture(database: Database) -> MonitorFixture:
 
 
 def test_jobs_by_kind(monitor_fixture: MonitorFixture) -> None:
-    """Waiting and running jobs are told apart, and kinds without any are told as 0."""
+    """Queued and running jobs are counted separately by kind; a kind without jobs is 0."""
     monitor_fixture.add_queued_edit("Big Ben")
     assert monitor_fixture.worker_parts.jobs.claim(monitor_fixture.add_queued_edit())
     found = monitor_fixture.scrape()
@@ -76,7 +76,7 @@ def test_jobs_by_kind(monitor_fixture: MonitorFixture) -> None:
 
 
 def test_the_oldest_is_the_one_that_waits(monitor_fixture: MonitorFixture) -> None:
-    """The age is that of the oldest job which waits, and 0 when none does."""
+    """`queue_oldest_seconds` is the age of the oldest queued job, and 0 without queued jobs."""
     assert monitor_fixture.scrape()["queue_oldest_seconds", "edit"] == 0
     monitor_fixture.update_row(Job, monitor_fixture.add_queued_edit(), created=now() - timedelta(hours=1))
     monitor_fixture.add_queued_edit("Big Ben")
@@ -84,14 +84,14 @@ def test_the_oldest_is_the_one_that_waits(monitor_fixture: MonitorFixture) -> No
 
 
 def test_exhausted_jobs(monitor_fixture: MonitorFixture) -> None:
-    """A job that was given up is a dead letter; one that merely failed is not."""
+    """`jobs_exhausted` counts jobs that ran out of attempts, and no other failed jobs."""
     monitor_fixture.update_row(Job, monitor_fixture.add_queued_edit(), status="failed", exhausted=True)
     monitor_fixture.update_row(Job, monitor_fixture.add_queued_edit("Big Ben"), status="failed")
     assert monitor_fixture.scrape()["jobs_exhausted", "edit"] == 1
 
 
 def test_calls_are_counted_by_the_broker(monitor_fixture: MonitorFixture) -> None:
-    """Generations that wait are no rows: the queue tells of them."""
+    """The depth and age of queued generations are read from the broker, because they have no rows."""
     monitor_fixture.broker.send_call("generate", {})
     monitor_fixture.broker.send_call("generate", {})
     found = monitor_fixture.scrape()
@@ -100,7 +100,7 @@ def test_calls_are_counted_by_the_broker(monitor_fixture: MonitorFixture) -> Non
 
 
 def test_workers_by_role(monitor_fixture: MonitorFixture) -> None:
-    """A worker counts for its roles, for all when it names none; a role that nobody has is told as 0."""
+    """A worker counts for its roles, or for all roles if it has none; a role without workers is 0."""
     monitor_fixture.worker_parts.session.deregister()
     assert monitor_fixture.scrape()["workers", "edit"] == 0
     monitor_fixture.register_worker("worker-2", "generate")
@@ -112,7 +112,7 @@ def test_workers_by_role(monitor_fixture: MonitorFixture) -> None:
 
 
 def test_worker_without_heartbeat_is_not_alive(monitor_fixture: MonitorFixture) -> None:
-    """One whose lease ran out counts for no role and has no lag; the age of its heartbeat grows."""
+    """A worker whose lease has expired counts for no role and has no lag; its heartbeat age is reported."""
     monitor_fixture.update_row(Worker, "worker-1", heartbeat=now() - timedelta(seconds=LEASE + 10))
     found = monitor_fixture.scrape()
     assert found["workers", "generate"] == 0
@@ -121,7 +121,7 @@ def test_worker_without_heartbeat_is_not_alive(monitor_fixture: MonitorFixture) 
 
 
 def test_lag_is_the_distance_to_head(monitor_fixture: MonitorFixture) -> None:
-    """A worker is behind by the versions that it has not reached."""
+    """`worker_lag` is the number of versions between the worker and head."""
     job = monitor_fixture.worker_parts.jobs.claim(monitor_fixture.add_queued_edit())
     assert job is not None
     monitor_fixture.worker_parts.jobs.commit_edit(job, 0, b"factors", {}, {})
@@ -132,7 +132,7 @@ def test_lag_is_the_distance_to_head(monitor_fixture: MonitorFixture) -> None:
 
 
 def test_quarantined_workers(monitor_fixture: MonitorFixture) -> None:
-    """One that took itself out neither lives nor lags, and is told of."""
+    """A withdrawn worker counts as withdrawn, not for its roles, and has no heartbeat age."""
     monitor_fixture.update_row(Worker, "worker-1", reason="its digest was outvoted")
     found = monitor_fixture.scrape()
     assert (found["workers_withdrawn",], found["workers", "generate"]) == (1, 0)
@@ -142,7 +142,7 @@ def test_quarantined_workers(monitor_fixture: MonitorFixture) -> None:
 def test_a_queue_that_is_down_fails_no_scrape(
     monitor_fixture: MonitorFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`up` says that the queue is down; what the store knows is told all the same."""
+    """When the broker is down `up` is 0 for the queue, and the gauges of the database are still reported."""
 
     def down(kind: str) -> int:
         raise Unavailable("the queue does not answer.")
@@ -155,7 +155,7 @@ def test_a_queue_that_is_down_fails_no_scrape(
 
 
 def test_a_store_that_is_down_fails_no_scrape(tmp_path: Path) -> None:
-    """`up` says that the database is down; what the queue knows is told all the same."""
+    """When the database is down `up` is 0 for it, and the gauges of the broker are still reported."""
     database = Database(f"sqlite:///{tmp_path / 'nowhere' / 'missing.sqlite3'}")
     found = list(StoreCollector(database, MemoryBroker(), LEASE).collect())
     values = {(f.name, *s.labels.values()): s.value for f in found for s in f.samples}
@@ -166,7 +166,7 @@ def test_a_store_that_is_down_fails_no_scrape(tmp_path: Path) -> None:
 
 
 def test_empty_database(database: Database) -> None:
-    """An empty store is up, and has no head."""
+    """With an empty database `up` is 1 and there is no head version."""
     found = {f.name: f for f in StoreCollector(database, MemoryBroker(), LEASE).collect()}
     assert "palimpsest_head_version" not in found
     assert {s.labels["part"]: s.value for s in found["palimpsest_up"].samples} == {"database": 1, "queue": 1}

@@ -1,4 +1,4 @@
-"""Traces: what is written, and what is refused."""
+"""Submission, validation, listing and cancellation of traces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.service_requests import trace_request
 
 class TestTrace:
     def test_trace(self, services: Services, broker: Broker) -> None:
-        """A trace is queued and announced, listed, and cancelled, twice without harm."""
+        """A trace is queued, announced, listed and cancelled; a second cancellation has no effect."""
         trace = services.traces.submit(trace_request(), "somebody")
         assert (trace["status"], trace["version"]) == ("queued", None)
         assert trace["request"]["subject"] == "Eiffel Tower"
@@ -37,7 +37,7 @@ class TestTrace:
         ],
     )
     def test_refused(self, services: Services, field: str, changes: Any) -> None:
-        """A trace that cannot be run is refused, with the field."""
+        """An invalid trace is rejected with the name of the field, and nothing is queued."""
         with pytest.raises(InvalidInput) as error:
             services.traces.submit(trace_request(**changes), "a")
         assert error.value.field == field
