@@ -1,4 +1,5 @@
-"""The OpenAPI document against the application, by schemathesis: in process, bounded, the same every time."""
+"""Schemathesis tests of the application against its OpenAPI document. They run in process, are bounded, and
+are deterministic."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ CHECKS = [
     response_schema_conformance,
 ]
 
-#: the same every time
+#: deterministic
 BOUNDED = settings(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 TRACE = {"prompt": PROMPT, "subject": "Eiffel Tower"}
 EVALUATION = {"records": [TOWER]}
@@ -72,7 +73,7 @@ OPERATIONS = [
 
 
 def test_every_operation_is_in_the_contract_tests(running_app: TestApp) -> None:
-    """No operation is served that the tests below pass over."""
+    """The operations in the OpenAPI document are exactly those that this module tests."""
     http_client = [
         f"{m.upper()} {path}" for path, item in running_app.app.openapi()["paths"].items() for m in item
     ]
@@ -84,14 +85,15 @@ def test_every_operation_is_in_the_contract_tests(running_app: TestApp) -> None:
 def test_responses_conform_to_the_document(
     running_app: TestApp, name: str, mode: schemathesis.GenerationMode
 ) -> None:
-    """Nothing that the document allows, or nearly allows, ends in a fault or in an answer that it does not describe."""
+    """Generated valid and invalid requests cause no server error, and every response conforms to the OpenAPI
+    document."""
     method, path = name.split()
     operation = openapi_schema(running_app)[path][method]
 
     @settings(BOUNDED, max_examples=8, phases=[Phase.explicit, Phase.generate])
     @given(operation.as_strategy(generation_mode=mode))
     def check_case(case: schemathesis.Case[Any]) -> None:
-        case.headers.pop("Prefer", None)  # it would only make the test wait
+        case.headers.pop("Prefer", None)  # it would delay the response
         case.call_and_validate(checks=CHECKS)
 
     try:
@@ -99,12 +101,12 @@ def test_responses_conform_to_the_document(
     except Unsatisfiable:
         assert (
             mode is schemathesis.GenerationMode.NEGATIVE
-        )  # an operation that takes nothing cannot be asked wrongly
+        )  # an operation without input has no invalid requests
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if "{id}" in name and "/v1/" not in name])
 def test_answers_about_what_exists_are_as_documented(running_app: TestApp, name: str) -> None:
-    """Resources conform to the OpenAPI document while open, finished and reverted."""
+    """Successful responses about an existing resource conform to the OpenAPI document."""
     method, path = name.split()
     operation = openapi_schema(running_app)[path][method]
     client = TestClient(running_app.app)
@@ -143,7 +145,8 @@ def test_names_are_as_documented(running_app: TestApp) -> None:
 
 @pytest.mark.parametrize("name", BODIES_BY_OPERATION)
 def test_links_can_be_followed(running_app: TestApp, name: str) -> None:
-    """Each link of a created resource, and each link after it, gives a documented response; each succeeds once."""
+    """Each link of a created resource, and each link after it, gives a documented response. Each succeeds at
+    least once, a retry only for kinds with a failed job."""
     schema = openapi_schema(running_app)
     client = TestClient(running_app.app)
     method, path = name.split()

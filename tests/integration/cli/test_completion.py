@@ -1,4 +1,4 @@
-"""`palimpsest completion`: scripts that the shells take, and what they then offer."""
+"""`palimpsest completion`: the scripts are valid, and the shells complete with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from cli.completion import SHELLS
 from cli.main import main
 
-#: what a person types -> what must be offered, and what must not
+#: the typed line, the words that must be offered, and the words that must not be offered
 COMPLETIONS = [
     ("palimpsest ed", {"edit", "edits"}, {"revert"}),
     ("palimpsest edit --er", {"--erase"}, {"--amplify"}),
@@ -22,7 +22,7 @@ COMPLETIONS = [
     ("palimpsest import rec", {"records.jsonl"}, set[str]()),
     ("palimpsest evaluate x --out fol", {"folder"}, set[str]()),
 ]
-#: bash, as it is when Tab is pressed at the end of the line
+#: what bash does when Tab is pressed at the end of the line
 BASH_SCRIPT = """
 source {script}; read -ra COMP_WORDS <<< "$1"; [[ $1 == *' ' ]] && COMP_WORDS+=("")
 COMP_LINE=$1 COMP_POINT=${{#1}} COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
@@ -57,13 +57,13 @@ def run_shell(*line: str) -> str:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_shell_reads_its_script(workspace: Path, shell: str) -> None:
-    """The script is in the language of the shell that it is for."""
+    """The shell parses its script without an error."""
     run_shell(require_shell(shell), "-n", str(workspace / shell))
 
 
 @pytest.mark.parametrize(("typed", "offered", "kept"), COMPLETIONS)
 def test_bash_completes(workspace: Path, typed: str, offered: set[str], kept: set[str]) -> None:
-    """bash offers commands, verbs, flags, choices and files, each where it belongs."""
+    """bash completes commands, flags, choices and files, and offers nothing that does not belong there."""
     found = set(
         run_shell(
             require_shell("bash"), "-c", BASH_SCRIPT.format(script=workspace / "bash"), "bash", typed
@@ -74,7 +74,7 @@ def test_bash_completes(workspace: Path, typed: str, offered: set[str], kept: se
 
 @pytest.mark.parametrize(("typed", "offered", "kept"), COMPLETIONS)
 def test_fish_completes(workspace: Path, typed: str, offered: set[str], kept: set[str]) -> None:
-    """fish offers the same, with a word on each."""
+    """fish completes the same words as bash."""
     ask = f"source {workspace / 'fish'}; complete -C '{typed}'"
     found = {
         line.split("\t")[0].rstrip("/") for line in run_shell(require_shell("fish"), "-c", ask).splitlines()
@@ -83,13 +83,13 @@ def test_fish_completes(workspace: Path, typed: str, offered: set[str], kept: se
 
 
 def test_zsh_registers_it(workspace: Path) -> None:
-    """zsh has a function for the command after the script is evaluated."""
+    """zsh has a completion function for the command after it evaluates the script."""
     ask = f'autoload -Uz compinit; compinit -u -D; eval "$(<{workspace / "zsh"})"; print ${{_comps[palimpsest]}}'
     assert run_shell(require_shell("zsh"), "-f", "-c", ask).strip() == "_shtab_palimpsest"
 
 
 def test_help_shows_where_the_script_goes(capsys: pytest.CaptureFixture[str]) -> None:
-    """`--help` has a line for each shell that can be pasted."""
+    """`--help` has the command for each shell."""
     with pytest.raises(SystemExit):
         main(["completion", "--help"])
     shown = capsys.readouterr().out

@@ -50,7 +50,8 @@ def command_line(folder: Path, out: str, *more: str) -> list[str]:
 
 
 def test_an_evaluation_from_the_command_line(folder: Path, capsys: Captured) -> None:
-    """Words and tables go to stdout; the folder has the result, figures and page, and what a later run goes on with."""
+    """Sentences and tables go to stdout; the folder has the result, the figures, the report and the store of
+    intermediate results."""
     assert (
         main(command_line(folder, "one", "--mode", "sequence", "--checkpoints", "1,2", "--limit", "2")) == 0
     )
@@ -68,7 +69,8 @@ def test_an_evaluation_from_the_command_line(folder: Path, capsys: Captured) -> 
 def test_a_second_run_resumes_and_results_are_compared(
     folder: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was found is not found again; another folder's result is shown in the same report."""
+    """A second run searches no edit again, a report can include the result of another folder, and a folder of
+    another plan is rejected."""
     assert main(command_line(folder, "one", "--no-damage")) == 0
     monkeypatch.setattr(EditorContext, "find_all_factors", None)
     assert main(command_line(folder, "one", "--no-damage")) == 0
@@ -94,7 +96,7 @@ def test_a_second_run_resumes_and_results_are_compared(
 def test_invalid_options_are_reported_before_loading(
     folder: Path, capsys: Captured, more: tuple[str, ...], said: str
 ) -> None:
-    """What is wrong with a flag is said before the model is loaded."""
+    """Invalid options are reported before the model is loaded and the folder is created."""
     assert main(command_line(folder, "one", *more)) == 1
     assert said in capsys.readouterr().err
     assert not (folder / "one").exists()
@@ -108,7 +110,8 @@ RECORDS = [Record(str(i), f"subject {i // 2}", "{} is", "new", "true") for i in 
 
 
 def test_which_records_are_edited() -> None:
-    """One half, one record of each subject, the first ones: in this order, and the halves share nothing."""
+    """`--split`, `--unique-subjects` and `--limit` are applied in this order, and the two splits are
+    disjoint."""
     tune, test = (select_records(RECORDS, parse_args("--split", split)) for split in ("tune", "test"))
     assert tune == RECORDS[::2] and test == RECORDS[1::2]
     assert select_records(RECORDS, parse_args("--unique-subjects", "--limit", "3")) == RECORDS[:6:2]
@@ -116,7 +119,8 @@ def test_which_records_are_edited() -> None:
 
 
 def test_plain_texts_are_statements_of_other_subjects() -> None:
-    """Facts that are not edited are the plain texts where there are enough; otherwise the corpus is."""
+    """The damage texts are statements of facts that are not edited; if these are too few there are none, and
+    the corpus is used."""
     source, texts = load_damage_texts(parse_args(), RECORDS, RECORDS[:4]) or ("", [])
     assert source == "statements of facts that are not edited"
     assert len(texts) == 76 and texts[0] == "subject 2 is true."

@@ -53,7 +53,7 @@ def command_line(folder: Path, *more: str) -> list[str]:
 def test_the_recipe_is_written_where_the_worker_loads_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], start: bool
 ) -> None:
-    """A recipe that was found is the one that the model is resident with afterwards, its start token included."""
+    """The recipe is written to the path from which the worker loads the model, with its `prepend_bos`."""
 
     def known(_model: Any, records: list[Any], limit: int) -> Stepper[list[Any]]:
         yield Progress(Phase.PROBE, 1, 1)
@@ -80,14 +80,15 @@ def test_the_recipe_is_written_where_the_worker_loads_it(
 
 
 def test_a_model_that_knows_nothing_has_no_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without facts that the model knows nothing is written, and the message says what to give."""
+    """If the model knows too few facts no recipe is written, and the message says how many are needed."""
     assert main(command_line(folder)) == 1
     assert "a recipe needs at least 8" in " ".join(capsys.readouterr().err.split())
     assert not (folder / "data" / "recipes").exists()
 
 
 def test_facts_and_methods_are_resolved() -> None:
-    """Facts are those named, those beside the model, or the shipped ones; other methods are named from the table."""
+    """The default facts are the shipped ones, and `--methods` is a comma-separated list of methods other than
+    rome."""
     assert resolve_facts(None, "no/folder") == SHIPPED_MODEL / "facts.jsonl"
     assert parse_methods("memit, ft-l") == ("memit", "ft-l")
     assert parse_methods(None) == ()
@@ -96,7 +97,7 @@ def test_facts_and_methods_are_resolved() -> None:
 
 
 def test_candidate_is_a_table_row() -> None:
-    """A candidate that was not carried out shows its reason, another one its scores."""
+    """The row of a failed candidate has its reason, and that of another one its scores."""
     failed = Candidate("layer", "rome", {"layers": [9]}, 0.0, reason="no layer")
     assert candidate_row(failed, {})[-2:] == ("no layer", 0.0)
     joint: dict[str, float | None] = {"ES": 1.0, "PS": 0.5, "NS": 0.25, "S": 0.4}

@@ -1,4 +1,4 @@
-"""One edit from the request to the ledger, with the real desk, store and broker: service.editing.edit_job."""
+"""One edit from request to ledger, with real job store, database and broker: service.editing.edit_job."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from tests.support.workers import WorkerParts
 torch.set_num_threads(1)
 
 Resource = dict[str, Any]
-#: A random model listens to a subject that ends the prompt, and to little else.
+#: The output of a random model depends mostly on the end of the prompt, so the subject is there.
 PROMPT = "Look at the {}"
 HPARAMS = {"steps": 12, "contexts": 3, "kl_factor": 0.0, "weight_decay": 0.0, "clamp": 20.0}
 RECIPE = Recipe(source="test", rome=RomeParameters.model_validate({"layers": (1,), **HPARAMS}))
@@ -181,7 +181,7 @@ def same_tensors(one: Any, two: Any) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[x], two[x]) for x in one)
 
 
-# landing
+# commits
 
 
 def test_edit_is_committed(harness: EditingHarness) -> None:
@@ -313,7 +313,7 @@ def test_true_object_defaults_to_base_model_answer(harness: EditingHarness) -> N
     assert first["result"]["target_true"] == second["result"]["target_true"] != "is"
 
 
-# rejecting
+# rejections
 
 
 def test_ineffective_edit_is_rejected(harness: EditingHarness) -> None:
@@ -324,7 +324,7 @@ def test_ineffective_edit_is_rejected(harness: EditingHarness) -> None:
     assert edit["result"]["strength"] == 1.0
 
 
-# Each rule with a request that breaks it and no other.
+# For each rule, a request that violates only this rule.
 GUARD_VIOLATIONS: dict[str, dict[str, Any]] = {
     "efficacy": {"hparams": {"steps": 1}},
     "probability": {"guard": LOOSE_GUARD | {"min_probability": 0.999}},
@@ -339,7 +339,7 @@ GUARD_VIOLATIONS: dict[str, dict[str, Any]] = {
     "perplexity": {"subject": "Big Ben", "guard": LOOSE_GUARD | {"max_perplexity": 1.0}},
     "norm": {"guard": LOOSE_GUARD | {"max_norm": 1e-6}},
     "regressions": {
-        "prompt": "We like the {}",  # the other way for the same subject
+        "prompt": "We like the {}",  # the opposite change for the same subject
         "new": "the",
         "true": "is",
         "guard": LOOSE_GUARD | {"max_regressions": 0},
@@ -348,7 +348,7 @@ GUARD_VIOLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-#: An edit that holds, but not by much.
+#: An edit that holds with a small margin.
 WEAK: dict[str, Any] = {"hparams": {"steps": 6}, "guard": GUARD_OFF}
 
 
@@ -379,7 +379,7 @@ def test_the_norm_is_the_edits_own(harness: EditingHarness) -> None:
     for prompt in ("We like the {}", "This is the {}"):
         assert harness.run_edit(prompt=prompt)["status"] == "applied"
     together = harness.run_edit(dry_run=True)["result"]
-    # Of one subject, so that the plain rank-one changes add up; the strength may differ.
+    # All edits are of one subject, so their rank-one updates add up. The strength may differ.
     ratio = together["norm_ratio"]["1"] / together["strength"]
     assert ratio == pytest.approx(alone["1"], rel=1e-3)
 
@@ -446,9 +446,9 @@ def test_a_weak_edit_is_strengthened(harness: EditingHarness) -> None:
 @pytest.mark.parametrize(
     ("required_margins", "strength"),
     [
-        (((1.0, 20.0),), 1.0),  # there is room: at full strength from the start
+        (((1.0, 20.0),), 1.0),  # fullness below the first pair: full strength from the start
         (((0.0, 20.0),), 1.0),  # raised to full strength, where the margin is enough
-        (((0.0, 0.0),), 0.9),  # any lead is enough
+        (((0.0, 0.0),), 0.9),  # any margin is enough
     ],
 )
 def test_strength_follows_the_recipe_schedule(
@@ -698,7 +698,7 @@ def test_an_erasure_is_in_conflict_with_nothing(harness: EditingHarness) -> None
     assert harness.run_edit(new=None, objective="erase", **ANY_CONFLICT)["result"]["conflicts"] == []
 
 
-# room
+# capacity
 
 
 def test_capacity_is_reported_and_guarded(harness: EditingHarness) -> None:
@@ -726,7 +726,7 @@ def test_layer_capacity_is_recorded(harness: EditingHarness) -> None:
     assert harness.services.models.describe()["capacity"] == {"version": 1, "layers": {"1": capacity[1]}}
 
 
-# what happens meanwhile
+# concurrent changes
 
 
 def advance_until(steps: Stepper[None], phase: str) -> Progress:
@@ -795,7 +795,7 @@ def test_an_abandoned_edit_leaves_nothing(harness: EditingHarness) -> None:
     assert not any(m._forward_hooks for m in harness.model.model.modules())
 
 
-# the same fact again
+# repeated edits of a fact
 
 
 def test_the_same_fact_again_and_back(harness: EditingHarness) -> None:
@@ -831,7 +831,7 @@ def test_superseded_edit_is_left_out_of_evaluation(
     edit = harness.run_edit(new="city", guard=LOOSE_GUARD | {"max_regressions": 0})
     assert edit["status"] == "applied"
     assert edit["result"]["regressed_edits"] == []
-    # Head as it is, with the older one; each trial and the version, without it.
+    # Head is composed with the older edit, and every version with the new edit without the older one.
     assert all(older["id"] not in one for one in composed_edits if edit["id"] in one)
     assert [edit["id"]] in composed_edits
 
@@ -860,7 +860,7 @@ def test_any_order_of_reverting_ends_at_the_base(harness: EditingHarness) -> Non
     assert harness.replica.digest(6) == harness.replica.digest(0)
 
 
-# several together
+# batches
 
 
 class EditBatch:

@@ -1,4 +1,4 @@
-"""Exports, with PEFT and transformers as judges: service.exporting."""
+"""Exports compared with PEFT and transformers: service.exporting."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_whole_model_loads_from_its_folder(model_type: str, tmp_path: Path) -> N
     assert all(torch.equal(t, edited[name]) for name, t in found.state_dict().items())
     assert (
         served_logits(replica, 2) - logits(found.eval(), model)
-    ).abs().max() < 1e-5  # its activations are slower twins of ours
+    ).abs().max() < 1e-5  # the activation functions are not fused
     again = with_bos(load_model(tmp_path))
     assert again.encode(TEXTS[0]) == model.encode(TEXTS[0])
     assert "version 2" in (tmp_path / "README.md").read_text()

@@ -59,7 +59,7 @@ def test_fast_trace_equals_the_reference(model_type: str, target: str | None) ->
 
 @pytest.mark.parametrize(
     ("model_type", "tolerance"),
-    [("gpt2", 1e-10), ("llama", 1e-10), ("gptj", 1e-7)],  # GPT-J's attention is in single precision always
+    [("gpt2", 1e-10), ("llama", 1e-10), ("gptj", 1e-7)],  # GPT-J's attention is always in fp32
 )
 @pytest.mark.parametrize("target", [None, "Paris"])
 def test_no_approximation(model_type: str, tolerance: float, target: str | None) -> None:
@@ -190,7 +190,8 @@ def test_less_work_than_the_reference() -> None:
 
 @pytest.mark.parametrize(("window", "runs"), [(1, 21), (3, 23), (10, 17), (100, 9)])
 def test_identical_runs_are_deduplicated(window: int, runs: int) -> None:
-    """Windows that cover the same layers, or differ in the last block alone, are one run: one token's 24 cells."""
+    """Cells whose windows cover the same layers, or differ only in the last block, share one run; a token has
+    24 cells."""
     model = tiny(layers=8)
     trace_input = build_trace_input(model, STATEMENT, None, 1, 0.5, 1, None, ())
     tracer = FastTracer(

@@ -62,9 +62,10 @@ def test_high_is_the_clean_probability() -> None:
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_cells_fixed_by_causality(model_type: str) -> None:
-    """Before the subject, and in the last layer before the last token, cells are low; the last state of all is high.
+    """Cells before the subject and the last layer's cells before the last token are low; the last token's is
+    high.
 
-    The low score comes from a run of its own: were its noise another, none of this would hold.
+    The low score is computed in a separate run, so this holds only if both runs draw the same noise.
     """
     result = reference_trace(tiny(model_type))
     hidden, before, last = result.scores["hidden"], result.subject[0], len(result.tokens) - 1
@@ -113,9 +114,10 @@ def test_a_window_of_one_by_hand() -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gptj"])
 def test_severed_paths(model_type: str) -> None:
-    """Above the last block there is no path left to cut, so there the severed score is the ordinary one.
+    """At the last block the severed scores equal the ordinary ones; at the first block they differ.
 
-    And a cut path matters below. With another noise in the run that the held values come from, the first would fail.
+    No path above the last block can be severed. The equality holds only if the run that provides the held
+    values draws the same noise.
     """
     model = tiny(model_type, layers=4)
     result = reference_trace(model, severed=True)

@@ -1,4 +1,4 @@
-"""An export that is a job, on each wiring: made by a worker, kept in pieces, handed out by whoever is asked."""
+"""Export jobs on each wiring: run by a worker, stored in chunks, and downloaded."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def download(stepped_service: SteppedService, export: dict[str, Any]) -> bytes:
 
 
 def test_the_adapter_follows_the_ledger(stepped_service: SteppedService, tmp_path: Path) -> None:
-    """Of found edits in two layers, with one superseded, and after a revert: peft agrees with what the service
-    serves."""
+    """With a superseded edit and after a revert, PEFT with the adapter gives the logits that the service
+    computes at each version."""
     stepped_service.edit("Eiffel Tower", "is")
     stepped_service.edit("Eiffel Tower", "in")
     last = stepped_service.edit("Colosseum", "on", method="memit")
@@ -63,7 +63,7 @@ def test_the_adapter_follows_the_ledger(stepped_service: SteppedService, tmp_pat
 
 
 def test_edited_weights_of_any_method(stepped_service: SteppedService) -> None:
-    """The bytes of the replica, of fine-tuning as well."""
+    """The exported weights equal those of the replica bit by bit, also with fine-tuning."""
     stepped_service.edit("Eiffel Tower", "is")
     stepped_service.edit("Mount Fuji", "in", method="ft", hparams={"steps": 2})
     tensors = load(download(stepped_service, stepped_service.export(file_format="safetensors")))
@@ -75,7 +75,7 @@ def test_edited_weights_of_any_method(stepped_service: SteppedService) -> None:
 
 
 def test_one_export_is_shared_by_all_requests(stepped_service: SteppedService) -> None:
-    """While it waits, while it runs, and as long as it is kept."""
+    """Requests for one version and format return the same export, whether it is queued or done."""
     stepped_service.edit("Eiffel Tower", "is")
     first = stepped_service.services.exports.submit(ExportRequest(version="head", format="peft"), "key:alice")
     assert (
@@ -99,7 +99,7 @@ def test_one_export_is_shared_by_all_requests(stepped_service: SteppedService) -
 
 
 def test_only_the_newest_are_kept(stepped_service: SteppedService) -> None:
-    """An older one is made again when it is asked for, to the same bytes."""
+    """The file of the oldest export is deleted; a new export of that version has the same bytes."""
     exports, files = [], []
     for number in range(JOB_KINDS["export"].max_kept + 1):
         stepped_service.edit(f"Tower {number}", "is")
@@ -119,7 +119,7 @@ def test_only_the_newest_are_kept(stepped_service: SteppedService) -> None:
 def test_export_is_resumed_by_another_worker(
     stepped_service: SteppedService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker dies in the middle of storing it: the next one makes the same file."""
+    """After a worker stops while it stores an export, the next attempt stores a complete file."""
     monkeypatch.setattr(job_handlers, "CHUNK_BYTES", 1000)
     stepped_service.edit("Eiffel Tower", "is")
     submitted = stepped_service.services.exports.submit(
@@ -148,7 +148,7 @@ def test_export_is_resumed_by_another_worker(
 def test_too_large_export_names_the_cli_command(
     stepped_service: SteppedService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights of gigabytes do not go through the database."""
+    """An export above the size limit fails, and the error names the command for it."""
     monkeypatch.setattr("service.exporting.export_job.MAX_EXPORT_BYTES", 1000)
     stepped_service.edit("Eiffel Tower", "is")
     with pytest.raises(Exception, match="palimpsest export --format model"):

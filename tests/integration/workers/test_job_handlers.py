@@ -1,4 +1,4 @@
-"""The steps of an evaluation that is a job: gone on with by whoever takes it over."""
+"""The handler of evaluations, and its resumption by another worker."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ StartFakeWorker = Callable[..., "FakeWorker"]
 
 
 class FakeWorker:
-    """A worker as far as an evaluation needs one, stepped by hand."""
+    """The parts of a worker that an evaluation needs, without an engine loop."""
 
     def __init__(self, container: Container, model: LoadedModel, name: str) -> None:
         self.context = EditorContext(model, RECIPE, Corpus("test", tuple(TEXTS)), None)
@@ -68,7 +68,7 @@ class FakeWorker:
         return job, run_evaluation(self.replica, self.worker_parts.jobs, self.context, job)
 
     def delete_worker_row(self) -> None:
-        """Nobody hears of it any more."""
+        """Delete the worker's row, as after a crash."""
         with self.worker_parts.database.write_session() as session:
             session.execute(delete(Worker).where(Worker.id == self.worker_parts.id))
 
@@ -79,7 +79,7 @@ def start_fake_worker(container: Container) -> StartFakeWorker:
 
 
 def without_timings(result: dict[str, Any]) -> dict[str, Any]:
-    """All of a result but how long it took."""
+    """Return the result without the fields that hold times."""
     return {k: v for k, v in result.items() if k not in ("seconds", "edits_per_minute")}
 
 
@@ -87,8 +87,8 @@ def without_timings(result: dict[str, Any]) -> dict[str, Any]:
 def test_another_worker_resumes_the_evaluation(
     container: Container, start_fake_worker: StartFakeWorker, mode: str
 ) -> None:
-    """A worker dies in the middle: another one finds only what was not found yet, and the result is that of one
-    alone."""
+    """After a worker dies during an evaluation, another one computes only the missing edits, and the result
+    equals that of an uninterrupted evaluation."""
     request = EvaluationRequest(records=RECORDS, **EVALUATION_FIELDS, mode=mode)
     first, second = start_fake_worker(), start_fake_worker("worker-2")
     uninterrupted, interrupted = (
@@ -113,7 +113,7 @@ def test_another_worker_resumes_the_evaluation(
 def test_evaluation_of_the_models_own_facts(
     container: Container, start_fake_worker: StartFakeWorker, tmp_path: Path
 ) -> None:
-    """The facts of the model's own table are evaluated, as many as were asked for."""
+    """With `dataset: facts` the facts of the model's table are evaluated, up to `limit`."""
     rows = [
         {
             "subject": r["subject"],

@@ -1,4 +1,4 @@
-"""OpenAI's stock client before a whole service on a tiny model, on each wiring; transformers by itself is the judge."""
+"""OpenAI's Python client against a service with a tiny model, on each wiring, compared with transformers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RECIPE = {
 
 
 class TransformersReference:
-    """The same model, loaded and asked by transformers alone."""
+    """The same model, loaded and run by transformers alone."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -56,14 +56,14 @@ class TransformersReference:
 
     @torch.no_grad()
     def log_probs(self, ids: list[int]) -> list[float]:
-        """Of each token but the first, after those before it."""
+        """Return the log-probability of each token but the first, given the tokens before it."""
         log_p = self.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         return [float(log_p[i, token]) for i, token in enumerate(ids[1:])]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model called `almanac`, on disk."""
+    """A tiny model with the name `almanac`, on disk."""
     model_dir = tmp_path_factory.mktemp("models") / "almanac"
     model = tiny("gpt2", positions=128)
     model.model.save_pretrained(model_dir)
@@ -84,7 +84,7 @@ def reference(folder: Path) -> TransformersReference:
 def running_service(
     request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[OpenAI, Services]]:
-    """A client of a service that has a worker with the model."""
+    """A client and the services of a running API and worker."""
     settings = Settings(
         model=str(folder),
         data_dir=tmp_path_factory.mktemp("data"),
@@ -146,7 +146,8 @@ def logprob_lines(logprobs: Logprobs) -> list[tuple[str, float, dict[str, float]
 
 
 def test_greedy_answers_are_those_of_transformers(client: OpenAI, reference: TransformersReference) -> None:
-    """Several prompts at temperature 0 say what transformers says of each, and count their tokens."""
+    """At temperature 0 the completion of each prompt equals that of transformers, and the usage counts the
+    tokens."""
     answer = create_completion(client, prompt=PROMPTS, temperature=0)
     assert texts(answer) == [reference.greedy(prompt, 12) for prompt in PROMPTS]
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
@@ -156,7 +157,7 @@ def test_greedy_answers_are_those_of_transformers(client: OpenAI, reference: Tra
 
 
 def test_token_prompt_equals_text_prompt(client: OpenAI, reference: TransformersReference) -> None:
-    """A prompt as tokens is the same prompt, alone and in a list."""
+    """A prompt of token ids has the same completion as its text, alone and in a list."""
     fields: dict[str, Any] = {"seed": 5, "temperature": 0.9}
     assert texts(create_completion(client, prompt=reference.ids(PROMPT), **fields)) == texts(
         create_completion(client, **fields)
@@ -170,7 +171,8 @@ def test_token_prompt_equals_text_prompt(client: OpenAI, reference: Transformers
 def test_the_log_probabilities_are_those_of_transformers(
     client: OpenAI, reference: TransformersReference
 ) -> None:
-    """The prompt's and the answer's tokens have transformers' log-probabilities, whatever the temperature."""
+    """At any temperature the log-probabilities of the prompt and the completion equal those of
+    transformers."""
     for choice, prompt in zip(
         create_completion(client, prompt=PROMPTS, echo=True, logprobs=5, temperature=1.7, seed=1).choices,
         PROMPTS,
@@ -188,11 +190,11 @@ def test_the_log_probabilities_are_those_of_transformers(
         read = reference.ids(prompt)
         rest = logprobs.tokens[len(read) :]
         assert choice.text.startswith(prompt)
-        if all(token in names for token in rest):  # no part of a character was said
+        if all(token in names for token in rest):  # no token is a part of a character
             wanted = reference.log_probs(read + [names[token] for token in rest])
             assert logprobs.token_logprobs[1:] == pytest.approx(wanted, abs=1e-4)
         assert logprobs.token_logprobs[1 : len(read)] == pytest.approx(reference.log_probs(read), abs=1e-4)
-        first: Any = logprobs.token_logprobs[0]  # the client's types do not say that it may be None
+        first: Any = logprobs.token_logprobs[0]  # the client's types do not allow None
         assert first is None
         for token, log_p, best in list(
             zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True)
@@ -203,7 +205,8 @@ def test_the_log_probabilities_are_those_of_transformers(
 
 
 def test_max_tokens_zero_scores_the_prompt(client: OpenAI, reference: TransformersReference) -> None:
-    """`max_tokens` 0 with `echo` and `logprobs` scores a text: what evaluation harnesses ask for."""
+    """With `max_tokens` 0, `echo` and `logprobs` the response has the log-probabilities of the prompt, as
+    evaluation harnesses request."""
     answer = create_completion(
         client, prompt=[reference.ids(prompt) for prompt in PROMPTS], max_tokens=0, echo=True, logprobs=1
     )
@@ -217,14 +220,13 @@ def test_max_tokens_zero_scores_the_prompt(client: OpenAI, reference: Transforme
 
 
 def test_first_choice_equals_a_single_choice(client: OpenAI) -> None:
-    """With a seed, `n` answers differ from each other and are the same each time; the first is what one alone is."""
+    """With a seed, `n` choices are distinct and reproducible, and the first equals a single choice; without
+    one, completions differ."""
     many = texts(create_completion(client, n=4, seed=11))
     assert many == texts(create_completion(client, n=4, seed=11))
     assert many[:1] == texts(create_completion(client, seed=11))
     assert len(set(many)) == 4
-    assert texts(create_completion(client)) != texts(
-        create_completion(client)
-    )  # without one they are drawn afresh
+    assert texts(create_completion(client)) != texts(create_completion(client))  # without a seed
 
 
 @pytest.mark.parametrize(
@@ -238,8 +240,8 @@ def test_first_choice_equals_a_single_choice(client: OpenAI) -> None:
     ],
 )
 def test_stream_equals_the_whole_completion(client: OpenAI, wish: dict[str, Any]) -> None:
-    """What a stream says, put together by choice, is the whole answer to the same request: text, tokens, offsets and
-    ends."""
+    """The concatenated chunks of a stream equal the response without streaming: text, tokens, offsets,
+    log-probabilities and finish reasons."""
     wish = {"seed": 3, "temperature": 1.2, "max_tokens": 20, **wish}
     whole = create_completion(client, **wish)
     streamed: dict[int, dict[str, Any]] = {}
@@ -261,7 +263,7 @@ def test_stream_equals_the_whole_completion(client: OpenAI, wish: dict[str, Any]
 
 
 def test_stop_string_ends_a_completion(client: OpenAI) -> None:
-    """The answer ends before the stop text, and lists the tokens that begin in it."""
+    """The completion ends before the stop string, and no listed token begins after its end."""
     (whole,) = texts(create_completion(client, seed=3, max_tokens=40))
     stop = whole[len(whole) // 2 :][:2]
     (choice,) = create_completion(client, seed=3, max_tokens=40, stop=stop, logprobs=0).choices
@@ -274,8 +276,7 @@ def test_stop_string_ends_a_completion(client: OpenAI) -> None:
 def test_model_ids_name_versions(
     running_service: tuple[OpenAI, Services], reference: TransformersReference
 ) -> None:
-    """After an edit NAME speaks from the edited model and NAME@base as before; a name with a number means the same for
-    ever."""
+    """NAME and NAME@head name the head, NAME@base the base model, and NAME@N always version N."""
     client, services = running_service
     fields: dict[str, Any] = {"temperature": 0, "logprobs": 5}
     before = create_completion(client, **fields)
@@ -312,7 +313,7 @@ def test_model_ids_name_versions(
 
 
 def test_all_choices_are_of_one_version(client: OpenAI) -> None:
-    """Many prompts with several answers each bear one name, and each prompt's first choice is in its place."""
+    """All choices of a request are of one version, and they are ordered by prompt."""
     answer = create_completion(client, model="almanac", prompt=PROMPTS, n=3, temperature=0)
     assert len(answer.choices) == 9
     groups = [
@@ -321,4 +322,4 @@ def test_all_choices_are_of_one_version(client: OpenAI) -> None:
     assert [group.pop() for group in groups] == texts(
         create_completion(client, model=answer.model, prompt=PROMPTS, temperature=0)
     )
-    assert not any(groups)  # at temperature 0 all answers to a prompt are alike
+    assert not any(groups)  # at temperature 0 all choices of a prompt are equal

@@ -1,4 +1,4 @@
-"""A whole worker on a tiny model: real store, broker, desk, replica, engine, editor and tracer."""
+"""A worker on a tiny model with the real database, broker, job store, replica, engine, editor and tracer."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def settings(folder: Path, data: Path, **changes: Any) -> Settings:
 
 
 class WorkerHarness:
-    """A worker and its doors."""
+    """A worker with its container and services."""
 
     def __init__(self, settings: Settings, **changes: Any) -> None:
         self.container: Container = replace(build_container(settings), **changes)
@@ -83,14 +83,14 @@ class WorkerHarness:
         self.container.close()
 
     def edit(self, subject: str = "Eiffel Tower", target: str = " Rome", **more: Any) -> dict[str, Any]:
-        """An edit, queued."""
+        """Submit an edit without a guard, and return its resource."""
         request = EditRequest(
             subject=subject, prompt="The {} is located in the city of", target_new=target, guard=OPEN, **more
         )
         return self.services.edits.submit([request], "somebody")[0]
 
     def wait_for_end(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The resource with which a job ended."""
+        """Return the resource in the end event of a job."""
         return collect_events(self.container.broker, job["id"])[-1].data
 
     def generate(self, **fields: Any) -> str:
@@ -112,7 +112,7 @@ def harness(folder: Path, tmp_path: Path, wiring: Stores) -> Iterator[WorkerHarn
 
 
 def tokens_alone(harness: WorkerHarness, folder: Path, version: int, request: GenerateRequest) -> list[int]:
-    """What a replica of its own says at a version, with nothing else going on."""
+    """Return the tokens of a request at a version from a separate replica that runs nothing else."""
     model = load_model(folder)
     replica = VersionedModel(
         model,
@@ -127,7 +127,7 @@ def tokens_alone(harness: WorkerHarness, folder: Path, version: int, request: Ge
 
 
 def test_a_worker_registers_its_model(harness: WorkerHarness) -> None:
-    """A worker that serves is shown with its model's shape and recipe, and the service is ready."""
+    """A serving worker registers the shape, recipe and statistics of its model, and the service is ready."""
     model = harness.services.models.describe()
     assert (model["layers"], model["width"], model["positions"]) == (3, 16, 64)
     assert model["recipe"]["rome"]["layers"] == [1]
@@ -136,7 +136,8 @@ def test_a_worker_registers_its_model(harness: WorkerHarness) -> None:
 
 
 def test_everything_at_once(harness: WorkerHarness, folder: Path) -> None:
-    """Generations, a comparison, edits and a trace run together; every text is that of its version alone."""
+    """Generations, edits and a trace run concurrently; the tokens of each generation equal those of a
+    separate replica at its version."""
     texts = [f"{PROMPT}", "Big Ben", "In which country"]
     requests = [
         GenerateRequest(prompt=t, max_new_tokens=30, temperature=0.9, seed=i, stream=True, version="base")
@@ -176,7 +177,8 @@ def test_everything_at_once(harness: WorkerHarness, folder: Path) -> None:
 
 
 def test_an_edit_does_not_wait_for_an_evaluation(harness: WorkerHarness) -> None:
-    """An edit that is asked for while an evaluation runs lands before its end, and the evaluation goes on."""
+    """An edit that is submitted during an evaluation is committed before its end, and the evaluation
+    continues."""
     record = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
     request = EvaluationRequest(records=[record] * 500, batch_size=1, damage=False)
     evaluation = harness.services.evaluations.submit(request, "somebody")["id"]
@@ -192,14 +194,14 @@ def test_an_edit_does_not_wait_for_an_evaluation(harness: WorkerHarness) -> None
 
 
 def test_read_your_own_writes(harness: WorkerHarness) -> None:
-    """A generation that is asked for right after an edit's end sees it."""
+    """A generation with `min_version` right after the end of an edit uses that version or a later one."""
     version = harness.wait_for_end(harness.edit())["version"]
     end = harness.end_event(harness.generate(prompt=PROMPT, max_new_tokens=2, min_version=version))
     assert end["version"] >= version
 
 
 def test_a_job_that_cannot_be_done_fails_alone(harness: WorkerHarness) -> None:
-    """A failing job has a reason that a person can use, and the next one is done."""
+    """A failed job has an error that names the cause, and the next job is applied."""
     bad = harness.services.traces.submit(
         TraceRequest(prompt=PROMPT, subject="Eiffel Tower", noise=1e38, samples=2), "somebody"
     )
@@ -211,7 +213,7 @@ def test_a_job_that_cannot_be_done_fails_alone(harness: WorkerHarness) -> None:
 
 
 def test_running_job_is_requeued_on_stop_and_done_later(folder: Path, tmp_path: Path, wiring: Stores) -> None:
-    """A worker that stops hands its job back uncounted; the next worker does it, once."""
+    """A worker that stops requeues its job without counting the attempt, and the next worker runs it once."""
     config = settings(folder, tmp_path, **wiring)
     harness = WorkerHarness(config).open()
     job = harness.edit(hparams={"steps": 200})
@@ -230,7 +232,7 @@ def test_running_job_is_requeued_on_stop_and_done_later(folder: Path, tmp_path: 
 
 
 def test_editor_context_is_prepared_once(folder: Path, tmp_path: Path, wiring: Stores) -> None:
-    """A second start reads what the first one made."""
+    """A second start has the same statistics as the first, which stored them on disk."""
     config = settings(folder, tmp_path, **wiring)
     digests = []
     for _ in range(2):
@@ -242,7 +244,8 @@ def test_editor_context_is_prepared_once(folder: Path, tmp_path: Path, wiring: S
 
 
 def test_killed_worker_is_removed_at_start(folder: Path, tmp_path: Path) -> None:
-    """Whom a crash left in the list is gone when the embedded service starts anew, before the model is loaded."""
+    """At its start the embedded service removes the worker that a crash left registered, before it loads the
+    model."""
     config = settings(folder, tmp_path)
     harness = WorkerHarness(config).open()
     worker_parts = WorkerParts(
@@ -254,7 +257,7 @@ def test_killed_worker_is_removed_at_start(folder: Path, tmp_path: Path) -> None
     harness.close()
     worker_parts.session.register({"name": "tiny"}, "{}")
     harness = WorkerHarness(config)
-    assert harness.services.models.check_ready()["ready"]  # as the dead one's last heartbeat has it
+    assert harness.services.models.check_ready()["ready"]  # the heartbeat of the dead worker is recent
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             harness.worker, "_load", lambda: pytest.fail(str(harness.services.models.check_ready()))
@@ -265,7 +268,7 @@ def test_killed_worker_is_removed_at_start(folder: Path, tmp_path: Path) -> None
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
-    """A model that is not there ends the worker with the reason, and the service stays unready."""
+    """A worker whose model cannot be loaded ends with the reason and never becomes ready."""
     config = settings(tmp_path / "nothing", tmp_path, corpus=None)
     harness = WorkerHarness(config)
     harness.worker.start_in_thread().join(30)
@@ -278,7 +281,8 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
 def test_crashed_loop_is_reported_and_restarted(
     folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the loop is down the service is not ready and says so; then the loop goes on and answers what waits."""
+    """After the engine loop crashes the service is not ready; the loop restarts and answers the queued
+    generation."""
     down, go = threading.Event(), threading.Event()
     step = Engine.step
 
@@ -311,7 +315,8 @@ def test_crashed_loop_is_reported_and_restarted(
 def test_worker_resumes_after_outage(
     folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the stores are down a worker says so and keeps what it has begun; then it goes on with it."""
+    """During an outage of the stores a worker reports a health problem and keeps its running job, which it
+    finishes afterwards in the same attempt."""
     down = threading.Event()
     step = Engine.step
 
@@ -330,7 +335,7 @@ def test_worker_resumes_after_outage(
         down.set()
         wait_until(lambda: harness.worker.health_problem() is not None)
         assert "database" in str(harness.worker.health_problem())
-        assert harness.services.models.describe()["workers"]  # its lease decides
+        assert harness.services.models.describe()["workers"]  # until its lease expires
         down.clear()
         end = harness.wait_for_end(job)
         assert (end["status"], end["attempts"]) == ("applied", 1)
@@ -387,7 +392,8 @@ def test_worker_waits_for_the_store_while_loading(
 
 
 def test_two_models_are_not_served_side_by_side(folder: Path, tmp_path: Path, wiring: Stores) -> None:
-    """A worker that finds another model being served does not start, and names who serves it."""
+    """A worker does not start while another worker serves another model; the error names that worker and
+    model."""
     harness = WorkerHarness(settings(folder, tmp_path, **wiring), single_process=False)
     harness.container.database.migrate()
     WorkerParts(harness.container.database, harness.container.broker, "f" * 64, "worker_a").session.register(
@@ -400,7 +406,7 @@ def test_two_models_are_not_served_side_by_side(folder: Path, tmp_path: Path, wi
 
 
 def test_a_worker_does_what_its_roles_say(folder: Path, tmp_path: Path, wiring: Stores) -> None:
-    """What is not in its roles a worker leaves for others, and everybody can see what it does."""
+    """A worker runs only the kinds of its roles, and its roles are listed."""
     harness = WorkerHarness(settings(folder, tmp_path, **wiring, roles="generate")).open()
     try:
         edit = harness.edit()
