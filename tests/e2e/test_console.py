@@ -38,7 +38,7 @@ def browser() -> Iterator[Browser]:
 def service(
     browser: Browser, statistics_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EmbeddedService]:
-    """The service on a fresh ledger, as a newcomer has it."""
+    """A service with an empty ledger."""
     data = copy_statistics(statistics_folder, tmp_path_factory.mktemp("console"))
     service = EmbeddedService(data, threads=1)
     yield service
@@ -47,7 +47,7 @@ def service(
 
 @pytest.fixture
 def session(browser: Browser, service: EmbeddedService) -> Iterator[PageSession]:
-    """A visit at a desk, by daylight."""
+    """Open the console at desktop size with the light theme."""
     with open_page(browser, str(service.http.base_url).rstrip("/"), accept_downloads=True) as found:
         yield found
 
@@ -57,7 +57,7 @@ def newest(service: EmbeddedService, kind: str) -> str:
 
 
 def console_pages(service: EmbeddedService) -> dict[str, tuple[str, str]]:
-    """Every page of the console: its name, where it is, and what is there once all of it is."""
+    """Return the path of every page of the console, and a selector of its last content, by name."""
     edit, trace, evaluation = (newest(service, kind) for kind in ("edits", "trace", "evaluations"))
     return {
         "generate": (f"generate?prompt={PROMPT}&beside=base", ".tokens .next"),
@@ -73,15 +73,15 @@ def console_pages(service: EmbeddedService) -> dict[str, tuple[str, str]]:
 
 
 def test_empty_lists_show_an_example(session: PageSession) -> None:
-    """While nothing was done yet, every list says what it is for and names an example that works."""
+    """Every empty list has text that names an example."""
     for path in ("edits", "ledger", "traces", "evaluations"):
         expect(session.open(path).locator(".empty")).to_contain_text(re.compile("Eiffel Tower|shipped GPT"))
         save_screenshot(session.page, f"first-{path}")
 
 
 def test_two_versions_generate_side_by_side(session: PageSession) -> None:
-    """An example fills the prompt, tokens come, and each answer names its version; equal versions are said to be
-    equal."""
+    """An example fills in the prompt, each answer has the badge of its version, and a note says that both
+    versions are equal."""
     page = session.open("generate")
     page.get_by_role("button", name=PROMPT).click()
     page.get_by_label("compare with another version").check()
@@ -94,8 +94,8 @@ def test_two_versions_generate_side_by_side(session: PageSession) -> None:
 
 
 def test_an_edit_is_followed_to_its_report(session: PageSession, service: EmbeddedService) -> None:
-    """The example is sent, its progress is seen, and the report has both objects, the probes and the guard's
-    verdict."""
+    """The example edit can be submitted, its progress is shown, and the report has both objects, the probes
+    and the guard's checks."""
     page = session.open("edits")
     page.get_by_role("button", name="Use example").click()
     expect(page.locator(".preview del")).to_have_text("Paris")
@@ -117,7 +117,7 @@ def test_an_edit_is_followed_to_its_report(session: PageSession, service: Embedd
 
 
 def test_versions_differ_after_an_edit(session: PageSession) -> None:
-    """Base says Paris and head says Rome, and these two tokens differ most."""
+    """Base generates Paris and head Rome, and these two tokens differ most in probability."""
     page = session.open(f"generate?prompt={PROMPT}&beside=base")
     expect(page.locator(".badge.known")).to_have_text(["version 1", "version 0"])
     expect(page.locator(".said")).to_contain_text([" Rome", " Paris"])
@@ -130,7 +130,8 @@ def test_versions_differ_after_an_edit(session: PageSession) -> None:
 
 
 def test_a_sentence_is_marked(session: PageSession, service: EmbeddedService) -> None:
-    """In a plain sentence the subject is marked, and the object at its end is left off; a dry run lands nothing."""
+    """The selection in a sentence becomes the subject, the true object at its end is removed from the prompt,
+    and a rejected dry run commits nothing."""
     page = session.open("edits")
     page.get_by_label("Sentence, up to the object").fill("The Colosseum is located in the city of Rome.")
     page.evaluate("document.getElementById('edit-prompt').setSelectionRange(4, 13)")
@@ -153,8 +154,7 @@ def test_a_sentence_is_marked(session: PageSession, service: EmbeddedService) ->
 
 
 def test_form_errors_are_shown_beside_the_form(session: PageSession) -> None:
-    """A subject that does not stand in the sentence is refused here, an object that the service refuses there: both in
-    words."""
+    """A subject that does not occur in the sentence and an empty new object are reported in an alert."""
     page = session.open("edits")
     page.get_by_role("button", name="Use example").click()
     page.get_by_label("Subject", exact=True).fill("Big Ben")
@@ -167,8 +167,8 @@ def test_form_errors_are_shown_beside_the_form(session: PageSession) -> None:
 
 
 def test_a_trace_is_read_cell_by_cell(session: PageSession) -> None:
-    """Pointing at a cell and walking to one say its token, layer and probability; kinds are switched; pictures are
-    saved."""
+    """The hovered or focused cell shows its token and layer, each kind can be selected, and the pictures can
+    be downloaded."""
     page = session.open(f"traces?prompt={PROMPT}&subject=Eiffel Tower&version=base")
     page.get_by_role("button", name="Run trace").click()
     page.locator(".cell").first.wait_for()
@@ -195,7 +195,8 @@ def test_a_trace_is_read_cell_by_cell(session: PageSession) -> None:
 
 
 def test_an_evaluation_is_plotted(session: PageSession, service: EmbeddedService) -> None:
-    """Pasted records are evaluated in a sequence, followed, and shown as bars with intervals, curves and tables."""
+    """Pasted records are evaluated in a sequence, and the page shows measures, curves and a table of the
+    records."""
     page = session.open("evaluations")
     page.get_by_role("radio", name="your own").check()
     page.get_by_label("Records as JSON").fill(
@@ -209,13 +210,13 @@ def test_an_evaluation_is_plotted(session: PageSession, service: EmbeddedService
     expect(page.locator(".measure .name b").first).to_have_text("ES")
     assert page.locator(".curve").count() >= 1
     expect(page.get_by_role("table", name="Records").locator("tbody tr")).to_have_count(2)
-    assert service.head() == 1  # the ledger stays as it is
+    assert service.head() == 1  # the ledger is unchanged
     save_screenshot(page, "evaluation")
 
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_every_page_is_accessible(browser: Browser, service: EmbeddedService, theme: Any) -> None:
-    """axe finds nothing serious or critical on any page, in either theme."""
+    """axe finds no serious or critical violation on any page or in the help, in either theme."""
     violations_by_page: dict[str, list[str]] = {}
     with open_page(browser, str(service.http.base_url).rstrip("/"), color_scheme=theme) as session:
         for name, (where, awaited) in console_pages(service).items():
@@ -230,7 +231,7 @@ def test_every_page_is_accessible(browser: Browser, service: EmbeddedService, th
 
 @pytest.mark.parametrize("theme", THEMES)
 def test_every_page_fits_a_phone(browser: Browser, service: EmbeddedService, theme: Any) -> None:
-    """At 390 pixels no page is wider than the screen."""
+    """At a width of 390 pixels no page scrolls horizontally."""
     with open_page(browser, str(service.http.base_url).rstrip("/"), color_scheme=theme, **PHONE) as phone:
         for name, (where, awaited) in console_pages(service).items():
             phone.open(where).locator(awaited).first.wait_for()
@@ -239,8 +240,7 @@ def test_every_page_fits_a_phone(browser: Browser, service: EmbeddedService, the
 
 
 def test_the_keyboard_is_enough(session: PageSession, service: EmbeddedService) -> None:
-    """Without a mouse: to a page by its letters, through the form, sent, followed; help opens and closes; a choice is
-    walked."""
+    """The keyboard alone opens and closes the help, changes pages, fills in the form and submits it."""
     page, keys = session.open("generate"), session.page.keyboard
     page.locator("#prompt").wait_for()
     keys.press("Tab")
@@ -276,7 +276,7 @@ def _tab_to(page: Page, label: str) -> None:
 
 
 def test_the_theme_is_chosen_and_kept(session: PageSession) -> None:
-    """The button goes from the system's theme to light and dark, and a reload keeps what was chosen."""
+    """The theme button changes from the system's theme to the dark theme, which a reload keeps."""
     page = session.open("workers")
     paper = "getComputedStyle(document.body).backgroundColor"
     light = page.evaluate(paper)
@@ -289,8 +289,8 @@ def test_the_theme_is_chosen_and_kept(session: PageSession) -> None:
 
 
 def test_an_edit_is_reverted_in_the_ledger_view(session: PageSession, service: EmbeddedService) -> None:
-    """The ledger verifies; a revert asks once more in its place; after it the model is as it was, and the entry says
-    so."""
+    """The ledger can be verified, and a revert asks for confirmation; after it the entry is marked as
+    reverted and the model generates Paris."""
     page = session.open("ledger")
     page.get_by_role("button", name="Verify").click()
     expect(page.locator(".verified")).to_contain_text("The ledger is valid")

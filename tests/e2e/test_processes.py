@@ -1,4 +1,4 @@
-"""The processes of a deployment, really started."""
+"""The processes of a deployment, started with a new interpreter."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def wait_for_address(process: CliProcess) -> str:
 
 
 def test_the_api_is_a_process_without_torch(stores: dict[str, Any], tmp_path: Path) -> None:
-    """`palimpsest api` answers, migrates, and has neither torch nor transformers in its memory; SIGTERM ends it with
-    0."""
+    """`palimpsest api` migrates the database, responds without torch or transformers in its memory, and exits
+    with 0 after SIGTERM."""
     api = CliProcess(tmp_path, "api", port=0, data_dir=tmp_path, forked=False, **stores)
     try:
         url = wait_for_address(api)
         assert httpx.get(f"{url}/healthz").status_code == 200
-        assert httpx.get(f"{url}/readyz").status_code == 503  # nobody works yet
+        assert httpx.get(f"{url}/readyz").status_code == 503  # there is no worker yet
         mapped = Path(f"/proc/{api.pid}/maps").read_text(encoding="utf-8")
         assert "site-packages" in mapped
         assert "/torch/" not in mapped and "transformers" not in mapped
@@ -59,8 +59,8 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_a_worker_prints_what_it_serves(stores: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    """`palimpsest worker` says its name, model and roles once it serves, shows its health, and SIGTERM ends it with
-    0."""
+    """`palimpsest worker` prints its name, model and roles once it serves, has a health endpoint, and exits
+    with 0 after SIGTERM."""
     asked = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
     port = free_port()
     worker = CliProcess(
@@ -85,7 +85,8 @@ def test_a_worker_prints_what_it_serves(stores: dict[str, Any], model: Path, tmp
 def test_everything_in_one_process_with_shared_stores(
     stores: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
-    """`palimpsest serve` with Redis is an API and a worker in one, that others may join."""
+    """`palimpsest serve` with PostgreSQL and Redis runs an API and a worker, whose worker also answers
+    another API."""
     asked = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
     both = CliProcess(tmp_path / "both", "serve", port=0, data_dir=tmp_path, forked=False, **asked, **stores)
     api = CliProcess(tmp_path / "api", "api", port=0, data_dir=tmp_path, forked=False, **stores)

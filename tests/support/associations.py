@@ -8,7 +8,7 @@ from service.weights.factors import Association, EditUpdate
 
 
 def associations_of(updates: Iterable[EditUpdate]) -> list[Association]:
-    """Return updates none of which is dense."""
+    """Return the updates as associations. Fails if an update is dense."""
     associations = []
     for update in updates:
         assert isinstance(update, Association), update

@@ -1,13 +1,12 @@
-"""The code blocks of a page and the comment before each: run it, compare its output, or why it is not run.
+"""The code blocks of a page, each with the directive before it.
 
-A comment in front of a block, invisible where the page is read, says what is to be done with it:
+A directive is an HTML comment directly before a block:
 
     <!-- not run: REASON -->    the block is only shown
-    <!-- output -->             the block shows what the block before it printed
-    <!-- setup: COMMANDS -->    what the next block needs and its reader has anyway, such as an id in a variable
+    <!-- output -->             the block shows the output of the block before it
+    <!-- setup: COMMANDS -->    commands that run before the block, such as setting an id in a variable
 
-`<!-- a fresh service -->` anywhere on a page asks for a ledger that begins with it, for pages that show version
-numbers.
+`<!-- a fresh service -->` anywhere on a page requests an empty ledger, for pages that show version numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ FRESH_SERVICE = "<!-- a fresh service -->"
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a page. `told` is the comment directly before it, `setup` the code to run before it."""
+    """One block of a page. `directive` is the comment before it, `setup` the code to run before it."""
 
     page: str
     line: int

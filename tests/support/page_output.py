@@ -1,9 +1,9 @@
 """Comparison of an output with the output that a page shows.
 
-Words are compared and not the space between them. What differs from one machine or run to the next is written `…`:
-inside a word for some characters, at the end of a line for any words, alone on a line for any number of lines. Numbers
-with a point agree when they are near each other, and so do drawn cells and bars. An output that is shown as JSON shows
-a part of the answer: every field that is shown is there, and says that.
+Words are compared, and white space is not. `…` on a page stands for text that differs between machines or
+runs: inside a word for any characters, at the end of a line for any words, alone on a line for any number of
+lines. Decimal numbers match within a tolerance, and so do drawn cells and bars. A JSON output matches if it
+has every field that the page shows, with the shown value.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class DocSession:
             interpreter.close()
 
     def run(self, block: Block) -> str:
-        """Run a block and return its output, with the port of the documentation. Raises Failed."""
+        """Run a block and return its output, with the port of the documentation. Raises BlockFailed."""
         if block.setup:
             self._shell(block.setup, block)
         if block.language in PYTHON_LANGUAGES:
