@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import socket
 import threading
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING
 
 from cli.flags import add_command, add_setting_flags, read_settings
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from cli.signals import stop_on_signals
     from cli.wait_for_dependencies import wait_for_stores
     from service.bootstrap import build_container
+    from service.db.ownership import own_database
 
     settings = read_settings(args, Settings)
     check_exposure(settings)
@@ -44,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
         stop_on_signals() as stop,
         closing(build_container(settings)) as container,
     ):
-        return serve(settings, container, server_socket, stop) if wait_for_stores(container, stop) else 0
+        if not wait_for_stores(container, stop):
+            return 0
+        with own_database(container.database) if container.single_process else nullcontext():
+            return serve(settings, container, server_socket, stop)
 
 
 def serve(
