@@ -18,6 +18,8 @@ from service.models.token_batch import PaddedBatch, forward, pad, tokenize_promp
 SCORING_BATCH_SIZE = (
     16  # rows in one forward pass; such a step is shorter than one optimization step of an edit
 )
+# Padded tokens in one pass that computes the distributions at all positions: the longest step of measuring an edit.
+MAX_PERPLEXITY_TOKENS = 192
 # Padded tokens in one pass that keeps the distributions at all positions, before and after a change.
 MAX_DISTRIBUTION_TOKENS = 512
 
@@ -77,13 +79,15 @@ def compute_perplexity(model: LoadedModel, texts: Sequence[str]) -> Stepper[floa
     """
     rows = _encode_sorted(model, texts)
     total, count = 0.0, 0
-    for start in range(0, len(rows), SCORING_BATCH_SIZE):
-        batch = pad(rows[start : start + SCORING_BATCH_SIZE], model)
+    done = 0
+    for batch_rows in _batches_by_tokens(rows, MAX_PERPLEXITY_TOKENS):
+        batch = pad(batch_rows, model)
         with torch.no_grad():
             logp = forward(model, batch).float().log_softmax(-1)
         total -= _sum_log_probs(logp, batch)
         count += int(batch.mask[:, 1:].sum())
-        yield Progress(Phase.PERPLEXITY, min(start + SCORING_BATCH_SIZE, len(rows)), len(rows))
+        done += len(batch_rows)
+        yield Progress(Phase.PERPLEXITY, done, len(rows))
     return float(torch.tensor(total / max(1, count)).exp())
 
 
@@ -105,7 +109,7 @@ def measure_drift(
     rows = _encode_sorted(model, texts)
     loss_before = loss_after = kl = 0.0
     predicted = positions = done = 0
-    for batch_rows in _batches_by_tokens(rows):
+    for batch_rows in _batches_by_tokens(rows, MAX_DISTRIBUTION_TOKENS):
         batch = pad(batch_rows, model)
         with torch.no_grad():
             old = forward(model, batch).float().log_softmax(-1)
@@ -127,11 +131,11 @@ def _encode_sorted(model: LoadedModel, texts: Sequence[str]) -> list[list[int]]:
     return sorted((r for r in coded if len(r) > 1), key=len)
 
 
-def _batches_by_tokens(rows: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Yield rows, shortest first, in batches of at most MAX_DISTRIBUTION_TOKENS padded tokens, or of one row."""
+def _batches_by_tokens(rows: Sequence[list[int]], max_tokens: int) -> Iterator[list[list[int]]]:
+    """Yield rows, shortest first, in batches of at most `max_tokens` padded tokens, or of one row."""
     batch: list[list[int]] = []
     for row in rows:
-        if batch and len(row) * (len(batch) + 1) > MAX_DISTRIBUTION_TOKENS:
+        if batch and len(row) * (len(batch) + 1) > max_tokens:
             yield batch
             batch = []
         batch.append(row)
