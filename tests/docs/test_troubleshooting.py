@@ -32,7 +32,7 @@ def _part(value: ast.expr) -> str:
     if isinstance(value, ast.Constant):
         return str(value.value)
     assert isinstance(value, ast.FormattedValue)
-    return "{}" if isinstance(value.value, ast.Name) and value.value.id == "SLOT" else "…"
+    return "{}" if isinstance(value.value, ast.Name) and value.value.id == "PLACEHOLDER" else "…"
 
 
 CODE_STRINGS = list(code_strings())

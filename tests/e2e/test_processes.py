@@ -100,3 +100,22 @@ def test_everything_in_one_process_with_shared_stores(
     finally:
         api.stop()
         both.stop()
+
+
+def test_second_process_on_a_data_folder_is_refused(model: Path, tmp_path: Path) -> None:
+    """A second `palimpsest serve` on a data folder ends with code 2 and names the first, which goes on serving."""
+    settings = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
+    first = CliProcess(tmp_path / "first", "serve", port=0, data_dir=tmp_path, **settings)
+    try:
+        url = wait_for_address(first)
+        second = CliProcess(tmp_path / "second", "serve", port=0, data_dir=tmp_path, **settings)
+        assert second.wait() == 2
+        assert f"process {first.pid} on" in second.log()
+        assert httpx.get(f"{url}/readyz").status_code == 200
+    finally:
+        first.stop()
+    again = CliProcess(tmp_path / "again", "serve", port=0, data_dir=tmp_path, **settings)
+    try:
+        wait_for_address(again)
+    finally:
+        again.stop()
