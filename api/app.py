@@ -39,6 +39,7 @@ from service.jobs.broker import Broker
 from service.jobs.job_kinds import JOB_KINDS
 from service.settings import Settings
 
+MIN_ROOT_KEY_LENGTH = 16  # characters
 DESCRIPTION = """\
 Locate, edit and roll back facts inside a GPT model that serves requests.
 
@@ -144,6 +145,11 @@ def check_exposure(settings: Settings) -> None:
         raise Misconfigured(
             "PALIMPSEST_API_KEY holds a key of `palimpsest keys create`, which would get every scope. Use another root key, or "
             "none."
+        )
+    if settings.api_key and len(settings.api_key) < MIN_ROOT_KEY_LENGTH:
+        raise Misconfigured(
+            f"PALIMPSEST_API_KEY has {len(settings.api_key)} characters, and a root key needs at least {MIN_ROOT_KEY_LENGTH}: "
+            "use a random one, for example the output of `openssl rand -hex 32`."
         )
     if settings.database_url is None and not settings.sqlite_path().exists():
         _require_key_unless_loopback(settings, None)  # a database that does not exist has no keys

@@ -13,10 +13,11 @@ from fastapi.concurrency import run_in_threadpool
 
 from api.errors import Forbidden, Unauthorized
 from api.rate_limits import PrincipalLimits
-from service.application.api_keys import ALL_SCOPES, ApiKeys, Scope, is_token
+from service.application.api_keys import ALL_SCOPES, ROOT_NAME, ApiKeys, Scope, is_token
 from service.settings import Settings
 
 LOCAL_ACTOR = "local"
+ROOT_ACTOR = f"key:{ROOT_NAME}"  # nothing derived from the key: readers of the ledger could guess it offline
 #: host names of loopback that DNS rebinding cannot use
 LOOPBACK_NAMES = {"localhost"}
 _HOST_PATTERN = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(?::\d*)?")
@@ -37,9 +38,7 @@ async def authenticate(request: Request) -> Principal:
     keys: ApiKeys = request.app.state.keys
     token = _bearer_token(request)
     if settings.api_key and _matches_root_key(token, settings.api_key):
-        return Principal(
-            root_actor(settings.api_key), ALL_SCOPES, PrincipalLimits(settings.requests_per_minute)
-        )
+        return Principal(ROOT_ACTOR, ALL_SCOPES, PrincipalLimits(settings.requests_per_minute))
     if is_token(token) and (key := keys.cached(token) or await run_in_threadpool(keys.verify, token)):
         per_minute = key.requests_per_minute or settings.requests_per_minute
         return Principal(f"key:{key.name}", key.scopes, PrincipalLimits(per_minute, key.max_queued))
@@ -47,11 +46,6 @@ async def authenticate(request: Request) -> Principal:
         raise Unauthorized("Send an API key of this service in the header `Authorization: Bearer KEY`.")
     _reject_dns_rebinding(request)
     return Principal(LOCAL_ACTOR, ALL_SCOPES, PrincipalLimits())
-
-
-def root_actor(api_key: str) -> str:
-    """Return the actor of the root key: a digest, which distinguishes root keys in the ledger."""
-    return f"key:{hashlib.sha256(api_key.encode()).hexdigest()[:12]}"
 
 
 def is_loopback(host: str) -> bool:

@@ -52,7 +52,8 @@ class Settings(BaseSettings):
     dtype: str = Field("float32", description="precision of the weights: float32, bfloat16 or float16")
     threads: int | None = Field(None, ge=1, description="number of CPU threads of a worker; unset: all")
     api_key: str | None = Field(
-        None, description="root API key with all scopes; `palimpsest keys` creates others"
+        None,
+        description="root API key with all scopes, at least 16 characters; `palimpsest keys` creates others",
     )
     max_queue: int = Field(
         1000, ge=1, description="maximum number of queued jobs; more are rejected with status 429"

@@ -33,7 +33,7 @@ LAST_USED_INTERVAL = timedelta(minutes=1)  #: minimum time between two writes of
 
 _TOKEN = re.compile(r"pal_([0-9A-HJKMNP-TV-Z]{26})_([A-Za-z0-9_-]{43})")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_ROOT_DIGEST = re.compile(r"[0-9a-f]{12}")
+ROOT_NAME = "root"  #: of the key in the settings, as an actor
 _NO_DIGEST = "0" * 64  #: compared with the secret when no key has the id
 
 
@@ -189,10 +189,9 @@ def _check_name(name: str) -> None:
         raise InvalidInput(
             f"a key cannot be named {name!r}: use 1 to 64 of a-z, 0-9, dot, dash and underscore.", "name"
         )
-    if _ROOT_DIGEST.fullmatch(name):  # the ledger could not distinguish them
+    if name == ROOT_NAME:  # the ledger could not distinguish them
         raise InvalidInput(
-            f"{name!r} looks like the digest that the ledger stores for a root key: choose another name.",
-            "name",
+            f"{name!r} is the name of the key in PALIMPSEST_API_KEY: choose another name.", "name"
         )
 
 

@@ -45,7 +45,7 @@ def serving(test_app: TestApp) -> Iterator[str]:
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, tmp_path: Path) -> None:
     """The page loads without an API key. A dialog asks for one, rejects a wrong one, and keeps a valid one in session
     storage."""
-    test_app = TestApp(tmp_path, api_key="open-sesame")
+    test_app = TestApp(tmp_path, api_key="open-sesame-open")
     with serving(test_app) as address, open_page(browser, address, allowed="401") as found:
         page = found.open("ledger")
         box = page.get_by_role("dialog")
@@ -55,7 +55,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, tmp_path: Path
         box.get_by_label("API key").fill("wrong")
         box.get_by_role("button", name="Use key").click()
         expect(box.get_by_role("alert")).to_contain_text("unknown or revoked")
-        box.get_by_label("API key").fill("open-sesame")
+        box.get_by_label("API key").fill("open-sesame-open")
         box.get_by_role("button", name="Use key").click()
         expect(page.locator(".empty")).to_contain_text("The ledger is empty")
         assert page.evaluate(
@@ -71,7 +71,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, tmp_path: Path
 
 def test_a_dismissed_key_dialog_is_not_shown_again(browser: Browser, tmp_path: Path) -> None:
     """After the dialog is dismissed the page shows the error, and background requests do not open it again."""
-    test_app = TestApp(tmp_path, api_key="open-sesame")
+    test_app = TestApp(tmp_path, api_key="open-sesame-open")
     with serving(test_app) as address, open_page(browser, address, allowed="401") as found:
         page = found.open("traces")
         page.get_by_role("button", name="Not now").click()

@@ -247,9 +247,9 @@ def test_a_key_holds_what_it_was_made_with(keys: ApiKeys) -> None:
     )
 
 
-@pytest.mark.parametrize("wrong", ["", "A", "a b", "-a", "a" * 65, "a\n", "ключ", "deadbeef0123"])
+@pytest.mark.parametrize("wrong", ["", "A", "a b", "-a", "a" * 65, "a\n", "ключ", "root"])
 def test_a_name_is_plain(keys: ApiKeys, wrong: str) -> None:
-    """A name that is empty, too long, has other characters or looks like the digest of a root key is
+    """A name that is empty, too long, has other characters or is that of the root key is
     rejected."""
     with pytest.raises(InvalidInput):
         keys.create(wrong, ["read"])

@@ -26,7 +26,7 @@ def make_token(test_app: TestApp, name: str, *scopes: str, **limits: int) -> str
 @pytest.fixture
 def app_with_root_key(tmp_path: Path) -> Iterator[TestApp]:
     """An application with a root key."""
-    test_app = TestApp(tmp_path, api_key="sesame")
+    test_app = TestApp(tmp_path, api_key="sesame-sesame-sesame")
     yield test_app
     test_app.close()
 
@@ -79,7 +79,7 @@ def test_table_keys_work_beside_a_root_key(app_with_root_key: TestApp) -> None:
     assert (
         client.post("/edits", json=TOWER, headers=bearer_header(token)).json()["actor"] == "key:nightly-eval"
     )
-    by_root = client.post("/edits", json=TOWER, headers=bearer_header("sesame"))
+    by_root = client.post("/edits", json=TOWER, headers=bearer_header("sesame-sesame-sesame"))
     assert by_root.json()["actor"] not in ("key:nightly-eval", "local")
     assert "sesame" not in by_root.text
 
@@ -137,7 +137,7 @@ def test_a_database_that_is_down_is_503(app_with_unreadable_keys: TestApp) -> No
 def test_the_root_key_needs_no_database(app_with_unreadable_keys: TestApp) -> None:
     """The root key is accepted while the table of API keys is unavailable."""
     client = TestClient(app_with_unreadable_keys.app)
-    assert client.get("/edits", headers=bearer_header("sesame")).status_code == 200
+    assert client.get("/edits", headers=bearer_header("sesame-sesame-sesame")).status_code == 200
     assert client.get("/edits", headers=bearer_header("wrong")).status_code == 401
 
 
@@ -180,5 +180,5 @@ def test_another_name_is_refused_without_a_key(client: TestClient, test_app: Tes
 
 def test_with_a_key_any_name_is_answered(app_with_root_key: TestApp) -> None:
     """With a key, any host name is accepted, as a proxy may send another one."""
-    client = TestClient(app_with_root_key.app, headers=bearer_header("sesame"))
+    client = TestClient(app_with_root_key.app, headers=bearer_header("sesame-sesame-sesame"))
     assert client.get("/edits", headers={"host": "model.example"}).status_code == 200

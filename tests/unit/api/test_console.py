@@ -76,7 +76,7 @@ def test_what_a_browser_has_is_not_sent_again(client: TestClient, path: str) -> 
 
 def test_no_key_is_needed_to_read_it(tmp_path: Path) -> None:
     """The files of the console need no API key, and the routes that it calls need one."""
-    test_app = TestApp(tmp_path, api_key="k")
+    test_app = TestApp(tmp_path, api_key="k" * 16)
     stranger = TestClient(test_app.app)
     assert {stranger.get(path).status_code for path in ("/", "/console/style.css")} == {200}
     assert stranger.get("/ledger").status_code == 401

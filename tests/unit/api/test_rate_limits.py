@@ -25,7 +25,7 @@ def frozen_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def limited_app(tmp_path: Path, frozen_time: list[float]) -> Iterator[TestApp]:
-    test_app = TestApp(tmp_path, requests_per_minute=4, api_key="root")
+    test_app = TestApp(tmp_path, requests_per_minute=4, api_key="root-key-of-tests")
     yield test_app
     test_app.close()
 
@@ -38,7 +38,7 @@ def send_requests(test_app: TestApp, token: str, times: int, path: str = "/edits
 def test_too_many_requests_are_429(limited_app: TestApp) -> None:
     """Requests above the limit get 429 with `Retry-After`, also with the root key."""
     token = ApiKeys(limited_app.database).create("k", ["read"])[1]
-    for good in (token, "root"):
+    for good in (token, "root-key-of-tests"):
         answers = send_requests(limited_app, good, 6)
         assert [answer.status_code for answer in answers] == [200] * 4 + [429] * 2
         assert answers[-1].headers["content-type"] == "application/problem+json"
@@ -86,7 +86,9 @@ def test_a_key_may_leave_as_many_jobs_waiting_as_its_limit(test_app: TestApp, cl
 
 def test_health_is_not_limited(limited_app: TestApp) -> None:
     """Health routes are not limited."""
-    assert {answer.status_code for answer in send_requests(limited_app, "root", 9, "/healthz")} == {200}
+    assert {
+        answer.status_code for answer in send_requests(limited_app, "root-key-of-tests", 9, "/healthz")
+    } == {200}
 
 
 def test_without_a_key_nothing_is_counted(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_every_response_has_the_default_headers(
 
 def test_unauthorized_responses_have_the_default_headers(tmp_path: Path) -> None:
     """A 401 has the default security headers."""
-    test_app = TestApp(tmp_path, api_key="k")
+    test_app = TestApp(tmp_path, api_key="k" * 16)
     answer = TestClient(test_app.app).get("/edits")
     test_app.close()
     assert answer.status_code == 401
