@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -24,7 +24,7 @@ from service.kit.safetensors_io import SafetensorsFile, TensorInfo
 from service.kit.text import fact_key
 from service.ledger.ledger import Entry, canonical_json, iso_utc
 from service.methods.registry import METHODS, SOLVE_RULES
-from service.schemas import EditRequest, MethodName
+from service.schemas import MAX_HPARAMS, EditRequest, MethodName, Objective
 
 FORMAT = "palimpsest-edits-2"
 MAX_EDITS = 1000  #: edits in one file
@@ -33,6 +33,9 @@ PROVENANCE_FIELDS = (
     "method", "objective", "hparams", "strength", "resolved_true", "statistics", "corpus", "dtype", "device", "libraries",
 )  # fmt: skip
 _FILE_LABEL = "the file"
+MAX_MAGNITUDE = 1e30  # of a number in a tensor; products of larger ones leave the range of fp32
+#: short texts by name, such as versions of libraries
+Labels = Annotated[dict[str, Annotated[str, Field(max_length=200)]], Field(max_length=128)]
 
 
 class _FileModel(BaseModel):
@@ -43,15 +46,15 @@ class EditProvenance(_FileModel):
     """How an edit was computed, as recorded in its ledger."""
 
     method: MethodName
-    objective: str
-    hparams: dict[str, JsonValue]
+    objective: Objective
+    hparams: dict[str, JsonValue] = Field(max_length=MAX_HPARAMS)
     strength: float = Field(gt=0, le=100)
     resolved_true: str = Field(max_length=500)
-    statistics: dict[str, str]
-    corpus: str
-    dtype: str
-    device: str
-    libraries: dict[str, str]
+    statistics: Labels
+    corpus: str = Field(max_length=1000)
+    dtype: str = Field(max_length=32)
+    device: str = Field(max_length=200)
+    libraries: Labels
 
 
 class EditOrigin(_FileModel):
@@ -71,13 +74,13 @@ class ExportedEdit(_FileModel):
     origin: EditOrigin
     request: EditRequest
     provenance: EditProvenance
-    factors_sha256: str
+    factors_sha256: str = Field(max_length=64)
 
 
 class EditSet(_FileModel):
     """The metadata of a file."""
 
-    model: dict[str, JsonValue]
+    model: dict[str, JsonValue] = Field(max_length=64)
     version: int = Field(ge=0)
     state: str = Field(max_length=64)
     edits: list[ExportedEdit] = Field(min_length=1, max_length=MAX_EDITS)
@@ -190,7 +193,7 @@ def _parse_edit_set(file: SafetensorsFile) -> EditSet:
     try:
         return EditSet.model_validate_json(set_json)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         raise InvalidInput(
             f"the file is invalid: {'.'.join(map(str, first['loc']))}: {first['msg']}."
         ) from None
@@ -232,9 +235,7 @@ def _check_factors(file: SafetensorsFile, provenance: EditProvenance, info: Mapp
     """
     layers = provenance.hparams.get("layers")
     method = METHODS[provenance.method]
-    if not isinstance(layers, list) or not all(
-        isinstance(x, int) and 0 <= x < info["layers"] for x in layers
-    ):
+    if not isinstance(layers, list) or not all(type(x) is int and 0 <= x < info["layers"] for x in layers):
         raise InvalidInput("hparams.layers must name layers of the model.")
     shapes: Mapping[str, Sequence[int]] = info.get("weights") or {"mlp": (info["width"], info["inner_width"])}
     if method.needs_covariance:
@@ -256,6 +257,8 @@ def _check_factors(file: SafetensorsFile, provenance: EditProvenance, info: Mapp
         numbers = file.to_numpy(name)
         if not np.isfinite(numbers).all() or (name in mode_names and numbers.min() < 0):
             raise InvalidInput(f"{name} has values that are not finite, or negative where they must not be.")
+        if np.abs(numbers).max(initial=0) > MAX_MAGNITUDE:
+            raise InvalidInput(f"{name} has values above {MAX_MAGNITUDE:g}.")
 
 
 def _association_shapes(layer: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

@@ -259,7 +259,7 @@ class _EditRun:
         passing = [
             p
             for p, result in zip(prepared, guard_results, strict=True)
-            if result.accepted or not p.candidate.resolved_edit.request.guard.enabled
+            if result.accepted or (result.finite and not p.candidate.resolved_edit.request.guard.enabled)
         ]
         if len(passing) == len(prepared):
             remaining = yield from self._commit_in_order(prepared, guard_results, head)
@@ -329,7 +329,7 @@ class _EditRun:
             (guard_result,) = yield from choose_candidate_strengths(
                 self.replica, self.context, [candidate], baseline
             )
-            acceptable = guard_result.passed or not request.guard.enabled
+            acceptable = guard_result.finite and (guard_result.passed or not request.guard.enabled)
             self._raise_if_cancelled(job)
             if request.dry_run or not acceptable:
                 seconds = time.monotonic() - prepared.started_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -56,6 +57,12 @@ class GuardResult:
     supersedes: tuple[str, ...] = ()  #: edits in conflict that this one supersedes
     capacity: dict[int, float] = field(default_factory=dict)  #: by layer, the remaining capacity of the key
     has_margin: bool = True  #: the new object leads by the required margin
+
+    @property
+    def finite(self) -> bool:
+        """Whether the edit gives finite weights and a finite perplexity. Without that it is rejected, also when the
+        guard is disabled."""
+        return all(map(math.isfinite, (*self.norm_ratio.values(), self.after.perplexity)))
 
     @property
     def passed(self) -> bool:

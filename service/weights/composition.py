@@ -16,6 +16,8 @@ ridge: it damps only the exchange between subjects whose keys nearly coincide.) 
 stored with the edits: where the statistics have changed since, U^T K is not symmetric, and each key still gets its own
 change alone.
 
+Where G + ridge is singular, as it can be for imported keys and directions, the solution of least norm is taken.
+
 The other modes are those of methods that write many associations at once. All are one formula,
 
     W = W0 + Delta (U^T K + ridge I)^-1 U^T
@@ -46,7 +48,7 @@ from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.loading import WeightRef
 from service.models.precision import fp64_device
 from service.weights.factors import Association, EditUpdate, LowRank, SolveMode, column_slices
-from service.weights.solve import factorize, solve
+from service.weights.solve import factorize, solve, solve_least_norm
 
 GRAM_ROWS = 256  # rows of a gram matrix that one step computes
 GRAM_SPLIT_SIZE = 512  # rows of the largest gram matrix that is not split
@@ -72,9 +74,21 @@ def compose_layer_in_steps(
     targets = values
     if solve_mode.rule.superposes_subjects:
         targets = yield from _superpose_by_subject(ordered, values, gram, diagonal)
-    factors = yield from factorize(gram)
-    solution = yield from solve(factors, targets.T)
+    solution = yield from _solve_any_rank(gram, targets.T)
     return LowRank(solution.T, directions)
+
+
+def _solve_any_rank(gram: Tensor, right: Tensor) -> Stepper[Tensor]:
+    """Return the solution of gram x = right; the one of least norm when gram is singular.
+
+    The keys and directions of imported edits can be anything. Every set of them has a version, since a revert must not
+    lead to a version that cannot be built.
+    """
+    try:
+        factors = yield from factorize(gram)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return (yield from solve_least_norm(gram, right))
+    return (yield from solve(factors, right))
 
 
 def gram_matrix(associations: Sequence[Association], directions: Tensor) -> Tensor:
@@ -108,11 +122,14 @@ def _superpose_by_subject(
     ordered: Sequence[Association], values: Tensor, gram: Tensor, diagonal: Tensor
 ) -> Stepper[Tensor]:
     """Return the targets at each key, Delta D^-1 (M * G), (d, n)."""
-    targets = values * (gram.diagonal() / diagonal)
+    targets = values * (gram.diagonal() / diagonal).where(diagonal != 0, 0)
     for rows in _rows_by_subject(ordered):
         if len(rows) < 2:
             continue
-        exchange = gram[rows][:, rows].T / diagonal[rows, None]
+        own = diagonal[rows, None]
+        exchange = (gram[rows][:, rows].T / own).where(
+            own != 0, 0
+        )  # an edit without a direction changes nothing
         own_values = values[:, rows]
         step = len(own_values) if len(rows) <= GRAM_SPLIT_SIZE else TARGET_ROWS
         parts: list[Tensor] = []

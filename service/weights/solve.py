@@ -22,6 +22,7 @@ from service.kit.steps import Phase, Progress, Stepper
 UNBLOCKED_SIZE = 1024  # rows of a matrix that one step factorizes
 PANEL_WIDTH = 256  # columns of a larger matrix that one step factorizes
 UPDATE_COLUMNS = 512  # columns that one step updates
+RANK_TOLERANCE = 1e-12  # of the largest singular value, below which a singular value counts as 0
 SOLVE_COLUMNS = (
     64  # right-hand sides that one step solves for, where the matrix is larger than UNBLOCKED_SIZE
 )
@@ -86,6 +87,17 @@ def solve(factors: LuFactors, right: Tensor) -> Stepper[Tensor]:
             parts.append(torch.linalg.lu_solve(*factors, right[:, start : start + step]))
         yield Progress(Phase.SOLVE, min(start + step, m), m)
     return parts[0] if len(parts) == 1 else torch.cat([part.mT for part in parts]).mT
+
+
+def solve_least_norm(matrix: Tensor, right: Tensor) -> Stepper[Tensor]:
+    """Return the x (n, m) of least norm that minimizes |A x - right|, for a matrix (n, n) in fp64 of any rank.
+
+    Singular values below RANK_TOLERANCE of the largest count as 0. This is one step, whatever n is.
+    """
+    with single_threaded():
+        solution = torch.linalg.lstsq(matrix, right, rcond=RANK_TOLERANCE, driver="gelsd").solution
+    yield Progress(Phase.SOLVE, len(matrix), len(matrix))
+    return solution
 
 
 def _lapack_factors(matrix: Tensor) -> LuFactors:

@@ -261,6 +261,30 @@ HOSTILE_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"]["hparams"].update(layers=[7])),
         "must name layers",
     ),
+    "a layer that is a boolean": (
+        lambda d: with_changed_set(
+            d, lambda t: first_edit(t)["provenance"]["hparams"].update(layers=[False])
+        ),
+        "must name layers",
+    ),
+    "an unknown objective": (
+        lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"].update(objective="x")),
+        "objective",
+    ),
+    "a corpus of megabytes": (
+        lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"].update(corpus="x" * 3_000_000)),
+        "corpus",
+    ),
+    "very many libraries": (
+        lambda d: with_changed_set(
+            d, lambda t: first_edit(t)["provenance"].update(libraries={str(i): "1" for i in range(10_000)})
+        ),
+        "libraries",
+    ),
+    "very large numbers": (
+        lambda d: with_changed_vectors(d, lambda v: v["layer.1.value"].fill(3e38)),
+        "values above 1e\\+30",
+    ),
     "an unknown hyperparameter": (
         lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"]["hparams"].update(x=1)),
         "hparams",
@@ -315,6 +339,31 @@ def test_rejected_file_writes_nothing(name: str, valid_file: bytes, empty_servic
     with pytest.raises(InvalidInput, match=said):
         empty_service.services.imports.submit(spoiled, "key:bob")
     assert empty_service.count(Job) == empty_service.count(JobArtifact) == 0
+
+
+def test_revert_to_a_singular_system_builds(
+    valid_file: bytes, empty_service: SteppedService, build: BuildPlace
+) -> None:
+    """Imported edits of two subjects with equal keys and no ridge have a version, also when a revert leads to it."""
+    place = build()
+
+    def without_ridge(tensors: dict[str, Any]) -> None:
+        tensors.update({f"layer.{layer}.form.memit": np.array([0.0]) for layer in (0, 1)})
+
+    first = with_changed_vectors(valid_file, without_ridge)
+    edit_set = json.loads(read_safetensors(first, "it").metadata["set"])
+    first_edit(edit_set)["request"]["subject"] = "Louvre"
+    second = forge_file(first, edit_set)
+    place.services.imports.submit(first, "key:bob")
+    place.run_queued_edits()
+    superseding = place.edit("Eiffel Tower", "in")
+    place.services.imports.submit(second, "key:bob")
+    place.run_queued_edits()
+    place.services.edits.revert(superseding, "key:bob")
+    head = place.worker_parts.ledger.head()
+    assert head == 4 and len(place.state()) > 0
+    assert place.replica.digest(head) != place.replica.digest(0)
+    assert place.services.ledger.verify()["ok"]
 
 
 def test_valid_forged_file_is_accepted(valid_file: bytes, empty_service: SteppedService) -> None:

@@ -381,3 +381,59 @@ def test_composition_has_many_steps() -> None:
     """A composition of many edits has a step for each block of rows and columns, so that no step is long."""
     chosen = [long_association(i, f"s{i}") for i in range(1100)]
     assert sum(1 for _ in compose_layer_in_steps(chosen)) >= 20
+
+
+HOSTILE_NUMBERS = st.sampled_from([0.0, 1.0, -1.0, 0.5, 1e-38, -3e38, 3e38])
+
+
+@st.composite
+def any_associations(draw: st.DrawFn) -> list[Association]:
+    """Draw associations of one layer whose tensors are any finite numbers, with equal keys and directions among them."""
+    vectors = [
+        torch.tensor(draw(st.lists(HOSTILE_NUMBERS, min_size=D, max_size=D)), dtype=torch.float32)
+        for _ in range(2)
+    ]
+    modes = [JOINT, SolveMode("memit", 0.0), SolveMode("emmet", 0.0), SolveMode("alphaedit", 10.0)]
+    mode = draw(st.sampled_from(modes))
+    return [
+        Association(
+            f"edit_{i}",
+            draw(st.sampled_from(["a", "b"])),
+            0,
+            draw(st.sampled_from(vectors)),
+            draw(st.sampled_from(vectors)),
+            vectors[0][:d],
+            mode,
+        )
+        for i in range(draw(st.integers(1, 5)))
+    ]
+
+
+@given(any_associations())
+def test_any_finite_associations_have_a_version(associations: list[Association]) -> None:
+    """Every set of associations with finite tensors composes to a weight, whatever was imported and reverted."""
+    base = torch.zeros(d, D)
+    edited = apply_delta(base, compose(associations)[WeightRef(0)], conv1d=False)
+    assert edited.shape == base.shape
+
+
+@pytest.mark.parametrize("mode", ["memit", "emmet", "joint"])
+def test_equal_keys_share_the_change_of_least_norm(mode: str) -> None:
+    """Two subjects with one key and ridge 0 have a singular system; the result is finite and means their values."""
+    first = replace(association(1, "a"), solve_mode=SolveMode(mode, 0.0))
+    second = replace(first, edit="edit_002", subject="b", value=-first.value)
+    change = compose_layer([first, second]).dense()
+    torch.testing.assert_close(
+        change @ first.key.double(), torch.zeros(d, dtype=torch.float64), atol=1e-9, rtol=0
+    )
+    same = compose_layer([first, replace(second, value=first.value)]).dense()
+    torch.testing.assert_close(same @ first.key.double(), first.value.double(), atol=1e-6, rtol=1e-6)
+
+
+def test_key_without_a_direction_changes_nothing() -> None:
+    """An association whose key and direction are 0 leaves the others' change as it is."""
+    one, zero = association(1), torch.zeros(D)
+    empty = replace(association(2), key=zero, direction=zero)
+    torch.testing.assert_close(
+        compose_layer([one, empty]).dense(), compose_layer([one]).dense(), atol=1e-9, rtol=1e-9
+    )
