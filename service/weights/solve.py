@@ -95,7 +95,7 @@ def solve_least_norm(matrix: Tensor, right: Tensor) -> Stepper[Tensor]:
     Singular values below RANK_TOLERANCE of the largest count as 0. This is one step, whatever n is.
     """
     with single_threaded():
-        solution = torch.linalg.lstsq(matrix, right, rcond=RANK_TOLERANCE, driver="gelsd").solution
+        solution: Tensor = torch.linalg.lstsq(matrix, right, rcond=RANK_TOLERANCE, driver="gelsd").solution
     yield Progress(Phase.SOLVE, len(matrix), len(matrix))
     return solution
 

@@ -104,7 +104,12 @@ def test_everything_in_one_process_with_shared_stores(
 
 def test_second_process_on_a_data_folder_is_refused(model: Path, tmp_path: Path) -> None:
     """A second `palimpsest serve` on a data folder ends with code 2 and names the first, which goes on serving."""
-    settings = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
+    settings: dict[str, Any] = {
+        "model": model,
+        "corpus": model / "corpus.txt",
+        "covariance_tokens": 1000,
+        "threads": 1,
+    }
     first = CliProcess(tmp_path / "first", "serve", port=0, data_dir=tmp_path, **settings)
     try:
         url = wait_for_address(first)

@@ -388,7 +388,7 @@ HOSTILE_NUMBERS = st.sampled_from([0.0, 1.0, -1.0, 0.5, 1e-38, -3e38, 3e38])
 
 @st.composite
 def any_associations(draw: st.DrawFn) -> list[Association]:
-    """Draw associations of one layer whose tensors are any finite numbers, with equal keys and directions among them."""
+    """Draw associations of one layer whose tensors are any finite numbers; some have equal keys and directions."""
     vectors = [
         torch.tensor(draw(st.lists(HOSTILE_NUMBERS, min_size=D, max_size=D)), dtype=torch.float32)
         for _ in range(2)
