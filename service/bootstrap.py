@@ -40,7 +40,7 @@ def build_container(settings: Settings) -> Container:
 def open_database(settings: Settings) -> Database:
     """Return the database only. Raises Misconfigured if the data folder cannot be created."""
     try:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise Misconfigured(
             f"the data folder cannot be created: {error}. Set PALIMPSEST_DATA_DIR to another folder."

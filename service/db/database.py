@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +258,16 @@ def _create_sqlite_engine(url: URL) -> Engine:
     engine = create_engine(
         url, connect_args=connect_args, hide_parameters=True
     )  # parameters contain text of users
+    event.listen(engine, "do_connect", _create_private_file)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _create_private_file(_: Any, __: Any, arguments: Sequence[Any], ___: Any) -> None:
+    """Create a missing database file so that only its owner can read it. SQLite gives its WAL the same mode."""
+    with suppress(OSError):
+        os.close(os.open(arguments[0], os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:

@@ -13,7 +13,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.retry import Retry
 
-from service.errors import Unavailable
+from service.errors import Misconfigured, Unavailable
 
 CONNECT_TIMEOUT = 2.0  #: seconds for establishing a connection
 HEALTH_CHECK_INTERVAL = 15  #: idle seconds after which a connection is checked before it is used
@@ -38,7 +38,14 @@ UNHEALTHY_PREFIXES = ("MISCONF", "BUSY", "CLUSTERDOWN")
 
 def redis_client(url: str, socket_timeout: float) -> redis.Redis:
     """Return a client that reconnects after a lost connection. A command that times out after `socket_timeout` is not
-    repeated."""
+    repeated. Raises Misconfigured if the URL is not one of Redis."""
+    try:
+        redis.connection.parse_url(url)
+    except ValueError:  # whose message can contain a part of the password
+        raise Misconfigured(
+            "PALIMPSEST_REDIS_URL is not the URL of a Redis server: write for example redis://127.0.0.1:6379/0, and special "
+            "characters of a password as %XX."
+        ) from None
     retry = Retry(ExponentialBackoff(cap=0.2, base=0.02), 3, (exceptions.ConnectionError,))
     return redis.Redis.from_url(url, retry=retry, **_connection_options(socket_timeout))
 

@@ -24,6 +24,7 @@ from service.db import database as store
 from service.db.database import Database
 from service.db.models import Job, Model, now, to_json_value
 from service.errors import CommitOutcomeUnknown, Unavailable
+from tests.support.migrations import migrate
 
 
 def model(name: str, info: Any = None) -> Any:
@@ -138,6 +139,21 @@ def test_to_json_value_is_json(value: Any) -> None:
     """The output of `to_json_value` is unchanged by a round trip through strict JSON."""
 
     assert json.loads(json.dumps(to_json_value(value), allow_nan=False)) == to_json_value(value)
+
+
+def test_database_file_is_private(tmp_path: Path) -> None:
+    """A new SQLite file and its WAL can be read by their owner only; the mode of an existing file is kept."""
+    path = tmp_path / "x.sqlite3"
+    database = Database(f"sqlite:///{path}")
+    migrate(database)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert set(modes) >= {path.name, f"{path.name}-wal"} and set(modes.values()) == {0o600}
+    database.close()
+    path.chmod(0o640)
+    reopened = Database(f"sqlite:///{path}")
+    assert reopened.revision() is not None
+    reopened.close()
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_first_connection_waits_for_the_lock(tmp_path: Path) -> None:
