@@ -20,6 +20,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from api.openai import errors as openai
 from service.errors import (
@@ -267,6 +268,11 @@ def _handle_dependency_error(request: Request, error: Exception) -> Response:
     )
 
 
+def _handle_disconnect(_: Request, __: ClientDisconnect) -> Response:
+    """Return what the log and the metrics count for a client that closed the connection while it sent its body."""
+    return Response(status_code=HTTPStatus.BAD_REQUEST)
+
+
 def _handle_unexpected(request: Request, error: Exception) -> Response:
     log.error("request failed", extra={"path": request.url.path, "error": type(error).__name__})
     return error_response(request, InternalError("The service failed. Its log has the details."))
@@ -277,6 +283,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(PalimpsestError, _handle_domain_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _handle_framework_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _handle_validation_error)  # type: ignore[arg-type]
+    app.add_exception_handler(ClientDisconnect, _handle_disconnect)  # type: ignore[arg-type]
     for error_class in (
         OperationalError,
         InterfaceError,

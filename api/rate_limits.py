@@ -20,7 +20,6 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from api.errors import RateLimitExceeded
-from service.kit import metrics
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,6 @@ class RateLimiter:
         except (RedisError, OSError) as error:
             self._allow_without_redis(error)
             return
-        metrics.HTTP_REJECTED.labels("rate").inc()
         raise RateLimitExceeded(
             f"This API key may send {per_minute} requests per minute: wait before the next request.",
             retry_after=max(1, math.ceil(reset_in)),

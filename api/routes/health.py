@@ -9,7 +9,6 @@ from pydantic import Field
 
 from api.dependencies import ResourceModel, ServicesDep
 from api.errors import problem_responses
-from api.routes.models import WorkerState
 
 router = APIRouter(tags=["health"])
 
@@ -25,7 +24,7 @@ class Readiness(ResourceModel):
 
     ready: bool
     head: int
-    workers: list[WorkerState]
+    workers: int = Field(description="live workers; GET /models describes them")
     waiting: dict[str, int] = Field(description="queued calls and jobs, by kind")
 
 

@@ -60,8 +60,8 @@ class ModelService:
             reasons += _unready_reasons(worker_rows, required_version, waiting)
         if state is None or reasons:
             raise Unavailable("; ".join(reasons) + ".", reasons=reasons)
-        worker_views = [worker_registry.serialize_worker(worker, head) for worker in worker_rows]
-        return {"ready": True, "head": head, "workers": worker_views, "waiting": waiting}
+        live = [w for w in worker_rows if w.reason is None]  # no names: probes need no key
+        return {"ready": True, "head": head, "workers": len(live), "waiting": waiting}
 
     def _readiness_state(self) -> tuple[int, int, list[Worker], dict[str, int]]:
         """Return the newest version, the version that workers must have reached, the workers and the queued jobs by

@@ -88,7 +88,7 @@ class TestModel:
         with pytest.raises(Unavailable, match="no worker has reached version 1"):
             services.models.check_ready()
         worker.session.heartbeat(1, "digest")
-        assert services.models.check_ready()["workers"][0]["version"] == 1
+        assert services.models.check_ready()["workers"] == 1  # a count: probes need no key
 
     def test_role_missing(self, services: Services, submit_edit: Callable[..., Any]) -> None:
         """The service is not ready while jobs are queued for a role that no live worker has; roles without

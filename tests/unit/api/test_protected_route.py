@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from itertools import chain, combinations
 from pathlib import Path
@@ -161,3 +162,31 @@ def test_plain_routes_stay_what_they_are() -> None:
     (route,) = router.routes
     assert isinstance(route, APIRoute)
     assert route.responses[401] == {"description": "mine"}
+
+
+def test_disconnect_during_the_body_is_no_fault(test_app: TestApp, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that closes the connection while it sends its body is a client error, without a traceback."""
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/edits",
+        "raw_path": b"/edits",
+        "query_string": b"",
+        "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "scheme": "http",
+        "http_version": "1.1",
+    }
+    asyncio.run(test_app.app(scope, receive, send))
+    assert sent[0]["status"] == 400
+    assert not [record for record in caplog.records if record.exc_info or record.levelname == "ERROR"]

@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.application.api_keys import ApiKeys
+from service.kit import metrics
 from tests.support.application import TOWER, TestApp
 
 
@@ -52,6 +53,14 @@ def test_a_key_may_have_its_own_limit(limited_app: TestApp) -> None:
     more = keys.create("more", ["read"], requests_per_minute=6)[1]
     assert [answer.status_code for answer in send_requests(limited_app, less, 3)] == [200, 200, 429]
     assert [answer.status_code for answer in send_requests(limited_app, more, 7)] == [200] * 6 + [429]
+
+
+def test_rejected_request_is_counted_once(limited_app: TestApp) -> None:
+    """Each 429 adds one to the metric of rejected requests."""
+    counter = metrics.HTTP_REJECTED.labels("rate")
+    before = counter._value.get()
+    send_requests(limited_app, "root-key-of-tests", 7)
+    assert counter._value.get() == before + 3
 
 
 def test_forbidden_requests_count_too(limited_app: TestApp) -> None:
