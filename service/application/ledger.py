@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict
 
 from sqlalchemy import func, select
@@ -13,7 +14,7 @@ from service.jobs.views import ResourceDict
 from service.kit.pagination import decode_cursor, encode_cursor, validate_limit
 from service.kit.versions import resolve_version
 from service.ledger import ledger
-from service.ledger.verify import verify_ledger
+from service.ledger.verify import VerifiedStates, verify_ledger
 
 
 class LedgerService:
@@ -21,6 +22,8 @@ class LedgerService:
 
     def __init__(self, database: Database) -> None:
         self.database = database
+        self._verification = threading.Lock()
+        self._verified: VerifiedStates = {}
 
     def head(self) -> int:
         with self.database.read_session() as session:
@@ -54,10 +57,13 @@ class LedgerService:
             return {"items": items, "next": next_cursor, "head": ledger.head(session, model.fingerprint)}
 
     def verify(self) -> ResourceDict:
-        """Verify the hash chain, the factors, the statuses of edits and the weight digests of the workers."""
-        with self.database.read_session(no_idle_timeout=True) as session:
+        """Verify the hash chain, the factors, the statuses of edits and the weight digests of the workers.
+
+        Verifications of a process run one after another, so that they never hold more than one connection.
+        """
+        with self._verification, self.database.read_session(no_idle_timeout=True) as session:
             model = get_served_model(session).fingerprint
-            findings = [asdict(finding) for finding in verify_ledger(session, model)]
+            findings = [asdict(finding) for finding in verify_ledger(session, model, self._verified)]
             rows = select(Attestation).where(Attestation.model == model)
             count = select(func.count()).where(LedgerEntry.model == model)
             return {

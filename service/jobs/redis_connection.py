@@ -40,7 +40,7 @@ def redis_client(url: str, socket_timeout: float) -> redis.Redis:
     """Return a client that reconnects after a lost connection. A command that times out after `socket_timeout` is not
     repeated. Raises Misconfigured if the URL is not one of Redis."""
     try:
-        redis.connection.parse_url(url)
+        redis.connection.parse_url(url)  # type: ignore[no-untyped-call]
     except ValueError:  # whose message can contain a part of the password
         raise Misconfigured(
             "PALIMPSEST_REDIS_URL is not the URL of a Redis server: write for example redis://127.0.0.1:6379/0, and special "

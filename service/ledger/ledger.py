@@ -98,10 +98,11 @@ def state_hash(fingerprint: str, active_entries: Iterable[Entry]) -> str:
 
     These are the base model's fingerprint and the factors and the strength of each active edit, in canonical order.
     """
-    return _hash_state(fingerprint, (_weights_key(e) for e in active_entries))
+    return _hash_state(fingerprint, (weights_key(e) for e in active_entries))
 
 
-def _weights_key(entry: Entry) -> list[Any]:
+def weights_key(entry: Entry) -> list[Any]:
+    """Return what an active edit contributes to the state of a version."""
     return [entry.body.get("factors_sha256"), entry.body.get("strength")]
 
 
@@ -196,7 +197,7 @@ def append_entry(
     active = dict(_active_at_head(session, model, newest, head_row))
     for entry in subject_entries:
         active.pop(entry.edit_id, None)
-    active |= {e.edit_id: _weights_key(e) for e in active_of_subject}
+    active |= {e.edit_id: weights_key(e) for e in active_of_subject}
     draft = replace(draft, state=_hash_state(model, (active[edit_id] for edit_id in sorted(active))))
     entry = replace(draft, hash=chain_hash(previous, draft))
     session.add(LedgerEntry(**{name: getattr(entry, name) for name in ENTRY_FIELDS}))
@@ -212,7 +213,7 @@ def append_entry(
 
 def active_edits(entries: Sequence[Entry]) -> ActiveEdits:
     """Return the active edits after these entries, as the row of `ledger_heads` stores them."""
-    return {e.edit_id: _weights_key(e) for e in active_entries(entries)}
+    return {e.edit_id: weights_key(e) for e in active_entries(entries)}
 
 
 def _active_at_head(

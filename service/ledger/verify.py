@@ -11,13 +11,13 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from service.db.models import Attestation, Job, LedgerHead, StoredFactors
+from service.ledger.active_set import state_hashes
 from service.ledger.ledger import (
     APPLY,
     GENESIS_HASH,
     Entry,
     active_edit_ids,
     active_edits,
-    active_entries,
     chain_hash,
     entries,
     state_hash,
@@ -33,8 +33,19 @@ class LedgerFinding:
     detail: str
 
 
-def verify_ledger(session: Session, model: str) -> list[LedgerFinding]:
-    """Return all inconsistencies of a model's ledger."""
+#: model -> version and hash of the newest entry up to which all states were correct
+VerifiedStates = dict[str, tuple[int, str]]
+
+
+def verify_ledger(
+    session: Session, model: str, verified: VerifiedStates | None = None
+) -> list[LedgerFinding]:
+    """Return all inconsistencies of a model's ledger.
+
+    `verified` is kept by the caller from one call to the next. The state of a version depends on the entries up to it
+    alone, and the chain of hashes shows that they are the same entries: only states of later versions are computed.
+    """
+    verified = {} if verified is None else verified
     try:
         chain = entries(session, model)
     except ValueError as error:
@@ -48,7 +59,7 @@ def verify_ledger(session: Session, model: str) -> list[LedgerFinding]:
     findings = [
         *chain_findings,
         *_check_factors(session, intact),
-        *_check_states(model, intact),
+        *_check_states(model, intact, verified),
         *(() if chain_findings else _check_head(session, model, chain)),
         *_check_jobs(session, model, chain, not chain_findings),
     ]
@@ -72,7 +83,9 @@ def _check_factors(session: Session, chain: list[Entry]) -> Iterator[LedgerFindi
     for entry in chain:
         if entry.kind != APPLY:
             continue
-        factors = session.get(StoredFactors, entry.edit_id)
+        # columns, not an object: a session keeps its objects, and all factors may not fit in memory
+        query = select(StoredFactors.sha256, StoredFactors.data).where(StoredFactors.edit_id == entry.edit_id)
+        factors = session.execute(query).one_or_none()
         if factors is None:
             yield LedgerFinding("factors", entry.version, f"the factors of {entry.edit_id} are missing")
         elif (
@@ -81,14 +94,21 @@ def _check_factors(session: Session, chain: list[Entry]) -> Iterator[LedgerFindi
             yield LedgerFinding("factors", entry.version, f"the factors of {entry.edit_id} were changed")
 
 
-def _check_states(model: str, chain: list[Entry]) -> Iterator[LedgerFinding]:
-    for entry in chain:
-        if entry.state != state_hash(model, active_entries(chain, entry.version)):
+def _check_states(model: str, chain: list[Entry], verified: VerifiedStates) -> Iterator[LedgerFinding]:
+    version, known_hash = verified.get(model, (0, ""))
+    if not 0 < version <= len(chain) or chain[version - 1].hash != known_hash:
+        version = 0
+    all_correct = True
+    for entry, state in state_hashes(model, chain, after=version):
+        if entry.state != state:
+            all_correct = False
             yield LedgerFinding(
                 "state",
                 entry.version,
                 f"the state of version {entry.version} does not match its active edits",
             )
+    if all_correct and chain:
+        verified[model] = (chain[-1].version, chain[-1].hash)
 
 
 def _check_head(session: Session, model: str, chain: list[Entry]) -> Iterator[LedgerFinding]:

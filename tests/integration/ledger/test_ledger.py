@@ -26,8 +26,9 @@ from service.db.database import Database
 from service.db.models import Attestation, Base, Job, LedgerEntry, LedgerHead, Model, StoredFactors, now
 from service.kit.ids import new_id
 from service.kit.text import fact_key
-from service.ledger import ledger
-from service.ledger.verify import verify_ledger
+from service.ledger import active_set, ledger
+from service.ledger.active_set import state_hashes
+from service.ledger.verify import VerifiedStates, verify_ledger
 from tests.support.ledger_tampering import drop_append_only_guards
 
 FACTS = [("Paris", "{} is in"), ("Paris", "{}  is in"), ("Paris", "{} lies on the"), ("Rome", "{} is in")]
@@ -86,7 +87,9 @@ class Rollback(Exception):
     """Rolls a transaction back."""
 
 
-def findings_after(database: Database, model: Any, *statements: Any) -> Any:
+def findings_after(
+    database: Database, model: Any, *statements: Any, verified: VerifiedStates | None = None
+) -> Any:
     """Return the findings of verification after these statements. The statements are rolled back."""
     result = []
     try:
@@ -95,7 +98,7 @@ def findings_after(database: Database, model: Any, *statements: Any) -> Any:
             for statement in statements:
                 session.execute(statement)
             session.expire_all()
-            result = verify_ledger(session, model)
+            result = verify_ledger(session, model, verified)
             raise Rollback
     except Rollback:
         return result
@@ -113,6 +116,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.spare = add_edit(session, self.model, ("Nobody", "{} is")).id
         self.history: list[tuple[str, str, tuple[str, str]]] = []
         self.superseded_by_edit: dict[str, list[str]] = {}  #: edit -> edits that it names in `supersedes`
+        self.verified: VerifiedStates = {}
 
     def reverted(self, version: int | None = None) -> Any:
         return {edit for kind, edit, _ in self.history[:version] if kind == "revert"}
@@ -170,6 +174,12 @@ class LedgerMachine(RuleBasedStateMachine):
             self.database, self.model, update(LedgerEntry).where(here).values({field: tampered_values[field]})
         )
         assert findings_after(self.database, self.model, delete(LedgerEntry).where(here))
+        assert findings_after(
+            self.database,
+            self.model,
+            update(LedgerEntry).where(here).values({field: tampered_values[field]}),
+            verified=dict(self.verified),
+        )
 
     @invariant()
     def ledger_is_right(self) -> None:
@@ -177,9 +187,20 @@ class LedgerMachine(RuleBasedStateMachine):
             entries = ledger.entries(session, self.model)
             assert ledger.head(session, self.model) == len(self.history)
             assert verify_ledger(session, self.model) == []
+            assert verify_ledger(session, self.model, self.verified) == []
+        self.states_are_those_of_the_active_entries(entries)
         assert [(e.kind, e.edit_id) for e in entries] == [(kind, edit) for kind, edit, _ in self.history]
         for version in range(len(self.history) + 1):
             assert ledger.active_edit_ids(entries, version) == self.active(version)
+
+    def states_are_those_of_the_active_entries(self, entries: list[ledger.Entry]) -> None:
+        """Assert that the states of all versions in turn are those of each version's active entries."""
+        expected = [ledger.state_hash(self.model, ledger.active_entries(entries, e.version)) for e in entries]
+        assert [state for _, state in state_hashes(self.model, entries)] == expected
+        for after in range(len(entries) + 1):
+            assert [e.version for e, _ in state_hashes(self.model, entries, after)] == [
+                e.version for e in entries[after:]
+            ]
 
     @invariant()
     def statuses_are_right(self) -> None:
@@ -404,3 +425,36 @@ class TestVerify:
         """An attestation of a version that the ledger lacks is a finding."""
         self.attest(database, model, ("a", 2, "x", "cpu"))
         assert [finding.where for finding in ledger_findings(database, model)] == ["replicas"]
+
+
+def test_states_are_verified_once(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each edit is encoded once for all states, and a later verification computes the states of new entries only."""
+    model, verified = add_model(database), VerifiedStates()
+    edits = [apply_edit(database, model, (f"Subject {i}", "{} is")) for i in range(12)]
+    encoded: list[Any] = []
+    hashed: list[bytes] = []
+    encode, sha256 = ledger.canonical_json, hashlib.sha256
+
+    def count_encoding(value: Any) -> bytes:
+        encoded.append(value)
+        return encode(value)
+
+    def count_hash(data: bytes) -> Any:
+        hashed.append(data)
+        return sha256(data)
+
+    monkeypatch.setattr(active_set, "canonical_json", count_encoding)
+    monkeypatch.setattr(hashlib, "sha256", count_hash)
+
+    def verify() -> tuple[int, int]:
+        encoded.clear()
+        with database.read_session() as session:
+            before = len(hashed)
+            assert verify_ledger(session, model, verified) == []
+        states = [x for x in hashed[before:] if x.startswith(b"[") and not x.endswith(b"[]]")]  # not the base
+        return len(encoded), len(states)
+
+    assert verify() == (len(edits) + 1, 12)
+    revert_edit(database, model, edits[3])
+    assert verify() == (len(edits) + 1, 1)
+    assert verify()[1] == 0

@@ -166,7 +166,9 @@ def test_plain_routes_stay_what_they_are() -> None:
 
 def test_disconnect_during_the_body_is_no_fault(test_app: TestApp, caplog: pytest.LogCaptureFixture) -> None:
     """A client that closes the connection while it sends its body is a client error, without a traceback."""
-    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    messages: Iterator[dict[str, Any]] = iter(
+        [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    )
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
