@@ -29,9 +29,9 @@ settings.load_profile("no_deadline")
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove the service's variables from the environment, except where screenshots are saved."""
+    """Remove the service's variables from the environment, except those that name folders for pictures."""
     for name in list(os.environ):
-        if name.startswith("PALIMPSEST_") and name != "PALIMPSEST_SCREENSHOTS":
+        if name.startswith("PALIMPSEST_") and name not in ("PALIMPSEST_SCREENSHOTS", "PALIMPSEST_PICTURES"):
             monkeypatch.delenv(name)
 
 
