@@ -77,6 +77,14 @@ def test_every_part_of_a_request_has_a_maximum(test_app: TestApp) -> None:
     assert set(unlimited) - VALIDATED_LATER == set()
 
 
+@pytest.fixture(scope="module")
+def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """Return a client of one application, for requests that are all refused."""
+    test_app = TestApp(tmp_path_factory.mktemp("limits"))
+    yield TestClient(test_app.app)
+    test_app.close()
+
+
 @pytest.mark.parametrize("path", ["/edits", "/trace", "/evaluations", "/generate", "/compare", "/exports", "/v1/completions"])  # fmt: skip
 @pytest.mark.parametrize(
     "body",
@@ -96,14 +104,16 @@ def test_every_part_of_a_request_has_a_maximum(test_app: TestApp) -> None:
     ],
     ids=lambda body: next(iter(body)),
 )
-def test_hostile_bodies_are_refused_cheaply(client: TestClient, path: str, body: dict[str, Any]) -> None:
+def test_hostile_bodies_are_refused_cheaply(
+    shared_client: TestClient, path: str, body: dict[str, Any]
+) -> None:
     """A body of up to a megabyte with a flood of values is refused with few errors and little memory."""
     raw = json.dumps(body, separators=(",", ":")).encode()
     assert len(raw) < 1_000_000
-    client.post(path, content=b"{}", headers=JSON)  # what is imported and compiled once
+    shared_client.post(path, content=b"{}", headers=JSON)  # what is imported and compiled once
     tracemalloc.start()
     try:
-        answer = client.post(path, content=raw, headers=JSON)
+        answer = shared_client.post(path, content=raw, headers=JSON)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
