@@ -371,13 +371,16 @@ def _trace_estimate(model: LoadedModel, prompt: str, samples: int) -> int:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = ["versions", "edits", "traces", "memory"]
-    p.add_argument("what", nargs="*", choices=[*choices, []], default=choices)
+    p.add_argument(
+        "what", nargs="*", choices=[*choices, []], help="default: all"
+    )  # [] is what no argument gives
     p.add_argument("--models", nargs="+", default=["shipped", "gpt2-small"], help="for versions and memory")
     p.add_argument("--model", default="shipped", help="for edits and traces")
     p.add_argument("--edits", type=int, nargs="+", default=[1, 10, 100, 500, 1000, 2000])
     p.add_argument("--rounds", type=int, default=2)
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
+    args.what = args.what or choices
     report = Report("scaling", args.device)
     texts = corpus_texts()
     if "versions" in args.what:
