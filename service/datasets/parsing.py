@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
@@ -67,13 +68,20 @@ def row_parser(parse_row: Callable[[Any, int], Record]) -> Parser:
 
 def validate_record(record: Record) -> Record:
     """Return the record. Raise InvalidInput if its prompt is invalid or its new object is empty."""
-    try:
+    with errors_name_record(record.name):
         fill_prompt(record.prompt, record.subject)
         if not record.target_new.strip():
             raise InvalidInput("the new object is empty: write some text.")
-    except InvalidInput as error:
-        raise InvalidInput(f"{record.name}: {error.detail}", "records") from None
     return record
+
+
+@contextmanager
+def errors_name_record(label: str) -> Iterator[None]:
+    """Put the name of the record before the detail of an InvalidInput."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise InvalidInput(f"{label}: {error.detail}", "records") from None
 
 
 def record_label(row: Any, place: int) -> str:
@@ -121,10 +129,8 @@ def fill_if_placeholder(prompt: str, subject: str, label: str) -> str:
     """Return the prompt with the subject in place of its `{}`, if it has one. Raise InvalidInput if it has several."""
     if PLACEHOLDER not in prompt:
         return prompt
-    try:
+    with errors_name_record(label):
         return fill_prompt(prompt, subject).text
-    except InvalidInput as error:
-        raise InvalidInput(f"{label}: {error.detail}", "records") from None
 
 
 def optional_tuple(value: str | None) -> tuple[str, ...]:

@@ -352,9 +352,8 @@ class DecodingBatch:
             i: r.logprob_recorder.top for i, r in enumerate(self.sequences) if r.logprob_recorder is not None
         }:
             rows = sampler.to_device_async(list(top_by_row), torch.long, self.model.device)
-            drawn = tokens[rows].clamp(
-                min=0
-            )  # a sequence without a valid token ends; its index must be valid
+            # A sequence without a valid token ends, but its index must be valid here.
+            drawn = tokens[rows].clamp(min=0)
             measured = measure_logprobs(logits[rows], drawn, max(top_by_row.values()))
             for i, measurement in zip(top_by_row, measured, strict=True):
                 measurements[i] = measurement

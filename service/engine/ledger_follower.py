@@ -87,9 +87,8 @@ class LedgerFollower:
             if isinstance(outcome, StepperResult):
                 self._reporter.record_capacity(version, outcome.result)
                 self._capacity = None
-        except (
-            Unavailable
-        ):  # of the ledger while it measures, or of the database where it is recorded: measure again
+        except Unavailable:
+            # A stepper cannot go on after an error, and has no second result when recording the first one failed.
             self._capacity = (version, self._replica.remaining_capacity_in_steps(version))
             raise
         except Exception:
