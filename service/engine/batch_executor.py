@@ -1,24 +1,17 @@
-"""Executes the scheduler's plans: one batch of sequences for each version, stepped with the version's weights in
-place."""
+"""Executes the scheduler's plans: the batches of each version, stepped with the version's weights in place."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from service.engine.decoding import DecodingBatch, DecodingSequence, TokenOutput
-from service.engine.scheduler import Scheduler
+from service.engine.scheduler import BatchKey, Scheduler
 from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.kit import metrics
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _VersionBatch:
-    weights: WeightOverrides
-    batch: DecodingBatch
 
 
 class BatchExecutor:
@@ -27,44 +20,54 @@ class BatchExecutor:
     def __init__(self, replica: VersionedModel, scheduler: Scheduler) -> None:
         self._replica = replica
         self._scheduler = scheduler
-        self._batches: dict[int, _VersionBatch] = {}
+        self._weights: dict[int, WeightOverrides] = {}
+        self._batches: dict[BatchKey, DecodingBatch] = {}
 
-    def add(self, version: int, weights: WeightOverrides, sequences: Sequence[DecodingSequence]) -> None:
-        """Admit sequences of a version."""
-        if version not in self._batches:
-            self._batches[version] = _VersionBatch(weights, DecodingBatch(self._replica.base, []))
-        self._scheduler.add(version, sequences)
+    def add(
+        self,
+        version: int,
+        weights: WeightOverrides,
+        sequences: Sequence[DecodingSequence],
+        caller: str,
+        cost: float,
+    ) -> None:
+        """Admit the sequences of a call (see `Scheduler.add`)."""
+        self._weights.setdefault(version, weights)
+        self._scheduler.add(version, sequences, caller, cost)
 
     def step(self) -> Iterator[list[TokenOutput]]:
         """Execute one plan. Yield the outputs of each batch as soon as it has been stepped."""
         plan = self._scheduler.schedule()
         if plan.prefill is not None:
-            running = self._batches[plan.prefill.version]
+            key = plan.prefill.batch
             batch = DecodingBatch(self._replica.base, plan.prefill.sequences)
-            outputs = self._step_batch(plan.prefill.version, running, batch, "prefill")
-            running.batch.merge(batch)
-            self._scheduler.update(plan.prefill.version, running.batch.sequences)
+            outputs = self._step_batch(key, batch, "prefill")
+            running = self._batches.setdefault(key, DecodingBatch(self._replica.base, []))
+            running.merge(batch)
+            self._scheduler.update(key, running.sequences)
             yield outputs
-        for version in plan.decode:
-            running = self._batches[version]
-            outputs = self._step_batch(version, running, running.batch, "decode")
-            self._scheduler.update(version, running.batch.sequences)
+        for key in plan.decode:
+            outputs = self._step_batch(key, self._batches[key], "decode")
+            self._scheduler.update(key, self._batches[key].sequences)
             yield outputs
-        for version in self._scheduler.drop_empty():
-            self._batches.pop(version, None)
+        for key in self._batches.keys() - self._scheduler.batches():
+            del self._batches[key]
+        for version in self._weights.keys() - self._scheduler.versions():
+            del self._weights[version]
 
-    def _step_batch(
-        self, version: int, running: _VersionBatch, batch: DecodingBatch, phase: str
-    ) -> list[TokenOutput]:
+    def _step_batch(self, key: BatchKey, batch: DecodingBatch, phase: str) -> list[TokenOutput]:
         """Step a batch. When that fails, its sequences are prefilled again one by one; one that fails alone ends."""
+        started = time.monotonic()
         try:
-            with self._replica.use_weights(running.weights):
+            with self._replica.use_weights(self._weights[key.version]):
                 return _step_with_metrics(phase, batch)
         except Exception:
-            log.exception("decode failed", extra={"version": version, "rows": len(batch)})
+            log.exception("decode failed", extra={"version": key.version, "rows": len(batch)})
+        finally:
+            self._scheduler.record_time(key.lane, time.monotonic() - started)
         sequences = [s for single in batch.split() for s in single.sequences]
         if len(sequences) > 1:
-            self._scheduler.retry(version, sequences)
+            self._scheduler.retry(key, sequences)
             return []
         return [TokenOutput(s, s.finish("error")) for s in sequences]
 

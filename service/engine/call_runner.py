@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from service.engine.calls import (
 from service.engine.comparison import run_comparison
 from service.engine.decoding import DecodingSequence, TokenOutput, new_sequences
 from service.engine.outbox import Outbox
-from service.engine.scheduler import MAX_PREFILL_TOKENS, Scheduler
+from service.engine.scheduler import MAX_LIGHT_SEQUENCES, MAX_PREFILL_TOKENS, Scheduler
 from service.engine.step_guard import check_step
 from service.engine.versioned_model import VersionedModel, WeightOverrides
 from service.errors import (
@@ -40,12 +40,14 @@ from service.errors import (
 from service.jobs.broker import Broker, Delivery
 from service.kit import crash_points, metrics
 from service.kit.steps import Progress, Stepper, advance
+from service.kit.time_share import TimeShare
 from service.kit.versions import resolve_version
 from service.models import memory_estimates
 from service.schemas import CompareRequest, WorkerGenerateRequest
 
 log = logging.getLogger(__name__)
 
+GENERATION_TIME_SHARE = 0.6  # of the time of calls, for generations beside comparisons
 WORKER_STOPPING = Unavailable("the worker is stopping: send the request again.")
 
 
@@ -76,7 +78,8 @@ class CallRunner:
         self._single_process = single_process
         self._admissions: deque[PendingAdmission] = deque()
         self._sequence_owners: dict[DecodingSequence, tuple[RunningGeneration, int]] = {}
-        self._comparisons: list[RunningComparison] = []
+        self._comparisons: deque[RunningComparison] = deque()
+        self._comparison_time_share = TimeShare(GENERATION_TIME_SHARE)
         self._reset_batches()
 
     def _reset_batches(self) -> None:
@@ -104,14 +107,32 @@ class CallRunner:
         owners = [generation for generation, _ in self._sequence_owners.values()]
         return list(dict.fromkeys([*owners, *waiting, *self._comparisons]))
 
-    def free_slots(self, kind: str) -> int:
-        """Return how many prompts (of kind "generate") or comparisons can be admitted."""
-        waiting = [a.call for a in self._admissions]
+    def can_admit(self, kind: str) -> bool:
+        """Return whether a call of some caller can be admitted."""
         if kind == "generate":
-            sequences = sum(len(call.sequences) for call in waiting if isinstance(call, RunningGeneration))
-            return max(0, self._scheduler.free_slots - sequences)
-        comparisons = sum(isinstance(call, RunningComparison) for call in waiting)
-        return self._max_comparisons - len(self._comparisons) - comparisons
+            return self._scheduler.is_open and self._waiting_sequences().total() < self._max_batch_size
+        return len(self._running_comparisons()) < self._max_comparisons
+
+    def busy_callers(self, kind: str) -> set[str]:
+        """Return the callers of whom no further call can be admitted now.
+
+        Several comparisons of one caller would only share its time.
+        """
+        if kind == "generate":
+            waiting = self._waiting_sequences()
+            many = {caller for caller, count in waiting.items() if count >= MAX_LIGHT_SEQUENCES}
+            return self._scheduler.busy_callers() | many
+        return {comparison.delivery.caller for comparison in self._running_comparisons()}
+
+    def _waiting_sequences(self) -> Counter[str]:
+        """Return how many sequences of each caller wait for their version."""
+        generations = [a.call for a in self._admissions if isinstance(a.call, RunningGeneration)]
+        return Counter(call.delivery.caller for call in generations for _ in call.sequences)
+
+    def _running_comparisons(self) -> list[RunningComparison]:
+        """Return all comparisons, also those that wait for their versions."""
+        waiting = [a.call for a in self._admissions if isinstance(a.call, RunningComparison)]
+        return [*self._comparisons, *waiting]
 
     # admission
 
@@ -147,7 +168,7 @@ class CallRunner:
         generation = RunningGeneration(delivery, request, version, sequences)
 
         def begin(weights: dict[int, WeightOverrides]) -> None:
-            self._executor.add(version, weights[version], sequences)
+            self._executor.add(version, weights[version], sequences, delivery.caller, delivery.cost)
 
         self._sequence_owners |= {s: (generation, i) for i, s in enumerate(sequences)}
         return PendingAdmission(generation, (version,), begin)
@@ -210,12 +231,14 @@ class CallRunner:
 
     def decode(self) -> None:
         """Prefill at most one group of sequences and decode one token of every running sequence."""
+        started = time.monotonic()
         for outputs in self._executor.step():
             check_step(self._replica, "decode")
             self._emit_tokens(outputs)
             self._outbox.flush()
             if outputs:
                 crash_points.crash_point("generate.after_token")
+        self._comparison_time_share.add_foreground(time.monotonic() - started)
 
     def _emit_tokens(self, outputs: Sequence[TokenOutput]) -> None:
         """Publish the tokens of one batch, then the ends of the generations that they finish."""
@@ -256,18 +279,26 @@ class CallRunner:
         log.info("generation ended", extra={**log_fields(generation.delivery), **fields})
 
     def step_comparisons(self) -> None:
-        """Run one step of every comparison."""
-        for comparison in list(self._comparisons):
-            try:
-                outcome = advance(comparison.steps)
-                check_step(self._replica, "compare")
-                if isinstance(outcome, Progress):
-                    continue
-                self._outbox.publish(comparison.channel, "end", outcome.result, last=True)
-                self._outbox.acknowledge(comparison.delivery)
-            except Exception as error:
-                self._fail(comparison.delivery, error)
-            self._drop(comparison)
+        """Run one step of the next comparison in turn, when it is due beside generations."""
+        if not self._scheduler:
+            self._comparison_time_share.reset()
+        if not (self._comparisons and self._comparison_time_share.background_is_due):
+            return
+        comparison = self._comparisons[0]
+        self._comparisons.rotate(-1)
+        started = time.monotonic()
+        try:
+            outcome = advance(comparison.steps)
+            check_step(self._replica, "compare")
+            if isinstance(outcome, Progress):
+                return
+            self._outbox.publish(comparison.channel, "end", outcome.result, last=True)
+            self._outbox.acknowledge(comparison.delivery)
+        except Exception as error:
+            self._fail(comparison.delivery, error)
+        finally:
+            self._comparison_time_share.add_background(time.monotonic() - started)
+        self._drop(comparison)
         self._outbox.flush()
 
     # cancellation and release

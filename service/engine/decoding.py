@@ -45,6 +45,7 @@ class DecodingSequence:
     output_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     echo_emitted: bool = False  #: whether the echo has been emitted
+    caller: str = ""  #: of the call that it belongs to
 
     @property
     def token_ids(self) -> list[int]:

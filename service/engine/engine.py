@@ -28,11 +28,12 @@ from service.engine.outbox import Outbox
 from service.engine.step_guard import check_step
 from service.engine.versioned_model import VersionedModel
 from service.errors import DigestMismatch, Unavailable
-from service.jobs.broker import Broker, Delivery
+from service.jobs.broker import Broker, CallerFilter, Delivery
 from service.jobs.job_kinds import CALL_KINDS, WORK_KINDS
 from service.jobs.job_store import JobStore
 from service.jobs.worker_session import WorkerSession
 from service.kit import crash_points, metrics
+from service.kit.time_share import TimeShare
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ BUILD_SLICE = 0.01  # seconds that short steps of building a version may take to
 class EngineConfig:
     """Limits of the engine, and how it shares its time."""
 
-    max_batch_size: int = 32  #: sequences that decode together
+    max_batch_size: int = 32  #: sequences of one lane that decode together
     max_edits_per_group: int = 1  #: waiting edits that run as one group
     kv_memory_fraction: float = 0.5  #: of the memory that is free at the start, for keys and values
     generation_time_share: float = 0.6  #: of the time, for calls beside background work
@@ -109,7 +110,7 @@ class Engine:
             self._follower.poll_soon,
         )
         self._background: deque[BackgroundWork] = deque([self._calls, self._follower, self._jobs])
-        self._generation_time_debt = 0.0  # seconds that calls are owed for the last background step
+        self._time_share = TimeShare(config.generation_time_share)
 
     @property
     def served_version(self) -> tuple[int, str] | None:
@@ -148,13 +149,13 @@ class Engine:
         self._calls.decode()
         self._calls.step_comparisons()
         ended = time.monotonic()
-        self._generation_time_debt = (
-            max(0.0, self._generation_time_debt - (ended - started)) if has_calls else 0.0
-        )
-        if self._generation_time_debt == 0:
+        if has_calls:
+            self._time_share.add_foreground(ended - started)
+        else:
+            self._time_share.reset()
+        if self._time_share.background_is_due:
             self._step_background(one=has_calls)
-            share = self._config.generation_time_share
-            self._generation_time_debt = (time.monotonic() - ended) * share / (1 - share)
+            self._time_share.add_background(time.monotonic() - ended)
         return busy
 
     def _step_background(self, one: bool) -> None:
@@ -183,21 +184,25 @@ class Engine:
 
     def _acceptable_kinds(self) -> tuple[str, ...]:
         """Return the kinds of work that can be admitted now."""
-        calls = (kind for kind in self._call_kinds if self._calls.free_slots(kind) > 0)
+        calls = (kind for kind in self._call_kinds if self._calls.can_admit(kind))
         return (*calls, *self._jobs.startable_kinds)
 
+    def _receive(self, timeout: float) -> list[Delivery]:
+        """Receive one delivery of those that can be admitted now."""
+        kinds = self._acceptable_kinds()
+        busy = {kind: self._calls.busy_callers(kind) for kind in kinds if kind in CALL_KINDS}
+        busy |= {kind: self._jobs.busy_callers(kind) for kind in kinds if kind not in CALL_KINDS}
+        return self._broker.receive(kinds, 1, timeout, CallerFilter(busy)) if kinds or timeout else []
+
     def _admit(self) -> None:
-        """Receive the work that can be admitted; all waiting generations at once, so that they are prefilled
+        """Receive the work that can be admitted. All waiting generations are admitted before a step prefills them
         together."""
-        while (kinds := self._acceptable_kinds()) and (deliveries := self._broker.receive(kinds, 1, 0)):
-            free_slots = self._calls.free_slots("generate") - 1
+        while deliveries := self._receive(0):
             self._start_all(deliveries)
-            if deliveries[0].kind == "generate" and free_slots > 0:
-                self._start_all(self._broker.receive(("generate",), free_slots, 0))
 
     def _idle(self) -> None:
         """Wait for work. A wake-up without a delivery means that the head of the ledger has moved."""
-        deliveries = self._broker.receive(self._acceptable_kinds(), 1, self._config.idle_timeout)
+        deliveries = self._receive(self._config.idle_timeout)
         if not deliveries:
             self._follower.poll_soon()
         self._start_all(deliveries)

@@ -1,7 +1,8 @@
 """Runs jobs one step at a time: claims them, applies their reports, and hands them back when the engine stops.
 
-A job of a more urgent kind suspends the running one. Another worker may take over a job whose lease has expired; the
-attempt number in the job's row is the fence, so a job runs on until the store rejects a write.
+A job of a more urgent kind suspends the running ones. Jobs of one kind and several callers share the time equally, so
+that no caller waits for the jobs of another. Another worker may take over a job whose lease has expired; the attempt
+number in the job's row is the fence, so a job runs on until the store rejects a write.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from service.engine.outbox import Outbox
 from service.engine.step_guard import check_step
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, DigestMismatch, LeaseLost, PalimpsestError, Unavailable
-from service.jobs.broker import Broker, Delivery
+from service.jobs.broker import Broker, CallerFilter, Delivery
 from service.jobs.job_kinds import WORK_KINDS
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit import metrics
@@ -27,6 +28,7 @@ from service.kit.steps import JobReporter, Phase, Progress, Stepper, StepperResu
 log = logging.getLogger(__name__)
 
 MAX_INTERRUPTIONS = 10  # times that an outage interrupts a job before the job fails
+MAX_GROUPS_PER_KIND = 4  # callers whose jobs of one kind run at the same time
 
 JobsById = dict[str, tuple[Delivery, ClaimedJob]]
 
@@ -52,12 +54,16 @@ class ReportQueue:
 
 @dataclass(eq=False)
 class JobGroup:
-    """Jobs that run in one stepper, and those of them that have not ended."""
+    """Jobs of one caller that run in one stepper, and those of them that have not ended."""
 
     kind: str
+    caller: str
     members: JobsById
     reporter: ReportQueue
     steps: Stepper[None]
+    seconds: float = (
+        0.0  #: that its steps took, and at the start those of the group with the least of its kind
+    )
     phase: str = ""  #: of the last step
 
     @property
@@ -72,7 +78,7 @@ class EditWorkers(Protocol):
 
 
 class JobRunner:
-    """The running group of jobs and those that it suspended. `on_job_end` is called when a job ends: the head may have
+    """The running groups of jobs and those that they suspended. `on_job_end` is called when a job ends: the head may have
     moved."""
 
     def __init__(
@@ -95,7 +101,7 @@ class JobRunner:
         self._kinds = tuple(kind for kind in WORK_KINDS if kind in handlers)
         self._max_edits_per_group = max_edits_per_group
         self._on_job_end = on_job_end
-        self._groups: list[JobGroup] = []  # the last one runs; each is more urgent than the one before
+        self._groups: list[JobGroup] = []  # those of the most urgent kind run
         self._interruptions: Counter[str] = Counter()
 
     @property
@@ -105,27 +111,47 @@ class JobRunner:
 
     @property
     def startable_kinds(self) -> tuple[str, ...]:
-        """The kinds of job that may start now: all, or those that are more urgent than the running one."""
-        return self._kinds[: self._kinds.index(self._groups[-1].kind)] if self._groups else self._kinds
+        """The kinds of job that may start now: those more urgent than the running ones, and theirs for other callers."""
+        if not self._groups:
+            return self._kinds
+        kind = self._running_kind
+        more_urgent = self._kinds[: self._kinds.index(kind)]
+        return more_urgent if len(self._groups_of(kind)) >= MAX_GROUPS_PER_KIND else (*more_urgent, kind)
+
+    def busy_callers(self, kind: str) -> set[str]:
+        """Return the callers whose jobs of a kind run, or are suspended, already."""
+        return {group.caller for group in self._groups_of(kind)}
+
+    @property
+    def _running_kind(self) -> str:
+        return min((group.kind for group in self._groups), key=self._kinds.index)
+
+    def _groups_of(self, kind: str) -> list[JobGroup]:
+        return [group for group in self._groups if group.kind == kind]
 
     def start(self, delivery: Delivery) -> None:
-        """Claim a job, and with an edit this worker's share of the waiting edits, and make their stepper."""
+        """Claim a job, and with an edit this worker's share of the waiting edits of its caller, and make their
+        stepper."""
         members = self._claim(delivery)
         if delivery.kind == "edit" and self._max_edits_per_group > 1:
-            members |= self._claim_more_edits()
+            members |= self._claim_more_edits(delivery.caller)
         if members:
             reporter = ReportQueue()
             steps = self._handlers[delivery.kind](reporter, *(job for _, job in members.values()))
-            self._groups.append(JobGroup(delivery.kind, members, reporter, steps))
+            least = min((group.seconds for group in self._groups_of(delivery.kind)), default=0.0)
+            group = JobGroup(delivery.kind, delivery.caller, members, reporter, steps, least)
+            self._groups.append(group)
 
-    def _claim_more_edits(self) -> JobsById:
-        """Claim an equal part of the waiting edits for each edit worker. Those that cannot be claimed wait again."""
+    def _claim_more_edits(self, caller: str) -> JobsById:
+        """Claim an equal part of the caller's waiting edits for each edit worker. Those that cannot be claimed wait
+        again."""
         members: JobsById = {}
         deliveries: list[Delivery] = []
         try:
-            share = -(-(self._broker.queue_depth("edit") + 1) // self._workers.count_edit_workers())
+            waiting = self._broker.queue_depth("edit", caller)
+            share = -(-(waiting + 1) // self._workers.count_edit_workers())
             if (count := min(self._max_edits_per_group, share) - 1) > 0:
-                deliveries = self._broker.receive(("edit",), count, 0)
+                deliveries = self._broker.receive(("edit",), count, 0, CallerFilter(only=caller))
             while deliveries:
                 members |= self._claim(deliveries[0])
                 deliveries.pop(0)
@@ -150,10 +176,11 @@ class JobRunner:
         return {job.id: (delivery, job)}
 
     def step(self) -> None:
-        """Run one step of the running group. An error of the step ends its jobs and nothing else."""
+        """Run one step of the running group that had the least time. An error of the step ends its jobs and nothing
+        else."""
         if not self._groups:
             return
-        group = self._groups[-1]
+        group = min(self._groups_of(self._running_kind), key=lambda group: group.seconds)
         started = time.monotonic()
         try:
             if all(self._job_store.cancel_requested(job) for job in group.jobs):
@@ -170,7 +197,9 @@ class JobRunner:
             else:
                 self._finish_group(group, error)
         else:
-            _observe_step(group.phase, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            group.seconds += seconds
+            _observe_step(group.phase, seconds)
             self._apply_reports(group)
             if isinstance(outcome, StepperResult):
                 self._finish_group(group)

@@ -1,62 +1,76 @@
 """Which sequences are prefilled and decoded in the next step. Pure bookkeeping: no tensors and no model.
 
-Each version has a queue of its own, so that no batch mixes two versions. A step prefills at most one group of new
-sequences and gives every version with running sequences one decode step.
+Each version has batches of its own, so that no batch mixes two versions. A step prefills at most one group of new
+sequences and gives the batches that are due one decode step.
+
+A caller with few sequences is not delayed by one with many. When a sequence is prefilled, it joins the light lane if its
+caller has few sequences, and the heavy lane otherwise. Each lane has its own places and batches. While the light lane
+has work, the heavy lane has the rest of a fixed share of the time. Waiting sequences are in an order that is fair between
+callers.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from enum import StrEnum
 
 from service.engine.decoding import DecodingSequence
+from service.kit.fair_queue import FairQueue
+from service.kit.time_share import TimeShare
 
 MAX_PREFILL_TOKENS = 1024  # prompt tokens of one prefill step, padding included
 MAX_PREFILL_SEQUENCES = 16  # sequences of one prefill step
+MAX_LIGHT_SEQUENCES = 4  # sequences of one caller in the light lane
+LIGHT_TIME_SHARE = 0.6  # of the time of generations, for the light lane beside the heavy one
+HEAVY_MEMORY_SHARE = 0.75  # of the memory of keys and values, for the heavy lane
 
 #: the bytes of keys and values of a batch: (sequences, positions) -> bytes
 KvBytes = Callable[[int, int], int]
 
 
-@dataclass(eq=False)
-class VersionQueue:
-    """The sequences of one version."""
+class Lane(StrEnum):
+    """A class of sequences, by how many their caller has."""
+
+    LIGHT = "light"
+    HEAVY = "heavy"
+
+
+@dataclass(frozen=True)
+class BatchKey:
+    """Names a batch: sequences of one version in one lane."""
 
     version: int
-    running: list[DecodingSequence] = field(default_factory=list)  #: prefilled
-    waiting: deque[DecodingSequence] = field(default_factory=deque)
-    to_retry: deque[DecodingSequence] = field(
-        default_factory=deque
-    )  #: prefilled again one by one after an error
+    lane: Lane
 
-    def __bool__(self) -> bool:
-        return bool(self.running or self.waiting or self.to_retry)
 
-    def next_prefill_group(
-        self, max_sequences: int, fits: Callable[[Sequence[DecodingSequence]], bool]
-    ) -> list[DecodingSequence]:
-        """Remove and return the next sequences to prefill together: at most `max_sequences`, and as many as fit."""
-        if self.to_retry:
-            return [self.to_retry.popleft()]
-        group: list[DecodingSequence] = []
-        width = 0
-        while self.waiting and len(group) < min(MAX_PREFILL_SEQUENCES, max_sequences):
-            width = max(width, len(self.waiting[0].token_ids))
-            if group and (len(group) + 1) * width > MAX_PREFILL_TOKENS:
-                break
-            if not fits([*group, self.waiting[0]]):
-                break
-            group.append(self.waiting.popleft())
-        return group
+@dataclass(eq=False)
+class LaneState:
+    """The sequences of one lane that were prefilled."""
+
+    running: dict[int, list[DecodingSequence]] = field(default_factory=dict)  #: by version
+    #: with their versions; prefilled again one by one after an error
+    to_retry: deque[tuple[int, DecodingSequence]] = field(default_factory=deque)
+
+    def __len__(self) -> int:
+        return len(self.to_retry) + sum(map(len, self.running.values()))
+
+    @property
+    def running_count(self) -> int:
+        return sum(map(len, self.running.values()))
+
+    def sequences(self) -> Iterator[DecodingSequence]:
+        for sequences in self.running.values():
+            yield from sequences
+        yield from (sequence for _, sequence in self.to_retry)
 
 
 @dataclass(frozen=True)
 class PrefillGroup:
-    """Sequences of one version that are prefilled together."""
+    """Sequences of one batch that are prefilled together."""
 
-    version: int
+    batch: BatchKey
     sequences: list[DecodingSequence]
 
 
@@ -65,70 +79,169 @@ class StepPlan:
     """What the next step executes."""
 
     prefill: PrefillGroup | None
-    decode: list[int]  #: versions whose running sequences decode one token
+    decode: list[BatchKey]  #: batches whose sequences decode one token
+
+    def __bool__(self) -> bool:
+        return self.prefill is not None or bool(self.decode)
 
 
 class Scheduler:
-    """Bounds the running sequences by `max_batch_size` and by the memory of their keys and values."""
+    """Bounds the running sequences of each lane by `max_batch_size`, and all by the memory of their keys and values."""
 
     def __init__(self, max_batch_size: int, kv_bytes: KvBytes, kv_memory_bytes: int | None = None) -> None:
-        self._queues: dict[int, VersionQueue] = {}
+        self._lanes = {lane: LaneState() for lane in Lane}
+        self._waiting: FairQueue[DecodingSequence, int] = FairQueue()  # with their versions
         self._max_batch_size = max_batch_size
         self._kv_bytes = kv_bytes
         self._kv_memory_bytes = kv_memory_bytes  # None: unknown, not bounded
+        self._time_share = TimeShare(LIGHT_TIME_SHARE)
+        self._heavy_lane_is_behind = False
 
     def __bool__(self) -> bool:
-        return bool(self._queues)
+        return bool(self._waiting) or any(self._lanes.values())
+
+    # admission
 
     @property
-    def free_slots(self) -> int:
-        """Sequences that may be admitted; 0 while admitted sequences wait for their prefill."""
-        if any(queue.waiting or queue.to_retry for queue in self._queues.values()):
-            return 0
-        return self._unused_slots()
+    def is_open(self) -> bool:
+        """Whether a call of a caller without sequences can be admitted."""
+        return any(self._is_open(lane) for lane in Lane)
 
-    def add(self, version: int, sequences: Sequence[DecodingSequence]) -> None:
-        """Queue sequences of a version for their prefill, the shortest prompts first."""
-        queue = self._queues.setdefault(version, VersionQueue(version))
-        queue.waiting.extend(sorted(sequences, key=lambda s: len(s.prompt_ids)))
+    def busy_callers(self) -> set[str]:
+        """Return the callers whose calls are not admitted now: their sequences would wait here."""
+        if self._is_open(Lane.HEAVY):
+            return set()
+        return {
+            caller for caller, count in self._sequences_by_caller().items() if count >= MAX_LIGHT_SEQUENCES
+        }
+
+    def _is_open(self, lane: Lane) -> bool:
+        """Return whether a sequence can join a lane.
+
+        None joins the heavy lane while the last step left others waiting for it, so that workers share the waiting
+        calls.
+        """
+        if lane is Lane.HEAVY and self._heavy_lane_is_behind:
+            return False
+        return len(self._lanes[lane]) + self._waiting_for(lane) < self._max_batch_size
+
+    def _waiting_for(self, lane: Lane) -> int:
+        return sum(other is lane for other in self._lanes_of_waiting().values())
+
+    def _lanes_of_waiting(self) -> dict[DecodingSequence, Lane]:
+        """Return the lane that each waiting sequence would join now, in their fair order."""
+        counts = self._sequences_by_caller()
+        return {
+            sequence: Lane.LIGHT if counts[sequence.caller] <= MAX_LIGHT_SEQUENCES else Lane.HEAVY
+            for sequence, _ in self._waiting
+        }
+
+    def _sequences_by_caller(self) -> Counter[str]:
+        prefilled = (s.caller for state in self._lanes.values() for s in state.sequences())
+        return Counter(prefilled) + Counter(s.caller for s, _ in self._waiting)
+
+    def add(self, version: int, sequences: Sequence[DecodingSequence], caller: str, cost: float) -> None:
+        """Queue the sequences of one call for their prefill, the shortest prompts first.
+
+        `cost` is that of the whole call, divided by the weight of its caller.
+        """
+        for sequence in sorted(sequences, key=lambda s: len(s.prompt_ids)):
+            sequence.caller = caller
+            self._waiting.add(sequence, version, caller, cost / len(sequences))
+
+    # steps
 
     def schedule(self) -> StepPlan:
         """Return the plan of the next step. The sequences of its prefill group leave the queue until `update`."""
-        decode = [version for version, queue in self._queues.items() if queue.running]
-        for queue in self._queues.values():
-            if group := queue.next_prefill_group(self._unused_slots(), partial(self._fits, queue)):
-                return StepPlan(PrefillGroup(queue.version, group), decode)
-        return StepPlan(None, decode)
+        for sequence in [s for s, _ in self._waiting if s.finish_reason is not None]:
+            self._waiting.remove(sequence)  # cancelled
+        plan = self._plan_lane(Lane.LIGHT)
+        if not plan:
+            self._time_share.reset()
+        if self._time_share.background_is_due:
+            heavy = self._plan_lane(Lane.HEAVY, prefill=plan.prefill is None)
+            plan = StepPlan(plan.prefill or heavy.prefill, plan.decode + heavy.decode)
+        self._heavy_lane_is_behind = bool(self._lanes[Lane.HEAVY].to_retry or self._waiting_for(Lane.HEAVY))
+        return plan
 
-    def update(self, version: int, running: Sequence[DecodingSequence]) -> None:
-        """Record the sequences of a version that run after a step."""
-        self._queues[version].running = list(running)
+    def _plan_lane(self, lane: Lane, prefill: bool = True) -> StepPlan:
+        decode = [
+            BatchKey(version, lane) for version, running in self._lanes[lane].running.items() if running
+        ]
+        return StepPlan(self._next_prefill_group(lane) if prefill else None, decode)
 
-    def retry(self, version: int, sequences: Sequence[DecodingSequence]) -> None:
+    def _next_prefill_group(self, lane: Lane) -> PrefillGroup | None:
+        """Remove the next sequences to prefill together, all of the version of the first one, and as many as fit."""
+        state = self._lanes[lane]
+        if state.to_retry:
+            version, sequence = state.to_retry.popleft()
+            return PrefillGroup(BatchKey(version, lane), [sequence])
+        free = min(MAX_PREFILL_SEQUENCES, self._max_batch_size - state.running_count)
+        group: list[DecodingSequence] = []
+        batch: BatchKey | None = None
+        width = 0
+        lanes = self._lanes_of_waiting()
+        for sequence, queued in self._waiting:
+            if lanes[sequence] is not lane or (batch is not None and queued.item != batch.version):
+                continue
+            batch = BatchKey(queued.item, lane)
+            width = max(width, len(sequence.token_ids))
+            too_wide = bool(group) and (len(group) + 1) * width > MAX_PREFILL_TOKENS
+            if len(group) >= free or too_wide or not self._fits(batch, [*group, sequence]):
+                break
+            group.append(sequence)
+        for sequence in group:
+            self._waiting.remove(sequence)
+        return PrefillGroup(batch, group) if batch is not None and group else None
+
+    def record_time(self, lane: Lane, seconds: float) -> None:
+        """Record the duration of a step of a batch."""
+        if lane is Lane.LIGHT:
+            self._time_share.add_foreground(seconds)
+        else:
+            self._time_share.add_background(seconds)
+
+    def update(self, batch: BatchKey, running: Sequence[DecodingSequence]) -> None:
+        """Record the sequences of a batch that run after a step."""
+        self._lanes[batch.lane].running[batch.version] = list(running)
+
+    def retry(self, batch: BatchKey, sequences: Sequence[DecodingSequence]) -> None:
         """Queue sequences whose step failed, to be prefilled again one by one."""
-        self._queues[version].to_retry.extend(sequences)
+        self._lanes[batch.lane].to_retry.extend((batch.version, sequence) for sequence in sequences)
 
-    def drop_empty(self) -> list[int]:
-        """Remove the versions without sequences and return them."""
-        empty = [version for version, queue in self._queues.items() if not queue]
-        for version in empty:
-            del self._queues[version]
-        return empty
+    def batches(self) -> set[BatchKey]:
+        """Return the batches with prefilled sequences."""
+        batches = set()
+        for lane, state in self._lanes.items():
+            state.running = {version: running for version, running in state.running.items() if running}
+            batches |= {
+                BatchKey(version, lane) for version in {*state.running, *(v for v, _ in state.to_retry)}
+            }
+        return batches
 
-    def _unused_slots(self) -> int:
-        return max(0, self._max_batch_size - sum(len(queue.running) for queue in self._queues.values()))
+    def versions(self) -> set[int]:
+        """Return the versions with sequences."""
+        return {queued.item for _, queued in self._waiting} | {batch.version for batch in self.batches()}
 
-    def _fits(self, queue: VersionQueue, new: Sequence[DecodingSequence]) -> bool:
+    def _fits(self, batch: BatchKey, new: Sequence[DecodingSequence]) -> bool:
         """Return whether the keys and values of all running sequences and the new ones fit at their full lengths.
 
         A single sequence always fits: its memory was checked at admission.
         """
         if self._kv_memory_bytes is None:
             return True
-        batches = [[*other.running, *(new if other is queue else ())] for other in self._queues.values()]
-        if sum(map(len, batches)) == 1:
+        running = {
+            BatchKey(version, lane): sequences
+            for lane, state in self._lanes.items()
+            for version, sequences in state.running.items()
+            if sequences
+        }
+        running[batch] = [*running.get(batch, []), *new]
+        if sum(map(len, running.values())) == 1:
             return True
-        needed = sum(
-            self._kv_bytes(len(batch), max(s.max_length for s in batch)) for batch in batches if batch
-        )
-        return self._kv_memory_bytes >= needed
+        needed = {
+            key: self._kv_bytes(len(rows), max(s.max_length for s in rows)) for key, rows in running.items()
+        }
+        heavy = sum(size for key, size in needed.items() if key.lane is Lane.HEAVY)
+        heavy_fits = batch.lane is Lane.LIGHT or heavy <= HEAVY_MEMORY_SHARE * self._kv_memory_bytes
+        return heavy_fits and sum(needed.values()) <= self._kv_memory_bytes

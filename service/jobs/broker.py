@@ -2,12 +2,14 @@
 
 A job is a row in the database, which is authoritative: the broker only delivers the job's id, and a lost notification
 costs time, never a job. A call has no row: its message is the whole request, and the broker leases it to a worker.
+
+Waiting work of one kind is fair between callers (`service/kit/fair_queue.py`). A caller is the actor that submitted it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -40,7 +42,9 @@ class Delivery:
     payload: dict[str, Any] = field(default_factory=dict)  #: the whole request of a call
     request_id: str = ""  #: of the HTTP request behind a call; that of a job is in its row
     deliveries: int = 1  #: deliveries of a call including this one; more than 1 when workers died
-    queued_at: float = 0.0  #: time at which a job was queued, on the clock of the broker
+    caller: str = ""
+    position: float = 0.0  #: in the queue of its kind
+    cost: float = 1.0  #: of a call, see `Broker.send_call`
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,39 @@ class OutgoingEvent:
     last: bool = False
 
 
+@dataclass(frozen=True)
+class CallerFilter:
+    """Whose work is received."""
+
+    excluded: Mapping[str, Collection[str]] = field(default_factory=dict)  #: callers by kind of work
+    only: str | None = None  #: a caller
+
+    def admits(self, kind: str, caller: str) -> bool:
+        return caller not in self.excluded.get(kind, ()) and self.only in (None, caller)
+
+
+EVERYONE = CallerFilter()
+
+
 class Broker(Protocol):
-    def notify(self, job_id: str, kind: str) -> None:
-        """Queue the id of a job whose row is committed. Has no effect while the id waits."""
+    def notify(self, job_id: str, kind: str, caller: str = "", cost: float = 1.0) -> None:
+        """Queue the id of a job whose row is committed. Has no effect while the id waits.
+
+        `cost` is the service that the job needs, divided by the weight of its caller.
+        """
 
     def send_call(
-        self, kind: str, payload: dict[str, Any], request_id: str = "", channel: str | None = None
+        self,
+        kind: str,
+        payload: dict[str, Any],
+        request_id: str = "",
+        channel: str | None = None,
+        caller: str = "",
+        cost: float = 1.0,
     ) -> str:
         """Queue a generation or a comparison and return its channel.
+
+        `cost` is the number of its tokens, divided by the weight of its caller.
 
         With a `channel` the same call is sent again after the broker lost it, which `is_pending` shows. This has no
         effect on a call that waits, is leased or has ended.
@@ -69,8 +98,10 @@ class Broker(Protocol):
     def is_pending(self, channel: str) -> bool:
         """Return whether a call waits or is leased. False once it has ended or when the broker has lost it."""
 
-    def receive(self, kinds: Sequence[str], limit: int, timeout: float) -> list[Delivery]:
-        """Return up to `limit` deliveries of one kind, the first of `kinds` with any, oldest first.
+    def receive(
+        self, kinds: Sequence[str], limit: int, timeout: float, callers: CallerFilter = EVERYONE
+    ) -> list[Delivery]:
+        """Return up to `limit` deliveries of one kind, the first of `kinds` with any, in the order that is fair.
 
         Waits at most `timeout` seconds for the first one (0: not at all). Returns an empty list after `wake`.
         """
@@ -86,7 +117,7 @@ class Broker(Protocol):
         """Remove a call that was answered. Has no effect when the lease is lost, or on a job."""
 
     def nack(self, delivery: Delivery) -> None:
-        """Return a delivery that was not begun: it waits again before the others of its kind, in its old order.
+        """Return a delivery that was not begun: it waits again, in its old place.
 
         Has no effect on a call whose lease is lost.
         """
@@ -118,8 +149,8 @@ class Broker(Protocol):
     def wake(self) -> None:
         """Make one `receive`, blocked now or called next, return at once."""
 
-    def queue_depth(self, kind: str) -> int:
-        """Return the number of deliveries of this kind that wait."""
+    def queue_depth(self, kind: str, caller: str | None = None) -> int:
+        """Return the number of deliveries of this kind that wait, of one caller or of all."""
 
     def oldest_age(self, kind: str) -> float:
         """Return the seconds for which the oldest of them has waited; 0 when none waits."""

@@ -7,12 +7,13 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
-from service.jobs.broker import Delivery, Event, OutgoingEvent
+from service.jobs.broker import EVERYONE, CallerFilter, Delivery, Event, OutgoingEvent
 from service.jobs.job_kinds import CALL_KINDS, WORK_KINDS
+from service.kit.fair_queue import FairQueue
 from service.kit.ids import new_id
 
 Listener = tuple[asyncio.AbstractEventLoop, asyncio.Event]
@@ -53,9 +54,8 @@ class MemoryBroker:
         self.max_idle_channels = max_idle_channels
         self._lock = threading.RLock()
         self._work_available = threading.Condition(self._lock)
-        self._queues: dict[str, OrderedDict[str, Delivery]] = {kind: OrderedDict() for kind in WORK_KINDS}
+        self._queues: dict[str, FairQueue[str, Delivery]] = {kind: FairQueue() for kind in WORK_KINDS}
         self._leased_calls: dict[str, Delivery] = {}
-        self._requeued: set[str] = set()  # ids of the deliveries that wait again
         self._enqueued_at: dict[str, float] = {}  # job or channel that waits -> time
         self._channels: OrderedDict[str, _Channel] = OrderedDict()  # the one used last comes last
         self._closed_channels: OrderedDict[str, _Channel] = OrderedDict()  # closed channels, oldest first
@@ -67,45 +67,62 @@ class MemoryBroker:
 
     # deliveries
 
-    def notify(self, job_id: str, kind: str) -> None:
-        with self._work_available:
-            if job_id not in self._queues[kind]:
-                self._queues[kind][job_id] = Delivery(job_id, kind, job_id)
-                self._enqueued_at[job_id] = time.monotonic()
-                self._work_available.notify_all()
+    def notify(self, job_id: str, kind: str, caller: str = "", cost: float = 1.0) -> None:
+        self._enqueue(Delivery(job_id, kind, job_id, caller=caller), cost)
 
     def send_call(
-        self, kind: str, payload: dict[str, Any], request_id: str = "", channel: str | None = None
+        self,
+        kind: str,
+        payload: dict[str, Any],
+        request_id: str = "",
+        channel: str | None = None,
+        caller: str = "",
+        cost: float = 1.0,
     ) -> str:
         channel = channel or new_id("call")
-        with self._work_available:
-            self._queues[kind][channel] = Delivery(channel, kind, channel, payload, request_id)
-            self._enqueued_at[channel] = time.monotonic()
-            self._work_available.notify_all()
+        self._enqueue(Delivery(channel, kind, channel, payload, request_id, caller=caller, cost=cost), cost)
         return channel
+
+    def _enqueue(self, delivery: Delivery, cost: float) -> None:
+        with self._work_available:
+            queue = self._queues[delivery.kind]
+            if delivery.job_id not in queue:
+                queue.add(delivery.job_id, delivery, delivery.caller, cost)
+                self._enqueued_at[delivery.job_id] = time.monotonic()
+                self._work_available.notify_all()
 
     def is_pending(self, channel: str) -> bool:
         with self._lock:
             return channel in self._leased_calls or any(channel in queue for queue in self._queues.values())
 
-    def receive(self, kinds: Sequence[str], limit: int, timeout: float) -> list[Delivery]:
+    def receive(
+        self, kinds: Sequence[str], limit: int, timeout: float, callers: CallerFilter = EVERYONE
+    ) -> list[Delivery]:
         deadline = time.monotonic() + timeout
         with self._work_available:
-            while not (self._closed or self._wakeup_pending or any(self._queues[kind] for kind in kinds)):
+            while not (received := self._dequeue(kinds, limit, callers)):
                 remaining = deadline - time.monotonic()
-                if remaining <= 0 or not self._work_available.wait(remaining):
+                if self._closed or self._wakeup_pending or remaining <= 0:
                     break
+                self._work_available.wait(remaining)
             self._wakeup_pending = False
-            queue = next((self._queues[kind] for kind in kinds if self._queues[kind]), None)
-            if queue is None or self._closed:
-                return []
-            received = [queue.popitem(last=False)[1] for _ in range(min(limit, len(queue)))]
-            for delivery in received:
-                if delivery.kind in CALL_KINDS:
-                    self._leased_calls[delivery.id] = delivery
-                self._enqueued_at.pop(delivery.job_id, None)
-                self._requeued.discard(delivery.id)
             return received
+
+    def _dequeue(self, kinds: Sequence[str], limit: int, callers: CallerFilter) -> list[Delivery]:
+        received: list[Delivery] = []
+        for kind in () if self._closed else kinds:
+            queue = self._queues[kind]
+            while len(received) < limit:
+                key = queue.first(callers.excluded.get(kind, ()), callers.only)
+                if key is None:
+                    break
+                queued = queue.remove(key)
+                self._enqueued_at.pop(key, None)
+                received.append(replace(queued.item, position=queued.position))
+            if received:
+                break
+        self._leased_calls |= {delivery.id: delivery for delivery in received if delivery.kind in CALL_KINDS}
+        return received
 
     def holds_lease(self, delivery: Delivery) -> bool:
         with self._lock:
@@ -119,16 +136,10 @@ class MemoryBroker:
         with self._work_available:
             if delivery.kind in CALL_KINDS and self._leased_calls.pop(delivery.id, None) is None:
                 return
-            queue = self._queues[delivery.kind]
-            queue.pop(delivery.job_id, None)
-            others = [d for d in queue.values() if d.id not in self._requeued]
-            self._requeued.add(delivery.id)
-            queue[delivery.job_id] = (
-                delivery  # after the deliveries that were returned before it, and before all others
+            self._queues[delivery.kind].put_back(
+                delivery.job_id, delivery, delivery.caller, delivery.position
             )
-            for other in others:
-                queue.move_to_end(other.job_id)
-            self._enqueued_at[delivery.job_id] = time.monotonic()
+            self._enqueued_at.setdefault(delivery.job_id, time.monotonic())
             self._work_available.notify_all()
 
     def wake(self) -> None:
@@ -136,13 +147,14 @@ class MemoryBroker:
             self._wakeup_pending = True
             self._work_available.notify_all()
 
-    def queue_depth(self, kind: str) -> int:
+    def queue_depth(self, kind: str, caller: str | None = None) -> int:
         with self._lock:
-            return len(self._queues[kind])
+            queue = self._queues[kind]
+            return len(queue) if caller is None else queue.count_of(caller)
 
     def oldest_age(self, kind: str) -> float:
         with self._lock:
-            enqueued = [self._enqueued_at[job_id] for job_id in self._queues[kind]]
+            enqueued = [self._enqueued_at[job_id] for job_id, _ in self._queues[kind]]
             return time.monotonic() - min(enqueued) if enqueued else 0.0
 
     # events

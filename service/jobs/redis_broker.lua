@@ -1,9 +1,13 @@
 -- The commands of the Redis broker. Redis runs each one atomically.
 --
 -- ARGV is the command, the prefix of every key, and the arguments of the command. The keys:
---   waiting:KIND           sorted set of what waits to be received, scored by the time of enqueueing in microseconds;
---                          for a kind of job it is the whole queue
---   ready:KIND, retry:KIND streams of the calls that wait or are leased; `retry` is delivered before `ready`
+--   queue:KIND             sorted set of what waits to be received, as 'CALLER ID', scored by its position in a queue that
+--                          is fair between callers (service/kit/fair_queue.py)
+--   enqueued:KIND          sorted set of the ids that wait, scored by the time of enqueueing in microseconds
+--   ends:KIND              hash from a caller to the position at which its newest item ends
+--   virtual_time:KIND      the position of the item that was received last
+--   call:CALL              hash with the fields of a call that waits
+--   leased:KIND            stream of the calls that are leased
 --   owner:CALL             the token that may publish on the call's channel; "" while the call waits again
 --   last_reply:CONSUMER    the last non-empty reply to `receive`, sent again when the consumer did not get it
 --   events:CHANNEL         stream of a channel's events
@@ -17,6 +21,7 @@
 local command, prefix = ARGV[1], ARGV[2]
 local GROUP = 'workers'
 local MAX_EVENTS, OPEN_TTL_SECONDS, ENDED_TTL_SECONDS = 4096, 3600, 300
+local PAGE = 100 -- items of a queue that are read at once
 
 local function key(name, of) return prefix .. ':' .. name .. (of and ':' .. of or '') end
 
@@ -45,16 +50,60 @@ local function last_wakeup()
   return newest and newest[1] or '0-0'
 end
 
-local function enqueue_job(kind, id, queued_at)
-  if redis.call('ZADD', key('waiting', kind), 'NX', queued_at, id) == 1 then wake_receivers() end
+local function enqueue(kind, caller, id, position) -- returns whether it did not wait yet
+  if redis.call('ZADD', key('enqueued', kind), 'NX', now(), id) == 0 then return false end
+  redis.call('ZADD', key('queue', kind), position, caller .. ' ' .. id)
+  wake_receivers()
+  return true
 end
 
-local function enqueue_call(queue, kind, channel, payload, request, failed_deliveries)
-  if redis.call('ZADD', key('waiting', kind), 'NX', now(), channel) == 1 then
-    redis.call('XADD', key(queue, kind), '*',
-      'id', channel, 'payload', payload, 'request', request, 'failed_deliveries', failed_deliveries)
-    wake_receivers()
+local function virtual_time(kind) return tonumber(redis.call('GET', key('virtual_time', kind))) or 0 end
+
+local function new_position(kind, caller, cost)
+  local last_end = tonumber(redis.call('HGET', key('ends', kind), caller)) or 0
+  local position = math.max(virtual_time(kind), last_end)
+  return position, position + cost
+end
+
+local function enqueue_new(kind, caller, id, cost)
+  local position, position_of_end = new_position(kind, caller, cost)
+  if not enqueue(kind, caller, id, position) then return false end
+  redis.call('HSET', key('ends', kind), caller, string.format('%.17g', position_of_end))
+  return true
+end
+
+local function enqueue_again(kind, caller, id, position) -- in its old place, also when Redis has lost its data since
+  return enqueue(kind, caller, id, math.min(tonumber(position), virtual_time(kind)))
+end
+
+local function store_call(channel, caller, cost, payload, request, failed_deliveries)
+  redis.call('HSET', key('call', channel), 'caller', caller, 'cost', cost,
+    'payload', payload, 'request', request, 'failed_deliveries', failed_deliveries)
+end
+
+-- Removes up to `limit` items of callers that are admitted, in order; returns {id, caller, position}.
+local function dequeue(kind, limit, excluded, only)
+  local queue, received, start = key('queue', kind), {}, 0
+  local is_excluded = {}
+  for _, caller in ipairs(excluded) do is_excluded[caller] = true end
+  while #received < limit do
+    local page = redis.call('ZRANGE', queue, start, start + PAGE - 1, 'WITHSCORES')
+    if #page == 0 then break end
+    for i = 1, #page, 2 do
+      local caller, id = string.match(page[i], '^(.*) (%S+)$')
+      if #received < limit and not is_excluded[caller] and (not only or only == caller) then
+        received[#received + 1] = {id, caller, page[i + 1], page[i]}
+      end
+    end
+    start = start + PAGE
   end
+  for _, item in ipairs(received) do
+    redis.call('ZREM', queue, item[4])
+    redis.call('ZREM', key('enqueued', kind), item[1])
+    if tonumber(item[3]) > virtual_time(kind) then redis.call('SET', key('virtual_time', kind), item[3]) end
+  end
+  if redis.call('EXISTS', queue) == 0 then redis.call('DEL', key('ends', kind), key('virtual_time', kind)) end
+  return received
 end
 
 local function remove(stream, entry)
@@ -62,16 +111,14 @@ local function remove(stream, entry)
   redis.call('XDEL', stream, entry)
 end
 
-local function read(stream, consumer, limit)
-  local function read_new()
-    return redis.pcall('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', limit, 'STREAMS', stream, '>')
-  end
-  local reply = read_new()
-  if reply and reply.err then -- the group starts at 0, so that calls sent before the first worker are delivered
-    redis.call('XGROUP', 'CREATE', stream, GROUP, 0, 'MKSTREAM')
-    reply = read_new()
-  end
-  return reply and reply[1][2] or {}
+-- Adds a call to the stream of the leased ones, as an entry that this consumer holds; returns its id.
+local function lease_entry(kind, consumer, channel, call)
+  local stream = key('leased', kind)
+  redis.pcall('XGROUP', 'CREATE', stream, GROUP, 0, 'MKSTREAM')
+  local entry = redis.call('XADD', stream, '*', 'id', channel, 'payload', call.payload, 'request', call.request,
+    'failed_deliveries', call.failed_deliveries, 'caller', call.caller, 'position', call.position, 'cost', call.cost)
+  redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', 1, 'STREAMS', stream, '>')
+  return stream, entry
 end
 
 local function is_pending(consumer, stream, entry)
@@ -104,57 +151,56 @@ end
 local commands = {}
 
 function commands.notify() -- idempotent: a job waits at most once
-  local kind, id = ARGV[3], ARGV[4]
-  enqueue_job(kind, id, now())
+  local kind, id, caller, cost = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+  enqueue_new(kind, caller, id, cost)
 end
 
 function commands.put_back() -- a job that was received and not claimed waits again, in its old place
-  local kind, id, queued_at = ARGV[3], ARGV[4], ARGV[5]
-  enqueue_job(kind, id, queued_at)
+  local kind, id, caller, position = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+  enqueue_again(kind, caller, id, position)
 end
 
 function commands.send_call() -- idempotent: no effect while the call waits or is leased, or after it has ended
-  local kind, channel, payload, request = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-  if redis.call('EXISTS', key('owner', channel)) == 0 and not last_event(channel).last then
-    enqueue_call('ready', kind, channel, payload, request, 0)
+  local kind, channel, payload, request, caller, cost = ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+  if redis.call('EXISTS', key('owner', channel)) == 0 and not last_event(channel).last
+    and enqueue_new(kind, caller, channel, cost) then
+    store_call(channel, caller, cost, payload, request, 0)
   end
 end
 
 function commands.receive() -- idempotent for one sequence number of a consumer
   local consumer, sequence, ttl, limit = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
+  local only = ARGV[7] == '1' and ARGV[8] or nil
   local earlier_reply = redis.call('HGET', key('last_reply', consumer), sequence)
   if earlier_reply then return cjson.decode(earlier_reply) end
   local calls, jobs = {}, {}
 
-  local function receive_calls(queue, kind)
-    local stream = key(queue, kind)
-    while #calls < limit and redis.call('ZCARD', key('waiting', kind)) > 0 do
-      local entries = read(stream, consumer, limit - #calls)
-      if #entries == 0 then return end
-      for _, entry in ipairs(entries) do
-        local call, token = fields(entry), sequence .. '.' .. #calls
-        local newest = last_event(call.id)
-        redis.call('ZREM', key('waiting', kind), call.id)
-        if newest.last then -- a worker that had lost the lease has answered it
-          remove(stream, entry[1])
-          redis.call('DEL', key('owner', call.id))
-        else
-          redis.call('SET', key('owner', call.id), token)
-          calls[#calls + 1] = {stream, entry[1], token, kind, call.id, call.payload, call.request,
-            call.failed_deliveries, newest.publisher or ''}
-        end
-      end
+  local function receive_call(kind, channel, caller, position)
+    local call, newest = fields({'', redis.call('HGETALL', key('call', channel))}), last_event(channel)
+    redis.call('DEL', key('call', channel))
+    if newest.last then -- a worker that had lost the lease has answered it
+      redis.call('DEL', key('owner', channel))
+      return
     end
+    call.position = position
+    local token = sequence .. '.' .. #calls
+    local stream, entry = lease_entry(kind, consumer, channel, call)
+    redis.call('SET', key('owner', channel), token)
+    calls[#calls + 1] = {stream, entry, token, kind, channel, call.payload, call.request,
+      call.failed_deliveries, newest.publisher or '', caller, position, call.cost}
   end
 
-  for i = 7, #ARGV, 2 do
-    local kind, is_call = ARGV[i], ARGV[i + 1] == '1'
+  for _, request in ipairs(cjson.decode(ARGV[9])) do
+    local kind, is_call, excluded = request[1], request[2], request[3]
     if is_call then
-      receive_calls('retry', kind)
-      receive_calls('ready', kind)
+      repeat
+        local received = dequeue(kind, limit - #calls, excluded, only)
+        for _, item in ipairs(received) do receive_call(kind, item[1], item[2], item[3]) end
+      until #received == 0 or #calls == limit
     else
-      local popped = redis.call('ZPOPMIN', key('waiting', kind), limit)
-      for n = 1, #popped, 2 do jobs[#jobs + 1] = {kind, popped[n], popped[n + 1]} end
+      for _, item in ipairs(dequeue(kind, limit, excluded, only)) do
+        jobs[#jobs + 1] = {kind, item[1], item[2], item[3]}
+      end
     end
     if #calls + #jobs > 0 then break end
   end
@@ -178,11 +224,14 @@ end
 function commands.nack() -- also for a call that Redis has lost, unless another consumer received it since
   local consumer, stream, entry, channel, since = ARGV[3], ARGV[4], ARGV[5], ARGV[6], ARGV[7]
   local kind, payload, request, failed_deliveries = ARGV[8], ARGV[9], ARGV[10], ARGV[11]
+  local caller, position, cost = ARGV[12], ARGV[13], ARGV[14]
   local owner = redis.call('GET', key('owner', channel))
   if not is_pending(consumer, stream, entry) and (since == epoch() or owner) then return end
   remove(stream, entry)
   redis.call('SET', key('owner', channel), '')
-  enqueue_call('retry', kind, channel, payload, request, failed_deliveries)
+  if enqueue_again(kind, caller, channel, position) then
+    store_call(channel, caller, cost, payload, request, failed_deliveries)
+  end
 end
 
 function commands.renew() -- returns the indices of the leases that are lost
@@ -200,9 +249,9 @@ function commands.renew() -- returns the indices of the leases that are lost
 end
 
 function commands.reclaim() -- requeues one page of expired leases; returns the next cursor and the dead letters
-  local queue, kind, cursor = ARGV[3], ARGV[4], ARGV[5]
-  local lease, max_deliveries, error = ARGV[6], tonumber(ARGV[7]), ARGV[8]
-  local stream, dead_letters = key(queue, kind), {}
+  local kind, cursor = ARGV[3], ARGV[4]
+  local lease, max_deliveries, error = ARGV[5], tonumber(ARGV[6]), ARGV[7]
+  local stream, dead_letters = key('leased', kind), {}
   local page = redis.pcall('XAUTOCLAIM', stream, GROUP, 'reclaimer', lease, cursor, 'COUNT', 100)
   if page.err then return {'0-0', dead_letters} end -- no group: nothing was ever received
   for _, entry in ipairs(page[2]) do
@@ -212,7 +261,9 @@ function commands.reclaim() -- requeues one page of expired leases; returns the 
       remove(stream, entry[1])
       if failed_deliveries < max_deliveries then
         redis.call('SET', key('owner', call.id), '')
-        enqueue_call('retry', kind, call.id, call.payload, call.request, failed_deliveries)
+        if enqueue_again(kind, call.caller, call.id, call.position) then
+          store_call(call.id, call.caller, call.cost, call.payload, call.request, failed_deliveries)
+        end
       else
         redis.call('DEL', key('owner', call.id))
         if not last_event(call.id).last then
@@ -262,8 +313,21 @@ function commands.wake() redis.call('SET', key('last_explicit_wakeup'), wake_rec
 
 function commands.wake_receivers() wake_receivers() end
 
+function commands.count_waiting() -- of one caller
+  local kind, caller, count, start = ARGV[3], ARGV[4], 0, 0
+  local page
+  repeat
+    page = redis.call('ZRANGE', key('queue', kind), start, start + PAGE - 1)
+    for _, member in ipairs(page) do
+      if string.match(member, '^(.*) %S+$') == caller then count = count + 1 end
+    end
+    start = start + PAGE
+  until #page < PAGE
+  return count
+end
+
 function commands.oldest_age() -- in microseconds
-  local oldest = redis.call('ZRANGE', key('waiting', ARGV[3]), 0, 0, 'WITHSCORES')
+  local oldest = redis.call('ZRANGE', key('enqueued', ARGV[3]), 0, 0, 'WITHSCORES')
   return oldest[2] and now() - oldest[2] or 0
 end
 

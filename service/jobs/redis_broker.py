@@ -1,9 +1,9 @@
 """The broker on Redis: any number of API processes and workers, on any number of machines.
 
-The queue of a kind of job is a sorted set of job ids. An id leaves it when a worker receives it: the worker then claims
-the row in SQL, and the lease of the job is the worker's heartbeat there.
+The queue of a kind of work is a sorted set of ids, in an order that is fair between callers. An id leaves it when a worker
+receives it. The worker then claims the row of a job in SQL, and the lease of the job is the worker's heartbeat there.
 
-Calls are entries of Redis Streams with a consumer group. The worker that received a call renews its lease from a
+A call that a worker received is an entry of a Redis Stream with a consumer group. The worker renews its lease from a
 thread. An expired lease is reclaimed, and a call whose workers died too often ends with an error (a dead letter). An
 operation that must be atomic is a command of `redis_broker.lua`.
 
@@ -29,7 +29,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from service.errors import AttemptsExhausted, Unavailable, error_document
-from service.jobs.broker import Delivery, Event, OutgoingEvent
+from service.jobs.broker import EVERYONE, CallerFilter, Delivery, Event, OutgoingEvent
 from service.jobs.job_kinds import CALL_KINDS
 from service.jobs.redis_connection import (
     as_unavailable,
@@ -103,32 +103,40 @@ class RedisBroker:
 
     # deliveries
 
-    def notify(self, job_id: str, kind: str) -> None:
-        self._run_script("notify", kind, job_id)
+    def notify(self, job_id: str, kind: str, caller: str = "", cost: float = 1.0) -> None:
+        self._run_script("notify", kind, job_id, caller, cost)
 
     def send_call(
-        self, kind: str, payload: dict[str, Any], request_id: str = "", channel: str | None = None
+        self,
+        kind: str,
+        payload: dict[str, Any],
+        request_id: str = "",
+        channel: str | None = None,
+        caller: str = "",
+        cost: float = 1.0,
     ) -> str:
         channel = channel or new_id("call")
-        self._run_script("send_call", kind, channel, json.dumps(payload), request_id)
+        self._run_script("send_call", kind, channel, json.dumps(payload), request_id, caller, cost)
         return channel
 
     def is_pending(self, channel: str) -> bool:
         with translate_redis_errors(), self._redis.pipeline() as pipeline:
             for kind in CALL_KINDS:
-                pipeline.zscore(self._key("waiting", kind), channel)
+                pipeline.zscore(self._key("enqueued", kind), channel)
             pipeline.get(self._key("owner", channel))
             *waiting_since, owner = pipeline.execute()
             return bool(owner) or any(since is not None for since in waiting_since)
 
-    def receive(self, kinds: Sequence[str], limit: int, timeout: float) -> list[Delivery]:
+    def receive(
+        self, kinds: Sequence[str], limit: int, timeout: float, callers: CallerFilter = EVERYONE
+    ) -> list[Delivery]:
         deadline = time.monotonic() + timeout
         with self._lock:
             self._active_receives += 1
         try:
             self._start_lease_thread()
             while not self._closed.is_set():
-                received, was_woken, last_wakeup = self._receive_once(kinds, limit)
+                received, was_woken, last_wakeup = self._receive_once(kinds, limit, callers)
                 remaining = deadline - time.monotonic()
                 if received or was_woken or remaining <= 0:
                     return received
@@ -141,11 +149,13 @@ class RedisBroker:
                 self._active_receives -= 1
                 self._receives_finished.notify_all()
 
-    def _receive_once(self, kinds: Sequence[str], limit: int) -> tuple[list[Delivery], bool, str]:
+    def _receive_once(
+        self, kinds: Sequence[str], limit: int, callers: CallerFilter
+    ) -> tuple[list[Delivery], bool, str]:
         """Return what waits now, whether `wake` was called since the last time, and the id of the last wakeup."""
         with self._lock:
             sequence = self._unacked_requests.pop() if self._unacked_requests else next(self._request_seq)
-        kinds_and_flags = chain.from_iterable((kind, int(kind in CALL_KINDS)) for kind in kinds)
+        wanted = [(kind, kind in CALL_KINDS, list(callers.excluded.get(kind, ()))) for kind in kinds]
         try:
             calls, jobs, epoch, last_wakeup, last_explicit_wakeup = self._run_script(
                 "receive",
@@ -153,7 +163,9 @@ class RedisBroker:
                 f"{self._consumer}.{sequence}",
                 int(self.lease * 1000),
                 limit,
-                *kinds_and_flags,
+                int(callers.only is not None),
+                callers.only or "",
+                json.dumps(wanted),
             )
         except Unavailable:
             self._unacked_requests.append(sequence)  # the same sequence number returns a reply that was lost
@@ -162,7 +174,10 @@ class RedisBroker:
             received = [self._record_lease(epoch, *call) for call in calls]
             was_woken, self._last_wakeup = last_explicit_wakeup != self._last_wakeup, last_explicit_wakeup
         deliveries = [delivery for delivery in received if delivery is not None]
-        deliveries += [Delivery(job_id, kind, job_id, queued_at=float(time)) for kind, job_id, time in jobs]
+        deliveries += [
+            Delivery(job_id, kind, job_id, caller=caller, position=float(position))
+            for kind, job_id, caller, position in jobs
+        ]
         return deliveries, was_woken, last_wakeup
 
     def _record_lease(
@@ -177,12 +192,26 @@ class RedisBroker:
         request_id: str,
         failed_deliveries: str,
         last_publisher: str,
+        caller: str,
+        position: str,
+        cost: str,
     ) -> Delivery | None:
         """Record the lease of a received call and return its delivery.
 
         None for a call that this broker already holds and that was redelivered: its work continues under the new lease.
         """
-        delivery = Delivery(token, kind, channel, json.loads(payload), request_id, int(failed_deliveries) + 1)
+        deliveries = int(failed_deliveries) + 1
+        delivery = Delivery(
+            token,
+            kind,
+            channel,
+            json.loads(payload),
+            request_id,
+            deliveries,
+            caller,
+            float(position),
+            float(cost),
+        )
         lease = _Lease(delivery, stream, entry_id, token, epoch)
         previous = self._leases_by_channel.get(channel)
         if previous is not None and not previous.lost:
@@ -212,11 +241,14 @@ class RedisBroker:
 
     def nack(self, delivery: Delivery) -> None:
         if delivery.kind not in CALL_KINDS:
-            self._run_script("put_back", delivery.kind, delivery.job_id, int(delivery.queued_at))
+            self._run_script(
+                "put_back", delivery.kind, delivery.job_id, delivery.caller, repr(delivery.position)
+            )
         elif lease := self._lease_of(delivery):
             position = (lease.stream, lease.entry_id, delivery.job_id, lease.epoch)
             call = (delivery.kind, json.dumps(delivery.payload), delivery.request_id, delivery.deliveries - 1)
-            self._run_script("nack", self._consumer, *position, *call)
+            place = (delivery.caller, repr(delivery.position), repr(delivery.cost))
+            self._run_script("nack", self._consumer, *position, *call, *place)
             self._drop_lease(lease)
 
     def _lease_of(self, delivery: Delivery) -> _Lease | None:
@@ -246,9 +278,11 @@ class RedisBroker:
     def wake(self) -> None:
         self._run_script("wake")
 
-    def queue_depth(self, kind: str) -> int:
+    def queue_depth(self, kind: str, caller: str | None = None) -> int:
+        if caller is not None:
+            return int(self._run_script("count_waiting", kind, caller))
         with translate_redis_errors():
-            return int(self._redis.zcard(self._key("waiting", kind)))
+            return int(self._redis.zcard(self._key("queue", kind)))
 
     def oldest_age(self, kind: str) -> float:
         return float(self._run_script("oldest_age", kind)) / 1e6
@@ -291,19 +325,18 @@ class RedisBroker:
     def _reclaim(self, script: Any) -> None:
         lease, error_json = int(self.lease * 1000), json.dumps(DEAD_LETTER_ERROR)
         for kind in CALL_KINDS:
-            for queue in ("retry", "ready"):
-                cursor = "0-0"
-                while True:
-                    cursor, dead_letters = self._run_script(
-                        "reclaim", queue, kind, cursor, lease, self.max_deliveries, error_json, script=script
+            cursor = "0-0"
+            while True:
+                cursor, dead_letters = self._run_script(
+                    "reclaim", kind, cursor, lease, self.max_deliveries, error_json, script=script
+                )
+                for channel, request_id in dead_letters:
+                    metrics.GENERATIONS_DEAD_LETTERED.inc()
+                    log.error(
+                        "call dead-lettered", extra={"kind": kind, "job": channel, "request": request_id}
                     )
-                    for channel, request_id in dead_letters:
-                        metrics.GENERATIONS_DEAD_LETTERED.inc()
-                        log.error(
-                            "call dead-lettered", extra={"kind": kind, "job": channel, "request": request_id}
-                        )
-                    if cursor == "0-0":
-                        break
+                if cursor == "0-0":
+                    break
         self._run_script("prune", "", 20 * lease, *self._streams(), script=script)
 
     # events
@@ -440,7 +473,7 @@ class RedisBroker:
         return ":".join((self._prefix, *names))
 
     def _streams(self) -> list[str]:
-        return [self._key(queue, kind) for kind in CALL_KINDS for queue in ("retry", "ready")]
+        return [self._key("leased", kind) for kind in CALL_KINDS]
 
     def _run_script(self, command: str, *arguments: Any, script: Any = None) -> Any:
         with translate_redis_errors():

@@ -336,7 +336,7 @@ class TestDeliveries:
         broker.delete_channel(channel)
         broker.close()
         keys = set(redis_data.scan_iter())
-        streams = {key for key in keys if key.split(":")[1] in ("ready", "retry")}
+        streams = {key for key in keys if key.split(":")[1] == "leased"}
         assert [redis_data.xlen(stream) for stream in streams] == [0] * len(streams)
         assert all(redis_data.xinfo_consumers(stream, "workers") == [] for stream in streams)
         small = {"palimpsest:wakeup", "palimpsest:clock", "palimpsest:epoch"}
@@ -348,7 +348,7 @@ class TestDeliveries:
         dead, alive = brokers(), brokers()
         dead.send_call("generate", {})
         receive_exactly(dead)
-        stream = "palimpsest:ready:generate"
+        stream = "palimpsest:leased:generate"
         alive._run_script("prune", "", -1, stream)
         assert len(redis_data.xinfo_consumers(stream, "workers")) == 1
         expire_leases(alive)
@@ -521,8 +521,7 @@ class TestEvents:
         broker = brokers()
         channel = broker.send_call("generate", {"prompt": "é"})
         broker.publish(channel, "n", {"text": "é"})
-        (_, entry), *_ = redis_data.xrange("palimpsest:ready:generate")
-        assert json.loads(entry["payload"]) == {"prompt": "é"}
+        assert json.loads(redis_data.hget(f"palimpsest:call:{channel}", "payload")) == {"prompt": "é"}
         (_, entry), *_ = redis_data.xrange(f"palimpsest:events:{channel}")
         assert json.loads(entry["data"]) == {"text": "é"}
 
