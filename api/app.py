@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from api import errors
 from api.authentication import is_loopback
 from api.job_resource import job_router
+from api.quotas import ConcurrencyLimiter
 from api.rate_limits import RateLimiter
 from api.request_log import RequestLogMiddleware
 from api.routes import (
@@ -123,6 +124,7 @@ def create_app(services: Services, broker: Broker, settings: Settings) -> FastAP
     app.state.settings = settings
     app.state.keys = keys
     app.state.rate_limiter = rate_limiter
+    app.state.concurrency_limiter = ConcurrencyLimiter()
     errors.install_error_handlers(app)
     for kind in JOB_KINDS.values():
         app.include_router(JOB_ROUTERS.get(kind.name) or job_router(kind))

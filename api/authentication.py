@@ -12,8 +12,8 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 
 from api.errors import Forbidden, Unauthorized
-from api.rate_limits import PrincipalLimits
 from service.application.api_keys import ALL_SCOPES, ROOT_NAME, ApiKeys, Scope, is_token
+from service.application.caller import DEFAULT_LIMITS, CallerLimits
 from service.settings import Settings
 
 LOCAL_ACTOR = "local"
@@ -29,7 +29,7 @@ class Principal:
 
     actor: str
     scopes: frozenset[Scope]
-    limits: PrincipalLimits
+    limits: CallerLimits
 
 
 async def authenticate(request: Request) -> Principal:
@@ -38,14 +38,23 @@ async def authenticate(request: Request) -> Principal:
     keys: ApiKeys = request.app.state.keys
     token = _bearer_token(request)
     if settings.api_key and _matches_root_key(token, settings.api_key):
-        return Principal(ROOT_ACTOR, ALL_SCOPES, PrincipalLimits(settings.requests_per_minute))
+        return Principal(ROOT_ACTOR, ALL_SCOPES, settings_limits(settings))
     if is_token(token) and (key := keys.cached(token) or await run_in_threadpool(keys.verify, token)):
-        per_minute = key.requests_per_minute or settings.requests_per_minute
-        return Principal(f"key:{key.name}", key.scopes, PrincipalLimits(per_minute, key.max_queued))
+        return Principal(f"key:{key.name}", key.scopes, key.limits.with_defaults(settings_limits(settings)))
     if settings.api_key or not is_loopback(settings.host) or await run_in_threadpool(keys.any_exist):
         raise Unauthorized("Send an API key of this service in the header `Authorization: Bearer KEY`.")
     _reject_dns_rebinding(request)
-    return Principal(LOCAL_ACTOR, ALL_SCOPES, PrincipalLimits())
+    return Principal(LOCAL_ACTOR, ALL_SCOPES, DEFAULT_LIMITS)
+
+
+def settings_limits(settings: Settings) -> CallerLimits:
+    """Return the limits of a key without limits of its own."""
+    return CallerLimits(
+        settings.requests_per_minute,
+        settings.tokens_per_minute,
+        settings.max_queued_per_key,
+        settings.max_concurrent_per_key,
+    )
 
 
 def is_loopback(host: str) -> bool:

@@ -9,8 +9,8 @@ from fastapi import Depends, Header, Path, Query, Request, Security
 from fastapi.security import HTTPBearer
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from api.rate_limits import PrincipalLimits
 from service.application import Services
+from service.application.caller import CallerLimits
 from service.errors import InvalidInput, NotFound
 from service.jobs.broker import Broker
 
@@ -52,8 +52,8 @@ async def _actor(request: Request) -> str:
     return actor
 
 
-async def _limits(request: Request) -> PrincipalLimits:
-    limits: PrincipalLimits = request.state.limits
+async def _limits(request: Request) -> CallerLimits:
+    limits: CallerLimits = request.state.limits
     return limits
 
 
@@ -98,7 +98,7 @@ async def _last_event_id(
 ServicesDep = Annotated[Services, Depends(_services)]
 BrokerDep = Annotated[Broker, Depends(_broker)]
 ActorDep = Annotated[str, Depends(_actor)]
-LimitsDep = Annotated[PrincipalLimits, Depends(_limits)]
+LimitsDep = Annotated[CallerLimits, Depends(_limits)]
 ResourceId = Annotated[str, Depends(_resource_id)]
 IdempotencyKeyHeader = Annotated[str | None, Depends(_idempotency_key)]
 LastEventIdHeader = Annotated[str | None, Depends(_last_event_id)]

@@ -6,13 +6,15 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from typing import Annotated, Any, TypeVar
 
 import anyio
 from fastapi import Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
+from api.errors import RateLimitExceeded
+from api.quotas import slot_of_caller
 from service.errors import PalimpsestError
 from service.jobs.broker import Event
 from service.jobs.event_stream import with_idle_ticks
@@ -25,18 +27,24 @@ _POLL_INTERVAL = 2.0
 
 
 async def _preferred_wait(
+    request: Request,
     response: Response,
     prefer: Annotated[
         str | None,
         Header(description="`wait=SECONDS` waits until the job ends, at most 60 seconds"),
     ] = None,
-) -> float:
+) -> AsyncIterator[float]:
+    """Yield the seconds to wait: 0 without the preference, and for a caller that has too much open already."""
     match = _WAIT_PATTERN.search(prefer or "")
-    if not match:
-        return 0
-    seconds = min(int(match[1]), MAX_WAIT)
-    response.headers["Preference-Applied"] = f"wait={seconds}"
-    return seconds
+    seconds = min(int(match[1]), MAX_WAIT) if match else 0
+    with ExitStack() as stack:
+        try:
+            if seconds:
+                stack.enter_context(slot_of_caller(request))
+                response.headers["Preference-Applied"] = f"wait={seconds}"
+        except RateLimitExceeded:
+            seconds = 0
+        yield seconds
 
 
 #: seconds that the client waits (RFC 7240)

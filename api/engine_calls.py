@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from api.disconnects import cancel_on_disconnect
 from service.application import Services
+from service.application.caller import Caller
 from service.errors import Unavailable, error_from_document
 from service.jobs.broker import Broker, Event
 from service.jobs.event_stream import with_idle_ticks
@@ -34,6 +35,7 @@ class EngineCall:
     request: GenerateRequest | CompareRequest
     services: Services
     broker: Broker
+    caller: Caller
 
     async def events(self) -> AsyncGenerator[Event]:
         """Yield the events. Raises Unavailable if no worker is alive, or if the broker loses the call repeatedly."""
@@ -109,5 +111,7 @@ class _LostCallDetector:
         if self._resubmissions == MAX_RESUBMISSIONS:
             raise Unavailable("the broker lost this request repeatedly: check its persistence.")
         with suppress(Unavailable):
-            await run_in_threadpool(call.services.generation.resubmit, call.kind, call.channel, call.request)
+            await run_in_threadpool(
+                call.services.generation.resubmit, call.kind, call.channel, call.request, call.caller
+            )
             self._unknown_checks, self._resubmissions = 0, self._resubmissions + 1

@@ -78,7 +78,7 @@ class MethodNotAllowed(PalimpsestError):
 
 
 class RateLimitExceeded(QueueFull):
-    """The API key has used up its requests per minute."""
+    """The API key has exceeded a limit: of requests or tokens per minute, or of open calls and event streams."""
 
     code = "rate_limit_exceeded"
     title = "Rate limit exceeded"
@@ -141,7 +141,7 @@ STATUS_DESCRIPTIONS: dict[int, str] = {
     413: "The body is larger than the limit. Defaults: 1 MB, 20 MB for records, 200 MB for imports.",
     415: "The `Content-Type` is not `application/json`, or for a file not `application/octet-stream`.",
     422: "The request is well-formed and cannot be carried out. `errors` lists what to change. Nothing was changed.",
-    429: "The queue is full, or the API key has exceeded its rate limit. Retry after `Retry-After` seconds.",
+    429: "The queue is full, or the API key has exceeded one of its limits. Retry after `Retry-After` seconds.",
     500: "The service failed.",
     503: "A dependency of the service is down or not ready. `detail` says which.",
 }

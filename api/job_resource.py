@@ -30,6 +30,7 @@ from api.disconnects import WaitSeconds, wait_until_finished
 from api.errors import problem_responses
 from api.job_submission import SubmissionDep, job_responses
 from api.protected_route import ProtectedRoute, RequestBody, requires
+from api.quotas import CallQuotaDep
 from api.sse import EventStreamResponse
 from service.application.api_keys import Scope
 from service.jobs.job_kinds import JOB_KINDS, JobKind
@@ -121,7 +122,7 @@ class JobRoutes:
             service = submission.services.by_kind[kind.name]
             idempotency = submission.idempotency(kind.name, body)
             job = await run_in_threadpool(
-                service.submit, body, submission.actor, idempotency, submission.max_queued
+                service.submit, body, submission.actor, idempotency, submission.limits
             )
             return await submission.wait_for_one(job, service.get, kind.path)
 
@@ -223,7 +224,9 @@ class JobRoutes:
         """Add the server-sent events of one job."""
         kind = self.kind
 
-        async def stream_events(id: ResourceId, services: ServicesDep, after: LastEventIdHeader) -> Response:
+        async def stream_events(
+            id: ResourceId, services: ServicesDep, after: LastEventIdHeader, _: CallQuotaDep
+        ) -> Response:
             await run_in_threadpool(services.by_kind[kind.name].get, id)
             return EventStreamResponse(services.jobs.events(id, after))
 

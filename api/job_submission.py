@@ -15,6 +15,7 @@ from api.dependencies import ActorDep, IdempotencyKeyHeader, LimitsDep, Services
 from api.disconnects import WaitSeconds, is_finished, wait_until_all_finished
 from api.errors import encode_json, problem_responses
 from service.application import Services
+from service.application.caller import CallerLimits
 from service.application.job_queue import Idempotency
 
 ResourceDict = dict[str, Any]
@@ -26,7 +27,7 @@ class JobSubmission:
 
     services: Services
     actor: str
-    max_queued: int | None  #: limit of queued jobs of this actor; None uses the setting
+    limits: CallerLimits
     idempotency_key: str | None
     wait_seconds: float
     response: Response
@@ -65,7 +66,7 @@ async def _submission(
     wait_seconds: WaitSeconds,
     response: Response,
 ) -> JobSubmission:
-    return JobSubmission(services, actor, limits.max_queued, idempotency_key, wait_seconds, response)
+    return JobSubmission(services, actor, limits, idempotency_key, wait_seconds, response)
 
 
 SubmissionDep = Annotated[JobSubmission, Depends(_submission)]

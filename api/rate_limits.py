@@ -1,5 +1,5 @@
-"""Rate limits per API key: a sliding window of one minute, counted in Redis if there is one, for all processes
-together.
+"""Rate limits per API key, of requests and of tokens: a sliding window of one minute, counted in Redis if there is one,
+for all processes together.
 
 Rate limits protect availability, not secrets: while Redis is down, requests are not limited.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass
 
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage, RedisStorage, Storage
@@ -28,14 +27,6 @@ REDIS_RETRY_INTERVAL = 5.0  #: seconds after a failure before Redis is used agai
 OUTAGE_LOG_INTERVAL = 60.0  #: seconds between log lines about an outage
 
 
-@dataclass(frozen=True)
-class PrincipalLimits:
-    """The limits of a caller; None is the default of the settings."""
-
-    requests_per_minute: int | None = None
-    max_queued: int | None = None
-
-
 class RateLimiter:
     """Counts requests by key. Thread-safe. With Redis it blocks: call it from a thread."""
 
@@ -45,19 +36,26 @@ class RateLimiter:
         self._redis_retry_at = float("-inf")
         self._next_outage_log_at = float("-inf")
 
-    def check(self, key: str, per_minute: int) -> None:
+    def check(self, caller: str, per_minute: int) -> None:
         """Count a request. Raises RateLimitExceeded if it exceeds the limit."""
+        self._count(caller, per_minute, 1, f"This API key may send {per_minute} requests per minute")
+
+    def check_tokens(self, caller: str, per_minute: int, tokens: int) -> None:
+        """Count the tokens that a request may need. Raises RateLimitExceeded if they exceed the quota."""
+        detail = f"This API key may use {per_minute} tokens per minute, and this request may need {tokens}"
+        self._count(f"tokens:{caller}", per_minute, tokens, detail)
+
+    def _count(self, key: str, per_minute: int, cost: int, detail: str) -> None:
         item = RateLimitItemPerMinute(per_minute)
         try:
-            if time.monotonic() < self._redis_retry_at or self._limiter.hit(item, key):
+            if time.monotonic() < self._redis_retry_at or self._limiter.hit(item, key, cost=cost):
                 return
             reset_in = self._limiter.get_window_stats(item, key).reset_time - time.time()
         except (RedisError, OSError) as error:
             self._allow_without_redis(error)
             return
         raise RateLimitExceeded(
-            f"This API key may send {per_minute} requests per minute: wait before the next request.",
-            retry_after=max(1, math.ceil(reset_in)),
+            f"{detail}: wait before the next request.", retry_after=max(1, math.ceil(reset_in))
         )
 
     def close(self) -> None:

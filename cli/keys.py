@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,11 +45,33 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="rate limit (default: the setting of the service)",
     )
     create.add_argument(
+        "--tokens-per-minute",
+        dest="key_tokens",
+        type=int,
+        metavar="N",
+        help="tokens that its calls may need per minute (default: the setting of the service)",
+    )
+    create.add_argument(
         "--max-queued",
         dest="key_max_queued",
         type=int,
         metavar="N",
-        help="maximum number of queued jobs (default: the setting of the service)",
+        help="maximum number of queued jobs, and of waiting calls (default: the setting of the service)",
+    )
+    create.add_argument(
+        "--max-concurrent",
+        dest="key_max_concurrent",
+        type=int,
+        metavar="N",
+        help="maximum number of open calls and event streams (default: the setting of the service)",
+    )
+    create.add_argument(
+        "--weight",
+        dest="key_weight",
+        type=int,
+        default=1,
+        metavar="N",
+        help="weight of its work where several keys wait: twice the weight is twice the service (default: 1)",
     )
     list_parser = add_command(
         verbs, "list", partial(run, list_keys), "list API keys with their scopes and last use"
@@ -75,9 +98,14 @@ def run(command: KeyCommand, args: argparse.Namespace) -> int:
 
 def create_key(args: argparse.Namespace, keys: ApiKeys) -> int:
     """Create a key. Its token goes to stdout, the instructions to stderr."""
+    from service.application.caller import CallerLimits
+
     is_first = not keys.any_exist()
     scopes = map(str.strip, args.scopes.split(","))
-    key, token = keys.create(args.name, scopes, args.key_rate, args.key_max_queued)
+    limits = CallerLimits(
+        args.key_rate, args.key_tokens, args.key_max_queued, args.key_max_concurrent, args.key_weight
+    )
+    key, token = keys.create(args.name, scopes, limits)
     if args.json:
         print_json({**_key_json(key), "token": token})
     else:
@@ -100,14 +128,16 @@ def list_keys(args: argparse.Namespace, keys: ApiKeys) -> int:
         print_json([_key_json(key) for key in items])
         return 0
     rows = [
-        (k.name, _format_scopes(k.scopes), k.requests_per_minute, k.max_queued, _format_minute(k.created), _usage_text(k)) for k in items
+        (k.name, _format_scopes(k.scopes), k.requests_per_minute, k.max_queued, k.weight, _format_minute(k.created), _usage_text(k)) for k in items
     ]  # fmt: skip
     if not rows:
         out.print("There are no keys.")
         return 0
     out.print(
         format_list(
-            ("name", "scopes", "per minute", "max queued", "created (UTC)", "last use"), rows, ("last use",)
+            ("name", "scopes", "per minute", "max queued", "weight", "created (UTC)", "last use"),
+            rows,
+            ("last use",),
         )
     )
     return 0
@@ -146,11 +176,10 @@ def _key_json(key: ApiKeyInfo) -> dict[str, Any]:
     """Return a key as JSON, with times in UTC."""
     from service.application.api_keys import Scope
 
-    limits = {"requests_per_minute": key.requests_per_minute, "max_queued": key.max_queued}
     times = {name: getattr(key, name) for name in ("created", "last_used", "revoked")}
     return {
         "name": key.name,
         "scopes": [scope for scope in Scope if scope in key.scopes],
-        **limits,
+        **asdict(key.limits),
         **{name: at and at.isoformat() for name, at in times.items()},
     }

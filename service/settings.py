@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     max_queued_per_key: int = Field(
         500,
         ge=1,
-        description="maximum number of queued jobs of one API key; more are rejected with status 429",
+        description="maximum number of queued jobs of one API key, and of its waiting calls; more are rejected with status 429",
     )
     max_body: int = Field(1_000_000, ge=1000, description="maximum size of a request body in bytes")
     max_records_body: int = Field(
@@ -84,7 +84,19 @@ class Settings(BaseSettings):
     max_import_body: int = Field(
         200_000_000, ge=1000, description="maximum size of an imported file in bytes"
     )
-    max_new_tokens: int = Field(4096, ge=1, description="maximum of `max_new_tokens` in a request")
+    max_new_tokens: int = Field(
+        16_384, ge=1, description="maximum number of new tokens of one request, over all its generations"
+    )
+    tokens_per_minute: int = Field(
+        1_000_000,
+        ge=1,
+        description="maximum number of tokens that the requests of one API key may need per minute, prompts included",
+    )
+    max_concurrent_per_key: int = Field(
+        64,
+        ge=1,
+        description="maximum number of calls and event streams that one API key has open in one process",
+    )
     metrics_host: str = Field("127.0.0.1", description="address of the metrics and health server of a worker")
     metrics_port: int | None = Field(
         None,

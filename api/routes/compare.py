@@ -12,6 +12,7 @@ from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_schem
 from api.engine_calls import EngineCall
 from api.errors import problem_responses
 from api.protected_route import ProtectedRoute, requires
+from api.quotas import CallQuotaDep
 from service.application.api_keys import Scope
 from service.schemas import CompareRequest
 
@@ -61,8 +62,11 @@ async def compare_versions(
     request: Request,
     services: ServicesDep,
     broker: BrokerDep,
+    quota: CallQuotaDep,
 ) -> Any:
     """Generate text from both versions and compare their next-token distributions."""
-    channel = await run_in_threadpool(services.generation.compare, body)
-    result = await EngineCall("compare", channel, body, services, broker).wait_for_result(request)
+    await quota.charge(body)
+    channel = await run_in_threadpool(services.generation.compare, body, quota.caller)
+    call = EngineCall("compare", channel, body, services, broker, quota.caller)
+    result = await call.wait_for_result(request)
     return Response(status_code=499) if result is None else result  # 499: the client has disconnected

@@ -15,6 +15,7 @@ from api.openai.completions import CompletionRequest
 from api.openai.errors import error_responses
 from api.openai.streaming import CompletionEnvelope, CompletionStream, system_fingerprint
 from api.protected_route import ProtectedRoute, requires
+from api.quotas import CallQuotaDep
 from api.sse import EventStreamResponse
 from service.application.api_keys import Scope
 from service.application.generation import ModelVersionName
@@ -116,13 +117,16 @@ async def create_completion(
     request: Request,
     services: ServicesDep,
     broker: BrokerDep,
+    quota: CallQuotaDep,
 ) -> Any:
     """Complete one prompt or several. The model name selects the version, which is resolved when the request arrives: a
     later edit does not change the completion."""
+    worker_request = body.to_worker_request()
+    await quota.charge(worker_request)
     pending = await run_in_threadpool(
-        services.generation.create_completion, body.model, body.to_worker_request()
+        services.generation.create_completion, body.model, worker_request, quota.caller
     )
-    call = EngineCall("generate", pending.channel, pending.request, services, broker)
+    call = EngineCall("generate", pending.channel, pending.request, services, broker, quota.caller)
     if body.stream:
         options = body.stream_options
         stream = CompletionStream(pending, options is not None and options.include_usage)

@@ -119,9 +119,7 @@ async def create_edits(body: EditBody, submission: SubmissionDep) -> Any:
     """
     edits, idempotency = submission.services.edits, submission.idempotency("edits", body)
     requests = body.edits if isinstance(body, EditListRequest) else [body]
-    items = await run_in_threadpool(
-        edits.submit, requests, submission.actor, idempotency, submission.max_queued
-    )
+    items = await run_in_threadpool(edits.submit, requests, submission.actor, idempotency, submission.limits)
     if isinstance(body, EditListRequest):
         return {"items": await submission.wait_for_all(items, edits.get, "/edits")}
     return await submission.wait_for_one(items[0], edits.get, "/edits")

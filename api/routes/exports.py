@@ -87,7 +87,7 @@ async def import_edits(request: Request, submission: SubmissionDep) -> Any:
     data, services = await request.body(), submission.services
     idempotency = submission.idempotency("import", data)
     items, already_present = await run_in_threadpool(
-        services.imports.submit, data, submission.actor, idempotency, submission.max_queued
+        services.imports.submit, data, submission.actor, idempotency, submission.limits
     )
     return {
         "items": await submission.wait_for_all(items, services.edits.get, "/edits"),

@@ -12,6 +12,7 @@ from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_schem
 from api.engine_calls import EngineCall
 from api.errors import problem_responses
 from api.protected_route import ProtectedRoute, requires
+from api.quotas import CallQuotaDep
 from api.sse import EventStreamResponse
 from service.application.api_keys import Scope
 from service.schemas import GenerateRequest
@@ -83,14 +84,16 @@ async def generate_text(
     request: Request,
     services: ServicesDep,
     broker: BrokerDep,
+    quota: CallQuotaDep,
 ) -> Any:
     """Generate text from one version. The version is fixed at admission: a later edit does not change the generation.
 
     A stream sends `token` events, then `end` or `error`. If the worker dies, another one starts the generation again: a
     `reset` event makes all tokens so far void, and the whole generation follows.
     """
-    channel = await run_in_threadpool(services.generation.generate, body)
-    call = EngineCall("generate", channel, body, services, broker)
+    await quota.charge(body)
+    channel = await run_in_threadpool(services.generation.generate, body, quota.caller)
+    call = EngineCall("generate", channel, body, services, broker, quota.caller)
     if body.stream:
         return EventStreamResponse(call.events(), call.cancel)
     result = await call.wait_for_result(request)

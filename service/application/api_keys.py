@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from sqlalchemy import inspect, select, update
 from sqlalchemy.exc import IntegrityError
 
+from service.application.caller import DEFAULT_LIMITS, CallerLimits
 from service.db.database import Database
 from service.db.models import ApiKey, now
 from service.errors import Conflict, InvalidInput, NotFound, Unavailable
@@ -56,10 +57,17 @@ class ApiKeyInfo:
     name: str
     scopes: frozenset[Scope]
     requests_per_minute: int | None
+    tokens_per_minute: int | None
     max_queued: int | None
+    max_concurrent: int | None
+    weight: int
     created: datetime
     last_used: datetime | None
     revoked: datetime | None
+
+    @property
+    def limits(self) -> CallerLimits:
+        return CallerLimits(**{field.name: getattr(self, field.name) for field in fields(CallerLimits)})
 
 
 def has_scope(granted: Iterable[Scope], required: Scope) -> bool:
@@ -88,22 +96,20 @@ class ApiKeys:
         self,
         name: str,
         scopes: Iterable[str],
-        requests_per_minute: int | None = None,
-        max_queued: int | None = None,
+        limits: CallerLimits = DEFAULT_LIMITS,
     ) -> tuple[ApiKeyInfo, str]:
         """Create a key and return it with its token, which is not stored. Raises Conflict for a name that was used
         before."""
         _check_name(name)
-        _check_limits(requests_per_minute=requests_per_minute, max_queued=max_queued)
+        _check_limits(asdict(limits))
         secret = secrets.token_urlsafe(32)
         row = ApiKey(
             id=new_id("key"),
             name=name,
             digest=_digest(secret),
             scopes=sorted(_scopes(scopes)),
-            requests_per_minute=requests_per_minute,
-            max_queued=max_queued,
             created=now(),
+            **asdict(limits),
         )
         try:
             with self.database.write_session() as session:
@@ -195,7 +201,7 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_limits(**limits: int | None) -> None:
+def _check_limits(limits: dict[str, int | None]) -> None:
     for name, limit in limits.items():
         if limit is not None and not 1 <= limit < 2**31:
             raise InvalidInput(f"`{name}` must be at least 1 and below {2**31}.", name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from service.application.caller import DEFAULT_LIMITS, CallerLimits
 from service.application.job_queue import Idempotency, get_job, new_job_row
 from service.application.job_resource import JobResourceService
 from service.application.validation import error_path, resolve_methods, validate_edit
@@ -23,12 +24,11 @@ class EditService(JobResourceService):
         request: Sequence[EditRequest],
         actor: str,
         idempotency: Idempotency | None = None,
-        max_queued: int | None = None,
+        limits: CallerLimits = DEFAULT_LIMITS,
     ) -> list[ResourceDict]:
         """Queue several edits in one transaction: all, or none if one is invalid.
 
-        A repeated idempotency key with the same body returns the edits that it created. `max_queued` is the limit of
-        queued jobs of this actor; None uses the setting `max_queued_per_key`.
+        A repeated idempotency key with the same body returns the edits that it created.
         """
         if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
             return previous
@@ -38,7 +38,7 @@ class EditService(JobResourceService):
             with error_path(f"edits.{number}" if len(requests) > 1 else ""):
                 validate_edit(edit, model, tokenizer)
         jobs = [new_edit_row(model, edit, actor) for edit in requests]
-        return self.queue.submit(jobs, model, actor, idempotency, max_queued)
+        return self.queue.submit(jobs, model, actor, idempotency, limits)
 
     def page(self, cursor: str | None = None, limit: int = 50, **filters: str | None) -> ResourceDict:
         """Return {"items": newest first, "next": cursor or None}, filtered by `status` and `subject`."""

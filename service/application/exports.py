@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.application import edit_set
+from service.application.caller import DEFAULT_LIMITS, CallerLimits
 from service.application.job_queue import Idempotency, get_job, new_job_row, save_idempotency_key
 from service.application.job_resource import JobResourceService
 from service.application.served_model import get_served_model
@@ -48,7 +49,7 @@ class ExportService(JobResourceService):
         request: ExportRequest,
         actor: str,
         idempotency: Idempotency | None = None,
-        max_queued: int | None = None,
+        limits: CallerLimits = DEFAULT_LIMITS,
     ) -> ResourceDict:
         """Return the export of this version and format: one that is open or whose file is kept, else a new one."""
         if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
@@ -64,7 +65,8 @@ class ExportService(JobResourceService):
                 is_new = job is None
                 if job is None:
                     if row["status"] == "queued":
-                        self.queue.check_queue_limits(session, model, actor, 1, max_queued)
+                        self.queue.check_queue_limits(session, model, actor, 1, limits)
+                    row["cost"] /= limits.weight
                     job = Job(**row)
                     session.add(job)
                     session.flush()

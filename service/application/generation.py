@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from service.application.caller import Caller
+from service.application.costs import generation_tokens, new_tokens
 from service.application.served_model import ServedModel, get_served_model
 from service.application.validation import validate_generation
 from service.db.database import Database
@@ -23,6 +24,8 @@ from service.kit.versions import format_model_id, parse_model_id, resolve_versio
 from service.ledger import ledger
 from service.schemas import CompareRequest, GenerateRequest, WorkerGenerateRequest
 from service.settings import Settings
+
+NOBODY = Caller("")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class GenerationService:
             served_model,
         )
 
-    def generate(self, request: GenerateRequest) -> str:
+    def generate(self, request: GenerateRequest, caller: Caller = NOBODY) -> str:
         """Send a generation to a worker and return the channel of its events.
 
         `max_new_tokens` beyond the positions of the model is accepted: the text then ends with the reason "length".
@@ -67,9 +70,11 @@ class GenerationService:
         resolve_version(request.version, head, request.min_version)
         for text in request.prompt_texts():
             check_tokens(tokenizer, text, None, model.info["positions"])
-        return self._send_call("generate", request.model_dump(mode="json"))
+        return self._send_call("generate", request, caller)
 
-    def create_completion(self, name: str, request: WorkerGenerateRequest) -> PendingGeneration:
+    def create_completion(
+        self, name: str, request: WorkerGenerateRequest, caller: Caller = NOBODY
+    ) -> PendingGeneration:
         """Send a completion to a worker, at the version that the model name currently means.
 
         The version and the seed are fixed here, so that another worker that starts again produces the same text.
@@ -83,9 +88,7 @@ class GenerationService:
                 session, model, [(format_model_id(model.name, version), version)]
             )
         request = request.model_copy(update={"version": version})
-        return PendingGeneration(
-            self._send_call("generate", request.model_dump(mode="json")), request, model_version
-        )
+        return PendingGeneration(self._send_call("generate", request, caller), request, model_version)
 
     def list_version_names(self, recent: int = 20) -> list[ModelVersionName]:
         """Return the model names of the newest version, the base model, and the `recent` newest versions by number."""
@@ -105,34 +108,61 @@ class GenerationService:
             version = parse_model_id(name, model.name, ledger.head(session, model.fingerprint))
             return _version_names(session, model, [(name, version)])[0]
 
-    def compare(self, request: CompareRequest) -> str:
+    def compare(self, request: CompareRequest, caller: Caller = NOBODY) -> str:
         """Send a comparison to a worker and return the channel of its events."""
         self._check_max_new_tokens(request)
         model, tokenizer, head = self.served_model.current()
         for version in request.versions:
             resolve_version(version, head, field="versions")
         check_tokens(tokenizer, request.prompt, None, model.info["positions"])
-        return self._send_call("compare", request.model_dump(mode="json"))
+        return self._send_call("compare", request, caller)
 
-    def resubmit(self, kind: str, channel: str, request: GenerateRequest | CompareRequest) -> None:
+    def resubmit(
+        self,
+        kind: str,
+        channel: str,
+        request: GenerateRequest | CompareRequest,
+        caller: Caller = NOBODY,
+    ) -> None:
         """Send a call again on its channel after the broker lost it."""
-        self.broker.send_call(kind, request.model_dump(mode="json"), request_id.get(), channel)
+        self._send(kind, request, caller, channel)
 
     def _check_max_new_tokens(
         self, request: GenerateRequest | CompareRequest, field: str = "max_new_tokens"
     ) -> None:
-        max_new_tokens = self.settings.max_new_tokens
-        if request.max_new_tokens > max_new_tokens:
-            raise InvalidInput(f"`{field}` may be at most {max_new_tokens} on this service.", field)
+        most = self.settings.max_new_tokens
+        if new_tokens(request) <= most:
+            return
+        if request.max_new_tokens > most:
+            raise InvalidInput(f"`{field}` may be at most {most} on this service.", field)
+        raise InvalidInput(
+            f"the request asks for {new_tokens(request)} new tokens over all its generations, and this service allows {most}: "
+            f"lower `{field}`, or send fewer prompts at once.",
+            field,
+        )
 
-    def _send_call(self, kind: str, payload: dict[str, Any]) -> str:
-        if self.broker.queue_depth(kind) >= self.settings.max_queue:
-            raise QueueFull(
-                f"{self.settings.max_queue} requests are queued already: try again in a few seconds."
-            )
-        channel = self.broker.send_call(kind, payload, request_id.get())
+    def _send_call(self, kind: str, request: GenerateRequest | CompareRequest, caller: Caller) -> str:
+        """Send a call. Raises QueueFull when a limit of waiting calls is reached."""
+        limit = self.settings.max_queue
+        if self.broker.queue_depth(kind) >= limit:
+            raise QueueFull(f"{limit} requests are queued already: try again in a few seconds.")
+        limit = caller.limits.max_queued or self.settings.max_queued_per_key
+        if self.broker.queue_depth(kind, caller.actor) >= limit:
+            raise QueueFull(f"{limit} of your requests are queued already: wait until one has been answered.")
+        channel = self._send(kind, request, caller)
         crash_points.crash_point("call.after")
         return channel
+
+    def _send(
+        self,
+        kind: str,
+        request: GenerateRequest | CompareRequest,
+        caller: Caller,
+        channel: str | None = None,
+    ) -> str:
+        cost = generation_tokens(request) / caller.limits.weight
+        payload = request.model_dump(mode="json")
+        return self.broker.send_call(kind, payload, request_id.get(), channel, caller.actor, cost)
 
 
 def _version_names(

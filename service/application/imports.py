@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.application import edit_set
+from service.application.caller import DEFAULT_LIMITS, CallerLimits
 from service.application.edit_set import ImportedEdit
 from service.application.edits import new_edit_row
 from service.application.job_queue import Idempotency, JobQueue, save_idempotency_key
@@ -34,7 +35,7 @@ class ImportService:
         data: bytes,
         actor: str,
         idempotency: Idempotency | None = None,
-        max_queued: int | None = None,
+        limits: CallerLimits = DEFAULT_LIMITS,
     ) -> tuple[list[ResourceDict], list[str]]:
         """Queue the edits of an edit set, all or none, without those that are already present.
 
@@ -65,7 +66,7 @@ class ImportService:
                     present[g.identity] if g.identity in present else str(jobs[g.identity]["id"])
                     for g in imported
                 ]
-                self.queue.insert_jobs(session, list(jobs.values()), model, actor, max_queued, artifacts)
+                self.queue.insert_jobs(session, list(jobs.values()), model, actor, limits, artifacts)
                 if idempotency is not None:
                     save_idempotency_key(session, actor, idempotency, ids)
                 rows = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(ids)))}

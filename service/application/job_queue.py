@@ -9,6 +9,8 @@ from sqlalchemy import ColumnElement, Select, and_, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session, defer
 
+from service.application.caller import DEFAULT_LIMITS, CallerLimits
+from service.application.costs import job_cost
 from service.application.served_model import get_served_model
 from service.db.database import Database
 from service.db.models import IdempotencyKey, Job, Model, now
@@ -64,7 +66,7 @@ class JobQueue:
         model: Model,
         actor: str,
         idempotency: Idempotency | None,
-        max_queued: int | None,
+        limits: CallerLimits = DEFAULT_LIMITS,
         initial_artifacts: Mapping[str, Mapping[str, bytes]] | None = None,
     ) -> list[ResourceDict]:
         """Insert jobs, commit and notify. Return their resources.
@@ -75,7 +77,7 @@ class JobQueue:
             with self.database.write_session() as session:
                 if idempotency is not None:
                     save_idempotency_key(session, actor, idempotency, [job["id"] for job in jobs])
-                rows = self.insert_jobs(session, jobs, model, actor, max_queued, initial_artifacts or {})
+                rows = self.insert_jobs(session, jobs, model, actor, limits, initial_artifacts or {})
                 created = views.serialize_many(session, rows)
                 crash_points.crash_point("job.before_commit")
         except IntegrityError:  # a concurrent request with the same key committed first
@@ -92,11 +94,13 @@ class JobQueue:
         jobs: Sequence[dict[str, Any]],
         model: Model,
         actor: str,
-        max_queued: int | None,
+        limits: CallerLimits,
         initial_artifacts: Mapping[str, Mapping[str, bytes]],
     ) -> list[Job]:
         """Insert the rows of jobs and their initial artifacts. Raises QueueFull when a limit is exceeded."""
-        self.check_queue_limits(session, model, actor, len(jobs), max_queued)
+        self.check_queue_limits(session, model, actor, len(jobs), limits)
+        for job in jobs:
+            job["cost"] /= limits.weight
         rows = [Job(**job) for job in jobs]
         session.add_all(rows)
         session.flush()
@@ -110,18 +114,18 @@ class JobQueue:
         crash_points.crash_point("job.after_commit")
         for job in jobs:
             with ignoring_broker_outage(job["id"]):
-                self.broker.notify(job["id"], job["kind"])
+                self.broker.notify(job["id"], job["kind"], job["actor"], job["cost"])
         crash_points.crash_point("job.after_announce")
 
     def check_queue_limits(
-        self, session: Session, model: Model, actor: str, new_jobs: int, max_queued: int | None
+        self, session: Session, model: Model, actor: str, new_jobs: int, limits: CallerLimits
     ) -> None:
         """Raise QueueFull when the jobs would exceed the limit of the queue or that of the actor.
 
         The check does not lock: concurrent submissions can exceed a limit by their own number.
         """
         everyone = and_(Job.model == model.fingerprint, Job.status == "queued")
-        limit = self.settings.max_queued_per_key if max_queued is None else max_queued
+        limit = limits.max_queued or self.settings.max_queued_per_key
         _check_limit(session, everyone, new_jobs, self.settings.max_queue, "jobs are queued")
         _check_limit(session, and_(everyone, Job.actor == actor), new_jobs, limit, "of your jobs are queued")
 
@@ -223,6 +227,7 @@ def new_job_row(kind: str, model: Model, request: dict[str, Any], actor: str) ->
         "model": model.fingerprint,
         "status": "queued",
         "request": request,
+        "cost": job_cost(kind, request),
     }
     origin = {"actor": actor, "request_id": request_id.get() or None}
     return row | origin | {"created": created, "updated": created, "attempts": 0}

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from service.application.caller import DEFAULT_LIMITS, CallerLimits
 from service.application.job_queue import Idempotency, JobQueue, new_job_row
 from service.application.served_model import ServedModel
 from service.db.models import Model
@@ -39,19 +40,16 @@ class JobResourceService:
         request: Any,
         actor: str,
         idempotency: Idempotency | None = None,
-        max_queued: int | None = None,
+        limits: CallerLimits = DEFAULT_LIMITS,
     ) -> ResourceDict:
-        """Queue a job. A repeated idempotency key with the same body returns the job that it created.
-
-        `max_queued` is the limit of queued jobs of this actor; None uses the setting `max_queued_per_key`.
-        """
+        """Queue a job. A repeated idempotency key with the same body returns the job that it created."""
         if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
             return previous[0]
         model, tokenizer, head = self.served_model.current()
         new_job = self.new_job(request, model, tokenizer, head)
         row = new_job_row(self.kind.name, model, new_job.request, actor) | {"subject": new_job.subject}
         artifacts = {row["id"]: new_job.artifacts}
-        return self.queue.submit([row], model, actor, idempotency, max_queued, artifacts)[0]
+        return self.queue.submit([row], model, actor, idempotency, limits, artifacts)[0]
 
     def get(self, job_id: str) -> ResourceDict:
         """Return a job. Raises NotFound if no job of this kind has the id."""

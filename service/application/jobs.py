@@ -73,10 +73,10 @@ class JobService:
             self.broker.delete_channel(
                 job_id
             )  # before the commit, so that no event of the new attempt is deleted
-            kind, summary = job.kind, views.job_summary(job)
+            kind, caller, cost, summary = job.kind, job.actor, job.cost, views.job_summary(job)
         log.info("job retried", extra={"job": job_id, "actor": actor})
         with ignoring_broker_outage(job_id):
-            self.broker.notify(job_id, kind)
+            self.broker.notify(job_id, kind, caller, cost)
         return summary
 
     async def events(self, job_id: str, after: str | None = None) -> AsyncIterator[Event]:

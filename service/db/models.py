@@ -10,7 +10,16 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import DateTime, ForeignKey, Index, LargeBinary, MetaData, Text, UniqueConstraint
+from sqlalchemy import (
+    DateTime,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    Text,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -123,6 +132,9 @@ class Job(Base):
     version: Mapped[int | None]  #: version that an edit created
     reverted_version: Mapped[int | None]
     request_id: Mapped[str | None]  #: of the HTTP request that submitted it, for the logs
+    cost: Mapped[float] = mapped_column(
+        default=1.0, server_default=text("1")
+    )  #: divided by the weight of its actor's key
     exhausted: Mapped[bool] = mapped_column(
         default=False
     )  #: whether it failed because all its attempts were used; it can be retried by hand
@@ -235,7 +247,14 @@ class ApiKey(Base):
     digest: Mapped[str]  #: sha256 of the secret, which is 256 random bits: no slow hash is needed
     scopes: Mapped[list[str]]
     requests_per_minute: Mapped[int | None]  #: None: the service's default
+    tokens_per_minute: Mapped[int | None]  #: None: the service's default
     max_queued: Mapped[int | None]  #: maximum number of queued jobs of this key; None: the service's default
+    max_concurrent: Mapped[
+        int | None
+    ]  #: maximum number of its open calls and streams; None: the service's default
+    weight: Mapped[int] = mapped_column(
+        default=1, server_default=text("1")
+    )  #: of its work where several callers wait
     created: Mapped[datetime]
     last_used: Mapped[datetime | None]
     revoked: Mapped[datetime | None]

@@ -78,8 +78,10 @@ class EditWorkers(Protocol):
 
 
 class JobRunner:
-    """The running groups of jobs and those that they suspended. `on_job_end` is called when a job ends: the head may have
-    moved."""
+    """The running groups of jobs and those that they suspended.
+
+    `on_job_end` is called when a job ends: the head may have moved.
+    """
 
     def __init__(
         self,
@@ -111,7 +113,8 @@ class JobRunner:
 
     @property
     def startable_kinds(self) -> tuple[str, ...]:
-        """The kinds of job that may start now: those more urgent than the running ones, and theirs for other callers."""
+        """The kinds of job that may start now: those more urgent than the running ones, and theirs for other
+        callers."""
         if not self._groups:
             return self._kinds
         kind = self._running_kind

@@ -3,10 +3,10 @@
 Each version has batches of its own, so that no batch mixes two versions. A step prefills at most one group of new
 sequences and gives the batches that are due one decode step.
 
-A caller with few sequences is not delayed by one with many. When a sequence is prefilled, it joins the light lane if its
-caller has few sequences, and the heavy lane otherwise. Each lane has its own places and batches. While the light lane
-has work, the heavy lane has the rest of a fixed share of the time. Waiting sequences are in an order that is fair between
-callers.
+A caller with few sequences is not delayed by one with many. When a sequence is prefilled, it joins the light lane if
+its caller has few sequences, and the heavy lane otherwise. Each lane has its own places and batches. While the light
+lane has work, the heavy lane has the rest of a fixed share of the time. Waiting sequences are in an order that is fair
+between callers.
 """
 
 from __future__ import annotations

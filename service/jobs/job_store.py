@@ -123,6 +123,7 @@ class JobStore:
             row = self._row_under_fence(session, job, allow_finished=True)
             if row.status == "running":
                 row.status, row.worker, row.attempts, row.updated = "queued", None, job.attempt - 1, now()
+                cost = row.cost
             else:
                 finished = serialize_job(session, row)
         if finished:
@@ -130,7 +131,7 @@ class JobStore:
             return
         self._clear_local_state(job.id)
         with ignoring_broker_outage(job.id):
-            self.broker.notify(job.id, job.kind)
+            self.broker.notify(job.id, job.kind, job.actor, cost)
 
     def forget_locally(self, job: ClaimedJob) -> None:
         """Stop running a job without writing its row. The sweep finds it as an orphan, and it is tried again."""

@@ -1,7 +1,8 @@
 """The broker on Redis: any number of API processes and workers, on any number of machines.
 
-The queue of a kind of work is a sorted set of ids, in an order that is fair between callers. An id leaves it when a worker
-receives it. The worker then claims the row of a job in SQL, and the lease of the job is the worker's heartbeat there.
+The queue of a kind of work is a sorted set of ids, in an order that is fair between callers. An id leaves it when a
+worker receives it. The worker then claims the row of a job in SQL, and the lease of the job is the worker's heartbeat
+there.
 
 A call that a worker received is an entry of a Redis Stream with a consumer group. The worker renews its lease from a
 thread. An expired lease is reclaimed, and a call whose workers died too often ends with an error (a dead letter). An

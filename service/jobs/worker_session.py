@@ -170,7 +170,7 @@ class WorkerSession:
         """
         with self.database.read_session() as session:
             open_jobs = (
-                select(Job.id, Job.kind, Job.status)
+                select(Job.id, Job.kind, Job.status, Job.actor, Job.cost)
                 .outerjoin(Worker, Worker.id == Job.worker)
                 .where(Job.model == self.model, or_(Job.status == "queued", self.orphaned()))
                 .order_by(Job.id)
@@ -184,7 +184,7 @@ class WorkerSession:
             row for row in open_rows if row.status != "queued" or row.kind in kinds_with_lost_notifications
         ][:MAX_LOST_JOBS_NOTIFIED]
         for row in lost_rows:
-            self.broker.notify(row.id, row.kind)
+            self.broker.notify(row.id, row.kind, row.actor, row.cost)
         self._prune_workers()
         return len(lost_rows)
 

@@ -1,7 +1,7 @@
 """A queue that is fair between callers: start-time fair queueing (Goyal, Vin and Chen, SIGCOMM 1996).
 
-Each item has a position S = max(V, F). V is the position of the item that was removed last. F = S' + c' is the end of the
-item that the caller added before, with position S' and cost c'. The item with the least position is removed first.
+Each item has a position S = max(V, F). V is the position of the item that was removed last. F = S' + c' is the end of
+the item that the caller added before, with position S' and cost c'. The item with the least position is removed first.
 The cost is the service that an item needs, divided by the weight of its caller. So callers that always have waiting
 items are served in proportion to their weights, whatever they add. An item of a caller that has none waiting comes
 before the second item of every other caller.
@@ -30,7 +30,7 @@ class QueuedItem(Generic[Item]):
 
 
 class FairQueue(Generic[Key, Item]):
-    """Waiting items by key. An operation takes time in proportion to the number of items. An empty queue has no past."""
+    """Waiting items by key. An operation takes time in proportion to their number."""
 
     def __init__(self) -> None:
         self._order: list[tuple[float, int]] = []  # the position and the number of each item

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import event, select, update
 
 from service.application.api_keys import CACHE_SECONDS, ApiKeyInfo, ApiKeys, Scope, has_scope, is_token
+from service.application.caller import CallerLimits
 from service.db.database import Database
 from service.db.models import ApiKey
 from service.errors import Conflict, InvalidInput, NotFound, Unavailable
@@ -232,19 +233,12 @@ def test_revoking_is_final_and_harmless_to_repeat(keys: ApiKeys) -> None:
 
 def test_a_key_holds_what_it_was_made_with(keys: ApiKeys) -> None:
     """Scopes and limits are stored unchanged, and keys are listed oldest first."""
-    first, _ = keys.create(unique_name(), ["edit", "read"], requests_per_minute=7, max_queued=3)
+    limits = CallerLimits(7, 5000, 3, 2, weight=4)
+    first, _ = keys.create(unique_name(), ["edit", "read"], limits)
     second, _ = keys.create(unique_name(), ["admin"])
     assert keys.all() == [first, second]
-    assert (first.scopes, first.requests_per_minute, first.max_queued) == (
-        frozenset({Scope.READ, Scope.EDIT}),
-        7,
-        3,
-    )
-    assert (second.scopes, second.requests_per_minute, second.max_queued) == (
-        frozenset({Scope.ADMIN}),
-        None,
-        None,
-    )
+    assert (first.scopes, first.limits) == (frozenset({Scope.READ, Scope.EDIT}), limits)
+    assert (second.scopes, second.limits) == (frozenset({Scope.ADMIN}), CallerLimits())
 
 
 @pytest.mark.parametrize("wrong", ["", "A", "a b", "-a", "a" * 65, "a\n", "ключ", "root"])
@@ -262,11 +256,13 @@ def test_scopes_are_known_ones(keys: ApiKeys, wrong: list[str]) -> None:
         keys.create(unique_name(), wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"requests_per_minute": 0}, {"max_queued": -1}, {"max_queued": 2**31}])
+@pytest.mark.parametrize(
+    "wrong", [{"requests_per_minute": 0}, {"max_queued": -1}, {"max_queued": 2**31}, {"weight": 0}]
+)
 def test_limits_are_positive(keys: ApiKeys, wrong: dict[str, int]) -> None:
     """A limit of zero or less, or above the range of its column, is rejected."""
     with pytest.raises(InvalidInput):
-        keys.create(unique_name(), ["read"], **wrong)
+        keys.create(unique_name(), ["read"], CallerLimits(**wrong))
 
 
 def test_whether_keys_exist(keys: ApiKeys, clock: FakeClock, database_url: str) -> None:

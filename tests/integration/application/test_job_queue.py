@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from service.application import Services
+from service.application.caller import CallerLimits
 from service.db.database import Database
 from service.errors import InvalidInput, NotFound, QueueFull
 from service.jobs.broker import Broker
@@ -88,14 +89,14 @@ class TestSubmit:
     def test_queue_limit_of_one_actor(self, services: Services) -> None:
         """Each actor has a separate limit of queued jobs; the rejection has `retry_after`."""
         requests = [edit_request()]
-        services.edits.submit(requests * 2, "a", max_queued=2)
+        services.edits.submit(requests * 2, "a", limits=CallerLimits(max_queued=2))
         with pytest.raises(QueueFull, match="2 of your jobs are queued, at most 2") as error:
-            services.edits.submit(requests, "a", max_queued=2)
+            services.edits.submit(requests, "a", limits=CallerLimits(max_queued=2))
         assert error.value.retry_after > 0
         with pytest.raises(QueueFull):
-            services.traces.submit(trace_request(), "a", max_queued=2)
-        services.edits.submit(requests, "b", max_queued=2)
-        services.edits.submit(requests, "a", max_queued=3)
+            services.traces.submit(trace_request(), "a", limits=CallerLimits(max_queued=2))
+        services.edits.submit(requests, "b", limits=CallerLimits(max_queued=2))
+        services.edits.submit(requests, "a", limits=CallerLimits(max_queued=3))
 
     def test_default_queue_limit_of_an_actor(
         self, database: Database, broker: Broker, worker: WorkerParts, tmp_path: Path

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from service.jobs.broker import Broker, Delivery, Event, OutgoingEvent
+from service.jobs.broker import Broker, CallerFilter, Delivery, Event, OutgoingEvent
 from service.jobs.job_kinds import WORK_KINDS
 from service.jobs.memory_broker import MemoryBroker
 from service.jobs.redis_broker import RedisBroker
@@ -45,6 +45,79 @@ def start_thread(work: Any) -> Any:
     thread = threading.Thread(target=work)
     thread.start()
     return thread
+
+
+def callers_of(deliveries: list[Delivery]) -> list[str]:
+    return [delivery.caller for delivery in deliveries]
+
+
+class TestFairness:
+    """The order between callers. `tests/unit/service/kit/test_fair_queue.py` tests the order itself."""
+
+    @pytest.mark.parametrize("kind", ["generate", "edit"])
+    def test_flood_does_not_delay_another_caller(self, broker: Broker, kind: str) -> None:
+        """A caller's first item is received before the second one of a caller that has many waiting."""
+        for number in range(120):
+            enqueue(broker, kind, f"a{number}", "a")
+        received = broker.receive([kind], 3, 0)
+        enqueue(broker, kind, "b0", "b")
+        received = broker.receive([kind], 2, 0)
+        assert sorted(callers_of(received)) == ["a", "b"]
+
+    @pytest.mark.parametrize("kind", ["generate", "edit"])
+    def test_costs_divide_the_service(self, broker: Broker, kind: str) -> None:
+        """A caller whose items cost a third is served three times as many."""
+        for number in range(12):
+            enqueue(broker, kind, f"a{number}", "a", cost=3.0)
+            enqueue(broker, kind, f"b{number}", "b", cost=1.0)
+        received = callers_of(broker.receive([kind], 12, 0))
+        assert (received.count("a"), received.count("b")) == (3, 9)
+
+    def test_filter_of_callers(self, broker: Broker) -> None:
+        """Work of excluded callers stays queued, by kind, also behind many items. `only` receives that of one
+        caller."""
+        for number in range(230):
+            broker.notify(f"edit_a{number}", "edit", "a")
+        broker.notify("edit_b", "edit", "b")
+        broker.notify("trace_a", "trace", "a")
+        only_edits = CallerFilter({"edit": ["a"]})
+        assert callers_of(broker.receive(["edit"], 5, 0, only_edits)) == ["b"]
+        assert [d.job_id for d in broker.receive(["edit", "trace"], 5, 0, only_edits)] == ["trace_a"]
+        assert broker.receive(["edit"], 5, 0, CallerFilter(only="b")) == []
+        assert callers_of(broker.receive(["edit"], 2, 0, CallerFilter(only="a"))) == ["a", "a"]
+        assert broker.queue_depth("edit") == broker.queue_depth("edit", "a") == 228
+        assert broker.queue_depth("edit", "b") == 0
+
+    @pytest.mark.parametrize("kind", ["generate", "edit"])
+    def test_nack_keeps_the_place_and_the_cost(self, broker: Broker, kind: str) -> None:
+        """A returned delivery is received before all others, with its caller and its cost."""
+        for caller in "ab":
+            for number in range(3):
+                enqueue(broker, kind, f"{caller}{number}", caller, cost=2.5)
+        first = broker.receive([kind], 4, 0)
+        for delivery in first:
+            broker.nack(delivery)
+        again = broker.receive([kind], 4, 0)
+        assert {(d.job_id, d.caller, d.cost) for d in again} == {(d.job_id, d.caller, d.cost) for d in first}
+        if kind == "generate":
+            assert {d.cost for d in again} == {2.5}
+
+    def test_filter_while_waiting(self, broker: Broker) -> None:
+        """A `receive` that waits is not ended by work of an excluded caller, and is by that of another."""
+        received: list[Delivery] = []
+        excluded = CallerFilter({"generate": ["a"]})
+        thread = start_thread(lambda: received.extend(broker.receive(["generate"], 1, TIMEOUT, excluded)))
+        broker.send_call("generate", {}, caller="a")
+        broker.send_call("generate", {}, caller="b")
+        thread.join(TIMEOUT)
+        assert callers_of(received) == ["b"]
+
+
+def enqueue(broker: Broker, kind: str, name: str, caller: str, cost: float = 1.0) -> None:
+    if kind == "generate":
+        broker.send_call(kind, {}, "", f"call_{name}", caller, cost)
+    else:
+        broker.notify(f"edit_{name}", kind, caller, cost)
 
 
 class TestDeliveries:

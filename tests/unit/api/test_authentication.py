@@ -9,6 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.application.api_keys import CACHE_SECONDS, ApiKeys
+from service.application.caller import CallerLimits
 from service.db.database import Database
 from service.errors import Unavailable
 from tests.support.application import TOWER, FakeWorker, TestApp
@@ -20,7 +21,7 @@ def bearer_header(token: str) -> dict[str, str]:
 
 def make_token(test_app: TestApp, name: str, *scopes: str, **limits: int) -> str:
     """Create an API key and return its token."""
-    return ApiKeys(test_app.database).create(name, scopes, **limits)[1]
+    return ApiKeys(test_app.database).create(name, scopes, CallerLimits(**limits))[1]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 
 from api import engine_calls
 from api.engine_calls import EngineCall
+from service.application.caller import Caller
 from service.errors import Unavailable
 from service.jobs.broker import Event
 from service.schemas import GenerateRequest
@@ -56,7 +57,7 @@ class FakeServices:
         self.broker, self.answers_after = broker, answers_after
         self.models = self.generation = self
 
-    def resubmit(self, kind: str, channel: str, request: GenerateRequest) -> None:
+    def resubmit(self, kind: str, channel: str, request: GenerateRequest, caller: Caller) -> None:
         self.resubmitted.append((kind, channel))
         if len(self.resubmitted) == self.answers_after:
             self.broker.may_send.set()
@@ -72,12 +73,18 @@ def short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_calls, "WORKER_CHECK_INTERVAL", 0.2)
 
 
+def new_call(services: Any) -> EngineCall:
+    return EngineCall(
+        "generate", "c", GenerateRequest(prompt="x"), services, services.broker, Caller("local")
+    )
+
+
 def collect_call_events(services: FakeServices) -> list[Event]:
     """Return the events that a client receives for a call."""
 
     async def listen() -> list[Event]:
         async with asyncio.timeout(20):
-            call: Any = EngineCall("generate", "c", GenerateRequest(prompt="x"), services, services.broker)  # type: ignore[arg-type]
+            call = new_call(services)
             async with aclosing(call.events()) as events:
                 return [event async for event in events]
 
@@ -136,6 +143,6 @@ def test_a_waiting_request_survives_a_lost_call(client: TestClient, test_app: Te
 def test_cancel_ignores_a_broker_outage() -> None:
     """Cancelling a call raises no error while the broker is unavailable."""
     services = FakeServices(FakeBroker())
-    call: Any = EngineCall("generate", "c", GenerateRequest(prompt="x"), services, services.broker)  # type: ignore[arg-type]
+    call = new_call(services)
     asyncio.run(call.cancel())
     assert services.broker.cancelled == ["c"]

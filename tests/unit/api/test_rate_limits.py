@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.application.api_keys import ApiKeys
+from service.application.caller import CallerLimits
 from service.kit import metrics
 from tests.support.application import TOWER, TestApp
 
@@ -49,8 +50,8 @@ def test_too_many_requests_are_429(limited_app: TestApp) -> None:
 def test_a_key_may_have_its_own_limit(limited_app: TestApp) -> None:
     """The limits of a key override the defaults of the settings."""
     keys = ApiKeys(limited_app.database)
-    less = keys.create("less", ["read"], requests_per_minute=2)[1]
-    more = keys.create("more", ["read"], requests_per_minute=6)[1]
+    less = keys.create("less", ["read"], CallerLimits(requests_per_minute=2))[1]
+    more = keys.create("more", ["read"], CallerLimits(requests_per_minute=6))[1]
     assert [answer.status_code for answer in send_requests(limited_app, less, 3)] == [200, 200, 429]
     assert [answer.status_code for answer in send_requests(limited_app, more, 7)] == [200] * 6 + [429]
 
@@ -82,7 +83,7 @@ def test_a_key_may_leave_as_many_jobs_waiting_as_its_limit(test_app: TestApp, cl
     """A key with a limit of two queued jobs gets 429 for a third. A batch above the limit is rejected as a
     whole. Other keys are not affected."""
     keys = ApiKeys(test_app.database)
-    few = {"Authorization": f"Bearer {keys.create('few', ['edit'], max_queued=2)[1]}"}
+    few = {"Authorization": f"Bearer {keys.create('few', ['edit'], CallerLimits(max_queued=2))[1]}"}
     other = {"Authorization": f"Bearer {keys.create('other', ['edit', 'read'])[1]}"}
     assert client.post("/edits", json={"edits": [TOWER] * 3}, headers=few).status_code == 429
     assert client.post("/edits", json={"edits": [TOWER] * 2}, headers=few).status_code == 202

@@ -12,6 +12,7 @@ from openai import OpenAI
 from starlette.testclient import TestClient
 
 from service.application.api_keys import ApiKeys
+from service.application.caller import CallerLimits
 from tests.support.application import PROMPT, TOWER, FakeWorker, TestApp
 from tests.support.local_server import run_http_server, wait_until
 
@@ -232,7 +233,7 @@ def test_keys_are_as_everywhere(test_app: TestApp, openai_client: OpenAI) -> Non
     AuthenticationError, a missing scope PermissionDeniedError, and an exceeded rate limit RateLimitError
     with Retry-After."""
     keys = ApiKeys(test_app.database)
-    reads, edits = (keys.create(scope, [scope], 2)[1] for scope in ("read", "edit"))
+    reads, edits = (keys.create(scope, [scope], CallerLimits(2))[1] for scope in ("read", "edit"))
     with pytest.raises(openai.AuthenticationError):
         openai_client.models.list()
     with pytest.raises(openai.PermissionDeniedError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from itertools import permutations
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,9 +71,8 @@ def test_service_differs_by_at_most_one_item(costs: dict[str, list[float]]) -> N
         queued = queue.remove(key)
         served[queued.caller] += queued.item
         left[queued.caller] -= 1
-        for one in costs:
-            for other in costs:
-                assert abs(served[one] - served[other]) <= max(costs[one]) + max(costs[other]) + 1e-9
+        for (one, costs_of_one), (other, costs_of_other) in permutations(costs.items(), 2):
+            assert served[one] - served[other] <= max(costs_of_one) + max(costs_of_other) + 1e-9
 
 
 def test_an_item_that_is_put_back_keeps_its_place() -> None:

@@ -1,0 +1,129 @@
+"""Tests of the engine with several callers."""
+
+from __future__ import annotations
+
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from service.engine import job_runner
+from service.engine.engine import EngineConfig
+from service.engine.job_runner import MAX_GROUPS_PER_KIND
+from service.schemas import CompareRequest, GenerateRequest
+from tests.unit.service.engine.test_engine import PROMPTS, TEST_CONFIG, EngineHarness, job_handler
+
+SMALL_BATCHES = EngineConfig(max_batch_size=8, idle_timeout=0.01, cancel_poll_interval=0.0)
+
+
+def generate(harness: EngineHarness, caller: str, prompts: int, tokens: int) -> str:
+    request = GenerateRequest(prompts=[PROMPTS[1]] * prompts, max_new_tokens=tokens)
+    payload = request.model_dump(mode="json")
+    return str(harness.broker.send_call("generate", payload, caller=caller, cost=float(prompts * tokens)))
+
+
+def submit(harness: EngineHarness, job_id: str, kind: str, caller: str) -> None:
+    harness.jobs.add(job_id, kind)
+    harness.broker.notify(job_id, kind, caller)
+
+
+def has_ended(harness: EngineHarness, channel: str) -> bool:
+    return bool(harness.broker._get_channel(channel).closed)
+
+
+def steps_until_end(harness: EngineHarness, channel: str, limit: int = 500) -> int:
+    for number in range(limit):
+        if has_ended(harness, channel):
+            return number
+        harness.step(1)
+    raise AssertionError("the call does not end")
+
+
+def test_a_short_request_does_not_wait_for_a_flood() -> None:
+    """A request of 2 tokens ends in a few steps, although another caller has 1,920 sequences of 40 tokens before it."""
+    harness = EngineHarness(config=SMALL_BATCHES)
+    flood = [generate(harness, "flood", 64, 40) for _ in range(30)]
+    harness.step(20)
+    other = generate(harness, "other", 1, 2)
+    assert steps_until_end(harness, other) <= 10
+    assert not any(has_ended(harness, channel) for channel in flood)
+
+
+def test_two_floods_progress_alike() -> None:
+    """Two callers with many sequences get places in turn: neither waits until the other has ended."""
+    harness = EngineHarness(config=SMALL_BATCHES)
+    first = [generate(harness, "a", 16, 4) for _ in range(4)]
+    second = [generate(harness, "b", 16, 4) for _ in range(4)]
+    while not all(has_ended(harness, channel) for channel in second):
+        harness.step(1)
+    ended = sum(has_ended(harness, channel) for channel in first)
+    assert ended >= 3
+
+
+def test_every_sequence_of_a_flood_is_answered() -> None:
+    """Work of the heavy lane ends beside a caller that always has light work."""
+    harness = EngineHarness(config=SMALL_BATCHES)
+    flood = generate(harness, "flood", 20, 5)
+    light = generate(harness, "other", 1, 5)
+    for _ in range(20_000):
+        harness.step(1)
+        if has_ended(harness, light):
+            light = generate(harness, "other", 1, 5)
+        if has_ended(harness, flood):
+            break
+    (event,) = [harness.end_event(flood)]
+    assert len(event.data["choices"]) == 20
+
+
+def test_comparisons_of_one_caller_run_one_after_another() -> None:
+    """A caller has one comparison at a time, so that others find a place."""
+    harness = EngineHarness()
+    payload = CompareRequest(prompt=PROMPTS[0], max_new_tokens=30).model_dump(mode="json")
+    flood = [harness.broker.send_call("compare", payload, caller="flood") for _ in range(6)]
+    harness.step(3)
+    short = CompareRequest(prompt=PROMPTS[0], max_new_tokens=2).model_dump(mode="json")
+    other = harness.broker.send_call("compare", short, caller="other")
+    assert steps_until_end(harness, other) <= 20
+    assert not any(has_ended(harness, channel) for channel in flood)
+
+
+def test_jobs_of_two_callers_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of another caller runs beside a longer one of its kind: from its start each has half of the steps."""
+    clock = count()
+    monkeypatch.setattr(job_runner, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    harness = EngineHarness({"edit": job_handler(20)}, TEST_CONFIG)
+    submit(harness, "edit_1", "edit", "a")
+    submit(harness, "edit_2", "edit", "a")
+    harness.step(6)
+    submit(harness, "edit_3", "edit", "b")
+    harness.step(12)
+    steps = _last_progress(harness)
+    assert "edit_2" not in steps
+    assert (steps["edit_1"], steps["edit_3"]) == (12, 6)
+
+
+def test_number_of_groups_is_bounded() -> None:
+    """At most MAX_GROUPS_PER_KIND callers have running jobs of one kind; the next one follows."""
+    harness = EngineHarness({"trace": job_handler(5)}, TEST_CONFIG)
+    for number in range(MAX_GROUPS_PER_KIND + 2):
+        submit(harness, f"trace_{number}", "trace", f"caller{number}")
+    harness.step(MAX_GROUPS_PER_KIND)
+    assert harness.broker.queue_depth("trace") == 2
+    harness.step()
+    assert set(_last_progress(harness).values()) == {5}
+
+
+def test_stop_requeues_the_jobs_of_all_callers() -> None:
+    """On stop the running jobs of all callers are requeued."""
+    harness = EngineHarness({"trace": job_handler(5)}, TEST_CONFIG)
+    for caller in "ab":
+        submit(harness, f"trace_{caller}", "trace", caller)
+    harness.step(2)
+    harness.stop()
+    released = {report[1] for report in harness.jobs.reports if report[0] == "released"}
+    assert released == {"trace_a", "trace_b"}
+
+
+def _last_progress(harness: EngineHarness) -> dict[Any, Any]:
+    return {report[1]: report[2] for report in harness.jobs.reports if report[0] == "progress"}
