@@ -105,6 +105,7 @@ class JobRunner:
         self._on_job_end = on_job_end
         self._groups: list[JobGroup] = []  # those of the most urgent kind run
         self._interruptions: Counter[str] = Counter()
+        self._starts_nothing = False  # until a group ends
 
     @property
     def pending(self) -> bool:
@@ -117,6 +118,8 @@ class JobRunner:
         callers."""
         if not self._groups:
             return self._kinds
+        if self._starts_nothing:
+            return ()
         kind = self._running_kind
         more_urgent = self._kinds[: self._kinds.index(kind)]
         return more_urgent if len(self._groups_of(kind)) >= MAX_GROUPS_PER_KIND else (*more_urgent, kind)
@@ -226,13 +229,19 @@ class JobRunner:
             self._finish_job(group, job_id, error)
 
     def _interrupt(self, group: JobGroup, error: Unavailable) -> None:
-        """Requeue the jobs of a group after an outage, a bounded number of times; then they fail."""
+        """Requeue the jobs of a group after an outage, a bounded number of times; then they fail.
+
+        Beside other groups the cause can be the memory that these hold. Then this is not counted, and nothing starts
+        until one of them has ended.
+        """
+        alone = self._groups == [group]
         for job in group.jobs:
             log.warning("job interrupted", extra={**log_fields(job), "detail": error.detail})
-            self._interruptions[job.id] += 1
+            self._interruptions[job.id] += alone
             if self._interruptions[job.id] >= MAX_INTERRUPTIONS:
                 self._finish_job(group, job.id, error)
         self._requeue(group)
+        self._starts_nothing = not alone
 
     def _finish_group(self, group: JobGroup, error: Exception | None = None) -> None:
         """End all jobs of a group that have not ended."""
@@ -296,6 +305,7 @@ class JobRunner:
         group.steps.close()
         if group in self._groups:
             self._groups.remove(group)
+        self._starts_nothing = False
 
 
 def _observe_step(phase: str, seconds: float) -> None:

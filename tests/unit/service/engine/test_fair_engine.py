@@ -11,6 +11,9 @@ import pytest
 from service.engine import job_runner
 from service.engine.engine import EngineConfig
 from service.engine.job_runner import MAX_GROUPS_PER_KIND
+from service.errors import Unavailable
+from service.jobs.job_store import ClaimedJob
+from service.kit.steps import JobReporter, Phase, Progress, Stepper
 from service.schemas import CompareRequest, GenerateRequest
 from tests.unit.service.engine.test_engine import PROMPTS, TEST_CONFIG, EngineHarness, job_handler
 
@@ -123,6 +126,34 @@ def test_stop_requeues_the_jobs_of_all_callers() -> None:
     harness.stop()
     released = {report[1] for report in harness.jobs.reports if report[0] == "released"}
     assert released == {"trace_a", "trace_b"}
+
+
+@pytest.mark.parametrize("kind_of_other", ["edit", "trace"])
+def test_a_job_without_memory_waits_for_the_others(kind_of_other: str) -> None:
+    """A job that finds no memory beside a job of another caller runs after that one has ended. It does not fail."""
+    running: list[str] = []
+
+    def needs_all_memory(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
+        running.append(jobs[0].id)
+        try:
+            if len(running) > 1:
+                raise Unavailable("this job would take 9 GiB of memory, of which 1 are free now.")
+            for number in range(5):
+                reporter.progress(jobs[0].id, Progress(Phase.RUN, number + 1, 5))
+                yield Progress(Phase.RUN, number + 1, 5)
+        finally:
+            running.remove(jobs[0].id)
+
+    harness = EngineHarness({"edit": needs_all_memory, "trace": needs_all_memory}, TEST_CONFIG)
+    submit(harness, "job_1", kind_of_other, "a")
+    harness.step(2)
+    submit(harness, "edit_2", "edit", "b")
+    harness.step(1)
+    submit(harness, "edit_2", "edit", "b")  # as `requeue` of the job store does
+    harness.step(200)
+    assert _last_progress(harness) == {"job_1": 5, "edit_2": 5}
+    assert [report for report in harness.jobs.reports if report[0] == "failed"] == []
+    assert len([report for report in harness.jobs.reports if report[0] == "released"]) == 1
 
 
 def _last_progress(harness: EngineHarness) -> dict[Any, Any]:
