@@ -60,7 +60,8 @@ def serve_until_stopped(
     from api.app import create_app
     from cli.http_server import HttpServerThread
 
-    server = HttpServerThread(create_app(container.services, container.broker, settings), server_socket)
+    app = create_app(container.services, container.broker, settings)
+    server = HttpServerThread(app, server_socket, settings.max_connections)
     server.start()
     try:
         out.print(

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 
+from cli.http_connections import ConnectionTable, TimeLimits, default_max_connections
+from cli.http_listener import Listener
+from cli.http_protocol import MAX_HEADER_BYTES, HttpConnection
 from service.errors import Misconfigured
 from service.settings import Settings
 
 KEEP_ALIVE_TIMEOUT = (
     75  # seconds until an idle connection is closed; longer than the timeout of common proxies
 )
+START_POLL_INTERVAL = 0.01  # seconds
 DRAIN_TIMEOUT = 5.0  # seconds for open requests to finish at shutdown
 SHUTDOWN_TIMEOUT = 8  # seconds after which open requests are cancelled
 
@@ -54,26 +62,76 @@ def url_of_socket(server_socket: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class HttpServerThread:
-    """The HTTP server in a thread of its own; the main thread handles signals and the terminal."""
+class HttpServer(uvicorn.Server):
+    """uvicorn's server with a limited number of connections and time limits for them."""
 
-    def __init__(self, app: Any, server_socket: socket.socket) -> None:
+    def __init__(self, config: uvicorn.Config, max_connections: int, limits: TimeLimits) -> None:
+        super().__init__(config)
+        self._table = ConnectionTable(max_connections, limits)
+        self._timer: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application and accept connections."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+        loop = asyncio.get_running_loop()
+
+        def connect(address: str) -> HttpConnection:
+            state = self.lifespan.state
+            return HttpConnection(self.config, self.server_state, state, self._table, address, loop)
+
+        self._timer = loop.create_task(self._table.enforce_time_limits(loop))
+        self.servers: list[Any] = [Listener(listening, self._table, connect) for listening in sockets or ()]
+        for listener in self.servers:
+            listener.start()
+        self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting connections, and wait for open requests."""
+        await super().shutdown(sockets)
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class HttpServerThread:
+    """The HTTP server in a thread of its own; the main thread handles signals and the terminal.
+
+    `max_connections` is by default what the limit of open files allows.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        server_socket: socket.socket,
+        max_connections: int | None = None,
+        limits: TimeLimits | None = None,
+    ) -> None:
         config = uvicorn.Config(
             app,
+            loop="asyncio",
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # they would replace the address of the client
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
             timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
         )
         self.url = url_of_socket(server_socket)
-        self._server = uvicorn.Server(config)
+        self._server = HttpServer(
+            config, max_connections or default_max_connections(), limits or TimeLimits()
+        )
         self._thread = threading.Thread(
             target=self._server.run, args=([server_socket],), name="http", daemon=True
         )
 
     def start(self) -> None:
+        """Start the server; return when it accepts connections, or has failed."""
         self._thread.start()
+        while not self._server.started and self._thread.is_alive():
+            time.sleep(START_POLL_INTERVAL)
 
     def is_alive(self) -> bool:
         return self._thread.is_alive()

@@ -61,7 +61,8 @@ def serve(
     from cli.worker_process import make_worker, wait_until_ready, wait_until_stopped, worker_health_server
     from service.application.api_keys import ApiKeys
 
-    server = HttpServerThread(create_app(container.services, container.broker, settings), server_socket)
+    app = create_app(container.services, container.broker, settings)
+    server = HttpServerThread(app, server_socket, settings.max_connections)
     worker = make_worker(settings, container)
     with worker_health_server(worker, settings):
         worker_thread = worker.start_in_thread()

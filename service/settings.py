@@ -84,6 +84,11 @@ class Settings(BaseSettings):
     max_import_body: int = Field(
         200_000_000, ge=1000, description="maximum size of an imported file in bytes"
     )
+    max_connections: int | None = Field(
+        None,
+        ge=16,
+        description="maximum number of open HTTP connections; unset: what the limit of open files allows",
+    )
     max_new_tokens: int = Field(
         16_384, ge=1, description="maximum number of new tokens of one request, over all its generations"
     )

@@ -68,7 +68,13 @@ HTTP_REQUESTS_IN_PROGRESS = Gauge(
     "palimpsest_http_requests_in_progress", "requests in progress", registry=REGISTRY
 )
 HTTP_REJECTED = _counter(
-    "http_rejected_total", "requests rejected by a limit: rate, queue length or body size", "limit"
+    "http_rejected_total",
+    "requests rejected by a limit: rate, queue length, body size or connections",
+    "limit",
+)
+HTTP_CONNECTIONS = Gauge("palimpsest_http_connections", "open connections", registry=REGISTRY)
+HTTP_CONNECTIONS_CLOSED = _counter(
+    "http_connections_closed_total", "connections closed by a limit or because they were malformed", "reason"
 )
 
 # jobs and deliveries

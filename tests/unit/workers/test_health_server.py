@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
+import time
 from collections.abc import Iterator
+from wsgiref.simple_server import WSGIServer
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.errors import Misconfigured
-from workers.health_server import HealthServer
+from workers import health_server
+from workers.health_server import MAX_CONNECTIONS, HealthServer
 
 
 class FakeHealthCheck:
@@ -67,6 +72,47 @@ def test_silent_client_does_not_block_the_server(health_check: FakeHealthCheck) 
     with socket.create_connection(("127.0.0.1", server.port)):
         assert httpx.get(f"http://127.0.0.1:{server.port}/healthz").status_code == 200
         server.stop()
+
+
+def test_silent_connections_are_few_and_end(
+    health_check: FakeHealthCheck, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many silent connections only the newest are kept, each with one thread; a client that sends one byte after
+    the other loses its connection, too."""
+    address = (http.base_url.host, http.base_url.port)
+    silent = [socket.create_connection(address, timeout=30) for _ in range(3 * MAX_CONNECTIONS)]
+    assert http.get("/healthz").status_code == 200
+    assert [connection.recv(1) for connection in silent[:-MAX_CONNECTIONS]] == [b""] * 2 * MAX_CONNECTIONS
+    monkeypatch.setattr(health_server, "CONNECTION_TIMEOUT", 0.3)
+    for connection in silent[-2:]:
+        connection.settimeout(0.1)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                connection.sendall(b"G")
+                with contextlib.suppress(TimeoutError):
+                    if connection.recv(1) == b"":
+                        break
+    for connection in silent:
+        connection.close()
+
+
+def test_too_many_open_files_do_not_make_the_server_spin(
+    health_check: FakeHealthCheck, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While connections cannot be accepted, the server waits between attempts, and serves afterwards."""
+    attempts = []
+
+    def fail(server: object) -> None:
+        attempts.append(server)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WSGIServer, "get_request", fail)
+        patch.setattr(health_server, "ACCEPT_PAUSE", 0.05)
+        with socket.create_connection((http.base_url.host, http.base_url.port)):
+            time.sleep(0.5)
+    assert 0 < len(attempts) <= 11
+    assert http.get("/healthz").status_code == 200
 
 
 def test_port_in_use_is_misconfigured(health_check: FakeHealthCheck) -> None:

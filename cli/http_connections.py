@@ -1,0 +1,133 @@
+"""The open connections of an HTTP server: their number, their time limits, and which one is closed for a new one."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from service.kit import metrics
+
+#: descriptors kept for the database, the logs, files of the model and refused connections
+RESERVED_DESCRIPTORS = 96
+#: descriptors of one connection: its socket, and a connection to Redis while it streams events
+DESCRIPTORS_PER_CONNECTION = 2
+MIN_CONNECTIONS, MAX_CONNECTIONS = 16, 10_000
+#: connections above the limit that are open at once, to be answered with 503 or to serve a probe
+EXTRA_CONNECTIONS = 16
+EVICTION_SHARE = 16  #: at the limit, up to 1/16 of the connections are closed at once
+SWEEP_INTERVAL = 1.0  #: seconds between two checks of the time limits
+
+
+@dataclass(frozen=True)
+class TimeLimits:
+    """Time limits of a connection in seconds, and the least rate of a body in bytes per second."""
+
+    header: float = (
+        10.0  #: from the connection, or the first byte of a later request, to the end of its header
+    )
+    body: float = 20.0  #: without a byte of the body
+    body_rate: float = 1000.0  #: average rate of a body, after the first `body` seconds
+    unread_body: float = (
+        5.0  #: for the rest of a body after the response, which the client may still be sending
+    )
+    write: float = 60.0  #: without a byte of the response taken by the client
+
+    def sweep_interval(self) -> float:
+        """Return the seconds between two checks, shorter than each limit."""
+        return min(SWEEP_INTERVAL, min(self.header, self.body, self.unread_body, self.write) / 4)
+
+
+class Connection(Protocol):
+    """What the table needs to know of a connection."""
+
+    address: str  #: of the client, without its port
+    extra: bool  #: whether it was accepted above the limit
+    request_count: int  #: requests whose header is complete
+
+    @property
+    def idle_since(self) -> float | None:
+        """Since when no request is in progress, or the client takes nothing of the response; None if neither."""
+
+    def close_if_late(self, at: float) -> None:
+        """Close the connection if it has exceeded a time limit."""
+
+    def evict(self) -> None:
+        """Close the connection at once."""
+
+
+def default_max_connections() -> int:
+    """Return the number of connections that the limit of open files of this process allows."""
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if open_files == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    allowed = (open_files - RESERVED_DESCRIPTORS) // DESCRIPTORS_PER_CONNECTION
+    return max(MIN_CONNECTIONS, min(allowed, MAX_CONNECTIONS))
+
+
+class ConnectionTable:
+    """The open connections of one server, in the order of their arrival. Used by the event loop only."""
+
+    def __init__(self, max_connections: int, limits: TimeLimits) -> None:
+        self.max_connections, self.limits = max_connections, limits
+        self._open: dict[Connection, None] = {}
+        self._extra: dict[Connection, None] = {}
+
+    def admit(self, connection: Connection) -> bool:
+        """Add a connection; return False if it must be closed at once.
+
+        At the limit, idle connections are closed for it. When all are busy, it is one of a few extra connections, on
+        which only probes are served.
+        """
+        if len(self._open) >= self.max_connections:
+            self.evict_idle(max(1, self.max_connections // EVICTION_SHARE))
+        if len(self._open) < self.max_connections:
+            self._open[connection] = None
+        elif len(self._extra) < EXTRA_CONNECTIONS or self._evict(_by_priority(self._extra)[:1]):
+            connection.extra = True
+            self._extra[connection] = None
+        else:
+            metrics.HTTP_CONNECTIONS_CLOSED.labels("refused").inc()
+            return False
+        metrics.HTTP_CONNECTIONS.inc()
+        return True
+
+    def remove(self, connection: Connection) -> None:
+        """Remove a connection that has been closed; idempotent."""
+        members = self._extra if connection.extra else self._open
+        if connection in members:
+            del members[connection]
+            metrics.HTTP_CONNECTIONS.dec()
+
+    def evict_idle(self, count: int) -> bool:
+        """Close up to `count` idle connections, of which at most one has served a request. Return whether any was."""
+        idle = _by_priority(self._open)
+        return self._evict([c for n, c in enumerate(idle[:count]) if n == 0 or c.request_count == 0])
+
+    def _evict(self, connections: Iterable[Connection]) -> bool:
+        evicted = False
+        for connection in connections:
+            evicted = True
+            self.remove(connection)
+            connection.evict()
+            metrics.HTTP_CONNECTIONS_CLOSED.labels("evicted").inc()
+        return evicted
+
+    async def enforce_time_limits(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Check the time limits of all connections, until cancelled."""
+        while True:
+            await asyncio.sleep(self.limits.sweep_interval())
+            for connection in [*self._open, *self._extra]:
+                connection.close_if_late(loop.time())
+
+
+def _by_priority(connections: Iterable[Connection]) -> list[Connection]:
+    """Return the idle connections in the order in which they are closed: of the address with most of them first, then
+    those without a request, then the longest waiting."""
+    idle = [(since, c) for c in connections if (since := c.idle_since) is not None]
+    per_address = Counter(c.address for _, c in idle)
+    idle.sort(key=lambda item: (-per_address[item[1].address], item[1].request_count > 0, item[0]))
+    return [connection for _, connection in idle]
