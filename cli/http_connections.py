@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,8 @@ MIN_CONNECTIONS, MAX_CONNECTIONS = 16, 10_000
 #: connections above the limit that are open at once, to be answered with 503 or to serve a probe
 EXTRA_CONNECTIONS = 16
 EVICTION_SHARE = 16  #: at the limit, up to 1/16 of the connections are closed at once
+#: seconds in which a client sends its header unless it is slow
+PROMPTNESS = 1.0
 SWEEP_INTERVAL = 1.0  #: seconds between two checks of the time limits
 
 
@@ -71,8 +74,10 @@ def default_max_connections() -> int:
 class ConnectionTable:
     """The open connections of one server, in the order of their arrival. Used by the event loop only."""
 
-    def __init__(self, max_connections: int, limits: TimeLimits) -> None:
-        self.max_connections, self.limits = max_connections, limits
+    def __init__(
+        self, max_connections: int, limits: TimeLimits, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.max_connections, self.limits, self._clock = max_connections, limits, clock
         self._open: dict[Connection, None] = {}
         self._extra: dict[Connection, None] = {}
 
@@ -86,7 +91,7 @@ class ConnectionTable:
             self.evict_idle(max(1, self.max_connections // EVICTION_SHARE))
         if len(self._open) < self.max_connections:
             self._open[connection] = None
-        elif len(self._extra) < EXTRA_CONNECTIONS or self._evict(_by_priority(self._extra)[:1]):
+        elif len(self._extra) < EXTRA_CONNECTIONS or self._evict(self._by_priority(self._extra)[:1]):
             connection.extra = True
             self._extra[connection] = None
         else:
@@ -103,9 +108,30 @@ class ConnectionTable:
             metrics.HTTP_CONNECTIONS.dec()
 
     def evict_idle(self, count: int) -> bool:
-        """Close up to `count` idle connections, of which at most one has served a request. Return whether any was."""
-        idle = _by_priority(self._open)
-        return self._evict([c for n, c in enumerate(idle[:count]) if n == 0 or c.request_count == 0])
+        """Close the first idle connection, and up to `count` that have sent no request. Return whether any was."""
+        idle = self._by_priority(self._open)[:count]
+        return self._evict([*idle[:1], *filter(self._is_late, idle[1:])])
+
+    def _by_priority(self, connections: Iterable[Connection]) -> list[Connection]:
+        """Return the idle connections in the order in which they are closed for others.
+
+        Those of the address with most of them come first; of one address those without a request that are late, those
+        that have served one, and the others; and of these the longest waiting.
+        """
+        idle = [(since, c) for c in connections if (since := c.idle_since) is not None]
+        per_address = Counter(c.address for _, c in idle)
+
+        def rank(item: tuple[float, Connection]) -> tuple[float, ...]:
+            since, connection = item
+            group = 0 if self._is_late(connection) else 1 if connection.request_count else 2
+            return (-per_address[connection.address], group, since)
+
+        return [connection for _, connection in sorted(idle, key=rank)]
+
+    def _is_late(self, connection: Connection) -> bool:
+        """Return whether a connection has sent no request for longer than a prompt client takes."""
+        since = connection.idle_since
+        return not connection.request_count and since is not None and self._clock() - since > PROMPTNESS
 
     def _evict(self, connections: Iterable[Connection]) -> bool:
         evicted = False
@@ -122,12 +148,3 @@ class ConnectionTable:
             await asyncio.sleep(self.limits.sweep_interval())
             for connection in [*self._open, *self._extra]:
                 connection.close_if_late(loop.time())
-
-
-def _by_priority(connections: Iterable[Connection]) -> list[Connection]:
-    """Return the idle connections in the order in which they are closed: of the address with most of them first, then
-    those without a request, then the longest waiting."""
-    idle = [(since, c) for c in connections if (since := c.idle_since) is not None]
-    per_address = Counter(c.address for _, c in idle)
-    idle.sort(key=lambda item: (-per_address[item[1].address], item[1].request_count > 0, item[0]))
-    return [connection for _, connection in idle]

@@ -15,6 +15,8 @@ from cli.http_connections import (
     default_max_connections,
 )
 
+NOW = 100.0  #: seconds
+
 
 class FakeConnection:
     """A connection whose state a test sets. By default it has sent nothing since time 0."""
@@ -32,7 +34,7 @@ class FakeConnection:
 
 def full_table(*connections: FakeConnection) -> ConnectionTable:
     """Return a table that these connections fill."""
-    table = ConnectionTable(len(connections), TimeLimits())
+    table = ConnectionTable(len(connections), TimeLimits(), clock=lambda: NOW)
     for connection in connections:
         assert table.admit(connection)
     return table
@@ -55,6 +57,12 @@ def test_a_connection_without_a_request_is_closed_before_one_that_had_one() -> N
     """A connection that has served a request is kept longer than one that has not."""
     served, silent = FakeConnection(idle_since=1.0, request_count=1), FakeConnection(idle_since=2.0)
     assert evicted_names(served=served, silent=silent) == ["silent"]
+
+
+def test_a_connection_that_has_just_been_opened_is_kept() -> None:
+    """A connection that may still send its request in time is kept longer than one that has served a request."""
+    served, newest = FakeConnection(idle_since=NOW, request_count=1), FakeConnection(idle_since=NOW - 0.5)
+    assert evicted_names(served=served, newest=newest) == ["served"]
 
 
 def test_an_address_with_many_connections_loses_them_first() -> None:
