@@ -35,6 +35,7 @@ from api.routes import (
 from api.security_headers import SecurityHeadersMiddleware
 from service.application import Services
 from service.application.api_keys import ApiKeys, is_token
+from service.application.development import Development, KeylessAccess, KeyMarker
 from service.errors import Misconfigured
 from service.jobs.broker import Broker
 from service.jobs.job_kinds import JOB_KINDS
@@ -96,7 +97,9 @@ class PalimpsestApp(FastAPI):
         return super().openapi()
 
 
-def create_app(services: Services, broker: Broker, settings: Settings) -> FastAPI:
+def create_app(
+    services: Services, broker: Broker, settings: Settings, development: Development = Development.OFF
+) -> FastAPI:
     """Return the application. The caller closes the services and the broker."""
     check_exposure(settings)
     keys = ApiKeys(services.database)
@@ -123,6 +126,7 @@ def create_app(services: Services, broker: Broker, settings: Settings) -> FastAP
     app.state.broker = broker
     app.state.settings = settings
     app.state.keys = keys
+    app.state.keyless_access = KeylessAccess(development, KeyMarker(settings.data_dir))
     app.state.rate_limiter = rate_limiter
     app.state.concurrency_limiter = ConcurrencyLimiter()
     errors.install_error_handlers(app)
@@ -152,6 +156,15 @@ def check_exposure(settings: Settings) -> None:
         raise Misconfigured(
             f"PALIMPSEST_API_KEY has {len(settings.api_key)} characters, and a root key needs at least {MIN_ROOT_KEY_LENGTH}: "
             "use a random one, for example the output of `openssl rand -hex 32`."
+        )
+    if settings.development and settings.api_key:
+        raise Misconfigured(
+            "--development accepts requests without a key, and PALIMPSEST_API_KEY requires one: remove one of the two."
+        )
+    if settings.development and not is_loopback(settings.host):
+        raise Misconfigured(
+            f"--development is for this machine only, and the service would listen on {settings.host}: listen on 127.0.0.1, or "
+            "remove --development and create a key with `palimpsest keys create`."
         )
     if settings.database_url is None and not settings.sqlite_path().exists():
         _require_key_unless_loopback(settings, None)  # a database that does not exist has no keys

@@ -57,7 +57,7 @@ class Unauthorized(PalimpsestError):
 
 
 class Forbidden(PalimpsestError):
-    """The API key does not have the required scope, or the `Host` header is not allowed."""
+    """The API key does not have the required scope; in development mode, the request is not from this machine."""
 
     code = "forbidden"
     title = "Forbidden"
@@ -133,7 +133,7 @@ LIMIT_LABELS: dict[type[PalimpsestError], str] = {
 STATUS_DESCRIPTIONS: dict[int, str] = {
     400: "The body is not valid JSON: a syntax error, NaN or Infinity, text that is not UTF-8, or too many nested levels.",
     401: "The service requires an API key, and the request has no valid one.",
-    403: "The API key does not have the required scope. Without API keys: the `Host` header is not a loopback name.",
+    403: "The API key does not have the required scope. In development mode: the request is not from this machine.",
     404: "No resource has this id.",
     405: "The path does not support this method.",
     406: "The resource has none of the media types in the `Accept` header.",

@@ -136,7 +136,10 @@ class SupervisedDeployment:
         ]
         ports = _free_ports(apis)
         self.addresses = [f"http://{LOCALHOST}:{port}" for port in ports]
-        self.apis = [self._process(f"api{i}", "api", "--port", str(p), *common) for i, p in enumerate(ports)]
+        self.apis = [
+            self._process(f"api{i}", "api", "--development", "--port", str(p), *common)
+            for i, p in enumerate(ports)
+        ]
         worker = ["worker", "--threads", "1", "--data-dir", str(logs / "data"), *common]
         self.workers = [self._process(f"worker{i}", *worker) for i in range(workers)]
         self._stop = threading.Event()

@@ -58,15 +58,20 @@ def serve_until_stopped(
 ) -> int:
     """Start the HTTP server, wait for `stop`, then let open requests finish."""
     from api.app import create_app
+    from cli.access import access_notice, resolve_development
     from cli.http_server import HttpServerThread
+    from service.application.development import Development
 
-    app = create_app(container.services, container.broker, settings)
+    development = resolve_development(settings, container.database, Development.OFF)
+    app = create_app(container.services, container.broker, settings, development)
     server = HttpServerThread(app, server_socket, settings.max_connections)
     server.start()
     try:
         out.print(
             f"Palimpsest is ready on {server.url}   (console: {server.url}, documentation: {server.url}/docs)"
         )
+        if notice := access_notice(settings, container.database, development):
+            out.print(notice)
         while server.is_alive() and not stop.wait(POLL_INTERVAL):
             pass
     finally:

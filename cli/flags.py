@@ -140,7 +140,7 @@ def add_setting_flags(parser: argparse._ActionsContainer, settings: type[BaseSet
             "default": argparse.SUPPRESS,
             "help": text.replace("%", "%%"),
         }
-        if field.annotation is bool:
+        if field.annotation in (bool, bool | None):
             parser.add_argument(flag_name(name), action=argparse.BooleanOptionalAction, **options)
         else:
             parser.add_argument(flag_name(name), **_value_options(field.annotation), **options)

@@ -86,12 +86,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(command: KeyCommand, args: argparse.Namespace) -> int:
     """Migrate the database and run a command on its keys."""
     from service.application.api_keys import ApiKeys
+    from service.application.development import KeyMarker
     from service.bootstrap import open_database
 
-    database = open_database(read_settings(args, Settings))
+    settings = read_settings(args, Settings)
+    database = open_database(settings)
     try:
         database.migrate()
-        return command(args, ApiKeys(database))
+        keys = ApiKeys(database)
+        result = command(args, keys)
+        if keys.all():
+            KeyMarker(settings.data_dir).set()
+        return result
     finally:
         database.close()
 

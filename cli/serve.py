@@ -56,12 +56,14 @@ def serve(
 ) -> int:
     """Start the HTTP server and the worker, print the startup message, and stop both when `stop` is set."""
     from api.app import create_app
+    from cli.access import access_notice, resolve_development
     from cli.http_server import HttpServerThread
     from cli.startup_message import startup_message
     from cli.worker_process import make_worker, wait_until_ready, wait_until_stopped, worker_health_server
-    from service.application.api_keys import ApiKeys
+    from service.application.development import Development
 
-    app = create_app(container.services, container.broker, settings)
+    development = resolve_development(settings, container.database, Development.UNTIL_FIRST_KEY)
+    app = create_app(container.services, container.broker, settings, development)
     server = HttpServerThread(app, server_socket, settings.max_connections)
     worker = make_worker(settings, container)
     with worker_health_server(worker, settings):
@@ -70,8 +72,9 @@ def serve(
         try:
             if wait_until_ready(worker, worker_thread, stop):
                 info = container.services.models.describe()
-                key_required = settings.api_key is not None or ApiKeys(container.database).any_exist()
-                out.print(startup_message(server.url, settings.model, info, key=key_required))
+                notice = access_notice(settings, container.database, development)
+                key_required = development is Development.OFF
+                out.print(startup_message(server.url, settings.model, info, notice, key_required))
             return wait_until_stopped(worker, worker_thread, stop)
         finally:
             server.stop_accepting()

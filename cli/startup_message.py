@@ -88,13 +88,14 @@ def default_hparams(info: dict[str, Any]) -> dict[str, Any] | None:
     return None if info.get("recipe") else {"layers": [info["layers"] // 4]}
 
 
-def startup_message(url: str, model: str, info: dict[str, Any], key: bool = False) -> str:
-    """Return the startup message. `info` is the entry of the model in GET /models."""
+def startup_message(url: str, model: str, info: dict[str, Any], notice: str = "", key: bool = False) -> str:
+    """Return the startup message. `info` is the entry of the model in GET /models; `notice` says who needs a key."""
     demo = choose_demo(model)
     ask, edit, again = demo_commands(url, demo, key, default_hparams(info))
     return "\n".join(
         [
             f"Palimpsest is ready on {url}   (console: {url}, documentation: {url}/docs, stop: Ctrl-C)",
+            *([notice] if notice else []),
             "",
             f"Generate a text about {demo.subject}:",
             f"  {ask}",

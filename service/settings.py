@@ -55,6 +55,10 @@ class Settings(BaseSettings):
         None,
         description="root API key with all scopes, at least 16 characters; `palimpsest keys` creates others",
     )
+    development: bool | None = Field(
+        None,
+        description="accept requests from this machine without an API key; unset: only `palimpsest serve`, and until a key has existed",
+    )
     max_queue: int = Field(
         1000, ge=1, description="maximum number of queued jobs; more are rejected with status 429"
     )

@@ -26,7 +26,7 @@ OPENAI_CODES = {
 OPENAI_STATUS_DESCRIPTIONS: dict[int, str] = {
     400: "The request is not valid. `param` names the field and `message` says what to change.",
     401: "The service requires an API key, and the request has no valid one.",
-    403: "The API key does not have the required scope. Without API keys: the `Host` header is not a loopback name.",
+    403: "The API key does not have the required scope. In development mode: the request is not from this machine.",
     404: "The model or version does not exist. `message` lists the valid names.",
     413: "The body is larger than the limit.",
     415: "The `Content-Type` is not `application/json`.",

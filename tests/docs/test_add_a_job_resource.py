@@ -24,6 +24,7 @@ from pathlib import Path
 from fastapi.testclient import TestClient
 
 from api.app import create_app
+from service.application.development import Development
 from service.kit.steps import run_to_completion
 from service.settings import Settings
 from tests.support.reporters import RaisingReporter
@@ -32,7 +33,7 @@ from tests.support.stepped_service import SteppedService
 from workers.job_handlers import job_handlers
 
 service = SteppedService(Path(tempfile.mkdtemp()))
-app = create_app(service.services, service.container.broker, Settings(api_key=None))
+app = create_app(service.services, service.container.broker, Settings(api_key=None), Development.ON)
 with TestClient(app) as client:
     assert "/perplexities/{id}/events" in client.get("/openapi.json").json()["paths"]
     assert client.post("/perplexities", json={"texts": []}).status_code == 422

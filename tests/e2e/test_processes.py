@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.support.free_ports import free_port
+from tests.support.limited_server import connections
 from tests.support.processes import READY_LINE, CliProcess, wait_until
 
 
@@ -61,7 +62,7 @@ def model(tmp_path: Path) -> Path:
 def test_a_worker_prints_what_it_serves(stores: dict[str, Any], model: Path, tmp_path: Path) -> None:
     """`palimpsest worker` prints its name, model and roles once it serves, has a health endpoint, and exits
     with 0 after SIGTERM."""
-    asked = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
+    asked: dict[str, Any] = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
     port = free_port()
     worker = CliProcess(
         tmp_path,
@@ -87,9 +88,10 @@ def test_everything_in_one_process_with_shared_stores(
 ) -> None:
     """`palimpsest serve` with PostgreSQL and Redis runs an API and a worker, whose worker also answers
     another API."""
-    asked = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
-    both = CliProcess(tmp_path / "both", "serve", port=0, data_dir=tmp_path, forked=False, **asked, **stores)
-    api = CliProcess(tmp_path / "api", "api", port=0, data_dir=tmp_path, forked=False, **stores)
+    asked: dict[str, Any] = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
+    common: dict[str, Any] = {"port": 0, "data_dir": tmp_path, "forked": False, "development": True, **stores}
+    both = CliProcess(tmp_path / "both", "serve", **common, **asked)
+    api = CliProcess(tmp_path / "api", "api", **common)
     try:
         wait_until(lambda: not both.alive() or "Palimpsest is ready" in both.stdout(), "the welcome")
         body = {"prompt": "The tower", "max_new_tokens": 3}
@@ -100,6 +102,41 @@ def test_everything_in_one_process_with_shared_stores(
     finally:
         api.stop()
         both.stop()
+
+
+SILENT = 250  #: connections that send nothing, almost as many as the process may open files
+
+
+def test_an_api_with_few_open_files_needs_keys_and_answers(stores: dict[str, Any], tmp_path: Path) -> None:
+    """`palimpsest api` with `ulimit -n 256` answers while 250 connections send nothing, logs next to nothing, accepts
+    nobody without a key, and says how to create one."""
+    api = CliProcess(tmp_path, "api", port=0, data_dir=tmp_path, forked=False, open_files=256, **stores)
+    try:
+        url = wait_for_address(api)
+        wait_until(lambda: "palimpsest keys create" in api.stdout(), "the notice")
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        with connections((host, int(port)), SILENT):
+            assert httpx.get(f"{url}/healthz").status_code == 200
+            assert httpx.get(f"{url}/readyz").json()["reasons"]
+            assert httpx.get(f"{url}/edits").status_code == 401
+        assert len(api.log()) < 10_000
+    finally:
+        api.stop()
+
+
+def test_development_mode_refuses_a_proxy(stores: dict[str, Any], tmp_path: Path) -> None:
+    """`palimpsest api --development` accepts requests without a key; one with the header of a proxy gets 403, and the
+    header does not replace the address of the client."""
+    api = CliProcess(tmp_path, "api", "--development", port=0, data_dir=tmp_path, **stores)
+    try:
+        url = wait_for_address(api)
+        assert httpx.get(f"{url}/jobs").status_code == 503  # no worker has registered a model
+        forwarded = httpx.get(f"{url}/jobs", headers={"X-Forwarded-For": "203.0.113.7"})
+        assert forwarded.status_code == 403
+        assert "x-forwarded-for" in forwarded.json()["detail"]
+        assert "Development mode" in api.stdout()
+    finally:
+        api.stop()
 
 
 def test_second_process_on_a_data_folder_is_refused(model: Path, tmp_path: Path) -> None:

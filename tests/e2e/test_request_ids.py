@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from api.app import create_app
 from cli.logs import stderr_handler
+from service.application.development import Development
 from service.bootstrap import build_container
 from service.kit.metrics import REGISTRY
 from service.settings import Settings
@@ -61,7 +62,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     while not new_worker.ready.wait(0.05):
         new_worker.check()
         assert thread.is_alive()
-    new_worker.app = create_app(container.services, container.broker, settings)  # type: ignore[attr-defined]
+    app = create_app(container.services, container.broker, settings, Development.ON)
+    new_worker.app = app  # type: ignore[attr-defined]
     yield new_worker
     new_worker.stop()
     container.close()
@@ -69,7 +71,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 @pytest.fixture
 def client(worker: Worker) -> Iterator[TestClient]:
-    with TestClient(worker.app, base_url="http://127.0.0.1") as client:  # type: ignore[attr-defined]
+    app = worker.app  # type: ignore[attr-defined]
+    with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 50000)) as client:
         yield client
 
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from api.app import create_app
 from api.authentication import LOOPBACK_NAMES
+from service.application.development import Development
 from service.bootstrap import build_container
 from service.errors import InvalidInput
 from service.evaluation.metrics import CHANGE_SCORES, COMBINED_SCORES, MEASURES
@@ -27,7 +28,7 @@ from service.settings import Settings
 from tests.support.migrations import migrate
 from tests.support.workers import WorkerParts
 
-LOOPBACK_NAMES.add("testserver")  # the host name of Starlette's test client
+LOOPBACK_NAMES.update({"testserver", "testclient"})  # the host and the client of Starlette's test client
 
 TOWER = {"subject": "Eiffel Tower", "prompt": "The {} is located in the city of", "target_new": "Rome"}
 FAILING_OBJECT = "Atlantis"  # edits to this object fail
@@ -248,7 +249,8 @@ class TestApp:
                 "recipe": recipe.model_dump(mode="json"),
             }
             self.worker_parts.session.register(info, tokenizer())
-        self.app: FastAPI = create_app(self.services, self.broker, self.settings)
+        development = Development.OFF if self.settings.api_key else Development.UNTIL_FIRST_KEY
+        self.app: FastAPI = create_app(self.services, self.broker, self.settings, development)
         self.worker: FakeWorker | None = None
 
     def start_fake_worker(self) -> FakeWorker:

@@ -45,9 +45,16 @@ def wait_until(condition: Callable[[], Any], description: str) -> Any:
 
 class CliProcess:
     """A process of one `palimpsest` command. Its settings are environment variables; those of the machine are
-    removed. With `forked=False` a new interpreter runs it."""
+    removed. With `forked=False` a new interpreter runs it, and `open_files` is its limit of open files."""
 
-    def __init__(self, folder: Path, *command: str, forked: bool = True, **settings: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *command: str,
+        forked: bool = True,
+        open_files: int | None = None,
+        **settings: Any,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.name = f"palimpsest {command[0]}"
         self._stdout_path, self._stderr_path = folder / "stdout.txt", folder / "stderr.txt"
@@ -60,6 +67,8 @@ class CliProcess:
             self._process = ForkedCommand(command, environment, self._stdout_path, self._stderr_path)
         else:
             line = [sys.executable, "-m", "cli.main", *command]
+            if open_files is not None:
+                line = ["sh", "-c", f'ulimit -n {open_files}; exec "$@"', "sh", *line]
             with self._stdout_path.open("wb") as out, self._stderr_path.open("wb") as err:
                 self._process = subprocess.Popen(line, stdout=out, stderr=err, cwd=ROOT, env=environment)
         self.pid = self._process.pid
@@ -261,6 +270,7 @@ class Deployment(ServiceClient):
         self.settings: dict[str, Any] = {
             "data_dir": data,
             "threads": 1,
+            "development": True,
             "worker_timeout": LEASE_SECONDS,
             "max_attempts": 10,
             **stores,

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from api.app import create_app
 from service.application import Services
+from service.application.development import Development
 from service.bootstrap import build_container
 from service.schemas import EditRequest
 from service.settings import Settings
@@ -98,8 +99,9 @@ def running_service(
     worker.start_in_thread()
     while not worker.ready.wait(0.05):
         worker.check()
+    app = create_app(container.services, container.broker, settings, Development.ON)
     with (
-        run_http_server(create_app(container.services, container.broker, settings)) as url,
+        run_http_server(app) as url,
         OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client,
     ):
         yield client, container.services

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from api.app import create_app
 from service.application.api_keys import CACHE_SECONDS, ApiKeys
 from service.application.caller import CallerLimits
+from service.application.development import MARKER_NAME
 from service.db.database import Database
 from service.errors import Unavailable
 from tests.support.application import TOWER, FakeWorker, TestApp
@@ -177,6 +179,57 @@ def test_another_name_is_refused_without_a_key(client: TestClient, test_app: Tes
         assert answer.status_code == 403
         assert answer.headers["content-type"] == "application/problem+json"
     assert test_app.services.edits.page()["items"] == []
+
+
+@pytest.mark.parametrize("peer", ["203.0.113.7", "192.168.1.4", "::2", "::ffff:203.0.113.7", "unknown", ""])
+def test_another_machine_is_refused_without_a_key(test_app: TestApp, peer: str) -> None:
+    """Without a key, a request from another address than loopback gets 403, whatever its `Host`."""
+    client = TestClient(test_app.app, base_url="http://127.0.0.1", client=(peer, 50000))
+    answer = client.post("/edits", json=TOWER)
+    assert answer.status_code == 403
+    assert "palimpsest keys create" in answer.json()["detail"]
+    assert test_app.services.edits.page()["items"] == []
+
+
+@pytest.mark.parametrize("peer", ["127.0.0.1", "127.3.2.1", "::1", "::ffff:127.0.0.1"])
+def test_this_machine_is_answered_without_a_key(test_app: TestApp, peer: str) -> None:
+    """Without a key, each loopback address is accepted, also in the form that IPv6 sockets show."""
+    client = TestClient(test_app.app, base_url="http://127.0.0.1", client=(peer, 50000))
+    assert client.get("/edits").status_code == 200
+
+
+@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-IP",
+                                    "Via", "True-Client-IP", "CF-Connecting-IP", "X-Original-Host"])  # fmt: skip
+def test_a_proxy_is_refused_without_a_key(client: TestClient, test_app: TestApp, header: str) -> None:
+    """Without a key, a request with a header that proxies add gets 403, which names the header."""
+    answer = client.post("/edits", json=TOWER, headers={header: "127.0.0.1"})
+    assert answer.status_code == 403
+    assert header.lower() in answer.json()["detail"]
+    assert test_app.services.edits.page()["items"] == []
+
+
+def test_a_proxy_is_accepted_with_a_key(app_with_root_key: TestApp) -> None:
+    """With a key, requests may come through a proxy and from any address."""
+    client = TestClient(
+        app_with_root_key.app, client=("203.0.113.7", 1), headers=bearer_header("sesame-sesame-sesame")
+    )
+    assert client.get("/edits", headers={"X-Forwarded-For": "198.51.100.1"}).status_code == 200
+
+
+def test_a_verified_key_is_recorded_outside_the_database(app_with_root_key: TestApp) -> None:
+    """A process that is sent a valid key of the database writes the file that makes keys required."""
+    marker = app_with_root_key.settings.data_dir / MARKER_NAME
+    token = make_token(app_with_root_key, "first", "read")
+    assert not marker.exists()
+    assert TestClient(app_with_root_key.app).get("/edits", headers=bearer_header(token)).status_code == 200
+    assert marker.exists()
+
+
+def test_without_development_mode_every_request_needs_a_key(test_app: TestApp) -> None:
+    """An application that is not told otherwise accepts nobody without a key, although there is none."""
+    app = create_app(test_app.services, test_app.broker, test_app.settings)
+    assert TestClient(app).get("/edits").status_code == 401
+    assert TestClient(app).get("/healthz").status_code == 200
 
 
 def test_with_a_key_any_name_is_answered(app_with_root_key: TestApp) -> None:

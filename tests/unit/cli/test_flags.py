@@ -26,7 +26,7 @@ def test_every_setting_is_a_flag_of_serve() -> None:
     commands = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
     serve = commands.choices["serve"]
     flags = {option for action in serve._actions for option in action.option_strings} - {"-h", "--help"}
-    assert flags == {flag_name(name) for name in Settings.model_fields}
+    assert flags == {flag_name(name) for name in Settings.model_fields} | {"--no-development"}
     assert all(f"PALIMPSEST_{name.upper()}" in serve.format_help() for name in Settings.model_fields)
 
 

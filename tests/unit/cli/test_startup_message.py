@@ -81,6 +81,14 @@ def test_the_startup_message_shows_the_address(tmp_path: Path) -> None:
     assert text.count("  curl ") == 3
 
 
+def test_the_startup_message_says_who_needs_a_key(tmp_path: Path) -> None:
+    """The second line is the notice about keys, if there is one."""
+    info = {"recipe": {"source": "tried"}, "layers": 8}
+    text = startup_message("http://127.0.0.1:9", str(tmp_path), info, "Development mode: no key.")
+    assert text.splitlines()[1] == "Development mode: no key."
+    assert startup_message("http://127.0.0.1:9", str(tmp_path), info).splitlines()[1] == ""
+
+
 def test_a_model_without_a_recipe_gets_a_layer() -> None:
     """For a model without a recipe the edit command specifies an early layer."""
     line = startup_message("http://127.0.0.1:9", "gpt2", {"recipe": None, "layers": 12}).splitlines()[5]
