@@ -70,6 +70,9 @@ class JobResource(ResourceModel):
     progress: Progress | None = None
     error: JobError | None = None
     actor: str | None = Field(None, description="the API key that submitted the job")
+    cancelled_by: str | None = Field(
+        None, description="the API key that cancelled the job, or asked for it while the job runs"
+    )
     attempts: int = Field(0, description="how often a worker has started the job")
     created: Timestamp | None = None
     started: Timestamp | None = None

@@ -75,6 +75,7 @@ class Job(Resource):
     progress: Progress | None = field(default=None, metadata=_parsed_by(Progress.from_json))
     error: JobFailure | None = field(default=None, metadata=_parsed_by(JobFailure.from_json))
     actor: str = ""
+    cancelled_by: str | None = None
     attempts: int = 0
     created: datetime | None = field(default=None, metadata=AS_TIMESTAMP)
     started: datetime | None = field(default=None, metadata=AS_TIMESTAMP)

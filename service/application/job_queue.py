@@ -201,10 +201,10 @@ def lock_job(session: Session, job: Job) -> Job:
 def _apply_cancel_or_revert(session: Session, job: Job, actor: str) -> None:
     """Cancel or revert a job, depending on its status."""
     if job.status == "queued":
-        job.status, job.ended, job.updated = "cancelled", now(), now()
+        job.status, job.ended, job.updated, job.cancelled_by = "cancelled", now(), now(), actor
         artifacts.delete_artifacts(session, job)
-    elif job.status == "running":
-        job.cancel_requested, job.updated = True, now()
+    elif job.status == "running" and not job.cancel_requested:
+        job.cancel_requested, job.updated, job.cancelled_by = True, now(), actor
     elif job.status in ("applied", "superseded") and job.version is not None:
         ledger.append_entry(session, job.model, ledger.REVERT, job, actor, _revert_body(job))
     session.flush()

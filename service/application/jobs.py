@@ -67,7 +67,9 @@ class JobService:
             if job.status != "failed":
                 raise Conflict(f"{job_id} is {job.status}: only a failed job can be retried.")
             job.status, job.attempts, job.exhausted, job.cancel_requested = "queued", 0, False, False
-            job.error = job.result = job.progress = job.worker = job.started = job.ended = None
+            job.error = job.result = job.progress = job.worker = job.started = job.ended = (
+                job.cancelled_by
+            ) = None
             job.updated, job.request_id = now(), request_id.get() or job.request_id
             session.flush()
             self.broker.delete_channel(

@@ -123,6 +123,7 @@ class Job(Base):
     attempts: Mapped[int] = mapped_column(default=0)  #: the fence: writes of older attempts are rejected
     worker: Mapped[str | None]
     cancel_requested: Mapped[bool] = mapped_column(default=False)
+    cancelled_by: Mapped[str | None]  #: the actor that cancelled it, or asked for it while it runs
     progress: Mapped[dict[str, Any] | None] = mapped_column(JsonText)
     result: Mapped[dict[str, Any] | None] = mapped_column(JsonText)
     error: Mapped[dict[str, Any] | None] = mapped_column(JsonText)

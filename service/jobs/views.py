@@ -191,6 +191,7 @@ def _common_fields(job: Job) -> ResourceDict:
         "progress": job.progress,
         "error": job.error,
         "actor": job.actor,
+        "cancelled_by": job.cancelled_by if job.status in ("running", "cancelled") else None,
         "attempts": job.attempts,
         "created": _iso_or_none(job.created),
         "started": _iso_or_none(job.started),

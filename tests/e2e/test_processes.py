@@ -62,7 +62,12 @@ def model(tmp_path: Path) -> Path:
 def test_a_worker_prints_what_it_serves(stores: dict[str, Any], model: Path, tmp_path: Path) -> None:
     """`palimpsest worker` prints its name, model and roles once it serves, has a health endpoint, and exits
     with 0 after SIGTERM."""
-    asked: dict[str, Any] = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
+    asked: dict[str, Any] = {
+        "model": model,
+        "corpus": model / "corpus.txt",
+        "covariance_tokens": 1000,
+        "threads": 1,
+    }
     port = free_port()
     worker = CliProcess(
         tmp_path,
@@ -88,7 +93,12 @@ def test_everything_in_one_process_with_shared_stores(
 ) -> None:
     """`palimpsest serve` with PostgreSQL and Redis runs an API and a worker, whose worker also answers
     another API."""
-    asked: dict[str, Any] = {"model": model, "corpus": model / "corpus.txt", "covariance_tokens": 1000, "threads": 1}
+    asked: dict[str, Any] = {
+        "model": model,
+        "corpus": model / "corpus.txt",
+        "covariance_tokens": 1000,
+        "threads": 1,
+    }
     common: dict[str, Any] = {"port": 0, "data_dir": tmp_path, "forked": False, "development": True, **stores}
     both = CliProcess(tmp_path / "both", "serve", **common, **asked)
     api = CliProcess(tmp_path / "api", "api", **common)

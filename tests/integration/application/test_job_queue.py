@@ -19,7 +19,13 @@ from service.kit import ids
 from service.schemas import GenerateRequest
 from service.settings import Settings
 from tests.support.job_rows import claim_job
-from tests.support.service_requests import collect_job_events, edit_request, raise_unavailable, trace_request
+from tests.support.service_requests import (
+    collect_job_events,
+    edit_request,
+    evaluation_request,
+    raise_unavailable,
+    trace_request,
+)
 from tests.support.workers import WorkerParts
 
 
@@ -187,6 +193,32 @@ class TestCancelOrRevert:
         job = claim_job(worker, edit)
         assert services.edits.revert(edit, "another")["status"] == "running"
         assert worker.jobs.cancel_requested(job)
+
+    def test_who_cancelled(self, services: Services, worker: WorkerParts) -> None:
+        """A cancelled job of each kind names the actor that cancelled it first, while it is queued or running, and in
+        the list of all jobs. A job that ended otherwise names none."""
+        requests = {"trace": trace_request(), "evaluation": evaluation_request()}
+        edits = [services.edits.submit([edit_request(str(n))], "somebody")[0] for n in range(3)]
+        others = [services.by_kind[kind].submit(request, "somebody") for kind, request in requests.items()]
+        queued, running, finished = (edit["id"] for edit in edits)
+        assert services.edits.get(queued)["cancelled_by"] is None
+        claimed = [claim_job(worker, job_id) for job_id in (running, finished)]
+        for service, job_id in [
+            *((services.edits, edit["id"]) for edit in edits),
+            (services.traces, others[0]["id"]),
+            (services.evaluations, others[1]["id"]),
+        ]:
+            assert service.cancel(job_id, "another")["cancelled_by"] == "another"
+            assert service.cancel(job_id, "a third")["cancelled_by"] == "another"
+        worker.jobs.finish(claimed[0], "cancelled")
+        worker.jobs.fail(claimed[1], InvalidInput("it failed before it was cancelled."))
+        named = {job["id"]: job["cancelled_by"] for job in services.jobs.page()["items"]}
+        assert named == {queued: "another", running: "another", finished: None} | {
+            job["id"]: "another" for job in others
+        }
+        services.jobs.retry(finished, "somebody")
+        claim_job(worker, finished)
+        assert services.edits.get(finished)["cancelled_by"] is None
 
     def test_applied(self, services: Services, applied_edit: Callable[..., Any]) -> None:
         """An applied edit is reverted by a ledger entry with the actor of the revert."""
