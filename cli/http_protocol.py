@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from typing import Any, cast
 
@@ -17,6 +18,9 @@ from cli.http_connections import ConnectionTable
 from service.kit import metrics
 
 MAX_HEADER_BYTES = 16_384  #: of a request line and its header
+MAX_HEADER_LINES = 100
+MAX_REQUEST_LINE = 8192  #: bytes of the method and the URL
+_END_OF_HEADER = re.compile(rb"\n\r?\n")
 #: bytes of one read: what a connection can make the parser do before other connections are served
 READ_SIZE = 16_384
 STALL = 5.0  #: seconds without a byte taken after which a connection may be closed for a new one
@@ -62,6 +66,19 @@ class CountedTransport:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+
+def header_problem(received: bytes) -> tuple[int, str] | None:
+    """Return the status and the text for a header with too many lines or a URL that is too long; None for others.
+
+    The lines are counted before they are parsed, which takes a thousand times as long.
+    """
+    if received.find(b"\n", 0, MAX_REQUEST_LINE) < 0 and len(received) > MAX_REQUEST_LINE:
+        return 414, f"The URL is longer than {MAX_REQUEST_LINE} bytes."
+    end = _END_OF_HEADER.search(received)
+    if received.count(b"\n", 0, end.start() if end else len(received)) > MAX_HEADER_LINES:
+        return 431, f"The header has more than {MAX_HEADER_LINES} lines."
+    return None
 
 
 class HttpConnection(H11Protocol):
@@ -116,6 +133,9 @@ class HttpConnection(H11Protocol):
     def handle_events(self) -> None:
         """Parse what was received, then note what the connection waits for."""
         cycle = self.cycle
+        if self._awaits_header() and (problem := header_problem(self.conn.trailing_data[0])):
+            self._refuse(*problem)
+            return
         super().handle_events()
         if self.cycle is not cycle:  # a header is complete
             self.request_count += 1
@@ -128,13 +148,16 @@ class HttpConnection(H11Protocol):
         self._waiting_since = self._responded_at = self.loop.time()
         super().on_response_complete()
 
+    def _should_upgrade(self) -> bool:
+        """Serve a request that asks for another protocol as one that does not."""
+        return False
+
     def send_400_response(self, msg: str) -> None:
         """Answer a request that is not HTTP, or whose header is too large, and close the connection."""
-        metrics.HTTP_CONNECTIONS_CLOSED.labels("malformed").inc()
         if len(self.conn.trailing_data[0]) > MAX_HEADER_BYTES:
-            self._respond_and_close(431, f"The header is larger than {MAX_HEADER_BYTES} bytes.")
+            self._refuse(431, f"The header is larger than {MAX_HEADER_BYTES} bytes.")
         else:
-            self._respond_and_close(400, msg)
+            self._refuse(400, msg)
 
     def evict(self) -> None:
         """Close the connection at once."""
@@ -188,17 +211,26 @@ class HttpConnection(H11Protocol):
         if started and self.cycle.response_started:
             self.transport.abort()
         elif started or (self._awaits_header() and self.conn.trailing_data[0]):
-            if started:
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
             self._respond_and_close(408, f"The request was not received in time: its {reason} is incomplete.")
         else:
             self.transport.close()
+
+    def _refuse(self, status: int, text: str) -> None:
+        self._count_closed("malformed")
+        self._respond_and_close(status, text)
 
     def _count_closed(self, reason: str) -> None:
         metrics.HTTP_CONNECTIONS_CLOSED.labels(reason).inc()
 
     def _respond_and_close(self, status: int, text: str) -> None:
+        """Answer, unless a response has begun, and close the connection. A request in progress ends as if its client had
+        disconnected."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
         body = text.encode()
         headers = [
             (b"content-type", b"text/plain; charset=utf-8"),
