@@ -223,8 +223,8 @@ class HttpConnection(H11Protocol):
         metrics.HTTP_CONNECTIONS_CLOSED.labels(reason).inc()
 
     def _respond_and_close(self, status: int, text: str) -> None:
-        """Answer, unless a response has begun, and close the connection. A request in progress ends as if its client had
-        disconnected."""
+        """Answer, unless a response has begun, and close the connection. A request in progress ends as if its client
+        had disconnected."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

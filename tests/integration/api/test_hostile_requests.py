@@ -91,8 +91,8 @@ def test_hostile_requests_are_refused(server: LimitedServer, name: str) -> None:
 @pytest.mark.parametrize("method", ["HEAD", "TRACE", "OPTIONS", "PATCH", "PUT", "PROPFIND", "get", "X"])
 @pytest.mark.parametrize(("path", "status"), [("/edits", 405), ("/generate", 405), ("/nothing", 404)])
 def test_other_methods_are_refused(server: LimitedServer, method: str, path: str, status: int) -> None:
-    """A method that a path does not have gets 405, with the methods that it has, and an unknown path 404. Nothing of the
-    request is repeated, as TRACE would."""
+    """A method that a path does not have gets 405, with the methods that it has, and an unknown path 404. Nothing of
+    the request is repeated, as TRACE would."""
     secret = b"X-Secret: do-not-repeat\r\n"
     response = exchange(server, f"{method} {path} HTTP/1.1\r\n".encode() + HOST + secret + b"\r\n")
     assert status_of(response) == status
