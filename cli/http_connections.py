@@ -38,10 +38,13 @@ class TimeLimits:
         5.0  #: for the rest of a body after the response, which the client may still be sending
     )
     write: float = 60.0  #: without a byte of the response taken by the client
+    keep_alive: float = 75.0  #: without a request after a response; longer than the timeout of common proxies
 
     def sweep_interval(self) -> float:
         """Return the seconds between two checks, shorter than each limit."""
-        return min(SWEEP_INTERVAL, min(self.header, self.body, self.unread_body, self.write) / 4)
+        return min(
+            SWEEP_INTERVAL, min(self.header, self.body, self.unread_body, self.write, self.keep_alive) / 4
+        )
 
 
 class Connection(Protocol):

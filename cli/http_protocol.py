@@ -187,6 +187,8 @@ class HttpConnection(H11Protocol):
                     self._time_out("body")
             elif at > self._body_deadline():
                 self._time_out("body")
+        elif self._waiting_since is not None and at - self._waiting_since > limits.keep_alive:
+            self.transport.close()
 
     def _is_writing(self, at: float) -> bool:
         """Return whether a part of a response waits for the client, and note when the client last took a byte."""

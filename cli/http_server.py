@@ -20,9 +20,7 @@ from cli.http_protocol import MAX_HEADER_BYTES, HttpConnection
 from service.errors import Misconfigured
 from service.settings import Settings
 
-KEEP_ALIVE_TIMEOUT = (
-    75  # seconds until an idle connection is closed; longer than the timeout of common proxies
-)
+NEVER = 10**6  # seconds
 START_POLL_INTERVAL = 0.01  # seconds
 DRAIN_TIMEOUT = 5.0  # seconds for open requests to finish at shutdown
 SHUTDOWN_TIMEOUT = 8  # seconds after which open requests are cancelled
@@ -116,7 +114,7 @@ class HttpServerThread:
             server_header=False,
             proxy_headers=False,  # they would replace the address of the client
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
+            timeout_keep_alive=NEVER,  # HttpConnection applies `limits`
             timeout_graceful_shutdown=SHUTDOWN_TIMEOUT,
         )
         self.url = url_of_socket(server_socket)

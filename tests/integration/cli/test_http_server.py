@@ -24,8 +24,8 @@ from tests.support.limited_server import (
 )
 from tests.support.local_server import wait_until
 
-LIMITS = {"header": 1.0, "body": 1.0, "body_rate": 10.0, "unread_body": 0.5, "write": 1.0}
-LONG = 3.0  #: seconds, longer than each limit
+LIMITS = {"header": 1.0, "body": 1.0, "body_rate": 10.0, "unread_body": 0.5, "write": 1.0, "keep_alive": 5.0}
+LONG = 3.0  #: seconds, longer than each limit but `keep_alive`
 KEY = f"Authorization: Bearer {ROOT_KEY}\r\n".encode()
 POST = b"POST /edits HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 MAX_LOG = 10_000  #: bytes
@@ -180,6 +180,19 @@ def test_a_connection_is_kept_between_requests(server: LimitedServer) -> None:
         time.sleep(LONG)
         kept.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert b"HTTP/1.1 200" in read_to_end(kept)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", POST + b"Content-Length: 2\r\n\r\n{"]
+)
+def test_a_kept_connection_is_closed_at_last(server: LimitedServer, sent: bytes) -> None:
+    """A connection is closed some time after a response without another request, also when the body of the first ended
+    after its response."""
+    with connections(server.address, 1, sent) as (kept,):
+        assert kept.recv(65536).startswith(b"HTTP/1.1 ")
+        if sent.endswith(b"{"):
+            kept.sendall(b"}")
+        read_to_end(kept)
 
 
 def test_above_the_limit_only_probes_are_served(start_server: Callable[..., LimitedServer]) -> None:
