@@ -7,6 +7,7 @@ perplexity and the regressions are those of the version, and count for every can
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,7 @@ from service.models.scoring import compute_perplexity
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
 from service.schemas import Sampling
 from service.weights.capacity import measure_capacities
+from service.weights.composition import is_change_in_range, is_in_range
 from service.weights.factors import Association, EditUpdate
 from service.weights.own_change import OwnChanges
 
@@ -169,9 +171,10 @@ def evaluate_candidates(
     after = yield from replica.step_with_weights(
         weights, measure_version(replica, context, resolved_edits, baseline.regression_probes)
     )
+    weights_in_range = {weight_ref for weight_ref, weight in weights.items() if is_in_range(weight)}
     guard_results: list[GuardResult] = []
     for i, (candidate, group) in enumerate(zip(candidates, scaled_updates, strict=True)):
-        norms = _norm_ratios(replica, baseline, group)
+        norms = _norm_ratios(replica, baseline, group, weights_in_range)
         required_margin = baseline.strength_schedule(candidate.resolved_edit, replica.base).required_margin(
             strengths[i]
         )
@@ -238,16 +241,23 @@ def generate_greedy(
 
 
 def _norm_ratios(
-    replica: VersionedModel, baseline: Baseline, updates: Sequence[EditUpdate]
+    replica: VersionedModel,
+    baseline: Baseline,
+    updates: Sequence[EditUpdate],
+    weights_in_range: set[WeightRef],
 ) -> dict[WeightRef, float]:
     """Return the norm of the change that an edit adds to the other active edits, as a multiple of the weight's norm.
 
     The change of the edit alone, not of the version: many sound edits together change a weight more than one unsound
-    edit.
+    edit. It is infinite when a number of the weight, or of the edit's change alone, is beyond the range of the dtype:
+    other edits can hide such a change until they are reverted.
     """
     ratios: dict[WeightRef, float] = {}
     for update in updates:
         base = replica.base.parameter(update.weight_ref).data
+        if not (update.weight_ref in weights_in_range and is_change_in_range(update, base.dtype)):
+            ratios[update.weight_ref] = math.inf
+            continue
         base_norm = float(torch.linalg.vector_norm(base, dtype=torch.float64))
         ratios[update.weight_ref] = baseline.own_changes.norm(update) / base_norm
     return ratios

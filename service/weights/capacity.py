@@ -23,7 +23,7 @@ from torch import Tensor
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.weights.composition import gram_matrix, gram_matrix_in_steps
 from service.weights.factors import DEFAULT_RIDGE, Association, EditUpdate
-from service.weights.solve import SOLVE_COLUMNS, LuFactors, factorize, solve
+from service.weights.solve import SOLVE_COLUMNS, AnyRankFactors, factorize_any_rank, solve_any_rank
 
 
 def remaining_capacity(gram: Tensor, overlap: Tensor, own: float, ridge: float = DEFAULT_RIDGE) -> float:
@@ -31,14 +31,15 @@ def remaining_capacity(gram: Tensor, overlap: Tensor, own: float, ridge: float =
     with the new key, and its own u^T k. `ridge` is a multiple of the gram matrix's mean diagonal entry."""
     if not len(overlap):
         return 1.0
-    factors = run_to_completion(factorize(_with_ridge(gram, ridge)))
+    factors = run_to_completion(factorize_any_rank(_with_ridge(gram, ridge)))
     return run_to_completion(_remaining(factors, overlap, own))
 
 
-def _remaining(factors: LuFactors, overlap: Tensor, own: float) -> Stepper[float]:
-    """Return the capacity of a key from the factors of the gram matrix with its ridge."""
-    solution = yield from solve(factors, overlap[:, None])
-    occupied = float(overlap @ solution[:, 0]) / own
+def _remaining(factors: AnyRankFactors, overlap: Tensor, own: float) -> Stepper[float]:
+    """Return the capacity of a key from the factors of the gram matrix with its ridge; 1 for a key without a
+    direction."""
+    solution = yield from solve_any_rank(factors, overlap[:, None])
+    occupied = float(overlap @ solution[:, 0]) / own if own else 0.0
     return min(1.0, max(0.0, 1 - occupied))
 
 
@@ -49,10 +50,10 @@ def average_capacity(gram: Tensor, width: int, ridge: float = DEFAULT_RIDGE) -> 
 
 def average_capacity_in_steps(gram: Tensor, width: int, ridge: float = DEFAULT_RIDGE) -> Stepper[float]:
     """Return the mean capacity of a key of `width` entries drawn from the statistics."""
-    factors = yield from factorize(_with_ridge(gram, ridge))
+    factors = yield from factorize_any_rank(_with_ridge(gram, ridge))
     diagonal: list[float] = []
     for start in range(0, len(gram), SOLVE_COLUMNS):
-        part = yield from solve(factors, gram[:, start : start + SOLVE_COLUMNS])
+        part = yield from solve_any_rank(factors, gram[:, start : start + SOLVE_COLUMNS])
         diagonal += part[start:].diagonal().tolist()
     occupied = sum(diagonal) / width
     return min(1.0, max(0.0, 1 - occupied))
@@ -91,7 +92,7 @@ class _OccupiedKeys:
 
     def __init__(self, associations: Sequence[Association], directions: Tensor, gram: Tensor) -> None:
         self._associations, self._directions, self._gram = associations, directions, gram
-        self._factors: tuple[list[int], LuFactors] | None = None  # of the rows that were used last
+        self._factors: tuple[list[int], AnyRankFactors] | None = None  # of the rows that were used last
 
     def remaining(self, new: Association) -> Stepper[float]:
         """Return the capacity that the keys of other subjects leave of a new key."""
@@ -100,7 +101,7 @@ class _OccupiedKeys:
             return 1.0
         if self._factors is None or self._factors[0] != rows:
             gram = self._gram if len(rows) == len(self._gram) else self._gram[rows][:, rows]
-            factors = yield from factorize(_with_ridge(gram, DEFAULT_RIDGE))
+            factors = yield from factorize_any_rank(_with_ridge(gram, DEFAULT_RIDGE))
             self._factors = rows, factors
         overlap = gram_matrix([new], self._directions)[0, rows]
         own = float(new.key.double() @ new.direction.double())

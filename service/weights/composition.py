@@ -16,7 +16,9 @@ ridge: it damps only the exchange between subjects whose keys nearly coincide.) 
 stored with the edits: where the statistics have changed since, U^T K is not symmetric, and each key still gets its own
 change alone.
 
-Where G + ridge is singular, as it can be for imported keys and directions, the solution of least norm is taken.
+The keys and directions of imported edits can be anything, and a revert can lead to any subset of the edits. So every
+set has a version with finite weights: where the system is singular, the solution of least norm is taken, and a weight
+beyond the range of its dtype becomes the largest number of the dtype. The guard rejects an edit that reaches that.
 
 The other modes are those of methods that write many associations at once. All are one formula,
 
@@ -47,8 +49,15 @@ from torch import Tensor
 from service.kit.steps import Phase, Progress, Stepper, run_to_completion
 from service.models.loading import WeightRef
 from service.models.precision import fp64_device
-from service.weights.factors import Association, EditUpdate, LowRank, SolveMode, column_slices
-from service.weights.solve import factorize, solve, solve_least_norm
+from service.weights.factors import (
+    Association,
+    DenseUpdate,
+    EditUpdate,
+    LowRank,
+    SolveMode,
+    column_slices,
+)
+from service.weights.solve import factorize_any_rank, solve_any_rank
 
 GRAM_ROWS = 256  # rows of a gram matrix that one step computes
 GRAM_SPLIT_SIZE = 512  # rows of the largest gram matrix that is not split
@@ -73,22 +82,10 @@ def compose_layer_in_steps(
     gram.diagonal().add_(solve_mode.ridge_for(diagonal))
     targets = values
     if solve_mode.rule.superposes_subjects:
-        targets = yield from _superpose_by_subject(ordered, values, gram, diagonal)
-    solution = yield from _solve_any_rank(gram, targets.T)
+        targets = yield from superpose_by_subject(ordered, values, gram, diagonal)
+    factors = yield from factorize_any_rank(gram)
+    solution = yield from solve_any_rank(factors, targets.T)
     return LowRank(solution.T, directions)
-
-
-def _solve_any_rank(gram: Tensor, right: Tensor) -> Stepper[Tensor]:
-    """Return the solution of gram x = right; the one of least norm when gram is singular.
-
-    The keys and directions of imported edits can be anything. Every set of them has a version, since a revert must not
-    lead to a version that cannot be built.
-    """
-    try:
-        factors = yield from factorize(gram)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return (yield from solve_least_norm(gram, right))
-    return (yield from solve(factors, right))
 
 
 def gram_matrix(associations: Sequence[Association], directions: Tensor) -> Tensor:
@@ -118,10 +115,10 @@ def _gram_row_slices(n: int) -> list[slice]:
     return [slice(at, at + GRAM_ROWS if at != starts[-1] else n) for at in starts]
 
 
-def _superpose_by_subject(
+def superpose_by_subject(
     ordered: Sequence[Association], values: Tensor, gram: Tensor, diagonal: Tensor
 ) -> Stepper[Tensor]:
-    """Return the targets at each key, Delta D^-1 (M * G), (d, n)."""
+    """Return the targets at each key, Delta D^-1 (M * G), (d, n). `gram` is G, and `diagonal` is D."""
     targets = values * (gram.diagonal() / diagonal).where(diagonal != 0, 0)
     for rows in _rows_by_subject(ordered):
         if len(rows) < 2:
@@ -216,14 +213,35 @@ def apply_delta(base: Tensor, delta: WeightDelta | LowRank, conv1d: bool) -> Ten
 def apply_delta_in_steps(base: Tensor, delta: WeightDelta | LowRank, conv1d: bool) -> Stepper[Tensor]:
     """Return the edited weight: the base bytes plus the change in fp64 on the weight's device, cast once to its dtype.
 
-    base: (in, out) when `conv1d`, else (out, in). The architecture decides, never a comparison of shapes.
+    base: (in, out) when `conv1d`, else (out, in). The architecture decides, never a comparison of shapes. A number
+    beyond the range of the dtype becomes the largest one, so that the weight is finite for every set of edits.
     """
     compute_device = fp64_device(base.device)
+    largest = torch.finfo(base.dtype).max
     edited = torch.empty_like(base)
     for at, block in delta.column_blocks(compute_device):
         if conv1d:
-            edited[at] = block.T.add_(base[at].to(compute_device)).to(base.dtype)
+            edited[at] = block.T.add_(base[at].to(compute_device)).clamp_(-largest, largest).to(base.dtype)
         else:
-            edited[:, at] = block.add_(base[:, at].to(compute_device)).to(base.dtype)
+            edited[:, at] = (
+                block.add_(base[:, at].to(compute_device)).clamp_(-largest, largest).to(base.dtype)
+            )
         yield Progress(Phase.COMPOSE, at.stop, at.stop)
     return edited
+
+
+def is_in_range(weight: Tensor) -> bool:
+    """Whether no number of an edited weight was beyond the range of its dtype."""
+    largest = torch.finfo(weight.dtype).max
+    low, high = weight.aminmax()
+    return bool((low > -largest) & (high < largest))
+
+
+def is_change_in_range(update: EditUpdate, dtype: torch.dtype) -> bool:
+    """Whether the change of an update alone is within the range of a dtype."""
+    if isinstance(update, DenseUpdate):
+        largest_change = float(update.change.abs().max())
+    else:
+        alone = update.rank_one()
+        largest_change = float(alone.left.abs().max()) * float(alone.right.abs().max())
+    return largest_change < torch.finfo(dtype).max  # NaN is not

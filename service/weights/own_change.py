@@ -26,9 +26,9 @@ from torch import Tensor
 
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import WeightRef
-from service.weights.composition import gram_matrix, gram_matrix_in_steps
+from service.weights.composition import gram_matrix, gram_matrix_in_steps, superpose_by_subject
 from service.weights.factors import Association, DenseUpdate, EditUpdate, LowRank, SolveMode
-from service.weights.solve import LuFactors, factorize, solve
+from service.weights.solve import AnyRankFactors, factorize_any_rank, solve_any_rank
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _System:
     directions: Tensor  #: (n, D)
     diagonal: Tensor  #: (n,), k_r^T u_r
     solution: Tensor  #: X (n, d)
-    factors: LuFactors
+    factors: AnyRankFactors
     ridge: float
 
 
@@ -122,25 +122,10 @@ def _build_system(
     values = torch.stack([a.value for a in others], 1).double()
     targets = values
     if mode.rule.superposes_subjects:
-        targets = _superposed_targets(others, values, gram, diagonal)
-        yield Progress(Phase.GUARD, 1, 1)
-    factors = yield from factorize(gram)
-    solution = yield from solve(factors, targets.T)
+        targets = yield from superpose_by_subject(others, values, gram, diagonal)
+    factors = yield from factorize_any_rank(gram)
+    solution = yield from solve_any_rank(factors, targets.T)
     return _System(others, directions, diagonal, solution, factors, ridge)
-
-
-def _superposed_targets(
-    associations: Sequence[Association], values: Tensor, gram: Tensor, diagonal: Tensor
-) -> Tensor:
-    """Return the targets at each key, Delta D^-1 (M * G), (d, n)."""
-    rows_by_subject: dict[str, list[int]] = {}
-    for i, a in enumerate(associations):
-        rows_by_subject.setdefault(a.subject, []).append(i)
-    targets = values * (gram.diagonal() / diagonal)
-    for rows in rows_by_subject.values():
-        if len(rows) > 1:
-            targets[:, rows] = values[:, rows] @ (gram[rows][:, rows].T / diagonal[rows, None])
-    return targets
 
 
 def _border(system: _System | None, new: Association, mode: SolveMode) -> Stepper[_Bordering]:
@@ -156,13 +141,14 @@ def _border(system: _System | None, new: Association, mode: SolveMode) -> Steppe
     if not mode.rule.superposes_subjects:
         same.zero_()
     values = torch.stack([a.value for a in system.associations], 1).double()
-    right = torch.stack([b, b * same / own], 1)
-    solved = yield from solve(system.factors, right)
+    shared = b * same / own if own else torch.zeros_like(b)
+    right = torch.stack([b, shared], 1)
+    solved = yield from solve_any_rank(system.factors, right)
     z, y = solved[:, 0], solved[:, 1]
     yield Progress(Phase.GUARD, 1, 1)
     directions = system.directions.double()
     return _Bordering(
-        same_subject=values @ (c * same / system.diagonal),
+        same_subject=values @ (c * same / system.diagonal).where(system.diagonal != 0, 0),
         overlap=system.solution.T @ c,
         own=own,
         ridge=system.ridge,

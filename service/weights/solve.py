@@ -11,7 +11,7 @@ The block sizes are part of the definition of a version's bytes: every replica u
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ UNBLOCKED_SIZE = 1024  # rows of a matrix that one step factorizes
 PANEL_WIDTH = 256  # columns of a larger matrix that one step factorizes
 UPDATE_COLUMNS = 512  # columns that one step updates
 RANK_TOLERANCE = 1e-12  # of the largest singular value, below which a singular value counts as 0
+ZERO_MATRIX = 1e-150  # largest number of a matrix that counts as 0; products of fp32 numbers are above it
+MAX_SOLUTION = 1e30  # a larger number in a solution means that the matrix is singular up to rounding
 SOLVE_COLUMNS = (
     64  # right-hand sides that one step solves for, where the matrix is larger than UNBLOCKED_SIZE
 )
@@ -89,11 +91,42 @@ def solve(factors: LuFactors, right: Tensor) -> Stepper[Tensor]:
     return parts[0] if len(parts) == 1 else torch.cat([part.mT for part in parts]).mT
 
 
+class AnyRankFactors(NamedTuple):
+    """A matrix (n, n) that can be singular, and its LU factors unless it is."""
+
+    matrix: Tensor
+    lu: LuFactors | None
+
+
+def factorize_any_rank(matrix: Tensor) -> Stepper[AnyRankFactors]:
+    """Return the factors of a matrix (n, n) in fp64 of any rank. They refer to the matrix, which must not change."""
+    with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        return AnyRankFactors(matrix, (yield from factorize(matrix)))
+    return AnyRankFactors(matrix, None)
+
+
+def solve_any_rank(factors: AnyRankFactors, right: Tensor) -> Stepper[Tensor]:
+    """Return the solution (n, m) of A x = right (n, m), which is finite for every finite A and right.
+
+    It is the solution of least norm where A is singular, or so nearly that the LU factors give numbers above
+    MAX_SOLUTION.
+    """
+    if factors.lu is not None:
+        solution = yield from solve(factors.lu, right)
+        low, high = map(float, solution.aminmax())
+        if low >= -MAX_SOLUTION and high <= MAX_SOLUTION:  # NaN is neither
+            return solution
+    return (yield from solve_least_norm(factors.matrix, right))
+
+
 def solve_least_norm(matrix: Tensor, right: Tensor) -> Stepper[Tensor]:
     """Return the x (n, m) of least norm that minimizes |A x - right|, for a matrix (n, n) in fp64 of any rank.
 
-    Singular values below RANK_TOLERANCE of the largest count as 0. This is one step, whatever n is.
+    Singular values below RANK_TOLERANCE of the largest count as 0, and so does a matrix without a number above
+    ZERO_MATRIX. This is one step, whatever n is.
     """
+    if float(matrix.abs().max()) < ZERO_MATRIX:
+        return torch.zeros_like(right)
     with single_threaded():
         solution: Tensor = torch.linalg.lstsq(matrix, right, rcond=RANK_TOLERANCE, driver="gelsd").solution
     yield Progress(Phase.SOLVE, len(matrix), len(matrix))

@@ -366,6 +366,35 @@ def test_revert_to_a_singular_system_builds(
     assert place.services.ledger.verify()["ok"]
 
 
+def test_edit_that_another_one_hides_is_rejected(valid_file: bytes, build: BuildPlace) -> None:
+    """An edit whose change alone is beyond the range of the weights is rejected with the figures, although an active
+    edit with a larger parallel key and no change hides it, so that a revert does not leave it alone."""
+
+    def changed_to(key: float, value: float) -> Callable[[dict[str, Any]], None]:
+        def change(tensors: dict[str, Any]) -> None:
+            for layer in (0, 1):
+                for name, number in (("key", key), ("direction", key), ("value", value)):
+                    tensors[f"layer.{layer}.{name}"].fill(number)
+                tensors[f"layer.{layer}.form.memit"] = np.array([0.0])
+
+        return change
+
+    place = build()
+    hiding = with_changed_vectors(valid_file, changed_to(1.0, 0.0))
+    edit_set = json.loads(read_safetensors(hiding, "it").metadata["set"])
+    first_edit(edit_set)["request"]["subject"] = "Louvre"
+    place.services.imports.submit(forge_file(hiding, edit_set), "key:bob")
+    place.run_queued_edits()
+    assert place.worker_parts.ledger.head() == 1
+    hidden = with_changed_vectors(valid_file, changed_to(2.0**-100, 2.0**64))
+    (created,), _ = place.services.imports.submit(hidden, "key:bob")
+    place.run_queued_edits()
+    ended = place.services.edits.get(created["id"])
+    assert ended["status"] == "rejected" and place.worker_parts.ledger.head() == 1
+    assert "the change of the weight is too large (inf" in ended["result"]["reason"]
+    assert ended["result"]["norm_ratio"] == {"0": None, "1": None}
+
+
 def test_valid_forged_file_is_accepted(valid_file: bytes, empty_service: SteppedService) -> None:
     """A forged file without changes is accepted, so the rejections above are caused by the changes."""
     imported_edits = read_edit_set(

@@ -133,3 +133,14 @@ def test_average_capacity_in_steps_equals_one_computation(n: int) -> None:
     with single_threaded():
         occupied = float(torch.linalg.solve(raised, gram).trace()) / 400
     assert average_capacity(gram, 400) == min(1.0, max(0.0, 1 - occupied))
+
+
+def test_degenerate_keys_have_a_capacity() -> None:
+    """A key without a direction occupies nothing and has capacity 1; keys that are all 0 occupy nothing either."""
+    c, key = moment(), keys(1)[0]
+    zero = association_at(torch.zeros(D).double(), c, "zero")
+    assert capacities_of([zero], [association_at(key, c, "a")]) == {0: 1.0}
+    assert capacities_of(
+        [association_at(key, c, "a")], [zero, association_at(torch.zeros(D).double(), c, "b")]
+    ) == {0: 1.0}
+    assert average_capacities([zero]) == {0: 1.0}

@@ -17,6 +17,8 @@ from service.weights.composition import (
     compose,
     compose_layer,
     compose_layer_in_steps,
+    is_change_in_range,
+    is_in_range,
 )
 from service.weights.factors import (
     JOINT,
@@ -29,6 +31,7 @@ from service.weights.factors import (
     serialize_updates,
 )
 from service.weights.solve import single_threaded
+from tests.support.hostile_factors import random_updates
 
 D, d = 12, 5
 SPREAD = torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
@@ -414,7 +417,48 @@ def test_any_finite_associations_have_a_version(associations: list[Association])
     """Every set of associations with finite tensors composes to a weight, whatever was imported and reverted."""
     base = torch.zeros(d, D)
     edited = apply_delta(base, compose(associations)[WeightRef(0)], conv1d=False)
-    assert edited.shape == base.shape
+    assert edited.shape == base.shape and edited.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_subset_of_hostile_edits_has_finite_weights(dtype: torch.dtype) -> None:
+    """Any subset of edits with any tensors that an import accepts gives finite weights, whatever its order."""
+    for seed in range(200):
+        numbers = random.Random(seed)
+        edits = list(random_updates(numbers, d, D, numbers.randint(1, 12)).values())
+        for _ in range(2):
+            updates = [u for group in numbers.sample(edits, numbers.randint(1, len(edits))) for u in group]
+            base = torch.ones(d, D, dtype=dtype)
+            edited = apply_delta(base, compose(updates)[WeightRef(0)], conv1d=False)
+            assert edited.isfinite().all(), f"seed {seed}"
+            numbers.shuffle(updates)
+            again = apply_delta(base, compose(updates)[WeightRef(0)], conv1d=False)
+            assert torch.equal(again.view(torch.uint8), edited.view(torch.uint8)), f"seed {seed}"
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_a_sum_beyond_the_range_is_the_largest_number(conv1d: bool) -> None:
+    """Updates that are finite each, and whose sum is not, give the largest number of the dtype, and leave the other
+    numbers as they are. `is_in_range` finds it."""
+    change = torch.zeros(d, D)
+    change[0, 0], change[1, 1], change[2, 2] = 1e30, -1e30, 1.0
+    updates = [DenseUpdate(f"edit_{i}", "a", WeightRef(0), change) for i in range(3)]
+    base = torch.zeros(D, d) if conv1d else torch.zeros(d, D)
+    base = base.half()
+    edited = apply_delta(base, compose(updates)[WeightRef(0)], conv1d)
+    edited = edited.T if conv1d else edited
+    largest = torch.finfo(torch.float16).max
+    assert edited.diagonal()[:3].tolist() == [largest, -largest, 3.0]
+    assert not is_in_range(edited) and is_in_range(edited[2:])
+
+
+def test_the_change_of_an_edit_alone_is_measured_in_its_dtype() -> None:
+    """The change of one update is out of range when its largest number is; a key without a direction has no change."""
+    one = replace(association(1), key=torch.eye(D)[0], direction=torch.eye(D)[0], value=torch.full((d,), 1e5))
+    assert is_change_in_range(one, torch.float32) and not is_change_in_range(one, torch.float16)
+    dense = DenseUpdate("e", "a", WeightRef(0), torch.full((d, D), 1e5))
+    assert is_change_in_range(dense, torch.float32) and not is_change_in_range(dense, torch.float16)
+    assert not is_change_in_range(replace(one, direction=torch.zeros(D)), torch.float32)
 
 
 @pytest.mark.parametrize("mode", ["memit", "emmet", "joint"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -75,3 +78,22 @@ def test_layers_modes_and_dense_updates_are_separate() -> None:
     expected = compose([*active, new])[WeightRef(0)].dense() - compose(active)[WeightRef(0)].dense()
     torch.testing.assert_close(changes.change(new).dense(), expected, rtol=1e-5, atol=1e-6)
     assert changes.norm(dense) == pytest.approx(float(dense.change.norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", [SolveMode("memit", 0.0), SolveMode("joint", 0.0)], ids=str)
+def test_singular_others_do_not_prevent_an_edit(mode: SolveMode) -> None:
+    """Next to active edits with equal keys, and next to one without a direction, the change of an edit is finite."""
+    first, new = association(1, "a", mode), association(90, "b", mode)
+    empty = replace(association(2, "b", mode), key=torch.zeros(D), direction=torch.zeros(D))
+    active = [first, replace(first, edit="edit_003", subject="c"), empty]
+    changes = run_to_completion(OwnChanges.build([[new]], active))
+    expected = compose([*active, new])[WeightRef(0)].dense() - compose(active)[WeightRef(0)].dense()
+    torch.testing.assert_close(changes.change(new).dense(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_edit_without_a_direction_has_no_finite_norm() -> None:
+    """A new edit whose direction is 0 cannot change its key: its norm is not finite, and the guard rejects it."""
+    new = replace(association(90, "b", MODES[0]), direction=torch.zeros(D))
+    for active in ([], [association(1, "a", MODES[0])]):
+        changes = run_to_completion(OwnChanges.build([[new]], active))
+        assert not math.isfinite(changes.norm(new))

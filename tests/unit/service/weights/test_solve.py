@@ -8,7 +8,7 @@ from torch import Tensor
 
 from service.kit.steps import run_to_completion
 from service.weights import solve as solve_module
-from service.weights.solve import factorize, single_threaded, solve
+from service.weights.solve import factorize, factorize_any_rank, single_threaded, solve, solve_any_rank
 
 
 def system(n: int, m: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -78,3 +78,40 @@ def test_a_singular_matrix_raises(monkeypatch: pytest.MonkeyPatch, unblocked: in
     monkeypatch.setattr(solve_module, "PANEL_WIDTH", 4)
     with pytest.raises(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         run_to_completion(factorize(torch.zeros(20, 20, dtype=torch.float64)))
+
+
+def any_rank_solution(matrix: Tensor, right: Tensor) -> Tensor:
+    return run_to_completion(solve_any_rank(run_to_completion(factorize_any_rank(matrix)), right))
+
+
+def test_a_regular_matrix_of_any_rank_has_the_bytes_of_its_factors() -> None:
+    """Where the matrix is regular, the solution is that of its LU factors bit for bit."""
+    matrix, right = system(30)
+    assert torch.equal(any_rank_solution(matrix, right), solution(matrix, right))
+
+
+@pytest.mark.parametrize("nearly", [0.0, 1e-200])
+def test_a_singular_matrix_has_the_solution_of_least_norm(nearly: float) -> None:
+    """A matrix that is singular, or so up to rounding, gives the smallest x among the best ones."""
+    matrix = torch.tensor([[1.0, 0.0], [0.0, nearly]], dtype=torch.float64)
+    right = torch.tensor([[2.0], [3.0]], dtype=torch.float64)
+    torch.testing.assert_close(any_rank_solution(matrix, right), torch.tensor([[2.0], [0.0]]).double())
+
+
+@pytest.mark.parametrize("number", [0.0, 5e-324, 1e-310, -1e-200])
+def test_a_matrix_without_numbers_has_the_solution_zero(number: float) -> None:
+    """A matrix whose numbers are all below the products of fp32 numbers counts as 0."""
+    right = torch.full((3, 2), 1e30, dtype=torch.float64)
+    found = any_rank_solution(torch.full((3, 3), number, dtype=torch.float64), right)
+    assert torch.equal(found, torch.zeros_like(right))
+
+
+def test_growth_in_the_factors_does_not_reach_the_solution() -> None:
+    """A matrix whose LU factors overflow has a finite solution that solves the system."""
+    n = 1100
+    matrix = torch.eye(n, dtype=torch.float64) - torch.ones(n, n, dtype=torch.float64).tril(-1)
+    matrix[:, -1] = 1
+    right = torch.linspace(-1, 1, n, dtype=torch.float64)[:, None]
+    found = any_rank_solution(matrix, right)
+    assert found.isfinite().all()
+    torch.testing.assert_close(matrix @ found, right, rtol=1e-6, atol=1e-6)
