@@ -26,6 +26,7 @@ from cli import (
     ledger,
     migrate,
     models,
+    prune,
     revert,
     serve,
     study,
@@ -61,6 +62,7 @@ COMMANDS = (
     worker,
     migrate,
     keys,
+    prune,
     jobs,
 )
 

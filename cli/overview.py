@@ -38,6 +38,7 @@ OVERVIEW = {
         "worker": "run a worker process",
         "migrate": "migrate the database to this release",
         "keys": "create, list and revoke API keys",
+        "prune": "delete expired jobs and idempotency keys",
         "jobs": "list jobs; `jobs retry ID` retries a failed one",
         "completion": "print a completion script for bash, zsh or fish",
     },

@@ -9,6 +9,7 @@ from service.db.database import Database
 from service.errors import Misconfigured
 from service.jobs.broker import Broker
 from service.jobs.memory_broker import MemoryBroker
+from service.jobs.retention import Retention
 from service.kit import crash_points
 from service.settings import Settings
 
@@ -46,6 +47,11 @@ def open_database(settings: Settings) -> Database:
             f"the data folder cannot be created: {error}. Set PALIMPSEST_DATA_DIR to another folder."
         ) from None
     return Database(settings.resolved_database_url())
+
+
+def retention(settings: Settings) -> Retention:
+    """Return how long rows are kept."""
+    return Retention.from_days(settings.job_retention_days, settings.idempotency_key_retention_days)
 
 
 def _open_broker(settings: Settings) -> Broker:

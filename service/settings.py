@@ -81,6 +81,15 @@ class Settings(BaseSettings):
         ge=1,
         description="maximum number of queued jobs of one API key, and of its waiting calls; more are rejected with status 429",
     )
+    job_retention_days: int = Field(
+        90,
+        ge=0,
+        le=36500,
+        description="days after which a finished job that is not in the ledger is deleted; 0: never",
+    )
+    idempotency_key_retention_days: int = Field(
+        7, ge=0, le=36500, description="days after which an Idempotency-Key can be used again; 0: never"
+    )
     max_body: int = Field(1_000_000, ge=1000, description="maximum size of a request body in bytes")
     max_records_body: int = Field(
         20_000_000, ge=1000, description="maximum size of a request body with records in bytes"

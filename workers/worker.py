@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from service.bootstrap import Container
+from service.bootstrap import Container, retention
 from service.editing.context import EditorContext, build_editor_context
 from service.engine.engine import Engine, EngineConfig
 from service.engine.versioned_model import VersionedModel
@@ -126,6 +126,7 @@ class Worker:
             self.id,
             lease=settings.worker_timeout,
             single_process=container.single_process,
+            retention=retention(settings),
         )
         self._retry_until_available(lambda: self._refuse_foreign_workers(worker_session))
         context = self._prepare(model)

@@ -14,7 +14,7 @@ from service.application.costs import job_cost
 from service.application.served_model import get_served_model
 from service.db.database import Database
 from service.db.models import IdempotencyKey, Job, Model, now
-from service.errors import InvalidInput, NotFound, QueueFull
+from service.errors import Conflict, InvalidInput, NotFound, QueueFull
 from service.jobs import artifacts, views
 from service.jobs.broker import Broker, ignoring_broker_outage
 from service.jobs.job_kinds import JOB_KINDS
@@ -58,6 +58,10 @@ class JobQueue:
                     "Idempotency-Key",
                 )
             jobs = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(row.resources)))}
+            if len(jobs) < len(set(row.resources)):
+                raise Conflict(
+                    "the jobs that this Idempotency-Key created were deleted when their retention ended: use a new key."
+                )
             return views.serialize_many(session, [jobs[job_id] for job_id in row.resources])
 
     def submit(
@@ -188,14 +192,24 @@ def get_job(session: Session, kind: str | None, job_id: str) -> Job:
     """Return a job, of any kind when `kind` is None. Raises NotFound."""
     job = session.get(Job, job_id) if job_id.isascii() and "\x00" not in job_id else None
     if job is None or kind not in (None, job.kind):
-        raise NotFound(f"there is no {kind or 'job'} {job_id!r}.")
+        raise job_not_found(kind, job_id)
     return job
 
 
+def job_not_found(kind: str | None, job_id: str) -> NotFound:
+    """Return the error for an id without a job."""
+    return NotFound(
+        f"there is no {kind or 'job'} {job_id!r}: the id is wrong, or the job was deleted when its retention ended."
+    )
+
+
 def lock_job(session: Session, job: Job) -> Job:
-    """Return the current row of a job, locked until the transaction ends."""
+    """Return the current row of a job, locked until the transaction ends. Raises NotFound if it was deleted."""
     row = select(Job).where(Job.id == job.id).with_for_update()
-    return session.scalars(row.execution_options(populate_existing=True)).one()
+    locked = session.scalars(row.execution_options(populate_existing=True)).one_or_none()
+    if locked is None:
+        raise job_not_found(job.kind, job.id)
+    return locked
 
 
 def _apply_cancel_or_revert(session: Session, job: Job, actor: str) -> None:

@@ -6,15 +6,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
+from datetime import datetime
 
 from sqlalchemy import ColumnElement, and_, or_
-from sqlalchemy.orm import Session
 
-from service.application.job_queue import get_job, lock_job, without_columns
+from service.application.job_queue import get_job, job_not_found, lock_job, without_columns
 from service.application.served_model import get_served_model
 from service.db.database import Database
 from service.db.models import Job, now
-from service.errors import Conflict, InvalidInput, NotFound, Unavailable
+from service.errors import Conflict, InvalidInput, Unavailable
 from service.jobs import views
 from service.jobs.broker import Broker, Event, ignoring_broker_outage
 from service.jobs.event_stream import with_idle_ticks
@@ -22,6 +22,7 @@ from service.jobs.job_kinds import JOB_KINDS
 from service.jobs.views import JOB_STATUSES, OPEN_STATUSES, ResourceDict
 from service.kit.ids import request_id
 from service.kit.pagination import decode_cursor, encode_cursor, invalid_cursor, validate_limit
+from service.ledger.ledger import iso_utc
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,9 @@ class JobService:
                 Job.model == get_served_model(session).fingerprint
             )
             query = query.where(*(column == value for column, value in filters.items() if value is not None))
-            query = query.where(*_after_cursor(session, decode_cursor(cursor, str)))
+            query = query.where(*_after_cursor(decode_cursor(cursor, str)))
             jobs = list(session.scalars(query.order_by(Job.created.desc(), Job.id.desc()).limit(limit + 1)))
-            next_cursor = encode_cursor(jobs[limit - 1].id) if len(jobs) > limit else None
+            next_cursor = _cursor_of(jobs[limit - 1]) if len(jobs) > limit else None
             return {"items": [views.job_summary(job) for job in jobs[:limit]], "next": next_cursor}
 
     def retry(self, job_id: str, actor: str) -> ResourceDict:
@@ -108,18 +109,27 @@ class JobService:
         with self.database.read_session() as session:
             job = session.get(Job, job_id)
             if job is None:
-                raise NotFound(f"no job has the id {job_id}.")
+                raise job_not_found(None, job_id)
             if job.status in OPEN_STATUSES or job.ended is None:
                 return None
             return Event(str(int(job.ended.timestamp() * 1e6)), "end", views.serialize_job(session, job))
 
 
-def _after_cursor(session: Session, last_id: str | None) -> tuple[ColumnElement[bool], ...]:
+def _cursor_of(job: Job) -> str:
+    """Return the cursor of the page after a job. It works also after the job was deleted."""
+    return encode_cursor(f"{iso_utc(job.created)} {job.id}")
+
+
+def _after_cursor(cursor: str | None) -> tuple[ColumnElement[bool], ...]:
     """Return the condition for jobs after a cursor. Ids of different kinds do not sort by time, so it compares
     `created`."""
-    if last_id is None:
+    if cursor is None:
         return ()
-    job = session.get(Job, last_id)
-    if job is None:
+    time, _, last_id = cursor.partition(" ")
+    try:
+        created = datetime.fromisoformat(time)
+    except ValueError:
+        raise invalid_cursor() from None
+    if created.tzinfo is None or not last_id:
         raise invalid_cursor()
-    return (or_(Job.created < job.created, and_(Job.created == job.created, Job.id < job.id)),)
+    return (or_(Job.created < created, and_(Job.created == created, Job.id < last_id)),)

@@ -165,7 +165,7 @@ class LedgerEntry(Base):
     """An applied or reverted edit. The table is append-only (`service/ledger/ledger.py`)."""
 
     __tablename__ = "ledger"
-    __table_args__ = (UniqueConstraint("model", "edit_id", "kind"),)
+    __table_args__ = (UniqueConstraint("model", "edit_id", "kind"), Index(None, "edit_id"))
 
     model: Mapped[str] = mapped_column(ForeignKey("models.fingerprint"), primary_key=True)
     version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)

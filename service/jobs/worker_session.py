@@ -1,4 +1,4 @@
-"""One worker's registration: its row, its heartbeat, its attestations, and the search for lost jobs."""
+"""One worker's registration: its row, its heartbeat, its attestations, the search for lost jobs, and pruning."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from service.db.models import Job, Model, Worker, now, to_json_value
 from service.errors import DigestMismatch
 from service.jobs import attestations, worker_registry
 from service.jobs.broker import Broker
+from service.jobs.retention import Pruner, Retention
 from service.ledger import ledger
 
 DEFAULT_LEASE_SECONDS = 30.0  #: seconds without a heartbeat after which a worker counts as dead
@@ -46,6 +47,7 @@ class WorkerSession:
         *,
         lease: float = DEFAULT_LEASE_SECONDS,
         single_process: bool = False,
+        retention: Retention = Retention(),  # noqa: B008  # immutable
     ) -> None:
         self.database = database
         self.broker = broker
@@ -59,6 +61,7 @@ class WorkerSession:
         )  #: ids of the jobs that this worker runs; the JobStore maintains it
         self._worker_row: dict[str, Any] = {}  # the registered row; empty while the worker is not registered
         self._pruned_at = float("-inf")
+        self._pruner = Pruner(database, retention)
 
     # registration
 
@@ -164,6 +167,7 @@ class WorkerSession:
 
     def notify_lost_jobs(self) -> int:
         """Notify for every job whose notification was lost or whose worker died; return the number of notifications.
+        Then delete one batch of expired rows when that is due.
 
         Every worker sweeps, and a second notification of a job is harmless. A kind with as many pending deliveries
         as queued rows has lost none.
@@ -186,6 +190,7 @@ class WorkerSession:
         for row in lost_rows:
             self.broker.notify(row.id, row.kind, row.actor, row.cost)
         self._prune_workers()
+        self._pruner.step()
         return len(lost_rows)
 
     def orphaned(self) -> ColumnElement[bool]:

@@ -1,0 +1,46 @@
+"""`palimpsest prune`: delete expired jobs and idempotency keys now, directly in the database."""
+
+from __future__ import annotations
+
+import argparse
+
+from cli.flags import add_command, add_json_flag, add_setting_flags, read_settings
+from cli.terminal import out, print_json
+from service.settings import Settings
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "prune",
+        run,
+        description="Delete finished jobs that are not in the ledger and idempotency keys after their retention, directly in the "
+        "database. Workers also do this while they run. Edits in the ledger are never deleted.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only count the rows that would be deleted")
+    add_json_flag(parser)
+    names = ("data_dir", "database_url", "job_retention_days", "idempotency_key_retention_days")
+    add_setting_flags(parser, Settings, *names)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Delete or count the expired rows, and print their numbers."""
+    from service.bootstrap import open_database, retention
+    from service.jobs.retention import Pruner
+
+    settings = read_settings(args, Settings)
+    database = open_database(settings)
+    try:
+        database.migrate()
+        pruner = Pruner(database, retention(settings))
+        rows = pruner.count() if args.dry_run else pruner.prune_all()
+    finally:
+        database.close()
+    jobs, keys = rows["jobs"], rows["idempotency"]
+    if args.json:
+        print_json({"dry_run": args.dry_run, "jobs": jobs, "idempotency_keys": keys})
+    else:
+        verb = "Would delete" if args.dry_run else "Deleted"
+        out.print(f"{verb} {jobs} jobs and {keys} idempotency keys.")
+    return 0
