@@ -201,6 +201,23 @@ def test_containers_have_no_rights_that_they_do_not_need(name: str) -> None:
     assert set(service["logging"]["options"]) == {"max-size", "max-file"}
 
 
+@pytest.mark.parametrize("name", services())
+def test_every_container_is_limited(name: str) -> None:
+    """Every container has a limit of memory and of processes. A variable of .env has a default."""
+    service = services()[name]
+    memory = re.fullmatch(r"(?:\$\{[A-Z_]+_MEMORY:-)?([1-9]\d*)([mg])\}?", service["mem_limit"])
+    assert memory and int(memory[1]) * {"m": 1, "g": 1024}[memory[2]] >= 512
+    assert 64 <= service["pids_limit"] <= 1024
+
+
+def test_redis_fits_into_its_container() -> None:
+    """Redis may use its maximum memory twice, since it forks to rewrite its file, below the limit of its container."""
+    words = services()["redis"]["command"]
+    assert 2 * int(words[words.index("--maxmemory") + 1].removesuffix("mb")) < int(
+        services()["redis"]["mem_limit"].removesuffix("m")
+    )
+
+
 def test_only_the_api_is_published() -> None:
     """Compose publishes the API port, on loopback by default, and the Grafana port, always on loopback."""
     published = {name: service["ports"] for name, service in services().items() if "ports" in service}
