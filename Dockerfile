@@ -44,7 +44,7 @@ FROM base AS wheel
 WORKDIR /build
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip wheel --no-deps --wheel-dir /dist .
+    PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt pip wheel --no-deps --wheel-dir /dist .
 
 FROM base AS api
 COPY --from=api-needs /opt/palimpsest /opt/palimpsest

@@ -7,6 +7,8 @@
 # make test-docs          tests/docs: the documentation, executed
 # make bench              run every benchmark in its quick mode  make bench ARGS='--reference PATH --only edits traces'
 # make format             format and fix the code
+# make pins               pin the indirect dependencies         make pins ARGS=--upgrade
+# make audit              look up the pinned versions in a database of known vulnerabilities
 
 # The first python3 of version 3.11 or newer.
 PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -19,13 +21,16 @@ PACKAGES := palimpsest service api workers cli migrations deploy examples tests 
 # Bytecode is written even where the environment forbids it: each process of the service would compile every module.
 TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --max-worker-restart 0 \
 	--dist loadfile --no-loadscope-reorder -m "not slow"
+# Build dependencies are pinned too. The first variable is for pip before 25.3, the second for later ones.
+CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+AUDIT := .audit
 ARGS ?=
 PYTEST ?=
 
 .DEFAULT_GOAL := help
 TIERS := unit integration e2e docs
 
-.PHONY: help install serve test $(TIERS:%=test-%) check bench format clean
+.PHONY: help install serve test $(TIERS:%=test-%) check bench format pins audit clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -39,7 +44,7 @@ $(BIN)/python:
 # Reinstall when the dependencies have changed.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into .venv. The first time this takes some minutes."
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@$(CONSTRAINED) $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
 serve: install
@@ -64,5 +69,16 @@ format: install
 	$(BIN)/ruff format --quiet $(PACKAGES)
 	$(BIN)/ruff check --quiet --fix $(PACKAGES)
 
+pins: install
+	@$(CONSTRAINED) $(BIN)/python deploy/pins.py $(ARGS)
+
+$(AUDIT)/bin/pip-audit: constraints.txt | $(BIN)/python
+	$(BIN)/python -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install -q -c constraints.txt pip-audit
+
+# Exit code 1: a version has a known vulnerability. 2: nothing could be looked up.
+audit: $(AUDIT)/bin/pip-audit
+	@$(BIN)/python deploy/audit.py $(AUDIT)/bin/pip-audit
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv $(AUDIT) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
