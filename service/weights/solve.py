@@ -24,6 +24,8 @@ PANEL_WIDTH = 256  # columns of a larger matrix that one step factorizes
 UPDATE_COLUMNS = 512  # columns that one step updates
 RANK_TOLERANCE = 1e-12  # of the largest singular value, below which a singular value counts as 0
 ZERO_MATRIX = 1e-150  # largest number of a matrix that counts as 0; products of fp32 numbers are above it
+LEAST_NORM_SIZE = 256  # rows of a singular matrix that one step solves with singular values
+DAMPING = 1e-10  # of a large singular matrix A, as a multiple of the largest diagonal entry of A^T A
 MAX_SOLUTION = 1e30  # a larger number in a solution means that the matrix is singular up to rounding
 SOLVE_COLUMNS = (
     64  # right-hand sides that one step solves for, where the matrix is larger than UNBLOCKED_SIZE
@@ -123,14 +125,40 @@ def solve_least_norm(matrix: Tensor, right: Tensor) -> Stepper[Tensor]:
     """Return the x (n, m) of least norm that minimizes |A x - right|, for a matrix (n, n) in fp64 of any rank.
 
     Singular values below RANK_TOLERANCE of the largest count as 0, and so does a matrix without a number above
-    ZERO_MATRIX. This is one step, whatever n is.
+    ZERO_MATRIX. A matrix of more than LEAST_NORM_SIZE rows is damped instead, in bounded steps.
     """
+    n = len(matrix)
     if float(matrix.abs().max()) < ZERO_MATRIX:
         return torch.zeros_like(right)
+    if n > LEAST_NORM_SIZE:
+        return (yield from _solve_damped(matrix, right))
     with single_threaded():
         solution: Tensor = torch.linalg.lstsq(matrix, right, rcond=RANK_TOLERANCE, driver="gelsd").solution
-    yield Progress(Phase.SOLVE, len(matrix), len(matrix))
+    yield Progress(Phase.SOLVE, n, n)
     return solution
+
+
+def _solve_damped(matrix: Tensor, right: Tensor) -> Stepper[Tensor]:
+    """Return (A^T A + damping I)^-1 A^T right, which is near the x of least norm."""
+    n, scale = len(matrix), float(matrix.abs().max())
+    matrix = matrix / scale
+    yield Progress(Phase.SOLVE, 0, n)
+    normal = torch.zeros_like(matrix)
+    for rows in _slices(0, n):
+        for start in range(0, n, PANEL_WIDTH):
+            panel = matrix[start : start + PANEL_WIDTH]
+            with single_threaded():
+                normal[rows].addmm_(panel[:, rows].T, panel)
+            yield Progress(Phase.SOLVE, rows.stop, n)
+    normal.diagonal().add_(DAMPING * float(normal.diagonal().max()))
+    factors = yield from factorize(normal)
+    parts: list[Tensor] = []
+    for start in range(0, right.shape[1], SOLVE_COLUMNS):
+        with single_threaded():
+            part = matrix.T @ (right[:, start : start + SOLVE_COLUMNS] / scale)
+        yield Progress(Phase.SOLVE, start, right.shape[1])
+        parts.append((yield from solve(factors, part)))
+    return torch.cat(parts, 1)
 
 
 def _lapack_factors(matrix: Tensor) -> LuFactors:

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from service.kit.steps import run_to_completion
 from service.weights import solve as solve_module
-from service.weights.solve import factorize, factorize_any_rank, single_threaded, solve, solve_any_rank
+from service.weights.solve import (
+    factorize,
+    factorize_any_rank,
+    single_threaded,
+    solve,
+    solve_any_rank,
+    solve_least_norm,
+)
 
 
 def system(n: int, m: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -115,3 +122,21 @@ def test_growth_in_the_factors_does_not_reach_the_solution() -> None:
     found = any_rank_solution(matrix, right)
     assert found.isfinite().all()
     torch.testing.assert_close(matrix @ found, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-90, 1.0, 1e95])
+def test_a_large_singular_matrix_is_solved_in_steps(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """Above LEAST_NORM_SIZE a singular system is solved in steps, whatever the size of its numbers. The solution is
+    nearly that of least norm."""
+    monkeypatch.setattr(solve_module, "LEAST_NORM_SIZE", 8)
+    monkeypatch.setattr(solve_module, "PANEL_WIDTH", 16)
+    monkeypatch.setattr(solve_module, "UPDATE_COLUMNS", 24)
+    monkeypatch.setattr(solve_module, "SOLVE_COLUMNS", 16)
+    keys = torch.randn(100, 150, generator=torch.Generator().manual_seed(0)).double()
+    keys[-1] = keys[0]
+    gram = keys @ keys.T
+    _, right = system(100)
+    expected = torch.linalg.lstsq(gram, right, rcond=1e-12, driver="gelsd").solution
+    steps = solve_least_norm(gram * scale, right)
+    torch.testing.assert_close(run_to_completion(steps) * scale, expected, rtol=1e-4, atol=1e-4)
+    assert len(list(solve_least_norm(gram, right))) > 30
