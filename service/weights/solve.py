@@ -130,12 +130,18 @@ def solve_least_norm(matrix: Tensor, right: Tensor) -> Stepper[Tensor]:
     n = len(matrix)
     if float(matrix.abs().max()) < ZERO_MATRIX:
         return torch.zeros_like(right)
-    if n > LEAST_NORM_SIZE:
+    solution = _lapack_least_norm(matrix, right) if n <= LEAST_NORM_SIZE else None
+    if solution is None:
         return (yield from _solve_damped(matrix, right))
-    with single_threaded():
-        solution: Tensor = torch.linalg.lstsq(matrix, right, rcond=RANK_TOLERANCE, driver="gelsd").solution
     yield Progress(Phase.SOLVE, n, n)
     return solution
+
+
+def _lapack_least_norm(matrix: Tensor, right: Tensor) -> Tensor | None:
+    """Return the solution from singular values; None when their iteration does not converge."""
+    with single_threaded(), suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        return torch.linalg.lstsq(matrix, right, rcond=RANK_TOLERANCE, driver="gelsd").solution  # type: ignore[no-any-return]
+    return None
 
 
 def _solve_damped(matrix: Tensor, right: Tensor) -> Stepper[Tensor]:

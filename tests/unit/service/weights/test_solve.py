@@ -140,3 +140,14 @@ def test_a_large_singular_matrix_is_solved_in_steps(monkeypatch: pytest.MonkeyPa
     steps = solve_least_norm(gram * scale, right)
     torch.testing.assert_close(run_to_completion(steps) * scale, expected, rtol=1e-4, atol=1e-4)
     assert len(list(solve_least_norm(gram, right))) > 30
+
+
+def test_singular_values_that_do_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When LAPACK finds no singular values, the system is damped instead."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.linalg.LinAlgError("it did not converge")  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(torch.linalg, "lstsq", fail)
+    found = any_rank_solution(torch.ones(2, 2, dtype=torch.float64), torch.tensor([[1.0], [3.0]]).double())
+    torch.testing.assert_close(found, torch.ones(2, 1, dtype=torch.float64), rtol=1e-6, atol=1e-6)
