@@ -23,7 +23,7 @@ TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n a
 	--dist loadfile --no-loadscope-reorder -m "not slow"
 # Build dependencies are pinned too. The first variable is for pip before 25.3, the second for later ones.
 CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
-AUDIT := .audit
+AUDIT := .venv/audit
 ARGS ?=
 PYTEST ?=
 
@@ -81,4 +81,4 @@ audit: $(AUDIT)/bin/pip-audit
 	@$(BIN)/python deploy/audit.py $(AUDIT)/bin/pip-audit
 
 clean:
-	rm -rf .venv $(AUDIT) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
