@@ -17,7 +17,7 @@ stored with the edits: where the statistics have changed since, U^T K is not sym
 change alone.
 
 The keys and directions of imported edits can be anything, and a revert can lead to any subset of the edits. So every
-set has a version with finite weights (docs/decisions/0016): where the system is singular, the solution of least norm is
+set has a version with finite weights (docs/decisions/0017): where the system is singular, the solution of least norm is
 taken, and a weight beyond the range of its dtype becomes the largest number of the dtype. The guard rejects an edit
 that reaches that.
 
