@@ -16,6 +16,7 @@ import argparse
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -80,24 +81,30 @@ def compose_subsets(seed: int) -> Counter[str]:
 def main() -> int:
     args = _parse_arguments()
     torch.set_num_threads(1)
-    model, counts, failures = tiny(**HISTORY_MODEL), Counter[str](), 0
-    tasks = [("histories", args.histories), ("sets of edits", args.sets)]
-    with _progress_bar() as bar:
-        for name, total in tasks:
-            task = bar.add_task(name, total=total)
-            for seed in range(args.seed, args.seed + total):
-                try:
-                    if name == "histories":
-                        counts += run_history(model, seed, args.operations)
-                    else:
-                        counts += compose_subsets(seed)
-                except Exception as error:
-                    failures += 1
-                    bar.console.print(f"{name}, seed {seed}: {error!r}")
-                bar.advance(task)
-    rows: list[tuple[object, object]] = [*tasks, *sorted(counts.items()), ("failures", failures)]
-    Report("histories").add_table("Random ledger histories", ["", "count"], rows)
+    model, report = tiny(**HISTORY_MODEL), Report("histories")
+
+    def history(seed: int) -> Counter[str]:
+        return run_history(model, seed, args.operations)
+
+    failures = run_all(report, "histories", history, range(args.seed, args.seed + args.histories))
+    failures += run_all(report, "sets of edits", compose_subsets, range(args.seed, args.seed + args.sets))
     return int(failures > 0)
+
+
+def run_all(report: Report, name: str, run: Callable[[int], Counter[str]], seeds: Sequence[int]) -> int:
+    """Run every seed and report the counts. Return the number of failures."""
+    counts, failures = Counter[str](), 0
+    with _progress_bar() as bar:
+        for seed in bar.track(seeds, description=name):
+            try:
+                counts += run(seed)
+            except Exception as error:
+                failures += 1
+                bar.console.print(f"{name}, seed {seed}: {error!r}")
+    report.add_table(
+        name, ["", "count"], [("run", len(seeds)), *sorted(counts.items()), ("failures", failures)]
+    )
+    return failures
 
 
 def _progress_bar() -> Progress:
