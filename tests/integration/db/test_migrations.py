@@ -134,7 +134,7 @@ def test_names_of_revision_4(empty: Any) -> None:
 
 def test_to_a_revision(empty: Any) -> None:
     """`migrate` upgrades or downgrades to the given revision."""
-    for revision in ("0001", "0007", "0004", "0003", "0002", "0001"):
+    for revision in ("0001", "0008", "0004", "0003", "0002", "0001"):
         empty.migrate(revision)
         assert empty.revision() == revision
 
