@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp
 from api import errors
 from api.authentication import is_loopback
 from api.job_resource import job_router
+from api.large_requests import LargeRequests
 from api.quotas import ConcurrencyLimiter
 from api.rate_limits import RateLimiter
 from api.request_log import RequestLogMiddleware
@@ -108,6 +110,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # A full garbage collection visits all objects of the imported modules, and all threads wait for it.
+        gc.collect()
+        gc.freeze()
         yield
         rate_limiter.close()
 
@@ -129,6 +134,7 @@ def create_app(
     app.state.keyless_access = KeylessAccess(development, KeyMarker(settings.data_dir))
     app.state.rate_limiter = rate_limiter
     app.state.concurrency_limiter = ConcurrencyLimiter()
+    app.state.large_requests = LargeRequests()
     errors.install_error_handlers(app)
     for kind in JOB_KINDS.values():
         app.include_router(JOB_ROUTERS.get(kind.name) or job_router(kind))

@@ -34,9 +34,11 @@ async def _preferred_wait(
         Header(description="`wait=SECONDS` waits until the job ends, at most 60 seconds"),
     ] = None,
 ) -> AsyncIterator[float]:
-    """Yield the seconds to wait: 0 without the preference, and for a caller that has too much open already."""
+    """Yield the seconds to wait: 0 without the preference, for a large request, and for a
+    caller that has too much open already."""
     match = _WAIT_PATTERN.search(prefer or "")
-    seconds = min(int(match[1]), MAX_WAIT) if match else 0
+    may_wait: bool = getattr(request.state, "may_wait", True)
+    seconds = min(int(match[1]), MAX_WAIT) if match and may_wait else 0
     with ExitStack() as stack:
         try:
             if seconds:

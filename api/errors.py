@@ -84,6 +84,13 @@ class RateLimitExceeded(QueueFull):
     title = "Rate limit exceeded"
 
 
+class TooManyUploads(QueueFull):
+    """The caller sends too many large bodies at the same time."""
+
+    code = "too_many_uploads"
+    title = "Too many large requests"
+
+
 class NotAcceptable(PalimpsestError):
     """The resource has none of the media types in the `Accept` header."""
 
@@ -127,6 +134,7 @@ LIMIT_LABELS: dict[type[PalimpsestError], str] = {
     RateLimitExceeded: "rate",
     QueueFull: "queue",
     PayloadTooLarge: "size",
+    TooManyUploads: "uploads",
 }
 
 #: description of each status in the OpenAPI document

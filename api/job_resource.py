@@ -123,10 +123,7 @@ class JobRoutes:
 
         async def create(body: Any, submission: SubmissionDep) -> Any:
             service = submission.services.by_kind[kind.name]
-            idempotency = submission.idempotency(kind.name, body)
-            job = await run_in_threadpool(
-                service.submit, body, submission.actor, idempotency, submission.limits
-            )
+            job = await submission.submit(service.submit, body, kind.name)
             return await submission.wait_for_one(job, service.get, kind.path)
 
         create.__annotations__["body"] = Annotated[

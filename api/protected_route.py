@@ -6,28 +6,35 @@ A route declares its scope, and what its body is, with `@requires` on its functi
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, get_type_hints
 
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.datastructures import DefaultPlaceholder
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
 
 from api.authentication import Principal, authenticate
-from api.errors import Forbidden, MalformedJson, PayloadTooLarge, UnsupportedMediaType, problem_responses
+from api.errors import (
+    Forbidden,
+    MalformedJson,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+    problem_responses,
+)
+from api.large_answers import encode_in_thread
+from api.large_requests import LargeRequests
+from api.received_body import ReceivedBody, receive_body
 from service.application.api_keys import Scope, has_scope
-from service.settings import Settings
+from service.kit.large_json import JsonTooLarge, parse_json
 
 BINARY_MEDIA_TYPE = "application/octet-stream"
 MAX_INLINE_BODY = 64_000  # bytes; a larger body is parsed and validated in a thread
-#: what a number has that can exceed a float or the digits of an integer
-HUGE_NUMBER = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{300}")
 #: member of an OpenAPI operation that names the scope it needs
 SCOPE_EXTENSION = "x-required-scope"
 
@@ -63,15 +70,15 @@ def requires(scope: Scope, body: RequestBody = RequestBody.JSON) -> Callable[[En
 
 
 class ParsedRequest(Request):
-    """A request whose body has been read, and parsed if it is JSON."""
+    """A request whose body has been received, and parsed if it is JSON."""
 
-    def __init__(self, request: Request, raw: bytes, value: Any) -> None:
+    def __init__(self, request: Request, body: ReceivedBody, value: Any) -> None:
         super().__init__(request.scope, request.receive)
-        self._raw = raw
+        self.received_body = body
         self._value = value
 
     async def body(self) -> bytes:
-        return self._raw
+        return b"{}" if self.received_body.size else b""  # FastAPI asks only whether there is one
 
     async def json(self) -> Any:
         return self._value
@@ -95,7 +102,7 @@ class ProtectedRoute(APIRoute):
         self.access_rule: AccessRule = rule or AccessRule(Scope.READ)
         super().__init__(
             path,
-            endpoint,
+            encode_in_thread(endpoint, self) if _has_response_model(endpoint, options) else endpoint,
             responses={**problem_responses(401, 403, 429), **(responses or {})},
             openapi_extra={SCOPE_EXTENSION: str(self.access_rule.scope), **(openapi_extra or {})},
             **options,
@@ -107,22 +114,34 @@ class ProtectedRoute(APIRoute):
 
         async def handler(request: Request) -> Response:
             await authorize(request, rule.scope)
-            if request.method in ("POST", "PUT", "PATCH"):
-                settings: Settings = request.app.state.settings
-                raw = await read_body(request, getattr(settings, rule.body.value))
-                if len(raw) > MAX_INLINE_BODY:
-                    value = await run_in_threadpool(self._parse_and_validate, request, raw)
+            if request.method not in ("POST", "PUT", "PATCH"):
+                return await call_route(request)
+            large: LargeRequests = request.app.state.large_requests
+            limit: int = getattr(request.app.state.settings, rule.body.value)
+            caller: str = request.state.actor
+            async with receive_body(request, limit, partial(large.upload, caller)) as body:
+                if not body.is_in_memory:
+                    request.state.may_wait = False  # nobody else's large request waits for a job to end
+                    async with large.slot(caller):
+                        return await call_route(await self._parse_in_thread(request, body))
+                if body.size > MAX_INLINE_BODY:
+                    request.state.slot = partial(large.slot, caller)
+                    async with large.slot(caller):
+                        request = await self._parse_in_thread(request, body)
                 else:
-                    value = _parse_body(request, raw, rule.body) if raw else None
-                request = ParsedRequest(request, raw, value)
-            return await call_route(request)
+                    value = _parse_body(request, body, rule.body) if body.size else None
+                    request = ParsedRequest(request, body, value)
+                return await call_route(request)
 
         return handler
 
-    def _parse_and_validate(self, request: Request, raw: bytes) -> Any:
+    async def _parse_in_thread(self, request: Request, body: ReceivedBody) -> ParsedRequest:
+        return ParsedRequest(request, body, await run_in_threadpool(self._parse_and_validate, request, body))
+
+    def _parse_and_validate(self, request: Request, body: ReceivedBody) -> Any:
         """Return the value of a large body as the route's model. FastAPI, which validates in the event loop, takes a
         model as it is."""
-        value = _parse_body(request, raw, self.access_rule.body)
+        value = _parse_body(request, body, self.access_rule.body)
         if self.body_field is None or self.access_rule.body is RequestBody.FILE:
             return value
         value, errors = self.body_field.validate(value, {}, loc=("body",))
@@ -131,13 +150,39 @@ class ProtectedRoute(APIRoute):
         return value
 
 
-def _parse_body(request: Request, raw: bytes, body: RequestBody) -> Any:
-    """Return the JSON value of a body, or None for a file, which must be declared as one (see `parse_json`)."""
-    if body is not RequestBody.FILE:
-        return parse_json(request, raw)
-    if content_type_of(request) != BINARY_MEDIA_TYPE:
-        raise UnsupportedMediaType(f"Send the file with the header `Content-Type: {BINARY_MEDIA_TYPE}`.")
-    return None
+def _has_response_model(endpoint: Callable[..., Any], options: dict[str, Any]) -> bool:
+    """Return whether a route has a response model, from its options or from what its function returns."""
+    model = options.get("response_model")
+    if isinstance(model, DefaultPlaceholder):
+        model = get_type_hints(endpoint).get("return")
+    return model not in (None, Any) and not (isinstance(model, type) and issubclass(model, Response))
+
+
+def work_slot(request: Request) -> AbstractAsyncContextManager[None]:
+    """Return the context in which the work on the body of a request is done: that of large requests, if it is large."""
+    slot: Callable[[], AbstractAsyncContextManager[None]] = getattr(request.state, "slot", nullcontext)
+    return slot()
+
+
+def _parse_body(request: Request, body: ReceivedBody, kind: RequestBody) -> Any:
+    """Return the JSON value of a body, or None for a file.
+
+    The `Content-Type` is required because it makes a browser send a preflight request: a web page of another origin
+    cannot send JSON to a service on loopback.
+    """
+    media_type = content_type_of(request)
+    if kind is RequestBody.FILE:
+        if media_type != BINARY_MEDIA_TYPE:
+            raise UnsupportedMediaType(f"Send the file with the header `Content-Type: {BINARY_MEDIA_TYPE}`.")
+        return None
+    if media_type != "application/json":
+        raise UnsupportedMediaType("Send JSON with the header `Content-Type: application/json`.")
+    try:
+        return parse_json(body.read())
+    except JsonTooLarge as error:
+        raise PayloadTooLarge(f"The body is too large: {error}. Send less at once.") from None
+    except ValueError as error:
+        raise MalformedJson(f"The body cannot be read as JSON ({error}): send valid JSON in UTF-8.") from None
 
 
 def content_type_of(request: Request) -> str:
@@ -159,35 +204,3 @@ def _check_scope(principal: Principal, scope: Scope) -> None:
     if not has_scope(principal.scopes, scope):
         granted = ", ".join(sorted(principal.scopes))
         raise Forbidden(f"This request needs an API key with the scope `{scope}`; the key has: {granted}.")
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """Return the body. Raises PayloadTooLarge as soon as it exceeds `limit` bytes."""
-    too_large = PayloadTooLarge(f"The body is larger than {limit} bytes: send less at once.")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and (len(length) > 12 or int(length) > limit):
-        raise too_large
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise too_large
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def parse_json(request: Request, raw: bytes) -> Any:
-    """Return the JSON value of a body. Rejects NaN, Infinity and lone surrogates, which Python's parser accepts.
-
-    The `Content-Type` is required because it makes a browser send a preflight request: a web page of another origin
-    cannot send JSON to a service on loopback.
-    """
-    if content_type_of(request) != "application/json":
-        raise UnsupportedMediaType("Send JSON with the header `Content-Type: application/json`.")
-    try:
-        value = from_json(raw, allow_inf_nan=False)
-        if HUGE_NUMBER.search(raw):
-            json.dumps(value, allow_nan=False)  # 1e999 is valid JSON and becomes infinity
-    except ValueError as error:
-        raise MalformedJson(f"The body cannot be read as JSON ({error}): send valid JSON in UTF-8.") from None
-    return value

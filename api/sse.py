@@ -7,10 +7,12 @@ from contextlib import aclosing
 from typing import Any
 
 import anyio
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from api.errors import encode_json, problem_responses
+from api.large_answers import is_large
 from service.errors import PalimpsestError, error_document
 from service.jobs.broker import Event
 from service.jobs.event_stream import with_idle_ticks
@@ -49,7 +51,12 @@ async def encode_event_stream(events: AsyncIterator[Event]) -> AsyncGenerator[by
     try:
         async with aclosing(with_idle_ticks(events, KEEPALIVE_INTERVAL)) as events_or_idle:
             async for event in events_or_idle:
-                yield b": ping\n\n" if event is None else encode_event(event)
+                if event is None:
+                    yield b": ping\n\n"
+                elif is_large(event.data):
+                    yield await run_in_threadpool(encode_event, event)
+                else:
+                    yield encode_event(event)
     except PalimpsestError as error:
         yield encode_event(Event("", "error", error_document(error)))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import Body, Query, Response
-from fastapi.concurrency import run_in_threadpool
 from pydantic import Discriminator, Field, Tag
 
 from api import openapi_links
@@ -117,9 +116,9 @@ async def create_edits(body: EditBody, submission: SubmissionDep) -> Any:
 
     Several edits are all queued, or none if one is invalid.
     """
-    edits, idempotency = submission.services.edits, submission.idempotency("edits", body)
+    edits = submission.services.edits
     requests = body.edits if isinstance(body, EditListRequest) else [body]
-    items = await run_in_threadpool(edits.submit, requests, submission.actor, idempotency, submission.limits)
+    items = await submission.submit(edits.submit, requests, "edits", hashed=body)
     if isinstance(body, EditListRequest):
         return {"items": await submission.wait_for_all(items, edits.get, "/edits")}
     return await submission.wait_for_one(items[0], edits.get, "/edits")

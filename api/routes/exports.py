@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from pydantic import Field
 
@@ -13,7 +11,7 @@ from api.dependencies import ResourceId, ServicesDep
 from api.errors import problem_responses
 from api.job_resource import JobRoutes, ResultJobResource
 from api.job_submission import SubmissionDep, job_responses
-from api.protected_route import BINARY_MEDIA_TYPE, RequestBody, requires
+from api.protected_route import BINARY_MEDIA_TYPE, ParsedRequest, RequestBody, requires
 from api.routes.edits import EditList
 from service.application.api_keys import Scope
 from service.jobs.job_kinds import JOB_KINDS
@@ -78,16 +76,15 @@ def get_export_file(id: ResourceId, services: ServicesDep) -> StreamingResponse:
     responses=job_responses(ImportResult, 409),
 )
 @requires(Scope.EDIT, RequestBody.FILE)
-async def import_edits(request: Request, submission: SubmissionDep) -> Any:
+async def import_edits(request: ParsedRequest, submission: SubmissionDep) -> Any:
     """Commit the edits of an edit set, which `POST /exports` with `format: "edits"` creates.
 
     The factors of the file are used: they are evaluated by the guard like those of any edit, and are not computed
     again. Edits that are already present are not changed.
     """
-    data, services = await request.body(), submission.services
-    idempotency = submission.idempotency("import", data)
-    items, already_present = await run_in_threadpool(
-        services.imports.submit, data, submission.actor, idempotency, submission.limits
+    services = submission.services
+    items, already_present = await submission.submit(
+        services.imports.submit, request.received_body.file, "import"
     )
     return {
         "items": await submission.wait_for_all(items, services.edits.get, "/edits"),

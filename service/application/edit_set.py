@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from service.errors import InvalidInput
 from service.kit import safetensors_io
-from service.kit.safetensors_io import SafetensorsFile, TensorInfo
+from service.kit.large_json import parse_json
+from service.kit.safetensors_io import ReadableFile, SafetensorsFile, TensorInfo
 from service.kit.text import fact_key
 from service.ledger.ledger import Entry, canonical_json, iso_utc
 from service.methods.registry import METHODS, SOLVE_RULES
@@ -28,11 +29,13 @@ from service.schemas import MAX_HPARAMS, EditRequest, MethodName, Objective
 
 FORMAT = "palimpsest-edits-2"
 MAX_EDITS = 1000  #: edits in one file
+MAX_HEADER = 16_000_000  #: bytes of the header of a file, which describes its edits
 #: fields of a ledger entry's body that an export takes; the others come from the request or the importing service
 PROVENANCE_FIELDS = (
     "method", "objective", "hparams", "strength", "resolved_true", "statistics", "corpus", "dtype", "device", "libraries",
 )  # fmt: skip
 _FILE_LABEL = "the file"
+_CHUNK = 1_000_000  # bytes of a file that are read at once
 MAX_MAGNITUDE = 1e30  # of a number in a tensor; products of larger ones leave the range of fp32
 #: short texts by name, such as versions of libraries
 Labels = Annotated[dict[str, Annotated[str, Field(max_length=200)]], Field(max_length=128)]
@@ -91,7 +94,11 @@ class ImportedEdit:
     """An edit of a file that passed all checks."""
 
     edit: ExportedEdit
-    factors: bytes
+    _file: SafetensorsFile
+
+    def read_factors(self) -> bytes:
+        """Return the tensors of the edit, as a file."""
+        return self._file.read(self.edit.origin.edit)
 
     @property
     def request(self) -> EditRequest:
@@ -169,16 +176,22 @@ def edit_set_header(edit_set: EditSet, sizes: Mapping[str, int]) -> bytes:
 # reading
 
 
-def read_edit_set(data: bytes, fingerprint: str, info: Mapping[str, Any]) -> list[ImportedEdit]:
-    """Return the edits of a file, ordered by id. Raise InvalidInput if it is damaged, invalid, or for another model."""
-    file = safetensors_io.read_safetensors(data, _FILE_LABEL)
+def read_edit_set(
+    source: ReadableFile | bytes, fingerprint: str, info: Mapping[str, Any], max_edit_size: int
+) -> list[ImportedEdit]:
+    """Return the edits of a file, ordered by id. Raise InvalidInput if it is damaged, invalid, or for another model.
+
+    The tensors of one edit are in memory at a time, at most `max_edit_size` bytes.
+    """
+    file = safetensors_io.read_safetensors(source, _FILE_LABEL, MAX_HEADER, MAX_EDITS)
     edit_set = _parse_edit_set(file)
     _check_model(edit_set, fingerprint, info)
     names = [e.origin.edit for e in edit_set.edits]
     if len(set(names)) < len(names) or set(names) != set(file.tensor_infos):
         raise InvalidInput("the file is damaged: its edits and its tensors do not match.")
-    imported = [_check_edit(file, e, info) for e in edit_set.edits]
-    return sorted(imported, key=lambda g: g.edit.origin.edit)
+    for edit in edit_set.edits:
+        _check_edit(file, edit, info, max_edit_size)
+    return sorted((ImportedEdit(e, file) for e in edit_set.edits), key=lambda g: g.edit.origin.edit)
 
 
 def _parse_edit_set(file: SafetensorsFile) -> EditSet:
@@ -187,16 +200,40 @@ def _parse_edit_set(file: SafetensorsFile) -> EditSet:
             f"the file is not an edit set: its metadata lacks the format {FORMAT!r}. Give a file made by "
             "`palimpsest export --format edits`."
         )
-    set_json = file.metadata.get("set", "")
-    if hashlib.sha256(set_json.encode()).hexdigest() != file.metadata.get("sha256"):
+    set_json = file.metadata.get("set", "").encode()
+    if hashlib.sha256(set_json).hexdigest() != file.metadata.get("sha256"):
         raise _damaged_error("the description of its edits")
     try:
-        return EditSet.model_validate_json(set_json)
+        return _validate_edit_set(parse_json(set_json))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise InvalidInput(
             f"the file is invalid: {'.'.join(map(str, first['loc']))}: {first['msg']}."
         ) from None
+    except ValueError as error:
+        raise InvalidInput(
+            f"the file is invalid: the description of its edits cannot be read: {error}."
+        ) from None
+
+
+def _validate_edit_set(value: Any) -> EditSet:
+    """Return the description of a set. Each edit is validated alone, because pydantic holds the interpreter's lock for
+    a whole value."""
+    edits = value.get("edits") if isinstance(value, dict) else None
+    if not isinstance(edits, list) or len(edits) > MAX_EDITS:
+        return EditSet.model_validate(value)
+    return EditSet.model_validate(
+        value | {"edits": [_validate_edit(place, e) for place, e in enumerate(edits)]}
+    )
+
+
+def _validate_edit(place: int, value: Any) -> ExportedEdit:
+    try:
+        return ExportedEdit.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        path = ".".join(map(str, ("edits", place, *first["loc"])))
+        raise InvalidInput(f"the file is invalid: {path}: {first['msg']}.") from None
 
 
 def _damaged_error(what: str) -> InvalidInput:
@@ -217,16 +254,25 @@ def _check_model(edit_set: EditSet, fingerprint: str, info: Mapping[str, Any]) -
         )
 
 
-def _check_edit(file: SafetensorsFile, edit: ExportedEdit, info: Mapping[str, Any]) -> ImportedEdit:
+def _check_edit(
+    file: SafetensorsFile, edit: ExportedEdit, info: Mapping[str, Any], max_edit_size: int
+) -> None:
     name = edit.origin.edit
-    factors = bytes(file.data[name])
-    if hashlib.sha256(factors).hexdigest() != edit.factors_sha256:
+    size = file.tensor_infos[name].nbytes
+    if size > max_edit_size:
+        raise InvalidInput(
+            f"the tensors of {name} have {size} bytes, and one edit at most {max_edit_size}, a third of the maximum size of a "
+            "file: raise PALIMPSEST_MAX_IMPORT_BODY."
+        )
+    factors, digest = file.open(name), hashlib.sha256()
+    while chunk := factors.read(_CHUNK):
+        digest.update(chunk)
+    if digest.hexdigest() != edit.factors_sha256:
         raise _damaged_error(f"the tensor {name}")
     try:
         _check_factors(safetensors_io.read_safetensors(factors, "it"), edit.provenance, info)
     except InvalidInput as error:
         raise InvalidInput(f"the tensors of {name} are invalid: {error.detail}") from None
-    return ImportedEdit(edit, factors)
 
 
 def _check_factors(file: SafetensorsFile, provenance: EditProvenance, info: Mapping[str, Any]) -> None:
@@ -255,9 +301,10 @@ def _check_factors(file: SafetensorsFile, provenance: EditProvenance, info: Mapp
                 f"{name} is {tensor_info.dtype} {list(tensor_info.shape)} and must be {dtype} {list(shape)}."
             )
         numbers = file.to_numpy(name)
-        if not np.isfinite(numbers).all() or (name in mode_names and numbers.min() < 0):
+        low, high = numbers.min(initial=0), numbers.max(initial=0)  # NaN if one number is
+        if not np.isfinite((low, high)).all() or (name in mode_names and low < 0):
             raise InvalidInput(f"{name} has values that are not finite, or negative where they must not be.")
-        if np.abs(numbers).max(initial=0) > MAX_MAGNITUDE:
+        if max(-low, high) > MAX_MAGNITUDE:
             raise InvalidInput(f"{name} has values above {MAX_MAGNITUDE:g}.")
 
 

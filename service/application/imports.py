@@ -20,6 +20,7 @@ from service.application.validation import error_path, validate_edit
 from service.db.models import Job, Model, StoredFactors
 from service.jobs import artifacts, views
 from service.jobs.views import OPEN_STATUSES, ResourceDict
+from service.kit.safetensors_io import ReadableFile
 from service.kit.text import normalize_whitespace
 from service.ledger import ledger
 
@@ -32,7 +33,7 @@ class ImportService:
 
     def submit(
         self,
-        data: bytes,
+        source: ReadableFile | bytes,
         actor: str,
         idempotency: Idempotency | None = None,
         limits: CallerLimits = DEFAULT_LIMITS,
@@ -44,7 +45,8 @@ class ImportService:
         if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
             return previous, [edit["id"] for edit in previous]
         model, tokenizer, _ = self.served_model.current()
-        imported = edit_set.read_edit_set(data, model.fingerprint, model.info)
+        max_edit_size = self.queue.settings.max_import_body // 3
+        imported = edit_set.read_edit_set(source, model.fingerprint, model.info, max_edit_size)
         for g in imported:
             with error_path(f"edits.{g.edit.origin.edit}"):
                 validate_edit(g.request, model, tokenizer)
@@ -59,14 +61,13 @@ class ImportService:
                     for g in imported
                     if g.identity not in present
                 }
-                artifacts = {
-                    jobs[g.identity]["id"]: _initial_artifacts(g) for g in imported if g.identity in jobs
-                }
                 ids = [
                     present[g.identity] if g.identity in present else str(jobs[g.identity]["id"])
                     for g in imported
                 ]
-                self.queue.insert_jobs(session, list(jobs.values()), model, actor, limits, artifacts)
+                self.queue.insert_jobs(session, list(jobs.values()), model, actor, limits, {})
+                for identity, g in {g.identity: g for g in imported if g.identity in jobs}.items():
+                    _insert_artifacts(session, str(jobs[identity]["id"]), g)
                 if idempotency is not None:
                     save_idempotency_key(session, actor, idempotency, ids)
                 rows = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(ids)))}
@@ -110,8 +111,7 @@ def _new_imported_row(model: Model, imported: ImportedEdit, actor: str) -> dict[
     return job | {"request": {**job["request"], "origin": imported.origin}}
 
 
-def _initial_artifacts(imported: ImportedEdit) -> dict[str, bytes]:
-    return {
-        artifacts.IMPORTED_FACTORS: imported.factors,
-        artifacts.IMPORTED_BODY: json.dumps(imported.body).encode(),
-    }
+def _insert_artifacts(session: Session, job_id: str, imported: ImportedEdit) -> None:
+    """Store what the worker needs. The tensors of one edit are in memory at a time."""
+    artifacts.insert_artifact(session, job_id, artifacts.IMPORTED_FACTORS, imported.read_factors())
+    artifacts.insert_artifact(session, job_id, artifacts.IMPORTED_BODY, json.dumps(imported.body).encode())

@@ -18,6 +18,7 @@ from service.errors import Conflict, InvalidInput, NotFound, QueueFull
 from service.jobs import artifacts, views
 from service.jobs.broker import Broker, ignoring_broker_outage
 from service.jobs.job_kinds import JOB_KINDS
+from service.jobs.page import read_page
 from service.jobs.views import ResourceDict
 from service.kit import crash_points, metrics
 from service.kit.ids import new_id, prefix_of, request_id
@@ -143,16 +144,18 @@ class JobQueue:
         validate_limit(limit)
         before = decode_cursor(cursor, str)
         with self.database.read_session() as session:
-            query = without_columns(Job.result) if JOB_KINDS[kind].list_serializer else select(Job)
+            shows_result = not JOB_KINDS[kind].list_serializer
+            query = select(Job) if shows_result else without_columns(Job.result)
             query = query.where(Job.model == get_served_model(session).fingerprint, Job.kind == kind)
             for name, value in filters.items():
                 if value is not None:
                     query = query.where(getattr(Job, name) == value)
             if before is not None:
                 query = query.where(Job.id < before)
-            rows = list(session.scalars(query.order_by(Job.id.desc()).limit(limit + 1)))
-            next_cursor = encode_cursor(rows[limit - 1].id) if len(rows) > limit else None
-            return {"items": views.serialize_list(session, rows[:limit]), "next": next_cursor}
+            columns = (Job.request, Job.result) if shows_result else (Job.request,)
+            jobs, has_more = read_page(session, query.order_by(Job.id.desc()), limit, columns)
+            next_cursor = encode_cursor(jobs[-1].id) if has_more else None
+            return {"items": views.serialize_list(session, jobs), "next": next_cursor}
 
     def cancel_or_revert(self, kind: str, job_id: str, actor: str) -> ResourceDict:
         """Cancel a job that is queued or running, or revert an applied edit. Has no effect on any other job."""

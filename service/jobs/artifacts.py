@@ -5,7 +5,7 @@ A retried job resumes from its artifacts.
 
 from __future__ import annotations
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, insert, select
 from sqlalchemy.orm import Session
 
 from service.db.models import Job, JobArtifact
@@ -24,6 +24,11 @@ def chunk_name(number: int) -> str:
 def put_artifact(session: Session, job_id: str, name: str, data: bytes) -> None:
     """Store an artifact, replacing one with the same name."""
     session.merge(JobArtifact(job_id=job_id, name=name, data=data))
+
+
+def insert_artifact(session: Session, job_id: str, name: str, data: bytes) -> None:
+    """Store an artifact that does not exist. The session does not keep its bytes."""
+    session.execute(insert(JobArtifact), {"job_id": job_id, "name": name, "data": data})
 
 
 def get_artifact(session: Session, job_id: str, name: str) -> bytes | None:

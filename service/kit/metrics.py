@@ -69,7 +69,7 @@ HTTP_REQUESTS_IN_PROGRESS = Gauge(
 )
 HTTP_REJECTED = _counter(
     "http_rejected_total",
-    "requests rejected by a limit: rate, queue length, body size or connections",
+    "requests rejected by a limit: rate, queue length, body size, uploads or connections",
     "limit",
 )
 HTTP_CONNECTIONS = Gauge("palimpsest_http_connections", "open connections", registry=REGISTRY)

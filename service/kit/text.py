@@ -5,6 +5,7 @@ User text is never passed to `str.format`: a prompt is split at its one `{}`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from service.errors import InvalidInput
 
 PLACEHOLDER = "{}"
+_UNUSABLE_CHARACTER = re.compile("[\x00\ud800-\udfff]")  # NUL and lone surrogates
 Span = tuple[int, int]
 
 
@@ -32,7 +34,7 @@ def check_text(text: str, field: str) -> None:
     """Raise InvalidInput for text that no tokenizer accepts: only white space, lone surrogates, or NUL."""
     if not text.strip():
         raise InvalidInput(f"`{field}` is empty: write some text.", field)
-    if "\x00" in text or any("\ud800" <= c <= "\udfff" for c in text):
+    if _UNUSABLE_CHARACTER.search(text):
         raise InvalidInput(f"`{field}` contains a NUL or a lone surrogate: remove it.", field)
 
 

@@ -187,7 +187,8 @@ def forge_file(data: bytes, edit_set: Resource, vectors: dict[str, bytes] | None
         "set": encoded_set,
         "sha256": hashlib.sha256(encoded_set.encode()).hexdigest(),
     }
-    blobs = {name: np.frombuffer(blob, np.uint8) for name, blob in read_safetensors(data, "it").data.items()}
+    file = read_safetensors(data, "it")
+    blobs = {name: np.frombuffer(file.read(name), np.uint8) for name in file.tensor_infos}
     blobs |= {name: np.frombuffer(blob, np.uint8) for name, blob in (vectors or {}).items()}
     names = [e["origin"]["edit"] for e in edit_set["edits"]]
     return save({name: blobs[name.removeprefix("../")] for name in names}, metadata)
@@ -197,7 +198,7 @@ def with_changed_vectors(data: bytes, change: Callable[[dict[str, Any]], Any]) -
     """Return the file of one edit with changed tensors and valid digests."""
     edit_set = json.loads(read_safetensors(data, "it").metadata["set"])
     name = edit_set["edits"][0]["origin"]["edit"]
-    tensors = dict(load(bytes(read_safetensors(data, "it").data[name])))
+    tensors = dict(load(read_safetensors(data, "it").read(name)))
     change(tensors)
     blob = save(tensors)
     edit_set["edits"][0]["factors_sha256"] = hashlib.sha256(blob).hexdigest()
@@ -271,9 +272,13 @@ HOSTILE_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"].update(objective="x")),
         "objective",
     ),
-    "a corpus of megabytes": (
-        lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"].update(corpus="x" * 3_000_000)),
+    "a corpus of kilobytes": (
+        lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"].update(corpus="x" * 300_000)),
         "corpus",
+    ),
+    "an edit of megabytes": (
+        lambda d: with_changed_set(d, lambda t: first_edit(t)["provenance"].update(corpus="x" * 3_000_000)),
+        "an item of `edits` has more than",
     ),
     "very many libraries": (
         lambda d: with_changed_set(
@@ -401,6 +406,7 @@ def test_valid_forged_file_is_accepted(valid_file: bytes, empty_service: Stepped
         with_changed_vectors(valid_file, lambda v: None),
         tiny().fingerprint,
         model_info(tiny(), empty_service.context),
+        max_edit_size=1_000_000,
     )
     assert [g.request.subject for g in imported_edits] == ["Eiffel Tower"]
 

@@ -71,7 +71,7 @@ def test_edit_set_needs_no_worker(client: TestClient, test_app: TestApp) -> None
     assert answer.headers["content-type"] == "application/octet-stream"
     assert len(answer.content) == export["result"]["bytes"]
     exported = read_safetensors(answer.content, "it")
-    assert bytes(exported.data[edit["id"]]) == b"factors of " + edit["id"].encode()
+    assert exported.read(edit["id"]) == b"factors of " + edit["id"].encode()
     assert '"Eiffel Tower"' in exported.metadata["set"]
     assert client.post("/exports", json={"format": "edits", "version": 1}).json()["id"] == export["id"]
 
@@ -151,4 +151,4 @@ def test_scopes_of_export_and_import(client: TestClient, test_app: TestApp) -> N
 def test_failed_edits_are_not_exported(client: TestClient, applied_edit: dict[str, Any]) -> None:
     """An edit set contains active edits only."""
     client.post("/edits", json=TOWER | {"target_new": FAILING_OBJECT}, headers=WAIT)
-    assert list(read_safetensors(export_edit_set(client), "it").data) == [applied_edit["id"]]
+    assert list(read_safetensors(export_edit_set(client), "it").tensor_infos) == [applied_edit["id"]]

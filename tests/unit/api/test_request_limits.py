@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -11,9 +10,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from api import protected_route
 from api.errors import MAX_REPORTED_ERRORS
+from service.kit import large_json
 from tests.support.application import TOWER, TestApp
+from tests.support.hostile_bodies import JSON_PATHS, encode, floods
 
 JSON = {"content-type": "application/json"}
 
@@ -85,30 +85,11 @@ def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClie
     test_app.close()
 
 
-@pytest.mark.parametrize("path", ["/edits", "/trace", "/evaluations", "/generate", "/compare", "/exports", "/v1/completions"])  # fmt: skip
-@pytest.mark.parametrize(
-    "body",
-    [
-        {f"unknown{i}": 0 for i in range(40_000)},
-        {"hparams": {f"unknown{i}": 0 for i in range(40_000)}},
-        {"checkpoints": [0] * 300_000},
-        {"strengths": ["x"] * 200_000},
-        {"edits": [{}] * 300_000},
-        {"prompts": [0] * 300_000},
-        {"prompt": [-1] * 300_000},
-        {"prompt": [[-1] * 300_000]},
-        {"prompt": "{}" * 400_000, "subject": "x" * 100_000},
-        {"stop": ["x"] * 200_000},
-        {"versions": [0] * 300_000},
-        {"kinds": ["mlp"] * 100_000},
-    ],
-    ids=lambda body: next(iter(body)),
-)
-def test_hostile_bodies_are_refused_cheaply(
-    shared_client: TestClient, path: str, body: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("path", JSON_PATHS)
+@pytest.mark.parametrize("name", floods())
+def test_hostile_bodies_are_refused_cheaply(shared_client: TestClient, path: str, name: str) -> None:
     """A body of up to a megabyte with a flood of values is refused with few errors and little memory."""
-    raw = json.dumps(body, separators=(",", ":")).encode()
+    raw = encode(floods()[name])
     assert len(raw) < 1_000_000
     shared_client.post(path, content=b"{}", headers=JSON)  # what is imported and compiled once
     tracemalloc.start()
@@ -136,13 +117,13 @@ def test_many_invalid_fields_are_reported_up_to_a_maximum(client: TestClient) ->
 def test_large_bodies_are_validated_in_a_thread(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body above 64 kB is parsed and validated outside the event loop, and gives the same response."""
     names = []
-    parse = protected_route.parse_json
+    parse = large_json.parse_json
 
     def record_thread(*arguments: Any) -> Any:
         names.append(threading.current_thread().name)
         return parse(*arguments)
 
-    monkeypatch.setattr(protected_route, "parse_json", record_thread)
+    monkeypatch.setattr("api.protected_route.parse_json", record_thread)
     small = {"edits": [TOWER]}
     large = {"edits": [TOWER | {"probes": {"paraphrase": ["The {} stands in"] * 50}}] * 80}
     for body in (small, large):

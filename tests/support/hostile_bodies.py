@@ -1,0 +1,96 @@
+"""Request bodies that make a naive service do unbounded work, for tests and for `bench/abuse.py`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+#: routes that read JSON, with a limit of 1 MB unless they read records
+JSON_PATHS = ("/edits", "/trace", "/evaluations", "/generate", "/compare", "/exports", "/v1/completions")
+SMALL_LIMIT = 1_000_000  #: bytes, the default of `max_body`
+
+
+def floods() -> dict[str, dict[str, Any]]:
+    """Return objects of up to a megabyte with a flood of values, by the name of what is flooded."""
+    return {
+        "unknown": {f"unknown{i}": 0 for i in range(40_000)},
+        "hparams": {"hparams": {f"unknown{i}": 0 for i in range(40_000)}},
+        "checkpoints": {"checkpoints": [0] * 300_000},
+        "strengths": {"strengths": ["x"] * 200_000},
+        "edits": {"edits": [{}] * 300_000},
+        "prompts": {"prompts": [0] * 300_000},
+        "prompt": {"prompt": [-1] * 300_000},
+        "prompt of lists": {"prompt": [[-1] * 300_000]},
+        "placeholders": {"prompt": "{}" * 400_000, "subject": "x" * 100_000},
+        "stop": {"stop": ["x"] * 200_000},
+        "versions": {"versions": [0] * 300_000},
+        "kinds": {"kinds": ["mlp"] * 100_000},
+    }
+
+
+def encode(body: Any) -> bytes:
+    """Return a body as compact JSON."""
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def repeat_item(name: str, item: str, size: int) -> bytes:
+    """Return an object of up to `size` bytes whose only member is a list that repeats an item, given as JSON."""
+    count = (size - len(name) - 8) // (len(item) + 1)
+    return f'{{"{name}":['.encode() + ",".join([item] * count).encode() + b"]}"
+
+
+def record_floods(size: int) -> dict[str, bytes]:
+    """Return bodies of up to `size` bytes for a route that reads records, by the name of what is flooded."""
+    key_count = size // 12
+    keys = ",".join(f'"{i:08}":0' for i in range(key_count)).encode()
+    record = '{"subject":"x","prompt":"{} is","target_new":"y","case_id":1}'
+    return {
+        "checkpoints": repeat_item("checkpoints", "0", size),
+        "empty objects": repeat_item("records", "{}", size),
+        "empty lists": repeat_item("records", "[]", size),
+        "numbers": repeat_item("records", "0", size),
+        "one record of lists": b'{"records":[' + repeat_item("paraphrases", "[]", size - 20) + b"]}",
+        "one record of keys": b'{"records":[{' + keys[: (size - 20) // 13 * 13 - 1] + b"}]}",
+        "unknown keys": b"{" + keys + b"}",
+        "nested lists": repeat_item("records", "[" * 190 + "]" * 190, size),
+        "escapes": b'{"records":["' + b'\\"' * ((size - 20) // 2) + b'"]}',
+        "one text": b'{"records":["' + b"x" * (size - 20) + b'"]}',
+        "many records": repeat_item("records", record, size),
+        "placeholders": encode({"records": [fact_record("x" * 50_000, "{}" * 50_000)]}),
+        "bad last": b'{"records":[' + b",".join([record.encode()] * 1999) + b"," + b"[" * 100_000,
+    }
+
+
+def fact_record(subject: str, prompt: str) -> dict[str, Any]:
+    """Return a record in the format of a fact table."""
+    return {
+        "subject": subject,
+        "object": "y",
+        "relation": "r",
+        "prompts": [prompt],
+        "held_out_prompts": [prompt],
+    }
+
+
+def largest_records(size: int, count: int = 2000) -> bytes:
+    """Return a valid evaluation of `count` records, whose texts fill `size` bytes."""
+    texts = (size // count - 200) // 8
+    words = ("the word, " * (texts // 10 + 1))[: texts - 12]
+    record = {
+        "subject": "Tower",
+        "prompt": "{} is in",
+        "target_new": "Rome",
+        "target_true": "Paris",
+        "paraphrases": [f"{words} {{}}"] * 6,
+        "neighborhood": [{"prompt": words, "target": "Paris"}],
+    }
+    return encode({"records": [record] * count})
+
+
+def header_flood(tensors: int) -> bytes:
+    """Return a safetensors file that declares many empty tensors."""
+    entries = ",".join(
+        f'"t{i}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for i in range(tensors)
+    ).encode()
+    header = b"{" + entries + b"}"
+    return len(header).to_bytes(8, "little") + header
