@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -110,9 +109,6 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # A full garbage collection visits all objects of the imported modules, and all threads wait for it.
-        gc.collect()
-        gc.freeze()
         yield
         rate_limiter.close()
 

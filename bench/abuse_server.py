@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bench.abuse_store import fill_store
 from cli.http_server import HttpServerThread, listening_socket
+from service.kit.garbage import freeze_startup_objects
 from tests.support.application import TestApp
 
 CHECK_INTERVAL = 0.002  # seconds that the monitor of the event loop sleeps
@@ -81,6 +82,7 @@ def serve(folder: Path) -> None:
         server_socket.listen(128)
         server = HttpServerThread(monitor, server_socket)
         server.start()
+        freeze_startup_objects()
         print(server.url, flush=True)
         for _ in sys.stdin:
             answer: dict[str, Any] = {"freeze": monitor.take(), **memory()}

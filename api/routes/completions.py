@@ -14,7 +14,7 @@ from api.engine_calls import EngineCall
 from api.openai.completions import CompletionRequest
 from api.openai.errors import error_responses
 from api.openai.streaming import CompletionEnvelope, CompletionStream, system_fingerprint
-from api.protected_route import ProtectedRoute, requires
+from api.protected_route import ProtectedRoute, requires, work_slot
 from api.quotas import CallQuotaDep
 from api.sse import EventStreamResponse
 from service.application.api_keys import Scope
@@ -123,9 +123,10 @@ async def create_completion(
     later edit does not change the completion."""
     worker_request = body.to_worker_request()
     await quota.charge(worker_request)
-    pending = await run_in_threadpool(
-        services.generation.create_completion, body.model, worker_request, quota.caller
-    )
+    async with work_slot(request):
+        pending = await run_in_threadpool(
+            services.generation.create_completion, body.model, worker_request, quota.caller
+        )
     call = EngineCall("generate", pending.channel, pending.request, services, broker, quota.caller)
     if body.stream:
         options = body.stream_options

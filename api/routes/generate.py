@@ -11,7 +11,7 @@ from api import sse
 from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_scheme
 from api.engine_calls import EngineCall
 from api.errors import problem_responses
-from api.protected_route import ProtectedRoute, requires
+from api.protected_route import ProtectedRoute, requires, work_slot
 from api.quotas import CallQuotaDep
 from api.sse import EventStreamResponse
 from service.application.api_keys import Scope
@@ -92,7 +92,8 @@ async def generate_text(
     `reset` event makes all tokens so far void, and the whole generation follows.
     """
     await quota.charge(body)
-    channel = await run_in_threadpool(services.generation.generate, body, quota.caller)
+    async with work_slot(request):
+        channel = await run_in_threadpool(services.generation.generate, body, quota.caller)
     call = EngineCall("generate", channel, body, services, broker, quota.caller)
     if body.stream:
         return EventStreamResponse(call.events(), call.cancel)

@@ -34,7 +34,7 @@ def parse_json(raw: bytes) -> Any:
     return _parse(raw) if len(raw) <= MAX_AT_ONCE else parse_in_parts(raw)
 
 
-def scan_tokens(raw: bytes, limit: int = MAX_TOKENS) -> Iterator[tuple[int, int]]:
+def scan_tokens(raw: bytes, limit: int) -> Iterator[tuple[int, int]]:
     """Yield the start and end of each token: a text, a punctuation mark, or what is between them.
 
     Raises JsonTooLarge when there are more than `limit`, and ValueError for a text that does not end.
@@ -101,7 +101,7 @@ def parse_in_parts(raw: bytes) -> Any:
     depth = frame_start = 0
     key, current = b"", None
     is_object = raw[:GROUP_SIZE].lstrip().startswith(b"{")
-    for start, end in scan_tokens(raw):
+    for start, end in scan_tokens(raw, MAX_TOKENS):
         first = raw[start]
         if first in b"[{":
             depth += 1

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from api.errors import MAX_REPORTED_ERRORS
 from service.kit import large_json
 from tests.support.application import TOWER, TestApp
-from tests.support.hostile_bodies import JSON_PATHS, encode, floods
+from tests.support.hostile_bodies import JSON_PATHS, encode, floods, record_floods
 
 JSON = {"content-type": "application/json"}
 
@@ -102,6 +102,23 @@ def test_hostile_bodies_are_refused_cheaply(shared_client: TestClient, path: str
     assert len(answer.content) < 10_000
     assert len(answer.json().get("errors", [])) <= MAX_REPORTED_ERRORS
     assert peak < 60_000_000
+
+
+@pytest.mark.parametrize("name", ["empty objects", "one record of keys", "nested lists", "escapes"])
+def test_hostile_records_are_refused_cheaply(
+    shared_client: TestClient, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A body above a megabyte with a flood of values, or with one huge text, is refused before it is parsed."""
+    monkeypatch.setattr(large_json, "MAX_TOKENS", 30_000)  # counting takes long while memory is traced
+    raw = record_floods(1_200_000)[name]
+    tracemalloc.start()
+    try:
+        answer = shared_client.post("/evaluations", content=raw, headers=JSON)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert answer.status_code in (400, 413) and len(answer.content) < 1000
+    assert peak < 8 * len(raw)  # the values of "empty objects" take 24 times as much
 
 
 def test_many_invalid_fields_are_reported_up_to_a_maximum(client: TestClient) -> None:

@@ -1,0 +1,71 @@
+"""Large answers are encoded in a thread, and pages of large jobs are short."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from api import large_answers
+from api.large_answers import MAX_INLINE_SIZE, is_large
+from service.jobs import page
+from tests.support.application import TOWER, TestApp
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"a": "x" * 100, "b": [1] * 100}, False),
+        ("x" * MAX_INLINE_SIZE, True),
+        ({"a": [{"b": ["x" * MAX_INLINE_SIZE]}]}, True),
+        ([0] * MAX_INLINE_SIZE, True),
+        ([[]] * MAX_INLINE_SIZE, True),
+    ],
+    ids=["small", "text", "nested text", "numbers", "lists"],
+)
+def test_size_of_an_answer(value: Any, expected: bool) -> None:
+    """Texts, numbers and lists count, wherever they are."""
+    assert is_large(value) is expected
+
+
+def test_large_answer_is_the_same(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is encoded in a thread has the same status, headers and JSON as one that is not."""
+    threads = []
+    encode = large_answers._encode
+
+    def record_thread(*arguments: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return encode(*arguments)
+
+    monkeypatch.setattr(large_answers, "_encode", record_thread)
+    headers = {"Idempotency-Key": "k", "Prefer": "wait=0"}
+    answers = []
+    for maximum in (MAX_INLINE_SIZE, 0):
+        monkeypatch.setattr(large_answers, "MAX_INLINE_SIZE", maximum)
+        answers.append(client.post("/edits", json=TOWER, headers=headers))
+    small, large = answers
+    assert len(threads) == 1 and "worker" in threads[0].lower()
+    assert (large.status_code, large.json()) == (small.status_code, small.json())
+    assert {**large.headers, "x-request-id": ""} == {**small.headers, "x-request-id": ""}
+
+
+def test_page_ends_at_its_size(
+    test_app: TestApp, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of large jobs ends before its number of items, has one in any case, and the next one follows."""
+    edits = [TOWER | {"subject": f"Tower {n}", "prompt": "{} is in"} for n in range(5)]
+    created = client.post("/edits", json={"edits": edits}).json()["items"]
+    for size, lengths in ((0, [1, 1, 1, 1, 1]), (10_000_000, [5])):
+        monkeypatch.setattr(page, "MAX_PAGE_SIZE", size)
+        found, cursor, pages = [], None, []
+        while True:
+            answer = client.get(
+                "/edits", params={"limit": 200} | ({"cursor": cursor} if cursor else {})
+            ).json()
+            found += [item["id"] for item in answer["items"]]
+            pages.append(len(answer["items"]))
+            if (cursor := answer["next"]) is None:
+                break
+        assert pages == lengths and found == [edit["id"] for edit in reversed(created)]
