@@ -107,4 +107,6 @@ PageCursor = Annotated[
     PlainText | None,
     Query(max_length=1000, description="`next` of the previous page; omit it for the first page"),
 ]
-PageLimit = Annotated[int, Query(ge=1, le=200, description="maximum number of items")]
+PageLimit = Annotated[
+    int, Query(ge=1, le=200, description="maximum number of items; a page of large items has fewer")
+]

@@ -38,6 +38,7 @@ IDLE_SECONDS = 1.0  #: for which the idle server is measured
 SETTLE_SECONDS = 0.3  #: after a request, for what it leaves running
 TIMEOUT = 300.0  #: seconds of one request
 CHUNK = 65_536
+MAX_PARALLEL_REPEATS = 2  #: of a case with many requests at the same time
 ROOT = Path(__file__).resolve().parent.parent
 
 console = Console(stderr=True)
@@ -174,7 +175,11 @@ def measure_group(store: Path, cases: Sequence[Case], repeat: int) -> tuple[list
     with measured_server(store) as server:
         idle = measure_idle(server)
         for case in cases:
-            outcomes.append(measure(server, idle, case, 1 if case.parallel > 1 else repeat))
+            outcomes.append(
+                measure(
+                    server, idle, case, min(repeat, MAX_PARALLEL_REPEATS) if case.parallel > 1 else repeat
+                )
+            )
             o = outcomes[-1]
             console.print(
                 f"{case.method} {case.path}, {case.name} x {case.parallel}: {o.statuses} {o.memory / 1e6:.0f} MB, "

@@ -61,12 +61,12 @@ def serve_until_stopped(
     from cli.access import access_notice, resolve_development
     from cli.http_server import HttpServerThread
     from service.application.development import Development
-    from service.kit.garbage import freeze_startup_objects
+    from service.kit.garbage import exclude_from_collection
 
     development = resolve_development(settings, container.database, Development.OFF)
     app = create_app(container.services, container.broker, settings, development)
     server = HttpServerThread(app, server_socket, settings.max_connections)
-    freeze_startup_objects()
+    exclude_from_collection()
     server.start()
     try:
         out.print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from cli.local_model import missing_dependency_error
 from cli.terminal import err, progress_bar
 from service.bootstrap import Container
 from service.errors import PalimpsestError
+from service.kit.garbage import exclude_from_collection
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -63,12 +63,6 @@ def wait_until_ready(worker: Worker, thread: threading.Thread, stop: threading.E
                 display.update(progress.label, progress.done, progress.total)
     exclude_from_collection()
     return True
-
-
-def exclude_from_collection() -> None:
-    """Exclude the modules and the model from garbage collection, which would stop all streams for half a second."""
-    gc.collect()
-    gc.freeze()
 
 
 def wait_until_stopped(worker: Worker, thread: threading.Thread, stop: threading.Event) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 
 
-def freeze_startup_objects() -> None:
-    """Exclude the objects that exist now from garbage collection.
+def exclude_from_collection() -> None:
+    """Exclude the objects that exist now, such as modules and a model, from garbage collection.
 
-    A full collection visits all objects, and all threads wait for it: with those of the imported modules it takes
-    longer than a request.
+    A full collection visits all objects, and all threads wait for it: streams would stop for up to half a second.
     """
     gc.collect()
     gc.freeze()
