@@ -3,11 +3,11 @@
     python bench/abuse.py
     python bench/abuse.py --only import --repeat 5
 
-Each case, or group of similar cases, runs in a server of its own: the largest request that a route accepts, the worst known ones, 30 of them at the
-same time, and the largest answers. The table has the peak of the resident memory above the idle process, and the
-longest freeze of the event loop: what any other client waits in addition. The freeze of a case is the shortest of its
-repetitions, because a freeze that the service causes is in all of them. The exit status is 1 when a case exceeds a
-bound or has another status than expected.
+Each case, or group of similar cases, runs in a server of its own: the largest request that a route accepts, the worst
+known ones, 30 of them at the same time, and the largest answers. The table has the peak of the resident memory above
+the idle process, and the longest freeze of the event loop: what any other client waits in addition. The freeze of a
+case is the shortest of its repetitions, because a freeze that the service causes is in all of them. The exit status
+is 1 when a case exceeds a bound or has another status than expected.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python -m bench.abuse_server fill FOLDER
     python -m bench.abuse_server serve FOLDER
 
-`fill` makes the store and ends. With `serve`, the first line of standard output is the address. Each line of standard input is answered with one line of JSON: the
-longest freeze of the event loop since the last answer, the resident memory, and its peak since the last answer.
+`fill` makes the store and ends. With `serve`, the first line of standard output is the address. Each line of standard
+input is answered with one line of JSON: the longest freeze of the event loop since the last answer, the resident
+memory, and its peak since the last answer.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class CallWorker(FakeWorker):
     def _handle(self, delivery: Delivery) -> None:
         if delivery.kind in CALL_KINDS:
             super()._handle(delivery)
+            self.calls.clear()
 
 
 def memory() -> dict[str, int]:

@@ -411,6 +411,13 @@ def test_valid_forged_file_is_accepted(valid_file: bytes, empty_service: Stepped
     assert [g.request.subject for g in imported_edits] == ["Eiffel Tower"]
 
 
+def test_size_of_an_edit_is_limited(valid_file: bytes, empty_service: SteppedService) -> None:
+    """An edit whose tensors exceed the limit is refused, with the setting to raise."""
+    info = model_info(tiny(), empty_service.context)
+    with pytest.raises(InvalidInput, match=r"one edit at most 100, .* raise PALIMPSEST_MAX_IMPORT_BODY"):
+        read_edit_set(valid_file, tiny().fingerprint, info, max_edit_size=100)
+
+
 def test_another_model_is_another_model(valid_file: bytes, build: BuildPlace) -> None:
     """A model of the same shape with other weights rejects the file."""
     with pytest.raises(InvalidInput, match="serve the same base model"):
