@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from fastapi import APIRouter, Body, Header, Response
+from fastapi import APIRouter, Body, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field, create_model
 
@@ -29,6 +29,7 @@ from api.dependencies import (
 from api.disconnects import WaitSeconds, wait_until_finished
 from api.errors import problem_responses
 from api.job_submission import SubmissionDep, job_responses
+from api.large_answers import enter_answer_slot
 from api.protected_route import ProtectedRoute, RequestBody, requires
 from api.quotas import CallQuotaDep
 from api.sse import EventStreamResponse
@@ -161,16 +162,20 @@ class JobRoutes:
         """Add GET on one job. With `render`, the `Accept` header can request an image or a page of the result."""
         kind = self.kind
 
-        async def wait_for_job(id: str, services: Any, wait: float) -> ResourceDict:
-            service = services.by_kind[kind.name]
-            job = await run_in_threadpool(service.get, id)
-            return await wait_until_finished(job, service.get, services.jobs.events, wait)
+        async def wait_for_job(request: Request, id: str, services: Any, wait: float) -> ResourceDict:
+            get: Callable[[str], ResourceDict] = services.by_kind[kind.name].get
+            if wait:
+                job = await run_in_threadpool(get, id)
+                await wait_until_finished(job, get, services.jobs.events, wait)
+            await enter_answer_slot(request)
+            return await run_in_threadpool(get, id)
 
-        async def get_job(id: ResourceId, services: ServicesDep, wait: WaitSeconds) -> Any:
-            return await wait_for_job(id, services, wait)
+        async def get_job(id: ResourceId, request: Request, services: ServicesDep, wait: WaitSeconds) -> Any:
+            return await wait_for_job(request, id, services, wait)
 
         async def get_rendered_job(
             id: ResourceId,
+            request: Request,
             services: ServicesDep,
             wait: WaitSeconds,
             response: Response,
@@ -182,7 +187,7 @@ class JobRoutes:
             ] = None,
         ) -> Any:
             media_type = content_negotiation.negotiate(accept)
-            job = await wait_for_job(id, services, wait)
+            job = await wait_for_job(request, id, services, wait)
             response.headers["Vary"] = "Accept"
             if media_type == content_negotiation.JSON or render is None:
                 return job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from functools import wraps
 from typing import Any, Protocol
 
@@ -17,8 +18,9 @@ _VALUE_SIZE = 10  # what a value counts besides its characters
 
 
 class AnsweringRoute(Protocol):
-    """What is needed of a route: the field of its response model, and its status."""
+    """What is needed of a route: its path, the field of its response model, and its status."""
 
+    path: str
     response_field: Any
     status_code: int | None
 
@@ -38,12 +40,20 @@ def encode_in_thread(endpoint: Callable[..., Any], route: AnsweringRoute) -> Cal
         request, response = values["request"], values["response"]
         for parameter in added:
             del values[parameter.name]
-        content = await (endpoint(**values) if is_coroutine else run_in_threadpool(endpoint, **values))
-        if isinstance(content, Response) or not is_large(content):
-            return content
         large: LargeRequests = request.app.state.large_requests
-        async with large.encoding:
-            encoded = await run_in_threadpool(_encode, route, content)
+        async with AsyncExitStack() as stack:
+            request.state.enter_answer_slot = lambda: stack.enter_async_context(
+                large.answer_slot(route.path, request.state.actor)
+            )
+            if is_coroutine:
+                content = await endpoint(**values)
+            else:
+                await enter_answer_slot(request)
+                content = await run_in_threadpool(endpoint, **values)
+            if isinstance(content, Response) or not is_large(content):
+                return content
+            async with large.encoding:
+                encoded = await run_in_threadpool(_encode, route, content)
         status = response.status_code or route.status_code or 200
         headers = {name: value for name, value in response.headers.items() if name != "content-length"}
         return Response(encoded, status, headers, "application/json")
@@ -52,6 +62,12 @@ def encode_in_thread(endpoint: Callable[..., Any], route: AnsweringRoute) -> Cal
         parameters=[*signature.parameters.values(), *added]
     )
     return answer
+
+
+async def enter_answer_slot(request: Request) -> None:
+    """Wait for a slot to read the answer, which is held until the answer is encoded. A function that is not `async`
+    has it from the beginning."""
+    await request.state.enter_answer_slot()
 
 
 def is_large(value: Any) -> bool:

@@ -8,9 +8,9 @@ its requests only: callers take turns.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from weakref import WeakValueDictionary
 
 from api.errors import TooManyUploads
@@ -18,21 +18,40 @@ from api.errors import TooManyUploads
 MAX_UPLOADS = 4  #: bodies of one caller that are kept in files at the same time
 
 
-class LargeRequests:
-    """The large requests of a process."""
+ANSWERS_AT_ONCE = 2  #: of one route, that are read and encoded at the same time
 
-    def __init__(self) -> None:
-        self.encoding = asyncio.Lock()  #: held while a large answer is encoded
-        self._slot = asyncio.Lock()
+
+class Turns:
+    """Slots that callers take in turn: a caller holds, or waits for, one of them at a time."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = asyncio.Semaphore(slots)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._uploads: Counter[str] = Counter()
 
     @asynccontextmanager
     async def slot(self, caller: str) -> AsyncIterator[None]:
-        """Wait for the turn of the caller, and hold the slot."""
+        """Wait for the turn of the caller, and hold a slot."""
         turn = self._turns.setdefault(caller, asyncio.Lock())
-        async with turn, self._slot:
+        async with turn, self._slots:
             yield
+
+
+class LargeRequests:
+    """The large requests and answers of a process."""
+
+    def __init__(self) -> None:
+        self.encoding = asyncio.Lock()  #: held while a large answer is encoded
+        self._bodies = Turns(1)
+        self._answers: defaultdict[str, Turns] = defaultdict(lambda: Turns(ANSWERS_AT_ONCE))
+        self._uploads: Counter[str] = Counter()
+
+    def slot(self, caller: str) -> AbstractAsyncContextManager[None]:
+        """Return the slot in which the work on a large body is done."""
+        return self._bodies.slot(caller)
+
+    def answer_slot(self, route: str, caller: str) -> AbstractAsyncContextManager[None]:
+        """Return the slot in which an answer of a route is read and encoded."""
+        return self._answers[route].slot(caller)
 
     @contextmanager
     def upload(self, caller: str) -> Iterator[None]:

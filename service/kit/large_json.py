@@ -19,8 +19,8 @@ GROUP_SIZE = 65_536  #: bytes of items that are parsed together
 MAX_TOKENS = 1_000_000  #: texts, numbers and punctuation marks of a large text
 
 # One match holds the interpreter's lock: its repetitions are limited.
-_TOKEN = re.compile(rb'"(?:[^"\\]{1,65536}+|\\.){0,8192}+"|[][{},:]|[^][{},:"]{1,65536}+', re.DOTALL)
-_PART_OF_TEXT = re.compile(rb'(?:[^"\\]{1,65536}+|\\.){0,65536}+', re.DOTALL)
+_TOKEN = re.compile(rb'"(?:[^"\\]{1,4096}+|\\.){0,256}+"|[][{},:]|[^][{},:"]{1,65536}+', re.DOTALL)
+_PART_OF_TEXT = re.compile(rb'(?:[^"\\]{1,4096}+|\\.){0,256}+', re.DOTALL)
 _QUOTE, _OPEN_LIST, _COMMA = b'"[,'
 
 
@@ -50,7 +50,7 @@ def scan_tokens(raw: bytes, limit: int) -> Iterator[tuple[int, int]]:
 
 
 def _end_of_text(raw: bytes, start: int) -> int:
-    """Return the end of a text with many escapes, which starts with a quotation mark."""
+    """Return the end of a long text, which starts with a quotation mark."""
     position = start + 1
     while (part := _PART_OF_TEXT.match(raw, position)) and part.end() > position:
         position = part.end()

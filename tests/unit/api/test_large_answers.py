@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
 from api import large_answers
 from api.large_answers import MAX_INLINE_SIZE, is_large
+from api.large_requests import LargeRequests
+from service.db.database import Database
 from service.jobs import page
 from tests.support.application import TOWER, TestApp
 
@@ -69,3 +77,50 @@ def test_page_ends_at_its_size(
             if (cursor := answer["next"]) is None:
                 break
         assert pages == lengths and found == [edit["id"] for edit in reversed(created)]
+
+
+@pytest.mark.parametrize("path", ["/edits", "/edits/{id}", "/ledger", "/ledger/verify"])
+def test_few_answers_of_a_route_are_read_at_once(
+    http_client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Of many requests for one resource or list, with one caller, one at a time reads the database."""
+    edit = http_client.post("/edits", json=TOWER).json()
+    active = most = 0
+    read = Database.read_session
+
+    @contextmanager
+    def count_sessions(database: Database, **options: Any) -> Iterator[Any]:
+        nonlocal active, most
+        with read(database, **options) as session:
+            active += 1
+            most = max(most, active)
+            time.sleep(0.01)  # longer than it takes to receive the other requests
+            active -= 1
+            yield session
+
+    monkeypatch.setattr(Database, "read_session", count_sessions)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(http_client.get, [path.format(id=edit["id"])] * 16))
+    assert {answer.status_code for answer in answers} == {200}
+    assert most == 1
+
+
+def test_answer_slots_are_those_of_a_route() -> None:
+    """A route whose slots are taken does not delay another route, and callers take turns."""
+
+    async def run() -> list[str]:
+        large, order = LargeRequests(), []
+
+        async def answer(route: str, caller: str) -> None:
+            async with large.answer_slot(route, caller):
+                order.append(f"{route} {caller}")
+                await asyncio.sleep(0.01)
+
+        async with asyncio.TaskGroup() as tasks:
+            for caller in ("a", "a", "b", "c"):
+                tasks.create_task(answer("slow", caller))
+            await asyncio.sleep(0)
+            tasks.create_task(answer("other", "a"))
+        return order
+
+    assert asyncio.run(run()) == ["slow a", "slow b", "other a", "slow c", "slow a"]
