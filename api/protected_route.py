@@ -144,6 +144,7 @@ class ProtectedRoute(APIRoute):
         value = _parse_body(request, body, self.access_rule.body)
         if self.body_field is None or self.access_rule.body is RequestBody.FILE:
             return value
+        body.file.close()  # the request can wait long for its answer
         value, errors = self.body_field.validate(value, {}, loc=("body",))
         if errors:
             raise RequestValidationError(errors)

@@ -121,7 +121,8 @@ async def create_completion(
 ) -> Any:
     """Complete one prompt or several. The model name selects the version, which is resolved when the request arrives: a
     later edit does not change the completion."""
-    worker_request = body.to_worker_request()
+    async with work_slot(request):
+        worker_request = await run_in_threadpool(body.to_worker_request)
     await quota.charge(worker_request)
     async with work_slot(request):
         pending = await run_in_threadpool(
