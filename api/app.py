@@ -106,11 +106,13 @@ def create_app(
     keys = ApiKeys(services.database)
     _require_key_unless_loopback(settings, keys)
     rate_limiter = RateLimiter(settings.redis_url, settings.redis_prefix)
+    large_requests = LargeRequests()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         rate_limiter.close()
+        large_requests.close()
 
     app = PalimpsestApp(
         title="Palimpsest",
@@ -130,7 +132,7 @@ def create_app(
     app.state.keyless_access = KeylessAccess(development, KeyMarker(settings.data_dir))
     app.state.rate_limiter = rate_limiter
     app.state.concurrency_limiter = ConcurrencyLimiter()
-    app.state.large_requests = LargeRequests()
+    app.state.large_requests = large_requests
     errors.install_error_handlers(app)
     for kind in JOB_KINDS.values():
         app.include_router(JOB_ROUTERS.get(kind.name) or job_router(kind))

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import IO, Annotated, Any, TypeVar
 
 from fastapi import Depends, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
 
 from api import openapi_links
 from api.dependencies import ActorDep, IdempotencyKeyHeader, LimitsDep, ServicesDep
 from api.disconnects import WaitSeconds, is_finished, wait_until_all_finished
 from api.errors import encode_json, problem_responses
-from api.protected_route import work_slot
+from api.protected_route import run_on_body
 from service.application import Services
 from service.application.caller import CallerLimits
 from service.application.job_queue import Idempotency
@@ -48,8 +47,7 @@ class JobSubmission:
             idempotency = self._idempotency(kind, body if hashed is None else hashed)
             return submit(body, self.actor, idempotency, self.limits)
 
-        async with work_slot(self.request):
-            return await run_in_threadpool(work)
+        return await run_on_body(self.request, work)
 
     def _idempotency(self, kind: str, body: BaseModel | IO[bytes]) -> Idempotency | None:
         """Return the idempotency key with a digest of the request: of the bytes of a file, or of the parsed body."""

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextvars import copy_context
+from functools import partial
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from api.errors import TooManyUploads
 
+T = TypeVar("T")
 MAX_UPLOADS = 4  #: bodies of one caller that are kept in files at the same time
 
 
@@ -42,12 +47,28 @@ class LargeRequests:
     def __init__(self) -> None:
         self.encoding = asyncio.Lock()  #: held while a large answer is encoded
         self._bodies = Turns(1)
+        # One thread for all bodies: the allocator keeps freed memory for each thread.
+        self._thread = ThreadPoolExecutor(1, "large-request-worker")
         self._answers: defaultdict[str, Turns] = defaultdict(lambda: Turns(ANSWERS_AT_ONCE))
         self._uploads: Counter[str] = Counter()
 
     def slot(self, caller: str) -> AbstractAsyncContextManager[None]:
         """Return the slot in which the work on a large body is done."""
         return self._bodies.slot(caller)
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Return the result of a function, called in the thread of large bodies. The caller holds the slot."""
+        call = partial(copy_context().run, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    async def run_in_slot(self, caller: str, function: Callable[..., T], *arguments: Any) -> T:
+        """Wait for the slot, and return the result of a function called in it."""
+        async with self.slot(caller):
+            return await self.run(function, *arguments)
+
+    def close(self) -> None:
+        """End the thread when its work is done."""
+        self._thread.shutdown(wait=False)
 
     def answer_slot(self, route: str, caller: str) -> AbstractAsyncContextManager[None]:
         """Return the slot in which an answer of a route is read and encoded."""

@@ -6,8 +6,7 @@ A route declares its scope, and what its body is, with `@requires` on its functi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, nullcontext
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -38,6 +37,7 @@ MAX_INLINE_BODY = 64_000  # bytes; a larger body is parsed and validated in a th
 #: member of an OpenAPI operation that names the scope it needs
 SCOPE_EXTENSION = "x-required-scope"
 
+T = TypeVar("T")
 RouteHandler = Callable[[Request], Coroutine[Any, Any, Response]]
 ResponseDocs = dict[int | str, dict[str, Any]]
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -122,21 +122,18 @@ class ProtectedRoute(APIRoute):
             async with receive_body(request, limit, partial(large.upload, caller)) as body:
                 if not body.is_in_memory:
                     request.state.may_wait = False  # nobody else's large request waits for a job to end
+                    request.state.run_on_body = large.run
                     async with large.slot(caller):
-                        return await call_route(await self._parse_in_thread(request, body))
+                        value = await large.run(self._parse_and_validate, request, body)
+                        return await call_route(ParsedRequest(request, body, value))
                 if body.size > MAX_INLINE_BODY:
-                    request.state.slot = partial(large.slot, caller)
-                    async with large.slot(caller):
-                        request = await self._parse_in_thread(request, body)
+                    request.state.run_on_body = partial(large.run_in_slot, caller)
+                    value = await run_on_body(request, self._parse_and_validate, request, body)
                 else:
                     value = _parse_body(request, body, rule.body) if body.size else None
-                    request = ParsedRequest(request, body, value)
-                return await call_route(request)
+                return await call_route(ParsedRequest(request, body, value))
 
         return handler
-
-    async def _parse_in_thread(self, request: Request, body: ReceivedBody) -> ParsedRequest:
-        return ParsedRequest(request, body, await run_in_threadpool(self._parse_and_validate, request, body))
 
     def _parse_and_validate(self, request: Request, body: ReceivedBody) -> Any:
         """Return the value of a large body as the route's model. FastAPI, which validates in the event loop, takes a
@@ -159,10 +156,11 @@ def _has_response_model(endpoint: Callable[..., Any], options: dict[str, Any]) -
     return model not in (None, Any) and not (isinstance(model, type) and issubclass(model, Response))
 
 
-def work_slot(request: Request) -> AbstractAsyncContextManager[None]:
-    """Return the context in which the work on the body of a request is done: that of large requests, if it is large."""
-    slot: Callable[[], AbstractAsyncContextManager[None]] = getattr(request.state, "slot", nullcontext)
-    return slot()
+async def run_on_body(request: Request, function: Callable[..., T], *arguments: Any) -> T:
+    """Return the result of a function that works on the body of a request: called in a thread of the pool, or in the
+    slot of large requests if the body is large."""
+    run: Callable[..., Awaitable[T]] = getattr(request.state, "run_on_body", run_in_threadpool)
+    return await run(function, *arguments)
 
 
 def _parse_body(request: Request, body: ReceivedBody, kind: RequestBody) -> Any:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_scheme
 from api.engine_calls import EngineCall
 from api.errors import problem_responses
-from api.protected_route import ProtectedRoute, requires, work_slot
+from api.protected_route import ProtectedRoute, requires, run_on_body
 from api.quotas import CallQuotaDep
 from service.application.api_keys import Scope
 from service.schemas import CompareRequest
@@ -66,8 +65,7 @@ async def compare_versions(
 ) -> Any:
     """Generate text from both versions and compare their next-token distributions."""
     await quota.charge(body)
-    async with work_slot(request):
-        channel = await run_in_threadpool(services.generation.compare, body, quota.caller)
+    channel = await run_on_body(request, services.generation.compare, body, quota.caller)
     call = EngineCall("compare", channel, body, services, broker, quota.caller)
     result = await call.wait_for_result(request)
     return Response(status_code=499) if result is None else result  # 499: the client has disconnected

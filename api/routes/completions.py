@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Path, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from api import sse
@@ -14,7 +13,7 @@ from api.engine_calls import EngineCall
 from api.openai.completions import CompletionRequest
 from api.openai.errors import error_responses
 from api.openai.streaming import CompletionEnvelope, CompletionStream, system_fingerprint
-from api.protected_route import ProtectedRoute, requires, work_slot
+from api.protected_route import ProtectedRoute, requires, run_on_body
 from api.quotas import CallQuotaDep
 from api.sse import EventStreamResponse
 from service.application.api_keys import Scope
@@ -121,13 +120,11 @@ async def create_completion(
 ) -> Any:
     """Complete one prompt or several. The model name selects the version, which is resolved when the request arrives: a
     later edit does not change the completion."""
-    async with work_slot(request):
-        worker_request = await run_in_threadpool(body.to_worker_request)
+    worker_request = await run_on_body(request, body.to_worker_request)
     await quota.charge(worker_request)
-    async with work_slot(request):
-        pending = await run_in_threadpool(
-            services.generation.create_completion, body.model, worker_request, quota.caller
-        )
+    pending = await run_on_body(
+        request, services.generation.create_completion, body.model, worker_request, quota.caller
+    )
     call = EngineCall("generate", pending.channel, pending.request, services, broker, quota.caller)
     if body.stream:
         options = body.stream_options

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Request, Response
-from fastapi.concurrency import run_in_threadpool
 
 from api import sse
 from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_scheme
 from api.engine_calls import EngineCall
 from api.errors import problem_responses
-from api.protected_route import ProtectedRoute, requires, work_slot
+from api.protected_route import ProtectedRoute, requires, run_on_body
 from api.quotas import CallQuotaDep
 from api.sse import EventStreamResponse
 from service.application.api_keys import Scope
@@ -92,8 +91,7 @@ async def generate_text(
     `reset` event makes all tokens so far void, and the whole generation follows.
     """
     await quota.charge(body)
-    async with work_slot(request):
-        channel = await run_in_threadpool(services.generation.generate, body, quota.caller)
+    channel = await run_on_body(request, services.generation.generate, body, quota.caller)
     call = EngineCall("generate", channel, body, services, broker, quota.caller)
     if body.stream:
         return EventStreamResponse(call.events(), call.cancel)
