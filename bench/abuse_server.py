@@ -92,7 +92,7 @@ def serve(folder: Path) -> None:
     monitor = FreezeMonitor(test_app.app)
     with listening_socket(test_app.settings) as server_socket:
         server_socket.listen(128)
-        server = HttpServerThread(monitor, server_socket)
+        server = HttpServerThread(monitor, server_socket, test_app.settings.max_connections)
         server.start()
         exclude_from_collection()
         print(server.url, flush=True)
