@@ -80,7 +80,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     revoke.add_argument("name", metavar="NAME", help="name, as listed by `palimpsest keys list`")
     for verb in (create, list_parser, revoke):
         add_json_flag(verb)
-        add_setting_flags(verb.add_argument_group("database"), Settings, "data_dir", "database_url")
+        add_setting_flags(
+            verb.add_argument_group("database"), Settings, "data_dir", "database_url", "ledger_key"
+        )
 
 
 def run(command: KeyCommand, args: argparse.Namespace) -> int:
@@ -88,11 +90,13 @@ def run(command: KeyCommand, args: argparse.Namespace) -> int:
     from service.application.api_keys import ApiKeys
     from service.application.development import KeyMarker
     from service.bootstrap import open_database
+    from service.ledger import audit
 
     settings = read_settings(args, Settings)
     database = open_database(settings)
     try:
         database.migrate()
+        audit.establish(database)
         keys = ApiKeys(database)
         result = command(args, keys)
         if keys.all():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from cli.client import add_client_command
 from cli.edit_output import fact_text
@@ -20,8 +22,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="verify the hash chain, the factors and the weights of the workers",
+        help="verify the chains, the signatures, the factors and the weights of the workers",
     )
+    add_anchor_flags(parser)
+
+
+def add_anchor_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a verification."""
+    parser.add_argument(
+        "--expect", metavar="VERSION:HASH", help="ledger entry that an earlier verification printed as `head`"
+    )
+    parser.add_argument(
+        "--expect-record",
+        metavar="POSITION:HASH",
+        help="audit record that an earlier verification printed as `record`",
+    )
+    parser.add_argument("--full", action="store_true", help="read the bytes of all factors again")
 
 
 def show_ledger(args: argparse.Namespace, client: Client) -> int:
@@ -45,16 +61,26 @@ def show_ledger(args: argparse.Namespace, client: Client) -> int:
 
 
 def verify_ledger(args: argparse.Namespace, client: Client) -> int:
-    """Return 0 when the hash chain, the factors and the replicas match."""
-    verification = client.verify()
-    if args.json:
-        print_json(verification.raw)
-        return 0 if verification.ok else 1
-    out.print(format_pairs({"entries": verification.entries, "head": verification.head}))
-    if verification.ok:
-        out.print("The ledger is valid: every hash, every factor and every replica matches.")
+    """Return 0 when the ledger is valid."""
+    verification = client.verify(expect=args.expect, expect_record=args.expect_record, full=args.full)
+    return report_verification(verification.raw, args.json)
+
+
+def report_verification(verification: Mapping[str, Any], as_json: bool) -> int:
+    """Print a verification; return 0 when the ledger is valid."""
+    if as_json:
+        print_json(dict(verification))
+        return 0 if verification["ok"] else 1
+    head, record = verification.get("head", 0), verification.get("record") or {}
+    anchors = {
+        "head": f"{head}:{verification['head_hash']}" if verification.get("head_hash") else head,
+        "record": f"{record['position']}:{record['hash']}" if record else "none",
+    }
+    out.print(format_pairs({"entries": verification.get("entries", 0), **anchors}))
+    if verification["ok"]:
+        out.print("The ledger is valid: every hash, every signature, every factor and every replica matches.")
         return 0
-    for finding in verification.findings:
+    for finding in verification["findings"]:
         text = finding if isinstance(finding, str) else json.dumps(finding, ensure_ascii=False)
         err.print(strip_control_chars(text))
     return 1

@@ -12,6 +12,7 @@ from typing import Any
 
 from cli import (
     api,
+    audit,
     compare,
     completion,
     edit,
@@ -63,6 +64,7 @@ COMMANDS = (
     migrate,
     keys,
     prune,
+    audit,
     jobs,
 )
 

@@ -28,6 +28,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="head",
         help="target revision, which may be an older one (default: head)",
     )
+    parser.add_argument(
+        "--grant-to",
+        metavar="ROLE",
+        help="PostgreSQL role of the service: created if it is missing, and given the rights to read and write rows only",
+    )
     add_json_flag(parser)
     add_setting_flags(parser, Settings)
 
@@ -38,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from cli.signals import stop_on_signals
     from cli.wait_for_dependencies import wait_for_dependency
     from service.bootstrap import build_container
+    from service.db.grants import grant_to_role
 
     settings = read_settings(args, Settings)
     log_to_stderr(settings.log_format, settings.log_level)
@@ -46,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         if not wait_for_dependency(lambda: revisions.append(container.database.revision()), stop):
             return 0
         container.database.migrate(args.to)
+        if args.grant_to is not None:
+            grant_to_role(container.database, args.grant_to, settings.role_password)
         before, now = revisions[0], container.database.revision()
     if args.json:
         print_json({"before": before, "now": now})

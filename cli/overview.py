@@ -39,6 +39,7 @@ OVERVIEW = {
         "migrate": "migrate the database to this release",
         "keys": "create, list and revoke API keys",
         "prune": "delete expired jobs and idempotency keys",
+        "audit": "verify the ledger offline; show or replace its key",
         "jobs": "list jobs; `jobs retry ID` retries a failed one",
         "completion": "print a completion script for bash, zsh or fish",
     },

@@ -9,6 +9,7 @@ from cli.terminal import err, strip_control_chars
 from service.bootstrap import Container
 from service.errors import Misconfigured, Unavailable
 from service.kit.retry import retry_until_available
+from service.ledger import audit
 from service.settings import Settings
 
 DEPENDENCY_TIMEOUT = 60.0  # seconds
@@ -26,10 +27,16 @@ def require_redis(settings: Settings, command: str) -> None:
 
 
 def wait_for_stores(container: Container, stop: threading.Event) -> bool:
-    """Migrate the database to head and connect to the queue; return False when `stop` is set first."""
-    return wait_for_dependency(container.database.migrate, stop) and wait_for_dependency(
-        lambda: container.broker.queue_depth("generate"), stop
+    """Migrate the database to head, check the key of the ledger and connect to the queue.
+
+    Return False when `stop` is set first.
+    """
+    actions: tuple[Callable[[], object], ...] = (
+        container.database.migrate,
+        lambda: audit.establish(container.database),
+        lambda: container.broker.queue_depth("generate"),
     )
+    return all(wait_for_dependency(action, stop) for action in actions)
 
 
 def wait_for_dependency(action: Callable[[], object], stop: threading.Event) -> bool:

@@ -429,10 +429,18 @@ class Endpoints:
         return self._transport.iter_items("/ledger", Entry, version=version)
 
     @endpoint
-    async def verify(self) -> Verification:
-        """Verify the hash chain, the factors of every edit and the weights of the workers. The result is true if all
-        match."""
-        return Verification.from_json(await self._transport.get("/ledger/verify"))
+    async def verify(
+        self, *, expect: str | None = None, expect_record: str | None = None, full: bool = False
+    ) -> Verification:
+        """Verify the chains of hashes, the signatures, the factors and the weights of the workers.
+
+        The result is true if all match. `expect` and `expect_record` are the `anchor` and `record_anchor` of an earlier
+        verification, which the ledger must still contain. `full` reads the bytes of all factors.
+        """
+        response = await self._transport.get(
+            "/ledger/verify", expect=expect, expect_record=expect_record, full=True if full else None
+        )
+        return Verification.from_json(response)
 
     @endpoint
     async def models(self) -> list[Model]:

@@ -256,16 +256,29 @@ class Entry(Resource):
 
 @dataclass(frozen=True, kw_only=True)
 class Verification(Resource):
-    """Whether the hash chain, the factors and the replicas match. `findings` describe each mismatch."""
+    """Whether the chains, the signatures, the factors and the replicas match. `findings` describe each mismatch."""
 
     ok: bool
     entries: int = 0
     head: int = 0
+    head_hash: str | None = None
+    record: Json | None = None
+    public_key: str | None = None
     findings: tuple[Any, ...] = field(default=(), metadata=AS_TUPLE)
     replicas: tuple[Json, ...] = field(default=(), metadata=AS_TUPLE)
 
     def __bool__(self) -> bool:
         return self.ok
+
+    @property
+    def anchor(self) -> str | None:
+        """The newest ledger entry, for `expect` of a later verification."""
+        return f"{self.head}:{self.head_hash}" if self.head_hash else None
+
+    @property
+    def record_anchor(self) -> str | None:
+        """The newest audit record, for `expect_record` of a later verification."""
+        return f"{self.record['position']}:{self.record['hash']}" if self.record else None
 
 
 @dataclass(frozen=True, kw_only=True)

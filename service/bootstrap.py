@@ -13,12 +13,22 @@ from service.jobs.retention import Retention
 from service.kit import crash_points
 from service.settings import Settings
 
+WORKER_POOL = {
+    "pool_size": 5,
+    "max_overflow": 5,
+}  #: connections of a worker: few threads of it use the database
+
 
 @dataclass(frozen=True)
 class Container:
-    """The parts of a process. `single_process`: no other process shares the broker."""
+    """The parts of a process. `single_process`: no other process shares the broker.
+
+    `worker_database` is the same database with connections of its own, so that requests cannot take the connections
+    that the heartbeat and the commits of a worker need.
+    """
 
     database: Database
+    worker_database: Database
     broker: Broker
     services: Services
     single_process: bool
@@ -26,6 +36,7 @@ class Container:
     def close(self) -> None:
         self.broker.close()
         self.database.close()
+        self.worker_database.close()
 
 
 def build_container(settings: Settings) -> Container:
@@ -34,7 +45,11 @@ def build_container(settings: Settings) -> Container:
     database = open_database(settings)
     broker = _open_broker(settings)
     return Container(
-        database, broker, Services(database, broker, settings), single_process=settings.redis_url is None
+        database,
+        database.with_own_pool(**WORKER_POOL),
+        broker,
+        Services(database, broker, settings),
+        single_process=settings.redis_url is None,
     )
 
 
@@ -46,7 +61,7 @@ def open_database(settings: Settings) -> Database:
         raise Misconfigured(
             f"the data folder cannot be created: {error}. Set PALIMPSEST_DATA_DIR to another folder."
         ) from None
-    return Database(settings.resolved_database_url())
+    return Database(settings.resolved_database_url(), settings.data_dir, settings.ledger_key)
 
 
 def retention(settings: Settings) -> Retention:

@@ -59,6 +59,13 @@ class Settings(BaseSettings):
         None,
         description="accept requests from this machine without an API key; unset: only `palimpsest serve`, and until a key has existed",
     )
+    ledger_key: str | None = Field(
+        None,
+        description="key that signs the audit records, 64 hexadecimal digits, the same in every process; unset: the file ledger.key in the data folder",
+    )
+    role_password: str | None = Field(
+        None, description="password that `palimpsest migrate --grant-to` gives to the role; unset: none"
+    )
     max_queue: int = Field(
         1000, ge=1, description="maximum number of queued jobs; more are rejected with status 429"
     )

@@ -42,9 +42,9 @@ def database_url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
+def database(database_url: str, tmp_path: Path) -> Iterator[Database]:
     """Return a migrated database."""
-    database = Database(database_url)
+    database = Database(database_url, tmp_path)
     migrate(database)
     yield database
     database.close()

@@ -20,6 +20,7 @@ from service.kit import metrics
 from service.kit.ids import new_id
 from service.kit.retry import retry_until_available
 from service.kit.steps import Progress, StepperResult, advance
+from service.ledger import audit
 from service.ledger.cached import CachedLedger
 from service.models.loading import LoadedModel
 from service.settings import Settings
@@ -112,15 +113,15 @@ class Worker:
 
     def _run(self) -> None:
         settings, container = self._settings, self._container
-        self._retry_until_available(container.database.migrate)
+        database = container.worker_database
+        self._retry_until_available(database.migrate)
+        self._retry_until_available(lambda: audit.establish(database))
         if container.single_process:
-            delete_all_workers(
-                container.database
-            )  # before loading, which takes long: no worker is ready meanwhile
+            delete_all_workers(database)  # before loading, which takes long: no worker is ready meanwhile
         model = self._load()
         self.model = model.name
         worker_session = WorkerSession(
-            container.database,
+            database,
             container.broker,
             model.fingerprint,
             self.id,

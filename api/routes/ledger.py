@@ -30,6 +30,13 @@ class LedgerPage(ResourceModel):
     next: str | None = Field(None, description="cursor of the next page; null on the last page")
 
 
+class RecordPosition(ResourceModel):
+    """An audit record."""
+
+    position: int
+    hash: str
+
+
 class Verification(ResourceModel):
     """The result of a verification of the ledger."""
 
@@ -37,6 +44,9 @@ class Verification(ResourceModel):
     findings: list[Any] = Field(description="the violations that were found; empty if the ledger is valid")
     entries: int
     head: int
+    head_hash: str | None = Field(description="hash of the newest ledger entry, for `expect` later")
+    record: RecordPosition | None = Field(description="newest audit record, for `expect_record` later")
+    public_key: str | None = Field(description="public key of the newest audit records, in hexadecimal")
     replicas: list[dict[str, Any]] = Field(
         description="weight digests that workers reported; `withdrawn` is set for workers in quarantine"
     )
@@ -67,8 +77,25 @@ def list_ledger_entries(
     "/ledger/verify",
     summary="Verify the ledger",
     response_model=Verification,
-    responses=problem_responses(422, 500, 503),
+    responses=problem_responses(422, 429, 500, 503),
 )
-def verify_ledger(services: ServicesDep) -> Any:
-    """Recompute the hash chain and the digests of all factors, and compare the weight digests of the workers."""
-    return services.ledger.verify()
+def verify_ledger(
+    services: ServicesDep,
+    expect: Annotated[
+        str | None,
+        Query(max_length=80, description="VERSION:HASH of a ledger entry that must be in the ledger"),
+    ] = None,
+    expect_record: Annotated[
+        str | None,
+        Query(max_length=80, description="POSITION:HASH of an audit record that must be in the database"),
+    ] = None,
+    full: Annotated[
+        bool,
+        Query(
+            description="read the bytes of all factors; otherwise those of new edits, and a sixteenth of the others"
+        ),
+    ] = False,
+) -> Any:
+    """Recompute both hash chains and the digests of all recorded rows, verify the signatures, and compare the weight
+    digests of the workers."""
+    return services.ledger.verify(expect, expect_record, full)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 import time
@@ -23,9 +24,12 @@ from sqlalchemy.exc import IntegrityError
 
 from service.application.caller import DEFAULT_LIMITS, CallerLimits
 from service.db.database import Database
-from service.db.models import ApiKey, now
+from service.db.models import ApiKey, AuditRecord, now
 from service.errors import Conflict, InvalidInput, NotFound, Unavailable
 from service.kit.ids import new_id
+from service.ledger import audit
+
+log = logging.getLogger(__name__)
 
 CACHE_SECONDS = (
     5.0  #: seconds for which a verified token is cached; a revocation takes effect within this time
@@ -114,7 +118,7 @@ class ApiKeys:
         try:
             with self.database.write_session() as session:
                 session.add(row)
-                session.flush()
+                audit.append(session, audit.API_KEY, [(row.id,)])
                 key = _to_key_info(row)
         except IntegrityError:
             raise Conflict(
@@ -133,7 +137,9 @@ class ApiKeys:
             row = session.scalar(select(ApiKey).where(ApiKey.name == name))
             if row is None:
                 raise NotFound(f"There is no key named {name!r}: `palimpsest keys list` shows all keys.")
-            row.revoked = row.revoked or now()
+            if row.revoked is None:
+                row.revoked = now()
+                audit.append(session, audit.API_KEY, [(row.id,)])
             return _to_key_info(row)
 
     def any_exist(self) -> bool:
@@ -150,7 +156,10 @@ class ApiKeys:
         return key if self._clock() < read + CACHE_SECONDS else None
 
     def verify(self, token: str) -> ApiKeyInfo | None:
-        """Return the key of a token; None when there is none, when it is revoked or when the secret is wrong."""
+        """Return the key of a token; None when there is none, when it is revoked or when the secret is wrong.
+
+        A row that has no valid audit record was not written by this service, and is not accepted.
+        """
         if (cached_key := self.cached(token)) is not None:
             return cached_key
         read_at, match = self._clock(), _TOKEN.fullmatch(token)
@@ -158,9 +167,14 @@ class ApiKeys:
             return None
         with self.database.read_session() as session:
             row = session.get(ApiKey, f"key_{match[1]}")
-        secret_matches = hmac.compare_digest(_digest(match[2]), row.digest if row is not None else _NO_DIGEST)
-        if row is None or not secret_matches or row.revoked is not None:
-            return None
+            secret_matches = hmac.compare_digest(
+                _digest(match[2]), row.digest if row is not None else _NO_DIGEST
+            )
+            if row is None or not secret_matches or row.revoked is not None:
+                return None
+            if not audit.is_intact(session, audit.API_KEY, (row.id,)):
+                log.error("key refused: its row differs from its audit record", extra={"key": row.name})
+                return None
         key = _to_key_info(row)
         self._record_use(key)
         self._verified[_digest(token)] = key, read_at
@@ -168,9 +182,12 @@ class ApiKeys:
 
     def _query_any(self) -> bool:
         with self.database.read_session() as session:
-            if not inspect(session.connection()).has_table(ApiKey.__tablename__):
+            if not inspect(session.connection()).has_table(AuditRecord.__tablename__):
                 return False  # the database is not migrated yet
-            return session.scalar(select(ApiKey.id).limit(1)) is not None
+            recorded = select(AuditRecord.position).where(AuditRecord.kind == audit.API_KEY)
+            return any(
+                session.scalar(query.limit(1)) is not None for query in (select(ApiKey.id), recorded)
+            )  # a deleted key is still in the audit records
 
     def _record_use(self, key: ApiKeyInfo) -> None:
         """Store the time of the last use. An outage is ignored: it does not make the key invalid."""

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from service.application.served_model import get_served_model
 from service.db.database import Database
 from service.db.models import Attestation, LedgerEntry
+from service.errors import InvalidInput, QueueFull
 from service.jobs.views import ResourceDict
 from service.kit.pagination import decode_cursor, encode_cursor, validate_limit
 from service.kit.versions import resolve_version
 from service.ledger import ledger
-from service.ledger.verify import VerifiedStates, verify_ledger
+from service.ledger.audit_verify import (
+    RecordChain,
+    VerifiedSignatures,
+    check_heads,
+    entry_hash,
+    hash_at,
+    verify_records,
+)
+from service.ledger.head_file import HeadFile
+from service.ledger.verify import LedgerFinding, VerifiedFactors, VerifiedStates, verify_ledger
+
+MAX_VERIFICATIONS = 3  #: verifications of a process that run or wait; more are rejected
+_ANCHOR = re.compile(r"([0-9]{1,9}):([0-9a-f]{64})")
 
 
 class LedgerService:
@@ -23,7 +40,10 @@ class LedgerService:
     def __init__(self, database: Database) -> None:
         self.database = database
         self._verification = threading.Lock()
-        self._verified: VerifiedStates = {}
+        self._places = threading.BoundedSemaphore(MAX_VERIFICATIONS)
+        self._states: VerifiedStates = {}
+        self._factors = VerifiedFactors()
+        self._signatures: VerifiedSignatures = set()
 
     def head(self) -> int:
         with self.database.read_session() as session:
@@ -56,30 +76,99 @@ class LedgerService:
             )
             return {"items": items, "next": next_cursor, "head": ledger.head(session, model.fingerprint)}
 
-    def verify(self) -> ResourceDict:
-        """Verify the hash chain, the factors, the statuses of edits and the weight digests of the workers.
+    def verify(
+        self,
+        expect: str | None = None,
+        expect_record: str | None = None,
+        full: bool = False,
+        public_key: str | None = None,
+    ) -> ResourceDict:
+        """Verify the chains, the signatures, the factors, all rows with audit records, and the weight digests.
 
-        Verifications of a process run one after another, so that they never hold more than one connection.
+        `expect` and `expect_record` are anchors that the caller noted: VERSION:HASH of a ledger entry, and
+        POSITION:HASH of an audit record. `full` reads the bytes of all factors. `public_key` is the trusted key; None:
+        that of this process.
+
+        Verifications of a process run one after another, each on a connection of its own.
         """
-        with self._verification, self.database.read_session(no_idle_timeout=True) as session:
+        anchors = parse_anchor(expect, "expect"), parse_anchor(expect_record, "expect_record")
+        trusted = public_key or self.database.signing_key.public_key
+        with self._one_at_a_time(), self.database.dedicated_read_session() as session:
             model = get_served_model(session).fingerprint
-            findings = [asdict(finding) for finding in verify_ledger(session, model, self._verified)]
-            rows = select(Attestation).where(Attestation.model == model)
-            count = select(func.count()).where(LedgerEntry.model == model)
+            chain = verify_records(session, trusted, self._signatures)
+            findings = [
+                *verify_ledger(session, model, self._states, self._factors, full),
+                *chain.findings,
+                *self._check_anchors(session, model, chain, *anchors),
+            ]
             return {
                 "ok": not findings,
-                "findings": findings,
-                "entries": session.scalar(count),
-                "head": ledger.head(session, model),
-                "replicas": [
-                    {
-                        "worker": r.worker,
-                        "version": r.version,
-                        "digest": r.digest,
-                        "device": r.device,
-                        "at": ledger.iso_utc(r.at),
-                        "withdrawn": ledger.iso_utc(r.withdrawn) if r.withdrawn else None,
-                    }
-                    for r in session.scalars(rows.order_by(Attestation.version, Attestation.worker))
-                ],
+                "findings": [asdict(finding) for finding in findings],
+                **_summary(session, model),
+                "record": chain.newest,
+                "public_key": chain.signers[-1] if chain.signers else None,
+                "replicas": _replicas(session, model),
             }
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Wait for other verifications. Raises QueueFull when too many wait: each holds a thread."""
+        if not self._places.acquire(blocking=False):
+            raise QueueFull("other verifications of the ledger run: retry when they have ended.")
+        try:
+            with self._verification:
+                yield
+        finally:
+            self._places.release()
+
+    def _check_anchors(
+        self,
+        session: Session,
+        model: str,
+        chain: RecordChain,
+        entry: tuple[int, str] | None,
+        record: tuple[int, str] | None,
+    ) -> Iterator[LedgerFinding]:
+        if entry and entry_hash(session, model, entry[0]) != entry[1]:
+            yield LedgerFinding("anchor", entry[0], f"version {entry[0]} does not have the expected hash")
+        if record and hash_at(chain, record[0]) != record[1]:
+            yield LedgerFinding("anchor", None, f"audit record {record[0]} does not have the expected hash")
+        if self.database.data_dir is not None:
+            yield from check_heads(session, chain, HeadFile(self.database.data_dir).heads())
+
+
+def parse_anchor(text: str | None, field: str) -> tuple[int, str] | None:
+    """Return the number and the hash of an anchor such as 12:5f...; None for None. Raises InvalidInput."""
+    if text is None:
+        return None
+    match = _ANCHOR.fullmatch(text)
+    if match is None:
+        raise InvalidInput(
+            f"`{field}` must be a number and a hash of 64 hexadecimal digits, joined by a colon.", field
+        )
+    return int(match[1]), match[2]
+
+
+def _summary(session: Session, model: str) -> ResourceDict:
+    count = select(func.count()).select_from(LedgerEntry).where(LedgerEntry.model == model)
+    head = ledger.head(session, model)
+    return {
+        "entries": session.scalar(count),
+        "head": head,
+        "head_hash": entry_hash(session, model, head),
+    }
+
+
+def _replicas(session: Session, model: str) -> list[ResourceDict]:
+    rows = select(Attestation).where(Attestation.model == model)
+    return [
+        {
+            "worker": r.worker,
+            "version": r.version,
+            "digest": r.digest,
+            "device": r.device,
+            "at": ledger.iso_utc(r.at),
+            "withdrawn": ledger.iso_utc(r.withdrawn) if r.withdrawn else None,
+        }
+        for r in session.scalars(rows.order_by(Attestation.version, Attestation.worker))
+    ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,21 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, InternalError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+    ProgrammingError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import NullPool
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
 from service.errors import CommitOutcomeUnknown, DatabaseUnreachable, Misconfigured, Unavailable
+from service.kit.signing import SigningKey, parse_key, read_or_create_key
 
 MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
 MIGRATION_LOCK_KEY = 0x70616C696D70  # arbitrary, and the same in every process
@@ -67,34 +77,73 @@ UNKNOWN_OUTCOME_MESSAGE = (
     "A request with an Idempotency-Key can be repeated safely."
 )
 
+DATABASE, AFTER_COMMIT = "database", "after_commit"  # keys in the `info` of a session
+INSUFFICIENT_PRIVILEGE = "42501"  # an SQLSTATE
+
 # Alembic keeps its context in module globals, so one process migrates one database at a time.
 _migration_lock = threading.Lock()
 
 
 class Database:
-    """A database and its connection pools. Thread-safe. Connects on first use."""
+    """A database and its connection pool. Thread-safe. Connects on first use.
 
-    def __init__(self, url: str) -> None:
-        self.engine = _create_engine(url)
+    `data_dir` is the folder outside the database that holds the key of the ledger and the file of its heads; None: the
+    folder of the SQLite file. `ledger_key` is the key as text; None: the file in that folder.
+    """
+
+    def __init__(
+        self, url: str | URL, data_dir: Path | None = None, ledger_key: str | None = None, **pool_options: Any
+    ) -> None:
+        self.engine = _create_engine(url, **pool_options)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
-        read_options: dict[str, Any] = (
-            {"reading": True} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
-        )
+        self.data_dir = data_dir or (Path(str(self.engine.url.database)).parent if self.is_sqlite else None)
+        self._ledger_key = ledger_key
+        self._write_sessionmaker = sessionmaker(self.engine, expire_on_commit=False, info={DATABASE: self})
+        self._read_sessionmaker = self._make_read_sessionmaker(self.engine)
         autocommit_options: dict[str, Any] = (
             {"reading": True} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
         )
         self._autocommit_engine = self.engine.execution_options(**autocommit_options)
-        self._write_sessionmaker = sessionmaker(self.engine, expire_on_commit=False)
-        self._read_sessionmaker = sessionmaker(
-            self.engine.execution_options(**read_options), expire_on_commit=False
+
+    def _make_read_sessionmaker(self, engine: Engine) -> sessionmaker[Session]:
+        options: dict[str, Any] = (
+            {"reading": True} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
         )
+        return sessionmaker(
+            engine.execution_options(**options), expire_on_commit=False, info={DATABASE: self}
+        )
+
+    @cached_property
+    def signing_key(self) -> SigningKey:
+        """The key that signs audit records. Its file is created if there is neither a file nor a setting."""
+        if self._ledger_key is not None:
+            return parse_key(self._ledger_key, "PALIMPSEST_LEDGER_KEY")
+        if self.data_dir is None:
+            raise Misconfigured("the ledger has no key: set PALIMPSEST_LEDGER_KEY or PALIMPSEST_DATA_DIR.")
+        return read_or_create_key(self.data_dir)
+
+    def with_own_pool(self, **pool_options: Any) -> Database:
+        """Return the same database with connections of its own, which users of this one cannot exhaust."""
+        return Database(self.engine.url, self.data_dir, self._ledger_key, **pool_options)
 
     def migrate(self, revision: str = "head") -> None:
         """Upgrade or downgrade the tables to a revision ("base" drops them). Concurrent migrations run one after
         another.
 
-        Raises Misconfigured when the revision does not exist, or when a newer release has migrated the tables.
+        Raises Misconfigured when the revision does not exist, when a newer release has migrated the tables, or when
+        the tables need a migration that this user may not do.
         """
+        try:
+            self._migrate(revision)
+        except ProgrammingError as error:
+            if getattr(error.orig, "sqlstate", None) != INSUFFICIENT_PRIVILEGE:
+                raise
+            raise Misconfigured(
+                "the tables are those of another release, and this user of the database may not change them: run `palimpsest "
+                "migrate` as their owner first."
+            ) from None
+
+    def _migrate(self, revision: str) -> None:
         with _migration_lock, self._translate_outages(), self.engine.begin() as connection:
             if not self.is_sqlite:  # SQLite's BEGIN IMMEDIATE is the lock
                 connection.execute(text("SET LOCAL statement_timeout = 0"))
@@ -116,6 +165,7 @@ class Database:
     def write_session(self) -> Iterator[Session]:
         """Yield a session in one transaction, which is committed at the end and rolled back on an exception.
 
+        Actions that `run_after_commit` added follow the commit.
         Raises CommitOutcomeUnknown when the connection is lost during the commit.
         """
         committing = False
@@ -124,6 +174,8 @@ class Database:
                 yield session
                 session.flush()
                 committing = True
+            for action in session.info.pop(AFTER_COMMIT, {}).values():
+                action()
         except DatabaseUnreachable as error:
             if committing:
                 raise CommitOutcomeUnknown(UNKNOWN_OUTCOME_MESSAGE) from error
@@ -136,9 +188,21 @@ class Database:
         `no_idle_timeout` disables idle_in_transaction_session_timeout, for a session that computes between statements.
         """
         with self._translate_outages(), self._read_sessionmaker.begin() as session:
-            if no_idle_timeout and not self.is_sqlite:
-                session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
+            if no_idle_timeout:
+                self._disable_idle_timeout(session)
             yield session
+
+    @contextmanager
+    def dedicated_read_session(self) -> Iterator[Session]:
+        """Yield a read session on a new connection outside the pool, for long reads with pauses between statements."""
+        sessions = self._make_read_sessionmaker(_create_engine(self.engine.url, poolclass=NullPool))
+        with self._translate_outages(), sessions.begin() as session:
+            self._disable_idle_timeout(session)
+            yield session
+
+    def _disable_idle_timeout(self, session: Session) -> None:
+        if not self.is_sqlite:
+            session.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
 
     @contextmanager
     def autocommit_read(self) -> Iterator[Connection]:
@@ -161,6 +225,17 @@ class Database:
                 "database failed", extra={"error": type(cause).__name__, "detail": str(cause).strip()}
             )
             raise _outage_error(error) from error
+
+
+def database_of(session: Session) -> Database:
+    """Return the database that made a session."""
+    database: Database = session.info[DATABASE]
+    return database
+
+
+def run_after_commit(session: Session, name: str, action: Callable[[], None]) -> None:
+    """Run an action when the write session has committed. A second action of the same name replaces the first."""
+    session.info.setdefault(AFTER_COMMIT, {})[name] = action
 
 
 def _is_outage(error: DBAPIError | PoolTimeout) -> bool:
@@ -220,7 +295,7 @@ def alembic_config(connection: Connection) -> Config:
     return config
 
 
-def _create_engine(url: str) -> Engine:
+def _create_engine(url: str | URL, **pool_options: Any) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
@@ -230,19 +305,20 @@ def _create_engine(url: str) -> Engine:
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername == "postgresql+psycopg":
-        return _create_postgres_engine(parsed)
+        return _create_postgres_engine(parsed, pool_options)
     if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise Misconfigured(f"database_url names {parsed.drivername!r}: use postgresql:// or sqlite:///")
     if parsed.database in (None, "", ":memory:"):
         raise Misconfigured(
             "an in-memory SQLite database is lost with its connection: use a file, sqlite:////path/to/file"
         )
-    return _create_sqlite_engine(parsed)
+    return _create_sqlite_engine(parsed, pool_options)
 
 
-def _create_postgres_engine(url: URL) -> Engine:
+def _create_postgres_engine(url: URL, pool_options: dict[str, Any]) -> Engine:
     connect_args = {name: value for name, value in POSTGRES_CONNECT_ARGS.items() if name not in url.query}
-    engine = create_engine(url, connect_args=connect_args, hide_parameters=True, **POSTGRES_POOL_OPTIONS)
+    options = pool_options if "poolclass" in pool_options else POSTGRES_POOL_OPTIONS | pool_options
+    engine = create_engine(url, connect_args=connect_args, hide_parameters=True, **options)
     event.listen(engine, "connect", _set_up_postgres)
     return engine
 
@@ -253,11 +329,10 @@ def _set_up_postgres(connection: Any, _: Any) -> None:
     connection.commit()  # otherwise the rollback of the first transaction resets them
 
 
-def _create_sqlite_engine(url: URL) -> Engine:
+def _create_sqlite_engine(url: URL, pool_options: dict[str, Any]) -> Engine:
     connect_args = {"timeout": SQLITE_BUSY_TIMEOUT, "check_same_thread": False}
-    engine = create_engine(
-        url, connect_args=connect_args, hide_parameters=True
-    )  # parameters contain text of users
+    # parameters contain text of users
+    engine = create_engine(url, connect_args=connect_args, hide_parameters=True, **pool_options)
     event.listen(engine, "do_connect", _create_private_file)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

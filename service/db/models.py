@@ -193,6 +193,24 @@ class LedgerHead(Base):
     active: Mapped[dict[str, Any]]  #: edit id -> [sha256 of its factors, its strength]
 
 
+class AuditRecord(Base):
+    """A signed record of a row that the service shows. The table is append-only (`service/ledger/audit.py`)."""
+
+    __tablename__ = "audit_records"
+    __table_args__ = (Index(None, "kind", "subject"),)
+
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str]
+    subject: Mapped[str]  #: the primary key of the row
+    digest: Mapped[str]  #: sha256 of the covered columns of the row; "" if the record covers no row
+    body: Mapped[dict[str, Any]]
+    at: Mapped[datetime]
+    signer: Mapped[str]  #: id of the key
+    previous: Mapped[str]
+    hash: Mapped[str]
+    signature: Mapped[str]
+
+
 class Attestation(Base):
     """The digest of a worker's weights at a version."""
 

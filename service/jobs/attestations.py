@@ -7,13 +7,14 @@ caller that attests holds the ledger's lock, so that two workers that differ see
 from __future__ import annotations
 
 from collections import defaultdict
-from datetime import timedelta
+from datetime import datetime, timedelta
 
-from sqlalchemy import and_, select, update
+from sqlalchemy import and_, delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from service.db.models import Attestation, LedgerEntry, Worker, now
 from service.jobs import worker_registry
+from service.ledger import audit
 from service.ledger.ledger import state_hash
 
 
@@ -24,7 +25,7 @@ def attest(session: Session, model: str, version: int, worker: str, digest: str,
         return  # the time of the first attestation counts
     row = {"digest": digest, "device": device, "at": now(), "withdrawn": None}
     session.merge(Attestation(model=model, version=version, worker=worker, **row))
-    session.flush()
+    audit.append(session, audit.ATTESTATION, [(model, version, worker)])
 
 
 def majority_digest(session: Session, model: str, version: int, device: str, lease: timedelta) -> str | None:
@@ -58,7 +59,35 @@ def majority_digest(session: Session, model: str, version: int, device: str, lea
 def withdraw_attestations(session: Session, model: str, worker: str) -> None:
     """Mark the attestations of a worker as withdrawn. They stay readable and no longer count."""
     conditions = (Attestation.model == model, Attestation.worker == worker, Attestation.withdrawn.is_(None))
+    versions = session.scalars(
+        select(Attestation.version).where(*conditions).order_by(Attestation.version)
+    ).all()
     session.execute(update(Attestation).where(*conditions).values(withdrawn=now()))
+    audit.append(session, audit.ATTESTATION, [(model, version, worker) for version in versions])
+
+
+def prune_attestations(session: Session, before: datetime) -> int:
+    """Delete the attestations of workers that are gone and attested nothing since a time. Return their number.
+
+    An audit record names the workers, so that verification accepts the deletion.
+    """
+    pair = (Attestation.model, Attestation.worker)
+    of_gone_workers = (
+        select(*pair)
+        .outerjoin(Worker, Worker.id == Attestation.worker)
+        .where(Worker.id.is_(None))
+        .group_by(*pair)
+        .having(func.max(Attestation.at) < before)
+        .order_by(*pair)
+    )
+    workers = [(row.model, row.worker) for row in session.execute(of_gone_workers)]
+    if not workers:
+        return 0
+    condition = tuple_(*pair).in_(workers)
+    count = session.scalar(select(func.count()).select_from(Attestation).where(condition)) or 0
+    session.execute(delete(Attestation).where(condition))
+    audit.append_removal(session, workers)
+    return count
 
 
 def _versions_with_same_state(session: Session, model: str, version: int) -> set[int]:

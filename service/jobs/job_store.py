@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.db.models import Job, StoredFactors, Worker, now, to_json_value
-from service.errors import AttemptsExhausted, Cancelled, Conflict, LeaseLost, error_document
+from service.errors import AttemptsExhausted, Cancelled, Conflict, InvalidInput, LeaseLost, error_document
 from service.jobs import artifacts
 from service.jobs.broker import ignoring_broker_outage
 from service.jobs.views import OPEN_STATUSES, ResourceDict, serialize_job
@@ -25,11 +25,14 @@ from service.jobs.worker_session import WorkerSession
 from service.kit import crash_points, metrics
 from service.kit.ids import prefix_of
 from service.kit.steps import Progress
-from service.ledger import ledger
+from service.ledger import audit, ledger
 
 log = logging.getLogger(__name__)
 
 PROGRESS_WRITE_INTERVAL = 0.5  #: seconds between two writes of progress to the row
+CHANGED_ROW = (
+    "its row in the database is not the one that was submitted: submit the edit again, and verify the ledger."
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ class JobStore:
                 return None
             if job.status == "running" and not self._is_orphan(session, job):
                 return None
-            if job.cancel_requested:
+            if not _is_intact(session, job):
+                finished = _refuse(session, job)
+            elif job.cancel_requested:
                 job.worker = None
                 finished = _finish_row(session, job, "cancelled")
             elif job.attempts >= self.max_attempts:
@@ -184,14 +189,15 @@ class JobStore:
         """Commit an edit: its factors, the next ledger entry and its row, in one transaction. Return the version.
 
         Raises Conflict when the head is not the expected one (evaluate the edit again at the new head), Cancelled when
-        a cancellation came first, LeaseLost when another worker has claimed the job. Nothing is written then.
+        a cancellation came first, LeaseLost when another worker has claimed the job, InvalidInput when its row was
+        changed in the database. Nothing is written then.
         """
         try:
             with self.database.write_session() as session:
                 head = ledger.lock_ledger(session, self.model)
                 row = self._row_under_fence(session, job, allow_finished=True)
                 if row.status == "running":
-                    _check_can_commit(row, head, expected_head)
+                    _check_can_commit(session, row, head, expected_head)
                     self._insert_edit(session, row, factors, body, result)
                 version, finished = row.version, serialize_job(session, row)
                 crash_points.crash_point("apply.before_commit")
@@ -227,8 +233,12 @@ class JobStore:
     def _finish(self, job: ClaimedJob, status: str, **values: Any) -> None:
         with self.database.write_session() as session:
             row = self._row_under_fence(session, job, allow_finished=True)
-            running = row.status == "running"
-            finished = _finish_row(session, row, status, **values) if running else serialize_job(session, row)
+            if row.status != "running":
+                finished = serialize_job(session, row)
+            elif _is_intact(session, row):
+                finished = _finish_row(session, row, status, **values)
+            else:
+                finished = _refuse(session, row)
         self._publish_end(finished)
 
     def _publish_end(self, finished: ResourceDict) -> None:
@@ -263,7 +273,21 @@ class JobStore:
         raise LeaseLost(f"attempt {job.attempt} at {job.id} is no longer the running attempt.")
 
 
-def _check_can_commit(row: Job, head: int, expected_head: int) -> None:
+def _is_intact(session: Session, job: Job) -> bool:
+    """Return whether the row of an edit that has not ended is as it was submitted. Other jobs have no audit records."""
+    return job.kind != audit.EDIT or audit.is_intact(session, audit.EDIT, (job.id,))
+
+
+def _refuse(session: Session, job: Job) -> ResourceDict:
+    """Finish a job whose row was changed in the database as failed, without an audit record of the change."""
+    log.error("job refused: its row differs from its audit record", extra={"job": job.id})
+    job.worker = None
+    return _end_row(session, job, "failed", error=error_document(InvalidInput(CHANGED_ROW)))
+
+
+def _check_can_commit(session: Session, row: Job, head: int, expected_head: int) -> None:
+    if not _is_intact(session, row):
+        raise InvalidInput(CHANGED_ROW)
     if row.cancel_requested:
         raise Cancelled("the edit was cancelled before it was committed.")
     if head != expected_head:
@@ -287,7 +311,20 @@ def _finish_row(
     result: dict[str, Any] | None = None,
     error: dict[str, Any] | None = None,
 ) -> ResourceDict:
-    """Write the end of a job. Return the resource to publish after the commit."""
+    """Write the end of a job, and the audit record of an edit. Return the resource to publish after the commit."""
+    finished = _end_row(session, job, status, result, error)
+    if job.kind == audit.EDIT:
+        audit.append(session, audit.EDIT, [(job.id,)])
+    return finished
+
+
+def _end_row(
+    session: Session,
+    job: Job,
+    status: str,
+    result: dict[str, Any] | None = None,
+    error: dict[str, Any] | None = None,
+) -> ResourceDict:
     if job.kind == "trace" and result is not None:
         job.version = result.get("version")
     job.status, job.result, job.error = status, to_json_value(result), error

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sqlalchemy import or_, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from service.db.models import Attestation, Job, LedgerHead, StoredFactors
@@ -36,16 +36,50 @@ class LedgerFinding:
 #: model -> version and hash of the newest entry up to which all states were correct
 VerifiedStates = dict[str, tuple[int, str]]
 
+FACTORS_ROUNDS = 16  #: verifications in which all factors that were verified before are read again
+
+
+class VerifiedFactors:
+    """The factors that earlier verifications of this process have read and hashed.
+
+    New factors are always read. Of the others each verification reads those that were read longest ago, a part of
+    1 / FACTORS_ROUNDS.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[str, tuple[str, int]] = {}  # edit id -> sha256 and length, least recently read first
+
+    def choose(self, stored: dict[str, tuple[str, int]], read_all: bool) -> set[str]:
+        """Return the edits whose factors must be read, given the sha256 and length of all."""
+        verified = [edit for edit, values in self._read.items() if stored.get(edit) == values]
+        new = stored.keys() - set(verified)
+        return set(stored) if read_all else new | set(verified[: -(-len(verified) // FACTORS_ROUNDS)])
+
+    def add(self, edit: str, stored: tuple[str, int]) -> None:
+        """Remember factors that were read and are correct."""
+        self._read.pop(edit, None)
+        self._read[edit] = stored
+
+    def discard(self, edit: str) -> None:
+        """Forget factors that were read and are not correct: the next verification reads them again."""
+        self._read.pop(edit, None)
+
 
 def verify_ledger(
-    session: Session, model: str, verified: VerifiedStates | None = None
+    session: Session,
+    model: str,
+    verified: VerifiedStates | None = None,
+    factors: VerifiedFactors | None = None,
+    full: bool = False,
 ) -> list[LedgerFinding]:
     """Return all inconsistencies of a model's ledger.
 
-    `verified` is kept by the caller from one call to the next. The state of a version depends on the entries up to it
-    alone, and the chain of hashes shows that they are the same entries: only states of later versions are computed.
+    `verified` and `factors` are kept by the caller from one call to the next. The state of a version depends on the
+    entries up to it alone, and the chain of hashes shows that they are the same entries: only states of later versions
+    are computed. `full` reads the bytes of all factors.
     """
     verified = {} if verified is None else verified
+    factors = VerifiedFactors() if factors is None else factors
     try:
         chain = entries(session, model)
     except ValueError as error:
@@ -58,7 +92,7 @@ def verify_ledger(
     )
     findings = [
         *chain_findings,
-        *_check_factors(session, intact),
+        *_check_factors(session, intact, factors, full),
         *_check_states(model, intact, verified),
         *(() if chain_findings else _check_head(session, model, chain)),
         *_check_jobs(session, model, chain, not chain_findings),
@@ -79,19 +113,29 @@ def _check_chain(chain: list[Entry]) -> Iterator[LedgerFinding]:
         previous = entry.hash
 
 
-def _check_factors(session: Session, chain: list[Entry]) -> Iterator[LedgerFinding]:
-    for entry in chain:
-        if entry.kind != APPLY:
-            continue
-        # columns, not an object: a session keeps its objects, and all factors may not fit in memory
-        query = select(StoredFactors.sha256, StoredFactors.data).where(StoredFactors.edit_id == entry.edit_id)
-        factors = session.execute(query).one_or_none()
-        if factors is None:
-            yield LedgerFinding("factors", entry.version, f"the factors of {entry.edit_id} are missing")
-        elif (
-            not hashlib.sha256(factors.data).hexdigest() == factors.sha256 == entry.body.get("factors_sha256")
+def _check_factors(
+    session: Session, chain: list[Entry], verified: VerifiedFactors, full: bool
+) -> Iterator[LedgerFinding]:
+    applied = {entry.edit_id: entry for entry in chain if entry.kind == APPLY}
+    columns = select(StoredFactors.edit_id, StoredFactors.sha256, func.length(StoredFactors.data))
+    stored = {row[0]: (row[1], row[2]) for row in session.execute(columns) if row[0] in applied}
+    due = verified.choose(stored, full)
+    for edit, entry in applied.items():
+        if edit not in stored:
+            yield LedgerFinding("factors", entry.version, f"the factors of {edit} are missing")
+        elif stored[edit][0] != entry.body.get("factors_sha256") or (
+            edit in due and _hash_of_factors(session, edit) != stored[edit][0]
         ):
-            yield LedgerFinding("factors", entry.version, f"the factors of {entry.edit_id} were changed")
+            verified.discard(edit)
+            yield LedgerFinding("factors", entry.version, f"the factors of {edit} were changed")
+        elif edit in due:
+            verified.add(edit, stored[edit])
+
+
+def _hash_of_factors(session: Session, edit: str) -> str:
+    """Return sha256 of the bytes of an edit's factors, one edit at a time: all of them may not fit in memory."""
+    data = session.scalar(select(StoredFactors.data).where(StoredFactors.edit_id == edit))
+    return hashlib.sha256(data or b"").hexdigest()
 
 
 def _check_states(model: str, chain: list[Entry], verified: VerifiedStates) -> Iterator[LedgerFinding]:

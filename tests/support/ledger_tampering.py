@@ -5,11 +5,13 @@ from __future__ import annotations
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
+APPEND_ONLY_TABLES = ("ledger", "factors", "audit_records")
 SQLITE_TRIGGERS = (
     "ledger_next",
-    *(f"{table}_{what}" for table in ("ledger", "factors") for what in ("update", "delete")),
+    "audit_next",
+    *(f"{table}_{what}" for table in APPEND_ONLY_TABLES for what in ("update", "delete", "replace")),
 )
-POSTGRES_FUNCTIONS = ("append_only", "ledger_next")
+POSTGRES_FUNCTIONS = ("append_only", "ledger_next", "audit_next")
 
 
 def drop_append_only_guards(session: Session) -> None:

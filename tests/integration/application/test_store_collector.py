@@ -15,6 +15,7 @@ from service.db.models import Job, Worker, now
 from service.errors import Unavailable
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.ids import new_id
+from service.ledger import audit
 from tests.support.served_model import INFO, tokenizer_json
 from tests.support.workers import WorkerParts
 
@@ -40,6 +41,7 @@ class MonitorFixture:
         times = {"created": now(), "updated": now()}
         with self.database.write_session() as session:
             session.add(Job(**row, **times, request=asked, actor="somebody", subject=subject))
+            audit.append(session, audit.EDIT, [(row["id"],)])
         return row["id"]
 
     def update_row(self, table: Any, id: str, **values: Any) -> None:
