@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Text, case, select, text, true, tuple_, type_coerce
+from sqlalchemy import ColumnElement, Select, Text, case, or_, select, text, true, tuple_, type_coerce
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from service.db.database import Database, database_of, run_after_commit
@@ -75,7 +75,9 @@ _STATUS = case((_STILL_OPEN, "open"), (Job.version.is_not(None), "applied"), els
 COVERAGE: dict[str, Coverage] = {
     LEDGER: Coverage((LedgerEntry.model, LedgerEntry.version), _columns_of(LedgerEntry), true()),
     EDIT: Coverage(
-        (Job.id,), (*_SUBMISSION, Job.dry_run, _STATUS, *map(_after_end, _OUTCOME)), Job.kind == "edit"
+        (Job.id,),
+        (*_SUBMISSION, Job.dry_run, _STATUS, *map(_after_end, _OUTCOME)),
+        or_(Job.kind == "edit", Job.id.startswith("edit_", autoescape=True)),
     ),
     ATTESTATION: Coverage(
         (Attestation.model, Attestation.version, Attestation.worker), _columns_of(Attestation), true()
