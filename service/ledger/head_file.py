@@ -55,8 +55,13 @@ class HeadFile:
 
 
 def _append_line(path: Path, line: bytes) -> None:
-    file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
+    file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600)
     try:
+        size = os.fstat(file).st_size
+        if (
+            size and os.pread(file, 1, size - 1) != b"\n"
+        ):  # the machine stopped while the last line was written
+            line = b"\n" + line
         os.write(file, line)
         os.fsync(file)
     finally:
@@ -69,7 +74,7 @@ def _read_heads(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             head = json.loads(line)
-        except ValueError:  # the machine stopped while the line was written
+        except ValueError:  # an incomplete line
             continue
         if isinstance(head, dict):
             yield head

@@ -27,7 +27,7 @@ CONTAINER_FILES = [
     "docs/operations.md",
 ]
 OUR_SERVICES = ["migrate", "api", "worker", "worker-gpu"]
-SECRET_NAME = re.compile(r"PASSWORD|API_KEY|TOKEN$")
+SECRET_NAME = re.compile(r"PASSWORD|API_KEY|LEDGER_KEY|TOKEN$")
 
 
 class ComposeLoader(yaml.SafeLoader):
@@ -90,7 +90,7 @@ def test_every_command_can_be_given() -> None:
     [script] = tomllib.loads(read_file("pyproject.toml"))["project"]["scripts"]
     images_commands = [single_instruction("api", "CMD"), single_instruction("worker", "CMD")]
     commands = [yaml.safe_load(words) for words in images_commands] + [services()["migrate"]["command"]]
-    assert commands == [["api"], ["worker"], ["migrate"]]
+    assert commands == [["api"], ["worker"], ["migrate", "--grant-to", "palimpsest_app"]]
     for command in commands:
         assert build_parser().parse_args(command).run
     for stage in ("api", "worker"):
@@ -237,6 +237,18 @@ def test_postgres_and_redis_are_inside() -> None:
     }
 
 
+def test_the_service_does_not_own_its_tables() -> None:
+    """Only `migrate` connects as the owner of the database; all others use the role that it grants rights to."""
+    urls = {name: services()[name]["environment"]["PALIMPSEST_DATABASE_URL"] for name in OUR_SERVICES}
+    owner = services()["postgres"]["environment"]["POSTGRES_USER"]
+    assert urls.pop("migrate") == f"postgresql://{owner}@postgres/palimpsest"
+    migrate = build_parser().parse_args(services()["migrate"]["command"])
+    assert set(urls.values()) == {f"postgresql://{migrate.grant_to}@postgres/palimpsest"}
+    secrets = load_compose("deploy/secrets.yml")["services"]
+    owner_urls = {name for name in OUR_SERVICES if "palimpsest_owner_url" in str(secrets[name]["secrets"])}
+    assert owner_urls == {"migrate"}
+
+
 # startup
 
 
@@ -301,7 +313,8 @@ def test_secrets_may_be_files() -> None:
         passed -= {"HF_TOKEN"}  # read by huggingface_hub
         reset_variables = {k for k, value in overrides[name]["environment"].items() if value is RESET}
         assert reset_variables == passed, name
-        assert set(overrides[name]["secrets"]) <= set(secrets), name
+        sources = {s["source"] if isinstance(s, dict) else s for s in overrides[name]["secrets"]}
+        assert sources <= set(secrets), name
     assert {secret["file"] for secret in secrets.values()} == {f"./secrets/{name}" for name in secrets}
 
 

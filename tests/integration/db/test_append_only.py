@@ -1,4 +1,4 @@
-"""Constraints of the database: the ledger and the factors are append-only, and versions are consecutive."""
+"""Constraints of the database: ledger, factors and audit records are append-only, and versions are consecutive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from service.db.database import Database
-from service.db.models import Job, LedgerEntry, Model, StoredFactors, now
+from service.db.models import AuditRecord, Job, LedgerEntry, Model, StoredFactors, now
 
 WRITERS = 6
 
@@ -38,10 +38,16 @@ def database(database: Database) -> Any:
 
 @pytest.fixture
 def committed_edit(database: Database) -> None:
-    """Commit a ledger entry and its factors."""
+    """Commit a ledger entry, its factors and an audit record."""
     with database.write_session() as session:
         session.add(ledger_entry(1))
         session.add(StoredFactors(edit_id="edit_0", data=b"x", sha256="y"))
+        session.add(audit_record(1))
+
+
+def audit_record(position: int) -> Any:
+    texts = dict.fromkeys(("kind", "subject", "digest", "signer", "previous", "hash", "signature"), "")
+    return AuditRecord(position=position, at=now(), body={}, **texts)
 
 
 @pytest.mark.parametrize(
@@ -51,11 +57,13 @@ def committed_edit(database: Database) -> None:
         delete(LedgerEntry),
         update(StoredFactors).values(data=b"z"),
         delete(StoredFactors),
+        update(AuditRecord).values(digest="z"),
+        delete(AuditRecord),
     ],
     ids=str,
 )
 def test_update_and_delete_are_rejected(database: Database, committed_edit: Any, statement: Any) -> None:
-    """An update or delete of ledger entries or factors raises IntegrityError."""
+    """An update or delete of ledger entries, factors or audit records raises IntegrityError."""
 
     def change() -> None:
         with database.write_session() as session:
@@ -65,9 +73,46 @@ def test_update_and_delete_are_rejected(database: Database, committed_edit: Any,
         change()
 
 
+REPLACING = {
+    "factors": "INTO factors (edit_id, data, sha256) VALUES ('edit_0', 'z', 'z')",
+    "factors by row id": "INTO factors (rowid, edit_id, data, sha256) VALUES (1, 'edit_1', 'z', 'z')",
+    "ledger by version": "INTO ledger SELECT model, version, kind, 'edit_1', actor, at, body, state, previous, hash FROM ledger",
+    "ledger by edit": "INTO ledger SELECT model, 2, kind, edit_id, actor, at, body, state, previous, hash FROM ledger",
+    "ledger by row id": "INTO ledger (rowid, model, version, kind, edit_id, actor, at, body, state, previous, hash) "
+    "SELECT 1, model, 2, kind, 'edit_1', actor, at, body, state, previous, hash FROM ledger",
+    "audit records": "INTO audit_records SELECT position, 'z', subject, digest, body, at, signer, previous, hash, signature "
+    "FROM audit_records",
+}
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("what", REPLACING)
+@pytest.mark.parametrize("verb", ["INSERT OR REPLACE", "REPLACE", "INSERT OR IGNORE"])
+def test_replace_is_rejected(database: Database, committed_edit: Any, what: str, verb: str) -> None:
+    """SQLite's REPLACE of a row of an append-only table, by any of its keys, raises IntegrityError and keeps the row."""
+
+    def snapshot() -> list[Any]:
+        with database.engine.connect() as connection:
+            tables = ("ledger", "factors", "audit_records")
+            return [connection.execute(text(f"SELECT rowid, * FROM {table}")).all() for table in tables]
+
+    before = snapshot()
+    with pytest.raises(IntegrityError), database.engine.begin() as connection:
+        connection.exec_driver_sql(f"{verb} {REPLACING[what]}")
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("table", ["ledger", "factors"])
+def test_update_or_replace_is_rejected(database: Database, committed_edit: Any, table: str) -> None:
+    """SQLite's UPDATE OR REPLACE of an append-only table raises IntegrityError."""
+    with pytest.raises(IntegrityError, match="append-only"), database.engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE OR REPLACE {table} SET edit_id = 'edit_1'")
+
+
+@pytest.mark.parametrize("table", ["ledger", "factors", "audit_records"])
 def test_truncate_is_rejected(postgres_url: str, table: Any) -> None:
-    """A TRUNCATE of the ledger or the factors raises IntegrityError."""
+    """A TRUNCATE of the ledger, the factors or the audit records raises IntegrityError."""
     database = Database(postgres_url)
     database.migrate()
     with pytest.raises(IntegrityError, match="append-only"), database.write_session() as session:

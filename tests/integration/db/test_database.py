@@ -8,7 +8,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from service.bootstrap import Container
 from service.db import database as store
 from service.db.database import Database
 from service.db.models import Job, Model, now, to_json_value
@@ -350,3 +351,16 @@ class TestPostgres:
         with pytest.raises(IntegrityError) as error, open_database().write_session() as session:
             session.add(model("x", {"prompt": "private words"}))
         assert "private words" not in str(error.value)
+
+
+def test_requests_cannot_take_the_connections_of_a_worker(container: Container) -> None:
+    """While requests hold every connection of the pool, a worker writes, and a verification reads."""
+    with ExitStack() as held:
+        pool: Any = container.database.engine.pool
+        for _ in range(pool.size() + pool._max_overflow):
+            held.enter_context(container.database.engine.connect())
+        with container.worker_database.write_session() as session:
+            session.execute(text("DELETE FROM workers"))
+        with container.database.dedicated_read_session() as session:
+            assert session.execute(text("SELECT count(*) FROM workers")).scalar() == 0
+    assert container.worker_database.signing_key.id == container.database.signing_key.id
