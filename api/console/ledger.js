@@ -196,7 +196,7 @@ async function verify(place) {
             "p",
             {},
             h("b", {}, "✓ The ledger is valid. "),
-            `${plural(found.entries, "entry", "entries")} up to version ${found.head}: the hash chain, the factors of every edit, and the weight digests of ${plural(workers, "worker")} match.`,
+            `${plural(found.entries, "entry", "entries")} up to version ${found.head}: the hash chains, the signatures, the factors of every edit, and the weight digests of ${plural(workers, "worker")} match.`,
           )
         : [
             h(

@@ -85,6 +85,11 @@ COVERAGE: dict[str, Coverage] = {
     API_KEY: Coverage((ApiKey.id,), _columns_of(ApiKey, "last_used"), true()),
 }
 
+_QUERIES: dict[str, Select[Any]] = {
+    kind: select(*coverage.key, *map(_raw, coverage.columns)).where(coverage.condition)
+    for kind, coverage in COVERAGE.items()
+}
+
 
 def subject_of(key: Sequence[Any]) -> str:
     """Return the subject of the records of a row."""
@@ -96,21 +101,16 @@ def row_digests(
 ) -> Iterator[tuple[str, str]]:
     """Yield the subject and the digest of each row of a kind, or of those with the given primary keys."""
     if keys is None:
-        yield from _digests_of(session, kind, _rows_query(kind))
+        yield from _digests_of(session, kind, _QUERIES[kind].execution_options(yield_per=PAGE_SIZE))
         return
     for start in range(0, len(keys), PAGE_SIZE):
-        page = keys[start : start + PAGE_SIZE]
-        yield from _digests_of(session, kind, _rows_query(kind).where(tuple_(*COVERAGE[kind].key).in_(page)))
-
-
-def _rows_query(kind: str) -> Select[Any]:
-    coverage = COVERAGE[kind]
-    return select(*coverage.key, *map(_raw, coverage.columns)).where(coverage.condition)
+        key_is_in_page = tuple_(*COVERAGE[kind].key).in_(keys[start : start + PAGE_SIZE])
+        yield from _digests_of(session, kind, _QUERIES[kind].where(key_is_in_page))
 
 
 def _digests_of(session: Session, kind: str, query: Select[Any]) -> Iterator[tuple[str, str]]:
     width = len(COVERAGE[kind].key)
-    for row in session.execute(query.execution_options(yield_per=PAGE_SIZE)):
+    for row in session.execute(query):
         yield subject_of(row[:width]), hashlib.sha256(_canonical(list(row[width:]))).hexdigest()
 
 
@@ -233,7 +233,6 @@ def _add(
     record.hash = record_hash(record)
     record.signature = key.sign(SIGNED_PREFIX + record.hash.encode())
     session.add(record)
-    session.flush()
     return record
 
 

@@ -127,7 +127,7 @@ def rejects_updates(database: Database) -> bool:
 def test_a_dump_restores_the_ledger(server: dict[str, str], tmp_path: Path) -> None:
     """The restored ledger equals the dumped one, verifies and rejects updates; later entries are gone."""
     url = f"postgresql://palimpsest@127.0.0.1:{server['PGPORT']}/palimpsest"
-    database = Database(url)
+    database = Database(url, tmp_path)
     try:
         write_history(database)
         before = verified_entries(database)
@@ -156,6 +156,7 @@ def test_a_restore_stops_before_and_verifies_after() -> None:
         "createdb",
         "pg_restore",
         "docker compose exec -T redis redis-cli flushall",
+        "docker compose run --rm api audit accept",
         "docker compose up -d --wait",
         "docker compose exec -T api palimpsest ledger --verify",
     ]

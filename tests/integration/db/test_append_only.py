@@ -89,7 +89,7 @@ REPLACING = {
 @pytest.mark.parametrize("what", REPLACING)
 @pytest.mark.parametrize("verb", ["INSERT OR REPLACE", "REPLACE", "INSERT OR IGNORE"])
 def test_replace_is_rejected(database: Database, committed_edit: Any, what: str, verb: str) -> None:
-    """SQLite's REPLACE of a row of an append-only table, by any of its keys, raises IntegrityError and keeps the row."""
+    """A REPLACE of a row of an append-only table of SQLite, by any of its keys, raises IntegrityError."""
 
     def snapshot() -> list[Any]:
         with database.engine.connect() as connection:

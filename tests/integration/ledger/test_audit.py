@@ -240,8 +240,8 @@ def test_a_rotation_is_endorsed_by_the_old_key(database: Database, history: Audi
 
 
 def test_a_lost_key_is_replaced_without_endorsement(database: Database, history: AuditedLedger) -> None:
-    """A lost key can be replaced. The new key verifies the ledger; an auditor who knows the old one sees that it did not
-    agree."""
+    """A lost key can be replaced. The new key verifies the ledger; an auditor who knows the old one sees that it did
+    not agree."""
     old = database.signing_key.public_key
     without_key = Database(database.engine.url, history.folder, "cd" * 32)
     with pytest.raises(Misconfigured):
