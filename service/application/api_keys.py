@@ -28,6 +28,7 @@ from service.db.models import ApiKey, AuditRecord, now
 from service.errors import Conflict, InvalidInput, NotFound, Unavailable
 from service.kit.ids import new_id
 from service.ledger import audit
+from service.ledger.audit_coverage import API_KEY
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class ApiKeys:
         try:
             with self.database.write_session() as session:
                 session.add(row)
-                audit.append(session, audit.API_KEY, [(row.id,)])
+                audit.append(session, API_KEY, [(row.id,)])
                 key = _to_key_info(row)
         except IntegrityError:
             raise Conflict(
@@ -139,7 +140,7 @@ class ApiKeys:
                 raise NotFound(f"There is no key named {name!r}: `palimpsest keys list` shows all keys.")
             if row.revoked is None:
                 row.revoked = now()
-                audit.append(session, audit.API_KEY, [(row.id,)])
+                audit.append(session, API_KEY, [(row.id,)])
             return _to_key_info(row)
 
     def any_exist(self) -> bool:
@@ -172,7 +173,7 @@ class ApiKeys:
             )
             if row is None or not secret_matches or row.revoked is not None:
                 return None
-            if not audit.is_intact(session, audit.API_KEY, (row.id,)):
+            if not audit.is_intact(session, API_KEY, (row.id,)):
                 log.error("key refused: its row differs from its audit record", extra={"key": row.name})
                 return None
         key = _to_key_info(row)
@@ -184,7 +185,7 @@ class ApiKeys:
         with self.database.read_session() as session:
             if not inspect(session.connection()).has_table(AuditRecord.__tablename__):
                 return False  # the database is not migrated yet
-            recorded = select(AuditRecord.position).where(AuditRecord.kind == audit.API_KEY)
+            recorded = select(AuditRecord.position).where(AuditRecord.kind == API_KEY)
             return any(
                 session.scalar(query.limit(1)) is not None for query in (select(ApiKey.id), recorded)
             )  # a deleted key is still in the audit records

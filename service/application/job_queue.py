@@ -24,6 +24,7 @@ from service.kit import crash_points, metrics
 from service.kit.ids import new_id, prefix_of, request_id
 from service.kit.pagination import decode_cursor, encode_cursor, validate_limit
 from service.ledger import audit, ledger
+from service.ledger.audit_coverage import EDIT
 from service.settings import Settings
 
 #: an Idempotency-Key and the fingerprint of its request body
@@ -112,7 +113,7 @@ class JobQueue:
         for job_id, artifacts_of_job in initial_artifacts.items():
             for name, data in artifacts_of_job.items():
                 artifacts.put_artifact(session, job_id, name, data)
-        audit.append(session, audit.EDIT, [(row.id,) for row in rows if row.kind == audit.EDIT])
+        audit.append(session, EDIT, [(row.id,) for row in rows if row.kind == EDIT])
         return rows
 
     def notify_workers(self, jobs: Sequence[dict[str, Any]]) -> None:
@@ -221,8 +222,8 @@ def _apply_cancel_or_revert(session: Session, job: Job, actor: str) -> None:
     if job.status == "queued":
         job.status, job.ended, job.updated, job.cancelled_by = "cancelled", now(), now(), actor
         artifacts.delete_artifacts(session, job)
-        if job.kind == audit.EDIT:
-            audit.append(session, audit.EDIT, [(job.id,)])
+        if job.kind == EDIT:
+            audit.append(session, EDIT, [(job.id,)])
     elif job.status == "running" and not job.cancel_requested:
         job.cancel_requested, job.updated, job.cancelled_by = True, now(), actor
     elif job.status in ("applied", "superseded") and job.version is not None:

@@ -23,6 +23,7 @@ from service.jobs.views import JOB_STATUSES, OPEN_STATUSES, ResourceDict
 from service.kit.ids import request_id
 from service.kit.pagination import decode_cursor, encode_cursor, invalid_cursor, validate_limit
 from service.ledger import audit
+from service.ledger.audit_coverage import EDIT
 from service.ledger.ledger import iso_utc
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,8 @@ class JobService:
             ) = None
             job.updated, job.request_id = now(), request_id.get() or job.request_id
             session.flush()
-            if job.kind == audit.EDIT:
-                audit.append(session, audit.EDIT, [(job.id,)])
+            if job.kind == EDIT:
+                audit.append(session, EDIT, [(job.id,)])
             self.broker.delete_channel(
                 job_id
             )  # before the commit, so that no event of the new attempt is deleted

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from service.db.models import Attestation, LedgerEntry, Worker, now
 from service.jobs import worker_registry
 from service.ledger import audit
+from service.ledger.audit_coverage import ATTESTATION
 from service.ledger.ledger import state_hash
 
 
@@ -25,7 +26,7 @@ def attest(session: Session, model: str, version: int, worker: str, digest: str,
         return  # the time of the first attestation counts
     row = {"digest": digest, "device": device, "at": now(), "withdrawn": None}
     session.merge(Attestation(model=model, version=version, worker=worker, **row))
-    audit.append(session, audit.ATTESTATION, [(model, version, worker)])
+    audit.append(session, ATTESTATION, [(model, version, worker)])
 
 
 def majority_digest(session: Session, model: str, version: int, device: str, lease: timedelta) -> str | None:
@@ -63,7 +64,7 @@ def withdraw_attestations(session: Session, model: str, worker: str) -> None:
         select(Attestation.version).where(*conditions).order_by(Attestation.version)
     ).all()
     session.execute(update(Attestation).where(*conditions).values(withdrawn=now()))
-    audit.append(session, audit.ATTESTATION, [(model, version, worker) for version in versions])
+    audit.append(session, ATTESTATION, [(model, version, worker) for version in versions])
 
 
 def prune_attestations(session: Session, before: datetime) -> int:

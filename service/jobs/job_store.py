@@ -26,6 +26,7 @@ from service.kit import crash_points, metrics
 from service.kit.ids import prefix_of
 from service.kit.steps import Progress
 from service.ledger import audit, ledger
+from service.ledger.audit_coverage import EDIT
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +276,7 @@ class JobStore:
 
 def _is_intact(session: Session, job: Job) -> bool:
     """Return whether the row of an edit that has not ended is as it was submitted. Other jobs have no audit records."""
-    return job.kind != audit.EDIT or audit.is_intact(session, audit.EDIT, (job.id,))
+    return job.kind != EDIT or audit.is_intact(session, EDIT, (job.id,))
 
 
 def _refuse(session: Session, job: Job) -> ResourceDict:
@@ -313,8 +314,8 @@ def _finish_row(
 ) -> ResourceDict:
     """Write the end of a job, and the audit record of an edit. Return the resource to publish after the commit."""
     finished = _end_row(session, job, status, result, error)
-    if job.kind == audit.EDIT:
-        audit.append(session, audit.EDIT, [(job.id,)])
+    if job.kind == EDIT:
+        audit.append(session, EDIT, [(job.id,)])
     return finished
 
 

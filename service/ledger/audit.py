@@ -8,118 +8,36 @@ record of a row is the valid one. An append takes the lock of the records: call 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, Text, case, or_, select, text, true, tuple_, type_coerce
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
 
 from service.db.database import Database, database_of, run_after_commit
-from service.db.models import ApiKey, Attestation, AuditRecord, Job, JsonText, LedgerEntry, now
+from service.db.models import AuditRecord, now
 from service.errors import Misconfigured
 from service.kit.signing import SigningKey, is_signed
+from service.ledger.audit_coverage import (
+    COVERAGE,
+    PrimaryKey,
+    canonical_values,
+    format_of,
+    iso_microseconds,
+    row_digests,
+    subject_of,
+)
 from service.ledger.head_file import HeadFile
 
 log = logging.getLogger(__name__)
 
-LEDGER, EDIT, ATTESTATION, API_KEY = "ledger", "edit", "attestation", "key"  #: kinds with a row
 SIGNER = "signer"  #: kind of a record that introduces a key; its body has the public keys
 REMOVAL = "removal"  #: kind of a record that removes the attestations of the workers in its body
 GENESIS_HASH = "0" * 64  #: the previous hash of the first record
 LOCK_KEY = 0x6175646974  # of the advisory lock in PostgreSQL: "audit"
-PAGE_SIZE = 1000  #: rows that one statement reads at most
 SIGNED_PREFIX = b"palimpsest audit record "  # a signature is of no use outside of this table
 ENDORSED_PREFIX = b"palimpsest ledger key "
-_STILL_OPEN = Job.status.in_(("queued", "running"))
-
-PrimaryKey = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """The rows of a kind: their primary key and the columns that a digest covers."""
-
-    key: tuple[InstrumentedAttribute[Any], ...]
-    columns: tuple[ColumnElement[Any] | InstrumentedAttribute[Any], ...]
-    condition: ColumnElement[bool]
-
-
-def _columns_of(table: Any, *left_out: str) -> tuple[InstrumentedAttribute[Any], ...]:
-    return tuple(getattr(table, c.key) for c in table.__table__.columns if c.key not in left_out)
-
-
-def _after_end(column: InstrumentedAttribute[Any]) -> ColumnElement[Any]:
-    """Return a column of a job that changes while the job is open: its value after the end, and NULL before."""
-    return type_coerce(case((_STILL_OPEN, None), else_=_raw(column)), _raw(column).type)
-
-
-def _raw(column: Any) -> ColumnElement[Any]:
-    """Return a column with JSON as the stored text."""
-    return type_coerce(column, Text()) if isinstance(column.type, JsonText) else column
-
-
-#: columns of an edit that never change
-_SUBMISSION = (Job.id, Job.kind, Job.model, Job.request, Job.actor, Job.created, Job.subject, Job.fact_key)
-#: columns of an edit that change until it ends
-_OUTCOME = (
-    Job.request_id, Job.started, Job.ended, Job.attempts, Job.worker, Job.cancel_requested, Job.progress, Job.result,
-    Job.error, Job.version, Job.exhausted,
-)  # fmt: skip
-#: the status of an edit follows from the ledger once it is applied
-_STATUS = case((_STILL_OPEN, "open"), (Job.version.is_not(None), "applied"), else_=Job.status)
-
-COVERAGE: dict[str, Coverage] = {
-    LEDGER: Coverage((LedgerEntry.model, LedgerEntry.version), _columns_of(LedgerEntry), true()),
-    EDIT: Coverage(
-        (Job.id,),
-        (*_SUBMISSION, Job.dry_run, _STATUS, *map(_after_end, _OUTCOME)),
-        or_(Job.kind == "edit", Job.id.startswith("edit_", autoescape=True)),
-    ),
-    ATTESTATION: Coverage(
-        (Attestation.model, Attestation.version, Attestation.worker), _columns_of(Attestation), true()
-    ),
-    API_KEY: Coverage((ApiKey.id,), _columns_of(ApiKey, "last_used"), true()),
-}
-
-_QUERIES: dict[str, Select[Any]] = {
-    kind: select(*coverage.key, *map(_raw, coverage.columns)).where(coverage.condition)
-    for kind, coverage in COVERAGE.items()
-}
-
-
-def subject_of(key: Sequence[Any]) -> str:
-    """Return the subject of the records of a row."""
-    return "/".join(map(str, key))
-
-
-def row_digests(
-    session: Session, kind: str, keys: Sequence[PrimaryKey] | None = None
-) -> Iterator[tuple[str, str]]:
-    """Yield the subject and the digest of each row of a kind, or of those with the given primary keys."""
-    if keys is None:
-        yield from _digests_of(session, kind, _QUERIES[kind].execution_options(yield_per=PAGE_SIZE))
-        return
-    for start in range(0, len(keys), PAGE_SIZE):
-        key_is_in_page = tuple_(*COVERAGE[kind].key).in_(keys[start : start + PAGE_SIZE])
-        yield from _digests_of(session, kind, _QUERIES[kind].where(key_is_in_page))
-
-
-def _digests_of(session: Session, kind: str, query: Select[Any]) -> Iterator[tuple[str, str]]:
-    width = len(COVERAGE[kind].key)
-    for row in session.execute(query):
-        yield subject_of(row[:width]), hashlib.sha256(_canonical(list(row[width:]))).hexdigest()
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_iso).encode()
-
-
-def _iso(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat(timespec="microseconds")
 
 
 def record_hash(record: AuditRecord) -> str:
@@ -133,7 +51,7 @@ def record_hash(record: AuditRecord) -> str:
         record.at,
         record.signer,
     ]
-    return hashlib.sha256(record.previous.encode() + _canonical(fields)).hexdigest()
+    return hashlib.sha256(record.previous.encode() + canonical_values(fields)).hexdigest()
 
 
 def is_signed_record(record: AuditRecord, public_key: str) -> bool:
@@ -237,7 +155,12 @@ def _add(
 
 
 def _write_head_after_commit(session: Session, record: AuditRecord, landed: Mapping[str, Any] | None) -> None:
-    head = {"at": _iso(record.at), "position": record.position, "record": record.hash, **(landed or {})}
+    head = {
+        "at": iso_microseconds(record.at),
+        "position": record.position,
+        "record": record.hash,
+        **(landed or {}),
+    }
     previous = session.info.get(HEAD, {})
     session.info[HEAD] = head = {**previous, **head}
     folder = database_of(session).data_dir
@@ -260,7 +183,9 @@ def is_intact(session: Session, kind: str, key: PrimaryKey) -> bool:
         .order_by(AuditRecord.position.desc())
         .limit(1)
     )
-    if newest is None or dict(row_digests(session, kind, [key])).get(subject) != newest.digest:
+    if newest is None or format_of(newest.digest) not in COVERAGE[kind].formats:
+        return False
+    if dict(row_digests(session, kind, [key], format_of(newest.digest))).get(subject) != newest.digest:
         return False
     public_key = _trusted_keys(session, database_of(session).signing_key).get(newest.signer)
     return public_key is not None and _is_authentic(newest, public_key)

@@ -13,17 +13,27 @@ from sqlalchemy.orm import Session
 from service.db.models import AuditRecord, Job, LedgerEntry
 from service.kit.signing import is_signed, key_id
 from service.ledger import audit
+from service.ledger.audit_coverage import (
+    API_KEY,
+    ATTESTATION,
+    COVERAGE,
+    EDIT,
+    LEDGER,
+    PAGE_SIZE,
+    format_of,
+    row_digests,
+)
 from service.ledger.verify import LedgerFinding
 
 MAX_FINDINGS = 100  #: findings of one kind that are listed
 NAMES = {
-    audit.LEDGER: "ledger entry",
-    audit.EDIT: "edit",
-    audit.ATTESTATION: "attestation",
-    audit.API_KEY: "API key",
+    LEDGER: "ledger entry",
+    EDIT: "edit",
+    ATTESTATION: "attestation",
+    API_KEY: "API key",
 }
 #: where a finding about the rows of a kind is
-PLACES = {audit.LEDGER: "chain", audit.EDIT: "edits", audit.ATTESTATION: "replicas", audit.API_KEY: "keys"}
+PLACES = {LEDGER: "chain", EDIT: "edits", ATTESTATION: "replicas", API_KEY: "keys"}
 
 #: public key, hash and signature of records whose signatures were verified: whether a signature is valid depends on
 #: these three alone
@@ -61,7 +71,7 @@ def verify_records(
     except ValueError as error:
         chain.findings.append(LedgerFinding("records", None, f"an audit record cannot be parsed: {error}"))
     chain.findings += _check_trust(chain, public_key)
-    for kind in audit.COVERAGE:
+    for kind in COVERAGE:
         try:
             differences = list(_compare_rows(session, kind, chain.digests))
         except ValueError as error:
@@ -100,9 +110,7 @@ def _read_chain(session: Session, chain: RecordChain, verified: VerifiedSignatur
 def _records(session: Session) -> Iterator[AuditRecord]:
     """Yield the records as rows, which have the attributes of objects and take half of the time."""
     query = select(*AuditRecord.__table__.columns).order_by(AuditRecord.position)
-    yield from cast(
-        Iterator[AuditRecord], session.execute(query.execution_options(yield_per=audit.PAGE_SIZE))
-    )
+    yield from cast(Iterator[AuditRecord], session.execute(query.execution_options(yield_per=PAGE_SIZE)))
 
 
 def _record_problems(
@@ -154,13 +162,13 @@ def _check_trust(chain: RecordChain, public_key: str) -> Iterator[LedgerFinding]
 
 
 def _apply(record: AuditRecord, digests: dict[tuple[str, str], str]) -> None:
-    if record.kind in audit.COVERAGE:
+    if record.kind in COVERAGE:
         digests[record.kind, record.subject] = record.digest
     elif record.kind == audit.REMOVAL:
         workers = {tuple(pair) for pair in record.body.get("attestations", ())}
         for kind, subject in list(digests):
             model, _, rest = subject.partition("/")
-            if kind == audit.ATTESTATION and (model, rest.partition("/")[2]) in workers:
+            if kind == ATTESTATION and (model, rest.partition("/")[2]) in workers:
                 del digests[kind, subject]
 
 
@@ -171,22 +179,31 @@ def _compare_rows(
     session: Session, kind: str, digests: Mapping[tuple[str, str], str]
 ) -> Iterator[tuple[str, str]]:
     """Yield each row that differs from its newest record, and what the difference is."""
-    missing = {subject for of_kind, subject in digests if of_kind == kind}
-    for subject, digest in audit.row_digests(session, kind):
-        missing.discard(subject)
-        recorded = digests.get((kind, subject))
-        if recorded is None:
+    recorded = {subject: digest for (of_kind, subject), digest in digests.items() if of_kind == kind}
+    present, older_formats = set[str](), set[int]()
+    for subject, digest in row_digests(session, kind):
+        present.add(subject)
+        if subject not in recorded:
             yield subject, "has no audit record"
-        elif recorded != digest:
+        elif format_of(recorded[subject]) != format_of(digest):
+            older_formats.add(format_of(recorded[subject]))
+        elif recorded[subject] != digest:
             yield subject, "was changed after it was recorded"
-    if kind != audit.EDIT:  # edits without effect may be deleted, and the ledger shows which edits had one
+    for number in sorted(older_formats):
+        in_format = {subject for subject in recorded if format_of(recorded[subject]) == number}
+        known = dict(row_digests(session, kind, format=number)) if number in COVERAGE[kind].formats else {}
+        for subject in sorted(in_format & present):
+            if known.get(subject) != recorded[subject]:
+                yield subject, "was changed after it was recorded"
+    missing = recorded.keys() - present
+    if kind != EDIT:  # edits without effect may be deleted, and the ledger shows which edits had one
         yield from ((subject, "was deleted") for subject in sorted(missing))
 
 
 def _version_of(session: Session, kind: str, subject: str) -> int | None:
-    if kind == audit.EDIT:
+    if kind == EDIT:
         return session.scalar(select(Job.version).where(Job.id == subject))
-    if kind in (audit.LEDGER, audit.ATTESTATION):
+    if kind in (LEDGER, ATTESTATION):
         number = subject.split("/")[1:2]
         return int(number[0]) if number and number[0].isdecimal() else None
     return None

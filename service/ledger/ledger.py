@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from service.db.models import Job, LedgerEntry, LedgerHead, Model, StoredFactors, now, to_json_value
 from service.kit.text import fact_key
 from service.ledger import audit
+from service.ledger.audit_coverage import LEDGER
 
 APPLY, REVERT = "apply", "revert"
 GENESIS_HASH = "0" * 64  #: the previous hash of the first entry
@@ -210,7 +211,7 @@ def append_entry(
     session.flush()
     update_statuses(session, edit, {e.edit_id for e in active_of_subject})
     landed = {"model": model, "version": version, "hash": entry.hash}
-    audit.append(session, audit.LEDGER, [(model, version)], landed)
+    audit.append(session, LEDGER, [(model, version)], landed)
     return entry
 
 

@@ -18,6 +18,7 @@ from service.db.models import Attestation, AuditRecord, Job, LedgerEntry, Ledger
 from service.errors import InvalidInput
 from service.jobs.memory_broker import MemoryBroker
 from service.ledger import audit, ledger
+from service.ledger.audit_coverage import COVERAGE, LEDGER, row_digests
 from service.ledger.head_file import HeadFile
 from service.schemas import EditRequest
 from service.settings import Settings
@@ -55,7 +56,7 @@ def rewrite_records(session: Session) -> None:
     """
     session.expire_all()
     rows = session.scalars(select(AuditRecord).order_by(AuditRecord.position)).all()
-    present = {(kind, s): d for kind in audit.COVERAGE for s, d in audit.row_digests(session, kind)}
+    present = {(kind, s): d for kind in COVERAGE for s, d in row_digests(session, kind)}
     for row in rows:
         session.expunge(row)
         make_transient(row)
@@ -77,9 +78,7 @@ def erase_edit(session: Session, edit: str) -> None:
     session.execute(delete(StoredFactors).where(StoredFactors.edit_id == edit))
     session.execute(delete(AuditRecord).where(AuditRecord.subject == edit))
     subject = f"{MODEL}/{version}"
-    session.execute(
-        delete(AuditRecord).where(AuditRecord.kind == audit.LEDGER, AuditRecord.subject == subject)
-    )
+    session.execute(delete(AuditRecord).where(AuditRecord.kind == LEDGER, AuditRecord.subject == subject))
     session.execute(delete(Job).where(Job.id == edit))
     session.execute(delete(LedgerHead))
     later = select(LedgerEntry.version).where(LedgerEntry.version > version).order_by(LedgerEntry.version)
@@ -148,7 +147,8 @@ class AuditedLedger:
 
     def verify(self, *anchors: str | None, **options: Any) -> dict[str, Any]:
         """Return a verification by a new process, which remembers nothing."""
-        return LedgerService(self.database).verify(*anchors, **options)
+        expect, expect_record = (*anchors, None, None)[:2]
+        return LedgerService(self.database).verify(expect, expect_record, **options)
 
     def places(self, *anchors: str | None, **options: Any) -> set[str]:
         """Return where the findings of a verification are."""

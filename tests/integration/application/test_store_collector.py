@@ -16,6 +16,7 @@ from service.errors import Unavailable
 from service.jobs.memory_broker import MemoryBroker
 from service.kit.ids import new_id
 from service.ledger import audit
+from service.ledger.audit_coverage import EDIT
 from tests.support.served_model import INFO, tokenizer_json
 from tests.support.workers import WorkerParts
 
@@ -41,7 +42,7 @@ class MonitorFixture:
         times = {"created": now(), "updated": now()}
         with self.database.write_session() as session:
             session.add(Job(**row, **times, request=asked, actor="somebody", subject=subject))
-            audit.append(session, audit.EDIT, [(row["id"],)])
+            audit.append(session, EDIT, [(row["id"],)])
         return row["id"]
 
     def update_row(self, table: Any, id: str, **values: Any) -> None:

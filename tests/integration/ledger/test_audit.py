@@ -22,6 +22,7 @@ from service.jobs.attestations import prune_attestations
 from service.jobs.job_store import CHANGED_ROW
 from service.kit.signing import KEY_FILE, SigningKey
 from service.ledger import audit
+from service.ledger.audit_coverage import API_KEY, ATTESTATION, EDIT, LEDGER
 from service.ledger.audit_verify import verify_records
 from service.ledger.head_file import FILE_NAME, HeadFile
 from tests.support.audit_history import AuditedLedger, forge_key, tamper
@@ -54,12 +55,10 @@ def test_what_is_recorded(database: Database, history: AuditedLedger) -> None:
     kinds = [(record.kind, record.subject) for record in records(database)]
     assert kinds[0] == (audit.SIGNER, database.signing_key.id)
     for edit, count in ((history.first, 2), (history.rejected, 2), (history.failed, 3), (history.queued, 1)):
-        assert kinds.count((audit.EDIT, edit)) == count
-    assert [s for kind, s in kinds if kind == audit.LEDGER] == [f"{MODEL}/{v}" for v in (1, 2, 3, 4)]
-    assert [s for kind, s in kinds if kind == audit.ATTESTATION] == [
-        f"{MODEL}/{v}/worker-1" for v in (0, 3, 4)
-    ]
-    assert sum(kind == audit.API_KEY for kind, _ in kinds) == 3  # two created, one revoked
+        assert kinds.count((EDIT, edit)) == count
+    assert [s for kind, s in kinds if kind == LEDGER] == [f"{MODEL}/{v}" for v in (1, 2, 3, 4)]
+    assert [s for kind, s in kinds if kind == ATTESTATION] == [f"{MODEL}/{v}/worker-1" for v in (0, 3, 4)]
+    assert sum(kind == API_KEY for kind, _ in kinds) == 3  # two created, one revoked
     assert history.verify()["ok"]
 
 
@@ -106,11 +105,11 @@ def test_an_append_reads_a_constant_number_of_rows(database: Database, history: 
     counts = []
     for version in (1, 2):
         with counting(database) as counted, database.write_session() as session:
-            audit.append(session, audit.LEDGER, [(MODEL, version)])
+            audit.append(session, LEDGER, [(MODEL, version)])
         counts.append(counted)
         with database.write_session() as session:
             for _ in range(80):
-                audit.append(session, audit.LEDGER, [(MODEL, 3)])
+                audit.append(session, LEDGER, [(MODEL, 3)])
     assert counts[0] == counts[1]
     assert counts[0]["rows"] <= 2
 
@@ -137,7 +136,7 @@ def test_a_rolled_back_append_leaves_no_head(database: Database, history: Audite
 
     def fail() -> None:
         with database.write_session() as session:
-            audit.append(session, audit.LEDGER, [(MODEL, 1)])
+            audit.append(session, LEDGER, [(MODEL, 1)])
             raise InvalidInput("rolled back.")
 
     with pytest.raises(InvalidInput):
@@ -235,7 +234,7 @@ def test_a_rotation_is_endorsed_by_the_old_key(database: Database, history: Audi
         audit.rotate(rotated, NEW_KEY)
     with rotated.read_session() as session:  # rows that were recorded with the old key
         key = session.scalars(select(ApiKey).where(ApiKey.name == "kept")).one()
-        assert audit.is_intact(session, audit.API_KEY, (key.id,))
+        assert audit.is_intact(session, API_KEY, (key.id,))
     rotated.close()
 
 
@@ -341,7 +340,7 @@ def test_pruned_attestations_are_no_finding(database: Database, history: Audited
                     at=now(),
                 )
             )
-            audit.append(session, audit.ATTESTATION, [(MODEL, 4, worker)])
+            audit.append(session, ATTESTATION, [(MODEL, 4, worker)])
     with database.write_session() as session:
         row = {"roles": [], "version": 4, "heartbeat": now(), "started": now(), "host": "h", "pid": 1}
         session.add(Worker(id="worker-3", model=MODEL, **row))
