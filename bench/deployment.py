@@ -124,7 +124,9 @@ class SupervisedDeployment:
             else f"postgresql://postgres@{LOCALHOST}:{self.postgres_proxy.port}/postgres"
         )
         self.redis_url = broker_server.url if direct else f"redis://{LOCALHOST}:{self.redis_proxy.port}/0"
+        self.data_dir = logs / "data"  # shared, so that all processes have one key of the ledger
         common = ["--database-url", self.database_url, "--redis-url", self.redis_url]
+        common += ["--data-dir", str(self.data_dir)]
         common += [
             "--redis-prefix",
             REDIS_PREFIX,
@@ -140,7 +142,7 @@ class SupervisedDeployment:
             self._process(f"api{i}", "api", "--development", "--port", str(p), *common)
             for i, p in enumerate(ports)
         ]
-        worker = ["worker", "--threads", "1", "--data-dir", str(logs / "data"), *common]
+        worker = ["worker", "--threads", "1", *common]
         self.workers = [self._process(f"worker{i}", *worker) for i in range(workers)]
         self._stop = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="supervisor", daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from openai import OpenAI
 
 from service.db.database import Database
 from service.db.models import Attestation, Worker, now
+from service.kit.signing import KEY_FILE
 from tests.support import postgres_server as postgres
 from tests.support import redis_server
 from tests.support.processes import (
@@ -192,6 +194,7 @@ def test_another_model_is_refused(healthy_deployment: Deployment, tmp_path: Path
     model.tokenizer.save_pretrained(tmp_path)
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(f"{EDIT_PROMPT} Paris, and {i} is a number." for i in range(60)))
+    shutil.copy(healthy_deployment.data / KEY_FILE, tmp_path)
     (tmp_path / "recipe.json").write_text(json.dumps({"source": "test", "rome": {"layers": [1], "steps": 5}}))
     foreign_worker = healthy_deployment.start(
         "worker", model=tmp_path, data_dir=tmp_path, corpus=corpus, covariance_tokens=1000
