@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -93,13 +94,14 @@ class LedgerService:
         """
         anchors = parse_anchor(expect, "expect"), parse_anchor(expect_record, "expect_record")
         trusted = public_key or self.database.signing_key.public_key
-        with self._one_at_a_time(), self.database.dedicated_read_session() as session:
+        with self._one_at_a_time() as heads, self.database.dedicated_read_session() as session:
             model = get_served_model(session).fingerprint
             chain = verify_records(session, trusted, self._signatures)
             findings = [
                 *verify_ledger(session, model, self._states, self._factors, full),
                 *chain.findings,
-                *self._check_anchors(session, model, chain, *anchors),
+                *_check_anchors(session, model, chain, *anchors),
+                *check_heads(session, chain, heads),
             ]
             return {
                 "ok": not findings,
@@ -111,30 +113,32 @@ class LedgerService:
             }
 
     @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        """Wait for other verifications. Raises QueueFull when too many wait: each holds a thread."""
+    def _one_at_a_time(self) -> Iterator[list[dict[str, Any]]]:
+        """Wait for other verifications, and yield the heads outside the database.
+
+        They are read before the snapshot of the database begins, which then contains all of them. Raises QueueFull when
+        too many verifications wait: each holds a thread.
+        """
         if not self._places.acquire(blocking=False):
             raise QueueFull("other verifications of the ledger run: retry when they have ended.")
         try:
             with self._verification:
-                yield
+                yield HeadFile(self.database.data_dir).heads() if self.database.data_dir else []
         finally:
             self._places.release()
 
-    def _check_anchors(
-        self,
-        session: Session,
-        model: str,
-        chain: RecordChain,
-        entry: tuple[int, str] | None,
-        record: tuple[int, str] | None,
-    ) -> Iterator[LedgerFinding]:
-        if entry and entry_hash(session, model, entry[0]) != entry[1]:
-            yield LedgerFinding("anchor", entry[0], f"version {entry[0]} does not have the expected hash")
-        if record and hash_at(chain, record[0]) != record[1]:
-            yield LedgerFinding("anchor", None, f"audit record {record[0]} does not have the expected hash")
-        if self.database.data_dir is not None:
-            yield from check_heads(session, chain, HeadFile(self.database.data_dir).heads())
+
+def _check_anchors(
+    session: Session,
+    model: str,
+    chain: RecordChain,
+    entry: tuple[int, str] | None,
+    record: tuple[int, str] | None,
+) -> Iterator[LedgerFinding]:
+    if entry and entry_hash(session, model, entry[0]) != entry[1]:
+        yield LedgerFinding("anchor", entry[0], f"version {entry[0]} does not have the expected hash")
+    if record and hash_at(chain, record[0]) != record[1]:
+        yield LedgerFinding("anchor", None, f"audit record {record[0]} does not have the expected hash")
 
 
 def parse_anchor(text: str | None, field: str) -> tuple[int, str] | None:

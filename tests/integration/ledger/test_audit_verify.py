@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import Boolean, DateTime, Integer, Table, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
+from service.application import ledger as ledger_service
 from service.application.api_keys import ApiKeys
 from service.application.ledger import LedgerService
 from service.db.database import Database
@@ -407,6 +408,22 @@ def test_earlier_anchors_stay_valid(history: AuditedLedger) -> None:
         f"{before['record']['position']}:{before['record']['hash']}",
     )
     assert history.verify(*anchors)["ok"]
+
+
+def test_a_commit_during_a_verification(
+    database: Database, history: AuditedLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that is written after the snapshot of a verification began is not compared with this snapshot."""
+    service = LedgerService(database)
+    verify = ledger_service.verify_records
+
+    def verify_slowly(session: Session, *args: Any) -> Any:
+        session.execute(select(func.count()).select_from(Job)).scalar()  # the snapshot begins
+        history.submit("Danube")
+        return verify(session, *args)
+
+    monkeypatch.setattr(ledger_service, "verify_records", verify_slowly)
+    assert service.verify()["findings"] == []
 
 
 def test_heads_of_another_database(history: AuditedLedger) -> None:
