@@ -12,7 +12,6 @@ import pytest
 from sqlalchemy import Boolean, DateTime, Integer, Table, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
-from service.application import ledger as ledger_service
 from service.application.api_keys import ApiKeys
 from service.application.ledger import LedgerService
 from service.db.database import Database
@@ -415,14 +414,13 @@ def test_a_commit_during_a_verification(
 ) -> None:
     """A head that is written after the snapshot of a verification began is not compared with this snapshot."""
     service = LedgerService(database)
-    verify = ledger_service.verify_records
 
     def verify_slowly(session: Session, *args: Any) -> Any:
         session.execute(select(func.count()).select_from(Job)).scalar()  # the snapshot begins
         history.submit("Danube")
-        return verify(session, *args)
+        return verify_records(session, *args)
 
-    monkeypatch.setattr(ledger_service, "verify_records", verify_slowly)
+    monkeypatch.setattr("service.application.ledger.verify_records", verify_slowly)
     assert service.verify()["findings"] == []
 
 
