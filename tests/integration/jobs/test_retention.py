@@ -17,6 +17,8 @@ from service.db.models import IdempotencyKey, Job, JobArtifact, LedgerEntry, Sto
 from service.errors import Conflict, NotFound
 from service.jobs import artifacts, retention
 from service.jobs.retention import Pruner, Retention
+from service.ledger import audit
+from service.ledger.audit_coverage import EDIT
 from service.schemas import EditRequest, TraceRequest
 from tests.support.job_rows import MODEL, RECORD, claim_job, commit_edit
 from tests.support.workers import WorkerParts
@@ -43,11 +45,13 @@ def ended_edit(submit_edit: Callable[..., Any], services: Services, database: Da
 
 
 def age_jobs(database: Database, days: float, *ids: str) -> None:
-    """Move the times of jobs back by a number of days; of all jobs when none is named."""
+    """Move the times of jobs back by a number of days, with audit records; of all jobs when none is named."""
     then = now() - timedelta(days=days)
     with database.write_session() as session:
         statement = update(Job).values(created=then, ended=then)
         session.execute(statement.where(Job.id.in_(ids)) if ids else statement)
+        edits = session.execute(select(Job.id).where(Job.kind == EDIT)).all()
+        audit.append(session, EDIT, [tuple(row) for row in edits])
 
 
 def count(database: Database, table: Any) -> int:
