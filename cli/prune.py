@@ -15,13 +15,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         commands,
         "prune",
         run,
-        description="Delete finished jobs that are not in the ledger and idempotency keys after their retention, directly in the "
-        "database. Workers also do this while they run. Edits in the ledger are never deleted.",
+        description="Delete finished jobs that are not in the ledger, idempotency keys, and attestations of workers that are gone, "
+        "after their retention, directly in the database. Workers also do this while they run. Edits in the ledger are never deleted.",
     )
     parser.add_argument("--dry-run", action="store_true", help="only count the rows that would be deleted")
     add_json_flag(parser)
-    names = ("data_dir", "database_url", "job_retention_days", "idempotency_key_retention_days")
-    add_setting_flags(parser, Settings, *names)
+    retentions = (name for name in Settings.model_fields if name.endswith("_retention_days"))
+    add_setting_flags(parser, Settings, "data_dir", "database_url", *retentions)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,10 +37,11 @@ def run(args: argparse.Namespace) -> int:
         rows = pruner.count() if args.dry_run else pruner.prune_all()
     finally:
         database.close()
-    jobs, keys = rows["jobs"], rows["idempotency"]
+    jobs, keys, attestations = rows["jobs"], rows["idempotency"], rows["attestations"]
     if args.json:
-        print_json({"dry_run": args.dry_run, "jobs": jobs, "idempotency_keys": keys})
+        counts = {"jobs": jobs, "idempotency_keys": keys, "attestations": attestations}
+        print_json({"dry_run": args.dry_run, **counts})
     else:
         verb = "Would delete" if args.dry_run else "Deleted"
-        out.print(f"{verb} {jobs} jobs and {keys} idempotency keys.")
+        out.print(f"{verb} {jobs} jobs, {keys} idempotency keys and {attestations} attestations.")
     return 0

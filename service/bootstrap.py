@@ -66,7 +66,11 @@ def open_database(settings: Settings) -> Database:
 
 def retention(settings: Settings) -> Retention:
     """Return how long rows are kept."""
-    return Retention.from_days(settings.job_retention_days, settings.idempotency_key_retention_days)
+    return Retention.from_days(
+        settings.job_retention_days,
+        settings.idempotency_key_retention_days,
+        settings.attestation_retention_days,
+    )
 
 
 def _open_broker(settings: Settings) -> Broker:

@@ -97,6 +97,12 @@ class Settings(BaseSettings):
     idempotency_key_retention_days: int = Field(
         7, ge=0, le=36500, description="days after which an Idempotency-Key can be used again; 0: never"
     )
+    attestation_retention_days: int = Field(
+        90,
+        ge=0,
+        le=36500,
+        description="days for which the attestations of a worker that is gone are kept; 0: for ever",
+    )
     max_body: int = Field(1_000_000, ge=1000, description="maximum size of a request body in bytes")
     max_records_body: int = Field(
         20_000_000, ge=1000, description="maximum size of a request body with records in bytes"

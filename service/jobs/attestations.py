@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import and_, delete, func, select, tuple_, update
+from sqlalchemy import Select, and_, delete, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from service.db.models import Attestation, LedgerEntry, Worker, now
@@ -17,6 +18,8 @@ from service.jobs import worker_registry
 from service.ledger import audit
 from service.ledger.audit_coverage import ATTESTATION
 from service.ledger.ledger import state_hash
+
+PRUNED_WORKERS = 10  #: workers whose attestations one transaction deletes at most
 
 
 def attest(session: Session, model: str, version: int, worker: str, digest: str, device: str) -> None:
@@ -70,10 +73,30 @@ def withdraw_attestations(session: Session, model: str, worker: str) -> None:
 def prune_attestations(session: Session, before: datetime) -> int:
     """Delete the attestations of workers that are gone and attested nothing since a time. Return their number.
 
-    An audit record names the workers, so that verification accepts the deletion.
+    One call deletes those of at most PRUNED_WORKERS workers. An audit record names the workers, so that verification
+    accepts the deletion.
     """
+    rows = session.execute(_gone_workers(before).limit(PRUNED_WORKERS))
+    workers = [(row.model, row.worker) for row in rows]
+    if not workers:
+        return 0
+    condition = tuple_(Attestation.model, Attestation.worker).in_(workers)
+    count = session.scalar(select(func.count()).select_from(Attestation).where(condition)) or 0
+    session.execute(delete(Attestation).where(condition))
+    audit.append_removal(session, workers)
+    return count
+
+
+def count_prunable_attestations(session: Session, before: datetime) -> int:
+    """Return the number of attestations that `prune_attestations` would delete, called until it deletes none."""
+    counts = _gone_workers(before).add_columns(func.count().label("attestations"))
+    return sum(row.attestations for row in session.execute(counts))
+
+
+def _gone_workers(before: datetime) -> Select[str, str]:
+    """Return the query for the pairs of a model and a worker that is gone and attested nothing since a time."""
     pair = (Attestation.model, Attestation.worker)
-    of_gone_workers = (
+    return (
         select(*pair)
         .outerjoin(Worker, Worker.id == Attestation.worker)
         .where(Worker.id.is_(None))
@@ -81,14 +104,6 @@ def prune_attestations(session: Session, before: datetime) -> int:
         .having(func.max(Attestation.at) < before)
         .order_by(*pair)
     )
-    workers = [(row.model, row.worker) for row in session.execute(of_gone_workers)]
-    if not workers:
-        return 0
-    condition = tuple_(*pair).in_(workers)
-    count = session.scalar(select(func.count()).select_from(Attestation).where(condition)) or 0
-    session.execute(delete(Attestation).where(condition))
-    audit.append_removal(session, workers)
-    return count
 
 
 def _versions_with_same_state(session: Session, model: str, version: int) -> set[int]:

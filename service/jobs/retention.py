@@ -1,4 +1,4 @@
-"""Retention: delete finished jobs and idempotency keys after their time, a few rows in each transaction.
+"""Retention: delete finished jobs, idempotency keys and attestations after their time, a few rows in each transaction.
 
 An edit in the ledger is never deleted, nor is a job that has not ended. Several processes may delete at once: each row
 is locked before it is deleted, and a row that another process has locked is left to that process.
@@ -15,7 +15,8 @@ from datetime import timedelta
 from sqlalchemy import ColumnElement, and_, delete, exists, func, select, tuple_
 
 from service.db.database import Database
-from service.db.models import IdempotencyKey, Job, JobArtifact, LedgerEntry, StoredFactors, now
+from service.db.models import Attestation, IdempotencyKey, Job, JobArtifact, LedgerEntry, StoredFactors, now
+from service.jobs.attestations import count_prunable_attestations, prune_attestations
 from service.jobs.views import OPEN_STATUSES
 
 BATCH_SIZE = 100  #: rows that one transaction deletes at most
@@ -30,11 +31,13 @@ class Retention:
 
     jobs: timedelta | None = None
     idempotency_keys: timedelta | None = None
+    attestations: timedelta | None = None  #: of workers that are gone
 
     @classmethod
-    def from_days(cls, jobs: int, idempotency_keys: int) -> Retention:
+    def from_days(cls, jobs: int, idempotency_keys: int, attestations: int) -> Retention:
         """Return the retention of a number of days; 0: for ever."""
-        return cls(*(timedelta(days=days) if days else None for days in (jobs, idempotency_keys)))
+        days_of = (jobs, idempotency_keys, attestations)
+        return cls(*(timedelta(days=days) if days else None for days in days_of))
 
 
 class Pruner:
@@ -71,7 +74,7 @@ class Pruner:
             IdempotencyKey: self._expired_idempotency_keys(),
         }
         with self.database.read_session() as session:
-            return Counter(
+            rows = Counter(
                 {
                     table.__tablename__: session.scalar(
                         select(func.count()).select_from(table).where(condition)
@@ -81,14 +84,24 @@ class Pruner:
                     if condition is not None
                 }
             )
+            if (kept := self.retention.attestations) is not None:
+                rows[Attestation.__tablename__] = count_prunable_attestations(session, now() - kept)
+            return rows
 
     def _prune_batch(self, after_job: str) -> tuple[Counter[str], str | None]:
         """Delete one batch of each table. Return the numbers of rows, and the last job seen; None when nothing is
         left."""
         jobs, last_job = self._prune_jobs(after_job)
         keys = self._prune_idempotency_keys()
-        more = last_job is not None or keys == BATCH_SIZE
-        deleted = Counter({Job.__tablename__: jobs, IdempotencyKey.__tablename__: keys})
+        attestations = self._prune_attestations()
+        more = last_job is not None or keys == BATCH_SIZE or attestations > 0
+        deleted = Counter(
+            {
+                Job.__tablename__: jobs,
+                IdempotencyKey.__tablename__: keys,
+                Attestation.__tablename__: attestations,
+            }
+        )
         return deleted, (last_job or after_job) if more else None
 
     def _prune_jobs(self, after: str) -> tuple[int, str | None]:
@@ -125,6 +138,17 @@ class Pruner:
             locked = session.execute(select(*key).where(row).with_for_update(skip_locked=True)).all()
             session.execute(delete(IdempotencyKey).where(tuple_(*key).in_([tuple(row) for row in locked])))
         return len(locked)
+
+    def _prune_attestations(self) -> int:
+        """Delete attestations of workers that are gone. Return their number."""
+        if self.retention.attestations is None:
+            return 0
+        before = now() - self.retention.attestations
+        with self.database.read_session() as session:  # the search holds no lock
+            if not count_prunable_attestations(session, before):
+                return 0
+        with self.database.write_session() as session:
+            return prune_attestations(session, before)
 
     def _expired_jobs(self) -> ColumnElement[bool] | None:
         """Return the condition for jobs that ended before the retention and are not in the ledger."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -13,17 +14,18 @@ from sqlalchemy.orm import Session
 
 from service.application import Services
 from service.db.database import Database
-from service.db.models import IdempotencyKey, Job, JobArtifact, LedgerEntry, StoredFactors, now
+from service.db.models import Attestation, IdempotencyKey, Job, JobArtifact, LedgerEntry, StoredFactors, now
 from service.errors import Conflict, NotFound
 from service.jobs import artifacts, retention
+from service.jobs.attestations import PRUNED_WORKERS
 from service.jobs.retention import Pruner, Retention
 from service.ledger import audit
-from service.ledger.audit_coverage import EDIT
+from service.ledger.audit_coverage import ATTESTATION, EDIT
 from service.schemas import EditRequest, TraceRequest
 from tests.support.job_rows import MODEL, RECORD, claim_job, commit_edit
 from tests.support.workers import WorkerParts
 
-RETENTION = Retention.from_days(90, 7)
+RETENTION = Retention.from_days(90, 7, 90)
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_finished_jobs_are_deleted_after_their_time(
 ) -> None:
     """A finished job is deleted after its retention and not before. Its id gets NotFound, which says so."""
     old, recent = ended_edit(91), ended_edit(89)
-    assert pruner.count() == {"jobs": 1, "idempotency": 0}
+    assert pruner.count() == Counter(jobs=1)
     assert pruner.prune_all() == {"jobs": 1}
     assert services.edits.get(recent)["status"] == "cancelled"
     for call in (services.edits.get, services.edits.delta):
@@ -129,8 +131,8 @@ def test_pruned_idempotency_key_starts_a_new_request(
     with database.write_session() as session:
         then = now() - timedelta(days=8)
         session.execute(update(IdempotencyKey).where(IdempotencyKey.key == "old").values(created=then))
-    assert pruner.count() == {"jobs": 0, "idempotency": 1}
-    assert pruner.prune_all() == {"idempotency": 1}
+    assert pruner.count() == Counter(idempotency=1)
+    assert pruner.prune_all() == Counter(idempotency=1)
     assert submit("old", "Oslo") != first and submit("young", "Rome") == young
 
 
@@ -262,7 +264,7 @@ def test_several_processes_at_once(
 def test_zero_days_is_for_ever(database: Database, ended_edit: Callable[..., str]) -> None:
     """With a retention of 0 days nothing is deleted, and no statement is executed."""
     ended_edit(30_000)
-    pruner, statements = Pruner(database, Retention.from_days(0, 0)), []
+    pruner, statements = Pruner(database, Retention.from_days(0, 0, 0)), []
     listen = lambda *args: statements.append(args[2])  # noqa: E731
     event.listen(database.engine, "before_cursor_execute", listen)
     pruner.step()
@@ -279,3 +281,26 @@ def test_a_worker_prunes_in_its_sweep(
     assert count(database, Job) == 1
     make_worker("worker-3", model=MODEL, retention=RETENTION).session.notify_lost_jobs()
     assert count(database, Job) == 0
+
+
+def test_attestations_of_a_worker_that_is_gone(
+    make_worker: Callable[..., WorkerParts], services: Services, database: Database
+) -> None:
+    """The attestations of a worker are deleted after the retention when it is gone. The ledger still verifies."""
+    workers = [make_worker(f"worker-{number}", model=MODEL) for number in range(PRUNED_WORKERS + 2)]
+    for worker in workers:
+        worker.session.register({"name": "tiny"}, "{}")
+        worker.session.attest(0, "digest of version 0")
+    then = now() - timedelta(days=91)
+    with database.write_session() as session:
+        session.execute(update(Attestation).values(at=then))
+        rows = session.execute(select(Attestation.model, Attestation.version, Attestation.worker)).all()
+        audit.append(session, ATTESTATION, [tuple(row) for row in rows])
+    pruner = Pruner(database, RETENTION)
+    assert pruner.prune_all()["attestations"] == 0  # all are alive
+    for worker in workers[1:]:
+        worker.session.deregister()
+    assert pruner.count()["attestations"] == PRUNED_WORKERS + 1
+    assert pruner.prune_all()["attestations"] == PRUNED_WORKERS + 1
+    assert count(database, Attestation) == 1
+    assert services.ledger.verify()["ok"]

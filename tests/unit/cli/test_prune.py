@@ -33,10 +33,20 @@ def test_prune(database: Database, tmp_path: Path, capsys: pytest.CaptureFixture
     """`--dry-run` counts what `prune` deletes, with the retention of the flags."""
     command = ["prune", "--data-dir", str(tmp_path)]
     assert main([*command, "--json", "--idempotency-key-retention-days", "11"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"dry_run": False, "jobs": 0, "idempotency_keys": 0}
+    assert json.loads(capsys.readouterr().out) == {
+        "dry_run": False,
+        "jobs": 0,
+        "idempotency_keys": 0,
+        "attestations": 0,
+    }
     assert main([*command, "--dry-run"]) == 0
-    assert capsys.readouterr().out == "Would delete 0 jobs and 1 idempotency keys.\n"
+    assert capsys.readouterr().out == "Would delete 0 jobs, 1 idempotency keys and 0 attestations.\n"
     assert main(command) == 0
-    assert capsys.readouterr().out == "Deleted 0 jobs and 1 idempotency keys.\n"
+    assert capsys.readouterr().out == "Deleted 0 jobs, 1 idempotency keys and 0 attestations.\n"
     assert main([*command, "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"dry_run": True, "jobs": 0, "idempotency_keys": 0}
+    assert json.loads(capsys.readouterr().out) == {
+        "dry_run": True,
+        "jobs": 0,
+        "idempotency_keys": 0,
+        "attestations": 0,
+    }
