@@ -83,4 +83,6 @@ def report_verification(verification: Mapping[str, Any], as_json: bool) -> int:
     for finding in verification["findings"]:
         text = finding if isinstance(finding, str) else json.dumps(finding, ensure_ascii=False)
         err.print(strip_control_chars(text))
+    if (more := verification.get("finding_count", 0) - len(verification["findings"])) > 0:
+        err.print(f"… and {more} more.")
     return 1

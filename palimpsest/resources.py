@@ -265,6 +265,7 @@ class Verification(Resource):
     record: Json | None = None
     public_key: str | None = None
     findings: tuple[Any, ...] = field(default=(), metadata=AS_TUPLE)
+    finding_count: int = 0
     replicas: tuple[Json, ...] = field(default=(), metadata=AS_TUPLE)
 
     def __bool__(self) -> bool:

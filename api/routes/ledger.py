@@ -41,14 +41,17 @@ class Verification(ResourceModel):
     """The result of a verification of the ledger."""
 
     ok: bool
-    findings: list[Any] = Field(description="the violations that were found; empty if the ledger is valid")
+    findings: list[Any] = Field(
+        description="the first 1000 violations that were found; empty if the ledger is valid"
+    )
+    finding_count: int = Field(description="the number of violations that were found")
     entries: int
     head: int
     head_hash: str | None = Field(description="hash of the newest ledger entry, for `expect` later")
     record: RecordPosition | None = Field(description="newest audit record, for `expect_record` later")
     public_key: str | None = Field(description="public key of the newest audit records, in hexadecimal")
     replicas: list[dict[str, Any]] = Field(
-        description="weight digests that workers reported; `withdrawn` is set for workers in quarantine"
+        description="the newest 1000 weight digests that workers reported; `withdrawn` is set for workers in quarantine"
     )
 
 

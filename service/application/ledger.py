@@ -32,6 +32,8 @@ from service.ledger.head_file import HeadFile
 from service.ledger.verify import LedgerFinding, VerifiedFactors, VerifiedStates, verify_ledger
 
 MAX_VERIFICATIONS = 3  #: verifications of a process that run or wait; more are rejected
+MAX_FINDINGS = 1000  #: findings that a verification returns
+MAX_REPLICAS = 1000  #: attestations that a verification returns
 _ANCHOR = re.compile(r"([0-9]{1,9}):([0-9a-f]{64})")
 
 
@@ -105,7 +107,8 @@ class LedgerService:
             ]
             return {
                 "ok": not findings,
-                "findings": [asdict(finding) for finding in findings],
+                "findings": [asdict(finding) for finding in findings[:MAX_FINDINGS]],
+                "finding_count": len(findings),
                 **_summary(session, model),
                 "record": chain.newest,
                 "public_key": chain.signers[-1] if chain.signers else None,
@@ -164,7 +167,9 @@ def _summary(session: Session, model: str) -> ResourceDict:
 
 
 def _replicas(session: Session, model: str) -> list[ResourceDict]:
-    rows = select(Attestation).where(Attestation.model == model)
+    """Return the newest MAX_REPLICAS attestations, by version."""
+    newest_first = (Attestation.version.desc(), Attestation.worker.desc())
+    rows = select(Attestation).where(Attestation.model == model).order_by(*newest_first).limit(MAX_REPLICAS)
     return [
         {
             "worker": r.worker,
@@ -174,5 +179,5 @@ def _replicas(session: Session, model: str) -> list[ResourceDict]:
             "at": ledger.iso_utc(r.at),
             "withdrawn": ledger.iso_utc(r.withdrawn) if r.withdrawn else None,
         }
-        for r in session.scalars(rows.order_by(Attestation.version, Attestation.worker))
+        for r in session.scalars(rows).all()[::-1]
     ]

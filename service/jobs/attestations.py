@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from datetime import datetime, timedelta
-from typing import Any
 
 from sqlalchemy import Select, and_, delete, func, select, tuple_, update
 from sqlalchemy.orm import Session

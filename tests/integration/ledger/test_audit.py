@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, event, insert, select, text, update
 
+from service.application import ledger as ledger_service
 from service.application.api_keys import ApiKeys
 from service.application.ledger import LedgerService
 from service.db.database import Database
@@ -382,3 +383,15 @@ def test_a_retried_commit_adds_no_record(database: Database, history: AuditedLed
     assert sum(record.subject == edit for record in records(database)) == 2
     commit_edit(history.worker, history.queued)
     assert history.verify()["ok"]
+
+
+def test_answer_of_a_verification_is_bounded(
+    database: Database, history: AuditedLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verification returns its first findings with their number, and the newest attestations."""
+    monkeypatch.setattr(ledger_service, "MAX_FINDINGS", 2)
+    monkeypatch.setattr(ledger_service, "MAX_REPLICAS", 2)
+    tamper(database, lambda session: session.execute(update(Job).values(actor="mallory")))
+    verification = history.verify()
+    assert len(verification["findings"]) == 2 < verification["finding_count"]
+    assert [replica["version"] for replica in verification["replicas"]] == [3, 4]
