@@ -14,9 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from api.errors import RateLimitExceeded
 from api.rate_limits import RateLimiter
 from service.application.caller import Caller
-from service.application.costs import generation_tokens
 from service.errors import InvalidInput
-from service.schemas import CompareRequest, GenerateRequest
 
 RETRY_AFTER = 1  #: seconds after which a caller with too much open may retry
 
@@ -52,9 +50,9 @@ class CallQuota:
     caller: Caller
     rate_limiter: RateLimiter
 
-    async def charge(self, request: GenerateRequest | CompareRequest) -> None:
+    async def charge(self, tokens: int) -> None:
         """Count the tokens that a request may need. Raises RateLimitExceeded above the quota of the caller."""
-        quota, tokens = self.caller.limits.tokens_per_minute, generation_tokens(request)
+        quota = self.caller.limits.tokens_per_minute
         if quota is None:
             return
         if tokens > quota:

@@ -64,7 +64,7 @@ async def compare_versions(
     quota: CallQuotaDep,
 ) -> Any:
     """Generate text from both versions and compare their next-token distributions."""
-    await quota.charge(body)
+    await quota.charge(services.generation.count_tokens(body))
     channel = await run_on_body(request, services.generation.compare, body, quota.caller)
     call = EngineCall("compare", channel, body, services, broker, quota.caller)
     result = await call.wait_for_result(request)

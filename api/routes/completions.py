@@ -121,7 +121,7 @@ async def create_completion(
     """Complete one prompt or several. The model name selects the version, which is resolved when the request arrives: a
     later edit does not change the completion."""
     worker_request = await run_on_body(request, body.to_worker_request)
-    await quota.charge(worker_request)
+    await quota.charge(services.generation.count_tokens(worker_request))
     pending = await run_on_body(
         request, services.generation.create_completion, body.model, worker_request, quota.caller
     )

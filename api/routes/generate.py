@@ -90,7 +90,7 @@ async def generate_text(
     A stream sends `token` events, then `end` or `error`. If the worker dies, another one starts the generation again: a
     `reset` event makes all tokens so far void, and the whole generation follows.
     """
-    await quota.charge(body)
+    await quota.charge(services.generation.count_tokens(body))
     channel = await run_on_body(request, services.generation.generate, body, quota.caller)
     call = EngineCall("generate", channel, body, services, broker, quota.caller)
     if body.stream:

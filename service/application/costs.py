@@ -13,14 +13,19 @@ from service.schemas import MAX_RECORDS, CompareRequest, GenerateRequest, Worker
 BYTES_PER_TOKEN = 4  # of a prompt, about
 
 
-def generation_tokens(request: GenerateRequest | CompareRequest) -> int:
-    """Return the tokens that a request may need: those of its prompts, estimated, and all new ones."""
-    return sum(_prompt_tokens(prompt) + request.max_new_tokens for prompt in _prompts_of_generations(request))
+def generation_tokens(request: GenerateRequest | CompareRequest, positions: int | None = None) -> int:
+    """Return the tokens that a request may need: those of its prompts, estimated, and all new ones.
+
+    A generation ends at the `positions` of the model, where they are known.
+    """
+    prompts = _prompts_of_generations(request)
+    return sum(map(_prompt_tokens, prompts)) + new_tokens(request, positions)
 
 
-def new_tokens(request: GenerateRequest | CompareRequest) -> int:
+def new_tokens(request: GenerateRequest | CompareRequest, positions: int | None = None) -> int:
     """Return the most new tokens that a request may generate."""
-    return len(_prompts_of_generations(request)) * request.max_new_tokens
+    of_one = request.max_new_tokens if positions is None else min(request.max_new_tokens, positions)
+    return len(_prompts_of_generations(request)) * of_one
 
 
 def _prompts_of_generations(request: GenerateRequest | CompareRequest) -> list[str | list[int]]:

@@ -65,8 +65,8 @@ class GenerationService:
 
         `max_new_tokens` beyond the positions of the model is accepted: the text then ends with the reason "length".
         """
-        self._check_max_new_tokens(request)
         model, tokenizer, head = self.served_model.current()
+        self._check_max_new_tokens(request)
         resolve_version(request.version, head, request.min_version)
         for text in request.prompt_texts():
             check_tokens(tokenizer, text, None, model.info["positions"])
@@ -110,12 +110,16 @@ class GenerationService:
 
     def compare(self, request: CompareRequest, caller: Caller = NOBODY) -> str:
         """Send a comparison to a worker and return the channel of its events."""
-        self._check_max_new_tokens(request)
         model, tokenizer, head = self.served_model.current()
+        self._check_max_new_tokens(request)
         for version in request.versions:
             resolve_version(version, head, field="versions")
         check_tokens(tokenizer, request.prompt, None, model.info["positions"])
         return self._send_call("compare", request, caller)
+
+    def count_tokens(self, request: GenerateRequest | CompareRequest) -> int:
+        """Return the tokens that a request may need. Does not block."""
+        return generation_tokens(request, self.served_model.positions)
 
     def resubmit(
         self,
@@ -130,13 +134,13 @@ class GenerationService:
     def _check_max_new_tokens(
         self, request: GenerateRequest | CompareRequest, field: str = "max_new_tokens"
     ) -> None:
-        most = self.settings.max_new_tokens
-        if new_tokens(request) <= most:
-            return
+        most, needed = self.settings.max_new_tokens, new_tokens(request, self.served_model.positions)
         if request.max_new_tokens > most:
             raise InvalidInput(f"`{field}` may be at most {most} on this service.", field)
+        if needed <= most:
+            return
         raise InvalidInput(
-            f"the request asks for {new_tokens(request)} new tokens over all its generations, and this service allows {most}: "
+            f"the request may need {needed} new tokens over all its generations, and this service allows {most}: "
             f"lower `{field}`, or send fewer prompts at once.",
             field,
         )
@@ -160,7 +164,7 @@ class GenerationService:
         caller: Caller,
         channel: str | None = None,
     ) -> str:
-        cost = generation_tokens(request) / caller.limits.weight
+        cost = self.count_tokens(request) / caller.limits.weight
         payload = request.model_dump(mode="json")
         return self.broker.send_call(kind, payload, request_id.get(), channel, caller.actor, cost)
 

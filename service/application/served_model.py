@@ -20,6 +20,11 @@ class ServedModel:
         self.database = database
         self._cached: tuple[Model, Tokenizer] | None = None  # of the latest registration
 
+    @property
+    def positions(self) -> int | None:
+        """The context length of the model; None before the first request. Does not block."""
+        return None if self._cached is None else self._cached[0].info["positions"]
+
     def current(self) -> tuple[Model, Tokenizer, int]:
         """Return the served model, its tokenizer and the newest version. Every request calls this, so it is one short
         query.

@@ -39,3 +39,11 @@ def test_tokens_of_a_request(request_: GenerateRequest | CompareRequest, tokens:
 def test_cost_of_a_job(kind: str, request_: dict[str, int | None], cost: float) -> None:
     """The cost of a job grows with the work that its request asks for."""
     assert job_cost(kind, request_) == cost
+
+
+def test_generations_end_at_the_positions_of_the_model() -> None:
+    """A generation needs no more new tokens than the model has positions, whatever it asks for."""
+    request = GenerateRequest(prompts=["x" * 40] * 3, max_new_tokens=4096)
+    assert new_tokens(request, positions=64) == 3 * 64
+    assert generation_tokens(request, positions=64) == 3 * (10 + 64)
+    assert new_tokens(request, positions=8192) == 3 * 4096
