@@ -30,11 +30,11 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 
+from service.db.advisory_locks import AdvisoryLock
 from service.errors import CommitOutcomeUnknown, DatabaseUnreachable, Misconfigured, Unavailable
 from service.kit.signing import SigningKey, parse_key, read_or_create_key
 
 MIGRATIONS_DIR = Path(__file__).resolve().parents[2] / "migrations"
-MIGRATION_LOCK_KEY = 0x70616C696D70  # arbitrary, and the same in every process
 SQLITE_BUSY_TIMEOUT = 30  # seconds
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,9 @@ class Database:
             if not self.is_sqlite:  # SQLite's BEGIN IMMEDIATE is the lock
                 connection.execute(text("SET LOCAL statement_timeout = 0"))
                 connection.execute(text("SET LOCAL lock_timeout = '10min'"))
-                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK_KEY})
+                connection.execute(
+                    text("SELECT pg_advisory_xact_lock(:key)"), {"key": AdvisoryLock.MIGRATIONS}
+                )
             config = alembic_config(connection)
             current_revision = MigrationContext.configure(connection).get_current_revision()
             migrate_command = (

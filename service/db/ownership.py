@@ -9,16 +9,20 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
+from service.db.advisory_locks import AdvisoryLock
 from service.db.database import Database
 from service.errors import Misconfigured
 
-LOCK_KEY = 0x70616C696D70  # of the advisory lock: "palimp"
+LOCK_KEY = (
+    0x70616C6F776E  # of the advisory lock: "palown"; not that of migrations, which other processes may run
+)
 HELD_MESSAGE = (
     "{holder} uses {what}, and a process without Redis must be the only one: stop it, give this process another data "
     "folder with --data-dir, or connect both with PALIMPSEST_REDIS_URL."
@@ -62,17 +66,22 @@ def _own_postgres(database: Database) -> Iterator[None]:
         connection.execute(
             text("SELECT set_config('application_name', :name, false)"), {"name": process_label()}
         )
-        if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK_KEY}):
+        if not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": AdvisoryLock.OWNERSHIP}):
             name = connection.scalar(
                 text(
                     "SELECT application_name FROM pg_stat_activity JOIN pg_locks USING (pid) WHERE locktype = 'advisory' "
                     "AND granted AND (classid::bigint << 32) + objid::bigint = :key"
                 ),
-                {"key": LOCK_KEY},
+                {"key": AdvisoryLock.OWNERSHIP},
             )
             raise Misconfigured(
                 HELD_MESSAGE.format(holder=name or "another process", what="the database in PostgreSQL")
             )
-        yield
+        try:
+            yield
+        finally:
+            # at once: the server notices only later that the connection was closed
+            with suppress(DBAPIError):
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": AdvisoryLock.OWNERSHIP})
     finally:
         connection.close()

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
+from service.db.advisory_locks import AdvisoryLock
 from service.db.database import Database, database_of, run_after_commit
 from service.db.models import AuditRecord, now
 from service.errors import Misconfigured
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 SIGNER = "signer"  #: kind of a record that introduces a key; its body has the public keys
 REMOVAL = "removal"  #: kind of a record that removes the attestations of the workers in its body
 GENESIS_HASH = "0" * 64  #: the previous hash of the first record
-LOCK_KEY = 0x6175646974  # of the advisory lock in PostgreSQL: "audit"
 SIGNED_PREFIX = b"palimpsest audit record "  # a signature is of no use outside of this table
 ENDORSED_PREFIX = b"palimpsest ledger key "
 
@@ -109,7 +109,7 @@ def _lock_newest(session: Session, any_signer: bool = False) -> AuditRecord:
     """Lock the records until the transaction ends, and return the newest. The first call adopts all existing rows."""
     database = database_of(session)
     if not database.is_sqlite:  # a write session of SQLite excludes all others
-        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK_KEY})
+        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": AdvisoryLock.AUDIT_RECORDS})
     newest = newest_record(session) or _adopt(session, database.signing_key)
     if newest.signer != database.signing_key.id and not any_signer:
         raise Misconfigured(

@@ -64,9 +64,15 @@ def test_ownership_ends_with_the_process(database: Database) -> None:
 
 
 def test_owned_database_can_be_used(database: Database) -> None:
-    """The owner, and other processes that do not ask for ownership, read and write the database."""
+    """The owner, and other processes that do not ask for ownership, read, write and migrate the database."""
     with own_database(database):
         assert database.revision() is not None
         assert process_label()
-    with own_database(database):
-        pass
+        database.migrate()
+
+
+def test_ownership_ends_at_once(database: Database) -> None:
+    """The next owner need not wait until the server notices that the connection of the last one is closed."""
+    for _ in range(20):
+        with own_database(database):
+            pass
