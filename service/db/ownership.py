@@ -20,9 +20,6 @@ from service.db.advisory_locks import AdvisoryLock
 from service.db.database import Database
 from service.errors import Misconfigured
 
-LOCK_KEY = (
-    0x70616C6F776E  # of the advisory lock: "palown"; not that of migrations, which other processes may run
-)
 HELD_MESSAGE = (
     "{holder} uses {what}, and a process without Redis must be the only one: stop it, give this process another data "
     "folder with --data-dir, or connect both with PALIMPSEST_REDIS_URL."
