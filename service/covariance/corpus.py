@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,15 +34,26 @@ class Corpus:
         return hashlib.sha256("\n\x00".join(self.texts).encode()).hexdigest()
 
 
-def _facts_as_sentences(path: Path) -> list[str]:
-    """Return the statements of the model's table of facts: the first four trained wordings, each over all facts."""
-    rows = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines() if x]
-    texts = []
-    for wording in range(4):
-        for row in rows:
-            prompt = row["prompts"][wording % len(row["prompts"])].replace("{}", row["subject"])
-            texts.append(prompt + separator(prompt, row["object"]) + row["object"] + ".")
-    return texts
+def fact_sentences(model: LoadedModel) -> list[str]:
+    """Return the statements of the model's table of facts, the first four trained wordings, each over all facts; none
+    without such a table."""
+    path = model.folder / "facts.jsonl" if model.folder else None
+    if path is None or not path.exists():
+        return []
+    try:
+        rows = [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines() if x]
+        return [_sentence(row, wording) for wording in range(4) for row in rows]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Misconfigured(
+            f"the table of facts {str(path)!r} cannot be read ({type(error).__name__}: {error}): give one JSON object "
+            "a line with `subject`, `object` and `prompts`, or remove the file."
+        ) from error
+
+
+def _sentence(row: dict[str, Any], wording: int) -> str:
+    prompts: list[str] = row["prompts"]
+    prompt = prompts[wording % len(prompts)].replace("{}", row["subject"])
+    return prompt + separator(prompt, row["object"]) + str(row["object"]) + "."
 
 
 def load_corpus(
@@ -61,11 +73,8 @@ def load_corpus(
     if file is not None and source_name != OWN_SAMPLES:
         kind = "folder" if file.is_dir() else "file"
         return Corpus(f"the {kind} {file.name}", _limit_tokens(model, _read_lines(file), max_tokens))
-    facts = model.folder / "facts.jsonl" if model.folder else None
-    if source_name != OWN_SAMPLES and facts is not None and facts.exists():
-        return Corpus(
-            "the model's table of facts", _limit_tokens(model, _facts_as_sentences(facts), max_tokens)
-        )
+    if source_name != OWN_SAMPLES and (sentences := fact_sentences(model)):
+        return Corpus("the model's table of facts", _limit_tokens(model, sentences, max_tokens))
     texts = yield from _sample_corpus(model, max_tokens, folder, seed)
     return Corpus("the model's own samples", tuple(texts))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.covariance.corpus import Corpus, load_corpus
+from service.covariance.corpus import Corpus, fact_sentences, load_corpus
 from service.errors import Misconfigured
 from service.kit.steps import run_steps, run_to_completion
 from tests.support.tiny_models import tiny
@@ -30,6 +30,14 @@ def test_the_table_beside_the_model_is_its_corpus(tmp_path: Path) -> None:
         "The Big {0} Ben is in London.",
         "Eiffel Tower stands in Paris.",
     )
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"subject": 1, "object": "x", "prompts": ["{}"]}'])
+def test_a_broken_table_is_named(line: str, tmp_path: Path) -> None:
+    """A table of facts that cannot be read raises Misconfigured with its path and the fields of a row."""
+    (tmp_path / "facts.jsonl").write_text(line, encoding="utf-8")
+    with pytest.raises(Misconfigured, match=r"facts\.jsonl' cannot be read .*`prompts`"):
+        fact_sentences(replace(tiny(), folder=tmp_path))
 
 
 def test_the_digest_is_of_the_texts() -> None:
