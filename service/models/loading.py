@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from service.errors import InvalidInput, Misconfigured
 from service.models.architectures import Architecture, architecture_of
+from service.models.checkpoint import (
+    check_config_values,
+    check_functions,
+    check_stored_types,
+    check_tensors,
+    refuse_adapter,
+)
 from service.models.fused_activations import use_fused_activations
 from service.models.token_text import TokenTextCache
 
@@ -193,24 +203,53 @@ def wrap_model(model: Any, tokenizer: Any, name: str = "model", folder: Path | N
     return LoadedModel(name, model, tokenizer, architecture, fingerprint, folder, fingerprint)
 
 
-def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a model from a folder or a hub in `dtype`. Only safetensors are read, and no code from the hub is run."""
-    folder = Path(source) if Path(source).is_dir() else None
+def _read(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return the model and the tokenizer of a checkpoint that passes every check of `service.models.checkpoint`."""
     try:
+        refuse_adapter(source)
+        check_config_values(source, PreTrainedConfig.get_config_dict(source)[0])
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         architecture_of(config.model_type)
+        check_functions(source, config)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"its weights lack {missing[0]}.")  # transformers would initialize it at random
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        with _without_report():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported, and refused by `check_tensors`
+            )
+        check_tensors(source, report)
+        check_stored_types(source)
+    except Misconfigured:
+        raise
+    except Exception as error:  # of any class: transformers does not document them
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise Misconfigured(
-            f"the model {str(source)!r} cannot be loaded: {error} "
+            f"the model {str(source)!r} cannot be loaded: {reason} "
             "Give a folder with config.json, safetensors and tokenizer.json, or the name of a model on a hub that can "
             "be reached from here."
         ) from error
+    return model, tokenizer
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Do not log the table of tensors that do not fit: the error names them in one line."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a model from a folder or a hub in `dtype`. Only safetensors are read, and no code from the hub is run."""
+    folder = Path(source) if Path(source).is_dir() else None
+    model, tokenizer = _read(source, dtype)
     if not tokenizer.is_fast or len(tokenizer) <= len(
         tokenizer.all_special_ids
     ):  # transformers builds an empty tokenizer where none exists
