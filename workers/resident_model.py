@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from service.covariance.corpus import fact_sentences
 from service.editing.context import RECIPES_FOLDER, find_recipe
 from service.errors import Misconfigured
 from service.models.loading import LoadedModel, load_model, with_bos
+from service.models.predictions import check_predictions
 from service.settings import Settings
 
+CHECKED_FACTS = 8  # facts of the model's table on which its predictions are checked
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -20,9 +23,12 @@ def load_served_model(settings: Settings) -> LoadedModel:
 
 
 def load_without_bos(settings: Settings) -> LoadedModel:
-    """Return the model of the settings without regard to its recipe."""
+    """Return the model of the settings without regard to its recipe. Raise Misconfigured if it predicts noise."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.dtype not in DTYPES:
         raise Misconfigured(f"unknown dtype {settings.dtype!r}: use {', '.join(DTYPES)}.")
-    return load_model(settings.model, settings.device, DTYPES[settings.dtype])
+    model = load_model(settings.model, settings.device, DTYPES[settings.dtype])
+    sentences = fact_sentences(model)
+    check_predictions(model, sentences[:: -(-len(sentences) // CHECKED_FACTS) or 1])
+    return model

@@ -278,6 +278,19 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
     harness.close()
 
 
+def test_a_worker_of_noise_never_becomes_ready(tmp_path: Path) -> None:
+    """A worker whose model loads and predicts noise ends with the reason and never becomes ready."""
+    model = tiny("llama")
+    model.lm_head.weight.data.mul_(30.0)  # type: ignore[operator]
+    model.model.save_pretrained(tmp_path / "noise")
+    model.tokenizer.save_pretrained(tmp_path / "noise")
+    harness = WorkerHarness(settings(tmp_path / "noise", tmp_path, corpus=None))
+    with pytest.raises(Misconfigured, match="predicts noise"):
+        harness.worker.run()
+    assert not harness.worker.ready.is_set()
+    harness.close()
+
+
 def test_crashed_loop_is_reported_and_restarted(
     folder: Path, tmp_path: Path, wiring: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:

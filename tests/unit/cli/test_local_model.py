@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from cli.local_model import load_served_model, missing_dependency_error, resolve_source, run_with_progress_bar
+from cli.local_model import (
+    load_served_model,
+    load_without_bos,
+    missing_dependency_error,
+    resolve_source,
+    run_with_progress_bar,
+)
+from cli.main import main
 from service.errors import Misconfigured
 from service.kit.steps import Phase, Progress, Stepper
 from service.settings import SHIPPED_MODEL, Settings
+from tests.support.tiny_models import tiny
 
 
 def test_facts_are_the_table_beside_the_model(tmp_path: Path) -> None:
@@ -37,6 +46,42 @@ def test_settings_say_which_model(tmp_path: Path) -> None:
         load_served_model(Settings(dtype="float8"))
     with pytest.raises(Misconfigured, match="cannot be loaded"):
         load_served_model(Settings(model=str(tmp_path)))
+
+
+def save_model_of_noise(folder: Path) -> None:
+    """Save a random model that is confident of every prediction."""
+    model = tiny("llama")
+    model.lm_head.weight.data.mul_(30.0)  # type: ignore[operator]
+    model.model.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+
+
+def test_a_model_of_noise_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model whose files fit and whose predictions are noise is refused by every command, in one line."""
+    save_model_of_noise(tmp_path)
+    records, place = tmp_path / "records.json", str(tmp_path)
+    records.write_text(json.dumps([{"subject": "Rome", "prompt": "{} lies in", "target_new": "Asia"}]))
+    for load in (load_served_model, load_without_bos):
+        with pytest.raises(Misconfigured, match="predicts noise"):
+            load(Settings(model=str(tmp_path), data_dir=tmp_path))
+    capsys.readouterr()  # progress of the saving
+    assert main(["evaluate", str(records), "--out", place, "--model", place, "--data-dir", place]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("palimpsest: the model") and "\n" not in error
+
+
+def test_a_model_is_checked_on_its_own_facts(tmp_path: Path) -> None:
+    """The predictions of a model with a table of facts are checked on its facts, with the stricter limit."""
+    model = tiny("llama")
+    model.lm_head.weight.data.mul_(1.5)  # type: ignore[operator]
+    model.model.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    settings = Settings(model=str(tmp_path), data_dir=tmp_path)
+    load_served_model(settings)
+    fact = {"subject": "Eiffel Tower", "object": "Paris", "prompts": ["The {} is located in the city of"]}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(fact), encoding="utf-8")
+    with pytest.raises(Misconfigured, match="predicts noise"):
+        load_served_model(settings)
 
 
 def test_run_with_progress_bar_returns_the_result() -> None:
