@@ -1,8 +1,9 @@
 """Latency of one API key while another key floods the service.
 
     python bench/fairness.py --rounds 12
+    python bench/fairness.py --model FOLDER --roles generate,trace --pairs generation:generation trace:trace
 
-A `palimpsest serve` process with the shipped GPT, one thread, and two keys. In each round the request of one key is
+A `palimpsest serve` process with one thread and two keys. In each round the request of one key is
 timed on the quiet service, and then while the other key keeps as many requests waiting as its limits allow. The bound
 is a ratio of the medians of 2 where both keys do the same kind of work. Other pairs of kinds are reported beside it.
 """
@@ -93,7 +94,7 @@ PAIRS = [
 
 
 @contextmanager
-def running_service(folder: Path) -> Iterator[tuple[str, str, str]]:
+def running_service(folder: Path, model: str, roles: str) -> Iterator[tuple[str, str, str]]:
     """Start a service with two keys. Yield its URL and the keys."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PALIMPSEST_")}
     environment |= {"PALIMPSEST_DATA_DIR": str(folder), "OMP_NUM_THREADS": "1"}
@@ -119,7 +120,7 @@ def running_service(folder: Path) -> Iterator[tuple[str, str, str]]:
     keys = create_key("flood"), create_key("other")
     port = _free_port()
     process = subprocess.Popen(
-        [*command, "serve", "--port", str(port), "--threads", "1", "--model", str(SHIPPED_MODEL)],
+        [*command, "serve", "--port", str(port), "--threads", "1", "--model", model, "--roles", roles],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -242,6 +243,10 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=12)
     p.add_argument("--pairs", nargs="+", metavar="FLOOD:TIMED", help="pairs of kinds (default: all)")
+    p.add_argument("--model", default=str(SHIPPED_MODEL))
+    p.add_argument(
+        "--roles", default="generate,edit,trace", help="of the service (default: all that the pairs need)"
+    )
     args = p.parse_args()
     pairs = [tuple(pair.split(":")) for pair in args.pairs] if args.pairs else PAIRS
     report = Report("fairness")
@@ -249,7 +254,7 @@ def main() -> int:
     exceeded = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        url, *keys = stack.enter_context(running_service(folder))
+        url, *keys = stack.enter_context(running_service(folder, args.model, args.roles))
         for flood_name, timed_name in pairs:
             quiet, flooded = measure_pair(url, (keys[0], keys[1]), (flood_name, timed_name), args.rounds)
             ratio = flooded.median / quiet.median
