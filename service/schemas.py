@@ -40,7 +40,10 @@ def _validate_text(value: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT), AfterValidator(_validate_text)]
-Name = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_validate_text)]
+#: a subject or an object, without the white space around it: a key computed at that white space would be wrong
+Name = Annotated[
+    str, Field(min_length=1, max_length=500), AfterValidator(_validate_text), AfterValidator(str.strip)
+]
 #: hyperparameters by name; service/recipes/recipe.py validates them against the method
 HparamValues = Annotated[dict[str, Any], Field(max_length=MAX_HPARAMS)]
 TokenIds = Annotated[

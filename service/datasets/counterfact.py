@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from service.datasets.parsing import (
+    OptionalName,
     OptionalText,
     PublishedRow,
     Texts,
@@ -52,7 +53,7 @@ class FlatCounterFactRow(PublishedRow):
     ground_truth: Name
     rephrase_prompt: OptionalText = None
     locality_prompt: OptionalText = None
-    locality_ground_truth: OptionalText = None
+    locality_ground_truth: OptionalName = None
 
 
 def parse_counterfact(row: Any, place: int) -> Record:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from service.datasets.record import Record
 from service.errors import InvalidInput
@@ -102,6 +102,8 @@ Row = TypeVar("Row", bound=BaseModel)
 Texts = Annotated[list[Text], Field(max_length=MAX_TEXTS)]
 #: a text that may be missing or empty
 OptionalText = Annotated[str, Field(max_length=MAX_TEXT)] | None
+#: an object that may be missing or empty
+OptionalName = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(str.strip)] | None
 
 
 def validate_row(model: type[Row], row: Any, label: str, format_name: str) -> Row:

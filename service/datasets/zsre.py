@@ -8,6 +8,7 @@ from pydantic import Field
 
 from service.datasets.parsing import (
     MAX_TEXTS,
+    OptionalName,
     OptionalText,
     PublishedRow,
     optional_tuple,
@@ -29,7 +30,7 @@ class ZsreRow(PublishedRow):
     answers: Annotated[list[Name], Field(min_length=1, max_length=MAX_TEXTS)]
     rephrase: OptionalText = None
     loc: OptionalText = None
-    loc_ans: OptionalText = None
+    loc_ans: OptionalName = None
 
 
 def parse_zsre(row: Any, place: int) -> Record:
