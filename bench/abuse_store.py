@@ -20,6 +20,7 @@ MODEL: dict[str, Any] = {
     "name": "large",
     "layers": 48,
     "positions": 20_000,
+    "vocabulary": 300,
     "width": 900,
     "inner_width": 16_384,
     "facts": True,

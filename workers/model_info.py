@@ -22,7 +22,7 @@ def model_info(model: LoadedModel, context: EditorContext) -> dict[str, Any]:
         "width": model.hidden_size,
         "inner_width": model.intermediate_size,
         "weights": weight_shapes(model),
-        "vocabulary": int(model.model.config.vocab_size),
+        "vocabulary": model.vocabulary_size,
         "parameters": sum(p.numel() for p in model.model.parameters()),
         "dtype": str(model.weight(0).dtype).removeprefix("torch."),
         "device": device_kind(model.device),

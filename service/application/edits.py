@@ -32,11 +32,11 @@ class EditService(JobResourceService):
         """
         if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
             return previous
-        model, tokenizer, _ = self.served_model.current()
+        model, encoder, _ = self.served_model.current()
         requests = resolve_methods(request, model)
         for number, edit in enumerate(requests):
             with error_path(f"edits.{number}" if len(requests) > 1 else ""):
-                validate_edit(edit, model, tokenizer)
+                validate_edit(edit, model, encoder)
         jobs = [new_edit_row(model, edit, actor) for edit in requests]
         return self.queue.submit(jobs, model, actor, idempotency, limits)
 

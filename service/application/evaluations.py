@@ -6,20 +6,19 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from service.application.job_resource import JobResourceService, NewJob
 from service.application.validation import validate_evaluation
 from service.db.models import Model
 from service.jobs import artifacts
+from service.kit.text_encoder import TextEncoder
 from service.schemas import EvaluationRequest
 
 
 class EvaluationService(JobResourceService):
     """Jobs that measure the quality of edits. The records are stored beside the row while the job is open."""
 
-    def new_job(self, request: EvaluationRequest, model: Model, tokenizer: Tokenizer, head: int) -> NewJob:
-        validate_evaluation(request, model, tokenizer)
+    def new_job(self, request: EvaluationRequest, model: Model, encoder: TextEncoder, head: int) -> NewJob:
+        validate_evaluation(request, model, encoder)
         count = None if request.records is None else len(request.records)
         return NewJob(
             request.model_dump(mode="json", exclude={"records"}) | {"records": count},

@@ -19,7 +19,6 @@ from service.errors import InvalidInput, QueueFull
 from service.jobs.broker import Broker
 from service.kit import crash_points
 from service.kit.ids import request_id
-from service.kit.text import check_tokens
 from service.kit.versions import format_model_id, parse_model_id, resolve_version
 from service.ledger import ledger
 from service.schemas import CompareRequest, GenerateRequest, WorkerGenerateRequest
@@ -65,11 +64,11 @@ class GenerationService:
 
         `max_new_tokens` beyond the positions of the model is accepted: the text then ends with the reason "length".
         """
-        model, tokenizer, head = self.served_model.current()
+        _, encoder, head = self.served_model.current()
         self._check_max_new_tokens(request)
         resolve_version(request.version, head, request.min_version)
         for text in request.prompt_texts():
-            check_tokens(tokenizer, text, None, model.info["positions"])
+            encoder.check(text)
         return self._send_call("generate", request, caller)
 
     def create_completion(
@@ -79,10 +78,10 @@ class GenerationService:
 
         The version and the seed are fixed here, so that another worker that starts again produces the same text.
         """
-        model, tokenizer, head = self.served_model.current()
+        model, encoder, head = self.served_model.current()
         version = parse_model_id(name, model.name, head)
         self._check_max_new_tokens(request, "max_tokens")
-        validate_generation(request, model, tokenizer)
+        validate_generation(request, encoder)
         with self.database.read_session() as session:
             (model_version,) = _version_names(
                 session, model, [(format_model_id(model.name, version), version)]
@@ -110,11 +109,11 @@ class GenerationService:
 
     def compare(self, request: CompareRequest, caller: Caller = NOBODY) -> str:
         """Send a comparison to a worker and return the channel of its events."""
-        model, tokenizer, head = self.served_model.current()
+        _, encoder, head = self.served_model.current()
         self._check_max_new_tokens(request)
         for version in request.versions:
             resolve_version(version, head, field="versions")
-        check_tokens(tokenizer, request.prompt, None, model.info["positions"])
+        encoder.check(request.prompt)
         return self._send_call("compare", request, caller)
 
     def count_tokens(self, request: GenerateRequest | CompareRequest) -> int:

@@ -44,12 +44,12 @@ class ImportService:
         """
         if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
             return previous, [edit["id"] for edit in previous]
-        model, tokenizer, _ = self.served_model.current()
+        model, encoder, _ = self.served_model.current()
         max_edit_size = self.queue.settings.max_import_body // 3
         imported = edit_set.read_edit_set(source, model.fingerprint, model.info, max_edit_size)
         for g in imported:
             with error_path(f"edits.{g.edit.origin.edit}"):
-                validate_edit(g.request, model, tokenizer)
+                validate_edit(g.request, model, encoder)
         try:
             with self.queue.database.write_session() as session:
                 ledger.lock_ledger(

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from service.application.caller import DEFAULT_LIMITS, CallerLimits
 from service.application.job_queue import Idempotency, JobQueue, new_job_row
 from service.application.served_model import ServedModel
 from service.db.models import Model
 from service.jobs.job_kinds import JobKind
 from service.jobs.views import ResourceDict
+from service.kit.text_encoder import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class JobResourceService:
     def __init__(self, kind: JobKind, queue: JobQueue, served_model: ServedModel) -> None:
         self.kind, self.queue, self.served_model = kind, queue, served_model
 
-    def new_job(self, request: Any, model: Model, tokenizer: Tokenizer, head: int) -> NewJob:
+    def new_job(self, request: Any, model: Model, encoder: TextEncoder, head: int) -> NewJob:
         """Validate a request against the served model. Raises InvalidInput before anything is written."""
         return NewJob(request.model_dump(mode="json"), self.kind.name)
 
@@ -45,8 +44,8 @@ class JobResourceService:
         """Queue a job. A repeated idempotency key with the same body returns the job that it created."""
         if (previous := self.queue.find_by_idempotency_key(actor, idempotency)) is not None:
             return previous[0]
-        model, tokenizer, head = self.served_model.current()
-        new_job = self.new_job(request, model, tokenizer, head)
+        model, encoder, head = self.served_model.current()
+        new_job = self.new_job(request, model, encoder, head)
         row = new_job_row(self.kind.name, model, new_job.request, actor) | {"subject": new_job.subject}
         artifacts = {row["id"]: new_job.artifacts}
         return self.queue.submit([row], model, actor, idempotency, limits, artifacts)[0]

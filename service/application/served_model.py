@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from service.db.database import Database
 from service.db.models import LedgerEntry, Model
 from service.errors import Unavailable
+from service.kit.text_encoder import TextEncoder
 
 
 class ServedModel:
@@ -18,16 +19,16 @@ class ServedModel:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._cached: tuple[Model, Tokenizer] | None = None  # of the latest registration
+        self._cached: tuple[Model, TextEncoder] | None = None  # of the latest registration
 
     @property
     def positions(self) -> int | None:
         """The context length of the model; None before the first request. Does not block."""
         return None if self._cached is None else self._cached[0].info["positions"]
 
-    def current(self) -> tuple[Model, Tokenizer, int]:
-        """Return the served model, its tokenizer and the newest version. Every request calls this, so it is one short
-        query.
+    def current(self) -> tuple[Model, TextEncoder, int]:
+        """Return the served model, the encoder of its texts and the newest version. Every request calls this, so it is
+        one short query.
 
         The tokenizer has megabytes of JSON: it is read and parsed once per registration of the model.
         """
@@ -38,7 +39,9 @@ class ServedModel:
         if self._cached is None or _registration(self._cached[0]) != (newest.fingerprint, newest.registered):
             with self.database.read_session() as session:
                 model = get_served_model(session)
-                self._cached = model, Tokenizer.from_str(model.tokenizer)
+                tokenizer = Tokenizer.from_str(model.tokenizer)
+                encoder = TextEncoder(tokenizer, model.info["positions"], model.info["vocabulary"])
+                self._cached = model, encoder
         return *self._cached, newest.head or 0
 
 

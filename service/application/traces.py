@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer
-
 from service.application.job_resource import JobResourceService, NewJob
 from service.application.validation import validate_trace
 from service.db.models import Model
 from service.kit.text import normalize_whitespace
+from service.kit.text_encoder import TextEncoder
 from service.kit.versions import resolve_version
 from service.schemas import TraceRequest
 
@@ -15,7 +14,7 @@ from service.schemas import TraceRequest
 class TraceService(JobResourceService):
     """Jobs that locate a fact in the hidden states of the model."""
 
-    def new_job(self, request: TraceRequest, model: Model, tokenizer: Tokenizer, head: int) -> NewJob:
+    def new_job(self, request: TraceRequest, model: Model, encoder: TextEncoder, head: int) -> NewJob:
         resolve_version(request.version, head)
-        validate_trace(request, model, tokenizer)
+        validate_trace(request, encoder)
         return NewJob(request.model_dump(mode="json"), normalize_whitespace(request.subject))

@@ -6,16 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from tokenizers import Tokenizer
-
 from service.datasets.loading import read_records
 from service.datasets.record import check_record_fits
 from service.db.models import Model
 from service.errors import InvalidInput
-from service.kit.text import check_tokens, fill_prompt, token_span
+from service.kit.text import fill_prompt, token_span
+from service.kit.text_encoder import TextEncoder
 from service.recipes.recipe import Recipe, resolve_hparams
 from service.schemas import (
-    MAX_TOKEN_ID,
     EditRequest,
     EvaluationRequest,
     TraceRequest,
@@ -25,21 +23,24 @@ from service.schemas import (
 NOISE_PATTERN = re.compile(r"\d+(\.\d+)?sigma")
 
 
-def validate_edit(request: EditRequest, model: Model, tokenizer: Tokenizer) -> None:
+def validate_edit(request: EditRequest, model: Model, encoder: TextEncoder) -> None:
     """Raise InvalidInput if an edit cannot be computed."""
-    positions = model.info["positions"]
     statement = fill_prompt(request.prompt, request.subject)
+    encoder.check_plain(request.subject, "subject")
+    encoder.check_plain(statement.text, "prompt")
     for name in ("target_new", "target_true"):
         if (target := getattr(request, name)) is not None:
-            _validate_target(tokenizer, statement.text, target, positions, name)
-    token_span(tokenizer.encode(statement.text).offsets, statement.span)
+            _validate_target(encoder, statement.text, target, name)
+    token_span(encoder.encode(statement.text)[1], statement.span)
     for number, prompt in enumerate(request.probes.paraphrase):
         with error_path(f"probes.paraphrase.{number}"):
             text = fill_prompt(prompt, request.subject).text if "{}" in prompt else prompt
-            check_tokens(tokenizer, text, request.target_object, positions)
+            encoder.check_plain(text, "prompt")
+            encoder.check(text, request.target_object)
     for number, neighbour in enumerate(request.probes.neighborhood):
         with error_path(f"probes.neighborhood.{number}"):
-            check_tokens(tokenizer, neighbour.prompt, neighbour.target, positions)
+            encoder.check_plain(neighbour.prompt, "prompt")
+            _validate_target(encoder, neighbour.prompt, neighbour.target, "target")
     resolve_hparams(_recipe_of(model), request.hparams, model.info["layers"], request.method or "rome")
 
 
@@ -54,11 +55,16 @@ def _recipe_of(model: Model) -> Recipe | None:
     return Recipe.model_validate(model.info["recipe"]) if model.info.get("recipe") else None
 
 
-def validate_trace(request: TraceRequest, model: Model, tokenizer: Tokenizer) -> None:
+def validate_trace(request: TraceRequest, encoder: TextEncoder) -> None:
     """Raise InvalidInput if a trace cannot be run."""
     text, span = request.text_and_subject_span()
-    check_tokens(tokenizer, text, request.target, model.info["positions"])
-    token_span(tokenizer.encode(text).offsets, span)
+    encoder.check_plain(request.subject, "subject")
+    encoder.check_plain(text, "prompt")
+    if request.target is None:
+        encoder.check(text)
+    else:
+        _validate_target(encoder, text, request.target, "target")
+    token_span(encoder.encode(text)[1], span)
     noise = request.noise
     if isinstance(noise, str) and not NOISE_PATTERN.fullmatch(noise):
         raise InvalidInput(
@@ -68,7 +74,7 @@ def validate_trace(request: TraceRequest, model: Model, tokenizer: Tokenizer) ->
         raise InvalidInput("`noise` must not be negative, and finite.", "noise")
 
 
-def validate_evaluation(request: EvaluationRequest, model: Model, tokenizer: Tokenizer) -> None:
+def validate_evaluation(request: EvaluationRequest, model: Model, encoder: TextEncoder) -> None:
     """Raise InvalidInput if an evaluation cannot be run. The worker validates the fact table of the model."""
     resolve_hparams(_recipe_of(model), request.hparams, model.info["layers"], request.method)
     request.check_consistency()
@@ -82,30 +88,31 @@ def validate_evaluation(request: EvaluationRequest, model: Model, tokenizer: Tok
         return
     for record in read_records(request.records, request.seed, request.limit):
         try:
-            check_record_fits(record, request.objective, tokenizer, model.info["positions"])
+            check_record_fits(record, request.objective, encoder)
         except InvalidInput as error:
             raise InvalidInput(f"{record.name}: {error.detail}", "records") from None
 
 
-def validate_generation(request: WorkerGenerateRequest, model: Model, tokenizer: Tokenizer) -> None:
+def validate_generation(request: WorkerGenerateRequest, encoder: TextEncoder) -> None:
     """Raise InvalidInput if a prompt has unknown tokens or does not fit the positions of the model."""
-    max_prompt_tokens = model.info["positions"] - min(1, request.max_new_tokens)
+    max_prompt_tokens = encoder.positions - min(1, request.max_new_tokens)
     for prompt in request.prompts_or_ids():
-        ids = tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
-        unknown_id = next((i for i in ids if i > MAX_TOKEN_ID or tokenizer.id_to_token(i) is None), None)
-        if unknown_id is not None:
-            raise InvalidInput(f"the model's tokenizer has no token {unknown_id}.", "prompt")
+        if isinstance(prompt, str):
+            ids, _ = encoder.encode(prompt)
+        else:
+            encoder.check_ids(ids := prompt)
         if not 0 < len(ids) <= max_prompt_tokens:
             raise InvalidInput(
-                f"the prompt has {len(ids)} tokens and the model has {model.info['positions']} positions: give it 1 to "
+                f"the prompt has {len(ids)} tokens and the model has {encoder.positions} positions: give it 1 to "
                 f"{max_prompt_tokens}.",
                 "prompt",
             )
 
 
-def _validate_target(tokenizer: Tokenizer, text: str, target: str, positions: int, field: str) -> None:
+def _validate_target(encoder: TextEncoder, text: str, target: str, field: str) -> None:
+    encoder.check_plain(target, field)
     try:
-        check_tokens(tokenizer, text, target, positions)
+        encoder.check(text, target)
     except InvalidInput as error:
         raise InvalidInput(error.detail, field if error.field == "target" else error.field) from None
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from service.errors import InvalidInput
-from service.kit.text import check_tokens, fill_prompt, separator
+from service.kit.text import fill_prompt, separator
+from service.kit.text_encoder import TextEncoder
 from service.schemas import Objective
 
 
@@ -49,6 +50,20 @@ class Record:
         return (self.text, *self.paraphrases, *(n.prompt for n in self.neighbours))
 
     @property
+    def model_texts(self) -> dict[str, tuple[str, ...]]:
+        """Return every text that the model reads, by the name of its field."""
+        return {
+            "subject": (self.subject,),
+            "target_new": (self.target_new,),
+            "target_true": (self.target_true,) if self.target_true else (),
+            "prompt": (self.text,),
+            "paraphrases": self.paraphrases,
+            "neighborhood": tuple(text for neighbor in self.neighbours for text in neighbor),
+            "attribute_prompts": self.attribute_prompts,
+            "generation_prompts": self.generation_prompts,
+        }
+
+    @property
     def missing_fields(self) -> tuple[str, ...]:
         """Return the names of the empty optional fields. Measures that need one of them are not computed."""
         fields = {
@@ -70,20 +85,21 @@ def target_object(record: Record, objective: Objective) -> str:
     return record.target_true
 
 
-def check_record_fits(record: Record, objective: Objective, tokenizer: Any, positions: int) -> None:
-    """Raise InvalidInput if a prompt exceeds the context length or the tokenizer cannot represent the object.
-
-    `tokenizer` is a `tokenizers.Tokenizer`, `positions` the model's context length in tokens.
-    """
-    check_tokens(tokenizer, record.text, target_object(record, objective), positions)
+def check_record_fits(record: Record, objective: Objective, encoder: TextEncoder) -> None:
+    """Raise InvalidInput if a prompt exceeds the context length, the tokenizer cannot represent the object, or a text
+    that the model reads contains a special token."""
+    for field, texts in record.model_texts.items():
+        for text in texts:
+            encoder.check_plain(text, field)
+    encoder.check(record.text, target_object(record, objective))
     for prompt in record.prompts:
-        check_tokens(tokenizer, prompt, None, positions)
+        encoder.check(prompt)
 
 
-def record_fits(record: Record, tokenizer: Any, positions: int) -> bool:
+def record_fits(record: Record, encoder: TextEncoder) -> bool:
     """Return whether the model can be scored on the record's prompts and its new object."""
     try:
-        check_record_fits(record, "write", tokenizer, positions)
+        check_record_fits(record, "write", encoder)
     except InvalidInput:
         return False
     return True

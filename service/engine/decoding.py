@@ -122,8 +122,8 @@ def new_sequence(
             f"{model.max_positions - 1} tokens.",
             "prompt",
         )
-    if max(ids) >= model.embedding.weight.shape[0]:  # type: ignore[index]
-        raise InvalidInput(f"the model has no token {max(ids)}.", "prompt")
+    if max(ids) >= model.vocabulary_size:
+        model.text_encoder.check_ids(ids)
     detokenizer = Detokenizer(model.tokenizer, ids, sampling_params.stop)
     seed = sampler.choice_seed(sampling_params.seed, choice)
     uniforms = sampler.uniforms(seed, max_new_tokens) if sampling_params.temperature > 0 else []

@@ -84,10 +84,9 @@ def split_fitting_records(
     """Return the records that the model can be scored on, and name and reason of each other one."""
     fitting: list[Record] = []
     left_out: list[dict[str, str]] = []
-    tokenizer, positions = replica.base.tokenizer.backend_tokenizer, replica.base.max_positions
     for record in records:
         try:
-            check_record_fits(record, plan.objective, tokenizer, positions)
+            check_record_fits(record, plan.objective, replica.base.text_encoder)
         except InvalidInput as error:
             left_out.append({"record": record.name, "reason": error.detail})
         else:

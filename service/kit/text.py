@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from service.errors import InvalidInput
 
@@ -98,40 +97,3 @@ def fact_key(subject: str, prompt: str) -> str:
     """Return the key of a fact: subject and prompt, normalized. Two edits with the same key are edits of the same
     fact."""
     return normalize_whitespace(subject) + "\n" + normalize_whitespace(prompt)
-
-
-def check_tokens(tokenizer: Any, prompt: str, target: str | None, positions: int) -> None:
-    """Raise InvalidInput for a prompt that is too long, or a target that is lost or merges with the prompt.
-
-    `tokenizer` is a `tokenizers.Tokenizer`. `positions` is the model's context length.
-    """
-    ids = tokenizer.encode(prompt).ids
-    if len(ids) >= positions:
-        raise InvalidInput(
-            f"the prompt has {len(ids)} tokens and the model has {positions} positions: shorten it to at most "
-            f"{positions - 1} tokens.",
-            "prompt",
-        )
-    if target is None:
-        return
-    sep = separator(prompt, target)
-    joint = tokenizer.encode(prompt + sep + target).ids
-    target_ids = joint[len(ids) :]
-    if joint[: len(ids)] != ids or not target_ids:
-        raise InvalidInput(
-            f"the target {target!r} merges with the end of the prompt when tokenised: end the prompt at a word "
-            "boundary.",
-            "target",
-        )
-    decoded_target = tokenizer.decode(target_ids, skip_special_tokens=True).strip()
-    if decoded_target != target.strip():
-        raise InvalidInput(
-            f"the model's tokenizer cannot represent the target {target!r}: it decodes to {decoded_target!r}. "
-            "Write it with other characters.",
-            "target",
-        )
-    if len(joint) > positions:
-        raise InvalidInput(
-            f"prompt and target have {len(joint)} tokens and the model has {positions} positions: shorten them.",
-            "prompt",
-        )

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from service.errors import InvalidInput, Misconfigured
+from service.kit.text_encoder import TextEncoder
 from service.models.architectures import Architecture, architecture_of
 from service.models.checkpoint import (
     check_config_values,
@@ -140,8 +141,17 @@ class LoadedModel:
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the token ids of a whole text and their character offsets."""
-        encoding = self.tokenizer(text, return_offsets_mapping=True)
-        return list(encoding["input_ids"]), [tuple(o) for o in encoding["offset_mapping"]]
+        return self.text_encoder.encode(text)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The encoder of texts, with the limits of this model."""
+        return TextEncoder(self.tokenizer.backend_tokenizer, self.max_positions, self.vocabulary_size)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of tokens that the model can read: the rows of its embedding."""
+        return int(self.embedding.weight.shape[0])  # type: ignore[index]
 
     @cached_property
     def token_text(self) -> TokenTextCache:
@@ -166,10 +176,11 @@ def with_bos(model: LoadedModel) -> LoadedModel:
     token = bos_token_id(model)
     if token is None or model.encode("a")[0][:1] == [token]:
         return model
-    raw = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
-    token_string = raw.id_to_token(token)
+    raw = _without_added_tokens(model.tokenizer.backend_tokenizer)
+    added_ids = [token, *model.encode("")[0]]
+    names = [raw.id_to_token(i) for i in added_ids]
     add_bos = processors.TemplateProcessing(
-        single=f"{token_string} $A", special_tokens=[(token_string, token)]
+        single=[*names, "$A"], special_tokens=list(dict(zip(names, added_ids, strict=True)).items())
     )
     raw.post_processor = processors.Sequence([p for p in (raw.post_processor, add_bos) if p is not None])
     tokenizer = PreTrainedTokenizerFast(
@@ -177,6 +188,16 @@ def with_bos(model: LoadedModel) -> LoadedModel:
     )
     fingerprint = hashlib.sha256(f"{model.fingerprint} after token {token}".encode()).hexdigest()
     return replace(model, tokenizer=tokenizer, fingerprint=fingerprint, loaded_fingerprint=model.fingerprint)
+
+
+def _without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a copy of a tokenizer that adds no special tokens to a text. It keeps the processing of offsets."""
+    description = json.loads(tokenizer.to_str())
+    processor = description["post_processor"]
+    parts = processor["processors"] if processor and processor["type"] == "Sequence" else [processor]
+    kept = [part for part in parts if part and part["type"] == "ByteLevel"]
+    description["post_processor"] = {"type": "Sequence", "processors": kept} if kept else None
+    return Tokenizer.from_str(json.dumps(description))
 
 
 def _fingerprint(model: nn.Module, config: Any, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from service.errors import InvalidInput
 from service.kit.steps import Phase, Stepper
-from service.kit.text import check_tokens
 from service.models.loading import LoadedModel
 from service.models.scoring import compute_log_probs
 from service.studies.facts import Fact
@@ -40,7 +39,7 @@ def find_known_facts(model: LoadedModel, facts: Sequence[Fact]) -> Stepper[Known
 
 def _is_scorable(model: LoadedModel, fact: Fact) -> bool:
     try:
-        check_tokens(model.tokenizer.backend_tokenizer, fact.statement.text, fact.object, model.max_positions)
+        model.text_encoder.check(fact.statement.text, fact.object)
     except InvalidInput:
         return False
     return True

@@ -70,9 +70,8 @@ def run_localization_study(
     candidates = [r for r in records if r.target_true]
     noise = study_noise_level(replica.base, plan.trace, [fact_from_record(r) for r in candidates])
     known_facts = yield from find_known_facts(replica.base, [fact_from_record(r) for r in candidates[:limit]])
-    tokenizer, positions = replica.base.tokenizer.backend_tokenizer, replica.base.max_positions
     known_records = [
-        candidates[i] for i in known_facts.indices if record_fits(candidates[i], tokenizer, positions)
+        candidates[i] for i in known_facts.indices if record_fits(candidates[i], replica.base.text_encoder)
     ]
     if not known_records:
         raise InvalidInput("the model knows none of the facts: give facts that it knows.", "facts")
@@ -153,9 +152,7 @@ class LocalizationStudy:
             if (
                 answer
                 and answer != record.target_true
-                and record_fits(
-                    reversed_record, self.model.tokenizer.backend_tokenizer, self.model.max_positions
-                )
+                and record_fits(reversed_record, self.model.text_encoder)
             ):
                 posed_records[i] = reversed_record
         if not posed_records:

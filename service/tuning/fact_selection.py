@@ -46,9 +46,7 @@ def select_known_records(model: LoadedModel, records: Sequence[Record], limit: i
 
 
 def _has_scorable_true_object(model: LoadedModel, record: Record) -> bool:
-    return record.target_true is not None and record_fits(
-        record, model.tokenizer.backend_tokenizer, model.max_positions
-    )
+    return record.target_true is not None and record_fits(record, model.text_encoder)
 
 
 def score_with_and_without_bos(model: LoadedModel, records: Sequence[Record]) -> Stepper[BosLogProbs]:

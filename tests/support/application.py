@@ -243,6 +243,7 @@ class TestApp:
                 "name": "tiny",
                 "layers": 3,
                 "positions": 64,
+                "vocabulary": 300,
                 "width": 16,
                 "inner_width": 40,
                 "facts": True,

@@ -14,6 +14,7 @@ INFO: dict[str, Any] = {
     "architecture": "gpt2",
     "layers": 4,
     "positions": 64,
+    "vocabulary": 300,
     "width": 16,
     "device": "cpu",
     "recipe": {"source": "a test", "rome": {"layers": [1], "steps": 5}},

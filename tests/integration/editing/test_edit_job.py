@@ -106,7 +106,14 @@ class EditingHarness:
         self.worker_parts = WorkerParts(
             self.database, self.broker, self.model.fingerprint, "worker-1", single_process=True
         )
-        info = {"name": "tiny", "layers": 3, "positions": 64, "width": 16, **self.context.info()}
+        info = {
+            "name": "tiny",
+            "layers": 3,
+            "positions": 64,
+            "vocabulary": 320,
+            "width": 16,
+            **self.context.info(),
+        }
         self.worker_parts.session.register(info, self.model.tokenizer.backend_tokenizer.to_str())
         self.replica = VersionedModel(self.model, self.worker_parts.ledger, self.worker_parts.session.attest)
         self.base_weights = {x: self.model.weight(x).data.clone() for x in range(3)}

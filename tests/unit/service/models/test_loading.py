@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 from service.errors import InvalidInput, Misconfigured
-from service.models.loading import LoadedModel, load_model, wrap_model
+from service.kit.text_encoder import TextEncoder
+from service.models.loading import LoadedModel, load_model, with_bos, wrap_model
 from service.models.token_batch import forward, pad
-from tests.support.tiny_models import MODEL_TYPES, tiny
+from tests.support.tiny_models import END, MODEL_TYPES, tiny
+from workers.model_info import tokenizer_json
 
 TEXT = "The Eiffel Tower is located in the city of"
 
@@ -164,3 +169,42 @@ def test_decoding_leaves_special_tokens_out() -> None:
     ids, offsets = model.encode(TEXT)
     assert ids[0] == 0 and offsets[0] == (0, 0)
     assert model.decode(ids) == TEXT
+
+
+def ending_model(template: str) -> LoadedModel:
+    """Return a model with a tokenizer that adds special tokens around a text."""
+    model = tiny()
+    raw = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
+    raw.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(END, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END)
+    return replace(model, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("template", [f"$A {END}", f"{END} $A {END}"])
+def test_a_model_reads_no_end_after_a_text(template: str) -> None:
+    """A model, also with a start token that the recipe adds, reads a text without the token that its tokenizer adds
+    after it, and with one start token."""
+    plain, offsets = tiny().encode(TEXT)
+    model = ending_model(template)
+    assert model.encode(TEXT)[0] == ([0] if template.startswith(END) else []) + plain
+    for text in (TEXT, END + TEXT):
+        assert with_bos(model).encode(text)[0] == [0, *plain]
+    assert with_bos(model).encode(TEXT)[1] == [(0, 0), *offsets]
+
+
+@pytest.mark.parametrize("template", ["$A", f"$A {END}", f"{END} $A"])
+def test_the_api_and_the_worker_read_the_same_tokens(template: str) -> None:
+    """The registered tokenizer gives the API the tokens and offsets that the worker reads."""
+    model = ending_model(template)
+    registered = TextEncoder(Tokenizer.from_str(tokenizer_json(model)), 64, model.vocabulary_size)
+    for text in (TEXT, END + TEXT, f"São {END} 東京"):
+        assert registered.encode(text) == model.encode(text)
+
+
+def test_a_token_without_an_embedding_is_refused() -> None:
+    """A text with a token beyond the rows of the embedding is an error of the request."""
+    model = ending_model("$A")
+    model.tokenizer.add_tokens(["<extra>"])
+    model.encode(TEXT)
+    with pytest.raises(InvalidInput, match=r"no embedding for the token .*'<extra>'"):
+        model.encode("The <extra>")
