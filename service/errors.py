@@ -67,6 +67,13 @@ class Conflict(PalimpsestError):
     title = "Conflict with the current state"
 
 
+class AlreadySays(Conflict):
+    """The model already says the new object of an edit, without any edit of the subject."""
+
+    code = "already_says"
+    title = "Already said"
+
+
 class QueueFull(PalimpsestError):
     """Too many jobs or calls are queued. Retry after `Retry-After` seconds."""
 

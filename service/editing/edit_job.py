@@ -29,7 +29,13 @@ from service.editing.edit_report import build_provenance, edit_report
 from service.editing.edit_spec import EditFactors, EditSpec, batch_edit_specs, build_edit_spec
 from service.editing.find_factors import find_batch_factors
 from service.editing.guard import GuardResult
-from service.editing.measure import Baseline, evaluate_candidates, generate_greedy, measure_baseline
+from service.editing.measure import (
+    Baseline,
+    evaluate_candidates,
+    generate_greedy,
+    measure_baseline,
+    require_other_answer,
+)
 from service.editing.probes import Probe
 from service.editing.strengthen import Assessment, choose_strengths
 from service.engine.versioned_model import VersionedModel
@@ -181,6 +187,7 @@ class _EditRun:
         self._raise_if_cancelled(job)
         request = EditRequest.model_validate(job.request)
         resolved_edit = yield from resolve_edit(self.replica, request, self.context)
+        yield from require_other_answer(self.replica, resolved_edit, self.replica.head())
         spec = yield from build_admitted_spec(self.replica, self.context, resolved_edit, job.id)
         return ResolvedJob(job, started_at, resolved_edit, spec)
 

@@ -26,9 +26,9 @@ from service.editing.guard import (
 from service.editing.probes import Probe, edit_holds, probe_of_entry, run_probes
 from service.engine.decoding import DecodingBatch, DecodingSequence, new_sequence
 from service.engine.versioned_model import VersionedModel
-from service.errors import InvalidInput
+from service.errors import AlreadySays, InvalidInput
 from service.kit.steps import Phase, Progress, Stepper
-from service.kit.text import fact_key
+from service.kit.text import fact_key, normalize_whitespace
 from service.models.loading import LoadedModel, WeightRef
 from service.models.scoring import compute_perplexity
 from service.recipes.strength_schedule import StrengthSchedule, strength_schedule
@@ -108,6 +108,36 @@ def measure_baseline(
     own_changes = yield from OwnChanges.build(new_updates, other_updates)
     yield Progress(Phase.BASELINE, 1, 1)
     return Baseline(version, other_updates, own_changes, regression_probes, measurements, conflicts, capacity)
+
+
+def require_other_answer(replica: VersionedModel, resolved_edit: ResolvedEdit, version: int) -> Stepper[None]:
+    """Raise AlreadySays if the greedy answer already is the object that an edit writes, on the base model and at a
+    version.
+
+    An answer that is due to other edits is no reason to refuse an edit: they can be reverted. For the same reason an
+    edit of a subject that has active edits is always accepted.
+    """
+    request, probe = resolved_edit.request, resolved_edit.rewrite_probe
+    subject = normalize_whitespace(request.subject)
+    if (
+        request.objective != "write"
+        or not request.guard.enabled
+        or any(
+            normalize_whitespace(str(b["subject"])) == subject for _, b in replica.ledger.active_at(version)
+        )
+    ):
+        return
+    (result,) = yield from run_probes(replica.base, [probe])
+    if not result.new_is_greedy:
+        return
+    weights = yield from replica.weights_in_steps(version)
+    (result,) = yield from replica.step_with_weights(weights, run_probes(replica.base, [probe]))
+    if result.new_is_greedy:
+        raise AlreadySays(
+            f"the model already answers {probe.new!r}, so that there is nothing to change: to make the answer more "
+            "probable, use the objective `amplify`; to write it all the same, disable the guard.",
+            "target_new",
+        )
 
 
 def _find_conflicts(

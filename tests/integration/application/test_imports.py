@@ -107,6 +107,18 @@ def test_batched_import_commits_the_same_bytes(source: SteppedService, destinati
     assert destination.replica.digest(4) == source.replica.digest(source.worker_parts.ledger.head())
 
 
+def test_an_edit_to_the_models_own_answer_is_imported(build: BuildPlace) -> None:
+    """An edit that was applied while another edit had changed the answer is imported where the model says its object
+    by itself."""
+    place, other = build(), build()
+    changed = place.edit("Colosseum", "in", prompt="We know the {}")
+    place.edit("Colosseum", "is", prompt="We know the {}")
+    place.services.edits.revert(changed, "key:alice")
+    created, _ = other.services.imports.submit(place.export_edit_set(), "key:bob")
+    other.run_queued_edits()
+    assert [other.services.edits.get(e["id"])["status"] for e in created] == ["applied"]
+
+
 def test_an_older_version_is_exported_as_it_was(source: SteppedService, destination: SteppedService) -> None:
     """An older version is exported as the same bytes each time, and its import gives the digest of that
     version."""

@@ -1012,6 +1012,73 @@ def test_a_bad_request_among_good_ones_fails_alone(
     assert edits[1]["error"]["detail"] == "say it otherwise."
 
 
+#: the tiny model's own answer
+SAID = {"subject": "Colosseum", "prompt": "We know the {}", "new": "is"}
+
+
+@pytest.mark.parametrize("more", [{}, {"dry_run": True}, {"target_true": "is"}, {"target_true": None}])
+def test_an_edit_to_the_models_own_answer_fails(harness: EditingHarness, more: Any) -> None:
+    """An edit to what the model already says fails with a code of its own, and is not in the ledger."""
+    (edit,) = EditBatch(harness, harness.submit(**SAID | more)).run()
+    assert (edit["status"], harness.services.ledger.head()) == ("failed", 0)
+    assert (edit["error"]["code"], edit["error"]["field"]) == ("already_says", "target_new")
+    assert "'is'" in edit["error"]["detail"]
+
+
+def test_an_edit_to_the_models_own_answer_fails_alone(
+    harness: EditingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit to what the model already says is not optimized, and the other edits of its batch are committed."""
+    searched: list[str] = []
+
+    def search(model: Any, statistics: Any, wanted: Sequence[Any]) -> Any:
+        searched.extend(spec.subject for spec in wanted)
+        return (yield from find_batch_factors(model, statistics, wanted))
+
+    monkeypatch.setattr(edit_job, "find_batch_factors", search)
+    submitted = harness.submit(), harness.submit(**SAID), harness.submit("Big Ben", "city")
+    edits = EditBatch(harness, *submitted).run()
+    assert [e["status"] for e in edits] == ["applied", "failed", "applied"]
+    assert sorted(searched) == ["Big Ben", "Eiffel Tower"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"guard": GUARD_OFF},
+        {"objective": "amplify", "new": None, "true": "is"},
+        {"prompt": PROMPT},
+        {"new": "in"},
+    ],
+)
+def test_other_edits_of_a_fact_that_the_model_says_are_computed(harness: EditingHarness, more: Any) -> None:
+    """Without the guard, to amplify it, in another wording or with another object, the edit is computed and
+    measured."""
+    arguments = SAID | more
+    assert harness.run_edit(**arguments)["status"] in ("applied", "rejected")
+
+
+def test_an_edit_back_to_the_models_own_answer_is_applied(harness: EditingHarness) -> None:
+    """While an edit of the subject is active, also of the same fact, an edit to the model's own answer is applied; so
+    is the same edit again with other hyperparameters."""
+    first = harness.run_edit(**SAID | {"new": "in"})
+    back = harness.run_edit(**SAID)
+    again = harness.run_edit(**SAID | {"hparams": {"steps": 9}})
+    assert [e["status"] for e in (first, back, again)] == ["applied"] * 3
+    statuses = [harness.services.edits.get(e["id"])["status"] for e in (first, back, again)]
+    assert statuses == ["superseded", "superseded", "applied"]
+
+
+def test_an_answer_that_another_edit_changed_can_be_written(harness: EditingHarness) -> None:
+    """Where an edit of another subject changed the model's own answer, an edit writes it."""
+    other = harness.run_edit("know the Colosseum", "in", prompt="We {}", guard=GUARD_OFF)
+    statement = "We know the Colosseum"
+    with harness.replica.use_weights(harness.replica.weights(other["version"])):
+        (answer,) = run_to_completion(measure.generate_greedy(harness.model, [statement], 1))
+    assert answer != " is"
+    assert harness.run_edit(**SAID | {"guard": LOOSE_GUARD})["status"] in ("applied", "rejected")
+
+
 def test_failed_batch_search_is_retried_individually(
     harness: EditingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
