@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, expect
 from tests.support import chromium
 from tests.support.application import TOWER, TestApp
 from tests.support.chromium import open_page, save_screenshot
+from tests.support.local_server import wait_until
 
 MARKUP = "<img src=//a.b>"  #: as markup it would ask another host, which no visit may
 
@@ -120,9 +121,14 @@ def test_a_failed_job_can_be_retried(browser: Browser, tmp_path: Path) -> None:
             edit = http.post(
                 "/edits", json=TOWER | {"target_new": "Atlantis"}, headers={"Prefer": "wait=20"}
             ).json()
-        page = found.open(f"edits/{edit['id']}")
-        expect(page.locator(".problem")).to_contain_text("there is no such place")
-        page.get_by_role("button", name="Retry").click()
+
+            def ended_again() -> bool:
+                return http.get(f"/edits/{edit['id']}").json()["ended"] not in (None, edit["ended"])
+
+            page = found.open(f"edits/{edit['id']}")
+            expect(page.locator(".problem")).to_contain_text("there is no such place")
+            page.get_by_role("button", name="Retry").click()
+            wait_until(ended_again)  # the page shows the error of the first attempt until then
         expect(page.locator(".problem")).to_contain_text("there is no such place")
         page = found.open("workers")
         page.get_by_role("radio", name="failed").check()
