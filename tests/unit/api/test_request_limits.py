@@ -1,9 +1,8 @@
-"""Limits of request bodies: every part has a maximum, and a hostile body costs little."""
+"""Limits of request bodies: every part has a maximum, and large bodies are handled outside the event loop."""
 
 from __future__ import annotations
 
 import threading
-import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ from starlette.testclient import TestClient
 from api.errors import MAX_REPORTED_ERRORS
 from service.kit import large_json
 from tests.support.application import TOWER, TestApp
-from tests.support.hostile_bodies import JSON_PATHS, encode, floods, record_floods
 
 JSON = {"content-type": "application/json"}
 
@@ -75,50 +73,6 @@ def test_every_part_of_a_request_has_a_maximum(test_app: TestApp) -> None:
             if kind == "object" and is_free and "maxProperties" not in part:
                 unlimited.append(path)
     assert set(unlimited) - VALIDATED_LATER == set()
-
-
-@pytest.fixture(scope="module")
-def shared_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """Return a client of one application, for requests that are all refused."""
-    test_app = TestApp(tmp_path_factory.mktemp("limits"))
-    yield TestClient(test_app.app)
-    test_app.close()
-
-
-@pytest.mark.parametrize("path", JSON_PATHS)
-@pytest.mark.parametrize("name", floods())
-def test_hostile_bodies_are_refused_cheaply(shared_client: TestClient, path: str, name: str) -> None:
-    """A body of up to a megabyte with a flood of values is refused with few errors and little memory."""
-    raw = encode(floods()[name])
-    assert len(raw) < 1_000_000
-    shared_client.post(path, content=b"{}", headers=JSON)  # what is imported and compiled once
-    tracemalloc.start()
-    try:
-        answer = shared_client.post(path, content=raw, headers=JSON)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert 400 <= answer.status_code < 500
-    assert len(answer.content) < 10_000
-    assert len(answer.json().get("errors", [])) <= MAX_REPORTED_ERRORS
-    assert peak < 60_000_000
-
-
-@pytest.mark.parametrize("name", ["empty objects", "one record of keys", "nested lists", "escapes"])
-def test_hostile_records_are_refused_cheaply(
-    shared_client: TestClient, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """A body above a megabyte with a flood of values, or with one huge text, is refused before it is parsed."""
-    monkeypatch.setattr(large_json, "MAX_TOKENS", 30_000)  # counting takes long while memory is traced
-    raw = record_floods(1_200_000)[name]
-    tracemalloc.start()
-    try:
-        answer = shared_client.post("/evaluations", content=raw, headers=JSON)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert answer.status_code in (400, 413) and len(answer.content) < 1000
-    assert peak < 8 * len(raw)  # the values of "empty objects" take 24 times as much
 
 
 def test_many_invalid_fields_are_reported_up_to_a_maximum(client: TestClient) -> None:
