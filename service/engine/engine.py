@@ -49,6 +49,7 @@ class EngineConfig:
     max_edits_per_group: int = 1  #: waiting edits that run as one group
     kv_memory_fraction: float = 0.5  #: of the memory that is free at the start, for keys and values
     generation_time_share: float = 0.6  #: of the time, for calls beside background work
+    job_slice: float = 0.03  #: seconds that short steps of a job may take together beside calls
     max_comparisons: int = 4  #: concurrent comparisons
     idle_timeout: float = 1.0  #: longest sleep without work, in seconds
     cancel_poll_interval: float = 0.05  #: seconds between two polls for cancelled calls
@@ -164,14 +165,23 @@ class Engine:
             work = self._background[0]
             self._background.rotate(-1)
             if work.pending:
-                self._run_background(work)
+                self._run_background(work, self._config.job_slice if one else 0.0)
                 if one:
                     return
 
-    def _run_background(self, work: BackgroundWork) -> None:
-        """Run one step, or steps of building a version for at most `BUILD_SLICE` seconds and one step."""
+    def _run_background(self, work: BackgroundWork, job_slice: float) -> None:
+        """Run one step, or steps of building a version for at most `BUILD_SLICE` seconds and one step.
+
+        Steps of a job that are much shorter than a decode step run together, or the job would get less than its share.
+        """
         if work is self._jobs:
+            started = time.monotonic()
             work.step()
+            longest = time.monotonic() - started
+            while work.pending and time.monotonic() - started + longest < job_slice:
+                before = time.monotonic()
+                work.step()
+                longest = max(longest, time.monotonic() - before)
         else:
             started = time.monotonic()
             with metrics.ENGINE_STEP_SECONDS.labels("build").time():

@@ -41,6 +41,7 @@ TEST_CONFIG = EngineConfig(
     ledger_poll_interval=0.0,
     drain_timeout=5.0,
     generation_time_share=0.0,
+    job_slice=0.0,
 )  # a step of a job in every iteration
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.engine import job_runner
+from service.engine import engine, job_runner
 from service.engine.engine import EngineConfig
 from service.engine.job_runner import MAX_GROUPS_PER_KIND
 from service.errors import Unavailable
@@ -158,3 +158,25 @@ def test_a_job_without_memory_waits_for_the_others(kind_of_other: str) -> None:
 
 def _last_progress(harness: EngineHarness) -> dict[Any, Any]:
     return {report[1]: report[2] for report in harness.jobs.reports if report[0] == "progress"}
+
+
+def test_short_steps_of_a_job_run_together_beside_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are much shorter than the slice run together until it is used; a longer one runs alone."""
+    for seconds, together in ((1, 9), (8, 1), (20, 1)):
+        now = [0.0]
+        monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda now=now: now[0]))
+        log: list[str] = []
+
+        def task(reporter: JobReporter, *jobs: ClaimedJob, seconds: int = seconds) -> Stepper[None]:
+            for number in range(50):
+                log.append("job")  # noqa: B023
+                now[0] += seconds  # noqa: B023
+                yield Progress(Phase.RUN, number + 1, 50)
+
+        config = EngineConfig(generation_time_share=0.0, job_slice=10.0, idle_timeout=0.01)
+        harness = EngineHarness({"trace": task}, config)
+        generate(harness, "a", 1, 20)
+        harness.step(1)
+        submit(harness, "trace_1", "trace", "b")
+        harness.step(1)
+        assert len(log) == together
