@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
-from sqlalchemy import delete, event, insert, select, text, update
+from sqlalchemy import delete, insert, select, text, update
 
 from service.application import ledger as ledger_service
 from service.application.api_keys import ApiKeys
 from service.application.ledger import LedgerService
 from service.db.database import Database
-from service.db.models import ApiKey, Attestation, AuditRecord, Base, Job, Worker, now
+from service.db.models import ApiKey, Attestation, AuditRecord, Job, Worker, now
 from service.errors import InvalidInput, Misconfigured
 from service.jobs.attestations import prune_attestations
 from service.jobs.job_store import CHANGED_ROW
@@ -28,6 +25,7 @@ from service.ledger.audit_verify import verify_records
 from service.ledger.head_file import FILE_NAME, HeadFile
 from tests.support.audit_history import AuditedLedger, forge_key, tamper
 from tests.support.job_rows import MODEL, claim_job, commit_edit
+from tests.support.statement_counts import counting_statements_and_rows
 
 NEW_KEY = SigningKey(b"n" * 32)
 
@@ -81,31 +79,11 @@ def test_rows_of_edits_without_effect_may_be_deleted(database: Database, history
     assert history.verify()["ok"]
 
 
-@contextmanager
-def counting(database: Database) -> Iterator[dict[str, int]]:
-    """Count SQL statements and the rows that the ORM loads."""
-    counts = {"statements": 0, "rows": 0}
-
-    def count_statement(*_: Any) -> None:
-        counts["statements"] += 1
-
-    def count_row(*_: Any) -> None:
-        counts["rows"] += 1
-
-    event.listen(database.engine, "before_cursor_execute", count_statement)
-    event.listen(Base, "load", count_row, propagate=True)
-    try:
-        yield counts
-    finally:
-        event.remove(database.engine, "before_cursor_execute", count_statement)
-        event.remove(Base, "load", count_row)
-
-
 def test_an_append_reads_a_constant_number_of_rows(database: Database, history: AuditedLedger) -> None:
     """An append runs as many statements and loads as many rows after 80 further records as before them."""
     counts = []
     for version in (1, 2):
-        with counting(database) as counted, database.write_session() as session:
+        with counting_statements_and_rows(database) as counted, database.write_session() as session:
             audit.append(session, LEDGER, [(MODEL, version)])
         counts.append(counted)
         with database.write_session() as session:
@@ -156,9 +134,9 @@ def test_heads_of_landings(
         edit = history.apply("Danube")
         history.services.edits.cancel(edit, "somebody")
     verification = history.verify()
-    landed = [head for head in HeadFile(history.folder).heads() if "version" in head]
-    assert [head["version"] for head in landed] == [1, 2, 3, 4, 5, 6]
-    assert (landed[-1]["model"], landed[-1]["hash"]) == (MODEL, verification["head_hash"])
+    of_entries = [head for head in HeadFile(history.folder).heads() if "version" in head]
+    assert [head["version"] for head in of_entries] == [1, 2, 3, 4, 5, 6]
+    assert (of_entries[-1]["model"], of_entries[-1]["hash"]) == (MODEL, verification["head_hash"])
     logged = [record for record in caplog.records if record.getMessage() == "ledger head"]
     assert {getattr(record, "version", None) for record in logged} >= {5, 6}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,18 +16,19 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sqlalchemy import delete, event, text, update
+from sqlalchemy import delete, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.db.database import Database
-from service.db.models import Attestation, Base, Job, LedgerEntry, LedgerHead, Model, StoredFactors, now
+from service.db.models import Attestation, Job, LedgerEntry, LedgerHead, Model, StoredFactors, now
 from service.kit.ids import new_id
 from service.kit.text import fact_key
 from service.ledger import active_set, ledger
 from service.ledger.active_set import state_hashes
 from service.ledger.verify import VerifiedStates, verify_ledger
 from tests.support.ledger_tampering import drop_append_only_guards
+from tests.support.statement_counts import counting_statements_and_rows
 
 FACTS = [("Paris", "{} is in"), ("Paris", "{}  is in"), ("Paris", "{} lies on the"), ("Rome", "{} is in")]
 
@@ -272,28 +271,6 @@ def test_same_edits_same_state(database: Database) -> None:
     with database.read_session() as session:
         first, second, third = ledger.entries(session, model)
     assert first.state == third.state != second.state
-
-
-@contextmanager
-def counting_statements_and_rows(database: Database) -> Iterator[dict[str, int]]:
-    """Count the SQL statements and the rows that the ORM loads."""
-    counts = {"statements": 0, "rows": 0}
-
-    def count_statement(*_: Any) -> None:
-        counts["statements"] += 1
-
-    def count_row(*_: Any) -> None:
-        counts["rows"] += 1
-
-    event.listen(database.engine, "before_cursor_execute", count_statement)
-    event.listen(Base, "load", count_row, propagate=True)
-    event.listen(Base, "refresh", count_row, propagate=True)
-    try:
-        yield counts
-    finally:
-        event.remove(database.engine, "before_cursor_execute", count_statement)
-        event.remove(Base, "load", count_row)
-        event.remove(Base, "refresh", count_row)
 
 
 def test_append_reads_a_constant_number_of_rows(database: Database) -> None:
