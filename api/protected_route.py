@@ -121,7 +121,7 @@ class ProtectedRoute(APIRoute):
             caller: str = request.state.actor
             async with receive_body(request, limit, partial(large.upload, caller)) as body:
                 if not body.is_in_memory:
-                    request.state.may_wait = False  # nobody else's large request waits for a job to end
+                    request.state.may_wait = False  # other large requests must not wait until a job ends
                     request.state.run_on_body = large.run
                     async with large.slot(caller):
                         value = await large.run(self._parse_and_validate, request, body)

@@ -48,7 +48,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="PATH",
         help="file with the new key (default: a new key, which replaces the file in the data folder)",
     )
-    rotate.add_argument("--lost", action="store_true", help="replace a key that nobody has any more")
+    rotate.add_argument("--lost", action="store_true", help="replace a key that is lost")
     accept = add_command(
         verbs, "accept", partial(run, accept_ledger), "set the file of heads aside after a restore"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -29,4 +29,4 @@ class Caller:
     """An authenticated caller. `actor` is recorded in the ledger and contains no secret."""
 
     actor: str
-    limits: CallerLimits = field(default=DEFAULT_LIMITS)
+    limits: CallerLimits = DEFAULT_LIMITS

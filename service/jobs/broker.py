@@ -64,9 +64,6 @@ class CallerFilter:
     excluded: Mapping[str, Collection[str]] = field(default_factory=dict)  #: callers by kind of work
     only: str | None = None  #: a caller
 
-    def admits(self, kind: str, caller: str) -> bool:
-        return caller not in self.excluded.get(kind, ()) and self.only in (None, caller)
-
 
 EVERYONE = CallerFilter()
 

@@ -68,11 +68,11 @@ def endorsement_message(previous_hash: str, public_key: str) -> bytes:
 
 
 def append(
-    session: Session, kind: str, keys: Sequence[PrimaryKey], landed: Mapping[str, Any] | None = None
+    session: Session, kind: str, keys: Sequence[PrimaryKey], entry: Mapping[str, Any] | None = None
 ) -> None:
     """Append a record of each row with one of these primary keys, in its present state.
 
-    `landed` has the fields of a ledger entry for the file of heads.
+    `entry` has the fields of a ledger entry that are written to the file of heads.
     """
     if not keys:
         return
@@ -81,7 +81,7 @@ def append(
     digests = dict(row_digests(session, kind, keys))
     for subject in map(subject_of, keys):
         newest = _add(session, newest, kind, subject, digests[subject])
-    _write_head_after_commit(session, newest, landed)
+    _write_head_after_commit(session, newest, entry)
 
 
 def append_removal(session: Session, workers: Sequence[PrimaryKey]) -> None:
@@ -154,12 +154,12 @@ def _add(
     return record
 
 
-def _write_head_after_commit(session: Session, record: AuditRecord, landed: Mapping[str, Any] | None) -> None:
+def _write_head_after_commit(session: Session, record: AuditRecord, entry: Mapping[str, Any] | None) -> None:
     head = {
         "at": iso_microseconds(record.at),
         "position": record.position,
         "record": record.hash,
-        **(landed or {}),
+        **(entry or {}),
     }
     previous = session.info.get(HEAD, {})
     session.info[HEAD] = head = {**previous, **head}
@@ -214,7 +214,7 @@ def rotate(database: Database, new_key: SigningKey, lost: bool = False) -> None:
     """Append a record that replaces the key by a new one, signed by the new key.
 
     The old key, which `database` has, endorses the new one, so that an auditor who knows the old public key can follow.
-    `lost`: nobody has the old key; it is not needed, and there is no endorsement.
+    `lost`: the old key is lost; it is not needed, and there is no endorsement.
     """
     with database.write_session() as session:
         newest = _lock_newest(session, any_signer=lost)

@@ -218,12 +218,12 @@ def check_heads(
     """Compare the ledger with heads that were written outside the database. Yield the first difference of each kind."""
     if record := next((head for head in heads if not _has_record(chain, head)), None):
         yield _missing_head(record, f"audit record {record.get('position')}")
-    landed = [head for head in heads if "version" in head]
+    heads_of_entries = [head for head in heads if "version" in head]
     entries = select(LedgerEntry.model, LedgerEntry.version, LedgerEntry.hash)
     hashes: dict[tuple[Any, Any], str] = (
-        {(row[0], row[1]): row[2] for row in session.execute(entries)} if landed else {}
+        {(row[0], row[1]): row[2] for row in session.execute(entries)} if heads_of_entries else {}
     )
-    for head in landed:
+    for head in heads_of_entries:
         if hashes.get((head.get("model"), head["version"])) != head.get("hash"):
             yield _missing_head(head, f"version {head['version']}")
             return

@@ -210,8 +210,8 @@ def append_entry(
         edit.reverted_version = version
     session.flush()
     update_statuses(session, edit, {e.edit_id for e in active_of_subject})
-    landed = {"model": model, "version": version, "hash": entry.hash}
-    audit.append(session, LEDGER, [(model, version)], landed)
+    head_fields = {"model": model, "version": version, "hash": entry.hash}
+    audit.append(session, LEDGER, [(model, version)], head_fields)
     return entry
 
 
