@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "ledger-heads.jsonl"
 MAX_BYTES = 1_000_000  #: size at which the file is renamed to FILE_NAME.1 and a new one begins
-LOCK_TIMEOUT = 5.0  # seconds
 
 
 class HeadFile:
@@ -33,10 +33,9 @@ class HeadFile:
         log.info("ledger head", extra=dict(head))
         line = json.dumps(dict(head), separators=(",", ":")).encode() + b"\n"
         try:
-            with FileLock(f"{self.path}.lock", timeout=LOCK_TIMEOUT, mode=0o600):
-                self._rotate()
-                _append_line(self.path, line)
-        except (OSError, Timeout) as error:
+            self._rotate()
+            _append_line(self.path, line)
+        except OSError as error:
             log.warning("the head of the ledger was not written", extra={"detail": str(error)})
 
     def heads(self) -> list[dict[str, Any]]:
@@ -50,11 +49,22 @@ class HeadFile:
                 path.replace(path.with_name(f"{path.name}.old"))
 
     def _rotate(self) -> None:
-        if self.path.exists() and self.path.stat().st_size >= MAX_BYTES:
-            self.path.replace(self.older_path)
+        """Begin a new file when this one is full. While another process holds the lock, it does so.
+
+        A commit never waits for the lock: the process that holds it may be suspended.
+        """
+        if not self._is_full():
+            return
+        with suppress(Timeout), FileLock(f"{self.path}.lock", timeout=0, mode=0o600):
+            if self._is_full():
+                self.path.replace(self.older_path)
+
+    def _is_full(self) -> bool:
+        return self.path.exists() and self.path.stat().st_size >= MAX_BYTES
 
 
 def _append_line(path: Path, line: bytes) -> None:
+    """Append a line in one write, which the system does not mix with those of other processes."""
     file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o600)
     try:
         size = os.fstat(file).st_size

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from service.ledger import head_file
 from service.ledger.head_file import FILE_NAME, HeadFile
@@ -38,6 +39,21 @@ def test_concurrent_appends_lose_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: HeadFile(tmp_path).append({"position": n}), range(80)))
     assert len({head["position"] for head in HeadFile(tmp_path).heads()}) == 80
+
+
+@pytest.mark.parametrize("size", [1_000_000, 10])
+def test_append_does_not_wait_for_a_suspended_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A head is written while another process holds the lock, also when the file is full."""
+    monkeypatch.setattr(head_file, "MAX_BYTES", size)
+    heads = [{"position": number} for number in range(3)]
+    with FileLock(tmp_path / f"{FILE_NAME}.lock"):
+        for head in heads:
+            HeadFile(tmp_path).append(head)
+    assert HeadFile(tmp_path).heads() == heads
+    HeadFile(tmp_path).append({"position": 3})
+    assert (tmp_path / f"{FILE_NAME}.1").exists() == (size == 10)
 
 
 def test_an_incomplete_line_is_omitted(tmp_path: Path) -> None:
