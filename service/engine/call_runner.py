@@ -42,12 +42,15 @@ from service.kit import crash_points, metrics
 from service.kit.steps import Progress, Stepper, advance
 from service.kit.time_share import TimeShare
 from service.kit.versions import resolve_version
+from service.kit.virtual_times import VirtualTimes
 from service.models import memory_estimates
 from service.schemas import CompareRequest, WorkerGenerateRequest
 
 log = logging.getLogger(__name__)
 
 GENERATION_TIME_SHARE = 0.6  # of the time of calls, for generations beside comparisons
+GENERATION_HEAD_START = 0.1  # seconds, before comparisons
+COMPARISON_HEAD_START = 0.2  # seconds, of a caller before the comparisons of others
 WORKER_STOPPING = Unavailable("the worker is stopping: send the request again.")
 
 
@@ -78,8 +81,9 @@ class CallRunner:
         self._single_process = single_process
         self._admissions: deque[PendingAdmission] = deque()
         self._sequence_owners: dict[DecodingSequence, tuple[RunningGeneration, int]] = {}
-        self._comparisons: deque[RunningComparison] = deque()
-        self._comparison_time_share = TimeShare(GENERATION_TIME_SHARE)
+        self._comparisons: list[RunningComparison] = []
+        self._comparison_times = VirtualTimes(COMPARISON_HEAD_START)
+        self._comparison_time_share = TimeShare(GENERATION_TIME_SHARE, GENERATION_HEAD_START)
         self._reset_batches()
 
     def _reset_batches(self) -> None:
@@ -94,6 +98,11 @@ class CallRunner:
     def active(self) -> bool:
         """Whether a generation is decoding or a comparison is running."""
         return bool(self._scheduler or self._comparisons)
+
+    @property
+    def has_light_work(self) -> bool:
+        """Whether a caller with few sequences, or with a comparison, waits for steps."""
+        return bool(self._comparisons) or self._scheduler.has_light_work
 
     @property
     def pending(self) -> bool:
@@ -188,6 +197,7 @@ class CallRunner:
         def begin(built: dict[int, WeightOverrides]) -> None:
             weights.update(built)
             self._comparisons.append(comparison)
+            self._comparison_times.activate(delivery.caller)
 
         return PendingAdmission(comparison, (a, b), begin)
 
@@ -279,13 +289,12 @@ class CallRunner:
         log.info("generation ended", extra={**log_fields(generation.delivery), **fields})
 
     def step_comparisons(self) -> None:
-        """Run one step of the next comparison in turn, when it is due beside generations."""
-        if not self._scheduler:
-            self._comparison_time_share.reset()
-        if not (self._comparisons and self._comparison_time_share.background_is_due):
+        """Run one step of a comparison of the caller with the least time, when it is due beside generations."""
+        has_generations = bool(self._scheduler)
+        if not self._comparisons or (has_generations and not self._comparison_time_share.background_is_due):
             return
-        comparison = self._comparisons[0]
-        self._comparisons.rotate(-1)
+        caller = self._comparison_times.first()
+        comparison = next(c for c in self._comparisons if c.delivery.caller == caller)
         started = time.monotonic()
         try:
             outcome = advance(comparison.steps)
@@ -297,7 +306,9 @@ class CallRunner:
         except Exception as error:
             self._fail(comparison.delivery, error)
         finally:
-            self._comparison_time_share.add_background(time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._comparison_time_share.add_background(seconds, has_generations)
+            self._comparison_times.add(caller, seconds)
         self._drop(comparison)
         self._outbox.flush()
 
@@ -344,6 +355,8 @@ class CallRunner:
             call.steps.close()
             if call in self._comparisons:
                 self._comparisons.remove(call)
+                if all(other.delivery.caller != call.delivery.caller for other in self._comparisons):
+                    self._comparison_times.deactivate(call.delivery.caller)
             return
         for s in call.sequences:
             self._sequence_owners.pop(s, None)

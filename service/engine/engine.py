@@ -49,6 +49,9 @@ class EngineConfig:
     max_edits_per_group: int = 1  #: waiting edits that run as one group
     kv_memory_fraction: float = 0.5  #: of the memory that is free at the start, for keys and values
     generation_time_share: float = 0.6  #: of the time, for calls beside background work
+    #: the same while all calls are of callers with many sequences
+    heavy_generation_time_share: float = 0.4
+    generation_head_start: float = 0.25  #: seconds that calls run alone after a time without calls
     job_slice: float = 0.03  #: seconds that short steps of a job may take together beside calls
     max_comparisons: int = 4  #: concurrent comparisons
     idle_timeout: float = 1.0  #: longest sleep without work, in seconds
@@ -111,7 +114,7 @@ class Engine:
             self._follower.poll_soon,
         )
         self._background: deque[BackgroundWork] = deque([self._calls, self._follower, self._jobs])
-        self._time_share = TimeShare(config.generation_time_share)
+        self._time_share = TimeShare(config.generation_time_share, config.generation_head_start)
 
     @property
     def served_version(self) -> tuple[int, str] | None:
@@ -138,7 +141,7 @@ class Engine:
 
     def step(self) -> bool:
         """Run one step of the loop. Return whether there was work."""
-        self.last_step_at = time.monotonic()
+        self.last_step_at = started = time.monotonic()
         metrics.ENGINE_STEPS.inc()
         self._outbox.flush()
         self._follower.poll()
@@ -146,18 +149,21 @@ class Engine:
         self._calls.poll_cancellations()
         has_calls = self._calls.active
         busy = has_calls or any(work.pending for work in self._background)
-        started = time.monotonic()
         self._calls.decode()
         self._calls.step_comparisons()
         ended = time.monotonic()
         if has_calls:
-            self._time_share.add_foreground(ended - started)
-        else:
-            self._time_share.reset()
-        if self._time_share.background_is_due:
+            self._time_share.add_foreground(ended - started)  # also the time of admission and of events
+        if not has_calls or self._time_share.background_is_due:
+            self._time_share.foreground_share = self._calls_share()
             self._step_background(one=has_calls)
-            self._time_share.add_background(time.monotonic() - ended)
+            self._time_share.add_background(time.monotonic() - ended, has_calls)
         return busy
+
+    def _calls_share(self) -> float:
+        """Return the share of the time of calls beside background work."""
+        light = self._calls.has_light_work or not self._calls.active
+        return self._config.generation_time_share if light else self._config.heavy_generation_time_share
 
     def _step_background(self, one: bool) -> None:
         """Run one step of the next background work in turn; of each, where no call is active that it could delay."""

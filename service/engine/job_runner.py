@@ -1,8 +1,8 @@
 """Runs jobs one step at a time: claims them, applies their reports, and hands them back when the engine stops.
 
-A job of a more urgent kind suspends the running ones. Jobs of one kind and several callers share the time equally, so
-that no caller waits for the jobs of another. Another worker may take over a job whose lease has expired; the attempt
-number in the job's row is the fence, so a job runs on until the store rejects a write.
+A job of a more urgent kind suspends the others of its caller. The jobs of several callers share the time, whatever
+their kinds are, so that no caller waits for the jobs of another. Another worker may take over a job whose lease has
+expired; the attempt number in the job's row is the fence, so a job runs on until the store rejects a write.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from service.engine.step_guard import check_step
 from service.engine.versioned_model import VersionedModel
 from service.errors import Cancelled, DigestMismatch, LeaseLost, PalimpsestError, Unavailable
 from service.jobs.broker import Broker, CallerFilter, Delivery
-from service.jobs.job_kinds import WORK_KINDS
+from service.jobs.job_kinds import JOB_KINDS, WORK_KINDS
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit import metrics
 from service.kit.steps import JobReporter, Phase, Progress, Stepper, StepperResult, advance
+from service.kit.virtual_times import VirtualTimes
 
 log = logging.getLogger(__name__)
 
 MAX_INTERRUPTIONS = 10  # times that an outage interrupts a job before the job fails
 MAX_GROUPS_PER_KIND = 4  # callers whose jobs of one kind run at the same time
+HEAD_START = 1.0  # seconds of a caller before the jobs of others
 
 JobsById = dict[str, tuple[Delivery, ClaimedJob]]
 
@@ -61,9 +63,6 @@ class JobGroup:
     members: JobsById
     reporter: ReportQueue
     steps: Stepper[None]
-    seconds: float = (
-        0.0  #: that its steps took, and at the start those of the group with the least of its kind
-    )
     phase: str = ""  #: of the last step
 
     @property
@@ -103,7 +102,8 @@ class JobRunner:
         self._kinds = tuple(kind for kind in WORK_KINDS if kind in handlers)
         self._max_edits_per_group = max_edits_per_group
         self._on_job_end = on_job_end
-        self._groups: list[JobGroup] = []  # those of the most urgent kind run
+        self._groups: list[JobGroup] = []  # that of the most urgent kind of each caller runs
+        self._times = VirtualTimes(HEAD_START)
         self._interruptions: Counter[str] = Counter()
         self._starts_nothing = False  # until a group ends
 
@@ -114,26 +114,22 @@ class JobRunner:
 
     @property
     def startable_kinds(self) -> tuple[str, ...]:
-        """The kinds of job that may start now: those more urgent than the running ones, and theirs for other
-        callers."""
-        if not self._groups:
-            return self._kinds
-        if self._starts_nothing:
+        """The kinds of job that may start now."""
+        if self._starts_nothing and self._groups:
             return ()
-        kind = self._running_kind
-        more_urgent = self._kinds[: self._kinds.index(kind)]
-        return more_urgent if len(self._groups_of(kind)) >= MAX_GROUPS_PER_KIND else (*more_urgent, kind)
+        counts = Counter(group.kind for group in self._groups)
+        return tuple(kind for kind in self._kinds if counts[kind] < MAX_GROUPS_PER_KIND)
 
     def busy_callers(self, kind: str) -> set[str]:
-        """Return the callers whose jobs of a kind run, or are suspended, already."""
-        return {group.caller for group in self._groups_of(kind)}
+        """Return the callers that have a job of this kind or of a more urgent one already."""
+        urgency = self._kinds.index(kind)
+        return {group.caller for group in self._groups if self._kinds.index(group.kind) <= urgency}
 
-    @property
-    def _running_kind(self) -> str:
-        return min((group.kind for group in self._groups), key=self._kinds.index)
-
-    def _groups_of(self, kind: str) -> list[JobGroup]:
-        return [group for group in self._groups if group.kind == kind]
+    def _next_group(self) -> JobGroup:
+        """Return the group of the most urgent kind of the caller that had the least time."""
+        caller = self._times.first()
+        groups = [group for group in self._groups if group.caller == caller]
+        return min(groups, key=lambda group: self._kinds.index(group.kind))
 
     def start(self, delivery: Delivery) -> None:
         """Claim a job, and with an edit this worker's share of the waiting edits of its caller, and make their
@@ -144,9 +140,8 @@ class JobRunner:
         if members:
             reporter = ReportQueue()
             steps = self._handlers[delivery.kind](reporter, *(job for _, job in members.values()))
-            least = min((group.seconds for group in self._groups_of(delivery.kind)), default=0.0)
-            group = JobGroup(delivery.kind, delivery.caller, members, reporter, steps, least)
-            self._groups.append(group)
+            self._groups.append(JobGroup(delivery.kind, delivery.caller, members, reporter, steps))
+            self._times.activate(delivery.caller)
 
     def _claim_more_edits(self, caller: str) -> JobsById:
         """Claim an equal part of the caller's waiting edits for each edit worker. Those that cannot be claimed wait
@@ -182,11 +177,10 @@ class JobRunner:
         return {job.id: (delivery, job)}
 
     def step(self) -> None:
-        """Run one step of the running group that had the least time. An error of the step ends its jobs and nothing
-        else."""
+        """Run one step of the next group. An error of the step ends its jobs and nothing else."""
         if not self._groups:
             return
-        group = min(self._groups_of(self._running_kind), key=lambda group: group.seconds)
+        group = self._next_group()
         started = time.monotonic()
         try:
             if all(self._job_store.cancel_requested(job) for job in group.jobs):
@@ -204,7 +198,7 @@ class JobRunner:
                 self._finish_group(group, error)
         else:
             seconds = time.monotonic() - started
-            group.seconds += seconds
+            self._times.add(group.caller, seconds, JOB_KINDS[group.kind].time_weight)
             _observe_step(group.phase, seconds)
             self._apply_reports(group)
             if isinstance(outcome, StepperResult):
@@ -305,6 +299,8 @@ class JobRunner:
         group.steps.close()
         if group in self._groups:
             self._groups.remove(group)
+            if all(other.caller != group.caller for other in self._groups):
+                self._times.deactivate(group.caller)
         self._starts_nothing = False
 
 

@@ -24,6 +24,7 @@ MAX_PREFILL_TOKENS = 1024  # prompt tokens of one prefill step, padding included
 MAX_PREFILL_SEQUENCES = 16  # sequences of one prefill step
 MAX_LIGHT_SEQUENCES = 4  # sequences of one caller in the light lane
 LIGHT_TIME_SHARE = 0.6  # of the time of generations, for the light lane beside the heavy one
+LIGHT_HEAD_START = 0.1  # seconds
 HEAVY_MEMORY_SHARE = 0.75  # of the memory of keys and values, for the heavy lane
 
 #: the bytes of keys and values of a batch: (sequences, positions) -> bytes
@@ -94,11 +95,17 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._kv_bytes = kv_bytes
         self._kv_memory_bytes = kv_memory_bytes  # None: unknown, not bounded
-        self._time_share = TimeShare(LIGHT_TIME_SHARE)
+        self._time_share = TimeShare(LIGHT_TIME_SHARE, LIGHT_HEAD_START)
         self._heavy_lane_is_behind = False
+        self._light_lane_has_work = False  # in the last step
 
     def __bool__(self) -> bool:
         return bool(self._waiting) or any(self._lanes.values())
+
+    @property
+    def has_light_work(self) -> bool:
+        """Whether the light lane has sequences."""
+        return bool(self._lanes[Lane.LIGHT]) or self._waiting_for(Lane.LIGHT) > 0
 
     # admission
 
@@ -156,9 +163,8 @@ class Scheduler:
         for sequence in [s for s, _ in self._waiting if s.finish_reason is not None]:
             self._waiting.remove(sequence)  # cancelled
         plan = self._plan_lane(Lane.LIGHT)
-        if not plan:
-            self._time_share.reset()
-        if self._time_share.background_is_due:
+        self._light_lane_has_work = bool(plan)
+        if not plan or self._time_share.background_is_due:
             heavy = self._plan_lane(Lane.HEAVY, prefill=plan.prefill is None)
             plan = StepPlan(plan.prefill or heavy.prefill, plan.decode + heavy.decode)
         self._heavy_lane_is_behind = bool(self._lanes[Lane.HEAVY].to_retry or self._waiting_for(Lane.HEAVY))
@@ -199,7 +205,7 @@ class Scheduler:
         if lane is Lane.LIGHT:
             self._time_share.add_foreground(seconds)
         else:
-            self._time_share.add_background(seconds)
+            self._time_share.add_background(seconds, self._light_lane_has_work)
 
     def update(self, batch: BatchKey, running: Sequence[DecodingSequence]) -> None:
         """Record the sequences of a batch that run after a step."""

@@ -27,7 +27,9 @@ class JobKind:
 
     name: str
     role: str  #: of the workers that run it
-    urgency: int  #: 0 is the most urgent; a more urgent job preempts a running one between two steps
+    urgency: (
+        int  #: 0 is the most urgent; a more urgent job preempts a running one of its caller between two steps
+    )
     id_prefix: str  #: of the ids of its jobs
     path: str  #: of the collection of its jobs in the HTTP API
     request_model: str  #: "module:class" of the validated request
@@ -35,6 +37,7 @@ class JobKind:
     list_serializer: str = ""  #: the same for lists, when these show less
     #: "module:class" that validates and submits requests
     service: str = "service.application.job_resource:JobResourceService"
+    time_weight: float = 2.0  #: its share of the time beside jobs of other callers is in proportion to this
     submit_scope: str = "edit"  #: API key scope to submit one
     cancel_scope: str = "edit"  #: API key scope to cancel one
     has_artifacts: bool = False  #: whether its jobs store artifacts while they are open, or after they failed
@@ -93,6 +96,7 @@ _JOBS = (
         request_model="service.schemas:ExportRequest",
         service="service.application.exports:ExportService",
         serializer="service.jobs.views:serialize_exports",
+        time_weight=1.0,
         submit_scope="read",
         has_artifacts=True,
         max_kept=4,
@@ -106,6 +110,7 @@ _JOBS = (
         request_model="service.schemas:EvaluationRequest",
         service="service.application.evaluations:EvaluationService",
         serializer="service.jobs.views:serialize_evaluations",
+        time_weight=1.0,
         list_serializer="service.jobs.views:summarize_evaluations",
         has_artifacts=True,
     ),

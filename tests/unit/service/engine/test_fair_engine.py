@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -92,9 +93,10 @@ def test_comparisons_of_one_caller_run_one_after_another() -> None:
 
 
 def test_jobs_of_two_callers_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job of another caller runs beside a longer one of its kind: from its start each has half of the steps."""
+    """A job of another caller runs beside a longer one of its kind: after the head start each has half of the steps."""
     clock = count()
     monkeypatch.setattr(job_runner, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(job_runner, "HEAD_START", 1.0)
     harness = EngineHarness({"edit": job_handler(20)}, TEST_CONFIG)
     submit(harness, "edit_1", "edit", "a")
     submit(harness, "edit_2", "edit", "a")
@@ -103,7 +105,71 @@ def test_jobs_of_two_callers_share_the_time(monkeypatch: pytest.MonkeyPatch) -> 
     harness.step(12)
     steps = _last_progress(harness)
     assert "edit_2" not in steps
-    assert (steps["edit_1"], steps["edit_3"]) == (12, 6)
+    assert (steps["edit_1"], steps["edit_3"]) == (11, 7)
+
+
+@pytest.mark.parametrize(("flood", "kind", "least"), [("edit", "trace", 9), ("evaluation", "edit", 12)])
+def test_a_job_does_not_wait_for_jobs_of_other_kinds(
+    monkeypatch: pytest.MonkeyPatch, flood: str, kind: str, least: int
+) -> None:
+    """A caller that always has jobs, also more urgent ones, leaves another caller its share of the time."""
+    clock = count()
+    monkeypatch.setattr(job_runner, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    harness = EngineHarness({flood: job_handler(3), kind: job_handler(100)}, TEST_CONFIG)
+    for number in range(40):
+        submit(harness, f"flood_{number}", flood, "flood")
+    harness.step(3)
+    submit(harness, "other", kind, "other")
+    harness.step(20)
+    assert _last_progress(harness)["other"] >= least
+    assert harness.broker.queue_depth(flood) < 40 - 1
+
+
+def test_a_more_urgent_job_suspends_the_jobs_of_its_caller() -> None:
+    """An edit suspends the evaluation of its caller until it has ended."""
+    harness = EngineHarness({"evaluation": job_handler(10), "edit": job_handler(4)}, TEST_CONFIG)
+    submit(harness, "evaluation_1", "evaluation", "a")
+    harness.step(2)
+    submit(harness, "edit_1", "edit", "a")
+    harness.step(4)
+    assert _last_progress(harness) == {"evaluation_1": 2, "edit_1": 4}
+    harness.step()
+    assert _last_progress(harness)["evaluation_1"] == 10
+
+
+@pytest.mark.parametrize(("sequences", "share"), [(1, 0.75), (20, 0.25)])
+def test_jobs_have_more_time_beside_callers_with_many_sequences(
+    monkeypatch: pytest.MonkeyPatch, sequences: int, share: float
+) -> None:
+    """Calls have `generation_time_share` beside a job, and less while all are of callers with many sequences."""
+    config = EngineConfig(
+        generation_time_share=0.75,
+        heavy_generation_time_share=0.25,
+        generation_head_start=0.0,
+        job_slice=0.0,
+        idle_timeout=0.01,
+    )
+    harness = EngineHarness({"trace": job_handler(10**6)}, config)
+    now, used = [0.0], {"decode": 0.0, "job": 0.0}
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def timed(name: str, seconds: float, action: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            now[0] += seconds
+            used[name] += seconds
+            action()
+
+        return run
+
+    calls, jobs = harness.engine._calls, harness.engine._jobs
+    channel = generate(harness, "a", sequences, 40)
+    submit(harness, "trace_1", "trace", "b")
+    harness.step(2)
+    monkeypatch.setattr(calls, "decode", timed("decode", 0.1, calls.decode))
+    monkeypatch.setattr(jobs, "step", timed("job", 0.25, jobs.step))
+    while not has_ended(harness, channel):
+        harness.step(1)
+    assert used["decode"] / (used["decode"] + used["job"]) == pytest.approx(share, abs=0.1)
 
 
 def test_number_of_groups_is_bounded() -> None:
