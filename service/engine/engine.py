@@ -53,6 +53,7 @@ class EngineConfig:
     heavy_generation_time_share: float = 0.4
     generation_head_start: float = 0.25  #: seconds that calls run alone after a time without calls
     job_slice: float = 0.03  #: seconds that short steps of a job may take together beside calls
+    heavy_job_slice: float = 0.1  #: the same while all calls are of callers with many sequences
     max_comparisons: int = 4  #: concurrent comparisons
     idle_timeout: float = 1.0  #: longest sleep without work, in seconds
     cancel_poll_interval: float = 0.05  #: seconds between two polls for cancelled calls
@@ -155,24 +156,23 @@ class Engine:
         if has_calls:
             self._time_share.add_foreground(ended - started)  # also the time of admission and of events
         if not has_calls or self._time_share.background_is_due:
-            self._time_share.foreground_share = self._calls_share()
-            self._step_background(one=has_calls)
+            self._step_background(has_calls)
             self._time_share.add_background(time.monotonic() - ended, has_calls)
         return busy
 
-    def _calls_share(self) -> float:
-        """Return the share of the time of calls beside background work."""
-        light = self._calls.has_light_work or not self._calls.active
-        return self._config.generation_time_share if light else self._config.heavy_generation_time_share
-
-    def _step_background(self, one: bool) -> None:
+    def _step_background(self, has_calls: bool) -> None:
         """Run one step of the next background work in turn; of each, where no call is active that it could delay."""
+        config, is_light = self._config, self._calls.has_light_work or not has_calls
+        self._time_share.foreground_share = (
+            config.generation_time_share if is_light else config.heavy_generation_time_share
+        )
+        job_slice = (config.job_slice if is_light else config.heavy_job_slice) if has_calls else 0.0
         for _ in range(len(self._background)):
             work = self._background[0]
             self._background.rotate(-1)
             if work.pending:
-                self._run_background(work, self._config.job_slice if one else 0.0)
-                if one:
+                self._run_background(work, job_slice)
+                if has_calls:
                     return
 
     def _run_background(self, work: BackgroundWork, job_slice: float) -> None:

@@ -147,6 +147,7 @@ def test_jobs_have_more_time_beside_callers_with_many_sequences(
         heavy_generation_time_share=0.25,
         generation_head_start=0.0,
         job_slice=0.0,
+        heavy_job_slice=0.0,
         idle_timeout=0.01,
     )
     harness = EngineHarness({"trace": job_handler(10**6)}, config)
