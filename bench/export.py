@@ -84,7 +84,7 @@ def compute_edits(
     model: LoadedModel, count: int, steps: int, layers: Sequence[int] | None
 ) -> dict[str, ExportEdit]:
     """Return edits of facts of different subjects, computed with few optimization steps."""
-    source = find_facts_file(model.folder)
+    source = find_facts_file(model.path)
     assert source is not None, "the model has no table of facts: use --random"
     records = {r.subject: r for r in load_records(source, 0).records}
     chosen = list(records.values())[:count]

@@ -90,7 +90,7 @@ class GuardExperiment:
         layers = list(recipe.rome.layers)
         self.poor_statistics = run_to_completion(collect_statistics(self.model, layers, few))
         self.good_factors: dict[str, EditFactors] = {}  #: by record name
-        path = find_facts_file(self.model.folder)
+        path = find_facts_file(self.model.path)
         assert path is not None
         self.fact_rows = {(r["subject"], r["relation"]): r for r in read_fact_rows(path)}
         records = read_records(path, args.seed)

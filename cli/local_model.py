@@ -44,8 +44,8 @@ def _import_model_loader() -> ModuleType:
 
 
 def missing_dependency_error(missing: ModuleNotFoundError) -> Exception:
-    """Return the error for a missing module; for torch and transformers it says how to install them."""
-    if missing.name not in ("torch", "transformers"):
+    """Return the error for a missing module; for torch, transformers and gguf it says how to install them."""
+    if missing.name not in ("gguf", "torch", "transformers"):
         return missing
     return Misconfigured(
         f"{missing.name} is not installed; loading a model requires it: pip install -c constraints.txt -e '.[worker]'"

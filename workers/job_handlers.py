@@ -110,7 +110,7 @@ def run_evaluation(
     store = JobArtifactStore(job_store, job)
     rows = get_json(store, artifacts.RECORDS)
     request = EvaluationRequest.model_validate({**job.request, "records": rows})
-    source = rows if rows is not None else find_facts_file(context.model.folder)
+    source = rows if rows is not None else find_facts_file(context.model.path)
     if source is None:
         raise InvalidInput("the resident model has no facts.jsonl: send records.", "dataset")
     loaded = load_records(source, request.seed, request.limit or MAX_RECORDS)

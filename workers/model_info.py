@@ -26,7 +26,7 @@ def model_info(model: LoadedModel, context: EditorContext) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.model.parameters()),
         "dtype": str(model.weight(0).dtype).removeprefix("torch."),
         "device": device_kind(model.device),
-        "facts": find_facts_file(model.folder) is not None,
+        "facts": find_facts_file(model.path) is not None,
         **context.info(),
     }
 

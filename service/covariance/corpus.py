@@ -37,7 +37,7 @@ class Corpus:
 def fact_sentences(model: LoadedModel) -> list[str]:
     """Return the statements of the model's table of facts, the first four trained wordings, each over all facts; none
     without such a table."""
-    path = model.folder / "facts.jsonl" if model.folder else None
+    path = model.companion_file("facts.jsonl")
     if path is None or not path.exists():
         return []
     try:

@@ -22,6 +22,7 @@ from service.datasets.parsing import (
     validate_row,
 )
 from service.datasets.record import NeighborProbe, Record
+from service.kit.model_files import companion_file
 from service.schemas import Name, Text
 
 FACTS_FILE = "facts.jsonl"
@@ -38,9 +39,9 @@ class FactRow(PublishedRow):
     held_out_prompts: Texts
 
 
-def find_facts_file(folder: Path | None) -> Path | None:
-    """Return the path of the fact table in a model's folder, or None if there is none."""
-    path = folder / FACTS_FILE if folder else None
+def find_facts_file(model: Path | None) -> Path | None:
+    """Return the path of the fact table of a model's folder or GGUF file, or None if there is none."""
+    path = companion_file(model, FACTS_FILE) if model else None
     return path if path is not None and path.is_file() else None
 
 

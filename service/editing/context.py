@@ -26,6 +26,7 @@ from service.methods.registry import DEFAULT_METHOD
 from service.models.loading import LoadedModel
 from service.recipes.published import published_recipe
 from service.recipes.recipe import Recipe, parse_recipe, resolve_hparams
+from service.recipes.shipped import ModelShape, shipped_recipe
 from service.schemas import Objective
 
 REFERENCE_TEXTS = 48  # texts of the corpus on which the guard measures the perplexity
@@ -159,14 +160,28 @@ class EditorContext:
 
 
 def find_recipe(model: LoadedModel, recipes: Path | None = None) -> Recipe | None:
-    """Return the tuned recipe of the model, else `recipe.json` in the model's folder, else the published recipe of a
-    model of its shape, else None."""
+    """Return the tuned recipe of the model, else `recipe.json` in the model's folder, else the shipped and else the
+    published recipe of a model of its shape, else None."""
     tuned = recipe_path(model, recipes) if recipes else None
-    bundled = model.folder / "recipe.json" if model.folder else None
+    bundled = model.companion_file("recipe.json")
     for path in (tuned, bundled):
         if path is not None and path.exists():
             return parse_recipe(path.read_text(encoding="utf-8"))
-    return published_recipe(model.model.config.model_type, model.num_layers, model.hidden_size)
+    return shipped_recipe(model_shape(model), model.name) or published_recipe(
+        model.model.config.model_type, model.num_layers, model.hidden_size
+    )
+
+
+def model_shape(model: LoadedModel) -> ModelShape:
+    """Return the shape by which a shipped recipe is found."""
+    return ModelShape(
+        model_type=model.model.config.model_type,
+        layers=model.num_layers,
+        width=model.hidden_size,
+        inner_width=model.intermediate_size,
+        vocabulary=model.vocabulary_size,
+        positions=model.max_positions,
+    )
 
 
 def recipe_path(model: LoadedModel, recipes: Path) -> Path:

@@ -38,7 +38,7 @@ EXPERT_KEYS = (
     "num_experts_per_tok",
 )
 FULL_PRECISION = ("F64", "F32", "F16", "BF16")  # types in safetensors files
-ACTIVATION_KEYS = ("hidden_act", "activation_function")
+ACTIVATION_KEYS = ("hidden_act", "activation_function", "hidden_activation", "activation")
 
 
 def refuse_adapter(source: str | Path) -> None:
@@ -48,8 +48,8 @@ def refuse_adapter(source: str | Path) -> None:
         return
     base = _adapter_base(Path(path))
     raise Misconfigured(
-        f"the model {str(source)!r} is an adapter (adapter_config.json): give its base model{base}, or a folder with "
-        "the merged weights and without adapter_config.json."
+        f"the model {str(source)!r} is an adapter (adapter_config.json): give its base model{base} with --model and this "
+        "folder with --adapter."
     )
 
 

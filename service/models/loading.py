@@ -25,7 +25,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from service.errors import InvalidInput, Misconfigured
+from service.kit.model_files import companion_file, is_gguf, local_model
 from service.kit.text_encoder import TextEncoder
+from service.models.adapter import merge_adapter
 from service.models.architectures import Architecture, architecture_of
 from service.models.checkpoint import (
     check_config_values,
@@ -57,7 +59,19 @@ class LoadedModel:
     architecture: Architecture
     fingerprint: str  #: SHA-256 of the configuration, the tokenizer and the bytes of every weight
     folder: Path | None = field(default=None, compare=False)  #: the local folder it was loaded from
+    gguf_file: Path | None = field(
+        default=None, compare=False
+    )  #: the GGUF file in that folder it was loaded from
     loaded_fingerprint: str = ""  #: the fingerprint before `with_bos`
+
+    @property
+    def path(self) -> Path | None:
+        """The local folder or the GGUF file that it was loaded from."""
+        return self.gguf_file or self.folder
+
+    def companion_file(self, name: str) -> Path | None:
+        """Return the path of a file that belongs to the model; None for a model that is not on this machine."""
+        return companion_file(self.path, name) if self.path else None
 
     @property
     def device(self) -> torch.device:
@@ -214,45 +228,75 @@ def _fingerprint(model: nn.Module, config: Any, tokenizer: PreTrainedTokenizerBa
     return digest.hexdigest()
 
 
-def wrap_model(model: Any, tokenizer: Any, name: str = "model", folder: Path | None = None) -> LoadedModel:
+def wrap_model(
+    model: Any, tokenizer: Any, name: str = "model", folder: Path | None = None, gguf_file: Path | None = None
+) -> LoadedModel:
     """Return a `LoadedModel` of loaded parts: frozen, in evaluation mode, with fused activations."""
     architecture = architecture_of(model.config.model_type)
     model.eval()
     model.requires_grad_(False)
     use_fused_activations(model)
     fingerprint = _fingerprint(model, model.config, tokenizer)
-    return LoadedModel(name, model, tokenizer, architecture, fingerprint, folder, fingerprint)
+    return LoadedModel(
+        name,
+        model,
+        tokenizer,
+        architecture,
+        fingerprint,
+        folder,
+        gguf_file,
+        fingerprint,
+    )
 
 
-def _read(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return the model and the tokenizer of a checkpoint that passes every check of `service.models.checkpoint`."""
+def _read(source: str | Path, dtype: torch.dtype, adapter: Path | None) -> tuple[Any, Any]:
+    """Return the model and the tokenizer of a checkpoint that passes every check of `service.models.checkpoint`, with
+    an adapter merged into its weights."""
+    form = (
+        "a GGUF file with a tokenizer"
+        if is_gguf(source)
+        else (
+            "a folder with config.json, safetensors and tokenizer.json, or the name of a model on a hub that can be reached from here"
+        )
+    )
     try:
-        refuse_adapter(source)
-        check_config_values(source, PreTrainedConfig.get_config_dict(source)[0])
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        architecture_of(config.model_type)
-        check_functions(source, config)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         with _without_report():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported, and refused by `check_tensors`
-            )
-        check_tensors(source, report)
-        check_stored_types(source)
+            model, tokenizer = (_read_gguf if is_gguf(source) else _read_folder)(source, dtype)
+        if adapter is not None:
+            merge_adapter(model, adapter)
     except Misconfigured:
         raise
     except Exception as error:  # of any class: transformers does not document them
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Misconfigured(
-            f"the model {str(source)!r} cannot be loaded: {reason} "
-            "Give a folder with config.json, safetensors and tokenizer.json, or the name of a model on a hub that can "
-            "be reached from here."
-        ) from error
+        raise Misconfigured(f"the model {str(source)!r} cannot be loaded: {reason} Give {form}.") from error
+    return model, tokenizer
+
+
+def _read_gguf(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    from service.models.gguf_checkpoint import read_gguf_checkpoint  # needs the package gguf
+
+    model, tokenizer, report = read_gguf_checkpoint(Path(source), dtype)
+    check_tensors(source, report)
+    return model, tokenizer
+
+
+def _read_folder(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    refuse_adapter(source)
+    check_config_values(source, PreTrainedConfig.get_config_dict(source)[0])
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    architecture_of(config.model_type)
+    check_functions(source, config)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported, and refused by `check_tensors`
+    )
+    check_tensors(source, report)
+    check_stored_types(source)
     return model, tokenizer
 
 
@@ -267,15 +311,24 @@ def _without_report() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a model from a folder or a hub in `dtype`. Only safetensors are read, and no code from the hub is run."""
-    folder = Path(source) if Path(source).is_dir() else None
-    model, tokenizer = _read(source, dtype)
+def load_model(
+    source: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    adapter: Path | None = None,
+) -> LoadedModel:
+    """Load a model from a folder, a GGUF file or a hub in `dtype`, and merge a LoRA adapter into it. Only safetensors
+    and GGUF are read, and no code from the hub is run."""
+    path = local_model(Path(source)) if Path(source).exists() or is_gguf(source) else None
+    model, tokenizer = _read(path or source, dtype, adapter)
     if not tokenizer.is_fast or len(tokenizer) <= len(
         tokenizer.all_special_ids
     ):  # transformers builds an empty tokenizer where none exists
         raise Misconfigured(
             f"the model {str(source)!r} has no fast tokenizer (tokenizer.json): character offsets are needed."
         )
-    name = folder.resolve().name if folder else str(source).rsplit("/", 1)[-1]
-    return wrap_model(model.to(device), tokenizer, name, folder)
+    if path is None:
+        return wrap_model(model.to(device), tokenizer, str(source).rsplit("/", 1)[-1])
+    if is_gguf(path):
+        return wrap_model(model.to(device), tokenizer, path.stem, path.parent, path)
+    return wrap_model(model.to(device), tokenizer, path.resolve().name, path)

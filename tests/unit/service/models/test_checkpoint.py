@@ -111,13 +111,14 @@ def test_adapters_are_refused(merged: bool, tmp_path: Path) -> None:
         saved(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     message = refusal(tmp_path)
-    assert "is an adapter (adapter_config.json): give its base model 'org/base', or" in message
+    assert "is an adapter (adapter_config.json): give its base model 'org/base' with --model" in message
+    assert "this folder with --adapter" in message
 
 
 def test_a_broken_adapter_configuration_is_refused(tmp_path: Path) -> None:
     """An adapter whose configuration cannot be read is refused without the name of the base model."""
     (tmp_path / "adapter_config.json").write_text("[")
-    assert "give its base model, or" in refusal(tmp_path)
+    assert "give its base model with --model" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
