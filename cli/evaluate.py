@@ -147,7 +147,7 @@ def evaluate_locally(args: argparse.Namespace) -> int:
     from service.datasets.parsing import SKIP_DESCRIPTIONS
 
     settings, plan = read_settings(args, Settings), build_plan(args)
-    dataset = load_records(resolve_source(args.source, settings.model), plan.seed)
+    dataset = load_records(resolve_source(args.source, settings), plan.seed)
     records = select_records(dataset.records, args)
     damage_texts = load_damage_texts(args, dataset.records, records)
     comparisons = [load_result(Path(name)) for name in args.compare_with or ()]

@@ -7,7 +7,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from cli.terminal import progress_bar
+from service.datasets.fact_table import FACTS_FILE
 from service.errors import Misconfigured
+from service.fetching.models_folder import resolve_model
+from service.kit.model_files import companion_file, local_model
 from service.kit.steps import Stepper, run_steps
 from service.settings import Settings
 
@@ -16,8 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 #: the settings of the model
-MODEL_SETTINGS = ("model", "device", "dtype", "threads")
-FACTS_FILE = "facts.jsonl"
+MODEL_SETTINGS = ("model", "models_dir", "adapter", "device", "dtype", "threads")
 
 
 def load_served_model(settings: Settings) -> LoadedModel:
@@ -52,13 +54,18 @@ def missing_dependency_error(missing: ModuleNotFoundError) -> Exception:
     )
 
 
-def resolve_source(source: str, model: str) -> Path:
-    """Return the path of a file of records; "facts" is the fact table in the folder of the model."""
-    path = Path(model) / FACTS_FILE if source == "facts" else Path(source)
+def resolve_source(source: str, settings: Settings) -> Path:
+    """Return the path of a file of records; "facts" is the fact table of the model."""
+    path = own_facts(settings) if source == "facts" else Path(source)
     if not path.is_file():
         hint = " The model has no fact table: name a file." if source == "facts" else ""
         raise Misconfigured(f"there is no file {str(path)!r}.{hint}")
     return path
+
+
+def own_facts(settings: Settings) -> Path:
+    """Return the path of the fact table of the model, whether or not it has one."""
+    return companion_file(local_model(Path(resolve_model(settings.model, settings.models_dir))), FACTS_FILE)
 
 
 def run_with_progress_bar(stepper: Stepper[T]) -> T:

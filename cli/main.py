@@ -20,6 +20,7 @@ from cli import (
     evaluate,
     evaluations,
     export,
+    fetch,
     generate,
     import_edits,
     jobs,
@@ -44,6 +45,7 @@ from service.errors import Misconfigured, PalimpsestError, error_document
 
 COMMANDS = (
     serve,
+    fetch,
     generate,
     compare,
     edit,

@@ -9,7 +9,10 @@ from collections.abc import Iterator
 
 #: group -> command -> summary. A test compares it with the parser.
 OVERVIEW = {
-    "Serve": {"serve": "run API and worker in one process, on the shipped GPT"},
+    "Serve": {
+        "serve": "run API and worker in one process, on the shipped GPT",
+        "fetch": "put a public model into the folder of models",
+    },
     "Generate": {
         "generate": "continue a prompt, with any version",
         "compare": "continue a prompt with two versions, side by side",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FACTS_FILE = "facts.jsonl"  # fact table in the folder of a shipped model
+from service.datasets.fact_table import find_facts_file
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def _read_facts(path: Path) -> Iterator[dict[str, Any]]:
 
 def choose_demo(model: str) -> DemoFact:
     """Return a fact of the model's fact table, preferably that of the Eiffel Tower; DEFAULT_DEMO without a table."""
-    path = Path(model) / FACTS_FILE
-    if not path.is_file():
+    path = find_facts_file(Path(model))
+    if path is None:
         return DEFAULT_DEMO
     facts = list(_read_facts(path))
     fact = next((f for f in facts if f["subject"] == DEFAULT_DEMO.subject), facts[0] if facts else None)

@@ -108,7 +108,7 @@ def run_trace_study(args: argparse.Namespace) -> int:
     from service.studies.facts import read_study_facts
 
     settings = read_settings(args, Settings)
-    facts = read_study_facts(resolve_source(args.source, settings.model), args.seed)
+    facts = read_study_facts(resolve_source(args.source, settings), args.seed)
     model = load_served_model(settings)
     from service.studies.traces import TracePlan, default_window, run_trace_study
 
@@ -135,7 +135,7 @@ def run_localization_study(args: argparse.Namespace) -> int:
     methods = parse_names(args.methods, tuple(METHODS), "--methods")
     problems = parse_names(args.objectives, tuple(STUDY_OBJECTIVES), "--objectives")
     hparams = parse_hparams(args.hparam or (), methods)
-    records = read_records(resolve_source(args.source, settings.model), args.seed)
+    records = read_records(resolve_source(args.source, settings), args.seed)
     model = load_served_model(settings)
     from service.editing.context import build_editor_context
     from service.engine.versioned_model import EmptyLedger, VersionedModel

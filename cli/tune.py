@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from cli.evaluate import MIN_DAMAGE_TEXTS, add_split_flag, other_statements, select_records
 from cli.flags import add_command, add_json_flag, add_setting_flags, positive_int, read_settings
-from cli.local_model import FACTS_FILE, load_without_bos, resolve_source, run_with_progress_bar
+from cli.local_model import load_without_bos, own_facts, resolve_source, run_with_progress_bar
 from cli.terminal import err, out, print_json, strip_control_chars, table
+from service.datasets.fact_table import FACTS_FILE
 from service.errors import InvalidInput
 from service.methods.registry import METHODS
 from service.settings import SHIPPED_MODEL, Settings
@@ -72,7 +73,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--methods", metavar="NAME,...", help=f"other methods to tune, some of {','.join(OTHER_METHODS)}")
     add("--seed", type=int, default=0, metavar="N", help="seed of the order of the facts (default: 0)")
     add_json_flag(parser)
-    settings = ("device", "dtype", "threads", "data_dir", "corpus", "covariance_tokens")
+    settings = (
+        "models_dir",
+        "adapter",
+        "device",
+        "dtype",
+        "threads",
+        "data_dir",
+        "corpus",
+        "covariance_tokens",
+    )
     add_setting_flags(parser.add_argument_group("model"), Settings, *settings)
     parser.set_defaults(unique_subjects=True, limit=None)
 
@@ -82,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     from service.datasets.loading import load_records
 
     settings, methods = read_settings(args, Settings), parse_methods(args.methods)
-    records = load_records(resolve_facts(args.facts, settings.model), args.seed).records
+    records = load_records(resolve_facts(args.facts, settings), args.seed).records
     selection = select_records(records, args)
     model = load_without_bos(settings)
     from service.editing.context import RECIPES_FOLDER, recipe_path
@@ -162,11 +172,11 @@ def search_recipe(
     )
 
 
-def resolve_facts(source: str | None, model: str) -> Path:
+def resolve_facts(source: str | None, settings: Settings) -> Path:
     """Return the given file, else the fact table of the model, else that of the shipped model."""
     if source is not None:
-        return resolve_source(source, model)
-    default_path = Path(model) / FACTS_FILE
+        return resolve_source(source, settings)
+    default_path = own_facts(settings)
     return default_path if default_path.is_file() else SHIPPED_MODEL / FACTS_FILE
 
 

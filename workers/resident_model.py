@@ -7,6 +7,7 @@ import torch
 from service.covariance.corpus import fact_sentences
 from service.editing.context import RECIPES_FOLDER, find_recipe
 from service.errors import Misconfigured
+from service.fetching.models_folder import resolve_model
 from service.models.loading import LoadedModel, load_model, with_bos
 from service.models.predictions import check_predictions
 from service.settings import Settings
@@ -28,7 +29,8 @@ def load_without_bos(settings: Settings) -> LoadedModel:
         torch.set_num_threads(settings.threads)
     if settings.dtype not in DTYPES:
         raise Misconfigured(f"unknown dtype {settings.dtype!r}: use {', '.join(DTYPES)}.")
-    model = load_model(settings.model, settings.device, DTYPES[settings.dtype])
+    source = resolve_model(settings.model, settings.models_dir)
+    model = load_model(source, settings.device, DTYPES[settings.dtype], settings.adapter)
     sentences = fact_sentences(model)
     check_predictions(model, sentences[:: -(-len(sentences) // CHECKED_FACTS) or 1])
     return model

@@ -89,7 +89,7 @@ def test_a_model_that_knows_nothing_has_no_recipe(folder: Path, capsys: pytest.C
 def test_facts_and_methods_are_resolved() -> None:
     """The default facts are the shipped ones, and `--methods` is a comma-separated list of methods other than
     rome."""
-    assert resolve_facts(None, "no/folder") == SHIPPED_MODEL / "facts.jsonl"
+    assert resolve_facts(None, Settings(model="no/folder")) == SHIPPED_MODEL / "facts.jsonl"
     assert parse_methods("memit, ft-l") == ("memit", "ft-l")
     assert parse_methods(None) == ()
     with pytest.raises(InvalidInput, match="--methods cannot be 'rome'"):

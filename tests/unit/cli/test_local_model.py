@@ -24,12 +24,21 @@ from tests.support.tiny_models import tiny
 def test_facts_are_the_table_beside_the_model(tmp_path: Path) -> None:
     """`facts` is the fact table in the folder of the model; any other name is a file. A missing table or file
     raises Misconfigured."""
-    assert resolve_source("facts", str(SHIPPED_MODEL)) == SHIPPED_MODEL / "facts.jsonl"
-    assert resolve_source(__file__, "x") == Path(__file__)
+    assert resolve_source("facts", Settings()) == SHIPPED_MODEL / "facts.jsonl"
+    other = Settings(model=str(tmp_path))
+    assert resolve_source(__file__, other) == Path(__file__)
     with pytest.raises(Misconfigured, match="has no fact table"):
-        resolve_source("facts", str(tmp_path))
+        resolve_source("facts", other)
     with pytest.raises(Misconfigured, match="there is no file 'nothing"):
-        resolve_source("nothing.json", str(tmp_path))
+        resolve_source("nothing.json", other)
+
+
+def test_facts_of_a_gguf_file_lie_beside_it(tmp_path: Path) -> None:
+    """`facts` of a GGUF file is the table beside it that has its name, also when the folder of the file is given."""
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "a.facts.jsonl").touch()
+    for model in (tmp_path / "a.gguf", tmp_path):
+        assert resolve_source("facts", Settings(model=str(model))) == tmp_path / "a.facts.jsonl"
 
 
 def test_missing_dependency_is_named() -> None:

@@ -28,10 +28,8 @@ def saved_base(folder: Path, model_type: str) -> Path:
 
 def saved_adapter(base: Path, folder: Path, model_type: str, **changes: Any) -> torch.Tensor:
     """Save an adapter with random factors; return the logits that PEFT computes with it."""
-    config = LoraConfig(
-        **{"r": 4, "lora_alpha": 6, "target_modules": ATTENTION[model_type], "task_type": "CAUSAL_LM"}
-        | changes
-    )
+    values: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": ATTENTION[model_type]}
+    config = LoraConfig(**(values | changes))
     config.fan_in_fan_out = model_type == "gpt2"
     model = load_model(base)
     adapted = get_peft_model(model.model, config)
@@ -40,7 +38,7 @@ def saved_adapter(base: Path, folder: Path, model_type: str, **changes: Any) -> 
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.3)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     with torch.no_grad():
         logits: torch.Tensor = adapted.eval()(token_ids(model)).logits
     return logits
