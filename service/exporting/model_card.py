@@ -42,7 +42,7 @@ def adapter_readme(manifest: ExportManifest) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{manifest["base"]["name"]}", dtype="{manifest["base"]["dtype"]}")',
+        f"base = AutoModelForCausalLM.from_pretrained({_base_arguments(manifest['base'])})",
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         "```",
         "",
@@ -75,6 +75,14 @@ def adapter_readme(manifest: ExportManifest) -> str:
         *_edit_table(manifest["edits"]),
     ]
     return "\n".join(lines)
+
+
+def _base_arguments(base: ExportManifest) -> str:
+    """Return the arguments of `from_pretrained` for the base model; a GGUF file is named within its folder."""
+    dtype = f'dtype="{base["dtype"]}"'
+    if base.get("gguf_file"):
+        return f'"folder/of/the/base", gguf_file="{base["gguf_file"]}", {dtype}'
+    return f'"{base["name"]}", {dtype}'
 
 
 def model_readme(manifest: ExportManifest) -> str:

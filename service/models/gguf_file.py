@@ -132,7 +132,7 @@ class _Reader:
     """Reads values one after another."""
 
     def __init__(self, data: np.ndarray) -> None:
-        self._data = memoryview(data)
+        self._data = data.data
         self.position = 8  # after the magic bytes and the version
 
     def unpack(self, form: str) -> tuple[Any, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 from torch import Tensor
 
@@ -18,13 +19,13 @@ from tests.support.tiny_models import END
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 CONTROL, NORMAL = 3, 1  # types of tokens
-F32 = gguf.GGMLQuantizationType.F32
+F32 = GGMLQuantizationType.F32
 
 
 def write_gguf(
     path: Path,
     model: LoadedModel,
-    kind: gguf.GGMLQuantizationType = F32,
+    kind: GGMLQuantizationType = F32,
     metadata: Mapping[str, Any] | None = None,
     extra: Mapping[str, Tensor] | None = None,
     tokenizer: bool = True,
@@ -52,9 +53,13 @@ def write_gguf(
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    add: Callable[[str, Any], None] = {
-        int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool, str: writer.add_string
-    }[type(value)]  # fmt: skip
+    adders = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        bool: writer.add_bool,
+        str: writer.add_string,
+    }
+    add: Any = adders[type(value)]
     add(key, value)
 
 
