@@ -1,4 +1,4 @@
-# make serve              install and start the service          make serve ARGS='--port 9000'
+# make serve              install and start the service          make serve ARGS='--port 9000' MODEL=smollm2
 # make check              check format, lint, types and imports
 # make test               run all tests                          make test PYTEST='-k ledger'
 # make test-unit          tests/unit: SQLite and the in-process broker
@@ -25,6 +25,7 @@ TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n a
 CONSTRAINED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 AUDIT := .venv/audit
 ARGS ?=
+MODEL ?=
 PYTEST ?=
 
 .DEFAULT_GOAL := help
@@ -47,8 +48,10 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@$(CONSTRAINED) $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# MODEL: a folder, a GGUF file, or the name of a known model, which is fetched where it is not here.
 serve: install
-	@exec $(BIN)/palimpsest serve $(ARGS)
+	@if [ -n "$(MODEL)" ] && [ ! -e "$(MODEL)" ]; then $(BIN)/palimpsest fetch --if-known "$(MODEL)"; fi
+	@exec $(BIN)/palimpsest serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 test: install
 	$(TESTS) $(PYTEST)

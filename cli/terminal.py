@@ -89,8 +89,8 @@ def progress_bar() -> Iterator[ProgressBar]:
 
 @contextmanager
 def download_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show the size, speed and remaining time of a download on stderr, from its first report on; yield the function that
-    takes the bytes so far and in all. Show nothing if stderr is not a terminal."""
+    """Show the size, speed and remaining time of a download on stderr, from its first report on; show nothing if stderr
+    is not a terminal. Yield the function that takes the bytes so far and in all."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

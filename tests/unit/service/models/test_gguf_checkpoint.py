@@ -131,7 +131,8 @@ def test_the_rotary_embedding_of_llama_3_is_read_from_its_factors(tmp_path: Path
 
 
 def test_tensors_that_the_model_does_not_use_are_refused(tmp_path: Path) -> None:
-    """A file that says fewer layers than it has is refused with names of the unused tensors, and so is one with more."""
+    """A file that says fewer layers than it has is refused with the names of unused tensors, and so is one that says
+    more."""
     fewer = write_gguf(tmp_path / "fewer.gguf", source(), metadata={"block_count": 2})
     assert "tensors that the model does not use: blk.2.attn_k.weight" in refusal(fewer)
     more = write_gguf(tmp_path / "more.gguf", source(), metadata={"block_count": 4})
