@@ -227,3 +227,40 @@ def test_single_digits_are_split_where_the_tokenizer_asks_for_it(tmp_path: Path)
         splits[name] = read_tokenizer(file).backend_tokenizer.pre_tokenizer.pre_tokenize_str("in  1999")
     assert [text for text, _ in splits["gpt-2"]] == ["in", "Ġ", "Ġ1999"] and splits["jais"] == splits["gpt-2"]
     assert [text for text, _ in splits["smollm"]] == ["in", "ĠĠ", "1", "9", "9", "9"]
+
+
+def sentencepiece_file(path: Path, **flags: bool) -> Path:
+    """Write a file with a SentencePiece vocabulary of byte tokens and the pieces of two words, and no model."""
+    words = ["▁", *"helowrd", "he", "ll", "hell", "hello", "▁hello", "▁w", "or", "ld", "▁wor", "▁world"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words])
+    writer.add_token_scores([0.0] * 259 + [-1000.0 if len(x) == 1 else float(len(x)) for x in words])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(words))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    for name, value in flags.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", value)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_sentencepiece_tokenizers_are_read(bos: bool, tmp_path: Path) -> None:
+    """A SentencePiece vocabulary merges by its scores, falls back to bytes, starts texts as the file says, and has the
+    offsets of the text."""
+    file = read_gguf(sentencepiece_file(tmp_path / "tiny.gguf", add_bos_token=bos))
+    encoding = read_tokenizer(file).backend_tokenizer.encode("hello world ü")
+    start = ["<s>"] if bos else []
+    assert encoding.tokens == [*start, "▁hello", "▁world", "▁", "<0xC3>", "<0xBC>"]
+    assert encoding.offsets[len(start) :] == [(0, 5), (5, 11), (11, 12), (12, 13), (12, 13)]
+
+
+def test_sentencepiece_without_a_first_space_is_refused(tmp_path: Path) -> None:
+    """A SentencePiece tokenizer that adds no space before a text is refused: transformers would add one."""
+    file = read_gguf(sentencepiece_file(tmp_path / "tiny.gguf", add_space_prefix=False))
+    with pytest.raises(Misconfigured, match="adds no space before a text"):
+        read_tokenizer(file)
