@@ -45,6 +45,12 @@ def test_the_whole_model_is_a_folder_in_full_precision(replica: VersionedModel, 
     assert "quantization_config" not in (folder / "config.json").read_text()
 
 
+def test_the_base_version_is_the_same_model(replica: VersionedModel, tmp_path: Path) -> None:
+    """Version 0 in a folder has the fingerprint of the GGUF file: the two are one model to a ledger."""
+    write_model(replica, 0, tmp_path / "base-folder")
+    assert load_model(tmp_path / "base-folder").fingerprint == replica.base.fingerprint
+
+
 def test_the_adapter_names_the_file_of_its_base(replica: VersionedModel, tmp_path: Path) -> None:
     """The model card loads the base by its GGUF file with transformers, and the adapter on it gives the logits of the
     service."""
