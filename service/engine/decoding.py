@@ -202,6 +202,7 @@ class DecodingInputs:
         self.sampler = sampler.Sampler([r.sampling_params for r in sequences], model.device)
         self._lengths = sampler.to_device_async(lengths, torch.long, model.device)[:, None]
         self._window = getattr(model.model.config, "sliding_window", None)
+        self._positions_from_mask = model.architecture.positions_from_mask
         self._dtype: torch.dtype = model.model.dtype
 
     @property
@@ -213,13 +214,15 @@ class DecodingInputs:
     def mask(self) -> Tensor | None:
         """(B, 1, n, T), to be added to the attention scores; None when every sequence has a token in every column.
 
-        With a sliding window shorter than the batch it is (B, T), the columns that hold tokens: transformers adds the
-        window.
+        It is (B, T), the columns that hold tokens, for a model that computes positions from it, and with a sliding
+        window shorter than the batch, which transformers adds.
         """
         if self._equal_lengths:
             return None
         columns = torch.arange(self._width, device=self.ids.device)
         visible = columns >= self._width - self._lengths
+        if self._positions_from_mask:
+            return visible.long()
         if self._window is not None and self._width > self._window:
             return visible
         visible = visible[:, None, None] & (columns <= self._columns()[:, None])

@@ -49,6 +49,9 @@ class _LayerCache:
             raise _KVComplete
         return self.past
 
+    def get_seq_length(self, *_: Any) -> int:
+        return 0 if self.past is None else self.past[0].shape[-2]
+
 
 class BlockRunner:
     """Runs single blocks of one model."""
@@ -114,13 +117,15 @@ class BlockRunner:
         args, kwargs = inputs.calls[layer]
         args = tuple(cache if a is inputs.cache else a for a in args)
         kwargs = {k: cache if v is inputs.cache else v for k, v in kwargs.items()}
+        if name := self.model.architecture.rows_argument:
+            kwargs[name] = _repeat_rows(kwargs[name], len(hidden) // len(inputs.hidden))
         return self.model.block(layer)(hidden, *args, **kwargs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (rows, V) of the last block's output (rows, d): final norm and head."""
-        one = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
+        rows = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)  # StarCoder reads their number
         with self._stubbed_blocks(lambda *_: hidden[:, None]):
-            return self._run(one, one, None).logits[:, 0]  # type: ignore[no-any-return]
+            return self._run(rows, rows, None).logits[:, 0]  # type: ignore[no-any-return]
 
     def _detect_tuple_outputs(self) -> bool:
         is_tuple: list[bool] = []
@@ -166,3 +171,8 @@ class BlockRunner:
                 block.forward = stub(layer)
                 stack.callback(block.__dict__.pop, "forward")
             yield
+
+
+def _repeat_rows(argument: Tensor, times: int) -> Tensor:
+    """Return an argument of one row's heads, for that many equal rows."""
+    return argument if times == 1 else argument.repeat(times, *[1] * (argument.ndim - 1))

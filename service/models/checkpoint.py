@@ -22,7 +22,8 @@ from service.errors import Misconfigured
 MAX_NAMES = 3  # names of tensors in a message
 #: buffers that older releases of transformers saved: causal masks and tables of rotary positions, computed since
 SAVED_BUFFERS = re.compile(
-    r"(^|\.)(attn|attention|self_attn)\.(bias|masked_bias|scale_attn|embed_positions)$|(^|\.)rotary_emb\.inv_freq$"
+    r"(^|\.)(attn|attention|self_attn)\.(bias|masked_bias|causal_mask|scale_attn|embed_positions)$"
+    r"|(^|\.)rotary_emb\.inv_freq$"
 )
 #: tensors that quantisation adds to a weight
 QUANTISED_PARTS = re.compile(
@@ -39,6 +40,8 @@ EXPERT_KEYS = (
 )
 FULL_PRECISION = ("F64", "F32", "F16", "BF16")  # types in safetensors files
 ACTIVATION_KEYS = ("hidden_act", "activation_function", "hidden_activation", "activation")
+#: configurations of parts that read other inputs than text
+MODALITY_KEYS = ("vision_config", "audio_config")
 
 
 def refuse_adapter(source: str | Path) -> None:
@@ -67,12 +70,39 @@ def check_config_values(source: str | Path, values: Mapping[str, Any]) -> None:
         if values.get(key) is not None:
             method = values[key].get("quant_method") if isinstance(values[key], dict) else None
             raise _quantised(source, f"{key} in config.json, method {method or 'unknown'}")
-    for key in EXPERT_KEYS:
-        if isinstance(values.get(key), int) and values[key] > 1:
-            raise Misconfigured(
-                f"the model {str(source)!r} is a mixture of experts ({key} in config.json is {values[key]}), and an "
-                "edit changes the one MLP of a layer: give a dense model."
-            )
+    _refuse_experts(source, values)
+
+
+def _refuse_experts(source: str | Path, values: Mapping[str, Any]) -> None:
+    for part in (values, *(v for v in values.values() if isinstance(v, Mapping))):
+        for key in EXPERT_KEYS:
+            if isinstance(part.get(key), int) and part[key] > 1:
+                raise Misconfigured(
+                    f"the model {str(source)!r} is a mixture of experts ({key} in config.json is {part[key]}), and an "
+                    "edit changes the one MLP of a layer: give a dense model."
+                )
+
+
+def check_kind(source: str | Path, config: Any) -> None:
+    """Raise Misconfigured for a model that is not a dense, causal model of text. The values of `config` include the
+    defaults of its type, which config.json may omit."""
+    values = config.to_dict()
+    if modality := next((key for key in MODALITY_KEYS if values.get(key)), None):
+        raise Misconfigured(
+            f"the model {str(source)!r} is multimodal ({modality} in config.json), and facts are edited in a model of "
+            "text: save its language model alone, and give that."
+        )
+    if values.get("is_encoder_decoder"):
+        raise Misconfigured(
+            f"the model {str(source)!r} is an encoder-decoder ({config.model_type}), and edits and traces need a causal "
+            "model: give a decoder-only model."
+        )
+    if values.get("use_bidirectional_attention"):
+        raise Misconfigured(
+            f"the model {str(source)!r} attends in both directions (use_bidirectional_attention in config.json), and "
+            "edits and traces need a causal model: give a model that generates text."
+        )
+    _refuse_experts(source, values)
 
 
 def _quantised(source: str | Path, evidence: str) -> Misconfigured:

@@ -1,7 +1,7 @@
 """Forward hooks as context managers: `capture` reads inputs or outputs of modules, the others change an output.
 
 Of outputs that are tuples (attention in every model, whole blocks in some), the first element is used. `capture`
-returns detached views. `replace_output` passes a copy to its function, so writing into it cannot change a residual that
+returns detached inputs and copies of outputs. `replace_output` passes a copy to its function, so writing into it cannot change a residual that
 another module still reads.
 
 The hooks that are in place in a thread are counted, so that the engine can check that none outlives a step.
@@ -58,6 +58,8 @@ def capture(
     def hook(key: Any) -> Callable[[nn.Module, Any, Any], None]:
         def record(_module: nn.Module, inputs: Any, output: Any) -> None:
             value = inputs[0] if side == "input" else _first_output(output)
+            if side == "output":  # a block may add to it in place, as Falcon's do
+                value = value.clone()
             captured[key] = value if keep_graph else value.detach()
 
         return record

@@ -32,11 +32,13 @@ from service.models.architectures import Architecture, architecture_of
 from service.models.checkpoint import (
     check_config_values,
     check_functions,
+    check_kind,
     check_stored_types,
     check_tensors,
     refuse_adapter,
 )
 from service.models.fused_activations import use_fused_activations
+from service.models.position_limit import position_limit
 from service.models.token_text import TokenTextCache
 
 
@@ -83,12 +85,17 @@ class LoadedModel:
 
     @property
     def max_positions(self) -> int:
-        config = self.model.config
-        return int(getattr(config, "n_positions", None) or config.max_position_embeddings)
+        """The longest text that the model reads, in tokens."""
+        return position_limit(self.model.config)
 
     @property
     def hidden_size(self) -> int:
         """d: the hidden size."""
+        return int(self.weight(0).shape[1 if self.architecture.conv1d else 0])
+
+    @property
+    def embedding_size(self) -> int:
+        """The size of a token's embedding: d, except in a model that projects embeddings to d (OPT-350m)."""
         return int(self.embedding.weight.shape[1])  # type: ignore[index]
 
     @property
@@ -121,9 +128,19 @@ class LoadedModel:
         return self.block(layer).get_submodule(self.architecture.attention)
 
     def down_proj(self, layer: int) -> nn.Module:
-        """Return the MLP's down-projection: its input is the key; its output is what the MLP adds to the residual
-        stream."""
+        """Return the MLP's down-projection: its input is the key, its output the value."""
         return self.block(layer).get_submodule(self.architecture.down_proj)
+
+    def attention_output(self, layer: int) -> nn.Module:
+        """Return the module whose output is what the attention adds to the residual stream."""
+        a = self.architecture
+        return self.block(layer).get_submodule(a.attention_output or a.attention)
+
+    def mlp_output(self, layer: int) -> nn.Module:
+        """Return the module whose output is what the MLP adds to the residual stream: the down-projection, or a norm
+        after it."""
+        a = self.architecture
+        return self.block(layer).get_submodule(a.mlp_output or a.down_proj)
 
     def weight(self, layer: int) -> nn.Parameter:
         """Return the parameter that ROME edits, as stored: (D, d) for Conv1D, (d, D) for Linear."""
@@ -232,7 +249,7 @@ def wrap_model(
     model: Any, tokenizer: Any, name: str = "model", folder: Path | None = None, gguf_file: Path | None = None
 ) -> LoadedModel:
     """Return a `LoadedModel` of loaded parts: frozen, in evaluation mode, with fused activations."""
-    architecture = architecture_of(model.config.model_type)
+    architecture = architecture_of(model.config)
     model.eval()
     model.requires_grad_(False)
     use_fused_activations(model)
@@ -284,7 +301,8 @@ def _read_folder(source: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     refuse_adapter(source)
     check_config_values(source, PreTrainedConfig.get_config_dict(source)[0])
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    architecture_of(config.model_type)
+    check_kind(source, config)
+    architecture_of(config)
     check_functions(source, config)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     model, report = AutoModelForCausalLM.from_pretrained(

@@ -42,7 +42,7 @@ class ModelSizes:
         config, weight = model.model.config, model.weight(0)
         heads = int(config.num_attention_heads)
         size = int(getattr(config, "head_dim", None) or model.hidden_size // heads)
-        keys = int(getattr(config, "num_key_value_heads", None) or heads)
+        keys = model.architecture.key_heads(config)
         vocabulary = model.lm_head.weight.shape[0]  # type: ignore[index]
         eager = config._attn_implementation == "eager"
         return cls(

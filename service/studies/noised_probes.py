@@ -32,7 +32,7 @@ from service.tracing.noise import NoiseLevel, draw_noise
 def subject_noise(model: LoadedModel, record: Record, level: NoiseLevel, seed: int) -> Tensor:
     """Return the noise (n, d), in fp64, that is added to the embeddings of the subject's n tokens."""
     begin, end = tokenize_statement(model, fill_prompt(record.prompt, record.subject)).subject
-    return level.value * draw_noise(1, end - begin, model.hidden_size, seed)[0]
+    return level.value * draw_noise(1, end - begin, model.embedding_size, seed)[0]
 
 
 def noised_greedy_answer(model: LoadedModel, record: Record, noise: Tensor) -> str:

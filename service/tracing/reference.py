@@ -31,8 +31,8 @@ def restoration_window(layer: int, window: int, layers: int) -> tuple[int, int]:
 
 
 def modules_of_kind(model: LoadedModel, kind: str) -> list[nn.Module]:
-    """Return the modules that a kind restores, by layer: blocks, MLP down-projections, or attentions."""
-    pick = {"hidden": model.block, "mlp": model.down_proj, "attn": model.attention}[kind]
+    """Return the modules that a kind restores, by layer: blocks, or what adds to the residual stream."""
+    pick = {"hidden": model.block, "mlp": model.mlp_output, "attn": model.attention_output}[kind]
     return [pick(layer) for layer in range(model.num_layers)]
 
 

@@ -79,7 +79,7 @@ def build_trace_input(
         answer = [_greedy_token(model, prompt)]
         answer_text = model.tokenizer.decode(answer)
     noise_level = parse_noise_level(model, noise, subjects)
-    unit_noise = draw_noise(samples, subject[1] - subject[0], model.hidden_size, seed, compat)
+    unit_noise = draw_noise(samples, subject[1] - subject[0], model.embedding_size, seed, compat)
     return TraceInput(
         text=statement.text,
         tokens=tuple(labels[:first]),

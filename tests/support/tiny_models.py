@@ -7,12 +7,36 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from service.models.architectures import ARCHITECTURES
 from service.models.loading import LoadedModel, wrap_model
 
-MODEL_TYPES = sorted(ARCHITECTURES)
+#: one type of each kind of block and cache, for tests of parts that are the same for many types
+MODEL_TYPES = ["gpt2", "gpt_neox", "gptj", "llama", "mistral", "opt", "qwen2", "qwen3"]
+#: what a type's configuration can change, as the values of a tiny model that has it
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon-new": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 1}),
+    "falcon-rw": ("falcon", {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}),
+    "gpt_bigcode-heads": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False}),
+    "opt-350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 12}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 24,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "long_factor": [4.0] * 4,
+                "short_factor": [1.5] * 4,
+            },
+        },
+    ),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True}),
+}
+#: every type and variant that the service supports
+ALL_MODELS = sorted([*ARCHITECTURES, *VARIANTS])
 TEXTS = [
     "The Eiffel Tower is located in the city of Paris. The Colosseum is located in the city of Rome.",
     "Big Ben can be found in London. The mother tongue of Marie Curie was Polish.",
@@ -39,18 +63,55 @@ def tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END)
 
 
+#: the names of sizes in the configurations that do not use the most common ones
+SIZE_NAMES = {
+    "gpt2": {"inner": "n_inner", "positions": "n_positions"},
+    "gptj": {"inner": "n_inner", "positions": "n_positions"},
+    "codegen": {"inner": "n_inner", "positions": "n_positions"},
+    "gpt_bigcode": {"inner": "n_inner", "positions": "n_positions"},
+    "opt": {"inner": "ffn_dim"},
+    "falcon": {"inner": "ffn_hidden_size"},
+    "mpt": {"positions": "max_seq_len"},
+    "bloom": {"positions": "seq_length"},
+}
+WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+#: values of tiny models beside their sizes: sliding windows shorter than a text, and factors that are not one
+OWN_VALUES: dict[str, dict[str, Any]] = {
+    "codegen": {"num_attention_heads": 4, "rotary_dim": 4},
+    "cohere2": WINDOW,
+    "exaone4": WINDOW,
+    "gemma2": WINDOW | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": WINDOW,
+    "gpt_neo": {"attention_types": [[["global"], 1], [["local"], 2]], "window_size": 4},
+    "gptj": {"rotary_dim": 4},
+    "granite": {
+        "residual_multiplier": 0.5,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "logits_scaling": 0.5,
+    },
+    "ministral": {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3},
+    "olmo3": WINDOW,
+    "opt": {"word_embed_proj_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "starcoder2": {"sliding_window": 4},
+}
+
+
 def _config(model_type: str, layers: int, width: int, inner: int, positions: int) -> dict[str, Any]:
-    common = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    if model_type in ("gpt2", "gptj"):
-        own: dict[str, Any] = {"n_embd": width, "n_layer": layers, "n_head": 2, "n_inner": inner}
-        own |= {"n_positions": positions, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-        return common | own | ({"rotary_dim": 4} if model_type == "gptj" else {})
+    names = {"inner": "intermediate_size", "positions": "max_position_embeddings"}
+    names |= SIZE_NAMES.get(model_type, {})
     own = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
-    own |= {"max_position_embeddings": positions}
-    if model_type == "opt":
-        return common | own | {"ffn_dim": inner, "word_embed_proj_dim": width, "dropout": 0.0}
-    own |= {"intermediate_size": inner}
-    return common | own | ({} if model_type == "gpt_neox" else {"num_key_value_heads": 1})
+    own |= {names["inner"]: inner, names["positions"]: positions}
+    defaults = CONFIG_MAPPING[model_type]()
+    if hasattr(defaults, "num_key_value_heads") and model_type != "gpt_bigcode":
+        own |= {"num_key_value_heads": 1}
+    if hasattr(defaults, "head_dim") and model_type not in ("falcon", "qwen3"):
+        own |= {"head_dim": width // 2}
+    own |= OWN_VALUES.get(model_type, {})
+    if "layer_types" in own:
+        own["layer_types"] = own["layer_types"][:layers]
+    return {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None} | own
 
 
 def tiny(
@@ -63,8 +124,10 @@ def tiny(
     bos: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """Return a random model with enlarged weights, so that its outputs differ clearly between prompts."""
-    config = AutoConfig.for_model(model_type, **_config(model_type, layers, width, inner, positions))
+    """Return a random model of a type or a variant with enlarged weights, so that its outputs differ clearly between
+    prompts. Some types have an inner size of four widths and ignore `inner`."""
+    base_type, changes = VARIANTS.get(model_type, (model_type, {}))
+    config = AutoConfig.for_model(base_type, **_config(base_type, layers, width, inner, positions) | changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
