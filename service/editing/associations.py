@@ -13,8 +13,8 @@ residual and divisor.
 
 Several layers (MEMIT, Meng et al. 2023, Eq. 20): delta is optimized on the hidden state after the highest layer and
 written from the lowest layer up. Each layer takes its share of the remaining difference, measured with the edit's own
-lower layers in place. MEMIT, EMMET and AlphaEdit write so for one layer, too. They differ in how their associations
-are solved together (`SolveRule`).
+lower layers in place, and converted to a change of its value (`value_change.py`). MEMIT, EMMET and AlphaEdit write so
+for one layer, too. They differ in how their associations are solved together (`SolveRule`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from service.covariance.second_moment import KeyStatistics
 from service.editing.edit_spec import EditFactors, ValueEditSpec
 from service.editing.subject_noise import noise_hook_right_padded
 from service.editing.tokenized_contexts import TokenizedContexts
+from service.editing.value_change import norm_after_value, value_change
 from service.editing.value_optimizer import ValueResult, optimize_values
 from service.kit.steps import Phase, Progress, Stepper
 from service.methods.parameters import RomeParameters
@@ -48,6 +49,9 @@ class LayerActivations:
 
     keys: dict[int, Tensor]  #: layer -> (rows, D)
     values: dict[int, Tensor]  #: layer -> (rows, d), the down-projection's output
+    norm_inputs: dict[
+        int, Tensor
+    ]  #: layer -> (rows, d), the input of the norm after the value, where there is one
     hidden: Tensor  #: (rows, d) after the highest edited layer
 
 
@@ -71,6 +75,8 @@ def _forward_activations(
         modules = {x: model.down_proj(x) for x in layers}
         keys = stack.enter_context(capture(modules, "input"))
         values = stack.enter_context(capture(modules, "output"))
+        norms = {x: n for x in layers if (n := norm_after_value(model, x)) is not None}
+        norm_inputs = stack.enter_context(capture(norms, "input"))
         top = stack.enter_context(capture({"top": model.block(max(layers))}))
         with stop_after(model.block(max(layers))):  # what lies above is not looked at
             forward(model, batch)
@@ -78,9 +84,8 @@ def _forward_activations(
     def pick(t: Tensor) -> Tensor:  # (texts, width)
         return at_least_fp32(t.reshape(*batch.ids.shape, -1)[subject_positions])
 
-    return LayerActivations(
-        {x: pick(t) for x, t in keys.items()}, {x: pick(t) for x, t in values.items()}, pick(top["top"])
-    )
+    by_layer = [{x: pick(t) for x, t in tensors.items()} for tensors in (keys, values, norm_inputs)]
+    return LayerActivations(*by_layer, pick(top["top"]))
 
 
 def _key_texts(tokenized: TokenizedContexts, parameters: RomeParameters) -> list[TokenizedStatement]:
@@ -201,6 +206,10 @@ def _write_several_layers(
             target_hidden = hidden + delta
         share = (target_hidden - hidden) / (len(layers) - i)
         key = _weighted_mean(activations.keys[layer], tokenized, parameters)
-        written.append(_build_association(spec, statistics[layer], key, share))
+        norm_input = _weighted_mean(
+            activations.norm_inputs.get(layer, activations.values[layer]), tokenized, parameters
+        )
+        change = value_change(model, layer, norm_input, share)
+        written.append(_build_association(spec, statistics[layer], key, change))
         yield Progress(Phase.SOLVE, i + 1, len(layers))
     return EditFactors(list(written), value.losses, float(delta.norm()), float(value.initial.norm()))

@@ -123,7 +123,9 @@ class BlockRunner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (rows, V) of the last block's output (rows, d): final norm and head."""
-        rows = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)  # StarCoder reads their number
+        rows = torch.zeros(
+            len(hidden), 1, dtype=torch.long, device=hidden.device
+        )  # StarCoder reads their number
         with self._stubbed_blocks(lambda *_: hidden[:, None]):
             return self._run(rows, rows, None).logits[:, 0]  # type: ignore[no-any-return]
 

@@ -109,6 +109,11 @@ class LoadedModel:
         return self.model.get_submodule(self.architecture.embedding)  # type: ignore[no-any-return]
 
     @property
+    def residual_factor(self) -> float:
+        """The constant by which a block multiplies what it adds to the residual stream (Granite)."""
+        return float(getattr(self.model.config, "residual_multiplier", 1.0))
+
+    @property
     def blocks(self) -> nn.ModuleList:
         return self.model.get_submodule(self.architecture.blocks)  # type: ignore[no-any-return]
 

@@ -24,6 +24,8 @@ from service.editing.edit_spec import EditFactors
 from service.editing.find_factors import find_factors
 from service.editing.suffix_batch import DeltaSite, prefill_suffixes
 from service.editing.tokenized_contexts import tokenize_contexts
+from service.editing.value_change import norm_after_value
+from service.editing.value_optimizer import ValueSearchSpec, optimize_values
 from service.engine.decoding import DecodingBatch, new_sequence
 from service.engine.versioned_model import VersionedModel
 from service.exporting.export_job import export_version
@@ -32,7 +34,7 @@ from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters
 from service.models import memory_estimates
 from service.models.block_runner import BlockRunner
-from service.models.fused_activations import UNFUSED_ACTIVATIONS
+from service.models.fused_activations import is_unfused
 from service.models.hooks import capture, replace_output
 from service.models.loading import LoadedModel, WeightRef, load_model
 from service.models.token_batch import forward, pad, tokenize_statement
@@ -68,9 +70,7 @@ def edit(model: LoadedModel) -> EditFactors:
     parameters = RomeParameters(
         layers=(1,), steps=12, learning_rate=0.2, clamp=100.0, kl_factor=0.0, weight_decay=0.0
     )
-    return run_to_completion(
-        find_factors(model, statistics, (), STATEMENT, "Rome", parameters, "edit_1")
-    )
+    return run_to_completion(find_factors(model, statistics, (), STATEMENT, "Rome", parameters, "edit_1"))
 
 
 def ids_of(model: LoadedModel) -> Tensor:
@@ -127,8 +127,10 @@ def test_forward(model: LoadedModel) -> None:
     """The served model has the logits of the one that transformers builds, and no unfused activation."""
     ids = ids_of(model)
     with torch.no_grad():
-        torch.testing.assert_close(forward(model, pad(ids.tolist(), model)), plain_copy(model)(ids).logits, **CLOSE)
-    assert not any(isinstance(m, UNFUSED_ACTIVATIONS) for m in model.model.modules())
+        torch.testing.assert_close(
+            forward(model, pad(ids.tolist(), model)), plain_copy(model)(ids).logits, **CLOSE
+        )
+    assert not any(is_unfused(m) for m in model.model.modules())
 
 
 def test_files(model: LoadedModel, tmp_path: Path) -> None:
@@ -185,7 +187,9 @@ def test_blocks(model: LoadedModel) -> None:
             past = keys[:, :, :start].expand(3, -1, -1, -1), values[:, :, :start].expand(3, -1, -1, -1)
             late, _ = blocks.run(rest, layer, entering, past)
             extended = blocks.run_kv_only(middle, layer, entering[:, :-1], past)
-            torch.testing.assert_close(blocks.run(last, layer, entering[:, -1:], extended)[0], late[:, -1:], **CLOSE)
+            torch.testing.assert_close(
+                blocks.run(last, layer, entering[:, -1:], extended)[0], late[:, -1:], **CLOSE
+            )
         expected = model.model(ids, use_cache=False).logits[0]
         torch.testing.assert_close(blocks.logits(hidden[0]), expected, **CLOSE)
     torch.testing.assert_close(late, hidden[:, start:].expand(3, -1, -1), **CLOSE)
@@ -228,12 +232,17 @@ def test_cache(model: LoadedModel) -> None:
 
 def test_trace(model: LoadedModel) -> None:
     """Every cell of a trace and every severed path equal those of full passes."""
-    statement, options = fill_prompt("In {} is", "Rome"), {"samples": 1, "window": 2, "noise": 0.5, "severed": True}
+    statement, options = (
+        fill_prompt("In {} is", "Rome"),
+        {"samples": 1, "window": 2, "noise": 0.5, "severed": True},
+    )
     slow = run_to_completion(trace_reference(model, statement, **options))  # type: ignore[arg-type]
     fast = run_to_completion(trace_statement(model, statement, **options))  # type: ignore[arg-type]
     assert abs(slow.high - slow.low) > 1e-6
     for kind, scores in slow.scores.items():
-        torch.testing.assert_close(torch.tensor(fast.scores[kind]), torch.tensor(scores), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            torch.tensor(fast.scores[kind]), torch.tensor(scores), rtol=1e-4, atol=1e-7
+        )
     assert slow.severed and fast.severed
     for path, path_scores in slow.severed.items():
         torch.testing.assert_close(
@@ -287,6 +296,28 @@ def test_edit(model: LoadedModel, edit: EditFactors) -> None:
     (association,) = associations_of(edit.updates)
     torch.testing.assert_close(after - before, association.value, rtol=1e-3, atol=1e-4)
     assert float((after - before).norm()) == pytest.approx(edit.delta_norm, rel=1e-3)
+
+
+def test_layers(model: LoadedModel) -> None:
+    """An edit of two layers moves the hidden state after them by the delta of the search: exactly, or with a norm
+    after each MLP as near as that norm allows."""
+    layers, text = [0, 1], tokenize_statement(model, STATEMENT)
+    statistics = run_to_completion(
+        collect_statistics(model, layers, Corpus("test", tuple(TEXTS)), damping=0.1)
+    )
+    parameters = RomeParameters(layers=tuple(layers), steps=4, learning_rate=0.05)
+    factors = run_to_completion(find_factors(model, statistics, (), STATEMENT, "Rome", parameters, "edit_1"))
+    spec = ValueSearchSpec(tokenize_contexts(model, STATEMENT, "Rome", ()), parameters)
+    (value,) = run_to_completion(optimize_values(model, DeltaSite(1, on_hidden_state=True), [spec]))
+    hidden, replica = (
+        {"hidden": model.block(1)},
+        VersionedModel(model, FakeLedger({"edit_1": list(factors.updates)})),
+    )
+    before = captured(model, hidden)["hidden"][text.last_subject_index]
+    with replica.use_weights(replica.weights(1)):
+        after = captured(model, hidden)["hidden"][text.last_subject_index]
+    missing = float((before + value.delta - after).norm() / value.delta.norm())
+    assert missing < (0.5 if norm_after_value(model, 1) else 1e-3)
 
 
 def test_memory(model: LoadedModel) -> None:

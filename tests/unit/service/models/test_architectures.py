@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from service.errors import Misconfigured
@@ -115,7 +118,26 @@ def test_the_attention_module_gives_what_it_adds_to_the_residual(model_type: str
 
 
 def test_rows_are_chosen_by_model_type() -> None:
-    """`architecture_of` looks up `config.model_type`; the error for an unknown type lists the supported types."""
-    assert all(architecture_of(name).model_type == name for name in ARCHITECTURES)
-    with pytest.raises(Misconfigured, match=r"'bert'.*gpt2, gpt_neox"):
-        architecture_of("bert")
+    """`architecture_of` looks up `model_type`; the error for an unknown type lists the supported types."""
+    assert all(architecture_of(CONFIG_MAPPING[name]()).model_type == name for name in ARCHITECTURES)
+    with pytest.raises(Misconfigured, match=r"'bert'.*gpt2, gpt_bigcode"):
+        architecture_of(CONFIG_MAPPING["bert"]())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "expected"),
+    [
+        ("gpt_neox", {"use_parallel_residual": False}, {"parallel": False}),
+        ("stablelm", {"use_parallel_residual": True}, {"parallel": True}),
+        ("falcon", {}, {"parallel": True, "positions_from_mask": False}),
+        ("falcon", {"alibi": True, "parallel_attn": False}, {"parallel": False, "positions_from_mask": True}),
+        ("opt", {}, {"final_norm": "model.decoder.final_layer_norm", "block_norm": ""}),
+        ("opt", {"do_layer_norm_before": False}, {"final_norm": "", "block_norm": "final_layer_norm"}),
+    ],
+)
+def test_a_row_follows_the_configuration(
+    model_type: str, values: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """What a configuration can change about the blocks of a type is in the row that it gets."""
+    row = architecture_of(AutoConfig.for_model(model_type, **values))
+    assert {name: getattr(row, name) for name in expected} == expected

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from service.errors import Misconfigured
+from service.models.checkpoint import check_kind
 from service.models.loading import load_model
 from tests.support.tiny_models import tiny
 
@@ -123,7 +125,13 @@ def test_a_broken_adapter_configuration_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "key"),
-    [("llama", "hidden_act"), ("gpt_neox", "hidden_act"), ("gpt2", "activation_function")],
+    [
+        ("llama", "hidden_act"),
+        ("gpt_neox", "hidden_act"),
+        ("gpt2", "activation_function"),
+        ("gemma2", "hidden_activation"),
+        ("falcon", "activation"),
+    ],
 )
 def test_unknown_activations_are_refused(model_type: str, key: str, tmp_path: Path) -> None:
     """An activation that transformers does not have is refused with those that it has."""
@@ -157,6 +165,37 @@ def test_mixtures_of_experts_are_refused(model_type: str, key: str, tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "olmoe", "granitemoe", "gpt_oss", "dbrx"])
+def test_mixtures_of_experts_are_refused_by_their_defaults(model_type: str) -> None:
+    """A mixture of experts is refused also where config.json leaves the number of experts to its type."""
+    with pytest.raises(Misconfigured, match="is a mixture of experts"):
+        check_kind("here", CONFIG_MAPPING[model_type]())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gemma3", "is multimodal"),
+        ("llava", "is multimodal"),
+        ("qwen2_vl", "is multimodal"),
+        ("t5", "is an encoder-decoder"),
+        ("bart", "is an encoder-decoder"),
+        ("whisper", "is an encoder-decoder"),
+    ],
+)
+def test_models_that_are_not_causal_models_of_text_are_refused(model_type: str, reason: str) -> None:
+    """Multimodal models and encoder-decoders are refused in one line that says what to give."""
+    with pytest.raises(Misconfigured, match=f"{reason} .* give") as caught:
+        check_kind("here", CONFIG_MAPPING[model_type]())
+    assert "\n" not in caught.value.detail
+
+
+def test_a_model_that_attends_in_both_directions_is_refused(tmp_path: Path) -> None:
+    """An embedding model of a supported type is refused: its states depend on later tokens."""
+    folder = saved(tmp_path, "gemma3_text", {"use_bidirectional_attention": True})
+    assert "attends in both directions" in refusal(folder)
+
+
 def test_any_other_failure_is_one_line(tmp_path: Path) -> None:
     """An error that transformers raises for a value of another kind is shown in one line."""
     assert "cannot be loaded" in refusal(saved(tmp_path, config={"num_attention_heads": "two"}))
@@ -167,6 +206,9 @@ BUFFERS = {
     "gptj": [f"transformer.h.0.attn.{x}" for x in ("bias", "masked_bias", "scale_attn", "embed_positions")],
     "gpt_neox": [f"gpt_neox.layers.0.attention.{x}" for x in ("bias", "masked_bias", "rotary_emb.inv_freq")],
     "llama": ["model.layers.0.self_attn.rotary_emb.inv_freq"],
+    "codegen": ["transformer.h.0.attn.causal_mask"],
+    "gpt_neo": [f"transformer.h.0.attn.attention.{x}" for x in ("bias", "masked_bias")],
+    "falcon": ["transformer.h.0.self_attention.rotary_emb.inv_freq"],
 }
 
 
