@@ -49,6 +49,9 @@ class Architecture:
     block_norm: str = ""  #: within a block: a norm of the block's whole output, after the residual was added
     conv1d: bool = False  #: weights stored (in, out) as in GPT-2's Conv1D, not (out, in) as in nn.Linear
     parallel: bool = False  #: attention and MLP read the same input (GPT-J, GPT-NeoX)
+    fused_gate: bool = False  #: one projection computes the MLP's gate and its input
+    #: the attention holds a weight for every pair of positions also where it uses torch's fused kernel
+    holds_weights: bool = False
     #: the model computes positions from its mask of padding, which must have the shape (rows, positions)
     positions_from_mask: bool = False
     #: an argument of the blocks whose first dimension counts rows times heads
@@ -123,9 +126,9 @@ def _bloom_like(model_type: str, **changes: Any) -> Architecture:
     return replace(row, **changes)
 
 
-def _norm_after(model_type: str, attention_norm: str, mlp_norm: str) -> Architecture:
+def _norm_after(model_type: str, attention_norm: str, mlp_norm: str, **changes: Any) -> Architecture:
     """Return the row of a model with a norm after attention and MLP, before each is added to the residual stream."""
-    return _llama_like(model_type, attention_output=attention_norm, mlp_output=mlp_norm)
+    return _llama_like(model_type, attention_output=attention_norm, mlp_output=mlp_norm, **changes)
 
 
 NEOX = Architecture(
@@ -169,20 +172,21 @@ GPT_LIKE = (
 )
 LLAMA_LIKE = (
     *map(_llama_like, ("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "gemma", "granite")),
-    *map(_llama_like, ("olmo", "nemotron", "glm", "ernie4_5", "seed_oss", "helium")),
+    *map(_llama_like, ("olmo", "nemotron", "ernie4_5", "seed_oss", "helium")),
+    _llama_like("glm", fused_gate=True),
     _llama_like("cohere", parallel=True),
     _llama_like("cohere2", parallel=True),
     _llama_like("stablelm", configure=_configure_parallel),
     _llama_like("starcoder2", down_proj="mlp.c_proj"),
     _llama_like("phi", down_proj="mlp.fc2", final_norm="model.final_layernorm", parallel=True),
-    _llama_like("phi3", attention_projections=("self_attn.qkv_proj",)),
+    _llama_like("phi3", attention_projections=("self_attn.qkv_proj",), fused_gate=True),
     _llama_like(
         "persimmon",
         down_proj="mlp.dense_4h_to_h",
         final_norm="model.final_layernorm",
         attention_projections=("self_attn.query_key_value",),
     ),
-    _norm_after("glm4", "post_self_attn_layernorm", "post_mlp_layernorm"),
+    _norm_after("glm4", "post_self_attn_layernorm", "post_mlp_layernorm", fused_gate=True),
     *(
         _norm_after(name, "post_attention_layernorm", "post_feedforward_layernorm")
         for name in ("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4")
@@ -193,7 +197,7 @@ BLOOM_LIKE = (
     _bloom_like(
         "bloom", attention_output="self_attention.dense", positions_from_mask=True, rows_argument="alibi"
     ),
-    _bloom_like("falcon", key_heads=_key_heads_of_falcon, configure=_configure_falcon),
+    _bloom_like("falcon", key_heads=_key_heads_of_falcon, configure=_configure_falcon, holds_weights=True),
 )
 ARCHITECTURES = {a.model_type: a for a in (*GPT_LIKE, NEOX, OPT, *LLAMA_LIKE, *BLOOM_LIKE, MPT)}
 

@@ -34,8 +34,10 @@ class ModelSizes:
     V: int
     heads: int
     s: int  #: bytes of a number
-    eager: bool  #: eager attention materializes the attention weights
+    eager: bool  #: the attention materializes its weights
     parallel: bool  #: attention and MLP read the same input
+    masks: int  #: masks of a batch: one for each kind of layer
+    inner: int  #: tensors of the inner width that an MLP holds together
 
     @classmethod
     def of(cls, model: LoadedModel) -> ModelSizes:
@@ -44,7 +46,7 @@ class ModelSizes:
         size = int(getattr(config, "head_dim", None) or model.hidden_size // heads)
         keys = model.architecture.key_heads(config)
         vocabulary = model.lm_head.weight.shape[0]  # type: ignore[index]
-        eager = config._attn_implementation == "eager"
+        eager = config._attn_implementation == "eager" or model.architecture.holds_weights
         return cls(
             model.hidden_size,
             model.intermediate_size,
@@ -55,6 +57,8 @@ class ModelSizes:
             weight.element_size(),
             eager,
             model.architecture.parallel,
+            len(set(getattr(config, "layer_types", None) or [""])),
+            4 if model.architecture.fused_gate else 3,
         )
 
 
@@ -78,19 +82,20 @@ def forward_bytes(model: LoadedModel, rows: int, positions: int, past: int = 0) 
 
     One block is live at a time. Attention holds the residual, its normed copy, queries, keys, values, its output, and
     transposed copies of these: 4 d + 7 a per token. The MLP holds the residual, its normed copy, its output, and at
-    most three tensors of the inner width: 6 d + 3 D per token. The two are not live together. Half precision is normed
-    in single precision: 3 d of 4 bytes. With `past` earlier positions, keys and values are concatenated and repeated
-    for each query head: 2 (kv + a) per position. A mask has one number per pair of positions; eager attention has four
-    fp32 numbers per head.
+    most three tensors of the inner width, four where one projection computes two of them: 6 d + 3 D per token. The two
+    are not live together. Half precision is normed in single precision: 3 d of 4 bytes. With `past` earlier positions,
+    keys and values are concatenated and repeated for each query head: 2 (kv + a) per position. Rotary tables have twice
+    the width of a head per token. A mask for each kind of layer has one number per pair of positions; eager attention
+    has four fp32 numbers per head.
     """
     n = ModelSizes.of(model)
     tokens, pairs = rows * positions, rows * positions * (past + positions)
     weights = 16 * n.heads * pairs if n.eager else 0
     attention = n.s * tokens * (4 * n.d + 7 * n.a) + weights
-    mlp = n.s * tokens * (6 * n.d + 3 * n.D)
+    mlp = n.s * tokens * (6 * n.d + n.inner * n.D)
     norms = 12 * n.d * tokens if n.s < 4 else 0
     past_kv = n.s * rows * (past + positions) * 2 * n.kv if past else 0
-    return max(attention, mlp) + norms + past_kv + n.s * pairs
+    return max(attention, mlp) + norms + past_kv + n.s * (2 * tokens * n.a // n.heads + n.masks * pairs)
 
 
 def scoring_bytes(model: LoadedModel, rows: int, positions: int) -> int:
@@ -117,7 +122,7 @@ def edit_bytes(
     prefix_kv = n.s * rows * prefix_length * 2 * n.kv * model.num_layers
     kv_per_layer = n.s * rows * 2 * (2 * prefix_length + suffix_length) * n.kv
     activations_per_layer = (
-        n.s * rows * suffix_length * (4 * n.d + n.D if n.parallel else 5 * n.d + 4 * n.a + 3 * n.D)
+        n.s * rows * suffix_length * (4 * n.d + n.D if n.parallel else 5 * n.d + 4 * n.a + n.inner * n.D)
     )
     attention_weights = 6 * n.heads * rows * suffix_length * (prefix_length + suffix_length) if n.eager else 0
     blocks = forward_bytes(model, rows, max(suffix_length, prefix_length), min(suffix_length, prefix_length))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -28,8 +30,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {
                 "rope_type": "longrope",
                 "rope_theta": 10000.0,
-                "long_factor": [4.0] * 4,
-                "short_factor": [1.5] * 4,
+                "long_factor": [4.0],  # for each frequency; a tiny model repeats it
+                "short_factor": [1.5],
             },
         },
     ),
@@ -74,7 +76,9 @@ SIZE_NAMES = {
     "mpt": {"positions": "max_seq_len"},
     "bloom": {"positions": "seq_length"},
 }
-WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+#: values that are lists of one entry for each layer; a tiny model repeats what it has here
+LAYER_LISTS = ("layer_types", "no_rope_layers", "attention_layers")
 #: values of tiny models beside their sizes: sliding windows shorter than a text, and factors that are not one
 OWN_VALUES: dict[str, dict[str, Any]] = {
     "codegen": {"num_attention_heads": 4, "rotary_dim": 4},
@@ -82,7 +86,7 @@ OWN_VALUES: dict[str, dict[str, Any]] = {
     "exaone4": WINDOW,
     "gemma2": WINDOW | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": WINDOW,
-    "gpt_neo": {"attention_types": [[["global"], 1], [["local"], 2]], "window_size": 4},
+    "gpt_neo": {"attention_layers": ["local", "global"], "window_size": 4},
     "gptj": {"rotary_dim": 4},
     "granite": {
         "residual_multiplier": 0.5,
@@ -90,10 +94,10 @@ OWN_VALUES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.4,
         "logits_scaling": 0.5,
     },
-    "ministral": {"sliding_window": 4, "layer_types": ["sliding_attention"] * 3},
+    "ministral": {"sliding_window": 4, "layer_types": ["sliding_attention"]},
     "olmo3": WINDOW,
     "opt": {"word_embed_proj_dim": 16},
-    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": {"sliding_window": 4},
 }
 
@@ -109,8 +113,9 @@ def _config(model_type: str, layers: int, width: int, inner: int, positions: int
     if hasattr(defaults, "head_dim") and model_type not in ("falcon", "qwen3"):
         own |= {"head_dim": width // 2}
     own |= OWN_VALUES.get(model_type, {})
-    if "layer_types" in own:
-        own["layer_types"] = own["layer_types"][:layers]
+    own |= {k: list(islice(cycle(own[k]), layers)) for k in LAYER_LISTS if k in own}
+    if "attention_layers" in own:
+        own["attention_types"] = [[own["attention_layers"], 1]]
     return {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None} | own
 
 
@@ -126,7 +131,9 @@ def tiny(
 ) -> LoadedModel:
     """Return a random model of a type or a variant with enlarged weights, so that its outputs differ clearly between
     prompts. Some types have an inner size of four widths and ignore `inner`."""
-    base_type, changes = VARIANTS.get(model_type, (model_type, {}))
+    base_type, changes = copy.deepcopy(VARIANTS.get(model_type, (model_type, {})))
+    rope = changes.get("rope_parameters", {})
+    rope |= {k: v * (width // 4) for k, v in rope.items() if isinstance(v, list)}
     config = AutoConfig.for_model(base_type, **_config(base_type, layers, width, inner, positions) | changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from bench.peak_memory import peak_bytes
 from service.covariance.collect import collect_statistics
 from service.covariance.corpus import Corpus
 from service.editing.edit_spec import EditFactors
@@ -35,9 +36,9 @@ from service.methods.parameters import RomeParameters
 from service.models import memory_estimates
 from service.models.block_runner import BlockRunner
 from service.models.fused_activations import is_unfused
-from service.models.hooks import capture, replace_output
+from service.models.hooks import capture, replace_output, stop_after
 from service.models.loading import LoadedModel, WeightRef, load_model
-from service.models.token_batch import forward, pad, tokenize_statement
+from service.models.token_batch import PaddedBatch, forward, pad, tokenize_statement
 from service.schemas import Sampling, WorkerExportRequest
 from service.tracing.fast_trace import trace_statement
 from service.tracing.reference import trace_reference
@@ -49,7 +50,7 @@ from tests.support.tiny_models import ALL_MODELS, TEXTS, tiny
 STATEMENT = fill_prompt("In {} is", "Mount Fuji")
 CONTEXTS = ("Big Ben",)
 PROMPTS = ["The Eiffel Tower is in", "Big", "In which country is Mount Fuji?"]
-CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 2e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 
 
 @pytest.fixture(scope="module", params=ALL_MODELS)
@@ -320,14 +321,25 @@ def test_layers(model: LoadedModel) -> None:
     assert missing < (0.5 if norm_after_value(model, 1) else 1e-3)
 
 
-def test_memory(model: LoadedModel) -> None:
-    """The estimates of cache and forward pass agree with the tensors that are held."""
+def test_memory(model: LoadedModel, name: str) -> None:
+    """The estimates of cache and forward pass are what is held, and an upper bound of it."""
     batch = DecodingBatch(model, [new_sequence(model, PROMPTS[0], Sampling(max_new_tokens=4))])
     batch.step()
     assert batch._cache is not None
     tokens = batch._cache.layers[0].keys.shape[-2]
     held = sum(x.keys.numel() + x.values.numel() for x in batch._cache.layers) * 4
     assert memory_estimates.kv_bytes_per_token(model) * tokens == held
+    wide = tiny(name, width=32, inner=128)
+    for rows, positions in ((1, 24), (6, 10)):
+        padded = pad([[1] * (positions - i % 2) for i in range(rows)], wide)
+
+        def work(padded: PaddedBatch = padded) -> None:
+            with stop_after(wide.block(2)):
+                forward(wide, padded)
+
+        peak = peak_bytes(work)
+        estimate = memory_estimates.forward_bytes(wide, rows, positions)
+        assert peak <= estimate, (rows, peak, estimate)
 
 
 def test_lora(model: LoadedModel, edit: EditFactors, tmp_path: Path) -> None:
