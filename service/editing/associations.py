@@ -84,8 +84,10 @@ def _forward_activations(
     def pick(t: Tensor) -> Tensor:  # (texts, width)
         return at_least_fp32(t.reshape(*batch.ids.shape, -1)[subject_positions])
 
-    by_layer = [{x: pick(t) for x, t in tensors.items()} for tensors in (keys, values, norm_inputs)]
-    return LayerActivations(*by_layer, pick(top["top"]))
+    def pick_each(captured: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        return {layer: pick(t) for layer, t in captured.items()}
+
+    return LayerActivations(pick_each(keys), pick_each(values), pick_each(norm_inputs), pick(top["top"]))
 
 
 def _key_texts(tokenized: TokenizedContexts, parameters: RomeParameters) -> list[TokenizedStatement]:

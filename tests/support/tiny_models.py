@@ -105,7 +105,7 @@ OWN_VALUES: dict[str, dict[str, Any]] = {
 def _config(model_type: str, layers: int, width: int, inner: int, positions: int) -> dict[str, Any]:
     names = {"inner": "intermediate_size", "positions": "max_position_embeddings"}
     names |= SIZE_NAMES.get(model_type, {})
-    own = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
+    own: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
     own |= {names["inner"]: inner, names["positions"]: positions}
     defaults = CONFIG_MAPPING[model_type]()
     if hasattr(defaults, "num_key_value_heads") and model_type != "gpt_bigcode":
