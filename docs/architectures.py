@@ -33,15 +33,16 @@ TABLE = """
 ## The types
 
 *Adds to the residual*: the module whose output the MLP adds, which traces restore. Where it is the edited weight itself
-the column is empty; otherwise a norm comes between them, and an edit changes the weight before it. *Parallel*: attention
-and MLP read the same input.
+the column is empty; otherwise a norm comes between them, and an edit changes the weight before it. *Parallel*:
+attention and MLP read the same input.
 
 | type | edited weight | adds to the residual | queries, keys, values | parallel |
 |---|---|---|---|---|
 """
 
 REMARKS = """
-Variants with their own tests: {variants}.
+Variants with their own tests:
+{variants}.
 
 ## Where the blocks differ
 

@@ -1,8 +1,8 @@
 """Fused activations: the same functions in fewer passes over memory.
 
 transformers computes the activation of GPT-2, GPT-J and BLOOM, 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in
-seven operations. Each reads and writes the widest tensor of the model. torch computes the same formula in one kernel, forward
-and backward. The results differ in rounding, by about one unit in the last place.
+seven operations. Each reads and writes the widest tensor of the model. torch computes the same formula in one kernel,
+forward and backward. The results differ in rounding, by about one unit in the last place.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Forward hooks as context managers: `capture` reads inputs or outputs of modules, the others change an output.
 
 Of outputs that are tuples (attention in every model, whole blocks in some), the first element is used. `capture`
-returns detached inputs and copies of outputs. `replace_output` passes a copy to its function, so writing into it cannot change a residual that
-another module still reads.
+returns detached inputs and copies of outputs. `replace_output` passes a copy to its function, so writing into it
+cannot change a residual that another module still reads.
 
 The hooks that are in place in a thread are counted, so that the engine can check that none outlives a step.
 """

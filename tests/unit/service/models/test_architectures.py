@@ -141,3 +141,14 @@ def test_a_row_follows_the_configuration(
     """What a configuration can change about the blocks of a type is in the row that it gets."""
     row = architecture_of(AutoConfig.for_model(model_type, **values))
     assert {name: getattr(row, name) for name in expected} == expected
+
+
+def test_capped_attention_scores_are_computed() -> None:
+    """The cap of Gemma 2's attention scores, which fused attention does not have, changes the logits."""
+    model = tiny("gemma2")
+    ids = torch.tensor([model.encode(TEXT)[0]])
+    capped = model.model(ids).logits
+    for module in model.model.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = None
+    assert not torch.allclose(capped, model.model(ids).logits, rtol=1e-3)
