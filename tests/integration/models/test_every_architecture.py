@@ -208,6 +208,15 @@ def test_padding(model: LoadedModel, side: str) -> None:
             torch.testing.assert_close(real, forward(model, pad([row], model))[0], **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half(name: str, dtype: torch.dtype) -> None:
+    """In half precision padding leaves the logits of every token finite."""
+    half = tiny(name, layers=2, dtype=dtype)
+    batch = pad([half.encode(t)[0] for t in PROMPTS], half, "left")
+    with torch.no_grad():
+        assert forward(half, batch)[batch.mask.bool()].isfinite().all()
+
+
 def test_cache(model: LoadedModel) -> None:
     """Prompts that join and leave a batch get the greedy tokens of full passes without a cache."""
     lengths = (9, 4, 6)
