@@ -7,8 +7,10 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from service.models.architectures import ARCHITECTURES, Architecture
-from tests.support.tiny_models import VARIANTS, tiny
+from transformers import CONFIG_MAPPING
+
+from service.models.architectures import ARCHITECTURES, architecture_of
+from tests.support.tiny_models import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "architectures.md"
@@ -96,8 +98,8 @@ def render() -> str:
 
 
 def _table_row(name: str) -> str:
-    """Return the row of a type, as the configuration of its tiny model has it."""
-    row: Architecture = tiny(name, layers=1).architecture
+    """Return the row of a type, as its default configuration has it."""
+    row = architecture_of(CONFIG_MAPPING[name]())
     output = f"`{row.mlp_output}`" if row.mlp_output else ""
     fused = f"fused, `{row.attention_projections[0]}`" if len(row.attention_projections) == 1 else "separate"
     parallel = "yes" if row.parallel else ""
