@@ -85,7 +85,9 @@ def read_gguf_checkpoint(
         ignore_mismatched_sizes=True,
     )
     model.config._name_or_path = ""  # else the text "None"
-    model.config.architectures = [type(model).__name__]  # as in a saved folder, which so has the same fingerprint
+    model.config.architectures = [
+        type(model).__name__
+    ]  # as in a saved folder, which so has the same fingerprint
     return model, tokenizer, report
 
 
