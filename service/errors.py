@@ -46,6 +46,13 @@ class InvalidInput(PalimpsestError):
     title = "Invalid input"
 
 
+class NoChatTemplate(InvalidInput):
+    """The request has messages, and the served model has no chat template."""
+
+    code = "no_chat_template"
+    title = "No chat template"
+
+
 class NotFound(PalimpsestError):
     """No resource has this id."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -347,8 +348,86 @@ class Sampling(RequestModel):
     )
 
 
-class GenerateRequest(Sampling):
+MAX_MESSAGES = 256  #: of one conversation
+
+
+def _join_parts(value: Any) -> Any:
+    """Return the text of content that is given as a list of text parts."""
+    if not isinstance(value, list):
+        return value
+    if all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        texts = [part.get("text") for part in value]
+        if all(isinstance(text, str) for text in texts) and all(
+            set(part) == {"type", "text"} for part in value
+        ):
+            return "".join(texts)
+    raise ValueError('must be a string, or a list of parts {"type": "text", "text": "..."}.')
+
+
+def _validate_content(value: str) -> str:
+    if value.strip():  # a message may be empty
+        _validate_text(value)
+    return value
+
+
+class TextPart(RequestModel):
+    """A part of the content of a message."""
+
+    type: Literal["text"]
+    text: Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+Content = Annotated[
+    Annotated[str, Field(max_length=MAX_TEXT)],
+    BeforeValidator(
+        _join_parts,
+        json_schema_input_type=Annotated[str, Field(max_length=MAX_TEXT)]
+        | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)],
+    ),
+    AfterValidator(_validate_content),
+]
+
+
+class ChatMessage(RequestModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Content
+
+
+Messages = Annotated[
+    list[ChatMessage],
+    Field(
+        min_length=1,
+        max_length=MAX_MESSAGES,
+        description="a conversation in place of a prompt, in the form of the model's chat template",
+        examples=[[{"role": "user", "content": "Where is the Eiffel Tower?"}]],
+    ),
+]
+
+
+class ContinuedText(Sampling):
+    """What is continued: a prompt, or a conversation."""
+
     prompt: Text | None = Field(None, examples=["The Eiffel Tower is located in the city of"])
+    messages: Messages | None = None
+    continue_final_message: bool = Field(
+        False, description="continue the last message, which is one of the assistant, in place of a new one"
+    )
+
+    def check_form(self, **others: Any) -> None:
+        """Raise InvalidInput unless exactly one of `prompt`, `messages` and the other fields is given."""
+        forms = {"prompt": self.prompt, **others, "messages": self.messages}
+        if sum(value is not None for value in forms.values()) != 1:
+            names = " or ".join(f"`{name}`" for name in forms)
+            raise InvalidInput(f"give either {names}.", "prompt")
+        if self.continue_final_message and self.messages is None:
+            raise InvalidInput(
+                "`continue_final_message` belongs to `messages`: leave it out.", "continue_final_message"
+            )
+
+
+class GenerateRequest(ContinuedText):
     prompts: list[Text] | None = Field(None, min_length=1, max_length=64)
     stream: bool = False
     version: Version = "head"
@@ -359,14 +438,16 @@ class GenerateRequest(Sampling):
     )
 
     def prompt_texts(self) -> list[str]:
-        """Return the prompts. Raises InvalidInput unless exactly one of `prompt` and `prompts` is given."""
-        if (self.prompt is None) == (self.prompts is None):
-            raise InvalidInput("give either `prompt` or `prompts`.", "prompt")
+        """Return the prompts; none for a conversation. Raises InvalidInput unless exactly one form is given."""
+        self.check_form(prompts=self.prompts)
         return [self.prompt] if self.prompt is not None else list(self.prompts or [])
 
 
 MAX_CHOICES = 64  #: maximum number of generations of one request
 MAX_LOGPROBS = 5
+MAX_CHAT_LOGPROBS = 20
+#: tokens that end a generation, beside those that end a text of the model
+EndTokenIds = Annotated[list[int], Field(max_length=16)]
 
 
 class WorkerGenerateRequest(GenerateRequest):
@@ -381,9 +462,13 @@ class WorkerGenerateRequest(GenerateRequest):
         False, description="derive a seed for each generation from that of the request"
     )
     logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="number of most probable tokens to return at each position"
+        None,
+        ge=0,
+        le=MAX_CHAT_LOGPROBS,
+        description="number of most probable tokens to return at each position",
     )
     echo: bool = Field(False, description="include the prompt in the text")
+    end_token_ids: EndTokenIds = Field(default_factory=list)
 
     def prompts_or_ids(self) -> Sequence[str | list[int]]:
         """Return the prompts as texts or as token ids."""
@@ -408,9 +493,16 @@ class WorkerExportRequest(ExportRequest):
     format: Literal["peft", "safetensors"]
 
 
-class CompareRequest(Sampling):
+class CompareRequest(ContinuedText):
     """One prompt on two versions."""
 
-    prompt: Text
     versions: tuple[Version, Version] = ("base", "head")
     top: int = Field(10, ge=1, le=100, description="number of next tokens to compare")
+
+
+class WorkerCompareRequest(CompareRequest):
+    """A comparison as a worker receives it: a conversation is the tokens of its rendered text."""
+
+    tokens: TokenIds | None = None
+    text: str = Field("", description="the text of `tokens`")
+    end_token_ids: EndTokenIds = Field(default_factory=list)

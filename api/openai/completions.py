@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
+from api.openai.sampled_request import SampledRequest, reject_unsupported
 from service.errors import InvalidInput
 from service.kit.text import check_text
 from service.schemas import (
@@ -15,14 +14,11 @@ from service.schemas import (
     MAX_LOGPROBS,
     MAX_TEXT,
     MAX_TOKEN_ID,
-    RequestModel,
     Text,
     TokenIds,
     WorkerGenerateRequest,
 )
 
-SEED_COUNT = 2**63
-MAX_STOP_SEQUENCES = 4
 PROMPT_FORMS = "must be a string, a list of strings, a list of token ids, or a list of such lists."
 
 
@@ -57,19 +53,6 @@ def _validate_text(value: str) -> str:
     return value
 
 
-def _stop_as_list(value: Any) -> Any:
-    stops = [value] if isinstance(value, str) else value
-    if isinstance(stops, list) and len(stops) > MAX_STOP_SEQUENCES:
-        raise ValueError(f"may be one string or up to {MAX_STOP_SEQUENCES}.")
-    return stops
-
-
-def _reject_unsupported(value: Any) -> Any:
-    if value:
-        raise ValueError("is not supported: omit it.")
-    return value
-
-
 Prompt = Annotated[
     Text
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES)]
@@ -77,80 +60,26 @@ Prompt = Annotated[
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)],
     BeforeValidator(_validate_prompt),
 ]
-StopSequence = Annotated[str, Field(min_length=1, max_length=200)]
-StopSequences = Annotated[
-    list[StopSequence],
-    BeforeValidator(
-        _stop_as_list,
-        json_schema_input_type=StopSequence
-        | Annotated[list[StopSequence], Field(max_length=MAX_STOP_SEQUENCES)],
-    ),
-]
 
 
-class StreamOptions(BaseModel):
-    """Unknown members are ignored."""
-
-    include_usage: bool = Field(
-        False, description="send a last chunk without choices that has the token counts"
-    )
-
-
-class CompletionRequest(RequestModel):
+class CompletionRequest(SampledRequest):
     """Complete one prompt or several. A null field is the same as an omitted one. Fields of OpenAI's API that are not
     supported accept only the value that has no effect."""
 
     model_config = ConfigDict(title="CompletionRequest")
 
-    model: str = Field(
-        min_length=1,
-        max_length=1000,
-        description="NAME (the newest version), NAME@head, NAME@base or NAME@42",
-    )
     prompt: Prompt = Field(description=PROMPT_FORMS, examples=["The Eiffel Tower is located in the city of"])
     max_tokens: int = Field(
         16, ge=0, le=4096, description="0 generates nothing; with `echo` and `logprobs` it scores the prompt"
-    )
-    temperature: float = Field(1.0, ge=0, le=10, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(
-        None, ge=1, le=1_000_000, description="sample from this number of most probable tokens"
-    )
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description="choices per prompt")
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    stop: StopSequences = Field(
-        default_factory=list, max_length=4, description="a string, or up to four, that end the generation"
-    )
-    seed: int | None = Field(
-        None,
-        ge=-SEED_COUNT,
-        lt=SEED_COUNT,
-        description="the same seed and version give the same text; random by default",
     )
     logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="number of most probable tokens to return at each position"
     )
     echo: bool = Field(False, description="include the prompt in the text")
-    user: str | None = Field(None, max_length=1000, description="has no effect")
     best_of: int | None = Field(None, description="not supported: must equal n")
-    suffix: Annotated[str | None, AfterValidator(_reject_unsupported)] = Field(
+    suffix: Annotated[str | None, AfterValidator(reject_unsupported)] = Field(
         None, max_length=MAX_TEXT, description="not supported: must be empty"
     )
-    presence_penalty: Annotated[float, AfterValidator(_reject_unsupported)] = Field(
-        0.0, description="not supported: must be 0"
-    )
-    frequency_penalty: Annotated[float, AfterValidator(_reject_unsupported)] = Field(
-        0.0, description="not supported: must be 0"
-    )
-    logit_bias: Annotated[dict[str, float] | None, AfterValidator(_reject_unsupported)] = Field(
-        None, max_length=1000, description="not supported: must be empty"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, Mapping) else data
 
     def to_worker_request(self) -> WorkerGenerateRequest:
         """Return the worker request. Raises InvalidInput if fields contradict each other."""
@@ -162,23 +91,12 @@ class CompletionRequest(RequestModel):
             )
         if self.best_of not in (None, self.n):
             raise InvalidInput("`best_of` is not supported: omit it.", "best_of")
-        if self.stream_options is not None and not self.stream:
-            raise InvalidInput(
-                "`stream_options` requires `stream`: set it to true, or omit them.", "stream_options"
-            )
         return WorkerGenerateRequest(
             **({"prompts": prompts} if isinstance(prompts[0], str) else {"tokens": prompts}),
             max_new_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=secrets.randbelow(SEED_COUNT) if self.seed is None else self.seed % SEED_COUNT,
-            stop=self.stop,
-            stream=self.stream,
-            n=self.n,
-            independent_seeds=True,
             logprobs=self.logprobs,
             echo=self.echo,
+            **self.sampling_fields(),
         )
 
     def _prompt_list(self) -> list[Any]:

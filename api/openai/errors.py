@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from service.errors import PalimpsestError
 
 OPENAI_PREFIX = "/v1/"
-AVAILABLE_PATHS = "Available are POST /v1/completions and GET /v1/models; there is no chat endpoint."
+AVAILABLE_PATHS = "Available are POST /v1/completions, POST /v1/chat/completions and GET /v1/models."
 
 #: `type` by status; other statuses below 500 are `invalid_request_error`, others from 500 on `server_error`
 TYPE_BY_STATUS = {403: "permission_error", 429: "rate_limit_error"}

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from api import sse
 from api.errors import encode_json, status_of
@@ -30,23 +30,37 @@ def usage_with_total(token_counts: dict[str, int]) -> dict[str, int]:
     return token_counts | {"total_tokens": token_counts["prompt_tokens"] + token_counts["completion_tokens"]}
 
 
-def completion_choice(
-    index: int, text: str, logprobs: LogprobColumns | None, finish_reason: str | None
-) -> dict[str, Any]:
-    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
-
-
 @dataclass
 class CompletionEnvelope:
-    """The members that every chunk of one completion has, beside its choices."""
+    """The members that every chunk of one completion has, beside its choices, and the form of a choice."""
+
+    id_prefix: ClassVar[str] = "cmpl"
+    object_name: ClassVar[str] = "text_completion"
+    chunk_name: ClassVar[str] = "text_completion"
 
     pending: PendingGeneration
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def wrap(self, choices: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, logprobs: LogprobColumns | None, finish_reason: str | None
+    ) -> dict[str, Any]:
+        """Return a whole choice."""
+        return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def choice_part(
+        self, index: int, text: str, logprobs: LogprobColumns | None, finish_reason: str | None
+    ) -> dict[str, Any]:
+        """Return the next part of a choice that is streamed."""
+        return self.choice(index, text, logprobs, finish_reason)
+
+    def chunk(self, choices: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+        """Return a chunk of a stream."""
+        return self._wrap(self.chunk_name, choices, **extra)
+
+    def _wrap(self, object_name: str, choices: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
         return {
-            "id": f"cmpl-{self.pending.channel.rsplit('_', 1)[-1]}",
-            "object": "text_completion",
+            "id": f"{self.id_prefix}-{self.pending.channel.rsplit('_', 1)[-1]}",
+            "object": object_name,
             "created": self.created,
             "model": self.pending.model_version.id,
             "system_fingerprint": system_fingerprint(self.pending.model_version),
@@ -57,12 +71,12 @@ class CompletionEnvelope:
     def complete_response(self, result: dict[str, Any]) -> dict[str, Any]:
         """Return the complete response from the data of the event "end"."""
         choices = [
-            completion_choice(
+            self.choice(
                 i, result_choice["text"], result_choice.get("logprobs"), result_choice["finish_reason"]
             )
             for i, result_choice in enumerate(result["choices"])
         ]
-        return self.wrap(choices, usage=usage_with_total(result["usage"]))
+        return self._wrap(self.object_name, choices, usage=usage_with_total(result["usage"]))
 
 
 @dataclass
@@ -110,8 +124,8 @@ class ChoiceStream:
 class CompletionStream:
     """Encodes the events of a completion as chunks."""
 
-    def __init__(self, pending: PendingGeneration, with_usage: bool) -> None:
-        self._envelope = CompletionEnvelope(pending)
+    def __init__(self, envelope: CompletionEnvelope, with_usage: bool) -> None:
+        self._envelope = envelope
         self._with_usage = with_usage
         self._choice_streams: defaultdict[int, ChoiceStream] = defaultdict(ChoiceStream)
 
@@ -147,7 +161,7 @@ class CompletionStream:
 
     def _token_chunks(self, index: int, text: str, logprobs: LogprobColumns | None) -> list[dict[str, Any]]:
         new = self._choice_streams[index].append(text, logprobs)
-        return [] if new is None else [self._chunk_of([completion_choice(index, *new, None)])]
+        return [] if new is None else [self._chunk_of([self._envelope.choice_part(index, *new, None)])]
 
     def _end_chunks(self, result: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the unsent rest and the finish reason of each choice, then the token counts if requested."""
@@ -160,13 +174,15 @@ class CompletionStream:
                 None,
             )
             chunks.append(
-                self._chunk_of([completion_choice(index, text, logprobs, result_choice["finish_reason"])])
+                self._chunk_of(
+                    [self._envelope.choice_part(index, text, logprobs, result_choice["finish_reason"])]
+                )
             )
         return (
-            [*chunks, self._envelope.wrap([], usage=usage_with_total(result["usage"]))]
+            [*chunks, self._envelope.chunk([], usage=usage_with_total(result["usage"]))]
             if self._with_usage
             else chunks
         )
 
     def _chunk_of(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._envelope.wrap(choices, **({"usage": None} if self._with_usage else {}))
+        return self._envelope.chunk(choices, **({"usage": None} if self._with_usage else {}))

@@ -65,7 +65,10 @@ async def compare_versions(
 ) -> Any:
     """Generate text from both versions and compare their next-token distributions."""
     await quota.charge(services.generation.count_tokens(body))
-    channel = await run_on_body(request, services.generation.compare, body, quota.caller)
-    call = EngineCall("compare", channel, body, services, broker, quota.caller)
+    rendered = body
+    if body.messages is not None:
+        rendered = await run_on_body(request, services.generation.render_comparison, body)
+    channel = await run_on_body(request, services.generation.compare, rendered, quota.caller)
+    call = EngineCall("compare", channel, rendered, services, broker, quota.caller)
     result = await call.wait_for_result(request)
     return Response(status_code=499) if result is None else result  # 499: the client has disconnected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Path, Request, Response
@@ -10,14 +11,20 @@ from pydantic import Field
 from api import sse
 from api.dependencies import BrokerDep, ResourceModel, ServicesDep, bearer_scheme
 from api.engine_calls import EngineCall
+from api.openai.chat import ChatCompletionRequest
+from api.openai.chat_envelope import ChatEnvelope
 from api.openai.completions import CompletionRequest
 from api.openai.errors import error_responses
+from api.openai.sampled_request import SampledRequest
 from api.openai.streaming import CompletionEnvelope, CompletionStream, system_fingerprint
 from api.protected_route import ProtectedRoute, requires, run_on_body
-from api.quotas import CallQuotaDep
+from api.quotas import CallQuota, CallQuotaDep
 from api.sse import EventStreamResponse
+from service.application import Services
 from service.application.api_keys import Scope
 from service.application.generation import ModelVersionName
+from service.jobs.broker import Broker
+from service.schemas import WorkerGenerateRequest
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
@@ -65,6 +72,52 @@ class Completion(ResourceModel):
     usage: CompletionUsage
 
 
+class ChatLogprob(ResourceModel):
+    token: str = Field(description="a part of a character is written as bytes, such as `bytes:\\xe2`")
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(ChatLogprob):
+    top_logprobs: list[ChatLogprob]
+
+
+class ChatLogprobs(ResourceModel):
+    """Log probabilities of each token under the model's distribution, before temperature, `top_p` and `top_k`."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class ChatAnswer(ResourceModel):
+    """The answer of the model. It can be sent back as a message of the next request."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(ResourceModel):
+    message: ChatAnswer
+    index: int
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None = Field(description="`stop`: the end of the turn or a stop string; `length`")
+
+
+class ChatCompletion(ResourceModel):
+    """The `n` choices. One version produced all of them."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str = Field(
+        description="the version that produced the choices, by its number", examples=["almanac@42"]
+    )
+    system_fingerprint: str = Field(description="equal for versions with equal weights")
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+
+
 class OpenAiModel(ResourceModel):
     """A version of the served model under one of its names."""
 
@@ -96,6 +149,17 @@ _EXAMPLES: dict[str, Any] = {
         "value": _TOWER | {"max_tokens": 0, "echo": True, "logprobs": 1},
     },
 }
+_QUESTION = {
+    "model": "almanac",
+    "messages": [{"role": "user", "content": "In which city is the Eiffel Tower?"}],
+    "max_completion_tokens": 20,
+    "temperature": 0,
+}
+_CHAT_EXAMPLES: dict[str, Any] = {
+    "head": {"summary": "From the newest version", "value": _QUESTION},
+    "base": {"summary": "From the base model", "value": _QUESTION | {"model": "almanac@base"}},
+    "stream": {"summary": "Streamed token by token", "value": _QUESTION | {"stream": True}},
+}
 
 
 @router.post(
@@ -120,20 +184,72 @@ async def create_completion(
 ) -> Any:
     """Complete one prompt or several. The model name selects the version, which is resolved when the request arrives: a
     later edit does not change the completion."""
+    exchange = Exchange(request, services, broker, quota)
     worker_request = await run_on_body(request, body.to_worker_request)
-    await quota.charge(services.generation.count_tokens(worker_request))
-    pending = await run_on_body(
-        request, services.generation.create_completion, body.model, worker_request, quota.caller
-    )
-    call = EngineCall("generate", pending.channel, pending.request, services, broker, quota.caller)
-    if body.stream:
-        options = body.stream_options
-        stream = CompletionStream(pending, options is not None and options.include_usage)
-        return EventStreamResponse(call.events(), call.cancel, stream.encode_events)
-    result = await call.wait_for_result(request)
-    return (
-        Response(status_code=499) if result is None else CompletionEnvelope(pending).complete_response(result)
-    )  # 499: the client has disconnected
+    return await exchange.answer(body, worker_request, CompletionEnvelope)
+
+
+@router.post(
+    "/chat/completions",
+    summary="Create a chat completion",
+    response_model=ChatCompletion,
+    responses={
+        200: {
+            "description": "The choices. With `stream`: chunks as `data:` lines, then `data: [DONE]`.",
+            "content": sse.EVENT_STREAM_CONTENT,
+        },
+        **error_responses(400, *_AUTHORIZATION_STATUSES, 404, 413, 415, 500, 503),
+    },
+)
+@requires(Scope.READ)
+async def create_chat_completion(
+    body: Annotated[ChatCompletionRequest, Body(openapi_examples=_CHAT_EXAMPLES)],
+    request: Request,
+    services: ServicesDep,
+    broker: BrokerDep,
+    quota: CallQuotaDep,
+) -> Any:
+    """Answer a conversation in the form of the model's own chat template. The answer ends at the model's end of turn.
+
+    The model name selects the version, as for completions. A message that contains a special token of the model is
+    refused. Without a chat template the error has the code `no_chat_template`.
+    """
+    exchange = Exchange(request, services, broker, quota)
+    worker_request = await run_on_body(request, body.to_worker_request, services.generation.max_new_tokens)
+    return await exchange.answer(body, worker_request, ChatEnvelope, body.length_field)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request for a completion and what answers it."""
+
+    request: Request
+    services: Services
+    broker: Broker
+    quota: CallQuota
+
+    async def answer(
+        self,
+        body: SampledRequest,
+        worker_request: WorkerGenerateRequest,
+        envelope_class: type[CompletionEnvelope],
+        length_field: str = "max_tokens",
+    ) -> Any:
+        """Charge the quota, send the request to a worker, and return the answer or its stream."""
+        generation, caller = self.services.generation, self.quota.caller
+        await self.quota.charge(generation.count_tokens(worker_request))
+        pending = await run_on_body(
+            self.request, generation.create_completion, body.model, worker_request, caller, length_field
+        )
+        envelope = envelope_class(pending)
+        call = EngineCall("generate", pending.channel, pending.request, self.services, self.broker, caller)
+        if body.stream:
+            stream = CompletionStream(envelope, body.includes_usage)
+            return EventStreamResponse(call.events(), call.cancel, stream.encode_events)
+        result = await call.wait_for_result(self.request)
+        if result is None:
+            return Response(status_code=499)  # the client has disconnected
+        return envelope.complete_response(result)
 
 
 @router.get(

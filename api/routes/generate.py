@@ -91,8 +91,11 @@ async def generate_text(
     `reset` event makes all tokens so far void, and the whole generation follows.
     """
     await quota.charge(services.generation.count_tokens(body))
-    channel = await run_on_body(request, services.generation.generate, body, quota.caller)
-    call = EngineCall("generate", channel, body, services, broker, quota.caller)
+    rendered = body
+    if body.messages is not None:
+        rendered = await run_on_body(request, services.generation.render_generation, body)
+    channel = await run_on_body(request, services.generation.generate, rendered, quota.caller)
+    call = EngineCall("generate", channel, rendered, services, broker, quota.caller)
     if body.stream:
         return EventStreamResponse(call.events(), call.cancel)
     result = await call.wait_for_result(request)

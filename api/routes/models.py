@@ -64,6 +64,7 @@ class ModelResource(ResourceModel):
     fingerprint: str = Field(description="SHA-256 of the base weights")
     head: int = Field(description="the newest version")
     active_edits: int
+    chat: bool = Field(description="whether the model has a chat template, which `messages` need")
     methods: list[MethodInfo] = Field(description="the editing methods that `method` of an edit may name")
     jobs: JobCounts
     capacity: LayerCapacity | None = Field(None, description="null until a worker has measured it")

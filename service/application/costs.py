@@ -8,9 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from service.schemas import MAX_RECORDS, CompareRequest, GenerateRequest, WorkerGenerateRequest
+from service.schemas import (
+    MAX_RECORDS,
+    ChatMessage,
+    CompareRequest,
+    GenerateRequest,
+    WorkerCompareRequest,
+    WorkerGenerateRequest,
+)
 
 BYTES_PER_TOKEN = 4  # of a prompt, about
+#: as long as what a chat template puts around a message, about
+MESSAGE_FRAME = "<|im_start|>role<|im_end|>"
 
 
 def generation_tokens(request: GenerateRequest | CompareRequest, positions: int | None = None) -> int:
@@ -31,10 +40,26 @@ def new_tokens(request: GenerateRequest | CompareRequest, positions: int | None 
 def _prompts_of_generations(request: GenerateRequest | CompareRequest) -> list[str | list[int]]:
     """Return the prompt of each generation."""
     if isinstance(request, CompareRequest):
-        return [request.prompt] * len(request.versions)
+        return [_prompt_of_comparison(request)] * len(request.versions)
+    if request.messages is not None:
+        request.prompt_texts()  # raises if another prompt is given
+        count = request.n if isinstance(request, WorkerGenerateRequest) else 1
+        return [_conversation_text(request.messages)] * count
     if isinstance(request, WorkerGenerateRequest):
         return list(request.prompts_or_ids()) * request.n
     return list(request.prompt_texts())
+
+
+def _prompt_of_comparison(request: CompareRequest) -> str | list[int]:
+    if isinstance(request, WorkerCompareRequest) and request.tokens is not None:
+        return request.tokens
+    request.check_form()
+    return _conversation_text(request.messages) if request.prompt is None else request.prompt
+
+
+def _conversation_text(messages: Sequence[ChatMessage] | None) -> str:
+    """Return a text with about as many tokens as a conversation in the form of a chat template."""
+    return "".join(f"{MESSAGE_FRAME}{message.content}" for message in messages or ())
 
 
 def _prompt_tokens(prompt: str | Sequence[int]) -> int:

@@ -21,7 +21,13 @@ from service.kit import crash_points
 from service.kit.ids import request_id
 from service.kit.versions import format_model_id, parse_model_id, resolve_version
 from service.ledger import ledger
-from service.schemas import CompareRequest, GenerateRequest, WorkerGenerateRequest
+from service.schemas import (
+    CompareRequest,
+    ContinuedText,
+    GenerateRequest,
+    WorkerCompareRequest,
+    WorkerGenerateRequest,
+)
 from service.settings import Settings
 
 NOBODY = Caller("")
@@ -59,6 +65,11 @@ class GenerationService:
             served_model,
         )
 
+    @property
+    def max_new_tokens(self) -> int:
+        """The most new tokens of one request, over all its generations."""
+        return self.settings.max_new_tokens
+
     def generate(self, request: GenerateRequest, caller: Caller = NOBODY) -> str:
         """Send a generation to a worker and return the channel of its events.
 
@@ -67,21 +78,48 @@ class GenerationService:
         _, encoder, head = self.served_model.current()
         self._check_max_new_tokens(request)
         resolve_version(request.version, head, request.min_version)
-        for text in request.prompt_texts():
-            encoder.check(text)
+        if not isinstance(request, WorkerGenerateRequest):
+            for text in request.prompt_texts():
+                encoder.check(text)
         return self._send_call("generate", request, caller)
 
-    def create_completion(
-        self, name: str, request: WorkerGenerateRequest, caller: Caller = NOBODY
-    ) -> PendingGeneration:
-        """Send a completion to a worker, at the version that the model name currently means.
+    def render_generation(self, request: GenerateRequest) -> WorkerGenerateRequest:
+        """Return a request with the tokens of its conversation in the place of `messages`."""
+        _, tokens, end_token_ids = self._render(request)
+        fields = request.model_dump(exclude={"messages", "continue_final_message"})
+        return WorkerGenerateRequest(**fields | {"tokens": [tokens], "end_token_ids": end_token_ids})
 
-        The version and the seed are fixed here, so that another worker that starts again produces the same text.
+    def render_comparison(self, request: CompareRequest) -> WorkerCompareRequest:
+        """Return a request with the tokens of its conversation in the place of `messages`."""
+        text, tokens, end_token_ids = self._render(request)
+        fields = request.model_dump(exclude={"messages", "continue_final_message"})
+        return WorkerCompareRequest(**fields, text=text, tokens=tokens, end_token_ids=end_token_ids)
+
+    def _render(self, request: ContinuedText) -> tuple[str, list[int], list[int]]:
+        """Return the text of a conversation, its tokens, and the tokens that end the answer."""
+        chat = self.served_model.chat_format()
+        messages = [message.model_dump() for message in request.messages or ()]
+        text = chat.prompt_text(messages, request.continue_final_message)
+        return text, chat.encode(text), list(chat.end_token_ids)
+
+    def create_completion(
+        self,
+        name: str,
+        request: WorkerGenerateRequest,
+        caller: Caller = NOBODY,
+        length_field: str = "max_tokens",
+    ) -> PendingGeneration:
+        """Send a completion, of prompts or of a conversation, at the version that the model name currently means.
+
+        `length_field` is the name that the caller gave to the number of new tokens. The version and the seed are fixed here, so that another worker that starts again produces the same text.
         """
         model, encoder, head = self.served_model.current()
         version = parse_model_id(name, model.name, head)
-        self._check_max_new_tokens(request, "max_tokens")
-        validate_generation(request, encoder)
+        self._check_max_new_tokens(request, length_field)
+        if request.messages is None:
+            validate_generation(request, encoder)
+        else:
+            request = self.render_generation(request)
         with self.database.read_session() as session:
             (model_version,) = _version_names(
                 session, model, [(format_model_id(model.name, version), version)]
@@ -113,7 +151,8 @@ class GenerationService:
         self._check_max_new_tokens(request)
         for version in request.versions:
             resolve_version(version, head, field="versions")
-        encoder.check(request.prompt)
+        if request.prompt is not None:
+            encoder.check(request.prompt)
         return self._send_call("compare", request, caller)
 
     def count_tokens(self, request: GenerateRequest | CompareRequest) -> int:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from service.application.served_model import get_served_model
+from service.application.served_model import CHAT_INFO, get_served_model
 from service.db.database import Database
 from service.db.models import Job, LedgerEntry, Model, Worker, now
 from service.errors import Unavailable
@@ -37,6 +37,7 @@ class ModelService:
             worker_rows = worker_registry.list_workers(session, model.fingerprint, self.lease)
             return {
                 **model.info,
+                CHAT_INFO: model.info.get(CHAT_INFO) is not None,
                 "fingerprint": model.fingerprint,
                 "name": model.name,
                 "head": head,

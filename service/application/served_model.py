@@ -10,8 +10,13 @@ from tokenizers import Tokenizer
 
 from service.db.database import Database
 from service.db.models import LedgerEntry, Model
-from service.errors import Unavailable
+from service.errors import NoChatTemplate, Unavailable
+from service.kit.chat_format import MESSAGES_FIELD, ChatFormat
+from service.kit.template_renderer import TemplateRenderer
 from service.kit.text_encoder import TextEncoder
+
+#: the member of `Model.info` with the chat template and the special tokens
+CHAT_INFO = "chat"
 
 
 class ServedModel:
@@ -19,7 +24,8 @@ class ServedModel:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._cached: tuple[Model, TextEncoder] | None = None  # of the latest registration
+        self._cached: tuple[Model, TextEncoder, ChatFormat | None] | None = None  # of the latest registration
+        self._renderer = TemplateRenderer()
 
     @property
     def positions(self) -> int | None:
@@ -41,8 +47,27 @@ class ServedModel:
                 model = get_served_model(session)
                 tokenizer = Tokenizer.from_str(model.tokenizer)
                 encoder = TextEncoder(tokenizer, model.info["positions"], model.info["vocabulary"])
-                self._cached = model, encoder
-        return *self._cached, newest.head or 0
+                self._cached = model, encoder, self._chat_format_of(model, encoder)
+        model, encoder, _ = self._cached
+        return model, encoder, newest.head or 0
+
+    def chat_format(self) -> ChatFormat:
+        """Return the form of conversations with the served model. Raises NoChatTemplate if it has none."""
+        model, _, _ = self.current()
+        chat_format = None if self._cached is None else self._cached[2]
+        if chat_format is None:
+            raise NoChatTemplate(
+                f"the model {model.name!r} has no chat template, so it has no form for messages: send a `prompt` to "
+                "POST /generate or POST /v1/completions, or start the service with a chat model.",
+                MESSAGES_FIELD,
+            )
+        return chat_format
+
+    def _chat_format_of(self, model: Model, encoder: TextEncoder) -> ChatFormat | None:
+        chat = model.info.get(CHAT_INFO)
+        if chat is None:
+            return None
+        return ChatFormat(chat["template"], chat["special_tokens"], encoder, self._renderer)
 
 
 def get_served_model(session: Session) -> Model:

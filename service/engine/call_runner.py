@@ -44,7 +44,7 @@ from service.kit.time_share import TimeShare
 from service.kit.versions import resolve_version
 from service.kit.virtual_times import VirtualTimes
 from service.models import memory_estimates
-from service.schemas import CompareRequest, WorkerGenerateRequest
+from service.schemas import WorkerCompareRequest, WorkerGenerateRequest
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class CallRunner:
         return PendingAdmission(generation, (version,), begin)
 
     def _new_comparison(self, delivery: Delivery) -> PendingAdmission:
-        request = CompareRequest.model_validate(delivery.payload)
+        request = WorkerCompareRequest.model_validate(delivery.payload)
         head = self._replica.head()
         a, b = (resolve_version(v, head) for v in request.versions)
         weights: dict[int, WeightOverrides] = {}

@@ -14,7 +14,7 @@ from service.engine.versioned_model import WeightOverrides
 from service.errors import Unavailable
 from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import LoadedModel
-from service.schemas import CompareRequest
+from service.schemas import WorkerCompareRequest
 
 #: a version and its weights
 VersionWeights = tuple[int, WeightOverrides]
@@ -24,12 +24,15 @@ UseWeights = Callable[[WeightOverrides], AbstractContextManager[LoadedModel]]
 def run_comparison(
     model: LoadedModel,
     use_weights: UseWeights,
-    request: CompareRequest,
+    request: WorkerCompareRequest,
     sides: tuple[VersionWeights, VersionWeights],
 ) -> Stepper[dict[str, Any]]:
     """Return the event "end" of a comparison. Each step is one forward pass on each side."""
     started = time.monotonic()
-    sequences = [new_sequence(model, request.prompt, request) for _ in sides]
+    prompt = request.tokens or request.prompt or ""
+    sequences = [new_sequence(model, prompt, request) for _ in sides]
+    for sequence in sequences:
+        sequence.end_ids = frozenset(request.end_token_ids)
     batches = [DecodingBatch(model, [r]) for r in sequences]
     p: list[Tensor] = []
     for _, weights in sides:
@@ -42,7 +45,7 @@ def run_comparison(
                 batch.step()
         yield Progress(Phase.COMPARE, max(len(r.output_ids) for r in sequences), sequences[0].max_new_tokens)
     return {
-        "prompt": request.prompt,
+        "prompt": request.text if request.prompt is None else request.prompt,
         "sides": [_side_result(version, r) for (version, _), r in zip(sides, sequences, strict=True)],
         "next_tokens": most_changed_tokens(model, p[0], p[1], request.top),
         "total_variation": float((p[0] - p[1]).abs().sum() / 2),

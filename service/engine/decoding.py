@@ -42,6 +42,9 @@ class DecodingSequence:
     uniforms: list[float]  #: one for each token to generate; empty at temperature 0
     echo: str = ""  #: emitted before the output: the prompt, if requested
     logprob_recorder: LogprobRecorder | None = None  #: log-probabilities of its tokens, if requested
+    end_ids: frozenset[int] = (
+        frozenset()
+    )  #: tokens that end it, beside those that end every text of the model
     output_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     echo_emitted: bool = False  #: whether the echo has been emitted
@@ -88,7 +91,7 @@ class DecodingSequence:
     def _append(self, token: int, eos_ids: frozenset[int], measurement: TokenMeasurement | None) -> str:
         if self.max_new_tokens == 0:  # only the prompt was requested
             return self.finish("length")
-        if token in eos_ids:
+        if token in eos_ids or token in self.end_ids:
             return self.finish("stop")
         if self.logprob_recorder is not None and measurement is not None:
             self.logprob_recorder.record(
@@ -133,10 +136,13 @@ def new_sequence(
 def new_sequences(model: LoadedModel, request: WorkerGenerateRequest) -> list[DecodingSequence]:
     """Return a sequence for each requested choice; the choices of one prompt are adjacent."""
     prompts = [p for p in request.prompts_or_ids() for _ in range(request.n)]
-    return [
+    sequences = [
         _choice_sequence(model, p, request, i if request.independent_seeds else 0)
         for i, p in enumerate(prompts)
     ]
+    for sequence in sequences:
+        sequence.end_ids = frozenset(request.end_token_ids)
+    return sequences
 
 
 def _choice_sequence(

@@ -220,7 +220,10 @@ def with_bos(model: LoadedModel) -> LoadedModel:
     )
     raw.post_processor = processors.Sequence([p for p in (raw.post_processor, add_bos) if p is not None])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token=model.tokenizer.bos_token, eos_token=model.tokenizer.eos_token
+        tokenizer_object=raw,
+        bos_token=model.tokenizer.bos_token,
+        eos_token=model.tokenizer.eos_token,
+        chat_template=model.tokenizer.chat_template,
     )
     fingerprint = hashlib.sha256(f"{model.fingerprint} after token {token}".encode()).hexdigest()
     return replace(model, tokenizer=tokenizer, fingerprint=fingerprint, loaded_fingerprint=model.fingerprint)

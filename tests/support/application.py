@@ -25,6 +25,7 @@ from service.methods.parameters import RomeParameters
 from service.recipes.recipe import Recipe
 from service.schemas import EvaluationPlan
 from service.settings import Settings
+from tests.support.chat_templates import CHATML, START, STOP
 from tests.support.migrations import migrate
 from tests.support.workers import WorkerParts
 
@@ -121,13 +122,14 @@ EVALUATION_RESULT: dict[str, Any] = {
 
 @lru_cache
 def tokenizer() -> str:
-    """Return a byte-level tokenizer as JSON."""
+    """Return a byte-level tokenizer as JSON, with the special tokens of ChatML."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     raw.train_from_iterator([PROMPT], trainer)
+    raw.add_special_tokens([START, STOP])
     return raw.to_str()
 
 
@@ -215,7 +217,8 @@ class FakeWorker:
             self.broker.publish(delivery.job_id, "error", self.call_error, last=True)
         elif delivery.kind == "compare":
             side = {"version": 0, "text": " Paris", "tokens": [1], "finish_reason": "length"}
-            comparison = {"prompt": delivery.payload["prompt"], "sides": [side, side], "next_tokens": []}
+            prompt = delivery.payload["prompt"] or delivery.payload["text"]
+            comparison = {"prompt": prompt, "sides": [side, side], "next_tokens": []}
             self.broker.publish(
                 delivery.job_id, "end", comparison | {"total_variation": 0.0, "seconds": 0.1}, last=True
             )
@@ -228,7 +231,9 @@ class TestApp:
 
     __test__ = False  # not a class of tests
 
-    def __init__(self, folder: Path, register: bool = True, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, register: bool = True, chat_template: str | None = CHATML, **settings: Any
+    ) -> None:
         self.settings = Settings(data_dir=folder, **settings)
         self.container = build_container(self.settings)
         self.database, self.broker = self.container.database, self.container.broker
@@ -243,7 +248,8 @@ class TestApp:
                 "name": "tiny",
                 "layers": 3,
                 "positions": 64,
-                "vocabulary": 300,
+                "vocabulary": 302,
+                "chat": chat_template and {"template": chat_template, "special_tokens": {}},
                 "width": 16,
                 "inner_width": 40,
                 "facts": True,

@@ -68,7 +68,7 @@ OPERATIONS = [
     "DELETE /evaluations/{id}", "GET /evaluations/{id}/events", "POST /generate", "POST /compare", "GET /ledger", "GET /ledger/verify",
     "GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "GET /jobs", "POST /jobs/{id}/retry", "POST /exports", "GET /exports", "GET /exports/{id}",
     "DELETE /exports/{id}", "GET /exports/{id}/events", "GET /exports/{id}/file", "POST /import",
-    "POST /v1/completions", "GET /v1/models", "GET /v1/models/{id}",
+    "POST /v1/completions", "POST /v1/chat/completions", "GET /v1/models", "GET /v1/models/{id}",
 ]  # fmt: skip
 
 
@@ -135,6 +135,14 @@ def test_completions_are_as_documented(running_app: TestApp, fields: dict[str, A
     body = {"model": "tiny", "prompt": PROMPT} | fields
     answer = operation.Case(body=body, media_type="application/json").call_and_validate(checks=CHECKS)
     assert answer.status_code == (404 if "?" in body["model"] else 200)
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"n": 2, "logprobs": True, "top_logprobs": 1}])
+def test_chat_completions_are_as_documented(running_app: TestApp, fields: dict[str, Any]) -> None:
+    """Chat completions conform to the OpenAPI document."""
+    operation = openapi_schema(running_app)["/v1/chat/completions"]["POST"]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]} | fields
+    operation.Case(body=body, media_type="application/json").call_and_validate(checks=CHECKS)
 
 
 def test_names_are_as_documented(running_app: TestApp) -> None:

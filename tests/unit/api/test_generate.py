@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from tokenizers import Tokenizer
 
-from tests.support.application import PROMPT, FakeWorker, TestApp
+from tests.support.application import PROMPT, FakeWorker, TestApp, tokenizer
+from tests.support.chat_templates import STOP
 
 
 def test_one_prompt_gives_one_text(client: TestClient, worker: FakeWorker) -> None:
@@ -33,6 +35,26 @@ def test_many_prompts_give_choices(client: TestClient, worker: FakeWorker) -> No
     assert "text" not in answer
 
 
+def test_messages_are_a_prompt(client: TestClient, worker: FakeWorker) -> None:
+    """`messages` in the place of `prompt` are sent as the tokens of the chat template, with its end of a turn, to
+    generate and to compare."""
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert client.post("/generate", json=body | {"seed": 3}).json()["text"] == " Paris"
+    stream = client.post("/generate", json=body | {"stream": True})
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    comparison = client.post("/compare", json=body).json()
+    assert comparison["prompt"].endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    generated, streamed, compared = worker.calls
+    assert generated["seed"] == 3
+    assert generated["tokens"] == streamed["tokens"] == [compared["tokens"]]
+    assert (
+        generated["end_token_ids"]
+        == compared["end_token_ids"]
+        == [Tokenizer.from_str(tokenizer()).token_to_id(STOP)]
+    )
+    assert [call["messages"] for call in worker.calls] == [None] * 3
+
+
 def test_a_stream_has_token_events_and_an_end(client: TestClient, worker: FakeWorker) -> None:
     """`stream` returns server-sent events with headers that disable caching and buffering."""
     answer = client.post("/generate", json={"prompt": PROMPT, "stream": True})
@@ -48,6 +70,12 @@ def test_a_stream_has_token_events_and_an_end(client: TestClient, worker: FakeWo
     [
         ({}, "prompt"),
         ({"prompt": PROMPT, "prompts": [PROMPT]}, "prompt"),
+        ({"prompt": PROMPT, "messages": [{"role": "user", "content": "Hi"}]}, "prompt"),
+        ({"prompts": [PROMPT], "messages": [{"role": "user", "content": "Hi"}]}, "prompt"),
+        ({"prompt": PROMPT, "continue_final_message": True}, "continue_final_message"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": "Hi"}], "continue_final_message": True}, "messages"),
         ({"prompt": ""}, "prompt"),
         ({"prompts": []}, "prompts"),
         ({"prompt": PROMPT * 20}, "prompt"),
@@ -116,7 +144,16 @@ def test_comparison_shows_both_sides(client: TestClient, worker: FakeWorker) -> 
 
 
 @pytest.mark.parametrize(
-    "change", [{"versions": ["base"]}, {"versions": [0, 9]}, {"versions": "base"}, {"prompt": ""}, {"top": 0}]
+    "change",
+    [
+        {"messages": [{"role": "user", "content": "Hi"}]},
+        {"prompt": None},
+        {"versions": ["base"]},
+        {"versions": [0, 9]},
+        {"versions": "base"},
+        {"prompt": ""},
+        {"top": 0},
+    ],
 )
 def test_bad_comparisons_are_refused(client: TestClient, change: dict[str, Any]) -> None:
     """Invalid input of a comparison gets 422."""

@@ -213,7 +213,7 @@ def test_every_error_below_v1_has_openais_form(
     json_type = {"content-type": "application/json"}
     for status, answer in [
         (400, client.post("/v1/completions", content=b"{", headers=json_type)),
-        (404, client.post("/v1/chat/completions", json={})),
+        (404, client.post("/v1/embeddings", json={})),
         (405, client.get("/v1/completions")),
         (413, client.post("/v1/completions", json=body | {"user": "x" * 2_000_000})),
         (415, client.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})),
@@ -225,7 +225,7 @@ def test_every_error_below_v1_has_openais_form(
     worker.call_error = {"code": "unknown", "title": "", "detail": "The engine met a fault."}
     assert client.post("/v1/completions", json=body).json()["error"]["type"] == "server_error"
     assert client.get("/edits/nobody").headers["content-type"] == "application/problem+json"
-    assert "no chat" in client.post("/v1/chat/completions", json={}).json()["error"]["message"]
+    assert "/v1/completions" in client.post("/v1/embeddings", json={}).json()["error"]["message"]
 
 
 def test_keys_are_as_everywhere(test_app: TestApp, openai_client: OpenAI) -> None:

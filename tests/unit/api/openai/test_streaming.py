@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api import sse as events_module
-from api.openai.streaming import CompletionStream
+from api.openai.streaming import CompletionEnvelope, CompletionStream
 from service.application.generation import ModelVersionName, PendingGeneration
 from service.jobs.broker import Event
 from service.schemas import WorkerGenerateRequest
 
 NAMED = ModelVersionName("tiny@3", 3, "a" * 64, datetime(2026, 1, 1, tzinfo=UTC))
+PENDING = PendingGeneration("call_X", WorkerGenerateRequest(prompts=["x"]), NAMED)
 COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
@@ -56,9 +57,7 @@ def stream_lines(*events: Event) -> list[str]:
             yield event
 
     async def listen() -> bytes:
-        chunks = CompletionStream(
-            PendingGeneration("call_X", WorkerGenerateRequest(prompts=["x"]), NAMED), with_usage=False
-        )
+        chunks = CompletionStream(CompletionEnvelope(PENDING), with_usage=False)
         return b"".join([frame async for frame in chunks.encode_events(channel_events())])
 
     return [
@@ -124,9 +123,7 @@ def test_keepalive_comments_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.sleep(0.1)
             yield end("a")
 
-        chunks = CompletionStream(
-            PendingGeneration("call_X", WorkerGenerateRequest(prompts=["x"]), NAMED), with_usage=False
-        )
+        chunks = CompletionStream(CompletionEnvelope(PENDING), with_usage=False)
         return [frame async for frame in chunks.encode_events(said())]
 
     frames = asyncio.run(listen())
