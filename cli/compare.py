@@ -6,7 +6,7 @@ import argparse
 
 from cli.client import add_client_command
 from cli.flags import parse_version
-from cli.sampling_flags import add_sampling_flags, sampling_options
+from cli.sampling_flags import add_prompt, add_sampling_flags, sampling_options
 from cli.terminal import out, print_json, strip_control_chars, table
 from palimpsest import Client
 
@@ -19,6 +19,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         compare,
         description="Continue a prompt with two versions, and list the next tokens whose probabilities differ most.",
     )
+    add_prompt(parser)
     add_sampling_flags(parser)
     parser.add_argument(
         "--versions",

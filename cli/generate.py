@@ -7,7 +7,7 @@ import sys
 
 from cli.client import add_client_command
 from cli.flags import add_version_flag
-from cli.sampling_flags import add_sampling_flags, sampling_options
+from cli.sampling_flags import add_prompt, add_sampling_flags, sampling_options
 from cli.terminal import err, print_json, strip_control_chars
 from palimpsest import Client
 
@@ -17,6 +17,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = add_client_command(
         commands, "generate", generate, description="Continue a prompt with any version of the model."
     )
+    add_prompt(parser)
     add_sampling_flags(parser)
     add_version_flag(parser)
 

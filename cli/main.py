@@ -13,6 +13,7 @@ from typing import Any
 from cli import (
     api,
     audit,
+    chat,
     compare,
     completion,
     edit,
@@ -48,6 +49,7 @@ COMMANDS = (
     fetch,
     generate,
     compare,
+    chat,
     edit,
     edits,
     revert,

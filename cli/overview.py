@@ -16,6 +16,7 @@ OVERVIEW = {
     "Generate": {
         "generate": "continue a prompt, with any version",
         "compare": "continue a prompt with two versions, side by side",
+        "chat": "talk with a chat model, with any version",
     },
     "Edit": {
         "edit": "change a fact",

@@ -1,4 +1,4 @@
-"""The sampling flags of `generate` and `compare`."""
+"""The prompt and the sampling flags of `generate`, `compare` and `chat`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from cli.flags import positive_int
 OPTIONS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the prompt and the sampling flags. The service has the defaults."""
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """Add the prompt."""
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the sampling flags. The service has the defaults."""
     parser.add_argument("--max-new-tokens", type=positive_int, metavar="N", help="maximum number of tokens")
     parser.add_argument("--temperature", type=float, metavar="X", help="sampling temperature; 0 is greedy")
     parser.add_argument("--top-k", type=int, metavar="N", help="sample from the N most probable tokens")

@@ -48,6 +48,17 @@ class Probes(TypedDict, total=False):
     neighborhood: Sequence[Neighbour]
 
 
+class Message(TypedDict):
+    """A message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+#: a text to continue, or a conversation to answer in the form of the model's chat template
+Prompt = str | Sequence[Message]
+
+
 class _RequiredEditFields(TypedDict):
     subject: str
     prompt: str
@@ -291,7 +302,7 @@ class Endpoints:
     @endpoint
     async def generate(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -304,11 +315,12 @@ class Endpoints:
     ) -> Generation:
         """Generate a continuation of the prompt with the newest version, or with `version`.
 
+        The prompt is a text, or the messages of a conversation, which a chat model answers.
         `min_version=edit.version` generates with that version or a newer one, on any worker: the caller reads its own
         edit.
         """
         body = drop_none(
-            prompt=prompt,
+            **_prompt_fields(prompt),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -353,7 +365,7 @@ class Endpoints:
     @iterable_endpoint
     async def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -366,7 +378,7 @@ class Endpoints:
     ) -> AsyncIterator[Token]:
         """Generate token by token. The last `Token` has an empty text and the `finish_reason`; see `Token.reset`."""
         body = drop_none(
-            prompt=prompt,
+            **_prompt_fields(prompt),
             stream=True,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -395,7 +407,7 @@ class Endpoints:
     @endpoint
     async def compare(
         self,
-        prompt: str,
+        prompt: Prompt,
         versions: tuple[Version, Version] = ("base", "head"),
         *,
         max_new_tokens: int | None = None,
@@ -409,7 +421,7 @@ class Endpoints:
         """Generate with two versions from the same prompt, and return the next tokens whose probabilities differ
         most."""
         body = drop_none(
-            prompt=prompt,
+            **_prompt_fields(prompt),
             versions=list(versions),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -546,6 +558,11 @@ class Endpoints:
 
 def _job_path(kind: type[Job], job: Job | str) -> str:
     return f"{kind.path}/{quote(job if isinstance(job, str) else job.id, safe='')}"
+
+
+def _prompt_fields(prompt: Prompt) -> dict[str, Any]:
+    """Return the field of a request that the prompt is."""
+    return {"prompt": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
 
 
 def _require_applied(edit: Edit) -> Edit:
