@@ -21,6 +21,7 @@ from service.application.development import Development
 from service.bootstrap import build_container
 from service.schemas import EditRequest
 from service.settings import Settings
+from tests.support.chat_templates import CONVERSATIONS, LLAMA, QUESTION, message
 from tests.support.local_server import run_http_server, wait_until
 from tests.support.tiny_models import tiny
 from tests.support.wirings import ALL_WIRINGS, store_settings
@@ -55,6 +56,25 @@ class TransformersReference:
         completion: str = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         return completion
 
+    def chat_ids(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
+        """Return the tokens of a conversation in the form of the chat template."""
+        options = {"add_generation_prompt": True} | options
+        return list(self.tokenizer.apply_chat_template(messages, return_dict=False, **options))
+
+    @torch.no_grad()
+    def answer(self, ids: list[int], count: int) -> str:
+        """Return the greedy answer."""
+        prompt = torch.tensor([ids])
+        out = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        text = str(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+        return text.rstrip("\ufffd")  # an incomplete character at the end is not in an answer
+
     @torch.no_grad()
     def log_probs(self, ids: list[int]) -> list[float]:
         """Return the log-probability of each token but the first, given the tokens before it."""
@@ -69,6 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = tiny("gpt2", positions=128)
     model.model.save_pretrained(model_dir)
     model.tokenizer.save_pretrained(model_dir)
+    (model_dir / "chat_template.jinja").write_text(LLAMA)
     (model_dir / "recipe.json").write_text(json.dumps(RECIPE))
     (model_dir / "corpus.txt").write_text(
         "\n".join(f"{PROMPT} Paris, and {i} is a number." for i in range(60))
@@ -325,3 +346,57 @@ def test_all_choices_are_of_one_version(client: OpenAI) -> None:
         create_completion(client, model=answer.model, prompt=PROMPTS, temperature=0)
     )
     assert not any(groups)  # at temperature 0 all choices of a prompt are equal
+
+
+def ask(client: OpenAI, **fields: Any) -> Any:
+    return client.chat.completions.create(
+        **{"model": "almanac@base", "messages": [QUESTION], "max_tokens": 12, "temperature": 0, **fields}
+    )
+
+
+def test_chat_answers_are_those_of_transformers(client: OpenAI, reference: TransformersReference) -> None:
+    """At temperature 0 each answer equals that of transformers to the conversation in its chat template, also when the
+    last message is continued; the usage counts the tokens."""
+    for messages in CONVERSATIONS:
+        ids = reference.chat_ids(messages)
+        answer = ask(client, messages=messages)
+        assert answer.choices[0].message.content == reference.answer(ids, 12)
+        assert answer.usage.prompt_tokens == len(ids)
+    messages = [QUESTION, message("assistant", "It is in")]
+    ids = reference.chat_ids(messages, add_generation_prompt=False, continue_final_message=True)
+    continued = ask(client, messages=messages, extra_body={"continue_final_message": True})
+    assert continued.choices[0].message.content == reference.answer(ids, 12)
+
+
+def test_a_chat_stream_equals_the_whole_answer(client: OpenAI, reference: TransformersReference) -> None:
+    """The chunks of two sampled choices make the response without streaming, with its log-probabilities, which are
+    those of transformers."""
+    wish = {"n": 2, "seed": 3, "temperature": 1.2, "logprobs": True, "top_logprobs": 7}
+    whole = ask(client, **wish)
+    texts_of, tokens_of = {0: "", 1: ""}, {0: list[Any](), 1: list[Any]()}
+    for chunk in ask(client, stream=True, **wish):
+        for choice in chunk.choices:
+            texts_of[choice.index] += choice.delta.content or ""
+            tokens_of[choice.index] += choice.logprobs.content if choice.logprobs else []
+    ids = reference.chat_ids([QUESTION])
+    for choice in whole.choices:
+        tokens = choice.logprobs.content
+        assert texts_of[choice.index] == choice.message.content
+        assert [t.token for t in tokens_of[choice.index]] == [t.token for t in tokens]
+        assert all(len(t.top_logprobs) == 7 for t in tokens)
+        text = b"".join(bytes(t.bytes) for t in tokens).decode(errors="replace")
+        assert text.rstrip("\ufffd") == choice.message.content
+        first = reference.tokenizer.convert_tokens_to_ids(reference.tokenizer.tokenize(tokens[0].token))
+        if len(first) == 1:
+            (expected,) = reference.log_probs([*ids, *first])[len(ids) - 1 :]
+            assert tokens[0].logprob == pytest.approx(expected, abs=1e-4)
+
+
+def test_chat_and_completions_of_the_same_tokens_are_equal(
+    client: OpenAI, reference: TransformersReference
+) -> None:
+    """A conversation and the completion of its tokens give the same text with the same seed."""
+    fields: dict[str, Any] = {"seed": 5, "temperature": 0.9}
+    (choice,) = ask(client, **fields).choices
+    (text,) = texts(create_completion(client, prompt=reference.chat_ids([QUESTION]), **fields))
+    assert choice.message.content == text

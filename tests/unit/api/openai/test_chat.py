@@ -239,7 +239,7 @@ def test_log_probabilities_have_the_form_of_chat(openai_client: OpenAI, worker: 
 
 def test_a_part_of_a_character_is_bytes() -> None:
     """A token that is a part of a character has its bytes, and the token itself is no further alternative."""
-    columns = {
+    columns: dict[str, list[Any]] = {
         "tokens": ["bytes:\\xf0\\x9f", "é"],
         "token_logprobs": [-3.0, -1.0],
         "top_logprobs": [{"a": -1.0, "b": -2.0, "bytes:\\xf0\\x9f": -3.0}, None],

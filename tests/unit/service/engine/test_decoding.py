@@ -15,13 +15,14 @@ from service.engine.decoding import (
     DecodingSequence,
     eos_token_ids,
     new_sequence,
+    new_sequences,
     next_token_distribution,
 )
 from service.engine.kv_cache import BatchKVCache
 from service.engine.logprobs import LogprobRecorder
 from service.errors import InvalidInput
 from service.models.loading import LoadedModel, wrap_model
-from service.schemas import Sampling
+from service.schemas import Sampling, WorkerGenerateRequest
 from tests.support.reference_sampler import sample_token
 from tests.support.tiny_models import MODEL_TYPES, tiny
 
@@ -276,6 +277,19 @@ def test_eos_token_stops_and_is_not_in_the_output() -> None:
         batch.step()
     assert r.output_ids == expected[: expected.index(expected[3])] and r.finish_reason == "stop"
     assert 0 in eos_token_ids(model)
+
+
+def test_an_end_of_turn_stops_its_own_sequence_alone() -> None:
+    """A sequence ends at a token of `end_token_ids` with the reason `stop`, without it; others of its batch do not."""
+    model = tiny("gpt2")
+    asked = {"prompt": PROMPTS[0], "max_new_tokens": 8}
+    expected = tokens_alone(model, PROMPTS[0], Sampling(max_new_tokens=8))
+    (ending,) = new_sequences(model, WorkerGenerateRequest(**asked, end_token_ids=[expected[3]]))
+    (going_on,) = new_sequences(model, WorkerGenerateRequest(**asked))
+    decode_all(model, [ending, going_on])
+    assert ending.output_ids == expected[: expected.index(expected[3])] and ending.finish_reason == "stop"
+    assert ending.text == model.decode(ending.output_ids)
+    assert going_on.output_ids == expected and going_on.finish_reason == "length"
 
 
 def test_pieces_make_the_text() -> None:

@@ -28,7 +28,7 @@ from service.kit import crash_points
 from service.kit.steps import JobReporter, Phase, Progress, Stepper
 from service.models.hooks import installed_hooks, replace_output
 from service.models.memory_estimates import kv_cache_bytes
-from service.schemas import CompareRequest, GenerateRequest, Sampling
+from service.schemas import CompareRequest, GenerateRequest, Sampling, WorkerCompareRequest
 from tests.support.fakes import InMemoryJobs, ShuffledVersionedModel, collect_events, token_texts
 from tests.support.tiny_models import tiny
 
@@ -700,6 +700,24 @@ def test_compare_gives_both_texts_and_the_tokens_that_differ() -> None:
     assert len(gaps) == 5
     for n in end.data["next_tokens"]:
         assert n["p"] == [float(p[0][n["id"]]), float(p[1][n["id"]])]
+
+
+def test_a_conversation_is_compared_by_its_tokens() -> None:
+    """Both sides of a comparison of tokens have the texts of these tokens, which end at the end of the turn, and the
+    result has the text of the tokens."""
+    harness = EngineHarness()
+    ids = harness.replica.base.encode(PROMPTS[0])[0]
+    texts = {v: harness.tokens_alone(PROMPTS[0], v, Sampling(max_new_tokens=7)) for v in (0, 2)}
+    end_token = texts[2][2]
+    request = WorkerCompareRequest(tokens=ids, text="in chat", end_token_ids=[end_token], max_new_tokens=7)
+    channel = str(harness.broker.send_call("compare", request.model_dump(mode="json")))
+    harness.step()
+    data = harness.end_event(channel).data
+    assert data["prompt"] == "in chat"
+    for side in data["sides"]:
+        tokens = texts[side["version"]]
+        assert side["tokens"] == (tokens[: tokens.index(end_token)] if end_token in tokens else tokens)
+    assert data["sides"][1]["finish_reason"] == "stop"
 
 
 def test_compare_of_a_version_with_itself_finds_nothing() -> None:
