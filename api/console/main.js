@@ -4,6 +4,7 @@ import { announce, h, replaceChildren } from "./dom.js";
 import { errorBox } from "./components.js";
 import { askForKey, forgetKey, storedKey, onKey } from "./service.js";
 import { refresh, showStatus } from "./status.js";
+import * as chat from "./chat.js";
 import * as generatePage from "./generate.js";
 import * as edits from "./edits.js";
 import * as evaluations from "./evaluations.js";
@@ -13,6 +14,7 @@ import * as workers from "./workers.js";
 
 const PAGES = {
   generate: { words: "Generate", key: "a", page: generatePage },
+  chat: { words: "Chat", key: "c", page: chat },
   edits: { words: "Edit", key: "e", page: edits },
   ledger: { words: "Ledger", key: "l", page: ledger },
   traces: { words: "Traces", key: "t", page: traces },
