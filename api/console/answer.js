@@ -33,6 +33,8 @@ export async function streamAnswers(columns, requests, { send, stop, signal }) {
   return { said, stopped: stopping.signal.aborted };
 }
 
+const versionName = (asked) => (asked === 0 ? "base" : typeof asked === "number" ? `version ${asked}` : asked);
+
 /**
  * The answer of a version as it is streamed, after the text `before`.
  * `stream` resolves to {version, text}, or to null after an error.
@@ -44,7 +46,7 @@ export function answerColumn(asked, before = null) {
   const element = h(
     "article",
     { class: "answer" },
-    h("header", {}, h("h2", {}, typeof asked === "number" ? `version ${asked}` : asked), badge),
+    h("header", {}, h("h2", {}, versionName(asked)), badge),
     h("p", { class: "text" }, before, text),
     foot,
   );

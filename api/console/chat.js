@@ -36,13 +36,14 @@ export async function show(place, { query, signal }) {
   const address = h("p", { class: "note", hidden: true });
   let conversation = newConversation();
 
+  const settings = h("div", { class: "composer" }, h("div", { class: "row" }, sides[0].element, sides[1].element), folded.element);
+
   const form = submitOnCtrlEnter(
     h(
       "form",
       { class: "composer", on: { submit: (event) => (event.preventDefault(), sendQuestion()) } },
       h("div", { class: "field big" }, h("label", { for: "question", class: "unseen" }, "Message"), question),
-      h("div", { class: "row" }, sides[0].element, sides[1].element),
-      folded.element,
+      settings,
       h("div", { class: "actions" }, send, stop, again),
     ),
   );
@@ -65,6 +66,7 @@ export async function show(place, { query, signal }) {
     examples,
     address,
   );
+  showSettings(true);
   for (const text of query.getAll("q")) {
     if (signal.aborted) return;
     await answer(text, { save: false });
@@ -78,9 +80,17 @@ export async function show(place, { query, signal }) {
     stop.click();
     conversation = newConversation();
     replaceChildren(turns);
+    showSettings(true);
     address.hidden = true;
     history.replaceState(null, "", "#/chat");
     question.focus();
+  }
+
+  /** The versions and the sampling are those of a whole conversation: they are chosen before it. */
+  function showSettings(shown) {
+    settings.hidden = examples.hidden = !shown;
+    again.hidden = !turns.hasChildNodes();
+    question.placeholder = shown ? EXAMPLES[0] : "Next message";
   }
 
   async function sendQuestion() {
@@ -106,6 +116,7 @@ export async function show(place, { query, signal }) {
     const note = h("p", { class: "note", hidden: true });
     const turn = h("section", { class: "turn" }, h("h2", { class: "question" }, text), answers, note);
     turns.append(turn);
+    showSettings(false);
     if (save) turn.scrollIntoView({ block: "start" });
     const asked = { role: "user", content: text };
     const first = current.system ? [{ role: "system", content: current.system }] : [];
@@ -116,6 +127,7 @@ export async function show(place, { query, signal }) {
     const { said, stopped } = await streamAnswers(columns, requests, { send, stop, signal });
     if (conversation !== current || signal.aborted) return;
     if (said.length < 2) {
+      if (!current.questions.length) showSettings(true);
       if (save && !question.value) question.value = text;
       return; // a question without two answers is no part of the conversation
     }
@@ -168,9 +180,15 @@ function markDifferences(columns, said, note) {
   compareWords(left.text, right.text).forEach((runs, side) =>
     replaceChildren(
       columns[side].text,
-      runs.map(([text, common]) => (common ? text : h(side ? "ins" : "del", { class: "word" }, text))),
+      runs.map(([text, common]) => (common ? text : marked(text, side ? "ins" : "del"))),
     ),
   );
+}
+
+/** Marked words, without the white space before them. */
+function marked(text, tag) {
+  const words = text.trimStart();
+  return [text.slice(0, text.length - words.length), words && h(tag, { class: "word" }, words)];
 }
 
 const withoutTemplate = (model) =>

@@ -25,8 +25,10 @@ export function compareWords(one, other) {
   );
 }
 
-/** Words with the white space before them. */
-const split = (text) => text.match(/\s*\S+|\s+$/g) ?? [];
+/** Words with the white space before them. In a script without spaces every character is one. */
+const split = (text) => text.match(WORDS) ?? [];
+const UNSPACED = "\\p{Script=Han}\\p{Script=Hiragana}\\p{Script=Katakana}\\p{Script=Thai}\\p{Script=Lao}\\p{Script=Khmer}";
+const WORDS = new RegExp(`\\s*(?:[${UNSPACED}]|[^\\s${UNSPACED}]+)|\\s+$`, "gu");
 const same = (word, other) => word.trim() === other.trim();
 
 /** The pairs of positions of a longest common subsequence. */

@@ -61,6 +61,7 @@ def console_pages(service: EmbeddedService) -> dict[str, tuple[str, str]]:
     edit, trace, evaluation = (newest(service, kind) for kind in ("edits", "trace", "evaluations"))
     return {
         "generate": (f"generate?prompt={PROMPT}&beside=base", ".tokens .next"),
+        "chat": ("chat", ".empty"),
         "edits": ("edits", ".listing li"),
         "report": (f"edits/{edit}", ".checks li"),
         "ledger": ("ledger", ".entry"),

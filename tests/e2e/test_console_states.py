@@ -12,10 +12,11 @@ import httpx
 import pytest
 import uvicorn
 from playwright.sync_api import Browser, expect
+from starlette.testclient import TestClient
 
 from tests.support import chromium
-from tests.support.application import TOWER, TestApp
-from tests.support.chromium import open_page, save_screenshot
+from tests.support.application import TOWER, FakeWorker, TestApp
+from tests.support.chromium import PHONE, open_page, save_screenshot
 from tests.support.local_server import wait_until
 
 MARKUP = "<img src=//a.b>"  #: as markup it would ask another host, which no visit may
@@ -133,3 +134,115 @@ def test_a_failed_job_can_be_retried(browser: Browser, tmp_path: Path) -> None:
         page = found.open("workers")
         page.get_by_role("radio", name="failed").check()
         expect(page.get_by_role("button", name="Retry")).to_be_visible()
+
+
+MARKED = "The capital is <i>Oslo</i>."
+
+
+def chat_worker(test_app: TestApp) -> FakeWorker:
+    """Start a worker whose base and newest version answer differently; a conversation asks them by number."""
+    client = TestClient(test_app.app)
+    worker = test_app.start_fake_worker()
+    client.post("/edits", json=TOWER, headers={"prefer": "wait=20"})
+    base, head = (0, "The capital is Tokyo, a city."), (1, MARKED)
+    worker.texts = {"base": base, 0: base, "head": head, 1: head}
+    return worker
+
+
+def test_a_conversation_is_compared_word_by_word(browser: Browser, tmp_path: Path) -> None:
+    """Base is left and head right, words of one side alone are marked, each side is asked with its own answers, and the
+    address asks the same versions with the same parameters again. The page is accessible and fits a phone."""
+    test_app = TestApp(tmp_path, positions=512)
+    worker = chat_worker(test_app)
+    with serving(test_app) as address:
+        with open_page(browser, address) as found:
+            page = found.open("chat")
+            page.get_by_role("button", name="What is the capital of Japan?").click()
+            page.get_by_text("System message and sampling").click()
+            page.get_by_label("System message").fill("Be brief.")
+            page.get_by_label("Seed").fill("7")
+            page.get_by_role("button", name="Send").click()
+            expect(page.locator("del.word")).to_have_text(["Tokyo, a city."])
+            expect(page.locator("ins.word")).to_have_text(["<i>Oslo</i>."])
+            page.get_by_label("Message", exact=True).fill("And its size?")
+            page.keyboard.press("Control+Enter")
+            expect(page.locator(".turn")).to_have_count(2)
+            expect(page.locator(".answer footer")).to_contain_text(["1 token in"] * 4)
+            expect(page.get_by_role("link", name="Address of this conversation")).to_be_visible()
+            asked = page.url.split("#/")[1]
+            assert found.accessibility_violations() == []
+            save_screenshot(page, "chat")
+        first, sides = worker.calls[:2], worker.calls[2:4]
+        assert {call["version"] for call in first} == {"base", "head"}
+        assert {call["version"] for call in sides} == {0, 1}
+        assert first[0]["tokens"] == first[1]["tokens"] and sides[0]["tokens"] != sides[1]["tokens"]
+        assert all(call["seed"] == 7 for call in worker.calls)
+        with open_page(browser, address, **PHONE | {"color_scheme": "dark"}) as found:
+            page = found.open(asked)
+            expect(page.locator("ins.word")).to_have_text(["<i>Oslo</i>."] * 2)
+            assert found.accessibility_violations() == []
+            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+            save_screenshot(page, "chat-phone-dark")
+    number_of = {"base": 0, "head": 1, 0: 0, 1: 1}
+    asked_calls = [(number_of[call["version"]], call["tokens"], call["seed"]) for call in worker.calls]
+    assert sorted(asked_calls[4:]) == sorted(asked_calls[:4])
+
+
+def test_a_conversation_begins_again_and_keeps_a_failed_question(browser: Browser, tmp_path: Path) -> None:
+    """A question that fails stays in the field and is no part of the conversation; a stopped answer has no address; a
+    new conversation has no turns and the versions can be chosen again."""
+    test_app = TestApp(tmp_path, positions=512)
+    worker = chat_worker(test_app)
+    with serving(test_app) as address, open_page(browser, address) as found:
+        page = found.open("chat")
+        worker.call_error = {"code": "unavailable", "title": "", "detail": "The worker stops."}
+        page.get_by_label("Message", exact=True).fill("Hi")
+        page.get_by_role("button", name="Send").click()
+        expect(page.get_by_role("alert")).to_have_text(["The worker stops."] * 2)
+        expect(page.get_by_label("Message", exact=True)).to_have_value("Hi")
+        worker.call_error = None
+        worker.may_finish.clear()
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator(".turn").last.locator(".answers")).to_contain_text("The")
+        page.keyboard.press("Escape")
+        expect(page.locator(".turn").last.locator("footer")).to_have_text(["stopped"] * 2)
+        expect(page.get_by_role("link", name="Address of this conversation")).to_be_hidden()
+        worker.may_finish.set()
+        page.get_by_role("button", name="New conversation").click()
+        expect(page.locator(".turn")).to_have_count(0)
+        expect(page.get_by_role("group", name="Left")).to_be_visible()
+        assert worker.calls[0]["tokens"] == worker.calls[-1]["tokens"]
+
+
+def test_a_model_without_a_template_has_no_chat_page(browser: Browser, tmp_path: Path) -> None:
+    """Without a chat template the page says so and links to the page for prompts."""
+    test_app = TestApp(tmp_path, chat_template=None)
+    with serving(test_app) as address, open_page(browser, address) as found:
+        page = found.open("chat")
+        expect(page.locator(".empty")).to_contain_text("The model tiny has no chat template")
+        page.get_by_role("link", name="Generate text").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Generate text")
+
+
+def test_words_are_compared(browser: Browser, tmp_path: Path) -> None:
+    """The runs of each text make the text; common words are a longest common subsequence, also in scripts without
+    spaces, and texts that are too long for it are compared at their ends."""
+    test_app = TestApp(tmp_path)
+    cases = {
+        ("a b c d", "a x c d"): ([["a", True], [" b", False], [" c d", True]], [["a", True], [" x", False], [" c d", True]]),
+        ("same", " same"): ([["same", True]], [[" same", True]]),
+        ("", "new\n"): ([], [["new\n", False]]),
+        ("首都は東京", "首都はオスロ"): ([["首都は", True], ["東京", False]], [["首都は", True], ["オスロ", False]]),
+        ("x one two y", "x two one y"): None,
+        ("a " + "b " * 3000 + "z", "a " + "c " * 3000 + "z"): None,
+    }  # fmt: skip
+    with serving(test_app) as address, open_page(browser, address) as found:
+        page = found.open("workers")
+        script = "async (texts) => (await import('./console/difference.js')).compareWords(...texts)"
+        for texts, expected in cases.items():
+            runs = page.evaluate(script, list(texts))
+            assert ["".join(text for text, _ in side) for side in runs] == list(texts)
+            if expected is not None:
+                assert runs == [list(side) for side in expected]
+            one, other = (["".join(text.split()) for text, is_common in side if is_common] for side in runs)
+            assert "".join(one) == "".join(other)

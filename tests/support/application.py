@@ -146,6 +146,8 @@ class FakeWorker:
         self.reject_edits = False
         self.export_error: Exception | None = None  # the error of export jobs
         self.call_error: dict[str, str] | None = None
+        #: the number and the text of a version that is asked for, in the place of those of GENERATION_RESULT
+        self.texts: dict[Any, tuple[int, str]] = {}
         self.calls: list[dict[str, Any]] = []
         self.channels: list[str] = []
         self._stop = threading.Event()
@@ -210,7 +212,8 @@ class FakeWorker:
         self.calls.append(delivery.payload)
         self.channels.append(delivery.job_id)
         if delivery.kind == "generate" and self.call_error is None:
-            self.broker.publish(delivery.job_id, "token", {"index": 0, "text": " Pa", "version": 0})
+            version, text = self._version_and_text(delivery)
+            self.broker.publish(delivery.job_id, "token", {"index": 0, "text": text[:3], "version": version})
             self.progress_reported.set()
         self.may_finish.wait(20)
         if self.call_error is not None:
@@ -223,7 +226,14 @@ class FakeWorker:
                 delivery.job_id, "end", comparison | {"total_variation": 0.0, "seconds": 0.1}, last=True
             )
         else:
-            self.broker.publish(delivery.job_id, "end", generation_result(delivery.payload), last=True)
+            version, text = self._version_and_text(delivery)
+            result = generation_result(delivery.payload) | {"version": version}
+            result["choices"] = [choice | {"text": text} for choice in result["choices"]]
+            self.broker.publish(delivery.job_id, "end", result, last=True)
+
+    def _version_and_text(self, delivery: Delivery) -> tuple[int, str]:
+        default = (GENERATION_RESULT["version"], GENERATION_RESULT["choices"][0]["text"])
+        return self.texts.get(delivery.payload.get("version"), default)
 
 
 class TestApp:
@@ -232,7 +242,12 @@ class TestApp:
     __test__ = False  # not a class of tests
 
     def __init__(
-        self, folder: Path, register: bool = True, chat_template: str | None = CHATML, **settings: Any
+        self,
+        folder: Path,
+        register: bool = True,
+        chat_template: str | None = CHATML,
+        positions: int = 64,
+        **settings: Any,
     ) -> None:
         self.settings = Settings(data_dir=folder, **settings)
         self.container = build_container(self.settings)
@@ -247,7 +262,7 @@ class TestApp:
             info = {
                 "name": "tiny",
                 "layers": 3,
-                "positions": 64,
+                "positions": positions,
                 "vocabulary": 302,
                 "chat": chat_template and {"template": chat_template, "special_tokens": {}},
                 "width": 16,
