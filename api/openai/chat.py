@@ -119,8 +119,10 @@ class ChatCompletionRequest(SampledRequest):
         return "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
 
     def to_worker_request(self, max_new_tokens: int) -> WorkerGenerateRequest:
-        """Return the worker request; the service allows `max_new_tokens` over all choices. Raises InvalidInput if fields
-        contradict each other."""
+        """Return the worker request; the service allows `max_new_tokens` over all choices.
+
+        Raises InvalidInput if fields contradict each other.
+        """
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise InvalidInput(
                 "`max_tokens` is the older name of `max_completion_tokens`: give one of them.", "max_tokens"

@@ -111,7 +111,8 @@ class GenerationService:
     ) -> PendingGeneration:
         """Send a completion, of prompts or of a conversation, at the version that the model name currently means.
 
-        `length_field` is the name that the caller gave to the number of new tokens. The version and the seed are fixed here, so that another worker that starts again produces the same text.
+        `length_field` is the name that the caller gave to the number of new tokens. The version and the seed are fixed
+        here, so that another worker that starts again produces the same text.
         """
         model, encoder, head = self.served_model.current()
         version = parse_model_id(name, model.name, head)
