@@ -50,7 +50,8 @@ Locate, edit and roll back facts inside a GPT model that serves requests.
 * The ledger records every edit. A **version** is a position in the ledger; version 0 is the base model.
 * `DELETE /edits/{id}` reverts an edit, in any order, and leaves no trace in the weights.
 * `POST /generate` and `POST /compare` generate text from any version. `POST /trace` locates a fact in the hidden states.
-* `POST /v1/completions` and `GET /v1/models` are compatible with OpenAI's API; version 42 is the model `NAME@42`.
+* `POST /v1/completions`, `POST /v1/chat/completions` and `GET /v1/models` are compatible with OpenAI's API; version 42 is
+  the model `NAME@42`.
 * `POST /evaluations` measures the quality of edits over many records, without changing the ledger.
 * `POST /exports` makes a LoRA adapter, the edited weights or an edit set of a version; `POST /import` applies an edit set.
 

@@ -451,7 +451,7 @@ EndTokenIds = Annotated[list[int], Field(max_length=16)]
 
 
 class WorkerGenerateRequest(GenerateRequest):
-    """A generation as a worker receives it, from POST /generate or POST /v1/completions."""
+    """A generation as a worker receives it, from POST /generate or below /v1."""
 
     max_new_tokens: int = Field(40, ge=0, le=4096)  #: 0 scores the prompt without generating
     tokens: list[TokenIds] | None = Field(

@@ -151,7 +151,7 @@ _EXAMPLES: dict[str, Any] = {
 }
 _QUESTION = {
     "model": "almanac",
-    "messages": [{"role": "user", "content": "In which city is the Eiffel Tower?"}],
+    "messages": [{"role": "user", "content": "Where is the Eiffel Tower?"}],
     "max_completion_tokens": 20,
     "temperature": 0,
 }

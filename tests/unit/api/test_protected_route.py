@@ -33,6 +33,7 @@ EXPECTED_SCOPES = {
     "POST /generate": "read",
     "POST /compare": "read",
     "POST /v1/completions": "read",
+    "POST /v1/chat/completions": "read",
     "POST /jobs/{id}/retry": "admin",
 }
 SCOPE_SETS = list(chain.from_iterable(combinations(Scope, size) for size in range(1, len(Scope) + 1)))
