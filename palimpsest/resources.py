@@ -304,6 +304,7 @@ class Model(Resource):
     fingerprint: str = ""
     head: int = 0
     active_edits: int = 0
+    chat: bool = False  #: whether it has a chat template, which the messages of a conversation need
     architecture: str = ""
     layers: int = 0
     jobs: Json = field(default_factory=dict)

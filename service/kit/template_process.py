@@ -10,6 +10,7 @@ import json
 import resource
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 from service.kit.chat_template import RefusedByTemplate, render
@@ -25,7 +26,8 @@ def main(cpu_seconds: float, max_memory: int) -> None:
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
     ):
-        resource.setrlimit(limit, (value, value))
+        with suppress(ValueError, OSError):  # not every system has every limit
+            resource.setrlimit(limit, (value, value))
     for line in sys.stdin.buffer:
         signal.setitimer(
             signal.ITIMER_PROF, cpu_seconds

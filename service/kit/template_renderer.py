@@ -22,6 +22,9 @@ MAX_MEMORY = 512 * 2**20  #: bytes of address space
 WALL_SECONDS = 30.0
 #: seconds that a rendering waits for those before it
 QUEUE_SECONDS = 10.0
+#: renderings in a row that may exceed the limits; then all are refused for PAUSE_SECONDS, so that they hold no threads
+MAX_FAILURES = 3
+PAUSE_SECONDS = 60.0
 _MODULE = "service.kit.template_process"
 
 
@@ -31,6 +34,8 @@ class TemplateRenderer:
     def __init__(self, cpu_seconds: float = CPU_SECONDS, max_memory: int = MAX_MEMORY) -> None:
         self._cpu_seconds, self._max_memory = cpu_seconds, max_memory
         self._lock = threading.Lock()
+        self._failures = 0  # renderings in a row that exceeded the limits
+        self._paused_until = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: weakref.finalize[..., TemplateRenderer] | None = None
 
@@ -40,10 +45,13 @@ class TemplateRenderer:
         Raise InvalidInput if the template fails or needs too much, and Unavailable if too many others are waiting.
         """
         request = json.dumps({"source": source, "variables": variables}).encode() + b"\n"
+        self._check_pause()
         if not self._lock.acquire(timeout=QUEUE_SECONDS):
             raise Unavailable("too many conversations wait for the chat template: try again.")
         try:
+            self._check_pause()
             line = self._exchange(request)
+            self._record_outcome(bool(line))
         finally:
             self._lock.release()
         if not line:
@@ -58,6 +66,18 @@ class TemplateRenderer:
         if "error" in answer:
             raise InvalidInput(f"the model's chat template fails on these messages: {answer['error']}", field)
         return str(answer["text"])
+
+    def _check_pause(self) -> None:
+        if time.monotonic() < self._paused_until:
+            raise Unavailable(
+                "the model's chat template took too long several times in a row: try again in a minute, or serve another "
+                "model."
+            )
+
+    def _record_outcome(self, has_answer: bool) -> None:
+        self._failures = 0 if has_answer else self._failures + 1
+        if self._failures >= MAX_FAILURES:
+            self._failures, self._paused_until = 0, time.monotonic() + PAUSE_SECONDS
 
     def close(self) -> None:
         """End the process. It starts again when it is needed."""
@@ -86,7 +106,9 @@ class TemplateRenderer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # nothing of the service's own
+                env={
+                    "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))
+                },  # nothing of the service's own
             )
             self._stop = weakref.finalize(self, _end_process, self._process)
         return self._process

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -63,6 +65,24 @@ def test_a_template_without_an_end_is_stopped(renderer: TemplateRenderer) -> Non
     with pytest.raises(InvalidInput, match=r"in 0\.2 s of processor time"):
         renderer.render(ENDLESS, {})
     assert renderer.render("a", {}) == "a"
+
+
+def test_a_template_that_never_ends_holds_no_threads() -> None:
+    """After three renderings in a row that exceeded the limits every other one is refused at once, until the pause is
+    over; a rendering that succeeds starts the count again."""
+    renderer = TemplateRenderer(cpu_seconds=0.02)
+    for source in (ENDLESS, ENDLESS, "a", ENDLESS, ENDLESS):
+        with suppress(InvalidInput):
+            renderer.render(source, {})
+    assert renderer.render("b", {}) == "b"
+    for _ in range(3):
+        with pytest.raises(InvalidInput):
+            renderer.render(ENDLESS, {})
+    with pytest.raises(Unavailable, match="several times in a row"):
+        renderer.render("b", {})
+    renderer._paused_until = time.monotonic()
+    assert renderer.render("b", {}) == "b"
+    renderer.close()
 
 
 def test_a_process_that_ended_starts_again(renderer: TemplateRenderer) -> None:
