@@ -20,12 +20,8 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def model(request: pytest.FixtureRequest) -> LoadedModel:
-    try:
-        folder: Path = request.getfixturevalue("smollm2")
-    except pytest.FixtureLookupError:
-        pytest.skip("SmolLM2 cannot be fetched here")
-    return load_model(folder)
+def model(smollm2: Path) -> LoadedModel:
+    return load_model(smollm2)
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_a_template_without_an_end_is_stopped(renderer: TemplateRenderer) -> Non
 def test_a_template_that_never_ends_holds_no_threads() -> None:
     """After three renderings in a row that exceeded the limits every other one is refused at once, until the pause is
     over; a rendering that succeeds starts the count again."""
-    renderer = TemplateRenderer(cpu_seconds=0.02)
+    renderer = TemplateRenderer(cpu_seconds=0.1)
     for source in (ENDLESS, ENDLESS, "a", ENDLESS):
         with suppress(InvalidInput):
             renderer.render(source, {})
