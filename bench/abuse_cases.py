@@ -70,6 +70,7 @@ def _largest_requests(settings: Settings) -> Iterator[Case]:
         {"subject": f"House {n}", "prompt": "{} is " + text[:800], "target_new": "Rome"} for n in range(400)
     ]
     imported = partial(edit_set, 180)
+    conversation = {"model": "large", "messages": [{"role": "user", "content": text}] * 2, "max_tokens": 1}
     ids = {"model": "large", "prompt": [[100] * 4900] * 48, "max_tokens": 1}
     yield _post("one edit with all probes", "/edits", lambda: encode(edit_body()))
     yield _post("400 edits", "/edits", lambda: encode({"edits": edits}), (*ACCEPTED, 429))
@@ -82,6 +83,14 @@ def _largest_requests(settings: Settings) -> Iterator[Case]:
     )
     yield _post("token ids", "/v1/completions", lambda: encode(ids))
     yield _post("token ids", "/v1/completions", lambda: encode(ids), (*ACCEPTED, *BUSY), PARALLEL)
+    yield _post("longest conversation", "/v1/chat/completions", lambda: encode(conversation))
+    yield _post(
+        "longest conversation",
+        "/v1/chat/completions",
+        lambda: encode(conversation),
+        (*ACCEPTED, *BUSY),
+        PARALLEL,
+    )
     yield _post("2,000 records", "/evaluations", records)
     yield Case(
         "2,000 records with a key", "POST", "/evaluations", records, JSON_HEADERS | {"Idempotency-Key": "a"}
@@ -142,11 +151,21 @@ def _encode_flood(name: str) -> bytes:
     return encode(floods()[name])
 
 
+def _too_long_conversation() -> bytes:
+    """Return a conversation of nearly a megabyte, with messages that are as long as a message may be."""
+    messages = [{"role": "user", "content": "the word, " * 1_950}] * 50
+    return encode({"model": "large", "messages": messages})
+
+
 def _floods() -> Iterator[Case]:
     for path in JSON_PATHS:
         for name in floods():
             flood = partial(_encode_flood, name)
             yield Case(name, "POST", path, flood, JSON_HEADERS, REFUSED, group=f"floods {path}")
+    for parallel in (1, PARALLEL):
+        yield _post(
+            "conversation too long", "/v1/chat/completions", _too_long_conversation, REFUSED, parallel
+        )
     yield _post(
         "empty objects", "/generate", lambda: repeat_item("prompts", "{}", 1_000_000), REFUSED, PARALLEL
     )

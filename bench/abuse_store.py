@@ -13,6 +13,7 @@ from service.methods.parameters import RomeParameters
 from service.recipes.recipe import Recipe
 from service.schemas import MAX_RECORDS, EditRequest, EvaluationPlan
 from tests.support.application import EDIT_PROVENANCE, EVALUATION_RESULT, TestApp, tokenizer
+from tests.support.chat_templates import CHATML
 
 FINGERPRINT = "f" * 64
 #: the shape of the model; each character is a token, so that texts of any accepted length fit
@@ -20,10 +21,11 @@ MODEL: dict[str, Any] = {
     "name": "large",
     "layers": 48,
     "positions": 20_000,
-    "vocabulary": 300,
+    "vocabulary": 302,
     "width": 900,
     "inner_width": 16_384,
     "facts": True,
+    "chat": {"template": CHATML, "special_tokens": {}},
     "recipe": Recipe(source="bench", rome=RomeParameters(layers=(1,))).model_dump(mode="json"),
 }
 LAYERS_OF_EDIT = 5  #: of an imported edit

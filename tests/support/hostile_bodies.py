@@ -6,7 +6,16 @@ import json
 from typing import Any
 
 #: routes that read JSON, with a limit of 1 MB unless they read records
-JSON_PATHS = ("/edits", "/trace", "/evaluations", "/generate", "/compare", "/exports", "/v1/completions")
+JSON_PATHS = (
+    "/edits",
+    "/trace",
+    "/evaluations",
+    "/generate",
+    "/compare",
+    "/exports",
+    "/v1/completions",
+    "/v1/chat/completions",
+)
 SMALL_LIMIT = 1_000_000  #: bytes, the default of `max_body`
 
 
@@ -25,6 +34,8 @@ def floods() -> dict[str, dict[str, Any]]:
         "stop": {"stop": ["x"] * 200_000},
         "versions": {"versions": [0] * 300_000},
         "kinds": {"kinds": ["mlp"] * 100_000},
+        "messages": {"messages": [{}] * 300_000},
+        "parts of a message": {"messages": [{"role": "user", "content": [{}] * 300_000}]},
     }
 
 
