@@ -136,7 +136,9 @@ def main() -> None:
     p.add_argument("--cases", type=int, default=40, help="edits measured alone")
     p.add_argument("--batch-size", type=int, default=60, help="edits of different subjects active at once")
     p.add_argument("--tokens", type=int, nargs="+", default=[250, 1000, 4000, 16000, 60000])
-    p.add_argument("--multiples", type=float, nargs="+", help="tokens as multiples of D, in place of --tokens")
+    p.add_argument(
+        "--multiples", type=float, nargs="+", help="tokens as multiples of D, in place of --tokens"
+    )
     p.add_argument("--known", action="store_true", help="only cases whose true object the model answers")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--hparams", default="{}", help="JSON with changes of the recipe; one layer")

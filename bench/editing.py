@@ -53,7 +53,10 @@ class EditingExperiment:
     """A model, its editor context, and a replica that measures sets of associations."""
 
     def __init__(
-        self, args: argparse.Namespace, tokens: Sequence[int] = (60_000,), multiples: Sequence[float] | None = None
+        self,
+        args: argparse.Namespace,
+        tokens: Sequence[int] = (60_000,),
+        multiples: Sequence[float] | None = None,
     ) -> None:
         """`tokens`: of the statistics, the largest is the corpus; `multiples` of the width of a key replace them."""
         self.model = load_model(args.model, args.device)

@@ -138,6 +138,7 @@ class _EditRun:
 
     def process_group(self, jobs: Sequence[ClaimedJob]) -> Stepper[None]:
         """Compute the factors of a group of jobs, then measure and commit them."""
+        yield from self._for_all(self.context.get_corpus())  # for the guard, and for every closed form
         yield from self._commit_group((yield from self._prepare(jobs)))
 
     # reports

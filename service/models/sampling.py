@@ -18,15 +18,16 @@ def sample_texts(
     generator: torch.Generator,
     top_k: int | None = None,
     phase: Phase = Phase.SAMPLE,
+    batch_size: int = SAMPLE_BATCH_SIZE,
 ) -> Stepper[list[str]]:
     """Return `count` texts of `length` tokens, including the BOS token, which the published lengths count (Meng et al.
-    2022)."""
+    2022). Progress is in tokens."""
     texts: list[str] = []
     while len(texts) < count:
-        rows = min(SAMPLE_BATCH_SIZE, count - len(texts))
+        rows = min(batch_size, count - len(texts))
         ids = torch.full((rows, 1), bos_token_id(model) or 0, device=model.device)
         cache = DynamicCache(config=model.model.config)
-        for _ in range(length - 1):
+        for position in range(1, length):
             with torch.no_grad():
                 out = model.model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1].float().cpu()
@@ -35,6 +36,6 @@ def sample_texts(
                 logits = logits.masked_fill(logits < threshold, float("-inf"))
             next_ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, next_ids.to(ids.device)], 1)
-            yield Progress(phase, len(texts), count)
+            yield Progress(phase, len(texts) * length + rows * (position + 1), count * length)
         texts += [model.decode(row) for row in ids.tolist()]
     return texts
