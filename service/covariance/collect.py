@@ -71,6 +71,7 @@ def collect_statistics(
         with capture(modules, "input") as captured, stop_after(model.down_proj(max(layers))):
             forward(model, batch)
         for layer, keys in captured.items():
+            yield Progress(Phase.STATISTICS, i, len(batches))  # the products of a layer are a step
             if i >= added[layer]:
                 sums[layer].add(unpadded_keys(keys, batch))
         progress = Progress(Phase.STATISTICS, i + 1, len(batches))

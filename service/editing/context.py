@@ -27,6 +27,7 @@ from service.kit.work_queue import Task, WorkQueue
 from service.methods.parameters import RomeParameters
 from service.methods.registry import DEFAULT_METHOD
 from service.models.loading import LoadedModel
+from service.recipes.default import default_recipe
 from service.recipes.published import published_recipe
 from service.recipes.recipe import Recipe, parse_recipe, resolve_hparams
 from service.recipes.shipped import ModelShape, shipped_recipe
@@ -69,6 +70,7 @@ class EditorContext:
         self.model = model
         self.recipe = recipe
         self.folder = folder
+        self.recipes = folder.parent / RECIPES_FOLDER if folder else None
         self.queue = WorkQueue()
         self.statistics: dict[int, KeyStatistics] = {}
         self.contexts: dict[tuple[int, int], list[str]] = {}
@@ -104,6 +106,21 @@ class EditorContext:
             yield from self.get_contexts(self.recipe.rome.contexts, self.recipe.rome.seed)
             yield from self.get_statistics(self.recipe.rome.layers)
 
+    def read_provisional_recipe(self) -> Recipe | None:
+        """Return the recipe that the first edit of this model found, in this process or another one, and use it."""
+        found = read_provisional_recipe(self.model, self.recipes)
+        if found is not None:
+            self.recipe = found
+        return found
+
+    def keep_provisional_recipe(self, recipe: Recipe) -> None:
+        """Use a recipe that an edit found, and store it for other workers and the next start."""
+        self.recipe = recipe
+        if self.recipes is not None:
+            write_atomically(
+                provisional_recipe_path(self.model, self.recipes), recipe.model_dump_json(indent=1)
+            )
+
     def prepare_in_background(self) -> None:
         """Let the engine compute what the recipe needs. Whoever needs it earlier waits."""
         self.queue.in_background = True
@@ -111,7 +128,7 @@ class EditorContext:
             self._submit_corpus()
         else:
             self.queue.submit(self.get_contexts(self.recipe.rome.contexts, self.recipe.rome.seed))
-            self._submit_statistics(self.recipe.rome.layers)
+            self._submit_statistics(self.recipe.candidate_layers or self.recipe.rome.layers)
 
     def get_corpus(self) -> Stepper[Corpus]:
         """Return the corpus, loaded or sampled at the first call."""
@@ -240,14 +257,16 @@ class EditorContext:
 
 def find_recipe(model: LoadedModel, recipes: Path | None = None) -> Recipe | None:
     """Return the tuned recipe of the model, else `recipe.json` in the model's folder, else the shipped and else the
-    published recipe of a model of its shape, else None."""
+    published recipe of a model of its shape, else the one that its first edit found, else None."""
     tuned = recipe_path(model, recipes) if recipes else None
     bundled = model.companion_file("recipe.json")
     for path in (tuned, bundled):
         if path is not None and path.exists():
             return parse_recipe(path.read_text(encoding="utf-8"))
-    return shipped_recipe(model_shape(model), model.name) or published_recipe(
-        model.model.config.model_type, model.num_layers, model.hidden_size
+    return (
+        shipped_recipe(model_shape(model), model.name)
+        or published_recipe(model.model.config.model_type, model.num_layers, model.hidden_size)
+        or read_provisional_recipe(model, recipes)
     )
 
 
@@ -268,6 +287,17 @@ def recipe_path(model: LoadedModel, recipes: Path) -> Path:
     return recipes / f"{model.loaded_fingerprint or model.fingerprint}.json"
 
 
+def provisional_recipe_path(model: LoadedModel, recipes: Path) -> Path:
+    """Return the path of the recipe that the first edit of a model found."""
+    return recipe_path(model, recipes).with_suffix(".provisional.json")
+
+
+def read_provisional_recipe(model: LoadedModel, recipes: Path | None) -> Recipe | None:
+    """Return the recipe that the first edit of a model found."""
+    path = provisional_recipe_path(model, recipes) if recipes else None
+    return parse_recipe(path.read_text(encoding="utf-8")) if path is not None and path.exists() else None
+
+
 def open_editor_context(
     model: LoadedModel,
     folder: Path | None = None,
@@ -282,7 +312,11 @@ def open_editor_context(
     """
     source = CorpusSource(corpus, tokens or default_tokens(model))
     source.check(model)
-    chosen_recipe = recipe or find_recipe(model, folder.parent / RECIPES_FOLDER if folder else None)
+    chosen_recipe = (
+        recipe
+        or find_recipe(model, folder.parent / RECIPES_FOLDER if folder else None)
+        or default_recipe(model.model.config.model_type, model.num_layers)
+    )
     return EditorContext(model, chosen_recipe, source, folder)
 
 
