@@ -382,6 +382,8 @@ def test_editor_context_is_prepared_once(folder: Path, tmp_path: Path, wiring: S
     digests = []
     for _ in range(2):
         harness = WorkerHarness(config).open()
+        wait_until(lambda: harness.worker.preparation and not harness.worker.preparation.progress, "the end")  # noqa: B023
+        harness.worker.preparation.announce()
         digests.append(harness.services.models.describe()["statistics"])
         harness.close()
     assert digests[0] == digests[1]
