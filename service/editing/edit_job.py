@@ -29,7 +29,7 @@ from service.editing.edit_report import build_provenance, edit_report
 from service.editing.edit_spec import EditFactors, EditSpec, batch_edit_specs, build_edit_spec
 from service.editing.find_factors import find_batch_factors
 from service.editing.guard import GuardResult
-from service.editing.layer_search import at_layer, choose_layer, must_choose_layer
+from service.editing.layer_search import at_layer, choose_layer, must_choose_layer, trial_of
 from service.editing.measure import (
     Baseline,
     evaluate_candidates,
@@ -205,7 +205,7 @@ class _EditRun:
             return at_layer(resolved_edit, *provisional.rome.layers)
         specs: dict[int, EditSpec] = {}
         for layer in recipe.candidate_layers:
-            trial = at_layer(resolved_edit, layer)
+            trial = trial_of(resolved_edit, layer)
             specs[layer] = yield from build_admitted_spec(self.replica, self.context, trial, edit)
         chosen, found = yield from choose_layer(self.replica, self.context, resolved_edit, specs)
         if found is not None:

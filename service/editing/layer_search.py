@@ -31,7 +31,10 @@ from service.scores.scores import harmonic_mean
 CRITERION = "harmonic mean of efficacy, generality and specificity of this edit alone"
 UNSEEN_CONTEXTS = 4  # texts before the prompt that the optimization did not see
 UNSEEN_SEED_OFFSET = 1  # of their seed, from that of the contexts of the optimization
-PLAIN_TEXTS = 8
+PLAIN_TEXTS = 4
+TRIAL_STEPS = (
+    10  # optimization steps of a trial: enough to tell layers apart, and half of those of the default recipe
+)
 #: sentences about the subject whose predictions should stay
 DESCRIPTIONS = ("{}", "{} is", "Everybody knows that {}")
 

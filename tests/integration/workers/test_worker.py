@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from service.bootstrap import Container, build_container
+from service.covariance.collect import load_or_collect_statistics
 from service.editing import context
 from service.engine.decoding import DecodingBatch, new_sequence
 from service.engine.engine import Engine
@@ -146,7 +147,7 @@ def test_a_worker_registers_its_model(harness: WorkerHarness) -> None:
 @pytest.fixture
 def held_collection(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Return an event. The collection of statistics takes steps until it is set."""
-    goes_on, collect = threading.Event(), context.load_or_collect_statistics
+    goes_on, collect = threading.Event(), load_or_collect_statistics
 
     def held(*arguments: Any) -> Stepper[Any]:
         while not goes_on.is_set():
@@ -382,8 +383,10 @@ def test_editor_context_is_prepared_once(folder: Path, tmp_path: Path, wiring: S
     digests = []
     for _ in range(2):
         harness = WorkerHarness(config).open()
-        wait_until(lambda: harness.worker.preparation and not harness.worker.preparation.progress, "the end")  # noqa: B023
-        harness.worker.preparation.announce()
+        preparation = harness.worker.preparation
+        assert preparation is not None
+        wait_until(lambda p=preparation: p.progress is None, "the statistics")
+        preparation.announce()
         digests.append(harness.services.models.describe()["statistics"])
         harness.close()
     assert digests[0] == digests[1]

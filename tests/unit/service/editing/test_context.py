@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from service.covariance.collect import load_or_collect_statistics
 from service.covariance.corpus import Corpus
 from service.editing import context as module
 from service.editing.context import (
@@ -106,7 +107,7 @@ def test_in_the_background_several_wait_for_one_collection(
     """Two jobs that need statistics, and one that needs only the corpus, wait for the same collection, which the steps
     of the queue carry out once."""
     collections: list[list[int]] = []
-    collect = module.load_or_collect_statistics
+    collect = load_or_collect_statistics
 
     def counted(model: LoadedModel, layers: list[int], *rest: Any) -> Stepper[Any]:
         collections.append(list(layers))
