@@ -80,7 +80,11 @@ def collect_statistics(
             for layer, total in sums.items():
                 checkpoint.save(layer, total, max(added[layer], i + 1))
                 yield progress
-    return {layer: _build_statistics(layer, s.mean(), s.count, damping) for layer, s in sums.items()}
+    statistics: dict[int, KeyStatistics] = {}
+    for layer, total in sums.items():
+        statistics[layer] = _build_statistics(layer, total.mean(), total.count, damping)
+        yield Progress(Phase.STATISTICS, len(batches), len(batches))
+    return statistics
 
 
 class MomentCheckpoint:
@@ -164,6 +168,7 @@ def load_or_collect_statistics(
                 save_file(
                     {"moment": statistics[layer].moment}, temporary, {"count": str(statistics[layer].count)}
                 )
+            yield Progress(Phase.FACTORIZE, 0, len(layers))
         if checkpoint is not None:
             checkpoint.remove()
     for number, layer in enumerate(layers):

@@ -1,8 +1,9 @@
 """The edited layer of a model without a recipe: the first edit is tried at a few layers, and the best one is kept.
 
-A layer's score is the harmonic mean of three shares, for the edit alone on the base model: of the prompt (efficacy),
-of the paraphrases and of the prompt after texts that the optimization did not see (generality), and of what must not
-change (specificity): the neighbours, and the predictions for the subject in other sentences and for plain text.
+A layer's score is the harmonic mean of three shares, for the edit alone on the base model: the probability of the new
+object after the prompt (efficacy), and after the paraphrases and the prompt behind texts that the optimization did not
+see (generality), and what does not change (specificity): the neighbours, and the predictions for the subject in other
+sentences and for plain text.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from service.editing.candidate import ResolvedEdit
 from service.editing.context import EditorContext
 from service.editing.edit_spec import EditSpec
 from service.editing.find_factors import find_batch_factors
-from service.editing.probes import Probe, ProbeResult, run_probes
+from service.editing.probes import Probe, ProbeResult, edit_holds, run_probes
 from service.engine.versioned_model import VersionedModel
 from service.errors import InvalidInput
 from service.kit.steps import Phase, Progress, Stepper, report_as
@@ -32,9 +33,7 @@ CRITERION = "harmonic mean of efficacy, generality and specificity of this edit 
 UNSEEN_CONTEXTS = 4  # texts before the prompt that the optimization did not see
 UNSEEN_SEED_OFFSET = 1  # of their seed, from that of the contexts of the optimization
 PLAIN_TEXTS = 4
-TRIAL_STEPS = (
-    10  # optimization steps of a trial: enough to tell layers apart, and half of those of the default recipe
-)
+TRIAL_STEPS = 10  # optimization steps of a trial, half of those of the default recipe
 #: sentences about the subject whose predictions should stay
 DESCRIPTIONS = ("{}", "{} is", "Everybody knows that {}")
 
@@ -48,6 +47,7 @@ class LayerTrial:
     generality: float = 0.0
     specificity: float = 0.0
     score: float = 0.0
+    holds: bool = False  #: whether the edit has its effect after its prompt
     seconds: float = 0.0
     reason: str | None = None
 
@@ -80,7 +80,7 @@ def choose_layer(
     best = max(trials, key=lambda trial: trial.score)
     report = {"layer": best.layer, "criterion": CRITERION, "tried": [asdict(trial) for trial in trials]}
     chosen = replace(at_layer(resolved_edit, best.layer), layer_search=report)
-    if best.efficacy <= 0.5:
+    if not best.holds:
         return chosen, None
     tried = ", ".join(str(trial.layer) for trial in trials)
     provisional = recipe.model_copy(
@@ -94,9 +94,15 @@ def choose_layer(
     return chosen, provisional
 
 
-def at_layer(resolved_edit: ResolvedEdit, layer: int) -> ResolvedEdit:
-    """Return the same edit at another layer."""
-    return replace(resolved_edit, parameters=resolved_edit.parameters.model_copy(update={"layers": (layer,)}))
+def at_layer(resolved_edit: ResolvedEdit, layer: int, **changes: object) -> ResolvedEdit:
+    """Return the same edit at another layer, with other changes of its hyperparameters."""
+    update = {"layers": (layer,), **changes}
+    return replace(resolved_edit, parameters=resolved_edit.parameters.model_copy(update=update))
+
+
+def trial_of(resolved_edit: ResolvedEdit, layer: int) -> ResolvedEdit:
+    """Return the edit as it is tried at a layer."""
+    return at_layer(resolved_edit, layer, steps=min(TRIAL_STEPS, resolved_edit.parameters.steps))
 
 
 def _try_all(
@@ -126,7 +132,7 @@ def _try_layer(
     except InvalidInput as error:
         return LayerTrial(layer, reason=error.detail)
     weights = yield from replica.compose_weights_in_steps(factors.updates)
-    unseen = yield from _unseen_probes(context, resolved_edit)
+    unseen = yield from _unseen_probes(replica, context, resolved_edit)
     probes = [*resolved_edit.probes, *unseen]
     results = yield from replica.step_with_weights(weights, run_probes(replica.base, probes))
     drift = yield from measure_drift(
@@ -141,16 +147,35 @@ def _try_layer(
     )
     specificity = _mean([*([_mean(kept)] if kept else []), math.exp(-max(0.0, drift.kl))])
     scores = (efficacy, generality, specificity)
-    score = harmonic_mean(scores) if all(map(math.isfinite, scores)) else 0.0
-    return LayerTrial(layer, *scores, score, round(time.monotonic() - started, 3))
+    if not all(map(math.isfinite, (*scores, drift.kl))):
+        return LayerTrial(layer, reason="the edited weights give no finite probabilities")
+    return LayerTrial(
+        layer,
+        *scores,
+        harmonic_mean(scores),
+        edit_holds(probes[0], results[0]),
+        round(time.monotonic() - started, 3),
+    )
 
 
-def _unseen_probes(context: EditorContext, resolved_edit: ResolvedEdit) -> Stepper[list[Probe]]:
-    """Return the prompt after texts that the optimization does not see."""
+def _unseen_probes(
+    replica: VersionedModel, context: EditorContext, resolved_edit: ResolvedEdit
+) -> Stepper[list[Probe]]:
+    """Return the prompt after texts that the optimization does not see, as far as it fits into the model."""
     parameters, probe = resolved_edit.parameters, resolved_edit.rewrite_probe
     seed = (parameters.seed if isinstance(parameters, RomeParameters) else 0) + UNSEEN_SEED_OFFSET
     contexts = yield from context.get_contexts(UNSEEN_CONTEXTS, seed)
-    return [replace(probe, prompt=f"{text}. {probe.prompt}") for text in contexts if text]
+    probes = [replace(probe, prompt=f"{text}. {probe.prompt}") for text in contexts if text]
+    return [p for p in probes if _fits(replica, p)]
+
+
+def _fits(replica: VersionedModel, probe: Probe) -> bool:
+    try:
+        for target in (probe.new, probe.true):
+            replica.base.text_encoder.check(probe.prompt, target)
+    except InvalidInput:
+        return False
+    return True
 
 
 def _texts_to_keep(context: EditorContext, resolved_edit: ResolvedEdit) -> list[str]:
@@ -161,13 +186,9 @@ def _texts_to_keep(context: EditorContext, resolved_edit: ResolvedEdit) -> list[
 
 
 def _share(probe: Probe, result: ProbeResult) -> float:
-    """Return the share of the probability of both objects that the new one has; to erase or amplify, how far the
-    probability of the object is where it should be."""
-    if probe.objective == "erase":
-        return 1 - result.joint_probability
-    if probe.objective == "amplify":
-        return result.joint_probability
-    return 1 / (1 + math.exp(min(700.0, result.true - result.new)))
+    """Return the probability of the object, or to erase it that of all others."""
+    p = result.joint_probability
+    return 1 - p if probe.objective == "erase" else p
 
 
 def _kept(result: ProbeResult) -> float:
