@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tests.support.processes import wait_until
 from tests.support.tiny_models import tiny
 from tests.support.workers import WorkerParts
 from workers import worker
+from workers.preparation import Preparation
 from workers.worker import Worker
 
 torch.set_num_threads(1)
@@ -380,6 +382,10 @@ def test_running_job_is_requeued_on_stop_and_done_later(folder: Path, tmp_path: 
         harness.close()
 
 
+def _has_ended(preparation: Preparation) -> bool:
+    return preparation.progress is None
+
+
 def test_editor_context_is_prepared_once(folder: Path, tmp_path: Path, wiring: Stores) -> None:
     """A second start has the same statistics as the first, which stored them on disk."""
     config = settings(folder, tmp_path, **wiring)
@@ -388,7 +394,7 @@ def test_editor_context_is_prepared_once(folder: Path, tmp_path: Path, wiring: S
         harness = WorkerHarness(config).open()
         preparation = harness.worker.preparation
         assert preparation is not None
-        wait_until(lambda p=preparation: p.progress is None, "the statistics")
+        wait_until(partial(_has_ended, preparation), "the statistics")
         preparation.announce()
         digests.append(harness.services.models.describe()["statistics"])
         harness.close()
