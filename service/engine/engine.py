@@ -1,10 +1,11 @@
 """The loop of a worker: it interleaves decoding with single steps of long work.
 
-A step of the loop admits new requests, decodes one token for every batch, steps every comparison, then runs at most one
-bounded step of background work: building a version for an admitted call, following the ledger, the running job, or the
-preparation of what edits need, in turn. Background work waits until calls have had their share of the time since its last step. So no stream pauses longer
-than one such step plus one decode step, nor slows to less than that share of its pace. No output mixes two versions:
-between two steps the model holds its base weights, and a check after every step enforces it.
+A step of the loop admits new requests, decodes one token for every batch, steps every comparison, then runs at most
+one bounded step of background work: building a version for an admitted call, following the ledger, the running job,
+or the preparation of what edits need, in turn. Background work waits until calls have had their share of the time
+since its last step. So no stream pauses longer than one such step plus one decode step, nor slows to less than that
+share of its pace. No output mixes two versions: between two steps the model holds its base weights, and a check after
+every step enforces it.
 
 Events and writes go through an outbox in order. When the broker or the store is down they stay in it, `run` raises, and
 the next `run` continues where it was.

@@ -1,8 +1,9 @@
 """Runs jobs one step at a time: claims them, applies their reports, and hands them back when the engine stops.
 
 A job of a more urgent kind suspends the others of its caller. The jobs of several callers share the time, whatever
-their kinds are, so that no caller waits for the jobs of another. A job that waits for other work holds up none. Another worker may take over a job whose lease has
-expired; the attempt number in the job's row is the fence, so a job runs on until the store rejects a write.
+their kinds are, so that no caller waits for the jobs of another. A job that waits for other work holds up none.
+Another worker may take over a job whose lease has expired; the attempt number in the job's row is the fence, so a job
+runs on until the store rejects a write.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ VALUES = {"steps": 20, "learning_rate": 0.5, "contexts": 2}
 
 def default_recipe(model_type: str, layers: int) -> Recipe:
     """Return the recipe of a model of this architecture and depth."""
-    candidates = candidate_layers(layers)
+    candidates = layers_to_try(layers)
     expected = DEPTHS.get(model_type, OTHER_DEPTH) * layers
     layer = min(candidates, key=lambda candidate: abs(candidate - expected))
     return Recipe(
@@ -29,7 +29,7 @@ def default_recipe(model_type: str, layers: int) -> Recipe:
     )
 
 
-def candidate_layers(layers: int) -> tuple[int, ...]:
+def layers_to_try(layers: int) -> tuple[int, ...]:
     """Return at most `CANDIDATES` layers at equal distances, early to middle ones."""
     first, last = round(SHALLOWEST * layers), max(1, round(DEEPEST * layers))
     last = min(last, layers - 1)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from service.recipes.default import candidate_layers, default_recipe
+from service.recipes.default import default_recipe, layers_to_try
 from service.recipes.published import PUBLISHED
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 6, 12, 30, 80])
 def test_candidates_are_layers_of_the_model(layers: int) -> None:
     """Whatever the depth, the candidates are at most six different layers in order, and the default is one of them."""
-    candidates = candidate_layers(layers)
+    candidates = layers_to_try(layers)
     assert 1 <= len(candidates) <= 6
     assert list(candidates) == sorted(set(candidates))
     assert all(0 <= x < layers for x in candidates)
@@ -21,7 +21,7 @@ def test_candidates_are_layers_of_the_model(layers: int) -> None:
 def test_the_candidates_span_the_published_layers() -> None:
     """For the depth of every published recipe, its layer lies between the first and the last candidate."""
     for (_, layers, _), recipe in PUBLISHED.items():
-        candidates = candidate_layers(layers)
+        candidates = layers_to_try(layers)
         assert candidates[0] <= recipe.rome.layers[0] <= candidates[-1]
 
 
