@@ -276,7 +276,7 @@ def test_the_first_edit_chooses_a_layer(folder: Path, tmp_path: Path, wiring: St
         assert [trial["layer"] for trial in search["tried"]] == [0, 1]
         assert search["layer"] == max(search["tried"], key=lambda trial: trial["score"])["layer"]
         assert first["result"]["layers"] == [search["layer"]]
-        entry = harness.services.ledger.page()["items"][0]
+        entry = harness.services.ledger.page()["items"][-1]
         assert entry["body"]["hparams"]["layers"] == [search["layer"]]
         second = harness.wait_for_end(harness.edit("Louvre", hparams=STRONG))
         assert second["result"]["layers"] == [search["layer"]] and "layer_search" not in second["result"]
