@@ -53,6 +53,9 @@ class Progress(ResourceModel):
     phase: str
     done: int
     total: int
+    seconds_left: float | None = Field(
+        None, description="an estimate of the time until the job, or what it waits for, is ready"
+    )
 
 
 class JobError(ResourceModel):

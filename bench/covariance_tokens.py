@@ -4,6 +4,8 @@
     python bench/covariance_tokens.py --cases 200 --batch-size 100 \\
         --tokens 250 500 1000 2000 4000 8000 16000 32000 60000
     python bench/covariance_tokens.py --device cuda
+    python bench/covariance_tokens.py --multiples 1 2 4 16 --cases 80 --model FOLDER --known --data counterfact.json \\
+        --hparams '{"layers": [3], "contexts": 2, "learning_rate": 0.5, "steps": 20}'
 
 Texts of the model's corpus are read in one seeded order, and C of n tokens uses the first n. The value of an
 edit does not depend on C and is optimized once; each C gives another direction. The same edits are measured
@@ -31,11 +33,13 @@ from service.covariance.corpus import Corpus
 from service.covariance.second_moment import KeyStatistics, SecondMomentAccumulator
 from service.datasets.loading import read_records
 from service.datasets.record import Record
+from service.kit.steps import run_to_completion
 from service.models.hooks import capture, stop_after
 from service.models.loading import LoadedModel
 from service.models.token_batch import forward, pad
 from service.scores.scores import bootstrap_score
 from service.settings import SHIPPED_MODEL
+from service.tuning.fact_selection import select_known_records
 from service.weights.factors import Association
 
 STRENGTHS = (1.0, 1.25, 1.5, 2.0)
@@ -132,20 +136,28 @@ def main() -> None:
     p.add_argument("--cases", type=int, default=40, help="edits measured alone")
     p.add_argument("--batch-size", type=int, default=60, help="edits of different subjects active at once")
     p.add_argument("--tokens", type=int, nargs="+", default=[250, 1000, 4000, 16000, 60000])
+    p.add_argument(
+        "--multiples", type=float, nargs="+", help="tokens as multiples of D, in place of --tokens"
+    )
+    p.add_argument("--known", action="store_true", help="only cases whose true object the model answers")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--hparams", default="{}", help="JSON with changes of the recipe; one layer")
     args = p.parse_args()
     args.stats = None
-    experiment = EditingExperiment(args)
+    experiment = EditingExperiment(args, args.tokens, args.multiples)
     model, (layer,) = experiment.model, experiment.parameters.layers
+    sizes = experiment.token_counts
     if experiment.parameters.compat:
         p.error("with a published form of the key, the value of an edit depends on C")
     texts = random.Random(args.seed).sample(
         experiment.editor.corpus.texts, len(experiment.editor.corpus.texts)
     )
-    snapshots = collect_moments(model, layer, texts, args.tokens)
+    snapshots = collect_moments(model, layer, texts, sizes)
 
     cases = read_records(args.data or Path(args.model) / "facts.jsonl", args.seed)[1::2]
+    if args.known:
+        limit = max(args.cases, args.batch_size)
+        cases = run_to_completion(select_known_records(model, cases, limit))
     single_cases = cases[: args.cases]
     joint_cases = list({c.subject: c for c in reversed(cases)}.values())[: args.batch_size]
     associations = {

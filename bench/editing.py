@@ -52,12 +52,24 @@ SuccessRates = tuple[float, float, float]
 class EditingExperiment:
     """A model, its editor context, and a replica that measures sets of associations."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        tokens: Sequence[int] = (60_000,),
+        multiples: Sequence[float] | None = None,
+    ) -> None:
+        """`tokens`: of the statistics, the largest is the corpus; `multiples` of the width of a key replace them."""
         self.model = load_model(args.model, args.device)
         self.parameters = self._parameters(args)
+        self.token_counts = [round(m * self.model.intermediate_size) for m in multiples or ()] or list(tokens)
         recipe = Recipe(source="bench", rome=self.parameters)
         self.editor: EditorContext = run_to_completion(
-            build_editor_context(self.model, Path(args.stats) if args.stats else None, recipe=recipe)
+            build_editor_context(
+                self.model,
+                Path(args.stats) if args.stats else None,
+                tokens=max(self.token_counts),
+                recipe=recipe,
+            )
         )
         self.replica = VersionedModel(self.model, EmptyLedger())
         self.contexts = run_to_completion(

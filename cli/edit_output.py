@@ -37,12 +37,20 @@ def print_edit_result(edit: JobJson) -> None:
         out.print(
             format_pairs({"text before": rewrite.get("text_before"), "text after": rewrite.get("text_after")})
         )
+    if search := result.get("layer_search"):
+        out.print(strip_control_chars(layer_search_text(search)))
     superseded_ids = result.get("supersedes") or []
     for other in result.get("conflicts") or []:
         relation = "superseded" if other["edit"] in superseded_ids else "conflict"
         out.print(
             strip_control_chars(f"{relation}: {other['edit']}, {other['prompt']!r}: {other['target_new']}")
         )
+
+
+def layer_search_text(search: JobJson) -> str:
+    """Return which layer an edit without a recipe was made at, and the score of each layer that was tried."""
+    tried = ", ".join(f"layer {trial['layer']}: {trial['score']:.3f}" for trial in search["tried"])
+    return f"layer {search['layer']} chosen by the {search['criterion']} ({tried})"
 
 
 def measurement_table(result: JobJson) -> Text:

@@ -16,7 +16,9 @@ def wait_for_job(client: Client, job: J) -> J:
     """Show the progress of a job until it ends, and return its final state."""
     with progress_bar() as display:
         display.update(job.status, 0, 0)
-        return client.wait_for(job, on_progress=lambda p: display.update(p.phase, p.done, p.total))
+        return client.wait_for(
+            job, on_progress=lambda p: display.update(p.phase, p.done, p.total, p.seconds_left)
+        )
 
 
 def failure_reason(job: JobJson) -> str | None:

@@ -71,4 +71,4 @@ def own_facts(settings: Settings) -> Path:
 def run_with_progress_bar(stepper: Stepper[T]) -> T:
     """Run all steps under a bar."""
     with progress_bar() as display:
-        return run_steps(stepper, lambda p: display.update(p.label, p.done, p.total))
+        return run_steps(stepper, lambda p: display.update(p.label, p.done, p.total, p.seconds_left))

@@ -8,7 +8,7 @@ from typing import Any
 
 from cli.client import add_client_command
 from cli.job_output import format_minute
-from cli.terminal import format_list, format_pairs, out, print_json
+from cli.terminal import format_list, format_pairs, format_seconds, out, print_json
 from palimpsest import Client
 
 
@@ -61,5 +61,9 @@ def model_details(model: Mapping[str, Any]) -> dict[str, Any]:
 def worker_row(worker: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return a worker as a table row; the last cell has its roles, or the reason why it does not serve."""
     roles = worker.get("reason") or ", ".join(worker["roles"]) or "all"
+    if preparing := worker.get("preparing"):
+        left = preparing.get("seconds_left")
+        roles += f"; preparing edits: {preparing.get('error') or preparing['phase']}"
+        roles += "" if left is None else f", about {format_seconds(left)} left"
     heartbeat = format_minute(worker["heartbeat"])
     return worker["id"], worker["state"], worker["version"], worker["lag"], heartbeat, roles

@@ -62,7 +62,8 @@ class ProgressBar:
         self._task: TaskID | None = None
         self._phase = ""
 
-    def update(self, phase: str, done: int, total: int) -> None:
+    def update(self, phase: str, done: int, total: int, seconds_left: float | None = None) -> None:
+        """Show a phase, with an estimate of the time that is left where there is one."""
         if self._task is None or phase != self._phase:
             if self._task is not None:
                 self._progress.remove_task(self._task)
@@ -70,7 +71,10 @@ class ProgressBar:
                 self._progress.add_task(strip_control_chars(phase), total=total or None),
                 phase,
             )
-        self._progress.update(self._task, completed=done, total=total or None)
+        note = "" if seconds_left is None else f", about {format_seconds(seconds_left)} left"
+        self._progress.update(
+            self._task, description=strip_control_chars(phase) + note, completed=done, total=total or None
+        )
 
 
 @contextmanager
@@ -206,6 +210,11 @@ def print_json(value: Any) -> None:
     """Print a JSON value on one line of stdout, in ASCII, so that no character can control a terminal or split the
     line."""
     out.file.write(json.dumps(value, default=str) + "\n")
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration of an estimate: seconds below two minutes, then minutes."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def format_cell(value: Any) -> str:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cli.local_model import missing_dependency_error
-from cli.terminal import err, progress_bar
+from cli.terminal import err, format_seconds, progress_bar
 from service.bootstrap import Container
 from service.errors import PalimpsestError
 from service.kit.garbage import exclude_from_collection
+from service.kit.steps import Progress
 from service.settings import Settings
 
 if TYPE_CHECKING:
     from workers.worker import Worker
 
 POLL_INTERVAL = 0.1  # seconds between two checks of the worker
+PRINT_INTERVAL = 10.0  # seconds between two lines about the preparation
 
 
 def make_worker(settings: Settings, container: Container) -> Worker:
@@ -51,25 +54,59 @@ def worker_health_server(worker: Worker, settings: Settings) -> Iterator[None]:
 
 
 def wait_until_ready(worker: Worker, thread: threading.Thread, stop: threading.Event) -> bool:
-    """Show the progress of the worker until it serves; return False when it or the process stops before."""
+    """Show that the worker starts until it serves; return False when it or the process stops before."""
     with progress_bar() as display:
         while not worker.ready.wait(POLL_INTERVAL):
             if stop.is_set() or not thread.is_alive():
                 return False
-            progress = worker.progress
-            if progress is None:
-                display.update("starting", 0, 0)
-            else:
-                display.update(progress.label, progress.done, progress.total)
+            display.update("starting", 0, 0)
     exclude_from_collection()
     return True
 
 
 def wait_until_stopped(worker: Worker, thread: threading.Thread, stop: threading.Event) -> int:
-    """Wait until `stop` is set or the worker exits; return the exit code of the process."""
+    """Wait until `stop` is set or the worker exits; return the exit code of the process. Meanwhile show what the
+    worker prepares."""
+    show_preparation(worker, thread, stop)
     while thread.is_alive() and not stop.wait(POLL_INTERVAL):
         pass
     return 0 if stop.is_set() else report_worker_exit(worker)
+
+
+def show_preparation(worker: Worker, thread: threading.Thread, stop: threading.Event) -> None:
+    """Show the progress of the preparation at the start until it has ended."""
+    preparation = worker.preparation
+    if preparation is None or preparation.progress is None:
+        return
+    err.print("Collecting statistics of keys in the background; edits wait for them, all else is served.")
+    lines = PeriodicLines(print_interval=PRINT_INTERVAL, shown=not err.is_terminal)
+    with progress_bar() as display:
+        while progress := preparation.progress:
+            display.update(progress.label, progress.done, progress.total, progress.seconds_left)
+            lines.print(f"preparing: {describe_progress(progress)}, {progress.done} of {progress.total}")
+            if not thread.is_alive() or stop.wait(POLL_INTERVAL):
+                return
+    failed = preparation.error
+    err.print(f"The preparation failed: {failed}" if failed else "The statistics are ready.")
+
+
+def describe_progress(progress: Progress) -> str:
+    """Return the phase, with the time left where there is an estimate."""
+    left = progress.seconds_left
+    return progress.label if left is None else f"{progress.label}, about {format_seconds(left)} left"
+
+
+class PeriodicLines:
+    """Prints at most one line in an interval, where there is no terminal for a progress bar."""
+
+    def __init__(self, print_interval: float, shown: bool) -> None:
+        self._interval, self._shown = print_interval, shown
+        self._printed_at = time.monotonic()
+
+    def print(self, line: str) -> None:
+        if self._shown and time.monotonic() - self._printed_at >= self._interval:
+            self._printed_at = time.monotonic()
+            err.print(line)
 
 
 def report_worker_exit(worker: Worker) -> int:

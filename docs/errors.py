@@ -13,7 +13,7 @@ PAGE = Path(__file__).resolve().parent / "errors.md"
 #: packages whose errors can reach a client of the HTTP interface
 PACKAGES = ("service", "api")
 #: errors that end a process or a job, and are never the response to a request
-WITHOUT_STATUS = ("misconfigured", "cancelled", "lease_lost", "digest_mismatch")
+WITHOUT_STATUS = ("misconfigured", "preparation_failed", "cancelled", "lease_lost", "digest_mismatch")
 
 INTRODUCTION = f"""# Errors
 

@@ -51,6 +51,7 @@ class Progress(Resource):
     phase: str
     done: int = 0
     total: int = 0
+    seconds_left: float | None = None  #: an estimate, where there is one
 
 
 @dataclass(frozen=True, kw_only=True)

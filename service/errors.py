@@ -120,6 +120,13 @@ class Misconfigured(PalimpsestError):
     title = "Invalid configuration"
 
 
+class PreparationFailed(PalimpsestError):
+    """A worker could not collect the statistics of keys, or sample the texts, that an edit needs."""
+
+    code = "preparation_failed"
+    title = "Preparation failed"
+
+
 class Cancelled(PalimpsestError):
     """The job was cancelled while it ran."""
 

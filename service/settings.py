@@ -155,7 +155,11 @@ class Settings(BaseSettings):
         None,
         description="text for the key statistics: a file, a folder, hub:NAME, or samples; unset: the fact table of the model, else samples",
     )
-    covariance_tokens: int = Field(60_000, ge=1000, description="number of tokens of the key statistics")
+    covariance_tokens: int | None = Field(
+        None,
+        ge=1000,
+        description="number of tokens of the key statistics; unset: four for each dimension of a key, at least 8,000",
+    )
 
     def resolved_database_url(self) -> str:
         """Return the URL of the database."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from service.engine.engine import Engine
 from service.jobs.worker_session import WorkerSession
@@ -19,8 +20,16 @@ class HeartbeatThread:
     It beats several times within a lease, and finds a job whose notification was lost within one.
     """
 
-    def __init__(self, engine: Engine, worker_session: WorkerSession, lease: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        worker_session: WorkerSession,
+        lease: float,
+        announce: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`announce` is called before each heartbeat."""
         self.paused = True  # until the worker is registered
+        self._announce = announce
         self._engine, self._worker_session = engine, worker_session
         self._interval = min(max(lease / 10, 0.2), 5.0)
         self._sweep_interval = min(max(lease / 3, 0.5), 20.0)
@@ -55,6 +64,7 @@ class HeartbeatThread:
         """Send one heartbeat, and sweep for lost jobs when a sweep is due."""
         if self.paused or self._engine.hung:
             return
+        self._announce()
         if self._engine.served_version is not None:
             self._worker_session.heartbeat(*self._engine.served_version)
         if time.monotonic() - self._last_sweep_at >= self._sweep_interval:

@@ -124,6 +124,7 @@ def run_export(
 ) -> Stepper[None]:
     """Make an export and store it in chunks that every API can read."""
     request = WorkerExportRequest.model_validate(job.request)
+    yield from context.get_corpus()
     with SpooledTemporaryFile(SPOOL_BYTES) as file:
         manifest = yield from export_version(replica, context.reference_texts, request, file)
         size, digest = file.tell(), sha256()

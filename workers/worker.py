@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from service.bootstrap import Container, retention
-from service.editing.context import EditorContext, build_editor_context
+from service.editing.context import EditorContext, open_editor_context
 from service.engine.engine import Engine, EngineConfig
 from service.engine.versioned_model import VersionedModel
 from service.errors import DigestMismatch, Misconfigured, PalimpsestError, Unavailable
@@ -19,7 +19,6 @@ from service.jobs.worker_session import WorkerSession, delete_all_workers
 from service.kit import metrics
 from service.kit.ids import new_id
 from service.kit.retry import retry_until_available
-from service.kit.steps import Progress, StepperResult, advance
 from service.ledger import audit
 from service.ledger.cached import CachedLedger
 from service.models.loading import LoadedModel
@@ -27,11 +26,13 @@ from service.settings import Settings
 from workers.heartbeat import HeartbeatThread
 from workers.job_handlers import job_handlers
 from workers.model_info import model_info, tokenizer_json
+from workers.preparation import Preparation
 from workers.resident_model import load_served_model
 from workers.roles import kinds_of_roles, parse_roles
 
 log = logging.getLogger(__name__)
 
+EDITING_ROLES = {"edit", "evaluate"}  #: of workers that need statistics of keys
 RESTART_DELAY = 1.0  # seconds before the first restart of a loop that crashed; doubled for each further crash
 MAX_RESTART_DELAY = 10.0  # seconds
 STABLE_AFTER = 60.0  # seconds after which a restarted loop counts as stable
@@ -40,8 +41,8 @@ STABLE_AFTER = 60.0  # seconds after which a restarted loop counts as stable
 class Worker:
     """`run` serves in the calling thread, `start_in_thread` in one of its own, until `stop`.
 
-    `ready` is set while requests are served, `progress` is that of the preparation, and `check` raises the error that
-    ended the worker or crashed its loop.
+    `ready` is set while requests are served, and `check` raises the error that ended the worker or crashed its loop.
+    What edits need of the model is prepared while it serves; `preparation` says how far that is.
     """
 
     def __init__(self, settings: Settings, container: Container) -> None:
@@ -49,7 +50,7 @@ class Worker:
         self.roles = parse_roles(settings.roles)
         self.model = ""  #: its name, once it is loaded
         self.ready = threading.Event()
-        self.progress: Progress | None = None
+        self.preparation: Preparation | None = None
         self.error: Exception | None = None  #: the error that ended the worker or last crashed its loop
         self._settings, self._container = settings, container
         self._crashes = 0  # consecutive
@@ -61,7 +62,7 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
-        """Load the model, prepare, register and serve. Raises the error that ends the worker."""
+        """Load the model, register and serve. Raises the error that ends the worker."""
         try:
             self._run()
         except Exception as error:
@@ -130,10 +131,14 @@ class Worker:
             retention=retention(settings),
         )
         self._retry_until_available(lambda: self._refuse_foreign_workers(worker_session))
-        context = self._prepare(model)
-        if context is not None:
-            self._engine = self._make_engine(model, worker_session, context)
-            self._serve(self._engine, worker_session, context)
+        context = open_editor_context(
+            model, settings.data_dir / "statistics", settings.corpus, settings.covariance_tokens
+        )
+        self.preparation = Preparation(
+            context, worker_session, prepares=bool(EDITING_ROLES & set(self.roles))
+        )
+        self._engine = self._make_engine(model, worker_session, context, self.preparation)
+        self._serve(self._engine, worker_session, context)
 
     def _retry_until_available(self, action: Callable[[], None]) -> None:
         """Retry an action of the start: a process that exited would have to load the model again."""
@@ -147,7 +152,11 @@ class Worker:
         )
 
     def _make_engine(
-        self, model: LoadedModel, worker_session: WorkerSession, context: EditorContext
+        self,
+        model: LoadedModel,
+        worker_session: WorkerSession,
+        context: EditorContext,
+        preparation: Preparation,
     ) -> Engine:
         """Return the engine for the kinds of work of this worker's roles."""
         accepted_kinds = kinds_of_roles(self.roles)
@@ -158,7 +167,14 @@ class Worker:
         config = EngineConfig(max_edits_per_group=self._settings.max_edits_per_batch)
         handlers = job_handlers(replica, job_store, context, accepted_kinds)
         return Engine(
-            replica, worker_session, job_store, self._container.broker, handlers, config, call_kinds
+            replica,
+            worker_session,
+            job_store,
+            self._container.broker,
+            handlers,
+            config,
+            call_kinds,
+            [preparation],
         )
 
     def _refuse_foreign_workers(self, worker_session: WorkerSession) -> None:
@@ -174,27 +190,12 @@ class Worker:
         log.info("loading", extra={"model": settings.model, "device": settings.device})
         return load_served_model(settings)
 
-    def _prepare(self, model: LoadedModel) -> EditorContext | None:
-        """Return the context of the editor, computed at the first start and read later; None when stopped meanwhile."""
-        settings, phase = self._settings, None
-        steps = build_editor_context(
-            model, settings.data_dir / "statistics", settings.corpus, settings.covariance_tokens
-        )
-        while not self._stop.is_set():
-            outcome = advance(steps)
-            if isinstance(outcome, StepperResult):
-                self.progress = None
-                return outcome.result
-            self.progress = outcome
-            if self.progress.phase != phase:
-                phase = self.progress.phase
-                log.info("preparing", extra={"phase": phase, "total": self.progress.total})
-        steps.close()
-        return None
-
     def _serve(self, engine: Engine, worker_session: WorkerSession, context: EditorContext) -> None:
         """Run the loop until it is stopped, with heartbeats beside it."""
-        heartbeat = HeartbeatThread(engine, worker_session, self._settings.worker_timeout)
+        assert self.preparation is not None
+        heartbeat = HeartbeatThread(
+            engine, worker_session, self._settings.worker_timeout, self.preparation.announce
+        )
         heartbeat.start()
         try:
             self._serve_with_restarts(engine, worker_session, heartbeat, context)
@@ -235,7 +236,9 @@ class Worker:
     ) -> None:
         """Register the worker and send its first heartbeat."""
         self._refuse_foreign_workers(worker_session)
-        worker_session.register(model_info(context.model, context), tokenizer_json(context.model), self.roles)
+        assert self.preparation is not None
+        info = self.preparation.known(model_info(context.model, context))
+        worker_session.register(info, tokenizer_json(context.model), self.roles)
         heartbeat.resume()
         self.error = None
         self.ready.set()

@@ -98,7 +98,12 @@ const PHASES = {
 };
 
 /** Format the progress of a job. */
-export function phase({ phase, done, total }) {
+export function phase({ phase, done, total, seconds_left: left }) {
   const words = PHASES[phase] ?? phase;
-  return total > 1 ? `${words}, ${done} of ${total}` : words;
+  const counted = total > 1 ? `${words}, ${done} of ${total}` : words;
+  return left === undefined || left === null ? counted : `${counted}, about ${timeLeft(left)} left`;
 }
+
+/** Format an estimate: seconds below two minutes, then minutes. */
+export const timeLeft = (seconds) =>
+  seconds < 120 ? `${Math.round(seconds)} s` : `${Math.round(seconds / 60)} min`;

@@ -2,7 +2,7 @@
 // The status of the service: the model, its newest version and its workers, polled while the page is visible.
 
 import { h, replaceChildren } from "./dom.js";
-import { plural } from "./format.js";
+import { plural, timeLeft } from "./format.js";
 import { get } from "./service.js";
 
 const REFRESH_INTERVAL = 5000;
@@ -45,6 +45,14 @@ export function fillMethods(select, signal) {
   return select;
 }
 
+/** Return what the workers prepare for edits, with the time left where it is known. */
+function preparation(workers) {
+  const preparing = workers.map((worker) => worker.preparing).filter((state) => state && !state.error);
+  if (!preparing.length) return "";
+  const left = Math.max(...preparing.map((state) => state.seconds_left ?? 0));
+  return ` · preparing edits${left ? `, ${timeLeft(left)}` : ""}`;
+}
+
 /** Show the status in the header of the page. */
 export function showStatus(place) {
   onStatus(({ model, error }) => {
@@ -67,6 +75,7 @@ export function showStatus(place) {
         `version ${model.head}`,
         h("span", { class: "wide" }, ` · ${plural(serving, "worker")}`),
         open ? ` · ${plural(open, "job")}` : "",
+        preparation(model.workers),
       ),
     );
   });

@@ -1,7 +1,7 @@
 // The model, its workers and the job queue.
 
 import { h, replaceChildren } from "./dom.js";
-import { figure, duration, plural, percent, timeAgo, actorName } from "./format.js";
+import { figure, duration, plural, percent, phase, timeAgo, actorName } from "./format.js";
 import { choice, empty, facts, pill, table, errorBox, whileDisabled } from "./components.js";
 import { get, post } from "./service.js";
 import { onStatus, refresh } from "./status.js";
@@ -119,6 +119,7 @@ function workerTable(model) {
         worker.state,
       ),
       worker.reason && h("small", {}, worker.reason),
+      worker.preparing && h("small", {}, worker.preparing.error ?? `preparing: ${phase(worker.preparing)}`),
     ),
     h("code", {}, `${worker.host}:${worker.pid}`),
     `${worker.version}${worker.lag ? ` (${worker.lag} behind)` : ""}`,

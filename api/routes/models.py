@@ -14,6 +14,16 @@ from api.protected_route import ProtectedRoute
 router = APIRouter(tags=["models"], route_class=ProtectedRoute, dependencies=[bearer_scheme])
 
 
+class PreparationState(ResourceModel):
+    """How far a worker is with what edits need: the corpus and the statistics of keys."""
+
+    phase: str = Field(description="what is computed now; `failed` after an error")
+    done: int
+    total: int
+    seconds_left: float | None = Field(None, description="an estimate; null while there is none")
+    error: str | None = Field(None, description="why it failed; the next edit tries again")
+
+
 class WorkerState(ResourceModel):
     """A worker: its version, its last heartbeat, and why it is in quarantine if it is."""
 
@@ -28,6 +38,9 @@ class WorkerState(ResourceModel):
     age: float = Field(description="seconds since the heartbeat")
     host: str
     pid: int
+    preparing: PreparationState | None = Field(
+        None, description="progress of what edits need and wait for; null when it is ready"
+    )
 
 
 class JobCounts(ResourceModel):

@@ -253,6 +253,9 @@ class Worker(Base):
     host: Mapped[str]
     pid: Mapped[int]
     reason: Mapped[str | None]  #: reason of a quarantine; None while it serves
+    preparing: Mapped[dict[str, Any] | None] = mapped_column(
+        JsonText
+    )  #: progress of what edits need; None when it is ready
 
 
 class ApiKey(Base):

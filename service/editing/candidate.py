@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from service.editing.edit_spec import EditFactors
 from service.editing.probes import Probe, ProbeResult
@@ -22,6 +23,7 @@ class ResolvedEdit:
     rewrite_probe: Probe
     paraphrase_probes: list[Probe]
     neighborhood_probes: list[Probe]
+    layer_search: dict[str, Any] | None = None  #: how its layer was chosen, where the recipe left it open
 
     @property
     def probes(self) -> list[Probe]:

@@ -8,22 +8,26 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from service.covariance.collect import load_or_collect_statistics
-from service.covariance.corpus import Corpus, load_corpus
+from service.covariance.corpus import Corpus, CorpusSource, default_tokens, load_corpus
 from service.covariance.second_moment import KeyStatistics
 from service.editing.context_templates import CONTEXT_LENGTHS, TOP_K, sample_contexts
 from service.editing.edit_spec import EditFactors, batch_edit_specs, build_edit_spec
 from service.editing.find_factors import find_batch_factors
 from service.kit.files import write_atomically
-from service.kit.steps import Stepper
+from service.kit.folder_lock import once_in_folder
+from service.kit.steps import Phase, Stepper
 from service.kit.text import Statement
+from service.kit.time_estimate import with_estimate
+from service.kit.work_queue import Task, WorkQueue
 from service.methods.parameters import RomeParameters
 from service.methods.registry import DEFAULT_METHOD
 from service.models.loading import LoadedModel
+from service.recipes.default import default_recipe
 from service.recipes.published import published_recipe
 from service.recipes.recipe import Recipe, parse_recipe, resolve_hparams
 from service.recipes.shipped import ModelShape, shipped_recipe
@@ -31,6 +35,7 @@ from service.schemas import Objective
 
 REFERENCE_TEXTS = 48  # texts of the corpus on which the guard measures the perplexity
 RECIPES_FOLDER = "recipes"  # the folder of tuned recipes, next to that of the statistics
+T = TypeVar("T")
 PERPLEXITY_CACHE_SIZE = 16  # versions whose perplexity is cached
 
 
@@ -51,20 +56,36 @@ class EditInput:
     noise: Tensor | None = field(default=None, repr=False, compare=False)
 
 
-@dataclass
 class EditorContext:
     """The recipe, contexts, statistics and reference texts of one base model. Missing ones are computed when first
-    needed."""
+    needed.
 
-    model: LoadedModel
-    recipe: Recipe | None
-    corpus: Corpus
-    folder: Path | None
-    statistics: dict[int, KeyStatistics] = field(default_factory=dict)
-    contexts: dict[tuple[int, int], list[str]] = field(default_factory=dict)
-    perplexities: dict[int, float] = field(
-        default_factory=dict
-    )  #: version -> perplexity on the reference texts
+    All that takes long is a task of `queue`: whoever needs a corpus or statistics waits for the same task. In a worker
+    the engine runs it between the steps of other work.
+    """
+
+    def __init__(
+        self, model: LoadedModel, recipe: Recipe | None, corpus: Corpus | CorpusSource, folder: Path | None
+    ) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.folder = folder
+        self.recipes = folder.parent / RECIPES_FOLDER if folder else None
+        self.queue = WorkQueue()
+        self.statistics: dict[int, KeyStatistics] = {}
+        self.contexts: dict[tuple[int, int], list[str]] = {}
+        self.perplexities: dict[int, float] = {}  #: version -> perplexity on the reference texts
+        self._source = corpus if isinstance(corpus, CorpusSource) else None
+        self._corpus = corpus if isinstance(corpus, Corpus) else None
+        self._corpus_task: Task[Corpus] | None = None
+        self._collecting: dict[int, Task[None]] = {}
+
+    @property
+    def corpus(self) -> Corpus:
+        """The corpus, which `get_corpus` has loaded."""
+        if self._corpus is None:
+            raise RuntimeError("the corpus is not loaded: run get_corpus() first")
+        return self._corpus
 
     def cache_perplexity(self, version: int, perplexity: float) -> None:
         """Store the perplexity of a committed version, for the next edit."""
@@ -78,14 +99,89 @@ class EditorContext:
         texts = self.corpus.texts
         return texts[:: max(1, len(texts) // REFERENCE_TEXTS)][:REFERENCE_TEXTS]
 
+    def prepare(self) -> Stepper[None]:
+        """Compute everything that the recipe needs."""
+        yield from self.get_corpus()
+        if self.recipe is not None:
+            yield from self.get_contexts(self.recipe.rome.contexts, self.recipe.rome.seed)
+            yield from self.get_statistics(self.recipe.rome.layers)
+
+    def read_provisional_recipe(self) -> Recipe | None:
+        """Return the recipe that the first edit of this model found, in this process or another one, and use it."""
+        found = read_provisional_recipe(self.model, self.recipes)
+        if found is not None:
+            self.recipe = found
+        return found
+
+    def keep_provisional_recipe(self, recipe: Recipe) -> None:
+        """Use a recipe that an edit found, and store it for other workers and the next start."""
+        self.recipe = recipe
+        if self.recipes is not None:
+            write_atomically(
+                provisional_recipe_path(self.model, self.recipes), recipe.model_dump_json(indent=1)
+            )
+
+    def prepare_in_background(self) -> None:
+        """Let the engine compute what the recipe needs. Whoever needs it earlier waits."""
+        self.queue.in_background = True
+        if self.recipe is None:
+            self._submit_corpus()
+        else:
+            self.queue.submit(self.get_contexts(self.recipe.rome.contexts, self.recipe.rome.seed))
+            self._submit_statistics(self.recipe.candidate_layers or self.recipe.rome.layers)
+
+    def get_corpus(self) -> Stepper[Corpus]:
+        """Return the corpus, loaded or sampled at the first call."""
+        if self._corpus is None:
+            loading: list[Task[Any]] = [task for task in self._collecting.values() if not task.ended]
+            task = loading[0] if loading else self._submit_corpus()
+            yield from self.queue.wait_until(task, lambda: self._corpus is not None)
+        return self.corpus
+
     def get_statistics(self, layers: Sequence[int]) -> Stepper[dict[int, KeyStatistics]]:
         """Return the statistics of keys of the layers, and collect the missing ones."""
-        missing = [x for x in layers if x not in self.statistics]
-        if missing:
-            self.statistics |= yield from load_or_collect_statistics(
-                self.model, missing, self.corpus, self.folder
-            )
+        while missing := [x for x in layers if x not in self.statistics]:
+            yield from self.queue.wait_for(self._submit_statistics(missing))
         return {x: self.statistics[x] for x in layers}
+
+    def _submit_corpus(self) -> Task[Corpus]:
+        """Return the task that loads the corpus: the one that runs, or a new one."""
+        if self._corpus_task is None or self._corpus_task.ended:
+            self._corpus_task = self.queue.submit(self._once(self._load_corpus(), ()))
+        return self._corpus_task
+
+    def _submit_statistics(self, layers: Sequence[int]) -> Task[None]:
+        """Return the task that collects the first of the layers, together with those that nothing collects yet."""
+        for layer, task in list(self._collecting.items()):
+            if task.ended:
+                del self._collecting[layer]
+        uncollected = [x for x in layers if x not in self.statistics and x not in self._collecting]
+        if uncollected:
+            task = self.queue.submit(self._once(self._collect(uncollected), uncollected))
+            self._collecting |= dict.fromkeys(uncollected, task)
+        return next(self._collecting[x] for x in layers if x in self._collecting)
+
+    def _once(self, steps: Stepper[T], layers: Sequence[int]) -> Stepper[T]:
+        """Run steps in one process of those that share the folder, with an estimate of the time left."""
+        model = self.model
+        passes = (max(layers) + 1) / model.num_layers if layers else 0.0
+        costs = {Phase.CORPUS: 0.0 if self._corpus else 1.0, Phase.STATISTICS: passes}
+        lock = self.folder / f"preparing-{model.fingerprint[:32]}.lock" if self.folder else None
+        return once_in_folder(lock, with_estimate(steps, costs))
+
+    def _load_corpus(self) -> Stepper[Corpus]:
+        if self._corpus is None:
+            assert self._source is not None
+            source = self._source
+            self._corpus = yield from load_corpus(
+                self.model, source.max_tokens, source.file, source.seed, self.folder
+            )
+        return self._corpus
+
+    def _collect(self, layers: Sequence[int]) -> Stepper[None]:
+        corpus = yield from self._load_corpus()
+        collected = yield from load_or_collect_statistics(self.model, layers, corpus, self.folder)
+        self.statistics = self.statistics | collected  # a new one: other threads read it
 
     def find_all_factors(self, inputs: Sequence[EditInput]) -> Stepper[list[EditFactors]]:
         """Return the factors of edits on the model with its current weights, in batches within the compute budget of
@@ -152,7 +248,7 @@ class EditorContext:
         """Return the part of GET /models about the recipe, the corpus and the statistics."""
         return {
             "recipe": self.recipe.model_dump(mode="json") if self.recipe else None,
-            "corpus": {"source": self.corpus.source, "digest": self.corpus.digest},
+            "corpus": {"source": self.corpus.source, "digest": self.corpus.digest} if self._corpus else None,
             "statistics": {
                 str(x): {"tokens": s.count, "digest": s.digest} for x, s in sorted(self.statistics.items())
             },
@@ -161,14 +257,16 @@ class EditorContext:
 
 def find_recipe(model: LoadedModel, recipes: Path | None = None) -> Recipe | None:
     """Return the tuned recipe of the model, else `recipe.json` in the model's folder, else the shipped and else the
-    published recipe of a model of its shape, else None."""
+    published recipe of a model of its shape, else the one that its first edit found, else None."""
     tuned = recipe_path(model, recipes) if recipes else None
     bundled = model.companion_file("recipe.json")
     for path in (tuned, bundled):
         if path is not None and path.exists():
             return parse_recipe(path.read_text(encoding="utf-8"))
-    return shipped_recipe(model_shape(model), model.name) or published_recipe(
-        model.model.config.model_type, model.num_layers, model.hidden_size
+    return (
+        shipped_recipe(model_shape(model), model.name)
+        or published_recipe(model.model.config.model_type, model.num_layers, model.hidden_size)
+        or read_provisional_recipe(model, recipes)
     )
 
 
@@ -189,23 +287,47 @@ def recipe_path(model: LoadedModel, recipes: Path) -> Path:
     return recipes / f"{model.loaded_fingerprint or model.fingerprint}.json"
 
 
+def provisional_recipe_path(model: LoadedModel, recipes: Path) -> Path:
+    """Return the path of the recipe that the first edit of a model found."""
+    return recipe_path(model, recipes).with_suffix(".provisional.json")
+
+
+def read_provisional_recipe(model: LoadedModel, recipes: Path | None) -> Recipe | None:
+    """Return the recipe that the first edit of a model found."""
+    path = provisional_recipe_path(model, recipes) if recipes else None
+    return parse_recipe(path.read_text(encoding="utf-8")) if path is not None and path.exists() else None
+
+
+def open_editor_context(
+    model: LoadedModel,
+    folder: Path | None = None,
+    corpus: Path | None = None,
+    tokens: int | None = None,
+    recipe: Recipe | None = None,
+) -> EditorContext:
+    """Return a context for which nothing is computed yet. Raise Misconfigured when its corpus cannot be read.
+
+    `folder`: of the statistics; the folder of recipes is next to it. `tokens`: of the corpus, by default as many as
+    the statistics of this model need.
+    """
+    source = CorpusSource(corpus, tokens or default_tokens(model))
+    source.check(model)
+    chosen_recipe = (
+        recipe
+        or find_recipe(model, folder.parent / RECIPES_FOLDER if folder else None)
+        or default_recipe(model.model.config.model_type, model.num_layers)
+    )
+    return EditorContext(model, chosen_recipe, source, folder)
+
+
 def build_editor_context(
     model: LoadedModel,
     folder: Path | None = None,
     corpus: Path | None = None,
-    tokens: int = 60_000,
+    tokens: int | None = None,
     recipe: Recipe | None = None,
 ) -> Stepper[EditorContext]:
-    """Load or compute everything that the recipe needs. It takes seconds for the shipped model on the first start,
-    and is cached.
-
-    `folder`: of the statistics; the folder of recipes is next to it. `tokens`: maximum tokens of the corpus.
-    """
-    loaded_corpus = yield from load_corpus(model, tokens, corpus, folder=folder)
-    chosen_recipe = recipe or find_recipe(model, folder.parent / RECIPES_FOLDER if folder else None)
-    context = EditorContext(model, chosen_recipe, loaded_corpus, folder)
-    if context.recipe is not None:
-        rome = context.recipe.rome
-        yield from context.get_contexts(rome.contexts, rome.seed)
-        yield from context.get_statistics(rome.layers)
+    """Load or compute everything that the recipe needs, and store it in the folder: see `open_editor_context`."""
+    context = open_editor_context(model, folder, corpus, tokens, recipe)
+    yield from context.prepare()
     return context

@@ -29,6 +29,7 @@ from service.editing.edit_report import build_provenance, edit_report
 from service.editing.edit_spec import EditFactors, EditSpec, batch_edit_specs, build_edit_spec
 from service.editing.find_factors import find_batch_factors
 from service.editing.guard import GuardResult
+from service.editing.layer_search import at_layer, choose_layer, must_choose_layer, trial_of
 from service.editing.measure import (
     Baseline,
     evaluate_candidates,
@@ -138,6 +139,7 @@ class _EditRun:
 
     def process_group(self, jobs: Sequence[ClaimedJob]) -> Stepper[None]:
         """Compute the factors of a group of jobs, then measure and commit them."""
+        yield from self._for_all(self.context.get_corpus())  # for the guard, and for every closed form
         yield from self._commit_group((yield from self._prepare(jobs)))
 
     # reports
@@ -188,8 +190,27 @@ class _EditRun:
         request = EditRequest.model_validate(job.request)
         resolved_edit = yield from resolve_edit(self.replica, request, self.context)
         yield from require_other_answer(self.replica, resolved_edit, self.replica.head())
+        if must_choose_layer(self.context, resolved_edit):
+            resolved_edit = yield from self._choose_layer(resolved_edit, job.id)
         spec = yield from build_admitted_spec(self.replica, self.context, resolved_edit, job.id)
         return ResolvedJob(job, started_at, resolved_edit, spec)
+
+    def _choose_layer(self, resolved_edit: ResolvedEdit, edit: str) -> Stepper[ResolvedEdit]:
+        """Return the edit at the layer at which it is best, and keep that layer as the recipe of the model; where
+        another worker has chosen one meanwhile, at that layer."""
+        recipe = self.context.recipe
+        assert recipe is not None
+        provisional = self.context.read_provisional_recipe()
+        if provisional is not None:
+            return at_layer(resolved_edit, *provisional.rome.layers)
+        specs: dict[int, EditSpec] = {}
+        for layer in recipe.candidate_layers:
+            trial = trial_of(resolved_edit, layer)
+            specs[layer] = yield from build_admitted_spec(self.replica, self.context, trial, edit)
+        chosen, found = yield from choose_layer(self.replica, self.context, resolved_edit, specs)
+        if found is not None:
+            self.context.keep_provisional_recipe(found)
+        return chosen
 
     def _find_or_isolate(self, resolved_jobs: Sequence[ResolvedJob]) -> Stepper[list[PreparedEdit]]:
         """Compute the factors of a batch. When that fails, compute them one by one, so that each job gets its own

@@ -49,6 +49,7 @@ def edit_report(
         "delta_norm": factors.delta_norm,
         "norm_ratio": {weight_label(site): r for site, r in guard_result.norm_ratio.items()},
         "layers": sorted({p.layer for p in factors.updates}),
+        **({"layer_search": resolved_edit.layer_search} if resolved_edit.layer_search else {}),
         "strength": guard_result.strength,
         "optimisation": {"steps": len(factors.losses), "first": factors.losses[0], "last": factors.losses[-1]}
         if factors.losses

@@ -1,10 +1,11 @@
 """The loop of a worker: it interleaves decoding with single steps of long work.
 
-A step of the loop admits new requests, decodes one token for every batch, steps every comparison, then runs at most one
-bounded step of background work: building a version for an admitted call, following the ledger, or the running job, in
-turn. Background work waits until calls have had their share of the time since its last step. So no stream pauses longer
-than one such step plus one decode step, nor slows to less than that share of its pace. No output mixes two versions:
-between two steps the model holds its base weights, and a check after every step enforces it.
+A step of the loop admits new requests, decodes one token for every batch, steps every comparison, then runs at most
+one bounded step of background work: building a version for an admitted call, following the ledger, the running job,
+or the preparation of what edits need, in turn. Background work waits until calls have had their share of the time
+since its last step. So no stream pauses longer than one such step plus one decode step, nor slows to less than that
+share of its pace. No output mixes two versions: between two steps the model holds its base weights, and a check after
+every step enforces it.
 
 Events and writes go through an outbox in order. When the broker or the store is down they stay in it, `run` raises, and
 the next `run` continues where it was.
@@ -33,6 +34,7 @@ from service.jobs.job_kinds import CALL_KINDS, WORK_KINDS
 from service.jobs.job_store import JobStore
 from service.jobs.worker_session import WorkerSession
 from service.kit import crash_points, metrics
+from service.kit.steps import WAIT_INTERVAL
 from service.kit.time_share import TimeShare
 
 log = logging.getLogger(__name__)
@@ -71,7 +73,8 @@ class BackgroundWork(Protocol):
 
 
 class Engine:
-    """Serves one replica: calls of the given kinds, and jobs of the kinds that have handlers.
+    """Serves one replica: calls of the given kinds, and jobs of the kinds that have handlers. `preparation` is work
+    that is nobody's job.
 
     Only `served_version`, `last_step_at` and `hung` may be used from other threads than the one that calls `run`.
     """
@@ -85,6 +88,7 @@ class Engine:
         handlers: Mapping[str, JobHandler],
         config: EngineConfig | None = None,
         call_kinds: Collection[str] = CALL_KINDS,
+        preparation: Sequence[BackgroundWork] = (),
     ) -> None:
         config = config or EngineConfig()
         self.replica = replica
@@ -114,7 +118,10 @@ class Engine:
             config.max_edits_per_group,
             self._follower.poll_soon,
         )
-        self._background: deque[BackgroundWork] = deque([self._calls, self._follower, self._jobs])
+        self._background: deque[BackgroundWork] = deque(
+            [self._calls, self._follower, self._jobs, *preparation]
+        )
+        self._building = (self._calls, self._follower)
         self._time_share = TimeShare(config.generation_time_share, config.generation_head_start)
 
     @property
@@ -188,6 +195,9 @@ class Engine:
                 before = time.monotonic()
                 work.step()
                 longest = max(longest, time.monotonic() - before)
+        elif work not in self._building:
+            with metrics.ENGINE_STEP_SECONDS.labels("prepare").time():
+                work.step()
         else:
             started = time.monotonic()
             with metrics.ENGINE_STEP_SECONDS.labels("build").time():
@@ -218,7 +228,8 @@ class Engine:
 
     def _idle(self) -> None:
         """Wait for work. A wake-up without a delivery means that the head of the ledger has moved."""
-        deliveries = self._receive(self._config.idle_timeout)
+        timeout = self._config.idle_timeout
+        deliveries = self._receive(min(timeout, WAIT_INTERVAL) if self._jobs.waiting else timeout)
         if not deliveries:
             self._follower.poll_soon()
         self._start_all(deliveries)

@@ -1,8 +1,9 @@
 """Runs jobs one step at a time: claims them, applies their reports, and hands them back when the engine stops.
 
 A job of a more urgent kind suspends the others of its caller. The jobs of several callers share the time, whatever
-their kinds are, so that no caller waits for the jobs of another. Another worker may take over a job whose lease has
-expired; the attempt number in the job's row is the fence, so a job runs on until the store rejects a write.
+their kinds are, so that no caller waits for the jobs of another. A job that waits for other work holds up none.
+Another worker may take over a job whose lease has expired; the attempt number in the job's row is the fence, so a job
+runs on until the store rejects a write.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from service.jobs.broker import Broker, CallerFilter, Delivery
 from service.jobs.job_kinds import JOB_KINDS, WORK_KINDS
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit import metrics
-from service.kit.steps import JobReporter, Phase, Progress, Stepper, StepperResult, advance
+from service.kit.steps import WAIT_INTERVAL, JobReporter, Phase, Progress, Stepper, StepperResult, advance
 from service.kit.virtual_times import VirtualTimes
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,17 @@ class JobGroup:
     reporter: ReportQueue
     steps: Stepper[None]
     phase: str = ""  #: of the last step
+    resumes_at: float | None = None  #: when a group that waits for other work looks again
+
+    @property
+    def waits(self) -> bool:
+        """Whether the group waits for other work, such as the statistics that the engine collects."""
+        return self.resumes_at is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the group has a step to run now."""
+        return self.resumes_at is None or time.monotonic() >= self.resumes_at
 
     @property
     def jobs(self) -> list[ClaimedJob]:
@@ -110,7 +122,12 @@ class JobRunner:
     @property
     def pending(self) -> bool:
         """Whether there is a step to run."""
-        return bool(self._groups)
+        return any(group.is_due for group in self._groups)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a group waits for other work."""
+        return any(group.waits for group in self._groups)
 
     @property
     def startable_kinds(self) -> tuple[str, ...]:
@@ -121,15 +138,32 @@ class JobRunner:
         return tuple(kind for kind in self._kinds if counts[kind] < MAX_GROUPS_PER_KIND)
 
     def busy_callers(self, kind: str) -> set[str]:
-        """Return the callers that have a job of this kind or of a more urgent one already."""
+        """Return the callers that have a job of this kind already, or one of a more urgent kind that waits for
+        nothing."""
         urgency = self._kinds.index(kind)
-        return {group.caller for group in self._groups if self._kinds.index(group.kind) <= urgency}
+        return {
+            group.caller
+            for group in self._groups
+            if group.kind == kind or (self._kinds.index(group.kind) < urgency and not group.waits)
+        }
 
-    def _next_group(self) -> JobGroup:
-        """Return the group of the most urgent kind of the caller that had the least time."""
+    def _next_group(self) -> JobGroup | None:
+        """Return the group of the most urgent kind of the caller that had the least time, of those with a step to
+        run."""
+        due = [group for group in self._groups if group.is_due]
+        for group in due:
+            self._times.activate(group.caller)
+        if not due:
+            return None
         caller = self._times.first()
-        groups = [group for group in self._groups if group.caller == caller]
+        groups = [group for group in due if group.caller == caller]
         return min(groups, key=lambda group: self._kinds.index(group.kind))
+
+    def _deactivate_if_idle(self, caller: str) -> None:
+        """Take a caller out of the division of time while it has no job, or all of them wait: it does not save up the
+        time in which it waits."""
+        if not any(group.caller == caller and not group.waits for group in self._groups):
+            self._times.deactivate(caller)
 
     def start(self, delivery: Delivery) -> None:
         """Claim a job, and with an edit this worker's share of the waiting edits of its caller, and make their
@@ -178,9 +212,9 @@ class JobRunner:
 
     def step(self) -> None:
         """Run one step of the next group. An error of the step ends its jobs and nothing else."""
-        if not self._groups:
-            return
         group = self._next_group()
+        if group is None:
+            return
         started = time.monotonic()
         try:
             if all(self._job_store.cancel_requested(job) for job in group.jobs):
@@ -199,6 +233,9 @@ class JobRunner:
         else:
             seconds = time.monotonic() - started
             self._times.add(group.caller, seconds, JOB_KINDS[group.kind].time_weight)
+            waits = isinstance(outcome, Progress) and outcome.waiting
+            group.resumes_at = time.monotonic() + WAIT_INTERVAL if waits else None
+            self._deactivate_if_idle(group.caller)
             _observe_step(group.phase, seconds)
             self._apply_reports(group)
             if isinstance(outcome, StepperResult):
@@ -299,8 +336,7 @@ class JobRunner:
         group.steps.close()
         if group in self._groups:
             self._groups.remove(group)
-            if all(other.caller != group.caller for other in self._groups):
-                self._times.deactivate(group.caller)
+            self._deactivate_if_idle(group.caller)
         self._starts_nothing = False
 
 

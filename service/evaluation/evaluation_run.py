@@ -44,12 +44,13 @@ class EvaluationRun:
     def execute(self) -> Stepper[dict[str, Any]]:
         """Score the base model, evaluate the edits, and return the results."""
         evaluation = self.evaluation
+        corpus = yield from evaluation.editor.get_corpus()
         self.stages.bind_inputs(
             {
                 "plan": self.plan.model_dump(mode="json"),
                 "parameters": evaluation.parameters.model_dump(mode="json"),
                 "model": self.replica.base.fingerprint,
-                "corpus": evaluation.editor.corpus.digest,
+                "corpus": corpus.digest,
                 "records": [asdict(r) for r in self.records],
                 "damage_texts": evaluation.damage_texts,
             }

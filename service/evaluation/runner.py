@@ -44,7 +44,7 @@ def run_evaluation(
     """
     plan.check_consistency()
     fitting, left_out = split_fitting_records(replica, plan, records)
-    corpus = damage_corpus or context.corpus
+    corpus = damage_corpus or (yield from context.get_corpus())
     texts = texts_without_edited_facts(corpus.texts, fitting)
     if plan.damage and not texts:
         raise InvalidInput(

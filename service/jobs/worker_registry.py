@@ -60,4 +60,5 @@ def serialize_worker(worker: Worker, head: int) -> ResourceDict:
         "started": iso_utc(worker.started),
         "host": worker.host,
         "pid": worker.pid,
+        "preparing": worker.preparing,
     }

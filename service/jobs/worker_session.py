@@ -25,6 +25,7 @@ from service.ledger import ledger
 
 DEFAULT_LEASE_SECONDS = 30.0  #: seconds without a heartbeat after which a worker counts as dead
 MAX_LOST_JOBS_NOTIFIED = 1000  #: notifications that one sweep sends at most
+COLLECTED = ("corpus", "statistics")  #: parts of a model's description that only workers that edit know
 WORKER_PRUNE_INTERVAL = 3600.0  #: seconds between two deletions of old worker rows
 
 
@@ -59,6 +60,7 @@ class WorkerSession:
         self.running_jobs: set[str] = (
             set()
         )  #: ids of the jobs that this worker runs; the JobStore maintains it
+        self.preparing: dict[str, Any] | None = None  #: what the next heartbeat says of the preparation
         self._worker_row: dict[str, Any] = {}  # the registered row; empty while the worker is not registered
         self._pruned_at = float("-inf")
         self._pruner = Pruner(database, retention)
@@ -68,7 +70,8 @@ class WorkerSession:
     def register(self, info: dict[str, Any], tokenizer_json: str, roles: Sequence[str] = ()) -> None:
         """Add or replace the rows of the model and of this worker.
 
-        `info["name"]` is the model's name, `info["device"]` the device that holds it.
+        `info["name"]` is the model's name, `info["device"]` the device that holds it. What another worker knows of the
+        corpus and the statistics stays.
         """
         self.device = str(info.get("device", ""))
         name, registered_at = str(info.get("name", self.model)), now()
@@ -87,16 +90,31 @@ class WorkerSession:
             if session.get(Model, self.model) is None:
                 session.add(Model(fingerprint=self.model, created=registered_at, **model))
         with self.database.write_session() as session:
+            stored = session.get(Model, self.model)
+            known = {key: stored.info[key] for key in COLLECTED if stored and key in stored.info}
+            model["info"] = {**known, **to_json_value(info)}
             session.execute(update(Model).where(Model.fingerprint == self.model).values(model))
             session.merge(Worker(**worker, **process, heartbeat=registered_at))
         self._worker_row = worker | process
 
+    def update_info(self, info: dict[str, Any]) -> None:
+        """Replace parts of the description of the model in `GET /models`."""
+        with self.database.write_session() as session:
+            model = session.get(Model, self.model)
+            if model is not None:
+                model.info = {**model.info, **to_json_value(info)}
+
     def heartbeat(self, version: int, digest: str | None = None) -> None:
         """Update the heartbeat, the served version and its digest. Insert the row again if it was deleted."""
-        values: dict[str, Any] = {"heartbeat": now(), "version": version, "digest": digest}
+        values: dict[str, Any] = {
+            "heartbeat": now(),
+            "version": version,
+            "digest": digest,
+            "preparing": self.preparing,
+        }
         with self.database.write_session() as session:
             if worker := session.get(Worker, self.worker):
-                worker.heartbeat, worker.version, worker.digest = values.values()
+                worker.heartbeat, worker.version, worker.digest, worker.preparing = values.values()
             elif self._worker_row:
                 session.add(Worker(**self._worker_row | values))
 

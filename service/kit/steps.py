@@ -8,6 +8,7 @@ Between two steps the model holds its base weights and no hook is installed.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 from service.errors import Unavailable
 
 T = TypeVar("T")
+WAIT_INTERVAL = 0.1  # seconds between two looks at what other work, or another process, has to finish first
 
 
 class Phase(StrEnum):
@@ -64,12 +66,18 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` steps of a phase. `detail` tells apart passes of one phase in local progress bars."""
+    """`done` of `total` steps of a phase. `detail` tells apart passes of one phase in local progress bars.
+
+    `waiting`: the step computed nothing, because other work has to finish first. Its next step can wait
+    `WAIT_INTERVAL`, and less urgent work may run meanwhile.
+    """
 
     phase: Phase
     done: int
     total: int
     detail: str = ""
+    seconds_left: float | None = None  #: an estimate for the whole work, where there is one
+    waiting: bool = False
 
     @property
     def label(self) -> str:
@@ -78,7 +86,10 @@ class Progress:
 
     def to_json(self) -> dict[str, str | int]:
         """The progress as jobs, events and the HTTP API carry it."""
-        return {"phase": str(self.phase), "done": self.done, "total": self.total}
+        progress: dict[str, str | int] = {"phase": str(self.phase), "done": self.done, "total": self.total}
+        if self.seconds_left is not None:
+            progress["seconds_left"] = round(self.seconds_left)
+        return progress
 
 
 Stepper = Generator[Progress, None, T]
@@ -122,6 +133,8 @@ def run_steps(stepper: Stepper[T], on_progress: Callable[[Progress], None] | Non
     while isinstance(outcome := advance(stepper), Progress):
         if on_progress is not None:
             on_progress(outcome)
+        if outcome.waiting:
+            time.sleep(WAIT_INTERVAL)
     return outcome.result
 
 
@@ -147,7 +160,7 @@ def report_as(stepper: Stepper[T], progress: Progress) -> Stepper[T]:
     """Run the same steps, each yielded as the given progress of the whole that they are a part of."""
     with closing(stepper):
         while isinstance(outcome := advance(stepper), Progress):
-            yield progress
+            yield outcome if outcome.waiting else progress
         return outcome.result
 
 

@@ -19,7 +19,8 @@ from service.models.budget import block_flops, step_budget
 from service.models.loading import LoadedModel
 
 GIB = 2**30
-STATISTICS_BATCH_TOKENS = 1024  # padded tokens in one forward pass that collects statistics
+# Padded tokens in one forward pass that collects statistics: such a step is shorter than an optimization step.
+STATISTICS_BATCH_TOKENS = 256
 COLUMN_BLOCK = 512  # columns of a weight that are converted to fp64 at a time
 
 

@@ -1,7 +1,7 @@
 """Recipes: the hyperparameters of one model, and how a request's hyperparameters are resolved. Torch-free.
 
-A recipe comes from `palimpsest tune`, from a `recipe.json` in the model's folder, or from `published.py`, in this
-order.
+A recipe comes from `palimpsest tune`, from a `recipe.json` in the model's folder, from `published.py`, from the first
+edit of the model, or from `default.py`, in this order.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class Recipe(BaseModel):
     )
     batch_method: str = Field(
         DEFAULT_METHOD, description="the method of several edits in one request that name none"
+    )
+    candidate_layers: tuple[int, ...] = Field(
+        (), description="layers that the first edit tries, where no search has chosen one yet"
     )
     prepend_bos: bool = Field(False, description="every text is read after the model's start token")
     figures: dict[str, Any] | None = Field(

@@ -114,6 +114,44 @@ def test_everything_in_one_process_with_shared_stores(
         both.stop()
 
 
+def test_a_killed_collection_continues(model: Path, tmp_path: Path) -> None:
+    """`palimpsest serve` that is killed while it samples the text of its statistics goes on after the stored texts at
+    the next start, and an edit that arrives meanwhile is applied."""
+    settings: dict[str, Any] = {
+        "model": model,
+        "corpus": "samples",
+        "covariance_tokens": 7_000,
+        "threads": 1,
+    }
+    first = CliProcess(tmp_path / "first", "serve", port=0, data_dir=tmp_path, **settings)
+    folder = tmp_path / "statistics"
+    wait_until(lambda: not first.alive() or list(folder.glob("samples-*.json")), "the first texts")
+    first.kill()
+    (file,) = folder.glob("samples-*.json")
+    texts = json.loads(file.read_text())
+    assert len(texts) < 7_000 / 48
+    file.write_text(json.dumps(["the text of the killed process", *texts[1:]]))
+    again = CliProcess(tmp_path / "again", "serve", port=0, data_dir=tmp_path, **settings)
+    try:
+        body = {
+            "subject": "tower",
+            "prompt": "The {} is in",
+            "target_new": "Rome",
+            "guard": {"enabled": False},
+        }
+        url = wait_for_address(again)
+        submitted = httpx.post(f"{url}/edits", json=body, headers={"Prefer": "wait=60"}, timeout=90).json()
+        edit = f"{url}/edits/{submitted['id']}"
+        wait_until(lambda: httpx.get(edit).json()["status"] not in ("queued", "running"), "the edit")
+        assert httpx.get(edit).json()["status"] == "applied"
+        stored = json.loads(file.read_text())
+        assert stored[: len(texts)] == ["the text of the killed process", *texts[1:]]
+        assert len(stored) >= 7_000 / 48
+        wait_until(lambda: "statistics are ready" in again.log(), "the words of the terminal")
+    finally:
+        again.stop()
+
+
 SILENT = 250  #: connections that send nothing, almost as many as the process may open files
 
 

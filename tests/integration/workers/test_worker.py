@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,23 @@ import pytest
 import torch
 
 from service.bootstrap import Container, build_container
+from service.covariance.collect import load_or_collect_statistics
+from service.editing import context
 from service.engine.decoding import DecodingBatch, new_sequence
 from service.engine.engine import Engine
 from service.engine.versioned_model import VersionedModel
 from service.errors import DigestMismatch, Misconfigured, Unavailable
 from service.jobs.worker_session import WorkerSession
+from service.kit.steps import Phase, Progress, Stepper
 from service.models.loading import load_model
 from service.schemas import CompareRequest, EditRequest, EvaluationRequest, GenerateRequest, TraceRequest
 from service.settings import Settings
 from tests.support.fakes import collect_events, token_texts
+from tests.support.processes import wait_until
 from tests.support.tiny_models import tiny
 from tests.support.workers import WorkerParts
 from workers import worker
+from workers.preparation import Preparation
 from workers.worker import Worker
 
 torch.set_num_threads(1)
@@ -127,12 +134,156 @@ def tokens_alone(harness: WorkerHarness, folder: Path, version: int, request: Ge
 
 
 def test_a_worker_registers_its_model(harness: WorkerHarness) -> None:
-    """A serving worker registers the shape, recipe and statistics of its model, and the service is ready."""
+    """A serving worker registers the shape and the recipe of its model, and the service is ready; its statistics
+    follow when they are collected."""
     model = harness.services.models.describe()
     assert (model["layers"], model["width"], model["positions"]) == (3, 16, 64)
     assert model["recipe"]["rome"]["layers"] == [1]
-    assert model["statistics"]["1"]["digest"]
     assert harness.services.models.check_ready()["ready"]
+    wait_until(lambda: "1" in harness.services.models.describe()["statistics"], "the statistics")
+    model = harness.services.models.describe()
+    assert model["statistics"]["1"]["digest"] and model["corpus"]["source"] == "the file corpus.txt"
+    assert [w["preparing"] for w in model["workers"]] == [None]
+
+
+@pytest.fixture
+def held_collection(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Return an event. The collection of statistics takes steps until it is set."""
+    goes_on, collect = threading.Event(), load_or_collect_statistics
+
+    def held(*arguments: Any) -> Stepper[Any]:
+        while not goes_on.is_set():
+            yield Progress(Phase.STATISTICS, 1, 10)
+        return (yield from collect(*arguments))
+
+    monkeypatch.setattr(context, "load_or_collect_statistics", held)
+    return goes_on
+
+
+def test_all_else_is_served_while_statistics_are_collected(
+    folder: Path, tmp_path: Path, wiring: Stores, held_collection: threading.Event
+) -> None:
+    """Before the statistics are there, generations and traces are answered, and an edit is accepted, says what it
+    waits for, and is applied afterwards. GET /models shows the progress of the worker."""
+    harness = WorkerHarness(settings(folder, tmp_path, worker_timeout=2, **wiring)).open()
+    try:
+        edit = harness.edit()
+        wait_until(lambda: harness.services.edits.get(edit["id"])["progress"], "the edit to wait")
+        assert harness.services.edits.get(edit["id"])["progress"]["phase"] == "statistics"
+        channel = harness.generate(prompt=PROMPT, max_new_tokens=4)
+        assert len(harness.end_event(channel)["choices"][0]["tokens"]) == 4
+        request = TraceRequest(subject="Eiffel Tower", prompt="The {} is in", samples=1)
+        trace = harness.services.traces.submit(request, "somebody")
+        assert harness.wait_for_end(trace)["status"] == "done"
+        wait_until(lambda: harness.services.models.describe()["workers"][0]["preparing"], "the progress")
+        preparing = harness.services.models.describe()["workers"][0]["preparing"]
+        assert (preparing["phase"], preparing["done"], preparing["total"]) == ("statistics", 1, 10)
+        assert harness.services.edits.get(edit["id"])["status"] == "running"
+        held_collection.set()
+        assert harness.wait_for_end(edit)["status"] == "applied"
+    finally:
+        held_collection.set()
+        harness.close()
+
+
+def test_an_edit_that_waits_can_be_cancelled(
+    folder: Path, tmp_path: Path, held_collection: threading.Event
+) -> None:
+    """A cancelled edit ends although what it waits for is not there."""
+    harness = WorkerHarness(settings(folder, tmp_path)).open()
+    try:
+        edit = harness.edit()
+        wait_until(lambda: harness.services.edits.get(edit["id"])["progress"], "the edit to wait")
+        harness.services.edits.cancel(edit["id"], "somebody")
+        assert harness.wait_for_end(edit)["status"] == "cancelled"
+    finally:
+        held_collection.set()
+        harness.close()
+
+
+def test_a_failed_collection_fails_edits_and_not_the_worker(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When statistics cannot be collected, an edit fails with the reason, generations go on, and the next edit tries
+    again."""
+
+    def fails(*_: Any) -> Stepper[Any]:
+        yield Progress(Phase.STATISTICS, 0, 1)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(context, "load_or_collect_statistics", fails)
+        harness = WorkerHarness(settings(folder, tmp_path)).open()
+        edit = harness.wait_for_end(harness.edit())
+    try:
+        assert (edit["status"], edit["error"]["code"]) == ("failed", "preparation_failed")
+        assert "No space left on device" in edit["error"]["detail"]
+        channel = harness.generate(prompt=PROMPT, max_new_tokens=2)
+        assert harness.end_event(channel)["choices"]
+        assert harness.wait_for_end(harness.edit())["status"] == "applied"
+    finally:
+        harness.close()
+
+
+def test_a_worker_that_does_not_edit_collects_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker with the roles generate and trace loads no corpus and collects no statistics."""
+
+    def refused(*_: Any) -> Stepper[Any]:
+        raise AssertionError("it prepares what it does not need")
+
+    monkeypatch.setattr(context, "load_corpus", refused)
+    harness = WorkerHarness(settings(folder, tmp_path, roles="generate,trace")).open()
+    try:
+        channel = harness.generate(prompt=PROMPT, max_new_tokens=2)
+        assert harness.end_event(channel)["choices"]
+        assert harness.worker.preparation is not None
+        assert (harness.worker.preparation.describe(), harness.worker.preparation.error) == (None, None)
+        assert not (tmp_path / "statistics").exists()
+    finally:
+        harness.close()
+
+
+def test_a_corpus_that_cannot_be_read_ends_the_start(folder: Path, tmp_path: Path) -> None:
+    """A missing corpus is an error of the configuration: the worker ends before it is ready."""
+    harness = WorkerHarness(settings(folder, tmp_path, corpus=tmp_path / "none.txt"))
+    try:
+        with pytest.raises(Misconfigured, match=r"none\.txt' cannot be read"):
+            harness.open()
+    finally:
+        harness.close()
+
+
+STRONG = {"clamp": 40.0, "weight_decay": 0.0, "kl_factor": 0.0, "steps": 12}
+
+
+def test_the_first_edit_chooses_a_layer(folder: Path, tmp_path: Path, wiring: Stores) -> None:
+    """A model without a recipe is edited: the first edit tries layers, says which it took and why, and its layer is
+    the provisional recipe of the next edit and of GET /models. The ledger records the layer. An edit that names its
+    layers is made there and chooses nothing."""
+    bare = tmp_path / "model"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("recipe.json"))
+    harness = WorkerHarness(settings(bare, tmp_path / "data", worker_timeout=2, **wiring)).open()
+    try:
+        assert len(harness.services.models.describe()["recipe"]["candidate_layers"]) > 1
+        named = harness.wait_for_end(harness.edit("Big Ben", hparams={**STRONG, "layers": [2]}))
+        assert named["result"]["layers"] == [2] and "layer_search" not in named["result"]
+        first = harness.wait_for_end(harness.edit(hparams=STRONG))
+        assert first["status"] == "applied", first
+        search = first["result"]["layer_search"]
+        assert any(trial["holds"] for trial in search["tried"]), search
+        assert [trial["layer"] for trial in search["tried"]] == [0, 1]
+        assert search["layer"] == max(search["tried"], key=lambda trial: trial["score"])["layer"]
+        assert first["result"]["layers"] == [search["layer"]]
+        entry = harness.services.ledger.page()["items"][-1]
+        assert entry["body"]["hparams"]["layers"] == [search["layer"]]
+        second = harness.wait_for_end(harness.edit("Louvre", hparams=STRONG))
+        assert second["result"]["layers"] == [search["layer"]] and "layer_search" not in second["result"]
+        wait_until(lambda: not harness.services.models.describe()["recipe"]["candidate_layers"], "the recipe")
+        assert "provisional" in harness.services.models.describe()["recipe"]["source"]
+    finally:
+        harness.close()
 
 
 def test_everything_at_once(harness: WorkerHarness, folder: Path) -> None:
@@ -231,12 +382,20 @@ def test_running_job_is_requeued_on_stop_and_done_later(folder: Path, tmp_path: 
         harness.close()
 
 
+def _has_ended(preparation: Preparation) -> bool:
+    return preparation.progress is None
+
+
 def test_editor_context_is_prepared_once(folder: Path, tmp_path: Path, wiring: Stores) -> None:
     """A second start has the same statistics as the first, which stored them on disk."""
     config = settings(folder, tmp_path, **wiring)
     digests = []
     for _ in range(2):
         harness = WorkerHarness(config).open()
+        preparation = harness.worker.preparation
+        assert preparation is not None
+        wait_until(partial(_has_ended, preparation), "the statistics")
+        preparation.announce()
         digests.append(harness.services.models.describe()["statistics"])
         harness.close()
     assert digests[0] == digests[1]
@@ -346,7 +505,7 @@ def test_worker_resumes_after_outage(
         job = harness.edit(hparams={"steps": 100})
         wait_until_running(harness, job)
         down.set()
-        wait_until(lambda: harness.worker.health_problem() is not None)
+        wait_until(lambda: harness.worker.health_problem() is not None, "the problem")
         assert "database" in str(harness.worker.health_problem())
         assert harness.services.models.describe()["workers"]  # until its lease expires
         down.clear()
@@ -357,13 +516,8 @@ def test_worker_resumes_after_outage(
         harness.close()
 
 
-def wait_until(true: Callable[[], bool]) -> None:
-    while not true():
-        threading.Event().wait(0.01)
-
-
 def wait_until_running(harness: WorkerHarness, job: dict[str, Any]) -> None:
-    wait_until(lambda: harness.services.edits.get(job["id"])["status"] != "queued")
+    wait_until(lambda: harness.services.edits.get(job["id"])["status"] != "queued", "the start of the job")
 
 
 def test_worker_with_digest_mismatch_ends(

@@ -90,6 +90,30 @@ def test_two_workers_may_collect_into_one_folder(tmp_path: Path, monkeypatch: py
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
 
 
+def test_an_interrupted_collection_continues_with_the_same_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an interruption between two checkpoints of its layers, a collection ends with the bytes of an
+    uninterrupted one, does not read the first texts again, and leaves no checkpoint."""
+    monkeypatch.setattr(collect, "STATISTICS_BATCH_TOKENS", 20)
+    monkeypatch.setattr(collect, "CHECKPOINT_INTERVAL", 0.0)
+    model = tiny()
+    whole = run_to_completion(load_or_collect_statistics(model, [0, 1], CORPUS, None))
+    interrupted = load_or_collect_statistics(model, [0, 1], CORPUS, tmp_path)
+    while len(list(tmp_path.glob("*.partial"))) < 2:
+        next(interrupted)
+    for _ in range(4):  # a batch more of two layers, and its checkpoint of the first one only
+        next(interrupted)
+    interrupted.close()
+    phases = [
+        p for p in load_or_collect_statistics(model, [0, 1], CORPUS, tmp_path) if p.phase == "statistics"
+    ]
+    assert phases[0].done >= 1
+    resumed = run_to_completion(load_or_collect_statistics(model, [0, 1], CORPUS, tmp_path))
+    assert {x: s.digest for x, s in resumed.items()} == {x: s.digest for x, s in whole.items()}
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_the_key_holds_everything_it_depends_on(tmp_path: Path) -> None:
     """Corpus, model and damping are part of the cache key."""
     run_to_completion(load_or_collect_statistics(tiny(), [0], CORPUS, tmp_path))

@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 
+from service.covariance.collect import load_or_collect_statistics
 from service.covariance.corpus import Corpus
 from service.editing import context as module
-from service.editing.context import REFERENCE_TEXTS, EditorContext, build_editor_context, find_recipe
-from service.errors import InvalidInput, Misconfigured
-from service.kit.steps import Stepper, run_to_completion
+from service.editing.context import (
+    REFERENCE_TEXTS,
+    EditorContext,
+    build_editor_context,
+    find_recipe,
+    open_editor_context,
+    recipe_path,
+)
+from service.errors import InvalidInput, Misconfigured, PreparationFailed
+from service.kit.steps import Progress, Stepper, advance, run_to_completion
 from service.methods.parameters import RomeParameters
 from service.models.loading import LoadedModel, load_model
 from service.recipes.recipe import Recipe
@@ -84,15 +92,64 @@ def test_without_a_folder_nothing_is_written(corpus: Path, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [corpus]
 
 
-def test_a_model_without_a_recipe_is_prepared_as_far_as_it_can(corpus: Path) -> None:
-    """Without a recipe only the corpus is prepared, and the info says so."""
-    context = run_to_completion(build_editor_context(tiny(), None, corpus))
-    assert context.recipe is None
-    assert context.info() == {
-        "recipe": None,
-        "corpus": {"source": "the file corpus.txt", "digest": context.corpus.digest},
-        "statistics": {},
-    }
+def test_a_model_without_a_recipe_gets_a_default(corpus: Path) -> None:
+    """Without a recipe there is a default with candidate layers; before anything is computed the info has no corpus."""
+    context = open_editor_context(tiny(), None, corpus)
+    assert context.recipe is not None and len(context.recipe.candidate_layers) > 1
+    assert (context.info()["corpus"], context.info()["statistics"]) == (None, {})
+    run_to_completion(context.get_corpus())
+    assert context.info()["corpus"] == {"source": "the file corpus.txt", "digest": context.corpus.digest}
+
+
+def test_in_the_background_several_wait_for_one_collection(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two jobs that need statistics, and one that needs only the corpus, wait for the same collection, which the steps
+    of the queue carry out once."""
+    collections: list[list[int]] = []
+    collect = load_or_collect_statistics
+
+    def counted(model: LoadedModel, layers: list[int], *rest: Any) -> Stepper[Any]:
+        collections.append(list(layers))
+        return collect(model, layers, *rest)
+
+    monkeypatch.setattr(module, "load_or_collect_statistics", counted)
+    context = open_editor_context(tiny(), None, corpus, recipe=RECIPE)
+    context.prepare_in_background()
+    waiting = [context.get_statistics([1]), context.get_statistics([1]), context.get_corpus()]
+    for steps in waiting:
+        outcome = advance(steps)
+        assert isinstance(outcome, Progress) and outcome.waiting
+    while context.queue.pending:
+        context.queue.step()
+    for steps in waiting:
+        run_to_completion(steps)
+    assert collections == [[1]]
+
+
+def test_a_failed_collection_fails_who_waits_and_the_next_tries_again(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of a collection reaches those that wait for it. A later need collects again."""
+    context = open_editor_context(tiny(), None, corpus, recipe=RECIPE)
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "load_or_collect_statistics", fail_if_called)
+        with pytest.raises(PreparationFailed):
+            run_to_completion(context.get_statistics([1]))
+    assert list(run_to_completion(context.get_statistics([1]))) == [1]
+
+
+def test_the_recipe_of_the_first_edit_is_found_until_another_is_tuned(tmp_path: Path) -> None:
+    """A provisional recipe is used by other workers and the next start, and a tuned one replaces it."""
+    model, folder = tiny(), tmp_path / "statistics"
+    one, other = (EditorContext(model, None, Corpus("test", tuple(TEXTS)), folder) for _ in range(2))
+    one.keep_provisional_recipe(RECIPE)
+    assert other.read_provisional_recipe() == RECIPE == other.recipe
+    recipes = tmp_path / module.RECIPES_FOLDER
+    assert find_recipe(model, recipes) == RECIPE
+    tuned = RECIPE.model_copy(update={"source": "tuned"})
+    recipe_path(model, recipes).write_text(tuned.model_dump_json(), encoding="utf-8")
+    assert find_recipe(model, recipes) == tuned
 
 
 def test_the_info_says_what_was_made(corpus: Path) -> None:

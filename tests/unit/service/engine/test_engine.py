@@ -25,7 +25,8 @@ from service.jobs.memory_broker import MemoryBroker
 from service.jobs.redis_broker import RedisBroker
 from service.jobs.worker_session import WorkerSession
 from service.kit import crash_points
-from service.kit.steps import JobReporter, Phase, Progress, Stepper
+from service.kit.steps import JobReporter, Phase, Progress, Stepper, report_to
+from service.kit.work_queue import Task, WorkQueue
 from service.models.hooks import installed_hooks, replace_output
 from service.models.memory_estimates import kv_cache_bytes
 from service.schemas import CompareRequest, GenerateRequest, Sampling, WorkerCompareRequest
@@ -57,6 +58,7 @@ class EngineHarness:
         model_type: str = "gpt2",
         call_kinds: Any = CALL_KINDS,
         single_process: bool = True,
+        preparation: Sequence[Any] = (),
     ) -> None:
         self.replica = ShuffledVersionedModel(tiny(model_type))
         self.jobs = InMemoryJobs()
@@ -70,6 +72,7 @@ class EngineHarness:
             handlers or {},
             config,
             call_kinds,
+            preparation,
         )
 
     def generate(self, **fields: Any) -> str:
@@ -296,6 +299,70 @@ def test_a_decode_step_between_two_steps_of_a_job() -> None:
     harness.step(10)
     handle.remove()
     assert log == ["decode", "decode", "job"] * 10
+
+
+def preparing(log: list[str], count: int) -> Stepper[str]:
+    """Return the steps of something that jobs wait for."""
+    for i in range(count):
+        log.append("prepare")
+        yield Progress(Phase.CORPUS, i, count)
+    return "prepared"
+
+
+def waiting_handler(queue: WorkQueue, task: Task[str], log: list[str]) -> JobHandler:
+    """Return a handler of a job that waits for a task."""
+
+    def handle(reporter: JobReporter, *jobs: ClaimedJob) -> Stepper[None]:
+        log.append((yield from report_to(reporter, [jobs[0].id], queue.wait_for(task))))
+
+    return handle
+
+
+def test_a_job_that_waits_holds_nothing_up() -> None:
+    """While an edit waits for what the engine prepares, a generation and a less urgent job run to their ends; then the
+    edit goes on with the result."""
+    log: list[str] = []
+    queue = WorkQueue()
+    queue.in_background = True
+    task = queue.submit(preparing(log, 200))
+    handlers = {
+        "edit": waiting_handler(queue, task, log),
+        "trace": job_handler(3, end=lambda: log.append("traced")),
+    }
+    harness = EngineHarness(handlers, preparation=[queue])
+    harness.job("waits")
+    harness.step(2)
+    harness.job("runs", "trace")
+    channel = harness.generate(prompt=PROMPTS[0], max_new_tokens=5)
+    while len(log) < 200:
+        harness.step(1)
+    assert harness.end_event(channel).data["choices"]
+    assert "traced" in log and "prepared" not in log
+    assert "waits" in {report[1] for report in harness.jobs.reports}, "it reports what it waits for"
+    while "prepared" not in log:
+        harness.step(1)
+    harness.step()
+    assert harness.broker.receive(("edit", "trace"), 5, 0) == []
+
+
+def test_one_step_of_the_preparation_between_two_decode_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a generation every step of the preparation is preceded and followed by a decode step."""
+    log: list[str] = []
+    queue = WorkQueue()
+    queue.in_background = True
+    queue.submit(preparing(log, 8))
+    harness = EngineHarness(preparation=[queue])
+    decode = DecodingBatch.step
+
+    def logged_step(batch: DecodingBatch) -> Any:
+        log.append("decode")
+        return decode(batch)
+
+    monkeypatch.setattr(DecodingBatch, "step", logged_step)
+    harness.generate(prompt=PROMPTS[0], max_new_tokens=30)
+    harness.step()
+    assert log.count("prepare") == 8
+    assert "prepare prepare" not in " ".join(log)
 
 
 def test_jobs_run_sequentially_and_report_progress() -> None:

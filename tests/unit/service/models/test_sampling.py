@@ -65,3 +65,13 @@ def test_a_model_without_special_tokens_begins_with_its_first() -> None:
 
     object.__setattr__(model, "tokenizer", Bare())
     assert bos_token_id(model) is None
+
+
+def test_words_are_drawn_with_their_probabilities() -> None:
+    """Of a whole vocabulary each word comes as often as its probability says, and an impossible one never."""
+    shares = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    generator = torch.Generator().manual_seed(0)
+    drawn = sampling._sample(shares.log().expand(20_000, -1), None, generator)
+    counts = torch.bincount(drawn[:, 0], minlength=5) / 20_000
+    assert counts[1] == 0
+    assert (counts - shares).abs().max() < 0.015

@@ -1,0 +1,37 @@
+"""The recipe of a model for which nothing is known: layers by architecture and depth, of which the first edit chooses
+one. Torch-free.
+
+The published recipes edit between a twentieth and two fifths of the depth: a third in GPT-2, a sixth in Llama,
+Mistral, Qwen and GPT-J (`published.py`).
+"""
+
+from __future__ import annotations
+
+from service.methods.parameters import RomeParameters
+from service.recipes.recipe import Recipe
+
+SHALLOWEST, DEEPEST = 0.05, 0.4  # of the depth
+DEPTHS = {"gpt2": 1 / 3, "gpt_neox": 1 / 3}  # the best depth of an architecture before anything is tried
+OTHER_DEPTH = 1 / 6
+CANDIDATES = 6  # layers that the first edit tries
+VALUES = {"steps": 20, "learning_rate": 0.5, "contexts": 2}
+
+
+def default_recipe(model_type: str, layers: int) -> Recipe:
+    """Return the recipe of a model of this architecture and depth."""
+    candidates = layers_to_try(layers)
+    expected = DEPTHS.get(model_type, OTHER_DEPTH) * layers
+    layer = min(candidates, key=lambda candidate: abs(candidate - expected))
+    return Recipe(
+        source=f"default for {layers} layers; the first edit chooses one of layers {', '.join(map(str, candidates))}",
+        rome=RomeParameters.model_validate({"layers": (layer,), **VALUES}),
+        candidate_layers=candidates if len(candidates) > 1 else (),
+    )
+
+
+def layers_to_try(layers: int) -> tuple[int, ...]:
+    """Return at most `CANDIDATES` layers at equal distances, early to middle ones."""
+    first, last = round(SHALLOWEST * layers), max(1, round(DEEPEST * layers))
+    last = min(last, layers - 1)
+    distance = (last - first) / (CANDIDATES - 1)
+    return tuple(dict.fromkeys(round(first + i * distance) for i in range(CANDIDATES)))
