@@ -53,7 +53,8 @@ class ChatFormat:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a rendered text. Raise InvalidInput if it does not fit the model."""
-        ids: list[int] = self.encoder.tokenizer.encode(text, add_special_tokens=False).ids
+        self.encoder.check_characters(text, MESSAGES_FIELD)
+        ids: list[int] = self.encoder.tokenize(text, add_special_tokens=False).ids
         if max(ids, default=0) >= self.encoder.vocabulary:
             self.encoder.check_ids(ids, MESSAGES_FIELD)
         if not 0 < len(ids) < self.encoder.positions:

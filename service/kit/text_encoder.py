@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from service.errors import InvalidInput
 from service.kit.text import Span, separator
 
 _ORDINARY_TEXT = "a"
+_LONG_TEXT = 10_000  # characters
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TextEncoder:
         The tokens that the tokenizer adds before a text are included, unless the text begins with them. Those that it
         adds after a text are not: they would end it. Raise InvalidInput for a token that the model does not have.
         """
-        encoding = self.tokenizer.encode(text)
+        encoding = self.tokenize(text)
         prefix = next((i for i, added in enumerate(encoding.special_tokens_mask) if not added), None)
         if prefix is None:  # an empty text
             leading = self._leading_ids
@@ -49,6 +50,23 @@ class TextEncoder:
         if max(ids) >= self.vocabulary:
             self.check_ids(ids, field)
         return ids, offsets
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> Encoding:
+        """Return the encoding of a whole text. Other threads run while a long text is tokenized."""
+        if len(text) < _LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        # of the two only this method releases the lock of the interpreter
+        return self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def check_characters(self, text: str, field: str) -> None:
+        """Raise InvalidInput for a text that is too long whatever its tokens are. It is not tokenized."""
+        limit = self.positions * self._longest_token
+        if len(text) > limit:
+            raise InvalidInput(
+                f"the text has {len(text)} characters, and the model's {self.positions} positions hold at most {limit}: "
+                "shorten it.",
+                field,
+            )
 
     def check_ids(self, ids: Sequence[int], field: str = "prompt") -> None:
         """Raise InvalidInput if the model or its tokenizer does not have one of the tokens."""
@@ -106,7 +124,7 @@ class TextEncoder:
         }
         if not found:
             return
-        for token_id in self.tokenizer.encode(text, add_special_tokens=False).ids:
+        for token_id in self.tokenize(text, add_special_tokens=False).ids:
             if token_id in found:
                 raise InvalidInput(
                     f"`{field}` contains {found[token_id]!r}, a special token of the model's tokenizer: remove it.",
@@ -121,6 +139,11 @@ class TextEncoder:
     def _special_tokens(self) -> Mapping[int, str]:
         decoder = self.tokenizer.get_added_tokens_decoder()
         return {i: token.content for i, token in decoder.items() if token.special}
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """The characters of the longest token, with a space that a tokenizer removes."""
+        return 1 + max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
     def _leading_ids(self) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -201,3 +203,35 @@ def test_an_unknown_word_is_no_special_token() -> None:
     encoder.check_plain("the city of paris", "prompt")
     with pytest.raises(InvalidInput, match="'<unk>'"):
         encoder.check_plain("the <unk>", "prompt")
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
+    """A long text has the same tokens, and another thread runs meanwhile: the event loop is not stopped."""
+    encoder, text, stop, count = _encoder(_copy(RAW)), "the city " * 20_000, threading.Event(), 0
+
+    def run() -> None:
+        nonlocal count
+        while not stop.is_set():
+            count += 1
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        before = count
+        encoding = encoder.tokenize(text)
+        meanwhile = count - before
+    finally:
+        stop.set()
+        thread.join()
+    has_the_same_tokens = encoding.ids == encoder.tokenizer.encode(text).ids  # a difference of lists takes minutes
+    assert has_the_same_tokens
+    assert meanwhile > 1000
+
+
+def test_a_text_with_too_many_characters_is_refused() -> None:
+    """A text with more characters than the model's positions can hold is refused."""
+    encoder = _encoder(_copy(RAW))
+    longest = max(map(len, encoder.tokenizer.get_vocab()))
+    encoder.check_characters("x" * longest * encoder.positions, "messages")
+    with pytest.raises(InvalidInput, match="shorten it"):
+        encoder.check_characters("x" * ((longest + 1) * encoder.positions + 1), "messages")
