@@ -223,7 +223,9 @@ def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
     finally:
         stop.set()
         thread.join()
-    has_the_same_tokens = encoding.ids == encoder.tokenizer.encode(text).ids  # a difference of lists takes minutes
+    has_the_same_tokens = (
+        encoding.ids == encoder.tokenizer.encode(text).ids
+    )  # a difference of lists takes minutes
     assert has_the_same_tokens
     assert meanwhile > 1000
 
