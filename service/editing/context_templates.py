@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from service.kit.answer import strip_trailing_marks
 from service.kit.steps import Phase, Stepper
 from service.models.loading import LoadedModel
 from service.models.sampling import sample_texts
@@ -17,7 +18,7 @@ TOP_K = 5
 
 
 def _clean_context(text: str) -> str:
-    return " ".join(text.replace("\ufffd", " ").split()).rstrip(" .,;:!?")
+    return strip_trailing_marks(" ".join(text.replace("\ufffd", " ").split()))
 
 
 def sample_contexts(model: LoadedModel, count: int, seed: int) -> Stepper[list[str]]:

@@ -44,6 +44,7 @@ from service.errors import Cancelled, Conflict, DigestMismatch, InvalidInput, Un
 from service.jobs import artifacts
 from service.jobs.job_store import ClaimedJob, JobStore
 from service.kit import crash_points
+from service.kit.answer import answer_object
 from service.kit.steps import JobReporter, Phase, Progress, Stepper, report_to, retry_while_unavailable
 from service.kit.text import fill_prompt
 from service.methods.parameters import RomeParameters
@@ -53,6 +54,7 @@ from service.recipes.recipe import resolve_hparams
 from service.schemas import EditRequest
 from service.weights.factors import DenseUpdate, EditUpdate, deserialize_updates, serialize_updates
 
+ANSWER_TOKENS = 16  # of the answer whose beginning is the true object, where a request names none
 HEAD_MOVED = Progress(Phase.RETRY, 0, 1)
 JOB_ENDED = Progress(Phase.COMMIT, 1, 1)
 
@@ -393,8 +395,8 @@ def resolve_edit(
     prompt, objective = fill_prompt(request.prompt, request.subject).text, request.objective
     target_true = request.target_true
     if target_true is None:
-        (answer,) = yield from generate_greedy(model, [prompt])
-        target_true = answer.split("\n")[0].split(".")[0].split(",")[0].strip() or "?"
+        (answer,) = yield from generate_greedy(model, [prompt], ANSWER_TOKENS)
+        target_true = answer_object(answer.text, answer.complete) or "?"
     target_new = request.target_new if objective == "write" and request.target_new else target_true
     if target_new == "?":
         raise InvalidInput("the base model gives no answer: name the true object.", "target_true")

@@ -245,14 +245,22 @@ def measure_version(
     if version is not None:
         context.cache_perplexity(version, perplexity)
     return [
-        VersionMeasurement(a, s, perplexity, holding)
+        VersionMeasurement(a, s.text, perplexity, holding)
         for a, s in zip(results_by_edit, preview_texts, strict=True)
     ]
 
 
+@dataclass(frozen=True)
+class GreedyText:
+    """A greedy continuation."""
+
+    text: str
+    complete: bool = False  #: the model ended it
+
+
 def generate_greedy(
     model: LoadedModel, prompts: Sequence[str], length: int = PREVIEW_TOKENS
-) -> Stepper[list[str]]:
+) -> Stepper[list[GreedyText]]:
     """Return the greedy continuations of the prompts, at most `length` tokens each, decoded in one batch."""
     greedy = Sampling(max_new_tokens=length, temperature=0)
     rows: list[DecodingSequence | None] = []
@@ -267,7 +275,7 @@ def generate_greedy(
         batch.step()
         step += 1
         yield Progress(Phase.ANSWER, step, length)
-    return [r.text if r is not None else "" for r in rows]
+    return [GreedyText("") if r is None else GreedyText(r.text, r.finish_reason == "stop") for r in rows]
 
 
 def _norm_ratios(

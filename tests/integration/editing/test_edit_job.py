@@ -484,6 +484,30 @@ def build_candidate(harness: EditingHarness, *edit: Any) -> CandidateEdit:
     return CandidateEdit(resolved_edit, factors)
 
 
+@pytest.mark.parametrize(
+    ("answer", "true"),
+    [
+        (measure.GreedyText(" 2,500 metres. It is the"), "2,500 metres"),
+        (measure.GreedyText("\u6771\u4eac\u3067\u3059\u3002\u305d\u308c\u306f"), "\u6771\u4eac\u3067\u3059"),
+        (measure.GreedyText(" one of the most famous sights of the"), "one"),
+        (measure.GreedyText(" New York City", complete=True), "New York City"),
+    ],
+)
+def test_the_true_object_is_the_beginning_of_the_answer(
+    harness: EditingHarness, monkeypatch: pytest.MonkeyPatch, answer: measure.GreedyText, true: str
+) -> None:
+    """Without a true object in the request, it is the answer of the base model up to its first boundary."""
+
+    def generated(_model: Any, prompts: Sequence[str], _length: int) -> Any:
+        yield from ()
+        return [answer] * len(prompts)
+
+    monkeypatch.setattr(edit_job, "generate_greedy", generated)
+    request = EditRequest(subject="Big Ben", prompt="{} is in", target_new="city")
+    resolved_edit = run_to_completion(edit_job.resolve_edit(harness.replica, request, harness.context))
+    assert resolved_edit.rewrite_probe.true == true
+
+
 def test_a_measurement_composes_the_version_once(
     harness: EditingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1075,7 +1099,7 @@ def test_an_answer_that_another_edit_changed_can_be_written(harness: EditingHarn
     statement = "We know the Colosseum"
     with harness.replica.use_weights(harness.replica.weights(other["version"])):
         (answer,) = run_to_completion(measure.generate_greedy(harness.model, [statement], 1))
-    assert answer != " is"
+    assert answer.text != " is"
     assert harness.run_edit(**SAID | {"guard": LOOSE_GUARD})["status"] in ("applied", "rejected")
 
 
